@@ -1,0 +1,114 @@
+"""Every error this project raises, drawn once.
+
+    IkectxError
+    +-- WireError          bytes from outside that do not parse       the sender's fault
+    +-- RefusedError       the other gateway or the MN said no        the peer's decision
+    +-- LinkError          no connection, no answer, no TLS           the network's fault
+    +-- UsageError         an argument the caller got wrong           the caller's fault
+    |   +-- ConfigError    a key of the configuration file            (names file, key, line)
+    |   +-- UnknownSaError no SA answers to that name
+    +-- BusyError          the SA is in the middle of an exchange     nobody's: try again
+    +-- StateError         a step out of order, or an open transfer   ours
+    +-- StoreError         the journal or the record cannot be used   ours
+    +-- CharonError        charon is absent, refused or did not do it charon's
+    +-- KernelError        netlink answered with an errno             the kernel's
+
+Each class has the exit code of the command line (`exit_code`) and the status a
+gateway puts into a CTDR when the error ends a transfer (`status`, see
+`numbers.Status`). Foreign bytes can raise only `WireError`. Messages never hold
+key material.
+"""
+
+from __future__ import annotations
+
+from .numbers import Status
+
+
+class IkectxError(Exception):
+    """Base of all errors. `hint` tells the operator what to do next."""
+
+    exit_code = 1
+    status = Status.FAILED
+
+    def __init__(self, message: str, *, hint: str = "", status: Status | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        if status is not None:
+            self.status = status
+
+
+class WireError(IkectxError):
+    """Bytes that do not follow their format; says at which octet where it is known."""
+
+    exit_code = 3
+    status = Status.MALFORMED
+
+
+class RefusedError(IkectxError):
+    """The other gateway, or the MN, refused; `status` holds its reason."""
+
+    exit_code = 4
+    status = Status.FAILED
+
+
+class LinkError(IkectxError):
+    """The other side cannot be reached, did not answer, or failed TLS."""
+
+    exit_code = 5
+    status = Status.UNREACHABLE
+
+
+class UsageError(IkectxError):
+    """The caller asked for something that cannot be meant."""
+
+    exit_code = 2
+    status = Status.MALFORMED
+
+
+class ConfigError(UsageError):
+    """The configuration file is wrong: message names file, key and line."""
+
+
+class UnknownSaError(UsageError):
+    """No IKE_SA (or CHILD_SA) answers to that name, or more than one does."""
+
+    exit_code = 6
+    status = Status.UNKNOWN_SA
+
+
+class BusyError(IkectxError):
+    """The SA has an exchange in flight; trying again later is the right answer."""
+
+    exit_code = 7
+    status = Status.BUSY
+
+
+class StateError(IkectxError):
+    """A step that is not allowed in this state of a transfer."""
+
+    exit_code = 8
+    status = Status.FAILED
+
+
+class StoreError(IkectxError):
+    """The journal or the record on disk is unreadable or not ours."""
+
+    exit_code = 9
+
+
+class CharonError(IkectxError):
+    """charon is not there, answered an error, or did not do what it was told."""
+
+    exit_code = 10
+    status = Status.CHARON
+
+
+class KernelError(IkectxError):
+    """The kernel refused a netlink request; `errno` is its answer (0: unknown)."""
+
+    exit_code = 11
+    status = Status.KERNEL
+
+    def __init__(self, message: str, *, errno: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno

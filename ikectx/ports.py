@@ -1,0 +1,100 @@
+"""The outside world as the engine sees it: five protocols, no I/O.
+
+`vici_bridge` implements source and sink for charon; an integrator implements them
+for an IKE daemon of their own; tests implement them in a dictionary. All raise only
+`ikectx.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .context import FinalState, IkeContext
+from .numbers import Fpt, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One check's outcome for one kind of context; `status` OK: nothing against it."""
+
+    fpt: Fpt
+    status: Status
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveReport:
+    """What the exchange with the MN took: messages and octets (UDP payload) on the air, ms."""
+
+    messages: int = 0
+    octets: int = 0
+    retransmissions: int = 0
+    requests: int = 0
+    """Message IDs used up by requests of ours."""
+    proven_by_traffic: bool = False
+
+
+SaName = tuple[bytes, bytes]
+"""(initiator SPI, responder SPI): how ports name an IKE_SA."""
+
+
+class ContextSource(Protocol):
+    """The gateway that serves an IKE_SA now (pSG)."""
+
+    async def export(self, sa: SaName) -> IkeContext:
+        """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError."""
+
+    async def freeze(self, context: IkeContext) -> FinalState:
+        """Let go: from its return on this gateway sends neither IKE nor ESP for the SA.
+
+        Inbound ESP goes on being decrypted. Errors: BusyError when the SA changed since `context` was
+        exported or has an exchange in flight; nothing is frozen then.
+        """
+
+    async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
+        """Undo `freeze` and serve on; outbound sequence numbers jump. Idempotent; works after a crash."""
+
+    async def release(self, context: IkeContext) -> None:
+        """Delete the SA silently, keep decrypting late packets for a while. Idempotent."""
+
+
+class ContextSink(Protocol):
+    """The gateway that is to serve it (nSG)."""
+
+    async def check(self, context: IkeContext) -> Sequence[Verdict]:
+        """All that speaks against taking it; touches nothing. Empty or all OK: none."""
+
+    async def prepare(self, context: IkeContext) -> None:
+        """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
+
+    async def take(self, context: IkeContext, final: FinalState) -> None:
+        """Own it: final counters in, routes and updown up. ESP flows through here from now on."""
+
+    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
+        """Tell the MN the gateway's new address. Errors: LinkError (silent), RefusedError."""
+
+    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
+        """Message IDs in, charon talks IKE for it from now on."""
+
+    async def undo(self, context: IkeContext) -> None:
+        """Take back `prepare` and `take`: nothing of it stays. Idempotent; works after a crash."""
+
+
+class Store(Protocol):
+    """Durable, encrypted where it rests. Keys are text, values octets."""
+
+    def put(self, kind: str, key: str, value: bytes) -> None: ...
+
+    def get(self, kind: str, key: str) -> bytes | None: ...
+
+    def delete(self, kind: str, key: str) -> None: ...
+
+    def items(self, kind: str) -> Sequence[tuple[str, bytes]]: ...
+
+
+class Clock(Protocol):
+    """Monotonic seconds."""
+
+    def now(self) -> float: ...
