@@ -9,6 +9,7 @@
     |   +-- UnknownSaError no SA answers to that name
     +-- BusyError          the SA is in the middle of an exchange     nobody's: try again
     +-- StateError         a step out of order, or an open transfer   ours
+    +-- NoAddressError     this gateway has no address of the MN's family  ours (configuration)
     +-- StoreError         the journal or the record cannot be used   ours
     +-- CharonError        charon is absent, refused or did not do it charon's
     +-- KernelError        netlink answered with an errno             the kernel's
@@ -88,6 +89,19 @@ class StateError(IkectxError):
 
     exit_code = 8
     status = Status.FAILED
+
+
+class NoAddressError(IkectxError):
+    """This gateway has no outer address of the MN's address family (4 or 6)."""
+
+    exit_code = 4
+    status = Status.NO_ADDRESS
+
+    def __init__(self, family: int) -> None:
+        super().__init__(
+            f"this gateway has no IPv{family} address to serve the MN on",
+            hint="add one to gateway.addresses in the configuration",
+        )
 
 
 class StoreError(IkectxError):

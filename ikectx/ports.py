@@ -46,9 +46,10 @@ class ContextSource(Protocol):
     async def export(self, sa: SaName) -> IkeContext:
         """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError."""
 
-    async def freeze(self, context: IkeContext) -> FinalState:
+    async def freeze(self, context: IkeContext, to: str) -> FinalState:
         """Let go: from its return on this gateway sends neither IKE nor ESP for the SA.
 
+        `to` is the name of the gateway it goes to: packets for the MN that still arrive may be sent on there.
         Inbound ESP goes on being decrypted. Errors: BusyError when the SA changed since `context` was
         exported or has an exchange in flight; nothing is frozen then.
         """
@@ -63,10 +64,13 @@ class ContextSource(Protocol):
 class ContextSink(Protocol):
     """The gateway that is to serve it (nSG)."""
 
-    async def check(self, context: IkeContext) -> Sequence[Verdict]:
-        """All that speaks against taking it; touches nothing. Empty or all OK: none."""
+    async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
+        """All that speaks against taking it; touches nothing. Empty or all OK: none.
 
-    async def prepare(self, context: IkeContext) -> None:
+        `keep_address`: the gateway's address moves along, so the MN is not told a new one.
+        """
+
+    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
 
     async def take(self, context: IkeContext, final: FinalState) -> None:

@@ -1,0 +1,94 @@
+"""Lifetimes that charon does not know: SAs whose timers it armed anew although they are older.
+
+charon arms rekey and reauth timers from the connection's settings whenever an IKE_SA goes from PASSIVE to
+ESTABLISHED (also for every other SA of the segment, at each activation). A deadline here is the earlier one
+from before; when it comes, the agent asks charon to rekey. Times are wall-clock seconds, since they
+must survive a restart of the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from ikectx.ports import Store
+
+from .charon import SaView
+
+log = logging.getLogger(__name__)
+
+_KIND = "deadline"
+MARGIN = 10.0
+"""Seconds by which a deadline may come before charon's own timer without being worth an entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """Ask for a rekey at `due` (wall clock, seconds). `child`: inbound SPI in hex, empty: the IKE_SA."""
+
+    spis: str
+    child: str
+    due: float
+
+
+class Deadlines:
+    """All deadlines, durable in the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._entries: dict[str, Deadline] = {}
+        for key, value in store.items(_KIND):
+            try:
+                self._entries[key] = Deadline(**json.loads(value))
+            except (ValueError, TypeError):
+                store.delete(_KIND, key)
+
+    def keep(self, spis: tuple[bytes, bytes], child: bytes | None, due: float) -> None:
+        """Note a deadline; the earlier of two stays."""
+        entry = Deadline(spis[0].hex() + spis[1].hex(), child.hex() if child else "", due)
+        key = f"{entry.spis}/{entry.child}"
+        known = self._entries.get(key)
+        if known is None or entry.due < known.due:
+            self._entries[key] = entry
+            self._store.put(_KIND, key, json.dumps(asdict(entry)).encode())
+
+    def before_toggle(self, views: Iterable[SaView], wall: float) -> None:
+        """Note every IKE_SA's own timer, since the activation is about to arm it anew."""
+        for view in views:
+            left = [seconds for seconds in (view.rekey, view.reauth) if seconds is not None]
+            if left and view.state in ("ESTABLISHED", "REKEYING"):
+                self.keep(view.spis, None, wall + min(left))
+
+    def settle(self, views: Iterable[SaView], wall: float) -> list[tuple[Deadline, SaView]]:
+        """Drop what is gone or what charon does early enough itself; return what is due now."""
+        known = {view.spi_i.hex() + view.spi_r.hex(): view for view in views}
+        due = []
+        for key, entry in list(self._entries.items()):
+            view = known.get(entry.spis)
+            if view is None:
+                self._drop(key)
+                continue
+            if entry.child:
+                timers = [child.rekey for child in view.children if child.spi_in.hex() == entry.child]
+                if not timers:
+                    self._drop(key)
+                    continue
+            else:
+                timers = [view.rekey, view.reauth]
+            own = [seconds for seconds in timers if seconds is not None]
+            if own and wall + min(own) <= entry.due + MARGIN:
+                self._drop(key)
+            elif entry.due <= wall:
+                due.append((entry, view))
+                self._drop(key)
+        return due
+
+    def next_due(self) -> float | None:
+        """Wall-clock time of the earliest deadline."""
+        return min((entry.due for entry in self._entries.values()), default=None)
+
+    def _drop(self, key: str) -> None:
+        self._entries.pop(key, None)
+        self._store.delete(_KIND, key)

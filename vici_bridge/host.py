@@ -1,0 +1,308 @@
+"""One charon and its kernel, as source and sink see them: HA stream in, orders out, views on demand.
+
+The record of the HA stream is kept in the store after each change, because it cannot be asked for
+again: a resync would rekey every CHILD_SA (strongSwan 5.9.8 and 6.0.6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ikectx.context import Address, ChildContext, IkeContext
+from ikectx.errors import CharonError, IkectxError, NoAddressError, WireError
+from ikectx.ports import SaName, Store
+
+from . import ha
+from .charon import SaView, sa_views
+from .deadlines import Deadlines
+from .kernel import Kernel
+from .record import Change, Record
+from .sockets import HaSocket
+from .updown import outgoing_interface, run_updown
+from .vici import CharonVici, Message
+from .xfrm import KernelSa
+
+log = logging.getLogger(__name__)
+
+ESP = 50
+_RECORD = "record"
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """What a gateway's agent has to know of its own host.
+
+    `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters nobody can read.
+    `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name.
+    `oseq_jump`: packets; `late`: seconds for which late packets are decrypted after letting go.
+    """
+
+    addresses: tuple[Address, ...]
+    ha_local: str = "127.0.0.2"
+    ha_remote: str = "127.0.0.1"
+    ha_port: int = 4510
+    vici: str = "unix:///run/charon.vici"
+    kernel_esp: bool = True
+    updown: Mapping[str, str] = field(default_factory=dict)
+    forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
+    oseq_jump: int = 1024
+    late: int = 5
+
+
+class CharonHost:
+    """Shared by `CharonSource` and `CharonSink`; `open` before use, `close` after."""
+
+    def __init__(self, config: HostConfig, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self.vici = CharonVici(config.vici)
+        self.kernel = Kernel() if config.kernel_esp else None
+        self.record = Record()
+        self.deadlines = Deadlines(store)
+        self.import_lock = asyncio.Lock()
+        """Held from the checks to the end of an import: two imports never race for an SPI."""
+        self.on_change: Callable[[Change], None] | None = None
+        self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
+        self._version: int | None = None
+        self._saving: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._toggle: asyncio.Future[None] | None = None
+        self.charon_up = False
+        self.charon_version = ""
+
+    async def open(self) -> None:
+        """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
+        self.record.load(self.store.items(_RECORD))
+        await self._ha.open()
+        loop = asyncio.get_running_loop()
+
+        def state(up: bool) -> None:
+            loop.call_soon_threadsafe(self._charon_state, up)
+
+        self.vici.listen(lambda event, message: None, on_state=state)
+        self.spawn(self._watch_deadlines())
+
+    async def close(self) -> None:
+        """Stop listening and save. SAs, freezes and policies stay as they are."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._ha.close()
+        self._save()
+        await asyncio.to_thread(self.vici.close)
+        if self.kernel is not None:
+            self.kernel.close()
+
+    def spawn(self, work: object) -> None:
+        """Run a coroutine in the background until it ends or the agent does."""
+        assert asyncio.iscoroutine(work)
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a background task failed: %s", task.exception())
+
+    # The HA stream.
+
+    def _hear(self, datagram: bytes) -> None:
+        try:
+            message = ha.HaMessage.parse(datagram)
+        except WireError as error:
+            log.warning("charon's HA socket said something unreadable: %s", error)
+            return
+        self._version = message.version
+        self._fed(self.record.feed(message))
+
+    def _fed(self, change: Change) -> None:
+        self.save_soon()
+        if self.on_change is not None:
+            self.on_change(change)
+
+    def save_soon(self) -> None:
+        if self._saving is None:
+            self._saving = asyncio.get_running_loop().call_later(0.05, self._save)
+
+    def _save(self) -> None:
+        if self._saving is not None:
+            self._saving.cancel()
+            self._saving = None
+        for key, value in self.record.dump():
+            if value is None:
+                self.store.delete(_RECORD, key)
+            else:
+                self.store.put(_RECORD, key, value)
+
+    def _charon_state(self, up: bool) -> None:
+        self.charon_up = up
+        if up:
+            self.spawn(self._reconcile())
+        else:
+            log.warning("charon is not reachable over VICI at %s", self.config.vici)
+
+    async def _reconcile(self) -> None:
+        """After charon came (back): forget what it no longer has."""
+        version = await asyncio.to_thread(self.vici.version)
+        self.charon_version = str(version.get("version", ""))
+        if self._version is None:
+            self._version = ha.wire_version(self.charon_version)
+        await self.settle()
+        living = {view.spis for view in await self.views()}
+        gone = [name for name in self.record.names() if name not in living]
+        self.record.retain(living)
+        self._save()
+        unknown = living - set(self.record.names())
+        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, len(living), len(gone))
+        if unknown:
+            log.warning(
+                "%d IKE_SAs came up before this agent and cannot be moved; `ikectx resync` learns them "
+                "(charon then rekeys their CHILD_SAs)",
+                len(unknown),
+            )
+
+    async def settle(self) -> None:
+        """Let HA datagrams that charon sent before its last VICI answer be read."""
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+
+    async def version(self) -> int:
+        """The HA wire version: from the stream, else from charon's version. Errors: CharonError."""
+        if self._version is None:
+            answer = await asyncio.to_thread(self.vici.version)
+            self.charon_version = str(answer.get("version", ""))
+            self._version = ha.wire_version(self.charon_version)
+        return self._version
+
+    async def send(self, messages: Iterable[ha.HaMessage]) -> None:
+        """Orders to charon, in order, paced. Errors: CharonError."""
+        await self._ha.send([message.serialize() for message in messages])
+
+    def listening(self) -> bool:
+        """Whether charon's end of the HA link exists."""
+        return self._ha.listening()
+
+    # Views.
+
+    async def views(self) -> list[SaView]:
+        """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
+        return sa_views(await asyncio.to_thread(self.vici.list_sas))
+
+    async def view(self, sa: SaName) -> SaView | None:
+        """One of them by its SPIs."""
+        return next((view for view in await self.views() if view.spis == sa), None)
+
+    async def connections(self) -> dict[str, Message]:
+        """charon's loaded connections by name."""
+        return {str(conn["name"]): conn for conn in await asyncio.to_thread(self.vici.list_conns)}
+
+    def kernel_pair(self, context: IkeContext, child: ChildContext) -> tuple[KernelSa | None, KernelSa | None]:
+        """(inbound, outbound) ESP SA of a child in the kernel, None where it is not there."""
+        if self.kernel is None:
+            return (None, None)
+        return (
+            self.kernel.get_sa(context.local.address, child.spi_in, ESP),
+            self.kernel.get_sa(context.remote.address, child.spi_out, ESP),
+        )
+
+    # Things both sides do.
+
+    async def updown(self, context: IkeContext, *, up: bool, reqids: dict[bytes, int], unique_id: int) -> None:
+        """The connection's updown script, if one is configured."""
+        script = self.config.updown.get(context.connection)
+        if script:
+            interface = await outgoing_interface(context)
+            await run_updown(
+                script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id
+            )
+
+    async def delete(self, context: IkeContext, *, timeout: float = 5.0) -> None:
+        """Have charon drop the IKE_SA silently and see it gone. Errors: CharonError."""
+        version = await self.version()
+        await self.send([ha.ike_delete(version, ha.IkeId.of(context.current))])
+        end = time.monotonic() + timeout
+        while await self.view(context.spis) is not None:
+            if time.monotonic() > end:
+                raise CharonError(
+                    f"charon still lists the IKE_SA {context.connection} after it was told to drop it",
+                    hint="see charon's log; `swanctl --terminate` would tell the MN",
+                )
+            await asyncio.sleep(0.01)
+        self.record.forget(context.spis)
+        self.save_soon()
+
+    def address_for(self, context: IkeContext) -> Address:
+        """Our outer address for this MN: the SA's own if it is ours too, else the first of its family."""
+        if context.local.address in self.config.addresses:
+            return context.local.address
+        for address in self.config.addresses:
+            if address.version == context.remote.address.version:
+                return address
+        raise NoAddressError(context.remote.address.version)
+
+    async def activate_segment(self) -> None:
+        """Make every PASSIVE SA ESTABLISHED: TAKE then DROP. Calls close together share one toggle.
+
+        Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys half-open
+        ones, so a moment without any is waited for (2 s at most).
+        """
+        if self._toggle is None:
+            self._toggle = asyncio.get_running_loop().create_future()
+            self.spawn(self._toggle_soon(self._toggle))
+        await asyncio.shield(self._toggle)
+
+    async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
+        try:
+            await asyncio.sleep(0.005)
+            views = await self.views()
+            for _ in range(20):
+                if not any(view.state == "CONNECTING" for view in views):
+                    break
+                await asyncio.sleep(0.1)
+                views = await self.views()
+            self._toggle = None  # whoever comes later waits for the next one
+            self.deadlines.before_toggle(views, time.time())
+            version = await self.version()
+            await self.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])
+            done.set_result(None)
+        except IkectxError as error:
+            self._toggle = None
+            done.set_exception(error)
+        except asyncio.CancelledError:
+            self._toggle = None
+            done.cancel()
+            raise
+
+    async def resync(self) -> None:
+        """Have charon replay its IKE_SAs; it rekeys all CHILD_SAs of its segments, too."""
+        await self.send([ha.resync(await self.version(), [1])])
+
+    async def _watch_deadlines(self) -> None:
+        """Ask charon for the rekeys that an original lifetime demands."""
+        while True:
+            due = self.deadlines.next_due()
+            wait = 3600.0 if due is None else due - time.time()
+            await asyncio.sleep(min(max(wait, 0.2), 5.0))
+            if self.deadlines.next_due() is None or wait > 5.0:
+                continue
+            try:
+                await self._ask_rekeys()
+            except (CharonError, WireError) as error:
+                log.warning("lifetimes cannot be watched now: %s", error)
+
+    async def _ask_rekeys(self) -> None:
+        for entry, view in self.deadlines.settle(await self.views(), time.time()):
+            if entry.child:
+                ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
+                for child_id in ids:
+                    log.info("the lifetime of CHILD_SA %s asks for a rekey now", entry.child)
+                    await asyncio.to_thread(self.vici.rekey, child_id=child_id)
+            else:
+                log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
+                await asyncio.to_thread(self.vici.rekey, ike_id=view.unique_id)

@@ -1,0 +1,121 @@
+"""The HA socket: one UDP socket that hears charon's stream and feeds SAs to it, paced.
+
+charon's ha plugin binds ha_remote:4510 (from the agent's side) and connects to ha_local:4510; it hears
+only datagrams from there. Nothing is acknowledged, and its receive buffer holds some 270 messages: a
+sender that is faster loses them silently, so `send` watches charon's queue in /proc/net/udp.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ikectx.errors import CharonError, StateError
+
+log = logging.getLogger(__name__)
+
+HA_PORT = 4510
+_SO_RCVBUFFORCE = 33
+"""linux/socket.h; Python does not name it."""
+_QUEUE_LIMIT = 64 * 1024
+"""Octets waiting at charon above which the sender pauses: a third of its default buffer."""
+_BATCH = 16
+
+
+class HaSocket(asyncio.DatagramProtocol):
+    """The agent's end of the HA link. `receive` is called with each datagram."""
+
+    def __init__(
+        self, local: str, remote: str, receive: Callable[[bytes], None], port: int = HA_PORT
+    ) -> None:
+        self._local = local
+        self._remote = remote
+        self._port = port
+        self._receive = receive
+        self._transport: asyncio.DatagramTransport | None = None
+        self._lock = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Bind, exclusively. Errors: StateError when somebody else holds the address."""
+        family = socket.AF_INET6 if ":" in self._local else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 4 * 1024 * 1024)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024 * 1024)
+        try:
+            sock.bind((self._local, self._port))
+            sock.connect((self._remote, self._port))
+        except OSError as error:
+            sock.close()
+            raise StateError(
+                f"cannot use the HA address {self._local}:{self._port}: {error.strerror}",
+                hint="another agent (or another program) holds it"
+                if error.errno == errno.EADDRINUSE
+                else "check charon.ha_local in the configuration; both addresses must be local",
+            ) from None
+        loop = asyncio.get_running_loop()
+        await loop.create_datagram_endpoint(lambda: self, sock=sock)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.DatagramTransport)
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str | object, int]) -> None:
+        self._receive(data)
+
+    def error_received(self, exc: Exception) -> None:
+        # ECONNREFUSED: charon is not (yet) there. The record learns of it through VICI.
+        log.debug("HA socket: %s", exc)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    async def send(self, messages: Iterable[bytes]) -> None:
+        """Hand messages to charon in order, never faster than it reads. Errors: CharonError."""
+        async with self._lock:
+            for count, message in enumerate(messages):
+                if self._transport is None:
+                    raise CharonError("the HA socket is closed")
+                if count % _BATCH == 0:
+                    await self._drain()
+                self._transport.sendto(message)
+            await self._drain()
+
+    async def _drain(self) -> None:
+        for _ in range(500):
+            waiting = self._queue()
+            if waiting is None:
+                raise CharonError(
+                    f"charon does not listen on its HA address {self._remote}:{self._port}",
+                    hint="is charon running, with plugins.ha { local = "
+                    f"{self._remote}  remote = {self._local}  monitor = no }} in strongswan.conf?",
+                )
+            if waiting < _QUEUE_LIMIT:
+                return
+            await asyncio.sleep(0.002)
+        raise CharonError("charon has not read its HA socket for a second", hint="see charon's log")
+
+    def _queue(self) -> int | None:
+        """Octets in charon's receive queue, None where no socket is bound."""
+        address = ipaddress.ip_address(self._remote)
+        raw = address.packed
+        words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]
+        key = f"{''.join(words)}:{self._port:04X}"
+        table = Path("/proc/self/net/udp6" if address.version == 6 else "/proc/self/net/udp")
+        for line in table.read_text().splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 4 and fields[1] == key:
+                return int(fields[4].split(":")[1], 16)
+        return None
+
+    def listening(self) -> bool:
+        """Whether charon's end of the link exists."""
+        return self._queue() is not None

@@ -1,0 +1,321 @@
+"""`CharonSource`: pSG's side. Export an SA, let go of it without losing a packet, or take it back.
+
+Letting go is done below charon, because charon can freeze only whole segments: nftables keeps its IKE messages
+for this one SA from the wire, and the kernel loses the outbound policies. Inbound SAs stay: late
+packets are decrypted until the SA is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from ipaddress import ip_address
+
+from ikectx.context import (
+    Address,
+    ChildContext,
+    FinalChild,
+    FinalState,
+    IkeContext,
+    Lifetime,
+    PolicyContext,
+)
+from ikectx.errors import BusyError, CharonError, KernelError, UnknownSaError
+from ikectx.keys import esp_keys
+from ikectx.numbers import Status
+from ikectx.ports import SaName
+
+from .charon import ChildView, SaView, ike_lifetime, peer_context, prefixes, relocate
+from .host import CharonHost
+from .xfrm import KernelPolicy, KernelSa
+
+log = logging.getLogger(__name__)
+
+_FROZEN = "frozen"
+_LIVING = ("INSTALLED",)
+_LEAVING = ("REKEYED", "DELETING", "DELETED")
+IDLE_TIMEOUT = 3.0
+"""Seconds to wait for charon to finish an exchange that is under way when it is frozen."""
+
+
+class CharonSource:
+    """A `ContextSource` on a running charon."""
+
+    def __init__(self, host: CharonHost) -> None:
+        self._host = host
+
+    async def export(self, sa: SaName) -> IkeContext:
+        """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
+        host = self._host
+        view = await host.view(sa)
+        await host.settle()
+        if view is None:
+            raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
+        _refuse_busy(view)
+        context = relocate(host.record.context(sa), local=view.local, remote=view.remote)
+        context = replace(context, lifetime=ike_lifetime(view))
+        living = {child.spi_in: child for child in view.children if child.state in _LIVING}
+        children = []
+        for child in context.children:
+            seen = living.get(child.spi_in)
+            if seen is not None:
+                children.append(self._measured(context, child, seen))
+        context = replace(context, children=tuple(children))
+        conn = (await host.connections()).get(context.connection)
+        peer = peer_context(context.connection, conn) if conn is not None else None
+        return replace(context, policies=self._policies(context), peer=peer)
+
+    def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
+        """The child with what only the kernel knows: counters, windows, limits."""
+        kernel = self._host.kernel
+        lifetime = Lifetime(rekey=view.rekey, hard=view.life)
+        if kernel is None:
+            return replace(child, lifetime=lifetime)
+        inbound, outbound = self._host.kernel_pair(context, child)
+        if inbound is None or outbound is None:
+            raise BusyError(f"the kernel does not hold both ESP SAs of CHILD_SA {child.name} now")
+        self._compare_keys(context, child, inbound, outbound)
+        state_in, used_in = kernel.get_replay(inbound)
+        state_out, _ = kernel.get_replay(outbound)
+        limits = inbound.limits
+        return replace(
+            child,
+            inbound=replace(state_in, esn=child.esn),
+            outbound=replace(state_out, esn=child.esn),
+            lifetime=replace(
+                lifetime,
+                bytes_limit=limits.hard_bytes,
+                packets_limit=limits.hard_packets,
+                bytes_used=used_in.bytes,
+                packets_used=used_in.packets,
+            ),
+        )
+
+    @staticmethod
+    def _compare_keys(context: IkeContext, child: ChildContext, inbound: KernelSa, outbound: KernelSa) -> None:
+        derived = esp_keys(context.generations[child.generation], child)
+        for sa, (encr, integ), way in ((inbound, derived[0], "inbound"), (outbound, derived[1], "outbound")):
+            if sa.encr_key != encr or sa.auth_key != integ:
+                raise CharonError(
+                    f"the {way} keys of CHILD_SA {child.name} in the kernel are not those that follow from the IKE_SA",
+                    hint="the SA uses something the ha plugin does not tell (a PPK, for example) and "
+                    "cannot be moved; rekey it without, or let the MN connect anew",
+                    status=Status.NOT_COVERED,
+                )
+
+    def _policies(self, context: IkeContext) -> tuple[PolicyContext, ...]:
+        """The SPD entries of the children, by their requests' ids."""
+        kernel = self._host.kernel
+        if kernel is None or not context.children:
+            return ()
+        reqids: dict[int, int] = {}
+        for index, child in enumerate(context.children):
+            inbound, _ = self._host.kernel_pair(context, child)
+            if inbound is not None:
+                reqids[inbound.reqid] = index
+        found = []
+        for policy in kernel.dump_policies():
+            child_index = next((reqids[t.reqid] for t in policy.templates if t.reqid in reqids), None)
+            if child_index is not None and policy.direction in ("in", "out", "fwd"):
+                child = context.children[child_index]
+                inward = policy.direction != "out"
+                source, destination = (child.remote_ts, child.local_ts) if inward else (child.local_ts, child.remote_ts)
+                mine, theirs = (policy.destination, policy.source) if inward else (policy.source, policy.destination)
+                del source, destination
+                found.append(
+                    PolicyContext(
+                        child_index,
+                        policy.direction,
+                        _index(child.local_ts, mine),
+                        _index(child.remote_ts, theirs),
+                        policy.priority,
+                    )
+                )
+        return tuple(sorted(found, key=lambda p: (p.child, p.direction, p.local_ts, p.remote_ts)))
+
+    async def freeze(self, context: IkeContext, to: str = "") -> FinalState:
+        """See `ContextSource.freeze`. `to` names the peer whose inner addresses take packets for the MN."""
+        host = self._host
+        spis = context.spis
+        kernel = host.kernel
+        mute = host.mute
+        await asyncio.to_thread(mute.mute_in, spis)
+        try:
+            await self._idle(context)
+            await asyncio.to_thread(mute.mute_out, spis)
+            view = await self._same(context)
+            _, dropped = await asyncio.to_thread(mute.counters, spis)
+            if view.tasks or dropped:
+                raise BusyError("charon began an exchange while it was being frozen")
+            await host.settle()
+            known = host.record.context(spis)
+            self._stop_outbound(context, to)
+            final = []
+            for child in context.children:
+                inbound, outbound = child.inbound, child.outbound
+                if kernel is not None:
+                    sa_in, sa_out = host.kernel_pair(context, child)
+                    if sa_in is None or sa_out is None:
+                        raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
+                    inbound = replace(kernel.get_replay(sa_in)[0], esn=child.esn)
+                    outbound = replace(kernel.get_replay(sa_out)[0], esn=child.esn)
+                final.append(FinalChild(child.spi_in, inbound, outbound))
+        except BaseException:
+            await self.thaw(context, 0)
+            raise
+        return FinalState(
+            spi_i=spis[0],
+            spi_r=spis[1],
+            mid_initiator=known.mid_initiator,
+            mid_responder=known.mid_responder,
+            epoch=context.epoch + 1,
+            children=tuple(final),
+        )
+
+    async def _idle(self, context: IkeContext) -> SaView:
+        """Wait until charon has no exchange in flight. New requests of the MN do not reach it any more."""
+        end = time.monotonic() + IDLE_TIMEOUT
+        while True:
+            view = await self._same(context)
+            if not view.tasks:
+                return view
+            if time.monotonic() > end:
+                raise BusyError(f"an exchange is in flight: {', '.join(view.tasks)}")
+            await asyncio.sleep(0.05)
+
+    async def _same(self, context: IkeContext) -> SaView:
+        """The SA's view, if it is still what was exported. Errors: BusyError."""
+        view = await self._host.view(context.spis)
+        if view is None:
+            raise BusyError("the IKE_SA was rekeyed or deleted meanwhile")
+        if view.state != "ESTABLISHED":
+            raise BusyError(f"the IKE_SA is {view.state} now")
+        if (view.local, view.remote) != (context.local, context.remote):
+            raise BusyError("the MN moved meanwhile")
+        living = {(child.spi_in, child.spi_out) for child in view.children if child.state in _LIVING}
+        if living != {(child.spi_in, child.spi_out) for child in context.children}:
+            raise BusyError("a CHILD_SA was rekeyed, made or deleted meanwhile")
+        return view
+
+    def _stop_outbound(self, context: IkeContext, to: str) -> None:
+        """No ESP leaves any more: packets for the MN go to nSG where its inner address is known, else nowhere."""
+        host = self._host
+        if host.kernel is None:
+            return
+        via = tuple(host.config.forward_via.get(to, ()))
+        wanted = prefixes(ts for child in context.children for ts in child.remote_ts)
+        outbound = self._outbound_policies(context)
+        host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
+        if via:
+            host.detour.add(wanted, via)
+            for policy in outbound:
+                host.kernel.delete_policy(policy)
+        else:
+            for policy in outbound:
+                host.kernel.replace_policy(policy.blocking())
+
+    def _outbound_policies(self, context: IkeContext) -> list[KernelPolicy]:
+        assert self._host.kernel is not None
+        reqids = set()
+        for child in context.children:
+            _, outbound = self._host.kernel_pair(context, child)
+            if outbound is not None:
+                reqids.add(outbound.reqid)
+        return [
+            policy
+            for policy in self._host.kernel.dump_policies()
+            if policy.direction == "out"
+            and any(t.reqid in reqids and t.destination == context.remote.address for t in policy.templates)
+        ]
+
+    async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
+        """See `ContextSource.thaw`. Where charon lost the SA meanwhile, only the leftovers are cleared."""
+        host = self._host
+        key = _key(context.spis)
+        view = await host.view(context.spis)
+        saved = host.store.get(_FROZEN, key)
+        if view is not None and host.kernel is not None:
+            if oseq_jump:
+                for child in context.children:
+                    _, outbound = host.kernel_pair(context, child)
+                    if outbound is not None:
+                        state, _ = host.kernel.get_replay(outbound)
+                        host.kernel.set_replay(outbound, replace(state, seq=state.seq + oseq_jump))
+            for raw in _unframed(saved or b""):
+                host.kernel.replace_policy(KernelPolicy.parse(raw))
+        host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
+        await asyncio.to_thread(host.mute.unmute, context.spis)
+        host.store.delete(_FROZEN, key)
+
+    async def release(self, context: IkeContext) -> None:
+        """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
+        host = self._host
+        view = await host.view(context.spis)
+        if view is not None:
+            reqids = {child.spi_in: child.reqid for child in view.children}
+            snapshot = None
+            if host.kernel is not None:
+                pairs = [host.kernel_pair(context, child)[0] for child in context.children]
+                snapshot = host.kernel.snapshot_inbound([sa for sa in pairs if sa is not None])
+            await host.delete(context)
+            if host.kernel is not None and snapshot is not None:
+                try:
+                    host.kernel.restore_inbound(snapshot, host.config.late)
+                except KernelError as error:
+                    log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
+            await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
+        await asyncio.to_thread(host.mute.unmute, context.spis)
+        host.store.delete(_FROZEN, _key(context.spis))
+        host.spawn(self._end_detour(context))
+
+    async def _end_detour(self, context: IkeContext) -> None:
+        await asyncio.sleep(max(host_late(self._host), 1))
+        if self._host.moved_here(context.spis):
+            return
+        self._host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
+
+
+def host_late(host: CharonHost) -> float:
+    """How long packets that still arrive for a moved MN are sent on: six times the late time."""
+    return 6.0 * host.config.late
+
+
+def _key(spis: SaName) -> str:
+    return (spis[0] + spis[1]).hex()
+
+
+def _framed(raw: bytes) -> bytes:
+    return len(raw).to_bytes(4) + raw
+
+
+def _unframed(data: bytes) -> list[bytes]:
+    out = []
+    while data:
+        size = int.from_bytes(data[:4])
+        out.append(data[4 : 4 + size])
+        data = data[4 + size :]
+    return out
+
+
+def _index(selectors: tuple[object, ...], network: object) -> int:
+    """Which selector a policy's network belongs to; 0 where it is none exactly (a range split in two)."""
+    for index, selector in enumerate(selectors):
+        start = getattr(selector, "start", None)
+        if start is not None and str(network).split("/", 1)[0] == str(start):
+            return index
+    return 0
+
+
+def _refuse_busy(view: SaView) -> None:
+    if view.state != "ESTABLISHED":
+        raise BusyError(f"the IKE_SA {view.name} is {view.state}, not ESTABLISHED")
+    if view.tasks:
+        raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {', '.join(view.tasks)}")
+    for child in view.children:
+        if child.state not in (*_LIVING, *_LEAVING):
+            raise BusyError(f"the CHILD_SA {child.name} is {child.state}")
+
+
+_ = (Address, ip_address)
