@@ -1,0 +1,525 @@
+"""The VICI protocol as a client: charon's socket, and this project's own control socket.
+
+`CharonVici` and `ControlClient` stand on the official `vici` package, whose transport lets
+socket, struct and Unicode errors through and waits for ever once a packet has begun; both
+are put right here. The server side is in `control`, which needs asyncio: the command line
+starts faster without.
+
+Messages are `vici_codec.Message` trees of text in both directions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from vici import Session
+from vici.exception import CommandException, DeserializationException, EventUnknownException, SessionException
+from vici.protocol import Message as PackageMessage
+from vici.protocol import Packet as PackagePacket
+from vici.protocol import Transport
+
+from ikectx.errors import CharonError, ConfigError, IkectxError, LinkError, WireError
+from ikectx.numbers import Status
+
+from .vici_codec import Message, json_of, with_json
+
+__all__ = ["EVENTS", "CharonVici", "ControlClient", "Message", "RemoteError", "json_of", "with_json"]
+
+log = logging.getLogger(__name__)
+
+EVENTS = ("ike-updown", "child-updown", "ike-rekey", "child-rekey", "ike-update")
+"""What `CharonVici.listen` registers for by default; an older charon may lack some."""
+
+_GARBAGE = (DeserializationException, struct.error, UnicodeError, KeyError, IndexError, TypeError, ValueError)
+
+
+class _TimedSocket:
+    """A connected socket whose every reading ends by a deadline.
+
+    The package's transport clears the socket's timeout once the first octet is there; this
+    stands between and keeps it.
+    """
+
+    def __init__(self, sock: socket.socket, seconds: float | None) -> None:
+        self._sock = sock
+        self._seconds = seconds
+        self._deadline: float | None = None
+
+    def arm(self) -> None:
+        """Start the clock for one request and its answer."""
+        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
+
+    def endless(self) -> None:
+        """From now on reading may take for ever: for events. `shutdown` ends it."""
+        self._seconds = None
+        self._deadline = None
+
+    def _left(self) -> float | None:
+        if self._deadline is None:
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(self._left())
+        self._sock.sendall(data)
+
+    def recv(self, count: int) -> bytes:
+        self._sock.settimeout(self._left())
+        return self._sock.recv(min(count, 65536))
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Left out on purpose: the deadline rules."""
+
+    def gettimeout(self) -> float | None:
+        return None
+
+    def stale(self) -> bool:
+        """Whether the other side has closed, or sent something nobody asked for."""
+        self._sock.settimeout(0)
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(how)
+
+    def close(self) -> None:
+        self.shutdown()
+        self._sock.close()
+
+
+def _connect(path: str, seconds: float | None) -> _TimedSocket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    timed = _TimedSocket(sock, seconds)
+    timed.arm()
+    return timed
+
+
+def _path_of(uri: str) -> str:
+    """The path in `unix:///run/charon.vici`, or `uri` itself when it is a path."""
+    if uri.startswith("unix://"):
+        return uri.removeprefix("unix://")
+    if "://" in uri or not uri:
+        raise ConfigError(f"{uri!r} is not a unix socket", hint="write unix:///run/charon.vici")
+    return uri
+
+
+def as_text(value: Any) -> Any:
+    """What the package hands out, with octets as text; octets that are not UTF-8 as \\xNN."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {str(name): as_text(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    return value
+
+
+class CharonVici:
+    """charon's VICI socket for an agent. Thread-safe and synchronous: call it by `asyncio.to_thread`.
+
+    One connection serves all requests, one at a time; it is made at the first request and made
+    anew after charon restarted. `timeout`: seconds a request may take. All methods raise
+    CharonError when charon is away, silent, or refuses, and WireError when it talks nonsense.
+    """
+
+    def __init__(self, uri: str = "unix:///run/charon.vici", *, timeout: float = 10.0) -> None:
+        self._path = _path_of(uri)
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._sock: _TimedSocket | None = None
+        self._session: Session | None = None
+        self._listeners: list[_Listener] = []
+
+    def version(self) -> Message:
+        """`daemon`, `version`, `sysname`, `release`, `machine`."""
+        return self.request("version")
+
+    def stats(self) -> Message:
+        """`uptime`, `plugins` (a list), `ikesas`, queues and workers."""
+        return self.request("stats")
+
+    def algorithms(self) -> dict[str, dict[str, str]]:
+        """Kinds (`encryption`, `aead`, `prf`, ...) to {algorithm: plugin}."""
+        return self.request("get-algorithms")
+
+    def list_sas(
+        self, ike: str | None = None, ike_id: int | None = None, *, noblock: bool = False
+    ) -> list[Message]:
+        """IKE_SAs as charon's `list-sa` gives them, each with its connection under `name`.
+
+        `noblock` leaves out the SAs that charon is working on instead of waiting for them.
+        """
+        query = {"ike": ike, "ike-id": ike_id, "noblock": "yes" if noblock else None}
+        return self._named(self.stream("list-sas", "list-sa", query))
+
+    def list_conns(self, ike: str | None = None) -> list[Message]:
+        """Loaded connections as charon's `list-conn` gives them, each with its `name`."""
+        return self._named(self.stream("list-conns", "list-conn", {"ike": ike}))
+
+    def get_pools(self, leases: bool = False) -> dict[str, Message]:
+        """Virtual IP pools by name, with their leases if asked."""
+        return self.request("get-pools", {"leases": "yes" if leases else None})
+
+    def rekey(self, *, ike_id: int | None = None, child_id: int | None = None, reauth: bool = False) -> int:
+        """Start rekeying one IKE_SA or CHILD_SA by its unique ID. Returns how many matched."""
+        answer = self.request(
+            "rekey", {"ike-id": ike_id, "child-id": child_id, "reauth": "yes" if reauth else None}
+        )
+        return _count(answer, "matches")
+
+    def terminate(
+        self,
+        *,
+        ike_id: int | None = None,
+        child_id: int | None = None,
+        force: bool = False,
+        timeout_ms: int = 5000,
+    ) -> int:
+        """Delete one IKE_SA or CHILD_SA, telling the peer. Returns how many were deleted.
+
+        `force` gives up waiting for the peer at `timeout_ms`; -1 does not wait at all.
+        """
+        query = {
+            "ike-id": ike_id,
+            "child-id": child_id,
+            "force": "yes" if force else None,
+            "timeout": timeout_ms,
+            "loglevel": "-1",
+        }
+        return _count(self.request("terminate", query), "terminated")
+
+    def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
+        """Any command that is answered by one message. None values are left out."""
+        with self._lock, self._mapped(command):
+            answer: Message = as_text(self._ready().request(command, _clean(message)))
+            return answer
+
+    def stream(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Message]:
+        """Any command whose answer is a series of events."""
+        with self._lock, self._mapped(command):
+            session = self._ready()
+            return [as_text(item) for item in session.streamed_request(command, event, _clean(message))]
+
+    def listen(
+        self,
+        callback: Callable[[str, Message], None],
+        events: Collection[str] = EVENTS,
+        *,
+        on_state: Callable[[bool], None] | None = None,
+    ) -> None:
+        """Call `callback(event, message)` from a thread of its own for every event, until `close`.
+
+        Keeps trying while charon is away; `on_state` hears True when listening has begun (what
+        happened before it was missed) and False when the connection is lost. Both must be quick and
+        thread-safe (`loop.call_soon_threadsafe`). Events this charon does not know are left out.
+        """
+        listener = _Listener(self._path, self._timeout, callback, tuple(events), on_state)
+        self._listeners.append(listener)
+        listener.start()
+
+    def close(self) -> None:
+        """Ends the connection and the listening threads."""
+        for listener in self._listeners:
+            listener.stop()
+        self._listeners.clear()
+        with self._lock:
+            self._drop()
+
+    def _ready(self) -> Session:
+        if self._sock is not None and self._sock.stale():
+            self._drop()
+        if self._sock is None or self._session is None:
+            self._sock = _connect(self._path, self._timeout)
+            self._session = Session(self._sock)
+        self._sock.arm()
+        return self._session
+
+    def _drop(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = self._session = None
+
+    @contextlib.contextmanager
+    def _mapped(self, command: str) -> Iterator[None]:
+        """The package's errors become ours; after all but a plain refusal the connection is dropped."""
+        try:
+            yield
+        except CommandException as error:
+            raise CharonError(
+                f"charon refused {command}: {str(error).removeprefix('Command failed: ')}"
+            ) from None
+        except EventUnknownException as error:
+            raise CharonError(f"charon refused {command}: {error}") from None
+        except SessionException:
+            self._drop()
+            raise CharonError(f"charon does not know the command {command}") from None
+        except OSError as error:
+            self._drop()
+            raise _away(self._path, error) from None
+        except _GARBAGE as error:
+            self._drop()
+            raise WireError(f"charon's answer to {command} does not parse: {error}") from None
+
+    @staticmethod
+    def _named(items: list[Message]) -> list[Message]:
+        return [
+            {**section, "name": name}
+            for item in items
+            for name, section in item.items()
+            if isinstance(section, dict)
+        ]
+
+
+class _Listener(threading.Thread):
+    """One thread, one session, events only; connects again with a growing pause."""
+
+    PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+    def __init__(
+        self,
+        path: str,
+        timeout: float,
+        callback: Callable[[str, Message], None],
+        events: tuple[str, ...],
+        on_state: Callable[[bool], None] | None,
+    ) -> None:
+        super().__init__(name="vici-events", daemon=True)
+        self._path = path
+        self._timeout = timeout
+        self._callback = callback
+        self._events = events
+        self._on_state = on_state
+        self._stopping = threading.Event()
+        self._sock: _TimedSocket | None = None
+
+    def stop(self) -> None:
+        self._stopping.set()
+        sock = self._sock
+        if sock is not None:
+            sock.shutdown()
+        if self is not threading.current_thread():
+            self.join(2)
+
+    def run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            heard = False
+            try:
+                heard = self._listen()
+            except (OSError, SessionException, *_GARBAGE) as error:
+                log.debug("charon's events: %s", error)
+            failures = 0 if heard else failures + 1
+            self._stopping.wait(self.PAUSES[min(failures, len(self.PAUSES) - 1)])
+
+    def _listen(self) -> bool:
+        """Until the connection ends; whether it had come up."""
+        self._sock = sock = _connect(self._path, self._timeout)
+        try:
+            known = self._known(sock)
+            if not known or self._stopping.is_set():
+                return False
+            return self._hear(sock, known)
+        finally:
+            sock.close()
+
+    def _known(self, sock: _TimedSocket) -> list[str]:
+        """Which of the events this charon has: registering an unknown one ends the package's listen."""
+        transport = Transport(sock)
+        known = []
+        for event in self._events:
+            transport.send(PackagePacket.register_event(event))
+            while (answer := PackagePacket.parse(transport.receive())).response_type == PackagePacket.EVENT:
+                pass
+            if answer.response_type == PackagePacket.EVENT_CONFIRM:
+                known.append(event)
+            else:
+                log.info("this charon has no event %s", event)
+        return known
+
+    def _hear(self, sock: _TimedSocket, known: list[str]) -> bool:
+        transport = Transport(sock)
+        sock.endless()
+        self._tell(True)
+        try:
+            while not self._stopping.is_set():
+                packet = PackagePacket.parse(transport.receive())
+                if packet.response_type == PackagePacket.EVENT:
+                    name, body = packet.event_type.decode(), PackageMessage.deserialize(packet.payload)
+                    self._deliver(name, as_text(body))
+        except (OSError, *_GARBAGE) as error:
+            if not self._stopping.is_set():
+                log.info("charon's events stopped: %s", error)
+        finally:
+            self._tell(False)
+        return True
+
+    def _deliver(self, name: str, message: Message) -> None:
+        """A callback's failure must not end the listening."""
+        try:
+            self._callback(name, message)
+        except Exception:
+            log.exception("the event %s could not be handled", name)
+
+    def _tell(self, up: bool) -> None:
+        if self._on_state is not None:
+            try:
+                self._on_state(up)
+            except Exception:
+                log.exception("charon's coming and going could not be handled")
+
+
+class RemoteError(IkectxError):
+    """An error that the agent met and sent over the control socket, with its exit code and status."""
+
+    def __init__(self, message: str, *, hint: str, exit_code: int, status: Status) -> None:
+        super().__init__(message, hint=hint, status=status)
+        self.exit_code = exit_code
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> RemoteError:
+        """From an answer whose `success` is not "yes"."""
+        code, status = _count(answer, "exit"), _count(answer, "status")
+        return cls(
+            str(answer.get("errmsg") or "the agent gave no reason"),
+            hint=str(answer.get("hint", "")),
+            exit_code=code if 0 < code < 126 else 1,
+            status=Status(status or Status.FAILED),
+        )
+
+
+class ControlClient:
+    """The agent's control socket, for the command line and other short-lived callers.
+
+    `timeout`: seconds for each `request`, and between two items of a `stream` (None: no limit).
+    Errors: LinkError when the agent is away or silent, RemoteError for what it met itself,
+    WireError for nonsense.
+    """
+
+    def __init__(self, path: str, *, timeout: float | None = 30.0) -> None:
+        self._path = _path_of(path)
+        self._timeout = timeout
+        self._sock: _TimedSocket | None = None
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
+        """One command, one answer."""
+        with self._mapped(command):
+            transport = self._ready()
+            transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
+            return self._answer(command, PackagePacket.parse(transport.receive()))
+
+    def stream(
+        self,
+        command: str,
+        event: str,
+        message: Mapping[str, Any] | None = None,
+        on_item: Callable[[Message], None] | None = None,
+    ) -> Message:
+        """One command; `on_item` gets each event as it comes. Returns the answer at the end."""
+        with self._mapped(command):
+            transport = self._ready()
+            transport.send(PackagePacket.register_event(event))
+            confirm = PackagePacket.parse(transport.receive())
+            if confirm.response_type != PackagePacket.EVENT_CONFIRM:
+                raise LinkError(f"the agent has no event {event}", hint="is it of the same version?")
+            transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
+            while True:
+                self._ready()
+                packet = PackagePacket.parse(transport.receive())
+                if packet.response_type != PackagePacket.EVENT:
+                    return self._answer(command, packet)
+                item = as_text(PackageMessage.deserialize(packet.payload))
+                if on_item is not None and packet.event_type == event.encode():
+                    on_item(item)
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def _ready(self) -> Transport:
+        if self._sock is None:
+            self._sock = _connect(self._path, self._timeout)
+        self._sock.arm()
+        return Transport(self._sock)
+
+    def _answer(self, command: str, packet: Any) -> Message:
+        if packet.response_type != PackagePacket.CMD_RESPONSE:
+            raise LinkError(f"the agent has no command {command}", hint="is it of the same version?")
+        answer: Message = as_text(PackageMessage.deserialize(packet.payload))
+        if answer.get("success", "yes") != "yes":
+            raise RemoteError.of(answer)
+        return answer
+
+    @contextlib.contextmanager
+    def _mapped(self, command: str) -> Iterator[None]:
+        try:
+            yield
+        except IkectxError:
+            raise
+        except OSError as error:
+            self.close()
+            raise _no_agent(self._path, command, error) from None
+        except _GARBAGE as error:
+            self.close()
+            raise WireError(f"the agent's answer to {command} does not parse: {error}") from None
+
+
+def _clean(message: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Without the None values; the package would send them as the text "None"."""
+    return {name: value for name, value in (message or {}).items() if value is not None}
+
+
+def _count(answer: Mapping[str, Any], key: str) -> int:
+    try:
+        return int(answer.get(key, 0))
+    except (TypeError, ValueError):
+        return 0
+
+
+def _away(path: str, error: OSError) -> CharonError:
+    if isinstance(error, TimeoutError):
+        return CharonError(f"charon did not answer in time on {path}")
+    return CharonError(
+        f"charon's VICI socket {path} cannot be used: {error.strerror or error}",
+        hint="start strongSwan, and compare [charon] vici with charon.plugins.vici.socket in strongswan.conf",
+    )
+
+
+def _no_agent(path: str, command: str, error: OSError) -> LinkError:
+    if isinstance(error, TimeoutError):
+        return LinkError(f"the agent did not answer {command} in time")
+    if isinstance(error, PermissionError):
+        return LinkError(f"no permission for the control socket {path}", hint="run it as root")
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return LinkError(
+            f"no agent listens on {path}", hint="start it: systemctl start ikectx, or ikectx serve"
+        )
+    return LinkError(f"the control socket {path} failed: {error.strerror or error}")
