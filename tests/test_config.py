@@ -1,0 +1,234 @@
+"""The configuration file: what is read, and that every mistake names file, line and key."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ikectx.context import Endpoint
+from ikectx.errors import ConfigError
+from ikectx_cli.config import Config, config_path, load, parse
+
+PATH = Path("/etc/ikectx/ikectx.toml")
+
+MINIMAL = """\
+name = "psg"
+
+[gateway]
+addresses = ["192.0.2.1", "2001:db8::1"]
+
+[transfer]
+listen = ["192.0.2.1:5091"]
+certificate = "psg.pem"
+key = "psg.key"
+ca = "/etc/ssl/ca.pem"
+"""
+
+FULL = (
+    MINIMAL
+    + """\
+oseq_jump = 2048
+late_seconds = 3
+prepare_timeout = 10
+mn_tries = 4
+mn_timeout = 0.25
+concurrency = 4
+
+[control]
+socket = "/run/other.vici"
+group = "vpn"
+
+[charon]
+vici = "unix:///run/other-charon.vici"
+ha_local = "127.0.0.3"
+ha_remote = "127.0.0.4"
+ha_port = 4511
+segments = 2
+esp = "libipsec"
+
+[connections.home]
+updown = "/usr/lib/ipsec/_updown"
+handover_to = "nsg"
+
+[connections."with.dot"]
+
+[[peer]]
+name = "nsg"
+address = "198.51.100.1:5092"
+rights = ["push", "pull"]
+forward_via = ["10.0.0.3"]
+
+[[peer]]
+name = "third"
+identity = "vpn3.example"
+address = "2001:db8::3"
+"""
+)
+
+
+def test_minimal() -> None:
+    config = parse(MINIMAL, PATH)
+    assert config.name == "psg"
+    assert config.state_dir == Path("/var/lib/ikectx")
+    assert config.control.socket == "/run/ikectx.vici"
+    assert config.charon.kernel_esp and config.charon.segments == 1
+    assert config.gateway.addresses == (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
+    assert config.transfer.listen == (Endpoint.of("192.0.2.1", 5091),)
+    assert config.transfer.certificate == Path("/etc/ikectx/psg.pem")
+    assert config.transfer.ca == Path("/etc/ssl/ca.pem")
+    assert (config.transfer.oseq_jump, config.transfer.late_seconds, config.transfer.mn_timeout) == (
+        1024,
+        5,
+        0.5,
+    )
+    with pytest.raises(ConfigError, match="nsg"):
+        config.peer("nsg")
+
+
+def test_full() -> None:
+    config = parse(FULL, PATH)
+    assert config.control.group == "vpn"
+    assert (config.charon.ha_local, config.charon.ha_port, config.charon.kernel_esp) == (
+        "127.0.0.3",
+        4511,
+        False,
+    )
+    assert config.transfer.concurrency == 4
+    assert config.connections["home"].handover_to == "nsg"
+    assert config.connections["with.dot"].updown is None
+    nsg, third = config.peers
+    assert nsg.may_push and nsg.may_pull and nsg.forward_via == (ip_address("10.0.0.3"),)
+    assert nsg.identity == "nsg" and nsg.address == Endpoint.of("198.51.100.1", 5092)
+    assert third.may_push and not third.may_pull and third.identity == "vpn3.example"
+    assert third.address == Endpoint.of("2001:db8::3", 5091)
+    assert config.peer("third") is third
+
+
+def replaced(old: str, new: str) -> str:
+    assert old in FULL
+    return FULL.replace(old, new, 1)
+
+
+def line_of(text: str, part: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+@pytest.mark.parametrize(
+    "old, new, key, why",
+    [
+        ('name = "psg"', "", "name", "is missing"),
+        ('name = "psg"', "name = 7", "name", "must be a text"),
+        ('name = "psg"', 'name = "p sg"', "name", "letters"),
+        ('["192.0.2.1", "2001:db8::1"]', "[]", "gateway.addresses", "must not be empty"),
+        ('["192.0.2.1", "2001:db8::1"]', '["192.0.2.256"]', "gateway.addresses", "must be an IP address"),
+        ('["192.0.2.1", "2001:db8::1"]', '["::1", "::1"]', "gateway.addresses", "twice"),
+        ('"192.0.2.1:5091"', '"192.0.2.1:99999"', "transfer.listen", "as in"),
+        ('"192.0.2.1:5091"', '"gw.example:5091"', "transfer.listen", "as in"),
+        ('key = "psg.key"', "", "transfer.key", "is missing"),
+        ('key = "psg.key"', "key = true", "transfer.key", "must be a text"),
+        ("oseq_jump = 2048", "oseq_jump = 0", "transfer.oseq_jump", "from 1 to"),
+        ("oseq_jump = 2048", "oseq_jump = true", "transfer.oseq_jump", "whole number"),
+        ("mn_timeout = 0.25", 'mn_timeout = "1"', "transfer.mn_timeout", "number of seconds"),
+        ("mn_timeout = 0.25", "mn_timeout = nan", "transfer.mn_timeout", "number of seconds"),
+        ("late_seconds = 3", "late_second = 3", "transfer.late_second", "is not known"),
+        ('"/run/other.vici"', '"other.vici"', "control.socket", "absolute"),
+        ('"unix:///run/other-charon.vici"', '"tcp://1.2.3.4"', "charon.vici", "unix socket"),
+        ('ha_local = "127.0.0.3"', 'ha_local = "127.0.0.4"', "charon.ha_local", "differ"),
+        ('esp = "libipsec"', 'esp = "user"', "charon.esp", "'kernel' or 'libipsec'"),
+        ("segments = 2", "segments = 17", "charon.segments", "from 1 to 16"),
+        ('handover_to = "nsg"', 'handover_to = "nsh"', "connections.home.handover_to", "not a"),
+        (
+            '[connections."with.dot"]',
+            '[connections."with.dot"]\nup = 1',
+            'connections."with.dot".up',
+            "not known",
+        ),
+        ('name = "nsg"', 'name = "psg"', "peer.name", "itself"),
+        ('name = "third"', 'name = "nsg"', "peer.name", "twice"),
+        ('rights = ["push", "pull"]', 'rights = ["shove"]', "peer.rights", "'push' or 'pull'"),
+        ('address = "2001:db8::3"', "", "peer.address", "is missing"),
+        ('address = "2001:db8::3"', "address = [1]", "peer.address", "text"),
+    ],
+)
+def test_mistakes_name_file_line_and_key(old: str, new: str, key: str, why: str) -> None:
+    text = replaced(old, new)
+    with pytest.raises(ConfigError) as caught:
+        parse(text, PATH)
+    message = str(caught.value)
+    place, _, rest = message.partition(": ")
+    assert place.startswith(f"{PATH}:")
+    assert rest.startswith(f"{key} ") and why in rest
+    number = int(place.rsplit(":", 1)[1])
+    leaf = key.rsplit(".", 1)[-1]
+    if "missing" in why:
+        table = {
+            "name": 1,
+            "key": line_of(text, "[transfer]"),
+            "address": line_of(text, 'name = "third"') - 1,
+        }
+        assert number == table[leaf], message
+    else:
+        assert text.splitlines()[number - 1].strip().startswith(leaf), message
+
+
+def test_hints() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(replaced("late_seconds = 3", "late_second = 3"), PATH)
+    assert caught.value.hint == "did you mean late_seconds?"
+    with pytest.raises(ConfigError) as caught:
+        parse("peers = 1\n" + FULL, PATH)
+    assert caught.value.hint == "did you mean peer?"
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [("name = \n", 1), ('name = "a"\n\n[gateway\n', 3), ("a = 1\na = 2\n", 2), ('x = """\n', 2)],
+)
+def test_not_toml(text: str, line: int) -> None:
+    with pytest.raises(ConfigError, match=f"^{PATH}:{line}: not TOML"):
+        parse(text, PATH)
+
+
+@pytest.mark.parametrize(
+    "section", ["gateway = 1", "peer = 1", "peer = [1]", "connections = []", "control = 'x'"]
+)
+def test_sections_of_the_wrong_kind(section: str) -> None:
+    key = section.partition(" ")[0]
+    table = '[gateway]\naddresses = ["192.0.2.1", "2001:db8::1"]\n'
+    assert table in MINIMAL
+    text = section + "\n" + MINIMAL.replace(table, "" if key == "gateway" else table)
+    with pytest.raises(ConfigError, match=f"^{PATH}:1: {key} must be"):
+        parse(text, PATH)
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="directory"):
+        load(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(tmp_path / "latin.toml")
+    (tmp_path / "ok.toml").write_text(MINIMAL)
+    assert isinstance(load(tmp_path / "ok.toml"), Config)
+    monkeypatch.delenv("IKECTX_CONFIG", raising=False)
+    assert config_path(None) == PATH
+    monkeypatch.setenv("IKECTX_CONFIG", "/x.toml")
+    assert config_path(None) == Path("/x.toml")
+    assert config_path("/y.toml") == Path("/y.toml")
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_file_gives_a_config_or_one_clear_error(data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(FULL) - 1))
+    length = data.draw(st.integers(0, 12))
+    junk = data.draw(st.text(st.sampled_from("[]{}=\"'.#\n 09ax-"), max_size=6))
+    try:
+        parse(FULL[:at] + junk + FULL[at + length :], PATH)
+    except ConfigError as error:
+        assert str(error).startswith(f"{PATH}:")
