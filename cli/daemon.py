@@ -1,0 +1,402 @@
+"""`ikectx serve`: the agent of one gateway, where library, bridge and mobile extension are joined.
+
+One process owns the HA socket, the VICI connection, XFRM and the CXTP endpoint, and offers what it can do on
+the control socket, as VICI commands. Nothing here decides anything about a transfer: that is `ikectx.transfer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from ikectx.aio import Gateway
+from ikectx.context import Endpoint, FinalState, IkeContext
+from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
+from ikectx.links import PeerConfig, TlsConfig
+from ikectx.ports import MoveReport, SaName
+from ikectx.store import SqliteStore, open_store
+from ikectx.transfer import TransferEvent, TransferReport
+from mobike_ext.exchange import AddressUpdate
+from mobike_ext.link import run_address_update
+from vici_bridge.charon import COND_NAT_FAKE, COND_NAT_HERE, COND_NAT_THERE, SaView
+from vici_bridge.control import ControlServer, Response
+from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.sink import CharonSink
+from vici_bridge.source import CharonSource
+from vici_bridge.vici_codec import Message, with_json
+
+from . import __version__
+from .config import Config
+from .render import context_json
+
+log = logging.getLogger("ikectx")
+
+
+def run(config: Config) -> int:
+    """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
+    logging.basicConfig(
+        level=os.environ.get("IKECTX_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        if sys.stderr.isatty()
+        else "%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    os.umask(0o077)
+    asyncio.run(_serve(config))
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    store = open_store(config.state_dir, now=time.time())
+    agent = Agent(config, store)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await agent.start()
+        _notify_ready()
+        await stop.wait()
+        log.info("stopping")
+    finally:
+        await agent.stop()
+        store.close()
+
+
+def _notify_ready() -> None:
+    """systemd's readiness protocol (sd_notify): one datagram, nothing without NOTIFY_SOCKET."""
+    import socket
+
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(b"READY=1")
+
+
+def host_config(config: Config) -> HostConfig:
+    """The bridge's part of the configuration."""
+    return HostConfig(
+        addresses=config.gateway.addresses,
+        ha_local=config.charon.ha_local,
+        ha_remote=config.charon.ha_remote,
+        ha_port=config.charon.ha_port,
+        vici=config.charon.vici,
+        kernel_esp=config.charon.esp == "kernel",
+        updown={name: conn.updown for name, conn in config.connections.items() if conn.updown},
+        forward_via={peer.name: peer.forward_via for peer in config.peers},
+        oseq_jump=config.transfer.oseq_jump,
+        late=config.transfer.late_seconds,
+    )
+
+
+class MnMover:
+    """The INFORMATIONAL exchange with the MN, for `CharonSink`."""
+
+    def __init__(self, tries: int, timeout: float) -> None:
+        self._tries = tries
+        self._timeout = timeout
+
+    async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
+        machine = AddressUpdate(
+            here.current,
+            final.mid_initiator,
+            here.local,
+            here.remote,
+            cookie2=secrets.token_bytes(16),
+            iv=secrets.token_bytes(16),
+        )
+        return await run_address_update(machine, here.local, here.remote)
+
+
+class Agent:
+    """Everything one gateway's agent owns, and its control commands."""
+
+    def __init__(self, config: Config, store: SqliteStore) -> None:
+        self._config = config
+        self._host = CharonHost(host_config(config), store)
+        self._source = CharonSource(self._host)
+        self._sink = CharonSink(self._host, MnMover(config.transfer.mn_tries, config.transfer.mn_timeout))
+        tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
+        peers = [PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights)) for peer in config.peers]
+        self._gateway = Gateway(
+            config.name,
+            self._source,
+            self._sink,
+            store,
+            peers,
+            tls,
+            oseq_jump=config.transfer.oseq_jump,
+            observer=self._observe,
+        )
+        self._control = ControlServer(
+            str(config.control.socket),
+            {
+                "version": self.version,
+                "status": self.status,
+                "list-contexts": self.list_contexts,
+                "show-context": self.show_context,
+                "transfer": self.transfer,
+                "history": self.history,
+                "resync": self.resync,
+                "cancel": self.cancel,
+                "reclaim": self.reclaim,
+                "updown": self.updown,
+            },
+            streamed={
+                "list-contexts": "list-context",
+                "transfer": "transfer-progress",
+                "history": "history-entry",
+            },
+            events={"transfer-state"},
+            group=config.control.group or None,
+        )
+        self._handing_over: set[SaName] = set()
+        self._started = time.time()
+
+    async def start(self) -> None:
+        """HA address first, then the control socket, then peers: charon may come at any time."""
+        await self._host.open()
+        await self._gateway.start([(item.host, item.port) for item in self._config.transfer.listen])
+        await self._control.start()
+        log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
+
+    async def stop(self) -> None:
+        await self._control.close()
+        await self._gateway.stop()
+        await self._host.close()
+
+    def _observe(self, event: TransferEvent) -> None:
+        log.info(
+            "%s %s: %s with %s%s",
+            event.role,
+            event.transfer_id,
+            event.state,
+            event.peer,
+            f" ({event.detail})" if event.detail else "",
+        )
+        self._control.emit("transfer-state", _event_json(event))
+
+    # Control commands. Each item and answer holds its whole under `json`.
+
+    async def version(self, request: Message) -> Message:
+        answer = {
+            "daemon": "ikectx",
+            "version": __version__,
+            "name": self._config.name,
+            "charon": self._host.charon_version,
+        }
+        return with_json(answer, **answer)
+
+    async def status(self, request: Message) -> Message:
+        answer: dict[str, object] = {
+            "name": self._config.name,
+            "version": __version__,
+            "uptime": int(time.time() - self._started),
+            "charon": {
+                "reachable": self._host.charon_up,
+                "version": self._host.charon_version,
+                "ha": self._host.listening(),
+            },
+            "sas": len(self._host.record.names()),
+            "esp": self._config.charon.esp,
+            **{key: value for key, value in self._gateway.status().items() if key != "name"},
+        }
+        return with_json(answer, name=self._config.name)
+
+    async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
+        known = set(self._host.record.names())
+        for view in await self._host.views():
+            yield with_json(_view_json(view, view.spis in known), name=view.name)
+
+    async def show_context(self, request: Message) -> Message:
+        names = await self._select(request)
+        if len(names) != 1:
+            raise UnknownSaError(f"{len(names)} IKE_SAs match, one is to be shown")
+        context = await self._source.export(names[0])
+        return with_json(context_json(context, secrets=request.get("secrets") == "yes"))
+
+    async def transfer(self, request: Message) -> AsyncIterator[Message]:
+        to = request.get("to", "")
+        if not to:
+            raise UsageError("transfer needs the name of the gateway it goes to (`to`)")
+        address = request.get("address", "update")
+        if address not in ("update", "keep"):
+            raise UsageError(f"address is update or keep, not {address!r}")
+        names = await self._select(request)
+        queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
+        work = asyncio.create_task(
+            self._gateway.transfer_all(
+                names,
+                to,
+                address=address,
+                dry_run=request.get("dry-run") == "yes",
+                parallel=self._config.transfer.concurrency,
+                progress=queue.put_nowait,
+            )
+        )
+        async for event in _until_done(work, queue):
+            yield _event_json(event)
+        reports = await work
+        yield Response(
+            with_json(
+                {"reports": [report.to_json() for report in reports]},
+                moved=sum(report.result == "moved" for report in reports),
+                total=len(reports),
+            )
+        )
+
+    async def history(self, request: Message) -> AsyncIterator[Message]:
+        for entry in self._gateway.history(_number(request, "limit", 100)):
+            yield with_json(entry)
+
+    async def resync(self, request: Message) -> Message:
+        await self._host.resync()
+        return {}
+
+    async def cancel(self, request: Message) -> Message:
+        if not self._gateway.cancel(request.get("transfer", "")):
+            raise StateError(
+                "that transfer cannot be cancelled any more",
+                hint="`ikectx status` shows what is open; after the letting go only the other gateway decides",
+            )
+        return {}
+
+    async def reclaim(self, request: Message) -> Message:
+        report = await self._gateway.reclaim(request.get("transfer", ""))
+        return with_json(report.to_json())
+
+    async def updown(self, request: Message) -> Message:
+        """The hook's word. A connection with `handover_to` is handed over when its MN leaves."""
+        connection = request.get("connection", "")
+        conn = self._config.connections.get(connection)
+        if conn is None or not conn.handover_to or not request.get("PLUTO_VERB", "").startswith("down"):
+            return {"action": "none"}
+        unique_id = request.get("PLUTO_UNIQUEID", "")
+        names = [view.spis for view in await self._host.views() if str(view.unique_id) == unique_id]
+        if not names or names[0] in self._handing_over:
+            return {"action": "none"}
+        self._handing_over.add(names[0])
+        self._host.spawn(self._hand_over(names[0], conn.handover_to))
+        return {"action": "transfer", "to": conn.handover_to}
+
+    async def _hand_over(self, sa: SaName, to: str) -> None:
+        try:
+            report = await self._gateway.transfer(sa, to)
+            log.info("handover to %s: %s, %s", to, report.result, report.text)
+        except IkectxError as error:
+            log.warning("handover to %s: %s", to, error)
+        finally:
+            self._handing_over.discard(sa)
+
+    async def _select(self, request: Message) -> list[SaName]:
+        """The SAs that ike, ike-id, spi, peer or all name. Errors: UnknownSaError."""
+        views = [view for view in await self._host.views() if view.state not in ("CONNECTING", "DELETING")]
+        wanted = {key: request[key] for key in ("ike", "ike-id", "spi", "peer") if request.get(key)}
+        if len(wanted) > 1 or (wanted and request.get("all") == "yes"):
+            raise UsageError("name SAs in one way only: ike, ike-id, spi, peer or all")
+        tests: dict[str, Callable[[SaView, str], bool]] = {
+            "ike": lambda view, name: view.name == name,
+            "ike-id": lambda view, number: str(view.unique_id) == number,
+            "spi": lambda view, spi: any(
+                part.hex().startswith(spi) for part in (*view.spis, *_child_spis(view))
+            ),
+            "peer": lambda view, peer: peer in (view.remote_id, view.remote_eap_id, str(view.remote.address)),
+        }
+        for key, value in wanted.items():
+            value = value.lower().removeprefix("0x") if key == "spi" else value
+            views = [view for view in views if tests[key](view, value)]
+        if not views:
+            what = " ".join(f"{key} {value}" for key, value in wanted.items()) or "any name"
+            raise UnknownSaError(f"no IKE_SA answers to {what}", hint="`ikectx list` shows those there are")
+        if not wanted and request.get("all") != "yes" and len(views) > 1:
+            raise UnknownSaError(
+                f"there are {len(views)} IKE_SAs: say which",
+                hint="use --ike, --ike-id, --spi, --peer or --all",
+            )
+        return [view.spis for view in views]
+
+
+async def _until_done(
+    work: asyncio.Task[list[TransferReport]], queue: asyncio.Queue[TransferEvent]
+) -> AsyncIterator[TransferEvent]:
+    """The queue's events until the work has ended and the queue is empty."""
+    while not work.done() or not queue.empty():
+        getter = asyncio.ensure_future(queue.get())
+        await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
+        if getter.done():
+            yield getter.result()
+        else:
+            getter.cancel()
+
+
+def _event_json(event: TransferEvent) -> Message:
+    flat: dict[str, Any] = {
+        "transfer": event.transfer_id,
+        "role": event.role,
+        "peer": event.peer,
+        "phase": event.state,
+        "mn": event.mn,
+        "ms": round(event.ms, 1),
+        "detail": event.detail,
+    }
+    report = event.report.to_json() if event.report is not None else None
+    return with_json({**flat, "sa": [part.hex() for part in event.sa], "report": report}, **flat)
+
+
+def _child_spis(view: SaView) -> list[bytes]:
+    return [spi for child in view.children for spi in (child.spi_in, child.spi_out)]
+
+
+def _view_json(view: SaView, movable: bool) -> dict[str, object]:
+    return {
+        "name": view.name,
+        "ike_id": view.unique_id,
+        "state": view.state,
+        "spi_i": view.spi_i.hex(),
+        "spi_r": view.spi_r.hex(),
+        "role": "initiator" if view.initiator else "responder",
+        "local": str(view.local),
+        "remote": str(view.remote),
+        "local_id": view.local_id,
+        "remote_id": view.remote_id,
+        "remote_eap_id": view.remote_eap_id,
+        "vips": [str(vip) for vip in view.remote_vips],
+        "rekey_in": view.rekey,
+        "reauth_in": view.reauth,
+        "established": view.established,
+        "tasks": list(view.tasks),
+        "movable": movable and view.state == "ESTABLISHED",
+        "known": movable,
+        "children": [
+            {
+                "name": child.name,
+                "state": child.state,
+                "spi_in": child.spi_in.hex(),
+                "spi_out": child.spi_out.hex(),
+                "local_ts": list(child.local_ts),
+                "remote_ts": list(child.remote_ts),
+                "rekey_in": child.rekey,
+                "life": child.life,
+            }
+            for child in view.children
+        ],
+    }
+
+
+def _number(request: Message, key: str, default: int) -> int:
+    try:
+        return int(request.get(key) or default)
+    except ValueError:
+        raise UsageError(f"{key} is not a number: {request.get(key)!r}") from None
+
+
+_ = (Endpoint, COND_NAT_HERE, COND_NAT_THERE, COND_NAT_FAKE)

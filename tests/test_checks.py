@@ -1,0 +1,80 @@
+"""Each reason not to take an SA in has its own refusal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+from test_charon import VIEW, context
+
+from ikectx.context import AuthRound, PeerContext
+from ikectx.numbers import Status
+from vici_bridge.charon import sa_view
+from vici_bridge.checks import (
+    check_covered,
+    check_esp_spis,
+    check_ike_spis,
+    check_names,
+    check_selectors,
+    check_vips,
+)
+
+OTHER = sa_view(
+    "other", {**VIEW, "initiator-spi": "aa", "responder-spi": "bb", "remote-vips": [], "child-sas": {}}
+)
+CONN = {"children": {"net": {}}, "remote-1": {"class": "pre-shared key"}}
+
+
+def statuses(verdicts: object) -> list[Status]:
+    return [verdict.status for verdict in verdicts]  # type: ignore[attr-defined]
+
+
+def test_nothing_against_a_fitting_context() -> None:
+    here = context()
+    assert statuses(check_covered(here)) == []
+    assert statuses(check_names(here, {"mn": CONN})) == []
+    assert statuses(check_ike_spis(here, [OTHER])) == []
+    assert statuses(check_esp_spis(here, here.local.address, [], [OTHER])) == []
+    assert statuses(check_vips(here, [OTHER], {})) == []
+    assert statuses(check_selectors(here, [OTHER])) == []
+
+
+def test_names() -> None:
+    here = context()
+    assert statuses(check_names(here, {})) == [Status.NO_CONNECTION]
+    assert statuses(check_names(here, {"mn": {"children": {}}})) == [Status.NO_CHILD]
+
+
+def test_the_peer_must_have_authenticated_as_the_connection_here_asks() -> None:
+    here = replace(context(), peer=PeerContext("mn", remote_auth=(AuthRound("psk"),)))
+    assert statuses(check_names(here, {"mn": CONN})) == []
+    strict = {**CONN, "remote-1": {"class": "public key"}}
+    assert statuses(check_names(here, {"mn": strict})) == [Status.NOT_ALLOWED]
+
+
+def test_ike_spis_as_a_pair_and_alone() -> None:
+    here = context()
+    pair = replace(OTHER, spi_i=here.spis[0], spi_r=here.spis[1])
+    alone = replace(OTHER, spi_r=here.spis[1])
+    assert statuses(check_ike_spis(here, [pair])) == [Status.IKE_SPI_IN_USE]
+    assert statuses(check_ike_spis(here, [alone])) == [Status.IKE_SPI_IN_USE]
+
+
+def test_esp_spis_in_both_directions() -> None:
+    here = context()
+    full = sa_view("other", VIEW)
+    assert statuses(check_esp_spis(here, here.local.address, [], [full])) == [Status.ESP_SPI_IN_USE] * 2
+
+
+def test_virtual_ips_used_or_leased() -> None:
+    here = context()
+    user = replace(OTHER, remote_vips=(ip_address("10.4.0.10"),))
+    assert statuses(check_vips(here, [user], {})) == [Status.VIP_IN_USE]
+    lease = {"leases": {"0": {"address": "10.4.0.10", "identity": "somebody", "status": "online"}}}
+    assert statuses(check_vips(here, [], {"pool": lease})) == [Status.VIP_IN_USE]
+    own = {"leases": {"0": {"address": "10.4.0.10", "identity": "mn@example.org", "status": "online"}}}
+    assert statuses(check_vips(here, [], {"pool": own})) == []
+
+
+def test_overlapping_selectors() -> None:
+    assert statuses(check_selectors(context(), [sa_view("other", VIEW)])) == [Status.SELECTORS_OVERLAP]

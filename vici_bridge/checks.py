@@ -1,0 +1,141 @@
+"""What may speak against taking an SA in: pure checks over views, each with its own refusal.
+
+charon itself checks nothing: an IKE_ADD for a pair that exists makes a second SA that shadows the first, and
+the clean-up of a CHILD_ADD whose SPI is taken deletes the kernel SA that was there (5.9.8, 6.0.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address
+from typing import Any
+
+from ikectx.context import Address, IkeContext
+from ikectx.numbers import Fpt, Protocol, Status
+from ikectx.ports import Verdict
+
+from .charon import SaView, missing_algorithms, overlap, peer_context, prefixes
+from .xfrm import KernelSa
+
+View = Mapping[str, Any]
+
+
+def check_covered(context: IkeContext) -> Iterator[Verdict]:
+    """Things the ha plugin cannot move."""
+    for child in context.children:
+        if child.protocol is not Protocol.ESP:
+            yield Verdict(
+                Fpt.SAD, Status.NOT_COVERED, f"CHILD_SA {child.name} is {child.protocol.name}, not ESP"
+            )
+    if context.local_vips:
+        yield Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, "the gateway itself has a virtual IP from the MN")
+
+
+def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterator[Verdict]:
+    """Connection and child names, and that the connection admits the MN in the same way (PAD)."""
+    conn = connections.get(context.connection)
+    if conn is None:
+        yield Verdict(Fpt.PAD, Status.NO_CONNECTION, f"no connection {context.connection!r} is loaded")
+        return
+    have = conn.get("children", {})
+    for name in dict.fromkeys(child.name for child in context.children):
+        if name not in have:
+            yield Verdict(
+                Fpt.SAD, Status.NO_CHILD, f"connection {context.connection!r} has no child {name!r}"
+            )
+    if context.peer is not None:
+        theirs = {auth.method for auth in context.peer.remote_auth}
+        ours = {auth.method for auth in peer_context(context.connection, conn).remote_auth}
+        if theirs and ours and theirs != ours and "any" not in ours:
+            yield Verdict(
+                Fpt.PAD,
+                Status.NOT_ALLOWED,
+                f"the MN authenticated by {'+'.join(sorted(theirs))}, the connection here asks for {'+'.join(sorted(ours))}",
+            )
+
+
+def check_ike_spis(context: IkeContext, views: Iterable[SaView]) -> Iterator[Verdict]:
+    """The pair, and our own SPI alone: charon finds an SA by it."""
+    spi_i, spi_r = context.spis
+    ours = spi_i if context.current.initiator else spi_r
+    for view in views:
+        theirs = view.spi_i if view.initiator else view.spi_r
+        if view.spis == context.spis or theirs == ours:
+            yield Verdict(
+                Fpt.IKEV2_SA,
+                Status.IKE_SPI_IN_USE,
+                f"IKE SPI {ours.hex()} is that of {view.name} #{view.unique_id} ({view.state})",
+            )
+
+
+def check_esp_spis(
+    context: IkeContext, local: Address, sas: Iterable[KernelSa], views: Iterable[SaView]
+) -> Iterator[Verdict]:
+    """Inbound (our address, SPI) and outbound (MN's address, SPI), in the kernel and in charon."""
+    taken = {(str(sa.destination), sa.spi) for sa in sas}
+    for view in views:
+        for child in view.children:
+            taken.add((str(view.local.address), child.spi_in))
+            taken.add((str(view.remote.address), child.spi_out))
+    for child in context.children:
+        if (str(local), child.spi_in) in taken:
+            yield Verdict(
+                Fpt.SAD, Status.ESP_SPI_IN_USE, f"inbound SPI {child.spi_in.hex()} is taken on {local}"
+            )
+        if (str(context.remote.address), child.spi_out) in taken:
+            yield Verdict(
+                Fpt.SAD,
+                Status.ESP_SPI_IN_USE,
+                f"outbound SPI {child.spi_out.hex()} to {context.remote.address} is taken",
+            )
+
+
+def check_vips(context: IkeContext, views: Iterable[SaView], pools: Mapping[str, View]) -> Iterator[Verdict]:
+    """Virtual IPs of the MN: not used by an SA, not leased to somebody else by a pool."""
+    used = {vip: view for view in views for vip in view.remote_vips}
+    for vip in context.remote_vips:
+        if vip in used:
+            yield Verdict(
+                Fpt.IKEV2_SA, Status.VIP_IN_USE, f"virtual IP {vip} is used by {used[vip].remote_id}"
+            )
+    own = {str(context.remote_id), str(context.remote_eap_id or "")}
+    for name, pool in pools.items():
+        for lease in _leases(pool):
+            try:
+                address = ip_address(str(lease.get("address", "")))
+            except ValueError:
+                continue
+            online = lease.get("status") == "online"
+            if address in context.remote_vips and online and lease.get("identity") not in own:
+                yield Verdict(
+                    Fpt.IKEV2_SA,
+                    Status.VIP_IN_USE,
+                    f"virtual IP {address} is leased to {lease.get('identity')} by pool {name}",
+                )
+
+
+def _leases(pool: View) -> Iterable[View]:
+    leases = pool.get("leases", {})
+    return leases.values() if isinstance(leases, Mapping) else ()
+
+
+def check_selectors(context: IkeContext, views: Iterable[SaView]) -> Iterator[Verdict]:
+    """Another SA whose selectors on both sides overlap would share or steal the policies."""
+    for view in views:
+        for other in view.children:
+            for child in context.children:
+                if overlap(prefixes(child.remote_ts), other.remote_ts) and overlap(
+                    prefixes(child.local_ts), other.local_ts
+                ):
+                    yield Verdict(
+                        Fpt.SPD,
+                        Status.SELECTORS_OVERLAP,
+                        f"selectors of {child.name} overlap {other.name} of {view.remote_id} #{view.unique_id}",
+                    )
+
+
+def check_ike_algorithms(context: IkeContext, algorithms: Mapping[str, View]) -> Iterator[Verdict]:
+    """Transforms of the IKE_SA that charon here has not loaded."""
+    lacking = missing_algorithms(context, algorithms)
+    if lacking:
+        yield Verdict(Fpt.IKEV2_SA, Status.ALGORITHM, f"charon has not loaded {', '.join(lacking)}")

@@ -1,0 +1,286 @@
+"""`CharonSink`: nSG's side. Take an SA in behind charon's back, own it, and activate it in charon.
+
+The order is that of the facts on the ha plugin: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE, replay
+state into the kernel, then (when the other side has let go) final counters, routes and updown, the
+exchange with the MN, message IDs, and the segment toggle. Each step is seen done, not assumed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from ikectx.context import Endpoint, FinalState, IkeContext
+from ikectx.errors import CharonError, IkectxError, KernelError, RefusedError
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.ports import MoveReport, Verdict
+
+from . import ha
+from .charon import SaView, prefixes, relocate
+from .checks import (
+    check_covered,
+    check_esp_spis,
+    check_ike_algorithms,
+    check_ike_spis,
+    check_names,
+    check_selectors,
+    check_vips,
+)
+from .host import CharonHost
+from .record import import_messages
+from .xfrm import merge_replay
+
+log = logging.getLogger(__name__)
+
+Mover = Callable[[IkeContext, FinalState, Callable[[], bool]], Awaitable[MoveReport]]
+"""The exchange with the MN, injected by whoever knows `mobike_ext`: (context as it stands here, final
+message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, RefusedError."""
+
+_TAKEN = "taken"
+INSTALL_TIMEOUT = 8.0
+"""Seconds for charon to install what it was given."""
+
+
+class CharonSink:
+    """A `ContextSink` on a running charon."""
+
+    def __init__(self, host: CharonHost, mover: Mover) -> None:
+        self._host = host
+        self._mover = mover
+
+    def _here(self, context: IkeContext) -> IkeContext:
+        """The context as it stands at this gateway: our outer address instead of the other's."""
+        address = self._host.address_for(context)
+        return relocate(context, local=Endpoint(address, context.local.port))
+
+    async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
+        """See `ContextSink.check`: every reason is listed, not only the first."""
+        host = self._host
+        try:
+            here = self._here(context)
+        except IkectxError as error:
+            return [Verdict(Fpt.IKEV2_SA, error.status, str(error))]
+        verdicts = list(check_covered(here))
+        if keep_address and here.local.address != context.local.address:
+            verdicts.append(
+                Verdict(
+                    Fpt.IKEV2_SA,
+                    Status.NO_ADDRESS,
+                    f"{context.local.address} is to move along, but is not among gateway.addresses here",
+                )
+            )
+        if not host.listening():
+            verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
+        views = await host.views()
+        verdicts += check_names(here, await host.connections())
+        verdicts += check_ike_spis(here, views)
+        late = host.late_spis(here)
+        sas = [] if host.kernel is None else host.kernel.dump_sas()
+        verdicts += check_esp_spis(here, here.local.address, [sa for sa in sas if sa.spi not in late], views)
+        verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
+        verdicts += check_selectors(here, views)
+        verdicts += check_ike_algorithms(here, await asyncio.to_thread(host.vici.algorithms))
+        if host.kernel is not None:
+            for child in here.children:
+                if not host.kernel.supports(child.encr, child.encr_bits, child.integ):
+                    verdicts.append(
+                        Verdict(
+                            Fpt.SAD,
+                            Status.ALGORITHM,
+                            f"the kernel cannot do {child.encr.name}/{child.encr_bits} {child.integ.name}",
+                        )
+                    )
+        return verdicts
+
+    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
+        """See `ContextSink.prepare`. On any failure nothing stays behind."""
+        host = self._host
+        async with host.import_lock:
+            bad = [v for v in await self.check(context, keep_address) if v.status is not Status.OK]
+            if bad:
+                raise RefusedError(
+                    f"{STATUS_TEXT.get(bad[0].status, '')}: {bad[0].detail}", status=bad[0].status
+                )
+            here = self._here(context)
+            host.clear_late(here)
+            host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
+            messages = import_messages(here, await host.version())
+            try:
+                await host.send(messages)
+                await self._installed(here)
+                for message in messages:
+                    host.record.feed(message)
+                self._write_replay(here, here, host.config.oseq_jump)
+            except BaseException:
+                await self.undo(context)
+                raise
+            host.save_soon()
+
+    async def _installed(self, here: IkeContext) -> SaView:
+        """Wait until charon lists the SA PASSIVE with its children and the kernel has both ESP SAs of each."""
+        host = self._host
+        end = time.monotonic() + INSTALL_TIMEOUT
+        pause = 0.01
+        while True:
+            view = await host.view(here.spis)
+            listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
+            wanted = {(child.spi_in, child.spi_out) for child in here.children}
+            if view is not None and view.state == "PASSIVE" and wanted <= listed:
+                pairs = [host.kernel_pair(here, child) for child in here.children]
+                if host.kernel is None or all(a is not None and b is not None for a, b in pairs):
+                    return view
+            if time.monotonic() > end:
+                seen = "nothing" if view is None else f"{view.state} with {len(listed)} CHILD_SAs"
+                raise CharonError(
+                    f"charon did not install the SA: wanted PASSIVE with {len(wanted)} CHILD_SAs, saw {seen}",
+                    hint="see charon's log (the ha plugin logs why at level 1)",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.1)
+
+    def _write_replay(self, here: IkeContext, counters: IkeContext, jump: int) -> None:
+        """Sequence numbers and windows into the kernel before a packet leaves.
+
+        Outbound goes on after a jump, never back; inbound windows are joined with what arrived here already.
+        """
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        state = {child.spi_in: child for child in counters.children}
+        for child in here.children:
+            inbound, outbound = self._host.kernel_pair(here, child)
+            if inbound is None or outbound is None:
+                raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
+            given = state[child.spi_in]
+            now_in, _ = kernel.get_replay(inbound)
+            kernel.set_replay(
+                inbound,
+                merge_replay(
+                    now_in,
+                    replace(
+                        given.inbound, window=now_in.window, bitmap=_fit(given.inbound.bitmap, now_in.window)
+                    ),
+                ),
+            )
+            now_out, _ = kernel.get_replay(outbound)
+            target = max(given.outbound.seq + jump, now_out.seq)
+            kernel.set_replay(outbound, replace(now_out, seq=target))
+
+    async def take(self, context: IkeContext, final: FinalState) -> None:
+        """See `ContextSink.take`."""
+        host = self._host
+        here = self._here(context)
+        counters = {child.spi_in: child for child in final.children}
+        finals = replace(
+            here,
+            children=tuple(
+                replace(
+                    child, inbound=counters[child.spi_in].inbound, outbound=counters[child.spi_in].outbound
+                )
+                if child.spi_in in counters
+                else child
+                for child in here.children
+            ),
+        )
+        self._write_replay(here, finals, host.config.oseq_jump)
+        view = await host.view(here.spis)
+        if view is None:
+            raise CharonError("charon lost the prepared SA")
+        host.store.put(_TAKEN, _key(context), b"1")
+        reqids = {child.spi_in: child.reqid for child in view.children}
+        await host.updown(here, up=True, reqids=reqids, unique_id=view.unique_id)
+
+    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
+        """See `ContextSink.move_peer`. Nothing to tell where the gateway's address moved along."""
+        here = self._here(context)
+        if here.local == context.local:
+            return MoveReport()
+        base = self._received(here)
+        return await self._mover(here, final, lambda: self._received(here) > base)
+
+    def _received(self, here: IkeContext) -> int:
+        """ESP packets that arrived here on the SA's children."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return 0
+        total = 0
+        for child in here.children:
+            inbound, _ = self._host.kernel_pair(here, child)
+            if inbound is not None:
+                total += kernel.get_replay(inbound)[1].packets
+        return total
+
+    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
+        """See `ContextSink.activate`."""
+        host = self._host
+        here = self._here(context)
+        version = await host.version()
+        ike = ha.IkeId.of(here.current)
+        mids = [
+            ha.ike_mid(version, ike, initiator=True, mid=final.mid_initiator + report.requests),
+            ha.ike_mid(version, ike, initiator=False, mid=final.mid_responder),
+        ]
+        await host.send(mids)
+        for message in mids:
+            host.record.feed(message)
+        view = await host.view(here.spis)
+        if view is None:
+            raise CharonError("charon lost the prepared SA")
+        if view.state != "ESTABLISHED":
+            await host.activate_segment()
+            await self._established(here)
+        self._note_lifetimes(here)
+        host.store.delete(_TAKEN, _key(context))
+        host.save_soon()
+
+    async def _established(self, here: IkeContext) -> None:
+        end = time.monotonic() + INSTALL_TIMEOUT
+        while True:
+            view = await self._host.view(here.spis)
+            if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
+                return
+            if time.monotonic() > end:
+                raise CharonError(
+                    "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
+                )
+            await asyncio.sleep(0.01)
+
+    def _note_lifetimes(self, here: IkeContext) -> None:
+        """Original deadlines that may come before charon's new timers."""
+        wall = time.time()
+        left = [seconds for seconds in (here.lifetime.rekey, here.lifetime.reauth) if seconds is not None]
+        if left:
+            self._host.deadlines.keep(here.spis, None, wall + min(left))
+        for child in here.children:
+            soft, hard = child.lifetime.rekey, child.lifetime.hard
+            if soft is not None or hard is not None:
+                # without a soft lifetime the rekey is asked for at nine tenths of the hard one
+                due = float(soft) if soft is not None else 0.9 * float(hard or 0)
+                self._host.deadlines.keep(here.spis, child.spi_in, wall + due)
+
+    async def undo(self, context: IkeContext) -> None:
+        """See `ContextSink.undo`."""
+        host = self._host
+        here = self._here(context)
+        view = await host.view(here.spis)
+        if view is not None:
+            await host.delete(here)
+        else:
+            host.record.forget(here.spis)
+            host.save_soon()
+        if host.store.get(_TAKEN, _key(context)) is not None:
+            reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
+            await host.updown(here, up=False, reqids=reqids, unique_id=0 if view is None else view.unique_id)
+            host.store.delete(_TAKEN, _key(context))
+
+
+def _fit(bitmap: int, window: int) -> int:
+    """The part of a bitmap that a window of `window` packets can hold."""
+    return bitmap & ((1 << window) - 1)
+
+
+def _key(context: IkeContext) -> str:
+    return (context.spis[0] + context.spis[1]).hex()
