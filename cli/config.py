@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ikectx.context import Address, Endpoint
 from ikectx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ikectx.context import Address
 
 DEFAULT_PATH = "/etc/ikectx/ikectx.toml"
 DEFAULT_SOCKET = "/run/ikectx.vici"
@@ -27,6 +29,17 @@ RIGHTS = ("push", "pull")
 
 T = TypeVar("T")
 _NEEDED: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """Where CXTP is spoken: an IP address, or for a peer a DNS name, and a TCP port."""
+
+    host: str
+    port: int = DEFAULT_PORT
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +78,7 @@ class GatewayConfig:
 class TransferConfig:
     """[transfer]: where to listen, who we are (PEM files), and how to move. Times in seconds."""
 
-    listen: tuple[Endpoint, ...]
+    listen: tuple[HostPort, ...]
     certificate: Path
     key: Path
     ca: Path
@@ -88,17 +101,24 @@ class ConnectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class PeerConfig:
-    """[[peer]]: another gateway. `rights` are what it may do here: push SAs to us, pull ours.
+    """[[peer]]: another gateway. Its certificate must hold `name` (a DNS name, or the CN).
 
-    `identity` is the name its certificate must hold (a DNS name or the CN), by default `name`.
-    `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on.
+    `rights` are what it may do here: push SAs to us, pull ours. `forward_via`: its inner addresses,
+    to which packets for a moved mobile node are sent on.
     """
 
     name: str
-    address: Endpoint
-    identity: str
+    address: HostPort
     rights: tuple[str, ...] = ("push",)
     forward_via: tuple[Address, ...] = ()
+
+    @property
+    def host(self) -> str:
+        return self.address.host
+
+    @property
+    def port(self) -> int:
+        return self.address.port
 
     @property
     def may_push(self) -> bool:
@@ -338,17 +358,30 @@ def _address(value: Any) -> Address:
         raise ValueError(f"{value!r} must be an IP address") from None
 
 
-def _endpoint(value: Any) -> Endpoint:
-    """ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT."""
-    text = _text(value)
-    match = re.fullmatch(r"\[([^\]]*)\](?::(\d{1,5}))?|([^:]*):(\d{1,5})", text)
-    address, port = (match[1] or match[3], match[2] or match[4]) if match else (text, None)
-    try:
-        return Endpoint(ip_address(address), int(port) if port else DEFAULT_PORT)
-    except ValueError:
-        raise ValueError(
-            f"{text!r} must be an IP address and a port, as in 192.0.2.1:5091 or [2001:db8::1]:5091"
-        ) from None
+_HOST_NAME = re.compile(r"(?=.{1,253}$)(?!.*\.[0-9]+$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
+
+
+def _endpoint(*, names: bool = False) -> Callable[[Any], HostPort]:
+    """ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT; with `names` a host name in place of the address."""
+
+    def kind(value: Any) -> HostPort:
+        text = _text(value)
+        match = re.fullmatch(r"\[([^\]]*)\](?::(\d{1,5}))?|([^:]*):(\d{1,5})", text)
+        host, port = (match[1] or match[3], match[2] or match[4]) if match else (text, None)
+        number = int(port) if port else DEFAULT_PORT
+        try:
+            host = str(ip_address(host))
+        except ValueError:
+            if not names or not _HOST_NAME.fullmatch(host):
+                number = 0
+        if not 1 <= number <= 65535:
+            what = "a host" if names else "an IP address"
+            raise ValueError(
+                f"{text!r} must be {what} and a port, as in 192.0.2.1:5091 or [2001:db8::1]:5091"
+            )
+        return HostPort(host, number)
+
+    return kind
 
 
 def _vici_uri(value: Any) -> str:
@@ -419,7 +452,7 @@ def _transfer(table: _Table, file: Callable[[Any], Path]) -> TransferConfig:
     table.only(*TransferConfig.__slots__)
     default = TransferConfig((), Path(), Path(), Path())
     return TransferConfig(
-        listen=table.several("listen", _endpoint),
+        listen=table.several("listen", _endpoint()),
         certificate=table.value("certificate", file),
         key=table.value("key", file),
         ca=table.value("ca", file),
@@ -443,11 +476,9 @@ def _connection(name: str, table: _Table) -> ConnectionConfig:
 
 def _peer(table: _Table) -> PeerConfig:
     table.only(*PeerConfig.__slots__)
-    name = table.value("name", _name)
     return PeerConfig(
-        name=name,
-        address=table.value("address", _endpoint),
-        identity=table.value("identity", _text, name),
+        name=table.value("name", _name),
+        address=table.value("address", _endpoint(names=True)),
         rights=table.several("rights", _one_of(*RIGHTS), ("push",)),
         forward_via=table.several("forward_via", _address, ()),
     )

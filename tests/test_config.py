@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ikectx.context import Endpoint
 from ikectx.errors import ConfigError
-from ikectx_cli.config import Config, config_path, load, parse
+from ikectx_cli.config import Config, HostPort, config_path, load, parse
 
 PATH = Path("/etc/ikectx/ikectx.toml")
 
@@ -64,7 +63,6 @@ forward_via = ["10.0.0.3"]
 
 [[peer]]
 name = "third"
-identity = "vpn3.example"
 address = "2001:db8::3"
 """
 )
@@ -77,7 +75,7 @@ def test_minimal() -> None:
     assert config.control.socket == "/run/ikectx.vici"
     assert config.charon.kernel_esp and config.charon.segments == 1
     assert config.gateway.addresses == (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
-    assert config.transfer.listen == (Endpoint.of("192.0.2.1", 5091),)
+    assert config.transfer.listen == (HostPort("192.0.2.1", 5091),)
     assert config.transfer.certificate == Path("/etc/ikectx/psg.pem")
     assert config.transfer.ca == Path("/etc/ssl/ca.pem")
     assert (config.transfer.oseq_jump, config.transfer.late_seconds, config.transfer.mn_timeout) == (
@@ -102,10 +100,13 @@ def test_full() -> None:
     assert config.connections["with.dot"].updown is None
     nsg, third = config.peers
     assert nsg.may_push and nsg.may_pull and nsg.forward_via == (ip_address("10.0.0.3"),)
-    assert nsg.identity == "nsg" and nsg.address == Endpoint.of("198.51.100.1", 5092)
-    assert third.may_push and not third.may_pull and third.identity == "vpn3.example"
-    assert third.address == Endpoint.of("2001:db8::3", 5091)
+    assert nsg.address == HostPort("198.51.100.1", 5092)
+    assert third.may_push and not third.may_pull
+    assert third.address == HostPort("2001:db8::3", 5091)
     assert config.peer("third") is third
+    assert (nsg.host, nsg.port) == ("198.51.100.1", 5092) and str(third.address) == "[2001:db8::3]:5091"
+    named = parse(FULL.replace("198.51.100.1:5092", "gw.example.org:1"), PATH).peers[0]
+    assert named.address == HostPort("gw.example.org", 1)
 
 
 def replaced(old: str, new: str) -> str:
@@ -152,6 +153,9 @@ def line_of(text: str, part: str) -> int:
         ('rights = ["push", "pull"]', 'rights = ["shove"]', "peer.rights", "'push' or 'pull'"),
         ('address = "2001:db8::3"', "", "peer.address", "is missing"),
         ('address = "2001:db8::3"', "address = [1]", "peer.address", "text"),
+        ('address = "2001:db8::3"', 'address = "1.2.3"', "peer.address", "as in"),
+        ('address = "2001:db8::3"', 'address = "a b:5"', "peer.address", "as in"),
+        ('address = "2001:db8::3"', 'address = "host:0"', "peer.address", "as in"),
     ],
 )
 def test_mistakes_name_file_line_and_key(old: str, new: str, key: str, why: str) -> None:
