@@ -403,16 +403,16 @@ class HaMessage:
             attributes.append((attr, body.read(reader, attr.name)))
         return cls(version, kind, tuple(attributes))
 
-    def serialize(self) -> bytes:
-        """The datagram; WireError when a value does not fit its field or the whole is over BUFLEN."""
+    def serialize(self, limit: int = BUFLEN) -> bytes:
+        """The datagram; WireError when a value does not fit its field or the whole is over `limit` octets."""
         numbers = _NUMBERS[self.version]
         writer = Writer().u8(self.version).u8(self.type, "type")
         for attr, value in self.attributes:
             number, body = numbers[attr]
             writer.u8(number)
             body.write(writer, value, attr.name)
-        if len(writer) > BUFLEN:
-            raise WireError(f"HA message of {len(writer)} octets, charon reads at most {BUFLEN}")
+        if len(writer) > limit:
+            raise WireError(f"HA message of {len(writer)} octets, charon reads at most {limit}")
         return writer.done()
 
     def get(self, attr: Attr) -> Value | None:
@@ -454,7 +454,7 @@ class HaMessage:
 
 
 def ike_add(
-    version: int, generation: IkeGeneration, remote: Endpoint, *, replaces: IkeId | None = None
+    version: int, generation: IkeGeneration, remote: Endpoint | None, *, replaces: IkeId | None = None
 ) -> HaMessage:
     """IKE_ADD of one generation; `replaces` hands its children, ids and addresses to the new one."""
     out: list[tuple[Attr, Value]] = [(Attr.IKE_VERSION, 2), (Attr.IKE_ID, IkeId.of(generation))]
@@ -467,7 +467,8 @@ def ike_add(
     out += _exchange(generation.ke, generation.add_kes)
     out += [(Attr.NONCE_I, generation.nonce_i), (Attr.NONCE_R, generation.nonce_r)]
     out += _secrets(generation.secret, generation.add_secret)
-    out.append((Attr.REMOTE_ADDR, remote))
+    if remote is not None:
+        out.append((Attr.REMOTE_ADDR, remote))
     return HaMessage(version, HaType.IKE_ADD, tuple(out))
 
 
@@ -484,6 +485,7 @@ def ike_update(
     extensions: tuple[int, int] | None = None,
     name: str | None = None,
     peer_addresses: Iterable[Endpoint] = (),
+    local_vips: Iterable[Address] = (),
     remote_vips: Iterable[Address] = (),
 ) -> HaMessage:
     """IKE_UPDATE of what is given. `conditions`, `extensions`: (public, private) bits.
@@ -507,6 +509,7 @@ def ike_update(
     if name is not None:
         out.append((Attr.CONFIG_NAME, name))
     out += [(Attr.PEER_ADDR, peer) for peer in peer_addresses]
+    out += [(Attr.LOCAL_VIP, Endpoint(vip, 0)) for vip in local_vips]
     out += [(Attr.REMOTE_VIP, Endpoint(vip, 0)) for vip in remote_vips]
     return HaMessage(version, HaType.IKE_UPDATE, tuple(out))
 
