@@ -1,0 +1,413 @@
+"""Journal and escrow on disk: SQLite, every secret value sealed (I/O).
+
+One directory (0700) holds
+
+- `state.db`: the tables below, write-ahead log, 0600;
+- `state.key`: 32 octets, 0600, made once; without it the database is noise;
+- `state.lock`: locked by the one agent that may use the directory.
+
+Values, contexts and final states are sealed with AES-256-GCM (nonce 12 octets, random), with table, key
+and schema version as additional data, so that a sealed value cannot be moved to another row. Names of
+items, SPIs, identities and states are in the clear: they are what `history` shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from .errors import StoreError
+from .numbers import Status
+from .ports import SaName
+
+SCHEMA = 1
+KEY_SIZE = 32
+NONCE_SIZE = 12
+_CHECK = b"ikectx store"
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE items (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
+                    PRIMARY KEY (kind, key)) WITHOUT ROWID;
+CREATE TABLE journal (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    transfer_id BLOB NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL,
+    spi_i BLOB NOT NULL, spi_r BLOB NOT NULL, mn TEXT NOT NULL, mn_address TEXT NOT NULL,
+    state TEXT NOT NULL, epoch INTEGER NOT NULL, context BLOB, final BLOB,
+    started REAL NOT NULL, updated REAL NOT NULL,
+    detail TEXT NOT NULL, result TEXT NOT NULL, status INTEGER NOT NULL, phases TEXT NOT NULL,
+    UNIQUE (transfer_id, role));
+CREATE INDEX journal_sa ON journal (spi_i, spi_r);
+CREATE INDEX journal_open ON journal (result) WHERE result = '';
+CREATE VIEW history AS
+    SELECT number, hex(transfer_id) AS transfer_id, role, peer, hex(spi_i) AS spi_i, hex(spi_r) AS spi_r,
+           mn, mn_address, state, epoch, result, status, detail, started, updated, phases
+    FROM journal ORDER BY number DESC;
+"""
+
+_COLUMNS = (
+    "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
+    " started, updated, detail, result, status, phases"
+)
+
+
+Role = Literal["source", "target"]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One transfer in one role. `result` is empty while it is open.
+
+    `context` and `final` are the encoded blocks of PCTD and CTD: in the clear here, sealed on disk, dropped
+    when the transfer ends. `epoch`: the highest of this SA that this transfer has made known to us.
+    `started`, `updated`: seconds since 1970. `phases`: ms by phase; `status`: why it ended as it did.
+    """
+
+    transfer_id: bytes
+    role: Role
+    peer: str
+    sa: SaName
+    mn: str
+    mn_address: str
+    state: str
+    epoch: int
+    started: float
+    updated: float
+    context: bytes | None = field(default=None, repr=False)
+    final: bytes | None = field(default=None, repr=False)
+    detail: str = ""
+    result: str = ""
+    status: Status = Status.OK
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+class Sealer:
+    """AES-256-GCM with the name of the place as additional data."""
+
+    __slots__ = ("_aead",)
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_SIZE:
+            raise StoreError(f"the store's key has {len(key)} octets instead of {KEY_SIZE}")
+        self._aead = AESGCM(key)
+
+    def seal(self, place: str, value: bytes) -> bytes:
+        """nonce | ciphertext | tag."""
+        nonce = secrets.token_bytes(NONCE_SIZE)
+        return nonce + self._aead.encrypt(nonce, value, self._bind(place))
+
+    def open(self, place: str, sealed: bytes) -> bytes:
+        """Errors: StoreError when it was made with another key, for another place, or damaged."""
+        try:
+            return self._aead.decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], self._bind(place))
+        except (InvalidTag, ValueError):
+            raise StoreError(
+                f"{place} does not open: the key is another one, or the database is damaged",
+                hint="restore state.db and state.key from one backup, or move both away to start anew",
+            ) from None
+
+    @staticmethod
+    def _bind(place: str) -> bytes:
+        return f"{place}|{SCHEMA}".encode()
+
+
+class SqliteStore:
+    """`ports.Store` and the journal of transfers in one database.
+
+    Not for use by two agents at once: `open_store` sees to that. Every method raises StoreError when the
+    disk or the database will not do it.
+    """
+
+    def __init__(self, path: Path | str, key: bytes, *, lock: int | None = None) -> None:
+        """`path` may be ":memory:"; `lock`: a file descriptor to close with the store."""
+        self._sealer = Sealer(key)
+        self._lock = lock
+        try:
+            self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1.0)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path} does not open: {error}") from None
+        try:
+            with self._errors():
+                self._set_up(Path(path).name)
+        except StoreError:
+            self._db.close()
+            raise
+
+    def _set_up(self, name: str) -> None:
+        run = self._db.execute
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        run("PRAGMA secure_delete = ON")
+        version = run("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            run("BEGIN IMMEDIATE")
+            for statement in _TABLES.split(";\n"):
+                run(statement)
+            run("INSERT INTO meta VALUES ('check', ?)", (self._sealer.seal("meta|check", _CHECK),))
+            run(f"PRAGMA user_version = {SCHEMA}")
+            run("COMMIT")
+        elif version != SCHEMA:
+            raise StoreError(f"{name} has schema {version}, this version knows {SCHEMA}")
+        row = run("SELECT value FROM meta WHERE name = 'check'").fetchone()
+        if row is None or self._sealer.open("meta|check", row[0]) != _CHECK:
+            raise StoreError(f"{name} is not a store of this program")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"the journal cannot be used: {error}", hint="check disk space and state.db"
+            ) from None
+
+    def close(self) -> None:
+        """Give database and lock back; closing twice is harmless."""
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # -- ports.Store -------------------------------------------------------------------------------------
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Keep `value`, replacing what was there."""
+        sealed = self._sealer.seal(f"items|{kind}|{key}", value)
+        with self._errors():
+            self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (kind, key, sealed))
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        """The value, None when there is none."""
+        with self._errors():
+            found = self._db.execute(
+                "SELECT value FROM items WHERE kind = ? AND key = ?", (kind, key)
+            ).fetchone()
+        return None if found is None else self._sealer.open(f"items|{kind}|{key}", found[0])
+
+    def delete(self, kind: str, key: str) -> None:
+        """Forget it; it need not exist."""
+        with self._errors():
+            self._db.execute("DELETE FROM items WHERE kind = ? AND key = ?", (kind, key))
+
+    def items(self, kind: str) -> Sequence[tuple[str, bytes]]:
+        """All (key, value) of a kind, by key."""
+        with self._errors():
+            rows = self._db.execute(
+                "SELECT key, value FROM items WHERE kind = ? ORDER BY key", (kind,)
+            ).fetchall()
+        return [(key, self._sealer.open(f"items|{kind}|{key}", value)) for key, value in rows]
+
+    # -- the journal -------------------------------------------------------------------------------------
+
+    def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
+        """Put the entry where (transfer_id, role) is; the moment of the first write stays its `started`.
+
+        `durable`: on the disk itself when this returns; else it survives the process, not the power.
+        """
+        place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
+        context, final = (
+            None if value is None else self._sealer.seal(f"{place}|{name}", value)
+            for name, value in (("context", entry.context), ("final", entry.final))
+        )
+        row = (
+            *(
+                entry.transfer_id,
+                entry.role,
+                entry.peer,
+                entry.sa[0],
+                entry.sa[1],
+                entry.mn,
+                entry.mn_address,
+            ),
+            *(entry.state, entry.epoch, context, final, entry.started, entry.updated, entry.detail),
+            *(entry.result, int(entry.status), json.dumps(dict(entry.phases))),
+        )
+        with self._errors():
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._db.execute(
+                f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
+                " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
+                " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
+                " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
+                " status = excluded.status, phases = excluded.phases, peer = excluded.peer",
+                row,
+            )
+
+    def find(self, role: Role, transfer_id: bytes) -> JournalEntry | None:
+        """That transfer, open or ended."""
+        return next(iter(self._select("role = ? AND transfer_id = ?", (role, transfer_id))), None)
+
+    def open_transfers(self) -> list[JournalEntry]:
+        """All that have no result yet, oldest first."""
+        return self._select("result = ''", ())[::-1]
+
+    def history(self, limit: int = 100) -> list[JournalEntry]:
+        """The newest transfers, newest first, without `context` and `final`."""
+        return self._select("1", (), limit=limit, sealed=False)
+
+    def known_epoch(self, sa: SaName) -> int:
+        """The highest epoch of this SA that any transfer told us of; 0: none did."""
+        with self._errors():
+            found = self._db.execute(
+                "SELECT max(epoch) FROM journal WHERE spi_i = ? AND spi_r = ?", sa
+            ).fetchone()
+        return int(found[0] or 0)
+
+    def owned_epoch(self, sa: SaName) -> int:
+        """The highest epoch in which we took this SA over from somebody; -1: we never did."""
+        taken = "spi_i = ? AND spi_r = ? AND role = 'target' AND state = 'owned'"
+        with self._errors():
+            found = self._db.execute(f"SELECT max(epoch) FROM journal WHERE {taken}", sa).fetchone()  # noqa: S608
+        return -1 if found[0] is None else int(found[0])
+
+    def owned_from(self, peer: str, mn_address: str) -> bool:
+        """Do we own, or did we take, anything that this peer pushed for this MN?"""
+        took = "role = 'target' AND peer = ? AND mn_address = ? AND state NOT IN ('prepared', 'aborted')"
+        return bool(self._select(took, (peer, mn_address), limit=1, sealed=False))
+
+    def prune(self, before: float) -> int:
+        """Forget ended transfers last touched before `before` (seconds since 1970); how many went."""
+        with self._errors():
+            gone = self._db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
+        return gone.rowcount
+
+    def _select(
+        self, where: str, values: tuple[object, ...], *, limit: int = -1, sealed: bool = True
+    ) -> list[JournalEntry]:
+        with self._errors():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM journal WHERE {where} ORDER BY number DESC LIMIT ?",  # noqa: S608
+                (*values, limit),
+            ).fetchall()
+        return [self._entry(row, sealed) for row in rows]
+
+    def _entry(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
+        try:
+            return self._parse(row, sealed)
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"the journal holds a row that makes no sense: {error}") from None
+
+    def _parse(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
+        # sqlite gives what was put in; `Any` ends here
+        (ident, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final, *rest) = row
+        started, updated, detail, result, status, phases = rest
+        entry = JournalEntry(
+            transfer_id=_octets(ident),
+            role="source" if role == "source" else "target",
+            peer=str(peer),
+            sa=(_octets(spi_i), _octets(spi_r)),
+            mn=str(mn),
+            mn_address=str(mn_address),
+            state=str(state),
+            epoch=int(str(epoch)),
+            started=float(str(started)),
+            updated=float(str(updated)),
+            detail=str(detail),
+            result=str(result),
+            status=Status(int(str(status))),
+            phases=json.loads(str(phases)),
+        )
+        if not sealed:
+            return entry
+        place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
+        return replace(
+            entry,
+            context=None if context is None else self._sealer.open(f"{place}|context", _octets(context)),
+            final=None if final is None else self._sealer.open(f"{place}|final", _octets(final)),
+        )
+
+
+def _octets(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} instead of octets")
+    return value
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+
+def open_store(directory: Path | str) -> SqliteStore:
+    """The store in `directory`, made when it is not there.
+
+    Errors: StoreError when another agent uses it, when files are readable by others, when key and
+    database do not belong together, or when the disk does not let us.
+    """
+    place = Path(directory)
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _private(place)
+        lock = _lock(place / "state.lock")
+    except OSError as error:
+        raise StoreError(f"{place}: {error.strerror}") from None
+    try:
+        database = place / "state.db"
+        key = _key(place / "state.key", may_make=not database.exists())
+        # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+        _private(database)
+        return SqliteStore(database, key, lock=lock)
+    except OSError as error:
+        os.close(lock)
+        raise StoreError(f"{place}: {error.strerror}") from None
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _private(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        only = "700" if path.is_dir() else "600"
+        raise StoreError(f"{path} has mode {mode:o}: others can get at it", hint=f"chmod {only} {path}")
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError(
+            f"another agent uses {path.parent}",
+            hint="stop it, or give this one a `state` directory of its own",
+        ) from None
+    return descriptor
+
+
+def _key(path: Path, *, may_make: bool) -> bytes:
+    if may_make and not path.exists():
+        # whole or not at all: a crash must not leave a short key behind
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(KEY_SIZE))
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(fresh, path)  # fails where a key is: never overwrite one
+        os.unlink(fresh)
+    try:
+        _private(path)
+        key = path.read_bytes()
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path} is gone, and without it state.db cannot be read",
+            hint="restore state.key from a backup, or move state.db away to start anew",
+        ) from None
+    if len(key) != KEY_SIZE:
+        raise StoreError(
+            f"{path} has {len(key)} octets instead of {KEY_SIZE}", hint="restore it from a backup"
+        )
+    return key

@@ -1,0 +1,516 @@
+"""The engine of a transfer: source and target machines as literal tables, no I/O.
+
+A machine takes an input and the time, changes its state and answers with the actions that
+must now be carried out; whoever runs it (`aio`) writes the new state to the journal *before*
+it carries them out, and feeds their outcome back. So the journal never lags behind the
+world, and after a crash `RESTART` in the journaled state says what is left to do.
+
+Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
+
+- the source serves until it has journaled RELEASED; it then sends the CTD and never
+  serves again unless a CTDR to that CTD says that the target does not own the SA (or
+  the operator says so: `RECLAIM`);
+- the target owns from the moment it has journaled OWNING, that is: received the CTD;
+- a target says "not owned" only after it has undone everything and journaled ABORTED. An
+  aborted transfer, and one it never heard of, is remembered as ABORTED: a late copy of
+  its PCTD or CTD changes nothing;
+- in between nobody serves, and the journals say who may.
+
+Messages are those of RFC 4067; a transfer_id names one attempt and is never used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Generic, Literal, TypeVar
+
+from .context import FinalState, IkeContext
+from .errors import StateError
+from .numbers import STATUS_TEXT, Fpt, Status
+from .ports import SaName, Verdict
+
+OSEQ_JUMP = 1 << 20
+"""Outbound sequence numbers nobody uses, left between two owners (packets). A source that
+thaws after a failed transfer jumps twice as far: the target may have sent under the first."""
+
+
+class SourceState(StrEnum):
+    """Where a transfer stands at the gateway that serves the MN now (pSG)."""
+
+    NEW = "new"
+    OFFERED = "offered"
+    FREEZING = "freezing"
+    RELEASED = "released"
+    CLEANING = "cleaning"
+    THAWING = "thawing"
+    DONE = "done"
+    KEPT = "kept"
+    REFUSED = "refused"
+
+
+class SourceInput(StrEnum):
+    """OK, BUSY, FAILED: outcome of the step under way. ACCEPTED, REJECTED: the CTDR to the last message."""
+
+    OK = "ok"
+    BUSY = "busy"
+    FAILED = "failed"
+    ACCEPTED = "accepted"
+    REJECTED = "rejected"
+    CTC = "ctc"
+    TIMEOUT = "timeout"
+    LINK_LOST = "link-lost"
+    LINK_UP = "link-up"
+    CANCEL = "cancel"
+    RECLAIM = "reclaim"
+    RESTART = "restart"
+
+
+class SourceAction(StrEnum):
+    """What the machine wants done; RECONNECT includes waiting a while first."""
+
+    SEND_PCTD = "send-pctd"
+    SEND_CTD = "send-ctd"
+    SEND_CTC = "send-ctc"
+    RECONNECT = "reconnect"
+    FREEZE = "freeze"
+    RELEASE = "release"
+    THAW = "thaw"
+
+
+class TargetState(StrEnum):
+    """Where a transfer stands at the gateway that is to serve the MN (nSG)."""
+
+    NEW = "new"
+    CHECKING = "checking"
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    OWNING = "owning"
+    MOVING = "moving"
+    ACTIVATING = "activating"
+    UNDOING = "undoing"
+    OWNED = "owned"
+    ABORTED = "aborted"
+
+
+class TargetInput(StrEnum):
+    """PCTD, CTD, CTC: came from the source; MISFIT: a CTD that does not fit what was prepared."""
+
+    PCTD = "pctd"
+    CTD = "ctd"
+    MISFIT = "misfit"
+    CTC = "ctc"
+    OK = "ok"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+    LINK_LOST = "link-lost"
+    RESTART = "restart"
+
+
+class TargetAction(StrEnum):
+    """ANSWER: send the CTDR. SEND_CTC: tell a source that may be waiting for nothing."""
+
+    CHECK = "check"
+    PREPARE = "prepare"
+    TAKE = "take"
+    MOVE = "move"
+    ACTIVATE = "activate"
+    UNDO = "undo"
+    ANSWER = "answer"
+    SEND_CTC = "send-ctc"
+
+
+_S, _SI, _SA = SourceState, SourceInput, SourceAction
+_T, _TI, _TA = TargetState, TargetInput, TargetAction
+
+SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple[SourceAction, ...]]] = {
+    # export is under way; nothing is anywhere yet
+    (_S.NEW, _SI.OK): (_S.OFFERED, _SA.SEND_PCTD),
+    (_S.NEW, _SI.BUSY): (_S.KEPT,),
+    (_S.NEW, _SI.FAILED): (_S.KEPT,),
+    (_S.NEW, _SI.CANCEL): (_S.KEPT,),
+    (_S.NEW, _SI.LINK_LOST): (_S.KEPT,),
+    (_S.NEW, _SI.RESTART): (_S.KEPT,),
+    # the target checks and installs; we serve
+    (_S.OFFERED, _SI.ACCEPTED): (_S.FREEZING, _SA.FREEZE),
+    (_S.OFFERED, _SI.REJECTED): (_S.REFUSED,),
+    (_S.OFFERED, _SI.CTC): (_S.REFUSED,),
+    (_S.OFFERED, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),
+    (_S.OFFERED, _SI.CANCEL): (_S.KEPT, _SA.SEND_CTC),
+    (_S.OFFERED, _SI.LINK_LOST): (_S.KEPT,),
+    (_S.OFFERED, _SI.RESTART): (_S.KEPT,),
+    # letting go, not told to anybody yet: can still be taken back alone
+    (_S.FREEZING, _SI.OK): (_S.RELEASED, _SA.SEND_CTD),
+    (_S.FREEZING, _SI.BUSY): (_S.KEPT, _SA.SEND_CTC),
+    (_S.FREEZING, _SI.FAILED): (_S.THAWING, _SA.SEND_CTC, _SA.THAW),
+    (_S.FREEZING, _SI.CANCEL): (_S.THAWING, _SA.SEND_CTC, _SA.THAW),
+    (_S.FREEZING, _SI.CTC): (_S.THAWING, _SA.THAW),
+    (_S.FREEZING, _SI.LINK_LOST): (_S.THAWING, _SA.THAW),
+    (_S.FREEZING, _SI.RESTART): (_S.THAWING, _SA.THAW),
+    # let go: only the target's answer (or the operator) ends this
+    (_S.RELEASED, _SI.ACCEPTED): (_S.CLEANING, _SA.RELEASE),
+    (_S.RELEASED, _SI.REJECTED): (_S.THAWING, _SA.THAW),
+    (_S.RELEASED, _SI.RECLAIM): (_S.THAWING, _SA.SEND_CTC, _SA.THAW),
+    (_S.RELEASED, _SI.TIMEOUT): (_S.RELEASED, _SA.SEND_CTD),
+    (_S.RELEASED, _SI.LINK_UP): (_S.RELEASED, _SA.SEND_CTD),
+    (_S.RELEASED, _SI.LINK_LOST): (_S.RELEASED, _SA.RECONNECT),
+    (_S.RELEASED, _SI.RESTART): (_S.RELEASED, _SA.RECONNECT),
+    # the target owns it; what is left here goes
+    (_S.CLEANING, _SI.OK): (_S.DONE,),
+    (_S.CLEANING, _SI.FAILED): (_S.CLEANING, _SA.RELEASE),
+    (_S.CLEANING, _SI.RESTART): (_S.CLEANING, _SA.RELEASE),
+    # ours again
+    (_S.THAWING, _SI.OK): (_S.KEPT,),
+    (_S.THAWING, _SI.FAILED): (_S.THAWING, _SA.THAW),
+    (_S.THAWING, _SI.RESTART): (_S.THAWING, _SA.THAW),
+}
+
+TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple[TargetAction, ...]]] = {
+    (_T.NEW, _TI.PCTD): (_T.CHECKING, _TA.CHECK),
+    # a CTD nobody announced: remember that we said no, a late PCTD must not revive it
+    (_T.NEW, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
+    (_T.NEW, _TI.MISFIT): (_T.ABORTED, _TA.ANSWER),
+    # the check touches nothing, so there is nothing to undo
+    (_T.CHECKING, _TI.OK): (_T.PREPARING, _TA.PREPARE),
+    (_T.CHECKING, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
+    (_T.CHECKING, _TI.RESTART): (_T.ABORTED,),
+    (_T.PREPARING, _TI.OK): (_T.PREPARED, _TA.ANSWER),
+    (_T.PREPARING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
+    (_T.PREPARING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
+    # installed, not owned
+    (_T.PREPARED, _TI.CTD): (_T.OWNING, _TA.TAKE),
+    (_T.PREPARED, _TI.MISFIT): (_T.UNDOING, _TA.UNDO),
+    (_T.PREPARED, _TI.PCTD): (_T.PREPARED, _TA.ANSWER),
+    (_T.PREPARED, _TI.CTC): (_T.UNDOING, _TA.UNDO),
+    (_T.PREPARED, _TI.TIMEOUT): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
+    (_T.PREPARED, _TI.LINK_LOST): (_T.PREPARED,),
+    (_T.PREPARED, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
+    # owned: forward, or all the way back
+    (_T.OWNING, _TI.OK): (_T.MOVING, _TA.MOVE),
+    (_T.OWNING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
+    (_T.OWNING, _TI.RESTART): (_T.OWNING, _TA.TAKE),
+    (_T.MOVING, _TI.OK): (_T.ACTIVATING, _TA.ACTIVATE),
+    (_T.MOVING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
+    (_T.MOVING, _TI.RESTART): (_T.MOVING, _TA.MOVE),
+    (_T.ACTIVATING, _TI.OK): (_T.OWNED, _TA.ANSWER),
+    (_T.ACTIVATING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
+    (_T.ACTIVATING, _TI.RESTART): (_T.ACTIVATING, _TA.ACTIVATE),
+    # the source hears "not owned" only when this is over
+    (_T.UNDOING, _TI.OK): (_T.ABORTED, _TA.ANSWER),
+    (_T.UNDOING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
+    (_T.UNDOING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
+    # over: the same answer as often as it is asked for
+    (_T.OWNED, _TI.CTD): (_T.OWNED, _TA.ANSWER),
+    (_T.OWNED, _TI.PCTD): (_T.OWNED, _TA.ANSWER),
+    (_T.ABORTED, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
+    (_T.ABORTED, _TI.MISFIT): (_T.ABORTED, _TA.ANSWER),
+    (_T.ABORTED, _TI.PCTD): (_T.ABORTED, _TA.ANSWER),
+}
+
+SOURCE_FINAL = frozenset({_S.DONE, _S.KEPT, _S.REFUSED})
+TARGET_FINAL = frozenset({_T.OWNED, _T.ABORTED})
+
+SOURCE_SERVES = frozenset({_S.NEW, _S.OFFERED, _S.FREEZING, _S.THAWING, _S.KEPT, _S.REFUSED})
+"""States in which the source's ESP may flow out, or may have begun to again."""
+TARGET_OWNS = frozenset({_T.OWNING, _T.MOVING, _T.ACTIVATING, _T.OWNED})
+
+SOURCE_DURABLE = frozenset({_S.RELEASED, _S.DONE, _S.KEPT, _S.REFUSED})
+TARGET_DURABLE = frozenset({_T.OWNING, _T.OWNED, _T.ABORTED})
+"""States that must be on the disk itself before anything follows. The others only have to outlive the
+process: a machine that lost its power has lost charon's and the kernel's state with them."""
+
+_LATE = (_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP, _SI.CANCEL)
+SOURCE_IGNORED = frozenset(
+    {
+        *((state, late) for state in (_S.CLEANING, _S.THAWING) for late in _LATE),
+        *((state, late) for state in SOURCE_FINAL for late in _LATE),
+        # too late to cancel; and a CTC is no answer to a CTD
+        (_S.RELEASED, _SI.CANCEL),
+        (_S.RELEASED, _SI.CTC),
+        # the step under way ends first, then its outcome decides
+        *((_S.NEW, late) for late in (_SI.CTC, _SI.TIMEOUT, _SI.LINK_UP)),
+        *((_S.FREEZING, late) for late in (_SI.ACCEPTED, _SI.REJECTED, _SI.TIMEOUT, _SI.LINK_UP)),
+        (_S.OFFERED, _SI.LINK_UP),
+    }
+)
+"""Inputs that come late or twice and change nothing. Any pair in neither table is a mistake: StateError."""
+
+_BETWEEN = (_T.NEW, _T.CHECKING, _T.PREPARING, _T.OWNING, _T.MOVING, _T.ACTIVATING, _T.UNDOING)
+TARGET_IGNORED = frozenset(
+    {
+        *((state, late) for state in _BETWEEN for late in (_TI.CTC, _TI.TIMEOUT, _TI.LINK_LOST)),
+        *((state, late) for state in TARGET_FINAL for late in (_TI.CTC, _TI.TIMEOUT, _TI.LINK_LOST)),
+    }
+)
+
+_State = TypeVar("_State", bound=StrEnum)
+_Input = TypeVar("_Input", bound=StrEnum)
+_Action = TypeVar("_Action", bound=StrEnum)
+
+
+class Machine(Generic[_State, _Input, _Action]):
+    """A table being walked: state, timer, and how long each state lasted.
+
+    Times are seconds of any clock that only goes forward; `timers` says after how long in a
+    state `timeout` is due (counted anew at every input that the table knows for that state).
+    """
+
+    def __init__(
+        self,
+        table: Mapping[tuple[_State, _Input], tuple[_State, *tuple[_Action, ...]]],
+        ignored: frozenset[tuple[_State, _Input]],
+        state: _State,
+        now: float,
+        *,
+        timers: Mapping[_State, float],
+        timeout: _Input,
+    ) -> None:
+        self._table = table
+        self._ignored = ignored
+        self._timers = timers
+        self._timeout = timeout
+        self._entered = now
+        self._due = self._due_in(state, now)
+        self.state = state
+        self.spent: dict[_State, float] = {}
+        """Seconds in each state that was left."""
+
+    def _due_in(self, state: _State, now: float) -> float | None:
+        after = self._timers.get(state)
+        return None if after is None else now + after
+
+    def feed(self, what: _Input, now: float) -> tuple[_Action, ...]:
+        """Take an input: the new state is in `state`, the actions to carry out are returned.
+
+        Errors: StateError when `what` cannot happen in this state.
+        """
+        row = self._table.get((self.state, what))
+        if row is None:
+            if (self.state, what) in self._ignored:
+                return ()
+            raise StateError(f"{what} cannot happen to a transfer that is {self.state}")
+        state, *actions = row
+        if state != self.state:
+            self.spent[self.state] = self.spent.get(self.state, 0.0) + now - self._entered
+            self._entered = now
+            self.state = state
+        self._due = self._due_in(state, now)
+        return tuple(actions)
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due."""
+        return self._due
+
+    def handle_timer(self, now: float) -> tuple[_Action, ...]:
+        """Feed the timeout when it is due."""
+        if self._due is None or now < self._due:
+            return ()
+        self._due = None
+        return self.feed(self._timeout, now)
+
+
+SourceMachine = Machine[SourceState, SourceInput, SourceAction]
+TargetMachine = Machine[TargetState, TargetInput, TargetAction]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long things may take, in seconds.
+
+    connect: TCP and TLS. offer: PCTD to CTDR. confirm: CTD to CTDR, then the CTD is sent again. hold: how
+    long a target keeps what it prepared. step: one step of a port (freeze, take, ...). in_doubt: CTD to
+    report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to backoff_max;
+    busy_backoff: between attempts when the SA was busy. stop: how long `stop` waits. retries: how often a
+    clean-up is tried before the report says that it failed (it goes on being tried).
+    """
+
+    connect: float = 5.0
+    offer: float = 15.0
+    confirm: float = 60.0
+    hold: float = 60.0
+    step: float = 90.0
+    in_doubt: float = 120.0
+    idle: float = 60.0
+    keepalive: float = 10.0
+    backoff: float = 0.2
+    backoff_max: float = 30.0
+    busy_backoff: float = 0.3
+    stop: float = 5.0
+    retries: int = 5
+
+    def wait(self, tries: int) -> float:
+        """Seconds before repetition number `tries` (from 0): exponential back-off (RFC 4067, 3)."""
+        return min(self.backoff_max, self.backoff * 2.0 ** min(tries, 30))
+
+
+def new_source(now: float, timing: Timing, state: SourceState = SourceState.NEW) -> SourceMachine:
+    """A source machine; `state` is the journal's after a restart."""
+    timers = {SourceState.OFFERED: timing.offer, SourceState.RELEASED: timing.confirm}
+    return Machine(SOURCE_TABLE, SOURCE_IGNORED, state, now, timers=timers, timeout=SourceInput.TIMEOUT)
+
+
+def new_target(now: float, timing: Timing, state: TargetState = TargetState.NEW) -> TargetMachine:
+    """A target machine; `state` is the journal's after a restart."""
+    timers = {TargetState.PREPARED: timing.hold}
+    return Machine(TARGET_TABLE, TARGET_IGNORED, state, now, timers=timers, timeout=TargetInput.TIMEOUT)
+
+
+# -- epochs ----------------------------------------------------------------------------------------------
+
+
+def offer_fits(context: IkeContext, known: int, owned: int = -1) -> Status:
+    """May this context be offered to us?
+
+    `known`: the highest epoch of its SA in our journal (0: none); `owned`: the highest in which we took it
+    over ourselves (-1: never). Who offers it says that he owns it in `context.epoch`.
+    """
+    stale = context.epoch < known or context.epoch <= owned
+    return Status.STALE_EPOCH if stale else Status.OK
+
+
+def final_fits(context: IkeContext, final: FinalState, known: int) -> Status:
+    """Does the CTD let go of what the PCTD offered, in an epoch newer than any we know?"""
+    if (final.spi_i, final.spi_r) != context.spis:
+        return Status.UNKNOWN_SA
+    if {child.spi_in for child in final.children} != {child.spi_in for child in context.children}:
+        return Status.UNKNOWN_SA
+    if final.epoch != context.epoch + 1 or final.epoch <= known:
+        return Status.STALE_EPOCH
+    return Status.OK
+
+
+def first_failure(verdicts: Sequence[Verdict]) -> Status:
+    """The status that stands for all of them: the first that is not OK."""
+    return next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), Status.OK)
+
+
+# -- what callers read -----------------------------------------------------------------------------------
+
+Result = Literal["moved", "kept", "refused", "in-doubt"]
+Role = Literal["source", "target"]
+
+SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
+    _S.NEW: ("kept", "serves the MN", "knows nothing of it"),
+    _S.OFFERED: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
+    _S.FREEZING: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
+    _S.RELEASED: ("in-doubt", "has let go and serves it no more", "may own it, or still be undoing it"),
+    _S.CLEANING: ("moved", "has let go; its clean-up is not finished", "serves the MN"),
+    _S.THAWING: ("in-doubt", "owns the SA but could not start serving it again", "does not own it"),
+    _S.DONE: ("moved", "has let go", "serves the MN"),
+    _S.KEPT: ("kept", "serves the MN", "does not own it"),
+    _S.REFUSED: ("refused", "serves the MN", "does not own it"),
+}
+"""What a transfer that stands in this state is to the caller: result, the source's and the target's side."""
+
+HINTS: Mapping[Status, str] = {
+    Status.FAILED: "read the other gateway's log and its `history`",
+    Status.MALFORMED: "run the same version at both gateways",
+    Status.NOT_ALLOWED: "give this gateway the right `push` in the other gateway's configuration",
+    Status.NO_CONNECTION: "load a connection of that name at the other gateway",
+    Status.NO_CHILD: "add the child to the connection at the other gateway",
+    Status.IKE_SPI_IN_USE: "the other gateway has an SA of that name: look there for a leftover with `list`",
+    Status.ESP_SPI_IN_USE: "wait for a rekey of the child, which picks a new SPI, then try again",
+    Status.VIP_IN_USE: "give the gateways pools that do not overlap",
+    Status.SELECTORS_OVERLAP: "end the SA at the other gateway that has these traffic selectors",
+    Status.ALGORITHM: "load the algorithm at the other gateway, or rekey with another proposal",
+    Status.PROPOSAL: "align the proposals of the connection at both gateways",
+    Status.NO_ADDRESS: "give the other gateway an address of the MN's family",
+    Status.CHARON: "look at charon at the other gateway: `doctor` there tells more",
+    Status.KERNEL: "look at the kernel at the other gateway: `doctor` there tells more",
+    Status.UNREACHABLE: "check address, port, firewall and certificates: `doctor` tells more",
+    Status.PEER_SILENT: "check that the MN can reach the other gateway's address (UDP 500 and 4500)",
+    Status.PEER_REFUSED: "check that the MN speaks MOBIKE and accepts the other gateway's address",
+    Status.UNKNOWN_TRANSFER: "try again: the other gateway was restarted or had waited too long",
+    Status.BUSY: "try again when the exchange or the other transfer is over",
+    Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else",
+    Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """How a transfer ended at the source; holds no secrets.
+
+    `text` says what happened, `hint` what to do, `state_here` and `state_there` what each gateway does now.
+    `phases_ms`: export, connect, prepare (PCTD to CTDR), freeze, confirm (CTD to CTDR: the target took, moved
+    and activated), release or thaw. `cxtp_octets` counts CXTP messages both ways without TLS.
+    """
+
+    transfer_id: str
+    sa: SaName
+    mn: str
+    mn_address: str
+    from_: str
+    to: str
+    result: Result
+    status: Status
+    text: str = ""
+    hint: str = ""
+    state_here: str = ""
+    state_there: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+    phases_ms: Mapping[str, float] = field(default_factory=dict)
+    cxtp_messages: int = 0
+    cxtp_octets: int = 0
+    attempts: int = 1
+    epoch: int = 0
+    address: str = "update"
+    dry_run: bool = False
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain JSON values."""
+        return {
+            "transfer_id": self.transfer_id,
+            "sa": sa_json(self.sa),
+            "mn": self.mn,
+            "mn_address": self.mn_address,
+            "from": self.from_,
+            "to": self.to,
+            "result": self.result,
+            "status": status_json(self.status),
+            "text": self.text,
+            "hint": self.hint,
+            "state_here": self.state_here,
+            "state_there": self.state_there,
+            "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
+            "phases_ms": dict(self.phases_ms),
+            "cxtp_messages": self.cxtp_messages,
+            "cxtp_octets": self.cxtp_octets,
+            "attempts": self.attempts,
+            "epoch": self.epoch,
+            "address": self.address,
+            "dry_run": self.dry_run,
+            "exit_code": self.exit_code,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEvent:
+    """A transfer entered `state` (or ended: `report`, source only); `ms` since it began."""
+
+    transfer_id: str
+    role: Role
+    peer: str
+    sa: SaName
+    mn: str
+    state: str
+    ms: float
+    detail: str = ""
+    report: TransferReport | None = None
+
+
+def sa_json(sa: SaName) -> dict[str, str]:
+    """An IKE_SA's name in hexadecimal."""
+    return {"spi_i": sa[0].hex(), "spi_r": sa[1].hex()}
+
+
+def status_json(status: Status) -> dict[str, object]:
+    """Number, name and words of a status."""
+    return {"code": int(status), "name": status.name, "text": STATUS_TEXT.get(status, "not known here")}
+
+
+def verdict_json(verdict: Verdict) -> dict[str, object]:
+    """One verdict as plain JSON values."""
+    return {"context": Fpt(verdict.fpt).name, "status": status_json(verdict.status), "detail": verdict.detail}
