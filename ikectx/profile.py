@@ -1,0 +1,659 @@
+"""Contexts to and from Context Data Blocks: four profile types, CBOR inside.
+
+A profile is one CBOR map with small unsigned keys, the version first, defaults left out.
+Its octets are cut into consecutive blocks of the same FPT, all but the last full; since a
+CBOR item knows its own end, the last block's zero padding needs no length. Keys are listed in
+docs/protocol.md. What can be derived is not sent: SKEYSEED, SK_* and KEYMAT come from
+secret and nonces.
+
+Keys of a later version survive in `IkeContext.unknown` as (FPT, key, CBOR) and are sent on.
+Those inside generation or child number n have the key `(n + 1) << 16 | key` there.
+
+Blocks hold key material. Everything decoded is checked; only WireError comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, Literal
+
+from . import cbor
+from .context import (
+    NO_SECRET,
+    Address,
+    AuthRound,
+    ChildContext,
+    Endpoint,
+    FinalChild,
+    FinalState,
+    Identity,
+    IkeContext,
+    IkeGeneration,
+    Lifetime,
+    PeerContext,
+    PolicyContext,
+    ReplayState,
+    Secret,
+    TrafficSelector,
+)
+from .cxtp import MAX_BLOCK_DATA, MAX_MESSAGE, ContextDataBlock, StatusBlock
+from .errors import WireError
+from .numbers import STATUS_TEXT, Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
+from .ports import Verdict
+
+Unknown = tuple[tuple[int, int, bytes], ...]
+
+VERSION = 1
+PROFILES = (Fpt.IKEV2_SA, Fpt.SAD, Fpt.SPD, Fpt.PAD)
+MAX_PROFILE = MAX_MESSAGE - 28
+"""Octets of blocks that fit behind the header of a PCTD with IPv6 address and no key."""
+
+_DIRECTIONS = {"i": "in", "o": "out", "f": "fwd"}
+_LETTERS = {name: letter for letter, name in _DIRECTIONS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TransferHeader:
+    """What a PCTD says of the transfer itself.
+
+    `transfer_id`: 8 octets, drawn by pSG, named again by the CTD. `intent` "check": only ask
+    whether it would be taken. `address` "keep": the gateway address moves along, the MN is not told.
+    The owner's epoch is in the context.
+    """
+
+    transfer_id: bytes
+    intent: Literal["prepare", "check"] = "prepare"
+    address: Literal["update", "keep"] = "update"
+
+    def __post_init__(self) -> None:
+        if len(self.transfer_id) != 8:
+            raise ValueError("a transfer id has 8 octets")
+        if self.intent not in ("prepare", "check") or self.address not in ("update", "keep"):
+            raise ValueError("intent is prepare or check, address is update or keep")
+
+
+def _rest(entry: cbor.MapReader, fpt: Fpt, item: int = 0) -> Unknown:
+    """What nobody took, as IkeContext.unknown holds it; `item`: 1 + number of generation or child."""
+    return tuple((int(fpt), item << 16 | key, data) for key, data in entry.rest())
+
+
+def _item(value: Any, where: str) -> tuple[Any, str]:
+    return value, where
+
+
+_ITEMS = cbor.array(_item)
+
+
+# Small things both ways. `_x_out` makes CBOR of what `_x` reads.
+
+
+def _secret(value: Any, where: str) -> Secret:
+    return Secret(cbor.octets()(value, where))
+
+
+def _seconds(value: Any, where: str) -> int | None:
+    """A time left; negative when it is overdue."""
+    if value is not None and (type(value) is not int or not -(1 << 63) <= value < 1 << 63):
+        raise WireError(f"{where}: not a number of seconds")
+    return value
+
+
+def _limit(value: Any, where: str) -> int | None:
+    return None if value is None else cbor.u64(value, where)
+
+
+def _address(value: Any, where: str) -> Address:
+    packed = cbor.octets(4, 16)(value, where)
+    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
+
+
+def _endpoint(value: Any, where: str) -> Endpoint:
+    packed = cbor.octets(4, 6, 16, 18)(value, where)
+    split = len(packed) // 4 * 4
+    port = int.from_bytes(packed[split:]) if len(packed) > split else 500
+    return Endpoint(_address(packed[:split], where), port)
+
+
+def _endpoint_out(value: Endpoint) -> bytes:
+    return value.address.packed + (b"" if value.port == 500 else value.port.to_bytes(2))
+
+
+def _identity(value: Any, where: str) -> Identity:
+    data = cbor.octets()(value, where)
+    if not data:
+        raise WireError(f"{where}: an identity without its type")
+    return Identity(IdType(data[0]), data[1:])
+
+
+def _identity_out(value: Identity) -> bytes:
+    if value.type > 255:
+        raise WireError(f"identity type {int(value.type)} does not fit in an octet")
+    return bytes([value.type]) + value.data
+
+
+_SELECTOR = (0, 0, 65535, False)
+_SELECTOR_ROW = cbor.row(
+    (cbor.octets(4, 5, 8, 16, 17, 32), cbor.u8, cbor.u16, cbor.u16, cbor.boolean), _SELECTOR
+)
+
+
+def _selector(value: Any, where: str) -> TrafficSelector:
+    if type(value) is bytes:
+        value = [value]
+    packed, *rest = _SELECTOR_ROW(value, where)
+    size = 4 if len(packed) <= 8 else 16
+    start = _address(packed[:size], where)
+    bits, first = 8 * size, int(start)
+    if len(packed) == 2 * size:
+        end = _address(packed[size:], where)
+    else:
+        length = packed[size] if len(packed) > size else bits
+        if length > bits or first & ((1 << (bits - length)) - 1):
+            raise WireError(f"{where}: not a prefix")
+        end = type(start)(first | ((1 << (bits - length)) - 1))
+    return cbor.build(TrafficSelector, where, start, end, *rest)
+
+
+def _selector_out(ts: TrafficSelector) -> Any:
+    packed = ts.start.packed
+    first, span = int(ts.start), int(ts.end) - int(ts.start)
+    if span and (span < 0 or span & (span + 1) or first & span):
+        packed += ts.end.packed
+    elif span:
+        packed += bytes([8 * len(packed) - span.bit_length()])
+    row = cbor.trim([packed, ts.protocol, ts.start_port, ts.end_port, ts.dynamic], _SELECTOR)
+    return row if len(row) > 1 else packed
+
+
+_LIFETIME = (None, None, None, None, None, 0, 0)
+_LIFETIME_ROW = cbor.row((_seconds, _seconds, _seconds, _limit, _limit, cbor.u64, cbor.u64), _LIFETIME)
+
+
+def _lifetime(value: Any, where: str) -> Lifetime:
+    return Lifetime(*_LIFETIME_ROW(value, where))
+
+
+def _lifetime_out(value: Lifetime) -> list[Any]:
+    return cbor.trim([getattr(value, field.name) for field in fields(value)], _LIFETIME)
+
+
+_REPLAY = (0, 0, False, b"")
+_REPLAY_ROW = cbor.row((cbor.u64, cbor.u16, cbor.boolean, cbor.octets()), _REPLAY)
+
+
+def _replay(value: Any, where: str) -> ReplayState:
+    seq, window, esn, holes = _REPLAY_ROW(value, where)
+    if holes[:1] == b"\0" or len(holes) > 512:
+        raise WireError(f"{where}: a bitmap that is not the shortest or too long")
+    bitmap = int.from_bytes(holes) ^ ((1 << min(seq, window, 4096)) - 1)
+    return cbor.build(ReplayState, where, seq, window, bitmap, esn)
+
+
+def _replay_out(value: ReplayState) -> list[Any]:
+    holes = value.bitmap ^ ((1 << min(value.seq, value.window)) - 1)
+    packed = holes.to_bytes((holes.bit_length() + 7) // 8)
+    return cbor.trim([value.seq, value.window, value.esn, packed], _REPLAY)
+
+
+# IKEV2_SA: the IKE_SA and the transfer itself.
+
+
+def _generation_out(value: IkeGeneration) -> dict[int, Any]:
+    out: dict[int, Any] = {1: value.spi_i + value.spi_r}
+    cbor.put(out, 2, value.initiator, False)
+    out[3] = [value.nonce_i, value.nonce_r]
+    out[4] = value.secret.reveal()
+    suite = [value.prf, value.encr, value.encr_bits, value.integ, value.ke]
+    out[5] = [int(n) for n in cbor.trim(suite, (0, 0, 0))]
+    cbor.put(out, 6, value.add_secret.reveal(), b"")
+    cbor.put(out, 7, value.add_kes, b"")
+    if value.old_skd is not None and value.old_prf is not None:
+        out[8] = [value.old_skd.reveal(), int(value.old_prf)]
+    return out
+
+
+_SPI_PAIR = cbor.octets(16)
+_NONCES = cbor.row((cbor.octets(), cbor.octets()))
+_OLD = cbor.row((_secret, cbor.u16))
+_MIDS = cbor.row((cbor.u32, cbor.u32))
+
+
+def _generation(value: Any, where: str, number: int) -> tuple[IkeGeneration, Unknown]:
+    entry = cbor.MapReader(value, where)
+    spis = entry.need(1, _SPI_PAIR)
+    initiator = entry.take(2, cbor.boolean, False)
+    nonce_i, nonce_r = entry.need(3, _NONCES)
+    secret = entry.need(4, _secret)
+    prf, encr, bits, integ, ke = entry.need(5, cbor.row((cbor.u16,) * 5, (0, 0, 0)))
+    old_skd, old_prf = entry.take(8, _OLD, (None, None))
+    generation = cbor.build(
+        IkeGeneration,
+        where,
+        spis[:8],
+        spis[8:],
+        initiator,
+        nonce_i,
+        nonce_r,
+        secret,
+        Prf(prf),
+        Encr(encr),
+        bits,
+        Integ(integ),
+        KeMethod(ke),
+        entry.take(6, _secret, NO_SECRET),
+        entry.take(7, cbor.octets(), b""),
+        old_skd,
+        None if old_prf is None else Prf(old_prf),
+    )
+    return generation, _rest(entry, Fpt.IKEV2_SA, number + 1)
+
+
+_CHECK, _KEEP = 1, 2
+
+
+def _ike_out(context: IkeContext, transfer: TransferHeader) -> dict[int, Any]:
+    flags = (_CHECK if transfer.intent == "check" else 0) | (_KEEP if transfer.address == "keep" else 0)
+    out: dict[int, Any] = {0: VERSION, 1: transfer.transfer_id}
+    cbor.put(out, 2, flags, 0)
+    cbor.put(out, 3, context.epoch, 0)
+    out[4] = context.connection
+    out[5] = [_generation_out(g) for g in context.generations]
+    out[6] = _identity_out(context.local_id)
+    out[7] = _identity_out(context.remote_id)
+    cbor.put(out, 8, None if context.remote_eap_id is None else _identity_out(context.remote_eap_id))
+    out[9] = _endpoint_out(context.local)
+    out[10] = _endpoint_out(context.remote)
+    cbor.put(out, 11, [a.packed for a in context.local_vips], [])
+    cbor.put(out, 12, [a.packed for a in context.remote_vips], [])
+    cbor.put(out, 13, [_endpoint_out(e) for e in context.peer_addresses], [])
+    cbor.put(out, 14, context.conditions, 0)
+    cbor.put(out, 15, context.extensions, 0)
+    cbor.put(out, 16, context.private_conditions, 0)
+    cbor.put(out, 17, context.private_extensions, 0)
+    cbor.put(out, 18, [context.mid_initiator, context.mid_responder], [0, 0])
+    cbor.put(out, 19, _lifetime_out(context.lifetime), [])
+    cbor.put(out, 20, context.update_spi, False)
+    return out
+
+
+def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown]:
+    """The transfer header, the arguments of IkeContext that this profile holds, the rest."""
+    transfer_id = entry.need(1, cbor.octets(8))
+    flags = entry.take(2, cbor.uint(2), 0)
+    transfer = TransferHeader(
+        transfer_id, "check" if flags & _CHECK else "prepare", "keep" if flags & _KEEP else "update"
+    )
+    items = entry.need(5, _ITEMS)
+    read = [_generation(value, where, n) for n, (value, where) in enumerate(items)]
+    mid_initiator, mid_responder = entry.take(18, _MIDS, (0, 0))
+    parts: dict[str, Any] = {
+        "epoch": entry.take(3, cbor.u64, 0),
+        "connection": entry.need(4, cbor.text),
+        "generations": tuple(generation for generation, _ in read),
+        "local_id": entry.need(6, _identity),
+        "remote_id": entry.need(7, _identity),
+        "remote_eap_id": entry.take(8, _identity, None),
+        "local": entry.need(9, _endpoint),
+        "remote": entry.need(10, _endpoint),
+        "local_vips": entry.take(11, cbor.array(_address), ()),
+        "remote_vips": entry.take(12, cbor.array(_address), ()),
+        "peer_addresses": entry.take(13, cbor.array(_endpoint), ()),
+        "conditions": entry.take(14, cbor.u64, 0),
+        "extensions": entry.take(15, cbor.u64, 0),
+        "private_conditions": entry.take(16, cbor.u64, 0),
+        "private_extensions": entry.take(17, cbor.u64, 0),
+        "mid_initiator": mid_initiator,
+        "mid_responder": mid_responder,
+        "lifetime": entry.take(19, _lifetime, Lifetime()),
+        "update_spi": entry.take(20, cbor.boolean, False),
+    }
+    unknown = _rest(entry, Fpt.IKEV2_SA)
+    return transfer, parts, unknown + tuple(u for _, rest in read for u in rest)
+
+
+# SAD: the CHILD_SAs.
+
+
+def _child_out(child: ChildContext, context: IkeContext) -> dict[int, Any]:
+    generation = context.generations[child.generation]
+    out: dict[int, Any] = {}
+    cbor.put(out, 1, child.name, context.connection)
+    cbor.put(out, 2, child.generation, 0)
+    cbor.put(out, 3, child.initiator, False)
+    out[4] = child.spi_in + child.spi_out
+    cbor.put(out, 5, [child.nonce_i, child.nonce_r], [generation.nonce_i, generation.nonce_r])
+    out[6] = [int(n) for n in cbor.trim([child.encr, child.encr_bits, child.integ, child.ke], (0, 0, 0))]
+    out[7] = [_selector_out(ts) for ts in child.local_ts]
+    out[8] = [_selector_out(ts) for ts in child.remote_ts]
+    cbor.put(out, 9, child.secret.reveal(), b"")
+    cbor.put(out, 10, child.add_secret.reveal(), b"")
+    cbor.put(out, 11, child.add_kes, b"")
+    cbor.put(out, 12, int(child.protocol), int(Protocol.ESP))
+    cbor.put(out, 13, int(child.mode), int(Mode.TUNNEL))
+    cbor.put(out, 14, child.esn, False)
+    cbor.put(out, 15, [child.ipcomp, child.cpi_in, child.cpi_out], [0, 0, 0])
+    cbor.put(out, 16, _replay_out(child.inbound), [0])
+    cbor.put(out, 17, _replay_out(child.outbound), [0])
+    cbor.put(out, 18, _lifetime_out(child.lifetime), [])
+    return out
+
+
+def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[ChildContext, Unknown]:
+    entry = cbor.MapReader(value, where)
+    number_of = entry.take(2, cbor.u16, 0)
+    if number_of >= len(parts["generations"]):
+        raise WireError(f"{where}: names a generation that is not there")
+    generation: IkeGeneration = parts["generations"][number_of]
+    spis = entry.need(4, cbor.octets(8))
+    nonce_i, nonce_r = entry.take(5, _NONCES, (generation.nonce_i, generation.nonce_r))
+    encr, bits, integ, ke = entry.need(6, cbor.row((cbor.u16,) * 4, (0, 0, 0)))
+    ipcomp, cpi_in, cpi_out = entry.take(15, cbor.row((cbor.u16,) * 3), [0, 0, 0])
+    child = cbor.build(
+        ChildContext,
+        where,
+        name=entry.take(1, cbor.text, parts["connection"]),
+        generation=number_of,
+        initiator=entry.take(3, cbor.boolean, False),
+        spi_in=spis[:4],
+        spi_out=spis[4:],
+        nonce_i=nonce_i,
+        nonce_r=nonce_r,
+        encr=Encr(encr),
+        local_ts=entry.need(7, cbor.array(_selector)),
+        remote_ts=entry.need(8, cbor.array(_selector)),
+        encr_bits=bits,
+        integ=Integ(integ),
+        ke=KeMethod(ke),
+        secret=entry.take(9, _secret, NO_SECRET),
+        add_secret=entry.take(10, _secret, NO_SECRET),
+        add_kes=entry.take(11, cbor.octets(), b""),
+        protocol=Protocol(entry.take(12, cbor.u8, int(Protocol.ESP))),
+        mode=Mode(entry.take(13, cbor.u8, int(Mode.TUNNEL))),
+        esn=entry.take(14, cbor.boolean, False),
+        ipcomp=ipcomp,
+        cpi_in=cpi_in,
+        cpi_out=cpi_out,
+        inbound=entry.take(16, _replay, ReplayState()),
+        outbound=entry.take(17, _replay, ReplayState()),
+        lifetime=entry.take(18, _lifetime, Lifetime()),
+    )
+    return child, _rest(entry, Fpt.SAD, number + 1)
+
+
+# SPD: policies, runs of them that differ only in the direction as one entry.
+
+_POLICY = ("iof", 0, 0, 0)
+_POLICY_ROW = cbor.row((cbor.u32, cbor.text, cbor.u16, cbor.u16, cbor.u16), _POLICY)
+
+
+def _policies_out(policies: Iterable[PolicyContext]) -> list[list[Any]]:
+    runs: list[list[Any]] = []
+    for policy in policies:
+        letter = _LETTERS[policy.direction]
+        names = [policy.child, policy.local_ts, policy.remote_ts]
+        if runs and runs[-1][0] == policy.priority and runs[-1][2:] == names:
+            runs[-1][1] += letter
+        else:
+            runs.append([policy.priority, letter, *names])
+    return [cbor.trim(run, _POLICY) for run in runs]
+
+
+def _policies(value: Any, where: str) -> tuple[PolicyContext, ...]:
+    found: list[PolicyContext] = []
+    for run in cbor.array(_POLICY_ROW)(value, where):
+        priority, letters, child, local_ts, remote_ts = run
+        if not letters or len(found) + len(letters) > 4 * cbor.MAX_ITEMS or letters.strip("iof"):
+            raise WireError(f"{where}: directions that are not letters of i, o, f, or too many policies")
+        found += [PolicyContext(child, _DIRECTIONS[x], local_ts, remote_ts, priority) for x in letters]
+    return tuple(found)
+
+
+# PAD: the connection.
+
+_ROUND: tuple[Any, ...] = ("", "", [])
+
+
+def _rounds_out(rounds: Iterable[AuthRound], identity: Identity) -> list[Any]:
+    """`true` stands for an id whose octets are those of the IKE_SA's identity."""
+    out = []
+    for item in rounds:
+        same = bool(item.id) and item.id.encode("utf-8", "surrogatepass") == identity.data
+        out.append(cbor.trim([item.method, same or item.id, item.eap_id, list(item.groups)], _ROUND))
+    return out
+
+
+def _rounds(identity: Identity) -> cbor.Read[tuple[AuthRound, ...]]:
+    def read_id(value: Any, where: str) -> str:
+        if value is not True:
+            return cbor.text(value, where)
+        try:
+            return cbor.text(identity.data.decode(), where)
+        except UnicodeDecodeError:
+            raise WireError(f"{where}: stands for an identity that is no text") from None
+
+    read_row = cbor.row((cbor.text, read_id, cbor.text, cbor.array(cbor.text)), _ROUND)
+
+    def read(value: Any, where: str) -> AuthRound:
+        method, name, eap_id, groups = read_row(value, where)
+        return AuthRound(method, name, eap_id, tuple(groups))
+
+    return cbor.array(read)
+
+
+def _names(children: Iterable[ChildContext]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(child.name for child in children))
+
+
+def _peer_out(context: IkeContext) -> dict[int, Any]:
+    peer = context.peer
+    if peer is None:
+        return {0: VERSION, 1: None}
+    out: dict[int, Any] = {0: VERSION}
+    cbor.put(out, 1, peer.connection, context.connection)
+    cbor.put(out, 2, _rounds_out(peer.local_auth, context.local_id), [])
+    cbor.put(out, 3, _rounds_out(peer.remote_auth, context.remote_id), [])
+    cbor.put(out, 4, list(peer.children), list(_names(context.children)))
+    cbor.put(out, 5, list(peer.proposals), [])
+    cbor.put(out, 6, list(peer.pools), [])
+    return out
+
+
+def _peer(entry: cbor.MapReader, parts: dict[str, Any]) -> PeerContext | None:
+    name = entry.take(1, lambda v, w: None if v is None else cbor.text(v, w), parts["connection"])
+    if name is None:
+        return None
+    return PeerContext(
+        name,
+        entry.take(2, _rounds(parts["local_id"]), ()),
+        entry.take(3, _rounds(parts["remote_id"]), ()),
+        entry.take(4, cbor.array(cbor.text), _names(parts.get("children", ()))),
+        entry.take(5, cbor.array(cbor.text), ()),
+        entry.take(6, cbor.array(cbor.text), ()),
+    )
+
+
+# Blocks.
+
+
+def _split(fpt: Fpt, data: bytes) -> list[ContextDataBlock]:
+    cuts = range(0, len(data), MAX_BLOCK_DATA)
+    return [ContextDataBlock(fpt, data[cut : cut + MAX_BLOCK_DATA]) for cut in cuts]
+
+
+def _join(blocks: Iterable[ContextDataBlock]) -> dict[Fpt, bytes]:
+    """The octets of our profiles, each with its padding; blocks of other types are not ours to read."""
+    found: dict[Fpt, list[ContextDataBlock]] = {}
+    last: Fpt | None = None
+    for block in blocks:
+        if block.fpt in PROFILES:
+            earlier = found.setdefault(block.fpt, [])
+            if block.presence is not None:
+                raise WireError(f"{block.fpt.name}: has a presence vector")
+            if earlier and (last is not block.fpt or len(earlier[-1].data) != MAX_BLOCK_DATA):
+                raise WireError(f"{block.fpt.name}: a further block though the one before was not full")
+            earlier.append(block)
+        last = block.fpt
+    joined = {fpt: b"".join(block.data for block in parts) for fpt, parts in found.items()}
+    if sum(map(len, joined.values())) > MAX_MESSAGE:
+        raise WireError("the profiles are larger than a message")
+    return joined
+
+
+def _open(joined: dict[Fpt, bytes], fpt: Fpt) -> cbor.MapReader:
+    """The profile's map, its version read; an empty one where the profile was not sent."""
+    if fpt not in joined:
+        return cbor.MapReader({}, fpt.name)
+    entry = cbor.MapReader(cbor.loads(joined[fpt], fpt.name, padding=7), fpt.name)
+    version = entry.need(0, cbor.u64)
+    if version != VERSION:
+        raise WireError(f"{fpt.name}: version {version} is not known")
+    return entry
+
+
+def _close(maps: dict[Fpt, dict[int, Any]]) -> tuple[ContextDataBlock, ...]:
+    blocks = [b for fpt, out in maps.items() for b in _split(fpt, cbor.dumps(out, fpt.name))]
+    if sum(block.size for block in blocks) > MAX_PROFILE:
+        raise WireError("the context does not fit in one CXTP message")
+    return tuple(blocks)
+
+
+def _keep(maps: dict[Fpt, dict[int, Any]], unknown: Unknown) -> Unknown:
+    """Put the unknown entries where they were; those of items that are gone go too. Returns what was kept."""
+    kept = []
+    for number, key, data in sorted(unknown):
+        if number not in PROFILES or key < 0:
+            raise WireError(f"an unknown entry of FPT {number}, key {key} has no place in a profile")
+        fpt, item = Fpt(number), key >> 16
+        out = maps[fpt]
+        if item:
+            items = out.get(5 if fpt is Fpt.IKEV2_SA else 1, [])
+            if item > len(items):
+                continue
+            out = items[item - 1]
+        if key & 0xFFFF in out:
+            raise WireError(f"{fpt.name}: the unknown key {key} is a known one")
+        out[key & 0xFFFF] = cbor.loads(data, f"{fpt.name}: unknown key {key}")
+        kept.append((number, key, data))
+    return tuple(kept)
+
+
+def encode(context: IkeContext, *, transfer: TransferHeader) -> tuple[ContextDataBlock, ...]:
+    """The blocks of a PCTD. SPD and PAD are left out where the context has none.
+
+    Errors: WireError when the context would not arrive as it is: too large, a number
+    outside its field, a policy that names no selector.
+    """
+    maps: dict[Fpt, dict[int, Any]] = {
+        Fpt.IKEV2_SA: _ike_out(context, transfer),
+        Fpt.SAD: {0: VERSION, 1: [_child_out(child, context) for child in context.children]},
+        Fpt.SPD: {0: VERSION, 1: _policies_out(context.policies)},
+        Fpt.PAD: _peer_out(context),
+    }
+    kept = _keep(maps, context.unknown)
+    named = {number for number, _, _ in kept}
+    if not context.policies and Fpt.SPD not in named:
+        del maps[Fpt.SPD]
+    if context.peer is None and Fpt.PAD not in named:
+        del maps[Fpt.PAD]
+    blocks = _close(maps)
+    if decode(blocks) != (replace(context, unknown=kept), transfer):
+        raise WireError("the context holds something that has no place in its profile")
+    return blocks
+
+
+def decode(blocks: Iterable[ContextDataBlock]) -> tuple[IkeContext, TransferHeader]:
+    """The context in the blocks of a PCTD. Blocks of other FPTs are passed over. Errors: WireError."""
+    joined = _join(blocks)
+    if Fpt.IKEV2_SA not in joined:
+        raise WireError("no IKEV2_SA profile")
+    transfer, parts, unknown = _ike(_open(joined, Fpt.IKEV2_SA))
+
+    sad = _open(joined, Fpt.SAD)
+    items = sad.take(1, _ITEMS, ())
+    read = [_child(value, where, n, parts) for n, (value, where) in enumerate(items)]
+    parts["children"] = tuple(child for child, _ in read)
+    unknown += _rest(sad, Fpt.SAD) + tuple(u for _, rest in read for u in rest)
+
+    spd = _open(joined, Fpt.SPD)
+    parts["policies"] = spd.take(1, _policies, ())
+    unknown += _rest(spd, Fpt.SPD)
+
+    pad = _open(joined, Fpt.PAD)
+    if Fpt.PAD in joined:
+        parts["peer"] = _peer(pad, parts)
+    unknown += _rest(pad, Fpt.PAD)
+
+    context = cbor.build(IkeContext, "context", unknown=unknown, **parts)
+    for policy in context.policies:
+        child = context.children[policy.child]
+        if policy.local_ts >= len(child.local_ts) or policy.remote_ts >= len(child.remote_ts):
+            raise WireError("SPD: a policy names a selector that is not there")
+    return context, transfer
+
+
+# The final state in a CTD: the same profiles with other keys.
+
+
+_FINAL_ROWS = cbor.array(cbor.row((cbor.octets(4), _replay, _replay)))
+
+
+def encode_final(final: FinalState, transfer_id: bytes) -> tuple[ContextDataBlock, ...]:
+    """The blocks of the CTD that lets go. Errors: WireError."""
+    ike: dict[int, Any] = {0: VERSION, 1: transfer_id}
+    cbor.put(ike, 3, final.epoch, 0)
+    cbor.put(ike, 18, [final.mid_initiator, final.mid_responder], [0, 0])
+    ike[21] = final.spi_i + final.spi_r
+    maps = {Fpt.IKEV2_SA: ike}
+    rows = [[c.spi_in, _replay_out(c.inbound), _replay_out(c.outbound)] for c in final.children]
+    if rows:
+        maps[Fpt.SAD] = {0: VERSION, 2: rows}
+    blocks = _close(maps)
+    if decode_final(blocks) != (final, transfer_id):
+        raise WireError("the final state holds something that has no place in its profile")
+    return blocks
+
+
+def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]:
+    """(final state, transfer id) of a CTD. Unknown keys and FPTs are passed over. Errors: WireError."""
+    joined = _join(blocks)
+    if Fpt.IKEV2_SA not in joined:
+        raise WireError("no IKEV2_SA profile")
+    ike, sad = _open(joined, Fpt.IKEV2_SA), _open(joined, Fpt.SAD)
+    transfer_id, spis = ike.need(1, cbor.octets(8)), ike.need(21, _SPI_PAIR)
+    mid_initiator, mid_responder = ike.take(18, _MIDS, (0, 0))
+    rows = sad.take(2, _FINAL_ROWS, ())
+    children = tuple(FinalChild(*row) for row in rows)
+    if len({child.spi_in for child in children}) != len(children):
+        raise WireError("SAD: an SPI twice")
+    epoch = ike.take(3, cbor.u64, 0)
+    return FinalState(spis[:8], spis[8:], mid_initiator, mid_responder, epoch, children), transfer_id
+
+
+# Statuses.
+
+
+def encode_verdicts(
+    verdicts: Iterable[Verdict], profiles: Sequence[Fpt] = PROFILES
+) -> tuple[StatusBlock, ...]:
+    """One status for each of `profiles` and each other FPT that a verdict names.
+
+    Where several verdicts refuse one FPT the first wins: checks come in the order of their gravity.
+    """
+    worst = dict.fromkeys(profiles, Status.OK)
+    for verdict in verdicts:
+        if worst.setdefault(verdict.fpt, Status.OK) is Status.OK:
+            worst[verdict.fpt] = verdict.status
+    return tuple(StatusBlock(fpt, status) for fpt, status in worst.items())
+
+
+def decode_verdicts(statuses: Iterable[StatusBlock]) -> tuple[Verdict, ...]:
+    """What a CTDR says, with a text for each refusal."""
+    return tuple(
+        Verdict(s.fpt, s.status, "" if s.status is Status.OK else _status_text(s.status)) for s in statuses
+    )
+
+
+def _status_text(status: Status) -> str:
+    return STATUS_TEXT.get(status, f"refused with the unknown status 0x{status:02x}")
