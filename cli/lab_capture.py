@@ -1,0 +1,124 @@
+"""Notes the IKE messages on one interface.
+
+    python -I -S lab_capture.py INTERFACE OUTPUT
+
+A packet socket with a BPF program that lets IKE through and neither ESP, ESP in UDP nor NAT keepalives.
+Runs until SIGTERM, then writes OUTPUT: a list of {time (ns, CLOCK_REALTIME), octets (of the whole IP
+packet), sent (leaving this interface), exchange (number), response, message_id, spi_i, fragment}. Standard
+library only.
+"""
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+EXCHANGES = {
+    34: "IKE_SA_INIT",
+    35: "IKE_AUTH",
+    36: "CREATE_CHILD_SA",
+    37: "INFORMATIONAL",
+    38: "IKE_SESSION_RESUME",
+    43: "IKE_INTERMEDIATE",
+}
+"""Exchange types by number (RFC 7296 section 3.1, RFC 5723, RFC 9242)."""
+
+ETH_P_ALL = 3
+SO_ATTACH_FILTER = 26
+PAYLOAD_SKF = 53
+"""Encrypted and authenticated fragment (RFC 7383)."""
+
+# tcpdump -y RAW -ddd of: (ip and udp and (port 500 or (port 4500 and udp[8:4]=0)))
+# or (ip6 and ip6[6]=17 and (udp port 500 or (udp port 4500 and ip6[48:4]=0)))
+PROGRAM = """
+48 0 0 0;84 0 0 240;21 0 14 64;48 0 0 9;21 0 28 17;40 0 0 6;69 26 0 8191;177 0 0 0;
+72 0 0 0;21 22 0 500;72 0 0 2;21 20 0 500;21 2 0 4500;72 0 0 0;21 0 18 4500;64 0 0 8;
+21 15 16 0;48 0 0 0;84 0 0 240;21 0 13 96;48 0 0 6;21 0 11 17;21 0 10 17;40 0 0 40;
+21 7 0 500;40 0 0 42;21 5 0 500;21 2 0 4500;40 0 0 40;21 0 3 4500;32 0 0 48;21 0 1 0;
+6 0 0 65535;6 0 0 0
+"""
+"""Classic BPF on a packet that starts at its IP header: code, jump if true, jump if false, value."""
+
+
+def parse(packet: bytes) -> dict[str, int | str | bool] | None:
+    """What an IP packet with IKE in it says, or None where it is none or too short."""
+    if len(packet) < 20:
+        return None
+    version = packet[0] >> 4
+    udp = (packet[0] & 15) * 4 if version == 4 else 40
+    if len(packet) < udp + 8:
+        return None
+    octets = (
+        struct.unpack_from("!H", packet, 2)[0]
+        if version == 4
+        else 40 + struct.unpack_from("!H", packet, 4)[0]
+    )
+    ports = struct.unpack_from("!HH", packet, udp)
+    ike = udp + 8
+    if packet[ike : ike + 4] == bytes(4) and 500 not in ports:
+        ike += 4
+    if len(packet) < ike + 28:
+        return None
+    spi_i, _spi_r, following, _version, exchange, flags, message_id, _length = struct.unpack_from(
+        "!8s8sBBBBII", packet, ike
+    )
+    return {
+        "octets": octets,
+        "exchange": exchange,
+        "response": bool(flags & 0x20),
+        "message_id": message_id,
+        "spi_i": spi_i.hex(),
+        "fragment": following == PAYLOAD_SKF,
+    }
+
+
+def _attach(packets: socket.socket) -> None:
+    words = [tuple(int(word) for word in line.split()) for line in PROGRAM.replace("\n", "").split(";")]
+    code = b"".join(struct.pack("=HBBI", *line) for line in words)
+    buffer = ctypes.create_string_buffer(code)
+    # struct sock_fprog of linux/filter.h: a count, padding up to a pointer, the pointer
+    packets.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(words), ctypes.addressof(buffer))
+    )
+
+
+def main() -> None:
+    interface, output = sys.argv[1:3]
+    packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    _attach(packets)
+    packets.bind((interface, ETH_P_ALL))
+    packets.setblocking(False)
+    stopping, wake = os.pipe()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os.write(wake, b"x") and None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(output + ".ready", "w"):
+        pass
+    notes: list[dict[str, int | str | bool]] = []
+    poller = select.poll()
+    poller.register(packets, select.POLLIN)
+    poller.register(stopping, select.POLLIN)
+    ended = False
+    while not ended:
+        ended = any(descriptor == stopping for descriptor, _event in poller.poll())
+        while True:
+            try:
+                packet, source = packets.recvfrom(65535)
+            except BlockingIOError:
+                break
+            note = parse(packet)
+            if note is not None:
+                note["time"] = time.clock_gettime_ns(time.CLOCK_REALTIME)
+                note["sent"] = source[2] == socket.PACKET_OUTGOING
+                notes.append(note)
+    with open(output + ".part", "w", encoding="ascii") as file:
+        json.dump(notes, file)
+    os.rename(output + ".part", output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Writes what the lab's daemons read: strongswan.conf, swanctl.conf, certificates, ikectx.toml, updown.
+
+Every file is plain text in the folder of its host, so that a person can read what a scenario really ran.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .lab_net import CHARONS, GATEWAYS, INNER, INNER_NET, OUTER, POOL, SECOND_NET
+
+PLUGINS = (
+    "random nonce openssl aes sha1 sha2 hmac gcm ccm ctr cmac xcbc chapoly curve25519 kdf drbg x509 pem pkcs1"
+    " pkcs8 pubkey constraints {kernel} socket-default vici updown ha eap-identity eap-mschapv2 eap-md5"
+)
+PSK = "only-in-the-lab"
+EAP_USER = "carol"
+CXTP_PORT = 5091
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """How the mobile node's tunnel is made. The defaults are those of the scenario `handover`."""
+
+    family: int = 4
+    inner: int = 4
+    initiator: str = "mn"
+    auth: str = "psk"
+    vip: bool = True
+    encap: bool = False
+    ike: str = "aes128gcm16-prfsha256-x25519"
+    esp: str = "aes128gcm16"
+    mode: str = "tunnel"
+    children: int = 1
+    libipsec: bool = False
+    connection: Mapping[str, str | int | bool] = field(default_factory=dict)
+    child: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+
+def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
+    """Writes every host's folder below `work`. `overrides`: swanctl.conf text by host, appended, so it wins."""
+    write_tools(work)
+    write_credentials(work)
+    for host in CHARONS:
+        folder = work / host
+        folder.mkdir(exist_ok=True)
+        for name in ("x509", "x509ca", "private"):
+            (folder / name).mkdir(exist_ok=True)
+        (folder / "x509ca" / "ca.pem").write_bytes((work / "pki" / "ca.pem").read_bytes())
+        (folder / "x509" / "own.pem").write_bytes((work / "pki" / f"{host}.pem").read_bytes())
+        key = folder / "private" / "own.pem"
+        key.write_bytes((work / "pki" / f"{host}.key").read_bytes())
+        key.chmod(0o600)
+        (folder / "strongswan.conf").write_text(strongswan_conf(work, host, libipsec=tunnel.libipsec))
+        text = mobile_conf(tunnel) if host == "mn" else gateway_conf(work, host, tunnel)
+        (folder / "swanctl.conf").write_text(text + SECRETS + overrides.get(host, ""))
+    for host in GATEWAYS:
+        script = work / host / "updown"
+        script.write_text(updown_script(host))
+        script.chmod(0o755)
+        (work / host / "state").mkdir(mode=0o700, exist_ok=True)
+        (work / host / "ikectx.toml").write_text(agent_toml(work, host, libipsec=tunnel.libipsec))
+
+
+def strongswan_conf(work: Path, host: str, *, libipsec: bool = False) -> str:
+    """charon's and swanctl's settings. Retransmission stays at strongSwan's defaults."""
+    kernel = "kernel-libipsec kernel-netlink" if libipsec else "kernel-netlink"
+    folder = work / host
+    mirror = "ha { local = 127.0.0.1\n remote = 127.0.0.2\n monitor = no\n resync = no\n segment_count = 1 }"
+    plugins = PLUGINS.format(kernel=kernel)
+    if host not in GATEWAYS:
+        mirror, plugins = "", plugins.replace(" ha ", " ")
+    return f"""charon-systemd {{
+  load_modular = no
+  load = {plugins}
+  plugins {{
+    vici {{ socket = unix://{folder}/charon.vici }}
+    {mirror}
+  }}
+  filelog {{
+    log {{
+      path = {folder}/charon.log
+      time_format = %H:%M:%S
+      time_add_ms = yes
+      flush_line = yes
+      default = 1
+      ike = 2
+      cfg = 1
+      knl = 2
+    }}
+  }}
+}}
+swanctl {{
+  load = random nonce openssl x509 pem pkcs1 pkcs8 pubkey
+  socket = unix://{folder}/charon.vici
+}}
+"""
+
+
+def _settings(settings: Mapping[str, str | int | bool], indent: str) -> str:
+    shown = {True: "yes", False: "no"}
+    lines = [
+        f"{indent}{key} = {shown[value] if isinstance(value, bool) else value}"
+        for key, value in settings.items()
+    ]
+    return "\n".join(lines)
+
+
+def _auth(gateway: str, tunnel: Tunnel, *, mobile: bool) -> tuple[str, str]:
+    """(local section, remote section) as the mobile node (or the gateway) writes them."""
+    gateway_id = f"{gateway}.example" if gateway else "%any"
+    if tunnel.auth == "psk":
+        node, gate = "auth = psk\n      id = mn.example", f"auth = psk\n      id = {gateway_id}"
+    elif tunnel.auth == "cert":
+        node = "auth = pubkey\n      id = mn.example" + ("\n      certs = own.pem" if mobile else "")
+        gate = f"auth = pubkey\n      id = {gateway_id}" + ("" if mobile else "\n      certs = own.pem")
+    else:
+        node = f"auth = eap-mschapv2\n      id = mn.example\n      eap_id = {EAP_USER}"
+        gate = f"auth = pubkey\n      id = {gateway_id}" + ("" if mobile else "\n      certs = own.pem")
+        if not mobile:
+            node = "auth = eap-mschapv2\n      id = mn.example\n      eap_id = %any"
+    return (node, gate) if mobile else (gate, node)
+
+
+def _children(tunnel: Tunnel, updown: str, *, mobile: bool, start: str = "") -> str:
+    """The child sections: `net`, and `net2` towards the server's second network."""
+    far, near = INNER_NET[tunnel.inner], INNER["mn"][tunnel.inner]
+    bits = 32 if tunnel.inner == 4 else 128
+    own = "" if tunnel.vip else f"{near}/{bits}"
+    sections = []
+    for number in range(1, tunnel.children + 1):
+        inside = far if number == 1 else SECOND_NET[tunnel.inner]
+        if tunnel.mode == "transport":
+            inside, own = "", ""
+        mine, theirs = (own, inside) if mobile else (inside, own)
+        lines = [f"      net{'' if number == 1 else number} {{"]
+        if mine:
+            lines.append(f"        local_ts = {mine}")
+        if theirs:
+            lines.append(f"        remote_ts = {theirs}")
+        lines += [f"        esp_proposals = {tunnel.esp}", f"        mode = {tunnel.mode}"]
+        if updown:
+            lines.append(f"        updown = {updown}")
+        if start:
+            lines.append(start)
+        lines.append(_settings(tunnel.child, "        "))
+        sections.append("\n".join([*lines, "      }"]))
+    return "\n".join(sections)
+
+
+def _connection(name: str, tunnel: Tunnel, head: list[str], auth: tuple[str, str], children: str) -> str:
+    lines = [f"  {name} {{", "    version = 2", f"    proposals = {tunnel.ike}"]
+    lines += [f"    {line}" for line in head]
+    if tunnel.encap:
+        lines.append("    encap = yes")
+    lines.append(_settings(tunnel.connection, "    "))
+    lines += [f"    local {{\n      {auth[0]}\n    }}", f"    remote {{\n      {auth[1]}\n    }}"]
+    return "\n".join([*lines, f"    children {{\n{children}\n    }}", "  }"])
+
+
+def mobile_conf(tunnel: Tunnel) -> str:
+    """The mobile node knows both gateways: connections `psg` and `nsg`, children `net` (and `net2`)."""
+    connections = []
+    for gateway in GATEWAYS:
+        head = [
+            f"local_addrs = {OUTER['mn'][tunnel.family]}",
+            f"remote_addrs = {OUTER[gateway][tunnel.family]}",
+        ]
+        if tunnel.vip and tunnel.initiator == "mn":
+            head.append(f"vips = {INNER['mn'][tunnel.inner]}")
+        connections.append(
+            _connection(
+                gateway, tunnel, head, _auth(gateway, tunnel, mobile=True), _children(tunnel, "", mobile=True)
+            )
+        )
+    return "connections {\n" + "\n".join(connections) + "\n}\n"
+
+
+def gateway_conf(work: Path, host: str, tunnel: Tunnel) -> str:
+    """A gateway has one connection, `mn`, of the same name and children everywhere."""
+    head = [f"local_addrs = {OUTER[host][tunnel.family]}"]
+    if tunnel.initiator == "gateway":
+        head.append(f"remote_addrs = {OUTER['mn'][tunnel.family]}")
+    if tunnel.vip:
+        head.append("pools = inner")
+    children = _children(tunnel, f"{work}/{host}/updown", mobile=False)
+    text = _connection("mn", tunnel, head, _auth(host, tunnel, mobile=False), children)
+    pool = f"pools {{\n  inner {{\n    addrs = {POOL[tunnel.inner]}\n  }}\n}}\n" if tunnel.vip else ""
+    return "connections {\n" + text + "\n}\n" + pool
+
+
+SECRETS = f"""secrets {{
+  ike-lab {{
+    secret = {PSK}
+  }}
+  eap-lab {{
+    id = {EAP_USER}
+    secret = {PSK}
+  }}
+}}
+"""
+
+
+def updown_script(host: str) -> str:
+    """Announces the way to the mobile node to the server; bash, because it opens UDP without a process."""
+    gateway = INNER[host]
+    return f"""#!/bin/bash
+case "$PLUTO_VERB" in
+  up-client|up-host|up-client-v6|up-host-v6) verb=up ;;
+  down-client|down-host|down-client-v6|down-host-v6) verb=down ;;
+  *) exit 0 ;;
+esac
+case "$PLUTO_PEER_CLIENT" in
+  *:*) via={gateway[6]} ;;
+  *) via={gateway[4]} ;;
+esac
+echo "$verb $PLUTO_PEER_CLIENT $via" > /dev/udp/{INNER["srv"][4]}/5353
+echo "$PLUTO_VERB $PLUTO_CONNECTION $PLUTO_PEER $PLUTO_MY_CLIENT $PLUTO_PEER_CLIENT" >> "${{0%/*}}/updown.log"
+exit 0
+"""
+
+
+def agent_toml(work: Path, host: str, *, libipsec: bool = False) -> str:
+    """The gateway agent's configuration."""
+    folder = work / host
+    other = "nsg" if host == "psg" else "psg"
+    return f'''name = "{host}"
+state_dir = "{folder}/state"
+
+[control]
+socket = "{folder}/ikectx.vici"
+
+[charon]
+vici = "unix://{folder}/charon.vici"
+ha_local = "127.0.0.2"
+ha_remote = "127.0.0.1"
+segments = 1
+esp = "{"libipsec" if libipsec else "kernel"}"
+
+[gateway]
+addresses = ["{OUTER[host][4]}", "{OUTER[host][6]}"]
+
+[transfer]
+listen = ["{OUTER[host][4]}:{CXTP_PORT}"]
+certificate = "{folder}/x509/own.pem"
+key = "{folder}/private/own.pem"
+ca = "{folder}/x509ca/ca.pem"
+
+[connections.mn]
+updown = "{folder}/updown"
+
+[[peer]]
+name = "{other}"
+address = "{OUTER[other][4]}:{CXTP_PORT}"
+rights = ["push", "pull"]
+forward_via = ["{INNER[other][4]}", "{INNER[other][6]}"]
+'''
+
+
+def write_tools(work: Path) -> None:
+    """`bin/ikectx`, which finds this very installation, since a namespace or a VM inherits no PATH."""
+    tools = work / "bin"
+    tools.mkdir(parents=True, exist_ok=True)
+    wrapper = tools / "ikectx"
+    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ikectx_cli.main "$@"\n')
+    wrapper.chmod(0o755)
+
+
+def write_credentials(work: Path) -> None:
+    """A CA and a certificate a host (ECDSA P-256, valid for two days), once a lab."""
+    folder = work / "pki"
+    if (folder / "ca.pem").exists():
+        return
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC)
+
+    def build(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in (subject, issuer)]
+        return (
+            x509.CertificateBuilder()
+            .subject_name(names[0])
+            .issuer_name(names[1])
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=12))
+            .not_valid_after(now + datetime.timedelta(days=2))
+        )
+
+    def save(name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+        (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        private = folder / f"{name}.key"
+        private.touch(mode=0o600)
+        private.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.TraditionalOpenSSL,
+                serialization.NoEncryption(),
+            )
+        )
+
+    authority = ec.generate_private_key(ec.SECP256R1())
+    usage = dict.fromkeys(
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+            "digital_signature",
+        ),
+        False,
+    )
+    authority_id = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    for host in CHARONS:
+        key = ec.generate_private_key(ec.SECP256R1())
+        names: list[x509.GeneralName] = [x509.DNSName(host), x509.DNSName(f"{host}.example")]
+        names += [x509.IPAddress(ipaddress.ip_address(address)) for address in OUTER[host].values()]
+        uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        certificate = (
+            build(host, "ikectx lab", key)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id), critical=False
+            )
+            .sign(authority, hashes.SHA256())
+        )
+        save(host, certificate, key)
+    root = (
+        build("ikectx lab", "ikectx lab", authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
+        .add_extension(authority_id, critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+    save("ca", root, authority)

@@ -1,0 +1,307 @@
+"""A running lab: its folder, its namespaces, its daemons, and commands on its hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ikectx.errors import CharonError, StateError, UsageError
+
+from . import lab_announce
+from .lab_config import Tunnel, write_all
+from .lab_net import CHARONS, GATEWAYS, HOSTS, INNER, Net, load_modules, run
+
+DEFAULT_NAME = "default"
+ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
+CHARON = "/usr/sbin/charon-systemd"
+PATIENCE = 90.0
+"""Seconds to wait for a daemon. An emulated machine needs ten of them, a real one a tenth of one."""
+
+
+@dataclass(slots=True)
+class Lab:
+    """One lab. `work` is its folder; `started` holds the daemons by (host, name)."""
+
+    name: str
+    work: Path
+    net: Net
+    tunnel: Tunnel = field(default_factory=Tunnel)
+    agents: bool = True
+    keep: bool = False
+    warnings: list[str] = field(default_factory=list)
+    started: dict[tuple[str, str], subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    # -- life -------------------------------------------------------------------------------
+
+    @classmethod
+    def new(cls, name: str | None = None, *, delay_ms: float = 20.0) -> Lab:
+        """A lab that is not up yet; without a name it gets one. Raises StateError when it exists."""
+        name = name or secrets.token_hex(3)
+        work = ROOT / f"ikl-{name}"
+        try:
+            work.mkdir(mode=0o755)
+        except FileExistsError:
+            raise StateError(f"a lab named {name} is there already", hint="ikectx lab down") from None
+        return cls(name, work, Net(f"ikl-{name}", delay_ms))
+
+    @classmethod
+    def find(cls, name: str) -> Lab:
+        """The lab of that name that someone brought up. Raises UsageError."""
+        work = ROOT / f"ikl-{name}"
+        try:
+            state = json.loads((work / "lab.json").read_text())
+        except (OSError, ValueError):
+            raise UsageError(f"no lab named {name} is up", hint="ikectx lab up") from None
+        return cls(
+            name, work, Net(f"ikl-{name}", state["delay_ms"]), Tunnel(**state["tunnel"]), state["agents"]
+        )
+
+    def up(
+        self,
+        tunnel: Tunnel,
+        *,
+        agents: bool = True,
+        overrides: Mapping[str, str] | None = None,
+        keep: bool = False,
+    ) -> None:
+        """Namespaces, announcer, then on each gateway the agent before its charon."""
+        self.keep = keep
+        load_modules()
+        self.warnings += self.net.up()
+        self._save(tunnel, agents)
+        self.spawn(
+            "srv", "announcer", [sys.executable, "-I", "-S", lab_announce.__file__, INNER["srv"][4], "5353"]
+        )
+        self.configure(tunnel, agents=agents, overrides=overrides)
+
+    def configure(
+        self, tunnel: Tunnel, *, agents: bool = True, overrides: Mapping[str, str] | None = None
+    ) -> None:
+        """(Re)starts the daemons with another configuration; the network stays as it is."""
+        self.stop_daemons()
+        self._save(tunnel, agents)
+        write_all(self.work, tunnel, overrides or {})
+        for host in GATEWAYS if agents else ():
+            self.start_agent(host, wait=False)
+        for host in GATEWAYS if agents else ():
+            self.wait_agent(host)
+        for host in CHARONS:
+            self.start_charon(host, wait=False)
+        for host in CHARONS:
+            self.wait_charon(host)
+
+    def _save(self, tunnel: Tunnel, agents: bool) -> None:
+        self.tunnel, self.agents = tunnel, agents
+        state = {
+            "delay_ms": self.net.delay_ms,
+            "agents": agents,
+            "tunnel": asdict(tunnel),
+            "owner": os.getpid(),
+        }
+        state["keep"] = self.keep
+        (self.work / "lab.json").write_text(json.dumps(state))
+
+    def down(self) -> None:
+        """Ends and removes everything of this lab. Never raises; may be called twice."""
+        self.net.down()
+        for process in self.started.values():
+            try:
+                process.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self.started.clear()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    # -- daemons ----------------------------------------------------------------------------
+
+    def start_agent(self, host: str, *, wait: bool = True) -> None:
+        """Starts the gateway's agent; before charon, since whoever holds its HA address receives keys."""
+        config = str(self.work / host / "ikectx.toml")
+        self.spawn(host, "agent", [str(self.work / "bin" / "ikectx"), "serve", "--config", config])
+        if wait:
+            self.wait_agent(host)
+
+    def wait_agent(self, host: str) -> None:
+        self._wait_file(host, "agent", self.work / host / "ikectx.vici")
+
+    def start_charon(self, host: str, *, wait: bool = True) -> None:
+        """Starts a charon with a private /run, for the fixed path of the HA plugin's FIFO, and loads it."""
+        # a copy: an AppArmor profile is bound to the installed path and keeps charon out of the folder
+        binary = self.work / "bin" / "charon"
+        if not binary.exists():
+            if not Path(CHARON).exists():
+                raise CharonError(f"{CHARON} is not there", hint="apt-get install charon-systemd")
+            shutil.copy2(CHARON, binary)
+        (self.work / host / "charon.vici").unlink(missing_ok=True)
+        words = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o mode=755 lab /run && exec "$0"', str(binary)]
+        self.spawn(host, "charon", words)
+        if wait:
+            self.wait_charon(host)
+
+    def wait_charon(self, host: str) -> None:
+        self._wait_file(host, "charon", self.work / host / "charon.vici")
+        done = self.command(host, ["swanctl", "--load-all"])
+        if done.returncode != 0:
+            raise CharonError(f"{host}: swanctl --load-all: {(done.stderr or done.stdout).strip()[-400:]}")
+
+    def _wait_file(self, host: str, name: str, path: Path) -> None:
+        limit = time.monotonic() + PATIENCE
+        process = self.started[host, name]
+        while not path.exists():
+            if process.poll() is not None or time.monotonic() > limit:
+                log = (self.work / host / f"{name}.out").read_text(errors="replace").strip()[-600:]
+                what = (
+                    "did not start in time" if process.poll() is None else f"ended with {process.returncode}"
+                )
+                raise CharonError(f"{host}: {name} {what}: {log or 'it said nothing'}")
+            time.sleep(0.02)
+
+    def stop(self, host: str, name: str, *, kill: bool = False) -> None:
+        """Ends one daemon and waits for its end. `kill` is the crash: no chance to tidy up."""
+        process = self.started.pop((host, name), None)
+        if process is None:
+            return
+        if kill:
+            process.kill()
+        else:
+            process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def stop_daemons(self) -> None:
+        """Ends charons and agents and clears what they left in the kernel."""
+        pairs = [pair for pair in self.started if pair[1] in ("charon", "agent")]
+        for pair in pairs:
+            self.started[pair].terminate()
+        for pair in pairs:
+            self.stop(*pair)
+        for host in CHARONS if pairs else ():
+            script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset; ip route flush table 220;"
+            script += " ip -6 route flush table 220"
+            self.command(host, ["sh", "-c", script])
+            for name in ("state", "updown.log", "ikectx.vici", "charon.vici"):
+                path = self.work / host / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def spawn(self, host: str, name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Starts a daemon on a host; its output goes to the host's folder, as NAME.out."""
+        folder = self.work / host
+        folder.mkdir(exist_ok=True)
+        with (folder / f"{name}.out").open("ab") as out:
+            process = subprocess.Popen(
+                [*self.net.enter(host), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.environment(host),
+                cwd=folder,
+                start_new_session=True,
+            )
+        self.started[host, name] = process
+        return process
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def environment(self, host: str) -> dict[str, str]:
+        """What a command on that host sees: the host's settings, and nothing of the caller's."""
+        folder = self.work / host
+        path = f"{self.work}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return {
+            "PATH": path,
+            "HOME": str(self.work),
+            "LANG": "C.UTF-8",
+            "TERM": os.environ.get("TERM", "dumb"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "STRONGSWAN_CONF": f"{folder}/strongswan.conf",
+            "SWANCTL_DIR": str(folder),
+            "VICI_URI": f"unix://{folder}/charon.vici",
+            "IKECTX_CONFIG": f"{folder}/ikectx.toml",
+            "LAB": str(self.work),
+            "HOST": host,
+        }
+
+    def command(
+        self, host: str, argv: Sequence[str], *, timeout: float = 300.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command on a host and captures its output. A timeout is exit status 124."""
+        self._check_host(host)
+        words = [*self.net.enter(host), *argv]
+        try:
+            return subprocess.run(
+                words,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=self.environment(host),
+                timeout=timeout,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(words, 124, "", f"no end after {timeout:.0f} s")
+
+    def connect(self, gateway: str = "psg") -> None:
+        """Brings the tunnel up to a gateway, from the side the tunnel names. Raises CharonError."""
+        host, peer = ("mn", gateway) if self.tunnel.initiator == "mn" else (gateway, "mn")
+        for number in range(1, self.tunnel.children + 1):
+            child = "net" if number == 1 else f"net{number}"
+            done = self.command(
+                host, ["swanctl", "--initiate", "--ike", peer, "--child", child, "--timeout", "60"]
+            )
+            if done.returncode != 0:
+                words = (done.stdout + done.stderr).strip().splitlines()
+                raise CharonError(f"{host}: the tunnel did not come up: {' / '.join(words[-4:])}")
+
+    def attach(self, host: str, argv: Sequence[str]) -> int:
+        """Runs a command on a host with this terminal. Returns its exit status."""
+        self._check_host(host)
+        return subprocess.run(
+            [*self.net.enter(host), *argv], env=self.environment(host), check=False
+        ).returncode
+
+    def _check_host(self, host: str) -> None:
+        if host not in HOSTS:
+            raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
+
+
+def names() -> list[str]:
+    """Names of the labs whose folders exist on this machine."""
+    return sorted(
+        path.name.removeprefix("ikl-") for path in ROOT.glob("ikl-*") if (path / "lab.json").exists()
+    )
+
+
+def sweep() -> list[str]:
+    """Takes down what a killed run left: labs not made by `lab up` whose process is gone."""
+    gone = []
+    for name in names():
+        state = json.loads((ROOT / f"ikl-{name}" / "lab.json").read_text())
+        if state.get("keep") or Path(f"/proc/{state['owner']}").exists():
+            continue
+        Lab.find(name).down()
+        gone.append(name)
+    return gone
+
+
+def strongswan_version() -> str:
+    """The installed charon's version, `` where it is missing."""
+    found = shutil.which("swanctl", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if not found:
+        return ""
+    done = run([found, "--version"], check=False)
+    words = (done.stdout + done.stderr).split()
+    return next((word for word in words if word[0].isdigit()), "")

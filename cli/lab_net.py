@@ -1,0 +1,245 @@
+"""The lab's network: one namespace a host, built by iproute2 and taken down to the last interface.
+
+    mn --- core --- psg ---+
+              |            +--- srv (a bridge in srv's namespace: the inner network)
+              +---- nsg ---+
+
+Addresses are fixed (`ADDRESSES`), because scenario files name them. Namespace
+names get a prefix of their own for each lab, so that labs can stand side by
+side and taking one down touches nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ikectx.errors import KernelError
+
+HOSTS = ("mn", "psg", "nsg", "core", "srv")
+GATEWAYS = ("psg", "nsg")
+CHARONS = ("mn", "psg", "nsg")
+
+OUTER = {
+    "mn": {4: "10.1.0.10", 6: "fd01::10"},
+    "psg": {4: "10.2.1.2", 6: "fd02:1::2"},
+    "nsg": {4: "10.2.2.2", 6: "fd02:2::2"},
+}
+"""Address of a host on its link to the core, by IP version."""
+
+CORE = {
+    "mn": {4: "10.1.0.1", 6: "fd01::1"},
+    "psg": {4: "10.2.1.1", 6: "fd02:1::1"},
+    "nsg": {4: "10.2.2.1", 6: "fd02:2::1"},
+}
+"""Address of the core router on the link to that host."""
+
+INNER = {
+    "psg": {4: "10.3.0.2", 6: "fd03::2"},
+    "nsg": {4: "10.3.0.3", 6: "fd03::3"},
+    "srv": {4: "10.3.0.10", 6: "fd03::10"},
+    "mn": {4: "10.4.0.10", 6: "fd04::10"},
+}
+"""Addresses behind the gateways; the one of the mobile node is its inner (virtual) address."""
+
+SECOND = {4: "10.6.0.10", 6: "fd06::10"}
+"""A second address of the server, in a network of its own, for a second CHILD_SA."""
+
+SECOND_NET = {4: "10.6.0.0/24", 6: "fd06::/64"}
+INNER_NET = {4: "10.3.0.0/24", 6: "fd03::/64"}
+POOL = {4: "10.4.0.10-10.4.0.200", 6: "fd04::10-fd04::200"}
+"""Both gateways hand out the same addresses; the first client gets the address scenarios name."""
+
+PREFIX = {4: 24, 6: 64}
+
+_MODULES = """
+veth bridge tun dummy af_packet sch_netem nf_tables nft_queue nft_ct nfnetlink_queue
+xfrm_user xfrm_algo xfrm_interface esp4 esp6 xfrm4_tunnel xfrm6_tunnel ipcomp ipcomp6
+authenc authencesn echainiv seqiv ccm gcm cmac xcbc ctr cbc hmac chacha20poly1305
+aes_generic sha256_generic sha512_generic sha1_generic
+"""
+MODULES = tuple(_MODULES.split())
+"""Kernel modules a lab may use. Loading is an attempt: a kernel may have them built in, or not at all."""
+
+
+def run(
+    argv: Sequence[str], *, text: str | None = None, check: bool = True, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs one command to its end, output captured. With `check`, a failure raises KernelError."""
+    done = subprocess.run(
+        list(argv),
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=None if env is None else dict(env),
+    )
+    if check and done.returncode != 0:
+        words = (done.stderr or done.stdout).strip().splitlines()
+        raise KernelError(f"{' '.join(argv)}: {words[-1] if words else f'exit {done.returncode}'}")
+    return done
+
+
+def load_modules() -> None:
+    """Asks for every module of `MODULES`; those that are missing or built in are no error."""
+    if shutil.which("modprobe"):
+        run(["modprobe", "-a", "-q", *MODULES], check=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """The namespaces of one lab. `prefix` makes their names unique on this machine."""
+
+    prefix: str
+    delay_ms: float = 20.0
+
+    def namespace(self, host: str) -> str:
+        return f"{self.prefix}-{host}"
+
+    def enter(self, host: str) -> list[str]:
+        """The words that put a command into the network namespace of `host`."""
+        return ["nsenter", f"--net=/run/netns/{self.namespace(host)}"]
+
+    def up(self) -> list[str]:
+        """Builds everything. Returns warnings (what this kernel cannot do). Raises KernelError."""
+        ns = {host: self.namespace(host) for host in HOSTS}
+        for name in ns.values():
+            run(["ip", "netns", "add", name])
+        links = [
+            f"link add name eth0 netns {ns[host]} type veth peer name to-{host} netns {ns['core']}"
+            for host in OUTER
+        ]
+        links += [
+            f"link add name lan0 netns {ns[host]} type veth peer name to-{host} netns {ns['srv']}"
+            for host in GATEWAYS
+        ]
+        run(["ip", "-batch", "-"], text="\n".join(links) + "\n")
+        for host in HOSTS:
+            run([*self.enter(host), "sh", "-c", _SYSCTLS, "sh", "0" if host in ("mn", "srv") else "1"])
+            run(["ip", "-n", ns[host], "-batch", "-"], text="\n".join(self._addresses(host)) + "\n")
+        return self._delay()
+
+    def _addresses(self, host: str) -> list[str]:
+        lines = ["link set lo up"]
+        if host in OUTER:
+            lines.append("link set eth0 up")
+            for version in (4, 6):
+                address = f"{OUTER[host][version]}/{PREFIX[version]}"
+                lines += [_address(version, address, "eth0"), _default(CORE[host][version])]
+        if host in GATEWAYS:
+            lines.append("link set lan0 up")
+            lines += [_address(v, f"{INNER[host][v]}/{PREFIX[v]}", "lan0") for v in (4, 6)]
+            lines += [f"route add {SECOND_NET[v]} via {INNER['srv'][v]}" for v in (4, 6)]
+        if host == "core":
+            for far in OUTER:
+                lines.append(f"link set to-{far} up")
+                lines += [_address(v, f"{CORE[far][v]}/{PREFIX[v]}", f"to-{far}") for v in (4, 6)]
+        if host == "srv":
+            lines.append("link add name br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
+            lines += [f"link set to-{far} master br0 up" for far in GATEWAYS] + ["link set br0 up"]
+            lines += [_address(v, f"{INNER['srv'][v]}/{PREFIX[v]}", "br0") for v in (4, 6)]
+            lines += [_address(v, f"{SECOND[v]}/{PREFIX[v]}", "br0") for v in (4, 6)]
+        return lines
+
+    def _delay(self) -> list[str]:
+        if self.delay_ms <= 0:
+            return []
+        for host, device in (("core", "to-mn"), ("mn", "eth0")):
+            words = ["tc", "-n", self.namespace(host), "qdisc", "replace", "dev", device, "root", "netem"]
+            done = run([*words, "delay", f"{self.delay_ms}ms", "limit", "10000"], check=False)
+            if done.returncode != 0:
+                return [
+                    f"this kernel has no netem: the access link has no delay (asked for {self.delay_ms} ms)"
+                ]
+        return []
+
+    def pids(self, host: str) -> list[int]:
+        done = run(["ip", "netns", "pids", self.namespace(host)], check=False)
+        return [int(word) for word in done.stdout.split()]
+
+    def down(self) -> None:
+        """Ends every process inside, then the namespaces. Never raises; safe on a half-built lab."""
+        present = [host for host in HOSTS if Path("/run/netns", self.namespace(host)).exists()]
+        for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0)):
+            alive = [pid for host in present for pid in self.pids(host)]
+            for pid in alive:
+                _kill(pid, number)
+            limit = time.monotonic() + patience
+            while alive and time.monotonic() < limit:
+                time.sleep(0.05)
+                alive = [pid for pid in alive if _alive(pid)]
+            if not alive:
+                break
+        for host in present:
+            run(["ip", "netns", "del", self.namespace(host)], check=False)
+
+
+_SYSCTLS = """
+router=$1
+put() { echo "$1" > "/proc/sys/net/$2" 2>/dev/null || true; }
+for d in all default; do
+  put 0 ipv4/conf/$d/rp_filter; put 0 ipv4/conf/$d/send_redirects; put 0 ipv4/conf/$d/accept_redirects
+  put 1 ipv4/conf/$d/accept_local
+  put 0 ipv6/conf/$d/accept_ra; put 0 ipv6/conf/$d/accept_dad; put 0 ipv6/conf/$d/accept_redirects
+  put $router ipv6/conf/$d/forwarding
+done
+for d in /proc/sys/net/ipv6/conf/*; do put 0 ipv6/conf/${d##*/}/accept_dad; done
+for d in /proc/sys/net/ipv4/conf/*; do
+  d=${d##*/}; put 0 ipv4/conf/$d/rp_filter; put 0 ipv4/conf/$d/send_redirects
+done
+put $router ipv4/ip_forward; put 0 ipv4/icmp_ratelimit; put 0 ipv6/icmp/ratelimit
+"""
+
+
+def _address(version: int, address: str, device: str) -> str:
+    return f"addr add {address} dev {device}" + (" nodad" if version == 6 else "")
+
+
+def _default(router: str) -> str:
+    return f"route add default via {router} dev eth0"
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
+
+
+def has_kernel_esp() -> bool:
+    """Whether this kernel can hold an ESP SA: tried, in a namespace that is thrown away."""
+    name = f"ikl-probe-{os.getpid()}"
+    if run(["ip", "netns", "add", name], check=False).returncode != 0:
+        return False
+    try:
+        words = [
+            "xfrm",
+            "state",
+            "add",
+            "src",
+            "192.0.2.1",
+            "dst",
+            "192.0.2.2",
+            "proto",
+            "esp",
+            "spi",
+            "0x1000",
+        ]
+        words += ["mode", "tunnel", "aead", "rfc4106(gcm(aes))", "0x" + "00" * 20, "128"]
+        return run(["ip", "-n", name, *words], check=False).returncode == 0
+    finally:
+        run(["ip", "netns", "del", name], check=False)

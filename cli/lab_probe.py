@@ -1,0 +1,102 @@
+"""One end of the traffic probe: numbered UDP datagrams on an absolute schedule, everything remembered.
+
+    python -I -S lab_probe.py LOCAL PORT REMOTE INTERVAL_MS OUTPUT
+
+Sends one datagram each interval from LOCAL:PORT to REMOTE:PORT and notes what arrives there.
+SIGTERM ends sending; arrivals are awaited for another DRAIN seconds, then OUTPUT is written:
+`sent` = [[number, time in ns, errno (0: the kernel took it)], ...], `received` = [[number, time in ns], ...].
+Times are CLOCK_REALTIME of the machine; an arrival has the kernel's stamp (SO_TIMESTAMPNS), so that a busy
+machine does not look like a gap in the traffic. Standard library only, for a fast start.
+"""
+
+import json
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+DRAIN = 1.0
+SO_TIMESTAMPNS = 35
+IPV6_RECVERR, IP_RECVERR = 25, 11
+
+
+def main() -> None:
+    local, port, remote, interval, output = (
+        sys.argv[1],
+        int(sys.argv[2]),
+        sys.argv[3],
+        float(sys.argv[4]) / 1000,
+        sys.argv[5],
+    )
+    family = socket.AF_INET6 if ":" in local else socket.AF_INET
+    probe = socket.socket(family, socket.SOCK_DGRAM)
+    probe.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    probe.setblocking(False)
+    probe.bind((local, port))
+    running = True
+
+    def stop(_number: int, _frame: object) -> None:
+        nonlocal running
+        running = False
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sent: list[tuple[int, int, int]] = []
+    received: list[tuple[int, int]] = []
+    number = 0
+    poller = select.poll()
+    poller.register(probe, select.POLLIN)
+    payload = struct.Struct("!I28x")
+    target = (remote, port)
+    realtime = time.CLOCK_REALTIME
+    start = time.monotonic()
+    end = 0.0
+    while True:
+        now = time.monotonic()
+        if running:
+            due = start + number * interval
+            if now >= due:
+                stamp = time.clock_gettime_ns(realtime)
+                error = 0
+                try:
+                    probe.sendto(payload.pack(number), target)
+                except OSError as trouble:
+                    error = trouble.errno or -1
+                sent.append((number, stamp, error))
+                number += 1
+                continue
+            wait = due - now
+        else:
+            end = end or now + DRAIN
+            if now >= end:
+                break
+            wait = end - now
+        if not poller.poll(wait * 1000):
+            continue
+        try:
+            while True:
+                data, ancillary, _flags, _source = probe.recvmsg(64, 64)
+                stamp = 0
+                for _level, _kind, value in ancillary:
+                    seconds, nanoseconds = struct.unpack("=qq", value[:16])
+                    stamp = seconds * 1_000_000_000 + nanoseconds
+                if len(data) >= 4:
+                    received.append(
+                        (struct.unpack_from("!I", data)[0], stamp or time.clock_gettime_ns(realtime))
+                    )
+        except BlockingIOError:
+            pass
+        except OSError:
+            continue
+    with open(output + ".part", "w", encoding="ascii") as file:
+        json.dump({"sent": sent, "received": received}, file)
+    import os
+
+    os.rename(output + ".part", output)
+
+
+if __name__ == "__main__":
+    main()
