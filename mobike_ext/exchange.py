@@ -1,0 +1,329 @@
+"""The gateway's address update (RFC 4555) as a sans-IO machine: one INFORMATIONAL exchange with the MN.
+
+The new gateway (nSG) sends, from its own address and under the SA's own keys and message ID,
+N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*) and N(COOKIE2); a stock peer moves IKE_SA and CHILD_SAs to the
+address the request came from and echoes COOKIE2. charon at nSG holds the SA PASSIVE meanwhile and answers
+nothing. The same holds for requests of the MN that arrive now: they stay unanswered, the MN retransmits
+them and charon answers after its activation; answering here would use up message IDs that only charon
+can serve. They are counted.
+
+Return routability (RFC 4555, 3.7): an answer counts when it opens under SK, carries our message ID, echoes
+COOKIE2 (16 fresh random octets) and comes from the address and port the request went to. Everything else is
+counted and ignored, so no forged or late datagram ends an exchange.
+
+NAT detection. The MN decides about UDP encapsulation by our hashes: if both match it switches it off, unless
+its own configuration forces it. So true hashes are sent, except where the *gateway's* configuration forced
+the encapsulation (charon's condition NAT_FAKE): then the source hash is one that cannot match, as charon sent
+it in IKE_SA_INIT.
+
+Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from ipaddress import IPv4Address
+
+from ikectx.context import Endpoint, IkeGeneration
+from ikectx.errors import UsageError, WireError
+from ikectx.ikev2 import (
+    IkeHeader,
+    Message,
+    Reassembly,
+    RequestWindow,
+    RetransmitPolicy,
+    add_marker,
+    nat_detection_hash,
+    seal_message,
+    strip_marker,
+)
+from ikectx.keys import seal_key, sk_keys
+from ikectx.numbers import Exchange, Notify
+from ikectx.payloads import NotifyPayload
+from ikectx.ports import MoveReport
+
+COOKIE2_LENGTH = 16
+"""RFC 4555, 4.2.5 allows 8 to 64."""
+
+_NOWHERE = Endpoint(IPv4Address(0), 0)
+"""No packet comes from here: its hash tells the peer of a NAT."""
+
+
+class Condition(IntEnum):
+    """charon's condition bits about NAT (ike_condition_t, 5.9.8 to 6.0.x), as in `IkeContext.conditions`."""
+
+    NAT_ANY = 1 << 0
+    NAT_HERE = 1 << 1
+    NAT_THERE = 1 << 2
+    NAT_FAKE = 1 << 3
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The MN uses our address now. `proven_by_traffic`: its ESP says so, its answer never came."""
+
+    proven_by_traffic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The MN answered and said no. `notify` is its error; COOKIE2 stands for one that did not come back."""
+
+    notify: Notify
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """No answer to any of `sent` requests. The MN may have moved nevertheless, if its answers got lost."""
+
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerNatChanged:
+    """The NATs on the new path are others than on the old one.
+
+    `conditions`: charon's bits for the SA from now on (only the four of `Condition` differ).
+    """
+
+    conditions: int
+    nat_here: bool
+    nat_there: bool
+
+
+Event = Moved | Refused | Silent | PeerNatChanged
+
+
+# --- the machine -------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    """NEW: nothing sent. WAITING: for the answer. The rest are ends."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    MOVED = "moved"
+    REFUSED = "refused"
+    SILENT = "silent"
+
+
+class Input(Enum):
+    """What happens to the machine."""
+
+    START = "the first sending"
+    RESEND = "a retransmission timer"
+    ACCEPT = "an answer that accepts"
+    REJECT = "an answer with an error, or without our cookie"
+    PROOF = "ESP from the MN arrived here"
+    GIVE_UP = "the last timer"
+
+
+TABLE: dict[tuple[State, Input], State] = {
+    (State.NEW, Input.START): State.WAITING,
+    (State.NEW, Input.RESEND): State.NEW,
+    (State.NEW, Input.ACCEPT): State.NEW,
+    (State.NEW, Input.REJECT): State.NEW,
+    (State.NEW, Input.PROOF): State.NEW,
+    (State.NEW, Input.GIVE_UP): State.NEW,
+    (State.WAITING, Input.START): State.WAITING,
+    (State.WAITING, Input.RESEND): State.WAITING,
+    (State.WAITING, Input.ACCEPT): State.MOVED,
+    (State.WAITING, Input.REJECT): State.REFUSED,
+    (State.WAITING, Input.PROOF): State.MOVED,
+    (State.WAITING, Input.GIVE_UP): State.SILENT,
+    (State.MOVED, Input.START): State.MOVED,
+    (State.MOVED, Input.RESEND): State.MOVED,
+    (State.MOVED, Input.ACCEPT): State.MOVED,
+    (State.MOVED, Input.REJECT): State.MOVED,
+    (State.MOVED, Input.PROOF): State.MOVED,
+    (State.MOVED, Input.GIVE_UP): State.MOVED,
+    (State.REFUSED, Input.START): State.REFUSED,
+    (State.REFUSED, Input.RESEND): State.REFUSED,
+    (State.REFUSED, Input.ACCEPT): State.REFUSED,
+    (State.REFUSED, Input.REJECT): State.REFUSED,
+    (State.REFUSED, Input.PROOF): State.REFUSED,
+    (State.REFUSED, Input.GIVE_UP): State.REFUSED,
+    (State.SILENT, Input.START): State.SILENT,
+    (State.SILENT, Input.RESEND): State.SILENT,
+    (State.SILENT, Input.ACCEPT): State.SILENT,
+    (State.SILENT, Input.REJECT): State.SILENT,
+    (State.SILENT, Input.PROOF): State.SILENT,
+    (State.SILENT, Input.GIVE_UP): State.SILENT,
+}
+"""An end is never left: duplicates of the answer change nothing."""
+
+
+class AddressUpdate:
+    """Tells the MN that its gateway is at `local` now.
+
+    message_id: of the next request this gateway sends (`FinalState.mid_initiator`). local, remote: nSG and
+    the MN, ports as on the wire. Fresh random octets: 16 in cookie2, `keys.iv_length(generation.encr)` in iv.
+    conditions: charon's bits of the SA.
+    """
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        message_id: int,
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        cookie2: bytes,
+        iv: bytes,
+        conditions: int = 0,
+        policy: RetransmitPolicy | None = None,
+    ) -> None:
+        if len(cookie2) != COOKIE2_LENGTH:
+            raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(cookie2)}")
+        if local.address.version != remote.address.version:
+            raise UsageError("the gateway and the MN have addresses of different families")
+        self.local = local
+        self.remote = remote
+        self.spis = (generation.spi_i, generation.spi_r)
+        self.state = State.NEW
+        self.ignored = 0
+        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        self.peer_requests = 0
+        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
+        self._message_id = message_id
+        self._initiator = generation.initiator
+        self._conditions = conditions
+        self._cookie2 = cookie2
+        self._window = RequestWindow(message_id, 0, policy)
+        self._events: deque[Event] = deque()
+        self._messages = self._octets = 0
+        self._proven = False
+        keys = sk_keys(generation)
+        self._incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator, keys=keys))
+        header = IkeHeader(
+            *self.spis, Exchange.INFORMATIONAL, message_id, generation.initiator, response=False
+        )
+        key = seal_key(generation, by_initiator=generation.initiator, keys=keys)
+        self._request = add_marker(seal_message(key, header, self._payloads(), iv), local, remote)
+
+    def _payloads(self) -> list[NotifyPayload]:
+        source = _NOWHERE if self._conditions & Condition.NAT_FAKE else self.local
+        return [
+            NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
+            NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*self.spis, source)),
+            NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*self.spis, self.remote)),
+            NotifyPayload(Notify.COOKIE2, self._cookie2),
+        ]
+
+    @property
+    def report(self) -> MoveReport:
+        """What it took so far. Once anything was sent the message ID counts as used, answered or not."""
+        return MoveReport(
+            messages=self._messages,
+            octets=self._octets,
+            retransmissions=max(self._window.sent - 1, 0),
+            requests=min(self._window.sent, 1),
+            proven_by_traffic=self._proven,
+        )
+
+    @property
+    def done(self) -> bool:
+        """An end is reached; `next_event` tells which."""
+        return self.state not in (State.NEW, State.WAITING)
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
+        if self.state is State.NEW:
+            self._window.request(self._request)
+            self._enter(Input.START)
+        if self.state is not State.WAITING:
+            return []
+        out = self._window.to_send(now)
+        self._count(*out)
+        return [(octets, self.remote) for octets in out]
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due; None: never."""
+        return self._window.next_timer() if self.state is State.WAITING else None
+
+    def handle_timer(self, now: float) -> None:
+        """Time has passed; may make something to send, or a `Silent`."""
+        if self.state is not State.WAITING:
+            return
+        if self._window.handle_timer(now):
+            self._enter(Input.RESEND)
+        else:
+            self._enter(Input.GIVE_UP, Silent(self._window.sent))
+
+    def traffic_seen(self) -> None:
+        """ESP of this SA that only the MN can have sent has arrived at `local`: as good as an answer."""
+        if self.state is State.WAITING:
+            self._proven = True
+        self._enter(Input.PROOF, Moved(proven_by_traffic=True))
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
+        del now  # an answer starts no timer
+        message = self._answer(datagram, source)
+        if message is None:
+            return
+        if self.state is not State.WAITING or not self._window.response(self._message_id):
+            self.ignored += 1
+            return
+        self._count(datagram)
+        if message.error is not None:
+            self._enter(Input.REJECT, Refused(message.error.notify))
+        elif [n.data for n in message.notifies(Notify.COOKIE2)] != [self._cookie2]:
+            self._enter(Input.REJECT, Refused(Notify.COOKIE2))
+        else:
+            self._enter(Input.ACCEPT, *self._nat_change(message, source), Moved())
+
+    def next_event(self) -> Event | None:
+        """The next thing that happened, oldest first."""
+        return self._events.popleft() if self._events else None
+
+    def _answer(self, datagram: bytes, source: Endpoint) -> Message | None:
+        """The message in `datagram` if it is an authentic response to our request."""
+        try:
+            octets = strip_marker(datagram, self.local, self.remote)
+            header = IkeHeader.parse(octets)
+            if (header.spi_i, header.spi_r) != self.spis or header.initiator == self._initiator:
+                raise WireError("another SA's, or our own message")
+            if not header.response:
+                self.peer_requests += 1
+                return None
+            if header.message_id != self._message_id or header.exchange != Exchange.INFORMATIONAL:
+                raise WireError("the answer to something else")
+            if source != self.remote:
+                raise WireError("an answer from elsewhere")
+            message = self._incoming.add(octets)
+            if message is not None and message.critical is not None:
+                raise WireError("a critical payload that is not known here")
+        except WireError:
+            self.ignored += 1
+            return None
+        return message
+
+    def _nat_change(self, message: Message, source: Endpoint) -> list[Event]:
+        """Whether the answer's NAT detection (RFC 7296, 2.23), as charon reads it, changes `conditions`."""
+        theirs = message.notifies(Notify.NAT_DETECTION_SOURCE_IP)
+        ours = message.notifies(Notify.NAT_DETECTION_DESTINATION_IP)
+        if not theirs or not ours:
+            return []
+        there = nat_detection_hash(*self.spis, source) not in [n.data for n in theirs]
+        here = nat_detection_hash(*self.spis, self.local) not in [n.data for n in ours]
+        fake = self._conditions & Condition.NAT_FAKE
+        new = self._conditions & ~(Condition.NAT_ANY | Condition.NAT_HERE | Condition.NAT_THERE)
+        new |= (Condition.NAT_HERE if here else 0) | (Condition.NAT_THERE if there else 0)
+        new |= Condition.NAT_ANY if here or there or fake else 0
+        return [] if new == self._conditions else [PeerNatChanged(new, here, there)]
+
+    def _enter(self, what: Input, *events: Event) -> None:
+        new = TABLE[self.state, what]
+        if new is not self.state:
+            self._events.extend(events)
+        self.state = new
+
+    def _count(self, *datagrams: bytes) -> None:
+        self._messages += len(datagrams)
+        self._octets += sum(map(len, datagrams))

@@ -1,0 +1,359 @@
+"""exchange.py: the gateway's address update against a mobile node made of the same rooms."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ikectx.context import Endpoint, IkeGeneration, Secret
+from ikectx.errors import UsageError
+from ikectx.ikev2 import (
+    IkeHeader,
+    Message,
+    RetransmitPolicy,
+    add_marker,
+    nat_detection_hash,
+    open_message,
+    seal_message,
+    serialize_clear,
+    strip_marker,
+)
+from ikectx.keys import iv_length, seal_key
+from ikectx.numbers import Encr, Exchange, Integ, Notify, Prf
+from ikectx.payloads import AnyPayload, NotifyPayload
+from mobike_ext.exchange import (
+    TABLE,
+    AddressUpdate,
+    Condition,
+    Event,
+    Input,
+    Moved,
+    PeerNatChanged,
+    Refused,
+    Silent,
+    State,
+)
+
+NSG = Endpoint.of("192.0.2.20", 4500)
+MN = Endpoint.of("198.51.100.7", 4500)
+COOKIE = bytes(range(16))
+FAST = RetransmitPolicy(initial=1, factor=2, tries=3)
+
+SA = IkeGeneration(
+    spi_i=b"initiatr",
+    spi_r=b"responde",
+    initiator=False,
+    nonce_i=bytes(range(32)),
+    nonce_r=bytes(range(50, 82)),
+    secret=Secret(b"shared" * 6),
+    prf=Prf.HMAC_SHA2_256,
+    encr=Encr.AES_GCM_16,
+    encr_bits=256,
+)
+
+
+class Node:
+    """A mobile node: opens what the gateway seals and answers as stock charon does."""
+
+    def __init__(self, generation: IkeGeneration = SA, me: Endpoint = MN) -> None:
+        self.generation = generation
+        self.me = me
+        self.inbound = seal_key(generation, by_initiator=generation.initiator)
+        self.outbound = seal_key(generation, by_initiator=not generation.initiator)
+
+    def read(self, datagram: bytes, gateway: Endpoint = NSG) -> Message:
+        return open_message(self.inbound, strip_marker(datagram, gateway, self.me))
+
+    def nat_detection(self, gateway: Endpoint, *, here: Endpoint | None = None) -> list[AnyPayload]:
+        spis = (self.generation.spi_i, self.generation.spi_r)
+        return [
+            NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*spis, here or self.me)),
+            NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*spis, gateway)),
+        ]
+
+    def answer(
+        self, request: Message, payloads: list[AnyPayload], gateway: Endpoint = NSG, **header: object
+    ) -> bytes:
+        head = replace(request.header, initiator=not request.header.initiator, response=True, **header)  # type: ignore[arg-type]
+        iv = secrets.token_bytes(iv_length(self.generation.encr))
+        return add_marker(seal_message(self.outbound, head, payloads, iv), self.me, gateway)
+
+    def accept(self, datagram: bytes, gateway: Endpoint = NSG) -> bytes:
+        request = self.read(datagram, gateway)
+        return self.answer(
+            request, [*self.nat_detection(gateway), *request.notifies(Notify.COOKIE2)], gateway
+        )
+
+
+def update(generation: IkeGeneration = SA, **changes: object) -> AddressUpdate:
+    options: dict[str, object] = {
+        "cookie2": COOKIE,
+        "iv": secrets.token_bytes(iv_length(generation.encr)),
+        "policy": FAST,
+    }
+    return AddressUpdate(generation, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
+
+
+def events(machine: AddressUpdate) -> list[Event]:
+    found: list[Event] = []
+    while (event := machine.next_event()) is not None:
+        found.append(event)
+    return found
+
+
+def started(**changes: object) -> tuple[AddressUpdate, Message, bytes]:
+    machine = update(SA, **changes)
+    [(datagram, destination)] = machine.to_send(0)
+    assert destination == MN
+    return machine, Node().read(datagram), datagram
+
+
+# --- the exchange ------------------------------------------------------------------------------------------
+
+
+def test_one_round_trip() -> None:
+    # nSG -> MN: HDR(7), SK { N(UPDATE_SA_ADDRESSES), N(NAT_D_SRC), N(NAT_D_DST), N(COOKIE2) }
+    machine, request, datagram = started()
+    assert request.header.exchange is Exchange.INFORMATIONAL
+    assert (request.header.message_id, request.header.initiator, request.header.response) == (7, False, False)
+    assert request.payloads == (
+        NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
+        NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(SA.spi_i, SA.spi_r, NSG)),
+        NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(SA.spi_i, SA.spi_r, MN)),
+        NotifyPayload(Notify.COOKIE2, COOKIE),
+    )
+    assert machine.to_send(0) == []
+    # MN -> nSG: HDR(7), SK { N(NAT_D_SRC), N(NAT_D_DST), N(COOKIE2) }
+    answer = Node().accept(datagram)
+    machine.receive(answer, MN, 0.02)
+    assert events(machine) == [Moved()]
+    assert machine.done
+    assert machine.next_timer() is None
+    assert machine.to_send(10) == []
+    report = machine.report
+    assert (report.messages, report.octets) == (2, len(datagram) + len(answer))
+    assert (report.retransmissions, report.requests, report.proven_by_traffic) == (0, 1, False)
+
+
+@pytest.mark.parametrize("initiator", [False, True])
+@pytest.mark.parametrize(
+    ("encr", "bits", "integ"),
+    [
+        (Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128),
+        (Encr.AES_CTR, 256, Integ.AES_XCBC_96),
+        (Encr.CHACHA20_POLY1305, 0, Integ.NONE),
+    ],
+)
+def test_either_original_role_and_other_ciphers(initiator: bool, encr: Encr, bits: int, integ: Integ) -> None:
+    generation = replace(SA, initiator=initiator, encr=encr, encr_bits=bits, integ=integ)
+    machine = update(generation)
+    [(datagram, _)] = machine.to_send(0)
+    node = Node(generation)
+    assert node.read(datagram).header.initiator is initiator
+    machine.receive(node.accept(datagram), MN, 0)
+    assert events(machine) == [Moved()]
+
+
+def test_ipv6_and_port_500_without_marker() -> None:
+    gateway, me = Endpoint.of("2001:db8::20", 500), Endpoint.of("2001:db8::7", 500)
+    machine = AddressUpdate(SA, 0, gateway, me, cookie2=COOKIE, iv=bytes(8))
+    [(datagram, destination)] = machine.to_send(0)
+    assert datagram.startswith(SA.spi_i)
+    assert destination == me
+    machine.receive(Node(me=me).accept(datagram, gateway), me, 0)
+    assert events(machine) == [Moved()]
+
+
+def test_losses_are_mended_with_the_same_octets() -> None:
+    machine, _, datagram = started()
+    now, sent = 0.0, [datagram]
+    for _ in range(2):
+        due = machine.next_timer()
+        assert due is not None
+        machine.handle_timer(due - 0.001)
+        assert machine.to_send(due) == []
+        machine.handle_timer(due)
+        now = due
+        sent += [octets for octets, _ in machine.to_send(now)]
+    assert sent == [datagram] * 3
+    # the MN saw two of the three and answered both, alike
+    answer = Node().accept(datagram)
+    machine.receive(answer, MN, now)
+    machine.receive(answer, MN, now)
+    assert events(machine) == [Moved()]
+    assert (machine.report.retransmissions, machine.report.messages, machine.ignored) == (2, 4, 1)
+
+
+def test_silence() -> None:
+    machine, _, datagram = started()
+    while (due := machine.next_timer()) is not None:
+        machine.handle_timer(due)
+        machine.to_send(due)
+    assert events(machine) == [Silent(3)]
+    assert machine.report.requests == 1
+    # too late: the transfer may have been undone already
+    machine.receive(Node().accept(datagram), MN, 100)
+    assert events(machine) == []
+    assert machine.state is State.SILENT
+
+
+@pytest.mark.parametrize(
+    "notify", [Notify.UNACCEPTABLE_ADDRESSES, Notify.UNEXPECTED_NAT_DETECTED, Notify.INVALID_SYNTAX]
+)
+def test_refusals(notify: Notify) -> None:
+    machine, request, _ = started()
+    machine.receive(Node().answer(request, [NotifyPayload(notify), *request.notifies(Notify.COOKIE2)]), MN, 0)
+    assert events(machine) == [Refused(notify)]
+    assert machine.state is State.REFUSED
+
+
+@pytest.mark.parametrize("cookies", [[], [bytes(16)], [COOKIE, COOKIE]])
+def test_the_cookie_must_come_back(cookies: list[bytes]) -> None:
+    machine, request, _ = started()
+    machine.receive(Node().answer(request, [NotifyPayload(Notify.COOKIE2, c) for c in cookies]), MN, 0)
+    assert events(machine) == [Refused(Notify.COOKIE2)]
+
+
+def test_traffic_is_as_good_as_an_answer() -> None:
+    machine, _, datagram = started()
+    machine.traffic_seen()
+    assert events(machine) == [Moved(proven_by_traffic=True)]
+    assert machine.report.proven_by_traffic
+    machine.receive(Node().accept(datagram), MN, 1)
+    machine.traffic_seen()
+    assert events(machine) == []
+
+
+def test_traffic_before_anything_was_sent_proves_nothing() -> None:
+    machine = update()
+    machine.traffic_seen()
+    assert (machine.state, events(machine), machine.report.requests) == (State.NEW, [], 0)
+
+
+# --- what is no answer -------------------------------------------------------------------------------------
+
+
+def test_what_does_not_count_as_an_answer() -> None:
+    machine, request, datagram = started()
+    node, good = Node(), Node().accept(datagram)
+    cookie: list[AnyPayload] = list(request.notifies(Notify.COOKIE2))
+    elsewhere = [Endpoint.of("198.51.100.8", 4500), Endpoint.of("198.51.100.7", 4501)]
+    for source in elsewhere:
+        machine.receive(good, source, 0)
+    for octets in (
+        good[:-1] + bytes([good[-1] ^ 1]),
+        good[4:],
+        datagram,
+        b"",
+        b"\xff",
+        node.answer(request, cookie, message_id=8),
+        node.answer(request, cookie, message_id=6),
+        node.answer(request, cookie, spi_i=b"another!"),
+        node.answer(request, cookie, exchange=Exchange.CREATE_CHILD_SA),
+    ):
+        machine.receive(octets, MN, 0)
+    assert machine.ignored == 2 + 9
+    assert machine.state is State.WAITING
+    machine.receive(good, MN, 0)
+    assert events(machine) == [Moved()]
+
+
+def test_an_unauthenticated_error_does_not_end_it() -> None:
+    machine, request, _ = started()
+    head = replace(request.header, response=True, initiator=True)
+    clear = Message(head, (NotifyPayload(Notify.INVALID_IKE_SPI),))
+    machine.receive(bytes(4) + serialize_clear(clear), MN, 0)
+    assert (machine.ignored, machine.state) == (1, State.WAITING)
+
+
+def test_requests_of_the_mobile_node_wait_for_charon() -> None:
+    machine, _, _ = started()
+    node = Node()
+    dpd = IkeHeader(SA.spi_i, SA.spi_r, Exchange.INFORMATIONAL, 7, initiator=True, response=False)
+    machine.receive(add_marker(seal_message(node.outbound, dpd, [], bytes(8)), MN, NSG), MN, 0)
+    assert (machine.peer_requests, machine.ignored, machine.to_send(0), events(machine)) == (1, 0, [], [])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
+    machine, _, _ = started()
+    machine.receive(bytes(4) + octets if marked else octets, MN, 0)
+    assert machine.state is State.WAITING
+
+
+# --- NAT ---------------------------------------------------------------------------------------------------
+
+HERE, THERE, FAKE, SOME = Condition.NAT_HERE, Condition.NAT_THERE, Condition.NAT_FAKE, Condition.NAT_ANY
+OTHER_BITS = 0x4040
+
+
+@pytest.mark.parametrize(
+    ("before", "mn_sees_gateway_at", "mn_is_at", "after"),
+    [
+        (0, NSG, MN, None),
+        (THERE | SOME, NSG, Endpoint.of("10.0.0.2", 4500), None),
+        (FAKE | SOME, NSG, MN, None),
+        (0, NSG, Endpoint.of("10.0.0.2", 4500), THERE | SOME),
+        (0, Endpoint.of("203.0.113.1", 4500), MN, HERE | SOME),
+        (THERE | SOME, NSG, MN, 0),
+        (FAKE | SOME, NSG, Endpoint.of("10.0.0.2", 4500), FAKE | THERE | SOME),
+    ],
+)
+def test_nat_changes_are_told(
+    before: int, mn_sees_gateway_at: Endpoint, mn_is_at: Endpoint, after: int | None
+) -> None:
+    machine, request, _ = started(conditions=before | OTHER_BITS)
+    node = Node()
+    hashes = node.nat_detection(mn_sees_gateway_at, here=mn_is_at)
+    machine.receive(node.answer(request, [*hashes, *request.notifies(Notify.COOKIE2)]), MN, 0)
+    *changes, moved = events(machine)
+    assert moved == Moved()
+    if after is None:
+        assert changes == []
+    else:
+        assert changes == [PeerNatChanged(after | OTHER_BITS, bool(after & HERE), bool(after & THERE))]
+
+
+def test_an_encapsulation_the_gateway_forced_stays_forced() -> None:
+    _, request, _ = started(conditions=int(FAKE | SOME))
+    [source] = request.notifies(Notify.NAT_DETECTION_SOURCE_IP)
+    [destination] = request.notifies(Notify.NAT_DETECTION_DESTINATION_IP)
+    assert source.data != nat_detection_hash(SA.spi_i, SA.spi_r, NSG)
+    assert len(source.data) == 20
+    assert destination.data == nat_detection_hash(SA.spi_i, SA.spi_r, MN)
+
+
+def test_an_answer_without_nat_detection_says_nothing_about_it() -> None:
+    machine, request, _ = started(conditions=int(THERE | SOME))
+    machine.receive(Node().answer(request, list(request.notifies(Notify.COOKIE2))), MN, 0)
+    assert events(machine) == [Moved()]
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("what", Input)
+def test_every_cell_of_the_table(state: State, what: Input) -> None:
+    expected = {
+        (State.NEW, Input.START): State.WAITING,
+        (State.WAITING, Input.ACCEPT): State.MOVED,
+        (State.WAITING, Input.REJECT): State.REFUSED,
+        (State.WAITING, Input.PROOF): State.MOVED,
+        (State.WAITING, Input.GIVE_UP): State.SILENT,
+    }
+    assert TABLE[state, what] is expected.get((state, what), state)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(UsageError):
+        update(cookie2=b"short")
+    with pytest.raises(UsageError):
+        update(iv=bytes(12))
+    with pytest.raises(UsageError):
+        AddressUpdate(SA, 0, NSG, Endpoint.of("2001:db8::1"), cookie2=COOKIE, iv=bytes(8))

@@ -1,0 +1,200 @@
+"""link.py: a raw socket beside an ordinary one that owns the port, over loopback (needs root)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from ikectx.context import Endpoint
+from ikectx.errors import LinkError, RefusedError
+from ikectx.ikev2 import RetransmitPolicy
+from ikectx.numbers import Notify, Status
+from ikectx.payloads import NotifyPayload
+from mobike_ext import link
+from mobike_ext.exchange import AddressUpdate
+
+from .test_exchange import COOKIE, SA, Node
+
+QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
+SPIS = (SA.spi_i, SA.spi_r)
+root = pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets need root")
+
+
+@contextmanager
+def bound(at: Endpoint) -> Iterator[socket.socket]:
+    """An ordinary UDP socket; port 0: any. charon's, or the mobile node's."""
+    with socket.socket(
+        socket.AF_INET6 if at.address.version == 6 else socket.AF_INET, socket.SOCK_DGRAM
+    ) as udp:
+        udp.bind((str(at.address), at.port))
+        udp.settimeout(2)
+        yield udp
+
+
+def endpoint(udp: socket.socket) -> Endpoint:
+    return Endpoint.of(*udp.getsockname()[:2])
+
+
+def machine(gateway: Endpoint, node: Endpoint) -> AddressUpdate:
+    return AddressUpdate(SA, 7, gateway, node, cookie2=COOKIE, iv=os.urandom(8), policy=QUICK)
+
+
+@contextmanager
+def mobile_node(
+    udp: socket.socket, gateway: Endpoint, *, drop: int = 0, refuse: bool = False
+) -> Iterator[None]:
+    """Answers in a thread, after `drop` requests, with noise around each answer."""
+
+    def serve() -> None:
+        node = Node(me=endpoint(udp))
+        for _ in range(drop + 1):
+            datagram, source = udp.recvfrom(2000)
+            assert source[:2] == (str(gateway.address), gateway.port)
+        request = node.read(datagram, gateway)
+        answer = node.accept(datagram, gateway)
+        if refuse:
+            answer = node.answer(request, [NotifyPayload(Notify.UNACCEPTABLE_ADDRESSES)], gateway)
+        noise = [b"\xff", b"\xc0\0\0\1" + bytes(100), bytes(4) + b"anotherSApairof!" + answer[20:]]
+        for octets in (*noise, answer[:-1] + bytes([answer[-1] ^ 1]), answer):
+            udp.sendto(octets, (str(gateway.address), gateway.port))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@root
+@pytest.mark.parametrize(("gateway_host", "node_host"), [("127.0.0.20", "127.0.0.7"), ("::1", "::1")])
+@pytest.mark.parametrize("drop", [0, 1])
+def test_beside_the_owner_of_the_port(gateway_host: str, node_host: str, drop: int) -> None:
+    with bound(Endpoint.of(gateway_host, 0)) as charon, bound(Endpoint.of(node_host, 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+        with mobile_node(udp, gateway, drop=drop):
+            report = asyncio.run(link.run_address_update(machine(gateway, node)))
+        assert (report.move.messages, report.move.requests, report.move.retransmissions) == (
+            2 + drop,
+            1,
+            drop,
+        )
+        # the filter kept everything but the two datagrams of this SA away
+        assert report.ignored == 1
+        # charon hears the same datagrams, which the filter does not touch
+        assert charon.recv(2000) == b"\xff"
+
+
+@root
+def test_a_refusal_and_a_silence() -> None:
+    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+        with mobile_node(udp, gateway, refuse=True), pytest.raises(RefusedError) as refused:
+            asyncio.run(link.run_address_update(machine(gateway, node)))
+        assert refused.value.status is Status.PEER_REFUSED
+        silent = machine(gateway, node)
+        with pytest.raises(LinkError) as caught:
+            asyncio.run(link.run_address_update(silent))
+        assert caught.value.status is Status.PEER_SILENT
+        assert silent.report.requests == 1
+
+
+@root
+def test_proof_by_traffic() -> None:
+    looks = []
+
+    async def proven() -> bool:
+        looks.append(1)
+        return len(looks) == 2
+
+    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
+        report = asyncio.run(link.run_address_update(machine(endpoint(charon), endpoint(udp)), proven=proven))
+    assert report.move.proven_by_traffic
+
+
+@root
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(LinkError) as caught:
+        asyncio.run(
+            link.run_address_update(machine(Endpoint.of("192.0.2.20", 4500), Endpoint.of("192.0.2.7", 4500)))
+        )
+    assert caught.value.status is Status.UNREACHABLE
+
+
+def test_udp_datagram() -> None:
+    # one's complement sum over pseudo header and datagram must be all ones
+    for local, remote in (
+        (Endpoint.of("192.0.2.20", 4500), Endpoint.of("198.51.100.7", 40001)),
+        (Endpoint.of("2001:db8::20", 4500), Endpoint.of("2001:db8::7", 4500)),
+    ):
+        for payload in (b"", b"odd", b"even", bytes(range(256))):
+            octets = link.udp_datagram(local, remote, payload)
+            assert octets[:6] == b"".join(n.to_bytes(2) for n in (local.port, remote.port, 8 + len(payload)))
+            assert octets[8:] == payload
+            covered = (
+                local.address.packed
+                + remote.address.packed
+                + len(octets).to_bytes(4)
+                + b"\0\0\0\x11"
+                + octets
+            )
+            covered += bytes(len(covered) % 2)
+            total = sum(int.from_bytes(covered[n : n + 2]) for n in range(0, len(covered), 2))
+            assert total % 0xFFFF == 0
+            assert octets[6:8] != b"\0\0"
+
+
+def run_bpf(program: list[link.Instruction], packet: bytes) -> int:
+    """The few instructions the filter uses; reading beyond the packet drops it, as in the kernel."""
+    at = accumulator = index = 0
+    while True:
+        code, true, false, operand = program[at]
+        at += 1
+        if code == 0xB1:
+            index = (packet[operand] & 0x0F) * 4
+        elif code in (0x20, 0x28, 0x40, 0x48):
+            size, start = (4 if code in (0x20, 0x40) else 2), operand + (index if code >= 0x40 else 0)
+            if start + size > len(packet):
+                return 0
+            accumulator = int.from_bytes(packet[start : start + size])
+        elif code == 0x15:
+            at += true if accumulator == operand else false
+        else:
+            assert code == 0x06
+            return operand
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("port", [500, 4500])
+def test_the_packet_filter(version: int, port: int) -> None:
+    host = {4: ("192.0.2.20", "192.0.2.7"), 6: ("2001:db8::20", "2001:db8::7")}[version]
+    gateway, node = Endpoint.of(host[0], port), Endpoint.of(host[1], port)
+    program = link.bpf_program(gateway, node, SPIS)
+
+    def passes(
+        payload: bytes, *, source: Endpoint = node, destination: Endpoint = gateway, options: int = 0
+    ) -> bool:
+        ip = bytes([0x45 + options]) + bytes(19 + 4 * options) if version == 4 else b""
+        return run_bpf(program, ip + link.udp_datagram(source, destination, payload)) > 0
+
+    ike = SA.spi_i + SA.spi_r + bytes(12)
+    marker = b"" if port == 500 else bytes(4)
+    assert passes(marker + ike)
+    if version == 4:
+        assert passes(marker + ike, options=2)
+    assert not passes(marker + ike, source=replace(node, port=4501))
+    assert not passes(marker + ike, destination=replace(gateway, port=4501))
+    assert not passes(marker + SA.spi_r + SA.spi_i + bytes(12))
+    for place in range(16):
+        other = ike[:place] + bytes([ike[place] ^ 1]) + ike[place + 1 :]
+        assert not passes(marker + other)
+    assert not passes(b"\xff")
+    assert not passes(b"\xc0\0\0\1" + ike)
+    assert not passes(marker + ike[:15])
