@@ -38,6 +38,11 @@ class HostPort:
     host: str
     port: int = DEFAULT_PORT
 
+    @property
+    def address(self) -> str:
+        """The same as `host`."""
+        return self.host
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
@@ -101,14 +106,15 @@ class ConnectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class PeerConfig:
-    """[[peer]]: another gateway. Its certificate must hold `name` (a DNS name, or the CN).
+    """[[peer]]: another gateway. `rights` are what it may do here: push SAs to us, pull ours.
 
-    `rights` are what it may do here: push SAs to us, pull ours. `forward_via`: its inner addresses,
-    to which packets for a moved mobile node are sent on.
+    `identity` is the name its certificate must hold (a DNS name, or the CN), by default `name`.
+    `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on.
     """
 
     name: str
     address: HostPort
+    identity: str
     rights: tuple[str, ...] = ("push",)
     forward_via: tuple[Address, ...] = ()
 
@@ -476,9 +482,11 @@ def _connection(name: str, table: _Table) -> ConnectionConfig:
 
 def _peer(table: _Table) -> PeerConfig:
     table.only(*PeerConfig.__slots__)
+    name = table.value("name", _name)
     return PeerConfig(
-        name=table.value("name", _name),
+        name=name,
         address=table.value("address", _endpoint(names=True)),
+        identity=table.value("identity", _text, name),
         rights=table.several("rights", _one_of(*RIGHTS), ("push",)),
         forward_via=table.several("forward_via", _address, ()),
     )

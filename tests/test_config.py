@@ -63,6 +63,7 @@ forward_via = ["10.0.0.3"]
 
 [[peer]]
 name = "third"
+identity = "vpn3.example"
 address = "2001:db8::3"
 """
 )
@@ -101,6 +102,7 @@ def test_full() -> None:
     nsg, third = config.peers
     assert nsg.may_push and nsg.may_pull and nsg.forward_via == (ip_address("10.0.0.3"),)
     assert nsg.address == HostPort("198.51.100.1", 5092)
+    assert nsg.identity == "nsg" and third.identity == "vpn3.example"
     assert third.may_push and not third.may_pull
     assert third.address == HostPort("2001:db8::3", 5091)
     assert config.peer("third") is third

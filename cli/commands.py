@@ -1,0 +1,400 @@
+"""The commands of `ikectx` (click). Heavy imports stand inside the commands, so that each starts fast.
+
+Exit codes: those of `ikectx.errors`, 0 for success, 130 after Ctrl-C; `EXIT_CODES` is what --help shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ikectx.errors import IkectxError, UsageError
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from vici_bridge.vici import ControlClient
+
+    from .config import Config
+
+EXIT_CODES = """\
+\b
+Exit codes:
+   0  done (transfer: every SA moved; doctor: nothing failed)
+   1  failed for a reason not listed here
+   2  wrong argument or configuration
+   3  octets or an answer that do not parse
+   4  the other gateway, or the mobile node, refused
+   5  not reachable: agent, other gateway or mobile node
+   6  no SA of that name, or more than one
+   7  busy: an exchange or another transfer is under way, try again
+   8  not possible in this state of a transfer
+   9  the agent's store cannot be used
+  10  charon is away or refused
+  11  the kernel refused
+ 130  interrupted
+"""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Commands(click.Group):
+    """Loads `lab` only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), "lab"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "lab":
+            from .lab import lab
+
+            return lab
+        return super().get_command(ctx, cmd_name)
+
+
+class _Setup:
+    """What every command has: where the configuration is, and the agent behind it."""
+
+    def __init__(self, config: str | None, socket: str | None) -> None:
+        self._config = config
+        self._socket = socket
+
+    def config(self) -> Config:
+        from .config import config_path, load
+
+        return load(config_path(self._config))
+
+    def socket(self) -> str:
+        return self._socket or self.config().control.socket
+
+    def agent(self, timeout: float | None = 30.0) -> ControlClient:
+        from vici_bridge.vici import ControlClient
+
+        return ControlClient(self.socket(), timeout=timeout)
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")(command)
+
+
+@click.group(cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="Configuration file; default: $IKECTX_CONFIG, else /etc/ikectx/ikectx.toml.",
+)
+@click.option(
+    "--socket", metavar="PATH", envvar="IKECTX_SOCKET", help="Control socket, instead of the configured one."
+)
+@click.version_option(__version__, prog_name="ikectx")
+@click.pass_context
+def cli(ctx: click.Context, config: str | None, socket: str | None) -> None:
+    """Moves a live IKEv2 SA, with its CHILD_SAs, from one strongSwan gateway to another."""
+    ctx.obj = _Setup(config, socket)
+
+
+@cli.command()
+@click.pass_obj
+def serve(setup: _Setup) -> int:
+    """Run the agent of this gateway; it must start before charon."""
+    config = setup.config()
+    from .daemon import run as run_agent
+
+    return run_agent(config)
+
+
+@cli.command("list")
+@json_option
+@click.pass_obj
+def list_(setup: _Setup, as_json: bool) -> None:
+    """The IKE_SAs of this gateway, with their CHILD_SAs."""
+    from vici_bridge.vici import json_of
+
+    items: list[dict[str, Any]] = []
+    with setup.agent() as agent:
+        agent.stream("list-contexts", "list-context", None, lambda item: items.append(json_of(item)))
+    if as_json:
+        show_json(items)
+        return
+    from . import render
+
+    if not items:
+        click.echo("no IKE_SAs")
+        return
+    rows = [
+        (
+            item.get("ike_id"),
+            item.get("name"),
+            item.get("state"),
+            item.get("remote_eap_id") or item.get("remote_id"),
+            item.get("remote"),
+            item.get("vips"),
+            f"{item.get('spi_i', '')}:{item.get('spi_r', '')}",
+            [child.get("name") for child in item.get("children", ())],
+            render.duration(item.get("established")),
+            item.get("movable"),
+        )
+        for item in items
+    ]
+    headers = (
+        "id",
+        "connection",
+        "state",
+        "peer",
+        "address",
+        "virtual IP",
+        "SPIs",
+        "children",
+        "up",
+        "movable",
+    )
+    render.table(headers, rows, styles={"ESTABLISHED": "green", "no": "yellow"})
+
+
+@cli.command()
+@click.argument("sa")
+@click.option("--secrets", is_flag=True, help="Show keys and shared secrets too.")
+@json_option
+@click.pass_obj
+def show(setup: _Setup, sa: str, secrets: bool, as_json: bool) -> None:
+    """The whole context of one SA: its id, connection, an SPI in hexadecimal, or its peer."""
+    from vici_bridge.vici import json_of
+
+    with setup.agent() as agent:
+        context = json_of(
+            agent.request("show-context", {**name_of(agent, sa), "secrets": "yes" if secrets else "no"})
+        )
+    if as_json:
+        show_json(context)
+        return
+    from . import render
+
+    click.echo(render.tree(context))
+
+
+def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
+    """How the agent is to look for what a person wrote: the first way in which it is the name of one SA."""
+    from vici_bridge.vici import json_of
+
+    items: list[dict[str, Any]] = []
+    agent.stream("list-contexts", "list-context", None, lambda item: items.append(json_of(item)))
+    if any(str(item.get("ike_id")) == sa for item in items):
+        return {"ike-id": sa}
+    if any(item.get("name") == sa for item in items):
+        return {"ike": sa}
+    if any(sa in (item.get("remote_id"), item.get("remote_eap_id")) for item in items):
+        return {"peer": sa}
+    text = sa.lower().removeprefix("0x")
+    if len(text) >= 4 and all(char in "0123456789abcdef:" for char in text) and text.count(":") < 2:
+        return {"spi": text.partition(":")[0]}
+    return {"peer": sa}
+
+
+@cli.command()
+@click.option("--to", required=True, metavar="NAME", help="The [[peer]] that is to serve from now on.")
+@click.option("--ike", metavar="NAME", help="All IKE_SAs of this connection.")
+@click.option("--ike-id", type=click.IntRange(0), metavar="N", help="The IKE_SA of this number (see list).")
+@click.option(
+    "--spi", metavar="HEX", help="The IKE_SA with this SPI, its own or a CHILD_SA's; the beginning is enough."
+)
+@click.option("--peer", metavar="ID", help="The IKE_SAs of the mobile node with this identity or address.")
+@click.option("--all", "every", is_flag=True, help="All IKE_SAs.")
+@click.option("--dry-run", is_flag=True, help="Run all checks at both ends, move nothing.")
+@click.option(
+    "--address",
+    type=click.Choice(["update", "keep"]),
+    default="update",
+    show_default=True,
+    help="update: tell the mobile node the other gateway's address; keep: the address moves along by itself.",
+)
+@json_option
+@click.pass_obj
+def transfer(setup: _Setup, /, to: str, dry_run: bool, address: str, as_json: bool, **names: Any) -> int:
+    """Move IKE_SAs, with their CHILD_SAs, to another gateway. Without a name: the one there is."""
+    query = {
+        "to": to,
+        **selection(**names),
+        "dry-run": "yes" if dry_run else None,
+        "address": address,
+    }
+    from .progress import Progress
+
+    with Progress(live=not as_json and sys.stdout.isatty()) as progress, setup.agent(timeout=None) as agent:
+        from vici_bridge.vici import json_of
+
+        answer = agent.stream(
+            "transfer", "transfer-progress", query, lambda item: progress.event(json_of(item))
+        )
+        reports: list[dict[str, Any]] = (json_of(answer) or {}).get("reports", [])
+    code = next((int(report.get("exit_code", 1)) for report in reports if report.get("exit_code")), 0)
+    if as_json:
+        show_json({"ok": code == 0, "dry_run": dry_run, "reports": reports})
+        return code
+    from .progress import show_reports
+
+    show_reports(reports)
+    return code
+
+
+def selection(
+    *, ike: str | None, ike_id: int | None, spi: str | None, peer: str | None, every: bool
+) -> dict[str, Any]:
+    """The agent's keys for the SAs that were named. Errors: UsageError for more than one way of naming."""
+    given = {"--ike": ike, "--ike-id": ike_id, "--spi": spi, "--peer": peer, "--all": every or None}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} cannot go together")
+    if spi is not None:
+        spi = spi.lower().removeprefix("0x")
+        if not spi or spi.strip("0123456789abcdef"):
+            raise UsageError(f"--spi {spi!r} is not hexadecimal")
+    return {"ike": ike, "ike-id": ike_id, "spi": spi, "peer": peer, "all": "yes" if every else None}
+
+
+@cli.command()
+@json_option
+@click.pass_obj
+def status(setup: _Setup, as_json: bool) -> None:
+    """The agent, charon, the peers, and transfers that are open."""
+    answer(setup, "status", None, as_json)
+
+
+@cli.command()
+@click.option(
+    "--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many, newest first."
+)
+@json_option
+@click.pass_obj
+def history(setup: _Setup, limit: int, as_json: bool) -> None:
+    """Transfers of the past, in both directions."""
+    from vici_bridge.vici import json_of
+
+    items: list[dict[str, Any]] = []
+    with setup.agent() as agent:
+        agent.stream("history", "history-entry", {"limit": limit}, lambda item: items.append(json_of(item)))
+    if as_json:
+        show_json(items)
+        return
+    from .progress import show_history
+
+    show_history(items)
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def resync(setup: _Setup, yes: bool, as_json: bool) -> None:
+    """Let charon tell the agent about all its SAs again. charon rekeys every CHILD_SA for it."""
+    if not yes and sys.stdin.isatty():
+        click.confirm("charon will rekey every CHILD_SA; go on?", abort=True)
+    answer(setup, "resync", None, as_json)
+
+
+@cli.command()
+@click.argument("transfer")
+@json_option
+@click.pass_obj
+def cancel(setup: _Setup, transfer: str, as_json: bool) -> None:
+    """Stop an open TRANSFER (its id; see status), as long as this gateway has not let go."""
+    answer(setup, "cancel", {"transfer": transfer}, as_json)
+
+
+@cli.command()
+@click.argument("transfer")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def reclaim(setup: _Setup, transfer: str, yes: bool, as_json: bool) -> None:
+    """Serve an SA here again that was let go in TRANSFER and that no one is known to serve.
+
+    Only when the other gateway is down for good: two gateways that serve one SA break it.
+    """
+    if not yes and sys.stdin.isatty():
+        click.confirm("Is it certain that the other gateway does not serve it?", abort=True)
+    answer(setup, "reclaim", {"transfer": transfer}, as_json, timeout=120)
+
+
+@cli.command()
+@json_option
+@click.pass_obj
+def doctor(setup: _Setup, as_json: bool) -> int:
+    """Check this gateway for what goes wrong most often, and say what to write where."""
+    from .doctor import examine
+    from .doctor_world import World
+
+    findings = examine(World(setup.config(), setup.socket()))
+    failed = sum(finding.level == "fail" for finding in findings)
+    if as_json:
+        show_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
+    else:
+        from .doctor import show_findings
+
+        show_findings(findings)
+    return 1 if failed else 0
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def updown(ctx: click.Context, args: tuple[str, ...]) -> None:
+    """The hook for `updown =` in swanctl.conf; `ikectx updown --help` tells more."""
+    from . import updown as hook
+
+    assert ctx.parent is not None
+    given = [f"--{name}={value}" for name, value in ctx.parent.params.items() if value]
+    hook.main([*given, *args])
+
+
+def answer(
+    setup: _Setup, command: str, query: dict[str, Any] | None, as_json: bool, *, timeout: float | None = 30.0
+) -> None:
+    """One request to the agent, shown."""
+    from vici_bridge.vici import json_of
+
+    with setup.agent(timeout) as agent:
+        value = json_of(agent.request(command, query))
+    if as_json:
+        show_json({"ok": True} if value is None else value)
+        return
+    from . import render
+
+    click.echo(render.tree(value) if isinstance(value, dict) else "done")
+
+
+def show_json(value: object) -> None:
+    from .render import dump
+
+    click.echo(dump(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command line; every error becomes one message and its exit code."""
+    as_json = "--json" in args
+    try:
+        code = cli.main(list(args), prog_name="ikectx", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        if as_json:
+            show_json(error_json(error.format_message(), "", error.exit_code, "MALFORMED"))
+        return error.exit_code
+    except IkectxError as error:
+        click.echo(f"ikectx: {error}" + (f"\nikectx: {error.hint}" if error.hint else ""), err=True)
+        if as_json:
+            show_json(error_json(str(error), error.hint, error.exit_code, error.status.name))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("ikectx: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+def error_json(message: str, hint: str, code: int, status: str) -> dict[str, Any]:
+    """What --json prints for an error."""
+    return {"ok": False, "error": message, "hint": hint, "exit_code": code, "status": status}

@@ -1,0 +1,137 @@
+"""A transfer on the screen while it runs, and its reports when it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from . import render
+
+RESULT_STYLES = {
+    "moved": "green",
+    "could move": "green",
+    "kept": "yellow",
+    "refused": "red",
+    "in-doubt": "bold red",
+}
+
+
+class Progress:
+    """One line an SA, live, where `live`; otherwise silent."""
+
+    def __init__(self, *, live: bool) -> None:
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        self._stack = contextlib.ExitStack()
+        self._live: Any = None
+        if live:
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=12, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._stack.enter_context(self._live)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def event(self, item: Mapping[str, Any] | None) -> None:
+        """One item of the agent's stream."""
+        if self._live is None or not item:
+            return
+        self._rows[str(item.get("transfer"))] = item
+        self._live.update(self._table())
+
+    def _table(self) -> Any:
+        from rich.spinner import Spinner
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(show_header=False, box=None)
+        shown = list(self._rows.values())[-20:]
+        for item in shown:
+            report = item.get("report") or {}
+            done = bool(report)
+            mark = Text("*") if done else Spinner("dots")
+            phase = str(report.get("result") or item.get("phase") or "")
+            table.add_row(
+                mark,
+                Text(str(item.get("mn") or "")),
+                Text(phase, style=RESULT_STYLES.get(phase, "")),
+                Text(f"{float(item.get('ms') or 0):.0f} ms"),
+                Text(str(item.get("detail") or "")),
+            )
+        if len(self._rows) > len(shown):
+            table.add_row("", f"and {len(self._rows) - len(shown)} more")
+        return table
+
+
+def outcome(report: Mapping[str, Any]) -> str:
+    """The result in a word; a dry run that found nothing says that the SA could move."""
+    if report.get("dry_run") and not report.get("exit_code"):
+        return "could move"
+    return str(report.get("result", "-"))
+
+
+def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
+    """A table, and for each SA that did not move what happened and what to do."""
+    if not reports:
+        print("nothing to move")
+        return
+    rows = []
+    for report in reports:
+        phases = report.get("phases_ms") or {}
+        rows.append(
+            (
+                report.get("mn"),
+                outcome(report),
+                f"{sum(float(ms) for ms in phases.values()):.0f} ms" if phases else "-",
+                ", ".join(f"{name} {float(ms):.0f}" for name, ms in phases.items()),
+                report.get("cxtp_octets"),
+                report.get("transfer_id"),
+            )
+        )
+    headers = ("mobile node", "result", "time", "phases in ms", "octets", "transfer")
+    render.table(headers, rows, styles=RESULT_STYLES)
+    for report in reports:
+        against = [
+            verdict for verdict in report.get("verdicts") or () if verdict.get("status", {}).get("code")
+        ]
+        if not report.get("exit_code") and not against:
+            continue
+        print(f"{report.get('mn')}: {report.get('text') or report.get('status', {}).get('text', '')}")
+        for verdict in against:
+            detail = f" ({verdict['detail']})" if verdict.get("detail") else ""
+            print(f"  {verdict.get('context')}: {verdict['status'].get('text')}{detail}")
+        for side, key in (("this gateway", "state_here"), ("the other", "state_there")):
+            if report.get(key):
+                print(f"  {side} {report[key]}")
+        if report.get("hint"):
+            print(f"  {report['hint']}")
+
+
+def show_history(items: Sequence[Mapping[str, Any]]) -> None:
+    """Newest first."""
+    if not items:
+        print("no transfers yet")
+        return
+    rows = [
+        (
+            render.when(item.get("time") or item.get("ended") or item.get("began")),
+            item.get("role"),
+            item.get("peer") or item.get("to"),
+            item.get("mn"),
+            item.get("result") or item.get("state"),
+            item.get("detail") or item.get("text"),
+            item.get("transfer_id") or item.get("transfer"),
+        )
+        for item in items
+    ]
+    render.table(
+        ("when", "role", "with", "mobile node", "result", "detail", "transfer"), rows, styles=RESULT_STYLES
+    )

@@ -1,0 +1,129 @@
+"""`ikectx updown`: the hook for `updown =` in swanctl.conf. Standard library only: it must start fast.
+
+charon (the updown plugin, strongSwan 5.9.8 to 6.0.6) runs it through a shell, once for each pair of
+traffic selectors when a CHILD_SA comes up or goes down, with PLUTO_* in the environment, and *waits for
+it with the IKE_SA in its hands*. So the agent is told and not waited for: it would have to ask charon
+about that very SA. After that charon's stock script takes over, with the same environment and the same
+arguments. Nothing here can fail the SA.
+
+    updown = /path/to/.venv/bin/ikectx updown --connection home
+    updown = /path/to/.venv/bin/ikectx updown --connection home --then "/etc/my-updown with arguments"
+
+PLUTO_CONNECTION holds the name of the *child*; `--connection` says which connection it belongs to (the
+agent can also tell by PLUTO_UNIQUEID).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+STOCK = (
+    "/usr/lib/ipsec/_updown",
+    "/usr/libexec/ipsec/_updown",
+    "/usr/libexec/strongswan/_updown",
+    "/usr/local/libexec/ipsec/_updown",
+)
+"""Where charon's own script is: Debian, others, Fedora, built from source."""
+
+DEFAULT_SOCKET = "/run/ikectx.vici"
+DEFAULT_CONFIG = "/etc/ikectx/ikectx.toml"
+PATIENCE = 0.5
+"""Seconds the agent has to accept the message; answered it need not be."""
+
+HELP = """\
+Usage: ikectx updown [--connection NAME] [--then COMMAND] [--config FILE] [--socket PATH] [ARGUMENT...]
+
+  The hook for `updown =` in swanctl.conf. Tells the agent what charon says in
+  PLUTO_*, then runs charon's stock script with the same environment and the
+  ARGUMENTs, or COMMAND (by a shell) in its place.
+"""
+
+
+def main(args: Sequence[str]) -> NoReturn:
+    """Tell the agent, then become the script that charon would have run."""
+    options, rest = parse(args)
+    if "help" in options:
+        print(HELP, end="")
+        sys.exit(0)
+    if os.environ.get("PLUTO_VERB") and not os.environ.get("IKECTX_TRANSFER"):
+        tell(socket_path(options), request(os.environ, options.get("connection", "")))
+    sys.stdout.flush()
+    run_script(options.get("then"), rest)
+
+
+def parse(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of ours, wherever they stand before `--`, and what is left for the script."""
+    options: dict[str, str] = {}
+    rest: list[str] = []
+    left = list(args)
+    while left:
+        arg = left.pop(0)
+        name, equals, value = arg.partition("=")
+        if arg == "--":
+            rest += left
+            break
+        if arg == "--help":
+            options["help"] = ""
+        elif name in ("--connection", "--then", "--config", "--socket") and (equals or left):
+            options[name[2:]] = value if equals else left.pop(0)
+        else:
+            rest.append(arg)
+    return options, rest
+
+
+def socket_path(options: Mapping[str, str]) -> str:
+    """Given, or as the configuration has it, or the default."""
+    if options.get("socket"):
+        return options["socket"]
+    path = options.get("config") or os.environ.get("IKECTX_CONFIG") or DEFAULT_CONFIG
+    try:
+        import tomllib
+
+        with open(path, "rb") as file:
+            return str(tomllib.load(file)["control"]["socket"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return DEFAULT_SOCKET
+
+
+def request(env: Mapping[str, str], connection: str) -> bytes:
+    """The VICI packet for the command `updown`, with its length in front."""
+    values = {name: value for name, value in env.items() if name.startswith("PLUTO_")}
+    values["verb"] = env.get("PLUTO_VERB", "")
+    if connection:
+        values["connection"] = connection
+    body = b""
+    for name, value in sorted(values.items()):
+        key, octets = (text.encode("utf-8", "replace") for text in (name, value))
+        if len(key) <= 255 and len(octets) <= 65535:
+            body += b"\3" + bytes([len(key)]) + key + len(octets).to_bytes(2) + octets
+    packet = b"\0\6updown" + body
+    return len(packet).to_bytes(4) + packet
+
+
+def tell(path: str, packet: bytes) -> None:
+    """Send it and go on; a word on standard output goes into charon's log."""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(path)
+            sock.sendall(packet)
+    except OSError as error:
+        print(f"ikectx: the agent on {path} was not told: {error.strerror or error}")
+
+
+def run_script(then: str | None, args: Sequence[str]) -> NoReturn:
+    """Become the script. Without one: done, since charon's default is then to do nothing."""
+    try:
+        if then:
+            os.execv("/bin/sh", ["sh", "-c", f'{then} "$@"', "updown", *args])  # noqa: S606
+        for script in STOCK:
+            if os.access(script, os.X_OK):
+                os.execv(script, [script, *args])  # noqa: S606
+    except OSError as error:
+        print(f"ikectx: the updown script cannot be run: {error.strerror or error}")
+    sys.stdout.flush()
+    sys.exit(0)
