@@ -19,10 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import cbor2
-
+from ikectx import cbor
 from ikectx.context import Endpoint, FinalState, IkeContext
-from ikectx.errors import CharonError, IkectxError, StoreError, UnknownSaError, UsageError, WireError
+from ikectx.errors import CharonError, StoreError, UnknownSaError, UsageError, WireError
 from ikectx.numbers import Protocol, Status
 from ikectx.ports import SaName
 
@@ -125,6 +124,8 @@ class Record:
     def __init__(self) -> None:
         self.dirty: set[SaName] = set()
         self._sas: dict[SaName, SaState] = {}
+        self._heirs: dict[SaName, set[SaName]] = {}
+        """Old IKE_SA to those that have keys to replace it and are not up."""
         self._born: dict[SaName, int] = {}
         self._count = 0
         self._handlers: dict[HaType, Callable[[HaMessage, SaName], Change]] = {
@@ -247,15 +248,30 @@ class Record:
         if new:
             self._count += 1
             self._born[name] = self._count
-        self._sas[name] = sa
+        self._keep(name, sa)
         self.dirty.add(name)
 
+    def _keep(self, name: SaName, sa: SaState) -> None:
+        self._disinherit(name)
+        if sa.replaces is not None:
+            self._heirs.setdefault(sa.replaces, set()).add(name)
+        self._sas[name] = sa
+
     def _drop(self, name: SaName) -> None:
+        self._disinherit(name)
         del self._sas[name], self._born[name]
         self.dirty.add(name)
 
-    def _successors(self, name: SaName) -> list[SaName]:
-        return [other for other, sa in self._sas.items() if sa.replaces == name]
+    def _disinherit(self, name: SaName) -> None:
+        known = self._sas.get(name)
+        if known is not None and known.replaces is not None:
+            heirs = self._heirs[known.replaces]
+            heirs.discard(name)
+            if not heirs:
+                del self._heirs[known.replaces]
+
+    def _successors(self, name: SaName) -> tuple[SaName, ...]:
+        return tuple(self._heirs.get(name, ()))
 
     # --- what is known -------------------------------------------------------------------------------
 
@@ -367,12 +383,12 @@ class Record:
         for key, data in items:
             try:
                 sa = _thaw(data)
-            except (IkectxError, ValueError, TypeError, AttributeError, cbor2.CBORDecodeError) as error:
+            except (WireError, ValueError) as error:
                 raise StoreError(f"record {key} cannot be read: {type(error).__name__}") from None
             name = (sa.current.spi_i, sa.current.spi_r)
             if key_of(name) != key:
                 raise StoreError(f"record {key} holds another IKE_SA")
-            self._sas[name] = sa
+            self._keep(name, sa)
             self._born[name] = 0
 
 
@@ -463,23 +479,34 @@ def undo_messages(context: IkeContext, version: int) -> list[HaMessage]:
 def _freeze(sa: SaState) -> bytes:
     datagrams = [message.serialize(_NO_LIMIT) for message in messages_of(sa)]
     order = [child.spi_in for child in sa.children]
-    return cbor2.dumps([_FORMAT, datagrams, list(sa.replaces or ()), sa.leaving, list(sa.alien), order])
+    return cbor.dumps([_FORMAT, datagrams, list(sa.replaces or ()), sa.leaving, list(sa.alien), order])
+
+
+def _octets(value: object, where: str) -> tuple[bytes, ...]:
+    """Any number of octet strings: a peer decides how many children it has."""
+    if not isinstance(value, list) or not all(isinstance(item, bytes) for item in value):
+        raise WireError(f"{where}: not a list of octet strings")
+    return tuple(value)
+
+
+_LAYOUT = cbor.row((cbor.uint(8), _octets, cbor.array(cbor.octets(8)), cbor.boolean, _octets, _octets))
 
 
 def _thaw(data: bytes) -> SaState:
-    kind, datagrams, replaces, leaving, alien, order = cbor2.loads(data)
+    """WireError or ValueError where it is not what `_freeze` made."""
+    kind, datagrams, replaces, leaving, alien, order = _LAYOUT(cbor.loads(data, "record"), "record")
     if kind != _FORMAT:
-        raise StoreError(f"format {kind}")
+        raise WireError(f"record of format {kind}")
     record = Record()
     for datagram in datagrams:
         change = record.feed(HaMessage.parse(datagram))
         if isinstance(change, Ignored):
-            raise StoreError(change.reason)
+            raise WireError(f"record: {change.reason}")
     (sa,) = record._sas.values()
     return replace(
         sa,
-        replaces=(bytes(replaces[0]), bytes(replaces[1])) if replaces else None,
-        leaving=bool(leaving),
-        alien=tuple(bytes(spi) for spi in alien),
+        replaces=replaces or None,
+        leaving=leaving,
+        alien=alien,
         children=tuple(sorted(sa.children, key=lambda child: order.index(child.spi_in))),
     )
