@@ -200,10 +200,22 @@ def _replay_out(value: ReplayState) -> list[Any]:
 # IKEV2_SA: the IKE_SA and the transfer itself.
 
 
+def _nonces_out(nonce_i: bytes, nonce_r: bytes) -> Any:
+    return nonce_i + nonce_r if len(nonce_i) == len(nonce_r) else [nonce_i, nonce_r]
+
+
+def _nonces(value: Any, where: str) -> tuple[bytes, bytes]:
+    """One string of two halves, or an array where the lengths differ."""
+    if type(value) is bytes and len(value) % 2 == 0:
+        value = [value[: len(value) // 2], value[len(value) // 2 :]]
+    nonce_i, nonce_r = _NONCE_ROW(value, where)
+    return nonce_i, nonce_r
+
+
 def _generation_out(value: IkeGeneration) -> dict[int, Any]:
     out: dict[int, Any] = {1: value.spi_i + value.spi_r}
     cbor.put(out, 2, value.initiator, False)
-    out[3] = [value.nonce_i, value.nonce_r]
+    out[3] = _nonces_out(value.nonce_i, value.nonce_r)
     out[4] = value.secret.reveal()
     suite = [value.prf, value.encr, value.encr_bits, value.integ, value.ke]
     out[5] = [int(n) for n in cbor.trim(suite, (0, 0, 0))]
@@ -215,7 +227,7 @@ def _generation_out(value: IkeGeneration) -> dict[int, Any]:
 
 
 _SPI_PAIR = cbor.octets(16)
-_NONCES = cbor.row((cbor.octets(), cbor.octets()))
+_NONCE_ROW = cbor.row((cbor.octets(), cbor.octets()))
 _OLD = cbor.row((_secret, cbor.u16))
 _MIDS = cbor.row((cbor.u32, cbor.u32))
 
@@ -224,7 +236,7 @@ def _generation(value: Any, where: str, number: int) -> tuple[IkeGeneration, Unk
     entry = cbor.MapReader(value, where)
     spis = entry.need(1, _SPI_PAIR)
     initiator = entry.take(2, cbor.boolean, False)
-    nonce_i, nonce_r = entry.need(3, _NONCES)
+    nonce_i, nonce_r = entry.need(3, _nonces)
     secret = entry.need(4, _secret)
     prf, encr, bits, integ, ke = entry.need(5, cbor.row((cbor.u16,) * 5, (0, 0, 0)))
     old_skd, old_prf = entry.take(8, _OLD, (None, None))
@@ -316,6 +328,20 @@ def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown
 # SAD: the CHILD_SAs.
 
 
+_SUITE = (0, 0, 0)
+_SUITE_ROW = cbor.row((cbor.u16,) * 4, _SUITE)
+
+
+def _ike_suite(value: IkeGeneration) -> list[int]:
+    """What a child's suite is when left out: that of its IKE_SA, without key exchange."""
+    return [int(n) for n in cbor.trim([value.encr, value.encr_bits, value.integ, 0], _SUITE)]
+
+
+def _vip_selectors(vips: Sequence[Address]) -> tuple[TrafficSelector, ...]:
+    """What a child's remote selectors are when left out: the MN's virtual addresses."""
+    return tuple(TrafficSelector(vip, vip) for vip in vips)
+
+
 def _child_out(child: ChildContext, context: IkeContext) -> dict[int, Any]:
     generation = context.generations[child.generation]
     out: dict[int, Any] = {}
@@ -323,10 +349,13 @@ def _child_out(child: ChildContext, context: IkeContext) -> dict[int, Any]:
     cbor.put(out, 2, child.generation, 0)
     cbor.put(out, 3, child.initiator, False)
     out[4] = child.spi_in + child.spi_out
-    cbor.put(out, 5, [child.nonce_i, child.nonce_r], [generation.nonce_i, generation.nonce_r])
-    out[6] = [int(n) for n in cbor.trim([child.encr, child.encr_bits, child.integ, child.ke], (0, 0, 0))]
+    if (child.nonce_i, child.nonce_r) != (generation.nonce_i, generation.nonce_r):
+        out[5] = _nonces_out(child.nonce_i, child.nonce_r)
+    suite = cbor.trim([child.encr, child.encr_bits, child.integ, child.ke], _SUITE)
+    cbor.put(out, 6, [int(n) for n in suite], _ike_suite(generation))
     out[7] = [_selector_out(ts) for ts in child.local_ts]
-    out[8] = [_selector_out(ts) for ts in child.remote_ts]
+    if child.remote_ts != _vip_selectors(context.remote_vips):
+        out[8] = [_selector_out(ts) for ts in child.remote_ts]
     cbor.put(out, 9, child.secret.reveal(), b"")
     cbor.put(out, 10, child.add_secret.reveal(), b"")
     cbor.put(out, 11, child.add_kes, b"")
@@ -347,8 +376,9 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         raise WireError(f"{where}: names a generation that is not there")
     generation: IkeGeneration = parts["generations"][number_of]
     spis = entry.need(4, cbor.octets(8))
-    nonce_i, nonce_r = entry.take(5, _NONCES, (generation.nonce_i, generation.nonce_r))
-    encr, bits, integ, ke = entry.need(6, cbor.row((cbor.u16,) * 4, (0, 0, 0)))
+    nonce_i, nonce_r = entry.take(5, _nonces, (generation.nonce_i, generation.nonce_r))
+    suite = entry.take(6, _SUITE_ROW, None) or _SUITE_ROW(_ike_suite(generation), where)
+    encr, bits, integ, ke = suite
     ipcomp, cpi_in, cpi_out = entry.take(15, cbor.row((cbor.u16,) * 3), [0, 0, 0])
     child = cbor.build(
         ChildContext,
@@ -362,7 +392,7 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         nonce_r=nonce_r,
         encr=Encr(encr),
         local_ts=entry.need(7, cbor.array(_selector)),
-        remote_ts=entry.need(8, cbor.array(_selector)),
+        remote_ts=entry.take(8, cbor.array(_selector), _vip_selectors(parts["remote_vips"])),
         encr_bits=bits,
         integ=Integ(integ),
         ke=KeMethod(ke),
@@ -384,7 +414,7 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
 
 # SPD: policies, runs of them that differ only in the direction as one entry.
 
-_POLICY = ("iof", 0, 0, 0)
+_POLICY = ("fio", 0, 0, 0)
 _POLICY_ROW = cbor.row((cbor.u32, cbor.text, cbor.u16, cbor.u16, cbor.u16), _POLICY)
 
 
@@ -601,10 +631,9 @@ _FINAL_ROWS = cbor.array(cbor.row((cbor.octets(4), _replay, _replay)))
 
 def encode_final(final: FinalState, transfer_id: bytes) -> tuple[ContextDataBlock, ...]:
     """The blocks of the CTD that lets go. Errors: WireError."""
-    ike: dict[int, Any] = {0: VERSION, 1: transfer_id}
+    ike: dict[int, Any] = {0: VERSION, 1: transfer_id + final.spi_i + final.spi_r}
     cbor.put(ike, 3, final.epoch, 0)
     cbor.put(ike, 18, [final.mid_initiator, final.mid_responder], [0, 0])
-    ike[21] = final.spi_i + final.spi_r
     maps = {Fpt.IKEV2_SA: ike}
     rows = [[c.spi_in, _replay_out(c.inbound), _replay_out(c.outbound)] for c in final.children]
     if rows:
@@ -621,14 +650,15 @@ def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]
     if Fpt.IKEV2_SA not in joined:
         raise WireError("no IKEV2_SA profile")
     ike, sad = _open(joined, Fpt.IKEV2_SA), _open(joined, Fpt.SAD)
-    transfer_id, spis = ike.need(1, cbor.octets(8)), ike.need(21, _SPI_PAIR)
+    names = ike.need(1, cbor.octets(24))
     mid_initiator, mid_responder = ike.take(18, _MIDS, (0, 0))
     rows = sad.take(2, _FINAL_ROWS, ())
     children = tuple(FinalChild(*row) for row in rows)
     if len({child.spi_in for child in children}) != len(children):
         raise WireError("SAD: an SPI twice")
     epoch = ike.take(3, cbor.u64, 0)
-    return FinalState(spis[:8], spis[8:], mid_initiator, mid_responder, epoch, children), transfer_id
+    final = FinalState(names[8:16], names[16:], mid_initiator, mid_responder, epoch, children)
+    return final, names[:8]
 
 
 # Statuses.
@@ -637,14 +667,17 @@ def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]
 def encode_verdicts(
     verdicts: Iterable[Verdict], profiles: Sequence[Fpt] = PROFILES
 ) -> tuple[StatusBlock, ...]:
-    """One status for each of `profiles` and each other FPT that a verdict names.
+    """The statuses of a CTDR: none where nothing was refused (its S bit then says it all).
 
-    Where several verdicts refuse one FPT the first wins: checks come in the order of their gravity.
+    Else one for each of `profiles` and each other FPT that a verdict names. Where several
+    verdicts refuse one FPT the first wins: checks come in the order of their gravity.
     """
     worst = dict.fromkeys(profiles, Status.OK)
     for verdict in verdicts:
         if worst.setdefault(verdict.fpt, Status.OK) is Status.OK:
             worst[verdict.fpt] = verdict.status
+    if not any(worst.values()):
+        return ()
     return tuple(StatusBlock(fpt, status) for fpt, status in worst.items())
 
 
