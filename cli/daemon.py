@@ -1,7 +1,7 @@
 """`ikectx serve`: the agent of one gateway, where library, bridge and mobile extension are joined.
 
-One process owns the HA socket, the VICI connection, XFRM and the CXTP endpoint, and offers what it can do on
-the control socket, as VICI commands. Nothing here decides anything about a transfer: that is `ikectx.transfer`.
+One process owns the HA socket, the VICI connection, XFRM and the CXTP endpoint, and offers what it can do
+on the control socket, as VICI commands. Nothing here decides about a transfer: that is `ikectx.transfer`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ikectx.aio import Gateway
-from ikectx.context import Endpoint, FinalState, IkeContext
+from ikectx.context import FinalState, IkeContext
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
+from ikectx.ikev2 import RetransmitPolicy
+from ikectx.keys import iv_length
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.ports import MoveReport, SaName
 from ikectx.store import SqliteStore, open_store
 from ikectx.transfer import TransferEvent, TransferReport
-from mobike_ext.exchange import AddressUpdate
+from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
 from mobike_ext.link import run_address_update
-from vici_bridge.charon import COND_NAT_FAKE, COND_NAT_HERE, COND_NAT_THERE, SaView
+from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.sink import CharonSink
@@ -38,6 +40,9 @@ from .config import Config
 from .render import context_json
 
 log = logging.getLogger("ikectx")
+
+HOOK_PATIENCE = 5.0
+"""Seconds charon is made to wait in its updown script for a handover to let go."""
 
 
 def run(config: Config) -> int:
@@ -106,15 +111,20 @@ class MnMover:
         self._timeout = timeout
 
     async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
+        async def proven() -> bool:
+            return arrived()
+
         machine = AddressUpdate(
             here.current,
             final.mid_initiator,
             here.local,
             here.remote,
-            cookie2=secrets.token_bytes(16),
-            iv=secrets.token_bytes(16),
+            cookie2=secrets.token_bytes(COOKIE2_LENGTH),
+            iv=secrets.token_bytes(iv_length(here.current.encr)),
+            conditions=here.conditions,
+            policy=RetransmitPolicy(self._timeout, tries=self._tries),
         )
-        return await run_address_update(machine, here.local, here.remote)
+        return (await run_address_update(machine, proven=proven)).move
 
 
 class Agent:
@@ -126,7 +136,12 @@ class Agent:
         self._source = CharonSource(self._host)
         self._sink = CharonSink(self._host, MnMover(config.transfer.mn_tries, config.transfer.mn_timeout))
         tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
-        peers = [PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights)) for peer in config.peers]
+        peers = [
+            PeerConfig(
+                peer.name, str(peer.address.address), peer.address.port, frozenset(peer.rights), peer.identity
+            )
+            for peer in config.peers
+        ]
         self._gateway = Gateway(
             config.name,
             self._source,
@@ -157,15 +172,14 @@ class Agent:
                 "history": "history-entry",
             },
             events={"transfer-state"},
-            group=config.control.group or None,
+            group=config.control.group,
         )
-        self._handing_over: set[SaName] = set()
         self._started = time.time()
 
     async def start(self) -> None:
         """HA address first, then the control socket, then peers: charon may come at any time."""
         await self._host.open()
-        await self._gateway.start([(item.host, item.port) for item in self._config.transfer.listen])
+        await self._gateway.start([(str(item.address), item.port) for item in self._config.transfer.listen])
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
@@ -266,7 +280,7 @@ class Agent:
         if not self._gateway.cancel(request.get("transfer", "")):
             raise StateError(
                 "that transfer cannot be cancelled any more",
-                hint="`ikectx status` shows what is open; after the letting go only the other gateway decides",
+                hint="`ikectx status` shows what is open; once let go, only the other gateway decides",
             )
         return {}
 
@@ -275,27 +289,37 @@ class Agent:
         return with_json(report.to_json())
 
     async def updown(self, request: Message) -> Message:
-        """The hook's word. A connection with `handover_to` is handed over when its MN leaves."""
-        connection = request.get("connection", "")
-        conn = self._config.connections.get(connection)
-        if conn is None or not conn.handover_to or not request.get("PLUTO_VERB", "").startswith("down"):
-            return {"action": "none"}
-        unique_id = request.get("PLUTO_UNIQUEID", "")
-        names = [view.spis for view in await self._host.views() if str(view.unique_id) == unique_id]
-        if not names or names[0] in self._handing_over:
-            return {"action": "none"}
-        self._handing_over.add(names[0])
-        self._host.spawn(self._hand_over(names[0], conn.handover_to))
-        return {"action": "transfer", "to": conn.handover_to}
+        """The hook's word. A connection with `handover_to` is handed over when its MN leaves.
 
-    async def _hand_over(self, sa: SaName, to: str) -> None:
+        charon waits for the hook, the hook for this answer: it comes when pSG has let go, or the
+        transfer has failed, so that the ESP SAs are still there to be read.
+        """
+        connection = self._config.connections.get(request.get("connection", ""))
+        if connection is None or not connection.handover_to or request.get("verb") != "down":
+            return {"action": "none"}
+        sa = self._source.departing_by_reqid(_number(request, "reqid", 0))
+        if sa is None or sa in self._source.departing:
+            return {"action": "none"}
+        self._source.departing.add(sa)
+        left = asyncio.Event()
+        self._host.spawn(self._hand_over(sa, connection.handover_to, left))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(left.wait(), HOOK_PATIENCE)
+        return {"action": "transfer", "to": connection.handover_to}
+
+    async def _hand_over(self, sa: SaName, to: str, left: asyncio.Event) -> None:
+        def seen(event: TransferEvent) -> None:
+            if event.state.upper() in ("RELEASED", "KEPT", "REFUSED"):
+                left.set()
+
         try:
-            report = await self._gateway.transfer(sa, to)
+            report = await self._gateway.transfer(sa, to, progress=seen)
             log.info("handover to %s: %s, %s", to, report.result, report.text)
         except IkectxError as error:
             log.warning("handover to %s: %s", to, error)
         finally:
-            self._handing_over.discard(sa)
+            left.set()
+            self._source.departing.discard(sa)
 
     async def _select(self, request: Message) -> list[SaName]:
         """The SAs that ike, ike-id, spi, peer or all name. Errors: UnknownSaError."""
@@ -311,8 +335,8 @@ class Agent:
             ),
             "peer": lambda view, peer: peer in (view.remote_id, view.remote_eap_id, str(view.remote.address)),
         }
-        for key, value in wanted.items():
-            value = value.lower().removeprefix("0x") if key == "spi" else value
+        for key, given in wanted.items():
+            value = given.lower().removeprefix("0x") if key == "spi" else given
             views = [view for view in views if tests[key](view, value)]
         if not views:
             what = " ".join(f"{key} {value}" for key, value in wanted.items()) or "any name"
@@ -397,6 +421,3 @@ def _number(request: Message, key: str, default: int) -> int:
         return int(request.get(key) or default)
     except ValueError:
         raise UsageError(f"{key} is not a number: {request.get(key)!r}") from None
-
-
-_ = (Endpoint, COND_NAT_HERE, COND_NAT_THERE, COND_NAT_FAKE)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address
 
-from test_charon import VIEW, context
-
 from ikectx.context import AuthRound, PeerContext
 from ikectx.numbers import Status
 from vici_bridge.charon import sa_view
@@ -18,6 +16,8 @@ from vici_bridge.checks import (
     check_selectors,
     check_vips,
 )
+
+from .test_charon import VIEW, context
 
 OTHER = sa_view(
     "other", {**VIEW, "initiator-spi": "aa", "responder-spi": "bb", "remote-vips": [], "child-sas": {}}
@@ -31,7 +31,7 @@ def statuses(verdicts: object) -> list[Status]:
 
 def test_nothing_against_a_fitting_context() -> None:
     here = context()
-    assert statuses(check_covered(here)) == []
+    assert statuses(check_covered(here, 3)) == []
     assert statuses(check_names(here, {"mn": CONN})) == []
     assert statuses(check_ike_spis(here, [OTHER])) == []
     assert statuses(check_esp_spis(here, here.local.address, [], [OTHER])) == []

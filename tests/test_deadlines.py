@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from test_charon import VIEW
-
 from vici_bridge.charon import sa_view
 from vici_bridge.deadlines import Deadlines
+
+from .test_charon import VIEW
 
 
 class MemoryStore:

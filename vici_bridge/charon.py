@@ -190,6 +190,34 @@ def sa_views(listed: Iterable[View]) -> list[SaView]:
     return [sa_view(_text(view, "name"), view) for view in listed if _text(view, "version") != "1"]
 
 
+def departing_view(context: IkeContext) -> SaView:
+    """The view of an SA that charon is destroying and therefore does not list: made from what is recorded."""
+    children = tuple(
+        ChildView(child.name, 0, 0, "INSTALLED", child.spi_in, child.spi_out, False, None, None, (), ())
+        for child in context.children
+    )
+    return SaView(
+        name=context.connection,
+        unique_id=0,
+        state="ESTABLISHED",
+        spi_i=context.spis[0],
+        spi_r=context.spis[1],
+        initiator=context.current.initiator,
+        local=context.local,
+        remote=context.remote,
+        local_id=str(context.local_id),
+        remote_id=str(context.remote_id),
+        remote_eap_id=str(context.remote_eap_id or ""),
+        local_vips=context.local_vips,
+        remote_vips=context.remote_vips,
+        rekey=None,
+        reauth=None,
+        established=None,
+        tasks=(),
+        children=children,
+    )
+
+
 _AUTH_CLASS = {
     "pre-shared key": "psk",
     "public key": "pubkey",

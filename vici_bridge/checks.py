@@ -11,24 +11,21 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.context import Address, IkeContext
-from ikectx.numbers import Fpt, Protocol, Status
+from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 
 from .charon import SaView, missing_algorithms, overlap, peer_context, prefixes
+from .record import uncovered
 from .xfrm import KernelSa
 
 View = Mapping[str, Any]
 
 
-def check_covered(context: IkeContext) -> Iterator[Verdict]:
-    """Things the ha plugin cannot move."""
-    for child in context.children:
-        if child.protocol is not Protocol.ESP:
-            yield Verdict(
-                Fpt.SAD, Status.NOT_COVERED, f"CHILD_SA {child.name} is {child.protocol.name}, not ESP"
-            )
-    if context.local_vips:
-        yield Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, "the gateway itself has a virtual IP from the MN")
+def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
+    """Things the ha plugin (of that wire version) cannot move."""
+    reason = uncovered(context, version)
+    if reason:
+        yield Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, reason)
 
 
 def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterator[Verdict]:
@@ -50,7 +47,8 @@ def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterato
             yield Verdict(
                 Fpt.PAD,
                 Status.NOT_ALLOWED,
-                f"the MN authenticated by {'+'.join(sorted(theirs))}, the connection here asks for {'+'.join(sorted(ours))}",
+                f"the MN authenticated by {'+'.join(sorted(theirs))}, "
+                f"the connection here asks for {'+'.join(sorted(ours))}",
             )
 
 
@@ -74,9 +72,9 @@ def check_esp_spis(
     """Inbound (our address, SPI) and outbound (MN's address, SPI), in the kernel and in charon."""
     taken = {(str(sa.destination), sa.spi) for sa in sas}
     for view in views:
-        for child in view.children:
-            taken.add((str(view.local.address), child.spi_in))
-            taken.add((str(view.remote.address), child.spi_out))
+        for listed in view.children:
+            taken.add((str(view.local.address), listed.spi_in))
+            taken.add((str(view.remote.address), listed.spi_out))
     for child in context.children:
         if (str(local), child.spi_in) in taken:
             yield Verdict(
@@ -130,7 +128,7 @@ def check_selectors(context: IkeContext, views: Iterable[SaView]) -> Iterator[Ve
                     yield Verdict(
                         Fpt.SPD,
                         Status.SELECTORS_OVERLAP,
-                        f"selectors of {child.name} overlap {other.name} of {view.remote_id} #{view.unique_id}",
+                        f"{child.name} overlaps {other.name} of {view.remote_id} #{view.unique_id}",
                     )
 
 

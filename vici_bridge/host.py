@@ -19,8 +19,8 @@ from ikectx.ports import SaName, Store
 from . import ha
 from .charon import SaView, sa_views
 from .deadlines import Deadlines
-from .kernel import Kernel
-from .record import Change, Record
+from .kernel import Detour, Kernel, Mute
+from .record import Change, Record, undo_messages
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ESP = 50
 _RECORD = "record"
+DELETE_PATIENCE = 5.0
+"""Seconds for charon to drop an SA it was told to drop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class CharonHost:
         self.store = store
         self.vici = CharonVici(config.vici)
         self.kernel = Kernel() if config.kernel_esp else None
+        self.mute = Mute()
+        self.detour = Detour()
         self.record = Record()
         self.deadlines = Deadlines(store)
         self.import_lock = asyncio.Lock()
@@ -96,6 +100,7 @@ class CharonHost:
         await asyncio.to_thread(self.vici.close)
         if self.kernel is not None:
             self.kernel.close()
+        self.detour.close()
 
     def spawn(self, work: object) -> None:
         """Run a coroutine in the background until it ends or the agent does."""
@@ -153,9 +158,9 @@ class CharonHost:
         if self._version is None:
             self._version = ha.wire_version(self.charon_version)
         await self.settle()
+        mark = self.record.mark()
         living = {view.spis for view in await self.views()}
-        gone = [name for name in self.record.names() if name not in living]
-        self.record.retain(living)
+        gone = self.record.retain(living, mark)
         self._save()
         unknown = living - set(self.record.names())
         log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, len(living), len(gone))
@@ -202,7 +207,9 @@ class CharonHost:
         """charon's loaded connections by name."""
         return {str(conn["name"]): conn for conn in await asyncio.to_thread(self.vici.list_conns)}
 
-    def kernel_pair(self, context: IkeContext, child: ChildContext) -> tuple[KernelSa | None, KernelSa | None]:
+    def kernel_pair(
+        self, context: IkeContext, child: ChildContext
+    ) -> tuple[KernelSa | None, KernelSa | None]:
         """(inbound, outbound) ESP SA of a child in the kernel, None where it is not there."""
         if self.kernel is None:
             return (None, None)
@@ -213,20 +220,19 @@ class CharonHost:
 
     # Things both sides do.
 
-    async def updown(self, context: IkeContext, *, up: bool, reqids: dict[bytes, int], unique_id: int) -> None:
+    async def updown(
+        self, context: IkeContext, *, up: bool, reqids: dict[bytes, int], unique_id: int
+    ) -> None:
         """The connection's updown script, if one is configured."""
         script = self.config.updown.get(context.connection)
         if script:
             interface = await outgoing_interface(context)
-            await run_updown(
-                script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id
-            )
+            await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
 
-    async def delete(self, context: IkeContext, *, timeout: float = 5.0) -> None:
+    async def delete(self, context: IkeContext) -> None:
         """Have charon drop the IKE_SA silently and see it gone. Errors: CharonError."""
-        version = await self.version()
-        await self.send([ha.ike_delete(version, ha.IkeId.of(context.current))])
-        end = time.monotonic() + timeout
+        await self.send(undo_messages(context, await self.version()))
+        end = time.monotonic() + DELETE_PATIENCE
         while await self.view(context.spis) is not None:
             if time.monotonic() > end:
                 raise CharonError(
@@ -249,8 +255,8 @@ class CharonHost:
     async def activate_segment(self) -> None:
         """Make every PASSIVE SA ESTABLISHED: TAKE then DROP. Calls close together share one toggle.
 
-        Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys half-open
-        ones, so a moment without any is waited for (2 s at most).
+        Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys
+        half-open ones, so a moment without any is waited for (2 s at most).
         """
         if self._toggle is None:
             self._toggle = asyncio.get_running_loop().create_future()

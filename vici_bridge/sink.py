@@ -1,7 +1,7 @@
 """`CharonSink`: nSG's side. Take an SA in behind charon's back, own it, and activate it in charon.
 
-The order is that of the facts on the ha plugin: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE, replay
-state into the kernel, then (when the other side has let go) final counters, routes and updown, the
+The order is the one the ha plugin needs: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE,
+replay state into the kernel, then (when the other side has let go) final counters, routes and updown, the
 exchange with the MN, message IDs, and the segment toggle. Each step is seen done, not assumed.
 """
 
@@ -30,8 +30,11 @@ from .checks import (
     check_vips,
 )
 from .host import CharonHost
+from .kernel import LATE
 from .record import import_messages
-from .xfrm import merge_replay
+from .xfrm import KernelSa
+from .xfrm_parts import INET as AF_INET
+from .xfrm_parts import INET6 as AF_INET6
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class CharonSink:
             here = self._here(context)
         except IkectxError as error:
             return [Verdict(Fpt.IKEV2_SA, error.status, str(error))]
-        verdicts = list(check_covered(here))
+        verdicts = list(check_covered(here, await host.version()))
         if keep_address and here.local.address != context.local.address:
             verdicts.append(
                 Verdict(
@@ -77,15 +80,14 @@ class CharonSink:
         views = await host.views()
         verdicts += check_names(here, await host.connections())
         verdicts += check_ike_spis(here, views)
-        late = host.late_spis(here)
-        sas = [] if host.kernel is None else host.kernel.dump_sas()
-        verdicts += check_esp_spis(here, here.local.address, [sa for sa in sas if sa.spi not in late], views)
+        verdicts += check_esp_spis(here, here.local.address, self._taken_sas(), views)
         verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
         verdicts += check_selectors(here, views)
         verdicts += check_ike_algorithms(here, await asyncio.to_thread(host.vici.algorithms))
         if host.kernel is not None:
+            family = AF_INET6 if here.local.address.version == 6 else AF_INET
             for child in here.children:
-                if not host.kernel.supports(child.encr, child.encr_bits, child.integ):
+                if not host.kernel.supports(child.encr, child.encr_bits, child.integ, family):
                     verdicts.append(
                         Verdict(
                             Fpt.SAD,
@@ -94,6 +96,11 @@ class CharonSink:
                         )
                     )
         return verdicts
+
+    def _taken_sas(self) -> list[KernelSa]:
+        """The kernel's SAs but those left for late packets: when their SA comes back they give way."""
+        kernel = self._host.kernel
+        return [] if kernel is None else [sa for sa in kernel.dump_sas() if sa.sequence != LATE]
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. On any failure nothing stays behind."""
@@ -105,7 +112,9 @@ class CharonSink:
                     f"{STATUS_TEXT.get(bad[0].status, '')}: {bad[0].detail}", status=bad[0].status
                 )
             here = self._here(context)
-            host.clear_late(here)
+            if host.kernel is not None:
+                ours = {child.spi_in for child in here.children}
+                host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
             messages = import_messages(here, await host.version())
             try:
@@ -120,7 +129,7 @@ class CharonSink:
             host.save_soon()
 
     async def _installed(self, here: IkeContext) -> SaView:
-        """Wait until charon lists the SA PASSIVE with its children and the kernel has both ESP SAs of each."""
+        """Wait until charon lists the SA PASSIVE with its children, and the kernel has their ESP SAs."""
         host = self._host
         end = time.monotonic() + INSTALL_TIMEOUT
         pause = 0.01
@@ -155,19 +164,11 @@ class CharonSink:
             if inbound is None or outbound is None:
                 raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
             given = state[child.spi_in]
-            now_in, _ = kernel.get_replay(inbound)
-            kernel.set_replay(
-                inbound,
-                merge_replay(
-                    now_in,
-                    replace(
-                        given.inbound, window=now_in.window, bitmap=_fit(given.inbound.bitmap, now_in.window)
-                    ),
-                ),
-            )
-            now_out, _ = kernel.get_replay(outbound)
-            target = max(given.outbound.seq + jump, now_out.seq)
-            kernel.set_replay(outbound, replace(now_out, seq=target))
+            kernel.set_replay(inbound, given.inbound, outbound=False)
+            sent = given.outbound
+            ahead, _ = kernel.get_replay(outbound, outbound=True)
+            if sent.seq + jump > ahead.seq:
+                kernel.set_replay(outbound, replace(sent, seq=sent.seq + jump), outbound=True)
 
     async def take(self, context: IkeContext, final: FinalState) -> None:
         """See `ContextSink.take`."""
@@ -210,7 +211,7 @@ class CharonSink:
         for child in here.children:
             inbound, _ = self._host.kernel_pair(here, child)
             if inbound is not None:
-                total += kernel.get_replay(inbound)[1].packets
+                total += kernel.get_replay(inbound, outbound=False)[1].packets
         return total
 
     async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
@@ -275,11 +276,6 @@ class CharonSink:
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             await host.updown(here, up=False, reqids=reqids, unique_id=0 if view is None else view.unique_id)
             host.store.delete(_TAKEN, _key(context))
-
-
-def _fit(bitmap: int, window: int) -> int:
-    """The part of a bitmap that a window of `window` packets can hold."""
-    return bitmap & ((1 << window) - 1)
 
 
 def _key(context: IkeContext) -> str:

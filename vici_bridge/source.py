@@ -1,7 +1,7 @@
 """`CharonSource`: pSG's side. Export an SA, let go of it without losing a packet, or take it back.
 
-Letting go is done below charon, because charon can freeze only whole segments: nftables keeps its IKE messages
-for this one SA from the wire, and the kernel loses the outbound policies. Inbound SAs stay: late
+Letting go is done below charon, because charon can freeze only whole segments: nftables keeps its IKE
+messages for this one SA from the wire, and the kernel loses the outbound policies. Inbound SAs stay: late
 packets are decrypted until the SA is released.
 """
 
@@ -11,10 +11,8 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
-from ipaddress import ip_address
 
 from ikectx.context import (
-    Address,
     ChildContext,
     FinalChild,
     FinalState,
@@ -27,7 +25,7 @@ from ikectx.keys import esp_keys
 from ikectx.numbers import Status
 from ikectx.ports import SaName
 
-from .charon import ChildView, SaView, ike_lifetime, peer_context, prefixes, relocate
+from .charon import ChildView, SaView, departing_view, ike_lifetime, peer_context, prefixes, relocate
 from .host import CharonHost
 from .xfrm import KernelPolicy, KernelSa
 
@@ -45,11 +43,27 @@ class CharonSource:
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
+        self.departing: set[SaName] = set()
+        """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
+
+    async def _view(self, sa: SaName) -> SaView | None:
+        if sa in self.departing:
+            return departing_view(self._host.record.context(sa))
+        return await self._host.view(sa)
+
+    def departing_by_reqid(self, reqid: int) -> SaName | None:
+        """The IKE_SA whose CHILD_SA has that request id: charon names it so to updown scripts."""
+        kernel = self._host.kernel
+        spis = {sa.spi for sa in kernel.dump_sas() if sa.reqid == reqid} if kernel is not None else set()
+        for name in self._host.record.names():
+            if any(child.spi_in in spis for child in self._host.record.context(name).children):
+                return name
+        return None
 
     async def export(self, sa: SaName) -> IkeContext:
         """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
         host = self._host
-        view = await host.view(sa)
+        view = await self._view(sa)
         await host.settle()
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
@@ -77,13 +91,13 @@ class CharonSource:
         if inbound is None or outbound is None:
             raise BusyError(f"the kernel does not hold both ESP SAs of CHILD_SA {child.name} now")
         self._compare_keys(context, child, inbound, outbound)
-        state_in, used_in = kernel.get_replay(inbound)
-        state_out, _ = kernel.get_replay(outbound)
+        state_in, used_in = kernel.get_replay(inbound, outbound=False)
+        state_out, _ = kernel.get_replay(outbound, outbound=True)
         limits = inbound.limits
         return replace(
             child,
-            inbound=replace(state_in, esn=child.esn),
-            outbound=replace(state_out, esn=child.esn),
+            inbound=state_in,
+            outbound=state_out,
             lifetime=replace(
                 lifetime,
                 bytes_limit=limits.hard_bytes,
@@ -94,12 +108,14 @@ class CharonSource:
         )
 
     @staticmethod
-    def _compare_keys(context: IkeContext, child: ChildContext, inbound: KernelSa, outbound: KernelSa) -> None:
+    def _compare_keys(
+        context: IkeContext, child: ChildContext, inbound: KernelSa, outbound: KernelSa
+    ) -> None:
         derived = esp_keys(context.generations[child.generation], child)
         for sa, (encr, integ), way in ((inbound, derived[0], "inbound"), (outbound, derived[1], "outbound")):
             if sa.encr_key != encr or sa.auth_key != integ:
                 raise CharonError(
-                    f"the {way} keys of CHILD_SA {child.name} in the kernel are not those that follow from the IKE_SA",
+                    f"the kernel's {way} keys of CHILD_SA {child.name} are not those of its IKE_SA",
                     hint="the SA uses something the ha plugin does not tell (a PPK, for example) and "
                     "cannot be moved; rekey it without, or let the MN connect anew",
                     status=Status.NOT_COVERED,
@@ -121,9 +137,9 @@ class CharonSource:
             if child_index is not None and policy.direction in ("in", "out", "fwd"):
                 child = context.children[child_index]
                 inward = policy.direction != "out"
-                source, destination = (child.remote_ts, child.local_ts) if inward else (child.local_ts, child.remote_ts)
-                mine, theirs = (policy.destination, policy.source) if inward else (policy.source, policy.destination)
-                del source, destination
+                mine, theirs = (
+                    (policy.destination, policy.source) if inward else (policy.source, policy.destination)
+                )
                 found.append(
                     PolicyContext(
                         child_index,
@@ -159,8 +175,8 @@ class CharonSource:
                     sa_in, sa_out = host.kernel_pair(context, child)
                     if sa_in is None or sa_out is None:
                         raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
-                    inbound = replace(kernel.get_replay(sa_in)[0], esn=child.esn)
-                    outbound = replace(kernel.get_replay(sa_out)[0], esn=child.esn)
+                    inbound = kernel.get_replay(sa_in, outbound=False)[0]
+                    outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
         except BaseException:
             await self.thaw(context, 0)
@@ -187,7 +203,7 @@ class CharonSource:
 
     async def _same(self, context: IkeContext) -> SaView:
         """The SA's view, if it is still what was exported. Errors: BusyError."""
-        view = await self._host.view(context.spis)
+        view = await self._view(context.spis)
         if view is None:
             raise BusyError("the IKE_SA was rekeyed or deleted meanwhile")
         if view.state != "ESTABLISHED":
@@ -200,21 +216,20 @@ class CharonSource:
         return view
 
     def _stop_outbound(self, context: IkeContext, to: str) -> None:
-        """No ESP leaves any more: packets for the MN go to nSG where its inner address is known, else nowhere."""
+        """No ESP leaves any more: packets for the MN go to nSG if a way is known, else nowhere."""
         host = self._host
         if host.kernel is None:
             return
-        via = tuple(host.config.forward_via.get(to, ()))
-        wanted = prefixes(ts for child in context.children for ts in child.remote_ts)
         outbound = self._outbound_policies(context)
         host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
-        if via:
-            host.detour.add(wanted, via)
-            for policy in outbound:
-                host.kernel.delete_policy(policy)
-        else:
-            for policy in outbound:
+        via = tuple(host.config.forward_via.get(to, ()))
+        wanted = prefixes(ts for child in context.children for ts in child.remote_ts)
+        astray = {str(net) for net in host.detour.add(wanted, via)} if via else set(wanted)
+        for policy in outbound:
+            if str(policy.destination) in astray:
                 host.kernel.replace_policy(policy.blocking())
+            else:
+                host.kernel.delete_policy(policy)
 
     def _outbound_policies(self, context: IkeContext) -> list[KernelPolicy]:
         assert self._host.kernel is not None
@@ -241,8 +256,9 @@ class CharonSource:
                 for child in context.children:
                     _, outbound = host.kernel_pair(context, child)
                     if outbound is not None:
-                        state, _ = host.kernel.get_replay(outbound)
-                        host.kernel.set_replay(outbound, replace(state, seq=state.seq + oseq_jump))
+                        state, _ = host.kernel.get_replay(outbound, outbound=True)
+                        jumped = replace(state, seq=state.seq + oseq_jump)
+                        host.kernel.set_replay(outbound, jumped, outbound=True)
             for raw in _unframed(saved or b""):
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
         host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
@@ -271,15 +287,10 @@ class CharonSource:
         host.spawn(self._end_detour(context))
 
     async def _end_detour(self, context: IkeContext) -> None:
-        await asyncio.sleep(max(host_late(self._host), 1))
-        if self._host.moved_here(context.spis):
-            return
-        self._host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
-
-
-def host_late(host: CharonHost) -> float:
-    """How long packets that still arrive for a moved MN are sent on: six times the late time."""
-    return 6.0 * host.config.late
+        """Packets that still arrive here are sent on for six times the late time, while routing settles."""
+        await asyncio.sleep(6.0 * self._host.config.late)
+        if context.spis not in self._host.record:
+            self._host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
 
 
 def _key(spis: SaName) -> str:
@@ -316,6 +327,3 @@ def _refuse_busy(view: SaView) -> None:
     for child in view.children:
         if child.state not in (*_LIVING, *_LEAVING):
             raise BusyError(f"the CHILD_SA {child.name} is {child.state}")
-
-
-_ = (Address, ip_address)
