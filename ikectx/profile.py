@@ -15,17 +15,15 @@ Blocks hold key material. Everything decoded is checked; only WireError comes ou
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from ipaddress import IPv4Address, IPv6Address
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from . import cbor
+from . import cbor, entries
 from .context import (
     NO_SECRET,
     Address,
     AuthRound,
     ChildContext,
-    Endpoint,
     FinalChild,
     FinalState,
     Identity,
@@ -35,12 +33,11 @@ from .context import (
     PeerContext,
     PolicyContext,
     ReplayState,
-    Secret,
     TrafficSelector,
 )
 from .cxtp import MAX_BLOCK_DATA, MAX_MESSAGE, ContextDataBlock, StatusBlock
 from .errors import WireError
-from .numbers import STATUS_TEXT, Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
+from .numbers import STATUS_TEXT, Encr, Fpt, Integ, KeMethod, Mode, Prf, Protocol, Status
 from .ports import Verdict
 
 Unknown = tuple[tuple[int, int, bytes], ...]
@@ -86,136 +83,13 @@ def _item(value: Any, where: str) -> tuple[Any, str]:
 _ITEMS = cbor.array(_item)
 
 
-# Small things both ways. `_x_out` makes CBOR of what `_x` reads.
-
-
-def _secret(value: Any, where: str) -> Secret:
-    return Secret(cbor.octets()(value, where))
-
-
-def _seconds(value: Any, where: str) -> int | None:
-    """A time left; negative when it is overdue."""
-    if value is not None and (type(value) is not int or not -(1 << 63) <= value < 1 << 63):
-        raise WireError(f"{where}: not a number of seconds")
-    return value
-
-
-def _limit(value: Any, where: str) -> int | None:
-    return None if value is None else cbor.u64(value, where)
-
-
-def _address(value: Any, where: str) -> Address:
-    packed = cbor.octets(4, 16)(value, where)
-    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
-
-
-def _endpoint(value: Any, where: str) -> Endpoint:
-    packed = cbor.octets(4, 6, 16, 18)(value, where)
-    split = len(packed) // 4 * 4
-    port = int.from_bytes(packed[split:]) if len(packed) > split else 500
-    return Endpoint(_address(packed[:split], where), port)
-
-
-def _endpoint_out(value: Endpoint) -> bytes:
-    return value.address.packed + (b"" if value.port == 500 else value.port.to_bytes(2))
-
-
-def _identity(value: Any, where: str) -> Identity:
-    data = cbor.octets()(value, where)
-    if not data:
-        raise WireError(f"{where}: an identity without its type")
-    return Identity(IdType(data[0]), data[1:])
-
-
-def _identity_out(value: Identity) -> bytes:
-    if value.type > 255:
-        raise WireError(f"identity type {int(value.type)} does not fit in an octet")
-    return bytes([value.type]) + value.data
-
-
-_SELECTOR = (0, 0, 65535, False)
-_SELECTOR_ROW = cbor.row(
-    (cbor.octets(4, 5, 8, 16, 17, 32), cbor.u8, cbor.u16, cbor.u16, cbor.boolean), _SELECTOR
-)
-
-
-def _selector(value: Any, where: str) -> TrafficSelector:
-    if type(value) is bytes:
-        value = [value]
-    packed, *rest = _SELECTOR_ROW(value, where)
-    size = 4 if len(packed) <= 8 else 16
-    start = _address(packed[:size], where)
-    bits, first = 8 * size, int(start)
-    if len(packed) == 2 * size:
-        end = _address(packed[size:], where)
-    else:
-        length = packed[size] if len(packed) > size else bits
-        if length > bits or first & ((1 << (bits - length)) - 1):
-            raise WireError(f"{where}: not a prefix")
-        end = type(start)(first | ((1 << (bits - length)) - 1))
-    return cbor.build(TrafficSelector, where, start, end, *rest)
-
-
-def _selector_out(ts: TrafficSelector) -> Any:
-    packed = ts.start.packed
-    first, span = int(ts.start), int(ts.end) - int(ts.start)
-    if span and (span < 0 or span & (span + 1) or first & span):
-        packed += ts.end.packed
-    elif span:
-        packed += bytes([8 * len(packed) - span.bit_length()])
-    row = cbor.trim([packed, ts.protocol, ts.start_port, ts.end_port, ts.dynamic], _SELECTOR)
-    return row if len(row) > 1 else packed
-
-
-_LIFETIME = (None, None, None, None, None, 0, 0)
-_LIFETIME_ROW = cbor.row((_seconds, _seconds, _seconds, _limit, _limit, cbor.u64, cbor.u64), _LIFETIME)
-
-
-def _lifetime(value: Any, where: str) -> Lifetime:
-    return Lifetime(*_LIFETIME_ROW(value, where))
-
-
-def _lifetime_out(value: Lifetime) -> list[Any]:
-    return cbor.trim([getattr(value, field.name) for field in fields(value)], _LIFETIME)
-
-
-_REPLAY = (0, 0, False, b"")
-_REPLAY_ROW = cbor.row((cbor.u64, cbor.u16, cbor.boolean, cbor.octets()), _REPLAY)
-
-
-def _replay(value: Any, where: str) -> ReplayState:
-    seq, window, esn, holes = _REPLAY_ROW(value, where)
-    if holes[:1] == b"\0" or len(holes) > 512:
-        raise WireError(f"{where}: a bitmap that is not the shortest or too long")
-    bitmap = int.from_bytes(holes) ^ ((1 << min(seq, window, 4096)) - 1)
-    return cbor.build(ReplayState, where, seq, window, bitmap, esn)
-
-
-def _replay_out(value: ReplayState) -> list[Any]:
-    holes = value.bitmap ^ ((1 << min(value.seq, value.window)) - 1)
-    packed = holes.to_bytes((holes.bit_length() + 7) // 8)
-    return cbor.trim([value.seq, value.window, value.esn, packed], _REPLAY)
-
-
 # IKEV2_SA: the IKE_SA and the transfer itself.
-
-
-def _nonces_out(nonce_i: bytes, nonce_r: bytes) -> Any:
-    return nonce_i + nonce_r if len(nonce_i) == len(nonce_r) else [nonce_i, nonce_r]
-
-
-def _nonces(value: Any, where: str) -> tuple[bytes, bytes]:
-    """One string of two halves, or an array where the lengths differ."""
-    if type(value) is bytes and len(value) % 2 == 0:
-        value = [value[: len(value) // 2], value[len(value) // 2 :]]
-    nonce_i, nonce_r = _NONCE_ROW(value, where)
-    return nonce_i, nonce_r
 
 
 def _generation_out(value: IkeGeneration) -> dict[int, Any]:
     out: dict[int, Any] = {1: value.spi_i + value.spi_r}
     cbor.put(out, 2, value.initiator, False)
-    out[3] = _nonces_out(value.nonce_i, value.nonce_r)
+    out[3] = entries.nonces_out(value.nonce_i, value.nonce_r)
     out[4] = value.secret.reveal()
     suite = [value.prf, value.encr, value.encr_bits, value.integ, value.ke]
     out[5] = [int(n) for n in cbor.trim(suite, (0, 0, 0))]
@@ -227,8 +101,7 @@ def _generation_out(value: IkeGeneration) -> dict[int, Any]:
 
 
 _SPI_PAIR = cbor.octets(16)
-_NONCE_ROW = cbor.row((cbor.octets(), cbor.octets()))
-_OLD = cbor.row((_secret, cbor.u16))
+_OLD = cbor.row((entries.secret, cbor.u16))
 _MIDS = cbor.row((cbor.u32, cbor.u32))
 
 
@@ -236,8 +109,8 @@ def _generation(value: Any, where: str, number: int) -> tuple[IkeGeneration, Unk
     entry = cbor.MapReader(value, where)
     spis = entry.need(1, _SPI_PAIR)
     initiator = entry.take(2, cbor.boolean, False)
-    nonce_i, nonce_r = entry.need(3, _nonces)
-    secret = entry.need(4, _secret)
+    nonce_i, nonce_r = entry.need(3, entries.nonces)
+    secret = entry.need(4, entries.secret)
     prf, encr, bits, integ, ke = entry.need(5, cbor.row((cbor.u16,) * 5, (0, 0, 0)))
     old_skd, old_prf = entry.take(8, _OLD, (None, None))
     generation = cbor.build(
@@ -254,7 +127,7 @@ def _generation(value: Any, where: str, number: int) -> tuple[IkeGeneration, Unk
         bits,
         Integ(integ),
         KeMethod(ke),
-        entry.take(6, _secret, NO_SECRET),
+        entry.take(6, entries.secret, NO_SECRET),
         entry.take(7, cbor.octets(), b""),
         old_skd,
         None if old_prf is None else Prf(old_prf),
@@ -272,20 +145,20 @@ def _ike_out(context: IkeContext, transfer: TransferHeader) -> dict[int, Any]:
     cbor.put(out, 3, context.epoch, 0)
     out[4] = context.connection
     out[5] = [_generation_out(g) for g in context.generations]
-    out[6] = _identity_out(context.local_id)
-    out[7] = _identity_out(context.remote_id)
-    cbor.put(out, 8, None if context.remote_eap_id is None else _identity_out(context.remote_eap_id))
-    out[9] = _endpoint_out(context.local)
-    out[10] = _endpoint_out(context.remote)
+    out[6] = entries.identity_out(context.local_id)
+    out[7] = entries.identity_out(context.remote_id)
+    cbor.put(out, 8, None if context.remote_eap_id is None else entries.identity_out(context.remote_eap_id))
+    out[9] = entries.endpoint_out(context.local)
+    out[10] = entries.endpoint_out(context.remote)
     cbor.put(out, 11, [a.packed for a in context.local_vips], [])
     cbor.put(out, 12, [a.packed for a in context.remote_vips], [])
-    cbor.put(out, 13, [_endpoint_out(e) for e in context.peer_addresses], [])
+    cbor.put(out, 13, [entries.endpoint_out(e) for e in context.peer_addresses], [])
     cbor.put(out, 14, context.conditions, 0)
     cbor.put(out, 15, context.extensions, 0)
     cbor.put(out, 16, context.private_conditions, 0)
     cbor.put(out, 17, context.private_extensions, 0)
     cbor.put(out, 18, [context.mid_initiator, context.mid_responder], [0, 0])
-    cbor.put(out, 19, _lifetime_out(context.lifetime), [])
+    cbor.put(out, 19, entries.lifetime_out(context.lifetime), [])
     cbor.put(out, 20, context.update_spi, False)
     return out
 
@@ -304,21 +177,21 @@ def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown
         "epoch": entry.take(3, cbor.u64, 0),
         "connection": entry.need(4, cbor.text),
         "generations": tuple(generation for generation, _ in read),
-        "local_id": entry.need(6, _identity),
-        "remote_id": entry.need(7, _identity),
-        "remote_eap_id": entry.take(8, _identity, None),
-        "local": entry.need(9, _endpoint),
-        "remote": entry.need(10, _endpoint),
-        "local_vips": entry.take(11, cbor.array(_address), ()),
-        "remote_vips": entry.take(12, cbor.array(_address), ()),
-        "peer_addresses": entry.take(13, cbor.array(_endpoint), ()),
+        "local_id": entry.need(6, entries.identity),
+        "remote_id": entry.need(7, entries.identity),
+        "remote_eap_id": entry.take(8, entries.identity, None),
+        "local": entry.need(9, entries.endpoint),
+        "remote": entry.need(10, entries.endpoint),
+        "local_vips": entry.take(11, cbor.array(entries.address), ()),
+        "remote_vips": entry.take(12, cbor.array(entries.address), ()),
+        "peer_addresses": entry.take(13, cbor.array(entries.endpoint), ()),
         "conditions": entry.take(14, cbor.u64, 0),
         "extensions": entry.take(15, cbor.u64, 0),
         "private_conditions": entry.take(16, cbor.u64, 0),
         "private_extensions": entry.take(17, cbor.u64, 0),
         "mid_initiator": mid_initiator,
         "mid_responder": mid_responder,
-        "lifetime": entry.take(19, _lifetime, Lifetime()),
+        "lifetime": entry.take(19, entries.lifetime, Lifetime()),
         "update_spi": entry.take(20, cbor.boolean, False),
     }
     unknown = _rest(entry, Fpt.IKEV2_SA)
@@ -350,12 +223,12 @@ def _child_out(child: ChildContext, context: IkeContext) -> dict[int, Any]:
     cbor.put(out, 3, child.initiator, False)
     out[4] = child.spi_in + child.spi_out
     if (child.nonce_i, child.nonce_r) != (generation.nonce_i, generation.nonce_r):
-        out[5] = _nonces_out(child.nonce_i, child.nonce_r)
+        out[5] = entries.nonces_out(child.nonce_i, child.nonce_r)
     suite = cbor.trim([child.encr, child.encr_bits, child.integ, child.ke], _SUITE)
     cbor.put(out, 6, [int(n) for n in suite], _ike_suite(generation))
-    out[7] = [_selector_out(ts) for ts in child.local_ts]
+    out[7] = [entries.selector_out(ts) for ts in child.local_ts]
     if child.remote_ts != _vip_selectors(context.remote_vips):
-        out[8] = [_selector_out(ts) for ts in child.remote_ts]
+        out[8] = [entries.selector_out(ts) for ts in child.remote_ts]
     cbor.put(out, 9, child.secret.reveal(), b"")
     cbor.put(out, 10, child.add_secret.reveal(), b"")
     cbor.put(out, 11, child.add_kes, b"")
@@ -363,9 +236,9 @@ def _child_out(child: ChildContext, context: IkeContext) -> dict[int, Any]:
     cbor.put(out, 13, int(child.mode), int(Mode.TUNNEL))
     cbor.put(out, 14, child.esn, False)
     cbor.put(out, 15, [child.ipcomp, child.cpi_in, child.cpi_out], [0, 0, 0])
-    cbor.put(out, 16, _replay_out(child.inbound), [0])
-    cbor.put(out, 17, _replay_out(child.outbound), [0])
-    cbor.put(out, 18, _lifetime_out(child.lifetime), [])
+    cbor.put(out, 16, entries.replay_out(child.inbound), [0])
+    cbor.put(out, 17, entries.replay_out(child.outbound), [0])
+    cbor.put(out, 18, entries.lifetime_out(child.lifetime), [])
     return out
 
 
@@ -376,7 +249,7 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         raise WireError(f"{where}: names a generation that is not there")
     generation: IkeGeneration = parts["generations"][number_of]
     spis = entry.need(4, cbor.octets(8))
-    nonce_i, nonce_r = entry.take(5, _nonces, (generation.nonce_i, generation.nonce_r))
+    nonce_i, nonce_r = entry.take(5, entries.nonces, (generation.nonce_i, generation.nonce_r))
     suite = entry.take(6, _SUITE_ROW, None) or _SUITE_ROW(_ike_suite(generation), where)
     encr, bits, integ, ke = suite
     ipcomp, cpi_in, cpi_out = entry.take(15, cbor.row((cbor.u16,) * 3), [0, 0, 0])
@@ -391,13 +264,13 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         nonce_i=nonce_i,
         nonce_r=nonce_r,
         encr=Encr(encr),
-        local_ts=entry.need(7, cbor.array(_selector)),
-        remote_ts=entry.take(8, cbor.array(_selector), _vip_selectors(parts["remote_vips"])),
+        local_ts=entry.need(7, cbor.array(entries.selector)),
+        remote_ts=entry.take(8, cbor.array(entries.selector), _vip_selectors(parts["remote_vips"])),
         encr_bits=bits,
         integ=Integ(integ),
         ke=KeMethod(ke),
-        secret=entry.take(9, _secret, NO_SECRET),
-        add_secret=entry.take(10, _secret, NO_SECRET),
+        secret=entry.take(9, entries.secret, NO_SECRET),
+        add_secret=entry.take(10, entries.secret, NO_SECRET),
         add_kes=entry.take(11, cbor.octets(), b""),
         protocol=Protocol(entry.take(12, cbor.u8, int(Protocol.ESP))),
         mode=Mode(entry.take(13, cbor.u8, int(Mode.TUNNEL))),
@@ -405,9 +278,9 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         ipcomp=ipcomp,
         cpi_in=cpi_in,
         cpi_out=cpi_out,
-        inbound=entry.take(16, _replay, ReplayState()),
-        outbound=entry.take(17, _replay, ReplayState()),
-        lifetime=entry.take(18, _lifetime, Lifetime()),
+        inbound=entry.take(16, entries.replay, ReplayState()),
+        outbound=entry.take(17, entries.replay, ReplayState()),
+        lifetime=entry.take(18, entries.lifetime, Lifetime()),
     )
     return child, _rest(entry, Fpt.SAD, number + 1)
 
@@ -626,7 +499,7 @@ def decode(blocks: Iterable[ContextDataBlock]) -> tuple[IkeContext, TransferHead
 # The final state in a CTD: the same profiles with other keys.
 
 
-_FINAL_ROWS = cbor.array(cbor.row((cbor.octets(4), _replay, _replay)))
+_FINAL_ROWS = cbor.array(cbor.row((cbor.octets(4), entries.replay, entries.replay)))
 
 
 def encode_final(final: FinalState, transfer_id: bytes) -> tuple[ContextDataBlock, ...]:
@@ -635,7 +508,7 @@ def encode_final(final: FinalState, transfer_id: bytes) -> tuple[ContextDataBloc
     cbor.put(ike, 3, final.epoch, 0)
     cbor.put(ike, 18, [final.mid_initiator, final.mid_responder], [0, 0])
     maps = {Fpt.IKEV2_SA: ike}
-    rows = [[c.spi_in, _replay_out(c.inbound), _replay_out(c.outbound)] for c in final.children]
+    rows = [[c.spi_in, entries.replay_out(c.inbound), entries.replay_out(c.outbound)] for c in final.children]
     if rows:
         maps[Fpt.SAD] = {0: VERSION, 2: rows}
     blocks = _close(maps)
