@@ -1,0 +1,79 @@
+"""Network namespaces for tests of the live kernel: each vanishes with the last that uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Namespace:
+    """A network namespace kept by a file descriptor; what is begun inside `entered` belongs to it."""
+
+    def __init__(self) -> None:
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _libc.unshare(_CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "unshare")
+            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            _set(before)
+            os.close(before)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _set(self.fd)
+            yield
+        finally:
+            _set(before)
+            os.close(before)
+
+    def run(self, *commands: str) -> str:
+        """Commands of iproute2 or nftables, as one would type them."""
+        with self.entered():
+            return "".join(
+                subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
+                for command in commands
+            )
+
+    def give(self, device: str, other: Namespace) -> None:
+        """Move a device to another namespace."""
+        with other.entered():
+            holder = subprocess.Popen(["sleep", "60"])
+        try:
+            self.run(f"ip link set {device} netns {holder.pid}")
+        finally:
+            holder.kill()
+            holder.wait()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _set(fd: int) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+@contextlib.contextmanager
+def namespaces(count: int) -> Iterator[list[Namespace]]:
+    """Fresh ones with loopback up. Needs root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for network namespaces")
+    made = [Namespace() for _ in range(count)]
+    try:
+        for space in made:
+            space.run("ip link set lo up")
+        yield made
+    finally:
+        for space in made:
+            space.close()

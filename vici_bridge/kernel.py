@@ -1,0 +1,292 @@
+"""The kernel's SAD and SPD, asked and changed: `Kernel`. With `Mute` and `Detour` all that touches it. I/O.
+
+Errors are `KernelError` with the errno and a sentence of what was asked for, never with a key.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from types import TracebackType
+from typing import Self
+
+from ikectx.context import Address, ReplayState, Secret
+from ikectx.errors import KernelError, StateError, UsageError, WireError
+from ikectx.numbers import Encr, Integ
+
+from .detour import Detour, is_local
+from .esp import CIPHERS, INTEGRITY, KernelReplay, fit_replay, merge_replay
+from .mute import Mute
+from .netlink import ROUTE, XFRM, Netlink, failure
+from .xfrm import KernelPolicy, KernelSa, dump_policies, dump_sas, policies_of
+from .xfrm_parts import ESP, INET, INET6, TRANSPORT, KernelLimits, KernelUsage, Mark, Request
+
+__all__ = ["Detour", "InboundSnapshot", "Kernel", "Mute"]
+
+LATE = int.from_bytes(b"LATE")
+"""Written into an SA's `sequence`, which the kernel only keeps: "ours, for late packets, gone in seconds"."""
+
+_CANNOT = (errno.ENOSYS, errno.ENOENT, errno.EINVAL, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
+_PROBE = {INET: ("192.0.2.254", "192.0.2.253"), INET6: ("2001:db8::fffe", "2001:db8::fffd")}
+_PROBE_SPI = bytes.fromhex("000000ff")
+"""Reserved by IANA and never negotiated (RFC 4303, 2.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InboundSnapshot:
+    """What decrypts packets towards the gateway: inbound SAs with the policies that let their packets in."""
+
+    sas: tuple[KernelSa, ...]
+    policies: tuple[KernelPolicy, ...]
+
+
+class Kernel:
+    """XFRM in the network namespace this object was made in. Calls take some 100 us; threads may share it."""
+
+    def __init__(self) -> None:
+        self._xfrm = Netlink(XFRM, "XFRM")
+        self._route = Netlink(ROUTE, "routes")
+        self._can: dict[tuple[Encr, int, Integ, int], bool] = {}
+
+    def close(self) -> None:
+        self._xfrm.close()
+        self._route.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Reading.
+
+    def dump_sas(self) -> list[KernelSa]:
+        """All SAs. About 60 us each: to look for one, `get_sa` is the way. Errors: KernelError, WireError."""
+        return [KernelSa.parse(answer) for answer in self._xfrm.ask(dump_sas())]
+
+    def get_sa(
+        self, destination: Address, spi: bytes, proto: int = ESP, mark: Mark | None = None
+    ) -> KernelSa | None:
+        """One SA, None where there is none. Errors: KernelError, WireError."""
+        wanted = KernelSa(destination, destination, spi, proto, mark=mark)
+        try:
+            answers = self._xfrm.ask(wanted.get())
+        except KernelError as error:
+            if error.errno == errno.ESRCH:
+                return None
+            raise
+        return KernelSa.parse(answers[0]) if answers else None
+
+    def dump_policies(self) -> list[KernelPolicy]:
+        """All policies but those of single sockets. Errors: KernelError, WireError."""
+        policies = (KernelPolicy.parse(answer) for answer in self._xfrm.ask(dump_policies()))
+        return [policy for policy in policies if not policy.direction.startswith("socket")]
+
+    # Counters.
+
+    def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
+        """Replay state of an SA now, and what it did so far.
+
+        An inbound SA has number, window and bitmap, an outbound one only the number. `outbound` None: told
+        from the SA, see `is_outbound`. Errors: KernelError (ESRCH: it has gone), WireError.
+        """
+        state, usage = self._counters(sa)
+        if outbound is None:
+            outbound = self.is_outbound(replace(sa, replay=state))
+        return (state.outbound if outbound else state.inbound, usage)
+
+    def _counters(self, sa: KernelSa) -> tuple[KernelReplay, KernelUsage]:
+        request = sa.get_replay()
+        answers = self._xfrm.ask(request)
+        if not answers:
+            raise WireError(f"the kernel answered nothing to a request to {request.what}")
+        return sa.parse_replay(answers[0])
+
+    def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
+        """Write replay state in place.
+
+        Outbound: the number goes forward only, an IV or sequence number must never come twice (StateError).
+        Inbound: joined with what the kernel has by now and fitted to the SA's own window, so that nothing
+        received is forgotten; a packet that arrives in the microseconds between reading and writing
+        is. Errors: KernelError, StateError, UsageError where the number needs ESN and the SA has none.
+        """
+        now, _ = self._counters(sa)
+        if outbound is None:
+            outbound = self.is_outbound(replace(sa, replay=now))
+        if state.seq >> 32 and not sa.esn:
+            raise UsageError(f"sequence number {state.seq} is too high for {sa}, which has no ESN")
+        state = replace(state, esn=sa.esn)
+        if outbound:
+            if state.seq < now.oseq:
+                raise StateError(
+                    f"{sa} has sent {now.oseq} already; its counter cannot go back to {state.seq}"
+                )
+            after = replace(now, oseq=state.seq)
+        else:
+            joined = fit_replay(merge_replay(now.inbound, fit_replay(state, now.window)), now.window)
+            after = replace(now, seq=joined.seq, bitmap=joined.bitmap)
+        self._xfrm.ask(sa.set_replay(after))
+
+    def set_usage(self, sa: KernelSa, octets: int, packets: int) -> None:
+        """What counts towards the SA's limits; when it was added stays. Errors: KernelError."""
+        _, usage = self._counters(sa)
+        self._xfrm.ask(sa.set_usage(replace(usage, bytes=octets, packets=packets)))
+
+    def is_outbound(self, sa: KernelSa) -> bool:
+        """Whether packets leave by this SA: what it says (kernel 6.10) or did, else where it leads to.
+
+        Where the gateway's address is not here yet, and nothing was received, only the caller can know.
+        """
+        return not is_local(self._route, sa.destination) if sa.outbound is None else sa.outbound
+
+    # Changing.
+
+    def batch(self, requests: Sequence[Request]) -> None:
+        """Several changes in one datagram, during which no other process changes SAs or policies.
+
+        All are tried; the first refusal is raised. Packets may see the states between.
+        """
+        for request, outcome in zip(requests, self._xfrm.transact(requests), strict=True):
+            if outcome.errno:
+                raise failure(request, outcome)
+
+    def add_sa(self, sa: KernelSa) -> None:
+        """Install an SA with its replay state. Errors: KernelError (EEXIST)."""
+        self._xfrm.ask(sa.add())
+
+    def delete_sa(self, sa: KernelSa) -> bool:
+        """Delete an SA; False: it was not there. Errors: KernelError."""
+        return self._gone(sa.delete(), errno.ESRCH)
+
+    def add_policy(self, policy: KernelPolicy) -> None:
+        """Install a policy. Errors: KernelError (EEXIST)."""
+        self._xfrm.ask(policy.add())
+
+    def replace_policy(self, policy: KernelPolicy) -> None:
+        """Install a policy, in place of one with the same selector and direction. Errors: KernelError."""
+        self._xfrm.ask(policy.put())
+
+    def delete_policy(self, policy: KernelPolicy) -> bool:
+        """Delete the policy of that selector and direction; False: it was not there. Errors: KernelError."""
+        return self._gone(policy.delete(), errno.ENOENT)
+
+    def _gone(self, request: Request, absent: int) -> bool:
+        try:
+            self._xfrm.ask(request)
+        except KernelError as error:
+            if error.errno == absent:
+                return False
+            raise
+        return True
+
+    # Probes.
+
+    def supports(self, encr: Encr, bits: int, integ: Integ, family: int = INET) -> bool:
+        """Whether the kernel does ESP with these transforms: an SA is added and deleted again.
+
+        /proc/crypto would not tell, since modules load on demand. `bits` 0: the cipher has one
+        size. False also for transforms without a kernel name. Errors: KernelError (EPERM).
+        """
+        key = (encr, bits, integ, family)
+        if key not in self._can:
+            self._can[key] = self._try(*key)
+        return self._can[key]
+
+    def _try(self, encr: Encr, bits: int, integ: Integ, family: int) -> bool:
+        cipher = CIPHERS.get(encr)
+        if cipher is None or (integ is not Integ.NONE and integ not in INTEGRITY):
+            return False
+        size = bits or cipher.sizes[0]
+        if size not in cipher.sizes or (not cipher.icv and integ is Integ.NONE):
+            return False
+        auth_name, trunc, auth_bits = INTEGRITY.get(integ, ("", 0, 0))
+        source, destination = _PROBE[family]
+        sa = KernelSa(
+            ip_address(source),
+            ip_address(destination),
+            _PROBE_SPI,
+            mode=TRANSPORT,
+            encr_name=cipher.name,
+            # distinct octets: 3DES refuses equal key halves
+            encr_key=Secret(bytes(range(size // 8 + cipher.salt))),
+            icv_bits=cipher.icv,
+            is_aead=bool(cipher.icv),
+            auth_name=auth_name,
+            auth_key=Secret(bytes(range(auth_bits // 8))),
+            auth_trunc_bits=trunc,
+            limits=KernelLimits(hard_add=1),
+        )
+        added, _ = self._xfrm.transact([sa.add(), sa.delete()])
+        if added.errno in (0, errno.EEXIST):
+            return True
+        if added.errno in _CANNOT:
+            return False
+        raise failure(sa.add(), added)
+
+    def has_esp(self, family: int = INET) -> bool:
+        """Whether the kernel has ESP for IPv4 (IPv6) at all."""
+        candidates = (
+            (Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128),
+            (Encr.AES_GCM_16, 128, Integ.NONE),
+            (Encr.NULL, 0, Integ.HMAC_SHA1_96),
+        )
+        return any(self.supports(*candidate, family) for candidate in candidates)
+
+    # Late packets, after the SA was let go.
+
+    def snapshot_inbound(self, sas: Iterable[KernelSa]) -> InboundSnapshot:
+        """Inbound SAs as they are now, with their "in" and "fwd" policies. Those that are gone are left out.
+
+        Take it just before charon deletes them. Errors: KernelError, WireError.
+        """
+        now = [self.get_sa(sa.destination, sa.spi, sa.proto, sa.mark) for sa in sas]
+        found = tuple(sa for sa in now if sa is not None)
+        policies = self.dump_policies() if found else []
+        wanted: dict[bytes, KernelPolicy] = {}
+        for sa in found:
+            wanted.update((policy.raw, policy) for policy in policies_of(policies, sa, "in", "fwd"))
+        return InboundSnapshot(found, tuple(wanted.values()))
+
+    def restore_inbound(self, snapshot: InboundSnapshot, seconds: int) -> int:
+        """Put them back after charon deleted them; after `seconds` the kernel drops them, agent or not.
+
+        They only receive: no counter or IV is used. What exists (again) is left as it is. Gives
+        the number of SAs put back. Errors: KernelError for the first that was refused, after trying all.
+        """
+        if seconds < 1 or not snapshot.sas:
+            return 0
+        limits = KernelLimits(hard_add=seconds)
+        requests = [replace(sa, limits=limits, sequence=LATE).add() for sa in snapshot.sas]
+        requests += [replace(policy, limits=limits, index=0).add() for policy in snapshot.policies]
+        outcomes = self._xfrm.transact(requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.errno not in (0, errno.EEXIST):
+                raise failure(request, outcome)
+        return sum(outcome.errno == 0 for outcome in outcomes[: len(snapshot.sas)])
+
+    def late_sas(self) -> list[KernelSa]:
+        """SAs that `restore_inbound` put back and that have not expired, of this agent or one before it."""
+        return [sa for sa in self.dump_sas() if sa.sequence == LATE]
+
+    def drop_late(self, sas: Iterable[KernelSa]) -> int:
+        """Delete such SAs and their policies early, as when the same SA comes back. Gives their number.
+
+        SAs that are not of `restore_inbound`, and policies without an expiry, are not touched.
+        """
+        late = [
+            now
+            for sa in sas
+            if (now := self.get_sa(sa.destination, sa.spi, sa.proto, sa.mark)) is not None
+            and now.sequence == LATE
+        ]
+        if late:
+            policies = [policy for policy in self.dump_policies() if policy.limits.hard_add is not None]
+            for sa in late:
+                for policy in policies_of(policies, sa, "in", "fwd"):
+                    self.delete_policy(policy)
+                self.delete_sa(sa)
+        return len(late)

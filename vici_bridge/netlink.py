@@ -1,0 +1,191 @@
+"""A plain netlink socket: requests in one datagram, answers matched by number, errnos as `KernelError`. I/O.
+
+pyroute2's own sockets bring an event loop of their own; a request to XFRM or the routing tables takes some
+100 us, so blocking is right even inside asyncio. A socket belongs to the network namespace it was made in.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ikectx.errors import KernelError
+
+from .xfrm_parts import Request
+
+ROUTE = 0
+XFRM = 6
+
+_SOL_NETLINK = 270
+_SO_RCVBUFFORCE = 33
+_CAP_ACK = 10
+_EXT_ACK = 11
+_GET_STRICT_CHK = 12
+_ERROR, _DONE, _OVERRUN = 2, 3, 4
+_F_DUMP = 0x300
+_F_DUMP_INTR = 0x10
+_F_CAPPED = 0x100
+_F_ACK_TLVS = 0x200
+_BUFFER = 1 << 18
+_SOCKET_BUFFER = 1 << 22
+_TIMEOUT = 5.0
+_BATCH = 128
+"""Messages in one datagram: their answers must fit the receive buffer, or the kernel drops them."""
+
+_HINTS = {
+    errno.EPERM: "the agent needs CAP_NET_ADMIN in this network namespace",
+    errno.EPROTONOSUPPORT: "the kernel lacks ESP or XFRM: modprobe esp4 esp6 xfrm_user",
+}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one request: errno 0 or the kernel's, its own words, the messages it answered."""
+
+    errno: int = -1
+    text: str = ""
+    answers: list[bytes] = field(default_factory=list)
+    torn: bool = False
+    """The kernel's list changed while it was read."""
+
+
+def failure(request: Request, outcome: Outcome) -> KernelError:
+    """The error for a request that was refused; it never holds the request itself."""
+    words = f" ({outcome.text})" if outcome.text else ""
+    return KernelError(
+        f"the kernel refused to {request.what}: {os.strerror(outcome.errno)}{words}",
+        errno=outcome.errno,
+        hint=_HINTS.get(outcome.errno, ""),
+    )
+
+
+class Netlink:
+    """One socket of a netlink protocol. Threads may share it."""
+
+    def __init__(self, protocol: int, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._number = 0
+        self._buffer = bytearray(_BUFFER)
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        except OSError as error:
+            raise KernelError(
+                f"no netlink socket for {name}: {error.strerror}",
+                errno=error.errno or 0,
+                hint=_HINTS.get(error.errno or 0, ""),
+            ) from None
+        self._socket.settimeout(_TIMEOUT)
+        self._socket.bind((0, 0))
+        # Short acknowledgements: without this the kernel sends a refused request, keys and all, back.
+        for option in (_CAP_ACK, _EXT_ACK, _GET_STRICT_CHK):
+            try:
+                self._socket.setsockopt(_SOL_NETLINK, option, 1)
+            except OSError:
+                continue  # an older kernel; only comfort is lost
+        for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+                break
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def ask(self, request: Request) -> list[bytes]:
+        """The answers to one request, acknowledgement taken off. Errors: KernelError."""
+        for _ in range(4):
+            outcome = self.transact([request])[0]
+            if outcome.errno:
+                raise failure(request, outcome)
+            if not outcome.torn:
+                break
+        return outcome.answers
+
+    def transact(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Send all in one datagram and collect what became of each; the kernel goes on after a refusal.
+
+        Errors: KernelError when the kernel cannot be asked at all.
+        """
+        outcomes: list[Outcome] = []
+        with self._lock:
+            for start in range(0, len(requests), _BATCH):
+                outcomes += self._exchange(requests[start : start + _BATCH])
+        return outcomes
+
+    def _exchange(self, requests: Sequence[Request]) -> list[Outcome]:
+        waiting: dict[int, Outcome] = {}
+        datagram = bytearray()
+        for request in requests:
+            self._number = (self._number + 1) & 0xFFFFFFFF or 1
+            message = bytearray(request.message.reveal())
+            struct.pack_into("=I", message, 8, self._number)
+            datagram += message + bytes(-len(message) % 4)
+            waiting[self._number] = Outcome()
+        outcomes = list(waiting.values())
+        try:
+            self._socket.send(datagram)
+            while waiting:
+                size, _, flags, _ = self._socket.recvmsg_into([self._buffer])
+                if flags & socket.MSG_TRUNC:
+                    raise KernelError(
+                        f"{self._name}: an answer of the kernel is longer than {_BUFFER} octets"
+                    )
+                self._sort(bytes(self._buffer[:size]), waiting)
+        except TimeoutError:
+            raise KernelError(
+                f"the kernel did not answer a request to {requests[0].what}", errno=errno.ETIMEDOUT
+            ) from None
+        except OSError as error:
+            raise KernelError(
+                f"netlink failed for a request to {requests[0].what}: {error.strerror}",
+                errno=error.errno or 0,
+                hint=_HINTS.get(error.errno or 0, ""),
+            ) from None
+        return outcomes
+
+    @staticmethod
+    def _sort(data: bytes, waiting: dict[int, Outcome]) -> None:
+        """Give each message of a datagram to the request it answers; others are left over from a timeout."""
+        at = 0
+        while at + 16 <= len(data):
+            length, kind, flags, number = struct.unpack_from("=IHHI", data, at)
+            if length < 16 or at + length > len(data):
+                return
+            message = data[at : at + length]
+            at += (length + 3) & ~3
+            outcome = waiting.get(number)
+            if outcome is None:
+                continue
+            outcome.torn |= bool(flags & _F_DUMP_INTR)
+            if kind == _ERROR:
+                outcome.errno = -int(struct.unpack_from("=i", message, 16)[0])
+                outcome.text = _words(message, flags)
+                del waiting[number]
+            elif kind == _DONE:
+                outcome.errno = -int(struct.unpack_from("=i", message, 16)[0]) if length >= 20 else 0
+                del waiting[number]
+            elif kind > _OVERRUN:
+                outcome.answers.append(message)
+
+
+def _words(message: bytes, flags: int) -> str:
+    """The kernel's own explanation (NLMSGERR_ATTR_MSG), where it gave one."""
+    if not flags & _F_ACK_TLVS:
+        return ""
+    (length,) = struct.unpack_from("=I", message, 20)
+    at = 20 + (16 if flags & _F_CAPPED else (length + 3) & ~3)
+    while at + 4 <= len(message):
+        size, kind = struct.unpack_from("=HH", message, at)
+        if size < 4:
+            break
+        if kind & 0x3FFF == 1:
+            return message[at + 4 : at + size].split(b"\0", 1)[0].decode("ascii", "replace")
+        at += (size + 3) & ~3
+    return ""
