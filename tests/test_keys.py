@@ -7,6 +7,7 @@ import secrets
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from ikectx.numbers import Encr, Integ, Prf, Protocol, Status
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "ikev2_keys.json").read_text())
 CAVP = VECTORS["cavp"]["cases"]
+CHARON = json.loads((Path(__file__).parent / "vectors" / "charon_5_9_8.json").read_text())["cases"]
 ANY = TrafficSelector(ip_address("0.0.0.0"), ip_address("255.255.255.255"))
 
 AEADS = [
@@ -133,6 +135,46 @@ def test_chacha20_poly1305_as_in_rfc_7634() -> None:
     key = keys.SealKey(Encr.CHACHA20_POLY1305, Integ.NONE, Secret(v["key"]))
     assert keys.seal(key, v["head"], v["inner"], v["iv"]) == v["body"]
     assert keys.open_(key, v["head"], v["body"]) == v["inner"]
+
+
+def charon_generation(case: dict[str, Any]) -> IkeGeneration:
+    """The IKE_SA of a case of charon_5_9_8.json."""
+    return IkeGeneration(
+        spi_i=bytes.fromhex(case["spi_i"]),
+        spi_r=bytes.fromhex(case["spi_r"]),
+        initiator=case["gateway_is_initiator"],
+        nonce_i=bytes.fromhex(case["nonce_i"]),
+        nonce_r=bytes.fromhex(case["nonce_r"]),
+        secret=Secret(bytes.fromhex(case["secret"])),
+        prf=Prf[case["prf"]],
+        encr=Encr[case["encr"]],
+        encr_bits=case["encr_bits"],
+        integ=Integ[case["integ"]],
+        old_skd=Secret(bytes.fromhex(case["old_skd"])) if case["old_skd"] else None,
+        old_prf=Prf[case["old_prf"]] if case["old_prf"] else None,
+    )
+
+
+@pytest.mark.parametrize("case", CHARON, ids=lambda c: c["label"])
+def test_charons_own_keys(case: dict[str, Any]) -> None:
+    made = charon_generation(case)
+    sk = keys.sk_keys(made)
+    assert {name: getattr(sk, name).reveal().hex() for name in case["sk"]} == case["sk"]
+    kid = case["child"]
+    got = keys.child_keys(
+        made,
+        child(
+            initiator=kid["initiator"],
+            nonce_i=bytes.fromhex(kid["nonce_i"]),
+            nonce_r=bytes.fromhex(kid["nonce_r"]),
+            secret=Secret(bytes.fromhex(kid["secret"])),
+            encr=Encr[kid["encr"]],
+            encr_bits=kid["encr_bits"],
+            integ=Integ[kid["integ"]],
+        ),
+    )
+    names = ("encr_i", "integ_i", "encr_r", "integ_r")
+    assert [getattr(got, name).reveal().hex() for name in names] == [kid[name] for name in names]
 
 
 # --- derivation: what the vectors do not say --------------------------------------------------------------
