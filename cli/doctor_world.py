@@ -1,0 +1,276 @@
+"""What `doctor` looks at: processes, sockets, files, the kernel, charon, the agent, the peers.
+
+Every method answers with what there is, or None where it cannot be told; none changes anything that outlives
+it (the kernel is tried in a network namespace of its own).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import IkectxError
+
+from .config import Config, PeerConfig
+from .settings import Setting, load
+
+CONF = "/etc/strongswan.conf"
+SWANCTL = "/etc/swanctl/swanctl.conf"
+SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROBE_SECONDS = 20
+CONNECT_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class UdpOwner:
+    """Who has a UDP socket; pid 0: could not be found out (no root, or another PID namespace)."""
+
+    pid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswer:
+    """What came of connecting to a peer: the names it proved, or what went wrong and where."""
+
+    names: frozenset[str] = frozenset()
+    not_before: float | None = None
+    failed: str = ""
+    refused: bool = False
+
+
+class World:
+    """This machine, as the configuration tells where to look."""
+
+    def __init__(self, config: Config, control: str) -> None:
+        self.config = config
+        self.control = control
+        self._asked: dict[str, Any] = {}
+
+    # -- charon and the agent
+
+    def charon(self, what: str) -> Any:
+        """`version`, `stats`, `conns` or `pools` over VICI. Errors: IkectxError."""
+        from vici_bridge.vici import CharonVici
+
+        if what not in self._asked:
+            client = CharonVici(self.config.charon.vici, timeout=5)
+            calls: dict[str, Callable[[], Any]] = {
+                "version": client.version,
+                "stats": client.stats,
+                "conns": client.list_conns,
+                "pools": client.get_pools,
+            }
+            try:
+                self._asked[what] = calls[what]()
+            except IkectxError as error:
+                self._asked[what] = error
+            finally:
+                client.close()
+        answer = self._asked[what]
+        if isinstance(answer, IkectxError):
+            raise answer
+        return answer
+
+    def agent(self, command: str) -> Any:
+        """The JSON of an agent's command; `list-contexts` gives a list. Errors: IkectxError."""
+        from vici_bridge.vici import ControlClient, json_of
+
+        with ControlClient(self.control, timeout=5) as client:
+            if command == "list-contexts":
+                items: list[Any] = []
+                client.stream(command, "list-context", None, lambda item: items.append(json_of(item)))
+                return items
+            return json_of(client.request(command))
+
+    def pid_behind(self, path: str) -> int | None:
+        """The process that listens on a unix socket."""
+        try:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(2)
+                sock.connect(path)
+                raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return None
+        pid: int = struct.unpack("3i", raw)[0]
+        return pid or None
+
+    def agent_pid(self) -> int | None:
+        return self.pid_behind(self.control)
+
+    def charon_pid(self) -> int | None:
+        return self.pid_behind(self.config.charon.vici.removeprefix("unix://"))
+
+    def started(self, pid: int) -> int | None:
+        """When a process started, in clock ticks since boot."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            return int(stat.rpartition(")")[2].split()[19])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def capabilities(self, pid: int | None) -> int | None:
+        """The effective capabilities of a process, or of this one."""
+        try:
+            for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
+                if line.startswith("CapEff:"):
+                    return int(line.split()[1], 16)
+        except (OSError, ValueError, IndexError):
+            pass
+        return None
+
+    # -- files
+
+    def settings(self, which: str) -> dict[str, Setting] | None:
+        """All of `strongswan.conf` or `swanctl.conf`, as charon sees them (its environment and root)."""
+        pid = self.charon_pid()
+        variable, path = {
+            "strongswan.conf": ("STRONGSWAN_CONF", CONF),
+            "swanctl.conf": ("SWANCTL_DIR", SWANCTL),
+        }[which]
+        value = self._environment(pid).get(variable) or os.environ.get(variable)
+        if value:
+            path = value if which == "strongswan.conf" else os.path.join(value, "swanctl.conf")
+        for root in [f"/proc/{pid}/root"] * bool(pid) + [""]:
+            try:
+                return load(path, root)
+            except OSError:
+                continue
+        return None
+
+    @staticmethod
+    def _environment(pid: int | None) -> dict[str, str]:
+        try:
+            raw = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return {}
+        pairs = (item.decode("utf-8", "replace").partition("=") for item in raw.split(b"\0"))
+        return {name: value for name, _, value in pairs}
+
+    def now(self) -> float:
+        return time.time()
+
+    # -- network
+
+    def udp_owner(self, address: str, port: int) -> UdpOwner | None:
+        """Who has bound address:port (or the port on every address); None: nobody."""
+        for inode in self._udp_inodes(address, port):
+            for pid in self._pids():
+                if self._has_inode(pid, inode):
+                    return UdpOwner(pid, self._name(pid))
+            return UdpOwner(0, "a process that cannot be seen")
+        return None
+
+    @staticmethod
+    def _udp_inodes(address: str, port: int) -> Iterator[str]:
+        wanted = ip_address(address)
+        table = "/proc/net/udp" if wanted.version == 4 else "/proc/net/udp6"
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            return
+        for line in lines:
+            fields = line.split()
+            host, _, hexport = fields[1].partition(":")
+            words = [bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8)]
+            bound = ip_address(b"".join(words))
+            if int(hexport, 16) == port and (bound == wanted or bound.is_unspecified):
+                yield fields[9]
+
+    @staticmethod
+    def _pids() -> Iterator[int]:
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                yield int(name)
+
+    @staticmethod
+    def _has_inode(pid: int, inode: str) -> bool:
+        try:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                return any(os.readlink(entry.path) == f"socket:[{inode}]" for entry in entries)
+        except OSError:
+            return False
+
+    @staticmethod
+    def _name(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/comm").read_text().strip()
+        except OSError:
+            return "?"
+
+    def is_local(self, address: str) -> bool:
+        """Whether this machine has the address."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.bind((address, 0))
+        except OSError:
+            return False
+        return True
+
+    def connect(self, peer: PeerConfig) -> PeerAnswer:
+        """TLS to a peer with our certificate, as a transfer would begin; nothing is said."""
+        from ikectx.links import TlsConfig, certificate_names
+
+        transfer = self.config.transfer
+        try:
+            context = TlsConfig(transfer.certificate, transfer.key, transfer.ca).context(server=False)
+            with (
+                socket.create_connection((peer.host, peer.port), timeout=CONNECT_SECONDS) as raw,
+                context.wrap_socket(raw) as sock,
+            ):
+                certificate = sock.getpeercert()
+                names = certificate_names(certificate)
+                since = str((certificate or {}).get("notBefore", ""))
+                not_before = ssl.cert_time_to_seconds(since) if since else None
+                # With TLS 1.3 a server's word on our certificate comes after the handshake.
+                sock.settimeout(1)
+                try:
+                    refused = sock.recv(1) == b""
+                except TimeoutError:
+                    refused = False
+                return PeerAnswer(names, not_before, refused=refused)
+        except IkectxError as error:
+            return PeerAnswer(failed=str(error))
+        except ssl.SSLError as error:
+            text = error.reason or str(error)
+            return PeerAnswer(failed=f"TLS: {text.replace('_', ' ').lower()}")
+        except OSError as error:
+            return PeerAnswer(failed=error.strerror or str(error))
+
+    # -- tools and the kernel
+
+    def tool(self, name: str) -> str | None:
+        """The path of a program."""
+        return shutil.which(name, path=os.environ.get("PATH", "") + ":" + SEARCH)
+
+    def probe(self, *command: str) -> tuple[bool | None, str]:
+        """Try a command in a network namespace of its own: did it work (None: not tried), what it said."""
+        if os.geteuid() != 0:
+            return None, "only root can try it"
+        try:
+            done = subprocess.run(
+                ["unshare", "-n", "--", *command],
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
+                check=False,
+                env={**os.environ, "PATH": os.environ.get("PATH", "") + ":" + SEARCH, "LC_ALL": "C"},
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            return None, str(error)
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return done.returncode == 0, said[-1] if said else f"exit code {done.returncode}"
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(path)
