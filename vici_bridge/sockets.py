@@ -14,6 +14,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 from ikectx.errors import CharonError, StateError
 
@@ -63,8 +64,8 @@ class HaSocket(asyncio.DatagramProtocol):
         await loop.create_datagram_endpoint(lambda: self, sock=sock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        # asyncio's own datagram transport is no subclass of DatagramTransport in Python 3.11
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str | object, int]) -> None:
         self._receive(data)
