@@ -42,7 +42,11 @@ Mover = Callable[[IkeContext, FinalState, Callable[[], bool]], Awaitable[MoveRep
 """The exchange with the MN, injected by whoever knows `mobike_ext`: (context as it stands here, final
 message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, RefusedError."""
 
+_IMPORT = "import"
+"""Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is
+somebody's, and stays."""
 _TAKEN = "taken"
+"""Kind of store entry: the updown script was run for this SA."""
 INSTALL_TIMEOUT = 8.0
 """Seconds for charon to install what it was given."""
 
@@ -117,6 +121,7 @@ class CharonSink:
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
             messages = import_messages(here, await host.version())
+            host.store.put(_IMPORT, _key(context), b"1")
             try:
                 await host.send(messages)
                 await self._installed(here)
@@ -235,6 +240,7 @@ class CharonSink:
             await self._established(here)
         self._note_lifetimes(here)
         host.store.delete(_TAKEN, _key(context))
+        host.store.delete(_IMPORT, _key(context))
         host.save_soon()
 
     async def _established(self, here: IkeContext) -> None:
@@ -265,17 +271,22 @@ class CharonSink:
     async def undo(self, context: IkeContext) -> None:
         """See `ContextSink.undo`."""
         host = self._host
+        if host.store.get(_IMPORT, _key(context)) is None:
+            return
         here = self._here(context)
-        view = await host.view(here.spis)
-        if view is not None:
-            await host.delete(here)
+        view = None
+        if host.listening():
+            view = await host.view(here.spis)
+            await host.delete(here)  # also where it is not listed: an import that stopped leaves ancestors
         else:
+            # without charon nothing of it is there: its SAs end with it
             host.record.forget(here.spis)
             host.save_soon()
         if host.store.get(_TAKEN, _key(context)) is not None:
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             await host.updown(here, up=False, reqids=reqids, unique_id=0 if view is None else view.unique_id)
             host.store.delete(_TAKEN, _key(context))
+        host.store.delete(_IMPORT, _key(context))
 
 
 def _key(context: IkeContext) -> str:
