@@ -97,13 +97,14 @@ def cli(ctx: click.Context, config: str | None, socket: str | None) -> None:
 
 
 @cli.command()
+@click.option("--config", metavar="FILE", help="The same as before the command.")
 @click.pass_obj
-def serve(setup: _Setup) -> int:
+def serve(setup: _Setup, config: str | None) -> int:
     """Run the agent of this gateway; it must start before charon."""
-    config = setup.config()
+    loaded = (_Setup(config, None) if config else setup).config()
     from .daemon import run as run_agent
 
-    return run_agent(config)
+    return run_agent(loaded)
 
 
 @cli.command("list")
