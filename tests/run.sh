@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Sets up and runs everything; root on Debian 12 is enough. A second run skips what is there.
+#
+#   tests/run.sh                  all steps
+#   tests/run.sh lint unit ...    some of: format lint types floors unit kernel scenarios
+#
+# Steps go on after a failure. The last line counts: "N passed, N failed". Exit code 0 only without failures.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+STEPS=(format lint types floors unit kernel scenarios)
+HOUSES=(ikectx vici_bridge mobike_ext cli)
+results=$root/build/tests
+passed=0 failed=0
+ran=()
+
+say() { printf '\n== %s\n' "$*"; }
+
+check() { # check NAME COMMAND...: one check that passes or fails
+    local name=$1 began=$SECONDS
+    shift
+    say "$name"
+    if "$@"; then
+        passed=$((passed + 1)) && ran+=("$name: passed, $((SECONDS - began)) s, this machine")
+    else
+        failed=$((failed + 1)) && ran+=("$name: FAILED, $((SECONDS - began)) s, this machine")
+    fi
+}
+
+count() { # count NAME WHERE REPORT STATUS: add up what pytest wrote into REPORT
+    local numbers good bad skipped
+    if ! numbers=$(.venv/bin/python tests/summary.py "$3"); then
+        failed=$((failed + 1)) && ran+=("$1: FAILED without a report (exit code $4), $2")
+        return
+    fi
+    read -r good bad skipped <<< "$numbers"
+    [ "$4" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1
+    passed=$((passed + good)) failed=$((failed + bad))
+    ran+=("$1: $good passed, $bad failed, $skipped skipped, $2")
+}
+
+step_format() { check format .venv/bin/ruff format --check .; }
+step_lint() { check lint .venv/bin/ruff check .; }
+step_types() { check types .venv/bin/mypy "${HOUSES[@]}"; }
+step_floors() { check floors .venv/bin/lint-imports --no-logo; }
+
+step_unit() {
+    say "unit"
+    rm -f "$results/unit.xml"
+    timeout 1200 .venv/bin/python -m pytest -q -m "not kernel_esp" --junit-xml "$results/unit.xml"
+    count unit "this machine" "$results/unit.xml" $?
+}
+
+step_kernel() { # what needs a kernel with ESP: here where it has it, else in a virtual machine
+    local where status
+    say "kernel"
+    rm -f "$results/kernel.xml" "$results/kernel.where"
+    timeout 1500 .venv/bin/python tests/kernel.py "$results"
+    status=$?
+    where=$(cat "$results/kernel.where" 2> /dev/null || echo "no kernel with ESP could be had")
+    count kernel "$where" "$results/kernel.xml" $status
+}
+
+step_scenarios() {
+    local scenario
+    for scenario in tests/scenarios/*/; do
+        [ -d "$scenario" ] || continue
+        check "scenario $(basename "$scenario")" scenario "$(basename "$scenario")"
+    done
+}
+
+scenario() { timeout 600 .venv/bin/ikectx lab run "$1" --json > "$results/$1.json"; }
+
+main() {
+    local step steps=("$@")
+    [ ${#steps[@]} -gt 0 ] || steps=("${STEPS[@]}")
+    for step in "${steps[@]}"; do
+        [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "no step $step; there are: ${STEPS[*]}" >&2; exit 2; }
+    done
+    tests/setup.sh || { echo "0 passed, 1 failed"; exit 1; }
+    mkdir -p "$results"
+    for step in "${steps[@]}"; do "step_$step"; done
+    say "what ran"
+    printf '%s\n' "${ran[@]}"
+    echo "$passed passed, $failed failed"
+    [ $failed -eq 0 ]
+}
+
+main "$@"
