@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import click
 
-from ikectx.errors import IkectxError
+from ikectx.errors import IkectxError, UsageError
 
+from . import lab_scenario, lab_start
 from .lab_config import Tunnel
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS
@@ -33,9 +35,7 @@ def lab() -> None:
 )
 @click.option("--agents/--no-agents", default=True, show_default=True)
 @click.option("--connect/--no-connect", default=False, help="Also connect the mobile node to psg.")
-def up(  # noqa: PLR0917  one parameter an option
-    name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool
-) -> None:
+def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool) -> None:
     """Bring a lab up and leave it standing."""
     made = Lab.new(name, delay_ms=delay)
     try:
@@ -67,7 +67,7 @@ def down(name: str, every: bool) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def exec_(name: str, host: str, command: tuple[str, ...]) -> None:
     """Run COMMAND on HOST (a shell does not take part: give `sh -c` for one)."""
-    sys.exit(Lab.find(name).attach(host, command))
+    click.get_current_context().exit(Lab.find(name).attach(host, command))
 
 
 @lab.command(context_settings={"ignore_unknown_options": True})
@@ -79,7 +79,63 @@ def exec_(name: str, host: str, command: tuple[str, ...]) -> None:
 def vm(rw: bool, share: Path | None, command: tuple[str, ...]) -> None:
     """Run COMMAND as root in a VM with Debian's kernel, here, and power off."""
     with tidy():
-        sys.exit(run_in_vm(command, shared=share, writable=rw))
+        click.get_current_context().exit(run_in_vm(command, shared=share, writable=rw))
+
+
+@lab.command()
+@click.option("--json", "as_json", is_flag=True)
+def scenarios(as_json: bool) -> None:
+    """List the scenarios."""
+    found = {name: lab_scenario.load(name).description for name in lab_scenario.names()}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    for name, description in () if as_json else found.items():
+        click.echo(f"{name:28} {description}")
+
+
+@lab.command()
+@click.argument("names", nargs=-1, metavar="SCENARIO...")
+@click.option("--all", "every", is_flag=True, help="Every scenario.")
+@click.option(
+    "--esp", type=click.Choice(["auto", "kernel", "vm", "libipsec"]), default="auto", show_default=True
+)
+@click.option(
+    "--delay", type=float, help="One-way delay of the access link in ms, instead of the scenario's."
+)
+@click.option(
+    "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run each so many times."
+)
+@click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Keep logs in this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (several scenarios: a list).")
+@click.option("--quiet", is_flag=True, help="No progress on standard error.")
+def run(
+    names: tuple[str, ...],
+    every: bool,
+    esp: str,
+    delay: float | None,
+    repeat: int,
+    logs: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run scenarios, in a VM of its own where this kernel has no ESP (--esp auto)."""
+    wanted = [name for name in (lab_scenario.names() if every else names) for _ in range(repeat)]
+    if not wanted:
+        raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
+    request = lab_start.Request(tuple(wanted), esp, delay, logs)
+    with tidy():
+        reports = lab_start.run(request, (lambda _line: None) if quiet else _say)
+    if as_json:
+        single = len(reports) == 1 and not every
+        click.echo(json.dumps(reports[0] if single else reports, indent=2))
+    else:
+        lab_start.show(reports)
+    if not all(report["ok"] for report in reports):
+        click.get_current_context().exit(1)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Tunnel:
 
 
 def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
-    """Writes every host's folder below `work`. `overrides`: swanctl.conf text by host, appended, so it wins."""
+    """Writes every host's folder. `overrides`: swanctl.conf text by host, appended, so it wins."""
     write_tools(work)
     write_credentials(work)
     for host in CHARONS:
@@ -168,10 +168,7 @@ def mobile_conf(tunnel: Tunnel) -> str:
     """The mobile node knows both gateways: connections `psg` and `nsg`, children `net` (and `net2`)."""
     connections = []
     for gateway in GATEWAYS:
-        head = [
-            f"local_addrs = {OUTER['mn'][tunnel.family]}",
-            f"remote_addrs = {OUTER[gateway][tunnel.family]}",
-        ]
+        head = [f"remote_addrs = {OUTER[gateway][tunnel.family]}"]
         if tunnel.vip and tunnel.initiator == "mn":
             head.append(f"vips = {INNER['mn'][tunnel.inner]}")
         connections.append(

@@ -12,8 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ikectx.errors import CharonError, StateError, UsageError
+from vici_bridge.vici import CharonVici
 
 from . import lab_announce
 from .lab_config import Tunnel, write_all
@@ -38,6 +40,7 @@ class Lab:
     keep: bool = False
     warnings: list[str] = field(default_factory=list)
     started: dict[tuple[str, str], subprocess.Popen[bytes]] = field(default_factory=dict)
+    _vici: dict[str, CharonVici] = field(default_factory=dict)
 
     # -- life -------------------------------------------------------------------------------
 
@@ -98,6 +101,18 @@ class Lab:
         for host in CHARONS:
             self.wait_charon(host)
 
+    def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
+        """Gives the running charons another configuration; their SAs stay."""
+        self._save(tunnel, self.agents)
+        write_all(self.work, tunnel, overrides or {})
+        for host in CHARONS:
+            self._load(host)
+
+    def _load(self, host: str) -> None:
+        done = self.command(host, ["swanctl", "--load-all"])
+        if done.returncode != 0:
+            raise CharonError(f"{host}: swanctl --load-all: {(done.stderr or done.stdout).strip()[-400:]}")
+
     def _save(self, tunnel: Tunnel, agents: bool) -> None:
         self.tunnel, self.agents = tunnel, agents
         state = {
@@ -118,6 +133,8 @@ class Lab:
             except subprocess.TimeoutExpired:
                 process.kill()
         self.started.clear()
+        for client in self._vici.values():
+            client.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
     # -- daemons ----------------------------------------------------------------------------
@@ -148,9 +165,7 @@ class Lab:
 
     def wait_charon(self, host: str) -> None:
         self._wait_file(host, "charon", self.work / host / "charon.vici")
-        done = self.command(host, ["swanctl", "--load-all"])
-        if done.returncode != 0:
-            raise CharonError(f"{host}: swanctl --load-all: {(done.stderr or done.stdout).strip()[-400:]}")
+        self._load(host)
 
     def _wait_file(self, host: str, name: str, path: Path) -> None:
         limit = time.monotonic() + PATIENCE
@@ -259,12 +274,33 @@ class Lab:
         host, peer = ("mn", gateway) if self.tunnel.initiator == "mn" else (gateway, "mn")
         for number in range(1, self.tunnel.children + 1):
             child = "net" if number == 1 else f"net{number}"
-            done = self.command(
-                host, ["swanctl", "--initiate", "--ike", peer, "--child", child, "--timeout", "60"]
-            )
-            if done.returncode != 0:
-                words = (done.stdout + done.stderr).strip().splitlines()
-                raise CharonError(f"{host}: the tunnel did not come up: {' / '.join(words[-4:])}")
+            try:
+                self.initiate(host, peer, child)
+            except CharonError as error:
+                log = (self.work / host / "charon.log").read_text(errors="replace").splitlines()
+                said = " / ".join(log[-3:])
+                raise CharonError(f"{host}: the tunnel did not come up: {error}: {said}") from None
+
+    def vici(self, host: str) -> CharonVici:
+        """A VICI client of that host's charon; a unix socket reaches it from any namespace."""
+        if host not in self._vici:
+            self._vici[host] = CharonVici(f"unix://{self.work}/{host}/charon.vici", timeout=180.0)
+        return self._vici[host]
+
+    def list_sas(self, host: str) -> list[dict[str, Any]]:
+        """charon's IKE_SAs; each has `child-sas`, empty or not."""
+        return [{"child-sas": {}, **sa} for sa in self.vici(host).list_sas()]
+
+    def initiate(self, host: str, peer: str, child: str) -> None:
+        """Has charon set up a CHILD_SA (and its IKE_SA) and waits for it. Raises CharonError."""
+        self.vici(host).request(
+            "initiate", {"ike": peer, "child": child, "timeout": "60000", "loglevel": "-1"}
+        )
+
+    def terminate(self, host: str) -> None:
+        """Has charon delete its IKE_SAs and waits for the peer's answer."""
+        for sa in self.list_sas(host):
+            self.vici(host).terminate(ike_id=int(sa["uniqueid"]), timeout_ms=20000)
 
     def attach(self, host: str, argv: Sequence[str]) -> int:
         """Runs a command on a host with this terminal. Returns its exit status."""

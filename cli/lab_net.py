@@ -53,8 +53,8 @@ SECOND = {4: "10.6.0.10", 6: "fd06::10"}
 
 SECOND_NET = {4: "10.6.0.0/24", 6: "fd06::/64"}
 INNER_NET = {4: "10.3.0.0/24", 6: "fd03::/64"}
-POOL = {4: "10.4.0.10-10.4.0.200", 6: "fd04::10-fd04::200"}
-"""Both gateways hand out the same addresses; the first client gets the address scenarios name."""
+POOL = {4: "10.4.0.10", 6: "fd04::10"}
+"""Both gateways hand out the one address that scenarios name, whoever the client says it is."""
 
 PREFIX = {4: 24, 6: 64}
 
@@ -159,6 +159,14 @@ class Net:
                 ]
         return []
 
+    def restore(self) -> None:
+        """Puts back what a scenario may have changed: addresses, links and routes of the hosts."""
+        for host in (*OUTER, "srv"):
+            script = "ip addr flush scope global; ip -6 addr flush scope global; ip route flush table main;"
+            script += " ip -6 route flush table main; ip -batch - <<'E'\n"
+            lines = [line for line in self._addresses(host) if not line.startswith("link add")]
+            run([*self.enter(host), "sh", "-c", script + "\n".join(lines) + "\nE"], check=False)
+
     def pids(self, host: str) -> list[int]:
         done = run(["ip", "netns", "pids", self.namespace(host)], check=False)
         return [int(word) for word in done.stdout.split()]
@@ -193,7 +201,8 @@ for d in /proc/sys/net/ipv6/conf/*; do put 0 ipv6/conf/${d##*/}/accept_dad; done
 for d in /proc/sys/net/ipv4/conf/*; do
   d=${d##*/}; put 0 ipv4/conf/$d/rp_filter; put 0 ipv4/conf/$d/send_redirects
 done
-put $router ipv4/ip_forward; put 0 ipv4/icmp_ratelimit; put 0 ipv6/icmp/ratelimit
+put 1 ipv4/conf/all/promote_secondaries; put $router ipv4/ip_forward
+put 0 ipv4/icmp_ratelimit; put 0 ipv6/icmp/ratelimit
 """
 
 

@@ -10,6 +10,7 @@ machine does not look like a gap in the traffic. Standard library only, for a fa
 """
 
 import json
+import os
 import select
 import signal
 import socket
@@ -19,7 +20,6 @@ import time
 
 DRAIN = 1.0
 SO_TIMESTAMPNS = 35
-IPV6_RECVERR, IP_RECVERR = 25, 11
 
 
 def main() -> None:
@@ -52,6 +52,8 @@ def main() -> None:
     payload = struct.Struct("!I28x")
     target = (remote, port)
     realtime = time.CLOCK_REALTIME
+    with open(output + ".ready", "w"):
+        pass
     start = time.monotonic()
     end = 0.0
     while True:
@@ -93,8 +95,6 @@ def main() -> None:
             continue
     with open(output + ".part", "w", encoding="ascii") as file:
         json.dump({"sent": sent, "received": received}, file)
-    import os
-
     os.rename(output + ".part", output)
 
 

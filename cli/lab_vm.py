@@ -7,6 +7,8 @@ is lost, but for one folder that is shared with it. /dev/kvm can exist and not w
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shlex
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ikectx.errors import KernelError
@@ -100,7 +102,7 @@ def run_in_vm(
     lacks = missing()
     if lacks:
         raise KernelError("no VM can boot here, missing: " + ", ".join(lacks))
-    with tempfile.TemporaryDirectory(prefix="ikl-vm-") as folder:
+    with _alone(), tempfile.TemporaryDirectory(prefix="ikl-vm-") as folder:
         script = Path(folder, "inside")
         script.write_text(_script(argv, environment or {}))
         words = [str(find_vng()), "-r", str(find_kernel()), "--memory", memory, "--user", "root"]
@@ -115,6 +117,23 @@ def run_in_vm(
         if not _boot(slow, on_output, 2 * BOOT_PATIENCE):
             raise KernelError(f"the VM did not start within {2 * BOOT_PATIENCE:.0f} s")
         return _status(folder)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Waits for the lab's other VM on this machine: two emulated machines would spoil each other's times.
+
+    The lock is on the kernel image, so nothing is left behind and it ends with the process.
+    """
+    image = find_kernel()
+    assert image is not None
+    with image.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another VM of the lab to end", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _script(argv: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -135,7 +154,7 @@ def _status(folder: str) -> int:
 
 
 def _boot(words: Sequence[str], on_output: Callable[[bytes], None] | None, patience: float) -> bool:
-    """One boot, in a process group of its own that is ended with it. False when the guest never said a word."""
+    """One boot, in a process group that ends with it. False when the guest never said a word."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     environment["PATH"] = (
         f"{Path(sys.executable).parent}:{os.environ.get('PATH', '/usr/sbin:/usr/bin:/sbin:/bin')}"

@@ -1,0 +1,298 @@
+"""What a lab measures: traffic by its probe, IKE on the air by its capture, SAs and their keys by the kernel.
+
+The reading of processes is at the end; everything above it is arithmetic on their files, for the tests.
+Directions are those of the mobile node: `up` is MN to server, `down` server to MN.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import CharonError
+
+from . import lab_capture, lab_probe
+from .lab_hosts import Lab
+from .lab_net import CHARONS, INNER
+
+INTERVAL_MS = 5.0
+PROBE_PORT = 7007
+GENERATED = {"up": "mn", "down": "srv"}
+"""The host that sends in a direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """One direction of the probe. Times in ms.
+
+    `refused` counts, by errno name, what the sender's kernel did not take; `in_flight` went out and never
+    came. `longest_gap_ms` is the longest time between two arrivals that a punctual sender would have caused:
+    the measured gap, less what the sender itself was late. `lost_at`: numbers and sending times (ns).
+    """
+
+    sent: int
+    refused: Mapping[str, int]
+    in_flight: int
+    duplicates: int
+    longest_gap_ms: float
+    recovered: bool
+    lost_at: Sequence[tuple[int, int]] = ()
+
+    @property
+    def lost(self) -> int:
+        return sum(self.refused.values()) + self.in_flight
+
+
+def direction(
+    sent: Iterable[Sequence[int]], received: Iterable[Sequence[int]], interval_ms: float = INTERVAL_MS
+) -> Direction:
+    """Compares what one end sent ([number, ns, errno]) with what the other received ([number, ns])."""
+    sends = {number: (stamp, error) for number, stamp, error in sent}
+    arrivals: dict[int, int] = {}
+    duplicates = 0
+    for number, stamp in received:
+        if number in arrivals:
+            duplicates += 1
+        else:
+            arrivals[number] = stamp
+    refused = Counter(errno.errorcode.get(error, str(error)) for _stamp, error in sends.values() if error)
+    lost_at = [(number, stamp) for number, (stamp, _error) in sorted(sends.items()) if number not in arrivals]
+    in_order = sorted((number for number in arrivals if number in sends), key=lambda number: arrivals[number])
+    longest = 0.0
+    for one, two in itertools.pairwise(in_order):
+        transit = [(arrivals[number] - sends[number][0]) / 1e6 for number in (one, two)]
+        longest = max(longest, (two - one) * interval_ms + transit[1] - transit[0])
+    tail = sorted(sends)[-1] if sends else -1
+    # the last tenth of a second may still be under way when the receiver stops
+    recovered = bool(arrivals) and max(arrivals) >= tail - 100 / interval_ms
+    flying = len(lost_at) - sum(refused.values())
+    return Direction(
+        len(sends),
+        dict(sorted(refused.items())),
+        max(0, flying),
+        duplicates,
+        round(longest, 1),
+        recovered,
+        lost_at,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Both directions of a probe run, and the kernel's own drop counters that moved meanwhile."""
+
+    up: Direction
+    down: Direction
+    interval_ms: float = INTERVAL_MS
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> int:
+        return self.up.lost + self.down.lost
+
+    @property
+    def longest_gap_ms(self) -> float:
+        return max(self.up.longest_gap_ms, self.down.longest_gap_ms)
+
+    @property
+    def recovered(self) -> bool:
+        return self.up.recovered and self.down.recovered
+
+    def as_json(self, since_ns: int = 0) -> dict[str, Any]:
+        """The JSON of a report. With `since_ns`, each loss has its time in ms after that moment."""
+        both = {"up": self.up, "down": self.down}
+        causes: Counter[str] = Counter()
+        for name, one in both.items():
+            for reason, count in one.refused.items():
+                causes[f"{name}: {reason} at {GENERATED[name]}"] += count
+            if one.in_flight:
+                causes[f"{name}: in flight"] += one.in_flight
+        result: dict[str, Any] = {
+            "interval_ms": self.interval_ms,
+            "sent": self.up.sent + self.down.sent,
+            "lost": self.lost,
+            "longest_gap_ms": self.longest_gap_ms,
+            "recovered": self.recovered,
+            "causes": dict(causes),
+            "counters": {host: dict(moved) for host, moved in self.counters.items()},
+        }
+        for name, one in both.items():
+            result[name] = {
+                "sent": one.sent,
+                "lost": one.lost,
+                "not_sent": dict(one.refused),
+                "lost_in_flight": one.in_flight,
+                "duplicates": one.duplicates,
+                "longest_gap_ms": one.longest_gap_ms,
+            }
+            if since_ns:
+                shown = one.lost_at[:50]
+                result[name]["lost_at_ms"] = [round((stamp - since_ns) / 1e6, 1) for _number, stamp in shown]
+        return result
+
+
+def air(notes: Iterable[Mapping[str, Any]], since_ns: int = 0) -> dict[str, Any]:
+    """IKE on the MN's link since a moment: datagrams, octets of their IP packets, count by exchange."""
+    seen = [note for note in notes if note["time"] >= since_ns]
+    exchanges = Counter(lab_capture.EXCHANGES.get(note["exchange"], str(note["exchange"])) for note in seen)
+    return {
+        "messages": len(seen),
+        "octets": sum(note["octets"] for note in seen),
+        "by_exchange": dict(sorted(exchanges.items())),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSa:
+    """One ESP SA as `ip xfrm state` shows it; of its keys only a digest."""
+
+    src: str
+    dst: str
+    spi: str
+    mode: str
+    keys: str
+
+
+def kernel_sas(text: str, salt: bytes) -> list[KernelSa]:
+    """Parses `ip xfrm state`. Keys are hashed at once, with a salt of the run, and kept nowhere."""
+    found: list[KernelSa] = []
+    src = dst = spi = mode = ""
+    digest = hashlib.sha256(salt)
+    for line in [*text.splitlines(), "src - dst -"]:
+        words = line.split()
+        if words[:1] == ["src"] and words[2:3] == ["dst"] and not line[:1].isspace():
+            if spi and mode:
+                found.append(KernelSa(src, dst, spi, mode, digest.hexdigest()[:16]))
+            src, dst, spi, mode = words[1], words[3], "", ""
+            digest = hashlib.sha256(salt)
+        elif words[:1] == ["proto"]:
+            spi = words[words.index("spi") + 1] if "spi" in words and words[1] == "esp" else ""
+            mode = words[words.index("mode") + 1] if "mode" in words else ""
+        elif words[:1] and words[0] in ("aead", "enc", "auth", "auth-trunc"):
+            digest.update(" ".join([words[0].removesuffix("-trunc"), *words[1:3]]).encode())
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The tunnel as one host sees it: SPIs of the IKE_SAs and of ESP, and a digest of each ESP SA's keys."""
+
+    ike: frozenset[tuple[str, str]]
+    esp: frozenset[str]
+    keys: frozenset[tuple[str, str]]
+
+
+def snapshot(lab: Lab, host: str, salt: bytes) -> Snapshot:
+    """A host's SAs: IKE from its charon, ESP from its kernel (with libipsec from charon, without keys)."""
+    sas = lab.list_sas(host)
+    ike = frozenset((str(sa["initiator-spi"]), str(sa["responder-spi"])) for sa in sas)
+    if lab.tunnel.libipsec:
+        children = [child for sa in sas for child in sa["child-sas"].values()]
+        spis = frozenset(str(child[name]) for child in children for name in ("spi-in", "spi-out"))
+        return Snapshot(ike, spis, frozenset())
+    states = kernel_sas(lab.command(host, ["ip", "xfrm", "state"]).stdout, salt)
+    return Snapshot(ike, frozenset(sa.spi for sa in states), frozenset((sa.spi, sa.keys) for sa in states))
+
+
+def xfrm_counters(lab: Lab) -> dict[str, dict[str, int]]:
+    """The kernel's XFRM drop counters of each charon's host (/proc/net/xfrm_stat)."""
+    result = {}
+    for host in CHARONS:
+        lines = lab.command(host, ["cat", "/proc/net/xfrm_stat"]).stdout.splitlines()
+        result[host] = {name: int(value) for name, value in (line.split() for line in lines if line.strip())}
+    return result
+
+
+def moved(
+    before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """The counters that grew, by host."""
+    result = {}
+    for host, counters in after.items():
+        grown = {
+            n: v - before.get(host, {}).get(n, 0)
+            for n, v in counters.items()
+            if v > before.get(host, {}).get(n, 0)
+        }
+        if grown:
+            result[host] = grown
+    return result
+
+
+class Probe:
+    """UDP in both directions between the MN's inner address and the server, from `start` to `stop`."""
+
+    def __init__(self, lab: Lab, interval_ms: float = INTERVAL_MS) -> None:
+        self._lab = lab
+        self._interval = interval_ms
+        self._before: dict[str, dict[str, int]] = {}
+
+    def start(self) -> None:
+        """Returns when both ends send. Raises CharonError when one does not come up."""
+        lab, version = self._lab, self._lab.tunnel.inner
+        addresses = {host: INNER[host][version] for host in ("mn", "srv")}
+        self._before = xfrm_counters(lab)
+        for host, far in (("mn", "srv"), ("srv", "mn")):
+            output = self._file(host)
+            for old in (output, Path(f"{output}.ready")):
+                old.unlink(missing_ok=True)
+            words = [sys.executable, "-I", "-S", lab_probe.__file__, addresses[host], str(PROBE_PORT)]
+            lab.spawn(host, "probe", [*words, addresses[far], str(self._interval), str(output)])
+        for host in ("mn", "srv"):
+            _await(lab, host, "probe", Path(f"{self._file(host)}.ready"))
+
+    def stop(self) -> Traffic:
+        """Ends sending at both ends, lets the last ones arrive, and compares."""
+        for host in ("mn", "srv"):
+            self._lab.started[host, "probe"].terminate()
+        ends = {}
+        for host in ("mn", "srv"):
+            self._lab.started.pop((host, "probe")).wait(timeout=60)
+            ends[host] = json.loads(self._file(host).read_text())
+        up = direction(ends["mn"]["sent"], ends["srv"]["received"], self._interval)
+        down = direction(ends["srv"]["sent"], ends["mn"]["received"], self._interval)
+        return Traffic(up, down, self._interval, moved(self._before, xfrm_counters(self._lab)))
+
+    def _file(self, host: str) -> Path:
+        return self._lab.work / host / "probe.json"
+
+
+class Capture:
+    """The IKE messages on the mobile node's access link, both directions."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._output = lab.work / "mn" / "capture.json"
+
+    def start(self) -> None:
+        for old in (self._output, Path(f"{self._output}.ready")):
+            old.unlink(missing_ok=True)
+        words = [sys.executable, "-I", "-S", lab_capture.__file__, "eth0", str(self._output)]
+        self._lab.spawn("mn", "capture", words)
+        _await(self._lab, "mn", "capture", Path(f"{self._output}.ready"))
+
+    def stop(self) -> list[dict[str, Any]]:
+        """Everything noted since `start`."""
+        process = self._lab.started.pop(("mn", "capture"))
+        process.terminate()
+        process.wait(timeout=60)
+        notes: list[dict[str, Any]] = json.loads(self._output.read_text())
+        return notes
+
+
+def _await(lab: Lab, host: str, name: str, path: Path) -> None:
+    limit = time.monotonic() + 60
+    while not path.exists():
+        if lab.started[host, name].poll() is not None or time.monotonic() > limit:
+            log = (lab.work / host / f"{name}.out").read_text(errors="replace").strip()[-300:]
+            raise CharonError(f"{host}: the {name} did not start: {log or 'it said nothing'}")
+        time.sleep(0.02)

@@ -1,0 +1,230 @@
+"""What a scenario found: JSON with the same keys for every scenario, and a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .lab_measure import Traffic
+    from .lab_scenario import Scenario
+
+
+@dataclass(slots=True)
+class Report:
+    """One scenario's outcome. None stands for what the scenario does not measure."""
+
+    scenario: str
+    description: str = ""
+    esp: str = ""
+    ok: bool = False
+    skipped_because: str = ""
+    strongswan: str = ""
+    same_spis: bool | None = None
+    same_keys: bool | None = None
+    traffic: dict[str, Any] | None = None
+    air: dict[str, Any] | None = None
+    gateways: dict[str, int] | None = None
+    phases_ms: dict[str, float] | None = None
+    baseline: list[dict[str, Any]] = field(default_factory=list)
+    ratio: float | None = None
+    transfers: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    error: str = ""
+    seconds: float = 0.0
+
+    @classmethod
+    def skipped(cls, scenario: Scenario, why: str) -> Report:
+        return cls(scenario.name, scenario.description, ok=True, skipped_because=why)
+
+    @classmethod
+    def failed(cls, scenario: Scenario, why: str) -> Report:
+        return cls(scenario.name, scenario.description, error=why)
+
+    # -- filling ----------------------------------------------------------------------------
+
+    def add_traffic(self, traffic: Traffic, air: dict[str, Any], since_ns: int) -> None:
+        self.traffic = traffic.as_json(since_ns)
+        self.air = air
+
+    def add_transfer(self, reports: Iterable[Mapping[str, Any]]) -> None:
+        """Takes the reports of one `ikectx transfer --json`. Messages and octets add up; phases: the last."""
+        gateways = self.gateways or {"messages": 0, "octets": 0}
+        for one in reports:
+            gateways["messages"] += int(one.get("cxtp_messages", 0))
+            gateways["octets"] += int(one.get("cxtp_octets", 0))
+            self.phases_ms = {str(name): float(ms) for name, ms in one.get("phases_ms", {}).items()}
+            kept = (
+                "from",
+                "to",
+                "result",
+                "status",
+                "phases_ms",
+                "cxtp_messages",
+                "cxtp_octets",
+                "attempts",
+                "epoch",
+            )
+            self.transfers.append({key: one[key] for key in kept if key in one})
+        self.gateways = gateways
+
+    def add_proof(self, same_spis: bool, same_keys: bool | None) -> None:
+        """The comparison after one transfer; over several, one that fails decides."""
+        self.same_spis = same_spis and self.same_spis is not False
+        if same_keys is not None:
+            self.same_keys = same_keys and self.same_keys is not False
+
+    def add_baseline(
+        self, name: str, title: str, traffic: Traffic, air: Mapping[str, Any], done_ms: float
+    ) -> None:
+        self.baseline.append(
+            {
+                "name": name,
+                "title": title,
+                "interruption_ms": traffic.longest_gap_ms,
+                "lost": traffic.lost,
+                "sent": traffic.up.sent + traffic.down.sent,
+                "messages": air["messages"],
+                "octets": air["octets"],
+                "by_exchange": air["by_exchange"],
+                "signalling_ms": round(done_ms, 1),
+                "recovered": traffic.recovered,
+            }
+        )
+
+    def judge(self, scenario: Scenario) -> None:
+        """Sets `ok` and `ratio` when everything is in."""
+        if self.baseline and self.traffic and self.traffic["longest_gap_ms"] > 0:
+            best = min(one["interruption_ms"] for one in self.baseline)
+            self.ratio = round(best / self.traffic["longest_gap_ms"], 1)
+        self.ok = not self.error and not list(self._complaints(scenario))
+        if not self.error and not self.ok:
+            self.error = "; ".join(self._complaints(scenario))
+
+    def _complaints(self, scenario: Scenario) -> Iterable[str]:
+        if self.transfers and self.esp == "kernel":
+            if not self.same_spis:
+                yield "the SPIs are not the same as before"
+            if not self.same_keys:
+                yield "the keys are not the same as before"
+        if self.traffic:
+            if not self.traffic["recovered"]:
+                yield "the traffic did not come back"
+            if scenario.lost is not None and self.traffic["lost"] > scenario.lost:
+                yield f"{self.traffic['lost']} packets lost, allowed are {scenario.lost}"
+            if scenario.gap_ms is not None and self.traffic["longest_gap_ms"] > scenario.gap_ms:
+                yield f"a gap of {self.traffic['longest_gap_ms']} ms, allowed are {scenario.gap_ms}"
+        for one in self.baseline:
+            if not one["recovered"]:
+                yield f"baseline {one['name']}: the traffic did not come back"
+        for check in self.checks:
+            if not check["ok"]:
+                yield f"check {check['name']}: {check['why']}"
+
+    def why(self) -> str:
+        """Why it failed, in one line."""
+        return " ".join(self.error.split())
+
+    # -- showing ----------------------------------------------------------------------------
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data; keys that say nothing here are left out, but for the main ones."""
+        main = {
+            "scenario": self.scenario,
+            "description": self.description,
+            "ok": self.ok,
+            "esp": self.esp,
+            "strongswan": self.strongswan,
+            "same_spis": self.same_spis,
+            "same_keys": self.same_keys,
+            "traffic": self.traffic,
+            "air": self.air,
+            "gateways": self.gateways,
+            "phases_ms": self.phases_ms,
+            "baseline": self.baseline,
+            "ratio": self.ratio,
+            "seconds": self.seconds,
+        }
+        extra = {
+            "skipped": self.skipped_because,
+            "transfers": self.transfers if len(self.transfers) > 1 else [],
+            "checks": self.checks,
+            "warnings": self.warnings,
+            "error": self.error,
+        }
+        return {**main, **{key: value for key, value in extra.items() if value}}
+
+
+def _row(name: str, one: Mapping[str, Any], gateways: str) -> list[str]:
+    by_exchange = ", ".join(f"{count} {kind}" for kind, count in one["by_exchange"].items())
+    return [
+        name,
+        f"{one['lost']} of {one['sent']}",
+        f"{one['interruption_ms']:.0f} ms",
+        f"{one['messages']} ({by_exchange})",
+        str(one["octets"]),
+        gateways,
+    ]
+
+
+def tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """The tables of one report (its JSON form), for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[RenderableType] = []
+    if report.get("traffic") or report["baseline"]:
+        columns = ("way", "lost", "longest gap", "IKE messages on the air", "octets", "between gateways")
+        table = Table(*columns, title=f"{report['scenario']}: {report['description']}")
+        if report.get("traffic"):
+            traffic, air, gateways = report["traffic"], report["air"], report["gateways"]
+            between = f"{gateways['messages']} messages, {gateways['octets']} octets" if gateways else ""
+            ours = {**traffic, **air, "interruption_ms": traffic["longest_gap_ms"]}
+            table.add_row(*_row("ikectx transfer" if gateways else "traffic", ours, between))
+        for one in report["baseline"]:
+            table.add_row(*_row(f"terminate, connect ({one['title']})", one, ""))
+        shown.append(table)
+    lines = []
+    if report.get("phases_ms"):
+        lines.append(
+            "phases: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in report["phases_ms"].items())
+        )
+    if report.get("traffic") and report["traffic"]["causes"]:
+        causes = report["traffic"]["causes"].items()
+        lines.append("lost: " + ", ".join(f"{count} {cause}" for cause, count in causes))
+    if report.get("same_spis") is not None:
+        words = {True: "the same", False: "NOT the same", None: "not visible"}
+        spis, keys = words[report["same_spis"]], words[report["same_keys"]]
+                lines.append(f"SPIs {spis}, keys {keys} (at the MN and at both gateways)")
+
+    if report.get("ratio"):
+        lines.append(f"interruption: 1 to {report['ratio']} against the faster of the ways of today")
+    where = f"strongSwan {report['strongswan']}, ESP: {report['esp']}, {report['seconds']} s"
+    lines.append(("ok" if report["ok"] else f"FAILED: {report.get('error', '')}") + f" ({where})")
+    lines += [f"note: {warning}" for warning in report.get("warnings", [])]
+    shown.append(Text("\n".join(lines)))
+    return shown
+
+
+def summary(reports: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One line a scenario."""
+    from rich.table import Table
+
+    table = Table("scenario", "result", "lost", "longest gap", "air", "gateways", "seconds")
+    for one in reports:
+        traffic, air, gateways = one.get("traffic"), one.get("air"), one.get("gateways")
+        result = "ok" if one["ok"] else f"FAILED: {' '.join(str(one.get('error', '')).split())[:160]}"
+        table.add_row(
+            one["scenario"],
+            f"skipped: {one['skipped']}" if one.get("skipped") else result,
+            f"{traffic['lost']} of {traffic['sent']}" if traffic else "",
+            f"{traffic['longest_gap_ms']:.0f} ms" if traffic else "",
+            f"{air['messages']} / {air['octets']}" if air else "",
+            f"{gateways['messages']} / {gateways['octets']}" if gateways else "",
+            str(one["seconds"]),
+        )
+    return table

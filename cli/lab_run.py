@@ -1,0 +1,369 @@
+"""Runs scenarios on a lab: verbs, commands, checks; gives one `Report` each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import CharonError, IkectxError
+
+from .lab_config import Tunnel
+from .lab_hosts import Lab, strongswan_version
+from .lab_measure import Capture, Probe, Snapshot, Traffic, air, snapshot
+from .lab_net import GATEWAYS, INNER, OUTER
+from .lab_report import Report
+from .lab_scenario import Command, Scenario
+
+SETTLE = 30.0
+"""Seconds in which a rekey, a move or a deletion must have come to its end at both ends."""
+
+BASELINES = {"psk": ("psk", "PSK"), "eap": ("eap", "EAP-MSCHAPv2, gateway certificate")}
+ROAMED = {4: "10.1.0.11", 6: "fd01::11"}
+
+Say = Callable[[str], None]
+
+
+class StepError(IkectxError):
+    """A step did not do what it should."""
+
+
+class Runner:
+    """One scenario on one lab that is up. `run` never raises for what the scenario does."""
+
+    def __init__(self, lab: Lab, scenario: Scenario, say: Say) -> None:
+        self._lab = lab
+        self._scenario = scenario
+        self._say = say
+        self._salt = os.urandom(16)
+        self._owner = "psg"
+        self._probe: Probe | None = None
+        self._capture: Capture | None = None
+        self._began_ns = 0
+        self._before: tuple[Snapshot, Snapshot] | None = None
+        self.report = Report(
+            scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
+        )
+
+    def run(self) -> Report:
+        """All steps, up to the first that fails; then all checks."""
+        report, began = self.report, time.monotonic()
+        report.strongswan = strongswan_version()
+        try:
+            for step in self._scenario.steps:
+                self._say(
+                    step.name or f"{step.host}: {step.run}" if isinstance(step, Command) else " ".join(step)
+                )
+                if isinstance(step, Command):
+                    self._settled()
+                    self._do_command(step)
+                else:
+                    if step[0] not in ("wait", "traffic"):
+                        self._settled()
+                    getattr(self, f"_do_{step[0]}")(*step[1:])
+            self._settled()
+            for check in self._scenario.checks:
+                report.checks.append({"name": check.name or check.run, **self._try(check)})
+        except (IkectxError, OSError) as error:
+            report.error = str(error) + (f" ({hint})" if (hint := getattr(error, "hint", "")) else "")
+        finally:
+            self._abandon()
+        report.seconds = round(time.monotonic() - began, 1)
+        report.judge(self._scenario)
+        return report
+
+    def _abandon(self) -> None:
+        """Ends probes that a failed step left running."""
+        for one in (self._probe, self._capture):
+            if one is not None:
+                try:
+                    one.stop()
+                except (IkectxError, OSError, KeyError, ValueError):
+                    continue
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def _host(self, name: str) -> str:
+        other = next(gateway for gateway in GATEWAYS if gateway != self._owner)
+        return {"owner": self._owner, "other": other}.get(name, name)
+
+    def _try(self, command: Command) -> dict[str, Any]:
+        limit = time.monotonic() + command.within
+        while True:
+            done = self._lab.command(self._host(command.host), ["sh", "-c", command.run])
+            output = done.stdout + done.stderr
+            wrong = command.verdict(done.returncode, output)
+            if not wrong or time.monotonic() > limit:
+                break
+            time.sleep(0.2)
+        result: dict[str, Any] = {"host": command.host, "ok": not wrong}
+        if wrong:
+            result["why"] = wrong
+            result["output"] = output.strip()[-600:]
+        return result
+
+    def _do_command(self, command: Command) -> None:
+        result = self._try(command)
+        if not result["ok"]:
+            raise StepError(f"{command.host}: {command.run}: {result['why']}: {result['output']}")
+
+    # -- verbs ------------------------------------------------------------------------------
+
+    def _do_connect(self, gateway: str = "psg") -> None:
+        self._lab.connect(gateway)
+        self._owner = gateway
+
+    def _do_terminate(self, host: str = "mn") -> None:
+        host = self._host(host)
+        self._lab.terminate(host)
+        for end in ("mn", self._owner):
+            self._until(partial(self._gone, end), f"{end} still has the IKE_SA")
+
+    def _gone(self, host: str) -> bool:
+        return not self._lab.list_sas(host)
+
+    def _do_wait(self, seconds: str) -> None:
+        time.sleep(float(seconds))
+
+    def _do_traffic(self, what: str) -> None:
+        if what == "start":
+            self._start_traffic()
+            return
+        traffic, notes = self._stop_traffic()
+        self.report.add_traffic(traffic, air(notes, self._began_ns), self._began_ns)
+
+    def _start_traffic(self) -> None:
+        self._capture, self._probe = Capture(self._lab), Probe(self._lab)
+        self._capture.start()
+        self._probe.start()
+        self._began_ns = time.time_ns()
+        time.sleep(0.5)
+
+    def _stop_traffic(self) -> tuple[Traffic, list[dict[str, Any]]]:
+        if self._probe is None or self._capture is None:
+            raise StepError("traffic stop without traffic start")
+        probe, capture = self._probe, self._capture
+        self._probe = self._capture = None
+        traffic = probe.stop()
+        return traffic, capture.stop()
+
+    def _do_transfer(self, source: str, target: str, *options: str) -> None:
+        source, target = self._host(source), self._host(target)
+        if not self.report.transfers:
+            self._began_ns = time.time_ns()
+        self._before = (self._snapshot("mn"), self._snapshot(source))
+        if not self.report.transfers:
+            self._began_ns = time.time_ns()
+        done = self._lab.command(source, ["ikectx", "transfer", "--to", target, "--json", *options])
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            raise StepError(
+                f"transfer: exit {done.returncode}: {(done.stdout + done.stderr).strip()[-600:]}"
+            ) from None
+        reports = answer.get("reports", [])
+        if done.returncode != 0:
+            words = [f"{one.get('status')}: {one.get('text')}" for one in reports] or [
+                str(answer.get("error", answer))
+            ]
+            raise StepError(f"transfer to {target}: exit {done.returncode}: {'; '.join(words)}")
+        self.report.add_transfer(reports)
+        self._owner = target
+
+    def _snapshot(self, host: str) -> Snapshot:
+        return snapshot(self._lab, host, self._salt)
+
+    def _settled(self) -> None:
+        """Compares SPIs and keys after a transfer with those before, once traffic does not mind the work."""
+        if self._before is None:
+            return
+        (mobile, gateway), self._before = self._before, None
+        after, there = self._snapshot("mn"), self._snapshot(self._owner)
+        expected = 2 * self._lab.tunnel.children
+        spis = (
+            after.ike == mobile.ike == there.ike
+            and len(after.esp) >= expected
+            and after.esp <= mobile.esp
+            and len(there.esp) >= expected
+            and there.esp <= gateway.esp
+        )
+        keys: bool | None = None
+        if not self._lab.tunnel.libipsec:
+            keys = (
+                spis
+                and after.keys <= mobile.keys
+                and there.keys <= gateway.keys
+                and there.keys <= mobile.keys
+            )
+        self.report.add_proof(spis, keys)
+
+    def _do_ping(self) -> None:
+        version = self._lab.tunnel.inner
+        words = ["ping", "-n", "-q", "-c", "3", "-i", "0.2", "-W", "3", "-I", INNER["mn"][version]]
+        done = self._lab.command("mn", [*words, INNER["srv"][version]])
+        if " 0% packet loss" not in done.stdout:
+            raise StepError(f"ping from mn to srv: {(done.stdout + done.stderr).strip()[-200:]}")
+
+    def _do_rekey(self, host: str, what: str) -> None:
+        host = self._host(host)
+        ends = ("mn", self._owner)
+        before = {end: self._names(end, what) for end in ends}
+        for sa in self._lab.list_sas(host):
+            if what == "ike":
+                self._lab.vici(host).rekey(ike_id=int(sa["uniqueid"]))
+                continue
+            for child in sa["child-sas"].values():
+                if child["state"] == "INSTALLED":
+                    self._lab.vici(host).rekey(child_id=int(child["uniqueid"]))
+        for end in ends:
+            self._until(partial(self._renewed, end, what, before[end]), f"{end}: no rekeyed {what} SA")
+
+    def _names(self, host: str, what: str) -> set[str]:
+        """SPIs of the IKE_SAs that are up, or of the children."""
+        sas = [sa for sa in self._lab.list_sas(host) if sa["state"] == "ESTABLISHED"]
+        if what == "ike":
+            return {sa["initiator-spi"] + sa["responder-spi"] for sa in sas}
+        children = [child for sa in sas for child in sa["child-sas"].values()]
+        return {child["spi-in"] for child in children if child["state"] == "INSTALLED"}
+
+    def _renewed(self, host: str, what: str, before: set[str]) -> bool:
+        now = self._names(host, what)
+        return len(now) >= len(before) and not now & before
+
+    def _do_roam(self) -> None:
+        version = self._lab.tunnel.family
+        old, new = OUTER["mn"][version], ROAMED[version]
+        bits, nodad = (24, "") if version == 4 else (64, " nodad")
+        script = f"ip addr add {new}/{bits} dev eth0{nodad} && ip addr del {old}/{bits} dev eth0"
+        done = self._lab.command("mn", ["sh", "-c", script])
+        if done.returncode != 0:
+            raise StepError(f"roam: {done.stderr.strip()}")
+        owner = self._owner
+        self._until(
+            lambda: any(sa["remote-host"] == new for sa in self._lab.list_sas(owner)),
+            f"{owner} still sees {old}",
+        )
+
+    def _do_agent(self, host: str, what: str) -> None:
+        host = self._host(host)
+        if what == "start":
+            self._lab.start_agent(host)
+        else:
+            self._lab.stop(host, "agent", kill=what == "kill")
+
+    def _do_charon(self, host: str, what: str) -> None:
+        host = self._host(host)
+        if what == "start":
+            self._lab.start_charon(host)
+        else:
+            self._lab.stop(host, "charon", kill=what == "kill")
+
+    def _do_baseline(self, kind: str) -> None:
+        """The way of today: the mobile node deletes its tunnel with psg and sets one up with nsg."""
+        if kind not in BASELINES:
+            raise StepError(f"no baseline {kind}: {', '.join(BASELINES)}")
+        auth, title = BASELINES[kind]
+        lab = self._lab
+        if any(lab.list_sas(host) for host in ("mn", self._owner)):
+            self._do_terminate()
+        lab.reload(replace(lab.tunnel, auth=auth, initiator="mn"), self._scenario.overrides)
+        self._do_connect("psg")
+        self._start_traffic()
+        time.sleep(0.5)
+        began = time.time_ns()
+        lab.terminate("mn")
+        lab.initiate("mn", "nsg", "net")
+        done_ms = (time.time_ns() - began) / 1e6
+        time.sleep(1.0)
+        traffic, notes = self._stop_traffic()
+        self._owner = "nsg"
+        self.report.add_baseline(kind, title, traffic, air(notes, began), done_ms)
+        self._do_terminate()
+
+    def _until(self, true: Callable[[], bool], otherwise: str) -> None:
+        limit = time.monotonic() + SETTLE
+        while not true():
+            if time.monotonic() > limit:
+                raise StepError(f"{otherwise} after {SETTLE:.0f} s")
+            time.sleep(0.1)
+
+
+def run_here(
+    scenarios: Sequence[Scenario],
+    *,
+    libipsec: bool,
+    say: Say,
+    logs: Path | None = None,
+    delay_ms: float | None = None,
+) -> list[Report]:
+    """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens."""
+    reports: list[Report] = []
+    lab: Lab | None = None
+    try:
+        for scenario in scenarios:
+            started = time.monotonic()
+
+            def tell(words: str, name: str = scenario.name, started: float = started) -> None:
+                say(f"[{name} {time.monotonic() - started:5.1f} s] {words}")
+
+            wanted = scenario.delay_ms if delay_ms is None else delay_ms
+            tunnel = replace(scenario.tunnel, libipsec=libipsec)
+            if libipsec and scenario.kernel_only:
+                reports.append(Report.skipped(scenario, "needs kernel ESP"))
+                continue
+            if lab is not None and lab.net.delay_ms != wanted:
+                lab.down()
+                lab = None
+            tell("daemons" if lab else "network and daemons")
+            try:
+                lab = _prepared(lab, scenario, tunnel, wanted)
+            except IkectxError as error:
+                reports.append(Report.failed(scenario, str(error)))
+                if lab is not None:
+                    lab.down()
+                    lab = None
+                continue
+            report = Runner(lab, scenario, tell).run()
+            report.warnings += lab.warnings
+            reports.append(report)
+            tell("ok" if report.ok else f"FAILED: {report.why()}")
+            if logs is not None:
+                save_logs(lab, logs / scenario.name)
+    finally:
+        if lab is not None:
+            lab.down()
+    return reports
+
+
+def _prepared(lab: Lab | None, scenario: Scenario, tunnel: Tunnel, delay_ms: float) -> Lab:
+    """A lab with this scenario's configuration: a fresh one, or the last one with fresh daemons."""
+    if lab is None:
+        lab = Lab.new(delay_ms=delay_ms)
+        try:
+            lab.up(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+        except BaseException:
+            lab.down()
+            raise
+        return lab
+    lab.net.restore()
+    lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+    return lab
+
+
+def save_logs(lab: Lab, folder: Path) -> None:
+    """Copies logs, configurations and measurements; neither keys nor the agents' stores."""
+    for host in ("mn", "psg", "nsg", "srv"):
+        target = folder / host
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (lab.work / host).glob("*"):
+            if path.suffix in (".log", ".out", ".conf", ".toml", ".json") and path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+__all__ = ["CharonError", "Runner", "StepError", "run_here", "save_logs"]

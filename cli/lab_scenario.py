@@ -1,0 +1,229 @@
+"""Scenarios: folders of data. `scenario.toml` says what to do; HOST.conf adds swanctl.conf text to a host.
+
+    description = "one line"
+    base = "move"                 # take over everything of another scenario, then what stands here
+    agents = true                 # run `ikectx serve` on the gateways
+    steps = [
+      "connect",                  # a verb of `VERBS`, with its arguments
+      { host = "psg", run = "ikectx status --json", expect = "idle" },
+    ]
+    checks = [                    # run after the steps, all of them, whatever the others say
+      { host = "nsg", run = "swanctl --list-sas", expect = "ESTABLISHED" },
+    ]
+
+    [tunnel]                      # the fields of lab_config.Tunnel
+    auth = "cert"
+    [tunnel.connection]           # swanctl.conf settings of the connection, at all hosts
+    [tunnel.child]                # and of its children
+    [limits]                      # what makes a scenario fail
+    lost = 2                      # packets of the probe, both directions together
+    gap_ms = 200
+
+A command runs in `sh -c` on its host. `exit` is the status it must end with (default 0), `expect` a regular
+expression its output must hold, `reject` one it must not; `count` says how often `expect` must be found;
+`within` repeats the command for so many seconds until it satisfies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import ConfigError, UsageError
+
+from .lab_config import Tunnel
+from .lab_net import HOSTS
+
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "scenarios"
+
+VERBS = {
+    "connect": (0, 1, "[GATEWAY]: the tunnel comes up (at psg)"),
+    "terminate": (0, 1, "[HOST]: the tunnel is deleted from there (mn), and must be gone at both ends"),
+    "traffic": (1, 1, "start | stop: the UDP probe and the capture of IKE"),
+    "wait": (1, 1, "SECONDS"),
+    "transfer": (2, 9, "FROM TO [OPTION...]: ikectx transfer, which must succeed"),
+    "ping": (0, 0, "the tunnel carries packets both ways"),
+    "rekey": (2, 2, "HOST child | ike: and wait until the new one is in use at both ends"),
+    "roam": (0, 0, "the mobile node changes its address; the gateway in charge must follow"),
+    "baseline": (1, 1, "psk | eap: terminate and connect to nsg from scratch, under the probe"),
+    "agent": (2, 2, "HOST stop | kill | start"),
+    "charon": (2, 2, "HOST stop | kill | start"),
+}
+"""Verbs of a step: how few and many arguments they take, and what they do. HOST may be `owner` or `other`."""
+
+ALIASES = ("owner", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command on a host, and what must be true of it."""
+
+    host: str
+    run: str
+    expect: str = ""
+    reject: str = ""
+    exit: int = 0
+    count: int | None = None
+    within: float = 0.0
+    name: str = ""
+
+    def verdict(self, status: int, output: str) -> str:
+        """Empty when the command did what it should, else what is wrong."""
+        if status != self.exit:
+            return f"exit {status} instead of {self.exit}"
+        if self.expect:
+            found = len(re.findall(self.expect, output, re.MULTILINE))
+            if self.count is not None and found != self.count:
+                return f"{found} times /{self.expect}/ instead of {self.count}"
+            if self.count is None and not found:
+                return f"no /{self.expect}/"
+        if self.reject and re.search(self.reject, output, re.MULTILINE):
+            return f"there is /{self.reject}/"
+        return ""
+
+
+Step = Command | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One scenario, read and checked."""
+
+    name: str
+    description: str
+    steps: tuple[Step, ...]
+    checks: tuple[Command, ...] = ()
+    tunnel: Tunnel = field(default_factory=Tunnel)
+    agents: bool = True
+    delay_ms: float = 20.0
+    lost: int | None = None
+    gap_ms: float | None = None
+    kernel_only: bool = False
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+
+def names(folder: Path = FOLDER) -> list[str]:
+    """The scenarios of a folder; those whose name begins with `_` are only bases for others."""
+    found = [path.parent.name for path in folder.glob("*/scenario.toml")]
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def load(name: str, folder: Path = FOLDER) -> Scenario:
+    """Reads a scenario by name. Raises UsageError (unknown name), ConfigError (a key that is wrong)."""
+    source = folder / name / "scenario.toml"
+    if not source.exists():
+        raise UsageError(f"no scenario {name}", hint=f"there are: {', '.join(names(folder)) or 'none'}")
+    merged, overrides = _merged(name, folder, ())
+    return _scenario(name, source, merged, overrides)
+
+
+def _merged(name: str, folder: Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keys of a scenario over those of its bases, and the swanctl.conf texts of all of them."""
+    source = folder / name / "scenario.toml"
+    if name in seen:
+        raise ConfigError(f"{source}: base: {name} is its own base")
+    try:
+        with source.open("rb") as file:
+            own = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    base: dict[str, Any] = {}
+    overrides: dict[str, str] = {}
+    if "base" in own:
+        base, overrides = _merged(str(own.pop("base")), folder, (*seen, name))
+    for host in HOSTS:
+        extra = source.parent / f"{host}.conf"
+        if extra.exists():
+            overrides[host] = overrides.get(host, "") + extra.read_text()
+    return _over(base, own), overrides
+
+
+def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in own.items():
+        before = result.get(key)
+        both = isinstance(value, dict) and isinstance(before, dict)
+        result[key] = _over(before, value) if both and isinstance(before, dict) else value
+    return result
+
+
+def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[str, str]) -> Scenario:
+    limits = keys.pop("limits", {})
+    steps = keys.pop("steps", None)
+    if not isinstance(steps, list) or not steps:
+        raise ConfigError(f"{source}: steps: a list of steps is needed")
+    checks = keys.pop("checks", [])
+    tunnel = _tunnel(source, keys.pop("tunnel", {}))
+    known = {
+        "description": str(keys.pop("description", "")),
+        "agents": bool(keys.pop("agents", True)),
+        "delay_ms": float(keys.pop("delay_ms", 20.0)),
+        "kernel_only": bool(keys.pop("kernel_only", False)),
+        "lost": limits.pop("lost", None),
+        "gap_ms": limits.pop("gap_ms", None),
+    }
+    for key in (*keys, *(f"limits.{key}" for key in limits)):
+        raise ConfigError(f"{source}: {key}: no such key")
+    return Scenario(
+        name=name,
+        steps=tuple(_step(source, step) for step in steps),
+        checks=tuple(_command(source, check) for check in checks),
+        tunnel=tunnel,
+        overrides=overrides,
+        **known,
+    )
+
+
+def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
+    fields = {one.name for one in dataclasses.fields(Tunnel)}
+    for key in keys:
+        if key not in fields:
+            raise ConfigError(f"{source}: tunnel.{key}: no such key", hint=", ".join(sorted(fields)))
+    allowed = {
+        "family": (4, 6),
+        "inner": (4, 6),
+        "initiator": ("mn", "gateway"),
+        "mode": ("tunnel", "transport"),
+    }
+    for key, values in {**allowed, "auth": ("psk", "cert", "eap")}.items():
+        if keys.get(key, values[0]) not in values:
+            raise ConfigError(f"{source}: tunnel.{key}: one of {', '.join(map(str, values))}")
+    return Tunnel(**keys)
+
+
+def _step(source: Path, step: object) -> Step:
+    if not isinstance(step, str):
+        return _command(source, step)
+    words = tuple(shlex.split(step))
+    if not words or words[0] not in VERBS:
+        raise ConfigError(f"{source}: steps: {step!r} is no verb", hint=", ".join(VERBS))
+    few, many, help_text = VERBS[words[0]]
+    if not few <= len(words) - 1 <= many:
+        raise ConfigError(f"{source}: steps: {step!r}: {words[0]} takes {help_text}")
+    return words
+
+
+def _command(source: Path, table: object) -> Command:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{source}: a command is a table with host and run, not {table!r}")
+    fields = {one.name for one in dataclasses.fields(Command)}
+    for key in table:
+        if key not in fields:
+            raise ConfigError(f"{source}: a command has no key {key}", hint=", ".join(sorted(fields)))
+    try:
+        command = Command(**table)
+        re.compile(command.expect)
+        re.compile(command.reject)
+    except (TypeError, re.error) as error:
+        raise ConfigError(f"{source}: {table!r}: {error}") from None
+    if command.host not in (*HOSTS, *ALIASES):
+        raise ConfigError(f"{source}: no host {command.host}", hint=" ".join((*HOSTS, *ALIASES)))
+    return command
