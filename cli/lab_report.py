@@ -199,7 +199,7 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if report.get("same_spis") is not None:
         words = {True: "the same", False: "NOT the same", None: "not visible"}
         spis, keys = words[report["same_spis"]], words[report["same_keys"]]
-                lines.append(f"SPIs {spis}, keys {keys} (at the MN and at both gateways)")
+        lines.append(f"SPIs {spis}, keys {keys} (at the MN and at both gateways)")
 
     if report.get("ratio"):
         lines.append(f"interruption: 1 to {report['ratio']} against the faster of the ways of today")
