@@ -50,16 +50,18 @@ install() { # install what is lacking of the arguments
     command -v apt-get > /dev/null || die "no apt-get here: install ${wanted[*]} (or what they are called), then try again"
     [ "$(id -u)" = 0 ] || die "run this as root: ${wanted[*]} must be installed"
     say "installing ${wanted[*]}"
+    mkdir -p build
     export DEBIAN_FRONTEND=noninteractive
     if [ $updated = no ]; then
-        apt-get -q -o DPkg::Lock::Timeout=600 update >&2 || say "apt-get update failed, trying without"
+        apt-get -q -o DPkg::Lock::Timeout=600 update > build/apt.log 2>&1 || say "apt-get update failed, trying without"
         updated=yes
     fi
     # Services of the packages are not to start on this machine.
     if [ -e $guard ]; then guard=; else printf '#!/bin/sh\nexit 101\n' > $guard && chmod 755 $guard; fi
-    apt-get -q -y -o DPkg::Lock::Timeout=600 --no-install-recommends install "${wanted[@]}" >&2 || status=$?
+    apt-get -q -y -o DPkg::Lock::Timeout=600 --no-install-recommends install "${wanted[@]}" \
+        >> build/apt.log 2>&1 || status=$?
     [ -z "$guard" ] || rm -f $guard
-    [ $status = 0 ] || die "apt-get could not install ${wanted[*]}"
+    [ $status = 0 ] || { tail -20 build/apt.log >&2; die "apt-get could not install ${wanted[*]}, see build/apt.log"; }
 }
 
 python_fits() { # the interpreter is new enough (and, with "venv", can make virtual environments)
