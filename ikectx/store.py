@@ -35,6 +35,8 @@ from .ports import SaName
 SCHEMA = 1
 KEY_SIZE = 32
 NONCE_SIZE = 12
+HISTORY = 90 * 86400
+"""Seconds that an ended transfer is remembered. While it is, no late message can revive it."""
 _CHECK = b"ikectx store"
 
 _TABLES = """
@@ -47,19 +49,20 @@ CREATE TABLE journal (
     spi_i BLOB NOT NULL, spi_r BLOB NOT NULL, mn TEXT NOT NULL, mn_address TEXT NOT NULL,
     state TEXT NOT NULL, epoch INTEGER NOT NULL, context BLOB, final BLOB,
     started REAL NOT NULL, updated REAL NOT NULL,
-    detail TEXT NOT NULL, result TEXT NOT NULL, status INTEGER NOT NULL, phases TEXT NOT NULL,
+    detail TEXT NOT NULL, result TEXT NOT NULL, status INTEGER NOT NULL,
+    phases TEXT NOT NULL, moved TEXT NOT NULL,
     UNIQUE (transfer_id, role));
 CREATE INDEX journal_sa ON journal (spi_i, spi_r);
 CREATE INDEX journal_open ON journal (result) WHERE result = '';
 CREATE VIEW history AS
     SELECT number, hex(transfer_id) AS transfer_id, role, peer, hex(spi_i) AS spi_i, hex(spi_r) AS spi_r,
-           mn, mn_address, state, epoch, result, status, detail, started, updated, phases
+           mn, mn_address, state, epoch, result, status, detail, started, updated, phases, moved
     FROM journal ORDER BY number DESC;
 """
 
 _COLUMNS = (
     "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
-    " started, updated, detail, result, status, phases"
+    " started, updated, detail, result, status, phases, moved"
 )
 
 
@@ -72,7 +75,8 @@ class JournalEntry:
 
     `context` and `final` are the encoded blocks of PCTD and CTD: in the clear here, sealed on disk, dropped
     when the transfer ends. `epoch`: the highest of this SA that this transfer has made known to us.
-    `started`, `updated`: seconds since 1970. `phases`: ms by phase; `status`: why it ended as it did.
+    `started`, `updated`: seconds since 1970. `phases`: ms by state; `moved`: what the
+    exchange with the MN took; `status`: why it ended as it did.
     """
 
     transfer_id: bytes
@@ -91,6 +95,7 @@ class JournalEntry:
     result: str = ""
     status: Status = Status.OK
     phases: Mapping[str, float] = field(default_factory=dict)
+    moved: Mapping[str, int] = field(default_factory=dict)
 
 
 class Sealer:
@@ -168,7 +173,7 @@ class SqliteStore:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise StoreError(
                 f"the journal cannot be used: {error}", hint="check disk space and state.db"
             ) from None
@@ -232,7 +237,7 @@ class SqliteStore:
                 entry.mn_address,
             ),
             *(entry.state, entry.epoch, context, final, entry.started, entry.updated, entry.detail),
-            *(entry.result, int(entry.status), json.dumps(dict(entry.phases))),
+            *(entry.result, int(entry.status), json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))),
         )
         with self._errors():
             self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -241,7 +246,7 @@ class SqliteStore:
                 " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
                 " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
                 " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
-                " status = excluded.status, phases = excluded.phases, peer = excluded.peer",
+                " status = excluded.status, phases = excluded.phases, moved = excluded.moved",
                 row,
             )
 
@@ -302,7 +307,7 @@ class SqliteStore:
     def _parse(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
         # sqlite gives what was put in; `Any` ends here
         (ident, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final, *rest) = row
-        started, updated, detail, result, status, phases = rest
+        started, updated, detail, result, status, phases, moved = rest
         entry = JournalEntry(
             transfer_id=_octets(ident),
             role="source" if role == "source" else "target",
@@ -318,6 +323,7 @@ class SqliteStore:
             result=str(result),
             status=Status(int(str(status))),
             phases=json.loads(str(phases)),
+            moved=json.loads(str(moved)),
         )
         if not sealed:
             return entry
@@ -338,8 +344,10 @@ def _octets(value: object) -> bytes:
 # -- files -----------------------------------------------------------------------------------------------
 
 
-def open_store(directory: Path | str) -> SqliteStore:
+def open_store(directory: Path | str, *, now: float | None = None) -> SqliteStore:
     """The store in `directory`, made when it is not there.
+
+    With `now` (seconds since 1970) what is older than HISTORY is forgotten.
 
     Errors: StoreError when another agent uses it, when files are readable by others, when key and
     database do not belong together, or when the disk does not let us.
@@ -357,7 +365,10 @@ def open_store(directory: Path | str) -> SqliteStore:
         # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
         os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
         _private(database)
-        return SqliteStore(database, key, lock=lock)
+        store = SqliteStore(database, key, lock=lock)
+        if now is not None:
+            store.prune(now - HISTORY)
+        return store
     except OSError as error:
         os.close(lock)
         raise StoreError(f"{place}: {error.strerror}") from None

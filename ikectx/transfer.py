@@ -95,7 +95,10 @@ class TargetState(StrEnum):
 
 
 class TargetInput(StrEnum):
-    """PCTD, CTD, CTC: came from the source; MISFIT: a CTD that does not fit what was prepared."""
+    """PCTD, CTD, CTC: came from the source; MISFIT: a CTD that does not fit what was prepared.
+
+    The link's loss is no input: a target waits for the source to come back, `Timing.hold` long.
+    """
 
     PCTD = "pctd"
     CTD = "ctd"
@@ -104,7 +107,6 @@ class TargetInput(StrEnum):
     OK = "ok"
     FAILED = "failed"
     TIMEOUT = "timeout"
-    LINK_LOST = "link-lost"
     RESTART = "restart"
 
 
@@ -184,7 +186,6 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.PREPARED, _TI.PCTD): (_T.PREPARED, _TA.ANSWER),
     (_T.PREPARED, _TI.CTC): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARED, _TI.TIMEOUT): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
-    (_T.PREPARED, _TI.LINK_LOST): (_T.PREPARED,),
     (_T.PREPARED, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
     # owned: forward, or all the way back
     (_T.OWNING, _TI.OK): (_T.MOVING, _TA.MOVE),
@@ -239,8 +240,8 @@ SOURCE_IGNORED = frozenset(
 _BETWEEN = (_T.NEW, _T.CHECKING, _T.PREPARING, _T.OWNING, _T.MOVING, _T.ACTIVATING, _T.UNDOING)
 TARGET_IGNORED = frozenset(
     {
-        *((state, late) for state in _BETWEEN for late in (_TI.CTC, _TI.TIMEOUT, _TI.LINK_LOST)),
-        *((state, late) for state in TARGET_FINAL for late in (_TI.CTC, _TI.TIMEOUT, _TI.LINK_LOST)),
+        *((state, late) for state in _BETWEEN for late in (_TI.CTC, _TI.TIMEOUT)),
+        *((state, late) for state in TARGET_FINAL for late in (_TI.CTC, _TI.TIMEOUT)),
     }
 )
 
@@ -280,17 +281,34 @@ class Machine(Generic[_State, _Input, _Action]):
         after = self._timers.get(state)
         return None if after is None else now + after
 
+    def peek(self, what: _Input) -> _State:
+        """The state that `what` would lead to: what the journal must say first. Errors: StateError."""
+        row = self._table.get((self.state, what))
+        if row is not None:
+            return row[0]
+        if self.ignores(what):
+            return self.state
+        raise StateError(f"{what} cannot happen to a transfer that is {self.state}")
+
+    def ignores(self, what: _Input) -> bool:
+        """Does `what` come late or twice, and change nothing?"""
+        return (self.state, what) in self._ignored
+
+    def phases(self, now: float) -> dict[str, float]:
+        """Milliseconds in each state so far, the present one included."""
+        spent = dict(self.spent)
+        spent[self.state] = spent.get(self.state, 0.0) + now - self._entered
+        return {state: round(seconds * 1000, 3) for state, seconds in spent.items()}
+
     def feed(self, what: _Input, now: float) -> tuple[_Action, ...]:
         """Take an input: the new state is in `state`, the actions to carry out are returned.
 
         Errors: StateError when `what` cannot happen in this state.
         """
-        row = self._table.get((self.state, what))
-        if row is None:
-            if (self.state, what) in self._ignored:
-                return ()
-            raise StateError(f"{what} cannot happen to a transfer that is {self.state}")
-        state, *actions = row
+        if self.ignores(what):
+            return ()
+        self.peek(what)
+        state, *actions = self._table[self.state, what]
         if state != self.state:
             self.spent[self.state] = self.spent.get(self.state, 0.0) + now - self._entered
             self._entered = now
@@ -358,6 +376,9 @@ def new_target(now: float, timing: Timing, state: TargetState = TargetState.NEW)
 
 # -- epochs ----------------------------------------------------------------------------------------------
 
+MAX_EPOCH = 1 << 32
+"""No SA changes its owner so often; what says more is damaged (the journal holds 63 bits)."""
+
 
 def offer_fits(context: IkeContext, known: int, owned: int = -1) -> Status:
     """May this context be offered to us?
@@ -365,6 +386,8 @@ def offer_fits(context: IkeContext, known: int, owned: int = -1) -> Status:
     `known`: the highest epoch of its SA in our journal (0: none); `owned`: the highest in which we took it
     over ourselves (-1: never). Who offers it says that he owns it in `context.epoch`.
     """
+    if context.epoch >= MAX_EPOCH:
+        return Status.MALFORMED
     stale = context.epoch < known or context.epoch <= owned
     return Status.STALE_EPOCH if stale else Status.OK
 
@@ -499,6 +522,11 @@ class TransferEvent:
     ms: float
     detail: str = ""
     report: TransferReport | None = None
+
+
+def mn_label(context: IkeContext) -> str:
+    """The MN as people know it: its EAP identity where it has one, else its IKE identity."""
+    return str(context.remote_eap_id or context.remote_id)
 
 
 def sa_json(sa: SaName) -> dict[str, str]:

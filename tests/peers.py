@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, ip_address
+from typing import Literal
 
+from ikectx.aio import Gateway
 from ikectx.context import (
     AuthRound,
     ChildContext,
     Endpoint,
+    FinalChild,
+    FinalState,
     Identity,
     IkeContext,
     IkeGeneration,
@@ -19,7 +26,12 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.numbers import Encr, IdType, KeMethod, Prf
+from ikectx.cxtp import Message, parse_message
+from ikectx.errors import CharonError, LinkError, StoreError, UnknownSaError
+from ikectx.links import Dial, PeerConfig, Stream
+from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
+from ikectx.ports import MoveReport, SaName, Verdict
+from ikectx.store import JournalEntry, SqliteStore
 
 
 class HandClock:
@@ -87,14 +99,314 @@ def a_context(number: int = 1, *, mn: str = "198.51.100.7", epoch: int = 0) -> I
     )
 
 
-def aged(context: IkeContext, packets: int) -> IkeContext:
-    """The same SA after that many packets each way."""
-    children = tuple(
-        replace(
-            child,
-            inbound=replace(child.inbound, seq=child.inbound.seq + packets),
-            outbound=replace(child.outbound, seq=child.outbound.seq + packets),
+# -- a world of gateways ---------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The agent's process is gone. No error: nothing may catch it."""
+
+
+class Fuse:
+    """Counts the moments of one agent; blows at one of them, and from then on at each."""
+
+    def __init__(self, at: int = 0, on_blow: Callable[[], None] = lambda: None) -> None:
+        self.on_blow = on_blow
+        self.count = 0
+        self.log: list[str] = []
+        self._at = at
+        self.blown = False
+
+    def tick(self, where: str) -> None:
+        if self.blown:
+            raise Crash(where)
+        self.count += 1
+        self.log.append(where)
+        if self.count == self._at:
+            self.blown = True
+            self.on_blow()
+            raise Crash(where)
+
+
+class Ether:
+    """The MNs and the ESP they see: who sends for which SA, and under which sequence numbers."""
+
+    def __init__(self) -> None:
+        self.senders: dict[SaName, set[str]] = {}
+        self.used: dict[SaName, int] = {}
+        """Highest outbound sequence number that anybody used."""
+        self.slips: list[str] = []
+
+    def sends(self, name: str, sa: SaName, first: int) -> None:
+        """From now on `name` sends ESP for this SA, beginning with this number."""
+        senders = self.senders.setdefault(sa, set())
+        if name not in senders and first <= self.used.get(sa, 0):
+            self.slips.append(f"{name} sends number {first} after {self.used[sa]}: one IV twice")
+        senders.add(name)
+        if len(senders) > 1:
+            self.slips.append(f"{' and '.join(sorted(senders))} both send")
+        self.used[sa] = max(self.used.get(sa, 0), first + 1000)
+
+    def silent(self, name: str, sa: SaName) -> None:
+        self.senders.setdefault(sa, set()).discard(name)
+
+
+class MemoryGateway:
+    """`ContextSource` and `ContextSink` in dictionaries; survives its agent as charon and kernel do.
+
+    `fail[step]`: errors to raise, one a call; "after:step" raises when the step has taken effect.
+    """
+
+    def __init__(self, name: str, ether: Ether, *, jump: int = 1 << 20) -> None:
+        self.name = name
+        self.ether = ether
+        self.jump = jump
+        self.fuse = Fuse()
+        self.fail: dict[str, list[BaseException]] = {}
+        self.verdicts: list[Verdict] = []
+        self.wait: dict[str, asyncio.Event] = {}
+        """Steps that last until their event is set."""
+        self.calls: list[str] = []
+        self.served: dict[SaName, IkeContext] = {}
+        self.frozen: set[SaName] = set()
+        self.late: set[SaName] = set()
+        """Released, but late packets are still decrypted."""
+        self.passive: dict[SaName, IkeContext] = {}
+        self.taken: set[SaName] = set()
+        self.moves: list[SaName] = []
+        self.mine: dict[SaName, int] = {}
+        """Highest outbound sequence number used here: what the kernel knows."""
+
+    def _send(self, sa: SaName, first: int) -> None:
+        first = max(first, self.mine.get(sa, 0) + 1)  # a number is only ever raised
+        self.ether.sends(self.name, sa, first)
+        self.mine[sa] = first + 1000
+
+    def serve(self, context: IkeContext) -> SaName:
+        """An MN has set up this SA here."""
+        self.served[context.spis] = context
+        self._send(context.spis, context.children[0].outbound.seq)
+        return context.spis
+
+    async def _step(self, step: str) -> None:
+        self.calls.append(step)
+        self.fuse.tick(f"{self.name}: before {step}")
+        await asyncio.sleep(0)
+        if step in self.wait:
+            await self.wait[step].wait()
+        self._fail(step)
+
+    def _fail(self, step: str) -> None:
+        if self.fail.get(step):
+            raise self.fail[step].pop(0)
+
+    def _done(self, step: str) -> None:
+        self._fail(f"after:{step}")
+        self.fuse.tick(f"{self.name}: after {step}")
+
+    # ContextSource
+
+    async def export(self, sa: SaName) -> IkeContext:
+        await self._step("export")
+        if sa not in self.served:
+            raise UnknownSaError("no such SA", hint="list")
+        self._done("export")
+        return self.served[sa]
+
+    async def freeze(self, context: IkeContext, to: str) -> FinalState:
+        await self._step("freeze")
+        sa = context.spis
+        self.frozen.add(sa)
+        self.ether.silent(self.name, sa)
+        children = tuple(
+            FinalChild(child.spi_in, child.inbound, replace(child.outbound, seq=self.mine[sa]))
+            for child in context.children
         )
-        for child in context.children
-    )
-    return replace(context, children=children)
+        self._done("freeze")
+        return FinalState(*sa, context.mid_initiator, context.mid_responder, 0, children)
+
+    async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
+        await self._step("thaw")
+        sa = context.spis
+        if sa in self.frozen:
+            self.frozen.discard(sa)
+            self._send(sa, self.mine[sa] + oseq_jump + 1)
+        self._done("thaw")
+
+    async def release(self, context: IkeContext) -> None:
+        await self._step("release")
+        sa = context.spis
+        self.served.pop(sa, None)
+        self.frozen.discard(sa)
+        self.late.add(sa)
+        self._done("release")
+
+    # ContextSink
+
+    async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
+        await self._step("check")
+        self._done("check")
+        if context.spis in self.served or context.spis in self.passive:
+            return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE, "it is here")]
+        return self.verdicts
+
+    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
+        await self._step("prepare")
+        self.passive[context.spis] = context
+        self._done("prepare")
+
+    async def take(self, context: IkeContext, final: FinalState) -> None:
+        await self._step("take")
+        sa = context.spis
+        if sa not in self.passive:
+            raise CharonError("the SA is not there")
+        self.taken.add(sa)
+        self._send(sa, final.children[0].outbound.seq + self.jump)
+        self._done("take")
+
+    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
+        await self._step("move")
+        self.moves.append(context.spis)
+        self._done("move")
+        return MoveReport(messages=2, octets=300, requests=1)
+
+    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
+        await self._step("activate")
+        sa = context.spis
+        here = self.passive.get(sa)
+        if here is None:
+            if sa in self.served:
+                return  # a repetition after a crash
+            raise CharonError("the SA is not there")
+        self.served[sa] = replace(here, epoch=final.epoch)
+        del self.passive[sa]
+        self._done("activate")
+
+    async def undo(self, context: IkeContext) -> None:
+        await self._step("undo")
+        sa = context.spis
+        self.passive.pop(sa, None)
+        if sa in self.taken:
+            self.served.pop(sa, None)
+            self.taken.discard(sa)
+        self.ether.silent(self.name, sa)
+        self._done("undo")
+
+
+class CountedStore(SqliteStore):
+    """A store whose agent can die before and after each write of the journal, or that cannot be written."""
+
+    fuse = Fuse()
+    broken: str = ""
+    """The journal refuses to enter this state."""
+
+    def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
+        if self.broken and entry.state == self.broken:
+            raise StoreError("the disk is full")
+        self.fuse.tick(f"{entry.role}: before writing {entry.state}")
+        super().write(entry, durable=durable)
+        self.fuse.tick(f"{entry.role}: after writing {entry.state}")
+
+
+class MemoryStream:
+    """One end of a connection in memory; each write is one message."""
+
+    def __init__(self, names: frozenset[str], label: str, wire: Wire) -> None:
+        self.names = names
+        self.label = label
+        self.inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self.other: MemoryStream | None = None
+        self._wire = wire
+
+    async def read(self) -> bytes:
+        if self._wire.cut and self.inbox.empty():
+            return b""
+        return await self.inbox.get()
+
+    async def write(self, data: bytes) -> None:
+        if self._wire.cut:
+            raise LinkError(f"{self.label}: the link is cut")
+        self._wire.carry(self, data)
+
+    def close(self) -> None:
+        self._wire.break_()
+
+
+class Wire:
+    """A connection: `network.fate` decides over each message."""
+
+    def __init__(self, network: Network) -> None:
+        self.cut = False
+        self.ends: list[MemoryStream] = []
+        self._network = network
+
+    def carry(self, sender: MemoryStream, data: bytes) -> None:
+        message = parse_message(data)
+        self._network.seen.append(message)
+        fate = self._network.fate(message)
+        if fate in ("deliver", "deliver-cut") and sender.other is not None:
+            sender.other.inbox.put_nowait(data)
+        if fate in ("lose-cut", "deliver-cut"):
+            self.break_()
+
+    def break_(self) -> None:
+        if not self.cut:
+            self.cut = True
+            for end in self.ends:
+                end.inbox.put_nowait(b"")
+
+
+Fate = Literal["deliver", "lose", "lose-cut", "deliver-cut"]
+
+
+class Network:
+    """Connections between gateways by name; tasks of a dead gateway go with it."""
+
+    def __init__(self, fate: Callable[[Message], Fate] = lambda message: "deliver") -> None:
+        self.fate = fate
+        self.seen: list[Message] = []
+        self.up: dict[str, Gateway] = {}
+        self._wires: list[tuple[str, Wire]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def dial_from(self, name: str) -> Dial:
+        async def dial(peer: PeerConfig) -> Stream:
+            await asyncio.sleep(0)
+            there = self.up.get(peer.name)
+            if there is None:
+                raise LinkError(f"{peer.name}: connection refused")
+            wire = Wire(self)
+            near = MemoryStream(frozenset({peer.name}), peer.name, wire)
+            far = MemoryStream(frozenset({name}), name, wire)
+            near.other, far.other = far, near
+            wire.ends = [near, far]
+            self._wires += [(name, wire), (peer.name, wire)]
+            task = asyncio.create_task(there.accept(far))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return near
+
+        return dial
+
+    def kill(self, name: str) -> None:
+        """The agent of that name is gone: its connections break, nobody listens."""
+        self.up.pop(name, None)
+        for owner, wire in self._wires:
+            if owner == name:
+                wire.break_()
+
+    async def close(self) -> None:
+        for _, wire in self._wires:
+            wire.break_()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def lossy(seed: int, rate: float) -> Callable[[Message], Fate]:
+    """Cuts the connection at one in 1/rate messages, before or after it arrives; the same for each seed."""
+    dice = random.Random(seed)
+
+    def fate(message: Message) -> Fate:
+        if dice.random() >= rate:
+            return "deliver"
+        return "lose-cut" if dice.random() < 0.5 else "deliver-cut"
+
+    return fate

@@ -14,7 +14,7 @@ import pytest
 from ikectx.errors import StoreError
 from ikectx.numbers import Status
 from ikectx.ports import Store
-from ikectx.store import JournalEntry, Sealer, SqliteStore, open_store
+from ikectx.store import HISTORY, JournalEntry, Sealer, SqliteStore, open_store
 
 SECRET = b"a secret that nobody may find on the disk"
 SA = (b"initiato", b"responde")
@@ -249,7 +249,7 @@ def test_a_closed_store_raises_its_own_error(store: SqliteStore) -> None:
 
 
 def test_an_entry_comes_back_as_it_was(store: SqliteStore) -> None:
-    first = entry(detail="waits", phases={"export": 1.5}, status=Status.PEER_SILENT)
+    first = entry(detail="waits", phases={"export": 1.5}, moved={"messages": 2}, status=Status.PEER_SILENT)
     store.write(first)
     assert store.find("source", first.transfer_id) == first
     assert store.find("target", first.transfer_id) is None
@@ -311,6 +311,21 @@ def test_pruning_forgets_only_what_has_ended(store: SqliteStore) -> None:
     store.write(entry(3, result="moved", updated=9000.0))
     assert store.prune(5000.0) == 1
     assert [one.transfer_id[-1] for one in store.history()] == [3, 2]
+
+
+def test_opening_prunes_what_is_very_old(place: Path, store: SqliteStore) -> None:
+    store.write(entry(1, result="moved"))
+    store.close()
+    open_store(place).close()
+    for now, left in ((1001.0, 1), (1001.0 + HISTORY, 1), (1002.0 + HISTORY, 0)):
+        again = open_store(place, now=now)
+        assert len(again.history()) == left
+        again.close()
+
+
+def test_a_number_too_large_is_a_store_error(store: SqliteStore) -> None:
+    with pytest.raises(StoreError, match="too large"):
+        store.write(entry(epoch=1 << 63))
 
 
 def test_a_full_disk_is_a_store_error(store: SqliteStore) -> None:

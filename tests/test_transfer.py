@@ -97,8 +97,8 @@ def test_the_link_the_peer_and_the_operator_surprise_no_source_state(state: Sour
 
 
 @pytest.mark.parametrize("state", TargetState)
-def test_the_link_and_the_clock_surprise_no_target_state(state: TargetState) -> None:
-    for what in (TI.LINK_LOST, TI.CTC, TI.TIMEOUT):
+def test_the_peer_and_the_clock_surprise_no_target_state(state: TargetState) -> None:
+    for what in (TI.CTC, TI.TIMEOUT):
         new_target(0.0, Timing(), state).feed(what, 1.0)
 
 
@@ -187,7 +187,7 @@ def _next(world: World) -> Iterator[World]:
     # the world interferes
     for source in (SI.LINK_LOST, SI.LINK_UP, SI.TIMEOUT, SI.CANCEL, SI.RESTART):
         yield _source(world, source)
-    for target in (TI.LINK_LOST, TI.TIMEOUT, TI.RESTART):
+    for target in (TI.TIMEOUT, TI.RESTART):
         yield _target(world, target)
     # messages arrive
     busy = world.target not in (T.NEW, T.PREPARED, T.OWNED, T.ABORTED)
@@ -294,6 +294,7 @@ def test_a_timer_runs_only_where_something_is_waited_for() -> None:
     assert machine.state is S.KEPT
     assert machine.next_timer() is None
     assert machine.handle_timer(100.0) == ()
+    assert machine.phases(clock.now() + 1.0) == {S.NEW: 500.0, S.OFFERED: 2000.0, S.KEPT: 1000.0}
     assert machine.spent == {S.NEW: pytest.approx(0.5), S.OFFERED: pytest.approx(2.0)}
 
 
@@ -328,6 +329,7 @@ def test_an_offer_of_an_owner_who_was_succeeded_is_stale() -> None:
     assert offer_fits(context, 4) is Status.STALE_EPOCH
     assert offer_fits(context, 3, owned=3) is Status.STALE_EPOCH  # epoch 3 is we
     assert offer_fits(context, 3, owned=2) is Status.OK
+    assert offer_fits(dataclasses.replace(context, epoch=1 << 63), 0) is Status.MALFORMED
 
 
 def test_a_ctd_must_fit_its_pctd() -> None:

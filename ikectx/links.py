@@ -1,0 +1,424 @@
+"""Connections between gateways: TLS 1.3 over TCP, and CXTP messages on them (I/O).
+
+Both ends show a certificate of the configured CA; a name in it (SAN dNSName, else the CN) says
+which configured peer it is. Who dialled sends PCTD, CTD and CTC and gets CTDR; who accepted answers.
+
+RFC 4067 names a transfer by the MN's previous address only, so an answer is told from another by order: on
+one connection, the CTDRs for one MN come in the order of the PCTDs and CTDs for it, one for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .context import Address
+from .cxtp import PORT, Ctc, Ctd, Ctdr, Message, Pctd, StreamDecoder
+from .errors import ConfigError, LinkError, WireError
+from .transfer import Timing
+
+log = logging.getLogger("ikectx.links")
+
+READ_SIZE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConfig:
+    """Another gateway.
+
+    `rights`: what it may do to us, "push" (move SAs here) or "pull". `certificate_name`: the name its
+    certificate holds, empty for `name`.
+    """
+
+    name: str
+    host: str
+    port: int = PORT
+    rights: frozenset[str] = frozenset({"push"})
+    certificate_name: str = ""
+
+    @property
+    def certified(self) -> str:
+        """The certificate name, in lower case."""
+        return (self.certificate_name or self.name).lower()
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files: our certificate (with its chain), its key, and the CAs that peers' certificates are of."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    def context(self, *, server: bool) -> ssl.SSLContext:
+        """TLS 1.3, a certificate demanded of the other side. Errors: ConfigError naming the file."""
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        made.minimum_version = ssl.TLSVersion.TLSv1_3
+        # the name is compared with the configuration after the handshake, for both roles alike
+        made.check_hostname = False
+        made.verify_mode = ssl.CERT_REQUIRED
+        if server:
+            made.num_tickets = 0  # connections are long-lived, and resumption would skip no certificate
+        for path in (self.ca, self.cert, self.key):
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                raise ConfigError(f"{path}: {error.strerror}") from None
+        try:
+            made.load_verify_locations(self.ca)
+        except ssl.SSLError as error:
+            raise ConfigError(f"{self.ca}: {_reason(error)}", hint="certificates of CAs in PEM") from None
+        try:
+            made.load_cert_chain(self.cert, self.key, password=_no_password)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(
+                f"{self.cert} with {self.key}: {_reason(error)}",
+                hint="PEM without a pass phrase, and the key must belong to the certificate",
+            ) from None
+        return made
+
+
+def _no_password() -> str:
+    """Instead of OpenSSL's question on the terminal."""
+    return ""
+
+
+def certificate_names(certificate: Mapping[str, Any] | None) -> frozenset[str]:
+    """dNSNames of a verified certificate (as `SSLSocket.getpeercert` gives it), else its CN; lower case."""
+    if not certificate:
+        return frozenset()
+    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+    if not names:
+        subject = [pair for rdn in certificate.get("subject", ()) for pair in rdn]
+        names = [value for kind, value in subject if kind == "commonName"]
+    return frozenset(name.lower() for name in names)
+
+
+class Stream(Protocol):
+    """A reliable stream of octets to a gateway whose names are proven."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names the other side has proven, lower case."""
+
+    @property
+    def label(self) -> str:
+        """Where the other side is, for logs."""
+
+    async def read(self) -> bytes:
+        """Some octets, none at the end. Errors: LinkError."""
+
+    async def write(self, data: bytes) -> None:
+        """Errors: LinkError."""
+
+    def close(self) -> None:
+        """At once; twice is harmless."""
+
+
+Dial = Callable[[PeerConfig], Awaitable[Stream]]
+Accept = Callable[[Stream], Awaitable[None]]
+
+
+class TlsStream:
+    """`Stream` over asyncio's streams after a TLS handshake."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, timing: Timing) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._timeout = 3 * timing.keepalive
+        host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
+        self.label = f"{host}:{port}"
+        self.names = certificate_names(writer.get_extra_info("peercert"))
+        _keep_alive(writer.get_extra_info("socket"), timing.keepalive)
+
+    async def read(self) -> bytes:
+        try:
+            return await self._reader.read(READ_SIZE)
+        except (OSError, ssl.SSLError) as error:
+            raise LinkError(f"{self.label}: {_reason(error)}") from None
+
+    async def write(self, data: bytes) -> None:
+        try:
+            self._writer.write(data)
+            async with asyncio.timeout(self._timeout):
+                await self._writer.drain()
+        except TimeoutError:
+            raise LinkError(f"{self.label} takes no more octets") from None
+        except (OSError, ssl.SSLError, RuntimeError) as error:
+            raise LinkError(f"{self.label}: {_reason(error)}") from None
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._writer.close()
+
+
+def _keep_alive(sock: Any, seconds: float) -> None:
+    """Notice within about three times `seconds` that the other side has gone."""
+    if sock is None:
+        return
+    whole = max(1, round(seconds))
+    options = (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, whole),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, whole),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 3000 * whole),
+    )
+    for level, name, value in options:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(level, name, value)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def tls_dial(tls: TlsConfig, timing: Timing) -> Dial:
+    """A `Dial` that proves the peer's name. Errors: ConfigError here; LinkError when dialling."""
+    context = tls.context(server=False)
+
+    async def dial(peer: PeerConfig) -> Stream:
+        where = f"{peer.name} at {peer.host}:{peer.port}"
+        try:
+            async with asyncio.timeout(timing.connect):
+                reader, writer = await asyncio.open_connection(peer.host, peer.port, ssl=context)
+        except TimeoutError:
+            raise LinkError(f"{where} did not answer within {timing.connect:g} s") from None
+        except OSError as error:
+            raise LinkError(f"{where}: {_reason(error)}") from None
+        stream = TlsStream(reader, writer, timing)
+        if peer.certified not in stream.names:
+            stream.close()
+            shown = ", ".join(sorted(stream.names)) or "no name"
+            raise LinkError(
+                f"{where} shows a certificate of {shown} instead of {peer.certified}",
+                hint="correct the peer's address or name in the configuration, or the certificate there",
+            )
+        return stream
+
+    return dial
+
+
+async def tls_listen(
+    tls: TlsConfig, timing: Timing, where: Sequence[tuple[str, int]], accept: Accept
+) -> list[asyncio.Server]:
+    """Servers, to be started, that give proven connections to `accept`. Errors: ConfigError, LinkError."""
+    context = tls.context(server=True)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
+        try:
+            # not left to start_server, which would tell nobody why a handshake failed
+            await writer.start_tls(context, ssl_handshake_timeout=timing.connect)
+        except (OSError, ssl.SSLError) as error:
+            log.warning("refused a connection from %s:%s: %s", host, port, _reason(error))
+            writer.close()
+            return
+        await accept(TlsStream(reader, writer, timing))
+
+    servers: list[asyncio.Server] = []
+    for host, port in where:
+        try:
+            servers.append(await asyncio.start_server(connected, host, port, start_serving=False))
+        except OSError as error:
+            for server in servers:
+                server.close()
+            raise LinkError(
+                f"cannot listen on {host}:{port}: {_reason(error)}",
+                hint="another agent may be running, or the address may not be here yet",
+            ) from None
+    return servers
+
+
+Answer = Ctdr | LinkError
+Arrival = Callable[["Link", Message], Awaitable[None]]
+
+
+class Link:
+    """CXTP on one connection to one peer: cuts messages, pairs answers with what they answer.
+
+    `arrived` is called, in order, with every message but CTDR.
+    """
+
+    def __init__(self, stream: Stream, peer: PeerConfig, arrived: Arrival) -> None:
+        self.peer = peer
+        self.error: LinkError | None = None
+        """Why the link is closed; None while it is open."""
+        self._stream = stream
+        self._arrived = arrived
+        self._asked: defaultdict[Address, deque[asyncio.Future[Answer]]] = defaultdict(deque)
+        self._writing = asyncio.Lock()
+
+    @property
+    def label(self) -> str:
+        """The peer's name and where it is."""
+        return f"{self.peer.name} at {self._stream.label}"
+
+    @property
+    def waiting(self) -> bool:
+        """Is an answer owed to us?"""
+        return any(self._asked.values())
+
+    async def send(self, message: Message) -> int:
+        """Send; the message's octets. Errors: LinkError."""
+        data = message.serialize()
+        async with self._writing:
+            if self.error is not None:
+                raise self.error
+            try:
+                await self._stream.write(data)
+            except LinkError as error:
+                self.close(error)
+                raise
+        return len(data)
+
+    async def ask(
+        self, message: Pctd | Ctd, again: asyncio.Future[Answer] | None = None
+    ) -> tuple[int, asyncio.Future[Answer]]:
+        """Send what wants an answer: its octets, and a future of the CTDR (or of the link's end).
+
+        `again`: the future of the same message, asked before on this link; any answer to either resolves it.
+        Whoever stops waiting leaves the future alone: the answer that comes for it still counts.
+        """
+        future = again or asyncio.get_running_loop().create_future()
+        data = message.serialize()
+        async with self._writing:  # so that the order of asking is the order on the wire
+            if self.error is not None:
+                raise self.error
+            self._asked[message.mn].append(future)
+            try:
+                await self._stream.write(data)
+            except LinkError as error:
+                self.close(error)
+                raise
+        return len(data), future
+
+    async def run(self) -> None:
+        """Read until the end of the connection, then close. Raises nothing."""
+        decoder = StreamDecoder()
+        try:
+            while data := await self._stream.read():
+                for message in decoder.feed(data):
+                    if isinstance(message, Ctdr):
+                        self._answered(message)
+                    else:
+                        await self._arrived(self, message)
+                if decoder.error is not None:
+                    raise decoder.error
+            self.close(
+                LinkError(
+                    f"{self.label} closed the connection",
+                    hint="its log says why, if it refused this gateway's certificate or name",
+                )
+            )
+        except WireError as error:
+            log.warning("%s sent what is not CXTP, the connection is closed: %s", self.label, error)
+            self.close(LinkError(f"{self.label} sent what is not CXTP: {error}"))
+        except LinkError as error:
+            self.close(error)
+        except asyncio.CancelledError:
+            self.close(LinkError(f"the connection to {self.label} was closed here"))
+            raise
+
+    def _answered(self, message: Ctdr) -> None:
+        asked = self._asked.get(message.mn)
+        if not asked:
+            log.warning("%s answered what nobody asked, for %s", self.label, message.mn)
+            return
+        future = asked.popleft()
+        if not asked:
+            del self._asked[message.mn]
+        if not future.done():
+            future.set_result(message)
+
+    def close(self, error: LinkError) -> None:
+        """Close, for this reason; all who wait for answers get it. The first reason stays."""
+        if self.error is not None:
+            return
+        self.error = error
+        self._stream.close()
+        for asked in self._asked.values():
+            for future in asked:
+                if not future.done():
+                    future.set_result(error)
+        self._asked.clear()
+
+
+class Links:
+    """One outgoing link to each peer, dialled when it is needed, closed after `timing.idle` without use."""
+
+    def __init__(self, dial: Dial, timing: Timing, cancelled: Callable[[PeerConfig, Ctc], None]) -> None:
+        self._dial = dial
+        self._timing = timing
+        self._cancelled = cancelled
+        self._links: dict[str, Link] = {}
+        self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._users: defaultdict[str, int] = defaultdict(int)
+
+    def connected(self, name: str) -> bool:
+        """Is there an open link to that peer?"""
+        return name in self._links
+
+    async def get(self, peer: PeerConfig) -> Link:
+        """The open link, or a new one. Errors: LinkError."""
+        async with self._dialling[peer.name]:
+            link = self._links.get(peer.name)
+            if link is not None and link.error is None:
+                return link
+            link = Link(await self._dial(peer), peer, self._arrived)
+            self._links[peer.name] = link
+            task = asyncio.create_task(self._run(link), name=f"ikectx link to {peer.name}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return link
+
+    @contextlib.contextmanager
+    def in_use(self, peer: PeerConfig) -> Any:
+        """While one of these is held the link does not count as idle."""
+        self._users[peer.name] += 1
+        try:
+            yield
+        finally:
+            self._users[peer.name] -= 1
+            if not self._users[peer.name]:
+                with contextlib.suppress(RuntimeError):
+                    asyncio.get_running_loop().call_later(self._timing.idle, self._idle, peer.name)
+
+    def _idle(self, name: str) -> None:
+        link = self._links.get(name)
+        if link is not None and not self._users[name]:
+            link.close(LinkError(f"the connection to {name} was idle"))
+
+    async def _run(self, link: Link) -> None:
+        try:
+            await link.run()
+        finally:
+            if self._links.get(link.peer.name) is link:
+                del self._links[link.peer.name]
+
+    async def _arrived(self, link: Link, message: Message) -> None:
+        if isinstance(message, Ctc):
+            self._cancelled(link.peer, message)
+        else:
+            log.warning("%s sent a %s on a connection of ours: ignored", link.label, message.TYPE.name)
+
+    async def close(self) -> None:
+        """Close all."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

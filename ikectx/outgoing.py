@@ -1,0 +1,517 @@
+"""The source's end of a transfer: export, offer, let go, and what follows from the answer (pSG)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace as changed
+from typing import Any, Literal, TypeVar
+
+from .context import FinalState, IkeContext
+from .cxtp import Ctc, Ctd, Ctdr, Pctd
+from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
+from .links import Answer, Link, Links, PeerConfig
+from .numbers import STATUS_TEXT, Status
+from .ports import SaName, Verdict
+from .profile import TransferHeader, decode, decode_final, decode_verdicts, encode, encode_final
+from .run import Observer, Parts, Run, log, step
+from .store import JournalEntry
+from .transfer import (
+    HINTS,
+    OSEQ_JUMP,
+    SOURCE_DURABLE,
+    SOURCE_STANDS,
+    SourceAction,
+    SourceInput,
+    SourceState,
+    TransferReport,
+    mn_label,
+    new_source,
+)
+
+Address = Literal["update", "keep"]
+_T = TypeVar("_T")
+
+_PHASES: Mapping[SourceState, str] = {
+    SourceState.NEW: "export",
+    SourceState.OFFERED: "prepare",
+    SourceState.FREEZING: "freeze",
+    SourceState.RELEASED: "confirm",
+    SourceState.CLEANING: "release",
+    SourceState.THAWING: "thaw",
+}
+
+_RESULTS: Mapping[SourceState, str] = {
+    SourceState.DONE: "moved",
+    SourceState.KEPT: "kept",
+    SourceState.REFUSED: "refused",
+}
+_INSTEAD: Mapping[SourceState, SourceInput] = {
+    SourceState.OFFERED: SourceInput.FAILED,
+    SourceState.FREEZING: SourceInput.CANCEL,
+    SourceState.RELEASED: SourceInput.FAILED,
+}
+"""Without a journal nothing is let go."""
+
+
+def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
+    """What a CTDR says: OK, the first refusal, or MALFORMED when it says both or nothing."""
+    verdicts = decode_verdicts(answer.statuses)
+    failed = next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), None)
+    if answer.complete == (failed is None):
+        return failed or Status.OK, verdicts
+    return Status.MALFORMED, verdicts
+
+
+class Outgoing(Run[SourceState, SourceInput, SourceAction]):
+    """One attempt to move one IKE_SA to one peer. `go` walks it to its end, also after it was reported."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        links: Links,
+        peer: PeerConfig,
+        *,
+        sa: SaName,
+        transfer_id: bytes,
+        address: Address = "update",
+        observer: Observer | None = None,
+        entry: JournalEntry | None = None,
+    ) -> None:
+        state = SourceState.NEW if entry is None else SourceState(entry.state)
+        machine = new_source(parts.clock.now(), parts.timing, state)
+        super().__init__(
+            parts, machine, entry, observer, durable=SOURCE_DURABLE, results=_RESULTS, instead=_INSTEAD
+        )
+        self.peer = peer
+        self.sa = sa
+        self.transfer_id = transfer_id
+        self.address = address
+        self.context: IkeContext | None = None
+        self.signals: asyncio.Queue[SourceInput] = asyncio.Queue()
+        """What comes from elsewhere: CANCEL and RECLAIM (the operator), CTC (the peer)."""
+        self.settled: asyncio.Future[TransferReport] = asyncio.get_running_loop().create_future()
+        """The report: at the end, or earlier as "in-doubt"."""
+        self.over = asyncio.Event()
+        """Set when nothing goes on any more."""
+        self._links = links
+        self._link: Link | None = None
+        self._asked: asyncio.Future[Answer] | None = None
+        self._verdicts: tuple[Verdict, ...] = ()
+        self._messages = 0
+        self._octets = 0
+        self._connect_ms = 0.0
+        self._tries = 0
+        self._trouble: IkectxError | None = None
+        self._doubts: asyncio.TimerHandle | None = None
+        self._sent = 0.0
+        self._do: Mapping[SourceAction, Callable[[], Awaitable[SourceInput | None]]] = {
+            SourceAction.SEND_PCTD: self._send_pctd,
+            SourceAction.SEND_CTD: self._send_ctd,
+            SourceAction.SEND_CTC: self._send_ctc,
+            SourceAction.RECONNECT: self._reconnect,
+            SourceAction.FREEZE: self._freeze,
+            SourceAction.RELEASE: self._release,
+            SourceAction.THAW: self._thaw,
+        }
+
+    @classmethod
+    def resumed(cls, parts: Parts, links: Links, peer: PeerConfig, entry: JournalEntry) -> Outgoing:
+        """As the journal has it. Errors: WireError when its context is not one of this version."""
+        if entry.context is None:
+            raise WireError("the journal has no context for it")
+        context, header = decode(Pctd.parse(entry.context).blocks)
+        if entry.final is not None:
+            decode_final(Ctd.parse(entry.final).blocks)
+        run = cls(
+            parts,
+            links,
+            peer,
+            sa=entry.sa,
+            transfer_id=entry.transfer_id,
+            address=header.address,
+            entry=entry,
+        )
+        run.context = context
+        return run
+
+    # -- the walk ----------------------------------------------------------------------------------------
+
+    async def export(self) -> None:
+        """Ask the source for the context. Errors: UnknownSaError; any other error is kept for `begin`."""
+        try:
+            context = await self._step("export", self.parts.source.export(self.sa))
+            epoch = max(context.epoch, self.parts.store.known_epoch(self.sa))
+            self.context = changed(context, epoch=epoch)
+            self.error = None
+        except UnknownSaError:
+            raise
+        except IkectxError as error:
+            self.context = None
+            self.error = error
+
+    async def begin(self) -> None:
+        """Go on from the export to the end."""
+        context = self.context
+        if context is not None:
+            try:
+                header = TransferHeader(self.transfer_id, "prepare", self.address)
+                offer = Pctd(context.remote.address, encode(context, transfer=header)).serialize()
+                now = self.parts.wall()
+                self.entry = JournalEntry(
+                    transfer_id=self.transfer_id,
+                    role="source",
+                    peer=self.peer.name,
+                    sa=self.sa,
+                    mn=mn_label(context),
+                    mn_address=str(context.remote.address),
+                    state=str(SourceState.NEW),
+                    epoch=context.epoch,
+                    started=now,
+                    updated=now,
+                    context=offer,
+                )
+                await self.go(SourceInput.OK)
+                return
+            except WireError as error:
+                self.blame(error)
+        busy = isinstance(self.error, BusyError)
+        await self.go(SourceInput.BUSY if busy else SourceInput.FAILED)
+
+    async def go(self, what: SourceInput | None) -> None:
+        """Feed `what`, do what the table says, feed what comes of it, until the end."""
+        with self._links.in_use(self.peer):
+            while what is not None:
+                before = self.machine.state
+                actions = await self.advance(what)
+                if self.machine.state != before:
+                    self._tries = 0
+                what = None
+                for action in actions:
+                    what = await self._do[action]()
+        if self._doubts is not None:
+            self._doubts.cancel()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Report: at the end, and before it when the caller should not wait any longer."""
+        report = self.report()
+        if not self.settled.done():
+            self.settled.set_result(report)
+        self.tell(report)
+
+    async def _step(self, what: str, work: Awaitable[_T]) -> _T:
+        return await step(what, work, self.parts.timing)
+
+    # -- messages ----------------------------------------------------------------------------------------
+
+    async def _connect(self) -> Link:
+        began = self.parts.clock.now()
+        self._link = await self._links.get(self.peer)
+        self._connect_ms += (self.parts.clock.now() - began) * 1000
+        return self._link
+
+    def _count(self, octets: int) -> None:
+        self._messages += 1
+        self._octets += octets
+
+    def _elapsed(self) -> int:
+        """The field of PCTD and CTD: milliseconds since the first message of this transfer."""
+        now = self.parts.clock.now()
+        if not self._sent:
+            self._sent = now
+        return min(0xFFFFFFFF, round((now - self._sent) * 1000))
+
+    async def _send_pctd(self) -> SourceInput:
+        try:
+            link = await self._connect()
+            offer = changed(Pctd.parse(self.stored.context or b""), elapsed=self._elapsed())
+            octets, self._asked = await link.ask(offer)
+        except LinkError as error:
+            self.blame(error)
+            return SourceInput.LINK_LOST
+        self._count(octets)
+        return await self._answer()
+
+    async def _send_ctd(self) -> SourceInput:
+        if self._doubts is None:
+            self._doubts = asyncio.get_running_loop().call_later(self.parts.timing.in_doubt, self._doubt)
+        try:
+            if self._link is None or self._link.error is not None:
+                raise self._link.error if self._link and self._link.error else LinkError("not connected")
+            letting_go = changed(Ctd.parse(self.stored.final or b""), elapsed=self._elapsed())
+            # no answer in time: asked once more on the same link
+            again = self._asked if self._asked is not None and not self._asked.done() else None
+            octets, self._asked = await self._link.ask(letting_go, again)
+        except LinkError as error:
+            self._lost(error)
+            return SourceInput.LINK_LOST
+        self._count(octets)
+        return await self._answer()
+
+    def _doubt(self) -> None:
+        if self.machine.state is SourceState.RELEASED:
+            self.blame(LinkError(f"{self.peer.name} has not confirmed in {self.parts.timing.in_doubt:g} s"))
+            self._settle()
+
+    def _lost(self, error: LinkError) -> None:
+        log.warning("transfer %s: let go, but not confirmed yet: %s", self.transfer_id.hex(), error)
+
+    async def _reconnect(self) -> SourceInput:
+        """Wait, longer each time, then dial again."""
+        wait = self.parts.timing.wait(self._tries)
+        self._tries += 1
+        signal = await self._signal(wait)
+        if signal is not None:
+            return signal
+        try:
+            await self._connect()
+        except LinkError as error:
+            self._lost(error)
+            return SourceInput.LINK_LOST
+        return SourceInput.LINK_UP
+
+    async def _send_ctc(self) -> None:
+        """So that the peer need not wait for its own timer; not more than a courtesy."""
+        if self.context is None or self._link is None or self._link.error is not None:
+            return
+        try:
+            self._count(await self._link.send(Ctc(self.context.remote.address)))
+        except LinkError as error:
+            log.info("transfer %s: %s was not told: %s", self.transfer_id.hex(), self.peer.name, error)
+
+    async def _signal(self, seconds: float | None) -> SourceInput | None:
+        """The next signal that means something in this state; None: none came in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self.machine.ignores(signal := await self.signals.get()):
+                    pass
+        except TimeoutError:
+            return None
+        self._blame_signal(signal)
+        return signal
+
+    def _pending(self) -> SourceInput | None:
+        """A signal that came while a step was under way."""
+        while not self.signals.empty():
+            signal = self.signals.get_nowait()
+            if not self.machine.ignores(signal):
+                self._blame_signal(signal)
+                return signal
+        return None
+
+    def _blame_signal(self, signal: SourceInput) -> None:
+        reasons = {
+            SourceInput.CANCEL: StateError("it was cancelled here", hint="nothing to do"),
+            SourceInput.CTC: RefusedError(f"{self.peer.name} cancelled it", status=Status.UNKNOWN_TRANSFER),
+            SourceInput.RECLAIM: StateError(
+                "it was reclaimed by the operator",
+                hint=f"make sure that {self.peer.name} does not serve the SA as well",
+            ),
+        }
+        if signal in reasons:
+            self.error = reasons[signal]
+
+    async def _answer(self) -> SourceInput:
+        """What comes first: the CTDR, the end of the link, a signal, the machine's timer."""
+        asked = self._asked
+        if asked is None:
+            raise StateError("nothing was asked")
+        due = self.machine.next_timer()
+        left = None if due is None else max(0.0, due - self.parts.clock.now())
+        signal = asyncio.ensure_future(self._signal(left))
+        both: set[asyncio.Future[Any]] = {asked, signal}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            signal.cancel()
+        what = signal.result() if signal.done() and not signal.cancelled() else None
+        if asked.done():
+            if what is not None:
+                self.signals.put_nowait(what)  # the answer counts first
+            return self._judge(asked.result())
+        if what is not None:
+            return what
+        waited = "offer" if self.machine.state is SourceState.OFFERED else "confirmation"
+        log.warning("transfer %s: no answer to the %s", self.transfer_id.hex(), waited)
+        if self.machine.state is SourceState.OFFERED:
+            self.blame(LinkError(f"{self.peer.name} did not answer in time", hint="see its log"))
+        return SourceInput.TIMEOUT
+
+    def _judge(self, answer: Answer) -> SourceInput:
+        if isinstance(answer, LinkError):
+            if self.machine.state is SourceState.RELEASED:
+                self._lost(answer)
+            else:
+                self.blame(answer)
+            return SourceInput.LINK_LOST
+        self._count(len(answer.serialize()))
+        status, self._verdicts = offer_status(answer)
+        if status is Status.OK:
+            return SourceInput.ACCEPTED
+        if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and answer.complete:
+            # neither yes nor no: whoever may own it now, it is not for us to guess
+            log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
+            return SourceInput.LINK_LOST
+        self.error = RefusedError(
+            f"{self.peer.name}: {STATUS_TEXT.get(status, f'status {int(status)}')}",
+            status=status,
+            hint=HINTS.get(status, ""),
+        )
+        return SourceInput.REJECTED
+
+    # -- steps -------------------------------------------------------------------------------------------
+
+    @property
+    def _of(self) -> IkeContext:
+        if self.context is None:
+            raise StateError("a transfer without context takes no steps")
+        return self.context
+
+    async def _freeze(self) -> SourceInput:
+        context, entry = self._of, self.stored
+        try:
+            final: FinalState = await self._step("freeze", self.parts.source.freeze(context, self.peer.name))
+            final = changed(final, epoch=context.epoch + 1)
+            blocks = encode_final(final, self.transfer_id)
+            letting_go = Ctd(context.remote.address, blocks).serialize()
+        except BusyError as error:
+            self.blame(error)
+            return SourceInput.BUSY
+        except IkectxError as error:
+            self.blame(error)
+            return SourceInput.FAILED
+        signal = self._pending()
+        if signal is not None:
+            return signal
+        if self._link is None or self._link.error is not None:
+            self.blame((self._link and self._link.error) or LinkError("the connection is gone"))
+            return SourceInput.LINK_LOST
+        self.entry = changed(entry, final=letting_go, epoch=final.epoch)
+        return SourceInput.OK
+
+    async def _release(self) -> SourceInput:
+        try:
+            await self._step("release", self.parts.source.release(self._of))
+        except IkectxError as error:
+            return await self._failed("release", error)
+        self._trouble = None
+        return SourceInput.OK
+
+    async def _thaw(self) -> SourceInput:
+        entry = self.stored
+        let_go = entry.final is not None
+        # whoever got the CTD may have sent under its own jump: go past all of that
+        jump = 2 * max(self.parts.oseq_jump, OSEQ_JUMP) if let_go else 0
+        try:
+            await self._step("thaw", self.parts.source.thaw(self._of, jump))
+        except IkectxError as error:
+            return await self._failed("thaw", error)
+        self._trouble = None
+        if let_go:
+            self.entry = changed(entry, epoch=self._of.epoch + 2)
+        return SourceInput.OK
+
+    async def _failed(self, what: str, error: IkectxError) -> SourceInput:
+        """A step without alternative: report in time, and go on trying."""
+        self._tries += 1
+        if self._tries == self.parts.timing.retries:
+            self._trouble = error
+            self._settle()
+        await self.again(self._tries - 1, what, error)
+        return SourceInput.FAILED
+
+    # -- the report --------------------------------------------------------------------------------------
+
+    def phases(self) -> dict[str, float]:
+        """Milliseconds by phase; `connect` is no part of `prepare`."""
+        spent = super().phases()
+        found = {name: spent[state] for state, name in _PHASES.items() if state in spent}
+        if self._connect_ms:
+            found["connect"] = round(self._connect_ms, 3)
+            if "prepare" in found:
+                found["prepare"] = round(max(0.0, found["prepare"] - self._connect_ms), 3)
+        return found
+
+    def report(self) -> TransferReport:
+        """As it stands now."""
+        result, here, there = SOURCE_STANDS[self.machine.state]
+        trouble, context, entry = self._trouble, self.context, self.entry
+        error = trouble or self.error
+        mn = mn_label(context) if context is not None else ""
+        text, hint, exit_code = "", "", 0
+        if result == "moved":
+            text = f"{self.peer.name} serves {mn} now"
+            if trouble is not None:
+                text += f"; the clean-up here failed, it is tried again: {trouble}"
+        elif error is not None:
+            text, hint, exit_code = str(error), error.hint, error.exit_code
+        if result == "in-doubt":
+            exit_code = exit_code or LinkError.exit_code
+            ident = self.transfer_id.hex()
+            hint = (
+                f"bring {self.peer.name} back: this gateway goes on asking it. If it has lost the SA for"
+                f" good, `ikectx reclaim {ident}` serves it here again"
+                if self.machine.state is SourceState.RELEASED
+                else "look at charon and the kernel here: it is tried again until it works"
+            )
+        return TransferReport(
+            transfer_id=self.transfer_id.hex(),
+            sa=self.sa,
+            mn=mn,
+            mn_address=str(context.remote.address) if context is not None else "",
+            from_=self.parts.name,
+            to=self.peer.name,
+            result=result,
+            status=Status.OK if result == "moved" else self.status,
+            text=text,
+            hint=hint,
+            state_here=f"{self.parts.name} {here}",
+            state_there=f"{self.peer.name} {there}",
+            verdicts=self._verdicts,
+            phases_ms=self.phases(),
+            cxtp_messages=self._messages,
+            cxtp_octets=self._octets,
+            epoch=entry.epoch if entry is not None else 0,
+            address=self.address,
+            exit_code=exit_code,
+        )
+
+    async def ask_only(self) -> TransferReport:
+        """The dry run: would the peer take what was exported? Touches nothing, journals nothing."""
+        context = self.context
+        try:
+            if context is None:
+                raise self.error or StateError("nothing was exported")
+            with self._links.in_use(self.peer):
+                link = await self._connect()
+                header = TransferHeader(self.transfer_id, "check", self.address)
+                offer = Pctd(context.remote.address, encode(context, transfer=header))
+                began = self.parts.clock.now()
+                octets, asked = await link.ask(offer)
+                self._count(octets)
+                async with asyncio.timeout(self.parts.timing.offer):
+                    answer = await asyncio.shield(asked)
+                spent = (self.parts.clock.now() - began) * 1000
+            if isinstance(answer, LinkError):
+                raise answer
+        except TimeoutError:
+            self.blame(LinkError(f"{self.peer.name} did not answer in time", hint="see its log"))
+            return changed(self.report(), dry_run=True)
+        except IkectxError as error:
+            self.blame(error)
+            return changed(self.report(), dry_run=True)
+        self._count(len(answer.serialize()))
+        status, self._verdicts = offer_status(answer)
+        report = changed(
+            self.report(),
+            dry_run=True,
+            status=status,
+            state_there=f"{self.peer.name} knows nothing of it",
+            phases_ms={**self.phases(), "check": round(spent, 3)},
+        )
+        if status is Status.OK:
+            return changed(report, text=f"{self.peer.name} would take it")
+        text = f"{self.peer.name} would refuse: {STATUS_TEXT.get(status, f'status {int(status)}')}"
+        code = RefusedError.exit_code
+        return changed(report, result="refused", text=text, hint=HINTS.get(status, ""), exit_code=code)

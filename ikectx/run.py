@@ -1,0 +1,195 @@
+"""What both ends of a transfer share: the parts of a gateway, its journal, steps that may fail."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+from .errors import IkectxError, StateError, StoreError
+from .numbers import Status
+from .ports import Clock, ContextSink, ContextSource
+from .store import JournalEntry, SqliteStore
+from .transfer import Machine, Timing, TransferEvent, TransferReport
+
+log = logging.getLogger("ikectx.transfer")
+
+_T = TypeVar("_T")
+_State = TypeVar("_State", bound=StrEnum)
+_Input = TypeVar("_Input", bound=StrEnum)
+_Action = TypeVar("_Action", bound=StrEnum)
+
+Observer = Callable[[TransferEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What all transfers of one gateway use. `wall`: seconds since 1970, for the journal only."""
+
+    name: str
+    source: ContextSource
+    sink: ContextSink
+    store: SqliteStore
+    timing: Timing
+    clock: Clock
+    wall: Callable[[], float]
+    oseq_jump: int
+    observer: Observer | None = None
+
+
+async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
+    """One call of a port. Errors: IkectxError, whatever the port raised, and when it takes too long."""
+    try:
+        async with asyncio.timeout(timing.step):
+            return await work
+    except IkectxError:
+        raise
+    except TimeoutError:
+        raise StateError(f"{what} did not end within {timing.step:g} s") from None
+    except Exception as error:
+        log.exception("%s: not an error a port may raise", what)
+        raise StateError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+class Run(Generic[_State, _Input, _Action]):
+    """One transfer in one role: a machine, and the journal that is always a step ahead of the world.
+
+    `durable`: see `transfer`. `results`: the states that end it, and the journal's word for each.
+    `instead`: what to feed when a state may not be entered since it cannot be journaled.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        machine: Machine[_State, _Input, _Action],
+        entry: JournalEntry | None,
+        observer: Observer | None = None,
+        *,
+        durable: frozenset[_State],
+        results: Mapping[_State, str],
+        instead: Mapping[_State, _Input],
+    ) -> None:
+        self.parts = parts
+        self.machine = machine
+        self.entry = entry
+        self.error: IkectxError | None = None
+        """Why it does not go on as it should; the first reason stays."""
+        self._began = parts.clock.now()
+        self._observers = [each for each in (parts.observer, observer) if each is not None]
+        self.on_disk = machine.state
+        """The state that the journal has."""
+        self._durable = durable
+        self._results = results
+        self._instead = instead
+
+    @property
+    def ended(self) -> bool:
+        return self.machine.state in self._results
+
+    @property
+    def stored(self) -> JournalEntry:
+        """The journal's entry. Errors: StateError before there is one."""
+        if self.entry is None:
+            raise StateError("the transfer has no journal yet")
+        return self.entry
+
+    @property
+    def status(self) -> Status:
+        return Status.OK if self.error is None else self.error.status
+
+    def blame(self, error: IkectxError) -> None:
+        """Remember why, unless a reason is known already."""
+        if self.error is None:
+            self.error = error
+
+    def phases(self) -> dict[str, float]:
+        """Milliseconds by phase, for journal and report."""
+        return self.machine.phases(self.parts.clock.now())
+
+    def must(self, state: _State) -> bool:
+        """May this state, from where we are, not be entered before the journal says so?"""
+        return False
+
+    async def advance(self, what: _Input) -> tuple[_Action, ...]:
+        """Journal where `what` leads, go there, and say what is to be done.
+
+        Where the journal cannot be written: `instead` of letting go or taking comes a way back; what
+        `must` be journaled waits for it; the rest goes on, because the next start would find the same way.
+        """
+        tries = 0
+        while True:
+            state = self.machine.peek(what)
+            try:
+                self._write(state)
+            except StoreError as error:
+                if state in self._instead:
+                    self.blame(error)
+                    what = self._instead[state]
+                    continue
+                if self.must(state):
+                    await self.again(tries, f"journaling {state}", error)
+                    tries += 1
+                    continue
+                log.error("transfer goes on without its journal: %s", error)
+            before = self.machine.state
+            actions = self.machine.feed(what, self.parts.clock.now())
+            if self.machine.state != before:
+                self.tell()
+            return actions
+
+    def _write(self, state: _State) -> None:
+        if self.entry is None or state == self.on_disk:
+            return
+        over = state in self._results
+        entry = changed(
+            self.entry,
+            state=str(state),
+            updated=self.parts.wall(),
+            detail=self.detail(),
+            status=self.status,
+            result=self._results.get(state, ""),
+            phases=self.phases(),
+            # what is over needs no keys any more
+            context=None if over else self.entry.context,
+            final=None if over else self.entry.final,
+        )
+        self.parts.store.write(entry, durable=state in self._durable)
+        self.entry = entry
+        self.on_disk = state
+
+    def detail(self) -> str:
+        """What the journal says of the error; holds no secrets, since no error does."""
+        return "" if self.error is None else str(self.error)
+
+    def tell(self, report: TransferReport | None = None) -> None:
+        """Tell the observers where the transfer is."""
+        entry = self.entry
+        if entry is None:
+            return
+        event = TransferEvent(
+            transfer_id=entry.transfer_id.hex(),
+            role=entry.role,
+            peer=entry.peer,
+            sa=entry.sa,
+            mn=entry.mn,
+            state=str(self.machine.state),
+            ms=round((self.parts.clock.now() - self._began) * 1000, 3),
+            detail=self.detail(),
+            report=report,
+        )
+        for observer in self._observers:
+            try:
+                observer(event)
+            except Exception:
+                log.exception("an observer of transfers failed")
+
+    async def again(self, tries: int, what: str, error: IkectxError) -> None:
+        """Log that `what` failed, and wait before it is tried again."""
+        wait = self.parts.timing.wait(tries)
+        ident = self.entry.transfer_id.hex() if self.entry else "?"
+        log.error("transfer %s: %s failed, again in %g s: %s", ident, what, wait, error)
+        await asyncio.sleep(wait)
