@@ -12,50 +12,29 @@ import sys
 from pathlib import Path
 
 from ikectx.errors import KernelError
-from ikectx_cli.doctor import ESP_PROBE
-from ikectx_cli.lab_vm import find_kernel, kvm_works, run_in_vm
+from ikectx_cli.lab_start import choose
+from ikectx_cli.lab_vm import find_kernel, run_in_vm
 
 SLOW = "600"
 """Seconds a test may take under emulation."""
 
 
-def command(results: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "kernel_esp",
-        "--junit-xml",
-        str(results / "kernel.xml"),
-    ]
-
-
-def has_esp() -> bool:
-    try:
-        done = subprocess.run(
-            ["unshare", "-n", "ip", *ESP_PROBE], capture_output=True, timeout=30, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
-
-
 def main(results: Path) -> int:
-    if has_esp():
-        (results / "kernel.where").write_text(f"this machine, Linux {platform.release()}")
-        return subprocess.run(command(results), check=False).returncode
-    image = find_kernel()
-    name = image.name.removeprefix("vmlinuz-") if image else "none"
-    how = "KVM" if kvm_works() else "emulation"
-    (results / "kernel.where").write_text(f"virtual machine, Linux {name}, {how}")
-    slow = ["-p", "no:cacheprovider", "-o", f"timeout={SLOW}"]
-    environment = {"PYTHONDONTWRITEBYTECODE": "1", "HOME": os.environ.get("HOME", "/root")}
+    where = results / "kernel.where"
+    report = results / "kernel.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_esp", "--junit-xml", str(report)]
     try:
-        return run_in_vm([*command(results), *slow], shared=results, environment=environment)
+        if choose("auto") == "kernel":
+            where.write_text(f"this machine, Linux {platform.release()}")
+            return subprocess.run(command, check=False).returncode
+        image = find_kernel()
+        where.write_text(f"virtual machine, Linux {image.name.removeprefix('vmlinuz-') if image else '?'}")
+        # The guest may write into the results' folder only.
+        slow = ["-p", "no:cacheprovider", "-o", f"timeout={SLOW}"]
+        environment = {"PYTHONDONTWRITEBYTECODE": "1", "HOME": os.environ.get("HOME", "/root")}
+        return run_in_vm([*command, *slow], shared=results, environment=environment)
     except KernelError as error:
-        (results / "kernel.where").write_text(f"nowhere: {error}")
+        where.write_text(f"nowhere: {error}")
         print(f"kernel: {error}", file=sys.stderr)
         return 1
 
