@@ -1,6 +1,6 @@
-"""Adds up a report for run.sh: prints "passed failed skipped", and on standard error what failed or was skipped.
+"""Adds up a report for run.sh: prints "passed failed skipped"; what was skipped or failed on standard error.
 
-summary.py FILE.xml: JUnit, as pytest writes it. summary.py FILE.json: what `ikectx lab run --all --json` prints.
+summary.py FILE.xml: JUnit, as pytest writes it. FILE.json: what `ikectx lab run --all --json` prints.
 """
 
 from __future__ import annotations
