@@ -122,7 +122,7 @@ def show_history(items: Sequence[Mapping[str, Any]]) -> None:
         return
     rows = [
         (
-            render.when(item.get("time") or item.get("ended") or item.get("began")),
+            render.when(item.get("updated") or item.get("started")),
             item.get("role"),
             item.get("peer") or item.get("to"),
             item.get("mn"),

@@ -2,15 +2,15 @@
 
 charon (the updown plugin, strongSwan 5.9.8 to 6.0.6) runs it through a shell, once for each pair of
 traffic selectors when a CHILD_SA comes up or goes down, with PLUTO_* in the environment, and *waits for
-it with the IKE_SA in its hands*. So the agent is told and not waited for: it would have to ask charon
-about that very SA. After that charon's stock script takes over, with the same environment and the same
-arguments. Nothing here can fail the SA.
+it with the IKE_SA in its hands*. When one comes up, the agent is told and not waited for. When one goes
+down, the agent's answer is waited for, but not for long: as long as charon is held here, the SA's keys
+and counters are still in the kernel, for a handover. After that charon's stock script takes over, with
+the same environment and the same arguments. Nothing here can fail the SA.
 
     updown = /path/to/.venv/bin/ikectx updown --connection home
     updown = /path/to/.venv/bin/ikectx updown --connection home --then "/etc/my-updown with arguments"
 
-PLUTO_CONNECTION holds the name of the *child*; `--connection` says which connection it belongs to (the
-agent can also tell by PLUTO_UNIQUEID).
+PLUTO_CONNECTION holds the name of the *child*; `--connection` says which connection it belongs to.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ STOCK = (
 DEFAULT_SOCKET = "/run/ikectx.vici"
 DEFAULT_CONFIG = "/etc/ikectx/ikectx.toml"
 PATIENCE = 0.5
-"""Seconds the agent has to accept the message; answered it need not be."""
+"""Seconds the agent has to accept the message."""
+DOWN_PATIENCE = 8.0
+"""Seconds the agent has to answer when an SA goes down: at once, or when it has handed the SA over."""
 
 HELP = """\
 Usage: ikectx updown [--connection NAME] [--then COMMAND] [--config FILE] [--socket PATH] [ARGUMENT...]
@@ -50,7 +52,8 @@ def main(args: Sequence[str]) -> NoReturn:
         print(HELP, end="")
         sys.exit(0)
     if os.environ.get("PLUTO_VERB") and not os.environ.get("IKECTX_TRANSFER"):
-        tell(socket_path(options), request(os.environ, options.get("connection", "")))
+        down = os.environ["PLUTO_VERB"].startswith("down")
+        tell(socket_path(options), request(os.environ, options.get("connection", "")), answer=down)
     sys.stdout.flush()
     run_script(options.get("then"), rest)
 
@@ -90,9 +93,11 @@ def socket_path(options: Mapping[str, str]) -> str:
 
 
 def request(env: Mapping[str, str], connection: str) -> bytes:
-    """The VICI packet for the command `updown`, with its length in front."""
+    """The VICI packet for the command `updown`, with its length in front: verb, reqid, child, PLUTO_*."""
     values = {name: value for name, value in env.items() if name.startswith("PLUTO_")}
-    values["verb"] = env.get("PLUTO_VERB", "")
+    values["verb"] = env.get("PLUTO_VERB", "").partition("-")[0]
+    values["reqid"] = env.get("PLUTO_REQID", "")
+    values["child"] = env.get("PLUTO_CONNECTION", "")
     if connection:
         values["connection"] = connection
     body = b""
@@ -104,15 +109,18 @@ def request(env: Mapping[str, str], connection: str) -> bytes:
     return len(packet).to_bytes(4) + packet
 
 
-def tell(path: str, packet: bytes) -> None:
-    """Send it and go on; a word on standard output goes into charon's log."""
+def tell(path: str, packet: bytes, *, answer: bool) -> None:
+    """Send it, wait for the `answer` if asked, and go on; a word on standard output is for charon's log."""
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE)
             sock.connect(path)
             sock.sendall(packet)
+            if answer:
+                sock.settimeout(DOWN_PATIENCE)
+                sock.recv(4096)
     except OSError as error:
-        print(f"ikectx: the agent on {path} was not told: {error.strerror or error}")
+        print(f"ikectx: the agent on {path} was not told, or is silent: {error.strerror or error}")
 
 
 def run_script(then: str | None, args: Sequence[str]) -> NoReturn:

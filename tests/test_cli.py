@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from importlib import metadata
 from ipaddress import ip_address
@@ -83,6 +84,7 @@ class Agent:
         self.reports: list[dict[str, Any]] = [REPORT]
         self.sas: list[dict[str, Any]] = [SA]
         self.told = threading.Event()
+        self.answer_after = 0.0
         self.loop = asyncio.new_event_loop()
         self.server = ControlServer(
             self.path,
@@ -132,7 +134,7 @@ class Agent:
 
     async def history(self, request: Message) -> AsyncIterator[Message]:
         self.asked.append(("history", request))
-        yield with_json({"time": 1700000000, "role": "source", "peer": "nsg", "result": "moved"})
+        yield with_json({"started": 1700000000, "role": "source", "peer": "nsg", "result": "moved"})
 
     async def status(self, request: Message) -> Message:
         return with_json({"name": "psg", "charon": {"reachable": True}, "open": []})
@@ -148,6 +150,7 @@ class Agent:
     async def updown(self, request: Message) -> Message:
         self.asked.append(("updown", request))
         self.told.set()
+        await asyncio.sleep(self.answer_after)
         return {}
 
 
@@ -469,10 +472,12 @@ def test_tables_and_progress_on_a_terminal(
 
 # -- the updown hook
 
+TOLD = {"verb": "down", "reqid": "3", "child": "net"}
 PLUTO = {
     "PLUTO_VERB": "down-client",
     "PLUTO_CONNECTION": "net",
     "PLUTO_UNIQUEID": "7",
+    "PLUTO_REQID": "3",
     "PLUTO_PEER_ID": "mn@exämple.org",
 }
 
@@ -501,7 +506,22 @@ def test_hook_tells_the_agent_and_runs_the_script(agent: Agent) -> None:
     )
     assert (done.returncode, done.stdout) == (0, "down-client args --one two\n"), done.stderr
     assert agent.told.wait(5)
-    assert agent.asked == [("updown", {**PLUTO, "verb": "down-client", "connection": "home"})]
+    assert agent.asked == [("updown", {**PLUTO, **TOLD, "connection": "home"})]
+
+
+def test_hook_waits_for_the_agent_when_an_sa_goes_down_only(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent.answer_after = 0.5
+    began = time.monotonic()
+    updown.tell(agent.path, updown.request(PLUTO, "home"), answer=False)
+    assert time.monotonic() - began < 0.3
+    updown.tell(agent.path, updown.request(PLUTO, "home"), answer=True)
+    assert time.monotonic() - began > 0.45
+    monkeypatch.setattr(updown, "DOWN_PATIENCE", 0.1)
+    began = time.monotonic()
+    updown.tell(agent.path, updown.request(PLUTO, "home"), answer=True)
+    assert time.monotonic() - began < 0.4
 
 
 def test_hook_keeps_the_scripts_exit_code_and_survives_a_missing_agent(tmp_path: Path) -> None:
@@ -544,7 +564,7 @@ def test_hook_runs_the_stock_script_where_there_is_one(
 def test_hook_packet_is_what_the_codec_makes_of_it() -> None:
     (packet,) = Deframer().receive(updown.request({**PLUTO, "HOME": "/", "PLUTO_BAD": "\udcff"}, ""))
     assert packet.name == "updown"
-    assert parse_message(packet.body) == {**PLUTO, "PLUTO_BAD": "?", "verb": "down-client"}
+    assert parse_message(packet.body) == {**PLUTO, **TOLD, "PLUTO_BAD": "?"}
 
 
 def test_hook_through_the_group_and_its_help(
