@@ -1,0 +1,543 @@
+"""Connections: TLS and names on loopback, CXTP on them, and gateways that speak over them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from ikectx.aio import Gateway
+from ikectx.context import FinalChild, FinalState
+from ikectx.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, parse_message
+from ikectx.errors import ConfigError, LinkError, StateError
+from ikectx.links import Link, PeerConfig, Stream, TlsConfig, certificate_names, tls_dial, tls_listen
+from ikectx.numbers import Status
+from ikectx.ports import SaName
+from ikectx.profile import TransferHeader, encode, encode_final
+from ikectx.store import SqliteStore
+from ikectx.transfer import Timing
+
+from .certs import Authority
+from .peers import Ether, MemoryGateway, MemoryStream, Network, Wire, a_context
+
+TIMING = Timing(connect=0.5, offer=1.0, idle=0.05, keepalive=1.0, stop=0.3, backoff=0.01)
+KEY = bytes(range(32))
+
+
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("pki"))
+
+
+def run(scenario: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(10):
+            await scenario
+
+    asyncio.run(bounded())
+
+
+# -- TLS -------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def listening(tls: TlsConfig) -> AsyncIterator[tuple[int, asyncio.Queue[Stream]]]:
+    """A port, and the streams that were accepted on it."""
+    accepted: asyncio.Queue[Stream] = asyncio.Queue()
+    servers = await tls_listen(tls, TIMING, [("127.0.0.1", 0)], accepted.put)
+    await servers[0].start_serving()
+    try:
+        yield servers[0].sockets[0].getsockname()[1], accepted
+    finally:
+        servers[0].close()
+
+
+async def closed(stream: Stream) -> bool:
+    """Has the other side closed, with or without a word?"""
+    try:
+        return await stream.read() == b""
+    except LinkError:
+        return True
+    finally:
+        stream.close()
+
+
+def test_both_ends_learn_each_other_s_names(ca: Authority) -> None:
+    a, b = ca.issue("a", "a.example", "A2.example"), ca.issue("b.example")
+
+    async def scenario() -> None:
+        async with listening(b) as (port, accepted):
+            near = await tls_dial(a, TIMING)(PeerConfig("B.example", "127.0.0.1", port))
+            far = await accepted.get()
+            assert near.names == {"b.example"}  # no dNSName: the CN counts
+            assert far.names == {"a.example", "a2.example"}  # with dNSNames the CN does not
+            assert near.label == f"127.0.0.1:{port}"
+            await near.write(b"there")
+            assert await far.read() == b"there"
+            await far.write(b"back")
+            assert await near.read() == b"back"
+            far.close()
+            assert await near.read() == b""
+            near.close()
+            near.close()
+
+    run(scenario())
+
+
+def test_a_wrong_name_is_told_to_who_dials(ca: Authority) -> None:
+    a, b = ca.issue("a"), ca.issue("b", "b.example", "c.example")
+
+    async def scenario() -> None:
+        async with listening(b) as (port, _):
+            with pytest.raises(LinkError, match=r"certificate of b\.example, c\.example instead of nsg"):
+                await tls_dial(a, TIMING)(PeerConfig("nsg", "127.0.0.1", port))
+            peer = PeerConfig("nsg", "127.0.0.1", port, certificate_name="C.example")
+            (await tls_dial(a, TIMING)(peer)).close()
+
+    run(scenario())
+
+
+def test_a_certificate_of_another_ca_is_refused_by_both(
+    ca: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Authority(tmp_path, "other")
+    a, b = ca.issue("a"), ca.issue("b")
+
+    async def scenario() -> None:
+        # who dials does not trust
+        async with listening(b) as (port, accepted):
+            with pytest.raises(LinkError, match="certificate is not accepted"):
+                await tls_dial(other.issue("a"), TIMING)(PeerConfig("b", "127.0.0.1", port))
+            # who accepts does not trust: in TLS 1.3 that comes after the dialler's handshake
+            stranger = other.issue("a", trusts=ca.path)
+            assert await closed(await tls_dial(stranger, TIMING)(PeerConfig("b", "127.0.0.1", port)))
+            assert accepted.empty()
+        assert "refused a connection from 127.0.0.1" in caplog.text
+        assert "certificate is not accepted" in caplog.text
+        expired = ca.issue("late", days=-1)
+        async with listening(b) as (port, accepted):
+            assert await closed(await tls_dial(expired, TIMING)(PeerConfig("b", "127.0.0.1", port)))
+        assert "expired" in caplog.text
+        async with listening(expired) as (port, _):
+            with pytest.raises(LinkError, match="expired"):
+                await tls_dial(a, TIMING)(PeerConfig("late", "127.0.0.1", port))
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+
+
+def test_only_tls_1_3_with_a_certificate(ca: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    b = ca.issue("b")
+
+    async def refused(port: int, context: ssl.SSLContext) -> bool:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+            octets = await reader.read()
+            writer.close()
+        except OSError:
+            return True
+        return octets == b""
+
+    async def scenario() -> None:
+        async with listening(b) as (port, accepted):
+            old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            old.check_hostname = False
+            old.load_verify_locations(ca.path)
+            old.maximum_version = ssl.TLSVersion.TLSv1_2
+            assert await refused(port, old)
+            nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            nobody.check_hostname = False
+            nobody.load_verify_locations(ca.path)
+            assert await refused(port, nobody)
+            # and one who says nothing is not waited for
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await reader.read() == b""
+            writer.close()
+            assert accepted.empty()
+        assert caplog.text.count("refused a connection") == 3
+        assert "unsupported protocol" in caplog.text
+        assert "peer did not return a certificate" in caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+
+
+def test_nobody_there_is_a_link_error(ca: Authority) -> None:
+    a = ca.issue("a")
+
+    async def scenario() -> None:
+        dial = tls_dial(a, replace(TIMING, connect=0.05))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            with pytest.raises(LinkError, match=r"nsg at 127\.0\.0\.1:\d+: .*(refused|failed)"):
+                await dial(PeerConfig("nsg", "127.0.0.1", port))
+            free.listen(1)
+            with pytest.raises(LinkError, match=r"did not answer within 0\.05 s"):
+                await dial(PeerConfig("nsg", "127.0.0.1", port))
+        with pytest.raises(LinkError, match="nsg at no such host"):
+            await dial(PeerConfig("nsg", "no such host", 1))
+
+    run(scenario())
+
+
+def test_a_port_in_use_is_a_link_error(ca: Authority) -> None:
+    async def scenario() -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            where = taken.getsockname()
+            with pytest.raises(LinkError, match=r"cannot listen on 127\.0\.0\.1:\d+: .*in use"):
+                await tls_listen(ca.issue("b"), TIMING, [("127.0.0.1", 0), where], asyncio.sleep)  # type: ignore[arg-type]
+
+    run(scenario())
+
+
+def test_unusable_certificates_name_the_file(ca: Authority, tmp_path: Path) -> None:
+    good, other = ca.issue("good"), ca.issue("other")
+    text = tmp_path / "text.pem"
+    text.write_text("no certificate")
+    for wrong, names in (
+        (replace(good, ca=tmp_path / "no.pem"), r"no\.pem: No such file"),
+        (replace(good, cert=tmp_path / "no.pem"), r"no\.pem: No such file"),
+        (replace(good, key=tmp_path / "no.pem"), r"no\.pem: No such file"),
+        (replace(good, ca=text), r"text\.pem: TLS: no certificate or crl found"),
+        (replace(good, cert=text), r"text\.pem with .*good\.key\.pem"),
+        (replace(good, key=other.key), r"key values mismatch"),
+        (ca.issue("locked", password=b"secret"), r"locked\.key\.pem"),
+    ):
+        for server in (True, False):
+            with pytest.raises(ConfigError, match=names):
+                wrong.context(server=server)
+
+
+def test_names_of_certificates() -> None:
+    assert certificate_names(None) == frozenset()
+    assert certificate_names({}) == frozenset()
+    subject = ((("countryName", "FR"),), (("commonName", "PSG"),))
+    assert certificate_names({"subject": subject}) == {"psg"}
+    sans = (("IP Address", "192.0.2.1"), ("DNS", "Gw.example"))
+    assert certificate_names({"subject": subject, "subjectAltName": sans}) == {"gw.example"}
+    assert certificate_names({"subject": subject, "subjectAltName": sans[:1]}) == {"psg"}
+
+
+# -- links -----------------------------------------------------------------------------------------------
+
+
+def pair() -> tuple[MemoryStream, MemoryStream]:
+    wire = Wire(Network())
+    near, far = (MemoryStream(frozenset({name}), name, wire) for name in ("far", "near"))
+    near.other, far.other = far, near
+    wire.ends = [near, far]
+    return near, far
+
+
+async def nothing(link: Link, message: Message) -> None:
+    pass
+
+
+MN, MN2 = ip_address("198.51.100.7"), ip_address("198.51.100.8")
+
+
+def test_answers_are_paired_by_mn_and_order() -> None:
+    async def scenario() -> None:
+        near, far = pair()
+        link = Link(near, PeerConfig("far", "far"), nothing)
+        reading = asyncio.create_task(link.run())
+        _, first = await link.ask(Pctd(MN))
+        _, other = await link.ask(Pctd(MN2))
+        _, second = await link.ask(Ctd(MN))
+        _, repeated = await link.ask(Ctd(MN), second)
+        assert repeated is second
+        assert link.waiting
+        answers = [Ctdr(MN), Ctdr(MN, complete=True), Ctdr(MN2), Ctdr(MN), Ctdr(MN)]
+        # byte by byte: frames need not arrive whole
+        for octet in b"".join(message.serialize() for message in answers[:3]):
+            near.inbox.put_nowait(bytes([octet]))
+        assert await first == answers[0]
+        assert await second == answers[1]
+        assert await other == answers[2]
+        assert link.waiting  # the repetition has its answer coming
+        near.inbox.put_nowait(answers[3].serialize())
+        near.inbox.put_nowait(answers[4].serialize())  # and this one nobody asked
+        await asyncio.sleep(0.01)
+        assert not link.waiting
+        _, last = await link.ask(Pctd(MN))
+        far.close()
+        assert isinstance(await last, LinkError)
+        await reading
+        with pytest.raises(LinkError):
+            await link.send(Ctc(MN))
+        with pytest.raises(LinkError):
+            await link.ask(Ctd(MN))
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("octets", [b"\x00\x00\x00\x00", b"GET / HTTP/1.1\r\n\r\n", b"\x14\x80\x00\x03"])
+def test_what_is_not_cxtp_ends_the_link(octets: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        near, far = pair()
+        link = Link(near, PeerConfig("far", "far"), nothing)
+        _, asked = await link.ask(Pctd(MN))
+        near.inbox.put_nowait(Ctdr(MN).serialize() + octets)
+        await link.run()
+        assert await asked == Ctdr(MN)  # what came before it counts
+        assert link.error is not None
+        assert "not CXTP" in str(link.error)
+        assert "sent what is not CXTP" in caplog.text
+        await far.read()
+        assert await far.read() == b""
+
+    run(scenario())
+
+
+# -- gateways over TLS -----------------------------------------------------------------------------------
+
+
+class Site:
+    """A gateway with its own certificate, on loopback."""
+
+    def __init__(self, name: str, tls: TlsConfig, folder: Path, ether: Ether, **more: object) -> None:
+        self.daemon = MemoryGateway(name, ether)
+        self.store = SqliteStore(folder / f"{name}.db", KEY)
+        self.tls = tls
+        self.name = name
+        self.agent: Gateway
+        self.port = 0
+
+    async def start(self, *peers: PeerConfig) -> None:
+        self.agent = Gateway(self.name, self.daemon, self.daemon, self.store, peers, self.tls, timing=TIMING)
+        await self.agent.start([("127.0.0.1", 0)])
+        listening = self.agent.status()["listening"]
+        assert isinstance(listening, list)
+        self.port = listening[0]["port"]
+
+    async def stop(self) -> None:
+        await self.agent.stop()
+        self.store.close()
+
+
+@asynccontextmanager
+async def two_sites(ca: Authority, folder: Path, *, known_as: str = "a") -> AsyncIterator[tuple[Site, Site]]:
+    """a, which b knows by the name `known_as`, and b."""
+    ether = Ether()
+    a = Site("a", ca.issue("a"), folder, ether)
+    b = Site("b", ca.issue("b-host", "b.example"), folder, ether)
+    await b.start(PeerConfig(known_as, "127.0.0.1", 1))
+    await a.start(PeerConfig("b", "127.0.0.1", b.port, certificate_name="b.example"))
+    try:
+        yield a, b
+    finally:
+        await a.stop()
+        await b.stop()
+
+
+def test_a_transfer_over_tls_and_the_idle_link_is_closed(ca: Authority, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two_sites(ca, tmp_path) as (a, b):
+            sas: list[SaName] = [a.daemon.serve(a_context(number)) for number in (1, 2)]
+            reports = await a.agent.transfer_all(sas, "b")
+            assert [report.result for report in reports] == ["moved", "moved"]
+            assert set(b.daemon.served) == set(sas)
+            assert reports[0].phases_ms["connect"] > 0
+            assert b.agent.status()["peers"][0]["connected"]  # type: ignore[index]
+            async with asyncio.timeout(1):
+                while a.agent.status()["peers"][0]["connected"]:  # type: ignore[index]
+                    await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_an_unknown_peer_is_refused_and_both_logs_say_why(
+    ca: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with two_sites(ca, tmp_path, known_as="somebody") as (a, b):
+            sa = a.daemon.serve(a_context())
+            report = await a.agent.transfer(sa, "b")
+            assert (report.result, report.status) == ("kept", Status.UNREACHABLE)
+            assert "closed the connection" in report.text
+            assert "certificate or name" in report.hint
+            assert "its certificate says a" in caplog.text
+            assert b.daemon.calls == []
+            assert sa in a.daemon.served
+
+    with caplog.at_level(logging.INFO):
+        run(scenario())
+
+
+def test_a_gateway_starts_once_and_only_whole(ca: Authority, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site("a", ca.issue("a"), tmp_path, Ether())
+        await site.start()
+        with pytest.raises(StateError, match="runs already"):
+            await site.agent.start()
+        with pytest.raises(LinkError, match="in use"):
+            other = Gateway("b", site.daemon, site.daemon, site.store, [], site.tls, timing=TIMING)
+            await other.start([("127.0.0.1", site.port)])
+        bare = Gateway("b", site.daemon, site.daemon, site.store, [])
+        with pytest.raises(ConfigError, match="without TLS"):
+            await bare.start([("127.0.0.1", 0)])
+        await site.stop()
+
+    run(scenario())
+
+
+# -- what a peer may send --------------------------------------------------------------------------------
+
+
+class Stranger:
+    """A peer of b that sends what it likes."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    async def ask(self, message: Message) -> Ctdr:
+        await self._stream.write(message.serialize())
+        answer = parse_message(await self._stream.read())
+        assert isinstance(answer, Ctdr)
+        return answer
+
+    async def send(self, message: Message) -> None:
+        await self._stream.write(message.serialize())
+
+    async def closed(self) -> bool:
+        return await self._stream.read() == b""
+
+
+@asynccontextmanager
+async def strangers(
+    folder: Path, *names: str
+) -> AsyncIterator[tuple[MemoryGateway, Gateway, list[Stranger]]]:
+    network = Network()
+    daemon = MemoryGateway("b", Ether())
+    store = SqliteStore(folder / "b.db", KEY)
+    peers = [PeerConfig(name, name) for name in names]
+    gateway = Gateway("b", daemon, daemon, store, peers, timing=TIMING, dial=network.dial_from("b"))
+    await gateway.start()
+    network.up["b"] = gateway
+    yield daemon, gateway, [Stranger(await network.dial_from(name)(PeerConfig("b", "b"))) for name in names]
+    await gateway.stop()
+    await network.close()
+    store.close()
+
+
+def first(answer: Ctdr) -> Status:
+    return next((block.status for block in answer.statuses if block.status is not Status.OK), Status.OK)
+
+
+def offer(ident: bytes, number: int = 1, **header: str) -> Pctd:
+    context = a_context(number)
+    return Pctd(context.remote.address, encode(context, transfer=TransferHeader(ident, **header)))  # type: ignore[arg-type]
+
+
+def letting_go(ident: bytes, number: int = 1, epoch: int = 1) -> Ctd:
+    context = a_context(number)
+    children = tuple(FinalChild(c.spi_in, c.inbound, c.outbound) for c in context.children)
+    final = FinalState(context.spis[0], context.spis[1], 2, 5, epoch, children)
+    return Ctd(context.remote.address, encode_final(final, ident))
+
+
+def test_a_peer_s_bad_messages_touch_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
+            # blocks that are missing, or another MN's
+            assert first(await a.ask(Pctd(MN))) is Status.MALFORMED
+            assert first(await a.ask(replace(offer(b"12345678"), mn=MN2))) is Status.MALFORMED
+            assert first(await a.ask(Ctd(MN))) is Status.MALFORMED
+            # what issue 3 brings, and what makes no sense here
+            await a.send(CtReq(MN, 1))
+            await a.send(Ctaa(MN))
+            await a.send(Ctc(MN))
+            assert daemon.calls == []
+            assert gateway.history() == []
+
+    run(scenario())
+
+
+def test_a_ctd_nobody_announced_is_refused_for_good(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", "c") as (daemon, gateway, (a, c)):
+            ident = b"12345678"
+            assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            # its PCTD comes late: the source serves again by now
+            assert first(await a.ask(offer(ident))) is Status.UNKNOWN_TRANSFER
+            assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert daemon.calls == []
+            assert [one["state"] for one in gateway.history()] == ["aborted"]
+
+    run(scenario())
+
+
+def test_only_the_source_lets_go(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", "c") as (daemon, _, (a, c)):
+            ident = b"12345678"
+            assert first(await a.ask(offer(ident))) is Status.OK
+            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert first(await c.ask(offer(b"87654321"))) is Status.BUSY
+            await c.send(Ctc(MN))
+            assert daemon.calls == ["check", "prepare"]
+            # twice the same question, twice the same answer, one preparation
+            assert first(await a.ask(offer(ident))) is Status.OK
+            assert first(await a.ask(letting_go(ident))) is Status.OK
+            assert first(await a.ask(letting_go(ident))) is Status.OK
+            assert first(await a.ask(offer(ident))) is Status.OK
+            assert daemon.calls == ["check", "prepare", "take", "move", "activate"]
+            # what is owned is nobody's to cancel, and no stranger's to ask about
+            await a.send(Ctc(MN))
+            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert a_context().spis in daemon.served
+
+    run(scenario())
+
+
+def test_a_ctd_that_does_not_fit_its_pctd_undoes_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
+            await a.ask(offer(b"12345678"))
+            assert first(await a.ask(letting_go(b"12345678", epoch=2))) is Status.STALE_EPOCH
+            assert daemon.calls == ["check", "prepare", "undo"]
+            await a.ask(offer(b"23456789"))
+            assert first(await a.ask(letting_go(b"23456789", number=2))) is Status.UNKNOWN_SA
+            assert daemon.passive == {}
+            await a.ask(offer(b"34567890"))
+            assert first(await a.ask(Ctd(MN))) is Status.MALFORMED
+            assert daemon.passive == {}
+            assert first(await a.ask(letting_go(b"34567890"))) is Status.UNKNOWN_TRANSFER
+
+    run(scenario())
+
+
+def test_a_new_offer_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
+            assert first(await a.ask(offer(b"12345678"))) is Status.OK
+            assert first(await a.ask(offer(b"23456789"))) is Status.OK
+            assert daemon.calls == ["check", "prepare", "undo", "check", "prepare"]
+            assert first(await a.ask(letting_go(b"12345678"))) is Status.UNKNOWN_TRANSFER
+            assert first(await a.ask(letting_go(b"23456789"))) is Status.OK
+
+    run(scenario())
+
+
+def test_a_damaged_ctd_for_what_is_owned_gets_no_answer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
+            await a.ask(offer(b"12345678"))
+            await a.ask(letting_go(b"12345678"))
+            await a.send(Ctd(MN))
+            assert await a.closed()  # "no" would let the source serve it as well
+            assert a_context().spis in daemon.served
+
+    run(scenario())
