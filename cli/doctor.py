@@ -45,11 +45,16 @@ Check = Callable[[World], Iterator[Outcome]]
 def examine(world: World) -> list[Finding]:
     """Every check in turn; one that cannot run says why, and the others go on."""
     findings: list[Finding] = []
+    reasons: dict[str, str] = {}
     for name, check in CHECKS:
         try:
             findings += [Finding(name, *outcome) for outcome in check(world)]
         except IkectxError as error:
-            findings.append(Finding(name, "fail", str(error), error.hint))
+            first = reasons.setdefault(str(error), name)
+            if first == name:
+                findings.append(Finding(name, "fail", str(error), error.hint))
+            else:
+                findings.append(Finding(name, "note", f"not checked, because of {first}"))
         except OSError as error:
             findings.append(Finding(name, "warn", f"could not be checked: {error}"))
     return findings
@@ -524,8 +529,11 @@ def show_findings(findings: Sequence[Finding]) -> None:
 
     styles = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
     table(("check", "", "found"), [(item.check, item.level, item.found) for item in findings], styles=styles)
-    for item in findings:
-        if item.fix and item.level != "ok":
-            print(f"{item.level} {item.check}: {item.found}\n    {item.fix}")
+    told = [item for item in findings if item.fix and item.level != "ok"]
+    for fix in dict.fromkeys(item.fix for item in told):
+        for item in told:
+            if item.fix == fix:
+                print(f"{item.level} {item.check}: {item.found}")
+        print(f"    {fix}")
     counts = {level: sum(item.level == level for item in findings) for level in LEVELS}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))

@@ -328,6 +328,16 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert metadata.version("ikectx") == __version__
 
 
+def test_the_readme_has_every_command_and_exit_code() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    reference = text[text.index("## Command line") : text.index("## Library")]
+    for name in commands.cli.list_commands(click.Context(commands.cli)):
+        assert f"\n| `{name}" in reference, name
+    for line in commands.EXIT_CODES.splitlines():
+        if line[:4].strip().isdigit():
+            assert f"\n| {line.split()[0]} | " in reference, line
+
+
 def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for error in (KeyboardInterrupt, click.Abort):
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ikectx.errors import ConfigError
-from ikectx_cli.config import Config, HostPort, config_path, load, parse
+from ikectx_cli.config import (
+    CharonConfig,
+    Config,
+    ControlConfig,
+    GatewayConfig,
+    HostPort,
+    PeerConfig,
+    TransferConfig,
+    config_path,
+    load,
+    parse,
+)
 
 PATH = Path("/etc/ikectx/ikectx.toml")
 
@@ -226,6 +240,25 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IKECTX_CONFIG", "/x.toml")
     assert config_path(None) == Path("/x.toml")
     assert config_path("/y.toml") == Path("/y.toml")
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_sample_shows_every_key_with_its_default() -> None:
+    text = (ROOT / "examples" / "config" / "ikectx.toml").read_text()
+    sample = parse(text, PATH)
+    assert sample.peers[0].name == "nsg" and sample.connections["home"].handover_to == "nsg"
+    given_all = parse(re.sub(r"(?m)^# (?=[a-z_]+ = )", "", text), PATH)
+    assert replace(given_all, control=sample.control) == sample
+    for kind in (ControlConfig, CharonConfig, GatewayConfig, TransferConfig, PeerConfig):
+        assert all(f"{key} = " in text for key in kind.__slots__), kind
+
+
+def test_the_readme_configures() -> None:
+    snippets = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    configs = [parse(dedent(snippet), PATH) for snippet in snippets]
+    assert configs[0].peer("nsg").may_pull
 
 
 @given(st.data())

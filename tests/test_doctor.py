@@ -213,7 +213,8 @@ def test_charon_is_away(world: Fake) -> None:
     world.pids["charon"] = None
     findings = bad(world)
     assert findings[0] == Finding("charon", "fail", "charon's VICI socket cannot be used", "start strongSwan")
-    assert all(finding.fix for finding in findings)
+    for finding in findings[1:]:
+        assert (finding.level, finding.found) == ("note", "not checked, because of charon")
 
 
 def test_ha_plugin_missing_or_deaf(world: Fake) -> None:
@@ -265,7 +266,7 @@ def test_agent_away_or_confused(world: Fake) -> None:
     world.pids["agent"] = None
     del world.owners["127.0.0.2"]
     levels = {(finding.check, finding.level) for finding in bad(world)}
-    assert levels == {("ha socket", "warn"), ("agent", "fail"), ("order", "fail")}
+    assert levels == {("ha socket", "warn"), ("agent", "fail"), ("order", "note")}
     world.answers["status"] = {"name": "other", "charon": {"reachable": False}}
     world.answers["list-contexts"] = []
     texts = [finding.found for finding in bad(world) if finding.check == "agent"]
@@ -410,10 +411,23 @@ def test_the_command(
     world.answers["stats"] = {"plugins": []}
     assert commands.run(args) == 1
     assert "fail ha plugin: charon has not loaded the ha plugin\n    install it" in capsys.readouterr().out
+    assert world.ha is not None
+    world.ha = {"monitor": "yes"}
+    commands.run(args)
+    assert capsys.readouterr().out.count("    in strongswan.conf") == 1
+    world.ha = dict(HA)
     assert commands.run([*args, "--json"]) == 1
     value = json.loads(capsys.readouterr().out)
     assert value["ok"] is False
     assert {"check", "level", "found", "fix"} == set(value["findings"][0])
+
+
+def test_the_sample_for_strongswan_passes(world: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Path(__file__).parent.parent / "examples" / "config" / "ha.conf"
+    settings = {f"charon.plugins.{key}": setting for key, setting in load(str(sample)).items()}
+    assert len(settings) == 6
+    monkeypatch.setattr(world, "settings", lambda which: settings)
+    assert [finding for finding in bad(world) if finding.check == "ha settings"] == []
 
 
 # -- the real world
