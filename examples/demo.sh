@@ -4,5 +4,6 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ "$(id -u)" = 0 ] || { echo "demo: network namespaces and XFRM need root: sudo $0 $*" >&2; exit 1; }
 "$root/tests/setup.sh" --demo
 exec "$root/.venv/bin/ikectx" lab run handover "$@"

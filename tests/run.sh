@@ -77,6 +77,7 @@ main() {
     for step in "${steps[@]}"; do
         [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "no step $step; there are: ${STEPS[*]}" >&2; exit 2; }
     done
+    [ "$(id -u)" = 0 ] || { echo "network namespaces and XFRM need root: sudo $0 $*" >&2; exit 1; }
     tests/setup.sh || { echo "0 passed, 1 failed"; exit 1; }
     mkdir -p "$results"
     for step in "${steps[@]}"; do "step_$step"; done

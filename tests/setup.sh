@@ -72,7 +72,8 @@ python_fits() { # the interpreter is new enough (and, with "venv", can make virt
 find_python() {
     local candidate
     for candidate in python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
-        candidate=$(command -v "$candidate") && python_fits "$candidate" "${1:-}" && echo "$candidate" && return
+        candidate=$(command -v "$candidate") && python_fits "$candidate" "${1:-}" || continue
+        "$candidate" -c 'import sys; print(sys.executable)' && return # behind a version manager's shim
     done
     return 1
 }
@@ -97,7 +98,9 @@ make_venv() {
         "$python" -m venv .venv
     fi
     say "installing Python packages into .venv"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra]" >&2 || die "pip failed"
+    mkdir -p build
+    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra]" > build/pip.log 2>&1 \
+        || { tail -20 build/pip.log >&2; die "pip failed, see build/pip.log"; }
     echo "$extra $stamp" > ".venv/.ready-$extra"
 }
 
