@@ -77,12 +77,16 @@ class Gateway:
         timing: Timing | None = None,
         oseq_jump: int = OSEQ_JUMP,
         busy_attempts: int = 5,
+        durable: bool = True,
         clock: Clock | None = None,
         wall: Callable[[], float] = time.time,
         observer: Observer | None = None,
         dial: Dial | None = None,
     ) -> None:
         """`oseq_jump`: the sinks' (packets). `observer` sees every change of state of every transfer.
+
+        `durable`: the journal is on the disk itself before an SA is let go or taken. That costs the MN a sync
+        of the disk on each side, and is needed only where SAs outlive a loss of power; charon's do not.
 
         `dial` replaces TLS (other transports, tests); the other side then gives its streams to `accept`.
         Errors: ConfigError.
@@ -97,6 +101,7 @@ class Gateway:
             clock or MonotonicClock(),
             wall,
             oseq_jump,
+            durable,
             observer,
         )
         self._peers = {peer.name: peer for peer in peers}
@@ -141,6 +146,11 @@ class Gateway:
         except BaseException:
             await self.stop()
             raise
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens; with the port that was had for port 0."""
+        return list(self._listening)
 
     async def stop(self) -> None:
         """Cancel what has not been let go, wait a little, close. What is open stays in the journal."""
@@ -315,6 +325,7 @@ class Gateway:
         finally:
             self._outgoing.pop(run.transfer_id, None)
             run.over.set()
+            self._tidy()
 
     async def transfer_all(
         self,
@@ -413,6 +424,11 @@ class Gateway:
             if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
                 run.signals.put_nowait(SourceInput.CTC)
 
+    def _tidy(self) -> None:
+        """Between transfers, the journal's log goes into its database."""
+        if self._parts.store.wants_checkpoint and self._links is not None:
+            self._spawn(asyncio.to_thread(self._parts.store.checkpoint), "ikectx checkpoint")
+
     # -- incoming ----------------------------------------------------------------------------------------
 
     async def accept(self, stream: Stream) -> None:
@@ -454,6 +470,7 @@ class Gateway:
             await desk.work()
         finally:
             del self._desks[key]
+            self._tidy()
 
     def _busy(self, asking: Desk, sa: SaName) -> bool:
         """Is that SA in a transfer elsewhere in this gateway?"""

@@ -28,7 +28,10 @@ Observer = Callable[[TransferEvent], None]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What all transfers of one gateway use. `wall`: seconds since 1970, for the journal only."""
+    """What all transfers of one gateway use.
+
+    `wall`: seconds since 1970, for the journal only. `durable`: see `Gateway`.
+    """
 
     name: str
     source: ContextSource
@@ -38,6 +41,7 @@ class Parts:
     clock: Clock
     wall: Callable[[], float]
     oseq_jump: int
+    durable: bool
     observer: Observer | None = None
 
 
@@ -157,7 +161,7 @@ class Run(Generic[_State, _Input, _Action]):
             context=None if over else self.entry.context,
             final=None if over else self.entry.final,
         )
-        self.parts.store.write(entry, durable=state in self._durable)
+        self.parts.store.write(entry, durable=self.parts.durable and state in self._durable)
         self.entry = entry
         self.on_disk = state
 

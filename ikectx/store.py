@@ -23,7 +23,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -37,6 +37,8 @@ KEY_SIZE = 32
 NONCE_SIZE = 12
 HISTORY = 90 * 86400
 """Seconds that an ended transfer is remembered. While it is, no late message can revive it."""
+CHECKPOINT = 500
+"""Writes between two checkpoints of the log."""
 _CHECK = b"ikectx store"
 
 _TABLES = """
@@ -139,6 +141,9 @@ class SqliteStore:
         """`path` may be ":memory:"; `lock`: a file descriptor to close with the store."""
         self._sealer = Sealer(key)
         self._lock = lock
+        self._path = str(path)
+        self._durable: bool | None = None
+        self._written = 0
         try:
             self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1.0)
         except sqlite3.Error as error:
@@ -153,7 +158,8 @@ class SqliteStore:
     def _set_up(self, name: str) -> None:
         run = self._db.execute
         run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = FULL")
+        # never in the middle of a transfer: see `checkpoint`
+        run("PRAGMA wal_autocheckpoint = 0")
         run("PRAGMA secure_delete = ON")
         version = run("PRAGMA user_version").fetchone()[0]
         if version == 0:
@@ -185,12 +191,19 @@ class SqliteStore:
             os.close(self._lock)
             self._lock = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # -- ports.Store -------------------------------------------------------------------------------------
 
     def put(self, kind: str, key: str, value: bytes) -> None:
-        """Keep `value`, replacing what was there."""
+        """Keep `value`, replacing what was there. Survives the process, not the power: nor does any SA."""
         sealed = self._sealer.seal(f"items|{kind}|{key}", value)
         with self._errors():
+            self._sync(False)
             self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (kind, key, sealed))
 
     def get(self, kind: str, key: str) -> bytes | None:
@@ -213,6 +226,26 @@ class SqliteStore:
                 "SELECT key, value FROM items WHERE kind = ? ORDER BY key", (kind,)
             ).fetchall()
         return [(key, self._sealer.open(f"items|{kind}|{key}", value)) for key, value in rows]
+
+    def _sync(self, durable: bool) -> None:
+        self._written += 1
+        if self._durable is not durable:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Has the write-ahead log grown long?"""
+        return self._written > CHECKPOINT
+
+    def checkpoint(self) -> None:
+        """Move the log into the database. Slow (it syncs), but writers go on: for another thread.
+
+        Errors: StoreError.
+        """
+        self._written = 0
+        with self._errors(), contextlib.closing(sqlite3.connect(self._path, timeout=1.0)) as other:
+            other.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     # -- the journal -------------------------------------------------------------------------------------
 
@@ -240,7 +273,7 @@ class SqliteStore:
             *(entry.result, int(entry.status), json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))),
         )
         with self._errors():
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._sync(durable)
             self._db.execute(
                 f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
                 " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"

@@ -218,8 +218,8 @@ TARGET_OWNS = frozenset({_T.OWNING, _T.MOVING, _T.ACTIVATING, _T.OWNED})
 
 SOURCE_DURABLE = frozenset({_S.RELEASED, _S.DONE, _S.KEPT, _S.REFUSED})
 TARGET_DURABLE = frozenset({_T.OWNING, _T.OWNED, _T.ABORTED})
-"""States that must be on the disk itself before anything follows. The others only have to outlive the
-process: a machine that lost its power has lost charon's and the kernel's state with them."""
+"""States that must be on the disk itself before anything follows, where SAs outlive a loss of power. The
+others need only outlive the process."""
 
 _LATE = (_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP, _SI.CANCEL)
 SOURCE_IGNORED = frozenset(

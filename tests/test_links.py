@@ -317,9 +317,7 @@ class Site:
     async def start(self, *peers: PeerConfig) -> None:
         self.agent = Gateway(self.name, self.daemon, self.daemon, self.store, peers, self.tls, timing=TIMING)
         await self.agent.start([("127.0.0.1", 0)])
-        listening = self.agent.status()["listening"]
-        assert isinstance(listening, list)
-        self.port = listening[0]["port"]
+        self.port = self.agent.addresses[0][1]
 
     async def stop(self) -> None:
         await self.agent.stop()

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from ikectx.errors import StoreError
 from ikectx.numbers import Status
 from ikectx.ports import Store
-from ikectx.store import HISTORY, JournalEntry, Sealer, SqliteStore, open_store
+from ikectx.store import CHECKPOINT, HISTORY, JournalEntry, Sealer, SqliteStore, open_store
 
 SECRET = b"a secret that nobody may find on the disk"
 SA = (b"initiato", b"responde")
@@ -321,6 +322,24 @@ def test_opening_prunes_what_is_very_old(place: Path, store: SqliteStore) -> Non
         again = open_store(place, now=now)
         assert len(again.history()) == left
         again.close()
+
+
+def test_a_checkpoint_empties_the_log_while_others_write(place: Path, store: SqliteStore) -> None:
+    for _ in range(CHECKPOINT + 1):
+        store.put("record", "a", bytes(1000))
+    log = place / "state.db-wal"
+    assert store.wants_checkpoint
+    with ThreadPoolExecutor(1) as thread:
+        checkpoint = thread.submit(store.checkpoint)
+        store.put("record", "a", b"last")
+        checkpoint.result()
+    assert not store.wants_checkpoint
+    store.checkpoint()
+    size = log.stat().st_size
+    for _ in range(10):
+        store.put("record", "a", b"last")
+    assert log.stat().st_size == size  # written from its start again
+    assert store.get("record", "a") == b"last"
 
 
 def test_a_number_too_large_is_a_store_error(store: SqliteStore) -> None:
