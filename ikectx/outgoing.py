@@ -63,6 +63,10 @@ def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
     return Status.MALFORMED, verdicts
 
 
+class _Overrun(BusyError):
+    """The SA sent more between export and freeze than the numbers left free."""
+
+
 class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     """One attempt to move one IKE_SA to one peer. `go` walks it to its end, also after it was reported."""
 
@@ -373,8 +377,12 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         try:
             final: FinalState = await self._step("freeze", self.parts.source.freeze(context, self.peer.name))
             final = changed(final, epoch=context.epoch + 1)
+            self._check_numbers(context, final)
             blocks = encode_final(final, self.transfer_id)
             letting_go = Ctd(context.remote.address, blocks).serialize()
+        except _Overrun as error:
+            self.blame(error)
+            return SourceInput.FAILED  # it is frozen, and must be thawed before the next try
         except BusyError as error:
             self.blame(error)
             return SourceInput.BUSY
@@ -390,6 +398,17 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.entry = changed(entry, final=letting_go, epoch=final.epoch)
         return SourceInput.OK
 
+    def _check_numbers(self, context: IkeContext, final: FinalState) -> None:
+        """The peer is prepared to go on at the exported numbers plus the jump: ours must still be below."""
+        exported = {child.spi_in: child.outbound.seq for child in context.children}
+        for child in final.children:
+            sent = child.outbound.seq - exported.get(child.spi_in, 0)
+            if sent >= self.parts.oseq_jump:
+                raise _Overrun(
+                    f"{sent} packets left since the export, the jump is {self.parts.oseq_jump}",
+                    hint="a larger `oseq_jump` at all gateways",
+                )
+
     async def _release(self) -> SourceInput:
         try:
             await self._step("release", self.parts.source.release(self._of))
@@ -400,15 +419,15 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     async def _thaw(self) -> SourceInput:
         entry = self.stored
-        let_go = entry.final is not None
-        # whoever got the CTD may have sent under its own jump: go past all of that
-        jump = 2 * max(self.parts.oseq_jump, OSEQ_JUMP) if let_go else 0
+        # the peer may have sent under its own jump, even before it took the SA: packets for the MN may have
+        # found their way there since the freeze. Go past all of that.
+        jump = 2 * max(self.parts.oseq_jump, OSEQ_JUMP)
         try:
             await self._step("thaw", self.parts.source.thaw(self._of, jump))
         except IkectxError as error:
             return await self._failed("thaw", error)
         self._trouble = None
-        if let_go:
+        if entry.final is not None:
             self.entry = changed(entry, epoch=self._of.epoch + 2)
         return SourceInput.OK
 

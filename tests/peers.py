@@ -181,6 +181,10 @@ class MemoryGateway:
         self.ether.sends(self.name, sa, first)
         self.mine[sa] = first + 1000
 
+    def sent(self, sa: SaName, packets: int) -> None:
+        """The MN got that many more packets."""
+        self._send(sa, self.mine[sa] + packets)
+
     def serve(self, context: IkeContext) -> SaName:
         """An MN has set up this SA here."""
         self.served[context.spis] = context
@@ -210,7 +214,9 @@ class MemoryGateway:
         if sa not in self.served:
             raise UnknownSaError("no such SA", hint="list")
         self._done("export")
-        return self.served[sa]
+        served = self.served[sa]
+        outbound = replace(served.children[0].outbound, seq=self.mine.get(sa, 0))
+        return replace(served, children=(replace(served.children[0], outbound=outbound),))
 
     async def freeze(self, context: IkeContext, to: str) -> FinalState:
         await self._step("freeze")
