@@ -304,9 +304,11 @@ class CountedStore(SqliteStore):
     fuse = Fuse()
     broken: str = ""
     """The journal refuses to enter this state."""
+    refused = 0
 
     def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
         if self.broken and entry.state == self.broken:
+            self.refused += 1
             raise StoreError("the disk is full")
         self.fuse.tick(f"{entry.role}: before writing {entry.state}")
         super().write(entry, durable=durable)

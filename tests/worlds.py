@@ -1,0 +1,160 @@
+"""Two or three gateways of `peers` in one process, each with an agent that can die and come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ikectx.aio import Gateway
+from ikectx.links import PeerConfig
+from ikectx.ports import SaName
+from ikectx.transfer import Timing, TransferEvent, TransferReport
+
+from .peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
+
+FAST = Timing(
+    connect=0.2,
+    offer=0.3,
+    confirm=0.1,
+    hold=0.15,
+    step=1.0,
+    in_doubt=5.0,
+    idle=5.0,
+    keepalive=1.0,
+    backoff=0.002,
+    backoff_max=0.02,
+    busy_backoff=0.002,
+    stop=0.3,
+)
+KEY = bytes(range(32))
+
+
+class Side:
+    """A gateway of the test: charon and kernel in memory, an agent that can die and come back."""
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self.world = world
+        self.daemon = MemoryGateway(name, world.ether)
+        self.events: list[TransferEvent] = []
+        self.fuse = Fuse()
+        self.agent: Gateway
+        self.store: CountedStore
+
+    async def start(self, at: int = 0) -> None:
+        """A new agent; with `at` it dies at that moment."""
+        self.fuse = Fuse(at, lambda: self.world.network.kill(self.name))
+        self.daemon.fuse = self.fuse
+        self.store = CountedStore(self.world.folder / f"{self.name}.db", KEY)
+        self.store.fuse = self.fuse
+        peers = [
+            PeerConfig(name, name, rights=self.world.rights) for name in self.world.names if name != self.name
+        ]
+        self.agent = Gateway(
+            self.name,
+            self.daemon,
+            self.daemon,
+            self.store,
+            peers,
+            timing=self.world.timing,
+            dial=self.world.network.dial_from(self.name),
+            observer=self.events.append,
+        )
+        await self.agent.start()
+        if not self.fuse.blown:
+            self.world.network.up[self.name] = self.agent
+
+    def only_open(self) -> dict[str, object]:
+        """The one open transfer, as `status` shows it."""
+        transfers = self.agent.status()["transfers"]
+        assert isinstance(transfers, list)
+        (one,) = transfers
+        assert isinstance(one, dict)
+        return one
+
+    async def kill(self) -> None:
+        """No clean-up: tasks vanish, connections break, the journal stays as it is."""
+        self.fuse.blown = True
+        self.world.network.kill(self.name)
+        for task in list(self.agent._tasks):
+            task.cancel()
+        await asyncio.gather(*self.agent._tasks, return_exceptions=True)
+        self.store.close()
+
+    async def stop(self) -> None:
+        self.world.network.kill(self.name)
+        await self.agent.stop()
+        self.store.close()
+
+
+class World:
+    """Gateways a and b (and c), and the MNs between them."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...] = ("a", "b")) -> None:
+        self.folder = folder
+        self.names = names
+        self.timing = FAST
+        self.rights = frozenset({"push"})
+        self.ether = Ether()
+        self.network = Network()
+        self.sides = {name: Side(name, self) for name in names}
+        self.a, self.b = self.sides["a"], self.sides["b"]
+
+    async def quiet(self, seconds: float = 20.0) -> None:
+        """Until no journal has an open transfer."""
+        async with asyncio.timeout(seconds):
+            while any(side.store.open_transfers() for side in self.sides.values()):
+                await asyncio.sleep(0.003)
+
+    def owner(self, sa: SaName) -> str:
+        """Who serves the SA; all invariants hold."""
+        assert self.ether.slips == []
+        senders = self.ether.senders[sa]
+        assert len(senders) == 1, f"senders: {senders}"
+        name = next(iter(senders))
+        for side in self.sides.values():
+            daemon = side.daemon
+            assert sa not in daemon.passive, f"{side.name} kept what it prepared"
+            assert (sa in daemon.served) == (side.name == name)
+            assert sa not in daemon.frozen, f"{side.name} is still frozen"
+        return name
+
+
+@asynccontextmanager
+async def world(
+    *,
+    names: tuple[str, ...] = ("a", "b"),
+    timing: Timing = FAST,
+    rights: frozenset[str] = frozenset({"push"}),
+    crash: tuple[str, int] = ("", 0),
+) -> AsyncIterator[World]:
+    # journals are synced, and disks are slow: in memory where the machine allows
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        made = World(Path(folder), names)
+        made.timing, made.rights = timing, rights
+        for side in made.sides.values():
+            await side.start(crash[1] if side.name == crash[0] else 0)
+        try:
+            yield made
+        finally:
+            for side in made.sides.values():
+                await side.stop()
+            await made.network.close()
+
+
+def run(scenario: Awaitable[None], seconds: float = 60) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await scenario
+
+    asyncio.run(bounded())
+
+
+async def one_move(w: World, **how: Any) -> tuple[SaName, TransferReport]:
+    sa = w.a.daemon.serve(a_context())
+    return sa, await w.a.agent.transfer(sa, "b", **how)
