@@ -41,6 +41,9 @@ from .render import context_json
 
 log = logging.getLogger("ikectx")
 
+LEFT_QUIETLY = 10.0
+"""Seconds without an IKE request in either direction after which an SA that goes down was not deleted by
+anybody: its MN has gone (charon gives up after 165 s of retransmissions)."""
 HOOK_PATIENCE = 5.0
 """Seconds charon is made to wait in its updown script for a handover to let go."""
 
@@ -137,9 +140,7 @@ class Agent:
         self._sink = CharonSink(self._host, MnMover(config.transfer.mn_tries, config.transfer.mn_timeout))
         tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
         peers = [
-            PeerConfig(
-                peer.name, str(peer.address.address), peer.address.port, frozenset(peer.rights), peer.identity
-            )
+            PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
             for peer in config.peers
         ]
         self._gateway = Gateway(
@@ -294,12 +295,17 @@ class Agent:
         charon waits for the hook, the hook for this answer: it comes when pSG has let go, or the
         transfer has failed, so that the ESP SAs are still there to be read.
         """
-        connection = self._config.connections.get(request.get("connection", ""))
-        if connection is None or not connection.handover_to or request.get("verb") != "down":
+        if request.get("verb") != "down":
             return {"action": "none"}
         sa = self._source.departing_by_reqid(_number(request, "reqid", 0))
         if sa is None or sa in self._source.departing:
             return {"action": "none"}
+        # the hook knows the child's name only (PLUTO_CONNECTION); connections are the IKE_SA's
+        connection = self._config.connections.get(self._host.record.context(sa).connection)
+        if connection is None or not connection.handover_to:
+            return {"action": "none"}
+        if self._host.quiet(sa) < LEFT_QUIETLY:
+            return {"action": "none", "reason": "the SA was deleted on purpose"}
         self._source.departing.add(sa)
         left = asyncio.Event()
         self._host.spawn(self._hand_over(sa, connection.handover_to, left))

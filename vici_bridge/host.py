@@ -20,7 +20,7 @@ from . import ha
 from .charon import SaView, sa_views
 from .deadlines import Deadlines
 from .kernel import Detour, Kernel, Mute
-from .record import Change, Record, undo_messages
+from .record import Change, Deleted, MidChanged, Record, undo_messages
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -75,6 +75,7 @@ class CharonHost:
         self._saving: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._toggle: asyncio.Future[None] | None = None
+        self._spoke: dict[SaName, float] = {}
         self.charon_up = False
         self.charon_version = ""
 
@@ -127,6 +128,11 @@ class CharonHost:
 
     def _fed(self, change: Change) -> None:
         self.save_soon()
+        match change:
+            case MidChanged(name):
+                self._spoke[name] = time.monotonic()
+            case Deleted(name):
+                self._spoke.pop(name, None)
         if self.on_change is not None:
             self.on_change(change)
 
@@ -192,6 +198,10 @@ class CharonHost:
     def listening(self) -> bool:
         """Whether charon's end of the HA link exists."""
         return self._ha.listening()
+
+    def quiet(self, sa: SaName) -> float:
+        """Seconds since the last IKE request in either direction, as far as this agent heard."""
+        return time.monotonic() - self._spoke.get(sa, 0.0)
 
     # Views.
 
