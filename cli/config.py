@@ -87,7 +87,7 @@ class TransferConfig:
     certificate: Path
     key: Path
     ca: Path
-    oseq_jump: int = 1024
+    oseq_jump: int = 65536
     late_seconds: int = 5
     prepare_timeout: float = 30.0
     mn_tries: int = 5

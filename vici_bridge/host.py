@@ -51,7 +51,7 @@ class HostConfig:
     kernel_esp: bool = True
     updown: Mapping[str, str] = field(default_factory=dict)
     forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
-    oseq_jump: int = 1024
+    oseq_jump: int = 65536
     late: int = 5
 
 
