@@ -94,7 +94,7 @@ def test_minimal() -> None:
     assert config.transfer.certificate == Path("/etc/ikectx/psg.pem")
     assert config.transfer.ca == Path("/etc/ssl/ca.pem")
     assert (config.transfer.oseq_jump, config.transfer.late_seconds, config.transfer.mn_timeout) == (
-        1024,
+        65536,
         5,
         0.5,
     )
