@@ -15,7 +15,7 @@ import logging
 import socket
 import ssl
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -388,7 +388,7 @@ class Links:
             return link
 
     @contextlib.contextmanager
-    def in_use(self, peer: PeerConfig) -> Any:
+    def in_use(self, peer: PeerConfig) -> Iterator[None]:
         """While one of these is held the link does not count as idle."""
         self._users[peer.name] += 1
         try:

@@ -156,31 +156,34 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     async def begin(self) -> None:
         """Go on from the export to the end."""
-        context = self.context
-        if context is not None:
+        if self.context is not None:
             try:
-                header = TransferHeader(self.transfer_id, "prepare", self.address)
-                offer = Pctd(context.remote.address, encode(context, transfer=header)).serialize()
-                now = self.parts.wall()
-                self.entry = JournalEntry(
-                    transfer_id=self.transfer_id,
-                    role="source",
-                    peer=self.peer.name,
-                    sa=self.sa,
-                    mn=mn_label(context),
-                    mn_address=str(context.remote.address),
-                    state=str(SourceState.NEW),
-                    epoch=context.epoch,
-                    started=now,
-                    updated=now,
-                    context=offer,
-                )
-                await self.go(SourceInput.OK)
-                return
+                self.entry = self._new_entry(self.context)
             except WireError as error:
                 self.blame(error)
-        busy = isinstance(self.error, BusyError)
-        await self.go(SourceInput.BUSY if busy else SourceInput.FAILED)
+        if self.error is None:
+            await self.go(SourceInput.OK)
+        else:
+            busy = isinstance(self.error, BusyError)
+            await self.go(SourceInput.BUSY if busy else SourceInput.FAILED)
+
+    def _new_entry(self, context: IkeContext) -> JournalEntry:
+        header = TransferHeader(self.transfer_id, "prepare", self.address)
+        offer = Pctd(context.remote.address, encode(context, transfer=header))
+        now = self.parts.wall()
+        return JournalEntry(
+            transfer_id=self.transfer_id,
+            role="source",
+            peer=self.peer.name,
+            sa=self.sa,
+            mn=mn_label(context),
+            mn_address=str(context.remote.address),
+            state=str(SourceState.NEW),
+            epoch=context.epoch,
+            started=now,
+            updated=now,
+            context=offer.serialize(),
+        )
 
     async def go(self, what: SourceInput | None) -> None:
         """Feed `what`, do what the table says, feed what comes of it, until the end."""
@@ -200,9 +203,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     def _settle(self) -> None:
         """Report: at the end, and before it when the caller should not wait any longer."""
         report = self.report()
+        self.tell(report)
         if not self.settled.done():
             self.settled.set_result(report)
-        self.tell(report)
 
     async def _step(self, what: str, work: Awaitable[_T]) -> _T:
         return await step(what, work, self.parts.timing)

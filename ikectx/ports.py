@@ -74,7 +74,10 @@ class ContextSink(Protocol):
         """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
 
     async def take(self, context: IkeContext, final: FinalState) -> None:
-        """Own it: final counters in, routes and updown up. ESP flows through here from now on."""
+        """Own it: final counters in, routes and updown up. ESP flows through here from now on.
+
+        May be called again after a crash, as may the two that follow: outbound numbers are only ever raised.
+        """
 
     async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
         """Tell the MN the gateway's new address. Errors: LinkError (silent), RefusedError."""

@@ -170,7 +170,7 @@ class Run(Generic[_State, _Input, _Action]):
         return "" if self.error is None else str(self.error)
 
     def tell(self, report: TransferReport | None = None) -> None:
-        """Tell the observers where the transfer is."""
+        """Tell the observers where the transfer is: soon, since the next message is not to wait for them."""
         entry = self.entry
         if entry is None:
             return
@@ -185,6 +185,10 @@ class Run(Generic[_State, _Input, _Action]):
             detail=self.detail(),
             report=report,
         )
+        if self._observers:
+            asyncio.get_running_loop().call_soon(self._notify, event)
+
+    def _notify(self, event: TransferEvent) -> None:
         for observer in self._observers:
             try:
                 observer(event)
