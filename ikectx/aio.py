@@ -38,7 +38,7 @@ from .links import Dial, Link, Links, PeerConfig, Stream, TlsConfig, tls_dial, t
 from .numbers import Status
 from .outgoing import Address, Outgoing
 from .ports import Clock, ContextSink, ContextSource, SaName
-from .run import Observer, Parts
+from .run import Observer, Parts, log_mistake
 from .store import JournalEntry, SqliteStore
 from .transfer import (
     OSEQ_JUMP,
@@ -230,7 +230,10 @@ class Gateway:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: %s", task.get_name(), error, exc_info=error)
+            if isinstance(error, IkectxError):
+                log.error("%s: %s", task.get_name(), error)
+            else:
+                log_mistake(task.get_name(), error)
 
     # -- outgoing ----------------------------------------------------------------------------------------
 
@@ -319,7 +322,8 @@ class Gateway:
         except Exception as error:
             # a mistake in here: leave everything as it stands, the next start reads the journal
             if not run.settled.done():
-                run.blame(error if isinstance(error, IkectxError) else StateError(f"internal error: {error}"))
+                mistake = StateError(f"a mistake here: {type(error).__name__}")
+                run.blame(error if isinstance(error, IkectxError) else mistake)
                 run.settled.set_result(run.report())
             raise
         finally:

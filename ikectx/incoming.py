@@ -18,7 +18,7 @@ from .links import Link, PeerConfig
 from .numbers import STATUS_TEXT, Fpt, Status
 from .ports import MoveReport, SaName, Verdict
 from .profile import TransferHeader, decode, decode_final, encode_verdicts
-from .run import Parts, Run, log, step
+from .run import Parts, Run, log, log_mistake, step
 from .store import JournalEntry
 from .transfer import (
     TARGET_DURABLE,
@@ -266,8 +266,8 @@ class Desk:
             except (StoreError, WireError) as error:
                 # no answer: what the journal does not tell cannot be told
                 log.error("a message of %s for %s: %s", self.peer.name, self._mn, error)
-            except Exception:
-                log.exception("a message of %s for %s", self.peer.name, self._mn)
+            except Exception as error:
+                log_mistake(f"a message of {self.peer.name} for {self._mn}", error)
             finally:
                 self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
 

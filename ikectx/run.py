@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -45,6 +46,12 @@ class Parts:
     observer: Observer | None = None
 
 
+def log_mistake(what: str, error: BaseException) -> None:
+    """Log where an error came up that should not exist; not its text, which may hold anything, keys too."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s: %s, a mistake in the program:\n%s", what, type(error).__name__, where)
+
+
 async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
     """One call of a port. Errors: IkectxError, whatever the port raised, and when it takes too long."""
     try:
@@ -55,8 +62,8 @@ async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
     except TimeoutError:
         raise StateError(f"{what} did not end within {timing.step:g} s") from None
     except Exception as error:
-        log.exception("%s: not an error a port may raise", what)
-        raise StateError(f"{what} failed: {type(error).__name__}: {error}") from error
+        log_mistake(what, error)
+        raise StateError(f"{what} failed with a {type(error).__name__}, see the log") from None
 
 
 class Run(Generic[_State, _Input, _Action]):
@@ -192,8 +199,8 @@ class Run(Generic[_State, _Input, _Action]):
         for observer in self._observers:
             try:
                 observer(event)
-            except Exception:
-                log.exception("an observer of transfers failed")
+            except Exception as error:
+                log_mistake("an observer of transfers", error)
 
     async def again(self, tries: int, what: str, error: IkectxError) -> None:
         """Log that `what` failed, and wait before it is tried again."""
