@@ -2,14 +2,14 @@
 # Sets up and runs everything; root on Debian 12 is enough. A second run skips what is there.
 #
 #   tests/run.sh                  all steps
-#   tests/run.sh lint unit ...    some of: format lint types floors unit kernel scenarios
+#   tests/run.sh lint unit ...    some of: format lint types floors unit live kernel scenarios
 #
 # Steps go on after a failure. The last line counts: "N passed, N failed". Exit code 0 only without failures.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
-STEPS=(format lint types floors unit kernel scenarios)
+STEPS=(format lint types floors unit live kernel scenarios)
 HOUSES=(ikectx vici_bridge mobike_ext cli)
 results=$root/build/tests
 passed=0 failed=0
@@ -48,8 +48,15 @@ step_floors() { check floors .venv/bin/lint-imports --no-logo; }
 step_unit() {
     say unit
     rm -f "$results/unit.xml"
-    timeout 1200 .venv/bin/python -m pytest -q -m "not kernel_esp" --junit-xml "$results/unit.xml"
+    timeout 1200 .venv/bin/python -m pytest -q -m "not kernel_esp and not live" --junit-xml "$results/unit.xml"
     count unit "this machine" "$results/unit.xml" $?
+}
+
+step_live() { # real charons here, with ESP in user space
+    say live
+    rm -f "$results/live.xml"
+    timeout 1200 .venv/bin/python -m pytest -q -m live --junit-xml "$results/live.xml" tests/live
+    count live "this machine" "$results/live.xml" $?
 }
 
 step_kernel() { # what needs a kernel with ESP: here where it has it, else in a virtual machine

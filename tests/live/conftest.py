@@ -1,0 +1,52 @@
+"""Fixtures of the live tests: one lab for the whole run, cleared before each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from ikectx_cli.lab_hosts import CHARON, Lab
+
+from .world import World
+
+
+@pytest.fixture(scope="session")
+def session_world() -> Iterator[World]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root for network namespaces")
+    for needed in (CHARON, "/usr/sbin/swanctl", "/dev/net/tun"):
+        if not Path(needed).exists():
+            pytest.skip(f"needs {needed}")
+    world = World(Lab.new())
+    try:
+        world.build()
+        yield world
+    finally:
+        world.lab.down()
+
+
+@pytest.fixture
+def world(session_world: World, request: pytest.FixtureRequest) -> Iterator[World]:
+    session_world.clean()
+    request.node.stash[_WORLD] = session_world
+    yield session_world
+
+
+_WORLD = pytest.StashKey[World]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure shows what every daemon said during the test, and costs the next test a fresh start."""
+    report = yield
+    world = item.stash.get(_WORLD, None)
+    if report.failed and world is not None:
+        world.broken = True
+        if report.when == "call":
+            report.sections += list(world.story())
+    return report

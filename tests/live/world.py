@@ -1,0 +1,358 @@
+"""One lab with real charons and user-space ESP, kept up for all tests of a run.
+
+A test gets a `World` in which nothing is set up, brings its tunnel up with `up`, and asks what both ends
+say of it. Addresses, connections and credentials are the lab's: the mobile node `mn` has the connections
+`psg` and `nsg`, both gateways have `mn`, the children are `net` and `net2`.
+
+With user-space ESP no charon can change the addresses of a CHILD_SA: the mobile node rekeys it as soon as
+it has answered UPDATE_SA_ADDRESSES. `settle` waits for that; its exchange is
+
+    MN -> gateway  CREATE_CHILD_SA   N(REKEY_SA), SA, Ni, TSi, TSr    sent again until charon is active
+    gateway -> MN  CREATE_CHILD_SA   SA, Nr, TSi, TSr
+    MN -> gateway  INFORMATIONAL     D(old CHILD_SA), answered by the gateway's D
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import CharonError
+from ikectx_cli.lab_config import Tunnel
+from ikectx_cli.lab_hosts import Lab
+from ikectx_cli.lab_net import CHARONS, GATEWAYS, INNER, OUTER, SECOND
+from vici_bridge.vici import ControlClient, json_of
+
+PATIENCE = 12.0
+"""Seconds for something that charons do by themselves."""
+
+TUNING = """
+charon-systemd {
+  # soon again, and for about a minute: the moments in which nobody answers are what is tested here
+  retransmit_timeout = 0.4
+  retransmit_base = 1.2
+  retransmit_limit = 1
+  retransmit_tries = 50
+}
+"""
+KEYS_IN_LOG = "charon-systemd { filelog { log { ike = 4\n chd = 4 } } }\n"
+"""The mobile node's charon logs every key it derives: what the gateways' agents derive is compared to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a command of the product ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The one report of a transfer."""
+        (report,) = self.json["reports"]
+        assert isinstance(report, dict)
+        return report
+
+
+@dataclass(slots=True)
+class World:
+    """The lab, and what tests ask of it."""
+
+    lab: Lab
+    tunnel: Tunnel = field(default_factory=lambda: Tunnel(libipsec=True))
+    broken: bool = False
+    """The daemons must be started anew before the next test."""
+    marks: dict[Path, int] = field(default_factory=dict)
+
+    # -- set-up -----------------------------------------------------------------------------
+
+    def build(self) -> None:
+        self.lab.up(self.tunnel)
+        self.tune()
+
+    def tune(self, hosts: tuple[str, ...] = CHARONS) -> None:
+        """Short retransmission times everywhere, keys in the mobile node's log."""
+        for host in hosts:
+            conf = self.lab.work / host / "strongswan.conf"
+            conf.write_text(conf.read_text() + TUNING + (KEYS_IN_LOG if host == "mn" else ""))
+            self.must(host, "swanctl", "--reload-settings")
+
+    def clean(self) -> None:
+        """Nothing of the test before is left: no SA, no rule, no open transfer, every daemon up."""
+        self.unblock()
+        self.marks = {path: path.stat().st_size for path in self._logs()}
+        stopped = any(self.lab.started.get((host, "agent")) is None for host in GATEWAYS)
+        if not self.broken and not stopped:
+            for host in CHARONS:
+                self.forget(host)
+            with contextlib.suppress(AssertionError):
+                until(lambda: self.idle("psg") and self.idle("nsg"), "both agents idle", 5.0)
+                return
+        self.lab.configure(Tunnel(libipsec=True))
+        self.tune()
+        self.broken = False
+
+    def forget(self, host: str) -> None:
+        """charon drops its SAs at once, whatever the other side answers."""
+        for sa in self.lab.list_sas(host):
+            with contextlib.suppress(CharonError):
+                self.lab.vici(host).request(
+                    "terminate", {"ike-id": sa["uniqueid"], "force": "yes", "timeout": "-1"}
+                )
+        until(lambda: not self.lab.list_sas(host), f"{host} has no SA")
+
+    def up(
+        self, gateway: str = "psg", *, overrides: Mapping[str, str] | None = None, **tunnel: Any
+    ) -> dict[str, Any]:
+        """The tunnel of these `Tunnel` fields, set up at a gateway; the gateway's IKE_SA.
+
+        `overrides`: text of swanctl.conf by host, which wins.
+        """
+        self.tunnel = Tunnel(libipsec=True, **tunnel)
+        self.lab.reload(self.tunnel, overrides)
+        self.lab.connect(gateway)
+        self.ping()
+        return self.serves(gateway)
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def must(self, host: str, *argv: str) -> str:
+        done = self.lab.command(host, argv)
+        assert done.returncode == 0, f"{host}: {' '.join(argv)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def ikectx(self, host: str, *argv: str) -> Done:
+        done = self.lab.command(host, ["ikectx", *argv], timeout=100.0)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def transfer(self, source: str, to: str, *argv: str) -> Done:
+        """`ikectx transfer`, however it ends."""
+        return self.ikectx(source, "transfer", "--to", to, "--json", *argv)
+
+    def begin(self, host: str, *argv: str) -> subprocess.Popen[str]:
+        """`ikectx` in the background."""
+        return subprocess.Popen(
+            [*self.lab.net.enter(host), "ikectx", *argv],
+            env=self.lab.environment(host),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def move(self, source: str, to: str, *argv: str) -> dict[str, Any]:
+        """A transfer that must succeed with the IKE_SA unchanged; its report. Does not wait for traffic."""
+        before = self.one("mn")
+        done = self.transfer(source, to, *argv)
+        assert done.code == 0, f"{done.out}\n{done.err}"
+        report = done.report
+        assert report["result"] == "moved", report
+        assert self.lab.list_sas(source) == []
+        after, there = self.one("mn"), self.one(to)
+        assert spis(after) == spis(before) == spis(there)
+        assert after["remote-host"] == OUTER[to][self.tunnel.family]
+        assert there["state"] == "ESTABLISHED"
+        return report
+
+    def settle(self, gateway: str) -> None:
+        """The mobile node's children are anew at that gateway, and carry packets."""
+        self.agree(gateway)
+        self.ping()
+        self.serves(gateway)
+
+    # -- what charons do ----------------------------------------------------------------------
+
+    def one(self, host: str) -> dict[str, Any]:
+        """Its only IKE_SA."""
+        found = self.lab.list_sas(host)
+        assert len(found) == 1, f"{host} has {len(found)} IKE_SAs: {found}"
+        return found[0]
+
+    def serves(self, gateway: str) -> dict[str, Any]:
+        """Only that gateway has the SA, it is the mobile node's, and it is up; its IKE_SA."""
+        other = "nsg" if gateway == "psg" else "psg"
+        assert self.lab.list_sas(other) == [], f"{other} has an SA as well"
+        here, mobile = self.one(gateway), self.one("mn")
+        assert spis(here) == spis(mobile)
+        assert (here["state"], mobile["state"]) == ("ESTABLISHED", "ESTABLISHED")
+        assert mobile["remote-host"] == OUTER[gateway][self.tunnel.family]
+        return here
+
+    def children(self, host: str) -> dict[str, tuple[str, str]]:
+        """(inbound, outbound) SPI of each installed child, by name, at a host with one IKE_SA."""
+        return {
+            child["name"]: (child["spi-in"], child["spi-out"])
+            for child in self.one(host)["child-sas"].values()
+            if child["state"] == "INSTALLED"
+        }
+
+    def agree(self, gateway: str) -> None:
+        """Wait until both ends have the same children, and nothing under way."""
+
+        def same() -> bool:
+            here, mobile = self.children(gateway), self.children("mn")
+            idle = not tasks(self.one(gateway)) and not tasks(self.one("mn"))
+            crossed = {name: (spi_out, spi_in) for name, (spi_in, spi_out) in mobile.items()}
+            # rekeyed by the mobile node: a child installed twice at one end is on its way out
+            return idle and here == crossed and len(here) == self.tunnel.children
+
+        until(same, f"{gateway} and the mobile node agree on their children")
+
+    def rekey_ike(self, host: str, gateway: str) -> None:
+        """An IKE rekey begun by `host`, done when both ends have the new SPIs and no old IKE_SA.
+
+        CREATE_CHILD_SA SA, N, KE both ways, then INFORMATIONAL D of the old IKE_SA.
+        """
+        old = spis(self.one(host))
+        self.lab.vici(host).rekey(ike_id=int(self.one(host)["uniqueid"]))
+
+        def new() -> bool:
+            both = self.lab.list_sas(gateway), self.lab.list_sas("mn")
+            return (
+                all(len(found) == 1 for found in both)
+                and spis(both[0][0]) == spis(both[1][0]) != old
+                and not any(tasks(found[0]) for found in both)
+            )
+
+        until(new, f"IKE rekey by {host}")
+
+    def rekey_child(self, host: str, gateway: str, child: str = "net") -> None:
+        """A child rekey begun by `host`: CREATE_CHILD_SA N(REKEY_SA), then INFORMATIONAL D of the old one."""
+        old = self.children(host)[child]
+        ids = [
+            int(one["uniqueid"])
+            for one in self.one(host)["child-sas"].values()
+            if (one["spi-in"], one["spi-out"]) == old
+        ]
+        self.lab.vici(host).rekey(child_id=ids[0])
+        until(lambda: self.children(host).get(child, old) != old, f"child rekey by {host}")
+        self.agree(gateway)
+
+    def talks(self, gateway: str) -> None:
+        """Every exchange works from both sides, and traffic flows."""
+        for host in ("mn", gateway):
+            self.rekey_child(host, gateway)
+            self.rekey_ike(host, gateway)
+        self.ping()
+        self.serves(gateway)
+
+    def ends(self, host: str, gateway: str) -> None:
+        """`host` deletes the IKE_SA (INFORMATIONAL D, answered); nothing is left at either end."""
+        self.lab.terminate(host)
+        for each in ("mn", gateway):
+            until(lambda each=each: not self.lab.list_sas(each), f"{each} has no SA")
+        self.nothing_left()
+
+    def nothing_left(self) -> None:
+        """No SA, no nftables rule, no route of ours, nothing in the agents' records."""
+        for host in CHARONS:
+            assert self.lab.list_sas(host) == []
+            assert "ikectx" not in self.must(host, "nft", "list", "ruleset")
+            assert INNER["mn"][self.tunnel.inner] not in self.must(
+                host, "ip", "route", "show", "table", "all"
+            )
+        for host in GATEWAYS:
+            until(lambda host=host: self.status(host)["sas"] == 0, f"{host}'s record is empty")
+            assert self.idle(host)
+
+    # -- the agents -----------------------------------------------------------------------------
+
+    def status(self, host: str) -> Any:
+        with ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent:
+            return json_of(agent.request("status"))
+
+    def idle(self, host: str) -> bool:
+        """No transfer is open there."""
+        return not self.status(host)["transfers"]
+
+    # -- the net ------------------------------------------------------------------------------
+
+    def ping(self, child: int = 1, within: float = PATIENCE) -> None:
+        """The server answers the mobile node through the tunnel."""
+        inner = self.tunnel.inner
+        far = INNER["srv"][inner] if child == 1 else SECOND[inner]
+        words = ["ping", "-c", "1", "-W", "1", "-I", INNER["mn"][inner], far]
+        until(lambda: self.lab.command("mn", words).returncode == 0, f"ping to {far}", within)
+
+    def block(self, source: str, destination: str) -> None:
+        """The core router drops IKE and ESP from one host to another."""
+        rules = "add table inet test\nadd chain inet test way { type filter hook forward priority 0; }\n"
+        for version in (4, 6):
+            word = "ip" if version == 4 else "ip6"
+            one, two = OUTER[source][version], OUTER[destination][version]
+            rules += f"add rule inet test way {word} saddr {one} {word} daddr {two} meta l4proto udp drop\n"
+        self.must("core", "nft", rules)
+
+    def unblock(self) -> None:
+        self.must("core", "nft", "add table inet test; delete table inet test")
+
+    @contextlib.contextmanager
+    def blocked(self, source: str, destination: str) -> Iterator[None]:
+        self.block(source, destination)
+        try:
+            yield
+        finally:
+            self.unblock()
+
+    # -- logs -----------------------------------------------------------------------------------
+
+    def _logs(self) -> list[Path]:
+        return [
+            path
+            for host in CHARONS
+            for path in (self.lab.work / host / "agent.out", self.lab.work / host / "charon.log")
+            if path.exists()
+        ]
+
+    def log(self, host: str, name: str = "charon.log") -> str:
+        """What was logged since the test began."""
+        path = self.lab.work / host / name
+        with path.open("rb") as file:
+            file.seek(self.marks.get(path, 0))
+            return file.read().decode(errors="replace")
+
+    def story(self) -> Iterator[tuple[str, str]]:
+        """The ends of all logs of this test, without key material."""
+        for path in self._logs():
+            lines = self.log(path.parent.name, path.name).splitlines()
+            shown = [line for line in lines if not line.startswith(" ")]  # those are octets of keys
+            yield f"{path.parent.name}/{path.name}", "\n".join(shown[-60:])
+
+
+def spis(sa: Mapping[str, Any]) -> tuple[str, str]:
+    return str(sa["initiator-spi"]), str(sa["responder-spi"])
+
+
+def tasks(sa: Mapping[str, Any]) -> list[str]:
+    kinds = ("tasks-active", "tasks-queued", "tasks-passive")
+    return [str(task) for kind in kinds for task in sa.get(kind, ())]
+
+
+def address(host: str, version: int = 4) -> str:
+    return str(ip_address(OUTER[host][version]))
+
+
+def until(true: Callable[[], object], what: str, within: float = PATIENCE) -> None:
+    """Wait for it. An AssertionError in it counts as "not yet"."""
+    limit = time.monotonic() + within
+    while True:
+        trouble = ""
+        try:
+            if true():
+                return
+        except AssertionError as error:
+            trouble = f" ({error})"
+        assert time.monotonic() < limit, f"not within {within:g} s: {what}{trouble}"
+        time.sleep(0.05)
