@@ -467,7 +467,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             if trouble is not None:
                 text += f"; the clean-up here failed, it is tried again: {trouble}"
         elif error is not None:
-            text, hint, exit_code = str(error), error.hint, error.exit_code
+            text, hint, exit_code = str(error), error.hint or HINTS.get(error.status, ""), error.exit_code
         if result == "in-doubt":
             exit_code = exit_code or LinkError.exit_code
             ident = self.transfer_id.hex()

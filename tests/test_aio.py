@@ -311,6 +311,7 @@ def test_a_gateway_that_is_down_leaves_the_sa_served() -> None:
             w.network.kill("b")
             sa, report = await one_move(w)
             assert (report.result, report.status, report.exit_code) == ("kept", Status.UNREACHABLE, 5)
+            assert "certificates" in report.hint
             assert "connection refused" in report.text
             assert w.a.daemon.calls == ["export"]
             assert w.owner(sa) == "a"
@@ -353,6 +354,7 @@ def test_an_sa_that_stays_busy_stays() -> None:
             w.a.daemon.fail["freeze"] = [BusyError("an exchange is in flight") for _ in range(5)]
             sa, report = await one_move(w)
             assert (report.result, report.status, report.attempts) == ("kept", Status.BUSY, 5)
+            assert report.hint.startswith("try again")
             assert report.exit_code == BusyError.exit_code
             await w.quiet()
             assert w.owner(sa) == "a"
