@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from ipaddress import ip_address
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 from ikectx.errors import CharonError
 from ikectx_cli.lab_config import Tunnel
 from ikectx_cli.lab_hosts import Lab
-from ikectx_cli.lab_net import CHARONS, GATEWAYS, INNER, OUTER, SECOND
+from ikectx_cli.lab_net import CHARONS, GATEWAYS, INNER, OUTER, SECOND, SECOND_NET
 from vici_bridge.vici import ControlClient, json_of
 
 PATIENCE = 12.0
@@ -43,7 +44,24 @@ charon-systemd {
 }
 """
 KEYS_IN_LOG = "charon-systemd { filelog { log { ike = 4\n chd = 4 } } }\n"
-"""The mobile node's charon logs every key it derives: what the gateways' agents derive is compared to it."""
+"""charon logs every key it derives: what an agent derives, and what nSG's charon makes of it, is compared."""
+LOGGED = {
+    "skeyseed": "SKEYSEED",
+    "sk_d": "Sk_d secret",
+    "sk_ai": "Sk_ai secret",
+    "sk_ar": "Sk_ar secret",
+    "sk_ei": "Sk_ei secret",
+    "sk_er": "Sk_er secret",
+    "sk_pi": "Sk_pi secret",
+    "sk_pr": "Sk_pr secret",
+    "encr_i": "encryption initiator key",
+    "encr_r": "encryption responder key",
+    "integ_i": "integrity initiator key",
+    "integ_r": "integrity responder key",
+}
+"""What charon (5.9.8 to 6.0.6) calls the keys that `ikectx show --secrets` shows."""
+_OCTETS = re.compile(r"\]\s+\d+: ([0-9A-F]{2} )+| => \d+ bytes @")
+"""Lines of charon's log that show octets of keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +99,27 @@ class World:
     def build(self) -> None:
         self.lab.up(self.tunnel)
         self.tune()
+        # charon's user-space ESP wants an address of its own in the selectors of its side
+        for number, host in enumerate(GATEWAYS, 2):
+            for network in SECOND_NET.values():
+                self.must(host, "ip", "address", "add", str(ip_network(network)[number]), "dev", "lo")
+
+    def inner_address(self, verb: str) -> None:
+        """Put the mobile node's inner address on it (add), for tunnels without virtual IP, or take it off."""
+        for inner in INNER["mn"].values():
+            self.lab.command("mn", ["ip", "address", verb, inner, "dev", "lo"])
 
     def tune(self, hosts: tuple[str, ...] = CHARONS) -> None:
-        """Short retransmission times everywhere, keys in the mobile node's log."""
+        """Short retransmission times, keys in the log."""
         for host in hosts:
             conf = self.lab.work / host / "strongswan.conf"
-            conf.write_text(conf.read_text() + TUNING + (KEYS_IN_LOG if host == "mn" else ""))
+            conf.write_text(conf.read_text() + TUNING + KEYS_IN_LOG)
             self.must(host, "swanctl", "--reload-settings")
 
     def clean(self) -> None:
         """Nothing of the test before is left: no SA, no rule, no open transfer, every daemon up."""
         self.unblock()
+        self.inner_address("del")
         self.marks = {path: path.stat().st_size for path in self._logs()}
         stopped = any(self.lab.started.get((host, "agent")) is None for host in GATEWAYS)
         if not self.broken and not stopped:
@@ -121,10 +149,16 @@ class World:
         `overrides`: text of swanctl.conf by host, which wins.
         """
         self.tunnel = Tunnel(libipsec=True, **tunnel)
+        if not self.tunnel.vip:
+            self.inner_address("add")
         self.lab.reload(self.tunnel, overrides)
         self.lab.connect(gateway)
         self.ping()
         return self.serves(gateway)
+
+    def tunnel_with(self, **changes: Any) -> Tunnel:
+        """The present tunnel, with some fields changed."""
+        return replace(self.tunnel, **changes)
 
     # -- commands ---------------------------------------------------------------------------
 
@@ -152,9 +186,16 @@ class World:
             text=True,
         )
 
+    @staticmethod
+    def end(work: subprocess.Popen[str]) -> Done:
+        """What came of `begin`."""
+        out, err = work.communicate(timeout=60)
+        return Done(work.returncode, out, err)
+
     def move(self, source: str, to: str, *argv: str) -> dict[str, Any]:
         """A transfer that must succeed with the IKE_SA unchanged; its report. Does not wait for traffic."""
-        before = self.one("mn")
+        before, keys = self.one("mn"), self.keys(source)
+        assert keys
         done = self.transfer(source, to, *argv)
         assert done.code == 0, f"{done.out}\n{done.err}"
         report = done.report
@@ -164,6 +205,10 @@ class World:
         assert spis(after) == spis(before) == spis(there)
         assert after["remote-host"] == OUTER[to][self.tunnel.family]
         assert there["state"] == "ESTABLISHED"
+        for host in ("mn", to):
+            # both ends derived them themselves; at nSG charon derived them from what it was given
+            lacking = [name for name, key in keys if key not in self.logged(host).get(LOGGED[name], ())]
+            assert not lacking, f"{host} has other keys: {lacking}"
         return report
 
     def settle(self, gateway: str) -> None:
@@ -240,6 +285,12 @@ class World:
         until(lambda: self.children(host).get(child, old) != old, f"child rekey by {host}")
         self.agree(gateway)
 
+    def begin_rekey(self, host: str) -> None:
+        """`host` begins to rekey its only child; it may not get through."""
+        (child,) = (one for one in self.one(host)["child-sas"].values() if one["state"] == "INSTALLED")
+        self.lab.vici(host).rekey(child_id=int(child["uniqueid"]))
+        until(lambda: tasks(self.one(host)), f"{host} has begun a rekey")
+
     def talks(self, gateway: str) -> None:
         """Every exchange works from both sides, and traffic flows."""
         for host in ("mn", gateway):
@@ -260,12 +311,38 @@ class World:
         for host in CHARONS:
             assert self.lab.list_sas(host) == []
             assert "ikectx" not in self.must(host, "nft", "list", "ruleset")
-            assert INNER["mn"][self.tunnel.inner] not in self.must(
-                host, "ip", "route", "show", "table", "all"
-            )
+            routes = self.must(host, "ip", "route", "show", "table", "all", "dev", "ipsec0")
+            assert INNER["mn"][self.tunnel.inner] not in routes, routes
         for host in GATEWAYS:
             until(lambda host=host: self.status(host)["sas"] == 0, f"{host}'s record is empty")
             assert self.idle(host)
+
+    # -- keys ------------------------------------------------------------------------------------
+
+    def context(self, host: str, *, secrets: bool = False) -> Any:
+        """What `ikectx show` shows of the only SA."""
+        with ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent:
+            return json_of(agent.request("show-context", {"secrets": "yes" if secrets else "no"}))
+
+    def keys(self, host: str) -> list[tuple[str, str]]:
+        """(name, hexadecimal) of all keys that the agent derives for the IKE_SA and its children."""
+        context = self.context(host, secrets=True)
+        parts = [context["generations"][-1], *context["children"]]
+        return [(name, key) for part in parts for name, key in part["keys"].items() if key]
+
+    def logged(self, host: str) -> dict[str, list[str]]:
+        """Octets by their name that charon logged during this test, in hexadecimal."""
+        found: dict[str, list[str]] = {}
+        name = ""
+        for line in self.log(host).splitlines():
+            if title := re.search(r"\] (?:  )?(\S.*) => \d+ bytes @", line):
+                name = title[1]
+                found.setdefault(name, []).append("")
+            elif name and (octets := re.search(r"\]\s+\d+: ((?:[0-9A-F]{2} )+) ", line)):
+                found[name][-1] += octets[1].replace(" ", "").lower()
+            else:
+                name = ""
+        return found
 
     # -- the agents -----------------------------------------------------------------------------
 
@@ -327,8 +404,8 @@ class World:
         """The ends of all logs of this test, without key material."""
         for path in self._logs():
             lines = self.log(path.parent.name, path.name).splitlines()
-            shown = [line for line in lines if not line.startswith(" ")]  # those are octets of keys
-            yield f"{path.parent.name}/{path.name}", "\n".join(shown[-60:])
+            shown = [line for line in lines if not _OCTETS.search(line)]
+            yield f"{path.parent.name}/{path.name}", "\n".join(shown[-50:])
 
 
 def spis(sa: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,0 +1,354 @@
+"""What is refused leaves pSG serving the mobile node, and nSG as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .world import Done, World, spis, until
+
+pytestmark = pytest.mark.live
+
+
+@contextlib.contextmanager
+def untouched(world: World, other: int = 0) -> Iterator[None]:
+    """Neither charon's SAs nor rules nor routes change, and pSG serves; nSG has `other` IKE_SAs."""
+
+    def seen() -> list[Any]:
+        views: list[Any] = []
+        for host in ("psg", "nsg", "mn"):
+            for sa in world.lab.list_sas(host):
+                children = sorted(
+                    (child["name"], child["state"], child["spi-in"], child["spi-out"])
+                    for child in sa["child-sas"].values()
+                )
+                views.append((host, sa["uniqueid"], sa["state"], spis(sa), sa["remote-host"], children))
+            for words in ("nft list ruleset", "ip rule", "ip route show table all", "ip xfrm policy"):
+                if host != "mn":
+                    views.append((host, words, world.must(host, *words.split())))
+        return views
+
+    before = seen()
+    yield
+    assert seen() == before
+    assert len(world.lab.list_sas("nsg")) == other
+    assert world.idle("psg")
+    until(lambda: world.idle("nsg"), "nsg's agent has nothing open")
+    world.ping()
+    if not other:
+        world.rekey_child("mn", "psg")
+        world.serves("psg")
+
+
+def refused(done: Done, code: int, status: str) -> dict[str, Any]:
+    """The report of a transfer that did not happen: exit code, status, and words for the operator."""
+    assert done.code == code, done
+    report = done.report
+    assert report["status"]["name"] == status, report
+    assert report["result"] in ("kept", "refused")
+    assert report["text"] and report["hint"]
+    assert "serves the MN" in report["state_here"]
+    return report
+
+
+def against(report: dict[str, Any]) -> set[tuple[str, str]]:
+    """(context, status) of all verdicts that are not OK: a CTDR has one for each context."""
+    verdicts = [(verdict["context"], verdict["status"]["name"]) for verdict in report["verdicts"]]
+    return {verdict for verdict in verdicts if verdict[1] != "OK"}
+
+
+def edit(world: World, host: str, old: str, new: str) -> None:
+    """Change swanctl.conf of a host and load it."""
+    path = world.lab.work / host / "swanctl.conf"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    world.must(host, "swanctl", "--load-all")
+
+
+# Each exchange of a refusal is CXTP's only: psg -> nsg PCTD, nsg -> psg CTDR with the reason, or nothing at
+# all. The MN hears of none.
+
+
+@pytest.mark.parametrize(
+    "name", [("--ike", "nobody"), ("--ike-id", "4711"), ("--spi", "deadbeef"), ("--peer", "nobody.example")]
+)
+def test_unknown_sa(world: World, name: tuple[str, str]) -> None:
+    # no exchange: psg's agent does not find it
+    world.up()
+    with untouched(world):
+        done = world.transfer("psg", "nsg", *name)
+        assert done.code == 6, done
+        assert done.json["status"] == "UNKNOWN_SA"
+        assert name[1] in done.json["error"]
+        assert done.json["hint"]
+
+
+def test_unknown_peer(world: World) -> None:
+    # no exchange: psg's agent knows no such gateway, and says which it knows
+    world.up()
+    with untouched(world):
+        done = world.transfer("psg", "elsewhere")
+        assert done.code == 2, done
+        assert "elsewhere" in done.json["error"]
+        assert "nsg" in done.json["hint"]
+
+
+def test_nothing_to_transfer(world: World) -> None:
+    # no exchange: there is no SA
+    done = world.transfer("psg", "nsg", "--all")
+    assert (done.code, done.json["status"]) == (6, "UNKNOWN_SA")
+
+
+def test_the_other_agent_is_down(world: World) -> None:
+    # psg -> nsg TCP SYN, RST
+    world.up()
+    world.lab.stop("nsg", "agent")
+    try:
+        began = time.monotonic()
+        refused(world.transfer("psg", "nsg"), 5, "UNREACHABLE")
+        assert time.monotonic() - began < 8
+        world.ping()
+        world.rekey_child("mn", "psg")
+        world.serves("psg")
+    finally:
+        world.lab.start_agent("nsg")
+    # and when it is there again
+    world.move("psg", "nsg")
+    world.settle("nsg")
+
+
+def test_the_other_gateway_is_away(world: World) -> None:
+    # psg -> nsg TCP SYN, dropped on the way: given up after 5 s (Timing.connect)
+    world.up()
+    world.restart("nsg")  # so that no connection is left from before
+    rule = "add table inet test; add chain inet test way { type filter hook forward priority 0; };"
+    world.must("core", "nft", rule + " add rule inet test way tcp dport 5091 drop")
+    with untouched(world):
+        began = time.monotonic()
+        refused(world.transfer("psg", "nsg"), 5, "UNREACHABLE")
+        assert 4 < time.monotonic() - began < 10
+
+
+def test_no_such_connection_there(world: World) -> None:
+    # PCTD; CTDR NO_CONNECTION
+    world.up()
+    edit(world, "nsg", "  mn {", "  guests {")
+    with untouched(world):
+        refused(world.transfer("psg", "nsg"), 4, "NO_CONNECTION")
+        assert "no connection 'mn'" in world.log("nsg", "agent.out")
+
+
+def test_no_such_child_there(world: World) -> None:
+    # PCTD; CTDR NO_CHILD
+    world.up()
+    edit(world, "nsg", "      net {", "      web {")
+    with untouched(world):
+        refused(world.transfer("psg", "nsg"), 4, "NO_CHILD")
+        assert "no child 'net'" in world.log("nsg", "agent.out")
+
+
+def test_only_one_of_two_children_is_there(world: World) -> None:
+    # PCTD with both; CTDR NO_CHILD: nothing half done
+    world.up(children=2)
+    edit(world, "nsg", "      net2 {", "      web {")
+    with untouched(world):
+        refused(world.transfer("psg", "nsg"), 4, "NO_CHILD")
+        assert "no child 'net2'" in world.log("nsg", "agent.out")
+
+
+def test_the_connection_there_asks_for_another_way_to_authenticate(world: World) -> None:
+    # PCTD; CTDR NOT_ALLOWED: the MN came by its shared key, nsg wants a certificate of it
+    world.up()
+    edit(world, "nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
+    with untouched(world):
+        refused(world.transfer("psg", "nsg"), 4, "NOT_ALLOWED")
+
+
+def test_the_virtual_ip_is_in_use_there(world: World) -> None:
+    # the MN sets up a second IKE_SA, with nsg (IKE_SA_INIT, IKE_AUTH), whose pool gives it the same address
+    world.up()
+    world.lab.initiate("mn", "nsg", "net")
+    assert len(world.lab.list_sas("nsg")) == 1
+    with untouched(world, other=1):
+        report = refused(world.transfer("psg", "nsg"), 4, "VIP_IN_USE")
+        assert against(report) == {("IKEV2_SA", "VIP_IN_USE"), ("SPD", "SELECTORS_OVERLAP")}
+
+
+def test_selectors_overlap_there(world: World) -> None:
+    # as before, without virtual IP: PCTD; CTDR SELECTORS_OVERLAP
+    world.up(vip=False)
+    world.lab.initiate("mn", "nsg", "net")
+    with untouched(world, other=1):
+        refused(world.transfer("psg", "nsg"), 4, "SELECTORS_OVERLAP")
+
+
+IMPORT = """
+import secrets, socket, sys
+from ikectx.context import Endpoint, Identity, IkeContext, IkeGeneration, Secret
+from ikectx.numbers import Encr, IdType, KeMethod, Prf
+from vici_bridge.record import import_messages
+
+spi_i, spi_r, local, remote = sys.argv[1:]
+generation = IkeGeneration(
+    bytes.fromhex(spi_i), bytes.fromhex(spi_r), False, secrets.token_bytes(32), secrets.token_bytes(32),
+    Secret(secrets.token_bytes(32)), Prf.HMAC_SHA2_256, Encr.AES_GCM_16, 128, ke=KeMethod.CURVE_25519,
+)
+context = IkeContext(
+    "mn", (generation,), Identity(IdType.FQDN, b"nsg.example"), Identity(IdType.FQDN, b"other.example"),
+    Endpoint.of(local, 4500), Endpoint.of(remote, 4500),
+)
+link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+link.bind(("127.0.0.2", 4510))
+for message in import_messages(context, 3):
+    link.sendto(message.serialize(), ("127.0.0.1", 4510))
+"""
+
+
+def test_the_ike_spi_is_in_use_there(world: World, tmp_path: Path) -> None:
+    # nsg's charon already has an IKE_SA with the same pair of SPIs: PCTD; CTDR IKE_SPI_IN_USE. charon itself
+    # would take the second, which then shadows the first.
+    world.up()
+    world.lab.stop("nsg", "agent")
+    script = tmp_path / "import.py"
+    script.write_text(IMPORT)
+    world.must("nsg", sys.executable, str(script), *spis(world.one("psg")), "10.2.2.2", "10.9.9.9")
+    world.lab.start_agent("nsg")
+    until(lambda: len(world.lab.list_sas("nsg")) == 1, "nsg has the other SA")
+    with untouched(world, other=1):
+        refused(world.transfer("psg", "nsg"), 4, "IKE_SPI_IN_USE")
+
+
+def test_the_other_charon_lacks_an_algorithm(world: World) -> None:
+    # nsg's charon runs without AES-XCBC: PCTD; CTDR ALGORITHM
+    world.up(ike="aes256-sha1-prfaesxcbc-x25519")
+    conf = world.lab.work / "nsg" / "strongswan.conf"
+    conf.write_text(conf.read_text().replace(" xcbc ", " "))
+    world.broken = True
+    world.lab.stop("nsg", "charon")
+    world.lab.start_charon("nsg")
+    until(lambda: world.status("nsg")["charon"]["reachable"], "nsg's agent has found charon")
+    with untouched(world):
+        refused(world.transfer("psg", "nsg"), 4, "ALGORITHM")
+        assert "XCBC" in world.log("nsg", "agent.out")
+
+
+def test_the_other_charon_is_down(world: World) -> None:
+    # PCTD; CTDR CHARON
+    world.up()
+    world.broken = True
+    world.lab.stop("nsg", "charon")
+    done = world.transfer("psg", "nsg")
+    refused(done, 4, "CHARON")
+    world.ping()
+    world.rekey_child("mn", "psg")
+
+
+def test_charon_here_is_down(world: World) -> None:
+    # no exchange; CharonError's exit code
+    world.broken = True
+    world.lab.stop("psg", "charon")
+    done = world.transfer("psg", "nsg", "--ike", "mn")
+    assert (done.code, done.json["status"]) == (10, "CHARON")
+
+
+def test_the_agent_here_is_down(world: World) -> None:
+    # no exchange; the command line says where it looked
+    world.up()
+    world.lab.stop("psg", "agent")
+    try:
+        done = world.transfer("psg", "nsg")
+        assert done.code == 5, done
+        assert "ikectx.vici" in done.json["error"]
+    finally:
+        world.lab.start_agent("psg")
+
+
+def test_an_exchange_is_in_flight(world: World) -> None:
+    # psg -> MN CREATE_CHILD_SA N(REKEY_SA), which the core drops: BUSY, tried five times, and given up
+    world.up()
+    before = world.children("mn")["net"]
+    world.block("psg", "mn")
+    world.begin_rekey("psg")
+    report = refused(world.transfer("psg", "nsg"), 7, "BUSY")
+    assert report["attempts"] == 5
+    assert world.lab.list_sas("nsg") == []
+    assert not world.must("psg", "nft", "list", "ruleset")
+    world.unblock()
+    until(lambda: world.children("mn").get("net", before) != before, "the rekey gets through")
+    world.agree("psg")
+    world.ping()
+    world.move("psg", "nsg")
+    world.settle("nsg")
+
+
+def test_a_busy_sa_is_waited_for(world: World) -> None:
+    # psg -> MN CREATE_CHILD_SA, dropped for a second; the transfer is tried again and succeeds
+    world.up()
+    world.block("psg", "mn")
+    world.begin_rekey("psg")
+    work = world.begin("psg", "transfer", "--to", "nsg", "--json")
+    time.sleep(1.0)
+    world.unblock()
+    done = world.end(work)
+    assert done.code == 0, done
+    assert done.report["attempts"] > 1
+    world.settle("nsg")
+
+
+def test_dry_run(world: World) -> None:
+    # PCTD with the intent to check; CTDR OK
+    world.up(children=2)
+    journals = [world.ikectx(host, "history", "--json").json for host in ("psg", "nsg")]
+    with untouched(world):
+        done = world.transfer("psg", "nsg", "--dry-run")
+        assert done.code == 0, done
+        assert done.json["dry_run"] is True
+        assert done.report["dry_run"] is True
+        assert "would take it" in done.report["text"]
+        assert all(verdict["status"]["name"] == "OK" for verdict in done.report["verdicts"])
+    assert journals == [world.ikectx(host, "history", "--json").json for host in ("psg", "nsg")]
+
+
+def test_dry_run_says_all_that_speaks_against_it(world: World) -> None:
+    # PCTD with the intent to check; CTDR with every reason
+    world.up(children=2)
+    edit(world, "nsg", "      net {", "      web {")
+    edit(world, "nsg", "      net2 {", "      ftp {")
+    edit(world, "nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
+    with untouched(world):
+        done = world.transfer("psg", "nsg", "--dry-run", "--all")
+        assert done.code == 4, done
+        assert against(done.report) == {("PAD", "NOT_ALLOWED"), ("SAD", "NO_CHILD")}
+        assert "would refuse" in done.report["text"]
+
+
+def test_a_gateway_without_the_right_to_push(world: World) -> None:
+    # PCTD; CTDR NOT_ALLOWED by nsg's configuration of its peer
+    world.up()
+    config = world.lab.work / "nsg" / "ikectx.toml"
+    text = config.read_text()
+    config.write_text(text.replace('["push", "pull"]', '["pull"]'))
+    try:
+        world.restart("nsg")
+        with untouched(world):
+            refused(world.transfer("psg", "nsg"), 4, "NOT_ALLOWED")
+    finally:
+        config.write_text(text)
+        world.restart("nsg")
+
+
+def test_wrong_arguments(world: World) -> None:
+    # no exchange
+    world.up()
+    with untouched(world):
+        for words in (("--spi", "xyz"), ("--ike", "mn", "--all"), ("--ike-id", "-1"), ("--address", "maybe")):
+            done = world.transfer("psg", "nsg", *words)
+            assert done.code == 2, (words, done)
+            assert done.json["error"]
