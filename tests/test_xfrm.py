@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -395,6 +397,74 @@ def test_what_does_not_fit() -> None:
         replace(POLICY, templates=(replace(POLICY.templates[0], reqid=1 << 32),)).add()
 
 
+# What a kernel answered.
+
+RECORDED = json.loads((Path(__file__).parent / "vectors" / "xfrm_linux_6_1.json").read_text())["messages"]
+ONLY_TOLD = {15, 27}
+"""Attributes the kernel tells but does not take: XFRMA_LASTUSED, XFRMA_PAD."""
+
+
+def parts(message: bytes, fixed: int) -> tuple[bytes, dict[int, bytes]]:
+    """Fixed part and attributes of a message."""
+    found = {}
+    at = 16 + fixed
+    while at < len(message):
+        length, number = struct.unpack_from("=HH", message, at)
+        found[number] = message[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return message[16 : 16 + fixed], found
+
+
+@pytest.mark.parametrize("name", [name for name, entry in RECORDED.items() if "sa" in entry])
+def test_recorded_sas(name: str) -> None:
+    message = bytes.fromhex(RECORDED[name]["sa"])
+    sa = KernelSa.parse(message)
+    assert sa.reqid == 7
+    assert sa.encr_key.reveal() == bytes(range(0x60, 0x60 + len(sa.encr_key)))
+    assert sa.transforms is not None
+    fixed, attributes = parts(message, 224)
+    again, written = parts(sa.add().message.reveal(), 224)
+    told = {number: value for number, value in attributes.items() if number not in ONLY_TOLD}
+    assert written == told
+    # all but current lifetime, statistics, and the window that the long form brings itself
+    assert again[:160] == fixed[:160]
+    assert again[204:215] == fixed[204:215]
+    assert again[216] == fixed[216]
+    state, usage = sa.parse_replay(bytes.fromhex(RECORDED[name]["counters"]))
+    assert state == sa.replay
+    assert usage.add_time == sa.usage.add_time > 1_700_000_000
+
+
+def test_recorded_states() -> None:
+    found = {
+        name: KernelSa.parse(bytes.fromhex(entry["sa"])) for name, entry in RECORDED.items() if "sa" in entry
+    }
+    assert found["counted"].replay == KernelReplay(7, 4000, 32, 0x80000005)
+    assert found["window-4096"].replay == KernelReplay(0, 70000, 4096, 1 << 4095 | 5, words=128)
+    assert found["esn-in"].replay == KernelReplay(0, (3 << 32) + 17, 128, 1 << 127 | 1, True, 4)
+    assert found["esn-out"].replay.outbound == ReplayState((3 << 32) + 17, esn=True)
+    assert found["encap"].encap == Encap(4500, 40123)
+    assert (found["marked"].mark, found["marked"].if_id, found["marked"].sequence) == (Mark(5, 0xFF), 11, 99)
+    assert found["limited"].limits.hard_packets == 6000
+    assert found["cbc-v6"].transforms == (Encr.AES_CBC, 256, Integ.HMAC_SHA2_256_128)
+    assert found["gcm"].transforms == (Encr.AES_GCM_16, 128, Integ.NONE)
+
+
+@pytest.mark.parametrize("direction", ["in", "out", "fwd"])
+def test_recorded_policies(direction: str) -> None:
+    message = bytes.fromhex(RECORDED[f"policy-{direction}"]["policy"])
+    policy = KernelPolicy.parse(message)
+    assert (policy.direction, policy.priority, policy.if_id) == (direction, 371327, 9)
+    assert str(policy.source) == "10.9.0.5/32"
+    assert policy.templates[0].reqid == 7
+    fixed, attributes = parts(message, 168)
+    again, written = parts(policy.raw, 168)
+    assert again[:120] + again[152:164] == fixed[:120] + fixed[152:164]
+    # main policies need not say their type
+    assert written == {number: value for number, value in attributes.items() if number != 16}
+    assert policy.kind == 0
+
+
 # Foreign bytes.
 
 SAMPLES = [
@@ -402,6 +472,7 @@ SAMPLES = [
     CBC6.add().message.reveal(),
     POLICY.raw,
     CBC6.set_replay(CBC6.replay).message.reveal(),
+    *(bytes.fromhex(octets) for entry in RECORDED.values() for octets in entry.values()),
 ]
 
 
