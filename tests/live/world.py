@@ -346,6 +346,14 @@ class World:
 
     # -- the agents -----------------------------------------------------------------------------
 
+    def restart(self, host: str, *, kill: bool = False) -> None:
+        """The agent ends (`kill`: without knowing), and begins anew; its charon goes on."""
+        self.lab.stop(host, "agent", kill=kill)
+        # a killed agent leaves its socket behind: the new one would replace it, but must be waited for
+        (self.lab.work / host / "ikectx.vici").unlink(missing_ok=True)
+        self.lab.start_agent(host)
+        until(lambda: self.status(host)["charon"]["reachable"], f"{host}'s agent has found charon")
+
     def status(self, host: str) -> Any:
         with ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent:
             return json_of(agent.request("status"))
