@@ -7,8 +7,10 @@ is lost, but for one folder that is shared with it. /dev/kvm can exist and not w
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import fcntl
+import importlib.util
 import os
 import re
 import shlex
@@ -27,7 +29,13 @@ from .lab_net import MODULES
 
 BOOT_PATIENCE = 120.0
 MARK = "ikectx-lab-vm: up"
-EMULATED_CPUS = 2
+EMULATED_CPUS = 1
+"""With more, emulated CPUs wait for one another's locks whenever the host is busy: 20 times slower was seen."""
+"""At most. Of the machine's CPUs one stays free: emulated CPUs wait for each other at every change of their page
+tables, and where one of them does not get its share of a loaded machine, that costs the other ten times its time."""
+
+CACHED = "ikl-cached"
+"""Mount tag of the root file system's second, read-only export, which the guest may cache."""
 
 
 def find_kernel(boot: Path = Path("/boot"), modules: Path = Path("/lib/modules")) -> Path | None:
@@ -102,10 +110,15 @@ def run_in_vm(
     lacks = missing()
     if lacks:
         raise KernelError("no VM can boot here, missing: " + ", ".join(lacks))
+    _compile()
     with _alone(), tempfile.TemporaryDirectory(prefix="ikl-vm-") as folder:
         script = Path(folder, "inside")
-        script.write_text(_script(argv, environment or {}))
+        script.write_text(_script(argv, environment or {}, cached=not writable))
         words = [str(find_vng()), "-r", str(find_kernel()), "--memory", memory, "--user", "root"]
+        words.append(
+            f"--qemu-opts=-fsdev local,id={CACHED},path=/,security_model=none,readonly=on,multidevs=remap"
+            f" -device virtio-9p-pci,fsdev={CACHED},mount_tag={CACHED}"
+        )
         words += (
             [f"--rwdir={folder}"] + ([f"--rwdir={shared}"] if shared else []) + (["--rw"] if writable else [])
         )
@@ -113,10 +126,25 @@ def run_in_vm(
             fast = [*words, "--cpus", str(min(4, os.cpu_count() or 1)), "--", f"sh {script}"]
             if _boot(fast, on_output, BOOT_PATIENCE):
                 return _status(folder)
-        slow = [*words, "--cpus", str(EMULATED_CPUS), "--disable-kvm", "--", f"sh {script}"]
+        slow = [
+            *words,
+            "--cpus",
+            str(min(EMULATED_CPUS, max(1, (os.cpu_count() or 1) - 1))),
+            "--disable-kvm",
+            "--",
+            f"sh {script}",
+        ]
         if not _boot(slow, on_output, 2 * BOOT_PATIENCE):
             raise KernelError(f"the VM did not start within {2 * BOOT_PATIENCE:.0f} s")
         return _status(folder)
+
+
+def _compile() -> None:
+    """Byte code of this project's packages: the guest cannot write it and would compile at every start."""
+    for package in ("ikectx", "vici_bridge", "mobike_ext", "ikectx_cli"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            compileall.compile_dir(folder, quiet=2, maxlevels=2)
 
 
 @contextlib.contextmanager
@@ -136,14 +164,30 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _script(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The guest's side: modules, a device for TUN, then the command; its status goes to a file."""
+def _script(argv: Sequence[str], environment: Mapping[str, str], *, cached: bool) -> str:
+    """The guest's side: modules, a device for TUN, then the command; its status goes to a file.
+
+    `cached`: programs and Python's files come from the export that is cached (virtme-ng's own asks the machine
+    for every look at a file, which makes Python's start slow). What changes outside meanwhile is not seen.
+    """
     exports = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **environment}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    if cached:
+        project = Path(__file__).resolve().parent.parent
+        folders = [path for path in {str(project), sys.prefix} if not path.startswith("/usr/")]
+        lines.append(f"mkdir /run/cached && mount -t 9p -o {_CACHED_OPTIONS} {CACHED} /run/cached && {{")
+        lines += [
+            f"  mount --bind {shlex.quote(f'/run/cached{path}')} {shlex.quote(path)}"
+            for path in ["/usr", *folders]
+        ]
+        lines.append("}")
     lines += [f"cd {shlex.quote(os.getcwd())}", f"modprobe -a -q {' '.join(MODULES)}"]
     lines.append("[ -e /dev/net/tun ] || { mkdir -p /dev/net; mknod /dev/net/tun c 10 200; }")
     lines += [f"echo {shlex.quote(MARK)}", f"{shlex.join(argv)} 2>&1", 'echo $? > "${0%/*}/status"', "sync"]
     return "\n".join(lines) + "\n"
+
+
+_CACHED_OPTIONS = "ro,trans=virtio,version=9p2000.L,access=any,msize=524288,cache=loose"
 
 
 def _status(folder: str) -> int:
