@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from ikectx.aio import Gateway
 from ikectx.context import FinalState, IkeContext
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.ikev2 import RetransmitPolicy
-from ikectx.keys import iv_length
+from ikectx.keys import iv_length, prf_plus, sk_keys
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.ports import MoveReport, SaName
 from ikectx.store import SqliteStore, open_store
@@ -122,12 +121,24 @@ class MnMover:
             final.mid_initiator,
             here.local,
             here.remote,
-            cookie2=secrets.token_bytes(COOKIE2_LENGTH),
-            iv=secrets.token_bytes(iv_length(here.current.encr)),
+            # The same octets for the same message ID, also after a crash: a request with other octets would be
+            # answered from the MN's cache, with the old cookie. Nobody without SK_d can tell them beforehand.
+            cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
+            iv=self._derived(here, final, b"iv", iv_length(here.current.encr)),
             conditions=here.conditions,
             policy=RetransmitPolicy(self._timeout, tries=self._tries),
         )
-        return (await run_address_update(machine, proven=proven)).move
+        report = await run_address_update(machine, proven=proven)
+        if report.nat is not None:
+            log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
+        return report.move
+
+    @staticmethod
+    def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
+        now = here.current
+        seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4)
+        seed += here.local.address.packed + here.remote.address.packed + here.remote.port.to_bytes(2)
+        return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 
 class Agent:
@@ -151,6 +162,7 @@ class Agent:
             peers,
             tls,
             oseq_jump=config.transfer.oseq_jump,
+            durable=False,  # a machine that lost its power has lost charon's and the kernel's SAs with it
             observer=self._observe,
         )
         self._control = ControlServer(

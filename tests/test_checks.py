@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address
 
-from ikectx.context import AuthRound, PeerContext
+from ikectx.context import AuthRound, PeerContext, ReplayState
 from ikectx.numbers import Status
 from vici_bridge.charon import sa_view
 from vici_bridge.checks import (
@@ -13,6 +13,7 @@ from vici_bridge.checks import (
     check_esp_spis,
     check_ike_spis,
     check_names,
+    check_numbers,
     check_selectors,
     check_vips,
 )
@@ -64,6 +65,13 @@ def test_esp_spis_in_both_directions() -> None:
     here = context()
     full = sa_view("other", VIEW)
     assert statuses(check_esp_spis(here, here.local.address, [], [full])) == [Status.ESP_SPI_IN_USE] * 2
+
+
+def test_sequence_numbers_must_be_left_for_the_jump() -> None:
+    here = context()
+    assert statuses(check_numbers(here, 65536)) == []
+    worn = replace(here.children[0], outbound=ReplayState((1 << 32) - 65536))
+    assert statuses(check_numbers(replace(here, children=(worn,)), 65536)) == [Status.NOT_COVERED]
 
 
 def test_virtual_ips_used_or_leased() -> None:

@@ -88,6 +88,17 @@ def check_esp_spis(
             )
 
 
+def check_numbers(context: IkeContext, jump: int) -> Iterator[Verdict]:
+    """Sequence numbers left for the jumps of a move and of its undoing (without ESN there are 2^32)."""
+    for child in context.children:
+        if not child.esn and child.outbound.seq + 4 * jump >= 1 << 32:
+            yield Verdict(
+                Fpt.SAD,
+                Status.NOT_COVERED,
+                f"CHILD_SA {child.name} has used up its sequence numbers; rekey it first",
+            )
+
+
 def check_vips(context: IkeContext, views: Iterable[SaView], pools: Mapping[str, View]) -> Iterator[Verdict]:
     """Virtual IPs of the MN: not used by an SA, not leased to somebody else by a pool."""
     used = {vip: view for view in views for vip in view.remote_vips}

@@ -26,6 +26,7 @@ from .checks import (
     check_ike_algorithms,
     check_ike_spis,
     check_names,
+    check_numbers,
     check_selectors,
     check_vips,
 )
@@ -85,6 +86,7 @@ class CharonSink:
         verdicts += check_names(here, await host.connections())
         verdicts += check_ike_spis(here, views)
         verdicts += check_esp_spis(here, here.local.address, self._taken_sas(), views)
+        verdicts += check_numbers(here, host.config.oseq_jump)
         verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
         verdicts += check_selectors(here, views)
         verdicts += check_ike_algorithms(here, await asyncio.to_thread(host.vici.algorithms))

@@ -158,6 +158,7 @@ class CharonSource:
         kernel = host.kernel
         mute = host.mute
         await asyncio.to_thread(mute.mute_in, spis)
+        jump = 0
         try:
             await self._idle(context)
             await asyncio.to_thread(mute.mute_out, spis)
@@ -167,6 +168,8 @@ class CharonSource:
                 raise BusyError("charon began an exchange while it was being frozen")
             await host.settle()
             known = host.record.context(spis)
+            # from here on packets may have left through the other gateway, prepared with our numbers plus a jump
+            jump = 2 * host.config.oseq_jump
             self._stop_outbound(context, to)
             final = []
             for child in context.children:
@@ -179,7 +182,7 @@ class CharonSource:
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
         except BaseException:
-            await self.thaw(context, 0)
+            await self.thaw(context, jump)
             raise
         return FinalState(
             spi_i=spis[0],
@@ -257,7 +260,8 @@ class CharonSource:
                     _, outbound = host.kernel_pair(context, child)
                     if outbound is not None:
                         state, _ = host.kernel.get_replay(outbound, outbound=True)
-                        jumped = replace(state, seq=state.seq + oseq_jump)
+                        top = (1 << (64 if child.esn else 32)) - 1
+                        jumped = replace(state, seq=min(state.seq + oseq_jump, top))
                         host.kernel.set_replay(outbound, jumped, outbound=True)
             for raw in _unframed(saved or b""):
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
