@@ -121,8 +121,8 @@ class MnMover:
             final.mid_initiator,
             here.local,
             here.remote,
-            # The same octets for the same message ID, also after a crash: a request with other octets would be
-            # answered from the MN's cache, with the old cookie. Nobody without SK_d can tell them beforehand.
+            # The same octets for the same message ID, also after a crash: a request with other octets would
+            # be answered from the MN's cache, with the old cookie. Without SK_d nobody can tell them.
             cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
             iv=self._derived(here, final, b"iv", iv_length(here.current.encr)),
             conditions=here.conditions,
@@ -137,7 +137,9 @@ class MnMover:
     def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
         now = here.current
         seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4)
-        seed += here.local.address.packed + here.remote.address.packed + here.remote.port.to_bytes(2)
+        for end in (here.local, here.remote):
+            seed += end.address.packed + end.port.to_bytes(2)
+        seed += here.conditions.to_bytes(4)  # all that the request depends on: one IV, one text
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 

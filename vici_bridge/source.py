@@ -168,7 +168,7 @@ class CharonSource:
                 raise BusyError("charon began an exchange while it was being frozen")
             await host.settle()
             known = host.record.context(spis)
-            # from here on packets may have left through the other gateway, prepared with our numbers plus a jump
+            # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
             jump = 2 * host.config.oseq_jump
             self._stop_outbound(context, to)
             final = []
