@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import CharonError, StateError, UsageError
+from ikectx.errors import CharonError, IkectxError, StateError, UsageError
 from vici_bridge.vici import CharonVici
 
 from . import lab_announce
@@ -112,6 +112,27 @@ class Lab:
         done = self.command(host, ["swanctl", "--load-all"])
         if done.returncode != 0:
             raise CharonError(f"{host}: swanctl --load-all: {(done.stderr or done.stdout).strip()[-400:]}")
+
+    def clear(self) -> bool:
+        """Deletes every SA and waits until nothing of them is left. False when something stays: restart then."""
+        wanted = {(host, "charon") for host in CHARONS} | {
+            (host, "agent") for host in GATEWAYS if self.agents
+        }
+        if any(pair not in self.started or self.started[pair].poll() is not None for pair in wanted):
+            return False
+        limit = time.monotonic() + 20
+        try:
+            for host in CHARONS:
+                for sa in self.list_sas(host):
+                    self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
+            while time.monotonic() < limit:
+                left = "ip xfrm state; ip xfrm policy; nft list ruleset"
+                if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in CHARONS):
+                    return True
+                time.sleep(0.5)
+        except IkectxError:
+            return False
+        return False
 
     def _save(self, tunnel: Tunnel, agents: bool) -> None:
         self.tunnel, self.agents = tunnel, agents

@@ -305,6 +305,7 @@ def run_here(
     """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens."""
     reports: list[Report] = []
     lab: Lab | None = None
+    clean = False
     try:
         for scenario in scenarios:
             started = time.monotonic()
@@ -322,7 +323,7 @@ def run_here(
                 lab = None
             tell("daemons" if lab else "network and daemons")
             try:
-                lab = _prepared(lab, scenario, tunnel, wanted)
+                lab = _prepared(lab, scenario, tunnel, wanted, clean=clean)
             except IkectxError as error:
                 reports.append(Report.failed(scenario, str(error)))
                 if lab is not None:
@@ -331,6 +332,7 @@ def run_here(
                 continue
             report = Runner(lab, scenario, tell).run()
             report.warnings += lab.warnings
+            clean = report.ok and not scenario.disturbs
             reports.append(report)
             tell("ok" if report.ok else f"FAILED: {report.why()}")
             if logs is not None:
@@ -341,8 +343,11 @@ def run_here(
     return reports
 
 
-def _prepared(lab: Lab | None, scenario: Scenario, tunnel: Tunnel, delay_ms: float) -> Lab:
-    """A lab with this scenario's configuration: a fresh one, or the last one with fresh daemons."""
+def _prepared(lab: Lab | None, scenario: Scenario, tunnel: Tunnel, delay_ms: float, *, clean: bool) -> Lab:
+    """A lab with this scenario's configuration: a new one, or the last one.
+
+    Its daemons go on where the last scenario left them `clean` and this one does not ask for fresh ones.
+    """
     if lab is None:
         lab = Lab.new(delay_ms=delay_ms)
         try:
@@ -352,7 +357,11 @@ def _prepared(lab: Lab | None, scenario: Scenario, tunnel: Tunnel, delay_ms: flo
             raise
         return lab
     lab.net.restore()
-    lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+    same = lab.agents == scenario.agents and lab.tunnel.libipsec == tunnel.libipsec
+    if clean and same and not scenario.fresh and lab.clear():
+        lab.reload(tunnel, scenario.overrides)
+    else:
+        lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
     return lab
 
 

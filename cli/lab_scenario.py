@@ -2,6 +2,8 @@
 
     description = "one line"
     base = "move"                 # take over everything of another scenario, then what stands here
+    fresh = false                 # start the daemons anew, even after a scenario that went well
+    kernel_only = false           # skip with --esp libipsec
     agents = true                 # run `ikectx serve` on the gateways
     steps = [
       "connect",                  # a verb of `VERBS`, with its arguments
@@ -105,7 +107,13 @@ class Scenario:
     lost: int | None = None
     gap_ms: float | None = None
     kernel_only: bool = False
+    fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def disturbs(self) -> bool:
+        """Whether daemons do not come out of it as they went in."""
+        return any(isinstance(step, tuple) and step[0] in ("agent", "charon") for step in self.steps)
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -166,6 +174,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "description": str(keys.pop("description", "")),
         "agents": bool(keys.pop("agents", True)),
         "delay_ms": float(keys.pop("delay_ms", 20.0)),
+        "fresh": bool(keys.pop("fresh", False)),
         "kernel_only": bool(keys.pop("kernel_only", False)),
         "lost": limits.pop("lost", None),
         "gap_ms": limits.pop("gap_ms", None),

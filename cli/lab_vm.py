@@ -30,9 +30,8 @@ from .lab_net import MODULES
 BOOT_PATIENCE = 120.0
 MARK = "ikectx-lab-vm: up"
 EMULATED_CPUS = 1
-"""With more, emulated CPUs wait for one another's locks whenever the host is busy: 20 times slower was seen."""
-"""At most. Of the machine's CPUs one stays free: emulated CPUs wait for each other at every change of their page
-tables, and where one of them does not get its share of a loaded machine, that costs the other ten times its time."""
+"""At most, and one CPU of the machine stays free: emulated CPUs wait for each other at every change of a page
+table, and on a loaded machine, where one does not get its share, the other takes ten times its time."""
 
 CACHED = "ikl-cached"
 """Mount tag of the root file system's second, read-only export, which the guest may cache."""
@@ -167,8 +166,8 @@ def _alone() -> Iterator[None]:
 def _script(argv: Sequence[str], environment: Mapping[str, str], *, cached: bool) -> str:
     """The guest's side: modules, a device for TUN, then the command; its status goes to a file.
 
-    `cached`: programs and Python's files come from the export that is cached (virtme-ng's own asks the machine
-    for every look at a file, which makes Python's start slow). What changes outside meanwhile is not seen.
+    `cached`: programs and Python's files come from the export that is cached (virtme-ng's own goes back to the
+    machine for every look at a file: Python starts slowly). What changes outside meanwhile is not seen.
     """
     exports = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **environment}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
