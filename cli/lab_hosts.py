@@ -114,7 +114,7 @@ class Lab:
             raise CharonError(f"{host}: swanctl --load-all: {(done.stderr or done.stdout).strip()[-400:]}")
 
     def clear(self) -> bool:
-        """Deletes every SA and waits until nothing of them is left. False when something stays: restart then."""
+        """Deletes every SA and waits until nothing of them is left. False when something stays."""
         wanted = {(host, "charon") for host in CHARONS} | {
             (host, "agent") for host in GATEWAYS if self.agents
         }
@@ -126,7 +126,7 @@ class Lab:
                 for sa in self.list_sas(host):
                     self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             while time.monotonic() < limit:
-                left = "ip xfrm state; ip xfrm policy; nft list ruleset"
+                left = "ip xfrm state; ip xfrm policy | grep -w dir; nft list ruleset"
                 if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in CHARONS):
                     return True
                 time.sleep(0.5)

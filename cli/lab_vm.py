@@ -30,8 +30,8 @@ from .lab_net import MODULES
 BOOT_PATIENCE = 120.0
 MARK = "ikectx-lab-vm: up"
 EMULATED_CPUS = 1
-"""At most, and one CPU of the machine stays free: emulated CPUs wait for each other at every change of a page
-table, and on a loaded machine, where one does not get its share, the other takes ten times its time."""
+"""Emulated CPUs wait for one another at every change of a page table and in every lock: with two on a busy machine
+of two, everything took 20 times its time."""
 
 CACHED = "ikl-cached"
 """Mount tag of the root file system's second, read-only export, which the guest may cache."""
@@ -128,7 +128,7 @@ def run_in_vm(
         slow = [
             *words,
             "--cpus",
-            str(min(EMULATED_CPUS, max(1, (os.cpu_count() or 1) - 1))),
+            str(EMULATED_CPUS),
             "--disable-kvm",
             "--",
             f"sh {script}",
@@ -166,8 +166,8 @@ def _alone() -> Iterator[None]:
 def _script(argv: Sequence[str], environment: Mapping[str, str], *, cached: bool) -> str:
     """The guest's side: modules, a device for TUN, then the command; its status goes to a file.
 
-    `cached`: programs and Python's files come from the export that is cached (virtme-ng's own goes back to the
-    machine for every look at a file: Python starts slowly). What changes outside meanwhile is not seen.
+    `cached`: programs and Python's files come from the export that is cached (virtme-ng's own goes back to
+    the machine for every look at a file: Python starts slowly). What changes outside meanwhile is not seen.
     """
     exports = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **environment}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
