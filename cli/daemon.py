@@ -13,11 +13,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from ikectx.aio import Gateway
-from ikectx.context import FinalState, IkeContext
+from ikectx.context import Address, FinalState, IkeContext
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import iv_length, prf_plus, sk_keys
@@ -108,7 +108,8 @@ def host_config(config: Config) -> HostConfig:
 class MnMover:
     """The INFORMATIONAL exchange with the MN, for `CharonSink`."""
 
-    def __init__(self, tries: int, timeout: float) -> None:
+    def __init__(self, addresses: Sequence[Address], tries: int, timeout: float) -> None:
+        self._addresses = addresses
         self._tries = tries
         self._timeout = timeout
 
@@ -126,6 +127,7 @@ class MnMover:
             cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
             iv=self._derived(here, final, b"iv", iv_length(here.current.encr)),
             conditions=here.conditions,
+            additional=self._addresses,
             policy=RetransmitPolicy(self._timeout, tries=self._tries),
         )
         report = await run_address_update(machine, proven=proven)
@@ -150,7 +152,10 @@ class Agent:
         self._config = config
         self._host = CharonHost(host_config(config), store)
         self._source = CharonSource(self._host)
-        self._sink = CharonSink(self._host, MnMover(config.transfer.mn_tries, config.transfer.mn_timeout))
+        self._sink = CharonSink(
+            self._host,
+            MnMover(config.gateway.addresses, config.transfer.mn_tries, config.transfer.mn_timeout),
+        )
         tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
         peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)

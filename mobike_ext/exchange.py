@@ -1,8 +1,9 @@
 """The gateway's address update (RFC 4555) as a sans-IO machine: one INFORMATIONAL exchange with the MN.
 
 The new gateway (nSG) sends, from its own address and under the SA's own keys and message ID,
-N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*) and N(COOKIE2); a stock peer moves IKE_SA and CHILD_SAs to the
-address the request came from and echoes COOKIE2. charon at nSG holds the SA PASSIVE meanwhile and answers
+N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*), N(COOKIE2) and its further addresses, which take the place
+of pSG's (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 4555, 3.6); a stock peer moves IKE_SA
+and CHILD_SAs to the address the request came from and echoes COOKIE2. charon at nSG holds the SA PASSIVE meanwhile and answers
 nothing. The same holds for requests of the MN that arrive now: they stay unanswered, the MN retransmits
 them and charon answers after its activation; answering here would use up message IDs that only charon
 can serve. They are counted.
@@ -22,11 +23,12 @@ Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address
 
-from ikectx.context import Endpoint, IkeGeneration
+from ikectx.context import Address, Endpoint, IkeGeneration
 from ikectx.errors import UsageError, WireError
 from ikectx.ikev2 import (
     IkeHeader,
@@ -163,7 +165,8 @@ class AddressUpdate:
 
     message_id: of the next request this gateway sends (`FinalState.mid_initiator`). local, remote: nSG and
     the MN, ports as on the wire. Fresh random octets: 16 in cookie2, `keys.iv_length(generation.encr)` in iv.
-    conditions: charon's bits of the SA.
+    conditions: charon's bits of the SA. additional: nSG's further addresses, so that the MN does not try
+    pSG's when its path to nSG fails; None: none are told, and it keeps those it has.
     """
 
     def __init__(
@@ -176,6 +179,7 @@ class AddressUpdate:
         cookie2: bytes,
         iv: bytes,
         conditions: int = 0,
+        additional: Sequence[Address] | None = None,
         policy: RetransmitPolicy | None = None,
     ) -> None:
         if len(cookie2) != COOKIE2_LENGTH:
@@ -194,6 +198,7 @@ class AddressUpdate:
         self._initiator = generation.initiator
         self._conditions = conditions
         self._cookie2 = cookie2
+        self._additional = additional
         self._window = RequestWindow(message_id, 0, policy)
         self._events: deque[Event] = deque()
         self._messages = self._octets = 0
@@ -213,7 +218,16 @@ class AddressUpdate:
             NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*self.spis, source)),
             NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*self.spis, self.remote)),
             NotifyPayload(Notify.COOKIE2, self._cookie2),
+            *self._further(),
         ]
+
+    def _further(self) -> list[NotifyPayload]:
+        if self._additional is None:
+            return []
+        kinds = {4: Notify.ADDITIONAL_IP4_ADDRESS, 6: Notify.ADDITIONAL_IP6_ADDRESS}
+        further = [one for one in self._additional if one != self.local.address]
+        said = [NotifyPayload(kinds[one.version], one.packed) for one in further]
+        return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
 
     @property
     def report(self) -> MoveReport:

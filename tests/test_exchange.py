@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -378,3 +379,33 @@ def test_wrong_arguments() -> None:
         update(iv=bytes(12))
     with pytest.raises(UsageError):
         AddressUpdate(SA, 0, NSG, Endpoint.of("2001:db8::1"), cookie2=COOKIE, iv=bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        (None, []),
+        ((), [(Notify.NO_ADDITIONAL_ADDRESSES, b"")]),
+        (
+            ("192.0.2.77", "2001:db8::77"),
+            [
+                (Notify.ADDITIONAL_IP4_ADDRESS, bytes([192, 0, 2, 77])),
+                (Notify.ADDITIONAL_IP6_ADDRESS, bytes.fromhex("20010db8000000000000000000000077")),
+            ],
+        ),
+    ],
+)
+def test_the_gateways_further_addresses_take_the_place_of_the_old_ones(
+    addresses: tuple[str, ...] | None, expected: list[tuple[Notify, bytes]]
+) -> None:
+    """RFC 4555, 3.6: without this the MN would fall back to an address of pSG."""
+    given = None if addresses is None else [ip_address(one) for one in addresses]
+    machine = update(additional=given)
+    ((datagram, _),) = machine.to_send(0.0)
+    message = Node().read(datagram)
+    kinds = (
+        Notify.ADDITIONAL_IP4_ADDRESS,
+        Notify.ADDITIONAL_IP6_ADDRESS,
+        Notify.NO_ADDITIONAL_ADDRESSES,
+    )
+    assert [(n.notify, n.data) for kind in kinds for n in message.notifies(kind)] == expected
