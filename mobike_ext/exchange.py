@@ -2,11 +2,11 @@
 
 The new gateway (nSG) sends, from its own address and under the SA's own keys and message ID,
 N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*), N(COOKIE2) and its further addresses, which take the place
-of pSG's (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 4555, 3.6); a stock peer moves IKE_SA
-and CHILD_SAs to the address the request came from and echoes COOKIE2. charon at nSG holds the SA PASSIVE meanwhile and answers
-nothing. The same holds for requests of the MN that arrive now: they stay unanswered, the MN retransmits
-them and charon answers after its activation; answering here would use up message IDs that only charon
-can serve. They are counted.
+of pSG's (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 4555, 3.6). A stock peer moves its
+IKE_SA and CHILD_SAs to the address the request came from and echoes COOKIE2. charon at nSG holds the SA
+PASSIVE meanwhile and answers nothing. The same holds for requests of the MN that arrive now: they stay
+unanswered, the MN retransmits them and charon answers after its activation; answering here would use up
+message IDs that only charon can serve. They are counted.
 
 Return routability (RFC 4555, 3.7): an answer counts when it opens under SK, carries our message ID, echoes
 COOKIE2 (16 fresh random octets) and comes from the address and port the request went to. Everything else is
