@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -252,18 +253,27 @@ def test_mute(space: Namespace, host: str) -> None:
     assert gateway_natt.reaches(natted, MARKER + IKE)
     assert not natted.reaches(gateway, STRANGER)
     assert mute.counters(SPIS) == (0, 0)
-    mute.unmute(OTHER)
+    mute.close()
+    assert not natted.reaches(gateway, STRANGER), "what is muted stays so"
+    Mute().unmute(OTHER)
+    assert natted.reaches(gateway, STRANGER)
+    Mute().close()
     assert space.run("nft list tables") == ""
 
 
 def test_mute_outlives_its_maker_and_a_flush(space: Namespace) -> None:
     Mute().mute_in(SPIS)
     assert [entry.spis for entry in Mute().listing()] == [SPIS]
-    space.run("nft flush ruleset")
+    peer, gateway = Udp("127.0.0.1", 40123), Udp("127.0.0.1", 500)
     mute = Mute()
-    mute.mute_out(SPIS)
-    mute.mute_in(SPIS)
+    for flush in ("nft flush ruleset", "nft flush table inet ikectx", "nft flush set inet ikectx muted_in"):
+        space.run(flush)
+        assert peer.reaches(gateway, IKE)
+        mute.mute_in(SPIS)
+        assert not peer.reaches(gateway, IKE)
+    assert mute.counters(SPIS) == (1, 0)
     mute.unmute_all()
+    mute.unmute(SPIS)
     mute.unmute_all()
     assert space.run("nft list tables") == ""
 
@@ -273,13 +283,21 @@ def test_mute_other_ports(space: Namespace) -> None:
     peer, gateway = Udp("127.0.0.1", 40123), Udp("127.0.0.1", 4511)
     assert not peer.reaches(gateway, IKE)
     assert peer.reaches(Udp("127.0.0.1", 500), IKE)
+    mute = Mute()
+    mute.prepare()
+    began = time.perf_counter()
+    pairs = [(struct.pack(">Q", n), SPIS[1]) for n in range(500)]
+    for pair in pairs:
+        mute.mute_in(pair)
+    assert {entry.spis for entry in mute.listing()} == {*pairs, SPIS}
+    assert time.perf_counter() - began < 5
     with pytest.raises(UsageError):
         Mute(ports=())
     with pytest.raises(UsageError):
         Mute().mute_in((b"short", SPIS[1]))
 
 
-def test_mute_without_nft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mute_without_nft(space: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     with pytest.raises(KernelError) as caught:
         Mute().mute_in(SPIS)
@@ -290,11 +308,15 @@ def test_mute_without_nft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr("shutil.which", lambda name, path=None: str(broken))
     with pytest.raises(KernelError, match="Could not process rule"):
         Mute().mute_in(SPIS)
-    broken.write_text('#!/bin/sh\necho \'{"nftables": [{"set": {"name": "muted_in", "elem": [7]}}]}\'\n')
-    with pytest.raises(KernelError, match="not ours"):
-        Mute().listing()
     broken.write_text("#!/bin/nowhere\n")
     with pytest.raises(KernelError, match="did not run"):
+        Mute().prepare()
+    monkeypatch.undo()
+    space.run(
+        "nft add table inet ikectx",
+        "nft add set inet ikectx muted_in {type inet_service;elements={7};}",
+    )
+    with pytest.raises(KernelError, match="not ours"):
         Mute().listing()
 
 

@@ -20,6 +20,7 @@ from .xfrm_parts import Request
 
 ROUTE = 0
 XFRM = 6
+NETFILTER = 12
 
 _SOL_NETLINK = 270
 _SO_RCVBUFFORCE = 33
@@ -124,9 +125,7 @@ class Netlink:
         datagram = bytearray()
         for request in requests:
             self._number = (self._number + 1) & 0xFFFFFFFF or 1
-            message = bytearray(request.message.reveal())
-            struct.pack_into("=I", message, 8, self._number)
-            datagram += message + bytes(-len(message) % 4)
+            datagram += _numbered(request.message.reveal(), self._number)
             waiting[self._number] = Outcome()
         outcomes = list(waiting.values())
         try:
@@ -173,6 +172,16 @@ class Netlink:
                 del waiting[number]
             elif kind > _OVERRUN:
                 outcome.answers.append(message)
+
+
+def _numbered(messages: bytes, number: int) -> bytes:
+    """A request with its number. One of several messages (nftables' transactions) gets one answer."""
+    out = bytearray(messages + bytes(-len(messages) % 4))
+    at = 0
+    while at < len(out):
+        struct.pack_into("=I", out, at + 8, number)
+        at += (struct.unpack_from("=I", out, at)[0] + 3) & ~3
+    return bytes(out)
 
 
 def _words(message: bytes, flags: int) -> str:
