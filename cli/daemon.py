@@ -247,9 +247,8 @@ class Agent:
         return with_json(answer, name=self._config.name)
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
-        known = set(self._host.record.names())
         for view in await self._host.views():
-            yield with_json(_view_json(view, view.spis in known), name=view.name)
+            yield with_json(_view_json(view, self._host.knows(view)), name=view.name)
 
     async def show_context(self, request: Message) -> Message:
         names = await self._select(request)

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ikectx.context import Address, ChildContext, IkeContext
-from ikectx.errors import CharonError, IkectxError, NoAddressError, WireError
+from ikectx.errors import (
+    CharonError,
+    IkectxError,
+    NoAddressError,
+    StoreError,
+    UnknownSaError,
+    UsageError,
+    WireError,
+)
 from ikectx.ports import SaName, Store
 
 from . import ha
@@ -32,6 +40,8 @@ ESP = 50
 _RECORD = "record"
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA it was told to drop."""
+SAVE_AGAIN = 2.0
+"""Seconds until a record that could not be stored is stored again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,7 @@ class CharonHost:
         self.on_change: Callable[[Change], None] | None = None
         self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
         self._version: int | None = None
-        self._saving: asyncio.TimerHandle | None = None
+        self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._toggle: asyncio.Future[None] | None = None
         self._spoke: dict[SaName, float] = {}
@@ -97,7 +107,9 @@ class CharonHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
-        self._save()
+        self.save()
+        if self._saving is not None:
+            self._saving.cancel()
         await asyncio.to_thread(self.vici.close)
         if self.kernel is not None:
             self.kernel.close()
@@ -137,18 +149,26 @@ class CharonHost:
             self.on_change(change)
 
     def save_soon(self) -> None:
+        """Save when the datagrams that wait have been read: a crash must find what charon told only once."""
         if self._saving is None:
-            self._saving = asyncio.get_running_loop().call_later(0.05, self._save)
+            self._saving = asyncio.get_running_loop().call_soon(self.save)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save what changed in the record. Where the store will not, it is logged and tried again."""
         if self._saving is not None:
             self._saving.cancel()
             self._saving = None
-        for key, value in self.record.dump():
-            if value is None:
-                self.store.delete(_RECORD, key)
-            else:
-                self.store.put(_RECORD, key, value)
+        names = set(self.record.dirty)
+        try:
+            for key, value in self.record.dump():
+                if value is None:
+                    self.store.delete(_RECORD, key)
+                else:
+                    self.store.put(_RECORD, key, value)
+        except StoreError as error:
+            log.error("the record of charon's SAs is not stored: %s", error)
+            self.record.dirty |= names
+            self._saving = asyncio.get_running_loop().call_later(SAVE_AGAIN, self.save)
 
     def _charon_state(self, up: bool) -> None:
         self.charon_up = up
@@ -165,14 +185,17 @@ class CharonHost:
             self._version = ha.wire_version(self.charon_version)
         await self.settle()
         mark = self.record.mark()
-        living = {view.spis for view in await self.views()}
-        gone = self.record.retain(living, mark)
-        self._save()
-        unknown = living - set(self.record.names())
-        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, len(living), len(gone))
+        views = await self.views()
+        gone = self.record.retain({view.spis for view in views}, mark)
+        self.save()
+        await self.settle()  # what came up just now was told by now
+        unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
+        known = len(self.record.names())
+        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, known, len(gone))
         if unknown:
             log.warning(
-                "%d IKE_SAs came up before this agent and cannot be moved; `ikectx resync` learns them "
+                "%d IKE_SAs, or CHILD_SAs of them, came up while no agent ran: these cannot be moved; "
+                "`ikectx resync` learns them "
                 "(charon then rekeys their CHILD_SAs)",
                 len(unknown),
             )
@@ -208,6 +231,16 @@ class CharonHost:
     async def views(self) -> list[SaView]:
         """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
         return sa_views(await asyncio.to_thread(self.vici.list_sas))
+
+    def knows(self, view: SaView) -> bool:
+        """Whether the record has the keys of the IKE_SA and of each of its CHILD_SAs."""
+        try:
+            told = {child.spi_in for child in self.record.context(view.spis).children}
+        except UnknownSaError:
+            return False
+        except UsageError:
+            return True  # known, and known to be of a kind that cannot be moved
+        return {child.spi_in for child in view.children if child.state == "INSTALLED"} <= told
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of them by its SPIs."""

@@ -133,7 +133,7 @@ class CharonSink:
             except BaseException:
                 await self.undo(context)
                 raise
-            host.save_soon()
+            host.save()
 
     async def _installed(self, here: IkeContext) -> SaView:
         """Wait until charon lists the SA PASSIVE with its children, and the kernel has their ESP SAs."""
@@ -241,9 +241,9 @@ class CharonSink:
             await host.activate_segment()
             await self._established(here)
         self._note_lifetimes(here)
+        host.save()
         host.store.delete(_TAKEN, _key(context))
         host.store.delete(_IMPORT, _key(context))
-        host.save_soon()
 
     async def _established(self, here: IkeContext) -> None:
         end = time.monotonic() + INSTALL_TIMEOUT

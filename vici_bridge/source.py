@@ -71,6 +71,13 @@ class CharonSource:
         context = relocate(host.record.context(sa), local=view.local, remote=view.remote)
         context = replace(context, lifetime=ike_lifetime(view))
         living = {child.spi_in: child for child in view.children if child.state in _LIVING}
+        untold = set(living) - {child.spi_in for child in context.children}
+        if untold:
+            names = ", ".join(sorted({living[spi].name for spi in untold}))
+            raise UnknownSaError(
+                f"no record of CHILD_SA {names}: it came up while no agent ran",
+                hint="rekey it, or `ikectx resync`, after which charon rekeys all CHILD_SAs",
+            )
         children = []
         for child in context.children:
             seen = living.get(child.spi_in)

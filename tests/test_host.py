@@ -1,0 +1,177 @@
+"""What the agent keeps of charon's HA stream, and says of SAs it does not know; charon is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ikectx.context import IkeContext
+from ikectx.errors import BusyError, StoreError, UnknownSaError
+from ikectx.store import SqliteStore
+from vici_bridge import host as host_module
+from vici_bridge.charon import sa_views
+from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.record import import_messages
+from vici_bridge.source import CharonSource
+
+from .peers import a_context
+
+KEY = bytes(range(32))
+
+
+class Vici:
+    """What `CharonHost` asks of charon, answered from a list of contexts."""
+
+    def __init__(self, *contexts: IkeContext, state: str = "ESTABLISHED") -> None:
+        self.contexts = list(contexts)
+        self.state = state
+
+    def version(self) -> dict[str, str]:
+        return {"version": "5.9.8"}
+
+    def list_sas(self) -> list[dict[str, Any]]:
+        return [self._view(context) for context in self.contexts]
+
+    def list_conns(self) -> list[dict[str, Any]]:
+        return []
+
+    def close(self) -> None: ...
+
+    def _view(self, context: IkeContext) -> dict[str, Any]:
+        children = {
+            f"{child.name}-{number}": {
+                "name": child.name,
+                "uniqueid": str(number),
+                "reqid": str(number),
+                "state": "INSTALLED",
+                "spi-in": child.spi_in.hex(),
+                "spi-out": child.spi_out.hex(),
+            }
+            for number, child in enumerate(context.children, 1)
+        }
+        return {
+            "name": context.connection,
+            "uniqueid": "1",
+            "version": "2",
+            "state": self.state,
+            "initiator-spi": context.spis[0].hex(),
+            "responder-spi": context.spis[1].hex(),
+            "local-host": str(context.local.address),
+            "local-port": str(context.local.port),
+            "remote-host": str(context.remote.address),
+            "remote-port": str(context.remote.port),
+            "child-sas": children,
+        }
+
+
+@asynccontextmanager
+async def host_of(vici: Vici, store: SqliteStore) -> AsyncIterator[CharonHost]:
+    host = CharonHost(HostConfig((), kernel_esp=False), store)
+    host.vici = vici  # type: ignore[assignment]
+    try:
+        yield host
+    finally:
+        host.detour.close()
+
+
+def hear(host: CharonHost, context: IkeContext) -> None:
+    """charon tells of the SA on the HA socket."""
+    for message in import_messages(context, 3):
+        host._hear(message.serialize())
+
+
+def test_what_charon_tells_is_stored_before_anything_else_happens() -> None:
+    async def scenario() -> None:
+        store = SqliteStore(":memory:", KEY)
+        context = a_context()
+        async with host_of(Vici(), store) as host:
+            hear(host, context)
+            await asyncio.sleep(0)
+            # the agent is killed here
+        async with host_of(Vici(), store) as host:
+            host.record.load(store.items("record"))
+            assert host.record.names() == (context.spis,)
+            assert [child.spi_in for child in host.record.context(context.spis).children] == [
+                child.spi_in for child in context.children
+            ]
+
+    asyncio.run(scenario())
+
+
+def test_a_record_that_cannot_be_stored_is_stored_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        store = SqliteStore(":memory:", KEY)
+        put = store.put
+        full = True
+
+        def fails(kind: str, key: str, value: bytes) -> None:
+            if full:
+                raise StoreError("disk full")
+            put(kind, key, value)
+
+        monkeypatch.setattr(store, "put", fails)
+        monkeypatch.setattr(host_module, "SAVE_AGAIN", 0.01)
+        async with host_of(Vici(), store) as host:
+            hear(host, a_context())
+            await asyncio.sleep(0)
+            assert not store.items("record")
+            full = False
+            await asyncio.sleep(0.05)
+            assert len(store.items("record")) == 1
+        assert "disk full" in caplog.text
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("state", "warned"), [("ESTABLISHED", True), ("CONNECTING", False)])
+def test_only_sas_that_are_up_can_be_unknown(
+    state: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario() -> None:
+        async with host_of(Vici(a_context(), state=state), SqliteStore(":memory:", KEY)) as host:
+            await host._reconcile()
+
+    asyncio.run(scenario())
+    assert ("cannot be moved" in caplog.text) is warned
+    assert "0 IKE_SAs known" in caplog.text
+
+
+def test_a_child_nobody_told_of_is_not_left_behind() -> None:
+    # it was made while no agent ran: without its keys the SA must not move, and a retry will not help
+    async def scenario() -> None:
+        context = a_context()
+        child = context.children[0]
+        later = replace(context, children=(replace(child, spi_in=b"late", spi_out=b"late"),))
+        async with host_of(Vici(later), SqliteStore(":memory:", KEY)) as host:
+            hear(host, context)
+            with pytest.raises(UnknownSaError) as caught:
+                await CharonSource(host).export(context.spis)
+            assert "resync" in caught.value.hint
+            assert child.name in str(caught.value)
+            (before,), (after,) = await host.views(), sa_views(Vici(context).list_sas())
+            assert (host.knows(before), host.knows(after)) == (False, True)
+
+    asyncio.run(scenario())
+
+
+def test_a_child_that_comes_and_goes_makes_the_sa_busy() -> None:
+    async def scenario() -> None:
+        context = a_context()
+        vici = Vici(context)
+        vici.state = "REKEYING"
+        async with host_of(vici, SqliteStore(":memory:", KEY)) as host:
+            hear(host, context)
+            with pytest.raises(BusyError):
+                await CharonSource(host).export(context.spis)
+
+    asyncio.run(scenario())
