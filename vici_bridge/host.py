@@ -93,6 +93,7 @@ class CharonHost:
         """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
         self.record.load(self.store.items(_RECORD))
         await self._ha.open()
+        await asyncio.to_thread(self.mute.prepare)
         loop = asyncio.get_running_loop()
 
         def state(up: bool) -> None:
@@ -114,6 +115,7 @@ class CharonHost:
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
+        await asyncio.to_thread(self.mute.close)
 
     def spawn(self, work: object) -> None:
         """Run a coroutine in the background until it ends or the agent does."""

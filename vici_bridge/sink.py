@@ -85,7 +85,7 @@ class CharonSink:
         views = await host.views()
         verdicts += check_names(here, await host.connections())
         verdicts += check_ike_spis(here, views)
-        verdicts += check_esp_spis(here, here.local.address, self._taken_sas(), views)
+        verdicts += check_esp_spis(here, here.local.address, self._taken(here), views)
         verdicts += check_numbers(here, host.config.oseq_jump)
         verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
         verdicts += check_selectors(here, views)
@@ -103,10 +103,10 @@ class CharonSink:
                     )
         return verdicts
 
-    def _taken_sas(self) -> list[KernelSa]:
-        """The kernel's SAs but those left for late packets: when their SA comes back they give way."""
-        kernel = self._host.kernel
-        return [] if kernel is None else [sa for sa in kernel.dump_sas() if sa.sequence != LATE]
+    def _taken(self, here: IkeContext) -> list[KernelSa]:
+        """The kernel's SAs of the same names, but those left for late packets: these give way."""
+        found = [sa for child in here.children for sa in self._host.kernel_pair(here, child)]
+        return [sa for sa in found if sa is not None and sa.sequence != LATE]
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. On any failure nothing stays behind."""
