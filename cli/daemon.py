@@ -199,6 +199,7 @@ class Agent:
     async def start(self) -> None:
         """HA address first, then the control socket, then peers: charon may come at any time."""
         await self._host.open()
+        self._source.resume()
         await self._gateway.start([(str(item.address), item.port) for item in self._config.transfer.listen])
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)

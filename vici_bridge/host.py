@@ -16,6 +16,7 @@ from ikectx.context import Address, ChildContext, IkeContext
 from ikectx.errors import (
     CharonError,
     IkectxError,
+    KernelError,
     NoAddressError,
     StoreError,
     UnknownSaError,
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 ESP = 50
 _RECORD = "record"
+DETOUR = "detour"
+"""Kind of store entry: the prefixes that go by way of another gateway for an SA that left."""
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA it was told to drop."""
 SAVE_AGAIN = 2.0
@@ -93,7 +96,11 @@ class CharonHost:
         """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
         self.record.load(self.store.items(_RECORD))
         await self._ha.open()
-        await asyncio.to_thread(self.mute.prepare)
+        try:
+            await asyncio.to_thread(self.mute.prepare)
+        except KernelError as error:
+            # this gateway can still take SAs in; letting one go will say the same again
+            log.error("no SA can be moved away from here: %s (%s)", error, error.hint)
         loop = asyncio.get_running_loop()
 
         def state(up: bool) -> None:
@@ -191,6 +198,9 @@ class CharonHost:
         gone = self.record.retain({view.spis for view in views}, mark)
         self.save()
         await self.settle()  # what came up just now was told by now
+        for muted in await asyncio.to_thread(self.mute.listing):
+            if muted.spis not in {view.spis for view in views}:
+                await asyncio.to_thread(self.mute.unmute, muted.spis)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
         log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, known, len(gone))

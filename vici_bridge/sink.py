@@ -30,7 +30,7 @@ from .checks import (
     check_selectors,
     check_vips,
 )
-from .host import CharonHost
+from .host import DETOUR, CharonHost
 from .kernel import LATE
 from .record import import_messages
 from .xfrm import KernelSa
@@ -122,6 +122,7 @@ class CharonSink:
                 ours = {child.spi_in for child in here.children}
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
+            host.store.delete(DETOUR, _key(context))
             messages = import_messages(here, await host.version())
             host.store.put(_IMPORT, _key(context), b"1")
             try:

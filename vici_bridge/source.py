@@ -8,6 +8,7 @@ packets are decrypted until the SA is released.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from dataclasses import replace
@@ -26,12 +27,13 @@ from ikectx.numbers import Status
 from ikectx.ports import SaName
 
 from .charon import ChildView, SaView, departing_view, ike_lifetime, peer_context, prefixes, relocate
-from .host import CharonHost
+from .host import DETOUR, CharonHost
 from .xfrm import KernelPolicy, KernelSa
 
 log = logging.getLogger(__name__)
 
 _FROZEN = "frozen"
+"""Kind of store entry: the outbound policies that a freeze took out of the kernel."""
 _LIVING = ("INSTALLED",)
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 IDLE_TIMEOUT = 3.0
@@ -234,6 +236,8 @@ class CharonSource:
         host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
         via = tuple(host.config.forward_via.get(to, ()))
         wanted = prefixes(ts for child in context.children for ts in child.remote_ts)
+        if via:
+            host.store.put(DETOUR, _key(context.spis), json.dumps(wanted).encode())
         astray = {str(net) for net in host.detour.add(wanted, via)} if via else set(wanted)
         for policy in outbound:
             if str(policy.destination) in astray:
@@ -272,7 +276,7 @@ class CharonSource:
                         host.kernel.set_replay(outbound, jumped, outbound=True)
             for raw in _unframed(saved or b""):
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
-        host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
+        self._drop_detour(key)
         await asyncio.to_thread(host.mute.unmute, context.spis)
         host.store.delete(_FROZEN, key)
 
@@ -295,13 +299,25 @@ class CharonSource:
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
         host.store.delete(_FROZEN, _key(context.spis))
-        host.spawn(self._end_detour(context))
+        host.spawn(self._end_detour(_key(context.spis)))
 
-    async def _end_detour(self, context: IkeContext) -> None:
+    def resume(self) -> None:
+        """After a start: detours of an agent before this one end like its own; those of frozen SAs stay."""
+        for key, _ in self._host.store.items(DETOUR):
+            if self._host.store.get(_FROZEN, key) is None:
+                self._host.spawn(self._end_detour(key))
+
+    async def _end_detour(self, key: str) -> None:
         """Packets that still arrive here are sent on for six times the late time, while routing settles."""
         await asyncio.sleep(6.0 * self._host.config.late)
-        if context.spis not in self._host.record:
-            self._host.detour.remove(prefixes(ts for child in context.children for ts in child.remote_ts))
+        if self._host.store.get(_FROZEN, key) is None:
+            self._drop_detour(key)
+
+    def _drop_detour(self, key: str) -> None:
+        wanted = self._host.store.get(DETOUR, key)
+        if wanted is not None:
+            self._host.detour.remove(json.loads(wanted))
+            self._host.store.delete(DETOUR, key)
 
 
 def _key(spis: SaName) -> str:
