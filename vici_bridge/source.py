@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from dataclasses import replace
+from ipaddress import ip_network
 
 from ikectx.context import (
     ChildContext,
@@ -23,10 +24,19 @@ from ikectx.context import (
 )
 from ikectx.errors import BusyError, CharonError, KernelError, UnknownSaError
 from ikectx.keys import esp_keys
-from ikectx.numbers import Status
+from ikectx.numbers import Mode, Status
 from ikectx.ports import SaName
 
-from .charon import ChildView, SaView, departing_view, ike_lifetime, peer_context, prefixes, relocate
+from .charon import (
+    COND_NAT_THERE,
+    ChildView,
+    SaView,
+    departing_view,
+    ike_lifetime,
+    peer_context,
+    prefixes,
+    relocate,
+)
 from .host import DETOUR, CharonHost
 from .xfrm import KernelPolicy, KernelSa
 
@@ -235,10 +245,11 @@ class CharonSource:
         outbound = self._outbound_policies(context)
         host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
         via = tuple(host.config.forward_via.get(to, ()))
-        wanted = prefixes(ts for child in context.children for ts in child.remote_ts)
-        if via:
-            host.store.put(DETOUR, _key(context.spis), json.dumps(wanted).encode())
-        astray = {str(net) for net in host.detour.add(wanted, via)} if via else set(wanted)
+        inner = detourable(context) if via else []
+        if inner:
+            host.store.put(DETOUR, _key(context.spis), json.dumps(inner).encode())
+        every = set(prefixes(ts for child in context.children for ts in child.remote_ts))
+        astray = every - set(inner) | {str(net) for net in host.detour.add(inner, via)}
         for policy in outbound:
             if str(policy.destination) in astray:
                 host.kernel.replace_policy(policy.blocking())
@@ -318,6 +329,22 @@ class CharonSource:
         if wanted is not None:
             self._host.detour.remove(json.loads(wanted))
             self._host.store.delete(DETOUR, key)
+
+
+def detourable(context: IkeContext) -> list[str]:
+    """Prefixes of the MN that may go by way of the other gateway.
+
+    Not the MN's own outer address where that carries more than this SA: in transport mode the tunnel's end is
+    this gateway itself, and behind a NAT other MNs have the same address.
+    """
+    shared = bool(context.conditions & COND_NAT_THERE)
+    return [
+        prefix
+        for child in context.children
+        for prefix in prefixes(child.remote_ts)
+        if context.remote.address not in ip_network(prefix)
+        or (child.mode is not Mode.TRANSPORT and not shared)
+    ]
 
 
 def _key(spis: SaName) -> str:
