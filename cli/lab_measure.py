@@ -10,6 +10,7 @@ import errno
 import hashlib
 import itertools
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from typing import Any
 from ikectx.errors import CharonError
 
 from . import lab_capture, lab_probe
-from .lab_hosts import Lab
+from .lab_hosts import Lab, realtime_works
 from .lab_net import CHARONS, INNER
 
 INTERVAL_MS = 5.0
@@ -114,8 +115,14 @@ class Traffic:
         for name, one in both.items():
             for reason, count in one.refused.items():
                 causes[f"{name}: {reason} at {GENERATED[name]}"] += count
-            if one.in_flight:
-                causes[f"{name}: in flight"] += one.in_flight
+            unknown = one.in_flight
+            # the mobile node's own counters know why packets towards it ended there
+            for counter, count in self.counters.get("mn", {}).items() if name == "down" else ():
+                if counter.startswith("XfrmIn") and unknown:
+                    causes[f"down: {counter} at mn"] = min(count, unknown)
+                    unknown -= min(count, unknown)
+            if unknown:
+                causes[f"{name}: in flight"] += unknown
         result: dict[str, Any] = {
             "interval_ms": self.interval_ms,
             "sent": self.up.sent + self.down.sent,
@@ -246,9 +253,13 @@ class Probe:
             for old in (output, Path(f"{output}.ready")):
                 old.unlink(missing_ok=True)
             words = [sys.executable, "-I", "-S", lab_probe.__file__, addresses[host], str(PROBE_PORT)]
+            # punctual also on a busy CPU: a late sender would send a burst, and lose or save it whole
+            words = [*(["chrt", "-f", "2"] if realtime_works() else []), *words]
             lab.spawn(host, "probe", [*words, addresses[far], str(self._interval), str(output)])
         for host in ("mn", "srv"):
             _await(lab, host, "probe", Path(f"{self._file(host)}.ready"))
+        for host in ("mn", "srv"):
+            lab.started[host, "probe"].send_signal(signal.SIGUSR1)
 
     def stop(self) -> Traffic:
         """Ends sending at both ends, lets the last ones arrive, and compares."""

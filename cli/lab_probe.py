@@ -2,13 +2,14 @@
 
     python -I -S lab_probe.py LOCAL PORT REMOTE INTERVAL_MS OUTPUT
 
-Sends one datagram each interval from LOCAL:PORT to REMOTE:PORT and notes what arrives there.
+From SIGUSR1 on, sends one datagram each interval from LOCAL:PORT to REMOTE:PORT; notes what arrives there.
 SIGTERM ends sending; arrivals are awaited for another DRAIN seconds, then OUTPUT is written:
 `sent` = [[number, time in ns, errno (0: the kernel took it)], ...], `received` = [[number, time in ns], ...].
 Times are CLOCK_REALTIME of the machine; an arrival has the kernel's stamp (SO_TIMESTAMPNS), so that a busy
 machine does not look like a gap in the traffic. Standard library only, for a fast start.
 """
 
+import gc
 import json
 import os
 import select
@@ -37,12 +38,18 @@ def main() -> None:
     probe.setblocking(False)
     probe.bind((local, port))
     running = True
+    begun = False
+
+    def begin(_number: int, _frame: object) -> None:
+        nonlocal begun
+        begun = True
 
     def stop(_number: int, _frame: object) -> None:
         nonlocal running
         running = False
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR1, begin)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sent: list[tuple[int, int, int]] = []
     received: list[tuple[int, int]] = []
@@ -54,6 +61,9 @@ def main() -> None:
     realtime = time.CLOCK_REALTIME
     with open(output + ".ready", "w"):
         pass
+    while running and not begun:
+        time.sleep(0.01)
+    gc.disable()
     start = time.monotonic()
     end = 0.0
     while True:

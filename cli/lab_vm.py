@@ -30,8 +30,8 @@ from .lab_net import MODULES
 BOOT_PATIENCE = 120.0
 MARK = "ikectx-lab-vm: up"
 EMULATED_CPUS = 1
-"""Emulated CPUs wait for one another at every change of a page table and in every lock: with two on a busy machine
-of two, everything took 20 times its time."""
+"""Emulated CPUs wait for one another at every change of a page table and in every lock: with two of them on a
+busy machine of two, everything took 20 times its time."""
 
 CACHED = "ikl-cached"
 """Mount tag of the root file system's second, read-only export, which the guest may cache."""
