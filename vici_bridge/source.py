@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _FROZEN = "frozen"
 """Kind of store entry: the outbound policies that a freeze took out of the kernel."""
+_LET_GO = "let-go"
+"""Kind of store entry: a freeze was complete, and the other gateway may have begun to serve."""
 _LIVING = ("INSTALLED",)
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 IDLE_TIMEOUT = 3.0
@@ -200,6 +202,7 @@ class CharonSource:
                     inbound = kernel.get_replay(sa_in, outbound=False)[0]
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
+            host.store.put(_LET_GO, _key(spis), b"1")
         except BaseException:
             await self.thaw(context, jump)
             raise
@@ -289,6 +292,12 @@ class CharonSource:
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
         self._drop_detour(key)
         await asyncio.to_thread(host.mute.unmute, context.spis)
+        if view is not None and host.store.get(_LET_GO, key) is not None:
+            # the other's script may have drawn the MN's packets there, where nobody takes them any more
+            reqids = {child.spi_in: child.reqid for child in view.children}
+            for up in (False, True):
+                await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
+        host.store.delete(_LET_GO, key)
         host.store.delete(_FROZEN, key)
 
     async def release(self, context: IkeContext) -> None:
@@ -309,6 +318,7 @@ class CharonSource:
                     log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
+        host.store.delete(_LET_GO, _key(context.spis))
         host.store.delete(_FROZEN, _key(context.spis))
         host.spawn(self._end_detour(_key(context.spis)))
 
