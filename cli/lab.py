@@ -134,6 +134,35 @@ def run(
         click.get_current_context().exit(1)
 
 
+@lab.command()
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
+@click.option("--esp", type=click.Choice(["auto", "kernel", "vm"]), default="auto", show_default=True)
+@click.option(
+    "--page",
+    "target",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a Markdown page, and an SVG.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.argument("names", nargs=-1, metavar="[SCENARIO...]")
+def bench(runs: int, esp: str, target: Path | None, as_json: bool, names: tuple[str, ...]) -> None:
+    """Run the handover scenarios several times; print medians, ratios and where each lost packet went."""
+    from . import lab_bench
+
+    wanted = names or lab_bench.SCENARIOS
+    request = lab_start.Request(tuple(name for name in wanted for _ in range(runs)), esp)
+    with tidy():
+        reports = lab_start.run(request, _say)
+    summary = lab_bench.summarise(reports)
+    text = lab_bench.page(summary, " ".join(["ikectx lab bench --runs", str(runs), *names]))
+    if target is not None:
+        target.write_text(text.replace("\n## Where", f"\n![Gaps]({target.stem}.svg)\n\n## Where"))
+        target.with_suffix(".svg").write_text(lab_bench.picture(summary))
+    click.echo(json.dumps(summary, indent=2) if as_json else text)
+    if not all(report["ok"] for report in reports):
+        click.get_current_context().exit(1)
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
 

@@ -1,0 +1,218 @@
+"""`ikectx lab bench`: several runs of the handover scenarios, told as medians and ratios in a page.
+
+Every ratio is taken within one run (the move against the same tunnel's ways of today over the same links),
+so that neither the machine's speed nor its emulation is in it. Pure: reports in, text out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+SCENARIOS = ("handover", "handover-v6", "handover-encap", "handover-keep")
+
+MOBIARCH = (
+    ("IKEv1 main mode, from scratch", "1500 ms", 11, 2182),
+    ("IKEv1 aggressive mode, from scratch", "1300 ms", 8, 1896),
+    ("IKEv1 with context transfer", "20 ms", 1, 106),
+)
+"""Delay, messages and octets on the MN's side as measured in MobiArch'08 (racoon, UDP 50 ms apart)."""
+
+
+def by_scenario(reports: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Reports of runs that measured something, in the order they came."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        if report.get("traffic"):
+            groups.setdefault(str(report["scenario"]), []).append(report)
+    return groups
+
+
+def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians over the runs of one scenario; losses of each run by themselves."""
+    traffic = [run["traffic"] for run in runs]
+    causes: Counter[str] = Counter()
+    for one in traffic:
+        causes.update(one.get("causes", {}))
+    ways: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for base in run.get("baseline", ()):
+            ways.setdefault(str(base.get("title") or base["name"]), []).append(base)
+    return {
+        "runs": len(runs),
+        "ok": sum(bool(run["ok"]) for run in runs),
+        "lost": [one["lost"] for one in traffic],
+        "lost_median": median(one["lost"] for one in traffic),
+        "sent": median(one["sent"] for one in traffic),
+        "gap_ms": median(one["longest_gap_ms"] for one in traffic),
+        "causes": dict(sorted(causes.items())),
+        "air_messages": median(run["air"]["messages"] for run in runs),
+        "air_octets": median(run["air"]["octets"] for run in runs),
+        "gateway_messages": median(run["gateways"]["messages"] for run in runs),
+        "gateway_octets": median(run["gateways"]["octets"] for run in runs),
+        "phases_ms": _phases(run["phases_ms"] for run in runs if run.get("phases_ms")),
+        "ratio": median(ratios) if (ratios := [run["ratio"] for run in runs if run.get("ratio")]) else None,
+        "ways": {
+            name: {
+                "interruption_ms": median(one["interruption_ms"] for one in found),
+                "lost": median(one["lost"] for one in found),
+                "messages": median(one["messages"] for one in found),
+                "octets": median(one["octets"] for one in found),
+            }
+            for name, found in ways.items()
+        },
+    }
+
+
+def _phases(phases: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for one in phases:
+        for name, ms in one.items():
+            found.setdefault(name, []).append(ms)
+    return {name: round(median(values), 1) for name, values in found.items()}
+
+
+def summarise(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """All scenarios' rows, what ESP and which strongSwan they ran on."""
+    groups = by_scenario(reports)
+    first = next(iter(groups.values()))[0] if groups else {}
+    return {
+        "esp": first.get("esp", ""),
+        "strongswan": first.get("strongswan", ""),
+        "scenarios": {name: row(runs) for name, runs in groups.items()},
+    }
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    lines += ["| " + " | ".join(_cell(cell) for cell in one) + " |" for one in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "–" if value is None else str(value)
+
+
+def page(summary: Mapping[str, Any], command: str) -> str:
+    """The Markdown page docs/benchmarks.md."""
+    rows: Mapping[str, Mapping[str, Any]] = summary["scenarios"]
+    parts = [
+        "# Benchmarks",
+        "Made by the command below, in one go; strongSwan "
+        f"{summary['strongswan']}, ESP by the {summary['esp']}. Times of an emulated machine are long, so "
+        "compare by the ratio, which is taken inside each run; counts do not depend on the machine.",
+        f"```\n{command}\n```",
+        "## A live move, 5 ms UDP probe both ways, access link of 20 ms one way",
+        _table(
+            (
+                "scenario",
+                "lost, each run",
+                "median",
+                "longest gap ms",
+                "air: messages",
+                "octets",
+                "CXTP: messages",
+                "octets",
+            ),
+            (
+                (
+                    name,
+                    one["lost"],
+                    one["lost_median"],
+                    one["gap_ms"],
+                    one["air_messages"],
+                    one["air_octets"],
+                    one["gateway_messages"],
+                    one["gateway_octets"],
+                )
+                for name, one in rows.items()
+            ),
+        ),
+        "Octets on the air are those of whole IP packets; CXTP's are those of its messages, without TLS.",
+        "### Where each lost packet went",
+        _table(
+            ("scenario", "packets, all runs", "where"),
+            (
+                (name, count, cause)
+                for name, one in rows.items()
+                for cause, count in (one["causes"] or {"none lost": 0}).items()
+            ),
+        ),
+        "`EPERM` and `ENETUNREACH` at the mobile node are its own: charon there puts a drop policy in place "
+        "of the old one and takes its virtual IP away and back while it moves its SAs. No product at the "
+        "gateways can avoid them.",
+        "## Against the ways of today, in the same run",
+        _table(
+            ("scenario", "way", "interruption ms", "lost", "messages on the air", "octets"),
+            (line for name, one in rows.items() for line in _ways(name, one)),
+        ),
+        "## Where the time goes (median ms, pSG's view)",
+        _table(
+            ("scenario", *(phases := _names(rows))),
+            ((name, *(one["phases_ms"].get(phase) for phase in phases)) for name, one in rows.items()),
+        ),
+        "`confirm` is what nSG does between CTD and CTDR: take, the exchange with the mobile node, "
+        "activation. Traffic flows in all phases.",
+        "## MobiArch'08, for comparison",
+        _table(("way", "delay", "messages", "octets"), MOBIARCH),
+        "As published (Mobile IPv6, racoon, UDP packets 50 ms apart); not made by the command above.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _names(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    seen: dict[str, None] = {}
+    for one in rows.values():
+        seen.update(dict.fromkeys(one["phases_ms"]))
+    return list(seen)
+
+
+def _ways(name: str, one: Mapping[str, Any]) -> Iterable[Sequence[object]]:
+    yield (name, "ikectx", one["gap_ms"], one["lost_median"], one["air_messages"], one["air_octets"])
+    for way, found in one["ways"].items():
+        factor = f" ({found['interruption_ms'] / one['gap_ms']:.1f} x)" if one["gap_ms"] else ""
+        yield (
+            name,
+            f"anew, {way}",
+            f"{found['interruption_ms']:.0f}{factor}",
+            found["lost"],
+            found["messages"],
+            found["octets"],
+        )
+
+
+BAR = 460
+LINE = 26
+
+
+def picture(summary: Mapping[str, Any]) -> str:
+    """The interruptions as an SVG bar chart, one bar a way and scenario."""
+    bars = [
+        (f"{name}: {way}", float(value))
+        for name, one in summary["scenarios"].items()
+        for way, value in [
+            ("ikectx", one["gap_ms"]),
+            *((f"anew, {title}", found["interruption_ms"]) for title, found in one["ways"].items()),
+        ]
+    ]
+    longest = max((value for _, value in bars), default=1.0) or 1.0
+    height = LINE * len(bars) + 40
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<text x="10" y="20" font-weight="bold">Longest gap in the traffic, ms (median)</text>',
+    ]
+    for number, (label, value) in enumerate(bars):
+        top = 34 + LINE * number
+        width = max(1.0, BAR * value / longest)
+        colour = "#2a7a4b" if label.endswith(": ikectx") else "#9a9a9a"
+        out.append(f'<text x="330" y="{top + 14}" text-anchor="end">{label}</text>')
+        out.append(f'<rect x="340" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
+        out.append(f'<text x="{346 + width:.1f}" y="{top + 14}">{value:.0f}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"

@@ -1,0 +1,54 @@
+"""Reports to medians, a page and a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+from ikectx_cli.lab_bench import page, picture, summarise
+
+
+def report(lost: int, gap: float, **changes: object) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "scenario": "handover",
+        "ok": True,
+        "esp": "kernel",
+        "strongswan": "5.9.8",
+        "traffic": {"lost": lost, "sent": 1000, "longest_gap_ms": gap, "causes": {"up: EPERM at mn": lost}},
+        "air": {"messages": 2, "octets": 400},
+        "gateways": {"messages": 4, "octets": 452},
+        "phases_ms": {"export": 4.0, "confirm": gap},
+        "baseline": [
+            {
+                "name": "psk",
+                "title": "PSK",
+                "interruption_ms": 10 * gap,
+                "lost": 90,
+                "messages": 6,
+                "octets": 1900,
+            }
+        ],
+        "ratio": 10.0,
+    }
+    return base | changes
+
+
+def test_medians_and_each_runs_losses() -> None:
+    summary = summarise([report(2, 10.0), report(0, 5.0), report(1, 30.0), report(9, 9.0, traffic=None)])
+    row = summary["scenarios"]["handover"]
+    assert (row["runs"], row["lost"], row["lost_median"], row["gap_ms"]) == (3, [2, 0, 1], 1, 10.0)
+    assert row["causes"] == {"up: EPERM at mn": 3}
+    assert row["phases_ms"] == {"export": 4.0, "confirm": 10.0}
+
+
+def test_the_page_holds_command_losses_and_ratio() -> None:
+    text = page(summarise([report(2, 10.0)]), "ikectx lab bench --runs 1")
+    assert "ikectx lab bench --runs 1" in text
+    assert "| handover | 2 | 2 | 10 | 2 | 400 | 4 | 452 |" in text
+    assert "100 (10.0 x)" in text
+    assert "MobiArch'08" in text
+
+
+def test_the_picture_is_a_picture() -> None:
+    root = ElementTree.fromstring(picture(summarise([report(2, 10.0)])))
+    assert len(root.findall("{http://www.w3.org/2000/svg}rect")) == 2
