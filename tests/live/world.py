@@ -310,7 +310,7 @@ class World:
         """No SA, no nftables rule, no route of ours, nothing in the agents' records."""
         for host in CHARONS:
             assert self.lab.list_sas(host) == []
-            assert "ikectx" not in self.must(host, "nft", "list", "ruleset")
+            assert not self.muted(host)
             routes = self.must(host, "ip", "route", "show", "table", "all", "dev", "ipsec0")
             assert INNER["mn"][self.tunnel.inner] not in routes, routes
         for host in GATEWAYS:
@@ -361,6 +361,10 @@ class World:
     def idle(self, host: str) -> bool:
         """No transfer is open there."""
         return not self.status(host)["transfers"]
+
+    def muted(self, host: str) -> bool:
+        """Is an SA's IKE kept from the wire there? (The agent's nftables table alone mutes nothing.)"""
+        return "elements = {" in self.must(host, "nft", "list", "ruleset")
 
     # -- the net ------------------------------------------------------------------------------
 
