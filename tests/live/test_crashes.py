@@ -143,12 +143,21 @@ def decided(world: World) -> bool:
 
 
 SERIES = random.Random(4067)
-KILLS = [(number, SERIES.choice(GATEWAYS), SERIES.uniform(0.2, 0.9), number % 4 == 3) for number in range(12)]
+PHASES = {
+    "psg": ("offered", "freezing", "released", "cleaning", "done"),
+    "nsg": ("checking", "preparing", "prepared", "owning", "moving", "activating", "owned"),
+}
+KILLS = [
+    (victim, phase, SERIES.uniform(0.0, 0.04), silent)
+    for victim, phases in PHASES.items()
+    for phase in phases
+    for silent in ((False, True) if phase in ("released", "moving") else (False,))
+]
 
 
-@pytest.mark.parametrize(("number", "victim", "after", "silent"), KILLS, ids=lambda value: str(value)[:5])
+@pytest.mark.parametrize(("victim", "phase", "after", "silent"), KILLS, ids=lambda value: str(value)[:5])
 def test_an_agent_is_killed_in_a_transfer(
-    world: World, number: int, victim: str, after: float, silent: bool
+    world: World, victim: str, phase: str, after: float, silent: bool
 ) -> None:
     # whatever exchange it is in; `silent`: what nsg asks does not reach the MN until the agent is back. Then
     # exactly one gateway owns the SA, and CREATE_CHILD_SA from the MN works with it.
@@ -156,6 +165,7 @@ def test_an_agent_is_killed_in_a_transfer(
     if silent:
         world.block("nsg", "mn")
     work = world.begin("psg", "transfer", "--to", "nsg", "--json")
+    until(lambda: f": {phase} with" in world.log(victim, "agent.out"), phase, pause=0.001)
     time.sleep(after)
     world.restart(victim, kill=True)
     world.unblock()
@@ -163,7 +173,6 @@ def test_an_agent_is_killed_in_a_transfer(
     world.end(work)
     until(lambda: len(owners(world)) == 1, "one gateway serves")
     (owner,) = owners(world)
-    print(f"killed {victim} after {after:.3f} s: {owner} serves")
     if not world.idle("nsg"):
         # offered, and then nobody came: nsg holds it ready for a minute, and takes it when it is offered anew
         assert owner == "psg"

@@ -433,8 +433,8 @@ def address(host: str, version: int = 4) -> str:
     return str(ip_address(OUTER[host][version]))
 
 
-def until(true: Callable[[], object], what: str, within: float = PATIENCE) -> None:
-    """Wait for it. An AssertionError in it counts as "not yet"."""
+def until(true: Callable[[], object], what: str, within: float = PATIENCE, *, pause: float = 0.05) -> None:
+    """Wait for it, looking every `pause` s. An AssertionError in it counts as "not yet"."""
     limit = time.monotonic() + within
     while True:
         trouble = ""
@@ -444,4 +444,4 @@ def until(true: Callable[[], object], what: str, within: float = PATIENCE) -> No
         except AssertionError as error:
             trouble = f" ({error})"
         assert time.monotonic() < limit, f"not within {within:g} s: {what}{trouble}"
-        time.sleep(0.05)
+        time.sleep(pause)
