@@ -135,6 +135,14 @@ def test_a_view_with_nonsense_is_a_wire_error(key: str, value: str) -> None:
         sa_view("mn", {**VIEW, key: value})
 
 
+def test_an_sa_without_addresses_yet_is_listed_beside_the_others() -> None:
+    # between IKE_ADD and IKE_UPDATE, and before a responder has answered (strongSwan 5.9.8)
+    early = {**VIEW, "state": "CONNECTING", "local-host": "%any", "remote-host": "%any6", "child-sas": {}}
+    view, other = sa_views([early, VIEW])
+    assert (str(view.local.address), str(view.remote.address)) == ("0.0.0.0", "::")
+    assert other.state == "ESTABLISHED"
+
+
 def test_a_selector_that_is_the_outer_address_follows_it() -> None:
     here = context()
     child = replace(

@@ -40,6 +40,8 @@ COND_NAT_FAKE = 1 << 3
 COND_EAP_AUTHENTICATED = 1 << 4
 COND_NAT_ANY = 1 << 0
 
+_ANY = {"%any": "0.0.0.0", "%any6": "::"}  # noqa: S104  not an address to listen on
+
 
 @dataclass(frozen=True, slots=True)
 class ChildView:
@@ -127,7 +129,9 @@ def _addresses(items: Iterable[str]) -> tuple[Address, ...]:
 
 
 def _endpoint(view: View, side: str) -> Endpoint:
-    host = _text(view, f"{side}-host").split("%", 1)[0]
+    host = _text(view, f"{side}-host")
+    # an SA that is just being set up, or taken in, has no addresses yet
+    host = _ANY.get(host) or host.split("%", 1)[0]
     try:
         return Endpoint.of(host, int(_text(view, f"{side}-port") or 500))
     except ValueError as error:
