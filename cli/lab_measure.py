@@ -201,7 +201,10 @@ class Snapshot:
 def snapshot(lab: Lab, host: str, salt: bytes) -> Snapshot:
     """A host's SAs: IKE from its charon, ESP from its kernel (with libipsec from charon, without keys)."""
     sas = lab.list_sas(host)
-    ike = frozenset((str(sa["initiator-spi"]), str(sa["responder-spi"])) for sa in sas)
+    # just after a rekey the old IKE_SA is still listed
+    ike = frozenset(
+        (str(sa["initiator-spi"]), str(sa["responder-spi"])) for sa in sas if sa["state"] == "ESTABLISHED"
+    )
     if lab.tunnel.libipsec:
         children = [child for sa in sas for child in sa["child-sas"].values()]
         spis = frozenset(str(child[name]) for child in children for name in ("spi-in", "spi-out"))
