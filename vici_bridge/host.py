@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ikectx.context import Address, ChildContext, IkeContext
+from ikectx.context import Address, ChildContext, FinalState, IkeContext
 from ikectx.errors import (
     CharonError,
     IkectxError,
@@ -23,7 +23,7 @@ from ikectx.errors import (
     UsageError,
     WireError,
 )
-from ikectx.ports import SaName, Store
+from ikectx.ports import MoveReport, SaName, Store
 
 from . import ha
 from .charon import SaView, sa_views
@@ -36,6 +36,10 @@ from .vici import CharonVici, Message
 from .xfrm import KernelSa
 
 log = logging.getLogger(__name__)
+
+Mover = Callable[[IkeContext, FinalState, Callable[[], bool]], Awaitable[MoveReport]]
+"""The exchange with the MN, injected by whoever knows `mobike_ext`: (context as it stands here, final
+message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, RefusedError."""
 
 ESP = 50
 _RECORD = "record"
@@ -284,9 +288,15 @@ class CharonHost:
             interface = await outgoing_interface(context)
             await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
 
-    async def delete(self, context: IkeContext) -> None:
-        """Have charon drop the IKE_SA silently and see it gone. Errors: CharonError."""
+    async def delete(self, context: IkeContext, meanwhile: Callable[[], bool] = lambda: True) -> None:
+        """Have charon drop the IKE_SA silently and see it gone. Errors: CharonError.
+
+        `meanwhile` is called until it says True, from the moment charon has the order.
+        """
         await self.send(undo_messages(context, await self.version()))
+        end = time.monotonic() + DELETE_PATIENCE
+        while not meanwhile() and time.monotonic() < end:
+            await asyncio.sleep(0.0005)
         end = time.monotonic() + DELETE_PATIENCE
         while await self.view(context.spis) is not None:
             if time.monotonic() > end:

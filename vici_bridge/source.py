@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -22,7 +23,7 @@ from ikectx.context import (
     Lifetime,
     PolicyContext,
 )
-from ikectx.errors import BusyError, CharonError, KernelError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, KernelError, LinkError, RefusedError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Mode, Status
 from ikectx.ports import SaName
@@ -45,7 +46,8 @@ log = logging.getLogger(__name__)
 _FROZEN = "frozen"
 """Kind of store entry: the outbound policies that a freeze took out of the kernel."""
 _LET_GO = "let-go"
-"""Kind of store entry: a freeze was complete, and the other gateway may have begun to serve."""
+"""Kind of store entry: a freeze was complete, and the other gateway may have begun to serve. Its value: the
+message ID of our next request."""
 _LIVING = ("INSTALLED",)
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 IDLE_TIMEOUT = 3.0
@@ -55,8 +57,10 @@ IDLE_TIMEOUT = 3.0
 class CharonSource:
     """A `ContextSource` on a running charon."""
 
-    def __init__(self, host: CharonHost) -> None:
+    def __init__(self, host: CharonHost, mover: Mover) -> None:
+        """`mover` must get through to the MN while the SA is muted: `mute.MARK`."""
         self._host = host
+        self._mover = mover
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
 
@@ -202,7 +206,7 @@ class CharonSource:
                     inbound = kernel.get_replay(sa_in, outbound=False)[0]
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
-            host.store.put(_LET_GO, _key(spis), b"1")
+            host.store.put(_LET_GO, _key(spis), known.mid_initiator.to_bytes(4))
         except BaseException:
             await self.thaw(context, jump)
             raise
@@ -291,14 +295,38 @@ class CharonSource:
             for raw in _unframed(saved or b""):
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
         self._drop_detour(key)
-        await asyncio.to_thread(host.mute.unmute, context.spis)
-        if view is not None and host.store.get(_LET_GO, key) is not None:
+        let_go = host.store.get(_LET_GO, key)
+        if view is not None and let_go is not None:
             # the other's script may have drawn the MN's packets there, where nobody takes them any more
             reqids = {child.spi_in: child.reqid for child in view.children}
             for up in (False, True):
                 await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
+            await self._call_back(context, int.from_bytes(let_go))
+        await asyncio.to_thread(host.mute.unmute, context.spis)
         host.store.delete(_LET_GO, key)
         host.store.delete(_FROZEN, key)
+
+    async def _call_back(self, context: IkeContext, mid: int) -> None:
+        """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
+
+        What the other gateway sent had the message ID `mid`. An MN that has seen it takes a request with that
+        ID for a copy and answers to the other gateway; then the next ID is the right one, for charon, too.
+        """
+        host = self._host
+        for used in (1, 2):
+            final = FinalState(*context.spis, mid + used - 1, context.mid_responder, context.epoch + 1)
+            try:
+                await self._mover(context, final, lambda: False)
+            except RefusedError as error:
+                log.warning("%s: %s", context.connection, error)
+            except LinkError:
+                continue
+            message = mid_message(context, await host.version(), mid + used)
+            await host.send([message])
+            host.record.feed(message)
+            host.save()
+            return
+        log.warning("%s: the MN at %s is silent here, too", context.connection, context.remote)
 
     async def release(self, context: IkeContext) -> None:
         """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
@@ -306,21 +334,33 @@ class CharonSource:
         view = await host.view(context.spis)
         if view is not None:
             reqids = {child.spi_in: child.reqid for child in view.children}
-            snapshot = None
-            if host.kernel is not None:
-                pairs = [host.kernel_pair(context, child)[0] for child in context.children]
-                snapshot = host.kernel.snapshot_inbound([sa for sa in pairs if sa is not None])
-            await host.delete(context)
-            if host.kernel is not None and snapshot is not None:
-                try:
-                    host.kernel.restore_inbound(snapshot, host.config.late)
-                except KernelError as error:
-                    log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
+            await host.delete(context, self._late_packets(context))
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
         host.store.delete(_LET_GO, _key(context.spis))
         host.store.delete(_FROZEN, _key(context.spis))
         host.spawn(self._end_detour(_key(context.spis)))
+
+    def _late_packets(self, context: IkeContext) -> Callable[[], bool]:
+        """What puts the inbound SAs back as soon as charon has taken them out, and then says True."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return lambda: True
+        pairs = [self._host.kernel_pair(context, child)[0] for child in context.children]
+        snapshot = kernel.snapshot_inbound([sa for sa in pairs if sa is not None])
+
+        def put_back() -> bool:
+            # charon takes a child's policies out first and its outbound SA last
+            for child in context.children:
+                if any(sa is not None for sa in self._host.kernel_pair(context, child)):
+                    return False
+            try:
+                kernel.restore_inbound(snapshot, self._host.config.late)
+            except KernelError as error:
+                log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
+            return True
+
+        return put_back
 
     def resume(self) -> None:
         """After a start: detours of an agent before this one end like its own; those of frozen SAs stay."""
