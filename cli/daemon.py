@@ -30,6 +30,7 @@ from mobike_ext.link import run_address_update
 from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.mute import MARK
 from vici_bridge.sink import CharonSink
 from vici_bridge.source import CharonSource
 from vici_bridge.vici_codec import Message, with_json
@@ -43,6 +44,8 @@ log = logging.getLogger("ikectx")
 LEFT_QUIETLY = 10.0
 """Seconds without an IKE request in either direction after which an SA that goes down was not deleted by
 anybody: its MN has gone (charon gives up after 165 s of retransmissions)."""
+CALL_BACK_TRIES = 3
+"""Requests, for each of two message IDs, to an MN whose transfer is undone."""
 HOOK_PATIENCE = 5.0
 """Seconds charon is made to wait in its updown script for a handover to let go."""
 
@@ -106,12 +109,13 @@ def host_config(config: Config) -> HostConfig:
 
 
 class MnMover:
-    """The INFORMATIONAL exchange with the MN, for `CharonSink`."""
+    """The INFORMATIONAL exchange with the MN, for `CharonSink` and, with `mark`, for `CharonSource`."""
 
-    def __init__(self, addresses: Sequence[Address], tries: int, timeout: float) -> None:
+    def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
         self._addresses = addresses
         self._tries = tries
         self._timeout = timeout
+        self._mark = mark
 
     async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
         async def proven() -> bool:
@@ -130,7 +134,7 @@ class MnMover:
             additional=self._addresses,
             policy=RetransmitPolicy(self._timeout, tries=self._tries),
         )
-        report = await run_address_update(machine, proven=proven)
+        report = await run_address_update(machine, proven=proven, mark=self._mark)
         if report.nat is not None:
             log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
         return report.move
@@ -151,7 +155,10 @@ class Agent:
     def __init__(self, config: Config, store: SqliteStore) -> None:
         self._config = config
         self._host = CharonHost(host_config(config), store)
-        self._source = CharonSource(self._host)
+        self._source = CharonSource(
+            self._host,
+            MnMover(config.gateway.addresses, CALL_BACK_TRIES, config.transfer.mn_timeout, MARK),
+        )
         self._sink = CharonSink(
             self._host,
             MnMover(config.gateway.addresses, config.transfer.mn_tries, config.transfer.mn_timeout),

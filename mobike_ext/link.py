@@ -5,7 +5,11 @@ there, ESP in UDP included; a classic BPF filter passes only IKE of the one SA f
 its copy too and ignores it while the SA is PASSIVE. Like charon's own sockets this one has bypass policies,
 so that neither a tunnel's policy nor the kernel's inbound check catches IKE.
 
-Needs CAP_NET_RAW and CAP_NET_ADMIN. Source: Linux raw(7), packet filter of linux/filter.h, linux/xfrm.h.
+Where a firewall keeps the SA's IKE from a charon that is not PASSIVE, it lets a `mark` out, and what comes in
+is heard by a packet socket, below the firewall.
+
+Needs CAP_NET_RAW and CAP_NET_ADMIN. Source: Linux raw(7), packet(7), socket(7), packet filter of
+linux/filter.h, linux/xfrm.h.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ _IPV6_XFRM_POLICY = 35
 _IPV6_CHECKSUM = 7
 _UDP_CHECKSUM_AT = 6
 _UDP_HEADER = 8
+_IP6_HEADER = 40
+_ETHERTYPE = {4: 0x0800, 6: 0x86DD}
 _XFRM_POLICY_SIZE = 168
 _MAX_DATAGRAM = 65535
 _PROOF_INTERVAL = 0.25
@@ -68,15 +74,17 @@ async def run_address_update(
     *,
     clock: Clock | None = None,
     proven: Callable[[], Awaitable[bool]] | None = None,
+    mark: int = 0,
 ) -> UpdateReport:
     """Run `machine` to its end from a raw socket at `machine.local`.
 
     proven: asked now and then whether ESP of the MN has arrived here, which is as good as the answer.
+    mark: see `open_raw`.
     Errors: LinkError with PEER_SILENT (no answer; `machine.report` says what was sent) or UNREACHABLE (the
     socket cannot be had), RefusedError with PEER_REFUSED.
     """
     clock = clock or MonotonicClock()
-    with open_raw(machine.local, machine.remote, machine.spis) as raw:
+    with open_raw(machine.local, machine.remote, machine.spis, mark=mark) as raw:
         trouble = ""
         while not machine.done:
             for datagram, _ in machine.to_send(clock.now()):
@@ -119,10 +127,13 @@ def _outcome(machine: AddressUpdate, events: list[Event], trouble: str) -> Updat
 
 
 class RawLink:
-    """One raw UDP socket for one IKE_SA; see `open_raw`."""
+    """One raw UDP socket for one IKE_SA; see `open_raw`. `ear`: what is listened to in its stead."""
 
-    def __init__(self, raw: socket.socket, local: Endpoint, remote: Endpoint) -> None:
+    def __init__(
+        self, raw: socket.socket, local: Endpoint, remote: Endpoint, ear: socket.socket | None = None
+    ) -> None:
         self._raw = raw
+        self._ear = ear
         self._local = local
         self._remote = remote
 
@@ -131,6 +142,8 @@ class RawLink:
 
     def __exit__(self, *_: object) -> None:
         self._raw.close()
+        if self._ear is not None:
+            self._ear.close()
 
     def send(self, payload: bytes) -> None:
         """One UDP datagram to the peer. Errors: OSError."""
@@ -140,22 +153,39 @@ class RawLink:
         """The next UDP payload from the peer and where it came from; None after `within` s."""
         try:
             async with asyncio.timeout(within):
-                packet, sender = await asyncio.get_running_loop().sock_recvfrom(self._raw, _MAX_DATAGRAM)
+                packet, sender = await asyncio.get_running_loop().sock_recvfrom(
+                    self._ear or self._raw, _MAX_DATAGRAM
+                )
         except (TimeoutError, OSError):
             # An OSError here is an ICMP error somebody sent: unauthenticated, so it decides nothing.
             return None
+        header = 0
         if self._local.address.version == 4:
-            packet = packet[(packet[0] & 0x0F) * 4 :] if packet else b""
-        address = ip_address(sender[0].partition("%")[0])
-        if len(packet) < _UDP_HEADER or address != self._remote.address:
+            header = (packet[0] & 0x0F) * 4 if packet else 0
+        elif self._ear is not None:
+            header = _IP6_HEADER
+        udp = packet[header:]
+        if len(udp) < _UDP_HEADER:
             return None
-        return packet[_UDP_HEADER:], Endpoint(address, int.from_bytes(packet[:2]))
+        if self._ear is None:
+            address = ip_address(sender[0].partition("%")[0])
+        else:
+            at = 12 if self._local.address.version == 4 else 8
+            address = ip_address(packet[at : at + len(self._remote.address.packed)])
+        if address != self._remote.address:
+            return None
+        # what follows the datagram is padding of the link's
+        return udp[_UDP_HEADER : int.from_bytes(udp[4:6])], Endpoint(address, int.from_bytes(udp[:2]))
 
 
-def open_raw(local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes]) -> RawLink:
-    """A raw socket at `local` that hears only IKE of `spis` from `remote`. LinkError if it cannot be had."""
+def open_raw(local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes], *, mark: int = 0) -> RawLink:
+    """A raw socket at `local` that hears only IKE of `spis` from `remote`. LinkError if it cannot be had.
+
+    `mark` (SO_MARK): sent with every datagram; and datagrams are heard before any firewall sees them.
+    """
     six = local.address.version == 6
     raw: socket.socket | None = None
+    ear: socket.socket | None = None
     try:
         raw = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
         raw.setblocking(False)
@@ -164,13 +194,20 @@ def open_raw(local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes]) -> Ra
             # the kernel computes and checks the checksum; without it datagrams would leave with none
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
         _bypass(raw, six)
+        if mark:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            kind = socket.htons(_ETHERTYPE[local.address.version])
+            ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, kind)
+            ear.setblocking(False)
+            _attach(ear, bpf_program(local, remote, spis, below=True))
         raw.bind((str(local.address), 0))
     except OSError as error:
-        if raw is not None:
-            raw.close()
+        for each in (raw, ear):
+            if each is not None:
+                each.close()
         hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if _denied(error) else ""
         raise LinkError(f"no raw socket at {local.address}: {error.strerror}", hint=hint) from error
-    return RawLink(raw, local, remote)
+    return RawLink(raw, local, remote, ear)
 
 
 def _denied(error: OSError) -> bool:
@@ -198,23 +235,27 @@ def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
 
 # --- packet filter and policies ------------------------------------------------------------------------
 
-_LD_W_ABS, _LD_H_ABS, _LD_W_IND, _LD_H_IND, _LDX_MSH = 0x20, 0x28, 0x40, 0x48, 0xB1
+_LD_W_ABS, _LD_H_ABS, _LD_B_ABS, _LD_W_IND, _LD_H_IND, _LDX_MSH = 0x20, 0x28, 0x30, 0x40, 0x48, 0xB1
 _JEQ, _RET = 0x15, 0x06
 
 Instruction = tuple[int, int, int, int]
 """Code, jump if true, jump if false, operand (struct sock_filter)."""
 
 
-def bpf_program(local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes]) -> list[Instruction]:
+def bpf_program(
+    local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes], *, below: bool = False
+) -> list[Instruction]:
     """The filter: the UDP ports, the non-ESP marker where there is one, the IKE SPIs.
 
     An IPv4 raw socket sees packets from the IP header on, so offsets are relative to X, that header's length;
-    an IPv6 one sees them from the UDP header on.
+    an IPv6 one sees them from the UDP header on. A packet socket (`below`) sees IP packets of all protocols.
     """
     four = local.address.version == 4
     word, half = (_LD_W_IND, _LD_H_IND) if four else (_LD_W_ABS, _LD_H_ABS)
-    checks = [(half, 0, remote.port), (half, 2, local.port)]
-    at = _UDP_HEADER
+    start = _IP6_HEADER if below and not four else 0
+    checks = [(_LD_B_ABS, 9 if four else 6, socket.IPPROTO_UDP)] if below else []
+    checks += [(half, start, remote.port), (half, start + 2, local.port)]
+    at = start + _UDP_HEADER
     if has_marker(local, remote):
         checks.append((word, at, 0))
         at += 4

@@ -13,6 +13,7 @@ import pytest
 
 from ikectx.context import IkeContext
 from ikectx.errors import BusyError, StoreError, UnknownSaError
+from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
 from vici_bridge import host as host_module
 from vici_bridge.charon import sa_views
@@ -78,6 +79,10 @@ async def host_of(vici: Vici, store: SqliteStore) -> AsyncIterator[CharonHost]:
         yield host
     finally:
         host.detour.close()
+
+
+async def nobody(*_: object) -> MoveReport:
+    raise AssertionError("the MN is not to be asked")
 
 
 def hear(host: CharonHost, context: IkeContext) -> None:
@@ -155,7 +160,7 @@ def test_a_child_nobody_told_of_is_not_left_behind() -> None:
         async with host_of(Vici(later), SqliteStore(":memory:", KEY)) as host:
             hear(host, context)
             with pytest.raises(UnknownSaError) as caught:
-                await CharonSource(host).export(context.spis)
+                await CharonSource(host, nobody).export(context.spis)
             assert "resync" in caught.value.hint
             assert child.name in str(caught.value)
             (before,), (after,) = await host.views(), sa_views(Vici(context).list_sas())
@@ -172,6 +177,6 @@ def test_a_child_that_comes_and_goes_makes_the_sa_busy() -> None:
         async with host_of(vici, SqliteStore(":memory:", KEY)) as host:
             hear(host, context)
             with pytest.raises(BusyError):
-                await CharonSource(host).export(context.spis)
+                await CharonSource(host, nobody).export(context.spis)
 
     asyncio.run(scenario())

@@ -19,7 +19,9 @@ from ikectx.numbers import Notify, Status
 from ikectx.payloads import NotifyPayload
 from mobike_ext import link
 from mobike_ext.exchange import AddressUpdate
+from vici_bridge.mute import MARK, Mute
 
+from .netns import namespaces
 from .test_exchange import COOKIE, SA, Node
 
 QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
@@ -107,6 +109,29 @@ def test_a_refusal_and_a_silence() -> None:
 
 
 @root
+@pytest.mark.parametrize("host", ["127.0.0.20", "::1"])
+def test_beneath_a_firewall_that_mutes_charon(host: str) -> None:
+    with namespaces(1) as (space,), space.entered():
+        node_host = "127.0.0.7" if host != "::1" else host
+        with bound(Endpoint.of(host, 4500)) as charon, bound(Endpoint.of(node_host, 0)) as udp:
+            gateway, node = endpoint(charon), endpoint(udp)
+            mute = Mute()
+            mute.mute_in(SPIS)
+            mute.mute_out(SPIS)
+            with mobile_node(udp, gateway, drop=1):
+                report = asyncio.run(link.run_address_update(machine(gateway, node), mark=MARK))
+            assert (report.move.requests, report.move.retransmissions) == (1, 1)
+            # the muted charon heard the noise only: another SA's
+            assert [charon.recv(2000)[:1] for _ in range(3)] == [b"\xff", b"\xc0", b"\0"]
+            charon.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                charon.recv(2000)
+            # and without the mark nothing gets out
+            with pytest.raises(LinkError):
+                asyncio.run(link.run_address_update(machine(gateway, node)))
+
+
+@root
 def test_proof_by_traffic() -> None:
     looks = []
 
@@ -159,8 +184,9 @@ def run_bpf(program: list[link.Instruction], packet: bytes) -> int:
         at += 1
         if code == 0xB1:
             index = (packet[operand] & 0x0F) * 4
-        elif code in (0x20, 0x28, 0x40, 0x48):
-            size, start = (4 if code in (0x20, 0x40) else 2), operand + (index if code >= 0x40 else 0)
+        elif code in (0x20, 0x28, 0x30, 0x40, 0x48):
+            size = {0x20: 4, 0x40: 4, 0x28: 2, 0x48: 2, 0x30: 1}[code]
+            start = operand + (index if code >= 0x40 else 0)
             if start + size > len(packet):
                 return 0
             accumulator = int.from_bytes(packet[start : start + size])
@@ -173,20 +199,29 @@ def run_bpf(program: list[link.Instruction], packet: bytes) -> int:
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("port", [500, 4500])
-def test_the_packet_filter(version: int, port: int) -> None:
+@pytest.mark.parametrize("below", [False, True])
+def test_the_packet_filter(version: int, port: int, below: bool) -> None:
     host = {4: ("192.0.2.20", "192.0.2.7"), 6: ("2001:db8::20", "2001:db8::7")}[version]
     gateway, node = Endpoint.of(host[0], port), Endpoint.of(host[1], port)
-    program = link.bpf_program(gateway, node, SPIS)
+    program = link.bpf_program(gateway, node, SPIS, below=below)
 
     def passes(
-        payload: bytes, *, source: Endpoint = node, destination: Endpoint = gateway, options: int = 0
+        payload: bytes,
+        *,
+        source: Endpoint = node,
+        destination: Endpoint = gateway,
+        options: int = 0,
+        protocol: int = 17,
     ) -> bool:
-        ip = bytes([0x45 + options]) + bytes(19 + 4 * options) if version == 4 else b""
+        four = bytes([0x45 + options]) + bytes(8) + bytes([protocol]) + bytes(10 + 4 * options)
+        six = b"\x60" + bytes(5) + bytes([protocol]) + bytes(33) if below else b""
+        ip = four if version == 4 else six
         return run_bpf(program, ip + link.udp_datagram(source, destination, payload)) > 0
 
     ike = SA.spi_i + SA.spi_r + bytes(12)
     marker = b"" if port == 500 else bytes(4)
     assert passes(marker + ike)
+    assert passes(marker + ike, protocol=6) is not below
     if version == 4:
         assert passes(marker + ike, options=2)
     assert not passes(marker + ike, source=replace(node, port=4501))

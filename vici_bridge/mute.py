@@ -30,6 +30,8 @@ from .netlink import NETFILTER, Netlink, Outcome, failure
 from .xfrm_parts import Request
 
 TABLE = "ikectx"
+MARK = 0x494B45
+"""Packet mark of IKE that the agent itself sends for a muted SA."""
 _INET = 1
 _RULES = 2
 """In each chain: IKE messages with and without the four zero octets."""
@@ -94,7 +96,7 @@ class Mute:
         self._mute("in", spis)
 
     def mute_out(self, spis: Spis) -> None:
-        """Nothing of charon reaches the SA's peer any more."""
+        """Nothing of charon reaches the SA's peer any more. What has the mark `MARK` does."""
         self._mute("out", spis)
 
     def counters(self, spis: Spis) -> tuple[int, int]:
@@ -195,8 +197,9 @@ class Mute:
                 f"add chain {table} {chain} {{ type filter hook {chain} priority raw; policy accept; }}",
                 f"flush chain {table} {chain}",
             ]
+            own = f"meta mark != {MARK:#x} " if chain == "output" else ""
             lines += [
-                f"add rule {table} {chain} udp {port} {{ {self._ports} }} {match} @{name} drop"
+                f"add rule {table} {chain} {own}udp {port} {{ {self._ports} }} {match} @{name} drop"
                 for match in (_PLAIN, _MARKED)
             ]
         _nft("\n".join(lines) + "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ikectx.context import Endpoint, FinalState, IkeContext
@@ -30,7 +29,7 @@ from .checks import (
     check_selectors,
     check_vips,
 )
-from .host import DETOUR, CharonHost
+from .host import DETOUR, CharonHost, Mover
 from .kernel import LATE
 from .record import import_messages
 from .xfrm import KernelSa
@@ -38,10 +37,6 @@ from .xfrm_parts import INET as AF_INET
 from .xfrm_parts import INET6 as AF_INET6
 
 log = logging.getLogger(__name__)
-
-Mover = Callable[[IkeContext, FinalState, Callable[[], bool]], Awaitable[MoveReport]]
-"""The exchange with the MN, injected by whoever knows `mobike_ext`: (context as it stands here, final
-message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, RefusedError."""
 
 _IMPORT = "import"
 """Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is

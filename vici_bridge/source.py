@@ -28,6 +28,7 @@ from ikectx.keys import esp_keys
 from ikectx.numbers import Mode, Status
 from ikectx.ports import SaName
 
+from . import ha
 from .charon import (
     COND_NAT_THERE,
     ChildView,
@@ -38,7 +39,7 @@ from .charon import (
     prefixes,
     relocate,
 )
-from .host import DETOUR, CharonHost
+from .host import DETOUR, CharonHost, Mover
 from .xfrm import KernelPolicy, KernelSa
 
 log = logging.getLogger(__name__)
@@ -321,7 +322,8 @@ class CharonSource:
                 log.warning("%s: %s", context.connection, error)
             except LinkError:
                 continue
-            message = mid_message(context, await host.version(), mid + used)
+            ike = ha.IkeId.of(context.current)
+            message = ha.ike_mid(await host.version(), ike, initiator=True, mid=mid + used)
             await host.send([message])
             host.record.feed(message)
             host.save()
