@@ -113,6 +113,23 @@ def test_the_answer_of_the_mobile_node_is_lost(world: World) -> None:
     world.talks("nsg")
 
 
+def test_the_mobile_node_moved_and_is_never_heard(world: World) -> None:
+    # nsg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES) arrives, the answers never: nsg undoes it. The MN
+    # believes nsg and has used up a message ID: psg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES), with the same
+    # ID (taken for a copy, and answered to nsg), then with the next one, brings it back.
+    world.up()
+    with world.blocked("mn", "nsg"):
+        done = world.transfer("psg", "nsg")
+        assert done.code == 4, done
+        assert done.report["status"]["name"] == "PEER_SILENT"
+        assert world.lab.list_sas("nsg") == []
+        assert world.one("psg")["state"] == "ESTABLISHED"
+    # with ESP in user space the MN rekeys its child twice, for the way there and the way back
+    world.settle("psg")
+    world.talks("psg")
+    world.ends("psg", "psg")
+
+
 def test_a_rekey_that_the_mobile_node_begins_meanwhile(world: World) -> None:
     # MN -> psg CREATE_CHILD_SA while psg is mute for it; it is sent again, to the new address, and answered
     # by nsg as soon as that is active
