@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address
 
-from ikectx.context import AuthRound, PeerContext, ReplayState
+from ikectx.context import AuthRound, Endpoint, PeerContext, ReplayState
 from ikectx.numbers import Status
-from vici_bridge.charon import sa_view
+from vici_bridge.charon import EXT_MOBIKE, relocate, sa_view
 from vici_bridge.checks import (
+    check_address,
     check_covered,
     check_esp_spis,
     check_ike_spis,
@@ -38,6 +39,15 @@ def test_nothing_against_a_fitting_context() -> None:
     assert statuses(check_esp_spis(here, here.local.address, [], [OTHER])) == []
     assert statuses(check_vips(here, [OTHER], {})) == []
     assert statuses(check_selectors(here, [OTHER])) == []
+
+
+def test_an_mn_without_mobike_cannot_be_told_a_new_address() -> None:
+    there = context()
+    here = relocate(there, local=Endpoint.of("203.0.113.9", 4500))
+    assert statuses(check_address(there, there, False)) == []
+    assert statuses(check_address(here, there, False)) == [Status.NOT_COVERED]
+    assert statuses(check_address(here, replace(there, extensions=EXT_MOBIKE), False)) == []
+    assert statuses(check_address(here, there, True)) == [Status.NO_ADDRESS]
 
 
 def test_names() -> None:

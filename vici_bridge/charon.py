@@ -40,6 +40,9 @@ COND_NAT_FAKE = 1 << 3
 COND_EAP_AUTHENTICATED = 1 << 4
 COND_NAT_ANY = 1 << 0
 
+EXT_MOBIKE = 1 << 1
+"""charon's extension bit (ike_extension_t): both sides negotiated MOBIKE."""
+
 _ANY = {"%any": "0.0.0.0", "%any6": "::"}  # noqa: S104  not an address to listen on
 
 

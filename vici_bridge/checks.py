@@ -14,7 +14,7 @@ from ikectx.context import Address, IkeContext
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 
-from .charon import SaView, missing_algorithms, overlap, peer_context, prefixes
+from .charon import EXT_MOBIKE, SaView, missing_algorithms, overlap, peer_context, prefixes
 from .record import uncovered
 from .xfrm import KernelSa
 
@@ -26,6 +26,24 @@ def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
     reason = uncovered(context, version)
     if reason:
         yield Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, reason)
+
+
+def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> Iterator[Verdict]:
+    """The address the SA gets here, and whether the MN can be told of it (`context`: as pSG has it)."""
+    if here.local.address == context.local.address:
+        return
+    if keep_address:
+        yield Verdict(
+            Fpt.IKEV2_SA,
+            Status.NO_ADDRESS,
+            f"{context.local.address} is to move along, but is not among gateway.addresses here",
+        )
+    elif not context.extensions & EXT_MOBIKE:
+        yield Verdict(
+            Fpt.IKEV2_SA,
+            Status.NOT_COVERED,
+            "the MN does not speak MOBIKE, so it cannot be told a new address (--address keep needs none)",
+        )
 
 
 def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterator[Verdict]:

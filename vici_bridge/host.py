@@ -295,7 +295,9 @@ class CharonHost:
         """
         await self.send(undo_messages(context, await self.version()))
         end = time.monotonic() + DELETE_PATIENCE
-        while not meanwhile() and time.monotonic() < end:
+        while time.monotonic() < end:
+            if meanwhile():
+                break
             await asyncio.sleep(0.0005)
         end = time.monotonic() + DELETE_PATIENCE
         while await self.view(context.spis) is not None:

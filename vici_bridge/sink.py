@@ -20,6 +20,7 @@ from ikectx.ports import MoveReport, Verdict
 from . import ha
 from .charon import SaView, prefixes, relocate
 from .checks import (
+    check_address,
     check_covered,
     check_esp_spis,
     check_ike_algorithms,
@@ -67,14 +68,7 @@ class CharonSink:
         except IkectxError as error:
             return [Verdict(Fpt.IKEV2_SA, error.status, str(error))]
         verdicts = list(check_covered(here, await host.version()))
-        if keep_address and here.local.address != context.local.address:
-            verdicts.append(
-                Verdict(
-                    Fpt.IKEV2_SA,
-                    Status.NO_ADDRESS,
-                    f"{context.local.address} is to move along, but is not among gateway.addresses here",
-                )
-            )
+        verdicts += check_address(here, context, keep_address)
         if not host.listening():
             verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
         views = await host.views()
