@@ -1,4 +1,4 @@
-"""Stand-in for a routing daemon on the server: routes follow what gateways announce.
+"""Stand-in for a routing daemon on the server and on the core: routes follow what gateways announce.
 
 A gateway's updown script sends one datagram, `up CLIENT GATEWAY` or `down CLIENT GATEWAY`
 (CLIENT with prefix length), and the route towards CLIENT is put through GATEWAY, or taken
@@ -44,8 +44,6 @@ def serve(address: str, port: int) -> None:
         try:
             verb, client, gateway = words
             if verb == "down" and current.get(client) != gateway:
-                continue
-            if verb == "up" and current.get(client) == gateway:
                 continue
             sequence += 1
             netlink.send(route_message(verb, client, gateway, sequence))

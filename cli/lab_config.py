@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .lab_net import CHARONS, GATEWAYS, INNER, INNER_NET, OUTER, POOL, SECOND_NET
+from .lab_net import CHARONS, CORE, GATEWAYS, HOST_BITS, INNER, INNER_NET, OUTER, POOL, SECOND_NET, SHARED
 
 PLUGINS = (
     "random nonce openssl aes sha1 sha2 hmac gcm ccm ctr cmac xcbc chapoly curve25519 kdf drbg x509 pem pkcs1"
@@ -26,7 +26,12 @@ CXTP_PORT = 5091
 
 @dataclass(frozen=True, slots=True)
 class Tunnel:
-    """How the mobile node's tunnel is made. The defaults are those of the scenario `handover`."""
+    """How the mobile node's tunnel is made. The defaults are those of the scenario `handover`.
+
+    `family` and `inner`: IP version outside and inside. `initiator`: mn or gateway. `shared`: the gateways
+    have one outer address, and it moves along with the tunnel. `ike`, `esp`: proposals. `connection`,
+    `child`: further settings of swanctl.conf.
+    """
 
     family: int = 4
     inner: int = 4
@@ -34,6 +39,7 @@ class Tunnel:
     auth: str = "psk"
     vip: bool = True
     encap: bool = False
+    shared: bool = False
     ike: str = "aes128gcm16-prfsha256-x25519"
     esp: str = "aes128gcm16"
     mode: str = "tunnel"
@@ -62,10 +68,12 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         (folder / "swanctl.conf").write_text(text + SECRETS + overrides.get(host, ""))
     for host in GATEWAYS:
         script = work / host / "updown"
-        script.write_text(updown_script(host))
+        script.write_text(updown_script(host, shared=tunnel.shared))
         script.chmod(0o755)
         (work / host / "state").mkdir(mode=0o700, exist_ok=True)
-        (work / host / "ikectx.toml").write_text(agent_toml(work, host, libipsec=tunnel.libipsec))
+        (work / host / "ikectx.toml").write_text(
+            agent_toml(work, host, libipsec=tunnel.libipsec, shared=tunnel.shared)
+        )
 
 
 def strongswan_conf(work: Path, host: str, *, libipsec: bool = False) -> str:
@@ -168,7 +176,7 @@ def mobile_conf(tunnel: Tunnel) -> str:
     """The mobile node knows both gateways: connections `psg` and `nsg`, children `net` (and `net2`)."""
     connections = []
     for gateway in GATEWAYS:
-        head = [f"remote_addrs = {OUTER[gateway][tunnel.family]}"]
+        head = [f"remote_addrs = {(SHARED if tunnel.shared else OUTER[gateway])[tunnel.family]}"]
         if tunnel.vip and tunnel.initiator == "mn":
             head.append(f"vips = {INNER['mn'][tunnel.inner]}")
         connections.append(
@@ -181,7 +189,7 @@ def mobile_conf(tunnel: Tunnel) -> str:
 
 def gateway_conf(work: Path, host: str, tunnel: Tunnel) -> str:
     """A gateway has one connection, `mn`, of the same name and children everywhere."""
-    head = [f"local_addrs = {OUTER[host][tunnel.family]}"]
+    head = [f"local_addrs = {(SHARED if tunnel.shared else OUTER[host])[tunnel.family]}"]
     if tunnel.initiator == "gateway":
         head.append(f"remote_addrs = {OUTER['mn'][tunnel.family]}")
     if tunnel.vip:
@@ -204,9 +212,16 @@ SECRETS = f"""secrets {{
 """
 
 
-def updown_script(host: str) -> str:
-    """Announces the way to the mobile node to the server; bash, because it opens UDP without a process."""
-    gateway = INNER[host]
+def updown_script(host: str, *, shared: bool = False) -> str:
+    """Announces the way to the mobile node to the server; bash, because it opens UDP without a process.
+
+    With a shared outer address it draws that one to this gateway as well.
+    """
+    gateway, draw = INNER[host], ""
+    if shared:
+        words = [f"up {SHARED[v]}/{HOST_BITS[v]} {OUTER[host][v]}" for v in (4, 6)]
+        sends = "; ".join(f'echo "{word}" > /dev/udp/{CORE[host][4]}/5353' for word in words)
+        draw = f'[ "$verb" = up ] && {{ {sends}; }}'
     return f"""#!/bin/bash
 case "$PLUTO_VERB" in
   up-client|up-host|up-client-v6|up-host-v6) verb=up ;;
@@ -218,15 +233,17 @@ case "$PLUTO_PEER_CLIENT" in
   *) via={gateway[4]} ;;
 esac
 echo "$verb $PLUTO_PEER_CLIENT $via" > /dev/udp/{INNER["srv"][4]}/5353
+{draw}
 echo "$PLUTO_VERB $PLUTO_CONNECTION $PLUTO_PEER $PLUTO_MY_CLIENT $PLUTO_PEER_CLIENT" >> "${{0%/*}}/updown.log"
 exit 0
 """
 
 
-def agent_toml(work: Path, host: str, *, libipsec: bool = False) -> str:
+def agent_toml(work: Path, host: str, *, libipsec: bool = False, shared: bool = False) -> str:
     """The gateway agent's configuration."""
     folder = work / host
     other = "nsg" if host == "psg" else "psg"
+    addresses = ", ".join(f'"{address}"' for address in (SHARED if shared else OUTER[host]).values())
     return f'''name = "{host}"
 state_dir = "{folder}/state"
 
@@ -241,7 +258,7 @@ segments = 1
 esp = "{"libipsec" if libipsec else "kernel"}"
 
 [gateway]
-addresses = ["{OUTER[host][4]}", "{OUTER[host][6]}"]
+addresses = [{addresses}]
 
 [transfer]
 listen = ["{OUTER[host][4]}:{CXTP_PORT}"]

@@ -25,6 +25,9 @@ from .lab_net import CHARONS, GATEWAYS, HOSTS, INNER, Net, load_modules, run
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
 CHARON = "/usr/sbin/charon-systemd"
+DETOUR = 4067
+"""The routing table in which an agent keeps its routes by way of another gateway."""
+
 PATIENCE = 90.0
 """Seconds to wait for a daemon. An emulated machine needs ten of them, a real one a tenth of one."""
 
@@ -81,9 +84,9 @@ class Lab:
         load_modules()
         self.warnings += self.net.up()
         self._save(tunnel, agents)
-        self.spawn(
-            "srv", "announcer", [sys.executable, "-I", "-S", lab_announce.__file__, INNER["srv"][4], "5353"]
-        )
+        for host, address in (("srv", INNER["srv"][4]), ("core", "0.0.0.0")):  # noqa: S104  in a namespace
+            words = [sys.executable, "-I", "-S", lab_announce.__file__, address, "5353"]
+            self.spawn(host, "announcer", words)
         self.configure(tunnel, agents=agents, overrides=overrides)
 
     def configure(
@@ -127,7 +130,9 @@ class Lab:
                 for sa in self.list_sas(host):
                     self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             while time.monotonic() < limit:
-                left = "ip xfrm state; ip xfrm policy | grep -w dir; nft list ruleset"
+                # an agent's detour may stay for half a minute, its empty nft sets for good
+                left = "ip xfrm state; ip xfrm policy | grep -w dir; nft list ruleset | grep elements"
+                left += f"; ip route flush table {DETOUR} 2>&-; ip -6 route flush table {DETOUR} 2>&-"
                 if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in CHARONS):
                     return True
                 time.sleep(0.5)
@@ -180,8 +185,8 @@ class Lab:
                 raise CharonError(f"{CHARON} is not there", hint="apt-get install charon-systemd")
             shutil.copy2(CHARON, binary)
         (self.work / host / "charon.vici").unlink(missing_ok=True)
-        # The mobile node stands for a machine of its own: on CPUs shared with the gateways its charon goes before
-        # them, or it would be their work that stretches the change of its policies under traffic.
+        # The mobile node stands for a machine of its own: on CPUs shared with the gateways its charon goes
+        # before them, or it would be their work that stretches the change of its policies under traffic.
         words = [*(["chrt", "-r", "1"] if host == "mn" and realtime_works() else [])]
         words += [
             "unshare",
@@ -234,8 +239,9 @@ class Lab:
         for pair in pairs:
             self.stop(*pair)
         for host in CHARONS if pairs else ():
-            script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset; ip route flush table 220;"
-            script += " ip -6 route flush table 220"
+            script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset"
+            for table in (220, DETOUR):
+                script += f"; ip route flush table {table}; ip -6 route flush table {table}"
             self.command(host, ["sh", "-c", script])
             for name in ("state", "updown.log", "ikectx.vici", "charon.vici"):
                 path = self.work / host / name

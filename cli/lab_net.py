@@ -33,6 +33,9 @@ OUTER = {
 }
 """Address of a host on its link to the core, by IP version."""
 
+SHARED = {4: "10.2.9.1", 6: "fd02:9::1"}
+"""An outer address both gateways have; the core routes it to one of them (`Tunnel.shared`)."""
+
 CORE = {
     "mn": {4: "10.1.0.1", 6: "fd01::1"},
     "psg": {4: "10.2.1.1", 6: "fd02:1::1"},
@@ -57,6 +60,7 @@ POOL = {4: "10.4.0.10", 6: "fd04::10"}
 """Both gateways hand out the one address that scenarios name, whoever the client says it is."""
 
 PREFIX = {4: 24, 6: 64}
+HOST_BITS = {4: 32, 6: 128}
 
 _MODULES = """
 veth bridge tun dummy af_packet sch_netem nf_tables nft_queue nft_ct nfnetlink_queue
@@ -134,12 +138,14 @@ class Net:
                 lines += [_address(version, address, "eth0"), _default(CORE[host][version])]
         if host in GATEWAYS:
             lines.append("link set lan0 up")
+            lines += [_address(v, f"{SHARED[v]}/{HOST_BITS[v]}", "lo") for v in (4, 6)]
             lines += [_address(v, f"{INNER[host][v]}/{PREFIX[v]}", "lan0") for v in (4, 6)]
             lines += [f"route add {SECOND_NET[v]} via {INNER['srv'][v]}" for v in (4, 6)]
         if host == "core":
             for far in OUTER:
                 lines.append(f"link set to-{far} up")
                 lines += [_address(v, f"{CORE[far][v]}/{PREFIX[v]}", f"to-{far}") for v in (4, 6)]
+            lines += [f"route add {SHARED[v]}/{HOST_BITS[v]} via {OUTER['psg'][v]}" for v in (4, 6)]
         if host == "srv":
             lines.append("link add name br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
             lines += [f"link set to-{far} master br0 up" for far in GATEWAYS] + ["link set br0 up"]
@@ -161,7 +167,7 @@ class Net:
 
     def restore(self) -> None:
         """Puts back what a scenario may have changed: addresses, links and routes of the hosts."""
-        for host in (*OUTER, "srv"):
+        for host in HOSTS:
             script = "ip addr flush scope global; ip -6 addr flush scope global; ip route flush table main;"
             script += " ip -6 route flush table main; ip -batch - <<'E'\n"
             lines = [line for line in self._addresses(host) if not line.startswith("link add")]

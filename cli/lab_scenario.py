@@ -4,6 +4,7 @@
     base = "move"                 # take over everything of another scenario, then what stands here
     fresh = false                 # start the daemons anew, even after a scenario that went well
     kernel_only = false           # skip with --esp libipsec
+    interval_ms = 5               # of the probe's datagrams, each way
     agents = true                 # run `ikectx serve` on the gateways
     steps = [
       "connect",                  # a verb of `VERBS`, with its arguments
@@ -50,6 +51,11 @@ VERBS = {
     "traffic": (1, 1, "start | stop: the UDP probe and the capture of IKE"),
     "wait": (1, 1, "SECONDS"),
     "transfer": (2, 9, "FROM TO [OPTION...]: ikectx transfer, which must succeed"),
+    "move": (
+        2,
+        3,
+        "FROM TO [keep]: the same by the agent's control socket; with keep the address moves along",
+    ),
     "ping": (0, 0, "the tunnel carries packets both ways"),
     "rekey": (2, 2, "HOST child | ike: and wait until the new one is in use at both ends"),
     "roam": (0, 0, "the mobile node changes its address; the gateway in charge must follow"),
@@ -104,6 +110,7 @@ class Scenario:
     tunnel: Tunnel = field(default_factory=Tunnel)
     agents: bool = True
     delay_ms: float = 20.0
+    interval_ms: float = 5.0
     lost: int | None = None
     gap_ms: float | None = None
     kernel_only: bool = False
@@ -111,9 +118,19 @@ class Scenario:
     overrides: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def disturbs(self) -> bool:
+    def disturbs_daemons(self) -> bool:
         """Whether daemons do not come out of it as they went in."""
         return any(isinstance(step, tuple) and step[0] in ("agent", "charon") for step in self.steps)
+
+    @property
+    def disturbs_network(self) -> bool:
+        """Whether addresses, links or routes may come out of it changed."""
+        commands = [step.run for step in (*self.steps, *self.checks) if isinstance(step, Command)]
+        return (
+            self.tunnel.shared
+            or ("roam",) in self.steps
+            or any("ip " in one or "nft" in one for one in commands)
+        )
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -174,6 +191,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "description": str(keys.pop("description", "")),
         "agents": bool(keys.pop("agents", True)),
         "delay_ms": float(keys.pop("delay_ms", 20.0)),
+        "interval_ms": float(keys.pop("interval_ms", 5.0)),
         "fresh": bool(keys.pop("fresh", False)),
         "kernel_only": bool(keys.pop("kernel_only", False)),
         "lost": limits.pop("lost", None),
