@@ -446,13 +446,17 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     # -- the report --------------------------------------------------------------------------------------
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds by phase; `connect` is no part of `prepare`."""
+        """Milliseconds by phase, in their order; `connect` is no part of `prepare`."""
         spent = super().phases()
-        found = {name: spent[state] for state, name in _PHASES.items() if state in spent}
-        if self._connect_ms:
-            found["connect"] = round(self._connect_ms, 3)
-            if "prepare" in found:
-                found["prepare"] = round(max(0.0, found["prepare"] - self._connect_ms), 3)
+        found: dict[str, float] = {}
+        for state, name in _PHASES.items():
+            if state not in spent:
+                continue
+            took = spent[state]
+            if name == "prepare" and self._connect_ms:
+                found["connect"] = round(self._connect_ms, 3)
+                took = round(max(0.0, took - self._connect_ms), 3)
+            found[name] = took
         return found
 
     def report(self) -> TransferReport:
