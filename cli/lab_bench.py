@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-SCENARIOS = ("handover", "handover-v6", "handover-encap")
+SCENARIOS = ("handover", "handover-v6", "handover-encap", "handover-keep")
 
 MOBIARCH = (
     ("IKEv1 main mode, from scratch", "1500 ms", 11, 2182),

@@ -111,6 +111,8 @@ class Report:
                 yield "the SPIs are not the same as before"
             if not self.same_keys:
                 yield "the keys are not the same as before"
+        if self.air and scenario.messages is not None and self.air["messages"] != scenario.messages:
+            yield f"{self.air['messages']} IKE messages on the air, not {scenario.messages}"
         if self.traffic:
             if not self.traffic["recovered"]:
                 yield "the traffic did not come back"

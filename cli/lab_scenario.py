@@ -21,6 +21,7 @@
     [limits]                      # what makes a scenario fail
     lost = 2                      # packets of the probe, both directions together
     gap_ms = 200
+    messages = 2                  # IKE messages on the air while there is traffic: exactly so many
 
 A command runs in `sh -c` on its host. `exit` is the status it must end with (default 0), `expect` a regular
 expression its output must hold, `reject` one it must not; `count` says how often `expect` must be found;
@@ -113,6 +114,7 @@ class Scenario:
     interval_ms: float = 5.0
     lost: int | None = None
     gap_ms: float | None = None
+    messages: int | None = None
     kernel_only: bool = False
     fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -196,6 +198,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "kernel_only": bool(keys.pop("kernel_only", False)),
         "lost": limits.pop("lost", None),
         "gap_ms": limits.pop("gap_ms", None),
+        "messages": limits.pop("messages", None),
     }
     for key in (*keys, *(f"limits.{key}" for key in limits)):
         raise ConfigError(f"{source}: {key}: no such key")
