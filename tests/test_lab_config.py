@@ -1,0 +1,92 @@
+"""What the lab writes for its daemons."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from ikectx_cli import config, lab_vm, settings
+from ikectx_cli.lab_config import Tunnel, gateway_conf, mobile_conf, strongswan_conf, write_all
+from ikectx_cli.lab_net import CHARONS, GATEWAYS
+
+SHAPES = [
+    Tunnel(),
+    Tunnel(family=6, inner=6, auth="cert", encap=True),
+    Tunnel(auth="eap", children=2, connection={"dpd_delay": "3s"}, child={"replay_window": 0}),
+    Tunnel(initiator="gateway", vip=False, mode="transport", shared=True),
+]
+
+
+def read(path: Path) -> dict[str, str]:
+    return {name: one.value for name, one in settings.load(str(path)).items()}
+
+
+@pytest.mark.parametrize("tunnel", SHAPES)
+def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
+    write_all(tmp_path, tunnel, {"mn": "connections {\n psg {\n mobike = no\n }\n}\n"})
+    for host in CHARONS:
+        conf, swan = read(tmp_path / host / "strongswan.conf"), read(tmp_path / host / "swanctl.conf")
+        assert conf["charon-systemd.plugins.vici.socket"] == f"unix://{tmp_path}/{host}/charon.vici"
+        assert (conf.get("charon-systemd.plugins.ha.monitor") == "no") == (host in GATEWAYS)
+        assert swan["secrets.ike-lab.secret"]
+    mobile = read(tmp_path / "mn" / "swanctl.conf")
+    assert mobile["connections.psg.mobike"] == "no"
+    for host in GATEWAYS:
+        swan = read(tmp_path / host / "swanctl.conf")
+        assert swan["connections.mn.children.net.updown"] == f"{tmp_path}/{host}/updown"
+        assert swan["connections.mn.children.net.esp_proposals"] == tunnel.esp
+        assert ("connections.mn.children.net2.mode" in swan) == (tunnel.children == 2)
+        agent = config.load(tmp_path / host / "ikectx.toml")
+        assert agent.name == host and len(agent.peers) == 1
+        script = (tmp_path / host / "updown").read_text()
+        assert ("/dev/udp/10.2." in script) == tunnel.shared
+        assert subprocess.run(["bash", "-n", tmp_path / host / "updown"], check=False).returncode == 0
+
+
+def test_a_certificate_names_its_host_and_its_key_is_private(tmp_path: Path) -> None:
+    write_all(tmp_path, Tunnel(), {})
+    before = (tmp_path / "pki" / "ca.pem").read_bytes()
+    write_all(tmp_path, Tunnel(), {})
+    assert (tmp_path / "pki" / "ca.pem").read_bytes() == before
+    root = x509.load_pem_x509_certificate(before)
+    for host in CHARONS:
+        found = x509.load_pem_x509_certificate((tmp_path / host / "x509" / "own.pem").read_bytes())
+        found.verify_directly_issued_by(root)
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert {host, f"{host}.example"} <= set(names.get_values_for_type(x509.DNSName))
+        key = tmp_path / host / "private" / "own.pem"
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+def test_shapes_of_a_tunnel(tmp_path: Path) -> None:
+    assert "vips = 10.4.0.10" in mobile_conf(Tunnel())
+    bare = mobile_conf(Tunnel(vip=False, inner=6))
+    assert "vips" not in bare and "local_ts = fd04::10/128" in bare
+    assert "encap = yes" in mobile_conf(Tunnel(encap=True))
+    assert "remote_addrs = fd02:9::1" in mobile_conf(Tunnel(shared=True, family=6))
+    gateway = gateway_conf(tmp_path, "nsg", Tunnel(auth="eap", initiator="gateway", vip=False))
+    assert "eap_id = %any" in gateway and "remote_addrs = 10.1.0.10" in gateway and "pools" not in gateway
+    assert "local_ts" not in mobile_conf(Tunnel(mode="transport", vip=False))
+    libipsec = strongswan_conf(tmp_path, "psg", libipsec=True)
+    assert "kernel-libipsec kernel-netlink" in libipsec
+
+
+def test_the_newest_kernel_with_esp_and_9p(tmp_path: Path) -> None:
+    boot, modules = tmp_path / "boot", tmp_path / "modules"
+    boot.mkdir()
+    for version, files in {
+        "6.1.0-9-amd64": ("net/ipv4/esp4.ko", "fs/9p/9p.ko"),
+        "6.1.0-10-amd64": ("net/ipv4/esp4.ko.xz", "fs/9p/9p.ko.xz"),
+        "6.1.0-11-cloud-amd64": ("net/ipv4/esp4.ko",),
+    }.items():
+        (boot / f"vmlinuz-{version}").touch()
+        for name in files:
+            path = modules / version / "kernel" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    assert lab_vm.find_kernel(boot, modules) == boot / "vmlinuz-6.1.0-10-amd64"
+    assert lab_vm.find_kernel(tmp_path, modules) is None

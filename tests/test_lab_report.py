@@ -1,0 +1,105 @@
+"""Reports: their keys, what makes one fail, and how they look."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from rich.console import Console
+
+from ikectx_cli.lab_measure import Direction, Traffic
+from ikectx_cli.lab_report import Report, summary, tables
+from ikectx_cli.lab_scenario import Scenario
+
+KEYS = {"scenario", "ok", "esp", "strongswan", "same_spis", "same_keys", "traffic", "air", "gateways"}
+KEYS |= {"phases_ms", "baseline", "ratio"}
+
+MOVE = {"from": "psg", "to": "nsg", "phases_ms": {"export": 4.0}, "cxtp_messages": 4, "cxtp_octets": 452}
+AIR = {"messages": 2, "octets": 370, "by_exchange": {"INFORMATIONAL": 2}}
+
+
+def scenario(**keys: Any) -> Scenario:
+    return Scenario("handover", "a move", (("connect",),), **keys)
+
+
+def traffic(gap: float, *, lost: int = 0, recovered: bool = True) -> Traffic:
+    one = Direction(100, {"EPERM": lost} if lost else {}, 0, 0, gap, recovered)
+    return Traffic(one, Direction(100, {}, 0, 0, 5.0, True))
+
+
+def moved(gap: float = 20.0, *, lost: int = 2) -> Report:
+    report = Report("handover", "a move", "kernel", strongswan="5.9.8")
+    report.add_traffic(traffic(gap, lost=lost), AIR, 0)
+    report.add_transfer([MOVE])
+    report.add_proof(True, True)
+    return report
+
+
+def shown(report: Report) -> str:
+    out = io.StringIO()
+    console = Console(width=200, file=out)
+    for part in tables(report.as_json()):
+        console.print(part)
+    console.print(summary([report.as_json()]))
+    return out.getvalue()
+
+
+def test_a_good_move() -> None:
+    report = moved()
+    report.add_baseline("psk", "PSK", traffic(300.0, lost=60), AIR, 250.0)
+    report.add_baseline("eap", "EAP", traffic(500.0, lost=90), AIR, 450.0)
+    report.judge(scenario(lost=4))
+    value = json.loads(json.dumps(report.as_json()))
+    assert report.ok and set(value) >= KEYS and "error" not in value
+    assert value["gateways"] == {"messages": 4, "octets": 452} and value["phases_ms"] == {"export": 4.0}
+    assert value["ratio"] == 15.0
+    assert [(one["name"], one["interruption_ms"], one["lost"]) for one in value["baseline"]] == [
+        ("psk", 300.0, 60),
+        ("eap", 500.0, 90),
+    ]
+    text = shown(report)
+    assert "2 of 200" in text and "452 octets" in text and "the same" in text and "2 EPERM" in text
+
+
+def test_what_fails_a_move() -> None:
+    spis, gap, lost, gone, check = moved(), moved(90.0), moved(lost=9), moved(), moved()
+    spis.add_proof(False, False)
+    gone.add_traffic(traffic(20.0, recovered=False), AIR, 0)
+    check.checks.append({"name": "psg has let go", "ok": False, "why": "exit 1 instead of 0"})
+    words = (
+        "SPIs are not the same",
+        "a gap of 90.0 ms",
+        "9 packets lost",
+        "did not come back",
+        "psg has let go",
+    )
+    for report, word in zip((spis, gap, lost, gone, check), words, strict=True):
+        report.judge(scenario(lost=4, gap_ms=50.0))
+        assert not report.ok and word in report.error, word
+        assert word in report.as_json()["error"] and "FAILED" in shown(report)
+
+
+def test_one_bad_proof_among_many_decides() -> None:
+    report = Report("ten", esp="kernel")
+    for good in (True, False, True):
+        report.add_transfer([MOVE])
+        report.add_proof(good, good)
+    report.judge(scenario())
+    assert (report.same_spis, report.same_keys, report.ok) == (False, False, False)
+    assert report.gateways == {"messages": 12, "octets": 1356} and len(report.as_json()["transfers"]) == 3
+
+
+def test_with_user_space_esp_the_peer_rekeys_so_spis_prove_nothing() -> None:
+    report = Report("handover", esp="libipsec")
+    report.add_transfer([MOVE])
+    report.add_proof(False, None)
+    report.judge(scenario())
+    assert report.ok and report.same_keys is None
+
+
+def test_a_scenario_that_could_not_run() -> None:
+    failed, skipped = Report.failed(scenario(), "no kernel"), Report.skipped(scenario(), "needs kernel ESP")
+    assert not failed.ok and failed.as_json()["error"] == "no kernel"
+    assert skipped.ok and skipped.as_json()["skipped"] == "needs kernel ESP"
+    assert "no kernel" in shown(failed) and "needs kernel ESP" in shown(skipped)

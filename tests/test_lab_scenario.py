@@ -1,0 +1,111 @@
+"""Scenario folders: what they may say, and that what this project ships is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ikectx.errors import ConfigError, UsageError
+from ikectx_cli import lab_run
+from ikectx_cli.lab_scenario import FOLDER, VERBS, Command, load, names
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "scenario.toml").write_text(text)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in FOLDER.glob("*/scenario.toml")))
+def test_every_scenario_of_this_project_reads(name: str) -> None:
+    scenario = load(name)
+    assert scenario.description and scenario.steps
+
+
+def test_bases_are_not_listed() -> None:
+    assert "handover" in names() and not [name for name in names() if name.startswith("_")]
+
+
+def test_every_verb_can_be_done() -> None:
+    assert all(callable(getattr(lab_run.Runner, f"_do_{verb}")) for verb in VERBS)
+
+
+def test_a_scenario_stands_on_its_base(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "_base",
+        'description = "b"\nsteps = ["connect"]\n[limits]\nlost = 3\n[tunnel]\nauth = "cert"\nfamily = 6',
+    )
+    write(tmp_path, "one", 'base = "_base"\n[tunnel]\nfamily = 4\n[tunnel.child]\nreplay_window = 0')
+    (tmp_path / "_base" / "mn.conf").write_text("a = 1\n")
+    (tmp_path / "one" / "mn.conf").write_text("b = 2\n")
+    one = load("one", tmp_path)
+    assert (one.description, one.lost, one.steps) == ("b", 3, (("connect",),))
+    assert (one.tunnel.auth, one.tunnel.family, one.tunnel.child) == ("cert", 4, {"replay_window": 0})
+    assert one.overrides == {"mn": "a = 1\nb = 2\n"}
+    assert names(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("steps = [", "one/scenario.toml"),
+        ("steps = []", "steps"),
+        ("", "steps"),
+        ('steps = ["fly"]', "fly"),
+        ('steps = ["transfer psg"]', "transfer takes FROM TO"),
+        ('steps = ["connect"]\nstep = 1', "step: no such key"),
+        ('steps = ["connect"]\n[limits]\nlots = 1', "limits.lots"),
+        ('steps = ["connect"]\n[tunnel]\nauht = "psk"', "tunnel.auht"),
+        ('steps = ["connect"]\n[tunnel]\nauth = "none"', "tunnel.auth: one of psk"),
+        ('steps = ["connect", { host = "mn" }]', "run"),
+        ('steps = ["connect", { host = "me", run = "true" }]', "no host me"),
+        ('steps = ["connect", { host = "mn", run = "true", exits = 1 }]', "no key exits"),
+        ('steps = ["connect", { host = "mn", run = "true", expect = "(" }]', "unterminated"),
+        ("steps = [1]", "a command is a table"),
+        ('base = "one"\nsteps = ["connect"]', "its own base"),
+        ('base = "none"\nsteps = ["connect"]', "none/scenario.toml"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, word: str) -> None:
+    write(tmp_path, "one", text)
+    with pytest.raises(ConfigError) as caught:
+        load("one", tmp_path)
+    assert word in str(caught.value)
+
+
+def test_an_unknown_name_is_told_what_there_is(tmp_path: Path) -> None:
+    write(tmp_path, "one", 'steps = ["connect"]')
+    with pytest.raises(UsageError) as caught:
+        load("two", tmp_path)
+    assert caught.value.hint == "there are: one"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "output", "wrong"),
+    [
+        (Command("mn", "x"), 0, "", ""),
+        (Command("mn", "x"), 2, "", "exit 2 instead of 0"),
+        (Command("mn", "x", exit=4), 4, "", ""),
+        (Command("mn", "x", expect="^b"), 0, "a\nb", ""),
+        (Command("mn", "x", expect="^c"), 0, "a\nb", "no /^c/"),
+        (Command("mn", "x", expect="a", count=2), 0, "a a", ""),
+        (Command("mn", "x", expect="a", count=0), 0, "a a", "2 times /a/ instead of 0"),
+        (Command("mn", "x", reject="a"), 0, "a", "there is /a/"),
+    ],
+)
+def test_verdicts_on_a_command(command: Command, status: int, output: str, wrong: str) -> None:
+    assert command.verdict(status, output) == wrong
+
+
+def test_what_a_scenario_leaves_disturbed(tmp_path: Path) -> None:
+    write(tmp_path, "one", 'steps = ["connect", "agent psg kill"]')
+    write(tmp_path, "two", 'steps = ["connect", "roam", { host = "mn", run = "true" }]')
+    write(
+        tmp_path,
+        "three",
+        'steps = ["connect", { host = "core", run = "ip route add blackhole 10.9.0.0/16" }]',
+    )
+    found = [load(name, tmp_path) for name in ("one", "two", "three")]
+    assert [one.disturbs_daemons for one in found] == [True, False, False]
+    assert [one.disturbs_network for one in found] == [False, True, True]
