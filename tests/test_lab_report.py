@@ -59,7 +59,9 @@ def test_a_good_move() -> None:
         ("eap", 500.0, 90),
     ]
     text = shown(report)
-    assert "2 of 200" in text and "452 octets" in text and "the same" in text and "2 EPERM" in text
+    assert all(
+        words in text for words in ("2 of 200", "452 octets", "the same", "2 up: EPERM at mn", "15.0")
+    ), text
 
 
 def test_what_fails_a_move() -> None:
