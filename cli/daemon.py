@@ -109,7 +109,7 @@ def host_config(config: Config) -> HostConfig:
 
 
 class MnMover:
-    """The INFORMATIONAL exchange with the MN, for `CharonSink` and, with `mark`, for `CharonSource`."""
+    """The INFORMATIONAL exchange with the MN. `mark`: that of packets a muted SA may send."""
 
     def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
         self._addresses = addresses
@@ -161,7 +161,7 @@ class Agent:
         )
         self._sink = CharonSink(
             self._host,
-            MnMover(config.gateway.addresses, config.transfer.mn_tries, config.transfer.mn_timeout),
+            MnMover(config.gateway.addresses, config.transfer.mn_tries, config.transfer.mn_timeout, MARK),
         )
         tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
         peers = [

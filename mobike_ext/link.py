@@ -200,6 +200,7 @@ def open_raw(local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes], *, ma
             ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, kind)
             ear.setblocking(False)
             _attach(ear, bpf_program(local, remote, spis, below=True))
+            _attach(raw, [(_RET, 0, 0, 0)])
         raw.bind((str(local.address), 0))
     except OSError as error:
         for each in (raw, ear):

@@ -45,6 +45,9 @@ ESP = 50
 _RECORD = "record"
 DETOUR = "detour"
 """Kind of store entry: the prefixes that go by way of another gateway for an SA that left."""
+IMPORT = "import"
+"""Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is
+somebody's, and stays."""
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA it was told to drop."""
 SAVE_AGAIN = 2.0
@@ -103,8 +106,8 @@ class CharonHost:
         try:
             await asyncio.to_thread(self.mute.prepare)
         except KernelError as error:
-            # this gateway can still take SAs in; letting one go will say the same again
-            log.error("no SA can be moved away from here: %s (%s)", error, error.hint)
+            # every transfer will say the same again
+            log.error("no SA can be moved from here or to here: %s (%s)", error, error.hint)
         loop = asyncio.get_running_loop()
 
         def state(up: bool) -> None:
@@ -202,8 +205,9 @@ class CharonHost:
         gone = self.record.retain({view.spis for view in views}, mark)
         self.save()
         await self.settle()  # what came up just now was told by now
+        listed = {view.spis for view in views}
         for muted in await asyncio.to_thread(self.mute.listing):
-            if muted.spis not in {view.spis for view in views}:
+            if muted.spis not in listed and not self.importing(muted.spis):
                 await asyncio.to_thread(self.mute.unmute, muted.spis)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
@@ -215,6 +219,10 @@ class CharonHost:
                 "(charon then rekeys their CHILD_SAs)",
                 len(unknown),
             )
+
+    def importing(self, sa: SaName) -> bool:
+        """Whether that SA is being taken in: it may be muted before charon lists it."""
+        return self.store.get(IMPORT, (sa[0] + sa[1]).hex()) is not None
 
     async def settle(self) -> None:
         """Let HA datagrams that charon sent before its last VICI answer be read."""

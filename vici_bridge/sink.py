@@ -3,6 +3,9 @@
 The order is the one the ha plugin needs: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE,
 replay state into the kernel, then (when the other side has let go) final counters, routes and updown, the
 exchange with the MN, message IDs, and the segment toggle. Each step is seen done, not assumed.
+
+The toggle activates every PASSIVE SA, those that are not ours yet or whose MN is just being asked among them.
+So an SA is mute from before charon has it until all of this is done: charon neither hears nor says anything.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from .checks import (
     check_selectors,
     check_vips,
 )
-from .host import DETOUR, CharonHost, Mover
+from .host import DETOUR, IMPORT, CharonHost, Mover
 from .kernel import LATE
 from .record import import_messages
 from .xfrm import KernelSa
@@ -39,9 +42,8 @@ from .xfrm_parts import INET6 as AF_INET6
 
 log = logging.getLogger(__name__)
 
-_IMPORT = "import"
-"""Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is
-somebody's, and stays."""
+_ACTIVE = b"active"
+"""Value of an `IMPORT` entry when charon has the message IDs and is active: they must not be set back."""
 _TAKEN = "taken"
 """Kind of store entry: the updown script was run for this SA."""
 INSTALL_TIMEOUT = 8.0
@@ -52,8 +54,11 @@ class CharonSink:
     """A `ContextSink` on a running charon."""
 
     def __init__(self, host: CharonHost, mover: Mover) -> None:
+        """`mover` must get through to the MN while the SA is muted: `mute.MARK`."""
         self._host = host
         self._mover = mover
+        self._seen: set[str] = set()
+        """SAs that charon had when they were taken, in this life of the agent."""
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context as it stands at this gateway: our outer address instead of the other's."""
@@ -113,8 +118,10 @@ class CharonSink:
             host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
             host.store.delete(DETOUR, _key(context))
             messages = import_messages(here, await host.version())
-            host.store.put(_IMPORT, _key(context), b"1")
+            host.store.put(IMPORT, _key(context), b"1")
             try:
+                await asyncio.to_thread(host.mute.mute_in, here.spis)
+                await asyncio.to_thread(host.mute.mute_out, here.spis)
                 await host.send(messages)
                 await self._installed(here)
                 for message in messages:
@@ -126,7 +133,10 @@ class CharonSink:
             host.save()
 
     async def _installed(self, here: IkeContext) -> SaView:
-        """Wait until charon lists the SA PASSIVE with its children, and the kernel has their ESP SAs."""
+        """Wait until charon lists the SA with its children, and the kernel has their ESP SAs.
+
+        It is PASSIVE, or ESTABLISHED already by the toggle of another SA.
+        """
         host = self._host
         end = time.monotonic() + INSTALL_TIMEOUT
         pause = 0.01
@@ -134,7 +144,7 @@ class CharonSink:
             view = await host.view(here.spis)
             listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
             wanted = {(child.spi_in, child.spi_out) for child in here.children}
-            if view is not None and view.state == "PASSIVE" and wanted <= listed:
+            if view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:
                 pairs = [host.kernel_pair(here, child) for child in here.children]
                 if host.kernel is None or all(a is not None and b is not None for a, b in pairs):
                     return view
@@ -187,6 +197,7 @@ class CharonSink:
         view = await host.view(here.spis)
         if view is None:
             raise CharonError("charon lost the prepared SA")
+        self._seen.add(_key(context))
         host.store.put(_TAKEN, _key(context), b"1")
         reqids = {child.spi_in: child.reqid for child in view.children}
         await host.updown(here, up=True, reqids=reqids, unique_id=view.unique_id)
@@ -196,6 +207,8 @@ class CharonSink:
         here = self._here(context)
         if here.local == context.local:
             return MoveReport()
+        if _key(context) not in self._seen and await self._host.view(here.spis) is None:
+            raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
 
@@ -215,25 +228,29 @@ class CharonSink:
         """See `ContextSink.activate`."""
         host = self._host
         here = self._here(context)
-        version = await host.version()
-        ike = ha.IkeId.of(here.current)
-        mids = [
-            ha.ike_mid(version, ike, initiator=True, mid=final.mid_initiator + report.requests),
-            ha.ike_mid(version, ike, initiator=False, mid=final.mid_responder),
-        ]
-        await host.send(mids)
-        for message in mids:
-            host.record.feed(message)
-        view = await host.view(here.spis)
-        if view is None:
-            raise CharonError("charon lost the prepared SA")
-        if view.state != "ESTABLISHED":
-            await host.activate_segment()
-            await self._established(here)
-        self._note_lifetimes(here)
-        host.save()
+        if host.store.get(IMPORT, _key(context)) != _ACTIVE:
+            version = await host.version()
+            ike = ha.IkeId.of(here.current)
+            mids = [
+                ha.ike_mid(version, ike, initiator=True, mid=final.mid_initiator + report.requests),
+                ha.ike_mid(version, ike, initiator=False, mid=final.mid_responder),
+            ]
+            await host.send(mids)
+            for message in mids:
+                host.record.feed(message)
+            view = await host.view(here.spis)
+            if view is None:
+                raise CharonError("charon lost the prepared SA")
+            if view.state == "PASSIVE":
+                await host.activate_segment()
+                await self._established(here)
+            self._note_lifetimes(here)
+            host.save()
+            host.store.put(IMPORT, _key(context), _ACTIVE)
+        await asyncio.to_thread(host.mute.unmute, here.spis)
+        self._seen.discard(_key(context))
         host.store.delete(_TAKEN, _key(context))
-        host.store.delete(_IMPORT, _key(context))
+        host.store.delete(IMPORT, _key(context))
 
     async def _established(self, here: IkeContext) -> None:
         end = time.monotonic() + INSTALL_TIMEOUT
@@ -263,7 +280,7 @@ class CharonSink:
     async def undo(self, context: IkeContext) -> None:
         """See `ContextSink.undo`."""
         host = self._host
-        if host.store.get(_IMPORT, _key(context)) is None:
+        if host.store.get(IMPORT, _key(context)) is None:
             return
         here = self._here(context)
         view = None
@@ -274,11 +291,13 @@ class CharonSink:
             # without charon nothing of it is there: its SAs end with it
             host.record.forget(here.spis)
             host.save_soon()
+        await asyncio.to_thread(host.mute.unmute, here.spis)
+        self._seen.discard(_key(context))
         if host.store.get(_TAKEN, _key(context)) is not None:
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             await host.updown(here, up=False, reqids=reqids, unique_id=0 if view is None else view.unique_id)
             host.store.delete(_TAKEN, _key(context))
-        host.store.delete(_IMPORT, _key(context))
+        host.store.delete(IMPORT, _key(context))
 
 
 def _key(context: IkeContext) -> str:
