@@ -1,0 +1,147 @@
+"""Several mobile nodes at once: they move together, and none disturbs another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ikectx_cli.lab_net import OUTER
+
+from .world import World, spis, until
+
+pytestmark = pytest.mark.live
+
+COUNT = 6
+
+
+@pytest.fixture(autouse=True)
+def addresses(world: World) -> Iterator[None]:
+    """An address for each mobile node: CXTP names them by it, so only those of different ones run at once."""
+    for number in range(COUNT):
+        world.must("mn", "ip", "address", "add", f"10.1.0.{20 + number}/24", "dev", "eth0")
+    yield
+    world.forget("mn")
+    for number in range(COUNT):
+        world.must("mn", "ip", "address", "del", f"10.1.0.{20 + number}/24", "dev", "eth0")
+
+
+def several(world: World) -> list[str]:
+    """As many IKE_SAs at psg, all from the one charon of mn; the names of their connections there."""
+    names = [f"n{number}" for number in range(COUNT)]
+    sections = [
+        f"""  {name} {{
+    version = 2
+    proposals = aes128gcm16-prfsha256-x25519
+    remote_addrs = {OUTER["psg"][4]}
+    local_addrs = 10.1.0.{20 + number}
+    vips = 10.4.0.{20 + number}
+    local {{ auth = psk
+      id = {name}.example }}
+    remote {{ auth = psk
+      id = psg.example }}
+    children {{ net {{ remote_ts = 10.3.0.0/24
+      esp_proposals = aes128gcm16 }} }}
+  }}"""
+        for number, name in enumerate(names)
+    ]
+    gateway = "pools { inner { addrs = 10.4.0.0/24 } }\nconnections { mn { remote { id = %any } } }\n"
+    mobile = "connections {\n" + "\n".join(sections) + "\n}\n"
+    world.tunnel = world.tunnel_with(children=1)
+    world.lab.reload(world.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
+    for name in names:
+        world.lab.initiate("mn", name, "net")
+    assert len(world.lab.list_sas("psg")) == COUNT
+    return names
+
+
+def served(world: World, gateway: str, before: set[tuple[str, str]]) -> bool:
+    """Only that gateway has them, all are up, and each has one child at both ends."""
+    other = "nsg" if gateway == "psg" else "psg"
+    there, mobile = world.lab.list_sas(gateway), world.lab.list_sas("mn")
+    assert world.lab.list_sas(other) == []
+    assert {spis(sa) for sa in there} == {spis(sa) for sa in mobile} == before
+    assert {sa["state"] for sa in (*there, *mobile)} == {"ESTABLISHED"}
+    assert {sa["remote-host"] for sa in mobile} == {OUTER[gateway][4]}
+    children = [
+        {
+            frozenset((child["spi-in"], child["spi-out"]))
+            for sa in sas
+            for child in sa["child-sas"].values()
+            if child["state"] == "INSTALLED"
+        }
+        for sas in (there, mobile)
+    ]
+    return children[0] == children[1] and len(children[0]) == COUNT
+
+
+def test_all_at_once(world: World) -> None:
+    # for each of them, eight at a time: PCTD, CTDR, CTD; nsg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES); CTDR.
+    # Then IKE and child rekeys of each from both sides, and all the way back.
+    several(world)
+    before = {spis(sa) for sa in world.lab.list_sas("mn")}
+    for source, to in (("psg", "nsg"), ("nsg", "psg")):
+        done = world.transfer(source, to, "--all")
+        assert done.code == 0, done
+        assert [report["result"] for report in done.json["reports"]] == ["moved"] * COUNT
+        until(lambda to=to: served(world, to, before), f"{to} serves all")
+    for host in ("mn", "psg"):
+        old = {spis(sa) for sa in world.lab.list_sas("mn")}
+        for sa in world.lab.list_sas(host):
+            world.lab.vici(host).rekey(ike_id=int(sa["uniqueid"]))
+        until(
+            lambda old=old: (
+                not old & {spis(sa) for sa in world.lab.list_sas("mn")}
+                and served(world, "psg", {spis(sa) for sa in world.lab.list_sas("mn")})
+            ),
+            f"all are rekeyed by {host}",
+        )
+    assert world.idle("psg") and world.idle("nsg")
+
+
+def test_one_of_many(world: World) -> None:
+    # one moves by its identity; the others do not notice
+    several(world)
+    done = world.transfer("psg", "nsg", "--peer", "n3.example")
+    assert done.code == 0, done
+    assert done.report["mn"] == "n3.example"
+    assert [sa["remote-id"] for sa in world.lab.list_sas("nsg")] == ["n3.example"]
+    assert len(world.lab.list_sas("psg")) == COUNT - 1
+    # without a name nobody guesses
+    assert world.transfer("psg", "nsg").code == 6
+    # by SPI, and the rest
+    spi = world.lab.list_sas("psg")[0]["responder-spi"]
+    assert world.transfer("psg", "nsg", "--spi", spi[:8]).code == 0
+    assert world.transfer("psg", "nsg", "--all").code == 0
+    before = {spis(sa) for sa in world.lab.list_sas("mn")}
+    until(lambda: served(world, "nsg", before), "nsg serves all")
+
+
+def test_one_mobile_node_is_slow(world: World) -> None:
+    # as above, but what nsg asks one of the MNs is dropped while all the others are moved and activated (charon
+    # activates whole segments); then it gets through, and that one is moved like the others
+    several(world)
+    before = {spis(sa) for sa in world.lab.list_sas("mn")}
+    slow = next(sa for sa in world.lab.list_sas("psg") if sa["remote-id"] == "n2.example")
+    rule = "add table inet test; add chain inet test way { type filter hook forward priority 0; };"
+    here, there = OUTER["nsg"][4], slow["remote-host"]
+    world.must("core", "nft", f"{rule} add rule inet test way ip saddr {here} ip daddr {there} drop")
+    work = world.begin("psg", "transfer", "--to", "nsg", "--all", "--json")
+
+    def moved() -> list[str]:
+        return [sa["remote-id"] for sa in world.lab.list_sas("mn") if sa["remote-host"] == here]
+
+    def rekeyed() -> bool:
+        # the others are active at nsg: their mobile nodes' rekeys are answered
+        found = [sa for sa in world.lab.list_sas("nsg") if sa["state"] == "ESTABLISHED"]
+        return len(found) >= COUNT - 1 and not any(sa.get("tasks-active") for sa in world.lab.list_sas("mn"))
+
+    until(lambda: len(moved()) == COUNT - 1, "the others have moved")
+    until(rekeyed, "the others are active", 5)
+    world.unblock()
+    done = world.end(work)
+    assert done.code == 0, done
+    until(lambda: served(world, "nsg", before), "nsg serves all")
+    for sa in world.lab.list_sas("nsg"):
+        world.lab.vici("nsg").rekey(ike_id=int(sa["uniqueid"]))
+    until(lambda: not before & {spis(sa) for sa in world.lab.list_sas("mn")}, "all are rekeyed by nsg")
