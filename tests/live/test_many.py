@@ -12,7 +12,7 @@ from .world import World, spis, until
 
 pytestmark = pytest.mark.live
 
-COUNT = 6
+COUNT = 10
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +76,8 @@ def served(world: World, gateway: str, before: set[tuple[str, str]]) -> bool:
 
 
 def test_all_at_once(world: World) -> None:
-    # for each of them, eight at a time: PCTD, CTDR, CTD; nsg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES); CTDR.
-    # Then IKE and child rekeys of each from both sides, and all the way back.
+    # for each of them, all at a time: PCTD, CTDR, CTD; nsg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES); CTDR.
+    # All the way back, too. Then an IKE rekey of each from both sides.
     several(world)
     before = {spis(sa) for sa in world.lab.list_sas("mn")}
     for source, to in (("psg", "nsg"), ("nsg", "psg")):
@@ -118,8 +118,8 @@ def test_one_of_many(world: World) -> None:
 
 
 def test_one_mobile_node_is_slow(world: World) -> None:
-    # as above, but what nsg asks one of the MNs is dropped while all the others are moved and activated (charon
-    # activates whole segments); then it gets through, and that one is moved like the others
+    # as above, but what nsg asks one of the MNs is dropped while all the others are moved and activated
+    # (charon activates whole segments); then it gets through, and that one is moved like the others
     several(world)
     before = {spis(sa) for sa in world.lab.list_sas("mn")}
     slow = next(sa for sa in world.lab.list_sas("psg") if sa["remote-id"] == "n2.example")
