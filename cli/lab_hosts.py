@@ -20,11 +20,13 @@ from vici_bridge.vici import CharonVici
 
 from . import lab_announce
 from .lab_config import Tunnel, write_all
-from .lab_net import CHARONS, GATEWAYS, HOSTS, INNER, Net, load_modules, run
+from .lab_net import CHARONS, GATEWAYS, HOST_BITS, HOSTS, INNER, Net, load_modules, run
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
 CHARON = "/usr/sbin/charon-systemd"
+"""The installed charon; IKECTX_LAB_CHARON names another, IKECTX_LAB_CHARON_NSG one for that host only."""
+
 DETOUR = 4067
 """The routing table in which an agent keeps its routes by way of another gateway."""
 
@@ -95,7 +97,7 @@ class Lab:
         """(Re)starts the daemons with another configuration; the network stays as it is."""
         self.stop_daemons()
         self._save(tunnel, agents)
-        write_all(self.work, tunnel, overrides or {})
+        self._write(tunnel, overrides or {})
         for host in GATEWAYS if agents else ():
             self.start_agent(host, wait=False)
         for host in GATEWAYS if agents else ():
@@ -108,9 +110,23 @@ class Lab:
     def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
         """Gives the running charons another configuration; their SAs stay."""
         self._save(tunnel, self.agents)
-        write_all(self.work, tunnel, overrides or {})
+        self._write(tunnel, overrides or {})
         for host in CHARONS:
             self._load(host)
+
+    def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
+        write_all(self.work, tunnel, overrides)
+        for version, address in INNER["mn"].items():
+            own = not tunnel.vip and tunnel.mode == "tunnel" and tunnel.inner == version
+            words = [
+                "ip",
+                "addr",
+                "replace" if own else "del",
+                f"{address}/{HOST_BITS[version]}",
+                "dev",
+                "lo",
+            ]
+            run([*self.net.enter("mn"), *words], check=own)
 
     def _load(self, host: str) -> None:
         done = self.command(host, ["swanctl", "--load-all"])
@@ -179,11 +195,12 @@ class Lab:
     def start_charon(self, host: str, *, wait: bool = True) -> None:
         """Starts a charon with a private /run, for the fixed path of the HA plugin's FIFO, and loads it."""
         # a copy: an AppArmor profile is bound to the installed path and keeps charon out of the folder
-        binary = self.work / "bin" / "charon"
+        source = charon_of(host)
+        binary = self.work / "bin" / f"charon-{host}"
         if not binary.exists():
-            if not Path(CHARON).exists():
-                raise CharonError(f"{CHARON} is not there", hint="apt-get install charon-systemd")
-            shutil.copy2(CHARON, binary)
+            if not Path(source).exists():
+                raise CharonError(f"{source} is not there", hint="apt-get install charon-systemd")
+            shutil.copy2(source, binary)
         (self.work / host / "charon.vici").unlink(missing_ok=True)
         # The mobile node stands for a machine of its own: on CPUs shared with the gateways its charon goes
         # before them, or it would be their work that stretches the change of its policies under traffic.
@@ -350,6 +367,12 @@ class Lab:
     def _check_host(self, host: str) -> None:
         if host not in HOSTS:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
+
+
+def charon_of(host: str) -> str:
+    """The charon that host runs: $IKECTX_LAB_CHARON_HOST (MN, PSG, NSG), $IKECTX_LAB_CHARON, or `CHARON`."""
+    own = os.environ.get(f"IKECTX_LAB_CHARON_{host.upper()}")
+    return own or os.environ.get("IKECTX_LAB_CHARON") or CHARON
 
 
 @functools.cache
