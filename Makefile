@@ -1,5 +1,5 @@
 # For those who have make; everything works without: see examples/demo.sh and tests/run.sh.
-STEPS := format lint types floors unit kernel scenarios
+STEPS := format lint types floors unit live kernel scenarios
 
 .PHONY: help demo test setup fix clean $(STEPS)
 
