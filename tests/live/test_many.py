@@ -47,7 +47,6 @@ def several(world: World) -> list[str]:
     ]
     gateway = "pools { inner { addrs = 10.4.0.0/24 } }\nconnections { mn { remote { id = %any } } }\n"
     mobile = "connections {\n" + "\n".join(sections) + "\n}\n"
-    world.tunnel = world.tunnel_with(children=1)
     world.lab.reload(world.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
     for name in names:
         world.lab.initiate("mn", name, "net")

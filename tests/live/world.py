@@ -119,6 +119,7 @@ class World:
     def clean(self) -> None:
         """Nothing of the test before is left: no SA, no rule, no open transfer, every daemon up."""
         self.unblock()
+        self.tunnel = Tunnel(libipsec=True)
         self.inner_address("del")
         self.marks = {path: path.stat().st_size for path in self._logs()}
         stopped = any(self.lab.started.get((host, "agent")) is None for host in GATEWAYS)
