@@ -17,7 +17,7 @@ from .lab_net import CHARONS, CORE, GATEWAYS, HOST_BITS, INNER, INNER_NET, OUTER
 
 PLUGINS = (
     "random nonce openssl aes sha1 sha2 hmac gcm ccm ctr cmac xcbc chapoly curve25519 kdf drbg x509 pem pkcs1"
-    " pkcs8 pubkey constraints {kernel} socket-default vici updown ha eap-identity eap-mschapv2 eap-md5"
+    " pkcs8 pubkey constraints {kernel} socket-default vici updown ha eap-identity eap-mschapv2 eap-md5 ml"
 )
 PSK = "only-in-the-lab"
 EAP_USER = "carol"

@@ -18,9 +18,10 @@
     auth = "cert"
     [tunnel.connection]           # swanctl.conf settings of the connection, at all hosts
     [tunnel.child]                # and of its children
-    [limits]                      # what makes a scenario fail
+    [limits]                      # what makes a scenario fail on kernel ESP
     lost = 2                      # packets of the probe, both directions together
-    gap_ms = 200
+    gap_ms = 200                  # the longest gap
+    gateway_octets = 600          # of CXTP for one transfer
     messages = 2                  # IKE messages on the air while there is traffic: exactly so many
 
 A command runs in `sh -c` on its host. `exit` is the status it must end with (default 0), `expect` a regular
@@ -115,6 +116,7 @@ class Scenario:
     lost: int | None = None
     gap_ms: float | None = None
     messages: int | None = None
+    gateway_octets: int | None = None
     kernel_only: bool = False
     fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -199,6 +201,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "lost": limits.pop("lost", None),
         "gap_ms": limits.pop("gap_ms", None),
         "messages": limits.pop("messages", None),
+        "gateway_octets": limits.pop("gateway_octets", None),
     }
     for key in (*keys, *(f"limits.{key}" for key in limits)):
         raise ConfigError(f"{source}: {key}: no such key")

@@ -92,12 +92,21 @@ def test_one_bad_proof_among_many_decides() -> None:
     assert report.gateways == {"messages": 12, "octets": 1356} and len(report.as_json()["transfers"]) == 3
 
 
-def test_with_user_space_esp_the_peer_rekeys_so_spis_prove_nothing() -> None:
+def test_with_user_space_esp_keys_are_not_seen_and_the_peer_rekeys() -> None:
     report = Report("handover", esp="libipsec")
     report.add_transfer([MOVE])
-    report.add_proof(False, None)
-    report.judge(scenario())
+    report.add_proof(True, None)
+    report.add_traffic(traffic(4000.0, lost=80), {**AIR, "messages": 5}, 0)
+    report.judge(scenario(lost=4, messages=2))
     assert report.ok and report.same_keys is None
+
+
+def test_limits_on_messages() -> None:
+    loud, long = moved(), moved()
+    loud.judge(scenario(messages=0))
+    long.judge(scenario(gateway_octets=400))
+    assert loud.error == "2 IKE messages on the air, not 0"
+    assert long.error == "452 octets between the gateways, allowed are 400"
 
 
 def test_a_scenario_that_could_not_run() -> None:
