@@ -11,12 +11,12 @@ from pathlib import Path
 
 import click
 
-from ikectx.errors import IkectxError, UsageError
+from ikectx.errors import IkectxError, KernelError, UsageError
 
 from . import lab_scenario, lab_start
 from .lab_config import Tunnel
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
-from .lab_net import HOSTS
+from .lab_net import HOSTS, has_kernel_esp, load_modules
 from .lab_vm import run_in_vm
 
 
@@ -37,15 +37,22 @@ def lab() -> None:
 @click.option("--connect/--no-connect", default=False, help="Also connect the mobile node to psg.")
 def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool) -> None:
     """Bring a lab up and leave it standing."""
+    if esp != "libipsec":
+        load_modules()
+        if not has_kernel_esp():
+            hint = "--esp libipsec, or in a VM: ikectx lab vm -- sh -c 'ikectx lab up && ...'"
+            raise KernelError("this kernel has no ESP", hint=hint)
+    sweep()
     made = Lab.new(name, delay_ms=delay)
-    try:
-        tunnel = Tunnel(auth=auth, family=int(family), inner=int(family), libipsec=esp == "libipsec")
-        made.up(tunnel, agents=agents, keep=True)
-        if connect:
-            made.connect()
-    except BaseException:
-        made.down()
-        raise
+    with tidy():
+        try:
+            tunnel = Tunnel(auth=auth, family=int(family), inner=int(family), libipsec=esp == "libipsec")
+            made.up(tunnel, agents=agents, keep=True)
+            if connect:
+                made.connect()
+        except BaseException:
+            made.down()
+            raise
     for warning in made.warnings:
         click.echo(f"note: {warning}", err=True)
     click.echo(f"lab {name} is up in {made.work}: ikectx lab exec {{{','.join(HOSTS)}}} -- COMMAND")
@@ -53,11 +60,11 @@ def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, 
 
 @lab.command()
 @click.option("--name", default=DEFAULT_NAME, show_default=True)
-@click.option("--all", "every", is_flag=True, help="All labs of this machine.")
+@click.option("--all", "every", is_flag=True, help="All that `lab up` made.")
 def down(name: str, every: bool) -> None:
     """Take a lab down, with everything in it."""
     sweep()
-    for one in names() if every else [name]:
+    for one in names(kept=True) if every else [name]:
         Lab.find(one).down()
 
 
@@ -169,12 +176,15 @@ def _say(line: str) -> None:
 
 @contextlib.contextmanager
 def tidy() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs."""
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs, and to its end: once is enough."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(_number: int, _frame: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -381,11 +382,14 @@ def realtime_works() -> bool:
     return shutil.which("chrt") is not None and run(["chrt", "-r", "1", "true"], check=False).returncode == 0
 
 
-def names() -> list[str]:
-    """Names of the labs whose folders exist on this machine."""
-    return sorted(
-        path.name.removeprefix("ikl-") for path in ROOT.glob("ikl-*") if (path / "lab.json").exists()
-    )
+def names(*, kept: bool = False) -> list[str]:
+    """Names of this machine's labs; with `kept` only of those that `lab up` made."""
+    found = []
+    for path in sorted(ROOT.glob("ikl-*/lab.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if not kept or json.loads(path.read_text())["keep"]:
+                found.append(path.parent.name.removeprefix("ikl-"))
+    return found
 
 
 def sweep() -> list[str]:
