@@ -261,7 +261,7 @@ class Lab:
             for table in (220, DETOUR):
                 script += f"; ip route flush table {table}; ip -6 route flush table {table}"
             self.command(host, ["sh", "-c", script])
-            for name in ("state", "updown.log", "ikectx.vici", "charon.vici"):
+            for name in ("state", "updown.log", "charon.log", "agent.out", "ikectx.vici", "charon.vici"):
                 path = self.work / host / name
                 if path.is_dir():
                     shutil.rmtree(path)

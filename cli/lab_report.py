@@ -226,7 +226,9 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line a scenario."""
     from rich.table import Table
 
-    table = Table("scenario", "result", "lost", "longest gap", "air", "gateways", "seconds")
+    table = Table()
+    for column in ("scenario", "result", "lost", "longest gap", "air", "gateways", "seconds"):
+        table.add_column(column, no_wrap=column != "result")
     for one in reports:
         traffic, air, gateways = one.get("traffic"), one.get("air"), one.get("gateways")
         result = "ok" if one["ok"] else f"FAILED: {' '.join(str(one.get('error', '')).split())[:160]}"

@@ -92,7 +92,7 @@ def show(reports: Sequence[dict[str, Any]]) -> None:
 
     from .lab_report import summary, tables
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     if len(reports) > 2:
         console.print(summary(reports))
         return
