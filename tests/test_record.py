@@ -1,4 +1,4 @@
-"""The record of charon's ha stream: fed with what charon 5.9.8 really sent, and with what it might send."""
+"""The record of charon's ha stream: fed with what charons 5.9.8 and 6.0.6 really sent, and might send."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from vici_bridge.record import (
 )
 
 VECTORS = Path(__file__).parent / "vectors"
-REAL = ("rekeys", "collisions", "resync", "taken")
+REAL = ("5.9.8_rekeys", "5.9.8_collisions", "5.9.8_resync", "5.9.8_taken", "6.0.6_rekeys")
 MN, GW, NSG = (Endpoint.of(host, 4500) for host in ("192.0.2.1", "198.51.100.1", "203.0.113.1"))
 VIP = ip_address("10.3.0.1")
 
 
 def vector(name: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((VECTORS / f"ha_5.9.8_{name}.json").read_text())
+    data: dict[str, Any] = json.loads((VECTORS / f"ha_{name}.json").read_text())
     return data
 
 
@@ -163,7 +163,7 @@ def test_real_datagrams_are_written_back(name: str) -> None:
 def test_real_rekeys() -> None:
     """Peer and gateway rekey child and IKE_SA in turn; one child of the last but one IKE_SA is left."""
     record, seen = Record(), []
-    for message in stream("rekeys"):
+    for message in stream("5.9.8_rekeys"):
         change = record.feed(message)
         seen.append(type(change))
     assert seen[:5] == [Added, MidChanged, Updated, ChildAdded, Updated]
@@ -183,10 +183,10 @@ def test_real_rekeys() -> None:
 
 def test_real_keys() -> None:
     """The keys that follow from the record are those charon logged, for every generation and child."""
-    keys = vector("rekeys")["keys"]
+    keys = vector("5.9.8_rekeys")["keys"]
     ike, children = iter(keys["ike"]), iter(keys["children"])
     record = Record()
-    for message in stream("rekeys"):
+    for message in stream("5.9.8_rekeys"):
         change = record.feed(message)
         if isinstance(change, ChildAdded):
             context, wanted = record.context(change.sa), next(children)
@@ -205,10 +205,50 @@ def test_real_keys() -> None:
     assert next(children, None) is None
 
 
+def test_real_rekeys_with_additional_key_exchanges() -> None:
+    """RFC 9370, wire version 5: IKE_INTERMEDIATE makes a second IKE_ADD, rekeys have an ADD_SECRET.
+
+    Every key derived from the record is the one that charon logged.
+    """
+    data, record = vector("6.0.6_rekeys"), Record()
+    logged, seen = data["keys"], {"ike": 0, "children": 0}
+    for message in stream("6.0.6_rekeys"):
+        change = record.feed(message)
+        assert message.version == 5
+        if message.type is HaType.IKE_ADD:
+            seen["ike"] += 1
+        if isinstance(change, ChildAdded):
+            context, wanted = record.context(change.sa), logged["children"][seen["children"]]
+            seen["children"] += 1
+            (added,) = (one for one in context.children if one.spi_in == change.spi_in)
+            derived = child_keys(context.generations[added.generation], added)
+            assert derived.encr_i.reveal().hex() == wanted["encr_i"]
+            assert derived.encr_r.reveal().hex() == wanted["encr_r"]
+        elif message.get(Attr.CONFIG_NAME) is not None:
+            assert isinstance(change, Updated | Rekeyed)
+            name = change.new if isinstance(change, Rekeyed) else change.sa
+            sk = sk_keys(record.context(name).current)
+            for part in ("sk_d", "sk_ei", "sk_er", "sk_pi", "sk_pr"):
+                assert getattr(sk, part).reveal().hex() == logged["ike"][seen["ike"] - 1][part]
+    assert seen == {"ike": 4, "children": 4}
+    (name,) = record.names()
+    context = record.context(name)
+    assert [one.initiator for one in context.generations] == [False, True]
+    assert [(one.ke, one.add_kes.hex()) for one in context.generations] == [
+        (KeMethod.CURVE_25519, f"{KeMethod.ML_KEM_768:04x}")
+    ] * 2
+    assert [one.add_kes.hex() for one in context.children] == [f"{KeMethod.ML_KEM_512:04x}"]
+    assert str(context.remote_eap_id) == "carol"
+    assert not uncovered(context, 5)
+    assert "too old" in uncovered(context, 3)
+    moved = fed(*import_messages(replace(context, local=NSG), 5))
+    assert moved.context(name) == replace(context, local=NSG)
+
+
 def test_real_collisions() -> None:
     """Rekeys from both ends at once: the record's children are those charon listed at that moment."""
-    data = vector("collisions")
-    messages, record = stream("collisions"), Record()
+    data = vector("5.9.8_collisions")
+    messages, record = stream("5.9.8_collisions"), Record()
     for message in messages[: data["listed_after"]]:
         record.feed(message)
     (name,) = record.names()
@@ -223,7 +263,7 @@ def test_real_collisions() -> None:
 
 def test_real_resync() -> None:
     """The replay changes nothing that is known; an empty record learns the IKE_SA and a new child by it."""
-    messages = stream("resync")
+    messages = stream("5.9.8_resync")
     replay = [message.type for message in messages].index(HaType.IKE_ADD, 7)
     record = fed(*messages[:replay])
     (name,) = record.names()
@@ -243,11 +283,11 @@ def test_real_resync() -> None:
 
 def test_real_second_gateway() -> None:
     """What was imported is fed to the record; the stream of the importing charon goes on from there."""
-    source = fed(*stream("rekeys"))
+    source = fed(*stream("5.9.8_rekeys"))
     context = replace(source.context(source.names()[0]), local=NSG)
     record = fed(*import_messages(context, 3))
     assert record.context(context.spis) == context
-    for message in stream("taken"):
+    for message in stream("5.9.8_taken"):
         record.feed(message)
     (name,) = record.names()
     assert name != context.spis
