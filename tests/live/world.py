@@ -130,6 +130,7 @@ class World:
                 until(lambda: self.idle("psg") and self.idle("nsg"), "both agents idle", 5.0)
                 return
         self.lab.configure(Tunnel(libipsec=True))
+        self.marks = {}  # logs begin anew with the daemons
         self.tune()
         self.broken = False
 
