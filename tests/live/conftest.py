@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli.lab_hosts import CHARON, Lab
+from ikectx_cli.lab_hosts import Lab, charon_of
+from ikectx_cli.lab_net import CHARONS
 
 from .world import World
 
@@ -17,7 +18,7 @@ from .world import World
 def session_world() -> Iterator[World]:
     if os.geteuid() != 0:
         pytest.skip("needs root for network namespaces")
-    for needed in (CHARON, "/usr/sbin/swanctl", "/dev/net/tun"):
+    for needed in (*map(charon_of, CHARONS), "/usr/sbin/swanctl", "/dev/net/tun"):
         if not Path(needed).exists():
             pytest.skip(f"needs {needed}")
     world = World(Lab.new())
