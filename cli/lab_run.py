@@ -16,7 +16,7 @@ from ikectx.errors import CharonError, IkectxError
 from vici_bridge.vici import ControlClient, json_of
 
 from .lab_config import Tunnel
-from .lab_hosts import Lab, strongswan_version
+from .lab_hosts import Lab
 from .lab_measure import Capture, Probe, Snapshot, Traffic, air, snapshot
 from .lab_net import GATEWAYS, INNER, OUTER, SHARED
 from .lab_report import Report
@@ -56,8 +56,8 @@ class Runner:
     def run(self) -> Report:
         """All steps, up to the first that fails; then all checks."""
         report, began = self.report, time.monotonic()
-        report.strongswan = strongswan_version()
         try:
+            report.strongswan = self._lab.strongswan()
             for step in self._scenario.steps:
                 self._say(
                     step.name or f"{step.host}: {step.run}" if isinstance(step, Command) else " ".join(step)
