@@ -9,7 +9,7 @@ import pytest
 
 from ikectx_cli.lab_net import CHARONS
 
-from .world import World, spis
+from .world import World, spis, until
 
 pytestmark = pytest.mark.live
 
@@ -18,11 +18,14 @@ TWICE = "aes256-sha256-prfsha384-x25519-ke1_mlkem768-ke2_mlkem1024"
 ESP = "aes256gcm16-x25519-ke1_mlkem768"
 
 
+def has_ml_kem(world: World, *hosts: str) -> bool:
+    return all("ML_KEM_768" in str(world.lab.vici(host).request("get-algorithms")) for host in hosts)
+
+
 @pytest.fixture
 def capable(world: World) -> World:
-    for host in CHARONS:
-        if "ML_KEM_768" not in str(world.lab.vici(host).request("get-algorithms")):
-            pytest.skip(f"{host}'s charon has no ML-KEM")
+    if not has_ml_kem(world, *CHARONS):
+        pytest.skip("needs charons with ML-KEM")
     return world
 
 
@@ -67,3 +70,32 @@ def test_a_child_with_additional_key_exchanges(capable: World, host: str) -> Non
     capable.move("nsg", "psg")
     capable.settle("psg")
     capable.ends("psg", "psg")
+
+
+def test_a_resync_tells_of_additional_key_exchanges(capable: World) -> None:
+    # IKE_SA_INIT, IKE_INTERMEDIATE, IKE_AUTH while no agent runs; RESYNC replays both IKE_ADDs of the SA and
+    # has its child rekeyed, with IKE_FOLLOWUP_KE
+    capable.lab.stop("psg", "agent")
+    capable.up(ike=IKE, esp=ESP)
+    capable.restart("psg")
+    assert capable.ikectx("psg", "resync", "--yes", "--json").code == 0
+    until(lambda: capable.transfer("psg", "nsg").code == 0, "the SA can be moved")
+    capable.settle("nsg")
+    capable.talks("nsg")
+    capable.ends("mn", "nsg")
+
+
+def test_a_gateway_with_an_older_charon_refuses(world: World) -> None:
+    # PCTD -> CTDR with NOT_COVERED: nsg's charon has no way to be told of ADD_KES
+    if not has_ml_kem(world, "mn", "psg") or has_ml_kem(world, "nsg"):
+        pytest.skip("needs strongSwan 6 at mn and psg, and 5.9 at nsg")
+    older = {"nsg": "connections { mn { proposals = aes256gcm16-prfsha256-x25519 } }\n"}
+    world.up(ike=IKE, overrides=older)
+    done = world.transfer("psg", "nsg")
+    assert done.code != 0
+    assert done.report["result"] == "refused", done.out
+    assert done.report["status"]["name"] == "NOT_COVERED"
+    assert "too old for additional key exchanges" in world.log("nsg", "agent.out")
+    world.serves("psg")
+    world.talks("psg")
+    world.ends("mn", "psg")
