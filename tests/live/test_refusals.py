@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vici_bridge.ha import wire_version
+
 from .world import Done, World, spis, until
 
 pytestmark = pytest.mark.live
@@ -195,7 +197,7 @@ from ikectx.context import Endpoint, Identity, IkeContext, IkeGeneration, Secret
 from ikectx.numbers import Encr, IdType, KeMethod, Prf
 from vici_bridge.record import import_messages
 
-spi_i, spi_r, local, remote = sys.argv[1:]
+spi_i, spi_r, local, remote, version = sys.argv[1:]
 generation = IkeGeneration(
     bytes.fromhex(spi_i), bytes.fromhex(spi_r), False, secrets.token_bytes(32), secrets.token_bytes(32),
     Secret(secrets.token_bytes(32)), Prf.HMAC_SHA2_256, Encr.AES_GCM_16, 128, ke=KeMethod.CURVE_25519,
@@ -206,7 +208,7 @@ context = IkeContext(
 )
 link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 link.bind(("127.0.0.2", 4510))
-for message in import_messages(context, 3):
+for message in import_messages(context, int(version)):
     link.sendto(message.serialize(), ("127.0.0.1", 4510))
 """
 
@@ -218,7 +220,9 @@ def test_the_ike_spi_is_in_use_there(world: World, tmp_path: Path) -> None:
     world.lab.stop("nsg", "agent")
     script = tmp_path / "import.py"
     script.write_text(IMPORT)
-    world.must("nsg", sys.executable, str(script), *spis(world.one("psg")), "10.2.2.2", "10.9.9.9")
+    version = str(wire_version(str(world.lab.vici("nsg").version()["version"])))
+    words = [str(script), *spis(world.one("psg")), "10.2.2.2", "10.9.9.9", version]
+    world.must("nsg", sys.executable, *words)
     world.lab.start_agent("nsg")
     until(lambda: len(world.lab.list_sas("nsg")) == 1, "nsg has the other SA")
     with untouched(world, other=1):
