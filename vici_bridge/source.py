@@ -377,10 +377,14 @@ class CharonSource:
             self._drop_detour(key)
 
     def _drop_detour(self, key: str) -> None:
-        wanted = self._host.store.get(DETOUR, key)
-        if wanted is not None:
-            self._host.detour.remove(json.loads(wanted))
-            self._host.store.delete(DETOUR, key)
+        """End this SA's detour, but for prefixes that another one needs: an MN that came back left again."""
+        host = self._host
+        mine = host.store.get(DETOUR, key)
+        if mine is None:
+            return
+        host.store.delete(DETOUR, key)
+        needed = {prefix for _, raw in host.store.items(DETOUR) for prefix in json.loads(raw)}
+        host.detour.remove([prefix for prefix in json.loads(mine) if prefix not in needed])
 
 
 def detourable(context: IkeContext) -> list[str]:
