@@ -118,7 +118,7 @@ class Traffic:
             unknown = one.in_flight
             # the mobile node's own counters know why packets towards it ended there
             for counter, count in self.counters.get("mn", {}).items() if name == "down" else ():
-                if counter.startswith("XfrmIn") and unknown:
+                if counter.startswith(("XfrmIn", "IpInAddr", "Ip6InAddr")) and unknown:
                     causes[f"down: {counter} at mn"] = min(count, unknown)
                     unknown -= min(count, unknown)
             if unknown:
@@ -213,13 +213,26 @@ def snapshot(lab: Lab, host: str, salt: bytes) -> Snapshot:
     return Snapshot(ike, frozenset(sa.spi for sa in states), frozenset((sa.spi, sa.keys) for sa in states))
 
 
-def xfrm_counters(lab: Lab) -> dict[str, dict[str, int]]:
-    """The kernel's XFRM drop counters of each charon's host (/proc/net/xfrm_stat)."""
-    result = {}
-    for host in CHARONS:
-        lines = lab.command(host, ["cat", "/proc/net/xfrm_stat"]).stdout.splitlines()
-        result[host] = {name: int(value) for name, value in (line.split() for line in lines if line.strip())}
-    return result
+def drop_counters(lab: Lab) -> dict[str, dict[str, int]]:
+    """Each charon's host: XFRM's drop counters, and packets for an address that was not there just then."""
+    files = ["/proc/net/xfrm_stat", "/proc/net/snmp", "/proc/net/snmp6"]
+    return {host: parse_counters(lab.command(host, ["cat", *files]).stdout) for host in CHARONS}
+
+
+def parse_counters(text: str) -> dict[str, int]:
+    """`NAME VALUE` lines of xfrm_stat and snmp6, and snmp's pairs of lines; only what tells of drops."""
+    found: dict[str, int] = {}
+    head: list[str] = []
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == ["Ip:"]:
+            if head:
+                pairs = zip(head[1:], words[1:], strict=False)
+                found.update((f"Ip{name}", int(value)) for name, value in pairs if name == "InAddrErrors")
+            head = words
+        elif len(words) == 2 and (words[0].startswith("Xfrm") or words[0] == "Ip6InAddrErrors"):
+            found[words[0]] = int(words[1])
+    return found
 
 
 def moved(
@@ -250,7 +263,7 @@ class Probe:
         """Returns when both ends send. Raises CharonError when one does not come up."""
         lab, version = self._lab, self._lab.tunnel.inner
         addresses = {host: INNER[host][version] for host in ("mn", "srv")}
-        self._before = xfrm_counters(lab)
+        self._before = drop_counters(lab)
         for host, far in (("mn", "srv"), ("srv", "mn")):
             output = self._file(host)
             for old in (output, Path(f"{output}.ready")):
@@ -274,7 +287,7 @@ class Probe:
             ends[host] = json.loads(self._file(host).read_text())
         up = direction(ends["mn"]["sent"], ends["srv"]["received"], self._interval)
         down = direction(ends["srv"]["sent"], ends["mn"]["received"], self._interval)
-        return Traffic(up, down, self._interval, moved(self._before, xfrm_counters(self._lab)))
+        return Traffic(up, down, self._interval, moved(self._before, drop_counters(self._lab)))
 
     def _file(self, host: str) -> Path:
         return self._lab.work / host / "probe.json"

@@ -6,6 +6,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ikectx_cli.lab_bench import page, picture, summarise
+from ikectx_cli.lab_measure import parse_counters
 
 
 def report(lost: int, gap: float, **changes: object) -> dict[str, Any]:
@@ -52,3 +53,11 @@ def test_the_page_holds_command_losses_and_ratio() -> None:
 def test_the_picture_is_a_picture() -> None:
     root = ElementTree.fromstring(picture(summarise([report(2, 10.0)])))
     assert len(root.findall("{http://www.w3.org/2000/svg}rect")) == 2
+
+
+def test_drop_counters_of_three_files() -> None:
+    text = (
+        "XfrmInNoStates          \t7\nIp: Forwarding InAddrErrors InDiscards\nIp: 2 5 0\nTcp: 1 2\nTcp: 3 4\n"
+        "Ip6InReceives                   \t99\nIp6InAddrErrors                 \t3\n"
+    )
+    assert parse_counters(text) == {"XfrmInNoStates": 7, "IpInAddrErrors": 5, "Ip6InAddrErrors": 3}
