@@ -323,14 +323,21 @@ class Agent:
         """
         if request.get("verb") != "down":
             return {"action": "none"}
-        sa = self._source.departing_by_reqid(_number(request, "reqid", 0))
+        reqid = _number(request, "reqid", 0)
+        sa = self._source.departing_by_reqid(reqid)
         if sa is None or sa in self._source.departing:
+            log.info("the CHILD_SA with reqid %d went down: no record of it, or seen to already", reqid)
             return {"action": "none"}
         # the hook knows the child's name only (PLUTO_CONNECTION); connections are the IKE_SA's
-        connection = self._config.connections.get(self._host.record.context(sa).connection)
+        name = self._host.record.context(sa).connection
+        connection = self._config.connections.get(name)
         if connection is None or not connection.handover_to:
             return {"action": "none"}
-        if self._host.quiet(sa) < LEFT_QUIETLY:
+        quiet = self._host.quiet(sa)
+        if quiet < LEFT_QUIETLY:
+            log.info(
+                "an SA of %s went down %.0f s after its last IKE request: deleted on purpose", name, quiet
+            )
             return {"action": "none", "reason": "the SA was deleted on purpose"}
         self._source.departing.add(sa)
         left = asyncio.Event()
