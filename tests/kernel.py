@@ -33,7 +33,7 @@ def main(results: Path) -> int:
         where.write_text(f"virtual machine, Linux {image.name.removeprefix('vmlinuz-') if image else '?'}")
         slow = ["-p", "no:cacheprovider", "-o", f"timeout={SLOW}"]
         environment = {"PYTHONDONTWRITEBYTECODE": "1", "HOME": os.environ.get("HOME", "/root")}
-        # The guest may write into this folder only; not below the checkout, which it sees cached and read-only.
+        # The guest may write here only; below the checkout, which it sees cached, it could not.
         with tempfile.TemporaryDirectory(prefix="ikl-kernel-") as folder:
             told = Path(folder, report.name)
             status = run_in_vm([*command, str(told), *slow], shared=told.parent, environment=environment)
