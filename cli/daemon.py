@@ -324,16 +324,16 @@ class Agent:
         if request.get("verb") != "down":
             return {"action": "none"}
         reqid = _number(request, "reqid", 0)
-        sa = self._source.departing_by_reqid(reqid)
-        if sa is None or sa in self._source.departing:
-            log.info("the CHILD_SA with reqid %d went down: no record of it, or seen to already", reqid)
+        found = self._source.departing_by_reqid(reqid)
+        if found is None or found[0] in self._source.departing:
+            # a child alone, whose IKE_SA lives on, or the second of several selector pairs
             return {"action": "none"}
+        sa, context, quiet = found
         # the hook knows the child's name only (PLUTO_CONNECTION); connections are the IKE_SA's
-        name = self._host.record.context(sa).connection
+        name = context.connection
         connection = self._config.connections.get(name)
         if connection is None or not connection.handover_to:
             return {"action": "none"}
-        quiet = self._host.quiet(sa)
         if quiet < LEFT_QUIETLY:
             log.info(
                 "an SA of %s went down %.0f s after its last IKE request: deleted on purpose", name, quiet

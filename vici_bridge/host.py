@@ -7,6 +7,7 @@ again: a resync would rekey every CHILD_SA (strongSwan 5.9.8 and 6.0.6).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,8 @@ DETOUR = "detour"
 IMPORT = "import"
 """Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is
 somebody's, and stays."""
+DEPARTED = 20.0
+"""Seconds for which an SA is remembered that charon is destroying."""
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA it was told to drop."""
 SAVE_AGAIN = 2.0
@@ -96,6 +99,7 @@ class CharonHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._toggle: asyncio.Future[None] | None = None
         self._spoke: dict[SaName, float] = {}
+        self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.charon_up = False
         self.charon_version = ""
 
@@ -152,6 +156,7 @@ class CharonHost:
             log.warning("charon's HA socket said something unreadable: %s", error)
             return
         self._version = message.version
+        self._keep_departed(message)
         self._fed(self.record.feed(message))
 
     def _fed(self, change: Change) -> None:
@@ -245,6 +250,24 @@ class CharonHost:
     def listening(self) -> bool:
         """Whether charon's end of the HA link exists."""
         return self._ha.listening()
+
+    def _keep_departed(self, message: ha.HaMessage) -> None:
+        """charon says IKE_DELETE, then runs updown scripts, then clears the kernel (5.9.8, 6.0.6)."""
+        now = time.monotonic()
+        self._departed = {sa: kept for sa, kept in self._departed.items() if now - kept[1] < DEPARTED}
+        ike = message.find(ha.Attr.IKE_ID, ha.IkeId)
+        if message.type is ha.HaType.IKE_DELETE and ike is not None and ike.spis in self.record:
+            with contextlib.suppress(IkectxError):
+                self._departed[ike.spis] = (self.record.context(ike.spis), now, self.quiet(ike.spis))
+
+    def departed(self) -> dict[SaName, tuple[IkeContext, float]]:
+        """SAs that charon has said goodbye to just now, with how long they had been quiet (seconds)."""
+        return {sa: (context, quiet) for sa, (context, _, quiet) in self._departed.items()}
+
+    def context(self, sa: SaName) -> IkeContext:
+        """The record's context, or that of an SA charon is destroying. Errors: as `Record.context`."""
+        kept = self._departed.get(sa)
+        return kept[0] if kept is not None and sa not in self.record else self.record.context(sa)
 
     def quiet(self, sa: SaName) -> float:
         """Seconds since the last IKE request in either direction, as far as this agent heard."""

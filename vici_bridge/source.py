@@ -67,16 +67,19 @@ class CharonSource:
 
     async def _view(self, sa: SaName) -> SaView | None:
         if sa in self.departing:
-            return departing_view(self._host.record.context(sa))
+            return departing_view(self._host.context(sa))
         return await self._host.view(sa)
 
-    def departing_by_reqid(self, reqid: int) -> SaName | None:
-        """The IKE_SA whose CHILD_SA has that request id: charon names it so to updown scripts."""
+    def departing_by_reqid(self, reqid: int) -> tuple[SaName, IkeContext, float] | None:
+        """The IKE_SA whose CHILD_SA has that request id, its context, and how long it was quiet (seconds).
+
+        charon names a child so to its updown script, and has told its deletion over HA by then.
+        """
         kernel = self._host.kernel
         spis = {sa.spi for sa in kernel.dump_sas() if sa.reqid == reqid} if kernel is not None else set()
-        for name in self._host.record.names():
-            if any(child.spi_in in spis for child in self._host.record.context(name).children):
-                return name
+        for name, (context, quiet) in self._host.departed().items():
+            if any(child.spi_in in spis for child in context.children):
+                return name, context, quiet
         return None
 
     async def export(self, sa: SaName) -> IkeContext:
@@ -87,7 +90,7 @@ class CharonSource:
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
         _refuse_busy(view)
-        context = relocate(host.record.context(sa), local=view.local, remote=view.remote)
+        context = relocate(host.context(sa), local=view.local, remote=view.remote)
         context = replace(context, lifetime=ike_lifetime(view))
         living = {child.spi_in: child for child in view.children if child.state in _LIVING}
         untold = set(living) - {child.spi_in for child in context.children}
@@ -193,7 +196,7 @@ class CharonSource:
             if view.tasks or dropped:
                 raise BusyError("charon began an exchange while it was being frozen")
             await host.settle()
-            known = host.record.context(spis)
+            known = host.context(spis)
             # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
             jump = 2 * host.config.oseq_jump
             self._stop_outbound(context, to)
