@@ -166,7 +166,9 @@ class Net:
         return []
 
     def restore(self) -> None:
-        """Puts back what a scenario may have changed: addresses, links and routes of the hosts."""
+        """Puts back what a scenario may have changed: addresses, routes, filters (not the gateways')."""
+        for host in ("mn", "core", "srv"):
+            run([*self.enter(host), "nft", "flush", "ruleset"], check=False)
         for host in HOSTS:
             script = "ip addr flush scope global; ip -6 addr flush scope global; ip route flush table main;"
             script += " ip -6 route flush table main; ip -batch - <<'E'\n"

@@ -364,7 +364,7 @@ def run_here(
             report = Runner(lab, scenario, tell).run()
             report.warnings += lab.warnings
             clean = report.ok and not scenario.disturbs_daemons
-            disturbed = scenario.disturbs_network
+            disturbed = scenario.disturbs_network or not report.ok
             reports.append(report)
             tell("ok" if report.ok else f"FAILED: {report.why()}")
             if logs is not None:
