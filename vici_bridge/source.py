@@ -217,7 +217,7 @@ class CharonSource:
         return FinalState(
             spi_i=spis[0],
             spi_r=spis[1],
-            # an MN that charon gave up never saw the request it was given up for: its ID is still the next one
+            # an MN that charon gave up never saw the last request: its ID is still the next one
             mid_initiator=max(known.mid_initiator - (spis in self.departing), 0),
             mid_responder=known.mid_responder,
             epoch=context.epoch + 1,
