@@ -166,7 +166,7 @@ class Net:
         return []
 
     def restore(self) -> None:
-        """Puts back what a scenario may have changed: addresses, routes, but the gateways' filters."""
+        """Puts back what a scenario may have changed: addresses, routes, filters (not the gateways')."""
         for host in ("mn", "core", "srv"):
             run([*self.enter(host), "nft", "flush", "ruleset"], check=False)
         for host in HOSTS:
