@@ -7,44 +7,38 @@ folder of the configuration file. The README has the file with all keys explaine
 from __future__ import annotations
 
 import os
-import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ikectx.errors import ConfigError
+
+from .toml_table import (
+    HostPort,
+    Table,
+    a_name,
+    a_number,
+    a_text,
+    a_vici_uri,
+    an_absolute_path,
+    an_address,
+    an_endpoint,
+    an_integer,
+    one_of,
+    read_table,
+    read_text,
+    seconds,
+    yes_or_no,
+)
 
 if TYPE_CHECKING:
     from ikectx.context import Address
 
 DEFAULT_PATH = "/etc/ikectx/ikectx.toml"
 DEFAULT_SOCKET = "/run/ikectx.vici"
-DEFAULT_PORT = 5091
-"""Of CXTP (RFC 4067, section 7)."""
-
-RIGHTS = ("push", "pull")
-
-T = TypeVar("T")
-_NEEDED: Any = object()
-
-
-@dataclass(frozen=True, slots=True)
-class HostPort:
-    """Where CXTP is spoken: an IP address, or for a peer a DNS name, and a TCP port."""
-
-    host: str
-    port: int = DEFAULT_PORT
-
-    @property
-    def address(self) -> str:
-        """The same as `host`."""
-        return self.host
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+RIGHTS = ("push", "pull", "packet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,10 @@ class ControlConfig:
 
 @dataclass(frozen=True, slots=True)
 class CharonConfig:
-    """[charon]: as strongswan.conf has it. The agent binds `ha_local`, charon's `ha.remote`."""
+    """[charon]: as strongswan.conf has it. The agent binds `ha_local`, charon's `ha.remote`.
+
+    New SPIs for SAs whose own are taken here come from `spi_min` to `spi_max`, as charon's do.
+    """
 
     vici: str = "unix:///run/charon.vici"
     ha_local: str = "127.0.0.2"
@@ -65,6 +62,8 @@ class CharonConfig:
     ha_port: int = 4510
     segments: int = 1
     esp: str = "kernel"
+    spi_min: int = 0xC0000000
+    spi_max: int = 0xCFFFFFFF
 
     @property
     def kernel_esp(self) -> bool:
@@ -81,12 +80,23 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """[transfer]: where to listen, who we are (PEM files), and how to move. Times in seconds."""
+    """[transfer]: where to listen, who we are (PEM files), and how to move. Times in seconds.
+
+    `transport` "ipsec": plain `protocol` between gateways, refused wherever the kernel's SPD does not protect
+    it; certificates are then not needed. `predictive_seconds`: how long an announced MN is waited for.
+    `collision`: what becomes of an SA whose SPI is taken here. `rekey_after`: a rekey with a new key exchange
+    once an SA has come here.
+    """
 
     listen: tuple[HostPort, ...]
     certificate: Path
     key: Path
     ca: Path
+    transport: str = "tls"
+    protocol: str = "tcp"
+    predictive_seconds: float = 60.0
+    collision: str = "update"
+    rekey_after: bool = False
     oseq_jump: int = 65536
     late_seconds: int = 5
     prepare_timeout: float = 30.0
@@ -102,6 +112,33 @@ class ConnectionConfig:
     name: str
     updown: str | None = None
     handover_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MobileConfig:
+    """[mobile]: where mobile nodes ask for a handover (CTAR, UDP), and how often they may.
+
+    `rate`, `source_rate`: requests a second, in all and from one address. `rfc_token`: the 32-bit token of
+    RFC 4067 will do. `clock_skew`: seconds that an MN's clock may be ahead or behind.
+    """
+
+    listen: tuple[HostPort, ...]
+    rate: float = 10.0
+    source_rate: float = 2.0
+    rfc_token: bool = False
+    clock_skew: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ByPacketConfig:
+    """[by_packet]: whom to ask about IKE messages of SAs that are not here.
+
+    `ask`: names of peers, in this order. `rate`: questions a second; `memory`: unknown SAs remembered.
+    """
+
+    ask: tuple[str, ...]
+    rate: float = 10.0
+    memory: int = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +183,8 @@ class Config:
     transfer: TransferConfig
     control: ControlConfig = ControlConfig()
     charon: CharonConfig = CharonConfig()
+    mobile: MobileConfig | None = None
+    by_packet: ByPacketConfig | None = None
     connections: Mapping[str, ConnectionConfig] = field(default_factory=dict)
     peers: tuple[PeerConfig, ...] = ()
 
@@ -165,334 +204,158 @@ def config_path(given: str | None) -> Path:
 
 def load(path: Path) -> Config:
     """Read and check a file. Errors: ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror or error}", hint="name another file with --config or $IKECTX_CONFIG"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at octet {error.start}") from None
-    return parse(text, path)
+    return parse(read_text(path), path)
 
 
 def parse(text: str, path: Path) -> Config:
     """Check the text of a file; `path` is for messages and relative names. Errors: ConfigError."""
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        where = re.search(r"\(at line (\d+), column \d+\)$|\(at end of document\)$", str(error))
-        line = where[1] if where and where[1] else str(text.count("\n") + 1)
-        raise ConfigError(f"{path}:{line}: not TOML: {str(error).split(' (at ')[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not TOML: nested too deeply") from None
-    root = _Table(data, (), _Source(path, _scan(text)))
+    root = read_table(text, path)
     config = _config(root, path)
     _agree(root, config)
     return config
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    path: Path
-    lines: Mapping[tuple[str, ...], int]
-
-    def line(self, key: tuple[str, ...]) -> int:
-        """Of the key, or of the nearest thing around it that has one."""
-        while key and key not in self.lines:
-            key = key[:-1]
-        return self.lines.get(key, 1)
-
-
-_HEADER = re.compile(r"\s*(\[\[?)([^\[\]]+)\]")
-_ASSIGNMENT = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
-_PART = re.compile(r"""[\w-]+|"([^"]*)"|'([^']*)'""")
-
-
-def _scan(text: str) -> dict[tuple[str, ...], int]:
-    """Where each table and key begins. tomllib does not tell; this is good enough for messages."""
-    lines: dict[tuple[str, ...], int] = {}
-    counts: dict[tuple[str, ...], int] = {}
-    table: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
-            table = _parts(header[2])
-            if header[1] == "[[":
-                counts[table] = counts.get(table, -1) + 1
-                table = (*table, str(counts[table]))
-            lines.setdefault(table, number)
-        elif assignment := _ASSIGNMENT.match(line):
-            lines.setdefault((*table, *_parts(assignment[1])), number)
-    return lines
-
-
-def _parts(dotted: str) -> tuple[str, ...]:
-    return tuple(part[1] or part[2] or part[0].strip("\"'") for part in _PART.finditer(dotted))
-
-
-class _Table:
-    """A table of the file that knows where it stands."""
-
-    def __init__(self, data: dict[str, Any], where: tuple[str, ...], source: _Source) -> None:
-        self._data = data
-        self._where = where
-        self._source = source
-
-    def error(self, key: str, why: str, hint: str = "") -> ConfigError:
-        """The error for one of this table's keys (or for the table: key empty)."""
-        place = (*self._where, key) if key else self._where
-        return ConfigError(
-            f"{self._source.path}:{self._source.line(place)}: {_dotted(place)} {why}", hint=hint
-        )
-
-    def value(self, key: str, kind: Callable[[Any], T], default: T = _NEEDED) -> T:
-        """The key's value through `kind`, which raises ValueError with what is wrong."""
-        if key not in self._data:
-            if default is _NEEDED:
-                raise self.error(key, "is missing")
-            return default
-        try:
-            return kind(self._data[key])
-        except ValueError as error:
-            raise self.error(key, str(error)) from None
-
-    def several(self, key: str, kind: Callable[[Any], T], default: tuple[T, ...] = _NEEDED) -> tuple[T, ...]:
-        """A list (one value alone counts as one) of distinct values."""
-
-        def kinds(value: Any) -> tuple[T, ...]:
-            values = tuple(kind(item) for item in (value if isinstance(value, list) else [value]))
-            for at, item in enumerate(values):
-                if item in values[:at]:
-                    raise ValueError(f"has {item} twice")
-            if not values and default is _NEEDED:
-                raise ValueError("must not be empty")
-            return values
-
-        return self.value(key, kinds, default)
-
-    def table(self, key: str) -> _Table:
-        """A table below; an empty one where there is none."""
-        return _Table(self.value(key, _table, {}), (*self._where, key), self._source)
-
-    def tables(self, key: str) -> list[_Table]:
-        """An array of tables, [[key]]."""
-        none: list[dict[str, Any]] = []
-        items = self.value(key, _tables, none)
-        return [_Table(item, (*self._where, key, str(n)), self._source) for n, item in enumerate(items)]
-
-    def named(self, key: str) -> list[tuple[str, _Table]]:
-        """Tables by names of the file's own choice, [key.NAME]."""
-        outer = self.table(key)
-        return [(name, outer.table(name)) for name in outer._data]
-
-    def only(self, *known: str) -> None:
-        """No other keys than these may be there."""
-        for key in self._data:
-            if key not in known:
-                from difflib import get_close_matches
-
-                near = get_close_matches(key, known, 1, 0.6)
-                hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-                raise self.error(key, "is not known", hint)
-
-
-def _dotted(place: tuple[str, ...]) -> str:
-    if not place:
-        return "the file"
-    plain = [part for part in place if not part.isdigit()]
-    return ".".join(part if re.fullmatch(r"[\w-]+", part) else f'"{part}"' for part in plain)
-
-
-# Kinds of values: each returns the value or raises ValueError with "must be ...".
-
-
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("must be a table")
-    return value
-
-
-def _tables(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise ValueError("must be written as [[…]] tables")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError("must be a text in quotes that is not empty")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", _text(value)):
-        raise ValueError(f"{value!r} must be a name of letters, digits, dots and hyphens")
-    return str(value)
-
-
-def _integer(low: int, high: int) -> Callable[[Any], int]:
-    def kind(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return value
-
-    return kind
-
-
-def _seconds(low: float, high: float) -> Callable[[Any], float]:
-    def kind(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return float(value)
-
-    return kind
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def kind(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"must be {' or '.join(repr(choice) for choice in choices)}")
-        return str(value)
-
-    return kind
-
-
-def _address(value: Any) -> Address:
-    try:
-        return ip_address(_text(value))
-    except ValueError:
-        raise ValueError(f"{value!r} must be an IP address") from None
-
-
-_HOST_NAME = re.compile(r"(?=.{1,253}$)(?!.*\.[0-9]+$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
-
-
-def _endpoint(*, names: bool = False) -> Callable[[Any], HostPort]:
-    """ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT; with `names` a host name in place of the address."""
-
-    def kind(value: Any) -> HostPort:
-        text = _text(value)
-        match = re.fullmatch(r"\[([^\]]*)\](?::(\d{1,5}))?|([^:]*):(\d{1,5})", text)
-        host, port = (match[1] or match[3], match[2] or match[4]) if match else (text, None)
-        number = int(port) if port else DEFAULT_PORT
-        try:
-            host = str(ip_address(host))
-        except ValueError:
-            if not names or not _HOST_NAME.fullmatch(host):
-                number = 0
-        if not 1 <= number <= 65535:
-            what = "a host" if names else "an IP address"
-            raise ValueError(
-                f"{text!r} must be {what} and a port, as in 192.0.2.1:5091 or [2001:db8::1]:5091"
-            )
-        return HostPort(host, number)
-
-    return kind
-
-
-def _vici_uri(value: Any) -> str:
-    if not re.fullmatch(r"unix:///.+", _text(value)):
-        raise ValueError(f"{value!r} must be a unix socket, as in unix:///run/charon.vici")
-    return str(value)
-
-
-def _absolute(value: Any) -> str:
-    if not os.path.isabs(_text(value)):
-        raise ValueError(f"{value!r} must be an absolute path")
-    return str(value)
-
-
-def _config(root: _Table, path: Path) -> Config:
+def _config(root: Table, path: Path) -> Config:
     folder = path.parent
 
     def file(value: Any) -> Path:
-        return folder / _text(value)
+        return folder / a_text(value)
 
-    root.only("name", "state_dir", "control", "charon", "gateway", "transfer", "connections", "peer")
+    root.only(
+        "name",
+        "state_dir",
+        "control",
+        "charon",
+        "gateway",
+        "transfer",
+        "mobile",
+        "by_packet",
+        "connections",
+        "peer",
+    )
     return Config(
         path=path,
-        name=root.value("name", _name),
+        name=root.value("name", a_name),
         state_dir=root.value("state_dir", file, Path("/var/lib/ikectx")),
-        control=_control(root.table("control")),
-        charon=_charon(root.table("charon")),
+        control=control(root.table("control")),
+        charon=charon(root.table("charon")),
         gateway=_gateway(root.table("gateway")),
         transfer=_transfer(root.table("transfer"), file),
+        mobile=_mobile(root.table("mobile")) if "mobile" in root else None,
+        by_packet=_by_packet(root.table("by_packet")) if "by_packet" in root else None,
         connections={name: _connection(name, table) for name, table in root.named("connections")},
         peers=tuple(_peer(table) for table in root.tables("peer")),
     )
 
 
-def _control(table: _Table) -> ControlConfig:
+def control(table: Table, default: ControlConfig = ControlConfig()) -> ControlConfig:
+    """[control]."""
     table.only(*ControlConfig.__slots__)
-    default = ControlConfig()
     return ControlConfig(
-        socket=table.value("socket", _absolute, default.socket),
-        group=table.value("group", _text, default.group),
+        socket=table.value("socket", an_absolute_path, default.socket),
+        group=table.value("group", a_text, default.group),
     )
 
 
-def _charon(table: _Table) -> CharonConfig:
+def charon(table: Table) -> CharonConfig:
+    """[charon]."""
     table.only(*CharonConfig.__slots__)
     default = CharonConfig()
-    charon = CharonConfig(
-        vici=table.value("vici", _vici_uri, default.vici),
-        ha_local=str(table.value("ha_local", _address, ip_address(default.ha_local))),
-        ha_remote=str(table.value("ha_remote", _address, ip_address(default.ha_remote))),
-        ha_port=table.value("ha_port", _integer(1, 65535), default.ha_port),
-        segments=table.value("segments", _integer(1, 16), default.segments),
-        esp=table.value("esp", _one_of("kernel", "libipsec"), default.esp),
+    found = CharonConfig(
+        vici=table.value("vici", a_vici_uri, default.vici),
+        ha_local=str(table.value("ha_local", an_address, ip_address(default.ha_local))),
+        ha_remote=str(table.value("ha_remote", an_address, ip_address(default.ha_remote))),
+        ha_port=table.value("ha_port", an_integer(1, 65535), default.ha_port),
+        segments=table.value("segments", an_integer(1, 16), default.segments),
+        esp=table.value("esp", one_of("kernel", "libipsec"), default.esp),
+        spi_min=table.value("spi_min", an_integer(256, 0xFFFFFFFF), default.spi_min),
+        spi_max=table.value("spi_max", an_integer(256, 0xFFFFFFFF), default.spi_max),
     )
-    if charon.ha_local == charon.ha_remote:
+    if found.spi_min > found.spi_max:
+        raise table.error("spi_min", "must not be above spi_max")
+    if found.ha_local == found.ha_remote:
         raise table.error(
             "ha_local", "must differ from ha_remote", "charon and the agent need an address each"
         )
-    return charon
+    return found
 
 
-def _gateway(table: _Table) -> GatewayConfig:
+def _gateway(table: Table) -> GatewayConfig:
     table.only(*GatewayConfig.__slots__)
-    return GatewayConfig(table.several("addresses", _address))
+    return GatewayConfig(table.several("addresses", an_address))
 
 
-def _transfer(table: _Table, file: Callable[[Any], Path]) -> TransferConfig:
+def _transfer(table: Table, file: Callable[[Any], Path]) -> TransferConfig:
     table.only(*TransferConfig.__slots__)
     default = TransferConfig((), Path(), Path(), Path())
-    return TransferConfig(
-        listen=table.several("listen", _endpoint()),
-        certificate=table.value("certificate", file),
-        key=table.value("key", file),
-        ca=table.value("ca", file),
-        oseq_jump=table.value("oseq_jump", _integer(1, 1 << 24), default.oseq_jump),
-        late_seconds=table.value("late_seconds", _integer(0, 60), default.late_seconds),
-        prepare_timeout=table.value("prepare_timeout", _seconds(1, 600), default.prepare_timeout),
-        mn_tries=table.value("mn_tries", _integer(1, 20), default.mn_tries),
-        mn_timeout=table.value("mn_timeout", _seconds(0.05, 30), default.mn_timeout),
-        concurrency=table.value("concurrency", _integer(1, 1024), default.concurrency),
+    transport = table.value("transport", one_of("tls", "ipsec"), default.transport)
+    none = [Path()] if transport == "ipsec" else []
+    found = TransferConfig(
+        listen=table.several("listen", an_endpoint()),
+        certificate=table.value("certificate", file, *none),
+        key=table.value("key", file, *none),
+        ca=table.value("ca", file, *none),
+        transport=transport,
+        protocol=table.value("protocol", one_of("tcp", "sctp"), default.protocol),
+        predictive_seconds=table.value("predictive_seconds", seconds(1, 3600), default.predictive_seconds),
+        collision=table.value("collision", one_of("update", "rekey", "refuse"), default.collision),
+        rekey_after=table.value("rekey_after", yes_or_no, default.rekey_after),
+        oseq_jump=table.value("oseq_jump", an_integer(1, 1 << 24), default.oseq_jump),
+        late_seconds=table.value("late_seconds", an_integer(0, 60), default.late_seconds),
+        prepare_timeout=table.value("prepare_timeout", seconds(1, 600), default.prepare_timeout),
+        mn_tries=table.value("mn_tries", an_integer(1, 20), default.mn_tries),
+        mn_timeout=table.value("mn_timeout", seconds(0.05, 30), default.mn_timeout),
+        concurrency=table.value("concurrency", an_integer(1, 1024), default.concurrency),
+    )
+    if found.protocol == "sctp" and transport != "ipsec":
+        raise table.error("protocol", "'sctp' needs transport = \"ipsec\"", "TLS is spoken over TCP")
+    return found
+
+
+def _mobile(table: Table) -> MobileConfig:
+    table.only(*MobileConfig.__slots__)
+    default = MobileConfig(())
+    return MobileConfig(
+        listen=table.several("listen", an_endpoint()),
+        rate=table.value("rate", a_number(0.1, 100_000), default.rate),
+        source_rate=table.value("source_rate", a_number(0.1, 100_000), default.source_rate),
+        rfc_token=table.value("rfc_token", yes_or_no, default.rfc_token),
+        clock_skew=table.value("clock_skew", seconds(0, 3600), default.clock_skew),
     )
 
 
-def _connection(name: str, table: _Table) -> ConnectionConfig:
+def _by_packet(table: Table) -> ByPacketConfig:
+    table.only(*ByPacketConfig.__slots__)
+    default = ByPacketConfig(())
+    return ByPacketConfig(
+        ask=table.several("ask", a_name),
+        rate=table.value("rate", a_number(0.1, 100_000), default.rate),
+        memory=table.value("memory", an_integer(1, 1 << 20), default.memory),
+    )
+
+
+def _connection(name: str, table: Table) -> ConnectionConfig:
     table.only("updown", "handover_to")
     return ConnectionConfig(
         name=name,
-        updown=table.value("updown", _text, None),
-        handover_to=table.value("handover_to", _name, None),
+        updown=table.value("updown", a_text, None),
+        handover_to=table.value("handover_to", a_name, None),
     )
 
 
-def _peer(table: _Table) -> PeerConfig:
+def _peer(table: Table) -> PeerConfig:
     table.only(*PeerConfig.__slots__)
-    name = table.value("name", _name)
+    name = table.value("name", a_name)
     return PeerConfig(
         name=name,
-        address=table.value("address", _endpoint(names=True)),
-        identity=table.value("identity", _text, name),
-        rights=table.several("rights", _one_of(*RIGHTS), ("push",)),
-        forward_via=table.several("forward_via", _address, ()),
+        address=table.value("address", an_endpoint(names=True)),
+        identity=table.value("identity", a_text, name),
+        rights=table.several("rights", one_of(*RIGHTS), ("push",)),
+        forward_via=table.several("forward_via", an_address, ()),
     )
 
 
-def _agree(root: _Table, config: Config) -> None:
+def _agree(root: Table, config: Config) -> None:
     """What only the whole file can tell."""
     names = [peer.name for peer in config.peers]
     for peer, table in zip(config.peers, root.tables("peer"), strict=True):
@@ -505,3 +368,10 @@ def _agree(root: _Table, config: Config) -> None:
         if to is not None and to not in names:
             known = ", ".join(names) or "none"
             raise table.error("handover_to", f"{to!r} is not a [[peer]]", f"known peers: {known}")
+    if config.by_packet is not None:
+        for name in config.by_packet.ask:
+            if name not in names:
+                table = root.table("by_packet")
+                raise table.error(
+                    "ask", f"{name!r} is not a [[peer]]", f"known peers: {', '.join(names) or 'none'}"
+                )

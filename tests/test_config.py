@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 
 from ikectx.errors import ConfigError
 from ikectx_cli.config import (
+    ByPacketConfig,
     CharonConfig,
     Config,
     ControlConfig,
     GatewayConfig,
-    HostPort,
+    MobileConfig,
     PeerConfig,
     TransferConfig,
     config_path,
     load,
     parse,
 )
+from ikectx_cli.toml_table import HostPort
 
 PATH = Path("/etc/ikectx/ikectx.toml")
 
@@ -123,6 +125,29 @@ def test_full() -> None:
     assert (nsg.host, nsg.port) == ("198.51.100.1", 5092) and str(third.address) == "[2001:db8::3]:5091"
     named = parse(FULL.replace("198.51.100.1:5092", "gw.example.org:1"), PATH).peers[0]
     assert named.address == HostPort("gw.example.org", 1)
+
+
+def test_mobile_nodes_and_packets_are_served_only_where_the_file_says_so() -> None:
+    assert parse(MINIMAL, PATH).mobile is None and parse(MINIMAL, PATH).by_packet is None
+    config = parse(
+        FULL + '[mobile]\nlisten = "[2001:db8::1]"\nrfc_token = true\nsource_rate = 0.5\n'
+        '[by_packet]\nask = ["third", "nsg"]\n',
+        PATH,
+    )
+    assert config.mobile == MobileConfig((HostPort("2001:db8::1"),), source_rate=0.5, rfc_token=True)
+    assert config.by_packet == ByPacketConfig(("third", "nsg"))
+    with pytest.raises(ConfigError, match=r"by_packet.ask 'fourth' is not a \[\[peer\]\]"):
+        parse(FULL + '[by_packet]\nask = "fourth"\n', PATH)
+
+
+def test_ipsec_between_gateways_needs_no_certificates() -> None:
+    text = re.sub(r"(?m)^(certificate|key|ca) = .*\n", "", MINIMAL)
+    with pytest.raises(ConfigError, match="certificate is missing"):
+        parse(text, PATH)
+    config = parse(text.replace("[transfer]", '[transfer]\ntransport = "ipsec"\nprotocol = "sctp"'), PATH)
+    assert (config.transfer.transport, config.transfer.protocol) == ("ipsec", "sctp")
+    with pytest.raises(ConfigError, match="sctp"):
+        parse(MINIMAL.replace("[transfer]", '[transfer]\nprotocol = "sctp"'), PATH)
 
 
 def replaced(old: str, new: str) -> str:
@@ -251,7 +276,16 @@ def test_the_sample_shows_every_key_with_its_default() -> None:
     assert sample.peers[0].name == "nsg" and sample.connections["home"].handover_to == "nsg"
     given_all = parse(re.sub(r"(?m)^# (?=[a-z_]+ = )", "", text), PATH)
     assert replace(given_all, control=sample.control) == sample
-    for kind in (ControlConfig, CharonConfig, GatewayConfig, TransferConfig, PeerConfig):
+    assert sample.mobile is not None and sample.by_packet is not None and sample.by_packet.ask == ("nsg",)
+    for kind in (
+        ControlConfig,
+        CharonConfig,
+        GatewayConfig,
+        TransferConfig,
+        MobileConfig,
+        ByPacketConfig,
+        PeerConfig,
+    ):
         assert all(f"{key} = " in text for key in kind.__slots__), kind
 
 

@@ -21,10 +21,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ikectx.errors import CharonError, IkectxError, LinkError
 from ikectx_cli import commands, doctor
-from ikectx_cli.config import Config, HostPort, PeerConfig, parse
+from ikectx_cli.config import Config, PeerConfig, parse
 from ikectx_cli.doctor import Finding
 from ikectx_cli.doctor_world import PeerAnswer, UdpOwner, World
 from ikectx_cli.settings import Setting, load
+from ikectx_cli.toml_table import HostPort
 
 TOML = """\
 name = "psg"
