@@ -36,10 +36,12 @@ _V4, _FLAG, _PRESENCE = 0x80, 0x40, 0x80
 
 
 class TokenAlgorithm(OpenEnum):
-    """Algorithm field of a PCTD (RFC 4065); NONE (ours) goes with an empty key: no MN takes part."""
+    """Algorithm field of a PCTD (RFC 4065). Ours: NONE goes with an empty key, no MN takes part;
+    HMAC_SHA256_128 is the token of `tokens`."""
 
     NONE = 0
     HMAC_SHA1 = 1
+    HMAC_SHA256_128 = 0xFF01
 
 
 def _unsigned(name: str, value: int, bits: int) -> None:
@@ -185,7 +187,7 @@ def _finish(
     mn: Address,
     flag: bool,
     body: Writer,
-    parts: Sequence[ContextDataBlock] | Sequence[StatusBlock] = (),
+    parts: Sequence[ContextDataBlock | StatusBlock] = (),
 ) -> bytes:
     """Header, body and the blocks or statuses at its end."""
     for part in parts:
@@ -234,22 +236,46 @@ class Ctar:
         return _finish(self.TYPE, self.mn, self.acknowledge, body, self.blocks)
 
 
+CTAA_BLOCKS = frozenset({Fpt.MN_TOKEN, Fpt.NEW_SPIS})
+"""FPTs that carry data in a CTAA. None of them has a status, so the first of them ends the statuses."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ctaa:
-    """CT Activate Acknowledge, gateway to MN: the contexts that failed (RFC 4067, 2.5.2)."""
+    """CT Activate Acknowledge, gateway to MN: the contexts that failed (RFC 4067, 2.5.2).
+
+    `blocks` (ours, for a MN whose CTAR had a MN_TOKEN) follow the statuses; the first is of `CTAA_BLOCKS`.
+    Without them the message is the RFC's; a parser that knows only the RFC reads them as statuses.
+    """
 
     TYPE: ClassVar = Cxtp.CTAA
 
     mn: Address
     statuses: tuple[StatusBlock, ...] = ()
+    blocks: Blocks = ()
+
+    def __post_init__(self) -> None:
+        if any(status.fpt in CTAA_BLOCKS for status in self.statuses):
+            raise ValueError("a CTAA has no status for what is no context")
+        if self.blocks and self.blocks[0].fpt not in CTAA_BLOCKS:
+            raise ValueError(f"the blocks of a CTAA cannot begin with FPT {self.blocks[0].fpt:#06x}")
 
     @classmethod
     def parse(cls, data: bytes) -> Ctaa:
         header, reader = _open(data, cls.TYPE)
-        return cls(_address(reader, header), _statuses(reader))
+        mn = _address(reader, header)
+        statuses = []
+        while reader.left and not _starts_blocks(data[reader.pos :]):
+            statuses.append(StatusBlock.read(reader))
+        return cls(mn, tuple(statuses), _blocks(reader))
 
     def serialize(self) -> bytes:
-        return _finish(self.TYPE, self.mn, False, Writer().octets(self.mn.packed), self.statuses)
+        body = Writer().octets(self.mn.packed)
+        return _finish(self.TYPE, self.mn, False, body, (*self.statuses, *self.blocks))
+
+
+def _starts_blocks(rest: bytes) -> bool:
+    return len(rest) > 1 and Reader(rest, "CTAA").u16() in CTAA_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)

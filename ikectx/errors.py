@@ -3,6 +3,7 @@
     IkectxError
     +-- WireError          bytes from outside that do not parse       the sender's fault
     +-- RefusedError       the other gateway or the MN said no        the peer's decision
+    |   +-- TokenError     a MN's token is not accepted (in `tokens`) the CTAR's sender's
     +-- LinkError          no connection, no answer, no TLS           the network's fault
     +-- UsageError         an argument the caller got wrong           the caller's fault
     |   +-- ConfigError    a key of the configuration file            (names file, key, line)

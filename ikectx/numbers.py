@@ -197,13 +197,20 @@ class Cxtp(OpenEnum):
 
 
 class Fpt(OpenEnum):
-    """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF."""
+    """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
+
+    The last three name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
+    MN, NEW_SPIS tells it the names its SAs have from now on.
+    """
 
     MLD = 0x0001
     IKEV2_SA = 0xFF01
     SAD = 0xFF02
     SPD = 0xFF03
     PAD = 0xFF04
+    MN_TOKEN = 0xFF05
+    PROOF = 0xFF06
+    NEW_SPIS = 0xFF07
 
 
 class Status(OpenEnum):
