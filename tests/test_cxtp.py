@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ikectx.cxtp import (
+    CTAA_BLOCKS,
     MAX_BLOCK_DATA,
     MESSAGES,
     ContextDataBlock,
@@ -187,8 +188,10 @@ def test_values_that_do_not_fit() -> None:
         lambda: ContextDataBlock(Fpt(65536)),
         lambda: ContextDataBlock(Fpt.MLD, b"", 1 << 32),
         lambda: StatusBlock(Fpt.MLD, Status(256)),
+        lambda: Ctaa(MN4, (StatusBlock(Fpt.MN_TOKEN),)),
+        lambda: Ctaa(MN4, (), (ContextDataBlock(Fpt.SAD, b"1"),)),
     ):
-        with pytest.raises(ValueError, match=r"fit|family"):
+        with pytest.raises(ValueError, match=r"fit|family|CTAA"):
             build()
 
 
@@ -214,6 +217,22 @@ def test_token() -> None:
 
 def test_no_token_is_right_without_a_key() -> None:
     assert not verify_token(b"", MN4, 1, compute_token(b"", MN4, 1))
+
+
+def test_blocks_end_the_statuses_of_a_ctaa() -> None:
+    plain = Ctaa(MN4, (StatusBlock(Fpt.SAD, Status.ESP_SPI_IN_USE),))
+    block = ContextDataBlock(Fpt.MN_TOKEN, bytes(20))
+    full = replace(plain, blocks=(block, ContextDataBlock(Fpt.SAD)))
+    assert full.serialize()[4:] == plain.serialize()[4:] + bytes.fromhex("ff050300") + bytes(
+        20
+    ) + bytes.fromhex("ff020000")
+    assert Ctaa.parse(full.serialize()) == full
+    # who knows only the RFC finds statuses to the end: 4 octets each
+    assert len(full.serialize()) % 4 == 0
+    for end in (13, 16, 40):
+        cut = bytes.fromhex("1280") + end.to_bytes(2) + full.serialize()[4:end]
+        with contextlib.suppress(WireError):
+            assert Ctaa.parse(cut).serialize() == cut
 
 
 # The stream.
@@ -285,6 +304,13 @@ blocks = st.lists(st.builds(ContextDataBlock, fpts, st.binary(max_size=40), st.n
     tuple
 )
 statuses = st.lists(st.builds(StatusBlock, fpts, st.integers(0, 255).map(Status)), max_size=5).map(tuple)
+ctaa_statuses = statuses.map(lambda each: tuple(s for s in each if s.fpt not in CTAA_BLOCKS))
+ctaa_blocks = st.just(()) | st.tuples(
+    st.builds(
+        ContextDataBlock, st.sampled_from(sorted(CTAA_BLOCKS)), st.binary(max_size=40), st.none() | u32
+    ),
+    blocks,
+).map(lambda pair: (pair[0], *pair[1]))
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         lambda pair, *rest: Ctar(*pair, *rest),
@@ -294,7 +320,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         blocks,
         st.booleans(),
     ),
-    st.builds(Ctaa, addresses, statuses),
+    st.builds(Ctaa, addresses, ctaa_statuses, ctaa_blocks),
     st.builds(Ctd, addresses, blocks, u32, st.booleans()),
     st.builds(
         Pctd,
@@ -313,7 +339,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 def padded(message: Message) -> Message:
     """The message with its blocks' data as the other end reads it."""
-    if isinstance(message, Ctaa | Ctdr | Ctc):
+    if isinstance(message, Ctdr | Ctc):
         return message
     return replace(
         message,

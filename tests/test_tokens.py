@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import hmac
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,7 +141,7 @@ def test_what_is_not_accepted() -> None:
         {"now": NOW - MAX_LIFETIME + 60 - 30 - 1},
     ):
         with pytest.raises(TokenError):
-            check(good, **other)  # type: ignore[arg-type]
+            check(good, **other)
     # at the edges of its life
     assert check(good, now=NOW + 90)
     assert check(good, now=NOW - MAX_LIFETIME + 60 - 30)
@@ -317,3 +320,120 @@ def test_any_token_round_trips(
     token = TokenBlock(purpose, spi, spi[::-1], expiry, name, "nsg", care_of, bytes(range(16)))
     padded = Ctar.parse(Ctar(MN, MN, 1, 1, (token.to_block(),)).serialize()).blocks[0]
     assert TokenBlock.from_block(padded) == token
+
+
+# vectors
+
+
+@dataclass
+class Case:
+    """One case of the vectors: derivation, CTAR, CTAA."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    messages: dict[str, bytes] = field(default_factory=lambda: {"ctar": b"", "ctaa": b""})
+
+    def octets(self, name: str) -> bytes:
+        return bytes.fromhex(self.values[name])
+
+    @property
+    def generation(self) -> IkeGeneration:
+        octets: dict[str, Any] = {
+            name: self.octets(name) for name in ("spi_i", "spi_r", "nonce_i", "nonce_r")
+        }
+        return replace(
+            GENERATION, **octets, prf=Prf[self.values["prf"]], secret=Secret(self.octets("secret"))
+        )
+
+
+def read_vectors() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    case, message = Case(), ""
+    for line in (Path(__file__).parent / "vectors/cxtp_tokens.txt").read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        if text.startswith("["):
+            case = found[text.strip("[]")] = Case()
+        elif text.endswith(":"):
+            message = text[:-1]
+        elif " = " in text:
+            name, _, value = text.partition(" = ")
+            case.values[name] = value
+        elif text:
+            case.messages[message] += bytes.fromhex(text)
+    return found
+
+
+VECTORS = read_vectors()
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_follows_from_hmac_alone(name: str) -> None:
+    case = VECTORS[name]
+    digest = {"HMAC_SHA1": "sha1", "HMAC_SHA2_256": "sha256", "HMAC_SHA2_512": "sha512"}[case.values["prf"]]
+
+    def prf_plus(key: bytes, seed: bytes, length: int) -> bytes:
+        made = last = b""
+        for number in range(1, 256):
+            last = hmac.new(key, last + seed + bytes([number]), digest).digest()
+            made += last
+        return made[:length]
+
+    spis = case.octets("spi_i") + case.octets("spi_r")
+    nonces = case.octets("nonce_i") + case.octets("nonce_r")
+    skeyseed = hmac.new(nonces, case.octets("secret"), digest).digest()
+    assert skeyseed == case.octets("skeyseed")
+    sk_d = prf_plus(skeyseed, nonces + spis, hashlib.new(digest).digest_size)
+    assert sk_d == case.octets("sk_d")
+    ctar, ctaa = case.messages["ctar"], case.messages["ctaa"]
+    size = 4 if ctar[1] & 0x80 else 16
+    mn, sequence = ctar[4 : 4 + size], ctar[4 + 2 * size : 8 + 2 * size]
+    seed = b"ikectx CXTP token 1" + spis + sequence
+    assert seed == case.octets("seed")
+    key = prf_plus(sk_d, seed, 32)
+    assert key == case.octets("key")
+    # the token
+    token = ctar.index(b"\xff\x05")
+    others, data = ctar[12 + 2 * size : token], ctar[token + 4 :]
+    end = 24 + data[24] + 1  # up to pSG's name
+    end += data[end] + 1 + {0: 0, 4: 4, 6: 16}[data[1]]
+    text = b"ikectx CXTP request 1" + bytes([4 if size == 4 else 6]) + mn + sequence + data[:end] + others
+    assert text == case.octets("request_text")
+    tag = hmac.new(key, text, "sha256").digest()[:16]
+    assert data[end:].rstrip(b"\0") == tag.rstrip(b"\0")
+    assert ctar[8 + 2 * size : 12 + 2 * size] == tag[:4]
+    # the answer
+    at = 4 + size
+    while ctaa[at : at + 2] not in (b"\xff\x05", b"\xff\x07"):
+        at += 4
+    count = ((at - 4 - size) // 4).to_bytes(2)
+    text = b"ikectx CXTP reply 1" + ctaa[-20:-19] + bytes([4 if size == 4 else 6]) + mn + sequence + count
+    text += ctaa[4 + size : -24]
+    assert text == case.octets("reply_text")
+    assert ctaa[-16:] == hmac.new(key, text, "sha256").digest()[:16]
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_is_made_and_read_here(name: str) -> None:
+    case = VECTORS[name]
+    ctar, ctaa = Ctar.parse(case.messages["ctar"]), Ctaa.parse(case.messages["ctaa"])
+    key = token_key(case.generation, ctar.sequence)
+    assert key == Secret(case.octets("key"))
+    token = find(ctar.blocks)
+    assert token is not None
+    made = make_ctar(
+        key,
+        mn=ctar.mn,
+        router=ctar.router,
+        sequence=ctar.sequence,
+        purpose=token.purpose,
+        spis=token.spis,
+        psg=token.psg,
+        nsg=token.nsg,
+        expiry=token.expiry,
+        care_of=token.care_of,
+        blocks=ctar.blocks[:-1],
+    )
+    assert made.serialize() == case.messages["ctar"]
+    assert check(ctar, key=key, purpose=token.purpose, psg=token.psg, nsg=token.nsg) == token
+    sealed = seal_ctaa(key, ctar.mn, ctar.sequence, ctaa.statuses, ctaa.blocks[:-1], purpose=token.purpose)
+    assert sealed.serialize() == case.messages["ctaa"]
+    assert open_ctaa(key, ctaa, ctar.sequence, purpose=token.purpose)
