@@ -56,8 +56,8 @@ class MobileNodeConfig:
 class GatewayEntry:
     """[[gateway]]: a security gateway. `name` is the one it has in the gateways' own configuration.
 
-    `addresses`: its outer IKE addresses, at most one of each family. `cxtp`: where it hears mobile nodes, over
-    UDP; None: port 5091 of its IKE address.
+    `addresses`: its outer IKE addresses, at most one of each family. `cxtp`: where it hears mobile nodes
+    (UDP); None: port 5091 of its IKE address.
     """
 
     name: str
