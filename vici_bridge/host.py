@@ -64,6 +64,7 @@ class HostConfig:
     `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters nobody can read.
     `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name.
     `oseq_jump`: packets; `late`: seconds for which late packets are decrypted after letting go.
+    `mobile_node`: charon is a mobile node's own, so its SAs are never muted one by one.
     """
 
     addresses: tuple[Address, ...]
@@ -76,6 +77,7 @@ class HostConfig:
     forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
     oseq_jump: int = 65536
     late: int = 5
+    mobile_node: bool = False
 
 
 class CharonHost:
@@ -108,7 +110,8 @@ class CharonHost:
         self.record.load(self.store.items(_RECORD))
         await self._ha.open()
         try:
-            await asyncio.to_thread(self.mute.prepare)
+            if not self.config.mobile_node:
+                await asyncio.to_thread(self.mute.prepare)
         except KernelError as error:
             # every transfer will say the same again
             log.error("no SA can be moved from here or to here: %s (%s)", error, error.hint)
@@ -133,7 +136,8 @@ class CharonHost:
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
-        await asyncio.to_thread(self.mute.close)
+        if not self.config.mobile_node:
+            await asyncio.to_thread(self.mute.close)
 
     def spawn(self, work: object) -> None:
         """Run a coroutine in the background until it ends or the agent does."""
@@ -211,7 +215,7 @@ class CharonHost:
         self.save()
         await self.settle()  # what came up just now was told by now
         listed = {view.spis for view in views}
-        for muted in await asyncio.to_thread(self.mute.listing):
+        for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
             if muted.spis not in listed and not self.importing(muted.spis):
                 await asyncio.to_thread(self.mute.unmute, muted.spis)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
@@ -361,15 +365,30 @@ class CharonHost:
             self.spawn(self._toggle_soon(self._toggle))
         await asyncio.shield(self._toggle)
 
+    async def pause_segment(self) -> None:
+        """Make every ESTABLISHED SA PASSIVE, until `activate_segment`: DROP then TAKE. Errors: CharonError.
+
+        charon's segments are not active when it starts, and the TAKE of one that is not does nothing. Half-open
+        SAs are waited for as in `activate_segment`.
+        """
+        await self._none_half_open()
+        version = await self.version()
+        await self.send([ha.segment_drop(version, 0), ha.segment_take(version, 0)])
+
+    async def _none_half_open(self) -> list[SaView]:
+        """charon's SAs, as soon as none of them is half-open, but after 2 s at most."""
+        views = await self.views()
+        for _ in range(20):
+            if not any(view.state == "CONNECTING" for view in views):
+                break
+            await asyncio.sleep(0.1)
+            views = await self.views()
+        return views
+
     async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
         try:
             await asyncio.sleep(0.005)
-            views = await self.views()
-            for _ in range(20):
-                if not any(view.state == "CONNECTING" for view in views):
-                    break
-                await asyncio.sleep(0.1)
-                views = await self.views()
+            views = await self._none_half_open()
             self._toggle = None  # whoever comes later waits for the next one
             self.deadlines.before_toggle(views, time.time())
             version = await self.version()
