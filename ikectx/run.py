@@ -12,10 +12,11 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 from .errors import IkectxError, StateError, StoreError
+from .machine import Machine
 from .numbers import Status
 from .ports import Clock, ContextSink, ContextSource
 from .store import JournalEntry, SqliteStore
-from .transfer import Machine, Timing, TransferEvent, TransferReport
+from .transfer import Timing, TransferEvent, TransferReport
 
 log = logging.getLogger("ikectx.transfer")
 

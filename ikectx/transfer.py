@@ -16,6 +16,14 @@ Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
   its PCTD or CTD changes nothing;
 - in between nobody serves, and the journals say who may.
 
+A transfer goes one of three ways, told apart by its first input:
+
+- the network pushes (or nSG pulled): `OK`, PCTD, prepared at once, CTD;
+- the MN announces that it will move: `ANNOUNCE`, PCTD that the target only holds, the source serves on. The
+  MN arrives at the target, which prepares and asks for the rest (CT-Req: `REQUESTED`), CTD;
+- the MN (or a packet of it) has arrived already and the target asked: `REQUESTED`, and one CTD with all
+  (`WHOLE`), nothing before it.
+
 Messages are those of RFC 4067; a transfer_id names one attempt and is never used again.
 """
 
@@ -24,10 +32,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from .context import FinalState, IkeContext
-from .errors import StateError
+from .machine import Machine
 from .numbers import STATUS_TEXT, Fpt, Status
 from .ports import SaName, Verdict
 
@@ -41,6 +49,8 @@ class SourceState(StrEnum):
 
     NEW = "new"
     OFFERED = "offered"
+    ANNOUNCED = "announced"
+    AWAITING = "awaiting"
     FREEZING = "freezing"
     RELEASED = "released"
     CLEANING = "cleaning"
@@ -51,9 +61,14 @@ class SourceState(StrEnum):
 
 
 class SourceInput(StrEnum):
-    """OK, BUSY, FAILED: outcome of the step under way. ACCEPTED, REJECTED: the CTDR to the last message."""
+    """OK, BUSY, FAILED: outcome of the step under way. ACCEPTED, REJECTED: the CTDR to the last message.
+
+    ANNOUNCE: the MN says that it will go. REQUESTED: the target asks for it, rightly.
+    """
 
     OK = "ok"
+    ANNOUNCE = "announce"
+    REQUESTED = "requested"
     BUSY = "busy"
     FAILED = "failed"
     ACCEPTED = "accepted"
@@ -83,6 +98,11 @@ class TargetState(StrEnum):
     """Where a transfer stands at the gateway that is to serve the MN (nSG)."""
 
     NEW = "new"
+    ANNOUNCED = "announced"
+    HELD = "held"
+    INSTALLING = "installing"
+    ADMITTING = "admitting"
+    RECEIVING = "receiving"
     CHECKING = "checking"
     PREPARING = "preparing"
     PREPARED = "prepared"
@@ -97,10 +117,14 @@ class TargetState(StrEnum):
 class TargetInput(StrEnum):
     """PCTD, CTD, CTC: came from the source; MISFIT: a CTD that does not fit what was prepared.
 
+    ANNOUNCE: a PCTD to be held; ARRIVED: its MN is here. WHOLE: a CTD with all, which we asked for.
     The link's loss is no input: a target waits for the source to come back, `Timing.hold` long.
     """
 
     PCTD = "pctd"
+    ANNOUNCE = "announce"
+    ARRIVED = "arrived"
+    WHOLE = "whole"
     CTD = "ctd"
     MISFIT = "misfit"
     CTC = "ctc"
@@ -111,10 +135,11 @@ class TargetInput(StrEnum):
 
 
 class TargetAction(StrEnum):
-    """ANSWER: send the CTDR. SEND_CTC: tell a source that may be waiting for nothing."""
+    """ANSWER: send the CTDR. REQUEST: send the CT-Req. SEND_CTC: tell a source that may wait for nothing."""
 
     CHECK = "check"
     PREPARE = "prepare"
+    REQUEST = "request"
     TAKE = "take"
     MOVE = "move"
     ACTIVATE = "activate"
@@ -141,7 +166,25 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     (_S.OFFERED, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),
     (_S.OFFERED, _SI.CANCEL): (_S.KEPT, _SA.SEND_CTC),
     (_S.OFFERED, _SI.LINK_LOST): (_S.KEPT,),
-    (_S.OFFERED, _SI.RESTART): (_S.KEPT,),
+    # the target need not wait for what will not come
+    (_S.OFFERED, _SI.RESTART): (_S.KEPT, _SA.SEND_CTC),
+    # the MN will go some time: the target checks, then holds it; we serve
+    (_S.NEW, _SI.ANNOUNCE): (_S.ANNOUNCED, _SA.SEND_PCTD),
+    (_S.ANNOUNCED, _SI.ACCEPTED): (_S.AWAITING,),
+    (_S.ANNOUNCED, _SI.REJECTED): (_S.REFUSED,),
+    (_S.ANNOUNCED, _SI.CTC): (_S.REFUSED,),
+    (_S.ANNOUNCED, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),
+    (_S.ANNOUNCED, _SI.CANCEL): (_S.KEPT, _SA.SEND_CTC),
+    (_S.ANNOUNCED, _SI.LINK_LOST): (_S.KEPT,),
+    (_S.ANNOUNCED, _SI.RESTART): (_S.KEPT, _SA.SEND_CTC),
+    (_S.ANNOUNCED, _SI.REQUESTED): (_S.FREEZING, _SA.FREEZE),
+    (_S.AWAITING, _SI.REQUESTED): (_S.FREEZING, _SA.FREEZE),
+    (_S.AWAITING, _SI.CTC): (_S.REFUSED,),
+    (_S.AWAITING, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),
+    (_S.AWAITING, _SI.CANCEL): (_S.KEPT, _SA.SEND_CTC),
+    (_S.AWAITING, _SI.RESTART): (_S.KEPT, _SA.SEND_CTC),
+    # the MN is at the target already, which knows nothing yet: all of it goes in the CTD
+    (_S.NEW, _SI.REQUESTED): (_S.FREEZING, _SA.FREEZE),
     # letting go, not told to anybody yet: can still be taken back alone
     (_S.FREEZING, _SI.OK): (_S.RELEASED, _SA.SEND_CTD),
     (_S.FREEZING, _SI.BUSY): (_S.KEPT, _SA.SEND_CTC),
@@ -177,6 +220,32 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.CHECKING, _TI.OK): (_T.PREPARING, _TA.PREPARE),
     (_T.CHECKING, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
     (_T.CHECKING, _TI.RESTART): (_T.ABORTED,),
+    # held: nothing is installed before the MN arrives, since nobody knows where it will be
+    (_T.NEW, _TI.ANNOUNCE): (_T.ANNOUNCED, _TA.CHECK),
+    (_T.ANNOUNCED, _TI.OK): (_T.HELD, _TA.ANSWER),
+    (_T.ANNOUNCED, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
+    (_T.ANNOUNCED, _TI.RESTART): (_T.ABORTED,),
+    (_T.HELD, _TI.ARRIVED): (_T.INSTALLING, _TA.PREPARE),
+    (_T.HELD, _TI.ANNOUNCE): (_T.HELD, _TA.ANSWER),
+    (_T.HELD, _TI.CTC): (_T.ABORTED,),
+    (_T.HELD, _TI.TIMEOUT): (_T.ABORTED, _TA.SEND_CTC),
+    (_T.HELD, _TI.RESTART): (_T.ABORTED,),
+    # nobody asked the source to let go
+    (_T.HELD, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
+    (_T.HELD, _TI.MISFIT): (_T.ABORTED, _TA.ANSWER),
+    (_T.HELD, _TI.WHOLE): (_T.ABORTED, _TA.ANSWER),
+    (_T.INSTALLING, _TI.OK): (_T.PREPARED, _TA.REQUEST),
+    (_T.INSTALLING, _TI.FAILED): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
+    (_T.INSTALLING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
+    # the source has let go: all that is left is to take it or to say no
+    (_T.NEW, _TI.WHOLE): (_T.ADMITTING, _TA.CHECK),
+    (_T.ADMITTING, _TI.OK): (_T.RECEIVING, _TA.PREPARE),
+    (_T.ADMITTING, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
+    (_T.ADMITTING, _TI.RESTART): (_T.ABORTED,),
+    (_T.RECEIVING, _TI.OK): (_T.OWNING, _TA.TAKE),
+    (_T.RECEIVING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
+    (_T.RECEIVING, _TI.MISFIT): (_T.UNDOING, _TA.UNDO),
+    (_T.RECEIVING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARING, _TI.OK): (_T.PREPARED, _TA.ANSWER),
     (_T.PREPARING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
@@ -184,6 +253,9 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.PREPARED, _TI.CTD): (_T.OWNING, _TA.TAKE),
     (_T.PREPARED, _TI.MISFIT): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARED, _TI.PCTD): (_T.PREPARED, _TA.ANSWER),
+    (_T.PREPARED, _TI.ANNOUNCE): (_T.PREPARED, _TA.ANSWER),
+    (_T.PREPARED, _TI.ARRIVED): (_T.PREPARED, _TA.REQUEST),
+    (_T.PREPARED, _TI.WHOLE): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARED, _TI.CTC): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARED, _TI.TIMEOUT): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
     (_T.PREPARED, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
@@ -203,16 +275,25 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.UNDOING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
     # over: the same answer as often as it is asked for
     (_T.OWNED, _TI.CTD): (_T.OWNED, _TA.ANSWER),
+    (_T.OWNED, _TI.WHOLE): (_T.OWNED, _TA.ANSWER),
     (_T.OWNED, _TI.PCTD): (_T.OWNED, _TA.ANSWER),
+    (_T.OWNED, _TI.ANNOUNCE): (_T.OWNED, _TA.ANSWER),
     (_T.ABORTED, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
     (_T.ABORTED, _TI.MISFIT): (_T.ABORTED, _TA.ANSWER),
+    (_T.ABORTED, _TI.WHOLE): (_T.ABORTED, _TA.ANSWER),
     (_T.ABORTED, _TI.PCTD): (_T.ABORTED, _TA.ANSWER),
+    (_T.ABORTED, _TI.ANNOUNCE): (_T.ABORTED, _TA.ANSWER),
 }
 
 SOURCE_FINAL = frozenset({_S.DONE, _S.KEPT, _S.REFUSED})
 TARGET_FINAL = frozenset({_T.OWNED, _T.ABORTED})
 
-SOURCE_SERVES = frozenset({_S.NEW, _S.OFFERED, _S.FREEZING, _S.THAWING, _S.KEPT, _S.REFUSED})
+SOURCE_SERVES = frozenset(
+    {
+        *(_S.NEW, _S.OFFERED, _S.ANNOUNCED, _S.AWAITING, _S.FREEZING),
+        *(_S.THAWING, _S.KEPT, _S.REFUSED),
+    }
+)
 """States in which the source's ESP may flow out, or may have begun to again."""
 TARGET_OWNS = frozenset({_T.OWNING, _T.MOVING, _T.ACTIVATING, _T.OWNED})
 
@@ -221,7 +302,10 @@ TARGET_DURABLE = frozenset({_T.OWNING, _T.OWNED, _T.ABORTED})
 """States that must be on the disk itself before anything follows, where SAs outlive a loss of power. The
 others need only outlive the process."""
 
-_LATE = (_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP, _SI.CANCEL)
+_LATE = (
+    *(_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP),
+    *(_SI.CANCEL, _SI.REQUESTED),
+)
 SOURCE_IGNORED = frozenset(
     {
         *((state, late) for state in (_S.CLEANING, _S.THAWING) for late in _LATE),
@@ -229,104 +313,31 @@ SOURCE_IGNORED = frozenset(
         # too late to cancel; and a CTC is no answer to a CTD
         (_S.RELEASED, _SI.CANCEL),
         (_S.RELEASED, _SI.CTC),
+        (_S.RELEASED, _SI.REQUESTED),
         # the step under way ends first, then its outcome decides
         *((_S.NEW, late) for late in (_SI.CTC, _SI.TIMEOUT, _SI.LINK_UP)),
         *((_S.FREEZING, late) for late in (_SI.ACCEPTED, _SI.REJECTED, _SI.TIMEOUT, _SI.LINK_UP)),
+        (_S.FREEZING, _SI.REQUESTED),
         (_S.OFFERED, _SI.LINK_UP),
+        (_S.OFFERED, _SI.REQUESTED),
+        (_S.ANNOUNCED, _SI.LINK_UP),
+        # nothing is under way: the target that holds it may ask over another link
+        (_S.AWAITING, _SI.LINK_UP),
+        (_S.AWAITING, _SI.LINK_LOST),
     }
 )
 """Inputs that come late or twice and change nothing. Any pair in neither table is a mistake: StateError."""
 
-_BETWEEN = (_T.NEW, _T.CHECKING, _T.PREPARING, _T.OWNING, _T.MOVING, _T.ACTIVATING, _T.UNDOING)
+_BETWEEN = (
+    *(_T.NEW, _T.ANNOUNCED, _T.INSTALLING, _T.ADMITTING, _T.RECEIVING, _T.CHECKING, _T.PREPARING),
+    *(_T.OWNING, _T.MOVING, _T.ACTIVATING, _T.UNDOING),
+)
 TARGET_IGNORED = frozenset(
     {
         *((state, late) for state in _BETWEEN for late in (_TI.CTC, _TI.TIMEOUT)),
-        *((state, late) for state in TARGET_FINAL for late in (_TI.CTC, _TI.TIMEOUT)),
+        *((state, late) for state in TARGET_FINAL for late in (_TI.CTC, _TI.TIMEOUT, _TI.ARRIVED)),
     }
 )
-
-_State = TypeVar("_State", bound=StrEnum)
-_Input = TypeVar("_Input", bound=StrEnum)
-_Action = TypeVar("_Action", bound=StrEnum)
-
-
-class Machine(Generic[_State, _Input, _Action]):
-    """A table being walked: state, timer, and how long each state lasted.
-
-    Times are seconds of any clock that only goes forward; `timers` says after how long in a
-    state `timeout` is due (counted anew at every input that the table knows for that state).
-    """
-
-    def __init__(
-        self,
-        table: Mapping[tuple[_State, _Input], tuple[_State, *tuple[_Action, ...]]],
-        ignored: frozenset[tuple[_State, _Input]],
-        state: _State,
-        now: float,
-        *,
-        timers: Mapping[_State, float],
-        timeout: _Input,
-    ) -> None:
-        self._table = table
-        self._ignored = ignored
-        self._timers = timers
-        self._timeout = timeout
-        self._entered = now
-        self._due = self._due_in(state, now)
-        self.state = state
-        self.spent: dict[_State, float] = {}
-        """Seconds in each state that was left."""
-
-    def _due_in(self, state: _State, now: float) -> float | None:
-        after = self._timers.get(state)
-        return None if after is None else now + after
-
-    def peek(self, what: _Input) -> _State:
-        """The state that `what` would lead to: what the journal must say first. Errors: StateError."""
-        row = self._table.get((self.state, what))
-        if row is not None:
-            return row[0]
-        if self.ignores(what):
-            return self.state
-        raise StateError(f"{what} cannot happen to a transfer that is {self.state}")
-
-    def ignores(self, what: _Input) -> bool:
-        """Does `what` come late or twice, and change nothing?"""
-        return (self.state, what) in self._ignored
-
-    def phases(self, now: float) -> dict[str, float]:
-        """Milliseconds in each state so far, the present one included."""
-        spent = dict(self.spent)
-        spent[self.state] = spent.get(self.state, 0.0) + now - self._entered
-        return {state: round(seconds * 1000, 3) for state, seconds in spent.items()}
-
-    def feed(self, what: _Input, now: float) -> tuple[_Action, ...]:
-        """Take an input: the new state is in `state`, the actions to carry out are returned.
-
-        Errors: StateError when `what` cannot happen in this state.
-        """
-        if self.ignores(what):
-            return ()
-        self.peek(what)
-        state, *actions = self._table[self.state, what]
-        if state != self.state:
-            self.spent[self.state] = self.spent.get(self.state, 0.0) + now - self._entered
-            self._entered = now
-            self.state = state
-        self._due = self._due_in(state, now)
-        return tuple(actions)
-
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due."""
-        return self._due
-
-    def handle_timer(self, now: float) -> tuple[_Action, ...]:
-        """Feed the timeout when it is due."""
-        if self._due is None or now < self._due:
-            return ()
-        self._due = None
-        return self.feed(self._timeout, now)
-
 
 SourceMachine = Machine[SourceState, SourceInput, SourceAction]
 TargetMachine = Machine[TargetState, TargetInput, TargetAction]
@@ -336,15 +347,18 @@ TargetMachine = Machine[TargetState, TargetInput, TargetAction]
 class Timing:
     """How long things may take, in seconds.
 
-    connect: TCP and TLS. offer: PCTD to CTDR. confirm: CTD to CTDR, then the CTD is sent again. hold: how
-    long a target keeps what it prepared. step: one step of a port (freeze, take, ...). in_doubt: CTD to
-    report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to backoff_max;
-    busy_backoff: between attempts when the SA was busy. stop: how long `stop` waits. retries: how often a
-    clean-up is tried before the report says that it failed (it goes on being tried).
+    connect: TCP and TLS. offer: PCTD to CTDR. predictive: how long both ends keep what an MN announced.
+    request: how long a target goes on asking (CT-Req) for what it wants. confirm: CTD to CTDR, then the CTD
+    is sent again. hold: how long a target keeps what it prepared. step: one step of a port (freeze, take,
+    ...). in_doubt: CTD to report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to
+    backoff_max; busy_backoff: between attempts when the SA was busy. stop: how long `stop` waits. retries:
+    how often a clean-up is tried before the report says that it failed (it goes on being tried).
     """
 
     connect: float = 5.0
     offer: float = 15.0
+    predictive: float = 60.0
+    request: float = 30.0
     confirm: float = 60.0
     hold: float = 60.0
     step: float = 90.0
@@ -364,13 +378,18 @@ class Timing:
 
 def new_source(now: float, timing: Timing, state: SourceState = SourceState.NEW) -> SourceMachine:
     """A source machine; `state` is the journal's after a restart."""
-    timers = {SourceState.OFFERED: timing.offer, SourceState.RELEASED: timing.confirm}
+    timers = {
+        SourceState.OFFERED: timing.offer,
+        SourceState.ANNOUNCED: timing.offer,
+        SourceState.AWAITING: timing.predictive,
+        SourceState.RELEASED: timing.confirm,
+    }
     return Machine(SOURCE_TABLE, SOURCE_IGNORED, state, now, timers=timers, timeout=SourceInput.TIMEOUT)
 
 
 def new_target(now: float, timing: Timing, state: TargetState = TargetState.NEW) -> TargetMachine:
     """A target machine; `state` is the journal's after a restart."""
-    timers = {TargetState.PREPARED: timing.hold}
+    timers = {TargetState.PREPARED: timing.hold, TargetState.HELD: timing.predictive}
     return Machine(TARGET_TABLE, TARGET_IGNORED, state, now, timers=timers, timeout=TargetInput.TIMEOUT)
 
 
@@ -416,6 +435,8 @@ Role = Literal["source", "target"]
 SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
     _S.NEW: ("kept", "serves the MN", "knows nothing of it"),
     _S.OFFERED: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
+    _S.ANNOUNCED: ("kept", "serves the MN", "may hold it, and drops that by itself"),
+    _S.AWAITING: ("kept", "serves the MN until it arrives elsewhere", "holds it, and drops that by itself"),
     _S.FREEZING: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
     _S.RELEASED: ("in-doubt", "has let go and serves it no more", "may own it, or still be undoing it"),
     _S.CLEANING: ("moved", "has let go; its clean-up is not finished", "serves the MN"),
@@ -425,6 +446,25 @@ SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
     _S.REFUSED: ("refused", "serves the MN", "does not own it"),
 }
 """What a transfer that stands in this state is to the caller: result, the source's and the target's side."""
+
+TARGET_STANDS: Mapping[TargetState, tuple[Result, str, str]] = {
+    _T.NEW: ("kept", "knows nothing of it", "serves the MN"),
+    _T.ANNOUNCED: ("kept", "is checking it", "serves the MN"),
+    _T.HELD: ("kept", "holds it until the MN arrives", "serves the MN"),
+    _T.INSTALLING: ("in-doubt", "is preparing it", "serves the MN"),
+    _T.ADMITTING: ("in-doubt", "is checking it", "has let go, and takes it back when told no"),
+    _T.RECEIVING: ("in-doubt", "is preparing it", "has let go, and takes it back when told no"),
+    _T.CHECKING: ("in-doubt", "is checking it", "serves the MN"),
+    _T.PREPARING: ("in-doubt", "is preparing it", "serves the MN"),
+    _T.PREPARED: ("in-doubt", "has it prepared", "serves the MN, or has let go by now"),
+    _T.OWNING: ("in-doubt", "owns it and is taking it over", "has let go"),
+    _T.MOVING: ("in-doubt", "owns it and is telling the MN", "has let go"),
+    _T.ACTIVATING: ("in-doubt", "owns it and is activating it", "has let go"),
+    _T.UNDOING: ("in-doubt", "could not yet clear away what it had prepared", "waits for that, or serves"),
+    _T.OWNED: ("moved", "serves the MN", "has let go"),
+    _T.ABORTED: ("kept", "does not own it", "serves the MN"),
+}
+"""The same as the target sees it: result, the target's side (here), the source's (there)."""
 
 HINTS: Mapping[Status, str] = {
     Status.FAILED: "read the other gateway's log and its `history`",

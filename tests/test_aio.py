@@ -410,12 +410,12 @@ def test_status_and_history_are_plain_json_without_secrets() -> None:
             for secret in (b"g to the ir", a_context().current.secret.reveal()):
                 assert secret.decode("latin-1") not in text
                 assert secret.hex() not in text
-            assert w.b.agent.history()[0]["air"] == {
+            air = w.b.agent.history()[0]["air"]
+            assert isinstance(air, dict)
+            assert {name: took for name, took in air.items() if took} == {
                 "messages": 2,
                 "octets": 300,
-                "retransmissions": 0,
                 "requests": 1,
-                "proven_by_traffic": 0,
             }
             phases = w.b.agent.history()[0]["phases_ms"]
             assert {"checking", "preparing", "prepared", "owning", "moving", "activating"} <= set(phases)  # type: ignore[call-overload]

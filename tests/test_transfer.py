@@ -26,6 +26,7 @@ from ikectx.transfer import (
     TARGET_FINAL,
     TARGET_IGNORED,
     TARGET_OWNS,
+    TARGET_STANDS,
     TARGET_TABLE,
     SourceAction,
     SourceInput,
@@ -92,7 +93,7 @@ def test_every_target_pair(state: TargetState, what: TargetInput) -> None:
 
 @pytest.mark.parametrize("state", SourceState)
 def test_the_link_the_peer_and_the_operator_surprise_no_source_state(state: SourceState) -> None:
-    for what in (SI.LINK_LOST, SI.CANCEL, SI.CTC, SI.TIMEOUT):
+    for what in (SI.LINK_LOST, SI.CANCEL, SI.CTC, SI.TIMEOUT, SI.REQUESTED):
         new_source(0.0, Timing(), state).feed(what, 1.0)
 
 
@@ -128,7 +129,7 @@ def test_ownership_begins_with_the_ctd_and_ends_in_an_undo() -> None:
     entered = {
         (b, w) for (b, w), (a, *_) in TARGET_TABLE.items() if b not in TARGET_OWNS and a in TARGET_OWNS
     }
-    assert entered == {(T.PREPARED, TI.CTD)}
+    assert entered == {(T.PREPARED, TI.CTD), (T.RECEIVING, TI.OK)}
     left = {a for (b, _), (a, *_) in TARGET_TABLE.items() if b in TARGET_OWNS and a not in TARGET_OWNS}
     assert left == {T.UNDOING}
     assert {T.OWNING, T.OWNED, T.ABORTED} == TARGET_DURABLE
@@ -139,7 +140,15 @@ def test_ownership_begins_with_the_ctd_and_ends_in_an_undo() -> None:
 #
 # Both machines, and a network that loses, repeats, delays and reorders messages (each connection keeps
 # order, but a transfer may see several). Steps end well or badly, either agent crashes in any state. The
-# network is a set: a message in it may arrive any number of times, at any time, or never.
+# network is a set: a message in it may arrive any number of times, at any time, or never. The first input of
+# the source decides how the transfer goes: pushed, announced by its MN, or asked for when the MN is there.
+
+MODES = {SI.OK: "pctd", SI.ANNOUNCE: "hold", SI.REQUESTED: "whole"}
+BUSY_SOURCE = (S.FREEZING, S.CLEANING, S.THAWING)
+BUSY_TARGET = (
+    *(T.ANNOUNCED, T.INSTALLING, T.ADMITTING, T.RECEIVING, T.CHECKING, T.PREPARING),
+    *(T.OWNING, T.MOVING, T.ACTIVATING, T.UNDOING),
+)
 
 
 class World(NamedTuple):
@@ -147,14 +156,18 @@ class World(NamedTuple):
     target: TargetState
     net: frozenset[str]
     flows: bool  # the target sends
+    mode: str = ""
 
 
 def _source(world: World, what: SourceInput) -> World:
     if (world.source, what) not in SOURCE_TABLE:
         return world
     state, *actions = SOURCE_TABLE[world.source, what]
-    sent = {SA.SEND_PCTD: "pctd", SA.SEND_CTD: "ctd", SA.SEND_CTC: "ctc"}
-    return world._replace(source=state, net=world.net | {sent[a] for a in actions if a in sent})
+    mode = MODES.get(what, "") if world.source is S.NEW else world.mode
+    last = "whole" if mode == "whole" else "ctd"
+    sent = {SA.SEND_PCTD: mode, SA.SEND_CTD: last, SA.SEND_CTC: "ctc"}
+    net = world.net | {sent[a] for a in actions if a in sent}
+    return world._replace(source=state, net=net, mode=mode)
 
 
 def _target(world: World, what: TargetInput, asked: str = "") -> World:
@@ -166,22 +179,29 @@ def _target(world: World, what: TargetInput, asked: str = "") -> World:
         flows = False
     if TA.ANSWER in actions:
         # an answer belongs to the message it answers: a link pairs them, in order
-        good = state in (T.PREPARED, T.OWNED)
-        asked = asked or ("ctd" if world.flows else "pctd")
+        good = state in (T.HELD, T.PREPARED, T.OWNED)
+        last = "whole" if world.mode == "whole" else "ctd"
+        asked = asked or (last if world.flows else world.mode)
         net |= {f"{asked}-{'ok' if good else 'no'}"}
         if not good:
-            net |= {f"{other}-no" for other in ("pctd", "ctd") if other in world.net}
+            net |= {f"{other}-no" for other in ("pctd", "hold", "ctd", "whole") if other in world.net}
     if TA.SEND_CTC in actions:
         net |= {"ctc-back"}
+    if TA.REQUEST in actions:
+        net |= {"request"}
     return world._replace(target=state, net=net, flows=flows)
 
 
 def _next(world: World) -> Iterator[World]:
+    # it begins in one of three ways
+    if world.source is S.NEW:
+        for source in (*MODES, SI.FAILED, SI.BUSY):
+            yield _source(world, source)
     # steps of the ports end
-    if world.source in (S.NEW, S.FREEZING, S.CLEANING, S.THAWING):
+    if world.source in BUSY_SOURCE:
         for source in (SI.OK, SI.FAILED, SI.BUSY):
             yield _source(world, source)
-    if world.target in (T.CHECKING, T.PREPARING, T.OWNING, T.MOVING, T.ACTIVATING, T.UNDOING):
+    if world.target in BUSY_TARGET:
         for target in (TI.OK, TI.FAILED):
             yield _target(world, target)
     # the world interferes
@@ -190,22 +210,36 @@ def _next(world: World) -> Iterator[World]:
     for target in (TI.TIMEOUT, TI.RESTART):
         yield _target(world, target)
     # messages arrive
-    busy = world.target not in (T.NEW, T.PREPARED, T.OWNED, T.ABORTED)
-    if "pctd" in world.net and not busy:
-        yield _target(world, TI.PCTD, "pctd")
-    if "ctd" in world.net and not busy:
-        yield _target(world, TI.CTD, "ctd")
-        if world.target is T.PREPARED:
-            yield _target(world, TI.MISFIT, "ctd")
-    if "ctc" in world.net and not busy:
-        yield _target(world, TI.CTC)
-    asked = {S.OFFERED: "pctd", S.RELEASED: "ctd"}.get(world.source)
+    if world.target not in BUSY_TARGET:
+        yield from _arrivals(world)
+    asked = {S.OFFERED: "pctd", S.ANNOUNCED: "hold"}.get(world.source)
+    if world.source is S.RELEASED:
+        asked = "whole" if world.mode == "whole" else "ctd"
     if f"{asked}-ok" in world.net:
         yield _source(world, SI.ACCEPTED)
     if f"{asked}-no" in world.net:
         yield _source(world, SI.REJECTED)
     if "ctc-back" in world.net:
         yield _source(world, SI.CTC)
+    if "request" in world.net and world.source is not S.NEW:
+        yield _source(world, SI.REQUESTED)
+
+
+def _arrivals(world: World) -> Iterator[World]:
+    """What a target that waits may see: messages, and the MN of what it holds."""
+    for name, what in (("pctd", TI.PCTD), ("hold", TI.ANNOUNCE), ("ctd", TI.CTD)):
+        if name in world.net:
+            yield _target(world, what, name)
+    if "ctd" in world.net and world.target in (T.HELD, T.PREPARED):
+        yield _target(world, TI.MISFIT, "ctd")
+    if "whole" in world.net:
+        yield _target(world, TI.WHOLE, "whole")
+        if world.target is T.NEW:
+            yield _target(world, TI.CTD, "whole")  # the target has forgotten that it asked
+    if "ctc" in world.net:
+        yield _target(world, TI.CTC)
+    if world.target in (T.HELD, T.PREPARED) and world.mode == "hold":
+        yield _target(world, TI.ARRIVED)
 
 
 def _worlds() -> dict[World, set[World]]:
@@ -251,7 +285,7 @@ def _stuck(worlds: dict[World, set[World]]) -> set[World]:
 
 def test_no_interleaving_has_two_owners_and_all_can_end_with_one() -> None:
     worlds = _worlds()
-    assert len(worlds) > 60
+    assert len(worlds) > 190
     assert {world.source for world in worlds} == set(SourceState)
     assert {world.target for world in worlds} == set(TargetState)
     assert _two_owners(worlds) == []
@@ -261,12 +295,22 @@ def test_no_interleaving_has_two_owners_and_all_can_end_with_one() -> None:
             assert (world.source is S.DONE) == (world.target is T.OWNED), world
 
 
+@pytest.mark.parametrize("mode", MODES.values())
+def test_each_way_of_moving_can_end_moved_and_kept(mode: str) -> None:
+    ends = {(world.source, world.target) for world in _worlds() if world.mode == mode}
+    assert (S.DONE, T.OWNED) in ends
+    assert (S.KEPT, T.ABORTED) in ends
+
+
 SLIPS = [
     (SOURCE_TABLE, (S.RELEASED, SI.LINK_LOST), (S.THAWING, SA.THAW)),
     (SOURCE_TABLE, (S.RELEASED, SI.RESTART), (S.THAWING, SA.THAW)),
     (TARGET_TABLE, (T.OWNING, TI.FAILED), (T.UNDOING, TA.UNDO, TA.ANSWER)),
     (TARGET_TABLE, (T.ABORTED, TI.PCTD), (T.CHECKING, TA.CHECK)),
     (SOURCE_TABLE, (S.RELEASED, SI.REJECTED), (S.RELEASED,)),
+    (TARGET_TABLE, (T.HELD, TI.ARRIVED), (T.OWNING, TA.TAKE)),
+    (TARGET_TABLE, (T.ABORTED, TI.WHOLE), (T.ADMITTING, TA.CHECK)),
+    (SOURCE_TABLE, (S.NEW, SI.REQUESTED), (S.FREEZING, SA.SEND_CTD, SA.FREEZE)),
 ]
 
 
@@ -312,6 +356,25 @@ def test_a_prepared_target_does_not_wait_for_ever() -> None:
         machine.feed(what, 1.0)
     assert machine.state is T.PREPARED
     assert machine.handle_timer(4.0) == (TA.SEND_CTC, TA.UNDO)
+
+
+def test_what_an_mn_announced_is_kept_for_a_while_by_both() -> None:
+    source = new_source(0.0, Timing(predictive=8.0))
+    source.feed(SI.ANNOUNCE, 0.0)
+    source.feed(SI.ACCEPTED, 1.0)
+    assert source.next_timer() == pytest.approx(9.0)
+    assert source.handle_timer(9.0) == (SA.SEND_CTC,)
+    assert source.state is S.KEPT
+    target = new_target(0.0, Timing(predictive=8.0, hold=3.0))
+    target.feed(TI.ANNOUNCE, 0.0)
+    target.feed(TI.OK, 1.0)
+    assert target.next_timer() == pytest.approx(9.0)
+    target.feed(TI.ARRIVED, 7.0)
+    assert target.feed(TI.OK, 7.0) == (TA.REQUEST,)
+    # asking again begins the wait anew
+    assert target.feed(TI.ARRIVED, 9.0) == (TA.REQUEST,)
+    assert target.handle_timer(11.0) == ()
+    assert target.handle_timer(12.0) == (TA.SEND_CTC, TA.UNDO)
 
 
 def test_back_off_doubles_to_its_limit() -> None:
@@ -360,6 +423,11 @@ def test_every_state_says_who_serves_and_every_status_what_to_do() -> None:
         assert here
         assert there
         assert (result in ("kept", "refused")) == (state in SOURCE_SERVES - {S.THAWING})
+    assert set(TARGET_STANDS) == set(TargetState)
+    for target, (result, here, there) in TARGET_STANDS.items():
+        assert here
+        assert there
+        assert (result == "moved") == (target is T.OWNED)
     assert set(HINTS) == set(Status) - {Status.OK, Status.BAD_CHECKSUM, Status.UNKNOWN_SA}
 
 
