@@ -1,14 +1,15 @@
-"""Notes the IKE messages on one interface.
+"""Notes the IKE and CXTP messages on a host's interfaces.
 
-    python -I -S lab_capture.py INTERFACE OUTPUT
+    python -I -S lab_capture.py INTERFACE,INTERFACE... OUTPUT
 
-A packet socket with a BPF program that lets IKE through and neither ESP, ESP in UDP nor NAT keepalives.
-Runs until SIGTERM, then writes OUTPUT: a list of {time (ns, CLOCK_REALTIME), octets (of the whole IP
-packet), sent (leaving this interface), exchange (number), response, message_id, spi_i, fragment}. Standard
-library only.
+A packet socket with a BPF program that lets IKE and CXTP through and neither ESP, ESP in UDP nor NAT
+keepalives. Runs until SIGTERM, then writes OUTPUT: a list of {time (ns, CLOCK_REALTIME), octets (of the whole
+IP packet), sent (leaving this interface), interface}, for IKE with {exchange (number), response, message_id,
+spi_i, fragment}, for CXTP with {cxtp (its message type, 0 where it cannot be read)}. Standard library only.
 """
 
 import ctypes
+import errno
 import json
 import os
 import select
@@ -33,20 +34,24 @@ SO_ATTACH_FILTER = 26
 PAYLOAD_SKF = 53
 """Encrypted and authenticated fragment (RFC 7383)."""
 
-# tcpdump -y RAW -ddd of: (ip and udp and (port 500 or (port 4500 and udp[8:4]=0)))
-# or (ip6 and ip6[6]=17 and (udp port 500 or (udp port 4500 and ip6[48:4]=0)))
+CXTP_PORT = 5091
+CXTP = {1: "CTAR", 2: "CTAA", 3: "CTD", 4: "PCTD", 5: "CTDR", 6: "CTC", 7: "CT-Req"}
+"""Message types of RFC 4067 section 2.5."""
+
+# tcpdump -y RAW -ddd of: (ip and udp and (port 500 or port 5091 or (port 4500 and udp[8:4]=0)))
+# or (ip6 and ip6[6]=17 and (udp port 500 or udp port 5091 or (udp port 4500 and ip6[48:4]=0)))
 PROGRAM = """
-48 0 0 0;84 0 0 240;21 0 14 64;48 0 0 9;21 0 28 17;40 0 0 6;69 26 0 8191;177 0 0 0;
-72 0 0 0;21 22 0 500;72 0 0 2;21 20 0 500;21 2 0 4500;72 0 0 0;21 0 18 4500;64 0 0 8;
-21 15 16 0;48 0 0 0;84 0 0 240;21 0 13 96;48 0 0 6;21 0 11 17;21 0 10 17;40 0 0 40;
-21 7 0 500;40 0 0 42;21 5 0 500;21 2 0 4500;40 0 0 40;21 0 3 4500;32 0 0 48;21 0 1 0;
-6 0 0 65535;6 0 0 0
+48 0 0 0;84 0 0 240;21 0 16 64;48 0 0 9;21 0 32 17;40 0 0 6;69 30 0 8191;177 0 0 0;
+72 0 0 0;21 26 0 500;21 25 0 5091;72 0 0 2;21 23 0 500;21 22 0 5091;21 2 0 4500;72 0 0 0;
+21 0 20 4500;64 0 0 8;21 17 18 0;48 0 0 0;84 0 0 240;21 0 15 96;48 0 0 6;21 0 13 17;
+21 0 12 17;40 0 0 40;21 9 0 500;21 8 0 5091;40 0 0 42;21 6 0 500;21 5 0 5091;21 2 0 4500;
+40 0 0 40;21 0 3 4500;32 0 0 48;21 0 1 0;6 0 0 65535;6 0 0 0
 """
 """Classic BPF on a packet that starts at its IP header: code, jump if true, jump if false, value."""
 
 
 def parse(packet: bytes) -> dict[str, int | str | bool] | None:
-    """What an IP packet with IKE in it says, or None where it is none or too short."""
+    """What an IP packet with IKE or CXTP in it says, or None where it is none or too short."""
     if len(packet) < 20:
         return None
     version = packet[0] >> 4
@@ -60,6 +65,9 @@ def parse(packet: bytes) -> dict[str, int | str | bool] | None:
     )
     ports = struct.unpack_from("!HH", packet, udp)
     ike = udp + 8
+    if CXTP_PORT in ports:
+        # version in the upper four bits of the first octet, type in the lower (RFC 4067 section 2.5)
+        return {"octets": octets, "cxtp": 0 if len(packet) == ike else packet[ike] & 15}
     if packet[ike : ike + 4] == bytes(4) and 500 not in ports:
         ike += 4
     if len(packet) < ike + 28:
@@ -88,11 +96,14 @@ def _attach(packets: socket.socket) -> None:
 
 
 def main() -> None:
-    interface, output = sys.argv[1:3]
-    packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
-    _attach(packets)
-    packets.bind((interface, ETH_P_ALL))
-    packets.setblocking(False)
+    interfaces, output = sys.argv[1].split(","), sys.argv[2]
+    listening: list[socket.socket] = []
+    for interface in interfaces:
+        packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+        _attach(packets)
+        packets.bind((interface, ETH_P_ALL))
+        packets.setblocking(False)
+        listening.append(packets)
     stopping, wake = os.pipe()
     signal.signal(signal.SIGTERM, lambda _number, _frame: os.write(wake, b"x") and None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -100,24 +111,36 @@ def main() -> None:
         pass
     notes: list[dict[str, int | str | bool]] = []
     poller = select.poll()
-    poller.register(packets, select.POLLIN)
+    for packets in listening:
+        poller.register(packets, select.POLLIN)
     poller.register(stopping, select.POLLIN)
     ended = False
     while not ended:
         ended = any(descriptor == stopping for descriptor, _event in poller.poll())
-        while True:
-            try:
-                packet, source = packets.recvfrom(65535)
-            except BlockingIOError:
-                break
-            note = parse(packet)
-            if note is not None:
-                note["time"] = time.clock_gettime_ns(time.CLOCK_REALTIME)
-                note["sent"] = source[2] == socket.PACKET_OUTGOING
-                notes.append(note)
+        for packets in listening:
+            notes += _noted(packets)
+    notes.sort(key=lambda note: note["time"])
     with open(output + ".part", "w", encoding="ascii") as file:
         json.dump(notes, file)
     os.rename(output + ".part", output)
+
+
+def _noted(packets: socket.socket) -> list[dict[str, int | str | bool]]:
+    """All that waits at one socket. A link that is down says so once."""
+    notes: list[dict[str, int | str | bool]] = []
+    while True:
+        try:
+            packet, source = packets.recvfrom(65535)
+        except OSError as error:
+            if error.errno == errno.ENETDOWN:
+                continue
+            return notes
+        note = parse(packet)
+        if note is not None:
+            note["interface"] = source[0]
+            note["time"] = time.clock_gettime_ns(time.CLOCK_REALTIME)
+            note["sent"] = source[2] == socket.PACKET_OUTGOING
+            notes.append(note)
 
 
 if __name__ == "__main__":

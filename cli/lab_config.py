@@ -1,4 +1,4 @@
-"""Writes what the lab's daemons read: strongswan.conf, swanctl.conf, certificates, ikectx.toml, updown.
+"""Writes what the lab's daemons read: strongswan.conf, swanctl.conf, certificates, agents' files, updown.
 
 Every file is plain text in the folder of its host, so that a person can read what a scenario really ran.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import json
 import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .lab_net import CHARONS, CORE, GATEWAYS, HOST_BITS, INNER, INNER_NET, OUTER, POOL, SECOND_NET, SHARED
+from .lab_net import CORE, GATEWAYS, HOST_BITS, INNER, INNER_NET, MOBILES, OUTER, SECOND_NET, SHARED
 
 PLUGINS = (
     "random nonce openssl aes sha1 sha2 hmac gcm ccm ctr cmac xcbc chapoly curve25519 kdf drbg x509 pem pkcs1"
@@ -31,6 +32,9 @@ class Tunnel:
     `family` and `inner`: IP version outside and inside. `initiator`: mn or gateway. `shared`: the gateways
     have one outer address, and it moves along with the tunnel. `ike`, `esp`: proposals. `connection`,
     `child`: further settings of swanctl.conf.
+    `mobile`: the mobile node has an agent, too, and gateways answer its CTARs. `by_packet`: they ask each
+    other about IKE messages for SAs they do not know. `second`: there is another mobile node, mn2, with a
+    connection of its own. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
     """
 
     family: int = 4
@@ -45,15 +49,40 @@ class Tunnel:
     mode: str = "tunnel"
     children: int = 1
     libipsec: bool = False
+    mobile: bool = False
+    by_packet: bool = False
+    second: bool = False
     connection: Mapping[str, str | int | bool] = field(default_factory=dict)
     child: Mapping[str, str | int | bool] = field(default_factory=dict)
+    transfer: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+    @property
+    def mobiles(self) -> tuple[str, ...]:
+        """The mobile nodes that take part."""
+        return MOBILES if self.second else MOBILES[:1]
+
+    @property
+    def charons(self) -> tuple[str, ...]:
+        """The hosts with a charon."""
+        return (*self.mobiles, *GATEWAYS)
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """The hosts with an agent, in scenarios that have agents."""
+        return (*(["mn"] if self.mobile else []), *GATEWAYS)
+
+    def same_daemons(self, other: Tunnel) -> bool:
+        """Whether daemons that run with this one's files can go on with the other's, reloaded."""
+        names = ("libipsec", "shared", "mobile", "by_packet", "second", "transfer")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
-    """Writes every host's folder. `overrides`: swanctl.conf text by host, appended, so it wins."""
+    """Writes every host's folder. `overrides`: text by host, appended, so it wins: swanctl.conf's by the name
+    of the host, strongswan.conf's by HOST.strongswan."""
     write_tools(work)
     write_credentials(work)
-    for host in CHARONS:
+    for host in tunnel.charons:
         folder = work / host
         folder.mkdir(exist_ok=True)
         for name in ("x509", "x509ca", "private"):
@@ -63,26 +92,32 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         key = folder / "private" / "own.pem"
         key.write_bytes((work / "pki" / f"{host}.key").read_bytes())
         key.chmod(0o600)
-        (folder / "strongswan.conf").write_text(strongswan_conf(work, host, libipsec=tunnel.libipsec))
-        text = mobile_conf(tunnel) if host == "mn" else gateway_conf(work, host, tunnel)
+        mirrored = host in tunnel.agents or host in GATEWAYS
+        settings = strongswan_conf(work, host, libipsec=tunnel.libipsec, mirrored=mirrored)
+        (folder / "strongswan.conf").write_text(settings + overrides.get(f"{host}.strongswan", ""))
+        text = gateway_conf(work, host, tunnel) if host in GATEWAYS else mobile_conf(tunnel, host)
         (folder / "swanctl.conf").write_text(text + SECRETS + overrides.get(host, ""))
     for host in GATEWAYS:
         script = work / host / "updown"
         script.write_text(updown_script(host, shared=tunnel.shared))
         script.chmod(0o755)
         (work / host / "state").mkdir(mode=0o700, exist_ok=True)
-        (work / host / "ikectx.toml").write_text(
-            agent_toml(work, host, libipsec=tunnel.libipsec, shared=tunnel.shared)
-        )
+        (work / host / "ikectx.toml").write_text(agent_toml(work, host, tunnel))
+    if tunnel.mobile:
+        (work / "mn" / "state").mkdir(mode=0o700, exist_ok=True)
+        (work / "mn" / "mobile.toml").write_text(mobile_toml(work, "mn", tunnel))
 
 
-def strongswan_conf(work: Path, host: str, *, libipsec: bool = False) -> str:
-    """charon's and swanctl's settings. Retransmission stays at strongSwan's defaults."""
+def strongswan_conf(work: Path, host: str, *, libipsec: bool = False, mirrored: bool = True) -> str:
+    """charon's and swanctl's settings. Retransmission stays at strongSwan's defaults.
+
+    `mirrored`: charon tells an agent about its SAs, by the HA plugin.
+    """
     kernel = "kernel-libipsec kernel-netlink" if libipsec else "kernel-netlink"
     folder = work / host
     mirror = "ha { local = 127.0.0.1\n remote = 127.0.0.2\n monitor = no\n resync = no\n segment_count = 1 }"
     plugins = PLUGINS.format(kernel=kernel)
-    if host not in GATEWAYS:
+    if not mirrored:
         mirror, plugins = "", plugins.replace(" ha ", " ")
     return f"""charon-systemd {{
   load_modular = no
@@ -120,25 +155,26 @@ def _settings(settings: Mapping[str, str | int | bool], indent: str) -> str:
     return "\n".join(lines)
 
 
-def _auth(gateway: str, tunnel: Tunnel, *, mobile: bool) -> tuple[str, str]:
-    """(local section, remote section) as the mobile node (or the gateway) writes them."""
+def _auth(gateway: str, tunnel: Tunnel, host: str, *, mobile: bool) -> tuple[str, str]:
+    """(local section, remote section) as the mobile node `host` (or the gateway) writes them."""
+    own = f"id = {host}.example"
     gateway_id = f"{gateway}.example" if gateway else "%any"
     if tunnel.auth == "psk":
-        node, gate = "auth = psk\n      id = mn.example", f"auth = psk\n      id = {gateway_id}"
+        node, gate = f"auth = psk\n      {own}", f"auth = psk\n      id = {gateway_id}"
     elif tunnel.auth == "cert":
-        node = "auth = pubkey\n      id = mn.example" + ("\n      certs = own.pem" if mobile else "")
+        node = f"auth = pubkey\n      {own}" + ("\n      certs = own.pem" if mobile else "")
         gate = f"auth = pubkey\n      id = {gateway_id}" + ("" if mobile else "\n      certs = own.pem")
     else:
-        node = f"auth = eap-mschapv2\n      id = mn.example\n      eap_id = {EAP_USER}"
+        node = f"auth = eap-mschapv2\n      {own}\n      eap_id = {EAP_USER}"
         gate = f"auth = pubkey\n      id = {gateway_id}" + ("" if mobile else "\n      certs = own.pem")
         if not mobile:
-            node = "auth = eap-mschapv2\n      id = mn.example\n      eap_id = %any"
+            node = f"auth = eap-mschapv2\n      {own}\n      eap_id = %any"
     return (node, gate) if mobile else (gate, node)
 
 
-def _children(tunnel: Tunnel, updown: str, *, mobile: bool, start: str = "") -> str:
-    """The child sections: `net`, and `net2` towards the server's second network."""
-    far, near = INNER_NET[tunnel.inner], INNER["mn"][tunnel.inner]
+def _children(tunnel: Tunnel, host: str, updown: str, *, mobile: bool) -> str:
+    """The child sections of `host`'s tunnel: `net`, and `net2` towards the server's second network."""
+    far, near = INNER_NET[tunnel.inner], INNER[host][tunnel.inner]
     bits = 32 if tunnel.inner == 4 else 128
     own = "" if tunnel.vip else f"{near}/{bits}"
     sections = []
@@ -155,8 +191,6 @@ def _children(tunnel: Tunnel, updown: str, *, mobile: bool, start: str = "") -> 
         lines += [f"        esp_proposals = {tunnel.esp}", f"        mode = {tunnel.mode}"]
         if updown:
             lines.append(f"        updown = {updown}")
-        if start:
-            lines.append(start)
         lines.append(_settings(tunnel.child, "        "))
         sections.append("\n".join([*lines, "      }"]))
     return "\n".join(sections)
@@ -172,32 +206,36 @@ def _connection(name: str, tunnel: Tunnel, head: list[str], auth: tuple[str, str
     return "\n".join([*lines, f"    children {{\n{children}\n    }}", "  }"])
 
 
-def mobile_conf(tunnel: Tunnel) -> str:
-    """The mobile node knows both gateways: connections `psg` and `nsg`, children `net` (and `net2`)."""
+def mobile_conf(tunnel: Tunnel, host: str = "mn") -> str:
+    """A mobile node knows both gateways: connections `psg` and `nsg`, children `net` (and `net2`)."""
     connections = []
     for gateway in GATEWAYS:
         head = [f"remote_addrs = {(SHARED if tunnel.shared else OUTER[gateway])[tunnel.family]}"]
         if tunnel.vip and tunnel.initiator == "mn":
-            head.append(f"vips = {INNER['mn'][tunnel.inner]}")
-        connections.append(
-            _connection(
-                gateway, tunnel, head, _auth(gateway, tunnel, mobile=True), _children(tunnel, "", mobile=True)
-            )
-        )
+            head.append(f"vips = {INNER[host][tunnel.inner]}")
+        auth = _auth(gateway, tunnel, host, mobile=True)
+        connections.append(_connection(gateway, tunnel, head, auth, _children(tunnel, host, "", mobile=True)))
     return "connections {\n" + "\n".join(connections) + "\n}\n"
 
 
-def gateway_conf(work: Path, host: str, tunnel: Tunnel) -> str:
-    """A gateway has one connection, `mn`, of the same name and children everywhere."""
-    head = [f"local_addrs = {(SHARED if tunnel.shared else OUTER[host])[tunnel.family]}"]
-    if tunnel.initiator == "gateway":
-        head.append(f"remote_addrs = {OUTER['mn'][tunnel.family]}")
-    if tunnel.vip:
-        head.append("pools = inner")
-    children = _children(tunnel, f"{work}/{host}/updown", mobile=False)
-    text = _connection("mn", tunnel, head, _auth(host, tunnel, mobile=False), children)
-    pool = f"pools {{\n  inner {{\n    addrs = {POOL[tunnel.inner]}\n  }}\n}}\n" if tunnel.vip else ""
-    return "connections {\n" + text + "\n}\n" + pool
+def gateway_conf(work: Path, gateway: str, tunnel: Tunnel) -> str:
+    """A gateway has one connection for each mobile node, with its name, the same everywhere.
+
+    Each has a pool of one address, so that every gateway hands out the one that scenarios name.
+    """
+    connections, pools = [], []
+    for host in tunnel.mobiles:
+        head = [f"local_addrs = {(SHARED if tunnel.shared else OUTER[gateway])[tunnel.family]}"]
+        if tunnel.initiator == "gateway":
+            head.append(f"remote_addrs = {OUTER[host][tunnel.family]}")
+        if tunnel.vip:
+            head.append(f"pools = {host}")
+            pools.append(f"  {host} {{\n    addrs = {INNER[host][tunnel.inner]}\n  }}\n")
+        children = _children(tunnel, host, f"{work}/{gateway}/updown", mobile=False)
+        auth = _auth(gateway, tunnel, host, mobile=False)
+        connections.append(_connection(host, tunnel, head, auth, children))
+    text = "connections {\n" + "\n".join(connections) + "\n}\n"
+    return text + ("pools {\n" + "".join(pools) + "}\n" if pools else "")
 
 
 SECRETS = f"""secrets {{
@@ -239,24 +277,27 @@ exit 0
 """
 
 
-def agent_toml(work: Path, host: str, *, libipsec: bool = False, shared: bool = False) -> str:
+def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     """The gateway agent's configuration."""
     folder = work / host
     other = "nsg" if host == "psg" else "psg"
-    addresses = ", ".join(f'"{address}"' for address in (SHARED if shared else OUTER[host]).values())
+    addresses = ", ".join(f'"{address}"' for address in (SHARED if tunnel.shared else OUTER[host]).values())
+    more = "".join(f"{key} = {_toml(value)}\n" for key, value in tunnel.transfer.items())
+    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n\n' for name in tunnel.mobiles)
+    if tunnel.mobile:
+        sections += f"[mobile]\nlisten = [{addresses}]\n\n"
+    if tunnel.by_packet:
+        sections += f'[by_packet]\nask = ["{other}"]\n\n'
+    rights = ["push", "pull"]
+    if tunnel.by_packet:
+        rights.append("packet")
     return f'''name = "{host}"
 state_dir = "{folder}/state"
 
 [control]
 socket = "{folder}/ikectx.vici"
 
-[charon]
-vici = "unix://{folder}/charon.vici"
-ha_local = "127.0.0.2"
-ha_remote = "127.0.0.1"
-segments = 1
-esp = "{"libipsec" if libipsec else "kernel"}"
-
+{_charon_toml(folder, tunnel)}
 [gateway]
 addresses = [{addresses}]
 
@@ -265,16 +306,43 @@ listen = ["{OUTER[host][4]}:{CXTP_PORT}"]
 certificate = "{folder}/x509/own.pem"
 key = "{folder}/private/own.pem"
 ca = "{folder}/x509ca/ca.pem"
-
-[connections.mn]
-updown = "{folder}/updown"
-
-[[peer]]
+{more}
+{sections}[[peer]]
 name = "{other}"
 address = "{OUTER[other][4]}:{CXTP_PORT}"
-rights = ["push", "pull"]
+rights = {_toml(rights)}
 forward_via = ["{INNER[other][4]}", "{INNER[other][6]}"]
 '''
+
+
+def _charon_toml(folder: Path, tunnel: Tunnel) -> str:
+    return f'''[charon]
+vici = "unix://{folder}/charon.vici"
+ha_local = "127.0.0.2"
+ha_remote = "127.0.0.1"
+segments = 1
+esp = "{"libipsec" if tunnel.libipsec else "kernel"}"
+'''
+
+
+def mobile_toml(work: Path, host: str, tunnel: Tunnel) -> str:
+    """The configuration of a mobile node's agent: it knows both gateways."""
+    folder = work / host
+    gateways = "".join(
+        f'[[gateway]]\nname = "{name}"\naddress = "{OUTER[name][tunnel.family]}"\n\n' for name in GATEWAYS
+    )
+    return f'''state_dir = "{folder}/state"
+
+[control]
+socket = "{folder}/ikectx.vici"
+
+{_charon_toml(folder, tunnel)}
+{gateways}'''
+
+
+def _toml(value: object) -> str:
+    """A value as TOML has it: what JSON writes for texts, numbers, truth and lists is TOML, too."""
+    return json.dumps(value)
 
 
 def write_tools(work: Path) -> None:
@@ -337,7 +405,7 @@ def write_credentials(work: Path) -> None:
         False,
     )
     authority_id = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
-    for host in CHARONS:
+    for host in OUTER:
         key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = [x509.DNSName(host), x509.DNSName(f"{host}.example")]
         names += [x509.IPAddress(ipaddress.ip_address(address)) for address in OUTER[host].values()]

@@ -21,7 +21,7 @@ from vici_bridge.vici import CharonVici
 
 from . import lab_announce
 from .lab_config import Tunnel, write_all
-from .lab_net import CHARONS, GATEWAYS, HOST_BITS, HOSTS, INNER, Net, load_modules, run
+from .lab_net import HOST_BITS, HOSTS, INNER, MOBILES, Net, load_modules, run
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
@@ -99,35 +99,34 @@ class Lab:
         self.stop_daemons()
         self._save(tunnel, agents)
         self._write(tunnel, overrides or {})
-        for host in GATEWAYS if agents else ():
+        for host in self.agent_hosts:
             self.start_agent(host, wait=False)
-        for host in GATEWAYS if agents else ():
+        for host in self.agent_hosts:
             self.wait_agent(host)
-        for host in CHARONS:
+        for host in tunnel.charons:
             self.start_charon(host, wait=False)
-        for host in CHARONS:
+        for host in tunnel.charons:
             self.wait_charon(host)
+
+    @property
+    def agent_hosts(self) -> tuple[str, ...]:
+        """The hosts with an agent."""
+        return self.tunnel.agents if self.agents else ()
 
     def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
         """Gives the running charons another configuration; their SAs stay."""
         self._save(tunnel, self.agents)
         self._write(tunnel, overrides or {})
-        for host in CHARONS:
+        for host in tunnel.charons:
             self._load(host)
 
     def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         write_all(self.work, tunnel, overrides)
-        for version, address in INNER["mn"].items():
-            own = not tunnel.vip and tunnel.mode == "tunnel" and tunnel.inner == version
-            words = [
-                "ip",
-                "addr",
-                "replace" if own else "del",
-                f"{address}/{HOST_BITS[version]}",
-                "dev",
-                "lo",
-            ]
-            run([*self.net.enter("mn"), *words], check=own)
+        for host in MOBILES:
+            for version, address in INNER[host].items():
+                own = not tunnel.vip and tunnel.mode == "tunnel" and tunnel.inner == version
+                what = [f"{address}/{HOST_BITS[version]}", "dev", "lo"]
+                run([*self.net.enter(host), "ip", "addr", "replace" if own else "del", *what], check=own)
 
     def _load(self, host: str) -> None:
         done = self.command(host, ["swanctl", "--load-all"])
@@ -136,21 +135,20 @@ class Lab:
 
     def clear(self) -> bool:
         """Deletes every SA and waits until nothing of them is left. False when something stays."""
-        wanted = {(host, "charon") for host in CHARONS} | {
-            (host, "agent") for host in GATEWAYS if self.agents
-        }
+        charons = self.tunnel.charons
+        wanted = {(host, "charon") for host in charons} | {(host, "agent") for host in self.agent_hosts}
         if any(pair not in self.started or self.started[pair].poll() is not None for pair in wanted):
             return False
         limit = time.monotonic() + 20
         try:
-            for host in CHARONS:
+            for host in charons:
                 for sa in self.list_sas(host):
                     self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             while time.monotonic() < limit:
                 # an agent's detour may stay for half a minute, its empty nft sets for good
                 left = "ip xfrm state; ip xfrm policy | grep -w dir; nft list ruleset | grep elements"
                 left += f"; ip route flush table {DETOUR} 2>&-; ip -6 route flush table {DETOUR} 2>&-"
-                if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in CHARONS):
+                if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in charons):
                     return True
                 time.sleep(0.5)
         except IkectxError:
@@ -184,9 +182,10 @@ class Lab:
     # -- daemons ----------------------------------------------------------------------------
 
     def start_agent(self, host: str, *, wait: bool = True) -> None:
-        """Starts the gateway's agent; before charon, since whoever holds its HA address receives keys."""
-        config = str(self.work / host / "ikectx.toml")
-        self.spawn(host, "agent", [str(self.work / "bin" / "ikectx"), "serve", "--config", config])
+        """Starts a host's agent; before charon, since whoever holds its HA address receives keys."""
+        words = ["mobile", "serve"] if host in MOBILES else ["serve"]
+        config = str(agent_file(self.work, host))
+        self.spawn(host, "agent", [str(self.work / "bin" / "ikectx"), *words, "--config", config])
         if wait:
             self.wait_agent(host)
 
@@ -205,7 +204,7 @@ class Lab:
         (self.work / host / "charon.vici").unlink(missing_ok=True)
         # The mobile node stands for a machine of its own: on CPUs shared with the gateways its charon goes
         # before them, or it would be their work that stretches the change of its policies under traffic.
-        words = [*(["chrt", "-r", "1"] if host == "mn" and realtime_works() else [])]
+        words = [*(["chrt", "-r", "1"] if host in MOBILES and realtime_works() else [])]
         words += [
             "unshare",
             "-m",
@@ -256,7 +255,7 @@ class Lab:
             self.started[pair].terminate()
         for pair in pairs:
             self.stop(*pair)
-        for host in CHARONS if pairs else ():
+        for host in {pair[0] for pair in pairs}:
             script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset"
             for table in (220, DETOUR):
                 script += f"; ip route flush table {table}; ip -6 route flush table {table}"
@@ -300,7 +299,7 @@ class Lab:
             "STRONGSWAN_CONF": f"{folder}/strongswan.conf",
             "SWANCTL_DIR": str(folder),
             "VICI_URI": f"unix://{folder}/charon.vici",
-            "IKECTX_CONFIG": f"{folder}/ikectx.toml",
+            "IKECTX_CONFIG": str(agent_file(self.work, host)),
             "LAB": str(self.work),
             "HOST": host,
         }
@@ -325,9 +324,9 @@ class Lab:
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess(words, 124, "", f"no end after {timeout:.0f} s")
 
-    def connect(self, gateway: str = "psg") -> None:
+    def connect(self, gateway: str = "psg", mobile: str = "mn") -> None:
         """Brings the tunnel up to a gateway, from the side the tunnel names. Raises CharonError."""
-        host, peer = ("mn", gateway) if self.tunnel.initiator == "mn" else (gateway, "mn")
+        host, peer = (mobile, gateway) if self.tunnel.initiator == "mn" else (gateway, mobile)
         for number in range(1, self.tunnel.children + 1):
             child = "net" if number == 1 else f"net{number}"
             try:
@@ -349,9 +348,9 @@ class Lab:
 
     def strongswan(self) -> str:
         """The version of the running charons; by host where they differ. Raises CharonError."""
-        found = {host: str(self.vici(host).version().get("version", "")) for host in CHARONS}
+        found = {host: str(self.vici(host).version().get("version", "")) for host in self.tunnel.charons}
         if len(set(found.values())) == 1:
-            return found[CHARONS[0]]
+            return found["mn"]
         return ", ".join(f"{host} {version}" for host, version in found.items())
 
     def initiate(self, host: str, peer: str, child: str) -> None:
@@ -377,8 +376,13 @@ class Lab:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
 
 
+def agent_file(work: Path, host: str) -> Path:
+    """What the agent of that host reads."""
+    return work / host / ("mobile.toml" if host in MOBILES else "ikectx.toml")
+
+
 def charon_of(host: str) -> str:
-    """The charon that host runs: $IKECTX_LAB_CHARON_HOST (MN, PSG, NSG), $IKECTX_LAB_CHARON, or `CHARON`."""
+    """The charon that host runs: $IKECTX_LAB_CHARON_HOST (MN, PSG, ...), $IKECTX_LAB_CHARON, or `CHARON`."""
     own = os.environ.get(f"IKECTX_LAB_CHARON_{host.upper()}")
     return own or os.environ.get("IKECTX_LAB_CHARON") or CHARON
 

@@ -23,12 +23,11 @@ from ikectx.errors import CharonError
 
 from . import lab_capture, lab_probe
 from .lab_hosts import Lab, realtime_works
-from .lab_net import CHARONS, INNER
+from .lab_net import GATEWAYS, INNER
 
 INTERVAL_MS = 5.0
-PROBE_PORT = 7007
-GENERATED = {"up": "mn", "down": "srv"}
-"""The host that sends in a direction."""
+PROBE_PORT = {"mn": 7007, "mn2": 7008}
+"""Of the probe with that mobile node, at both ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +94,7 @@ class Traffic:
     down: Direction
     interval_ms: float = INTERVAL_MS
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    mobile: str = "mn"
 
     @property
     def lost(self) -> int:
@@ -114,12 +114,12 @@ class Traffic:
         causes: Counter[str] = Counter()
         for name, one in both.items():
             for reason, count in one.refused.items():
-                causes[f"{name}: {reason} at {GENERATED[name]}"] += count
+                causes[f"{name}: {reason} at {self.mobile if name == 'up' else 'srv'}"] += count
             unknown = one.in_flight
             # the mobile node's own counters know why packets towards it ended there
-            for counter, count in self.counters.get("mn", {}).items() if name == "down" else ():
+            for counter, count in self.counters.get(self.mobile, {}).items() if name == "down" else ():
                 if counter.startswith(("XfrmIn", "IpInAddr", "Ip6InAddr")) and unknown:
-                    causes[f"down: {counter} at mn"] = min(count, unknown)
+                    causes[f"down: {counter} at {self.mobile}"] = min(count, unknown)
                     unknown -= min(count, unknown)
             if unknown:
                 causes[f"{name}: in flight"] += unknown
@@ -148,9 +148,14 @@ class Traffic:
 
 
 def air(notes: Iterable[Mapping[str, Any]], since_ns: int = 0) -> dict[str, Any]:
-    """IKE on the MN's link since a moment: datagrams, octets of their IP packets, count by exchange."""
+    """IKE and CXTP on the MN's links since a moment: datagrams, octets of their IP packets, count by kind."""
     seen = [note for note in notes if note["time"] >= since_ns]
-    exchanges = Counter(lab_capture.EXCHANGES.get(note["exchange"], str(note["exchange"])) for note in seen)
+    exchanges = Counter(
+        lab_capture.CXTP.get(note["cxtp"], "CXTP ?")
+        if "cxtp" in note
+        else lab_capture.EXCHANGES.get(note["exchange"], str(note["exchange"]))
+        for note in seen
+    )
     return {
         "messages": len(seen),
         "octets": sum(note["octets"] for note in seen),
@@ -198,25 +203,32 @@ class Snapshot:
     keys: frozenset[tuple[str, str]]
 
 
-def snapshot(lab: Lab, host: str, salt: bytes) -> Snapshot:
-    """A host's SAs: IKE from its charon, ESP from its kernel (with libipsec from charon, without keys)."""
+def snapshot(lab: Lab, host: str, salt: bytes, mobile: str = "mn") -> Snapshot:
+    """A host's SAs: IKE from its charon, ESP from its kernel (with libipsec from charon, without keys).
+
+    Where two mobile nodes take part, only those of the one are looked at.
+    """
     sas = lab.list_sas(host)
+    if lab.tunnel.second and host in GATEWAYS:
+        sas = [sa for sa in sas if sa["name"] == mobile]
     # just after a rekey the old IKE_SA is still listed
     ike = frozenset(
         (str(sa["initiator-spi"]), str(sa["responder-spi"])) for sa in sas if sa["state"] == "ESTABLISHED"
     )
+    children = [child for sa in sas for child in sa["child-sas"].values()]
+    spis = frozenset(str(child[name]) for child in children for name in ("spi-in", "spi-out"))
     if lab.tunnel.libipsec:
-        children = [child for sa in sas for child in sa["child-sas"].values()]
-        spis = frozenset(str(child[name]) for child in children for name in ("spi-in", "spi-out"))
         return Snapshot(ike, spis, frozenset())
     states = kernel_sas(lab.command(host, ["ip", "xfrm", "state"]).stdout, salt)
+    if lab.tunnel.second:
+        states = [sa for sa in states if sa.spi.removeprefix("0x") in spis]
     return Snapshot(ike, frozenset(sa.spi for sa in states), frozenset((sa.spi, sa.keys) for sa in states))
 
 
 def drop_counters(lab: Lab) -> dict[str, dict[str, int]]:
     """Each charon's host: XFRM's drop counters, and packets for an address that was not there just then."""
     files = ["/proc/net/xfrm_stat", "/proc/net/snmp", "/proc/net/snmp6"]
-    return {host: parse_counters(lab.command(host, ["cat", *files]).stdout) for host in CHARONS}
+    return {host: parse_counters(lab.command(host, ["cat", *files]).stdout) for host in lab.tunnel.charons}
 
 
 def parse_counters(text: str) -> dict[str, int]:
@@ -252,49 +264,57 @@ def moved(
 
 
 class Probe:
-    """UDP in both directions between the MN's inner address and the server, from `start` to `stop`."""
+    """UDP in both directions between a mobile node's inner address and the server, from `start` to `stop`."""
 
-    def __init__(self, lab: Lab, interval_ms: float = INTERVAL_MS) -> None:
+    def __init__(self, lab: Lab, interval_ms: float = INTERVAL_MS, mobile: str = "mn") -> None:
         self._lab = lab
         self._interval = interval_ms
+        self._mobile = mobile
+        self._name = f"probe-{mobile}"
         self._before: dict[str, dict[str, int]] = {}
+
+    @property
+    def _ends(self) -> tuple[tuple[str, str], ...]:
+        return (self._mobile, "srv"), ("srv", self._mobile)
 
     def start(self) -> None:
         """Returns when both ends send. Raises CharonError when one does not come up."""
         lab, version = self._lab, self._lab.tunnel.inner
-        addresses = {host: INNER[host][version] for host in ("mn", "srv")}
         self._before = drop_counters(lab)
-        for host, far in (("mn", "srv"), ("srv", "mn")):
+        for host, far in self._ends:
             output = self._file(host)
             for old in (output, Path(f"{output}.ready")):
                 old.unlink(missing_ok=True)
-            words = [sys.executable, "-I", "-S", lab_probe.__file__, addresses[host], str(PROBE_PORT)]
+            words = [sys.executable, "-I", "-S", lab_probe.__file__, INNER[host][version]]
             # punctual also on a busy CPU: a late sender would send a burst, and lose or save it whole
             words = [*(["chrt", "-f", "2"] if realtime_works() else []), *words]
-            lab.spawn(host, "probe", [*words, addresses[far], str(self._interval), str(output)])
-        for host in ("mn", "srv"):
-            _await(lab, host, "probe", Path(f"{self._file(host)}.ready"))
-        for host in ("mn", "srv"):
-            lab.started[host, "probe"].send_signal(signal.SIGUSR1)
+            words += [str(PROBE_PORT[self._mobile]), INNER[far][version], str(self._interval), str(output)]
+            lab.spawn(host, self._name, words)
+        for host, _far in self._ends:
+            _await(lab, host, self._name, Path(f"{self._file(host)}.ready"))
+        for host, _far in self._ends:
+            lab.started[host, self._name].send_signal(signal.SIGUSR1)
 
     def stop(self) -> Traffic:
         """Ends sending at both ends, lets the last ones arrive, and compares."""
-        for host in ("mn", "srv"):
-            self._lab.started[host, "probe"].terminate()
+        for host, _far in self._ends:
+            self._lab.started[host, self._name].terminate()
         ends = {}
-        for host in ("mn", "srv"):
-            self._lab.started.pop((host, "probe")).wait(timeout=60)
+        for host, _far in self._ends:
+            self._lab.started.pop((host, self._name)).wait(timeout=60)
             ends[host] = json.loads(self._file(host).read_text())
-        up = direction(ends["mn"]["sent"], ends["srv"]["received"], self._interval)
-        down = direction(ends["srv"]["sent"], ends["mn"]["received"], self._interval)
-        return Traffic(up, down, self._interval, moved(self._before, drop_counters(self._lab)))
+        near, far = ends[self._mobile], ends["srv"]
+        up = direction(near["sent"], far["received"], self._interval)
+        down = direction(far["sent"], near["received"], self._interval)
+        counters = moved(self._before, drop_counters(self._lab))
+        return Traffic(up, down, self._interval, counters, self._mobile)
 
     def _file(self, host: str) -> Path:
-        return self._lab.work / host / "probe.json"
+        return self._lab.work / host / f"{self._name}.json"
 
 
 class Capture:
-    """The IKE messages on the mobile node's access link, both directions."""
+    """The IKE and CXTP messages on the mobile node's access links, both directions."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
@@ -303,7 +323,7 @@ class Capture:
     def start(self) -> None:
         for old in (self._output, Path(f"{self._output}.ready")):
             old.unlink(missing_ok=True)
-        words = [sys.executable, "-I", "-S", lab_capture.__file__, "eth0", str(self._output)]
+        words = [sys.executable, "-I", "-S", lab_capture.__file__, "eth0,eth1", str(self._output)]
         self._lab.spawn("mn", "capture", words)
         _await(self._lab, "mn", "capture", Path(f"{self._output}.ready"))
 

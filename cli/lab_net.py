@@ -1,12 +1,14 @@
 """The lab's network: one namespace a host, built by iproute2 and taken down to the last interface.
 
-    mn --- core --- psg ---+
-              |            +--- srv (a bridge in srv's namespace: the inner network)
-              +---- nsg ---+
+    mn  === core --- psg ---+
+    mn2 ---  |              +--- srv (a bridge in srv's namespace: the inner network)
+             +------ nsg ---+
 
-Addresses are fixed (`ADDRESSES`), because scenario files name them. Namespace
-names get a prefix of their own for each lab, so that labs can stand side by
-side and taking one down touches nothing else.
+`mn` has two access networks: eth0 is up, eth1 waits until a scenario has it relocate. `mn2` is there for
+scenarios in which nsg already serves somebody.
+
+Addresses are fixed, because scenario files name them. Namespace names get a prefix of their own for each lab,
+so that labs can stand side by side and taking one down touches nothing else.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from pathlib import Path
 
 from ikectx.errors import KernelError
 
-HOSTS = ("mn", "psg", "nsg", "core", "srv")
+HOSTS = ("mn", "mn2", "psg", "nsg", "core", "srv")
 GATEWAYS = ("psg", "nsg")
+MOBILES = ("mn", "mn2")
 CHARONS = ("mn", "psg", "nsg")
+"""Hosts with a charon in every scenario."""
 
 OUTER = {
     "mn": {4: "10.1.0.10", 6: "fd01::10"},
+    "mn2": {4: "10.1.1.10", 6: "fd01:1::10"},
     "psg": {4: "10.2.1.2", 6: "fd02:1::2"},
     "nsg": {4: "10.2.2.2", 6: "fd02:2::2"},
 }
@@ -38,32 +43,41 @@ SHARED = {4: "10.2.9.1", 6: "fd02:9::1"}
 
 CORE = {
     "mn": {4: "10.1.0.1", 6: "fd01::1"},
+    "mn2": {4: "10.1.1.1", 6: "fd01:1::1"},
     "psg": {4: "10.2.1.1", 6: "fd02:1::1"},
     "nsg": {4: "10.2.2.1", 6: "fd02:2::1"},
 }
 """Address of the core router on the link to that host."""
+
+AWAY = {4: "10.5.0.10", 6: "fd05::10"}
+"""Address of `mn` in its second access network (eth1, `to-mn-new` at the core), once it is there."""
+
+CORE_AWAY = {4: "10.5.0.1", 6: "fd05::1"}
+
+LINKS = {"mn": ("to-mn", "to-mn-new"), "mn2": ("to-mn2",), "psg": ("to-psg",), "nsg": ("to-nsg",)}
+"""The core's ends of a host's links."""
 
 INNER = {
     "psg": {4: "10.3.0.2", 6: "fd03::2"},
     "nsg": {4: "10.3.0.3", 6: "fd03::3"},
     "srv": {4: "10.3.0.10", 6: "fd03::10"},
     "mn": {4: "10.4.0.10", 6: "fd04::10"},
+    "mn2": {4: "10.4.0.11", 6: "fd04::11"},
 }
-"""Addresses behind the gateways; the one of the mobile node is its inner (virtual) address."""
+"""Addresses behind the gateways; those of the mobile nodes are their inner (virtual) addresses."""
 
 SECOND = {4: "10.6.0.10", 6: "fd06::10"}
 """A second address of the server, in a network of its own, for a second CHILD_SA."""
 
 SECOND_NET = {4: "10.6.0.0/24", 6: "fd06::/64"}
 INNER_NET = {4: "10.3.0.0/24", 6: "fd03::/64"}
-POOL = {4: "10.4.0.10", 6: "fd04::10"}
-"""Both gateways hand out the one address that scenarios name, whoever the client says it is."""
 
+ROUTERS = (*GATEWAYS, "core")
 PREFIX = {4: 24, 6: 64}
 HOST_BITS = {4: 32, 6: 128}
 
 _MODULES = """
-veth bridge tun dummy af_packet sch_netem nf_tables nft_queue nft_ct nfnetlink_queue
+veth bridge tun dummy af_packet sch_netem nf_tables nft_queue nft_ct nft_nat nft_chain_nat nfnetlink_queue
 xfrm_user xfrm_algo xfrm_interface esp4 esp6 xfrm4_tunnel xfrm6_tunnel ipcomp ipcomp6
 authenc authencesn echainiv seqiv ccm gcm cmac xcbc ctr cbc hmac chacha20poly1305
 aes_generic sha256_generic sha512_generic sha1_generic
@@ -119,13 +133,14 @@ class Net:
             f"link add name eth0 netns {ns[host]} type veth peer name to-{host} netns {ns['core']}"
             for host in OUTER
         ]
+        links.append(f"link add name eth1 netns {ns['mn']} type veth peer name to-mn-new netns {ns['core']}")
         links += [
             f"link add name lan0 netns {ns[host]} type veth peer name to-{host} netns {ns['srv']}"
             for host in GATEWAYS
         ]
         run(["ip", "-batch", "-"], text="\n".join(links) + "\n")
         for host in HOSTS:
-            run([*self.enter(host), "sh", "-c", _SYSCTLS, "sh", "0" if host in ("mn", "srv") else "1"])
+            run([*self.enter(host), "sh", "-c", _SYSCTLS, "sh", "1" if host in ROUTERS else "0"])
             run(["ip", "-n", ns[host], "-batch", "-"], text="\n".join(self._addresses(host)) + "\n")
         return self._delay()
 
@@ -136,6 +151,8 @@ class Net:
             for version in (4, 6):
                 address = f"{OUTER[host][version]}/{PREFIX[version]}"
                 lines += [_address(version, address, "eth0"), _default(CORE[host][version])]
+        if host == "mn":
+            lines.append("link set eth1 down")
         if host in GATEWAYS:
             lines.append("link set lan0 up")
             lines += [_address(v, f"{SHARED[v]}/{HOST_BITS[v]}", "lo") for v in (4, 6)]
@@ -145,6 +162,8 @@ class Net:
             for far in OUTER:
                 lines.append(f"link set to-{far} up")
                 lines += [_address(v, f"{CORE[far][v]}/{PREFIX[v]}", f"to-{far}") for v in (4, 6)]
+            lines.append("link set to-mn-new up")
+            lines += [_address(v, f"{CORE_AWAY[v]}/{PREFIX[v]}", "to-mn-new") for v in (4, 6)]
             lines += [f"route add {SHARED[v]}/{HOST_BITS[v]} via {OUTER['psg'][v]}" for v in (4, 6)]
         if host == "srv":
             lines.append("link add name br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
@@ -156,7 +175,9 @@ class Net:
     def _delay(self) -> list[str]:
         if self.delay_ms <= 0:
             return []
-        for host, device in (("core", "to-mn"), ("mn", "eth0")):
+        access = [("mn", "eth0"), ("mn", "eth1"), ("mn2", "eth0")]
+        access += [("core", device) for host in MOBILES for device in LINKS[host]]
+        for host, device in access:
             words = ["tc", "-n", self.namespace(host), "qdisc", "replace", "dev", device, "root", "netem"]
             done = run([*words, "delay", f"{self.delay_ms}ms", "limit", "10000"], check=False)
             if done.returncode != 0:
@@ -167,13 +188,42 @@ class Net:
 
     def restore(self) -> None:
         """Puts back what a scenario may have changed: addresses, routes, filters (not the gateways')."""
-        for host in ("mn", "core", "srv"):
+        for host in (*MOBILES, "core", "srv"):
             run([*self.enter(host), "nft", "flush", "ruleset"], check=False)
         for host in HOSTS:
             script = "ip addr flush scope global; ip -6 addr flush scope global; ip route flush table main;"
             script += " ip -6 route flush table main; ip -batch - <<'E'\n"
             lines = [line for line in self._addresses(host) if not line.startswith("link add")]
             run([*self.enter(host), "sh", "-c", script + "\n".join(lines) + "\nE"], check=False)
+
+    def relocate(self, host: str = "mn") -> None:
+        """The mobile node leaves one access network and is in the other: no address of the old one stays.
+
+        Addresses, not links: a device that goes down takes IPv6's with it, and what a scenario counts is what
+        happens after the new address is there. Raises KernelError.
+        """
+        shown = run([*self.enter(host), "ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"])
+        away = bool(shown.stdout.strip())
+        new, old = ("eth0", "eth1") if away else ("eth1", "eth0")
+        there, router = (OUTER[host], CORE[host]) if away else (AWAY, CORE_AWAY)
+        gone = AWAY if away else OUTER[host]
+        lines = [f"link set {new} up"]
+        for v in (4, 6):
+            lines.append(f"addr del {gone[v]}/{PREFIX[v]} dev {old}")
+            lines.append(_address(v, f"{there[v]}/{PREFIX[v]}", new))
+            lines.append(f"route replace default via {router[v]} dev {new}")
+        run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
+
+    def cut(self, one: str, other: str) -> None:
+        """The core forwards nothing more between two hosts, whichever links they use. Raises KernelError."""
+        sides = ["{ " + ", ".join(f'"{device}"' for device in LINKS[host]) + " }" for host in (one, other)]
+        rules = ["add table inet cut", "add chain inet cut f { type filter hook forward priority 0; }"]
+        rules += [f"add rule inet cut f iifname {a} oifname {b} drop" for a, b in (sides, sides[::-1])]
+        run([*self.enter("core"), "nft", "-f", "-"], text="\n".join(rules) + "\n")
+
+    def mend(self) -> None:
+        """Undoes every `cut`."""
+        run([*self.enter("core"), "nft", "delete table inet cut"], check=False)
 
     def pids(self, host: str) -> list[int]:
         done = run(["ip", "netns", "pids", self.namespace(host)], check=False)

@@ -26,6 +26,7 @@ class Report:
     same_spis: bool | None = None
     same_keys: bool | None = None
     traffic: dict[str, Any] | None = None
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
     air: dict[str, Any] | None = None
     gateways: dict[str, int] | None = None
     phases_ms: dict[str, float] | None = None
@@ -111,11 +112,18 @@ class Report:
     def _complaints(self, scenario: Scenario) -> Iterable[str]:
         if self.transfers:
             if not self.same_spis:
-                yield "the SPIs are not the same as before"
+                yield (
+                    "the SPIs are not the same as before"
+                    if scenario.names == "kept"
+                    else "the ends do not have the same SAs"
+                )
             if not self.same_keys and self.esp == "kernel":
                 yield "the keys are not the same as before"
         if self.traffic and not self.traffic["recovered"]:
             yield "the traffic did not come back"
+        for mobile, one in self.others.items():
+            if not one["recovered"]:
+                yield f"the traffic of {mobile} did not come back"
         yield from self._too_much(scenario)
         for one in self.baseline:
             if not one["recovered"]:
@@ -129,10 +137,13 @@ class Report:
             return
         if self.traffic and scenario.lost is not None and self.traffic["lost"] > scenario.lost:
             yield f"{self.traffic['lost']} packets lost, allowed are {scenario.lost}"
+        for mobile, one in self.others.items():
+            if scenario.other_lost is not None and one["lost"] > scenario.other_lost:
+                yield f"{one['lost']} packets of {mobile} lost, allowed are {scenario.other_lost}"
         if self.traffic and scenario.gap_ms is not None and self.traffic["longest_gap_ms"] > scenario.gap_ms:
             yield f"a gap of {self.traffic['longest_gap_ms']} ms, allowed are {scenario.gap_ms}"
         if self.air and scenario.messages is not None and self.air["messages"] != scenario.messages:
-            yield f"{self.air['messages']} IKE messages on the air, not {scenario.messages}"
+            yield f"{self.air['messages']} messages on the air, not {scenario.messages}"
         most = max((int(one.get("cxtp_octets", 0)) for one in self.transfers), default=0)
         if scenario.gateway_octets is not None and most > scenario.gateway_octets:
             yield f"{most} octets between the gateways, allowed are {scenario.gateway_octets}"
@@ -163,6 +174,7 @@ class Report:
         }
         extra = {
             "skipped": self.skipped_because,
+            "others": self.others,
             "transfers": self.transfers if len(self.transfers) > 1 else [],
             "checks": self.checks,
             "warnings": self.warnings,
@@ -190,7 +202,7 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
 
     shown: list[RenderableType] = []
     if report.get("traffic") or report["baseline"]:
-        columns = ("way", "lost", "longest gap", "IKE messages on the air", "octets", "between gateways")
+        columns = ("way", "lost", "longest gap", "messages on the air", "octets", "between gateways")
         table = Table(*columns, title=f"{report['scenario']}: {report['description']}")
         if report.get("traffic"):
             traffic, air, gateways = report["traffic"], report["air"], report["gateways"]
@@ -208,6 +220,10 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if report.get("traffic") and report["traffic"]["causes"]:
         causes = report["traffic"]["causes"].items()
         lines.append("lost: " + ", ".join(f"{count} {cause}" for cause, count in causes))
+    for mobile, one in report.get("others", {}).items():
+        lines.append(
+            f"{mobile}: {one['lost']} of {one['sent']} lost, longest gap {one['longest_gap_ms']:.0f} ms"
+        )
     if report.get("same_spis") is not None:
         words = {True: "the same", False: "NOT the same", None: "not visible"}
         spis, keys = words[report["same_spis"]], words[report["same_keys"]]

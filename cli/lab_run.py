@@ -18,7 +18,7 @@ from vici_bridge.vici import ControlClient, json_of
 from .lab_config import Tunnel
 from .lab_hosts import Lab
 from .lab_measure import Capture, Probe, Snapshot, Traffic, air, snapshot
-from .lab_net import GATEWAYS, INNER, OUTER, SHARED
+from .lab_net import GATEWAYS, INNER, MOBILES, OUTER, SHARED
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
 
@@ -43,15 +43,21 @@ class Runner:
         self._scenario = scenario
         self._say = say
         self._salt = os.urandom(16)
-        self._owner = "psg"
-        self._probe: Probe | None = None
+        self._serves: dict[str, str] = {}
+        self._probes: dict[str, Probe] = {}
         self._capture: Capture | None = None
         self._began_ns = 0
         self._before: tuple[Snapshot, Snapshot] | None = None
         self._children: set[str] = set()
+        self._away = False
         self.report = Report(
             scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
         )
+
+    @property
+    def _owner(self) -> str:
+        """The gateway that serves mn."""
+        return self._serves.get("mn", "psg")
 
     def run(self) -> Report:
         """All steps, up to the first that fails; then all checks."""
@@ -82,12 +88,13 @@ class Runner:
 
     def _abandon(self) -> None:
         """Ends probes that a failed step left running."""
-        for one in (self._probe, self._capture):
+        for one in (*self._probes.values(), self._capture):
             if one is not None:
                 try:
                     one.stop()
                 except (IkectxError, OSError, KeyError, ValueError):
                     continue
+        self._lab.net.mend()
 
     # -- commands ---------------------------------------------------------------------------
 
@@ -117,18 +124,25 @@ class Runner:
 
     # -- verbs ------------------------------------------------------------------------------
 
-    def _do_connect(self, gateway: str = "psg") -> None:
-        self._lab.connect(gateway)
-        self._owner = gateway
+    def _do_connect(self, gateway: str = "psg", mobile: str = "mn") -> None:
+        self._lab.connect(gateway, mobile)
+        self._serves[mobile] = gateway
 
-    def _do_terminate(self, host: str = "mn") -> None:
+    def _sas(self, host: str, mobile: str) -> list[dict[str, Any]]:
+        """The IKE_SAs of one mobile node: a gateway has a connection of its name for it."""
+        sas = self._lab.list_sas(host)
+        return [sa for sa in sas if sa["name"] == mobile] if host in GATEWAYS else sas
+
+    def _do_terminate(self, host: str = "mn", mobile: str = "") -> None:
         host = self._host(host)
-        self._lab.terminate(host)
-        for end in ("mn", self._owner):
-            self._until(partial(self._gone, end), f"{end} still has the IKE_SA")
+        mobile = mobile or (host if host in MOBILES else "mn")
+        for sa in self._sas(host, mobile):
+            self._lab.vici(host).terminate(ike_id=int(sa["uniqueid"]), timeout_ms=20000)
+        for end in (mobile, self._serves[mobile]):
+            self._until(partial(self._gone, end, mobile), f"{end} still has the IKE_SA of {mobile}")
 
-    def _gone(self, host: str) -> bool:
-        return not self._lab.list_sas(host)
+    def _gone(self, host: str, mobile: str) -> bool:
+        return not self._sas(host, mobile)
 
     def _do_wait(self, seconds: str) -> None:
         time.sleep(float(seconds))
@@ -138,21 +152,25 @@ class Runner:
             self._start_traffic()
             return
         traffic, notes = self._stop_traffic()
-        self.report.add_traffic(traffic, air(notes, self._began_ns), self._began_ns)
+        self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns)
+        self.report.others = {mobile: one.as_json(self._began_ns) for mobile, one in traffic.items()}
 
     def _start_traffic(self) -> None:
-        self._capture, self._probe = Capture(self._lab), Probe(self._lab, self._scenario.interval_ms)
+        self._capture = Capture(self._lab)
         self._capture.start()
-        self._probe.start()
+        for mobile in self._lab.tunnel.mobiles:
+            if mobile in self._serves:
+                self._probes[mobile] = Probe(self._lab, self._scenario.interval_ms, mobile)
+                self._probes[mobile].start()
         self._began_ns = time.time_ns()
         time.sleep(0.5)
 
-    def _stop_traffic(self) -> tuple[Traffic, list[dict[str, Any]]]:
-        if self._probe is None or self._capture is None:
+    def _stop_traffic(self) -> tuple[dict[str, Traffic], list[dict[str, Any]]]:
+        if not self._probes or self._capture is None:
             raise StepError("traffic stop without traffic start")
-        probe, capture = self._probe, self._capture
-        self._probe = self._capture = None
-        traffic = probe.stop()
+        probes, capture = self._probes, self._capture
+        self._probes, self._capture = {}, None
+        traffic = {mobile: probe.stop() for mobile, probe in probes.items()}
         return traffic, capture.stop()
 
     def _do_transfer(self, source: str, target: str, *options: str) -> None:
@@ -179,7 +197,7 @@ class Runner:
 
     def _moved(self, reports: Sequence[dict[str, Any]], target: str) -> None:
         self.report.add_transfer(reports)
-        self._owner = target
+        self._serves["mn"] = target
         if self._lab.tunnel.libipsec:
             # no charon changes the addresses of user-space ESP: the mobile node rekeys, and asks again after
             # four seconds where nsg was not yet active when it asked first
@@ -200,13 +218,69 @@ class Runner:
             raise StepError(f"move to {target}: {'; '.join(words)}")
         self._moved(reports, target)
 
+    def _do_pull(self, target: str, source: str, *options: str) -> None:
+        """nsg asks psg for the SA: `ikectx pull`; what was sent is told by psg, which let it go."""
+        self._begin(source)
+        done = self._lab.command(target, ["ikectx", "pull", "--from", source, "--json", *options])
+        if done.returncode != 0:
+            said = (done.stdout + done.stderr).strip()[-600:]
+            raise StepError(f"pull from {source}: exit {done.returncode}: {said}")
+        self._arrived(source, target)
+
+    def _do_follow(self, target: str) -> None:
+        """mn is somewhere else; its charon looks for its gateway and finds another one."""
+        source = self._owner
+        self._begin(source)
+        self._do_relocate()
+        self._arrived(source, target)
+
+    def _do_handover(self, target: str, mode: str) -> None:
+        """mn asks for it: before it relocates and after it (predictive), or only after it."""
+        source = self._owner
+        self._begin(source)
+        if mode == "predictive":
+            self._ask_mobile("announce", target)
+        self._do_relocate()
+        self._ask_mobile("arrive", target)
+        self._arrived(source, target)
+
+    def _ask_mobile(self, what: str, target: str) -> None:
+        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=60.0) as agent:
+            json_of(agent.request("handover", {"to": target, "what": what}))
+
+    def _begin(self, source: str) -> None:
+        self._note(source)
+        if not self.report.transfers:
+            self._began_ns = time.time_ns()
+
+    def _arrived(self, source: str, target: str) -> None:
+        """Waits until `target` serves mn and both ends know, and until `source` has written it down."""
+        address = OUTER[target][self._lab.tunnel.family]
+        self._until(
+            lambda: (
+                any(sa["state"] == "ESTABLISHED" for sa in self._sas(target, "mn"))
+                and any(sa["remote-host"] == address for sa in self._sas("mn", "mn"))
+            ),
+            f"{target} does not serve mn",
+        )
+        self._until(lambda: bool(self._told(source)), f"{source} tells of no transfer")
+        self._moved([self._told(source)[0]], target)
+
+    def _told(self, source: str) -> list[dict[str, Any]]:
+        """Transfers since `_begin` that moved an SA, as the agent of the gateway that let go tells them."""
+        entries: list[dict[str, Any]] = []
+        with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=60.0) as agent:
+            agent.stream("history", "history-entry", {"limit": 5}, lambda item: entries.append(json_of(item)))
+        began = self._began_ns / 1e9 - 1
+        return [one for one in entries if one["result"] == "moved" and float(one["started"]) >= began]
+
     def _note(self, source: str) -> None:
         """Keeps what must be the same after a transfer."""
         self._before = (self._snapshot("mn"), self._snapshot(source))
         self._children = self._names("mn", "child")
 
     def _snapshot(self, host: str) -> Snapshot:
-        return snapshot(self._lab, host, self._salt)
+        return snapshot(self._lab, host, self._salt, "mn")
 
     def _settled(self) -> None:
         """Compares SPIs and keys after a transfer with those before, once traffic does not mind the work."""
@@ -218,32 +292,32 @@ class Runner:
             self.report.add_proof(after.ike == mobile.ike == there.ike, None)
             return
         expected = 2 * self._lab.tunnel.children
-        spis = (
-            after.ike == mobile.ike == there.ike
-            and len(after.esp) >= expected
-            and after.esp <= mobile.esp
-            and len(there.esp) >= expected
-            and there.esp <= gateway.esp
-        )
+        alive = len(after.esp) >= expected and len(there.esp) >= expected and after.ike == there.ike
+        if self._scenario.names != "kept":
+            told = {key for _spi, key in mobile.keys}
+            same = {key for _spi, key in after.keys | there.keys} <= told
+            self.report.add_proof(alive, alive and (same or self._scenario.names == "new"))
+            return
+        spis = alive and after.ike == mobile.ike and after.esp <= mobile.esp and there.esp <= gateway.esp
         keys = spis and after.keys <= mobile.keys and there.keys <= gateway.keys and there.keys <= mobile.keys
         self.report.add_proof(spis, keys)
 
-    def _do_ping(self) -> None:
+    def _do_ping(self, mobile: str = "mn") -> None:
         tunnel, version = self._lab.tunnel, self._lab.tunnel.inner
-        source, far = INNER["mn"][version], INNER["srv"][version]
+        source, far = INNER[mobile][version], INNER["srv"][version]
         if tunnel.mode == "transport":
             version = tunnel.family
-            source, far = OUTER["mn"][version], (SHARED if tunnel.shared else OUTER[self._owner])[version]
+            source, far = OUTER[mobile][version], (SHARED if tunnel.shared else OUTER[self._owner])[version]
         words = ["ping", "-n", "-q", "-c", "3", "-i", "0.2", "-W", "3", "-I", source]
-        done = self._lab.command("mn", [*words, far])
+        done = self._lab.command(mobile, [*words, far])
         if " 0% packet loss" not in done.stdout:
-            raise StepError(f"ping from mn to {far}: {(done.stdout + done.stderr).strip()[-200:]}")
+            raise StepError(f"ping from {mobile} to {far}: {(done.stdout + done.stderr).strip()[-200:]}")
 
-    def _do_rekey(self, host: str, what: str) -> None:
+    def _do_rekey(self, host: str, what: str, mobile: str = "mn") -> None:
         host = self._host(host)
-        ends = ("mn", self._owner)
-        before = {end: self._names(end, what) for end in ends}
-        for sa in self._lab.list_sas(host):
+        ends = (mobile, self._serves[mobile])
+        before = {end: self._names(end, what, mobile) for end in ends}
+        for sa in self._sas(host, mobile):
             if what == "ike":
                 self._lab.vici(host).rekey(ike_id=int(sa["uniqueid"]))
                 continue
@@ -251,19 +325,31 @@ class Runner:
                 if child["state"] == "INSTALLED":
                     self._lab.vici(host).rekey(child_id=int(child["uniqueid"]))
         for end in ends:
-            self._until(partial(self._renewed, end, what, before[end]), f"{end}: no rekeyed {what} SA")
+            self._until(
+                partial(self._renewed, end, what, before[end], mobile), f"{end}: no rekeyed {what} SA"
+            )
 
-    def _names(self, host: str, what: str) -> set[str]:
+    def _names(self, host: str, what: str, mobile: str = "mn") -> set[str]:
         """SPIs of the IKE_SAs that are up, or of the children."""
-        sas = [sa for sa in self._lab.list_sas(host) if sa["state"] == "ESTABLISHED"]
+        sas = [sa for sa in self._sas(host, mobile) if sa["state"] == "ESTABLISHED"]
         if what == "ike":
             return {sa["initiator-spi"] + sa["responder-spi"] for sa in sas}
         children = [child for sa in sas for child in sa["child-sas"].values()]
         return {child["spi-in"] for child in children if child["state"] == "INSTALLED"}
 
-    def _renewed(self, host: str, what: str, before: set[str]) -> bool:
-        now = self._names(host, what)
+    def _renewed(self, host: str, what: str, before: set[str], mobile: str = "mn") -> bool:
+        now = self._names(host, what, mobile)
         return len(now) >= len(before) and not now & before
+
+    def _do_relocate(self) -> None:
+        self._lab.net.relocate()
+        self._away = not self._away
+
+    def _do_cut(self, one: str, other: str) -> None:
+        self._lab.net.cut(one, other)
+
+    def _do_mend(self) -> None:
+        self._lab.net.mend()
 
     def _do_roam(self) -> None:
         version = self._lab.tunnel.family
@@ -294,28 +380,47 @@ class Runner:
         else:
             self._lab.stop(host, "charon", kill=what == "kill")
 
-    def _do_baseline(self, kind: str) -> None:
-        """The way of today: the mobile node deletes its tunnel with psg and sets one up with nsg."""
-        if kind not in BASELINES:
-            raise StepError(f"no baseline {kind}: {', '.join(BASELINES)}")
+    def _do_baseline(self, kind: str, where: str = "") -> None:
+        """The way of today: the mobile node deletes its tunnel with psg and sets one up with nsg.
+
+        With `relocate` it has changed its access network, psg cannot be reached from there, and it forgets
+        the old tunnel without a word.
+        """
         auth, title = BASELINES[kind]
         lab = self._lab
-        if any(lab.list_sas(host) for host in ("mn", self._owner)):
+        if any(self._sas(host, "mn") for host in ("mn", self._owner)):
             self._do_terminate()
+        if where and self._away:
+            self._do_relocate()
+            lab.net.mend()
         lab.reload(replace(lab.tunnel, auth=auth, initiator="mn"), self._scenario.overrides)
         self._do_connect("psg")
         self._do_ping()
         self._start_traffic()
         time.sleep(0.5)
         began = time.time_ns()
-        lab.terminate("mn")
+        if where:
+            lab.net.cut("mn", "psg")
+            self._do_relocate()
+            self._forget("mn")
+            began = time.time_ns()
+        else:
+            lab.terminate("mn")
         lab.initiate("mn", "nsg", "net")
         done_ms = (time.time_ns() - began) / 1e6
         time.sleep(1.0)
         traffic, notes = self._stop_traffic()
-        self._owner = "nsg"
-        self.report.add_baseline(kind, title, traffic, air(notes, began), done_ms)
+        self._serves["mn"] = "nsg"
+        self.report.add_baseline(kind, title, traffic["mn"], air(notes, began), done_ms)
         self._do_terminate()
+        if where:
+            lab.net.mend()
+            self._forget("psg")
+
+    def _forget(self, host: str) -> None:
+        """A host's SAs go without a word that anybody could hear."""
+        for sa in self._lab.list_sas(host):
+            self._lab.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=100)
 
     def _until(self, true: Callable[[], bool], otherwise: str) -> None:
         limit = time.monotonic() + SETTLE
@@ -392,8 +497,7 @@ def _prepared(
         return lab
     if disturbed:
         lab.net.restore()
-    same = lab.agents == scenario.agents and lab.tunnel.libipsec == tunnel.libipsec
-    same = same and lab.tunnel.shared == tunnel.shared  # the agents' configuration holds it
+    same = lab.agents == scenario.agents and lab.tunnel.same_daemons(tunnel)
     if clean and same and not scenario.fresh and lab.clear():
         lab.reload(tunnel, scenario.overrides)
     else:
@@ -403,7 +507,7 @@ def _prepared(
 
 def save_logs(lab: Lab, folder: Path) -> None:
     """Copies logs, configurations and measurements; neither keys nor the agents' stores."""
-    for host in ("mn", "psg", "nsg", "srv"):
+    for host in (*lab.tunnel.charons, "srv"):
         target = folder / host
         target.mkdir(parents=True, exist_ok=True)
         for path in (lab.work / host).glob("*"):

@@ -1,4 +1,5 @@
-"""Scenarios: folders of data. `scenario.toml` says what to do; HOST.conf adds swanctl.conf text to a host.
+"""Scenarios: folders of data. `scenario.toml` says what to do; HOST.conf adds swanctl.conf text to a host,
+HOST.strongswan adds strongswan.conf text.
 
     description = "one line"
     base = "move"                 # take over everything of another scenario, then what stands here
@@ -6,6 +7,7 @@
     kernel_only = false           # skip with --esp libipsec
     interval_ms = 5               # of the probe's datagrams, each way
     agents = true                 # run `ikectx serve` on the gateways
+    names = "kept"                # what a transfer may change: nothing, SPIs ("renamed"), keys too ("new")
     steps = [
       "connect",                  # a verb of `VERBS`, with its arguments
       { host = "psg", run = "ikectx status --json", expect = "idle" },
@@ -22,7 +24,8 @@
     lost = 2                      # packets of the probe, both directions together
     gap_ms = 200                  # the longest gap
     gateway_octets = 600          # of CXTP for one transfer
-    messages = 2                  # IKE messages on the air while there is traffic: exactly so many
+    messages = 2                  # IKE and CXTP messages on the air while there is traffic: exactly so many
+    other_lost = 0                # packets of mn2's probe
 
 A command runs in `sh -c` on its host. `exit` is the status it must end with (default 0), `expect` a regular
 expression its output must hold, `reject` one it must not; `count` says how often `expect` must be found;
@@ -35,7 +38,7 @@ import dataclasses
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,14 +46,18 @@ from typing import Any
 from ikectx.errors import ConfigError, UsageError
 
 from .lab_config import Tunnel
-from .lab_net import HOSTS
+from .lab_net import GATEWAYS, HOSTS, LINKS, MOBILES
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "scenarios"
 
 VERBS = {
-    "connect": (0, 1, "[GATEWAY]: the tunnel comes up (at psg)"),
-    "terminate": (0, 1, "[HOST]: the tunnel is deleted from there (mn), and must be gone at both ends"),
-    "traffic": (1, 1, "start | stop: the UDP probe and the capture of IKE"),
+    "connect": (0, 2, "[GATEWAY [MOBILE]]: the tunnel comes up (mn's at psg)"),
+    "terminate": (
+        0,
+        2,
+        "[HOST [MOBILE]]: the tunnel is deleted from there (mn), and must be gone at both ends",
+    ),
+    "traffic": (1, 1, "start | stop: the UDP probes (mn's, mn2's where it takes part) and the capture"),
     "wait": (1, 1, "SECONDS"),
     "transfer": (2, 9, "FROM TO [OPTION...]: ikectx transfer, which must succeed"),
     "move": (
@@ -58,15 +65,37 @@ VERBS = {
         3,
         "FROM TO [keep]: the same by the agent's control socket; with keep the address moves along",
     ),
-    "ping": (0, 0, "the tunnel carries packets both ways"),
-    "rekey": (2, 2, "HOST child | ike: and wait until the new one is in use at both ends"),
-    "roam": (0, 0, "the mobile node changes its address; the gateway in charge must follow"),
-    "baseline": (1, 1, "psk | eap: terminate and connect to nsg from scratch, under the probe"),
+    "pull": (2, 9, "TO FROM [OPTION...]: ikectx pull at TO, which must succeed"),
+    "handover": (2, 2, "GATEWAY predictive | reactive: mn asks for it by its agent, and relocates meanwhile"),
+    "follow": (1, 1, "GATEWAY: mn relocates, and GATEWAY must find its SA by itself"),
+    "relocate": (0, 0, "mn leaves its access network and is in its other one"),
+    "cut": (2, 2, "HOST HOST: the core forwards nothing more between the two"),
+    "mend": (0, 0, "undoes every cut"),
+    "ping": (0, 1, "[MOBILE]: the tunnel carries packets both ways"),
+    "rekey": (2, 3, "HOST child | ike [MOBILE]: and wait until the new one is in use at both ends"),
+    "roam": (0, 0, "mn changes its address within its access network; the gateway in charge must follow"),
+    "baseline": (1, 2, "psk | eap [relocate]: terminate and connect to nsg from scratch, under the probe"),
     "agent": (2, 2, "HOST stop | kill | start"),
     "charon": (2, 2, "HOST stop | kill | start"),
 }
 """Verbs of a step: how few and many arguments they take, and what they do. HOST may be `owner` or `other`."""
 
+WORDS: dict[str, dict[int, tuple[str, ...]]] = {
+    "traffic": {1: ("start", "stop")},
+    "connect": {1: GATEWAYS, 2: MOBILES},
+    "handover": {1: GATEWAYS, 2: ("predictive", "reactive")},
+    "follow": {1: GATEWAYS},
+    "cut": {1: tuple(LINKS), 2: tuple(LINKS)},
+    "terminate": {1: (*LINKS, "owner", "other"), 2: MOBILES},
+    "ping": {1: MOBILES},
+    "rekey": {1: (*LINKS, "owner", "other"), 2: ("child", "ike"), 3: MOBILES},
+    "baseline": {1: ("psk", "eap"), 2: ("relocate",)},
+    "agent": {1: (*LINKS, "owner", "other"), 2: ("stop", "kill", "start")},
+    "charon": {1: (*LINKS, "owner", "other"), 2: ("stop", "kill", "start")},
+}
+"""What an argument of a verb may be, where that is a list."""
+
+NAMES = ("kept", "renamed", "new")
 ALIASES = ("owner", "other")
 
 
@@ -117,6 +146,8 @@ class Scenario:
     gap_ms: float | None = None
     messages: int | None = None
     gateway_octets: int | None = None
+    other_lost: int | None = None
+    names: str = "kept"
     kernel_only: bool = False
     fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -132,9 +163,13 @@ class Scenario:
         commands = [step.run for step in (*self.steps, *self.checks) if isinstance(step, Command)]
         return (
             self.tunnel.shared
-            or ("roam",) in self.steps
+            or any(isinstance(step, tuple) and MOVES & set(step) for step in self.steps)
             or any("ip " in one or "nft" in one for one in commands)
         )
+
+
+MOVES = {"roam", "relocate", "handover", "follow", "cut"}
+"""Words of steps after which addresses are not what they were."""
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -169,9 +204,10 @@ def _merged(name: str, folder: Path, seen: tuple[str, ...]) -> tuple[dict[str, A
     if "base" in own:
         base, overrides = _merged(str(own.pop("base")), folder, (*seen, name))
     for host in HOSTS:
-        extra = source.parent / f"{host}.conf"
-        if extra.exists():
-            overrides[host] = overrides.get(host, "") + extra.read_text()
+        for kind, key in ((".conf", host), (".strongswan", f"{host}.strongswan")):
+            extra = source.parent / f"{host}{kind}"
+            if extra.exists():
+                overrides[key] = overrides.get(key, "") + extra.read_text()
     return _over(base, own), overrides
 
 
@@ -202,12 +238,18 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "gap_ms": limits.pop("gap_ms", None),
         "messages": limits.pop("messages", None),
         "gateway_octets": limits.pop("gateway_octets", None),
+        "other_lost": limits.pop("other_lost", None),
+        "names": str(keys.pop("names", "kept")),
     }
+    if known["names"] not in NAMES:
+        raise ConfigError(f"{source}: names: one of {', '.join(NAMES)}")
     for key in (*keys, *(f"limits.{key}" for key in limits)):
         raise ConfigError(f"{source}: {key}: no such key")
+    found = tuple(_step(source, step) for step in steps)
+    _fit(source, (*found, *(_command(source, check) for check in checks)), tunnel)
     return Scenario(
         name=name,
-        steps=tuple(_step(source, step) for step in steps),
+        steps=found,
         checks=tuple(_command(source, check) for check in checks),
         tunnel=tunnel,
         overrides=overrides,
@@ -215,12 +257,22 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
     )
 
 
+def _fit(source: Path, steps: Iterable[Step], tunnel: Tunnel) -> None:
+    """Steps that need a host or an agent the scenario does not have. Raises ConfigError."""
+    for step in steps:
+        if isinstance(step, tuple) and step[0] == "handover" and not tunnel.mobile:
+            raise ConfigError(f"{source}: steps: handover needs mobile = true in [tunnel]")
+        named = step[1:] if isinstance(step, tuple) else (step.host,)
+        if "mn2" in named and not tunnel.second:
+            raise ConfigError(f"{source}: steps: mn2 takes part only with second = true in [tunnel]")
+
+
 def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
     fields = {one.name for one in dataclasses.fields(Tunnel)}
     for key in keys:
         if key not in fields:
             raise ConfigError(f"{source}: tunnel.{key}: no such key", hint=", ".join(sorted(fields)))
-    allowed = {
+    allowed: dict[str, tuple[object, ...]] = {
         "family": (4, 6),
         "inner": (4, 6),
         "initiator": ("mn", "gateway"),
@@ -229,6 +281,9 @@ def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
     for key, values in {**allowed, "auth": ("psk", "cert", "eap")}.items():
         if keys.get(key, values[0]) not in values:
             raise ConfigError(f"{source}: tunnel.{key}: one of {', '.join(map(str, values))}")
+    for key in ("vip", "encap", "shared", "libipsec", "mobile", "by_packet", "second"):
+        if not isinstance(keys.get(key, False), bool):
+            raise ConfigError(f"{source}: tunnel.{key}: true or false")
     return Tunnel(**keys)
 
 
@@ -241,6 +296,11 @@ def _step(source: Path, step: object) -> Step:
     few, many, help_text = VERBS[words[0]]
     if not few <= len(words) - 1 <= many:
         raise ConfigError(f"{source}: steps: {step!r}: {words[0]} takes {help_text}")
+    for at, allowed in WORDS.get(words[0], {}).items():
+        if at < len(words) and words[at] not in allowed:
+            raise ConfigError(
+                f"{source}: steps: {step!r}: {words[at]} is none of {', '.join(allowed)}", hint=help_text
+            )
     return words
 
 

@@ -18,6 +18,7 @@ SHAPES = [
     Tunnel(family=6, inner=6, auth="cert", encap=True),
     Tunnel(auth="eap", children=2, connection={"dpd_delay": "3s"}, child={"replay_window": 0}),
     Tunnel(initiator="gateway", vip=False, mode="transport", shared=True),
+    Tunnel(family=6, mobile=True, by_packet=True, second=True, transfer={"collision": "rekey"}),
 ]
 
 
@@ -27,11 +28,15 @@ def read(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("tunnel", SHAPES)
 def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
-    write_all(tmp_path, tunnel, {"mn": "connections {\n psg {\n mobike = no\n }\n}\n"})
-    for host in CHARONS:
+    more = {"mn": "connections {\n psg {\n mobike = no\n }\n}\n", "nsg.strongswan": "charon { retry = 3 }\n"}
+    write_all(tmp_path, tunnel, more)
+    for host in tunnel.charons:
         conf, swan = read(tmp_path / host / "strongswan.conf"), read(tmp_path / host / "swanctl.conf")
         assert conf["charon-systemd.plugins.vici.socket"] == f"unix://{tmp_path}/{host}/charon.vici"
-        assert (conf.get("charon-systemd.plugins.ha.monitor") == "no") == (host in GATEWAYS)
+        assert (conf.get("charon-systemd.plugins.ha.monitor") == "no") == (
+            host in (*GATEWAYS, *tunnel.agents)
+        )
+        assert ("charon.retry" in conf) == (host == "nsg")
         assert swan["secrets.ike-lab.secret"]
     mobile = read(tmp_path / "mn" / "swanctl.conf")
     assert mobile["connections.psg.mobike"] == "no"
@@ -42,6 +47,14 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
         assert ("connections.mn.children.net2.mode" in swan) == (tunnel.children == 2)
         agent = config.load(tmp_path / host / "ikectx.toml")
         assert agent.name == host and len(agent.peers) == 1
+        assert (agent.mobile is not None) == tunnel.mobile and (
+            agent.by_packet is not None
+        ) == tunnel.by_packet
+        assert agent.transfer.collision == tunnel.transfer.get("collision", "update")
+        assert set(agent.connections) == set(tunnel.mobiles)
+        for mobile in tunnel.mobiles:
+            assert swan[f"connections.{mobile}.remote.id"] == f"{mobile}.example"
+            assert swan.get(f"connections.{mobile}.pools") == (mobile if tunnel.vip else None)
         script = (tmp_path / host / "updown").read_text()
         assert ("/dev/udp/10.2." in script) == tunnel.shared
         assert subprocess.run(["bash", "-n", tmp_path / host / "updown"], check=False).returncode == 0

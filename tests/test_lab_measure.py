@@ -121,6 +121,26 @@ def test_ike_is_read_on_both_ports(version: int) -> None:
     assert plain["spi_i"] == "01" * 8 and plain["message_id"] == 7
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_cxtp_is_read_by_its_type(version: int) -> None:
+    head = 28 if version == 4 else 48
+    notes = [
+        lab_capture.parse(packet(ports, payload, version))
+        for ports, payload in (
+            ((40000, 5091), b"\x11" + bytes(99)),
+            ((5091, 40000), b"\x12" + bytes(39)),
+            ((5091, 5091), b""),
+        )
+    ]
+    assert notes == [
+        {"octets": head + 100, "cxtp": 1},
+        {"octets": head + 40, "cxtp": 2},
+        {"octets": head, "cxtp": 0},
+    ]
+    told = air([{**note, "time": 1} for note in notes if note])
+    assert told["by_exchange"] == {"CTAR": 1, "CTAA": 1, "CXTP ?": 1}
+
+
 def test_what_is_too_short_is_nothing() -> None:
     whole = packet((500, 500), ike(34))
     assert [lab_capture.parse(whole[:size]) for size in range(20 + 8 + 28)] == [None] * 56
@@ -155,8 +175,9 @@ def run_filter(data: bytes) -> bool:
 @pytest.mark.parametrize("version", [4, 6])
 def test_the_filter_takes_ike_and_nothing_else(version: int) -> None:
     taken = [((500, 500), ike(34)), ((4500, 4500), bytes(4) + ike(37)), ((1024, 4500), bytes(4) + ike(37))]
+    taken += [((40000, 5091), b"\x11" + bytes(60)), ((5091, 5091), b"\x12")]
     left = [((4500, 4500), b"\xc0\1\2\3" + bytes(60)), ((4500, 4500), b"\xff"), ((53, 1000), bytes(64))]
-    assert [run_filter(packet(*one, version)) for one in taken] == [True] * 3
+    assert [run_filter(packet(*one, version)) for one in taken] == [True] * 5
     assert [run_filter(packet(*one, version)) for one in left] == [False] * 3
 
 

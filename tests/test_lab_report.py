@@ -105,7 +105,7 @@ def test_limits_on_messages() -> None:
     loud, long = moved(), moved()
     loud.judge(scenario(messages=0))
     long.judge(scenario(gateway_octets=400))
-    assert loud.error == "2 IKE messages on the air, not 0"
+    assert loud.error == "2 messages on the air, not 0"
     assert long.error == "452 octets between the gateways, allowed are 400"
 
 

@@ -38,11 +38,12 @@ def test_a_scenario_stands_on_its_base(tmp_path: Path) -> None:
     )
     write(tmp_path, "one", 'base = "_base"\n[tunnel]\nfamily = 4\n[tunnel.child]\nreplay_window = 0')
     (tmp_path / "_base" / "mn.conf").write_text("a = 1\n")
+    (tmp_path / "one" / "nsg.strongswan").write_text("c = 3\n")
     (tmp_path / "one" / "mn.conf").write_text("b = 2\n")
     one = load("one", tmp_path)
     assert (one.description, one.lost, one.steps) == ("b", 3, (("connect",),))
     assert (one.tunnel.auth, one.tunnel.family, one.tunnel.child) == ("cert", 4, {"replay_window": 0})
-    assert one.overrides == {"mn": "a = 1\nb = 2\n"}
+    assert one.overrides == {"mn": "a = 1\nb = 2\n", "nsg.strongswan": "c = 3\n"}
     assert names(tmp_path) == ["one"]
 
 
@@ -64,6 +65,12 @@ def test_a_scenario_stands_on_its_base(tmp_path: Path) -> None:
         ('steps = ["connect", { host = "mn", run = "true", expect = "(" }]', "unterminated"),
         ("steps = [1]", "a command is a table"),
         ('base = "one"\nsteps = ["connect"]', "its own base"),
+        ('steps = ["cut mn me"]', "me is none of mn, mn2, psg, nsg"),
+        ('steps = ["handover nsg soon"]', "soon is none of predictive, reactive"),
+        ('steps = ["handover nsg reactive"]', "handover needs mobile = true"),
+        ('steps = ["ping mn2"]', "mn2 takes part only with second = true"),
+        ('steps = ["connect"]\nnames = "other"', "names: one of kept"),
+        ('steps = ["connect"]\n[tunnel]\nmobile = "yes"', "tunnel.mobile: true or false"),
         ('base = "none"\nsteps = ["connect"]', "none/scenario.toml"),
     ],
 )
@@ -107,5 +114,8 @@ def test_what_a_scenario_leaves_disturbed(tmp_path: Path) -> None:
         'steps = ["connect", { host = "core", run = "ip route add blackhole 10.9.0.0/16" }]',
     )
     found = [load(name, tmp_path) for name in ("one", "two", "three")]
+    write(tmp_path, "four", 'steps = ["cut mn psg"]')
+    write(tmp_path, "five", 'steps = ["handover nsg reactive"]\n[tunnel]\nmobile = true')
+    assert [load(name, tmp_path).disturbs_network for name in ("four", "five")] == [True, True]
     assert [one.disturbs_daemons for one in found] == [True, False, False]
     assert [one.disturbs_network for one in found] == [False, True, True]
