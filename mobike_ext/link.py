@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from ikectx.bypass import bypass
 from ikectx.context import Endpoint
 from ikectx.errors import LinkError, RefusedError
 from ikectx.ikev2 import has_marker
@@ -36,20 +37,14 @@ from .exchange import AddressUpdate, Event, Moved, PeerNatChanged, Refused, Sile
 log = logging.getLogger(__name__)
 
 _SO_ATTACH_FILTER = 26
-_IP_XFRM_POLICY = 17
-_IPV6_XFRM_POLICY = 35
 _IPV6_CHECKSUM = 7
 _UDP_CHECKSUM_AT = 6
 _UDP_HEADER = 8
 _IP6_HEADER = 40
 _ETHERTYPE = {4: 0x0800, 6: 0x86DD}
-_XFRM_POLICY_SIZE = 168
 _MAX_DATAGRAM = 65535
 _PROOF_INTERVAL = 0.25
 """Seconds between two looks at whether the MN's ESP has arrived."""
-
-_NO_XFRM = {errno.ENOPROTOOPT, errno.EOPNOTSUPP}
-"""A kernel without IPsec has no policies to bypass (ESP in user space)."""
 
 
 class MonotonicClock:
@@ -193,7 +188,7 @@ def open_raw(local: Endpoint, remote: Endpoint, spis: tuple[bytes, bytes], *, ma
         if six:
             # the kernel computes and checks the checksum; without it datagrams would leave with none
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
-        _bypass(raw, six)
+        bypass(raw)
         if mark:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
             kind = socket.htons(_ETHERTYPE[local.address.version])
@@ -234,7 +229,7 @@ def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
     return header + checksum.to_bytes(2) + payload
 
 
-# --- packet filter and policies ------------------------------------------------------------------------
+# --- packet filter -------------------------------------------------------------------------------------
 
 _LD_W_ABS, _LD_H_ABS, _LD_B_ABS, _LD_W_IND, _LD_H_IND, _LDX_MSH = 0x20, 0x28, 0x30, 0x40, 0x48, 0xB1
 _JEQ, _RET = 0x15, 0x06
@@ -274,16 +269,3 @@ def _attach(raw: socket.socket, program: list[Instruction]) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))
     raw.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
-
-
-def _bypass(raw: socket.socket, six: bool) -> None:
-    level, option = (socket.IPPROTO_IPV6, _IPV6_XFRM_POLICY) if six else (socket.IPPROTO_IP, _IP_XFRM_POLICY)
-    for direction in (0, 1):  # XFRM_POLICY_IN, XFRM_POLICY_OUT
-        policy = bytearray(_XFRM_POLICY_SIZE)  # struct xfrm_userpolicy_info; action 0 is XFRM_POLICY_ALLOW
-        struct.pack_into("=H", policy, 40, raw.family)
-        policy[160] = direction
-        try:
-            raw.setsockopt(level, option, bytes(policy))
-        except OSError as error:
-            if error.errno not in _NO_XFRM:
-                raise

@@ -1,0 +1,93 @@
+"""How many requests of strangers are looked at: a limit for each source and one in total, no I/O.
+
+RFC 4067 (3, CT_REQUEST_RATE) has a router drop CTARs at random above a rate. A bucket that simply runs empty
+would let through whoever comes first after each refill, and a flood can time that; so a bucket of which less
+than half is left drops with a probability that grows to 1 as it runs empty.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+MEMORY = 1024
+"""Sources remembered. More than that at a time are held by the total limit."""
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Tokens for one kind of request; `level` of them are left at `at` (seconds, monotonic).
+
+    Filled by `rate` a second up to two seconds' worth, at least 2: a burst of one second passes untouched.
+    """
+
+    rate: float
+    at: float
+    level: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.level < 0:
+            self.level = self.size
+
+    @property
+    def size(self) -> float:
+        """Tokens in the full bucket."""
+        return max(2.0, 2.0 * self.rate)
+
+    def fill(self, now: float) -> None:
+        """Time has passed."""
+        self.level = min(self.size, self.level + max(0.0, now - self.at) * self.rate)
+        self.at = now
+
+    def chance(self) -> float:
+        """The probability with which a request may pass now."""
+        return 0.0 if self.level < 1 else min(1.0, self.level / (self.size / 2))
+
+
+class RateLimit:
+    """Decides over requests by their source: an IPv4 address, or the /64 of an IPv6 one.
+
+    rate, source_rate: requests a second in total and of one source. draw: numbers in [0, 1), the dice.
+    A flood of one source uses up its own bucket before it touches that of all.
+    """
+
+    def __init__(
+        self, rate: float, source_rate: float, draw: Callable[[], float], *, memory: int = MEMORY
+    ) -> None:
+        self._source_rate = source_rate
+        self._draw = draw
+        self._memory = memory
+        self._total: Bucket | None = None
+        self._rate = rate
+        self._sources: OrderedDict[int, Bucket] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Sources remembered."""
+        return len(self._sources)
+
+    def allows(self, source: IPv4Address | IPv6Address, now: float) -> bool:
+        """May a request of `source` pass? `now` is seconds, monotonic."""
+        own = self._source(source, now)
+        self._total = self._total or Bucket(self._rate, now)
+        own.fill(now)
+        self._total.fill(now)
+        for bucket in (own, self._total):
+            chance = bucket.chance()
+            if chance < 1 and self._draw() >= chance:
+                return False
+        own.level -= 1
+        self._total.level -= 1
+        return True
+
+    def _source(self, source: IPv4Address | IPv6Address, now: float) -> Bucket:
+        # both families in one table: a /64 is at least 64 bits long, an IPv4 address 32
+        key = int(source) >> 64 | 1 << 64 if source.version == 6 else int(source)
+        found = self._sources.get(key)
+        if found is None:
+            found = self._sources[key] = Bucket(self._source_rate, now)
+            if len(self._sources) > self._memory:
+                self._sources.popitem(last=False)
+        self._sources.move_to_end(key)
+        return found
