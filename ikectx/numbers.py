@@ -164,13 +164,20 @@ class Notify(OpenEnum):
     INVALID_MESSAGE_ID = 9
     INVALID_SPI = 11
     NO_PROPOSAL_CHOSEN = 14
+    INVALID_KE_PAYLOAD = 17
+    AUTHENTICATION_FAILED = 24
+    NO_ADDITIONAL_SAS = 35
+    TS_UNACCEPTABLE = 38
     UNACCEPTABLE_ADDRESSES = 40
     UNEXPECTED_NAT_DETECTED = 41
     TEMPORARY_FAILURE = 43
     CHILD_SA_NOT_FOUND = 44
     NAT_DETECTION_SOURCE_IP = 16388
     NAT_DETECTION_DESTINATION_IP = 16389
+    IPCOMP_SUPPORTED = 16387
+    USE_TRANSPORT_MODE = 16391
     REKEY_SA = 16393
+    ESP_TFC_PADDING_NOT_SUPPORTED = 16394
     MOBIKE_SUPPORTED = 16396
     ADDITIONAL_IP4_ADDRESS = 16397
     ADDITIONAL_IP6_ADDRESS = 16398
@@ -211,6 +218,7 @@ class Fpt(OpenEnum):
     MN_TOKEN = 0xFF05
     PROOF = 0xFF06
     NEW_SPIS = 0xFF07
+    REQUEST = 0xFF08
 
 
 class Status(OpenEnum):
@@ -240,6 +248,7 @@ class Status(OpenEnum):
     BUSY = 0x93
     STALE_EPOCH = 0x94
     NOT_COVERED = 0x95
+    AMBIGUOUS = 0x96
 
 
 STATUS_TEXT: dict[Status, str] = {
@@ -267,4 +276,5 @@ STATUS_TEXT: dict[Status, str] = {
     Status.BUSY: "an exchange or another transfer is under way",
     Status.STALE_EPOCH: "a newer owner of the SA is known",
     Status.NOT_COVERED: "the SA uses something that cannot be moved",
+    Status.AMBIGUOUS: "several SAs answer to that name",
 }

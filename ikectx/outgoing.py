@@ -29,7 +29,7 @@ from .transfer import (
     new_source,
 )
 
-Address = Literal["update", "keep"]
+Address = Literal["update", "keep", "mn"]
 _T = TypeVar("_T")
 
 _PHASES: Mapping[SourceState, str] = {

@@ -14,7 +14,7 @@ Blocks hold key material. Everything decoded is checked; only WireError comes ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,24 +51,30 @@ _DIRECTIONS = {"i": "in", "o": "out", "f": "fwd"}
 _LETTERS = {name: letter for letter, name in _DIRECTIONS.items()}
 
 
+_INTENTS = {"prepare": 0, "check": 1, "hold": 4}
+_ADDRESSES = {"update": 0, "keep": 2, "mn": 8}
+"""Bits of the flags: one of each at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class TransferHeader:
     """What a PCTD says of the transfer itself.
 
     `transfer_id`: 8 octets, drawn by pSG, named again by the CTD. `intent` "check": only ask
-    whether it would be taken. `address` "keep": the gateway address moves along, the MN is not told.
-    The owner's epoch is in the context.
+    whether it would be taken; "hold": install nothing before the MN has arrived. `address` "keep": the
+    gateway address moves along, the MN is not told; "mn": the MN moves its SAs itself, nSG tells it nothing
+    and serves it where it is by then. The owner's epoch is in the context.
     """
 
     transfer_id: bytes
-    intent: Literal["prepare", "check"] = "prepare"
-    address: Literal["update", "keep"] = "update"
+    intent: Literal["prepare", "check", "hold"] = "prepare"
+    address: Literal["update", "keep", "mn"] = "update"
 
     def __post_init__(self) -> None:
         if len(self.transfer_id) != 8:
             raise ValueError("a transfer id has 8 octets")
-        if self.intent not in ("prepare", "check") or self.address not in ("update", "keep"):
-            raise ValueError("intent is prepare or check, address is update or keep")
+        if self.intent not in _INTENTS or self.address not in _ADDRESSES:
+            raise ValueError("intent is prepare, check or hold, address is update, keep or mn")
 
 
 def _rest(entry: cbor.MapReader, fpt: Fpt, item: int = 0) -> Unknown:
@@ -135,11 +141,13 @@ def _generation(value: Any, where: str, number: int) -> tuple[IkeGeneration, Unk
     return generation, _rest(entry, Fpt.IKEV2_SA, number + 1)
 
 
-_CHECK, _KEEP = 1, 2
+_HEADERS: Mapping[int, tuple[Any, Any]] = {
+    _INTENTS[intent] | _ADDRESSES[address]: (intent, address) for intent in _INTENTS for address in _ADDRESSES
+}
 
 
 def _ike_out(context: IkeContext, transfer: TransferHeader) -> dict[int, Any]:
-    flags = (_CHECK if transfer.intent == "check" else 0) | (_KEEP if transfer.address == "keep" else 0)
+    flags = _INTENTS[transfer.intent] | _ADDRESSES[transfer.address]
     out: dict[int, Any] = {0: VERSION, 1: transfer.transfer_id}
     cbor.put(out, 2, flags, 0)
     cbor.put(out, 3, context.epoch, 0)
@@ -166,10 +174,10 @@ def _ike_out(context: IkeContext, transfer: TransferHeader) -> dict[int, Any]:
 def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown]:
     """The transfer header, the arguments of IkeContext that this profile holds, the rest."""
     transfer_id = entry.need(1, cbor.octets(8))
-    flags = entry.take(2, cbor.uint(2), 0)
-    transfer = TransferHeader(
-        transfer_id, "check" if flags & _CHECK else "prepare", "keep" if flags & _KEEP else "update"
-    )
+    flags = entry.take(2, cbor.uint(4), 0)
+    if flags not in _HEADERS:
+        raise WireError(f"IKEV2_SA: flags {flags} contradict each other")
+    transfer = TransferHeader(transfer_id, *_HEADERS[flags])
     items = entry.need(5, _ITEMS)
     read = [_generation(value, where, n) for n, (value, where) in enumerate(items)]
     mid_initiator, mid_responder = entry.take(18, _MIDS, (0, 0))

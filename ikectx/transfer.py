@@ -488,6 +488,7 @@ HINTS: Mapping[Status, str] = {
     Status.BUSY: "try again when the exchange or the other transfer is over",
     Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else",
     Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
+    Status.AMBIGUOUS: "name the SA by its SPIs: `list` at the other gateway shows them",
 }
 
 

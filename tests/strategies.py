@@ -229,8 +229,8 @@ def contexts(draw: st.DrawFn) -> IkeContext:
 transfers = st.builds(
     TransferHeader,
     st.binary(min_size=8, max_size=8),
-    st.sampled_from(["prepare", "check"]),
-    st.sampled_from(["update", "keep"]),
+    st.sampled_from(["prepare", "check", "hold"]),
+    st.sampled_from(["update", "keep", "mn"]),
 )
 
 finals = st.builds(

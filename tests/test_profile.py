@@ -44,6 +44,7 @@ from ikectx.profile import (
     encode_final,
     encode_verdicts,
 )
+from ikectx.whole import decode_last, encode_whole, final_of, merge
 
 from . import strategies
 
@@ -238,7 +239,11 @@ def test_a_transfer_over_ipv6_takes_at_most_600_octets() -> None:
 
 @pytest.mark.parametrize("context", [TYPICAL, RICH, replace(RICH, children=(), policies=())])
 @pytest.mark.parametrize(
-    "transfer", [TRANSFER, replace(TRANSFER, intent="check"), replace(TRANSFER, address="keep")]
+    "transfer",
+    [
+        *(TRANSFER, replace(TRANSFER, intent="check"), replace(TRANSFER, address="keep")),
+        *(replace(TRANSFER, intent="hold", address="mn"), replace(TRANSFER, intent="check", address="mn")),
+    ],
 )
 def test_through_a_message_and_back(context: IkeContext, transfer: TransferHeader) -> None:
     sent = Pctd(context.remote.address, encode(context, transfer=transfer))
@@ -304,6 +309,43 @@ def test_profile_vectors(name: str, context: IkeContext) -> None:
 def test_final_vector() -> None:
     assert decode_final(PROFILE_VECTORS["final"]) == (TYPICAL_FINAL, TRANSFER.transfer_id)
     assert encode_final(TYPICAL_FINAL, TRANSFER.transfer_id) == tuple(PROFILE_VECTORS["final"])
+
+
+# The whole context in a CTD.
+
+WHOLE = replace(TRANSFER, address="mn")
+
+
+def test_a_whole_context_holds_the_last_counters_and_message_ids() -> None:
+    blocks = encode_whole(TYPICAL, TYPICAL_FINAL, transfer=WHOLE)
+    got = decode_last(parse_ctd(blocks).blocks)
+    context, transfer = got
+    assert isinstance(context, IkeContext)
+    assert transfer == WHOLE
+    assert final_of(context) == TYPICAL_FINAL
+    assert context == merge(TYPICAL, TYPICAL_FINAL)
+    assert replace(context, children=TYPICAL.children, mid_initiator=3, mid_responder=17) == TYPICAL
+    assert blocks == tuple(PROFILE_VECTORS["whole"])
+
+
+def test_a_ctd_that_lets_go_is_told_from_a_whole_one() -> None:
+    blocks = encode_final(TYPICAL_FINAL, TRANSFER.transfer_id)
+    assert decode_last(parse_ctd(blocks).blocks) == (TYPICAL_FINAL, TRANSFER.transfer_id)
+    for neither in ((), (ContextDataBlock(Fpt.IKEV2_SA, cbor.dumps({0: 1, 1: bytes(9)})),)):
+        with pytest.raises(WireError):
+            decode_last(neither)
+
+
+def test_a_final_state_of_another_sa_is_not_merged() -> None:
+    for final in (replace(TYPICAL_FINAL, spi_i=bytes(8)), replace(TYPICAL_FINAL, children=())):
+        with pytest.raises(WireError, match="not of this SA"):
+            encode_whole(TYPICAL, final, transfer=WHOLE)
+
+
+def parse_ctd(blocks: tuple[ContextDataBlock, ...]) -> Ctd:
+    got = parse_message(Ctd(TYPICAL.remote.address, blocks).serialize())
+    assert isinstance(got, Ctd)
+    return got
 
 
 # Splitting over blocks.
@@ -465,7 +507,6 @@ BAD: list[tuple[Fpt, tuple[Any, ...]]] = [
     (Fpt.IKEV2_SA, (0, ...)),
     (Fpt.IKEV2_SA, (0, True)),  # a boolean is no number
     (Fpt.IKEV2_SA, (1, b"short")),
-    (Fpt.IKEV2_SA, (2, 4)),
     (Fpt.IKEV2_SA, (3, 1 << 64)),
     (Fpt.IKEV2_SA, (3, -1)),
     (Fpt.IKEV2_SA, (4, ...)),
@@ -503,6 +544,7 @@ BAD: list[tuple[Fpt, tuple[Any, ...]]] = [
     (Fpt.SAD, (1, 0, 2, 1)),  # no such generation
     (Fpt.SAD, (1, 0, 4, bytes(9))),
     (Fpt.SAD, (1, 0, 6, [])),
+    *((Fpt.IKEV2_SA, (2, flags)) for flags in (5, 10, 7, 15, 16)),  # two intents, two addresses, unknown
     (Fpt.SAD, (1, 0, 7, [])),
     (Fpt.SAD, (1, 0, 7, [bytes(6)])),
     (Fpt.SAD, (1, 0, 7, [bytes([10, 1, 0, 1, 16])])),  # host bits set
