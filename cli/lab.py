@@ -126,7 +126,8 @@ def run(
     quiet: bool,
 ) -> None:
     """Run scenarios, in a VM of its own where this kernel has no ESP (--esp auto)."""
-    wanted = [name for name in (lab_scenario.names() if every else names) for _ in range(repeat)]
+    chosen = lab_scenario.neighbours(lab_scenario.names()) if every else names
+    wanted = [name for name in chosen for _ in range(repeat)]
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
     request = lab_start.Request(tuple(wanted), esp, delay, logs)

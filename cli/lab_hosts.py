@@ -299,7 +299,9 @@ class Lab:
             "STRONGSWAN_CONF": f"{folder}/strongswan.conf",
             "SWANCTL_DIR": str(folder),
             "VICI_URI": f"unix://{folder}/charon.vici",
-            "IKECTX_CONFIG": str(agent_file(self.work, host)),
+            ("IKECTX_MOBILE_CONFIG" if host in MOBILES else "IKECTX_CONFIG"): str(
+                agent_file(self.work, host)
+            ),
             "LAB": str(self.work),
             "HOST": host,
         }

@@ -178,6 +178,19 @@ def names(folder: Path = FOLDER) -> list[str]:
     return sorted(name for name in found if not name.startswith("_"))
 
 
+def neighbours(wanted: Iterable[str], folder: Path = FOLDER) -> list[str]:
+    """The same names in an order in which those stand together that can share running daemons."""
+    groups: list[list[Scenario]] = []
+    for scenario in (load(name, folder) for name in wanted):
+        for group in groups:
+            if group[0].agents == scenario.agents and group[0].tunnel.same_daemons(scenario.tunnel):
+                group.append(scenario)
+                break
+        else:
+            groups.append([scenario])
+    return [scenario.name for group in groups for scenario in group]
+
+
 def load(name: str, folder: Path = FOLDER) -> Scenario:
     """Reads a scenario by name. Raises UsageError (unknown name), ConfigError (a key that is wrong)."""
     source = folder / name / "scenario.toml"

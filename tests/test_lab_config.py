@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from ikectx_cli import config, lab_vm, settings
+from ikectx_cli import config, lab_vm, mobile_config, settings
 from ikectx_cli.lab_config import Tunnel, gateway_conf, mobile_conf, strongswan_conf, write_all
 from ikectx_cli.lab_net import CHARONS, GATEWAYS
 
@@ -38,6 +38,9 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
         )
         assert ("charon.retry" in conf) == (host == "nsg")
         assert swan["secrets.ike-lab.secret"]
+    if tunnel.mobile:
+        node = mobile_config.load(tmp_path / "mn" / "mobile.toml")
+        assert {gateway.name for gateway in node.gateways} == set(GATEWAYS)
     mobile = read(tmp_path / "mn" / "swanctl.conf")
     assert mobile["connections.psg.mobike"] == "no"
     for host in GATEWAYS:

@@ -8,7 +8,7 @@ import pytest
 
 from ikectx.errors import ConfigError, UsageError
 from ikectx_cli import lab_run
-from ikectx_cli.lab_scenario import FOLDER, VERBS, Command, load, names
+from ikectx_cli.lab_scenario import FOLDER, VERBS, Command, load, names, neighbours
 
 
 def write(folder: Path, name: str, text: str) -> None:
@@ -24,6 +24,12 @@ def test_every_scenario_of_this_project_reads(name: str) -> None:
 
 def test_bases_are_not_listed() -> None:
     assert "handover" in names() and not [name for name in names() if name.startswith("_")]
+
+
+def test_what_shares_daemons_stands_together(tmp_path: Path) -> None:
+    for name, text in (("a", "[tunnel]\nmobile = true"), ("b", ""), ("c", "[tunnel]\nmobile = true")):
+        write(tmp_path, name, 'steps = ["connect"]\n' + text)
+    assert neighbours(names(tmp_path), tmp_path) == ["a", "c", "b"]
 
 
 def test_every_verb_can_be_done() -> None:
