@@ -27,7 +27,6 @@ from .errors import (
     BusyError,
     ConfigError,
     IkectxError,
-    LinkError,
     StateError,
     UnknownSaError,
     UsageError,
@@ -115,7 +114,6 @@ class Gateway:
         self._links: Links | None = None
         self._servers: list[asyncio.Server] = []
         self._listening: list[tuple[str, int]] = []
-        self._accepted: set[Link] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._outgoing: dict[bytes, Outgoing] = {}
         self._asked_for: set[SaName] = set()
@@ -134,7 +132,7 @@ class Gateway:
         if self._tls is None and (listen or self._dial is None):
             raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
         dial = self._dial or tls_dial(_given(self._tls), self._parts.timing)
-        self._links = Links(dial, self._parts.timing, self._cancelled)
+        self._links = Links(dial, self._parts.timing, self._arrived)
         try:
             if listen:
                 self._servers = await tls_listen(_given(self._tls), self._parts.timing, listen, self.accept)
@@ -171,8 +169,6 @@ class Gateway:
         for run in runs:
             if not run.settled.done():
                 run.settled.set_result(run.report())
-        for link in list(self._accepted):
-            link.close(LinkError("this gateway stops"))
         if links is not None:
             await links.close()
 
@@ -422,12 +418,6 @@ class Gateway:
                 await run.over.wait()
         return run.report()
 
-    def _cancelled(self, peer: PeerConfig, message: Ctc) -> None:
-        """The peer's CTC: for the transfer of that MN, if it is one that can still be cancelled."""
-        for run in self._outgoing.values():
-            if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
-                run.signals.put_nowait(SourceInput.CTC)
-
     def _tidy(self) -> None:
         """Between transfers, the journal's log goes into its database."""
         if self._parts.store.wants_checkpoint and self._links is not None:
@@ -443,23 +433,24 @@ class Gateway:
             log.warning("refused a connection from %s: its certificate says %s", stream.label, shown)
             stream.close()
             return
-        link = Link(stream, peer, self._arrived)
-        self._accepted.add(link)
-        log.info("%s has connected", link.label)
-        try:
-            await link.run()
-        finally:
-            self._accepted.discard(link)
-            log.info("%s has gone: %s", peer.name, link.error)
+        await self._links.serve(stream, peer)
 
     async def _arrived(self, link: Link, message: Message) -> None:
-        if not isinstance(message, Pctd | Ctd | Ctc):
+        if isinstance(message, Ctc):
+            self._cancelled(link, message)
+        elif isinstance(message, Pctd | Ctd):
+            self._desk(link.peer, message.mn).post.put_nowait((link, message))
+        else:
             log.warning("%s sent a %s: not served here", link.label, message.TYPE.name)
-            return
-        key = (link.peer.name, message.mn)
-        if isinstance(message, Ctc) and key not in self._desks:
-            return
-        self._desk(link.peer, message.mn).post.put_nowait((link, message))
+
+    def _cancelled(self, link: Link, message: Ctc) -> None:
+        """A CTC names no more than the MN: it ends what can still be ended, in both directions."""
+        for run in self._outgoing.values():
+            if run.peer.name == link.peer.name and run.context and run.context.remote.address == message.mn:
+                run.signals.put_nowait(SourceInput.CTC)
+        desk = self._desks.get((link.peer.name, message.mn))
+        if desk is not None:
+            desk.post.put_nowait((link, message))
 
     def _desk(self, peer: PeerConfig, mn: IpAddress) -> Desk:
         key = (peer.name, mn)
@@ -470,8 +461,10 @@ class Gateway:
         return desk
 
     async def _staff(self, key: tuple[str, IpAddress], desk: Desk) -> None:
+        links = self._links
         try:
-            await desk.work()
+            with contextlib.nullcontext() if links is None else links.in_use(desk.peer):
+                await desk.work()
         finally:
             del self._desks[key]
             self._tidy()
@@ -484,7 +477,6 @@ class Gateway:
 
     def status(self) -> dict[str, object]:
         """Peers and open transfers, as plain JSON values."""
-        pushing = {link.peer.name for link in self._accepted}
         return {
             "name": self.name,
             "listening": [{"host": host, "port": port} for host, port in self._listening],
@@ -494,8 +486,7 @@ class Gateway:
                     "host": peer.host,
                     "port": peer.port,
                     "rights": sorted(peer.rights),
-                    "connected": peer.name in pushing
-                    or (self._links is not None and self._links.connected(peer.name)),
+                    "connected": self._links is not None and self._links.connected(peer.name),
                 }
                 for peer in self._peers.values()
             ],

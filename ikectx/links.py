@@ -1,10 +1,11 @@
 """Connections between gateways: TLS 1.3 over TCP, and CXTP messages on them (I/O).
 
 Both ends show a certificate of the configured CA; a name in it (SAN dNSName, else the CN) says
-which configured peer it is. Who dialled sends PCTD, CTD and CTC and gets CTDR; who accepted answers.
+which configured peer it is. A connection carries the messages of both directions, whoever dialled it.
 
 RFC 4067 names a transfer by the MN's previous address only, so an answer is told from another by order: on
-one connection, the CTDRs for one MN come in the order of the PCTDs and CTDs for it, one for each.
+one connection, the CTDRs for one MN come in the order of the PCTDs and CTDs for it, one for each. A CTDR with
+a status of FPT REQUEST answers none of them: it refuses a CT-Req (ours; the RFC has no such answer).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .context import Address
-from .cxtp import PORT, Ctc, Ctd, Ctdr, Message, Pctd, StreamDecoder
+from .cxtp import PORT, Ctd, Ctdr, Message, Pctd, StreamDecoder
 from .errors import ConfigError, LinkError, WireError
+from .numbers import Fpt
 from .transfer import Timing
 
 log = logging.getLogger("ikectx.links")
@@ -34,8 +37,10 @@ READ_SIZE = 1 << 16
 class PeerConfig:
     """Another gateway.
 
-    `rights`: what it may do to us, "push" (move SAs here) or "pull". `certificate_name`: the name its
-    certificate holds, empty for `name`.
+    `rights`: what it may do to us: "push" (move SAs here), "pull" (have them moved there), "packet" (the
+    same, where it shows a packet of the MN). What the MN itself asks for needs none. `certificate_name`: the
+    name its certificate holds, empty for `name`. `addresses`: those it serves MNs on, by which a CTAR with
+    the RFC's token names it; `host` counts as well.
     """
 
     name: str
@@ -43,6 +48,7 @@ class PeerConfig:
     port: int = PORT
     rights: frozenset[str] = frozenset({"push"})
     certificate_name: str = ""
+    addresses: tuple[Address, ...] = ()
 
     @property
     def certified(self) -> str:
@@ -251,7 +257,7 @@ Arrival = Callable[["Link", Message], Awaitable[None]]
 class Link:
     """CXTP on one connection to one peer: cuts messages, pairs answers with what they answer.
 
-    `arrived` is called, in order, with every message but CTDR.
+    `arrived` is called, in order, with every message but the CTDRs that were asked for.
     """
 
     def __init__(self, stream: Stream, peer: PeerConfig, arrived: Arrival) -> None:
@@ -262,6 +268,12 @@ class Link:
         self._arrived = arrived
         self._asked: defaultdict[Address, deque[asyncio.Future[Answer]]] = defaultdict(deque)
         self._writing = asyncio.Lock()
+        self._touched = time.monotonic()
+
+    @property
+    def quiet(self) -> float:
+        """Seconds since something was sent or received."""
+        return time.monotonic() - self._touched
 
     @property
     def label(self) -> str:
@@ -277,14 +289,18 @@ class Link:
         """Send; the message's octets. Errors: LinkError."""
         data = message.serialize()
         async with self._writing:
-            if self.error is not None:
-                raise self.error
-            try:
-                await self._stream.write(data)
-            except LinkError as error:
-                self.close(error)
-                raise
+            await self._write(data)
         return len(data)
+
+    async def _write(self, data: bytes) -> None:
+        if self.error is not None:
+            raise self.error
+        self._touched = time.monotonic()
+        try:
+            await self._stream.write(data)
+        except LinkError as error:
+            self.close(error)
+            raise
 
     async def ask(
         self, message: Pctd | Ctd, again: asyncio.Future[Answer] | None = None
@@ -300,11 +316,7 @@ class Link:
             if self.error is not None:
                 raise self.error
             self._asked[message.mn].append(future)
-            try:
-                await self._stream.write(data)
-            except LinkError as error:
-                self.close(error)
-                raise
+            await self._write(data)
         return len(data), future
 
     async def run(self) -> None:
@@ -312,10 +324,9 @@ class Link:
         decoder = StreamDecoder()
         try:
             while data := await self._stream.read():
+                self._touched = time.monotonic()
                 for message in decoder.feed(data):
-                    if isinstance(message, Ctdr):
-                        self._answered(message)
-                    else:
+                    if not (isinstance(message, Ctdr) and self._answered(message)):
                         await self._arrived(self, message)
                 if decoder.error is not None:
                     raise decoder.error
@@ -334,16 +345,17 @@ class Link:
             self.close(LinkError(f"the connection to {self.label} was closed here"))
             raise
 
-    def _answered(self, message: Ctdr) -> None:
+    def _answered(self, message: Ctdr) -> bool:
+        """Is it the answer to a PCTD or CTD of ours?"""
         asked = self._asked.get(message.mn)
-        if not asked:
-            log.warning("%s answered what nobody asked, for %s", self.label, message.mn)
-            return
+        if not asked or any(status.fpt == Fpt.REQUEST for status in message.statuses):
+            return False
         future = asked.popleft()
         if not asked:
             del self._asked[message.mn]
         if not future.done():
             future.set_result(message)
+        return True
 
     def close(self, error: LinkError) -> None:
         """Close, for this reason; all who wait for answers get it. The first reason stays."""
@@ -359,33 +371,57 @@ class Link:
 
 
 class Links:
-    """One outgoing link to each peer, dialled when it is needed, closed after `timing.idle` without use."""
+    """The open links to each peer, whoever dialled them: each carries transfers in both directions.
 
-    def __init__(self, dial: Dial, timing: Timing, cancelled: Callable[[PeerConfig, Ctc], None]) -> None:
+    One is dialled when it is needed and none is there. Who dialled closes it when nothing was said on it and
+    nobody has used it for `timing.idle`.
+    """
+
+    def __init__(self, dial: Dial, timing: Timing, arrived: Arrival) -> None:
         self._dial = dial
         self._timing = timing
-        self._cancelled = cancelled
-        self._links: dict[str, Link] = {}
+        self._arrived = arrived
+        self._dialled: dict[str, Link] = {}
+        self._accepted: defaultdict[str, list[Link]] = defaultdict(list)
         self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._users: defaultdict[str, int] = defaultdict(int)
 
     def connected(self, name: str) -> bool:
         """Is there an open link to that peer?"""
-        return name in self._links
+        return name in self._dialled or bool(self._accepted.get(name))
 
     async def get(self, peer: PeerConfig) -> Link:
-        """The open link, or a new one. Errors: LinkError."""
+        """An open link, or a new one. Errors: LinkError."""
         async with self._dialling[peer.name]:
-            link = self._links.get(peer.name)
-            if link is not None and link.error is None:
+            link = self._open(peer.name)
+            if link is not None:
                 return link
             link = Link(await self._dial(peer), peer, self._arrived)
-            self._links[peer.name] = link
+            self._dialled[peer.name] = link
             task = asyncio.create_task(self._run(link), name=f"ikectx link to {peer.name}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             return link
+
+    def _open(self, name: str) -> Link | None:
+        link = self._dialled.get(name)
+        if link is not None and link.error is None:
+            return link
+        # the other side may be about to close one that was quiet for long
+        lively = self._timing.idle / 2
+        return next((each for each in self._accepted[name] if not each.error and each.quiet < lively), None)
+
+    async def serve(self, stream: Stream, peer: PeerConfig) -> None:
+        """Use a connection that the peer has dialled, until it ends."""
+        link = Link(stream, peer, self._arrived)
+        log.info("%s has connected", link.label)
+        self._accepted[peer.name].append(link)
+        try:
+            await link.run()
+        finally:
+            self._accepted[peer.name].remove(link)
+            log.info("%s has gone: %s", peer.name, link.error)
 
     @contextlib.contextmanager
     def in_use(self, peer: PeerConfig) -> Iterator[None]:
@@ -395,30 +431,35 @@ class Links:
             yield
         finally:
             self._users[peer.name] -= 1
-            if not self._users[peer.name]:
-                with contextlib.suppress(RuntimeError):
-                    asyncio.get_running_loop().call_later(self._timing.idle, self._idle, peer.name)
+            self._wait(peer.name, self._timing.idle)
+
+    def _wait(self, name: str, seconds: float) -> None:
+        if not self._users[name]:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().call_later(seconds, self._idle, name)
 
     def _idle(self, name: str) -> None:
-        link = self._links.get(name)
-        if link is not None and not self._users[name]:
+        link = self._dialled.get(name)
+        if link is None or self._users[name]:
+            return
+        left = self._timing.idle - link.quiet
+        if left > 0.001:
+            self._wait(name, left)
+        else:
             link.close(LinkError(f"the connection to {name} was idle"))
 
     async def _run(self, link: Link) -> None:
         try:
             await link.run()
         finally:
-            if self._links.get(link.peer.name) is link:
-                del self._links[link.peer.name]
-
-    async def _arrived(self, link: Link, message: Message) -> None:
-        if isinstance(message, Ctc):
-            self._cancelled(link.peer, message)
-        else:
-            log.warning("%s sent a %s on a connection of ours: ignored", link.label, message.TYPE.name)
+            if self._dialled.get(link.peer.name) is link:
+                del self._dialled[link.peer.name]
 
     async def close(self) -> None:
         """Close all."""
+        for links in list(self._accepted.values()):
+            for link in list(links):
+                link.close(LinkError("this gateway stops"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -119,6 +119,24 @@ def test_there_and_back_ten_times() -> None:
     run(scenario())
 
 
+def test_one_connection_carries_both_directions() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            mine = [w.a.daemon.serve(a_context(number, mn=f"198.51.100.{number}")) for number in (1, 2, 3)]
+            theirs = [w.b.daemon.serve(a_context(number, mn=f"198.51.100.{number}")) for number in (4, 5)]
+            shared = w.b.daemon.serve(a_context(6, mn="198.51.100.3"))  # two MNs, one address, both ways
+            assert (await w.a.agent.transfer(mine[0], "b")).result == "moved"
+            both = await asyncio.gather(
+                w.a.agent.transfer_all(mine[1:], "b"), w.b.agent.transfer_all([*theirs, shared], "a")
+            )
+            assert {report.result for reports in both for report in reports} == {"moved"}
+            await w.quiet()
+            assert [w.owner(sa) for sa in (*mine, *theirs, shared)] == [*"bbbaaa"]
+            assert len(w.network._wires) == 2
+
+    run(scenario())
+
+
 def test_many_move_at_once_but_one_for_each_mn() -> None:
     async def scenario() -> None:
         async with world() as w:

@@ -16,10 +16,10 @@ import pytest
 
 from ikectx.aio import Gateway
 from ikectx.context import FinalChild, FinalState
-from ikectx.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, parse_message
+from ikectx.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, StatusBlock, parse_message
 from ikectx.errors import ConfigError, LinkError, StateError
-from ikectx.links import Link, PeerConfig, Stream, TlsConfig, certificate_names, tls_dial, tls_listen
-from ikectx.numbers import Status
+from ikectx.links import Link, Links, PeerConfig, Stream, TlsConfig, certificate_names, tls_dial, tls_listen
+from ikectx.numbers import Fpt, Status
 from ikectx.ports import SaName
 from ikectx.profile import TransferHeader, encode, encode_final
 from ikectx.store import SqliteStore
@@ -278,6 +278,70 @@ def test_answers_are_paired_by_mn_and_order() -> None:
             await link.send(Ctc(MN))
         with pytest.raises(LinkError):
             await link.ask(Ctd(MN))
+
+    run(scenario())
+
+
+def test_a_refusal_of_a_request_answers_no_ctd() -> None:
+    async def scenario() -> None:
+        near, far = pair()
+        arrived: list[Message] = []
+
+        async def arrive(link: Link, message: Message) -> None:
+            arrived.append(message)
+
+        link = Link(near, PeerConfig("far", "far"), arrive)
+        reading = asyncio.create_task(link.run())
+        _, asked = await link.ask(Ctd(MN))
+        no = Ctdr(MN, (StatusBlock(Fpt.REQUEST, Status.BUSY),))
+        for message in (no, Ctdr(MN, complete=True), Ctdr(MN2)):
+            near.inbox.put_nowait(message.serialize())
+        assert await asked == Ctdr(MN, complete=True)
+        await asyncio.sleep(0.01)
+        assert arrived == [no, Ctdr(MN2)]  # the last was asked for by nobody
+        far.close()
+        await reading
+
+    run(scenario())
+
+
+def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
+    async def scenario() -> None:
+        dialled: list[str] = []
+
+        async def dial(peer: PeerConfig) -> Stream:
+            dialled.append(peer.name)
+            near, far = pair()
+            others.append(far)
+            return near
+
+        others: list[Stream] = []
+        links = Links(dial, replace(TIMING, idle=0.1), nothing)
+        far = PeerConfig("far", "far")
+        theirs, _ = pair()
+        serving = asyncio.create_task(links.serve(theirs, far))
+        await asyncio.sleep(0)
+        with links.in_use(far):
+            taken = await links.get(far)
+            assert taken.label == "far at far"
+            assert dialled == []
+            await asyncio.sleep(0.06)
+            # its dialler may be about to close it
+            own = await links.get(far)
+            assert own is not taken
+            assert dialled == ["far"]
+            assert await links.get(far) is own
+        await asyncio.sleep(0.05)
+        await own.send(Ctc(MN))
+        await asyncio.sleep(0.07)
+        assert own.error is None  # something was said on it less than `idle` ago
+        await asyncio.sleep(0.06)
+        assert "idle" in str(own.error)
+        assert taken.error is None
+        assert links.connected("far")
+        await links.close()
+        await serving
+        assert not links.connected("far")
 
     run(scenario())
 
