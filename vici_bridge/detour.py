@@ -175,6 +175,30 @@ def is_local(route: Netlink, address: Address) -> bool:
     return bool(outcome.answers) and _decoded(outcome.answers[0])["type"] == _LOCAL
 
 
+def way_to(route: Netlink, source: Address, destination: Address) -> tuple[bool, int]:
+    """Whether packets between these two stay on this host, and the device they leave by (0: no way there).
+
+    Errors: KernelError.
+    """
+    request = _message(
+        rtmsg,
+        _GETROUTE,
+        _REQUEST | _ACK,
+        {
+            "family": family_of(destination),
+            "dst_len": destination.max_prefixlen,
+            "src_len": source.max_prefixlen,
+        },
+        [("RTA_DST", str(destination)), ("RTA_SRC", str(source))],
+        what=f"find the way to {destination}",
+    )
+    outcome = route.transact([request])[0]
+    if not outcome.answers:
+        return False, 0
+    answer = _decoded(outcome.answers[0])
+    return answer["type"] == _LOCAL, int(answer.get_attr("RTA_OIF") or 0)
+
+
 def _message(
     kind: Any,
     number: int,
