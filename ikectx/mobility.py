@@ -1,0 +1,515 @@
+"""The MN's side of a handover it asks for (RFC 4067, mobile controlled) as a sans-IO machine.
+
+Predictive: while still attached to pSG, the MN announces the move to pSG (CTAR, purpose announce), which
+sends its context ahead; at its new place it tells nSG (CTAR, purpose arrive, the same sequence number).
+Reactive: it is there already, and only arrives. AUTO announces too, but an announcement that comes to
+nothing is no end: the MN moves and arrives as in the reactive mode.
+
+What decides is the CTAA:
+
+- one with a good tag (`tokens.open_ctaa`) for the CTAR under way counts, success or refusal;
+- one without a tag never counts as a success: whoever could make a MN believe in a move that did not happen
+  would cut it off. As a refusal it counts once it answered two sendings (nSG has no key when pSG refuses
+  it, so it cannot do better), and leaves the MN in doubt when it was about the arrival.
+
+In doubt: the arrival was sent, and no authentic answer came. nSG may own the SA, or pSG; the MN must find
+out by IKE itself. As long as no arrival was sent, the SA is where it was.
+
+Retransmissions repeat the octets, after 2 s doubling to 15 s (CT_REQUEST_RETRY, CT_RETRY_MAX).
+
+Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`, and `moved`, `cancel`; `now` is
+seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+from .context import Address, Endpoint, IkeGeneration
+from .cxtp import ContextDataBlock, Ctaa, StatusBlock
+from .errors import UsageError, WireError
+from .numbers import Fpt, Status
+from .tokens import MAX_LIFETIME, Purpose, make_ctar, open_ctaa, token_key
+
+
+class Mode(StrEnum):
+    """How the MN hands over. AUTO: predictive as far as it goes, else reactive."""
+
+    PREDICTIVE = "predictive"
+    REACTIVE = "reactive"
+    AUTO = "auto"
+
+
+class MobileState(StrEnum):
+    """NEW: nothing sent. UNPREPARED: the announcement came to nothing, the MN will arrive all the same.
+
+    The last four are ends.
+    """
+
+    NEW = "new"
+    ANNOUNCING = "announcing"
+    PREPARED = "prepared"
+    UNPREPARED = "unprepared"
+    ARRIVING = "arriving"
+    ACTIVATED = "activated"
+    REFUSED = "refused"
+    SILENT = "silent"
+    CANCELLED = "cancelled"
+
+
+class MobileInput(StrEnum):
+    """ACCEPT, REJECT: a CTAA that counts. FALL_BACK: the announcement came to nothing, in AUTO.
+
+    GIVE_UP: time is over. MOVED: the MN is at its new place.
+    """
+
+    ANNOUNCE = "announce"
+    MOVED = "moved"
+    ACCEPT = "accept"
+    REJECT = "reject"
+    FALL_BACK = "fall-back"
+    RESEND = "resend"
+    GIVE_UP = "give-up"
+    CANCEL = "cancel"
+
+
+_S, _I = MobileState, MobileInput
+
+MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
+    (_S.NEW, _I.ANNOUNCE): _S.ANNOUNCING,
+    (_S.NEW, _I.MOVED): _S.ARRIVING,
+    (_S.NEW, _I.ACCEPT): _S.NEW,
+    (_S.NEW, _I.REJECT): _S.NEW,
+    (_S.NEW, _I.FALL_BACK): _S.NEW,
+    (_S.NEW, _I.RESEND): _S.NEW,
+    (_S.NEW, _I.GIVE_UP): _S.NEW,
+    (_S.NEW, _I.CANCEL): _S.CANCELLED,
+    # the CTAR to pSG is out; who moves before its answer arrives anyway: nSG has the context or asks for it
+    (_S.ANNOUNCING, _I.ANNOUNCE): _S.ANNOUNCING,
+    (_S.ANNOUNCING, _I.MOVED): _S.ARRIVING,
+    (_S.ANNOUNCING, _I.ACCEPT): _S.PREPARED,
+    (_S.ANNOUNCING, _I.REJECT): _S.REFUSED,
+    (_S.ANNOUNCING, _I.FALL_BACK): _S.UNPREPARED,
+    (_S.ANNOUNCING, _I.RESEND): _S.ANNOUNCING,
+    (_S.ANNOUNCING, _I.GIVE_UP): _S.SILENT,
+    (_S.ANNOUNCING, _I.CANCEL): _S.CANCELLED,
+    # nSG has the context; both gateways forget it when nobody comes
+    (_S.PREPARED, _I.ANNOUNCE): _S.PREPARED,
+    (_S.PREPARED, _I.MOVED): _S.ARRIVING,
+    (_S.PREPARED, _I.ACCEPT): _S.PREPARED,
+    (_S.PREPARED, _I.REJECT): _S.PREPARED,
+    (_S.PREPARED, _I.FALL_BACK): _S.UNPREPARED,
+    (_S.PREPARED, _I.RESEND): _S.PREPARED,
+    (_S.PREPARED, _I.GIVE_UP): _S.SILENT,
+    (_S.PREPARED, _I.CANCEL): _S.CANCELLED,
+    # waits for the move as long as its owner does
+    (_S.UNPREPARED, _I.ANNOUNCE): _S.UNPREPARED,
+    (_S.UNPREPARED, _I.MOVED): _S.ARRIVING,
+    (_S.UNPREPARED, _I.ACCEPT): _S.UNPREPARED,
+    (_S.UNPREPARED, _I.REJECT): _S.UNPREPARED,
+    (_S.UNPREPARED, _I.FALL_BACK): _S.UNPREPARED,
+    (_S.UNPREPARED, _I.RESEND): _S.UNPREPARED,
+    (_S.UNPREPARED, _I.GIVE_UP): _S.UNPREPARED,
+    (_S.UNPREPARED, _I.CANCEL): _S.CANCELLED,
+    # the CTAR to nSG is out; it may have its effect whatever becomes of us
+    (_S.ARRIVING, _I.ANNOUNCE): _S.ARRIVING,
+    (_S.ARRIVING, _I.MOVED): _S.ARRIVING,
+    (_S.ARRIVING, _I.ACCEPT): _S.ACTIVATED,
+    (_S.ARRIVING, _I.REJECT): _S.REFUSED,
+    (_S.ARRIVING, _I.FALL_BACK): _S.ARRIVING,
+    (_S.ARRIVING, _I.RESEND): _S.ARRIVING,
+    (_S.ARRIVING, _I.GIVE_UP): _S.SILENT,
+    (_S.ARRIVING, _I.CANCEL): _S.SILENT,
+    # ends are never left
+    **{(end, what): end for end in (_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED) for what in _I},
+}
+
+MOBILE_FINAL = frozenset({_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED})
+
+CONTEXTS = frozenset({Fpt.IKEV2_SA, Fpt.SAD, Fpt.SPD, Fpt.PAD})
+"""The IKE_SA moves with all of these or not at all; another context's failure does not hold it."""
+
+
+# --- what the machine is told, and tells -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Retransmission of a CTAR, in seconds: `first` doubles to `longest`; `give_up` after the first sending.
+
+    Source: RFC 4067, 3 (CT_REQUEST_RETRY, CT_RETRY_MAX).
+    """
+
+    first: float = 2.0
+    longest: float = 15.0
+    give_up: float = 45.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first <= self.longest or self.give_up <= 0:
+            raise UsageError("retransmission times are positive, and the first is not above the longest")
+
+    def wait(self, sent: int) -> float:
+        """Seconds to wait after the `sent`-th sending (1 is the first)."""
+        return min(self.longest, self.first * 2.0 ** min(sent - 1, 30))
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A gateway as the MN knows it.
+
+    name: its configured name. address: its outer IKE address. cxtp: where it takes CTARs (UDP).
+    """
+
+    name: str
+    address: Address
+    cxtp: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """pSG has sent the context ahead: the MN may move."""
+
+    ctaa: Ctaa
+
+
+@dataclass(frozen=True, slots=True)
+class Unprepared:
+    """The announcement came to nothing: the MN will arrive without it. No statuses: no answer came."""
+
+    statuses: tuple[StatusBlock, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Activated:
+    """nSG serves the SA. `ctaa` may hold new SPIs (`Fpt.NEW_SPIS`) and failures of other contexts."""
+
+    ctaa: Ctaa
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A gateway said no. `authentic`: its tag was right. `in_doubt`: anybody may have said so, see above."""
+
+    statuses: tuple[StatusBlock, ...]
+    authentic: bool
+    in_doubt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """No answer that counts to `sent` sendings; or nobody moved in time; or `cancel`, after the arrival."""
+
+    sent: int
+    in_doubt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """`cancel` before the arrival: the SA is where it was, the gateways forget what was prepared."""
+
+
+Event = Prepared | Unprepared | Activated | Refused | GaveUp | Cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a handover ended. `state` is one of `MOBILE_FINAL`.
+
+    in_doubt: nSG may own the SA all the same (never so for ACTIVATED). announced: pSG had prepared it.
+    messages, octets: CTARs and CTAAs on the air, UDP payload; retransmissions: of CTARs.
+    """
+
+    state: MobileState
+    statuses: tuple[StatusBlock, ...] = ()
+    blocks: tuple[ContextDataBlock, ...] = ()
+    in_doubt: bool = False
+    authentic: bool = False
+    announced: bool = False
+    messages: int = 0
+    octets: int = 0
+    retransmissions: int = 0
+
+    @property
+    def text(self) -> str:
+        """One line for the operator."""
+        if self.state is MobileState.ACTIVATED:
+            return "the new gateway serves the SA"
+        if self.state is MobileState.CANCELLED:
+            return "cancelled before the arrival: the old gateway serves the SA"
+        said = {
+            MobileState.REFUSED: "refused" if self.authentic else "refused, by an answer without proof",
+            MobileState.SILENT: "no answer",
+        }[self.state]
+        where = (
+            "which gateway serves the SA is not known" if self.in_doubt else "the old gateway serves the SA"
+        )
+        return f"{said}: {where}"
+
+
+# --- the machine -------------------------------------------------------------------------------------------
+
+
+class Handover:
+    """Moves the MN's IKE_SA `generation` from `psg` to `nsg`; the first `to_send` starts it.
+
+    mn: the MN's outer address as pSG knows it. sequence: 32 fresh random bits, of this handover alone.
+    unix: seconds since 1970 when `now` is 0. care_of: the MN's outer IKE endpoint at its new place, in
+    REACTIVE; else `moved` tells it. blocks: the contexts wanted, none for all. lifetime: of a token, s.
+    hold: how long the gateways keep what was announced, s.
+    Errors: UsageError for what cannot be meant; RefusedError for an algorithm not known here.
+    """
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        mode: Mode,
+        *,
+        mn: Address,
+        psg: Router,
+        nsg: Router,
+        sequence: int,
+        unix: float,
+        care_of: Endpoint | None = None,
+        blocks: Sequence[ContextDataBlock] = (),
+        retry: Retry | None = None,
+        lifetime: int = 60,
+        hold: float = 60.0,
+    ) -> None:
+        if not 0 < lifetime <= MAX_LIFETIME:
+            raise UsageError(f"a token lives 1 to {MAX_LIFETIME} s, not {lifetime}")
+        if psg.name == nsg.name:
+            raise UsageError(f"the MN cannot move from {psg.name!r} to itself")
+        self.mode = mode
+        self.mn = mn
+        self.psg = psg
+        self.nsg = nsg
+        self.sequence = sequence
+        self.spis = (generation.spi_i, generation.spi_r)
+        self.state = MobileState.NEW
+        self.ignored = 0
+        """Datagrams that were no answer to us: forged, damaged, late, from elsewhere."""
+        self._key = token_key(generation, sequence)
+        self._unix = unix
+        self._care_of = care_of
+        self._blocks = tuple(blocks)
+        self._retry = retry or Retry()
+        self._lifetime = lifetime
+        self._hold = hold
+        self._events: deque[Event] = deque()
+        self._octets = b""
+        self._send_now = False
+        self._sent = 0
+        self._due: float | None = None
+        self._deadline: float | None = None
+        self._untagged_after = 0
+        """The sending (1 is the first) after which a refusal without a tag came."""
+        self._outcome = Outcome(MobileState.NEW)
+
+    @property
+    def done(self) -> bool:
+        """An end is reached."""
+        return self.state in MOBILE_FINAL
+
+    @property
+    def care_of(self) -> Endpoint | None:
+        """Where the MN said it is now; None: it did not (yet)."""
+        return self._care_of
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended, or how far it is."""
+        return replace(self._outcome, state=self.state)
+
+    # the verbs
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        """UDP payloads to send now, and where to."""
+        if self.state is MobileState.NEW:
+            if self.mode is Mode.REACTIVE:
+                self.moved(self._care_of, now)
+            else:
+                self._enter(MobileInput.ANNOUNCE)
+                self._ask(Purpose.ANNOUNCE, None, now)
+        if not self._send_now:
+            return []
+        self._send_now = False
+        self._sent += 1
+        self._count(self._octets, again=self._sent > 1)
+        if self._deadline is None:
+            self._deadline = now + self._retry.give_up
+        self._due = min(now + self._retry.wait(self._sent), self._deadline)
+        return [(self._octets, self._to.cxtp)]
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due; None: never."""
+        return self._due
+
+    def handle_timer(self, now: float) -> None:
+        """Time has passed; may make something to send, or an end."""
+        if self._due is None or now < self._due:
+            return
+        self._due = None
+        waiting = self.state in (MobileState.ANNOUNCING, MobileState.ARRIVING)
+        if waiting and self._deadline is not None and now < self._deadline:
+            self._enter(MobileInput.RESEND)
+            self._send_now = True
+        elif self.state is MobileState.ARRIVING or self.mode is not Mode.AUTO:
+            self._give_up(MobileInput.GIVE_UP)
+        else:
+            self._fall_back(())
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        """A UDP payload that came from `source`. Never raises: what is no answer to us is counted."""
+        if self.state not in (MobileState.ANNOUNCING, MobileState.ARRIVING):
+            self.ignored += 1
+            return
+        try:
+            ctaa = Ctaa.parse(datagram)
+        except WireError:
+            self.ignored += 1
+            return
+        failed = tuple(s for s in ctaa.statuses if s.fpt in CONTEXTS and s.status != Status.OK)
+        authentic = ctaa.mn == self.mn and open_ctaa(self._key, ctaa, self.sequence, purpose=self._purpose)
+        if not authentic and not self._refused_twice(ctaa, source, failed):
+            return
+        self._count(datagram)
+        if failed:
+            self._refuse(failed, authentic)
+        elif self.state is MobileState.ANNOUNCING:
+            self._know(announced=True)
+            self._enter(MobileInput.ACCEPT, Prepared(ctaa))
+            self._due = now + self._hold
+        else:
+            self._know(statuses=ctaa.statuses, blocks=ctaa.blocks, authentic=True)
+            self._enter(MobileInput.ACCEPT, Activated(ctaa))
+
+    def next_event(self) -> Event | None:
+        """The next thing that happened, oldest first."""
+        return self._events.popleft() if self._events else None
+
+    def moved(self, care_of: Endpoint | None, now: float) -> None:
+        """The MN is at its new place, `care_of` its outer IKE endpoint there (None: it does not know it).
+
+        While the arrival is under way a further move changes nothing: its token names one place.
+        """
+        if self.state in (MobileState.ARRIVING, *MOBILE_FINAL):
+            return
+        self._care_of = care_of
+        self._enter(MobileInput.MOVED)
+        self._ask(Purpose.ARRIVE, care_of, now)
+
+    def cancel(self) -> None:
+        """Do not go on. In doubt when the arrival was sent already."""
+        if self.state is MobileState.ARRIVING:
+            self._give_up(MobileInput.CANCEL)
+        elif not self.done:
+            self._enter(MobileInput.CANCEL, Cancelled())
+
+    # inside
+
+    @property
+    def _purpose(self) -> Purpose:
+        return Purpose.ARRIVE if self.state is MobileState.ARRIVING else Purpose.ANNOUNCE
+
+    @property
+    def _to(self) -> Router:
+        return self.nsg if self.state is MobileState.ARRIVING else self.psg
+
+    def _ask(self, purpose: Purpose, care_of: Endpoint | None, now: float) -> None:
+        other = self.psg if purpose is Purpose.ARRIVE else self.nsg
+        made = make_ctar(
+            self._key,
+            mn=self.mn,
+            router=_in_family(other.address, self.mn),
+            sequence=self.sequence,
+            purpose=purpose,
+            spis=self.spis,
+            psg=self.psg.name,
+            nsg=self.nsg.name,
+            expiry=int(self._unix + now) + self._lifetime,
+            care_of=care_of,
+            blocks=self._blocks,
+        )
+        self._octets = made.serialize()
+        self._send_now, self._sent, self._deadline, self._due = True, 0, None, None
+        self._untagged_after = 0
+
+    def _refused_twice(self, ctaa: Ctaa, source: Endpoint, failed: tuple[StatusBlock, ...]) -> bool:
+        """Is this a refusal without a tag, for the second sending that got one?
+
+        What has a tag, even a wrong one, is no such thing, and duplicates of one answer count once.
+        """
+        if ctaa.blocks or not failed or ctaa.mn != self.mn or source != self._to.cxtp or not self._sent:
+            self.ignored += 1
+            return False
+        if self._untagged_after in (0, self._sent):
+            self._untagged_after = self._sent
+            return False
+        return True
+
+    def _refuse(self, failed: tuple[StatusBlock, ...], authentic: bool) -> None:
+        if self.state is MobileState.ANNOUNCING and self.mode is Mode.AUTO:
+            self._fall_back(failed)
+            return
+        in_doubt = self.state is MobileState.ARRIVING and not authentic
+        self._know(statuses=failed, in_doubt=in_doubt, authentic=authentic)
+        self._enter(MobileInput.REJECT, Refused(failed, authentic, in_doubt))
+
+    def _fall_back(self, failed: tuple[StatusBlock, ...]) -> None:
+        self._know(announced=False)
+        self._enter(MobileInput.FALL_BACK, Unprepared(failed))
+
+    def _give_up(self, what: MobileInput) -> None:
+        in_doubt = self.state is MobileState.ARRIVING and self._sent > 0
+        self._know(in_doubt=in_doubt)
+        self._enter(what, GaveUp(self._sent, in_doubt))
+
+    def _know(self, **facts: Any) -> None:
+        self._outcome = replace(self._outcome, **facts)
+
+    def _count(self, octets: bytes, *, again: bool = False) -> None:
+        seen = self._outcome
+        self._know(
+            messages=seen.messages + 1,
+            octets=seen.octets + len(octets),
+            retransmissions=seen.retransmissions + again,
+        )
+
+    def _enter(self, what: MobileInput, *events: Event) -> None:
+        new = MOBILE_TABLE[self.state, what]
+        if new is not self.state:
+            self._events.extend(events)
+            self._send_now, self._due = False, None
+        self.state = new
+
+
+def _in_family(address: Address, mn: Address) -> Address:
+    """A CTAR holds addresses of one family. The names in the token say which gateways are meant."""
+    if address.version == mn.version:
+        return address
+    return IPv4Address(0) if mn.version == 4 else IPv6Address(0)
+
+
+__all__ = [
+    "MOBILE_FINAL",
+    "MOBILE_TABLE",
+    "Activated",
+    "Cancelled",
+    "Event",
+    "GaveUp",
+    "Handover",
+    "MobileInput",
+    "MobileState",
+    "Mode",
+    "Outcome",
+    "Prepared",
+    "Refused",
+    "Retry",
+    "Router",
+    "Unprepared",
+]
