@@ -333,6 +333,17 @@ class Record:
             mid_responder=sa.mid_responder,
         )
 
+    def moved(self, name: SaName, context: IkeContext) -> None:
+        """Outer addresses and children of `context`, which charon has by now, without a message of its own.
+
+        Where `feed` would say a child's keys stem from the IKE_SA as it is now, they keep their generation.
+        """
+        sa = self._sas.get(name)
+        if sa is not None:
+            self._put(
+                name, replace(sa, local=context.local, remote=context.remote, children=context.children)
+            )
+
     # --- what charon no longer has --------------------------------------------------------------------
 
     def mark(self) -> int:
