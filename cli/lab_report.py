@@ -83,8 +83,16 @@ class Report:
             self.same_keys = same_keys and self.same_keys is not False
 
     def add_baseline(
-        self, name: str, title: str, traffic: Traffic, air: Mapping[str, Any], done_ms: float
+        self,
+        name: str,
+        title: str,
+        traffic: Traffic,
+        air: Mapping[str, Any],
+        done_ms: float,
+        *,
+        relocated: bool = False,
     ) -> None:
+        """The way of today; `relocated`: the mobile node changed its access network in between."""
         self.baseline.append(
             {
                 "name": name,
@@ -97,6 +105,7 @@ class Report:
                 "by_exchange": air["by_exchange"],
                 "signalling_ms": round(done_ms, 1),
                 "recovered": traffic.recovered,
+                "relocated": relocated,
             }
         )
 
@@ -210,7 +219,8 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
             ours = {**traffic, **air, "interruption_ms": traffic["longest_gap_ms"]}
             table.add_row(*_row("ikectx transfer" if gateways else "traffic", ours, between))
         for one in report["baseline"]:
-            table.add_row(*_row(f"terminate, connect ({one['title']})", one, ""))
+            how = "relocate" if one.get("relocated") else "terminate"
+            table.add_row(*_row(f"{how}, connect ({one['title']})", one, ""))
         shown.append(table)
     lines = []
     if report.get("phases_ms"):
