@@ -14,7 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .lab_net import CORE, GATEWAYS, HOST_BITS, INNER, INNER_NET, MOBILES, OUTER, SECOND_NET, SHARED
+from .lab_net import (
+    ANNOUNCED,
+    CORE,
+    GATEWAYS,
+    HOST_BITS,
+    INNER,
+    INNER_NET,
+    MOBILES,
+    OUTER,
+    SECOND_NET,
+    SHARED,
+)
 
 PLUGINS = (
     "random nonce openssl aes sha1 sha2 hmac gcm ccm ctr cmac xcbc chapoly curve25519 kdf drbg x509 pem pkcs1"
@@ -281,7 +292,7 @@ def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     """The gateway agent's configuration."""
     folder = work / host
     other = "nsg" if host == "psg" else "psg"
-    addresses = ", ".join(f'"{address}"' for address in (SHARED if tunnel.shared else OUTER[host]).values())
+    addresses = ", ".join(f'"{address}"' for address in outer(host, tunnel))
     more = "".join(f"{key} = {_toml(value)}\n" for key, value in tunnel.transfer.items())
     sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n\n' for name in tunnel.mobiles)
     if tunnel.mobile:
@@ -313,6 +324,12 @@ address = "{OUTER[other][4]}:{CXTP_PORT}"
 rights = {_toml(rights)}
 forward_via = ["{INNER[other][4]}", "{INNER[other][6]}"]
 '''
+
+
+def outer(host: str, tunnel: Tunnel) -> list[str]:
+    """The addresses from which a gateway serves mobile nodes, of both IP versions."""
+    found = list((SHARED if tunnel.shared else OUTER[host]).values())
+    return found + (list(ANNOUNCED.values()) if tunnel.by_packet and host == "nsg" else [])
 
 
 def _charon_toml(folder: Path, tunnel: Tunnel) -> str:

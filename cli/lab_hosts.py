@@ -122,6 +122,7 @@ class Lab:
 
     def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         write_all(self.work, tunnel, overrides)
+        self.net.announce(tunnel.family if tunnel.by_packet else None)
         for host in MOBILES:
             for version, address in INNER[host].items():
                 own = not tunnel.vip and tunnel.mode == "tunnel" and tunnel.inner == version

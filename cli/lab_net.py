@@ -54,8 +54,17 @@ AWAY = {4: "10.5.0.10", 6: "fd05::10"}
 
 CORE_AWAY = {4: "10.5.0.1", 6: "fd05::1"}
 
-LINKS = {"mn": ("to-mn", "to-mn-new"), "mn2": ("to-mn2",), "psg": ("to-psg",), "nsg": ("to-nsg",)}
-"""The core's ends of a host's links."""
+LINKS = {
+    "mn": ("to-mn", "to-mn-new"),
+    "mn2": ("to-mn2",),
+    "psg": ("to-psg",),
+    "nsg": ("to-nsg",),
+    "away": ("to-mn-new",),
+}
+"""The core's ends of a host's links; `away` stands for the second access network of `mn` alone."""
+
+ANNOUNCED = {4: "10.2.2.3", 6: "fd02:2::3"}
+"""A second outer address of nsg, which psg tells mobile nodes beside its own (`Tunnel.by_packet`)."""
 
 INNER = {
     "psg": {4: "10.3.0.2", 6: "fd03::2"},
@@ -213,6 +222,25 @@ class Net:
             lines.append(_address(v, f"{there[v]}/{PREFIX[v]}", new))
             lines.append(f"route replace default via {router[v]} dev {new}")
         run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
+
+    def announce(self, family: int | None) -> None:
+        """Has charon at psg tell mobile nodes `ANNOUNCED` of that IP version; None: of neither.
+
+        psg has the address, too, on an interface that goes nowhere: charon tells all addresses it finds, and
+        the core routes this one to nsg. A bridge without ports is such an interface on every kernel.
+        """
+        psg, nsg = ["ip", "-n", self.namespace("psg")], ["ip", "-n", self.namespace("nsg")]
+        run([*psg, "link", "del", "handover"], check=False)
+        for version, address in ANNOUNCED.items():
+            run([*nsg, "addr", "del", f"{address}/{PREFIX[version]}", "dev", "eth0"], check=False)
+        if family is None:
+            return
+        run([*self.enter("psg"), "sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1"])
+        lines = ["link add handover type bridge", "link set handover up"]
+        lines.append(_address(family, f"{ANNOUNCED[family]}/{HOST_BITS[family]}", "handover"))
+        run([*psg, "-batch", "-"], text="\n".join(lines) + "\n")
+        lines = [_address(v, f"{ANNOUNCED[v]}/{PREFIX[v]}", "eth0") for v in (4, 6)]
+        run([*nsg, "-batch", "-"], text="\n".join(lines) + "\n")
 
     def cut(self, one: str, other: str) -> None:
         """The core forwards nothing more between two hosts, whichever links they use. Raises KernelError."""

@@ -16,7 +16,7 @@ from typing import Any
 from ikectx.errors import CharonError, IkectxError
 from vici_bridge.vici import ControlClient, json_of
 
-from .lab_config import Tunnel
+from .lab_config import Tunnel, outer
 from .lab_hosts import Lab
 from .lab_measure import Capture, Probe, Snapshot, Traffic, air, snapshot
 from .lab_net import GATEWAYS, INNER, MOBILES, OUTER, SHARED
@@ -256,11 +256,11 @@ class Runner:
 
     def _arrived(self, source: str, target: str) -> None:
         """Waits until `target` serves mn and both ends know, and until `source` has written it down."""
-        address = OUTER[target][self._lab.tunnel.family]
+        addresses = outer(target, self._lab.tunnel)
         self._until(
             lambda: (
                 any(sa["state"] == "ESTABLISHED" for sa in self._sas(target, "mn"))
-                and any(sa["remote-host"] == address for sa in self._sas("mn", "mn"))
+                and any(sa["remote-host"] in addresses for sa in self._sas("mn", "mn"))
             ),
             f"{target} does not serve mn",
         )
@@ -403,7 +403,7 @@ class Runner:
         time.sleep(0.5)
         began = time.time_ns()
         if where:
-            lab.net.cut("mn", "psg")
+            lab.net.cut("away", "psg")
             self._do_relocate()
             self._forget("mn")
             began = time.time_ns()

@@ -69,7 +69,7 @@ VERBS = {
     "handover": (2, 2, "GATEWAY predictive | reactive: mn asks for it by its agent, and relocates meanwhile"),
     "follow": (1, 1, "GATEWAY: mn relocates, and GATEWAY must find its SA by itself"),
     "relocate": (0, 0, "mn leaves its access network and is in its other one"),
-    "cut": (2, 2, "HOST HOST: the core forwards nothing more between the two"),
+    "cut": (2, 2, "HOST HOST: the core forwards nothing more between the two (away: mn's other network)"),
     "mend": (0, 0, "undoes every cut"),
     "ping": (0, 1, "[MOBILE]: the tunnel carries packets both ways"),
     "rekey": (2, 3, "HOST child | ike [MOBILE]: and wait until the new one is in use at both ends"),
@@ -80,23 +80,25 @@ VERBS = {
 }
 """Verbs of a step: how few and many arguments they take, and what they do. HOST may be `owner` or `other`."""
 
+ALIASES = ("owner", "other")
+PLACES = (*MOBILES, *GATEWAYS, *ALIASES)
+
 WORDS: dict[str, dict[int, tuple[str, ...]]] = {
     "traffic": {1: ("start", "stop")},
     "connect": {1: GATEWAYS, 2: MOBILES},
     "handover": {1: GATEWAYS, 2: ("predictive", "reactive")},
     "follow": {1: GATEWAYS},
     "cut": {1: tuple(LINKS), 2: tuple(LINKS)},
-    "terminate": {1: (*LINKS, "owner", "other"), 2: MOBILES},
+    "terminate": {1: PLACES, 2: MOBILES},
     "ping": {1: MOBILES},
-    "rekey": {1: (*LINKS, "owner", "other"), 2: ("child", "ike"), 3: MOBILES},
+    "rekey": {1: PLACES, 2: ("child", "ike"), 3: MOBILES},
     "baseline": {1: ("psk", "eap"), 2: ("relocate",)},
-    "agent": {1: (*LINKS, "owner", "other"), 2: ("stop", "kill", "start")},
-    "charon": {1: (*LINKS, "owner", "other"), 2: ("stop", "kill", "start")},
+    "agent": {1: PLACES, 2: ("stop", "kill", "start")},
+    "charon": {1: PLACES, 2: ("stop", "kill", "start")},
 }
 """What an argument of a verb may be, where that is a list."""
 
 NAMES = ("kept", "renamed", "new")
-ALIASES = ("owner", "other")
 
 
 @dataclass(frozen=True, slots=True)
