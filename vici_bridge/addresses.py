@@ -1,0 +1,185 @@
+"""Outer addresses of a mobile node: which one leads to a gateway, and when they change. I/O.
+
+A tunnel may draw everything into itself (strongSwan's table 220 has a route for each remote selector, with
+the virtual IP as source), so the routing table's choice of a source is taken only where it is none of those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import Callable, Collection, Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from ikectx.context import Address, Secret
+from ikectx.errors import KernelError
+
+from .detour import is_local, way_to
+from .netlink import ROUTE, Netlink
+from .xfrm_parts import Request, family_of
+
+log = logging.getLogger(__name__)
+
+_GROUPS = 0x10 | 0x40 | 0x100 | 0x400
+"""RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE (linux/rtnetlink.h)."""
+_GETADDR, _NEWROUTE, _DELROUTE = 22, 24, 25
+_REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_NUDGE_TABLE = 4068
+_NOWHERE = {4: "192.0.2.254", 6: "2001:db8::fffe"}
+"""Documentation addresses (RFC 5737, RFC 3849), which no packet is for."""
+_SETTLE = 0.2
+"""Seconds without a further change until addresses count as changed."""
+
+
+class OuterAddresses:
+    """Of the network namespace that this object was made in. Calls take some 100 us."""
+
+    def __init__(self) -> None:
+        self._route = Netlink(ROUTE, "routes")
+        self._events: socket.socket | None = None
+        self._pending: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Stop watching, too."""
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        if self._events is not None:
+            asyncio.get_running_loop().remove_reader(self._events)
+            self._events.close()
+            self._events = None
+        self._route.close()
+
+    def is_local(self, address: Address) -> bool:
+        """Whether it is one of this host. Errors: KernelError."""
+        return is_local(self._route, address)
+
+    def towards(
+        self, remote: Address, *, avoid: Collection[Address] = (), among: Sequence[Address] = ()
+    ) -> Address | None:
+        """The local address from which to reach `remote`; None: there is no way.
+
+        `among`: only these will do, the first ones rather; `avoid`: virtual IPs. Errors: KernelError.
+        """
+        if among:
+            candidates: Sequence[Address] = [one for one in among if one.version == remote.version]
+        else:
+            chosen = _chosen_source(remote)
+            if chosen is not None and chosen not in avoid:
+                return chosen
+            candidates = [one for one in self._all(remote.version) if one not in avoid]
+        return next((one for one in candidates if self._leads(one, remote)), None)
+
+    def _leads(self, source: Address, remote: Address) -> bool:
+        if not is_local(self._route, source):
+            return False
+        inside, device = way_to(self._route, source, remote)
+        return inside or bool(device)
+
+    def _all(self, version: int) -> list[Address]:
+        """Addresses of global scope."""
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        header = struct.pack("=IHHII", 24, _GETADDR, _REQUEST | _DUMP, 0, 0)
+        body = struct.pack("=BBBBI", family, 0, 0, 0, 0)
+        answers = self._route.ask(Request(Secret(header + body), "list this host's addresses"))
+        return [address for answer in answers if (address := _address(answer)) is not None]
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` whenever addresses or routes have changed and settled. Errors: KernelError."""
+        loop = asyncio.get_running_loop()
+        try:
+            events = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, ROUTE
+            )
+            events.bind((0, _GROUPS))
+        except OSError as error:
+            raise KernelError(
+                f"changes of addresses cannot be watched: {error.strerror}", errno=error.errno or 0
+            ) from None
+        self._events = events
+
+        def fire() -> None:
+            self._pending = None
+            changed()
+
+        def readable() -> None:
+            with contextlib.suppress(OSError):  # ENOBUFS, too: something changed, whatever it was
+                while events.recv(65536):
+                    pass
+            if self._pending is not None:
+                self._pending.cancel()
+            self._pending = loop.call_later(_SETTLE, fire)
+
+        loop.add_reader(events, readable)
+
+    def nudge(self, remote: Address) -> None:
+        """Make charon look whether its ways are still good: a route to nowhere comes and goes.
+
+        charon hears of changes from the kernel and ignores them for passive SAs; it is not told again when
+        they become active (strongSwan 5.9.8, 6.0.6). Raises nothing.
+        """
+        try:
+            _, device = way_to(self._route, self.towards(remote) or remote, remote)
+            for number, flags in ((_NEWROUTE, _CREATE | _REPLACE), (_DELROUTE, 0)):
+                self._route.ask(_route_message(number, flags, remote.version, device))
+        except KernelError as error:
+            log.debug("charon is not told that addresses have changed: %s", error)
+
+
+def _route_message(number: int, flags: int, version: int, device: int) -> Request:
+    nowhere = IPv4Address(_NOWHERE[4]) if version == 4 else IPv6Address(_NOWHERE[6])
+    message = rtmsg()
+    message.update(
+        {
+            "family": family_of(nowhere),
+            "dst_len": nowhere.max_prefixlen,
+            "table": 0,
+            "proto": 4,
+            "type": 1,
+            "scope": 253,
+        }
+    )
+    attributes = [("RTA_DST", str(nowhere)), ("RTA_OIF", device), ("RTA_TABLE", _NUDGE_TABLE)]
+    message["attrs"] = [list(pair) for pair in attributes]
+    message["header"] = {"type": number, "flags": _REQUEST | _ACK | flags}
+    message.encode()
+    return Request(Secret(bytes(message.data)), "have charon look at its ways")
+
+
+def _chosen_source(remote: Address) -> Address | None:
+    """What the kernel would take as source."""
+    family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((str(remote), 500))
+        except OSError:
+            return None
+        host = sock.getsockname()[0].partition("%")[0]
+    return IPv4Address(host) if remote.version == 4 else IPv6Address(host)
+
+
+def _address(answer: bytes) -> Address | None:
+    """The address of an RTM_NEWADDR of global scope."""
+    if len(answer) < 24:
+        return None
+    family, _, _, scope, _ = struct.unpack_from("=BBBBI", answer, 16)
+    if scope:
+        return None
+    found: dict[int, bytes] = {}
+    at = 24
+    while at + 4 <= len(answer):
+        size, kind = struct.unpack_from("=HH", answer, at)
+        if size < 4:
+            break
+        found[kind] = answer[at + 4 : at + size]
+        at += (size + 3) & ~3
+    raw = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS, b""))
+    if family == socket.AF_INET and len(raw) == 4:
+        return IPv4Address(raw)
+    return IPv6Address(raw) if len(raw) == 16 else None
