@@ -3,6 +3,7 @@
     IkectxError
     +-- WireError          bytes from outside that do not parse       the sender's fault
     +-- RefusedError       the other gateway or the MN said no        the peer's decision
+    |   +-- ProofError     a packet is no proof that the MN is there  a stranger's, or a late packet's
     |   +-- TokenError     a MN's token is not accepted (in `tokens`) the CTAR's sender's
     +-- LinkError          no connection, no answer, no TLS           the network's fault
     +-- UsageError         an argument the caller got wrong           the caller's fault
@@ -51,6 +52,12 @@ class RefusedError(IkectxError):
 
     exit_code = 4
     status = Status.FAILED
+
+
+class ProofError(RefusedError):
+    """A packet does not prove that the MN is where it was seen; says what is wrong with it."""
+
+    status = Status.NOT_ALLOWED
 
 
 class LinkError(IkectxError):
