@@ -25,7 +25,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -65,15 +65,20 @@ PATIENCE = 8.0
 """Seconds for charon to do what it was told."""
 AGAIN = 1.0
 """Seconds until charon is asked again where it was not reachable when the agent started."""
+ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
+"""charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer."""
 NO_RENAMES: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 class _MobileSource(CharonSource):
-    """Exports as a gateway's, but also what this agent has made PASSIVE."""
+    """Exports as a gateway's, but also what is PASSIVE, and while charon looks for its gateway."""
 
     async def _view(self, sa: SaName) -> SaView | None:
         view = await self._host.view(sa)
-        return replace(view, state="ESTABLISHED") if view is not None and view.state == "PASSIVE" else view
+        if view is None:
+            return None
+        state = "ESTABLISHED" if view.state == "PASSIVE" else view.state
+        return replace(view, state=state, tasks=_in_the_way(view, unanswered=True))
 
 
 async def _nobody(here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
@@ -93,26 +98,33 @@ class CharonMobile:
         view = await self._seen(sa)
         return replace(context, local_vips=view.local_vips)
 
-    async def quiet(self, sa: SaName) -> None:
+    async def only_addresses(self, sa: SaName) -> bool:
+        """Whether all that charon has under way is to find its gateway, as after its network has changed.
+
+        While the SA is active charon repeats the request, and the new gateway answers it as well.
+        """
+        view = await self._seen(sa)
+        return bool(view.tasks) and view.state == "ESTABLISHED" and not _in_the_way(view, unanswered=True)
+
+    async def quiet(self, sa: SaName, *, unanswered: bool = False, patience: float = IDLE_TIMEOUT) -> None:
         """Make the SA PASSIVE and see that it is; idempotent.
 
-        Errors: UnknownSaError; BusyError while an exchange is in flight or the SA is not up; CharonError with
-        NOT_COVERED where it could not be given other addresses. The SA is active then, as before.
+        `unanswered`: requests as of `only_addresses` may be in flight. charon does not repeat them while it
+        is passive, nor later if that was due meanwhile, so it must not be for long. `patience`: seconds to
+        wait for an exchange to end. Errors: UnknownSaError; BusyError while an exchange is in flight or the
+        SA is not up; CharonError with NOT_COVERED where it could not be given other addresses. The SA is
+        active then.
         """
         host = self._host
         view = await self._seen(sa)
         if view.state == "PASSIVE" and host.store.get(_QUIET, _key(sa)) is not None:
             return
         self._check(host.record.context(sa), view)
-        end = time.monotonic() + IDLE_TIMEOUT
-        while view.tasks or view.state != "ESTABLISHED":
+        end = time.monotonic() + patience
+        while _in_the_way(view, unanswered=unanswered) or view.state != "ESTABLISHED":
             if time.monotonic() > end:
                 what = ", ".join(view.tasks) or f"it is {view.state}"
-                raise BusyError(
-                    f"the IKE_SA {view.name} has an exchange in flight: {what}",
-                    hint="charon tries to reach its gateway by itself; see `charon.plugins.kernel-netlink."
-                    "roam_events` if that happens whenever the network changes",
-                )
+                raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {what}", hint="try again")
             await asyncio.sleep(0.02)
             view = await self._seen(sa)
         host.store.put(_QUIET, _key(sa), b"1")
@@ -120,7 +132,7 @@ class CharonMobile:
         try:
             await host.pause_segment()
             view = await self._until(sa, "make the SA passive", lambda view: view.state == "PASSIVE")
-            if view.tasks:
+            if _in_the_way(view, unanswered=unanswered):
                 raise BusyError(f"charon began an exchange meanwhile: {', '.join(view.tasks)}")
         except BaseException:
             await self._activate(sa)
@@ -160,12 +172,14 @@ class CharonMobile:
         local: Endpoint,
         remote: Endpoint,
         renames: Mapping[bytes, bytes] = NO_RENAMES,
+        peers: Sequence[Endpoint] = (),
     ) -> IkeContext:
         """Give the SA, PASSIVE by `quiet`, and its children other outer addresses; the context after it.
 
-        `renames`: ESP SPIs (4 octets) that get another name, old to new. Idempotent, and repeatable after an
-        error. Errors: StateError where the SA is not passive; CharonError, KernelError: then `loud` brings
-        the SA back at the new addresses, and charon rekeys children that could not be moved.
+        `renames`: ESP SPIs (4 octets) that get another name, old to new. `peers`: all addresses of the new
+        gateway, for MOBIKE later on. Idempotent, and repeatable after an error. Errors: StateError where the
+        SA is not passive; CharonError, KernelError: then `loud` brings the SA back at the new addresses, and
+        charon rekeys children that could not be moved.
         """
         host = self._host
         sa = context.spis
@@ -178,7 +192,7 @@ class CharonMobile:
             now = context_at(host.record.context(sa), view)
             living = [child.spi_in for child in view.children if child.state == "INSTALLED"]
             now = replace(now, children=tuple(child for child in now.children if child.spi_in in living))
-            move = plan_move(now, view.children, local, remote, renames)
+            move = plan_move(now, view.children, local, remote, renames, peers)
         elif (move.local, move.remote) != (local, remote):
             raise StateError("another change of this SA's addresses is open")
         if not move.nothing and not move.done:
@@ -262,7 +276,8 @@ class CharonMobile:
         listed = {child.spi_in for child in view.children}
         # charon does not tell of children that end while it is passive
         kept = tuple(child for child in after.children if child.spi_in in listed)
-        host.record.moved(sa, replace(after, children=kept))
+        peers = move.peers or (move.remote,)
+        host.record.moved(sa, replace(after, children=kept, peer_addresses=peers))
         host.save()
         self._save(sa, replace(move, done=True))
 
@@ -350,7 +365,10 @@ class CharonMobile:
         view = await self._seen(sa)
         messages = []
         if (view.local, view.remote) != (move.local, move.remote):
-            messages.append(ha.ike_update(version, ike, local=move.local, remote=move.remote))
+            peers = move.peers or (move.remote,)
+            messages.append(
+                ha.ike_update(version, ike, local=move.local, remote=move.remote, peer_addresses=peers)
+            )
         after = move.after(host.record.context(sa))
         lacking = [child for child in move.children if not child.new_in_view(view)]
         for child in lacking:
@@ -483,6 +501,11 @@ class CharonMobile:
 def context_at(context: IkeContext, view: SaView) -> IkeContext:
     """The record's context at the addresses that charon has now."""
     return relocate(context, local=view.local, remote=view.remote)
+
+
+def _in_the_way(view: SaView, *, unanswered: bool) -> tuple[str, ...]:
+    """charon's tasks that keep an SA from being made passive."""
+    return tuple(task for task in view.tasks if not (unanswered and task in ABOUT_ADDRESSES))
 
 
 def _child(after: IkeContext, child: ChildMove) -> ChildContext:

@@ -54,8 +54,8 @@ class ChildMove:
 class Move:
     """An IKE_SA on its way from `old_local`, `old_remote` to `local`, `remote`.
 
-    `guards`: policies that hold its outbound packets meanwhile, as octets (`KernelPolicy.raw`). `done`: all
-    of it was seen done.
+    `peers`: where charon may find the new gateway later on (MOBIKE); none: at `remote`. `guards`: policies
+    that hold its outbound packets meanwhile, as octets (`KernelPolicy.raw`). `done`: all was seen done.
     """
 
     old_local: Endpoint
@@ -63,6 +63,7 @@ class Move:
     local: Endpoint
     remote: Endpoint
     children: tuple[ChildMove, ...]
+    peers: tuple[Endpoint, ...] = ()
     guards: tuple[bytes, ...] = ()
     done: bool = False
 
@@ -119,6 +120,7 @@ class Move:
                     ]
                     for one in self.children
                 ],
+                "peers": [_end(end) for end in self.peers],
                 "guards": [raw.hex() for raw in self.guards],
                 "done": self.done,
             }
@@ -129,7 +131,10 @@ class Move:
         """Errors: StoreError."""
         try:
             value: Any = json.loads(data)
-            ends = [Endpoint(ip_address(address), int(port)) for address, port in value["ends"]]
+            ends, peers = (
+                [Endpoint(ip_address(address), int(port)) for address, port in value[key]]
+                for key in ("ends", "peers")
+            )
             children = tuple(
                 ChildMove(
                     bytes.fromhex(old_in),
@@ -144,7 +149,8 @@ class Move:
             )
             guards = tuple(bytes.fromhex(raw) for raw in value["guards"])
             old_local, old_remote, local, remote = ends
-            return cls(old_local, old_remote, local, remote, children, guards, value["done"] is True)
+            done = value["done"] is True
+            return cls(old_local, old_remote, local, remote, children, tuple(peers), guards, done)
         except (ValueError, TypeError, KeyError):
             raise StoreError("the note of a mobile node's move cannot be read") from None
 
@@ -163,10 +169,12 @@ def plan_move(
     local: Endpoint,
     remote: Endpoint,
     renames: Mapping[bytes, bytes],
+    peers: Sequence[Endpoint] = (),
 ) -> Move:
     """The move of `context` to other addresses, with SPIs replaced as `renames` says (old to new, 4 octets).
 
-    `listed`: charon's children. Errors: UsageError for SPIs of another size, or none of this SA's.
+    `listed`: charon's children; `peers`: see `Move`. Errors: UsageError for SPIs of another size, or none of
+    this SA's.
     """
     spis = {spi for child in context.children for spi in (child.spi_in, child.spi_out)}
     for old, new in renames.items():
@@ -183,7 +191,7 @@ def plan_move(
         )
         for child in context.children
     )
-    return Move(context.local, context.remote, local, remote, children)
+    return Move(context.local, context.remote, local, remote, children, tuple(peers))
 
 
 def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:

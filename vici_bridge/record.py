@@ -334,15 +334,20 @@ class Record:
         )
 
     def moved(self, name: SaName, context: IkeContext) -> None:
-        """Outer addresses and children of `context`, which charon has by now, without a message of its own.
+        """Addresses and children of `context`, which charon has by now, without a message of its own.
 
         Where `feed` would say a child's keys stem from the IKE_SA as it is now, they keep their generation.
         """
         sa = self._sas.get(name)
         if sa is not None:
-            self._put(
-                name, replace(sa, local=context.local, remote=context.remote, children=context.children)
+            changed = replace(
+                sa,
+                local=context.local,
+                remote=context.remote,
+                children=context.children,
+                peer_addresses=context.peer_addresses,
             )
+            self._put(name, changed)
 
     # --- what charon no longer has --------------------------------------------------------------------
 
