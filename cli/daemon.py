@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ikectx.aio import Gateway
 from ikectx.context import Address, FinalState, IkeContext
@@ -22,13 +22,15 @@ from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import iv_length, prf_plus, sk_keys
 from ikectx.links import PeerConfig, TlsConfig
+from ikectx.plain import PlainServer, plain_dial, plain_listen
 from ikectx.ports import MoveReport, SaName
 from ikectx.store import SqliteStore, open_store
-from ikectx.transfer import TransferEvent, TransferReport
+from ikectx.transfer import Timing, TransferEvent, TransferReport
 from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
 from mobike_ext.link import run_address_update
 from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
+from vici_bridge.guard import SpdGuard
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.mute import MARK
 from vici_bridge.sink import CharonSink
@@ -163,18 +165,29 @@ class Agent:
             self._host,
             MnMover(config.gateway.addresses, config.transfer.mn_tries, config.transfer.mn_timeout, MARK),
         )
-        tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
-        peers = [
+        self._peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
             for peer in config.peers
         ]
+        timing = Timing(predictive=config.transfer.predictive_seconds)
+        self._timing = timing
+        self._guard: SpdGuard | None = None
+        self._servers: list[PlainServer] = []
+        tls = dial = None
+        if config.transfer.transport == "ipsec":
+            self._guard = SpdGuard()
+            dial = plain_dial(timing, self._protocol, self._guard, self._listen)
+        else:
+            tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
         self._gateway = Gateway(
             config.name,
             self._source,
             self._sink,
             store,
-            peers,
+            self._peers,
             tls,
+            timing=timing,
+            dial=dial,
             oseq_jump=config.transfer.oseq_jump,
             durable=False,  # a machine that lost its power has lost charon's and the kernel's SAs with it
             observer=self._observe,
@@ -207,14 +220,32 @@ class Agent:
         """HA address first, then the control socket, then peers: charon may come at any time."""
         await self._host.open()
         self._source.resume()
-        await self._gateway.start([(str(item.address), item.port) for item in self._config.transfer.listen])
+        await self._gateway.start(self._listen if self._guard is None else ())
+        if self._guard is not None:
+            self._servers = await plain_listen(
+                self._timing, self._protocol, self._guard, self._listen, self._peers, self._gateway.accept
+            )
+            for server in self._servers:
+                await server.start_serving()
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
     async def stop(self) -> None:
         await self._control.close()
+        for server in self._servers:
+            server.close()
         await self._gateway.stop()
+        if self._guard is not None:
+            self._guard.close()
         await self._host.close()
+
+    @property
+    def _listen(self) -> list[tuple[str, int]]:
+        return [(item.host, item.port) for item in self._config.transfer.listen]
+
+    @property
+    def _protocol(self) -> Literal["tcp", "sctp"]:
+        return "sctp" if self._config.transfer.protocol == "sctp" else "tcp"
 
     def _observe(self, event: TransferEvent) -> None:
         log.info(
