@@ -169,7 +169,7 @@ class Agent:
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
             for peer in config.peers
         ]
-        timing = Timing(predictive=config.transfer.predictive_seconds)
+        timing = Timing(offer=config.transfer.prepare_timeout, predictive=config.transfer.predictive_seconds)
         self._timing = timing
         self._guard: SpdGuard | None = None
         self._servers: list[PlainServer] = []
