@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 import time
@@ -71,6 +72,11 @@ class TlsConfig:
         # the name is compared with the configuration after the handshake, for both roles alike
         made.check_hostname = False
         made.verify_mode = ssl.CERT_REQUIRED
+        if keylog := os.environ.get("SSLKEYLOGFILE"):
+            made.keylog_filename = keylog  # the operator's wish, as other programs heed it
+            log.warning(
+                "the secrets of TLS connections are written to %s: contexts can be read with them", keylog
+            )
         if server:
             made.num_tickets = 0  # connections are long-lived, and resumption would skip no certificate
         for path in (self.ca, self.cert, self.key):

@@ -19,6 +19,8 @@ PACKAGES=(
     libstrongswan-standard-plugins libstrongswan-extra-plugins
     iproute2 iputils-ping nftables kmod tcpdump
 )
+# Checks the Wireshark dissector in examples/.
+TEST_PACKAGES=(tshark)
 # For a kernel without ESP: Debian's own kernel in a virtual machine.
 VM_PACKAGES=(qemu-system-x86 linux-image-amd64 busybox-static)
 
@@ -105,5 +107,6 @@ make_venv() {
 }
 
 install "${PACKAGES[@]}"
+[ $extra = lab ] || install "${TEST_PACKAGES[@]}"
 kernel_has_esp || install "${VM_PACKAGES[@]}"
 make_venv

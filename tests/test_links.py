@@ -219,6 +219,17 @@ def test_unusable_certificates_name_the_file(ca: Authority, tmp_path: Path) -> N
                 wrong.context(server=server)
 
 
+def test_secrets_are_logged_only_on_demand(
+    ca: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("SSLKEYLOGFILE", raising=False)
+    assert ca.issue("a").context(server=False).keylog_filename is None
+    assert caplog.text == ""
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "secrets"))
+    assert ca.issue("a").context(server=True).keylog_filename == str(tmp_path / "secrets")
+    assert "secrets of TLS connections are written to" in caplog.text
+
+
 def test_names_of_certificates() -> None:
     assert certificate_names(None) == frozenset()
     assert certificate_names({}) == frozenset()
