@@ -4,7 +4,8 @@ Sources: RFC 7296 (2.1-2.3 and 2.4 for the window, 2.23 for NAT detection, 3.1-3
 for fragments, RFC 3948 (2.2) for the non-ESP marker. Lengths are octets, times seconds on the caller's
 monotonic clock.
 
-Errors: only `WireError` for foreign octets; `StateError` where the window is used out of order.
+Errors: only `WireError` for foreign octets; `StateError` where the window is used out of order; `UsageError`
+for arguments that cannot be meant.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from enum import Enum
 from cryptography.hazmat.primitives import hashes
 
 from .context import Endpoint
-from .errors import StateError, WireError
-from .keys import SealKey, open_, seal, sealed_length
+from .errors import StateError, UsageError, WireError
+from .keys import SealKey, iv_length, open_, seal, sealed_length
 from .numbers import Exchange, Notify, Payload
 from .payloads import AnyPayload, NotifyPayload, RawPayload, parse_payloads, serialize_payloads
 from .wire import Reader, Writer
@@ -167,6 +168,46 @@ def seal_message(key: SealKey, header: IkeHeader, payloads: Iterable[AnyPayload]
     full = replace(header, next_payload=Payload.SK, length=HEADER_LENGTH + size)
     head = full.serialize() + Writer().u8(first).u8(0).u16(size, "SK length").done()
     return head + seal(key, head, inner, iv)
+
+
+def seal_fragments(
+    key: SealKey, header: IkeHeader, payloads: Iterable[AnyPayload], ivs: bytes, limit: int | None = None
+) -> list[bytes]:
+    """The datagrams (no marker) of one message: one in SK, or SKF fragments (RFC 7383, 2.5).
+
+    `limit`: octets of the largest datagram (see `fragment_limit`), None: no fragments, which only a peer that
+    announced IKEV2_FRAGMENTATION_SUPPORTED understands. `ivs`: a fresh `keys.iv_length` for each datagram,
+    one behind the other; what is left over is not used. Errors: UsageError for too few of them or a limit
+    that leaves no room; WireError for a message of more than `MAX_FRAGMENTS`.
+    """
+    size = iv_length(key.encr)
+    listed = list(payloads)
+    first, inner = serialize_payloads(listed)
+    if limit is None or HEADER_LENGTH + 4 + sealed_length(key, len(inner)) <= limit:
+        return [seal_message(key, header, listed, ivs[:size])]
+    room = limit - HEADER_LENGTH - 8
+    step = next((n for n in range(room, 0, -1) if sealed_length(key, n) <= room), 0)
+    if not step:
+        raise UsageError(f"no fragment fits into {limit} octets")
+    parts = [inner[at : at + step] for at in range(0, len(inner), step)]
+    if len(parts) > MAX_FRAGMENTS:
+        raise WireError(f"a message of {len(parts)} fragments")
+    if len(ivs) < size * len(parts):
+        raise UsageError(f"{len(parts)} fragments need {size * len(parts)} octets of IV, not {len(ivs)}")
+    made = []
+    for number, part in enumerate(parts, 1):
+        length = 8 + sealed_length(key, len(part))
+        full = replace(header, next_payload=Payload.SKF, length=HEADER_LENGTH + length)
+        writer = Writer().u8(first if number == 1 else Payload.NONE).u8(0).u16(length, "SKF length")
+        head = full.serialize() + writer.u16(number).u16(len(parts)).done()
+        made.append(head + seal(key, head, part, ivs[size * (number - 1) : size * number]))
+    return made
+
+
+def fragment_limit(mtu: int, local: Endpoint, remote: Endpoint) -> int:
+    """Octets of the largest IKE message that fits into one IP packet of `mtu` octets."""
+    ip = 20 if local.address.version == 4 else 40
+    return mtu - ip - 8 - (len(_MARKER) if has_marker(local, remote) else 0)
 
 
 @dataclass(frozen=True, slots=True)

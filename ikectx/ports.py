@@ -33,6 +33,8 @@ class MoveReport:
     retransmissions: int = 0
     requests: int = 0
     """Message IDs used up by requests of ours."""
+    answered: int = 0
+    """Message IDs of requests of the MN's that were answered here, not by charon."""
     proven_by_traffic: bool = False
 
 

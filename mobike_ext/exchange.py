@@ -8,9 +8,9 @@ PASSIVE meanwhile and answers nothing. The same holds for requests of the MN tha
 unanswered, the MN retransmits them and charon answers after its activation; answering here would use up
 message IDs that only charon can serve. They are counted.
 
-Return routability (RFC 4555, 3.7): an answer counts when it opens under SK, carries our message ID, echoes
-COOKIE2 (16 fresh random octets) and comes from the address and port the request went to. Everything else is
-counted and ignored, so no forged or late datagram ends an exchange.
+Return routability (RFC 4555, 3.7): an answer that counts (see `asking`) echoes COOKIE2, 16 fresh octets.
+
+`AddressPart` is what of this goes into a request that says more besides, see `rename`.
 
 NAT detection. The MN decides about UDP encapsulation by our hashes: if both match it switches it off, unless
 its own configuration forces it. So true hashes are sent, except where the *gateway's* configuration forced
@@ -24,27 +24,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address
 
 from ikectx.context import Address, Endpoint, IkeGeneration
-from ikectx.errors import UsageError, WireError
-from ikectx.ikev2 import (
-    IkeHeader,
-    Message,
-    Reassembly,
-    RequestWindow,
-    RetransmitPolicy,
-    add_marker,
-    nat_detection_hash,
-    seal_message,
-    strip_marker,
-)
-from ikectx.keys import seal_key, sk_keys
+from ikectx.errors import UsageError
+from ikectx.ikev2 import Message, RetransmitPolicy, nat_detection_hash
 from ikectx.numbers import Exchange, Notify
 from ikectx.payloads import NotifyPayload
 from ikectx.ports import MoveReport
+
+from .asking import Asking
 
 COOKIE2_LENGTH = 16
 """RFC 4555, 4.2.5 allows 8 to 64."""
@@ -99,6 +90,98 @@ class PeerNatChanged:
 
 
 Event = Moved | Refused | Silent | PeerNatChanged
+
+
+# --- the address part ----------------------------------------------------------------------------------
+
+
+SpiPair = tuple[bytes, bytes]
+
+
+def nat_detection(
+    spis: SpiPair, local: Endpoint, remote: Endpoint, conditions: int = 0
+) -> list[NotifyPayload]:
+    """Both N(NAT_DETECTION_*) of a message from `local` to `remote`, see this module's docstring."""
+    source = _NOWHERE if conditions & Condition.NAT_FAKE else local
+    return [
+        NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*spis, source)),
+        NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*spis, remote)),
+    ]
+
+
+def nat_conditions(
+    message: Message, spis: SpiPair, local: Endpoint, source: Endpoint, conditions: int = 0
+) -> int:
+    """`conditions` after the NAT detection (RFC 7296, 2.23) of a message that came from `source`, as charon
+    reads it; unchanged where the message has none."""
+    theirs = message.notifies(Notify.NAT_DETECTION_SOURCE_IP)
+    ours = message.notifies(Notify.NAT_DETECTION_DESTINATION_IP)
+    if not theirs or not ours:
+        return conditions
+    there = nat_detection_hash(*spis, source) not in [n.data for n in theirs]
+    here = nat_detection_hash(*spis, local) not in [n.data for n in ours]
+    fake = conditions & Condition.NAT_FAKE
+    new = conditions & ~(Condition.NAT_ANY | Condition.NAT_HERE | Condition.NAT_THERE)
+    new |= (Condition.NAT_HERE if here else 0) | (Condition.NAT_THERE if there else 0)
+    return new | (Condition.NAT_ANY if here or there or fake else 0)
+
+
+class AddressPart:
+    """What a request says about the gateway's address, and what the answer says to that.
+
+    Arguments as for `AddressUpdate`.
+    """
+
+    def __init__(
+        self,
+        spis: SpiPair,
+        local: Endpoint,
+        remote: Endpoint,
+        cookie2: bytes,
+        conditions: int = 0,
+        additional: Sequence[Address] | None = None,
+    ) -> None:
+        if len(cookie2) != COOKIE2_LENGTH:
+            raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(cookie2)}")
+        self._spis = spis
+        self._local = local
+        self._remote = remote
+        self._cookie2 = cookie2
+        self._conditions = conditions
+        self._additional = additional
+
+    def payloads(self) -> list[NotifyPayload]:
+        """In the order in which they are sent."""
+        return [
+            NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
+            *nat_detection(self._spis, self._local, self._remote, self._conditions),
+            NotifyPayload(Notify.COOKIE2, self._cookie2),
+            *self._further(),
+        ]
+
+    def _further(self) -> list[NotifyPayload]:
+        if self._additional is None:
+            return []
+        kinds = {4: Notify.ADDITIONAL_IP4_ADDRESS, 6: Notify.ADDITIONAL_IP6_ADDRESS}
+        further = [one for one in self._additional if one != self._local.address]
+        said = [NotifyPayload(kinds[one.version], one.packed) for one in further]
+        return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
+
+    def refusal(self, answer: Message) -> Refused | None:
+        """Why the answer does not accept the address; None: it does."""
+        if answer.error is not None:
+            return Refused(answer.error.notify)
+        if [n.data for n in answer.notifies(Notify.COOKIE2)] != [self._cookie2]:
+            return Refused(Notify.COOKIE2)
+        return None
+
+    def nat_change(self, answer: Message) -> list[PeerNatChanged]:
+        """Whether the answer's NAT detection changes the conditions."""
+        before = self._conditions
+        new = nat_conditions(answer, self._spis, self._local, self._remote, before)
+        if new == before:
+            return []
+        return [PeerNatChanged(new, bool(new & Condition.NAT_HERE), bool(new & Condition.NAT_THERE))]
 
 
 # --- the machine -------------------------------------------------------------------------------------
@@ -182,63 +265,32 @@ class AddressUpdate:
         additional: Sequence[Address] | None = None,
         policy: RetransmitPolicy | None = None,
     ) -> None:
-        if len(cookie2) != COOKIE2_LENGTH:
-            raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(cookie2)}")
-        if local.address.version != remote.address.version:
-            raise UsageError("the gateway and the MN have addresses of different families")
+        self._asking = Asking(generation, message_id, local, remote, policy=policy)
         self.local = local
         self.remote = remote
-        self.spis = (generation.spi_i, generation.spi_r)
+        self.spis = self._asking.spis
         self.state = State.NEW
-        self.ignored = 0
-        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
-        self.peer_requests = 0
-        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
-        self._message_id = message_id
-        self._initiator = generation.initiator
-        self._conditions = conditions
-        self._cookie2 = cookie2
-        self._additional = additional
-        self._window = RequestWindow(message_id, 0, policy)
+        self._part = AddressPart(self.spis, local, remote, cookie2, conditions, additional)
         self._events: deque[Event] = deque()
-        self._messages = self._octets = 0
         self._proven = False
-        keys = sk_keys(generation)
-        self._incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator, keys=keys))
-        header = IkeHeader(
-            *self.spis, Exchange.INFORMATIONAL, message_id, generation.initiator, response=False
-        )
-        key = seal_key(generation, by_initiator=generation.initiator, keys=keys)
-        self._request = add_marker(seal_message(key, header, self._payloads(), iv), local, remote)
+        if len(iv) != self._asking.iv_length:
+            raise UsageError(f"an IV of {self._asking.iv_length} octets is needed, not {len(iv)}")
+        self._request = self._asking.seal(Exchange.INFORMATIONAL, self._part.payloads(), iv)
 
-    def _payloads(self) -> list[NotifyPayload]:
-        source = _NOWHERE if self._conditions & Condition.NAT_FAKE else self.local
-        return [
-            NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
-            NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*self.spis, source)),
-            NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*self.spis, self.remote)),
-            NotifyPayload(Notify.COOKIE2, self._cookie2),
-            *self._further(),
-        ]
+    @property
+    def ignored(self) -> int:
+        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        return self._asking.ignored
 
-    def _further(self) -> list[NotifyPayload]:
-        if self._additional is None:
-            return []
-        kinds = {4: Notify.ADDITIONAL_IP4_ADDRESS, 6: Notify.ADDITIONAL_IP6_ADDRESS}
-        further = [one for one in self._additional if one != self.local.address]
-        said = [NotifyPayload(kinds[one.version], one.packed) for one in further]
-        return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
+    @property
+    def peer_requests(self) -> int:
+        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
+        return self._asking.peer_requests
 
     @property
     def report(self) -> MoveReport:
         """What it took so far. Once anything was sent the message ID counts as used, answered or not."""
-        return MoveReport(
-            messages=self._messages,
-            octets=self._octets,
-            retransmissions=max(self._window.sent - 1, 0),
-            requests=min(self._window.sent, 1),
-            proven_by_traffic=self._proven,
-        )
+        return replace(self._asking.report, proven_by_traffic=self._proven)
 
     @property
     def done(self) -> bool:
@@ -248,96 +300,48 @@ class AddressUpdate:
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
         """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
         if self.state is State.NEW:
-            self._window.request(self._request)
+            self._asking.ask(Exchange.INFORMATIONAL, self._request)
             self._enter(Input.START)
-        if self.state is not State.WAITING:
-            return []
-        out = self._window.to_send(now)
-        self._count(*out)
-        return [(octets, self.remote) for octets in out]
+        return self._asking.to_send(now) if self.state is State.WAITING else []
 
     def next_timer(self) -> float | None:
         """When `handle_timer` is due; None: never."""
-        return self._window.next_timer() if self.state is State.WAITING else None
+        return self._asking.next_timer() if self.state is State.WAITING else None
 
     def handle_timer(self, now: float) -> None:
         """Time has passed; may make something to send, or a `Silent`."""
         if self.state is not State.WAITING:
             return
-        if self._window.handle_timer(now):
+        if self._asking.handle_timer(now):
             self._enter(Input.RESEND)
         else:
-            self._enter(Input.GIVE_UP, Silent(self._window.sent))
+            self._enter(Input.GIVE_UP, Silent(self._asking.sent))
 
     def traffic_seen(self) -> None:
         """ESP of this SA that only the MN can have sent has arrived at `local`: as good as an answer."""
         if self.state is State.WAITING:
             self._proven = True
+            self._asking.stop()
         self._enter(Input.PROOF, Moved(proven_by_traffic=True))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
         del now  # an answer starts no timer
-        message = self._answer(datagram, source)
+        message = self._asking.receive(datagram, source)
         if message is None:
             return
-        if self.state is not State.WAITING or not self._window.response(self._message_id):
-            self.ignored += 1
-            return
-        self._count(datagram)
-        if message.error is not None:
-            self._enter(Input.REJECT, Refused(message.error.notify))
-        elif [n.data for n in message.notifies(Notify.COOKIE2)] != [self._cookie2]:
-            self._enter(Input.REJECT, Refused(Notify.COOKIE2))
+        refusal = self._part.refusal(message)
+        if refusal is not None:
+            self._enter(Input.REJECT, refusal)
         else:
-            self._enter(Input.ACCEPT, *self._nat_change(message, source), Moved())
+            self._enter(Input.ACCEPT, *self._part.nat_change(message), Moved())
 
     def next_event(self) -> Event | None:
         """The next thing that happened, oldest first."""
         return self._events.popleft() if self._events else None
-
-    def _answer(self, datagram: bytes, source: Endpoint) -> Message | None:
-        """The message in `datagram` if it is an authentic response to our request."""
-        try:
-            octets = strip_marker(datagram, self.local, self.remote)
-            header = IkeHeader.parse(octets)
-            if (header.spi_i, header.spi_r) != self.spis or header.initiator == self._initiator:
-                raise WireError("another SA's, or our own message")
-            if not header.response:
-                self.peer_requests += 1
-                return None
-            if header.message_id != self._message_id or header.exchange != Exchange.INFORMATIONAL:
-                raise WireError("the answer to something else")
-            if source != self.remote:
-                raise WireError("an answer from elsewhere")
-            message = self._incoming.add(octets)
-            if message is not None and message.critical is not None:
-                raise WireError("a critical payload that is not known here")
-        except WireError:
-            self.ignored += 1
-            return None
-        return message
-
-    def _nat_change(self, message: Message, source: Endpoint) -> list[Event]:
-        """Whether the answer's NAT detection (RFC 7296, 2.23), as charon reads it, changes `conditions`."""
-        theirs = message.notifies(Notify.NAT_DETECTION_SOURCE_IP)
-        ours = message.notifies(Notify.NAT_DETECTION_DESTINATION_IP)
-        if not theirs or not ours:
-            return []
-        there = nat_detection_hash(*self.spis, source) not in [n.data for n in theirs]
-        here = nat_detection_hash(*self.spis, self.local) not in [n.data for n in ours]
-        fake = self._conditions & Condition.NAT_FAKE
-        new = self._conditions & ~(Condition.NAT_ANY | Condition.NAT_HERE | Condition.NAT_THERE)
-        new |= (Condition.NAT_HERE if here else 0) | (Condition.NAT_THERE if there else 0)
-        new |= Condition.NAT_ANY if here or there or fake else 0
-        return [] if new == self._conditions else [PeerNatChanged(new, here, there)]
 
     def _enter(self, what: Input, *events: Event) -> None:
         new = TABLE[self.state, what]
         if new is not self.state:
             self._events.extend(events)
         self.state = new
-
-    def _count(self, *datagrams: bytes) -> None:
-        self._messages += len(datagrams)
-        self._octets += sum(map(len, datagrams))

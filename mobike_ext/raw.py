@@ -1,0 +1,196 @@
+"""I/O: IKE datagrams from a raw socket beside a running charon, which owns the UDP ports.
+
+A raw UDP socket may send from any source port of its address and gets a copy of each datagram that arrives
+there, ESP in UDP included; a classic BPF filter passes only IKE of the one SA, and only from its peer where
+that is known. charon gets its copy too and ignores it while the SA is PASSIVE. Like charon's own sockets this
+one has bypass policies, so that neither a tunnel's policy nor the kernel's inbound check catches IKE.
+
+Where a firewall keeps the SA's IKE from a charon that is not PASSIVE, it lets a `mark` out, and what comes in
+is heard by a packet socket, below the firewall.
+
+Needs CAP_NET_RAW and CAP_NET_ADMIN. Source: Linux raw(7), packet(7), socket(7), packet filter of
+linux/filter.h.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import socket
+import struct
+from ipaddress import ip_address
+
+from ikectx.bypass import bypass
+from ikectx.context import Endpoint
+from ikectx.errors import LinkError, UsageError
+from ikectx.ikev2 import IKE_PORT, has_marker
+
+_SO_ATTACH_FILTER = 26
+_IPV6_CHECKSUM = 7
+_UDP_CHECKSUM_AT = 6
+_UDP_HEADER = 8
+_IP6_HEADER = 40
+_ETHERTYPE = {4: 0x0800, 6: 0x86DD}
+_MAX_DATAGRAM = 65535
+
+
+class RawLink:
+    """One raw UDP socket for one IKE_SA; see `open_raw`. `ear`: what is listened to in its stead."""
+
+    def __init__(
+        self, raw: socket.socket, local: Endpoint, remote: Endpoint | None, ear: socket.socket | None = None
+    ) -> None:
+        self._raw = raw
+        self._ear = ear
+        self._local = local
+        self._remote = remote
+
+    def __enter__(self) -> RawLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+        if self._ear is not None:
+            self._ear.close()
+
+    def send(self, payload: bytes, to: Endpoint | None = None) -> None:
+        """One UDP datagram, to the peer where nothing else is said. Errors: OSError."""
+        to = to or self._remote
+        if to is None:
+            raise UsageError("nobody to send to: the peer's address is not known")
+        self._raw.sendto(udp_datagram(self._local, to, payload), (str(to.address), 0))
+
+    async def receive(self, within: float) -> tuple[bytes, Endpoint] | None:
+        """The next UDP payload for us and where it came from; None after `within` s, or for one of others."""
+        try:
+            async with asyncio.timeout(within):
+                packet, sender = await asyncio.get_running_loop().sock_recvfrom(
+                    self._ear or self._raw, _MAX_DATAGRAM
+                )
+        except (TimeoutError, OSError):
+            # An OSError here is an ICMP error somebody sent: unauthenticated, so it decides nothing.
+            return None
+        header = 0
+        if self._local.address.version == 4:
+            header = (packet[0] & 0x0F) * 4 if packet else 0
+        elif self._ear is not None:
+            header = _IP6_HEADER
+        udp = packet[header:]
+        if len(udp) < _UDP_HEADER:
+            return None
+        if self._ear is None:
+            address = ip_address(sender[0].partition("%")[0])
+        else:
+            at, size = (12, 4) if self._local.address.version == 4 else (8, 16)
+            address = ip_address(packet[at : at + size])
+            if packet[at + size : at + 2 * size] != self._local.address.packed:
+                return None
+        if self._remote is not None and address != self._remote.address:
+            return None
+        # what follows the datagram is padding of the link's
+        return udp[_UDP_HEADER : int.from_bytes(udp[4:6])], Endpoint(address, int.from_bytes(udp[:2]))
+
+
+def open_raw(
+    local: Endpoint, remote: Endpoint | None, spis: tuple[bytes, bytes], *, mark: int = 0
+) -> RawLink:
+    """A raw socket at `local` that hears only IKE of `spis` from `remote`, None: from anywhere.
+
+    Errors: LinkError if it cannot be had.
+
+    `mark` (SO_MARK): sent with every datagram; and datagrams are heard before any firewall sees them.
+    """
+    six = local.address.version == 6
+    raw: socket.socket | None = None
+    ear: socket.socket | None = None
+    try:
+        raw = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+        raw.setblocking(False)
+        _attach(raw, bpf_program(local, remote, spis))
+        if six:
+            # the kernel computes and checks the checksum; without it datagrams would leave with none
+            raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
+        bypass(raw)
+        if mark:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            kind = socket.htons(_ETHERTYPE[local.address.version])
+            ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, kind)
+            ear.setblocking(False)
+            _attach(ear, bpf_program(local, remote, spis, below=True))
+            _attach(raw, [(_RET, 0, 0, 0)])
+        raw.bind((str(local.address), 0))
+    except OSError as error:
+        for each in (raw, ear):
+            if each is not None:
+                each.close()
+        hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if _denied(error) else ""
+        raise LinkError(f"no raw socket at {local.address}: {error.strerror}", hint=hint) from error
+    return RawLink(raw, local, remote, ear)
+
+
+def _denied(error: OSError) -> bool:
+    return error.errno in (errno.EPERM, errno.EACCES)
+
+
+def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
+    """UDP header, checksum included (RFC 768; RFC 8200, 8.1), and payload."""
+    length = _UDP_HEADER + len(payload)
+    ports = local.port.to_bytes(2) + remote.port.to_bytes(2)
+    pseudo = local.address.packed + remote.address.packed
+    if local.address.version == 6:
+        pseudo += length.to_bytes(4) + socket.IPPROTO_UDP.to_bytes(4)
+    else:
+        pseudo += socket.IPPROTO_UDP.to_bytes(2) + length.to_bytes(2)
+    header = ports + length.to_bytes(2)
+    covered = pseudo + header + bytes(2) + payload + bytes(length % 2)
+    total = sum(struct.unpack(f"!{len(covered) // 2}H", covered))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    # A sum of zero is sent as all ones: zero means "no checksum".
+    checksum = (~total & 0xFFFF) or 0xFFFF
+    return header + checksum.to_bytes(2) + payload
+
+
+# --- packet filter -------------------------------------------------------------------------------------
+
+_LD_W_ABS, _LD_H_ABS, _LD_B_ABS, _LD_W_IND, _LD_H_IND, _LDX_MSH = 0x20, 0x28, 0x30, 0x40, 0x48, 0xB1
+_JEQ, _RET = 0x15, 0x06
+
+Instruction = tuple[int, int, int, int]
+"""Code, jump if true, jump if false, operand (struct sock_filter)."""
+
+
+def bpf_program(
+    local: Endpoint, remote: Endpoint | None, spis: tuple[bytes, bytes], *, below: bool = False
+) -> list[Instruction]:
+    """The filter: the UDP ports, the non-ESP marker where there is one, the IKE SPIs.
+
+    An IPv4 raw socket sees packets from the IP header on, so offsets are relative to X, that header's length;
+    an IPv6 one sees them from the UDP header on. A packet socket (`below`) sees IP packets of all protocols.
+    """
+    four = local.address.version == 4
+    word, half = (_LD_W_IND, _LD_H_IND) if four else (_LD_W_ABS, _LD_H_ABS)
+    start = _IP6_HEADER if below and not four else 0
+    checks = [(_LD_B_ABS, 9 if four else 6, socket.IPPROTO_UDP)] if below else []
+    if remote is not None:
+        checks.append((half, start, remote.port))
+    checks.append((half, start + 2, local.port))
+    at = start + _UDP_HEADER
+    if local.port != IKE_PORT and (remote is None or has_marker(local, remote)):
+        checks.append((word, at, 0))
+        at += 4
+    both = spis[0] + spis[1]
+    checks += [(word, at + n, int.from_bytes(both[n : n + 4])) for n in range(0, 16, 4)]
+    program: list[Instruction] = [(_LDX_MSH, 0, 0, 0)] if four else []
+    for number, (load, offset, value) in enumerate(checks):
+        to_drop = 2 * (len(checks) - number - 1) + 1
+        program += [(load, 0, 0, offset), (_JEQ, 0, to_drop, value)]
+    return [*program, (_RET, 0, 0, _MAX_DATAGRAM), (_RET, 0, 0, 0)]
+
+
+def _attach(raw: socket.socket, program: list[Instruction]) -> None:
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    raw.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)

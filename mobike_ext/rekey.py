@@ -1,0 +1,577 @@
+"""New names for a peer without UPDATE_SPI: a standard rekey by this agent, sans-IO.
+
+    ChildRekey   nSG -> MN   CREATE_CHILD_SA   N(REKEY_SA), [N(USE_TRANSPORT_MODE),] SA, Ni, [KEi,] TSi, TSr
+                 MN -> nSG   CREATE_CHILD_SA   [N(USE_TRANSPORT_MODE),] SA, Nr, [KEr,] TSi, TSr
+                 nSG -> MN   INFORMATIONAL     D(old CHILD_SA), answered by the MN's D
+    IkeRekey     nSG -> MN   CREATE_CHILD_SA   SA, Ni, KEi
+                 MN -> nSG   CREATE_CHILD_SA   SA, Nr, KEr
+                 nSG -> MN   INFORMATIONAL     D(IKE_SA), under the old SPIs; the answer is empty
+
+RFC 7296, 1.3.2, 1.3.3, 2.8 and 2.18. The algorithms, the mode and the selectors are those of the old SA,
+with the key exchange it had: a child that had none is offered with the IKE_SA's where the peer insists on
+one. TEMPORARY_FAILURE (the peer is in the middle of something, 2.25) is tried again after a pause,
+INVALID_KE_PAYLOAD with the method it names. What ends a rekey leaves the old SA as it was. If the Delete is
+not answered the new SA stands nevertheless. If the answer cannot be used, the peer is told to delete what
+it made.
+
+The peer's requests stay unanswered meanwhile, see `exchange`. What counts as an answer: `asking`. All
+randomness comes in as one argument; the same octets make the same messages, so a caller who keeps them can
+begin again after a crash, as long as the message ID is the same.
+
+Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ikectx.context import (
+    NO_SECRET,
+    ChildContext,
+    Endpoint,
+    IkeGeneration,
+    Lifetime,
+    ReplayState,
+    Secret,
+    TrafficSelector,
+)
+from ikectx.errors import RefusedError, UsageError, WireError
+from ikectx.ikev2 import Message, RetransmitPolicy
+from ikectx.keys import sk_keys
+from ikectx.numbers import Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
+from ikectx.payloads import (
+    AnyPayload,
+    DeletePayload,
+    KePayload,
+    NoncePayload,
+    NotifyPayload,
+    Proposal,
+    RawSelector,
+    SaPayload,
+    Transform,
+    TransformType,
+    TsPayload,
+)
+from ikectx.ports import MoveReport
+
+from . import dh
+from .asking import Asking, Fresh
+from .exchange import Silent
+from .notify import usable_spi
+
+REKEY_OCTETS = 2048
+"""Fresh random octets that a rekey wants."""
+NONCE_LENGTH = 32
+PAUSES = (1.0, 2.0)
+"""Seconds before each further try after TEMPORARY_FAILURE (RFC 7296, 2.25, leaves them open)."""
+_DATAGRAMS = 8
+"""Fragments that a request may have: IVs put by for it."""
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRekeyed:
+    """The child that took the old one's place. `deleted`: the peer has confirmed that the old one is gone.
+
+    Its counters begin at 0, its lifetime is what the connection's settings say (none here).
+    """
+
+    child: ChildContext
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class IkeRekeyed:
+    """The IKE_SA that took the old one's place; both message IDs are 0, and the children go on with it."""
+
+    generation: IkeGeneration
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RekeyFailed:
+    """The peer refused with `notify`, or gave an answer that cannot be used (INVALID_SYNTAX, and `why`)."""
+
+    notify: Notify
+    why: str = ""
+
+
+Event = ChildRekeyed | IkeRekeyed | RekeyFailed | Silent
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    """NEW: nothing sent. ASKING: for the new SA. PAUSED: until the next try. DELETING: the old SA.
+    DISCARDING: what the peer made of an answer that is of no use. The rest are ends."""
+
+    NEW = "new"
+    ASKING = "asking"
+    PAUSED = "paused"
+    DELETING = "deleting"
+    DISCARDING = "discarding"
+    DONE = "done"
+    FAILED = "failed"
+    SILENT = "silent"
+
+
+class Input(Enum):
+    """What happens to the machine."""
+
+    START = "the first sending"
+    RESEND = "a retransmission timer"
+    MADE = "an answer with the new SA"
+    AGAIN = "an answer that asks for another key exchange"
+    BUSY = "an answer that asks for patience"
+    ERROR = "an answer with another error, or once too often"
+    USELESS = "an answer with an SA that is not what was asked for"
+    PAUSE_OVER = "the time to try again"
+    DELETED = "the answer to the Delete"
+    GIVE_UP = "the last retransmission timer"
+
+
+_S, _I = State, Input
+
+TABLE: dict[tuple[State, Input], State] = {
+    (_S.NEW, _I.START): _S.ASKING,
+    (_S.ASKING, _I.MADE): _S.DELETING,
+    (_S.ASKING, _I.BUSY): _S.PAUSED,
+    (_S.ASKING, _I.ERROR): _S.FAILED,
+    (_S.ASKING, _I.USELESS): _S.DISCARDING,
+    (_S.ASKING, _I.GIVE_UP): _S.SILENT,
+    (_S.PAUSED, _I.PAUSE_OVER): _S.ASKING,
+    (_S.DELETING, _I.DELETED): _S.DONE,
+    (_S.DELETING, _I.GIVE_UP): _S.DONE,
+    (_S.DISCARDING, _I.DELETED): _S.FAILED,
+    (_S.DISCARDING, _I.GIVE_UP): _S.FAILED,
+}
+"""What is not listed changes nothing (AGAIN: another request); an end is never left."""
+
+_WAITS = (State.ASKING, State.DELETING, State.DISCARDING)
+
+
+# --- the machine -------------------------------------------------------------------------------------
+
+
+class _Rekey:
+    """What both rekeys share. A subclass says what is asked, what an answer makes, and what to delete."""
+
+    protocol: Protocol
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        message_id: int,
+        local: Endpoint,
+        remote: Endpoint,
+        fresh: bytes,
+        ke: KeMethod,
+        policy: RetransmitPolicy | None,
+        limit: int | None,
+    ) -> None:
+        if len(fresh) < REKEY_OCTETS:
+            raise UsageError(f"{REKEY_OCTETS} fresh octets are needed, not {len(fresh)}")
+        self._asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
+        self.generation = generation
+        self.local = local
+        self.remote = remote
+        self.spis = self._asking.spis
+        self.state = State.NEW
+        self._events: deque[Event] = deque()
+        self._fresh = Fresh(fresh)
+        self._nonce = self._fresh.take(NONCE_LENGTH)
+        self._ke = ke
+        self._pair = self._key_pair(ke)
+        self._tried = {ke}
+        self._pauses = list(PAUSES)
+        self._due: float | None = None
+        self._result: Event | None = None
+
+    # what a subclass says
+
+    def _wanted(self) -> list[AnyPayload]:
+        raise NotImplementedError
+
+    def _made(self, message: Message) -> ChildRekeyed | IkeRekeyed:
+        """What the answer makes, deleted: False. WireError: it cannot be used."""
+        raise NotImplementedError
+
+    def _old(self) -> DeletePayload:
+        raise NotImplementedError
+
+    def _useless(self, message: Message) -> DeletePayload | None:
+        """What the peer should delete after an answer that cannot be used."""
+        raise NotImplementedError
+
+    def _otherwise(self) -> KeMethod | None:
+        """The key exchange to offer after NO_PROPOSAL_CHOSEN."""
+        return None
+
+    # what is known of it
+
+    @property
+    def ignored(self) -> int:
+        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        return self._asking.ignored
+
+    @property
+    def peer_requests(self) -> int:
+        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
+        return self._asking.peer_requests
+
+    @property
+    def report(self) -> MoveReport:
+        """What it took so far; `requests` are message IDs of the old IKE_SA."""
+        return self._asking.report
+
+    @property
+    def done(self) -> bool:
+        """An end is reached; `next_event` tells which."""
+        return self.state in (State.DONE, State.FAILED, State.SILENT)
+
+    def next_event(self) -> Event | None:
+        """The next thing that happened, oldest first."""
+        return self._events.popleft() if self._events else None
+
+    # verbs
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
+        if self.state is State.NEW:
+            self._ask()
+            self._enter(Input.START)
+        return self._asking.to_send(now) if self.state in _WAITS else []
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due; None: never."""
+        return self._asking.next_timer() if self.state in _WAITS else self._due
+
+    def handle_timer(self, now: float) -> None:
+        """Time has passed."""
+        if self.state in _WAITS:
+            if self._asking.handle_timer(now):
+                self._enter(Input.RESEND)
+            elif self.state is State.ASKING:
+                self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+            else:
+                self._enter(Input.GIVE_UP, self._result)
+        elif self._due is not None and now >= self._due:
+            self._due = None
+            self._ask()
+            self._enter(Input.PAUSE_OVER)
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
+        message = self._asking.receive(datagram, source)
+        if message is None:
+            return
+        if self.state is not State.ASKING:
+            result = self._result
+            if self.state is State.DELETING and isinstance(result, ChildRekeyed | IkeRekeyed):
+                result = replace(result, deleted=message.error is None)
+            self._enter(Input.DELETED, result)
+        elif message.error is not None:
+            self._refused(message.error, now)
+        else:
+            self._answered(message)
+
+    # steps
+
+    def _ask(self) -> None:
+        self._send(Exchange.CREATE_CHILD_SA, self._wanted())
+
+    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload]) -> None:
+        ivs = self._fresh.take(_DATAGRAMS * self._asking.iv_length)
+        self._asking.ask(exchange, self._asking.seal(exchange, payloads, ivs))
+
+    def _refused(self, error: NotifyPayload, now: float) -> None:
+        other: KeMethod | None = None
+        if error.notify == Notify.TEMPORARY_FAILURE and self._pauses:
+            self._due = now + self._pauses.pop(0)
+            self._enter(Input.BUSY)
+            return
+        if error.notify == Notify.INVALID_KE_PAYLOAD and len(error.data) == 2:
+            other = KeMethod(int.from_bytes(error.data))
+        elif error.notify == Notify.NO_PROPOSAL_CHOSEN:
+            other = self._otherwise()
+        if other is None or other in self._tried or not dh.known(other):
+            self._enter(Input.ERROR, RekeyFailed(error.notify))
+            return
+        self._ke, self._pair = other, self._key_pair(other)
+        self._tried.add(other)
+        self._ask()
+        self._enter(Input.AGAIN)
+
+    def _answered(self, message: Message) -> None:
+        try:
+            self._result = self._made(message)
+        except WireError as error:
+            self._result = RekeyFailed(Notify.INVALID_SYNTAX, str(error))
+            useless = self._useless(message)
+            if useless is None:
+                self._enter(Input.ERROR, self._result)
+            else:
+                self._send(Exchange.INFORMATIONAL, [useless])
+                self._enter(Input.USELESS)
+            return
+        self._send(Exchange.INFORMATIONAL, [self._old()])
+        self._enter(Input.MADE)
+
+    def _key_pair(self, method: KeMethod) -> dh.KeyPair | None:
+        if method is KeMethod.NONE:
+            return None
+        return dh.KeyPair.of(method, self._fresh.take(dh.fresh_length(method)))
+
+    def _ke_payloads(self) -> list[AnyPayload]:
+        return [] if self._pair is None else [KePayload(self._ke, self._pair.public)]
+
+    def _ke_transforms(self) -> list[Transform]:
+        return [] if self._pair is None else [Transform(TransformType.KE, self._ke)]
+
+    def _chosen(self, message: Message, offered: Proposal) -> Proposal:
+        """The one proposal of the answer, which must be `offered` but for its SPI."""
+        found = [p for p in message.payloads if isinstance(p, SaPayload)]
+        if len(found) != 1 or len(found[0].proposals) != 1:
+            raise WireError("the answer has not one proposal")
+        (chosen,) = found[0].proposals
+        if chosen.protocol != offered.protocol or _kinds(chosen) != _kinds(offered):
+            raise WireError("the answer's proposal was not offered")
+        if not usable_spi(self.protocol, chosen.spi):
+            raise WireError("the answer's SPI cannot be one")
+        return chosen
+
+    def _keys(self, message: Message) -> tuple[bytes, Secret]:
+        """(the peer's nonce, g^ir)."""
+        nonces = [p.nonce for p in message.payloads if isinstance(p, NoncePayload)]
+        if len(nonces) != 1:
+            raise WireError(f"{len(nonces)} nonces in the answer")
+        values = [p for p in message.payloads if isinstance(p, KePayload)]
+        if self._pair is None:
+            return nonces[0], NO_SECRET
+        if len(values) != 1 or values[0].method != self._ke:
+            raise WireError("the answer lacks the public value")
+        return nonces[0], self._pair.shared(values[0].data)
+
+    def _enter(self, what: Input, event: Event | None = None) -> None:
+        new = TABLE.get((self.state, what), self.state)
+        if new is not self.state and event is not None:
+            self._events.append(event)
+        self.state = new
+
+
+class ChildRekey(_Rekey):
+    """Rekeys `child` of the IKE_SA `generation`.
+
+    index: of `generation` in its context, for the new child. message_id, local, remote, policy: as for
+    `exchange.AddressUpdate`; `new_spi`: on which this gateway will receive, reserved by the caller. fresh:
+    `REKEY_OCTETS`, random. ke: a method that must be used; None: as the old child. limit: see
+    `ikev2.seal_fragments`. RefusedError with NOT_COVERED for IPComp, BEET mode and additional key exchanges.
+    """
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        index: int,
+        child: ChildContext,
+        message_id: int,
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        new_spi: bytes,
+        fresh: bytes,
+        ke: KeMethod | None = None,
+        policy: RetransmitPolicy | None = None,
+        limit: int | None = None,
+    ) -> None:
+        reason = ""
+        if child.ipcomp:
+            reason = "it compresses (IPComp)"
+        elif child.mode not in (Mode.TUNNEL, Mode.TRANSPORT):
+            reason = f"its mode is {child.mode.name}"
+        elif child.add_kes:
+            reason = "it had additional key exchanges (RFC 9370)"
+        elif child.protocol not in (Protocol.ESP, Protocol.AH):
+            reason = f"its protocol is {child.protocol.name}"
+        if reason:
+            raise _not_covered(f"CHILD_SA {child.name} cannot be rekeyed from here: {reason}")
+        if not usable_spi(child.protocol, new_spi):
+            raise UsageError(f"an SPI of {child.protocol.name} cannot be {new_spi.hex()}")
+        self.protocol = child.protocol
+        self.child = child
+        self._index = index
+        self._new_spi = new_spi
+        self._asked_for = ke
+        super().__init__(
+            generation, message_id, local, remote, fresh, child.ke if ke is None else ke, policy, limit
+        )
+
+    def _offered(self) -> Proposal:
+        child, transforms = self.child, list[Transform]()
+        if child.protocol is Protocol.ESP:
+            transforms.append(Transform.encr(child.encr, child.encr_bits))
+        if child.integ is not Integ.NONE:
+            transforms.append(Transform(TransformType.INTEG, child.integ))
+        transforms += self._ke_transforms()
+        transforms.append(Transform(TransformType.ESN, int(child.esn)))
+        return Proposal(1, child.protocol, tuple(transforms), self._new_spi)
+
+    def _wanted(self) -> list[AnyPayload]:
+        child = self.child
+        transport = [NotifyPayload(Notify.USE_TRANSPORT_MODE)] if child.mode is Mode.TRANSPORT else []
+        return [
+            NotifyPayload(Notify.REKEY_SA, protocol=child.protocol, spi=child.spi_in),
+            *transport,
+            SaPayload((self._offered(),)),
+            NoncePayload(self._nonce),
+            *self._ke_payloads(),
+            TsPayload(Payload.TSI, child.local_ts),
+            TsPayload(Payload.TSR, child.remote_ts),
+        ]
+
+    def _otherwise(self) -> KeMethod | None:
+        if self._asked_for is None and self.child.ke is KeMethod.NONE:
+            return self.generation.ke
+        return None
+
+    def _made(self, message: Message) -> ChildRekeyed:
+        child = self.child
+        chosen = self._chosen(message, self._offered())
+        nonce, secret = self._keys(message)
+        if bool(message.notifies(Notify.USE_TRANSPORT_MODE)) != (child.mode is Mode.TRANSPORT):
+            raise WireError("the answer is for another mode")
+        new = replace(
+            child,
+            generation=self._index,
+            initiator=True,
+            spi_in=self._new_spi,
+            spi_out=chosen.spi,
+            nonce_i=self._nonce,
+            nonce_r=nonce,
+            ke=self._ke,
+            secret=secret,
+            add_secret=NO_SECRET,
+            local_ts=_narrowed(message, Payload.TSI, child.local_ts),
+            remote_ts=_narrowed(message, Payload.TSR, child.remote_ts),
+            inbound=ReplayState(window=child.inbound.window, esn=child.esn),
+            outbound=ReplayState(window=child.outbound.window, esn=child.esn),
+            lifetime=Lifetime(),
+        )
+        return ChildRekeyed(new, deleted=False)
+
+    def _old(self) -> DeletePayload:
+        return DeletePayload(self.child.protocol, (self.child.spi_in,))
+
+    def _useless(self, message: Message) -> DeletePayload | None:
+        return DeletePayload(self.child.protocol, (self._new_spi,))
+
+
+class IkeRekey(_Rekey):
+    """Rekeys the IKE_SA `generation`; this gateway is the new one's original initiator.
+
+    new_spi: 8 octets, ours. The rest as for `ChildRekey`; ke None: the method the IKE_SA was made with.
+    """
+
+    protocol = Protocol.IKE
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        message_id: int,
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        new_spi: bytes,
+        fresh: bytes,
+        ke: KeMethod | None = None,
+        policy: RetransmitPolicy | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if generation.add_kes:
+            raise _not_covered("the IKE_SA had additional key exchanges (RFC 9370): its charon must rekey it")
+        method = generation.ke if ke is None else ke
+        if method is KeMethod.NONE:
+            raise UsageError("an IKE_SA is not rekeyed without a key exchange")
+        if not usable_spi(Protocol.IKE, new_spi):
+            raise UsageError(f"an IKE SPI cannot be {new_spi.hex()}")
+        self._new_spi = new_spi
+        super().__init__(generation, message_id, local, remote, fresh, method, policy, limit)
+
+    def _offered(self) -> Proposal:
+        old = self.generation
+        transforms = [Transform.encr(old.encr, old.encr_bits)]
+        if old.integ is not Integ.NONE:
+            transforms.append(Transform(TransformType.INTEG, old.integ))
+        transforms += [Transform(TransformType.PRF, old.prf), *self._ke_transforms()]
+        return Proposal(1, Protocol.IKE, tuple(transforms), self._new_spi)
+
+    def _wanted(self) -> list[AnyPayload]:
+        return [SaPayload((self._offered(),)), NoncePayload(self._nonce), *self._ke_payloads()]
+
+    def _made(self, message: Message) -> IkeRekeyed:
+        old = self.generation
+        chosen = self._chosen(message, self._offered())
+        nonce, secret = self._keys(message)
+        new = replace(
+            old,
+            spi_i=self._new_spi,
+            spi_r=chosen.spi,
+            initiator=True,
+            nonce_i=self._nonce,
+            nonce_r=nonce,
+            secret=secret,
+            ke=self._ke,
+            add_secret=NO_SECRET,
+            old_skd=sk_keys(old).sk_d,
+            old_prf=old.prf,
+        )
+        return IkeRekeyed(new, deleted=False)
+
+    def _old(self) -> DeletePayload:
+        return DeletePayload(Protocol.IKE)
+
+    def _useless(self, message: Message) -> DeletePayload | None:
+        return None  # its SPI may not even be one
+
+
+def _not_covered(message: str) -> RefusedError:
+    return RefusedError(
+        message, hint="let its peer rekey it first, or refuse collisions", status=Status.NOT_COVERED
+    )
+
+
+def _kinds(proposal: Proposal) -> list[tuple[int, int, int]]:
+    """Its transforms, in an order of their own; "no key exchange" may be said or not."""
+    found = [(one.type, one.id, one.key_bits) for one in proposal.transforms]
+    return sorted(one for one in found if one[:2] != (TransformType.KE, KeMethod.NONE))
+
+
+def _narrowed(
+    message: Message, kind: Payload, offered: tuple[TrafficSelector, ...]
+) -> tuple[TrafficSelector, ...]:
+    """The answer's selectors: those offered, or parts of them (RFC 7296, 2.9)."""
+    found = [p.selectors for p in message.payloads if isinstance(p, TsPayload) and p.type == kind]
+    if len(found) != 1 or not found[0]:
+        raise WireError(f"the answer has no {kind.name}")
+    plain = {replace(one, dynamic=False): one for one in offered}
+    taken: list[TrafficSelector] = []
+    for one in found[0]:
+        if isinstance(one, RawSelector) or not any(_within(one, whole) for whole in offered):
+            raise WireError(f"{kind.name} of the answer was not offered")
+        taken.append(plain.get(one, one))
+    return offered if set(taken) == set(offered) else tuple(taken)
+
+
+def _within(one: TrafficSelector, whole: TrafficSelector) -> bool:
+    return (
+        one.start.version == whole.start.version
+        and int(whole.start) <= int(one.start) <= int(one.end) <= int(whole.end)
+        and whole.protocol in (0, one.protocol)
+        and whole.start_port <= one.start_port
+        and one.end_port <= whole.end_port
+    )

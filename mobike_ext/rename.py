@@ -1,0 +1,491 @@
+"""UPDATE_SPI as a sans-IO machine: one INFORMATIONAL exchange renames SAs and moves addresses with them.
+
+    nSG -> MN   HDR, SK { [N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(COOKIE2), further addresses,]
+                          N(UPDATE_SPI)+ [, N(UPDATE_SPI_SUPPORTED)] }
+    MN -> nSG   HDR, SK { one N(UPDATE_SPI) or N(UPDATE_SPI_REFUSED) each [, N(NAT_DETECTION_*), N(COOKIE2)] }
+
+Without the notify in its answer the MN did not understand it: `Unsupported`, unless it is known to. Then
+charon answered, and the MN's agent, which saw the request in its copy, begins an exchange of its own that
+says the same the other way round. It is waited for, and answered here under `expected_id` by a
+`SpiResponder`.
+
+The address part is that of `exchange`; it stands whatever becomes of the names. Retransmission, and what
+counts as an answer: `asking`. Both ends asking at once: `naming`.
+
+Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ikectx.context import Address, Endpoint, IkeGeneration
+from ikectx.errors import UsageError, WireError
+from ikectx.ikev2 import Message, RetransmitPolicy
+from ikectx.numbers import Exchange, Notify, Protocol
+from ikectx.ports import MoveReport
+
+from .answering import Asked, PeerSupports, SpiResponder
+from .asking import Asking, Fresh, is_request
+from .exchange import AddressPart, Moved, PeerNatChanged, Refused, Silent
+from .naming import (
+    MOST,
+    Decision,
+    Names,
+    Renaming,
+    answered,
+    ask,
+    ask_peer,
+    mirrored,
+    renamed_context,
+    renamed_generation,
+    renamed_ike,
+    supported_by,
+)
+from .notify import Reason, UpdateSpi, UpdateSpiSupported
+
+MIRROR_WAIT = 0.5
+"""Seconds in which a peer that knows UPDATE_SPI begins an exchange of its own."""
+BUSY_PAUSE = 1.2
+"""Seconds until the one retry after a refusal as busy; no less than the other side's rate limit asks for."""
+FRESH_OCTETS = 512
+"""That `SpiUpdate` wants."""
+_DATAGRAMS = 8
+"""Fragments that an answer or a retry may have: IVs put by for it."""
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Both ends use the new names. `pairs`: ours, and those the peer chose."""
+
+    pairs: tuple[Renaming, ...]
+    proven_by_traffic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RenameRefused:
+    """The names stay; the address update, if there was one, stands. `error`: instead of reasons."""
+
+    reasons: tuple[Reason, ...]
+    error: Notify | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """The peer does not know UPDATE_SPI; the address update, if there was one, stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRenamed:
+    """Meanwhile the peer asked for a renaming of its own and got it."""
+
+    pairs: tuple[Renaming, ...]
+
+
+Event = (
+    Moved
+    | Refused
+    | Silent
+    | PeerNatChanged
+    | Renamed
+    | RenameRefused
+    | Unsupported
+    | PeerRenamed
+    | PeerSupports
+)
+
+
+# --- the machine -------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    """NEW: nothing sent. WAITING: for the answer, AGAIN: to the retry. PAUSED: until the retry.
+
+    AGREED: the peer asked for the same and got it, our own answer is still to come. MIRROR: for the peer's
+    own request. The rest are ends.
+    """
+
+    NEW = "new"
+    WAITING = "waiting"
+    AGREED = "agreed"
+    PAUSED = "paused"
+    AGAIN = "again"
+    MIRROR = "mirror"
+    RENAMED = "renamed"
+    REFUSED = "refused"
+    REJECTED = "address rejected"
+    UNSUPPORTED = "unsupported"
+    SILENT = "silent"
+
+
+class Input(Enum):
+    """What happens to the machine."""
+
+    START = "the first sending"
+    RESEND = "a retransmission timer"
+    ACCEPT = "an answer that accepts"
+    DENY = "an answer that refuses the names"
+    BUSY = "an answer that refuses them for the moment"
+    PLAIN = "an answer without the notify"
+    PLAIN_KNOWN = "an answer without the notify, of a peer that knows it"
+    REJECT = "an answer with an error, or without our cookie"
+    MIRRORED = "the peer's own request for the same, answered"
+    PROOF = "ESP from the peer under the new names"
+    PAUSE_OVER = "the time to try again"
+    LATE = "no request of the peer's own in time"
+    GIVE_UP = "the last retransmission timer"
+
+
+_S, _I = State, Input
+
+TABLE: dict[tuple[State, Input], State] = {
+    (_S.NEW, _I.START): _S.WAITING,
+    (_S.WAITING, _I.ACCEPT): _S.RENAMED,
+    (_S.WAITING, _I.DENY): _S.REFUSED,
+    (_S.WAITING, _I.BUSY): _S.PAUSED,
+    (_S.WAITING, _I.PLAIN): _S.UNSUPPORTED,
+    (_S.WAITING, _I.PLAIN_KNOWN): _S.MIRROR,
+    (_S.WAITING, _I.REJECT): _S.REJECTED,
+    (_S.WAITING, _I.MIRRORED): _S.AGREED,
+    (_S.WAITING, _I.PROOF): _S.RENAMED,
+    (_S.WAITING, _I.GIVE_UP): _S.SILENT,
+    (_S.AGREED, _I.ACCEPT): _S.RENAMED,
+    (_S.AGREED, _I.DENY): _S.RENAMED,
+    (_S.AGREED, _I.BUSY): _S.RENAMED,
+    (_S.AGREED, _I.PLAIN): _S.RENAMED,
+    (_S.AGREED, _I.PLAIN_KNOWN): _S.RENAMED,
+    (_S.AGREED, _I.REJECT): _S.REJECTED,
+    (_S.AGREED, _I.PROOF): _S.RENAMED,
+    (_S.AGREED, _I.GIVE_UP): _S.RENAMED,
+    (_S.PAUSED, _I.MIRRORED): _S.RENAMED,
+    (_S.PAUSED, _I.PROOF): _S.RENAMED,
+    (_S.PAUSED, _I.PAUSE_OVER): _S.AGAIN,
+    (_S.AGAIN, _I.ACCEPT): _S.RENAMED,
+    (_S.AGAIN, _I.DENY): _S.REFUSED,
+    (_S.AGAIN, _I.BUSY): _S.REFUSED,
+    (_S.AGAIN, _I.PLAIN): _S.UNSUPPORTED,
+    (_S.AGAIN, _I.PLAIN_KNOWN): _S.MIRROR,
+    (_S.AGAIN, _I.MIRRORED): _S.AGREED,
+    (_S.AGAIN, _I.PROOF): _S.RENAMED,
+    (_S.AGAIN, _I.GIVE_UP): _S.SILENT,
+    (_S.MIRROR, _I.MIRRORED): _S.RENAMED,
+    (_S.MIRROR, _I.PROOF): _S.RENAMED,
+    (_S.MIRROR, _I.LATE): _S.UNSUPPORTED,
+}
+"""What is not listed changes nothing; an end is never left."""
+
+_OUR_REQUEST = (State.WAITING, State.AGREED, State.AGAIN)
+_OPEN = (State.WAITING, State.AGREED, State.PAUSED, State.AGAIN, State.MIRROR)
+
+
+class _Ours:
+    """What the peer may ask for while we ask: the same, or what touches nothing of it. See `naming`."""
+
+    def __init__(self, update: SpiUpdate, names: Names | None) -> None:
+        self._update = update
+        self._names = names
+
+    def known(self, protocol: Protocol, spi: bytes, inbound: bool) -> bool:
+        ours = self._update.wanted(protocol, spi, inbound) is not None
+        return ours or self._names is None or self._names.known(protocol, spi, inbound)
+
+    def usable(self, protocol: Protocol, old: bytes, new: bytes) -> bool:
+        return self._names is None or self._names.usable(protocol, old, new)
+
+    def reserve(self, protocol: Protocol, old: bytes) -> bytes | None:
+        ours = self._update.wanted(protocol, old, True)
+        if ours is not None:
+            return ours.new
+        return None if self._names is None else self._names.reserve(protocol, old)
+
+    def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> Reason | None:
+        if self._update.wanted(protocol, spi, inbound) is not None:
+            open_ = (*_OPEN, State.RENAMED)
+            return None if self._update.state in open_ else Reason.BUSY
+        both = protocol is Protocol.IKE and any(one.protocol is Protocol.IKE for one in self._update.asked)
+        if self._names is None or (both and self._update.initiator):
+            return Reason.BUSY
+        return self._names.objection(protocol, spi, inbound)
+
+
+class SpiUpdate:
+    """Asks the peer for new names, and with `addresses` tells it that this gateway is at `local` now.
+
+    message_id, local, remote, cookie2, conditions, additional, policy: as for `exchange.AddressUpdate`.
+    renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
+    first request; may be derived from what the request says, all of it. fresh: `FRESH_OCTETS`, random.
+    known: the peer understands UPDATE_SPI (`IkeContext.update_spi`). expected_id: message ID of its next
+    request (`mid_responder`); None: its requests are left to charon. names: for what else it may ask
+    meanwhile; None: that is refused as busy. announce: say that we know UPDATE_SPI, too. limit: octets of the
+    largest message, see `ikev2.seal_fragments`.
+    """
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        message_id: int,
+        local: Endpoint,
+        remote: Endpoint,
+        renames: Sequence[UpdateSpi],
+        *,
+        iv: bytes,
+        fresh: bytes,
+        cookie2: bytes = b"",
+        addresses: bool = True,
+        conditions: int = 0,
+        additional: Sequence[Address] | None = None,
+        known: bool = False,
+        expected_id: int | None = None,
+        names: Names | None = None,
+        announce: bool = False,
+        limit: int | None = None,
+        policy: RetransmitPolicy | None = None,
+    ) -> None:
+        if len(renames) > MOST:
+            raise UsageError(f"{len(renames)} UPDATE_SPI in one request: at most {MOST}")
+        if len(fresh) < FRESH_OCTETS:
+            raise UsageError(f"{FRESH_OCTETS} fresh octets are needed, not {len(fresh)}")
+        if any(one.choose and one.new for one in renames):
+            raise UsageError("the peer chooses its own SPI")
+        self._asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
+        self.local = local
+        self.remote = remote
+        self.spis = self._asking.spis
+        self.initiator = generation.initiator
+        self.asked = tuple(renames)
+        self.state = State.NEW
+        self._part = (
+            AddressPart(self.spis, local, remote, cookie2, conditions, additional) if addresses else None
+        )
+        self._known = known
+        self._events: deque[Event] = deque()
+        self._fresh = Fresh(fresh)
+        self._again_iv = self._fresh.take(_DATAGRAMS * self._asking.iv_length)
+        self._due: float | None = None
+        self._mirrored: tuple[Renaming, ...] = ()
+        self._proven = False
+        self._responder: SpiResponder | None = None
+        if expected_id is not None:
+            self._responder = SpiResponder(
+                generation,
+                expected_id,
+                local,
+                _Ours(self, names),
+                conditions=conditions,
+                limit=limit,
+                addresses=False,
+            )
+        said = [] if self._part is None else self._part.payloads()
+        said += [one.serialize() for one in self.asked]
+        if announce:
+            said.append(UpdateSpiSupported().serialize())
+        self._request = self._asking.seal(Exchange.INFORMATIONAL, said, iv)
+
+    # -- what is known of it
+
+    @property
+    def ignored(self) -> int:
+        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        return self._asking.ignored + (0 if self._responder is None else self._responder.ignored)
+
+    @property
+    def peer_requests(self) -> int:
+        """Requests of the peer that were left to charon."""
+        return self._asking.peer_requests + (0 if self._responder is None else self._responder.others)
+
+    @property
+    def report(self) -> MoveReport:
+        """What it took so far; `answered`: the peer's requests for the same."""
+        mine = replace(self._asking.report, proven_by_traffic=self._proven)
+        if self._responder is None:
+            return mine
+        theirs = self._responder.report
+        return replace(
+            mine,
+            messages=mine.messages + theirs.messages,
+            octets=mine.octets + theirs.octets,
+            answered=theirs.answered,
+        )
+
+    @property
+    def done(self) -> bool:
+        """An end is reached, see `next_event`. Duplicates of the peer's request are still answered."""
+        return self.state is not State.NEW and self.state not in _OPEN
+
+    def next_event(self) -> Event | None:
+        """The next thing that happened, oldest first."""
+        return self._events.popleft() if self._events else None
+
+    def wanted(self, protocol: Protocol, spi: bytes, inbound: bool) -> UpdateSpi | None:
+        """The one of ours that renames this SPI; `inbound`: we receive on it."""
+        found = ((one, (one.protocol, one.old, not one.choose)) for one in self.asked)
+        return next((one for one, name in found if name == (protocol, spi, inbound)), None)
+
+    # -- verbs
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
+        if self.state is State.NEW:
+            self._asking.ask(Exchange.INFORMATIONAL, self._request)
+            self._enter(Input.START)
+        out = self._asking.to_send(now) if self.state in _OUR_REQUEST else []
+        return out if self._responder is None else out + self._responder.to_send(now)
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due; None: never."""
+        return self._asking.next_timer() if self.state in _OUR_REQUEST else self._due
+
+    def handle_timer(self, now: float) -> None:
+        """Time has passed."""
+        if self.state in _OUR_REQUEST:
+            if self._asking.handle_timer(now):
+                self._enter(Input.RESEND)
+            elif self.state is State.AGREED:
+                self._enter(Input.GIVE_UP, *self._moved(), Renamed(self._mirrored))
+            else:
+                self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+        elif self._due is not None and now >= self._due:
+            self._due = None
+            if self.state is State.PAUSED:
+                self._part = None  # the address stands already
+                said = [one.serialize() for one in self.asked]
+                self._asking.ask(
+                    Exchange.INFORMATIONAL, self._asking.seal(Exchange.INFORMATIONAL, said, self._again_iv)
+                )
+                self._enter(Input.PAUSE_OVER)
+            else:
+                self._enter(Input.LATE, Unsupported())
+
+    def traffic_seen(self) -> None:
+        """ESP of the peer has arrived at `local` under a *new* SPI: as good as an answer.
+
+        Not where the peer was to choose SPIs: traffic does not tell which.
+        """
+        esp = any(one.protocol is not Protocol.IKE for one in self.asked)
+        if self.state not in _OPEN or (self.asked and not esp) or any(one.choose for one in self.asked):
+            return
+        self._proven = True
+        self._asking.stop()
+        pairs = tuple(Renaming(one.protocol, True, one.old, one.new) for one in self.asked)
+        moved = self._moved(proven=True) if self.state in _OUR_REQUEST else []
+        self._enter(Input.PROOF, *moved, Renamed(pairs, proven_by_traffic=True))
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
+        if self._responder is not None and is_request(datagram, self.local, source):
+            self._responder.receive(datagram, source, now)
+            self._attend(self._responder, now)
+            return
+        message = self._asking.receive(datagram, source)
+        if message is not None and self.state in _OUR_REQUEST:
+            what, events = self._judge(message)
+            if what in (Input.BUSY, Input.PLAIN_KNOWN):
+                self._due = now + (BUSY_PAUSE if what is Input.BUSY else MIRROR_WAIT)
+            self._enter(what, *events)
+
+    # -- the answer to our request
+
+    def _judge(self, message: Message) -> tuple[Input, list[Event]]:
+        """What an answer means, and what there is to tell."""
+        events: list[Event] = []
+        if supported_by(message):
+            events.append(PeerSupports(supported_by(message)))
+        if self._part is not None:
+            refusal = self._part.refusal(message)
+            if refusal is not None:
+                return Input.REJECT, [*events, refusal]
+            events += [*self._part.nat_change(message), *self._moved()]
+        decision: Decision | None = None
+        error = None if message.error is None else message.error.notify
+        if error is None:
+            try:
+                decision = answered(self.asked, message)
+            except WireError:
+                error = Notify.INVALID_SYNTAX
+        if self.state is State.AGREED:
+            return Input.ACCEPT, [*events, Renamed(self._mirrored)]
+        if error is not None:
+            return Input.DENY, [*events, RenameRefused((), error)]
+        if not self.asked:
+            return Input.ACCEPT, [*events, Renamed(())]
+        if decision is None:
+            if self._known and self._responder is not None:
+                return Input.PLAIN_KNOWN, events
+            return Input.PLAIN, [*events, Unsupported()]
+        if not decision.reasons:
+            return Input.ACCEPT, [*events, Renamed(decision.pairs)]
+        refused = RenameRefused(decision.reasons)
+        if set(decision.reasons) != {Reason.BUSY} or self._gone():
+            return Input.DENY, [*events, refused]
+        return Input.BUSY, [*events, refused] if self.state is State.AGAIN else events
+
+    def _moved(self, *, proven: bool = False) -> list[Event]:
+        return [] if self._part is None else [Moved(proven_by_traffic=proven)]
+
+    def _gone(self) -> bool:
+        """The IKE_SA has other SPIs by now: nothing can be asked under these."""
+        return self._responder is not None and self._responder.retired
+
+    # -- the peer's own request
+
+    def _attend(self, responder: SpiResponder, now: float) -> None:
+        """Answer the peer at once: what it may ask for is installed already."""
+        while (event := responder.next_event()) is not None:
+            if not isinstance(event, Asked):
+                self._events.append(event)
+                continue
+            size = _DATAGRAMS * self._asking.iv_length
+            if self._fresh.left < size:
+                continue  # unanswered: so many requests are none of a peer that means it
+            ours = [one for one in event.pairs if self.wanted(one.protocol, one.old, one.inbound)]
+            refusal = Reason.BUSY if ours and len(ours) != len(self.asked) else None
+            responder.answer(self._fresh.take(size), now, refusal)
+            if refusal is not None or not event.pairs:
+                continue
+            if not ours:
+                self._events.append(PeerRenamed(event.pairs))
+            elif self.state in _OPEN:
+                self._mirrored = self._in_order(ours)
+                told: list[Event] = []
+                if self.state not in (State.WAITING, State.AGAIN):
+                    told = [Renamed(self._mirrored)]
+                self._enter(Input.MIRRORED, *told)
+
+    def _in_order(self, pairs: list[Renaming]) -> tuple[Renaming, ...]:
+        """As we asked for them."""
+        places = {(one.protocol, one.old, not one.choose): at for at, one in enumerate(self.asked)}
+        return tuple(sorted(pairs, key=lambda one: places[one.protocol, one.old, one.inbound]))
+
+    def _enter(self, what: Input, *events: Event) -> None:
+        new = TABLE.get((self.state, what), self.state)
+        if new is not self.state:
+            self._events.extend(events)
+        self.state = new
+
+
+__all__ = [
+    "MOST",
+    "Asked",
+    "Event",
+    "Names",
+    "PeerRenamed",
+    "PeerSupports",
+    "RenameRefused",
+    "Renamed",
+    "Renaming",
+    "SpiResponder",
+    "SpiUpdate",
+    "Unsupported",
+    "ask",
+    "ask_peer",
+    "mirrored",
+    "renamed_context",
+    "renamed_generation",
+    "renamed_ike",
+]
