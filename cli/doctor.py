@@ -15,6 +15,7 @@ from typing import Any
 
 from ikectx.errors import IkectxError
 
+from .doctor_ipsec import protection, reach
 from .doctor_world import World
 
 NET_ADMIN, NET_RAW = 12, 13
@@ -214,10 +215,10 @@ def capabilities(world: World) -> Iterator[Outcome]:
 
 def secret_files(world: World) -> Iterator[Outcome]:
     wrong = False
-    for path, what in (
-        (world.config.transfer.key, "the private key"),
-        (world.config.state_dir, "the store of keys"),
-    ):
+    files = [(world.config.state_dir, "the store of keys")]
+    if world.config.transfer.transport == "tls":
+        files.insert(0, (world.config.transfer.key, "the private key"))
+    for path, what in files:
         try:
             info = os.stat(path)
         except OSError:
@@ -242,6 +243,9 @@ def certificates(world: World) -> Iterator[Outcome]:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
     transfer = world.config.transfer
+    if transfer.transport != "tls":
+        yield "ok", 'not needed with transport = "ipsec"'
+        return
     missing = False
     data: dict[str, bytes] = {}
     for key, path in (("certificate", transfer.certificate), ("key", transfer.key), ("ca", transfer.ca)):
@@ -434,6 +438,9 @@ def addresses(world: World) -> Iterator[Outcome]:
 def peers(world: World) -> Iterator[Outcome]:
     if not world.config.peers:
         yield "warn", "no [[peer]]: SAs can go nowhere", "write a [[peer]] for each other gateway"
+    if world.config.transfer.transport != "tls":
+        yield from reach(world)
+        return
     for peer in world.config.peers:
         answer = world.connect(peer)
         who = f"{peer.name} ({peer.address})"
@@ -517,6 +524,7 @@ CHECKS: Sequence[tuple[str, Check]] = (
     ("clock", clock),
     ("kernel", kernel),
     ("addresses", addresses),
+    ("protection", protection),
     ("peers", peers),
     ("connections", connections),
     ("pools", pools),

@@ -19,7 +19,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import IkectxError
+from ikectx.context import Address, Endpoint
+from ikectx.cxtp import PORT
+from ikectx.errors import IkectxError, LinkError
+from ikectx.flow import Flow, Transport
 
 from .config import Config, PeerConfig
 from .settings import Setting, load
@@ -29,6 +32,8 @@ SWANCTL = "/etc/swanctl/swanctl.conf"
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS = 20
 CONNECT_SECONDS = 5
+SOME_PORT = 49152
+"""An ephemeral one, of whoever dials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,13 @@ class PeerAnswer:
     not_before: float | None = None
     failed: str = ""
     refused: bool = False
+
+
+def _address(host: str) -> Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
 
 
 class World:
@@ -247,6 +259,78 @@ class World:
             return PeerAnswer(failed=f"TLS: {text.replace('_', ' ').lower()}")
         except OSError as error:
             return PeerAnswer(failed=error.strerror or str(error))
+
+    def connect_plainly(self, peer: PeerConfig) -> PeerAnswer:
+        """A connection to a peer as with `transport = "ipsec"`; only where the kernel protects it."""
+        last = PeerAnswer(failed="the name has no address")
+        try:
+            for address in self.addresses(peer.host):
+                flow = self.flows(address, peer.port)[0]
+                self.check_protection(flow)
+                last = self._try(flow)
+                if not last.failed:
+                    break
+        except IkectxError as error:
+            return PeerAnswer(failed=str(error))
+        return last
+
+    @staticmethod
+    def _try(flow: Flow) -> PeerAnswer:
+        family = socket.AF_INET if flow.remote.address.version == 4 else socket.AF_INET6
+        number = socket.IPPROTO_SCTP if flow.protocol == "sctp" else socket.IPPROTO_TCP
+        try:
+            with socket.socket(family, socket.SOCK_STREAM, number) as sock:
+                sock.settimeout(CONNECT_SECONDS)
+                sock.bind((str(flow.local.address), 0))
+                sock.connect((str(flow.remote.address), flow.remote.port))
+                sock.settimeout(1)
+                try:
+                    return PeerAnswer(refused=sock.recv(1) == b"")
+                except TimeoutError:
+                    return PeerAnswer()
+        except OSError as error:
+            return PeerAnswer(failed=error.strerror or str(error))
+
+    def addresses(self, host: str) -> list[str]:
+        """What a name stands for. Errors: LinkError."""
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise LinkError(f"{host}: {error.strerror or error}") from None
+        return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
+
+    def flows(self, address: str, port: int) -> tuple[Flow, Flow]:
+        """A connection of ours to a peer, and one of its to us; the ports of who dials stand for any.
+
+        Errors: LinkError.
+        """
+        remote = ip_address(address)
+        transfer = self.config.transfer
+        own = [(here, listen.port) for listen in transfer.listen if (here := _address(listen.host))]
+        local, own_port = next(
+            ((here, number) for here, number in own if here.version == remote.version and int(here)),
+            (None, own[0][1] if own else PORT),
+        )
+        if local is None:
+            family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    probe.connect((address, 9))
+                    local = ip_address(probe.getsockname()[0])
+            except OSError as error:
+                raise LinkError(f"there is no way to {address}: {error.strerror}") from None
+        protocol: Transport = "sctp" if transfer.protocol == "sctp" else "tcp"
+        return (
+            Flow(Endpoint(local, SOME_PORT), Endpoint(remote, port), protocol),
+            Flow(Endpoint(local, own_port), Endpoint(remote, SOME_PORT), protocol),
+        )
+
+    def check_protection(self, flow: Flow) -> None:
+        """Errors: LinkError unless the kernel protects it now; KernelError where that cannot be asked."""
+        from vici_bridge.guard import SpdGuard
+
+        with SpdGuard() as guard:
+            guard.protection(flow)
 
     # -- tools and the kernel
 

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ikectx.errors import CharonError, IkectxError, LinkError
+from ikectx.errors import CharonError, IkectxError, KernelError, LinkError
+from ikectx.flow import Flow
 from ikectx_cli import commands, doctor
 from ikectx_cli.config import Config, PeerConfig, parse
 from ikectx_cli.doctor import Finding
@@ -177,6 +178,24 @@ class Fake(World):
         return self.time
 
 
+class Protected(Fake):
+    """With transport = "ipsec"; `protected` says what of it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.protected: list[str] = []
+        self.error: IkectxError | None = None
+        self.plain = PeerAnswer()
+
+    def check_protection(self, flow: Flow) -> None:
+        self.protected.append(str(flow))
+        if self.error is not None:
+            raise self.error
+
+    def connect_plainly(self, peer: PeerConfig) -> PeerAnswer:
+        return self.plain
+
+
 @pytest.fixture(scope="module")
 def pki() -> Pki:
     return Pki()
@@ -205,7 +224,10 @@ def only(world: World, check: str, level: str, found: str) -> Finding:
 def test_all_is_well(world: Fake) -> None:
     findings = doctor.examine(world)
     assert {finding.level for finding in findings} == {"ok"}
-    assert {finding.check for finding in findings} == {name for name, _ in doctor.CHECKS} - {"pools"}
+    assert {finding.check for finding in findings} == {name for name, _ in doctor.CHECKS} - {
+        "pools",
+        "protection",
+    }
 
 
 def test_charon_is_away(world: Fake) -> None:
@@ -535,3 +557,70 @@ def test_connecting_to_a_stranger(real: World, tmp_path: Path) -> None:
         assert "certificate verify failed" in real.connect(PeerConfig("psg", place, "psg")).failed
     (tmp_path / "own.key").write_text("no PEM")
     assert "own.pem" in real.connect(PeerConfig("psg", place, "psg")).failed
+
+
+# -- transport = "ipsec"
+
+
+IPSEC = TOML.replace('certificate = "own.pem"\nkey = "own.key"\nca = "ca.pem"', 'transport = "ipsec"')
+
+
+@pytest.fixture
+def protected(tmp_path: Path) -> Protected:
+    path = tmp_path / "ikectx.toml"
+    path.write_text(IPSEC)
+    (tmp_path / "state").mkdir(mode=0o700)
+    return Protected(parse(IPSEC, path))
+
+
+def test_protected_by_ipsec(protected: Protected) -> None:
+    findings = doctor.examine(protected)
+    assert {finding.level for finding in findings} == {"ok"}
+    assert protected.protected == [
+        "tcp between 192.0.2.1:49152 and 198.51.100.1:5091",
+        "tcp between 192.0.2.1:5091 and 198.51.100.1:49152",
+    ]
+    found = {finding.check: finding.found for finding in findings}
+    assert found["protection"] == "nsg (198.51.100.1): ESP protects tcp to and from 198.51.100.1"
+    assert found["certificates"].startswith("not needed")
+    assert found["peers"].endswith("is reached")
+
+
+def test_not_protected_by_ipsec(protected: Protected) -> None:
+    protected.error = LinkError("no IPsec policy protects it", hint="in swanctl.conf: a child")
+    finding = only(protected, "protection", "fail", "nsg (198.51.100.1): no IPsec policy")
+    assert finding.fix == "in swanctl.conf: a child"
+    protected.error = KernelError("refused", hint="as root")
+    only(protected, "protection", "note", "not checked: refused")
+    protected.error = None
+    protected.plain = PeerAnswer(refused=True)
+    assert "exactly one [[peer]]" in only(protected, "peers", "fail", "does not accept us").fix
+    protected.plain = PeerAnswer(failed="Connection refused")
+    only(protected, "peers", "fail", "Connection refused")
+
+
+def test_peers_known_by_address(protected: Protected, tmp_path: Path) -> None:
+    text = IPSEC + '[[peer]]\nname = "third"\naddress = "198.51.100.1:5092"\n'
+    world = Protected(parse(text, tmp_path / "ikectx.toml"))
+    only(world, "protection", "fail", "198.51.100.1 is the address of nsg and of third")
+    text = IPSEC.replace("198.51.100.1", "nowhere.invalid")
+    world = Protected(parse(text, tmp_path / "ikectx.toml"))
+    only(world, "protection", "fail", "nowhere.invalid")
+
+
+def test_the_real_world_s_plain_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "check_protection", lambda self, flow: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        listen = IPSEC.replace("192.0.2.1:5091", "0.0.0.0:5091").replace("198.51.100.1", f"127.0.0.1:{port}")
+        world = World(parse(listen, tmp_path / "ikectx.toml"), "/none")
+        (peer,) = world.config.peers
+        assert str(world.flows("127.0.0.1", port)[0].local.address) == "127.0.0.1"
+        assert world.connect_plainly(peer) == PeerAnswer()
+    assert "refused" in world.connect_plainly(peer).failed
+    world = World(parse(listen.replace("0.0.0.0", "192.0.2.1"), tmp_path / "ikectx.toml"), "/none")
+    assert str(world.flows("127.0.0.1", port)[0].local.address) == "192.0.2.1"
+    monkeypatch.undo()
+    assert "no way from 192.0.2.1" in world.connect_plainly(peer).failed
+    world = World(parse(listen, tmp_path / "ikectx.toml"), "/none")
+    assert "stays on this machine" in world.connect_plainly(peer).failed

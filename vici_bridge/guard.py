@@ -135,7 +135,10 @@ class SpdGuard:
         if local:
             raise LinkError(f"{flow} stays on this machine, where IPsec protects nothing")
         if not device:
-            raise LinkError(f"there is no way to {flow.remote.address}", hint="see ip route get")
+            raise LinkError(
+                f"there is no way from {flow.local.address} to {flow.remote.address}",
+                hint=f"see ip route get {flow.remote.address} from {flow.local.address}",
+            )
         names = ["all"]
         with contextlib.suppress(OSError):
             names.append(socket.if_indextoname(device))

@@ -1,0 +1,63 @@
+"""`doctor` for `transport = "ipsec"`: does the kernel protect connections with each peer, and is it there?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ikectx.errors import IkectxError, KernelError, LinkError
+
+from .doctor_world import World
+
+Outcome = tuple[str, str] | tuple[str, str, str]
+
+
+def protection(world: World) -> Iterator[Outcome]:
+    """The SPD as it is now, for connections in both directions; nothing where TLS protects."""
+    transfer = world.config.transfer
+    if transfer.transport != "ipsec":
+        return
+    seen: dict[str, str] = {}
+    for peer in world.config.peers:
+        who = f"{peer.name} ({peer.host})"
+        try:
+            addresses = world.addresses(peer.host)
+            if not addresses:
+                yield "fail", f"{who}: the name has no address", "correct the address of that [[peer]]"
+            for address in addresses:
+                if address in seen:
+                    yield (
+                        "fail",
+                        f"{address} is the address of {seen[address]} and of {peer.name}",
+                        'with transport = "ipsec" a peer is known by its address: give each its own',
+                    )
+                seen[address] = peer.name
+                for flow in world.flows(address, peer.port):
+                    world.check_protection(flow)
+                yield "ok", f"{who}: ESP protects {transfer.protocol} to and from {address}"
+        except LinkError as error:
+            yield "fail", f"{who}: {error}", error.hint
+        except KernelError as error:
+            yield "note", f"{who}: not checked: {error}", error.hint
+        except IkectxError as error:
+            yield "fail", f"{who}: {error}", error.hint
+
+
+def reach(world: World) -> Iterator[Outcome]:
+    """Does each peer take a connection from here? Nothing is said on it."""
+    for peer in world.config.peers:
+        who = f"{peer.name} ({peer.address})"
+        answer = world.connect_plainly(peer)
+        if answer.failed:
+            yield (
+                "fail",
+                f"{who}: {answer.failed}",
+                "is its agent running? does the IPsec SA with it come up (swanctl --list-sas)? a firewall?",
+            )
+        elif answer.refused:
+            yield (
+                "fail",
+                f"{who} does not accept us",
+                "see its log: it wants our address in exactly one [[peer]], and its own SPD to protect it",
+            )
+        else:
+            yield "ok", f"{who} is reached"
