@@ -33,7 +33,7 @@ from typing import Any
 from .context import Address, Endpoint, IkeGeneration
 from .cxtp import ContextDataBlock, Ctaa, StatusBlock
 from .errors import UsageError, WireError
-from .numbers import Fpt, Status
+from .numbers import Status
 from .tokens import MAX_LIFETIME, Purpose, make_ctar, open_ctaa, token_key
 
 
@@ -131,8 +131,9 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
 
 MOBILE_FINAL = frozenset({_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED})
 
-CONTEXTS = frozenset({Fpt.IKEV2_SA, Fpt.SAD, Fpt.SPD, Fpt.PAD})
-"""The IKE_SA moves with all of these or not at all; another context's failure does not hold it."""
+OURS = 0xFF00
+"""From this FPT on a failure holds the IKE_SA, which moves with all of its contexts or not at all; one of
+another context (multicast listeners, say) does not."""
 
 
 # --- what the machine is told, and tells -----------------------------------------------------------------
@@ -373,7 +374,7 @@ class Handover:
         except WireError:
             self.ignored += 1
             return
-        failed = tuple(s for s in ctaa.statuses if s.fpt in CONTEXTS and s.status != Status.OK)
+        failed = tuple(s for s in ctaa.statuses if s.fpt >= OURS and s.status != Status.OK)
         authentic = ctaa.mn == self.mn and open_ctaa(self._key, ctaa, self.sequence, purpose=self._purpose)
         if not authentic and not self._refused_twice(ctaa, source, failed):
             return

@@ -214,6 +214,14 @@ def test_reactive_without_knowing_its_own_address() -> None:
     assert not machine.outcome.announced
 
 
+@pytest.mark.parametrize("fpt", [Fpt.IKEV2_SA, Fpt.PAD, Fpt.REQUEST, Fpt(0xFF99)])
+def test_any_failure_of_ours_is_a_refusal(fpt: Fpt) -> None:
+    machine = in_state(S.ARRIVING)
+    failed = (StatusBlock(fpt, Status.UNKNOWN_SA),)
+    machine.receive(answer(Purpose.ARRIVE, (*MLD_FAILED, *failed)), NSG.cxtp, 1)
+    assert events(machine) == [Refused(failed, authentic=True, in_doubt=False)]
+
+
 def test_who_moves_before_the_answer_arrives_at_once() -> None:
     machine = handover(Mode.PREDICTIVE)
     machine.to_send(0)
