@@ -42,16 +42,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Commands(click.Group):
-    """Loads `lab` only when it is asked for."""
+    """Loads `lab` and `mobile` only when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), "lab"]
+        return [*super().list_commands(ctx), "mobile", "lab"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "lab":
             from .lab import lab
 
             return lab
+        if cmd_name == "mobile":
+            from .mobile import mobile
+
+            return mobile
         return super().get_command(ctx, cmd_name)
 
 
@@ -59,16 +63,16 @@ class _Setup:
     """What every command has: where the configuration is, and the agent behind it."""
 
     def __init__(self, config: str | None, socket: str | None) -> None:
-        self._config = config
-        self._socket = socket
+        self.config_given = config
+        self.socket_given = socket
 
     def config(self) -> Config:
         from .config import config_path, load
 
-        return load(config_path(self._config))
+        return load(config_path(self.config_given))
 
     def socket(self) -> str:
-        return self._socket or self.config().control.socket
+        return self.socket_given or self.config().control.socket
 
     def agent(self, timeout: float | None = 30.0) -> ControlClient:
         from vici_bridge.vici import ControlClient

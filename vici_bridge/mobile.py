@@ -204,6 +204,26 @@ class CharonMobile:
         kept = tuple(child for child in after.children if child.spi_in in moved)
         return replace(after, children=kept)
 
+    async def redirect(
+        self, sa: SaName, local: Endpoint, remote: Endpoint, peers: Sequence[Endpoint] = ()
+    ) -> None:
+        """Where the SA cannot be made passive: let charon go on at other addresses and rekey children.
+
+        Parameters as of `readdress`. Errors: CharonError, UnknownSaError.
+        """
+        host = self._host
+        peers = tuple(peers) or (remote,)
+        update = ha.ike_update(
+            await host.version(), self._ike(sa), local=local, remote=remote, peer_addresses=peers
+        )
+        await host.send([update])
+        await self._until(
+            sa, "take the new addresses", lambda view: (view.local, view.remote) == (local, remote)
+        )
+        host.record.feed(update)
+        host.save_soon()
+        await self._rekey_children(sa)
+
     async def loud(self, sa: SaName) -> None:
         """Make the SA active again and see that it is, at the addresses it has by now; idempotent.
 

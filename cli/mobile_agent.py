@@ -1,0 +1,292 @@
+"""`ikectx mobile serve`: the agent of a mobile node, beside a stock charon.
+
+One process owns the HA socket, the VICI connection and what is noted of handovers, and offers itself on the
+control socket, as VICI commands. What a handover is stands in `mobile_handover`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Any
+
+from ikectx.context import Address
+from ikectx.errors import CharonError, KernelError, UnknownSaError, UsageError, WireError
+from ikectx.ports import SaName, Store
+from ikectx.store import open_store
+from vici_bridge.addresses import OuterAddresses
+from vici_bridge.charon import SaView
+from vici_bridge.control import ControlServer, Response
+from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.mobile import CharonMobile
+from vici_bridge.vici_codec import Message, with_json
+
+from . import __version__
+from .mobile_config import MobileFile
+from .mobile_handover import Handovers, Report
+
+log = logging.getLogger("ikectx")
+
+WHATS = ("arrive", "announce")
+
+
+def run(config: MobileFile) -> int:
+    """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
+    logging.basicConfig(
+        level=os.environ.get("IKECTX_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        if sys.stderr.isatty()
+        else "%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    os.umask(0o077)
+    asyncio.run(_serve(config))
+    return 0
+
+
+async def _serve(config: MobileFile) -> None:
+    store = open_store(config.state_dir, now=time.time())
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        agent = MobileAgent(config, store)
+        try:
+            await agent.start()
+            _notify_ready()
+            await stop.wait()
+            log.info("stopping")
+        finally:
+            await agent.stop()
+    finally:
+        store.close()
+
+
+def _notify_ready() -> None:
+    """systemd's readiness protocol (sd_notify): one datagram, nothing without NOTIFY_SOCKET."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(b"READY=1")
+
+
+class _Outside:
+    """`mobile_handover.Outside` on this host."""
+
+    def __init__(self, host: CharonHost, addresses: OuterAddresses) -> None:
+        self._host = host
+        self._addresses = addresses
+
+    async def views(self) -> list[SaView]:
+        return await self._host.views()
+
+    def towards(
+        self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
+    ) -> Address | None:
+        return self._addresses.towards(remote, avoid=avoid, among=among)
+
+    def nudge(self, remote: Address) -> None:
+        self._addresses.nudge(remote)
+
+
+class MobileAgent:
+    """Everything a mobile node's agent owns, and its control commands."""
+
+    def __init__(self, config: MobileFile, store: Store) -> None:
+        self._config = config
+        charon = config.charon
+        self._host = CharonHost(
+            HostConfig(
+                addresses=config.mobile.addresses,
+                ha_local=charon.ha_local,
+                ha_remote=charon.ha_remote,
+                ha_port=charon.ha_port,
+                vici=charon.vici,
+                kernel_esp=charon.kernel_esp,
+                oseq_jump=config.mobile.oseq_jump,
+                mobile_node=True,
+            ),
+            store,
+        )
+        self._addresses = OuterAddresses()
+        self._mobile = CharonMobile(self._host)
+        self.handovers = Handovers(config, _Outside(self._host, self._addresses), self._mobile, store)
+        self._control = ControlServer(
+            str(config.control.socket),
+            {
+                "version": self.version,
+                "status": self.status,
+                "handover": self.handover,
+                "cancel": self.cancel,
+                "resync": self.resync,
+            },
+            streamed={"handover": "handover-progress"},
+            group=config.control.group,
+        )
+        self._work: set[asyncio.Task[Report]] = set()
+        self._started = time.time()
+
+    async def start(self) -> None:
+        """HA address first: charon may come at any time. Errors: IkectxError."""
+        await self._host.open()
+        try:
+            self._addresses.watch(self.handovers.addresses_changed)
+        except KernelError as error:
+            log.warning("%s; a move that is announced must be completed by hand", error)
+        # what was open is ended before anything new begins
+        self._host.spawn(self._mobile.resume())
+        await self._control.start()
+        for asked in self.handovers.in_question():
+            log.warning(
+                "%s was asked to serve %s, and its answer is not known; a handover to it asks again",
+                asked.get("to"),
+                asked.get("connection"),
+            )
+        log.info("mobile node's agent %s serves %s", __version__, self._config.control.socket)
+
+    async def stop(self) -> None:
+        """End what can be ended; an SA that moves just now is made active first."""
+        await self._control.close()
+        await self.handovers.cancel()
+        for work in list(self._work):
+            work.cancel()
+        await asyncio.gather(*self._work, return_exceptions=True)
+        self._addresses.close()
+        await self._host.close()
+
+    # Control commands. Each answer holds its whole under `json`.
+
+    async def version(self, request: Message) -> Message:
+        answer = {"daemon": "ikectx-mobile", "version": __version__, "charon": self._host.charon_version}
+        return with_json(answer, **answer)
+
+    async def status(self, request: Message) -> Message:
+        views: Sequence[SaView] = ()
+        with contextlib.suppress(CharonError, WireError):
+            views = await self._host.views()
+        answer: dict[str, object] = {
+            "version": __version__,
+            "uptime": int(time.time() - self._started),
+            "charon": {
+                "reachable": self._host.charon_up,
+                "version": self._host.charon_version,
+                "ha": self._host.listening(),
+            },
+            "esp": self._config.charon.esp,
+            "sas": [self._view_json(view) for view in views],
+            "gateways": [self._gateway_json(gateway.name) for gateway in self._config.gateways],
+            "announced": self.handovers.status(),
+            "in_question": self.handovers.in_question(),
+            "last": self.handovers.last(),
+        }
+        return with_json(answer, sas=len(views))
+
+    def _view_json(self, view: SaView) -> dict[str, object]:
+        gateway = self._config.gateway_at(view.remote.address)
+        return {
+            "name": view.name,
+            "ike_id": view.unique_id,
+            "state": view.state,
+            "gateway": gateway.name if gateway is not None else None,
+            "local": str(view.local),
+            "remote": str(view.remote),
+            "spi_i": view.spi_i.hex(),
+            "spi_r": view.spi_r.hex(),
+            "vips": [str(vip) for vip in view.local_vips],
+            "children": [child.name for child in view.children if child.state == "INSTALLED"],
+            "tasks": list(view.tasks),
+            "movable": self._host.knows(view) and view.state == "ESTABLISHED" and gateway is not None,
+        }
+
+    def _gateway_json(self, name: str) -> dict[str, object]:
+        gateway = self._config.gateway(name)
+        found: dict[str, object] = {"name": name}
+        for address in gateway.addresses:
+            own: Address | None = None
+            with contextlib.suppress(KernelError):
+                own = self._addresses.towards(address, among=self._config.mobile.addresses)
+            found[str(address)] = f"from {own}" if own is not None else "no way there"
+        return found
+
+    async def handover(self, request: Message) -> AsyncIterator[Message]:
+        to = request.get("to", "")
+        what = request.get("what") or "arrive"
+        if not to:
+            raise UsageError("handover needs the name of the gateway it goes to (`to`)")
+        if what not in WHATS:
+            raise UsageError(f"what is {' or '.join(WHATS)}, not {what!r}")
+        sa = await self._select(request)
+        items: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
+        if what == "announce":
+            work = asyncio.create_task(self.handovers.announce(to, sa, tell=items.put_nowait))
+        else:
+            address = _address(request.get("address", ""))
+            work = asyncio.create_task(self.handovers.arrive(to, sa, address=address, tell=items.put_nowait))
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+        async for item in _until_done(work, items):
+            yield with_json(item, **{key: str(value) for key, value in item.items()})
+        report: Report = await work
+        answer = report.to_json()
+        flat = {key: str(answer[key]) for key in ("result", "exit_code", "from", "to")}
+        yield Response(with_json(answer, **flat))
+
+    async def cancel(self, request: Message) -> Message:
+        found = await self.handovers.cancel()
+        return with_json({"cancelled": found}, cancelled=found)
+
+    async def resync(self, request: Message) -> Message:
+        await self._host.resync()
+        return {}
+
+    async def _select(self, request: Message) -> SaName | None:
+        """The SA that `ike` or `ike-id` names; None: the only one. Errors: UnknownSaError, UsageError."""
+        ike, number = request.get("ike", ""), request.get("ike-id", "")
+        if ike and number:
+            raise UsageError("name the SA by ike or by ike-id")
+        if not ike and not number:
+            return None
+        views = [
+            view
+            for view in await self._host.views()
+            if (ike and view.name == ike) or (number and str(view.unique_id) == number)
+        ]
+        if len(views) != 1:
+            raise UnknownSaError(
+                f"{len(views)} IKE_SAs answer to {ike or number}", hint="`ikectx mobile status` shows them"
+            )
+        return views[0].spis
+
+
+async def _until_done(
+    work: asyncio.Task[Report], items: asyncio.Queue[Mapping[str, Any]]
+) -> AsyncIterator[Mapping[str, Any]]:
+    """The queue's items until the work has ended and the queue is empty. A client that leaves stops nothing."""
+    while not work.done() or not items.empty():
+        getter = asyncio.ensure_future(items.get())
+        try:
+            await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not getter.done():
+                getter.cancel()
+        if getter.done() and not getter.cancelled():
+            yield getter.result()
+
+
+def _address(text: str) -> Address | None:
+    if not text:
+        return None
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not an IP address") from None

@@ -1,0 +1,576 @@
+"""A mobile node's handovers: from "to that gateway, please" to a report, one at a time.
+
+Joins the machine (`ikectx.mobility`), its sockets (`ikectx.mnlink`) and the SA's side (`vici_bridge.mobile`):
+
+    reactive     quiet · CTAR to nSG .. CTAA · readdress · loud
+    predictive   CTAR to pSG .. CTAA; then, at the new place: as above, with the same sequence number
+
+Without an authentic yes nothing of the SA is touched: it is active again as it was. Where charon is just
+looking for its gateway by itself (MOBIKE), the SA stays active until nSG has it, so that the request goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any, Protocol
+
+from ikectx.context import Address, Endpoint, IkeContext
+from ikectx.errors import (
+    BusyError,
+    CharonError,
+    ConfigError,
+    IkectxError,
+    LinkError,
+    StateError,
+    UnknownSaError,
+)
+from ikectx.mnlink import run_handover
+from ikectx.mobility import Event, Handover, MobileState, Mode, Outcome, Prepared, Retry, Router
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.ports import SaName, Store
+from vici_bridge.charon import SaView
+from vici_bridge.mobile import CharonMobile
+
+from .mobile_config import GatewayEntry, MobileFile
+
+log = logging.getLogger("ikectx")
+
+ASKED = "asked"
+"""Kind of store entry: nSG was asked for this SA, and its answer is not known."""
+LAST = "last-handover"
+"""Kind of store entry: the last report."""
+LOOKING = 0.5
+"""Seconds in which charon may finish an exchange, before a handover goes on beside it (or gives up)."""
+
+Progress = Callable[[Mapping[str, Any]], None]
+Runner = Callable[..., Awaitable[Outcome]]
+"""`ikectx.mnlink.run_handover`, or a stand-in."""
+
+
+class Outside(Protocol):
+    """What a handover asks of the host: its SAs and its addresses (`CharonHost`, `OuterAddresses`)."""
+
+    async def views(self) -> list[SaView]: ...
+
+    def towards(
+        self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
+    ) -> Address | None: ...
+
+    def nudge(self, remote: Address) -> None: ...
+
+
+@dataclass(slots=True)
+class Report:
+    """How a handover went. `result`: moved, announced, already, refused, silent, cancelled.
+
+    `serves`: the gateway that serves the SA now, None where that is not known. Octets are UDP payload.
+    """
+
+    result: str
+    from_: str
+    to: str
+    connection: str
+    spis: SaName
+    mode: str
+    old: tuple[Endpoint, Endpoint]
+    new: tuple[Endpoint, Endpoint] | None = None
+    serves: str | None = None
+    children: tuple[str, ...] = ()
+    vips: tuple[Address, ...] = ()
+    exit_code: int = 0
+    detail: str = ""
+    hint: str = ""
+    status: Status = Status.OK
+    announced: bool = False
+    messages: int = 0
+    octets: int = 0
+    retransmissions: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        """Addresses as text, times in ms."""
+        ends = {
+            "old": dict(zip(("local", "remote"), map(str, self.old), strict=True)),
+            "new": dict(zip(("local", "remote"), map(str, self.new), strict=True)) if self.new else None,
+        }
+        return {
+            "result": self.result,
+            "exit_code": self.exit_code,
+            "from": self.from_,
+            "to": self.to,
+            "serves": self.serves,
+            "mode": self.mode,
+            "announced": self.announced,
+            "connection": self.connection,
+            "spi_i": self.spis[0].hex(),
+            "spi_r": self.spis[1].hex(),
+            **ends,
+            "children": list(self.children),
+            "vips": [str(vip) for vip in self.vips],
+            "status": {
+                "code": int(self.status),
+                "name": self.status.name,
+                "text": STATUS_TEXT.get(self.status, ""),
+            },
+            "detail": self.detail,
+            "hint": self.hint,
+            "messages": self.messages,
+            "octets": self.octets,
+            "retransmissions": self.retransmissions,
+            "phases_ms": {name: round(ms, 1) for name, ms in self.phases.items()},
+            "ms": round(sum(self.phases.values()), 1),
+            "started": round(self.started, 3),
+        }
+
+
+@dataclass(slots=True)
+class _Run:
+    """One handover under way."""
+
+    sa: SaName
+    psg: GatewayEntry
+    nsg: GatewayEntry
+    context: IkeContext
+    report: Report
+    machine: Handover
+    tell: Progress
+    held: bool = False
+    """The SA is passive by us."""
+    moved: asyncio.Future[Address] | None = None
+    """Predictive: the new local address, as soon as the node is at its new place."""
+    prepared: asyncio.Future[None] | None = None
+    task: asyncio.Task[Report] | None = None
+    since: float = field(default_factory=time.monotonic)
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """A step has ended."""
+        now = time.monotonic()
+        ms = (now - self.since) * 1000
+        self.report.phases[name] = self.report.phases.get(name, 0.0) + ms
+        self.since = now
+        self.tell({"phase": name, "ms": round(ms, 1), "to": self.nsg.name, "detail": detail})
+
+
+class Handovers:
+    """Runs handovers, one at a time: all SAs of the node are passive while one of them moves."""
+
+    def __init__(
+        self,
+        config: MobileFile,
+        outside: Outside,
+        mobile: CharonMobile,
+        store: Store,
+        run: Runner = run_handover,
+    ) -> None:
+        self._config = config
+        self._outside = outside
+        self._mobile = mobile
+        self._store = store
+        self._run = run
+        self._lock = asyncio.Lock()
+        self._pending: _Run | None = None
+        """A move that was announced."""
+
+    # What may be asked.
+
+    async def announce(
+        self, to: str, sa: SaName | None = None, *, tell: Progress = lambda item: None
+    ) -> Report:
+        """Have pSG send the context ahead, and return when it has or has not.
+
+        `arrive` or `addresses_changed` complete the move. Errors: those of `arrive`.
+        """
+        if self._pending is not None:
+            if self._pending.nsg.name == to:
+                return self._pending.report
+            await self.cancel()
+        if self._lock.locked():
+            raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
+        run = await self._begin(to, sa, Mode.PREDICTIVE, None, tell)
+        if isinstance(run, Report):
+            return run
+        loop = asyncio.get_running_loop()
+        run.moved, run.prepared = loop.create_future(), loop.create_future()
+        self._pending = run
+        run.task = loop.create_task(self._predictive(run))
+        waiting: set[asyncio.Future[Any]] = {run.prepared, run.task}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return run.report if run.prepared.done() and not run.task.done() else await run.task
+
+    async def arrive(
+        self,
+        to: str,
+        sa: SaName | None = None,
+        *,
+        address: Address | None = None,
+        tell: Progress = lambda item: None,
+    ) -> Report:
+        """Be at gateway `to` from now on, from the local `address` (None: as packets are routed).
+
+        A move to it that was announced is completed, else nSG is asked to get the SA from pSG. Errors:
+        ConfigError and UnknownSaError for what is not known; BusyError; LinkError where no way leads there.
+        """
+        pending = self._pending
+        if pending is not None and pending.nsg.name == to and pending.task is not None:
+            pending.tell = tell
+            self._complete(pending, address)
+            return await asyncio.shield(pending.task)
+        if pending is not None:
+            await self.cancel()
+        if self._lock.locked():
+            raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
+        async with self._lock:
+            run = await self._begin(to, sa, Mode.REACTIVE, address, tell)
+            if isinstance(run, Report):
+                return run
+            async with self._made_loud(run):
+                await self._hold(run)
+                self._note_asked(run)
+                outcome = await self._run(run.machine, progress=self._observer(run))
+                await self._end(run, outcome)
+            return self._finished(run)
+
+    async def cancel(self) -> bool:
+        """Forget a move that was announced; False: there is none."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending.task is None:
+            return False
+        pending.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, IkectxError):
+            await pending.task
+        return True
+
+    def addresses_changed(self) -> None:
+        """The host's addresses or routes have changed: a move that was announced may be complete."""
+        pending = self._pending
+        if pending is None or pending.moved is None or pending.moved.done():
+            return
+        found = self._towards(pending.nsg, pending.context.local.address.version, pending.context.local_vips)
+        if found is not None and found != pending.context.local.address:
+            log.info("at a new address, %s: the handover to %s goes on", found, pending.nsg.name)
+            pending.moved.set_result(found)
+
+    def status(self) -> dict[str, Any] | None:
+        """The move that was announced, if one is."""
+        pending = self._pending
+        if pending is None:
+            return None
+        return {
+            "to": pending.nsg.name,
+            "from": pending.psg.name,
+            "connection": pending.report.connection,
+            "state": str(pending.machine.state),
+            "seconds": round(time.time() - pending.report.started, 1),
+        }
+
+    def last(self) -> Any:
+        """The last report, also of an agent before this one."""
+        raw = self._store.get(LAST, LAST)
+        return None if raw is None else json.loads(raw)
+
+    def in_question(self) -> list[dict[str, Any]]:
+        """SAs that nSG was asked for without an answer that counts, by this agent or one before it."""
+        return [json.loads(raw) for _, raw in self._store.items(ASKED)]
+
+    # Steps.
+
+    async def _begin(
+        self, to: str, sa: SaName | None, mode: Mode, address: Address | None, tell: Progress
+    ) -> _Run | Report:
+        """What is to be done; a report where that is nothing."""
+        config = self._config
+        nsg = config.gateway(to)
+        view = await self._select(sa)
+        psg = config.gateway_at(view.remote.address)
+        if psg is None:
+            raise ConfigError(
+                f"the IKE_SA {view.name} is served by {view.remote.address}, which is no [[gateway]] here",
+                hint=f"add it to {config.path}, by the name it has among the gateways",
+            )
+        report = Report(
+            "silent",
+            psg.name,
+            nsg.name,
+            view.name,
+            view.spis,
+            str(mode),
+            (view.local, view.remote),
+            serves=psg.name,
+            children=tuple(dict.fromkeys(child.name for child in view.children)),
+            vips=view.local_vips,
+        )
+        if psg is nsg:
+            report.result, report.detail = "already", f"{nsg.name} serves it already"
+            return report
+        own = self._own_address(nsg, view, address)
+        if own is None and mode is Mode.REACTIVE:
+            raise LinkError(
+                f"no address of this host leads to {nsg.name}",
+                hint="is the new link up? `--address` names its address",
+            )
+        context = await self._mobile.export(view.spis)
+        version = own.version if own is not None else view.local.address.version
+        settings = config.mobile
+        machine = Handover(
+            context.current,
+            mode,
+            mn=context.local.address,
+            psg=await _router(psg, context.local.address.version),
+            nsg=await _router(nsg, version),
+            sequence=secrets.randbits(32),
+            unix=time.time() - time.monotonic(),
+            care_of=None if own is None or mode is not Mode.REACTIVE else Endpoint(own, context.local.port),
+            retry=Retry(settings.retry, settings.retry_max, settings.give_up),
+            lifetime=int(settings.lifetime),
+            hold=settings.predictive,
+        )
+        return _Run(view.spis, psg, nsg, context, report, machine, tell)
+
+    async def _select(self, sa: SaName | None) -> SaView:
+        """The SA that was named, or the only one. Errors: UnknownSaError."""
+        views = [view for view in await self._outside.views() if view.state not in ("CONNECTING", "DELETING")]
+        if sa is not None:
+            views = [view for view in views if view.spis == sa]
+        elif len(views) > 1:
+            # others may lead to gateways that have nothing to do with it
+            views = [view for view in views if self._config.gateway_at(view.remote.address) is not None]
+        if len(views) != 1:
+            what = "no IKE_SA" if not views else f"{len(views)} IKE_SAs: say which"
+            raise UnknownSaError(
+                f"there is {what}" if not views else f"there are {what}",
+                hint="`swanctl --initiate` sets one up" if not views else "see --ike and --ike-id",
+            )
+        return views[0]
+
+    def _own_address(self, nsg: GatewayEntry, view: SaView, wanted: Address | None) -> Address | None:
+        """Our outer address at the new place. Errors: UsageError, ConfigError."""
+        if wanted is not None:
+            if nsg.address(wanted.version) is None:
+                raise ConfigError(f"{nsg.name} has no IPv{wanted.version} address in {self._config.path}")
+            return wanted
+        return self._towards(nsg, view.local.address.version, view.local_vips)
+
+    def _towards(self, nsg: GatewayEntry, version: int, vips: Sequence[Address]) -> Address | None:
+        """The local address that leads to a gateway, of that IP version rather."""
+        for each in (version, 10 - version):
+            remote = nsg.address(each)
+            if remote is not None:
+                found = self._outside.towards(remote, avoid=vips, among=self._config.mobile.addresses)
+                if found is not None:
+                    return found
+        return None
+
+    async def _hold(self, run: _Run) -> None:
+        """Passive, unless charon is looking for its gateway: then later."""
+        try:
+            await self._mobile.quiet(run.sa, patience=LOOKING)
+            run.held = True
+        except BusyError:
+            if not await self._mobile.only_addresses(run.sa):
+                raise
+        run.phase("held" if run.held else "looking")
+
+    def _note_asked(self, run: _Run) -> None:
+        note = {"to": run.nsg.name, "from": run.psg.name, "connection": run.report.connection}
+        self._store.put(ASKED, _key(run.sa), json.dumps({**note, "since": round(time.time(), 3)}).encode())
+
+    async def _predictive(self, run: _Run) -> Report:
+        """From the announcement to the report; the lock is held from the arrival on."""
+        assert run.moved is not None
+        care_of_port = run.context.local.port
+        moved = run.moved
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+
+                async def moves() -> Endpoint:
+                    address = await moved
+                    await stack.enter_async_context(self._lock)
+                    await stack.enter_async_context(self._made_loud(run))
+                    run.since = time.monotonic()
+                    await self._hold(run)
+                    self._note_asked(run)
+                    return Endpoint(address, care_of_port)
+
+                own = run.context.local.address
+                outcome = await self._run(run.machine, own, moves=moves(), progress=self._observer(run))
+                await self._end(run, outcome)
+            return self._finished(run)
+        finally:
+            if self._pending is run:
+                self._pending = None
+
+    def _complete(self, run: _Run, address: Address | None) -> None:
+        """The node is at its new place."""
+        assert run.moved is not None
+        if run.moved.done():
+            return
+        found = address or self._towards(run.nsg, run.context.local.address.version, run.context.local_vips)
+        if found is None:
+            raise LinkError(
+                f"no address of this host leads to {run.nsg.name}",
+                hint="is the new link up? `--address` names its address",
+            )
+        run.moved.set_result(found)
+
+    def _observer(self, run: _Run) -> Callable[[MobileState, Event | None], None]:
+        def told(state: MobileState, event: Event | None) -> None:
+            if isinstance(event, Prepared):
+                run.report.result, run.report.announced = "announced", True
+                run.phase("announced", f"{run.psg.name} has sent the context to {run.nsg.name}")
+                self._count(run)
+                if run.prepared is not None and not run.prepared.done():
+                    run.prepared.set_result(None)
+            elif state in (MobileState.ANNOUNCING, MobileState.ARRIVING) and event is None:
+                asked = run.psg if state is MobileState.ANNOUNCING else run.nsg
+                run.tell({"phase": "asking", "ms": 0.0, "to": run.nsg.name, "detail": f"asking {asked.name}"})
+
+        return told
+
+    def _count(self, run: _Run) -> None:
+        outcome, report = run.machine.outcome, run.report
+        report.messages, report.octets = outcome.messages, outcome.octets
+        report.retransmissions = outcome.retransmissions
+
+    async def _end(self, run: _Run, outcome: Outcome) -> None:
+        """What the answer, or its absence, means for the SA."""
+        report = run.report
+        self._count(run)
+        run.phase("asked")
+        if outcome.state is not MobileState.ACTIVATED:
+            self._failed(run, outcome)
+            return
+        report.result, report.serves = "moved", run.nsg.name
+        care_of = run.machine.care_of
+        assert care_of is not None
+        remote_address = run.nsg.address(care_of.address.version)
+        if remote_address is None:
+            raise StateError(f"{run.nsg.name} has no address of the family of {care_of.address}")
+        remote = Endpoint(remote_address, run.context.remote.port)
+        report.new = (care_of, remote)
+        peers = [Endpoint(address, remote.port) for address in run.nsg.addresses]
+        try:
+            if not run.held:
+                await self._mobile.quiet(run.sa, unanswered=True)
+                run.held = True
+            await self._mobile.readdress(run.context, care_of, remote, renames_of(outcome), peers)
+        except BusyError as error:
+            log.warning("%s; charon goes on with it at %s", error, run.nsg.name)
+            await self._mobile.redirect(run.sa, care_of, remote, peers)
+        except IkectxError as error:  # `loud` tries again, and has charon rekey what is left
+            log.error("the SA's addresses: %s", error)
+        run.phase("readdressed")
+
+    @contextlib.asynccontextmanager
+    async def _made_loud(self, run: _Run) -> Any:
+        """Whatever becomes of the handover, the SA is active after it."""
+        try:
+            yield
+        finally:
+            if run.held:
+                run.held = False
+                try:
+                    await self._mobile.loud(run.sa)
+                    run.phase("active")
+                except IkectxError as error:
+                    run.report.exit_code = error.exit_code
+                    run.report.detail = f"{run.report.detail}; {error}".strip("; ")
+                    run.report.hint = run.report.hint or error.hint
+            if run.report.result != "moved":
+                self._outside.nudge(run.context.remote.address)
+                if not run.machine.outcome.in_doubt:
+                    self._store.delete(ASKED, _key(run.sa))
+            elif run.report.new is not None and not run.report.exit_code:
+                await self._see_moved(run, run.report.new[1])
+
+    async def _see_moved(self, run: _Run, remote: Endpoint) -> None:
+        """charon must know by now where its gateway is, or the next request goes to the old one."""
+        try:
+            if any(v.spis == run.sa and v.remote == remote for v in await self._outside.views()):
+                return
+            trouble = f"{run.nsg.name} serves the SA, but charon here does not talk to it"
+        except IkectxError as error:
+            trouble = f"{run.nsg.name} serves the SA, and charon here cannot be asked: {error}"
+        run.report.exit_code, run.report.status = CharonError.exit_code, Status.CHARON
+        run.report.detail, run.report.hint = trouble, "see charon's log; connect anew if nothing else helps"
+
+    def _failed(self, run: _Run, outcome: Outcome) -> None:
+        report = run.report
+        report.detail = outcome.text
+        report.serves = None if outcome.in_doubt else run.psg.name
+        report.result = {
+            MobileState.REFUSED: "refused",
+            MobileState.CANCELLED: "cancelled",
+        }.get(outcome.state, "silent")
+        report.exit_code = 4 if outcome.state is MobileState.REFUSED else 5
+        bad = [one.status for one in outcome.statuses if one.status is not Status.OK]
+        report.status = bad[0] if bad else Status.UNREACHABLE
+        asked = run.psg if run.machine.care_of is None else run.nsg
+        if outcome.state is MobileState.REFUSED:
+            why = STATUS_TEXT.get(report.status, "")
+            report.detail = f"{asked.name}: {why or report.status.name}; {outcome.text}"
+            report.hint = f"see the logs of the agents of {run.psg.name} and {run.nsg.name}"
+        elif report.announced and asked is run.psg:
+            report.detail = f"nobody moved in time: {run.psg.name} serves the SA"
+            report.hint = f"`ikectx mobile handover --to {run.nsg.name}` asks without an announcement"
+        elif outcome.state is MobileState.SILENT:
+            report.hint = (
+                f"is the agent of {asked.name} up, with [mobile] in its configuration, is its UDP port open, "
+                "and are the clocks right? A request that cannot be verified gets no answer"
+            )
+        if outcome.in_doubt:
+            again = f"`ikectx mobile handover --to {run.nsg.name}`"
+            report.hint += f". Ask again ({again}), or connect anew if nobody answers"
+
+    def _finished(self, run: _Run) -> Report:
+        report = run.report
+        if report.serves is not None:
+            self._store.delete(ASKED, _key(run.sa))
+        self._store.put(LAST, LAST, json.dumps(report.to_json()).encode())
+        (log.info if not report.exit_code else log.warning)(
+            "handover %s -> %s: %s%s",
+            report.from_,
+            report.to,
+            report.result,
+            f" ({report.detail})" if report.detail else "",
+        )
+        return report
+
+
+def renames_of(outcome: Outcome) -> dict[bytes, bytes]:
+    """New SPIs that nSG names in its CTAA. Errors: StateError while none can be."""
+    if any(block.fpt is Fpt.NEW_SPIS for block in outcome.blocks):
+        raise StateError("the new gateway gave SPIs other names, which this version does not take")
+    return {}
+
+
+async def _router(gateway: GatewayEntry, version: int) -> Router:
+    """The gateway as CXTP wants it, by that IP version rather. Errors: LinkError for an unknown name."""
+    where = gateway.ask(version)
+    address = gateway.address(version) or gateway.addresses[0]
+    try:
+        return Router(gateway.name, address, Endpoint(ip_address(where.host), where.port))
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            where.host, where.port, type=socket.SOCK_DGRAM, flags=socket.AI_ADDRCONFIG
+        )
+    except OSError as error:
+        raise LinkError(f"{where.host} cannot be found: {error.strerror}") from None
+    every = [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    best = next((one for one in every if one.version == version), every[0])
+    return Router(gateway.name, address, Endpoint(best, where.port))
+
+
+def _key(sa: SaName) -> str:
+    return (sa[0] + sa[1]).hex()
