@@ -84,3 +84,10 @@ def namespaces(count: int) -> Iterator[list[Namespace]]:
     finally:
         for space in made:
             space.close()
+
+
+def of_name(name: str) -> Namespace:
+    """The namespace that `ip netns add` made under that name."""
+    space = Namespace.__new__(Namespace)
+    space.fd = os.open(f"/run/netns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    return space
