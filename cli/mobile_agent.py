@@ -271,7 +271,7 @@ class MobileAgent:
 async def _until_done(
     work: asyncio.Task[Report], items: asyncio.Queue[Mapping[str, Any]]
 ) -> AsyncIterator[Mapping[str, Any]]:
-    """The queue's items until the work has ended and the queue is empty. A client that leaves stops nothing."""
+    """The items until the work has ended and the queue is empty. A client that leaves stops nothing."""
     while not work.done() or not items.empty():
         getter = asyncio.ensure_future(items.get())
         try:
