@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ikectx import ikev2
 from ikectx.context import Endpoint, Secret, TrafficSelector
-from ikectx.errors import StateError, WireError
+from ikectx.errors import StateError, UsageError, WireError
 from ikectx.ikev2 import IkeHeader, Incoming, Message, RequestWindow, RetransmitPolicy
 from ikectx.keys import SealKey, iv_length, seal, sealed_length
 from ikectx.numbers import Encr, Exchange, Integ, KeMethod, Notify, Payload, Protocol
@@ -237,7 +237,7 @@ def test_an_unknown_exchange_is_refused() -> None:
 
 
 def fragments(payloads: tuple[AnyPayload, ...], total: int, header: IkeHeader = HEADER) -> list[bytes]:
-    """RFC 7383, 2.5: what a peer sends; this project never fragments."""
+    """RFC 7383, 2.5: so many parts of one size; `seal_fragments` would fill them."""
     first, inner = serialize_payloads(payloads)
     step = -(-len(inner) // total)
     made = []
@@ -300,6 +300,51 @@ def test_a_lone_fragment_is_no_message_and_its_numbers_are_checked() -> None:
         wrong = one[:32] + number.to_bytes(2) + total.to_bytes(2) + one[36:]
         with pytest.raises(WireError, match="fragment"):
             ikev2.Reassembly(KEY).add(wrong)
+
+
+@pytest.mark.parametrize("encr", [Encr.AES_GCM_16, Encr.AES_CBC, Encr.CHACHA20_POLY1305])
+@pytest.mark.parametrize("limit", [100, 128, 200, 1000])
+def test_a_sealed_message_is_cut_to_the_limit(encr: Encr, limit: int) -> None:
+    size = {Encr.AES_CBC: 16, Encr.AES_GCM_16: 20, Encr.CHACHA20_POLY1305: 36}[encr]
+    integ = Integ.HMAC_SHA2_256_128 if encr is Encr.AES_CBC else Integ.NONE
+    key = SealKey(encr, integ, Secret(bytes(range(size))), Secret(bytes(32 * (encr is Encr.AES_CBC))))
+    payloads = (*INSIDE, RawPayload(Payload.VENDOR, bytes(range(200))))
+    ivs = secrets.token_bytes(64 * iv_length(encr))
+    parts = ikev2.seal_fragments(key, HEADER, payloads, ivs, limit)
+    assert all(len(part) <= limit for part in parts)
+    assert (len(parts) == 1) == (limit == 1000)
+    assert {IkeHeader.parse(part).next_payload for part in parts} == {
+        Payload.SK if limit == 1000 else Payload.SKF
+    }
+    # no room is given away, and each has an IV of its own
+    assert len({part[36:44] for part in parts}) == len(parts)
+    assembly = ikev2.Reassembly(key)
+    *others, last = [assembly.add(part) for part in reversed(parts)]
+    assert others == [None] * len(others)
+    assert last is not None
+    assert last.payloads == payloads
+    if len(parts) > 1:
+        assert [part[28] for part in parts] == [Payload.NOTIFY] + [0] * (len(parts) - 1)
+        with pytest.raises(UsageError):
+            ikev2.seal_fragments(key, HEADER, payloads, ivs[: iv_length(encr)], limit)
+
+
+def test_without_a_limit_nothing_is_cut() -> None:
+    iv = bytes(8)
+    assert ikev2.seal_fragments(KEY, HEADER, INSIDE, iv) == [ikev2.seal_message(KEY, HEADER, INSIDE, iv)]
+    whole = ikev2.seal_message(KEY, HEADER, INSIDE, iv)
+    assert ikev2.seal_fragments(KEY, HEADER, INSIDE, iv, len(whole)) == [whole]
+    assert len(ikev2.seal_fragments(KEY, HEADER, INSIDE, bytes(16), len(whole) - 1)) == 2
+    with pytest.raises(UsageError):
+        ikev2.seal_fragments(KEY, HEADER, INSIDE, bytes(800), 60)
+    with pytest.raises(WireError):
+        ikev2.seal_fragments(KEY, HEADER, (RawPayload(Payload.VENDOR, bytes(9000)),), bytes(8000), 100)
+
+
+def test_the_largest_message_in_a_packet() -> None:
+    four, six = Endpoint.of("192.0.2.1", 4500), Endpoint.of("2001:db8::1", 500)
+    assert ikev2.fragment_limit(1500, four, four) == 1500 - 20 - 8 - 4
+    assert ikev2.fragment_limit(1280, six, six) == 1280 - 40 - 8
 
 
 # --- NAT and markers ---------------------------------------------------------------------------------------
