@@ -1,8 +1,8 @@
 """A message of the MN as the reason to let its IKE_SA go (CT-Req "by packet"): codec and check, no I/O.
 
 A stock MN that lost pSG probes the other gateway addresses it knows (RFC 4555, 3.10) and so finds nSG, which
-does not know the SA. nSG cannot open the message, but pSG can: nSG sends it along in a CT-Req with token 0, in
-Context Data Blocks of `Fpt.PROOF`, and `verify` at pSG decides whether it proves that the MN is at nSG now.
+does not know the SA. nSG cannot open the message, but pSG can: nSG sends it along in a CT-Req with token 0,
+in Context Data Blocks of `Fpt.PROOF`, and `verify` at pSG decides whether it proves that the MN is there now.
 There is no token: what stands for it is a message only the MN can have made, and only just now.
 
 Layout of the blocks' data, joined: for each datagram its length in octets (u16, not 0), then the IKE message

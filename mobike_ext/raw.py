@@ -107,7 +107,7 @@ def open_raw(
     try:
         raw = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
         raw.setblocking(False)
-        _attach(raw, bpf_program(local, remote, spis))
+        attach(raw, bpf_program(local, remote, spis))
         if six:
             # the kernel computes and checks the checksum; without it datagrams would leave with none
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
@@ -117,8 +117,8 @@ def open_raw(
             kind = socket.htons(_ETHERTYPE[local.address.version])
             ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, kind)
             ear.setblocking(False)
-            _attach(ear, bpf_program(local, remote, spis, below=True))
-            _attach(raw, [(_RET, 0, 0, 0)])
+            attach(ear, bpf_program(local, remote, spis, below=True))
+            attach(raw, [(_RET, 0, 0, 0)])
         raw.bind((str(local.address), 0))
     except OSError as error:
         for each in (raw, ear):
@@ -189,7 +189,7 @@ def bpf_program(
     return [*program, (_RET, 0, 0, _MAX_DATAGRAM), (_RET, 0, 0, 0)]
 
 
-def _attach(raw: socket.socket, program: list[Instruction]) -> None:
+def attach(raw: socket.socket, program: list[Instruction]) -> None:
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))

@@ -1,0 +1,159 @@
+"""Which IKE datagrams of SAs that are not here are worth a question to the neighbours: bounded, no I/O.
+
+A stock MN that lost its gateway probes all addresses it was told of (RFC 4555, 3.10) and comes again, with
+the same octets, until somebody answers: charon every 2.5 s, 11 times (5.9.8). Everybody else can send such
+datagrams too, so nothing here grows with what arrives: SPI pairs, octets of fragments, questions a second.
+
+All octets come from strangers. Nothing raises; what leads to no question is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ikectx.context import Endpoint
+from ikectx.errors import WireError
+from ikectx.ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader
+from ikectx.numbers import Payload
+from ikectx.ports import SaName
+from ikectx.proof import EXCHANGES, MAX_PROOF
+from ikectx.rates import RateLimit
+from ikectx.wire import Reader
+
+AGAIN = 1.0
+"""Seconds between two questions about one SPI pair."""
+MAX_HELD = 1 << 18
+"""Octets of fragments whose message is not complete, of all SPI pairs."""
+_ZERO = bytes(8)
+
+
+class Dropped(Enum):
+    """Why a datagram led to no question."""
+
+    NO_REQUEST = "no sealed request that an MN with an SA could send"
+    ASKED = "its SA was asked about within the last second"
+    RATE = "too many questions of this source, or in all"
+    PART = "a fragment: the message is not complete"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Whose is this? A whole message (or all its fragments, in order) that `remote` sent to `local`."""
+
+    spis: SaName
+    datagrams: tuple[bytes, ...] = field(repr=False)
+    local: Endpoint
+    remote: Endpoint
+
+
+_Of = tuple[Endpoint, Endpoint, int, int, int]
+"""What fragments must share to be of one message: ends, exchange, message ID, total."""
+
+
+@dataclass(slots=True)
+class _Partial:
+    """Fragments of one message, by number."""
+
+    of: _Of
+    parts: dict[int, bytes] = field(default_factory=dict)
+    octets: int = 0
+
+
+class Unknown:
+    """The memory of SPI pairs that nobody here knows.
+
+    memory: pairs remembered, the least recently seen forgotten first. rate: questions a second in all; one
+    source may cause half of them, one at least. draw: numbers in [0, 1), the dice of `RateLimit`.
+    """
+
+    def __init__(self, draw: Callable[[], float], *, memory: int = 1024, rate: float = 10.0) -> None:
+        self.dropped: Counter[Dropped] = Counter()
+        self.held = 0
+        """Octets of fragments that wait for the rest."""
+        self._memory = memory
+        self._asked: OrderedDict[SaName, float] = OrderedDict()
+        self._partial: OrderedDict[SaName, _Partial] = OrderedDict()
+        self._limit = RateLimit(rate, max(1.0, rate / 2), draw, memory=memory)
+
+    def __len__(self) -> int:
+        """SPI pairs remembered."""
+        return len(self._asked.keys() | self._partial.keys())
+
+    def receive(self, datagram: bytes, local: Endpoint, remote: Endpoint, now: float) -> Question | None:
+        """An IKE message (no marker) that arrived for an SA that is not here; the question to ask, if any.
+
+        `now` is seconds, monotonic.
+        """
+        name = (datagram[:8], datagram[8:16])
+        # first of all, so that a storm of one SA costs no more than this
+        if now - self._asked.get(name, -AGAIN) < AGAIN:
+            return self._drop(Dropped.ASKED)
+        part = _part(datagram)
+        if part is None:
+            return self._drop(Dropped.NO_REQUEST)
+        header, number, total = part
+        of = (local, remote, int(header.exchange), header.message_id, total)
+        datagrams = self._gather(name, of, number, datagram) if total > 1 else (datagram,)
+        if datagrams is None:
+            return self._drop(Dropped.PART)
+        if not self._limit.allows(remote.address, now):
+            return self._drop(Dropped.RATE)
+        self._forget_parts(name)
+        self._asked[name] = now
+        self._asked.move_to_end(name)
+        if len(self._asked) > self._memory:
+            self._asked.popitem(last=False)
+        return Question(name, datagrams, local, remote)
+
+    def forget(self, name: SaName) -> None:
+        """The SA is here now: should it leave again, its next message is a question at once."""
+        self._asked.pop(name, None)
+        self._forget_parts(name)
+
+    def _drop(self, why: Dropped) -> Question | None:
+        self.dropped[why] += 1
+        return None
+
+    def _gather(self, name: SaName, of: _Of, number: int, datagram: bytes) -> tuple[bytes, ...] | None:
+        """Keep a fragment; all of them when the message is whole. The first of each number counts."""
+        partial = self._partial.get(name)
+        if partial is None or partial.of != of:
+            self._forget_parts(name)
+            partial = self._partial[name] = _Partial(of)
+        self._partial.move_to_end(name)
+        if number not in partial.parts and partial.octets + len(datagram) <= MAX_PROOF:
+            partial.parts[number] = datagram
+            partial.octets += len(datagram)
+            self.held += len(datagram)
+        while self.held > MAX_HELD or len(self._partial) > self._memory:
+            self._forget_parts(next(iter(self._partial)))
+        total = of[-1]
+        return tuple(partial.parts[n + 1] for n in range(total)) if len(partial.parts) == total else None
+
+    def _forget_parts(self, name: SaName) -> None:
+        partial = self._partial.pop(name, None)
+        if partial is not None:
+            self.held -= partial.octets
+
+
+def _part(datagram: bytes) -> tuple[IkeHeader, int, int] | None:
+    """(header, fragment number, total) of a sealed request; a message in one piece is 1 of 1."""
+    if len(datagram) > MAX_PROOF:
+        return None
+    try:
+        header = IkeHeader.parse(datagram)
+        if header.response or header.exchange not in EXCHANGES or _ZERO in (header.spi_i, header.spi_r):
+            return None
+        if header.next_payload is Payload.SK:
+            return header, 1, 1
+        if header.next_payload is not Payload.SKF:
+            return None
+        reader = Reader(datagram, "fragment")
+        reader.octets(HEADER_LENGTH + 4)
+        number, total = reader.u16("number"), reader.u16("total")
+    except WireError:
+        return None
+    return (header, number, total) if 1 <= number <= total <= MAX_FRAGMENTS else None

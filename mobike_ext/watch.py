@@ -1,0 +1,303 @@
+"""I/O: watches for IKE requests of SAs that are not here, asks whose they are, gives them to charon later.
+
+A packet socket hears them below the firewall and beside charon, which owns the UDP ports and drops them
+without a word (strongSwan 5.9.8: an alert inside, no notify on the wire). A filter in the kernel passes
+INFORMATIONAL and CREATE_CHILD_SA requests to our addresses only, so ESP, responses and other traffic never
+wake the agent. What it does pass is bounded here: so many datagrams are read in a tenth of a second, the
+rest of a flood stays in the kernel, which drops what no longer fits. `Unknown` decides what is a question.
+
+When the answer was yes, charon has the SA but not the request that the MN waits for an answer to: it dropped
+it. The next retransmission may be seconds away (2.5 s, charon), so the request is sent once more, from the
+MN's address to our own, through the loopback device. It is what the MN sent, octet for octet, opened by pSG.
+
+Needs CAP_NET_RAW. Source: Linux packet(7), raw(7), the packet filter of linux/filter.h.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from ikectx.bypass import bypass
+from ikectx.context import Address, Endpoint
+from ikectx.errors import IkectxError, LinkError, WireError
+from ikectx.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
+from ikectx.numbers import Exchange, Payload
+from ikectx.ports import SaName
+
+from .raw import Instruction, attach, udp_datagram
+from .unknown import Question, Unknown
+
+log = logging.getLogger(__name__)
+
+GRACE = 0.05
+"""Seconds before a question is asked: an MN that probes several gateways at once is answered by the one that
+has the SA, and then its request is no longer the next one there, and the SA stays."""
+BURST = 200
+WINDOW = 0.1
+"""At most `BURST` datagrams are read in `WINDOW` seconds."""
+_BUFFER = 1 << 18
+"""Octets of datagrams that may wait in the kernel."""
+_MAX_DATAGRAM = 65535
+_ETHERTYPE = {4: 0x0800, 6: 0x86DD}
+_IP4_HEADER, _IP6_HEADER, _UDP_HEADER = 20, 40, 8
+
+Known = Callable[[SaName], bool]
+"""Whether charon here has that IKE_SA, or is being given it."""
+Ask = Callable[[tuple[bytes, ...], Endpoint, Endpoint], Awaitable[bool]]
+"""Ask the neighbours about the SA of these datagrams (one message), sent to the first endpoint, ours, from
+the second, the MN's. True: the SA is here now, and charon serves it. Errors: IkectxError."""
+
+
+class Watcher:
+    """Listens from `start` to `close`.
+
+    addresses: those of this gateway that MNs know. deliver: hand charon the MN's request when it has the SA.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        known: Known,
+        ask: Ask,
+        *,
+        memory: int = 1024,
+        rate: float = 10.0,
+        grace: float = GRACE,
+    ) -> None:
+        self.unknown = Unknown(random.SystemRandom().random, memory=memory, rate=rate)
+        self._addresses = addresses
+        self._known = known
+        self._ask = ask
+        self._grace = grace
+        self._ears: list[socket.socket] = []
+        self._asking: dict[SaName, asyncio.Task[None]] = {}
+        self._read = 0
+        self._since = 0.0
+        self._resume: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Open the sockets. Errors: LinkError."""
+        for version in (4, 6):
+            mine = [address for address in self._addresses if address.version == version]
+            if mine:
+                self._ears.append(open_ear(mine))
+        self._listen()
+
+    async def close(self) -> None:
+        """Stop listening; questions under way are given up."""
+        self._deaf()
+        if self._resume is not None:
+            self._resume.cancel()
+        for ear in self._ears:
+            ear.close()
+        self._ears.clear()
+        tasks = list(self._asking.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        for ear in self._ears:
+            loop.add_reader(ear, self._readable, ear)
+
+    def _deaf(self) -> None:
+        loop = asyncio.get_running_loop()
+        for ear in self._ears:
+            loop.remove_reader(ear)
+
+    def _readable(self, ear: socket.socket) -> None:
+        now = time.monotonic()
+        if now - self._since >= WINDOW:
+            self._since, self._read = now, 0
+        while self._read < BURST:
+            try:
+                packet, sender = ear.recvfrom(_MAX_DATAGRAM)
+            except OSError:  # nothing more; or a device went down, which is no matter of ours
+                return
+            self._read += 1
+            if sender[2] == socket.PACKET_HOST:
+                self._hear(packet, now)
+        self._deaf()
+        self._resume = asyncio.get_running_loop().call_later(WINDOW, self._listen)
+
+    def _hear(self, packet: bytes, now: float) -> None:
+        found = parse_packet(packet)
+        if found is None:
+            return
+        datagram, local, remote = found
+        name = (datagram[:8], datagram[8:16])
+        if local.address not in self._addresses or name in self._asking or self._known(name):
+            return
+        question = self.unknown.receive(datagram, local, remote, now)
+        if question is not None:
+            task = asyncio.get_running_loop().create_task(self._inquire(question))
+            self._asking[name] = task
+            task.add_done_callback(lambda _: self._asking.pop(name, None))
+
+    async def _inquire(self, question: Question) -> None:
+        what = f"{question.spis[0].hex()}:{question.spis[1].hex()} from {question.remote}"
+        await asyncio.sleep(self._grace)
+        if self._known(question.spis):
+            return
+        try:
+            here = await self._ask(question.datagrams, question.local, question.remote)
+        except IkectxError as error:
+            log.info("an IKE request for unknown SPIs %s: %s", what, error)
+            return
+        except Exception:
+            log.exception("asking about unknown SPIs %s failed", what)
+            return
+        if here:
+            self.unknown.forget(question.spis)
+            try:
+                await asyncio.to_thread(deliver, question)
+            except OSError as error:  # a firewall of this host's: the MN will send it again
+                log.info("the MN's request could not be given to charon again: %s", error.strerror)
+
+
+def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
+    """(IKE message without marker, our end, the other end) of an IP packet with UDP; None for all else."""
+    source: Address
+    target: Address
+    match packet[0] >> 4 if packet else 0:
+        case 4 if len(packet) >= _IP4_HEADER:
+            header = (packet[0] & 0x0F) * 4
+            source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
+        case 6 if len(packet) >= _IP6_HEADER:
+            header = _IP6_HEADER
+            source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
+        case _:
+            return None
+    udp = packet[header:]
+    length = int.from_bytes(udp[4:6])
+    if header < _IP4_HEADER or not _UDP_HEADER <= length <= len(udp):
+        return None
+    remote = Endpoint(source, int.from_bytes(udp[:2]))
+    local = Endpoint(target, int.from_bytes(udp[2:4]))
+    try:
+        # what follows the datagram is padding of the link's
+        return strip_marker(udp[_UDP_HEADER:length], local, remote), local, remote
+    except WireError:
+        return None
+
+
+def deliver(question: Question) -> None:
+    """Send the MN's datagrams once more, from its address to ours, inside this host. Errors: OSError."""
+    local, remote = question.local, question.remote
+    six = local.address.version == 6
+    family = socket.AF_INET6 if six else socket.AF_INET
+    # IPPROTO_RAW: the IP header is ours, so the source may be somebody else's
+    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        bypass(raw)
+        for datagram in question.datagrams:
+            udp = udp_datagram(remote, local, add_marker(datagram, local, remote))
+            head = _ip_header(remote.address, local.address, len(udp))
+            raw.sendto(head + udp, (str(local.address), 0))
+
+
+def _ip_header(source: Address, target: Address, length: int) -> bytes:
+    if source.version == 6:
+        first = (6 << 28).to_bytes(4) + length.to_bytes(2) + bytes((socket.IPPROTO_UDP, 64))
+        return first + source.packed + target.packed
+    # length, identification and checksum are the kernel's to fill in
+    first = bytes((0x45, 0)) + (_IP4_HEADER + length).to_bytes(2) + bytes(4) + bytes((64, socket.IPPROTO_UDP))
+    return first + bytes(2) + source.packed + target.packed
+
+
+# --- the socket ----------------------------------------------------------------------------------------
+
+
+def open_ear(addresses: Sequence[Address]) -> socket.socket:
+    """A packet socket for IKE requests to `addresses`, all of one family. LinkError if it cannot be had."""
+    kind = _ETHERTYPE[addresses[0].version]
+    ear: socket.socket | None = None
+    try:
+        # what comes before the filter is there is read like the rest
+        ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(kind))
+        ear.setblocking(False)
+        attach(ear, request_filter(addresses))
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+    except OSError as error:
+        if ear is not None:
+            ear.close()
+        denied = error.errno in (errno.EPERM, errno.EACCES)
+        hint = "the agent must run as root or with CAP_NET_RAW" if denied else ""
+        raise LinkError(f"no packet socket: {error.strerror}", hint=hint) from error
+    return ear
+
+
+_LD, _LDH, _LDB, _LDX_MSH = 0x20, 0x28, 0x30, 0xB1
+_LD_X, _LDH_X, _LDB_X, _LDX = 0x40, 0x48, 0x50, 0x01
+_ADD, _AND, _TAX, _TXA = 0x04, 0x54, 0x07, 0x87
+_JEQ, _JSET, _RET = 0x15, 0x45, 0x06
+
+_MAX_FILTERED = 16
+"""Addresses the filter compares: a jump reaches 255 instructions. More of them are compared here."""
+
+_Line = tuple[int, int] | tuple[int, int, str, str] | str
+"""An instruction (code, operand), a jump (code, operand, label if true, if false; "": the next), a label."""
+
+
+def request_filter(addresses: Sequence[Address]) -> list[Instruction]:
+    """Passes IP packets (from the IP header on) that hold what `Unknown` may want; all else is dropped.
+
+    That is: UDP in one IP fragment to one of the addresses and port 500 or 4500, there with a non-ESP marker
+    unless it comes from port 500; IKEv2, both SPIs not zero, SK or SKF first, INFORMATIONAL or
+    CREATE_CHILD_SA, not a response. IPv6 extension headers are not followed.
+    """
+    four = addresses[0].version == 4
+    lines: list[_Line] = []
+    if four:
+        lines += [(_LDB, 9), (_JEQ, socket.IPPROTO_UDP, "", "drop")]
+        lines += [(_LDH, 6), (_JSET, 0x3FFF, "drop", "")]
+    else:
+        lines += [(_LDB, 6), (_JEQ, socket.IPPROTO_UDP, "", "drop")]
+    for number, address in enumerate(addresses if len(addresses) <= _MAX_FILTERED else ()):
+        words = [address.packed[n : n + 4] for n in range(0, len(address.packed), 4)]
+        for n, word in enumerate(words):
+            last = n == len(words) - 1
+            lines += [(_LD, (16 if four else 24) + 4 * n)]
+            lines += [(_JEQ, int.from_bytes(word), "ours" if last else "", f"not {number}")]
+        lines.append(f"not {number}")
+    if len(addresses) <= _MAX_FILTERED:
+        lines += [(_RET, 0), "ours"]
+    # X: where the UDP header begins; from "plain" on, 4 octets further where there is a marker
+    lines.append((_LDX_MSH, 0) if four else (_LDX, _IP6_HEADER))
+    lines += [(_LDH_X, 2), (_JEQ, IKE_PORT, "plain", ""), (_JEQ, NATT_PORT, "", "drop")]
+    lines += [(_LDH_X, 0), (_JEQ, IKE_PORT, "plain", "")]
+    lines += [(_LD_X, _UDP_HEADER), (_JEQ, 0, "", "drop"), (_TXA, 0), (_ADD, 4), (_TAX, 0), "plain"]
+    at = _UDP_HEADER
+    for spi in ("SPIi", "SPIr"):
+        lines += [(_LD_X, at), (_JEQ, 0, "", spi), (_LD_X, at + 4), (_JEQ, 0, "drop", ""), spi]
+        at += 8
+    lines += [(_LDB_X, at), (_JEQ, Payload.SK, "sealed", ""), (_JEQ, Payload.SKF, "", "drop"), "sealed"]
+    lines += [(_LDB_X, at + 1), (_AND, 0xF0), (_JEQ, 0x20, "", "drop")]
+    lines += [(_LDB_X, at + 2), (_JEQ, Exchange.INFORMATIONAL, "flags", "")]
+    lines += [(_JEQ, Exchange.CREATE_CHILD_SA, "", "drop"), "flags"]
+    lines += [(_LDB_X, at + 3), (_JSET, 0x20, "drop", ""), (_RET, _MAX_DATAGRAM), "drop", (_RET, 0)]
+    return _assemble(lines)
+
+
+def _assemble(lines: Sequence[_Line]) -> list[Instruction]:
+    places: dict[str, int] = {}
+    at = 0
+    for line in lines:
+        if isinstance(line, str):
+            places[line] = at
+        else:
+            at += 1
+    program: list[Instruction] = []
+    for line in lines:
+        if isinstance(line, str):
+            continue
+        jumps = [places[label] - len(program) - 1 if label else 0 for label in line[2:]] or [0, 0]
+        program.append((line[0], jumps[0], jumps[1], line[1]))
+    return program
