@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import json
 import signal
+import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import vici
+
 from ikectx.errors import CharonError
+from vici_bridge.vici import as_text, json_of
 
 from . import lab_capture, lab_probe
 from .lab_hosts import Lab, realtime_works
@@ -334,6 +339,35 @@ class Capture:
         process.wait(timeout=60)
         notes: list[dict[str, Any]] = json.loads(self._output.read_text())
         return notes
+
+
+class Reports:
+    """What a gateway's agent tells of transfers that end there, from `start` to `stop`."""
+
+    def __init__(self, lab: Lab, host: str) -> None:
+        self._path = str(lab.work / host / "ikectx.vici")
+        self._ready, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self.found: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        self._thread.start()
+        self._ready.wait(10)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join(10)
+
+    def _listen(self) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(self._path)
+            for kind, message in vici.Session(sock).listen(["transfer-state"], timeout=0.2):
+                self._ready.set()
+                if self._stopping.is_set():
+                    return
+                told = json_of(as_text(message)) if kind is not None else None
+                if told and told.get("report"):
+                    self.found.append(told["report"])
 
 
 def _await(lab: Lab, host: str, name: str, path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from vici_bridge.vici import ControlClient, json_of
 
 from .lab_config import Tunnel, outer
 from .lab_hosts import Lab
-from .lab_measure import Capture, Probe, Snapshot, Traffic, air, snapshot
+from .lab_measure import Capture, Probe, Reports, Snapshot, Traffic, air, snapshot
 from .lab_net import GATEWAYS, INNER, MOBILES, OUTER, SHARED
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
@@ -220,60 +220,59 @@ class Runner:
         self._moved(reports, target)
 
     def _do_pull(self, target: str, source: str, *options: str) -> None:
-        """nsg asks psg for the SA: `ikectx pull`; what was sent is told by psg, which let it go."""
-        self._begin(source)
-        done = self._lab.command(target, ["ikectx", "pull", "--from", source, "--json", *options])
-        if done.returncode != 0:
-            said = (done.stdout + done.stderr).strip()[-600:]
-            raise StepError(f"pull from {source}: exit {done.returncode}: {said}")
-        self._arrived(source, target)
+        """nsg asks psg for the SA."""
+        with self._watching(source, target):
+            done = self._lab.command(target, ["ikectx", "pull", "--from", source, "--json", *options])
+            if done.returncode != 0:
+                said = (done.stdout + done.stderr).strip()[-600:]
+                raise StepError(f"pull from {source}: exit {done.returncode}: {said}")
 
     def _do_follow(self, target: str) -> None:
         """mn is somewhere else; its charon looks for its gateway and finds another one."""
-        source = self._owner
-        self._begin(source)
-        self._do_relocate()
-        self._arrived(source, target)
+        with self._watching(self._owner, target):
+            self._do_relocate()
 
     def _do_handover(self, target: str, mode: str) -> None:
-        """mn asks for it: before it relocates and after it (predictive), or only after it."""
-        source = self._owner
-        self._begin(source)
-        if mode == "predictive":
-            self._ask_mobile("announce", target)
-        self._do_relocate()
-        self._ask_mobile("arrive", target)
-        self._arrived(source, target)
+        """mn asks for it. What it announced before it relocates completes at its new address by itself."""
+        with self._watching(self._owner, target):
+            if mode == "predictive":
+                self._ask_mobile("announce", target)
+            self._do_relocate()
+            if mode == "reactive":
+                self._ask_mobile("arrive", target)
 
     def _ask_mobile(self, what: str, target: str) -> None:
-        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=60.0) as agent:
-            json_of(agent.request("handover", {"to": target, "what": what}))
+        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=120.0) as agent:
+            query = {"to": target, "what": what}
+            told = json_of(agent.stream("handover", "handover-progress", query))
+        if told["exit_code"]:
+            raise StepError(f"{what} at {target}: {told['result']}: {told['detail']}")
 
-    def _begin(self, source: str) -> None:
-        self._note(source)
-        if not self.report.transfers:
-            self._began_ns = time.time_ns()
-
-    def _arrived(self, source: str, target: str) -> None:
-        """Waits until `target` serves mn and both ends know, and until `source` has written it down."""
-        addresses = outer(target, self._lab.tunnel)
-        self._until(
-            lambda: (
-                any(sa["state"] == "ESTABLISHED" for sa in self._sas(target, "mn"))
-                and any(sa["remote-host"] in addresses for sa in self._sas("mn", "mn"))
-            ),
-            f"{target} does not serve mn",
-        )
-        self._until(lambda: bool(self._told(source)), f"{source} tells of no transfer")
-        self._moved([self._told(source)[0]], target)
-
-    def _told(self, source: str) -> list[dict[str, Any]]:
-        """Transfers since `_begin` that moved an SA, as the agent of the gateway that let go tells them."""
-        entries: list[dict[str, Any]] = []
-        with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=60.0) as agent:
-            agent.stream("history", "history-entry", {"limit": 5}, lambda item: entries.append(json_of(item)))
-        began = self._began_ns / 1e9 - 1
-        return [one for one in entries if one["result"] == "moved" and float(one["started"]) >= began]
+    @contextlib.contextmanager
+    def _watching(self, source: str, target: str) -> Iterator[None]:
+        """Around a transfer away from `source`: both ends are to know it, and `source` tells what it took."""
+        reports = Reports(self._lab, source)
+        reports.start()
+        try:
+            self._note(source)
+            if not self.report.transfers:
+                self._began_ns = time.time_ns()
+            yield
+            addresses = outer(target, self._lab.tunnel)
+            self._until(
+                lambda: (
+                    any(sa["state"] == "ESTABLISHED" for sa in self._sas(target, "mn"))
+                    and any(sa["remote-host"] in addresses for sa in self._sas("mn", "mn"))
+                ),
+                f"{target} does not serve mn",
+            )
+            self._until(
+                lambda: any(one["result"] == "moved" for one in reports.found),
+                f"{source} tells of no transfer but {[one['text'] for one in reports.found]}",
+            )
+        finally:
+            reports.stop()
+        self._moved([one for one in reports.found if one["result"] == "moved"], target)
 
     def _note(self, source: str) -> None:
         """Keeps what must be the same after a transfer."""
