@@ -30,6 +30,7 @@ class Report:
     air: dict[str, Any] | None = None
     gateways: dict[str, int] | None = None
     phases_ms: dict[str, float] | None = None
+    mobile: dict[str, Any] | None = None
     baseline: list[dict[str, Any]] = field(default_factory=list)
     ratio: float | None = None
     transfers: list[dict[str, Any]] = field(default_factory=list)
@@ -184,6 +185,7 @@ class Report:
         extra = {
             "skipped": self.skipped_because,
             "others": self.others,
+            "mobile": self.mobile,
             "transfers": self.transfers if len(self.transfers) > 1 else [],
             "checks": self.checks,
             "warnings": self.warnings,
@@ -227,6 +229,9 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
         lines.append(
             "phases: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in report["phases_ms"].items())
         )
+    if report.get("mobile"):
+        phases = report["mobile"]["phases_ms"].items()
+        lines.append("mobile node's phases: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in phases))
     if report.get("traffic") and report["traffic"]["causes"]:
         causes = report["traffic"]["causes"].items()
         lines.append("lost: " + ", ".join(f"{count} {cause}" for cause, count in causes))

@@ -240,6 +240,17 @@ class Runner:
             self._do_relocate()
             if mode == "reactive":
                 self._ask_mobile("arrive", target)
+        self._until(self._mobile_told, "mn's agent tells of no handover that ended")
+
+    def _mobile_told(self) -> bool:
+        """Takes what the mobile node's agent tells of its last handover, once that is the one under way."""
+        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=60.0) as agent:
+            told = json_of(agent.request("status"))["last"]
+        if told is None or told["result"] != "moved" or float(told["started"]) < self._began_ns / 1e9 - 1:
+            return False
+        kept = ("mode", "ms", "phases_ms", "messages", "octets", "retransmissions")
+        self.report.mobile = {key: told[key] for key in kept}
+        return True
 
     def _ask_mobile(self, what: str, target: str) -> None:
         with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=120.0) as agent:
