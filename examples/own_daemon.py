@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from cryptography import x509
@@ -58,6 +59,10 @@ class TinyDaemon:
         self.prepared: dict[SaName, IkeContext] = {}
 
     # -- the gateway that lets go: ContextSource --
+
+    async def find(self, mn: IPv4Address | IPv6Address) -> Sequence[SaName]:
+        """The SAs of the mobile node that is at this outer address."""
+        return [sa for sa, context in self.serving.items() if context.remote.address == mn]
 
     async def export(self, sa: SaName) -> IkeContext:
         """Everything about the SA, as it is now."""

@@ -47,10 +47,11 @@ if TYPE_CHECKING:
     )
     from .links import PeerConfig, Stream, TlsConfig
     from .numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
-    from .ports import Clock, ContextSink, ContextSource, MoveReport, SaName, Store, Verdict
+    from .ports import Clock, ContextSink, ContextSource, MoveReport, Renamer, SaName, Store, Verdict
     from .profile import TransferHeader, decode_final, encode_final
     from .profile import decode as decode_context
     from .profile import encode as encode_context
+    from .serving import MobileConfig
     from .store import SqliteStore, open_store
     from .transfer import Timing, TransferEvent, TransferReport
 
@@ -80,6 +81,7 @@ __all__ = [
     "KernelError",
     "Lifetime",
     "LinkError",
+    "MobileConfig",
     "Mode",
     "MoveReport",
     "PeerConfig",
@@ -88,6 +90,7 @@ __all__ = [
     "Prf",
     "Protocol",
     "RefusedError",
+    "Renamer",
     "ReplayState",
     "SaName",
     "Secret",
@@ -114,7 +117,10 @@ __all__ = [
     "open_store",
 ]
 
-_ROOMS = ("errors", "numbers", "context", "ports", "cxtp", "profile", "transfer", "store", "links", "aio")
+_ROOMS = (
+    *("errors", "numbers", "context", "ports", "cxtp", "profile", "transfer"),
+    *("store", "links", "serving", "aio"),
+)
 """Where names are looked for: what costs little first."""
 _INSIDE = {"encode_context": "encode", "decode_context": "decode"}
 """Names that say less inside their room."""

@@ -11,39 +11,35 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import replace as changed
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import ip_address
-from typing import Any
-from weakref import WeakValueDictionary
 
+from . import proof
+from .arrivals import Arrivals
+from .asking import Ask, Asking
 from .context import Address as IpAddress
-from .cxtp import Ctc, Ctd, Message, Pctd
-from .errors import (
-    BusyError,
-    ConfigError,
-    IkectxError,
-    StateError,
-    UnknownSaError,
-    UsageError,
-    WireError,
-)
-from .incoming import Desk
+from .context import Endpoint
+from .cxtp import Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd
+from .desk import Desks
+from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
 from .links import Dial, Link, Links, PeerConfig, Stream, TlsConfig, tls_dial, tls_listen
+from .moves import Moves
 from .numbers import Status
 from .outgoing import Address, Outgoing
 from .ports import Clock, ContextSink, ContextSource, SaName
-from .run import Observer, Parts, log_mistake
+from .run import Observer, Parts, Tasks
+from .serving import MobileConfig, Serving, UsedTokens
 from .store import JournalEntry, SqliteStore
 from .transfer import (
     OSEQ_JUMP,
     SOURCE_STANDS,
+    TARGET_OWNS,
     SourceInput,
     SourceState,
+    TargetState,
     Timing,
     TransferEvent,
     TransferReport,
@@ -81,6 +77,7 @@ class Gateway:
         wall: Callable[[], float] = time.time,
         observer: Observer | None = None,
         dial: Dial | None = None,
+        mobile: MobileConfig | None = None,
     ) -> None:
         """`oseq_jump`: the sinks' (packets). `observer` sees every change of state of every transfer.
 
@@ -88,6 +85,10 @@ class Gateway:
         of the disk on each side, and is needed only where SAs outlive a loss of power; charon's do not.
 
         `dial` replaces TLS (other transports, tests); the other side then gives its streams to `accept`.
+
+        `mobile`: MNs may ask for their handover themselves; without it their CTARs, and CT-Reqs with their
+        tokens, are refused.
+
         Errors: ConfigError.
         """
         self.name = name
@@ -108,17 +109,31 @@ class Gateway:
         if not len(peers) == len(self._peers) == len(certified):
             raise ConfigError("two peers have one name", hint="each peer needs names of its own")
         self._certified = certified
-        self._busy_attempts = busy_attempts
         self._tls = tls
         self._dial = dial
         self._links: Links | None = None
         self._servers: list[asyncio.Server] = []
         self._listening: list[tuple[str, int]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._outgoing: dict[bytes, Outgoing] = {}
-        self._asked_for: set[SaName] = set()
-        self._mn_locks: WeakValueDictionary[tuple[str, IpAddress], asyncio.Lock] = WeakValueDictionary()
-        self._desks: dict[tuple[str, IpAddress], Desk] = {}
+        self._tasks = Tasks(self._parts)
+        self._moves = Moves(self._parts, self._running, self._tasks, busy_attempts)
+        self._asking = Asking(self._parts, self._running)
+        self._desks = Desks(
+            self._parts, self._tasks, lambda: self._links, self._moves.moving, self._asking.wanted
+        )
+        used = UsedTokens(self._parts)
+        self._serving = Serving(self._parts, self._running, self._moves, self._tasks, used, mobile)
+        self._arrivals: Arrivals | None = None
+        if mobile is not None:
+            self._arrivals = Arrivals(
+                self._parts,
+                self._peers,
+                self._running,
+                self._moves,
+                self._desks,
+                self._asking,
+                used,
+                mobile,
+            )
 
     # -- life --------------------------------------------------------------------------------------------
 
@@ -133,6 +148,7 @@ class Gateway:
             raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
         dial = self._dial or tls_dial(_given(self._tls), self._parts.timing)
         self._links = Links(dial, self._parts.timing, self._arrived)
+        self._tasks.stopped = False
         try:
             if listen:
                 self._servers = await tls_listen(_given(self._tls), self._parts.timing, listen, self.accept)
@@ -156,16 +172,12 @@ class Gateway:
         for server in self._servers:
             server.close()
         self._servers, self._listening = [], []
-        runs = list(self._outgoing.values())
+        self._tasks.stopped = True
+        runs = list(self._moves.open.values())
         for run in runs:
             run.signals.put_nowait(SourceInput.CANCEL)
-        for desk in self._desks.values():
-            desk.post.put_nowait(None)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._parts.timing.stop)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._desks.stop()
+        await self._tasks.stop(self._parts.timing.stop)
         for run in runs:
             if not run.settled.done():
                 run.settled.set_result(run.report())
@@ -177,7 +189,7 @@ class Gateway:
         lines = []
         for entry in self._parts.store.open_transfers():
             ident = entry.transfer_id.hex()
-            if entry.transfer_id in self._outgoing or self._is_open_here(entry):
+            if entry.transfer_id in self._moves.open or self._desks.has(entry.transfer_id):
                 continue
             try:
                 lines.append(f"{ident} ({entry.role}, {entry.mn}, {entry.state}): {self._take_up(entry)}")
@@ -188,48 +200,22 @@ class Gateway:
                 )
         return lines
 
-    def _is_open_here(self, entry: JournalEntry) -> bool:
-        return any(entry.transfer_id in desk.runs for desk in self._desks.values())
-
     def _take_up(self, entry: JournalEntry) -> str:
         peer = self._peers.get(entry.peer) or PeerConfig(entry.peer, "")
         mn = ip_address(entry.mn_address)
         if entry.role == "target":
-            self._desk(peer, mn).post.put_nowait(entry)
-            return "undone" if entry.state in ("checking", "preparing", "prepared", "undoing") else "finished"
+            self._desks.desk(peer, mn).post.put_nowait(entry)
+            return "finished" if TargetState(entry.state) in TARGET_OWNS else "undone"
         run = Outgoing.resumed(self._parts, self._running(), peer, entry)
-        self._outgoing[entry.transfer_id] = run
-        self._spawn(self._walk(run, self._resume(run, mn)), f"ikectx recovery {entry.transfer_id.hex()}")
+        self._moves.resume(run, mn)
         if run.machine.state is SourceState.RELEASED:
             return f"{entry.peer} is asked whether it owns the SA"
         return "cleaned up" if run.machine.state is SourceState.CLEANING else "kept and served here"
-
-    def _mn_lock(self, run: Outgoing, mn: IpAddress) -> asyncio.Lock:
-        """One transfer for each MN and peer at a time: messages name no other thing (RFC 4067)."""
-        return self._mn_locks.setdefault((run.peer.name, mn), asyncio.Lock())
-
-    async def _resume(self, run: Outgoing, mn: IpAddress) -> None:
-        async with self._mn_lock(run, mn):
-            await run.go(SourceInput.RESTART)
 
     def _running(self) -> Links:
         if self._links is None:
             raise StateError("the gateway does not run")
         return self._links
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            if isinstance(error, IkectxError):
-                log.error("%s: %s", task.get_name(), error)
-            else:
-                log_mistake(task.get_name(), error)
 
     # -- outgoing ----------------------------------------------------------------------------------------
 
@@ -251,81 +237,8 @@ class Gateway:
         (not started); everything else is in the report. A call
         that is cancelled cancels a transfer that has not let go.
         """
-        peer = self._peers.get(to)
-        if peer is None:
-            known = ", ".join(sorted(self._peers)) or "none"
-            raise UsageError(f"no peer is called {to!r}", hint=f"configured peers: {known}")
-        links = self._running()
-        if sa in self._asked_for or self._moving(sa):
-            raise BusyError("that IKE_SA is being moved already", hint="`ikectx status` shows the transfer")
-        if dry_run:
-            run = Outgoing(
-                self._parts, links, peer, sa=sa, transfer_id=secrets.token_bytes(8), address=address
-            )
-            await run.export()
-            return await run.ask_only()
-        self._asked_for.add(sa)
-        try:
-            for attempt in range(1, self._busy_attempts + 1):
-                report = await self._attempt(peer, sa, address, progress)
-                report = changed(report, attempts=attempt)
-                if report.status is not Status.BUSY or report.result not in ("kept", "refused"):
-                    break
-                if attempt < self._busy_attempts:
-                    await asyncio.sleep(self._parts.timing.busy_backoff * 2 ** (attempt - 1))
-        finally:
-            self._asked_for.discard(sa)
-        return report
-
-    async def _attempt(
-        self, peer: PeerConfig, sa: SaName, address: Address, progress: Observer | None
-    ) -> TransferReport:
-        run = Outgoing(
-            self._parts,
-            self._running(),
-            peer,
-            sa=sa,
-            transfer_id=secrets.token_bytes(8),
-            address=address,
-            observer=progress,
-        )
-        self._outgoing[run.transfer_id] = run
-        self._spawn(self._walk(run, self._move(run)), f"ikectx transfer {run.transfer_id.hex()}")
-        try:
-            return await asyncio.shield(run.settled)
-        except asyncio.CancelledError:
-            run.signals.put_nowait(SourceInput.CANCEL)
-            raise
-
-    async def _move(self, run: Outgoing) -> None:
-        await run.export()
-        if run.context is None:
-            await run.begin()
-            return
-        lock = self._mn_lock(run, run.context.remote.address)
-        waited = lock.locked()
-        async with lock:
-            if waited:
-                await run.export()
-            await run.begin()
-
-    async def _walk(self, run: Outgoing, work: Coroutine[Any, Any, None]) -> None:
-        """The task of a transfer: goes on when its report has been given as "in-doubt"."""
-        try:
-            await work
-        except UnknownSaError as error:
-            run.settled.set_exception(error)
-        except Exception as error:
-            # a mistake in here: leave everything as it stands, the next start reads the journal
-            if not run.settled.done():
-                mistake = StateError(f"a mistake here: {type(error).__name__}")
-                run.blame(error if isinstance(error, IkectxError) else mistake)
-                run.settled.set_result(run.report())
-            raise
-        finally:
-            self._outgoing.pop(run.transfer_id, None)
-            run.over.set()
-            self._tidy()
+        peer = self._peer(to)
+        return await self._moves.transfer(peer, sa, address, dry_run, progress)
 
     async def transfer_all(
         self,
@@ -341,8 +254,7 @@ class Gateway:
 
         An error about one SA becomes its report. Errors: UsageError, StateError.
         """
-        if to not in self._peers:
-            raise UsageError(f"no peer is called {to!r}", hint=f"configured peers: {', '.join(self._peers)}")
+        self._peer(to)
         self._running()
         limit = asyncio.Semaphore(max(1, parallel))
 
@@ -378,50 +290,98 @@ class Gateway:
             exit_code=error.exit_code,
         )
 
-    def _moving(self, sa: SaName) -> bool:
-        return any(run.sa == sa for run in self._outgoing.values())
-
-    def _find(self, transfer_id: str) -> Outgoing | None:
-        try:
-            return self._outgoing.get(bytes.fromhex(transfer_id))
-        except ValueError:
-            return None
-
     def cancel(self, transfer_id: str) -> bool:
         """Stop a transfer of ours. True: it will be kept; False: it has let go already, or is unknown."""
-        run = self._find(transfer_id)
-        if run is None or run.machine.state not in (
-            SourceState.NEW,
-            SourceState.OFFERED,
-            SourceState.FREEZING,
-        ):
-            return False
-        run.signals.put_nowait(SourceInput.CANCEL)
-        return True
+        return self._moves.cancel(transfer_id)
 
     async def reclaim(self, transfer_id: str) -> TransferReport:
         """Serve the SA of a transfer in doubt here again, whatever the peer says: the operator's word.
 
         If the peer owns it all the same, both gateways serve it. Errors: StateError unless it is in doubt.
         """
-        run = self._find(transfer_id)
-        if run is None or run.machine.state is not SourceState.RELEASED:
-            raise StateError(
-                f"transfer {transfer_id} is not in doubt"
-                if run
-                else f"no transfer {transfer_id} is open here",
-                hint="`ikectx status` shows those that are",
-            )
-        run.signals.put_nowait(SourceInput.RECLAIM)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._parts.timing.step):
-                await run.over.wait()
-        return run.report()
+        return await self._moves.reclaim(transfer_id)
 
-    def _tidy(self) -> None:
-        """Between transfers, the journal's log goes into its database."""
-        if self._parts.store.wants_checkpoint and self._links is not None:
-            self._spawn(asyncio.to_thread(self._parts.store.checkpoint), "ikectx checkpoint")
+    # -- asking others -----------------------------------------------------------------------------------
+
+    async def pull(
+        self,
+        from_: str,
+        mn: IpAddress,
+        *,
+        sa: SaName | None = None,
+        dry_run: bool = False,
+        progress: Observer | None = None,
+    ) -> TransferReport:
+        """Have the SA of the MN at that outer address moved here from the peer `from_`; how it ended.
+
+        `sa` says which, where it has several. The peer must allow it (right `pull`), and moves it as by
+        `transfer` there. It is asked again for `Timing.request` seconds while the SA is busy.
+
+        Errors: UsageError (no such peer), StateError (not started); everything else is in the report, as
+        this gateway sees it.
+        """
+        peer = self._peer(from_)
+        self._running()
+        ask = self._asking.pull(peer, mn, sa, dry_run, progress)
+        await self._asking.run(ask)
+        return self._asking.report(ask)
+
+    async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
+        """A CTAR that an MN has sent from that UDP endpoint: the CTAA to send there, or None for no answer.
+
+        Returns when the handover is over; meanwhile copies get None, afterwards the same CTAA, until their
+        token expires. Errors: StateError (not started, or no `mobile` was given).
+        """
+        if self._arrivals is None:
+            raise StateError("no MN may hand over here: the gateway has no `mobile`")
+        self._running()
+        return await self._arrivals.ctar(message, source)
+
+    async def packet(
+        self,
+        datagrams: bytes | Sequence[bytes],
+        local: Endpoint,
+        remote: Endpoint,
+        ask: Sequence[str],
+    ) -> TransferReport | None:
+        """An IKE message of an SA that is not here came from `remote`: get the SA from who serves it.
+
+        `datagrams`: the message from the IKE header on, or all its fragments. The peers of `ask` are asked in
+        this order, and must allow it (right `packet`). None: none of them has the SA, or asking makes no
+        sense. Nothing is limited here: see `mobike_ext.watch`.
+
+        Errors: UsageError (no such peer, no message), StateError.
+        """
+        parts = (datagrams,) if isinstance(datagrams, bytes) else tuple(datagrams)
+        blocks = proof.encode(parts)
+        try:
+            sa = proof.spis_of(parts[0])
+        except WireError:
+            return None
+        if not any(sa[1]) or remote.address.version != local.address.version:
+            return None
+        self._running()
+        for name in ask:
+            peer = self._peer(name)
+            request = CtReq(remote.address, secrets.randbits(32), 0, blocks)
+            one = Ask(peer, request, sa=sa, right="packet", place=lambda context: remote)
+            await self._asking.run(one)
+            report = self._asking.report(one)
+            if one.run is not None or report.status not in (
+                Status.UNKNOWN_SA,
+                Status.UNREACHABLE,
+                Status.NOT_ALLOWED,
+            ):
+                return report
+            log.info("%s does not give the SA that %s speaks of: %s", name, remote, report.text)
+        return None
+
+    def _peer(self, name: str) -> PeerConfig:
+        peer = self._peers.get(name)
+        if peer is None:
+            known = ", ".join(sorted(self._peers)) or "none"
+            raise UsageError(f"no peer is called {name!r}", hint=f"configured peers: {known}")
+        return peer
 
     # -- incoming ----------------------------------------------------------------------------------------
 
@@ -437,41 +397,18 @@ class Gateway:
 
     async def _arrived(self, link: Link, message: Message) -> None:
         if isinstance(message, Ctc):
-            self._cancelled(link, message)
+            # it names no more than the MN: it ends what can still be ended, in both directions
+            self._moves.cancelled(link.peer, message)
+            self._desks.cancelled(link, message)
         elif isinstance(message, Pctd | Ctd):
-            self._desk(link.peer, message.mn).post.put_nowait((link, message))
+            self._desks.desk(link.peer, message.mn).post.put_nowait((link, message))
+        elif isinstance(message, CtReq) and self._links is not None:
+            await self._serving.request(link, message)
+        elif isinstance(message, Ctdr):
+            if not self._asking.refused(link, message):
+                log.warning("%s answered what nobody asked, for %s", link.label, message.mn)
         else:
             log.warning("%s sent a %s: not served here", link.label, message.TYPE.name)
-
-    def _cancelled(self, link: Link, message: Ctc) -> None:
-        """A CTC names no more than the MN: it ends what can still be ended, in both directions."""
-        for run in self._outgoing.values():
-            if run.peer.name == link.peer.name and run.context and run.context.remote.address == message.mn:
-                run.signals.put_nowait(SourceInput.CTC)
-        desk = self._desks.get((link.peer.name, message.mn))
-        if desk is not None:
-            desk.post.put_nowait((link, message))
-
-    def _desk(self, peer: PeerConfig, mn: IpAddress) -> Desk:
-        key = (peer.name, mn)
-        desk = self._desks.get(key)
-        if desk is None:
-            desk = self._desks[key] = Desk(self._parts, peer, mn, self._busy)
-            self._spawn(self._staff(key, desk), f"ikectx desk for {peer.name}, {mn}")
-        return desk
-
-    async def _staff(self, key: tuple[str, IpAddress], desk: Desk) -> None:
-        links = self._links
-        try:
-            with contextlib.nullcontext() if links is None else links.in_use(desk.peer):
-                await desk.work()
-        finally:
-            del self._desks[key]
-            self._tidy()
-
-    def _busy(self, asking: Desk, sa: SaName) -> bool:
-        """Is that SA in a transfer elsewhere in this gateway?"""
-        return self._moving(sa) or any(desk.holds(sa) for desk in self._desks.values() if desk is not asking)
 
     # -- what operators read -----------------------------------------------------------------------------
 
@@ -524,4 +461,4 @@ def _entry_json(entry: JournalEntry) -> dict[str, object]:
     }
 
 
-__all__ = ["Gateway", "MonotonicClock", "TransferEvent"]
+__all__ = ["Gateway", "MobileConfig", "MonotonicClock", "TransferEvent"]

@@ -1,24 +1,20 @@
-"""The target's end of transfers: check, prepare, own, or undo, and answer (nSG).
-
-One `Desk` for each peer and MN handles what comes for it one after the other, so that answers leave in the
-order of what they answer, and no two transfers of one MN run at once (RFC 4067).
-"""
+"""The target's end of a transfer: check, hold or prepare, own, or undo, and answer (nSG)."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from .context import Address, FinalState, IkeContext
-from .cxtp import Ctc, Ctd, Ctdr, Pctd
-from .errors import IkectxError, LinkError, RefusedError, StateError, StoreError, WireError
-from .links import Link, PeerConfig
+from .context import Address, Endpoint, FinalState, IkeContext, Secret
+from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from .errors import IkectxError, LinkError, RefusedError, StateError
+from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import MoveReport, SaName, Verdict
-from .profile import TransferHeader, decode, decode_final, encode_verdicts
-from .run import Parts, Run, log, log_mistake, step
+from .ports import MoveReport, Verdict
+from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
+from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
 from .transfer import (
     TARGET_DURABLE,
@@ -28,9 +24,7 @@ from .transfer import (
     TargetState,
     final_fits,
     first_failure,
-    mn_label,
     new_target,
-    offer_fits,
 )
 
 _RESULTS: Mapping[TargetState, str] = {TargetState.OWNED: "moved", TargetState.ABORTED: "aborted"}
@@ -38,6 +32,8 @@ _INSTEAD: Mapping[TargetState, TargetInput] = {
     TargetState.PREPARING: TargetInput.FAILED,
     TargetState.PREPARED: TargetInput.FAILED,
     TargetState.OWNING: TargetInput.MISFIT,
+    TargetState.INSTALLING: TargetInput.TIMEOUT,
+    TargetState.RECEIVING: TargetInput.FAILED,
 }
 """Without a journal nothing is installed, and nothing taken."""
 
@@ -56,34 +52,58 @@ def refusal(status: Status, detail: str = "") -> tuple[Verdict, ...]:
     return (Verdict(Fpt.IKEV2_SA, status, detail),)
 
 
-async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> None:
-    """Send the CTDR; a link that has gone is the asker's to mend."""
+async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
+    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0)."""
     statuses = encode_verdicts(verdicts)
     complete = all(each.status is Status.OK for each in statuses)
     try:
-        await link.send(Ctdr(mn, statuses, complete))
+        return await link.send(Ctdr(mn, statuses, complete))
     except LinkError as error:
         log.warning("%s was not answered for %s: %s", link.peer.name, mn, error)
+        return 0
 
 
 class Incoming(Run[TargetState, TargetInput, TargetAction]):
-    """One transfer to this gateway."""
+    """One transfer to this gateway.
 
-    def __init__(self, parts: Parts, entry: JournalEntry, context: IkeContext | None, keep: bool) -> None:
+    `context` has the MN where it is now; messages go on naming the transfer by the address in the journal.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        entry: JournalEntry,
+        context: IkeContext | None,
+        header: TransferHeader | None,
+        observer: Observer | None = None,
+    ) -> None:
         state = TargetState(entry.state)
         super().__init__(
             parts,
             new_target(parts.clock.now(), parts.timing, state),
             entry,
+            observer,
             durable=TARGET_DURABLE,
             results=_RESULTS,
             instead=_INSTEAD,
         )
         self.context = context
-        self.keep = keep
-        self.mn: Address | None = context.remote.address if context is not None else None
+        self.header = header
+        self.mn: Address = ip_address(entry.mn_address)
         self.link: Link | None = None
         """Where its last message came from."""
+        self.token: tuple[TokenAlgorithm, Secret] | None = None
+        """What the MN's arrival is checked with, while it is held."""
+        self.request: Callable[[Link | None], Awaitable[None]] | None = None
+        """Sends the CT-Req, over this link if it is open."""
+        self.whole = False
+        """Did all of it come in one CTD?"""
+        self.dropped = False
+        """Was it given up by the source, or for it, before anything was taken?"""
+        self._when_over: list[Callable[[], None]] = []
+        self.messages = 0
+        self.octets = 0
+        """CXTP messages of this transfer, both ways."""
         self._owed = False
         """It has no answer yet. An answer nobody asked for would pass for the answer to something else."""
         if state in (TargetState.UNDOING, TargetState.ABORTED):
@@ -107,9 +127,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
     def resumed(cls, parts: Parts, entry: JournalEntry) -> Incoming:
         """As the journal has it. Errors: WireError when its context is not one of this version."""
         if entry.context is None:
-            return cls(parts, entry, None, keep=False)
+            return cls(parts, entry, None, None)
         context, header = decode(Pctd.parse(entry.context).blocks)
-        run = cls(parts, entry, context, header.address == "keep")
+        run = cls(parts, entry, context, header)
         if entry.final is not None:
             run._final, _ = decode_final(Ctd.parse(entry.final).blocks)
         return run
@@ -117,8 +137,19 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
     def must(self, state: TargetState) -> bool:
         """Nothing may be said of what is owned before it is written down; nor of what was never known."""
         ends = (TargetState.OWNED, TargetState.UNDOING, TargetState.ABORTED)
-        tombstone = self.machine.state is TargetState.NEW and state is TargetState.ABORTED
+        unheard = self.whole or self.machine.state is TargetState.NEW
+        tombstone = unheard and state is TargetState.ABORTED
         return tombstone or (state in ends and self.on_disk in TARGET_OWNS)
+
+    @property
+    def keep(self) -> bool:
+        """Does the gateway's address move along?"""
+        return self.header is not None and self.header.address == "keep"
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What its check said."""
+        return self._verdicts
 
     # -- the walk ----------------------------------------------------------------------------------------
 
@@ -134,12 +165,21 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             what = None
             for action in actions:
                 what = await self._act(action)
+        if self.ended:
+            self.token = None
+            calls, self._when_over = self._when_over, []
+            for call in calls:
+                call()
 
     async def _act(self, action: TargetAction) -> TargetInput | None:
         if action is TargetAction.ANSWER:
-            if self._owed and self.link is not None and self.mn is not None:
+            if self._owed and self.link is not None:
                 self._owed = False
-                await answer(self.link, self.mn, self._said())
+                self.count(await answer(self.link, self.mn, self._said()))
+            return None
+        if action is TargetAction.REQUEST:
+            if self.request is not None:
+                await self.request(self.link)
             return None
         if action is TargetAction.SEND_CTC:
             await self._cancel()
@@ -167,11 +207,43 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     async def _cancel(self) -> None:
         self.blame(RefusedError("no CTD came in time", status=Status.UNKNOWN_TRANSFER))
-        if self.link is not None and self.link.error is None and self.mn is not None:
+        if self.link is not None and self.link.error is None:
             try:
-                await self.link.send(Ctc(self.mn))
+                self.count(await self.link.send(Ctc(self.mn)))
             except LinkError as error:
                 log.info("transfer %s: cancel not sent: %s", self.stored.transfer_id.hex(), error)
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Call it when this has ended, at once where it has."""
+        if self.ended:
+            call()
+        else:
+            self._when_over.append(call)
+
+    def count(self, octets: int) -> None:
+        """A message of this transfer was sent or came."""
+        self.messages += octets > 0
+        self.octets += octets
+
+    def settle(self, endpoint: Endpoint) -> None:
+        """The MN is here now: what is installed and journaled has it there. Errors: WireError."""
+        if self.context is None or self.header is None:
+            raise StateError("the journal has no context for it")
+        local = self.context.local
+        if local.address.version != endpoint.address.version:
+            # the sink puts its own there
+            nowhere: Address = IPv4Address(0) if endpoint.address.version == 4 else IPv6Address(0)
+            local = Endpoint(nowhere, local.port)
+        self.context = changed(self.context, local=local, remote=endpoint)
+        blocks = encode(self.context, transfer=self.header)
+        self.entry = changed(self.stored, context=Pctd(self.mn, blocks).serialize())
+
+    def take_whole(self, final: FinalState) -> None:
+        """The source's CTD was all of it: the final state is known, too. Errors: WireError."""
+        self.whole = True
+        self._final = final
+        octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
+        self.entry = changed(self.stored, final=octets, epoch=final.epoch)
 
     def let_go(self, final: FinalState, octets: bytes) -> TargetInput:
         """The source's CTD: what to feed. Journaled with the next state."""
@@ -208,7 +280,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         await self.parts.sink.take(context, self._last)
 
     async def _move(self, context: IkeContext) -> None:
-        if self.keep:
+        if self.header is not None and self.header.address != "update":
             return
         try:
             self._report = await self.parts.sink.move_peer(context, self._last)
@@ -225,205 +297,3 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     async def _undo(self, context: IkeContext) -> None:
         await self.parts.sink.undo(context)
-
-
-class Desk:
-    """All that one peer sends for one MN, one thing after the other. Ends by itself when nothing is left."""
-
-    def __init__(
-        self, parts: Parts, peer: PeerConfig, mn: Address, busy: Callable[[Desk, SaName], bool]
-    ) -> None:
-        self.peer = peer
-        self.runs: dict[bytes, Incoming] = {}
-        """Open transfers by their id."""
-        self.post: asyncio.Queue[tuple[Link, Pctd | Ctd | Ctc] | JournalEntry | None] = asyncio.Queue()
-        """Messages, open transfers of the journal, None: leave nothing half done and end."""
-        self._parts = parts
-        self._mn = mn
-        self._busy = busy
-
-    def holds(self, sa: SaName) -> bool:
-        """Is a transfer of that SA open here?"""
-        return any(run.stored.sa == sa for run in self.runs.values())
-
-    async def work(self) -> None:
-        """Until the post is empty and no transfer is open."""
-        while self.runs or not self.post.empty():
-            try:
-                async with asyncio.timeout(self._patience()):
-                    item = await self.post.get()
-            except TimeoutError:
-                await self._timers()
-                continue
-            try:
-                if item is None:
-                    await self._drop("the gateway stops")
-                    return
-                if isinstance(item, JournalEntry):
-                    await self._resume(item)
-                else:
-                    await self._handle(*item)
-            except (StoreError, WireError) as error:
-                # no answer: what the journal does not tell cannot be told
-                log.error("a message of %s for %s: %s", self.peer.name, self._mn, error)
-            except Exception as error:
-                log_mistake(f"a message of {self.peer.name} for {self._mn}", error)
-            finally:
-                self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
-
-    def _patience(self) -> float | None:
-        due = [at for run in self.runs.values() if (at := run.machine.next_timer()) is not None]
-        return max(0.0, min(due) - self._parts.clock.now()) if due else None
-
-    async def _timers(self) -> None:
-        now = self._parts.clock.now()
-        for run in list(self.runs.values()):
-            due = run.machine.next_timer()
-            if due is not None and due <= now:
-                await run.go(TargetInput.TIMEOUT)
-        self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
-
-    async def _resume(self, entry: JournalEntry) -> None:
-        run = Incoming.resumed(self._parts, entry)
-        if run.machine.state not in TARGET_OWNS:
-            run.blame(RefusedError("the agent was restarted", status=Status.UNKNOWN_TRANSFER))
-        self.runs[entry.transfer_id] = run
-        await run.go(TargetInput.RESTART)
-
-    async def _handle(self, link: Link, message: Pctd | Ctd | Ctc) -> None:
-        if isinstance(message, Pctd):
-            await self._offered(link, message)
-        elif isinstance(message, Ctd):
-            await self._released(link, message)
-        else:
-            await self._drop("the source cancelled it")
-
-    async def _drop(self, why: str) -> None:
-        """Undo what is prepared and not owned."""
-        for run in list(self.runs.values()):
-            if run.machine.state is TargetState.PREPARED:
-                run.blame(RefusedError(why, status=Status.UNKNOWN_TRANSFER))
-                await run.go(TargetInput.CTC)
-
-    # -- PCTD --------------------------------------------------------------------------------------------
-
-    async def _offered(self, link: Link, message: Pctd) -> None:
-        try:
-            context, header = decode(message.blocks)
-            if context.remote.address != message.mn:
-                raise WireError(f"the PCTD is for {message.mn}, its context for {context.remote.address}")
-        except WireError as error:
-            log.warning("%s offered what does not parse: %s", link.label, error)
-            await answer(link, message.mn, refusal(Status.MALFORMED))
-            return
-        known = self.runs.get(header.transfer_id) or self._stored(header.transfer_id)
-        if known is not None and header.intent == "prepare":
-            await self._again(known, TargetInput.PCTD, link, message)
-            return
-        status = self._admits(context)
-        if status is not Status.OK:
-            log.warning(
-                "%s offered %s: %s", link.label, mn_label(context), STATUS_TEXT.get(status, status.name)
-            )
-            await answer(link, message.mn, refusal(status))
-        elif header.intent == "check":
-            await self._only_check(link, message, context, header)
-        else:
-            await self._drop("the source offered it anew")
-            run = Incoming(
-                self._parts, self._entry(message, context, header), context, header.address == "keep"
-            )
-            self.runs[header.transfer_id] = run
-            await run.go(TargetInput.PCTD, link)
-
-    def _stored(self, transfer_id: bytes) -> Incoming | None:
-        entry = self._parts.store.find("target", transfer_id)
-        return None if entry is None else Incoming.resumed(self._parts, entry)
-
-    def _admits(self, context: IkeContext) -> Status:
-        if "push" not in self.peer.rights:
-            return Status.NOT_ALLOWED
-        if self._busy(self, context.spis):
-            return Status.BUSY
-        store = self._parts.store
-        return offer_fits(context, store.known_epoch(context.spis), store.owned_epoch(context.spis))
-
-    async def _only_check(
-        self, link: Link, message: Pctd, context: IkeContext, header: TransferHeader
-    ) -> None:
-        timing = self._parts.timing
-        try:
-            keep = header.address == "keep"
-            verdicts = tuple(await step("check", self._parts.sink.check(context, keep), timing))
-        except IkectxError as error:
-            log.warning("check for %s: %s", link.label, error)
-            verdicts = refusal(error.status, str(error))
-        await answer(link, message.mn, verdicts)
-
-    def _entry(self, message: Pctd, context: IkeContext, header: TransferHeader) -> JournalEntry:
-        now = self._parts.wall()
-        return JournalEntry(
-            transfer_id=header.transfer_id,
-            role="target",
-            peer=self.peer.name,
-            sa=context.spis,
-            mn=mn_label(context),
-            mn_address=str(message.mn),
-            state=str(TargetState.NEW),
-            epoch=context.epoch,
-            started=now,
-            updated=now,
-            context=message.serialize(),
-        )
-
-    # -- CTD ---------------------------------------------------------------------------------------------
-
-    async def _released(self, link: Link, message: Ctd) -> None:
-        try:
-            final, transfer_id = decode_final(message.blocks)
-        except WireError as error:
-            await self._unreadable(link, message, error)
-            return
-        run = self.runs.get(transfer_id) or self._stored(transfer_id)
-        if run is None:
-            now = self._parts.wall()
-            entry = JournalEntry(
-                transfer_id=transfer_id,
-                role="target",
-                peer=self.peer.name,
-                sa=(final.spi_i, final.spi_r),
-                mn="",
-                mn_address=str(message.mn),
-                state=str(TargetState.NEW),
-                epoch=0,
-                started=now,
-                updated=now,
-            )
-            run = Incoming(self._parts, entry, None, keep=False)
-            run.blame(RefusedError("nobody offered it", status=Status.UNKNOWN_TRANSFER))
-        what = run.let_go(final, message.serialize()) if transfer_id in self.runs else TargetInput.CTD
-        await self._again(run, what, link, message)
-
-    async def _again(self, run: Incoming, what: TargetInput, link: Link, message: Pctd | Ctd) -> None:
-        """A message for a transfer that is known; only its own peer and MN may speak of it."""
-        entry, mn = run.stored, message.mn
-        if entry.peer != self.peer.name or entry.mn_address != str(mn):
-            log.warning("%s names a transfer that is not its own", link.label)
-            await answer(link, mn, refusal(Status.UNKNOWN_TRANSFER))
-            return
-        run.mn = mn
-        if not run.ended and entry.transfer_id not in self.runs and run.machine.state is not TargetState.NEW:
-            # open in the journal and not here: its end could not be written down
-            self.post.put_nowait((link, message))
-            await self._resume(entry)
-            return
-        await run.go(what, link)
-
-    async def _unreadable(self, link: Link, message: Ctd, error: WireError) -> None:
-        log.warning("%s let go with what does not parse: %s", link.label, error)
-        if self._parts.store.owned_from(self.peer.name, str(message.mn)):
-            # it may be a damaged copy of one that we took: neither yes nor no may be said
-            link.close(LinkError("a CTD that does not parse"))
-            return
-        await self._drop("its CTD does not parse")
-        await answer(link, message.mn, refusal(Status.MALFORMED))

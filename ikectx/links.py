@@ -275,6 +275,8 @@ class Link:
         self._asked: defaultdict[Address, deque[asyncio.Future[Answer]]] = defaultdict(deque)
         self._writing = asyncio.Lock()
         self._touched = time.monotonic()
+        self.gone: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
+        """Done when the link is closed."""
 
     @property
     def quiet(self) -> float:
@@ -368,6 +370,7 @@ class Link:
         if self.error is not None:
             return
         self.error = error
+        self.gone.set_result(error)
         self._stream.close()
         for asked in self._asked.values():
             for future in asked:

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace as changed
 from typing import Any, Literal, TypeVar
 
-from .context import FinalState, IkeContext
-from .cxtp import Ctc, Ctd, Ctdr, Pctd
+from .context import FinalState, IkeContext, Secret
+from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
 from .links import Answer, Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, Status
 from .ports import SaName, Verdict
-from .profile import TransferHeader, decode, decode_final, decode_verdicts, encode, encode_final
+from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
 from .transfer import (
@@ -28,6 +28,7 @@ from .transfer import (
     mn_label,
     new_source,
 )
+from .whole import decode_last, encode_whole
 
 Address = Literal["update", "keep", "mn"]
 _T = TypeVar("_T")
@@ -35,6 +36,8 @@ _T = TypeVar("_T")
 _PHASES: Mapping[SourceState, str] = {
     SourceState.NEW: "export",
     SourceState.OFFERED: "prepare",
+    SourceState.ANNOUNCED: "announce",
+    SourceState.AWAITING: "await",
     SourceState.FREEZING: "freeze",
     SourceState.RELEASED: "confirm",
     SourceState.CLEANING: "release",
@@ -64,11 +67,18 @@ def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
 
 
 class _Overrun(BusyError):
-    """The SA sent more between export and freeze than the numbers left free."""
+    """Frozen, and found to be further than it may: it must be exported anew."""
 
 
 class Outgoing(Run[SourceState, SourceInput, SourceAction]):
-    """One attempt to move one IKE_SA to one peer. `go` walks it to its end, also after it was reported."""
+    """One attempt to move one IKE_SA to one peer. `go` walks it to its end, also after it was reported.
+
+    `begins`: OK to push it, ANNOUNCE where the MN said that it will go, REQUESTED where it is at the peer,
+    which asked for it over `link`. `token`: algorithm and key by which the peer can check the MN's arrival.
+    `mid`: message ID of the request that the MN is known to send next.
+    """
+
+    reports = True
 
     def __init__(
         self,
@@ -81,7 +91,13 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         address: Address = "update",
         observer: Observer | None = None,
         entry: JournalEntry | None = None,
+        begins: SourceInput = SourceInput.OK,
+        link: Link | None = None,
+        token: tuple[TokenAlgorithm, Secret] | None = None,
+        sequence: int = 0,
+        mid: int | None = None,
     ) -> None:
+        """`sequence`: that of the MN's CTAR."""
         state = SourceState.NEW if entry is None else SourceState(entry.state)
         machine = new_source(parts.clock.now(), parts.timing, state)
         super().__init__(
@@ -93,13 +109,24 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.address = address
         self.context: IkeContext | None = None
         self.signals: asyncio.Queue[SourceInput] = asyncio.Queue()
-        """What comes from elsewhere: CANCEL and RECLAIM (the operator), CTC (the peer)."""
+        """What comes from elsewhere: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
         self.settled: asyncio.Future[TransferReport] = asyncio.get_running_loop().create_future()
         """The report: at the end, or earlier as "in-doubt"."""
         self.over = asyncio.Event()
         """Set when nothing goes on any more."""
+        self.awaited = asyncio.Event()
+        """Set when the peer holds it and the MN may go, or when it has ended."""
+        self.turn: asyncio.Lock | None = None
+        """Held by it; others for the same MN may go before it while it waits for the MN."""
+        self.link = link
+        """The connection that its messages go over."""
+        self.sequence = sequence
+        self.mid = mid
+        self.told = False
+        """Does the peer know that it ended, and why?"""
+        self._begins = begins
+        self.token = token
         self._links = links
-        self._link: Link | None = None
         self._asked: asyncio.Future[Answer] | None = None
         self._verdicts: tuple[Verdict, ...] = ()
         self._messages = 0
@@ -125,8 +152,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         if entry.context is None:
             raise WireError("the journal has no context for it")
         context, header = decode(Pctd.parse(entry.context).blocks)
-        if entry.final is not None:
-            decode_final(Ctd.parse(entry.final).blocks)
+        begins = SourceInput.ANNOUNCE if header.intent == "hold" else SourceInput.OK
+        if entry.final is not None and isinstance(decode_last(Ctd.parse(entry.final).blocks)[0], IkeContext):
+            begins = SourceInput.REQUESTED
         run = cls(
             parts,
             links,
@@ -135,6 +163,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             transfer_id=entry.transfer_id,
             address=header.address,
             entry=entry,
+            begins=begins,
         )
         run.context = context
         return run
@@ -162,13 +191,18 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             except WireError as error:
                 self.blame(error)
         if self.error is None:
-            await self.go(SourceInput.OK)
+            await self.go(self._begins)
         else:
             busy = isinstance(self.error, BusyError)
             await self.go(SourceInput.BUSY if busy else SourceInput.FAILED)
 
+    @property
+    def _header(self) -> TransferHeader:
+        hold = self._begins is SourceInput.ANNOUNCE
+        return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.address)
+
     def _new_entry(self, context: IkeContext) -> JournalEntry:
-        header = TransferHeader(self.transfer_id, "prepare", self.address)
+        header = self._header
         offer = Pctd(context.remote.address, encode(context, transfer=header))
         now = self.parts.wall()
         return JournalEntry(
@@ -196,12 +230,31 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                 what = None
                 for action in actions:
                     what = await self._do[action]()
+                if what is None and self.machine.state is SourceState.AWAITING:
+                    what = await self._await()
         if self._doubts is not None:
             self._doubts.cancel()
         self._settle()
 
+    async def _await(self) -> SourceInput:
+        """The MN: it goes when it likes, and until then others may have their turn."""
+        self.awaited.set()
+        due = self.machine.next_timer() or 0.0
+        if self.turn is not None:
+            self.turn.release()
+        try:
+            signal = await self._signal(max(0.0, due - self.parts.clock.now()))
+        finally:
+            if self.turn is not None:
+                await self.turn.acquire()
+        if signal is not None:
+            return signal
+        self.blame(LinkError(f"the MN did not arrive at {self.peer.name} in time", hint="it is served here"))
+        return SourceInput.TIMEOUT
+
     def _settle(self) -> None:
         """Report: at the end, and before it when the caller should not wait any longer."""
+        self.awaited.set()
         report = self.report()
         self.tell(report)
         if not self.settled.done():
@@ -214,9 +267,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     async def _connect(self) -> Link:
         began = self.parts.clock.now()
-        self._link = await self._links.get(self.peer)
+        self.link = await self._links.get(self.peer)
         self._connect_ms += (self.parts.clock.now() - began) * 1000
-        return self._link
+        return self.link
 
     def _count(self, octets: int) -> None:
         self._messages += 1
@@ -233,6 +286,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         try:
             link = await self._connect()
             offer = changed(Pctd.parse(self.stored.context or b""), elapsed=self._elapsed())
+            if self.token is not None:
+                offer = changed(offer, algorithm=self.token[0], key=self.token[1].reveal())
             octets, self._asked = await link.ask(offer)
         except LinkError as error:
             self.blame(error)
@@ -244,12 +299,12 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         if self._doubts is None:
             self._doubts = asyncio.get_running_loop().call_later(self.parts.timing.in_doubt, self._doubt)
         try:
-            if self._link is None or self._link.error is not None:
-                raise self._link.error if self._link and self._link.error else LinkError("not connected")
+            if self.link is None or self.link.error is not None:
+                raise self.link.error if self.link and self.link.error else LinkError("not connected")
             letting_go = changed(Ctd.parse(self.stored.final or b""), elapsed=self._elapsed())
             # no answer in time: asked once more on the same link
             again = self._asked if self._asked is not None and not self._asked.done() else None
-            octets, self._asked = await self._link.ask(letting_go, again)
+            octets, self._asked = await self.link.ask(letting_go, again)
         except LinkError as error:
             self._lost(error)
             return SourceInput.LINK_LOST
@@ -280,10 +335,13 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     async def _send_ctc(self) -> None:
         """So that the peer need not wait for its own timer; not more than a courtesy."""
-        if self.context is None or self._link is None or self._link.error is not None:
+        if self.context is None or self._begins is SourceInput.REQUESTED:
             return
         try:
-            self._count(await self._link.send(Ctc(self.context.remote.address)))
+            link = self.link
+            if link is None:
+                link = await self._connect()  # after a restart
+            self._count(await link.send(Ctc(self.context.remote.address)))
         except LinkError as error:
             log.info("transfer %s: %s was not told: %s", self.transfer_id.hex(), self.peer.name, error)
 
@@ -318,6 +376,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         }
         if signal in reasons:
             self.error = reasons[signal]
+            self.told = signal is SourceInput.CTC
 
     async def _answer(self) -> SourceInput:
         """What comes first: the CTDR, the end of the link, a signal, the machine's timer."""
@@ -339,9 +398,10 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             return self._judge(asked.result())
         if what is not None:
             return what
-        waited = "offer" if self.machine.state is SourceState.OFFERED else "confirmation"
+        offered = self.machine.state in (SourceState.OFFERED, SourceState.ANNOUNCED)
+        waited = "offer" if offered else "confirmation"
         log.warning("transfer %s: no answer to the %s", self.transfer_id.hex(), waited)
-        if self.machine.state is SourceState.OFFERED:
+        if offered:
             self.blame(LinkError(f"{self.peer.name} did not answer in time", hint="see its log"))
         return SourceInput.TIMEOUT
 
@@ -365,6 +425,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             status=status,
             hint=HINTS.get(status, ""),
         )
+        self.told = True
         return SourceInput.REJECTED
 
     # -- steps -------------------------------------------------------------------------------------------
@@ -377,11 +438,17 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     async def _freeze(self) -> SourceInput:
         context, entry = self._of, self.stored
+        self._asked = None  # what is still to come for the PCTD is no answer to the CTD
         try:
             final: FinalState = await self._step("freeze", self.parts.source.freeze(context, self.peer.name))
             final = changed(final, epoch=context.epoch + 1)
-            self._check_numbers(context, final)
-            blocks = encode_final(final, self.transfer_id)
+            if self.mid is not None and final.mid_responder != self.mid:
+                raise _Overrun("the MN sent another request meanwhile")
+            if self._begins is SourceInput.REQUESTED:
+                blocks = encode_whole(context, final, transfer=self._header)
+            else:
+                self._check_numbers(context, final)
+                blocks = encode_final(final, self.transfer_id)
             letting_go = Ctd(context.remote.address, blocks).serialize()
         except _Overrun as error:
             self.blame(error)
@@ -395,8 +462,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         signal = self._pending()
         if signal is not None:
             return signal
-        if self._link is None or self._link.error is not None:
-            self.blame((self._link and self._link.error) or LinkError("the connection is gone"))
+        if self.link is None or self.link.error is not None:
+            self.blame((self.link and self.link.error) or LinkError("the connection is gone"))
             return SourceInput.LINK_LOST
         self.entry = changed(entry, final=letting_go, epoch=final.epoch)
         return SourceInput.OK

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .context import FinalState, IkeContext
+from .context import Address, FinalState, IkeContext
+from .cxtp import ContextDataBlock
 from .numbers import Fpt, Status
 
 
@@ -44,6 +45,9 @@ SaName = tuple[bytes, bytes]
 
 class ContextSource(Protocol):
     """The gateway that serves an IKE_SA now (pSG)."""
+
+    async def find(self, mn: Address) -> Sequence[SaName]:
+        """The IKE_SAs served here whose MN has this outer address. Errors: CharonError."""
 
     async def export(self, sa: SaName) -> IkeContext:
         """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError."""
@@ -89,6 +93,22 @@ class ContextSink(Protocol):
 
     async def undo(self, context: IkeContext) -> None:
         """Take back `prepare` and `take`: nothing of it stays. Idempotent; works after a crash."""
+
+
+class Renamer(Protocol):
+    """What a sink has, too, that gives SAs new SPIs where theirs are in use."""
+
+    def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
+        """Blocks of a CTAA (`Fpt.NEW_SPIS`) that tell the MN which SPIs its SA has here now; none: the old.
+
+        Asked once the SA is active, where the MN asked for the handover by CTAR (`move_peer` was not called).
+        """
+
+
+def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock, ...]:
+    """What `sink` has renamed, if it can."""
+    ask = getattr(sink, "new_names", None)
+    return () if ask is None else tuple(ask(context))
 
 
 class Store(Protocol):

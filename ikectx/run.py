@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import IkectxError, StateError, StoreError
 from .machine import Machine
@@ -67,12 +67,52 @@ async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
         raise StateError(f"{what} failed with a {type(error).__name__}, see the log") from None
 
 
+class Tasks:
+    """What goes on in the background of one gateway."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.running: set[asyncio.Task[None]] = set()
+        self.stopped = True
+        self._store = parts.store
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run it; an error it ends with is logged."""
+        task = asyncio.create_task(work, name=name)
+        self.running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, IkectxError):
+                log.error("%s: %s", task.get_name(), error)
+            else:
+                log_mistake(task.get_name(), error)
+
+    def tidy(self) -> None:
+        """Between transfers, the journal's log goes into its database."""
+        if self._store.wants_checkpoint and not self.stopped:
+            self.spawn(asyncio.to_thread(self._store.checkpoint), "ikectx checkpoint")
+
+    async def stop(self, seconds: float) -> None:
+        """Wait so long for what is under way, then end it."""
+        if self.running:
+            await asyncio.wait(self.running, timeout=seconds)
+        for task in list(self.running):
+            task.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
+
+
 class Run(Generic[_State, _Input, _Action]):
     """One transfer in one role: a machine, and the journal that is always a step ahead of the world.
 
     `durable`: see `transfer`. `results`: the states that end it, and the journal's word for each.
     `instead`: what to feed when a state may not be entered since it cannot be journaled.
     """
+
+    reports = False
+    """Does it tell its end itself, with a report?"""
 
     def __init__(
         self,
@@ -149,7 +189,7 @@ class Run(Generic[_State, _Input, _Action]):
                 log.error("transfer goes on without its journal: %s", error)
             before = self.machine.state
             actions = self.machine.feed(what, self.parts.clock.now())
-            if self.machine.state != before:
+            if self.machine.state != before and not (self.ended and self.reports):
                 self.tell()
             return actions
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ikectx.aio import Gateway
 from ikectx.context import (
+    Address,
     AuthRound,
     ChildContext,
     Endpoint,
@@ -208,6 +209,9 @@ class MemoryGateway:
         self.fuse.tick(f"{self.name}: after {step}")
 
     # ContextSource
+
+    async def find(self, mn: Address) -> Sequence[SaName]:
+        return [sa for sa, context in self.served.items() if context.remote.address == mn]
 
     async def export(self, sa: SaName) -> IkeContext:
         await self._step("export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from ikectx.aio import Gateway
 from ikectx.links import PeerConfig
 from ikectx.ports import SaName
+from ikectx.serving import MobileConfig
 from ikectx.transfer import Timing, TransferEvent, TransferReport
 
 from .peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
@@ -29,6 +31,8 @@ FAST = Timing(
     backoff_max=0.02,
     busy_backoff=0.002,
     stop=0.3,
+    predictive=0.5,
+    request=0.6,
 )
 KEY = bytes(range(32))
 
@@ -63,6 +67,8 @@ class Side:
             timing=self.world.timing,
             dial=self.world.network.dial_from(self.name),
             observer=self.events.append,
+            mobile=self.world.mobile,
+            wall=lambda: self.world.wall + time.time(),
         )
         await self.agent.start()
         if not self.fuse.blown:
@@ -80,9 +86,9 @@ class Side:
         """No clean-up: tasks vanish, connections break, the journal stays as it is."""
         self.fuse.blown = True
         self.world.network.kill(self.name)
-        for task in list(self.agent._tasks):
+        for task in list(self.agent._tasks.running):
             task.cancel()
-        await asyncio.gather(*self.agent._tasks, return_exceptions=True)
+        await asyncio.gather(*self.agent._tasks.running, return_exceptions=True)
         self.store.close()
 
     async def stop(self) -> None:
@@ -99,6 +105,9 @@ class World:
         self.names = names
         self.timing = FAST
         self.rights = frozenset({"push"})
+        self.mobile: MobileConfig | None = MobileConfig()
+        self.wall = 0.0
+        """Seconds that all clocks of the world are ahead."""
         self.ether = Ether()
         self.network = Network()
         self.sides = {name: Side(name, self) for name in names}
@@ -153,6 +162,9 @@ def run(scenario: Awaitable[None], seconds: float = 60) -> None:
             await scenario
 
     asyncio.run(bounded())
+
+
+ALL = frozenset({"push", "pull", "packet"})
 
 
 async def one_move(w: World, **how: Any) -> tuple[SaName, TransferReport]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 
 from ikectx.context import (
+    Address,
     ChildContext,
     FinalChild,
     FinalState,
@@ -81,6 +82,11 @@ class CharonSource:
             if any(child.spi_in in spis for child in context.children):
                 return name, context, quiet
         return None
+
+    async def find(self, mn: Address) -> list[SaName]:
+        """See `ContextSource.find`. What is PASSIVE, or being made or deleted, is not served."""
+        views = await self._host.views()
+        return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
 
     async def export(self, sa: SaName) -> IkeContext:
         """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""

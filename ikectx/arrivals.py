@@ -1,0 +1,373 @@
+"""MNs that hand over by themselves: what becomes of a CTAR at either gateway, up to its CTAA.
+
+At pSG a CTAR announces: its token is checked, the context goes ahead to nSG, which holds it. At nSG a CTAR
+arrives: what is held is checked with the key that came with it, else pSG is asked and checks. Who has no good
+token gets no answer, whatever is wrong with it. An identical CTAR from the same source is a retransmission:
+it begins nothing, and gets the same CTAA once there is one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from ipaddress import ip_address
+
+from . import tokens
+from .asking import Ask, Asking
+from .context import Address, Endpoint, IkeContext, Secret
+from .cxtp import Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
+from .desk import Desk, Desks
+from .errors import BusyError, IkectxError, RefusedError, UnknownSaError, WireError
+from .incoming import Incoming
+from .links import Links, PeerConfig
+from .machine import Machine
+from .moves import Moves
+from .numbers import Fpt, Status
+from .outgoing import Outgoing
+from .ports import SaName, new_names
+from .run import Parts, log, step
+from .serving import MobileConfig, UsedTokens
+from .tokens import Purpose, TokenBlock, TokenError
+from .transfer import SourceInput, SourceState
+
+NAT_ANY = 1
+"""Bit of `IkeContext.conditions`: ESP goes in UDP (strongSwan's COND_NAT_ANY)."""
+ESP_IN_UDP = 4500
+IKE = 500
+
+
+class ArrivalState(StrEnum):
+    """Where a CTAR stands."""
+
+    NEW = "new"
+    ANNOUNCING = "announcing"
+    INSTALLING = "installing"
+    ASKING = "asking"
+    ANSWERED = "answered"
+    IGNORED = "ignored"
+
+
+class ArrivalInput(StrEnum):
+    """ANNOUNCE: to pSG. HELD, UNKNOWN: at nSG, with and without a context that came ahead. AGAIN: a copy.
+
+    OK, REFUSED: how it ended. BAD: nobody has said who sent it.
+    """
+
+    ANNOUNCE = "announce"
+    HELD = "held"
+    UNKNOWN = "unknown"
+    AGAIN = "again"
+    OK = "ok"
+    REFUSED = "refused"
+    BAD = "bad"
+
+
+class ArrivalAction(StrEnum):
+    """OFFER: send the context ahead. INSTALL: what is held. ASK: pSG. ANSWER: send the CTAA."""
+
+    OFFER = "offer"
+    INSTALL = "install"
+    ASK = "ask"
+    ANSWER = "answer"
+
+
+_S, _I, _A = ArrivalState, ArrivalInput, ArrivalAction
+
+ARRIVAL_TABLE: Mapping[tuple[ArrivalState, ArrivalInput], tuple[ArrivalState, *tuple[ArrivalAction, ...]]] = {
+    (_S.NEW, _I.ANNOUNCE): (_S.ANNOUNCING, _A.OFFER),
+    (_S.NEW, _I.HELD): (_S.INSTALLING, _A.INSTALL),
+    (_S.NEW, _I.UNKNOWN): (_S.ASKING, _A.ASK),
+    (_S.NEW, _I.BAD): (_S.IGNORED,),
+    (_S.ANNOUNCING, _I.OK): (_S.ANSWERED, _A.ANSWER),
+    (_S.ANNOUNCING, _I.REFUSED): (_S.ANSWERED, _A.ANSWER),
+    (_S.ANNOUNCING, _I.BAD): (_S.IGNORED,),
+    (_S.INSTALLING, _I.OK): (_S.ANSWERED, _A.ANSWER),
+    (_S.INSTALLING, _I.REFUSED): (_S.ANSWERED, _A.ANSWER),
+    (_S.INSTALLING, _I.BAD): (_S.IGNORED,),
+    (_S.ASKING, _I.OK): (_S.ANSWERED, _A.ANSWER),
+    (_S.ASKING, _I.REFUSED): (_S.ANSWERED, _A.ANSWER),
+    (_S.ASKING, _I.BAD): (_S.IGNORED,),
+    # the CTAA may have been lost
+    (_S.ANSWERED, _I.AGAIN): (_S.ANSWERED, _A.ANSWER),
+}
+ARRIVAL_IGNORED = frozenset(
+    (state, _I.AGAIN) for state in (_S.NEW, _S.ANNOUNCING, _S.INSTALLING, _S.ASKING, _S.IGNORED)
+)
+"""What is under way asks again by itself."""
+
+
+def encapsulated(context: IkeContext) -> bool:
+    """Does ESP of this SA go in UDP?"""
+    return bool(context.conditions & NAT_ANY)
+
+
+def endpoint(context: IkeContext, care_of: Address | None, source: Address) -> Endpoint:
+    """Where the MN is reached now: IKE endpoint, by what it says and by where its CTAR came from.
+
+    They differ behind a NAT; then ESP must go in UDP already, and the port will be told by its first packet.
+    Errors: RefusedError.
+    """
+    address = care_of or source
+    if address != source:
+        if not encapsulated(context):
+            raise RefusedError(
+                f"the MN says {care_of} and is at {source}: a NAT, which its SAs are not made for",
+                status=Status.NO_ADDRESS,
+            )
+        address = source
+    udp = encapsulated(context) or context.remote.port == ESP_IN_UDP
+    return Endpoint(address, ESP_IN_UDP if udp else IKE)
+
+
+class Arrival:
+    """One CTAR, its copies, and its answer."""
+
+    def __init__(self, message: Ctar, token: TokenBlock | None, source: Endpoint, until: float) -> None:
+        self.message = message
+        self.octets = message.serialize()
+        self.token = token
+        self.source = source
+        self.until = until
+        """When it may be forgotten, seconds since 1970."""
+        self.machine: Machine[ArrivalState, ArrivalInput, ArrivalAction] = Machine(
+            ARRIVAL_TABLE, ARRIVAL_IGNORED, ArrivalState.NEW, 0.0, timers={}, timeout=ArrivalInput.BAD
+        )
+        self.answer: bytes | None = None
+
+    def feed(self, what: ArrivalInput) -> bytes | None:
+        """The CTAA, if it is to be sent now."""
+        actions = self.machine.feed(what, 0.0)
+        return self.answer if ArrivalAction.ANSWER in actions and self.message.acknowledge else None
+
+    @property
+    def ended(self) -> bool:
+        return self.machine.state in (ArrivalState.ANSWERED, ArrivalState.IGNORED)
+
+
+class Arrivals:
+    """The CTARs of one gateway."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        peers: Mapping[str, PeerConfig],
+        links: Callable[[], Links],
+        moves: Moves,
+        desks: Desks,
+        asking: Asking,
+        used: UsedTokens,
+        config: MobileConfig,
+    ) -> None:
+        self._parts = parts
+        self._peers = peers
+        self._links = links
+        self._moves = moves
+        self._desks = desks
+        self._asking = asking
+        self._used = used
+        self._config = config
+        self._known: OrderedDict[tuple[Address, int, int], Arrival] = OrderedDict()
+
+    async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
+        """See `Gateway.ctar`."""
+        now = self._parts.wall()
+        self._forget(now)
+        try:
+            token = tokens.find(message.blocks)
+        except WireError as error:
+            log.info("a CTAR from %s is ignored: %s", source, error)
+            return None
+        if token is None and not self._config.rfc_token:
+            log.info("a CTAR from %s is ignored: it has no token of 128 bits", source)
+            return None
+        until = now + tokens.MAX_LIFETIME if token is None else token.expiry
+        if until + self._config.skew < now:
+            return None
+        key = (message.mn, message.sequence, 0 if token is None else int(token.purpose))
+        known = self._known.get(key)
+        if known is not None:
+            if known.source != source or known.octets != message.serialize():
+                log.warning("a CTAR for %s is ignored: another one like it came before", message.mn)
+                return None
+            return known.feed(ArrivalInput.AGAIN)
+        if len(self._known) >= self._config.memory:
+            log.warning("a CTAR from %s is ignored: too many are under way or remembered", source)
+            return None
+        arrival = self._known[key] = Arrival(message, token, source, until + self._config.skew)
+        try:
+            what = await self._handle(arrival)
+        except TokenError as error:
+            log.warning("a CTAR from %s for %s is ignored: %s", source, message.mn, error)
+            what = ArrivalInput.BAD
+        except (BusyError, UnknownSaError) as error:
+            # nothing was begun: its retransmission is welcome
+            log.info("a CTAR from %s for %s: %s", source, message.mn, error)
+            del self._known[key]
+            return None
+        except IkectxError as error:
+            log.warning("a CTAR from %s for %s: %s", source, message.mn, error)
+            del self._known[key]
+            return None
+        except BaseException:
+            del self._known[key]
+            raise
+        return arrival.feed(what)
+
+    def _forget(self, now: float) -> None:
+        for key, arrival in list(self._known.items()):
+            if arrival.ended and arrival.until < now:
+                del self._known[key]
+
+    async def _handle(self, arrival: Arrival) -> ArrivalInput:
+        token = arrival.token
+        announces = (
+            token.purpose == Purpose.ANNOUNCE
+            if token is not None
+            else bool(await step("find", self._parts.source.find(arrival.message.mn), self._parts.timing))
+        )
+        if announces:
+            return await self._announce(arrival)
+        return await self._arrive(arrival)
+
+    def _peer(self, arrival: Arrival, name: str | None) -> PeerConfig:
+        """The other gateway. Errors: TokenError."""
+        if name is None:
+            router = arrival.message.router
+            found = [peer for peer in self._peers.values() if router in (*peer.addresses, _host(peer))]
+            if len(found) == 1:
+                return found[0]
+            raise TokenError(f"{len(found)} peers have the address {router}")
+        peer = self._peers.get(name)
+        if peer is None:
+            raise TokenError(f"no peer is called {name!r}")
+        return peer
+
+    def _verify(self, key: Secret, arrival: Arrival, purpose: Purpose, psg: str, nsg: str) -> None:
+        tokens.verify(
+            key,
+            arrival.message,
+            purpose=purpose,
+            psg=psg,
+            nsg=nsg,
+            now=self._parts.wall(),
+            skew=self._config.skew,
+            rfc=self._config.rfc_token,
+        )
+
+    # -- at pSG ------------------------------------------------------------------------------------------
+
+    async def _announce(self, arrival: Arrival) -> ArrivalInput:
+        message, token = arrival.message, arrival.token
+        peer = self._peer(arrival, None if token is None else token.nsg)
+        sa = await self._served(message.mn) if token is None else token.spis
+        key: list[Secret] = []
+        algorithm = TokenAlgorithm.HMAC_SHA1 if token is None else TokenAlgorithm.HMAC_SHA256_128
+        run = Outgoing(
+            self._parts,
+            self._links(),
+            peer,
+            sa=sa,
+            transfer_id=secrets.token_bytes(8),
+            address="mn",
+            begins=SourceInput.ANNOUNCE,
+            sequence=message.sequence,
+        )
+
+        def allowed(context: IkeContext) -> None:
+            key.append(tokens.token_key(context.current, message.sequence))
+            self._verify(key[0], arrival, Purpose.ANNOUNCE, self._parts.name, peer.name)
+            if context.remote.address != message.mn:
+                raise TokenError(f"the MN is at {context.remote.address}, not at {message.mn}")
+            self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until)
+            run.token = (algorithm, key[0])
+
+        await self._moves.grant(run, allowed)
+        arrival.feed(ArrivalInput.ANNOUNCE)
+        await run.awaited.wait()
+        status = Status.OK
+        if run.machine.state in (SourceState.NEW, SourceState.REFUSED, SourceState.KEPT):
+            status = run.status or Status.FAILED
+        return self._answer(arrival, key[0], status)
+
+    async def _served(self, mn: Address) -> SaName:
+        found = await step("find", self._parts.source.find(mn), self._parts.timing)
+        if len(found) != 1:
+            raise TokenError(f"{mn} has {len(found)} IKE_SAs, and the RFC's token names none")
+        return found[0]
+
+    # -- at nSG ------------------------------------------------------------------------------------------
+
+    async def _arrive(self, arrival: Arrival) -> ArrivalInput:
+        message, token = arrival.message, arrival.token
+        peer = self._peer(arrival, None if token is None else token.psg)
+        if token is not None and token.nsg != self._parts.name:
+            raise TokenError(f"the token is for a move to {token.nsg!r}")
+        sa = None if token is None else token.spis
+        care_of = token.care_of.address if token is not None and token.care_of is not None else None
+
+        def place(context: IkeContext) -> Endpoint:
+            return endpoint(context, care_of, arrival.source.address)
+
+        request = CtReq(message.mn, message.sequence, message.token, message.blocks)
+        ask = Ask(peer, request, sa=sa, right="push", place=place)
+        ahead = self._desks.held(peer.name, message.mn, sa)
+        if ahead is not None and ahead[1].token is not None and ahead[1].context is not None:
+            return await self._install(arrival, ask, ahead[0], ahead[1], ahead[1].context)
+        arrival.feed(ArrivalInput.UNKNOWN)
+        await self._asking.run(ask)
+        return self._arrived(arrival, ask)
+
+    async def _install(
+        self, arrival: Arrival, ask: Ask, desk: Desk, run: Incoming, context: IkeContext
+    ) -> ArrivalInput:
+        _, key = run.token or (TokenAlgorithm.NONE, Secret())
+        self._verify(key, arrival, Purpose.ARRIVE, ask.peer.name, self._parts.name)
+        arrival.feed(ArrivalInput.HELD)
+        try:
+            where = ask.place(context)
+        except RefusedError as error:
+            log.warning("transfer %s: %s", run.stored.transfer_id.hex(), error)
+            return self._answer(arrival, key, error.status)
+        run.token = None
+        await self._asking.run(ask, (desk, run, where))
+        return self._arrived(arrival, ask)
+
+    def _arrived(self, arrival: Arrival, ask: Ask) -> ArrivalInput:
+        error = ask.error
+        status = Status.OK if ask.done else (Status.FAILED if error is None else error.status)
+        if ask.run is None and status is Status.NOT_ALLOWED:
+            raise TokenError(str(error))
+        log.info(
+            "%s at %s: %s", arrival.message.mn, arrival.source, self._asking.report(ask).text or status.name
+        )
+        key = None
+        if ask.context is not None:
+            key = tokens.token_key(ask.context.current, arrival.message.sequence)
+        return self._answer(arrival, key, status, ask.context if ask.done else None)
+
+    def _answer(
+        self, arrival: Arrival, key: Secret | None, status: Status, context: IkeContext | None = None
+    ) -> ArrivalInput:
+        """Make the CTAA; with a tag where the MN's token has one and we know the key."""
+        message, token = arrival.message, arrival.token
+        statuses = () if status is Status.OK else (StatusBlock(Fpt.IKEV2_SA, status),)
+        answer = Ctaa(message.mn, statuses)
+        if token is not None and key is not None:
+            names = () if context is None else new_names(self._parts.sink, context)
+            try:
+                answer = tokens.seal_ctaa(
+                    key, message.mn, message.sequence, statuses, names, purpose=token.purpose
+                )
+            except (IkectxError, ValueError) as error:
+                log.error("the CTAA for %s has no tag: %s", message.mn, error)
+        arrival.answer = answer.serialize()
+        return ArrivalInput.OK if status is Status.OK else ArrivalInput.REFUSED
+
+
+def _host(peer: PeerConfig) -> Address | None:
+    try:
+        return ip_address(peer.host)
+    except ValueError:
+        return None

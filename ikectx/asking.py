@@ -1,0 +1,416 @@
+"""Asking other gateways for SAs: CT-Reqs, what comes of them, and the report of it (nSG).
+
+A CT-Req is repeated with the same sequence number, with back-off, while pSG is busy or the connection
+breaks, for `Timing.request` seconds. RFC 4067 has no answer that says no to it; ours is a CTDR with S = 0 and
+a status of FPT REQUEST.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakValueDictionary
+
+from .context import Address, Endpoint, IkeContext
+from .cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq
+from .desk import Arrived, Desk
+from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
+from .incoming import Incoming
+from .links import Link, Links, PeerConfig
+from .numbers import STATUS_TEXT, Fpt, Status
+from .ports import SaName, Verdict
+from .profile import TransferHeader
+from .run import Observer, Parts
+from .transfer import (
+    HINTS,
+    TARGET_STANDS,
+    Result,
+    TargetState,
+    TransferReport,
+    first_failure,
+    mn_label,
+)
+
+CHECK_ONLY = 1
+"""Flag of a named SA in a CT-Req: pSG is to offer it for a check."""
+
+_CODES: Mapping[Status, int] = {
+    Status.BUSY: BusyError.exit_code,
+    Status.UNKNOWN_SA: UnknownSaError.exit_code,
+    Status.AMBIGUOUS: UnknownSaError.exit_code,
+}
+_NOT_ALLOWED = "give this gateway the right `{}` in the other gateway's configuration"
+_PHASES: Mapping[TargetState, str] = {
+    TargetState.ANNOUNCED: "check",
+    TargetState.HELD: "hold",
+    TargetState.INSTALLING: "prepare",
+    TargetState.CHECKING: "check",
+    TargetState.PREPARING: "prepare",
+    TargetState.PREPARED: "wait",
+    TargetState.ADMITTING: "check",
+    TargetState.RECEIVING: "prepare",
+    TargetState.OWNING: "take",
+    TargetState.MOVING: "move",
+    TargetState.ACTIVATING: "activate",
+    TargetState.UNDOING: "undo",
+}
+_WAITING = (TargetState.HELD, TargetState.PREPARED, TargetState.ABORTED)
+_BEFORE = (
+    *(TargetState.ANNOUNCED, TargetState.INSTALLING),
+    *(TargetState.CHECKING, TargetState.PREPARING),
+)
+"""States in which pSG serves the SA, and may have given up when it lost the connection."""
+
+
+def name_sa(sa: SaName | None, *, check: bool = False) -> Blocks:
+    """How a CT-Req with token 0 names what it wants: SPIi | SPIr (zero: whatever the MN has) | flags."""
+    if sa is None and not check:
+        return ()
+    spi_i, spi_r = sa or (bytes(8), bytes(8))
+    flags = bytes([CHECK_ONLY]) if check else b""
+    return (ContextDataBlock(Fpt.IKEV2_SA, spi_i + spi_r + flags),)
+
+
+def named_sa(blocks: Sequence[ContextDataBlock]) -> tuple[SaName | None, bool]:
+    """What `name_sa` has written: the SA, None for any; is it only to be checked?"""
+    for block in blocks:
+        if block.fpt == Fpt.IKEV2_SA and len(block.data) >= 16:
+            sa = (block.data[:8], block.data[8:16])
+            flags = block.data[16] if len(block.data) > 16 else 0
+            return sa if any(block.data[:16]) else None, bool(flags & CHECK_ONLY)
+    return None, False
+
+
+class Ask:
+    """One SA wanted of one peer, until it is here or is refused. A `desk.Want`.
+
+    `whole`: it comes in one CTD (or was sent ahead), since the MN is here; else pSG pushes it. `sa` None:
+    what the MN has. `right`: what we must be allowed to there.
+    """
+
+    def __init__(
+        self,
+        peer: PeerConfig,
+        request: CtReq,
+        *,
+        sa: SaName | None,
+        right: str,
+        place: Callable[[IkeContext], Endpoint] | None = None,
+        dry_run: bool = False,
+        progress: Observer | None = None,
+    ) -> None:
+        self.peer = peer
+        self.request = request
+        self.sa = sa
+        self.right = right
+        self.whole = place is not None
+        self.dry_run = dry_run
+        self.progress = progress
+        self.events: asyncio.Queue[object] = asyncio.Queue()
+        self.desk: Desk | None = None
+        self.run: Incoming | None = None
+        """The transfer that came of it; the last one, where pSG had to try again."""
+        self.context: IkeContext | None = None
+        self.link: Link | None = None
+        self.error: IkectxError | None = None
+        self.verdicts: tuple[Verdict, ...] = ()
+        self.late = False
+        """Was it given up, since the time was over?"""
+        self.done = False
+        """Would it be taken (dry run), or was it?"""
+        self.attempts = 0
+        self.messages = 0
+        self.octets = 0
+        self.began = 0.0
+        self.answered: float | None = None
+        self._place = place
+
+    @property
+    def mn(self) -> Address:
+        """The MN's previous address, as we know it."""
+        return self.request.mn
+
+    def fits(self, peer: PeerConfig, mn: Address, context: IkeContext, header: TransferHeader) -> bool:
+        """Is that offer what we want?"""
+        return (
+            peer.name == self.peer.name
+            and self.whole == (header.address == "mn")
+            and self.dry_run == (header.intent == "check")
+            and (context.spis == self.sa if self.sa is not None else mn == self.mn)
+        )
+
+    # -- as a Want ---------------------------------------------------------------------------------------
+
+    def place(self, context: IkeContext) -> Endpoint:
+        """Where the MN is now. Errors: RefusedError."""
+        return context.remote if self._place is None else self._place(context)
+
+    def begun(self, desk: Desk, run: Incoming) -> None:
+        """This is it."""
+        self.desk, self.run, self.context = desk, run, run.context
+        self.events.put_nowait(run)
+        run.when_over(lambda: self.events.put_nowait(_Over(run)))
+
+    def checked(self, context: IkeContext, verdicts: Sequence[Verdict]) -> None:
+        """It was only to be checked, and was."""
+        self.context = context
+        self.refused_here(verdicts)
+
+    def refused_here(self, verdicts: Sequence[Verdict]) -> None:
+        """It came, and was refused before it began."""
+        self.verdicts = tuple(verdicts)
+        self.events.put_nowait(self.verdicts)
+
+
+class _Over:
+    def __init__(self, run: Incoming) -> None:
+        self.run = run
+
+
+class Asking:
+    """What this gateway wants of others."""
+
+    def __init__(self, parts: Parts, links: Callable[[], Links]) -> None:
+        self._parts = parts
+        self._links = links
+        self._open: list[Ask] = []
+        self._turns: WeakValueDictionary[tuple[str, Address], asyncio.Lock] = WeakValueDictionary()
+
+    def wanted(
+        self, peer: PeerConfig, mn: Address, context: IkeContext, header: TransferHeader
+    ) -> Ask | None:
+        """What of ours this offer answers."""
+        return next((ask for ask in self._open if ask.fits(peer, mn, context, header)), None)
+
+    def refused(self, link: Link, message: Ctdr) -> bool:
+        """The CTDR that answers a CT-Req; False: nobody had asked."""
+        status = next((s.status for s in message.statuses if s.fpt == Fpt.REQUEST), None)
+        ask = next((a for a in self._open if a.peer.name == link.peer.name and a.mn == message.mn), None)
+        if ask is None or status is None or status is Status.OK:
+            return False
+        self._count(ask, len(message.serialize()))
+        ask.events.put_nowait(status)
+        return True
+
+    @staticmethod
+    def _count(ask: Ask, octets: int) -> None:
+        ask.messages += 1
+        ask.octets += octets
+
+    async def send(self, ask: Ask, link: Link | None = None) -> None:
+        """Send the CT-Req, over `link` if it is open. Errors: LinkError."""
+        if link is None or link.error is not None:
+            link = await self._links().get(ask.peer)
+        if link is not ask.link:
+            ask.link = link
+            link.gone.add_done_callback(lambda gone: ask.events.put_nowait((link, gone.result())))
+        if not ask.began:
+            ask.began = self._parts.clock.now()
+        ask.attempts += 1
+        self._count(ask, await link.send(ask.request))
+
+    # -- one request -------------------------------------------------------------------------------------
+
+    async def run(self, ask: Ask, held: tuple[Desk, Incoming, Endpoint] | None = None) -> None:
+        """Ask until it is here or refused, or the time is over: `ask` says how it ended.
+
+        `held`: what pSG has sent ahead of the MN that has now arrived; only the rest of it is asked for.
+        """
+        turn = self._turns.setdefault((ask.peer.name, ask.mn), asyncio.Lock())
+        async with turn:
+            self._open.append(ask)
+            try:
+                with self._links().in_use(ask.peer):
+                    await self._ask(ask, held)
+                    await self._give_up(ask)
+            finally:
+                self._open.remove(ask)
+                self._drop(ask, "nobody waits for it any more")
+
+    async def _give_up(self, ask: Ask) -> None:
+        """What has not come in time is not to come later: tell pSG, and clear away what there is of it."""
+        if not ask.late:
+            return
+        if ask.link is not None and ask.link.error is None:
+            with contextlib.suppress(LinkError):
+                self._count(ask, await ask.link.send(Ctc(ask.mn if ask.run is None else ask.run.mn)))
+        if ask.run is not None and self._drop(ask, "it did not come in time"):
+            over = asyncio.Event()
+            ask.run.when_over(over.set)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._parts.timing.step):
+                    await over.wait()
+
+    async def _ask(self, ask: Ask, held: tuple[Desk, Incoming, Endpoint] | None) -> None:
+        now = self._parts.clock.now
+        deadline = now() + self._parts.timing.request
+        if held is not None:
+            ask.begun(held[0], held[1])
+        tries = 0
+        while True:
+            try:
+                if held is not None and not held[1].ended:
+                    held[0].post.put_nowait(Arrived(held[1], held[2], lambda link: self._request(ask, link)))
+                else:
+                    await self.send(ask)
+            except LinkError as error:
+                ask.error = error
+            else:
+                if await self._outcome(ask, deadline):
+                    return
+            wait = self._parts.timing.wait(tries)
+            tries += 1
+            if now() + wait >= deadline:
+                ask.late = True
+                return
+            await asyncio.sleep(wait)
+
+    async def _request(self, ask: Ask, link: Link | None) -> None:
+        try:
+            await self.send(ask, link)
+        except LinkError as error:
+            ask.events.put_nowait((ask.link, error))
+
+    async def _outcome(self, ask: Ask, deadline: float) -> bool:
+        """Wait for what comes of it. True: that was all; False: ask again."""
+        while True:
+            try:
+                async with asyncio.timeout(self._patience(ask, deadline)):
+                    event = await ask.events.get()
+            except TimeoutError:
+                ask.late = True
+                if not isinstance(ask.error, RefusedError):
+                    ask.error = LinkError(f"{ask.peer.name} did not send it in time", hint="see its log")
+                return True
+            if ask.answered is None and ask.began:
+                ask.answered = self._parts.clock.now()
+            again = self._judge(ask, event)
+            if again is not None:
+                return not again
+
+    def _patience(self, ask: Ask, deadline: float) -> float:
+        now = self._parts.clock.now()
+        if ask.run is None or ask.run.machine.state in _WAITING:
+            return max(0.0, deadline - now)
+        return self._parts.timing.in_doubt  # it is going on here
+
+    def _judge(self, ask: Ask, event: object) -> bool | None:
+        """Ask again? None: wait on."""
+        match event:
+            case Status() as status:
+                self._drop(ask, "the source refused it")
+                ask.error = RefusedError(
+                    f"{ask.peer.name}: {STATUS_TEXT.get(status, f'status {int(status)}')}", status=status
+                )
+                return status is Status.BUSY
+            case (link, LinkError() as error):
+                if link is not ask.link:
+                    return None
+                going_on = ask.run is not None and ask.run.machine.state not in (*_WAITING, *_BEFORE)
+                ask.error = ask.error or error
+                return None if going_on else True
+            case _Over() as over if over.run is ask.run:
+                return self._ended(ask, over.run)
+            case tuple() as verdicts:
+                status = first_failure(verdicts)
+                ask.done = status is Status.OK
+                if not ask.done:
+                    ask.error = RefusedError(STATUS_TEXT.get(status, "refused"), status=status)
+                return status is Status.BUSY
+        return None
+
+    def _ended(self, ask: Ask, run: Incoming) -> bool | None:
+        ask.context = run.context or ask.context
+        if run.machine.state is TargetState.OWNED:
+            ask.done, ask.error = True, None
+            return False
+        if ask.error is None or not run.dropped:
+            ask.error = run.error or StateError("it was aborted")
+        if run.dropped or run.status is Status.BUSY:
+            # the source tries again by itself what it pushes, or says no
+            return True if ask.whole or run.status is Status.BUSY else None
+        return False
+
+    def _drop(self, ask: Ask, why: str) -> bool:
+        """What waits for the source waits in vain, or would; False: there is nothing."""
+        run = ask.run
+        if ask.desk is None or run is None or run.ended or run.machine.state not in (*_WAITING, *_BEFORE):
+            return False
+        ask.desk.post.put_nowait(why)
+        return True
+
+    # -- the report --------------------------------------------------------------------------------------
+
+    def pull(
+        self,
+        peer: PeerConfig,
+        mn: Address,
+        sa: SaName | None,
+        dry_run: bool,
+        progress: Observer | None,
+    ) -> Ask:
+        """A request by the operator."""
+        request = CtReq(mn, secrets.randbits(32), 0, name_sa(sa, check=dry_run))
+        return Ask(peer, request, sa=sa, right="pull", dry_run=dry_run, progress=progress)
+
+    def report(self, ask: Ask) -> TransferReport:
+        """How it ended, as this gateway sees it."""
+        run, context, error = ask.run, ask.context, ask.error
+        state = TargetState.NEW if run is None else run.machine.state
+        result: Result
+        result, here, there = TARGET_STANDS[state]
+        status = Status.OK if ask.done else (error or StateError("")).status
+        owned = run is not None and TargetState.OWNING in run.machine.spent
+        if result == "kept" and not ask.done and not owned and not isinstance(error, LinkError):
+            result = "refused"
+        if status is Status.UNKNOWN_SA:
+            there = "has no such SA"
+        elif isinstance(error, LinkError):
+            there += ", as far as is known here"
+        mn = "" if context is None else mn_label(context)
+        text, hint, code = "", "", 0
+        if ask.done:
+            text = (
+                f"{self._parts.name} would take it" if ask.dry_run else f"{self._parts.name} serves {mn} now"
+            )
+        elif error is not None:
+            text, code = str(error), _CODES.get(status, error.exit_code)
+            hint = error.hint or HINTS.get(status, "")
+            if status is Status.NOT_ALLOWED:
+                hint = _NOT_ALLOWED.format(ask.right)
+        sa = context.spis if context is not None else ask.sa
+        return TransferReport(
+            transfer_id="" if run is None else run.stored.transfer_id.hex(),
+            sa=sa or (b"", b""),
+            mn=mn,
+            mn_address=str(ask.mn if run is None else run.mn),
+            from_=ask.peer.name,
+            to=self._parts.name,
+            result=result,
+            status=status,
+            text=text,
+            hint=hint,
+            state_here=f"{self._parts.name} {here}",
+            state_there=f"{ask.peer.name} {there}",
+            verdicts=ask.verdicts or (run.verdicts if run is not None else ()),
+            phases_ms=self._phases(ask),
+            cxtp_messages=ask.messages + (run.messages if run is not None else 0),
+            cxtp_octets=ask.octets + (run.octets if run is not None else 0),
+            attempts=max(1, ask.attempts),
+            epoch=run.stored.epoch if run is not None else 0,
+            address="mn" if ask.whole else "update",
+            dry_run=ask.dry_run,
+            exit_code=code,
+        )
+
+    def _phases(self, ask: Ask) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if ask.began and ask.answered is not None:
+            found["request"] = round((ask.answered - ask.began) * 1000, 3)
+        spent = {} if ask.run is None else ask.run.phases()
+        for state, name in _PHASES.items():
+            if state in spent:
+                found[name] = round(found.get(name, 0.0) + spent[state], 3)
+        return found

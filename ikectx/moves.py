@@ -1,0 +1,212 @@
+"""All transfers away from this gateway; an SA, and an MN at one peer, has one at a time (pSG)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import replace as changed
+from typing import Any
+from weakref import WeakValueDictionary
+
+from .context import Address as IpAddress
+from .context import IkeContext
+from .cxtp import Ctc
+from .errors import BusyError, IkectxError, StateError, UnknownSaError
+from .links import Links, PeerConfig
+from .numbers import Status
+from .outgoing import Address, Outgoing
+from .ports import SaName
+from .run import Observer, Parts, Tasks
+from .transfer import SourceInput, SourceState, TransferReport
+
+CANCELLABLE = frozenset(
+    {
+        *(SourceState.NEW, SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING),
+        SourceState.FREEZING,
+    }
+)
+
+
+class Moves:
+    """The transfers that are open here as source. `links` gives the links, or StateError when stopped."""
+
+    def __init__(self, parts: Parts, links: Callable[[], Links], tasks: Tasks, busy_attempts: int) -> None:
+        self.open: dict[bytes, Outgoing] = {}
+        self._parts = parts
+        self._links = links
+        self._tasks = tasks
+        self._busy_attempts = busy_attempts
+        self._asked_for: set[SaName] = set()
+        self._mn_locks: WeakValueDictionary[tuple[str, IpAddress], asyncio.Lock] = WeakValueDictionary()
+
+    def moving(self, sa: SaName) -> Outgoing | None:
+        """The open transfer of that SA."""
+        return next((run for run in self.open.values() if run.sa == sa), None)
+
+    def free(self, sa: SaName) -> None:
+        """Errors: BusyError when that SA is being moved, or is about to be."""
+        if sa in self._asked_for or self.moving(sa) is not None:
+            raise BusyError("that IKE_SA is being moved already", hint="`ikectx status` shows the transfer")
+
+    def named(self, transfer_id: str) -> Outgoing | None:
+        """The open transfer with that id in hexadecimal."""
+        try:
+            return self.open.get(bytes.fromhex(transfer_id))
+        except ValueError:
+            return None
+
+    def cancel(self, transfer_id: str) -> bool:
+        """See `Gateway.cancel`."""
+        run = self.named(transfer_id)
+        if run is None or run.machine.state not in CANCELLABLE:
+            return False
+        run.signals.put_nowait(SourceInput.CANCEL)
+        return True
+
+    async def reclaim(self, transfer_id: str) -> TransferReport:
+        """See `Gateway.reclaim`."""
+        run = self.named(transfer_id)
+        if run is None or run.machine.state is not SourceState.RELEASED:
+            raise StateError(
+                f"transfer {transfer_id} is not in doubt"
+                if run
+                else f"no transfer {transfer_id} is open here",
+                hint="`ikectx status` shows those that are",
+            )
+        run.signals.put_nowait(SourceInput.RECLAIM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._parts.timing.step):
+                await run.over.wait()
+        return run.report()
+
+    def cancelled(self, peer: PeerConfig, message: Ctc) -> None:
+        """The peer's CTC: for its transfers of that MN that can still be cancelled."""
+        for run in self.open.values():
+            if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
+                run.signals.put_nowait(SourceInput.CTC)
+
+    # -- by the operator, or by a peer that may pull -----------------------------------------------------
+
+    async def transfer(
+        self, peer: PeerConfig, sa: SaName, address: Address, dry_run: bool, progress: Observer | None
+    ) -> TransferReport:
+        """See `Gateway.transfer`."""
+        links = self._links()
+        self.free(sa)
+        if dry_run:
+            run = Outgoing(
+                self._parts, links, peer, sa=sa, transfer_id=secrets.token_bytes(8), address=address
+            )
+            await run.export()
+            return await run.ask_only()
+        self._asked_for.add(sa)
+        try:
+            for attempt in range(1, self._busy_attempts + 1):
+                report = await self._attempt(peer, sa, address, progress)
+                report = changed(report, attempts=attempt)
+                if report.status is not Status.BUSY or report.result not in ("kept", "refused"):
+                    break
+                if attempt < self._busy_attempts:
+                    await asyncio.sleep(self._parts.timing.busy_backoff * 2 ** (attempt - 1))
+        finally:
+            self._asked_for.discard(sa)
+        return report
+
+    async def _attempt(
+        self, peer: PeerConfig, sa: SaName, address: Address, progress: Observer | None
+    ) -> TransferReport:
+        run = Outgoing(
+            self._parts,
+            self._links(),
+            peer,
+            sa=sa,
+            transfer_id=secrets.token_bytes(8),
+            address=address,
+            observer=progress,
+        )
+        self.open[run.transfer_id] = run
+        self._start(run, self._move(run))
+        try:
+            return await asyncio.shield(run.settled)
+        except asyncio.CancelledError:
+            run.signals.put_nowait(SourceInput.CANCEL)
+            raise
+
+    async def _move(self, run: Outgoing) -> None:
+        await run.export()
+        if run.context is None:
+            await run.begin()
+            return
+        lock = self._mn_lock(run, run.context.remote.address)
+        waited = lock.locked()
+        async with lock:
+            if waited:
+                await run.export()
+            await run.begin()
+
+    # -- by the MN, or by a packet of it -----------------------------------------------------------------
+
+    async def grant(self, run: Outgoing, allowed: Callable[[IkeContext], None]) -> None:
+        """Export, and begin `run` in the background if `allowed` raises nothing.
+
+        Errors: BusyError, UnknownSaError, those of `allowed`, of the export, StateError.
+        """
+        self.free(run.sa)
+        self._links()
+        self.open[run.transfer_id] = run
+        try:
+            await run.export()
+            if run.context is None:
+                raise run.error or StateError("nothing was exported")
+            allowed(run.context)
+        except BaseException:
+            del self.open[run.transfer_id]
+            run.over.set()
+            raise
+        self._start(run, self._in_turn(run, run.context.remote.address))
+
+    async def _in_turn(self, run: Outgoing, mn: IpAddress) -> None:
+        run.turn = self._mn_lock(run, mn)
+        async with run.turn:
+            await run.begin()
+
+    # -- after a crash -----------------------------------------------------------------------------------
+
+    def resume(self, run: Outgoing, mn: IpAddress) -> None:
+        """Take up what the journal has open."""
+        self.open[run.transfer_id] = run
+        self._start(run, self._resume(run, mn))
+
+    async def _resume(self, run: Outgoing, mn: IpAddress) -> None:
+        async with self._mn_lock(run, mn):
+            await run.go(SourceInput.RESTART)
+
+    # -- all of them -------------------------------------------------------------------------------------
+
+    def _mn_lock(self, run: Outgoing, mn: IpAddress) -> asyncio.Lock:
+        """One transfer for each MN and peer at a time: messages name no other thing (RFC 4067)."""
+        return self._mn_locks.setdefault((run.peer.name, mn), asyncio.Lock())
+
+    def _start(self, run: Outgoing, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.spawn(self._walk(run, work), f"ikectx transfer {run.transfer_id.hex()}")
+
+    async def _walk(self, run: Outgoing, work: Coroutine[Any, Any, None]) -> None:
+        """The task of a transfer: goes on when its report has been given as "in-doubt"."""
+        try:
+            await work
+        except UnknownSaError as error:
+            run.settled.set_exception(error)
+        except Exception as error:
+            # a mistake in here: leave everything as it stands, the next start reads the journal
+            if not run.settled.done():
+                mistake = StateError(f"a mistake here: {type(error).__name__}")
+                run.blame(error if isinstance(error, IkectxError) else mistake)
+                run.settled.set_result(run.report())
+            raise
+        finally:
+            self.open.pop(run.transfer_id, None)
+            run.awaited.set()
+            run.over.set()
+            self._tasks.tidy()

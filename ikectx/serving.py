@@ -1,0 +1,273 @@
+"""What other gateways ask of this one: CT-Reqs, and who may have what (pSG).
+
+A CT-Req is granted for one of three reasons: its sender may `pull`; it holds the MN's token; it holds a
+packet of the MN, and its sender may show `packet`s. The last two leave the choice to the MN: it is at the
+sender already, so all of its SA goes there in one CTD.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import proof, tokens
+from .asking import named_sa
+from .context import IkeContext
+from .cxtp import Ctdr, CtReq, StatusBlock
+from .errors import BusyError, IkectxError, LinkError, RefusedError, UnknownSaError, WireError
+from .links import Link, Links
+from .moves import Moves
+from .numbers import Fpt, Status
+from .outgoing import Outgoing
+from .ports import SaName
+from .run import Parts, Tasks, log, step
+from .tokens import Purpose, TokenError
+from .transfer import SourceInput, SourceState, TransferReport
+
+MEMORY = 1024
+"""CT-Reqs that are remembered: a repeated one must not begin a second transfer."""
+
+
+@dataclass(frozen=True, slots=True)
+class MobileConfig:
+    """What CTARs of MNs are worth here.
+
+    `rfc_token`: the RFC's 32-bit token is accepted, too. `skew`: seconds that an MN's clock may be wrong.
+    `memory`: CTARs that are remembered.
+    """
+
+    rfc_token: bool = False
+    skew: float = 30.0
+    memory: int = 1024
+
+
+class UsedTokens:
+    """Tokens that have served: each does once, until it expires. In the store, so that it stays so."""
+
+    KIND = "token"
+
+    def __init__(self, parts: Parts) -> None:
+        self._store = parts.store
+        self._wall = parts.wall
+        self._pruned = 0.0
+
+    def use(self, sa: SaName, sequence: int, purpose: int, until: float) -> None:
+        """Errors: TokenError when it was used before; StoreError."""
+        now = self._wall()
+        if now - self._pruned > 60:
+            self._pruned = now
+            for key, value in self._store.items(self.KIND):
+                if int.from_bytes(value) < now:
+                    self._store.delete(self.KIND, key)
+        key = f"{sa[0].hex()}_{sa[1].hex()}_{sequence:08x}_{int(purpose)}"
+        if self._store.get(self.KIND, key) is not None:
+            raise TokenError("the token was used before")
+        self._store.put(self.KIND, key, max(0, round(until)).to_bytes(8))
+
+
+class _Served:
+    """One CT-Req: under way, or how it ended."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.moved = False
+        self.final: Status | None = None
+        """The refusal that every copy gets; None: a copy may try again."""
+        self.used = False
+        """Its token was marked as used for it."""
+
+
+class Serving:
+    """Answers CT-Reqs."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        links: Callable[[], Links],
+        moves: Moves,
+        tasks: Tasks,
+        used: UsedTokens,
+        mobile: MobileConfig | None,
+    ) -> None:
+        self._parts = parts
+        self._links = links
+        self._moves = moves
+        self._tasks = tasks
+        self._used = used
+        self._mobile = mobile
+        self._served: OrderedDict[tuple[str, object, int], _Served] = OrderedDict()
+
+    async def request(self, link: Link, message: CtReq) -> None:
+        """A CT-Req has come. What is under way, or has moved, is not begun again."""
+        key = (link.peer.name, message.mn, message.sequence)
+        served = self._served.get(key)
+        if served is None:
+            served = self._served[key] = _Served()
+            self._forget()
+        elif served.open or served.moved:
+            log.info("%s asks again for the SA of %s", link.label, message.mn)
+            return
+        elif served.final is not None:
+            await self._refuse(link, message, served.final)
+            return
+        served.open = True
+        self._tasks.spawn(self._serve(served, link, message), f"ikectx request of {link.peer.name}")
+
+    def _forget(self) -> None:
+        for key in list(self._served):
+            if len(self._served) <= MEMORY:
+                return
+            if not self._served[key].open:
+                del self._served[key]
+
+    async def _serve(self, served: _Served, link: Link, message: CtReq) -> None:
+        status: Status | None = Status.FAILED
+        try:
+            status = await self._grant(served, link, message)
+            served.moved = status is Status.OK
+        except (BusyError, LinkError) as error:
+            status = error.status
+            log.info("%s asked for the SA of %s: %s", link.label, message.mn, error)
+        except (UnknownSaError, RefusedError, WireError) as error:
+            status = error.status
+            served.final = None if status is Status.BUSY else status
+            log.warning("%s asked for the SA of %s: %s", link.label, message.mn, error)
+        except IkectxError as error:
+            status = error.status
+            log.error("%s asked for the SA of %s: %s", link.label, message.mn, error)
+        finally:
+            served.open = False
+        if status is not None and status is not Status.OK:
+            await self._refuse(link, message, status)
+
+    async def _refuse(self, link: Link, message: CtReq, status: Status) -> None:
+        try:
+            await link.send(Ctdr(message.mn, (StatusBlock(Fpt.REQUEST, status),)))
+        except LinkError as error:
+            log.info("%s was not told: %s", link.peer.name, error)
+
+    async def _grant(self, served: _Served, link: Link, message: CtReq) -> Status | None:
+        """How it ended: OK, what the peer must hear, None where it knows."""
+        with self._links().in_use(link.peer):
+            if message.token or any(block.fpt == Fpt.MN_TOKEN for block in message.blocks):
+                return await self._by_token(served, link, message)
+            if any(block.fpt == Fpt.PROOF for block in message.blocks):
+                return await self._by_packet(link, message)
+            return await self._pull(link, message)
+
+    def _may(self, link: Link, right: str) -> None:
+        if right not in link.peer.rights:
+            raise RefusedError(f"it has no right `{right}` here", status=Status.NOT_ALLOWED)
+
+    # -- by the operator of the other gateway ------------------------------------------------------------
+
+    async def _pull(self, link: Link, message: CtReq) -> Status | None:
+        self._may(link, "pull")
+        sa, check = named_sa(message.blocks)
+        if sa is None:
+            found = await step("find", self._parts.source.find(message.mn), self._parts.timing)
+            if not found:
+                raise UnknownSaError(f"no IKE_SA with {message.mn}")
+            if len(found) > 1:
+                raise UnknownSaError(
+                    f"{len(found)} IKE_SAs with {message.mn}, and none was named", status=Status.AMBIGUOUS
+                )
+            sa = found[0]
+        report = await self._moves.transfer(link.peer, sa, "update", check, None)
+        if check:
+            # the peer has checked it itself, if it came so far
+            return None if report.status is Status.OK or report.result == "refused" else report.status
+        return _ended(report, report.result == "refused")
+
+    # -- by the MN ---------------------------------------------------------------------------------------
+
+    async def _by_token(self, served: _Served, link: Link, message: CtReq) -> Status | None:
+        mobile = self._mobile
+        if mobile is None:
+            raise RefusedError("no MN may ask for anything here", status=Status.NOT_ALLOWED)
+        sa = await self.token_sa(message, mobile)
+
+        def allowed(context: IkeContext) -> None:
+            token = tokens.verify(
+                tokens.token_key(context.current, message.sequence),
+                message,
+                purpose=Purpose.ARRIVE,
+                psg=self._parts.name,
+                nsg=link.peer.name,
+                now=self._parts.wall(),
+                skew=mobile.skew,
+                rfc=mobile.rfc_token,
+            )
+            if not served.used:
+                now = self._parts.wall()
+                until = now + tokens.MAX_LIFETIME if token is None else token.expiry
+                self._used.use(sa, message.sequence, Purpose.ARRIVE, until + mobile.skew)
+                served.used = True
+
+        run = self._moves.moving(sa)
+        announced = (SourceState.ANNOUNCED, SourceState.AWAITING)
+        if run is not None and run.peer.name == link.peer.name and run.machine.state in announced:
+            if run.context is None:
+                raise BusyError("it is being announced")
+            allowed(run.context)
+            if run.link is link and run.sequence == message.sequence:
+                run.signals.put_nowait(SourceInput.REQUESTED)
+                await run.over.wait()
+                return _ended(run.report(), run.told)
+            # whether the peer holds what was announced is not certain: all of it, anew
+            run.signals.put_nowait(SourceInput.CANCEL)
+            await run.over.wait()
+        return await self._whole(self._outgoing(link, sa), allowed)
+
+    async def token_sa(self, message: CtReq, mobile: MobileConfig) -> SaName:
+        """The SA that a token is for. Errors: TokenError, UnknownSaError."""
+        try:
+            token = tokens.find(message.blocks)
+        except WireError as error:
+            raise TokenError(str(error)) from None
+        if token is not None:
+            return token.spis
+        if not mobile.rfc_token:
+            raise TokenError("it has no token of 128 bits")
+        found = await step("find", self._parts.source.find(message.mn), self._parts.timing)
+        if len(found) != 1:
+            raise TokenError(f"{message.mn} has {len(found)} IKE_SAs, and the RFC's token names none")
+        return found[0]
+
+    # -- by a packet -------------------------------------------------------------------------------------
+
+    async def _by_packet(self, link: Link, message: CtReq) -> Status | None:
+        self._may(link, "packet")
+        datagrams = proof.decode(message.blocks)
+        run = self._outgoing(link, proof.spis_of(datagrams[0]))
+
+        def allowed(context: IkeContext) -> None:
+            run.mid = proof.verify(context, datagrams)
+
+        return await self._whole(run, allowed)
+
+    async def _whole(self, run: Outgoing, allowed: Callable[[IkeContext], None]) -> Status | None:
+        await self._moves.grant(run, allowed)
+        await run.over.wait()
+        return _ended(run.report(), run.told)
+
+    def _outgoing(self, link: Link, sa: SaName) -> Outgoing:
+        return Outgoing(
+            self._parts,
+            self._links(),
+            link.peer,
+            sa=sa,
+            transfer_id=secrets.token_bytes(8),
+            address="mn",
+            begins=SourceInput.REQUESTED,
+            link=link,
+        )
+
+
+def _ended(report: TransferReport, told: bool) -> Status | None:
+    """What the peer must hear: nothing (None) where it knows; OK: the SA has left."""
+    if report.result in ("moved", "in-doubt"):
+        return Status.OK
+    return None if told else report.status
