@@ -346,7 +346,7 @@ def mobile_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     """The configuration of a mobile node's agent: it knows both gateways."""
     folder = work / host
     gateways = "".join(
-        f'[[gateway]]\nname = "{name}"\naddress = "{OUTER[name][tunnel.family]}"\n\n' for name in GATEWAYS
+        f'[[gateway]]\nname = "{name}"\naddress = {_toml(list(OUTER[name].values()))}\n\n' for name in GATEWAYS
     )
     return f'''state_dir = "{folder}/state"
 

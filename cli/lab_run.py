@@ -222,7 +222,9 @@ class Runner:
     def _do_pull(self, target: str, source: str, *options: str) -> None:
         """nsg asks psg for the SA."""
         with self._watching(source, target):
-            done = self._lab.command(target, ["ikectx", "pull", "--from", source, "--json", *options])
+            address = next(sa["remote-host"] for sa in self._sas(source, "mn"))
+            words = ["ikectx", "pull", "--from", source, "--mn", address, "--json", *options]
+            done = self._lab.command(target, words)
             if done.returncode != 0:
                 said = (done.stdout + done.stderr).strip()[-600:]
                 raise StepError(f"pull from {source}: exit {done.returncode}: {said}")
