@@ -34,8 +34,8 @@ _NUDGE_TABLE = 4068
 _NOWHERE = {4: "192.0.2.254", 6: "2001:db8::fffe"}
 """Documentation addresses (RFC 5737, RFC 3849), which no packet is for."""
 _SETTLE = 0.02
-"""Seconds without a further change until addresses count as changed; charon itself looks for its gateway 100 ms
-after the first one (ROAM_DELAY, strongSwan 5.9.8)."""
+"""Seconds without a further change until addresses count as changed; charon itself looks for its gateway
+100 ms after the first one (ROAM_DELAY, strongSwan 5.9.8)."""
 
 
 class OuterAddresses:
