@@ -12,7 +12,7 @@ import pytest
 from ikectx.mobility import MobileState, Mode
 from ikectx.transfer import SOURCE_FINAL, TARGET_FINAL, TARGET_OWNS
 
-from .mobile_world import Mobile, Stock, Weather, World
+from .handover_world import Mobile, Stock, Weather, World
 
 FINE = Weather()
 LOSSY = Weather(loss=0.25, duplicate=0.2, delay=3.0)

@@ -1,4 +1,4 @@
-"""A gateway as its transfer tables alone, for `mobile_world`: no sockets, no store, no charon."""
+"""A gateway as its transfer tables alone, for `handover_world`: no sockets, no store, no charon."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ikectx.transfer import (
 from .peers import a_context
 
 if TYPE_CHECKING:
-    from .mobile_world import World
+    from .handover_world import World
 
 GENERATION = a_context().current
 SPIS = a_context().spis
