@@ -364,7 +364,7 @@ class Gateway:
         for name in ask:
             peer = self._peer(name)
             request = CtReq(remote.address, secrets.randbits(32), 0, blocks)
-            one = Ask(peer, request, sa=sa, right="packet", place=lambda context: remote)
+            one = Ask(peer, request, sa=sa, right="packet", place=lambda context: remote, here=local)
             await self._asking.run(one)
             report = self._asking.report(one)
             if one.run is not None or report.status not in (

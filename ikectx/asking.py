@@ -98,6 +98,7 @@ class Ask:
         sa: SaName | None,
         right: str,
         place: Callable[[IkeContext], Endpoint] | None = None,
+        here: Endpoint | None = None,
         dry_run: bool = False,
         progress: Observer | None = None,
     ) -> None:
@@ -106,6 +107,7 @@ class Ask:
         self.sa = sa
         self.right = right
         self.whole = place is not None
+        self.here = here
         self.dry_run = dry_run
         self.progress = progress
         self.events: asyncio.Queue[object] = asyncio.Queue()

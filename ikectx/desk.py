@@ -32,6 +32,8 @@ from .transfer import (
 )
 from .whole import decode_last, final_of
 
+_AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
+"""It is held, or will be when what comes next for it is looked at."""
 _DROPPABLE = (TargetState.HELD, TargetState.PREPARED)
 
 
@@ -39,6 +41,8 @@ class Want(Protocol):
     """Something that this gateway asked the peer for; it is told what becomes of it."""
 
     progress: Observer | None
+    here: Endpoint | None
+    """Where at this gateway the MN came to; None: that is left to the sink."""
 
     def place(self, context: IkeContext) -> Endpoint:
         """Where the MN is now. Errors: RefusedError."""
@@ -301,7 +305,7 @@ class Desk:
             if status is not Status.OK:
                 raise RefusedError(STATUS_TEXT.get(status, status.name), status=status)
             run.take_whole(final_of(context))
-            run.settle(wanted.place(context))
+            run.settle(wanted.place(context), wanted.here)
         except (RefusedError, WireError) as error:
             log.warning("%s sent %s: %s", link.label, mn_label(context), error)
             run.blame(error)
@@ -418,7 +422,7 @@ class Desks:
         desk = self._desks.get((peer, mn))
         if desk is not None:
             for run in desk.runs.values():
-                if run.machine.state is TargetState.HELD:
+                if run.machine.state in _AHEAD and run.header is not None and run.header.intent == "hold":
                     yield desk, run
 
     def _busy(self, asking: Desk, sa: SaName) -> bool:

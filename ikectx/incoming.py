@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 
 from .context import Address, Endpoint, FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
@@ -26,6 +26,7 @@ from .transfer import (
     first_failure,
     new_target,
 )
+from .whole import moved
 
 _RESULTS: Mapping[TargetState, str] = {TargetState.OWNED: "moved", TargetState.ABORTED: "aborted"}
 _INSTEAD: Mapping[TargetState, TargetInput] = {
@@ -225,16 +226,14 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self.messages += octets > 0
         self.octets += octets
 
-    def settle(self, endpoint: Endpoint) -> None:
-        """The MN is here now: what is installed and journaled has it there. Errors: WireError."""
+    def settle(self, endpoint: Endpoint, here: Endpoint | None = None) -> None:
+        """The MN is here now: what is installed and journaled has it there. Errors: WireError.
+
+        `here`: where at this gateway it came to, None: the sink says.
+        """
         if self.context is None or self.header is None:
             raise StateError("the journal has no context for it")
-        local = self.context.local
-        if local.address.version != endpoint.address.version:
-            # the sink puts its own there
-            nowhere: Address = IPv4Address(0) if endpoint.address.version == 4 else IPv6Address(0)
-            local = Endpoint(nowhere, local.port)
-        self.context = changed(self.context, local=local, remote=endpoint)
+        self.context = moved(self.context, endpoint, here)
         blocks = encode(self.context, transfer=self.header)
         self.entry = changed(self.stored, context=Pctd(self.mn, blocks).serialize())
 
