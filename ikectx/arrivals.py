@@ -30,7 +30,7 @@ from .ports import SaName, new_names
 from .run import Parts, log, step
 from .serving import MobileConfig, UsedTokens
 from .tokens import Purpose, TokenBlock, TokenError
-from .transfer import SourceInput, SourceState
+from .transfer import SourceInput, SourceState, TargetState
 
 NAT_ANY = 1
 """Bit of `IkeContext.conditions`: ESP goes in UDP (strongSwan's COND_NAT_ANY)."""
@@ -168,7 +168,7 @@ class Arrivals:
         self._asking = asking
         self._used = used
         self._config = config
-        self._known: OrderedDict[tuple[Address, int, int], Arrival] = OrderedDict()
+        self._known: OrderedDict[bytes, Arrival] = OrderedDict()
 
     async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
         """See `Gateway.ctar`."""
@@ -183,13 +183,14 @@ class Arrivals:
             log.info("a CTAR from %s is ignored: it has no token of 128 bits", source)
             return None
         until = now + tokens.MAX_LIFETIME if token is None else token.expiry
-        if until + self._config.skew < now:
+        if not now - self._config.skew <= until <= now + tokens.MAX_LIFETIME + self._config.skew:
             return None
-        key = (message.mn, message.sequence, 0 if token is None else int(token.purpose))
+        # by its octets: a forgery that comes first must not stand in the way of the MN's own
+        key = message.serialize()
         known = self._known.get(key)
         if known is not None:
-            if known.source != source or known.octets != message.serialize():
-                log.warning("a CTAR for %s is ignored: another one like it came before", message.mn)
+            if known.source != source:
+                log.warning("a CTAR for %s is ignored: it came from elsewhere before", message.mn)
                 return None
             return known.feed(ArrivalInput.AGAIN)
         if len(self._known) >= self._config.memory:
@@ -201,6 +202,7 @@ class Arrivals:
         except TokenError as error:
             log.warning("a CTAR from %s for %s is ignored: %s", source, message.mn, error)
             what = ArrivalInput.BAD
+            del self._known[key]  # what anybody can make fills no memory
         except (BusyError, UnknownSaError) as error:
             # nothing was begun: its retransmission is welcome
             log.info("a CTAR from %s for %s: %s", source, message.mn, error)
@@ -343,7 +345,10 @@ class Arrivals:
             "%s at %s: %s", arrival.message.mn, arrival.source, self._asking.report(ask).text or status.name
         )
         key = None
-        if ask.context is not None:
+        # a tag makes it certain: a "no" has none as long as it may still become a "yes"
+        if ask.context is not None and (
+            ask.done or (ask.run is not None and ask.run.machine.state is TargetState.ABORTED)
+        ):
             key = tokens.token_key(ask.context.current, arrival.message.sequence)
         return self._answer(arrival, key, status, ask.context if ask.done else None)
 

@@ -97,11 +97,12 @@ class Serving:
         self._tasks = tasks
         self._used = used
         self._mobile = mobile
-        self._served: OrderedDict[tuple[str, object, int], _Served] = OrderedDict()
+        self._served: OrderedDict[tuple[str, bytes], _Served] = OrderedDict()
 
     async def request(self, link: Link, message: CtReq) -> None:
         """A CT-Req has come. What is under way, or has moved, is not begun again."""
-        key = (link.peer.name, message.mn, message.sequence)
+        # by its octets: a wrong token says nothing about the right one of the same sequence number
+        key = (link.peer.name, message.serialize())
         served = self._served.get(key)
         if served is None:
             served = self._served[key] = _Served()
@@ -212,11 +213,11 @@ class Serving:
             if run.context is None:
                 raise BusyError("it is being announced")
             allowed(run.context)
-            if run.link is link and run.sequence == message.sequence:
+            if run.held and run.link is link and run.sequence == message.sequence:
                 run.signals.put_nowait(SourceInput.REQUESTED)
                 await run.over.wait()
                 return _ended(run.report(), run.told)
-            # whether the peer holds what was announced is not certain: all of it, anew
+            # whether the peer has what was announced is not certain: all of it, anew
             run.signals.put_nowait(SourceInput.CANCEL)
             await run.over.wait()
         return await self._whole(self._outgoing(link, sa), allowed)
