@@ -225,13 +225,33 @@ def transfer(setup: _Setup, /, to: str, dry_run: bool, address: str, as_json: bo
         "dry-run": "yes" if dry_run else None,
         "address": address,
     }
+    return moved(setup, "transfer", query, as_json, dry_run)
+
+
+@cli.command()
+@click.option("--from", "from_", required=True, metavar="NAME", help="The [[peer]] that serves it now.")
+@click.option(
+    "--mn", required=True, metavar="ADDRESS", help="The mobile node's outer address, as known there."
+)
+@click.option("--sa", metavar="SPIi:SPIr", help="Which of several IKE_SAs of that address (see list there).")
+@click.option("--dry-run", is_flag=True, help="Ask whether it would come, move nothing.")
+@json_option
+@click.pass_obj
+def pull(setup: _Setup, /, from_: str, mn: str, sa: str | None, dry_run: bool, as_json: bool) -> int:
+    """Fetch the IKE_SA of a mobile node, with its CHILD_SAs, from another gateway."""
+    query = {"from": from_, "mn": mn, "sa": sa, "dry-run": "yes" if dry_run else None}
+    return moved(setup, "pull", query, as_json, dry_run)
+
+
+def moved(setup: _Setup, command: str, query: dict[str, Any], as_json: bool, dry_run: bool) -> int:
+    """Ask the agent for transfers, show them while they run and their reports; the exit code."""
+    from vici_bridge.vici import json_of
+
     from .progress import Progress
 
     with Progress(live=not as_json and sys.stdout.isatty()) as progress, setup.agent(timeout=None) as agent:
-        from vici_bridge.vici import json_of
-
         answer = agent.stream(
-            "transfer", "transfer-progress", query, lambda item: progress.event(json_of(item))
+            command, f"{command}-progress", query, lambda item: progress.event(json_of(item))
         )
         reports: list[dict[str, Any]] = (json_of(answer) or {}).get("reports", [])
     code = next((int(report.get("exit_code", 1)) for report in reports if report.get("exit_code")), 0)

@@ -14,20 +14,24 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from ipaddress import ip_address
 from typing import Any, Literal
 
 from ikectx.aio import Gateway
-from ikectx.context import Address, FinalState, IkeContext
+from ikectx.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import iv_length, prf_plus, sk_keys
 from ikectx.links import PeerConfig, TlsConfig
+from ikectx.mnlink import MnServer
 from ikectx.plain import PlainServer, plain_dial, plain_listen
 from ikectx.ports import MoveReport, SaName
+from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore, open_store
 from ikectx.transfer import Timing, TransferEvent, TransferReport
 from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
 from mobike_ext.link import run_address_update
+from mobike_ext.watch import Watcher
 from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.guard import SpdGuard
@@ -173,6 +177,8 @@ class Agent:
         self._timing = timing
         self._guard: SpdGuard | None = None
         self._servers: list[PlainServer] = []
+        self._mn_server: MnServer | None = None
+        self._watcher: Watcher | None = None
         tls = dial = None
         if config.transfer.transport == "ipsec":
             self._guard = SpdGuard()
@@ -188,6 +194,7 @@ class Agent:
             tls,
             timing=timing,
             dial=dial,
+            mobile=self._mobile(),
             oseq_jump=config.transfer.oseq_jump,
             durable=False,  # a machine that lost its power has lost charon's and the kernel's SAs with it
             observer=self._observe,
@@ -200,6 +207,7 @@ class Agent:
                 "list-contexts": self.list_contexts,
                 "show-context": self.show_context,
                 "transfer": self.transfer,
+                "pull": self.pull,
                 "history": self.history,
                 "resync": self.resync,
                 "cancel": self.cancel,
@@ -209,6 +217,7 @@ class Agent:
             streamed={
                 "list-contexts": "list-context",
                 "transfer": "transfer-progress",
+                "pull": "pull-progress",
                 "history": "history-entry",
             },
             events={"transfer-state"},
@@ -227,17 +236,51 @@ class Agent:
             )
             for server in self._servers:
                 await server.start_serving()
+        if self._config.mobile is not None:
+            mobile = self._config.mobile
+            listen = [Endpoint(ip_address(item.host), item.port) for item in mobile.listen]
+            self._mn_server = MnServer(listen, self._gateway.ctar, mobile.rate, mobile.source_rate)
+            await self._mn_server.start()
+        if self._config.by_packet is not None:
+            bounds = self._config.by_packet
+            self._watcher = Watcher(
+                self._config.gateway.addresses,
+                self._is_here,
+                self._ask_for,
+                memory=bounds.memory,
+                rate=bounds.rate,
+            )
+            self._watcher.start()
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
     async def stop(self) -> None:
         await self._control.close()
+        if self._watcher is not None:
+            await self._watcher.close()
+        if self._mn_server is not None:
+            await self._mn_server.close()
         for server in self._servers:
             server.close()
         await self._gateway.stop()
         if self._guard is not None:
             self._guard.close()
         await self._host.close()
+
+    def _mobile(self) -> MobileConfig | None:
+        found = self._config.mobile
+        return None if found is None else MobileConfig(found.rfc_token, found.clock_skew)
+
+    def _is_here(self, sa: SaName) -> bool:
+        return sa in self._host.record
+
+    async def _ask_for(self, datagrams: tuple[bytes, ...], local: Endpoint, remote: Endpoint) -> bool:
+        """An IKE message of an SA that is not here: does one of [by_packet] ask give the SA?"""
+        assert self._config.by_packet is not None
+        report = await self._gateway.packet(datagrams, local, remote, self._config.by_packet.ask)
+        if report is not None:
+            log.info("pulled by a packet from %s: %s, %s", remote, report.result, report.text)
+        return report is not None and report.result == "moved"
 
     @property
     def _listen(self) -> list[tuple[str, int]]:
@@ -317,14 +360,29 @@ class Agent:
         )
         async for event in _until_done(work, queue):
             yield _event_json(event)
-        reports = await work
-        yield Response(
-            with_json(
-                {"reports": [report.to_json() for report in reports]},
-                moved=sum(report.result == "moved" for report in reports),
-                total=len(reports),
+        yield _reports(await work)
+
+    async def pull(self, request: Message) -> AsyncIterator[Message]:
+        from_ = request.get("from", "")
+        if not from_:
+            raise UsageError("pull needs the name of the gateway it comes from (`from`)")
+        try:
+            mn = ip_address(request.get("mn", ""))
+        except ValueError:
+            raise UsageError(f"mn is not an IP address: {request.get('mn', '')!r}") from None
+        queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
+        work = asyncio.create_task(
+            self._gateway.pull(
+                from_,
+                mn,
+                sa=_sa_name(request.get("sa", "")),
+                dry_run=request.get("dry-run") == "yes",
+                progress=queue.put_nowait,
             )
         )
+        async for event in _until_done(work, queue):
+            yield _event_json(event)
+        yield _reports([await work])
 
     async def history(self, request: Message) -> AsyncIterator[Message]:
         for entry in self._gateway.history(_number(request, "limit", 100)):
@@ -419,8 +477,34 @@ class Agent:
         return [view.spis for view in views]
 
 
+def _reports(reports: Sequence[TransferReport]) -> Response:
+    return Response(
+        with_json(
+            {"reports": [report.to_json() for report in reports]},
+            moved=sum(report.result == "moved" for report in reports),
+            total=len(reports),
+        )
+    )
+
+
+def _sa_name(text: str) -> SaName | None:
+    """What `list` prints: both SPIs in hexadecimal with a colon between. Errors: UsageError."""
+    if not text:
+        return None
+    parts = text.lower().split(":")
+    try:
+        spi_i, spi_r = (bytes.fromhex(part) for part in parts)
+        if (len(spi_i), len(spi_r)) == (8, 8):
+            return spi_i, spi_r
+    except ValueError:
+        pass
+    raise UsageError(
+        f"sa is not an IKE_SA's two SPIs: {text!r}", hint="as `ikectx list` prints them: SPIi:SPIr"
+    )
+
+
 async def _until_done(
-    work: asyncio.Task[list[TransferReport]], queue: asyncio.Queue[TransferEvent]
+    work: asyncio.Task[Any], queue: asyncio.Queue[TransferEvent]
 ) -> AsyncIterator[TransferEvent]:
     """The queue's events until the work has ended and the queue is empty."""
     while not work.done() or not queue.empty():
