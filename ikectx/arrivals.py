@@ -38,6 +38,10 @@ ESP_IN_UDP = 4500
 IKE = 500
 
 
+AT_ONCE = 4
+"""CTARs of one MN that are looked into at a time: pSG is asked for one after the other, and may be silent."""
+
+
 class ArrivalState(StrEnum):
     """Where a CTAR stands."""
 
@@ -193,6 +197,9 @@ class Arrivals:
                 log.warning("a CTAR for %s is ignored: it came from elsewhere before", message.mn)
                 return None
             return known.feed(ArrivalInput.AGAIN)
+        if sum(one.message.mn == message.mn and not one.ended for one in self._known.values()) >= AT_ONCE:
+            log.info("a CTAR from %s for %s is ignored: others of that MN are under way", source, message.mn)
+            return None
         if len(self._known) >= self._config.memory:
             log.warning("a CTAR from %s is ignored: too many are under way or remembered", source)
             return None

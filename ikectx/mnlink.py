@@ -31,8 +31,8 @@ log = logging.getLogger("ikectx.mnlink")
 
 MAX_DATAGRAM = 8192
 """Octets of the longest message read: a CTAR has some hundred."""
-MAX_AT_WORK = 64
-"""CTARs handled at a time; more are dropped."""
+MAX_AT_WORK = 512
+"""CTARs handled at a time; more are dropped. At the default rate fewer come while pSG may be asked (30 s)."""
 
 _BATCH = 32
 """Datagrams read before others get their turn."""

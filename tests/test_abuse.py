@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 import pytest
 
+from ikectx.arrivals import AT_ONCE
 from ikectx.context import Endpoint, Secret
 from ikectx.cxtp import Ctaa, Ctar
 from ikectx.mobility import Handover, MobileState, Mode, Router
@@ -148,6 +149,19 @@ def test_a_flood_of_forgeries_fills_no_memory() -> None:
                 assert await w.a.agent.ctar(forged, ELSEWHERE) is None
             assert accepted(await w.a.agent.ctar(ctar(Purpose.ANNOUNCE), OLD), Purpose.ANNOUNCE)
             assert sa in w.a.daemon.served
+
+    run(scenario())
+
+
+def test_forgeries_do_not_queue_up_while_psg_is_silent() -> None:
+    async def scenario() -> None:
+        async with served() as (w, _):
+            w.network.kill("a")
+            began = time.monotonic()
+            forged = [replace(ctar(key=FORGER), sequence=number) for number in range(50)]
+            answers = await asyncio.gather(*(w.b.agent.ctar(one, ELSEWHERE) for one in forged))
+            assert sum(answer is not None for answer in answers) <= AT_ONCE
+            assert time.monotonic() - began < (AT_ONCE + 1) * FAST.request
 
     run(scenario())
 
