@@ -168,6 +168,13 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         run.context = context
         return run
 
+    @property
+    def held(self) -> bool:
+        """Does the peer hold it, and wait for the MN?"""
+        answered = self._asked is not None and self._asked.done()
+        state = self.machine.state
+        return state is SourceState.AWAITING or (state is SourceState.ANNOUNCED and answered)
+
     # -- the walk ----------------------------------------------------------------------------------------
 
     async def export(self) -> None:
@@ -270,6 +277,10 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.link = await self._links.get(self.peer)
         self._connect_ms += (self.parts.clock.now() - began) * 1000
         return self.link
+
+    def asked(self, octets: int) -> None:
+        """The other gateway asked for it (CT-Req): that is part of what the transfer took."""
+        self._count(octets)
 
     def _count(self, octets: int) -> None:
         self._messages += 1

@@ -214,13 +214,14 @@ class Serving:
                 raise BusyError("it is being announced")
             allowed(run.context)
             if run.held and run.link is link and run.sequence == message.sequence:
+                run.asked(len(message.serialize()))
                 run.signals.put_nowait(SourceInput.REQUESTED)
                 await run.over.wait()
                 return _ended(run.report(), run.told)
             # whether the peer has what was announced is not certain: all of it, anew
             run.signals.put_nowait(SourceInput.CANCEL)
             await run.over.wait()
-        return await self._whole(self._outgoing(link, sa), allowed)
+        return await self._whole(self._outgoing(link, sa, message), allowed)
 
     async def token_sa(self, message: CtReq, mobile: MobileConfig) -> SaName:
         """The SA that a token is for. Errors: TokenError, UnknownSaError."""
@@ -242,7 +243,7 @@ class Serving:
     async def _by_packet(self, link: Link, message: CtReq) -> Status | None:
         self._may(link, "packet")
         datagrams = proof.decode(message.blocks)
-        run = self._outgoing(link, proof.spis_of(datagrams[0]))
+        run = self._outgoing(link, proof.spis_of(datagrams[0]), message)
 
         def allowed(context: IkeContext) -> None:
             run.mid = proof.verify(context, datagrams)
@@ -254,8 +255,8 @@ class Serving:
         await run.over.wait()
         return _ended(run.report(), run.told)
 
-    def _outgoing(self, link: Link, sa: SaName) -> Outgoing:
-        return Outgoing(
+    def _outgoing(self, link: Link, sa: SaName, message: CtReq) -> Outgoing:
+        run = Outgoing(
             self._parts,
             self._links(),
             link.peer,
@@ -265,6 +266,8 @@ class Serving:
             begins=SourceInput.REQUESTED,
             link=link,
         )
+        run.asked(len(message.serialize()))
+        return run
 
 
 def _ended(report: TransferReport, told: bool) -> Status | None:
