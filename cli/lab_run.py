@@ -220,14 +220,15 @@ class Runner:
         self._moved(reports, target)
 
     def _do_pull(self, target: str, source: str, *options: str) -> None:
-        """nsg asks psg for the SA."""
-        with self._watching(source, target):
+        """nsg asks psg for the SA, and counts what it took."""
+        with self._watching(source, target) as reports:
             address = next(sa["remote-host"] for sa in self._sas(source, "mn"))
             words = ["ikectx", "pull", "--from", source, "--mn", address, "--json", *options]
             done = self._lab.command(target, words)
             if done.returncode != 0:
                 said = (done.stdout + done.stderr).strip()[-600:]
                 raise StepError(f"pull from {source}: exit {done.returncode}: {said}")
+            reports[:] = json.loads(done.stdout)["reports"]
 
     def _do_follow(self, target: str) -> None:
         """mn is somewhere else; its charon looks for its gateway and finds another one."""
@@ -262,15 +263,19 @@ class Runner:
             raise StepError(f"{what} at {target}: {told['result']}: {told['detail']}")
 
     @contextlib.contextmanager
-    def _watching(self, source: str, target: str) -> Iterator[None]:
-        """Around a transfer away from `source`: both ends are to know it, and `source` tells what it took."""
+    def _watching(self, source: str, target: str) -> Iterator[list[dict[str, Any]]]:
+        """Around a transfer away from `source`: both ends are to know it.
+
+        Its reports are those put into the list, else what `source` tells.
+        """
+        given: list[dict[str, Any]] = []
         reports = Reports(self._lab, source)
         reports.start()
         try:
             self._note(source)
             if not self.report.transfers:
                 self._began_ns = time.time_ns()
-            yield
+            yield given
             addresses = outer(target, self._lab.tunnel)
             self._until(
                 lambda: (
@@ -285,7 +290,7 @@ class Runner:
             )
         finally:
             reports.stop()
-        self._moved([one for one in reports.found if one["result"] == "moved"], target)
+        self._moved(given or [one for one in reports.found if one["result"] == "moved"], target)
 
     def _note(self, source: str) -> None:
         """Keeps what must be the same after a transfer."""
