@@ -32,7 +32,6 @@ from ikectx.transfer import Timing, TransferEvent, TransferReport
 from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
 from mobike_ext.link import run_address_update
 from mobike_ext.watch import Watcher
-from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.guard import SpdGuard
 from vici_bridge.host import CharonHost, HostConfig
@@ -44,6 +43,7 @@ from vici_bridge.vici_codec import Message, with_json
 from . import __version__
 from .config import Config
 from .render import context_json
+from .views import chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
 
@@ -283,6 +283,11 @@ class Agent:
         return report is not None and report.result == "moved"
 
     @property
+    def _plain_peers(self) -> frozenset[str]:
+        """Addresses of gateways that are reached through an IKE_SA of this charon."""
+        return frozenset(peer.host for peer in self._peers) if self._guard is not None else frozenset()
+
+    @property
     def _listen(self) -> list[tuple[str, int]]:
         return [(item.host, item.port) for item in self._config.transfer.listen]
 
@@ -330,7 +335,7 @@ class Agent:
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
         for view in await self._host.views():
-            yield with_json(_view_json(view, self._host.knows(view)), name=view.name)
+            yield with_json(view_json(view, self._host.knows(view)), name=view.name)
 
     async def show_context(self, request: Message) -> Message:
         names = await self._select(request)
@@ -375,7 +380,7 @@ class Agent:
             self._gateway.pull(
                 from_,
                 mn,
-                sa=_sa_name(request.get("sa", "")),
+                sa=sa_name(request.get("sa", "")),
                 dry_run=request.get("dry-run") == "yes",
                 progress=queue.put_nowait,
             )
@@ -450,31 +455,8 @@ class Agent:
             self._source.departing.discard(sa)
 
     async def _select(self, request: Message) -> list[SaName]:
-        """The SAs that ike, ike-id, spi, peer or all name. Errors: UnknownSaError."""
-        views = [view for view in await self._host.views() if view.state not in ("CONNECTING", "DELETING")]
-        wanted = {key: request[key] for key in ("ike", "ike-id", "spi", "peer") if request.get(key)}
-        if len(wanted) > 1 or (wanted and request.get("all") == "yes"):
-            raise UsageError("name SAs in one way only: ike, ike-id, spi, peer or all")
-        tests: dict[str, Callable[[SaView, str], bool]] = {
-            "ike": lambda view, name: view.name == name,
-            "ike-id": lambda view, number: str(view.unique_id) == number,
-            "spi": lambda view, spi: any(
-                part.hex().startswith(spi) for part in (*view.spis, *_child_spis(view))
-            ),
-            "peer": lambda view, peer: peer in (view.remote_id, view.remote_eap_id, str(view.remote.address)),
-        }
-        for key, given in wanted.items():
-            value = given.lower().removeprefix("0x") if key == "spi" else given
-            views = [view for view in views if tests[key](view, value)]
-        if not views:
-            what = " ".join(f"{key} {value}" for key, value in wanted.items()) or "any name"
-            raise UnknownSaError(f"no IKE_SA answers to {what}", hint="`ikectx list` shows those there are")
-        if not wanted and request.get("all") != "yes" and len(views) > 1:
-            raise UnknownSaError(
-                f"there are {len(views)} IKE_SAs: say which",
-                hint="use --ike, --ike-id, --spi, --peer or --all",
-            )
-        return [view.spis for view in views]
+        """The SAs that the request names. Errors: UnknownSaError, UsageError."""
+        return chosen(await self._host.views(), request, self._plain_peers)
 
 
 def _reports(reports: Sequence[TransferReport]) -> Response:
@@ -484,22 +466,6 @@ def _reports(reports: Sequence[TransferReport]) -> Response:
             moved=sum(report.result == "moved" for report in reports),
             total=len(reports),
         )
-    )
-
-
-def _sa_name(text: str) -> SaName | None:
-    """What `list` prints: both SPIs in hexadecimal with a colon between. Errors: UsageError."""
-    if not text:
-        return None
-    parts = text.lower().split(":")
-    try:
-        spi_i, spi_r = (bytes.fromhex(part) for part in parts)
-        if (len(spi_i), len(spi_r)) == (8, 8):
-            return spi_i, spi_r
-    except ValueError:
-        pass
-    raise UsageError(
-        f"sa is not an IKE_SA's two SPIs: {text!r}", hint="as `ikectx list` prints them: SPIi:SPIr"
     )
 
 
@@ -528,46 +494,6 @@ def _event_json(event: TransferEvent) -> Message:
     }
     report = event.report.to_json() if event.report is not None else None
     return with_json({**flat, "sa": [part.hex() for part in event.sa], "report": report}, **flat)
-
-
-def _child_spis(view: SaView) -> list[bytes]:
-    return [spi for child in view.children for spi in (child.spi_in, child.spi_out)]
-
-
-def _view_json(view: SaView, movable: bool) -> dict[str, object]:
-    return {
-        "name": view.name,
-        "ike_id": view.unique_id,
-        "state": view.state,
-        "spi_i": view.spi_i.hex(),
-        "spi_r": view.spi_r.hex(),
-        "role": "initiator" if view.initiator else "responder",
-        "local": str(view.local),
-        "remote": str(view.remote),
-        "local_id": view.local_id,
-        "remote_id": view.remote_id,
-        "remote_eap_id": view.remote_eap_id,
-        "vips": [str(vip) for vip in view.remote_vips],
-        "rekey_in": view.rekey,
-        "reauth_in": view.reauth,
-        "established": view.established,
-        "tasks": list(view.tasks),
-        "movable": movable and view.state == "ESTABLISHED",
-        "known": movable,
-        "children": [
-            {
-                "name": child.name,
-                "state": child.state,
-                "spi_in": child.spi_in.hex(),
-                "spi_out": child.spi_out.hex(),
-                "local_ts": list(child.local_ts),
-                "remote_ts": list(child.remote_ts),
-                "rekey_in": child.rekey,
-                "life": child.life,
-            }
-            for child in view.children
-        ],
-    }
 
 
 def _number(request: Message, key: str, default: int) -> int:

@@ -1,0 +1,100 @@
+"""The IKE_SAs of charon as the agent's commands name and show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from ikectx.errors import UnknownSaError, UsageError
+from ikectx.ports import SaName
+from vici_bridge.charon import SaView
+
+
+def chosen(
+    views: Sequence[SaView], request: Mapping[str, str], gateways: Collection[str] = ()
+) -> list[SaName]:
+    """The SAs that ike, ike-id, spi, peer or all name in the request.
+
+    gateways: addresses of other gateways whose connections to this one run through an SA here: only its name
+    names such an SA. Errors: UnknownSaError, UsageError.
+    """
+    views = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
+    wanted = {key: request[key] for key in ("ike", "ike-id", "spi", "peer") if request.get(key)}
+    if len(wanted) > 1 or (wanted and request.get("all") == "yes"):
+        raise UsageError("name SAs in one way only: ike, ike-id, spi, peer or all")
+    tests: dict[str, Callable[[SaView, str], bool]] = {
+        "ike": lambda view, name: view.name == name,
+        "ike-id": lambda view, number: str(view.unique_id) == number,
+        "spi": lambda view, spi: any(part.hex().startswith(spi) for part in (*view.spis, *_child_spis(view))),
+        "peer": lambda view, peer: peer in (view.remote_id, view.remote_eap_id, str(view.remote.address)),
+    }
+    for key, given in wanted.items():
+        value = given.lower().removeprefix("0x") if key == "spi" else given
+        views = [view for view in views if tests[key](view, value)]
+    if not wanted:
+        views = [view for view in views if str(view.remote.address) not in gateways]
+    if not views:
+        what = " ".join(f"{key} {value}" for key, value in wanted.items()) or "any name"
+        raise UnknownSaError(f"no IKE_SA answers to {what}", hint="`ikectx list` shows those there are")
+    if not wanted and request.get("all") != "yes" and len(views) > 1:
+        raise UnknownSaError(
+            f"there are {len(views)} IKE_SAs: say which",
+            hint="use --ike, --ike-id, --spi, --peer or --all",
+        )
+    return [view.spis for view in views]
+
+
+def sa_name(text: str) -> SaName | None:
+    """What `list` prints: both SPIs in hexadecimal with a colon between. Errors: UsageError."""
+    if not text:
+        return None
+    parts = text.lower().split(":")
+    try:
+        spi_i, spi_r = (bytes.fromhex(part) for part in parts)
+        if (len(spi_i), len(spi_r)) == (8, 8):
+            return spi_i, spi_r
+    except ValueError:
+        pass
+    raise UsageError(
+        f"sa is not an IKE_SA's two SPIs: {text!r}", hint="as `ikectx list` prints them: SPIi:SPIr"
+    )
+
+
+def _child_spis(view: SaView) -> list[bytes]:
+    return [spi for child in view.children for spi in (child.spi_in, child.spi_out)]
+
+
+def view_json(view: SaView, movable: bool) -> dict[str, object]:
+    """A view as plain data; `movable`: the agent knows its keys."""
+    return {
+        "name": view.name,
+        "ike_id": view.unique_id,
+        "state": view.state,
+        "spi_i": view.spi_i.hex(),
+        "spi_r": view.spi_r.hex(),
+        "role": "initiator" if view.initiator else "responder",
+        "local": str(view.local),
+        "remote": str(view.remote),
+        "local_id": view.local_id,
+        "remote_id": view.remote_id,
+        "remote_eap_id": view.remote_eap_id,
+        "vips": [str(vip) for vip in view.remote_vips],
+        "rekey_in": view.rekey,
+        "reauth_in": view.reauth,
+        "established": view.established,
+        "tasks": list(view.tasks),
+        "movable": movable and view.state == "ESTABLISHED",
+        "known": movable,
+        "children": [
+            {
+                "name": child.name,
+                "state": child.state,
+                "spi_in": child.spi_in.hex(),
+                "spi_out": child.spi_out.hex(),
+                "local_ts": list(child.local_ts),
+                "remote_ts": list(child.remote_ts),
+                "rekey_in": child.rekey,
+                "life": child.life,
+            }
+            for child in view.children
+        ],
+    }
