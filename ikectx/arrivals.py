@@ -19,7 +19,7 @@ from .asking import Ask, Asking
 from .context import Address, Endpoint, IkeContext, Secret
 from .cxtp import Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
 from .desk import Desk, Desks
-from .errors import BusyError, IkectxError, RefusedError, UnknownSaError, WireError
+from .errors import BusyError, IkectxError, RefusedError, StateError, UnknownSaError, WireError
 from .incoming import Incoming
 from .links import Links, PeerConfig
 from .machine import Machine
@@ -287,8 +287,6 @@ class Arrivals:
         def allowed(context: IkeContext) -> None:
             key.append(tokens.token_key(context.current, message.sequence))
             self._verify(key[0], arrival, Purpose.ANNOUNCE, self._parts.name, peer.name)
-            if context.remote.address != message.mn:
-                raise TokenError(f"the MN is at {context.remote.address}, not at {message.mn}")
             self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until)
             run.token = (algorithm, key[0])
 
@@ -322,20 +320,30 @@ class Arrivals:
         request = CtReq(message.mn, message.sequence, message.token, message.blocks)
         ask = Ask(peer, request, sa=sa, right="push", place=place)
         ahead = self._desks.held(peer.name, message.mn, sa)
-        if ahead is not None and ahead[1].token is not None and ahead[1].context is not None:
-            return await self._install(arrival, ask, ahead[0], ahead[1], ahead[1].context)
+        if ahead is not None and self._opens(ahead[1], arrival, peer):
+            return await self._install(arrival, ask, *ahead)
         arrival.feed(ArrivalInput.UNKNOWN)
         await self._asking.run(ask)
         return self._arrived(arrival, ask)
 
-    async def _install(
-        self, arrival: Arrival, ask: Ask, desk: Desk, run: Incoming, context: IkeContext
-    ) -> ArrivalInput:
+    def _opens(self, run: Incoming, arrival: Arrival, peer: PeerConfig) -> bool:
+        """Is the token right by the key that came ahead? If not, pSG is asked: the MN may have begun anew."""
+        if run.token is None or run.context is None:
+            return False
+        try:
+            self._verify(run.token[1], arrival, Purpose.ARRIVE, peer.name, self._parts.name)
+        except TokenError as error:
+            log.info("transfer %s: a CTAR for another one: %s", run.stored.transfer_id.hex(), error)
+            return False
+        return True
+
+    async def _install(self, arrival: Arrival, ask: Ask, desk: Desk, run: Incoming) -> ArrivalInput:
         _, key = run.token or (TokenAlgorithm.NONE, Secret())
-        self._verify(key, arrival, Purpose.ARRIVE, ask.peer.name, self._parts.name)
         arrival.feed(ArrivalInput.HELD)
         try:
-            where = ask.place(context)
+            if run.context is None:
+                raise StateError("nothing is held")
+            where = ask.place(run.context)
         except RefusedError as error:
             log.warning("transfer %s: %s", run.stored.transfer_id.hex(), error)
             return self._answer(arrival, key, error.status)

@@ -330,10 +330,10 @@ class Asking:
             return False
         if ask.error is None or not run.dropped:
             ask.error = run.error or StateError("it was aborted")
-        if run.dropped or run.status is Status.BUSY:
-            # the source tries again by itself what it pushes, or says no
-            return True if ask.whole or run.status is Status.BUSY else None
-        return False
+        if run.dropped in ("source", "offer"):
+            # it tries again by itself what it pushes, and says no to what it was asked for
+            return None if ask.attempts else True
+        return run.dropped == "time" or run.status is Status.BUSY
 
     def _drop(self, ask: Ask, why: str) -> bool:
         """What waits for the source waits in vain, or would; False: there is nothing."""

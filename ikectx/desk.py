@@ -16,7 +16,7 @@ from typing import Protocol
 from .context import Address, Endpoint, FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StoreError, WireError
-from .incoming import Incoming, answer, refusal
+from .incoming import Dropped, Incoming, answer, refusal
 from .links import Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, Status
 from .ports import SaName, Verdict
@@ -132,7 +132,7 @@ class Desk:
         for run in list(self.runs.values()):
             due = run.machine.next_timer()
             if due is not None and due <= now:
-                run.dropped = True
+                run.dropped = "time"
                 await run.go(TargetInput.TIMEOUT)
         self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
 
@@ -149,13 +149,15 @@ class Desk:
         elif isinstance(message, Ctd):
             await self._last(link, message)
         else:
-            await self._drop("the source cancelled it")
+            await self._drop("the source cancelled it", by="source")
 
-    async def _drop(self, why: str, which: Callable[[Incoming], bool] = lambda run: True) -> None:
+    async def _drop(
+        self, why: str, which: Callable[[Incoming], bool] = lambda run: True, by: Dropped = "us"
+    ) -> None:
         """Undo what is held or prepared and not owned."""
         for run in list(self.runs.values()):
             if run.machine.state in _DROPPABLE and which(run):
-                run.dropped = True
+                run.dropped = by
                 run.blame(RefusedError(why, status=Status.UNKNOWN_TRANSFER))
                 await run.go(TargetInput.CTC)
 
@@ -226,7 +228,7 @@ class Desk:
             waits = run.header is not None and run.header.address == "mn"
             return run.stored.sa == context.spis or not waits
 
-        await self._drop("the source offered it anew", goes)
+        await self._drop("the source offered it anew", goes, "offer")
 
     def _stored(self, transfer_id: bytes) -> Incoming | None:
         entry = self._parts.store.find("target", transfer_id)
@@ -414,14 +416,20 @@ class Desks:
         return any(transfer_id in desk.runs for desk in self._desks.values())
 
     def held(self, peer: str, mn: Address, sa: SaName | None) -> tuple[Desk, Incoming] | None:
-        """What that peer sent ahead of the MN; without `sa` only where there is one thing."""
-        found = [pair for pair in self._held(peer, mn) if sa is None or pair[1].stored.sa == sa]
+        """What that peer sent ahead of the MN; without `sa` the one thing there is for that address.
+
+        An MN behind a NAT need not know the address that the peer calls it by.
+        """
+        found = [
+            (desk, run)
+            for desk, run in self._held(peer)
+            if (run.mn == mn if sa is None else run.stored.sa == sa)
+        ]
         return found[0] if len(found) == 1 else None
 
-    def _held(self, peer: str, mn: Address) -> Iterator[tuple[Desk, Incoming]]:
-        desk = self._desks.get((peer, mn))
-        if desk is not None:
-            for run in desk.runs.values():
+    def _held(self, peer: str) -> Iterator[tuple[Desk, Incoming]]:
+        for desk in self._desks.values():
+            for run in desk.runs.values() if desk.peer.name == peer else ():
                 if run.machine.state in _AHEAD and run.header is not None and run.header.intent == "hold":
                     yield desk, run
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from ipaddress import ip_address
+from typing import Literal
 
 from .context import Address, Endpoint, FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
@@ -64,6 +65,10 @@ async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
         return 0
 
 
+Dropped = Literal["", "source", "offer", "time", "us"]
+"""Given up: by the source, for its next offer, since it let nobody hear, by this gateway itself."""
+
+
 class Incoming(Run[TargetState, TargetInput, TargetAction]):
     """One transfer to this gateway.
 
@@ -99,8 +104,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         """Sends the CT-Req, over this link if it is open."""
         self.whole = False
         """Did all of it come in one CTD?"""
-        self.dropped = False
-        """Was it given up by the source, or for it, before anything was taken?"""
+        self.dropped: Dropped = ""
+        """Who or what ended it before anything was taken."""
         self._when_over: list[Callable[[], None]] = []
         self.messages = 0
         self.octets = 0

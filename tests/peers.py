@@ -356,7 +356,10 @@ class Wire:
         self._network.seen.append(message)
         fate = self._network.fate(message)
         if fate in ("deliver", "deliver-cut") and sender.other is not None:
-            sender.other.inbox.put_nowait(data)
+            inbox = sender.other.inbox
+            if self._network.held is not None and self._network.held(message, lambda: inbox.put_nowait(data)):
+                return
+            inbox.put_nowait(data)
         if fate in ("lose-cut", "deliver-cut"):
             self.break_()
 
@@ -376,6 +379,7 @@ class Network:
     def __init__(self, fate: Callable[[Message], Fate] = lambda message: "deliver") -> None:
         self.fate = fate
         self.seen: list[Message] = []
+        self.held: Callable[[Message, Callable[[], None]], bool] | None = None
         self.up: dict[str, Gateway] = {}
         self._wires: list[tuple[str, Wire]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -398,6 +402,25 @@ class Network:
             return near
 
         return dial
+
+    def hold(self, which: Callable[[Message], bool], late: list[bytes]) -> Callable[[], None]:
+        """Keep the first message of that kind on its way, and all that follows it; the call delivers them."""
+        waiting: list[Callable[[], None]] = []
+
+        def held(message: Message, deliver: Callable[[], None]) -> bool:
+            if not waiting and not which(message):
+                return False
+            waiting.append(deliver)
+            late.append(message.serialize())
+            return True
+
+        def go() -> None:
+            self.held = None
+            for deliver in waiting:
+                deliver()
+
+        self.held = held
+        return go
 
     def kill(self, name: str) -> None:
         """The agent of that name is gone: its connections break, nobody listens."""

@@ -327,7 +327,7 @@ def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
             return near
 
         others: list[Stream] = []
-        links = Links(dial, replace(TIMING, idle=0.1), nothing)
+        links = Links(dial, replace(TIMING, idle=0.4), nothing)
         far = PeerConfig("far", "far")
         theirs, _ = pair()
         serving = asyncio.create_task(links.serve(theirs, far))
@@ -336,17 +336,17 @@ def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
             taken = await links.get(far)
             assert taken.label == "far at far"
             assert dialled == []
-            await asyncio.sleep(0.06)
+            await asyncio.sleep(0.21)
             # its dialler may be about to close it
             own = await links.get(far)
             assert own is not taken
             assert dialled == ["far"]
             assert await links.get(far) is own
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.25)
         await own.send(Ctc(MN))
-        await asyncio.sleep(0.07)
+        await asyncio.sleep(0.2)
         assert own.error is None  # something was said on it less than `idle` ago
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.5)
         assert "idle" in str(own.error)
         assert taken.error is None
         assert links.connected("far")

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,7 +57,14 @@ class Side:
         self.store = CountedStore(self.world.folder / f"{self.name}.db", KEY)
         self.store.fuse = self.fuse
         peers = [
-            PeerConfig(name, name, rights=self.world.rights) for name in self.world.names if name != self.name
+            PeerConfig(
+                name,
+                name,
+                rights=self.world.rights,
+                addresses=(ip_address(self.world.addresses[name]),) if name in self.world.addresses else (),
+            )
+            for name in self.world.names
+            if name != self.name
         ]
         self.agent = Gateway(
             self.name,
@@ -106,6 +114,7 @@ class World:
         self.timing = FAST
         self.rights = frozenset({"push"})
         self.mobile: MobileConfig | None = MobileConfig()
+        self.addresses: dict[str, str] = {}
         self.wall = 0.0
         """Seconds that all clocks of the world are ahead."""
         self.ether = Ether()
