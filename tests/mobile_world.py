@@ -1,186 +1,403 @@
-"""A MN and two gateways joined by links that lose, duplicate and reorder; gateways are their tables alone.
+"""A mobile node's charon and kernel as they behave towards an agent: names that clash, crashes, and traffic.
 
-The MN is the real machine, its messages are real octets with real tokens. A gateway is its transfer tables
-(`ikectx.transfer`) and the least that has to stand around them: who may ask for what, what the MN is told.
-Steps (check, prepare, freeze, ...) last a while and fail now and then; agents crash and restart from the
-journal; somebody in between replays what he saw and forges what has no tag. Time moves by hand.
+`Charon` takes HA messages as strongSwan 5.9.8 and 6.0.6 do (a CHILD_ADD whose SPI is taken deletes what was
+there; of two children with one inbound SPI the older one is deleted). `Kernel` finds SAs by destination and
+SPI. A packet leaves at every step of an agent, by whatever policy is best; that a number goes out twice under
+one key, or a packet in the clear, is an AssertionError. `Fuse` ends the agent at any of these steps.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
+from typing import Any
 
-from ikectx.context import Endpoint
-from ikectx.cxtp import Ctaa, StatusBlock
-from ikectx.mobility import Event, Handover, MobileState, Mode, Retry
-from ikectx.numbers import Fpt, Status
-from ikectx.transfer import Timing
+from ikectx.context import Address, Endpoint, IkeContext, ReplayState
+from ikectx.errors import CharonError, StateError
+from ikectx.keys import esp_keys
+from ikectx.ports import SaName
+from vici_bridge import ha
+from vici_bridge.chain import import_messages
+from vici_bridge.esp import KernelReplay, fit_replay, merge_replay
+from vici_bridge.ha import Attr, HaMessage, HaType
+from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.mobile import CharonMobile
+from vici_bridge.sa_state import read_child
+from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
+from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage, Request
 
-from .mobile_gateway import ATTACKER, GENERATION, MN, NEW, NSG, OLD, PSG, ROUTERS, UNIX, Gateway, Said
-from .peers import HandClock
+from .test_deadlines import MemoryStore
 
-
-@dataclass(frozen=True, slots=True)
-class Weather:
-    """How bad it is. Probabilities of a message (loss, duplicate) and of a step (fail); delay in seconds.
-
-    crash: of a gateway's agent, at each message it gets. attack: of a datagram being replayed, or answered
-    by a forger.
-    """
-
-    loss: float = 0.0
-    duplicate: float = 0.0
-    delay: float = 0.01
-    fail: float = 0.0
-    crash: float = 0.0
-    attack: float = 0.0
+JUMP = 1000
 
 
-class World:
-    """Time, links, and who is where. `run` goes on until nothing happens any more."""
+class Crash(BaseException):
+    """The agent's process is gone. No error: nothing may catch it."""
 
-    def __init__(self, seed: int, weather: Weather) -> None:
-        self.dice = random.Random(seed)
-        self.weather = weather
-        self.clock = HandClock(1000.0)
-        self.timing = Timing()
-        self.tids = itertools.count(1)
-        self.gateways = {name: Gateway(name, self) for name in ROUTERS}
-        self.gateways["psg"].owns = True
-        self.mobile: Mobile | Stock | None = None
-        self.log: list[str] = []
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = itertools.count()
-        self._recorded: list[bytes] = []
 
-    @property
-    def owners(self) -> list[str]:
-        return [gateway.name for gateway in self.gateways.values() if gateway.owns]
+class Fuse:
+    """Counts an agent's steps, and blows at one of them and each after it."""
 
-    def chance(self, probability: float) -> bool:
-        return self.dice.random() < probability
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.count = 0
 
-    def later(self, seconds: float, what: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (self.clock.now() + seconds, next(self._count), what))
+    def __call__(self) -> None:
+        self.count += 1
+        if self.at is not None and self.count >= self.at:
+            raise Crash(f"at step {self.at}")
 
-    def run(self, limit: float = 20_000.0) -> None:
-        while self._events:
-            when, _, what = heapq.heappop(self._events)
-            self.clock.forward(max(0.0, when - self.clock.now()))
-            assert self.clock.now() < limit, "it does not come to an end"
-            what()
-            assert len(self.owners) <= 1, self.log
 
-    def _carry(self, deliver: Callable[[], None]) -> None:
-        weather = self.weather
-        copies = (not self.chance(weather.loss)) + self.chance(weather.duplicate)
-        for _ in range(copies):
-            self.later(self.dice.random() * weather.delay, deliver)
+class Kernel:
+    """SAD and SPD."""
 
-    def say(self, to: str, sender: str, said: Said) -> None:
-        """One gateway to the other."""
-        self._carry(lambda: self.gateways[to].hear(said, sender))
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step = step
+        self.sas: dict[tuple[Address, bytes], KernelSa] = {}
+        self.policies: dict[tuple[str, Selector, Any], KernelPolicy] = {}
+        self.used: set[tuple[bytes, int]] = set()
+        self.sent: list[tuple[int, Address, int]] = []
+        """(request id, destination, number) of each packet."""
+        self.flows: set[Selector] = set()
+        self.lost = 0
 
-    def datagram(self, octets: bytes, source: Endpoint, to: Endpoint) -> None:
-        """One UDP payload between the MN and a gateway."""
-        self._carry(lambda: self._deliver(octets, source, to))
-        self._recorded.append(octets)
-        if self.chance(self.weather.attack):
-            replayed = self.dice.choice(self._recorded)
-            if self.chance(0.3):
-                at = self.dice.randrange(len(replayed))
-                replayed = (
-                    replayed[:at] + bytes([replayed[at] ^ 1 << self.dice.randrange(8)]) + replayed[at + 1 :]
+    # What an agent asks.
+
+    def close(self) -> None: ...
+
+    def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
+        return self.sas.get((destination, spi))
+
+    def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
+        state = self.sas[sa.destination, sa.spi].replay
+        return (state.outbound if outbound else state.inbound), NO_USAGE
+
+    def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
+        self.step()
+        now = self.sas[sa.destination, sa.spi]
+        if outbound:
+            if state.seq < now.replay.oseq:
+                raise StateError("the counter cannot go back")
+            after = replace(now.replay, oseq=state.seq)
+        else:
+            window = now.replay.window
+            joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, window)), window)
+            after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
+        self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+        self.send()
+
+    def dump_policies(self) -> list[KernelPolicy]:
+        return list(self.policies.values())
+
+    def replace_policy(self, policy: KernelPolicy) -> None:
+        self.step()
+        self.policies[policy.direction, policy.selector, policy.mark] = policy
+        self.send()
+
+    def delete_policy(self, policy: KernelPolicy) -> bool:
+        self.step()
+        found = self.policies.pop((policy.direction, policy.selector, policy.mark), None)
+        self.send()
+        return found is not None
+
+    def batch(self, requests: Sequence[Request]) -> None:
+        """As `_right_keys` uses it: an SA out, and in again with other keys."""
+        self.step()
+        kinds = [request.what.split()[0] for request in requests]
+        assert kinds == ["delete", "add"], kinds
+        sa = KernelSa.parse(requests[1].message.reveal())
+        assert (sa.destination, sa.spi) in self.sas
+        self.sas[sa.destination, sa.spi] = sa
+        self.send()
+
+    # What happens by itself.
+
+    def send(self) -> None:
+        """One packet of each flow of the mobile node, by the best policy."""
+        out = [policy for policy in self.policies.values() if policy.direction == "out"]
+        self.flows |= {policy.selector for policy in out}
+        for flow in self.flows:
+            matching = [p for p in out if p.selector == flow]
+            matching = [p for p in matching if p.mark is None or p.mark.value & p.mark.mask == 0]
+            assert matching, "a packet left in the clear"
+            self._send_by(min(matching, key=lambda p: p.priority))
+
+    def _send_by(self, policy: KernelPolicy) -> None:
+        if policy.action != ALLOW:
+            self.lost += 1
+            return
+        (template,) = policy.templates
+        wanted = (template.source, template.destination, template.reqid)
+        found = [sa for sa in self.sas.values() if (sa.source, sa.destination, sa.reqid) == wanted]
+        if not found:
+            self.lost += 1
+            return
+        (sa,) = found
+        number = sa.replay.oseq + 1
+        self.sas[sa.destination, sa.spi] = replace(sa, replay=replace(sa.replay, oseq=number))
+        used = (sa.encr_key.reveal(), number)
+        assert used not in self.used, f"number {number} went out twice under one key"
+        self.used.add(used)
+        self.sent.append((sa.reqid, sa.destination, number))
+
+
+def _reqid(child: Any) -> int:
+    """One for children of the same selectors, as charon gives them."""
+    return int(child.remote_ts[0].start) >> 16 & 0xFF | 0x100
+
+
+@dataclass
+class Child:
+    """A CHILD_SA of charon."""
+
+    unique_id: int
+    context: Any
+    local: Endpoint
+    remote: Endpoint
+    state: str = "INSTALLED"
+
+
+@dataclass
+class Charon:
+    """One IKE_SA with its children; `context` is what it was set up with."""
+
+    context: IkeContext
+    kernel: Kernel | None
+    state: str = "ESTABLISHED"
+    tasks: list[str] = field(default_factory=list)
+    children: list[Child] = field(default_factory=list)
+    rekeyed: list[str] = field(default_factory=list)
+    refuse_children: bool = False
+    wrong_first: bool = False
+    """Deletes the newer of two children with one SPI."""
+    gone: bool = False
+    active: bool = False
+    """Of the segment; charon's are not active when it starts."""
+    peers: tuple[Endpoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.local, self.remote = self.context.local, self.context.remote
+        self.count = 0
+        for child in self.context.children:
+            keys = esp_keys(self.context.generations[child.generation], child)
+            self._install(child, keys, (child.inbound, child.outbound))
+
+    def _install(
+        self,
+        child: Any,
+        keys: Any,
+        states: tuple[ReplayState, ReplayState] = (ReplayState(0, 32), ReplayState()),
+    ) -> bool:
+        if self.kernel is not None:
+            names = ((self.local.address, child.spi_in), (self.remote.address, child.spi_out))
+            if any(name in self.kernel.sas for name in names):
+                for name in names:  # the clean-up of what could not be added
+                    self.kernel.sas.pop(name, None)
+                return False
+            for name, (encr, integ), inward in zip(names, keys, (True, False), strict=True):
+                given = states[0] if inward else states[1]
+                replay = KernelReplay(
+                    0 if inward else given.seq,
+                    given.seq if inward else 0,
+                    32 if inward else 0,
+                    fit_replay(given, 32).bitmap if inward else 0,
                 )
-            victim = self.dice.choice([OLD, NEW, PSG.cxtp, NSG.cxtp])
-            forger = self.dice.choice([ATTACKER, OLD, NEW, PSG.cxtp, NSG.cxtp])
-            self.later(self.dice.random() * 20, lambda: self._deliver(replayed, forger, victim))
-            lie = Ctaa(MN, () if self.chance(0.5) else (StatusBlock(Fpt.IKEV2_SA, Status.BUSY),))
-            self.later(self.dice.random() * 5, lambda: self._deliver(lie.serialize(), to, source))
+                self.kernel.sas[name] = KernelSa(
+                    self.remote.address if inward else self.local.address,
+                    name[0],
+                    name[1],
+                    reqid=_reqid(child),
+                    encr_name="rfc4106(gcm(aes))",
+                    encr_key=encr,
+                    icv_bits=128,
+                    is_aead=True,
+                    auth_key=integ,
+                    replay=replay,
+                )
+        self.count += 1
+        self.children.append(Child(self.count, child, self.local, self.remote))
+        self._policies()
+        return True
 
-    def _deliver(self, octets: bytes, source: Endpoint, to: Endpoint) -> None:
-        for router in ROUTERS.values():
-            if to == router.cxtp:
-                self.gateways[router.name].datagram(octets, source)
-        if self.mobile is not None and to == self.mobile.at:
-            self.mobile.datagram(octets, source)
+    def _policies(self) -> None:
+        """The policies of the youngest child; without any, none."""
+        if self.kernel is None:
+            return
+        theirs = [key for key in self.kernel.policies if key[2] is None]
+        for key in theirs:
+            del self.kernel.policies[key]
+        for child in self.children:  # a later one takes the place of an earlier one with its selectors
+            for ours, far in ((a, b) for a in child.context.local_ts for b in child.context.remote_ts):
+                selector = Selector.between(
+                    ip_network(f"{ours.start}/32"), ip_network(f"{far.start}/24", strict=False)
+                )
+                reqid = _reqid(child.context)
+                template = Template(child.local.address, child.remote.address, reqid=reqid)
+                policy = KernelPolicy("out", selector, 5000, templates=(template,))
+                self.kernel.policies["out", selector, None] = policy
+
+    # VICI.
+
+    def version(self) -> dict[str, str]:
+        return {"version": "5.9.8"}
+
+    def list_sas(self) -> list[dict[str, Any]]:
+        if self.gone:
+            return []
+        view = {
+            "name": self.context.connection,
+            "uniqueid": "1",
+            "version": "2",
+            "state": self.state,
+            "initiator": "yes",
+            "initiator-spi": self.context.spis[0].hex(),
+            "responder-spi": self.context.spis[1].hex(),
+            "local-host": str(self.local.address),
+            "local-port": str(self.local.port),
+            "remote-host": str(self.remote.address),
+            "remote-port": str(self.remote.port),
+            "local-vips": [str(vip) for vip in self.context.local_vips],
+            "tasks-active": list(self.tasks),
+            "child-sas": {
+                f"{child.context.name}-{child.unique_id}": {
+                    "name": child.context.name,
+                    "uniqueid": str(child.unique_id),
+                    "reqid": "1",
+                    "state": child.state,
+                    "spi-in": child.context.spi_in.hex(),
+                    "spi-out": child.context.spi_out.hex(),
+                    "rekey-time": "1800",
+                    "life-time": "2000",
+                }
+                for child in self.children
+            },
+        }
+        return [view]
+
+    def list_conns(self) -> list[dict[str, Any]]:
+        return []
+
+    def close(self) -> None: ...
+
+    def rekey(self, *, ike_id: int | None = None, child_id: int | None = None) -> int:
+        self.rekeyed.append(f"child {child_id}" if child_id is not None else f"ike {ike_id}")
+        return 1
+
+    # HA.
+
+    def hear(self, message: HaMessage) -> None:
+        match message.type:
+            case HaType.SEGMENT_TAKE:
+                self._segment(active=False)
+            case HaType.SEGMENT_DROP:
+                self._segment(active=True)
+            case HaType.IKE_UPDATE:
+                self.local = message.find(Attr.LOCAL_ADDR, Endpoint) or self.local
+                self.remote = message.find(Attr.REMOTE_ADDR, Endpoint) or self.remote
+                self.peers = message.every(Attr.PEER_ADDR, Endpoint) or self.peers
+            case HaType.CHILD_ADD:
+                last = len(self.context.generations) - 1
+                child = read_child(message, last)  # whatever the generation its keys stem from
+                if not self.refuse_children:
+                    self._install(child, esp_keys(self.context.generations[last], child))
+            case HaType.CHILD_DELETE:
+                spi = message.need(Attr.INBOUND_SPI, bytes)
+                found = [child for child in self.children if child.context.spi_in == spi]
+                if found:
+                    self._delete(found[-1] if self.wrong_first else found[0])
+            case _:
+                raise AssertionError(message.type)
+
+    def _segment(self, *, active: bool) -> None:
+        if active is self.active:
+            return
+        self.active = active
+        old, new = ("PASSIVE", "ESTABLISHED") if active else ("ESTABLISHED", "PASSIVE")
+        if self.state == old:
+            self.state = new
+
+    def _delete(self, child: Child) -> None:
+        self.children.remove(child)
+        if self.kernel is not None:
+            self.kernel.sas.pop((child.local.address, child.context.spi_in), None)
+            self.kernel.sas.pop((child.remote.address, child.context.spi_out), None)
+        self._policies()
 
 
-class Mobile:
-    """The MN with its agent: the machine of `ikectx.mobility`, and a move at some time."""
+class Socket:
+    """The HA socket."""
 
-    def __init__(self, world: World, mode: Mode, sequence: int, *, moves_after: float = 0.0) -> None:
-        self.world = world
-        self.at = NEW if mode is Mode.REACTIVE else OLD
-        self.events: list[Event] = []
-        self.machine = Handover(
-            GENERATION,
-            mode,
-            mn=MN,
-            psg=PSG,
-            nsg=NSG,
-            sequence=sequence,
-            unix=UNIX,
-            care_of=NEW if mode is Mode.REACTIVE else None,
-            retry=Retry(2, 15, 60),
-            hold=50,
-        )
-        world.mobile = self
-        if mode is not Mode.REACTIVE:
-            world.later(moves_after, self._move)
-        self._poke()
+    def __init__(self, charon: Charon, step: Callable[[], None]) -> None:
+        self.charon = charon
+        self.step = step
+        self.heard: list[HaType] = []
 
-    def _move(self) -> None:
-        machine = self.machine
-        if not machine.done and not (
-            machine.mode is Mode.PREDICTIVE and machine.state is MobileState.ANNOUNCING
-        ):
-            self.at = NEW
-            machine.moved(NEW, self.world.clock.now())
-            self._poke()
-        elif not machine.done:
-            self.world.later(1.0, self._move)
+    async def send(self, datagrams: Iterable[bytes]) -> None:
+        for datagram in datagrams:
+            self.step()
+            if self.charon.gone:
+                raise CharonError("charon does not listen on its HA address")
+            message = HaMessage.parse(datagram)
+            self.heard.append(message.type)
+            self.charon.hear(message)
+            if self.charon.kernel is not None:
+                self.charon.kernel.send()
 
-    def datagram(self, octets: bytes, source: Endpoint) -> None:
-        self.machine.receive(octets, source, self.world.clock.now())
-        self._poke()
+    def listening(self) -> bool:
+        return not self.charon.gone
 
-    def _poke(self) -> None:
-        now = self.world.clock.now()
-        self.machine.handle_timer(now)
-        for octets, to in self.machine.to_send(now):
-            self.world.datagram(octets, self.at, to)
-        while (event := self.machine.next_event()) is not None:
-            self.events.append(event)
-            self.world.log.append(f"{now:.2f} mn {event}")
-            if self.machine.state is MobileState.ACTIVATED:
-                assert self.world.owners == ["nsg"], "the MN believes what is not so"
-        due = self.machine.next_timer()
-        if due is not None:
-            self.world.later(due - now, self._poke)
+    def close(self) -> None: ...
 
 
-class Stock:
-    """A MN without an agent: it asks nSG by IKE, again and again, until it is answered."""
+class Store(MemoryStore):
+    """Puts and deletions are steps, too."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.at = NEW
-        self.answered = False
-        self._left = 30
-        world.mobile = self
-        self._ask()
+    def __init__(self) -> None:
+        super().__init__()
+        self.step: Callable[[], None] = lambda: None
 
-    def _ask(self) -> None:
-        if not self.answered and self._left:
-            self._left -= 1
-            self.world.datagram(b"IKE", NEW, NSG.cxtp)
-            self.world.later(4.0, self._ask)
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        self.step()
+        super().put(kind, key, value)
 
-    def datagram(self, octets: bytes, source: Endpoint) -> None:
-        if octets == b"OK of nsg":
-            self.answered = True
+    def delete(self, kind: str, key: str) -> None:
+        self.step()
+        super().delete(kind, key)
+
+
+class Node:
+    """A mobile node whose agent may end at any step and begin anew; charon, kernel and store go on."""
+
+    def __init__(self, context: IkeContext, *, kernel: bool = True) -> None:
+        self.fuse = Fuse()
+        self.kernel = Kernel(self._step) if kernel else None
+        self.charon = Charon(context, self.kernel)
+        self.store = Store()
+        self.store.step = self._step
+        self.context = context
+        self.sa: SaName = context.spis
+        self.begin()
+        for message in import_messages(replace(context, local_vips=()), 3):
+            self.host.record.feed(message)
+        self.host.save()
+
+    def _step(self) -> None:
+        self.fuse()
+
+    def begin(self, at: int | None = None) -> None:
+        """An agent starts; it will end at its `at`-th step."""
+        self.fuse = Fuse()
+        config = HostConfig((), kernel_esp=False, oseq_jump=JUMP, mobile_node=True)
+        self.host = CharonHost(config, self.store)
+        self.host.detour.close()
+        self.host.kernel = self.kernel  # type: ignore[assignment]
+        self.host.vici = self.charon  # type: ignore[assignment]
+        self.socket = Socket(self.charon, self._step)
+        self.host._ha = self.socket  # type: ignore[assignment]
+        self.host.record.load(self.store.items("record"))
+        self.mobile = CharonMobile(self.host)
+        self.fuse = Fuse(at)
+
+
+__all__ = ["JUMP", "Charon", "Crash", "Fuse", "Kernel", "Node", "Store", "ha"]
