@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,15 +14,24 @@ from dataclasses import replace
 import pytest
 
 from ikectx.context import Endpoint
-from ikectx.errors import LinkError, RefusedError
+from ikectx.errors import CharonError, LinkError, RefusedError
 from ikectx.ikev2 import RetransmitPolicy
-from ikectx.numbers import Notify, Status
+from ikectx.numbers import Notify, Protocol, Status
 from ikectx.payloads import NotifyPayload
 from mobike_ext import link
+from mobike_ext.answering import Asked, SpiResponder
 from mobike_ext.exchange import AddressUpdate
+from mobike_ext.naming import Renaming, ask, ask_peer
+from mobike_ext.notify import Reason
+from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
+from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
 from vici_bridge.mute import MARK, Mute
 
+from .air import Names
+from .air import Node as Agent
 from .netns import namespaces
+from .rekey_peer import CHILD, IKE_SA
+from .rekey_peer import Peer as RekeyPeer
 from .test_exchange import COOKIE, SA, Node
 
 QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
@@ -142,6 +152,199 @@ def test_proof_by_traffic() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         report = asyncio.run(link.run_address_update(machine(endpoint(charon), endpoint(udp)), proven=proven))
     assert report.move.proven_by_traffic
+
+
+@contextmanager
+def served(ends: socket.socket, machine: object) -> Iterator[None]:
+    """A peer of `air` (or a machine) at an ordinary socket, in a thread."""
+    stop = threading.Event()
+
+    def serve() -> None:
+        ends.settimeout(0.02)
+        while not stop.is_set():
+            try:
+                datagram, source = ends.recvfrom(4000)
+                machine.receive(datagram, Endpoint.of(*source[:2]), time.monotonic())  # type: ignore[attr-defined]
+            except TimeoutError:
+                pass
+            for octets, to in machine.to_send(time.monotonic()):  # type: ignore[attr-defined]
+                ends.sendto(octets, (str(to.address), to.port))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+NODE_SA = replace(SA, initiator=True)
+OURS, NEW = b"\xc1\0\0\1", b"\xc9\0\0\1"
+
+
+def spi_update(gateway: Endpoint, node: Endpoint, **options: object) -> SpiUpdate:
+    return SpiUpdate(
+        SA,
+        7,
+        gateway,
+        node,
+        [ask(Protocol.ESP, OURS, NEW)],
+        iv=os.urandom(64),
+        fresh=os.urandom(FRESH_OCTETS),
+        cookie2=COOKIE,
+        policy=QUICK,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def mobile_agent(node: Endpoint, **options: object) -> Agent:
+    names = Names({(Protocol.ESP, False, OURS)})
+    return Agent(SpiResponder(NODE_SA, 7, node, names, **options), names)  # type: ignore[arg-type]
+
+
+PAIR = Renaming(Protocol.ESP, True, OURS, NEW)
+
+
+@root
+@pytest.mark.parametrize(("gateway_host", "node_host"), [("127.0.0.20", "127.0.0.7"), ("::1", "::1")])
+@pytest.mark.parametrize("limit", [None, 120])
+def test_new_names(gateway_host: str, node_host: str, limit: int | None) -> None:
+    with bound(Endpoint.of(gateway_host, 0)) as charon, bound(Endpoint.of(node_host, 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+        with served(udp, mobile_agent(node, limit=limit)):
+            report = asyncio.run(link.run_spi_update(spi_update(gateway, node, limit=limit)))
+        assert report.outcome == Renamed((PAIR,))
+        assert report.peer_supports
+        assert (report.move.requests, report.move.messages > 2) == (1, limit is not None)
+
+
+@root
+def test_new_names_refused_unknown_or_unanswered() -> None:
+    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+        refusing = mobile_agent(node)
+        refusing.names.objections[OURS] = Reason.NOT_ALLOWED
+        with served(udp, refusing):
+            report = asyncio.run(link.run_spi_update(spi_update(gateway, node)))
+        assert report.outcome == RenameRefused((Reason.NOT_ALLOWED,))
+        with mobile_node(udp, gateway):
+            report = asyncio.run(link.run_spi_update(spi_update(gateway, node)))
+        assert (report.outcome, report.peer_supports) == (Unsupported(), False)
+        with mobile_node(udp, gateway, refuse=True), pytest.raises(RefusedError):
+            asyncio.run(link.run_spi_update(spi_update(gateway, node)))
+        with pytest.raises(LinkError) as caught:
+            asyncio.run(link.run_spi_update(spi_update(gateway, node)))
+        assert caught.value.status is Status.PEER_SILENT
+
+
+@root
+def test_a_child_and_an_ike_sa_are_rekeyed() -> None:
+    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+
+        def child() -> ChildRekey:
+            fresh = os.urandom(REKEY_OCTETS)
+            return ChildRekey(IKE_SA, 0, CHILD, 7, gateway, node, new_spi=NEW, fresh=fresh, policy=QUICK)
+
+        with served(udp, RekeyPeer()):
+            report = asyncio.run(link.run_rekey(child()))
+        assert isinstance(report.result, ChildRekeyed)
+        assert (report.result.child.spi_in, report.move.requests, report.move.messages) == (NEW, 2, 4)
+        ike = IkeRekey(
+            IKE_SA, 7, gateway, node, new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS), policy=QUICK
+        )
+        with served(udp, RekeyPeer()):
+            report = asyncio.run(link.run_rekey(ike))
+        assert isinstance(report.result, IkeRekeyed)
+        errors = (NotifyPayload(Notify.NO_ADDITIONAL_SAS),)
+        with (
+            served(udp, RekeyPeer(errors=errors)),
+            pytest.raises(RefusedError, match="NO_ADDITIONAL_SAS") as caught,
+        ):
+            asyncio.run(link.run_rekey(child()))
+        assert caught.value.status is Status.PEER_REFUSED
+
+
+@root
+@pytest.mark.parametrize(("gateway_host", "node_host"), [("127.0.0.20", "127.0.0.7"), ("::1", "::1")])
+@pytest.mark.parametrize("mark", [0, MARK])
+def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, mark: int) -> None:
+    # the gateway is an ordinary socket at an address that the mobile node does not know of
+    heard: list[Asked] = []
+    with bound(Endpoint.of(gateway_host, 0)) as udp, bound(Endpoint.of(node_host, 0)) as charon:
+        gateway, node = endpoint(udp), endpoint(charon)
+        agent = mobile_agent(node).machine
+        machine = spi_update(gateway, node)
+
+        async def serve() -> None:
+            until = asyncio.Event()
+
+            async def asked(event: Asked) -> Reason | None:
+                heard.append(event)
+                return None
+
+            task = asyncio.create_task(link.serve_updates(agent, asked, until=until, mark=mark))
+            while not machine.done:
+                await asyncio.sleep(0.02)
+            until.set()
+            await task
+
+        with served(udp, machine):
+            asyncio.run(asyncio.wait_for(serve(), 5))
+        assert [event.source for event in heard] == [gateway]
+        assert (machine.state.value, agent.report.answered) == ("renamed", 1)
+        assert charon.recv(2000)[:4] == bytes(4)  # it has the request as well
+
+
+@root
+def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
+    with bound(Endpoint.of("127.0.0.20", 0)) as udp, bound(Endpoint.of("127.0.0.7", 0)) as charon:
+        gateway, node = endpoint(udp), endpoint(charon)
+        for answering in (True, False):
+            agent = mobile_agent(node, answering=answering).machine
+            machine = spi_update(gateway, node)
+            heard: list[Asked] = []
+
+            async def serve(agent: SpiResponder = agent, machine: SpiUpdate = machine) -> None:
+                async def asked(event: Asked) -> Reason | None:
+                    heard.append(event)  # noqa: B023
+                    raise CharonError("no such SA")
+
+                task = asyncio.create_task(link.serve_updates(agent, asked))
+                await asyncio.sleep(0.5)
+                task.cancel()
+
+            with served(udp, machine):
+                asyncio.run(asyncio.wait_for(serve(), 5))
+            assert len(heard) == 1
+            assert machine.state.value == ("paused" if answering else "waiting")
+
+
+@root
+def test_repetitions_of_an_answered_request() -> None:
+    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+        machine = spi_update(gateway, node, known=True, expected_id=3, addresses=False)
+        theirs = SpiUpdate(
+            NODE_SA,
+            3,
+            node,
+            gateway,
+            [ask_peer(Protocol.ESP, OURS)],
+            iv=os.urandom(8),
+            fresh=os.urandom(FRESH_OCTETS),
+            addresses=False,
+        )
+        machine.to_send(0)
+        [(request, _)] = theirs.to_send(0)
+        machine.receive(request, node, 0)
+        machine.to_send(0)  # this answer is lost
+        again = threading.Timer(0.2, udp.sendto, (request, (str(gateway.address), gateway.port)))
+        with served(udp, theirs):
+            again.start()
+            asyncio.run(link.keep_answering(machine, 0.6))
+        assert theirs.state.value == "renamed"
 
 
 @root

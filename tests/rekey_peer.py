@@ -1,0 +1,98 @@
+"""An IKE daemon that takes part in rekeys as RFC 7296 says, made of the library's rooms."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+
+from ikectx.context import Endpoint, IkeGeneration, Secret
+from ikectx.ikev2 import Message, Reassembly, add_marker, seal_message, strip_marker
+from ikectx.keys import iv_length, seal_key
+from ikectx.numbers import Exchange, KeMethod, Notify, Protocol
+from ikectx.payloads import (
+    AnyPayload,
+    DeletePayload,
+    KePayload,
+    NoncePayload,
+    NotifyPayload,
+    SaPayload,
+    TsPayload,
+)
+from mobike_ext.dh import KeyPair, fresh_length
+
+from .peers import a_context
+from .test_exchange import MN, SA
+
+PEERS = b"\xcf\0\0\2"
+"""The SPI that the peer chooses."""
+IKE_SA = replace(SA, ke=KeMethod.CURVE_25519)
+CHILD = replace(a_context().children[0], spi_in=b"\xc1\0\0\1", spi_out=b"\xc2\0\0\2")
+
+Twist = Callable[[list[AnyPayload]], list[AnyPayload]]
+"""What becomes of an answer's payloads."""
+
+
+class Peer:
+    """A mobile node's IKE daemon: CREATE_CHILD_SA, Delete, and the same octets for retransmissions."""
+
+    def __init__(self, generation: IkeGeneration = IKE_SA, *, errors: tuple[NotifyPayload, ...] = ()) -> None:
+        self.local = MN
+        self.generation = generation
+        self.errors = list(errors)
+        self.twist: Twist = lambda payloads: payloads
+        self.requests: list[Message] = []
+        self.secret = Secret()
+        self.nonce = secrets.token_bytes(24)
+        self.expected = 7
+        self._in = Reassembly(seal_key(generation, by_initiator=generation.initiator))
+        self.out = seal_key(generation, by_initiator=not generation.initiator)
+        self._last: tuple[bytes, bytes] | None = None
+        self._send: list[tuple[bytes, Endpoint]] = []
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        send, self._send = self._send, []
+        return send
+
+    def next_timer(self) -> float | None:
+        return None
+
+    def handle_timer(self, now: float) -> None:
+        pass
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        if self._last is not None and datagram == self._last[0]:
+            self._send.append((self._last[1], source))
+            return
+        message = self._in.add(strip_marker(datagram, source, MN))
+        if message is None or message.header.message_id != self.expected:
+            return
+        self.expected += 1
+        self.requests.append(message)
+        head = replace(message.header, initiator=not message.header.initiator, response=True)
+        iv = secrets.token_bytes(iv_length(self.generation.encr))
+        answer = add_marker(seal_message(self.out, head, self._answer(message), iv), MN, source)
+        self._last = datagram, answer
+        self._send.append((answer, source))
+
+    def _answer(self, request: Message) -> list[AnyPayload]:
+        if request.header.exchange is Exchange.INFORMATIONAL:
+            [delete] = [p for p in request.payloads if isinstance(p, DeletePayload)]
+            return [DeletePayload(delete.protocol, (CHILD.spi_out,))] if delete.spis else []
+        if self.errors:
+            return [self.errors.pop(0)]
+        answer: list[AnyPayload] = []
+        for payload in request.payloads:
+            match payload:
+                case SaPayload(proposals=(offered,)):
+                    spi = PEERS if offered.protocol is not Protocol.IKE else b"peers-ik"
+                    answer.append(SaPayload((replace(offered, spi=spi),)))
+                case NoncePayload():
+                    answer.append(NoncePayload(self.nonce))
+                case KePayload(method=method, data=data):
+                    pair = KeyPair.of(method, secrets.token_bytes(fresh_length(method)))
+                    self.secret = pair.shared(data)
+                    answer.append(KePayload(method, pair.public))
+                case NotifyPayload(notify=Notify.USE_TRANSPORT_MODE) | TsPayload():
+                    answer.append(payload)
+        return self.twist(answer)

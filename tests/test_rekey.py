@@ -1,0 +1,569 @@
+"""rekey.py: children and IKE_SAs rekeyed by the agent, with a peer that answers as RFC 7296 says."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ikectx.context import (
+    ChildContext,
+    IkeGeneration,
+    Lifetime,
+    ReplayState,
+    Secret,
+    TrafficSelector,
+)
+from ikectx.errors import RefusedError, UsageError
+from ikectx.ikev2 import IkeHeader, Message, add_marker, seal_message
+from ikectx.keys import child_keys, sk_keys
+from ikectx.numbers import Encr, Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
+from ikectx.payloads import (
+    AnyPayload,
+    DeletePayload,
+    KePayload,
+    NoncePayload,
+    NotifyPayload,
+    Proposal,
+    RawSelector,
+    SaPayload,
+    Transform,
+    TransformType,
+    TsPayload,
+)
+from mobike_ext.exchange import Silent
+from mobike_ext.rekey import (
+    PAUSES,
+    REKEY_OCTETS,
+    TABLE,
+    ChildRekey,
+    ChildRekeyed,
+    Event,
+    IkeRekey,
+    IkeRekeyed,
+    Input,
+    RekeyFailed,
+    State,
+)
+
+from .air import Air
+from .rekey_peer import CHILD, IKE_SA, PEERS, Peer, Twist
+from .test_exchange import FAST, MN, NSG, SA
+
+ESP, AH, IKE = Protocol.ESP, Protocol.AH, Protocol.IKE
+NEW = b"\xc9\0\0\1"
+PFS = replace(CHILD, ke=KeMethod.ECP_256, secret=Secret(bytes(32)))
+
+
+def child_rekey(
+    child: ChildContext = CHILD, generation: IkeGeneration = IKE_SA, **changes: object
+) -> ChildRekey:
+    options: dict[str, object] = {
+        "new_spi": NEW,
+        "fresh": secrets.token_bytes(REKEY_OCTETS),
+        "policy": FAST,
+    }
+    return ChildRekey(generation, 0, child, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
+
+
+def ike_rekey(generation: IkeGeneration = IKE_SA, **changes: object) -> IkeRekey:
+    options: dict[str, object] = {
+        "new_spi": b"new-ours",
+        "fresh": secrets.token_bytes(REKEY_OCTETS),
+        "policy": FAST,
+    }
+    return IkeRekey(generation, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
+
+
+def events(machine: ChildRekey | IkeRekey) -> list[Event]:
+    found: list[Event] = []
+    while (event := machine.next_event()) is not None:
+        found.append(event)
+    return found
+
+
+def run(machine: ChildRekey | IkeRekey, peer: Peer, **air: float) -> Event:
+    Air(**air).run(machine, peer)  # type: ignore[arg-type]
+    assert machine.done
+    [event] = events(machine)
+    return event
+
+
+def of(message: Message, kind: type) -> list[AnyPayload]:
+    return [payload for payload in message.payloads if isinstance(payload, kind)]
+
+
+# --- children ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("child", [CHILD, PFS], ids=["plain", "with-ke"])
+def test_a_child(child: ChildContext) -> None:
+    # nSG -> MN  CREATE_CHILD_SA(7)  N(REKEY_SA), SA, Ni, [KEi,] TSi, TSr;  MN -> nSG  SA, Nr, [KEr,] TSi, TSr
+    # nSG -> MN  INFORMATIONAL(8)    D(old);                                MN -> nSG  D(old)
+    machine, peer = child_rekey(child), Peer()
+    event = run(machine, peer)
+    create, delete = peer.requests
+    [nonce] = of(create, NoncePayload)
+    assert isinstance(nonce, NoncePayload)
+    assert event == ChildRekeyed(
+        replace(
+            child,
+            initiator=True,
+            spi_in=NEW,
+            spi_out=PEERS,
+            nonce_i=nonce.nonce,
+            nonce_r=peer.nonce,
+            secret=peer.secret,
+            inbound=ReplayState(window=32),
+            outbound=ReplayState(),
+            lifetime=Lifetime(),
+        ),
+        deleted=True,
+    )
+    assert [(m.header.exchange, m.header.message_id) for m in (create, delete)] == [
+        (Exchange.CREATE_CHILD_SA, 7),
+        (Exchange.INFORMATIONAL, 8),
+    ]
+    kinds = [payload.type for payload in create.payloads]
+    ke = [Payload.KE] if child is PFS else []
+    assert kinds == [Payload.NOTIFY, Payload.SA, Payload.NONCE, *ke, Payload.TSI, Payload.TSR]
+    assert create.payloads[0] == NotifyPayload(Notify.REKEY_SA, protocol=ESP, spi=child.spi_in)
+    assert delete.payloads == (DeletePayload(ESP, (child.spi_in,)),)
+    report = machine.report
+    assert (report.messages, report.requests, report.retransmissions) == (4, 2, 0)
+    # both ends derive the same keys, each for its own direction
+    assert isinstance(event, ChildRekeyed)
+    mine = child_keys(IKE_SA, event.child)
+    theirs = replace(event.child, initiator=False, spi_in=PEERS, spi_out=NEW, secret=peer.secret)
+    assert child_keys(IKE_SA, theirs) == mine
+
+
+def test_the_offer_on_the_wire() -> None:
+    child = replace(
+        PFS, encr=Encr.AES_CBC, encr_bits=256, integ=Integ.HMAC_SHA2_256_128, esn=True, mode=Mode.TRANSPORT
+    )
+    machine, peer = child_rekey(child), Peer()
+    event = run(machine, peer)
+    [sa] = of(peer.requests[0], SaPayload)
+    assert sa == SaPayload(
+        (
+            Proposal(
+                1,
+                ESP,
+                (
+                    Transform.encr(Encr.AES_CBC, 256),
+                    Transform(TransformType.INTEG, Integ.HMAC_SHA2_256_128),
+                    Transform(TransformType.KE, KeMethod.ECP_256),
+                    Transform(TransformType.ESN, 1),
+                ),
+                NEW,
+            ),
+        )
+    )
+    assert peer.requests[0].notifies(Notify.USE_TRANSPORT_MODE)
+    assert isinstance(event, ChildRekeyed)
+    assert event.child.inbound.esn
+    assert event.child.mode is Mode.TRANSPORT
+
+
+def test_authentication_headers() -> None:
+    child = replace(CHILD, protocol=AH, encr=Encr(0), encr_bits=0, integ=Integ.HMAC_SHA2_256_128)
+    machine, peer = child_rekey(child), Peer()
+    assert isinstance(run(machine, peer), ChildRekeyed)
+    [sa] = of(peer.requests[0], SaPayload)
+    assert isinstance(sa, SaPayload)
+    assert [t.type for t in sa.proposals[0].transforms] == [TransformType.INTEG, TransformType.ESN]
+    assert peer.requests[1].payloads == (DeletePayload(AH, (child.spi_in,)),)
+
+
+def test_a_key_exchange_can_be_demanded() -> None:
+    event = run(child_rekey(ke=KeMethod.CURVE_25519), Peer())
+    assert isinstance(event, ChildRekeyed)
+    assert event.child.ke is KeMethod.CURVE_25519
+    assert len(event.child.secret) == 32
+
+
+def test_the_same_octets_make_the_same_messages() -> None:
+    fresh = secrets.token_bytes(REKEY_OCTETS)
+    first, again = child_rekey(PFS, fresh=fresh), child_rekey(PFS, fresh=fresh)
+    assert first.to_send(0) == again.to_send(5)
+    assert child_rekey(PFS).to_send(0) != first.to_send(0)
+
+
+def test_selectors_may_be_narrowed() -> None:
+    dynamic = TrafficSelector(ip_address("10.3.0.1"), ip_address("10.3.0.1"), dynamic=True)
+    wide = TrafficSelector(ip_address("10.1.0.0"), ip_address("10.1.255.255"))
+    child = replace(CHILD, local_ts=(wide,), remote_ts=(dynamic, wide))
+    narrow = TrafficSelector(ip_address("10.1.7.0"), ip_address("10.1.7.255"), 17, 5000, 5000)
+
+    def twist(payloads: list[AnyPayload]) -> list[AnyPayload]:
+        kept = [payload for payload in payloads if not isinstance(payload, TsPayload)]
+        plain = replace(dynamic, dynamic=False)
+        return [*kept, TsPayload(Payload.TSI, (narrow,)), TsPayload(Payload.TSR, (wide, plain))]
+
+    peer = Peer()
+    peer.twist = twist
+    event = run(child_rekey(child), peer)
+    assert isinstance(event, ChildRekeyed)
+    assert event.child.local_ts == (narrow,)
+    assert event.child.remote_ts == (dynamic, wide)  # the same set: as it was
+
+
+# --- IKE_SAs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("initiator", [False, True])
+@pytest.mark.parametrize(
+    ("encr", "bits", "integ"),
+    [(Encr.AES_GCM_16, 256, Integ.NONE), (Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128)],
+)
+def test_an_ike_sa(initiator: bool, encr: Encr, bits: int, integ: Integ) -> None:
+    # nSG -> MN  CREATE_CHILD_SA(7)  SA, Ni, KEi;  MN -> nSG  SA, Nr, KEr
+    # nSG -> MN  INFORMATIONAL(8)    D();          MN -> nSG  nothing
+    old = replace(IKE_SA, initiator=initiator, encr=encr, encr_bits=bits, integ=integ)
+    machine, peer = ike_rekey(old), Peer(old)
+    event = run(machine, peer)
+    create, delete = peer.requests
+    [nonce] = of(create, NoncePayload)
+    assert isinstance(nonce, NoncePayload)
+    new = replace(
+        old,
+        spi_i=b"new-ours",
+        spi_r=b"peers-ik",
+        initiator=True,
+        nonce_i=nonce.nonce,
+        nonce_r=peer.nonce,
+        secret=peer.secret,
+        old_skd=sk_keys(old).sk_d,
+        old_prf=old.prf,
+    )
+    assert event == IkeRekeyed(new, deleted=True)
+    assert delete.payloads == (DeletePayload(IKE),)
+    assert [payload.type for payload in create.payloads] == [Payload.SA, Payload.NONCE, Payload.KE]
+    [sa] = of(create, SaPayload)
+    assert isinstance(sa, SaPayload)
+    [proposal] = sa.proposals
+    assert (proposal.protocol, proposal.spi) == (IKE, b"new-ours")
+    types = [transform.type for transform in proposal.transforms]
+    assert types == [
+        TransformType.ENCR,
+        *([TransformType.INTEG] if integ is not Integ.NONE else []),
+        TransformType.PRF,
+        TransformType.KE,
+    ]
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+TEMPORARY = NotifyPayload(Notify.TEMPORARY_FAILURE)
+NO_PROPOSAL = NotifyPayload(Notify.NO_PROPOSAL_CHOSEN)
+
+
+def wants(method: KeMethod) -> NotifyPayload:
+    return NotifyPayload(Notify.INVALID_KE_PAYLOAD, method.to_bytes(2))
+
+
+@pytest.mark.parametrize(
+    "notify",
+    [
+        Notify.NO_PROPOSAL_CHOSEN,
+        Notify.CHILD_SA_NOT_FOUND,
+        Notify.NO_ADDITIONAL_SAS,
+        Notify.TS_UNACCEPTABLE,
+        Notify.INVALID_SYNTAX,
+        Notify.INVALID_KE_PAYLOAD,
+        Notify(9999),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: child_rekey(PFS), ike_rekey])
+def test_errors_end_it(notify: Notify, make: Callable[[], ChildRekey | IkeRekey]) -> None:
+    machine, peer = make(), Peer(errors=(NotifyPayload(notify),))
+    assert run(machine, peer) == RekeyFailed(notify)
+    assert (machine.state, machine.report.requests, len(peer.requests)) == (State.FAILED, 1, 1)
+
+
+@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
+def test_patience(make: Callable[[], ChildRekey | IkeRekey]) -> None:
+    machine, peer = make(), Peer(errors=(TEMPORARY,) * len(PAUSES))
+    assert isinstance(run(machine, peer), ChildRekeyed | IkeRekeyed)
+    assert machine.report.requests == len(PAUSES) + 2
+    machine, peer = make(), Peer(errors=(TEMPORARY,) * (len(PAUSES) + 1))
+    assert run(machine, peer) == RekeyFailed(Notify.TEMPORARY_FAILURE)
+
+
+def test_the_pauses() -> None:
+    machine, peer, air = child_rekey(), Peer(errors=(TEMPORARY,)), Air()
+    air.run(machine, peer, until=0.5)
+    assert machine.state is State.PAUSED
+    assert machine.next_timer() == pytest.approx(0.02 + PAUSES[0])
+    assert machine.to_send(0.6) == []
+    machine.handle_timer(0.7)
+    assert machine.state is State.PAUSED
+
+
+@pytest.mark.parametrize("make", [lambda: child_rekey(PFS), ike_rekey])
+def test_another_key_exchange_is_wanted(make: Callable[[], ChildRekey | IkeRekey]) -> None:
+    machine, peer = make(), Peer(errors=(wants(KeMethod.MODP_2048),))
+    event = run(machine, peer)
+    made = event.child if isinstance(event, ChildRekeyed) else event.generation  # type: ignore[union-attr]
+    assert made.ke is KeMethod.MODP_2048
+    assert made.secret == peer.secret
+    [ke] = of(peer.requests[1], KePayload)
+    assert isinstance(ke, KePayload)
+    assert (ke.method, len(ke.data)) == (KeMethod.MODP_2048, 256)
+    assert peer.requests[1].header.message_id == 8
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (wants(KeMethod.ML_KEM_768),),
+        (wants(KeMethod.ECP_256),),  # what was offered
+        (wants(KeMethod.ECP_384), wants(KeMethod.ECP_256)),
+        (wants(KeMethod.NONE),),
+    ],
+)
+def test_a_key_exchange_that_cannot_be(errors: tuple[NotifyPayload, ...]) -> None:
+    assert run(child_rekey(PFS), Peer(errors=errors)) == RekeyFailed(Notify.INVALID_KE_PAYLOAD)
+
+
+def test_a_peer_that_insists_on_a_key_exchange() -> None:
+    machine, peer = child_rekey(), Peer(errors=(NO_PROPOSAL,))
+    event = run(machine, peer)
+    assert isinstance(event, ChildRekeyed)
+    assert event.child.ke is IKE_SA.ke
+    assert run(child_rekey(), Peer(errors=(NO_PROPOSAL,) * 2)) == RekeyFailed(Notify.NO_PROPOSAL_CHOSEN)
+    # not where the caller, or the old child, said which
+    assert isinstance(run(child_rekey(ke=KeMethod.NONE), Peer(errors=(NO_PROPOSAL,))), RekeyFailed)
+
+
+@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
+def test_silence(make: Callable[[], ChildRekey | IkeRekey]) -> None:
+    machine = make()
+    Air().run(machine)
+    assert events(machine) == [Silent(3)]
+    assert (machine.state, machine.report.requests) == (State.SILENT, 1)
+
+
+@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
+def test_the_new_sa_stands_where_the_delete_is_not_answered(
+    make: Callable[[], ChildRekey | IkeRekey],
+) -> None:
+    machine, peer, air = make(), Peer(), Air()
+    air.drop = lambda source, datagram: source == MN and len(peer.requests) > 1
+    air.run(machine, peer)
+    [event] = events(machine)
+    assert isinstance(event, ChildRekeyed | IkeRekeyed)
+    assert not event.deleted
+    assert machine.report.requests == 2
+
+
+# --- answers of no use -------------------------------------------------------------------------------------
+
+
+def without(kind: type) -> Twist:
+    return lambda payloads: [payload for payload in payloads if not isinstance(payload, kind)]
+
+
+def other_sa(**changes: object) -> Twist:
+    def twist(payloads: list[AnyPayload]) -> list[AnyPayload]:
+        return [
+            SaPayload((replace(p.proposals[0], **changes),)) if isinstance(p, SaPayload) else p  # type: ignore[arg-type]
+            for p in payloads
+        ]
+
+    return twist
+
+
+def selectors(*found: TrafficSelector | RawSelector) -> Twist:
+    return lambda payloads: [TsPayload(p.type, found) if isinstance(p, TsPayload) else p for p in payloads]
+
+
+ANYTHING = TrafficSelector(ip_address("0.0.0.0"), ip_address("255.255.255.255"))
+SIX = TrafficSelector(ip_address("2001:db8::"), ip_address("2001:db8::1"))
+
+USELESS: list[Twist] = [
+    without(SaPayload),
+    without(NoncePayload),
+    without(KePayload),
+    other_sa(spi=b"\0\0\0\1"),
+    other_sa(spi=b""),
+    other_sa(protocol=AH),
+    other_sa(transforms=(Transform.encr(Encr.AES_GCM_16, 256),)),
+    lambda payloads: [*payloads, NoncePayload(bytes(32))],
+    lambda payloads: [
+        KePayload(KeMethod.ECP_256, bytes(64)) if p.type == Payload.KE else p for p in payloads
+    ],
+    lambda payloads: [KePayload(KeMethod.ECP_384, b"") if p.type == Payload.KE else p for p in payloads],
+]
+CHILD_ONLY: list[Twist] = [
+    without(TsPayload),
+    selectors(),
+    selectors(ANYTHING),
+    selectors(SIX),
+    selectors(RawSelector(9, 0, b"?")),
+    lambda payloads: [*payloads, NotifyPayload(Notify.USE_TRANSPORT_MODE)],
+]
+
+
+@pytest.mark.parametrize("twist", USELESS + CHILD_ONLY)
+def test_a_child_that_is_of_no_use_is_deleted_again(twist: Twist) -> None:
+    peer = Peer()
+    peer.twist = twist
+    machine = child_rekey(PFS)
+    event = run(machine, peer)
+    assert isinstance(event, RekeyFailed)
+    assert event.notify is Notify.INVALID_SYNTAX
+    assert event.why
+    assert peer.requests[1].payloads == (DeletePayload(ESP, (NEW,)),)
+    assert (machine.state, machine.report.requests) == (State.FAILED, 2)
+
+
+@pytest.mark.parametrize("twist", USELESS)
+def test_an_ike_sa_that_is_of_no_use(twist: Twist) -> None:
+    peer = Peer()
+    peer.twist = twist
+    event = run(ike_rekey(), peer)
+    assert isinstance(event, RekeyFailed)
+    assert len(peer.requests) == 1
+
+
+def test_a_delete_of_what_is_of_no_use_may_be_lost() -> None:
+    peer, air = Peer(), Air()
+    peer.twist = without(SaPayload)
+    machine = child_rekey()
+    air.drop = lambda source, datagram: source == MN and len(peer.requests) > 1
+    air.run(machine, peer)
+    [event] = events(machine)
+    assert isinstance(event, RekeyFailed)
+
+
+def test_proposals_may_say_that_there_is_no_key_exchange() -> None:
+    def twist(payloads: list[AnyPayload]) -> list[AnyPayload]:
+        return [
+            SaPayload(
+                (
+                    replace(
+                        p.proposals[0],
+                        transforms=(*reversed(p.proposals[0].transforms), Transform(TransformType.KE, 0)),
+                    ),
+                )
+            )
+            if isinstance(p, SaPayload)
+            else p
+            for p in payloads
+        ]
+
+    peer = Peer()
+    peer.twist = twist
+    assert isinstance(run(child_rekey(), peer), ChildRekeyed)
+
+
+# --- links, limits, arguments ------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from([0.0, 0.2, 0.5]), st.booleans(), st.sampled_from([None, 200]))
+def test_on_a_bad_link(seed: int, loss: float, of_child: bool, limit: int | None) -> None:
+    peer = Peer(errors=(TEMPORARY,) if seed % 3 == 0 else ())
+    machine = child_rekey(PFS, limit=limit) if of_child else ike_rekey(limit=limit)
+    Air(seed, loss=loss, double=0.3, delay=(0.0, 2.0)).run(machine, peer, until=100)
+    [event] = events(machine)
+    created = [m for m in peer.requests if m.header.exchange is Exchange.CREATE_CHILD_SA]
+    if isinstance(event, ChildRekeyed):
+        assert event.child.secret == peer.secret
+        assert len(created) == 1 + (seed % 3 == 0)
+    elif isinstance(event, IkeRekeyed):
+        assert event.generation.secret == peer.secret
+    else:
+        assert isinstance(event, Silent)
+
+
+def test_requests_of_the_peer_wait_for_charon() -> None:
+    machine, peer = child_rekey(), Peer()
+    machine.to_send(0)
+    head = IkeHeader(SA.spi_i, SA.spi_r, Exchange.INFORMATIONAL, 0, initiator=True, response=False)
+    machine.receive(add_marker(seal_message(peer.out, head, [], bytes(8)), MN, NSG), MN, 0)
+    assert (machine.peer_requests, machine.ignored) == (1, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
+    machine = child_rekey()
+    machine.to_send(0)
+    machine.receive(bytes(4) + octets if marked else octets, MN, 0)
+    assert (machine.state, machine.ignored) == (State.ASKING, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_authentic_nonsense_never_raises(data: st.DataObject) -> None:
+    """Some payloads of a good answer, in any order, some of them twice."""
+    peer = Peer()
+
+    def twist(payloads: list[AnyPayload]) -> list[AnyPayload]:
+        more = [NotifyPayload(Notify.TEMPORARY_FAILURE), KePayload(KeMethod.ECP_256, b"\1" * 64)]
+        return data.draw(st.lists(st.sampled_from([*payloads, *more]), max_size=7))
+
+    peer.twist = twist
+    machine = child_rekey(PFS) if data.draw(st.booleans()) else ike_rekey()
+    Air().run(machine, peer, until=100)
+    assert machine.done
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ipcomp": 2},
+        {"mode": Mode.BEET},
+        {"add_kes": b"\0\x24"},
+        {"protocol": Protocol.NONE},
+    ],
+)
+def test_children_that_are_not_covered(changes: dict[str, object]) -> None:
+    with pytest.raises(RefusedError) as caught:
+        child_rekey(replace(CHILD, **changes))  # type: ignore[arg-type]
+    assert caught.value.status is Status.NOT_COVERED
+    assert caught.value.hint
+
+
+def test_what_else_is_refused() -> None:
+    with pytest.raises(RefusedError) as caught:
+        ike_rekey(replace(IKE_SA, add_kes=b"\0\x24"))
+    assert caught.value.status is Status.NOT_COVERED
+    with pytest.raises(RefusedError) as caught:
+        child_rekey(ke=KeMethod.ML_KEM_768)
+    assert caught.value.status is Status.ALGORITHM
+    for wrong in ({"new_spi": b"\0\0\0\1"}, {"new_spi": b"eightoct"}, {"fresh": b"short"}):
+        with pytest.raises(UsageError):
+            child_rekey(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"new_spi": bytes(8)}, {"new_spi": NEW}):
+        with pytest.raises(UsageError):
+            ike_rekey(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError):
+        ike_rekey(SA)  # nobody knows with which method it was made
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("what", Input)
+def test_every_cell_of_the_table(state: State, what: Input) -> None:
+    expected = {
+        (State.NEW, Input.START): State.ASKING,
+        (State.ASKING, Input.MADE): State.DELETING,
+        (State.ASKING, Input.BUSY): State.PAUSED,
+        (State.ASKING, Input.ERROR): State.FAILED,
+        (State.ASKING, Input.USELESS): State.DISCARDING,
+        (State.ASKING, Input.GIVE_UP): State.SILENT,
+        (State.PAUSED, Input.PAUSE_OVER): State.ASKING,
+        (State.DELETING, Input.DELETED): State.DONE,
+        (State.DELETING, Input.GIVE_UP): State.DONE,
+        (State.DISCARDING, Input.DELETED): State.FAILED,
+        (State.DISCARDING, Input.GIVE_UP): State.FAILED,
+    }
+    assert TABLE.get((state, what), state) is expected.get((state, what), state)
