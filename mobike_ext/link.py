@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ikectx.context import Endpoint
+from ikectx.context import ChildContext, Endpoint, IkeGeneration
 from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.numbers import Status
 from ikectx.ports import Clock, MoveReport
@@ -22,7 +22,7 @@ from .answering import Asked, PeerSupports, SpiResponder
 from .exchange import AddressUpdate, PeerNatChanged, Refused, Silent
 from .notify import Reason
 from .raw import Instruction, RawLink, bpf_program, open_raw, udp_datagram
-from .rekey import ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed, RekeyFailed
+from .rekey import ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed, RekeyFailed, State
 from .rename import Renamed, RenameRefused, SpiUpdate, Unsupported
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,12 @@ async def _run(
     mark: int,
     proven: Callable[[], Awaitable[bool]] | None = None,
     seen: Callable[[], None] = lambda: None,
+    step: Callable[[], Awaitable[None]] | None = None,
 ) -> list[object]:
-    """Run to the end; what happened. `seen` is called when `proven` says so. LinkError with PEER_SILENT."""
+    """Run to the end; what happened. `seen` is called when `proven` says so, `step` after each datagram.
+
+    Errors: LinkError with PEER_SILENT, RefusedError with PEER_REFUSED.
+    """
     trouble = ""
     with open_raw(machine.local, machine.remote, machine.spis, mark=mark) as raw:
         while not machine.done:
@@ -84,6 +88,8 @@ async def _run(
             if received is not None:
                 machine.receive(*received, clock.now())
             machine.handle_timer(clock.now())
+            if step is not None:
+                await step()
             if proven is not None and not machine.done and await proven():
                 seen()
         _send(raw, machine.to_send(clock.now()))  # an answer to the peer may be left
@@ -198,10 +204,37 @@ class RekeyReport:
 
 
 async def run_rekey(
-    machine: ChildRekey | IkeRekey, *, clock: Clock | None = None, mark: int = 0
+    machine: ChildRekey | IkeRekey,
+    *,
+    made: Callable[[ChildContext | IkeGeneration], Awaitable[None]] | None = None,
+    clock: Clock | None = None,
+    mark: int = 0,
 ) -> RekeyReport:
-    """As `run_address_update`. RefusedError with PEER_REFUSED when the peer does not rekey."""
-    events = await _run(machine, clock or MonotonicClock(), mark)
+    """As `run_address_update`. RefusedError with PEER_REFUSED when the peer does not rekey.
+
+    made: installs the new SA before the old one is deleted. If that fails for a child, the peer is told to
+    delete the new one again, and the error is raised; for an IKE_SA it is raised at once.
+    """
+    trouble: list[BaseException] = []
+
+    async def step() -> None:
+        if machine.state is not State.MADE:
+            return
+        event = machine.next_event()
+        try:
+            if made is not None and isinstance(event, ChildMade | IkeMade):
+                await made(event.child if isinstance(event, ChildMade) else event.generation)
+        except IkectxError as error:
+            if isinstance(machine, IkeRekey):
+                raise
+            trouble.append(error)
+            machine.abandon(str(error))
+        else:
+            machine.installed()
+
+    events = await _run(machine, clock or MonotonicClock(), mark, step=step)
+    if trouble:
+        raise trouble[0]
     for event in events:
         if isinstance(event, RekeyFailed):
             why = f" ({event.why})" if event.why else ""

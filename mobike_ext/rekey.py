@@ -18,6 +18,8 @@ The peer's requests stay unanswered meanwhile, see `exchange`. What counts as an
 randomness comes in as one argument; the same octets make the same messages, so a caller who keeps them can
 begin again after a crash, as long as the message ID is the same.
 
+Between the answer and the Delete the caller installs the new SA: `installed`, or `abandon`.
+
 Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
 """
 
@@ -38,7 +40,7 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.errors import RefusedError, UsageError, WireError
+from ikectx.errors import RefusedError, StateError, UsageError, WireError
 from ikectx.ikev2 import Message, RetransmitPolicy
 from ikectx.keys import sk_keys
 from ikectx.numbers import Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
@@ -101,19 +103,40 @@ class RekeyFailed:
     why: str = ""
 
 
-Event = ChildRekeyed | IkeRekeyed | RekeyFailed | Silent
+@dataclass(frozen=True, slots=True)
+class ChildMade:
+    """The peer has the new child, and receives on it. Install it, then call `installed`.
+
+    Before that the old one is not deleted: on the Delete the peer begins to send on the new one (charon
+    5.9.8 to 6.0.x).
+    """
+
+    child: ChildContext
+
+
+@dataclass(frozen=True, slots=True)
+class IkeMade:
+    """The peer has the new IKE_SA. Call `installed` to go on with the Delete of the old one."""
+
+    generation: IkeGeneration
+
+
+Event = ChildMade | IkeMade | ChildRekeyed | IkeRekeyed | RekeyFailed | Silent
 
 
 # --- the table ---------------------------------------------------------------------------------------
 
 
 class State(Enum):
-    """NEW: nothing sent. ASKING: for the new SA. PAUSED: until the next try. DELETING: the old SA.
-    DISCARDING: what the peer made of an answer that is of no use. The rest are ends."""
+    """NEW: nothing sent. ASKING: for the new SA. PAUSED: until the next try. MADE: the caller installs it.
+
+    DELETING: the old SA. DISCARDING: the new one, which is of no use. The rest are ends.
+    """
 
     NEW = "new"
     ASKING = "asking"
     PAUSED = "paused"
+    MADE = "made"
     DELETING = "deleting"
     DISCARDING = "discarding"
     DONE = "done"
@@ -132,6 +155,8 @@ class Input(Enum):
     ERROR = "an answer with another error, or once too often"
     USELESS = "an answer with an SA that is not what was asked for"
     PAUSE_OVER = "the time to try again"
+    INSTALLED = "the caller has installed the new SA"
+    ABANDON = "the caller could not"
     DELETED = "the answer to the Delete"
     GIVE_UP = "the last retransmission timer"
 
@@ -140,12 +165,14 @@ _S, _I = State, Input
 
 TABLE: dict[tuple[State, Input], State] = {
     (_S.NEW, _I.START): _S.ASKING,
-    (_S.ASKING, _I.MADE): _S.DELETING,
+    (_S.ASKING, _I.MADE): _S.MADE,
     (_S.ASKING, _I.BUSY): _S.PAUSED,
     (_S.ASKING, _I.ERROR): _S.FAILED,
     (_S.ASKING, _I.USELESS): _S.DISCARDING,
     (_S.ASKING, _I.GIVE_UP): _S.SILENT,
     (_S.PAUSED, _I.PAUSE_OVER): _S.ASKING,
+    (_S.MADE, _I.INSTALLED): _S.DELETING,
+    (_S.MADE, _I.ABANDON): _S.DISCARDING,
     (_S.DELETING, _I.DELETED): _S.DONE,
     (_S.DELETING, _I.GIVE_UP): _S.DONE,
     (_S.DISCARDING, _I.DELETED): _S.FAILED,
@@ -205,8 +232,8 @@ class _Rekey:
     def _old(self) -> DeletePayload:
         raise NotImplementedError
 
-    def _useless(self, message: Message) -> DeletePayload | None:
-        """What the peer should delete after an answer that cannot be used."""
+    def _useless(self) -> DeletePayload | None:
+        """What the peer should delete of what it made for nothing; None: that cannot be said here."""
         raise NotImplementedError
 
     def _otherwise(self) -> KeMethod | None:
@@ -281,6 +308,25 @@ class _Rekey:
         else:
             self._answered(message)
 
+    def installed(self) -> None:
+        """After `ChildMade` or `IkeMade`: the new SA can be used here; the old one is deleted now."""
+        if self.state is not State.MADE:
+            raise StateError("no new SA waits to be installed")
+        self._send(Exchange.INFORMATIONAL, [self._old()])
+        self._enter(Input.INSTALLED)
+
+    def abandon(self, why: str) -> None:
+        """After `ChildMade`: the new child cannot be installed here, so the peer deletes it again.
+
+        A new IKE_SA cannot be given back (StateError): the peer has moved its children to it.
+        """
+        useless = self._useless()
+        if self.state is not State.MADE or useless is None:
+            raise StateError("no new CHILD_SA waits to be installed")
+        self._result = RekeyFailed(Notify.TEMPORARY_FAILURE, why)
+        self._send(Exchange.INFORMATIONAL, [useless])
+        self._enter(Input.ABANDON)
+
     # steps
 
     def _ask(self) -> None:
@@ -310,18 +356,18 @@ class _Rekey:
 
     def _answered(self, message: Message) -> None:
         try:
-            self._result = self._made(message)
+            self._result = result = self._made(message)
         except WireError as error:
             self._result = RekeyFailed(Notify.INVALID_SYNTAX, str(error))
-            useless = self._useless(message)
+            useless = self._useless()
             if useless is None:
                 self._enter(Input.ERROR, self._result)
             else:
                 self._send(Exchange.INFORMATIONAL, [useless])
                 self._enter(Input.USELESS)
             return
-        self._send(Exchange.INFORMATIONAL, [self._old()])
-        self._enter(Input.MADE)
+        made = ChildMade(result.child) if isinstance(result, ChildRekeyed) else IkeMade(result.generation)
+        self._enter(Input.MADE, made)
 
     def _key_pair(self, method: KeMethod) -> dh.KeyPair | None:
         if method is KeMethod.NONE:
@@ -467,7 +513,7 @@ class ChildRekey(_Rekey):
     def _old(self) -> DeletePayload:
         return DeletePayload(self.child.protocol, (self.child.spi_in,))
 
-    def _useless(self, message: Message) -> DeletePayload | None:
+    def _useless(self) -> DeletePayload | None:
         return DeletePayload(self.child.protocol, (self._new_spi,))
 
 
@@ -535,7 +581,7 @@ class IkeRekey(_Rekey):
     def _old(self) -> DeletePayload:
         return DeletePayload(Protocol.IKE)
 
-    def _useless(self, message: Message) -> DeletePayload | None:
+    def _useless(self) -> DeletePayload | None:
         return None  # its SPI may not even be one
 
 

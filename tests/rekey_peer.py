@@ -20,6 +20,7 @@ from ikectx.payloads import (
     TsPayload,
 )
 from mobike_ext.dh import KeyPair, fresh_length
+from mobike_ext.rekey import ChildRekey, IkeRekey, State
 
 from .peers import a_context
 from .test_exchange import MN, SA
@@ -96,3 +97,25 @@ class Peer:
                 case NotifyPayload(notify=Notify.USE_TRANSPORT_MODE) | TsPayload():
                     answer.append(payload)
         return self.twist(answer)
+
+
+class Caller:
+    """The agent around a machine: it has installed the new SA as soon as that is made."""
+
+    def __init__(self, machine: ChildRekey | IkeRekey) -> None:
+        self.machine = machine
+        self.local = machine.local
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        if self.machine.state is State.MADE:
+            self.machine.installed()
+        return self.machine.to_send(now)
+
+    def next_timer(self) -> float | None:
+        return self.machine.next_timer()
+
+    def handle_timer(self, now: float) -> None:
+        self.machine.handle_timer(now)
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        self.machine.receive(datagram, source, now)

@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 
 from ikectx.context import Endpoint
-from ikectx.errors import CharonError, LinkError, RefusedError
+from ikectx.errors import CharonError, KernelError, LinkError, RefusedError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.numbers import Notify, Protocol, Status
-from ikectx.payloads import NotifyPayload
+from ikectx.payloads import DeletePayload, NotifyPayload
 from mobike_ext import link
 from mobike_ext.answering import Asked, SpiResponder
 from mobike_ext.exchange import AddressUpdate
@@ -254,9 +254,21 @@ def test_a_child_and_an_ike_sa_are_rekeyed() -> None:
         ike = IkeRekey(
             IKE_SA, 7, gateway, node, new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS), policy=QUICK
         )
+        seen: list[object] = []
+
+        async def made(new: object) -> None:
+            seen.append(new)
+            if len(seen) == 2:
+                raise KernelError("no memory")
+
         with served(udp, RekeyPeer()):
-            report = asyncio.run(link.run_rekey(ike))
+            report = asyncio.run(link.run_rekey(ike, made=made))
         assert isinstance(report.result, IkeRekeyed)
+        assert seen == [report.result.generation]
+        peer = RekeyPeer()
+        with served(udp, peer), pytest.raises(KernelError):
+            asyncio.run(link.run_rekey(child(), made=made))
+        assert peer.requests[1].payloads == (DeletePayload(Protocol.ESP, (NEW,)),)
         errors = (NotifyPayload(Notify.NO_ADDITIONAL_SAS),)
         with (
             served(udp, RekeyPeer(errors=errors)),

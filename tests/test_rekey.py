@@ -19,7 +19,7 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.errors import RefusedError, UsageError
+from ikectx.errors import RefusedError, StateError, UsageError
 from ikectx.ikev2 import IkeHeader, Message, add_marker, seal_message
 from ikectx.keys import child_keys, sk_keys
 from ikectx.numbers import Encr, Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
@@ -41,9 +41,11 @@ from mobike_ext.rekey import (
     PAUSES,
     REKEY_OCTETS,
     TABLE,
+    ChildMade,
     ChildRekey,
     ChildRekeyed,
     Event,
+    IkeMade,
     IkeRekey,
     IkeRekeyed,
     Input,
@@ -52,7 +54,7 @@ from mobike_ext.rekey import (
 )
 
 from .air import Air
-from .rekey_peer import CHILD, IKE_SA, PEERS, Peer, Twist
+from .rekey_peer import CHILD, IKE_SA, PEERS, Caller, Peer, Twist
 from .test_exchange import FAST, MN, NSG, SA
 
 ESP, AH, IKE = Protocol.ESP, Protocol.AH, Protocol.IKE
@@ -83,12 +85,13 @@ def ike_rekey(generation: IkeGeneration = IKE_SA, **changes: object) -> IkeRekey
 def events(machine: ChildRekey | IkeRekey) -> list[Event]:
     found: list[Event] = []
     while (event := machine.next_event()) is not None:
-        found.append(event)
+        if not isinstance(event, ChildMade | IkeMade):
+            found.append(event)
     return found
 
 
 def run(machine: ChildRekey | IkeRekey, peer: Peer, **air: float) -> Event:
-    Air(**air).run(machine, peer)  # type: ignore[arg-type]
+    Air(**air).run(Caller(machine), peer)  # type: ignore[arg-type]
     assert machine.done
     [event] = events(machine)
     return event
@@ -258,6 +261,44 @@ def test_an_ike_sa(initiator: bool, encr: Encr, bits: int, integ: Integ) -> None
     ]
 
 
+# --- between answer and Delete ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
+def test_the_old_sa_stays_until_the_new_one_is_installed(make: Callable[[], ChildRekey | IkeRekey]) -> None:
+    machine, peer, air = make(), Peer(), Air()
+    with pytest.raises(StateError):
+        machine.installed()
+    air.run(machine, peer, until=100)
+    assert (machine.state, machine.next_timer(), len(peer.requests)) == (State.MADE, None, 1)
+    made = machine.next_event()
+    machine.installed()
+    air.run(machine, peer, until=1)
+    result = machine.next_event()
+    if isinstance(made, ChildMade):
+        assert result == ChildRekeyed(made.child, deleted=True)
+    else:
+        assert isinstance(made, IkeMade)
+        assert result == IkeRekeyed(made.generation, deleted=True)
+    with pytest.raises(StateError):
+        machine.installed()
+
+
+def test_a_child_that_cannot_be_installed_is_given_back() -> None:
+    machine, peer, air = child_rekey(), Peer(), Air()
+    air.run(machine, peer, until=1)
+    machine.abandon("the kernel has no memory")
+    air.run(machine, peer, until=1)
+    assert peer.requests[1].payloads == (DeletePayload(ESP, (NEW,)),)
+    assert events(machine) == [RekeyFailed(Notify.TEMPORARY_FAILURE, "the kernel has no memory")]
+    with pytest.raises(StateError):
+        machine.abandon("again")
+    other = ike_rekey()
+    Air().run(other, Peer(), until=1)
+    with pytest.raises(StateError):
+        other.abandon("it cannot")
+
+
 # --- errors ------------------------------------------------------------------------------------------------
 
 TEMPORARY = NotifyPayload(Notify.TEMPORARY_FAILURE)
@@ -298,7 +339,7 @@ def test_patience(make: Callable[[], ChildRekey | IkeRekey]) -> None:
 
 def test_the_pauses() -> None:
     machine, peer, air = child_rekey(), Peer(errors=(TEMPORARY,)), Air()
-    air.run(machine, peer, until=0.5)
+    air.run(Caller(machine), peer, until=0.5)
     assert machine.state is State.PAUSED
     assert machine.next_timer() == pytest.approx(0.02 + PAUSES[0])
     assert machine.to_send(0.6) == []
@@ -356,7 +397,7 @@ def test_the_new_sa_stands_where_the_delete_is_not_answered(
 ) -> None:
     machine, peer, air = make(), Peer(), Air()
     air.drop = lambda source, datagram: source == MN and len(peer.requests) > 1
-    air.run(machine, peer)
+    air.run(Caller(machine), peer)
     [event] = events(machine)
     assert isinstance(event, ChildRekeyed | IkeRekeyed)
     assert not event.deleted
@@ -438,7 +479,7 @@ def test_a_delete_of_what_is_of_no_use_may_be_lost() -> None:
     peer.twist = without(SaPayload)
     machine = child_rekey()
     air.drop = lambda source, datagram: source == MN and len(peer.requests) > 1
-    air.run(machine, peer)
+    air.run(Caller(machine), peer)
     [event] = events(machine)
     assert isinstance(event, RekeyFailed)
 
@@ -472,7 +513,7 @@ def test_proposals_may_say_that_there_is_no_key_exchange() -> None:
 def test_on_a_bad_link(seed: int, loss: float, of_child: bool, limit: int | None) -> None:
     peer = Peer(errors=(TEMPORARY,) if seed % 3 == 0 else ())
     machine = child_rekey(PFS, limit=limit) if of_child else ike_rekey(limit=limit)
-    Air(seed, loss=loss, double=0.3, delay=(0.0, 2.0)).run(machine, peer, until=100)
+    Air(seed, loss=loss, double=0.3, delay=(0.0, 2.0)).run(Caller(machine), peer, until=100)
     [event] = events(machine)
     created = [m for m in peer.requests if m.header.exchange is Exchange.CREATE_CHILD_SA]
     if isinstance(event, ChildRekeyed):
@@ -513,7 +554,7 @@ def test_authentic_nonsense_never_raises(data: st.DataObject) -> None:
 
     peer.twist = twist
     machine = child_rekey(PFS) if data.draw(st.booleans()) else ike_rekey()
-    Air().run(machine, peer, until=100)
+    Air().run(Caller(machine), peer, until=100)
     assert machine.done
 
 
@@ -555,12 +596,14 @@ def test_what_else_is_refused() -> None:
 def test_every_cell_of_the_table(state: State, what: Input) -> None:
     expected = {
         (State.NEW, Input.START): State.ASKING,
-        (State.ASKING, Input.MADE): State.DELETING,
+        (State.ASKING, Input.MADE): State.MADE,
         (State.ASKING, Input.BUSY): State.PAUSED,
         (State.ASKING, Input.ERROR): State.FAILED,
         (State.ASKING, Input.USELESS): State.DISCARDING,
         (State.ASKING, Input.GIVE_UP): State.SILENT,
         (State.PAUSED, Input.PAUSE_OVER): State.ASKING,
+        (State.MADE, Input.INSTALLED): State.DELETING,
+        (State.MADE, Input.ABANDON): State.DISCARDING,
         (State.DELETING, Input.DELETED): State.DONE,
         (State.DELETING, Input.GIVE_UP): State.DONE,
         (State.DISCARDING, Input.DELETED): State.FAILED,
