@@ -43,7 +43,7 @@ class Tunnel:
     `family` and `inner`: IP version outside and inside. `initiator`: mn or gateway. `shared`: the gateways
     have one outer address, and it moves along with the tunnel. `ike`, `esp`: proposals. `connection`,
     `child`: further settings of swanctl.conf.
-    `mobile`: the mobile node has an agent, too, and gateways answer its CTARs. `by_packet`: they ask each
+    `mobile`: the mobile node has an agent, too. `by_packet`: they ask each
     other about IKE messages for SAs they do not know. `second`: there is another mobile node, mn2, with a
     connection of its own. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
     """
@@ -294,9 +294,8 @@ def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     other = "nsg" if host == "psg" else "psg"
     addresses = ", ".join(f'"{address}"' for address in outer(host, tunnel))
     more = "".join(f"{key} = {_toml(value)}\n" for key, value in tunnel.transfer.items())
-    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n\n' for name in tunnel.mobiles)
-    if tunnel.mobile:
-        sections += f"[mobile]\nlisten = [{addresses}]\n\n"
+    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n\n' for name in MOBILES)
+    sections += f"[mobile]\nlisten = [{addresses}]\n\n"
     if tunnel.by_packet:
         sections += f'[by_packet]\nask = ["{other}"]\n\n'
     rights = ["push", "pull"]
@@ -346,7 +345,8 @@ def mobile_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     """The configuration of a mobile node's agent: it knows both gateways."""
     folder = work / host
     gateways = "".join(
-        f'[[gateway]]\nname = "{name}"\naddress = {_toml(list(OUTER[name].values()))}\n\n' for name in GATEWAYS
+        f'[[gateway]]\nname = "{name}"\naddress = {_toml(list(OUTER[name].values()))}\n\n'
+        for name in GATEWAYS
     )
     return f'''state_dir = "{folder}/state"
 

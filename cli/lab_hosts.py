@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,26 +99,48 @@ class Lab:
         self.stop_daemons()
         self._save(tunnel, agents)
         self._write(tunnel, overrides or {})
-        for host in self.agent_hosts:
-            self.start_agent(host, wait=False)
-        for host in self.agent_hosts:
-            self.wait_agent(host)
-        for host in tunnel.charons:
-            self.start_charon(host, wait=False)
-        for host in tunnel.charons:
-            self.wait_charon(host)
+        self._start(tunnel.charons)
 
     @property
     def agent_hosts(self) -> tuple[str, ...]:
         """The hosts with an agent."""
         return self.tunnel.agents if self.agents else ()
 
+    def _start(self, hosts: Sequence[str]) -> None:
+        agents = [host for host in hosts if host in self.agent_hosts]
+        for host in agents:
+            self.start_agent(host, wait=False)
+        for host in agents:
+            self.wait_agent(host)
+        for host in hosts:
+            self.start_charon(host, wait=False)
+        for host in hosts:
+            self.wait_charon(host)
+
     def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
-        """Gives the running charons another configuration; their SAs stay."""
+        """Gives running charons another configuration. SAs stay where no daemon of the host starts anew.
+
+        Those start anew that read files of their own which are others now.
+        """
+        hosts = dict.fromkeys((*self.tunnel.charons, *tunnel.charons))
+        before = {host: self._own_files(host) for host in hosts}
         self._save(tunnel, self.agents)
         self._write(tunnel, overrides or {})
+        anew = [host for host in hosts if self._own_files(host) != before[host]]
+        self.stop_daemons(anew)
+        self._start([host for host in tunnel.charons if host in anew])
         for host in tunnel.charons:
-            self._load(host)
+            if host not in anew:
+                self._load(host)
+
+    def _own_files(self, host: str) -> tuple[str, ...]:
+        """What the daemons of a host read once, when they start; nothing where it has none."""
+        if host not in self.tunnel.charons:
+            return ()
+        paths = [self.work / host / "strongswan.conf"]
+        if host in self.agent_hosts:
+            paths.append(agent_file(self.work, host))
+        return tuple(path.read_text() if path.exists() else "" for path in paths)
 
     def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         write_all(self.work, tunnel, overrides)
@@ -249,9 +271,9 @@ class Lab:
             process.kill()
             process.wait()
 
-    def stop_daemons(self) -> None:
+    def stop_daemons(self, hosts: Collection[str] = HOSTS) -> None:
         """Ends charons and agents and clears what they left in the kernel."""
-        pairs = [pair for pair in self.started if pair[1] in ("charon", "agent")]
+        pairs = [pair for pair in self.started if pair[1] in ("charon", "agent") and pair[0] in hosts]
         for pair in pairs:
             self.started[pair].terminate()
         for pair in pairs:

@@ -199,7 +199,7 @@ class Runner:
     def _moved(self, reports: Sequence[dict[str, Any]], target: str) -> None:
         self.report.add_transfer(reports)
         self._serves["mn"] = target
-        if self._lab.tunnel.libipsec:
+        if self._lab.tunnel.libipsec and not self._lab.tunnel.shared:
             # no charon changes the addresses of user-space ESP: the mobile node rekeys, and asks again after
             # four seconds where nsg was not yet active when it asked first
             self._until(partial(self._renewed, "mn", "child", self._children), "mn: no rekeyed child SA")
@@ -519,8 +519,7 @@ def _prepared(
         return lab
     if disturbed:
         lab.net.restore()
-    same = lab.agents == scenario.agents and lab.tunnel.same_daemons(tunnel)
-    if clean and same and not scenario.fresh and lab.clear():
+    if clean and lab.agents == scenario.agents and not scenario.fresh and lab.clear():
         lab.reload(tunnel, scenario.overrides)
     else:
         lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)

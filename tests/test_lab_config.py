@@ -11,7 +11,7 @@ from cryptography import x509
 
 from ikectx_cli import config, lab_vm, mobile_config, settings
 from ikectx_cli.lab_config import Tunnel, gateway_conf, mobile_conf, strongswan_conf, write_all
-from ikectx_cli.lab_net import CHARONS, GATEWAYS
+from ikectx_cli.lab_net import CHARONS, GATEWAYS, MOBILES
 
 SHAPES = [
     Tunnel(),
@@ -50,11 +50,9 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
         assert ("connections.mn.children.net2.mode" in swan) == (tunnel.children == 2)
         agent = config.load(tmp_path / host / "ikectx.toml")
         assert agent.name == host and len(agent.peers) == 1
-        assert (agent.mobile is not None) == tunnel.mobile and (
-            agent.by_packet is not None
-        ) == tunnel.by_packet
+        assert agent.mobile is not None and (agent.by_packet is not None) == tunnel.by_packet
         assert agent.transfer.collision == tunnel.transfer.get("collision", "update")
-        assert set(agent.connections) == set(tunnel.mobiles)
+        assert set(agent.connections) == set(MOBILES)
         for mobile in tunnel.mobiles:
             assert swan[f"connections.{mobile}.remote.id"] == f"{mobile}.example"
             assert swan.get(f"connections.{mobile}.pools") == (mobile if tunnel.vip else None)
