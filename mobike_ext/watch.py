@@ -82,6 +82,11 @@ class Watcher:
         self._since = 0.0
         self._resume: asyncio.TimerHandle | None = None
 
+    @property
+    def asking(self) -> int:
+        """Questions under way."""
+        return len(self._asking)
+
     def start(self) -> None:
         """Open the sockets. Errors: LinkError."""
         for version in (4, 6):
