@@ -33,6 +33,8 @@ CHUNK = 1 << 14
 RESOLVE_AGAIN = 60.0
 """Seconds for which a peer's name keeps its addresses."""
 BACKLOG = 64
+_SCTP_RTOINFO = 0
+_SCTP_ASSOCINFO = 1
 _SCTP_NODELAY = 3
 _SCTP_PEER_ADDR_PARAMS = 9
 _SCTP_GET_PEER_ADDRS = 108
@@ -223,9 +225,14 @@ def _tune(sock: socket.socket, protocol: Transport, seconds: float) -> None:
         (tcp, socket.TCP_USER_TIMEOUT, 3000 * whole),
     ]
     if protocol == "sctp":
-        # struct sctp_paddrparams: heartbeats each `whole` seconds, two may stay unanswered
+        # heartbeats each `whole` seconds, two may stay unanswered, and no wait for an answer is longer
         beats = struct.pack("=i128xIHIIIIBx", 0, 1000 * whole, 2, 0, 0, _SPP_HB_ENABLE, 0, 0)
-        options = [(sctp, _SCTP_NODELAY, 1), (sctp, _SCTP_PEER_ADDR_PARAMS, beats)]
+        options = [
+            (sctp, _SCTP_NODELAY, 1),
+            (sctp, _SCTP_RTOINFO, struct.pack("=iIII", 0, 1000, 1000 * whole, 1000)),
+            (sctp, _SCTP_ASSOCINFO, struct.pack("=iHHIII", 0, 2, 0, 0, 0, 0)),
+            (sctp, _SCTP_PEER_ADDR_PARAMS, beats),
+        ]
     for level, name, value in options:
         with contextlib.suppress(OSError):
             sock.setsockopt(level, name, value)
@@ -236,8 +243,10 @@ def _one_address_each(sock: socket.socket) -> None:
     for option, whose in ((_SCTP_GET_LOCAL_ADDRS, "this end"), (_SCTP_GET_PEER_ADDRS, "the other end")):
         try:
             (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_SCTP, option, 1024), 4)
-        except (OSError, struct.error):
-            raise LinkError(f"the addresses of {whose} of an SCTP association cannot be read") from None
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOTCONN):
+                return  # the association has ended: nothing is sent any more, and what came, came before
+            raise LinkError(f"the addresses of {whose} cannot be read: {_reason(error)}") from None
         if count != 1:
             raise LinkError(
                 f"{whose} of an SCTP association has {count} addresses",
