@@ -40,6 +40,7 @@ local STATUSES = {
 local ALGORITHMS = { [0] = "none", [1] = "HMAC_SHA1", [0xFF01] = "MN_TOKEN (HMAC-SHA-256)" }
 local PURPOSES = { [1] = "announce", [2] = "arrive" }
 local PROTOCOLS = { [0] = "none", [1] = "IKE", [2] = "AH", [3] = "ESP" }
+local SPI_SIZES = { [1] = 8, [2] = 4, [3] = 4 }
 local NOTIFIES = { [41960] = "UPDATE_SPI_SUPPORTED", [41961] = "UPDATE_SPI", [41962] = "UPDATE_SPI_REFUSED" }
 local REASONS = { [1] = "unknown SA", [2] = "new SPI unusable", [3] = "not allowed", [4] = "busy with a rekey" }
 
@@ -86,6 +87,9 @@ local f = {
   care_of6 = ProtoField.ipv6("cxtp.mn_token.care_of6", "Care-of address"),
   tag = ProtoField.bytes("cxtp.mn_token.tag", "Tag"),
   profile = ProtoField.string("cxtp.profile", "Profile"),
+  new_protocol = ProtoField.uint8("cxtp.new_spis.protocol", "Renamed SA, protocol", base.DEC, PROTOCOLS),
+  new_old = ProtoField.bytes("cxtp.new_spis.old", "Old SPI"),
+  new_new = ProtoField.bytes("cxtp.new_spis.new", "New SPI"),
   proof = ProtoField.uint16("cxtp.proof", "IKE message of the MN, octets"),
 }
 for _, field in pairs(f) do
@@ -159,6 +163,21 @@ local function dissect_token(r, tree, kind)
   add(r, tree, f.tag, 16, "tag")
 end
 
+-- Each SPI on which the new gateway receives, old and new; a protocol of 0 ends the list.
+local function dissect_new_spis(r, tree)
+  while r.at < r.stop and r.tvb(r.at, 1):uint() ~= 0 do
+    local protocol, item = add(r, tree, f.new_protocol, 1)
+    local size = take(r, 1, "octets of an SPI"):uint()
+    if SPI_SIZES[protocol:uint()] ~= size then
+      item:add_proto_expert_info(e.malformed, "an SPI of " .. size .. " octets")
+      return
+    end
+    add(r, item, f.new_old, size, "old SPI")
+    add(r, item, f.new_new, size, "new SPI")
+  end
+  if not zero(r) then tree:add_proto_expert_info(e.malformed, "something behind the end of the list") end
+end
+
 local function dissect_block(r, tree, kind, profiles)
   local start = r.at
   local item = tree:add(f.block, r.tvb(start, math.min(4, r.stop - start)))
@@ -194,6 +213,12 @@ local function dissect_block(r, tree, kind, profiles)
       item:add_proto_expert_info(e.malformed, "the token ends within: " .. SHORT.what)
     elseif inner.stop - inner.at > 7 or not zero(inner) then
       item:add_proto_expert_info(e.malformed, "octets behind the token are not padding")
+    end
+  elseif fpt == NEW_SPIS and kind == 2 then
+    local fine, problem = pcall(dissect_new_spis, inner, item)
+    if not fine then
+      if problem ~= SHORT then error(problem, 0) end
+      item:add_proto_expert_info(e.malformed, "the list ends within: " .. SHORT.what)
     end
   elseif fpt == IKEV2_SA and (kind == 1 or kind == 7) and range:len() >= 16 then
     add(inner, item, f.spi_i, 8)
@@ -424,7 +449,6 @@ local refused =
 update.experts = { bad_notify, refused }
 
 local notify_type = Field.new("isakmp.notify.msgtype")
-local SPI_SIZES = { [1] = 8, [2] = 4, [3] = 4 }
 
 -- `range`: the body of a notify payload (RFC 7296, 3.10): protocol, SPI size, type, SPI, data.
 local function dissect_notify(range, tree)

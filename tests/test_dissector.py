@@ -90,7 +90,8 @@ def write_pcap(path: Path, packets: Iterable[bytes]) -> None:
 FIELDS = """
 frame.number _ws.expert.message _ws.col.Protocol _ws.col.Info cxtp.malformed cxtp.failed cxtp.profile
 cxtp.type cxtp.flags.v cxtp.flags.a cxtp.flags.s cxtp.length cxtp.mn cxtp.mn6 cxtp.router cxtp.router6
-cxtp.proof cxtp.sequence cxtp.token cxtp.elapsed cxtp.algorithm cxtp.key_length cxtp.key
+cxtp.proof cxtp.new_spis.protocol cxtp.new_spis.old cxtp.new_spis.new
+cxtp.sequence cxtp.token cxtp.elapsed cxtp.algorithm cxtp.key_length cxtp.key
 cxtp.block.fpt cxtp.block.length cxtp.block.p cxtp.block.presence cxtp.block.data cxtp.spi_i cxtp.spi_r
 cxtp.status.fpt cxtp.status cxtp.mn_token.purpose cxtp.mn_token.port cxtp.mn_token.expiry
 cxtp.mn_token.psg cxtp.mn_token.nsg cxtp.mn_token.care_of cxtp.mn_token.care_of6 cxtp.mn_token.tag
@@ -169,6 +170,7 @@ def a_token(mn: Address, router: Address, care_of: Endpoint | None, purpose: Pur
 
 
 PROBE = b"".join(SPIS) + bytes.fromhex("2e2025080000000700000b00") + bytes(2788)  # an IKE header, and SK
+NEW_SPIS = (b"\x03\x04" + bytes.fromhex("c0ffee01c0ffee02"), b"\x01\x08" + SPIS[0] + SPIS[1])
 STREAM: tuple[tuple[int, Message], ...] = (
     (0, Pctd(MN, blocks_of(Fpt.IKEV2_SA, LARGE) + blocks_of(Fpt.PAD, b"\xa1\x00\x01"), 7)),
     (1, Ctdr(MN, (StatusBlock(Fpt.IKEV2_SA), StatusBlock(Fpt.SAD, Status.ESP_SPI_IN_USE)))),
@@ -185,6 +187,13 @@ AIR: tuple[Message, ...] = (
     a_token(MN6, PSG6, Endpoint(ip_address("2001:db8:3::9"), 4500), Purpose.ARRIVE),
     a_token(MN, PSG, Endpoint(ip_address("203.0.113.99"), 4501), Purpose.ARRIVE),
     seal_ctaa(KEY, MN, 0x01020304, (StatusBlock(Fpt.MLD, Status.BAD_CHECKSUM),), purpose=Purpose.ARRIVE),
+    seal_ctaa(
+        KEY,
+        MN,
+        0x01020304,
+        blocks=(ContextDataBlock(Fpt.NEW_SPIS, b"".join(NEW_SPIS)),),
+        purpose=Purpose.ARRIVE,
+    ),
     Ctaa(MN6, (StatusBlock(Fpt.SAD, Status.BUSY), StatusBlock(Fpt(0x1234), Status(0xEE)))),
 )
 WRONG = (
@@ -198,6 +207,8 @@ WRONG = (
     b"\x13\x80\x00\x10" + bytes(4) + MN.packed + b"\xff\x01\x02\x00",
     b"\x13\x80\x00\x10" + bytes(4) + MN.packed + b"\xff\x01\x00\x80",
     Ctar(MN, NSG, 1, 1, (ContextDataBlock(Fpt.MN_TOKEN, bytes(20)),)).serialize(),
+    Ctaa(MN, blocks=(ContextDataBlock(Fpt.NEW_SPIS, b"\x03\x08" + bytes(10)),)).serialize(),
+    Ctaa(MN, blocks=(ContextDataBlock(Fpt.NEW_SPIS, b"\x03\x04" + bytes(2)),)).serialize(),
     Ctdr(MN, (StatusBlock(Fpt.SAD),)).serialize()[:-1].replace(b"\x00\x0c", b"\x00\x0b", 1),
 )
 
@@ -326,7 +337,7 @@ def test_messages_on_the_air(seen: Seen, number: int) -> None:
 
 
 def test_tokens(seen: Seen) -> None:
-    announce, arrive6, arrive, tagged, plain = seen.air
+    announce, arrive6, arrive, tagged, renamed, plain = seen.air
     assert [row["cxtp.mn_token.purpose"] for row in (announce, arrive6, arrive)] == [["1"], ["2"], ["2"]]
     assert announce["cxtp.mn_token.port"] == ["0"]
     assert not {"cxtp.mn_token.care_of", "cxtp.mn_token.care_of6"} & set(announce)
@@ -338,6 +349,9 @@ def test_tokens(seen: Seen) -> None:
     assert tagged["cxtp.mn_token.tag"] == [hexed(ctaa.blocks[0].data[4:20])]
     assert tagged["cxtp.mn_token.purpose"] == ["2"]
     assert "MLD BAD_CHECKSUM" in tagged["_ws.col.Info"][0]
+    assert renamed["cxtp.new_spis.protocol"] == ["3", "1"]
+    assert renamed["cxtp.new_spis.old"] == ["c0ffee01", hexed(SPIS[0])]
+    assert renamed["cxtp.new_spis.new"] == ["c0ffee02", hexed(SPIS[1])]
     assert "cxtp.mn_token.tag" not in plain
     assert "0x1234 0xee" in plain["_ws.col.Info"][0]
 
@@ -353,6 +367,8 @@ SAID = (
     "the block is longer than the message",
     "no room for its presence vector",
     "the token ends within",
+    "an SPI of 8 octets",
+    "the list ends within: old SPI",
     "it ends within: ",
 )
 
