@@ -38,12 +38,11 @@ from ikectx.context import (
     Lifetime,
     ReplayState,
     Secret,
-    TrafficSelector,
 )
 from ikectx.errors import RefusedError, StateError, UsageError, WireError
 from ikectx.ikev2 import Message, RetransmitPolicy
 from ikectx.keys import sk_keys
-from ikectx.numbers import Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
+from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.payloads import (
     AnyPayload,
     DeletePayload,
@@ -51,10 +50,7 @@ from ikectx.payloads import (
     NoncePayload,
     NotifyPayload,
     Proposal,
-    RawSelector,
     SaPayload,
-    Transform,
-    TransformType,
     TsPayload,
 )
 from ikectx.ports import MoveReport
@@ -63,6 +59,7 @@ from . import dh
 from .asking import Asking, Fresh
 from .exchange import Silent
 from .notify import usable_spi
+from .offers import child_offer, chosen_of, ike_offer, narrowed
 
 REKEY_OCTETS = 2048
 """Fresh random octets that a rekey wants."""
@@ -377,21 +374,6 @@ class _Rekey:
     def _ke_payloads(self) -> list[AnyPayload]:
         return [] if self._pair is None else [KePayload(self._ke, self._pair.public)]
 
-    def _ke_transforms(self) -> list[Transform]:
-        return [] if self._pair is None else [Transform(TransformType.KE, self._ke)]
-
-    def _chosen(self, message: Message, offered: Proposal) -> Proposal:
-        """The one proposal of the answer, which must be `offered` but for its SPI."""
-        found = [p for p in message.payloads if isinstance(p, SaPayload)]
-        if len(found) != 1 or len(found[0].proposals) != 1:
-            raise WireError("the answer has not one proposal")
-        (chosen,) = found[0].proposals
-        if chosen.protocol != offered.protocol or _kinds(chosen) != _kinds(offered):
-            raise WireError("the answer's proposal was not offered")
-        if not usable_spi(self.protocol, chosen.spi):
-            raise WireError("the answer's SPI cannot be one")
-        return chosen
-
     def _keys(self, message: Message) -> tuple[bytes, Secret]:
         """(the peer's nonce, g^ir)."""
         nonces = [p.nonce for p in message.payloads if isinstance(p, NoncePayload)]
@@ -458,14 +440,7 @@ class ChildRekey(_Rekey):
         )
 
     def _offered(self) -> Proposal:
-        child, transforms = self.child, list[Transform]()
-        if child.protocol is Protocol.ESP:
-            transforms.append(Transform.encr(child.encr, child.encr_bits))
-        if child.integ is not Integ.NONE:
-            transforms.append(Transform(TransformType.INTEG, child.integ))
-        transforms += self._ke_transforms()
-        transforms.append(Transform(TransformType.ESN, int(child.esn)))
-        return Proposal(1, child.protocol, tuple(transforms), self._new_spi)
+        return child_offer(self.child, self._ke, self._new_spi)
 
     def _wanted(self) -> list[AnyPayload]:
         child = self.child
@@ -487,7 +462,7 @@ class ChildRekey(_Rekey):
 
     def _made(self, message: Message) -> ChildRekeyed:
         child = self.child
-        chosen = self._chosen(message, self._offered())
+        chosen = chosen_of(message, self._offered())
         nonce, secret = self._keys(message)
         if bool(message.notifies(Notify.USE_TRANSPORT_MODE)) != (child.mode is Mode.TRANSPORT):
             raise WireError("the answer is for another mode")
@@ -502,8 +477,8 @@ class ChildRekey(_Rekey):
             ke=self._ke,
             secret=secret,
             add_secret=NO_SECRET,
-            local_ts=_narrowed(message, Payload.TSI, child.local_ts),
-            remote_ts=_narrowed(message, Payload.TSR, child.remote_ts),
+            local_ts=narrowed(message, Payload.TSI, child.local_ts),
+            remote_ts=narrowed(message, Payload.TSR, child.remote_ts),
             inbound=ReplayState(window=child.inbound.window, esn=child.esn),
             outbound=ReplayState(window=child.outbound.window, esn=child.esn),
             lifetime=Lifetime(),
@@ -549,19 +524,14 @@ class IkeRekey(_Rekey):
         super().__init__(generation, message_id, local, remote, fresh, method, policy, limit)
 
     def _offered(self) -> Proposal:
-        old = self.generation
-        transforms = [Transform.encr(old.encr, old.encr_bits)]
-        if old.integ is not Integ.NONE:
-            transforms.append(Transform(TransformType.INTEG, old.integ))
-        transforms += [Transform(TransformType.PRF, old.prf), *self._ke_transforms()]
-        return Proposal(1, Protocol.IKE, tuple(transforms), self._new_spi)
+        return ike_offer(self.generation, self._ke, self._new_spi)
 
     def _wanted(self) -> list[AnyPayload]:
         return [SaPayload((self._offered(),)), NoncePayload(self._nonce), *self._ke_payloads()]
 
     def _made(self, message: Message) -> IkeRekeyed:
         old = self.generation
-        chosen = self._chosen(message, self._offered())
+        chosen = chosen_of(message, self._offered())
         nonce, secret = self._keys(message)
         new = replace(
             old,
@@ -588,36 +558,4 @@ class IkeRekey(_Rekey):
 def _not_covered(message: str) -> RefusedError:
     return RefusedError(
         message, hint="let its peer rekey it first, or refuse collisions", status=Status.NOT_COVERED
-    )
-
-
-def _kinds(proposal: Proposal) -> list[tuple[int, int, int]]:
-    """Its transforms, in an order of their own; "no key exchange" may be said or not."""
-    found = [(one.type, one.id, one.key_bits) for one in proposal.transforms]
-    return sorted(one for one in found if one[:2] != (TransformType.KE, KeMethod.NONE))
-
-
-def _narrowed(
-    message: Message, kind: Payload, offered: tuple[TrafficSelector, ...]
-) -> tuple[TrafficSelector, ...]:
-    """The answer's selectors: those offered, or parts of them (RFC 7296, 2.9)."""
-    found = [p.selectors for p in message.payloads if isinstance(p, TsPayload) and p.type == kind]
-    if len(found) != 1 or not found[0]:
-        raise WireError(f"the answer has no {kind.name}")
-    plain = {replace(one, dynamic=False): one for one in offered}
-    taken: list[TrafficSelector] = []
-    for one in found[0]:
-        if isinstance(one, RawSelector) or not any(_within(one, whole) for whole in offered):
-            raise WireError(f"{kind.name} of the answer was not offered")
-        taken.append(plain.get(one, one))
-    return offered if set(taken) == set(offered) else tuple(taken)
-
-
-def _within(one: TrafficSelector, whole: TrafficSelector) -> bool:
-    return (
-        one.start.version == whole.start.version
-        and int(whole.start) <= int(one.start) <= int(one.end) <= int(whole.end)
-        and whole.protocol in (0, one.protocol)
-        and whole.start_port <= one.start_port
-        and one.end_port <= whole.end_port
     )
