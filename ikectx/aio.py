@@ -400,6 +400,7 @@ class Gateway:
             # it names no more than the MN: it ends what can still be ended, in both directions
             self._moves.cancelled(link.peer, message)
             self._desks.cancelled(link, message)
+            self._serving.cancelled(link, message)
         elif isinstance(message, Pctd | Ctd):
             self._desks.desk(link.peer, message.mn).post.put_nowait((link, message))
         elif isinstance(message, CtReq) and self._links is not None:

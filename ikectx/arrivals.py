@@ -287,7 +287,7 @@ class Arrivals:
         def allowed(context: IkeContext) -> None:
             key.append(tokens.token_key(context.current, message.sequence))
             self._verify(key[0], arrival, Purpose.ANNOUNCE, self._parts.name, peer.name)
-            self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until)
+            self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until, run.transfer_id)
             run.token = (algorithm, key[0])
 
         await self._moves.grant(run, allowed)

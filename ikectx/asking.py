@@ -2,7 +2,7 @@
 
 A CT-Req is repeated with the same sequence number, with back-off, while pSG is busy or the connection
 breaks, for `Timing.request` seconds. RFC 4067 has no answer that says no to it; ours is a CTDR with S = 0 and
-a status of FPT REQUEST.
+statuses of FPT REQUEST (`refuse_request`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 from .context import Address, Endpoint, IkeContext
-from .cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq
+from .cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq, StatusBlock
 from .desk import Arrived, Desk
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
 from .incoming import Incoming
@@ -81,6 +81,23 @@ def named_sa(blocks: Sequence[ContextDataBlock]) -> tuple[SaName | None, bool]:
             flags = block.data[16] if len(block.data) > 16 else 0
             return sa if any(block.data[:16]) else None, bool(flags & CHECK_ONLY)
     return None, False
+
+
+def refuse_request(request: CtReq, status: Status) -> Ctdr:
+    """The CTDR that refuses a CT-Req: FPT REQUEST with the status, and with its sequence number by octets.
+
+    The MN's address alone would let a late refusal pass for one of what was asked for after it.
+    """
+    said = (status, *request.sequence.to_bytes(4))
+    return Ctdr(request.mn, tuple(StatusBlock(Fpt.REQUEST, Status(octet)) for octet in said))
+
+
+def refused_request(message: Ctdr) -> tuple[Status, int]:
+    """Status and sequence number of such a CTDR; OK: it is not one."""
+    said = [block.status for block in message.statuses if block.fpt == Fpt.REQUEST]
+    if len(said) != 5 or message.complete:
+        return Status.OK, 0
+    return said[0], int.from_bytes(bytes(said[1:]))
 
 
 class Ask:
@@ -188,9 +205,10 @@ class Asking:
 
     def refused(self, link: Link, message: Ctdr) -> bool:
         """The CTDR that answers a CT-Req; False: nobody had asked."""
-        status = next((s.status for s in message.statuses if s.fpt == Fpt.REQUEST), None)
-        ask = next((a for a in self._open if a.peer.name == link.peer.name and a.mn == message.mn), None)
-        if ask is None or status is None or status is Status.OK:
+        status, sequence = refused_request(message)
+        name = (link.peer.name, message.mn, sequence)
+        ask = next((a for a in self._open if (a.peer.name, a.mn, a.request.sequence) == name), None)
+        if ask is None or status is Status.OK:
             return False
         self._count(ask, len(message.serialize()))
         ask.events.put_nowait(status)
@@ -233,7 +251,7 @@ class Asking:
 
     async def _give_up(self, ask: Ask) -> None:
         """What has not come in time is not to come later: tell pSG, and clear away what there is of it."""
-        if not ask.late:
+        if ask.done or not (ask.late or ask.attempts > 1):
             return
         if ask.link is not None and ask.link.error is None:
             with contextlib.suppress(LinkError):

@@ -7,15 +7,16 @@ sender already, so all of its SA goes there in one CTD.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import proof, tokens
-from .asking import named_sa
-from .context import IkeContext
-from .cxtp import Ctdr, CtReq, StatusBlock
+from .asking import named_sa, refuse_request
+from .context import Address, IkeContext
+from .cxtp import Ctc, CtReq
 from .errors import BusyError, IkectxError, LinkError, RefusedError, UnknownSaError, WireError
 from .links import Link, Links
 from .moves import Moves
@@ -44,7 +45,10 @@ class MobileConfig:
 
 
 class UsedTokens:
-    """Tokens that have served: each does once, until it expires. In the store, so that it stays so."""
+    """Tokens that have served: each does once, until it expires. In the store, so that it stays so.
+
+    One that began a transfer which came to nothing has not served.
+    """
 
     KIND = "token"
 
@@ -53,30 +57,34 @@ class UsedTokens:
         self._wall = parts.wall
         self._pruned = 0.0
 
-    def use(self, sa: SaName, sequence: int, purpose: int, until: float) -> None:
-        """Errors: TokenError when it was used before; StoreError."""
+    def use(self, sa: SaName, sequence: int, purpose: int, until: float, transfer_id: bytes) -> None:
+        """It is used for that transfer. Errors: TokenError when it was for another; StoreError."""
         now = self._wall()
         if now - self._pruned > 60:
             self._pruned = now
             for key, value in self._store.items(self.KIND):
-                if int.from_bytes(value) < now:
+                if int.from_bytes(value[:8]) < now:
                     self._store.delete(self.KIND, key)
         key = f"{sa[0].hex()}_{sa[1].hex()}_{sequence:08x}_{int(purpose)}"
-        if self._store.get(self.KIND, key) is not None:
-            raise TokenError("the token was used before")
-        self._store.put(self.KIND, key, max(0, round(until)).to_bytes(8))
+        used = self._store.get(self.KIND, key)
+        if used is not None and used[8:] != transfer_id:
+            began = self._store.find("source", used[8:])
+            if began is not None and began.result not in ("kept", "refused"):
+                raise TokenError("the token was used before")
+        self._store.put(self.KIND, key, max(0, round(until)).to_bytes(8) + transfer_id)
 
 
 class _Served:
     """One CT-Req: under way, or how it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: str, mn: Address) -> None:
+        self.peer = peer
+        self.mn = mn
+        self.task: asyncio.Task[None] | None = None
         self.open = True
         self.moved = False
         self.final: Status | None = None
         """The refusal that every copy gets; None: a copy may try again."""
-        self.used = False
-        """Its token was marked as used for it."""
 
 
 class Serving:
@@ -105,7 +113,7 @@ class Serving:
         key = (link.peer.name, message.serialize())
         served = self._served.get(key)
         if served is None:
-            served = self._served[key] = _Served()
+            served = self._served[key] = _Served(link.peer.name, message.mn)
             self._forget()
         elif served.open or served.moved:
             log.info("%s asks again for the SA of %s", link.label, message.mn)
@@ -114,7 +122,14 @@ class Serving:
             await self._refuse(link, message, served.final)
             return
         served.open = True
-        self._tasks.spawn(self._serve(served, link, message), f"ikectx request of {link.peer.name}")
+        work = self._serve(served, link, message)
+        served.task = self._tasks.spawn(work, f"ikectx request of {link.peer.name}")
+
+    def cancelled(self, link: Link, message: Ctc) -> None:
+        """The peer's CTC: what it pulled is not to be tried any more."""
+        for served in self._served.values():
+            if served.open and (served.peer, served.mn) == (link.peer.name, message.mn) and served.task:
+                served.task.cancel()
 
     def _forget(self) -> None:
         for key in list(self._served):
@@ -126,7 +141,7 @@ class Serving:
     async def _serve(self, served: _Served, link: Link, message: CtReq) -> None:
         status: Status | None = Status.FAILED
         try:
-            status = await self._grant(served, link, message)
+            status = await self._grant(link, message)
             served.moved = status is Status.OK
         except (BusyError, LinkError) as error:
             status = error.status
@@ -145,15 +160,15 @@ class Serving:
 
     async def _refuse(self, link: Link, message: CtReq, status: Status) -> None:
         try:
-            await link.send(Ctdr(message.mn, (StatusBlock(Fpt.REQUEST, status),)))
+            await link.send(refuse_request(message, status))
         except LinkError as error:
             log.info("%s was not told: %s", link.peer.name, error)
 
-    async def _grant(self, served: _Served, link: Link, message: CtReq) -> Status | None:
+    async def _grant(self, link: Link, message: CtReq) -> Status | None:
         """How it ended: OK, what the peer must hear, None where it knows."""
         with self._links().in_use(link.peer):
             if message.token or any(block.fpt == Fpt.MN_TOKEN for block in message.blocks):
-                return await self._by_token(served, link, message)
+                return await self._by_token(link, message)
             if any(block.fpt == Fpt.PROOF for block in message.blocks):
                 return await self._by_packet(link, message)
             return await self._pull(link, message)
@@ -184,13 +199,13 @@ class Serving:
 
     # -- by the MN ---------------------------------------------------------------------------------------
 
-    async def _by_token(self, served: _Served, link: Link, message: CtReq) -> Status | None:
+    async def _by_token(self, link: Link, message: CtReq) -> Status | None:
         mobile = self._mobile
         if mobile is None:
             raise RefusedError("no MN may ask for anything here", status=Status.NOT_ALLOWED)
         sa = await self.token_sa(message, mobile)
 
-        def allowed(context: IkeContext) -> None:
+        def allowed(context: IkeContext, run: Outgoing) -> None:
             token = tokens.verify(
                 tokens.token_key(context.current, message.sequence),
                 message,
@@ -201,18 +216,15 @@ class Serving:
                 skew=mobile.skew,
                 rfc=mobile.rfc_token,
             )
-            if not served.used:
-                now = self._parts.wall()
-                until = now + tokens.MAX_LIFETIME if token is None else token.expiry
-                self._used.use(sa, message.sequence, Purpose.ARRIVE, until + mobile.skew)
-                served.used = True
+            until = self._parts.wall() + tokens.MAX_LIFETIME if token is None else token.expiry
+            self._used.use(sa, message.sequence, Purpose.ARRIVE, until + mobile.skew, run.transfer_id)
 
         run = self._moves.moving(sa)
         announced = (SourceState.ANNOUNCED, SourceState.AWAITING)
         if run is not None and run.peer.name == link.peer.name and run.machine.state in announced:
             if run.context is None:
                 raise BusyError("it is being announced")
-            allowed(run.context)
+            allowed(run.context, run)
             if run.held and run.link is link and run.sequence == message.sequence:
                 run.asked(len(message.serialize()))
                 run.signals.put_nowait(SourceInput.REQUESTED)
@@ -221,7 +233,8 @@ class Serving:
             # whether the peer has what was announced is not certain: all of it, anew
             run.signals.put_nowait(SourceInput.CANCEL)
             await run.over.wait()
-        return await self._whole(self._outgoing(link, sa, message), allowed)
+        run = self._outgoing(link, sa, message)
+        return await self._whole(run, lambda context: allowed(context, run))
 
     async def token_sa(self, message: CtReq, mobile: MobileConfig) -> SaName:
         """The SA that a token is for. Errors: TokenError, UnknownSaError."""

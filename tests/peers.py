@@ -167,6 +167,8 @@ class MemoryGateway:
         self.wait: dict[str, asyncio.Event] = {}
         """Steps that last until their event is set."""
         self.calls: list[str] = []
+        self.advance = 0
+        """Requests of the MN that were answered between export and freeze."""
         self.served: dict[SaName, IkeContext] = {}
         self.frozen: set[SaName] = set()
         self.late: set[SaName] = set()
@@ -232,7 +234,7 @@ class MemoryGateway:
             for child in context.children
         )
         self._done("freeze")
-        return FinalState(*sa, context.mid_initiator, context.mid_responder, 0, children)
+        return FinalState(*sa, context.mid_initiator, context.mid_responder + self.advance, 0, children)
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
         await self._step("thaw")

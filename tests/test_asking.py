@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ikectx.asking import name_sa, named_sa
+from ikectx.asking import name_sa, named_sa, refuse_request, refused_request
 from ikectx.cxtp import Ctd, Ctdr, CtReq, Message, Pctd, parse_message
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, UsageError
 from ikectx.numbers import Fpt, Status
@@ -35,6 +35,15 @@ def test_an_sa_is_named_in_a_request_and_read_again(sa: tuple[bytes, bytes] | No
     message = parse_message(CtReq(MN, 7, 0, name_sa(sa, check=check)).serialize())
     assert isinstance(message, CtReq)
     assert named_sa(message.blocks) == (sa, check)
+
+
+@pytest.mark.parametrize("sequence", [0, 1, 0x11223344, (1 << 32) - 1])
+def test_a_refusal_says_of_what(sequence: int) -> None:
+    no = parse_message(refuse_request(CtReq(MN, sequence), Status.BUSY).serialize())
+    assert isinstance(no, Ctdr)
+    assert refused_request(no) == (Status.BUSY, sequence)
+    for other in (Ctdr(MN), replace(no, complete=True), replace(no, statuses=no.statuses[1:])):
+        assert refused_request(other) == (Status.OK, 0)
 
 
 # -- pulls -----------------------------------------------------------------------------------------------
