@@ -18,6 +18,7 @@ from vici_bridge.checks import (
     check_selectors,
     check_vips,
 )
+from vici_bridge.names import Taken, taken_by
 
 from .test_charon import VIEW, context
 
@@ -35,8 +36,8 @@ def test_nothing_against_a_fitting_context() -> None:
     here = context()
     assert statuses(check_covered(here, 3)) == []
     assert statuses(check_names(here, {"mn": CONN})) == []
-    assert statuses(check_ike_spis(here, [OTHER])) == []
-    assert statuses(check_esp_spis(here, here.local.address, [], [OTHER])) == []
+    assert statuses(check_ike_spis(here, taken_by([OTHER]), [OTHER])) == []
+    assert statuses(check_esp_spis(here, taken_by([OTHER]))) == []
     assert statuses(check_vips(here, [OTHER], {})) == []
     assert statuses(check_selectors(here, [OTHER])) == []
 
@@ -67,14 +68,23 @@ def test_ike_spis_as_a_pair_and_alone() -> None:
     here = context()
     pair = replace(OTHER, spi_i=here.spis[0], spi_r=here.spis[1])
     alone = replace(OTHER, spi_r=here.spis[1])
-    assert statuses(check_ike_spis(here, [pair])) == [Status.IKE_SPI_IN_USE]
-    assert statuses(check_ike_spis(here, [alone])) == [Status.IKE_SPI_IN_USE]
+    assert statuses(check_ike_spis(here, taken_by([pair]), [pair])) == [Status.IKE_SPI_IN_USE]
+    assert statuses(check_ike_spis(here, taken_by([alone]), [alone])) == [Status.IKE_SPI_IN_USE]
+    promised = Taken(ike=frozenset({here.spis[1]}))
+    (verdict,) = check_ike_spis(here, promised)
+    assert "promised" in verdict.detail
 
 
 def test_esp_spis_in_both_directions() -> None:
     here = context()
     full = sa_view("other", VIEW)
-    assert statuses(check_esp_spis(here, here.local.address, [], [full])) == [Status.ESP_SPI_IN_USE] * 2
+    assert statuses(check_esp_spis(here, taken_by([full]))) == [Status.ESP_SPI_IN_USE] * 2
+
+
+def test_the_names_of_ah_are_others_than_those_of_esp() -> None:
+    here = context()
+    view = {**VIEW, "child-sas": {"net-1": {**VIEW["child-sas"]["net-1"], "protocol": "AH"}}}  # type: ignore[dict-item]
+    assert statuses(check_esp_spis(here, taken_by([sa_view("other", view)]))) == []
 
 
 def test_sequence_numbers_must_be_left_for_the_jump() -> None:

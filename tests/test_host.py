@@ -16,9 +16,9 @@ from ikectx.errors import BusyError, StoreError, UnknownSaError
 from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
 from vici_bridge import host as host_module
+from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
 from vici_bridge.host import CharonHost, HostConfig
-from vici_bridge.record import import_messages
 from vici_bridge.source import CharonSource
 
 from .peers import a_context

@@ -61,6 +61,7 @@ class ChildView:
     life: int | None
     remote_ts: tuple[str, ...]
     local_ts: tuple[str, ...]
+    protocol: str = "ESP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ def child_view(view: View) -> ChildView:
         life=_seconds(view, "life-time"),
         remote_ts=_list(view, "remote-ts"),
         local_ts=_list(view, "local-ts"),
+        protocol=_text(view, "protocol") or "ESP",
     )
 
 

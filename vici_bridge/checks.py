@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
 
-from ikectx.context import Address, IkeContext
+from ikectx.context import IkeContext
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 
 from .charon import EXT_MOBIKE, SaView, missing_algorithms, overlap, peer_context, prefixes
+from .names import Taken, clash, own_spi
 from .record import uncovered
-from .xfrm import KernelSa
 
 View = Mapping[str, Any]
 
@@ -70,39 +70,30 @@ def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterato
             )
 
 
-def check_ike_spis(context: IkeContext, views: Iterable[SaView]) -> Iterator[Verdict]:
-    """The pair, and our own SPI alone: charon finds an SA by it."""
-    spi_i, spi_r = context.spis
-    ours = spi_i if context.current.initiator else spi_r
+def check_ike_spis(context: IkeContext, taken: Taken, views: Iterable[SaView] = ()) -> Iterator[Verdict]:
+    """The pair, and our own SPI alone: charon finds an SA by it. `views`: to say whose it is."""
+    if not clash(context, taken).ike:
+        return
+    ours = own_spi(context.current)
+    whose = "promised to another SA"
     for view in views:
-        theirs = view.spi_i if view.initiator else view.spi_r
-        if view.spis == context.spis or theirs == ours:
-            yield Verdict(
-                Fpt.IKEV2_SA,
-                Status.IKE_SPI_IN_USE,
-                f"IKE SPI {ours.hex()} is that of {view.name} #{view.unique_id} ({view.state})",
-            )
+        if view.spis == context.spis or ours == (view.spi_i if view.initiator else view.spi_r):
+            whose = f"that of {view.name} #{view.unique_id} ({view.state})"
+    yield Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE, f"IKE SPI {ours.hex()} is {whose}")
 
 
-def check_esp_spis(
-    context: IkeContext, local: Address, sas: Iterable[KernelSa], views: Iterable[SaView]
-) -> Iterator[Verdict]:
-    """Inbound (our address, SPI) and outbound (MN's address, SPI), in the kernel and in charon."""
-    taken = {(str(sa.destination), sa.spi) for sa in sas}
-    for view in views:
-        for listed in view.children:
-            taken.add((str(view.local.address), listed.spi_in))
-            taken.add((str(view.remote.address), listed.spi_out))
-    for child in context.children:
-        if (str(local), child.spi_in) in taken:
+def check_esp_spis(context: IkeContext, taken: Taken) -> Iterator[Verdict]:
+    """Inbound (our address, SPI) and outbound (MN's address, SPI). `context` has our address."""
+    found = clash(context, taken)
+    local, remote = context.local.address, context.remote.address
+    for place, child in enumerate(context.children):
+        if place in found.inbound:
             yield Verdict(
                 Fpt.SAD, Status.ESP_SPI_IN_USE, f"inbound SPI {child.spi_in.hex()} is taken on {local}"
             )
-        if (str(context.remote.address), child.spi_out) in taken:
+        if place in found.outbound:
             yield Verdict(
-                Fpt.SAD,
-                Status.ESP_SPI_IN_USE,
-                f"outbound SPI {child.spi_out.hex()} to {context.remote.address} is taken",
+                Fpt.SAD, Status.ESP_SPI_IN_USE, f"outbound SPI {child.spi_out.hex()} to {remote} is taken"
             )
 
 

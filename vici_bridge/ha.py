@@ -20,7 +20,7 @@ from __future__ import annotations
 import builtins
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
@@ -112,6 +112,11 @@ class Attr(Enum):
     AUTH_METHOD = auto()
 
 
+HIDDEN = 32
+"""An IKE version that no packet can have: the header's field has 4 bits. charon finds an IKE_SA by version,
+SPIs and role (`ike_sa_id_t.equals`, strongSwan 5.9.8 to 6.0.6)."""
+
+
 @dataclass(frozen=True, slots=True)
 class IkeId:
     """How charon names an IKE_SA: SPIs of 8 octets as in the IKE header.
@@ -136,6 +141,10 @@ class IkeId:
     def spis(self) -> tuple[bytes, bytes]:
         """(initiator SPI, responder SPI)."""
         return (self.spi_i, self.spi_r)
+
+    def hidden(self) -> IkeId:
+        """The same SPIs under a name that no packet can have."""
+        return replace(self, version=HIDDEN)
 
     def __str__(self) -> str:
         return f"{self.spi_i.hex()}_i{self.spi_r.hex()}_r"

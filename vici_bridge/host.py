@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ikectx.context import Address, ChildContext, FinalState, IkeContext
+from ikectx.context import Address, ChildContext, FinalState, Identity, IkeContext
 from ikectx.errors import (
     CharonError,
     IkectxError,
@@ -27,10 +27,12 @@ from ikectx.errors import (
 from ikectx.ports import MoveReport, SaName, Store
 
 from . import ha
+from .chain import undo_messages
 from .charon import SaView, sa_views
 from .deadlines import Deadlines
 from .kernel import Detour, Kernel, Mute
-from .record import Change, Deleted, MidChanged, Record, undo_messages
+from .names import SPI_MAX, SPI_MIN
+from .record import Change, Deleted, MidChanged, Record
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -49,6 +51,9 @@ DETOUR = "detour"
 IMPORT = "import"
 """Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is
 somebody's, and stays."""
+_UPDATE_SPI = "update-spi"
+"""Kind of store entry, by the MN's identity: does it know UPDATE_SPI, and when it was seen (s since 1970)."""
+_UPDATE_SPI_FOR = 86400.0
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
 DELETE_PATIENCE = 5.0
@@ -65,6 +70,8 @@ class HostConfig:
     `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name.
     `oseq_jump`: packets; `late`: seconds for which late packets are decrypted after letting go.
     `mobile_node`: charon is a mobile node's own, so its SAs are never muted one by one.
+    `collision`: what becomes of an SA whose SPIs are taken: "update" (UPDATE_SPI, else a rekey), "rekey" or
+    "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
     """
 
     addresses: tuple[Address, ...]
@@ -78,6 +85,9 @@ class HostConfig:
     oseq_jump: int = 65536
     late: int = 5
     mobile_node: bool = False
+    collision: str = "update"
+    spi_min: int = SPI_MIN
+    spi_max: int = SPI_MAX
 
 
 class CharonHost:
@@ -102,6 +112,8 @@ class CharonHost:
         self._toggle: asyncio.Future[None] | None = None
         self._spoke: dict[SaName, float] = {}
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
+        self.expected: set[SaName] = set()
+        """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
         self.charon_up = False
         self.charon_version = ""
 
@@ -231,7 +243,7 @@ class CharonHost:
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""
-        return self.store.get(IMPORT, (sa[0] + sa[1]).hex()) is not None
+        return sa in self.expected or self.store.get(IMPORT, (sa[0] + sa[1]).hex()) is not None
 
     async def settle(self) -> None:
         """Let HA datagrams that charon sent before its last VICI answer be read."""
@@ -311,6 +323,19 @@ class CharonHost:
             self.kernel.get_sa(context.local.address, child.spi_in, ESP),
             self.kernel.get_sa(context.remote.address, child.spi_out, ESP),
         )
+
+    # What an MN's own agent knows.
+
+    def knows_update_spi(self, mn: Identity) -> bool | None:
+        """Whether that MN knows UPDATE_SPI, as it showed in the last day; None: nobody knows."""
+        raw = self.store.get(_UPDATE_SPI, str(mn))
+        if raw is None or time.time() - int.from_bytes(raw[1:]) > _UPDATE_SPI_FOR:
+            return None
+        return bool(raw[0])
+
+    def note_update_spi(self, mn: Identity, knows: bool) -> None:
+        """It has shown whether it knows UPDATE_SPI. Errors: StoreError."""
+        self.store.put(_UPDATE_SPI, str(mn), bytes([knows]) + int(time.time()).to_bytes(8))
 
     # Things both sides do.
 
@@ -397,7 +422,8 @@ class CharonHost:
         except IkectxError as error:
             self._toggle = None
             done.set_exception(error)
-        except asyncio.CancelledError:
+        except BaseException:
+            # whoever waits must not wait for ever
             self._toggle = None
             done.cancel()
             raise

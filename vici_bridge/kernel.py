@@ -162,6 +162,21 @@ class Kernel:
         """Delete an SA; False: it was not there. Errors: KernelError."""
         return self._gone(sa.delete(), errno.ESRCH)
 
+    def reserve_spi(self, source: Address, destination: Address, low: int, high: int) -> bytes | None:
+        """Hold a free inbound ESP SPI of low..high (see `KernelSa.reserve`), None: there is none.
+
+        `delete_sa` of that name gives it back, and must before somebody else adds an SA under it.
+        Errors: KernelError, WireError.
+        """
+        wanted = KernelSa(source, destination, bytes(4))
+        try:
+            answers = self._xfrm.ask(wanted.reserve(low, high))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        return KernelSa.parse(answers[0]).spi if answers else None
+
     def add_policy(self, policy: KernelPolicy) -> None:
         """Install a policy. Errors: KernelError (EEXIST)."""
         self._xfrm.ask(policy.add())

@@ -2,8 +2,8 @@
 
 charon tells the nonces, shared secrets and identities of an SA once, when it comes up, and
 VICI never shows them; so the agent keeps them from the first message on. `Record` is fed
-every message that charon sends, and every message the agent sends to charon, and gives the
-part of an `IkeContext` that follows from them. `import_messages` goes the other way.
+every message that charon sends, learns what the agent has charon take in, and gives the
+part of an `IkeContext` that follows from them. `chain.import_messages` goes the other way.
 
 Generations. After an IKE rekey charon announces the new IKE_SA (IKE_ADD with IKE_REKEY_ID and
 OLD_SKD), deletes the old one (IKE_DELETE) and only then calls the new one up (IKE_UPDATE); the
@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 
 from ikectx import cbor
 from ikectx.context import Endpoint, FinalState, IkeContext
-from ikectx.errors import CharonError, StoreError, UnknownSaError, UsageError, WireError
+from ikectx.errors import StoreError, UnknownSaError, UsageError, WireError
 from ikectx.numbers import Protocol, Status
 from ikectx.ports import SaName
 
-from .ha import Attr, HaMessage, HaType, IkeId, child_add, ike_add, ike_delete, ike_mid, ike_update
+from .ha import HIDDEN, Attr, HaMessage, HaType, IkeId, ike_delete, ike_mid
 from .sa_state import SaState, adopt, further_keys, messages_of, pruned, read_child, read_generation, told
 
 COND_PPK = 1 << 13
@@ -147,7 +147,7 @@ class Record:
             return Ignored(f"{message.type.name} is not about an SA")
         try:
             ike = message.need(Attr.IKE_ID, IkeId)
-            if ike.version != 2:
+            if ike.version not in (2, HIDDEN):
                 return Ignored("not IKEv2")
             return handler(message, ike.spis)
         except (WireError, ValueError) as error:
@@ -372,6 +372,34 @@ class Record:
                 self.forget(name)
         return tuple(Deleted(name) for name in gone if name not in self._sas)
 
+    def learn(self, context: IkeContext, version: int) -> None:
+        """charon was given this SA, with its ancestors, or was made to change it into this.
+
+        Not by way of `feed`: an ancestor may have the name of another SA that is here.
+        """
+        self._put(
+            context.spis,
+            SaState(
+                version,
+                context.generations,
+                connection=context.connection,
+                local_id=context.local_id,
+                remote_id=context.remote_id,
+                remote_eap_id=context.remote_eap_id,
+                local=context.local,
+                remote=context.remote,
+                conditions=(context.conditions, context.private_conditions),
+                extensions=(context.extensions, context.private_extensions),
+                local_vips=context.local_vips,
+                remote_vips=context.remote_vips,
+                peer_addresses=context.peer_addresses,
+                mid_initiator=context.mid_initiator,
+                mid_responder=context.mid_responder,
+                children=context.children,
+            ),
+            new=True,
+        )
+
     def forget(self, name: SaName) -> None:
         """Drop an IKE_SA and the unfinished successors of it. Unknown: nothing."""
         for successor in self._successors(name):
@@ -426,44 +454,6 @@ def uncovered(context: IkeContext, version: int) -> str:
     return ""
 
 
-def import_messages(context: IkeContext, version: int) -> list[HaMessage]:
-    """Everything that makes charon take the IKE_SA as PASSIVE, in the order that works.
-
-    Of a chain each ancestor comes first with its children, the next one takes them over. `context.local`
-    is this gateway's address. CharonError with NOT_COVERED: see `uncovered`.
-    """
-    reason = uncovered(context, version)
-    if reason:
-        raise CharonError(reason, status=Status.NOT_COVERED)
-    out: list[HaMessage] = []
-    before: IkeId | None = None
-    for index, generation in enumerate(context.generations):
-        ike, last = IkeId.of(generation), index == len(context.generations) - 1
-        out.append(ike_add(version, generation, context.remote, replaces=before))
-        out.append(
-            ike_update(
-                version,
-                ike,
-                local_id=context.local_id,
-                remote_id=context.remote_id,
-                remote_eap_id=context.remote_eap_id if last else None,
-                local=context.local,
-                remote=context.remote,
-                conditions=(context.conditions, context.private_conditions),
-                extensions=(context.extensions, context.private_extensions),
-                name=context.connection,
-                peer_addresses=context.peer_addresses if last else (),
-            )
-        )
-        if last:
-            if context.remote_vips:
-                out.append(ike_update(version, ike, remote_vips=context.remote_vips))
-            out += mid_messages(context, version)
-        out += [child_add(version, ike, child) for child in context.children if child.generation == index]
-        before = ike
-    return out
-
-
 def mid_messages(context: IkeContext, version: int, final: FinalState | None = None) -> list[HaMessage]:
     """IKE_MID_* with the message IDs of `final`, or of the context; charon ignores 0, so it is left out."""
     ike = IkeId.of(context.current)
@@ -482,11 +472,6 @@ def mid_messages(context: IkeContext, version: int, final: FinalState | None = N
 def delete_message(context: IkeContext, version: int) -> HaMessage:
     """IKE_DELETE: charon drops the IKE_SA and its children, the peer hears nothing."""
     return ike_delete(version, IkeId.of(context.current))
-
-
-def undo_messages(context: IkeContext, version: int) -> list[HaMessage]:
-    """Takes `import_messages` back wherever it stopped: ancestors may still stand on their own."""
-    return [ike_delete(version, IkeId.of(generation)) for generation in reversed(context.generations)]
 
 
 # --- the record at rest -----------------------------------------------------------------------------

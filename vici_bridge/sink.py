@@ -6,6 +6,9 @@ exchange with the MN, message IDs, and the segment toggle. Each step is seen don
 
 The toggle activates every PASSIVE SA, those that are not ours yet or whose MN is just being asked among them.
 So an SA is mute from before charon has it until all of this is done: charon neither hears nor says anything.
+
+An SA whose SPIs are taken here is installed under others (`renames`), and the MN is told them together with
+the address. The methods' `context` names the SA as the other gateway does; `shape` is what stands in charon.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ import time
 from dataclasses import replace
 
 from ikectx.context import Endpoint, FinalState, IkeContext
-from ikectx.errors import CharonError, IkectxError, KernelError, RefusedError
+from ikectx.cxtp import ContextDataBlock
+from ikectx.errors import CharonError, IkectxError, KernelError, RefusedError, StoreError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.ports import MoveReport, Verdict
+from ikectx.spis import ESP, IKE, NewSpi, serialize_new_spis
 
 from . import ha
+from .chain import import_messages
 from .charon import SaView, prefixes, relocate
 from .checks import (
     check_address,
@@ -34,9 +40,8 @@ from .checks import (
     check_vips,
 )
 from .host import DETOUR, IMPORT, CharonHost, Mover
-from .kernel import LATE
-from .record import import_messages
-from .xfrm import KernelSa
+from .names import Clash, Plan, Renamer, Told, Wish, own_spi, without_exchange
+from .renames import INSTALL_TIMEOUT, Renames
 from .xfrm_parts import INET as AF_INET
 from .xfrm_parts import INET6 as AF_INET6
 
@@ -46,17 +51,26 @@ _ACTIVE = b"active"
 """Value of an `IMPORT` entry when charon has the message IDs and is active: they must not be set back."""
 _TAKEN = "taken"
 """Kind of store entry: the updown script was run for this SA."""
-INSTALL_TIMEOUT = 8.0
-"""Seconds for charon to install what it was given."""
+_NEW_NAMES = "new-names"
+"""Kind of store entry: what the answer to an MN's request says of its SA's new names, and since when."""
+_NEW_NAMES_FOR = 600.0
 
 
 class CharonSink:
     """A `ContextSink` on a running charon."""
 
-    def __init__(self, host: CharonHost, mover: Mover) -> None:
-        """`mover` must get through to the MN while the SA is muted: `mute.MARK`."""
+    def __init__(self, host: CharonHost, mover: Mover, renamer: Renamer | None = None) -> None:
+        """`mover` and `renamer` must get through to the MN while the SA is muted: `mute.MARK`.
+
+        Without `renamer` an SA whose SPIs are taken is refused, unless the MN is told in an answer.
+        """
         self._host = host
         self._mover = mover
+        self._renamer = renamer
+        self._renames = Renames(host)
+        self._renames.load()
+        self._later: set[str] = set()
+        """SAs whose MN will be told by an answer it waits for (CTAA)."""
         self._seen: set[str] = set()
         """SAs that charon had when they were taken, in this life of the agent."""
 
@@ -78,8 +92,7 @@ class CharonSink:
             verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
         views = await host.views()
         verdicts += check_names(here, await host.connections())
-        verdicts += check_ike_spis(here, views)
-        verdicts += check_esp_spis(here, here.local.address, self._taken(here), views)
+        verdicts += self._check_spis(context, here, views)
         verdicts += check_numbers(here, host.config.oseq_jump)
         verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
         verdicts += check_selectors(here, views)
@@ -100,10 +113,39 @@ class CharonSink:
             log.info("%s cannot come here: %s (%s)", here.remote_id, verdict.detail, verdict.status.name)
         return verdicts
 
-    def _taken(self, here: IkeContext) -> list[KernelSa]:
-        """The kernel's SAs of the same names, but those left for late packets: these give way."""
-        found = [sa for child in here.children for sa in self._host.kernel_pair(here, child)]
-        return [sa for sa in found if sa is not None and sa.sequence != LATE]
+    def _check_spis(self, context: IkeContext, here: IkeContext, views: list[SaView]) -> list[Verdict]:
+        """What is taken and cannot be given another name."""
+        found = self._renames.clash(here, views)
+        reason = self._unresolvable(context, here, found)
+        if not reason:
+            return []
+        taken = self._renames.taken(here, views)
+        verdicts = [*check_ike_spis(here, taken, views), *check_esp_spis(here, taken)]
+        return [replace(one, detail=f"{one.detail}; {reason}") for one in verdicts]
+
+    def _unresolvable(self, context: IkeContext, here: IkeContext, found: Clash) -> str:
+        """Why SPIs that are taken stand against it; empty: they do not."""
+        if not found:
+            return ""
+        if self._host.config.collision == "refuse":
+            return "transfer.collision is refuse here"
+        if _key(context) in self._later:
+            return without_exchange(here, found)
+        if self._renamer is None:
+            return "nobody here can ask the MN for other SPIs"
+        return ""
+
+    def tell_later(self, context: IkeContext) -> None:
+        """To be called before `check` and `prepare` where the MN moves by itself and waits for an answer.
+
+        The answer will tell it the new SPIs: see `new_names`. `move_peer` is then not called.
+        """
+        self._later.add(_key(context))
+
+    def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
+        """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
+        raw = self._host.store.get(_NEW_NAMES, _key(context))
+        return () if raw is None else (ContextDataBlock(Fpt.NEW_SPIS, raw[8:]),)
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. On any failure nothing stays behind."""
@@ -117,19 +159,31 @@ class CharonSink:
             here = self._here(context)
             if host.kernel is not None:
                 ours = {child.spi_in for child in here.children}
+                clashes = self._renames.clash(here, await host.views())
+                ours -= {here.children[place].spi_in for place in clashes.inbound}
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
             host.store.delete(DETOUR, _key(context))
-            messages = import_messages(here, await host.version())
+            host.store.delete(_NEW_NAMES, _key(context))
+            version = await host.version()
+            later = _key(context) in self._later
+            self._renames.forget(here, undone=True)
+            plan = self._renames.plan(here, await host.views(), told_later=later)
             host.store.put(IMPORT, _key(context), b"1")
             try:
-                await asyncio.to_thread(host.mute.mute_in, here.spis)
-                await asyncio.to_thread(host.mute.mute_out, here.spis)
+                shape = self._renames.shape(here)
+                messages = import_messages(shape, version)
+                host.expected.add(shape.spis)
+                await asyncio.to_thread(host.mute.mute_in, shape.spis)
+                await asyncio.to_thread(host.mute.mute_out, shape.spis)
+                if plan is not None:
+                    self._renames.ready(here, plan)
                 await host.send(messages)
-                await self._installed(here)
-                for message in messages:
-                    host.record.feed(message)
-                self._write_replay(here, here, host.config.oseq_jump)
+                await self._installed(shape)
+                host.record.learn(shape, version)
+                self._write_replay(shape, here, host.config.oseq_jump)
+                if plan is not None:
+                    self._renames.hold(here, plan)
             except BaseException:
                 await self.undo(context)
                 raise
@@ -160,21 +214,22 @@ class CharonSink:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.1)
 
-    def _write_replay(self, here: IkeContext, counters: IkeContext, jump: int) -> None:
-        """Sequence numbers and windows into the kernel before a packet leaves.
+    def _write_replay(self, shape: IkeContext, counters: IkeContext, jump: int) -> None:
+        """Sequence numbers and windows into the kernel before a packet leaves; children in the same order.
 
         Outbound goes on after a jump, never back; inbound windows are joined with what arrived here already.
         """
         kernel = self._host.kernel
         if kernel is None:
             return
-        state = {child.spi_in: child for child in counters.children}
-        for child in here.children:
-            inbound, outbound = self._host.kernel_pair(here, child)
+        for child, given in zip(shape.children, counters.children, strict=True):
+            inbound, outbound = self._host.kernel_pair(shape, child)
             if inbound is None or outbound is None:
                 raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
-            given = state[child.spi_in]
-            kernel.set_replay(inbound, given.inbound, outbound=False)
+            if (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r):
+                continue  # rekeyed here: other keys, numbers of their own
+            if child.spi_in == given.spi_in:
+                kernel.set_replay(inbound, given.inbound, outbound=False)
             sent = given.outbound
             ahead, _ = kernel.get_replay(outbound, outbound=True)
             if sent.seq + jump > ahead.seq:
@@ -196,24 +251,71 @@ class CharonSink:
                 for child in here.children
             ),
         )
-        self._write_replay(here, finals, host.config.oseq_jump)
-        view = await host.view(here.spis)
+        shape = await self._renames.converge(here)
+        self._write_replay(shape, finals, host.config.oseq_jump)
+        view = await host.view(shape.spis)
         if view is None:
             raise CharonError("charon lost the prepared SA")
         self._seen.add(_key(context))
         host.store.put(_TAKEN, _key(context), b"1")
         reqids = {child.spi_in: child.reqid for child in view.children}
-        await host.updown(here, up=True, reqids=reqids, unique_id=view.unique_id)
+        await host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
 
     async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
-        """See `ContextSink.move_peer`. Nothing to tell where the gateway's address moved along."""
+        """See `ContextSink.move_peer`. Nothing to tell where the gateway's address and all SPIs stay."""
         here = self._here(context)
-        if here.local == context.local:
+        plan = self._renames.plan_of(here)
+        if plan is None and here.local == context.local:
             return MoveReport()
-        if _key(context) not in self._seen and await self._host.view(here.spis) is None:
+        shape = self._renames.shape(here)
+        if _key(context) not in self._seen and await self._host.view(shape.spis) is None:
             raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
+        if plan is not None:
+            return await self._rename(context, here, plan, final)
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
+
+    async def _rename(
+        self, context: IkeContext, here: IkeContext, plan: Plan, final: FinalState
+    ) -> MoveReport:
+        """Tell the MN new SPIs and our address, by UPDATE_SPI or, where it does not know that, by rekeys."""
+        host = self._host
+        if plan.told is not None:
+            await self._renames.converge(here)  # an agent before this one may have ended in the middle
+        left, ike = plan.left(here), plan.ike_left(here)
+        moves = here.local != context.local and not plan.moved
+        if not left and not ike and not moves:
+            return plan.report
+        if self._renamer is None:
+            raise RefusedError("nobody here can ask the MN for other SPIs", status=Status.ESP_SPI_IN_USE)
+        known = host.knows_update_spi(here.remote_id)
+        start = plan.told or replace(
+            here, mid_initiator=final.mid_initiator, mid_responder=final.mid_responder
+        )
+        wish = Wish(
+            children=tuple((child.spi_in, child.new_in) for child in left),
+            ike=ike,
+            addresses=moves,
+            update=host.config.collision == "update" and known is not False and plan.how != "rekey",
+            rekey=True,
+            seed=plan.seed,
+        )
+        base = self._renames.arrived(here)
+
+        async def made(now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
+            await self._renames.become(
+                here, now, moved=moved or plan.moved, how=how, report=_sum(plan.report, report)
+            )
+
+        told: Told = await self._renamer(
+            replace(start, update_spi=known is True or here.update_spi),
+            wish,
+            lambda: self._renames.arrived(here) > base,
+            made,
+        )
+        if told.supports is not None:
+            host.note_update_spi(here.remote_id, told.supports)
+        return _sum(plan.report, told.report)
 
     def _received(self, here: IkeContext) -> int:
         """ESP packets that arrived here on the SA's children."""
@@ -231,29 +333,53 @@ class CharonSink:
         """See `ContextSink.activate`."""
         host = self._host
         here = self._here(context)
+        plan = self._renames.plan_of(here)
         if host.store.get(IMPORT, _key(context)) != _ACTIVE:
+            shape = await self._renames.converge(here)
             version = await host.version()
-            ike = ha.IkeId.of(here.current)
+            ike = ha.IkeId.of(shape.current)
             mids = [
-                ha.ike_mid(version, ike, initiator=True, mid=final.mid_initiator + report.requests),
-                ha.ike_mid(version, ike, initiator=False, mid=final.mid_responder),
+                ha.ike_mid(version, ike, initiator=initiator, mid=mid)
+                for initiator, mid in zip((True, False), _mids(here, plan, final, report), strict=True)
             ]
             await host.send(mids)
             for message in mids:
                 host.record.feed(message)
-            view = await host.view(here.spis)
+            view = await host.view(shape.spis)
             if view is None:
                 raise CharonError("charon lost the prepared SA")
             if view.state == "PASSIVE":
                 await host.activate_segment()
-                await self._established(here)
-            self._note_lifetimes(here)
+                await self._established(shape)
+            self._note_lifetimes(shape)
             host.save()
+            self._note_names(here, plan)
             host.store.put(IMPORT, _key(context), _ACTIVE)
-        await asyncio.to_thread(host.mute.unmute, here.spis)
+        for shape in self._renames.names(here):
+            await asyncio.to_thread(host.mute.unmute, shape.spis)
+            host.expected.discard(shape.spis)
         self._seen.discard(_key(context))
-        host.store.delete(_TAKEN, _key(context))
-        host.store.delete(IMPORT, _key(context))
+        self._later.discard(_key(context))
+        try:
+            # without its plan an SA of that name is somebody else's: nothing may be undone from here on
+            self._renames.forget(here)
+            host.store.delete(_TAKEN, _key(context))
+            host.store.delete(IMPORT, _key(context))
+        except StoreError as error:
+            log.error("%s serves, but notes of its move are left: %s", here.remote_id, error)
+
+    def _note_names(self, here: IkeContext, plan: Plan | None) -> None:
+        """What an answer is to tell the MN, where nobody has asked it."""
+        store, now = self._host.store, time.time()
+        for key, raw in store.items(_NEW_NAMES):
+            if now - int.from_bytes(raw[:8]) > _NEW_NAMES_FOR:
+                store.delete(_NEW_NAMES, key)
+        if plan is None or plan.told is not None:
+            return
+        spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
+        if plan.ike:
+            spis.append(NewSpi(IKE, own_spi(here.current), plan.ike))
+        store.put(_NEW_NAMES, _key(here), int(now).to_bytes(8) + serialize_new_spis(spis))
 
     async def _established(self, here: IkeContext) -> None:
         end = time.monotonic() + INSTALL_TIMEOUT
@@ -283,24 +409,59 @@ class CharonSink:
     async def undo(self, context: IkeContext) -> None:
         """See `ContextSink.undo`."""
         host = self._host
-        if host.store.get(IMPORT, _key(context)) is None:
-            return
         here = self._here(context)
+        if host.store.get(IMPORT, _key(context)) is None:
+            self._renames.forget(here, undone=True)
+            return
+        plan = self._renames.plan_of(here)
+        if plan is not None and plan.told is not None:
+            log.warning(
+                "%s: the MN has new SPIs of ours already; it may have to connect anew", here.remote_id
+            )
         view = None
-        if host.listening():
-            view = await host.view(here.spis)
-            await host.delete(here)  # also where it is not listed: an import that stopped leaves ancestors
-        else:
-            # without charon nothing of it is there: its SAs end with it
-            host.record.forget(here.spis)
-            host.save_soon()
-        await asyncio.to_thread(host.mute.unmute, here.spis)
+        for shape in self._renames.names(here):
+            if host.listening():
+                view = await host.view(shape.spis) or view
+                await host.delete(
+                    shape
+                )  # also where it is not listed: an import that stopped leaves ancestors
+            else:
+                # without charon nothing of it is there: its SAs end with it
+                host.record.forget(shape.spis)
+                host.save_soon()
+            await asyncio.to_thread(host.mute.unmute, shape.spis)
+            host.expected.discard(shape.spis)
+        shape = self._renames.shape(here)
+        self._renames.forget(here, undone=True)
         self._seen.discard(_key(context))
+        self._later.discard(_key(context))
         if host.store.get(_TAKEN, _key(context)) is not None:
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
-            await host.updown(here, up=False, reqids=reqids, unique_id=0 if view is None else view.unique_id)
+            unique_id = 0 if view is None else view.unique_id
+            await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
             host.store.delete(_TAKEN, _key(context))
         host.store.delete(IMPORT, _key(context))
+
+
+def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:
+    """Message IDs of our next request and of the one we expect."""
+    if plan is not None and plan.told is not None:
+        return plan.told.mid_initiator, plan.told.mid_responder
+    if plan is not None and plan.ike:
+        return 0, 0
+    return final.mid_initiator + report.requests, final.mid_responder + report.answered
+
+
+def _sum(one: MoveReport, two: MoveReport) -> MoveReport:
+    """What both took together."""
+    return MoveReport(
+        messages=one.messages + two.messages,
+        octets=one.octets + two.octets,
+        retransmissions=one.retransmissions + two.retransmissions,
+        requests=one.requests + two.requests,
+        answered=one.answered + two.answered,
+        proven_by_traffic=one.proven_by_traffic or two.proven_by_traffic,
+    )
 
 
 def _key(context: IkeContext) -> str:

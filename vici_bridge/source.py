@@ -114,7 +114,8 @@ class CharonSource:
         context = replace(context, children=tuple(children))
         conn = (await host.connections()).get(context.connection)
         peer = peer_context(context.connection, conn) if conn is not None else None
-        return replace(context, policies=self._policies(context), peer=peer)
+        knows = host.knows_update_spi(context.remote_id) is True
+        return replace(context, policies=self._policies(context), peer=peer, update_spi=knows)
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
         """The child with what only the kernel knows: counters, windows, limits."""

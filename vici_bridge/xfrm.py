@@ -274,6 +274,27 @@ class KernelSa:
         data = wire.build(wire.usersa_info, wire.NEWSA, flags, values, attributes, extra=self.extra)
         return Request(Secret(data), f"add {self}")
 
+    def reserve(self, low: int, high: int) -> Request:
+        """XFRM_MSG_ALLOCSPI: hold a free SPI of low..high, 256 at least, for an inbound SA like this one.
+
+        The answer is the SA with its SPI and without keys. It blocks `add` of that SPI, and is gone after
+        net.core.xfrm_acq_expires seconds (30, and 165 where charon's kernel-netlink has set it).
+        """
+        values = {
+            **self._id(),
+            **selector_values(any_selector(self.destination)),
+            **limit_values(NO_LIMITS),
+            "spi": bytes(4),
+            "saddr": packed(self.source),
+            "reqid": self.reqid,
+            "mode": self.mode,
+            "min": low,
+            "max": high,
+        }
+        flags = wire.F_REQUEST | wire.F_ACK
+        data = wire.build(wire.userspi_info, wire.ALLOCSPI, flags, values, self._lookup())
+        return Request(Secret(data), f"reserve an SPI of {low:#x}..{high:#x} to {self.destination}")
+
     def delete(self) -> Request:
         """XFRM_MSG_DELSA."""
         flags = wire.F_REQUEST | wire.F_ACK

@@ -33,6 +33,7 @@ GETSA = 0x12
 NEWPOLICY = 0x13
 DELPOLICY = 0x14
 GETPOLICY = 0x15
+ALLOCSPI = 0x16
 UPDPOLICY = 0x19
 NEWAE = 0x1E
 GETAE = 0x1F
@@ -210,6 +211,12 @@ class usersa_info(_Message):
         ("seq", "I"), ("reqid", "I"), ("family", "H"), ("mode", "B"), ("replay_window", "B"), ("flags", "B"),
         ("_end", "7x"),
     )  # fmt: skip
+
+
+class userspi_info(_Message):
+    """ALLOCSPI: what is known of the SA, and the range in host byte order."""
+
+    fields = (*usersa_info.fields, ("min", "I"), ("max", "I"))
 
 
 class usersa_id(_Message):

@@ -1,0 +1,107 @@
+"""An IKE_SA with its chain of rekeys, told to charon so that no SA of the same name is touched. Pure.
+
+charon finds an IKE_SA by version, SPIs and role, and no packet can name the version `ha.HIDDEN`. So an
+ancestor is sent under it: its SPIs may belong to another mobile node's SA by now, or the SA itself may have a
+new name here, and its keys are right all the same, since they are derived from the SPIs alone. Children made
+under an ancestor get their right keys, and the next IKE_ADD adopts them (IKE_REKEY_ID). Such an IKE_SA lives
+for the length of one burst of messages.
+
+`reshape` walks an SA that is already there through its generations once more, to add children of any of
+them or to give it another name; its other children are handed on and never leave the kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ikectx.context import ChildContext, IkeContext
+from ikectx.errors import CharonError
+from ikectx.numbers import Status
+
+from .ha import Attr, HaMessage, IkeId, child_add, child_delete, ike_add, ike_delete, ike_update
+from .record import mid_messages, uncovered
+
+
+def import_messages(context: IkeContext, version: int) -> list[HaMessage]:
+    """Everything that makes charon take the IKE_SA as PASSIVE. `context.local` is this gateway's address.
+
+    Errors: CharonError with NOT_COVERED, see `record.uncovered`.
+    """
+    reason = uncovered(context, version)
+    if reason:
+        raise CharonError(reason, status=Status.NOT_COVERED)
+    return _walk(context, version, 0, None, context.children)
+
+
+def undo_messages(context: IkeContext, version: int) -> list[HaMessage]:
+    """Takes `import_messages` back wherever it stopped: ancestors may still stand on their own."""
+    *ancestors, last = (IkeId.of(generation) for generation in context.generations)
+    return [ike_delete(version, last), *(ike_delete(version, ike.hidden()) for ike in reversed(ancestors))]
+
+
+def reshape(before: IkeContext, after: IkeContext, version: int) -> list[HaMessage]:
+    """What makes `after` of the SA that charon has as `before`: the children it lacks, its name.
+
+    Children that `after` lacks stay: see `leftovers`. The SA is PASSIVE after a change of its name, and its
+    message IDs are those of `after`.
+    """
+    have = {(child.spi_in, child.spi_out) for child in before.children}
+    adds = tuple(child for child in after.children if (child.spi_in, child.spi_out) not in have)
+    last = len(after.generations) - 1
+    same = before.current == after.current
+    if same and all(child.generation == last for child in adds):
+        ike = IkeId.of(after.current)
+        return [child_add(version, ike, child) for child in adds]
+    first = min((child.generation for child in adds), default=last)
+    return _walk(after, version, first, IkeId.of(before.current), adds)
+
+
+def leftovers(before: IkeContext, after: IkeContext, version: int) -> list[HaMessage]:
+    """After `reshape`: away with the children that only `before` had."""
+    keep = {(child.spi_in, child.spi_out) for child in after.children}
+    ike = IkeId.of(after.current)
+    return [
+        child_delete(version, ike, child.spi_in)
+        for child in before.children
+        if (child.spi_in, child.spi_out) not in keep
+    ]
+
+
+def _walk(
+    context: IkeContext, version: int, first: int, begins: IkeId | None, adds: tuple[ChildContext, ...]
+) -> list[HaMessage]:
+    out: list[HaMessage] = []
+    end = len(context.generations) - 1
+    before = begins
+    for index, generation in list(enumerate(context.generations))[first:]:
+        last = index == end
+        ike = IkeId.of(generation) if last else IkeId.of(generation).hidden()
+        out.append(_named(ike_add(version, generation, context.remote, replaces=before), ike))
+        out.append(
+            ike_update(
+                version,
+                ike,
+                local_id=context.local_id,
+                remote_id=context.remote_id,
+                remote_eap_id=context.remote_eap_id if last else None,
+                local=context.local,
+                remote=context.remote,
+                conditions=(context.conditions, context.private_conditions),
+                extensions=(context.extensions, context.private_extensions),
+                name=context.connection,
+                peer_addresses=context.peer_addresses if last else (),
+            )
+        )
+        if last:
+            if context.remote_vips:
+                out.append(ike_update(version, ike, remote_vips=context.remote_vips))
+            out += mid_messages(context, version)
+        out += [child_add(version, ike, child) for child in adds if child.generation == index]
+        before = ike
+    return out
+
+
+def _named(message: HaMessage, ike: IkeId) -> HaMessage:
+    """The message with another name of its IKE_SA."""
+    attributes = tuple((attr, ike if attr is Attr.IKE_ID else value) for attr, value in message.attributes)
+    return replace(message, attributes=attributes)

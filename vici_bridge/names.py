@@ -1,0 +1,350 @@
+"""Names of an SA that comes to a gateway: which are taken here, which it gets instead. Pure.
+
+A CHILD_SA whose inbound or outbound SPI is taken is never installed under it. What stands in for it until
+the MN has agreed is a pair with names of its own (`ChildPlan.hold_in`, `hold_out`): its policies keep packets
+from leaving in the clear, and where only the inbound SPI was taken it already sends under the SPI the MN
+knows. An IKE_SA whose name is taken is installed with another SPI of ours at once: its keys then are those it
+will have, since SKEYSEED and nonces stay (design of UPDATE_SPI).
+
+`Plan` is kept in the store before anything is installed, so that an agent that starts anew ends or undoes
+what the one before it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol as Interface
+
+from ikectx import cbor
+from ikectx.context import Address, ChildContext, IkeContext, IkeGeneration, Secret
+from ikectx.cxtp import ContextDataBlock
+from ikectx.errors import RefusedError, StoreError, WireError
+from ikectx.numbers import Fpt, Status
+from ikectx.ports import MoveReport, SaName
+from ikectx.profile import TransferHeader, decode, encode
+
+from .charon import SaView
+
+SPI_MIN, SPI_MAX = 0xC0000000, 0xCFFFFFFF
+"""charon's own range of ESP SPIs (charon.spi_min, spi_max)."""
+SEED_OCTETS = 32
+_DRAWS = 200
+_SMALL = 1 << 16
+_FORMAT = 1
+_NOBODY = TransferHeader(bytes(8))
+
+EspName = tuple[Address, bytes]
+"""(destination, SPI) of an ESP SA: what must be unique at a host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Names in use at a gateway. `ike`: the SPIs its own side chose; `pairs`: whole names."""
+
+    esp: frozenset[EspName] = frozenset()
+    ike: frozenset[bytes] = frozenset()
+    pairs: frozenset[SaName] = frozenset()
+
+    def __or__(self, other: Taken) -> Taken:
+        return Taken(self.esp | other.esp, self.ike | other.ike, self.pairs | other.pairs)
+
+
+def taken_by(views: Iterable[SaView]) -> Taken:
+    """The names of charon's SAs; those of AH are others than those of ESP."""
+    esp: set[EspName] = set()
+    ike: set[bytes] = set()
+    pairs: set[SaName] = set()
+    for view in views:
+        ike.add(view.spi_i if view.initiator else view.spi_r)
+        pairs.add(view.spis)
+        for child in view.children:
+            if child.protocol != "AH":
+                esp.add((view.local.address, child.spi_in))
+                esp.add((view.remote.address, child.spi_out))
+    return Taken(frozenset(esp), frozenset(ike), frozenset(pairs))
+
+
+def own_spi(generation: IkeGeneration) -> bytes:
+    """The IKE SPI the gateway chose, 8 octets."""
+    return generation.spi_i if generation.initiator else generation.spi_r
+
+
+def with_own_spi(generation: IkeGeneration, spi: bytes) -> IkeGeneration:
+    """The same IKE_SA under another SPI of ours: SK_* are others, SKEYSEED is not."""
+    return replace(generation, spi_i=spi) if generation.initiator else replace(generation, spi_r=spi)
+
+
+@dataclass(frozen=True, slots=True)
+class Clash:
+    """What of a context cannot be installed under its own names; children by their place."""
+
+    ike: bool
+    inbound: frozenset[int]
+    outbound: frozenset[int]
+
+    def __bool__(self) -> bool:
+        return self.ike or bool(self.inbound or self.outbound)
+
+
+def clash(here: IkeContext, taken: Taken) -> Clash:
+    """`here`: the context with this gateway's address. Ancestors have names nobody can take (`chain`)."""
+    return Clash(
+        here.spis in taken.pairs or own_spi(here.current) in taken.ike,
+        frozenset(
+            place
+            for place, child in enumerate(here.children)
+            if (here.local.address, child.spi_in) in taken.esp
+        ),
+        frozenset(
+            place
+            for place, child in enumerate(here.children)
+            if (here.remote.address, child.spi_out) in taken.esp
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChildPlan:
+    """One CHILD_SA that is to be renamed. SPIs of 4 octets.
+
+    spi_in, spi_out: as the MN knows it. new_in: on which this gateway will receive. hold_in, hold_out: what
+    stands here until the MN has agreed.
+    """
+
+    spi_in: bytes
+    spi_out: bytes
+    new_in: bytes
+    hold_in: bytes
+    hold_out: bytes
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing stands in: the MN is told the inbound SPI in another way and asked nothing."""
+        return (self.hold_in, self.hold_out) == (self.new_in, self.spi_out)
+
+
+_NO_REPORT = MoveReport()
+_NUMBERS = ("messages", "octets", "retransmissions", "requests", "answered")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The names an SA gets here. Holds secrets once `told` is set: for an encrypted store only.
+
+    spis: as the other gateway named it. ike: our new IKE SPI of 8 octets, empty where the old one is free.
+    seed: what all fresh octets of the exchange with the MN are made of, the same after a crash. told: the SA
+    as the MN has it by now, None: as it came. moved: it also knows our address. how: "", "update", "rekey".
+    """
+
+    spis: SaName
+    ike: bytes
+    children: tuple[ChildPlan, ...]
+    seed: Secret
+    told: IkeContext | None = None
+    moved: bool = False
+    how: str = ""
+    report: MoveReport = _NO_REPORT
+
+    def child(self, spi_in: bytes) -> ChildPlan | None:
+        """By the SPI that the MN knew at first."""
+        return next((child for child in self.children if child.spi_in == spi_in), None)
+
+    def shape(self, here: IkeContext) -> IkeContext:
+        """What stands in charon for `here`, the context as it came with this gateway's address."""
+        now = self.told or here
+        children = []
+        for old, child in zip(here.children, now.children, strict=True):
+            planned = self.child(old.spi_in)
+            if planned is not None and (child.spi_in, child.spi_out) == (old.spi_in, old.spi_out):
+                children.append(replace(child, spi_in=planned.hold_in, spi_out=planned.hold_out))
+            else:
+                children.append(child)
+        shaped = replace(now, local=here.local, remote=here.remote, children=tuple(children), policies=())
+        if self.ike and now.current == here.current:
+            renamed = with_own_spi(now.current, self.ike)
+            shaped = replace(
+                shaped, generations=(*now.generations, renamed), mid_initiator=0, mid_responder=0
+            )
+        return shaped
+
+    def left(self, here: IkeContext) -> tuple[ChildPlan, ...]:
+        """Children whose names the MN has not changed yet."""
+        if self.told is None:
+            return self.children
+        same = {
+            old.spi_in
+            for old, child in zip(here.children, self.told.children, strict=True)
+            if (child.spi_in, child.spi_out) == (old.spi_in, old.spi_out)
+        }
+        return tuple(child for child in self.children if child.spi_in in same)
+
+    def ike_left(self, here: IkeContext) -> bytes:
+        """Our new IKE SPI where the MN does not use it yet, else empty."""
+        return self.ike if self.told is None or self.told.current == here.current else b""
+
+    def reserved(self, here_local: Address, remote: Address) -> Taken:
+        """The names that this plan keeps from others."""
+        esp = {(here_local, spi) for child in self.children for spi in (child.new_in, child.hold_in)}
+        esp |= {(remote, child.hold_out) for child in self.children}
+        return Taken(frozenset(esp), frozenset({self.ike} if self.ike else ()), frozenset())
+
+    def dumps(self) -> bytes:
+        """For the store."""
+        blocks = [] if self.told is None else encode(self.told, transfer=_NOBODY)
+        report = self.report
+        return cbor.dumps(
+            [
+                _FORMAT,
+                [*self.spis],
+                self.ike,
+                [
+                    [child.spi_in, child.spi_out, child.new_in, child.hold_in, child.hold_out]
+                    for child in self.children
+                ],
+                self.seed.reveal(),
+                [[int(block.fpt), block.data] for block in blocks],
+                self.moved,
+                self.how,
+                [*(getattr(report, name) for name in _NUMBERS), int(report.proven_by_traffic)],
+            ]
+        )
+
+    @classmethod
+    def loads(cls, data: bytes) -> Plan:
+        """Errors: StoreError."""
+        try:
+            kind, spis, ike, children, seed, blocks, moved, how, report = _LAYOUT(
+                cbor.loads(data, "plan"), "plan"
+            )
+            if kind != _FORMAT or len(spis) != 2:
+                raise WireError("plan: its format")
+            told = None
+            if blocks:
+                told, _ = decode(ContextDataBlock(Fpt(fpt), octets) for fpt, octets in blocks)
+            *numbers, proven = report
+            reported = MoveReport(**dict(zip(_NUMBERS, numbers, strict=True)), proven_by_traffic=bool(proven))
+            plans = tuple(ChildPlan(*names) for names in children)
+            return cls((spis[0], spis[1]), ike, plans, Secret(seed), told, moved, how, reported)
+        except (WireError, ValueError) as error:
+            raise StoreError(f"the names planned for an SA cannot be read: {type(error).__name__}") from None
+
+
+_SPI = cbor.octets(4)
+_LAYOUT = cbor.row(
+    (
+        cbor.uint(8),
+        cbor.array(cbor.octets(8)),
+        cbor.octets(0, 8),
+        cbor.array(cbor.row((_SPI,) * 5)),
+        cbor.octets(SEED_OCTETS),
+        cbor.array(cbor.row((cbor.u16, cbor.octets()))),
+        cbor.boolean,
+        cbor.text,
+        cbor.row((cbor.u64,) * 6),
+    )
+)
+
+
+# --- drawing names ------------------------------------------------------------------------------------
+
+
+def draw_spi(
+    destination: Address, taken: Taken, draw: Callable[[int, int], int], low: int, high: int
+) -> bytes:
+    """An SPI of low..high that no ESP SA to `destination` has. `draw`: a random number of a range, ends
+    included. Errors: RefusedError with ESP_SPI_IN_USE where there is none."""
+    low = max(low, 256)
+    if high - low < _SMALL:
+        free = [
+            spi
+            for number in range(low, high + 1)
+            if (destination, spi := number.to_bytes(4)) not in taken.esp
+        ]
+        if free:
+            return free[draw(0, len(free) - 1)]
+    else:
+        for _ in range(_DRAWS):
+            spi = draw(low, high).to_bytes(4)
+            if (destination, spi) not in taken.esp:
+                return spi
+    raise RefusedError(
+        f"no SPI to {destination} is left in {low:#x}..{high:#x}",
+        hint="widen charon.spi_min and spi_max, in strongswan.conf and in ikectx.toml",
+        status=Status.ESP_SPI_IN_USE,
+    )
+
+
+def draw_ike_spi(taken: Taken, fresh: Callable[[int], bytes]) -> bytes:
+    """An IKE SPI of ours that no SA here has. `fresh`: so many random octets."""
+    used = taken.ike | {spi for pair in taken.pairs for spi in pair}
+    while (spi := fresh(8)) in used or spi == bytes(8):
+        pass
+    return spi
+
+
+def without_exchange(here: IkeContext, found: Clash) -> str:
+    """Why the MN's SPIs cannot be changed by just telling it, in an answer it waits for; empty: they can."""
+    if found.outbound:
+        child = here.children[min(found.outbound)]
+        return f"outbound SPI {child.spi_out.hex()} to {here.remote.address} is taken, and it is the MN's"
+    return ""
+
+
+# --- the exchange, as the bridge sees it ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the MN is to be asked.
+
+    children: (inbound SPI as it knows it, the new one); the outbound one it chooses itself. ike: our new IKE
+    SPI or empty. addresses: it is to be told our address, too. update, rekey: the ways that may be tried.
+    seed: see `Plan`.
+    """
+
+    children: tuple[tuple[bytes, bytes], ...]
+    ike: bytes
+    addresses: bool
+    update: bool
+    rekey: bool
+    seed: Secret
+
+
+class Made(Interface):
+    """Told each time the MN's SA has changed, before the next message leaves: installs what is new here.
+
+    `now`: the SA as the MN has it, message IDs included. `moved`: it knows our address. `how`: "update" or
+    "rekey". `report`: all it took so far.
+    """
+
+    def __call__(self, now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> Awaitable[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How the MN was told. `supports`: whether it knows UPDATE_SPI, None: nobody asked."""
+
+    report: MoveReport
+    supports: bool | None = None
+
+
+class Renamer(Interface):
+    """The exchanges that rename an SA at the MN, injected by whoever knows `mobike_ext`.
+
+    `here`: the SA as the MN has it, with this gateway's address and the message IDs that come next.
+    `arrived`: has the MN's ESP come here under a new name? Errors: LinkError (silent), RefusedError.
+    """
+
+    def __call__(
+        self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made
+    ) -> Awaitable[Told]: ...
+
+
+def renamed(context: IkeContext, children: Sequence[tuple[ChildContext, ChildContext]]) -> IkeContext:
+    """The context with some children in the place of others, which are named by their SPIs."""
+    new = {(old.spi_in, old.spi_out): child for old, child in children}
+    return replace(
+        context,
+        children=tuple(new.get((child.spi_in, child.spi_out), child) for child in context.children),
+    )

@@ -1,0 +1,480 @@
+"""`Renames`: SAs whose names are taken here get others, from the first check to the last clean-up. I/O.
+
+    plan      draw and reserve names, write them down, before anything is installed
+    hold      after the import under them: receive on the SPIs the MN will be told, reserved by that
+    become    the MN has agreed to something: install it beside what stands in, then take that away
+    forget    all is done, or undone
+
+With the kernel's ESP a pair for the new SPIs comes beside the one that stands in. Outbound packets are kept
+on the latter by policies of better priority (`moves.guards_of`) until the new SA's sequence number has been
+raised, so that none is used twice under one key; the inbound SA the agent had put there itself gives way a
+moment before charon adds its own, since charon adds and never replaces (strongSwan 5.9.8, 6.0.6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ikectx.context import ChildContext, IkeContext, ReplayState, Secret
+from ikectx.errors import CharonError, KernelError, RefusedError
+from ikectx.keys import esp_keys
+from ikectx.numbers import Status
+from ikectx.ports import MoveReport
+
+from .chain import leftovers, reshape
+from .charon import SaView
+from .host import CharonHost
+from .kernel import LATE, Kernel
+from .moves import guards_of
+from .names import (
+    SEED_OCTETS,
+    ChildPlan,
+    Clash,
+    EspName,
+    Plan,
+    Taken,
+    clash,
+    draw_ike_spi,
+    draw_spi,
+    taken_by,
+)
+from .xfrm import KernelPolicy, KernelSa, policies_of
+
+log = logging.getLogger(__name__)
+
+_PLAN = "plan"
+"""Kind of store entry: the names an SA gets here (`names.Plan`)."""
+_GUARDS = "plan-guards"
+"""Kind of store entry: policies that keep outbound packets on the pair that stands in."""
+INSTALL_TIMEOUT = 8.0
+"""Seconds for charon to install what it was given."""
+_TRIES = 64
+
+
+class Renames:
+    """The plans of one gateway."""
+
+    def __init__(self, host: CharonHost) -> None:
+        self._host = host
+        self._plans: dict[str, tuple[Plan, Taken]] = {}
+
+    # What is planned.
+
+    def plan_of(self, context: IkeContext) -> Plan | None:
+        """The plan for an SA, named as the other gateway named it. Errors: StoreError."""
+        key = _key(context)
+        if key not in self._plans:
+            raw = self._host.store.get(_PLAN, key)
+            if raw is None:
+                return None
+            self._keep(context, Plan.loads(raw))
+        return self._plans[key][0]
+
+    def _keep(self, here: IkeContext, plan: Plan) -> None:
+        local = self._host.address_for(here)
+        self._plans[_key(here)] = (plan, plan.reserved(local, here.remote.address))
+
+    def save(self, here: IkeContext, plan: Plan) -> None:
+        """Write it down: only then may anything follow from it. Errors: StoreError."""
+        self._host.store.put(_PLAN, _key(here), plan.dumps())
+        self._keep(here, plan)
+
+    def shape(self, here: IkeContext) -> IkeContext:
+        """The SA as it stands in charon here."""
+        plan = self.plan_of(here)
+        return here if plan is None else plan.shape(here)
+
+    # Detection.
+
+    def taken(self, here: IkeContext, views: Sequence[SaView]) -> Taken:
+        """Names in use: charon's, the kernel's of the same names, those promised to other transfers."""
+        found = taken_by(views)
+        for key, (_, reserved) in self._plans.items():
+            if key != _key(here):
+                found |= reserved
+        kernel = self._host.kernel
+        if kernel is None:
+            return found
+        esp = set()
+        for child in here.children:
+            keys = esp_keys(here.generations[child.generation], child)
+            for sa, (encr, _) in zip(self._host.kernel_pair(here, child), keys, strict=True):
+                # what was left for late packets of this very SA gives way
+                if sa is not None and not (sa.sequence == LATE and sa.encr_key == encr):
+                    esp.add((sa.destination, sa.spi))
+        return found | Taken(frozenset(esp))
+
+    def clash(self, here: IkeContext, views: Sequence[SaView]) -> Clash:
+        """What of `here` cannot have its own names."""
+        return clash(here, self.taken(here, views))
+
+    # Planning.
+
+    def plan(self, here: IkeContext, views: Sequence[SaView], *, told_later: bool = False) -> Plan | None:
+        """Names for what is taken, reserved in the kernel and written down; None: all are free.
+
+        `told_later`: the MN hears of them in an answer it waits for, so nothing needs to stand in.
+        Errors: RefusedError with ESP_SPI_IN_USE where no SPI is left, KernelError, StoreError.
+        """
+        taken = self.taken(here, views)
+        found = clash(here, taken)
+        if not found:
+            return None
+        local, remote = here.local.address, here.remote.address
+        children: list[ChildPlan] = []
+        reserved: list[bytes] = []
+        try:
+            for place in sorted(found.inbound | found.outbound):
+                child = here.children[place]
+                new_in = self._inbound(here, taken, reserved)
+                taken |= Taken(frozenset({(local, new_in)}))
+                hold_in, hold_out = new_in, child.spi_out
+                if not told_later:
+                    hold_in = child.spi_in
+                    if place in found.inbound:
+                        hold_in = self._inbound(here, taken, reserved)
+                    if place in found.outbound:
+                        hold_out = draw_spi(remote, taken, _between, *self._range)
+                taken |= Taken(frozenset({(local, hold_in), (remote, hold_out)}))
+                children.append(ChildPlan(child.spi_in, child.spi_out, new_in, hold_in, hold_out))
+            ike = draw_ike_spi(taken, secrets.token_bytes) if found.ike else b""
+            seed = Secret(secrets.token_bytes(SEED_OCTETS))
+            plan = Plan(here.spis, ike, tuple(children), seed)
+            self.save(here, plan)
+        except BaseException:
+            self._give_back(here, reserved)
+            raise
+        for one in children:
+            log.info(
+                "%s: SPI %s is to become %s here (%s is taken)",
+                here.remote_id,
+                one.spi_in.hex(),
+                one.new_in.hex(),
+                "it" if one.hold_in != one.spi_in else f"outbound {one.spi_out.hex()}",
+            )
+        if ike:
+            log.info("%s: its IKE SPIs are taken, ours is to become %s", here.remote_id, ike.hex())
+        return plan
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        return self._host.config.spi_min, self._host.config.spi_max
+
+    def _inbound(self, here: IkeContext, taken: Taken, reserved: list[bytes]) -> bytes:
+        """A free inbound SPI; where the kernel has ESP it is reserved there, against charon, too."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return draw_spi(here.local.address, taken, _between, *self._range)
+        unfit: list[bytes] = []
+        try:
+            for _ in range(_TRIES):
+                spi = kernel.reserve_spi(here.remote.address, here.local.address, *self._range)
+                if spi is None:
+                    break
+                if (here.local.address, spi) not in taken.esp:
+                    reserved.append(spi)
+                    return spi
+                unfit.append(spi)  # promised, and not in the kernel yet
+        finally:
+            self._give_back(here, unfit)
+        raise RefusedError(
+            f"no free SPI for {here.local.address} in {self._range[0]:#x}..{self._range[1]:#x}",
+            hint="widen charon.spi_min and spi_max, in strongswan.conf and in ikectx.toml",
+            status=Status.ESP_SPI_IN_USE,
+        )
+
+    def _give_back(self, here: IkeContext, spis: Sequence[bytes]) -> None:
+        """Drop reservations, never an SA that has keys."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        for spi in spis:
+            sa = kernel.get_sa(here.local.address, spi)
+            if sa is not None and not sa.encr_name and not sa.auth_name:
+                kernel.delete_sa(sa)
+
+    def ready(self, here: IkeContext, plan: Plan) -> None:
+        """Just before the import: the SPIs that charon is to add now are no longer reserved."""
+        self._give_back(here, [one.hold_in for one in plan.children if one.hold_in != one.spi_in])
+
+    def hold(self, here: IkeContext, plan: Plan) -> None:
+        """After the import: what comes under the new inbound SPIs is decrypted from now on. Idempotent."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        shape = plan.shape(here)
+        for old, child in zip(here.children, shape.children, strict=True):
+            planned = plan.child(old.spi_in)
+            if planned is None or planned.new_in in (child.spi_in, planned.hold_in):
+                continue
+            inbound, _ = self._host.kernel_pair(shape, child)
+            if inbound is None:
+                raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
+            there = kernel.get_sa(here.local.address, planned.new_in)
+            if there is not None and there.encr_key == inbound.encr_key:
+                continue
+            fresh = replace(inbound.replay, oseq=0, seq=0, bitmap=0)
+            ours = replace(inbound, spi=planned.new_in, replay=fresh, sequence=0)
+            # one datagram, so that nobody takes the SPI in between
+            kernel.batch([*([there.delete()] if there is not None else []), ours.add()])
+
+    # The MN has agreed.
+
+    async def become(
+        self, here: IkeContext, now: IkeContext, *, moved: bool, how: str, report: MoveReport
+    ) -> None:
+        """The MN's SA is `now`: write it down, install it. Errors: StoreError, CharonError, KernelError."""
+        plan = self.plan_of(here)
+        if plan is None:
+            raise CharonError("an SA was renamed that nobody wanted to rename")
+        plan = replace(plan, told=now, moved=moved, how=how or plan.how, report=report)
+        self.save(here, plan)
+        await self.converge(here)
+
+    async def converge(self, here: IkeContext) -> IkeContext:
+        """Make charon and kernel what the plan says, whatever they are. Idempotent; works after a crash.
+
+        Gives the SA as it stands then. Errors: CharonError, KernelError.
+        """
+        host = self._host
+        plan = self.plan_of(here)
+        if plan is None:
+            return here
+        after = plan.shape(here)
+        before = self._found(here, plan, after, await host.views())
+        if before is None:
+            raise CharonError("charon lost the prepared SA")
+        version = await host.version()
+        orders = reshape(before, after, version)
+        extra = leftovers(before, after, version)
+        if not orders and not extra:
+            return after
+        self._put_guards(here, before, after)
+        counters = self._make_way(here, plan, before, after)
+        if before.spis != after.spis:
+            await asyncio.to_thread(host.mute.mute_in, after.spis)
+            await asyncio.to_thread(host.mute.mute_out, after.spis)
+        await host.send(orders)
+        await self._listed(after, before, present=True)
+        if host.kernel is not None:
+            self._go_on(host.kernel, here, plan, before, after, counters)
+        self._drop_guards(here)
+        if extra:
+            await host.send(extra)
+            await self._listed(after, before, present=False)
+        if before.spis != after.spis:
+            await asyncio.to_thread(host.mute.unmute, before.spis)
+            host.record.forget(before.spis)
+        host.record.learn(after, version)
+        host.save()
+        return after
+
+    def _found(
+        self, here: IkeContext, plan: Plan, after: IkeContext, views: Sequence[SaView]
+    ) -> IkeContext | None:
+        """The SA as charon has it: under one of its names, with some of its children."""
+        first = replace(plan, told=None).shape(here)
+        view = next((view for view in views if view.spis == after.spis), None)
+        named = after
+        if view is None:
+            named = first
+            view = next((view for view in views if view.spis == first.spis), None)
+        if view is None:
+            return None
+        listed = {(child.spi_in, child.spi_out) for child in view.children}
+        children: dict[tuple[bytes, bytes], ChildContext] = {}
+        for child in (*after.children, *first.children):
+            pair = (child.spi_in, child.spi_out)
+            if pair in listed:
+                children.setdefault(pair, child)
+        return replace(named, children=tuple(children.values()), policies=())
+
+    async def _listed(self, after: IkeContext, before: IkeContext, *, present: bool) -> None:
+        """Wait until charon and the kernel have the children of `after`, or lack the others of `before`."""
+        host = self._host
+        wanted = {(child.spi_in, child.spi_out): child for child in after.children}
+        unwanted = {(child.spi_in, child.spi_out): child for child in before.children} if not present else {}
+        for pair in wanted:
+            unwanted.pop(pair, None)
+        end = time.monotonic() + INSTALL_TIMEOUT
+        pause = 0.002
+        while True:
+            if present and host.kernel is not None:
+                # the kernel is asked first: it answers faster than VICI, and packets wait
+                pairs = [host.kernel_pair(after, child) for child in after.children]
+                ready = all(a is not None and b is not None for a, b in pairs)
+            else:
+                ready = True
+            if ready:
+                view = await host.view(after.spis)
+                listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
+                if wanted.keys() <= listed and not unwanted.keys() & listed:
+                    return
+            if time.monotonic() > end:
+                raise CharonError(
+                    "charon did not give the SA its new SPIs",
+                    hint="see charon's log (the ha plugin logs why at level 1)",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.1)
+
+    # The kernel's part.
+
+    @staticmethod
+    def _pairs(
+        here: IkeContext, before: IkeContext, after: IkeContext, plan: Plan
+    ) -> list[tuple[ChildPlan, ChildContext, ChildContext]]:
+        """(plan, the child that stands in, the one that comes) for each that changes hands now."""
+        have = {(child.spi_in, child.spi_out): child for child in before.children}
+        out = []
+        for old, new in zip(here.children, after.children, strict=True):
+            planned = plan.child(old.spi_in)
+            if planned is None or (new.spi_in, new.spi_out) in have:
+                continue
+            stands_in = have.get((planned.hold_in, planned.hold_out))
+            if stands_in is not None:
+                out.append((planned, stands_in, new))
+        return out
+
+    def _put_guards(self, here: IkeContext, before: IkeContext, after: IkeContext) -> None:
+        """Outbound packets stay on the pairs that stand in."""
+        kernel, plan = self._host.kernel, self.plan_of(here)
+        if kernel is None or plan is None:
+            return
+        changes = self._pairs(here, before, after, plan)
+        if not changes:
+            return
+        policies = kernel.dump_policies()
+        guards: list[KernelPolicy] = []
+        for _, old, _ in changes:
+            _, outbound = self._host.kernel_pair(before, old)
+            if outbound is None:
+                raise KernelError(f"an ESP SA of CHILD_SA {old.name} has gone")
+            for policy in policies_of(policies, outbound, "out"):
+                held = tuple(replace(one, spi=outbound.spi) for one in policy.templates)
+                guards += guards_of(replace(policy, templates=held), block=False)
+        raw = b"".join(len(guard.raw).to_bytes(4) + guard.raw for guard in guards)
+        self._host.store.put(_GUARDS, _key(here), raw)
+        for guard in guards:
+            kernel.replace_policy(guard)
+
+    def _drop_guards(self, here: IkeContext) -> None:
+        kernel, raw = self._host.kernel, self._host.store.get(_GUARDS, _key(here))
+        if raw is None:
+            return
+        while raw and kernel is not None:
+            size = int.from_bytes(raw[:4])
+            kernel.delete_policy(KernelPolicy.parse(raw[4 : 4 + size]))
+            raw = raw[4 + size :]
+        self._host.store.delete(_GUARDS, _key(here))
+
+    def _make_way(
+        self, here: IkeContext, plan: Plan, before: IkeContext, after: IkeContext
+    ) -> dict[bytes, ReplayState]:
+        """The agent's own inbound SAs give way to charon's; what each had received, by SPI."""
+        kernel = self._host.kernel
+        received: dict[bytes, ReplayState] = {}
+        if kernel is None:
+            return received
+        for _, _, new in self._pairs(here, before, after, plan):
+            ours = kernel.get_sa(here.local.address, new.spi_in)
+            if ours is None:
+                continue
+            if ours.encr_name or ours.auth_name:
+                received[new.spi_in] = kernel.get_replay(ours, outbound=False)[0]
+            kernel.delete_sa(ours)
+        return received
+
+    def _go_on(
+        self,
+        kernel: Kernel,
+        here: IkeContext,
+        plan: Plan,
+        before: IkeContext,
+        after: IkeContext,
+        received: dict[bytes, ReplayState],
+    ) -> None:
+        """Sequence numbers of the pairs that came, where their keys are the old ones."""
+        host = self._host
+        for _, old, new in self._pairs(here, before, after, plan):
+            if (old.nonce_i, old.nonce_r) != (new.nonce_i, new.nonce_r):
+                continue
+            _, sent_by = host.kernel_pair(before, old)
+            inbound, outbound = host.kernel_pair(after, new)
+            if inbound is None or outbound is None or sent_by is None:
+                raise KernelError(f"an ESP SA of CHILD_SA {new.name} has gone")
+            sent, _ = kernel.get_replay(sent_by, outbound=True)
+            top = (1 << (64 if new.esn else 32)) - 1
+            ahead = min(sent.seq + host.config.oseq_jump, top)
+            now, _ = kernel.get_replay(outbound, outbound=True)
+            if ahead > now.seq:
+                kernel.set_replay(outbound, replace(sent, seq=ahead), outbound=True)
+            if new.spi_in in received:
+                kernel.set_replay(inbound, received[new.spi_in], outbound=False)
+
+    def arrived(self, here: IkeContext) -> int:
+        """Packets that came under the new inbound SPIs: only an MN that has agreed sends such."""
+        kernel, plan = self._host.kernel, self.plan_of(here)
+        if kernel is None or plan is None:
+            return 0
+        total = 0
+        for child in plan.children:
+            sa = kernel.get_sa(here.local.address, child.new_in)
+            if sa is not None and (sa.encr_name or sa.auth_name):
+                total += kernel.get_replay(sa, outbound=False)[1].packets
+        return total
+
+    # The end.
+
+    def names(self, here: IkeContext) -> list[IkeContext]:
+        """Every shape in which charon may have the SA: to delete it, whichever it is."""
+        plan = self.plan_of(here)
+        if plan is None:
+            return [here]
+        shapes = {shape.spis: shape for shape in (replace(plan, told=None).shape(here), plan.shape(here))}
+        return list(shapes.values())
+
+    def forget(self, here: IkeContext, *, undone: bool = False) -> None:
+        """Give back what is still reserved; `undone`: also the agent's own SAs. Idempotent."""
+        plan = self.plan_of(here)
+        if plan is None:
+            return
+        self._drop_guards(here)
+        kernel = self._host.kernel
+        if kernel is not None:
+            spis = {spi for one in plan.children for spi in (one.new_in, one.hold_in) if spi != one.spi_in}
+            self._give_back(here, sorted(spis))
+            for child in here.children if undone else ():
+                planned = plan.child(child.spi_in)
+                if planned is None:
+                    continue
+                (encr, _), _ = esp_keys(here.generations[child.generation], child)
+                ours: KernelSa | None = kernel.get_sa(here.local.address, planned.new_in)
+                if ours is not None and ours.encr_key == encr:
+                    kernel.delete_sa(ours)
+        self._host.store.delete(_PLAN, _key(here))
+        self._plans.pop(_key(here), None)
+
+    def load(self) -> None:
+        """After a start: names that were promised before stay so. Errors: StoreError."""
+        # their addresses are not known before the transfer is taken up again; until then any address counts
+        for key, raw in self._host.store.items(_PLAN):
+            plan = Plan.loads(raw)
+            esp: set[EspName] = set()
+            for local in self._host.config.addresses:
+                for child in plan.children:
+                    esp |= {(local, child.new_in), (local, child.hold_in)}
+            self._plans[key] = (plan, Taken(frozenset(esp), frozenset({plan.ike} if plan.ike else ())))
+
+
+def _between(low: int, high: int) -> int:
+    return low + secrets.randbelow(high - low + 1)
+
+
+def _key(context: IkeContext) -> str:
+    return (context.spis[0] + context.spis[1]).hex()
