@@ -195,7 +195,7 @@ IMPORT = """
 import secrets, socket, sys
 from ikectx.context import Endpoint, Identity, IkeContext, IkeGeneration, Secret
 from ikectx.numbers import Encr, IdType, KeMethod, Prf
-from vici_bridge.record import import_messages
+from vici_bridge.chain import import_messages
 
 spi_i, spi_r, local, remote, version = sys.argv[1:]
 generation = IkeGeneration(
