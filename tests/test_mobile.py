@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ikectx.context import Endpoint, IkeContext, ReplayState, TrafficSelector
+from ikectx.context import Endpoint, IkeContext, IkeGeneration, ReplayState, TrafficSelector
 from ikectx.errors import BusyError, CharonError, StateError, StoreError, UnknownSaError, UsageError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Status
@@ -34,7 +34,7 @@ def a_node_context(*, children: int = 1, older: bool = False) -> IkeContext:
     seen = a_context()
     (generation,) = seen.generations
     generation = replace(generation, initiator=True)
-    generations = (generation,)
+    generations: tuple[IkeGeneration, ...] = (generation,)
     if older:
         from ikectx.keys import sk_keys
 
@@ -251,6 +251,21 @@ def test_with_user_space_esp_charon_rekeys_the_children() -> None:
         await a_move(node)
         at(node, NEW, NSG)
         assert node.charon.rekeyed == ["child 2"]
+
+    do(scenario())
+
+
+def test_a_rekeyed_child_that_lingers_is_left_to_charon() -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context(children=2, older=True), kernel=False)
+        fresh = [replace(child, generation=1) for child in node.context.children]
+        context = node.host.record.context(node.sa)
+        node.host.record.moved(node.sa, replace(context, children=(fresh[0], context.children[1])))
+        node.charon.children[1].state = "REKEYED"
+        await a_move(node)
+        assert (node.charon.state, node.charon.remote) == ("ESTABLISHED", NSG)
+        states = {child.state: (child.local, child.remote) for child in node.charon.children}
+        assert states == {"INSTALLED": (NEW, NSG), "REKEYED": (OLD, PSG)}
 
     do(scenario())
 

@@ -148,7 +148,10 @@ class CharonMobile:
                     f"no record of CHILD_SA {listed.name}: it came up while no agent ran",
                     hint="rekey it, or let the mobile node connect anew",
                 )
+        living = {child.spi_in for child in view.children if child.state == "INSTALLED"}
         for child in context.children:
+            if child.spi_in not in living:
+                continue  # on its way out: charon ends it by itself
             if kernel is None and child.generation != len(context.generations) - 1:
                 raise CharonError(
                     f"CHILD_SA {child.name} is older than the present keys of its IKE_SA",
