@@ -331,6 +331,9 @@ class Agent:
             "esp": self._config.charon.esp,
             **{key: value for key, value in self._gateway.status().items() if key != "name"},
         }
+        if self._servers:
+            places = [server.address for server in self._servers]
+            answer["listening"] = [{"host": host, "port": port} for host, port in places]
         return with_json(answer, name=self._config.name)
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:

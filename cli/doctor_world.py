@@ -261,17 +261,17 @@ class World:
             return PeerAnswer(failed=error.strerror or str(error))
 
     def connect_plainly(self, peer: PeerConfig) -> PeerAnswer:
-        """A connection to a peer as with `transport = "ipsec"`; only where the kernel protects it."""
+        """A connection to a peer as with `transport = "ipsec"`.
+
+        Errors: LinkError where the kernel does not protect it, KernelError where it cannot say.
+        """
         last = PeerAnswer(failed="the name has no address")
-        try:
-            for address in self.addresses(peer.host):
-                flow = self.flows(address, peer.port)[0]
-                self.check_protection(flow)
-                last = self._try(flow)
-                if not last.failed:
-                    break
-        except IkectxError as error:
-            return PeerAnswer(failed=str(error))
+        for address in self.addresses(peer.host):
+            flow = self.flows(address, peer.port)[0]
+            self.check_protection(flow)
+            last = self._try(flow)
+            if not last.failed:
+                break
         return last
 
     @staticmethod

@@ -383,6 +383,13 @@ class PlainServer:
         self._connected = connected
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens; with the port that was had for port 0. Errors: OSError once it is closed."""
+        (sock,) = self.sockets
+        host, port, *_ = sock.getsockname()
+        return str(host), int(port)
+
     async def start_serving(self) -> None:
         """Begin to accept."""
         (sock,) = self.sockets

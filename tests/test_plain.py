@@ -99,7 +99,8 @@ async def listening(host: str = "127.0.0.1", peers: tuple[PeerConfig, ...] = (PS
     near, far = SayGuard(), SayGuard()
     (server,) = await plain_listen(TIMING, "tcp", far, [(host, 0)], peers, accepted.put)
     await server.start_serving()
-    port = server.sockets[0].getsockname()[1]
+    address, port = server.address
+    assert address == host
     try:
         dial = plain_dial(TIMING, "tcp", near, [("0.0.0.0", 5091), (host, 5091)])
         yield Ends(near, far, port, accepted, dial, PeerConfig("nsg", host, port))
