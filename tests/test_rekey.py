@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -215,6 +216,26 @@ def test_selectors_may_be_narrowed() -> None:
     assert isinstance(event, ChildRekeyed)
     assert event.child.local_ts == (narrow,)
     assert event.child.remote_ts == (dynamic, wide)  # the same set: as it was
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"protocol": 6},
+        {"start_port": 4999},
+        {"end_port": 6001},
+        {"start": ip_address("10.0.255.255")},
+        {"end": ip_address("10.2.0.0")},
+    ],
+)
+def test_selectors_may_not_be_widened(changes: dict[str, Any]) -> None:
+    ours = TrafficSelector(ip_address("10.1.0.0"), ip_address("10.1.255.255"), 17, 5000, 6000)
+    peer = Peer()
+    peer.twist = lambda payloads: [
+        TsPayload(p.type, (replace(ours, **changes),)) if isinstance(p, TsPayload) else p for p in payloads
+    ]
+    event = run(child_rekey(replace(CHILD, local_ts=(ours,), remote_ts=(ours,))), peer)
+    assert isinstance(event, RekeyFailed)
 
 
 # --- IKE_SAs -----------------------------------------------------------------------------------------------
