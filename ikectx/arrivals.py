@@ -318,7 +318,7 @@ class Arrivals:
             return endpoint(context, care_of, arrival.source.address)
 
         request = CtReq(message.mn, message.sequence, message.token, message.blocks)
-        ask = Ask(peer, request, sa=sa, right="push", place=place)
+        ask = Ask(peer, request, sa=sa, right="push", place=place, answers=token is not None)
         ahead = self._desks.held(peer.name, message.mn, sa)
         if ahead is not None and self._opens(ahead[1], arrival, peer):
             return await self._install(arrival, ask, *ahead)

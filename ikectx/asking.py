@@ -116,6 +116,7 @@ class Ask:
         right: str,
         place: Callable[[IkeContext], Endpoint] | None = None,
         here: Endpoint | None = None,
+        answers: bool = False,
         dry_run: bool = False,
         progress: Observer | None = None,
     ) -> None:
@@ -125,6 +126,7 @@ class Ask:
         self.right = right
         self.whole = place is not None
         self.here = here
+        self.answers = answers
         self.dry_run = dry_run
         self.progress = progress
         self.events: asyncio.Queue[object] = asyncio.Queue()

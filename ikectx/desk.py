@@ -41,6 +41,8 @@ class Want(Protocol):
     """Something that this gateway asked the peer for; it is told what becomes of it."""
 
     progress: Observer | None
+    answers: bool
+    """Does the MN wait for an answer that can tell it new names?"""
     here: Endpoint | None
     """Where at this gateway the MN came to; None: that is left to the sink."""
 
@@ -205,6 +207,7 @@ class Desk:
             run = Incoming(self._parts, entry, context, header, wanted.progress if wanted else None)
             if header.intent == "hold":
                 run.token = (message.algorithm, Secret(message.key))
+                run.answers = message.algorithm is TokenAlgorithm.HMAC_SHA256_128
             await self._begin(run, link, message, wanted)
 
     async def _begin(self, run: Incoming, link: Link, message: Pctd | Ctd, wanted: Want | None) -> None:
@@ -306,6 +309,7 @@ class Desk:
             status = self._admits(context, True)
             if status is not Status.OK:
                 raise RefusedError(STATUS_TEXT.get(status, status.name), status=status)
+            run.answers = wanted.answers
             run.take_whole(final_of(context))
             run.settle(wanted.place(context), wanted.here)
         except (RefusedError, WireError) as error:

@@ -13,7 +13,7 @@ from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StateError
 from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import MoveReport, Verdict
+from .ports import MoveReport, Verdict, must_tell, tell_later
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
@@ -102,6 +102,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         """What the MN's arrival is checked with, while it is held."""
         self.request: Callable[[Link | None], Awaitable[None]] | None = None
         """Sends the CT-Req, over this link if it is open."""
+        self.answers = False
+        """Does the MN wait for an answer that can tell it things?"""
         self.whole = False
         """Did all of it come in one CTD?"""
         self.dropped: Dropped = ""
@@ -270,6 +272,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return self._final
 
     async def _check(self, context: IkeContext) -> None:
+        tell_later(self.parts.sink, context, self.answers)
         verdicts = tuple(await self.parts.sink.check(context, self.keep))
         status = first_failure(verdicts)
         if status is not Status.OK:
@@ -278,13 +281,15 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             raise RefusedError(said or STATUS_TEXT.get(status, "refused"), status=status)
 
     async def _prepare(self, context: IkeContext) -> None:
+        tell_later(self.parts.sink, context, self.answers)
         await self.parts.sink.prepare(context, self.keep)
 
     async def _take(self, context: IkeContext) -> None:
         await self.parts.sink.take(context, self._last)
 
     async def _move(self, context: IkeContext) -> None:
-        if self.header is not None and self.header.address != "update":
+        address = "update" if self.header is None else self.header.address
+        if address == "keep" or (address == "mn" and not must_tell(self.parts.sink, context)):
             return
         try:
             self._report = await self.parts.sink.move_peer(context, self._last)

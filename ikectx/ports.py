@@ -96,19 +96,36 @@ class ContextSink(Protocol):
 
 
 class Renamer(Protocol):
-    """What a sink has, too, that gives SAs new SPIs where theirs are in use."""
+    """What a sink has, too, that gives SAs new SPIs where theirs are in use. Where the MN moves by itself,
+    `move_peer` does not tell it: an answer that it waits for does, or else nothing would."""
+
+    def tell_later(self, context: IkeContext, later: bool) -> None:
+        """Before `check` and `prepare`: does the MN wait for an answer, which will tell it the new SPIs?"""
+
+    def must_tell(self, context: IkeContext) -> bool:
+        """The SA has new SPIs, and no answer will tell the MN: `move_peer` must."""
 
     def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
-        """Blocks of a CTAA (`Fpt.NEW_SPIS`) that tell the MN which SPIs its SA has here now; none: the old.
+        """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), asked for once the SA is active; none: the old."""
 
-        Asked once the SA is active, where the MN asked for the handover by CTAR (`move_peer` was not called).
-        """
+
+def tell_later(sink: ContextSink, context: IkeContext, later: bool) -> None:
+    """To `sink`, if it renames."""
+    call = getattr(sink, "tell_later", None)
+    if call is not None:
+        call(context, later)
+
+
+def must_tell(sink: ContextSink, context: IkeContext) -> bool:
+    """Of `sink`; False if it does not rename."""
+    call = getattr(sink, "must_tell", None)
+    return call is not None and bool(call(context))
 
 
 def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock, ...]:
-    """What `sink` has renamed, if it can."""
-    ask = getattr(sink, "new_names", None)
-    return () if ask is None else tuple(ask(context))
+    """Of `sink`; none if it does not rename."""
+    call = getattr(sink, "new_names", None)
+    return () if call is None else tuple(call(context))
 
 
 class Store(Protocol):

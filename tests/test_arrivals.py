@@ -22,6 +22,7 @@ from ikectx.arrivals import (
 from ikectx.asking import refused_request
 from ikectx.context import Endpoint, IkeContext
 from ikectx.cxtp import (
+    ContextDataBlock,
     Ctaa,
     Ctar,
     Ctc,
@@ -43,8 +44,9 @@ from ikectx.tokens import Purpose, token_key
 from ikectx.transfer import OSEQ_JUMP
 
 from .mobile_nodes import AWAY, CXTP, MobileNode, kinds, requests, serve
-from .peers import Fate, a_context
-from .worlds import FAST, run, world
+from .peers import Fate, MemoryGateway, a_context
+from .test_by_packet import probe
+from .worlds import ALL, FAST, run, world
 
 # -- the table -------------------------------------------------------------------------------------------
 
@@ -631,18 +633,44 @@ def test_a_psg_that_is_busy_or_down_is_asked_until_the_time_is_over() -> None:
     run(scenario())
 
 
-def test_new_names_are_told_in_the_answer() -> None:
-    async def scenario() -> None:
-        from ikectx.cxtp import ContextDataBlock
+class RenamingGateway(MemoryGateway):
+    """Gives every SA new names."""
 
-        async with world() as w:
-            mn = serve(w, a_context())
-            block = ContextDataBlock(Fpt.NEW_SPIS, b"12345678abcd")
-            w.b.daemon.new_names = lambda context: (block,)  # type: ignore[attr-defined]
-            answer = await w.b.agent.ctar(*mn.arrive())
-            assert mn.says(answer) is Status.OK
-            assert answer is not None
-            assert Ctaa.parse(answer).blocks[0] == block
+    later: bool | None = None
+
+    def tell_later(self, context: IkeContext, later: bool) -> None:
+        self.calls.append("later" if later else "now")
+        self.later = later
+
+    def must_tell(self, context: IkeContext) -> bool:
+        return not self.later
+
+    def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
+        return (ContextDataBlock(Fpt.NEW_SPIS, b"12345678abcd"),)
+
+
+def test_new_names_are_told_in_the_answer_or_else_by_ike() -> None:
+    async def scenario() -> None:
+        for announced in (True, False):
+            async with world(rights=ALL) as w:
+                await w.b.stop()
+                w.b.daemon = RenamingGateway("b", w.ether)
+                await w.b.start()
+                mn = serve(w, a_context())
+                if announced:
+                    await w.a.agent.ctar(*mn.announce())
+                answer = await w.b.agent.ctar(*mn.arrive())
+                assert mn.says(answer) is Status.OK
+                assert answer is not None
+                assert Ctaa.parse(answer).blocks[0] == w.b.daemon.new_names(mn.context)[0]
+                steps = ["later", "check", "later", "prepare", "take", "activate"]
+                assert w.b.daemon.calls == steps
+                w.b.daemon.calls.clear()
+                # nobody answers a packet, nor a push
+                other = serve(w, a_context(2), sequence=2)
+                await w.b.agent.packet(probe(other.context), Endpoint.of("192.0.2.2", 4500), AWAY, ["a"])
+                steps = ["now", "check", "now", "prepare", "take", "move", "activate"]
+                assert w.b.daemon.calls == steps
 
     run(scenario())
 

@@ -135,12 +135,19 @@ class CharonSink:
             return "nobody here can ask the MN for other SPIs"
         return ""
 
-    def tell_later(self, context: IkeContext) -> None:
-        """To be called before `check` and `prepare` where the MN moves by itself and waits for an answer.
+    def tell_later(self, context: IkeContext, later: bool = True) -> None:
+        """To be called before `check` and `prepare`; `later`: the MN moves by itself and waits for an answer.
 
         The answer will tell it the new SPIs: see `new_names`. `move_peer` is then not called.
         """
-        self._later.add(_key(context))
+        if later:
+            self._later.add(_key(context))
+        else:
+            self._later.discard(_key(context))
+
+    def must_tell(self, context: IkeContext) -> bool:
+        """Has the SA new SPIs that no answer tells the MN? `move_peer` must, though it moves by itself."""
+        return _key(context) not in self._later and self._renames.plan_of(self._here(context)) is not None
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
         """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
