@@ -172,8 +172,10 @@ class MobileAgent:
 
     async def status(self, request: Message) -> Message:
         views: Sequence[SaView] = ()
+        listed: list[SaName] | None = None
         with contextlib.suppress(CharonError, WireError):
             views = await self._host.views()
+            listed = [view.spis for view in views]
         answer: dict[str, object] = {
             "version": __version__,
             "uptime": int(time.time() - self._started),
@@ -186,7 +188,7 @@ class MobileAgent:
             "sas": [self._view_json(view) for view in views],
             "gateways": [self._gateway_json(gateway.name) for gateway in self._config.gateways],
             "announced": self.handovers.status(),
-            "in_question": self.handovers.in_question(),
+            "in_question": self.handovers.in_question(listed),
             "last": self.handovers.last(),
         }
         return with_json(answer, sas=len(views))

@@ -18,7 +18,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -278,8 +278,16 @@ class Handovers:
         raw = self._store.get(LAST, LAST)
         return None if raw is None else json.loads(raw)
 
-    def in_question(self) -> list[dict[str, Any]]:
-        """SAs that nSG was asked for without an answer that counts, by this agent or one before it."""
+    def in_question(self, listed: Collection[SaName] | None = None) -> list[dict[str, Any]]:
+        """SAs that nSG was asked for without an answer that counts, by this agent or one before it.
+
+        `listed`: those that charon has; any other was rekeyed, so its gateway is known, or is gone.
+        """
+        if listed is not None:
+            known = {_key(sa) for sa in listed}
+            for key, _ in self._store.items(ASKED):
+                if key not in known:
+                    self._store.delete(ASKED, key)
         return [json.loads(raw) for _, raw in self._store.items(ASKED)]
 
     # Steps.
@@ -338,7 +346,9 @@ class Handovers:
 
     async def _select(self, sa: SaName | None) -> SaView:
         """The SA that was named, or the only one. Errors: UnknownSaError."""
-        views = [view for view in await self._outside.views() if view.state not in ("CONNECTING", "DELETING")]
+        views = await self._outside.views()
+        self.in_question([view.spis for view in views])
+        views = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
         if sa is not None:
             views = [view for view in views if view.spis == sa]
         elif len(views) > 1:
