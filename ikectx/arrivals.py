@@ -322,9 +322,25 @@ class Arrivals:
         ahead = self._desks.held(peer.name, message.mn, sa)
         if ahead is not None and self._opens(ahead[1], arrival, peer):
             return await self._install(arrival, ask, *ahead)
+        if sa is not None and self._parts.store.owned_epoch(sa) >= 0:
+            context = await self._taken(arrival, peer, sa)
+            if context is not None and context.remote.address == place(context).address:
+                key = tokens.token_key(context.current, message.sequence)
+                arrival.feed(ArrivalInput.UNKNOWN)
+                return self._answer(arrival, key, Status.OK, context)
         arrival.feed(ArrivalInput.UNKNOWN)
         await self._asking.run(ask)
         return self._arrived(arrival, ask)
+
+    async def _taken(self, arrival: Arrival, peer: PeerConfig, sa: SaName) -> IkeContext | None:
+        """The SA, if it is here and the token is right: this agent was restarted before it could answer."""
+        try:
+            context = await step("export", self._parts.source.export(sa), self._parts.timing)
+        except (BusyError, UnknownSaError):
+            return None
+        key = tokens.token_key(context.current, arrival.message.sequence)
+        self._verify(key, arrival, Purpose.ARRIVE, peer.name, self._parts.name)
+        return context
 
     def _opens(self, run: Incoming, arrival: Arrival, peer: PeerConfig) -> bool:
         """Is the token right by the key that came ahead? If not, pSG is asked: the MN may have begun anew."""

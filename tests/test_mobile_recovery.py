@@ -229,6 +229,33 @@ def test_the_mn_s_place_survives_a_restart() -> None:
     run(scenario())
 
 
+def test_an_mn_whose_answer_was_lost_with_its_gateway_gets_one_from_the_next_agent() -> None:
+    async def scenario() -> None:
+        for way in (predictive, reactive):
+            async with world() as w:
+                mn = serve(w, a_context())
+                if way is predictive:
+                    await w.a.agent.ctar(*mn.announce())
+                ctar = mn.arrive()
+                gate = w.b.daemon.wait["activate"] = asyncio.Event()
+                moving = asyncio.ensure_future(w.b.agent.ctar(*ctar))
+                while "activate" not in w.b.daemon.calls:
+                    await asyncio.sleep(0.001)
+                await w.b.kill()
+                moving.cancel()
+                gate.set()
+                await w.b.start()
+                await w.quiet()
+                assert w.owner(mn.sa) == "b"
+                assert mn.says(await w.b.agent.ctar(*ctar)) is Status.OK
+                # but no other CTAR does
+                forged = replace(ctar[0], token=1)
+                assert await w.b.agent.ctar(forged, ctar[1]) is None
+                assert w.a.daemon.calls.count("freeze") == 1
+
+    run(scenario())
+
+
 def test_a_psg_killed_while_it_offers_tells_nsg_when_it_is_back() -> None:
     async def scenario() -> None:
         async with world() as w:
