@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 from .context import Address as IpAddress
 from .context import IkeContext
 from .cxtp import Ctc
+from .dry_run import DryRun
 from .errors import BusyError, IkectxError, StateError, UnknownSaError
 from .links import Links, PeerConfig
 from .numbers import Status
@@ -96,11 +97,9 @@ class Moves:
         links = self._links()
         self.free(sa)
         if dry_run:
-            run = Outgoing(
-                self._parts, links, peer, sa=sa, transfer_id=secrets.token_bytes(8), address=address
-            )
-            await run.export()
-            return await run.ask_only()
+            dry = DryRun(self._parts, links, peer, sa=sa, transfer_id=secrets.token_bytes(8), address=address)
+            await dry.export()
+            return await dry.ask_only()
         self._asked_for.add(sa)
         try:
             for attempt in range(1, self._busy_attempts + 1):
