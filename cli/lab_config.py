@@ -154,6 +154,7 @@ swanctl {{
   load = random nonce openssl x509 pem pkcs1 pkcs8 pubkey
   socket = unix://{folder}/charon.vici
 }}
+include {folder}/more*.conf
 """
 
 

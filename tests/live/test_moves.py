@@ -109,7 +109,7 @@ def test_the_lease_of_a_moved_sa(world: World) -> None:
     # (IKE_SA_INIT, IKE_AUTH) when nsg has let it go
     def leased(host: str) -> list[Any]:
         pools = world.lab.vici(host).get_pools(True)
-        return [lease for lease in pools["inner"].get("leases", {}).values() if lease["status"] == "online"]
+        return [lease for lease in pools["mn"].get("leases", {}).values() if lease["status"] == "online"]
 
     world.up()
     assert len(leased("psg")) == 1
