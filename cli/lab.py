@@ -171,6 +171,32 @@ def bench(runs: int, esp: str, target: Path | None, as_json: bool, names: tuple[
         click.get_current_context().exit(1)
 
 
+@lab.command()
+@click.option("--moved", type=click.IntRange(0), required=True, help="SAs that move.")
+@click.option("--serving", type=click.IntRange(0), required=True, help="SAs the gateway has already.")
+@click.option(
+    "--range", "spis", type=click.IntRange(1), help="SPIs to choose from; charon's 2^28 by default."
+)
+@click.option("--runs", type=click.IntRange(0), default=0, help="Simulated moves; 0: as some seconds allow.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the simulation.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int, as_json: bool) -> None:
+    """Expected SPI collisions of SAs that move to a gateway, with a simulation beside the formulas."""
+    from . import collisions as arithmetic
+
+    found = arithmetic.expected(moved, serving, spis or arithmetic.RANGE)
+    chance = arithmetic.simulate(moved, serving, found.spis, seed=seed, runs=runs)
+    if as_json:
+        click.echo(json.dumps({"expected": found.to_json(), "simulated": chance.to_json()}, indent=2))
+        return
+    click.echo(f"{moved} SAs moved onto {serving}, {found.spis} SPIs")
+    table = [("", "from one gateway", "from many gateways"), *arithmetic.rows(found, chance)]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
 
