@@ -1,13 +1,13 @@
 """How many SPIs collide when SAs move to a gateway: arithmetic, and a simulation beside it. Pure.
 
 n SAs move, one after the other, to a gateway that serves m; inbound SPIs are uniform in a range of r values
-and unique at each gateway. An SA whose SPI is taken gets a free one instead (UPDATE_SPI), so each arrival adds
-exactly one name to the gateway's.
+and unique at each gateway. An SA whose SPI is taken gets a free one instead (UPDATE_SPI), so each arrival
+adds exactly one name to the gateway's.
 
 From one gateway. The n SPIs are distinct, so the (k+1)-th is uniform in the r - k values that the k before it
 did not have. Of these values m are taken at the new gateway, always: a miss takes one value out of the
-possible ones and adds no obstacle for those to come; a hit takes one obstacle out (nobody else comes with that
-SPI), and the free SPI drawn instead adds one. So
+possible ones and adds no obstacle for those to come; a hit takes one obstacle out (nobody else comes with
+that SPI), and the free SPI drawn instead adds one. So
 
     E = m * sum(1 / (r - k), k = 0..n-1)         P(none) = product(1 - m / (r - k), k = 0..n-1)
     E ~ n m / r                                  P(none) ~ exp(-n m / r)

@@ -13,24 +13,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address
 from typing import Any, Literal
 
 from ikectx.aio import Gateway
-from ikectx.context import Address, Endpoint, FinalState, IkeContext
+from ikectx.context import Endpoint
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
-from ikectx.ikev2 import RetransmitPolicy
-from ikectx.keys import iv_length, prf_plus, sk_keys
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.mnlink import MnServer
 from ikectx.plain import PlainServer, plain_dial, plain_listen
-from ikectx.ports import MoveReport, SaName
+from ikectx.ports import SaName
 from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore, open_store
 from ikectx.transfer import Timing, TransferEvent, TransferReport
-from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
-from mobike_ext.link import run_address_update
 from mobike_ext.watch import Watcher
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.guard import SpdGuard
@@ -42,6 +38,7 @@ from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__
 from .config import Config
+from .movers import MnMover, MnRenamer
 from .render import context_json
 from .views import chosen, sa_name, view_json
 
@@ -111,48 +108,10 @@ def host_config(config: Config) -> HostConfig:
         forward_via={peer.name: peer.forward_via for peer in config.peers},
         oseq_jump=config.transfer.oseq_jump,
         late=config.transfer.late_seconds,
+        collision=config.transfer.collision,
+        spi_min=config.charon.spi_min,
+        spi_max=config.charon.spi_max,
     )
-
-
-class MnMover:
-    """The INFORMATIONAL exchange with the MN. `mark`: that of packets a muted SA may send."""
-
-    def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
-        self._addresses = addresses
-        self._tries = tries
-        self._timeout = timeout
-        self._mark = mark
-
-    async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
-        async def proven() -> bool:
-            return arrived()
-
-        machine = AddressUpdate(
-            here.current,
-            final.mid_initiator,
-            here.local,
-            here.remote,
-            # The same octets for the same message ID, also after a crash: a request with other octets would
-            # be answered from the MN's cache, with the old cookie. Without SK_d nobody can tell them.
-            cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
-            iv=self._derived(here, final, b"iv", iv_length(here.current.encr)),
-            conditions=here.conditions,
-            additional=self._addresses,
-            policy=RetransmitPolicy(self._timeout, tries=self._tries),
-        )
-        report = await run_address_update(machine, proven=proven, mark=self._mark)
-        if report.nat is not None:
-            log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
-        return report.move
-
-    @staticmethod
-    def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
-        now = here.current
-        seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4)
-        for end in (here.local, here.remote):
-            seed += end.address.packed + end.port.to_bytes(2)
-        seed += here.conditions.to_bytes(4)  # all that the request depends on: one IV, one text
-        return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 
 class Agent:
@@ -161,13 +120,12 @@ class Agent:
     def __init__(self, config: Config, store: SqliteStore) -> None:
         self._config = config
         self._host = CharonHost(host_config(config), store)
-        self._source = CharonSource(
-            self._host,
-            MnMover(config.gateway.addresses, CALL_BACK_TRIES, config.transfer.mn_timeout, MARK),
-        )
+        addresses, timeout = config.gateway.addresses, config.transfer.mn_timeout
+        self._source = CharonSource(self._host, MnMover(addresses, CALL_BACK_TRIES, timeout, MARK))
         self._sink = CharonSink(
             self._host,
-            MnMover(config.gateway.addresses, config.transfer.mn_tries, config.transfer.mn_timeout, MARK),
+            MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
+            MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
         )
         self._peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)

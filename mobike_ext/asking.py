@@ -146,6 +146,10 @@ class Asking:
         """False: all tries went unanswered."""
         return self._window.handle_timer(now)
 
+    def skip(self, count: int) -> None:
+        """Requests from elsewhere have used so many message IDs since our last one."""
+        self._window.next_id += count
+
     def stop(self) -> None:
         """The request is as good as answered; its message ID is used."""
         self._window.response(self.message_id)

@@ -312,6 +312,10 @@ class _Rekey:
         self._send(Exchange.INFORMATIONAL, [self._old()])
         self._enter(Input.INSTALLED)
 
+    def skip(self, count: int) -> None:
+        """After `ChildMade` or `IkeMade`: other requests have used so many message IDs meanwhile."""
+        self._asking.skip(count)
+
     def abandon(self, why: str) -> None:
         """After `ChildMade`: the new child cannot be installed here, so the peer deletes it again.
 

@@ -1,0 +1,320 @@
+"""What a gateway's agent says to an MN whose SA has come: address, new SPIs, rekeys. Runs the machines of
+`mobike_ext` for the sink and the source of `vici_bridge`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ikectx.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
+from ikectx.errors import LinkError, RefusedError
+from ikectx.ikev2 import RetransmitPolicy
+from ikectx.keys import iv_length, prf_plus, sk_keys
+from ikectx.numbers import Prf, Protocol, Status
+from ikectx.ports import MoveReport
+from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
+from mobike_ext.link import (
+    UpdateReport,
+    keep_answering,
+    run_address_update,
+    run_rekey,
+    run_spi_update,
+)
+from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
+from mobike_ext.notify import UpdateSpi
+from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, IkeRekey
+from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
+from vici_bridge.names import Made, Told, Wish
+
+log = logging.getLogger("ikectx")
+
+KEEP_ANSWERING = 60.0
+"""Seconds for which repetitions of the MN's own UPDATE_SPI are answered."""
+
+
+class MnMover:
+    """The INFORMATIONAL exchange with the MN. `mark`: that of packets a muted SA may send."""
+
+    def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
+        self._addresses = addresses
+        self._tries = tries
+        self._timeout = timeout
+        self._mark = mark
+
+    async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
+        async def proven() -> bool:
+            return arrived()
+
+        machine = AddressUpdate(
+            here.current,
+            final.mid_initiator,
+            here.local,
+            here.remote,
+            # The same octets for the same message ID, also after a crash: a request with other octets would
+            # be answered from the MN's cache, with the old cookie. Without SK_d nobody can tell them.
+            cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
+            iv=self._derived(here, final, b"iv", iv_length(here.current.encr)),
+            conditions=here.conditions,
+            additional=self._addresses,
+            policy=RetransmitPolicy(self._timeout, tries=self._tries),
+        )
+        report = await run_address_update(machine, proven=proven, mark=self._mark)
+        _warn_of_nat(report)
+        return report.move
+
+    @staticmethod
+    def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
+        now = here.current
+        seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4)
+        for end in (here.local, here.remote):
+            seed += end.address.packed + end.port.to_bytes(2)
+        seed += here.conditions.to_bytes(4)  # all that the request depends on: one IV, one text
+        return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
+
+
+def _warn_of_nat(report: UpdateReport) -> None:
+    if report.nat is not None:
+        log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
+
+
+@dataclass(slots=True)
+class _Talk:
+    """One renaming under way. `now`: the SA as the MN has it. `report`: all it took so far."""
+
+    now: IkeContext
+    wish: Wish
+    made: Made
+    moved: bool = False
+    report: MoveReport = MoveReport()  # noqa: RUF009  frozen
+
+    def fresh(self, label: bytes, length: int) -> bytes:
+        """Octets for one message: the same after a crash, and nobody else's, since they come of the seed.
+
+        `label` must say all that the message depends on besides its message ID.
+        """
+        # in parts, since prf+ ends after 255 blocks
+        out = b""
+        while len(out) < length:
+            text = label + self.now.mid_initiator.to_bytes(4) + len(out).to_bytes(4)
+            out += prf_plus(Prf.HMAC_SHA2_256, self.wish.seed.reveal(), text, min(length - len(out), 4096))
+        return out
+
+    def took(self, report: MoveReport) -> None:
+        """Message IDs and figures of an exchange that has ended."""
+        mine = self.report
+        self.report = MoveReport(
+            messages=mine.messages + report.messages,
+            octets=mine.octets + report.octets,
+            retransmissions=mine.retransmissions + report.retransmissions,
+            requests=mine.requests + report.requests,
+            answered=mine.answered + report.answered,
+            proven_by_traffic=mine.proven_by_traffic or report.proven_by_traffic,
+        )
+
+    async def tell(self, how: str) -> None:
+        """Have what is new installed here."""
+        await self.made(self.now, moved=self.moved, how=how, report=self.report)
+
+
+class MnRenamer:
+    """`vici_bridge.names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
+
+    By rekeys: a CREATE_CHILD_SA for each child, with the address told before the first Delete, because the MN
+    sends on the new SA from that Delete on; then the IKE_SA's.
+    """
+
+    def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
+        """As for `MnMover`."""
+        self._addresses = addresses
+        self._policy = RetransmitPolicy(timeout, tries=tries)
+        self._mark = mark
+        self._answering: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made) -> Told:
+        """Errors: LinkError (silent), RefusedError, and what `made` raises."""
+        del arrived  # with an SPI that the MN chooses, only its answer tells all
+        talk = _Talk(here, wish, made)
+        supports: bool | None = None
+        if wish.update:
+            supports, done = await self._update(talk)
+            if done:
+                return Told(talk.report, supports)
+            if not wish.rekey:
+                raise RefusedError("the MN does not change its SPIs", status=Status.PEER_REFUSED)
+        await self._rekey(talk)
+        return Told(talk.report, supports)
+
+    # -- UPDATE_SPI
+
+    async def _update(self, talk: _Talk) -> tuple[bool, bool]:
+        """(does the MN know it, has it agreed)."""
+        left = self._asks(talk)
+        first = True
+        while first or left:
+            asks, left = left[:MOST], left[MOST:]
+            addresses = talk.wish.addresses and not talk.moved
+            label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
+            current = talk.now.current
+            machine = SpiUpdate(
+                current,
+                talk.now.mid_initiator,
+                talk.now.local,
+                talk.now.remote,
+                asks,
+                iv=talk.fresh(label + b" iv", 8 * iv_length(current.encr)),
+                fresh=talk.fresh(label + b" fresh", FRESH_OCTETS),
+                cookie2=talk.fresh(label + b" cookie2", COOKIE2_LENGTH),
+                addresses=addresses,
+                conditions=talk.now.conditions,
+                additional=self._addresses,
+                known=talk.now.update_spi,
+                expected_id=talk.now.mid_responder if talk.now.update_spi else None,
+                policy=self._policy,
+            )
+            report = await run_spi_update(machine, mark=self._mark)
+            first = False
+            talk.took(report.move)
+            if report.nat is not None:
+                log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
+            talk.moved = talk.moved or addresses
+            after = replace(
+                talk.now,
+                mid_initiator=talk.now.mid_initiator + report.move.requests,
+                mid_responder=talk.now.mid_responder + report.move.answered,
+            )
+            match report.outcome:
+                case Renamed(pairs):
+                    talk.now = renamed_context(after, pairs)
+                    if report.move.answered:
+                        self._go_on_answering(machine)
+                    await talk.tell("update")
+                case Unsupported():
+                    talk.now = after
+                    log.info("%s does not know UPDATE_SPI: its SAs are rekeyed", after.remote_id)
+                    await talk.tell("rekey")
+                    return False, False
+                case RenameRefused(reasons, error):
+                    talk.now = after
+                    why = ", ".join(sorted({reason.name for reason in reasons})) or str(error)
+                    log.info("%s refused new SPIs (%s): its SAs are rekeyed", after.remote_id, why)
+                    await talk.tell("rekey")
+                    return True, False
+        return True, True
+
+    @staticmethod
+    def _asks(talk: _Talk) -> list[UpdateSpi]:
+        """Both directions of each child, so that the MN can put the new pair beside the old one; IKE last."""
+        outbound = {child.spi_in: child.spi_out for child in talk.now.children}
+        asks: list[UpdateSpi] = []
+        for spi_in, new_in in talk.wish.children:
+            asks += [ask(Protocol.ESP, spi_in, new_in), ask_peer(Protocol.ESP, outbound[spi_in])]
+        if talk.wish.ike:
+            current = talk.now.current
+            own = current.spi_i if current.initiator else current.spi_r
+            asks.append(ask(Protocol.IKE, own, talk.wish.ike))
+        return asks
+
+    def _go_on_answering(self, machine: SpiUpdate) -> None:
+        async def go_on() -> None:
+            try:
+                await keep_answering(machine, KEEP_ANSWERING, mark=self._mark)
+            except LinkError as error:
+                log.warning("repetitions of the MN's UPDATE_SPI are not answered: %s", error)
+
+        task = asyncio.get_running_loop().create_task(go_on())
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    # -- rekeys
+
+    async def _rekey(self, talk: _Talk) -> None:
+        for spi_in, new_in in talk.wish.children:
+            await self._rekey_child(talk, spi_in, new_in)
+        await self._tell_address(talk)
+        if talk.wish.ike:
+            await self._rekey_ike(talk)
+
+    async def _rekey_child(self, talk: _Talk, spi_in: bytes, new_in: bytes) -> None:
+        start = talk.now
+        child = next(child for child in start.children if child.spi_in == spi_in)
+        machine = ChildRekey(
+            start.current,
+            len(start.generations) - 1,
+            child,
+            start.mid_initiator,
+            start.local,
+            start.remote,
+            new_spi=new_in,
+            fresh=talk.fresh(b"ikectx child rekey " + spi_in + new_in, REKEY_OCTETS),
+            policy=self._policy,
+        )
+        between = 0
+
+        async def made(new: ChildContext | IkeGeneration) -> None:
+            nonlocal between
+            assert isinstance(new, ChildContext)
+            new = replace(new, lifetime=child.lifetime)
+            children = tuple(new if one is child else one for one in start.children)
+            used = machine.report.requests
+            talk.now = replace(start, children=children, mid_initiator=start.mid_initiator + used)
+            await talk.tell("rekey")
+            before = talk.report.requests
+            await self._tell_address(talk)
+            between = talk.report.requests - before
+            machine.skip(between)
+
+        report = await run_rekey(machine, made=made, mark=self._mark)
+        talk.took(report.move)
+        used = report.move.requests + between
+        talk.now = replace(talk.now, mid_initiator=start.mid_initiator + used)
+        await talk.tell("rekey")
+
+    async def _tell_address(self, talk: _Talk) -> None:
+        if talk.moved or not talk.wish.addresses:
+            return
+        now = talk.now
+        machine = AddressUpdate(
+            now.current,
+            now.mid_initiator,
+            now.local,
+            now.remote,
+            cookie2=talk.fresh(b"ikectx address cookie2", COOKIE2_LENGTH),
+            iv=talk.fresh(b"ikectx address iv", iv_length(now.current.encr)),
+            conditions=now.conditions,
+            additional=self._addresses,
+            policy=self._policy,
+        )
+        report = await run_address_update(machine, mark=self._mark)
+        _warn_of_nat(report)
+        talk.took(report.move)
+        talk.moved = True
+        talk.now = replace(now, mid_initiator=now.mid_initiator + report.move.requests)
+        await talk.tell("rekey")
+
+    async def _rekey_ike(self, talk: _Talk) -> None:
+        start = talk.now
+        machine = IkeRekey(
+            start.current,
+            start.mid_initiator,
+            start.local,
+            start.remote,
+            new_spi=talk.wish.ike,
+            fresh=talk.fresh(b"ikectx IKE rekey " + talk.wish.ike, REKEY_OCTETS),
+            policy=self._policy,
+        )
+
+        async def made(new: ChildContext | IkeGeneration) -> None:
+            assert isinstance(new, IkeGeneration)
+            talk.now = replace(start, generations=(*start.generations, new), mid_initiator=0, mid_responder=0)
+            await talk.tell("rekey")
+
+        report = await run_rekey(machine, made=made, mark=self._mark)
+        talk.took(report.move)
+        await talk.tell("rekey")
+
+
+def _octets(one: UpdateSpi) -> bytes:
+    return bytes([one.protocol, one.choose, len(one.new)]) + one.old + one.new
