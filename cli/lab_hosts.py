@@ -207,8 +207,8 @@ class Lab:
     def start_agent(self, host: str, *, wait: bool = True) -> None:
         """Starts a host's agent; before charon, since whoever holds its HA address receives keys."""
         words = ["mobile", "serve"] if host in MOBILES else ["serve"]
-        config = str(agent_file(self.work, host))
-        self.spawn(host, "agent", [str(self.work / "bin" / "ikectx"), *words, "--config", config])
+        words = [str(self.work / "bin" / "ikectx"), *words, "--config", str(agent_file(self.work, host))]
+        self.spawn(host, "agent", [*_as_its_own_machine(host), *words])
         if wait:
             self.wait_agent(host)
 
@@ -225,10 +225,8 @@ class Lab:
                 raise CharonError(f"{source} is not there", hint="apt-get install charon-systemd")
             shutil.copy2(source, binary)
         (self.work / host / "charon.vici").unlink(missing_ok=True)
-        # The mobile node stands for a machine of its own: on CPUs shared with the gateways its charon goes
-        # before them, or it would be their work that stretches the change of its policies under traffic.
-        words = [*(["chrt", "-r", "1"] if host in MOBILES and realtime_works() else [])]
-        words += [
+        words = [
+            *_as_its_own_machine(host),
             "unshare",
             "-m",
             "sh",
@@ -399,6 +397,12 @@ class Lab:
     def _check_host(self, host: str) -> None:
         if host not in HOSTS:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
+
+
+def _as_its_own_machine(host: str) -> list[str]:
+    """A mobile node stands for a machine of its own: on CPUs shared with the gateways its daemons go before
+    them, or it would be their work that stretches the change of its policies under traffic."""
+    return ["chrt", "-r", "1"] if host in MOBILES and realtime_works() else []
 
 
 def agent_file(work: Path, host: str) -> Path:

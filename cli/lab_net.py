@@ -206,21 +206,19 @@ class Net:
             run([*self.enter(host), "sh", "-c", script + "\n".join(lines) + "\nE"], check=False)
 
     def relocate(self, host: str = "mn") -> None:
-        """The mobile node leaves one access network and is in the other: no address of the old one stays.
+        """The mobile node leaves one access network and is in the other. Raises KernelError.
 
-        Addresses, not links: a device that goes down takes IPv6's with it, and what a scenario counts is what
-        happens after the new address is there. Raises KernelError.
+        The old link goes down first and at once: no packet, and no probe by charon, takes it any more.
         """
         shown = run([*self.enter(host), "ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"])
         away = bool(shown.stdout.strip())
         new, old = ("eth0", "eth1") if away else ("eth1", "eth0")
         there, router = (OUTER[host], CORE[host]) if away else (AWAY, CORE_AWAY)
-        gone = AWAY if away else OUTER[host]
-        lines = [f"link set {new} up"]
+        lines = [f"link set {old} down", f"link set {new} up"]
         for v in (4, 6):
-            lines.append(f"addr del {gone[v]}/{PREFIX[v]} dev {old}")
             lines.append(_address(v, f"{there[v]}/{PREFIX[v]}", new))
             lines.append(f"route replace default via {router[v]} dev {new}")
+        lines.append(f"addr flush dev {old} scope global")
         run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
 
     def announce(self, family: int | None) -> None:
