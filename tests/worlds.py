@@ -21,9 +21,9 @@ from .peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
 
 FAST = Timing(
     connect=0.2,
-    offer=0.3,
+    offer=0.5,
     confirm=0.1,
-    hold=0.15,
+    hold=0.3,
     step=1.0,
     in_doubt=5.0,
     idle=5.0,
