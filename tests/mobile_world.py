@@ -23,7 +23,7 @@ from vici_bridge.esp import KernelReplay, fit_replay, merge_replay
 from vici_bridge.ha import Attr, HaMessage, HaType
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.mobile import CharonMobile
-from vici_bridge.sa_state import read_child
+from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage, Request
 
@@ -259,6 +259,7 @@ class Charon:
             "remote-port": str(self.remote.port),
             "local-vips": [str(vip) for vip in self.context.local_vips],
             "tasks-active": list(self.tasks),
+            "rekey-time": "9000",
             "child-sas": {
                 f"{child.context.name}-{child.unique_id}": {
                     "name": child.context.name,
@@ -292,7 +293,16 @@ class Charon:
                 self._segment(active=False)
             case HaType.SEGMENT_DROP:
                 self._segment(active=True)
-            case HaType.IKE_UPDATE:
+            case HaType.IKE_ADD:
+                if message.need(Attr.IKE_REKEY_ID, ha.IkeId).spis == self.context.spis:
+                    generations = (*self.context.generations, read_generation(message))
+                    self.context = replace(self.context, generations=generations)
+                    self.state = "CONNECTING"
+            case HaType.IKE_MID_INITIATOR | HaType.IKE_MID_RESPONDER:
+                pass
+            case HaType.IKE_UPDATE if message.need(Attr.IKE_ID, ha.IkeId).spis == self.context.spis:
+                if self.state == "CONNECTING" and message.get(Attr.CONFIG_NAME) is not None:
+                    self.state = "PASSIVE"
                 self.local = message.find(Attr.LOCAL_ADDR, Endpoint) or self.local
                 self.remote = message.find(Attr.REMOTE_ADDR, Endpoint) or self.remote
                 self.peers = message.every(Attr.PEER_ADDR, Endpoint) or self.peers

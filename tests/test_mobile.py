@@ -16,7 +16,7 @@ from ikectx.context import Endpoint, IkeContext, IkeGeneration, ReplayState, Tra
 from ikectx.errors import BusyError, CharonError, StateError, StoreError, UnknownSaError, UsageError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Status
-from vici_bridge import mobile as mobile_module
+from vici_bridge import steps as steps_module
 from vici_bridge.ha import HaType
 from vici_bridge.moves import ChildMove, Move, guards_of, leads, plan_move
 from vici_bridge.xfrm import ALLOW, BLOCK, Encap, KernelPolicy, KernelSa, Mark, Selector, Template
@@ -93,7 +93,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(asyncio, "to_thread", at_once)
     monkeypatch.setattr(asyncio, "sleep", shortly)
-    monkeypatch.setattr(mobile_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(steps_module, "PATIENCE", 0.05)
 
 
 async def a_move(
@@ -201,6 +201,31 @@ def test_new_names_and_new_addresses_at_once() -> None:
     do(scenario())
 
 
+IKE_NAMES = {b"\x22GWr\0\0\0\1": b"\x55" * 8}
+
+
+def test_a_new_name_of_the_ike_sa() -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context(older=False))
+        after = await a_move(node, NEW, NSG, IKE_NAMES)
+        new = (node.sa[0], b"\x55" * 8)
+        assert after.spis == node.charon.context.spis == new
+        assert (after.mid_initiator, after.mid_responder) == (0, 0)
+        at(node, NEW, NSG)
+        kept = node.host.record.context(new)
+        assert node.sa not in node.host.record
+        assert (kept.remote, len(kept.generations), kept.children[0].generation) == (NSG, 2, 0)
+        assert {entry.spis for entry in node.host.deadlines._entries.values()} >= {
+            new[0].hex() + new[1].hex()
+        }
+        # and on from there
+        node.sa = new
+        await a_move(node, OLD, PSG)
+        assert (node.charon.remote, node.charon.state) == (PSG, "ESTABLISHED")
+
+    do(scenario())
+
+
 def test_nothing_to_move() -> None:
     async def scenario() -> None:
         node = Node(a_node_context())
@@ -237,7 +262,7 @@ def test_the_earlier_lifetimes_stand() -> None:
     async def scenario() -> None:
         node = Node(a_node_context())
         await a_move(node)
-        assert [entry.child for entry in node.host.deadlines._entries.values()] == ["c1000000"]
+        assert {entry.child for entry in node.host.deadlines._entries.values()} == {"", "c1000000"}
 
     do(scenario())
 
@@ -422,6 +447,7 @@ SHAPES = {
     "same local address": (OLD, NSG, {}),
     "same gateway": (NEW, PSG, {}),
     "renamed": (NEW, NSG, {b"\xc1\0\0\0": b"\xc3\0\0\0", b"\xc2\0\0\0": b"\xc4\0\0\0"}),
+    "all renamed": (NEW, NSG, {b"\xc2\0\0\0": b"\xc4\0\0\0", b"\x22GWr\0\0\0\1": b"\x55" * 8}),
     "half renamed": (OLD, NSG, {b"\xc2\0\0\0": b"\xc4\0\0\0"}),
 }
 
@@ -444,6 +470,8 @@ def test_a_crash_at_any_step(shape: str, older: bool) -> None:
         moved = (node.charon.local, node.charon.remote) == (local, remote)
         assert moved or (node.charon.local, node.charon.remote) == (OLD, PSG)
         at(node, node.charon.local, node.charon.remote)
+        assert node.charon.context.spis in node.host.record
+        node.sa = node.charon.context.spis
         if moved:
             await a_move(node, OLD, PSG)
             assert (node.charon.local, node.charon.remote, node.charon.state) == (OLD, PSG, "ESTABLISHED")
@@ -516,13 +544,14 @@ def test_a_note_comes_back_as_it_was() -> None:
         OLD,
         PSG,
         NEW,
-        Endpoint.of("2001:db8::2", 500) if False else NSG,
+        NSG,
         (
             ChildMove(b"abcd", b"efgh", b"ijkl", b"mnop", 7, 99, ReplayState(1 << 40, 64, 5, True)),
             ChildMove(b"1234", b"5678", b"1234", b"5678", 8),
         ),
         (NSG, Endpoint.of("2001:db8::2", 4500)),
         (b"\1\2", b""),
+        (b"12345678", b"abcdefgh"),
         True,
     )
     assert Move.loads(move.dumps()) == move
@@ -533,7 +562,7 @@ def test_a_note_comes_back_as_it_was() -> None:
 
 def test_renames_must_be_of_this_sa() -> None:
     context = a_node_context()
-    for wrong in ({b"none": b"1234"}, {b"\xc1\0\0\0": b"12345678"}):
+    for wrong in ({b"none": b"1234"}, {b"\xc1\0\0\0": b"12345678"}, {b"12345678": b"87654321"}):
         with pytest.raises(UsageError):
             plan_move(context, [], NEW, NSG, wrong)
 

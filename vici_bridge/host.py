@@ -393,8 +393,8 @@ class CharonHost:
     async def pause_segment(self) -> None:
         """Make every ESTABLISHED SA PASSIVE, until `activate_segment`: DROP then TAKE. Errors: CharonError.
 
-        charon's segments are not active when it starts, and the TAKE of one that is not does nothing. Half-open
-        SAs are waited for as in `activate_segment`.
+        charon's segments are not active when it starts, and the TAKE of one that is not does nothing.
+        Half-open SAs are waited for as in `activate_segment`.
         """
         await self._none_half_open()
         version = await self.version()

@@ -55,7 +55,8 @@ class Move:
     """An IKE_SA on its way from `old_local`, `old_remote` to `local`, `remote`.
 
     `peers`: where charon may find the new gateway later on (MOBIKE); none: at `remote`. `guards`: policies
-    that hold its outbound packets meanwhile, as octets (`KernelPolicy.raw`). `done`: all was seen done.
+    that hold its outbound packets meanwhile, as octets (`KernelPolicy.raw`). `ike`: SPIs (initiator's,
+    responder's) that the IKE_SA gets last of all; None: it keeps its own. `done`: all was seen done.
     """
 
     old_local: Endpoint
@@ -65,6 +66,7 @@ class Move:
     children: tuple[ChildMove, ...]
     peers: tuple[Endpoint, ...] = ()
     guards: tuple[bytes, ...] = ()
+    ike: tuple[bytes, bytes] | None = None
     done: bool = False
 
     def beside(self, child: ChildMove) -> bool:
@@ -81,8 +83,10 @@ class Move:
     @property
     def nothing(self) -> bool:
         """Whether old and new are the same."""
-        return (self.old_local, self.old_remote) == (self.local, self.remote) and all(
-            (child.old_in, child.old_out) == (child.new_in, child.new_out) for child in self.children
+        return (
+            (self.old_local, self.old_remote) == (self.local, self.remote)
+            and self.ike is None
+            and all((child.old_in, child.old_out) == (child.new_in, child.new_out) for child in self.children)
         )
 
     def child(self, spi_in: bytes) -> ChildMove | None:
@@ -100,6 +104,17 @@ class Move:
         """The context as it stands when the move is done; it may stand there already."""
         here = relocate(context, local=self.local, remote=self.remote)
         return replace(here, children=tuple(self.renamed(child) for child in here.children))
+
+    def with_new_name(self, context: IkeContext) -> IkeContext:
+        """The context under the IKE_SA's new SPIs: its keys are derived anew, those of its children are not.
+
+        Message IDs begin at 0 again, as after a rekey.
+        """
+        if self.ike is None or context.spis == self.ike:
+            return context
+        generation = replace(context.current, spi_i=self.ike[0], spi_r=self.ike[1])
+        generations = (*context.generations, generation)
+        return replace(context, generations=generations, mid_initiator=0, mid_responder=0)
 
     def renamed(self, child: ChildContext) -> ChildContext:
         """The child under its new SPIs."""
@@ -121,6 +136,7 @@ class Move:
                     for one in self.children
                 ],
                 "peers": [_end(end) for end in self.peers],
+                "ike": None if self.ike is None else [spi.hex() for spi in self.ike],
                 "guards": [raw.hex() for raw in self.guards],
                 "done": self.done,
             }
@@ -149,8 +165,20 @@ class Move:
             )
             guards = tuple(bytes.fromhex(raw) for raw in value["guards"])
             old_local, old_remote, local, remote = ends
-            done = value["done"] is True
-            return cls(old_local, old_remote, local, remote, children, tuple(peers), guards, done)
+            ike = None if value["ike"] is None else tuple(bytes.fromhex(spi) for spi in value["ike"])
+            if ike is not None and len(ike) != 2:
+                raise ValueError("an IKE_SA has two SPIs")
+            return cls(
+                old_local,
+                old_remote,
+                local,
+                remote,
+                children,
+                tuple(peers),
+                guards,
+                None if ike is None else (ike[0], ike[1]),
+                value["done"] is True,
+            )
         except (ValueError, TypeError, KeyError):
             raise StoreError("the note of a mobile node's move cannot be read") from None
 
@@ -171,15 +199,17 @@ def plan_move(
     renames: Mapping[bytes, bytes],
     peers: Sequence[Endpoint] = (),
 ) -> Move:
-    """The move of `context` to other addresses, with SPIs replaced as `renames` says (old to new, 4 octets).
+    """The move of `context` to other addresses, with SPIs replaced as `renames` says (old to new).
 
-    `listed`: charon's children; `peers`: see `Move`. Errors: UsageError for SPIs of another size, or none of
-    this SA's.
+    SPIs of 4 octets are children's, those of 8 the IKE_SA's. `listed`: charon's children. `peers`: `Move`'s.
+    Errors: UsageError for SPIs that are none of this SA's, or change their size.
     """
-    spis = {spi for child in context.children for spi in (child.spi_in, child.spi_out)}
+    spis = {spi for child in context.children for spi in (child.spi_in, child.spi_out)} | {*context.spis}
     for old, new in renames.items():
-        if old not in spis or len(new) != 4:
-            raise UsageError(f"SPI {old.hex()} cannot become {new.hex()}: it is none of a CHILD_SA here")
+        if old not in spis or len(new) != len(old):
+            raise UsageError(f"SPI {old.hex()} cannot become {new.hex()}: it is none of this SA's")
+    spi_i, spi_r = (renames.get(spi, spi) for spi in context.spis)
+    ike = None if (spi_i, spi_r) == context.spis else (spi_i, spi_r)
     numbers = {child.spi_in: child.unique_id for child in listed if child.state == "INSTALLED"}
     children = tuple(
         ChildMove(
@@ -191,7 +221,7 @@ def plan_move(
         )
         for child in context.children
     )
-    return Move(context.local, context.remote, local, remote, children, tuple(peers))
+    return Move(context.local, context.remote, local, remote, children, tuple(peers), ike=ike)
 
 
 def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:

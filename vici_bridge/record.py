@@ -420,7 +420,8 @@ class Record:
             sa = self._sas.get(name)
             out.append((key_of(name), None if sa is None else _freeze(sa)))
         self.dirty.clear()
-        return out
+        # a crash between the two of a rekey must leave the new IKE_SA whole, and may leave the old one
+        return sorted(out, key=lambda item: item[1] is None)
 
     def load(self, items: Iterable[tuple[str, bytes]]) -> None:
         """Add what `dump` gave. StoreError names the key that cannot be read; nothing of it is added then."""

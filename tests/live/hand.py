@@ -65,7 +65,8 @@ class Hand:
                     "children": [child.spi_in.hex() for child in context.children],
                 }
             case ["fail", step]:
-                setattr(self.mobile, step, lambda *_, **__: os._exit(9))
+                of = self.mobile.steps if hasattr(self.mobile.steps, step) else self.mobile
+                setattr(of, step, lambda *_, **__: os._exit(9))
             case ["die"]:
                 os._exit(9)
         return None

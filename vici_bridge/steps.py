@@ -1,0 +1,320 @@
+"""`MoveSteps`: the steps by which a mobile node's SA comes to other addresses or names, each seen done. I/O.
+
+    guard           outbound packets stay on the old SAs, or are held back where those must go first
+    clear the way   old pairs that the new ones could not stand beside go, their numbers noted
+    add             IKE_UPDATE, CHILD_ADD
+    raise           keys, sequence numbers and windows of the new pairs; then the guards go
+    delete old      CHILD_DELETE
+    rename          the IKE_SA's own SPIs, where they change, too
+
+From wherever an agent before this one stopped, `carry_out` goes on: what charon and the kernel have tells
+where that is, and the note (`moves.Move`) what they cannot tell any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ikectx.context import ChildContext, Endpoint, IkeContext
+from ikectx.errors import CharonError, KernelError, UnknownSaError
+from ikectx.keys import esp_keys
+from ikectx.ports import SaName
+
+from . import ha
+from .chain import reshape
+from .charon import SaView
+from .esp import KernelReplay
+from .host import ESP, CharonHost
+from .kernel import Kernel
+from .moves import ChildMove, Move, guards_of, leads
+from .xfrm import KernelPolicy, KernelSa
+
+MOVE = "move"
+"""Kind of store entry: the `Move` of this SA that is open."""
+PATIENCE = 8.0
+"""Seconds for charon to do what it was told."""
+
+
+class MoveSteps:
+    """The steps on one charon and its kernel."""
+
+    def __init__(self, host: CharonHost) -> None:
+        self._host = host
+
+    async def carry_out(self, sa: SaName, move: Move) -> None:
+        """Bring the move to its end from wherever it stands. Errors: CharonError, KernelError."""
+        if await self.present_name(sa, move) == sa:
+            move = await self._move_children(sa, move)
+        if move.ike is not None:
+            await self._rename_ike(sa, move, move.ike)
+        self.save(sa, replace(move, done=True))
+
+    async def _move_children(self, sa: SaName, move: Move) -> Move:
+        """The IKE_SA's addresses, and its children."""
+        host = self._host
+        view = await self.seen(sa)
+        move = self._guard(sa, move, view)
+        move = await self._clear_the_way(sa, move, view)
+        await self._add(sa, move)
+        move = self._raise(sa, move)
+        self.drop_guards(move)
+        move = replace(move, guards=())
+        self.save(sa, move)
+        view = await self._delete_old(sa, move)
+        after = move.after(host.record.context(sa))
+        listed = {child.spi_in for child in view.children}
+        # charon does not tell of children that end while it is passive
+        kept = tuple(child for child in after.children if child.spi_in in listed)
+        peers = move.peers or (move.remote,)
+        host.record.moved(sa, replace(after, children=kept, peer_addresses=peers))
+        host.save()
+        return move
+
+    async def _rename_ike(self, sa: SaName, move: Move, name: SaName) -> None:
+        """Other SPIs for the IKE_SA: its keys are derived anew, its children keep theirs (see `chain`).
+
+        The record knows the new one beside the old one before charon does, so that it is known after a crash.
+        """
+        host = self._host
+        version = await host.version()
+        view = await host.view(sa)
+        if view is not None:
+            before = host.record.context(sa)
+            add, *updates = reshape(before, move.with_new_name(before), version)
+            host.record.feed(add)
+            host.save()
+            if view.rekey is not None:
+                host.deadlines.keep(name, None, time.time() + view.rekey)
+            await host.send([add, *updates])
+        else:
+            updates = self._updates(sa, move, version)
+            await host.send(updates)
+        await self.until(name, "rename the SA", lambda view: view.state == "PASSIVE")
+        for message in updates:
+            host.record.feed(message)
+        host.save()
+
+    def _updates(self, sa: SaName, move: Move, version: int) -> list[ha.HaMessage]:
+        """What follows the IKE_ADD of a new name; none where the record has it all."""
+        if sa not in self._host.record:
+            return []
+        before = self._host.record.context(sa)
+        return reshape(before, move.with_new_name(before), version)[1:]
+
+    async def present_name(self, sa: SaName, move: Move) -> SaName:
+        """What charon calls the SA by now."""
+        if move.ike is not None and await self._host.view(sa) is None:
+            return move.ike
+        return sa
+
+    def _pair(
+        self, end: tuple[Endpoint, Endpoint], spis: tuple[bytes, bytes]
+    ) -> tuple[KernelSa | None, KernelSa | None]:
+        """(inbound, outbound) SA of these names between (local, remote), None where it is not there."""
+        kernel = self._host.kernel
+        assert kernel is not None
+        local, remote = end
+        inbound = kernel.get_sa(local.address, spis[0], ESP)
+        outbound = kernel.get_sa(remote.address, spis[1], ESP)
+        return (
+            inbound if leads(inbound, remote, local) else None,
+            outbound if leads(outbound, local, remote) else None,
+        )
+
+    def _old(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
+        return self._pair((move.old_local, move.old_remote), (child.old_in, child.old_out))
+
+    def _new(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
+        return self._pair((move.local, move.remote), (child.new_in, child.new_out))
+
+    def _guard(self, sa: SaName, move: Move, view: SaView) -> Move:
+        """Hold outbound packets: on the old SAs, or back where these have to go first."""
+        kernel = self._host.kernel
+        if kernel is None or any(child.new_in_view(view) for child in move.children):
+            return move  # guards came before the first new pair, and what stands is left
+        if not move.guards:
+            policies = kernel.dump_policies()
+            guards: list[KernelPolicy] = []
+            for child in move.children:
+                _, outbound = self._old(move, child)
+                for policy in _policies_to(policies, outbound):
+                    guards += guards_of(policy, block=not move.beside(child))
+            move = replace(move, guards=tuple(guard.raw for guard in guards))
+            self.save(sa, move)
+        for raw in move.guards:
+            kernel.replace_policy(KernelPolicy.parse(raw))
+        return move
+
+    def drop_guards(self, move: Move) -> None:
+        if self._host.kernel is not None:
+            for raw in move.guards:
+                self._host.kernel.delete_policy(KernelPolicy.parse(raw))
+
+    async def _clear_the_way(self, sa: SaName, move: Move, view: SaView) -> Move:
+        """Delete old pairs that the new ones could not stand beside, when what they sent is noted."""
+        host = self._host
+        in_the_way = [child for child in move.children if not move.beside(child) and child.old_in_view(view)]
+        if not in_the_way:
+            return move
+        for child in in_the_way:
+            move = self._note_numbers(sa, move, child)
+        ike = self.ike_id(sa)
+        version = await host.version()
+        await host.send(ha.child_delete(version, ike, child.old_in) for child in in_the_way)
+        await self.until(
+            sa,
+            "delete a CHILD_SA",
+            lambda view: not any(child.old_in_view(view) for child in in_the_way),
+        )
+        return move
+
+    def _note_numbers(self, sa: SaName, move: Move, child: ChildMove) -> Move:
+        """Write down what the old pair has sent and received, while it is there to be asked."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return move
+        inbound, outbound = self._old(move, child)
+        noted = move.child(child.old_in) or child
+        if outbound is not None:
+            sent = kernel.get_replay(outbound, outbound=True)[0].seq
+            noted = replace(noted, sent=max(sent, noted.sent or 0))
+        if inbound is not None:
+            noted = replace(noted, received=kernel.get_replay(inbound, outbound=False)[0])
+        move = move.with_child(noted)
+        self.save(sa, move)
+        return move
+
+    async def _add(self, sa: SaName, move: Move) -> None:
+        """The IKE_SA's addresses, and the new pairs that are not there yet."""
+        host = self._host
+        version, ike = await host.version(), self.ike_id(sa)
+        view = await self.seen(sa)
+        messages = []
+        if (view.local, view.remote) != (move.local, move.remote):
+            peers = move.peers or (move.remote,)
+            messages.append(
+                ha.ike_update(version, ike, local=move.local, remote=move.remote, peer_addresses=peers)
+            )
+        after = move.after(host.record.context(sa))
+        lacking = [child for child in move.children if not child.new_in_view(view)]
+        for child in lacking:
+            messages.append(ha.child_add(version, ike, _child(after, child)))
+        if messages:
+            await host.send(messages)
+
+        def there(view: SaView) -> bool:
+            listed = all(child.new_in_view(view) for child in move.children)
+            if not listed or (view.local, view.remote) != (move.local, move.remote):
+                return False
+            return host.kernel is None or all(None not in self._new(move, child) for child in move.children)
+
+        await self.until(sa, "add the CHILD_SAs at the new addresses", there)
+
+    def _raise(self, sa: SaName, move: Move) -> Move:
+        """The new pairs' keys, numbers and windows, from what the old ones have (or had)."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return move
+        context = self._host.record.context(sa)
+        for child in move.children:
+            move = self._note_numbers(sa, move, child)
+            noted = move.child(child.old_in)
+            assert noted is not None
+            self._right_keys(kernel, context, move, noted)
+            inbound, outbound = self._new(move, noted)
+            if inbound is None or outbound is None:
+                raise KernelError(f"an ESP SA of {child.new_in.hex()} has gone")
+            if noted.received is not None:
+                kernel.set_replay(inbound, noted.received, outbound=False)
+            if noted.sent is not None:
+                ahead, _ = kernel.get_replay(outbound, outbound=True)
+                if noted.sent + self._host.config.oseq_jump > ahead.seq:
+                    raised = replace(ahead, seq=noted.sent + self._host.config.oseq_jump)
+                    kernel.set_replay(outbound, raised, outbound=True)
+        return move
+
+    def _right_keys(self, kernel: Kernel, context: IkeContext, move: Move, child: ChildMove) -> None:
+        """charon derives a child's keys from the IKE_SA's present SK_d; an older child's are put right.
+
+        XFRM_MSG_UPDSA would answer 0 and leave the key as it was, so the SAs are taken out and put in.
+        """
+        old = next(one for one in context.children if one.spi_in in (child.old_in, child.new_in))
+        derived = esp_keys(context.generations[old.generation], old)
+        for sa, (encr, integ) in zip(self._new(move, child), derived, strict=True):
+            if sa is not None and (sa.encr_key, sa.auth_key) != (encr, integ):
+                fresh = KernelReplay(window=sa.replay.window, esn=sa.replay.esn, words=sa.replay.words)
+                kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
+
+    async def _delete_old(self, sa: SaName, move: Move) -> SaView:
+        """The old pairs that stand beside the new ones; charon deletes the older of two with one name."""
+        host = self._host
+        version, ike = await host.version(), self.ike_id(sa)
+        view = await self.seen(sa)
+        old = [child for child in move.children if child.old_in_view(view)]
+        if old:
+            await host.send(ha.child_delete(version, ike, child.old_in) for child in old)
+            view = await self.until(
+                sa,
+                "delete the CHILD_SAs at the old addresses",
+                lambda view: (
+                    not any(child.old_in_view(view) for child in old)
+                    or not all(child.new_in_view(view) for child in move.children)
+                ),
+            )
+        if not all(child.new_in_view(view) for child in move.children):
+            raise CharonError("charon deleted a CHILD_SA at the new addresses instead of the old one")
+        return view
+
+    def ike_id(self, sa: SaName) -> ha.IkeId:
+        return ha.IkeId.of(self._host.record.context(sa).current)
+
+    async def seen(self, sa: SaName) -> SaView:
+        view = await self._host.view(sa)
+        if view is None:
+            raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
+        return view
+
+    async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
+        """The view as soon as it is as wanted. Errors: CharonError, UnknownSaError."""
+        end = time.monotonic() + PATIENCE
+        pause = 0.001
+        while True:
+            view = await self.seen(sa)
+            if done(view):
+                return view
+            if time.monotonic() > end:
+                raise CharonError(
+                    f"charon did not {what}: the SA is {view.state} with {len(view.children)} CHILD_SAs",
+                    hint="see charon's log (the ha plugin logs why at level 1)",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def save(self, sa: SaName, move: Move) -> None:
+        self._host.store.put(MOVE, key_of(sa), move.dumps())
+
+
+def _child(after: IkeContext, child: ChildMove) -> ChildContext:
+    return next(one for one in after.children if one.spi_in == child.new_in)
+
+
+def _policies_to(policies: list[KernelPolicy], outbound: KernelSa | None) -> list[KernelPolicy]:
+    if outbound is None:
+        return []
+    return [
+        policy
+        for policy in policies
+        if policy.direction == "out"
+        and policy.if_id == outbound.if_id
+        and any(
+            template.reqid == outbound.reqid and template.destination == outbound.destination
+            for template in policy.templates
+        )
+    ]
+
+
+def key_of(sa: SaName) -> str:
+    return (sa[0] + sa[1]).hex()
