@@ -122,8 +122,12 @@ class _Talk:
 class MnRenamer:
     """`vici_bridge.names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
 
-    By rekeys: a CREATE_CHILD_SA for each child, with the address told before the first Delete, because the MN
-    sends on the new SA from that Delete on; then the IKE_SA's.
+    Whether the MN knows UPDATE_SPI is asked with the address, in one exchange. Where the IKE_SA itself needs
+    another name and nobody knows, it alone is asked for first: an MN with ESP in user space rekeys its
+    children as soon as it has the address, and an IKE_SA is not rekeyed beside that.
+
+    By rekeys: the IKE_SA, then a CREATE_CHILD_SA for each child, with the address told before the first
+    Delete, because the MN sends on the new SA from that Delete on.
     """
 
     def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
@@ -138,7 +142,7 @@ class MnRenamer:
         del arrived  # with an SPI that the MN chooses, only its answer tells all
         talk = _Talk(here, wish, made)
         supports: bool | None = None
-        if wish.update:
+        if wish.update and (wish.children or wish.ike):
             supports, done = await self._update(talk)
             if done:
                 return Told(talk.report, supports)
@@ -152,10 +156,11 @@ class MnRenamer:
     async def _update(self, talk: _Talk) -> tuple[bool, bool]:
         """(does the MN know it, has it agreed)."""
         left = self._asks(talk)
+        alone = bool(talk.wish.ike) and not talk.now.update_spi
         first = True
         while first or left:
-            asks, left = left[:MOST], left[MOST:]
-            addresses = talk.wish.addresses and not talk.moved
+            asks, left = (left[-1:], left[:-1]) if alone else (left[:MOST], left[MOST:])
+            addresses = talk.wish.addresses and not talk.moved and not alone
             label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
             current = talk.now.current
             machine = SpiUpdate(
@@ -175,7 +180,8 @@ class MnRenamer:
                 policy=self._policy,
             )
             report = await run_spi_update(machine, mark=self._mark)
-            first = False
+            first = alone and talk.wish.addresses
+            alone = False
             talk.took(report.move)
             if report.nat is not None:
                 log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
@@ -231,11 +237,11 @@ class MnRenamer:
     # -- rekeys
 
     async def _rekey(self, talk: _Talk) -> None:
+        if talk.wish.ike:
+            await self._rekey_ike(talk)
         for spi_in, new_in in talk.wish.children:
             await self._rekey_child(talk, spi_in, new_in)
         await self._tell_address(talk)
-        if talk.wish.ike:
-            await self._rekey_ike(talk)
 
     async def _rekey_child(self, talk: _Talk, spi_in: bytes, new_in: bytes) -> None:
         start = talk.now
