@@ -44,26 +44,28 @@ class MoveSteps:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
 
-    async def carry_out(self, sa: SaName, move: Move) -> None:
-        """Bring the move to its end from wherever it stands. Errors: CharonError, KernelError."""
-        if await self.present_name(sa, move) == sa:
-            move = await self._move_children(sa, move)
+    async def carry_out(self, sa: SaName, move: Move, view: SaView | None = None) -> None:
+        """Bring the move to its end from wherever it stands. Errors: CharonError, KernelError.
+
+        `view`: how charon has the SA now, where that is known. Packets are lost as long as charon is asked.
+        """
+        if view is not None or await self.present_name(sa, move) == sa:
+            move = await self._move_children(sa, move, view or await self.seen(sa))
         if move.ike is not None:
             await self._rename_ike(sa, move, move.ike)
         self.save(sa, replace(move, done=True))
 
-    async def _move_children(self, sa: SaName, move: Move) -> Move:
+    async def _move_children(self, sa: SaName, move: Move, view: SaView) -> Move:
         """The IKE_SA's addresses, and its children."""
         host = self._host
-        view = await self.seen(sa)
         move = self._guard(sa, move, view)
-        move = await self._clear_the_way(sa, move, view)
-        await self._add(sa, move)
+        move, away = await self._clear_the_way(sa, move, view)
+        view = await self._add(sa, move, view, away)
         move = self._raise(sa, move)
         self.drop_guards(move)
         move = replace(move, guards=())
         self.save(sa, move)
-        view = await self._delete_old(sa, move)
+        view = await self._delete_old(sa, move, view)
         after = move.after(host.record.context(sa))
         listed = {child.spi_in for child in view.children}
         # charon does not tell of children that end while it is passive
@@ -153,23 +155,13 @@ class MoveSteps:
             for raw in move.guards:
                 self._host.kernel.delete_policy(KernelPolicy.parse(raw))
 
-    async def _clear_the_way(self, sa: SaName, move: Move, view: SaView) -> Move:
-        """Delete old pairs that the new ones could not stand beside, when what they sent is noted."""
-        host = self._host
+    async def _clear_the_way(self, sa: SaName, move: Move, view: SaView) -> tuple[Move, list[ha.HaMessage]]:
+        """Deletions of old pairs that the new ones could not stand beside, when what they sent is noted."""
         in_the_way = [child for child in move.children if not move.beside(child) and child.old_in_view(view)]
-        if not in_the_way:
-            return move
         for child in in_the_way:
             move = self._note_numbers(sa, move, child)
-        ike = self.ike_id(sa)
-        version = await host.version()
-        await host.send(ha.child_delete(version, ike, child.old_in) for child in in_the_way)
-        await self.until(
-            sa,
-            "delete a CHILD_SA",
-            lambda view: not any(child.old_in_view(view) for child in in_the_way),
-        )
-        return move
+        version, ike = await self._host.version(), self.ike_id(sa)
+        return move, [ha.child_delete(version, ike, child.old_in) for child in in_the_way]
 
     def _note_numbers(self, sa: SaName, move: Move, child: ChildMove) -> Move:
         """Write down what the old pair has sent and received, while it is there to be asked."""
@@ -187,12 +179,13 @@ class MoveSteps:
         self.save(sa, move)
         return move
 
-    async def _add(self, sa: SaName, move: Move) -> None:
-        """The IKE_SA's addresses, and the new pairs that are not there yet."""
+    async def _add(self, sa: SaName, move: Move, view: SaView, messages: list[ha.HaMessage]) -> SaView:
+        """After `messages`, the IKE_SA's addresses, and the new pairs that are not there yet.
+
+        charon takes one message after the other, and until the last of them packets are lost.
+        """
         host = self._host
         version, ike = await host.version(), self.ike_id(sa)
-        view = await self.seen(sa)
-        messages = []
         if (view.local, view.remote) != (move.local, move.remote):
             peers = move.peers or (move.remote,)
             messages.append(
@@ -211,7 +204,7 @@ class MoveSteps:
                 return False
             return host.kernel is None or all(None not in self._new(move, child) for child in move.children)
 
-        await self.until(sa, "add the CHILD_SAs at the new addresses", there)
+        return await self.until(sa, "add the CHILD_SAs at the new addresses", there)
 
     def _raise(self, sa: SaName, move: Move) -> Move:
         """The new pairs' keys, numbers and windows, from what the old ones have (or had)."""
@@ -248,11 +241,10 @@ class MoveSteps:
                 fresh = KernelReplay(window=sa.replay.window, esn=sa.replay.esn, words=sa.replay.words)
                 kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
 
-    async def _delete_old(self, sa: SaName, move: Move) -> SaView:
+    async def _delete_old(self, sa: SaName, move: Move, view: SaView) -> SaView:
         """The old pairs that stand beside the new ones; charon deletes the older of two with one name."""
         host = self._host
         version, ike = await host.version(), self.ike_id(sa)
-        view = await self.seen(sa)
         old = [child for child in move.children if child.old_in_view(view)]
         if old:
             await host.send(ha.child_delete(version, ike, child.old_in) for child in old)

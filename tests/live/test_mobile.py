@@ -301,6 +301,7 @@ def test_an_announced_move_that_is_called_off(mobile: World) -> None:
 def test_psg_out_of_reach(mobile: World) -> None:
     # charon looks for psg in vain (INFORMATIONAL, MOBIKE's path probing); nsg answers what psg did not
     up(mobile)
+    time.sleep(0.5)  # charon takes changes within 100 ms of each other for one
     mobile.lab.net.cut("mn", "psg")
     mobile.lab.net.relocate()
     until(lambda: "IKE_MOBIKE" in tasks(mobile.one("mn")), "charon looks for its gateway")
