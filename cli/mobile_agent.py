@@ -32,6 +32,7 @@ from vici_bridge.vici_codec import Message, with_json
 from . import __version__
 from .mobile_config import MobileFile
 from .mobile_handover import Handovers, Report
+from .mobile_spis import SpiWatch
 
 log = logging.getLogger("ikectx")
 
@@ -121,6 +122,9 @@ class MobileAgent:
         self._addresses = OuterAddresses()
         self._mobile = CharonMobile(self._host)
         self.handovers = Handovers(config, _Outside(self._host, self._addresses), self._mobile, store)
+        self._spis = SpiWatch(
+            self._host, self._mobile, store, self.handovers.lock, allowed=config.mobile.update_spi
+        )
         self._control = ControlServer(
             str(config.control.socket),
             {
@@ -140,11 +144,11 @@ class MobileAgent:
         """HA address first: charon may come at any time. Errors: IkectxError."""
         await self._host.open()
         try:
-            self._addresses.watch(self.handovers.addresses_changed)
+            self._addresses.watch(self._addresses_changed)
         except KernelError as error:
             log.warning("%s; a move that is announced must be completed by hand", error)
         # what was open is ended before anything new begins
-        self._host.spawn(self._mobile.resume())
+        self._host.spawn(self._resume())
         await self._control.start()
         for asked in self.handovers.in_question():
             log.warning(
@@ -154,9 +158,19 @@ class MobileAgent:
             )
         log.info("mobile node's agent %s serves %s", __version__, self._config.control.socket)
 
+    async def _resume(self) -> None:
+        await self._spis.resume()
+        await self._mobile.resume()
+        self._spis.start()
+
+    def _addresses_changed(self) -> None:
+        self.handovers.addresses_changed()
+        self._spis.changed()
+
     async def stop(self) -> None:
         """End what can be ended; an SA that moves just now is made active first."""
         await self._control.close()
+        await self._spis.close()
         await self.handovers.cancel()
         for work in list(self._work):
             work.cancel()
@@ -190,6 +204,7 @@ class MobileAgent:
             "announced": self.handovers.status(),
             "in_question": self.handovers.in_question(listed),
             "last": self.handovers.last(),
+            "renamed": self._spis.renamed,
         }
         return with_json(answer, sas=len(views))
 

@@ -24,6 +24,7 @@ from .toml_table import (
     read_table,
     read_text,
     seconds,
+    yes_or_no,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class MobileNodeConfig:
     `retry`, `retry_max`: until the first repetition of a request, doubling up to the most. `give_up`: after
     which a request is given up. `lifetime`: for which a request is valid (its token's expiry).
     `predictive`: for which a move that was announced is waited for. `oseq_jump`: outbound sequence numbers
-    left out at a move.
+    left out at a move. `update_spi`: change SPIs when a gateway to which the SA was moved asks for it
+    (UPDATE_SPI); without, the gateway rekeys.
     """
 
     addresses: tuple[Address, ...] = ()
@@ -50,6 +52,7 @@ class MobileNodeConfig:
     lifetime: float = 60.0
     predictive: float = 60.0
     oseq_jump: int = 65536
+    update_spi: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ def _mobile(table: Table) -> MobileNodeConfig:
         lifetime=table.value("lifetime", seconds(1, 300), default.lifetime),
         predictive=table.value("predictive", seconds(1, 3600), default.predictive),
         oseq_jump=table.value("oseq_jump", an_integer(1, 1 << 24), default.oseq_jump),
+        update_spi=table.value("update_spi", yes_or_no, default.update_spi),
     )
     if found.retry > found.retry_max:
         raise table.error("retry", "must not be above retry_max")

@@ -32,15 +32,17 @@ from ikectx.errors import (
     LinkError,
     StateError,
     UnknownSaError,
+    WireError,
 )
 from ikectx.mnlink import run_handover
 from ikectx.mobility import Event, Handover, MobileState, Mode, Outcome, Prepared, Retry, Router
-from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.ports import SaName, Store
 from vici_bridge.charon import SaView
 from vici_bridge.mobile import CharonMobile
 
 from .mobile_config import GatewayEntry, MobileFile
+from .mobile_names import renames_of
 
 log = logging.getLogger("ikectx")
 
@@ -70,9 +72,10 @@ class Outside(Protocol):
 
 @dataclass(slots=True)
 class Report:
-    """How a handover went. `result`: moved, announced, already, refused, silent, cancelled.
+    """How a handover went. `result`: moved, announced, already, refused, silent, cancelled, failed.
 
-    `serves`: the gateway that serves the SA now, None where that is not known. Octets are UDP payload.
+    `serves`: the gateway that serves the SA now, None where that is not known. `renamed`: SPIs that the new
+    gateway could not keep. Octets are UDP payload.
     """
 
     result: str
@@ -94,6 +97,7 @@ class Report:
     messages: int = 0
     octets: int = 0
     retransmissions: int = 0
+    renamed: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
@@ -127,6 +131,7 @@ class Report:
             "messages": self.messages,
             "octets": self.octets,
             "retransmissions": self.retransmissions,
+            "renamed": self.renamed,
             "phases_ms": {name: round(ms, 1) for name, ms in self.phases.items()},
             "ms": round(sum(self.phases.values()), 1),
             "started": round(self.started, 3),
@@ -151,6 +156,8 @@ class _Run:
     prepared: asyncio.Future[None] | None = None
     task: asyncio.Task[Report] | None = None
     since: float = field(default_factory=time.monotonic)
+    now: SaName = (b"", b"")
+    """What the SA is called at last: `sa`, unless its IKE SPIs were taken at nSG."""
 
     def phase(self, name: str, detail: str = "") -> None:
         """A step has ended."""
@@ -177,7 +184,8 @@ class Handovers:
         self._mobile = mobile
         self._store = store
         self._run = run
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
+        """Held while an SA is passive."""
         self._pending: _Run | None = None
         """A move that was announced."""
 
@@ -194,7 +202,7 @@ class Handovers:
             if self._pending.nsg.name == to:
                 return self._pending.report
             await self.cancel()
-        if self._lock.locked():
+        if self.lock.locked():
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
         run = await self._begin(to, sa, Mode.PREDICTIVE, None, tell)
         if isinstance(run, Report):
@@ -227,9 +235,9 @@ class Handovers:
             return await asyncio.shield(pending.task)
         if pending is not None:
             await self.cancel()
-        if self._lock.locked():
+        if self.lock.locked():
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
-        async with self._lock:
+        async with self.lock:
             run = await self._begin(to, sa, Mode.REACTIVE, address, tell)
             if isinstance(run, Report):
                 return run
@@ -404,7 +412,7 @@ class Handovers:
 
                 async def moves() -> Endpoint:
                     address = await moved
-                    await stack.enter_async_context(self._lock)
+                    await stack.enter_async_context(self.lock)
                     await stack.enter_async_context(self._made_loud(run))
                     run.since = time.monotonic()
                     await self._hold(run)
@@ -469,16 +477,32 @@ class Handovers:
         report.new = (care_of, remote)
         peers = [Endpoint(address, remote.port) for address in run.nsg.addresses]
         try:
+            renames = renames_of(outcome.blocks, self._mobile.recorded(run.sa))
+        except (WireError, UnknownSaError) as error:
+            self._unusable(run, error)
+            return
+        report.renamed = len(renames)
+        run.now = (renames.get(run.sa[0], run.sa[0]), renames.get(run.sa[1], run.sa[1]))
+        try:
             if not run.held:
-                await self._mobile.quiet(run.sa, unanswered=True)
+                # under its old name nobody will answer what charon may be asking
+                await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
                 run.held = True
-            await self._mobile.readdress(run.context, care_of, remote, renames_of(outcome), peers)
+            await self._mobile.readdress(run.context, care_of, remote, renames, peers)
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, run.nsg.name)
             await self._mobile.redirect(run.sa, care_of, remote, peers)
         except IkectxError as error:  # `loud` tries again, and has charon rekey what is left
             log.error("the SA's addresses: %s", error)
         run.phase("readdressed")
+
+    def _unusable(self, run: _Run, error: IkectxError) -> None:
+        """nSG serves the SA, under names that make no sense here: it is not touched, and in doubt."""
+        report = run.report
+        report.result, report.serves, report.new = "failed", None, None
+        report.exit_code, report.status = error.exit_code, Status.MALFORMED
+        report.detail = f"{run.nsg.name} says that it serves the SA, and names new SPIs: {error}"
+        report.hint = "connect anew; do both ends have the same version of ikectx?"
 
     @contextlib.asynccontextmanager
     async def _made_loud(self, run: _Run) -> Any:
@@ -497,7 +521,7 @@ class Handovers:
                     run.report.hint = run.report.hint or error.hint
             if run.report.result != "moved":
                 self._outside.nudge(run.context.remote.address)
-                if not run.machine.outcome.in_doubt:
+                if not run.machine.outcome.in_doubt and run.report.serves is not None:
                     self._store.delete(ASKED, _key(run.sa))
             elif run.report.new is not None and not run.report.exit_code:
                 await self._see_moved(run, run.report.new[1])
@@ -505,7 +529,7 @@ class Handovers:
     async def _see_moved(self, run: _Run, remote: Endpoint) -> None:
         """charon must know by now where its gateway is, or the next request goes to the old one."""
         try:
-            if any(v.spis == run.sa and v.remote == remote for v in await self._outside.views()):
+            if any(v.spis == run.now and v.remote == remote for v in await self._outside.views()):
                 return
             trouble = f"{run.nsg.name} serves the SA, but charon here does not talk to it"
         except IkectxError as error:
@@ -554,13 +578,6 @@ class Handovers:
             f" ({report.detail})" if report.detail else "",
         )
         return report
-
-
-def renames_of(outcome: Outcome) -> dict[bytes, bytes]:
-    """New SPIs that nSG names in its CTAA. Errors: StateError while none can be."""
-    if any(block.fpt is Fpt.NEW_SPIS for block in outcome.blocks):
-        raise StateError("the new gateway gave SPIs other names, which this version does not take")
-    return {}
 
 
 async def _router(gateway: GatewayEntry, version: int) -> Router:

@@ -100,11 +100,23 @@ class CharonMobile:
         view = await self.steps.seen(sa)
         return bool(view.tasks) and view.state == "ESTABLISHED" and not _in_the_way(view, unanswered=True)
 
-    async def quiet(self, sa: SaName, *, unanswered: bool = False, patience: float = IDLE_TIMEOUT) -> None:
+    def recorded(self, sa: SaName) -> IkeContext:
+        """What charon told of the SA: no counters, and addresses of then. Errors: UnknownSaError."""
+        return self._host.record.context(sa)
+
+    async def quiet(
+        self,
+        sa: SaName,
+        *,
+        unanswered: bool = False,
+        anything: bool = False,
+        patience: float = IDLE_TIMEOUT,
+    ) -> None:
         """Make the SA PASSIVE and see that it is; idempotent.
 
         `unanswered`: requests as of `only_addresses` may be in flight. charon does not repeat them while it
-        is passive, nor later if that was due meanwhile, so it must not be for long. `patience`: seconds to
+        is passive, nor later if that was due meanwhile, so it must not be for long. `anything`: any exchange
+        may be: `count` makes charon begin it anew, or the IKE_SA gets another name. `patience`: seconds to
         wait for an exchange to end. Errors: UnknownSaError; BusyError while an exchange is in flight or the
         SA is not up; CharonError with NOT_COVERED where it could not be given other addresses. The SA is
         active then.
@@ -115,18 +127,18 @@ class CharonMobile:
             return
         self._check(host.record.context(sa), view)
         end = time.monotonic() + patience
-        while _in_the_way(view, unanswered=unanswered) or view.state != "ESTABLISHED":
+        while (not anything and _in_the_way(view, unanswered=unanswered)) or view.state != "ESTABLISHED":
             if time.monotonic() > end:
                 what = ", ".join(view.tasks) or f"it is {view.state}"
                 raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {what}", hint="try again")
             await asyncio.sleep(0.02)
             view = await self.steps.seen(sa)
         host.store.put(_QUIET, key_of(sa), b"1")
-        host.deadlines.before_toggle(await host.views(), time.time())
+        host.deadlines.before_toggle([view], time.time())
         try:
             await host.pause_segment()
             view = await self.steps.until(sa, "make the SA passive", lambda view: view.state == "PASSIVE")
-            if _in_the_way(view, unanswered=unanswered):
+            if not anything and _in_the_way(view, unanswered=unanswered):
                 raise BusyError(f"charon began an exchange meanwhile: {', '.join(view.tasks)}")
         except BaseException:
             await self._activate(sa)
@@ -196,11 +208,26 @@ class CharonMobile:
         if not move.nothing and not move.done:
             self._note_lifetimes(sa, move, view)
             self.steps.save(sa, move)
-            await self.steps.carry_out(sa, move)
+            await self.steps.carry_out(sa, move, view)
         moved = {child.spi_in for child in host.record.context(move.ike or sa).children}
         after = move.after(context)
         kept = tuple(child for child in after.children if child.spi_in in moved)
         return move.with_new_name(replace(after, children=kept))
+
+    async def count(self, sa: SaName, *, initiator: int | None = None, responder: int | None = None) -> None:
+        """Message IDs of charon's next request, and of the next one it expects, while the SA is passive.
+
+        An exchange of charon's that is in flight begins anew under the first (strongSwan's task_manager
+        `reset`, 5.9.8 and 6.0.6). Errors: CharonError.
+        """
+        host = self._host
+        version, ike = await host.version(), self.steps.ike_id(sa)
+        numbers = ((True, initiator), (False, responder))
+        messages = [ha.ike_mid(version, ike, initiator=ours, mid=mid) for ours, mid in numbers if mid]
+        await host.send(messages)
+        for message in messages:
+            host.record.feed(message)
+        host.save()
 
     async def redirect(
         self, sa: SaName, local: Endpoint, remote: Endpoint, peers: Sequence[Endpoint] = ()

@@ -1,0 +1,328 @@
+"""UPDATE_SPI at a mobile node: a gateway to which the SA was pushed asks for other names.
+
+    nSG -> MN   INFORMATIONAL  N(UPDATE_SA_ADDRESSES)..., N(UPDATE_SPI)+    charon answers, without the notify
+    MN -> nSG   INFORMATIONAL  N(UPDATE_SPI)+, the same from this side      the agent; the SA is passive
+    nSG -> MN                  N(UPDATE_SPI)+                               now both ends have the new names
+
+charon does not know the notify, and nobody stands between it and the network. So the agent hears a copy of
+each request, lets charon answer, and asks for the same the other way round (`naming.mirrored`), in time: nSG
+waits 500 ms. Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
+since its message ID is used here (nSG has not answered it and never will).
+
+What is said is noted before it is said. An agent that starts anew says it again, octet for octet, and gets
+the same answer (nSG repeats it for 60 s).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ikectx.context import Endpoint, IkeContext
+from ikectx.errors import CharonError, IkectxError, LinkError, StoreError, UsageError, WireError
+from ikectx.ikev2 import RetransmitPolicy
+from ikectx.keys import iv_length
+from ikectx.numbers import Protocol
+from ikectx.ports import SaName, Store
+from mobike_ext.answering import Asked, SpiResponder
+from mobike_ext.link import run_spi_update, serve_updates
+from mobike_ext.naming import mirrored
+from mobike_ext.notify import Reason, UpdateSpi
+from mobike_ext.rename import FRESH_OCTETS, Renamed, SpiUpdate
+from vici_bridge.charon import SaView
+from vici_bridge.host import CharonHost
+from vici_bridge.mobile import AGAIN, CharonMobile
+from vici_bridge.record import Change
+
+from .mobile_names import MobileNames
+
+log = logging.getLogger("ikectx")
+
+MIRROR = "mirror"
+"""Kind of store entry: the request of this node's own that is under way."""
+IN_TIME = 0.4
+"""Seconds within which the request must leave."""
+POLICY = RetransmitPolicy(0.25, 1.3, 6)
+"""3.2 s in all: if nSG has given up waiting by then, its rekeys must find charon active."""
+SETTLE = 0.2
+"""Seconds from a change of the SAs until what is listened to changes, too."""
+_DATAGRAMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A request of this node's own, with all that its octets depend on. Holds fresh octets: not for logs."""
+
+    message_id: int
+    local: Endpoint
+    remote: Endpoint
+    asks: tuple[UpdateSpi, ...]
+    iv: bytes
+    fresh: bytes
+
+    def dumps(self) -> bytes:
+        """For the store."""
+        value = {
+            "id": self.message_id,
+            "ends": [[str(end.address), end.port] for end in (self.local, self.remote)],
+            "asks": [[int(one.protocol), one.old.hex(), one.new.hex(), one.choose] for one in self.asks],
+            "iv": self.iv.hex(),
+            "fresh": self.fresh.hex(),
+        }
+        return json.dumps(value).encode()
+
+    @classmethod
+    def loads(cls, data: bytes) -> Mirror:
+        """Errors: StoreError."""
+        try:
+            value: Any = json.loads(data)
+            local, remote = (Endpoint.of(address, int(port)) for address, port in value["ends"])
+            asks = tuple(
+                UpdateSpi(Protocol(protocol), bytes.fromhex(old), bytes.fromhex(new), choose=bool(choose))
+                for protocol, old, new, choose in value["asks"]
+            )
+            iv, fresh = bytes.fromhex(value["iv"]), bytes.fromhex(value["fresh"])
+            return cls(int(value["id"]), local, remote, asks, iv, fresh)
+        except (ValueError, TypeError, KeyError, UsageError):
+            raise StoreError("the note of a mobile node's UPDATE_SPI cannot be read") from None
+
+    def machine(self, context: IkeContext) -> SpiUpdate:
+        """The same request, however often."""
+        return SpiUpdate(
+            context.current,
+            self.message_id,
+            self.local,
+            self.remote,
+            self.asks,
+            iv=self.iv,
+            fresh=self.fresh,
+            addresses=False,
+            policy=POLICY,
+        )
+
+
+class SpiWatch:
+    """Hears what gateways ask for, for each of charon's SAs, from `start` to `close`.
+
+    `lock`: held while an SA is passive. `allowed` False: no SPI is ever changed.
+    """
+
+    def __init__(
+        self,
+        host: CharonHost,
+        mobile: CharonMobile,
+        store: Store,
+        lock: asyncio.Lock,
+        *,
+        allowed: bool = True,
+    ) -> None:
+        self._host = host
+        self._mobile = mobile
+        self._store = store
+        self._lock = lock
+        self._allowed = allowed
+        self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
+        self._soon: asyncio.TimerHandle | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self.renamed = 0
+        """Requests that were granted."""
+
+    # What is listened to.
+
+    def start(self) -> None:
+        """Begin to listen, now and whenever SAs or addresses change."""
+        if self._allowed:
+            self._host.on_change = self.changed
+            self.changed()
+
+    def changed(self, change: Change | None = None) -> None:
+        """SAs or addresses may have changed."""
+        del change
+        if self._soon is None and self._allowed:
+            self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look)
+
+    def _look(self) -> None:
+        self._soon = None
+        self._spawn(self._listen_to_all())
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("SPIs of an SA were not changed: %s", error)
+
+    async def close(self) -> None:
+        """Stop; an exchange under way ends with the SA active, its note left."""
+        self._host.on_change = None
+        if self._soon is not None:
+            self._soon.cancel()
+        tasks = [*self._work, *(task for _, task in self._ears.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._ears.clear()
+
+    async def _listen_to_all(self) -> None:
+        try:
+            views = await self._host.views()
+        except (CharonError, WireError):
+            return
+        known = set(self._host.record.names())
+        wanted = {view.spis: view.local for view in views if view.spis in known}
+        for sa, (local, task) in list(self._ears.items()):
+            if wanted.get(sa) != local or task.done():
+                task.cancel()
+                del self._ears[sa]
+        for sa, local in wanted.items():
+            if sa not in self._ears:
+                self._ears[sa] = (local, asyncio.create_task(self._listen(sa, local)))
+
+    async def _listen(self, sa: SaName, local: Endpoint) -> None:
+        try:
+            context = self._mobile.recorded(sa)
+            machine = SpiResponder(
+                context.current,
+                context.mid_responder,
+                local,
+                MobileNames(self._host, sa, self._objection),
+                answering=False,
+            )
+
+            async def asked(event: Asked) -> Reason | None:
+                self._asked(sa, event)
+                return None
+
+            await serve_updates(machine, asked)
+        except IkectxError as error:
+            log.warning("what a gateway asks for at %s is not heard: %s", local, error)
+
+    def _objection(self) -> Reason | None:
+        return Reason.BUSY if self._lock.locked() else None
+
+    # One request.
+
+    def _asked(self, sa: SaName, event: Asked) -> None:
+        if event.pairs:
+            self._spawn(self._ask_back(sa, event, time.monotonic()))
+        elif event.reasons:
+            names = ", ".join(sorted({reason.name for reason in event.reasons}))
+            log.info("%s asked for other SPIs, which is not granted: %s", event.source, names)
+
+    async def _ask_back(self, sa: SaName, event: Asked, heard: float) -> None:
+        """The request's answer is charon's; ours is a request for the same."""
+        async with self._lock:
+            if not await self._answered(sa, event, heard + IN_TIME):
+                log.warning("%s asked for other SPIs, but charon did not answer in time", event.source)
+                return
+            # an exchange in flight is charon's own, mostly a rekey because of the new address
+            await self._mobile.quiet(sa, anything=True, patience=0.0)
+            try:
+                if time.monotonic() > heard + IN_TIME + SETTLE:
+                    log.warning("%s asked for other SPIs, but charon took too long", event.source)
+                    return
+                note = await self._note(sa, event)
+                await self._say(sa, note)
+            finally:
+                await self._mobile.loud(sa)
+
+    async def _answered(self, sa: SaName, event: Asked, until: float) -> bool:
+        """Has charon answered it, and gone to the address that it told?"""
+        while time.monotonic() < until:
+            if self._mobile.recorded(sa).mid_responder > event.message_id:
+                view = await self._host.view(sa)
+                if view is not None and (not event.moves or view.remote == event.source):
+                    return True
+            await asyncio.sleep(0.005)
+        return False
+
+    async def _note(self, sa: SaName, event: Asked) -> Mirror:
+        """Write down what will be asked; the SA is passive."""
+        context, view = self._mobile.recorded(sa), await self._host.view(sa)
+        if view is None:
+            raise CharonError("charon has lost the SA meanwhile")
+        # what charon tells is the ID after the last one used; a request that is in flight has it, unanswered
+        used = await self._in_flight(sa)
+        octets = _DATAGRAMS * iv_length(context.current.encr)
+        note = Mirror(
+            context.mid_initiator - used,
+            view.local,
+            view.remote,
+            mirrored(event.pairs),
+            secrets.token_bytes(octets),
+            secrets.token_bytes(FRESH_OCTETS),
+        )
+        self._store.put(MIRROR, _key(sa), note.dumps())
+        return note
+
+    async def _in_flight(self, sa: SaName) -> bool:
+        listed = await asyncio.to_thread(self._host.vici.list_sas)
+        name = (sa[0].hex(), sa[1].hex())
+        found = (one for one in listed if (one.get("initiator-spi"), one.get("responder-spi")) == name)
+        return any(one.get("tasks-active") for one in found)
+
+    async def _say(self, sa: SaName, note: Mirror) -> None:
+        """Ask, and do what was agreed. The SA is passive; it is in the end, too. Errors: IkectxError."""
+        mobile = self._mobile
+        context = mobile.recorded(sa)
+        mid = note.message_id
+        try:
+            report = await run_spi_update(note.machine(context))
+        except LinkError as error:
+            log.warning("%s asked for other SPIs, and did not agree to them: %s", note.remote, error)
+        else:
+            mid += report.move.requests
+            if isinstance(report.outcome, Renamed):
+                renames = {one.old: one.new for one in report.outcome.pairs}
+                after = await mobile.readdress(context, note.local, note.remote, renames)
+                self.renamed += 1
+                told = ", ".join(f"{old.hex()} -> {new.hex()}" for old, new in renames.items())
+                log.info("%s: new SPIs, as %s asked: %s", context.connection, note.remote, told)
+                if after.spis != sa:
+                    mid = 0  # message IDs begin anew
+            else:
+                log.warning("%s asked for other SPIs, then refused them", note.remote)
+        if mid:
+            await mobile.count(sa, initiator=mid)
+        self._store.delete(MIRROR, _key(sa))
+
+    # After a start.
+
+    async def resume(self) -> None:
+        """Say again what an agent before this one may not have heard an answer to. Raises nothing.
+
+        For before `CharonMobile.resume`, which makes the SA active again.
+        """
+        for key, raw in list(self._store.items(MIRROR)):
+            sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+            view = await self._view(sa)
+            try:
+                if view is not None and view.state == "PASSIVE":
+                    async with self._lock:
+                        await self._say(sa, Mirror.loads(raw))
+                else:
+                    self._store.delete(MIRROR, key)
+            except IkectxError as error:
+                log.warning("SPIs that were being changed when the agent ended: %s", error)
+                self._store.delete(MIRROR, key)
+
+    async def _view(self, sa: SaName) -> SaView | None:
+        """As soon as charon answers."""
+        while True:
+            try:
+                return await self._host.view(sa)
+            except (CharonError, WireError) as error:
+                log.debug("SPIs that were being changed wait for charon: %s", error)
+                await asyncio.sleep(AGAIN)
+
+
+def _key(sa: SaName) -> str:
+    return (sa[0] + sa[1]).hex()
