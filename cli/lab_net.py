@@ -208,17 +208,19 @@ class Net:
     def relocate(self, host: str = "mn") -> None:
         """The mobile node leaves one access network and is in the other. Raises KernelError.
 
-        The old link goes down first and at once: no packet, and no probe by charon, takes it any more.
+        The old addresses go first and together, before charon could look for its gateway by the second one.
+        The link stays: charon's virtual IP is on it.
         """
         shown = run([*self.enter(host), "ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"])
-        away = bool(shown.stdout.strip())
+        away = f" {AWAY[4]}/" in shown.stdout
         new, old = ("eth0", "eth1") if away else ("eth1", "eth0")
         there, router = (OUTER[host], CORE[host]) if away else (AWAY, CORE_AWAY)
-        lines = [f"link set {old} down", f"link set {new} up"]
+        gone = AWAY if away else OUTER[host]
+        lines = [f"link set {new} up"]
+        lines += [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
         for v in (4, 6):
             lines.append(_address(v, f"{there[v]}/{PREFIX[v]}", new))
             lines.append(f"route replace default via {router[v]} dev {new}")
-        lines.append(f"addr flush dev {old} scope global")
         run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
 
     def announce(self, family: int | None) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -213,22 +213,24 @@ class Runner:
             self._began_ns = time.time_ns()
         with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=300.0) as agent:
             answer = json_of(agent.stream("transfer", "transfer-progress", query))
-        reports = answer.get("reports", [])
+        self._moved(self._good(answer, f"move to {target}"), target)
+
+    @staticmethod
+    def _good(answer: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+        """The reports in an agent's answer. Raises StepError where one tells of a failure."""
+        reports: list[dict[str, Any]] = answer.get("reports", [])
         if not reports or any(int(one.get("exit_code", 1)) for one in reports):
             words = [f"{one.get('status')}: {one.get('text')}" for one in reports] or [str(answer)]
-            raise StepError(f"move to {target}: {'; '.join(words)}")
-        self._moved(reports, target)
+            raise StepError(f"{what}: {'; '.join(words)}")
+        return reports
 
-    def _do_pull(self, target: str, source: str, *options: str) -> None:
-        """nsg asks psg for the SA, and counts what it took."""
+    def _do_pull(self, target: str, source: str) -> None:
+        """nsg asks psg for the SA, and counts what it took. By the control socket, as `move`."""
         with self._watching(source, target) as reports:
-            address = next(sa["remote-host"] for sa in self._sas(source, "mn"))
-            words = ["ikectx", "pull", "--from", source, "--mn", address, "--json", *options]
-            done = self._lab.command(target, words)
-            if done.returncode != 0:
-                said = (done.stdout + done.stderr).strip()[-600:]
-                raise StepError(f"pull from {source}: exit {done.returncode}: {said}")
-            reports[:] = json.loads(done.stdout)["reports"]
+            query = {"from": source, "mn": next(sa["remote-host"] for sa in self._sas(source, "mn"))}
+            with ControlClient(str(self._lab.work / target / "ikectx.vici"), timeout=300.0) as agent:
+                answer = json_of(agent.stream("pull", "pull-progress", query))
+            reports[:] = self._good(answer, f"pull from {source}")
 
     def _do_follow(self, target: str) -> None:
         """mn is somewhere else; its charon looks for its gateway and finds another one."""

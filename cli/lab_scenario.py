@@ -65,7 +65,7 @@ VERBS = {
         3,
         "FROM TO [keep]: the same by the agent's control socket; with keep the address moves along",
     ),
-    "pull": (2, 9, "TO FROM [OPTION...]: ikectx pull at TO, which must succeed"),
+    "pull": (2, 2, "TO FROM: what ikectx pull does at TO, by its agent's control socket"),
     "handover": (2, 2, "GATEWAY predictive | reactive: mn asks for it by its agent, and relocates meanwhile"),
     "follow": (1, 1, "GATEWAY: mn relocates, and GATEWAY must find its SA by itself"),
     "relocate": (0, 0, "mn leaves its access network and is in its other one"),
