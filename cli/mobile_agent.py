@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.context import Address
-from ikectx.errors import CharonError, KernelError, UnknownSaError, UsageError, WireError
+from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
 from ikectx.ports import SaName, Store
 from ikectx.store import open_store
 from vici_bridge.addresses import OuterAddresses
@@ -150,18 +150,24 @@ class MobileAgent:
         # what was open is ended before anything new begins
         self._host.spawn(self._resume())
         await self._control.start()
-        for asked in self.handovers.in_question():
-            log.warning(
-                "%s was asked to serve %s, and its answer is not known; a handover to it asks again",
-                asked.get("to"),
-                asked.get("connection"),
-            )
         log.info("mobile node's agent %s serves %s", __version__, self._config.control.socket)
 
     async def _resume(self) -> None:
         await self._spis.resume()
         await self._mobile.resume()
         self._spis.start()
+        await self._ask_again()
+
+    async def _ask_again(self) -> None:
+        """nSG may have taken an SA that an agent before this one asked it to: it says so if asked again."""
+        listed = [view.spis for view in await self._host.views()]
+        for asked in self.handovers.in_question(listed):
+            sa = (bytes.fromhex(asked["spi_i"]), bytes.fromhex(asked["spi_r"]))
+            log.warning("%s was asked to serve %s: asking again", asked["to"], asked["connection"])
+            try:
+                await self.handovers.arrive(asked["to"], sa)
+            except IkectxError as error:
+                log.warning("handover to %s: %s", asked["to"], error)
 
     def _addresses_changed(self) -> None:
         self.handovers.addresses_changed()

@@ -399,8 +399,15 @@ class Handovers:
         run.phase("held" if run.held else "looking")
 
     def _note_asked(self, run: _Run) -> None:
-        note = {"to": run.nsg.name, "from": run.psg.name, "connection": run.report.connection}
-        self._store.put(ASKED, _key(run.sa), json.dumps({**note, "since": round(time.time(), 3)}).encode())
+        note = {
+            "to": run.nsg.name,
+            "from": run.psg.name,
+            "connection": run.report.connection,
+            "spi_i": run.sa[0].hex(),
+            "spi_r": run.sa[1].hex(),
+            "since": round(time.time(), 3),
+        }
+        self._store.put(ASKED, _key(run.sa), json.dumps(note).encode())
 
     async def _predictive(self, run: _Run) -> Report:
         """From the announcement to the report; the lock is held from the arrival on."""
