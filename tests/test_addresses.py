@@ -1,0 +1,121 @@
+"""Which of a host's addresses leads to a gateway, and that changes are noticed; in network namespaces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import pytest
+
+from vici_bridge.addresses import OuterAddresses
+
+from .netns import Namespace, namespaces
+
+OUT, OTHER = ip_address("192.0.2.7"), ip_address("198.51.100.7")
+FAR = ip_address("203.0.113.1")
+VIP = ip_address("10.4.0.10")
+SIX, FAR6 = ip_address("2001:db8:1::7"), ip_address("2001:db8:ffff::1")
+
+
+@pytest.fixture
+def node() -> Iterator[Namespace]:
+    """Two links, the first with the default route; no tunnel."""
+    with namespaces(1) as (space,):
+        space.ip(
+            "link add one type veth peer name one-far",
+            "link add two type veth peer name two-far",
+            f"addr add {OUT}/24 dev one",
+            f"addr add {OTHER}/24 dev two",
+            f"addr add {SIX}/64 dev one nodad",
+            "link set one up",
+            "link set one-far up",
+            "link set two-far up",
+            "link set two up",
+            "route add default via 192.0.2.1",
+            "route add default via 2001:db8:1::1",
+        )
+        yield space
+
+
+def of(space: Namespace) -> OuterAddresses:
+    with space.entered():
+        return OuterAddresses()
+
+
+def test_the_way_the_packets_go(node: Namespace) -> None:
+    addresses = of(node)
+    with node.entered():
+        assert addresses.towards(FAR) == OUT
+        assert addresses.towards(FAR6) == SIX
+        assert addresses.towards(ip_address("198.51.100.1")) == OTHER
+        assert addresses.is_local(OUT)
+        assert not addresses.is_local(FAR)
+    addresses.close()
+
+
+def test_past_a_tunnel_that_draws_everything_into_itself(node: Namespace) -> None:
+    node.ip(
+        "link add tunnel type veth peer name tunnel-far",
+        f"addr add {VIP}/32 dev tunnel",
+        "link set tunnel up",
+        f"route add default dev one via 192.0.2.1 src {VIP} table 220",
+        "rule add pref 220 lookup 220",
+    )
+    addresses = of(node)
+    with node.entered():
+        assert addresses.towards(FAR) == VIP
+        assert addresses.towards(FAR, avoid=[VIP]) == OUT
+    addresses.close()
+
+
+def test_only_some_addresses_will_do(node: Namespace) -> None:
+    addresses = of(node)
+    with node.entered():
+        assert addresses.towards(FAR, among=[ip_address("192.0.2.99"), OTHER]) == OTHER
+        assert addresses.towards(FAR, among=[SIX]) is None
+        assert addresses.towards(FAR6, among=[OTHER, SIX]) == SIX
+    addresses.close()
+
+
+def test_no_way(node: Namespace) -> None:
+    node.run("ip route del default", "ip -6 route del default")
+    addresses = of(node)
+    with node.entered():
+        assert addresses.towards(FAR) is None
+        assert addresses.towards(FAR6) is None
+        addresses.nudge(FAR)
+    addresses.close()
+
+
+def test_changes_are_noticed_once_they_have_settled(node: Namespace) -> None:
+    async def scenario() -> None:
+        addresses = of(node)
+        calls: list[None] = []
+        with node.entered():
+            addresses.watch(lambda: calls.append(None))
+        await asyncio.sleep(0.1)
+        assert calls == []
+        node.ip("addr add 192.0.2.8/24 dev one", f"addr del {OTHER}/24 dev two")
+        await asyncio.sleep(0.3)
+        assert 1 <= len(calls) <= 2
+        addresses.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_nudge_leaves_nothing_behind_and_is_heard(node: Namespace) -> None:
+    async def scenario() -> None:
+        addresses = of(node)
+        calls: list[None] = []
+        before = node.run("ip route show table all", "ip -6 route show table all")
+        with node.entered():
+            addresses.watch(lambda: calls.append(None))
+            addresses.nudge(FAR)
+            addresses.nudge(FAR6)
+        await asyncio.sleep(0.3)
+        assert calls
+        assert node.run("ip route show table all", "ip -6 route show table all") == before
+        addresses.close()
+
+    asyncio.run(scenario())
