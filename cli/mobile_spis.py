@@ -273,25 +273,22 @@ class SpiWatch:
         """Ask, and do what was agreed. The SA is passive; it is in the end, too. Errors: IkectxError."""
         mobile = self._mobile
         context = mobile.recorded(sa)
-        mid = note.message_id
         try:
             report = await run_spi_update(note.machine(context))
         except LinkError as error:
             log.warning("%s asked for other SPIs, and did not agree to them: %s", note.remote, error)
+            await mobile.count(sa, initiator=note.message_id)
         else:
-            mid += report.move.requests
+            # at once: charon's own exchange is about a child that may be gone soon
+            await mobile.count(sa, initiator=note.message_id + report.move.requests)
             if isinstance(report.outcome, Renamed):
                 renames = {one.old: one.new for one in report.outcome.pairs}
-                after = await mobile.readdress(context, note.local, note.remote, renames)
+                await mobile.readdress(context, note.local, note.remote, renames)
                 self.renamed += 1
                 told = ", ".join(f"{old.hex()} -> {new.hex()}" for old, new in renames.items())
                 log.info("%s: new SPIs, as %s asked: %s", context.connection, note.remote, told)
-                if after.spis != sa:
-                    mid = 0  # message IDs begin anew
             else:
                 log.warning("%s asked for other SPIs, then refused them", note.remote)
-        if mid:
-            await mobile.count(sa, initiator=mid)
         self._store.delete(MIRROR, _key(sa))
 
     # After a start.

@@ -45,7 +45,7 @@ from ikectx.ports import MoveReport, SaName
 from . import ha
 from .charon import SaView, relocate
 from .host import CharonHost
-from .moves import Move, plan_move
+from .moves import LIVING, Move, plan_move
 from .source import CharonSource
 from .steps import MOVE, MoveSteps, key_of
 
@@ -200,7 +200,7 @@ class CharonMobile:
         move = Move.loads(saved) if saved is not None else None
         if move is None:
             now = context_at(host.record.context(sa), view)
-            living = [child.spi_in for child in view.children if child.state == "INSTALLED"]
+            living = [child.spi_in for child in view.children if child.state in LIVING]
             now = replace(now, children=tuple(child for child in now.children if child.spi_in in living))
             move = plan_move(now, view.children, local, remote, renames, peers)
         elif (move.local, move.remote) != (local, remote):

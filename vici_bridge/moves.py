@@ -20,6 +20,8 @@ from .charon import ChildView, SaView, relocate
 from .xfrm import KernelPolicy, KernelSa
 from .xfrm_parts import Mark
 
+LIVING = ("INSTALLED", "REKEYING")
+"""States of charon's children that carry packets and are not on their way out."""
 _MARK_BITS = 0xFFFFFFFF
 
 
@@ -210,7 +212,7 @@ def plan_move(
             raise UsageError(f"SPI {old.hex()} cannot become {new.hex()}: it is none of this SA's")
     spi_i, spi_r = (renames.get(spi, spi) for spi in context.spis)
     ike = None if (spi_i, spi_r) == context.spis else (spi_i, spi_r)
-    numbers = {child.spi_in: child.unique_id for child in listed if child.state == "INSTALLED"}
+    numbers = {child.spi_in: child.unique_id for child in listed if child.state in LIVING}
     children = tuple(
         ChildMove(
             child.spi_in,

@@ -1,0 +1,99 @@
+"""A mobile node with an agent, and gateways where its SA's SPIs are taken by somebody else's.
+
+By itself it hears of new SPIs in the answer to its request:
+
+    MN -> nsg   CTAR           answered by a CTAA with the new SPIs; no IKE message
+
+After a push, nsg asks for them by IKE, charon answers, and the agent asks back:
+
+    nsg -> MN   INFORMATIONAL  N(UPDATE_SA_ADDRESSES), N(UPDATE_SPI)...    answered without the last
+    MN -> nsg   INFORMATIONAL  N(UPDATE_SPI)..., answered with the same
+
+With ESP in user space the mobile node's charon rekeys its child each time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ikectx_cli.lab_net import OUTER
+
+from .test_collisions import agreed, lives_on, names_at_psg, other_at_nsg, others, served
+from .test_mobile import afterwards, asks, hands_over, mobile, status, up  # noqa: F401
+from .world import World, spis, until
+
+__all__ = ["afterwards", "mobile"]
+
+pytestmark = pytest.mark.live
+
+
+def installed(sa: dict[str, Any]) -> set[tuple[str, str]]:
+    return {
+        (child["spi-in"], child["spi-out"])
+        for child in sa["child-sas"].values()
+        if child["state"] == "INSTALLED"
+    }
+
+
+@pytest.mark.parametrize("words", [("--reactive",), ("--predictive", "--now")])
+@pytest.mark.parametrize("kind", ["inbound", "ike", "all"])
+def test_the_answer_names_new_spis(mobile: World, tmp_path: Path, kind: str, words: tuple[str, ...]) -> None:
+    keys = {"inbound": ("spi_in",), "ike": ("spi_i", "spi_r"), "all": ("spi_i", "spi_r", "spi_in")}[kind]
+    up(mobile)
+    names = names_at_psg(mobile)
+    other = other_at_nsg(mobile, tmp_path, **{key: names[key] for key in keys})
+    done = asks(mobile, "handover", "--to", "nsg", "--json", *words)
+    assert done.code == 0, done
+    report = done.json
+    assert report["result"] == "moved", report
+    assert report["renamed"] == len({"spi_in", "spi_r"} & set(keys))
+    assert mobile.lab.list_sas("psg") == []
+    here, node = served(mobile), mobile.one("mn")
+    assert node["remote-host"] == OUTER["nsg"][4]
+    assert spis(here) == spis(node)
+    if "spi_r" in keys:
+        assert spis(node)[0] == names["spi_i"] and spis(node)[1] != names["spi_r"]
+    assert "UPD_SA_ADDR" not in mobile.log("mn")
+    lives_on(mobile, other)
+
+
+def test_an_outbound_spi_that_is_taken_is_refused(mobile: World, tmp_path: Path) -> None:
+    # MN -> nsg CTAR, CTAA with the refusal: nobody can ask the MN for its own SPI there
+    up(mobile)
+    names = names_at_psg(mobile)
+    other = other_at_nsg(mobile, tmp_path, spi_out=names["spi_out"], remote=names["remote"])
+    report = asks(mobile, "handover", "--to", "nsg", "--json").json
+    assert (report["result"], report["serves"]) == ("refused", "psg"), report
+    assert others(mobile) == other
+    mobile.ping()
+
+
+@pytest.mark.parametrize("kind", ["inbound", "ike", "all"])
+def test_a_push_to_a_mobile_node_with_an_agent(mobile: World, tmp_path: Path, kind: str) -> None:
+    # first MN -> psg CTAR: so psg knows that there is an agent, and what it pushes says so
+    keys = {"inbound": ("spi_in",), "ike": ("spi_r",), "all": ("spi_r", "spi_in", "spi_out", "remote")}[kind]
+    up(mobile, gateway="nsg")
+    old = installed(mobile.one("mn"))
+    hands_over(mobile, "psg")
+    until(lambda: not old & installed(mobile.one("mn")), "the mobile node has rekeyed its child")
+    mobile.agree("psg")
+    names = names_at_psg(mobile)
+    ((names["spi_in"], names["spi_out"]),) = installed(mobile.one("psg"))
+    other = other_at_nsg(mobile, tmp_path, **{key: names[key] for key in keys})
+    before = status(mobile)["renamed"]
+    done = mobile.transfer("psg", "nsg")
+    assert done.code == 0, done
+    assert done.report["result"] == "moved"
+    until(lambda: status(mobile)["renamed"] == before + 1, "the mobile node's agent has asked back")
+    until(lambda: agreed(mobile), "both ends agree")
+    node = mobile.one("mn")
+    assert node["remote-host"] == OUTER["nsg"][4]
+    if "spi_r" in keys:
+        assert spis(node)[0] == names["spi_i"] and spis(node)[1] != names["spi_r"]
+    else:
+        assert spis(node) == (names["spi_i"], names["spi_r"])
+    assert "does not know UPDATE_SPI" not in mobile.log("nsg", "agent.out")
+    lives_on(mobile, other)
