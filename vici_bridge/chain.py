@@ -39,15 +39,26 @@ def undo_messages(context: IkeContext, version: int) -> list[HaMessage]:
     return [ike_delete(version, last), *(ike_delete(version, ike.hidden()) for ike in reversed(ancestors))]
 
 
-def reshape(before: IkeContext, after: IkeContext, version: int) -> list[HaMessage]:
+def reshape(
+    before: IkeContext, after: IkeContext, version: int, *, stopped: int | None = None
+) -> list[HaMessage]:
     """What makes `after` of the SA that charon has as `before`: the children it lacks, its name.
 
     Children that `after` lacks stay: see `leftovers`. The SA is PASSIVE after a change of its name, and its
-    message IDs are those of `after`.
+    message IDs are those of `after`. `stopped`: a burst ended in the middle, and the SA is hidden by the name
+    of that generation of `after`.
     """
     have = {(child.spi_in, child.spi_out) for child in before.children}
     adds = tuple(child for child in after.children if (child.spi_in, child.spi_out) not in have)
     last = len(after.generations) - 1
+    if stopped is not None:
+        there = IkeId.of(after.generations[stopped]).hidden()
+        first = min((child.generation for child in adds), default=stopped + 1)
+        if first != stopped:
+            return _walk(after, version, first, there, adds)
+        direct = [child_add(version, there, child) for child in adds if child.generation == stopped]
+        later = tuple(child for child in adds if child.generation != stopped)
+        return direct + _walk(after, version, stopped + 1, there, later)
     same = before.current == after.current
     if same and all(child.generation == last for child in adds):
         ike = IkeId.of(after.current)
@@ -77,28 +88,39 @@ def _walk(
         last = index == end
         ike = IkeId.of(generation) if last else IkeId.of(generation).hidden()
         out.append(_named(ike_add(version, generation, context.remote, replaces=before), ike))
-        out.append(
-            ike_update(
-                version,
-                ike,
-                local_id=context.local_id,
-                remote_id=context.remote_id,
-                remote_eap_id=context.remote_eap_id if last else None,
-                local=context.local,
-                remote=context.remote,
-                conditions=(context.conditions, context.private_conditions),
-                extensions=(context.extensions, context.private_extensions),
-                name=context.connection,
-                peer_addresses=context.peer_addresses if last else (),
-            )
-        )
+        out += [_update(context, version, ike, last=last)]
         if last:
-            if context.remote_vips:
-                out.append(ike_update(version, ike, remote_vips=context.remote_vips))
-            out += mid_messages(context, version)
+            out += _settled(context, version)
         out += [child_add(version, ike, child) for child in adds if child.generation == index]
         before = ike
     return out
+
+
+def settle(context: IkeContext, version: int) -> list[HaMessage]:
+    """What follows the last IKE_ADD, for an SA whose burst ended there. Changes nothing where it did not."""
+    return [_update(context, version, IkeId.of(context.current), last=True), *_settled(context, version)]
+
+
+def _update(context: IkeContext, version: int, ike: IkeId, *, last: bool) -> HaMessage:
+    return ike_update(
+        version,
+        ike,
+        local_id=context.local_id,
+        remote_id=context.remote_id,
+        remote_eap_id=context.remote_eap_id if last else None,
+        local=context.local,
+        remote=context.remote,
+        conditions=(context.conditions, context.private_conditions),
+        extensions=(context.extensions, context.private_extensions),
+        name=context.connection,
+        peer_addresses=context.peer_addresses if last else (),
+    )
+
+
+def _settled(context: IkeContext, version: int) -> list[HaMessage]:
+    ike = IkeId.of(context.current)
+    vips = [ike_update(version, ike, remote_vips=context.remote_vips)] if context.remote_vips else []
+    return vips + mid_messages(context, version)
 
 
 def _named(message: HaMessage, ike: IkeId) -> HaMessage:

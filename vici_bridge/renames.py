@@ -26,7 +26,7 @@ from ikectx.keys import esp_keys
 from ikectx.numbers import Status
 from ikectx.ports import MoveReport
 
-from .chain import leftovers, reshape
+from .chain import leftovers, reshape, settle
 from .charon import SaView
 from .host import CharonHost
 from .kernel import LATE, Kernel
@@ -34,7 +34,6 @@ from .moves import guards_of
 from .names import (
     SEED_OCTETS,
     ChildPlan,
-    Clash,
     EspName,
     Plan,
     Taken,
@@ -109,19 +108,14 @@ class Renames:
                     esp.add((sa.destination, sa.spi))
         return found | Taken(frozenset(esp))
 
-    def clash(self, here: IkeContext, views: Sequence[SaView]) -> Clash:
-        """What of `here` cannot have its own names."""
-        return clash(here, self.taken(here, views))
-
     # Planning.
 
-    def plan(self, here: IkeContext, views: Sequence[SaView], *, told_later: bool = False) -> Plan | None:
+    def plan(self, here: IkeContext, taken: Taken, *, told_later: bool = False) -> Plan | None:
         """Names for what is taken, reserved in the kernel and written down; None: all are free.
 
         `told_later`: the MN hears of them in an answer it waits for, so nothing needs to stand in.
         Errors: RefusedError with ESP_SPI_IN_USE where no SPI is left, KernelError, StoreError.
         """
-        taken = self.taken(here, views)
         found = clash(here, taken)
         if not found:
             return None
@@ -246,11 +240,14 @@ class Renames:
         if plan is None:
             return here
         after = plan.shape(here)
-        before = self._found(here, plan, after, await host.views())
-        if before is None:
+        found = self._found(here, plan, after, await host.views())
+        if found is None:
             raise CharonError("charon lost the prepared SA")
+        before, stopped, state = found
         version = await host.version()
-        orders = reshape(before, after, version)
+        orders = reshape(before, after, version, stopped=stopped)
+        if state == "CONNECTING" and stopped is None and before.current == after.current:
+            orders = settle(after, version) + orders
         extra = leftovers(before, after, version)
         if not orders and not extra:
             return after
@@ -276,23 +273,30 @@ class Renames:
 
     def _found(
         self, here: IkeContext, plan: Plan, after: IkeContext, views: Sequence[SaView]
-    ) -> IkeContext | None:
-        """The SA as charon has it: under one of its names, with some of its children."""
+    ) -> tuple[IkeContext, int | None, str] | None:
+        """The SA as charon has it: under one of its names, with some of its children.
+
+        Where an agent before this one ended in the middle of `reshape` it is hidden: see `stopped` there.
+        """
         first = replace(plan, told=None).shape(here)
+        named, stopped = after, None
         view = next((view for view in views if view.spis == after.spis), None)
-        named = after
         if view is None:
             named = first
             view = next((view for view in views if view.spis == first.spis), None)
+        ours = {(child.spi_in, child.spi_out): child for child in (*first.children, *after.children)}
+        if view is None:
+            for number, generation in enumerate(after.generations[:-1]):
+                for one in views:
+                    pairs = {(child.spi_in, child.spi_out) for child in one.children}
+                    same = one.spis == (generation.spi_i, generation.spi_r) and one.remote == here.remote
+                    if same and pairs <= ours.keys():
+                        view, stopped = one, number
         if view is None:
             return None
         listed = {(child.spi_in, child.spi_out) for child in view.children}
-        children: dict[tuple[bytes, bytes], ChildContext] = {}
-        for child in (*after.children, *first.children):
-            pair = (child.spi_in, child.spi_out)
-            if pair in listed:
-                children.setdefault(pair, child)
-        return replace(named, children=tuple(children.values()), policies=())
+        children = tuple(child for pair, child in ours.items() if pair in listed)
+        return replace(named, children=children, policies=()), stopped, view.state
 
     async def _listed(self, after: IkeContext, before: IkeContext, *, present: bool) -> None:
         """Wait until charon and the kernel have the children of `after`, or lack the others of `before`."""

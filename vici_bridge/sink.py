@@ -40,7 +40,7 @@ from .checks import (
     check_vips,
 )
 from .host import DETOUR, IMPORT, CharonHost, Mover
-from .names import Clash, Plan, Renamer, Told, Wish, own_spi, without_exchange
+from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
 from .xfrm_parts import INET as AF_INET
 from .xfrm_parts import INET6 as AF_INET6
@@ -81,18 +81,23 @@ class CharonSink:
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
+        return (await self._look(context, keep_address))[0]
+
+    async def _look(self, context: IkeContext, keep_address: bool) -> tuple[list[Verdict], Taken]:
+        """All that speaks against it, and the names that were taken then."""
         host = self._host
         try:
             here = self._here(context)
         except IkectxError as error:
-            return [Verdict(Fpt.IKEV2_SA, error.status, str(error))]
+            return [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
         verdicts = list(check_covered(here, await host.version()))
         verdicts += check_address(here, context, keep_address)
         if not host.listening():
             verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
         views = await host.views()
         verdicts += check_names(here, await host.connections())
-        verdicts += self._check_spis(context, here, views)
+        taken = self._renames.taken(here, views)
+        verdicts += self._check_spis(context, here, taken, views)
         verdicts += check_numbers(here, host.config.oseq_jump)
         verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
         verdicts += check_selectors(here, views)
@@ -111,15 +116,15 @@ class CharonSink:
         for verdict in verdicts:
             # a CTDR carries a status for each kind of context and no words: they stand here
             log.info("%s cannot come here: %s (%s)", here.remote_id, verdict.detail, verdict.status.name)
-        return verdicts
+        return verdicts, taken
 
-    def _check_spis(self, context: IkeContext, here: IkeContext, views: list[SaView]) -> list[Verdict]:
+    def _check_spis(
+        self, context: IkeContext, here: IkeContext, taken: Taken, views: list[SaView]
+    ) -> list[Verdict]:
         """What is taken and cannot be given another name."""
-        found = self._renames.clash(here, views)
-        reason = self._unresolvable(context, here, found)
+        reason = self._unresolvable(context, here, clash(here, taken))
         if not reason:
             return []
-        taken = self._renames.taken(here, views)
         verdicts = [*check_ike_spis(here, taken, views), *check_esp_spis(here, taken)]
         return [replace(one, detail=f"{one.detail}; {reason}") for one in verdicts]
 
@@ -158,7 +163,8 @@ class CharonSink:
         """See `ContextSink.prepare`. On any failure nothing stays behind."""
         host = self._host
         async with host.import_lock:
-            bad = [v for v in await self.check(context, keep_address) if v.status is not Status.OK]
+            verdicts, taken = await self._look(context, keep_address)
+            bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:
                 raise RefusedError(
                     f"{STATUS_TEXT.get(bad[0].status, '')}: {bad[0].detail}", status=bad[0].status
@@ -166,7 +172,7 @@ class CharonSink:
             here = self._here(context)
             if host.kernel is not None:
                 ours = {child.spi_in for child in here.children}
-                clashes = self._renames.clash(here, await host.views())
+                clashes = clash(here, taken)
                 ours -= {here.children[place].spi_in for place in clashes.inbound}
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
@@ -175,7 +181,7 @@ class CharonSink:
             version = await host.version()
             later = _key(context) in self._later
             self._renames.forget(here, undone=True)
-            plan = self._renames.plan(here, await host.views(), told_later=later)
+            plan = self._renames.plan(here, taken, told_later=later)
             host.store.put(IMPORT, _key(context), b"1")
             try:
                 shape = self._renames.shape(here)
@@ -274,11 +280,10 @@ class CharonSink:
         plan = self._renames.plan_of(here)
         if plan is None and here.local == context.local:
             return MoveReport()
-        shape = self._renames.shape(here)
-        if _key(context) not in self._seen and await self._host.view(shape.spis) is None:
-            raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
         if plan is not None:
             return await self._rename(context, here, plan, final)
+        if _key(context) not in self._seen and await self._host.view(here.spis) is None:
+            raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
 
@@ -287,7 +292,7 @@ class CharonSink:
     ) -> MoveReport:
         """Tell the MN new SPIs and our address, by UPDATE_SPI or, where it does not know that, by rekeys."""
         host = self._host
-        if plan.told is not None:
+        if _key(context) not in self._seen:
             await self._renames.converge(here)  # an agent before this one may have ended in the middle
         left, ike = plan.left(here), plan.ike_left(here)
         moves = here.local != context.local and not plan.moved
@@ -366,12 +371,15 @@ class CharonSink:
             await asyncio.to_thread(host.mute.unmute, shape.spis)
             host.expected.discard(shape.spis)
         self._seen.discard(_key(context))
+        asked = _key(context) in self._later
         self._later.discard(_key(context))
         try:
             # without its plan an SA of that name is somebody else's: nothing may be undone from here on
             self._renames.forget(here)
             host.store.delete(_TAKEN, _key(context))
             host.store.delete(IMPORT, _key(context))
+            if asked:
+                host.note_update_spi(here.remote_id, True)  # an MN with an agent, and agents know UPDATE_SPI
         except StoreError as error:
             log.error("%s serves, but notes of its move are left: %s", here.remote_id, error)
 

@@ -1,0 +1,543 @@
+"""A gateway's charon and kernel as they behave towards an agent that takes SAs in; mobile nodes that rename.
+
+`Charon` takes HA messages as strongSwan 5.9.8 and 6.0.6 do: IKE_SAs are found by version, SPIs and role, an
+IKE_ADD for one that is there makes a second that shadows it, a CHILD_ADD whose SPI is taken deletes what was
+there. `Sad` is the kernel's: SAs by destination and SPI, reservations, policies. Both remember each offence.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
+from random import Random
+from typing import Any
+
+from ikectx.context import (
+    Address,
+    ChildContext,
+    Endpoint,
+    IkeContext,
+    IkeGeneration,
+    ReplayState,
+    Secret,
+)
+from ikectx.errors import KernelError, LinkError, RefusedError, StateError
+from ikectx.keys import esp_keys, sk_keys
+from ikectx.numbers import Encr, Integ, Status
+from ikectx.ports import MoveReport, SaName, Store
+from vici_bridge.charon import SaView, sa_views
+from vici_bridge.esp import KernelReplay, fit_replay, merge_replay
+from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
+from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.names import Made, Told, Wish
+from vici_bridge.sa_state import read_child, read_generation
+from vici_bridge.sink import CharonSink
+from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
+from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage, Request
+
+OURS = Endpoint.of("203.0.113.9", 4500)
+
+
+class Sad:
+    """XFRM of one host."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.sas: dict[tuple[Address, bytes], KernelSa] = {}
+        self.policies: dict[tuple[str, Selector, Any], KernelPolicy] = {}
+        self.dice = Random(seed)
+        self.step: Callable[[], None] = lambda: None
+        self.sent: set[tuple[bytes, int]] = set()
+        """(key, number) of each packet that left."""
+
+    def close(self) -> None: ...
+
+    def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
+        return self.sas.get((destination, spi))
+
+    def reserve_spi(self, source: Address, destination: Address, low: int, high: int) -> bytes | None:
+        self.step()
+        free = [
+            n for n in range(low, min(high, low + 5000) + 1) if (destination, n.to_bytes(4)) not in self.sas
+        ]
+        if not free:
+            return None
+        spi = self.dice.choice(free).to_bytes(4)
+        self.sas[destination, spi] = KernelSa(source, destination, spi)
+        return spi
+
+    def add(self, sa: KernelSa) -> None:
+        if (sa.destination, sa.spi) in self.sas:
+            raise KernelError(f"{sa} exists", errno=17)
+        self.sas[sa.destination, sa.spi] = sa
+
+    def delete_sa(self, sa: KernelSa) -> bool:
+        self.step()
+        return self.sas.pop((sa.destination, sa.spi), None) is not None
+
+    def batch(self, requests: Sequence[Request]) -> None:
+        self.step()
+        for request in requests:
+            if request.what.startswith("delete"):
+                spi, address = request.what.split()[3], request.what.split()[5]
+                self.sas = {
+                    name: sa
+                    for name, sa in self.sas.items()
+                    if (str(name[0]), name[1].hex()) != (address, spi)
+                }
+            else:
+                self.add(KernelSa.parse(request.message.reveal()))
+
+    def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
+        state = self.sas[sa.destination, sa.spi].replay
+        return (state.outbound if outbound else state.inbound), NO_USAGE
+
+    def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
+        self.step()
+        now = self.sas[sa.destination, sa.spi]
+        if outbound:
+            if state.seq < now.replay.oseq:
+                raise StateError("the counter cannot go back")
+            after = replace(now.replay, oseq=state.seq)
+        else:
+            joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, 32)), 32)
+            after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
+        self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+
+    def dump_policies(self) -> list[KernelPolicy]:
+        return list(self.policies.values())
+
+    def replace_policy(self, policy: KernelPolicy) -> None:
+        self.step()
+        self.policies[policy.direction, policy.selector, policy.mark] = policy
+
+    def delete_policy(self, policy: KernelPolicy) -> bool:
+        self.step()
+        return self.policies.pop((policy.direction, policy.selector, policy.mark), None) is not None
+
+    def late_sas(self) -> list[KernelSa]:
+        return []
+
+    def drop_late(self, sas: Iterable[KernelSa]) -> int:
+        return 0
+
+    def supports(self, encr: Encr, bits: int, integ: Integ, family: int = 2) -> bool:
+        return True
+
+    def send(self, remote_ts: Address) -> bytes | None:
+        """A packet for that inner address leaves: the SPI it has, None: dropped."""
+        fitting = [
+            policy
+            for policy in self.policies.values()
+            if policy.direction == "out"
+            and remote_ts in policy.destination
+            and (policy.mark is None or policy.mark.value & policy.mark.mask == 0)
+        ]
+        assert fitting, "a packet left in the clear"
+        best = min(fitting, key=lambda policy: policy.priority)
+        if best.action != ALLOW:
+            return None
+        (template,) = best.templates
+        sa = self.sas.get((template.destination, template.spi))
+        if sa is None:
+            return None
+        number = sa.replay.oseq + 1
+        used = (sa.encr_key.reveal(), number)
+        assert used not in self.sent, f"number {number} left twice under one key"
+        self.sent.add(used)
+        self.sas[sa.destination, sa.spi] = replace(sa, replay=replace(sa.replay, oseq=number))
+        return sa.spi
+
+
+@dataclass
+class Sa:
+    """One IKE_SA of charon."""
+
+    id: IkeId
+    generation: IkeGeneration
+    unique_id: int
+    state: str = "CONNECTING"
+    name: str = ""
+    remote_id: str = ""
+    local: Endpoint = field(default_factory=lambda: OURS)
+    remote: Endpoint = field(default_factory=lambda: OURS)
+    mids: list[int] = field(default_factory=lambda: [0, 0])
+    children: list[ChildContext] = field(default_factory=list)
+    view: SaView | None = None
+
+
+class Charon:
+    """Any number of IKE_SAs; children's SAs are in `sad`, whether an agent can see that or not."""
+
+    def __init__(self, sad: Sad) -> None:
+        self.sad = sad
+        self.sas: dict[IkeId, Sa] = {}
+        self.offences: list[str] = []
+        self.count = 0
+        self.refuse_children = False
+        self.step: Callable[[], None] = lambda: None
+
+    # VICI
+
+    def version(self) -> dict[str, str]:
+        return {"version": "5.9.8"}
+
+    def list_conns(self) -> list[dict[str, Any]]:
+        return [{"name": "home", "children": {"rw": {}}, "remote-1": {"class": "pre-shared key"}}]
+
+    def get_pools(self, leases: bool = False) -> dict[str, Any]:
+        return {}
+
+    def algorithms(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None: ...
+
+    def views(self) -> list[SaView]:
+        """What list-sas shows; kept, since a thousand SAs are looked at a thousand times."""
+        for sa in self.sas.values():
+            if sa.view is None:
+                (sa.view,) = sa_views([self._view(sa)])
+        return [sa.view for sa in self.sas.values() if sa.view is not None]
+
+    def _view(self, sa: Sa) -> dict[str, Any]:
+        return {
+            "name": sa.name,
+            "uniqueid": str(sa.unique_id),
+            "version": "2",
+            "state": sa.state,
+            "initiator": "yes" if sa.id.initiator else "no",
+            "initiator-spi": sa.id.spi_i.hex(),
+            "responder-spi": sa.id.spi_r.hex(),
+            "remote-id": sa.remote_id,
+            "local-host": str(sa.local.address),
+            "local-port": str(sa.local.port),
+            "remote-host": str(sa.remote.address),
+            "remote-port": str(sa.remote.port),
+            "child-sas": {
+                f"{child.name}-{number}": {
+                    "name": child.name,
+                    "uniqueid": str(number),
+                    "reqid": "1",
+                    "state": "INSTALLED",
+                    "spi-in": child.spi_in.hex(),
+                    "spi-out": child.spi_out.hex(),
+                }
+                for number, child in enumerate(sa.children)
+            },
+        }
+
+    # HA
+
+    def hear(self, message: HaMessage) -> None:
+        if message.type in (HaType.SEGMENT_TAKE, HaType.SEGMENT_DROP):
+            for sa in self.sas.values():
+                if message.type is HaType.SEGMENT_DROP and sa.state == "PASSIVE":
+                    sa.state, sa.view = "ESTABLISHED", None
+            return
+        name = message.need(Attr.IKE_ID, IkeId)
+        if message.type is HaType.IKE_ADD:
+            self._ike_add(name, message)
+            return
+        found = self.sas.get(name)
+        if found is None:
+            return
+        sa = found
+        sa.view = None
+        match message.type:
+            case HaType.IKE_UPDATE:
+                sa.name = message.find(Attr.CONFIG_NAME, str) or sa.name
+                sa.local = message.find(Attr.LOCAL_ADDR, Endpoint) or sa.local
+                sa.remote = message.find(Attr.REMOTE_ADDR, Endpoint) or sa.remote
+                told = message.get(Attr.REMOTE_ID)
+                sa.remote_id = str(told) if told is not None else sa.remote_id
+                if sa.state == "CONNECTING" and sa.name:
+                    sa.state = "PASSIVE"
+            case HaType.IKE_MID_INITIATOR | HaType.IKE_MID_RESPONDER:
+                mid = message.need(Attr.MID, int)
+                if mid:
+                    sa.mids[message.type is HaType.IKE_MID_RESPONDER] = mid
+            case HaType.CHILD_ADD:
+                self._child_add(sa, read_child(message, 0))
+            case HaType.CHILD_DELETE:
+                spi = message.need(Attr.INBOUND_SPI, bytes)
+                for child in [child for child in sa.children if child.spi_in == spi]:
+                    self._drop_child(sa, child)
+            case HaType.IKE_DELETE:
+                for child in list(sa.children):
+                    self._drop_child(sa, child)
+                del self.sas[name]
+
+    def _ike_add(self, name: IkeId, message: HaMessage) -> None:
+        if name in self.sas:
+            self.offences.append(f"{name} is shadowed")
+        self.count += 1
+        generation = read_generation(replace(message, attributes=message.attributes))
+        sa = Sa(name, replace(generation, spi_i=name.spi_i, spi_r=name.spi_r), self.count)
+        rekeyed = message.find(Attr.IKE_REKEY_ID, IkeId)
+        if rekeyed is not None:
+            old = self.sas.pop(rekeyed, None)
+            if old is None:
+                self.offences.append(f"{rekeyed} cannot be adopted")
+            else:
+                sa.children, sa.local, sa.remote = old.children, old.local, old.remote
+                sa.remote_id = old.remote_id
+        self.sas[name] = sa
+
+    def _child_add(self, sa: Sa, child: ChildContext) -> None:
+        if self.refuse_children:
+            return
+        names = ((sa.local.address, child.spi_in), (sa.remote.address, child.spi_out))
+        if any(one in self.sad.sas for one in names):
+            for one in names:
+                self.offences.append(f"{one[0]} {one[1].hex()} was deleted")
+                self.sad.sas.pop(one, None)
+            return
+        keys = esp_keys(sa.generation, child)
+        for (address, spi), (encr, _), inward in zip(names, keys, (True, False), strict=True):
+            self.sad.add(
+                KernelSa(
+                    sa.remote.address if inward else sa.local.address,
+                    address,
+                    spi,
+                    reqid=_reqid(child),
+                    encr_name="rfc4106(gcm(aes))",
+                    encr_key=encr,
+                    icv_bits=128,
+                    is_aead=True,
+                    replay=KernelReplay(0, 0, 32 if inward else 0, 0),
+                )
+            )
+        sa.children.append(child)
+        self._policy(sa, child)
+
+    def _policy(self, sa: Sa, child: ChildContext) -> None:
+        ours, theirs = child.local_ts[0], child.remote_ts[0]
+        selector = Selector.between(ip_network(f"{ours.start}/16"), ip_network(f"{theirs.start}/32"))
+        template = Template(sa.local.address, sa.remote.address, reqid=_reqid(child), spi=child.spi_out)
+        self.sad.policies["out", selector, None] = KernelPolicy("out", selector, 5000, templates=(template,))
+
+    def _drop_child(self, sa: Sa, child: ChildContext) -> None:
+        sa.children.remove(child)
+        self.sad.sas.pop((sa.local.address, child.spi_in), None)
+        self.sad.sas.pop((sa.remote.address, child.spi_out), None)
+        others = [one for one in sa.children if one.remote_ts == child.remote_ts]
+        if others:
+            self._policy(sa, others[-1])
+        else:
+            self.sad.policies = {
+                key: policy
+                for key, policy in self.sad.policies.items()
+                if key[2] is not None or child.remote_ts[0].start not in policy.destination
+            }
+
+    def serve(self, context: IkeContext) -> Sa:
+        """Somebody's SA that is here already."""
+        self.count += 1
+        sa = Sa(IkeId.of(context.current), context.current, self.count, "ESTABLISHED", context.connection)
+        sa.local, sa.remote, sa.remote_id = OURS, context.remote, str(context.remote_id)
+        self.sas[sa.id] = sa
+        for child in context.children:
+            self._child_add(sa, child)
+        return sa
+
+
+def _reqid(child: ChildContext) -> int:
+    return int(child.remote_ts[0].start) & 0xFFFF
+
+
+class Socket:
+    """The HA socket."""
+
+    def __init__(self, charon: Charon) -> None:
+        self.charon = charon
+
+    async def send(self, datagrams: Iterable[bytes]) -> None:
+        for datagram in datagrams:
+            self.charon.step()
+            self.charon.hear(HaMessage.parse(datagram))
+
+    def listening(self) -> bool:
+        return True
+
+    def close(self) -> None: ...
+
+
+class Mute:
+    """nftables."""
+
+    def __init__(self) -> None:
+        self.muted: set[SaName] = set()
+        self.ever: set[SaName] = set()
+
+    def mute_in(self, spis: SaName) -> None:
+        self.muted.add(spis)
+        self.ever.add(spis)
+
+    mute_out = mute_in
+
+    def unmute(self, spis: SaName) -> None:
+        self.muted.discard(spis)
+
+
+class Detour:
+    def remove(self, prefixes: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Mobiles:
+    """All mobile nodes: what each has, and how it answers. `agent`: knows UPDATE_SPI."""
+
+    def __init__(self, low: int, high: int, seed: int = 1) -> None:
+        self.range = (low, high)
+        self.dice = Random(seed)
+        self.have: dict[str, IkeContext] = {}
+        self.stock: set[str] = set()
+        self.silent: set[str] = set()
+        self.asked: list[Wish] = []
+        self.moved: set[str] = set()
+
+    def add(self, context: IkeContext) -> None:
+        self.have[str(context.remote_id)] = context
+
+    def _free(self, address: Address) -> bytes:
+        used = {
+            child.spi_out
+            for context in self.have.values()
+            if context.remote.address == address
+            for child in context.children
+        }
+        low, high = self.range
+        return self.dice.choice([n.to_bytes(4) for n in range(low, high + 1) if n.to_bytes(4) not in used])
+
+    async def move(self, here: IkeContext, final: object, arrived: object) -> MoveReport:
+        """The address update alone."""
+        who = str(here.remote_id)
+        if who in self.silent:
+            raise LinkError("silent", status=Status.PEER_SILENT)
+        self.moved.add(who)
+        return MoveReport(messages=2, requests=1)
+
+    async def rename(self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made) -> Told:
+        """`names.Renamer`."""
+        self.asked.append(wish)
+        who = str(here.remote_id)
+        if who in self.silent:
+            raise LinkError("silent", status=Status.PEER_SILENT)
+        now = here
+        rekeys = who in self.stock or not wish.update
+        if rekeys and not wish.rekey:
+            raise RefusedError("no", status=Status.PEER_REFUSED)
+        if rekeys and wish.ike:
+            now = self._with_ike(now, self._rekeyed(now.current, wish.ike))
+            await self._made(now, made, "rekey")
+        for spi_in, new_in in wish.children:
+            children = list(now.children)
+            place = next(n for n, child in enumerate(children) if child.spi_in == spi_in)
+            changed = replace(children[place], spi_in=new_in, spi_out=self._free(now.remote.address))
+            if rekeys:
+                nonces = (self.dice.randbytes(32), self.dice.randbytes(32))
+                last = len(now.generations) - 1
+                changed = replace(
+                    changed, generation=last, initiator=True, nonce_i=nonces[0], nonce_r=nonces[1]
+                )
+            children[place] = changed
+            now = replace(now, children=tuple(children), mid_initiator=now.mid_initiator + 1)
+            self.have[who] = now
+            if rekeys:
+                await self._made(now, made, "rekey")
+        if not rekeys and wish.ike:
+            current = now.current
+            new = replace(current, **{"spi_i" if current.initiator else "spi_r": wish.ike})  # type: ignore[arg-type]
+            now = self._with_ike(now, new)
+        self.moved.add(who)
+        await self._made(now, made, "rekey" if rekeys else "update")
+        return Told(MoveReport(messages=2, requests=1), not rekeys if wish.update else None)
+
+    async def _made(self, now: IkeContext, made: Made, how: str) -> None:
+        self.have[str(now.remote_id)] = now
+        await made(
+            now, moved=str(now.remote_id) in self.moved, how=how, report=MoveReport(messages=2, requests=1)
+        )
+
+    def _with_ike(self, now: IkeContext, new: IkeGeneration) -> IkeContext:
+        return replace(now, generations=(*now.generations, new), mid_initiator=0, mid_responder=0)
+
+    def _rekeyed(self, old: IkeGeneration, ours: bytes) -> IkeGeneration:
+        return replace(
+            old,
+            spi_i=ours,
+            spi_r=self.dice.randbytes(8),
+            initiator=True,
+            nonce_i=self.dice.randbytes(32),
+            nonce_r=self.dice.randbytes(32),
+            secret=Secret(self.dice.randbytes(32)),
+            old_skd=sk_keys(old).sk_d,
+            old_prf=old.prf,
+        )
+
+
+class Place:
+    """A gateway whose agent may die and begin anew; charon, kernel and store go on."""
+
+    def __init__(self, store: Store, mobiles: Mobiles, *, kernel: bool = True, **config: Any) -> None:
+        self.store = store
+        self.mobiles = mobiles
+        self.sad = Sad()
+        self.charon = Charon(self.sad)
+        self.mute = Mute()
+        self._kernel = kernel
+        self._config = {"addresses": (OURS.address,), "oseq_jump": 1000, **config}
+        self.host: CharonHost
+        self.sink: CharonSink
+        self.begin()
+
+    def begin(self) -> None:
+        """An agent starts."""
+        self.host = CharonHost(HostConfig(kernel_esp=False, **self._config), self.store)
+        self.host.detour.close()
+        self.host.detour = Detour()  # type: ignore[assignment]
+        self.host.kernel = self.sad if self._kernel else None  # type: ignore[assignment]
+        self.host.vici = self.charon  # type: ignore[assignment]
+        self.host.mute = self.mute  # type: ignore[assignment]
+        self.host._ha = Socket(self.charon)  # type: ignore[assignment]
+
+        async def views() -> list[SaView]:
+            return self.charon.views()
+
+        self.host.views = views  # type: ignore[method-assign]
+        self.host.record.load(self.store.items("record"))
+        self.sink = CharonSink(self.host, self.mobiles.move, self.mobiles.rename)
+
+    def sound(self) -> None:
+        """No SA was harmed; names are unique; both ends have the same names and keys."""
+        assert self.charon.offences == []
+        assert not [sa for sa in self.charon.sas if sa.version != 2]
+        expected: dict[tuple[Address, bytes], bytes] = {}
+        for sa in self.charon.sas.values():
+            mobile = self.mobiles.have.get(sa.remote_id)
+            if mobile is None:
+                continue
+            assert sa.id == IkeId.of(mobile.current)
+            assert sk_keys(sa.generation) == sk_keys(mobile.current)
+            assert sa.state == "ESTABLISHED"
+            assert sorted((c.spi_in, c.spi_out) for c in sa.children) == sorted(
+                (c.spi_in, c.spi_out) for c in mobile.children
+            )
+            for child in mobile.children:
+                keys = esp_keys(mobile.generations[child.generation], child)
+                names = ((OURS.address, child.spi_in), (mobile.remote.address, child.spi_out))
+                for name, (encr, _) in zip(names, keys, strict=True):
+                    assert name not in expected, f"{name} twice"
+                    expected[name] = encr.reveal()
+        assert {name: sa.encr_key.reveal() for name, sa in self.sad.sas.items()} == expected
+        assert not [key for key in self.sad.policies if key[2] is not None], "a guard was left"
+        assert self.mute.muted == set()
+        for kind in ("plan", "plan-guards", "import", "taken"):
+            assert not list(self.store.items(kind)), f"{kind} left"
+
+
+def fresh(count: int) -> bytes:
+    return secrets.token_bytes(count)

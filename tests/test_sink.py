@@ -1,0 +1,475 @@
+"""SAs whose names are taken at the gateway they come to: detection, new names, every way it can end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ikectx.context import Endpoint, FinalChild, FinalState, IkeContext
+from ikectx.errors import LinkError, RefusedError
+from ikectx.keys import sk_keys
+from ikectx.numbers import Fpt, Status
+from ikectx.ports import MoveReport
+from ikectx.spis import ESP, IKE, NewSpi, parse_new_spis
+from vici_bridge import sink as sink_module
+from vici_bridge.charon import EXT_MOBIKE
+
+from . import peers
+from .gateway_world import OURS, Mobiles, Place
+from .test_deadlines import MemoryStore
+
+LOW, HIGH = 0xC0000000, 0xC0000FFF
+
+
+def a_context(number: int, mn: str = "198.51.100.7") -> IkeContext:
+    return replace(peers.a_context(number, mn=mn), extensions=EXT_MOBIKE)
+
+
+def place(**config: Any) -> Place:
+    config = {"spi_min": LOW, "spi_max": HIGH, **config}
+    return Place(MemoryStore(), Mobiles(LOW, HIGH), **config)
+
+
+def final_of(context: IkeContext) -> FinalState:
+    children = tuple(
+        FinalChild(child.spi_in, replace(child.inbound, seq=150), replace(child.outbound, seq=300))
+        for child in context.children
+    )
+    return FinalState(*context.spis, 7, 9, context.epoch + 1, children)
+
+
+async def move(here: Place, context: IkeContext) -> MoveReport:
+    final = final_of(context)
+    await here.sink.prepare(context, False)
+    await here.sink.take(context, final)
+    report = await here.sink.move_peer(context, final)
+    await here.sink.activate(context, final, report)
+    return report
+
+
+def run(work: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await work
+
+    asyncio.run(bounded())
+
+
+def rival(context: IkeContext, *kinds: str, shared: bool = False) -> IkeContext:
+    """Another MN's SA that has these names of `context`'s."""
+    other = a_context(77, mn=str(context.remote.address) if shared else "198.51.100.99")
+    other = replace(other, remote=Endpoint(other.remote.address, 4999))
+    child, mine = other.children[0], context.children[0]
+    if "inbound" in kinds:
+        child = replace(child, spi_in=mine.spi_in)
+    if "outbound" in kinds:
+        child = replace(child, spi_out=mine.spi_out)
+    other = replace(other, children=(child,))
+    if "ike" in kinds:
+        other = replace(
+            other, generations=(replace(other.current, spi_i=context.spis[0], spi_r=context.spis[1]),)
+        )
+    if "responder" in kinds:
+        other = replace(other, generations=(replace(other.current, spi_r=context.spis[1]),))
+    return other
+
+
+def chained(context: IkeContext) -> IkeContext:
+    """The same after an IKE rekey, its child not rekeyed yet."""
+    old = context.current
+    new = replace(
+        old,
+        spi_i=b"\x33MNi" + old.spi_i[4:],
+        spi_r=b"\x44GWr" + old.spi_r[4:],
+        nonce_i=bytes(reversed(old.nonce_i)),
+        old_skd=sk_keys(old).sk_d,
+        old_prf=old.prf,
+    )
+    return replace(context, generations=(old, new))
+
+
+KINDS = [
+    (),
+    ("inbound",),
+    ("outbound",),
+    ("inbound", "outbound"),
+    ("ike",),
+    ("responder",),
+    ("ike", "inbound", "outbound"),
+]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_both_sas_live(kinds: tuple[str, ...], chain: bool, stock: bool, kernel: bool) -> None:
+    async def scenario() -> None:
+        here = place(kernel=kernel)
+        context = a_context(1)
+        if chain:
+            context = chained(context)
+        other = rival(context, *kinds, shared="outbound" in kinds)
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        here.mobiles.add(context)
+        if stock:
+            here.mobiles.stock.add(str(context.remote_id))
+        await move(here, context)
+        here.sound()
+        assert len(here.charon.sas) == 2
+        if not kinds:
+            assert here.mobiles.asked == []
+        if "ike" in kinds:
+            assert context.spis not in here.mute.ever, "the other SA was mute"
+        sa = here.charon.sas[list(here.charon.sas)[1]]
+        here.host.record.context((sa.id.spi_i, sa.id.spi_r))
+
+    run(scenario())
+
+
+def test_the_name_of_an_ancestor_is_taken() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = chained(a_context(1))
+        other = a_context(77, mn="198.51.100.99")
+        old = context.generations[0]
+        other = replace(other, generations=(replace(other.current, spi_i=old.spi_i, spi_r=old.spi_r),))
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        here.mobiles.add(context)
+        await move(here, context)
+        here.sound()
+        assert here.mobiles.asked == []
+        # and what leaves later takes only its own name away
+        await here.host.delete(here.host.record.context(context.spis))
+        assert len(here.charon.sas) == 1
+        assert here.charon.offences == []
+
+    run(scenario())
+
+
+def test_numbers_go_on_under_the_new_spi() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        other = rival(context, "inbound")
+        for one in (other, context):
+            here.mobiles.add(one)
+        here.charon.serve(other)
+        final = final_of(context)
+        await here.sink.prepare(context, False)
+        await here.sink.take(context, final)
+        vip = context.remote_vips[0]
+        # what stands in sends under the SPI that the MN knows
+        assert here.sad.send(vip) == context.children[0].spi_out
+        report = await here.sink.move_peer(context, final)
+        now = here.mobiles.have[str(context.remote_id)].children[0]
+        assert now.spi_out != context.children[0].spi_out
+        assert here.sad.send(vip) == now.spi_out
+        outbound = here.sad.sas[context.remote.address, now.spi_out]
+        assert outbound.replay.oseq > 300 + 2 * 1000
+        await here.sink.activate(context, final, report)
+        here.sound()
+
+    run(scenario())
+
+
+def test_packets_are_received_under_the_new_spi_before_the_mn_is_told() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        other = rival(context, "inbound")
+        here.charon.serve(other)
+        here.mobiles.add(other)
+        here.mobiles.add(context)
+        await here.sink.prepare(context, False)
+        plan = here.sink._renames.plan_of(context)
+        assert plan is not None
+        ours = here.sad.sas[OURS.address, plan.children[0].new_in]
+        shape = plan.shape(here.sink._here(context))
+        inbound, _ = here.host.kernel_pair(shape, shape.children[0])
+        assert inbound is not None and ours.encr_key == inbound.encr_key
+        # 40 packets come under it; that is not forgotten
+        got = replace(ours.replay, seq=40, bitmap=(1 << 32) - 1)
+        here.sad.sas[OURS.address, ours.spi] = replace(ours, replay=got)
+        await here.sink.take(context, final_of(context))
+        report = await here.sink.move_peer(context, final_of(context))
+        assert here.sad.sas[OURS.address, ours.spi].replay.seq == 40
+        await here.sink.activate(context, final_of(context), report)
+        here.sound()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kinds", KINDS[1:], ids="-".join)
+def test_undone_before_the_mn_was_told(kinds: tuple[str, ...]) -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        other = rival(context, *kinds, shared="outbound" in kinds)
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        before = dict(here.sad.sas)
+        await here.sink.prepare(context, False)
+        assert len(here.charon.sas) == 2
+        await here.sink.undo(context)
+        await here.sink.undo(context)
+        assert here.sad.sas == before
+        here.sound()
+        # the MN does not answer
+        here.mobiles.add(context)
+        here.mobiles.silent.add(str(context.remote_id))
+        with pytest.raises(LinkError):
+            await move(here, context)
+        await here.sink.undo(context)
+        del here.mobiles.have[str(context.remote_id)]
+        assert here.sad.sas == before
+        here.sound()
+
+    run(scenario())
+
+
+def test_an_import_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(sink_module, "INSTALL_TIMEOUT", 0.05)
+        here = place()
+        context = a_context(1)
+        other = rival(context, "ike", "inbound")
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        before = dict(here.sad.sas)
+        here.charon.refuse_children = True
+        with pytest.raises(Exception, match="did not install"):
+            await here.sink.prepare(context, False)
+        assert here.sad.sas == before
+        here.sound()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "statuses"),
+    [
+        (("inbound",), [Status.ESP_SPI_IN_USE]),
+        (("outbound",), [Status.ESP_SPI_IN_USE]),
+        (("ike",), [Status.IKE_SPI_IN_USE]),
+    ],
+)
+def test_refused_by_configuration(kinds: tuple[str, ...], statuses: list[Status]) -> None:
+    async def scenario() -> None:
+        here = place(collision="refuse")
+        context = a_context(1)
+        here.charon.serve(rival(context, *kinds, shared="outbound" in kinds))
+        verdicts = await here.sink.check(context, False)
+        assert [verdict.status for verdict in verdicts] == statuses
+        assert "collision" in verdicts[0].detail
+        with pytest.raises(RefusedError):
+            await here.sink.prepare(context, False)
+
+    run(scenario())
+
+
+def test_rekeyed_by_configuration() -> None:
+    async def scenario() -> None:
+        here = place(collision="rekey")
+        context = a_context(1)
+        other = rival(context, "inbound")
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        here.mobiles.add(context)
+        await move(here, context)
+        here.sound()
+        assert [wish.update for wish in here.mobiles.asked] == [False]
+
+    run(scenario())
+
+
+def test_what_an_mn_knows_is_remembered() -> None:
+    async def scenario() -> None:
+        here = place()
+        for number, stock in ((1, True), (2, False)):
+            context = a_context(number)
+            other = replace(rival(context, "inbound"), remote_id=context.local_id)
+            other = replace(other, generations=(replace(other.current, spi_r=b"other-%02d" % number),))
+            here.charon.serve(other)
+            here.mobiles.add(context)
+            if stock:
+                here.mobiles.stock.add(str(context.remote_id))
+            await move(here, context)
+            assert here.host.knows_update_spi(context.remote_id) is not stock
+
+    run(scenario())
+
+
+def test_an_mn_that_waits_for_an_answer_is_told_by_it() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        other = rival(context, "inbound", "ike")
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        here.sink.tell_later(context)
+        final = final_of(context)
+        assert await here.sink.check(context, False) == []
+        await here.sink.prepare(context, False)
+        await here.sink.take(context, final)
+        assert here.sink.new_names(context) == ()
+        await here.sink.activate(context, final, MoveReport())
+        (block,) = here.sink.new_names(context)
+        assert block.fpt is Fpt.NEW_SPIS
+        child, ike = parse_new_spis(block.data)
+        assert (child.protocol, child.old) == (ESP, context.children[0].spi_in)
+        assert ike == NewSpi(IKE, context.spis[1], ike.new)
+        # what the MN makes of it
+        renamed = replace(context.current, spi_r=ike.new)
+        children = (replace(context.children[0], spi_in=child.new),)
+        here.mobiles.add(replace(context, generations=(context.current, renamed), children=children))
+        here.sound()
+        (sa,) = (sa for sa in here.charon.sas.values() if sa.remote_id == str(context.remote_id))
+        assert sa.mids == [0, 0]
+
+    run(scenario())
+
+
+def test_an_answer_cannot_ask_for_an_outbound_spi() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        here.charon.serve(rival(context, "outbound", shared=True))
+        here.sink.tell_later(context)
+        (verdict,) = await here.sink.check(context, False)
+        assert verdict.status is Status.ESP_SPI_IN_USE
+        assert "is the MN's" in verdict.detail
+
+    run(scenario())
+
+
+def test_two_transfers_are_promised_different_names() -> None:
+    async def scenario() -> None:
+        # all but three SPIs are in use: two for the first SA, none is left for the second
+        here = place(spi_min=0xC0000100, spi_max=0xC0000105)
+        contexts = [a_context(number) for number in (1, 2)]
+        for number, context in enumerate(contexts):
+            child = replace(context.children[0], spi_in=(0xC0000100 + number).to_bytes(4))
+            contexts[number] = replace(context, children=(child,))
+            other = a_context(50 + number, mn=f"198.51.100.{60 + number}")
+            mine = replace(other.children[0], spi_in=child.spi_in)
+            here.charon.serve(replace(other, children=(mine,)))
+        results = await asyncio.gather(
+            *(here.sink.prepare(context, False) for context in contexts), return_exceptions=True
+        )
+        assert results == [None, None]
+        plans = [here.sink._renames.plan_of(context) for context in contexts]
+        names = [spi for plan in plans if plan for one in plan.children for spi in (one.new_in, one.hold_in)]
+        assert len(set(names)) == 4
+        third = a_context(3)
+        third = replace(third, children=(replace(third.children[0], spi_in=bytes.fromhex("c0000100")),))
+        with pytest.raises(RefusedError, match="no free SPI"):
+            await here.sink.prepare(third, False)
+        assert here.charon.offences == []
+
+    run(scenario())
+
+
+# --- an agent that dies ------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The agent's process is gone."""
+
+
+class DyingStore(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = 1 << 30
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Crash
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        self.step()
+        super().put(kind, key, value)
+
+    def delete(self, kind: str, key: str) -> None:
+        self.step()
+        super().delete(kind, key)
+
+
+async def _drive(here: Place, context: IkeContext, done: list[str]) -> None:
+    """The engine's steps from where it was; `done` is its journal."""
+    final = final_of(context)
+    report = MoveReport()
+    while True:
+        state = done[-1]
+        if state == "new":
+            done.append("preparing")
+            await here.sink.prepare(context, False)
+            done.append("prepared")
+        elif state in ("preparing", "prepared*"):
+            await here.sink.undo(context)
+            done.append("aborted")
+            return
+        elif state == "prepared":
+            done.append("owning")
+        elif state == "owning":
+            await here.sink.take(context, final)
+            done.append("moving")
+        elif state == "moving":
+            report = await here.sink.move_peer(context, final)
+            done.append("activating")
+        elif state == "activating":
+            await here.sink.activate(context, final, report)
+            done.append("owned")
+            return
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("kinds", [("inbound",), ("ike", "inbound", "outbound")], ids="-".join)
+def test_killed_at_any_moment(kinds: tuple[str, ...], stock: bool) -> None:
+    """The next agent ends or undoes it, and the other SA lives."""
+
+    async def once(at: int) -> bool:
+        store = DyingStore()
+        here = Place(store, Mobiles(LOW, HIGH), spi_min=LOW, spi_max=HIGH)
+        here.charon.step = here.sad.step = store.step
+        context = chained(a_context(1))
+        other = rival(context, *kinds, shared="outbound" in kinds)
+        here.mobiles.add(other)
+        here.charon.serve(other)
+        here.mobiles.add(context)
+        if stock:
+            here.mobiles.stock.add(str(context.remote_id))
+        kept = {name: sa.encr_key for name, sa in here.sad.sas.items()}
+        done = ["new"]
+        store.left = at
+        try:
+            await _drive(here, context, done)
+            ended = True
+        except (Crash, asyncio.CancelledError):
+            ended = False
+        store.left = 1 << 30
+        if not ended:
+            here.begin()
+            await _drive(here, context, done)
+        assert kept.items() <= {name: sa.encr_key for name, sa in here.sad.sas.items()}.items()
+        # a reservation nobody knows of ends by itself
+        here.sad.sas = {name: sa for name, sa in here.sad.sas.items() if sa.encr_name}
+        if done[-1] == "aborted":
+            del here.mobiles.have[str(context.remote_id)]
+        here.sound()
+        return ended
+
+    async def scenario() -> None:
+        at = 0
+        while not await once(at):
+            at += 1
+        assert at > 30
+
+    run(scenario())
