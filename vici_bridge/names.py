@@ -118,11 +118,6 @@ class ChildPlan:
     hold_in: bytes
     hold_out: bytes
 
-    @property
-    def settled(self) -> bool:
-        """Whether nothing stands in: the MN is told the inbound SPI in another way and asked nothing."""
-        return (self.hold_in, self.hold_out) == (self.new_in, self.spi_out)
-
 
 _NO_REPORT = MoveReport()
 _NUMBERS = ("messages", "octets", "retransmissions", "requests", "answered")
@@ -135,6 +130,7 @@ class Plan:
     spis: as the other gateway named it. ike: our new IKE SPI of 8 octets, empty where the old one is free.
     seed: what all fresh octets of the exchange with the MN are made of, the same after a crash. told: the SA
     as the MN has it by now, None: as it came. moved: it also knows our address. how: "", "update", "rekey".
+    later: an answer that the MN waits for tells it all.
     """
 
     spis: SaName
@@ -145,6 +141,7 @@ class Plan:
     moved: bool = False
     how: str = ""
     report: MoveReport = _NO_REPORT
+    later: bool = False
 
     def child(self, spi_in: bytes) -> ChildPlan | None:
         """By the SPI that the MN knew at first."""
@@ -207,6 +204,7 @@ class Plan:
                 self.moved,
                 self.how,
                 [*(getattr(report, name) for name in _NUMBERS), int(report.proven_by_traffic)],
+                self.later,
             ]
         )
 
@@ -214,7 +212,7 @@ class Plan:
     def loads(cls, data: bytes) -> Plan:
         """Errors: StoreError."""
         try:
-            kind, spis, ike, children, seed, blocks, moved, how, report = _LAYOUT(
+            kind, spis, ike, children, seed, blocks, moved, how, report, later = _LAYOUT(
                 cbor.loads(data, "plan"), "plan"
             )
             if kind != _FORMAT or len(spis) != 2:
@@ -225,7 +223,7 @@ class Plan:
             *numbers, proven = report
             reported = MoveReport(**dict(zip(_NUMBERS, numbers, strict=True)), proven_by_traffic=bool(proven))
             plans = tuple(ChildPlan(*names) for names in children)
-            return cls((spis[0], spis[1]), ike, plans, Secret(seed), told, moved, how, reported)
+            return cls((spis[0], spis[1]), ike, plans, Secret(seed), told, moved, how, reported, later)
         except (WireError, ValueError) as error:
             raise StoreError(f"the names planned for an SA cannot be read: {type(error).__name__}") from None
 
@@ -242,6 +240,7 @@ _LAYOUT = cbor.row(
         cbor.boolean,
         cbor.text,
         cbor.row((cbor.u64,) * 6),
+        cbor.boolean,
     )
 )
 

@@ -138,7 +138,7 @@ class Renames:
                 children.append(ChildPlan(child.spi_in, child.spi_out, new_in, hold_in, hold_out))
             ike = draw_ike_spi(taken, secrets.token_bytes) if found.ike else b""
             seed = Secret(secrets.token_bytes(SEED_OCTETS))
-            plan = Plan(here.spis, ike, tuple(children), seed)
+            plan = Plan(here.spis, ike, tuple(children), seed, later=told_later)
             self.save(here, plan)
         except BaseException:
             self._give_back(here, reserved)

@@ -152,7 +152,8 @@ class CharonSink:
 
     def must_tell(self, context: IkeContext) -> bool:
         """Has the SA new SPIs that no answer tells the MN? `move_peer` must, though it moves by itself."""
-        return _key(context) not in self._later and self._renames.plan_of(self._here(context)) is not None
+        plan = self._renames.plan_of(self._here(context))
+        return plan is not None and not plan.later
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
         """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
