@@ -45,7 +45,8 @@ class Tunnel:
     `child`: further settings of swanctl.conf.
     `mobile`: the mobile node has an agent, too. `by_packet`: they ask each
     other about IKE messages for SAs they do not know. `second`: there is another mobile node, mn2, with a
-    connection of its own. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
+    connection of its own, whose charon hears of SAs by the HA plugin, too. `nat`: the mobile nodes share one
+    address. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
     """
 
     family: int = 4
@@ -63,6 +64,7 @@ class Tunnel:
     mobile: bool = False
     by_packet: bool = False
     second: bool = False
+    nat: bool = False
     connection: Mapping[str, str | int | bool] = field(default_factory=dict)
     child: Mapping[str, str | int | bool] = field(default_factory=dict)
     transfer: Mapping[str, str | int | bool] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         key = folder / "private" / "own.pem"
         key.write_bytes((work / "pki" / f"{host}.key").read_bytes())
         key.chmod(0o600)
-        mirrored = host in tunnel.agents or host in GATEWAYS
+        mirrored = host in tunnel.agents or host == "mn2"
         settings = strongswan_conf(work, host, libipsec=tunnel.libipsec, mirrored=mirrored)
         (folder / "strongswan.conf").write_text(settings + overrides.get(f"{host}.strongswan", ""))
         text = gateway_conf(work, host, tunnel) if host in GATEWAYS else mobile_conf(tunnel, host)
@@ -128,7 +130,7 @@ def strongswan_conf(work: Path, host: str, *, libipsec: bool = False, mirrored: 
     folder = work / host
     # Where an agent says when to move, charon is not to look for its gateway by itself (MOBIKE): an agent is
     # faster on any real machine, in an emulated one it may not be.
-    roaming = "" if host in GATEWAYS or not mirrored else "kernel-netlink { roam_events = no }"
+    roaming = "" if host != "mn" or not mirrored else "kernel-netlink { roam_events = no }"
     mirror = "ha { local = 127.0.0.1\n remote = 127.0.0.2\n monitor = no\n resync = no\n segment_count = 1 }"
     plugins = PLUGINS.format(kernel=kernel)
     if not mirrored:

@@ -19,7 +19,7 @@ from typing import Any
 from ikectx.errors import CharonError, IkectxError, StateError, UsageError
 from vici_bridge.vici import CharonVici
 
-from . import lab_announce
+from . import lab_announce, lab_inject
 from .lab_config import Tunnel, write_all
 from .lab_net import HOST_BITS, HOSTS, INNER, MOBILES, Net, load_modules, run
 
@@ -144,6 +144,7 @@ class Lab:
 
     def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         write_all(self.work, tunnel, overrides)
+        self.net.translate(on=tunnel.nat)
         self.net.announce(tunnel.family if tunnel.by_packet else None)
         for host in MOBILES:
             for version, address in INNER[host].items():
@@ -381,6 +382,11 @@ class Lab:
         self.vici(host).request(
             "initiate", {"ike": peer, "child": child, "timeout": "60000", "loglevel": "-1"}
         )
+
+    def inject(self, host: str, text: str) -> None:
+        """Gives the charon of a host messages of its HA plugin: see `lab_inject`. Raises KernelError."""
+        words = [sys.executable, "-I", "-S", lab_inject.__file__]
+        run([*self.net.enter(host), *words], text=text, env=self.environment(host))
 
     def terminate(self, host: str) -> None:
         """Has charon delete its IKE_SAs and waits for the peer's answer."""

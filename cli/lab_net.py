@@ -63,6 +63,10 @@ LINKS = {
 }
 """The core's ends of a host's links; `away` stands for the second access network of `mn` alone."""
 
+NAT = "10.9.0.1"
+NAT_PORT = {"mn": 4501, "mn2": 4502}
+"""The address both mobile nodes have behind the core's NAT (`Tunnel.nat`), and what port 4500 is there."""
+
 ANNOUNCED = {4: "10.2.2.3", 6: "fd02:2::3"}
 """A second outer address of nsg, which psg tells mobile nodes beside its own (`Tunnel.by_packet`)."""
 
@@ -241,6 +245,24 @@ class Net:
         run([*psg, "-batch", "-"], text="\n".join(lines) + "\n")
         lines = [_address(v, f"{ANNOUNCED[v]}/{PREFIX[v]}", "eth0") for v in (4, 6)]
         run([*nsg, "-batch", "-"], text="\n".join(lines) + "\n")
+
+    def translate(self, *, on: bool) -> None:
+        """Puts both mobile nodes behind one IPv4 address, with ports that anybody can reach, or ends that."""
+        core = self.enter("core")
+        run([*core, "nft", "delete table ip nat"], check=False)
+        run([*core, "ip", "addr", "del", f"{NAT}/32", "dev", "lo"], check=False)
+        if not on:
+            return
+        run([*core, "ip", "addr", "add", f"{NAT}/32", "dev", "lo"])
+        rules = ["add table ip nat"]
+        rules.append("add chain ip nat post { type nat hook postrouting priority 100; }")
+        rules.append("add chain ip nat pre { type nat hook prerouting priority -100; }")
+        for host, port in NAT_PORT.items():
+            own = OUTER[host][4]
+            rules.append(f"add rule ip nat post ip saddr {own} udp sport 4500 snat to {NAT}:{port}")
+            rules.append(f"add rule ip nat post ip saddr {own} ip daddr 10.2.0.0/16 snat to {NAT}")
+            rules.append(f"add rule ip nat pre ip daddr {NAT} udp dport {port} dnat to {own}:4500")
+        run([*core, "nft", "-f", "-"], text="\n".join(rules) + "\n")
 
     def cut(self, one: str, other: str) -> None:
         """The core forwards nothing more between two hosts, whichever links they use. Raises KernelError."""

@@ -47,6 +47,7 @@ from ikectx.errors import ConfigError, UsageError
 
 from .lab_config import Tunnel
 from .lab_net import GATEWAYS, HOSTS, LINKS, MOBILES
+from .lab_twin import KINDS
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "scenarios"
 
@@ -68,6 +69,7 @@ VERBS = {
     "pull": (2, 2, "TO FROM: what ikectx pull does at TO, by its agent's control socket"),
     "handover": (2, 2, "GATEWAY predictive | reactive: mn asks for it by its agent, and relocates meanwhile"),
     "follow": (1, 1, "GATEWAY: mn relocates, and GATEWAY must find its SA by itself"),
+    "twin": (1, 1, "KIND: mn2 has an SA with nsg that has names of mn's: inbound | outbound | ike | all"),
     "relocate": (0, 0, "mn leaves its access network and is in its other one"),
     "cut": (2, 2, "HOST HOST: the core forwards nothing more between the two (away: mn's other network)"),
     "mend": (0, 0, "undoes every cut"),
@@ -88,6 +90,7 @@ WORDS: dict[str, dict[int, tuple[str, ...]]] = {
     "connect": {1: GATEWAYS, 2: MOBILES},
     "handover": {1: GATEWAYS, 2: ("predictive", "reactive")},
     "follow": {1: GATEWAYS},
+    "twin": {1: tuple(KINDS)},
     "cut": {1: tuple(LINKS), 2: tuple(LINKS)},
     "terminate": {1: PLACES, 2: MOBILES},
     "ping": {1: MOBILES},
@@ -277,6 +280,10 @@ def _fit(source: Path, steps: Iterable[Step], tunnel: Tunnel) -> None:
     for step in steps:
         if isinstance(step, tuple) and step[0] == "handover" and not tunnel.mobile:
             raise ConfigError(f"{source}: steps: handover needs mobile = true in [tunnel]")
+        if isinstance(step, tuple) and step[0] == "twin":
+            needs = {"second": True, "nat": step[1] in ("outbound", "all")}
+            for key in (key for key, needed in needs.items() if needed and not getattr(tunnel, key)):
+                raise ConfigError(f"{source}: steps: twin {step[1]} needs {key} = true in [tunnel]")
         named = step[1:] if isinstance(step, tuple) else (step.host,)
         if "mn2" in named and not tunnel.second:
             raise ConfigError(f"{source}: steps: mn2 takes part only with second = true in [tunnel]")
@@ -296,7 +303,7 @@ def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
     for key, values in {**allowed, "auth": ("psk", "cert", "eap")}.items():
         if keys.get(key, values[0]) not in values:
             raise ConfigError(f"{source}: tunnel.{key}: one of {', '.join(map(str, values))}")
-    for key in ("vip", "encap", "shared", "libipsec", "mobile", "by_packet", "second"):
+    for key in ("vip", "encap", "shared", "libipsec", "mobile", "by_packet", "second", "nat"):
         if not isinstance(keys.get(key, False), bool):
             raise ConfigError(f"{source}: tunnel.{key}: true or false")
     return Tunnel(**keys)

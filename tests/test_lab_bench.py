@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 from xml.etree import ElementTree
 
-from ikectx_cli.lab_bench import page, picture, summarise
+from ikectx_cli import lab_scenario
+from ikectx_cli.lab_bench import MODES, SCENARIOS, page, picture, summarise
 from ikectx_cli.lab_measure import parse_counters
 
 
@@ -48,6 +49,28 @@ def test_the_page_holds_command_losses_and_ratio() -> None:
     assert "| handover | 2 | 2 | 10 | 2 | 400 | 4 | 452 |" in text
     assert "100 (10.0 x)" in text
     assert "MobiArch'08" in text
+
+
+def test_the_table_of_mobiarch_has_their_rows_and_every_mode_of_this_run() -> None:
+    away = report(9, 40.0, scenario="reactive", ratio=12.5)
+    text = page(summarise([report(2, 10.0), away]), "x").split("## The table of MobiArch'08")[1]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert [row.split(" | ")[1:4] for row in rows[:3]] == [
+        ["1500", "11", "2182"],
+        ["1300", "8", "1896"],
+        ["20", "1", "106"],
+    ]
+    assert rows[3:] == [
+        "| IKEv2 anew, PSK (handover) | 100 | 6 | 1900 |  |",
+        "| IKEv2 anew, PSK (reactive) | 400 | 6 | 1900 |  |",
+        "| push: psg sends | 10 | 2 | 400 | 1 to 10.0 |",
+        "| reactive: the MN moves, tells nsg | 40 | 2 | 400 | 1 to 12.5 |",
+    ]
+
+
+def test_every_mode_is_measured_and_is_there() -> None:
+    assert set(MODES) <= set(SCENARIOS)
+    assert set(SCENARIOS) <= set(lab_scenario.names())
 
 
 def test_the_picture_is_a_picture() -> None:

@@ -34,7 +34,7 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
         conf, swan = read(tmp_path / host / "strongswan.conf"), read(tmp_path / host / "swanctl.conf")
         assert conf["charon-systemd.plugins.vici.socket"] == f"unix://{tmp_path}/{host}/charon.vici"
         assert (conf.get("charon-systemd.plugins.ha.monitor") == "no") == (
-            host in (*GATEWAYS, *tunnel.agents)
+            host in (*GATEWAYS, *tunnel.agents, "mn2")
         )
         assert ("charon.retry" in conf) == (host == "nsg")
         assert swan["secrets.ike-lab.secret"]
