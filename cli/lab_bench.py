@@ -20,9 +20,15 @@ MODES = {
 }
 """The scenario that shows a mode of CXTP with IPv4, and what it is called in a table."""
 
+COLLISIONS = (
+    *("collision-inbound", "collision-outbound", "collision-ike", "collision-all"),
+    *("collision-agent", "collision-reactive"),
+)
+
 SCENARIOS = (
     *("handover", "handover-v6", "handover-encap", "handover-keep"),
     *(name + version for name in MODES if name != "handover" for version in ("", "-v6")),
+    *COLLISIONS,
 )
 
 MOBIARCH = (
@@ -60,6 +66,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "sent": median(one["sent"] for one in traffic),
         "gap_ms": median(one["longest_gap_ms"] for one in traffic),
         "causes": dict(sorted(causes.items())),
+        "others_lost": [sum(one["lost"] for one in run.get("others", {}).values()) for run in runs],
         "air_messages": median(run["air"]["messages"] for run in runs),
         "air_octets": median(run["air"]["octets"] for run in runs),
         "gateway_messages": median(run["gateways"]["messages"] for run in runs),
@@ -144,6 +151,7 @@ def page(summary: Mapping[str, Any], command: str) -> str:
                     one["gateway_octets"],
                 )
                 for name, one in rows.items()
+                if name not in COLLISIONS
             ),
         ),
         "Octets on the air are those of whole IP packets; CXTP's are those of its messages, without TLS.",
@@ -159,10 +167,11 @@ def page(summary: Mapping[str, Any], command: str) -> str:
         "`EPERM` and `ENETUNREACH` at the mobile node are its own: charon there puts a drop policy in place "
         "of the old one and takes its virtual IP away and back while it moves its SAs. No product at the "
         "gateways can avoid them.",
+        *_collisions(rows),
         "## Against the ways of today, in the same run",
         _table(
             ("scenario", "way", "interruption ms", "lost", "messages on the air", "octets"),
-            (line for name, one in rows.items() for line in _ways(name, one)),
+            (line for name, one in rows.items() if one["ways"] for line in _ways(name, one)),
         ),
         "## Where the time goes (median ms, pSG's view)",
         _table(
@@ -184,6 +193,43 @@ def page(summary: Mapping[str, Any], command: str) -> str:
         "scenario in brackets.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """The section about SPIs that are taken at nSG."""
+    found = {name: rows[name] for name in COLLISIONS if name in rows}
+    if not found:
+        return
+    yield "## SPIs that are taken at nSG"
+    yield _table(
+        (
+            "scenario",
+            "mn lost, each run",
+            "median",
+            "gap ms",
+            "mn2 lost, each run",
+            "air: messages",
+            "octets",
+        ),
+        (
+            (
+                name,
+                one["lost"],
+                one["lost_median"],
+                one["gap_ms"],
+                one["others_lost"],
+                one["air_messages"],
+                one["air_octets"],
+            )
+            for name, one in found.items()
+        ),
+    )
+    yield (
+        "nSG serves another mobile node, mn2, under names that mn's SA has at pSG: the inbound ESP SPI, the "
+        "outbound one (both behind one NAT), both IKE SPIs, all of them. mn is a stock charon, which nSG "
+        "rekeys, but in `collision-agent` (UPDATE_SPI) and `collision-reactive` (new SPIs in the CTAA, "
+        "after a change of the access network)."
+    )
 
 
 def _mobiarch(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[Sequence[object]]:
@@ -232,6 +278,7 @@ def picture(summary: Mapping[str, Any]) -> str:
     bars = [
         (f"{name}: {way}", float(value))
         for name, one in summary["scenarios"].items()
+        if name not in COLLISIONS
         for way, value in [
             ("ikectx", one["gap_ms"]),
             *((f"anew, {title}", found["interruption_ms"]) for title, found in one["ways"].items()),
