@@ -130,10 +130,12 @@ class Kernel:
         (template,) = policy.templates
         wanted = (template.source, template.destination, template.reqid)
         found = [sa for sa in self.sas.values() if (sa.source, sa.destination, sa.reqid) == wanted]
+        if any(template.spi):
+            found = [sa for sa in found if sa.spi == template.spi]
         if not found:
             self.lost += 1
             return
-        (sa,) = found
+        sa = found[-1]  # the youngest
         number = sa.replay.oseq + 1
         self.sas[sa.destination, sa.spi] = replace(sa, replay=replace(sa.replay, oseq=number))
         used = (sa.encr_key.reveal(), number)

@@ -94,6 +94,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio, "to_thread", at_once)
     monkeypatch.setattr(asyncio, "sleep", shortly)
     monkeypatch.setattr(steps_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(steps_module, "LINGER", 0.0)
 
 
 async def a_move(
@@ -224,6 +225,32 @@ def test_a_new_name_of_the_ike_sa() -> None:
         assert (node.charon.remote, node.charon.state) == (PSG, "ESTABLISHED")
 
     do(scenario())
+
+
+def test_both_inbound_spis_are_heard_until_the_other_end_has_changed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(packets: int, within: float) -> int:
+        monkeypatch.setattr(steps_module, "LINGER", within)
+        node = Node(a_node_context())
+        assert node.kernel is not None
+        asked: list[bytes] = []
+        replay = node.kernel.get_replay
+
+        def counted(sa: KernelSa, *, outbound: bool | None = None) -> Any:
+            state, usage = replay(sa, outbound=outbound)
+            if not outbound and sa.spi == b"\xc3\0\0\0":
+                assert (OLD.address, b"\xc1\0\0\0") in node.kernel.sas  # type: ignore[union-attr]
+                asked.append(sa.spi)
+                return state, replace(usage, packets=packets if len(asked) > 3 else 0)
+            return state, usage
+
+        monkeypatch.setattr(node.kernel, "get_replay", counted)
+        await a_move(node, OLD, NSG, {b"\xc1\0\0\0": b"\xc3\0\0\0", b"\xc2\0\0\0": b"\xc4\0\0\0"})
+        return len(asked)
+
+    assert do(scenario(1, 60.0)) < 10
+    assert do(scenario(0, 0.02)) > 10
 
 
 def test_nothing_to_move() -> None:

@@ -213,6 +213,7 @@ def plan_move(
     spi_i, spi_r = (renames.get(spi, spi) for spi in context.spis)
     ike = None if (spi_i, spi_r) == context.spis else (spi_i, spi_r)
     numbers = {child.spi_in: child.unique_id for child in listed if child.state in LIVING}
+    stays = (context.local, context.remote) == (local, remote)
     children = tuple(
         ChildMove(
             child.spi_in,
@@ -222,6 +223,7 @@ def plan_move(
             numbers.get(child.spi_in, 0),
         )
         for child in context.children
+        if not stays or child.spi_in in renames or child.spi_out in renames
     )
     return Move(context.local, context.remote, local, remote, children, tuple(peers), ike=ike)
 

@@ -34,6 +34,8 @@ from .xfrm import KernelPolicy, KernelSa
 
 MOVE = "move"
 """Kind of store entry: the `Move` of this SA that is open."""
+LINGER = 0.5
+"""Seconds for which an old inbound SA may stay beside the new one; charon is passive meanwhile."""
 PATIENCE = 8.0
 """Seconds for charon to do what it was told."""
 
@@ -65,6 +67,7 @@ class MoveSteps:
         self.drop_guards(move)
         move = replace(move, guards=())
         self.save(sa, move)
+        await self._linger(move)
         view = await self._delete_old(sa, move, view)
         after = move.after(host.record.context(sa))
         listed = {child.spi_in for child in view.children}
@@ -143,7 +146,10 @@ class MoveSteps:
             for child in move.children:
                 _, outbound = self._old(move, child)
                 for policy in _policies_to(policies, outbound):
-                    guards += guards_of(policy, block=not move.beside(child))
+                    # where no address changes, only the SPI tells the old SA from the new one
+                    spi = outbound.spi if outbound is not None else bytes(4)
+                    held = tuple(replace(template, spi=spi) for template in policy.templates)
+                    guards += guards_of(replace(policy, templates=held), block=not move.beside(child))
             move = replace(move, guards=tuple(guard.raw for guard in guards))
             self.save(sa, move)
         for raw in move.guards:
@@ -240,6 +246,21 @@ class MoveSteps:
             if sa is not None and (sa.encr_key, sa.auth_key) != (encr, integ):
                 fresh = KernelReplay(window=sa.replay.window, esn=sa.replay.esn, words=sa.replay.words)
                 kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
+
+    async def _linger(self, move: Move) -> None:
+        """Where the other end sends by another SPI from now on: hear both, until it does or `LINGER` is over.
+
+        What it sent before it changed over is on its way still.
+        """
+        kernel = self._host.kernel
+        waits = [child for child in move.children if move.beside(child) and child.old_in != child.new_in]
+        end = time.monotonic() + LINGER
+        while kernel is not None and waits and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+            for child in list(waits):
+                inbound, _ = self._new(move, child)
+                if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
+                    waits.remove(child)
 
     async def _delete_old(self, sa: SaName, move: Move, view: SaView) -> SaView:
         """The old pairs that stand beside the new ones; charon deletes the older of two with one name."""

@@ -22,7 +22,7 @@ import pytest
 from ikectx_cli.lab_net import OUTER
 
 from .test_collisions import agreed, lives_on, names_at_psg, other_at_nsg, others, served
-from .test_mobile import afterwards, asks, hands_over, mobile, status, up  # noqa: F401
+from .test_mobile import afterwards, asks, hands_over, mobile, status, up
 from .world import World, spis, until
 
 __all__ = ["afterwards", "mobile"]

@@ -1,0 +1,442 @@
+"""New SPIs at a mobile node: what an answer names, and what a gateway asks for after a push."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ikectx.context import Endpoint, IkeContext
+from ikectx.cxtp import ContextDataBlock
+from ikectx.errors import BusyError, LinkError, StoreError, WireError
+from ikectx.mobility import Outcome
+from ikectx.numbers import Fpt, Protocol
+from ikectx.ports import MoveReport
+from ikectx.spis import AH, ESP, IKE, NewSpi, serialize_new_spis
+from ikectx_cli import mobile_spis
+from ikectx_cli.mobile_config import parse
+from ikectx_cli.mobile_names import MobileNames, renames_of
+from ikectx_cli.mobile_spis import MIRROR, Mirror, SpiWatch
+from mobike_ext.answering import Asked
+from mobike_ext.link import SpiReport
+from mobike_ext.naming import Names, Renaming, ask, ask_peer, mirrored
+from mobike_ext.notify import Reason, UpdateSpi
+from mobike_ext.rename import Renamed, RenameRefused, SpiUpdate
+from vici_bridge.ha import HaType
+
+from .mobile_world import Node
+from .test_mobile import NEW, NSG, OLD, a_node_context, do, quick
+from .test_mobile_handover import CONFIG
+from .test_mobile_handover import World as HandoverWorld
+
+__all__ = ["quick"]
+
+CONTEXT = a_node_context(children=2)
+FIRST, SECOND = CONTEXT.children
+OWN, PEER = CONTEXT.spis
+
+
+def blocks(*spis: NewSpi) -> tuple[ContextDataBlock, ...]:
+    return (ContextDataBlock(Fpt.NEW_SPIS, serialize_new_spis(spis)),)
+
+
+# What an answer names.
+
+
+def test_an_answer_with_new_spis() -> None:
+    assert renames_of((), CONTEXT) == {}
+    assert renames_of((ContextDataBlock(Fpt.MN_TOKEN, b"x"),), CONTEXT) == {}
+    told = blocks(NewSpi(ESP, SECOND.spi_out, b"\xc9\0\0\1"), NewSpi(IKE, PEER, b"newnewne"))
+    assert renames_of(told, CONTEXT) == {SECOND.spi_out: b"\xc9\0\0\1", PEER: b"newnewne"}
+    (current,) = CONTEXT.generations
+    responder = replace(CONTEXT, generations=(replace(current, initiator=False),))
+    assert renames_of(blocks(NewSpi(IKE, OWN, b"newnewne")), responder) == {OWN: b"newnewne"}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        blocks(NewSpi(ESP, FIRST.spi_in, b"\xc9\0\0\1")),  # ours, not the gateway's
+        blocks(NewSpi(ESP, b"\xc9\0\0\2", b"\xc9\0\0\1")),
+        blocks(NewSpi(AH, FIRST.spi_out, b"\xc9\0\0\1")),
+        blocks(NewSpi(IKE, OWN, b"newnewne")),
+        blocks(NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\1"), NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\2")),
+        blocks(NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\1"), NewSpi(ESP, SECOND.spi_out, b"\xc9\0\0\1")),
+        (ContextDataBlock(Fpt.NEW_SPIS, b"\x09\x04abcdefgh"),),
+        (ContextDataBlock(Fpt.NEW_SPIS, b"\x03\x04abcd"),),
+    ],
+)
+def test_an_answer_that_makes_no_sense(bad: tuple[ContextDataBlock, ...]) -> None:
+    with pytest.raises(WireError):
+        renames_of(bad, CONTEXT)
+
+    async def scenario() -> None:
+        w = HandoverWorld()
+        run = w.gateways.__call__
+
+        async def with_blocks(*args: Any, **kwargs: Any) -> Outcome:
+            return replace(await run(*args, **kwargs), blocks=bad)
+
+        w.handovers._run = with_blocks
+        w.mobile.context = CONTEXT
+        report = await w.arrive()
+        assert (report.result, report.serves, report.new) == ("failed", None, None)
+        assert report.exit_code != 0
+        assert "new SPIs" in report.detail
+        assert w.steps() == ["quiet", "loud"]  # nothing was touched
+        assert w.handovers.in_question()[0]["to"] == "nsg"
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_handover_with_new_spis(looks: bool) -> None:
+    async def scenario() -> None:
+        w = HandoverWorld()
+        w.mobile.context = CONTEXT
+        told = blocks(NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\1"), NewSpi(IKE, PEER, b"newnewne"))
+        run = w.gateways.__call__
+        asked: dict[str, Any] = {}
+
+        async def with_blocks(*args: Any, **kwargs: Any) -> Outcome:
+            return replace(await run(*args, **kwargs), blocks=told)
+
+        async def quiet(sa: Any, **how: Any) -> None:
+            asked.update(how)
+            if looks and not how.get("anything"):
+                w.mobile.busy = ["IKE_MOBIKE"]
+                raise BusyError("it looks for its gateway")
+            w.mobile.state = "PASSIVE"
+
+        async def readdress(context: IkeContext, local: Any, remote: Any, renames: Any, peers: Any) -> Any:
+            asked["renames"] = renames
+            w.mobile.local, w.mobile.remote = local, remote
+            (current,) = CONTEXT.generations
+            w.mobile.context = replace(CONTEXT, generations=(replace(current, spi_r=b"newnewne"),))
+            return w.mobile.context
+
+        w.handovers._run = with_blocks
+        w.mobile.quiet = quiet  # type: ignore[method-assign]
+        w.mobile.readdress = readdress  # type: ignore[method-assign]
+        report = await w.arrive()
+        assert (report.result, report.exit_code, report.renamed) == ("moved", 0, 2), report
+        assert asked["renames"] == {FIRST.spi_out: b"\xc9\0\0\1", PEER: b"newnewne"}
+        # under its old name nobody answers what charon asks
+        assert asked.get("anything", False) is looks
+        assert w.handovers.in_question() == []
+        assert report.to_json()["renamed"] == 2
+
+    do(scenario())
+
+
+# Names that a gateway asks for.
+
+
+def names(node: Node, objects: Callable[[], Reason | None] = lambda: None) -> Names:
+    return MobileNames(node.host, node.sa, objects)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_what_a_mobile_node_grants(kernel: bool) -> None:
+    node = Node(CONTEXT, kernel=kernel)
+    here = names(node)
+    for inbound, spi in ((True, FIRST.spi_in), (False, SECOND.spi_out)):
+        assert here.known(Protocol.ESP, spi, inbound)
+        assert not here.known(Protocol.ESP, spi, not inbound)
+        assert not here.known(Protocol.AH, spi, inbound)
+    assert here.known(Protocol.IKE, OWN, True) and here.known(Protocol.IKE, PEER, False)
+    assert not here.known(Protocol.IKE, PEER, True)
+    assert here.usable(Protocol.ESP, FIRST.spi_out, b"\xc9\0\0\1")
+    assert not here.usable(Protocol.ESP, FIRST.spi_out, SECOND.spi_out)
+    assert here.usable(Protocol.IKE, PEER, b"newnewne")
+    assert not here.usable(Protocol.IKE, PEER, OWN)
+    drawn = here.reserve(Protocol.ESP, FIRST.spi_in)
+    assert drawn is not None and 0xC0 <= drawn[0] <= 0xCF
+    assert here.reserve(Protocol.ESP, FIRST.spi_in) == drawn
+    assert here.reserve(Protocol.ESP, SECOND.spi_in) not in (None, drawn)
+    ike = here.reserve(Protocol.IKE, OWN)
+    assert ike is not None and len(ike) == 8 and ike not in CONTEXT.spis
+    assert here.objection(Protocol.ESP, FIRST.spi_in, True) is None
+    busy = names(node, lambda: Reason.BUSY)
+    assert busy.objection(Protocol.ESP, FIRST.spi_in, True) is Reason.BUSY
+    node.host.record.forget(node.sa)
+    assert not here.known(Protocol.ESP, FIRST.spi_in, True)
+    assert not here.usable(Protocol.ESP, FIRST.spi_out, b"\xc9\0\0\1")
+    assert names(node).reserve(Protocol.ESP, FIRST.spi_in) is None
+
+
+def test_a_note_of_what_is_asked_comes_back_as_it_was() -> None:
+    asks = (ask(Protocol.ESP, FIRST.spi_in, b"\xc9\0\0\1"), ask_peer(Protocol.IKE, PEER))
+    note = Mirror(7, OLD, NSG, asks, b"i" * 64, b"f" * 512)
+    assert Mirror.loads(note.dumps()) == note
+    # the same octets, whoever sends them
+    sent = [machine.to_send(0.0) for machine in (note.machine(CONTEXT), note.machine(CONTEXT))]
+    assert sent[0] == sent[1] != []
+    for raw in (b"", b"{}", b"[]", note.dumps()[:-1], note.dumps().replace(b'"c90', b'"000')):
+        with pytest.raises(StoreError):
+            Mirror.loads(raw)
+
+
+PAIRS = (
+    Renaming(Protocol.ESP, True, FIRST.spi_in, b"\xc9\0\0\1"),
+    Renaming(Protocol.ESP, False, FIRST.spi_out, b"\xc9\0\0\2"),
+)
+
+
+class Watched:
+    """`SpiWatch` on a modelled charon; the exchange is a stand-in."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pairs: tuple[Renaming, ...] = PAIRS) -> None:
+        self.node = Node(replace(CONTEXT, remote=NSG))
+        self.outcome: Renamed | RenameRefused | None = Renamed(pairs)
+        self.pairs = pairs
+        self.said: list[tuple[tuple[UpdateSpi, ...], list[Any]]] = []
+        self.dies = False
+        monkeypatch.setattr(mobile_spis, "run_spi_update", self._run)
+        monkeypatch.setattr(mobile_spis, "IN_TIME", 0.05)
+        self.begin()
+        # charon has gone to nSG's address, and answered its request 4
+        self._count(initiator=9, responder=5)
+
+    def begin(self) -> None:
+        node = self.node
+        node.begin()
+        self.lock = asyncio.Lock()
+        self.watch = SpiWatch(node.host, node.mobile, node.store, self.lock)
+
+    def _count(self, *, initiator: int, responder: int) -> None:
+        from vici_bridge import ha
+
+        ike = ha.IkeId.of(CONTEXT.current)
+        for ours, mid in ((True, initiator), (False, responder)):
+            self.node.host.record.feed(ha.ike_mid(3, ike, initiator=ours, mid=mid))
+        self.node.host.save()
+
+    async def _run(self, machine: SpiUpdate) -> SpiReport:
+        assert self.node.charon.state == "PASSIVE"
+        assert self.node.store.items(MIRROR)
+        self.said.append((machine.asked, machine.to_send(0.0)))
+        if self.dies:
+            raise asyncio.CancelledError
+        if self.outcome is None:
+            raise LinkError("no answer")
+        return SpiReport(MoveReport(requests=1), self.outcome)
+
+    async def asked(self, source: Endpoint = NSG, message_id: int = 4) -> None:
+        event = Asked(source, True, self.pairs, message_id=message_id)
+        self.watch._asked(self.node.sa, event)
+        await asyncio.gather(*self.watch._work, return_exceptions=True)
+
+    @property
+    def next_id(self) -> int:
+        return self.node.host.record.context(self.node.sa).mid_initiator
+
+    def settled(self, *children: tuple[bytes, bytes]) -> None:
+        charon = self.node.charon
+        assert charon.state == "ESTABLISHED"
+        assert [(one.context.spi_in, one.context.spi_out) for one in charon.children] == list(children)
+        assert not any(self.node.store.items(kind) for kind in (MIRROR, "move", "quiet"))
+        assert not self.lock.locked()
+
+
+SAME = ((FIRST.spi_in, FIRST.spi_out), (SECOND.spi_in, SECOND.spi_out))
+OTHERS = (b"\xc9\0\0\1", b"\xc9\0\0\2")
+
+
+def test_the_agent_asks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        await w.asked()
+        ((asks, _),) = w.said
+        assert asks == mirrored(PAIRS)
+        assert w.watch.renamed == 1
+        assert sorted((c.context.spi_in, c.context.spi_out) for c in w.node.charon.children) == sorted(
+            (OTHERS, SAME[1])
+        )
+        assert w.node.kernel is not None and w.node.kernel.lost == 0
+        assert (w.next_id, w.node.charon.state) == (10, "ESTABLISHED")
+        assert w.node.charon.rekeyed == []
+        assert not w.node.store.items(MIRROR)
+
+    do(scenario())
+
+
+def test_an_exchange_of_charons_in_flight_gives_its_message_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        w.node.charon.tasks = ["CHILD_REKEY"]
+        w.node.charon.children[0].state = "REKEYING"
+        await w.asked()
+        ((_, sent),) = w.said
+        assert w.watch.renamed == 1
+        assert sent[0][0][4:][20:24] == (8).to_bytes(4)  # behind the marker: SPIs, four octets, ID
+        assert w.next_id == 9
+        assert w.node.socket.heard.index(HaType.IKE_MID_INITIATOR) < w.node.socket.heard.index(
+            HaType.CHILD_ADD
+        )
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("outcome", [None, RenameRefused((Reason.BUSY,))])
+def test_a_gateway_that_does_not_agree(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        w.outcome = outcome
+        await w.asked()
+        assert len(w.said) == 1
+        assert w.watch.renamed == 0
+        assert w.next_id == (9 if outcome is None else 10)
+        w.settled(*SAME)
+
+    do(scenario())
+
+
+def test_charon_must_have_answered_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        for message_id, source in ((5, NSG), (4, NEW)):
+            w = Watched(monkeypatch)
+            await w.asked(source, message_id)
+            assert w.said == []
+            w.settled(*SAME)
+
+    do(scenario())
+
+
+def test_an_sa_that_cannot_be_passive(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        w.node.charon.state = "REKEYING"
+        await w.asked()
+        assert w.said == []
+        w.node.charon.state = "ESTABLISHED"
+        w.settled(*SAME)
+
+    do(scenario())
+
+
+def test_the_ike_sa_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch, (*PAIRS, Renaming(Protocol.IKE, False, PEER, b"newnewne")))
+        await w.asked()
+        assert w.watch.renamed == 1
+        assert w.node.charon.context.spis == (OWN, b"newnewne")
+        assert w.node.charon.state == "ESTABLISHED"
+        context = w.node.host.record.context((OWN, b"newnewne"))
+        assert (context.mid_initiator, context.mid_responder) == (0, 0)
+
+    do(scenario())
+
+
+def test_an_agent_that_dies_while_it_asks_says_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        w.dies = True
+        loud = w.node.mobile.loud
+
+        async def dead(sa: Any) -> None:
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(w.node.mobile, "loud", dead)
+        await w.asked()
+        assert w.node.charon.state == "PASSIVE"
+        del loud
+        w.begin()
+        w.dies = False
+        await w.watch.resume()
+        await w.node.mobile.resume()
+        assert w.said[0] == w.said[1]
+        assert w.watch.renamed == 1
+        assert w.node.charon.state == "ESTABLISHED"
+        assert {(c.context.spi_in, c.context.spi_out) for c in w.node.charon.children} == {OTHERS, SAME[1]}
+        assert not w.node.store.items(MIRROR)
+
+    do(scenario())
+
+
+def test_a_note_that_is_of_no_use_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        note = Mirror(3, OLD, NSG, mirrored(PAIRS), b"i" * 64, b"f" * 512)
+        key = (w.node.sa[0] + w.node.sa[1]).hex()
+        w.node.store.put(MIRROR, key, note.dumps())
+        await w.watch.resume()  # active: what was asked has come to its end
+        w.settled(*SAME)
+        w.node.store.put(MIRROR, key, b"?")
+        await w.node.mobile.quiet(w.node.sa)
+        await w.watch.resume()
+        await w.node.mobile.loud(w.node.sa)
+        w.settled(*SAME)
+        assert w.said == []
+
+    do(scenario())
+
+
+# What is listened to.
+
+
+def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        heard: list[tuple[Any, Endpoint, int]] = []
+        ended: list[Endpoint] = []
+
+        async def serve(machine: Any, asked: Any, **_: Any) -> None:
+            heard.append((machine.spis, machine.local, machine.expected_id))
+            assert not machine.answering
+            assert await asked(Asked(NSG, True, (), (Reason.BUSY,))) is None
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(machine.local)
+
+        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+        monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
+        w.watch.start()
+        for _ in range(2):
+            w.watch.changed()
+            await asyncio.sleep(1)
+        assert heard == [(w.node.sa, OLD, 5)]
+        w.node.charon.local = NEW
+        assert w.node.host.on_change is not None
+        w.watch.changed()
+        await asyncio.sleep(1)
+        assert [local for _, local, _ in heard] == [OLD, NEW]
+        assert ended == [OLD]
+        w.node.charon.gone = True
+        w.watch.changed()
+        await asyncio.sleep(1)
+        assert ended == [OLD, NEW]
+        await w.watch.close()
+        assert w.node.host.on_change is None
+
+    do(scenario())
+
+
+def test_policy() -> None:
+    assert parse(CONFIG, Path("mobile.toml")).mobile.update_spi
+    off = parse(CONFIG.replace("[mobile]\n", "[mobile]\nupdate_spi = false\n"), Path("mobile.toml"))
+    assert not off.mobile.update_spi
+
+    async def scenario() -> None:
+        node = Node(CONTEXT)
+        watch = SpiWatch(node.host, node.mobile, node.store, asyncio.Lock(), allowed=False)
+        watch.start()
+        assert node.host.on_change is None
+        await watch.close()
+
+    do(scenario())
+
+
+def test_nothing_while_a_handover_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        assert w.watch._objection() is None
+        async with w.lock:
+            assert w.watch._objection() is Reason.BUSY
+
+    do(scenario())
