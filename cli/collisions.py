@@ -180,6 +180,6 @@ def line(moved: int, serving: int, spis: int = RANGE) -> str:
     """One line for a dry run."""
     found = expected(moved, serving, spis)
     return (
-        f"SPI collisions to expect: {found.one:.3g} of {moved} SAs moved onto {serving} "
+        f"SPI collisions to expect, with {serving} SAs there as here: {found.one:.3g} of {moved} moved "
         f"({spis} SPIs; at least one with probability {found.any_one:.3g})"
     )

@@ -247,6 +247,7 @@ def moved(setup: _Setup, command: str, query: dict[str, Any], as_json: bool, dry
     """Ask the agent for transfers, show them while they run and their reports; the exit code."""
     from vici_bridge.vici import json_of
 
+    from . import collisions
     from .progress import Progress
 
     with Progress(live=not as_json and sys.stdout.isatty()) as progress, setup.agent(timeout=None) as agent:
@@ -254,13 +255,21 @@ def moved(setup: _Setup, command: str, query: dict[str, Any], as_json: bool, dry
             command, f"{command}-progress", query, lambda item: progress.event(json_of(item))
         )
         reports: list[dict[str, Any]] = (json_of(answer) or {}).get("reports", [])
+        state = json_of(agent.request("status")) if dry_run and reports else {}
     code = next((int(report.get("exit_code", 1)) for report in reports if report.get("exit_code")), 0)
+    # how many SAs the other gateway has nobody tells: as many as this one, let us say
+    sizes = (len(reports), int(state.get("sas", 0)), int(state.get("spis", collisions.RANGE)))
     if as_json:
-        show_json({"ok": code == 0, "dry_run": dry_run, "reports": reports})
+        told: dict[str, Any] = {"ok": code == 0, "dry_run": dry_run, "reports": reports}
+        if dry_run and sum(sizes[:2]) <= sizes[2]:
+            told["collisions"] = collisions.expected(*sizes).to_json()
+        show_json(told)
         return code
     from .progress import show_reports
 
     show_reports(reports)
+    if dry_run and reports and sum(sizes[:2]) <= sizes[2]:
+        click.echo(collisions.line(*sizes))
     return code
 
 

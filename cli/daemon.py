@@ -287,6 +287,7 @@ class Agent:
             },
             "sas": len(self._host.record.names()),
             "esp": self._config.charon.esp,
+            "spis": self._config.charon.spi_max - self._config.charon.spi_min + 1,
             **{key: value for key, value in self._gateway.status().items() if key != "name"},
         }
         if self._servers:

@@ -226,7 +226,10 @@ def test_transfer(cli: Cli) -> None:
     assert code == 0 and "moved" in out and "export 2, freeze 20" in out
     assert cli.agent.asked[0][1] == {"to": "nsg", "ike-id": "7", "address": "update"}
     code, value = cli.json("transfer", "--to", "nsg", "--spi", "0xABCD", "--dry-run", "--address", "keep")
+    # how many SPIs will collide is told with it; see test_collisions
+    assert value.pop("collisions")["moved"] == 1
     assert (code, value) == (0, {"ok": True, "dry_run": True, "reports": [REPORT]})
+    assert "SPI collisions to expect" in cli("transfer", "--to", "nsg", "--all", "--dry-run")[1]
     assert cli.agent.asked[1][1] == {"to": "nsg", "spi": "abcd", "dry-run": "yes", "address": "keep"}
 
 
