@@ -20,11 +20,13 @@ from mobike_ext.link import (
     UpdateReport,
     keep_answering,
     run_address_update,
+    run_mid_probe,
     run_rekey,
     run_spi_update,
 )
 from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
 from mobike_ext.notify import UpdateSpi
+from mobike_ext.probe import MidProbe
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, IkeRekey
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
 from vici_bridge.names import Made, Told, Wish
@@ -73,6 +75,31 @@ class MnMover:
             seed += end.address.packed + end.port.to_bytes(2)
         seed += here.conditions.to_bytes(4)  # all that the request depends on: one IV, one text
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
+
+
+class MnSettler:
+    """Asks the MN which message ID our next request has. Arguments as for `MnMover`."""
+
+    def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
+        self._policy = RetransmitPolicy(timeout, tries=tries)
+        self._mark = mark
+
+    async def __call__(self, here: IkeContext, final: FinalState) -> int:
+        """Errors: LinkError (silent)."""
+        now = here.current
+        seed = b"ikectx next request"
+        for end in (here.local, here.remote):
+            seed += end.address.packed + end.port.to_bytes(2)
+        sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
+        first, second = (
+            prf_plus(now.prf, sk_d, seed + (final.mid_initiator + used).to_bytes(4), size) for used in (0, 1)
+        )
+        machine = MidProbe(
+            now, final.mid_initiator, here.local, here.remote, ivs=(first, second), policy=self._policy
+        )
+        found = await run_mid_probe(machine, mark=self._mark)
+        log.info("%s expects request %d next, by its own word", here.remote_id, found)
+        return found
 
 
 def _warn_of_nat(report: UpdateReport) -> None:

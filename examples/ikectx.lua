@@ -81,6 +81,8 @@ local f = {
   care_family = ProtoField.uint8("cxtp.mn_token.family", "Care-of family"),
   care_port = ProtoField.uint16("cxtp.mn_token.port", "Care-of port"),
   expiry = ProtoField.absolute_time("cxtp.mn_token.expiry", "Expires", base.UTC),
+  next_gateway = ProtoField.uint32("cxtp.mn_token.next_gateway", "Gateway's next request ID"),
+  next_mn = ProtoField.uint32("cxtp.mn_token.next_mn", "Mobile node's next request ID"),
   psg = ProtoField.string("cxtp.mn_token.psg", "Previous gateway"),
   nsg = ProtoField.string("cxtp.mn_token.nsg", "New gateway"),
   care_of = ProtoField.ipv4("cxtp.mn_token.care_of", "Care-of address"),
@@ -139,16 +141,24 @@ local function zero(r)
   return true
 end
 
+-- A message ID; all ones: not said.
+local function add_next(r, tree, field)
+  local value, item = add(r, tree, field, 4, "next request ID")
+  if value:uint() == 0xFFFFFFFF then item:append_text(" (not said)") end
+end
+
 local function dissect_token(r, tree, kind)
   add(r, tree, f.purpose, 1, "purpose")
   if kind == 2 then -- in a CTAA
     take(r, 3, "reserved octets")
+    add_next(r, tree, f.next_mn)
     add(r, tree, f.tag, 16, "tag")
     return
   end
   local family = add(r, tree, f.care_family, 1, "care-of family"):uint()
   add(r, tree, f.care_port, 2, "care-of port")
   add(r, tree, f.expiry, 4, "expiry")
+  add_next(r, tree, f.next_gateway)
   add(r, tree, f.spi_i, 8, "SPI")
   add(r, tree, f.spi_r, 8, "SPI")
   for _, field in ipairs({ f.psg, f.nsg }) do

@@ -64,14 +64,18 @@ class TinyDaemon:
         """The SAs of the mobile node that is at this outer address."""
         return [sa for sa, context in self.serving.items() if context.remote.address == mn]
 
-    async def export(self, sa: SaName) -> IkeContext:
-        """Everything about the SA, as it is now."""
+    async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
+        """Everything about the SA, as it is now.
+
+        `away`: the mobile node has left. A liveness check that it has not answered is then no reason to
+        refuse: say `unsure`, and its message ID as `mid_initiator`.
+        """
         try:
             return self.serving[sa]
         except KeyError:
             raise UnknownSaError(f"{self.name} has no SA {sa[0].hex()}_{sa[1].hex()}") from None
 
-    async def freeze(self, context: IkeContext, to: str) -> FinalState:
+    async def freeze(self, context: IkeContext, to: str, *, away: bool = False) -> FinalState:
         """Send nothing for it any more, neither IKE nor ESP; say what the last numbers were."""
         now = self.frozen[context.spis] = self.serving.pop(context.spis)
         children = tuple(FinalChild(child.spi_in, child.inbound, child.outbound) for child in now.children)

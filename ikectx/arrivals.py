@@ -327,7 +327,7 @@ class Arrivals:
             if context is not None and context.remote.address == place(context).address:
                 key = tokens.token_key(context.current, message.sequence)
                 arrival.feed(ArrivalInput.UNKNOWN)
-                return self._answer(arrival, key, Status.OK, context)
+                return self._answer(arrival, key, Status.OK, context, context.mid_responder)
         arrival.feed(ArrivalInput.UNKNOWN)
         await self._asking.run(ask)
         return self._arrived(arrival, ask)
@@ -381,12 +381,21 @@ class Arrivals:
             ask.done or (ask.run is not None and ask.run.machine.state is TargetState.ABORTED)
         ):
             key = tokens.token_key(ask.context.current, arrival.message.sequence)
-        return self._answer(arrival, key, status, ask.context if ask.done else None)
+        expects = ask.run.next_request if ask.done and ask.run is not None else None
+        return self._answer(arrival, key, status, ask.context if ask.done else None, expects)
 
     def _answer(
-        self, arrival: Arrival, key: Secret | None, status: Status, context: IkeContext | None = None
+        self,
+        arrival: Arrival,
+        key: Secret | None,
+        status: Status,
+        context: IkeContext | None = None,
+        expects: int | None = None,
     ) -> ArrivalInput:
-        """Make the CTAA; with a tag where the MN's token has one and we know the key."""
+        """Make the CTAA; with a tag where the MN's token has one and we know the key.
+
+        `expects`: message ID of the MN's next request, where the SA is here.
+        """
         message, token = arrival.message, arrival.token
         statuses = () if status is Status.OK else (StatusBlock(Fpt.IKEV2_SA, status),)
         answer = Ctaa(message.mn, statuses)
@@ -394,7 +403,13 @@ class Arrivals:
             names = () if context is None else new_names(self._parts.sink, context)
             try:
                 answer = tokens.seal_ctaa(
-                    key, message.mn, message.sequence, statuses, names, purpose=token.purpose
+                    key,
+                    message.mn,
+                    message.sequence,
+                    statuses,
+                    names,
+                    purpose=token.purpose,
+                    expects=expects,
                 )
             except (IkectxError, ValueError) as error:
                 log.error("the CTAA for %s has no tag: %s", message.mn, error)

@@ -282,6 +282,8 @@ class IkeContext:
     last. `mid_initiator`: message ID of the next request the gateway sends;
     `mid_responder`: of the next request it expects. `conditions`, `extensions`: charon's bits;
     the `private_` ones exist on HA wire version 5. `epoch` counts owners and only grows.
+    `unsure`: the gateway's last request had the ID `mid_initiator` and is unanswered, so its next one has
+    that ID or one more.
     """
 
     connection: str
@@ -306,6 +308,7 @@ class IkeContext:
     peer: PeerContext | None = None
     epoch: int = 0
     update_spi: bool = False
+    unsure: bool = False
     unknown: tuple[tuple[int, int, bytes], ...] = field(default=(), repr=False)
     """(FPT, key, CBOR) of entries this version does not know: kept, and sent on."""
 
@@ -343,7 +346,10 @@ class FinalChild:
 
 @dataclass(frozen=True, slots=True)
 class FinalState:
-    """What changes between export and letting go: message IDs and ESP counters (CTD)."""
+    """What changes between export and letting go: message IDs and ESP counters (CTD).
+
+    `unsure`: as in `IkeContext`.
+    """
 
     spi_i: bytes
     spi_r: bytes
@@ -351,3 +357,4 @@ class FinalState:
     mid_responder: int
     epoch: int
     children: tuple[FinalChild, ...] = ()
+    unsure: bool = False

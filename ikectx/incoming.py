@@ -13,7 +13,7 @@ from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StateError
 from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import MoveReport, Verdict, must_tell, tell_later
+from .ports import MoveReport, Verdict, must_tell, settle, tell_later
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
@@ -288,6 +288,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         await self.parts.sink.take(context, self._last)
 
     async def _move(self, context: IkeContext) -> None:
+        if self._last.unsure:
+            await self._settle(context)
         address = "update" if self.header is None else self.header.address
         if address == "keep" or (address == "mn" and not must_tell(self.parts.sink, context)):
             return
@@ -300,6 +302,24 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self.entry = changed(
             self.stored, moved={name: int(value) for name, value in asdict(self._report).items()}
         )
+
+    async def _settle(self, context: IkeContext) -> None:
+        """Have the MN say what the next request's ID is, and write it down: later it would say another."""
+        try:
+            final = await settle(self.parts.sink, context, self._last)
+        except LinkError as error:
+            raise LinkError(str(error), hint=error.hint, status=Status.PEER_SILENT) from None
+        self._final = final
+        octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
+        self.entry = changed(self.stored, final=octets)
+        self.parts.store.write(self.entry, durable=self.parts.durable)
+
+    @property
+    def next_request(self) -> int | None:
+        """Message ID of the MN's request that this gateway expects next, once it serves the SA."""
+        if self.machine.state is not TargetState.OWNED or self._final is None:
+            return None
+        return self._final.mid_responder + self._report.answered
 
     async def _activate(self, context: IkeContext) -> None:
         await self.parts.sink.activate(context, self._last, self._report)

@@ -34,7 +34,7 @@ from .context import Address, Endpoint, IkeGeneration
 from .cxtp import ContextDataBlock, Ctaa, StatusBlock
 from .errors import UsageError, WireError
 from .numbers import Status
-from .tokens import MAX_LIFETIME, Purpose, make_ctar, open_ctaa, token_key
+from .tokens import MAX_LIFETIME, Purpose, expected_by, make_ctar, open_ctaa, token_key
 
 
 class Mode(StrEnum):
@@ -222,6 +222,7 @@ class Outcome:
     """How a handover ended. `state` is one of `MOBILE_FINAL`.
 
     in_doubt: nSG may own the SA all the same (never so for ACTIVATED). announced: pSG had prepared it.
+    expected: message ID of the MN's request that nSG has not had yet, None: not said.
     messages, octets: CTARs and CTAAs on the air, UDP payload; retransmissions: of CTARs.
     """
 
@@ -231,6 +232,7 @@ class Outcome:
     in_doubt: bool = False
     authentic: bool = False
     announced: bool = False
+    expected: int | None = None
     messages: int = 0
     octets: int = 0
     retransmissions: int = 0
@@ -261,7 +263,8 @@ class Handover:
     mn: the MN's outer address as pSG knows it. sequence: 32 fresh random bits, of this handover alone.
     unix: seconds since 1970 when `now` is 0. care_of: the MN's outer IKE endpoint at its new place, in
     REACTIVE; else `moved` tells it. blocks: the contexts wanted, none for all. lifetime: of a token, s.
-    hold: how long the gateways keep what was announced, s.
+    hold: how long the gateways keep what was announced, s. expects: message ID of the next request that
+    the MN expects of its gateway; it may be set until the token that says so is made (`moved`).
     Errors: UsageError for what cannot be meant; RefusedError for an algorithm not known here.
     """
 
@@ -280,6 +283,7 @@ class Handover:
         retry: Retry | None = None,
         lifetime: int = 60,
         hold: float = 60.0,
+        expects: int | None = None,
     ) -> None:
         if not 0 < lifetime <= MAX_LIFETIME:
             raise UsageError(f"a token lives 1 to {MAX_LIFETIME} s, not {lifetime}")
@@ -291,6 +295,7 @@ class Handover:
         self.nsg = nsg
         self.sequence = sequence
         self.spis = (generation.spi_i, generation.spi_r)
+        self.expects = expects
         self.state = MobileState.NEW
         self.ignored = 0
         """Datagrams that were no answer to us: forged, damaged, late, from elsewhere."""
@@ -386,7 +391,8 @@ class Handover:
             self._enter(MobileInput.ACCEPT, Prepared(ctaa))
             self._due = now + self._hold
         else:
-            self._know(statuses=ctaa.statuses, blocks=ctaa.blocks, authentic=True)
+            expected = expected_by(ctaa)
+            self._know(statuses=ctaa.statuses, blocks=ctaa.blocks, authentic=True, expected=expected)
             self._enter(MobileInput.ACCEPT, Activated(ctaa))
 
     def next_event(self) -> Event | None:
@@ -435,6 +441,7 @@ class Handover:
             expiry=int(self._unix + now) + self._lifetime,
             care_of=care_of,
             blocks=self._blocks,
+            expects=self.expects,
         )
         self._octets = made.serialize()
         self._send_now, self._sent, self._deadline, self._due = True, 0, None, None

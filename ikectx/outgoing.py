@@ -66,6 +66,17 @@ def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
     return Status.MALFORMED, verdicts
 
 
+def check_expected(state: IkeContext | FinalState, expects: int) -> None:
+    """Can the MN expect this message ID of our next request? Errors: RefusedError."""
+    last = state.mid_initiator
+    if state.unsure and not 0 <= expects - last <= 1:
+        raise RefusedError(
+            f"the MN expects request {expects} next, which cannot be: request {last} has no answer yet",
+            status=Status.FAILED,
+            hint="does the MN's agent see all that its charon does? Else let the MN connect anew",
+        )
+
+
 class _Overrun(BusyError):
     """Frozen, and found to be further than it may: it must be exported anew."""
 
@@ -75,7 +86,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     `begins`: OK to push it, ANNOUNCE where the MN said that it will go, REQUESTED where it is at the peer,
     which asked for it over `link`. `token`: algorithm and key by which the peer can check the MN's arrival.
-    `mid`: message ID of the request that the MN is known to send next.
+    `mid`: message ID of the request that the MN is known to send next. `away`: the MN is at the peer and does not
+    answer here; then `expects` is the ID of the next request that it expects, None: not known.
     """
 
     reports = True
@@ -96,6 +108,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         token: tuple[TokenAlgorithm, Secret] | None = None,
         sequence: int = 0,
         mid: int | None = None,
+        away: bool = False,
     ) -> None:
         """`sequence`: that of the MN's CTAR."""
         state = SourceState.NEW if entry is None else SourceState(entry.state)
@@ -122,6 +135,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """The connection that its messages go over."""
         self.sequence = sequence
         self.mid = mid
+        self.away = away
+        self.expects: int | None = None
         self.told = False
         """Does the peer know that it ended, and why?"""
         self._begins = begins
@@ -180,7 +195,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     async def export(self) -> None:
         """Ask the source for the context. Errors: UnknownSaError; any other error is kept for `begin`."""
         try:
-            context = await self._step("export", self.parts.source.export(self.sa))
+            context = await self._step("export", self.parts.source.export(self.sa, away=self.away))
             epoch = max(context.epoch, self.parts.store.known_epoch(self.sa))
             self.context = changed(context, epoch=epoch)
             self.error = None
@@ -451,8 +466,12 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         context, entry = self._of, self.stored
         self._asked = None  # what is still to come for the PCTD is no answer to the CTD
         try:
-            final: FinalState = await self._step("freeze", self.parts.source.freeze(context, self.peer.name))
+            letting = self.parts.source.freeze(context, self.peer.name, away=self.away)
+            final: FinalState = await self._step("freeze", letting)
             final = changed(final, epoch=context.epoch + 1)
+            if final.unsure and self.expects is not None:
+                check_expected(final, self.expects)
+                final = changed(final, mid_initiator=self.expects, unsure=False)
             if self.mid is not None and final.mid_responder != self.mid:
                 raise _Overrun("the MN sent another request meanwhile")
             if self._begins is SourceInput.REQUESTED:

@@ -7,12 +7,13 @@ for an IKE daemon of their own; tests implement them in a dictionary. All raise 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from .context import Address, FinalState, IkeContext
 from .cxtp import ContextDataBlock
+from .errors import RefusedError
 from .numbers import Fpt, Status
 
 
@@ -49,15 +50,20 @@ class ContextSource(Protocol):
     async def find(self, mn: Address) -> Sequence[SaName]:
         """The IKE_SAs served here whose MN has this outer address. Errors: CharonError."""
 
-    async def export(self, sa: SaName) -> IkeContext:
-        """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError."""
+    async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
+        """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError.
 
-    async def freeze(self, context: IkeContext, to: str) -> FinalState:
+        `away`: the MN has proven that it is elsewhere, so that a request of ours that says nothing of
+        CHILD_SAs (a liveness check, addresses) stays without an answer. It does not make the SA busy then:
+        the context is `unsure`.
+        """
+
+    async def freeze(self, context: IkeContext, to: str, *, away: bool = False) -> FinalState:
         """Let go: from its return on this gateway sends neither IKE nor ESP for the SA.
 
         `to` is the name of the gateway it goes to: packets for the MN that still arrive may be sent on there.
         Inbound ESP goes on being decrypted. Errors: BusyError when the SA changed since `context` was
-        exported or has an exchange in flight; nothing is frozen then.
+        exported or has an exchange in flight; nothing is frozen then. `away`: as for `export`.
         """
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
@@ -126,6 +132,25 @@ def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock,
     """Of `sink`; none if it does not rename."""
     call = getattr(sink, "new_names", None)
     return () if call is None else tuple(call(context))
+
+
+class Settler(Protocol):
+    """What a sink has, too, that can find out from the MN what the next request's message ID is."""
+
+    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
+        """`final`, no longer `unsure`: by an empty request to the MN (RFC 7296, 1.4) between `take` and
+        `activate`. May be called again after a crash. Errors: LinkError (silent)."""
+
+
+async def settle(sink: ContextSink, context: IkeContext, final: FinalState) -> FinalState:
+    """By `sink`. Errors: also RefusedError with NOT_COVERED, if it cannot."""
+    call: Callable[[IkeContext, FinalState], Awaitable[FinalState]] | None = getattr(sink, "settle", None)
+    if call is None:
+        raise RefusedError(
+            "the other gateway does not know its next message ID, and this one cannot ask the MN",
+            status=Status.NOT_COVERED,
+        )
+    return await call(context, final)
 
 
 class Store(Protocol):

@@ -168,6 +168,7 @@ def _ike_out(context: IkeContext, transfer: TransferHeader) -> dict[int, Any]:
     cbor.put(out, 18, [context.mid_initiator, context.mid_responder], [0, 0])
     cbor.put(out, 19, entries.lifetime_out(context.lifetime), [])
     cbor.put(out, 20, context.update_spi, False)
+    cbor.put(out, 21, context.unsure, False)
     return out
 
 
@@ -201,6 +202,7 @@ def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown
         "mid_responder": mid_responder,
         "lifetime": entry.take(19, entries.lifetime, Lifetime()),
         "update_spi": entry.take(20, cbor.boolean, False),
+        "unsure": entry.take(21, cbor.boolean, False),
     }
     unknown = _rest(entry, Fpt.IKEV2_SA)
     return transfer, parts, unknown + tuple(u for _, rest in read for u in rest)
@@ -515,6 +517,7 @@ def encode_final(final: FinalState, transfer_id: bytes) -> tuple[ContextDataBloc
     ike: dict[int, Any] = {0: VERSION, 1: transfer_id + final.spi_i + final.spi_r}
     cbor.put(ike, 3, final.epoch, 0)
     cbor.put(ike, 18, [final.mid_initiator, final.mid_responder], [0, 0])
+    cbor.put(ike, 21, final.unsure, False)
     maps = {Fpt.IKEV2_SA: ike}
     rows = [[c.spi_in, entries.replay_out(c.inbound), entries.replay_out(c.outbound)] for c in final.children]
     if rows:
@@ -538,7 +541,8 @@ def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]
     if len({child.spi_in for child in children}) != len(children):
         raise WireError("SAD: an SPI twice")
     epoch = ike.take(3, cbor.u64, 0)
-    final = FinalState(names[8:16], names[16:], mid_initiator, mid_responder, epoch, children)
+    unsure = ike.take(21, cbor.boolean, False)
+    final = FinalState(names[8:16], names[16:], mid_initiator, mid_responder, epoch, children, unsure)
     return final, names[:8]
 
 

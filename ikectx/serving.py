@@ -21,7 +21,7 @@ from .errors import BusyError, IkectxError, LinkError, RefusedError, UnknownSaEr
 from .links import Link, Links
 from .moves import Moves
 from .numbers import Fpt, Status
-from .outgoing import Outgoing
+from .outgoing import Outgoing, check_expected
 from .ports import SaName
 from .run import Parts, Tasks, log, step
 from .tokens import Purpose, TokenError
@@ -216,6 +216,10 @@ class Serving:
                 skew=mobile.skew,
                 rfc=mobile.rfc_token,
             )
+            run.expects = None if token is None else token.expects
+            run.away = run.expects is not None
+            if run.expects is not None:
+                check_expected(context, run.expects)
             until = self._parts.wall() + tokens.MAX_LIFETIME if token is None else token.expiry
             self._used.use(sa, message.sequence, Purpose.ARRIVE, until + mobile.skew, run.transfer_id)
 
@@ -233,7 +237,9 @@ class Serving:
             # whether the peer has what was announced is not certain: all of it, anew
             run.signals.put_nowait(SourceInput.CANCEL)
             await run.over.wait()
-        run = self._outgoing(link, sa, message)
+        # what it says is believed when it has been verified; until then nothing is touched
+        said = tokens.find(message.blocks)
+        run = self._outgoing(link, sa, message, away=said is not None and said.expects is not None)
         return await self._whole(run, lambda context: allowed(context, run))
 
     async def token_sa(self, message: CtReq, mobile: MobileConfig) -> SaName:
@@ -256,7 +262,8 @@ class Serving:
     async def _by_packet(self, link: Link, message: CtReq) -> Status | None:
         self._may(link, "packet")
         datagrams = proof.decode(message.blocks)
-        run = self._outgoing(link, proof.spis_of(datagrams[0]), message)
+        # nSG can ask the MN which of two message IDs is the next
+        run = self._outgoing(link, proof.spis_of(datagrams[0]), message, away=True)
 
         def allowed(context: IkeContext) -> None:
             run.mid = proof.verify(context, datagrams)
@@ -268,7 +275,7 @@ class Serving:
         await run.over.wait()
         return _ended(run.report(), run.told)
 
-    def _outgoing(self, link: Link, sa: SaName, message: CtReq) -> Outgoing:
+    def _outgoing(self, link: Link, sa: SaName, message: CtReq, *, away: bool) -> Outgoing:
         run = Outgoing(
             self._parts,
             self._links(),
@@ -278,6 +285,7 @@ class Serving:
             address="mn",
             begins=SourceInput.REQUESTED,
             link=link,
+            away=away,
         )
         run.asked(len(message.serialize()))
         return run

@@ -13,7 +13,7 @@ this label knows SK_d already. nSG gets the key with the PCTD, or pSG checks the
 The MN_TOKEN block of a CTAR (and of the CT-Req it becomes) holds, as data:
 
     purpose u8 (1 announce, 2 arrive) · care-of family u8 (0: none, 4, 6) · care-of port u16 (0 without)
-    · expiry u32 · SPIi 8 · SPIr 8 · length u8 and UTF-8 of pSG's name · the same of nSG's
+    · expiry u32 · next request ID that the MN expects of its gateway u32 · SPIi 8 · SPIr 8 · length u8 and UTF-8 of pSG's name · the same of nSG's
     · care-of address 0, 4 or 16 · tag 16
 
     tag = HMAC-SHA-256(key, "ikectx CXTP request 1" | family u8 (4, 6) | MN's previous address
@@ -24,10 +24,14 @@ cut to its first 16 octets. The message's own token field is the first 4 octets 
 are all zero, since 0 means "no token" in a CT-Req. The router's address and the A bit are not covered: a
 CT-Req does not hold them, and the names say which gateways are meant.
 
-The MN_TOKEN block of a CTAA, its last one, holds: purpose u8 of the CTAR it answers · reserved 3 · tag 16,
+The MN_TOKEN block of a CTAA, its last one, holds: purpose u8 of the CTAR it answers · reserved 3
+· next request ID that nSG expects of the MN u32 · tag 16,
 
-    tag = HMAC-SHA-256(key, "ikectx CXTP reply 1" | purpose u8 | family u8 | MN's previous address
-          | sequence number u32 | number of statuses u16 | statuses | all other blocks), first 16 octets.
+    tag = HMAC-SHA-256(key, "ikectx CXTP reply 1" | purpose u8 | next request ID u32 | family u8
+          | MN's previous address | sequence number u32 | number of statuses u16 | statuses
+          | all other blocks), first 16 octets.
+
+A next request ID of 2^32 - 1 says nothing.
 
 Tags are compared in constant time, and before anything else of the token is believed. What remains to the
 caller: that the token names the SA it moves, and is used once (until its expiry).
@@ -53,6 +57,9 @@ MAX_NAME = 255
 """Octets of a gateway's name in UTF-8."""
 MAX_LIFETIME = 300
 """Seconds that a token may be valid at most: a later expiry means a wrong clock, or a token to be kept."""
+
+NOT_SAID = 0xFFFFFFFF
+"""In place of a next request ID."""
 
 _KEY_LABEL = b"ikectx CXTP token 1"
 _REQUEST_LABEL = b"ikectx CXTP request 1"
@@ -92,7 +99,7 @@ class TokenBlock:
 
     spi_i, spi_r: the IKE_SA to move, 8 octets each. expiry: seconds since 1970. psg, nsg: names of the
     gateways. care_of: the MN's outer IKE endpoint at nSG, None where it does not know it (yet). tag: 16
-    octets.
+    octets. expects: message ID of the gateway's request that the MN has not had yet, None: not said.
     """
 
     purpose: Purpose
@@ -103,6 +110,7 @@ class TokenBlock:
     nsg: str
     care_of: Endpoint | None
     tag: bytes = bytes(TAG_LENGTH)
+    expects: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.purpose <= 255:
@@ -111,6 +119,8 @@ class TokenBlock:
             raise ValueError("an IKE SPI has 8 octets")
         if not 0 <= self.expiry < 1 << 32:
             raise ValueError(f"expiry {self.expiry} does not fit in 32 bits")
+        if not 0 <= (self.expects or 0) < NOT_SAID:
+            raise ValueError(f"message ID {self.expects} does not fit in 32 bits")
         for name in (self.psg, self.nsg):
             if not 1 <= len(name.encode()) <= MAX_NAME:
                 raise ValueError(f"a gateway's name has 1 to {MAX_NAME} octets")
@@ -133,7 +143,7 @@ class TokenBlock:
         reader = _data(block)
         purpose = Purpose(reader.u8("purpose"))
         family, port = reader.u8("care-of family"), reader.u16("care-of port")
-        expiry = reader.u32("expiry")
+        expiry, expects = reader.u32("expiry"), reader.u32("next request ID")
         spi_i, spi_r = reader.octets(8, "SPI"), reader.octets(8, "SPI")
         psg, nsg = _name(reader, "pSG's name"), _name(reader, "nSG's name")
         care_of: Endpoint | None = None
@@ -145,7 +155,7 @@ class TokenBlock:
             raise reader.fail(f"a care-of address of family {family} with port {port}")
         tag = reader.octets(TAG_LENGTH, "tag")
         _padding(reader)
-        return cls(purpose, spi_i, spi_r, expiry, psg, nsg, care_of, tag)
+        return cls(purpose, spi_i, spi_r, expiry, psg, nsg, care_of, tag, _said(expects))
 
     def to_block(self) -> ContextDataBlock:
         """The block as it goes into a message."""
@@ -158,7 +168,7 @@ class TokenBlock:
             out.u8(0).u16(0)
         else:
             out.u8(self.care_of.address.version).u16(self.care_of.port)
-        out.u32(self.expiry).octets(self.spi_i).octets(self.spi_r)
+        out.u32(self.expiry).u32(_not_said(self.expects)).octets(self.spi_i).octets(self.spi_r)
         for name in (self.psg.encode(), self.nsg.encode()):
             out.u8(len(name)).octets(name)
         return out.octets(b"" if self.care_of is None else self.care_of.address.packed).done()
@@ -191,13 +201,15 @@ def make_ctar(
     care_of: Endpoint | None,
     blocks: Sequence[ContextDataBlock] = (),
     acknowledge: bool = True,
+    expects: int | None = None,
 ) -> Ctar:
     """A CTAR with its token, which comes last. `key`: `token_key` of the IKE_SA and this sequence number.
 
-    router: address of the other gateway. blocks: the contexts wanted, none for all. Errors: ValueError.
+    router: address of the other gateway. blocks: the contexts wanted, none for all. expects: as in
+    `TokenBlock`. Errors: ValueError.
     """
     others = tuple(blocks)
-    made = TokenBlock(purpose, *spis, expiry, psg, nsg, care_of)
+    made = TokenBlock(purpose, *spis, expiry, psg, nsg, care_of, expects=expects)
     made = replace(made, tag=made._right_tag(key, mn, sequence, others))
     return Ctar(mn, router, sequence, made.token, (*others, made.to_block()), acknowledge)
 
@@ -255,14 +267,16 @@ def seal_ctaa(
     blocks: Sequence[ContextDataBlock] = (),
     *,
     purpose: Purpose,
+    expects: int | None = None,
 ) -> Ctaa:
     """The answer to the CTAR of that sequence number and purpose, with a tag of the same key.
 
-    The purpose keeps the answer to an announcement from being taken for that to an arrival.
-    Errors: ValueError.
+    The purpose keeps the answer to an announcement from being taken for that to an arrival. expects: message
+    ID of the MN's request that nSG has not had yet, None: not said. Errors: ValueError.
     """
-    tag = _reply_tag(key, mn, sequence, purpose, statuses, tuple(blocks))
-    data = Writer().u8(purpose, "purpose").octets(_REPLY_RESERVED).octets(tag).done()
+    said = _not_said(expects)
+    tag = _reply_tag(key, mn, sequence, purpose, said, statuses, tuple(blocks))
+    data = Writer().u8(purpose, "purpose").octets(_REPLY_RESERVED).u32(said).octets(tag).done()
     return Ctaa(mn, tuple(statuses), (*blocks, ContextDataBlock(Fpt.MN_TOKEN, data)))
 
 
@@ -275,12 +289,28 @@ def open_ctaa(key: Secret, ctaa: Ctaa, sequence: int, *, purpose: Purpose) -> bo
         reader = _data(found[0])
         stated = reader.u8("purpose")
         reader.octets(len(_REPLY_RESERVED), "reserved octets")
+        expects = reader.u32("next request ID")
         tag = reader.octets(TAG_LENGTH, "tag")
         _padding(reader)
     except WireError:
         return False
-    right = _reply_tag(key, ctaa.mn, sequence, purpose, ctaa.statuses, _others(ctaa.blocks))
+    right = _reply_tag(key, ctaa.mn, sequence, purpose, expects, ctaa.statuses, _others(ctaa.blocks))
     return hmac.compare_digest(tag, right) and stated == purpose
+
+
+def expected_by(ctaa: Ctaa) -> int | None:
+    """The next request ID that nSG says it expects, in a CTAA that `open_ctaa` found good; None: not said."""
+    reader = _data(ctaa.blocks[-1])
+    reader.octets(1 + len(_REPLY_RESERVED), "purpose and reserved octets")
+    return _said(reader.u32("next request ID"))
+
+
+def _said(number: int) -> int | None:
+    return None if number == NOT_SAID else number
+
+
+def _not_said(number: int | None) -> int:
+    return NOT_SAID if number is None else number
 
 
 def _reply_tag(
@@ -288,10 +318,12 @@ def _reply_tag(
     mn: Address,
     sequence: int,
     purpose: Purpose,
+    expects: int,
     statuses: Sequence[StatusBlock],
     others: Blocks,
 ) -> bytes:
-    text = Writer().octets(_REPLY_LABEL).u8(purpose, "purpose").u8(mn.version).octets(mn.packed)
+    text = Writer().octets(_REPLY_LABEL).u8(purpose, "purpose").u32(expects, "next request ID")
+    text.u8(mn.version).octets(mn.packed)
     text.u32(sequence, "sequence number").u16(len(statuses), "number of statuses")
     for status in statuses:
         status.write(text)
@@ -333,9 +365,11 @@ def _name(reader: Reader, what: str) -> str:
 
 __all__ = [
     "MAX_LIFETIME",
+    "NOT_SAID",
     "Purpose",
     "TokenBlock",
     "TokenError",
+    "expected_by",
     "find",
     "make_ctar",
     "open_ctaa",

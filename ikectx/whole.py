@@ -31,7 +31,11 @@ def merge(context: IkeContext, final: FinalState) -> IkeContext:
         for child in context.children
     )
     return replace(
-        context, children=children, mid_initiator=final.mid_initiator, mid_responder=final.mid_responder
+        context,
+        children=children,
+        mid_initiator=final.mid_initiator,
+        mid_responder=final.mid_responder,
+        unsure=final.unsure,
     )
 
 
@@ -39,7 +43,12 @@ def final_of(context: IkeContext) -> FinalState:
     """The final state that a whole context holds."""
     children = tuple(FinalChild(c.spi_in, c.inbound, c.outbound) for c in context.children)
     return FinalState(
-        *context.spis, context.mid_initiator, context.mid_responder, context.epoch + 1, children
+        *context.spis,
+        context.mid_initiator,
+        context.mid_responder,
+        context.epoch + 1,
+        children,
+        context.unsure,
     )
 
 

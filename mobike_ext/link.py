@@ -21,6 +21,7 @@ from ikectx.ports import Clock, MoveReport
 from .answering import Asked, PeerSupports, SpiResponder
 from .exchange import AddressUpdate, PeerNatChanged, Refused, Silent
 from .notify import Reason
+from .probe import MidProbe
 from .raw import Instruction, RawLink, bpf_program, open_raw, udp_datagram
 from .rekey import ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed, RekeyFailed, State
 from .rename import Renamed, RenameRefused, SpiUpdate, Unsupported
@@ -158,6 +159,12 @@ async def run_address_update(
     """
     events = await _run(machine, clock or MonotonicClock(), mark, proven, machine.traffic_seen)
     return UpdateReport(machine.report, _nat(events), machine.peer_requests, machine.ignored)
+
+
+async def run_mid_probe(machine: MidProbe, *, clock: Clock | None = None, mark: int = 0) -> int:
+    """Message ID of our next request. Errors: as `run_address_update`."""
+    await _run(machine, clock or MonotonicClock(), mark)
+    return machine.next_id
 
 
 @dataclass(frozen=True, slots=True)

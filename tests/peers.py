@@ -28,7 +28,7 @@ from ikectx.context import (
     TrafficSelector,
 )
 from ikectx.cxtp import Message, parse_message
-from ikectx.errors import CharonError, LinkError, StoreError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, LinkError, StoreError, UnknownSaError
 from ikectx.links import Dial, PeerConfig, Stream
 from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
 from ikectx.ports import MoveReport, SaName, Verdict
@@ -169,6 +169,10 @@ class MemoryGateway:
         self.calls: list[str] = []
         self.advance = 0
         """Requests of the MN that were answered between export and freeze."""
+        self.unanswered: set[SaName] = set()
+        """SAs with a liveness check that the MN has not answered; its ID is the context's `mid_initiator`."""
+        self.settles = 0
+        """What `settle` finds to be the next request's message ID."""
         self.served: dict[SaName, IkeContext] = {}
         self.frozen: set[SaName] = set()
         self.late: set[SaName] = set()
@@ -215,18 +219,25 @@ class MemoryGateway:
     async def find(self, mn: Address) -> Sequence[SaName]:
         return [sa for sa, context in self.served.items() if context.remote.address == mn]
 
-    async def export(self, sa: SaName) -> IkeContext:
+    async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         await self._step("export")
+        self._busy(sa, away)
         if sa not in self.served:
             raise UnknownSaError("no such SA", hint="list")
         self._done("export")
         served = self.served[sa]
         outbound = replace(served.children[0].outbound, seq=self.mine.get(sa, 0))
-        return replace(served, children=(replace(served.children[0], outbound=outbound),))
+        children = (replace(served.children[0], outbound=outbound),)
+        return replace(served, children=children, unsure=sa in self.unanswered)
 
-    async def freeze(self, context: IkeContext, to: str) -> FinalState:
+    def _busy(self, sa: SaName, away: bool) -> None:
+        if sa in self.unanswered and not away:
+            raise BusyError("IKE_DPD has no answer")
+
+    async def freeze(self, context: IkeContext, to: str, *, away: bool = False) -> FinalState:
         await self._step("freeze")
         sa = context.spis
+        self._busy(sa, away)
         self.frozen.add(sa)
         self.ether.silent(self.name, sa)
         children = tuple(
@@ -234,7 +245,9 @@ class MemoryGateway:
             for child in context.children
         )
         self._done("freeze")
-        return FinalState(*sa, context.mid_initiator, context.mid_responder + self.advance, 0, children)
+        unsure = sa in self.unanswered
+        received = context.mid_responder + self.advance
+        return FinalState(*sa, context.mid_initiator, received, 0, children, unsure)
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
         await self._step("thaw")
@@ -278,18 +291,31 @@ class MemoryGateway:
     async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
         await self._step("move")
         self.moves.append(context.spis)
+        assert not final.unsure
         self._done("move")
         return MoveReport(messages=2, octets=300, requests=1)
 
+    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
+        await self._step("settle")
+        self._done("settle")
+        return replace(final, mid_initiator=self.settles, unsure=False)
+
     async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
         await self._step("activate")
+        assert not final.unsure
         sa = context.spis
         here = self.passive.get(sa)
         if here is None:
             if sa in self.served:
                 return  # a repetition after a crash
             raise CharonError("the SA is not there")
-        self.served[sa] = replace(here, epoch=final.epoch)
+        self.served[sa] = replace(
+            here,
+            epoch=final.epoch,
+            mid_initiator=final.mid_initiator,
+            mid_responder=final.mid_responder,
+            unsure=False,
+        )
         del self.passive[sa]
         self._done("activate")
 

@@ -94,7 +94,8 @@ cxtp.proof cxtp.new_spis.protocol cxtp.new_spis.old cxtp.new_spis.new
 cxtp.sequence cxtp.token cxtp.elapsed cxtp.algorithm cxtp.key_length cxtp.key
 cxtp.block.fpt cxtp.block.length cxtp.block.p cxtp.block.presence cxtp.block.data cxtp.spi_i cxtp.spi_r
 cxtp.status.fpt cxtp.status cxtp.mn_token.purpose cxtp.mn_token.port cxtp.mn_token.expiry
-cxtp.mn_token.psg cxtp.mn_token.nsg cxtp.mn_token.care_of cxtp.mn_token.care_of6 cxtp.mn_token.tag
+cxtp.mn_token.next_gateway cxtp.mn_token.next_mn cxtp.mn_token.psg
+cxtp.mn_token.nsg cxtp.mn_token.care_of cxtp.mn_token.care_of6 cxtp.mn_token.tag
 update_spi.notify update_spi.protocol update_spi.old update_spi.new update_spi.choose update_spi.version
 update_spi.reason update_spi.malformed
 """.split()  # noqa: SIM905 - readable
@@ -164,6 +165,7 @@ def a_token(mn: Address, router: Address, care_of: Endpoint | None, purpose: Pur
         psg="psg",
         nsg="nsg-ü",
         expiry=1_700_000_060,
+        expects=7,
         care_of=care_of,
         blocks=(ContextDataBlock(Fpt.IKEV2_SA), ContextDataBlock(Fpt.MLD, b"\xde\xad\xbe\xef", 0x80000001)),
     )
@@ -186,7 +188,14 @@ AIR: tuple[Message, ...] = (
     a_token(MN, NSG, None, Purpose.ANNOUNCE),
     a_token(MN6, PSG6, Endpoint(ip_address("2001:db8:3::9"), 4500), Purpose.ARRIVE),
     a_token(MN, PSG, Endpoint(ip_address("203.0.113.99"), 4501), Purpose.ARRIVE),
-    seal_ctaa(KEY, MN, 0x01020304, (StatusBlock(Fpt.MLD, Status.BAD_CHECKSUM),), purpose=Purpose.ARRIVE),
+    seal_ctaa(
+        KEY,
+        MN,
+        0x01020304,
+        (StatusBlock(Fpt.MLD, Status.BAD_CHECKSUM),),
+        purpose=Purpose.ARRIVE,
+        expects=9,
+    ),
     seal_ctaa(
         KEY,
         MN,
@@ -346,7 +355,10 @@ def test_tokens(seen: Seen) -> None:
     assert arrive["cxtp.mn_token.care_of"] == ["203.0.113.99"]
     ctaa = AIR[3]
     assert isinstance(ctaa, Ctaa)
-    assert tagged["cxtp.mn_token.tag"] == [hexed(ctaa.blocks[0].data[4:20])]
+    assert tagged["cxtp.mn_token.tag"] == [hexed(ctaa.blocks[0].data[8:24])]
+    assert tagged["cxtp.mn_token.next_mn"] == ["9"]
+    assert renamed["cxtp.mn_token.next_mn"] == ["4294967295"]
+    assert arrive["cxtp.mn_token.next_gateway"] == ["7"]
     assert tagged["cxtp.mn_token.purpose"] == ["2"]
     assert "MLD BAD_CHECKSUM" in tagged["_ws.col.Info"][0]
     assert renamed["cxtp.new_spis.protocol"] == ["3", "1"]

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import IkeContext
-from ikectx.errors import BusyError, StoreError, UnknownSaError
-from ikectx.ports import MoveReport
+from ikectx.context import FinalState, IkeContext
+from ikectx.errors import BusyError, LinkError, StoreError, UnknownSaError
+from ikectx.ports import MoveReport, SaName
 from ikectx.store import SqliteStore
 from vici_bridge import host as host_module
+from vici_bridge import source as source_module
 from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
 from vici_bridge.host import CharonHost, HostConfig
@@ -178,5 +179,123 @@ def test_a_child_that_comes_and_goes_makes_the_sa_busy() -> None:
             hear(host, context)
             with pytest.raises(BusyError):
                 await CharonSource(host, nobody).export(context.spis)
+
+    asyncio.run(scenario())
+
+
+# -- an MN that has left ---------------------------------------------------------------------------------
+
+
+class Mute:
+    """Keeps nothing from anybody, and says how much it kept."""
+
+    dropped = 0
+
+    def mute_in(self, spis: SaName) -> None: ...
+
+    def mute_out(self, spis: SaName) -> None: ...
+
+    def unmute(self, spis: SaName) -> None: ...
+
+    def counters(self, spis: SaName) -> tuple[int, int]:
+        return 0, self.dropped
+
+
+class Waiting(Vici):
+    """With tasks under way."""
+
+    tasks: tuple[str, ...] = ()
+
+    def _view(self, context: IkeContext) -> dict[str, Any]:
+        return {**super()._view(context), "tasks-active": list(self.tasks)}
+
+
+@asynccontextmanager
+async def left(tasks: tuple[str, ...]) -> AsyncIterator[tuple[CharonSource, IkeContext, Mute]]:
+    """charon waits for the answer to what these tasks asked; HA told the ID after that request's."""
+    context = a_context()
+    vici = Waiting(context)
+    vici.tasks = tasks
+    async with host_of(vici, SqliteStore(":memory:", KEY)) as host:
+        host.mute = mute = Mute()  # type: ignore[assignment]
+        hear(host, context)
+        yield CharonSource(host, nobody), context, mute
+
+
+@pytest.mark.parametrize("tasks", [("IKE_DPD",), ("IKE_MOBIKE",), ("IKE_MOBIKE", "IKE_DPD")])
+def test_an_mn_that_has_left_takes_the_message_id_along_as_a_question(tasks: tuple[str, ...]) -> None:
+    async def scenario() -> None:
+        async with left(tasks) as (source, context, mute):
+            with pytest.raises(BusyError):
+                await source.export(context.spis)
+            exported = await source.export(context.spis, away=True)
+            assert (exported.unsure, exported.mid_initiator) == (True, context.mid_initiator - 1)
+            mute.dropped = 3  # charon sends it again
+            final = await source.freeze(exported, "nsg", away=True)
+            assert (final.unsure, final.mid_initiator) == (True, context.mid_initiator - 1)
+            assert final.mid_responder == context.mid_responder
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("task", ["IKE_REKEY", "CHILD_REKEY", "IKE_DELETE", "IKE_REAUTH", "CHILD_DELETE"])
+def test_what_says_more_than_addresses_keeps_an_sa_where_it_is(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "IDLE_TIMEOUT", 0.1)
+
+    async def scenario() -> None:
+        async with left(("IKE_DPD", task)) as (source, context, _):
+            with pytest.raises(BusyError, match=task):
+                await source.export(context.spis, away=True)
+            with pytest.raises(BusyError, match=task):
+                await source.freeze(context, "nsg", away=True)
+
+    asyncio.run(scenario())
+
+
+def test_without_a_proof_that_the_mn_has_left_the_answer_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(source_module, "IDLE_TIMEOUT", 0.1)
+
+    async def scenario() -> None:
+        async with left(("IKE_DPD",)) as (source, context, _):
+            with pytest.raises(BusyError, match="IKE_DPD"):
+                await source.freeze(context, "nsg")
+
+    asyncio.run(scenario())
+
+
+def test_an_idle_sa_of_an_mn_that_has_left_is_certain() -> None:
+    async def scenario() -> None:
+        async with left(()) as (source, context, mute):
+            exported = await source.export(context.spis, away=True)
+            mute.dropped = 1  # it began something after the last look
+            with pytest.raises(BusyError):
+                await source.freeze(exported, "nsg", away=True)
+            mute.dropped = 0
+            final = await source.freeze(exported, "nsg", away=True)
+            assert (final.unsure, final.mid_initiator) == (False, context.mid_initiator)
+
+    asyncio.run(scenario())
+
+
+def test_a_thaw_asks_for_every_id_that_the_mn_may_expect() -> None:
+    """m is without an answer; the other gateway may have had one to m, and to m + 1."""
+    asked: list[int] = []
+
+    async def silent(here: IkeContext, final: FinalState, arrived: object) -> MoveReport:
+        asked.append(final.mid_initiator)
+        raise LinkError("silent")
+
+    async def scenario() -> None:
+        async with left(("IKE_DPD",)) as (source, context, _):
+            source._mover = silent
+            exported = await source.export(context.spis, away=True)
+            await source.freeze(exported, "nsg", away=True)
+            await source.thaw(exported, 1)
+            last = context.mid_initiator - 1
+            assert asked == [last, last + 1, last + 2]
 
     asyncio.run(scenario())

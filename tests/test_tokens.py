@@ -19,9 +19,11 @@ from ikectx.errors import RefusedError, WireError
 from ikectx.numbers import Encr, Fpt, Integ, Prf, Status
 from ikectx.tokens import (
     MAX_LIFETIME,
+    NOT_SAID,
     Purpose,
     TokenBlock,
     TokenError,
+    expected_by,
     find,
     make_ctar,
     open_ctaa,
@@ -199,7 +201,7 @@ def test_blocks_that_are_no_token() -> None:
         replace(good, data=data + b"\1"),
         replace(good, data=body[:1] + b"\5" + body[2:] + tail),
         replace(good, data=body[:1] + b"\0" + body[2:-4] + tail),  # a port without an address
-        replace(good, data=body[:24] + b"\0" + body[28:] + tail),  # no name
+        replace(good, data=body[:28] + b"\0" + body[32:] + tail),  # no name
         replace(good, data=body.replace(b"psg", b"p\xffg") + tail),
     ):
         with pytest.raises(WireError):
@@ -218,6 +220,8 @@ def test_blocks_that_are_no_token() -> None:
         {"spi_i": b"short"},
         {"expiry": 1 << 32},
         {"expiry": -1},
+        {"expects": NOT_SAID},
+        {"expects": -1},
         {"tag": b""},
         {"purpose": Purpose(256)},
     ],
@@ -264,7 +268,7 @@ def test_ctaa_is_authentic(statuses: tuple[StatusBlock, ...], blocks: tuple[Cont
 def test_every_changed_octet_of_a_ctaa_is_seen() -> None:
     octets = seal_ctaa(KEY, MN, SEQUENCE, STATUSES, NEW_SPIS, purpose=Purpose.ARRIVE).serialize()
     ignored = {11 + 4 * n for n in range(len(STATUSES))}  # reserved octets of statuses
-    token = len(octets) - 24
+    token = len(octets) - 32
     ignored |= {token + 5, token + 6, token + 7}
     for at in range(4, len(octets)):
         wrong = bytearray(octets)
@@ -313,11 +317,12 @@ def test_noise_raises_only_wire_error(data: bytes) -> None:
     st.integers(0, (1 << 32) - 1),
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
     st.none() | st.builds(Endpoint, st.ip_addresses(), st.integers(0, 65535)),
+    st.none() | st.integers(0, NOT_SAID - 1),
 )
 def test_any_token_round_trips(
-    purpose: Purpose, spi: bytes, expiry: int, name: str, care_of: Endpoint | None
+    purpose: Purpose, spi: bytes, expiry: int, name: str, care_of: Endpoint | None, expects: int | None
 ) -> None:
-    token = TokenBlock(purpose, spi, spi[::-1], expiry, name, "nsg", care_of, bytes(range(16)))
+    token = TokenBlock(purpose, spi, spi[::-1], expiry, name, "nsg", care_of, bytes(range(16)), expects)
     padded = Ctar.parse(Ctar(MN, MN, 1, 1, (token.to_block(),)).serialize()).blocks[0]
     assert TokenBlock.from_block(padded) == token
 
@@ -393,7 +398,7 @@ def test_vector_follows_from_hmac_alone(name: str) -> None:
     # the token
     token = ctar.index(b"\xff\x05")
     others, data = ctar[12 + 2 * size : token], ctar[token + 4 :]
-    end = 24 + data[24] + 1  # up to pSG's name
+    end = 28 + data[28] + 1  # up to pSG's name
     end += data[end] + 1 + {0: 0, 4: 4, 6: 16}[data[1]]
     text = b"ikectx CXTP request 1" + bytes([4 if size == 4 else 6]) + mn + sequence + data[:end] + others
     assert text == case.octets("request_text")
@@ -405,10 +410,11 @@ def test_vector_follows_from_hmac_alone(name: str) -> None:
     while ctaa[at : at + 2] not in (b"\xff\x05", b"\xff\x07"):
         at += 4
     count = ((at - 4 - size) // 4).to_bytes(2)
-    text = b"ikectx CXTP reply 1" + ctaa[-20:-19] + bytes([4 if size == 4 else 6]) + mn + sequence + count
-    text += ctaa[4 + size : -24]
+    text = b"ikectx CXTP reply 1" + ctaa[-28:-27] + ctaa[-24:-20] + bytes([4 if size == 4 else 6]) + mn
+    text += sequence + count + ctaa[4 + size : -32]
     assert text == case.octets("reply_text")
-    assert ctaa[-16:] == hmac.new(key, text, "sha256").digest()[:16]
+    assert ctaa[-20:-4] == hmac.new(key, text, "sha256").digest()[:16]
+    assert ctaa[-4:] == bytes(4)
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -431,9 +437,18 @@ def test_vector_is_made_and_read_here(name: str) -> None:
         expiry=token.expiry,
         care_of=token.care_of,
         blocks=ctar.blocks[:-1],
+        expects=token.expects,
     )
     assert made.serialize() == case.messages["ctar"]
     assert check(ctar, key=key, purpose=token.purpose, psg=token.psg, nsg=token.nsg) == token
-    sealed = seal_ctaa(key, ctar.mn, ctar.sequence, ctaa.statuses, ctaa.blocks[:-1], purpose=token.purpose)
+    sealed = seal_ctaa(
+        key,
+        ctar.mn,
+        ctar.sequence,
+        ctaa.statuses,
+        ctaa.blocks[:-1],
+        purpose=token.purpose,
+        expects=expected_by(ctaa),
+    )
     assert sealed.serialize() == case.messages["ctaa"]
     assert open_ctaa(key, ctaa, ctar.sequence, purpose=token.purpose)

@@ -40,6 +40,8 @@ from .xfrm import KernelSa
 
 log = logging.getLogger(__name__)
 
+Settler = Callable[[IkeContext, FinalState], Awaitable[int]]
+"""Asks the MN of a context, as it stands here, for our next message ID. Errors: LinkError (silent)."""
 Mover = Callable[[IkeContext, FinalState, Callable[[], bool]], Awaitable[MoveReport]]
 """The exchange with the MN, injected by whoever knows `mobike_ext`: (context as it stands here, final
 message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, RefusedError."""

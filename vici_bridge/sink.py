@@ -39,7 +39,7 @@ from .checks import (
     check_selectors,
     check_vips,
 )
-from .host import DETOUR, IMPORT, CharonHost, Mover
+from .host import DETOUR, IMPORT, CharonHost, Mover, Settler
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
 from .xfrm_parts import INET as AF_INET
@@ -59,14 +59,22 @@ _NEW_NAMES_FOR = 600.0
 class CharonSink:
     """A `ContextSink` on a running charon."""
 
-    def __init__(self, host: CharonHost, mover: Mover, renamer: Renamer | None = None) -> None:
-        """`mover` and `renamer` must get through to the MN while the SA is muted: `mute.MARK`.
+    def __init__(
+        self,
+        host: CharonHost,
+        mover: Mover,
+        renamer: Renamer | None = None,
+        settler: Settler | None = None,
+    ) -> None:
+        """`mover`, `renamer`, `settler` must get through to the MN while the SA is muted: `mute.MARK`.
 
-        Without `renamer` an SA whose SPIs are taken is refused, unless the MN is told in an answer.
+        Without `renamer` an SA whose SPIs are taken is refused, unless the MN is told in an answer; without
+        `settler` one whose next message ID is not known.
         """
         self._host = host
         self._mover = mover
         self._renamer = renamer
+        self._settler = settler
         self._renames = Renames(host)
         self._renames.load()
         self._later: set[str] = set()
@@ -274,6 +282,14 @@ class CharonSink:
         host.store.put(_TAKEN, _key(context), b"1")
         reqids = {child.spi_in: child.reqid for child in view.children}
         await host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
+
+    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
+        """See `ikectx.ports.Settler`."""
+        if self._settler is None:
+            raise RefusedError(
+                "nobody here can ask the MN for the next message ID", status=Status.NOT_COVERED
+            )
+        return replace(final, mid_initiator=await self._settler(self._here(context), final), unsure=False)
 
     async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
         """See `ContextSink.move_peer`. Nothing to tell where the gateway's address and all SPIs stay."""

@@ -49,7 +49,10 @@ _FROZEN = "frozen"
 """Kind of store entry: the outbound policies that a freeze took out of the kernel."""
 _LET_GO = "let-go"
 """Kind of store entry: a freeze was complete, and the other gateway may have begun to serve. Its value: the
-message ID of our next request."""
+message ID of our next request, and an octet more if the one before has no answer (`unsure`)."""
+ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
+"""charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer, and
+if an MN has left, another gateway may go on with the next request."""
 _LIVING = ("INSTALLED",)
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 IDLE_TIMEOUT = 3.0
@@ -88,15 +91,17 @@ class CharonSource:
         views = await self._host.views()
         return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
 
-    async def export(self, sa: SaName) -> IkeContext:
+    async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
         host = self._host
         view = await self._view(sa)
         await host.settle()
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
-        _refuse_busy(view)
+        _refuse_busy(view, away)
         context = relocate(host.context(sa), local=view.local, remote=view.remote)
+        if away and view.tasks:
+            context = replace(context, mid_initiator=_last(context), unsure=True)
         context = replace(context, lifetime=ike_lifetime(view))
         living = {child.spi_in: child for child in view.children if child.state in _LIVING}
         untold = set(living) - {child.spi_in for child in context.children}
@@ -187,8 +192,12 @@ class CharonSource:
                 )
         return tuple(sorted(found, key=lambda p: (p.child, p.direction, p.local_ts, p.remote_ts)))
 
-    async def freeze(self, context: IkeContext, to: str = "") -> FinalState:
-        """See `ContextSource.freeze`. `to` names the peer whose inner addresses take packets for the MN."""
+    async def freeze(self, context: IkeContext, to: str = "", *, away: bool = False) -> FinalState:
+        """See `ContextSource.freeze`. `to` names the peer whose inner addresses take packets for the MN.
+
+        charon tells over HA the ID after that of a request when it sends it, not when it is answered. With
+        the SA muted no answer comes any more, so the MN expects that ID or the one before it.
+        """
         host = self._host
         spis = context.spis
         kernel = host.kernel
@@ -196,14 +205,17 @@ class CharonSource:
         await asyncio.to_thread(mute.mute_in, spis)
         jump = 0
         try:
-            await self._idle(context)
+            await self._idle(context, away)
             await asyncio.to_thread(mute.mute_out, spis)
             view = await self._same(context)
             _, dropped = await asyncio.to_thread(mute.counters, spis)
-            if view.tasks or dropped:
+            unsure = bool(away and view.tasks)
+            if in_the_way(view, away) or (dropped and not unsure):
                 raise BusyError("charon began an exchange while it was being frozen")
             await host.settle()
             known = host.context(spis)
+            if unsure:
+                known = replace(known, mid_initiator=_last(known), unsure=True)
             # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
             jump = 2 * host.config.oseq_jump
             self._stop_outbound(context, to)
@@ -217,7 +229,7 @@ class CharonSource:
                     inbound = kernel.get_replay(sa_in, outbound=False)[0]
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
-            host.store.put(_LET_GO, _key(spis), known.mid_initiator.to_bytes(4))
+            host.store.put(_LET_GO, _key(spis), known.mid_initiator.to_bytes(4) + b"?" * unsure)
         except BaseException:
             await self.thaw(context, jump)
             raise
@@ -229,15 +241,21 @@ class CharonSource:
             mid_responder=known.mid_responder,
             epoch=context.epoch + 1,
             children=tuple(final),
+            unsure=known.unsure,
         )
 
-    async def _idle(self, context: IkeContext) -> SaView:
-        """Wait until charon has no exchange in flight. New requests of the MN do not reach it any more."""
+    async def _idle(self, context: IkeContext, away: bool) -> SaView:
+        """Wait until charon has no exchange in flight. New requests of the MN do not reach it any more.
+
+        `away`: one that an MN that has left does not answer may be, if it is there at a second look, too.
+        """
         end = time.monotonic() + IDLE_TIMEOUT
+        before: tuple[str, ...] = ()
         while True:
             view = await self._same(context)
-            if not view.tasks:
+            if not view.tasks or (view.tasks == before and not in_the_way(view, away)):
                 return view
+            before = view.tasks
             if time.monotonic() > end:
                 raise BusyError(f"an exchange is in flight: {', '.join(view.tasks)}")
             await asyncio.sleep(0.05)
@@ -313,19 +331,20 @@ class CharonSource:
             reqids = {child.spi_in: child.reqid for child in view.children}
             for up in (False, True):
                 await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
-            await self._call_back(context, int.from_bytes(let_go))
+            await self._call_back(context, int.from_bytes(let_go[:4]), 3 if let_go[4:] else 2)
         await asyncio.to_thread(host.mute.unmute, context.spis)
         host.store.delete(_LET_GO, key)
         host.store.delete(_FROZEN, key)
 
-    async def _call_back(self, context: IkeContext, mid: int) -> None:
+    async def _call_back(self, context: IkeContext, mid: int, ids: int) -> None:
         """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
 
         What the other gateway sent had the message ID `mid`. An MN that has seen it takes a request with that
         ID for a copy and answers to the other gateway; then the next ID is the right one, for charon, too.
+        `ids`: as many can be the right one, beginning with `mid`.
         """
         host = self._host
-        for used in (1, 2):
+        for used in range(1, ids + 1):
             final = FinalState(*context.spis, mid + used - 1, context.mid_responder, context.epoch + 1)
             try:
                 await self._mover(context, final, lambda: False)
@@ -440,10 +459,20 @@ def _index(selectors: tuple[object, ...], network: object) -> int:
     return 0
 
 
-def _refuse_busy(view: SaView) -> None:
+def in_the_way(view: SaView, away: bool) -> tuple[str, ...]:
+    """charon's tasks that keep an SA where it is; `away`: not those whose request stays without an answer."""
+    return tuple(task for task in view.tasks if not (away and task in ABOUT_ADDRESSES))
+
+
+def _last(context: IkeContext) -> int:
+    """Message ID of charon's last request: what HA told is the one after it."""
+    return max(context.mid_initiator - 1, 0)
+
+
+def _refuse_busy(view: SaView, away: bool) -> None:
     if view.state != "ESTABLISHED":
         raise BusyError(f"the IKE_SA {view.name} is {view.state}, not ESTABLISHED")
-    if view.tasks:
+    if in_the_way(view, away):
         raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {', '.join(view.tasks)}")
     for child in view.children:
         if child.state not in (*_LIVING, *_LEAVING):
