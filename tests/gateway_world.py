@@ -32,6 +32,7 @@ from vici_bridge.esp import KernelReplay, fit_replay, merge_replay
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.names import Made, Told, Wish
+from vici_bridge.relay import Relayed
 from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.sink import CharonSink
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
@@ -381,6 +382,21 @@ class Mute:
         self.muted.discard(spis)
 
 
+class Relay:
+    """nftables' other use: packets under old SPIs go back to the other gateway."""
+
+    def __init__(self) -> None:
+        self.now: set[Relayed] = set()
+        self.ever: set[Relayed] = set()
+
+    def add(self, one: Relayed) -> None:
+        self.now.add(one)
+        self.ever.add(one)
+
+    def remove(self, one: Relayed) -> None:
+        self.now.discard(one)
+
+
 class Detour:
     def remove(self, prefixes: object) -> None: ...
 
@@ -488,6 +504,7 @@ class Place:
         self.sad = Sad()
         self.charon = Charon(self.sad)
         self.mute = Mute()
+        self.relay = Relay()
         self._kernel = kernel
         self._config = {"addresses": (OURS.address,), "oseq_jump": 1000, **config}
         self.host: CharonHost
@@ -510,6 +527,7 @@ class Place:
         self.host.views = views  # type: ignore[method-assign]
         self.host.record.load(self.store.items("record"))
         self.sink = CharonSink(self.host, self.mobiles.move, self.mobiles.rename)
+        self.sink._renames.relay = self.relay  # type: ignore[assignment]
 
     def sound(self) -> None:
         """No SA was harmed; names are unique; both ends have the same names and keys."""

@@ -17,6 +17,7 @@ from ikectx.ports import MoveReport
 from ikectx.spis import ESP, IKE, NewSpi, parse_new_spis
 from vici_bridge import sink as sink_module
 from vici_bridge.charon import EXT_MOBIKE
+from vici_bridge.relay import Relayed
 
 from . import peers
 from .gateway_world import OURS, Mobiles, Place
@@ -285,6 +286,35 @@ def test_rekeyed_by_configuration() -> None:
         await move(here, context)
         here.sound()
         assert [wish.update for wish in here.mobiles.asked] == [False]
+
+    run(scenario())
+
+
+def test_what_is_sent_under_an_old_spi_goes_to_the_other_gateway_meanwhile() -> None:
+    async def scenario() -> None:
+        here = place(late=0)
+        context = a_context(1)
+        for other in (rival(context, "inbound"), context):
+            here.mobiles.add(other)
+        here.charon.serve(rival(context, "inbound"))
+        here.mobiles.stock.add(str(context.remote_id))
+        await move(here, context)
+        wanted = Relayed(context.remote, context.children[0].spi_in, context.local.address)
+        assert here.relay.ever == {wanted}
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if not here.relay.now:
+                break
+        assert here.relay.now == set()
+        assert not here.store.items("relay")
+        # left by an agent that died
+        here.relay.now = {wanted}
+        note = b'["198.51.100.7", 4500, ["%s"], "192.0.2.1"]' % wanted.spi.hex().encode()
+        here.store.put("relay", "00" * 16, note)
+        here.begin()
+        await here.sink.prepare(a_context(3), False)
+        await asyncio.sleep(0.05)
+        assert here.relay.now == set()
 
     run(scenario())
 

@@ -202,10 +202,10 @@ class Mute:
                 f"add rule {table} {chain} {own}udp {port} {{ {self._ports} }} {match} @{name} drop"
                 for match in (_PLAIN, _MARKED)
             ]
-        _nft("\n".join(lines) + "\n")
+        run_nft("\n".join(lines) + "\n")
 
 
-def _nft(script: str) -> None:
+def run_nft(script: str) -> None:
     """Run one transaction. Errors: KernelError."""
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     program = shutil.which("nft", path=path)

@@ -14,13 +14,15 @@ moment before charon adds its own, since charon adds and never replaces (strongS
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 
-from ikectx.context import ChildContext, IkeContext, ReplayState, Secret
+from ikectx.context import Address, ChildContext, Endpoint, IkeContext, ReplayState, Secret
 from ikectx.errors import CharonError, KernelError, RefusedError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Status
@@ -42,12 +44,15 @@ from .names import (
     draw_spi,
     taken_by,
 )
+from .relay import Relay, Relayed
 from .xfrm import KernelPolicy, KernelSa, policies_of
 
 log = logging.getLogger(__name__)
 
 _PLAN = "plan"
 """Kind of store entry: the names an SA gets here (`names.Plan`)."""
+_RELAY = "relay"
+"""Kind of store entry: what goes on to the other gateway (`relay`), as [address, port, [SPI, ...], to]."""
 _GUARDS = "plan-guards"
 """Kind of store entry: policies that keep outbound packets on the pair that stands in."""
 INSTALL_TIMEOUT = 8.0
@@ -61,6 +66,7 @@ class Renames:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._plans: dict[str, tuple[Plan, Taken]] = {}
+        self.relay = Relay()
 
     # What is planned.
 
@@ -433,6 +439,50 @@ class Renames:
                 total += kernel.get_replay(sa, outbound=False)[1].packets
         return total
 
+    # What the MN still sends under the old SPIs.
+
+    async def relay_old(self, here: IkeContext, other: Address) -> None:
+        """Until the MN has new SPIs, what it sends under those that are taken goes to the other gateway.
+
+        Only convenience hangs on it, so that it fails is logged.
+        """
+        plan = self.plan_of(here)
+        spis = [] if plan is None else [one.spi_in for one in plan.children if one.hold_in != one.spi_in]
+        if not spis or other == here.local.address or other.version != here.remote.address.version:
+            return
+        key = _key(here)
+        note = [str(here.remote.address), here.remote.port, [spi.hex() for spi in spis], str(other)]
+        self._host.store.put(_RELAY, key, json.dumps(note).encode())
+        try:
+            for one in self._relayed(key):
+                await asyncio.to_thread(self.relay.add, one)
+        except KernelError as error:
+            log.warning("%s: packets under old SPIs are lost: %s", here.remote_id, error)
+
+    def _relayed(self, key: str) -> list[Relayed]:
+        raw = self._host.store.get(_RELAY, key)
+        if raw is None:
+            return []
+        address, port, spis, to = json.loads(raw)
+        mn = Endpoint(ip_address(address), int(port))
+        return [Relayed(mn, bytes.fromhex(spi), ip_address(to)) for spi in spis]
+
+    async def end_relay(self, key: str, after: float) -> None:
+        """In so many seconds, when the other gateway decrypts no more."""
+        await asyncio.sleep(after)
+        try:
+            for one in self._relayed(key):
+                await asyncio.to_thread(self.relay.remove, one)
+        except KernelError as error:
+            log.warning("a detour of old SPIs stays: %s", error)
+        self._host.store.delete(_RELAY, key)
+
+    def sweep(self) -> None:
+        """End what an agent before this one left: relays of SAs that nobody takes in any more."""
+        for key, _ in self._host.store.items(_RELAY):
+            if key not in self._plans:
+                self._host.spawn(self.end_relay(key, 0.0))
+
     # The end.
 
     def names(self, here: IkeContext) -> list[IkeContext]:
@@ -461,6 +511,8 @@ class Renames:
                 ours: KernelSa | None = kernel.get_sa(here.local.address, planned.new_in)
                 if ours is not None and ours.encr_key == encr:
                     kernel.delete_sa(ours)
+        if self._host.store.get(_RELAY, _key(here)) is not None:
+            self._host.spawn(self.end_relay(_key(here), 0.0 if undone else float(self._host.config.late)))
         self._host.store.delete(_PLAN, _key(here))
         self._plans.pop(_key(here), None)
 

@@ -189,6 +189,7 @@ class CharonSink:
             host.store.delete(_NEW_NAMES, _key(context))
             version = await host.version()
             later = _key(context) in self._later
+            self._renames.sweep()
             self._renames.forget(here, undone=True)
             plan = self._renames.plan(here, taken, told_later=later)
             host.store.put(IMPORT, _key(context), b"1")
@@ -330,6 +331,8 @@ class CharonSink:
             seed=plan.seed,
         )
         base = self._renames.arrived(here)
+        if moves and known is not True:
+            await self._renames.relay_old(here, context.local.address)
 
         async def made(now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
             await self._renames.become(
