@@ -1,43 +1,45 @@
 #!/usr/bin/env bash
 # Sets up and runs everything; root on Debian 12 is enough. A second run skips what is there.
 #
-#   tests/run.sh                  all steps
-#   tests/run.sh lint unit ...    some of: format lint types floors unit live kernel scenarios
+#   tests/run.sh                  all steps; those for a virtual machine run beside the others
+#   tests/run.sh lint unit ...    some of: format lint types floors unit live kernel scenarios; one after the other
 #
 # Steps go on after a failure. The last line counts: "N passed, N failed". Exit code 0 only without failures.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
-STEPS=(format lint types floors unit live kernel scenarios)
+HERE=(format lint types floors unit live)
+GUEST=(kernel scenarios)
+STEPS=("${HERE[@]}" "${GUEST[@]}")
 HOUSES=(ikectx vici_bridge mobike_ext cli)
 results=$root/build/tests
-passed=0 failed=0
-ran=()
+tally=$results/tally
 
 say() { printf '\n== %s\n' "$*"; }
+
+note() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >> "$tally"; } # note PASSED FAILED TEXT: what the last lines tell
 
 check() { # check NAME COMMAND...: one check that passes or fails
     local name=$1 began=$SECONDS
     shift
     say "$name"
     if "$@"; then
-        passed=$((passed + 1)) && ran+=("$name: passed, $((SECONDS - began)) s, this machine")
+        note 1 0 "$name: passed, $((SECONDS - began)) s, this machine"
     else
-        failed=$((failed + 1)) && ran+=("$name: FAILED, $((SECONDS - began)) s, this machine")
+        note 0 1 "$name: FAILED, $((SECONDS - began)) s, this machine"
     fi
 }
 
-count() { # count NAME WHERE REPORT STATUS: add up what pytest or the lab wrote into REPORT
+count() { # count NAME WHERE REPORT STATUS SECONDS: add up what pytest or the lab wrote into REPORT
     local numbers good bad skipped
     if ! numbers=$(.venv/bin/python tests/summary.py "$3"); then
-        failed=$((failed + 1)) && ran+=("$1: FAILED without a report (exit code $4), $2")
+        note 0 1 "$1: FAILED without a report (exit code $4), $5 s, $2"
         return
     fi
     read -r good bad skipped <<< "$numbers"
     [ "$4" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1
-    passed=$((passed + good)) failed=$((failed + bad))
-    ran+=("$1: $good passed, $bad failed, $skipped skipped, $2")
+    note "$good" "$bad" "$1: $good passed, $bad failed, $skipped skipped, $5 s, $2"
 }
 
 step_format() { check format .venv/bin/ruff format --check .; }
@@ -46,36 +48,38 @@ step_types() { check types .venv/bin/mypy "${HOUSES[@]}"; }
 step_floors() { check floors .venv/bin/lint-imports --no-logo; }
 
 step_unit() {
+    local began=$SECONDS
     say unit
     rm -f "$results/unit.xml"
     timeout 1200 .venv/bin/python -m pytest -q -m "not kernel_esp and not live" --junit-xml "$results/unit.xml"
-    count unit "this machine" "$results/unit.xml" $?
+    count unit "this machine" "$results/unit.xml" $? $((SECONDS - began))
 }
 
 step_live() { # real charons here, with ESP in user space
+    local began=$SECONDS
     say live
     rm -f "$results/live.xml"
     timeout 1200 .venv/bin/python -m pytest -q -m live --junit-xml "$results/live.xml" tests/live
-    count live "this machine" "$results/live.xml" $?
+    count live "this machine" "$results/live.xml" $? $((SECONDS - began))
 }
 
 step_kernel() { # what needs a kernel with ESP: here where it has it, else in a virtual machine
-    local where status
+    local where status began=$SECONDS
     say kernel
     rm -f "$results/kernel.xml" "$results/kernel.where"
     timeout 1500 .venv/bin/python tests/kernel.py "$results"
     status=$?
     where=$(cat "$results/kernel.where" 2> /dev/null || echo "no kernel with ESP could be had")
-    count kernel "$where" "$results/kernel.xml" $status
+    count kernel "$where" "$results/kernel.xml" $status $((SECONDS - began))
 }
 
 step_scenarios() { # on real charons: here or in a virtual machine, as the lab decides and says
-    local status
+    local status began=$SECONDS
     say scenarios
     rm -rf "$results/scenarios.json" "$results/logs"
-    timeout 1800 .venv/bin/ikectx lab run --all --json --logs "$results/logs" > "$results/scenarios.json"
+    timeout 2100 .venv/bin/ikectx lab run --all --json --logs "$results/logs" > "$results/scenarios.json"
     status=$?
-    count scenarios "see above; logs in ${results#"$root"/}/logs" "$results/scenarios.json" $status
+    count scenarios "see above; logs in ${results#"$root"/}/logs" "$results/scenarios.json" $status $((SECONDS - began))
 }
 
 main() {
@@ -87,11 +91,23 @@ main() {
     [ "$(id -u)" = 0 ] || { echo "network namespaces and XFRM need root: sudo $0 $*" >&2; exit 1; }
     tests/setup.sh || { echo "0 passed, 1 failed"; exit 1; }
     mkdir -p "$results"
-    for step in "${steps[@]}"; do "step_$step"; done
+    rm -f "$results"/tally*
+    if [ $# -gt 0 ]; then
+        for step in "${steps[@]}"; do "step_$step"; done
+    else
+        # a virtual machine mostly waits for its one emulated processor, and real charons for each other
+        set -m # a process group of its own, so that nothing of it stays when this script is stopped
+        (tally=$results/tally.guest && for step in "${GUEST[@]}"; do "step_$step"; done) > "$results/guest.log" 2>&1 &
+        guest=$!
+        set +m
+        trap 'kill -TERM -- -$guest 2> /dev/null' EXIT
+        for step in "${HERE[@]}"; do "step_$step"; done
+        wait "$guest"
+        cat "$results/guest.log"
+    fi
     say "what ran"
-    printf '%s\n' "${ran[@]}"
-    echo "$passed passed, $failed failed"
-    [ $failed -eq 0 ]
+    cat "$results"/tally* | cut -f 3
+    cat "$results"/tally* | awk -F '\t' '{ good += $1; bad += $2 } END { print good " passed, " bad + 0 " failed"; exit bad > 0 }'
 }
 
 main "$@"
