@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ikectx.aio import Gateway
 from ikectx.context import Endpoint
-from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
+from ikectx.errors import IkectxError, LinkError, StateError, UnknownSaError, UsageError
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.mnlink import MnServer
 from ikectx.plain import PlainServer, plain_dial, plain_listen
@@ -37,8 +37,9 @@ from vici_bridge.source import CharonSource
 from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__
+from .announcements import Announcements
 from .config import Config
-from .movers import MnMover, MnRenamer
+from .movers import MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .views import chosen, sa_name, view_json
 
@@ -126,6 +127,7 @@ class Agent:
             self._host,
             MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
             MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
+            MnSettler(config.transfer.mn_tries, timeout, MARK),
         )
         self._peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
@@ -137,6 +139,7 @@ class Agent:
         self._servers: list[PlainServer] = []
         self._mn_server: MnServer | None = None
         self._watcher: Watcher | None = None
+        self._announcements = Announcements(self._host, addresses)
         tls = dial = None
         if config.transfer.transport == "ipsec":
             self._guard = SpdGuard()
@@ -209,6 +212,11 @@ class Agent:
                 rate=bounds.rate,
             )
             self._watcher.start()
+        if self._config.transfer.collision == "update":
+            try:
+                self._announcements.start()
+            except LinkError as error:
+                log.warning("mobile nodes that know UPDATE_SPI are not heard: %s", error)
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
@@ -216,6 +224,7 @@ class Agent:
         await self._control.close()
         if self._watcher is not None:
             await self._watcher.close()
+        self._announcements.close()
         if self._mn_server is not None:
             await self._mn_server.close()
         for server in self._servers:

@@ -123,7 +123,12 @@ class MobileAgent:
         self._mobile = CharonMobile(self._host)
         self.handovers = Handovers(config, _Outside(self._host, self._addresses), self._mobile, store)
         self._spis = SpiWatch(
-            self._host, self._mobile, store, self.handovers.lock, allowed=config.mobile.update_spi
+            self._host,
+            self._mobile,
+            store,
+            self.handovers.lock,
+            allowed=config.mobile.update_spi,
+            tells=lambda address: config.gateway_at(address) is not None,
         )
         self._control = ControlServer(
             str(config.control.socket),

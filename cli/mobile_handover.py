@@ -18,7 +18,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -185,7 +185,8 @@ class Handovers:
         self._store = store
         self._run = run
         self.lock = asyncio.Lock()
-        """Held while an SA is passive."""
+        """Held while an SA is passive, by a handover or for a moment by others."""
+        self._moving = False
         self._pending: _Run | None = None
         """A move that was announced."""
 
@@ -202,7 +203,7 @@ class Handovers:
             if self._pending.nsg.name == to:
                 return self._pending.report
             await self.cancel()
-        if self.lock.locked():
+        if self._moving:
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
         run = await self._begin(to, sa, Mode.PREDICTIVE, None, tell)
         if isinstance(run, Report):
@@ -235,9 +236,9 @@ class Handovers:
             return await asyncio.shield(pending.task)
         if pending is not None:
             await self.cancel()
-        if self.lock.locked():
+        if self._moving:
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
-        async with self.lock:
+        async with self._turn():
             run = await self._begin(to, sa, Mode.REACTIVE, address, tell)
             if isinstance(run, Report):
                 return run
@@ -299,6 +300,15 @@ class Handovers:
         return [json.loads(raw) for _, raw in self._store.items(ASKED)]
 
     # Steps.
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        async with self.lock:
+            self._moving = True
+            try:
+                yield
+            finally:
+                self._moving = False
 
     async def _begin(
         self, to: str, sa: SaName | None, mode: Mode, address: Address | None, tell: Progress
@@ -419,7 +429,7 @@ class Handovers:
 
                 async def moves() -> Endpoint:
                     address = await moved
-                    await stack.enter_async_context(self.lock)
+                    await stack.enter_async_context(self._turn())
                     await stack.enter_async_context(self._made_loud(run))
                     run.since = time.monotonic()
                     await self._hold(run)

@@ -11,20 +11,34 @@ since its message ID is used here (nSG has not answered it and never will).
 
 What is said is noted before it is said. An agent that starts anew says it again, octet for octet, and gets
 the same answer (nSG repeats it for 60 s).
+
+nSG waits only for a mobile node that it knows to have an agent. So this says it, once for each IKE_SA:
+
+    MN -> pSG   INFORMATIONAL  N(UPDATE_SPI_SUPPORTED)     answered without anything
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ikectx.context import Endpoint, IkeContext
-from ikectx.errors import CharonError, IkectxError, LinkError, StoreError, UsageError, WireError
+from ikectx.context import Address, Endpoint, IkeContext
+from ikectx.errors import (
+    BusyError,
+    CharonError,
+    IkectxError,
+    LinkError,
+    StoreError,
+    UsageError,
+    WireError,
+)
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import iv_length
 from ikectx.numbers import Protocol
@@ -45,6 +59,12 @@ log = logging.getLogger("ikectx")
 
 MIRROR = "mirror"
 """Kind of store entry: the request of this node's own that is under way."""
+_ANNOUNCED = "announced"
+"""Kind of store entry: the gateway of this IKE_SA was told."""
+CALM = 0.3
+"""Seconds without an IKE request before a gateway is told."""
+PATIENCE = 30.0
+"""Seconds in which there should be such a moment."""
 IN_TIME = 0.4
 """Seconds within which the request must leave."""
 POLICY = RetransmitPolicy(0.25, 1.3, 6)
@@ -56,7 +76,10 @@ _DATAGRAMS = 8
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A request of this node's own, with all that its octets depend on. Holds fresh octets: not for logs."""
+    """A request of this node's own, with all that its octets depend on. Holds fresh octets: not for logs.
+
+    Without `asks` it announces that this node knows UPDATE_SPI.
+    """
 
     message_id: int
     local: Endpoint
@@ -102,6 +125,7 @@ class Mirror:
             iv=self.iv,
             fresh=self.fresh,
             addresses=False,
+            announce=not self.asks,
             policy=POLICY,
         )
 
@@ -109,7 +133,8 @@ class Mirror:
 class SpiWatch:
     """Hears what gateways ask for, for each of charon's SAs, from `start` to `close`.
 
-    `lock`: held while an SA is passive. `allowed` False: no SPI is ever changed.
+    `lock`: held while an SA is passive. `allowed` False: no SPI is ever changed. `tells`: whether an agent
+    may be at that gateway, so that it is told.
     """
 
     def __init__(
@@ -120,12 +145,15 @@ class SpiWatch:
         lock: asyncio.Lock,
         *,
         allowed: bool = True,
+        tells: Callable[[Address], bool] = lambda gateway: False,
     ) -> None:
         self._host = host
         self._mobile = mobile
         self._store = store
         self._lock = lock
         self._allowed = allowed
+        self._tells = tells
+        self._telling: set[SaName] = set()
         self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
         self._soon: asyncio.TimerHandle | None = None
         self._work: set[asyncio.Task[None]] = set()
@@ -185,6 +213,15 @@ class SpiWatch:
         for sa, local in wanted.items():
             if sa not in self._ears:
                 self._ears[sa] = (local, asyncio.create_task(self._listen(sa, local)))
+        told = {key for key, _ in self._store.items(_ANNOUNCED)}
+        for key in told - {_key(sa) for sa in known}:
+            self._store.delete(_ANNOUNCED, key)
+        for view in views:
+            sa = view.spis
+            untold = sa in wanted and _key(sa) not in told and sa not in self._telling
+            if untold and view.state == "ESTABLISHED" and self._tells(view.remote.address):
+                self._telling.add(sa)
+                self._spawn(self._announce(sa))
 
     async def _listen(self, sa: SaName, local: Endpoint) -> None:
         try:
@@ -204,6 +241,29 @@ class SpiWatch:
             await serve_updates(machine, asked)
         except IkectxError as error:
             log.warning("what a gateway asks for at %s is not heard: %s", local, error)
+
+    async def _announce(self, sa: SaName) -> None:
+        """Tell the gateway, in a moment when nothing is under way."""
+        try:
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end:
+                await asyncio.sleep(CALM)
+                view = await self._host.view(sa)
+                if view is None:
+                    return
+                if self._host.quiet(sa) < CALM or view.tasks or self._lock.locked():
+                    continue
+                async with self._lock:
+                    with contextlib.suppress(BusyError):
+                        await self._mobile.quiet(sa, patience=0.0)
+                        try:
+                            await self._say(sa, await self._note(sa, ()))
+                        finally:
+                            await self._mobile.loud(sa)
+                        self._store.put(_ANNOUNCED, _key(sa), b"1")
+                        return
+        finally:
+            self._telling.discard(sa)
 
     def _objection(self) -> Reason | None:
         return Reason.BUSY if self._lock.locked() else None
@@ -229,7 +289,7 @@ class SpiWatch:
                 if time.monotonic() > heard + IN_TIME + SETTLE:
                     log.warning("%s asked for other SPIs, but charon took too long", event.source)
                     return
-                note = await self._note(sa, event)
+                note = await self._note(sa, mirrored(event.pairs))
                 await self._say(sa, note)
             finally:
                 await self._mobile.loud(sa)
@@ -244,7 +304,7 @@ class SpiWatch:
             await asyncio.sleep(0.005)
         return False
 
-    async def _note(self, sa: SaName, event: Asked) -> Mirror:
+    async def _note(self, sa: SaName, asks: tuple[UpdateSpi, ...]) -> Mirror:
         """Write down what will be asked; the SA is passive."""
         context, view = self._mobile.recorded(sa), await self._host.view(sa)
         if view is None:
@@ -256,7 +316,7 @@ class SpiWatch:
             context.mid_initiator - used,
             view.local,
             view.remote,
-            mirrored(event.pairs),
+            asks,
             secrets.token_bytes(octets),
             secrets.token_bytes(FRESH_OCTETS),
         )
@@ -276,12 +336,14 @@ class SpiWatch:
         try:
             report = await run_spi_update(note.machine(context))
         except LinkError as error:
-            log.warning("%s asked for other SPIs, and did not agree to them: %s", note.remote, error)
+            log.warning("%s did not answer what was said about SPIs: %s", note.remote, error)
             await mobile.count(sa, initiator=note.message_id)
         else:
             # at once: charon's own exchange is about a child that may be gone soon
             await mobile.count(sa, initiator=note.message_id + report.move.requests)
-            if isinstance(report.outcome, Renamed):
+            if not note.asks:
+                log.debug("%s has been told that UPDATE_SPI is known here", note.remote)
+            elif isinstance(report.outcome, Renamed):
                 renames = {one.old: one.new for one in report.outcome.pairs}
                 await mobile.readdress(context, note.local, note.remote, renames)
                 self.renamed += 1

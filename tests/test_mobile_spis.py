@@ -332,6 +332,19 @@ def test_the_ike_sa_too(monkeypatch: pytest.MonkeyPatch) -> None:
     do(scenario())
 
 
+def test_a_child_whose_rekey_ends_with_the_ike_sas_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch, (Renaming(Protocol.IKE, False, PEER, b"newnewne"),))
+        w.node.charon.tasks = ["CHILD_REKEY"]
+        w.node.charon.children[0].state = "REKEYING"
+        await w.asked()
+        assert w.watch.renamed == 1
+        assert [child.state for child in w.node.charon.children] == ["INSTALLED", "INSTALLED"]
+        assert sorted((c.context.spi_in, c.context.spi_out) for c in w.node.charon.children) == sorted(SAME)
+
+    do(scenario())
+
+
 def test_an_agent_that_dies_while_it_asks_says_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         w = Watched(monkeypatch)

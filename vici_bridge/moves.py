@@ -214,6 +214,8 @@ def plan_move(
     ike = None if (spi_i, spi_r) == context.spis else (spi_i, spi_r)
     numbers = {child.spi_in: child.unique_id for child in listed if child.state in LIVING}
     stays = (context.local, context.remote) == (local, remote)
+    # its rekey may have ended in the middle: it begins anew as a child that nobody is rekeying
+    rekeying = {child.spi_in for child in listed if child.state == "REKEYING"}
     children = tuple(
         ChildMove(
             child.spi_in,
@@ -223,7 +225,7 @@ def plan_move(
             numbers.get(child.spi_in, 0),
         )
         for child in context.children
-        if not stays or child.spi_in in renames or child.spi_out in renames
+        if not stays or child.spi_in in rekeying or child.spi_in in renames or child.spi_out in renames
     )
     return Move(context.local, context.remote, local, remote, children, tuple(peers), ike=ike)
 

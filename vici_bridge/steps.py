@@ -97,6 +97,7 @@ class MoveSteps:
         else:
             updates = self._updates(sa, move, version)
             await host.send(updates)
+        await self._appears(name)
         await self.until(name, "rename the SA", lambda view: view.state == "PASSIVE")
         for message in updates:
             host.record.feed(message)
@@ -289,6 +290,12 @@ class MoveSteps:
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
         return view
+
+    async def _appears(self, sa: SaName) -> None:
+        """A new name is not listed at once, nor is the old one any more. Errors: UnknownSaError."""
+        end = time.monotonic() + PATIENCE
+        while await self._host.view(sa) is None and time.monotonic() < end:
+            await asyncio.sleep(0.005)
 
     async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
         """The view as soon as it is as wanted. Errors: CharonError, UnknownSaError."""

@@ -38,6 +38,12 @@ def installed(sa: dict[str, Any]) -> set[tuple[str, str]]:
     }
 
 
+def told(world: World) -> None:
+    """Wait until psg has been told that the mobile node knows UPDATE_SPI."""
+    until(lambda: "request 2 [ N((41960)) ]" in world.log("psg"), "the mobile node has told psg")
+    until(lambda: status(world)["sas"][0]["state"] == "ESTABLISHED", "the SA is active")
+
+
 @pytest.mark.parametrize("words", [("--reactive",), ("--predictive", "--now")])
 @pytest.mark.parametrize("kind", ["inbound", "ike", "all"])
 def test_the_answer_names_new_spis(mobile: World, tmp_path: Path, kind: str, words: tuple[str, ...]) -> None:
@@ -71,15 +77,23 @@ def test_an_outbound_spi_that_is_taken_is_refused(mobile: World, tmp_path: Path)
     mobile.ping()
 
 
-@pytest.mark.parametrize("kind", ["inbound", "ike", "all"])
-def test_a_push_to_a_mobile_node_with_an_agent(mobile: World, tmp_path: Path, kind: str) -> None:
-    # first MN -> psg CTAR: so psg knows that there is an agent, and what it pushes says so
+@pytest.mark.parametrize(
+    ("kind", "asked_before"), [("inbound", True), ("inbound", False), ("ike", False), ("all", False)]
+)
+def test_a_push_to_a_mobile_node_with_an_agent(
+    mobile: World, tmp_path: Path, kind: str, asked_before: bool
+) -> None:
+    # psg knows of the agent since MN -> psg CTAR, or since MN -> psg INFORMATIONAL N(UPDATE_SPI_SUPPORTED)
     keys = {"inbound": ("spi_in",), "ike": ("spi_r",), "all": ("spi_r", "spi_in", "spi_out", "remote")}[kind]
-    up(mobile, gateway="nsg")
-    old = installed(mobile.one("mn"))
-    hands_over(mobile, "psg")
-    until(lambda: not old & installed(mobile.one("mn")), "the mobile node has rekeyed its child")
-    mobile.agree("psg")
+    if asked_before:
+        up(mobile, gateway="nsg")
+        old = installed(mobile.one("mn"))
+        hands_over(mobile, "psg")
+        until(lambda: not old & installed(mobile.one("mn")), "the mobile node has rekeyed its child")
+        mobile.agree("psg")
+    else:
+        up(mobile)
+        told(mobile)
     names = names_at_psg(mobile)
     ((names["spi_in"], names["spi_out"]),) = installed(mobile.one("psg"))
     other = other_at_nsg(mobile, tmp_path, **{key: names[key] for key in keys})
@@ -97,3 +111,15 @@ def test_a_push_to_a_mobile_node_with_an_agent(mobile: World, tmp_path: Path, ki
         assert spis(node) == (names["spi_i"], names["spi_r"])
     assert "does not know UPDATE_SPI" not in mobile.log("nsg", "agent.out")
     lives_on(mobile, other)
+
+
+def test_an_announcement_leaves_everything_as_it_was(mobile: World) -> None:
+    # MN -> psg INFORMATIONAL N(UPDATE_SPI_SUPPORTED), answered; then every exchange from both sides
+    up(mobile)
+    told(mobile)
+    for host in ("mn", "psg"):
+        mobile.rekey_child(host, "psg")
+        mobile.rekey_ike(host, "psg")
+    mobile.ping()
+    mobile.serves("psg")
+    mobile.ends("mn", "psg")
