@@ -1,0 +1,206 @@
+"""What is said to an MN whose SPIs are taken, in which order, and under which message IDs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ikectx.context import IkeContext, Secret
+from ikectx.errors import RefusedError
+from ikectx.ports import MoveReport
+from ikectx_cli import movers
+from ikectx_cli.movers import MnRenamer
+from mobike_ext.exchange import AddressUpdate
+from mobike_ext.link import RekeyReport, SpiReport, UpdateReport
+from mobike_ext.naming import Renaming
+from mobike_ext.notify import Reason
+from mobike_ext.rekey import ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
+from mobike_ext.rename import Renamed, RenameRefused, SpiUpdate, Unsupported
+from vici_bridge.names import Told, Wish
+
+from .peers import a_context
+
+ONE = MoveReport(messages=2, octets=200, requests=1)
+NEW_IKE = b"our new."
+
+
+class Mn:
+    """Answers machines instead of a network; `said` is what came, with its message ID."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, outcome: str = "renamed") -> None:
+        self.said: list[tuple[str, int]] = []
+        self.outcome = outcome
+        self.octets: list[bytes] = []
+        for name in ("run_spi_update", "run_rekey", "run_address_update"):
+            monkeypatch.setattr(movers, name, getattr(self, name))
+
+    def _sent(self, machine: Any) -> None:
+        self.octets += [datagram for datagram, _ in machine.to_send(0.0)]
+
+    async def run_spi_update(self, machine: SpiUpdate, *, mark: int) -> SpiReport:
+        asks = [("choose " if one.choose else "") + one.protocol.name for one in machine.asked]
+        addresses = ["addresses"] if machine._part is not None else []
+        self.said.append((", ".join([*addresses, *asks]), machine._asking.message_id))
+        self._sent(machine)
+        outcome: Renamed | RenameRefused | Unsupported = Unsupported()
+        if self.outcome == "renamed":
+            pairs = [
+                Renaming(one.protocol, not one.choose, one.old, one.new or b"mn" + one.old[2:])
+                for one in machine.asked
+            ]
+            outcome = Renamed(tuple(pairs))
+        elif self.outcome == "refused":
+            outcome = RenameRefused((Reason.NOT_ALLOWED,) * len(machine.asked))
+        return SpiReport(ONE, outcome)
+
+    async def run_address_update(self, machine: AddressUpdate, *, mark: int) -> UpdateReport:
+        self.said.append(("addresses", machine._asking.message_id))
+        self._sent(machine)
+        return UpdateReport(ONE)
+
+    async def run_rekey(
+        self, machine: ChildRekey | IkeRekey, *, made: Callable[[Any], Awaitable[None]], mark: int
+    ) -> RekeyReport:
+        self._sent(machine)
+        if isinstance(machine, ChildRekey):
+            self.said.append(("child", machine._asking.message_id))
+            child = replace(a_context().children[0], spi_in=b"new1", spi_out=b"mn's", nonce_i=bytes(32))
+            # what `run_rekey` does: the answer has come, the message ID is used
+            machine._asking.stop()
+            await made(child)
+            self.said.append(("delete", machine._asking.message_id))
+            return RekeyReport(replace(ONE, requests=2), ChildRekeyed(child, True))
+        self.said.append(("IKE", machine._asking.message_id))
+        machine._asking.stop()
+        old = machine.generation
+        new = replace(old, spi_i=NEW_IKE, spi_r=b"the MN's", initiator=True, nonce_i=bytes(32))
+        await made(new)
+        self.said.append(("delete IKE", machine._asking.message_id))
+        return RekeyReport(replace(ONE, requests=2), IkeRekeyed(new, True))
+
+
+class Made:
+    """What was to be installed, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[IkeContext, bool, str]] = []
+
+    async def __call__(self, now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
+        self.calls.append((now, moved, how))
+
+
+def ask(mn: Mn, made: Made, *, known: bool = False, **wish: Any) -> Told:
+    context = replace(a_context(), mid_initiator=7, mid_responder=3, update_spi=known)
+    spi_in = context.children[0].spi_in
+    given: dict[str, Any] = {
+        "children": ((spi_in, b"new1"),),
+        "ike": b"",
+        "addresses": True,
+        "update": True,
+        "rekey": True,
+        "seed": Secret(bytes(32)),
+        **wish,
+    }
+    renamer = MnRenamer((), 3, 0.1)
+    return asyncio.run(_call(renamer, context, Wish(**given), made))
+
+
+async def _call(renamer: MnRenamer, context: IkeContext, wish: Wish, made: Made) -> Told:
+    return await renamer(context, wish, lambda: False, made)
+
+
+def test_one_exchange_where_the_mn_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    told = ask(mn, made, known=True, ike=NEW_IKE)
+    assert mn.said == [("addresses, ESP, choose ESP, IKE", 7)]
+    assert told == Told(ONE, True)
+    ((now, moved, how),) = made.calls
+    assert (moved, how) == (True, "update")
+    assert now.children[0].spi_in == b"new1"
+    assert (now.mid_initiator, now.mid_responder) == (0, 0)
+    assert now.spis[1] == NEW_IKE
+
+
+def test_the_ike_sa_first_where_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    ask(mn, made, ike=NEW_IKE)
+    # under its new name message IDs begin anew
+    assert mn.said == [("IKE", 7), ("addresses, ESP, choose ESP", 0)]
+    assert [moved for _, moved, _ in made.calls] == [False, True]
+    assert made.calls[-1][0].mid_initiator == 1
+
+
+def test_children_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    ask(mn, made)
+    assert mn.said == [("addresses, ESP, choose ESP", 7)]
+    assert made.calls[0][0].mid_initiator == 8
+
+
+def test_a_kept_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    ask(mn, made, addresses=False)
+    assert mn.said == [("ESP, choose ESP", 7)]
+
+
+@pytest.mark.parametrize("outcome", ["unsupported", "refused"])
+def test_rekeys_after_an_mn_that_does_not_rename(monkeypatch: pytest.MonkeyPatch, outcome: str) -> None:
+    mn, made = Mn(monkeypatch, outcome), Made()
+    told = ask(mn, made)
+    assert mn.said == [("addresses, ESP, choose ESP", 7), ("child", 8), ("delete", 9)]
+    assert told.supports is (outcome == "refused")
+    assert told.report.requests == 3
+    now, moved, how = made.calls[-1]
+    assert (moved, how) == (True, "rekey")
+    assert now.mid_initiator == 10
+    # the new child is installed before the old one is deleted
+    assert made.calls[1][0].children[0].spi_in == b"new1"
+    assert made.calls[1][0].mid_initiator == 9
+    assert made.calls[1][0].children[0].lifetime == a_context().children[0].lifetime
+
+
+def test_rekeys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    told = ask(mn, made, update=False, ike=NEW_IKE)
+    # the IKE_SA, then the child, and the address between its two requests
+    assert mn.said == [
+        ("IKE", 7),
+        ("delete IKE", 8),
+        ("child", 0),
+        ("addresses", 1),
+        ("delete", 2),
+    ]
+    assert told.supports is None
+    assert told.report.requests == 5
+    now, moved, _ = made.calls[-1]
+    assert moved and now.mid_initiator == 3
+    assert now.spis == (NEW_IKE, b"the MN's")
+
+
+def test_an_mn_that_must_not_be_rekeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch, "unsupported"), Made()
+    with pytest.raises(RefusedError):
+        ask(mn, made, rekey=False)
+
+
+@pytest.mark.parametrize("wish", [{}, {"update": False, "ike": NEW_IKE}, {"known": True, "ike": NEW_IKE}])
+def test_the_same_octets_after_a_crash(monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any]) -> None:
+    first, second = Mn(monkeypatch), Made()
+    ask(first, second, **wish)
+    again = Mn(monkeypatch)
+    ask(again, Made(), **wish)
+    assert first.octets == again.octets
+    other = Mn(monkeypatch)
+    ask(other, Made(), seed=Secret(bytes(31) + b"\x01"), **wish)
+    assert not set(first.octets) & set(other.octets)
+
+
+def test_what_was_done_before_a_crash_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    ask(mn, made, children=(), update=False)
+    assert mn.said == [("addresses", 7)]
+    assert [moved for _, moved, _ in made.calls] == [True]
