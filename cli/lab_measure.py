@@ -282,8 +282,8 @@ class Probe:
     def _ends(self) -> tuple[tuple[str, str], ...]:
         return (self._mobile, "srv"), ("srv", self._mobile)
 
-    def start(self) -> None:
-        """Returns when both ends send. Raises CharonError when one does not come up."""
+    def launch(self) -> None:
+        """Starts both ends; they wait for `begin`."""
         lab, version = self._lab, self._lab.tunnel.inner
         self._before = drop_counters(lab)
         for host, far in self._ends:
@@ -295,10 +295,13 @@ class Probe:
             words = [*(["chrt", "-f", "2"] if realtime_works() else []), *words]
             words += [str(PROBE_PORT[self._mobile]), INNER[far][version], str(self._interval), str(output)]
             lab.spawn(host, self._name, words)
+
+    def begin(self) -> None:
+        """Returns when both ends send. Raises CharonError when one does not come up."""
         for host, _far in self._ends:
-            _await(lab, host, self._name, Path(f"{self._file(host)}.ready"))
+            _await(self._lab, host, self._name, Path(f"{self._file(host)}.ready"))
         for host, _far in self._ends:
-            lab.started[host, self._name].send_signal(signal.SIGUSR1)
+            self._lab.started[host, self._name].send_signal(signal.SIGUSR1)
 
     def stop(self) -> Traffic:
         """Ends sending at both ends, lets the last ones arrive, and compares."""

@@ -159,13 +159,15 @@ class Runner:
 
     def _start_traffic(self) -> None:
         self._capture = Capture(self._lab)
-        self._capture.start()
         for mobile in self._lab.tunnel.mobiles:
             if mobile in self._serves:
                 # whoever stays where it is needs no fine measure, and an emulated CPU feels every packet
                 interval = self._scenario.interval_ms * (1 if mobile == "mn" else 4)
                 self._probes[mobile] = Probe(self._lab, interval, mobile)
-                self._probes[mobile].start()
+                self._probes[mobile].launch()
+        self._capture.start()
+        for probe in self._probes.values():
+            probe.begin()
         self._began_ns = time.time_ns()
         time.sleep(0.5)
 
