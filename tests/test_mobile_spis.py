@@ -430,6 +430,50 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     do(scenario())
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_each_gateway_is_told_once(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch, ())
+        w.outcome = Renamed(()) if answers else None
+
+        async def serve(*_: Any, **__: Any) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+        monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
+        told: list[Any] = []
+
+        def tells(gateway: Any) -> bool:
+            told.append(gateway)
+            return True
+
+        w.watch._tells = tells
+        w.node.charon.tasks = ["CHILD_REKEY"]
+        asyncio.get_running_loop().call_later(0.01, w.node.charon.tasks.clear)
+        w.watch.start()
+        for _ in range(3):
+            w.watch.changed()
+            await asyncio.sleep(3)
+        ((asks, sent),) = w.said
+        assert (asks, told) == ((), [NSG.address])
+        assert sent[0][0][4:][20:24] == (9).to_bytes(4)
+        assert (w.next_id, w.watch.renamed) == (10 if answers else 9, 0)
+        await w.watch.close()
+        w.settled(*SAME)
+        # another agent does not say it again, for another name it does
+        assert w.node.store.items("announced")
+        w.begin()
+        w.watch._tells = tells
+        await w.watch._listen_to_all()
+        assert len(told) == 1
+        await w.watch.close()
+        w.node.host.record.forget(w.node.sa)
+        await w.watch._listen_to_all()
+        assert not w.node.store.items("announced")
+
+    do(scenario())
+
+
 def test_policy() -> None:
     assert parse(CONFIG, Path("mobile.toml")).mobile.update_spi
     off = parse(CONFIG.replace("[mobile]\n", "[mobile]\nupdate_spi = false\n"), Path("mobile.toml"))

@@ -292,9 +292,11 @@ class MoveSteps:
         return view
 
     async def _appears(self, sa: SaName) -> None:
-        """A new name is not listed at once, nor is the old one any more. Errors: UnknownSaError."""
+        """A new name is not listed at once, nor is the old one any more."""
         end = time.monotonic() + PATIENCE
-        while await self._host.view(sa) is None and time.monotonic() < end:
+        while await self._host.view(sa) is None:
+            if time.monotonic() > end:
+                return
             await asyncio.sleep(0.005)
 
     async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
