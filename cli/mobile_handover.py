@@ -158,6 +158,8 @@ class _Run:
     since: float = field(default_factory=time.monotonic)
     now: SaName = (b"", b"")
     """What the SA is called at last: `sa`, unless its IKE SPIs were taken at nSG."""
+    asks: bool = False
+    """charon has asked pSG something that nobody answered, and is to ask nSG."""
 
     def phase(self, name: str, detail: str = "") -> None:
         """A step has ended."""
@@ -359,6 +361,7 @@ class Handovers:
             retry=Retry(settings.retry, settings.retry_max, settings.give_up),
             lifetime=int(settings.lifetime),
             hold=settings.predictive,
+            expects=context.mid_responder,
         )
         return _Run(view.spis, psg, nsg, context, report, machine, tell)
 
@@ -406,6 +409,8 @@ class Handovers:
         except BusyError:
             if not await self._mobile.only_addresses(run.sa):
                 raise
+        # passive it hears nothing any more; while it looks for its gateway it hears nothing of pSG either
+        run.machine.expects = await self._mobile.next_request(run.sa)
         run.phase("held" if run.held else "looking")
 
     def _note_asked(self, run: _Run) -> None:
@@ -506,6 +511,9 @@ class Handovers:
                 await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
                 run.held = True
             await self._mobile.readdress(run.context, care_of, remote, renames, peers)
+            if outcome.expected is not None and run.now == run.sa:
+                # under a new name both ends begin at 0
+                run.asks = await self._mobile.renumber(run.sa, outcome.expected)
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, run.nsg.name)
             await self._mobile.redirect(run.sa, care_of, remote, peers)
@@ -536,6 +544,8 @@ class Handovers:
                     run.report.exit_code = error.exit_code
                     run.report.detail = f"{run.report.detail}; {error}".strip("; ")
                     run.report.hint = run.report.hint or error.hint
+            if run.asks and run.report.new is not None:
+                self._outside.nudge(run.report.new[1].address)
             if run.report.result != "moved":
                 self._outside.nudge(run.context.remote.address)
                 if not run.machine.outcome.in_doubt and run.report.serves is not None:

@@ -16,6 +16,7 @@ from ikectx.context import Endpoint, IkeContext, IkeGeneration, ReplayState, Tra
 from ikectx.errors import BusyError, CharonError, StateError, StoreError, UnknownSaError, UsageError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Status
+from vici_bridge import ha
 from vici_bridge import steps as steps_module
 from vici_bridge.ha import HaType
 from vici_bridge.moves import ChildMove, Move, guards_of, leads, plan_move
@@ -351,6 +352,26 @@ def test_an_exchange_in_flight() -> None:
         await node.mobile.export(node.sa)
         await node.mobile.quiet(node.sa, unanswered=True)
         assert node.charon.state == "PASSIVE"
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("had", [False, True], ids=["psg-had-it-not", "psg-had-it"])
+def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(had: bool) -> None:
+    async def scenario() -> None:
+        node = Node(replace(a_node_context(), mid_initiator=7, mid_responder=3))
+        assert await node.mobile.next_request(node.sa) == 3
+        node.charon.tasks = ["IKE_DPD"]  # its ID is 6
+        await node.mobile.quiet(node.sa, unanswered=True)
+        for wrong in (5, 8):
+            assert not await node.mobile.renumber(node.sa, wrong)
+        assert node.host.record.context(node.sa).mid_initiator == 7
+        node.socket.heard.clear()
+        assert await node.mobile.renumber(node.sa, 7 if had else 6)
+        assert node.socket.heard == [ha.HaType.IKE_MID_INITIATOR]
+        assert node.host.record.context(node.sa).mid_initiator == (7 if had else 6)
+        node.charon.tasks = []
+        assert not await node.mobile.renumber(node.sa, 7)
 
     do(scenario())
 

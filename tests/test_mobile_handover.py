@@ -42,6 +42,7 @@ class Mobile:
     def __init__(self, context: IkeContext) -> None:
         self.context = context
         self.did: list[str] = []
+        self.renumbered: list[int] = []
         self.state = "ESTABLISHED"
         self.local, self.remote = context.local, context.remote
         self.peers: Sequence[Endpoint] = ()
@@ -71,6 +72,14 @@ class Mobile:
 
     def recorded(self, sa: SaName) -> IkeContext:
         return self.context
+
+    async def next_request(self, sa: SaName) -> int:
+        return self.context.mid_responder
+
+    async def renumber(self, sa: SaName, expected: int) -> bool:
+        assert self.state == "PASSIVE"
+        self.renumbered.append(expected)
+        return bool(self.busy)
 
     async def only_addresses(self, sa: SaName) -> bool:
         return self.busy == ["IKE_MOBIKE"]
@@ -130,6 +139,7 @@ class Gateways:
         self.state = MobileState.ACTIVATED
         self.statuses: tuple[StatusBlock, ...] = ()
         self.in_doubt = False
+        self.expected: int | None = None
         self.prepares = True
         self.fails: Exception | None = None
         self.seen: list[tuple[str, str, bool]] = []
@@ -160,7 +170,14 @@ class Gateways:
         asked = bool(self.store.items(ASKED))
         self.seen.append((machine.mode.value, self.mobile.state, asked))
         machine.state = self.state
-        return Outcome(self.state, self.statuses, in_doubt=self.in_doubt, messages=2, octets=300)
+        return Outcome(
+            self.state,
+            self.statuses,
+            in_doubt=self.in_doubt,
+            expected=self.expected,
+            messages=2,
+            octets=300,
+        )
 
 
 class World:
@@ -247,6 +264,31 @@ def test_while_charon_looks_for_its_gateway_the_sa_stays_active() -> None:
         assert report.result == "moved"
         assert w.gateways.seen == [("reactive", "ESTABLISHED", True)]
         assert w.steps() == ["quiet", "quiet", "readdress", "loud"]
+
+    do(scenario())
+
+
+def test_what_psg_left_unanswered_is_asked_of_nsg_under_the_number_it_expects() -> None:
+    async def scenario() -> None:
+        w = World()
+        w.mobile.busy = ["IKE_MOBIKE"]
+        w.gateways.expected = 8
+        await w.arrive()
+        assert w.mobile.renumbered == [8]
+        assert w.outside.nudged == [NSG.address]
+        machine = w.gateways.machine
+        assert machine is not None
+        assert machine.expects == w.mobile.context.mid_responder
+
+    do(scenario())
+
+
+def test_an_idle_sa_is_left_alone_by_the_number_nsg_expects() -> None:
+    async def scenario() -> None:
+        w = World()
+        w.gateways.expected = 8
+        await w.arrive()
+        assert w.outside.nudged == []
 
     do(scenario())
 

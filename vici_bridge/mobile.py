@@ -46,7 +46,7 @@ from . import ha
 from .charon import SaView, relocate
 from .host import CharonHost
 from .moves import LIVING, Move, plan_move
-from .source import CharonSource
+from .source import ABOUT_ADDRESSES, CharonSource
 from .steps import MOVE, MoveSteps, key_of
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,6 @@ IDLE_TIMEOUT = 3.0
 often tells its gateway of the new address first (MOBIKE)."""
 AGAIN = 1.0
 """Seconds until charon is asked again where it was not reachable when the agent started."""
-ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
-"""charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer."""
 NO_RENAMES: Mapping[bytes, bytes] = MappingProxyType({})
 
 
@@ -228,6 +226,30 @@ class CharonMobile:
         for message in messages:
             host.record.feed(message)
         host.save()
+
+    async def next_request(self, sa: SaName) -> int:
+        """Message ID of the gateway's request that charon has not had yet. Errors: UnknownSaError."""
+        await self._host.settle()
+        return self._host.record.context(sa).mid_responder
+
+    async def renumber(self, sa: SaName, expected: int) -> bool:
+        """Have charon begin anew, once it is active, what it asked the old gateway and got no answer to.
+
+        charon does not repeat a request whose time came while it was passive, and asks nothing else before it
+        is answered. `expected`: the next message ID for the new gateway, which is that of the request if the
+        old one had not had it. The SA is PASSIVE by `quiet`. True: it has something to ask. Errors:
+        UnknownSaError, CharonError.
+        """
+        view = await self.steps.seen(sa)
+        if not view.tasks:
+            return False
+        await self._host.settle()
+        after = self._host.record.context(sa).mid_initiator
+        if not 0 <= after - expected <= 1:
+            log.warning("%s: the gateway expects request %d, charon is at %d", view.name, expected, after - 1)
+            return False
+        await self.count(sa, initiator=expected)  # 0 cannot be said: then charon may repeat it by itself
+        return True
 
     async def redirect(
         self, sa: SaName, local: Endpoint, remote: Endpoint, peers: Sequence[Endpoint] = ()
