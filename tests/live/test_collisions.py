@@ -25,33 +25,36 @@ from .world import World, spis, until
 pytestmark = pytest.mark.live
 
 IMPORT = """
-import json, secrets, socket, sys
+import json, secrets, socket, sys, time
 from ikectx.context import ChildContext, Endpoint, Identity, IkeContext, IkeGeneration, Secret
 from ikectx.context import TrafficSelector
 from ikectx.numbers import Encr, IdType, KeMethod, Prf
 from ipaddress import ip_address
 from vici_bridge.chain import import_messages
 
-told = json.loads(sys.argv[1])
 octets = secrets.token_bytes
-generation = IkeGeneration(
-    bytes.fromhex(told["spi_i"]), bytes.fromhex(told["spi_r"]), False, octets(32), octets(32),
-    Secret(octets(32)), Prf.HMAC_SHA2_256, Encr.AES_GCM_16, 128, ke=KeMethod.CURVE_25519,
-)
-vip, net = ip_address("10.4.0.99"), ip_address("10.3.0.0")
-child = ChildContext(
-    "net", 0, False, bytes.fromhex(told["spi_in"]), bytes.fromhex(told["spi_out"]), octets(32), octets(32),
-    Encr.AES_GCM_16, (TrafficSelector(net, net + 255),), (TrafficSelector(vip, vip),), encr_bits=128,
-)
-context = IkeContext(
-    "mn", (generation,), Identity(IdType.FQDN, b"nsg.example"), Identity(IdType.FQDN, b"other.example"),
-    Endpoint.of(told["local"], 4500), Endpoint.of(told["remote"], 4501), (child,), remote_vips=(vip,),
-    conditions=0b1001,  # NAT: user-space ESP is in UDP
-)
 link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 link.bind(("127.0.0.2", 4510))
-for message in import_messages(context, told["version"]):
-    link.sendto(message.serialize(), ("127.0.0.1", 4510))
+for told in map(json.loads, sys.argv[1:]):
+    generation = IkeGeneration(
+        bytes.fromhex(told["spi_i"]), bytes.fromhex(told["spi_r"]), False, octets(32), octets(32),
+        Secret(octets(32)), Prf.HMAC_SHA2_256, Encr.AES_GCM_16, 128, ke=KeMethod.CURVE_25519,
+    )
+    vip, net = ip_address(told["vip"]), ip_address("10.3.0.0")
+    child = ChildContext(
+        "net", 0, False, bytes.fromhex(told["spi_in"]), bytes.fromhex(told["spi_out"]),
+        octets(32), octets(32), Encr.AES_GCM_16,
+        (TrafficSelector(net, net + 255),), (TrafficSelector(vip, vip),), encr_bits=128,
+    )
+    context = IkeContext(
+        "mn", (generation,), Identity(IdType.FQDN, b"nsg.example"),
+        Identity(IdType.FQDN, told["id"].encode()), Endpoint.of(told["local"], 4500),
+        Endpoint.of(told["remote"], 4501), (child,), remote_vips=(vip,),
+        conditions=0b1001,  # NAT: user-space ESP is in UDP
+    )
+    for message in import_messages(context, told["version"]):
+        link.sendto(message.serialize(), ("127.0.0.1", 4510))
+    time.sleep(0.01)
 """
 FREE = {
     "spi_i": "1111111111111111",
@@ -59,6 +62,8 @@ FREE = {
     "spi_in": "caaaaaaa",
     "spi_out": "cbbbbbbb",
     "remote": "10.9.9.9",
+    "vip": "10.4.0.99",
+    "id": "other.example",
 }
 
 

@@ -45,7 +45,8 @@ def several(world: World) -> list[str]:
   }}"""
         for number, name in enumerate(names)
     ]
-    gateway = "pools { inner { addrs = 10.4.0.0/24 } }\nconnections { mn { remote { id = %any } } }\n"
+    gateway = "pools { inner { addrs = 10.4.0.0/24 } }\n"
+    gateway += "connections { mn { pools = inner\n remote { id = %any } } }\n"
     mobile = "connections {\n" + "\n".join(sections) + "\n}\n"
     world.lab.reload(world.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
     for name in names:
