@@ -318,7 +318,8 @@ class CharonSink:
             return plan.report
         if self._renamer is None:
             raise RefusedError("nobody here can ask the MN for other SPIs", status=Status.ESP_SPI_IN_USE)
-        known = host.knows_update_spi(here.remote_id)
+        # what the other gateway heard counts for more than what this one did not: agents come and go
+        known = True if context.update_spi else host.knows_update_spi(here.remote_id)
         start = plan.told or replace(
             here, mid_initiator=final.mid_initiator, mid_responder=final.mid_responder
         )
@@ -340,7 +341,7 @@ class CharonSink:
             )
 
         told: Told = await self._renamer(
-            replace(start, update_spi=known is True or here.update_spi),
+            replace(start, update_spi=known is True),
             wish,
             lambda: self._renames.arrived(here) > base,
             made,
@@ -384,6 +385,8 @@ class CharonSink:
                 await host.activate_segment()
                 await self._established(shape)
             self._note_lifetimes(shape)
+            if host.config.rekey_after:
+                host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
             host.save()
             self._note_names(here, plan)
             host.store.put(IMPORT, _key(context), _ACTIVE)
