@@ -23,6 +23,7 @@ from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
 from .lab_twin import FRESH_OCTETS, Names, lines, twin
+from .lab_vm import emulated
 
 SETTLE = 30.0
 """Seconds in which a rekey, a move or a deletion must have come to its end at both ends."""
@@ -161,8 +162,11 @@ class Runner:
         self._capture = Capture(self._lab)
         for mobile in self._lab.tunnel.mobiles:
             if mobile in self._serves:
-                # whoever stays where it is needs no fine measure, and an emulated CPU feels every packet
-                interval = self._scenario.interval_ms * (1 if mobile == "mn" else 4)
+                interval = self._scenario.interval_ms
+                if emulated():
+                    interval = self._scenario.slow_interval_ms or interval
+                # whoever stays where it is needs no fine measure
+                interval = max(interval, 50.0) if mobile != "mn" else interval
                 self._probes[mobile] = Probe(self._lab, interval, mobile)
                 self._probes[mobile].launch()
         self._capture.start()

@@ -6,6 +6,7 @@ HOST.strongswan adds strongswan.conf text.
     fresh = false                 # start the daemons anew, even after a scenario that went well
     kernel_only = false           # skip with --esp libipsec
     interval_ms = 5               # of the probe's datagrams, each way
+    slow_interval_ms = 20         # the same on an emulated CPU, which feels every packet (else interval_ms)
     agents = true                 # run `ikectx serve` on the gateways
     names = "kept"                # what a transfer may change: nothing, SPIs ("renamed"), keys too ("new")
     steps = [
@@ -147,6 +148,7 @@ class Scenario:
     agents: bool = True
     delay_ms: float = 20.0
     interval_ms: float = 5.0
+    slow_interval_ms: float = 0.0
     lost: int | None = None
     gap_ms: float | None = None
     messages: int | None = None
@@ -250,6 +252,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "agents": bool(keys.pop("agents", True)),
         "delay_ms": float(keys.pop("delay_ms", 20.0)),
         "interval_ms": float(keys.pop("interval_ms", 5.0)),
+        "slow_interval_ms": float(keys.pop("slow_interval_ms", 0.0)),
         "fresh": bool(keys.pop("fresh", False)),
         "kernel_only": bool(keys.pop("kernel_only", False)),
         "lost": limits.pop("lost", None),

@@ -104,3 +104,12 @@ def test_the_newest_kernel_with_esp_and_9p(tmp_path: Path) -> None:
             path.touch()
     assert lab_vm.find_kernel(boot, modules) == boot / "vmlinuz-6.1.0-10-amd64"
     assert lab_vm.find_kernel(tmp_path, modules) is None
+
+
+def test_an_emulated_cpu(tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    assert not lab_vm.emulated(told)
+    told.write_text("model name\t: QEMU TCG CPU version 2.5+\n")
+    assert lab_vm.emulated(told)
+    told.write_text("model name\t: A real one\n")
+    assert not lab_vm.emulated(told)
