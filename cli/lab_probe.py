@@ -89,20 +89,15 @@ def main() -> None:
         if not poller.poll(wait * 1000):
             continue
         try:
-            while True:
-                data, ancillary, _flags, _source = probe.recvmsg(64, 64)
-                stamp = 0
-                for _level, _kind, value in ancillary:
-                    seconds, nanoseconds = struct.unpack("=qq", value[:16])
-                    stamp = seconds * 1_000_000_000 + nanoseconds
-                if len(data) >= 4:
-                    received.append(
-                        (struct.unpack_from("!I", data)[0], stamp or time.clock_gettime_ns(realtime))
-                    )
-        except BlockingIOError:
-            pass
+            data, ancillary, _flags, _source = probe.recvmsg(64, 64)
         except OSError:
             continue
+        stamp = 0
+        for _level, _kind, value in ancillary:
+            seconds, nanoseconds = struct.unpack("=qq", value[:16])
+            stamp = seconds * 1_000_000_000 + nanoseconds
+        if len(data) >= 4:
+            received.append((struct.unpack_from("!I", data)[0], stamp or time.clock_gettime_ns(realtime)))
     with open(output + ".part", "w", encoding="ascii") as file:
         json.dump({"sent": sent, "received": received}, file)
     os.rename(output + ".part", output)

@@ -28,6 +28,9 @@ from .lab_vm import emulated
 SETTLE = 30.0
 """Seconds in which a rekey, a move or a deletion must have come to its end at both ends."""
 
+SET_UP = (34, 35)
+"""IKE_SA_INIT and IKE_AUTH."""
+
 BASELINES = {"psk": ("psk", "PSK"), "eap": ("eap", "EAP-MSCHAPv2, gateway certificate")}
 ROAMED = {4: "10.1.0.11", 6: "fd01::11"}
 
@@ -467,7 +470,8 @@ class Runner:
         time.sleep(1.0)
         traffic, notes = self._stop_traffic()
         self._serves["mn"] = "nsg"
-        there = air(notes, began)
+        # what an agent tells its new gateway afterwards is no part of the way of today
+        there = air([note for note in notes if not where or note.get("exchange") in SET_UP], began)
         self.report.add_baseline(kind, title, traffic["mn"], there, done_ms, relocated=bool(where))
         self._do_terminate()
         if where:
