@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ikectx.context import IkeContext
 from ikectx.cxtp import ContextDataBlock
@@ -43,12 +43,11 @@ def renames_of(blocks: Iterable[ContextDataBlock], context: IkeContext) -> dict[
 
 
 class MobileNames:
-    """`mobike_ext.naming.Names` of one SA at a mobile node. `objects`: a reason against any renaming now."""
+    """`mobike_ext.naming.Names` of one SA at a mobile node."""
 
-    def __init__(self, host: CharonHost, sa: SaName, objects: Callable[[], Reason | None]) -> None:
+    def __init__(self, host: CharonHost, sa: SaName) -> None:
         self._host = host
         self._sa = sa
-        self._objects = objects
         self._reserved: dict[bytes, bytes] = {}
 
     def _context(self) -> IkeContext | None:
@@ -87,7 +86,8 @@ class MobileNames:
         return self._reserved[old]
 
     def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> Reason | None:
-        return self._objects()
+        """None: a rekey under way is charon's, and begins anew."""
+        return None
 
     def _every(self) -> list[IkeContext]:
         found: list[IkeContext] = []

@@ -230,12 +230,16 @@ class SpiWatch:
                 context.current,
                 context.mid_responder,
                 local,
-                MobileNames(self._host, sa, self._objection),
+                MobileNames(self._host, sa),
                 answering=False,
             )
 
             async def asked(event: Asked) -> Reason | None:
-                self._asked(sa, event)
+                if self._lock.locked():
+                    # charon is passive and does not answer: it comes again
+                    machine.expected_id = event.message_id
+                else:
+                    self._asked(sa, event)
                 return None
 
             await serve_updates(machine, asked)
@@ -264,9 +268,6 @@ class SpiWatch:
                         return
         finally:
             self._telling.discard(sa)
-
-    def _objection(self) -> Reason | None:
-        return Reason.BUSY if self._lock.locked() else None
 
     # One request.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +135,8 @@ def test_a_handover_with_new_spis(looks: bool) -> None:
 # Names that a gateway asks for.
 
 
-def names(node: Node, objects: Callable[[], Reason | None] = lambda: None) -> Names:
-    return MobileNames(node.host, node.sa, objects)
+def names(node: Node) -> Names:
+    return MobileNames(node.host, node.sa)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -161,8 +160,6 @@ def test_what_a_mobile_node_grants(kernel: bool) -> None:
     ike = here.reserve(Protocol.IKE, OWN)
     assert ike is not None and len(ike) == 8 and ike not in CONTEXT.spis
     assert here.objection(Protocol.ESP, FIRST.spi_in, True) is None
-    busy = names(node, lambda: Reason.BUSY)
-    assert busy.objection(Protocol.ESP, FIRST.spi_in, True) is Reason.BUSY
     node.host.record.forget(node.sa)
     assert not here.known(Protocol.ESP, FIRST.spi_in, True)
     assert not here.usable(Protocol.ESP, FIRST.spi_out, b"\xc9\0\0\1")
@@ -489,11 +486,24 @@ def test_policy() -> None:
     do(scenario())
 
 
-def test_nothing_while_a_handover_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_during_a_handover_is_heard_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         w = Watched(monkeypatch)
-        assert w.watch._objection() is None
-        async with w.lock:
-            assert w.watch._objection() is Reason.BUSY
+        event = Asked(NSG, True, PAIRS, message_id=4)
+
+        async def serve(machine: Any, asked: Any, **_: Any) -> None:
+            async with w.lock:
+                machine.expected_id = 5
+                assert await asked(event) is None
+                assert machine.expected_id == 4
+            machine.expected_id = 5
+            assert await asked(event) is None
+            assert machine.expected_id == 5
+
+        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+        await w.watch._listen(w.node.sa, OLD)
+        await asyncio.gather(*w.watch._work)
+        assert len(w.said) == 1
+        assert w.watch.renamed == 1
 
     do(scenario())
