@@ -112,6 +112,7 @@ def host_config(config: Config) -> HostConfig:
         collision=config.transfer.collision,
         spi_min=config.charon.spi_min,
         spi_max=config.charon.spi_max,
+        rekey_after=config.transfer.rekey_after,
     )
 
 
@@ -312,7 +313,8 @@ class Agent:
         names = await self._select(request)
         if len(names) != 1:
             raise UnknownSaError(f"{len(names)} IKE_SAs match, one is to be shown")
-        context = await self._source.export(names[0])
+        # to be looked at it need not be idle
+        context = await self._source.export(names[0], away=True)
         return with_json(context_json(context, secrets=request.get("secrets") == "yes"))
 
     async def transfer(self, request: Message) -> AsyncIterator[Message]:

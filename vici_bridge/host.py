@@ -30,6 +30,7 @@ from . import ha
 from .chain import undo_messages
 from .charon import SaView, sa_views
 from .deadlines import Deadlines
+from .fresh import FreshKeys
 from .kernel import Detour, Kernel, Mute
 from .names import SPI_MAX, SPI_MIN
 from .record import Change, Deleted, MidChanged, Record
@@ -74,6 +75,7 @@ class HostConfig:
     `mobile_node`: charon is a mobile node's own, so its SAs are never muted one by one.
     `collision`: what becomes of an SA whose SPIs are taken: "update" (UPDATE_SPI, else a rekey), "rekey" or
     "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
+    `rekey_after`: an SA that came here gets keys that the gateway before does not know.
     """
 
     addresses: tuple[Address, ...]
@@ -90,6 +92,7 @@ class HostConfig:
     collision: str = "update"
     spi_min: int = SPI_MIN
     spi_max: int = SPI_MAX
+    rekey_after: bool = False
 
 
 class CharonHost:
@@ -104,6 +107,7 @@ class CharonHost:
         self.detour = Detour()
         self.record = Record()
         self.deadlines = Deadlines(store)
+        self.fresh = FreshKeys(store)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import: two imports never race for an SPI."""
         self.on_change: Callable[[Change], None] | None = None
@@ -438,9 +442,10 @@ class CharonHost:
         """Ask charon for the rekeys that an original lifetime demands."""
         while True:
             due = self.deadlines.next_due()
-            wait = 3600.0 if due is None else due - time.time()
-            await asyncio.sleep(min(max(wait, 0.2), 5.0))
-            if self.deadlines.next_due() is None or wait > 5.0:
+            wait = 0.5 if self.fresh else 3600.0 if due is None else due - time.time()
+            await asyncio.sleep(min(max(wait, 0.2), 1.0))
+            due = self.deadlines.next_due()
+            if not self.fresh and (due is None or due > time.time()):
                 continue
             try:
                 await self._ask_rekeys()
@@ -448,7 +453,14 @@ class CharonHost:
                 log.warning("lifetimes cannot be watched now: %s", error)
 
     async def _ask_rekeys(self) -> None:
-        for entry, view in self.deadlines.settle(await self.views(), time.time()):
+        views = await self.views()
+        for what, number in self.fresh.due(views, time.time()):
+            log.info("asking for fresh keys: %s %d", what, number)
+            if what == "ike":
+                await asyncio.to_thread(self.vici.rekey, ike_id=number)
+            else:
+                await asyncio.to_thread(self.vici.rekey, child_id=number)
+        for entry, view in self.deadlines.settle(views, time.time()):
             if entry.child:
                 ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
                 for child_id in ids:

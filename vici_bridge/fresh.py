@@ -1,0 +1,125 @@
+"""Fresh keys for SAs that have come here: an IKE_SA rekey, then one of each CHILD_SA.
+
+Whoever served an SA before can derive all its keys. The rekey of an IKE_SA always has a key exchange of its
+own (RFC 7296, 1.3.2), that of a CHILD_SA only where its proposal names one; so the IKE_SA is first, and its
+children get keys from a SK_d that the gateway before has never had. charon does it all, the agent asks for
+it; a rekey may meet another exchange and come to nothing, so it is asked for until it has happened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from ikectx.ports import Store
+
+from .charon import ChildView, SaView
+
+log = logging.getLogger(__name__)
+
+_KIND = "fresh"
+AGAIN = 5.0
+"""Seconds until a rekey that has not happened is asked for again."""
+TRIES = 20
+
+Ask = tuple[Literal["ike", "child"], int]
+"""What charon is to rekey, by its unique ID."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """`spis`: of the IKE_SA as it came, in hex; `children`: their inbound SPIs.
+
+    `step`: what was asked for last, at `asked` (wall clock, seconds).
+    """
+
+    spis: str
+    children: tuple[str, ...]
+    step: str = ""
+    asked: float = 0.0
+    tries: int = 0
+
+    def again(self, step: str) -> float:
+        """When that may be asked for: at once the first time."""
+        return self.asked + AGAIN if step == self.step else 0.0
+
+
+class FreshKeys:
+    """The SAs whose keys are still those that another gateway knows, durable in the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._wanted: dict[str, _Wanted] = {}
+        for key, value in store.items(_KIND):
+            try:
+                read = json.loads(value)
+                self._wanted[key] = _Wanted(**{**read, "children": tuple(read["children"])})
+            except (ValueError, TypeError, KeyError):
+                store.delete(_KIND, key)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def want(self, spis: tuple[bytes, bytes], children: Iterable[bytes]) -> None:
+        """This IKE_SA and its CHILD_SAs (inbound SPIs) are to get keys of their own."""
+        self._keep(_Wanted(spis[0].hex() + spis[1].hex(), tuple(spi.hex() for spi in children)))
+
+    def due(self, views: Iterable[SaView], wall: float) -> list[Ask]:
+        """What charon is to be asked for now; what has happened, or has gone, is forgotten."""
+        views = list(views)
+        asks: list[Ask] = []
+        for noted in list(self._wanted.values()):
+            wanted = noted
+            view = next((view for view in views if _is(view, wanted)), None)
+            if view is None:
+                self._forget(wanted)
+                continue
+            if _name(view) == wanted.spis:
+                left: list[Ask] = [("ike", view.unique_id)]
+                # children rekeyed until now, by whomever, have keys from the SK_d of before
+                wanted = replace(wanted, children=_installed(view) or wanted.children)
+                self._keep(wanted)
+            else:
+                left = [("child", child.unique_id) for child in _left(view, wanted)]
+            if not left:
+                log.info("%s has keys that only this gateway and its mobile node know", view.name)
+                self._forget(wanted)
+            elif wanted.tries >= TRIES:
+                log.error("%s could not be rekeyed: the gateway it came from knows its keys", view.name)
+                self._forget(wanted)
+            elif view.state == "ESTABLISHED" and not view.tasks and wall >= wanted.again(left[0][0]):
+                asks += left
+                self._keep(replace(wanted, step=left[0][0], asked=wall, tries=wanted.tries + 1))
+        return asks
+
+    def _keep(self, wanted: _Wanted) -> None:
+        if self._wanted.get(wanted.spis) == wanted:
+            return
+        self._wanted[wanted.spis] = wanted
+        self._store.put(_KIND, wanted.spis, json.dumps(asdict(wanted)).encode())
+
+    def _forget(self, wanted: _Wanted) -> None:
+        self._wanted.pop(wanted.spis, None)
+        self._store.delete(_KIND, wanted.spis)
+
+
+def _name(view: SaView) -> str:
+    return view.spi_i.hex() + view.spi_r.hex()
+
+
+def _installed(view: SaView) -> tuple[str, ...]:
+    return tuple(child.spi_in.hex() for child in view.children if child.state == "INSTALLED")
+
+
+def _left(view: SaView, wanted: _Wanted) -> list[ChildView]:
+    """The children as they came. One that was rekeyed is listed for some seconds yet, in another state."""
+    return [
+        child for child in view.children if child.spi_in.hex() in set(wanted.children) & set(_installed(view))
+    ]
+
+
+def _is(view: SaView, wanted: _Wanted) -> bool:
+    return _name(view) == wanted.spis or any(child.spi_in.hex() in wanted.children for child in view.children)
