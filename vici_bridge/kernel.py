@@ -6,6 +6,7 @@ Errors are `KernelError` with the errno and a sentence of what was asked for, ne
 from __future__ import annotations
 
 import errno
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -28,6 +29,8 @@ __all__ = ["Detour", "InboundSnapshot", "Kernel", "Mute"]
 LATE = int.from_bytes(b"LATE")
 """Written into an SA's `sequence`, which the kernel only keeps: "ours, for late packets, gone in seconds"."""
 
+_FEW = 4096
+"""SPIs of a range that is searched one by one."""
 _CANNOT = (errno.ENOSYS, errno.ENOENT, errno.EINVAL, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
 _PROBE = {INET: ("192.0.2.254", "192.0.2.253"), INET6: ("2001:db8::fffe", "2001:db8::fffd")}
 _PROBE_SPI = bytes.fromhex("000000ff")
@@ -169,13 +172,21 @@ class Kernel:
         Errors: KernelError, WireError.
         """
         wanted = KernelSa(source, destination, bytes(4))
-        try:
-            answers = self._xfrm.ask(wanted.reserve(low, high))
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return KernelSa.parse(answers[0]).spi if answers else None
+        ranges = [(low, high)] * 3
+        if high - low < _FEW:
+            # the kernel tries at random, as often as the range is long, and may miss the last free ones
+            singles = [(spi, spi) for spi in range(low, high + 1)]
+            secrets.SystemRandom().shuffle(singles)
+            ranges += singles
+        for first, last in ranges:
+            try:
+                answers = self._xfrm.ask(wanted.reserve(first, last))
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                continue
+            return KernelSa.parse(answers[0]).spi if answers else None
+        return None
 
     def add_policy(self, policy: KernelPolicy) -> None:
         """Install a policy. Errors: KernelError (EEXIST)."""
