@@ -363,7 +363,7 @@ def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(had:
         assert await node.mobile.next_request(node.sa) == 3
         node.charon.tasks = ["IKE_DPD"]  # its ID is 6
         await node.mobile.quiet(node.sa, unanswered=True)
-        for wrong in (5, 8):
+        for wrong in (5, 9):
             assert not await node.mobile.renumber(node.sa, wrong)
         assert node.host.record.context(node.sa).mid_initiator == 7
         node.socket.heard.clear()
@@ -371,7 +371,10 @@ def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(had:
         assert node.socket.heard == [ha.HaType.IKE_MID_INITIATOR]
         assert node.host.record.context(node.sa).mid_initiator == (7 if had else 6)
         node.charon.tasks = []
-        assert not await node.mobile.renumber(node.sa, 7)
+        before = node.host.record.context(node.sa).mid_initiator
+        for expected, after in ((before, before), (before - 1, before), (before + 1, before + 1)):
+            assert not await node.mobile.renumber(node.sa, expected)
+            assert node.host.record.context(node.sa).mid_initiator == after
 
     do(scenario())
 

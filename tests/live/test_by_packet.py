@@ -48,9 +48,6 @@ def _packets(world: World, family: int) -> Iterator[World]:
     world.tune()
     try:
         world.up("psg", by_packet=True, family=family)
-        # charon tells its new address: with a request in flight it cannot let an SA go
-        time.sleep(0.3)
-        world.agree("psg")
         yield world
     finally:
         world.lab.net.mend()

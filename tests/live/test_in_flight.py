@@ -1,0 +1,165 @@
+"""A request without an answer, because the mobile node has left, holds no handover up.
+
+psg's charon asks every second whether its mobile node is there (dpd_delay), or the mobile node asks psg.
+The way is cut in one direction, so that the other end has had the request or has not; then the node is at nsg:
+
+    psg -> MN   INFORMATIONAL m    empty; MN -> psg  INFORMATIONAL m  empty, lost (had)
+    psg -> .    INFORMATIONAL m    empty, lost (had not)
+
+Afterwards both ends begin exchanges of their own: a message ID that is one too low or too high is ignored by
+the other, and the rekeys do not end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ikectx_cli.lab_net import AWAY
+
+from .test_by_packet import at_nsg, packets4
+from .test_mobile import asks, lives, mobile, settled
+from .world import World, spis, tasks, until
+
+pytestmark = pytest.mark.live
+
+__all__ = ["mobile", "packets4"]
+
+
+@pytest.fixture(params=[False, True], ids=["had-not", "had"])
+def had(request: pytest.FixtureRequest) -> bool:
+    """Has the other end had the request, and only its answer is lost?"""
+    assert isinstance(request.param, bool)
+    return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def afterwards(session_world: World) -> Iterator[None]:
+    yield
+    session_world.broken = True
+
+
+def up(world: World, **overrides: str) -> None:
+    """The tunnel, when the mobile node's agent has said what it has to say."""
+    world.up(mobile=True, overrides=overrides)
+    time.sleep(1.5)
+
+
+def impatient(connection: str) -> str:
+    return f"connections {{ {connection} {{ dpd_delay = 1s }} }}\n"
+
+
+def waits(world: World, host: str) -> bool:
+    """A liveness check is in flight; charon makes it one of MOBIKE's where it began the SA."""
+    return bool(tasks(world.one(host))) and set(tasks(world.one(host))) <= {"IKE_DPD", "IKE_MOBIKE"}
+
+
+def unanswered(world: World, host: str, lost: tuple[str, str]) -> None:
+    """`host` sends a liveness check again and again; what goes that way is lost from now on."""
+    world.block(*lost)
+    until(lambda: waits(world, host), f"{host} has asked", 20.0)
+    mark = world.log(host).count("retransmit 1 of request")
+    until(lambda: world.log(host).count("retransmit 1 of request") > mark, f"{host} has asked again", 20.0)
+    assert waits(world, host)
+
+
+def test_by_packet(packets4: World, had: bool) -> None:
+    world = packets4
+    world.lab.reload(world.tunnel, {"psg": impatient("mn")})
+    world.lab.terminate("mn")
+    until(lambda: not world.lab.list_sas("psg"), "the first tunnel is down")
+    world.lab.connect("psg")
+    world.ping()
+    before = spis(world.one("mn"))
+    unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
+    world.lab.net.cut("away", "psg")
+    began = time.monotonic()
+    world.lab.net.relocate()
+    until(lambda: at_nsg(world), "the SA is at nSG", 30.0)
+    print(f"at nsg after {time.monotonic() - began:.1f} s")
+    assert spis(world.one("mn")) == before
+    assert world.one("nsg")["remote-host"] == AWAY[4]
+    assert "by its own word" in world.log("nsg", "agent.out")
+    world.ping()
+    for host in ("nsg", "mn"):
+        world.rekey_child(host, "nsg")
+        world.rekey_ike(host, "nsg")
+    world.ping()
+    world.ends("mn", "nsg")
+
+
+def test_by_packet_with_a_request_about_addresses(packets4: World) -> None:
+    """psg announces nsg's address in a request of its own as soon as the SA is up; nobody waits for it."""
+    world = packets4
+    world.lab.net.cut("away", "psg")
+    world.lab.net.relocate()
+    until(lambda: at_nsg(world), "the SA is at nSG", 30.0)
+    for host in ("nsg", "mn"):
+        world.rekey_child(host, "nsg")
+        world.rekey_ike(host, "nsg")
+    world.ping()
+
+
+def test_reactive(mobile: World, had: bool) -> None:
+    world = mobile
+    up(world, psg=impatient("mn"))
+    before = spis(world.one("mn"))
+    unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
+    done = asks(world, "handover", "--to", "nsg", "--json")
+    assert (done.code, done.json["result"]) == (0, "moved"), done
+    assert done.json["ms"] < 5000
+    assert spis(world.one("mn")) == before
+    settled(world, "nsg")
+    lives(world, "nsg")
+
+
+def test_predictive(mobile: World, had: bool) -> None:
+    world = mobile
+    up(world, psg=impatient("mn"))
+    done = asks(world, "handover", "--to", "nsg", "--predictive", "--json")
+    assert (done.code, done.json["result"]) == (0, "announced"), done
+    unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
+    done = asks(world, "handover", "--to", "nsg", "--json")
+    assert (done.code, done.json["result"]) == (0, "moved"), done
+    assert (done.json["announced"], done.json["mode"]) == (True, "predictive")
+    settled(world, "nsg")
+    lives(world, "nsg")
+
+
+def test_the_mobile_node_has_asked(mobile: World, had: bool) -> None:
+    """Its own request: nsg is asked what psg was, under the message ID that psg had not had yet."""
+    world = mobile
+    up(world, mn=impatient("psg"))
+    before = spis(world.one("mn"))
+    unanswered(world, "mn", ("psg", "mn") if had else ("mn", "psg"))
+    done = asks(world, "handover", "--to", "nsg", "--json")
+    assert (done.code, done.json["result"]) == (0, "moved"), done
+    assert spis(world.one("mn")) == before
+    settled(world, "nsg")
+    lives(world, "nsg")
+
+
+def test_both_have_asked(mobile: World) -> None:
+    world = mobile
+    up(world, mn=impatient("psg"), psg=impatient("mn"))
+    with world.blocked("mn", "psg"):
+        until(lambda: waits(world, "mn") and waits(world, "psg"), "both have asked", 20.0)
+        time.sleep(1.0)
+        done = asks(world, "handover", "--to", "nsg", "--json")
+        assert (done.code, done.json["result"]) == (0, "moved"), done
+        settled(world, "nsg")
+        lives(world, "nsg")
+
+
+def test_the_answer_to_the_mobile_nodes_agent_was_lost(mobile: World) -> None:
+    """It has told psg of UPDATE_SPI under a message ID that charon does not know to be used."""
+    world = mobile
+    world.up(mobile=True)
+    world.block("psg", "mn")
+    until(lambda: "did not answer" in world.log("mn", "agent.out"), "the agent has given up", 30.0)
+    done = asks(world, "handover", "--to", "nsg", "--json")
+    assert (done.code, done.json["result"]) == (0, "moved"), done
+    settled(world, "nsg")
+    lives(world, "nsg")
