@@ -28,8 +28,8 @@ COLLISIONS = (
 SCENARIOS = (
     *("handover", "handover-v6", "handover-encap", "handover-keep"),
     *(name + version for name in MODES if name != "handover" for version in ("", "-v6")),
-    *COLLISIONS,
 )
+"""What is run where no scenario is named. `COLLISIONS` are run by their names."""
 
 NATIVE = tuple(name for name in SCENARIOS if name.split("-v")[0] in ("predictive", "reactive", "by-packet"))
 """Scenarios that are as good with ESP in user space: whoever moves an SA there has its SAs made anew."""
