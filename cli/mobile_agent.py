@@ -159,8 +159,9 @@ class MobileAgent:
 
     async def _resume(self) -> None:
         await self._spis.resume()
-        await self._mobile.resume()
         self._spis.start()
+        async with self.handovers.lock:
+            await self._mobile.resume()
         await self._ask_again()
 
     async def _ask_again(self) -> None:
@@ -216,6 +217,7 @@ class MobileAgent:
             "in_question": self.handovers.in_question(listed),
             "last": self.handovers.last(),
             "renamed": self._spis.renamed,
+            "watched": self._spis.watched,
         }
         return with_json(answer, sas=len(views))
 

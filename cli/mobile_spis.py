@@ -160,19 +160,27 @@ class SpiWatch:
         self.renamed = 0
         """Requests that were granted."""
 
+    @property
+    def watched(self) -> int:
+        """IKE_SAs that are listened to."""
+        return sum(not task.done() for _, task in self._ears.values())
+
     # What is listened to.
 
     def start(self) -> None:
         """Begin to listen, now and whenever SAs or addresses change."""
         if self._allowed:
             self._host.on_change = self.changed
-            self.changed()
+            self._look()
 
     def changed(self, change: Change | None = None) -> None:
         """SAs or addresses may have changed."""
         del change
         if self._soon is None and self._allowed:
-            self._soon = asyncio.get_running_loop().call_later(SETTLE, self._look)
+            self._look_in(SETTLE)
+
+    def _look_in(self, seconds: float) -> None:
+        self._soon = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _look(self) -> None:
         self._soon = None
@@ -203,6 +211,8 @@ class SpiWatch:
         try:
             views = await self._host.views()
         except (CharonError, WireError):
+            if self._soon is None:
+                self._look_in(AGAIN)
             return
         known = set(self._host.record.names())
         wanted = {view.spis: view.local for view in views if view.spis in known}

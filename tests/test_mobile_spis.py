@@ -11,7 +11,7 @@ import pytest
 
 from ikectx.context import Endpoint, IkeContext
 from ikectx.cxtp import ContextDataBlock
-from ikectx.errors import BusyError, LinkError, StoreError, WireError
+from ikectx.errors import BusyError, CharonError, LinkError, StoreError, WireError
 from ikectx.mobility import Outcome
 from ikectx.numbers import Fpt, Protocol
 from ikectx.ports import MoveReport
@@ -406,7 +406,17 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(mobile_spis, "serve_updates", serve)
         monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
+        listed = w.node.charon.list_sas
+
+        def away() -> Any:
+            w.node.charon.list_sas = listed  # type: ignore[method-assign]
+            raise CharonError("not yet")
+
+        w.node.charon.list_sas = away  # type: ignore[method-assign]
+        monkeypatch.setattr(mobile_spis, "AGAIN", 0.001)
         w.watch.start()
+        await asyncio.sleep(1)
+        assert w.watch.watched == 1
         for _ in range(2):
             w.watch.changed()
             await asyncio.sleep(1)

@@ -14,6 +14,7 @@ With ESP in user space the mobile node's charon rekeys its child each time.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,32 @@ def test_an_announcement_leaves_everything_as_it_was(mobile: World) -> None:
     mobile.ping()
     mobile.serves("psg")
     mobile.ends("mn", "psg")
+
+
+@pytest.mark.parametrize("kind", ["inbound", "ike"])
+@pytest.mark.parametrize("step", ["run_spi_update", "count", "readdress", "loud"])
+def test_an_agent_that_dies_while_it_asks_back(mobile: World, tmp_path: Path, step: str, kind: str) -> None:
+    # as a push, but the mobile node falls silent before or after its own request; the next agent repeats it,
+    # octet for octet. Where it was never sent, nsg rekeys, and is heard when the SA is active again
+    keys = {"inbound": ("spi_in",), "ike": ("spi_r",)}[kind]
+    up(mobile)
+    told(mobile)
+    names = names_at_psg(mobile)
+    other = other_at_nsg(mobile, tmp_path, **{key: names[key] for key in keys})
+    lab = mobile.lab
+    lab.stop("mn", "agent")
+    root = str(Path(__file__).parent.parent.parent)
+    words = [sys.executable, str(Path(__file__).with_name("dying.py")), str(lab.work / "mn" / "mobile.toml")]
+    dying = lab.spawn("mn", "agent", ["env", f"PYTHONPATH={root}", *words, step])
+    lab.wait_agent("mn")
+    until(lambda: status(mobile)["watched"] == 1, "the agent listens")
+    work = mobile.begin("psg", "transfer", "--to", "nsg", "--json")
+    assert dying.wait(timeout=20) == 9
+    lab.started.pop(("mn", "agent"))
+    assert mobile.one("mn")["state"] == "PASSIVE"
+    (lab.work / "mn" / "ikectx.vici").unlink(missing_ok=True)
+    lab.start_agent("mn")
+    done = mobile.end(work)
+    assert done.code == 0, done
+    until(lambda: agreed(mobile), "both ends agree", 20)
+    lives_on(mobile, other)

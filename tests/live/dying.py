@@ -1,0 +1,38 @@
+"""A mobile node's agent that dies, for tests, where it would begin one step of `SpiWatch` or `CharonMobile`.
+
+    python dying.py mobile.toml STEP
+
+The process is gone at once: nothing is tidied up.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ikectx_cli import mobile_agent, mobile_spis
+from ikectx_cli.mobile_config import load
+from ikectx_cli.mobile_spis import SpiWatch
+from vici_bridge.mobile import CharonMobile
+
+
+def main(config: str, step: str) -> int:
+    def watch(*parts: Any, **more: Any) -> SpiWatch:
+        """Nothing is announced: the gateway was told by the agent before."""
+        return SpiWatch(*parts, **{**more, "tells": lambda gateway: False})
+
+    def die(*_: Any, **__: Any) -> Any:
+        os._exit(9)
+
+    mobile_agent.SpiWatch = watch  # type: ignore[assignment,misc]
+    if hasattr(CharonMobile, step):
+        setattr(CharonMobile, step, die)
+    else:
+        setattr(mobile_spis, step, die)
+    return mobile_agent.run(load(Path(config)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))
