@@ -86,8 +86,8 @@ class Relay:
         for version, head in _HEAD.items():
             rule = f"add rule inet {TABLE} pre"
             lines += [
-                f"{rule} meta l4proto esp {head} daddr set {head} saddr . @th,0,32 map @esp{version}",
+                f"{rule} meta l4proto esp {head} daddr set {head} saddr . @th,0,32 map @esp{version} counter",
                 f"{rule} udp dport {self._port} {head} daddr set "
-                f"{head} saddr . udp sport . @th,64,32 map @udp{version}",
+                f"{head} saddr . udp sport . @th,64,32 map @udp{version} counter",
             ]
         return "\n".join(lines) + "\n"

@@ -332,7 +332,7 @@ class CharonSink:
             seed=plan.seed,
         )
         base = self._renames.arrived(here)
-        if moves and known is not True:
+        if moves:
             await self._renames.relay_old(here, context.local.address)
 
         async def made(now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
