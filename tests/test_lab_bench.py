@@ -46,7 +46,7 @@ def test_medians_and_each_runs_losses() -> None:
 def test_the_page_holds_command_losses_and_ratio() -> None:
     text = page(summarise([report(2, 10.0)]), "ikectx lab bench --runs 1")
     assert "ikectx lab bench --runs 1" in text
-    assert "| handover | 2 | 2 | 10 | 2 | 400 | 4 | 452 |" in text
+    assert "| handover | 5 | 2 | 2 | 10 | 2 | 400 | 4 | 452 |" in text
     assert "100 (10.0 x)" in text
     assert "MobiArch'08" in text
 
@@ -54,6 +54,8 @@ def test_the_page_holds_command_losses_and_ratio() -> None:
 def test_the_table_of_mobiarch_has_their_rows_and_every_mode_of_this_run() -> None:
     away = report(9, 40.0, scenario="reactive", ratio=12.5)
     native = [report(9, 7.0, scenario="reactive")]
+    own = page(summarise([away], native), "x").split("own speed")[1]
+    assert "| reactive | 5 | 9 | 9 | 7 | 70 | 1 to 10.0 |" in own
     text = page(summarise([report(2, 10.0), away], native), "x").split("## The table of MobiArch'08")[1]
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert [row.split(" | ")[1:4] for row in rows[:3]] == [
