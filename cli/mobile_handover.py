@@ -510,10 +510,9 @@ class Handovers:
                 # under its old name nobody will answer what charon may be asking
                 await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
                 run.held = True
-            await self._mobile.readdress(run.context, care_of, remote, renames, peers)
-            if outcome.expected is not None and run.now == run.sa:
-                # under a new name both ends begin at 0
+            if outcome.expected is not None and run.now == run.sa:  # under a new name both ends begin at 0
                 run.asks = await self._mobile.renumber(run.sa, outcome.expected)
+            await self._mobile.readdress(run.context, care_of, remote, renames, peers)
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, run.nsg.name)
             await self._mobile.redirect(run.sa, care_of, remote, peers)

@@ -335,7 +335,9 @@ class Arrivals:
     async def _taken(self, arrival: Arrival, peer: PeerConfig, sa: SaName) -> IkeContext | None:
         """The SA, if it is here and the token is right: this agent was restarted before it could answer."""
         try:
-            context = await step("export", self._parts.source.export(sa), self._parts.timing)
+            # it is only looked at, and need not be idle
+            exported = self._parts.source.export(sa, away=True)
+            context = await step("export", exported, self._parts.timing)
         except (BusyError, UnknownSaError):
             return None
         key = tokens.token_key(context.current, arrival.message.sequence)

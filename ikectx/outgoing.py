@@ -86,8 +86,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     `begins`: OK to push it, ANNOUNCE where the MN said that it will go, REQUESTED where it is at the peer,
     which asked for it over `link`. `token`: algorithm and key by which the peer can check the MN's arrival.
-    `mid`: message ID of the request that the MN is known to send next. `away`: the MN is at the peer and does not
-    answer here; then `expects` is the ID of the next request that it expects, None: not known.
+    `mid`: message ID of the request that the MN is known to send next. `away`: the MN is at the peer and does
+    not answer here; then `expects` is the ID of the next request that it expects, None: not known.
     """
 
     reports = True

@@ -13,8 +13,8 @@ this label knows SK_d already. nSG gets the key with the PCTD, or pSG checks the
 The MN_TOKEN block of a CTAR (and of the CT-Req it becomes) holds, as data:
 
     purpose u8 (1 announce, 2 arrive) · care-of family u8 (0: none, 4, 6) · care-of port u16 (0 without)
-    · expiry u32 · next request ID that the MN expects of its gateway u32 · SPIi 8 · SPIr 8 · length u8 and UTF-8 of pSG's name · the same of nSG's
-    · care-of address 0, 4 or 16 · tag 16
+    · expiry u32 · next request ID that the MN expects of its gateway u32 · SPIi 8 · SPIr 8
+    · length u8 and UTF-8 of pSG's name · the same of nSG's · care-of address 0, 4 or 16 · tag 16
 
     tag = HMAC-SHA-256(key, "ikectx CXTP request 1" | family u8 (4, 6) | MN's previous address
           | sequence number u32 | the data in front of the tag

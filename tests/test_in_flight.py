@@ -17,11 +17,15 @@ from ikectx.profile import decode_final, encode, encode_final
 from ikectx.tokens import Purpose, expected_by, token_key
 from ikectx.transfer import TransferReport
 from ikectx.whole import decode_last, final_of, merge
+from ikectx_cli import movers
+from mobike_ext.probe import MidProbe
 
+from .gateway_world import OURS, Mobiles, Place
 from .mobile_nodes import MobileNode, serve
 from .peers import a_context
-from .test_proof import request
+from .test_deadlines import MemoryStore
 from .test_profile import TRANSFER
+from .test_proof import request
 from .worlds import ALL, World, run, world
 
 NEW = Endpoint.of("203.0.113.5", 4500)
@@ -68,7 +72,7 @@ def test_by_packet_nsg_asks_the_mn(settles: int) -> None:
             report = await by_packet(w, context)
             assert report is not None
             assert report.result == "moved"
-            whole = [message for message in w.network.seen if isinstance(message, Ctd)][0]
+            whole = next(message for message in w.network.seen if isinstance(message, Ctd))
             sent, _ = decode_last(whole.blocks)
             assert isinstance(sent, IkeContext)
             assert (sent.unsure, sent.mid_initiator) == (True, M)
@@ -252,3 +256,60 @@ def test_push_and_pull_wait_for_the_answer(pull: bool) -> None:
             assert "freeze" not in w.a.daemon.calls
 
     run(scenario())
+
+
+# -- at nSG, with charon --------------------------------------------------------------------------------
+
+
+def test_the_sink_asks_under_its_own_address() -> None:
+    asked: list[tuple[Endpoint, int]] = []
+
+    async def scenario() -> None:
+        place = Place(MemoryStore(), Mobiles(0xC000_0000, 0xCFFF_FFFF))
+        context = a_context()
+        final = replace(final_of(context), unsure=True)
+        with pytest.raises(RefusedError) as caught:
+            await place.sink.settle(context, final)
+        assert caught.value.status is Status.NOT_COVERED
+
+        async def settler(here: IkeContext, last: FinalState) -> int:
+            asked.append((here.local, last.mid_initiator))
+            return M + 2
+
+        place.sink._settler = settler
+        settled = await place.sink.settle(context, final)
+        assert settled == replace(final, mid_initiator=M + 2, unsure=False)
+
+    asyncio.run(scenario())
+    assert asked == [(OURS, M)]
+
+
+def test_the_same_octets_after_a_crash_and_no_iv_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[bytes]] = []
+
+    async def no_socket(machine: MidProbe, *, mark: int) -> int:
+        assert mark == 5
+        sent.append([request[0] for request in machine._requests])
+        return M + 1
+
+    monkeypatch.setattr(movers, "run_mid_probe", no_socket)
+
+    async def scenario() -> None:
+        settler = movers.MnSettler(5, 0.5, 5)
+        context = a_context()
+        moved = replace(context, remote=NEW)
+        later = replace(final_of(context), mid_initiator=M + 1)
+        for here, final in (
+            (context, final_of(context)),
+            (context, final_of(context)),
+            (moved, final_of(context)),
+            (context, later),
+        ):
+            assert await settler(here, final) == M + 1
+
+    asyncio.run(scenario())
+    first, again, elsewhere, later = sent
+    assert first == again
+    # one message ID, one IV at one place
+    assert first[1] == later[0]
+    assert len({*first, *elsewhere, *later}) == 5

@@ -1,4 +1,4 @@
-"""probe.py: the message ID that a mobile node expects, whether it answers any copy or the same octets only."""
+"""probe.py: the message ID that a mobile node expects, whether it answers any copy or equal octets only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A request without an answer, because the mobile node has left, holds no handover up.
 
 psg's charon asks every second whether its mobile node is there (dpd_delay), or the mobile node asks psg.
-The way is cut in one direction, so that the other end has had the request or has not; then the node is at nsg:
+The way is cut in one direction, so that the other end has had the request or has not; then the node goes:
 
     psg -> MN   INFORMATIONAL m    empty; MN -> psg  INFORMATIONAL m  empty, lost (had)
     psg -> .    INFORMATIONAL m    empty, lost (had not)
