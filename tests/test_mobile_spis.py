@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.rename import Renamed, RenameRefused, SpiUpdate
 from vici_bridge.ha import HaType
 
-from .mobile_world import Node
+from .mobile_world import Crash, Node
 from .test_mobile import NEW, NSG, OLD, a_node_context, do, quick
 from .test_mobile_handover import CONFIG
 from .test_mobile_handover import World as HandoverWorld
@@ -366,6 +367,55 @@ def test_an_agent_that_dies_while_it_asks_says_the_same_again(monkeypatch: pytes
         assert not w.node.store.items(MIRROR)
 
     do(scenario())
+
+
+@pytest.mark.parametrize("ike", [False, True])
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_crash_at_any_step(monkeypatch: pytest.MonkeyPatch, ike: bool, in_flight: bool) -> None:
+    """What nSG has agreed to is what this node has, whenever its agent dies; else nothing has changed."""
+    pairs = (*PAIRS, *([Renaming(Protocol.IKE, False, PEER, b"newnewne")] if ike else []))
+
+    async def crashed(step: int) -> bool:
+        w = Watched(monkeypatch, pairs)
+        node = w.node
+        if in_flight:
+            node.charon.tasks = ["CHILD_REKEY"]
+            node.charon.children[1].state = "REKEYING"
+        node.fuse.at = node.fuse.count + step
+        event = Asked(NSG, True, pairs, message_id=4)
+        try:
+            await w.watch._ask_back(node.sa, event, time.monotonic())
+            ended = True
+        except (Crash, asyncio.CancelledError):
+            ended = False
+        node.charon.tasks = []
+        w.begin()
+        await w.watch.resume()
+        await node.mobile.resume()
+        assert all(sent == w.said[0] for sent in w.said)
+        agreed = bool(w.said)
+        assert {(c.context.spi_in, c.context.spi_out) for c in node.charon.children} == {
+            OTHERS if agreed else SAME[0],
+            SAME[1],
+        }
+        assert len(node.charon.children) == 2
+        name = (OWN, b"newnewne") if ike and agreed else node.sa
+        assert (node.charon.context.spis, node.charon.state) == (name, "ESTABLISHED")
+        node.host.record.retain({name})  # as when charon's list is compared
+        assert node.host.record.names() == (name,)
+        used = 8 if in_flight else 9
+        mid = 0 if ike and agreed else used + 1 if agreed else 9
+        assert node.host.record.context(name).mid_initiator == mid
+        assert not any(node.store.items(kind) for kind in (MIRROR, "move", "quiet"))
+        return ended
+
+    async def every() -> int:
+        step = 1
+        while not await crashed(step):
+            step += 1
+        return step
+
+    assert do(every()) > 15
 
 
 def test_a_note_that_is_of_no_use_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
