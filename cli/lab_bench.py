@@ -248,8 +248,9 @@ def _native(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     )
     yield (
         "Here the mobile node's CHILD_SAs are rekeyed behind the handover, since user-space ESP cannot be "
-        "given other addresses, so messages are not compared; the gap holds the change of the access network, for "
-        "which charon alone waits 100 ms. Without netem in the kernel the access link has no delay."
+        "given other addresses, so messages are not compared; the gap holds the change of the access "
+        "network, for which charon alone waits 100 ms. Without netem in the kernel the access link has no "
+        "delay."
     )
 
 
