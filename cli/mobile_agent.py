@@ -31,7 +31,8 @@ from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__
 from .mobile_config import MobileFile
-from .mobile_handover import Handovers, Report
+from .mobile_handover import Handovers
+from .mobile_report import Report
 from .mobile_spis import SpiWatch
 
 log = logging.getLogger("ikectx")

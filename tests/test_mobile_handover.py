@@ -18,7 +18,8 @@ from ikectx.mobility import Handover, MobileState, Mode, Outcome, Prepared
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import SaName
 from ikectx_cli.mobile_config import MobileFile, parse
-from ikectx_cli.mobile_handover import ASKED, Handovers, Report
+from ikectx_cli.mobile_handover import ASKED, Handovers
+from ikectx_cli.mobile_report import Report
 from vici_bridge.charon import SaView, departing_view
 
 from .test_deadlines import MemoryStore

@@ -1,0 +1,79 @@
+"""How a mobile node's handover went, as its agent tells it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ikectx.context import Address, Endpoint
+from ikectx.numbers import STATUS_TEXT, Status
+from ikectx.ports import SaName
+
+
+@dataclass(slots=True)
+class Report:
+    """How a handover went. `result`: moved, announced, already, refused, silent, cancelled, failed.
+
+    `serves`: the gateway that serves the SA now, None where that is not known. `renamed`: SPIs that the new
+    gateway could not keep. Octets are UDP payload.
+    """
+
+    result: str
+    from_: str
+    to: str
+    connection: str
+    spis: SaName
+    mode: str
+    old: tuple[Endpoint, Endpoint]
+    new: tuple[Endpoint, Endpoint] | None = None
+    serves: str | None = None
+    children: tuple[str, ...] = ()
+    vips: tuple[Address, ...] = ()
+    exit_code: int = 0
+    detail: str = ""
+    hint: str = ""
+    status: Status = Status.OK
+    announced: bool = False
+    messages: int = 0
+    octets: int = 0
+    retransmissions: int = 0
+    renamed: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        """Addresses as text, times in ms."""
+        ends = {
+            "old": dict(zip(("local", "remote"), map(str, self.old), strict=True)),
+            "new": dict(zip(("local", "remote"), map(str, self.new), strict=True)) if self.new else None,
+        }
+        return {
+            "result": self.result,
+            "exit_code": self.exit_code,
+            "from": self.from_,
+            "to": self.to,
+            "serves": self.serves,
+            "mode": self.mode,
+            "announced": self.announced,
+            "connection": self.connection,
+            "spi_i": self.spis[0].hex(),
+            "spi_r": self.spis[1].hex(),
+            **ends,
+            "children": list(self.children),
+            "vips": [str(vip) for vip in self.vips],
+            "status": {
+                "code": int(self.status),
+                "name": self.status.name,
+                "text": STATUS_TEXT.get(self.status, ""),
+            },
+            "detail": self.detail,
+            "hint": self.hint,
+            "messages": self.messages,
+            "octets": self.octets,
+            "retransmissions": self.retransmissions,
+            "renamed": self.renamed,
+            "phases_ms": {name: round(ms, 1) for name, ms in self.phases.items()},
+            "ms": round(sum(self.phases.values()), 1),
+            "started": round(self.started, 3),
+        }
