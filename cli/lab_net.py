@@ -257,6 +257,9 @@ class Net:
         rules = ["add table ip nat"]
         rules.append("add chain ip nat post { type nat hook postrouting priority 100; }")
         rules.append("add chain ip nat pre { type nat hook prerouting priority -100; }")
+        # what gateways send each other with this source has passed the NAT already (ESP under old SPIs)
+        rules.append("add chain ip nat again { type filter hook prerouting priority -300; }")
+        rules.append(f"add rule ip nat again ip saddr {NAT} notrack")
         for host, port in NAT_PORT.items():
             own = OUTER[host][4]
             rules.append(f"add rule ip nat post ip saddr {own} udp sport 4500 snat to {NAT}:{port}")
