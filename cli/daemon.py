@@ -50,6 +50,8 @@ LEFT_QUIETLY = 10.0
 anybody: its MN has gone (charon gives up after 165 s of retransmissions)."""
 CALL_BACK_TRIES = 3
 """Requests, for each of two message IDs, to an MN whose transfer is undone."""
+SETTLE_TRIES = 4
+"""Requests at most, for each of two message IDs, to an MN that is asked for the next one; it is waiting."""
 HOOK_PATIENCE = 5.0
 """Seconds charon is made to wait in its updown script for a handover to let go."""
 
@@ -128,7 +130,7 @@ class Agent:
             self._host,
             MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
             MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
-            MnSettler(config.transfer.mn_tries, timeout, MARK),
+            MnSettler(min(config.transfer.mn_tries, SETTLE_TRIES), timeout, MARK),
         )
         self._peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ikectx_cli.lab_net import AWAY
+from ikectx_cli.lab_net import ANNOUNCED, AWAY
 
 from .test_by_packet import at_nsg, packets4
 from .test_mobile import asks, lives, mobile, settled
@@ -88,6 +88,32 @@ def test_by_packet(packets4: World, had: bool) -> None:
         world.rekey_ike(host, "nsg")
     world.ping()
     world.ends("mn", "nsg")
+
+
+def test_by_packet_where_nsg_cannot_ask(packets4: World, had: bool) -> None:
+    """nsg hears the mobile node, which does not hear nsg: psg goes on when the node can be reached again."""
+    world = packets4
+    world.lab.reload(world.tunnel, {"psg": impatient("mn")})
+    world.lab.terminate("mn")
+    until(lambda: not world.lab.list_sas("psg"), "the first tunnel is down")
+    world.lab.connect("psg")
+    world.ping()
+    before = spis(world.one("mn"))
+    unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
+    deaf = f"add rule inet test way ip saddr {ANNOUNCED[4]} ip daddr {AWAY[4]} meta l4proto udp drop\n"
+    world.must("core", "nft", deaf)
+    world.lab.net.cut("away", "psg")
+    world.lab.net.relocate()
+    until(lambda: "aborted" in world.log("nsg", "agent.out"), "nsg has given it back", 30.0)
+    world.lab.net.mend()
+    until(lambda: world.one("mn")["local-host"] in AWAY.values(), "the mobile node has told psg", 30.0)
+    until(lambda: not world.lab.list_sas("nsg") and world.idle("psg"), "psg has it", 30.0)
+    until(lambda: not waits(world, "psg"), "psg has its answer", 30.0)
+    assert spis(world.one("psg")) == spis(world.one("mn")) == before
+    for host in ("psg", "mn"):
+        world.rekey_child(host, "psg")
+        world.rekey_ike(host, "psg")
+    world.ping()
 
 
 def test_by_packet_with_a_request_about_addresses(packets4: World) -> None:
