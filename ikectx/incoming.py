@@ -291,7 +291,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         if self._last.unsure:
             await self._settle(context)
         address = "update" if self.header is None else self.header.address
-        if address == "keep" or (address == "mn" and not must_tell(self.parts.sink, context)):
+        if address != "update" and not must_tell(self.parts.sink, context):
             return
         try:
             self._report = await self.parts.sink.move_peer(context, self._last)

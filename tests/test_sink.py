@@ -366,6 +366,33 @@ def test_an_mn_that_waits_for_an_answer_is_told_by_it() -> None:
     run(scenario())
 
 
+def test_a_kept_address_can_need_other_spis_all_the_same() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = replace(a_context(1), local=OURS)
+        other = rival(context, "inbound")
+        for one in (other, context):
+            here.mobiles.add(one)
+        here.charon.serve(other)
+        final = final_of(context)
+        here.sink.tell_later(context, False)
+        await here.sink.prepare(context, True)
+        assert here.sink.must_tell(context)
+        await here.sink.take(context, final)
+        report = await here.sink.move_peer(context, final)
+        await here.sink.activate(context, final, report)
+        here.sound()
+        (wish,) = here.mobiles.asked
+        assert wish.addresses is False
+        # and where no SPI is taken there is nothing to tell
+        free = replace(a_context(5), local=OURS)
+        await here.sink.prepare(free, True)
+        assert not here.sink.must_tell(free)
+        assert await here.sink.move_peer(free, final_of(free)) == MoveReport()
+
+    run(scenario())
+
+
 def test_an_answer_cannot_ask_for_an_outbound_spi() -> None:
     async def scenario() -> None:
         here = place()
