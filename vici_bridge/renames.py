@@ -259,9 +259,9 @@ class Renames:
             return after
         self._put_guards(here, before, after)
         counters = self._make_way(here, plan, before, after)
-        if before.spis != after.spis:
-            await asyncio.to_thread(host.mute.mute_in, after.spis)
-            await asyncio.to_thread(host.mute.mute_out, after.spis)
+        # again, maybe: an agent that starts lets SAs speak that charon does not list
+        await asyncio.to_thread(host.mute.mute_in, after.spis)
+        await asyncio.to_thread(host.mute.mute_out, after.spis)
         await host.send(orders)
         await self._listed(after, before, present=True)
         if host.kernel is not None:
