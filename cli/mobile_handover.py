@@ -19,6 +19,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -57,6 +58,12 @@ LOOKING = 0.5
 Progress = Callable[[Mapping[str, Any]], None]
 Runner = Callable[..., Awaitable[Outcome]]
 """`ikectx.mnlink.run_handover`, or a stand-in."""
+Answering = Callable[
+    [SaName, Endpoint, Collection[Address]], AbstractAsyncContextManager[asyncio.Future[IkeContext]]
+]
+"""`mobile_spis.SpiWatch.answering`, or a stand-in."""
+AFTER_IKE = 1.0
+"""Seconds to wait for nSG's CTAA when it has asked by IKE what only who serves the SA can ask."""
 
 
 class Outside(Protocol):
@@ -91,6 +98,8 @@ class _Run:
     since: float = field(default_factory=time.monotonic)
     now: SaName = (b"", b"")
     """What the SA is called at last: `sa`, unless its IKE SPIs were taken at nSG."""
+    by_ike: IkeContext | None = None
+    """The SA after nSG has moved it by IKE."""
     asks: bool = False
     """charon has asked pSG something that nobody answered, and is to ask nSG."""
 
@@ -113,12 +122,15 @@ class Handovers:
         mobile: CharonMobile,
         store: Store,
         run: Runner = run_handover,
+        answering: Answering | None = None,
     ) -> None:
+        """`answering`: answers the new gateway's IKE requests while the SA is passive."""
         self._config = config
         self._outside = outside
         self._mobile = mobile
         self._store = store
         self._run = run
+        self.answering = answering
         self.lock = asyncio.Lock()
         """Held while an SA is passive, by a handover or for a moment by others."""
         self._moving = False
@@ -180,8 +192,7 @@ class Handovers:
             async with self._made_loud(run):
                 await self._hold(run)
                 self._note_asked(run)
-                outcome = await self._run(run.machine, progress=self._observer(run))
-                await self._end(run, outcome)
+                await self._end(run, await self._outcome(run))
             return self._finished(run)
 
     async def cancel(self) -> bool:
@@ -414,11 +425,35 @@ class Handovers:
         report.messages, report.octets = outcome.messages, outcome.octets
         report.retransmissions = outcome.retransmissions
 
+    async def _outcome(self, run: _Run) -> Outcome:
+        """What nSG says, or what it does by IKE before it has said anything."""
+        asking = asyncio.ensure_future(self._run(run.machine, progress=self._observer(run)))
+        care_of = run.machine.care_of
+        if self.answering is None or not run.held or care_of is None:
+            return await asking
+        try:
+            async with self.answering(run.sa, care_of, run.nsg.addresses) as moved:
+                waiting: set[asyncio.Future[Any]] = {asking, moved}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if not moved.done():
+                    return await asking
+                run.by_ike = moved.result()
+                await asyncio.wait({asking}, timeout=AFTER_IKE)
+            return run.machine.outcome
+        finally:
+            asking.cancel()
+
     async def _end(self, run: _Run, outcome: Outcome) -> None:
         """What the answer, or its absence, means for the SA."""
         report = run.report
         self._count(run)
         run.phase("asked")
+        if run.by_ike is not None:
+            log.info("%s has moved the SA by IKE", run.nsg.name)
+            report.result, report.serves = "moved", run.nsg.name
+            report.new, run.now = (run.by_ike.local, run.by_ike.remote), run.by_ike.spis
+            run.phase("readdressed")
+            return
         if outcome.state is not MobileState.ACTIVATED:
             self._failed(run, outcome)
             return

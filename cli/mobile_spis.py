@@ -12,6 +12,8 @@ since its message ID is used here (nSG has not answered it and never will).
 What is said is noted before it is said. An agent that starts anew says it again, octet for octet, and gets
 the same answer (nSG repeats it for 60 s).
 
+Where a handover has made the SA passive already, the agent answers in charon's stead (`SpiWatch.answering`).
+
 nSG waits only for a mobile node that it knows to have an agent. So this says it, once for each IKE_SA:
 
     MN -> pSG   INFORMATIONAL  N(UPDATE_SPI_SUPPORTED)     answered without anything
@@ -25,7 +27,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -364,6 +366,51 @@ class SpiWatch:
                 log.warning("%s asked for other SPIs, then refused them", note.remote)
         self._store.delete(MIRROR, _key(sa))
 
+    # A handover.
+
+    @contextlib.asynccontextmanager
+    async def answering(
+        self, sa: SaName, local: Endpoint, gateway: Collection[Address]
+    ) -> AsyncIterator[asyncio.Future[IkeContext]]:
+        """While `sa` is passive: do and answer what the gateway asks at `local` for addresses and names.
+
+        The future is the SA after that. Its request is authentic and new, so this gateway serves the SA,
+        whatever else it says or does not. Nobody else may change the SA meanwhile.
+        """
+        context = self._mobile.recorded(sa)
+        moved: asyncio.Future[IkeContext] = asyncio.get_running_loop().create_future()
+        machine = _Answering(
+            gateway,
+            context.current,
+            context.mid_responder,
+            local,
+            MobileNames(self._host, sa),
+            conditions=context.conditions,
+        )
+
+        async def asked(event: Asked) -> Reason | None:
+            if moved.done():
+                return Reason.BUSY  # in a moment charon answers, and this node asks back
+            if event.moves or event.pairs:
+                renames = {one.old: one.new for one in event.pairs}
+                peers = [Endpoint(address, event.source.port) for address in gateway]
+                after = await self._mobile.readdress(context, local, event.source, renames, peers)
+                self.renamed += bool(renames)
+                moved.set_result(after)
+            return None
+
+        task = asyncio.create_task(serve_updates(machine, asked))
+        try:
+            yield moved
+        finally:
+            if machine.retired:
+                self._spawn(_to_its_end(task))  # the old SPIs, of which charon knows nothing any more
+            else:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                if machine.answered:
+                    await self._mobile.count(sa, responder=machine.expected_id)
+
     # After a start.
 
     async def resume(self) -> None:
@@ -392,6 +439,22 @@ class SpiWatch:
             except (CharonError, WireError) as error:
                 log.debug("SPIs that were being changed wait for charon: %s", error)
                 await asyncio.sleep(AGAIN)
+
+
+class _Answering(SpiResponder):
+    """Answers nobody but one gateway."""
+
+    def __init__(self, gateway: Collection[Address], *parts: Any, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self._gateway = gateway
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        if source.address in self._gateway:
+            super().receive(datagram, source, now)
+
+
+async def _to_its_end(task: asyncio.Task[None]) -> None:
+    await task
 
 
 def _key(sa: SaName) -> str:

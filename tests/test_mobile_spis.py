@@ -10,127 +10,30 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import Endpoint, IkeContext
-from ikectx.cxtp import ContextDataBlock
-from ikectx.errors import BusyError, CharonError, LinkError, StoreError, WireError
-from ikectx.mobility import Outcome
-from ikectx.numbers import Fpt, Protocol
+from ikectx.context import Endpoint
+from ikectx.errors import CharonError, LinkError, StoreError
+from ikectx.numbers import Protocol
 from ikectx.ports import MoveReport
-from ikectx.spis import AH, ESP, IKE, NewSpi, serialize_new_spis
 from ikectx_cli import mobile_spis
 from ikectx_cli.mobile_config import parse
-from ikectx_cli.mobile_names import MobileNames, renames_of
+from ikectx_cli.mobile_names import MobileNames
 from ikectx_cli.mobile_spis import MIRROR, Mirror, SpiWatch
 from mobike_ext.answering import Asked
 from mobike_ext.link import SpiReport
 from mobike_ext.naming import Names, Renaming, ask, ask_peer, mirrored
 from mobike_ext.notify import Reason, UpdateSpi
-from mobike_ext.rename import Renamed, RenameRefused, SpiUpdate
+from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate
 from vici_bridge.ha import HaType
 
 from .mobile_world import Crash, Node
-from .test_mobile import NEW, NSG, OLD, a_node_context, do, quick
+from .test_mobile import NEW, NSG, OLD, PSG, a_node_context, do, quick
 from .test_mobile_handover import CONFIG
-from .test_mobile_handover import World as HandoverWorld
 
 __all__ = ["quick"]
 
 CONTEXT = a_node_context(children=2)
 FIRST, SECOND = CONTEXT.children
 OWN, PEER = CONTEXT.spis
-
-
-def blocks(*spis: NewSpi) -> tuple[ContextDataBlock, ...]:
-    return (ContextDataBlock(Fpt.NEW_SPIS, serialize_new_spis(spis)),)
-
-
-# What an answer names.
-
-
-def test_an_answer_with_new_spis() -> None:
-    assert renames_of((), CONTEXT) == {}
-    assert renames_of((ContextDataBlock(Fpt.MN_TOKEN, b"x"),), CONTEXT) == {}
-    told = blocks(NewSpi(ESP, SECOND.spi_out, b"\xc9\0\0\1"), NewSpi(IKE, PEER, b"newnewne"))
-    assert renames_of(told, CONTEXT) == {SECOND.spi_out: b"\xc9\0\0\1", PEER: b"newnewne"}
-    (current,) = CONTEXT.generations
-    responder = replace(CONTEXT, generations=(replace(current, initiator=False),))
-    assert renames_of(blocks(NewSpi(IKE, OWN, b"newnewne")), responder) == {OWN: b"newnewne"}
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        blocks(NewSpi(ESP, FIRST.spi_in, b"\xc9\0\0\1")),  # ours, not the gateway's
-        blocks(NewSpi(ESP, b"\xc9\0\0\2", b"\xc9\0\0\1")),
-        blocks(NewSpi(AH, FIRST.spi_out, b"\xc9\0\0\1")),
-        blocks(NewSpi(IKE, OWN, b"newnewne")),
-        blocks(NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\1"), NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\2")),
-        blocks(NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\1"), NewSpi(ESP, SECOND.spi_out, b"\xc9\0\0\1")),
-        (ContextDataBlock(Fpt.NEW_SPIS, b"\x09\x04abcdefgh"),),
-        (ContextDataBlock(Fpt.NEW_SPIS, b"\x03\x04abcd"),),
-    ],
-)
-def test_an_answer_that_makes_no_sense(bad: tuple[ContextDataBlock, ...]) -> None:
-    with pytest.raises(WireError):
-        renames_of(bad, CONTEXT)
-
-    async def scenario() -> None:
-        w = HandoverWorld()
-        run = w.gateways.__call__
-
-        async def with_blocks(*args: Any, **kwargs: Any) -> Outcome:
-            return replace(await run(*args, **kwargs), blocks=bad)
-
-        w.handovers._run = with_blocks
-        w.mobile.context = CONTEXT
-        report = await w.arrive()
-        assert (report.result, report.serves, report.new) == ("failed", None, None)
-        assert report.exit_code != 0
-        assert "new SPIs" in report.detail
-        assert w.steps() == ["quiet", "loud"]  # nothing was touched
-        assert w.handovers.in_question()[0]["to"] == "nsg"
-
-    do(scenario())
-
-
-@pytest.mark.parametrize("looks", [False, True])
-def test_a_handover_with_new_spis(looks: bool) -> None:
-    async def scenario() -> None:
-        w = HandoverWorld()
-        w.mobile.context = CONTEXT
-        told = blocks(NewSpi(ESP, FIRST.spi_out, b"\xc9\0\0\1"), NewSpi(IKE, PEER, b"newnewne"))
-        run = w.gateways.__call__
-        asked: dict[str, Any] = {}
-
-        async def with_blocks(*args: Any, **kwargs: Any) -> Outcome:
-            return replace(await run(*args, **kwargs), blocks=told)
-
-        async def quiet(sa: Any, **how: Any) -> None:
-            asked.update(how)
-            if looks and not how.get("anything"):
-                w.mobile.busy = ["IKE_MOBIKE"]
-                raise BusyError("it looks for its gateway")
-            w.mobile.state = "PASSIVE"
-
-        async def readdress(context: IkeContext, local: Any, remote: Any, renames: Any, peers: Any) -> Any:
-            asked["renames"] = renames
-            w.mobile.local, w.mobile.remote = local, remote
-            (current,) = CONTEXT.generations
-            w.mobile.context = replace(CONTEXT, generations=(replace(current, spi_r=b"newnewne"),))
-            return w.mobile.context
-
-        w.handovers._run = with_blocks
-        w.mobile.quiet = quiet  # type: ignore[method-assign]
-        w.mobile.readdress = readdress  # type: ignore[method-assign]
-        report = await w.arrive()
-        assert (report.result, report.exit_code, report.renamed) == ("moved", 0, 2), report
-        assert asked["renames"] == {FIRST.spi_out: b"\xc9\0\0\1", PEER: b"newnewne"}
-        # under its old name nobody answers what charon asks
-        assert asked.get("anything", False) is looks
-        assert w.handovers.in_question() == []
-        assert report.to_json()["renamed"] == 2
-
-    do(scenario())
 
 
 # Names that a gateway asks for.
@@ -432,6 +335,79 @@ def test_a_note_that_is_of_no_use_any_more(monkeypatch: pytest.MonkeyPatch) -> N
         await w.node.mobile.loud(w.node.sa)
         w.settled(*SAME)
         assert w.said == []
+
+    do(scenario())
+
+
+# In charon's stead, while a handover keeps it passive.
+
+
+def gateways_request(
+    asks: tuple[UpdateSpi, ...], message_id: int = 5, addresses: bool = True
+) -> tuple[SpiUpdate, bytes]:
+    (current,) = CONTEXT.generations
+    machine = SpiUpdate(
+        replace(current, initiator=False),
+        message_id,
+        NSG,
+        NEW,
+        asks,
+        iv=bytes(64),
+        fresh=bytes(FRESH_OCTETS),
+        cookie2=bytes(16),
+        addresses=addresses,
+    )
+    ((datagram, _),) = machine.to_send(0.0)
+    return machine, datagram
+
+
+@pytest.mark.parametrize("ike", [False, True])
+def test_the_new_gateway_asks_by_ike_during_a_handover(monkeypatch: pytest.MonkeyPatch, ike: bool) -> None:
+    asks = (
+        ask(Protocol.ESP, FIRST.spi_out, OTHERS[1]),
+        ask_peer(Protocol.ESP, FIRST.spi_in),
+        *([ask(Protocol.IKE, PEER, b"newnewne")] if ike else []),
+    )
+
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        machines: list[Any] = []
+
+        async def serve(machine: Any, asked: Any, **_: Any) -> None:
+            machines.append(machine)
+            update, datagram = gateways_request(asks)
+            machine.receive(datagram, PSG, 0.0)
+            assert machine.next_event() is None  # another gateway's
+            machine.receive(datagram, NSG, 0.0)
+            machine.answer(bytes(256), 0.0, await asked(machine.next_event()))
+            for answer, to in machine.to_send(0.0):
+                assert to == NSG
+                update.receive(answer, NEW, 0.0)
+            events = [update.next_event(), update.next_event()]
+            (renamed,) = (event for event in events if isinstance(event, Renamed))
+            assert len(renamed.pairs) == len(asks)
+            if not ike:
+                _, datagram = gateways_request((ask(Protocol.ESP, OTHERS[1], b"\xc9\0\0\7"),), 6)
+                machine.receive(datagram, NSG, 5.0)
+                assert await asked(machine.next_event()) is Reason.BUSY
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+        await w.node.mobile.quiet(w.node.sa)
+        async with w.watch.answering(w.node.sa, NEW, [NSG.address]) as moved:
+            after = await moved
+        assert (after.local, after.remote) == (NEW, NSG)
+        assert after.spis == ((OWN, b"newnewne") if ike else w.node.sa)
+        await w.node.mobile.loud(w.node.sa)
+        assert (w.node.charon.state, w.node.charon.remote) == ("ESTABLISHED", NSG)
+        assert {c.context.spi_out for c in w.node.charon.children} == {OTHERS[1], SECOND.spi_out}
+        assert FIRST.spi_in not in {c.context.spi_in for c in w.node.charon.children}
+        now = w.node.host.record.context(after.spis)
+        assert now.mid_responder == (0 if ike else 6)
+        assert w.watch.renamed == 1
+        # under its old SPIs it goes on to answer that request
+        assert bool(w.watch._work) is ike
+        await w.watch.close()
 
     do(scenario())
 

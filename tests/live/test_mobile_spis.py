@@ -14,15 +14,25 @@ With ESP in user space the mobile node's charon rekeys its child each time.
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ikectx.context import Endpoint
+from ikectx.numbers import Protocol
 from ikectx_cli.lab_net import OUTER
+from mobike_ext.link import run_spi_update
+from mobike_ext.naming import ask, ask_peer
+from mobike_ext.rename import Renamed, SpiUpdate
 
+from ..netns import of_name
 from .test_collisions import agreed, lives_on, names_at_psg, other_at_nsg, others, served
+from .test_exchanges import _child, _endpoint, _generation
 from .test_mobile import afterwards, asks, hands_over, mobile, status, up
 from .world import World, spis, until
 
@@ -153,3 +163,47 @@ def test_an_agent_that_dies_while_it_asks_back(mobile: World, tmp_path: Path, st
     assert done.code == 0, done
     until(lambda: agreed(mobile), "both ends agree", 20)
     lives_on(mobile, other)
+
+
+@pytest.mark.parametrize("ike", [False, True])
+def test_a_gateway_that_asks_by_ike_during_a_handover(mobile: World, ike: bool) -> None:
+    # MN -> nsg CTAR, which nobody answers; the test, as nsg, has the SA's keys from psg:
+    # nsg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES), N(UPDATE_SPI)...; the mobile node's agent answers itself
+    up(mobile)
+    told(mobile)
+    shown = mobile.context("psg", secrets=True)
+    (generation,), (child,) = map(_generation, shown["generations"]), map(_child, shown["children"])
+    own = generation.spi_i if generation.initiator else generation.spi_r
+    asks = [ask(Protocol.ESP, child.spi_in, b"\xc9\0\0\1"), ask_peer(Protocol.ESP, child.spi_out)]
+    asks += [ask(Protocol.IKE, own, b"\x99" * 8)] if ike else []
+    machine = SpiUpdate(
+        generation,
+        shown["mid_initiator"],
+        Endpoint.of(OUTER["nsg"][4], 4500),
+        _endpoint(shown["remote"]),
+        asks,
+        iv=secrets.token_bytes(64),
+        fresh=secrets.token_bytes(512),
+        cookie2=secrets.token_bytes(16),
+        conditions=0,
+    )
+    mobile.lab.stop("nsg", "agent")
+    try:
+        config = str(mobile.lab.work / "mn" / "mobile.toml")
+        work = mobile.begin("mn", "mobile", "--config", config, "handover", "--to", "nsg", "--json")
+        until(lambda: mobile.one("mn")["state"] == "PASSIVE", "the SA is passive")
+        time.sleep(0.3)
+        with of_name(mobile.lab.net.namespace("nsg")).entered():
+            report = asyncio.run(run_spi_update(machine))
+        assert isinstance(report.outcome, Renamed), report
+        assert len(report.outcome.pairs) == len(asks)
+        done = mobile.end(work)
+        assert done.code == 0, done
+        assert (done.json["result"], done.json["serves"]) == ("moved", "nsg")
+        node = mobile.one("mn")
+        assert (node["state"], node["remote-host"]) == ("ESTABLISHED", OUTER["nsg"][4])
+        assert ("c9000001" in {out for _, out in installed(node)}) or "REKEYING" in str(node["child-sas"])
+        assert (spis(node)[1] == "99" * 8) is ike
+    finally:
+        mobile.lab.start_agent("nsg")
+        mobile.broken = True  # nsg's charon knows nothing of all this
