@@ -273,6 +273,7 @@ def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         (
             (
                 name,
+                one["interval_ms"],
                 one["lost"],
                 one["lost_median"],
                 one["gap_ms"],

@@ -74,7 +74,7 @@ def test_the_table_of_mobiarch_has_their_rows_and_every_mode_of_this_run() -> No
 def test_collisions_have_a_table_of_their_own() -> None:
     one = report(1, 10.0, scenario="collision-all", others={"mn2": {"lost": 3}}, baseline=[])
     text = page(summarise([report(2, 10.0), one]), "x")
-    assert "| collision-all | 1 | 1 | 10 | 3 | 2 | 400 |" in text
+    assert "| collision-all | 5 | 1 | 1 | 10 | 3 | 2 | 400 |" in text
     assert "| collision-all | ikectx" not in text
     assert "taken at nSG" not in page(summarise([report(2, 10.0)]), "x")
 
