@@ -168,7 +168,12 @@ class MobileAgent:
 
     async def _ask_again(self) -> None:
         """nSG may have taken an SA that an agent before this one asked it to: it says so if asked again."""
-        listed = [view.spis for view in await self._host.views()]
+        while True:
+            try:
+                listed = [view.spis for view in await self._host.views()]
+                break
+            except (CharonError, WireError):  # charon starts after its agent
+                await asyncio.sleep(1)
         for asked in self.handovers.in_question(listed):
             sa = (bytes.fromhex(asked["spi_i"]), bytes.fromhex(asked["spi_r"]))
             log.warning("%s was asked to serve %s: asking again", asked["to"], asked["connection"])
