@@ -48,6 +48,8 @@ class Lab:
     warnings: list[str] = field(default_factory=list)
     started: dict[tuple[str, str], subprocess.Popen[bytes]] = field(default_factory=dict)
     _vici: dict[str, CharonVici] = field(default_factory=dict)
+    _extras: tuple[bool, int | None] | None = None
+    """What the network has beside itself: NAT, the announced address. None: not known."""
 
     # -- life -------------------------------------------------------------------------------
 
@@ -133,6 +135,11 @@ class Lab:
             if host not in anew:
                 self._load(host)
 
+    def restore(self) -> None:
+        """Puts the network back to what it was; the daemons must be told anew (`reload`, `configure`)."""
+        self.net.restore()
+        self._extras = None
+
     def _own_files(self, host: str) -> tuple[str, ...]:
         """What the daemons of a host read once, when they start; nothing where it has none."""
         if host not in self.tunnel.charons:
@@ -144,8 +151,11 @@ class Lab:
 
     def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         write_all(self.work, tunnel, overrides)
-        self.net.translate(on=tunnel.nat)
-        self.net.announce(tunnel.family if tunnel.by_packet else None)
+        extras = tunnel.nat, tunnel.family if tunnel.by_packet else None
+        if extras != self._extras:
+            self.net.translate(on=extras[0])
+            self.net.announce(extras[1])
+            self._extras = extras
         for host in MOBILES:
             for version, address in INNER[host].items():
                 own = not tunnel.vip and tunnel.mode == "tunnel" and tunnel.inner == version

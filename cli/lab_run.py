@@ -56,6 +56,7 @@ class Runner:
         self._before: tuple[Snapshot, Snapshot] | None = None
         self._children: set[str] = set()
         self._away = False
+        self._cut = False
         self.report = Report(
             scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
         )
@@ -100,7 +101,8 @@ class Runner:
                     one.stop()
                 except (IkectxError, OSError, KeyError, ValueError):
                     continue
-        self._lab.net.mend()
+        if self._cut:
+            self._lab.net.mend()
 
     # -- commands ---------------------------------------------------------------------------
 
@@ -406,6 +408,7 @@ class Runner:
 
     def _do_cut(self, one: str, other: str) -> None:
         self._lab.net.cut(one, other)
+        self._cut = True
 
     def _do_mend(self) -> None:
         self._lab.net.mend()
@@ -459,7 +462,7 @@ class Runner:
         time.sleep(0.5)
         began = time.time_ns()
         if where:
-            lab.net.cut("away", "psg")
+            self._do_cut("away", "psg")
             self._do_relocate()
             self._forget("mn")
             began = time.time_ns()
@@ -558,7 +561,7 @@ def _prepared(
             raise
         return lab
     if disturbed:
-        lab.net.restore()
+        lab.restore()
     if clean and lab.agents == scenario.agents and not scenario.fresh and lab.clear():
         lab.reload(tunnel, scenario.overrides)
     else:
