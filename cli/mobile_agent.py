@@ -131,6 +131,7 @@ class MobileAgent:
             allowed=config.mobile.update_spi,
             tells=lambda address: config.gateway_at(address) is not None,
         )
+        self.handovers.fill = self._spis.fill
         self.handovers.answering = self._spis.answering if config.mobile.update_spi else None
         self._control = ControlServer(
             str(config.control.socket),

@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Protocol
 
@@ -62,6 +63,8 @@ Answering = Callable[
     [SaName, Endpoint, Collection[Address]], AbstractAsyncContextManager[asyncio.Future[IkeContext]]
 ]
 """`mobile_spis.SpiWatch.answering`, or a stand-in."""
+Fill = Callable[[SaName, Endpoint, Endpoint, int], Awaitable[int]]
+"""`mobile_spis.SpiWatch.fill`."""
 AFTER_IKE = 1.0
 """Seconds to wait for nSG's CTAA when it has asked by IKE what only who serves the SA can ask."""
 
@@ -131,6 +134,7 @@ class Handovers:
         self._store = store
         self._run = run
         self.answering = answering
+        self.fill: Fill | None = None
         self.lock = asyncio.Lock()
         """Held while an SA is passive, by a handover or for a moment by others."""
         self._moving = False
@@ -479,7 +483,8 @@ class Handovers:
                 await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
                 run.held = True
             if outcome.expected is not None and run.now == run.sa:  # under a new name both ends begin at 0
-                run.asks = await self._mobile.renumber(run.sa, outcome.expected)
+                fill = self.fill and partial(self.fill, run.sa, care_of, remote)
+                run.asks = await self._mobile.renumber(run.sa, outcome.expected, fill)
             await self._mobile.readdress(run.context, care_of, remote, renames, peers)
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, run.nsg.name)

@@ -324,17 +324,18 @@ class SpiWatch:
             raise CharonError("charon has lost the SA meanwhile")
         # what charon tells is the ID after the last one used; a request that is in flight has it, unanswered
         used = await self._in_flight(sa)
-        octets = _DATAGRAMS * iv_length(context.current.encr)
-        note = Mirror(
-            context.mid_initiator - used,
-            view.local,
-            view.remote,
-            asks,
-            secrets.token_bytes(octets),
-            secrets.token_bytes(FRESH_OCTETS),
-        )
+        note = self._mirror(context, context.mid_initiator - used, view.local, view.remote, asks)
         self._store.put(MIRROR, _key(sa), note.dumps())
         return note
+
+    @staticmethod
+    def _mirror(
+        context: IkeContext, message_id: int, local: Endpoint, remote: Endpoint, asks: tuple[UpdateSpi, ...]
+    ) -> Mirror:
+        octets = _DATAGRAMS * iv_length(context.current.encr)
+        return Mirror(
+            message_id, local, remote, asks, secrets.token_bytes(octets), secrets.token_bytes(FRESH_OCTETS)
+        )
 
     async def _in_flight(self, sa: SaName) -> bool:
         listed = await asyncio.to_thread(self._host.vici.list_sas)
@@ -349,8 +350,8 @@ class SpiWatch:
         try:
             report = await run_spi_update(note.machine(context))
         except LinkError as error:
+            # what charon has in flight under that ID stays so: see `CharonMobile.renumber`
             log.warning("%s did not answer what was said about SPIs: %s", note.remote, error)
-            await mobile.count(sa, initiator=note.message_id)
         else:
             # at once: charon's own exchange is about a child that may be gone soon
             await mobile.count(sa, initiator=note.message_id + report.move.requests)
@@ -367,6 +368,22 @@ class SpiWatch:
         self._store.delete(MIRROR, _key(sa))
 
     # A handover.
+
+    async def fill(self, sa: SaName, local: Endpoint, remote: Endpoint, message_id: int) -> int:
+        """Use up a message ID with the gateway at `remote`; the next one, the same if it does not answer.
+
+        For `CharonMobile.renumber`. The SA is passive; what is said is that UPDATE_SPI is known here.
+        """
+        context = self._mobile.recorded(sa)
+        note = self._mirror(context, message_id, local, remote, ())
+        self._store.put(MIRROR, _key(sa), note.dumps())
+        try:
+            message_id += (await run_spi_update(note.machine(context))).move.requests
+            await self._mobile.count(sa, initiator=message_id)
+        except LinkError as error:
+            log.warning("%s does not answer: %s", remote, error)
+        self._store.delete(MIRROR, _key(sa))
+        return message_id
 
     @contextlib.asynccontextmanager
     async def answering(

@@ -367,9 +367,22 @@ def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(had:
             assert not await node.mobile.renumber(node.sa, wrong)
         assert node.host.record.context(node.sa).mid_initiator == 7
         node.socket.heard.clear()
-        assert await node.mobile.renumber(node.sa, 7 if had else 6)
+        filled: list[int] = []
+
+        async def fill(message_id: int) -> int:
+            filled.append(message_id)
+            return message_id + answers
+
+        answers = 0
+        if not had:  # charon must not say 6 twice
+            assert not await node.mobile.renumber(node.sa, 6)
+            assert not await node.mobile.renumber(node.sa, 6, fill)
+            assert node.socket.heard == []
+        answers = 1
+        assert await node.mobile.renumber(node.sa, 7 if had else 6, fill)
         assert node.socket.heard == [ha.HaType.IKE_MID_INITIATOR]
-        assert node.host.record.context(node.sa).mid_initiator == (7 if had else 6)
+        assert node.host.record.context(node.sa).mid_initiator == 7
+        assert filled == ([] if had else [6, 6])
         node.charon.tasks = []
         before = node.host.record.context(node.sa).mid_initiator
         for expected, after in ((before, before), (before - 1, before), (before + 1, before + 1)):

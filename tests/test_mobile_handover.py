@@ -77,7 +77,7 @@ class Mobile:
     async def next_request(self, sa: SaName) -> int:
         return self.context.mid_responder
 
-    async def renumber(self, sa: SaName, expected: int) -> bool:
+    async def renumber(self, sa: SaName, expected: int, fill: Any = None) -> bool:
         assert self.state == "PASSIVE"
         self.renumbered.append(expected)
         return bool(self.busy)

@@ -339,6 +339,22 @@ def test_a_note_that_is_of_no_use_any_more(monkeypatch: pytest.MonkeyPatch) -> N
     do(scenario())
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_message_id_is_used_up(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch, ())
+        w.outcome = Renamed(()) if answers else None
+        await w.node.mobile.quiet(w.node.sa)
+        assert await w.watch.fill(w.node.sa, NEW, PSG, 8) == (9 if answers else 8)
+        ((asks, sent),) = w.said
+        assert (asks, sent[0][1]) == ((), PSG)
+        assert w.next_id == 9
+        await w.node.mobile.loud(w.node.sa)
+        w.settled(*SAME)
+
+    do(scenario())
+
+
 # In charon's stead, while a handover keeps it passive.
 
 

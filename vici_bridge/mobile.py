@@ -25,7 +25,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -232,14 +232,20 @@ class CharonMobile:
         await self._host.settle()
         return self._host.record.context(sa).mid_responder
 
-    async def renumber(self, sa: SaName, expected: int) -> bool:
+    async def renumber(
+        self, sa: SaName, expected: int, fill: Callable[[int], Awaitable[int]] | None = None
+    ) -> bool:
         """Have charon begin anew, once it is active, what it asked the old gateway and got no answer to.
 
         charon does not repeat a request whose time came while it was passive, and asks nothing else before it
         is answered. `expected`: the next message ID for the new gateway, which is that of the request if the
         old one had not had it; or one more than charon's, where an answer to this agent's own request was
-        lost. The SA is PASSIVE by `quiet`. True: it has something to ask. Errors: UnknownSaError,
-        CharonError.
+        lost. `fill`: uses up a message ID with the gateway, and gives the next one, or the same if it failed.
+        The SA is PASSIVE by `quiet`. True: it has something to ask. Errors: UnknownSaError, CharonError.
+
+        charon's own ID is not given to it again. For IVs charon counts up by message IDs, in two ranges: a
+        second message with an ID takes from the other one, that of its answers. The first answer with a lower
+        ID then has no IV, and charon destroys the SA (iv_gen_seq, strongSwan 5.9.8).
         """
         view = await self.steps.seen(sa)
         await self._host.settle()
@@ -249,7 +255,11 @@ class CharonMobile:
         if not -1 <= after - expected <= bool(view.tasks):
             log.warning("%s: the gateway expects request %d, charon is at %d", view.name, expected, after - 1)
             return False
-        await self.count(sa, initiator=expected)  # 0 cannot be said: then charon may repeat it by itself
+        if expected < after:
+            expected = expected if fill is None else await fill(expected)
+            if expected < after:
+                return False  # charon may repeat it by itself
+        await self.count(sa, initiator=expected)
         return bool(view.tasks)
 
     async def redirect(
