@@ -133,6 +133,7 @@ def test_an_announcement_leaves_everything_as_it_was(mobile: World) -> None:
         mobile.rekey_ike(host, "psg")
     mobile.ping()
     mobile.serves("psg")
+    until(lambda: not mobile.muted("nsg"), "what the test before sent on has ended")
     mobile.ends("mn", "psg")
 
 
