@@ -203,11 +203,11 @@ def page(summary: Mapping[str, Any], command: str) -> str:
             [*((*one, "", "", "") for one in MOBIARCH), *_mobiarch(rows, summary["native"])],
         ),
         "The first three rows are as published in MobiArch'08 (IKEv1 by racoon, Mobile IPv6, UDP packets "
-        "50 ms apart, without the delay of Mobile IPv6 itself) and not made by the command above: other "
-        "machines, another link. The rest are this run's: the longest gap of a 5 ms probe, with the "
-        "change of the access network in it where the MN moves, and all IKE and CXTP messages on the MN's "
-        "links. *anew* is what an MN does today (IKE_SA_INIT, IKE_AUTH), measured in the runs of the "
-        "scenario in brackets.",
+        "50 ms apart, without the delay of Mobile IPv6 itself) and not made by the commands above: other "
+        "machines, another link. The rest are this run's: the longest gap of the probe, with the change "
+        "of the access network in it where the MN moves, and all IKE and CXTP messages on the MN's links. "
+        "*anew* is what an MN does today (IKE_SA_INIT, IKE_AUTH), measured in the runs of the scenario in "
+        "brackets.",
         "*natively*: the same scenarios on the machine itself, with ESP in user space, and without delay "
         "on the access link where its kernel has no netem. In the virtual machine every step of an agent "
         "(Python) takes 10 to 20 times its time, and where the MN has a part in the handover, traffic "
