@@ -192,8 +192,8 @@ def page(summary: Mapping[str, Any], command: str) -> str:
             ("scenario", *(phases := _names(rows))),
             ((name, *(one["phases_ms"].get(phase) for phase in phases)) for name, one in rows.items()),
         ),
-        "`confirm` is what nSG does between CTD and CTDR: take, the exchange with the mobile node, activation. "
-        "With push and pull, traffic flows in all phases. The phases of a pull are nSG's.",
+        "`confirm` is what nSG does between CTD and CTDR: take, the exchange with the mobile node, "
+        "activation. With push and pull, traffic flows in all phases. The phases of a pull are nSG's.",
         "## The table of MobiArch'08, with IKEv2",
         _table(
             (
