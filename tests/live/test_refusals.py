@@ -214,8 +214,8 @@ for message in import_messages(context, int(version)):
 
 
 def test_the_ike_spi_is_in_use_there(world: World, tmp_path: Path) -> None:
-    # nsg's charon already has an IKE_SA with the same pair of SPIs: PCTD; CTDR IKE_SPI_IN_USE. charon itself
-    # would take the second, which then shadows the first.
+    # nsg's charon already has an IKE_SA with the same pair of SPIs, and nsg is told to refuse such SAs: PCTD;
+    # CTDR IKE_SPI_IN_USE. charon itself would take the second, which then shadows the first.
     world.up()
     world.lab.stop("nsg", "agent")
     script = tmp_path / "import.py"
@@ -223,10 +223,17 @@ def test_the_ike_spi_is_in_use_there(world: World, tmp_path: Path) -> None:
     version = str(wire_version(str(world.lab.vici("nsg").version()["version"])))
     words = [str(script), *spis(world.one("psg")), "10.2.2.2", "10.9.9.9", version]
     world.must("nsg", sys.executable, *words)
-    world.lab.start_agent("nsg")
-    until(lambda: len(world.lab.list_sas("nsg")) == 1, "nsg has the other SA")
-    with untouched(world, other=1):
-        refused(world.transfer("psg", "nsg"), 4, "IKE_SPI_IN_USE")
+    config = world.lab.work / "nsg" / "ikectx.toml"
+    text = config.read_text()
+    config.write_text(text.replace("[transfer]\n", '[transfer]\ncollision = "refuse"\n'))
+    try:
+        world.lab.start_agent("nsg")
+        until(lambda: len(world.lab.list_sas("nsg")) == 1, "nsg has the other SA")
+        with untouched(world, other=1):
+            refused(world.transfer("psg", "nsg"), 4, "IKE_SPI_IN_USE")
+    finally:
+        config.write_text(text)
+        world.restart("nsg")
 
 
 def test_the_other_charon_lacks_an_algorithm(world: World) -> None:
