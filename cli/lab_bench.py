@@ -263,6 +263,7 @@ def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     yield _table(
         (
             "scenario",
+            "probe, every ms",
             "mn lost, each run",
             "median",
             "gap ms",
@@ -288,7 +289,8 @@ def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         "nSG serves another mobile node, mn2, under names that mn's SA has at pSG: the inbound ESP SPI, the "
         "outbound one (both behind one NAT), both IKE SPIs, all of them. mn is a stock charon, which nSG "
         "rekeys, but in `collision-agent` (UPDATE_SPI) and `collision-reactive` (new SPIs in the CTAA, "
-        "after a change of the access network)."
+        "after a change of the access network). Where the outbound SPI is taken, nSG can only send under the "
+        "new one, which the MN knows when it has answered: what is lost is lost on the way down, until then."
     )
 
 

@@ -76,6 +76,9 @@ def test_collisions_have_a_table_of_their_own() -> None:
     text = page(summarise([report(2, 10.0), one]), "x")
     assert "| collision-all | 5 | 1 | 1 | 10 | 3 | 2 | 400 |" in text
     assert "| collision-all | ikectx" not in text
+    lines = text.split("taken at nSG")[1].splitlines()
+    head, row = lines[2], next(line for line in lines if line.startswith("| collision-all"))
+    assert head.count("|") == row.count("|")
     assert "taken at nSG" not in page(summarise([report(2, 10.0)]), "x")
 
 
