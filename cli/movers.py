@@ -131,15 +131,7 @@ class _Talk:
 
     def took(self, report: MoveReport) -> None:
         """Message IDs and figures of an exchange that has ended."""
-        mine = self.report
-        self.report = MoveReport(
-            messages=mine.messages + report.messages,
-            octets=mine.octets + report.octets,
-            retransmissions=mine.retransmissions + report.retransmissions,
-            requests=mine.requests + report.requests,
-            answered=mine.answered + report.answered,
-            proven_by_traffic=mine.proven_by_traffic or report.proven_by_traffic,
-        )
+        self.report += report
 
     async def tell(self, how: str) -> None:
         """Have what is new installed here."""

@@ -39,6 +39,17 @@ class MoveReport:
     """Message IDs of requests of the MN's that were answered here, not by charon."""
     proven_by_traffic: bool = False
 
+    def __add__(self, other: MoveReport) -> MoveReport:
+        """What both took together; one proof by traffic is enough."""
+        return MoveReport(
+            messages=self.messages + other.messages,
+            octets=self.octets + other.octets,
+            retransmissions=self.retransmissions + other.retransmissions,
+            requests=self.requests + other.requests,
+            answered=self.answered + other.answered,
+            proven_by_traffic=self.proven_by_traffic or other.proven_by_traffic,
+        )
+
 
 SaName = tuple[bytes, bytes]
 """(initiator SPI, responder SPI): how ports name an IKE_SA."""

@@ -337,7 +337,7 @@ class CharonSink:
 
         async def made(now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
             await self._renames.become(
-                here, now, moved=moved or plan.moved, how=how, report=_sum(plan.report, report)
+                here, now, moved=moved or plan.moved, how=how, report=plan.report + report
             )
 
         told: Told = await self._renamer(
@@ -348,7 +348,7 @@ class CharonSink:
         )
         if told.supports is not None:
             host.note_update_spi(here.remote_id, told.supports)
-        return _sum(plan.report, told.report)
+        return plan.report + told.report
 
     def _received(self, here: IkeContext) -> int:
         """ESP packets that arrived here on the SA's children."""
@@ -488,18 +488,6 @@ def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveRe
     if plan is not None and plan.ike:
         return 0, 0
     return final.mid_initiator + report.requests, final.mid_responder + report.answered
-
-
-def _sum(one: MoveReport, two: MoveReport) -> MoveReport:
-    """What both took together."""
-    return MoveReport(
-        messages=one.messages + two.messages,
-        octets=one.octets + two.octets,
-        retransmissions=one.retransmissions + two.retransmissions,
-        requests=one.requests + two.requests,
-        answered=one.answered + two.answered,
-        proven_by_traffic=one.proven_by_traffic or two.proven_by_traffic,
-    )
 
 
 def _key(context: IkeContext) -> str:
