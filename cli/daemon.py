@@ -24,9 +24,10 @@ from ikectx.links import PeerConfig, TlsConfig
 from ikectx.mnlink import MnServer
 from ikectx.plain import PlainServer, plain_dial, plain_listen
 from ikectx.ports import SaName
+from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore, open_store
-from ikectx.transfer import Timing, TransferEvent, TransferReport
+from ikectx.transfer import Timing
 from mobike_ext.watch import Watcher
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.guard import SpdGuard

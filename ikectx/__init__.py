@@ -51,9 +51,10 @@ if TYPE_CHECKING:
     from .profile import TransferHeader, decode_final, encode_final
     from .profile import decode as decode_context
     from .profile import encode as encode_context
+    from .report import TransferEvent, TransferReport
     from .serving import MobileConfig
     from .store import SqliteStore, open_store
-    from .transfer import Timing, TransferEvent, TransferReport
+    from .transfer import Timing
 
 __all__ = [
     "AuthRound",

@@ -30,22 +30,11 @@ from .moves import Moves
 from .numbers import Status
 from .outgoing import Address, Outgoing
 from .ports import Clock, ContextSink, ContextSource, SaName
+from .report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
 from .run import Observer, Parts, Tasks
 from .serving import MobileConfig, Serving, UsedTokens
 from .store import JournalEntry, SqliteStore
-from .transfer import (
-    OSEQ_JUMP,
-    SOURCE_STANDS,
-    TARGET_OWNS,
-    SourceInput,
-    SourceState,
-    TargetState,
-    Timing,
-    TransferEvent,
-    TransferReport,
-    sa_json,
-    status_json,
-)
+from .transfer import OSEQ_JUMP, TARGET_OWNS, SourceInput, SourceState, TargetState, Timing
 
 log = logging.getLogger("ikectx.aio")
 

@@ -22,16 +22,9 @@ from .links import Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, Fpt, Status
 from .ports import SaName, Verdict
 from .profile import TransferHeader
+from .report import HINTS, TARGET_STANDS, Result, TransferReport, mn_label, target_phases
 from .run import Observer, Parts
-from .transfer import (
-    HINTS,
-    TARGET_STANDS,
-    Result,
-    TargetState,
-    TransferReport,
-    first_failure,
-    mn_label,
-)
+from .transfer import TargetState, first_failure
 
 CHECK_ONLY = 1
 """Flag of a named SA in a CT-Req: pSG is to offer it for a check."""
@@ -42,20 +35,6 @@ _CODES: Mapping[Status, int] = {
     Status.AMBIGUOUS: UnknownSaError.exit_code,
 }
 _NOT_ALLOWED = "give this gateway the right `{}` in the other gateway's configuration"
-_PHASES: Mapping[TargetState, str] = {
-    TargetState.ANNOUNCED: "check",
-    TargetState.HELD: "hold",
-    TargetState.INSTALLING: "prepare",
-    TargetState.CHECKING: "check",
-    TargetState.PREPARING: "prepare",
-    TargetState.PREPARED: "wait",
-    TargetState.ADMITTING: "check",
-    TargetState.RECEIVING: "prepare",
-    TargetState.OWNING: "take",
-    TargetState.MOVING: "move",
-    TargetState.ACTIVATING: "activate",
-    TargetState.UNDOING: "undo",
-}
 _WAITING = (TargetState.HELD, TargetState.PREPARED, TargetState.ABORTED)
 _BEFORE = (
     *(TargetState.ANNOUNCED, TargetState.INSTALLING),
@@ -417,7 +396,7 @@ class Asking:
             state_here=f"{self._parts.name} {here}",
             state_there=f"{ask.peer.name} {there}",
             verdicts=ask.verdicts or (run.verdicts if run is not None else ()),
-            phases_ms=self._phases(ask),
+            phases_ms=_phases(ask),
             cxtp_messages=ask.messages + (run.messages if run is not None else 0),
             cxtp_octets=ask.octets + (run.octets if run is not None else 0),
             attempts=max(1, ask.attempts),
@@ -427,12 +406,9 @@ class Asking:
             exit_code=code,
         )
 
-    def _phases(self, ask: Ask) -> dict[str, float]:
-        found: dict[str, float] = {}
-        if ask.began and ask.answered is not None:
-            found["request"] = round((ask.answered - ask.began) * 1000, 3)
-        spent = {} if ask.run is None else ask.run.phases()
-        for state, name in _PHASES.items():
-            if state in spent:
-                found[name] = round(found.get(name, 0.0) + spent[state], 3)
-        return found
+
+def _phases(ask: Ask) -> dict[str, float]:
+    request = None
+    if ask.began and ask.answered is not None:
+        request = (ask.answered - ask.began) * 1000
+    return target_phases({} if ask.run is None else ask.run.phases(), request)

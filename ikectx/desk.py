@@ -21,15 +21,10 @@ from .links import Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, Status
 from .ports import SaName, Verdict
 from .profile import TransferHeader, decode
+from .report import mn_label
 from .run import Observer, Parts, Tasks, log, log_mistake, step
 from .store import JournalEntry
-from .transfer import (
-    TARGET_OWNS,
-    TargetInput,
-    TargetState,
-    mn_label,
-    offer_fits,
-)
+from .transfer import TARGET_OWNS, TargetInput, TargetState, offer_fits
 from .whole import decode_last, final_of
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)

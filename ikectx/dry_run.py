@@ -10,7 +10,7 @@ from .errors import IkectxError, LinkError, RefusedError, StateError
 from .numbers import STATUS_TEXT, Status
 from .outgoing import Outgoing, offer_status
 from .profile import TransferHeader, encode
-from .transfer import HINTS, TransferReport
+from .report import HINTS, TransferReport
 
 
 class DryRun(Outgoing):

@@ -19,8 +19,9 @@ from .links import Links, PeerConfig
 from .numbers import Status
 from .outgoing import Address, Outgoing
 from .ports import SaName
+from .report import TransferReport
 from .run import Observer, Parts, Tasks
-from .transfer import SourceInput, SourceState, TransferReport
+from .transfer import SourceInput, SourceState
 
 CANCELLABLE = frozenset(
     {

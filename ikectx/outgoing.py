@@ -14,35 +14,14 @@ from .links import Answer, Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, Status
 from .ports import SaName, Verdict
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
+from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
-from .transfer import (
-    HINTS,
-    OSEQ_JUMP,
-    SOURCE_DURABLE,
-    SOURCE_STANDS,
-    SourceAction,
-    SourceInput,
-    SourceState,
-    TransferReport,
-    mn_label,
-    new_source,
-)
+from .transfer import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 from .whole import decode_last, encode_whole
 
 Address = Literal["update", "keep", "mn"]
 _T = TypeVar("_T")
-
-_PHASES: Mapping[SourceState, str] = {
-    SourceState.NEW: "export",
-    SourceState.OFFERED: "prepare",
-    SourceState.ANNOUNCED: "announce",
-    SourceState.AWAITING: "await",
-    SourceState.FREEZING: "freeze",
-    SourceState.RELEASED: "confirm",
-    SourceState.CLEANING: "release",
-    SourceState.THAWING: "thaw",
-}
 
 _RESULTS: Mapping[SourceState, str] = {
     SourceState.DONE: "moved",
@@ -543,43 +522,17 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     # -- the report --------------------------------------------------------------------------------------
 
     def phases(self) -> dict[str, float]:
-        """Milliseconds by phase, in their order; `connect` is no part of `prepare`."""
-        spent = super().phases()
-        found: dict[str, float] = {}
-        for state, name in _PHASES.items():
-            if state not in spent:
-                continue
-            took = spent[state]
-            if name == "prepare" and self._connect_ms:
-                found["connect"] = round(self._connect_ms, 3)
-                took = round(max(0.0, took - self._connect_ms), 3)
-            found[name] = took
-        return found
+        return source_phases(super().phases(), self._connect_ms)
 
     def report(self) -> TransferReport:
         """As it stands now."""
-        result, here, there = SOURCE_STANDS[self.machine.state]
-        trouble, context, entry = self._trouble, self.context, self.entry
-        error = trouble or self.error
+        state, context = self.machine.state, self.context
+        result, here, there = SOURCE_STANDS[state]
         mn = mn_label(context) if context is not None else ""
-        text, hint, exit_code = "", "", 0
-        if result == "moved":
-            text = f"{self.peer.name} serves {mn} now"
-            if trouble is not None:
-                text += f"; the clean-up here failed, it is tried again: {trouble}"
-        elif error is not None:
-            text, hint, exit_code = str(error), error.hint or HINTS.get(error.status, ""), error.exit_code
-        if result == "in-doubt":
-            exit_code = exit_code or LinkError.exit_code
-            ident = self.transfer_id.hex()
-            hint = (
-                f"bring {self.peer.name} back: this gateway goes on asking it. If it has lost the SA for"
-                f" good, `ikectx reclaim {ident}` serves it here again"
-                if self.machine.state is SourceState.RELEASED
-                else "look at charon and the kernel here: it is tried again until it works"
-            )
+        ident = self.transfer_id.hex()
+        words = source_words(state, self.error, self._trouble, mn=mn, peer=self.peer.name, ident=ident)
         return TransferReport(
-            transfer_id=self.transfer_id.hex(),
+            transfer_id=ident,
             sa=self.sa,
             mn=mn,
             mn_address=str(context.remote.address) if context is not None else "",
@@ -587,15 +540,15 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             to=self.peer.name,
             result=result,
             status=Status.OK if result == "moved" else self.status,
-            text=text,
-            hint=hint,
+            text=words.text,
+            hint=words.hint,
             state_here=f"{self.parts.name} {here}",
             state_there=f"{self.peer.name} {there}",
             verdicts=self._verdicts,
             phases_ms=self.phases(),
             cxtp_messages=self._messages,
             cxtp_octets=self._octets,
-            epoch=entry.epoch if entry is not None else 0,
+            epoch=self.entry.epoch if self.entry is not None else 0,
             address=self.address,
-            exit_code=exit_code,
+            exit_code=words.exit_code,
         )

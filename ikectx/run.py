@@ -15,8 +15,9 @@ from .errors import IkectxError, StateError, StoreError
 from .machine import Machine
 from .numbers import Status
 from .ports import Clock, ContextSink, ContextSource
+from .report import TransferEvent, TransferReport
 from .store import JournalEntry, SqliteStore
-from .transfer import Timing, TransferEvent, TransferReport
+from .transfer import Timing
 
 log = logging.getLogger("ikectx.transfer")
 

@@ -23,9 +23,10 @@ from .moves import Moves
 from .numbers import Fpt, Status
 from .outgoing import Outgoing, check_expected
 from .ports import SaName
+from .report import TransferReport
 from .run import Parts, Tasks, log, step
 from .tokens import Purpose, TokenError
-from .transfer import SourceInput, SourceState, TransferReport
+from .transfer import SourceInput, SourceState
 
 MEMORY = 1024
 """CT-Reqs that are remembered: a repeated one must not begin a second transfer."""

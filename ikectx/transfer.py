@@ -30,14 +30,13 @@ Messages are those of RFC 4067; a transfer_id names one attempt and is never use
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 from .context import FinalState, IkeContext
 from .machine import Machine
-from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import SaName, Verdict
+from .numbers import Status
+from .ports import Verdict
 
 OSEQ_JUMP = 1 << 20
 """Outbound sequence numbers nobody uses, left between two owners (packets). A source that
@@ -425,161 +424,3 @@ def final_fits(context: IkeContext, final: FinalState, known: int) -> Status:
 def first_failure(verdicts: Sequence[Verdict]) -> Status:
     """The status that stands for all of them: the first that is not OK."""
     return next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), Status.OK)
-
-
-# -- what callers read -----------------------------------------------------------------------------------
-
-Result = Literal["moved", "kept", "refused", "in-doubt"]
-Role = Literal["source", "target"]
-
-SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
-    _S.NEW: ("kept", "serves the MN", "knows nothing of it"),
-    _S.OFFERED: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
-    _S.ANNOUNCED: ("kept", "serves the MN", "may hold it, and drops that by itself"),
-    _S.AWAITING: ("kept", "serves the MN until it arrives elsewhere", "holds it, and drops that by itself"),
-    _S.FREEZING: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
-    _S.RELEASED: ("in-doubt", "has let go and serves it no more", "may own it, or still be undoing it"),
-    _S.CLEANING: ("moved", "has let go; its clean-up is not finished", "serves the MN"),
-    _S.THAWING: ("in-doubt", "owns the SA but could not start serving it again", "does not own it"),
-    _S.DONE: ("moved", "has let go", "serves the MN"),
-    _S.KEPT: ("kept", "serves the MN", "does not own it"),
-    _S.REFUSED: ("refused", "serves the MN", "does not own it"),
-}
-"""What a transfer that stands in this state is to the caller: result, the source's and the target's side."""
-
-TARGET_STANDS: Mapping[TargetState, tuple[Result, str, str]] = {
-    _T.NEW: ("kept", "knows nothing of it", "serves the MN"),
-    _T.ANNOUNCED: ("kept", "is checking it", "serves the MN"),
-    _T.HELD: ("kept", "holds it until the MN arrives", "serves the MN"),
-    _T.INSTALLING: ("in-doubt", "is preparing it", "serves the MN"),
-    _T.ADMITTING: ("in-doubt", "is checking it", "has let go, and takes it back when told no"),
-    _T.RECEIVING: ("in-doubt", "is preparing it", "has let go, and takes it back when told no"),
-    _T.CHECKING: ("in-doubt", "is checking it", "serves the MN"),
-    _T.PREPARING: ("in-doubt", "is preparing it", "serves the MN"),
-    _T.PREPARED: ("in-doubt", "has it prepared", "serves the MN, or has let go by now"),
-    _T.OWNING: ("in-doubt", "owns it and is taking it over", "has let go"),
-    _T.MOVING: ("in-doubt", "owns it and is telling the MN", "has let go"),
-    _T.ACTIVATING: ("in-doubt", "owns it and is activating it", "has let go"),
-    _T.UNDOING: ("in-doubt", "could not yet clear away what it had prepared", "waits for that, or serves"),
-    _T.OWNED: ("moved", "serves the MN", "has let go"),
-    _T.ABORTED: ("kept", "does not own it", "serves the MN"),
-}
-"""The same as the target sees it: result, the target's side (here), the source's (there)."""
-
-HINTS: Mapping[Status, str] = {
-    Status.FAILED: "read the other gateway's log and its `history`",
-    Status.MALFORMED: "run the same version at both gateways",
-    Status.NOT_ALLOWED: "give this gateway the right `push` in the other gateway's configuration",
-    Status.NO_CONNECTION: "load a connection of that name at the other gateway",
-    Status.NO_CHILD: "add the child to the connection at the other gateway",
-    Status.IKE_SPI_IN_USE: "the other gateway has an SA of that name: look there for a leftover with `list`",
-    Status.ESP_SPI_IN_USE: "wait for a rekey of the child, which picks a new SPI, then try again",
-    Status.VIP_IN_USE: "give the gateways pools that do not overlap",
-    Status.SELECTORS_OVERLAP: "end the SA at the other gateway that has these traffic selectors",
-    Status.ALGORITHM: "load the algorithm at the other gateway, or rekey with another proposal",
-    Status.PROPOSAL: "align the proposals of the connection at both gateways",
-    Status.NO_ADDRESS: "give the other gateway an address of the MN's family",
-    Status.CHARON: "look at charon at the other gateway: `doctor` there tells more",
-    Status.KERNEL: "look at the kernel at the other gateway: `doctor` there tells more",
-    Status.UNREACHABLE: "check address, port, firewall and certificates: `doctor` tells more",
-    Status.PEER_SILENT: "check that the MN can reach the other gateway's address (UDP 500 and 4500)",
-    Status.PEER_REFUSED: "check that the MN speaks MOBIKE and accepts the other gateway's address",
-    Status.UNKNOWN_TRANSFER: "try again: the other gateway was restarted or had waited too long",
-    Status.BUSY: "try again when the exchange or the other transfer is over",
-    Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else",
-    Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
-    Status.AMBIGUOUS: "name the SA by its SPIs: `list` at the other gateway shows them",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TransferReport:
-    """How a transfer ended at the source; holds no secrets.
-
-    `text` says what happened, `hint` what to do, `state_here` and `state_there` what each gateway does now.
-    `phases_ms`: export, connect, prepare (PCTD to CTDR), freeze, confirm (CTD to CTDR: the target took, moved
-    and activated), release or thaw. `cxtp_octets` counts CXTP messages both ways without TLS.
-    """
-
-    transfer_id: str
-    sa: SaName
-    mn: str
-    mn_address: str
-    from_: str
-    to: str
-    result: Result
-    status: Status
-    text: str = ""
-    hint: str = ""
-    state_here: str = ""
-    state_there: str = ""
-    verdicts: tuple[Verdict, ...] = ()
-    phases_ms: Mapping[str, float] = field(default_factory=dict)
-    cxtp_messages: int = 0
-    cxtp_octets: int = 0
-    attempts: int = 1
-    epoch: int = 0
-    address: str = "update"
-    dry_run: bool = False
-    exit_code: int = 0
-
-    def to_json(self) -> dict[str, object]:
-        """The report as plain JSON values."""
-        return {
-            "transfer_id": self.transfer_id,
-            "sa": sa_json(self.sa),
-            "mn": self.mn,
-            "mn_address": self.mn_address,
-            "from": self.from_,
-            "to": self.to,
-            "result": self.result,
-            "status": status_json(self.status),
-            "text": self.text,
-            "hint": self.hint,
-            "state_here": self.state_here,
-            "state_there": self.state_there,
-            "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
-            "phases_ms": dict(self.phases_ms),
-            "cxtp_messages": self.cxtp_messages,
-            "cxtp_octets": self.cxtp_octets,
-            "attempts": self.attempts,
-            "epoch": self.epoch,
-            "address": self.address,
-            "dry_run": self.dry_run,
-            "exit_code": self.exit_code,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class TransferEvent:
-    """A transfer entered `state` (or ended: `report`, source only); `ms` since it began."""
-
-    transfer_id: str
-    role: Role
-    peer: str
-    sa: SaName
-    mn: str
-    state: str
-    ms: float
-    detail: str = ""
-    report: TransferReport | None = None
-
-
-def mn_label(context: IkeContext) -> str:
-    """The MN as people know it: its EAP identity where it has one, else its IKE identity."""
-    return str(context.remote_eap_id or context.remote_id)
-
-
-def sa_json(sa: SaName) -> dict[str, str]:
-    """An IKE_SA's name in hexadecimal."""
-    return {"spi_i": sa[0].hex(), "spi_r": sa[1].hex()}
-
-
-def status_json(status: Status) -> dict[str, object]:
-    """Number, name and words of a status."""
-    return {"code": int(status), "name": status.name, "text": STATUS_TEXT.get(status, "not known here")}
-
-
-def verdict_json(verdict: Verdict) -> dict[str, object]:
-    """One verdict as plain JSON values."""
-    return {"context": Fpt(verdict.fpt).name, "status": status_json(verdict.status), "detail": verdict.detail}

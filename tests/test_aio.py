@@ -24,7 +24,8 @@ from ikectx.errors import (
 from ikectx.links import PeerConfig
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
-from ikectx.transfer import OSEQ_JUMP, TransferEvent
+from ikectx.report import TransferEvent
+from ikectx.transfer import OSEQ_JUMP
 
 from .peers import (
     CountedStore,

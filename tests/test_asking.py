@@ -14,7 +14,7 @@ from ikectx.cxtp import Ctd, Ctdr, CtReq, Message, Pctd, parse_message
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, UsageError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
-from ikectx.transfer import TransferEvent
+from ikectx.report import TransferEvent
 
 from .peers import Fate, a_context
 from .worlds import ALL, FAST, World, run, world

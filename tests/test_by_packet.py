@@ -13,7 +13,7 @@ from ikectx.cxtp import Ctd, Ctdr, CtReq, Message
 from ikectx.errors import BusyError, CharonError, UsageError
 from ikectx.numbers import Exchange, Fpt, Status
 from ikectx.payloads import NoncePayload
-from ikectx.transfer import TransferReport
+from ikectx.report import TransferReport
 
 from .mobile_nodes import kinds, requests
 from .peers import Fate, a_context

@@ -14,8 +14,8 @@ from ikectx.errors import LinkError, RefusedError
 from ikectx.numbers import Status
 from ikectx.ports import settle
 from ikectx.profile import decode_final, encode, encode_final
+from ikectx.report import TransferReport
 from ikectx.tokens import Purpose, expected_by, token_key
-from ikectx.transfer import TransferReport
 from ikectx.whole import decode_last, final_of, merge
 from ikectx_cli import movers
 from mobike_ext.probe import MidProbe

@@ -1,9 +1,8 @@
-"""The machines' tables: every pair, every interleaving, timers, and what callers read."""
+"""The machines' tables: every pair, every interleaving, timers."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
@@ -15,18 +14,15 @@ from ikectx.errors import StateError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 from ikectx.transfer import (
-    HINTS,
     SOURCE_DURABLE,
     SOURCE_FINAL,
     SOURCE_IGNORED,
     SOURCE_SERVES,
-    SOURCE_STANDS,
     SOURCE_TABLE,
     TARGET_DURABLE,
     TARGET_FINAL,
     TARGET_IGNORED,
     TARGET_OWNS,
-    TARGET_STANDS,
     TARGET_TABLE,
     SourceAction,
     SourceInput,
@@ -35,7 +31,6 @@ from ikectx.transfer import (
     TargetInput,
     TargetState,
     Timing,
-    TransferReport,
     final_fits,
     first_failure,
     new_source,
@@ -412,43 +407,3 @@ def test_the_first_failure_stands_for_all() -> None:
     assert first_failure([]) is Status.OK
     verdicts = [Verdict(Fpt.PAD, Status.OK), Verdict(Fpt.SAD, Status.KERNEL), Verdict(Fpt.SPD, Status.CHARON)]
     assert first_failure(verdicts) is Status.KERNEL
-
-
-# -- what callers read -----------------------------------------------------------------------------------
-
-
-def test_every_state_says_who_serves_and_every_status_what_to_do() -> None:
-    assert set(SOURCE_STANDS) == set(SourceState)
-    for state, (result, here, there) in SOURCE_STANDS.items():
-        assert here
-        assert there
-        assert (result in ("kept", "refused")) == (state in SOURCE_SERVES - {S.THAWING})
-    assert set(TARGET_STANDS) == set(TargetState)
-    for target, (result, here, there) in TARGET_STANDS.items():
-        assert here
-        assert there
-        assert (result == "moved") == (target is T.OWNED)
-    assert set(HINTS) == set(Status) - {Status.OK, Status.BAD_CHECKSUM, Status.UNKNOWN_SA}
-
-
-def test_a_report_is_plain_json() -> None:
-    report = TransferReport(
-        "00" * 8,
-        a_context().spis,
-        "alice",
-        "192.0.2.1",
-        "psg",
-        "nsg",
-        "refused",
-        Status.NO_CONNECTION,
-        verdicts=(Verdict(Fpt.PAD, Status.NO_CONNECTION, "rw"),),
-        phases_ms={"export": 1.5},
-    )
-    there_and_back = json.loads(json.dumps(report.to_json()))
-    assert there_and_back["status"]["name"] == "NO_CONNECTION"
-    assert there_and_back["sa"]["spi_i"] == report.sa[0].hex()
-    assert there_and_back["verdicts"][0]["context"] == "PAD"
-    assert there_and_back["phases_ms"] == {"export": 1.5}
-    assert {"result", "from", "to", "epoch", "attempts", "cxtp_messages", "cxtp_octets"} <= set(
-        there_and_back
-    )

@@ -14,8 +14,9 @@ from typing import Any
 from ikectx.aio import Gateway
 from ikectx.links import PeerConfig
 from ikectx.ports import SaName
+from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
-from ikectx.transfer import Timing, TransferEvent, TransferReport
+from ikectx.transfer import Timing
 
 from .peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
 
