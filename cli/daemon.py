@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from ipaddress import ip_address
@@ -26,7 +23,7 @@ from ikectx.plain import PlainServer, plain_dial, plain_listen
 from ikectx.ports import SaName
 from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
-from ikectx.store import SqliteStore, open_store
+from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
 from mobike_ext.watch import Watcher
 from vici_bridge.control import ControlServer, Response
@@ -37,7 +34,7 @@ from vici_bridge.sink import CharonSink
 from vici_bridge.source import CharonSource
 from vici_bridge.vici_codec import Message, with_json
 
-from . import __version__
+from . import __version__, service
 from .announcements import Announcements
 from .config import Config
 from .movers import MnMover, MnRenamer, MnSettler
@@ -59,44 +56,7 @@ HOOK_PATIENCE = 5.0
 
 def run(config: Config) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
-    logging.basicConfig(
-        level=os.environ.get("IKECTX_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        if sys.stderr.isatty()
-        else "%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    os.umask(0o077)
-    asyncio.run(_serve(config))
-    return 0
-
-
-async def _serve(config: Config) -> None:
-    store = open_store(config.state_dir, now=time.time())
-    agent = Agent(config, store)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        await agent.start()
-        _notify_ready()
-        await stop.wait()
-        log.info("stopping")
-    finally:
-        await agent.stop()
-        store.close()
-
-
-def _notify_ready() -> None:
-    """systemd's readiness protocol (sd_notify): one datagram, nothing without NOTIFY_SOCKET."""
-    import socket
-
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
-            sock.send(b"READY=1")
+    return service.run(config.state_dir, lambda store: Agent(config, store))
 
 
 def host_config(config: Config) -> HostConfig:

@@ -9,10 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
-import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import ip_address
@@ -21,7 +17,6 @@ from typing import Any
 from ikectx.context import Address
 from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
 from ikectx.ports import SaName, Store
-from ikectx.store import open_store
 from vici_bridge.addresses import OuterAddresses
 from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
@@ -29,7 +24,7 @@ from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.mobile import CharonMobile
 from vici_bridge.vici_codec import Message, with_json
 
-from . import __version__
+from . import __version__, service
 from .mobile_config import MobileFile
 from .mobile_handover import Handovers
 from .mobile_report import Report
@@ -42,44 +37,7 @@ WHATS = ("arrive", "announce")
 
 def run(config: MobileFile) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
-    logging.basicConfig(
-        level=os.environ.get("IKECTX_LOG", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        if sys.stderr.isatty()
-        else "%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    os.umask(0o077)
-    asyncio.run(_serve(config))
-    return 0
-
-
-async def _serve(config: MobileFile) -> None:
-    store = open_store(config.state_dir, now=time.time())
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        agent = MobileAgent(config, store)
-        try:
-            await agent.start()
-            _notify_ready()
-            await stop.wait()
-            log.info("stopping")
-        finally:
-            await agent.stop()
-    finally:
-        store.close()
-
-
-def _notify_ready() -> None:
-    """systemd's readiness protocol (sd_notify): one datagram, nothing without NOTIFY_SOCKET."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
-            sock.send(b"READY=1")
+    return service.run(config.state_dir, lambda store: MobileAgent(config, store))
 
 
 class _Outside:

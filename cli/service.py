@@ -1,0 +1,70 @@
+"""An agent as a process: logging, signals, its store, and the word to systemd that it is ready (I/O)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ikectx.store import SqliteStore, open_store
+
+log = logging.getLogger("ikectx")
+
+
+class Service(Protocol):
+    """What runs until it is told to stop."""
+
+    async def start(self) -> None:
+        """Errors: IkectxError; `stop` is called all the same."""
+
+    async def stop(self) -> None: ...
+
+
+def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
+    """Run what `make` makes until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
+    logging.basicConfig(
+        level=os.environ.get("IKECTX_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        if sys.stderr.isatty()
+        else "%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    os.umask(0o077)
+    asyncio.run(_serve(state_dir, make))
+    return 0
+
+
+async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> None:
+    store = open_store(state_dir, now=time.time())
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        service = make(store)
+        try:
+            await service.start()
+            _notify_ready()
+            await stop.wait()
+            log.info("stopping")
+        finally:
+            await service.stop()
+    finally:
+        store.close()
+
+
+def _notify_ready() -> None:
+    """systemd's readiness protocol (sd_notify): one datagram, nothing without NOTIFY_SOCKET."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(b"READY=1")

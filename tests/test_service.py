@@ -1,0 +1,116 @@
+"""An agent as a process: it says when it is ready, stops at a signal, and leaves its store closed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ikectx.errors import ConfigError, KernelError
+from ikectx.store import SqliteStore
+from ikectx_cli import service
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """A process's: `run` is called in the tests' own here."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+class Agent:
+    """Notes what is done to it; `signals`: what it sends itself once it has started."""
+
+    def __init__(self, store: SqliteStore, *signals: signal.Signals, error: Exception | None = None) -> None:
+        self.store = store
+        self.calls: list[str] = []
+        self._signals = signals
+        self._error = error
+
+    async def start(self) -> None:
+        self.calls.append("start")
+        if self._error is not None:
+            raise self._error
+        for number in self._signals:
+            asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+        self.store.put("test", "open", b"still")
+
+
+def run(state_dir: Path, *signals: signal.Signals, error: Exception | None = None) -> list[Agent]:
+    made: list[Agent] = []
+
+    def make(store: SqliteStore) -> Agent:
+        made.append(Agent(store, *signals, error=error))
+        return made[-1]
+
+    try:
+        assert service.run(state_dir, make) == 0
+    finally:
+        for agent in made:
+            with pytest.raises(Exception, match="closed"):
+                agent.store.get("test", "open")
+    return made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    (agent,) = run(tmp_path / "state", number)
+    assert agent.calls == ["start", "stop"]
+
+
+def test_one_that_cannot_start_is_stopped_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match="no way"):
+        run(tmp_path / "state", error=KernelError("no way"))
+
+
+def test_the_store_is_closed_where_there_can_be_no_agent(tmp_path: Path) -> None:
+    stores: list[SqliteStore] = []
+
+    def make(store: SqliteStore) -> Agent:
+        stores.append(store)
+        raise ConfigError("no agent of this")
+
+    with pytest.raises(ConfigError, match="no agent"):
+        service.run(tmp_path / "state", make)
+    with pytest.raises(Exception, match="closed"):
+        stores[0].get("test", "open")
+
+
+def test_what_it_makes_is_its_owners(tmp_path: Path) -> None:
+    run(tmp_path / "state", signal.SIGTERM)
+    for path in (tmp_path / "state").iterdir():
+        assert path.stat().st_mode & 0o077 == 0, path.name
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_hears_when_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool
+) -> None:
+    path = f"@ikectx-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind("\0" + path[1:] if abstract else path)
+        systemd.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        with pytest.raises(KernelError):
+            run(tmp_path / "state", error=KernelError("no way"))
+        with pytest.raises(BlockingIOError):
+            systemd.recv(100)
+        run(tmp_path / "state", signal.SIGTERM)
+        assert systemd.recv(100) == b"READY=1"
+
+
+def test_a_notify_socket_that_is_gone_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    (agent,) = run(tmp_path / "state", signal.SIGTERM)
+    assert agent.calls == ["start", "stop"]
