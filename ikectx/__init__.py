@@ -119,7 +119,7 @@ __all__ = [
 ]
 
 _ROOMS = (
-    *("errors", "numbers", "context", "ports", "cxtp", "profile", "transfer"),
+    *("errors", "numbers", "context", "ports", "cxtp", "profile", "transfer", "report"),
     *("store", "links", "serving", "aio"),
 )
 """Where names are looked for: what costs little first."""
