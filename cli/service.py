@@ -1,4 +1,4 @@
-"""An agent as a process: logging, signals, its store, and the word to systemd that it is ready (I/O)."""
+"""An agent as a process: logging, signals, its store, the word to systemd that it is ready (I/O)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from ikectx.errors import UsageError
 from ikectx.store import SqliteStore, open_store
 
 log = logging.getLogger("ikectx")
@@ -30,8 +31,13 @@ class Service(Protocol):
 
 def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
     """Run what `make` makes until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
+    level = os.environ.get("IKECTX_LOG") or "info"
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise UsageError(
+            f"IKECTX_LOG is no log level: {level!r}", hint="one of debug, info, warning, error, critical"
+        )
     logging.basicConfig(
-        level=os.environ.get("IKECTX_LOG", "INFO").upper(),
+        level=level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         if sys.stderr.isatty()
         else "%(levelname)s %(name)s: %(message)s",

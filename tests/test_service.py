@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ikectx.errors import ConfigError, KernelError
+from ikectx.errors import ConfigError, KernelError, UsageError
 from ikectx.store import SqliteStore
 from ikectx_cli import service
 
@@ -114,3 +114,13 @@ def test_a_notify_socket_that_is_gone_does_not_matter(
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     (agent,) = run(tmp_path / "state", signal.SIGTERM)
     assert agent.calls == ["start", "stop"]
+
+
+def test_a_log_level_that_is_none_is_a_mistake_of_the_operators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IKECTX_LOG", "loud")
+    with pytest.raises(UsageError, match="'loud'") as caught:
+        run(tmp_path / "state", signal.SIGTERM)
+    assert "debug" in caught.value.hint
+    assert not (tmp_path / "state").exists(), "nothing is begun"
