@@ -299,7 +299,7 @@ class Agent:
                 progress=queue.put_nowait,
             )
         )
-        async for event in _until_done(work, queue):
+        async for event in service.until_done(work, queue):
             yield _event_json(event)
         yield _reports(await work)
 
@@ -321,7 +321,7 @@ class Agent:
                 progress=queue.put_nowait,
             )
         )
-        async for event in _until_done(work, queue):
+        async for event in service.until_done(work, queue):
             yield _event_json(event)
         yield _reports([await work])
 
@@ -403,19 +403,6 @@ def _reports(reports: Sequence[TransferReport]) -> Response:
             total=len(reports),
         )
     )
-
-
-async def _until_done(
-    work: asyncio.Task[Any], queue: asyncio.Queue[TransferEvent]
-) -> AsyncIterator[TransferEvent]:
-    """The queue's events until the work has ended and the queue is empty."""
-    while not work.done() or not queue.empty():
-        getter = asyncio.ensure_future(queue.get())
-        await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
-        if getter.done():
-            yield getter.result()
-        else:
-            getter.cancel()
 
 
 def _event_json(event: TransferEvent) -> Message:

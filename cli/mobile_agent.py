@@ -230,7 +230,7 @@ class MobileAgent:
             work = asyncio.create_task(self.handovers.arrive(to, sa, address=address, tell=items.put_nowait))
         self._work.add(work)
         work.add_done_callback(self._work.discard)
-        async for item in _until_done(work, items):
+        async for item in service.until_done(work, items):
             yield with_json(item, **{key: str(value) for key, value in item.items()})
         report: Report = await work
         answer = report.to_json()
@@ -262,21 +262,6 @@ class MobileAgent:
                 f"{len(views)} IKE_SAs answer to {ike or number}", hint="`ikectx mobile status` shows them"
             )
         return views[0].spis
-
-
-async def _until_done(
-    work: asyncio.Task[Report], items: asyncio.Queue[Mapping[str, Any]]
-) -> AsyncIterator[Mapping[str, Any]]:
-    """The items until the work has ended and the queue is empty. A client that leaves stops nothing."""
-    while not work.done() or not items.empty():
-        getter = asyncio.ensure_future(items.get())
-        try:
-            await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not getter.done():
-                getter.cancel()
-        if getter.done() and not getter.cancelled():
-            yield getter.result()
 
 
 def _address(text: str) -> Address | None:

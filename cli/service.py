@@ -1,4 +1,7 @@
-"""An agent as a process: logging, signals, its store, the word to systemd that it is ready (I/O)."""
+"""An agent as a process: logging, signals, its store, the word to systemd that it is ready (I/O).
+
+And work that goes on while a client is told of it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from ikectx.errors import UsageError
 from ikectx.store import SqliteStore, open_store
 
 log = logging.getLogger("ikectx")
+
+T = TypeVar("T")
 
 
 class Service(Protocol):
@@ -74,3 +79,16 @@ def _notify_ready() -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect("\0" + path[1:] if path.startswith("@") else path)
             sock.send(b"READY=1")
+
+
+async def until_done(work: asyncio.Task[Any], items: asyncio.Queue[T]) -> AsyncIterator[T]:
+    """The items until the work has ended and the queue is empty. A client that leaves stops nothing."""
+    while not work.done() or not items.empty():
+        getter = asyncio.ensure_future(items.get())
+        try:
+            await asyncio.wait({getter, work}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not getter.done():
+                getter.cancel()
+        if getter.done() and not getter.cancelled():
+            yield getter.result()

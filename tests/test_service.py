@@ -124,3 +124,64 @@ def test_a_log_level_that_is_none_is_a_mistake_of_the_operators(
         run(tmp_path / "state", signal.SIGTERM)
     assert "debug" in caught.value.hint
     assert not (tmp_path / "state").exists(), "nothing is begun"
+
+
+@pytest.mark.parametrize("last", ["before the end", "with the end"])
+def test_all_items_come_before_the_end_of_the_work(last: str) -> None:
+    async def main() -> list[int]:
+        items: asyncio.Queue[int] = asyncio.Queue()
+
+        async def work() -> None:
+            items.put_nowait(1)
+            await asyncio.sleep(0)
+            items.put_nowait(2)
+            items.put_nowait(3)
+            if last == "before the end":
+                await asyncio.sleep(0.01)
+
+        return [item async for item in service.until_done(asyncio.ensure_future(work()), items)]
+
+    assert asyncio.run(main()) == [1, 2, 3]
+
+
+def test_work_that_fails_ends_its_items() -> None:
+    async def main() -> None:
+        items: asyncio.Queue[int] = asyncio.Queue()
+
+        async def work() -> None:
+            items.put_nowait(1)
+            raise KernelError("no way")
+
+        task = asyncio.ensure_future(work())
+        assert [item async for item in service.until_done(task, items)] == [1]
+        with pytest.raises(KernelError):
+            await task
+
+    asyncio.run(main())
+
+
+def test_a_client_that_leaves_stops_no_work() -> None:
+    async def main() -> None:
+        items: asyncio.Queue[int] = asyncio.Queue()
+        go = asyncio.Event()
+
+        async def work() -> str:
+            await go.wait()
+            return "done"
+
+        task = asyncio.ensure_future(work())
+
+        async def listen() -> None:
+            async for _ in service.until_done(task, items):
+                pass
+
+        listener = asyncio.ensure_future(listen())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+        assert asyncio.all_tasks() == {asyncio.current_task(), task}, "nothing waits on for its items"
+        go.set()
+        assert await task == "done"
+
+    asyncio.run(main())
