@@ -25,6 +25,7 @@ Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -183,31 +184,33 @@ _WAITS = (State.ASKING, State.DELETING, State.DISCARDING)
 # --- the machine -------------------------------------------------------------------------------------
 
 
-class _Rekey:
-    """What both rekeys share. A subclass says what is asked, what an answer makes, and what to delete."""
+class _Rekey(ABC):
+    """What both rekeys share. A subclass says what is asked, what an answer makes, and what to delete.
 
-    protocol: Protocol
+    protocol: of the SA that is rekeyed. ke: the method of the first try. The rest as for `ChildRekey`.
+    """
 
     def __init__(
         self,
+        asking: Asking,
         generation: IkeGeneration,
-        message_id: int,
-        local: Endpoint,
-        remote: Endpoint,
+        protocol: Protocol,
+        new_spi: bytes,
         fresh: bytes,
         ke: KeMethod,
-        policy: RetransmitPolicy | None,
-        limit: int | None,
     ) -> None:
+        if not usable_spi(protocol, new_spi):
+            raise UsageError(f"an SPI of {protocol.name} cannot be {new_spi.hex()}")
         if len(fresh) < REKEY_OCTETS:
             raise UsageError(f"{REKEY_OCTETS} fresh octets are needed, not {len(fresh)}")
-        self._asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
+        self._asking = asking
         self.generation = generation
-        self.local = local
-        self.remote = remote
-        self.spis = self._asking.spis
+        self.local = asking.local
+        self.remote = asking.remote
+        self.spis = asking.spis
         self.state = State.NEW
         self._events: deque[Event] = deque()
+        self._new_spi = new_spi
         self._fresh = Fresh(fresh)
         self._nonce = self._fresh.take(NONCE_LENGTH)
         self._ke = ke
@@ -219,19 +222,21 @@ class _Rekey:
 
     # what a subclass says
 
+    @abstractmethod
     def _wanted(self) -> list[AnyPayload]:
-        raise NotImplementedError
+        """The payloads of the CREATE_CHILD_SA request."""
 
+    @abstractmethod
     def _made(self, message: Message) -> ChildRekeyed | IkeRekeyed:
         """What the answer makes, deleted: False. WireError: it cannot be used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _old(self) -> DeletePayload:
-        raise NotImplementedError
+        """What the peer deletes once the new SA is installed."""
 
+    @abstractmethod
     def _useless(self) -> DeletePayload | None:
         """What the peer should delete of what it made for nothing; None: that cannot be said here."""
-        raise NotImplementedError
 
     def _otherwise(self) -> KeMethod | None:
         """The key exchange to offer after NO_PROPOSAL_CHOSEN."""
@@ -432,16 +437,11 @@ class ChildRekey(_Rekey):
             reason = f"its protocol is {child.protocol.name}"
         if reason:
             raise _not_covered(f"CHILD_SA {child.name} cannot be rekeyed from here: {reason}")
-        if not usable_spi(child.protocol, new_spi):
-            raise UsageError(f"an SPI of {child.protocol.name} cannot be {new_spi.hex()}")
-        self.protocol = child.protocol
         self.child = child
         self._index = index
-        self._new_spi = new_spi
         self._asked_for = ke
-        super().__init__(
-            generation, message_id, local, remote, fresh, child.ke if ke is None else ke, policy, limit
-        )
+        asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
+        super().__init__(asking, generation, child.protocol, new_spi, fresh, child.ke if ke is None else ke)
 
     def _offered(self) -> Proposal:
         return child_offer(self.child, self._ke, self._new_spi)
@@ -502,8 +502,6 @@ class IkeRekey(_Rekey):
     new_spi: 8 octets, ours. The rest as for `ChildRekey`; ke None: the method the IKE_SA was made with.
     """
 
-    protocol = Protocol.IKE
-
     def __init__(
         self,
         generation: IkeGeneration,
@@ -522,10 +520,8 @@ class IkeRekey(_Rekey):
         method = generation.ke if ke is None else ke
         if method is KeMethod.NONE:
             raise UsageError("an IKE_SA is not rekeyed without a key exchange")
-        if not usable_spi(Protocol.IKE, new_spi):
-            raise UsageError(f"an IKE SPI cannot be {new_spi.hex()}")
-        self._new_spi = new_spi
-        super().__init__(generation, message_id, local, remote, fresh, method, policy, limit)
+        asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
+        super().__init__(asking, generation, Protocol.IKE, new_spi, fresh, method)
 
     def _offered(self) -> Proposal:
         return ike_offer(self.generation, self._ke, self._new_spi)
