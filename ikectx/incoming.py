@@ -15,6 +15,7 @@ from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
 from .ports import MoveReport, Verdict, must_tell, settle, tell_later
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
+from .relocate import relocate
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
 from .transfer import (
@@ -27,7 +28,6 @@ from .transfer import (
     first_failure,
     new_target,
 )
-from .whole import moved
 
 _RESULTS: Mapping[TargetState, str] = {TargetState.OWNED: "moved", TargetState.ABORTED: "aborted"}
 _INSTEAD: Mapping[TargetState, TargetInput] = {
@@ -240,7 +240,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         """
         if self.context is None or self.header is None:
             raise StateError("the journal has no context for it")
-        self.context = moved(self.context, endpoint, here)
+        self.context = relocate(self.context, remote=endpoint, local=here)
         blocks = encode(self.context, transfer=self.header)
         self.entry = changed(self.stored, context=Pctd(self.mn, blocks).serialize())
 

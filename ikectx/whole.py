@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address
 
-from .context import Address, Endpoint, FinalChild, FinalState, IkeContext, TrafficSelector
+from .context import FinalChild, FinalState, IkeContext
 from .cxtp import ContextDataBlock
 from .errors import WireError
 from .profile import TransferHeader, decode, decode_final, encode
@@ -50,33 +49,6 @@ def final_of(context: IkeContext) -> FinalState:
         children,
         context.unsure,
     )
-
-
-def moved(context: IkeContext, remote: Endpoint, local: Endpoint | None = None) -> IkeContext:
-    """The context with the MN at `remote` (and this gateway at `local`; None: to be found later).
-
-    Selectors that are just one of the old outer addresses follow it, as both ends' own address updates
-    (RFC 4555, 3.5) do, so that they stay the same at both ends.
-    """
-    here = local or context.local
-    if here.address.version != remote.address.version:
-        nowhere: Address = IPv4Address(0) if remote.address.version == 4 else IPv6Address(0)
-        here = Endpoint(nowhere, here.port)
-
-    def follow(
-        selectors: tuple[TrafficSelector, ...], old: Address, new: Address
-    ) -> tuple[TrafficSelector, ...]:
-        return tuple(replace(s, start=new, end=new) if s.start == s.end == old else s for s in selectors)
-
-    children = tuple(
-        replace(
-            child,
-            local_ts=follow(child.local_ts, context.local.address, here.address),
-            remote_ts=follow(child.remote_ts, context.remote.address, remote.address),
-        )
-        for child in context.children
-    )
-    return replace(context, local=here, remote=remote, children=children)
 
 
 def encode_whole(

@@ -23,7 +23,6 @@ from vici_bridge.charon import (
     overlap,
     peer_context,
     prefixes,
-    relocate,
     sa_view,
     sa_views,
     ts_pairs,
@@ -141,17 +140,6 @@ def test_an_sa_without_addresses_yet_is_listed_beside_the_others() -> None:
     view, other = sa_views([early, VIEW])
     assert (str(view.local.address), str(view.remote.address)) == ("0.0.0.0", "::")
     assert other.state == "ESTABLISHED"
-
-
-def test_a_selector_that_is_the_outer_address_follows_it() -> None:
-    here = context()
-    child = replace(
-        here.children[0], local_ts=(selector("192.0.2.1"),), remote_ts=(selector("198.51.100.7"),)
-    )
-    moved = relocate(replace(here, children=(child,)), local=Endpoint.of("203.0.113.9", 4500))
-    assert moved.children[0].local_ts == (selector("203.0.113.9"),)
-    assert moved.children[0].remote_ts == (selector("198.51.100.7"),)
-    assert relocate(here, local=Endpoint.of("203.0.113.9")).children == here.children
 
 
 def test_prefixes_of_a_range_and_without_duplicates() -> None:

@@ -7,7 +7,8 @@ from ipaddress import ip_address
 
 from ikectx.context import AuthRound, Endpoint, PeerContext, ReplayState
 from ikectx.numbers import Status
-from vici_bridge.charon import EXT_MOBIKE, relocate, sa_view
+from ikectx.relocate import relocate
+from vici_bridge.charon import EXT_MOBIKE, sa_view
 from vici_bridge.checks import (
     check_address,
     check_covered,

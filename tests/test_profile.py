@@ -44,7 +44,7 @@ from ikectx.profile import (
     encode_final,
     encode_verdicts,
 )
-from ikectx.whole import decode_last, encode_whole, final_of, merge, moved
+from ikectx.whole import decode_last, encode_whole, final_of, merge
 
 from . import strategies
 
@@ -340,34 +340,6 @@ def test_a_final_state_of_another_sa_is_not_merged() -> None:
     for final in (replace(TYPICAL_FINAL, spi_i=bytes(8)), replace(TYPICAL_FINAL, children=())):
         with pytest.raises(WireError, match="not of this SA"):
             encode_whole(TYPICAL, final, transfer=WHOLE)
-
-
-def test_selectors_that_are_the_mns_address_move_along_with_it() -> None:
-    outer = tuple(TrafficSelector(end.address, end.address) for end in (TYPICAL.local, TYPICAL.remote))
-    (child,) = TYPICAL.children
-    alone = replace(child, local_ts=outer[:1], remote_ts=(*outer[1:], *child.remote_ts))
-    context = replace(TYPICAL, children=(alone,))
-    there = Endpoint.of("198.51.100.77", 4501)
-    (kept,) = moved(context, there).children
-    assert kept.local_ts == alone.local_ts
-    assert kept.remote_ts == (TrafficSelector(there.address, there.address), *child.remote_ts)
-    here = Endpoint.of("203.0.113.9", 4500)
-    assert moved(context, there, here) == replace(
-        context,
-        local=here,
-        remote=there,
-        children=(replace(kept, local_ts=(TrafficSelector(here.address, here.address),)),),
-    )
-
-
-def test_an_mn_that_changed_the_family_leaves_our_address_open() -> None:
-    for there in (Endpoint.of("198.51.100.77"), Endpoint.of("2001:db8::77")):
-        context = moved(TYPICAL, there)
-        assert context.remote == there and context.children == TYPICAL.children
-        same = there.address.version == TYPICAL.local.address.version
-        assert (context.local == TYPICAL.local) == same
-        assert same or int(context.local.address) == 0
-        assert context.local.port == TYPICAL.local.port
 
 
 def parse_ctd(blocks: tuple[ContextDataBlock, ...]) -> Ctd:

@@ -6,8 +6,8 @@ charon 5.9.8 and 6.0 send; the environment of updown scripts as charon's updown 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
     IPv4Network,
@@ -30,6 +30,7 @@ from ikectx.context import (
     TrafficSelector,
 )
 from ikectx.errors import WireError
+from ikectx.relocate import same_host
 
 View = Mapping[str, Any]
 
@@ -263,40 +264,6 @@ def peer_context(name: str, view: View) -> PeerContext:
         proposals=_list(view, "proposals"),
         pools=_list(view, "pools"),
     )
-
-
-def same_host(selector: TrafficSelector, address: Address) -> bool:
-    """Whether the selector is exactly that host (strongSwan's `is_host`)."""
-    return selector.start == selector.end == address
-
-
-def follow_host(
-    selectors: Sequence[TrafficSelector], old: Address, new: Address
-) -> tuple[TrafficSelector, ...]:
-    """Selectors that are just the old outer address follow it, as charon's own address update does."""
-    if old == new:
-        return tuple(selectors)
-    return tuple(
-        replace(selector, start=new, end=new) if same_host(selector, old) else selector
-        for selector in selectors
-    )
-
-
-def relocate(
-    context: IkeContext, *, local: Endpoint | None = None, remote: Endpoint | None = None
-) -> IkeContext:
-    """The context with other outer addresses; selectors that are those hosts follow."""
-    local = local or context.local
-    remote = remote or context.remote
-    children = tuple(
-        replace(
-            child,
-            local_ts=follow_host(child.local_ts, context.local.address, local.address),
-            remote_ts=follow_host(child.remote_ts, context.remote.address, remote.address),
-        )
-        for child in context.children
-    )
-    return replace(context, local=local, remote=remote, children=children)
 
 
 def ike_lifetime(view: SaView) -> Lifetime:

@@ -41,9 +41,10 @@ from ikectx.errors import (
 )
 from ikectx.numbers import Status
 from ikectx.ports import MoveReport, SaName
+from ikectx.relocate import relocate
 
 from . import ha
-from .charon import SaView, relocate
+from .charon import SaView
 from .host import CharonHost
 from .moves import LIVING, Move, plan_move
 from .source import ABOUT_ADDRESSES, CharonSource

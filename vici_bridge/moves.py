@@ -15,8 +15,9 @@ from typing import Any
 from ikectx.context import ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.errors import StoreError, UsageError
 from ikectx.numbers import Status
+from ikectx.relocate import relocate
 
-from .charon import ChildView, SaView, relocate
+from .charon import ChildView, SaView
 from .xfrm import KernelPolicy, KernelSa
 from .xfrm_parts import Mark
 

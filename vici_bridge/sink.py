@@ -23,11 +23,12 @@ from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import CharonError, IkectxError, KernelError, RefusedError, StoreError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.ports import MoveReport, Verdict
+from ikectx.relocate import relocate
 from ikectx.spis import ESP, IKE, NewSpi, serialize_new_spis
 
 from . import ha
 from .chain import import_messages
-from .charon import SaView, prefixes, relocate
+from .charon import SaView, prefixes
 from .checks import (
     check_address,
     check_covered,

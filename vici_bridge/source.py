@@ -28,6 +28,7 @@ from ikectx.errors import BusyError, CharonError, KernelError, LinkError, Refuse
 from ikectx.keys import esp_keys
 from ikectx.numbers import Mode, Status
 from ikectx.ports import SaName
+from ikectx.relocate import relocate
 
 from . import ha
 from .charon import (
@@ -38,7 +39,6 @@ from .charon import (
     ike_lifetime,
     peer_context,
     prefixes,
-    relocate,
 )
 from .host import DETOUR, CharonHost, Mover
 from .xfrm import KernelPolicy, KernelSa
