@@ -133,7 +133,8 @@ class MobileAgent:
                 break
             except (CharonError, WireError):  # charon starts after its agent
                 await asyncio.sleep(1)
-        for asked in self.handovers.in_question(listed):
+        self.handovers.notes.only(listed)
+        for asked in self.handovers.notes.in_question():
             sa = (bytes.fromhex(asked["spi_i"]), bytes.fromhex(asked["spi_r"]))
             log.warning("%s was asked to serve %s: asking again", asked["to"], asked["connection"])
             try:
@@ -164,10 +165,9 @@ class MobileAgent:
 
     async def status(self, request: Message) -> Message:
         views: Sequence[SaView] = ()
-        listed: list[SaName] | None = None
         with contextlib.suppress(CharonError, WireError):
             views = await self._host.views()
-            listed = [view.spis for view in views]
+            self.handovers.notes.only([view.spis for view in views])
         answer: dict[str, object] = {
             "version": __version__,
             "uptime": int(time.time() - self._started),
@@ -180,8 +180,8 @@ class MobileAgent:
             "sas": [self._view_json(view) for view in views],
             "gateways": [self._gateway_json(gateway.name) for gateway in self._config.gateways],
             "announced": self.handovers.status(),
-            "in_question": self.handovers.in_question(listed),
-            "last": self.handovers.last(),
+            "in_question": self.handovers.notes.in_question(),
+            "last": self.handovers.notes.last(),
             "renamed": self._spis.renamed,
             "watched": self._spis.watched,
         }

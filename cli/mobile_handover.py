@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import socket
@@ -45,14 +44,11 @@ from vici_bridge.mobile import CharonMobile
 
 from .mobile_config import GatewayEntry, MobileFile
 from .mobile_names import renames_of
+from .mobile_notes import Notes
 from .mobile_report import Report
 
 log = logging.getLogger("ikectx")
 
-ASKED = "asked"
-"""Kind of store entry: nSG was asked for this SA, and its answer is not known."""
-LAST = "last-handover"
-"""Kind of store entry: the last report."""
 LOOKING = 0.5
 """Seconds in which charon may finish an exchange, before a handover goes on beside it (or gives up)."""
 
@@ -131,7 +127,7 @@ class Handovers:
         self._config = config
         self._outside = outside
         self._mobile = mobile
-        self._store = store
+        self.notes = Notes(store)
         self._run = run
         self.answering = answering
         self.fill: Fill | None = None
@@ -232,23 +228,6 @@ class Handovers:
             "seconds": round(time.time() - pending.report.started, 1),
         }
 
-    def last(self) -> Any:
-        """The last report, also of an agent before this one."""
-        raw = self._store.get(LAST, LAST)
-        return None if raw is None else json.loads(raw)
-
-    def in_question(self, listed: Collection[SaName] | None = None) -> list[dict[str, Any]]:
-        """SAs that nSG was asked for without an answer that counts, by this agent or one before it.
-
-        `listed`: those that charon has; any other was rekeyed, so its gateway is known, or is gone.
-        """
-        if listed is not None:
-            known = {_key(sa) for sa in listed}
-            for key, _ in self._store.items(ASKED):
-                if key not in known:
-                    self._store.delete(ASKED, key)
-        return [json.loads(raw) for _, raw in self._store.items(ASKED)]
-
     # Steps.
 
     @contextlib.asynccontextmanager
@@ -316,7 +295,7 @@ class Handovers:
     async def _select(self, sa: SaName | None) -> SaView:
         """The SA that was named, or the only one. Errors: UnknownSaError."""
         views = await self._outside.views()
-        self.in_question([view.spis for view in views])
+        self.notes.only([view.spis for view in views])
         views = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
         if sa is not None:
             views = [view for view in views if view.spis == sa]
@@ -362,15 +341,7 @@ class Handovers:
         run.phase("held" if run.held else "looking")
 
     def _note_asked(self, run: _Run) -> None:
-        note = {
-            "to": run.nsg.name,
-            "from": run.psg.name,
-            "connection": run.report.connection,
-            "spi_i": run.sa[0].hex(),
-            "spi_r": run.sa[1].hex(),
-            "since": round(time.time(), 3),
-        }
-        self._store.put(ASKED, _key(run.sa), json.dumps(note).encode())
+        self.notes.asked(run.sa, to=run.nsg.name, from_=run.psg.name, connection=run.report.connection)
 
     async def _predictive(self, run: _Run) -> Report:
         """From the announcement to the report; the lock is held from the arrival on."""
@@ -521,7 +492,7 @@ class Handovers:
             if run.report.result != "moved":
                 self._outside.nudge(run.context.remote.address)
                 if not run.machine.outcome.in_doubt and run.report.serves is not None:
-                    self._store.delete(ASKED, _key(run.sa))
+                    self.notes.answered(run.sa)
             elif run.report.new is not None and not run.report.exit_code:
                 await self._see_moved(run, run.report.new[1])
 
@@ -567,8 +538,8 @@ class Handovers:
     def _finished(self, run: _Run) -> Report:
         report = run.report
         if report.serves is not None:
-            self._store.delete(ASKED, _key(run.sa))
-        self._store.put(LAST, LAST, json.dumps(report.to_json()).encode())
+            self.notes.answered(run.sa)
+        self.notes.ended(report.to_json())
         (log.info if not report.exit_code else log.warning)(
             "handover %s -> %s: %s%s",
             report.from_,
@@ -596,7 +567,3 @@ async def _router(gateway: GatewayEntry, version: int) -> Router:
     every = [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
     best = next((one for one in every if one.version == version), every[0])
     return Router(gateway.name, address, Endpoint(best, where.port))
-
-
-def _key(sa: SaName) -> str:
-    return (sa[0] + sa[1]).hex()

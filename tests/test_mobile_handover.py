@@ -18,7 +18,8 @@ from ikectx.mobility import Handover, MobileState, Mode, Outcome, Prepared
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import SaName
 from ikectx_cli.mobile_config import MobileFile, parse
-from ikectx_cli.mobile_handover import ASKED, Handovers
+from ikectx_cli.mobile_handover import Handovers
+from ikectx_cli.mobile_notes import ASKED
 from ikectx_cli.mobile_report import Report
 from vici_bridge.charon import SaView, departing_view
 
@@ -221,8 +222,8 @@ def test_reactive() -> None:
         assert w.gateways.seen == [("reactive", "PASSIVE", True)]
         assert (w.mobile.local, w.mobile.remote) == (NEW, NSG)
         assert [str(peer) for peer in w.mobile.peers] == ["192.0.2.2:4500", "[2001:db8:2::1]:4500"]
-        assert w.handovers.in_question() == []
-        assert w.handovers.last()["result"] == "moved"
+        assert w.handovers.notes.in_question() == []
+        assert w.handovers.notes.last()["result"] == "moved"
         assert [item["phase"] for item in w.told] == ["held", "asking", "asked", "readdressed", "active"]
         assert w.outside.nudged == []
         machine = w.gateways.machine
@@ -302,7 +303,7 @@ def test_an_exchange_about_children_must_end_first() -> None:
             await w.arrive()
         assert w.gateways.seen == []
         assert w.mobile.state == "ESTABLISHED"
-        assert not w.handovers.in_question()
+        assert not w.handovers.notes.in_question()
 
     do(scenario())
 
@@ -352,14 +353,14 @@ def test_a_no_or_nothing(
         assert w.steps() == ["quiet", "loud"]
         assert (w.mobile.local, w.mobile.remote, w.mobile.state) == (OLD, PSG, "ESTABLISHED")
         assert w.outside.nudged == [PSG.address]
-        assert bool(w.handovers.in_question()) is in_doubt
+        assert bool(w.handovers.notes.in_question()) is in_doubt
         if in_doubt:
             assert "handover --to nsg" in report.hint
             w.begin()  # also another agent knows
-            assert w.handovers.in_question()[0]["to"] == "nsg"
+            assert w.handovers.notes.in_question()[0]["to"] == "nsg"
             w.gateways.state, w.gateways.in_doubt = MobileState.ACTIVATED, False
             assert (await w.arrive()).result == "moved"
-        assert w.handovers.in_question() == []
+        assert w.handovers.notes.in_question() == []
 
     do(scenario())
 
@@ -371,7 +372,7 @@ def test_no_socket() -> None:
         with pytest.raises(LinkError):
             await w.arrive()
         assert w.steps() == ["quiet", "loud"]
-        assert w.handovers.in_question() == []
+        assert w.handovers.notes.in_question() == []
 
     do(scenario())
 

@@ -71,7 +71,7 @@ def test_an_answer_that_makes_no_sense(bad: tuple[ContextDataBlock, ...]) -> Non
         assert report.exit_code != 0
         assert "new SPIs" in report.detail
         assert w.steps() == ["quiet", "loud"]  # nothing was touched
-        assert w.handovers.in_question()[0]["to"] == "nsg"
+        assert w.handovers.notes.in_question()[0]["to"] == "nsg"
 
     do(scenario())
 
@@ -110,7 +110,7 @@ def test_a_handover_with_new_spis(looks: bool) -> None:
         assert asked["renames"] == {FIRST.spi_out: b"\xc9\0\0\1", PEER: b"newnewne"}
         # under its old name nobody answers what charon asks
         assert asked.get("anything", False) is looks
-        assert w.handovers.in_question() == []
+        assert w.handovers.notes.in_question() == []
         assert report.to_json()["renamed"] == 2
 
     do(scenario())
@@ -146,7 +146,7 @@ def test_a_handover_that_ends_by_ike(answers: bool) -> None:
         if answers:
             assert (report.result, report.serves, report.new) == ("moved", "nsg", (NEW, NSG))
             assert report.exit_code == 0
-            assert w.handovers.in_question() == []
+            assert w.handovers.notes.in_question() == []
         else:
             assert (report.result, report.serves) == ("silent", None)
         assert w.steps() == ["quiet", "loud"]

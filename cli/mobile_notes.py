@@ -1,0 +1,62 @@
+"""What a mobile node's agent keeps of handovers beyond its process: SAs in question, and the last report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ikectx.ports import SaName, Store
+
+ASKED = "asked"
+"""Kind of store entry: nSG was asked for this SA, and its answer is not known."""
+LAST = "last-handover"
+"""Kind of store entry: the last report."""
+
+
+class Notes:
+    """Errors of all methods: StoreError."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def asked(self, sa: SaName, *, to: str, from_: str, connection: str) -> None:
+        """nSG `to` is asked for an SA that pSG `from_` serves."""
+        note = {
+            "to": to,
+            "from": from_,
+            "connection": connection,
+            "spi_i": sa[0].hex(),
+            "spi_r": sa[1].hex(),
+            "since": round(time.time(), 3),
+        }
+        self._store.put(ASKED, _key(sa), json.dumps(note).encode())
+
+    def answered(self, sa: SaName) -> None:
+        """Who serves the SA is known."""
+        self._store.delete(ASKED, _key(sa))
+
+    def in_question(self) -> list[dict[str, Any]]:
+        """SAs that nSG was asked for without an answer that counts, by this agent or one before it."""
+        return [json.loads(raw) for _, raw in self._store.items(ASKED)]
+
+    def only(self, listed: Collection[SaName]) -> None:
+        """charon has these SAs; one in question that it has not was rekeyed, or is gone: no question any more."""
+        known = {_key(sa) for sa in listed}
+        for key, _ in self._store.items(ASKED):
+            if key not in known:
+                self._store.delete(ASKED, key)
+
+    def ended(self, report: Mapping[str, Any]) -> None:
+        """A handover has ended so."""
+        self._store.put(LAST, LAST, json.dumps(report).encode())
+
+    def last(self) -> Any:
+        """The last report, also of an agent before this one; None: there was none."""
+        raw = self._store.get(LAST, LAST)
+        return None if raw is None else json.loads(raw)
+
+
+def _key(sa: SaName) -> str:
+    return (sa[0] + sa[1]).hex()
