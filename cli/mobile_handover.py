@@ -37,7 +37,7 @@ from ikectx.errors import (
 )
 from ikectx.mnlink import run_handover
 from ikectx.mobility import Event, Handover, MobileState, Mode, Outcome, Prepared, Retry, Router
-from ikectx.numbers import STATUS_TEXT, Status
+from ikectx.numbers import Status
 from ikectx.ports import SaName, Store
 from vici_bridge.charon import SaView
 from vici_bridge.mobile import CharonMobile
@@ -430,7 +430,7 @@ class Handovers:
             run.phase("readdressed")
             return
         if outcome.state is not MobileState.ACTIVATED:
-            self._failed(run, outcome)
+            report.failed(outcome, arrived=run.machine.care_of is not None)
             return
         report.result, report.serves = "moved", run.nsg.name
         care_of = run.machine.care_of
@@ -444,7 +444,7 @@ class Handovers:
         try:
             renames = renames_of(outcome.blocks, self._mobile.recorded(run.sa))
         except (WireError, UnknownSaError) as error:
-            self._unusable(run, error)
+            report.unusable(error)
             return
         report.renamed = len(renames)
         run.now = (renames.get(run.sa[0], run.sa[0]), renames.get(run.sa[1], run.sa[1]))
@@ -463,14 +463,6 @@ class Handovers:
         except IkectxError as error:  # `loud` tries again, and has charon rekey what is left
             log.error("the SA's addresses: %s", error)
         run.phase("readdressed")
-
-    def _unusable(self, run: _Run, error: IkectxError) -> None:
-        """nSG serves the SA, under names that make no sense here: it is not touched, and in doubt."""
-        report = run.report
-        report.result, report.serves, report.new = "failed", None, None
-        report.exit_code, report.status = error.exit_code, Status.MALFORMED
-        report.detail = f"{run.nsg.name} says that it serves the SA, and names new SPIs: {error}"
-        report.hint = "connect anew; do both ends have the same version of ikectx?"
 
     @contextlib.asynccontextmanager
     async def _made_loud(self, run: _Run) -> Any:
@@ -506,34 +498,6 @@ class Handovers:
             trouble = f"{run.nsg.name} serves the SA, and charon here cannot be asked: {error}"
         run.report.exit_code, run.report.status = CharonError.exit_code, Status.CHARON
         run.report.detail, run.report.hint = trouble, "see charon's log; connect anew if nothing else helps"
-
-    def _failed(self, run: _Run, outcome: Outcome) -> None:
-        report = run.report
-        report.detail = outcome.text
-        report.serves = None if outcome.in_doubt else run.psg.name
-        report.result = {
-            MobileState.REFUSED: "refused",
-            MobileState.CANCELLED: "cancelled",
-        }.get(outcome.state, "silent")
-        report.exit_code = 4 if outcome.state is MobileState.REFUSED else 5
-        bad = [one.status for one in outcome.statuses if one.status is not Status.OK]
-        report.status = bad[0] if bad else Status.UNREACHABLE
-        asked = run.psg if run.machine.care_of is None else run.nsg
-        if outcome.state is MobileState.REFUSED:
-            why = STATUS_TEXT.get(report.status, "")
-            report.detail = f"{asked.name}: {why or report.status.name}; {outcome.text}"
-            report.hint = f"see the logs of the agents of {run.psg.name} and {run.nsg.name}"
-        elif report.announced and asked is run.psg:
-            report.detail = f"nobody moved in time: {run.psg.name} serves the SA"
-            report.hint = f"`ikectx mobile handover --to {run.nsg.name}` asks without an announcement"
-        elif outcome.state is MobileState.SILENT:
-            report.hint = (
-                f"is the agent of {asked.name} up, with [mobile] in its configuration, is its UDP port open, "
-                "and are the clocks right? A request that cannot be verified gets no answer"
-            )
-        if outcome.in_doubt:
-            again = f"`ikectx mobile handover --to {run.nsg.name}`"
-            report.hint += f". Ask again ({again}), or connect anew if nobody answers"
 
     def _finished(self, run: _Run) -> Report:
         report = run.report

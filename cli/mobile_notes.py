@@ -42,7 +42,7 @@ class Notes:
         return [json.loads(raw) for _, raw in self._store.items(ASKED)]
 
     def only(self, listed: Collection[SaName]) -> None:
-        """charon has these SAs; one in question that it has not was rekeyed, or is gone: no question any more."""
+        """charon has these SAs: one in question that it has not was rekeyed, or is gone."""
         known = {_key(sa) for sa in listed}
         for key, _ in self._store.items(ASKED):
             if key not in known:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ikectx.context import Address, Endpoint
+from ikectx.errors import IkectxError, LinkError, RefusedError
+from ikectx.mobility import MobileState, Outcome
 from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.ports import SaName
 
@@ -41,6 +43,42 @@ class Report:
     renamed: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+
+    def failed(self, outcome: Outcome, *, arrived: bool) -> None:
+        """Nobody took the SA, as far as is known. `arrived`: nSG was asked; else pSG, to announce it."""
+        self.detail = outcome.text
+        self.serves = None if outcome.in_doubt else self.from_
+        self.result = {
+            MobileState.REFUSED: "refused",
+            MobileState.CANCELLED: "cancelled",
+        }.get(outcome.state, "silent")
+        refused = outcome.state is MobileState.REFUSED
+        self.exit_code = RefusedError.exit_code if refused else LinkError.exit_code
+        bad = [one.status for one in outcome.statuses if one.status is not Status.OK]
+        self.status = bad[0] if bad else Status.UNREACHABLE
+        asked = self.to if arrived else self.from_
+        again = f"`ikectx mobile handover --to {self.to}`"
+        if refused:
+            why = STATUS_TEXT.get(self.status, "")
+            self.detail = f"{asked}: {why or self.status.name}; {outcome.text}"
+            self.hint = f"see the logs of the agents of {self.from_} and {self.to}"
+        elif self.announced and not arrived:
+            self.detail = f"nobody moved in time: {self.from_} serves the SA"
+            self.hint = f"{again} asks without an announcement"
+        elif outcome.state is MobileState.SILENT:
+            self.hint = (
+                f"is the agent of {asked} up, with [mobile] in its configuration, is its UDP port open, "
+                "and are the clocks right? A request that cannot be verified gets no answer"
+            )
+        if outcome.in_doubt:
+            self.hint += f". Ask again ({again}), or connect anew if nobody answers"
+
+    def unusable(self, error: IkectxError) -> None:
+        """nSG serves the SA, under names that make no sense here: it is not touched, and in doubt."""
+        self.result, self.serves, self.new = "failed", None, None
+        self.exit_code, self.status = error.exit_code, Status.MALFORMED
+        self.detail = f"{self.to} says that it serves the SA, and names new SPIs: {error}"
+        self.hint = "connect anew; do both ends have the same version of ikectx?"
 
     def to_json(self) -> dict[str, Any]:
         """Addresses as text, times in ms."""
