@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from enum import StrEnum
 from ipaddress import IPv4Address, ip_address
-from typing import Literal
+from typing import Any, Literal
+
+import pytest
 
 from ikectx.aio import Gateway
 from ikectx.context import (
@@ -28,8 +31,9 @@ from ikectx.context import (
     TrafficSelector,
 )
 from ikectx.cxtp import Message, parse_message
-from ikectx.errors import BusyError, CharonError, LinkError, StoreError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
 from ikectx.links import Dial, PeerConfig, Stream
+from ikectx.machine import Machine
 from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
 from ikectx.ports import MoveReport, SaName, Verdict
 from ikectx.store import JournalEntry, SqliteStore
@@ -46,6 +50,29 @@ class HandClock:
 
     def forward(self, seconds: float) -> None:
         self._now += seconds
+
+
+def check_pair(
+    machine: Machine[Any, Any, Any],
+    table: Mapping[tuple[Any, Any], tuple[Any, ...]],
+    ignored: Set[tuple[Any, Any]],
+    what: StrEnum,
+) -> None:
+    """The input does what the table says, or nothing where it is ignored; any other cannot happen."""
+    state = machine.state
+    pair = state, what
+    assert not (pair in table and pair in ignored)
+    if pair in table:
+        after, *actions = table[pair]
+        assert machine.feed(what, 1.0) == tuple(actions)
+        assert machine.state is after
+        return
+    if pair in ignored:
+        assert machine.feed(what, 1.0) == ()
+    else:
+        with pytest.raises(StateError, match=f"{what} cannot happen to a transfer that is {state}"):
+            machine.feed(what, 1.0)
+    assert machine.state is state
 
 
 def a_context(number: int = 1, *, mn: str = "198.51.100.7", epoch: int = 0) -> IkeContext:
@@ -473,3 +500,20 @@ def lossy(seed: int, rate: float) -> Callable[[Message], Fate]:
         return "lose-cut" if dice.random() < 0.5 else "deliver-cut"
 
     return fate
+
+
+def fate_at(number: int, fate: Fate) -> Callable[[Message], Fate]:
+    """Only the message of that number, from 1, has this fate."""
+    count = 0
+
+    def decide(message: Message) -> Fate:
+        nonlocal count
+        count += 1
+        return fate if count == number else "deliver"
+
+    return decide
+
+
+def losing(kind: type[Message]) -> Callable[[Message], Fate]:
+    """Every message of this kind is lost, and the connection with it."""
+    return lambda message: "lose-cut" if isinstance(message, kind) else "deliver"

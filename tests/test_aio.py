@@ -305,8 +305,7 @@ def test_one_sa_is_moved_once_at_a_time() -> None:
             sa = w.a.daemon.serve(a_context())
             gate = w.b.daemon.wait["prepare"] = asyncio.Event()
             first = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "prepare" not in w.b.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.b.reaches("prepare")
             with pytest.raises(BusyError, match="being moved already"):
                 await w.a.agent.transfer(sa, "c")
             # b itself refuses an SA that is on its way to it from elsewhere
@@ -388,8 +387,7 @@ def test_an_sa_that_outruns_the_jump_is_exported_anew() -> None:
             sa = w.a.daemon.serve(a_context())
             gate = w.b.daemon.wait["prepare"] = asyncio.Event()
             moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "prepare" not in w.b.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.b.reaches("prepare")
             w.a.daemon.sent(sa, OSEQ_JUMP)
             gate.set()
             report = await moving

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 
 from ikectx.asking import name_sa, named_sa, refuse_request, refused_request
-from ikectx.cxtp import Ctd, Ctdr, CtReq, Message, Pctd, parse_message
+from ikectx.cxtp import Ctd, Ctdr, CtReq, Pctd, parse_message
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, UsageError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 from ikectx.report import TransferEvent
 
-from .peers import Fate, a_context
-from .worlds import ALL, FAST, World, run, world
+from .mobile_nodes import requests
+from .peers import Fate, a_context, fate_at
+from .worlds import ALL, FAST, run, world
 
 MN = ip_address("198.51.100.7")
-
-
-def requests(w: World) -> list[CtReq]:
-    return [message for message in w.network.seen if isinstance(message, CtReq)]
 
 
 # -- how an SA is named ----------------------------------------------------------------------------------
@@ -228,24 +224,13 @@ def test_psg_is_down() -> None:
 # -- requests that are lost, repeated, late --------------------------------------------------------------
 
 
-def at(number: int, fate: Fate) -> Callable[[Message], Fate]:
-    count = 0
-
-    def decide(message: Message) -> Fate:
-        nonlocal count
-        count += 1
-        return fate if count == number else "deliver"
-
-    return decide
-
-
 @pytest.mark.parametrize("fate", ["lose-cut", "deliver-cut"])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_a_link_that_breaks_at_any_message_of_a_pull(number: int, fate: Fate) -> None:
     async def scenario() -> None:
         async with world(rights=ALL) as w:
             sa = w.a.daemon.serve(a_context())
-            w.network.fate = at(number, fate)
+            w.network.fate = fate_at(number, fate)
             report = await w.b.agent.pull("a", MN)
             await w.quiet()
             assert report.result == "moved"
@@ -261,8 +246,7 @@ def test_copies_of_a_request_begin_nothing() -> None:
             sa = w.a.daemon.serve(a_context())
             gate = w.b.daemon.wait["prepare"] = asyncio.Event()
             pulling = asyncio.create_task(w.b.agent.pull("a", MN))
-            while "prepare" not in w.b.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.b.reaches("prepare")
             link = await w.b.agent._running().get(w.b.agent._peers["a"])
             await link.send(requests(w)[0])
             gate.set()

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from ikectx.context import Endpoint, IkeContext
-from ikectx.cxtp import Ctd, Ctdr, CtReq, Message
+from ikectx.cxtp import Ctd, Ctdr, CtReq
 from ikectx.errors import BusyError, CharonError, UsageError
 from ikectx.numbers import Exchange, Fpt, Status
 from ikectx.payloads import NoncePayload
 from ikectx.report import TransferReport
 
 from .mobile_nodes import kinds, requests
-from .peers import Fate, a_context
+from .peers import Fate, a_context, fate_at
 from .test_proof import fragments, request
 from .worlds import ALL, FAST, World, run, world
 
@@ -109,8 +109,7 @@ def test_a_request_that_psg_cannot_judge_yet_is_shown_again() -> None:
             context = a_context()
             sa = w.a.daemon.serve(context)
             showing = asyncio.create_task(seen(w, probe(context, mid=context.mid_responder + 1)))
-            while "export" not in w.a.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.a.reaches("export")
             # a hears of the request between
             w.a.daemon.served[sa] = replace(context, mid_responder=context.mid_responder + 1)
             report = await showing
@@ -129,8 +128,7 @@ def test_a_request_that_overtakes_the_proof_is_noticed() -> None:
             sa = w.a.daemon.serve(context)
             gate = w.a.daemon.wait["freeze"] = asyncio.Event()
             showing = asyncio.create_task(seen(w, probe(context)))
-            while "freeze" not in w.a.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.a.reaches("freeze")
             w.a.daemon.advance = 1
             gate.set()
             report = await showing
@@ -230,17 +228,6 @@ def test_two_packets_of_one_mn_move_it_once() -> None:
     run(scenario())
 
 
-def at(number: int, fate: Fate) -> Callable[[Message], Fate]:
-    count = 0
-
-    def decide(message: Message) -> Fate:
-        nonlocal count
-        count += 1
-        return fate if count == number else "deliver"
-
-    return decide
-
-
 @pytest.mark.parametrize("fate", ["lose-cut", "deliver-cut"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_link_that_breaks_at_any_message(number: int, fate: Fate) -> None:
@@ -248,7 +235,7 @@ def test_a_link_that_breaks_at_any_message(number: int, fate: Fate) -> None:
         async with world(rights=ALL) as w:
             context = a_context()
             sa = w.a.daemon.serve(context)
-            w.network.fate = at(number, fate)
+            w.network.fate = fate_at(number, fate)
             report = await seen(w, probe(context))
             await w.quiet()
             assert report is not None

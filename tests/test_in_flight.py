@@ -26,7 +26,7 @@ from .peers import a_context
 from .test_deadlines import MemoryStore
 from .test_profile import TRANSFER
 from .test_proof import request
-from .worlds import ALL, World, run, world
+from .worlds import ALL, World, run, until, world
 
 NEW = Endpoint.of("203.0.113.5", 4500)
 HERE = Endpoint.of("192.0.2.2", 4500)
@@ -116,8 +116,7 @@ def test_a_crash_at_any_moment_leaves_one_owner_with_a_certain_number() -> None:
             context = asleep(w, a_context())
             w.b.daemon.settles = M + 1
             showing = asyncio.create_task(by_packet(w, context))
-            while not w.b.fuse.blown and not showing.done():
-                await asyncio.sleep(0.001)
+            await until(lambda: w.b.fuse.blown or showing.done())
             blown = w.b.fuse.blown
             if blown:
                 await w.b.kill()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from ikectx.context import FinalChild, FinalState
-from ikectx.errors import StateError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 from ikectx.transfer import (
@@ -38,7 +37,7 @@ from ikectx.transfer import (
     offer_fits,
 )
 
-from .peers import HandClock, a_context
+from .peers import HandClock, a_context, check_pair
 
 S, SI, SA = SourceState, SourceInput, SourceAction
 T, TI, TA = TargetState, TargetInput, TargetAction
@@ -49,38 +48,12 @@ T, TI, TA = TargetState, TargetInput, TargetAction
 
 @pytest.mark.parametrize(("state", "what"), list(product(SourceState, SourceInput)))
 def test_every_source_pair(state: SourceState, what: SourceInput) -> None:
-    machine = new_source(0.0, Timing(), state)
-    known, ignored = (state, what) in SOURCE_TABLE, (state, what) in SOURCE_IGNORED
-    assert not (known and ignored)
-    if known:
-        after, *actions = SOURCE_TABLE[state, what]
-        assert machine.feed(what, 1.0) == tuple(actions)
-        assert machine.state is after
-    elif ignored:
-        assert machine.feed(what, 1.0) == ()
-        assert machine.state is state
-    else:
-        with pytest.raises(StateError, match=f"{what} cannot happen to a transfer that is {state}"):
-            machine.feed(what, 1.0)
-        assert machine.state is state
+    check_pair(new_source(0.0, Timing(), state), SOURCE_TABLE, SOURCE_IGNORED, what)
 
 
 @pytest.mark.parametrize(("state", "what"), list(product(TargetState, TargetInput)))
 def test_every_target_pair(state: TargetState, what: TargetInput) -> None:
-    machine = new_target(0.0, Timing(), state)
-    known, ignored = (state, what) in TARGET_TABLE, (state, what) in TARGET_IGNORED
-    assert not (known and ignored)
-    if known:
-        after, *actions = TARGET_TABLE[state, what]
-        assert machine.feed(what, 1.0) == tuple(actions)
-        assert machine.state is after
-    elif ignored:
-        assert machine.feed(what, 1.0) == ()
-        assert machine.state is state
-    else:
-        with pytest.raises(StateError, match=f"{what} cannot happen to a transfer that is {state}"):
-            machine.feed(what, 1.0)
-        assert machine.state is state
+    check_pair(new_target(0.0, Timing(), state), TARGET_TABLE, TARGET_IGNORED, what)
 
 
 # What the world may do at any moment must have a row (or be ignored) in every state that can see it.

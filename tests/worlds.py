@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -100,6 +100,15 @@ class Side:
         await asyncio.gather(*self.agent._tasks.running, return_exceptions=True)
         self.store.close()
 
+    async def restart(self) -> None:
+        """Killed, and back."""
+        await self.kill()
+        await self.start()
+
+    async def reaches(self, step: str) -> None:
+        """Wait until charon and kernel were asked for this step."""
+        await until(lambda: step in self.daemon.calls)
+
     async def stop(self) -> None:
         self.world.network.kill(self.name)
         await self.agent.stop()
@@ -174,9 +183,26 @@ def run(scenario: Awaitable[None], seconds: float = 60) -> None:
     asyncio.run(bounded())
 
 
+async def until(there: Callable[[], object]) -> None:
+    """Wait until it is so; `run` bounds that."""
+    while not there():
+        await asyncio.sleep(0.001)
+
+
 ALL = frozenset({"push", "pull", "packet"})
 
 
 async def one_move(w: World, **how: Any) -> tuple[SaName, TransferReport]:
     sa = w.a.daemon.serve(a_context())
     return sa, await w.a.agent.transfer(sa, "b", **how)
+
+
+async def held_move(
+    w: World, side: Side, step: str
+) -> tuple[SaName, asyncio.Task[TransferReport], asyncio.Event]:
+    """A move from a to b that waits in a step of one side, until the event is set."""
+    gate = side.daemon.wait[step] = asyncio.Event()
+    sa = w.a.daemon.serve(a_context())
+    moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+    await side.reaches(step)
+    return sa, moving, gate
