@@ -6,15 +6,11 @@ Throughout: never two senders for one SA, no sequence number used twice, and in 
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from ikectx.cxtp import Ctc, Ctd, Ctdr, Message, Pctd
+from ikectx.cxtp import Ctc, Ctd, Ctdr, Pctd
 from ikectx.errors import (
     BusyError,
     CharonError,
@@ -27,12 +23,8 @@ from ikectx.errors import (
 from ikectx.numbers import Status
 from ikectx.transfer import OSEQ_JUMP
 
-from .peers import (
-    Fate,
-    a_context,
-    lossy,
-)
-from .worlds import FAST, Side, one_move, run, world
+from .peers import Fate, a_context, fate_at, losing
+from .worlds import FAST, held_move, one_move, run, until, world
 
 # -- failures of each step -------------------------------------------------------------------------------
 
@@ -182,8 +174,7 @@ def test_a_source_that_cannot_journal_does_not_let_go(state: str) -> None:
                 assert "the disk is full" in report.text
             await asyncio.sleep(0.02)
             w.a.store.broken = ""
-            await w.a.kill()
-            await w.a.start()
+            await w.a.restart()
             await w.quiet()
             assert w.owner(sa) == ("b" if report.result == "moved" else "a")
 
@@ -203,14 +194,12 @@ def test_a_target_that_cannot_journal_does_not_take(state: str, fails: str) -> N
                 w.b.daemon.fail[fails] = [LinkError("silent")]
             sa = w.a.daemon.serve(a_context())
             moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while not moving.done() and not w.b.store.refused:
-                await asyncio.sleep(0.001)
+            await until(lambda: moving.done() or w.b.store.refused)
             assert w.ether.slips == []
             w.b.store.broken = ""
             report = await moving
             await asyncio.sleep(0.01)
-            await w.b.kill()
-            await w.b.start()
+            await w.b.restart()
             await w.quiet()
             assert w.owner(sa) == ("b" if report.result == "moved" else "a")
             taken = state in ("checking", "moving", "activating", "owned", "undoing", "aborted") and not fails
@@ -222,17 +211,6 @@ def test_a_target_that_cannot_journal_does_not_take(state: str, fails: str) -> N
 # -- links that break ------------------------------------------------------------------------------------
 
 
-def cut_at(number: int, fate: Fate) -> Callable[[Message], Fate]:
-    count = 0
-
-    def decide(message: Message) -> Fate:
-        nonlocal count
-        count += 1
-        return fate if count == number else "deliver"
-
-    return decide
-
-
 CUTS = [(number, fate) for number in (1, 2, 3, 4) for fate in ("lose-cut", "deliver-cut")]
 
 
@@ -240,7 +218,7 @@ CUTS = [(number, fate) for number in (1, 2, 3, 4) for fate in ("lose-cut", "deli
 def test_a_link_that_breaks_at_any_message(number: int, fate: Fate) -> None:
     async def scenario() -> None:
         async with world() as w:
-            w.network.fate = cut_at(number, fate)
+            w.network.fate = fate_at(number, fate)
             sa, report = await one_move(w)
             await w.quiet()
             owner = w.owner(sa)
@@ -262,11 +240,7 @@ def test_a_link_that_breaks_at_any_message(number: int, fate: Fate) -> None:
 def test_a_link_that_breaks_while_freezing_is_noticed_before_letting_go() -> None:
     async def scenario() -> None:
         async with world() as w:
-            gate = w.a.daemon.wait["freeze"] = asyncio.Event()
-            sa = w.a.daemon.serve(a_context())
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "freeze" not in w.a.daemon.calls:
-                await asyncio.sleep(0.001)
+            sa, moving, gate = await held_move(w, w.a, "freeze")
             for _, wire in w.network._wires:
                 wire.break_()
             await asyncio.sleep(0.005)
@@ -286,8 +260,7 @@ def test_what_was_prepared_and_never_fetched_is_undone_and_the_source_told() -> 
             gate = w.a.daemon.wait["freeze"] = asyncio.Event()
             sa = w.a.daemon.serve(a_context())
             moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "undo" not in w.b.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.b.reaches("undo")
             await asyncio.sleep(0.005)
             assert isinstance(w.network.seen[-1], Ctc)
             gate.set()
@@ -328,8 +301,7 @@ def test_a_slow_target_is_asked_again_and_answers_each() -> None:
             sa = w.a.daemon.serve(a_context())
             other = w.a.daemon.serve(a_context(2))  # of the same MN: its answers must not be mixed up
             moving = asyncio.create_task(w.a.agent.transfer_all([sa, other], "b"))
-            while sum(isinstance(message, Ctd) for message in w.network.seen) < 4:
-                await asyncio.sleep(0.001)
+            await until(lambda: sum(isinstance(message, Ctd) for message in w.network.seen) >= 4)
             w.b.daemon.fail["after:prepare"] = [CharonError("not this one")]
             gate.set()
             first, second = await moving
@@ -349,9 +321,8 @@ def test_a_slow_target_is_asked_again_and_answers_each() -> None:
 def test_doubt_is_reported_and_resolved_in_the_background() -> None:
     async def scenario() -> None:
         async with world(timing=replace(FAST, in_doubt=0.05)) as w:
-            sa = w.a.daemon.serve(a_context())
-            w.network.fate = lambda m: "lose-cut" if isinstance(m, Ctd) else "deliver"
-            report = await w.a.agent.transfer(sa, "b")
+            w.network.fate = losing(Ctd)
+            sa, report = await one_move(w)
             assert (report.result, report.status, report.exit_code) == ("in-doubt", Status.UNREACHABLE, 5)
             assert f"ikectx reclaim {report.transfer_id}" in report.hint
             assert "has let go" in report.state_here
@@ -377,7 +348,7 @@ def test_the_operator_may_reclaim() -> None:
             sa = w.a.daemon.serve(a_context())
             with pytest.raises(StateError, match="no transfer 00 is open"):
                 await w.a.agent.reclaim("00")
-            w.network.fate = lambda m: "lose-cut" if isinstance(m, Ctd) else "deliver"
+            w.network.fate = losing(Ctd)
             doubt = await w.a.agent.transfer(sa, "b")
             w.network.kill("b")
             report = await w.a.agent.reclaim(doubt.transfer_id)
@@ -399,8 +370,7 @@ def test_a_cancel_before_the_letting_go_keeps() -> None:
                 sa = w.a.daemon.serve(context)
                 at.daemon.calls.clear()
                 moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-                while step not in at.daemon.calls:
-                    await asyncio.sleep(0.001)
+                await at.reaches(step)
                 assert w.a.agent.cancel(str(w.a.only_open()["transfer_id"]))
                 gate.set()
                 report = await moving
@@ -416,11 +386,7 @@ def test_a_cancel_before_the_letting_go_keeps() -> None:
 def test_a_caller_who_goes_away_cancels() -> None:
     async def scenario() -> None:
         async with world() as w:
-            gate = w.b.daemon.wait["prepare"] = asyncio.Event()
-            sa = w.a.daemon.serve(a_context())
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "prepare" not in w.b.daemon.calls:
-                await asyncio.sleep(0.001)
+            sa, moving, gate = await held_move(w, w.b, "prepare")
             moving.cancel()
             await asyncio.gather(moving, return_exceptions=True)
             gate.set()
@@ -433,168 +399,12 @@ def test_a_caller_who_goes_away_cancels() -> None:
 def test_stopping_leaves_nothing_half_done() -> None:
     async def scenario() -> None:
         async with world() as w:
-            gate = w.a.daemon.wait["freeze"] = asyncio.Event()
-            sa = w.a.daemon.serve(a_context())
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "freeze" not in w.a.daemon.calls:
-                await asyncio.sleep(0.001)
+            sa, moving, gate = await held_move(w, w.a, "freeze")
             asyncio.get_running_loop().call_later(0.01, gate.set)
             await w.b.agent.stop()  # undoes what it had prepared
             assert w.b.daemon.passive == {}
             await w.a.agent.stop()
             assert (await moving).result == "kept"
-            assert w.owner(sa) == "a"
-
-    run(scenario())
-
-
-# -- crashes ---------------------------------------------------------------------------------------------
-
-
-async def until_dead_or_done(side: Side, work: asyncio.Task[Any]) -> None:
-    while not side.fuse.blown and not work.done():
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.003)
-
-
-async def _moments(fails: str) -> dict[str, int]:
-    """How many moments each agent has in this transfer at which it could die."""
-    async with world() as w:
-        if fails:
-            w.b.daemon.fail[fails] = [LinkError("silent")]
-        await one_move(w)
-        await w.quiet()
-        return {name: side.fuse.count for name, side in w.sides.items()}
-
-
-@pytest.mark.parametrize("fails", ["", "move", "prepare"])
-@pytest.mark.parametrize("victim", ["a", "b"])
-def test_an_agent_that_dies_at_any_moment(victim: str, fails: str) -> None:
-    """Before and after each write of the journal, and before and after each step takes effect."""
-
-    async def crash_at(moment: int) -> str:
-        async with world(crash=(victim, moment)) as w:
-            if fails:
-                w.b.daemon.fail[fails] = [LinkError("silent")]
-            sa = w.a.daemon.serve(a_context())
-            side = w.sides[victim]
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            await until_dead_or_done(side, moving)
-            assert side.fuse.blown
-            assert w.ether.slips == []
-            await side.kill()
-            await side.start()
-            await w.quiet()
-            moving.cancel()
-            await asyncio.gather(moving, return_exceptions=True)
-            return w.owner(sa)
-
-    async def scenario() -> None:
-        moments = (await _moments(fails))[victim]
-        assert moments >= 6
-        owners = [await crash_at(moment) for moment in range(1, moments + 1)]
-        # it may end either way, but both gateways stay of one mind: once b, never a again
-        assert owners == sorted(owners) or fails
-
-    logging.getLogger("ikectx").setLevel(logging.CRITICAL)
-    try:
-        run(scenario())
-    finally:
-        logging.getLogger("ikectx").setLevel(logging.NOTSET)
-
-
-STEPS = ("check", "prepare", "take", "move", "activate", "undo", "freeze", "thaw", "release")
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_anything_may_happen(seed: int) -> None:
-    """Links break, steps fail and agents die, all by dice: in the end there is one owner who is sane."""
-
-    async def scenario() -> None:
-        dice = random.Random(seed)
-        async with world() as w:
-            sa = w.a.daemon.serve(a_context())
-            at = "a"
-            for turn in range(4):
-                w.network.fate = lossy(dice.randrange(1000), 0.25)
-                for side in w.sides.values():
-                    for step in (
-                        "check",
-                        "prepare",
-                        "take",
-                        "move",
-                        "activate",
-                        "undo",
-                        "freeze",
-                        "thaw",
-                        "release",
-                    ):
-                        some = [CharonError("by dice")] * (dice.random() < 0.15)
-                        side.daemon.fail[dice.choice([step, f"after:{step}"])] = list(some)
-                victim = dice.choice(["a", "b", ""])
-                if victim:
-                    await w.sides[victim].kill()
-                    await w.sides[victim].start(dice.randint(1, 25))
-                to = "b" if at == "a" else "a"
-                moving = asyncio.create_task(w.sides[at].agent.transfer(sa, to))
-                if victim:
-                    await until_dead_or_done(w.sides[victim], moving)
-                    w.network.fate = lambda message: "deliver"
-                    await w.sides[victim].kill()
-                    await w.sides[victim].start()
-                await asyncio.wait({moving}, timeout=0.3)
-                w.network.fate = lambda message: "deliver"
-                await w.quiet()
-                moving.cancel()
-                await asyncio.gather(moving, return_exceptions=True)
-                at = w.owner(sa)
-                assert turn < 4
-
-    logging.getLogger("ikectx").setLevel(logging.CRITICAL)
-    try:
-        run(scenario())
-    finally:
-        logging.getLogger("ikectx").setLevel(logging.NOTSET)
-
-
-def test_recovery_says_what_it_does() -> None:
-    async def scenario() -> None:
-        async with world() as w:
-            sa = w.a.daemon.serve(a_context())
-            w.network.fate = lambda m: "lose-cut" if isinstance(m, Ctd) else "deliver"
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while not any(isinstance(message, Ctd) for message in w.network.seen):
-                await asyncio.sleep(0.001)
-            await w.a.kill()
-            await w.b.kill()
-            moving.cancel()
-            await w.b.start()
-            w.network.up.clear()
-            await w.a.start()
-            assert await w.a.agent.recover() == []  # start did it
-            open_one = w.a.only_open()
-            assert open_one["state"] == "released"
-            w.network.up["b"] = w.b.agent
-            w.network.fate = lambda m: "deliver"
-            await w.quiet()
-            assert w.owner(sa) == "a"  # b's new agent had undone what was prepared
-
-    run(scenario())
-
-
-def test_a_peer_gone_from_the_configuration_does_not_stop_the_start() -> None:
-    async def scenario() -> None:
-        async with world(timing=replace(FAST, in_doubt=0.02)) as w:
-            sa = w.a.daemon.serve(a_context())
-            w.network.fate = lambda m: "lose-cut" if isinstance(m, Ctd) else "deliver"
-            doubt = await w.a.agent.transfer(sa, "b")
-            await w.a.kill()
-            w.names = ("a",)
-            await w.a.start()
-            w.network.kill("b")
-            report = await w.a.agent.reclaim(doubt.transfer_id)
-            assert report.result == "kept"
-            await w.quiet()
             assert w.owner(sa) == "a"
 
     run(scenario())
