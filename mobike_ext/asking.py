@@ -1,7 +1,7 @@
 """Requests of ours under an IKE_SA that charon holds PASSIVE: sealed, sent again, matched with their answers.
 
 The part that all exchanges of this house have in common; what is asked and what an answer means stands in
-`exchange`, `rename` and `rekey`.
+`exchange`, `rename`, `rekey` and `probe`, each a machine with a table of its own.
 
 An answer counts when it opens under SK, carries the message ID and exchange type of the request that waits,
 and comes from the address and port the request went to. Everything else is counted and ignored, so no forged
@@ -10,7 +10,12 @@ or late datagram ends an exchange. A request of the MN is kept apart: see `Askin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
 
 from ikectx.context import Endpoint, IkeGeneration
 from ikectx.errors import UsageError, WireError
@@ -96,6 +101,12 @@ class Asking:
         keys = sk_keys(generation)
         self._key = seal_key(generation, by_initiator=generation.initiator, keys=keys)
         self._incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator, keys=keys))
+        self._proven = False
+
+    @property
+    def waits(self) -> bool:
+        """A request waits for its answer."""
+        return self._window.pending
 
     @property
     def message_id(self) -> int:
@@ -115,6 +126,7 @@ class Asking:
             octets=self.octets,
             retransmissions=self.retransmissions,
             requests=self.requests,
+            proven_by_traffic=self._proven,
         )
 
     def seal(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes) -> list[bytes]:
@@ -150,8 +162,9 @@ class Asking:
         """Requests from elsewhere have used so many message IDs since our last one."""
         self._window.next_id += count
 
-    def stop(self) -> None:
-        """The request is as good as answered; its message ID is used."""
+    def prove(self) -> None:
+        """ESP of the MN makes the request as good as answered; its message ID is used."""
+        self._proven = True
         self._window.response(self.message_id)
 
     def receive(self, datagram: bytes, source: Endpoint) -> Message | None:
@@ -191,3 +204,132 @@ class Asking:
         """Add datagrams to the report."""
         self.messages += len(datagrams)
         self.octets += sum(map(len, datagrams))
+
+
+# --- what asks -----------------------------------------------------------------------------------------
+
+StateT = TypeVar("StateT", bound=Enum)
+InputT = TypeVar("InputT", bound=Enum)
+EventT = TypeVar("EventT")
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """No answer to any of `sent` requests. The MN may have moved nevertheless, if its answers got lost."""
+
+    sent: int
+
+
+class Machine(ABC, Generic[StateT, InputT, EventT]):
+    """What `link` runs: asks the MN at `remote` from `local`, under the SA of `spis`.
+
+    table: (state, input) to the next state. What is not in it changes nothing, and a state that it never
+    leaves is an end. `now` is seconds, monotonic.
+    """
+
+    def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:
+        self.local = asking.local
+        self.remote = asking.remote
+        self.spis = asking.spis
+        self.state = new
+        self._table = table
+        self._new = new
+        self._events: deque[EventT] = deque()
+        self._due: float | None = None
+        """When `_then` is called; a change of state takes it back."""
+        self._then: Callable[[], object] = lambda: None
+
+    @property
+    def done(self) -> bool:
+        """An end is reached; `next_event` tells which."""
+        return all(state is not self.state or to is state for (state, _), to in self._table.items())
+
+    @abstractmethod
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
+
+    @abstractmethod
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due; None: never."""
+
+    @abstractmethod
+    def handle_timer(self, now: float) -> None:
+        """Time has passed; may make something to send, or an event."""
+
+    @abstractmethod
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
+
+    def next_event(self) -> EventT | None:
+        """The next thing that happened, oldest first."""
+        return self._events.popleft() if self._events else None
+
+    def _enter(self, what: InputT, *events: EventT) -> None:
+        """The next state; `events` are told where it is another one."""
+        new = self._table.get((self.state, what), self.state)
+        if new is not self.state:
+            self._events.extend(events)
+            self._due = None
+        self.state = new
+
+    def _later(self, due: float, then: Callable[[], object]) -> None:
+        """Have `_wake` call `then` at `due`, unless the state is another one by then."""
+        self._due, self._then = due, then
+
+    def _wake(self, now: float) -> None:
+        if self._due is not None and now >= self._due:
+            self._due = None
+            self._then()
+
+
+class Requester(Machine[StateT, InputT, EventT]):
+    """A machine with one request after the other. A subclass says what is asked and what an answer means."""
+
+    def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:
+        super().__init__(asking, table, new)
+        self._asking = asking
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Ask for the first time, and leave the state `new`."""
+
+    @abstractmethod
+    def _answered(self, message: Message, now: float) -> None:
+        """An authentic answer to the request that waited."""
+
+    @abstractmethod
+    def _unanswered(self) -> None:
+        """All tries of the request went unanswered."""
+
+    @property
+    def ignored(self) -> int:
+        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        return self._asking.ignored
+
+    @property
+    def peer_requests(self) -> int:
+        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
+        return self._asking.peer_requests
+
+    @property
+    def report(self) -> MoveReport:
+        """What it took so far, in message IDs of the SA of `spis`. One counts as used once it was sent."""
+        return self._asking.report
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        if self.state is self._new:
+            self._begin()
+        return self._asking.to_send(now)
+
+    def next_timer(self) -> float | None:
+        return self._asking.next_timer() if self._asking.waits else self._due
+
+    def handle_timer(self, now: float) -> None:
+        if not self._asking.handle_timer(now):
+            self._unanswered()
+        self._wake(now)
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        message = self._asking.receive(datagram, source)
+        if message is not None:
+            self._answered(message, now)

@@ -22,9 +22,8 @@ Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address
 
@@ -33,9 +32,8 @@ from ikectx.errors import UsageError
 from ikectx.ikev2 import Message, RetransmitPolicy, nat_detection_hash
 from ikectx.numbers import Exchange, Notify
 from ikectx.payloads import NotifyPayload
-from ikectx.ports import MoveReport
 
-from .asking import Asking
+from .asking import Asking, Requester, Silent
 
 COOKIE2_LENGTH = 16
 """RFC 4555, 4.2.5 allows 8 to 64."""
@@ -68,13 +66,6 @@ class Refused:
     """The MN answered and said no. `notify` is its error; COOKIE2 stands for one that did not come back."""
 
     notify: Notify
-
-
-@dataclass(frozen=True, slots=True)
-class Silent:
-    """No answer to any of `sent` requests. The MN may have moved nevertheless, if its answers got lost."""
-
-    sent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +192,6 @@ class Input(Enum):
     """What happens to the machine."""
 
     START = "the first sending"
-    RESEND = "a retransmission timer"
     ACCEPT = "an answer that accepts"
     REJECT = "an answer with an error, or without our cookie"
     PROOF = "ESP from the MN arrived here"
@@ -210,31 +200,26 @@ class Input(Enum):
 
 TABLE: dict[tuple[State, Input], State] = {
     (State.NEW, Input.START): State.WAITING,
-    (State.NEW, Input.RESEND): State.NEW,
     (State.NEW, Input.ACCEPT): State.NEW,
     (State.NEW, Input.REJECT): State.NEW,
     (State.NEW, Input.PROOF): State.NEW,
     (State.NEW, Input.GIVE_UP): State.NEW,
     (State.WAITING, Input.START): State.WAITING,
-    (State.WAITING, Input.RESEND): State.WAITING,
     (State.WAITING, Input.ACCEPT): State.MOVED,
     (State.WAITING, Input.REJECT): State.REFUSED,
     (State.WAITING, Input.PROOF): State.MOVED,
     (State.WAITING, Input.GIVE_UP): State.SILENT,
     (State.MOVED, Input.START): State.MOVED,
-    (State.MOVED, Input.RESEND): State.MOVED,
     (State.MOVED, Input.ACCEPT): State.MOVED,
     (State.MOVED, Input.REJECT): State.MOVED,
     (State.MOVED, Input.PROOF): State.MOVED,
     (State.MOVED, Input.GIVE_UP): State.MOVED,
     (State.REFUSED, Input.START): State.REFUSED,
-    (State.REFUSED, Input.RESEND): State.REFUSED,
     (State.REFUSED, Input.ACCEPT): State.REFUSED,
     (State.REFUSED, Input.REJECT): State.REFUSED,
     (State.REFUSED, Input.PROOF): State.REFUSED,
     (State.REFUSED, Input.GIVE_UP): State.REFUSED,
     (State.SILENT, Input.START): State.SILENT,
-    (State.SILENT, Input.RESEND): State.SILENT,
     (State.SILENT, Input.ACCEPT): State.SILENT,
     (State.SILENT, Input.REJECT): State.SILENT,
     (State.SILENT, Input.PROOF): State.SILENT,
@@ -243,7 +228,7 @@ TABLE: dict[tuple[State, Input], State] = {
 """An end is never left: duplicates of the answer change nothing."""
 
 
-class AddressUpdate:
+class AddressUpdate(Requester[State, Input, Event]):
     """Tells the MN that its gateway is at `local` now.
 
     message_id: of the next request this gateway sends (`FinalState.mid_initiator`). local, remote: nSG and
@@ -265,83 +250,29 @@ class AddressUpdate:
         additional: Sequence[Address] | None = None,
         policy: RetransmitPolicy | None = None,
     ) -> None:
-        self._asking = Asking(generation, message_id, local, remote, policy=policy)
-        self.local = local
-        self.remote = remote
-        self.spis = self._asking.spis
-        self.state = State.NEW
+        super().__init__(Asking(generation, message_id, local, remote, policy=policy), TABLE, State.NEW)
         self._part = AddressPart(self.spis, local, remote, cookie2, conditions, additional)
-        self._events: deque[Event] = deque()
-        self._proven = False
         if len(iv) != self._asking.iv_length:
             raise UsageError(f"an IV of {self._asking.iv_length} octets is needed, not {len(iv)}")
         self._request = self._asking.seal(Exchange.INFORMATIONAL, self._part.payloads(), iv)
 
-    @property
-    def ignored(self) -> int:
-        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
-        return self._asking.ignored
-
-    @property
-    def peer_requests(self) -> int:
-        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
-        return self._asking.peer_requests
-
-    @property
-    def report(self) -> MoveReport:
-        """What it took so far. Once anything was sent the message ID counts as used, answered or not."""
-        return replace(self._asking.report, proven_by_traffic=self._proven)
-
-    @property
-    def done(self) -> bool:
-        """An end is reached; `next_event` tells which."""
-        return self.state not in (State.NEW, State.WAITING)
-
-    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
-        if self.state is State.NEW:
-            self._asking.ask(Exchange.INFORMATIONAL, self._request)
-            self._enter(Input.START)
-        return self._asking.to_send(now) if self.state is State.WAITING else []
-
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-        return self._asking.next_timer() if self.state is State.WAITING else None
-
-    def handle_timer(self, now: float) -> None:
-        """Time has passed; may make something to send, or a `Silent`."""
-        if self.state is not State.WAITING:
-            return
-        if self._asking.handle_timer(now):
-            self._enter(Input.RESEND)
-        else:
-            self._enter(Input.GIVE_UP, Silent(self._asking.sent))
-
     def traffic_seen(self) -> None:
         """ESP of this SA that only the MN can have sent has arrived at `local`: as good as an answer."""
         if self.state is State.WAITING:
-            self._proven = True
-            self._asking.stop()
+            self._asking.prove()
         self._enter(Input.PROOF, Moved(proven_by_traffic=True))
 
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
+    def _begin(self) -> None:
+        self._asking.ask(Exchange.INFORMATIONAL, self._request)
+        self._enter(Input.START)
+
+    def _answered(self, message: Message, now: float) -> None:
         del now  # an answer starts no timer
-        message = self._asking.receive(datagram, source)
-        if message is None:
-            return
         refusal = self._part.refusal(message)
         if refusal is not None:
             self._enter(Input.REJECT, refusal)
         else:
             self._enter(Input.ACCEPT, *self._part.nat_change(message), Moved())
 
-    def next_event(self) -> Event | None:
-        """The next thing that happened, oldest first."""
-        return self._events.popleft() if self._events else None
-
-    def _enter(self, what: Input, *events: Event) -> None:
-        new = TABLE[self.state, what]
-        if new is not self.state:
-            self._events.extend(events)
-        self.state = new
+    def _unanswered(self) -> None:
+        self._enter(Input.GIVE_UP, Silent(self._asking.sent))

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from ikectx.context import ChildContext, Endpoint, IkeGeneration
 from ikectx.errors import IkectxError, LinkError, RefusedError
@@ -19,7 +19,8 @@ from ikectx.numbers import Status
 from ikectx.ports import Clock, MoveReport
 
 from .answering import Asked, PeerSupports, SpiResponder
-from .exchange import AddressUpdate, PeerNatChanged, Refused, Silent
+from .asking import Machine, Silent
+from .exchange import AddressUpdate, PeerNatChanged, Refused
 from .notify import Reason
 from .probe import MidProbe
 from .raw import Instruction, RawLink, bpf_program, open_raw, udp_datagram
@@ -41,34 +42,8 @@ class MonotonicClock:
         return time.monotonic()
 
 
-class _Machine(Protocol):
-    """What all requesters have."""
-
-    @property
-    def local(self) -> Endpoint: ...
-
-    @property
-    def remote(self) -> Endpoint: ...
-
-    @property
-    def spis(self) -> tuple[bytes, bytes]: ...
-
-    @property
-    def done(self) -> bool: ...
-
-    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]: ...
-
-    def next_timer(self) -> float | None: ...
-
-    def handle_timer(self, now: float) -> None: ...
-
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None: ...
-
-    def next_event(self) -> object | None: ...
-
-
 async def _run(
-    machine: _Machine,
+    machine: Machine[Any, Any, Any],
     clock: Clock,
     mark: int,
     proven: Callable[[], Awaitable[bool]] | None = None,

@@ -15,7 +15,6 @@ after a crash. Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_
 
 from __future__ import annotations
 
-from collections import deque
 from enum import Enum
 
 from ikectx.context import Endpoint, IkeGeneration
@@ -23,8 +22,7 @@ from ikectx.errors import UsageError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.numbers import Exchange
 
-from .asking import Asking
-from .exchange import Silent
+from .asking import Asking, Machine, Silent
 
 
 class State(Enum):
@@ -66,7 +64,7 @@ ALONE = 2
 """Sendings of m before m + 1 is sent, too."""
 
 
-class MidProbe:
+class MidProbe(Machine[State, Input, Silent]):
     """Finds the message ID after `message_id` (m) that the MN at `remote` expects of us.
 
     ivs: for m and for m + 1, each of `keys.iv_length(generation.encr)` octets. local: where answers come to.
@@ -84,25 +82,14 @@ class MidProbe:
     ) -> None:
         policy = policy or RetransmitPolicy()
         self._asks = [Asking(generation, message_id + n, local, remote, policy=policy) for n in (0, 1)]
-        self.local = local
-        self.remote = remote
-        self.spis = self._asks[0].spis
-        self.state = State.NEW
+        super().__init__(self._asks[0], TABLE, State.NEW)
         self.next_id = message_id
         """Of our next request, once it is settled."""
         self._alone = sum(policy.wait(sent) for sent in range(1, min(ALONE, policy.tries) + 1))
-        self._later = 0.0
-        self._waiting: set[int] = set()
-        self._events: deque[Silent] = deque()
         if any(len(iv) != self._asks[0].iv_length for iv in ivs) or ivs[0] == ivs[1]:
             raise UsageError(f"two IVs of {self._asks[0].iv_length} octets are needed, not equal")
         pairs = zip(self._asks, ivs, strict=True)
         self._requests = [ask.seal(Exchange.INFORMATIONAL, (), iv) for ask, iv in pairs]
-
-    @property
-    def done(self) -> bool:
-        """An end is reached."""
-        return self.state in (State.SETTLED, State.SILENT)
 
     @property
     def sent(self) -> int:
@@ -110,51 +97,34 @@ class MidProbe:
         return sum(ask.requests + ask.retransmissions for ask in self._asks)
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, and where to. The first call starts it."""
         if self.state is State.NEW:
-            self._later = now + self._alone
             self._ask(0)
             self._enter(Input.START)
-        return [] if self.done else [one for n in sorted(self._waiting) for one in self._asks[n].to_send(now)]
+            self._later(now + self._alone, self._ask_both)
+        return [] if self.done else [one for ask in self._asks for one in ask.to_send(now)]
 
     def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-        if self.done or self.state is State.NEW:
-            return None
-        due = [timer for n in self._waiting if (timer := self._asks[n].next_timer()) is not None]
-        return min([*due, *([self._later] if self.state is State.FIRST else [])], default=None)
+        timers = [self._due, *(ask.next_timer() for ask in self._asks)]
+        return None if self.done else min((due for due in timers if due is not None), default=None)
 
     def handle_timer(self, now: float) -> None:
-        """Time has passed; may make something to send, or a `Silent`."""
-        if self.done:
-            return
-        for number in sorted(self._waiting):
-            if not self._asks[number].handle_timer(now):
-                self._waiting.discard(number)
-        if self.state is State.FIRST and now >= self._later:
-            self._ask(1)
-            self._enter(Input.LATER)
-        if not self._waiting and self.state in (State.BOTH, State.SECOND):
-            self._events.append(Silent(self.sent))
-            self._enter(Input.GIVE_UP)
+        for ask in self._asks:
+            ask.handle_timer(now)
+        self._wake(now)
+        if self.state is not State.FIRST and not any(ask.waits for ask in self._asks):
+            self._enter(Input.GIVE_UP, Silent(self.sent))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came to `local`. Never raises."""
         del now
-        for number, what in ((0, Input.ANSWER_FIRST), (1, Input.ANSWER_SECOND)):
-            if number in self._waiting and self._asks[number].receive(datagram, source) is not None:
-                self._waiting.discard(number)
+        for ask, what in zip(self._asks, (Input.ANSWER_FIRST, Input.ANSWER_SECOND), strict=True):
+            if ask.waits and ask.receive(datagram, source) is not None:
                 self._enter(what)
-                self.next_id = self._asks[number].message_id
+                self.next_id = ask.message_id
                 return
-
-    def next_event(self) -> Silent | None:
-        """`Silent`, if it was."""
-        return self._events.popleft() if self._events else None
 
     def _ask(self, number: int) -> None:
         self._asks[number].ask(Exchange.INFORMATIONAL, self._requests[number])
-        self._waiting.add(number)
 
-    def _enter(self, what: Input) -> None:
-        self.state = TABLE.get((self.state, what), self.state)
+    def _ask_both(self) -> None:
+        self._ask(1)
+        self._enter(Input.LATER)

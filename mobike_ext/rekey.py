@@ -25,8 +25,7 @@ Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` i
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import deque
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -54,11 +53,9 @@ from ikectx.payloads import (
     SaPayload,
     TsPayload,
 )
-from ikectx.ports import MoveReport
 
 from . import dh
-from .asking import Asking, Fresh
-from .exchange import Silent
+from .asking import Asking, Fresh, Requester, Silent
 from .notify import usable_spi
 from .offers import child_offer, chosen_of, ike_offer, narrowed
 
@@ -146,7 +143,6 @@ class Input(Enum):
     """What happens to the machine."""
 
     START = "the first sending"
-    RESEND = "a retransmission timer"
     MADE = "an answer with the new SA"
     AGAIN = "an answer that asks for another key exchange"
     BUSY = "an answer that asks for patience"
@@ -178,13 +174,11 @@ TABLE: dict[tuple[State, Input], State] = {
 }
 """What is not listed changes nothing (AGAIN: another request); an end is never left."""
 
-_WAITS = (State.ASKING, State.DELETING, State.DISCARDING)
-
 
 # --- the machine -------------------------------------------------------------------------------------
 
 
-class _Rekey(ABC):
+class _Rekey(Requester[State, Input, Event]):
     """What both rekeys share. A subclass says what is asked, what an answer makes, and what to delete.
 
     protocol: of the SA that is rekeyed. ke: the method of the first try. The rest as for `ChildRekey`.
@@ -203,13 +197,8 @@ class _Rekey(ABC):
             raise UsageError(f"an SPI of {protocol.name} cannot be {new_spi.hex()}")
         if len(fresh) < REKEY_OCTETS:
             raise UsageError(f"{REKEY_OCTETS} fresh octets are needed, not {len(fresh)}")
-        self._asking = asking
+        super().__init__(asking, TABLE, State.NEW)
         self.generation = generation
-        self.local = asking.local
-        self.remote = asking.remote
-        self.spis = asking.spis
-        self.state = State.NEW
-        self._events: deque[Event] = deque()
         self._new_spi = new_spi
         self._fresh = Fresh(fresh)
         self._nonce = self._fresh.take(NONCE_LENGTH)
@@ -217,8 +206,7 @@ class _Rekey(ABC):
         self._pair = self._key_pair(ke)
         self._tried = {ke}
         self._pauses = list(PAUSES)
-        self._due: float | None = None
-        self._result: Event | None = None
+        self._result: ChildRekeyed | IkeRekeyed | RekeyFailed | None = None
 
     # what a subclass says
 
@@ -242,73 +230,7 @@ class _Rekey(ABC):
         """The key exchange to offer after NO_PROPOSAL_CHOSEN."""
         return None
 
-    # what is known of it
-
-    @property
-    def ignored(self) -> int:
-        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
-        return self._asking.ignored
-
-    @property
-    def peer_requests(self) -> int:
-        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
-        return self._asking.peer_requests
-
-    @property
-    def report(self) -> MoveReport:
-        """What it took so far; `requests` are message IDs of the old IKE_SA."""
-        return self._asking.report
-
-    @property
-    def done(self) -> bool:
-        """An end is reached; `next_event` tells which."""
-        return self.state in (State.DONE, State.FAILED, State.SILENT)
-
-    def next_event(self) -> Event | None:
-        """The next thing that happened, oldest first."""
-        return self._events.popleft() if self._events else None
-
     # verbs
-
-    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
-        if self.state is State.NEW:
-            self._ask()
-            self._enter(Input.START)
-        return self._asking.to_send(now) if self.state in _WAITS else []
-
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-        return self._asking.next_timer() if self.state in _WAITS else self._due
-
-    def handle_timer(self, now: float) -> None:
-        """Time has passed."""
-        if self.state in _WAITS:
-            if self._asking.handle_timer(now):
-                self._enter(Input.RESEND)
-            elif self.state is State.ASKING:
-                self._enter(Input.GIVE_UP, Silent(self._asking.sent))
-            else:
-                self._enter(Input.GIVE_UP, self._result)
-        elif self._due is not None and now >= self._due:
-            self._due = None
-            self._ask()
-            self._enter(Input.PAUSE_OVER)
-
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
-        message = self._asking.receive(datagram, source)
-        if message is None:
-            return
-        if self.state is not State.ASKING:
-            result = self._result
-            if self.state is State.DELETING and isinstance(result, ChildRekeyed | IkeRekeyed):
-                result = replace(result, deleted=message.error is None)
-            self._enter(Input.DELETED, result)
-        elif message.error is not None:
-            self._refused(message.error, now)
-        else:
-            self._answered(message)
 
     def installed(self) -> None:
         """After `ChildMade` or `IkeMade`: the new SA can be used here; the old one is deleted now."""
@@ -335,6 +257,35 @@ class _Rekey(ABC):
 
     # steps
 
+    def _begin(self) -> None:
+        self._ask()
+        self._enter(Input.START)
+
+    def _go_on(self) -> None:
+        self._ask()
+        self._enter(Input.PAUSE_OVER)
+
+    def _unanswered(self) -> None:
+        if self.state is State.ASKING:
+            self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+        else:
+            self._tell_result(Input.GIVE_UP)
+
+    def _answered(self, message: Message, now: float) -> None:
+        if self.state is not State.ASKING:
+            self._tell_result(Input.DELETED, deleted=message.error is None)
+        elif message.error is not None:
+            self._refused(message.error, now)
+        else:
+            self._use(message)
+
+    def _tell_result(self, what: Input, *, deleted: bool = False) -> None:
+        """The exchange about a Delete has ended, and with it the rekey."""
+        result = self._result
+        if isinstance(result, ChildRekeyed | IkeRekeyed):
+            result = replace(result, deleted=deleted)
+        self._enter(what, *([] if result is None else [result]))
+
     def _ask(self) -> None:
         self._send(Exchange.CREATE_CHILD_SA, self._wanted())
 
@@ -345,8 +296,8 @@ class _Rekey(ABC):
     def _refused(self, error: NotifyPayload, now: float) -> None:
         other: KeMethod | None = None
         if error.notify == Notify.TEMPORARY_FAILURE and self._pauses:
-            self._due = now + self._pauses.pop(0)
             self._enter(Input.BUSY)
+            self._later(now + self._pauses.pop(0), self._go_on)
             return
         if error.notify == Notify.INVALID_KE_PAYLOAD and len(error.data) == 2:
             other = KeMethod(int.from_bytes(error.data))
@@ -360,7 +311,7 @@ class _Rekey(ABC):
         self._ask()
         self._enter(Input.AGAIN)
 
-    def _answered(self, message: Message) -> None:
+    def _use(self, message: Message) -> None:
         try:
             self._result = result = self._made(message)
         except WireError as error:
@@ -394,12 +345,6 @@ class _Rekey(ABC):
         if len(values) != 1 or values[0].method != self._ke:
             raise WireError("the answer lacks the public value")
         return nonces[0], self._pair.shared(values[0].data)
-
-    def _enter(self, what: Input, event: Event | None = None) -> None:
-        new = TABLE.get((self.state, what), self.state)
-        if new is not self.state and event is not None:
-            self._events.append(event)
-        self.state = new
 
 
 class ChildRekey(_Rekey):

@@ -17,7 +17,6 @@ Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` i
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -29,8 +28,8 @@ from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.ports import MoveReport
 
 from .answering import Asked, PeerSupports, SpiResponder
-from .asking import Asking, Fresh, is_request
-from .exchange import AddressPart, Moved, PeerNatChanged, Refused, Silent
+from .asking import Asking, Fresh, Requester, Silent, is_request
+from .exchange import AddressPart, Moved, PeerNatChanged, Refused
 from .naming import (
     MOST,
     Decision,
@@ -128,7 +127,6 @@ class Input(Enum):
     """What happens to the machine."""
 
     START = "the first sending"
-    RESEND = "a retransmission timer"
     ACCEPT = "an answer that accepts"
     DENY = "an answer that refuses the names"
     BUSY = "an answer that refuses them for the moment"
@@ -214,7 +212,7 @@ class _Ours:
         return self._names.objection(protocol, spi, inbound)
 
 
-class SpiUpdate:
+class SpiUpdate(Requester[State, Input, Event]):
     """Asks the peer for new names, and with `addresses` tells it that this gateway is at `local` now.
 
     message_id, local, remote, cookie2, conditions, additional, policy: as for `exchange.AddressUpdate`.
@@ -224,6 +222,8 @@ class SpiUpdate:
     request (`mid_responder`); None: its requests are left to charon. names: for what else it may ask
     meanwhile; None: that is refused as busy. announce: say that we know UPDATE_SPI, too. limit: octets of the
     largest message, see `ikev2.seal_fragments`.
+
+    When it is done, duplicates of the peer's request are still answered.
     """
 
     def __init__(
@@ -253,23 +253,17 @@ class SpiUpdate:
             raise UsageError(f"{FRESH_OCTETS} fresh octets are needed, not {len(fresh)}")
         if any(one.choose and one.new for one in renames):
             raise UsageError("the peer chooses its own SPI")
-        self._asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
-        self.local = local
-        self.remote = remote
-        self.spis = self._asking.spis
+        asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
+        super().__init__(asking, TABLE, State.NEW)
         self.initiator = generation.initiator
         self.asked = tuple(renames)
-        self.state = State.NEW
         self._part = (
             AddressPart(self.spis, local, remote, cookie2, conditions, additional) if addresses else None
         )
         self._known = known
-        self._events: deque[Event] = deque()
         self._fresh = Fresh(fresh)
         self._again_iv = self._fresh.take(_DATAGRAMS * self._asking.iv_length)
-        self._due: float | None = None
         self._mirrored: tuple[Renaming, ...] = ()
-        self._proven = False
         self._responder: SpiResponder | None = None
         if expected_id is not None:
             self._responder = SpiResponder(
@@ -291,18 +285,17 @@ class SpiUpdate:
 
     @property
     def ignored(self) -> int:
-        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
-        return self._asking.ignored + (0 if self._responder is None else self._responder.ignored)
+        return super().ignored + (0 if self._responder is None else self._responder.ignored)
 
     @property
     def peer_requests(self) -> int:
         """Requests of the peer that were left to charon."""
-        return self._asking.peer_requests + (0 if self._responder is None else self._responder.others)
+        return super().peer_requests + (0 if self._responder is None else self._responder.others)
 
     @property
     def report(self) -> MoveReport:
         """What it took so far; `answered`: the peer's requests for the same."""
-        mine = replace(self._asking.report, proven_by_traffic=self._proven)
+        mine = super().report
         if self._responder is None:
             return mine
         theirs = self._responder.report
@@ -313,15 +306,6 @@ class SpiUpdate:
             answered=theirs.answered,
         )
 
-    @property
-    def done(self) -> bool:
-        """An end is reached, see `next_event`. Duplicates of the peer's request are still answered."""
-        return self.state is not State.NEW and self.state not in _OPEN
-
-    def next_event(self) -> Event | None:
-        """The next thing that happened, oldest first."""
-        return self._events.popleft() if self._events else None
-
     def wanted(self, protocol: Protocol, spi: bytes, inbound: bool) -> UpdateSpi | None:
         """The one of ours that renames this SPI; `inbound`: we receive on it."""
         found = ((one, (one.protocol, one.old, not one.choose)) for one in self.asked)
@@ -330,37 +314,8 @@ class SpiUpdate:
     # -- verbs
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
-        if self.state is State.NEW:
-            self._asking.ask(Exchange.INFORMATIONAL, self._request)
-            self._enter(Input.START)
-        out = self._asking.to_send(now) if self.state in _OUR_REQUEST else []
+        out = super().to_send(now)
         return out if self._responder is None else out + self._responder.to_send(now)
-
-    def next_timer(self) -> float | None:
-        """When `handle_timer` is due; None: never."""
-        return self._asking.next_timer() if self.state in _OUR_REQUEST else self._due
-
-    def handle_timer(self, now: float) -> None:
-        """Time has passed."""
-        if self.state in _OUR_REQUEST:
-            if self._asking.handle_timer(now):
-                self._enter(Input.RESEND)
-            elif self.state is State.AGREED:
-                self._enter(Input.GIVE_UP, *self._moved(), Renamed(self._mirrored))
-            else:
-                self._enter(Input.GIVE_UP, Silent(self._asking.sent))
-        elif self._due is not None and now >= self._due:
-            self._due = None
-            if self.state is State.PAUSED:
-                self._part = None  # the address stands already
-                said = [one.serialize() for one in self.asked]
-                self._asking.ask(
-                    Exchange.INFORMATIONAL, self._asking.seal(Exchange.INFORMATIONAL, said, self._again_iv)
-                )
-                self._enter(Input.PAUSE_OVER)
-            else:
-                self._enter(Input.LATE, Unsupported())
 
     def traffic_seen(self) -> None:
         """ESP of the peer has arrived at `local` under a *new* SPI: as good as an answer.
@@ -370,26 +325,45 @@ class SpiUpdate:
         esp = any(one.protocol is not Protocol.IKE for one in self.asked)
         if self.state not in _OPEN or (self.asked and not esp) or any(one.choose for one in self.asked):
             return
-        self._proven = True
-        self._asking.stop()
+        self._asking.prove()
         pairs = tuple(Renaming(one.protocol, True, one.old, one.new) for one in self.asked)
         moved = self._moved(proven=True) if self.state in _OUR_REQUEST else []
         self._enter(Input.PROOF, *moved, Renamed(pairs, proven_by_traffic=True))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
         if self._responder is not None and is_request(datagram, self.local, source):
             self._responder.receive(datagram, source, now)
             self._attend(self._responder, now)
             return
-        message = self._asking.receive(datagram, source)
-        if message is not None and self.state in _OUR_REQUEST:
-            what, events = self._judge(message)
-            if what in (Input.BUSY, Input.PLAIN_KNOWN):
-                self._due = now + (BUSY_PAUSE if what is Input.BUSY else MIRROR_WAIT)
-            self._enter(what, *events)
+        super().receive(datagram, source, now)
 
-    # -- the answer to our request
+    # -- our request
+
+    def _begin(self) -> None:
+        self._asking.ask(Exchange.INFORMATIONAL, self._request)
+        self._enter(Input.START)
+
+    def _ask_again(self) -> None:
+        self._part = None  # the address stands already
+        said = [one.serialize() for one in self.asked]
+        self._asking.ask(
+            Exchange.INFORMATIONAL, self._asking.seal(Exchange.INFORMATIONAL, said, self._again_iv)
+        )
+        self._enter(Input.PAUSE_OVER)
+
+    def _unanswered(self) -> None:
+        if self.state is State.AGREED:
+            self._enter(Input.GIVE_UP, *self._moved(), Renamed(self._mirrored))
+        else:
+            self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+
+    def _answered(self, message: Message, now: float) -> None:
+        what, events = self._judge(message)
+        self._enter(what, *events)
+        if self.state is State.PAUSED:
+            self._later(now + BUSY_PAUSE, self._ask_again)
+        elif self.state is State.MIRROR:
+            self._later(now + MIRROR_WAIT, lambda: self._enter(Input.LATE, Unsupported()))
 
     def _judge(self, message: Message) -> tuple[Input, list[Event]]:
         """What an answer means, and what there is to tell."""
@@ -461,12 +435,6 @@ class SpiUpdate:
         """As we asked for them."""
         places = {(one.protocol, one.old, not one.choose): at for at, one in enumerate(self.asked)}
         return tuple(sorted(pairs, key=lambda one: places[one.protocol, one.old, one.inbound]))
-
-    def _enter(self, what: Input, *events: Event) -> None:
-        new = TABLE.get((self.state, what), self.state)
-        if new is not self.state:
-            self._events.extend(events)
-        self.state = new
 
 
 __all__ = [

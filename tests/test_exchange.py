@@ -27,6 +27,7 @@ from ikectx.ikev2 import (
 from ikectx.keys import iv_length, seal_key
 from ikectx.numbers import Encr, Exchange, Integ, Notify, Prf
 from ikectx.payloads import AnyPayload, NotifyPayload
+from mobike_ext.asking import Silent
 from mobike_ext.exchange import (
     TABLE,
     AddressUpdate,
@@ -36,7 +37,6 @@ from mobike_ext.exchange import (
     Moved,
     PeerNatChanged,
     Refused,
-    Silent,
     State,
 )
 

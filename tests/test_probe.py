@@ -13,7 +13,7 @@ from ikectx.context import Endpoint
 from ikectx.errors import UsageError
 from ikectx.ikev2 import IkeHeader, RetransmitPolicy, add_marker, seal_message, strip_marker
 from ikectx.numbers import Exchange
-from mobike_ext.exchange import Silent
+from mobike_ext.asking import Silent
 from mobike_ext.probe import TABLE, Input, MidProbe, State
 
 from .test_exchange import MN, NSG, SA, Node

@@ -37,7 +37,7 @@ from ikectx.payloads import (
     TransformType,
     TsPayload,
 )
-from mobike_ext.exchange import Silent
+from mobike_ext.asking import Silent
 from mobike_ext.rekey import (
     PAUSES,
     REKEY_OCTETS,

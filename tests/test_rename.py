@@ -16,7 +16,8 @@ from ikectx.keys import iv_length, seal_key
 from ikectx.numbers import Encr, Exchange, Integ, Notify, Protocol
 from ikectx.payloads import AnyPayload, NotifyPayload
 from mobike_ext.answering import PeerSupports, SpiResponder
-from mobike_ext.exchange import Condition, Moved, PeerNatChanged, Refused, Silent
+from mobike_ext.asking import Silent
+from mobike_ext.exchange import Condition, Moved, PeerNatChanged, Refused
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer, mirrored, renamed_ike
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 from mobike_ext.rename import (
