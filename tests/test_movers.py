@@ -69,13 +69,13 @@ class Mn:
         if isinstance(machine, ChildRekey):
             self.said.append(("child", machine._asking.message_id))
             child = replace(a_context().children[0], spi_in=b"new1", spi_out=b"mn's", nonce_i=bytes(32))
-            # what `run_rekey` does: the answer has come, the message ID is used
-            machine._asking.stop()
+            # in `run_rekey` the answer has come by now, and the message ID is used
+            machine._asking.prove()
             await made(child)
             self.said.append(("delete", machine._asking.message_id))
             return RekeyReport(replace(ONE, requests=2), ChildRekeyed(child, True))
         self.said.append(("IKE", machine._asking.message_id))
-        machine._asking.stop()
+        machine._asking.prove()
         old = machine.generation
         new = replace(old, spi_i=NEW_IKE, spi_r=b"the MN's", initiator=True, nonce_i=bytes(32))
         await made(new)
