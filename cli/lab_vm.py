@@ -120,7 +120,7 @@ def run_in_vm(
     _compile()
     with _alone(), tempfile.TemporaryDirectory(prefix="ikl-vm-") as folder:
         script = Path(folder, "inside")
-        script.write_text(_script(argv, environment or {}, cached=not writable))
+        script.write_text(inside(argv, environment or {}, cached=not writable))
         words = [str(find_vng()), "-r", str(find_kernel()), "--memory", memory, "--user", "root"]
         words.append(
             f"--qemu-opts=-fsdev local,id={CACHED},path=/,security_model=none,readonly=on,multidevs=remap"
@@ -171,7 +171,7 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _script(argv: Sequence[str], environment: Mapping[str, str], *, cached: bool) -> str:
+def inside(argv: Sequence[str], environment: Mapping[str, str], *, cached: bool) -> str:
     """The guest's side: modules, a device for TUN, then the command; its status goes to a file.
 
     `cached`: programs and Python's files come from the export that is cached (virtme-ng's own goes back to
@@ -180,8 +180,10 @@ def _script(argv: Sequence[str], environment: Mapping[str, str], *, cached: bool
     exports = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **environment}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     if cached:
-        project = Path(__file__).resolve().parent.parent
-        folders = [path for path in {str(project), sys.prefix} if not path.startswith("/usr/")]
+        project = str(Path(__file__).resolve().parent.parent)
+        # of a virtual environment the standard library is elsewhere
+        python = {project, sys.prefix, sys.base_prefix}
+        folders = sorted(path for path in python if not f"{path}/".startswith("/usr/"))
         lines.append(f"mkdir /run/cached && mount -t 9p -o {_CACHED_OPTIONS} {CACHED} /run/cached && {{")
         lines += [
             f"  mount --bind {shlex.quote(f'/run/cached{path}')} {shlex.quote(path)}"

@@ -113,3 +113,15 @@ def test_an_emulated_cpu(tmp_path: Path) -> None:
     assert lab_vm.emulated(told)
     told.write_text("model name\t: A real one\n")
     assert not lab_vm.emulated(told)
+
+
+def test_the_guest_caches_all_that_python_starts_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_vm.sys, "prefix", "/home/me/.venv")
+    monkeypatch.setattr(lab_vm.sys, "base_prefix", "/opt/python")
+    script = lab_vm.inside(["true"], {}, cached=True)
+    project = Path(lab_vm.__file__).resolve().parent.parent
+    for path in ("/usr", "/home/me/.venv", "/opt/python", project):
+        assert f"mount --bind /run/cached{path} {path}" in script
+    monkeypatch.setattr(lab_vm.sys, "base_prefix", "/usr")
+    assert lab_vm.inside(["true"], {}, cached=True).count(" /usr\n") == 1
+    assert "mount" not in lab_vm.inside(["true"], {}, cached=False)
