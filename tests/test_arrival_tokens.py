@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 
 from ikectx.context import Endpoint
-from ikectx.cxtp import (
-    Ctaa,
-    Ctar,
-    Pctd,
-    TokenAlgorithm,
-    compute_token,
-)
+from ikectx.cxtp import Ctaa, Ctar, Pctd, TokenAlgorithm, compute_token
 from ikectx.errors import StateError
 from ikectx.numbers import Status
 from ikectx.serving import MobileConfig

@@ -10,22 +10,9 @@ from typing import Any
 
 import pytest
 
-from ikectx.arrivals import (
-    ARRIVAL_IGNORED,
-    ARRIVAL_TABLE,
-    ArrivalInput,
-    ArrivalState,
-    endpoint,
-)
+from ikectx.arrivals import ARRIVAL_IGNORED, ARRIVAL_TABLE, ArrivalInput, ArrivalState, endpoint
 from ikectx.context import Endpoint, IkeContext
-from ikectx.cxtp import (
-    Ctc,
-    Ctd,
-    Ctdr,
-    CtReq,
-    Pctd,
-    TokenAlgorithm,
-)
+from ikectx.cxtp import Ctc, Ctd, Ctdr, CtReq, Pctd, TokenAlgorithm
 from ikectx.errors import BusyError, RefusedError
 from ikectx.machine import Machine
 from ikectx.numbers import Status

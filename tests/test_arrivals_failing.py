@@ -9,13 +9,7 @@ import pytest
 
 from ikectx.asking import refused_request
 from ikectx.context import Endpoint, IkeContext
-from ikectx.cxtp import (
-    ContextDataBlock,
-    Ctaa,
-    Ctd,
-    Ctdr,
-    CtReq,
-)
+from ikectx.cxtp import ContextDataBlock, Ctaa, Ctd, Ctdr, CtReq
 from ikectx.errors import BusyError, CharonError
 from ikectx.links import PeerConfig
 from ikectx.numbers import Fpt, Status

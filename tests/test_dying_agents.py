@@ -16,10 +16,7 @@ from typing import Any
 import pytest
 
 from ikectx.cxtp import Ctd
-from ikectx.errors import (
-    CharonError,
-    LinkError,
-)
+from ikectx.errors import CharonError, LinkError
 
 from .peers import a_context, losing, lossy
 from .worlds import FAST, Side, one_move, run, until, world

@@ -23,8 +23,8 @@ from mobike_ext.probe import MidProbe
 from .gateway_world import OURS, Mobiles, Place
 from .mobile_nodes import MobileNode, serve
 from .peers import a_context
+from .profile_samples import TRANSFER
 from .test_deadlines import MemoryStore
-from .test_profile import TRANSFER
 from .test_proof import request
 from .worlds import ALL, World, run, until, world
 
