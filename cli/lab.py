@@ -6,8 +6,9 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -112,7 +113,12 @@ def scenarios(as_json: bool) -> None:
 @click.option(
     "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run each so many times."
 )
-@click.option("--logs", type=click.Path(path_type=Path, file_okay=False), help="Keep logs in this folder.")
+@click.option(
+    "--baselines/--no-baselines",
+    default=True,
+    help="With those parts that go by the ways of today, or without what they are there to be compared with.",
+)
+@click.option("--logs", type=click.Path(file_okay=False), default="", help="Keep logs in this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (several scenarios: a list).")
 @click.option("--quiet", is_flag=True, help="No progress on standard error.")
 def run(
@@ -121,25 +127,40 @@ def run(
     esp: str,
     delay: float | None,
     repeat: int,
-    logs: Path | None,
+    baselines: bool,
+    logs: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run scenarios, in a VM of its own where this kernel has no ESP (--esp auto)."""
+    """Run scenarios, in a VM of its own where this kernel has no ESP (--esp auto).
+
+    Those it does not come to, because it is ended, count as failed.
+    """
     chosen = lab_scenario.neighbours(lab_scenario.names()) if every else names
     wanted = [name for name in chosen for _ in range(repeat)]
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
-    request = lab_start.Request(tuple(wanted), esp, delay, logs)
-    with tidy():
-        reports = lab_start.run(request, (lambda _line: None) if quiet else _say)
+    request = lab_start.Request(tuple(wanted), esp, delay, logs, baselines)
+    reports: list[dict[str, Any]] = []
+    try:
+        with tidy():
+            lab_start.run(request, (lambda _line: None) if quiet else _say, reports.append)
+    except (KeyboardInterrupt, KernelError) as error:
+        if reports or isinstance(error, KeyboardInterrupt):
+            _tell(
+                [*reports, *lab_start.left(request, reports)], as_json, single=len(wanted) == 1 and not every
+            )
+        raise
+    _tell(reports, as_json, single=len(wanted) == 1 and not every)
+    if not all(report["ok"] for report in reports):
+        click.get_current_context().exit(1)
+
+
+def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> None:
     if as_json:
-        single = len(reports) == 1 and not every
         click.echo(json.dumps(reports[0] if single else reports, indent=2))
     else:
         lab_start.show(reports)
-    if not all(report["ok"] for report in reports):
-        click.get_current_context().exit(1)
 
 
 @lab.command()

@@ -500,11 +500,14 @@ def run_here(
     *,
     libipsec: bool,
     say: Say,
+    done: Callable[[Report], None],
     logs: Path | None = None,
     delay_ms: float | None = None,
-) -> list[Report]:
-    """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens."""
-    reports: list[Report] = []
+) -> None:
+    """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
+
+    `done` gets the report of each as soon as it is there.
+    """
     lab: Lab | None = None
     clean = disturbed = False
     try:
@@ -517,7 +520,7 @@ def run_here(
             wanted = scenario.delay_ms if delay_ms is None else delay_ms
             tunnel = replace(scenario.tunnel, libipsec=libipsec)
             if libipsec and scenario.kernel_only:
-                reports.append(Report.skipped(scenario, "needs kernel ESP"))
+                done(Report.skipped(scenario, "needs kernel ESP"))
                 continue
             if lab is not None and lab.net.delay_ms != wanted:
                 lab.down()
@@ -526,7 +529,7 @@ def run_here(
             try:
                 lab = _prepared(lab, scenario, tunnel, wanted, clean=clean, disturbed=disturbed)
             except IkectxError as error:
-                reports.append(Report.failed(scenario, str(error)))
+                done(Report.failed(scenario, str(error)))
                 if lab is not None:
                     lab.down()
                     lab = None
@@ -535,14 +538,13 @@ def run_here(
             report.warnings += lab.warnings
             clean = report.ok and not scenario.disturbs_daemons
             disturbed = scenario.disturbs_network or not report.ok
-            reports.append(report)
             tell("ok" if report.ok else f"FAILED: {report.why()}")
             if logs is not None:
                 save_logs(lab, logs / scenario.name)
+            done(report)
     finally:
         if lab is not None:
             lab.down()
-    return reports
 
 
 def _prepared(

@@ -159,6 +159,11 @@ class Scenario:
     fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
 
+    def without_baselines(self) -> Scenario:
+        """The same without the ways of today: what it tests, without what it is compared with."""
+        steps = tuple(step for step in self.steps if isinstance(step, Command) or step[0] != "baseline")
+        return dataclasses.replace(self, steps=steps)
+
     @property
     def disturbs_daemons(self) -> bool:
         """Whether daemons do not come out of it as they went in."""

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,25 @@ from ikectx.errors import KernelError
 
 from . import lab_hosts, lab_scenario, lab_vm
 from .lab_net import has_kernel_esp, load_modules
+from .lab_report import Report
 from .lab_run import run_here
 
 Say = Callable[[str], None]
+Done = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to run and how: `esp` is auto, kernel (here), vm or libipsec (here)."""
+    """What to run and how: `esp` is auto, kernel (here), vm or libipsec (here).
+
+    `baselines`: with those parts of a scenario that go by the ways of today, to compare with.
+    """
 
     names: tuple[str, ...]
     esp: str = "auto"
     delay_ms: float | None = None
-    logs: Path | None = None
+    logs: str = ""
+    baselines: bool = True
 
 
 def choose(esp: str) -> str:
@@ -48,42 +54,65 @@ def choose(esp: str) -> str:
     return "vm"
 
 
-def run(request: Request, say: Say) -> list[dict[str, Any]]:
-    """Runs the scenarios; returns their reports as JSON values. Raises IkectxError when none can run."""
+def run(request: Request, say: Say, done: Done = lambda _report: None) -> list[dict[str, Any]]:
+    """Runs the scenarios; returns their reports as JSON values. Raises IkectxError when none can run.
+
+    `done` gets each of them as well, also where something ends this before all have run.
+    """
     scenarios = [lab_scenario.load(name) for name in request.names]
+    if not request.baselines:
+        scenarios = [scenario.without_baselines() for scenario in scenarios]
     for name in lab_hosts.sweep():
         say(f"removed what was left of lab {name}")
     way = choose(request.esp)
+    found: list[dict[str, Any]] = []
+
+    def keep(report: dict[str, Any]) -> None:
+        found.append(report)
+        done(report)
+
     if way == "vm":
-        return _in_vm(request, say)
-    reports = run_here(
-        scenarios, libipsec=way == "libipsec", say=say, logs=request.logs, delay_ms=request.delay_ms
-    )
-    return [report.as_json() for report in reports]
+        _in_vm(request, say, keep)
+    else:
+        run_here(
+            scenarios,
+            libipsec=way == "libipsec",
+            say=say,
+            done=lambda report: keep(report.as_json()),
+            logs=Path(request.logs) if request.logs else None,
+            delay_ms=request.delay_ms,
+        )
+    return found
 
 
-def _in_vm(request: Request, say: Say) -> list[dict[str, Any]]:
+def left(request: Request, reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reports, as failures, of those scenarios that had not come to their end when a run was ended."""
+    names = request.names[len(reports) :]
+    return [Report(name, error="did not run to its end").as_json() for name in names]
+
+
+def _in_vm(request: Request, say: Say, done: Done) -> None:
     """The same in a VM: progress comes through its console, reports and logs through a shared folder."""
     say("this kernel has no ESP: booting a VM (about half a minute)")
     with tempfile.TemporaryDirectory(prefix="ikl-run-") as folder:
-        results, logs = Path(folder, "reports.json"), Path(folder, "logs")
-        words = [sys.executable, "-m", __spec__.name, str(results), "kernel"]
-        words += [
-            "-" if request.delay_ms is None else str(request.delay_ms),
-            str(logs) if request.logs else "-",
-        ]
-        lab_vm.run_in_vm(
-            [*words, *request.names],
-            shared=Path(folder),
-            on_output=lambda line: say(line.decode(errors="replace").rstrip()),
-        )
+        results, logs = Path(folder, "reports"), Path(folder, "logs")
+        there = replace(request, esp="kernel", logs=str(logs) if request.logs else "")
+        lines: list[str] = []
         try:
-            reports: list[dict[str, Any]] = json.loads(results.read_text())
-        except (OSError, ValueError):
-            raise KernelError("the VM ended without a report") from None
-        if request.logs is not None and logs.exists():
-            shutil.copytree(logs, request.logs, dirs_exist_ok=True)
-        return reports
+            lab_vm.run_in_vm(
+                [sys.executable, "-m", __spec__.name, str(results), json.dumps(asdict(there))],
+                shared=Path(folder),
+                on_output=lambda line: say(line.decode(errors="replace").rstrip()),
+            )
+        finally:
+            if results.exists():
+                lines = results.read_text().splitlines()
+            for line in lines:
+                done(json.loads(line))
+            if request.logs and logs.exists():
+                shutil.copytree(logs, request.logs, dirs_exist_ok=True)
+        if len(lines) < len(request.names):
+            raise KernelError(f"the VM ended after {len(lines)} of {len(request.names)} scenarios")
 
 
 def show(reports: Sequence[dict[str, Any]]) -> None:
@@ -101,15 +130,13 @@ def show(reports: Sequence[dict[str, Any]]) -> None:
             console.print(part)
 
 
-def inside(arguments: Sequence[str]) -> None:
-    """The guest's side of `_in_vm`."""
-    results, esp, delay, logs, *names = arguments
-    request = Request(
-        tuple(names), esp, None if delay == "-" else float(delay), None if logs == "-" else Path(logs)
-    )
-    reports = run(request, lambda line: print(line, flush=True))
-    Path(results).write_text(json.dumps(reports))
+def inside(results: Path, request: Request) -> None:
+    """The guest's side of `_in_vm`: each line of `results` is a report."""
+    with results.open("w", buffering=1) as file:
+        run(
+            request, lambda line: print(line, flush=True), lambda report: print(json.dumps(report), file=file)
+        )
 
 
 if __name__ == "__main__":
-    inside(sys.argv[1:])
+    inside(Path(sys.argv[1]), Request(**json.loads(sys.argv[2])))
