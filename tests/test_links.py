@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
@@ -15,34 +15,24 @@ from pathlib import Path
 import pytest
 
 from ikectx.aio import Gateway
-from ikectx.context import FinalChild, FinalState
-from ikectx.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, StatusBlock, parse_message
+from ikectx.cxtp import Ctc, Ctd, Ctdr, Message, Pctd, StatusBlock
 from ikectx.errors import ConfigError, LinkError, StateError
 from ikectx.links import Link, Links, PeerConfig, Stream, TlsConfig, certificate_names, tls_dial, tls_listen
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import SaName
-from ikectx.profile import TransferHeader, encode, encode_final
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
 
 from .certs import Authority
 from .peers import Ether, MemoryGateway, MemoryStream, Network, Wire, a_context
+from .worlds import KEY, run
 
 TIMING = Timing(connect=0.5, offer=1.0, idle=0.05, keepalive=1.0, stop=0.3, backoff=0.01)
-KEY = bytes(range(32))
 
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("pki"))
-
-
-def run(scenario: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(10):
-            await scenario
-
-    asyncio.run(bounded())
 
 
 # -- TLS -------------------------------------------------------------------------------------------------
@@ -461,156 +451,5 @@ def test_a_gateway_starts_once_and_only_whole(ca: Authority, tmp_path: Path) -> 
         with pytest.raises(ConfigError, match="without TLS"):
             await bare.start([("127.0.0.1", 0)])
         await site.stop()
-
-    run(scenario())
-
-
-# -- what a peer may send --------------------------------------------------------------------------------
-
-
-class Stranger:
-    """A peer of b that sends what it likes."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    async def ask(self, message: Message) -> Ctdr:
-        await self._stream.write(message.serialize())
-        answer = parse_message(await self._stream.read())
-        assert isinstance(answer, Ctdr)
-        return answer
-
-    async def send(self, message: Message) -> None:
-        await self._stream.write(message.serialize())
-
-    async def closed(self) -> bool:
-        return await self._stream.read() == b""
-
-
-@asynccontextmanager
-async def strangers(
-    folder: Path, *names: str
-) -> AsyncIterator[tuple[MemoryGateway, Gateway, list[Stranger]]]:
-    network = Network()
-    daemon = MemoryGateway("b", Ether())
-    store = SqliteStore(folder / "b.db", KEY)
-    peers = [PeerConfig(name, name) for name in names]
-    gateway = Gateway("b", daemon, daemon, store, peers, timing=TIMING, dial=network.dial_from("b"))
-    await gateway.start()
-    network.up["b"] = gateway
-    yield daemon, gateway, [Stranger(await network.dial_from(name)(PeerConfig("b", "b"))) for name in names]
-    await gateway.stop()
-    await network.close()
-    store.close()
-
-
-def first(answer: Ctdr) -> Status:
-    return next((block.status for block in answer.statuses if block.status is not Status.OK), Status.OK)
-
-
-def offer(ident: bytes, number: int = 1, **header: str) -> Pctd:
-    context = a_context(number)
-    return Pctd(context.remote.address, encode(context, transfer=TransferHeader(ident, **header)))  # type: ignore[arg-type]
-
-
-def letting_go(ident: bytes, number: int = 1, epoch: int = 1) -> Ctd:
-    context = a_context(number)
-    children = tuple(FinalChild(c.spi_in, c.inbound, c.outbound) for c in context.children)
-    final = FinalState(context.spis[0], context.spis[1], 2, 5, epoch, children)
-    return Ctd(context.remote.address, encode_final(final, ident))
-
-
-def test_a_peer_s_bad_messages_touch_nothing(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
-            # blocks that are missing, or another MN's
-            assert first(await a.ask(Pctd(MN))) is Status.MALFORMED
-            assert first(await a.ask(replace(offer(b"12345678"), mn=MN2))) is Status.MALFORMED
-            assert first(await a.ask(Ctd(MN))) is Status.MALFORMED
-            # what issue 3 brings, and what makes no sense here
-            await a.send(CtReq(MN, 1))
-            await a.send(Ctaa(MN))
-            await a.send(Ctc(MN))
-            assert daemon.calls == []
-            assert gateway.history() == []
-
-    run(scenario())
-
-
-def test_a_ctd_nobody_announced_is_refused_for_good(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with strangers(tmp_path, "a", "c") as (daemon, gateway, (a, c)):
-            ident = b"12345678"
-            assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
-            # its PCTD comes late: the source serves again by now
-            assert first(await a.ask(offer(ident))) is Status.UNKNOWN_TRANSFER
-            assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
-            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
-            assert daemon.calls == []
-            assert [one["state"] for one in gateway.history()] == ["aborted"]
-
-    run(scenario())
-
-
-def test_only_the_source_lets_go(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with strangers(tmp_path, "a", "c") as (daemon, _, (a, c)):
-            ident = b"12345678"
-            assert first(await a.ask(offer(ident))) is Status.OK
-            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
-            assert first(await c.ask(offer(b"87654321"))) is Status.BUSY
-            await c.send(Ctc(MN))
-            assert daemon.calls == ["check", "prepare"]
-            # twice the same question, twice the same answer, one preparation
-            assert first(await a.ask(offer(ident))) is Status.OK
-            assert first(await a.ask(letting_go(ident))) is Status.OK
-            assert first(await a.ask(letting_go(ident))) is Status.OK
-            assert first(await a.ask(offer(ident))) is Status.OK
-            assert daemon.calls == ["check", "prepare", "take", "move", "activate"]
-            # what is owned is nobody's to cancel, and no stranger's to ask about
-            await a.send(Ctc(MN))
-            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
-            assert a_context().spis in daemon.served
-
-    run(scenario())
-
-
-def test_a_ctd_that_does_not_fit_its_pctd_undoes_it(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
-            await a.ask(offer(b"12345678"))
-            assert first(await a.ask(letting_go(b"12345678", epoch=2))) is Status.STALE_EPOCH
-            assert daemon.calls == ["check", "prepare", "undo"]
-            await a.ask(offer(b"23456789"))
-            assert first(await a.ask(letting_go(b"23456789", number=2))) is Status.UNKNOWN_SA
-            assert daemon.passive == {}
-            await a.ask(offer(b"34567890"))
-            assert first(await a.ask(Ctd(MN))) is Status.MALFORMED
-            assert daemon.passive == {}
-            assert first(await a.ask(letting_go(b"34567890"))) is Status.UNKNOWN_TRANSFER
-
-    run(scenario())
-
-
-def test_a_new_offer_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
-            assert first(await a.ask(offer(b"12345678"))) is Status.OK
-            assert first(await a.ask(offer(b"23456789"))) is Status.OK
-            assert daemon.calls == ["check", "prepare", "undo", "check", "prepare"]
-            assert first(await a.ask(letting_go(b"12345678"))) is Status.UNKNOWN_TRANSFER
-            assert first(await a.ask(letting_go(b"23456789"))) is Status.OK
-
-    run(scenario())
-
-
-def test_a_damaged_ctd_for_what_is_owned_gets_no_answer(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
-            await a.ask(offer(b"12345678"))
-            await a.ask(letting_go(b"12345678"))
-            await a.send(Ctd(MN))
-            assert await a.closed()  # "no" would let the source serve it as well
-            assert a_context().spis in daemon.served
 
     run(scenario())
