@@ -167,34 +167,76 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
 @click.option("--esp", type=click.Choice(["auto", "kernel", "vm"]), default="auto", show_default=True)
 @click.option(
+    "--from",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Run nothing: take what --json printed before; several files are put together.",
+)
+@click.option(
     "--page",
     "target",
+    metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a Markdown page, and an SVG.",
+    help="Write the page there, in Markdown, and a picture beside it, in SVG.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.argument("names", nargs=-1, metavar="[SCENARIO...]")
-def bench(runs: int, esp: str, target: Path | None, as_json: bool, names: tuple[str, ...]) -> None:
+def bench(
+    runs: int, esp: str, files: tuple[Path, ...], target: Path | None, as_json: bool, names: tuple[str, ...]
+) -> None:
     """Run the handover scenarios several times; print medians, ratios and where each lost packet went.
 
     What a virtual machine ran that the mobile node has a part in runs again here, with ESP in user space.
     """
     from . import lab_bench
 
-    wanted = names or lab_bench.SCENARIOS
-    times = [name for name in wanted for _ in range(runs)]
+    if files and names:
+        raise UsageError("--from takes what has run already: it goes without scenarios")
+    if target is not None and not target.absolute().parent.is_dir():
+        raise UsageError(f"--page {target}: there is no such folder")
+    picture = target.with_suffix(".svg") if target is not None else None
+    if files:
+        summary = _saved(files, target)
+        ok = True
+    else:
+        reports, native = _measured(names or lab_bench.SCENARIOS, runs, esp)
+        words = ["ikectx lab bench --runs", str(runs), *(() if esp == "auto" else ("--esp", esp)), *names]
+        summary = lab_bench.summarise(reports, native, " ".join(words))
+        ok = all(report["ok"] for report in [*reports, *native])
+    if target is not None and picture is not None:
+        target.write_text(lab_bench.page(summary, picture.name))
+        picture.write_text(lab_bench.picture(summary))
+    click.echo(json.dumps(summary, indent=2) if as_json else lab_bench.page(summary), nl=as_json)
+    if not ok:
+        click.get_current_context().exit(1)
+
+
+def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
+    """One summary of the files'. Errors: UsageError."""
+    from . import lab_bench
+
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        try:
+            found[str(file)] = lab_bench.read(file.read_text(encoding="utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file}: {error}") from None
+    words = [f"--from {file}" for file in found] + ([] if target is None else [f"--page {target}"])
+    return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))
+
+
+def _measured(names: Sequence[str], runs: int, esp: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reports of runs, and of those beside a virtual machine."""
+    from . import lab_bench
+
+    times = [name for name in names for _ in range(runs)]
     here = [name for name in times if name in lab_bench.NATIVE] if lab_start.choose(esp) == "vm" else []
     with tidy():
         reports = lab_start.run(lab_start.Request(tuple(times), esp), _say)
         native = lab_start.run(lab_start.Request(tuple(here), "libipsec"), _say) if here else []
-    summary = lab_bench.summarise(reports, native)
-    text = lab_bench.page(summary, " ".join(["ikectx lab bench --runs", str(runs), *names]))
-    if target is not None:
-        target.write_text(text.replace("\n## Where", f"\n![Gaps]({target.stem}.svg)\n\n## Where"))
-        target.with_suffix(".svg").write_text(lab_bench.picture(summary))
-    click.echo(json.dumps(summary, indent=2) if as_json else text)
-    if not all(report["ok"] for report in [*reports, *native]):
-        click.get_current_context().exit(1)
+    return reports, native
 
 
 @lab.command()

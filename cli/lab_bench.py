@@ -1,15 +1,21 @@
 """`ikectx lab bench`: several runs of the handover scenarios, told as medians and ratios in a page.
 
+    reports of runs -> summarise -> a summary (what --json prints) -> merge -> page, picture
+    what --json printed before -> read ---------------------------------^
+
 Every ratio is taken within one run (the move against the same tunnel's ways of today over the same links),
 so that neither the machine's speed nor its emulation is in it. Pure: reports in, text out.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
+
+from ikectx.errors import UsageError
 
 MODES = {
     "handover": "push: psg sends",
@@ -68,7 +74,7 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lost_median": median(one["lost"] for one in traffic),
         "sent": median(one["sent"] for one in traffic),
         "gap_ms": median(one["longest_gap_ms"] for one in traffic),
-        "interval_ms": traffic[0].get("interval_ms", 5.0),
+        "interval_ms": traffic[0]["interval_ms"],
         "causes": dict(sorted(causes.items())),
         "others_lost": [sum(one["lost"] for one in run.get("others", {}).values()) for run in runs],
         "air_messages": median(run["air"]["messages"] for run in runs),
@@ -98,20 +104,99 @@ def _phases(phases: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def summarise(
-    reports: Iterable[Mapping[str, Any]], native: Iterable[Mapping[str, Any]] = ()
+    reports: Iterable[Mapping[str, Any]], native: Iterable[Mapping[str, Any]] = (), command: str = ""
 ) -> dict[str, Any]:
-    """All scenarios' rows, what ESP and which strongSwan they ran on.
+    """All scenarios' rows, what ESP and which strongSwan they ran on, and the command that ran them.
 
     `native`: reports of runs beside them that were not in the virtual machine the others were in.
     """
     groups = by_scenario(reports)
     first = next(iter(groups.values()))[0] if groups else {}
     return {
+        "command": command,
         "esp": first.get("esp", ""),
         "strongswan": first.get("strongswan", ""),
         "scenarios": {name: row(runs) for name, runs in groups.items()},
         "native": {name: row(runs) for name, runs in by_scenario(native).items()},
     }
+
+
+_WAY = dict.fromkeys(("interruption_ms", "lost", "messages", "octets"), "a number")
+_ROW = {
+    **dict.fromkeys(("runs", "ok", "lost_median", "sent", "gap_ms", "interval_ms"), "a number"),
+    **dict.fromkeys(("air_messages", "air_octets", "gateway_messages", "gateway_octets"), "a number"),
+    **dict.fromkeys(("lost", "others_lost"), "numbers"),
+    **dict.fromkeys(("causes", "phases_ms"), "numbers by name"),
+    "ratio": "a number or null",
+    "ways": "objects by name",
+}
+"""Keys of a row, and what they hold."""
+
+
+def _is(value: object, kind: str) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match kind:
+        case "a number":
+            return number
+        case "a number or null":
+            return number or value is None
+        case "numbers":
+            return isinstance(value, list) and all(_is(one, "a number") for one in value)
+        case "numbers by name":
+            return isinstance(value, dict) and all(_is(one, "a number") for one in value.values())
+        case _:
+            return isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
+
+
+def read(text: str, file: str) -> dict[str, Any]:
+    """A summary that --json printed to `file`. Errors: UsageError, which names file and key."""
+
+    def wrong(what: str) -> UsageError:
+        return UsageError(f"{file}: {what}", hint="it must be what `ikectx lab bench --json` prints")
+
+    def check(value: Mapping[str, Any], keys: Mapping[str, str], where: str) -> None:
+        for key, kind in keys.items():
+            if key not in value or not _is(value[key], kind):
+                raise wrong(f"{where}.{key} must be {kind}")
+
+    try:
+        summary = json.loads(text)
+    except (ValueError, RecursionError):
+        raise wrong("not JSON") from None
+    if not isinstance(summary, dict):
+        raise wrong("not an object")
+    for key in ("command", "esp", "strongswan"):
+        if not isinstance(summary.get(key), str):
+            raise wrong(f"{key} must be text")
+    check(summary, dict.fromkeys(("scenarios", "native"), "objects by name"), "the result")
+    for part in ("scenarios", "native"):
+        for name, one in summary[part].items():
+            check(one, _ROW, f"{part}.{name}")
+            for way, found in one["ways"].items():
+                check(found, _WAY, f"{part}.{name}.ways.{way}")
+    return summary
+
+
+def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
+    """One summary of several, {file: summary}, as `command` makes it of the files.
+
+    Errors: UsageError where they do not go together: another strongSwan, another ESP, a scenario twice.
+    """
+    merged: dict[str, Any] = {"command": "", "scenarios": {}, "native": {}}
+    came: dict[tuple[str, str], str] = {}
+    for file, summary in summaries.items():
+        for key in ("strongswan", "esp"):
+            if merged.setdefault(key, summary[key]) != summary[key]:
+                first = next(iter(summaries))
+                raise UsageError(f"{key} was {merged[key]} in {first}, {summary[key]} in {file}")
+        for part in ("scenarios", "native"):
+            for name, one in summary[part].items():
+                if (part, name) in came:
+                    raise UsageError(f"{name} is in {came[part, name]} and in {file}")
+                came[part, name] = file
+                merged[part][name] = one
+    ran = [f"{summary['command']} --json > {file}" for file, summary in summaries.items()]
+    return {**merged, "command": "\n".join([*ran, command])}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -128,23 +213,43 @@ def _cell(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def page(summary: Mapping[str, Any], command: str) -> str:
-    """The Markdown page docs/benchmarks.md."""
+PROBE = ("probe, every ms", "lost, each run", "median", "longest gap ms")
+
+
+def _probe(one: Mapping[str, Any]) -> Sequence[object]:
+    """What the probe found, for columns `PROBE`."""
+    return one["interval_ms"], one["lost"], one["lost_median"], one["gap_ms"]
+
+
+def _failed(summary: Mapping[str, Any]) -> Iterable[str]:
+    """The warning above figures of runs that did not do what their scenario asks for."""
+    rows = [(name, one) for part in ("scenarios", "native") for name, one in summary[part].items()]
+    failed = [
+        f"{name} ({one['runs'] - one['ok']} of {one['runs']} runs)"
+        for name, one in rows
+        if one["ok"] < one["runs"]
+    ]
+    if failed:
+        yield f"**Not every run did what its scenario asks for**; all are counted: {', '.join(failed)}."
+
+
+def page(summary: Mapping[str, Any], image: str = "") -> str:
+    """The Markdown page docs/benchmarks.md. `image`: the file that holds the `picture`, if it is shown."""
     rows: Mapping[str, Mapping[str, Any]] = summary["scenarios"]
+    command = str(summary["command"])
+    made = "commands below" if "\n" in command else "command below, in one go"
     parts = [
         "# Benchmarks",
-        "Made by the command below, in one go; strongSwan "
+        f"Made by the {made}; strongSwan "
         f"{summary['strongswan']}, ESP by the {summary['esp']}. Times of an emulated machine are long, so "
         "compare by the ratio, which is taken inside each run; counts do not depend on the machine.",
         f"```\n{command}\n```",
+        *_failed(summary),
         "## A live handover, UDP probe both ways, access link of 20 ms one way",
         _table(
             (
                 "scenario",
-                "probe, every ms",
-                "lost, each run",
-                "median",
-                "longest gap ms",
+                *PROBE,
                 "air: messages",
                 "octets",
                 "CXTP: messages",
@@ -153,10 +258,7 @@ def page(summary: Mapping[str, Any], command: str) -> str:
             (
                 (
                     name,
-                    one["interval_ms"],
-                    one["lost"],
-                    one["lost_median"],
-                    one["gap_ms"],
+                    *_probe(one),
                     one["air_messages"],
                     one["air_octets"],
                     one["gateway_messages"],
@@ -187,6 +289,7 @@ def page(summary: Mapping[str, Any], command: str) -> str:
             ("scenario", "way", "interruption ms", "lost", "messages on the air", "octets"),
             (line for name, one in rows.items() if one["ways"] for line in _ways(name, one)),
         ),
+        *([f"![Gaps]({image})"] if image else []),
         "## Where the time goes (median ms, pSG's view)",
         _table(
             ("scenario", *(phases := _names(rows))),
@@ -222,24 +325,12 @@ def _native(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     if not rows:
         return
     yield "## At this machine's own speed: ESP in user space, no virtual machine"
-    head = (
-        "scenario",
-        "probe, every ms",
-        "lost, each run",
-        "median",
-        "longest gap ms",
-        "anew, PSK: gap ms",
-        "",
-    )
     yield _table(
-        head,
+        ("scenario", *PROBE, "anew, PSK: gap ms", ""),
         (
             (
                 name,
-                one["interval_ms"],
-                one["lost"],
-                one["lost_median"],
-                one["gap_ms"],
+                *_probe(one),
                 one["ways"].get("PSK", {}).get("interruption_ms", ""),
                 _times(one["ratio"]),
             )
@@ -274,10 +365,7 @@ def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         (
             (
                 name,
-                one["interval_ms"],
-                one["lost"],
-                one["lost_median"],
-                one["gap_ms"],
+                *_probe(one),
                 one["others_lost"],
                 one["air_messages"],
                 one["air_octets"],
