@@ -11,27 +11,22 @@ import random
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ikectx.context import Endpoint
 from ikectx.numbers import Protocol as Proto
 from mobike_ext.answering import Asked, PeerSupports, SpiResponder
+from mobike_ext.asking import EventT, Machine
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
 
 
-class Machine(Protocol):
-    """What the link needs of an end."""
-
-    local: Endpoint
-
-    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]: ...
-
-    def next_timer(self) -> float | None: ...
-
-    def handle_timer(self, now: float) -> None: ...
-
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None: ...
+def events(machine: Machine[Any, Any, EventT]) -> list[EventT]:
+    """All that has happened and was not asked for yet."""
+    found: list[EventT] = []
+    while (event := machine.next_event()) is not None:
+        found.append(event)
+    return found
 
 
 @dataclass(slots=True)
@@ -68,13 +63,33 @@ class Names:
         self.sas.add((pair.protocol, pair.inbound, pair.new))
 
 
-class Node:
-    """An agent that is asked: installs, then answers. As an end of the link it is its machine."""
+class Agent:
+    """An end of the link: what stands around a machine, and does its part in `to_send`."""
+
+    machine: Any
+
+    @property
+    def local(self) -> Endpoint:
+        found: Endpoint = self.machine.local
+        return found
+
+    def next_timer(self) -> float | None:
+        due: float | None = self.machine.next_timer()
+        return due
+
+    def handle_timer(self, now: float) -> None:
+        self.machine.handle_timer(now)
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        self.machine.receive(datagram, source, now)
+
+
+class Node(Agent):
+    """An agent that is asked: installs, then answers."""
 
     def __init__(self, machine: SpiResponder, names: Names, *, refusal: Reason | None = None) -> None:
-        self.machine = machine
+        self.machine: SpiResponder = machine
         self.names = names
-        self.local = machine.local
         self.refusal = refusal
         self.asked: list[Asked] = []
         self.supports = 0
@@ -91,15 +106,6 @@ class Node:
                         self.names.rename(pair)
                 self.machine.answer(secrets.token_bytes(256), now, self.refusal)
         return self.machine.to_send(now)
-
-    def next_timer(self) -> float | None:
-        return self.machine.next_timer()
-
-    def handle_timer(self, now: float) -> None:
-        self.machine.handle_timer(now)
-
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        self.machine.receive(datagram, source, now)
 
 
 class Air:

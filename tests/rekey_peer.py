@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 
-from ikectx.context import Endpoint, IkeGeneration, Secret
+from ikectx.context import ChildContext, Endpoint, IkeGeneration, Secret
 from ikectx.ikev2 import Message, Reassembly, add_marker, seal_message, strip_marker
 from ikectx.keys import iv_length, seal_key
 from ikectx.numbers import Exchange, KeMethod, Notify, Protocol
@@ -20,15 +20,20 @@ from ikectx.payloads import (
     TsPayload,
 )
 from mobike_ext.dh import KeyPair, fresh_length
-from mobike_ext.rekey import ChildRekey, IkeRekey, State
+from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, Event, IkeMade, IkeRekey, State
 
+from .air import Agent, Air, events
 from .peers import a_context
-from .test_exchange import MN, SA
+from .test_exchange import FAST, MN, NSG, SA
 
 PEERS = b"\xcf\0\0\2"
 """The SPI that the peer chooses."""
+NEW = b"\xc9\0\0\1"
+"""The one that the gateway chooses."""
 IKE_SA = replace(SA, ke=KeMethod.CURVE_25519)
 CHILD = replace(a_context().children[0], spi_in=b"\xc1\0\0\1", spi_out=b"\xc2\0\0\2")
+PFS = replace(CHILD, ke=KeMethod.ECP_256, secret=Secret(bytes(32)))
+TEMPORARY = NotifyPayload(Notify.TEMPORARY_FAILURE)
 
 Twist = Callable[[list[AnyPayload]], list[AnyPayload]]
 """What becomes of an answer's payloads."""
@@ -99,23 +104,50 @@ class Peer:
         return self.twist(answer)
 
 
-class Caller:
+class Caller(Agent):
     """The agent around a machine: it has installed the new SA as soon as that is made."""
 
     def __init__(self, machine: ChildRekey | IkeRekey) -> None:
-        self.machine = machine
-        self.local = machine.local
+        self.machine: ChildRekey | IkeRekey = machine
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
         if self.machine.state is State.MADE:
             self.machine.installed()
         return self.machine.to_send(now)
 
-    def next_timer(self) -> float | None:
-        return self.machine.next_timer()
 
-    def handle_timer(self, now: float) -> None:
-        self.machine.handle_timer(now)
+# --- what is rekeyed ---------------------------------------------------------------------------------------
 
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        self.machine.receive(datagram, source, now)
+
+def child_rekey(
+    child: ChildContext = CHILD, generation: IkeGeneration = IKE_SA, **changes: object
+) -> ChildRekey:
+    options = {"new_spi": NEW, **_options()} | changes
+    return ChildRekey(generation, 0, child, 7, NSG, MN, **options)  # type: ignore[arg-type]
+
+
+def ike_rekey(generation: IkeGeneration = IKE_SA, **changes: object) -> IkeRekey:
+    options = {"new_spi": b"new-ours", **_options()} | changes
+    return IkeRekey(generation, 7, NSG, MN, **options)  # type: ignore[arg-type]
+
+
+def _options() -> dict[str, object]:
+    return {"fresh": secrets.token_bytes(REKEY_OCTETS), "policy": FAST}
+
+
+def results(machine: ChildRekey | IkeRekey) -> list[Event]:
+    """How it ended; what was made on the way is left out."""
+    return [event for event in events(machine) if not isinstance(event, ChildMade | IkeMade)]
+
+
+def run(machine: ChildRekey | IkeRekey, peer: Peer) -> Event:
+    """The one result of a rekey on a good link."""
+    Air().run(Caller(machine), peer)
+    assert machine.done
+    [event] = results(machine)
+    return event
+
+
+def of(message: Message, kind: type) -> list[AnyPayload]:
+    """Its payloads of one kind."""
+    return [payload for payload in message.payloads if isinstance(payload, kind)]

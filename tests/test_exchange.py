@@ -32,7 +32,6 @@ from mobike_ext.exchange import (
     TABLE,
     AddressUpdate,
     Condition,
-    Event,
     Input,
     Moved,
     PeerNatChanged,
@@ -40,6 +39,7 @@ from mobike_ext.exchange import (
     State,
 )
 
+from .air import events
 from .test_keys import CHARON, charon_generation
 
 NSG = Endpoint.of("192.0.2.20", 4500)
@@ -100,13 +100,6 @@ def update(generation: IkeGeneration = SA, **changes: object) -> AddressUpdate:
         "policy": FAST,
     }
     return AddressUpdate(generation, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
-
-
-def events(machine: AddressUpdate) -> list[Event]:
-    found: list[Event] = []
-    while (event := machine.next_event()) is not None:
-        found.append(event)
-    return found
 
 
 def started(**changes: object) -> tuple[AddressUpdate, Message, bytes]:

@@ -12,16 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ikectx.context import (
-    ChildContext,
-    IkeGeneration,
-    Lifetime,
-    ReplayState,
-    Secret,
-    TrafficSelector,
-)
+from ikectx.context import ChildContext, Lifetime, ReplayState, TrafficSelector
 from ikectx.errors import RefusedError, StateError, UsageError
-from ikectx.ikev2 import IkeHeader, Message, add_marker, seal_message
+from ikectx.ikev2 import IkeHeader, add_marker, seal_message
 from ikectx.keys import child_keys, sk_keys
 from ikectx.numbers import Encr, Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.payloads import (
@@ -31,7 +24,6 @@ from ikectx.payloads import (
     NoncePayload,
     NotifyPayload,
     Proposal,
-    RawSelector,
     SaPayload,
     Transform,
     TransformType,
@@ -39,13 +31,11 @@ from ikectx.payloads import (
 )
 from mobike_ext.asking import Silent
 from mobike_ext.rekey import (
-    PAUSES,
     REKEY_OCTETS,
     TABLE,
     ChildMade,
     ChildRekey,
     ChildRekeyed,
-    Event,
     IkeMade,
     IkeRekey,
     IkeRekeyed,
@@ -55,51 +45,24 @@ from mobike_ext.rekey import (
 )
 
 from .air import Air
-from .rekey_peer import CHILD, IKE_SA, PEERS, Caller, Peer, Twist
-from .test_exchange import FAST, MN, NSG, SA
+from .rekey_peer import (
+    CHILD,
+    IKE_SA,
+    NEW,
+    PEERS,
+    PFS,
+    TEMPORARY,
+    Caller,
+    Peer,
+    child_rekey,
+    ike_rekey,
+    of,
+    results,
+    run,
+)
+from .test_exchange import MN, NSG, SA
 
 ESP, AH, IKE = Protocol.ESP, Protocol.AH, Protocol.IKE
-NEW = b"\xc9\0\0\1"
-PFS = replace(CHILD, ke=KeMethod.ECP_256, secret=Secret(bytes(32)))
-
-
-def child_rekey(
-    child: ChildContext = CHILD, generation: IkeGeneration = IKE_SA, **changes: object
-) -> ChildRekey:
-    options: dict[str, object] = {
-        "new_spi": NEW,
-        "fresh": secrets.token_bytes(REKEY_OCTETS),
-        "policy": FAST,
-    }
-    return ChildRekey(generation, 0, child, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
-
-
-def ike_rekey(generation: IkeGeneration = IKE_SA, **changes: object) -> IkeRekey:
-    options: dict[str, object] = {
-        "new_spi": b"new-ours",
-        "fresh": secrets.token_bytes(REKEY_OCTETS),
-        "policy": FAST,
-    }
-    return IkeRekey(generation, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
-
-
-def events(machine: ChildRekey | IkeRekey) -> list[Event]:
-    found: list[Event] = []
-    while (event := machine.next_event()) is not None:
-        if not isinstance(event, ChildMade | IkeMade):
-            found.append(event)
-    return found
-
-
-def run(machine: ChildRekey | IkeRekey, peer: Peer, **air: float) -> Event:
-    Air(**air).run(Caller(machine), peer)  # type: ignore[arg-type]
-    assert machine.done
-    [event] = events(machine)
-    return event
-
-
-def of(message: Message, kind: type) -> list[AnyPayload]:
-    return [payload for payload in message.payloads if isinstance(payload, kind)]
 
 
 # --- children ----------------------------------------------------------------------------------------------
@@ -311,219 +274,13 @@ def test_a_child_that_cannot_be_installed_is_given_back() -> None:
     machine.abandon("the kernel has no memory")
     air.run(machine, peer, until=1)
     assert peer.requests[1].payloads == (DeletePayload(ESP, (NEW,)),)
-    assert events(machine) == [RekeyFailed(Notify.TEMPORARY_FAILURE, "the kernel has no memory")]
+    assert results(machine) == [RekeyFailed(Notify.TEMPORARY_FAILURE, "the kernel has no memory")]
     with pytest.raises(StateError):
         machine.abandon("again")
     other = ike_rekey()
     Air().run(other, Peer(), until=1)
     with pytest.raises(StateError):
         other.abandon("it cannot")
-
-
-# --- errors ------------------------------------------------------------------------------------------------
-
-TEMPORARY = NotifyPayload(Notify.TEMPORARY_FAILURE)
-NO_PROPOSAL = NotifyPayload(Notify.NO_PROPOSAL_CHOSEN)
-
-
-def wants(method: KeMethod) -> NotifyPayload:
-    return NotifyPayload(Notify.INVALID_KE_PAYLOAD, method.to_bytes(2))
-
-
-@pytest.mark.parametrize(
-    "notify",
-    [
-        Notify.NO_PROPOSAL_CHOSEN,
-        Notify.CHILD_SA_NOT_FOUND,
-        Notify.NO_ADDITIONAL_SAS,
-        Notify.TS_UNACCEPTABLE,
-        Notify.INVALID_SYNTAX,
-        Notify.INVALID_KE_PAYLOAD,
-        Notify(9999),
-    ],
-)
-@pytest.mark.parametrize("make", [lambda: child_rekey(PFS), ike_rekey])
-def test_errors_end_it(notify: Notify, make: Callable[[], ChildRekey | IkeRekey]) -> None:
-    machine, peer = make(), Peer(errors=(NotifyPayload(notify),))
-    assert run(machine, peer) == RekeyFailed(notify)
-    assert (machine.state, machine.report.requests, len(peer.requests)) == (State.FAILED, 1, 1)
-
-
-@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
-def test_patience(make: Callable[[], ChildRekey | IkeRekey]) -> None:
-    machine, peer = make(), Peer(errors=(TEMPORARY,) * len(PAUSES))
-    assert isinstance(run(machine, peer), ChildRekeyed | IkeRekeyed)
-    assert machine.report.requests == len(PAUSES) + 2
-    machine, peer = make(), Peer(errors=(TEMPORARY,) * (len(PAUSES) + 1))
-    assert run(machine, peer) == RekeyFailed(Notify.TEMPORARY_FAILURE)
-
-
-def test_the_pauses() -> None:
-    machine, peer, air = child_rekey(), Peer(errors=(TEMPORARY,)), Air()
-    air.run(Caller(machine), peer, until=0.5)
-    assert machine.state is State.PAUSED
-    assert machine.next_timer() == pytest.approx(0.02 + PAUSES[0])
-    assert machine.to_send(0.6) == []
-    machine.handle_timer(0.7)
-    assert machine.state is State.PAUSED
-
-
-@pytest.mark.parametrize("make", [lambda: child_rekey(PFS), ike_rekey])
-def test_another_key_exchange_is_wanted(make: Callable[[], ChildRekey | IkeRekey]) -> None:
-    machine, peer = make(), Peer(errors=(wants(KeMethod.MODP_2048),))
-    event = run(machine, peer)
-    made = event.child if isinstance(event, ChildRekeyed) else event.generation  # type: ignore[union-attr]
-    assert made.ke is KeMethod.MODP_2048
-    assert made.secret == peer.secret
-    [ke] = of(peer.requests[1], KePayload)
-    assert isinstance(ke, KePayload)
-    assert (ke.method, len(ke.data)) == (KeMethod.MODP_2048, 256)
-    assert peer.requests[1].header.message_id == 8
-
-
-@pytest.mark.parametrize(
-    "errors",
-    [
-        (wants(KeMethod.ML_KEM_768),),
-        (wants(KeMethod.ECP_256),),  # what was offered
-        (wants(KeMethod.ECP_384), wants(KeMethod.ECP_256)),
-        (wants(KeMethod.NONE),),
-    ],
-)
-def test_a_key_exchange_that_cannot_be(errors: tuple[NotifyPayload, ...]) -> None:
-    assert run(child_rekey(PFS), Peer(errors=errors)) == RekeyFailed(Notify.INVALID_KE_PAYLOAD)
-
-
-def test_a_peer_that_insists_on_a_key_exchange() -> None:
-    machine, peer = child_rekey(), Peer(errors=(NO_PROPOSAL,))
-    event = run(machine, peer)
-    assert isinstance(event, ChildRekeyed)
-    assert event.child.ke is IKE_SA.ke
-    assert run(child_rekey(), Peer(errors=(NO_PROPOSAL,) * 2)) == RekeyFailed(Notify.NO_PROPOSAL_CHOSEN)
-    # not where the caller, or the old child, said which
-    assert isinstance(run(child_rekey(ke=KeMethod.NONE), Peer(errors=(NO_PROPOSAL,))), RekeyFailed)
-
-
-@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
-def test_silence(make: Callable[[], ChildRekey | IkeRekey]) -> None:
-    machine = make()
-    Air().run(machine)
-    assert events(machine) == [Silent(3)]
-    assert (machine.state, machine.report.requests) == (State.SILENT, 1)
-
-
-@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
-def test_the_new_sa_stands_where_the_delete_is_not_answered(
-    make: Callable[[], ChildRekey | IkeRekey],
-) -> None:
-    machine, peer, air = make(), Peer(), Air()
-    air.drop = lambda source, datagram: source == MN and len(peer.requests) > 1
-    air.run(Caller(machine), peer)
-    [event] = events(machine)
-    assert isinstance(event, ChildRekeyed | IkeRekeyed)
-    assert not event.deleted
-    assert machine.report.requests == 2
-
-
-# --- answers of no use -------------------------------------------------------------------------------------
-
-
-def without(kind: type) -> Twist:
-    return lambda payloads: [payload for payload in payloads if not isinstance(payload, kind)]
-
-
-def other_sa(**changes: object) -> Twist:
-    def twist(payloads: list[AnyPayload]) -> list[AnyPayload]:
-        return [
-            SaPayload((replace(p.proposals[0], **changes),)) if isinstance(p, SaPayload) else p  # type: ignore[arg-type]
-            for p in payloads
-        ]
-
-    return twist
-
-
-def selectors(*found: TrafficSelector | RawSelector) -> Twist:
-    return lambda payloads: [TsPayload(p.type, found) if isinstance(p, TsPayload) else p for p in payloads]
-
-
-ANYTHING = TrafficSelector(ip_address("0.0.0.0"), ip_address("255.255.255.255"))
-SIX = TrafficSelector(ip_address("2001:db8::"), ip_address("2001:db8::1"))
-
-USELESS: list[Twist] = [
-    without(SaPayload),
-    without(NoncePayload),
-    without(KePayload),
-    other_sa(spi=b"\0\0\0\1"),
-    other_sa(spi=b""),
-    other_sa(protocol=AH),
-    other_sa(transforms=(Transform.encr(Encr.AES_GCM_16, 256),)),
-    lambda payloads: [*payloads, NoncePayload(bytes(32))],
-    lambda payloads: [
-        KePayload(KeMethod.ECP_256, bytes(64)) if p.type == Payload.KE else p for p in payloads
-    ],
-    lambda payloads: [KePayload(KeMethod.ECP_384, b"") if p.type == Payload.KE else p for p in payloads],
-]
-CHILD_ONLY: list[Twist] = [
-    without(TsPayload),
-    selectors(),
-    selectors(ANYTHING),
-    selectors(SIX),
-    selectors(RawSelector(9, 0, b"?")),
-    lambda payloads: [*payloads, NotifyPayload(Notify.USE_TRANSPORT_MODE)],
-]
-
-
-@pytest.mark.parametrize("twist", USELESS + CHILD_ONLY)
-def test_a_child_that_is_of_no_use_is_deleted_again(twist: Twist) -> None:
-    peer = Peer()
-    peer.twist = twist
-    machine = child_rekey(PFS)
-    event = run(machine, peer)
-    assert isinstance(event, RekeyFailed)
-    assert event.notify is Notify.INVALID_SYNTAX
-    assert event.why
-    assert peer.requests[1].payloads == (DeletePayload(ESP, (NEW,)),)
-    assert (machine.state, machine.report.requests) == (State.FAILED, 2)
-
-
-@pytest.mark.parametrize("twist", USELESS)
-def test_an_ike_sa_that_is_of_no_use(twist: Twist) -> None:
-    peer = Peer()
-    peer.twist = twist
-    event = run(ike_rekey(), peer)
-    assert isinstance(event, RekeyFailed)
-    assert len(peer.requests) == 1
-
-
-def test_a_delete_of_what_is_of_no_use_may_be_lost() -> None:
-    peer, air = Peer(), Air()
-    peer.twist = without(SaPayload)
-    machine = child_rekey()
-    air.drop = lambda source, datagram: source == MN and len(peer.requests) > 1
-    air.run(Caller(machine), peer)
-    [event] = events(machine)
-    assert isinstance(event, RekeyFailed)
-
-
-def test_proposals_may_say_that_there_is_no_key_exchange() -> None:
-    def twist(payloads: list[AnyPayload]) -> list[AnyPayload]:
-        return [
-            SaPayload(
-                (
-                    replace(
-                        p.proposals[0],
-                        transforms=(*reversed(p.proposals[0].transforms), Transform(TransformType.KE, 0)),
-                    ),
-                )
-            )
-            if isinstance(p, SaPayload)
-            else p
-            for p in payloads
-        ]
-
-    peer = Peer()
-    peer.twist = twist
-    assert isinstance(run(child_rekey(), peer), ChildRekeyed)
 
 
 # --- links, limits, arguments ------------------------------------------------------------------------------
@@ -535,7 +292,7 @@ def test_on_a_bad_link(seed: int, loss: float, of_child: bool, limit: int | None
     peer = Peer(errors=(TEMPORARY,) if seed % 3 == 0 else ())
     machine = child_rekey(PFS, limit=limit) if of_child else ike_rekey(limit=limit)
     Air(seed, loss=loss, double=0.3, delay=(0.0, 2.0)).run(Caller(machine), peer, until=100)
-    [event] = events(machine)
+    [event] = results(machine)
     created = [m for m in peer.requests if m.header.exchange is Exchange.CREATE_CHILD_SA]
     if isinstance(event, ChildRekeyed):
         assert event.child.secret == peer.secret

@@ -25,7 +25,6 @@ from mobike_ext.rename import (
     FRESH_OCTETS,
     MIRROR_WAIT,
     TABLE,
-    Event,
     Input,
     PeerRenamed,
     Renamed,
@@ -35,7 +34,7 @@ from mobike_ext.rename import (
     Unsupported,
 )
 
-from .air import Air, Names
+from .air import Air, Names, events
 from .air import Node as Agent
 from .test_exchange import COOKIE, FAST, MN, NSG, SA, Node
 
@@ -80,13 +79,6 @@ def from_node(renames: tuple[UpdateSpi, ...], message_id: int = 3, **changes: ob
         "policy": FAST,
     }
     return SpiUpdate(NODE_SA, message_id, MN, NSG, renames, **(options | changes))  # type: ignore[arg-type]
-
-
-def events(machine: SpiUpdate) -> list[Event]:
-    found: list[Event] = []
-    while (event := machine.next_event()) is not None:
-        found.append(event)
-    return found
 
 
 def pairs_of(world: Names) -> tuple[Renaming, ...]:
