@@ -116,6 +116,8 @@ class MidProbe(Machine[State, Input, Silent]):
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         del now
+        if self.done:
+            return  # an answer to m that comes after the one to m + 1 tells nothing new
         for ask, what in zip(self._asks, (Input.ANSWER_FIRST, Input.ANSWER_SECOND), strict=True):
             if ask.waits and ask.receive(datagram, source) is not None:
                 self._enter(what)

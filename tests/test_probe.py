@@ -140,14 +140,33 @@ def test_what_is_no_answer() -> None:
     assert machine.state is State.SETTLED
 
 
+def test_a_late_answer_to_the_first_request_does_not_take_the_second_one_back() -> None:
+    machine, node = probe(), Mobile(M, strict=False)
+    ((first, _),) = machine.to_send(0.0)
+    late = node.hears(first)
+    while machine.state is State.FIRST:
+        machine.handle_timer(machine.next_timer() or 0.0)
+    second = node.hears(machine.to_send(9.0)[-1][0])
+    assert late is not None
+    assert second is not None
+    machine.receive(second, MN, 9.1)
+    machine.receive(late, MN, 9.2)
+    assert (machine.state, machine.next_id) == (State.SETTLED, M + 2)
+
+
 @pytest.mark.parametrize(("state", "what"), list(product(State, Input)))
 def test_every_cell_of_the_table(state: State, what: Input) -> None:
-    machine = probe()
-    machine.state = state
-    machine._enter(what)
-    assert machine.state is TABLE.get((state, what), state)
-    if state in (State.SETTLED, State.SILENT):
-        assert machine.state is state
+    expected = {
+        (State.NEW, Input.START): State.FIRST,
+        (State.FIRST, Input.LATER): State.BOTH,
+        (State.FIRST, Input.ANSWER_FIRST): State.SETTLED,
+        (State.BOTH, Input.ANSWER_FIRST): State.SECOND,
+        (State.BOTH, Input.ANSWER_SECOND): State.SETTLED,
+        (State.BOTH, Input.GIVE_UP): State.SILENT,
+        (State.SECOND, Input.ANSWER_SECOND): State.SETTLED,
+        (State.SECOND, Input.GIVE_UP): State.SILENT,
+    }
+    assert TABLE.get((state, what), state) is expected.get((state, what), state)
 
 
 def test_two_requests_do_not_share_an_iv() -> None:
