@@ -62,6 +62,8 @@ from .offers import child_offer, chosen_of, ike_offer, narrowed
 REKEY_OCTETS = 2048
 """Fresh random octets that a rekey wants."""
 NONCE_LENGTH = 32
+MOST_METHODS = 4
+"""Key exchange methods that are tried, each as the peer names it; fresh octets for more are not there."""
 PAUSES = (1.0, 2.0)
 """Seconds before each further try after TEMPORARY_FAILURE (RFC 7296, 2.25, leaves them open)."""
 _DATAGRAMS = 8
@@ -303,7 +305,8 @@ class _Rekey(Requester[State, Input, Event]):
             other = KeMethod(int.from_bytes(error.data))
         elif error.notify == Notify.NO_PROPOSAL_CHOSEN:
             other = self._otherwise()
-        if other is None or other in self._tried or not dh.known(other):
+        spent = len(self._tried) == MOST_METHODS
+        if other is None or other in self._tried or spent or not dh.known(other):
             self._enter(Input.ERROR, RekeyFailed(error.notify))
             return
         self._ke, self._pair = other, self._key_pair(other)

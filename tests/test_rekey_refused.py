@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx.context import TrafficSelector
-from ikectx.numbers import Encr, KeMethod, Notify, Payload, Protocol
+from ikectx.numbers import Encr, Integ, KeMethod, Notify, Payload, Protocol
 from ikectx.payloads import (
     AnyPayload,
     DeletePayload,
@@ -23,7 +23,17 @@ from ikectx.payloads import (
     TsPayload,
 )
 from mobike_ext.asking import Silent
-from mobike_ext.rekey import PAUSES, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed, RekeyFailed, State
+from mobike_ext.dh import known
+from mobike_ext.rekey import (
+    MOST_METHODS,
+    PAUSES,
+    ChildRekey,
+    ChildRekeyed,
+    IkeRekey,
+    IkeRekeyed,
+    RekeyFailed,
+    State,
+)
 
 from .air import Air
 from .rekey_peer import (
@@ -116,6 +126,18 @@ def test_another_key_exchange_is_wanted(make: Callable[[], ChildRekey | IkeRekey
 )
 def test_a_key_exchange_that_cannot_be(errors: tuple[NotifyPayload, ...]) -> None:
     assert run(child_rekey(PFS), Peer(errors=errors)) == RekeyFailed(Notify.INVALID_KE_PAYLOAD)
+
+
+def test_a_peer_that_wants_one_key_exchange_after_the_other() -> None:
+    generation = replace(IKE_SA, encr=Encr.AES_CBC, encr_bits=256, integ=Integ.HMAC_SHA2_256_128)
+    wanted = tuple(wants(method) for method in KeMethod if known(method) and method is not PFS.ke)
+    machine = child_rekey(PFS, generation)
+    peer = Peer(generation, errors=(*(TEMPORARY,) * len(PAUSES), *wanted))
+    assert run(machine, peer) == RekeyFailed(Notify.INVALID_KE_PAYLOAD)
+    assert len(peer.requests) == len(PAUSES) + MOST_METHODS
+    few = wanted[: MOST_METHODS - 1]
+    peer = Peer(generation, errors=(*(TEMPORARY,) * len(PAUSES), *few))
+    assert isinstance(run(child_rekey(PFS, generation), peer), ChildRekeyed)
 
 
 def test_a_peer_that_insists_on_a_key_exchange() -> None:
