@@ -20,15 +20,14 @@ from ikectx.context import (
     Endpoint,
     IkeContext,
     IkeGeneration,
-    ReplayState,
     Secret,
 )
-from ikectx.errors import KernelError, LinkError, RefusedError, StateError
+from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.keys import esp_keys, sk_keys
 from ikectx.numbers import Encr, Integ, Status
 from ikectx.ports import MoveReport, SaName, Store
 from vici_bridge.charon import SaView, sa_views
-from vici_bridge.esp import KernelReplay, fit_replay, merge_replay
+from vici_bridge.esp import KernelReplay
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.names import Made, Told, Wish
@@ -36,26 +35,21 @@ from vici_bridge.relay import Relayed
 from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.sink import CharonSink
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
-from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage, Request
+from vici_bridge.xfrm_parts import Request
+
+from .kernel_tables import KernelTables
 
 OURS = Endpoint.of("203.0.113.9", 4500)
 
 
-class Sad:
+class Sad(KernelTables):
     """XFRM of one host."""
 
     def __init__(self, seed: int = 1) -> None:
-        self.sas: dict[tuple[Address, bytes], KernelSa] = {}
-        self.policies: dict[tuple[str, Selector, Any], KernelPolicy] = {}
+        super().__init__()
         self.dice = Random(seed)
-        self.step: Callable[[], None] = lambda: None
         self.sent: set[tuple[bytes, int]] = set()
         """(key, number) of each packet that left."""
-
-    def close(self) -> None: ...
-
-    def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
-        return self.sas.get((destination, spi))
 
     def reserve_spi(self, source: Address, destination: Address, low: int, high: int) -> bytes | None:
         self.step()
@@ -89,33 +83,6 @@ class Sad:
                 }
             else:
                 self.add(KernelSa.parse(request.message.reveal()))
-
-    def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
-        state = self.sas[sa.destination, sa.spi].replay
-        return (state.outbound if outbound else state.inbound), NO_USAGE
-
-    def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
-        self.step()
-        now = self.sas[sa.destination, sa.spi]
-        if outbound:
-            if state.seq < now.replay.oseq:
-                raise StateError("the counter cannot go back")
-            after = replace(now.replay, oseq=state.seq)
-        else:
-            joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, 32)), 32)
-            after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
-        self.sas[sa.destination, sa.spi] = replace(now, replay=after)
-
-    def dump_policies(self) -> list[KernelPolicy]:
-        return list(self.policies.values())
-
-    def replace_policy(self, policy: KernelPolicy) -> None:
-        self.step()
-        self.policies[policy.direction, policy.selector, policy.mark] = policy
-
-    def delete_policy(self, policy: KernelPolicy) -> bool:
-        self.step()
-        return self.policies.pop((policy.direction, policy.selector, policy.mark), None) is not None
 
     def late_sas(self) -> list[KernelSa]:
         return []
@@ -524,7 +491,11 @@ class Place:
         async def views() -> list[SaView]:
             return self.charon.views()
 
+        async def view(sa: SaName) -> SaView | None:
+            return next((view for view in self.charon.views() if view.spis == sa), None)
+
         self.host.views = views  # type: ignore[method-assign]
+        self.host.view = view  # type: ignore[method-assign]
         self.host.record.load(self.store.items("record"))
         self.sink = CharonSink(self.host, self.mobiles.move, self.mobiles.rename)
         self.sink._renames.relay = self.relay  # type: ignore[assignment]

@@ -14,19 +14,20 @@ from ipaddress import ip_network
 from typing import Any
 
 from ikectx.context import Address, Endpoint, IkeContext, ReplayState
-from ikectx.errors import CharonError, StateError
+from ikectx.errors import CharonError
 from ikectx.keys import esp_keys
 from ikectx.ports import SaName
 from vici_bridge import ha
 from vici_bridge.chain import import_messages
-from vici_bridge.esp import KernelReplay, fit_replay, merge_replay
+from vici_bridge.esp import KernelReplay, fit_replay
 from vici_bridge.ha import Attr, HaMessage, HaType
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.mobile import CharonMobile
 from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
-from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage, Request
+from vici_bridge.xfrm_parts import Request
 
+from .kernel_tables import KernelTables
 from .test_deadlines import MemoryStore
 
 JUMP = 1000
@@ -49,13 +50,11 @@ class Fuse:
             raise Crash(f"at step {self.at}")
 
 
-class Kernel:
+class Kernel(KernelTables):
     """SAD and SPD."""
 
     def __init__(self, step: Callable[[], None]) -> None:
-        self.step = step
-        self.sas: dict[tuple[Address, bytes], KernelSa] = {}
-        self.policies: dict[tuple[str, Selector, Any], KernelPolicy] = {}
+        super().__init__(step)
         self.used: set[tuple[bytes, int]] = set()
         self.sent: list[tuple[int, Address, int]] = []
         """(request id, destination, number) of each packet."""
@@ -64,42 +63,18 @@ class Kernel:
 
     # What an agent asks.
 
-    def close(self) -> None: ...
-
-    def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
-        return self.sas.get((destination, spi))
-
-    def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
-        state = self.sas[sa.destination, sa.spi].replay
-        return (state.outbound if outbound else state.inbound), NO_USAGE
-
     def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
-        self.step()
-        now = self.sas[sa.destination, sa.spi]
-        if outbound:
-            if state.seq < now.replay.oseq:
-                raise StateError("the counter cannot go back")
-            after = replace(now.replay, oseq=state.seq)
-        else:
-            window = now.replay.window
-            joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, window)), window)
-            after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
-        self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+        super().set_replay(sa, state, outbound=outbound)
         self.send()
 
-    def dump_policies(self) -> list[KernelPolicy]:
-        return list(self.policies.values())
-
     def replace_policy(self, policy: KernelPolicy) -> None:
-        self.step()
-        self.policies[policy.direction, policy.selector, policy.mark] = policy
+        super().replace_policy(policy)
         self.send()
 
     def delete_policy(self, policy: KernelPolicy) -> bool:
-        self.step()
-        found = self.policies.pop((policy.direction, policy.selector, policy.mark), None)
+        found = super().delete_policy(policy)
         self.send()
-        return found is not None
+        return found
 
     def batch(self, requests: Sequence[Request]) -> None:
         """As `_right_keys` uses it: an SA out, and in again with other keys."""

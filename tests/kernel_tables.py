@@ -1,0 +1,55 @@
+"""A kernel's SAs and policies in dictionaries, as an agent asks for them and changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ikectx.context import Address, ReplayState
+from ikectx.errors import StateError
+from vici_bridge.esp import fit_replay, merge_replay
+from vici_bridge.xfrm import KernelPolicy, KernelSa, Selector
+from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage
+
+
+class KernelTables:
+    """SAs by destination and SPI, as the kernel finds them; `step` comes before each change."""
+
+    def __init__(self, step: Callable[[], None] = lambda: None) -> None:
+        self.step = step
+        self.sas: dict[tuple[Address, bytes], KernelSa] = {}
+        self.policies: dict[tuple[str, Selector, Any], KernelPolicy] = {}
+
+    def close(self) -> None: ...
+
+    def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
+        return self.sas.get((destination, spi))
+
+    def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
+        state = self.sas[sa.destination, sa.spi].replay
+        return (state.outbound if outbound else state.inbound), NO_USAGE
+
+    def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
+        self.step()
+        now = self.sas[sa.destination, sa.spi]
+        if outbound:
+            if state.seq < now.replay.oseq:
+                raise StateError("the counter cannot go back")
+            after = replace(now.replay, oseq=state.seq)
+        else:
+            window = now.replay.window
+            joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, window)), window)
+            after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
+        self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+
+    def dump_policies(self) -> list[KernelPolicy]:
+        return list(self.policies.values())
+
+    def replace_policy(self, policy: KernelPolicy) -> None:
+        self.step()
+        self.policies[policy.direction, policy.selector, policy.mark] = policy
+
+    def delete_policy(self, policy: KernelPolicy) -> bool:
+        self.step()
+        return self.policies.pop((policy.direction, policy.selector, policy.mark), None) is not None
