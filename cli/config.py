@@ -6,7 +6,6 @@ folder of the configuration file. The README has the file with all keys explaine
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -18,6 +17,7 @@ from ikectx.errors import ConfigError
 from .toml_table import (
     HostPort,
     Table,
+    a_file,
     a_name,
     a_number,
     a_text,
@@ -27,6 +27,7 @@ from .toml_table import (
     an_endpoint,
     an_integer,
     one_of,
+    path_of,
     read_table,
     read_text,
     seconds,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ikectx.context import Address
 
 DEFAULT_PATH = "/etc/ikectx/ikectx.toml"
+VARIABLE = "IKECTX_CONFIG"
 DEFAULT_SOCKET = "/run/ikectx.vici"
 RIGHTS = ("push", "pull", "packet")
 
@@ -199,12 +201,12 @@ class Config:
 
 def config_path(given: str | None) -> Path:
     """The file to read: the one given, $IKECTX_CONFIG, or the default."""
-    return Path(given or os.environ.get("IKECTX_CONFIG") or DEFAULT_PATH)
+    return path_of(given, VARIABLE, DEFAULT_PATH)
 
 
 def load(path: Path) -> Config:
     """Read and check a file. Errors: ConfigError."""
-    return parse(read_text(path), path)
+    return parse(read_text(path, VARIABLE), path)
 
 
 def parse(text: str, path: Path) -> Config:
@@ -216,11 +218,7 @@ def parse(text: str, path: Path) -> Config:
 
 
 def _config(root: Table, path: Path) -> Config:
-    folder = path.parent
-
-    def file(value: Any) -> Path:
-        return folder / a_text(value)
-
+    file = a_file(path)
     root.only(
         "name",
         "state_dir",

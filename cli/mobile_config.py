@@ -5,10 +5,9 @@ Every error is a `ConfigError` that names file, line and key. examples/config/mo
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ikectx.errors import ConfigError
 
@@ -16,11 +15,12 @@ from .config import CharonConfig, ControlConfig, charon, control
 from .toml_table import (
     HostPort,
     Table,
+    a_file,
     a_name,
-    a_text,
     an_address,
     an_endpoint,
     an_integer,
+    path_of,
     read_table,
     read_text,
     seconds,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ikectx.context import Address
 
 DEFAULT_PATH = "/etc/ikectx/mobile.toml"
+VARIABLE = "IKECTX_MOBILE_CONFIG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,25 +103,21 @@ class MobileFile:
 
 def config_path(given: str | None) -> Path:
     """The file to read: the one given, $IKECTX_MOBILE_CONFIG, or the default."""
-    return Path(given or os.environ.get("IKECTX_MOBILE_CONFIG") or DEFAULT_PATH)
+    return path_of(given, VARIABLE, DEFAULT_PATH)
 
 
 def load(path: Path) -> MobileFile:
     """Read and check a file. Errors: ConfigError."""
-    return parse(read_text(path), path)
+    return parse(read_text(path, VARIABLE), path)
 
 
 def parse(text: str, path: Path) -> MobileFile:
     """Check the text of a file; `path` is for messages and relative names. Errors: ConfigError."""
     root = read_table(text, path)
-
-    def file(value: Any) -> Path:
-        return path.parent / a_text(value)
-
     root.only("state_dir", "control", "charon", "mobile", "gateway")
     config = MobileFile(
         path=path,
-        state_dir=root.value("state_dir", file, Path("/var/lib/ikectx")),
+        state_dir=root.value("state_dir", a_file(path), Path("/var/lib/ikectx")),
         gateways=tuple(_gateway(table) for table in root.tables("gateway")),
         control=control(root.table("control")),
         charon=charon(root.table("charon")),

@@ -29,27 +29,27 @@ _NEEDED: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class HostPort:
-    """Where CXTP is spoken: an IP address, or for a peer a DNS name, and a TCP port."""
+    """Where CXTP is spoken: an IP address, or for a peer a DNS name, and a port."""
 
     host: str
     port: int = DEFAULT_PORT
-
-    @property
-    def address(self) -> str:
-        """The same as `host`."""
-        return self.host
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def read_text(path: Path) -> str:
-    """The file's text. Errors: ConfigError."""
+def path_of(given: str | None, variable: str, default: str) -> Path:
+    """The file to read: the one given, that of the environment's `variable`, or the default."""
+    return Path(given or os.environ.get(variable) or default)
+
+
+def read_text(path: Path, variable: str) -> str:
+    """The text of a file that `variable` of the environment may name. Errors: ConfigError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path}: {error.strerror or error}", hint="name another file with --config or $IKECTX_CONFIG"
+            f"{path}: {error.strerror or error}", hint=f"name another file with --config or ${variable}"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at octet {error.start}") from None
@@ -203,6 +203,11 @@ def a_text(value: Any) -> str:
     return value
 
 
+def a_file(beside: Path) -> Callable[[Any], Path]:
+    """A file's name; a relative one counts from the folder of the configuration file `beside` it."""
+    return lambda value: beside.parent / a_text(value)
+
+
 def a_name(value: Any) -> str:
     if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", a_text(value)):
         raise ValueError(f"{value!r} must be a name of letters, digits, dots and hyphens")
@@ -218,22 +223,17 @@ def an_integer(low: int, high: int) -> Callable[[Any], int]:
     return kind
 
 
+def a_number(low: float, high: float, what: str = "a number") -> Callable[[Any], float]:
+    def kind(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"must be {what} from {low:g} to {high:g}")
+        return float(value)
+
+    return kind
+
+
 def seconds(low: float, high: float) -> Callable[[Any], float]:
-    def kind(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"must be a number of seconds from {low:g} to {high:g}")
-        return float(value)
-
-    return kind
-
-
-def a_number(low: float, high: float) -> Callable[[Any], float]:
-    def kind(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
-        return float(value)
-
-    return kind
+    return a_number(low, high, "a number of seconds")
 
 
 def yes_or_no(value: Any) -> bool:

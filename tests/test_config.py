@@ -251,8 +251,9 @@ def test_sections_of_the_wrong_kind(section: str) -> None:
 
 
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file") as caught:
         load(tmp_path / "none.toml")
+    assert caught.value.hint.endswith("$IKECTX_CONFIG")
     with pytest.raises(ConfigError, match="directory"):
         load(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'name = "\xff"')

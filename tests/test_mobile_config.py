@@ -107,6 +107,12 @@ def test_gateways_by_name_and_address() -> None:
     assert caught.value.hint == "known: psg, nsg"
 
 
+def test_a_file_that_cannot_be_read_says_how_to_name_another(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file") as caught:
+        load(tmp_path / "none.toml")
+    assert caught.value.hint.endswith("$IKECTX_MOBILE_CONFIG")
+
+
 def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IKECTX_MOBILE_CONFIG", raising=False)
     assert config_path(None) == PATH
