@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 from ikectx.context import Endpoint, IkeGeneration
-from ikectx.errors import UsageError, WireError
+from ikectx.errors import StateError, UsageError, WireError
 from ikectx.ikev2 import (
     IkeHeader,
     Message,
@@ -159,7 +159,9 @@ class Asking:
         return self._window.handle_timer(now)
 
     def skip(self, count: int) -> None:
-        """Requests from elsewhere have used so many message IDs since our last one."""
+        """Requests from elsewhere have used so many message IDs since our last one, which is answered."""
+        if self.waits:
+            raise StateError("the request that waits for an answer has its message ID already")
         self._window.next_id += count
 
     def prove(self) -> None:

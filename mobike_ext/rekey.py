@@ -206,6 +206,8 @@ class _Rekey(Requester[State, Input, Event]):
         self._nonce = self._fresh.take(NONCE_LENGTH)
         self._ke = ke
         self._pair = self._key_pair(ke)
+        # the caller may decide otherwise when it begins again after a crash: an IV is for one text only
+        self._old_ivs, self._useless_ivs = self._ivs(), self._ivs()
         self._tried = {ke}
         self._pauses = list(PAUSES)
         self._result: ChildRekeyed | IkeRekeyed | RekeyFailed | None = None
@@ -238,7 +240,7 @@ class _Rekey(Requester[State, Input, Event]):
         """After `ChildMade` or `IkeMade`: the new SA can be used here; the old one is deleted now."""
         if self.state is not State.MADE:
             raise StateError("no new SA waits to be installed")
-        self._send(Exchange.INFORMATIONAL, [self._old()])
+        self._send(Exchange.INFORMATIONAL, [self._old()], self._old_ivs)
         self._enter(Input.INSTALLED)
 
     def skip(self, count: int) -> None:
@@ -254,7 +256,7 @@ class _Rekey(Requester[State, Input, Event]):
         if self.state is not State.MADE or useless is None:
             raise StateError("no new CHILD_SA waits to be installed")
         self._result = RekeyFailed(Notify.TEMPORARY_FAILURE, why)
-        self._send(Exchange.INFORMATIONAL, [useless])
+        self._send(Exchange.INFORMATIONAL, [useless], self._useless_ivs)
         self._enter(Input.ABANDON)
 
     # steps
@@ -289,10 +291,13 @@ class _Rekey(Requester[State, Input, Event]):
         self._enter(what, *([] if result is None else [result]))
 
     def _ask(self) -> None:
-        self._send(Exchange.CREATE_CHILD_SA, self._wanted())
+        self._send(Exchange.CREATE_CHILD_SA, self._wanted(), self._ivs())
 
-    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload]) -> None:
-        ivs = self._fresh.take(_DATAGRAMS * self._asking.iv_length)
+    def _ivs(self) -> bytes:
+        """For the datagrams of one request."""
+        return self._fresh.take(_DATAGRAMS * self._asking.iv_length)
+
+    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes) -> None:
         self._asking.ask(exchange, self._asking.seal(exchange, payloads, ivs))
 
     def _refused(self, error: NotifyPayload, now: float) -> None:
@@ -323,7 +328,7 @@ class _Rekey(Requester[State, Input, Event]):
             if useless is None:
                 self._enter(Input.ERROR, self._result)
             else:
-                self._send(Exchange.INFORMATIONAL, [useless])
+                self._send(Exchange.INFORMATIONAL, [useless], self._useless_ivs)
                 self._enter(Input.USELESS)
             return
         made = ChildMade(result.child) if isinstance(result, ChildRekeyed) else IkeMade(result.generation)

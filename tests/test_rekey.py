@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ikectx.context import ChildContext, Lifetime, ReplayState, TrafficSelector
 from ikectx.errors import RefusedError, StateError, UsageError
-from ikectx.ikev2 import IkeHeader, add_marker, seal_message
+from ikectx.ikev2 import IkeHeader, add_marker, seal_message, strip_marker
 from ikectx.keys import child_keys, sk_keys
 from ikectx.numbers import Encr, Exchange, Integ, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.payloads import (
@@ -281,6 +281,38 @@ def test_a_child_that_cannot_be_installed_is_given_back() -> None:
     Air().run(other, Peer(), until=1)
     with pytest.raises(StateError):
         other.abandon("it cannot")
+
+
+def test_what_the_caller_decides_has_an_iv_of_its_own() -> None:
+    """It may decide otherwise after a crash, with the same octets: GCM is broken by one IV for two texts."""
+    fresh, ivs = secrets.token_bytes(REKEY_OCTETS), set[bytes]()
+    for decide in (lambda machine: machine.installed(), lambda machine: machine.abandon("no memory")):
+        machine = child_rekey(fresh=fresh)
+        Air().run(machine, Peer(), until=1)
+        decide(machine)
+        [(datagram, _)] = machine.to_send(2)
+        ivs.add(strip_marker(datagram, NSG, MN)[32:40])
+    assert len(ivs) == 2
+
+
+@pytest.mark.parametrize("make", [child_rekey, ike_rekey])
+def test_message_ids_are_skipped_between_answer_and_delete_only(
+    make: Callable[[], ChildRekey | IkeRekey],
+) -> None:
+    machine, peer, air = make(), Peer(), Air()
+    machine.to_send(0)
+    with pytest.raises(StateError):
+        machine.skip(1)
+    machine = make()
+    air.run(machine, peer, until=1)
+    machine.skip(2)
+    peer.expected += 2
+    machine.installed()
+    with pytest.raises(StateError):
+        machine.skip(1)
+    air.run(machine, peer, until=1)
+    assert peer.requests[1].header.message_id == 10
+    assert machine.state is State.DONE
 
 
 # --- links, limits, arguments ------------------------------------------------------------------------------
