@@ -450,7 +450,7 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
         listed = w.node.charon.list_sas
 
-        def away() -> Any:
+        def away(**_: object) -> Any:
             w.node.charon.list_sas = listed  # type: ignore[method-assign]
             raise CharonError("not yet")
 

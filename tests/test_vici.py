@@ -27,7 +27,7 @@ from ikectx.context import Secret
 from ikectx.errors import BusyError, CharonError, ConfigError, LinkError, StateError, WireError
 from ikectx.numbers import Status
 from vici_bridge.control import ControlServer, Response
-from vici_bridge.vici import CharonVici, ControlClient, RemoteError
+from vici_bridge.vici import CharonVici, ControlClient, RemoteError, as_text
 from vici_bridge.vici_codec import (
     MAX_PACKET,
     MAX_VALUE,
@@ -77,7 +77,15 @@ def test_round_trip_and_agreement_with_the_package(tree: dict[str, Any]) -> None
     data = serialize_message(tree)
     assert parse_message(data) == tree
     assert PackageMessage.serialize(tree) == data
-    PackageMessage.deserialize(FiniteStream(data))
+    assert as_text(PackageMessage.deserialize(FiniteStream(data))) == tree
+    assert parse_message(data, foreign=True) == tree
+
+
+@given(st.dictionaries(keys, st.one_of(st.binary(max_size=20), st.lists(st.binary(max_size=9))), max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_foreign_text_is_read_as_the_package_reads_it(tree: dict[str, Any]) -> None:
+    data = PackageMessage.serialize(tree)
+    assert parse_message(data, foreign=True) == as_text(tree)
 
 
 @given(st.binary(max_size=200))
@@ -529,6 +537,39 @@ def test_charon_calls(charon: StandIn) -> None:
     with pytest.raises(CharonError, match="does not know"):
         client.get_pools()
     client.close()
+
+
+def test_sas_in_which_a_text_does_not_stand_are_passed_over(tmp_path: Path) -> None:
+    def three(packet: Packet) -> bytes:
+        if packet.name != "list-sas" or packet.type is not PacketType.CMD_REQUEST:
+            return like_charon(packet)
+        sas = [{"mn": {"uniqueid": str(number), "initiator-spi": f"{number:016x}"}} for number in (1, 2, 3)]
+        items = (Packet(PacketType.EVENT, "list-sa", serialize_message(sa)).framed() for sa in sas)
+        return b"".join(items) + response()
+
+    charon = StandIn(tmp_path / "charon.vici", three)
+    client = CharonVici(charon.path)
+    assert [sa["uniqueid"] for sa in client.list_sas(holding="0000000000000002")] == ["2"]
+    assert [sa["uniqueid"] for sa in client.list_sas()] == ["1", "2", "3"]
+    assert client.list_sas(holding="0000000000000004") == []
+    assert client.version()["daemon"] == "charon-systemd"
+    client.close()
+    charon.close()
+
+
+def test_an_item_of_nonsense_leaves_nothing_for_the_next_answer(tmp_path: Path) -> None:
+    def spoilt(packet: Packet) -> bytes:
+        if packet.name != "list-sas" or packet.type is not PacketType.CMD_REQUEST:
+            return like_charon(packet)
+        return 2 * Packet(PacketType.EVENT, "list-sa", b"\x07").framed() + response()
+
+    charon = StandIn(tmp_path / "charon.vici", spoilt)
+    client = CharonVici(charon.path)
+    with pytest.raises(WireError, match="list-sas does not parse"):
+        client.list_sas()
+    assert client.version()["daemon"] == "charon-systemd"
+    client.close()
+    charon.close()
 
 
 def test_charon_restarts(charon: StandIn) -> None:

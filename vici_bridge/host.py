@@ -28,10 +28,11 @@ from ikectx.ports import MoveReport, SaName, Store
 
 from . import ha
 from .chain import undo_messages
-from .charon import SaView, sa_views
+from .charon import SaView
 from .deadlines import Deadlines
 from .fresh import FreshKeys
 from .kernel import Detour, Kernel, Mute
+from .listing import Listing
 from .names import SPI_MAX, SPI_MIN
 from .record import Change, Deleted, MidChanged, Record
 from .sockets import HaSocket
@@ -102,6 +103,7 @@ class CharonHost:
         self.config = config
         self.store = store
         self.vici = CharonVici(config.vici)
+        self.listing = Listing(self.vici.list_sas)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
         self.detour = Detour()
@@ -299,7 +301,7 @@ class CharonHost:
 
     async def views(self) -> list[SaView]:
         """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
-        return sa_views(await asyncio.to_thread(self.vici.list_sas))
+        return await self.listing.views()
 
     def knows(self, view: SaView) -> bool:
         """Whether the record has the keys of the IKE_SA and of each of its CHILD_SAs."""
@@ -313,7 +315,7 @@ class CharonHost:
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of them by its SPIs."""
-        return next((view for view in await self.views() if view.spis == sa), None)
+        return await self.listing.view(sa)
 
     async def connections(self) -> dict[str, Message]:
         """charon's loaded connections by name."""
