@@ -47,6 +47,8 @@ _BUFFER = 1 << 18
 _MAX_DATAGRAM = 65535
 _ETHERTYPE = {4: 0x0800, 6: 0x86DD}
 _IP4_HEADER, _IP6_HEADER, _UDP_HEADER = 20, 40, 8
+_FRAGMENT = 0x3FFF
+"""More fragments, and the offset: zero in a whole IPv4 packet."""
 
 Known = Callable[[SaName], bool]
 """Whether charon here has that IKE_SA, or is being given it."""
@@ -169,20 +171,26 @@ class Watcher:
 
 
 def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
-    """(IKE message without marker, our end, the other end) of an IP packet with UDP; None for all else."""
+    """(IKE message without marker, our end, the other end) of an IP packet with UDP; None for all else.
+
+    None, too, for IP fragments and what follows IPv6 extension headers.
+    """
     source: Address
     target: Address
     match packet[0] >> 4 if packet else 0:
         case 4 if len(packet) >= _IP4_HEADER:
-            header = (packet[0] & 0x0F) * 4
+            header, protocol = (packet[0] & 0x0F) * 4, packet[9]
+            fragment = int.from_bytes(packet[6:8]) & _FRAGMENT
             source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
         case 6 if len(packet) >= _IP6_HEADER:
-            header = _IP6_HEADER
+            header, protocol, fragment = _IP6_HEADER, packet[6], 0
             source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
         case _:
             return None
     udp = packet[header:]
     length = int.from_bytes(udp[4:6])
+    if protocol != socket.IPPROTO_UDP or fragment:
+        return None
     if header < _IP4_HEADER or not _UDP_HEADER <= length <= len(udp):
         return None
     remote = Endpoint(source, int.from_bytes(udp[:2]))
@@ -262,7 +270,7 @@ def request_filter(addresses: Sequence[Address]) -> list[Instruction]:
     lines: list[_Line] = []
     if four:
         lines += [(_LDB, 9), (_JEQ, socket.IPPROTO_UDP, "", "drop")]
-        lines += [(_LDH, 6), (_JSET, 0x3FFF, "drop", "")]
+        lines += [(_LDH, 6), (_JSET, _FRAGMENT, "drop", "")]
     else:
         lines += [(_LDB, 6), (_JEQ, socket.IPPROTO_UDP, "", "drop")]
     for number, address in enumerate(addresses if len(addresses) <= _MAX_FILTERED else ()):

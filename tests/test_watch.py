@@ -335,6 +335,23 @@ def test_what_is_no_packet(packet: bytes) -> None:
     assert watch.parse_packet(packet) is None
 
 
+@pytest.mark.parametrize(
+    ("at", "value"), [(9, 6), (6, 0x20), (7, 1)], ids=["TCP", "first fragment", "last fragment"]
+)
+def test_what_is_no_datagram(at: int, value: int) -> None:
+    """It may have come before the filter was there."""
+    packet = bytearray(ip_packet(bytes(4) + probe()))
+    packet[at] = value
+    assert watch.parse_packet(bytes(packet)) is None
+
+
+def test_what_is_no_datagram_of_ipv6() -> None:
+    packet = bytearray(ip_packet(bytes(4) + probe(), US6, MN6))
+    assert watch.parse_packet(bytes(packet)) is not None
+    packet[6] = 44  # a fragment header
+    assert watch.parse_packet(bytes(packet)) is None
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=90), st.sampled_from([b"", ip_packet(b"")[:28], ip_packet(b"", US6, MN6)[:48]]))
 def test_foreign_packets_never_raise(octets: bytes, start: bytes) -> None:
