@@ -179,8 +179,10 @@ class Lab:
                 for sa in self.list_sas(host):
                     self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             while time.monotonic() < limit:
-                # an agent's detour may stay for half a minute, its empty nft sets for good
-                left = "ip xfrm state; ip xfrm policy | grep -w dir; nft list ruleset | grep elements"
+                # an agent's detour may stay for half a minute, its empty nft sets for good, and so may what the
+                # kernel notes of message IDs
+                left = "ip xfrm state; ip xfrm policy | grep -w dir"
+                left += "; nft list ruleset | sed '/^table inet ikectx_ids/,/^}/d' | grep elements"
                 left += f"; ip route flush table {DETOUR} 2>&-; ip -6 route flush table {DETOUR} 2>&-"
                 if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in charons):
                     return True

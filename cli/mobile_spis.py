@@ -53,6 +53,7 @@ from mobike_ext.rename import FRESH_OCTETS, Renamed, SpiUpdate
 from vici_bridge.charon import SaView
 from vici_bridge.host import CharonHost
 from vici_bridge.mobile import AGAIN, CharonMobile
+from vici_bridge.mute import MARK
 from vici_bridge.record import Change
 
 from .mobile_names import MobileNames
@@ -254,7 +255,7 @@ class SpiWatch:
                     self._asked(sa, event)
                 return None
 
-            await serve_updates(machine, asked)
+            await serve_updates(machine, asked, mark=MARK)
         except IkectxError as error:
             log.warning("what a gateway asks for at %s is not heard: %s", local, error)
 
@@ -348,7 +349,7 @@ class SpiWatch:
         mobile = self._mobile
         context = mobile.recorded(sa)
         try:
-            report = await run_spi_update(note.machine(context))
+            report = await run_spi_update(note.machine(context), mark=MARK)
         except LinkError as error:
             # what charon has in flight under that ID stays so: see `CharonMobile.renumber`
             log.warning("%s did not answer what was said about SPIs: %s", note.remote, error)
@@ -378,7 +379,7 @@ class SpiWatch:
         note = self._mirror(context, message_id, local, remote, ())
         self._store.put(MIRROR, _key(sa), note.dumps())
         try:
-            message_id += (await run_spi_update(note.machine(context))).move.requests
+            message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
             await self._mobile.count(sa, initiator=message_id)
         except LinkError as error:
             log.warning("%s does not answer: %s", remote, error)
@@ -416,7 +417,7 @@ class SpiWatch:
                 moved.set_result(after)
             return None
 
-        task = asyncio.create_task(serve_updates(machine, asked))
+        task = asyncio.create_task(serve_updates(machine, asked, mark=MARK))
         try:
             yield moved
         finally:

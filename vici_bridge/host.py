@@ -33,6 +33,7 @@ from .deadlines import Deadlines
 from .fresh import FreshKeys
 from .kernel import Detour, Kernel, Mute
 from .listing import Listing
+from .message_ids import MessageIds
 from .names import SPI_MAX, SPI_MIN
 from .record import Change, Deleted, MidChanged, Record
 from .sockets import HaSocket
@@ -58,6 +59,8 @@ somebody's, and stays."""
 _UPDATE_SPI = "update-spi"
 """Kind of store entry, by the MN's identity: does it know UPDATE_SPI, and when it was seen (s since 1970)."""
 _UPDATE_SPI_FOR = 86400.0
+_DOUBT = "doubt"
+"""Kind of store entry: this SA may have used message IDs while nobody, not even the kernel, took note."""
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
 DELETE_PATIENCE = 5.0
@@ -106,6 +109,7 @@ class CharonHost:
         self.listing = Listing(self.vici.list_sas)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
+        self.noted = MessageIds()
         self.detour = Detour()
         self.record = Record()
         self.deadlines = Deadlines(store)
@@ -135,6 +139,7 @@ class CharonHost:
         except KernelError as error:
             # every transfer will say the same again
             log.error("no SA can be moved from here or to here: %s (%s)", error, error.hint)
+        await self._begin_noting()
         loop = asyncio.get_running_loop()
 
         def state(up: bool) -> None:
@@ -142,6 +147,18 @@ class CharonHost:
 
         self.vici.listen(lambda event, message: None, on_state=state)
         self.spawn(self._watch_deadlines())
+
+    async def _begin_noting(self) -> None:
+        """SAs of before whose messages nobody noted meanwhile are not to be trusted."""
+        try:
+            if await asyncio.to_thread(self.noted.prepare):
+                return
+        except KernelError as error:
+            log.warning("message IDs that are used while no agent runs will not be known: %s", error)
+            return
+        # an MN whose gateway takes its messages for old ones connects anew; a gateway must not be in doubt
+        for sa in () if self.config.mobile_node else self.record.names():
+            self.store.put(_DOUBT, _key(sa), b"")
 
     async def close(self) -> None:
         """Stop listening and save. SAs, freezes and policies stay as they are."""
@@ -156,6 +173,7 @@ class CharonHost:
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
+        self.noted.close()
         if not self.config.mobile_node:
             await asyncio.to_thread(self.mute.close)
 
@@ -190,6 +208,7 @@ class CharonHost:
                 self._spoke[name] = time.monotonic()
             case Deleted(name):
                 self._spoke.pop(name, None)
+                self.store.delete(_DOUBT, _key(name))
         if self.on_change is not None:
             self.on_change(change)
 
@@ -235,9 +254,15 @@ class CharonHost:
         self.save()
         await self.settle()  # what came up just now was told by now
         listed = {view.spis for view in views}
+        for key, _ in self.store.items(_DOUBT):
+            if key not in map(_key, listed):
+                self.store.delete(_DOUBT, key)
         for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
             if muted.spis not in listed and not self.importing(muted.spis):
                 await asyncio.to_thread(self.mute.unmute, muted.spis)
+        for sa in self.record.names():
+            with contextlib.suppress(UnknownSaError, UsageError):
+                await self.catch_up(sa)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
         log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, known, len(gone))
@@ -251,13 +276,54 @@ class CharonHost:
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""
-        return sa in self.expected or self.store.get(IMPORT, (sa[0] + sa[1]).hex()) is not None
+        return sa in self.expected or self.store.get(IMPORT, _key(sa)) is not None
 
     async def settle(self) -> None:
         """Let HA datagrams that charon sent before its last VICI answer be read."""
         for _ in range(3):
             await asyncio.sleep(0)
         await asyncio.sleep(0.001)
+
+    async def catch_up(self, sa: SaName) -> None:
+        """As `settle`, and put message IDs into the record that charon used and no agent heard of.
+
+        Where that cannot be known, charon's HA messages are all there is. Errors: UnknownSaError when they
+        may lack some.
+        """
+        await self.settle()
+        if sa not in self.record:
+            return
+        if self.doubtful(sa):
+            raise UnknownSaError(
+                "its message IDs are not known: it may have spoken while nothing noted them",
+                hint="they are known when gateway and MN have each asked the other something (DPD does); "
+                "or rekey the IKE_SA, or `ikectx resync`",
+            )
+        known, ike = self.record.context(sa), ha.IkeId.of(self.record.context(sa).current)
+        after = self._after(sa)
+        version = await self.version()
+        for initiator, mid, noted in zip(
+            (True, False), (known.mid_initiator, known.mid_responder), after, strict=True
+        ):
+            if noted > mid:
+                log.info("%s: message ID %d was not heard of", known.remote_id, noted - 1)
+                self._fed(self.record.feed(ha.ike_mid(version, ike, initiator=initiator, mid=noted)))
+
+    def _after(self, sa: SaName) -> tuple[int, int]:
+        try:
+            return self.noted.after(sa)
+        except KernelError as error:
+            log.warning("message IDs cannot be looked up: %s", error)
+            return 0, 0
+
+    def doubtful(self, sa: SaName) -> bool:
+        """Whether message IDs of an SA of before may have been used unnoted."""
+        if self.store.get(_DOUBT, _key(sa)) is None:
+            return False
+        if 0 in self._after(sa):
+            return True
+        self.store.delete(_DOUBT, _key(sa))
+        return False
 
     async def version(self) -> int:
         """The HA wire version: from the stream, else from charon's version. Errors: CharonError."""
@@ -304,13 +370,15 @@ class CharonHost:
         return await self.listing.views()
 
     def knows(self, view: SaView) -> bool:
-        """Whether the record has the keys of the IKE_SA and of each of its CHILD_SAs."""
+        """Whether the record has all keys of the IKE_SA and its CHILD_SAs, and no doubtful message IDs."""
         try:
             told = {child.spi_in for child in self.record.context(view.spis).children}
         except UnknownSaError:
             return False
         except UsageError:
             return True  # known, and known to be of a kind that cannot be moved
+        if self.doubtful(view.spis):
+            return False
         return {child.spi_in for child in view.children if child.state == "INSTALLED"} <= told
 
     async def view(self, sa: SaName) -> SaView | None:
@@ -471,3 +539,7 @@ class CharonHost:
             else:
                 log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
                 await asyncio.to_thread(self.vici.rekey, ike_id=view.unique_id)
+
+
+def _key(sa: SaName) -> str:
+    return (sa[0] + sa[1]).hex()

@@ -122,6 +122,7 @@ class CharonMobile:
         """
         host = self._host
         view = await self.steps.seen(sa)
+        await host.catch_up(sa)
         if view.state == "PASSIVE" and host.store.get(_QUIET, key_of(sa)) is not None:
             return
         self._check(host.record.context(sa), view)
@@ -230,7 +231,7 @@ class CharonMobile:
 
     async def next_request(self, sa: SaName) -> int:
         """Message ID of the gateway's request that charon has not had yet. Errors: UnknownSaError."""
-        await self._host.settle()
+        await self._host.catch_up(sa)
         return self._host.record.context(sa).mid_responder
 
     async def renumber(
@@ -249,7 +250,7 @@ class CharonMobile:
         ID then has no IV, and charon destroys the SA (iv_gen_seq, strongSwan 5.9.8).
         """
         view = await self.steps.seen(sa)
-        await self._host.settle()
+        await self._host.catch_up(sa)
         after = self._host.record.context(sa).mid_initiator
         if expected == after and not view.tasks:
             return False

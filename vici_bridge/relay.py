@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ikectx.context import Address, Endpoint
 
-from .mute import run_nft
+from .nftables import run_nft
 
 TABLE = "ikectx_relay"
 _HEAD = {4: "ip", 6: "ip6"}

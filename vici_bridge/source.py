@@ -95,7 +95,7 @@ class CharonSource:
         """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
         host = self._host
         view = await self._view(sa)
-        await host.settle()
+        await host.catch_up(sa)
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
         _refuse_busy(view, away)
@@ -212,7 +212,7 @@ class CharonSource:
             unsure = bool(away and view.tasks)
             if in_the_way(view, away) or (dropped and not unsure):
                 raise BusyError("charon began an exchange while it was being frozen")
-            await host.settle()
+            await host.catch_up(spis)
             known = host.context(spis)
             if unsure:
                 known = replace(known, mid_initiator=_last(known), unsure=True)

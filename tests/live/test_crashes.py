@@ -290,3 +290,43 @@ def test_stopping_the_agents_leaves_the_tunnel(world: World, tmp_path: Path) -> 
     assert not tasks(world.one("mn"))
     for host in GATEWAYS:
         world.restart(host)
+
+
+@pytest.mark.parametrize(
+    ("asks", "connection", "seen"), [("mn", "psg", "request"), ("psg", "mn", "response")]
+)
+def test_what_charon_says_while_no_agent_runs_is_not_lost(
+    world: World, asks: str, connection: str, seen: str
+) -> None:
+    # INFORMATIONAL (DPD) while psg's agent is dead; the next one moves the SA on with message IDs that it
+    # never heard of. MN -> nsg CREATE_CHILD_SA, INFORMATIONAL D, and back: nothing is ignored.
+    world.up(overrides={asks: f"connections {{ {connection} {{ dpd_delay = 1s }} }}\n"})
+    with world.without_agent("psg", kill=True):
+        before = world.log("psg", "charon.log").count(f"parsed INFORMATIONAL {seen}")
+        until(
+            lambda: world.log("psg", "charon.log").count(f"parsed INFORMATIONAL {seen}") > before + 2,
+            f"{asks} has asked",
+            20.0,
+        )
+    until(lambda: "was not heard of" in world.log("psg", "agent.out"), "the agent finds out")
+    world.move("psg", "nsg")
+    world.settle("nsg")
+    world.talks("nsg")
+
+
+def test_an_sa_that_nobody_listened_to_is_not_moved(world: World) -> None:
+    # psg's agent is dead, and somebody has flushed the rules that note message IDs; after an exchange each
+    # way (CREATE_CHILD_SA, and INFORMATIONAL D) they are known again
+    world.up()
+    with world.without_agent("psg", kill=True):
+        world.must("psg", "nft", "flush", "ruleset")
+    (listed,) = world.ikectx("psg", "list", "--json").json
+    assert (listed["known"], listed["movable"]) == (False, False)
+    done = world.transfer("psg", "nsg")
+    assert done.code == 6, done
+    assert "message IDs are not known" in done.out
+    world.serves("psg")
+    world.rekey_child("mn", "psg")
+    world.rekey_child("psg", "psg")
+    world.move("psg", "nsg")
+    world.settle("nsg")

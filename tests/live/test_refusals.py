@@ -31,7 +31,7 @@ def untouched(world: World, other: int = 0) -> Iterator[None]:
                     for child in sa["child-sas"].values()
                 )
                 views.append((host, sa["uniqueid"], sa["state"], spis(sa), sa["remote-host"], children))
-            for words in ("nft list ruleset", "ip rule", "ip route show table all", "ip xfrm policy"):
+            for words in ("nft list table inet ikectx", "ip rule", "ip route show table all", "ip xfrm policy"):
                 if host != "mn":
                     views.append((host, words, world.must(host, *words.split())))
         return views

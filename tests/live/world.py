@@ -350,10 +350,19 @@ class World:
 
     def restart(self, host: str, *, kill: bool = False) -> None:
         """The agent ends (`kill`: without knowing), and begins anew; its charon goes on."""
+        with self.without_agent(host, kill=kill):
+            pass
+
+    @contextlib.contextmanager
+    def without_agent(self, host: str, *, kill: bool = False) -> Iterator[None]:
+        """As `restart`, with something done in between."""
         self.lab.stop(host, "agent", kill=kill)
         # a killed agent leaves its socket behind: the new one would replace it, but must be waited for
         (self.lab.work / host / "ikectx.vici").unlink(missing_ok=True)
-        self.lab.start_agent(host)
+        try:
+            yield
+        finally:
+            self.lab.start_agent(host)
         until(lambda: self.status(host)["charon"]["reachable"], f"{host}'s agent has found charon")
 
     def status(self, host: str) -> Any:
@@ -366,7 +375,7 @@ class World:
 
     def muted(self, host: str) -> bool:
         """Is an SA's IKE kept from the wire there? (The agent's nftables table alone mutes nothing.)"""
-        return "elements = {" in self.must(host, "nft", "list", "ruleset")
+        return "elements = {" in self.lab.command(host, ["nft", "list", "table", "inet", "ikectx"]).stdout
 
     # -- the net ------------------------------------------------------------------------------
 
