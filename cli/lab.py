@@ -114,9 +114,9 @@ def scenarios(as_json: bool) -> None:
     "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run each so many times."
 )
 @click.option(
-    "--baselines/--no-baselines",
-    default=True,
-    help="With those parts that go by the ways of today, or without what they are there to be compared with.",
+    "--brief",
+    is_flag=True,
+    help="Without what only figures need: the ways of today, and on an emulated CPU a fine probe.",
 )
 @click.option("--logs", type=click.Path(file_okay=False), default="", help="Keep logs in this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (several scenarios: a list).")
@@ -127,7 +127,7 @@ def run(
     esp: str,
     delay: float | None,
     repeat: int,
-    baselines: bool,
+    brief: bool,
     logs: str,
     as_json: bool,
     quiet: bool,
@@ -140,7 +140,7 @@ def run(
     wanted = [name for name in chosen for _ in range(repeat)]
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
-    request = lab_start.Request(tuple(wanted), esp, delay, logs, baselines)
+    request = lab_start.Request(tuple(wanted), esp, delay, logs, brief)
     reports: list[dict[str, Any]] = []
     try:
         with tidy():

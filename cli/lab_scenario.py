@@ -36,6 +36,7 @@ expression its output must hold, `reject` one it must not; `count` says how ofte
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 import tomllib
@@ -104,6 +105,9 @@ WORDS: dict[str, dict[int, tuple[str, ...]]] = {
 
 NAMES = ("kept", "renamed", "new")
 
+COARSE_MS = 20.0
+"""Of a probe that leaves an emulated CPU to the daemons: with one every 5 ms a transfer takes six times its time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -159,10 +163,16 @@ class Scenario:
     fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
 
-    def without_baselines(self) -> Scenario:
-        """The same without the ways of today: what it tests, without what it is compared with."""
+    def brief(self, *, slow: bool) -> Scenario:
+        """What it tests, without what only figures need: the ways of today; on a `slow` CPU, a fine probe.
+
+        Of a coarser probe as much less may be lost: the limit stands for a time.
+        """
         steps = tuple(step for step in self.steps if isinstance(step, Command) or step[0] != "baseline")
-        return dataclasses.replace(self, steps=steps)
+        had = (slow and self.slow_interval_ms) or self.interval_ms
+        interval = max(had, COARSE_MS) if slow else had
+        lost = None if self.lost is None else math.ceil(self.lost * had / interval)
+        return dataclasses.replace(self, steps=steps, interval_ms=interval, slow_interval_ms=0.0, lost=lost)
 
     @property
     def disturbs_daemons(self) -> bool:

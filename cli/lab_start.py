@@ -26,14 +26,14 @@ Done = Callable[[dict[str, Any]], None]
 class Request:
     """What to run and how: `esp` is auto, kernel (here), vm or libipsec (here).
 
-    `baselines`: with those parts of a scenario that go by the ways of today, to compare with.
+    `brief`: without what only figures need (`Scenario.brief`).
     """
 
     names: tuple[str, ...]
     esp: str = "auto"
     delay_ms: float | None = None
     logs: str = ""
-    baselines: bool = True
+    brief: bool = False
 
 
 def choose(esp: str) -> str:
@@ -60,8 +60,6 @@ def run(request: Request, say: Say, done: Done = lambda _report: None) -> list[d
     `done` gets each of them as well, also where something ends this before all have run.
     """
     scenarios = [lab_scenario.load(name) for name in request.names]
-    if not request.baselines:
-        scenarios = [scenario.without_baselines() for scenario in scenarios]
     for name in lab_hosts.sweep():
         say(f"removed what was left of lab {name}")
     way = choose(request.esp)
@@ -75,7 +73,7 @@ def run(request: Request, say: Say, done: Done = lambda _report: None) -> list[d
         _in_vm(request, say, keep)
     else:
         run_here(
-            scenarios,
+            [scenario.brief(slow=lab_vm.emulated()) if request.brief else scenario for scenario in scenarios],
             libipsec=way == "libipsec",
             say=say,
             done=lambda report: keep(report.as_json()),

@@ -125,3 +125,22 @@ def test_what_a_scenario_leaves_disturbed(tmp_path: Path) -> None:
     assert [load(name, tmp_path).disturbs_network for name in ("four", "five")] == [True, True]
     assert [one.disturbs_daemons for one in found] == [True, False, False]
     assert [one.disturbs_network for one in found] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_brief_scenario_is_the_same_without_baselines(name: str) -> None:
+    whole, brief = load(name), load(name).brief(slow=False)
+    kept = [step for step in whole.steps if isinstance(step, Command) or step[0] != "baseline"]
+    assert kept == list(brief.steps)
+    assert ("connect",) in brief.steps
+    assert (brief.interval_ms, brief.lost) == (whole.interval_ms, whole.lost)
+
+
+@pytest.mark.parametrize(
+    ("text", "interval", "lost"),
+    [("interval_ms = 5", 20.0, 6), ("interval_ms = 50", 50.0, 21), ("slow_interval_ms = 10", 20.0, 11)],
+)
+def test_a_coarser_probe_may_lose_less(tmp_path: Path, text: str, interval: float, lost: int) -> None:
+    write(tmp_path, "one", f'{text}\nsteps = ["connect"]\n[limits]\nlost = 21')
+    one = load("one", tmp_path).brief(slow=True)
+    assert (one.interval_ms, one.lost) == (interval, lost)

@@ -14,7 +14,6 @@ from ikectx.errors import KernelError
 from ikectx_cli import lab_start
 from ikectx_cli.lab import lab
 from ikectx_cli.lab_report import Report
-from ikectx_cli.lab_scenario import Command, load, names
 
 NAMES = ("handover", "pull", "left")
 
@@ -53,11 +52,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_run_in_a_vm(machine: Any, tmp_path: Path) -> None:
     guest = machine(Guest(3))
     given: list[dict[str, Any]] = []
-    request = lab_start.Request(NAMES, delay_ms=3.0, logs=str(tmp_path / "logs"), baselines=False)
+    request = lab_start.Request(NAMES, delay_ms=3.0, logs=str(tmp_path / "logs"), brief=True)
     reports = lab_start.run(request, lambda _line: None, given.append)
     assert [report["scenario"] for report in reports] == list(NAMES)
     assert given == reports
-    assert (guest.request.esp, guest.request.delay_ms, guest.request.baselines) == ("kernel", 3.0, False)
+    assert (guest.request.esp, guest.request.delay_ms, guest.request.brief) == ("kernel", 3.0, True)
     assert (tmp_path / "logs" / "handover").is_dir()
 
 
@@ -86,12 +85,3 @@ def test_nothing_can_run(machine: Any) -> None:
     done = CliRunner().invoke(lab, ["run", "--json", "--quiet", *NAMES])
     assert isinstance(done.exception, KernelError)
     assert not done.stdout
-
-
-def test_without_baselines_something_is_left_of_every_scenario() -> None:
-    for name in names():
-        whole = load(name)
-        rest = whole.without_baselines()
-        verbs = [step[0] for step in rest.steps if not isinstance(step, Command)]
-        assert "connect" in verbs and "baseline" not in verbs
-        assert len(whole.steps) - len(rest.steps) == str(whole.steps).count("('baseline'")
