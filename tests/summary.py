@@ -1,4 +1,4 @@
-"""Adds up a report for run.sh: prints "passed failed skipped"; what was skipped or failed on standard error.
+"""Adds up a report for run.sh: prints "passed failed skipped", then a line for each failure or skip's reason.
 
 summary.py FILE.xml: JUnit, as pytest writes it. FILE.json: what `ikectx lab run --all --json` prints.
 """
@@ -9,36 +9,68 @@ import json
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-def junit(path: Path) -> tuple[int, int, int]:
-    cases = list(ET.parse(path).getroot().iter("testcase"))
-    bad = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
-    skips = [skip for case in cases if (skip := case.find("skipped")) is not None]
-    for reason, count in Counter(skip.get("message", "") for skip in skips).items():
-        print(f"skipped {count}: {reason}", file=sys.stderr)
-    return len(cases) - bad - len(skips), bad, len(skips)
+WIDTH = 300
+"""Characters of a line: more is in the log."""
 
 
-def scenarios(path: Path) -> tuple[int, int, int]:
+@dataclass
+class Sum:
+    """What a report comes to."""
+
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How often, by reason."""
+
+    def lines(self) -> Iterable[str]:
+        yield f"{self.passed} {len(self.failed)} {self.skipped.total()}"
+        for text in self.failed:
+            yield f"failed {text}"
+        for reason, count in self.skipped.items():
+            yield f"skipped {count}: {reason}"
+
+
+def junit(path: Path) -> Sum:
+    found = Sum()
+    for case in ET.parse(path).getroot().iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            found.failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif skip is not None:
+            found.skipped[skip.get("message", "")] += 1
+        else:
+            found.passed += 1
+    return found
+
+
+def scenarios(path: Path) -> Sum:
+    found = Sum()
     reports: list[dict[str, Any]] = json.loads(path.read_text())
-    good = bad = skipped = 0
     for report in reports:
         if report.get("skipped"):
-            skipped += 1
-            print(f"skipped {report['scenario']}: {report['skipped']}", file=sys.stderr)
+            found.skipped[report["skipped"]] += 1
         elif report.get("ok"):
-            good += 1
+            found.passed += 1
         else:
-            bad += 1
-            print(
-                f"failed {report['scenario']}: {report.get('error') or report.get('checks')}", file=sys.stderr
-            )
-    return good, bad, skipped
+            found.failed.append(f"{report['scenario']}: {report.get('error')}")
+    return found
+
+
+def main(path: Path) -> int:
+    try:
+        found = (scenarios if path.suffix == ".json" else junit)(path)
+    except (OSError, ValueError, ET.ParseError) as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return 1
+    for line in found.lines():
+        print(" ".join(line.split())[:WIDTH])
+    return 0
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1])
-    print(*(scenarios if given.suffix == ".json" else junit)(given))
+    sys.exit(main(Path(sys.argv[1])))
