@@ -73,9 +73,9 @@ def _set(fd: int) -> None:
 
 @contextlib.contextmanager
 def namespaces(count: int) -> Iterator[list[Namespace]]:
-    """Fresh ones with loopback up. Needs root."""
+    """Fresh ones with loopback up. Fails without root."""
     if os.geteuid() != 0:
-        pytest.skip("needs root for network namespaces")
+        pytest.fail("network namespaces need root: sudo tests/run.sh", pytrace=False)
     made = [Namespace() for _ in range(count)]
     try:
         for space in made:

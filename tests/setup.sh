@@ -21,7 +21,7 @@ PACKAGES=(
 )
 # Checks the Wireshark dissector in examples/.
 TEST_PACKAGES=(tshark)
-# For a kernel without ESP: Debian's own kernel in a virtual machine.
+# For a kernel without ESP, and for the tests also without SCTP: Debian's own kernel in a virtual machine.
 VM_PACKAGES=(qemu-system-x86 linux-image-amd64 busybox-static)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -32,6 +32,11 @@ kernel_has_esp() {
     modprobe -a -q esp4 esp6 xfrm_user 2> /dev/null || true
     unshare -n ip xfrm state add src 127.0.0.1 dst 127.0.0.2 proto esp spi 0x100 mode tunnel \
         aead 'rfc4106(gcm(aes))' "0x$(printf '00%.0s' {1..20})" 128 2> /dev/null
+}
+
+kernel_has_sctp() { # IPPROTO_SCTP is 132
+    modprobe -q sctp 2> /dev/null || true
+    python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)' 2> /dev/null
 }
 
 lacking() { # the packages of the arguments that are not installed
@@ -108,5 +113,5 @@ make_venv() {
 
 install "${PACKAGES[@]}"
 [ $extra = lab ] || install "${TEST_PACKAGES[@]}"
-kernel_has_esp || install "${VM_PACKAGES[@]}"
+if ! kernel_has_esp || { [ $extra != lab ] && ! kernel_has_sctp; }; then install "${VM_PACKAGES[@]}"; fi
 make_venv

@@ -197,15 +197,6 @@ class Sniffer:
             sniffing.close()
 
 
-def needs(protocol: str) -> None:
-    """SCTP is a kernel's choice; Debian's has it."""
-    if protocol == "sctp":
-        try:
-            open_socket(socket.AF_INET, "sctp").close()
-        except LinkError as error:
-            pytest.skip(str(error))
-
-
 def run(site: Site, scenario: Awaitable[None]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(100):
@@ -236,7 +227,6 @@ CASES = [
 
 @pytest.mark.parametrize(("protocol", "version", "mode"), CASES)
 def test_only_esp_is_on_the_wire(protocol: Transport, version: int, mode: int) -> None:
-    needs(protocol)
     with sites(version, mode) as (near, far), Echo(far, protocol) as echo:
         sniffer = Sniffer(near, far)
         peer = PeerConfig("far", far.here, PORT)
@@ -286,7 +276,6 @@ def test_only_esp_is_on_the_wire(protocol: Transport, version: int, mode: int) -
 
 @pytest.mark.parametrize("protocol", ["tcp", "sctp"])
 def test_an_sa_that_does_not_encrypt(protocol: Transport) -> None:
-    needs(protocol)
     with sites(4, TRANSPORT) as (near, far), Echo(far, protocol):
         for site in (near, far):
             for sa in site.sas:
@@ -332,7 +321,6 @@ def test_what_comes_in_the_clear_does_not_come_in(caplog: pytest.LogCaptureFixtu
 
 
 def test_sctp_on_several_addresses_is_refused() -> None:
-    needs("sctp")
     with sites(4, TRANSPORT) as (near, far):
         far.space.ip("addr add 203.0.113.9/32 dev outer")
         with far.space.entered():
@@ -353,7 +341,6 @@ def test_sctp_on_several_addresses_is_refused() -> None:
 @pytest.mark.parametrize("protocol", ["tcp", "sctp"])
 def test_a_peer_that_vanishes_is_noticed(protocol: Transport) -> None:
     """TCP's probes and SCTP's heartbeats, under ESP."""
-    needs(protocol)
     with sites(4, TRANSPORT) as (near, far), Echo(far, protocol):
 
         async def scenario() -> None:

@@ -13,14 +13,21 @@ from ikectx_cli.lab_net import CHARONS
 
 from .world import World
 
+PACKAGES = "tests/setup.sh installs what the tests need"
+NEEDED = {
+    "/usr/sbin/swanctl": PACKAGES,
+    "/dev/net/tun": "modprobe tun; a container needs the device",
+}
+"""What must be there beside charon, and what to do where it is not."""
+
 
 @pytest.fixture(scope="session")
 def session_world() -> Iterator[World]:
     if os.geteuid() != 0:
-        pytest.skip("needs root for network namespaces")
-    for needed in (*map(charon_of, CHARONS), "/usr/sbin/swanctl", "/dev/net/tun"):
-        if not Path(needed).exists():
-            pytest.skip(f"needs {needed}")
+        pytest.fail("network namespaces need root: sudo tests/run.sh live", pytrace=False)
+    for path, remedy in {**dict.fromkeys(map(charon_of, CHARONS), PACKAGES), **NEEDED}.items():
+        if not Path(path).exists():
+            pytest.fail(f"there is no {path}: {remedy}", pytrace=False)
     world = World(Lab.new())
     try:
         world.build()

@@ -1,6 +1,7 @@
 """SAs with additional key exchanges (RFC 9370): ML-KEM after X25519. Needs charons of strongSwan 6.
 
-The installed charon is older on some systems; IKECTX_LAB_CHARON names another one.
+The installed charon is older on some systems: Debian 12 has 5.9.8. IKECTX_LAB_CHARON names another one, and
+IKECTX_LAB_CHARON_NSG one for that host only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def has_ml_kem(world: World, *hosts: str) -> bool:
 @pytest.fixture
 def capable(world: World) -> World:
     if not has_ml_kem(world, *CHARONS):
-        pytest.skip("needs charons with ML-KEM")
+        pytest.skip(
+            f"needs ML-KEM, which strongSwan has from 6.0 on; found {world.lab.strongswan()}. To run it: "
+            "IKECTX_LAB_CHARON=/path/to/charon-systemd tests/run.sh live"
+        )
     return world
 
 
@@ -88,7 +92,11 @@ def test_a_resync_tells_of_additional_key_exchanges(capable: World) -> None:
 def test_a_gateway_with_an_older_charon_refuses(world: World) -> None:
     # PCTD -> CTDR with NOT_COVERED: nsg's charon has no way to be told of ADD_KES
     if not has_ml_kem(world, "mn", "psg") or has_ml_kem(world, "nsg"):
-        pytest.skip("needs strongSwan 6 at mn and psg, and 5.9 at nsg")
+        pytest.skip(
+            "needs ML-KEM at mn and psg (strongSwan from 6.0 on), and a charon without it at nsg; found "
+            f"{world.lab.strongswan()}. To run it: IKECTX_LAB_CHARON=/path/to/6/charon-systemd "
+            "IKECTX_LAB_CHARON_NSG=/usr/sbin/charon-systemd tests/run.sh live"
+        )
     older = {"nsg": "connections { mn { proposals = aes256gcm16-prfsha256-x25519 } }\n"}
     world.up(ike=IKE, overrides=older)
     done = world.transfer("psg", "nsg")
