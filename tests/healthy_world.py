@@ -1,0 +1,201 @@
+"""A gateway as `doctor` sees it, on which all is well until a test says otherwise."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ikectx.errors import IkectxError
+from ikectx.flow import Flow
+from ikectx_cli import doctor
+from ikectx_cli.config import Config, PeerConfig
+from ikectx_cli.doctor import Finding
+from ikectx_cli.doctor_world import PeerAnswer, UdpOwner, World
+from ikectx_cli.settings import Setting
+
+TOML = """\
+name = "psg"
+state_dir = "state"
+[gateway]
+addresses = ["192.0.2.1"]
+[transfer]
+listen = ["192.0.2.1:5091"]
+certificate = "own.pem"
+key = "own.key"
+ca = "ca.pem"
+[connections.home]
+updown = "/etc/updown"
+[[peer]]
+name = "nsg"
+address = "198.51.100.1"
+"""
+
+IPSEC = TOML.replace('certificate = "own.pem"\nkey = "own.key"\nca = "ca.pem"', 'transport = "ipsec"')
+
+HA = {"local": "127.0.0.1", "remote": "127.0.0.2", "monitor": "no", "resync": "no"}
+
+
+class Pki:
+    """A CA and certificates of it."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.ca = self.build("test ca", self.key, issuer="test ca").sign(self.key, hashes.SHA256())
+
+    def build(
+        self,
+        name: str,
+        key: ec.EllipticCurvePrivateKey,
+        *,
+        issuer: str = "test ca",
+        days: float = 100,
+        since: float = 1,
+    ) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        subject, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, issuer))
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(by)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=since))
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(x509.BasicConstraints(ca=name == issuer, path_length=None), critical=True)
+        )
+
+    def write(self, folder: Path, name: str = "psg", **options: Any) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        usages = options.pop("usages", (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH))
+        dns = options.pop("dns", ())
+        builder = self.build(name, key, **options).add_extension(
+            x509.ExtendedKeyUsage(usages), critical=False
+        )
+        if dns:
+            names = x509.SubjectAlternativeName([x509.DNSName(item) for item in dns])
+            builder = builder.add_extension(names, critical=False)
+        certificate = builder.sign(self.key, hashes.SHA256())
+        (folder / "own.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        (folder / "ca.pem").write_bytes(self.ca.public_bytes(serialization.Encoding.PEM))
+        (folder / "own.key").touch(mode=0o600)
+        (folder / "own.key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+
+
+class Fake(World):
+    """A world in which all is well, until a test says otherwise."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "/none")
+        self.answers: dict[str, Any] = {
+            "version": {"daemon": "charon-systemd", "version": "5.9.8"},
+            "stats": {"plugins": ["vici", "ha"]},
+            "conns": [{"name": "home"}],
+            "pools": {},
+            "status": {"name": "psg", "version": "0.1.0", "charon": {"reachable": True}},
+            "list-contexts": [{"name": "home", "known": True}],
+        }
+        self.ha: dict[str, str] | None = dict(HA)
+        self.swanctl = {"connections.home.children.net.updown": "/etc/updown"}
+        self.pids: dict[str, int | None] = {"agent": 10, "charon": 20}
+        self.starts = {10: 100, 20: 200}
+        self.caps: int | None = 1 << 12 | 1 << 13
+        self.owners = {"127.0.0.2": UdpOwner(10, "ikectx"), "127.0.0.1": UdpOwner(20, "charon")}
+        self.foreign: set[str] = set()
+        self.peer = PeerAnswer(frozenset({"nsg"}), 0.0)
+        self.tools = {"ip", "nft"}
+        self.trials: dict[str, tuple[bool | None, str]] = {}
+        self.time = datetime.datetime.now(datetime.UTC).timestamp()
+
+    def _get(self, what: str) -> Any:
+        answer = self.answers[what]
+        if isinstance(answer, IkectxError):
+            raise answer
+        return answer
+
+    def charon(self, what: str) -> Any:
+        return self._get(what)
+
+    def agent(self, command: str) -> Any:
+        return self._get(command)
+
+    def agent_pid(self) -> int | None:
+        return self.pids["agent"]
+
+    def charon_pid(self) -> int | None:
+        return self.pids["charon"]
+
+    def started(self, pid: int) -> int | None:
+        return self.starts.get(pid)
+
+    def capabilities(self, pid: int | None) -> int | None:
+        return self.caps
+
+    def settings(self, which: str) -> dict[str, Setting] | None:
+        if which == "swanctl.conf":
+            return {key: Setting(value, which) for key, value in self.swanctl.items()}
+        if self.ha is None:
+            return None
+        return {f"charon.plugins.ha.{key}": Setting(value, which) for key, value in self.ha.items()}
+
+    def udp_owner(self, address: str, port: int) -> UdpOwner | None:
+        return self.owners.get(address)
+
+    def is_local(self, address: str) -> bool:
+        return address not in self.foreign
+
+    def connect(self, peer: PeerConfig) -> PeerAnswer:
+        return self.peer
+
+    def tool(self, name: str) -> str | None:
+        return f"/usr/sbin/{name}" if name in self.tools else None
+
+    def probe(self, *command: str) -> tuple[bool | None, str]:
+        return self.trials.get(command[0], (True, ""))
+
+    def exists(self, path: str) -> bool:
+        return path not in self.foreign
+
+    def now(self) -> float:
+        return self.time
+
+
+class Protected(Fake):
+    """With transport = "ipsec"; `protected` says what of it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.protected: list[str] = []
+        self.error: IkectxError | None = None
+        self.plain = PeerAnswer()
+
+    def check_protection(self, flow: Flow) -> None:
+        self.protected.append(str(flow))
+        if self.error is not None:
+            raise self.error
+
+    def _try(self, flow: Flow) -> PeerAnswer:  # type: ignore[override]
+        return self.plain
+
+
+def bad(world: World) -> list[Finding]:
+    return [finding for finding in doctor.examine(world) if finding.level != "ok"]
+
+
+def only(world: World, check: str, level: str, found: str) -> Finding:
+    """The one thing that is wrong."""
+    findings = bad(world)
+    assert [(item.check, item.level) for item in findings] == [(check, level)], findings
+    assert found in findings[0].found
+    return findings[0]
