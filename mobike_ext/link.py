@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ikectx.aio import MonotonicClock
 from ikectx.context import ChildContext, Endpoint, IkeGeneration
 from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.numbers import Status
@@ -23,7 +23,7 @@ from .asking import Machine, Silent
 from .exchange import AddressUpdate, PeerNatChanged, Refused
 from .notify import Reason
 from .probe import MidProbe
-from .raw import Instruction, RawLink, bpf_program, open_raw, udp_datagram
+from .raw import RawLink, open_raw
 from .rekey import ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed, RekeyFailed, State
 from .rename import Renamed, RenameRefused, SpiUpdate, Unsupported
 
@@ -33,13 +33,6 @@ _PROOF_INTERVAL = 0.25
 """Seconds between two looks at whether the MN's ESP has arrived, or the caller wants an end."""
 _ANSWER_OCTETS = 256
 """Fresh octets for the IVs of one answer."""
-
-
-class MonotonicClock:
-    """`time.monotonic`."""
-
-    def now(self) -> float:
-        return time.monotonic()
 
 
 async def _run(
@@ -283,18 +276,13 @@ async def keep_answering(
 
 
 __all__ = [
-    "Instruction",
     "MonotonicClock",
-    "RawLink",
     "RekeyReport",
     "SpiReport",
     "UpdateReport",
-    "bpf_program",
     "keep_answering",
-    "open_raw",
     "run_address_update",
     "run_rekey",
     "run_spi_update",
     "serve_updates",
-    "udp_datagram",
 ]

@@ -8,14 +8,12 @@ one has bypass policies, so that neither a tunnel's policy nor the kernel's inbo
 Where a firewall keeps the SA's IKE from a charon that is not PASSIVE, it lets a `mark` out, and what comes in
 is heard by a packet socket, below the firewall.
 
-Needs CAP_NET_RAW and CAP_NET_ADMIN. Source: Linux raw(7), packet(7), socket(7), packet filter of
-linux/filter.h.
+Needs CAP_NET_RAW and CAP_NET_ADMIN. Source: Linux raw(7), packet(7), socket(7).
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import socket
 import struct
@@ -26,13 +24,16 @@ from ikectx.context import Endpoint
 from ikectx.errors import LinkError, UsageError
 from ikectx.ikev2 import IKE_PORT, has_marker
 
-_SO_ATTACH_FILTER = 26
+from . import bpf
+
 _IPV6_CHECKSUM = 7
 _UDP_CHECKSUM_AT = 6
-_UDP_HEADER = 8
-_IP6_HEADER = 40
 _ETHERTYPE = {4: 0x0800, 6: 0x86DD}
-_MAX_DATAGRAM = 65535
+UDP_HEADER = 8
+IP6_HEADER = 40
+"""Octets; extension headers are none of it."""
+MAX_DATAGRAM = 65535
+"""Octets of an IP packet."""
 
 
 class RawLink:
@@ -66,7 +67,7 @@ class RawLink:
         try:
             async with asyncio.timeout(within):
                 packet, sender = await asyncio.get_running_loop().sock_recvfrom(
-                    self._ear or self._raw, _MAX_DATAGRAM
+                    self._ear or self._raw, MAX_DATAGRAM
                 )
         except (TimeoutError, OSError):
             # An OSError here is an ICMP error somebody sent: unauthenticated, so it decides nothing.
@@ -75,9 +76,9 @@ class RawLink:
         if self._local.address.version == 4:
             header = (packet[0] & 0x0F) * 4 if packet else 0
         elif self._ear is not None:
-            header = _IP6_HEADER
+            header = IP6_HEADER
         udp = packet[header:]
-        if len(udp) < _UDP_HEADER:
+        if len(udp) < UDP_HEADER:
             return None
         if self._ear is None:
             address = ip_address(sender[0].partition("%")[0])
@@ -89,7 +90,7 @@ class RawLink:
         if self._remote is not None and address != self._remote.address:
             return None
         # what follows the datagram is padding of the link's
-        return udp[_UDP_HEADER : int.from_bytes(udp[4:6])], Endpoint(address, int.from_bytes(udp[:2]))
+        return udp[UDP_HEADER : int.from_bytes(udp[4:6])], Endpoint(address, int.from_bytes(udp[:2]))
 
 
 def open_raw(
@@ -97,9 +98,8 @@ def open_raw(
 ) -> RawLink:
     """A raw socket at `local` that hears only IKE of `spis` from `remote`, None: from anywhere.
 
-    Errors: LinkError if it cannot be had.
-
     `mark` (SO_MARK): sent with every datagram; and datagrams are heard before any firewall sees them.
+    Errors: LinkError if it cannot be had.
     """
     six = local.address.version == 6
     raw: socket.socket | None = None
@@ -107,35 +107,28 @@ def open_raw(
     try:
         raw = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
         raw.setblocking(False)
-        attach(raw, bpf_program(local, remote, spis))
+        bpf.attach(raw, bpf_program(local, remote, spis))
         if six:
             # the kernel computes and checks the checksum; without it datagrams would leave with none
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
         bypass(raw)
         if mark:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-            kind = socket.htons(_ETHERTYPE[local.address.version])
-            ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, kind)
-            ear.setblocking(False)
-            attach(ear, bpf_program(local, remote, spis, below=True))
-            attach(raw, [(_RET, 0, 0, 0)])
+            ear = packet_socket(local.address.version, bpf_program(local, remote, spis, below=True))
+            bpf.attach(raw, [(bpf.RET, 0, 0, 0)])
         raw.bind((str(local.address), 0))
     except OSError as error:
         for each in (raw, ear):
             if each is not None:
                 each.close()
-        hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if _denied(error) else ""
+        hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if denied(error) else ""
         raise LinkError(f"no raw socket at {local.address}: {error.strerror}", hint=hint) from error
     return RawLink(raw, local, remote, ear)
 
 
-def _denied(error: OSError) -> bool:
-    return error.errno in (errno.EPERM, errno.EACCES)
-
-
 def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
     """UDP header, checksum included (RFC 768; RFC 8200, 8.1), and payload."""
-    length = _UDP_HEADER + len(payload)
+    length = UDP_HEADER + len(payload)
     ports = local.port.to_bytes(2) + remote.port.to_bytes(2)
     pseudo = local.address.packed + remote.address.packed
     if local.address.version == 6:
@@ -152,45 +145,45 @@ def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
     return header + checksum.to_bytes(2) + payload
 
 
-# --- packet filter -------------------------------------------------------------------------------------
-
-_LD_W_ABS, _LD_H_ABS, _LD_B_ABS, _LD_W_IND, _LD_H_IND, _LDX_MSH = 0x20, 0x28, 0x30, 0x40, 0x48, 0xB1
-_JEQ, _RET = 0x15, 0x06
-
-Instruction = tuple[int, int, int, int]
-"""Code, jump if true, jump if false, operand (struct sock_filter)."""
-
-
 def bpf_program(
     local: Endpoint, remote: Endpoint | None, spis: tuple[bytes, bytes], *, below: bool = False
-) -> list[Instruction]:
+) -> list[bpf.Instruction]:
     """The filter: the UDP ports, the non-ESP marker where there is one, the IKE SPIs.
 
     An IPv4 raw socket sees packets from the IP header on, so offsets are relative to X, that header's length;
     an IPv6 one sees them from the UDP header on. A packet socket (`below`) sees IP packets of all protocols.
     """
     four = local.address.version == 4
-    word, half = (_LD_W_IND, _LD_H_IND) if four else (_LD_W_ABS, _LD_H_ABS)
-    start = _IP6_HEADER if below and not four else 0
-    checks = [(_LD_B_ABS, 9 if four else 6, socket.IPPROTO_UDP)] if below else []
+    word, half = (bpf.LD_X, bpf.LDH_X) if four else (bpf.LD, bpf.LDH)
+    start = IP6_HEADER if below and not four else 0
+    checks = [(bpf.LDB, 9 if four else 6, socket.IPPROTO_UDP)] if below else []
     if remote is not None:
         checks.append((half, start, remote.port))
     checks.append((half, start + 2, local.port))
-    at = start + _UDP_HEADER
+    at = start + UDP_HEADER
     if local.port != IKE_PORT and (remote is None or has_marker(local, remote)):
         checks.append((word, at, 0))
         at += 4
     both = spis[0] + spis[1]
     checks += [(word, at + n, int.from_bytes(both[n : n + 4])) for n in range(0, 16, 4)]
-    program: list[Instruction] = [(_LDX_MSH, 0, 0, 0)] if four else []
-    for number, (load, offset, value) in enumerate(checks):
-        to_drop = 2 * (len(checks) - number - 1) + 1
-        program += [(load, 0, 0, offset), (_JEQ, 0, to_drop, value)]
-    return [*program, (_RET, 0, 0, _MAX_DATAGRAM), (_RET, 0, 0, 0)]
+    lines: list[bpf.Line] = [(bpf.LDX_MSH, 0)] if four else []
+    for load, offset, value in checks:
+        lines += [(load, offset), (bpf.JEQ, value, "", "drop")]
+    return bpf.assemble([*lines, (bpf.RET, MAX_DATAGRAM), "drop", (bpf.RET, 0)])
 
 
-def attach(raw: socket.socket, program: list[Instruction]) -> None:
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))
-    raw.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
+def packet_socket(version: int, program: list[bpf.Instruction]) -> socket.socket:
+    """Hears IP packets of one version from the IP header on, below any firewall. Errors: OSError."""
+    ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETHERTYPE[version]))
+    try:
+        ear.setblocking(False)
+        bpf.attach(ear, program)  # what comes before is read like the rest
+    except OSError:
+        ear.close()
+        raise
+    return ear
+
+
+def denied(error: OSError) -> bool:
+    """The agent lacks rights."""
+    return error.errno in (errno.EPERM, errno.EACCES)

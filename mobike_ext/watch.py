@@ -16,7 +16,6 @@ Needs CAP_NET_RAW. Source: Linux packet(7), raw(7), the packet filter of linux/f
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import random
 import socket
@@ -31,7 +30,8 @@ from ikectx.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
 from ikectx.numbers import Exchange, Payload
 from ikectx.ports import SaName
 
-from .raw import Instruction, attach, udp_datagram
+from . import bpf
+from .raw import IP6_HEADER, MAX_DATAGRAM, UDP_HEADER, denied, packet_socket, udp_datagram
 from .unknown import Question, Unknown
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,7 @@ WINDOW = 0.1
 """At most `BURST` datagrams are read in `WINDOW` seconds."""
 _BUFFER = 1 << 18
 """Octets of datagrams that may wait in the kernel."""
-_MAX_DATAGRAM = 65535
-_ETHERTYPE = {4: 0x0800, 6: 0x86DD}
-_IP4_HEADER, _IP6_HEADER, _UDP_HEADER = 20, 40, 8
+_IP4_HEADER = 20
 _FRAGMENT = 0x3FFF
 """More fragments, and the offset: zero in a whole IPv4 packet."""
 
@@ -126,7 +124,7 @@ class Watcher:
             self._since, self._read = now, 0
         while self._read < BURST:
             try:
-                packet, sender = ear.recvfrom(_MAX_DATAGRAM)
+                packet, sender = ear.recvfrom(MAX_DATAGRAM)
             except OSError:  # nothing more; or a device went down, which is no matter of ours
                 return
             self._read += 1
@@ -182,8 +180,8 @@ def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
             header, protocol = (packet[0] & 0x0F) * 4, packet[9]
             fragment = int.from_bytes(packet[6:8]) & _FRAGMENT
             source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
-        case 6 if len(packet) >= _IP6_HEADER:
-            header, protocol, fragment = _IP6_HEADER, packet[6], 0
+        case 6 if len(packet) >= IP6_HEADER:
+            header, protocol, fragment = IP6_HEADER, packet[6], 0
             source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
         case _:
             return None
@@ -191,13 +189,13 @@ def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
     length = int.from_bytes(udp[4:6])
     if protocol != socket.IPPROTO_UDP or fragment:
         return None
-    if header < _IP4_HEADER or not _UDP_HEADER <= length <= len(udp):
+    if header < _IP4_HEADER or not UDP_HEADER <= length <= len(udp):
         return None
     remote = Endpoint(source, int.from_bytes(udp[:2]))
     local = Endpoint(target, int.from_bytes(udp[2:4]))
     try:
         # what follows the datagram is padding of the link's
-        return strip_marker(udp[_UDP_HEADER:length], local, remote), local, remote
+        return strip_marker(udp[UDP_HEADER:length], local, remote), local, remote
     except WireError:
         return None
 
@@ -230,36 +228,21 @@ def _ip_header(source: Address, target: Address, length: int) -> bytes:
 
 def open_ear(addresses: Sequence[Address]) -> socket.socket:
     """A packet socket for IKE requests to `addresses`, all of one family. LinkError if it cannot be had."""
-    kind = _ETHERTYPE[addresses[0].version]
-    ear: socket.socket | None = None
     try:
-        # what comes before the filter is there is read like the rest
-        ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(kind))
-        ear.setblocking(False)
-        attach(ear, request_filter(addresses))
-        ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        ear = packet_socket(addresses[0].version, request_filter(addresses))
     except OSError as error:
-        if ear is not None:
-            ear.close()
-        denied = error.errno in (errno.EPERM, errno.EACCES)
-        hint = "the agent must run as root or with CAP_NET_RAW" if denied else ""
+        hint = "the agent must run as root or with CAP_NET_RAW" if denied(error) else ""
         raise LinkError(f"no packet socket: {error.strerror}", hint=hint) from error
+    # no error: the kernel takes what it allows (net.core.rmem_max)
+    ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     return ear
 
-
-_LD, _LDH, _LDB, _LDX_MSH = 0x20, 0x28, 0x30, 0xB1
-_LD_X, _LDH_X, _LDB_X, _LDX = 0x40, 0x48, 0x50, 0x01
-_ADD, _AND, _TAX, _TXA = 0x04, 0x54, 0x07, 0x87
-_JEQ, _JSET, _RET = 0x15, 0x45, 0x06
 
 _MAX_FILTERED = 16
 """Addresses the filter compares: a jump reaches 255 instructions. More of them are compared here."""
 
-_Line = tuple[int, int] | tuple[int, int, str, str] | str
-"""An instruction (code, operand), a jump (code, operand, label if true, if false; "": the next), a label."""
 
-
-def request_filter(addresses: Sequence[Address]) -> list[Instruction]:
+def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
     """Passes IP packets (from the IP header on) that hold what `Unknown` may want; all else is dropped.
 
     That is: UDP in one IP fragment to one of the addresses and port 500 or 4500, there with a non-ESP marker
@@ -267,50 +250,51 @@ def request_filter(addresses: Sequence[Address]) -> list[Instruction]:
     CREATE_CHILD_SA, not a response. IPv6 extension headers are not followed.
     """
     four = addresses[0].version == 4
-    lines: list[_Line] = []
+    lines: list[bpf.Line] = []
     if four:
-        lines += [(_LDB, 9), (_JEQ, socket.IPPROTO_UDP, "", "drop")]
-        lines += [(_LDH, 6), (_JSET, _FRAGMENT, "drop", "")]
+        lines += [(bpf.LDB, 9), (bpf.JEQ, socket.IPPROTO_UDP, "", "drop")]
+        lines += [(bpf.LDH, 6), (bpf.JSET, _FRAGMENT, "drop", "")]
     else:
-        lines += [(_LDB, 6), (_JEQ, socket.IPPROTO_UDP, "", "drop")]
+        lines += [(bpf.LDB, 6), (bpf.JEQ, socket.IPPROTO_UDP, "", "drop")]
     for number, address in enumerate(addresses if len(addresses) <= _MAX_FILTERED else ()):
         words = [address.packed[n : n + 4] for n in range(0, len(address.packed), 4)]
         for n, word in enumerate(words):
             last = n == len(words) - 1
-            lines += [(_LD, (16 if four else 24) + 4 * n)]
-            lines += [(_JEQ, int.from_bytes(word), "ours" if last else "", f"not {number}")]
+            lines += [(bpf.LD, (16 if four else 24) + 4 * n)]
+            lines += [(bpf.JEQ, int.from_bytes(word), "ours" if last else "", f"not {number}")]
         lines.append(f"not {number}")
     if len(addresses) <= _MAX_FILTERED:
-        lines += [(_RET, 0), "ours"]
+        lines += [(bpf.RET, 0), "ours"]
     # X: where the UDP header begins; from "plain" on, 4 octets further where there is a marker
-    lines.append((_LDX_MSH, 0) if four else (_LDX, _IP6_HEADER))
-    lines += [(_LDH_X, 2), (_JEQ, IKE_PORT, "plain", ""), (_JEQ, NATT_PORT, "", "drop")]
-    lines += [(_LDH_X, 0), (_JEQ, IKE_PORT, "plain", "")]
-    lines += [(_LD_X, _UDP_HEADER), (_JEQ, 0, "", "drop"), (_TXA, 0), (_ADD, 4), (_TAX, 0), "plain"]
-    at = _UDP_HEADER
+    lines.append((bpf.LDX_MSH, 0) if four else (bpf.LDX, IP6_HEADER))
+    lines += [(bpf.LDH_X, 2), (bpf.JEQ, IKE_PORT, "plain", ""), (bpf.JEQ, NATT_PORT, "", "drop")]
+    lines += [(bpf.LDH_X, 0), (bpf.JEQ, IKE_PORT, "plain", "")]
+    lines += [
+        (bpf.LD_X, UDP_HEADER),
+        (bpf.JEQ, 0, "", "drop"),
+        (bpf.TXA, 0),
+        (bpf.ADD, 4),
+        (bpf.TAX, 0),
+        "plain",
+    ]
+    at = UDP_HEADER
     for spi in ("SPIi", "SPIr"):
-        lines += [(_LD_X, at), (_JEQ, 0, "", spi), (_LD_X, at + 4), (_JEQ, 0, "drop", ""), spi]
+        lines += [(bpf.LD_X, at), (bpf.JEQ, 0, "", spi), (bpf.LD_X, at + 4), (bpf.JEQ, 0, "drop", ""), spi]
         at += 8
-    lines += [(_LDB_X, at), (_JEQ, Payload.SK, "sealed", ""), (_JEQ, Payload.SKF, "", "drop"), "sealed"]
-    lines += [(_LDB_X, at + 1), (_AND, 0xF0), (_JEQ, 0x20, "", "drop")]
-    lines += [(_LDB_X, at + 2), (_JEQ, Exchange.INFORMATIONAL, "flags", "")]
-    lines += [(_JEQ, Exchange.CREATE_CHILD_SA, "", "drop"), "flags"]
-    lines += [(_LDB_X, at + 3), (_JSET, 0x20, "drop", ""), (_RET, _MAX_DATAGRAM), "drop", (_RET, 0)]
-    return _assemble(lines)
-
-
-def _assemble(lines: Sequence[_Line]) -> list[Instruction]:
-    places: dict[str, int] = {}
-    at = 0
-    for line in lines:
-        if isinstance(line, str):
-            places[line] = at
-        else:
-            at += 1
-    program: list[Instruction] = []
-    for line in lines:
-        if isinstance(line, str):
-            continue
-        jumps = [places[label] - len(program) - 1 if label else 0 for label in line[2:]] or [0, 0]
-        program.append((line[0], jumps[0], jumps[1], line[1]))
-    return program
+    lines += [
+        (bpf.LDB_X, at),
+        (bpf.JEQ, Payload.SK, "sealed", ""),
+        (bpf.JEQ, Payload.SKF, "", "drop"),
+        "sealed",
+    ]
+    lines += [(bpf.LDB_X, at + 1), (bpf.AND, 0xF0), (bpf.JEQ, 0x20, "", "drop")]
+    lines += [(bpf.LDB_X, at + 2), (bpf.JEQ, Exchange.INFORMATIONAL, "flags", "")]
+    lines += [(bpf.JEQ, Exchange.CREATE_CHILD_SA, "", "drop"), "flags"]
+    lines += [
+        (bpf.LDB_X, at + 3),
+        (bpf.JSET, 0x20, "drop", ""),
+        (bpf.RET, MAX_DATAGRAM),
+        "drop",
+        (bpf.RET, 0),
+    ]
+    return bpf.assemble(lines)

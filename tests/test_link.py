@@ -23,12 +23,14 @@ from mobike_ext.answering import Asked, SpiResponder
 from mobike_ext.exchange import AddressUpdate
 from mobike_ext.naming import Renaming, ask, ask_peer
 from mobike_ext.notify import Reason
+from mobike_ext.raw import bpf_program, udp_datagram
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
 from vici_bridge.mute import MARK, Mute
 
 from .air import Names
 from .air import Node as Agent
+from .bpf_machine import passes
 from .netns import namespaces
 from .rekey_peer import CHILD, IKE_SA
 from .rekey_peer import Peer as RekeyPeer
@@ -375,7 +377,7 @@ def test_udp_datagram() -> None:
         (Endpoint.of("2001:db8::20", 4500), Endpoint.of("2001:db8::7", 4500)),
     ):
         for payload in (b"", b"odd", b"even", bytes(range(256))):
-            octets = link.udp_datagram(local, remote, payload)
+            octets = udp_datagram(local, remote, payload)
             assert octets[:6] == b"".join(n.to_bytes(2) for n in (local.port, remote.port, 8 + len(payload)))
             assert octets[8:] == payload
             covered = (
@@ -391,36 +393,15 @@ def test_udp_datagram() -> None:
             assert octets[6:8] != b"\0\0"
 
 
-def run_bpf(program: list[link.Instruction], packet: bytes) -> int:
-    """The few instructions the filter uses; reading beyond the packet drops it, as in the kernel."""
-    at = accumulator = index = 0
-    while True:
-        code, true, false, operand = program[at]
-        at += 1
-        if code == 0xB1:
-            index = (packet[operand] & 0x0F) * 4
-        elif code in (0x20, 0x28, 0x30, 0x40, 0x48):
-            size = {0x20: 4, 0x40: 4, 0x28: 2, 0x48: 2, 0x30: 1}[code]
-            start = operand + (index if code >= 0x40 else 0)
-            if start + size > len(packet):
-                return 0
-            accumulator = int.from_bytes(packet[start : start + size])
-        elif code == 0x15:
-            at += true if accumulator == operand else false
-        else:
-            assert code == 0x06
-            return operand
-
-
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("port", [500, 4500])
 @pytest.mark.parametrize("below", [False, True])
 def test_the_packet_filter(version: int, port: int, below: bool) -> None:
     host = {4: ("192.0.2.20", "192.0.2.7"), 6: ("2001:db8::20", "2001:db8::7")}[version]
     gateway, node = Endpoint.of(host[0], port), Endpoint.of(host[1], port)
-    program = link.bpf_program(gateway, node, SPIS, below=below)
+    program = bpf_program(gateway, node, SPIS, below=below)
 
-    def passes(
+    def hears(
         payload: bytes,
         *,
         source: Endpoint = node,
@@ -431,20 +412,20 @@ def test_the_packet_filter(version: int, port: int, below: bool) -> None:
         four = bytes([0x45 + options]) + bytes(8) + bytes([protocol]) + bytes(10 + 4 * options)
         six = b"\x60" + bytes(5) + bytes([protocol]) + bytes(33) if below else b""
         ip = four if version == 4 else six
-        return run_bpf(program, ip + link.udp_datagram(source, destination, payload)) > 0
+        return passes(program, ip + udp_datagram(source, destination, payload))
 
     ike = SA.spi_i + SA.spi_r + bytes(12)
     marker = b"" if port == 500 else bytes(4)
-    assert passes(marker + ike)
-    assert passes(marker + ike, protocol=6) is not below
+    assert hears(marker + ike)
+    assert hears(marker + ike, protocol=6) is not below
     if version == 4:
-        assert passes(marker + ike, options=2)
-    assert not passes(marker + ike, source=replace(node, port=4501))
-    assert not passes(marker + ike, destination=replace(gateway, port=4501))
-    assert not passes(marker + SA.spi_r + SA.spi_i + bytes(12))
+        assert hears(marker + ike, options=2)
+    assert not hears(marker + ike, source=replace(node, port=4501))
+    assert not hears(marker + ike, destination=replace(gateway, port=4501))
+    assert not hears(marker + SA.spi_r + SA.spi_i + bytes(12))
     for place in range(16):
         other = ike[:place] + bytes([ike[place] ^ 1]) + ike[place + 1 :]
-        assert not passes(marker + other)
-    assert not passes(b"\xff")
-    assert not passes(b"\xc0\0\0\1" + ike)
-    assert not passes(marker + ike[:15])
+        assert not hears(marker + other)
+    assert not hears(b"\xff")
+    assert not hears(b"\xc0\0\0\1" + ike)
+    assert not hears(marker + ike[:15])

@@ -22,9 +22,10 @@ from ikectx.ikev2 import HEADER_LENGTH, IkeHeader, add_marker
 from ikectx.numbers import Exchange, Payload
 from ikectx.wire import Writer
 from mobike_ext import unknown, watch
-from mobike_ext.raw import Instruction, udp_datagram
+from mobike_ext.raw import udp_datagram
 from mobike_ext.unknown import Dropped, Question, Unknown
 
+from .bpf_machine import passes
 from .netns import namespaces
 
 US = Endpoint.of("10.9.9.1", 4500)
@@ -224,41 +225,6 @@ def ip_packet(payload: bytes, local: Endpoint = US, remote: Endpoint = MN, *, op
         )
     first = struct.pack("!BBHIBBH", 0x45 + options, 0, 20 + 4 * options + len(udp), 0, 64, 17, 0)
     return first + remote.address.packed + local.address.packed + bytes(4 * options) + udp
-
-
-def passes(program: list[Instruction], packet: bytes) -> bool:
-    """What the kernel does with a classic BPF program; a load beyond the end drops."""
-    a, x, at = 0, 0, 0
-    code: int
-    k: int
-    sizes = {0x20: 4, 0x28: 2, 0x30: 1, 0x40: 4, 0x48: 2, 0x50: 1}
-    while True:
-        code, true, false, k = program[at]
-        at += 1
-        if code in sizes:
-            start = k + (x if code >= 0x40 else 0)
-            if start + sizes[code] > len(packet):
-                return False
-            a = int.from_bytes(packet[start : start + sizes[code]])
-        elif code == 0xB1:
-            x = 4 * (packet[k] & 15)
-        elif code == 0x01:
-            x = k
-        elif code == 0x04:
-            a += k
-        elif code == 0x54:
-            a &= k
-        elif code == 0x07:
-            x = a
-        elif code == 0x87:
-            a = x
-        elif code == 0x15:
-            at += true if a == k else false
-        elif code == 0x45:
-            at += true if a & k else false
-        else:
-            assert code == 0x06
-            return k > 0
 
 
 FOUR = watch.request_filter([ip_address("10.9.9.2"), US.address])
