@@ -21,11 +21,12 @@ from ikectx.ports import Clock, MoveReport
 from .answering import Asked, PeerSupports, SpiResponder
 from .asking import Machine, Silent
 from .exchange import AddressUpdate, PeerNatChanged, Refused
+from .naming import Renaming
 from .notify import Reason
 from .probe import MidProbe
 from .raw import RawLink, open_raw
 from .rekey import ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed, RekeyFailed, State
-from .rename import Renamed, RenameRefused, SpiUpdate, Unsupported
+from .rename import PeerRenamed, Renamed, RenameRefused, SpiUpdate, Unsupported
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +140,15 @@ async def run_mid_probe(machine: MidProbe, *, clock: Clock | None = None, mark: 
 class SpiReport:
     """How an exchange that renames SAs went; the address update in it succeeded, if there was one.
 
-    peer_supports: the peer has announced UPDATE_SPI by now.
+    peer_supports: the peer has announced UPDATE_SPI by now. peer_renamed: what the peer asked for meanwhile
+    and got, whatever became of ours.
     """
 
     move: MoveReport
     outcome: Renamed | RenameRefused | Unsupported
     nat: PeerNatChanged | None = None
     peer_supports: bool = False
+    peer_renamed: tuple[Renaming, ...] = ()
     peer_requests: int = 0
     ignored: int = 0
 
@@ -165,7 +168,16 @@ async def run_spi_update(
     outcome = next(e for e in events if isinstance(e, Renamed | RenameRefused | Unsupported))
     supports = isinstance(outcome, Renamed) and bool(outcome.pairs)
     supports |= any(isinstance(event, PeerSupports) for event in events)
-    return SpiReport(machine.report, outcome, _nat(events), supports, machine.peer_requests, machine.ignored)
+    theirs = tuple(pair for event in events if isinstance(event, PeerRenamed) for pair in event.pairs)
+    return SpiReport(
+        machine.report,
+        outcome,
+        _nat(events),
+        peer_supports=supports,
+        peer_renamed=theirs,
+        peer_requests=machine.peer_requests,
+        ignored=machine.ignored,
+    )
 
 
 @dataclass(frozen=True, slots=True)

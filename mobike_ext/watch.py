@@ -250,12 +250,9 @@ def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
     CREATE_CHILD_SA, not a response. IPv6 extension headers are not followed.
     """
     four = addresses[0].version == 4
-    lines: list[bpf.Line] = []
+    lines: list[bpf.Line] = [(bpf.LDB, 9 if four else 6), (bpf.JEQ, socket.IPPROTO_UDP, "", "drop")]
     if four:
-        lines += [(bpf.LDB, 9), (bpf.JEQ, socket.IPPROTO_UDP, "", "drop")]
         lines += [(bpf.LDH, 6), (bpf.JSET, _FRAGMENT, "drop", "")]
-    else:
-        lines += [(bpf.LDB, 6), (bpf.JEQ, socket.IPPROTO_UDP, "", "drop")]
     for number, address in enumerate(addresses if len(addresses) <= _MAX_FILTERED else ()):
         words = [address.packed[n : n + 4] for n in range(0, len(address.packed), 4)]
         for n, word in enumerate(words):

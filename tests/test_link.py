@@ -22,7 +22,7 @@ from mobike_ext import link
 from mobike_ext.answering import Asked, SpiResponder
 from mobike_ext.exchange import AddressUpdate
 from mobike_ext.naming import Renaming, ask, ask_peer
-from mobike_ext.notify import Reason
+from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.raw import bpf_program, udp_datagram
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
@@ -200,6 +200,12 @@ def spi_update(gateway: Endpoint, node: Endpoint, **options: object) -> SpiUpdat
     )
 
 
+def node_update(gateway: Endpoint, node: Endpoint, rename: UpdateSpi) -> SpiUpdate:
+    """The mobile node's agent asks."""
+    fresh = os.urandom(FRESH_OCTETS)
+    return SpiUpdate(NODE_SA, 3, node, gateway, [rename], iv=os.urandom(8), fresh=fresh, addresses=False)
+
+
 def mobile_agent(node: Endpoint, **options: object) -> Agent:
     names = Names({(Protocol.ESP, False, OURS)})
     return Agent(SpiResponder(NODE_SA, 7, node, names, **options), names)  # type: ignore[arg-type]
@@ -219,6 +225,23 @@ def test_new_names(gateway_host: str, node_host: str, limit: int | None) -> None
         assert report.outcome == Renamed((PAIR,))
         assert report.peer_supports
         assert (report.move.requests, report.move.messages > 2) == (1, limit is not None)
+
+
+@root
+def test_what_the_peer_renames_meanwhile_is_reported() -> None:
+    other, renamed = b"\xc2\0\0\7", b"\xcf\0\0\7"
+    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
+        gateway, node = endpoint(charon), endpoint(udp)
+        names = Names({(Protocol.ESP, True, OURS), (Protocol.ESP, False, other)})
+        mine = spi_update(gateway, node, addresses=False, expected_id=3, names=names)
+        theirs = node_update(gateway, node, ask(Protocol.ESP, other, renamed))
+        mine.to_send(0)  # lost, while their request comes through
+        [(request, _)] = theirs.to_send(0)
+        mine.receive(request, node, 0)
+        with served(udp, mobile_agent(node)):
+            report = asyncio.run(link.run_spi_update(mine))
+        assert report.outcome == Renamed((PAIR,))
+        assert report.peer_renamed == (Renaming(Protocol.ESP, False, other, renamed),)
 
 
 @root
@@ -340,16 +363,7 @@ def test_repetitions_of_an_answered_request() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         gateway, node = endpoint(charon), endpoint(udp)
         machine = spi_update(gateway, node, known=True, expected_id=3, addresses=False)
-        theirs = SpiUpdate(
-            NODE_SA,
-            3,
-            node,
-            gateway,
-            [ask_peer(Protocol.ESP, OURS)],
-            iv=os.urandom(8),
-            fresh=os.urandom(FRESH_OCTETS),
-            addresses=False,
-        )
+        theirs = node_update(gateway, node, ask_peer(Protocol.ESP, OURS))
         machine.to_send(0)
         [(request, _)] = theirs.to_send(0)
         machine.receive(request, node, 0)

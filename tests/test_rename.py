@@ -258,6 +258,16 @@ def test_busy_twice_is_a_refusal() -> None:
     assert (machine.state, len(node.asked)) == (State.REFUSED, 2)
 
 
+def test_traffic_ends_the_pause() -> None:
+    machine, node = update(MINE), agent(node_names(objections={OURS: Reason.BUSY}))
+    Air().run(machine, node, until=1)
+    assert (machine.state, machine.next_timer() is None) == (State.PAUSED, False)
+    machine.traffic_seen()
+    assert (machine.state, machine.next_timer()) == (State.RENAMED, None)
+    machine.handle_timer(60)
+    assert (machine.to_send(60), machine.report.requests) == ([], 1)
+
+
 def test_a_caller_that_cannot_do_it_now() -> None:
     machine, node = update(), agent(refusal=Reason.BUSY)
     Air().run(machine, node)
