@@ -417,7 +417,10 @@ def run(args: Sequence[str]) -> int:
             show_json(error_json(error.format_message(), "", error.exit_code, "MALFORMED"))
         return error.exit_code
     except IkectxError as error:
-        click.echo(f"ikectx: {error}" + (f"\nikectx: {error.hint}" if error.hint else ""), err=True)
+        from .render import printable
+
+        lines = [str(error), *([error.hint] if error.hint else [])]
+        click.echo("\n".join(f"ikectx: {printable(line, keep=chr(10))}" for line in lines), err=True)
         if as_json:
             show_json(error_json(str(error), error.hint, error.exit_code, error.status.name))
         return error.exit_code

@@ -533,7 +533,7 @@ CHECKS: Sequence[tuple[str, Check]] = (
 
 def show_findings(findings: Sequence[Finding]) -> None:
     """A table, then what to do, then one closing line."""
-    from .render import table
+    from .render import say, table
 
     styles = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
     table(("check", "", "found"), [(item.check, item.level, item.found) for item in findings], styles=styles)
@@ -541,7 +541,7 @@ def show_findings(findings: Sequence[Finding]) -> None:
     for fix in dict.fromkeys(item.fix for item in told):
         for item in told:
             if item.fix == fix:
-                print(f"{item.level} {item.check}: {item.found}")
-        print(f"    {fix}")
+                say(f"{item.level} {item.check}: {item.found}")
+        say(f"    {fix}")
     counts = {level: sum(item.level == level for item in findings) for level in LEVELS}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))

@@ -150,42 +150,44 @@ PHASES = {
 
 def _progress(item: Mapping[str, Any], *, live: bool) -> None:
     """One line a step."""
-    text = str(item.get("detail") or PHASES.get(str(item.get("phase")), item.get("phase")))
+    from .render import printable
+
+    text = printable(item.get("detail") or PHASES.get(str(item.get("phase")), item.get("phase")))
     ms = float(item.get("ms") or 0)
     click.secho(f"{ms:7.0f} ms  {text}" if ms else f"{'':10}  {text}", dim=live, err=not live)
 
 
 def show_report(report: Mapping[str, Any]) -> None:
     """What moved, from where to where, and what it took; or what failed, and what to do."""
+    from .render import say
+
     result, name = report.get("result"), report.get("connection")
     old, new = report.get("old") or {}, report.get("new") or {}
     to, source = report.get("to"), report.get("from")
     if result == "moved":
-        click.echo(f"{name} moved from {source} to {to}")
-        click.echo(
-            f"  {old.get('local')} - {old.get('remote')}  ->  {new.get('local')} - {new.get('remote')}"
-        )
+        say(f"{name} moved from {source} to {to}")
+        say(f"  {old.get('local')} - {old.get('remote')}  ->  {new.get('local')} - {new.get('remote')}")
         inner = ", ".join([*report.get("children", ()), *report.get("vips", ())])
-        click.echo(f"  with {inner or 'no CHILD_SA'}")
+        say(f"  with {inner or 'no CHILD_SA'}")
     elif result == "announced":
-        click.echo(f"{source} has sent the context of {name} to {to}; {source} serves until this node moves")
-        click.echo(f"  it completes at a new address, or by: ikectx mobile handover --to {to}")
+        say(f"{source} has sent the context of {name} to {to}; {source} serves until this node moves")
+        say(f"  it completes at a new address, or by: ikectx mobile handover --to {to}")
     elif result == "already":
-        click.echo(f"{name} is served by {to} already")
+        say(f"{name} is served by {to} already")
         return
     else:
-        click.echo(f"{name} was not moved to {to}: {report.get('detail') or result}")
-        click.echo(f"  served by: {report.get('serves') or 'not known'}")
-    click.echo(
+        say(f"{name} was not moved to {to}: {report.get('detail') or result}")
+        say(f"  served by: {report.get('serves') or 'not known'}")
+    say(
         f"  on the air: {report.get('messages', 0)} messages, {report.get('octets', 0)} octets"
         + (f", {report['retransmissions']} of them sent again" if report.get("retransmissions") else "")
         + f"; {float(report.get('ms') or 0):.0f} ms"
     )
     if report.get("exit_code"):
         if result == "moved":
-            click.echo(f"  but: {report.get('detail')}")
+            say(f"  but: {report.get('detail')}")
         if report.get("hint"):
-            click.echo(f"  {report['hint']}")
+            say(f"  {report['hint']}")
 
 
 @mobile.command()

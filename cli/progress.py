@@ -61,10 +61,10 @@ class Progress:
             phase = str(report.get("result") or item.get("phase") or "")
             table.add_row(
                 mark,
-                Text(str(item.get("mn") or "")),
-                Text(phase, style=RESULT_STYLES.get(phase, "")),
+                Text(render.printable(item.get("mn") or "")),
+                Text(render.printable(phase), style=RESULT_STYLES.get(phase, "")),
                 Text(f"{float(item.get('ms') or 0):.0f} ms"),
-                Text(str(item.get("detail") or "")),
+                Text(render.printable(item.get("detail") or "")),
             )
         if len(self._rows) > len(shown):
             table.add_row("", f"and {len(self._rows) - len(shown)} more")
@@ -104,15 +104,15 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
         ]
         if not report.get("exit_code") and not against:
             continue
-        print(f"{report.get('mn')}: {report.get('text') or report.get('status', {}).get('text', '')}")
+        render.say(f"{report.get('mn')}: {report.get('text') or report.get('status', {}).get('text', '')}")
         for verdict in against:
             detail = f" ({verdict['detail']})" if verdict.get("detail") else ""
-            print(f"  {verdict.get('context')}: {verdict['status'].get('text')}{detail}")
+            render.say(f"  {verdict.get('context')}: {verdict['status'].get('text')}{detail}")
         for side, key in (("this gateway", "state_here"), ("the other", "state_there")):
             if report.get(key):
-                print(f"  {side} {report[key]}")
+                render.say(f"  {side} {report[key]}")
         if report.get("hint"):
-            print(f"  {report['hint']}")
+            render.say(f"  {report['hint']}")
 
 
 def show_history(items: Sequence[Mapping[str, Any]]) -> None:

@@ -160,15 +160,30 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
-    # What a peer calls itself comes from outside: it must not steer the terminal.
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
+    return printable(value)
+
+
+def printable(value: object, keep: str = "") -> str:
+    """The text without what could steer a terminal; for all that a peer or an MN may have said.
+
+    `keep`: characters that are left as they are all the same.
+    """
+    return "".join(
+        char if char.isprintable() or char in keep else f"\\x{ord(char):02x}" for char in str(value)
+    )
+
+
+def say(text: str) -> None:
+    """One line on standard output, parts of which may come from outside."""
+    print(printable(text))
 
 
 def tree(value: Mapping[str, Any], indent: int = 0) -> str:
     """Nested data as indented `key: value` lines."""
     lines: list[str] = []
     pad = "  " * indent
-    for key, item in value.items():
+    for name, item in value.items():
+        key = printable(name)
         if isinstance(item, Mapping):
             lines.append(f"{pad}{key}:")
             lines.append(tree(item, indent + 1))

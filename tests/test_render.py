@@ -17,11 +17,14 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
+from ikectx.errors import RefusedError
 from ikectx.numbers import Encr, IdType, Integ, Prf
-from ikectx_cli import render
-from ikectx_cli.progress import Progress
+from ikectx_cli import commands, render
+from ikectx_cli.doctor import Finding, show_findings
+from ikectx_cli.mobile import show_report
+from ikectx_cli.progress import Progress, show_history, show_reports
 
-from .control_agent import REPORT
+from .control_agent import REFUSED, REPORT
 
 
 def context() -> IkeContext:
@@ -119,6 +122,43 @@ def test_texts() -> None:
 def test_a_peers_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     render.table(("peer",), [("\x1b[2Jgone\n",)])
     assert capsys.readouterr().out == "peer\n\\x1b[2Jgone\\x0a\n"
+
+
+FROM_OUTSIDE = "\x1b[2Jgone"
+
+
+def test_a_report_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the other gateway writes of its verdicts, and what an MN calls itself, are foreign."""
+    verdict = {"context": FROM_OUTSIDE, "status": {"code": 1, "text": FROM_OUTSIDE}, "detail": FROM_OUTSIDE}
+    keys = ("mn", "transfer_id", "result", "text", "hint", "state_here", "state_there")
+    show_reports([{**REFUSED, **dict.fromkeys(keys, FROM_OUTSIDE), "verdicts": [verdict]}])
+    show_history([{"role": FROM_OUTSIDE, "peer": FROM_OUTSIDE, "detail": FROM_OUTSIDE}])
+    print(render.tree({FROM_OUTSIDE: FROM_OUTSIDE, "a": {FROM_OUTSIDE: 1}, "b": [{FROM_OUTSIDE: 1}]}))
+    show_report({"connection": FROM_OUTSIDE, "detail": FROM_OUTSIDE, "hint": FROM_OUTSIDE, "exit_code": 1})
+    show_findings([Finding(FROM_OUTSIDE, "fail", FROM_OUTSIDE, FROM_OUTSIDE)])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.count("\\x1b[2Jgone") > 15
+
+
+def test_an_error_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RefusedError(f"nsg: {FROM_OUTSIDE}\nsecond line", hint=FROM_OUTSIDE)
+
+    monkeypatch.setattr(commands.cli, "main", refused)
+    assert commands.run(["status"]) == 4
+    assert capsys.readouterr().err == "ikectx: nsg: \\x1b[2Jgone\nsecond line\nikectx: \\x1b[2Jgone\n"
+
+
+def test_progress_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with Progress(live=True) as progress:
+        progress.event({"transfer": "1", "phase": FROM_OUTSIDE, "mn": FROM_OUTSIDE, "detail": FROM_OUTSIDE})
+        texts = [str(cell) for column in progress._table().columns for cell in column.cells]
+    assert sum("\\x1b[2Jgone" in text for text in texts) == 3
+    assert not any("\x1b" in text for text in texts)
 
 
 def test_tables_and_progress_on_a_terminal(
