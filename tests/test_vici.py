@@ -234,6 +234,7 @@ class Agent:
                 "slow": self.slow,
                 "count": self.count,
                 "unfit": self.unfit,
+                "long": self.long,
                 "fail-late": self.fail_late,
             },
             streamed={"count": "number", "unfit": "number", "fail-late": "number"},
@@ -279,6 +280,10 @@ class Agent:
         yield {"n": "x" * 70000}
         self.left.append("went on")
         yield Response()
+
+    async def long(self, request: dict[str, Any]) -> dict[str, Any]:
+        """As the reports of so many transfers."""
+        return with_json([{"text": "x" * 520} for _ in range(int(request["transfers"]))])
 
     async def fail_late(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         yield {"n": 0}
@@ -360,6 +365,15 @@ def test_an_item_that_does_not_fit_does_not_stop_the_command(agent: Agent) -> No
     with pytest.raises(CommandException, match="70000"):
         list(session(agent).streamed_request("unfit", "number"))
     assert agent.left == ["went on"]
+
+
+def test_an_answer_about_thousands_is_longer_than_charons_packets(agent: Agent) -> None:
+    with ControlClient(agent.path) as client:
+        for transfers in (1000, 5000):
+            assert len(json_of(client.request("long", {"transfers": transfers}))) == transfers
+        with pytest.raises(RemoteError, match="is the limit"):
+            client.request("long", {"transfers": 20000})
+        assert client.request("version")
 
 
 @pytest.mark.parametrize("octets", ["00000000", "ffffffff00", "00000001ff", "00000001 01", "0000000107"])

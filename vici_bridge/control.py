@@ -39,6 +39,8 @@ StreamHandler = Callable[[Message], AsyncIterator[Mapping[str, Any]]]
 MAX_CLIENTS = 64
 MAX_UNREAD = 4 * 1024 * 1024
 """Octets that may wait for one client before its stream waits for it."""
+MAX_ANSWER = MAX_UNREAD
+"""Octets of the longest answer: reports of some seven thousand transfers. Charon's limit is no client's."""
 PATIENCE = 5.0
 """Seconds a stream waits for a client that does not read, before it goes on without it."""
 LONGEST_PATH = 107
@@ -61,7 +63,7 @@ class _Client:
         if self.gone or self._writer.is_closing():
             self.gone = True
             return
-        data = packet.framed()
+        data = packet.framed(MAX_ANSWER)
         if self._unread + len(data) > 2 * MAX_UNREAD:
             log.warning("a control client does not read; it is cut off")
             self.abort()
@@ -276,7 +278,7 @@ class ControlServer:
             answer = await self._run(client, packet)
             body = serialize_message({"success": True, **answer})
             response = Packet(PacketType.CMD_RESPONSE, body=body)
-            response.framed()
+            response.framed(MAX_ANSWER)
         except IkectxError as error:
             response = _refusal(str(error), error.hint, error.exit_code, int(error.status))
         except Exception:

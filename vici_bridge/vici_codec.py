@@ -89,11 +89,11 @@ class Packet:
             _write_name(writer, self.name)
         return writer.octets(self.body).done()
 
-    def framed(self) -> bytes:
-        """With the length in front, as it travels. Errors: WireError when it is too long."""
+    def framed(self, limit: int = MAX_PACKET) -> bytes:
+        """With the length in front, as it travels. Errors: WireError for more than `limit` octets."""
         data = self.serialize()
-        if len(data) > MAX_PACKET:
-            raise WireError(f"a VICI packet of {len(data)} octets, {MAX_PACKET} is the limit")
+        if len(data) > limit:
+            raise WireError(f"a VICI packet of {len(data)} octets, {limit} is the limit")
         return Writer().u32(len(data)).octets(data).done()
 
     @property
