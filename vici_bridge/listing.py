@@ -51,12 +51,12 @@ class Listing:
                 if view.spis == sa:
                     return view
         found = sa_views(await asyncio.to_thread(self._ask, holding=sa[0].hex()))
-        view = next((view for view in found if view.spis == sa), None)
-        if view is None:
+        named = next((view for view in found if view.spis == sa), None)
+        if named is None:
             self._ids.pop(sa, None)
         else:
-            self._ids[sa] = view.unique_id
-        return view
+            self._ids[sa] = named.unique_id
+        return named
 
 
 def _heard(listing: asyncio.Task[list[SaView]]) -> None:
