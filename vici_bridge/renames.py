@@ -246,7 +246,7 @@ class Renames:
         if plan is None:
             return here
         after = plan.shape(here)
-        found = self._found(here, plan, after, await host.views())
+        found = self._found(here, plan, after, await self._views(here, plan, after))
         if found is None:
             raise CharonError("charon lost the prepared SA")
         before, stopped, state = found
@@ -276,6 +276,14 @@ class Renames:
         host.record.learn(after, version)
         host.save()
         return after
+
+    async def _views(self, here: IkeContext, plan: Plan, after: IkeContext) -> Sequence[SaView]:
+        """The SA's view under one of its names; all views where charon knows neither: see `_found`."""
+        for name in (after.spis, replace(plan, told=None).shape(here).spis):
+            view = await self._host.view(name)
+            if view is not None:
+                return [view]
+        return await self._host.views()
 
     def _found(
         self, here: IkeContext, plan: Plan, after: IkeContext, views: Sequence[SaView]
