@@ -53,6 +53,7 @@ class Asked:
     source: where it came from, and the answer goes. moves: it said UPDATE_SA_ADDRESSES, so the peer is at
     `source` now; then `conditions` are charon's bits of the SA from now on, and `additional` the peer's
     further addresses (None: it told none). pairs: what is to be renamed, empty where `reasons` refuse it.
+    message_id: of the request.
     """
 
     source: Endpoint

@@ -109,7 +109,7 @@ def asked_for(message: Message) -> tuple[UpdateSpi, ...]:
 
 
 def decide(asked: tuple[UpdateSpi, ...], names: Names, *, most: int = MOST) -> Decision:
-    """Whether to rename what was asked for. Nothing is reserved for a request that is refused."""
+    """Whether to rename what was asked for. Nothing is reserved before all else is in order."""
     if len(asked) > most:
         return Decision(asked).refused(Reason.NOT_ALLOWED)
     reasons = [_objection(one, names) for one in asked]

@@ -28,6 +28,7 @@ FLAG_CHOOSE = 0x01
 """R: the sender of the request sends on the SPI, its receiver chooses the new one."""
 SPI_SIZES = {Protocol.ESP: 4, Protocol.AH: 4, Protocol.IKE: 8}
 """Octets."""
+_OCTET = 0xFF
 LOWEST_SPI = 256
 """Of ESP and AH: those below are reserved (RFC 4303, 2.1; RFC 4302, 2.4)."""
 
@@ -75,6 +76,10 @@ class UpdateSpiSupported:
     """N(UPDATE_SPI_SUPPORTED): the sender knows UPDATE_SPI. A later version includes the earlier ones."""
 
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if not VERSION <= self.version <= _OCTET:
+            raise UsageError(f"there is no version {self.version} of UPDATE_SPI")
 
     @classmethod
     def parse(cls, notify: NotifyPayload) -> UpdateSpiSupported:
@@ -145,6 +150,8 @@ class UpdateSpiRefused:
 
     def __post_init__(self) -> None:
         wrong = _spi_error(self.protocol, self.old)
+        if not wrong and not 0 < self.reason <= _OCTET:
+            wrong = f"there is no reason {int(self.reason)}"
         if wrong:
             raise UsageError(wrong)
 

@@ -178,6 +178,15 @@ def test_what_cannot_be_asked(protocol: Protocol, old: bytes, new: bytes, choose
 def test_what_cannot_be_refused() -> None:
     with pytest.raises(UsageError):
         UpdateSpiRefused(ESP, b"\0\0\0\1", Reason.BUSY)
+    for reason in (0, 256):
+        with pytest.raises(UsageError):
+            UpdateSpiRefused(ESP, IN, Reason(reason))
+
+
+@pytest.mark.parametrize("version", [0, 256])
+def test_what_cannot_be_announced(version: int) -> None:
+    with pytest.raises(UsageError):
+        UpdateSpiSupported(version)
 
 
 # --- foreign octets ------------------------------------------------------------------------------------
