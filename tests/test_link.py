@@ -7,7 +7,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -61,6 +62,19 @@ def machine(gateway: Endpoint, node: Endpoint) -> AddressUpdate:
 
 
 @contextmanager
+def in_thread(serve: Callable[[], None], stop: threading.Event | None = None) -> Iterator[None]:
+    """`serve` runs beside the body, until `stop`. What it asserts counts."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(serve)
+        try:
+            yield
+        finally:
+            if stop is not None:
+                stop.set()
+    running.result()
+
+
+@contextmanager
 def mobile_node(
     udp: socket.socket, gateway: Endpoint, *, drop: int = 0, refuse: bool = False
 ) -> Iterator[None]:
@@ -79,12 +93,8 @@ def mobile_node(
         for octets in (*noise, answer[:-1] + bytes([answer[-1] ^ 1]), answer):
             udp.sendto(octets, (str(gateway.address), gateway.port))
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
+    with in_thread(serve):
         yield
-    finally:
-        thread.join()
 
 
 @root
@@ -172,13 +182,8 @@ def served(ends: socket.socket, machine: object) -> Iterator[None]:
             for octets, to in machine.to_send(time.monotonic()):  # type: ignore[attr-defined]
                 ends.sendto(octets, (str(to.address), to.port))
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
+    with in_thread(serve, stop):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 NODE_SA = replace(SA, initiator=True)
