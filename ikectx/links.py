@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 import ssl
-import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -274,14 +273,15 @@ class Link:
         self._arrived = arrived
         self._asked: defaultdict[Address, deque[asyncio.Future[Answer]]] = defaultdict(deque)
         self._writing = asyncio.Lock()
-        self._touched = time.monotonic()
-        self.gone: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._touched = self._loop.time()
+        self.gone: asyncio.Future[LinkError] = self._loop.create_future()
         """Done when the link is closed."""
 
     @property
     def quiet(self) -> float:
         """Seconds since something was sent or received."""
-        return time.monotonic() - self._touched
+        return self._loop.time() - self._touched
 
     @property
     def label(self) -> str:
@@ -303,7 +303,7 @@ class Link:
     async def _write(self, data: bytes) -> None:
         if self.error is not None:
             raise self.error
-        self._touched = time.monotonic()
+        self._touched = self._loop.time()
         try:
             await self._stream.write(data)
         except LinkError as error:
@@ -332,7 +332,7 @@ class Link:
         decoder = StreamDecoder()
         try:
             while data := await self._stream.read():
-                self._touched = time.monotonic()
+                self._touched = self._loop.time()
                 for message in decoder.feed(data):
                     if not (isinstance(message, Ctdr) and self._answered(message)):
                         await self._arrived(self, message)
