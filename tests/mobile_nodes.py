@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
@@ -13,6 +12,7 @@ from ikectx.numbers import Status
 from ikectx.ports import SaName
 from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
 
+from .hand_loop import wall
 from .worlds import World
 
 AWAY = Endpoint.of("203.0.113.5", 4500)
@@ -49,7 +49,7 @@ class MobileNode:
             "spis": self.sa,
             "psg": self.psg,
             "nsg": self.nsg,
-            "expiry": round(time.time() + self.lifetime),
+            "expiry": round(wall() + self.lifetime),
             "care_of": self.at if purpose is Purpose.ARRIVE else None,
             **self.more,
             **other,

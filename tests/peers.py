@@ -261,7 +261,9 @@ class MemoryGateway:
         if sa in self.unanswered and not away:
             raise BusyError("IKE_DPD has no answer")
 
-    async def freeze(self, context: IkeContext, to: str, *, away: bool = False) -> FinalState:
+    async def freeze(
+        self, context: IkeContext, to: str, *, away: bool = False, sending: bool = False
+    ) -> FinalState:
         await self._step("freeze")
         sa = context.spis
         self._busy(sa, away)
@@ -441,7 +443,7 @@ class Network:
 
     def dial_from(self, name: str) -> Dial:
         async def dial(peer: PeerConfig) -> Stream:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.0005)
             there = self.up.get(peer.name)
             if there is None:
                 raise LinkError(f"{peer.name}: connection refused")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ikectx.serving import MobileConfig
 from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
 from ikectx.transfer import Timing
 
+from .hand_loop import run, wall
 from .peers import a_context
 from .worlds import FAST, World, world
 
@@ -44,7 +44,7 @@ def ctar(purpose: Purpose = Purpose.ARRIVE, *, key: Secret = KEY, life: float = 
         spis=a_context().spis,
         psg="a",
         nsg=nsg,
-        expiry=int(time.time() + life),
+        expiry=int(wall() + life),
         care_of=Endpoint(NEW.address, 4500) if purpose is Purpose.ARRIVE else None,
     )
 
@@ -72,14 +72,6 @@ def accepted(octets: bytes | None, purpose: Purpose) -> bool:
     return open_ctaa(KEY, ctaa, SEQUENCE, purpose=purpose) and not ctaa.statuses
 
 
-def run(scenario: object) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await scenario  # type: ignore[misc]
-
-    asyncio.run(bounded())
-
-
 @pytest.mark.parametrize("mode", [Mode.PREDICTIVE, Mode.REACTIVE])
 def test_a_handover_by_the_mn(mode: Mode) -> None:
     """The machine of the MN and two real agents."""
@@ -94,7 +86,7 @@ def test_a_handover_by_the_mn(mode: Mode) -> None:
                 psg=A,
                 nsg=B,
                 sequence=SEQUENCE,
-                unix=time.time(),
+                unix=wall(),
                 care_of=care_of if mode is Mode.REACTIVE else None,
             )
             while not machine.done:
@@ -157,11 +149,11 @@ def test_forgeries_do_not_queue_up_while_psg_is_silent() -> None:
     async def scenario() -> None:
         async with served() as (w, _):
             w.network.kill("a")
-            began = time.monotonic()
+            began = wall()
             forged = [replace(ctar(key=FORGER), sequence=number) for number in range(50)]
             answers = await asyncio.gather(*(w.b.agent.ctar(one, ELSEWHERE) for one in forged))
             assert sum(answer is not None for answer in answers) <= AT_ONCE
-            assert time.monotonic() - began < (AT_ONCE + 1) * FAST.request
+            assert wall() - began < (AT_ONCE + 1) * FAST.request
 
     run(scenario())
 

@@ -27,13 +27,14 @@ from ikectx.ports import Verdict
 from ikectx.report import TransferEvent
 from ikectx.transfer import OSEQ_JUMP
 
+from .hand_loop import run
 from .peers import (
     CountedStore,
     Ether,
     MemoryGateway,
     a_context,
 )
-from .worlds import KEY, World, one_move, run, world
+from .worlds import KEY, World, one_move, world
 
 # -- moves -----------------------------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ from ikectx.numbers import Status
 from ikectx.serving import MobileConfig
 from ikectx.tokens import token_key
 
+from .hand_loop import run
 from .mobile_nodes import AWAY, CXTP, MobileNode, kinds, requests, serve
 from .peers import a_context
-from .worlds import run, world
+from .worlds import world
 
 # -- copies ----------------------------------------------------------------------------------------------
 

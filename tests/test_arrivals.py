@@ -19,9 +19,10 @@ from ikectx.numbers import Status
 from ikectx.tokens import Purpose, token_key
 from ikectx.transfer import OSEQ_JUMP
 
+from .hand_loop import run
 from .mobile_nodes import AWAY, kinds, requests, serve
 from .peers import a_context, check_pair
-from .worlds import FAST, run, until, world
+from .worlds import FAST, until, world
 
 # -- the table -------------------------------------------------------------------------------------------
 
@@ -87,12 +88,12 @@ def test_an_mn_announces_moves_and_arrives() -> None:
                 assert entry.context is not None
                 assert key not in entry.context  # it is for the MN's arrival, and for no disk
             await asyncio.sleep(0.02)
-            answer = await w.b.agent.ctar(*mn.arrive())
+            ctar, source = mn.arrive()
+            answer = await w.b.agent.ctar(ctar, source)
             assert mn.says(answer) is Status.OK
             await w.quiet()
             assert w.owner(mn.sa) == "b"
             assert kinds(w) == [Pctd, Ctdr, CtReq, Ctd, Ctdr]
-            ctar = mn.arrive()[0]
             (request,) = requests(w)
             assert (request.mn, request.sequence, request.token) == (mn.home, ctar.sequence, ctar.token)
             assert request.blocks == ctar.blocks

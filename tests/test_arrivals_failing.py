@@ -16,10 +16,11 @@ from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 from ikectx.tokens import Purpose
 
+from .hand_loop import run
 from .mobile_nodes import AWAY, MobileNode, requests, serve
 from .peers import Fate, MemoryGateway, a_context, fate_at
 from .test_by_packet import probe
-from .worlds import ALL, FAST, run, until, world
+from .worlds import ALL, FAST, until, world
 
 # -- refusals --------------------------------------------------------------------------------------------
 
@@ -106,6 +107,7 @@ def test_a_psg_that_is_busy_or_down_is_asked_until_the_time_is_over() -> None:
             told = mn.announce()
             assert await w.a.agent.ctar(*told) is None
             w.a.daemon.fail.clear()
+            await asyncio.sleep(0.1)
             assert mn.says(await w.a.agent.ctar(*told), Purpose.ANNOUNCE) is Status.OK
             await w.a.kill()
             mn.sequence = 3

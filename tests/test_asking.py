@@ -15,9 +15,10 @@ from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 from ikectx.report import TransferEvent
 
+from .hand_loop import run
 from .mobile_nodes import requests
 from .peers import Fate, a_context, fate_at
-from .worlds import ALL, FAST, run, world
+from .worlds import ALL, FAST, world
 
 MN = ip_address("198.51.100.7")
 

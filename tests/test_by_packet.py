@@ -15,10 +15,11 @@ from ikectx.numbers import Exchange, Fpt, Status
 from ikectx.payloads import NoncePayload
 from ikectx.report import TransferReport
 
+from .hand_loop import run
 from .mobile_nodes import kinds, requests
 from .peers import Fate, a_context, fate_at
 from .test_proof import fragments, request
-from .worlds import ALL, FAST, World, run, world
+from .worlds import ALL, FAST, World, world
 
 NEW = Endpoint.of("203.0.113.5", 4500)
 HERE = Endpoint.of("192.0.2.2", 4500)

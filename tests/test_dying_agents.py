@@ -6,35 +6,17 @@ Throughout: never two senders for one SA, no sequence number used twice, and in 
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from ikectx.cxtp import Ctd
 from ikectx.errors import CharonError, LinkError
 
+from .hand_loop import run
 from .peers import a_context, losing, lossy
-from .worlds import FAST, Side, one_move, run, until, world
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Hundreds of failures that are meant to be need no log."""
-    logging.getLogger("ikectx").setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.getLogger("ikectx").setLevel(logging.NOTSET)
-
-
-async def until_dead_or_done(side: Side, work: asyncio.Task[Any]) -> None:
-    await until(lambda: side.fuse.blown or work.done())
-    await asyncio.sleep(0.003)
+from .worlds import FAST, one_move, quietly, until, until_dead_or_done, world
 
 
 async def _moments(fails: str) -> dict[str, int]:

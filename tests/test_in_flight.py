@@ -21,12 +21,13 @@ from ikectx_cli import movers
 from mobike_ext.probe import MidProbe
 
 from .gateway_world import OURS, Mobiles, Place
+from .hand_loop import run
 from .mobile_nodes import MobileNode, serve
 from .peers import a_context
 from .profile_samples import TRANSFER
 from .test_deadlines import MemoryStore
 from .test_proof import request
-from .worlds import ALL, World, run, until, world
+from .worlds import ALL, World, until, world
 
 NEW = Endpoint.of("203.0.113.5", 4500)
 HERE = Endpoint.of("192.0.2.2", 4500)

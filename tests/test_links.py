@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
@@ -23,9 +23,10 @@ from ikectx.ports import SaName
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
 
+from . import hand_loop
 from .certs import Authority
 from .peers import Ether, MemoryGateway, MemoryStream, Network, Wire, a_context
-from .worlds import KEY, run
+from .worlds import KEY
 
 TIMING = Timing(connect=0.5, offer=1.0, idle=0.05, keepalive=1.0, stop=0.3, backoff=0.01)
 
@@ -33,6 +34,14 @@ TIMING = Timing(connect=0.5, offer=1.0, idle=0.05, keepalive=1.0, stop=0.3, back
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("pki"))
+
+
+def run(scenario: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(10):
+            await scenario
+
+    asyncio.run(bounded())
 
 
 # -- TLS -------------------------------------------------------------------------------------------------
@@ -344,7 +353,7 @@ def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
         await serving
         assert not links.connected("far")
 
-    run(scenario())
+    hand_loop.run(scenario())
 
 
 @pytest.mark.parametrize("octets", [b"\x00\x00\x00\x00", b"GET / HTTP/1.1\r\n\r\n", b"\x14\x80\x00\x03"])

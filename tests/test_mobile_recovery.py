@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -17,10 +16,11 @@ from ikectx.numbers import Status
 from ikectx.store import JournalEntry
 from ikectx.tokens import Purpose
 
+from .hand_loop import run
 from .mobile_nodes import AWAY, MobileNode, serve
-from .peers import a_context, lossy
+from .peers import CountedStore, a_context, lossy
 from .test_by_packet import HERE, NEW, probe
-from .worlds import ALL, FAST, Side, World, run, world
+from .worlds import ALL, FAST, World, quietly, until, until_dead_or_done, world
 
 SOON = replace(FAST, predictive=0.08, request=0.15, offer=0.1, confirm=0.05, hold=0.08)
 
@@ -49,19 +49,6 @@ Way = Callable[[World, MobileNode], Awaitable[bytes | None]]
 WAYS: list[Way] = [predictive, reactive, packet, pull]
 
 
-@pytest.fixture
-def quiet_log() -> Any:
-    logging.getLogger("ikectx").setLevel(logging.CRITICAL)
-    yield
-    logging.getLogger("ikectx").setLevel(logging.NOTSET)
-
-
-async def until_dead_or_done(side: Side, work: asyncio.Task[Any]) -> None:
-    while not side.fuse.blown and not work.done():
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.003)
-
-
 async def _moments(way: Way, fails: str) -> dict[str, int]:
     async with world(timing=SOON, rights=ALL) as w:
         if fails:
@@ -74,7 +61,7 @@ async def _moments(way: Way, fails: str) -> dict[str, int]:
 @pytest.mark.parametrize("fails", ["", "activate"])
 @pytest.mark.parametrize("victim", ["a", "b"])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_an_agent_that_dies_at_any_moment(way: Way, victim: str, fails: str, quiet_log: None) -> None:
+def test_an_agent_that_dies_at_any_moment(way: Way, victim: str, fails: str) -> None:
     """Before and after each write of the journal, and before and after each step takes effect."""
 
     async def crash_at(moment: int) -> str:
@@ -86,8 +73,7 @@ def test_an_agent_that_dies_at_any_moment(way: Way, victim: str, fails: str, qui
             moving = asyncio.ensure_future(way(w, mn))
             await until_dead_or_done(side, moving)
             assert w.ether.slips == []
-            await side.kill()
-            await side.start()
+            await side.restart()
             if victim == "b":
                 moving.cancel()
             answer = (await asyncio.gather(moving, return_exceptions=True))[0]
@@ -114,11 +100,12 @@ def test_an_agent_that_dies_at_any_moment(way: Way, victim: str, fails: str, qui
         for moment in range(1, moments + 1):
             await crash_at(moment)
 
-    run(scenario(), 100)
+    with quietly():
+        run(scenario(), 100)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_anything_may_happen(seed: int, quiet_log: None) -> None:
+def test_anything_may_happen(seed: int) -> None:
     """Links break, steps fail and agents die, all by dice: in the end there is one owner who is sane."""
 
     async def scenario() -> None:
@@ -151,7 +138,8 @@ def test_anything_may_happen(seed: int, quiet_log: None) -> None:
                 await w.quiet()
                 at = w.owner(mn.sa)
 
-    run(scenario(), 100)
+    with quietly():
+        run(scenario(), 100)
 
 
 async def _somehow(w: World, mn: MobileNode, dice: random.Random, to: str) -> None:
@@ -178,12 +166,10 @@ def test_what_was_announced_vanishes_with_either_agent(victim: str) -> None:
         async with world(timing=SOON) as w:
             mn = serve(w, a_context())
             assert mn.says(await w.a.agent.ctar(*mn.announce()), Purpose.ANNOUNCE) is Status.OK
-            await w.sides[victim].kill()
-            await w.sides[victim].start()
+            await w.sides[victim].restart()
             if victim == "a":
                 # and b need not wait for it
-                while not any(isinstance(message, Ctc) for message in w.network.seen):
-                    await asyncio.sleep(0.001)
+                await until(lambda: any(isinstance(message, Ctc) for message in w.network.seen))
             await w.quiet()
             assert w.owner(mn.sa) == "a"
             assert w.b.daemon.calls == ["check"]
@@ -199,8 +185,7 @@ def test_an_mn_that_arrives_while_psg_still_waits_at_a_restarted_nsg() -> None:
         async with world() as w:
             mn = serve(w, a_context())
             assert mn.says(await w.a.agent.ctar(*mn.announce()), Purpose.ANNOUNCE) is Status.OK
-            await w.b.kill()
-            await w.b.start()
+            await w.b.restart()
             assert w.a.only_open()["state"] == "awaiting"
             assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
             await w.quiet()
@@ -216,8 +201,7 @@ def test_the_mn_s_place_survives_a_restart() -> None:
                 mn = serve(w, a_context())
                 gate = w.b.daemon.wait["activate"] = asyncio.Event()
                 moving = asyncio.ensure_future(way(w, mn))
-                while "activate" not in w.b.daemon.calls:
-                    await asyncio.sleep(0.001)
+                await w.b.reaches("activate")
                 await w.b.kill()
                 moving.cancel()
                 gate.set()
@@ -239,8 +223,7 @@ def test_an_mn_whose_answer_was_lost_with_its_gateway_gets_one_from_the_next_age
                 ctar = mn.arrive()
                 gate = w.b.daemon.wait["activate"] = asyncio.Event()
                 moving = asyncio.ensure_future(w.b.agent.ctar(*ctar))
-                while "activate" not in w.b.daemon.calls:
-                    await asyncio.sleep(0.001)
+                await w.b.reaches("activate")
                 await w.b.kill()
                 moving.cancel()
                 gate.set()
@@ -263,13 +246,11 @@ def test_a_psg_killed_while_it_offers_tells_nsg_when_it_is_back() -> None:
             w.a.daemon.wait["freeze"] = asyncio.Event()
             gate = w.b.daemon.wait["prepare"] = asyncio.Event()
             moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            while "prepare" not in w.b.daemon.calls:
-                await asyncio.sleep(0.001)
+            await w.b.reaches("prepare")
             await w.a.kill()
             moving.cancel()
             gate.set()
-            while sa not in w.b.daemon.passive:
-                await asyncio.sleep(0.001)
+            await until(lambda: sa in w.b.daemon.passive)
             began = asyncio.get_running_loop().time()
             await w.a.start()
             await w.quiet()
@@ -281,7 +262,7 @@ def test_a_psg_killed_while_it_offers_tells_nsg_when_it_is_back() -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("side", ["a", "b"])
-def test_a_journal_that_cannot_be_written_lets_nothing_slip(way: Way, side: str, quiet_log: None) -> None:
+def test_a_journal_that_cannot_be_written_lets_nothing_slip(way: Way, side: str) -> None:
     async def scenario() -> None:
         states = await _states(way, side)
         assert len(states) > 2
@@ -291,21 +272,24 @@ def test_a_journal_that_cannot_be_written_lets_nothing_slip(way: Way, side: str,
                 store = w.sides[side].store
                 store.broken = state
                 moving = asyncio.ensure_future(way(w, mn))
-                while not moving.done() and not store.refused:
-                    await asyncio.sleep(0.001)
+                await refused_or_done(store, moving)
                 await asyncio.sleep(0.01)
                 assert w.ether.slips == []
                 store.broken = ""
                 answer = await moving
                 await asyncio.sleep(0.01)
-                await w.sides[side].kill()
-                await w.sides[side].start()
+                await w.sides[side].restart()
                 await w.quiet()
                 owner = w.owner(mn.sa)
                 said = mn.says(answer)
                 assert said is None or (said is Status.OK) == (owner == "b"), state
 
-    run(scenario(), 100)
+    with quietly():
+        run(scenario(), 100)
+
+
+async def refused_or_done(store: CountedStore, work: asyncio.Future[Any]) -> None:
+    await until(lambda: work.done() or store.refused)
 
 
 async def _states(way: Way, side: str) -> list[str]:

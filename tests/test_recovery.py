@@ -23,8 +23,9 @@ from ikectx.errors import (
 from ikectx.numbers import Status
 from ikectx.transfer import OSEQ_JUMP
 
+from .hand_loop import run
 from .peers import Fate, a_context, fate_at, losing
-from .worlds import FAST, held_move, one_move, run, until, world
+from .worlds import FAST, held_move, one_move, until, world
 
 # -- failures of each step -------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
 from ikectx.whole import final_of
 
+from .hand_loop import run
 from .peers import Ether, MemoryGateway, Network, a_context
-from .worlds import KEY, run
+from .worlds import KEY
 
 TIMING = Timing(offer=1.0, stop=0.3)
 MN = a_context().remote.address

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
 from ikectx.transfer import Timing
 
+from .hand_loop import LoopClock, wall
 from .peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
 
 FAST = Timing(
@@ -77,7 +78,8 @@ class Side:
             dial=self.world.network.dial_from(self.name),
             observer=self.events.append,
             mobile=self.world.mobile,
-            wall=lambda: self.world.wall + time.time(),
+            clock=LoopClock(),
+            wall=lambda: self.world.wall + wall(),
         )
         await self.agent.start()
         if not self.fuse.blown:
@@ -175,18 +177,25 @@ async def world(
             await made.network.close()
 
 
-def run(scenario: Awaitable[None], seconds: float = 60) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(seconds):
-            await scenario
-
-    asyncio.run(bounded())
-
-
 async def until(there: Callable[[], object]) -> None:
-    """Wait until it is so; `run` bounds that."""
+    """Wait until it is so; `hand_loop.run` bounds that."""
     while not there():
         await asyncio.sleep(0.001)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hundreds of failures that are meant to be need no log."""
+    logging.getLogger("ikectx").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.getLogger("ikectx").setLevel(logging.NOTSET)
+
+
+async def until_dead_or_done(side: Side, work: asyncio.Task[Any]) -> None:
+    await until(lambda: side.fuse.blown or work.done())
+    await asyncio.sleep(0.003)
 
 
 ALL = frozenset({"push", "pull", "packet"})

@@ -1,0 +1,74 @@
+"""An event loop whose clock jumps to the next timer when nothing else is left to do.
+
+What waits costs no time, and a slow machine makes no timer come early. For what is all in memory: a loop
+with sockets would not wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Awaitable
+from typing import Any
+
+
+class _Jumping(selectors.DefaultSelector):
+    """Looks what is ready, and lets the loop's clock jump where the loop would sleep."""
+
+    loop: HandLoop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        if self.loop.threads:
+            return super().select(None)  # what they do takes no time, and wakes the loop
+        assert timeout is not None, "nothing will ever happen any more"
+        self.loop.now += max(0.0, timeout)
+        return []
+
+
+class HandLoop(asyncio.SelectorEventLoop):
+    """`now`: seconds, not since anything."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.threads = 0
+        selector = _Jumping()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
+        self.threads += 1
+        future = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._thread_ended)
+        return future
+
+    def _thread_ended(self, _: object) -> None:
+        self.threads -= 1
+
+
+class LoopClock:
+    """`ports.Clock`: the time of the loop that runs."""
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def wall() -> float:
+    """Seconds since 1970 by the same clock: whole ones when the loop begins."""
+    return 1_795_000_000 + asyncio.get_running_loop().time()
+
+
+def run(scenario: Awaitable[None], seconds: float = 60) -> None:
+    """So many seconds of the loop's own clock at the most."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await scenario
+
+    with asyncio.Runner(loop_factory=HandLoop) as runner:
+        runner.run(bounded())
