@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ikectx.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
-from ikectx.errors import LinkError, RefusedError
+from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import iv_length, prf_plus, sk_keys
 from ikectx.numbers import Prf, Protocol, Status
@@ -287,9 +287,11 @@ class MnRenamer:
             talk.now = replace(start, children=children, mid_initiator=start.mid_initiator + used)
             await talk.tell("rekey")
             before = talk.report.requests
-            await self._tell_address(talk)
-            between = talk.report.requests - before
-            machine.skip(between)
+            try:
+                await self._tell_address(talk)
+            finally:  # the Delete comes after it, be it of the old child or, where this failed, of the new
+                between = talk.report.requests - before
+                machine.skip(between)
 
         report = await run_rekey(machine, made=made, mark=self._mark)
         talk.took(report.move)
@@ -312,7 +314,11 @@ class MnRenamer:
             additional=self._addresses,
             policy=self._policy,
         )
-        report = await run_address_update(machine, mark=self._mark)
+        try:
+            report = await run_address_update(machine, mark=self._mark)
+        except IkectxError:
+            talk.took(machine.report)
+            raise
         _warn_of_nat(report)
         talk.took(report.move)
         talk.moved = True

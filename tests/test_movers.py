@@ -60,6 +60,8 @@ class Mn:
     async def run_address_update(self, machine: AddressUpdate, *, mark: int) -> UpdateReport:
         self.said.append(("addresses", machine._asking.message_id))
         self._sent(machine)
+        if self.outcome == "address refused":
+            raise RefusedError("the MN refused the new address")
         return UpdateReport(ONE)
 
     async def run_rekey(
@@ -71,7 +73,11 @@ class Mn:
             child = replace(a_context().children[0], spi_in=b"new1", spi_out=b"mn's", nonce_i=bytes(32))
             # in `run_rekey` the answer has come by now, and the message ID is used
             machine._asking.prove()
-            await made(child)
+            try:
+                await made(child)
+            except RefusedError:
+                self.said.append(("delete the new one", machine._asking.message_id))
+                raise
             self.said.append(("delete", machine._asking.message_id))
             return RekeyReport(replace(ONE, requests=2), ChildRekeyed(child, True))
         self.said.append(("IKE", machine._asking.message_id))
@@ -185,6 +191,13 @@ def test_an_mn_that_must_not_be_rekeyed(monkeypatch: pytest.MonkeyPatch) -> None
     mn, made = Mn(monkeypatch, "unsupported"), Made()
     with pytest.raises(RefusedError):
         ask(mn, made, rekey=False)
+
+
+def test_an_address_that_is_refused_has_used_its_message_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn = Mn(monkeypatch, "address refused")
+    with pytest.raises(RefusedError):
+        ask(mn, Made(), update=False)
+    assert mn.said == [("child", 7), ("addresses", 8), ("delete the new one", 9)]
 
 
 @pytest.mark.parametrize("wish", [{}, {"update": False, "ike": NEW_IKE}, {"known": True, "ike": NEW_IKE}])
