@@ -1,8 +1,9 @@
 """Notes the IKE and CXTP messages on a host's interfaces.
 
-    python -I -S lab_capture.py INTERFACE,INTERFACE... OUTPUT
+    python -I -S lab_capture.py
 
-A packet socket with a BPF program that lets IKE and CXTP through and neither ESP, ESP in UDP nor NAT
+A line on standard input is a run: INTERFACE,INTERFACE... OUTPUT; OUTPUT.ready says that it has begun. A
+packet socket with a BPF program that lets IKE and CXTP through and neither ESP, ESP in UDP nor NAT
 keepalives. Runs until SIGTERM, then writes OUTPUT: a list of {time (ns, CLOCK_REALTIME), octets (of the whole
 IP packet), sent (leaving this interface), interface}, for IKE with {exchange (number), response, message_id,
 spi_i, fragment}, for CXTP with {cxtp (its message type, 0 where it cannot be read)}. Standard library only.
@@ -96,7 +97,12 @@ def _attach(packets: socket.socket) -> None:
 
 
 def main() -> None:
-    interfaces, output = sys.argv[1].split(","), sys.argv[2]
+    for line in sys.stdin:
+        interfaces, output = line.split()
+        run(interfaces.split(","), output)
+
+
+def run(interfaces: list[str], output: str) -> None:
     listening: list[socket.socket] = []
     for interface in interfaces:
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
@@ -122,6 +128,11 @@ def main() -> None:
     notes.sort(key=lambda note: note["time"])
     with open(output + ".part", "w", encoding="ascii") as file:
         json.dump(notes, file)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for descriptor in (stopping, wake):
+        os.close(descriptor)
+    for packets in listening:
+        packets.close()
     os.rename(output + ".part", output)
 
 

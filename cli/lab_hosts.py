@@ -31,6 +31,12 @@ CHARON = "/usr/sbin/charon-systemd"
 DETOUR = 4067
 """The routing table in which an agent keeps its routes by way of another gateway."""
 
+LOGS = ("charon.log", "agent.out", "updown.log")
+"""Appended to by daemons and by the lab's updown script, in a host's folder."""
+
+CLEARED = 20.0
+"""Seconds in which nothing may be left of SAs that were deleted."""
+
 PATIENCE = 90.0
 """Seconds to wait for a daemon. An emulated machine needs ten of them, a real one a tenth of one."""
 
@@ -167,29 +173,45 @@ class Lab:
         if done.returncode != 0:
             raise CharonError(f"{host}: swanctl --load-all: {(done.stderr or done.stdout).strip()[-400:]}")
 
-    def clear(self) -> bool:
-        """Deletes every SA and waits until nothing of them is left. False when something stays."""
+    def clear(self) -> str:
+        """Deletes every SA and waits until nothing of them is left.
+
+        Returns what stays, or what is not there to begin with; nothing where it is done.
+        """
         charons = self.tunnel.charons
         wanted = {(host, "charon") for host in charons} | {(host, "agent") for host in self.agent_hosts}
-        if any(pair not in self.started or self.started[pair].poll() is not None for pair in wanted):
-            return False
-        limit = time.monotonic() + 20
+        for host, name in sorted(wanted):
+            if (host, name) not in self.started or self.started[host, name].poll() is not None:
+                return f"{host} has no {name}"
+        limit = time.monotonic() + CLEARED
         try:
             for host in charons:
                 for sa in self.list_sas(host):
                     self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
-            while time.monotonic() < limit:
-                # an agent's detour may stay for half a minute, its empty nft sets for good, and so may what the
-                # kernel notes of message IDs
-                left = "ip xfrm state; ip xfrm policy | grep -w dir"
-                left += "; nft list ruleset | sed '/^table inet ikectx_ids/,/^}/d' | grep elements"
-                left += f"; ip route flush table {DETOUR} 2>&-; ip -6 route flush table {DETOUR} 2>&-"
-                if not any(self.command(host, ["sh", "-c", left]).stdout.strip() for host in charons):
-                    return True
-                time.sleep(0.5)
-        except IkectxError:
-            return False
-        return False
+            for host in charons:
+                while stays := self._of_sas(host):
+                    if time.monotonic() > limit:
+                        return f"{host} still has {' '.join(stays.split())[:200]}"
+                    time.sleep(0.5)
+        except IkectxError as error:
+            return str(error)
+        return ""
+
+    def _of_sas(self, host: str) -> str:
+        """What a host's kernel has of SAs, without keys."""
+        # an agent's detour may stay for half a minute, its empty nft sets for good, and so may what the
+        # kernel notes of message IDs
+        script = "ip xfrm state list nokeys; ip xfrm policy | grep -w dir"
+        script += "; nft list ruleset | sed '/^table inet ikectx_ids/,/^}/d' | grep elements"
+        script += f"; ip route flush table {DETOUR} 2>&-; ip -6 route flush table {DETOUR} 2>&-"
+        return self.command(host, ["sh", "-c", script]).stdout.strip()
+
+    def empty_logs(self) -> None:
+        """What running daemons have said is gone: a look into a log finds only what comes from now on."""
+        for host in self.tunnel.charons:
+            for name in LOGS:
+                with contextlib.suppress(FileNotFoundError):
+                    os.truncate(self.work / host / name, 0)
 
     def _save(self, tunnel: Tunnel, agents: bool) -> None:
         self.tunnel, self.agents = tunnel, agents
@@ -294,21 +316,23 @@ class Lab:
             for table in (220, DETOUR):
                 script += f"; ip route flush table {table}; ip -6 route flush table {table}"
             self.command(host, ["sh", "-c", script])
-            for name in ("state", "updown.log", "charon.log", "agent.out", "ikectx.vici", "charon.vici"):
+            for name in ("state", *LOGS, "ikectx.vici", "charon.vici"):
                 path = self.work / host / name
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
 
-    def spawn(self, host: str, name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    def spawn(
+        self, host: str, name: str, argv: Sequence[str], *, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
         """Starts a daemon on a host; its output goes to the host's folder, as NAME.out."""
         folder = self.work / host
         folder.mkdir(exist_ok=True)
         with (folder / f"{name}.out").open("ab") as out:
             process = subprocess.Popen(
                 [*self.net.enter(host), *argv],
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=out,
                 stderr=out,
                 env=self.environment(host),

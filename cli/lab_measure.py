@@ -12,6 +12,7 @@ import itertools
 import json
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -296,18 +297,15 @@ class Probe:
         return (self._mobile, "srv"), ("srv", self._mobile)
 
     def launch(self) -> None:
-        """Starts both ends; they wait for `begin`."""
+        """Prepares both ends; they wait for `begin`."""
         lab, version = self._lab, self._lab.tunnel.inner
         self._before = drop_counters(lab) if self._mobile == "mn" else {}
+        # punctual also on a busy CPU: a late sender would send a burst, and lose or save it whole
+        first = ["chrt", "-f", "2"] if realtime_works() else []
         for host, far in self._ends:
-            output = self._file(host)
-            for old in (output, Path(f"{output}.ready")):
-                old.unlink(missing_ok=True)
-            words = [sys.executable, "-I", "-S", lab_probe.__file__, INNER[host][version]]
-            # punctual also on a busy CPU: a late sender would send a burst, and lose or save it whole
-            words = [*(["chrt", "-f", "2"] if realtime_works() else []), *words]
-            words += [str(PROBE_PORT[self._mobile]), INNER[far][version], str(self._interval), str(output)]
-            lab.spawn(host, self._name, words)
+            words = [INNER[host][version], str(PROBE_PORT[self._mobile]), INNER[far][version]]
+            words += [str(self._interval), str(self._file(host))]
+            _ask(lab, host, self._name, [*first, sys.executable, "-I", "-S", lab_probe.__file__], words)
 
     def begin(self) -> None:
         """Returns when both ends send. Raises CharonError when one does not come up."""
@@ -322,7 +320,7 @@ class Probe:
             self._lab.started[host, self._name].terminate()
         ends = {}
         for host, _far in self._ends:
-            self._lab.started.pop((host, self._name)).wait(timeout=60)
+            _await(self._lab, host, self._name, self._file(host))
             ends[host] = json.loads(self._file(host).read_text())
         near, far = ends[self._mobile], ends["srv"]
         up = direction(near["sent"], far["received"], self._interval)
@@ -342,17 +340,14 @@ class Capture:
         self._output = lab.work / "mn" / "capture.json"
 
     def start(self) -> None:
-        for old in (self._output, Path(f"{self._output}.ready")):
-            old.unlink(missing_ok=True)
-        words = [sys.executable, "-I", "-S", lab_capture.__file__, "eth0,eth1", str(self._output)]
-        self._lab.spawn("mn", "capture", words)
+        argv = [sys.executable, "-I", "-S", lab_capture.__file__]
+        _ask(self._lab, "mn", "capture", argv, ["eth0,eth1", str(self._output)])
         _await(self._lab, "mn", "capture", Path(f"{self._output}.ready"))
 
     def stop(self) -> list[dict[str, Any]]:
         """Everything noted since `start`."""
-        process = self._lab.started.pop(("mn", "capture"))
-        process.terminate()
-        process.wait(timeout=60)
+        self._lab.started["mn", "capture"].terminate()
+        _await(self._lab, "mn", "capture", self._output)
         notes: list[dict[str, Any]] = json.loads(self._output.read_text())
         return notes
 
@@ -386,10 +381,22 @@ class Reports:
                     self.found.append(told["report"])
 
 
+def _ask(lab: Lab, host: str, name: str, argv: Sequence[str], words: Sequence[str]) -> None:
+    """Has a tool on a host begin a run: the one that is there or a new one. The last word is its output."""
+    for old in (Path(words[-1]), Path(f"{words[-1]}.ready")):
+        old.unlink(missing_ok=True)
+    process = lab.started.get((host, name))
+    if process is None or process.poll() is not None:
+        process = lab.spawn(host, name, argv, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(" ".join(words).encode() + b"\n")
+    process.stdin.flush()
+
+
 def _await(lab: Lab, host: str, name: str, path: Path) -> None:
     limit = time.monotonic() + 60
     while not path.exists():
         if lab.started[host, name].poll() is not None or time.monotonic() > limit:
             log = (lab.work / host / f"{name}.out").read_text(errors="replace").strip()[-300:]
-            raise CharonError(f"{host}: the {name} did not start: {log or 'it said nothing'}")
+            raise CharonError(f"{host}: the {name} did not come to {path.name}: {log or 'it said nothing'}")
         time.sleep(0.02)

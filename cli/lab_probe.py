@@ -1,12 +1,14 @@
 """One end of the traffic probe: numbered UDP datagrams on an absolute schedule, everything remembered.
 
-    python -I -S lab_probe.py LOCAL PORT REMOTE INTERVAL_MS OUTPUT
+    python -I -S lab_probe.py
 
+A line on standard input is a run: LOCAL PORT REMOTE INTERVAL_MS OUTPUT; OUTPUT.ready says it is prepared.
 From SIGUSR1 on, sends one datagram each interval from LOCAL:PORT to REMOTE:PORT; notes what arrives there.
 SIGTERM ends sending; arrivals are awaited for another DRAIN seconds, then OUTPUT is written:
 `sent` = [[number, time in ns, errno (0: the kernel took it)], ...], `received` = [[number, time in ns], ...].
 Times are CLOCK_REALTIME of the machine; an arrival has the kernel's stamp (SO_TIMESTAMPNS), so that a busy
-machine does not look like a gap in the traffic. Standard library only, for a fast start.
+machine does not look like a gap in the traffic. Standard library only, for a fast start; one process does all
+runs, since even that takes a second on an emulated CPU.
 """
 
 import gc
@@ -24,13 +26,12 @@ SO_TIMESTAMPNS = 35
 
 
 def main() -> None:
-    local, port, remote, interval, output = (
-        sys.argv[1],
-        int(sys.argv[2]),
-        sys.argv[3],
-        float(sys.argv[4]) / 1000,
-        sys.argv[5],
-    )
+    for line in sys.stdin:
+        local, port, remote, interval, output = line.split()
+        run(local, int(port), remote, float(interval) / 1000, output)
+
+
+def run(local: str, port: int, remote: str, interval: float, output: str) -> None:
     family = socket.AF_INET6 if ":" in local else socket.AF_INET
     probe = socket.socket(family, socket.SOCK_DGRAM)
     probe.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
@@ -63,6 +64,7 @@ def main() -> None:
         pass
     while running and not begun:
         time.sleep(0.01)
+    gc.collect()
     gc.disable()
     start = time.monotonic()
     end = 0.0
@@ -98,8 +100,12 @@ def main() -> None:
             stamp = seconds * 1_000_000_000 + nanoseconds
         if len(data) >= 4:
             received.append((struct.unpack_from("!I", data)[0], stamp or time.clock_gettime_ns(realtime)))
+    probe.close()
+    gc.enable()
     with open(output + ".part", "w", encoding="ascii") as file:
         json.dump({"sent": sent, "received": received}, file)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.rename(output + ".part", output)
 
 

@@ -527,7 +527,7 @@ def run_here(
                 lab = None
             tell("daemons" if lab else "network and daemons")
             try:
-                lab = _prepared(lab, scenario, tunnel, wanted, clean=clean, disturbed=disturbed)
+                lab = _prepared(lab, scenario, tunnel, wanted, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
                 done(Report.failed(scenario, str(error)))
                 if lab is not None:
@@ -536,7 +536,7 @@ def run_here(
                 continue
             report = Runner(lab, scenario, tell).run()
             report.warnings += lab.warnings
-            clean = report.ok and not scenario.disturbs_daemons
+            clean = report.ok
             disturbed = scenario.disturbs_network or not report.ok
             tell("ok" if report.ok else f"FAILED: {report.why()}")
             if logs is not None:
@@ -548,7 +548,14 @@ def run_here(
 
 
 def _prepared(
-    lab: Lab | None, scenario: Scenario, tunnel: Tunnel, delay_ms: float, *, clean: bool, disturbed: bool
+    lab: Lab | None,
+    scenario: Scenario,
+    tunnel: Tunnel,
+    delay_ms: float,
+    *,
+    clean: bool,
+    disturbed: bool,
+    say: Say,
 ) -> Lab:
     """A lab with this scenario's configuration: a new one, or the last one.
 
@@ -564,10 +571,13 @@ def _prepared(
         return lab
     if disturbed:
         lab.restore()
-    if clean and lab.agents == scenario.agents and not scenario.fresh and lab.clear():
-        lab.reload(tunnel, scenario.overrides)
-    else:
-        lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+    if clean and lab.agents == scenario.agents and not scenario.fresh:
+        if not (stays := lab.clear()):
+            lab.empty_logs()
+            lab.reload(tunnel, scenario.overrides)
+            return lab
+        say(f"daemons anew: {stays}")
+    lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
     return lab
 
 

@@ -106,7 +106,7 @@ WORDS: dict[str, dict[int, tuple[str, ...]]] = {
 NAMES = ("kept", "renamed", "new")
 
 COARSE_MS = 20.0
-"""Of a probe that leaves an emulated CPU to the daemons: with one every 5 ms a transfer takes six times its time."""
+"""Milliseconds between datagrams of a brief run's probe on an emulated CPU: at 5, a transfer waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +175,6 @@ class Scenario:
         return dataclasses.replace(self, steps=steps, interval_ms=interval, slow_interval_ms=0.0, lost=lost)
 
     @property
-    def disturbs_daemons(self) -> bool:
-        """Whether daemons do not come out of it as they went in."""
-        return any(isinstance(step, tuple) and step[0] in ("agent", "charon") for step in self.steps)
-
-    @property
     def disturbs_network(self) -> bool:
         """Whether addresses, links or routes may come out of it changed."""
         commands = [step.run for step in (*self.steps, *self.checks) if isinstance(step, Command)]
@@ -201,9 +196,12 @@ def names(folder: Path = FOLDER) -> list[str]:
 
 
 def neighbours(wanted: Iterable[str], folder: Path = FOLDER) -> list[str]:
-    """The same names in an order in which those stand together that can share running daemons."""
+    """The same names in an order in which those stand together that can share running daemons.
+
+    One that wants fresh daemons comes first, when they are.
+    """
     groups: list[list[Scenario]] = []
-    for scenario in (load(name, folder) for name in wanted):
+    for scenario in sorted((load(name, folder) for name in wanted), key=lambda one: not one.fresh):
         for group in groups:
             if group[0].agents == scenario.agents and group[0].tunnel.same_daemons(scenario.tunnel):
                 group.append(scenario)

@@ -32,6 +32,12 @@ def test_what_shares_daemons_stands_together(tmp_path: Path) -> None:
     assert neighbours(names(tmp_path), tmp_path) == ["a", "c", "b"]
 
 
+def test_what_wants_fresh_daemons_comes_when_they_are(tmp_path: Path) -> None:
+    for name, text in (("a", "[tunnel]\nmobile = true"), ("b", ""), ("c", "")):
+        write(tmp_path, name, f'fresh = {str(name == "c").lower()}\nsteps = ["connect"]\n{text}')
+    assert neighbours(names(tmp_path), tmp_path) == ["c", "b", "a"]
+
+
 def test_every_verb_can_be_done() -> None:
     assert all(callable(getattr(lab_run.Runner, f"_do_{verb}")) for verb in VERBS)
 
@@ -112,7 +118,7 @@ def test_verdicts_on_a_command(command: Command, status: int, output: str, wrong
 
 
 def test_what_a_scenario_leaves_disturbed(tmp_path: Path) -> None:
-    write(tmp_path, "one", 'steps = ["connect", "agent psg kill"]')
+    write(tmp_path, "one", 'steps = ["connect", "ping"]')
     write(tmp_path, "two", 'steps = ["connect", "roam", { host = "mn", run = "true" }]')
     write(
         tmp_path,
@@ -123,7 +129,6 @@ def test_what_a_scenario_leaves_disturbed(tmp_path: Path) -> None:
     write(tmp_path, "four", 'steps = ["cut mn psg"]')
     write(tmp_path, "five", 'steps = ["handover nsg reactive"]\n[tunnel]\nmobile = true')
     assert [load(name, tmp_path).disturbs_network for name in ("four", "five")] == [True, True]
-    assert [one.disturbs_daemons for one in found] == [True, False, False]
     assert [one.disturbs_network for one in found] == [False, True, True]
 
 
