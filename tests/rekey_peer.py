@@ -23,8 +23,8 @@ from mobike_ext.dh import KeyPair, fresh_length
 from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, Event, IkeMade, IkeRekey, State
 
 from .air import Agent, Air, events
+from .mobile_ike import FAST, MN, NSG, SA
 from .peers import a_context
-from .test_exchange import FAST, MN, NSG, SA
 
 PEERS = b"\xcf\0\0\2"
 """The SPI that the peer chooses."""

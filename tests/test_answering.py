@@ -23,7 +23,7 @@ from mobike_ext.naming import MOST, Renaming, ask, ask_peer
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 
 from .air import Names
-from .test_exchange import COOKIE, MN, NSG, SA
+from .mobile_ike import COOKIE, MN, NSG, SA
 
 ESP, IKE = Protocol.ESP, Protocol.IKE
 THEIRS, OURS, NEW = b"\xc1\0\0\1", b"\xc2\0\0\2", b"\xc9\0\0\1"

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 from dataclasses import replace
 from ipaddress import ip_address
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -35,25 +34,12 @@ from ikectx.cxtp import (
 from ikectx.errors import WireError
 from ikectx.numbers import Cxtp, Fpt, Status
 
+from .vector_text import read_vectors
+
 MN4 = ip_address("192.0.2.10")
 MN6 = ip_address("2001:db8::a")
 KEY = b"correct horse battery"
-
-
-def read_vectors() -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    name = ""
-    for line in (Path(__file__).parent / "vectors/cxtp_messages.txt").read_text().splitlines():
-        text = line.partition("#")[0].strip()
-        if text.startswith("["):
-            name = text.strip("[]")
-            found[name] = b""
-        elif text:
-            found[name] += bytes.fromhex(text)
-    return found
-
-
-VECTORS = read_vectors()
+VECTORS = read_vectors("cxtp_messages.txt")
 
 EXPECTED: dict[str, Message] = {
     "ctar-v4": Ctar(

@@ -11,21 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ikectx.context import Endpoint, IkeGeneration, Secret
+from ikectx.context import Endpoint, IkeGeneration
 from ikectx.errors import UsageError
 from ikectx.ikev2 import (
     IkeHeader,
     Message,
-    RetransmitPolicy,
     add_marker,
     nat_detection_hash,
-    open_message,
     seal_message,
     serialize_clear,
-    strip_marker,
 )
-from ikectx.keys import iv_length, seal_key
-from ikectx.numbers import Encr, Exchange, Integ, Notify, Prf
+from ikectx.keys import iv_length
+from ikectx.numbers import Encr, Exchange, Integ, Notify
 from ikectx.payloads import AnyPayload, NotifyPayload
 from mobike_ext.asking import Silent
 from mobike_ext.exchange import (
@@ -40,57 +37,8 @@ from mobike_ext.exchange import (
 )
 
 from .air import events
+from .mobile_ike import COOKIE, FAST, MN, NSG, SA, Node
 from .test_keys import CHARON, charon_generation
-
-NSG = Endpoint.of("192.0.2.20", 4500)
-MN = Endpoint.of("198.51.100.7", 4500)
-COOKIE = bytes(range(16))
-FAST = RetransmitPolicy(initial=1, factor=2, tries=3)
-
-SA = IkeGeneration(
-    spi_i=b"initiatr",
-    spi_r=b"responde",
-    initiator=False,
-    nonce_i=bytes(range(32)),
-    nonce_r=bytes(range(50, 82)),
-    secret=Secret(b"shared" * 6),
-    prf=Prf.HMAC_SHA2_256,
-    encr=Encr.AES_GCM_16,
-    encr_bits=256,
-)
-
-
-class Node:
-    """A mobile node: opens what the gateway seals and answers as stock charon does."""
-
-    def __init__(self, generation: IkeGeneration = SA, me: Endpoint = MN) -> None:
-        self.generation = generation
-        self.me = me
-        self.inbound = seal_key(generation, by_initiator=generation.initiator)
-        self.outbound = seal_key(generation, by_initiator=not generation.initiator)
-
-    def read(self, datagram: bytes, gateway: Endpoint = NSG) -> Message:
-        return open_message(self.inbound, strip_marker(datagram, gateway, self.me))
-
-    def nat_detection(self, gateway: Endpoint, *, here: Endpoint | None = None) -> list[AnyPayload]:
-        spis = (self.generation.spi_i, self.generation.spi_r)
-        return [
-            NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*spis, here or self.me)),
-            NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*spis, gateway)),
-        ]
-
-    def answer(
-        self, request: Message, payloads: list[AnyPayload], gateway: Endpoint = NSG, **header: object
-    ) -> bytes:
-        head = replace(request.header, initiator=not request.header.initiator, response=True, **header)  # type: ignore[arg-type]
-        iv = secrets.token_bytes(iv_length(self.generation.encr))
-        return add_marker(seal_message(self.outbound, head, payloads, iv), self.me, gateway)
-
-    def accept(self, datagram: bytes, gateway: Endpoint = NSG) -> bytes:
-        request = self.read(datagram, gateway)
-        return self.answer(
-            request, [*self.nat_detection(gateway), *request.notifies(Notify.COOKIE2)], gateway
-        )
 
 
 def update(generation: IkeGeneration = SA, **changes: object) -> AddressUpdate:

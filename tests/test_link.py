@@ -32,10 +32,10 @@ from vici_bridge.mute import MARK, Mute
 from .air import Names
 from .air import Node as Agent
 from .bpf_machine import passes
+from .mobile_ike import COOKIE, SA, Node
 from .netns import namespaces
 from .rekey_peer import CHILD, IKE_SA
 from .rekey_peer import Peer as RekeyPeer
-from .test_exchange import COOKIE, SA, Node
 
 QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
 SPIS = (SA.spi_i, SA.spi_r)

@@ -33,8 +33,8 @@ from mobike_ext.naming import (
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 
 from .air import Names
+from .mobile_ike import SA
 from .peers import a_context
-from .test_exchange import SA
 
 ESP, AH, IKE = Protocol.ESP, Protocol.AH, Protocol.IKE
 THEIRS, OURS = b"\xc1\0\0\1", b"\xc2\0\0\2"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +12,8 @@ from ikectx.errors import UsageError, WireError
 from ikectx.numbers import Notify, Protocol
 from ikectx.payloads import NotifyPayload, parse_payloads, serialize_payloads
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
+
+from .vector_text import read_vectors
 
 IN, OUT, NEW = b"\xc1\0\0\1", b"\xc2\0\0\2", b"\xc9\x12\x34\x56"
 GATEWAY, NODE = b"\x22GWr\0\0\0\1", b"\x11MNi\0\0\0\1"
@@ -33,22 +34,7 @@ EXPECTED: dict[str, Any_] = {
     "refused-policy": UpdateSpiRefused(ESP, OUT, Reason.NOT_ALLOWED),
     "refused-busy": UpdateSpiRefused(IKE, GATEWAY, Reason.BUSY),
 }
-
-
-def read_vectors() -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    name = ""
-    for line in (Path(__file__).parent / "vectors/update_spi_notifies.txt").read_text().splitlines():
-        text = line.partition("#")[0].strip()
-        if text.startswith("["):
-            name = text.strip("[]")
-            found[name] = b""
-        elif text:
-            found[name] += bytes.fromhex(text)
-    return found
-
-
-VECTORS = read_vectors()
+VECTORS = read_vectors("update_spi_notifies.txt")
 
 
 def payload(octets: bytes) -> NotifyPayload:

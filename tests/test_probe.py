@@ -16,7 +16,7 @@ from ikectx.numbers import Exchange
 from mobike_ext.asking import Silent
 from mobike_ext.probe import TABLE, Input, MidProbe, State
 
-from .test_exchange import MN, NSG, SA, Node
+from .mobile_ike import MN, NSG, SA, Node
 
 POLICY = RetransmitPolicy(initial=1, factor=2, tries=4)
 M = 7

@@ -45,6 +45,7 @@ from mobike_ext.rekey import (
 )
 
 from .air import Air
+from .mobile_ike import MN, NSG, SA
 from .rekey_peer import (
     CHILD,
     IKE_SA,
@@ -60,7 +61,6 @@ from .rekey_peer import (
     results,
     run,
 )
-from .test_exchange import MN, NSG, SA
 
 ESP, AH, IKE = Protocol.ESP, Protocol.AH, Protocol.IKE
 

@@ -36,6 +36,7 @@ from mobike_ext.rekey import (
 )
 
 from .air import Air
+from .mobile_ike import MN
 from .rekey_peer import (
     IKE_SA,
     NEW,
@@ -50,7 +51,6 @@ from .rekey_peer import (
     results,
     run,
 )
-from .test_exchange import MN
 
 ESP, AH = Protocol.ESP, Protocol.AH
 

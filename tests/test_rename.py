@@ -36,7 +36,7 @@ from mobike_ext.rename import (
 
 from .air import Air, Names, events
 from .air import Node as Agent
-from .test_exchange import COOKIE, FAST, MN, NSG, SA, Node
+from .mobile_ike import COOKIE, FAST, MN, NSG, SA, Node
 
 ESP, IKE = Protocol.ESP, Protocol.IKE
 OURS, THEIRS, NEW = b"\xc1\0\0\1", b"\xc2\0\0\2", b"\xc9\0\0\1"
