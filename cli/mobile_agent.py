@@ -227,7 +227,10 @@ class MobileAgent:
             work = asyncio.create_task(self.handovers.announce(to, sa, tell=items.put_nowait))
         else:
             address = _address(request.get("address", ""))
-            work = asyncio.create_task(self.handovers.arrive(to, sa, address=address, tell=items.put_nowait))
+            anew = request.get("anew") == "yes"
+            work = asyncio.create_task(
+                self.handovers.arrive(to, sa, address=address, anew=anew, tell=items.put_nowait)
+            )
         self._work.add(work)
         work.add_done_callback(self._work.discard)
         async for item in service.until_done(work, items):

@@ -146,6 +146,7 @@ class Handovers:
 
         `arrive` or `addresses_changed` complete the move. Errors: those of `arrive`.
         """
+        self._config.gateway(to)  # a wrong name must not end what was announced
         if self._pending is not None:
             if self._pending.nsg.name == to:
                 return self._pending.report
@@ -169,15 +170,18 @@ class Handovers:
         sa: SaName | None = None,
         *,
         address: Address | None = None,
+        anew: bool = False,
         tell: Progress = lambda item: None,
     ) -> Report:
         """Be at gateway `to` from now on, from the local `address` (None: as packets are routed).
 
-        A move to it that was announced is completed, else nSG is asked to get the SA from pSG. Errors:
-        ConfigError and UnknownSaError for what is not known; BusyError; LinkError where no way leads there.
+        A move to it that was announced is completed, unless `anew`; else nSG is asked to get the SA from pSG.
+        Errors: ConfigError and UnknownSaError for what is not known; BusyError; LinkError where no way leads
+        there.
         """
+        self._config.gateway(to)  # a wrong name must not end what was announced
         pending = self._pending
-        if pending is not None and pending.nsg.name == to and pending.task is not None:
+        if pending is not None and pending.nsg.name == to and pending.task is not None and not anew:
             pending.tell = tell
             self._complete(pending, address)
             return await asyncio.shield(pending.task)

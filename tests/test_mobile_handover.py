@@ -3,213 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ikectx.context import Address, Endpoint, IkeContext
+from ikectx.context import Endpoint
 from ikectx.cxtp import StatusBlock
 from ikectx.errors import BusyError, CharonError, ConfigError, LinkError, UnknownSaError
-from ikectx.mobility import Handover, MobileState, Mode, Outcome, Prepared
+from ikectx.mobility import Handover, MobileState, Outcome, Prepared
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import SaName
-from ikectx_cli.mobile_config import MobileFile, parse
-from ikectx_cli.mobile_handover import Handovers
-from ikectx_cli.mobile_notes import ASKED
-from ikectx_cli.mobile_report import Report
-from vici_bridge.charon import SaView, departing_view
 
-from .test_deadlines import MemoryStore
-from .test_mobile import NEW, NSG, OLD, PSG, VIP, a_node_context
-
-CONFIG = """\
-[mobile]
-predictive = 30
-[[gateway]]
-name = "psg"
-address = ["192.0.2.1", "2001:db8:1::1"]
-[[gateway]]
-name = "nsg"
-address = ["192.0.2.2", "2001:db8:2::1"]
-"""
-
-
-class Mobile:
-    """`CharonMobile`, remembered."""
-
-    def __init__(self, context: IkeContext) -> None:
-        self.context = context
-        self.did: list[str] = []
-        self.renumbered: list[int] = []
-        self.state = "ESTABLISHED"
-        self.local, self.remote = context.local, context.remote
-        self.peers: Sequence[Endpoint] = ()
-        self.busy: list[str] = []
-        self.fails: dict[str, Exception] = {}
-        self.others: list[SaView] = []
-
-    def _do(self, what: str) -> None:
-        self.did.append(what)
-        if what in self.fails:
-            raise self.fails[what]
-
-    async def views(self) -> list[SaView]:
-        view = replace(
-            departing_view(self.context),
-            state=self.state,
-            local=self.local,
-            remote=self.remote,
-            tasks=tuple(self.busy),
-            unique_id=1,
-        )
-        return [view, *self.others]
-
-    async def export(self, sa: SaName) -> IkeContext:
-        self._do("export")
-        return replace(self.context, local=self.local, remote=self.remote)
-
-    def recorded(self, sa: SaName) -> IkeContext:
-        return self.context
-
-    async def next_request(self, sa: SaName) -> int:
-        return self.context.mid_responder
-
-    async def renumber(self, sa: SaName, expected: int, fill: Any = None) -> bool:
-        assert self.state == "PASSIVE"
-        self.renumbered.append(expected)
-        return bool(self.busy)
-
-    async def only_addresses(self, sa: SaName) -> bool:
-        return self.busy == ["IKE_MOBIKE"]
-
-    async def quiet(
-        self, sa: SaName, *, unanswered: bool = False, anything: bool = False, patience: float = 3.0
-    ) -> None:
-        self._do("quiet")
-        if self.busy and not (unanswered and self.busy == ["IKE_MOBIKE"]):
-            raise BusyError(f"in flight: {self.busy}")
-        self.state = "PASSIVE"
-
-    async def readdress(
-        self, context: IkeContext, local: Endpoint, remote: Endpoint, renames: Any, peers: Any
-    ) -> IkeContext:
-        self._do("readdress")
-        assert self.state == "PASSIVE"
-        self.local, self.remote, self.peers = local, remote, peers
-        return context
-
-    async def redirect(self, sa: SaName, local: Endpoint, remote: Endpoint, peers: Any) -> None:
-        self._do("redirect")
-        self.local, self.remote, self.peers = local, remote, peers
-
-    async def loud(self, sa: SaName) -> None:
-        self._do("loud")
-        self.state = "ESTABLISHED"
-
-
-class Outside:
-    """Addresses by gateway."""
-
-    def __init__(self, mobile: Mobile) -> None:
-        self.mobile = mobile
-        self.ways: dict[Address, Address] = {NSG.address: NEW.address, PSG.address: OLD.address}
-        self.nudged: list[Address] = []
-
-    async def views(self) -> list[SaView]:
-        return await self.mobile.views()
-
-    def towards(
-        self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
-    ) -> Address | None:
-        assert VIP in avoid
-        return self.ways.get(remote)
-
-    def nudge(self, remote: Address) -> None:
-        self.nudged.append(remote)
-
-
-class Gateways:
-    """In place of `run_handover`: what the gateways answer."""
-
-    def __init__(self, store: MemoryStore, mobile: Mobile) -> None:
-        self.store = store
-        self.mobile = mobile
-        self.state = MobileState.ACTIVATED
-        self.statuses: tuple[StatusBlock, ...] = ()
-        self.in_doubt = False
-        self.expected: int | None = None
-        self.prepares = True
-        self.fails: Exception | None = None
-        self.seen: list[tuple[str, str, bool]] = []
-        self.machine: Handover | None = None
-
-    async def __call__(
-        self,
-        machine: Handover,
-        bind: Address | None = None,
-        *,
-        moves: Awaitable[Endpoint | None] | None = None,
-        progress: Callable[..., None],
-    ) -> Outcome:
-        self.machine = machine
-        if self.fails is not None:
-            raise self.fails
-        if machine.mode is Mode.PREDICTIVE:
-            assert moves is not None
-            progress(MobileState.ANNOUNCING, None)
-            if not self.prepares:
-                machine.state = MobileState.REFUSED
-                moves.close()  # type: ignore[attr-defined]
-                return Outcome(MobileState.REFUSED, (StatusBlock(Fpt.IKEV2_SA, Status.NOT_ALLOWED),))
-            progress(MobileState.PREPARED, Prepared(None))  # type: ignore[arg-type]
-            care_of = await moves
-            machine.moved(care_of, 0.0)
-        progress(MobileState.ARRIVING, None)
-        asked = bool(self.store.items(ASKED))
-        self.seen.append((machine.mode.value, self.mobile.state, asked))
-        machine.state = self.state
-        return Outcome(
-            self.state,
-            self.statuses,
-            in_doubt=self.in_doubt,
-            expected=self.expected,
-            messages=2,
-            octets=300,
-        )
-
-
-class World:
-    def __init__(self, text: str = CONFIG) -> None:
-        self.config: MobileFile = parse(text, Path("mobile.toml"))
-        self.mobile = Mobile(a_node_context())
-        self.outside = Outside(self.mobile)
-        self.store = MemoryStore()
-        self.gateways = Gateways(self.store, self.mobile)
-        self.told: list[dict[str, Any]] = []
-        self.begin()
-
-    def begin(self) -> None:
-        self.handovers = Handovers(
-            self.config,
-            self.outside,
-            self.mobile,  # type: ignore[arg-type]
-            self.store,
-            self.gateways,
-        )
-
-    async def arrive(self, to: str = "nsg", **more: Any) -> Report:
-        return await self.handovers.arrive(to, tell=lambda item: self.told.append(dict(item)), **more)
-
-    def steps(self) -> list[str]:
-        return [step for step in self.mobile.did if step != "export"]
-
-
-def do(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(work)
+from .asking_node import CONFIG, World, do
+from .test_mobile import NEW, NSG, OLD, PSG, VIP
 
 
 def test_reactive() -> None:
@@ -493,6 +300,30 @@ def test_another_gateway_after_an_announcement() -> None:
         assert (report.result, report.to, report.mode) == ("moved", "third", "reactive")
         assert w.handovers.status() is None
         assert not await w.handovers.cancel()
+
+    do(scenario())
+
+
+def test_a_gateway_that_nobody_knows_ends_no_announcement() -> None:
+    async def scenario() -> None:
+        w = World()
+        await w.handovers.announce("nsg")
+        for work in (w.arrive("nowhere"), w.handovers.announce("nowhere"), w.arrive("nowhere", anew=True)):
+            with pytest.raises(ConfigError, match="nowhere"):
+                await work
+        status = w.handovers.status()
+        assert status is not None and status["to"] == "nsg"
+
+    do(scenario())
+
+
+def test_the_same_gateway_anew() -> None:
+    async def scenario() -> None:
+        w = World()
+        await w.handovers.announce("nsg")
+        report = await w.arrive("nsg", anew=True)
+        assert (report.result, report.mode, report.announced) == ("moved", "reactive", False)
+        assert w.handovers.status() is None
 
     do(scenario())
 

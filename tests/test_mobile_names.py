@@ -18,8 +18,8 @@ from ikectx.spis import AH, ESP, IKE, NewSpi, serialize_new_spis
 from ikectx_cli import mobile_handover
 from ikectx_cli.mobile_names import renames_of
 
+from .asking_node import World as HandoverWorld
 from .test_mobile import NEW, NSG, a_node_context, do
-from .test_mobile_handover import World as HandoverWorld
 
 CONTEXT = a_node_context(children=2)
 FIRST, SECOND = CONTEXT.children

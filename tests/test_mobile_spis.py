@@ -25,9 +25,9 @@ from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate
 from vici_bridge.ha import HaType
 
+from .asking_node import CONFIG
 from .mobile_world import Crash, Node
 from .test_mobile import NEW, NSG, OLD, PSG, a_node_context, do, quick
-from .test_mobile_handover import CONFIG
 
 __all__ = ["quick"]
 
@@ -450,7 +450,7 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
         listed = w.node.charon.list_sas
 
-        def away(**_: object) -> Any:
+        def away() -> Any:
             w.node.charon.list_sas = listed  # type: ignore[method-assign]
             raise CharonError("not yet")
 
