@@ -17,10 +17,10 @@ import asyncio
 import errno
 import socket
 import struct
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from ikectx.bypass import bypass
-from ikectx.context import Endpoint
+from ikectx.context import Address, Endpoint
 from ikectx.errors import LinkError, UsageError
 from ikectx.ikev2 import IKE_PORT, has_marker
 
@@ -29,9 +29,10 @@ from . import bpf
 _IPV6_CHECKSUM = 7
 _UDP_CHECKSUM_AT = 6
 _ETHERTYPE = {4: 0x0800, 6: 0x86DD}
-UDP_HEADER = 8
-IP6_HEADER = 40
-"""Octets; extension headers are none of it."""
+IP4_HEADER, IP6_HEADER, UDP_HEADER = 20, 40, 8
+"""Octets; options and extension headers come on top."""
+FRAGMENT = 0x3FFF
+"""More fragments, and the offset: zero in a whole IPv4 packet."""
 MAX_DATAGRAM = 65535
 """Octets of an IP packet."""
 
@@ -72,25 +73,19 @@ class RawLink:
         except (TimeoutError, OSError):
             # An OSError here is an ICMP error somebody sent: unauthenticated, so it decides nothing.
             return None
-        header = 0
-        if self._local.address.version == 4:
-            header = (packet[0] & 0x0F) * 4 if packet else 0
-        elif self._ear is not None:
-            header = IP6_HEADER
-        udp = packet[header:]
-        if len(udp) < UDP_HEADER:
-            return None
-        if self._ear is None:
-            address = ip_address(sender[0].partition("%")[0])
-        else:
-            at, size = (12, 4) if self._local.address.version == 4 else (8, 16)
-            address = ip_address(packet[at : at + size])
-            if packet[at + size : at + 2 * size] != self._local.address.packed:
+        if self._ear is None and self._local.address.version == 6:  # the kernel keeps the IP header
+            if len(packet) < UDP_HEADER:
                 return None
-        if self._remote is not None and address != self._remote.address:
+            source = Endpoint(ip_address(sender[0].partition("%")[0]), int.from_bytes(packet[:2]))
+            payload = packet[UDP_HEADER : int.from_bytes(packet[4:6])]
+        else:
+            found = udp_in(packet)
+            if found is None or found[1] != self._local:
+                return None
+            payload, _, source = found
+        if self._remote is not None and source.address != self._remote.address:
             return None
-        # what follows the datagram is padding of the link's
-        return udp[UDP_HEADER : int.from_bytes(udp[4:6])], Endpoint(address, int.from_bytes(udp[:2]))
+        return payload, source
 
 
 def open_raw(
@@ -124,6 +119,34 @@ def open_raw(
         hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if denied(error) else ""
         raise LinkError(f"no raw socket at {local.address}: {error.strerror}", hint=hint) from error
     return RawLink(raw, local, remote, ear)
+
+
+def udp_in(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
+    """(payload, receiver, sender) of an IP packet with UDP; None for all else.
+
+    None, too, for IP fragments and what follows IPv6 extension headers. Checksums are not looked at.
+    """
+    source: Address
+    target: Address
+    match packet[0] >> 4 if packet else 0:
+        case 4 if len(packet) >= IP4_HEADER:
+            header, protocol = (packet[0] & 0x0F) * 4, packet[9]
+            fragment = int.from_bytes(packet[6:8]) & FRAGMENT
+            source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
+        case 6 if len(packet) >= IP6_HEADER:
+            header, protocol, fragment = IP6_HEADER, packet[6], 0
+            source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
+        case _:
+            return None
+    udp = packet[header:]
+    length = int.from_bytes(udp[4:6])
+    if header < IP4_HEADER or protocol != socket.IPPROTO_UDP or fragment:
+        return None
+    if not UDP_HEADER <= length <= len(udp):
+        return None
+    receiver = Endpoint(target, int.from_bytes(udp[2:4]))
+    # what follows the datagram is padding of the link's
+    return udp[UDP_HEADER:length], receiver, Endpoint(source, int.from_bytes(udp[:2]))
 
 
 def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:

@@ -21,7 +21,6 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Address, IPv6Address
 
 from ikectx.bypass import bypass
 from ikectx.context import Address, Endpoint
@@ -31,7 +30,17 @@ from ikectx.numbers import Exchange, Payload
 from ikectx.ports import SaName
 
 from . import bpf
-from .raw import IP6_HEADER, MAX_DATAGRAM, UDP_HEADER, denied, packet_socket, udp_datagram
+from .raw import (
+    FRAGMENT,
+    IP4_HEADER,
+    IP6_HEADER,
+    MAX_DATAGRAM,
+    UDP_HEADER,
+    denied,
+    packet_socket,
+    udp_datagram,
+    udp_in,
+)
 from .unknown import Question, Unknown
 
 log = logging.getLogger(__name__)
@@ -44,9 +53,6 @@ WINDOW = 0.1
 """At most `BURST` datagrams are read in `WINDOW` seconds."""
 _BUFFER = 1 << 18
 """Octets of datagrams that may wait in the kernel."""
-_IP4_HEADER = 20
-_FRAGMENT = 0x3FFF
-"""More fragments, and the offset: zero in a whole IPv4 packet."""
 
 Known = Callable[[SaName], bool]
 """Whether charon here has that IKE_SA, or is being given it."""
@@ -169,33 +175,13 @@ class Watcher:
 
 
 def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
-    """(IKE message without marker, our end, the other end) of an IP packet with UDP; None for all else.
-
-    None, too, for IP fragments and what follows IPv6 extension headers.
-    """
-    source: Address
-    target: Address
-    match packet[0] >> 4 if packet else 0:
-        case 4 if len(packet) >= _IP4_HEADER:
-            header, protocol = (packet[0] & 0x0F) * 4, packet[9]
-            fragment = int.from_bytes(packet[6:8]) & _FRAGMENT
-            source, target = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
-        case 6 if len(packet) >= IP6_HEADER:
-            header, protocol, fragment = IP6_HEADER, packet[6], 0
-            source, target = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
-        case _:
-            return None
-    udp = packet[header:]
-    length = int.from_bytes(udp[4:6])
-    if protocol != socket.IPPROTO_UDP or fragment:
+    """(IKE message without marker, our end, the other end) of what `udp_in` takes; None for all else."""
+    found = udp_in(packet)
+    if found is None:
         return None
-    if header < _IP4_HEADER or not UDP_HEADER <= length <= len(udp):
-        return None
-    remote = Endpoint(source, int.from_bytes(udp[:2]))
-    local = Endpoint(target, int.from_bytes(udp[2:4]))
+    payload, local, remote = found
     try:
-        # what follows the datagram is padding of the link's
-        return strip_marker(udp[UDP_HEADER:length], local, remote), local, remote
+        return strip_marker(payload, local, remote), local, remote
     except WireError:
         return None
 
@@ -219,7 +205,7 @@ def _ip_header(source: Address, target: Address, length: int) -> bytes:
         first = (6 << 28).to_bytes(4) + length.to_bytes(2) + bytes((socket.IPPROTO_UDP, 64))
         return first + source.packed + target.packed
     # length, identification and checksum are the kernel's to fill in
-    first = bytes((0x45, 0)) + (_IP4_HEADER + length).to_bytes(2) + bytes(4) + bytes((64, socket.IPPROTO_UDP))
+    first = bytes((0x45, 0)) + (IP4_HEADER + length).to_bytes(2) + bytes(4) + bytes((64, socket.IPPROTO_UDP))
     return first + bytes(2) + source.packed + target.packed
 
 
@@ -252,7 +238,7 @@ def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
     four = addresses[0].version == 4
     lines: list[bpf.Line] = [(bpf.LDB, 9 if four else 6), (bpf.JEQ, socket.IPPROTO_UDP, "", "drop")]
     if four:
-        lines += [(bpf.LDH, 6), (bpf.JSET, _FRAGMENT, "drop", "")]
+        lines += [(bpf.LDH, 6), (bpf.JSET, FRAGMENT, "drop", "")]
     for number, address in enumerate(addresses if len(addresses) <= _MAX_FILTERED else ()):
         words = [address.packed[n : n + 4] for n in range(0, len(address.packed), 4)]
         for n, word in enumerate(words):
