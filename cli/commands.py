@@ -6,14 +6,15 @@ Exit codes: those of `ikectx.errors`, 0 for success, 130 after Ctrl-C; `EXIT_COD
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ikectx.errors import IkectxError, UsageError
 
 from . import __version__
+from .answers import Setup, an_address, json_option, serve_config_option, show_answer, show_json
 
 if TYPE_CHECKING:
     from vici_bridge.vici import ControlClient
@@ -38,8 +39,6 @@ Exit codes:
  130  interrupted
 """
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 class _Commands(click.Group):
     """Loads `lab` and `mobile` only when they are asked for."""
@@ -59,29 +58,10 @@ class _Commands(click.Group):
         return super().get_command(ctx, cmd_name)
 
 
-class _Setup:
-    """What every command has: where the configuration is, and the agent behind it."""
+def _load(given: str | None) -> Config:
+    from .config import config_path, load
 
-    def __init__(self, config: str | None, socket: str | None) -> None:
-        self.config_given = config
-        self.socket_given = socket
-
-    def config(self) -> Config:
-        from .config import config_path, load
-
-        return load(config_path(self.config_given))
-
-    def socket(self) -> str:
-        return self.socket_given or self.config().control.socket
-
-    def agent(self, timeout: float | None = 30.0) -> ControlClient:
-        from vici_bridge.vici import ControlClient
-
-        return ControlClient(self.socket(), timeout=timeout)
-
-
-def json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")(command)
+    return load(config_path(given))
 
 
 @click.group(cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,21 +71,24 @@ def json_option(command: F) -> F:
     help="Configuration file; default: $IKECTX_CONFIG, else /etc/ikectx/ikectx.toml.",
 )
 @click.option(
-    "--socket", metavar="PATH", envvar="IKECTX_SOCKET", help="Control socket, instead of the configured one."
+    "--socket",
+    metavar="PATH",
+    envvar="IKECTX_SOCKET",
+    help="Control socket; default: $IKECTX_SOCKET, else the configured one.",
 )
 @click.version_option(__version__, prog_name="ikectx")
 @click.pass_context
 def cli(ctx: click.Context, config: str | None, socket: str | None) -> None:
     """Moves a live IKEv2 SA, with its CHILD_SAs, from one strongSwan gateway to another."""
-    ctx.obj = _Setup(config, socket)
+    ctx.obj = Setup(_load, "systemctl start ikectx, or ikectx serve", (config, socket))
 
 
 @cli.command()
-@click.option("--config", metavar="FILE", help="The same as before the command.")
+@serve_config_option
 @click.pass_obj
-def serve(setup: _Setup, config: str | None) -> int:
+def serve(setup: Setup[Config], config: str | None) -> int:
     """Run the agent of this gateway; it must start before charon."""
-    loaded = (_Setup(config, None) if config else setup).config()
+    loaded = setup.config(config)
     from .daemon import run as run_agent
 
     return run_agent(loaded)
@@ -114,7 +97,7 @@ def serve(setup: _Setup, config: str | None) -> int:
 @cli.command("list")
 @json_option
 @click.pass_obj
-def list_(setup: _Setup, as_json: bool) -> None:
+def list_(setup: Setup[Config], as_json: bool) -> None:
     """The IKE_SAs of this gateway, with their CHILD_SAs."""
     from vici_bridge.vici import json_of
 
@@ -159,12 +142,12 @@ def list_(setup: _Setup, as_json: bool) -> None:
     render.table(headers, rows, styles={"ESTABLISHED": "green", "no": "yellow"})
 
 
-@cli.command()
+@cli.command(short_help="The whole context of one SA.")
 @click.argument("sa")
 @click.option("--secrets", is_flag=True, help="Show keys and shared secrets too.")
 @json_option
 @click.pass_obj
-def show(setup: _Setup, sa: str, secrets: bool, as_json: bool) -> None:
+def show(setup: Setup[Config], sa: str, secrets: bool, as_json: bool) -> None:
     """The whole context of one SA: its id, connection, an SPI in hexadecimal, or its peer."""
     from vici_bridge.vici import json_of
 
@@ -217,7 +200,9 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
 )
 @json_option
 @click.pass_obj
-def transfer(setup: _Setup, /, to: str, dry_run: bool, address: str, as_json: bool, **names: Any) -> int:
+def transfer(
+    setup: Setup[Config], /, to: str, dry_run: bool, address: str, as_json: bool, **names: Any
+) -> int:
     """Move IKE_SAs, with their CHILD_SAs, to another gateway. Without a name: the one there is."""
     query = {
         "to": to,
@@ -228,22 +213,26 @@ def transfer(setup: _Setup, /, to: str, dry_run: bool, address: str, as_json: bo
     return moved(setup, "transfer", query, as_json, dry_run)
 
 
-@cli.command()
+@cli.command(short_help="Fetch an SA from another gateway.")
 @click.option("--from", "from_", required=True, metavar="NAME", help="The [[peer]] that serves it now.")
 @click.option(
-    "--mn", required=True, metavar="ADDRESS", help="The mobile node's outer address, as known there."
+    "--mn",
+    callback=an_address,
+    required=True,
+    metavar="ADDRESS",
+    help="The mobile node's outer address, as known there.",
 )
 @click.option("--sa", metavar="SPIi:SPIr", help="Which of several IKE_SAs of that address (see list there).")
 @click.option("--dry-run", is_flag=True, help="Ask whether it would come, move nothing.")
 @json_option
 @click.pass_obj
-def pull(setup: _Setup, /, from_: str, mn: str, sa: str | None, dry_run: bool, as_json: bool) -> int:
+def pull(setup: Setup[Config], /, from_: str, mn: str, sa: str | None, dry_run: bool, as_json: bool) -> int:
     """Fetch the IKE_SA of a mobile node, with its CHILD_SAs, from another gateway."""
     query = {"from": from_, "mn": mn, "sa": sa, "dry-run": "yes" if dry_run else None}
     return moved(setup, "pull", query, as_json, dry_run)
 
 
-def moved(setup: _Setup, command: str, query: dict[str, Any], as_json: bool, dry_run: bool) -> int:
+def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bool, dry_run: bool) -> int:
     """Ask the agent for transfers, show them while they run and their reports; the exit code."""
     from vici_bridge.vici import json_of
 
@@ -291,9 +280,9 @@ def selection(
 @cli.command()
 @json_option
 @click.pass_obj
-def status(setup: _Setup, as_json: bool) -> None:
+def status(setup: Setup[Config], as_json: bool) -> None:
     """The agent, charon, the peers, and transfers that are open."""
-    answer(setup, "status", None, as_json)
+    show_answer(setup.ask("status"), as_json)
 
 
 @cli.command()
@@ -302,7 +291,7 @@ def status(setup: _Setup, as_json: bool) -> None:
 )
 @json_option
 @click.pass_obj
-def history(setup: _Setup, limit: int, as_json: bool) -> None:
+def history(setup: Setup[Config], limit: int, as_json: bool) -> None:
     """Transfers of the past, in both directions."""
     from vici_bridge.vici import json_of
 
@@ -317,50 +306,51 @@ def history(setup: _Setup, limit: int, as_json: bool) -> None:
     show_history(items)
 
 
-@cli.command()
+@cli.command(short_help="Have charon tell about all its SAs again.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
-def resync(setup: _Setup, yes: bool, as_json: bool) -> None:
+def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
     """Let charon tell the agent about all its SAs again. charon rekeys every CHILD_SA for it."""
     if not yes and sys.stdin.isatty():
         click.confirm("charon will rekey every CHILD_SA; go on?", abort=True)
-    answer(setup, "resync", None, as_json)
+    show_answer(setup.ask("resync"), as_json)
 
 
-@cli.command()
+@cli.command(short_help="Stop an open transfer.")
 @click.argument("transfer")
 @json_option
 @click.pass_obj
-def cancel(setup: _Setup, transfer: str, as_json: bool) -> None:
+def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
     """Stop an open TRANSFER (its id; see status), as long as this gateway has not let go."""
-    answer(setup, "cancel", {"transfer": transfer}, as_json)
+    show_answer(setup.ask("cancel", {"transfer": transfer}), as_json)
 
 
-@cli.command()
+@cli.command(short_help="Serve an SA again whose new gateway is gone.")
 @click.argument("transfer")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
-def reclaim(setup: _Setup, transfer: str, yes: bool, as_json: bool) -> None:
+def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> None:
     """Serve an SA here again that was let go in TRANSFER and that no one is known to serve.
 
     Only when the other gateway is down for good: two gateways that serve one SA break it.
     """
     if not yes and sys.stdin.isatty():
         click.confirm("Is it certain that the other gateway does not serve it?", abort=True)
-    answer(setup, "reclaim", {"transfer": transfer}, as_json, timeout=120)
+    show_answer(setup.ask("reclaim", {"transfer": transfer}, timeout=120), as_json)
 
 
-@cli.command()
+@cli.command(short_help="Check this gateway, and say what to write where.")
 @json_option
 @click.pass_obj
-def doctor(setup: _Setup, as_json: bool) -> int:
+def doctor(setup: Setup[Config], as_json: bool) -> int:
     """Check this gateway for what goes wrong most often, and say what to write where."""
     from .doctor import examine
     from .doctor_world import World
 
-    findings = examine(World(setup.config(), setup.socket()))
+    config = setup.config()
+    findings = examine(World(config, config.control.socket))
     failed = sum(finding.level == "fail" for finding in findings)
     if as_json:
         show_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
@@ -371,7 +361,10 @@ def doctor(setup: _Setup, as_json: bool) -> int:
     return 1 if failed else 0
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@cli.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    short_help="The hook for updown in swanctl.conf.",
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
 def updown(ctx: click.Context, args: tuple[str, ...]) -> None:
@@ -381,28 +374,6 @@ def updown(ctx: click.Context, args: tuple[str, ...]) -> None:
     assert ctx.parent is not None
     given = [f"--{name}={value}" for name, value in ctx.parent.params.items() if value]
     hook.main([*given, *args])
-
-
-def answer(
-    setup: _Setup, command: str, query: dict[str, Any] | None, as_json: bool, *, timeout: float | None = 30.0
-) -> None:
-    """One request to the agent, shown."""
-    from vici_bridge.vici import json_of
-
-    with setup.agent(timeout) as agent:
-        value = json_of(agent.request(command, query))
-    if as_json:
-        show_json({"ok": True} if value is None else value)
-        return
-    from . import render
-
-    click.echo(render.tree(value) if isinstance(value, dict) else "done")
-
-
-def show_json(value: object) -> None:
-    from .render import dump
-
-    click.echo(dump(value, indent=2 if sys.stdout.isatty() else None))
 
 
 def run(args: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from .lab_net import HOSTS, has_kernel_esp, load_modules
 from .lab_vm import run_in_vm
 
 
-@click.group()
+@click.group(short_help="A testbed of network namespaces.")
 def lab() -> None:
     """A testbed of network namespaces: mobile node, two gateways, router, server."""
 
@@ -69,7 +69,9 @@ def down(name: str, every: bool) -> None:
         Lab.find(one).down()
 
 
-@lab.command("exec", context_settings={"ignore_unknown_options": True})
+@lab.command(
+    "exec", context_settings={"ignore_unknown_options": True}, short_help="Run a command on one of its hosts."
+)
 @click.option("--name", default=DEFAULT_NAME, show_default=True)
 @click.argument("host", type=click.Choice(HOSTS))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
@@ -78,7 +80,10 @@ def exec_(name: str, host: str, command: tuple[str, ...]) -> None:
     click.get_current_context().exit(Lab.find(name).attach(host, command))
 
 
-@lab.command(context_settings={"ignore_unknown_options": True})
+@lab.command(
+    context_settings={"ignore_unknown_options": True},
+    short_help="Run a command in a VM with ESP in its kernel.",
+)
 @click.option("--rw", is_flag=True, help="The command may write this machine's file system.")
 @click.option(
     "--share", type=click.Path(path_type=Path, file_okay=False), help="A folder both sides can write."
@@ -101,7 +106,7 @@ def scenarios(as_json: bool) -> None:
         click.echo(f"{name:28} {description}")
 
 
-@lab.command()
+@lab.command(short_help="Run scenarios.")
 @click.argument("names", nargs=-1, metavar="SCENARIO...")
 @click.option("--all", "every", is_flag=True, help="Every scenario.")
 @click.option(
@@ -163,7 +168,7 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
         lab_start.show(reports)
 
 
-@lab.command()
+@lab.command(short_help="Run scenarios several times; print medians.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
 @click.option("--esp", type=click.Choice(["auto", "kernel", "vm"]), default="auto", show_default=True)
 @click.option(
@@ -239,7 +244,7 @@ def _measured(names: Sequence[str], runs: int, esp: str) -> tuple[list[dict[str,
     return reports, native
 
 
-@lab.command()
+@lab.command(short_help="Expected SPI collisions, and a simulation.")
 @click.option("--moved", type=click.IntRange(0), required=True, help="SAs that move.")
 @click.option("--serving", type=click.IntRange(0), required=True, help="SAs the gateway has already.")
 @click.option(

@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from vici_bridge.vici import ControlClient
+from .answers import Setup, an_address, json_option, serve_config_option, show_answer, show_json
 
+if TYPE_CHECKING:
     from .mobile_config import MobileFile
 
 PATIENCE = 4000.0
 """Seconds for a handover that was announced to be completed (an hour at most, by configuration)."""
 
 
-class Given(Protocol):
-    """What stood before the command: `ikectx --config FILE --socket PATH mobile ...`."""
+def _load(given: str | None) -> MobileFile:
+    from .mobile_config import config_path, load
 
-    config_given: str | None
-    socket_given: str | None
-
-
-class _Setup:
-    """Where the configuration is, and the agent behind it."""
-
-    def __init__(self, config: str | None, socket: str | None) -> None:
-        self._config = config
-        self._socket = socket
-
-    def config(self) -> MobileFile:
-        from .mobile_config import config_path, load
-
-        return load(config_path(self._config))
-
-    def agent(self, timeout: float | None = 30.0) -> ControlClient:
-        from vici_bridge.vici import ControlClient
-
-        return ControlClient(self._socket or self.config().control.socket, timeout=timeout)
+    return load(config_path(given))
 
 
 @click.group()
@@ -48,49 +29,54 @@ class _Setup:
     metavar="FILE",
     help="Configuration file; default: $IKECTX_MOBILE_CONFIG, else /etc/ikectx/mobile.toml.",
 )
-@click.option("--socket", metavar="PATH", help="Control socket, instead of the configured one.")
+@click.option(
+    "--socket", metavar="PATH", help="Control socket; default: $IKECTX_SOCKET, else the configured one."
+)
 @click.pass_context
 def mobile(ctx: click.Context, config: str | None, socket: str | None) -> None:
     """On a mobile node: ask for handovers, beside a stock charon."""
-    given: Given | None = ctx.obj
-    if given is not None:
-        config, socket = config or given.config_given, socket or given.socket_given
-    ctx.obj = _Setup(config, socket)
+    before: Setup[Any] | None = ctx.obj
+    if before is not None:
+        config, socket = config or before.given[0], socket or before.given[1]
+    ctx.obj = Setup(_load, "systemctl start ikectx-mobile, or ikectx mobile serve", (config, socket))
 
 
 @mobile.command()
-@click.option("--config", metavar="FILE", help="The same as before the command.")
+@serve_config_option
 @click.pass_obj
-def serve(setup: _Setup, config: str | None) -> int:
+def serve(setup: Setup[MobileFile], config: str | None) -> int:
     """Run the agent of this mobile node; it must start before charon."""
-    loaded = (_Setup(config, None) if config else setup).config()
+    loaded = setup.config(config)
     from .mobile_agent import run
 
     return run(loaded)
 
 
-@mobile.command()
+@mobile.command(short_help="Move the IKE_SA to another gateway.")
 @click.option("--to", required=True, metavar="NAME", help="The [[gateway]] that is to serve from now on.")
 @click.option(
     "--predictive",
-    "how",
-    flag_value="predictive",
+    is_flag=True,
     help="Announce the move while still at the old place; it completes at a new address, or when "
     "`handover --to` is called again.",
 )
-@click.option("--reactive", "how", flag_value="reactive", help="Forget what was announced, and move now.")
+@click.option("--reactive", is_flag=True, help="Forget what was announced, and move now.")
 @click.option("--now", is_flag=True, help="With --predictive: complete it at once, without a new address.")
 @click.option(
-    "--address", metavar="LOCAL", help="Our address at the new place; default: as packets are routed."
+    "--address",
+    callback=an_address,
+    metavar="LOCAL",
+    help="Our address at the new place; default: as packets are routed.",
 )
 @click.option("--ike", metavar="NAME", help="The IKE_SA of this connection.")
 @click.option("--ike-id", type=click.IntRange(0), metavar="N", help="The IKE_SA of this number (see status).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")
+@json_option
 @click.pass_obj
 def handover(
-    setup: _Setup,
+    setup: Setup[MobileFile],
     to: str,
-    how: str | None,
+    predictive: bool,
+    reactive: bool,
     now: bool,
     address: str | None,
     ike: str | None,
@@ -105,12 +91,16 @@ def handover(
     from ikectx.errors import UsageError
     from vici_bridge.vici import json_of
 
-    if now and how != "predictive":
+    if predictive and reactive:
+        raise UsageError("--predictive and --reactive cannot go together")
+    if ike is not None and ike_id is not None:
+        raise UsageError("--ike and --ike-id cannot go together")
+    if now and not predictive:
         raise UsageError("--now goes with --predictive")
-    if address and how == "predictive" and not now:
+    if address and predictive and not now:
         raise UsageError("--address is for the move itself; an announcement does not know it yet")
-    query: dict[str, Any] = {"to": to, "ike": ike, "ike-id": ike_id}
-    steps = {"predictive": ["announce", "arrive"] if now else ["announce"]}.get(how or "", ["arrive"])
+    query: dict[str, Any] = {"to": to, "ike": ike, "ike-id": ike_id, "anew": "yes" if reactive else None}
+    steps = ["announce"] * predictive + ["arrive"] * (now or not predictive)
     live = not as_json and sys.stdout.isatty()
 
     def show(item: Mapping[str, Any] | None) -> None:
@@ -119,8 +109,6 @@ def handover(
 
     report: dict[str, Any] = {}
     with setup.agent(timeout=PATIENCE) as agent:
-        if how == "reactive":
-            agent.request("cancel")
         for what in steps:
             request = {**query, "what": what, "address": address if what == "arrive" else None}
             answer = agent.stream("handover", "handover-progress", request, lambda item: show(json_of(item)))
@@ -129,9 +117,7 @@ def handover(
                 break
     code = int(report.get("exit_code", 1))
     if as_json:
-        from .render import dump
-
-        click.echo(dump({"ok": code == 0, **report}, indent=2 if sys.stdout.isatty() else None))
+        show_json({"ok": code == 0, **report})
     else:
         show_report(report)
     return code
@@ -190,29 +176,21 @@ def show_report(report: Mapping[str, Any]) -> None:
             say(f"  {report['hint']}")
 
 
-@mobile.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")
+@mobile.command(short_help="The agent, its SAs, and what was announced.")
+@json_option
 @click.pass_obj
-def status(setup: _Setup, as_json: bool) -> None:
+def status(setup: Setup[MobileFile], as_json: bool) -> None:
     """The agent, charon, its SAs and the gateways, and what was announced."""
-    from vici_bridge.vici import json_of
-
-    with setup.agent() as agent:
-        value = json_of(agent.request("status"))
-    from .render import dump, tree
-
-    if as_json:
-        click.echo(dump(value, indent=2 if sys.stdout.isatty() else None))
-    else:
-        click.echo(tree(value))
+    show_answer(setup.ask("status"), as_json)
 
 
-@mobile.command()
+@mobile.command(short_help="Forget a move that was announced.")
+@json_option
 @click.pass_obj
-def cancel(setup: _Setup) -> None:
+def cancel(setup: Setup[MobileFile], as_json: bool) -> None:
     """Forget a move that was announced; the gateways forget it, too, when its time is over."""
-    from vici_bridge.vici import json_of
-
-    with setup.agent() as agent:
-        found = (json_of(agent.request("cancel")) or {}).get("cancelled")
-    click.echo("cancelled" if found else "nothing was announced")
+    answer = setup.ask("cancel") or {}
+    if as_json:
+        show_json(answer)
+    else:
+        click.echo("cancelled" if answer.get("cancelled") else "nothing was announced")

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from ikectx.errors import IkectxError
-from ikectx_cli import __version__, commands
+from ikectx_cli import __version__, commands, daemon
 
 from .control_agent import REFUSED, REPORT, SA, Agent, Cli
 
@@ -111,6 +111,7 @@ def test_dry_run_verdicts(cli: Cli) -> None:
         (["show"], "SA"),
         (["nonsense"], "nonsense"),
         (["history", "--limit", "0"], "--limit"),
+        (["pull", "--from", "nsg", "--mn", "192.0.2"], "not an IP address"),
     ],
 )
 def test_wrong_arguments(cli: Cli, args: list[str], complaint: str) -> None:
@@ -144,6 +145,17 @@ def test_no_agent_and_no_configuration(
         assert "none.toml: No such file" in capsys.readouterr().err
 
 
+def test_the_agent_serves_the_socket_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(daemon, "run", lambda config: served.append(config.control.socket) or 0)
+    sample = Path(__file__).parent.parent / "examples" / "config" / "ikectx.toml"
+    assert commands.run(["--socket", "/run/other", "--config", str(sample), "serve"]) == 0
+    assert commands.run(["serve", "--config", str(sample)]) == 0
+    monkeypatch.setenv("IKECTX_SOCKET", "/run/third")
+    assert commands.run(["serve", "--config", str(sample)]) == 0
+    assert served == ["/run/other", "/run/ikectx.vici", "/run/third"]
+
+
 def test_every_error_has_its_documented_exit_code() -> None:
     def classes(base: type[IkectxError]) -> Iterator[type[IkectxError]]:
         yield base
@@ -175,6 +187,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert f"\n  {name} " in text
     assert "Exit codes" in text
+    for group in ([], ["mobile"], ["lab"]):
+        assert commands.run([*group, "--help"]) == 0
+        assert "..." not in capsys.readouterr().out.partition("Commands:")[2], group
     assert commands.run(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
     assert metadata.version("ikectx") == __version__

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import BusyError, LinkError
-from ikectx_cli import commands
+from ikectx_cli import commands, mobile_agent
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.vici_codec import Message, with_json
 
@@ -107,7 +107,7 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     ("words", "asked"),
     [
         ((), [("handover", {"to": "nsg", "what": "arrive"})]),
-        (("--reactive",), [("cancel", {}), ("handover", {"to": "nsg", "what": "arrive"})]),
+        (("--reactive",), [("handover", {"to": "nsg", "what": "arrive", "anew": "yes"})]),
         (("--predictive",), [("handover", {"to": "nsg", "what": "announce"})]),
         (
             ("--predictive", "--now", "--address", "203.0.113.7"),
@@ -193,6 +193,7 @@ def test_status_and_cancel(cli: Cli) -> None:
     assert "gateway: psg" in cli("status")[1]
     assert cli("cancel")[1] == "cancelled\n"
     assert cli("cancel")[1] == "nothing was announced\n"
+    assert [json.loads(cli("cancel", "--json")[1])] == [{"cancelled": False}]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +202,14 @@ def test_status_and_cancel(cli: Cli) -> None:
         (("handover",), "--to"),
         (("handover", "--to", "nsg", "--now"), "--now goes with"),
         (("handover", "--to", "nsg", "--predictive", "--address", "192.0.2.1"), "--address is for"),
+        (("handover", "--to", "nsg", "--predictive", "--reactive"), "--predictive and --reactive"),
+        (("handover", "--to", "nsg", "--predictive", "--now", "--address", "nsg"), "not an IP address"),
+        (("handover", "--to", "nsg", "--reactive", "--address", "192.0.2"), "not an IP address"),
+        (("handover", "--to", "nsg", "--ike", "home", "--ike-id", "3"), "--ike and --ike-id"),
     ],
 )
 def test_wrong_arguments(cli: Cli, args: tuple[str, ...], said: str) -> None:
+    """They are told before the agent does the first half of what was asked for."""
     code, _, err = cli(*args)
     assert code == 2
     assert said in err
@@ -229,3 +235,19 @@ def test_where_the_agent_is(
     assert commands.run(["mobile", "cancel"]) == 2
     assert "none.toml" in capsys.readouterr().err
     assert commands.run(["mobile", "--socket", str(tmp_path / "nobody"), "status"]) == LinkError.exit_code
+    assert "systemctl start ikectx-mobile, or ikectx mobile serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--socket", "/run/other", "mobile"], ["mobile", "--socket", "/run/other"]]
+)
+def test_the_agent_serves_the_socket_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(mobile_agent, "run", lambda config: served.append(config.control.socket) or 0)
+    config = tmp_path / "mobile.toml"
+    config.write_text('[control]\nsocket = "/run/own"\n[[gateway]]\nname = "psg"\naddress = "192.0.2.1"\n')
+    assert commands.run([*words, "serve", "--config", str(config)]) == 0
+    assert commands.run(["mobile", "--config", str(config), "serve"]) == 0
+    assert served == ["/run/other", "/run/own"]

@@ -448,13 +448,21 @@ class ControlClient:
     """The agent's control socket, for the command line and other short-lived callers.
 
     `timeout`: seconds for each `request`, and between two items of a `stream` (None: no limit).
+    `start`: how one starts the agent, for the hint when it is away.
     Errors: LinkError when the agent is away or silent, RemoteError for what it met itself,
     WireError for nonsense.
     """
 
-    def __init__(self, path: str, *, timeout: float | None = 30.0) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        timeout: float | None = 30.0,
+        start: str = "systemctl start ikectx, or ikectx serve",
+    ) -> None:
         self._path = _path_of(path)
         self._timeout = timeout
+        self._start = start
         self._sock: _TimedSocket | None = None
 
     def __enter__(self) -> ControlClient:
@@ -521,7 +529,7 @@ class ControlClient:
             raise
         except OSError as error:
             self.close()
-            raise _no_agent(self._path, command, error) from None
+            raise _no_agent(self._path, command, error, self._start) from None
         except _GARBAGE as error:
             self.close()
             raise WireError(f"the agent's answer to {command} does not parse: {error}") from None
@@ -548,13 +556,11 @@ def _away(path: str, error: OSError) -> CharonError:
     )
 
 
-def _no_agent(path: str, command: str, error: OSError) -> LinkError:
+def _no_agent(path: str, command: str, error: OSError, start: str) -> LinkError:
     if isinstance(error, TimeoutError):
         return LinkError(f"the agent did not answer {command} in time")
     if isinstance(error, PermissionError):
         return LinkError(f"no permission for the control socket {path}", hint="run it as root")
     if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-        return LinkError(
-            f"no agent listens on {path}", hint="start it: systemctl start ikectx, or ikectx serve"
-        )
+        return LinkError(f"no agent listens on {path}", hint=f"start it: {start}")
     return LinkError(f"the control socket {path} failed: {error.strerror or error}")
