@@ -22,13 +22,13 @@ from vici_bridge.chain import import_messages
 from vici_bridge.esp import KernelReplay, fit_replay
 from vici_bridge.ha import Attr, HaMessage, HaType
 from vici_bridge.host import CharonHost, HostConfig
-from vici_bridge.listing import Listing
 from vici_bridge.mobile import CharonMobile
 from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.xfrm_parts import Request
 
 from .kernel_tables import KernelTables
+from .listed import listing_of
 from .test_deadlines import MemoryStore
 
 JUMP = 1000
@@ -220,7 +220,7 @@ class Charon:
     def version(self) -> dict[str, str]:
         return {"version": "5.9.8"}
 
-    def list_sas(self, **_: object) -> list[dict[str, Any]]:
+    def list_sas(self) -> list[dict[str, Any]]:
         if self.gone:
             return []
         view = {
@@ -381,7 +381,7 @@ class Node:
         self.host.detour.close()
         self.host.kernel = self.kernel  # type: ignore[assignment]
         self.host.vici = self.charon  # type: ignore[assignment]
-        self.host.listing = Listing(lambda **wanted: self.charon.list_sas(**wanted))
+        self.host.listing = listing_of(lambda: self.charon.list_sas())
         self.socket = Socket(self.charon, self._step)
         self.host._ha = self.socket  # type: ignore[assignment]
         self.host.record.load(self.store.items("record"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
+
+import pytest
 
 from ikectx.context import AuthRound, Endpoint, PeerContext, ReplayState
 from ikectx.numbers import Status
 from ikectx.relocate import relocate
+from vici_bridge import charon
 from vici_bridge.charon import EXT_MOBIKE, sa_view
 from vici_bridge.checks import (
     check_address,
@@ -103,6 +106,27 @@ def test_virtual_ips_used_or_leased() -> None:
     assert statuses(check_vips(here, [], {"pool": lease})) == [Status.VIP_IN_USE]
     own = {"leases": {"0": {"address": "10.4.0.10", "identity": "mn@example.org", "status": "online"}}}
     assert statuses(check_vips(here, [], {"pool": own})) == []
+
+
+def test_selectors_are_read_once_however_many_sas_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def counted(text: str, strict: bool = True) -> object:
+        reads.append(text)
+        return ip_network(text, strict=strict)
+
+    monkeypatch.setattr(charon, "ip_network", counted)
+    here = context()
+    many = [
+        sa_view("other", {**VIEW, "child-sas": {"net-1": {**child, "remote-ts": [f"10.77.{number}.1/32"]}}})
+        for number in range(200)
+        for child in VIEW["child-sas"].values()
+    ]
+    assert statuses(check_selectors(here, many)) == []
+    assert 200 <= len(reads) < 210
+    reads.clear()
+    assert statuses(check_selectors(here, many)) == []
+    assert reads == []
 
 
 def test_overlapping_selectors() -> None:

@@ -20,9 +20,9 @@ from vici_bridge import source as source_module
 from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
 from vici_bridge.host import CharonHost, HostConfig
-from vici_bridge.listing import Listing
 from vici_bridge.source import CharonSource
 
+from .listed import listing_of
 from .peers import a_context
 
 KEY = bytes(range(32))
@@ -38,7 +38,7 @@ class Vici:
     def version(self) -> dict[str, str]:
         return {"version": "5.9.8"}
 
-    def list_sas(self, **_: object) -> list[dict[str, Any]]:
+    def list_sas(self) -> list[dict[str, Any]]:
         return [self._view(context) for context in self.contexts]
 
     def list_conns(self) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ class Vici:
 async def host_of(vici: Vici, store: SqliteStore) -> AsyncIterator[CharonHost]:
     host = CharonHost(HostConfig((), kernel_esp=False), store)
     host.vici = vici  # type: ignore[assignment]
-    host.listing = Listing(vici.list_sas)
+    host.listing = listing_of(vici.list_sas)
     try:
         yield host
     finally:

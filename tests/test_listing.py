@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 
 from ikectx.errors import CharonError
+from vici_bridge import listing as listing_module
 from vici_bridge.charon import SaView
 from vici_bridge.listing import Listing
+from vici_bridge.vici_codec import Message, parse_message, serialize_message
+
+_T = TypeVar("_T")
 
 SPIS = [(bytes([number]) * 8, b"\x99" * 7 + bytes([number])) for number in range(1, 6)]
 
@@ -19,26 +24,23 @@ class Charon:
     """`list-sas` of five SAs; `gate`, where it is not open, keeps the answer back."""
 
     def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.asked: list[int | None] = []
         self.sas = {number: spis for number, spis in enumerate(SPIS, 1)}
         self.gate = threading.Event()
         self.gate.set()
         self.error: CharonError | None = None
 
-    def list_sas(self, **wanted: Any) -> list[dict[str, Any]]:
-        self.asked.append(wanted)
-        found = [_view(number, *spis) for number, spis in self.sas.items()]
+    def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
+        self.asked.append(ike_id)
+        told = [_message(number, *spis) for number, spis in self.sas.items() if ike_id in (None, number)]
         assert self.gate.wait(5)
         if self.error is not None:
             raise self.error
-        if "ike_id" in wanted:
-            return [view for view in found if view["uniqueid"] == str(wanted["ike_id"])]
-        return [view for view in found if wanted.get("holding", "") in view["initiator-spi"]]
+        return [read(octets) for octets in told]
 
 
-def _view(number: int, spi_i: bytes, spi_r: bytes) -> dict[str, Any]:
-    return {
-        "name": "mn",
+def _message(number: int, spi_i: bytes, spi_r: bytes) -> bytes:
+    sa = {
         "uniqueid": str(number),
         "state": "ESTABLISHED",
         "initiator-spi": spi_i.hex(),
@@ -46,20 +48,49 @@ def _view(number: int, spi_i: bytes, spi_r: bytes) -> dict[str, Any]:
         "local-host": "192.0.2.1",
         "remote-host": "198.51.100.7",
     }
+    return serialize_message({"mn": sa})
 
 
 def test_one_sa_is_asked_for_by_its_id_as_soon_as_that_is_known() -> None:
     async def scenario() -> None:
         charon = Charon()
-        listing = Listing(charon.list_sas)
+        listing = Listing(charon.read_sas)
         for _ in range(3):
             view = await listing.view(SPIS[2])
             assert view is not None and (view.spis, view.unique_id) == (SPIS[2], 3)
-        assert charon.asked == [{"holding": SPIS[2][0].hex()}, {"ike_id": 3}, {"ike_id": 3}]
+        assert charon.asked == [None, 3, 3]
         charon.asked.clear()
         await listing.views()
         assert [await listing.view(spis) is not None for spis in SPIS] == [True] * 5
-        assert charon.asked == [{}, *({"ike_id": number} for number in range(1, 6))]
+        assert charon.asked == [None, 1, 2, 3, 4, 5]
+
+    asyncio.run(scenario())
+
+
+def test_only_what_is_said_in_other_octets_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[bytes] = []
+
+    def counted(octets: bytes, **options: bool) -> Message:
+        reads.append(octets)
+        return parse_message(octets, **options)
+
+    async def scenario() -> None:
+        charon = Charon()
+        monkeypatch.setattr(listing_module, "parse_message", counted)
+        listing = Listing(charon.read_sas)
+        first = await listing.views()
+        assert [view.spis for view in first] == SPIS and len(reads) == 5
+        charon.sas[2] = (SPIS[1][0], bytes(8))
+        charon.sas.pop(4)
+        second = await listing.views()
+        assert [view.spis for view in second] == [SPIS[0], charon.sas[2], SPIS[2], SPIS[4]]
+        assert len(reads) == 6
+        # one that is looked for costs nothing but its own reading; what is gone is not remembered
+        assert await listing.view(SPIS[3]) is None and len(reads) == 6
+        charon.sas[4] = SPIS[3]
+        assert await listing.view(SPIS[3]) is not None and len(reads) == 7
+        await listing.views()
+        assert len(reads) == 8
 
     asyncio.run(scenario())
 
@@ -67,7 +98,7 @@ def test_one_sa_is_asked_for_by_its_id_as_soon_as_that_is_known() -> None:
 def test_an_id_that_is_gone_or_another_sas_is_not_believed() -> None:
     async def scenario() -> None:
         charon = Charon()
-        listing = Listing(charon.list_sas)
+        listing = Listing(charon.read_sas)
         await listing.views()
         charon.sas = {1: SPIS[3], 7: SPIS[0]}  # a charon that began anew
         view = await listing.view(SPIS[0])
@@ -75,7 +106,7 @@ def test_an_id_that_is_gone_or_another_sas_is_not_believed() -> None:
         assert await listing.view(SPIS[1]) is None
         charon.asked.clear()
         assert await listing.view(SPIS[1]) is None
-        assert charon.asked == [{"holding": SPIS[1][0].hex()}]
+        assert charon.asked == [None]
 
     asyncio.run(scenario())
 
@@ -84,7 +115,7 @@ def test_many_who_want_all_share_a_listing_that_begins_after_they_asked() -> Non
     async def scenario() -> None:
         charon = Charon()
         charon.gate.clear()
-        listing = Listing(charon.list_sas)
+        listing = Listing(charon.read_sas)
         first = asyncio.create_task(listing.views())
         while not charon.asked:
             await asyncio.sleep(0.001)
@@ -105,7 +136,7 @@ def test_an_error_is_everybodys_and_the_next_listing_goes_on() -> None:
     async def scenario() -> None:
         charon = Charon()
         charon.error = CharonError("away")
-        listing = Listing(charon.list_sas)
+        listing = Listing(charon.read_sas)
         gone = asyncio.create_task(listing.views())
         waiting = [asyncio.create_task(listing.views()) for _ in range(3)]
         await asyncio.sleep(0)

@@ -582,7 +582,7 @@ def test_resume_waits_for_charon_and_forgets_what_it_no_longer_has() -> None:
         real = node.charon.list_sas
         tries = 0
 
-        def away(**_: object) -> list[dict[str, Any]]:
+        def away() -> list[dict[str, Any]]:
             nonlocal tries
             tries += 1
             if tries < 3:

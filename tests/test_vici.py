@@ -553,7 +553,7 @@ def test_charon_calls(charon: StandIn) -> None:
     client.close()
 
 
-def test_sas_in_which_a_text_does_not_stand_are_passed_over(tmp_path: Path) -> None:
+def test_sas_are_read_as_the_caller_likes(tmp_path: Path) -> None:
     def three(packet: Packet) -> bytes:
         if packet.name != "list-sas" or packet.type is not PacketType.CMD_REQUEST:
             return like_charon(packet)
@@ -563,9 +563,11 @@ def test_sas_in_which_a_text_does_not_stand_are_passed_over(tmp_path: Path) -> N
 
     charon = StandIn(tmp_path / "charon.vici", three)
     client = CharonVici(charon.path)
-    assert [sa["uniqueid"] for sa in client.list_sas(holding="0000000000000002")] == ["2"]
-    assert [sa["uniqueid"] for sa in client.list_sas()] == ["1", "2", "3"]
-    assert client.list_sas(holding="0000000000000004") == []
+    told = client.read_sas(bytes)
+    assert [parse_message(octets)["mn"]["uniqueid"] for octets in told] == ["1", "2", "3"]
+    assert client.read_sas(lambda octets: b"0000000000000002" in octets) == [False, True, False]
+    with pytest.raises(WireError):
+        client.read_sas(lambda octets: parse_message(octets[1:]))
     assert client.version()["daemon"] == "charon-systemd"
     client.close()
     charon.close()

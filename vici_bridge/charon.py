@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import (
     IPv4Address,
     IPv4Network,
@@ -33,6 +34,9 @@ from ikectx.errors import WireError
 from ikectx.relocate import same_host
 
 View = Mapping[str, Any]
+
+_REMEMBERED = 1 << 16
+"""Addresses and selectors that are read once: the same thousands stand in every listing of charon's."""
 
 # charon's condition bits (ike_condition_t): NAT on our side, on the peer's, pretended.
 COND_NAT_HERE = 1 << 1
@@ -126,9 +130,15 @@ def _octets(view: View, key: str, size: int) -> bytes:
     return raw
 
 
+@lru_cache(maxsize=_REMEMBERED)
+def _address(text: str) -> Address:
+    """Errors: ValueError."""
+    return ip_address(text)
+
+
 def _addresses(items: Iterable[str]) -> tuple[Address, ...]:
     try:
-        return tuple(ip_address(item) for item in items)
+        return tuple(_address(item) for item in items)
     except ValueError as error:
         raise WireError(f"charon names an address that is none: {error}") from None
 
@@ -138,7 +148,7 @@ def _endpoint(view: View, side: str) -> Endpoint:
     # an SA that is just being set up, or taken in, has no addresses yet
     host = _ANY.get(host) or host.split("%", 1)[0]
     try:
-        return Endpoint.of(host, int(_text(view, f"{side}-port") or 500))
+        return Endpoint(_address(host), int(_text(view, f"{side}-port") or 500))
     except ValueError as error:
         raise WireError(f"charon's {side}-host or {side}-port is wrong: {error}") from None
 
@@ -322,27 +332,26 @@ def overlap(a: Iterable[str], b: Iterable[str]) -> bool:
     """
     ranges_b = [_range(text) for text in b]
     for text in a:
-        low, high = _range(text)
-        for other_low, other_high in ranges_b:
-            if (
-                low.version == other_low.version
-                and int(low) <= int(other_high)
-                and int(other_low) <= int(high)
-            ):
+        version, low, high = _range(text)
+        for other_version, other_low, other_high in ranges_b:
+            if version == other_version and low <= other_high and other_low <= high:
                 return True
     return False
 
 
-def _range(text: str) -> tuple[Address, Address]:
+@lru_cache(maxsize=_REMEMBERED)
+def _range(text: str) -> tuple[int, int, int]:
+    """IP version, first and last address."""
     plain = text.split("[", 1)[0].strip()
     try:
         if ".." in plain:
-            low, high = plain.split("..", 1)
-            return ip_address(low), ip_address(high)
-        net = ip_network(plain, strict=False)
+            first, last = map(ip_address, plain.split("..", 1))
+        else:
+            net = ip_network(plain, strict=False)
+            first, last = net.network_address, net.broadcast_address
     except ValueError:
         raise WireError(f"charon's traffic selector {text[:60]!r} cannot be read") from None
-    return net.network_address, net.broadcast_address
+    return first.version, int(first), int(last)
 
 
 def _client(selector: TrafficSelector) -> str:

@@ -139,12 +139,11 @@ def _leases(pool: View) -> Iterable[View]:
 
 def check_selectors(context: IkeContext, views: Iterable[SaView]) -> Iterator[Verdict]:
     """Another SA whose selectors on both sides overlap would share or steal the policies."""
+    ours = [(child, prefixes(child.remote_ts), prefixes(child.local_ts)) for child in context.children]
     for view in views:
         for other in view.children:
-            for child in context.children:
-                if overlap(prefixes(child.remote_ts), other.remote_ts) and overlap(
-                    prefixes(child.local_ts), other.local_ts
-                ):
+            for child, remote, local in ours:
+                if overlap(remote, other.remote_ts) and overlap(local, other.local_ts):
                     yield Verdict(
                         Fpt.SPD,
                         Status.SELECTORS_OVERLAP,

@@ -106,7 +106,7 @@ class CharonHost:
         self.config = config
         self.store = store
         self.vici = CharonVici(config.vici)
-        self.listing = Listing(self.vici.list_sas)
+        self.listing = Listing(self.vici.read_sas)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
         self.noted = MessageIds()

@@ -1,29 +1,41 @@
 """`Listing`: charon's IKE_SAs as views, so that a gateway with thousands can still be asked often. I/O.
 
-A transfer asks some twenty times how its SA is, and charon's `list-sas` names all of them: at a thousand SAs
-that would be a tenth of a second each time. So one SA is asked for by its unique ID once that is known, else
-looked for among octets that are not read; and whoever wants all of them while a listing goes on shares the
-next one.
+A transfer asks some twenty times how its SA is, and charon's `list-sas` names all of them: to read a thousand
+takes a tenth of a second. So one SA is asked for by its unique ID once that is known, else looked for among
+octets that are not read; whoever wants all of them while a listing goes on shares the next one; and what
+charon says of an SA in the same octets as last time (which hold its age in seconds) is not read again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 from ikectx.ports import SaName
 
 from .charon import SaView, sa_views
-from .vici import Message
+from .vici_codec import parse_message
+
+
+class _Reader(Protocol):
+    def __call__(self, octets: bytes, /) -> SaView | None: ...
+
+
+class _Ask(Protocol):
+    """`CharonVici.read_sas`."""
+
+    def __call__(self, read: _Reader, *, ike_id: int | None = None) -> list[SaView | None]: ...
 
 
 class Listing:
-    """`ask`: charon's `list-sas`, as `CharonVici.list_sas`; it is called in other threads."""
+    """`ask`: called in other threads, one call at a time or several."""
 
-    def __init__(self, ask: Callable[..., list[Message]]) -> None:
+    def __init__(self, ask: _Ask) -> None:
         self._ask = ask
         self._ids: dict[SaName, int] = {}
         """Unique IDs as charon told them last. It gives none a second time while it lives (5.9.8, 6.0.6)."""
+        self._read: dict[bytes, SaView | None] = {}
+        """What charon said last of all SAs, and what that means."""
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
@@ -38,25 +50,40 @@ class Listing:
     async def _all(self) -> list[SaView]:
         async with self._turn:
             self._next = None  # what begins now is not what somebody asks for later
-            views = sa_views(await asyncio.to_thread(self._ask))
+            before, now = self._read, dict[bytes, SaView | None]()
+
+            def read(octets: bytes) -> SaView | None:
+                now[octets] = view = before[octets] if octets in before else _view(octets)
+                return view
+
+            views = await self._asked(read)
+            self._read = now
         self._ids = {view.spis: view.unique_id for view in reversed(views)}
         return views
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of them by its SPIs. Errors: as `views`."""
         known = self._ids.get(sa)
-        if known is not None:
-            found = sa_views(await asyncio.to_thread(self._ask, ike_id=known))
-            for view in found:
-                if view.spis == sa:
-                    return view
-        found = sa_views(await asyncio.to_thread(self._ask, holding=sa[0].hex()))
-        named = next((view for view in found if view.spis == sa), None)
-        if named is None:
-            self._ids.pop(sa, None)
-        else:
-            self._ids[sa] = named.unique_id
-        return named
+        found = [] if known is None else await self._asked(_view, known)
+        if not any(view.spis == sa for view in found):
+            wanted = sa[0].hex().encode()
+            found = await self._asked(lambda octets: _view(octets) if wanted in octets else None)
+        for view in found:
+            if view.spis == sa:
+                self._ids[sa] = view.unique_id
+                return view
+        self._ids.pop(sa, None)
+        return None
+
+    async def _asked(self, read: _Reader, ike_id: int | None = None) -> list[SaView]:
+        found = await asyncio.to_thread(self._ask, read, ike_id=ike_id)
+        return [view for view in found if view is not None]
+
+
+def _view(octets: bytes) -> SaView | None:
+    """From charon's message about one SA; None for one of IKEv1. Errors: WireError."""
+    told = parse_message(octets, foreign=True)
+    return next(iter(sa_views([{**body, "name": name} for name, body in told.items()])), None)
 
 
 def _heard(listing: asyncio.Task[list[SaView]]) -> None:

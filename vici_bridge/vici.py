@@ -17,7 +17,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from vici import Session
 from vici.exception import CommandException, DeserializationException, EventUnknownException, SessionException
@@ -40,6 +41,7 @@ EVENTS = ("ike-updown", "child-updown", "ike-rekey", "child-rekey", "ike-update"
 _GARBAGE = (DeserializationException, struct.error, UnicodeError, KeyError, IndexError, TypeError, ValueError)
 
 _EVENT = bytes([PackagePacket.EVENT])
+_T = TypeVar("_T")
 
 
 class _TimedSocket:
@@ -167,21 +169,22 @@ class CharonVici:
         return self.request("get-algorithms")
 
     def list_sas(
-        self,
-        ike: str | None = None,
-        ike_id: int | None = None,
-        *,
-        noblock: bool = False,
-        holding: str = "",
+        self, ike: str | None = None, ike_id: int | None = None, *, noblock: bool = False
     ) -> list[Message]:
         """IKE_SAs as charon's `list-sa` gives them, each with its connection under `name`.
 
-        `noblock` leaves out the SAs that charon is working on instead of waiting for them. `holding` leaves
-        out those in which that text stands nowhere: charon finds no SA by its SPIs (up to 6.0.6), and to pass
-        over one costs a tenth of reading it.
+        `noblock` leaves out the SAs that charon is working on instead of waiting for them.
         """
         query = {"ike": ike, "ike-id": ike_id, "noblock": "yes" if noblock else None}
-        return self._named(self.stream("list-sas", "list-sa", query, holding))
+        return self._named(self.stream("list-sas", "list-sa", query))
+
+    def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
+        """What `read` makes of the message about each IKE_SA: {connection: {...}} as octets.
+
+        To look at the octets of one costs a tenth of reading them. A WireError of `read` goes through.
+        """
+        with self._lock, self._mapped("list-sas"):
+            return self._items("list-sas", "list-sa", {"ike-id": ike_id}, read)
 
     def list_conns(self, ike: str | None = None) -> list[Message]:
         """Loaded connections as charon's `list-conn` gives them, each with its `name`."""
@@ -225,26 +228,28 @@ class CharonVici:
             answer: Message = as_text(self._ready().request(command, _clean(message)))
             return answer
 
-    def stream(
-        self, command: str, event: str, message: Mapping[str, Any] | None = None, holding: str = ""
-    ) -> list[Message]:
-        """Any command whose answer is a series of events. `holding`: as for `list_sas`."""
+    def stream(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Message]:
+        """Any command whose answer is a series of events."""
         with self._lock, self._mapped(command):
-            transport = self._ready().transport
-            self._register(transport, PackagePacket.register_event(event))
-            transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
-            items, wanted = [], holding.encode()
-            while (octets := transport.receive())[:1] == _EVENT:
-                if wanted in octets:
-                    items.append(parse_message(octets[2 + octets[1] :], foreign=True))
-            answer = PackagePacket.parse(octets)
-            self._register(transport, PackagePacket.unregister_event(event))
-            if answer.response_type != PackagePacket.CMD_RESPONSE:
-                raise SessionException(f"an answer of type {answer.response_type}")
-            told = as_text(PackageMessage.deserialize(answer.payload))
-            if told.get("success", "yes") != "yes":
-                raise CommandException(told.get("errmsg", "no reason"))
-            return items
+            return self._items(command, event, message, partial(parse_message, foreign=True))
+
+    def _items(
+        self, command: str, event: str, message: Mapping[str, Any] | None, read: Callable[[bytes], _T]
+    ) -> list[_T]:
+        transport = self._ready().transport
+        self._register(transport, PackagePacket.register_event(event))
+        transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
+        items = []
+        while (octets := transport.receive())[:1] == _EVENT:
+            items.append(read(octets[2 + octets[1] :]))
+        answer = PackagePacket.parse(octets)
+        self._register(transport, PackagePacket.unregister_event(event))
+        if answer.response_type != PackagePacket.CMD_RESPONSE:
+            raise SessionException(f"an answer of type {answer.response_type}")
+        told = as_text(PackageMessage.deserialize(answer.payload))
+        if told.get("success", "yes") != "yes":
+            raise CommandException(told.get("errmsg", "no reason"))
+        return items
 
     @staticmethod
     def _register(transport: Any, packet: bytes) -> None:

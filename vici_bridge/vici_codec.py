@@ -156,17 +156,23 @@ def parse_message(data: bytes, *, foreign: bool = False) -> Message:
             start, at = at + 1, at + 1 + data[at]
             if start == at:
                 raise _fail("an empty name", at)
-            name = _octets(data, start, at).decode("utf-8", errors)
+            if at > end:
+                raise _short(data, start, at)
+            name = data[start:at].decode("utf-8", errors)
             if name in section and not foreign:
                 raise _fail(f"{name!r} stands twice in a section", at)
             if element == _KEY_VALUE:
                 start, at = at + 2, at + 2 + (data[at] << 8 | data[at + 1])
-                section[name] = _octets(data, start, at).decode("utf-8", errors)
+                if at > end:
+                    raise _short(data, start, at)
+                section[name] = data[start:at].decode("utf-8", errors)
             elif element == _LIST_START:
                 items: list[str] = []
                 while (element := data[at]) == _LIST_ITEM:
                     start, at = at + 3, at + 3 + (data[at + 1] << 8 | data[at + 2])
-                    items.append(_octets(data, start, at).decode("utf-8", errors))
+                    if at > end:
+                        raise _short(data, start, at)
+                    items.append(data[start:at].decode("utf-8", errors))
                 if element != _LIST_END:
                     raise _fail(f"element {element} cannot stand in a list", at)
                 at += 1
@@ -190,10 +196,8 @@ def _fail(why: str, at: int) -> WireError:
     return WireError(f"VICI message: {why} at octet {at}")
 
 
-def _octets(data: bytes, start: int, end: int) -> bytes:
-    if end > len(data):
-        raise _fail(f"text needs {end - start} octets, {len(data) - start} are left,", start)
-    return data[start:end]
+def _short(data: bytes, start: int, end: int) -> WireError:
+    return _fail(f"text needs {end - start} octets, {len(data) - start} are left,", start)
 
 
 def serialize_message(message: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,24 @@
+"""`CharonVici.read_sas`, in worlds without charon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vici_bridge.listing import Listing
+from vici_bridge.vici_codec import serialize_message
+
+_T = TypeVar("_T")
+
+
+def listing_of(list_sas: Callable[[], list[dict[str, Any]]]) -> Listing:
+    """A listing of what `list_sas` gives then, as `CharonVici.list_sas` would."""
+
+    def read_sas(read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
+        return [
+            read(serialize_message({sa["name"]: {key: value for key, value in sa.items() if key != "name"}}))
+            for sa in list_sas()
+            if ike_id is None or sa["uniqueid"] == str(ike_id)
+        ]
+
+    return Listing(read_sas)
