@@ -206,8 +206,9 @@ class Cxtp(OpenEnum):
 class Fpt(OpenEnum):
     """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
 
-    The last three name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
-    MN, NEW_SPIS tells it the names its SAs have from now on.
+    The last five name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
+    MN, NEW_SPIS tells it the names its SAs have from now on. REQUEST and GO_ON are statuses of a CTDR only:
+    what became of a CT-Req; ESP to the MN goes on until the next CTDR.
     """
 
     MLD = 0x0001
@@ -219,6 +220,7 @@ class Fpt(OpenEnum):
     PROOF = 0xFF06
     NEW_SPIS = 0xFF07
     REQUEST = 0xFF08
+    GO_ON = 0xFF09
 
 
 class Status(OpenEnum):

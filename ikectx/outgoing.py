@@ -11,7 +11,7 @@ from .context import FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
 from .links import Answer, Link, Links, PeerConfig
-from .numbers import STATUS_TEXT, Status
+from .numbers import STATUS_TEXT, Fpt, Status
 from .ports import SaName, Verdict
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
@@ -116,6 +116,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.mid = mid
         self.away = away
         self.expects: int | None = None
+        self.sending = False
+        """Does the peer want ESP to the MN to go on while it tells the MN other SPIs?"""
         self.told = False
         """Does the peer know that it ended, and why?"""
         self._begins = begins
@@ -420,6 +422,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._count(len(answer.serialize()))
         status, self._verdicts = offer_status(answer)
         if status is Status.OK:
+            self.sending = any(verdict.fpt is Fpt.GO_ON for verdict in self._verdicts)
             return SourceInput.ACCEPTED
         if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and answer.complete:
             # neither yes nor no: whoever may own it now, it is not for us to guess
@@ -445,7 +448,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         context, entry = self._of, self.stored
         self._asked = None  # what is still to come for the PCTD is no answer to the CTD
         try:
-            letting = self.parts.source.freeze(context, self.peer.name, away=self.away)
+            # not said where it is not wanted: sources of integrators may not know it
+            how = {"sending": True} if self.sending and not self.away else {}
+            letting = self.parts.source.freeze(context, self.peer.name, away=self.away, **how)
             final: FinalState = await self._step("freeze", letting)
             final = changed(final, epoch=context.epoch + 1)
             if final.unsure and self.expects is not None:

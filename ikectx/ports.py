@@ -55,6 +55,12 @@ SaName = tuple[bytes, bytes]
 """(initiator SPI, responder SPI): how ports name an IKE_SA."""
 
 
+SENDING_SECONDS = 10.0
+"""As long as an MN receives under old SPIs, at most (UPDATE_SPI)."""
+SENDING_PACKETS = 1 << 23
+"""For each CHILD_SA. The other gateway begins, under the same keys, twice as far on."""
+
+
 class ContextSource(Protocol):
     """The gateway that serves an IKE_SA now (pSG)."""
 
@@ -69,9 +75,13 @@ class ContextSource(Protocol):
         the context is `unsure`.
         """
 
-    async def freeze(self, context: IkeContext, to: str, *, away: bool = False) -> FinalState:
+    async def freeze(
+        self, context: IkeContext, to: str, *, away: bool = False, sending: bool = False
+    ) -> FinalState:
         """Let go: from its return on this gateway sends neither IKE nor ESP for the SA.
 
+        `sending`: ESP goes on, under the old SPIs, for `SENDING_SECONDS`, `SENDING_PACKETS` or until
+        `release`, since the other gateway has others and cannot send before the MN knows them.
         `to` is the name of the gateway it goes to: packets for the MN that still arrive may be sent on there.
         Inbound ESP goes on being decrypted. Errors: BusyError when the SA changed since `context` was
         exported or has an exchange in flight; nothing is frozen then. `away`: as for `export`.
@@ -122,6 +132,9 @@ class Renamer(Protocol):
     def must_tell(self, context: IkeContext) -> bool:
         """The SA has new SPIs, and no answer will tell the MN: `move_peer` must."""
 
+    def cannot_send(self, context: IkeContext) -> bool:
+        """Once it is prepared: its outbound SPIs are not known to the MN, which `move_peer` will tell."""
+
     def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
         """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), asked for once the SA is active; none: the old."""
 
@@ -136,6 +149,12 @@ def tell_later(sink: ContextSink, context: IkeContext, later: bool) -> None:
 def must_tell(sink: ContextSink, context: IkeContext) -> bool:
     """Of `sink`; False if it does not rename."""
     call = getattr(sink, "must_tell", None)
+    return call is not None and bool(call(context))
+
+
+def cannot_send(sink: ContextSink, context: IkeContext) -> bool:
+    """Of `sink`; False if it does not rename."""
+    call = getattr(sink, "cannot_send", None)
     return call is not None and bool(call(context))
 
 

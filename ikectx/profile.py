@@ -552,7 +552,8 @@ def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]
 def encode_verdicts(
     verdicts: Iterable[Verdict], profiles: Sequence[Fpt] = PROFILES
 ) -> tuple[StatusBlock, ...]:
-    """The statuses of a CTDR: none where nothing was refused (its S bit then says it all).
+    """The statuses of a CTDR. Where nothing was refused its S bit says it all, but for FPTs that a verdict
+    names beside `profiles`.
 
     Else one for each of `profiles` and each other FPT that a verdict names. Where several
     verdicts refuse one FPT the first wins: checks come in the order of their gravity.
@@ -562,7 +563,7 @@ def encode_verdicts(
         if worst.setdefault(verdict.fpt, Status.OK) is Status.OK:
             worst[verdict.fpt] = verdict.status
     if not any(worst.values()):
-        return ()
+        worst = {fpt: status for fpt, status in worst.items() if fpt not in profiles}
     return tuple(StatusBlock(fpt, status) for fpt, status in worst.items())
 
 

@@ -29,7 +29,7 @@ from ikectx.ports import MoveReport, SaName, Store
 from vici_bridge.charon import SaView, sa_views
 from vici_bridge.esp import KernelReplay
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import IMPORTED, CharonHost, HostConfig
 from vici_bridge.names import Made, Told, Wish
 from vici_bridge.relay import Relayed
 from vici_bridge.sa_state import read_child, read_generation
@@ -83,6 +83,12 @@ class Sad(KernelTables):
                 }
             else:
                 self.add(KernelSa.parse(request.message.reveal()))
+
+    def snapshot_inbound(self, sas: Iterable[KernelSa]) -> list[KernelSa]:
+        return list(sas)
+
+    def restore_inbound(self, sas: Iterable[KernelSa], late: int) -> None:
+        """For late packets: not wanted here."""
 
     def late_sas(self) -> list[KernelSa]:
         return []
@@ -348,6 +354,9 @@ class Mute:
     def unmute(self, spis: SaName) -> None:
         self.muted.discard(spis)
 
+    def counters(self, spis: SaName) -> tuple[int, int]:
+        return 0, 0
+
 
 class Relay:
     """nftables' other use: packets under old SPIs go back to the other gateway."""
@@ -365,6 +374,11 @@ class Relay:
 
 
 class Detour:
+    """Policy routes: no gateway has a way to another here."""
+
+    def add(self, prefixes: object, via: object) -> list[object]:
+        return []
+
     def remove(self, prefixes: object) -> None: ...
 
     def close(self) -> None: ...
@@ -524,8 +538,9 @@ class Place:
         assert {name: sa.encr_key.reveal() for name, sa in self.sad.sas.items()} == expected
         assert not [key for key in self.sad.policies if key[2] is not None], "a guard was left"
         assert self.mute.muted == set()
-        for kind in ("plan", "plan-guards", "import", "taken"):
+        for kind in ("plan", "plan-guards", "taken"):
             assert not list(self.store.items(kind)), f"{kind} left"
+        assert all(note.startswith(IMPORTED) for _, note in self.store.items("import"))
 
 
 def fresh(count: int) -> bytes:

@@ -207,6 +207,10 @@ class MemoryGateway:
         self.passive: dict[SaName, IkeContext] = {}
         self.taken: set[SaName] = set()
         self.moves: list[SaName] = []
+        self.renaming: set[SaName] = set()
+        """SAs for whose MN nothing can be sent here before it knows other SPIs."""
+        self.sending: set[SaName] = set()
+        """Frozen, but ESP goes on."""
         self.mine: dict[SaName, int] = {}
         """Highest outbound sequence number used here: what the kernel knows."""
 
@@ -268,6 +272,8 @@ class MemoryGateway:
         sa = context.spis
         self._busy(sa, away)
         self.frozen.add(sa)
+        if sending:
+            self.sending.add(sa)
         self.ether.silent(self.name, sa)
         children = tuple(
             FinalChild(child.spi_in, child.inbound, replace(child.outbound, seq=self.mine[sa]))
@@ -295,6 +301,9 @@ class MemoryGateway:
         self._done("release")
 
     # ContextSink
+
+    def cannot_send(self, context: IkeContext) -> bool:
+        return context.spis in self.renaming
 
     async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
         await self._step("check")

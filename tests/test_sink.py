@@ -13,7 +13,7 @@ from ikectx.context import Endpoint, FinalChild, FinalState, IkeContext
 from ikectx.errors import LinkError, RefusedError
 from ikectx.keys import sk_keys
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import MoveReport
+from ikectx.ports import SENDING_PACKETS, MoveReport
 from ikectx.spis import ESP, IKE, NewSpi, parse_new_spis
 from vici_bridge import sink as sink_module
 from vici_bridge.charon import EXT_MOBIKE
@@ -528,5 +528,135 @@ def test_killed_at_any_moment(kinds: tuple[str, ...], stock: bool) -> None:
         while not await once(at):
             at += 1
         assert at > 30
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kinds", [("outbound",), ("ike", "inbound", "outbound")], ids="-".join)
+@pytest.mark.parametrize("stock", [False, True])
+def test_packets_for_the_mn_come_here_when_it_has_been_told(kinds: tuple[str, ...], stock: bool) -> None:
+    # until then nothing that left here would reach it, and the other gateway goes on sending
+    async def scenario() -> None:
+        here = place()
+        drawn: list[bool] = []
+
+        async def updown(context: IkeContext, *, up: bool, **more: Any) -> None:
+            drawn.append(up)
+
+        here.host.updown = updown  # type: ignore[method-assign]
+        context = a_context(1)
+        other = rival(context, *kinds, shared=True)
+        for one in (other, context):
+            here.mobiles.add(one)
+        if stock:
+            here.mobiles.stock.add(str(context.remote_id))
+        here.charon.serve(other)
+        final = final_of(context)
+        await here.sink.prepare(context, False)
+        assert here.sink.cannot_send(context)
+        await here.sink.take(context, final)
+        assert drawn == []
+        report = await here.sink.move_peer(context, final)
+        now = here.mobiles.have[str(context.remote_id)].children[0]
+        outbound = here.sad.sas[context.remote.address, now.spi_out]
+        same_keys = (now.nonce_i, now.nonce_r) == (context.children[0].nonce_i, context.children[0].nonce_r)
+        assert same_keys is not stock
+        if same_keys:
+            # farther on than the other gateway may get
+            assert outbound.replay.oseq >= 300 + 2 * SENDING_PACKETS
+        await here.sink.activate(context, final, report)
+        await here.sink.activate(context, final, report)
+        assert drawn == [True]
+        assert not here.sink.cannot_send(context)
+        here.sound()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kinds", [(), ("inbound",), ("ike",)], ids="-".join)
+def test_packets_for_the_mn_come_here_at_once_where_its_spi_is_free(kinds: tuple[str, ...]) -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        for one in (other := rival(context, *kinds), context):
+            here.mobiles.add(one)
+        if kinds:
+            here.charon.serve(other)
+        await here.sink.prepare(context, False)
+        assert not here.sink.cannot_send(context)
+        await here.sink.take(context, final_of(context))
+        assert here.host.store.get("taken", (context.spis[0] + context.spis[1]).hex()) is not None
+
+    run(scenario())
+
+
+def test_without_numbers_for_both_only_one_gateway_sends() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        child = context.children[0]
+        many = replace(child.outbound, seq=(1 << 32) - 8 * SENDING_PACKETS)
+        context = replace(context, children=(replace(child, outbound=many, esn=False), *context.children[1:]))
+        here.charon.serve(rival(context, "outbound", shared=True))
+        await here.sink.prepare(context, False)
+        assert not here.sink.cannot_send(context)
+
+    run(scenario())
+
+
+def test_what_is_undone_before_the_mn_was_told_has_drawn_nothing() -> None:
+    async def scenario() -> None:
+        here = place()
+        drawn: list[bool] = []
+
+        async def updown(context: IkeContext, *, up: bool, **more: Any) -> None:
+            drawn.append(up)
+
+        here.host.updown = updown  # type: ignore[method-assign]
+        context = a_context(1)
+        here.charon.serve(rival(context, "outbound", shared=True))
+        await here.sink.prepare(context, False)
+        await here.sink.take(context, final_of(context))
+        await here.sink.undo(context)
+        assert drawn == []
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kinds", [(), ("inbound",)], ids="-".join)
+def test_activating_what_is_active_sets_no_message_id_back(kinds: tuple[str, ...]) -> None:
+    # the agent was killed before the journal said that the SA is here, and charon has spoken meanwhile
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        for one in (rival(context, *kinds), context):
+            here.mobiles.add(one)
+        if kinds:
+            here.charon.serve(rival(context, *kinds))
+        final = final_of(context)
+        report = await move(here, context)
+        orders: list[int] = []
+        here.charon.step = lambda: orders.append(1)
+        here.begin()
+        await here.sink.activate(context, final, report)
+        await here.sink.undo(context)
+        assert orders == []
+        here.sound()
+
+    run(scenario())
+
+
+def test_notes_of_what_came_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        here = place()
+        clock = [2_000_000_000.0]
+        monkeypatch.setattr(sink_module.time, "time", lambda: clock[0])
+        first, second, third = a_context(1), a_context(2, "198.51.100.8"), a_context(3, "198.51.100.9")
+        for context, seconds in ((first, 0.0), (second, 30.0), (third, 700.0)):
+            clock[0] += seconds
+            here.mobiles.add(context)
+            await move(here, context)
+        kept = {key for key, _ in here.host.store.items("import")}
+        assert kept == {(third.spis[0] + third.spis[1]).hex()}
 
     run(scenario())

@@ -54,8 +54,10 @@ _RECORD = "record"
 DETOUR = "detour"
 """Kind of store entry: the prefixes that go by way of another gateway for an SA that left."""
 IMPORT = "import"
-"""Kind of store entry: this SA is being imported, so an undo may delete it. Without it an SA of that name is
-somebody's, and stays."""
+"""Kind of store entry: this SA is being imported, so an undo may delete it. Without it, or when it says
+`IMPORTED`, an SA of that name is somebody's, and stays."""
+IMPORTED = b"imported "
+"""What an `IMPORT` entry begins with when all is done; then when (s since 1970, 8 octets)."""
 _UPDATE_SPI = "update-spi"
 """Kind of store entry, by the MN's identity: does it know UPDATE_SPI, and when it was seen (s since 1970)."""
 _UPDATE_SPI_FOR = 86400.0
@@ -276,7 +278,8 @@ class CharonHost:
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""
-        return sa in self.expected or self.store.get(IMPORT, _key(sa)) is not None
+        note = self.store.get(IMPORT, _key(sa))
+        return sa in self.expected or (note is not None and not note.startswith(IMPORTED))
 
     async def settle(self) -> None:
         """Let HA datagrams that charon sent before its last VICI answer be read."""

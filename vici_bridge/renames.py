@@ -26,7 +26,7 @@ from ikectx.context import Address, ChildContext, Endpoint, IkeContext, ReplaySt
 from ikectx.errors import CharonError, KernelError, RefusedError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Status
-from ikectx.ports import MoveReport
+from ikectx.ports import SENDING_PACKETS, MoveReport
 
 from .chain import leftovers, reshape, settle
 from .charon import SaView
@@ -222,6 +222,15 @@ class Renames:
             ours = replace(inbound, spi=planned.new_in, replay=fresh, sequence=0)
             # one datagram, so that nobody takes the SPI in between
             kernel.batch([*([there.delete()] if there is not None else []), ours.add()])
+
+    def others_send(self, here: IkeContext) -> bool:
+        """Does the other gateway go on sending until the MN knows its new SPIs? This one cannot, and the
+        numbers under the old keys suffice for both."""
+        plan = self.plan_of(here)
+        if plan is None or plan.later or all(one.hold_out == one.spi_out for one in plan.children):
+            return False
+        least = (1 << 32) - 8 * SENDING_PACKETS
+        return all(child.esn or child.outbound.seq < least for child in here.children)
 
     # The MN has agreed.
 
@@ -428,7 +437,8 @@ class Renames:
                 raise KernelError(f"an ESP SA of CHILD_SA {new.name} has gone")
             sent, _ = kernel.get_replay(sent_by, outbound=True)
             top = (1 << (64 if new.esn else 32)) - 1
-            ahead = min(sent.seq + host.config.oseq_jump, top)
+            jump = 2 * SENDING_PACKETS if self.others_send(here) else host.config.oseq_jump
+            ahead = min(sent.seq + jump, top)
             now, _ = kernel.get_replay(outbound, outbound=True)
             if ahead > now.seq:
                 kernel.set_replay(outbound, replace(sent, seq=ahead), outbound=True)

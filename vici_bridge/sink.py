@@ -40,7 +40,7 @@ from .checks import (
     check_selectors,
     check_vips,
 )
-from .host import DETOUR, IMPORT, CharonHost, Mover, Settler
+from .host import DETOUR, IMPORT, IMPORTED, CharonHost, Mover, Settler
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
 from .xfrm_parts import INET as AF_INET
@@ -55,6 +55,10 @@ _TAKEN = "taken"
 _NEW_NAMES = "new-names"
 """Kind of store entry: what the answer to an MN's request says of its SA's new names, and since when."""
 _NEW_NAMES_FOR = 600.0
+_IMPORTED_FOR = 600.0
+"""Seconds in which an agent that was killed just then comes back, and activates what is active."""
+_SWEEP = 60
+"""Seconds between two looks for notes that are older than that."""
 
 
 class CharonSink:
@@ -82,6 +86,7 @@ class CharonSink:
         """SAs whose MN will be told by an answer it waits for (CTAA)."""
         self._seen: set[str] = set()
         """SAs that charon had when they were taken, in this life of the agent."""
+        self._swept = 0
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context as it stands at this gateway: our outer address instead of the other's."""
@@ -163,6 +168,10 @@ class CharonSink:
         """Has the SA new SPIs that no answer tells the MN? `move_peer` must, though it moves by itself."""
         plan = self._renames.plan_of(self._here(context))
         return plan is not None and not plan.later
+
+    def cannot_send(self, context: IkeContext) -> bool:
+        """See `ikectx.ports.Renamer`."""
+        return self._renames.others_send(self._here(context))
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
         """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
@@ -281,9 +290,14 @@ class CharonSink:
         if view is None:
             raise CharonError("charon lost the prepared SA")
         self._seen.add(_key(context))
-        host.store.put(_TAKEN, _key(context), b"1")
+        if not self._renames.others_send(here):
+            await self._draw(context, shape, view)
+
+    async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
+        """Packets for the MN come here from now on."""
+        self._host.store.put(_TAKEN, _key(context), b"1")
         reqids = {child.spi_in: child.reqid for child in view.children}
-        await host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
+        await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
         """See `ikectx.ports.Settler`."""
@@ -368,8 +382,16 @@ class CharonSink:
         host = self._host
         here = self._here(context)
         plan = self._renames.plan_of(here)
-        if host.store.get(IMPORT, _key(context)) != _ACTIVE:
+        note = host.store.get(IMPORT, _key(context)) or b""
+        if note.startswith(IMPORTED):
+            return  # message IDs have gone on since
+        if note != _ACTIVE:
             shape = await self._renames.converge(here)
+            view = await host.view(shape.spis)
+            if view is None:
+                raise CharonError("charon lost the prepared SA")
+            if host.store.get(_TAKEN, _key(context)) is None:
+                await self._draw(context, shape, view)
             version = await host.version()
             ike = ha.IkeId.of(shape.current)
             mids = [
@@ -401,18 +423,31 @@ class CharonSink:
             # without its plan an SA of that name is somebody else's: nothing may be undone from here on
             self._renames.forget(here)
             host.store.delete(_TAKEN, _key(context))
-            host.store.delete(IMPORT, _key(context))
+            self._imported(_key(context))
             if asked:
                 host.note_update_spi(here.remote_id, True)  # an MN with an agent, and agents know UPDATE_SPI
         except StoreError as error:
             log.error("%s serves, but notes of its move are left: %s", here.remote_id, error)
 
+    def _imported(self, key: str) -> None:
+        now = int(time.time())
+        self._sweep(now)
+        self._host.store.put(IMPORT, key, IMPORTED + now.to_bytes(8))
+
+    def _sweep(self, now: int) -> None:
+        """Forget notes that nobody will ask for any more; not for each of a thousand SAs that come at once."""
+        if now < self._swept + _SWEEP:
+            return
+        self._swept = now
+        for kind, head, kept in ((IMPORT, IMPORTED, _IMPORTED_FOR), (_NEW_NAMES, b"", _NEW_NAMES_FOR)):
+            for key, raw in self._host.store.items(kind):
+                when = int.from_bytes(raw.removeprefix(head)[:8])
+                if raw.startswith(head) and now - when > kept:
+                    self._host.store.delete(kind, key)
+
     def _note_names(self, here: IkeContext, plan: Plan | None) -> None:
         """What an answer is to tell the MN, where nobody has asked it."""
         store, now = self._host.store, time.time()
-        for key, raw in store.items(_NEW_NAMES):
-            if now - int.from_bytes(raw[:8]) > _NEW_NAMES_FOR:
-                store.delete(_NEW_NAMES, key)
         if plan is None or plan.told is not None:
             return
         spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
@@ -449,7 +484,8 @@ class CharonSink:
         """See `ContextSink.undo`."""
         host = self._host
         here = self._here(context)
-        if host.store.get(IMPORT, _key(context)) is None:
+        note = host.store.get(IMPORT, _key(context))
+        if note is None or note.startswith(IMPORTED):
             self._renames.forget(here, undone=True)
             return
         plan = self._renames.plan_of(here)

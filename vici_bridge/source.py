@@ -8,10 +8,11 @@ packets are decrypted until the SA is released.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -27,7 +28,7 @@ from ikectx.context import (
 from ikectx.errors import BusyError, CharonError, KernelError, LinkError, RefusedError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Mode, Status
-from ikectx.ports import SaName
+from ikectx.ports import SENDING_PACKETS, SENDING_SECONDS, SaName
 from ikectx.relocate import relocate
 
 from . import ha
@@ -50,6 +51,11 @@ _FROZEN = "frozen"
 _LET_GO = "let-go"
 """Kind of store entry: a freeze was complete, and the other gateway may have begun to serve. Its value: the
 message ID of our next request, and an octet more if the one before has no answer (`unsure`)."""
+_SENDING = "sending"
+"""Kind of store entry: ESP of this SA went on when it was frozen, until there was a `_FROZEN`. Its value: the
+name of the gateway it goes to."""
+_LOOK = 0.1
+"""Seconds between two looks at how much of it has left."""
 ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
 """charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer, and
 if an MN has left, another gateway may go on with the next request."""
@@ -68,6 +74,8 @@ class CharonSource:
         self._mover = mover
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
+        self._sending: set[SaName] = set()
+        """SAs whose ESP goes on though they are frozen, and is counted."""
 
     async def _view(self, sa: SaName) -> SaView | None:
         if sa in self.departing:
@@ -192,7 +200,9 @@ class CharonSource:
                 )
         return tuple(sorted(found, key=lambda p: (p.child, p.direction, p.local_ts, p.remote_ts)))
 
-    async def freeze(self, context: IkeContext, to: str = "", *, away: bool = False) -> FinalState:
+    async def freeze(
+        self, context: IkeContext, to: str = "", *, away: bool = False, sending: bool = False
+    ) -> FinalState:
         """See `ContextSource.freeze`. `to` names the peer whose inner addresses take packets for the MN.
 
         charon tells over HA the ID after that of a request when it sends it, not when it is answered. With
@@ -218,7 +228,10 @@ class CharonSource:
                 known = replace(known, mid_initiator=_last(known), unsure=True)
             # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
             jump = 2 * host.config.oseq_jump
-            self._stop_outbound(context, to)
+            if sending and kernel is not None:
+                host.store.put(_SENDING, _key(spis), to.encode())
+            else:
+                self._stop_outbound(context, to)
             final = []
             for child in context.children:
                 inbound, outbound = child.inbound, child.outbound
@@ -233,6 +246,9 @@ class CharonSource:
         except BaseException:
             await self.thaw(context, jump)
             raise
+        if sending and kernel is not None:
+            self._sending.add(spis)
+            host.spawn(self._go_on(context, final))
         return FinalState(
             spi_i=spis[0],
             spi_r=spis[1],
@@ -293,6 +309,35 @@ class CharonSource:
             else:
                 host.kernel.delete_policy(policy)
 
+    async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
+        """Let ESP leave until the other gateway does that, or for as long and as much as it may."""
+        end = time.monotonic() + SENDING_SECONDS
+        start = {child.spi_in: child.outbound.seq for child in final}
+        while context.spis in self._sending:
+            if time.monotonic() > end or self._sent(context, start) >= SENDING_PACKETS:
+                log.warning("%s: no more ESP from here, the MN has not been told yet", context.connection)
+                self._end_sending(context)
+            await asyncio.sleep(_LOOK)
+
+    def _sent(self, context: IkeContext, start: Mapping[bytes, int]) -> int:
+        """The most that a CHILD_SA has sent since."""
+        kernel = self._host.kernel
+        sent = [0]
+        for child in context.children if kernel is not None else ():
+            _, outbound = self._host.kernel_pair(context, child)
+            if kernel is not None and outbound is not None:
+                state, _ = kernel.get_replay(outbound, outbound=True)
+                sent.append(state.seq - start[child.spi_in])
+        return max(sent)
+
+    def _end_sending(self, context: IkeContext) -> None:
+        """As any other freeze has done, unless that is so; then there is a note of the policies."""
+        self._sending.discard(context.spis)
+        store, key = self._host.store, _key(context.spis)
+        to = store.get(_SENDING, key)
+        if to is not None and store.get(_FROZEN, key) is None:
+            self._stop_outbound(context, to.decode())
+
     def _outbound_policies(self, context: IkeContext) -> list[KernelPolicy]:
         assert self._host.kernel is not None
         reqids = set()
@@ -312,6 +357,10 @@ class CharonSource:
         host = self._host
         key = _key(context.spis)
         view = await host.view(context.spis)
+        if host.store.get(_SENDING, key) is not None:
+            # the other gateway may have sent under these keys, from twice as far on
+            oseq_jump = max(oseq_jump, 4 * SENDING_PACKETS)
+            self._sending.discard(context.spis)
         saved = host.store.get(_FROZEN, key)
         if view is not None and host.kernel is not None:
             if oseq_jump:
@@ -333,8 +382,8 @@ class CharonSource:
                 await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
             await self._call_back(context, int.from_bytes(let_go[:4]), 3 if let_go[4:] else 2)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        host.store.delete(_LET_GO, key)
-        host.store.delete(_FROZEN, key)
+        for kind in (_LET_GO, _SENDING, _FROZEN):
+            host.store.delete(kind, key)
 
     async def _call_back(self, context: IkeContext, mid: int, ids: int) -> None:
         """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
@@ -366,11 +415,12 @@ class CharonSource:
         view = await host.view(context.spis)
         if view is not None:
             reqids = {child.spi_in: child.reqid for child in view.children}
+            self._end_sending(context)
             await host.delete(context, self._late_packets(context))
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        host.store.delete(_LET_GO, _key(context.spis))
-        host.store.delete(_FROZEN, _key(context.spis))
+        for kind in (_LET_GO, _SENDING, _FROZEN):
+            host.store.delete(kind, _key(context.spis))
         host.spawn(self._end_detour(_key(context.spis)))
 
     def _late_packets(self, context: IkeContext) -> Callable[[], bool]:
@@ -395,7 +445,14 @@ class CharonSource:
         return put_back
 
     def resume(self) -> None:
-        """After a start: detours of an agent before this one end like its own; those of frozen SAs stay."""
+        """After a start: detours of an agent before this one end like its own; those of frozen SAs stay.
+
+        What an SA goes on sending ends: nobody has counted it meanwhile.
+        """
+        for key, _ in self._host.store.items(_SENDING):
+            name = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+            with contextlib.suppress(UnknownSaError):
+                self._end_sending(self._host.context(name))
         for key, _ in self._host.store.items(DETOUR):
             if self._host.store.get(_FROZEN, key) is None:
                 self._host.spawn(self._end_detour(key))
