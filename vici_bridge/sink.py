@@ -435,7 +435,7 @@ class CharonSink:
         self._host.store.put(IMPORT, key, IMPORTED + now.to_bytes(8))
 
     def _sweep(self, now: int) -> None:
-        """Forget notes that nobody will ask for any more; not for each of a thousand SAs that come at once."""
+        """Forget notes that nobody will ask for any more; not once for each of a thousand SAs."""
         if now < self._swept + _SWEEP:
             return
         self._swept = now
