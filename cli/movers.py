@@ -17,6 +17,7 @@ from ikectx.numbers import Prf, Protocol, Status
 from ikectx.ports import MoveReport
 from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
 from mobike_ext.link import (
+    SpiReport,
     UpdateReport,
     keep_answering,
     run_address_update,
@@ -102,9 +103,14 @@ class MnSettler:
         return found
 
 
-def _warn_of_nat(report: UpdateReport) -> None:
-    if report.nat is not None:
-        log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
+def _warn_of_nat(report: UpdateReport | SpiReport) -> None:
+    nat = report.nat
+    if nat is not None:
+        log.warning(
+            "the MN's way to this gateway has other NATs than before: here %s, at the MN %s",
+            "one" if nat.nat_here else "none",
+            "one" if nat.nat_there else "none",
+        )
 
 
 @dataclass(slots=True)
@@ -202,8 +208,7 @@ class MnRenamer:
             first = alone and talk.wish.addresses
             alone = False
             talk.took(report.move)
-            if report.nat is not None:
-                log.warning("the MN's way to this gateway has other NATs than before: %s", report.nat)
+            _warn_of_nat(report)
             talk.moved = talk.moved or addresses
             after = replace(
                 talk.now,

@@ -5,7 +5,7 @@ The part that all exchanges of this house have in common; what is asked and what
 
 An answer counts when it opens under SK, carries the message ID and exchange type of the request that waits,
 and comes from the address and port the request went to. Everything else is counted and ignored, so no forged
-or late datagram ends an exchange. A request of the MN is kept apart: see `Asking.requests`.
+or late datagram ends an exchange. A request of the MN is kept apart: see `Asking.peer_requests`.
 """
 
 from __future__ import annotations

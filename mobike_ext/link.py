@@ -93,10 +93,7 @@ def _send(raw: RawLink, datagrams: list[tuple[bytes, Endpoint]]) -> str:
 
 
 def _nat(events: list[object]) -> PeerNatChanged | None:
-    nat = next((event for event in events if isinstance(event, PeerNatChanged)), None)
-    if nat is not None:
-        log.warning("NAT on the new path differs: here %s, at the MN %s", nat.nat_here, nat.nat_there)
-    return nat
+    return next((event for event in events if isinstance(event, PeerNatChanged)), None)
 
 
 # --- requests ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ikectx.errors import RefusedError
 from ikectx.ports import MoveReport
 from ikectx_cli import movers
 from ikectx_cli.movers import MnRenamer
-from mobike_ext.exchange import AddressUpdate
+from mobike_ext.exchange import AddressUpdate, PeerNatChanged
 from mobike_ext.link import RekeyReport, SpiReport, UpdateReport
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
@@ -62,7 +62,7 @@ class Mn:
         self._sent(machine)
         if self.outcome == "address refused":
             raise RefusedError("the MN refused the new address")
-        return UpdateReport(ONE)
+        return UpdateReport(ONE, PeerNatChanged(0, False, True) if self.outcome == "other NATs" else None)
 
     async def run_rekey(
         self, machine: ChildRekey | IkeRekey, *, made: Callable[[Any], Awaitable[None]], mark: int
@@ -191,6 +191,12 @@ def test_an_mn_that_must_not_be_rekeyed(monkeypatch: pytest.MonkeyPatch) -> None
     mn, made = Mn(monkeypatch, "unsupported"), Made()
     with pytest.raises(RefusedError):
         ask(mn, made, rekey=False)
+
+
+def test_other_nats_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    ask(Mn(monkeypatch, "other NATs"), Made(), update=False)
+    [told] = [record.getMessage() for record in caplog.records if "NAT" in record.getMessage()]
+    assert told.endswith("here none, at the MN one")
 
 
 def test_an_address_that_is_refused_has_used_its_message_id(monkeypatch: pytest.MonkeyPatch) -> None:
