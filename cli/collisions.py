@@ -115,12 +115,16 @@ def _product(serving: int, spis: int, moved: int, *, falling: bool) -> float:
     return math.exp(total)
 
 
-def simulate(moved: int, serving: int, spis: int = RANGE, *, seed: int = 1, runs: int = 0) -> Simulated:
+def simulate(
+    moved: int, serving: int, spis: int = RANGE, *, seed: int = 1, runs: int = 0
+) -> Simulated | None:
     """The same by chance: SAs with drawn SPIs move, and those that collide get free ones.
 
-    `runs` 0: as many as some seconds allow, 2 at least.
+    `runs` 0: as many as some seconds allow, 2 at least; None where even those take longer.
     """
     expected(moved, serving, spis)  # checks the numbers
+    if not runs and moved + serving > _DRAWS:
+        return None
     runs = runs or max(2, min(2000, _DRAWS // max(moved + serving, 1)))
     dice = Random(seed)  # noqa: S311  not for keys
     counts = [[_run(dice, moved, serving, spis, distinct) for _ in range(runs)] for distinct in (True, False)]

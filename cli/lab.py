@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,33 @@ import click
 from ikectx.errors import IkectxError, KernelError, UsageError
 
 from . import lab_scenario, lab_start
+from .answers import json_option
 from .lab_config import Tunnel
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS, has_kernel_esp, load_modules
 from .lab_vm import run_in_vm
+
+ESP_HELP = "Where ESP is done: this kernel, one of a VM, or charon; auto: this kernel if it can, else a VM."
+
+
+def _a_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Of folders, network namespaces and processes. Errors: click.BadParameter."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,15}", value):
+        what = "is not 1 to 16 small letters, digits and hyphens"
+        raise click.BadParameter(f"{value!r} {what}", ctx, param)
+    return value
+
+
+def _milliseconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """A delay. Errors: click.BadParameter, also for nan."""
+    if value is not None and not 0 <= value <= 10_000:
+        raise click.BadParameter(f"{value:g} is not from 0 to 10000 ms", ctx, param)
+    return value
+
+
+name_option = click.option(
+    "--name", default=DEFAULT_NAME, show_default=True, callback=_a_name, help="Of the lab."
+)
 
 
 @click.group(short_help="A testbed of network namespaces.")
@@ -27,14 +51,32 @@ def lab() -> None:
 
 
 @lab.command()
-@click.option("--name", default=DEFAULT_NAME, show_default=True)
-@click.option("--delay", default=20.0, show_default=True, help="One-way delay of the access link in ms.")
-@click.option("--esp", type=click.Choice(["kernel", "libipsec"]), default="kernel", show_default=True)
-@click.option("--auth", type=click.Choice(["psk", "cert", "eap"]), default="psk", show_default=True)
+@name_option
+@click.option(
+    "--delay",
+    default=20.0,
+    show_default=True,
+    callback=_milliseconds,
+    help="One-way delay of the access link in ms.",
+)
+@click.option(
+    "--esp",
+    type=click.Choice(["kernel", "libipsec"]),
+    default="kernel",
+    show_default=True,
+    help="Where ESP is done: this kernel, or charon.",
+)
+@click.option(
+    "--auth",
+    type=click.Choice(["psk", "cert", "eap"]),
+    default="psk",
+    show_default=True,
+    help="How the mobile node and the gateways prove who they are.",
+)
 @click.option(
     "--family", type=click.Choice(["4", "6"]), default="4", show_default=True, help="Outer IP version."
 )
-@click.option("--agents/--no-agents", default=True, show_default=True)
+@click.option("--agents/--no-agents", default=True, show_default=True, help="Also run the gateways' agents.")
 @click.option("--connect/--no-connect", default=False, help="Also connect the mobile node to psg.")
 def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool) -> None:
     """Bring a lab up and leave it standing."""
@@ -60,7 +102,7 @@ def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, 
 
 
 @lab.command()
-@click.option("--name", default=DEFAULT_NAME, show_default=True)
+@name_option
 @click.option("--all", "every", is_flag=True, help="All that `lab up` made.")
 def down(name: str, every: bool) -> None:
     """Take a lab down, with everything in it."""
@@ -72,7 +114,7 @@ def down(name: str, every: bool) -> None:
 @lab.command(
     "exec", context_settings={"ignore_unknown_options": True}, short_help="Run a command on one of its hosts."
 )
-@click.option("--name", default=DEFAULT_NAME, show_default=True)
+@name_option
 @click.argument("host", type=click.Choice(HOSTS))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def exec_(name: str, host: str, command: tuple[str, ...]) -> None:
@@ -96,7 +138,7 @@ def vm(rw: bool, share: Path | None, command: tuple[str, ...]) -> None:
 
 
 @lab.command()
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def scenarios(as_json: bool) -> None:
     """List the scenarios."""
     found = {name: lab_scenario.load(name).description for name in lab_scenario.names()}
@@ -110,10 +152,17 @@ def scenarios(as_json: bool) -> None:
 @click.argument("names", nargs=-1, metavar="SCENARIO...")
 @click.option("--all", "every", is_flag=True, help="Every scenario.")
 @click.option(
-    "--esp", type=click.Choice(["auto", "kernel", "vm", "libipsec"]), default="auto", show_default=True
+    "--esp",
+    type=click.Choice(["auto", "kernel", "vm", "libipsec"]),
+    default="auto",
+    show_default=True,
+    help=ESP_HELP,
 )
 @click.option(
-    "--delay", type=float, help="One-way delay of the access link in ms, instead of the scenario's."
+    "--delay",
+    type=float,
+    callback=_milliseconds,
+    help="One-way delay of the access link in ms, instead of the scenario's.",
 )
 @click.option(
     "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run each so many times."
@@ -170,7 +219,13 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 
 @lab.command(short_help="Run scenarios several times; print medians.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
-@click.option("--esp", type=click.Choice(["auto", "kernel", "vm"]), default="auto", show_default=True)
+@click.option(
+    "--esp",
+    type=click.Choice(["auto", "kernel", "vm"]),
+    default="auto",
+    show_default=True,
+    help=ESP_HELP,
+)
 @click.option(
     "--from",
     "files",
@@ -250,7 +305,9 @@ def _measured(names: Sequence[str], runs: int, esp: str) -> tuple[list[dict[str,
 @click.option(
     "--range", "spis", type=click.IntRange(1), help="SPIs to choose from; charon's 2^28 by default."
 )
-@click.option("--runs", type=click.IntRange(0), default=0, help="Simulated moves; 0: as some seconds allow.")
+@click.option(
+    "--runs", type=click.IntRange(0), default=0, help="Simulated moves; 0: as some seconds allow, if any."
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the simulation.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int, as_json: bool) -> None:
@@ -260,7 +317,8 @@ def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int,
     found = arithmetic.expected(moved, serving, spis or arithmetic.RANGE)
     chance = arithmetic.simulate(moved, serving, found.spis, seed=seed, runs=runs)
     if as_json:
-        click.echo(json.dumps({"expected": found.to_json(), "simulated": chance.to_json()}, indent=2))
+        simulated = chance.to_json() if chance is not None else None
+        click.echo(json.dumps({"expected": found.to_json(), "simulated": simulated}, indent=2))
         return
     click.echo(f"{moved} SAs moved onto {serving}, {found.spis} SPIs")
     table = [("", "from one gateway", "from many gateways"), *arithmetic.rows(found, chance)]

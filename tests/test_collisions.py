@@ -50,6 +50,7 @@ def test_long_sums_are_integrals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_simulation_agrees(moved: int, serving: int, spis: int) -> None:
     found = expected(moved, serving, spis)
     chance = simulate(moved, serving, spis, seed=7, runs=400)
+    assert chance is not None
     assert abs(chance.one - found.one) < 5 * chance.one_error + 1e-9
     assert abs(chance.many - found.many) < 5 * chance.many_error + 1e-9
 
@@ -93,3 +94,13 @@ def test_the_command() -> None:
     told = json.loads(runner.invoke(lab, [*words, "--json"]).output)
     assert told["expected"]["approximate"] == 5.0
     assert abs(told["simulated"]["one"] - told["expected"]["one"]) < 2
+
+
+def test_what_would_take_minutes_is_not_simulated() -> None:
+    words = ["collisions", "--moved", "100000000", "--serving", "5"]
+    shown = CliRunner().invoke(lab, words)
+    assert shown.exit_code == 0, shown.output
+    assert "simulated" not in shown.output
+    told = json.loads(CliRunner().invoke(lab, [*words, "--json"]).output)
+    assert told["simulated"] is None
+    assert told["expected"]["moved"] == 100_000_000
