@@ -6,14 +6,13 @@ import contextlib
 import json
 import re
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ikectx.errors import IkectxError, KernelError, UsageError
+from ikectx.errors import KernelError, UsageError
 
 from . import lab_scenario, lab_start
 from .answers import json_option
@@ -348,16 +347,3 @@ def tidy() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def main() -> None:
-    """`python -m ikectx_cli.lab`: the group by itself, errors as the command line shows them."""
-    try:
-        lab(standalone_mode=True)
-    except IkectxError as error:
-        click.echo(f"error: {error}" + (f" ({error.hint})" if error.hint else ""), err=True)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()
