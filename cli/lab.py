@@ -264,12 +264,19 @@ def bench(
         words = ["ikectx lab bench --runs", str(runs), *(() if esp == "auto" else ("--esp", esp)), *names]
         summary = lab_bench.summarise(reports, native, " ".join(words))
         ok = all(report["ok"] for report in [*reports, *native])
-    if target is not None and picture is not None:
-        target.write_text(lab_bench.page(summary, picture.name))
-        picture.write_text(lab_bench.picture(summary))
     click.echo(json.dumps(summary, indent=2) if as_json else lab_bench.page(summary), nl=as_json)
+    if target is not None and picture is not None:
+        _write(picture, lab_bench.picture(summary))
+        _write(target, lab_bench.page(summary, picture.name))
     if not ok:
         click.get_current_context().exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
 
 
 def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
@@ -280,8 +287,10 @@ def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
     for file in files:
         try:
             found[str(file)] = lab_bench.read(file.read_text(encoding="utf-8"), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file}: {error}") from None
+        except OSError as error:
+            raise UsageError(f"{file}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file}: not UTF-8 at octet {error.start}") from None
     words = [f"--from {file}" for file in found] + ([] if target is None else [f"--page {target}"])
     return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))
 

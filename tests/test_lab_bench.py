@@ -283,3 +283,16 @@ def test_runs_name_the_command_that_ran_them(
     assert list(summary["native"]) == ["reactive"]
     assert "all are counted: pull (2 of 2 runs)." in page(summary)
     assert "Not every run" not in page(summarise([report(2, 10.0)]))
+
+
+def test_what_was_measured_is_told_though_the_page_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs take an hour: nothing of them may be lost."""
+    monkeypatch.setattr(lab.lab_start, "run", lambda *_: [report(2, 10.0)])
+    monkeypatch.setattr(lab.lab_start, "choose", lambda _esp: "kernel")
+    (tmp_path / "page.svg").mkdir()
+    assert bench("handover", "--page", str(tmp_path / "page.md")) == 2
+    out, err = capsys.readouterr()
+    assert "| handover | 5 | 2 | 2 | 10 |" in out
+    assert "page.svg: Is a directory" in err
