@@ -12,6 +12,7 @@ import errno
 import ipaddress
 import logging
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,12 @@ log = logging.getLogger(__name__)
 
 HA_PORT = 4510
 _SO_RCVBUFFORCE = 33
-"""linux/socket.h; Python does not name it."""
+_SO_MEMINFO = 55
+"""linux/socket.h; Python does not name them."""
+_DROPS = 8
+"""Which of SO_MEMINFO's numbers counts datagrams that found the buffer full (linux/sock_diag.h)."""
+_BUFFER = 4 * 1024 * 1024
+"""Octets. The kernel doubles it, and counts its own: some 10,000 messages, those of 2,000 SAs' set-up."""
 _QUEUE_LIMIT = 64 * 1024
 """Octets waiting at charon above which the sender pauses: a third of its default buffer."""
 _BATCH = 16
@@ -38,6 +44,8 @@ class HaSocket(asyncio.DatagramProtocol):
         self._remote = remote
         self._port = port
         self._receive = receive
+        self._sock: socket.socket | None = None
+        self._lost = 0
         self._transport: asyncio.DatagramTransport | None = None
         self._lock = asyncio.Lock()
 
@@ -46,7 +54,7 @@ class HaSocket(asyncio.DatagramProtocol):
         family = socket.AF_INET6 if ":" in self._local else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 4 * 1024 * 1024)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         except PermissionError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024 * 1024)
         try:
@@ -60,6 +68,7 @@ class HaSocket(asyncio.DatagramProtocol):
                 if error.errno == errno.EADDRINUSE
                 else "check charon.ha_local in the configuration; both addresses must be local",
             ) from None
+        self._sock = sock
         loop = asyncio.get_running_loop()
         await loop.create_datagram_endpoint(lambda: self, sock=sock)
 
@@ -69,6 +78,21 @@ class HaSocket(asyncio.DatagramProtocol):
 
     def datagram_received(self, data: bytes, addr: tuple[str | object, int]) -> None:
         self._receive(data)
+        self._look_for_losses()
+
+    def _look_for_losses(self) -> None:
+        """Say what was lost. Where something was, more is to be read: at other times nobody need look."""
+        if self._sock is None or self._transport is None:
+            return
+        numbers = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * (_DROPS + 1))
+        lost = int.from_bytes(numbers[4 * _DROPS :], sys.byteorder)
+        if lost != self._lost:
+            log.error(
+                "%d messages of charon's HA plugin were lost, since the agent did not read them in time: "
+                "SAs that they told of cannot be moved before `ikectx resync`",
+                lost - self._lost,
+            )
+            self._lost = lost
 
     def error_received(self, exc: Exception) -> None:
         # ECONNREFUSED: charon is not (yet) there. The record learns of it through VICI.
