@@ -69,16 +69,21 @@ FREE = {
 
 def other_at_nsg(world: World, folder: Path, **names: str) -> dict[str, Any]:
     """An SA of somebody else's at nsg, with these names; what charon lists of it."""
-    world.lab.stop("nsg", "agent")
+    take_in(world, folder, names)
+    return names_of(world.one("nsg"))
+
+
+def take_in(world: World, folder: Path, *sas: Mapping[str, str]) -> None:
+    """SAs of others come to nsg, with these names and for the rest those of `FREE`."""
+    version = wire_version(str(world.lab.vici("nsg").version()["version"]))
+    told = [json.dumps({**FREE, "local": "10.2.2.2", "version": version, **names}) for names in sas]
     script = folder / "import.py"
     script.write_text(IMPORT)
-    version = wire_version(str(world.lab.vici("nsg").version()["version"]))
-    told = {**FREE, "local": "10.2.2.2", "version": version, **names}
-    world.must("nsg", sys.executable, str(script), json.dumps(told))
+    world.lab.stop("nsg", "agent")
+    world.must("nsg", sys.executable, str(script), *told)
     world.lab.start_agent("nsg")
     until(lambda: world.status("nsg")["charon"]["reachable"], "nsg's agent has found charon")
-    until(lambda: len(world.lab.list_sas("nsg")) == 1, "nsg has the other SA")
-    return names_of(world.one("nsg"))
+    until(lambda: len(world.lab.list_sas("nsg")) == len(sas), "nsg has the other SAs")
 
 
 def names_of(sa: Mapping[str, Any]) -> dict[str, Any]:

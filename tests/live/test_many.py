@@ -8,6 +8,7 @@ import pytest
 
 from ikectx_cli.lab_net import OUTER
 
+from .fleet import Fleet
 from .world import World, spis, until
 
 pytestmark = pytest.mark.live
@@ -15,44 +16,10 @@ pytestmark = pytest.mark.live
 COUNT = 10
 
 
-@pytest.fixture(autouse=True)
-def addresses(world: World) -> Iterator[None]:
-    """An address for each mobile node: CXTP names them by it, so only those of different ones run at once."""
-    for number in range(COUNT):
-        world.must("mn", "ip", "address", "add", f"10.1.0.{20 + number}/24", "dev", "eth0")
-    yield
-    world.forget("mn")
-    for number in range(COUNT):
-        world.must("mn", "ip", "address", "del", f"10.1.0.{20 + number}/24", "dev", "eth0")
-
-
-def several(world: World) -> list[str]:
-    """As many IKE_SAs at psg, all from the one charon of mn; the names of their connections there."""
-    names = [f"n{number}" for number in range(COUNT)]
-    sections = [
-        f"""  {name} {{
-    version = 2
-    proposals = aes128gcm16-prfsha256-x25519
-    remote_addrs = {OUTER["psg"][4]}
-    local_addrs = 10.1.0.{20 + number}
-    vips = 10.4.0.{20 + number}
-    local {{ auth = psk
-      id = {name}.example }}
-    remote {{ auth = psk
-      id = psg.example }}
-    children {{ net {{ remote_ts = 10.3.0.0/24
-      esp_proposals = aes128gcm16 }} }}
-  }}"""
-        for number, name in enumerate(names)
-    ]
-    gateway = "pools { inner { addrs = 10.4.0.0/24 } }\n"
-    gateway += "connections { mn { pools = inner\n remote { id = %any } } }\n"
-    mobile = "connections {\n" + "\n".join(sections) + "\n}\n"
-    world.lab.reload(world.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
-    for name in names:
-        world.lab.initiate("mn", name, "net")
-    assert len(world.lab.list_sas("psg")) == COUNT
-    return names
+@pytest.fixture
+def fleet(world: World) -> Iterator[Fleet]:
+    with Fleet(world, COUNT).at_psg() as fleet:
+        yield fleet
 
 
 def served(world: World, gateway: str, before: set[tuple[str, str]]) -> bool:
@@ -75,15 +42,12 @@ def served(world: World, gateway: str, before: set[tuple[str, str]]) -> bool:
     return children[0] == children[1] and len(children[0]) == COUNT
 
 
-def test_all_at_once(world: World) -> None:
+def test_all_at_once(world: World, fleet: Fleet) -> None:
     # for each of them, all at a time: PCTD, CTDR, CTD; nsg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES); CTDR.
     # All the way back, too. Then an IKE rekey of each from both sides.
-    several(world)
     before = {spis(sa) for sa in world.lab.list_sas("mn")}
     for source, to in (("psg", "nsg"), ("nsg", "psg")):
-        done = world.transfer(source, to, "--all")
-        assert done.code == 0, done
-        assert [report["result"] for report in done.json["reports"]] == ["moved"] * COUNT
+        fleet.move(source, to)
         until(lambda to=to: served(world, to, before), f"{to} serves all")
     for host in ("mn", "psg"):
         old = {spis(sa) for sa in world.lab.list_sas("mn")}
@@ -99,9 +63,8 @@ def test_all_at_once(world: World) -> None:
     assert world.idle("psg") and world.idle("nsg")
 
 
-def test_one_of_many(world: World) -> None:
+def test_one_of_many(world: World, fleet: Fleet) -> None:
     # one moves by its identity; the others do not notice
-    several(world)
     done = world.transfer("psg", "nsg", "--peer", "n3.example")
     assert done.code == 0, done
     assert done.report["mn"] == "n3.example"
@@ -117,10 +80,9 @@ def test_one_of_many(world: World) -> None:
     until(lambda: served(world, "nsg", before), "nsg serves all")
 
 
-def test_one_mobile_node_is_slow(world: World) -> None:
+def test_one_mobile_node_is_slow(world: World, fleet: Fleet) -> None:
     # as above, but what nsg asks one of the MNs is dropped while all the others are moved and activated
     # (charon activates whole segments); then it gets through, and that one is moved like the others
-    several(world)
     before = {spis(sa) for sa in world.lab.list_sas("mn")}
     slow = next(sa for sa in world.lab.list_sas("psg") if sa["remote-id"] == "n2.example")
     rule = "add table inet test; add chain inet test way { type filter hook forward priority 0; };"
