@@ -13,7 +13,7 @@ from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StateError
 from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import MoveReport, Verdict, cannot_send, must_tell, settle, tell_later
+from .ports import MoveReport, Verdict, cannot_send, must_tell, renames, settle, tell_later
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
 from .relocate import relocate
 from .run import Observer, Parts, Run, log, step
@@ -208,8 +208,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     def _said(self) -> tuple[Verdict, ...]:
         if self.machine.state is TargetState.PREPARED and self.context is not None:
-            go_on = cannot_send(self.parts.sink, self.context)
-            return (Verdict(Fpt.GO_ON, Status.OK),) if go_on else ()
+            sink, context = self.parts.sink, self.context
+            told = ((Fpt.NEW_SPIS, renames(sink, context)), (Fpt.GO_ON, cannot_send(sink, context)))
+            return tuple(Verdict(fpt, Status.OK) for fpt, holds in told if holds)
         if self.machine.state is not TargetState.ABORTED:
             return self._verdicts
         if first_failure(self._verdicts) is not Status.OK:

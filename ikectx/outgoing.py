@@ -116,8 +116,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.mid = mid
         self.away = away
         self.expects: int | None = None
-        self.sending = False
-        """Does the peer want ESP to the MN to go on while it tells the MN other SPIs?"""
+        self.asked_for: frozenset[Fpt] = frozenset()
+        """What the peer said beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, and it cannot send yet."""
         self.told = False
         """Does the peer know that it ended, and why?"""
         self._begins = begins
@@ -422,7 +422,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._count(len(answer.serialize()))
         status, self._verdicts = offer_status(answer)
         if status is Status.OK:
-            self.sending = any(verdict.fpt is Fpt.GO_ON for verdict in self._verdicts)
+            self.asked_for = frozenset(verdict.fpt for verdict in self._verdicts)
             return SourceInput.ACCEPTED
         if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and answer.complete:
             # neither yes nor no: whoever may own it now, it is not for us to guess
@@ -449,7 +449,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._asked = None  # what is still to come for the PCTD is no answer to the CTD
         try:
             # not said where it is not wanted: sources of integrators may not know it
-            how = {"sending": True} if self.sending and not self.away else {}
+            words = (("sending", Fpt.GO_ON), ("renaming", Fpt.NEW_SPIS))
+            how = {word: True for word, fpt in words if fpt in self.asked_for}
             letting = self.parts.source.freeze(context, self.peer.name, away=self.away, **how)
             final: FinalState = await self._step("freeze", letting)
             final = changed(final, epoch=context.epoch + 1)

@@ -76,19 +76,29 @@ class ContextSource(Protocol):
         """
 
     async def freeze(
-        self, context: IkeContext, to: str, *, away: bool = False, sending: bool = False
+        self,
+        context: IkeContext,
+        to: str,
+        *,
+        away: bool = False,
+        sending: bool = False,
+        renaming: bool = False,
     ) -> FinalState:
         """Let go: from its return on this gateway sends neither IKE nor ESP for the SA.
 
         `sending`: ESP goes on, under the old SPIs, for `SENDING_SECONDS`, `SENDING_PACKETS` or until
         `release`, since the other gateway has others and cannot send before the MN knows them.
+        `renaming`: the other gateway gives CHILD_SAs other SPIs, which the MN may have when this is undone.
         `to` is the name of the gateway it goes to: packets for the MN that still arrive may be sent on there.
         Inbound ESP goes on being decrypted. Errors: BusyError when the SA changed since `context` was
         exported or has an exchange in flight; nothing is frozen then. `away`: as for `export`.
         """
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
-        """Undo `freeze` and serve on; outbound sequence numbers jump. Idempotent; works after a crash."""
+        """Undo `freeze` and serve on; outbound sequence numbers jump. Idempotent; works after a crash.
+
+        Where the freeze was told of a `renaming`, the CHILD_SAs are rekeyed: the MN may lack the old ones.
+        """
 
     async def release(self, context: IkeContext) -> None:
         """Delete the SA silently, keep decrypting late packets for a while. Idempotent."""
@@ -132,6 +142,9 @@ class Renamer(Protocol):
     def must_tell(self, context: IkeContext) -> bool:
         """The SA has new SPIs, and no answer will tell the MN: `move_peer` must."""
 
+    def renames(self, context: IkeContext) -> bool:
+        """Once it is prepared: its CHILD_SAs have SPIs here that the MN does not know."""
+
     def cannot_send(self, context: IkeContext) -> bool:
         """Once it is prepared: its outbound SPIs are not known to the MN, which `move_peer` will tell."""
 
@@ -149,6 +162,12 @@ def tell_later(sink: ContextSink, context: IkeContext, later: bool) -> None:
 def must_tell(sink: ContextSink, context: IkeContext) -> bool:
     """Of `sink`; False if it does not rename."""
     call = getattr(sink, "must_tell", None)
+    return call is not None and bool(call(context))
+
+
+def renames(sink: ContextSink, context: IkeContext) -> bool:
+    """Of `sink`; False if it does not rename."""
+    call = getattr(sink, "renames", None)
     return call is not None and bool(call(context))
 
 

@@ -266,7 +266,13 @@ class MemoryGateway:
             raise BusyError("IKE_DPD has no answer")
 
     async def freeze(
-        self, context: IkeContext, to: str, *, away: bool = False, sending: bool = False
+        self,
+        context: IkeContext,
+        to: str,
+        *,
+        away: bool = False,
+        sending: bool = False,
+        renaming: bool = False,
     ) -> FinalState:
         await self._step("freeze")
         sa = context.spis

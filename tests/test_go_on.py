@@ -12,6 +12,7 @@ import pytest
 
 from ikectx.context import FinalState, IkeContext
 from ikectx.cxtp import Ctdr, StatusBlock
+from ikectx.errors import LinkError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import SENDING_PACKETS, MoveReport
 from vici_bridge import source as source_module
@@ -171,6 +172,29 @@ def test_an_agent_that_starts_ends_it() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_the_mn_is_called_under_whatever_id_comes_next(used: int) -> None:
+    # the other gateway may have asked it to change addresses, to rekey a child, and to delete the old one
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            tried: list[int] = []
+
+            async def mover(there: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
+                tried.append(final.mid_initiator)
+                if len(tried) <= used:
+                    raise LinkError("silent")
+                return MoveReport(messages=2, requests=1)
+
+            source._mover = mover
+            here.charon.rekey = lambda *, child_id: None  # type: ignore[attr-defined]
+            final = await source.freeze(context, "nsg", renaming=True)
+            await source.thaw(context, 2000)
+            assert tried == [final.mid_initiator + n for n in range(used + 1)]
+            assert here.host.record.context(context.spis).mid_initiator == tried[-1] + 1
+
+    run(scenario())
+
+
 async def called_back(here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
     return MoveReport(messages=2, requests=1)
 
@@ -206,3 +230,22 @@ def test_a_pull_goes_on_sending_too() -> None:
             assert sa in w.a.daemon.sending
 
     run_by_hand(scenario())
+
+
+@pytest.mark.parametrize("renaming", [False, True])
+def test_children_that_the_mn_may_have_under_other_names_are_rekeyed(renaming: bool) -> None:
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            source._mover = called_back
+            rekeyed: list[int] = []
+            here.charon.rekey = lambda *, child_id: rekeyed.append(child_id)  # type: ignore[attr-defined]
+            await source.freeze(context, "nsg", renaming=renaming)
+            assert rekeyed == []
+            await source.thaw(context, 2000)
+            (view,) = await here.host.views()
+            assert rekeyed == ([child.unique_id for child in view.children] if renaming else [])
+            assert here.mute.muted == set()
+            await source.thaw(context, 2000)
+            assert len(rekeyed) == len(view.children) * renaming
+
+    run(scenario())

@@ -553,7 +553,7 @@ def test_packets_for_the_mn_come_here_when_it_has_been_told(kinds: tuple[str, ..
         here.charon.serve(other)
         final = final_of(context)
         await here.sink.prepare(context, False)
-        assert here.sink.cannot_send(context)
+        assert here.sink.cannot_send(context) and here.sink.renames(context)
         await here.sink.take(context, final)
         assert drawn == []
         report = await here.sink.move_peer(context, final)
@@ -584,6 +584,7 @@ def test_packets_for_the_mn_come_here_at_once_where_its_spi_is_free(kinds: tuple
             here.charon.serve(other)
         await here.sink.prepare(context, False)
         assert not here.sink.cannot_send(context)
+        assert here.sink.renames(context) is ("inbound" in kinds)
         await here.sink.take(context, final_of(context))
         assert here.host.store.get("taken", (context.spis[0] + context.spis[1]).hex()) is not None
 

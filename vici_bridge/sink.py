@@ -169,6 +169,11 @@ class CharonSink:
         plan = self._renames.plan_of(self._here(context))
         return plan is not None and not plan.later
 
+    def renames(self, context: IkeContext) -> bool:
+        """See `ikectx.ports.Renamer`."""
+        plan = self._renames.plan_of(self._here(context))
+        return plan is not None and bool(plan.children)
+
     def cannot_send(self, context: IkeContext) -> bool:
         """See `ikectx.ports.Renamer`."""
         return self._renames.others_send(self._here(context))

@@ -54,6 +54,8 @@ message ID of our next request, and an octet more if the one before has no answe
 _SENDING = "sending"
 """Kind of store entry: ESP of this SA went on when it was frozen, until there was a `_FROZEN`. Its value: the
 name of the gateway it goes to."""
+_RENAMED = "renamed"
+"""Kind of store entry: the MN of this frozen SA may be given other SPIs."""
 _LOOK = 0.1
 """Seconds between two looks at how much of it has left."""
 ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
@@ -201,7 +203,13 @@ class CharonSource:
         return tuple(sorted(found, key=lambda p: (p.child, p.direction, p.local_ts, p.remote_ts)))
 
     async def freeze(
-        self, context: IkeContext, to: str = "", *, away: bool = False, sending: bool = False
+        self,
+        context: IkeContext,
+        to: str = "",
+        *,
+        away: bool = False,
+        sending: bool = False,
+        renaming: bool = False,
     ) -> FinalState:
         """See `ContextSource.freeze`. `to` names the peer whose inner addresses take packets for the MN.
 
@@ -242,6 +250,8 @@ class CharonSource:
                     inbound = kernel.get_replay(sa_in, outbound=False)[0]
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
+            if renaming:
+                host.store.put(_RENAMED, _key(spis), b"")
             host.store.put(_LET_GO, _key(spis), known.mid_initiator.to_bytes(4) + b"?" * unsure)
         except BaseException:
             await self.thaw(context, jump)
@@ -380,10 +390,29 @@ class CharonSource:
             reqids = {child.spi_in: child.reqid for child in view.children}
             for up in (False, True):
                 await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
-            await self._call_back(context, int.from_bytes(let_go[:4]), 3 if let_go[4:] else 2)
+            ids = 3 if let_go[4:] else 2
+            if host.store.get(_RENAMED, key) is not None:
+                # for each child CREATE_CHILD_SA, INFORMATIONAL D; and one to begin with
+                ids += 1 + 2 * len(context.children)
+            await self._call_back(context, int.from_bytes(let_go[:4]), ids)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        for kind in (_LET_GO, _SENDING, _FROZEN):
+        if view is not None and let_go is not None and host.store.get(_RENAMED, key) is not None:
+            await self._renew(view)
+        for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
             host.store.delete(kind, key)
+
+    async def _renew(self, view: SaView) -> None:
+        """Have CHILD_SAs rekeyed that the MN may have under other names, or not at all.
+
+        It then says CHILD_SA_NOT_FOUND, and charon makes another (child_rekey, strongSwan 5.9.8, 6.0.6).
+        """
+        for child in view.children:
+            if child.state in _LIVING:
+                log.info("%s: CHILD_SA %s is rekeyed: the MN may have other SPIs", view.name, child.name)
+                try:
+                    await asyncio.to_thread(self._host.vici.rekey, child_id=child.unique_id)
+                except CharonError as error:
+                    log.warning("CHILD_SA %s of %s is not rekeyed: %s", child.name, view.name, error)
 
     async def _call_back(self, context: IkeContext, mid: int, ids: int) -> None:
         """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
@@ -419,7 +448,7 @@ class CharonSource:
             await host.delete(context, self._late_packets(context))
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        for kind in (_LET_GO, _SENDING, _FROZEN):
+        for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
             host.store.delete(kind, _key(context.spis))
         host.spawn(self._end_detour(_key(context.spis)))
 

@@ -196,17 +196,34 @@ def test_a_stock_mobile_node(world: World, tmp_path: Path, kind: str) -> None:
 def test_refused_where_the_configuration_says_so(world: World, tmp_path: Path) -> None:
     world.up()
     other = other_at_nsg(world, tmp_path, spi_in=names_at_psg(world)["spi_in"])
-    config = world.lab.work / "nsg" / "ikectx.toml"
-    text = config.read_text()
-    config.write_text(text.replace("[transfer]\n", '[transfer]\ncollision = "refuse"\n'))
-    try:
-        world.restart("nsg")
+    with world.agent_with("nsg", "[transfer]\n", '[transfer]\ncollision = "refuse"\n'):
         done = world.transfer("psg", "nsg")
         assert done.code == 4, done
         assert done.report["status"]["name"] == "ESP_SPI_IN_USE"
         assert others(world) == other
         world.ping()
         assert world.one("psg")["state"] == "ESTABLISHED"
+
+
+def test_taken_back_after_the_mn_agreed(world: World, tmp_path: Path) -> None:
+    # nsg rekeys the child of the stock mobile node, then its charon dies; psg calls the MN back
+    # (UPDATE_SA_ADDRESSES) and rekeys: CREATE_CHILD_SA N(REKEY_SA), answered CHILD_SA_NOT_FOUND, and another
+    # CREATE_CHILD_SA. nsg runs its updown script when the MN has agreed, and not before.
+    world.up()
+    names = names_at_psg(world)
+    other_at_nsg(world, tmp_path, **{key: names[key] for key in KINDS["outbound"]})
+    script = world.lab.work / "nsg" / "updown"
+    text = script.read_text()
+    charon = world.lab.started["nsg", "charon"]
+    script.write_text(f"#!/bin/sh\nkill -9 {charon.pid}\n")
+    try:
+        done = world.transfer("psg", "nsg")
+        charon.wait(timeout=5)
     finally:
-        config.write_text(text)
-        world.restart("nsg")
+        script.write_text(text)
+        world.lab.stop("nsg", "charon")
+        world.lab.start_charon("nsg")
+    assert done.code != 0, done
+    assert "may have other SPIs" in world.log("psg", "agent.out")
+    world.settle("psg")
+    world.talks("psg")
