@@ -117,7 +117,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.away = away
         self.expects: int | None = None
         self.asked_for: frozenset[Fpt] = frozenset()
-        """What the peer said beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, and it cannot send yet."""
+        """What the peer said beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
         self.told = False
         """Does the peer know that it ended, and why?"""
         self._begins = begins
