@@ -60,9 +60,9 @@ class PeerConfig:
 class TlsConfig:
     """PEM files: our certificate (with its chain), its key, and the CAs that peers' certificates are of."""
 
-    cert: Path
-    key: Path
-    ca: Path
+    cert: Path | str
+    key: Path | str
+    ca: Path | str
 
     def context(self, *, server: bool) -> ssl.SSLContext:
         """TLS 1.3, a certificate demanded of the other side. Errors: ConfigError naming the file."""
@@ -80,7 +80,7 @@ class TlsConfig:
             made.num_tickets = 0  # connections are long-lived, and resumption would skip no certificate
         for path in (self.ca, self.cert, self.key):
             try:
-                path.open("rb").close()
+                Path(path).open("rb").close()
             except OSError as error:
                 raise ConfigError(f"{path}: {error.strerror}") from None
         try:
