@@ -19,6 +19,8 @@ _FIRST = {"outer": ip_address("10.32.0.0"), "inner": ip_address("10.48.0.0")}
 _PREFIX = 16
 _AT_ONCE = 16
 """Set-ups at a time: charon asks for cookies when more than 30 are half-open."""
+_TOLD_AT_ONCE = 50
+"""Changes of addresses that charon's netlink socket can hold; of a thousand at once it hears some 270."""
 _PATIENCE = 1800.0
 """Seconds for a command about all of them."""
 
@@ -58,10 +60,14 @@ class Fleet:
             self.world.must("core", "ip", "route", "del", net, "via", way)
 
     def _addresses(self, verb: str) -> None:
-        lines = [f"address {verb} {self.outer(number)}/32 dev eth0\n" for number in range(self.size)]
         batch = self.world.lab.work / "mn" / "fleet.batch"
-        batch.write_text("".join(lines))
-        self.world.must("mn", "ip", "-batch", str(batch))
+        for first in range(0, self.size, _TOLD_AT_ONCE):
+            numbers = range(first, min(first + _TOLD_AT_ONCE, self.size))
+            batch.write_text("".join(f"address {verb} {self.outer(one)}/32 dev eth0\n" for one in numbers))
+            self.world.must("mn", "ip", "-batch", str(batch))
+            word = {"add": "appeared on", "del": "disappeared from"}[verb]
+            last = f"{self.outer(numbers[-1])} {word} eth0"
+            until(lambda last=last: last in self.world.log("mn"), f"mn's charon has heard: {last}")
 
     def _connect(self) -> None:
         world = self.world
