@@ -79,9 +79,10 @@ def parse(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def socket_path(options: Mapping[str, str]) -> str:
-    """Given, or as the configuration has it, or the default."""
-    if options.get("socket"):
-        return options["socket"]
+    """Given, or as the environment or the configuration has it, or the default."""
+    given = options.get("socket") or os.environ.get("IKECTX_SOCKET")
+    if given:
+        return given
     path = options.get("config") or os.environ.get("IKECTX_CONFIG") or DEFAULT_CONFIG
     try:
         import tomllib

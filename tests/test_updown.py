@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli import commands, updown
+from ikectx_cli import commands, config, updown
 from vici_bridge.vici_codec import Deframer, parse_message
 
 from .control_agent import Agent
@@ -111,6 +111,20 @@ def test_hook_runs_the_stock_script_where_there_is_one(
     with pytest.raises(SystemExit):
         updown.main(["iptables"])
     assert became == [(str(stock), [str(stock), "iptables"])]
+
+
+def test_hook_finds_the_agent_where_the_command_line_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("IKECTX_SOCKET", "IKECTX_CONFIG"):
+        monkeypatch.delenv(variable, raising=False)
+    assert (updown.DEFAULT_SOCKET, updown.DEFAULT_CONFIG) == (config.DEFAULT_SOCKET, config.DEFAULT_PATH)
+    (tmp_path / "x.toml").write_text('[control]\nsocket = "/run/x"\n')
+    monkeypatch.setenv("IKECTX_CONFIG", str(tmp_path / "x.toml"))
+    assert updown.socket_path({}) == "/run/x"
+    monkeypatch.setenv("IKECTX_SOCKET", "/run/y")
+    assert updown.socket_path({}) == "/run/y"
+    assert updown.socket_path({"socket": "/run/z"}) == "/run/z"
 
 
 def test_hook_packet_is_what_the_codec_makes_of_it() -> None:
