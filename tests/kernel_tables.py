@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,9 @@ class KernelTables:
 
     def dump_policies(self) -> list[KernelPolicy]:
         return list(self.policies.values())
+
+    def policies_about(self, reqids: Collection[int]) -> list[KernelPolicy]:
+        return [one for one in self.dump_policies() if any(t.reqid in reqids for t in one.templates)]
 
     def replace_policy(self, policy: KernelPolicy) -> None:
         self.step()

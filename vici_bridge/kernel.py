@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from types import TracebackType
@@ -86,8 +87,21 @@ class Kernel:
 
     def dump_policies(self) -> list[KernelPolicy]:
         """All policies but those of single sockets. Errors: KernelError, WireError."""
-        policies = (KernelPolicy.parse(answer) for answer in self._xfrm.ask(dump_policies()))
-        return [policy for policy in policies if not policy.direction.startswith("socket")]
+        return _policies(self._xfrm.ask(dump_policies()))
+
+    def policies_about(self, reqids: Collection[int]) -> list[KernelPolicy]:
+        """Of those the ones with a template for one of these requests. An SA stands still meanwhile, maybe.
+
+        The kernel finds a policy by its selector only, so all are dumped; but those that cannot be meant are
+        not read, which would take some 50 us each. Errors: KernelError, WireError.
+        """
+        named = [reqid.to_bytes(4, sys.byteorder) for reqid in reqids]
+        answers = self._xfrm.ask(dump_policies()) if named else []
+        return [
+            policy
+            for policy in _policies([one for one in answers if any(reqid in one for reqid in named)])
+            if any(template.reqid in reqids for template in policy.templates)
+        ]
 
     # Counters.
 
@@ -271,7 +285,7 @@ class Kernel:
         """
         now = [self.get_sa(sa.destination, sa.spi, sa.proto, sa.mark) for sa in sas]
         found = tuple(sa for sa in now if sa is not None)
-        policies = self.dump_policies() if found else []
+        policies = self.policies_about({sa.reqid for sa in found})
         wanted: dict[bytes, KernelPolicy] = {}
         for sa in found:
             wanted.update((policy.raw, policy) for policy in policies_of(policies, sa, "in", "fwd"))
@@ -296,7 +310,9 @@ class Kernel:
 
     def late_sas(self) -> list[KernelSa]:
         """SAs that `restore_inbound` put back and that have not expired, of this agent or one before it."""
-        return [sa for sa in self.dump_sas() if sa.sequence == LATE]
+        mark = LATE.to_bytes(4, sys.byteorder)  # others, thousands maybe, are not read
+        found = (KernelSa.parse(answer) for answer in self._xfrm.ask(dump_sas()) if mark in answer)
+        return [sa for sa in found if sa.sequence == LATE]
 
     def drop_late(self, sas: Iterable[KernelSa]) -> int:
         """Delete such SAs and their policies early, as when the same SA comes back. Gives their number.
@@ -310,9 +326,15 @@ class Kernel:
             and now.sequence == LATE
         ]
         if late:
-            policies = [policy for policy in self.dump_policies() if policy.limits.hard_add is not None]
+            policies = self.policies_about({sa.reqid for sa in late})
+            policies = [policy for policy in policies if policy.limits.hard_add is not None]
             for sa in late:
                 for policy in policies_of(policies, sa, "in", "fwd"):
                     self.delete_policy(policy)
                 self.delete_sa(sa)
         return len(late)
+
+
+def _policies(answers: Iterable[bytes]) -> list[KernelPolicy]:
+    policies = map(KernelPolicy.parse, answers)
+    return [policy for policy in policies if not policy.direction.startswith("socket")]

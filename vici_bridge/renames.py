@@ -376,13 +376,12 @@ class Renames:
         changes = self._pairs(here, before, after, plan)
         if not changes:
             return
-        policies = kernel.dump_policies()
         guards: list[KernelPolicy] = []
         for _, old, _ in changes:
             _, outbound = self._host.kernel_pair(before, old)
             if outbound is None:
                 raise KernelError(f"an ESP SA of CHILD_SA {old.name} has gone")
-            for policy in policies_of(policies, outbound, "out"):
+            for policy in policies_of(kernel.policies_about({outbound.reqid}), outbound, "out"):
                 held = tuple(replace(one, spi=outbound.spi) for one in policy.templates)
                 guards += guards_of(replace(policy, templates=held), block=False)
         raw = b"".join(len(guard.raw).to_bytes(4) + guard.raw for guard in guards)

@@ -183,7 +183,7 @@ class CharonSource:
             if inbound is not None:
                 reqids[inbound.reqid] = index
         found = []
-        for policy in kernel.dump_policies():
+        for policy in kernel.policies_about(reqids):
             child_index = next((reqids[t.reqid] for t in policy.templates if t.reqid in reqids), None)
             if child_index is not None and policy.direction in ("in", "out", "fwd"):
                 child = context.children[child_index]
@@ -357,7 +357,7 @@ class CharonSource:
                 reqids.add(outbound.reqid)
         return [
             policy
-            for policy in self._host.kernel.dump_policies()
+            for policy in self._host.kernel.policies_about(reqids)
             if policy.direction == "out"
             and any(t.reqid in reqids and t.destination == context.remote.address for t in policy.templates)
         ]
