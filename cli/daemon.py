@@ -39,7 +39,7 @@ from .announcements import Announcements
 from .config import Config
 from .movers import MnMover, MnRenamer, MnSettler
 from .render import context_json
-from .views import chosen, sa_name, view_json
+from .views import charon_json, chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
 
@@ -253,11 +253,7 @@ class Agent:
             "name": self._config.name,
             "version": __version__,
             "uptime": int(time.time() - self._started),
-            "charon": {
-                "reachable": self._host.charon_up,
-                "version": self._host.charon_version,
-                "ha": self._host.listening(),
-            },
+            "charon": charon_json(self._host),
             "sas": len(self._host.record.names()),
             "esp": self._config.charon.esp,
             "spis": self._config.charon.spi_max - self._config.charon.spi_min + 1,

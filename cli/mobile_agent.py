@@ -29,6 +29,7 @@ from .mobile_config import MobileFile
 from .mobile_handover import Handovers
 from .mobile_report import Report
 from .mobile_spis import SpiWatch
+from .views import charon_json
 
 log = logging.getLogger("ikectx")
 
@@ -171,11 +172,7 @@ class MobileAgent:
         answer: dict[str, object] = {
             "version": __version__,
             "uptime": int(time.time() - self._started),
-            "charon": {
-                "reachable": self._host.charon_up,
-                "version": self._host.charon_version,
-                "ha": self._host.listening(),
-            },
+            "charon": charon_json(self._host),
             "esp": self._config.charon.esp,
             "sas": [self._view_json(view) for view in views],
             "gateways": [self._gateway_json(gateway.name) for gateway in self._config.gateways],

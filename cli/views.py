@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from ikectx.errors import UnknownSaError, UsageError
 from ikectx.ports import SaName
 from vici_bridge.charon import SaView
+from vici_bridge.host import CharonHost
 
 
 def chosen(
@@ -98,3 +99,8 @@ def view_json(view: SaView, movable: bool) -> dict[str, object]:
             for child in view.children
         ],
     }
+
+
+def charon_json(host: CharonHost) -> dict[str, object]:
+    """Whether charon answers, which version it is, and whether the HA socket hears it."""
+    return {"reachable": host.charon_up, "version": host.charon_version, "ha": host.listening()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address
+from types import SimpleNamespace
 
 import pytest
 
 from ikectx.context import Endpoint
 from ikectx.errors import UnknownSaError, UsageError
-from ikectx_cli.views import chosen, sa_name, view_json
+from ikectx_cli.views import charon_json, chosen, sa_name, view_json
 from vici_bridge.charon import ChildView, SaView
 
 
@@ -95,3 +96,8 @@ def test_what_list_shows() -> None:
     shown = view_json(ONE, movable=True)
     assert shown["movable"] and shown["spi_r"] == "a1" * 8
     assert not view_json(replace(ONE, state="PASSIVE"), movable=True)["movable"]
+
+
+def test_charon_as_both_agents_status_tells_it() -> None:
+    host = SimpleNamespace(charon_up=True, charon_version="6.0.1", listening=lambda: False)
+    assert charon_json(host) == {"reachable": True, "version": "6.0.1", "ha": False}  # type: ignore[arg-type]
