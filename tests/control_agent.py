@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 
@@ -56,19 +56,35 @@ REFUSED = {
 }
 
 
-class Agent:
-    """Stands in for the agent on a control socket; remembers what it was asked."""
+class StandIn:
+    """Serves commands on a control socket, in a thread of its own; `asked` is what they note."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, commands: dict[str, Any], streamed: dict[str, str]) -> None:
         self.path = str(path)
         self.asked: list[tuple[str, Message]] = []
+        self.loop = asyncio.new_event_loop()
+        self.server = ControlServer(self.path, commands, streamed)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(5)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.close(), self.loop).result(5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.loop.close()
+
+
+class Agent(StandIn):
+    """A gateway's agent."""
+
+    def __init__(self, path: Path) -> None:
         self.reports: list[dict[str, Any]] = [REPORT]
         self.sas: list[dict[str, Any]] = [SA]
         self.told = threading.Event()
         self.answer_after = 0.0
-        self.loop = asyncio.new_event_loop()
-        self.server = ControlServer(
-            self.path,
+        super().__init__(
+            path,
             {
                 "list-contexts": self.list_contexts,
                 "show-context": self.show,
@@ -80,21 +96,12 @@ class Agent:
                 "reclaim": self.cancel,
                 "updown": self.updown,
             },
-            streamed={
+            {
                 "list-contexts": "list-context",
                 "transfer": "transfer-progress",
                 "history": "history-entry",
             },
         )
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(5)
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.close(), self.loop).result(5)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(5)
-        self.loop.close()
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
         for sa in self.sas:
@@ -135,14 +142,20 @@ class Agent:
         return {}
 
 
-class Cli:
-    def __init__(self, agent: Agent, capsys: pytest.CaptureFixture[str]) -> None:
+A = TypeVar("A", bound=StandIn)
+
+
+class Cli(Generic[A]):
+    """`ikectx`, or with `group` those commands of it, before an agent; gives exit code, output and errors."""
+
+    def __init__(self, agent: A, capsys: pytest.CaptureFixture[str], *group: str) -> None:
         self.agent = agent
-        self.capsys = capsys
+        self._before = [*group, "--socket", agent.path]
+        self._capsys = capsys
 
     def __call__(self, *args: str) -> tuple[int, str, str]:
-        code = commands.run(["--socket", self.agent.path, *args])
-        out, err = self.capsys.readouterr()
+        code = commands.run([*self._before, *args])
+        out, err = self._capsys.readouterr()
         return code, out, err
 
     def json(self, *args: str) -> tuple[int, Any]:

@@ -26,11 +26,11 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
 
 
 @pytest.fixture
-def cli(agent: Agent, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(agent: Agent, capsys: pytest.CaptureFixture[str]) -> Cli[Agent]:
     return Cli(agent, capsys)
 
 
-def test_list(cli: Cli) -> None:
+def test_list(cli: Cli[Agent]) -> None:
     code, out, _ = cli("list")
     assert code == 0
     header, row = out.splitlines()
@@ -53,7 +53,7 @@ def test_list(cli: Cli) -> None:
         ("203.0.113.5", {"peer": "203.0.113.5"}),
     ],
 )
-def test_show_finds_what_a_person_wrote(cli: Cli, name: str, query: dict[str, str]) -> None:
+def test_show_finds_what_a_person_wrote(cli: Cli[Agent], name: str, query: dict[str, str]) -> None:
     code, out, _ = cli("show", name)
     assert code == 0 and "connection: home" in out and "children[0]:\n  name: net" in out
     assert cli.agent.asked == [("show-context", {**query, "secrets": "no"})]
@@ -61,7 +61,7 @@ def test_show_finds_what_a_person_wrote(cli: Cli, name: str, query: dict[str, st
     assert cli.agent.asked[1][1]["secrets"] == "yes"
 
 
-def test_show_of_an_unknown_sa(cli: Cli) -> None:
+def test_show_of_an_unknown_sa(cli: Cli[Agent]) -> None:
     code, out, err = cli("show", "dead")
     assert (code, out) == (6, "")
     assert err == "ikectx: no IKE_SA answers to spi dead\nikectx: `ikectx list` shows those there are\n"
@@ -70,7 +70,7 @@ def test_show_of_an_unknown_sa(cli: Cli) -> None:
     assert value["exit_code"] == 6 and value["error"].startswith("no IKE_SA")
 
 
-def test_transfer(cli: Cli) -> None:
+def test_transfer(cli: Cli[Agent]) -> None:
     code, out, _ = cli("transfer", "--to", "nsg", "--ike-id", "7")
     assert code == 0 and "moved" in out and "export 2, freeze 20" in out
     assert cli.agent.asked[0][1] == {"to": "nsg", "ike-id": "7", "address": "update"}
@@ -82,7 +82,7 @@ def test_transfer(cli: Cli) -> None:
     assert cli.agent.asked[1][1] == {"to": "nsg", "spi": "abcd", "dry-run": "yes", "address": "keep"}
 
 
-def test_transfer_that_is_refused(cli: Cli) -> None:
+def test_transfer_that_is_refused(cli: Cli[Agent]) -> None:
     cli.agent.reports = [REPORT, REFUSED]
     code, out, _ = cli("transfer", "--to", "nsg", "--all")
     assert code == 4
@@ -93,7 +93,7 @@ def test_transfer_that_is_refused(cli: Cli) -> None:
     assert cli("transfer", "--to", "busy")[0] == 7
 
 
-def test_dry_run_verdicts(cli: Cli) -> None:
+def test_dry_run_verdicts(cli: Cli[Agent]) -> None:
     cli.agent.reports = [{**REPORT, "result": "kept", "dry_run": True}]
     assert "could move" in cli("transfer", "--to", "nsg", "--dry-run")[1]
     cli.agent.reports = []
@@ -114,7 +114,7 @@ def test_dry_run_verdicts(cli: Cli) -> None:
         (["pull", "--from", "nsg", "--mn", "192.0.2"], "not an IP address"),
     ],
 )
-def test_wrong_arguments(cli: Cli, args: list[str], complaint: str) -> None:
+def test_wrong_arguments(cli: Cli[Agent], args: list[str], complaint: str) -> None:
     code, _, err = cli(*args)
     assert code == 2 and complaint in err
     code, value = cli.json(*args)
@@ -122,7 +122,7 @@ def test_wrong_arguments(cli: Cli, args: list[str], complaint: str) -> None:
     assert cli.agent.asked == []
 
 
-def test_the_small_commands(cli: Cli) -> None:
+def test_the_small_commands(cli: Cli[Agent]) -> None:
     assert "reachable: yes" in cli("status")[1]
     assert cli.json("status")[1]["name"] == "psg"
     assert "source" in cli("history")[1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ import pytest
 
 from ikectx.errors import BusyError, LinkError
 from ikectx_cli import commands, mobile_agent
-from vici_bridge.control import ControlServer, Response
+from vici_bridge.control import Response
 from vici_bridge.vici_codec import Message, with_json
+
+from .control_agent import Cli, StandIn
 
 MOVED = {
     "result": "moved",
@@ -46,28 +46,16 @@ SILENT = {
 }
 
 
-class Agent:
-    """Stands in for the mobile node's agent; remembers what it was asked."""
+class Agent(StandIn):
+    """A mobile node's agent."""
 
     def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        self.asked: list[tuple[str, Message]] = []
         self.reports: dict[str, dict[str, Any]] = {"arrive": MOVED, "announce": ANNOUNCED}
-        self.loop = asyncio.new_event_loop()
-        self.server = ControlServer(
-            self.path,
+        super().__init__(
+            path,
             {"handover": self.handover, "status": self.status, "cancel": self.cancel},
-            streamed={"handover": "handover-progress"},
+            {"handover": "handover-progress"},
         )
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(5)
-
-    def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.close(), self.loop).result(5)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(5)
-        self.loop.close()
 
     async def handover(self, request: Message) -> AsyncIterator[Message]:
         self.asked.append(("handover", request))
@@ -85,21 +73,10 @@ class Agent:
         return with_json({"cancelled": len(self.asked) == 1})
 
 
-class Cli:
-    def __init__(self, agent: Agent, capsys: pytest.CaptureFixture[str]) -> None:
-        self.agent = agent
-        self.capsys = capsys
-
-    def __call__(self, *args: str) -> tuple[int, str, str]:
-        code = commands.run(["mobile", "--socket", self.agent.path, *args])
-        out, err = self.capsys.readouterr()
-        return code, out, err
-
-
 @pytest.fixture
-def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli[Agent]]:
     agent = Agent(tmp_path / "m.vici")
-    yield Cli(agent, capsys)
+    yield Cli(agent, capsys, "mobile")
     agent.close()
 
 
@@ -123,13 +100,13 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
         (("--ike-id", "3"), [("handover", {"to": "nsg", "ike-id": "3", "what": "arrive"})]),
     ],
 )
-def test_what_the_agent_is_asked(cli: Cli, words: tuple[str, ...], asked: list[Any]) -> None:
+def test_what_the_agent_is_asked(cli: Cli[Agent], words: tuple[str, ...], asked: list[Any]) -> None:
     code, _, _ = cli("handover", "--to", "nsg", *words)
     assert code == 0
     assert cli.agent.asked == asked
 
 
-def test_a_report_for_people(cli: Cli) -> None:
+def test_a_report_for_people(cli: Cli[Agent]) -> None:
     code, out, err = cli("handover", "--to", "nsg")
     assert code == 0
     assert out.splitlines() == [
@@ -141,14 +118,14 @@ def test_a_report_for_people(cli: Cli) -> None:
     assert [line.split() for line in err.splitlines()] == [["asking", "nsg"], ["42", "ms", "answered"]]
 
 
-def test_an_announcement_for_people(cli: Cli) -> None:
+def test_an_announcement_for_people(cli: Cli[Agent]) -> None:
     code, out, _ = cli("handover", "--to", "nsg", "--predictive")
     assert code == 0
     assert "psg serves until this node moves" in out
     assert "ikectx mobile handover --to nsg" in out
 
 
-def test_a_failure_for_people(cli: Cli) -> None:
+def test_a_failure_for_people(cli: Cli[Agent]) -> None:
     cli.agent.reports["arrive"] = SILENT
     code, out, _ = cli("handover", "--to", "nsg")
     assert code == LinkError.exit_code
@@ -159,26 +136,26 @@ def test_a_failure_for_people(cli: Cli) -> None:
     assert out.splitlines()[-1] == "  is the agent of nsg up?"
 
 
-def test_a_move_that_left_something_behind(cli: Cli) -> None:
+def test_a_move_that_left_something_behind(cli: Cli[Agent]) -> None:
     cli.agent.reports["arrive"] = {**MOVED, "exit_code": 10, "detail": "charon lags", "hint": "look there"}
     code, out, _ = cli("handover", "--to", "nsg")
     assert code == 10
     assert out.splitlines()[-2:] == ["  but: charon lags", "  look there"]
 
 
-def test_already_there(cli: Cli) -> None:
+def test_already_there(cli: Cli[Agent]) -> None:
     cli.agent.reports["arrive"] = {**MOVED, "result": "already"}
     assert cli("handover", "--to", "nsg")[1] == "home is served by nsg already\n"
 
 
-def test_an_announcement_that_is_refused_is_not_completed(cli: Cli) -> None:
+def test_an_announcement_that_is_refused_is_not_completed(cli: Cli[Agent]) -> None:
     cli.agent.reports["announce"] = {**SILENT, "result": "refused", "exit_code": 4}
     code, _, _ = cli("handover", "--to", "nsg", "--predictive", "--now")
     assert code == 4
     assert len(cli.agent.asked) == 1
 
 
-def test_json(cli: Cli) -> None:
+def test_json(cli: Cli[Agent]) -> None:
     code, out, err = cli("handover", "--to", "nsg", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"ok": True, **MOVED}
@@ -189,7 +166,7 @@ def test_json(cli: Cli) -> None:
     assert json.loads(out)["hint"] == "see `ikectx mobile status`"
 
 
-def test_status_and_cancel(cli: Cli) -> None:
+def test_status_and_cancel(cli: Cli[Agent]) -> None:
     assert "gateway: psg" in cli("status")[1]
     assert cli("cancel")[1] == "cancelled\n"
     assert cli("cancel")[1] == "nothing was announced\n"
@@ -208,7 +185,7 @@ def test_status_and_cancel(cli: Cli) -> None:
         (("handover", "--to", "nsg", "--ike", "home", "--ike-id", "3"), "--ike and --ike-id"),
     ],
 )
-def test_wrong_arguments(cli: Cli, args: tuple[str, ...], said: str) -> None:
+def test_wrong_arguments(cli: Cli[Agent], args: tuple[str, ...], said: str) -> None:
     """They are told before the agent does the first half of what was asked for."""
     code, _, err = cli(*args)
     assert code == 2
@@ -217,7 +194,7 @@ def test_wrong_arguments(cli: Cli, args: tuple[str, ...], said: str) -> None:
 
 
 def test_where_the_agent_is(
-    tmp_path: Path, cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cli: Cli[Agent], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the file's name before `mobile`, after it, or in the environment; or by the socket."""
     gateways = '[[gateway]]\nname = "psg"\naddress = "192.0.2.1"\n'
