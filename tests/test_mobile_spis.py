@@ -24,6 +24,7 @@ from mobike_ext.naming import Names, Renaming, ask, ask_peer, mirrored
 from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate
 from vici_bridge.ha import HaType
+from vici_bridge.mute import MARK
 
 from .asking_node import CONFIG
 from .mobile_world import Crash, Node
@@ -117,7 +118,8 @@ class Watched:
             self.node.host.record.feed(ha.ike_mid(3, ike, initiator=ours, mid=mid))
         self.node.host.save()
 
-    async def _run(self, machine: SpiUpdate) -> SpiReport:
+    async def _run(self, machine: SpiUpdate, *, mark: int) -> SpiReport:
+        assert mark == MARK
         assert self.node.charon.state == "PASSIVE"
         assert self.node.store.items(MIRROR)
         self.said.append((machine.asked, machine.to_send(0.0)))
