@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from . import proof
 from .arrivals import Arrivals
 from .asking import Ask, Asking
+from .clock import MonotonicClock
 from .context import Address as IpAddress
 from .context import Endpoint
 from .cxtp import Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd
@@ -37,13 +38,6 @@ from .store import JournalEntry, SqliteStore
 from .transfer import OSEQ_JUMP, TARGET_OWNS, SourceInput, SourceState, TargetState, Timing
 
 log = logging.getLogger("ikectx.aio")
-
-
-class MonotonicClock:
-    """`ports.Clock` of this machine."""
-
-    def now(self) -> float:
-        return time.monotonic()
 
 
 class Gateway:

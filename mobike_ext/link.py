@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ikectx.aio import MonotonicClock
+from ikectx.clock import MonotonicClock
 from ikectx.context import ChildContext, Endpoint, IkeGeneration
 from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.numbers import Status

@@ -1,0 +1,12 @@
+"""The clock of this machine (I/O)."""
+
+from __future__ import annotations
+
+import time
+
+
+class MonotonicClock:
+    """`ports.Clock` by `time.monotonic`: seconds, not since anything."""
+
+    def now(self) -> float:
+        return time.monotonic()
