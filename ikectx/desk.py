@@ -18,11 +18,12 @@ from .cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StoreError, WireError
 from .incoming import Dropped, Incoming, answer, refusal
 from .links import Link, Links, PeerConfig
+from .mistakes import log_mistake
 from .numbers import STATUS_TEXT, Status
 from .ports import SaName, Verdict
 from .profile import TransferHeader, decode
 from .report import mn_label
-from .run import Observer, Parts, Tasks, log, log_mistake, step
+from .run import Observer, Parts, Tasks, log, step
 from .store import JournalEntry
 from .transfer import TARGET_OWNS, TargetInput, TargetState, offer_fits
 from .whole import decode_last, final_of
@@ -116,7 +117,7 @@ class Desk:
                 # no answer: what the journal does not tell cannot be told
                 log.error("a message of %s for %s: %s", self.peer.name, self._mn, error)
             except Exception as error:
-                log_mistake(f"a message of {self.peer.name} for {self._mn}", error)
+                log_mistake(log, f"a message of {self.peer.name} for {self._mn}", error)
             finally:
                 self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from .context import Address
 from .cxtp import PORT, Ctd, Ctdr, Message, Pctd, StreamDecoder
 from .errors import ConfigError, LinkError, WireError
+from .mistakes import log_mistake
 from .numbers import Fpt
 from .transfer import Timing
 
@@ -352,6 +353,10 @@ class Link:
         except asyncio.CancelledError:
             self.close(LinkError(f"the connection to {self.label} was closed here"))
             raise
+        except Exception as error:
+            # a link that nobody reads would leave the peer waiting for ever
+            log_mistake(log, f"a message from {self.label}", error)
+            self.close(LinkError(f"the connection to {self.label} ended by a {type(error).__name__} here"))
 
     def _answered(self, message: Ctdr) -> bool:
         """Is it the answer to a PCTD or CTD of ours?"""

@@ -13,16 +13,17 @@ import logging
 import random
 import socket
 import struct
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from .bypass import bypass
+from .clock import MonotonicClock
 from .context import Address, Endpoint
 from .cxtp import Ctar
 from .errors import IkectxError, LinkError, UsageError, WireError
+from .mistakes import log_mistake
 from .mobility import Event, Handover, MobileState, Mode, Outcome
 from .ports import Clock
 from .rates import RateLimit
@@ -44,13 +45,6 @@ Handler = Callable[[Ctar, Endpoint], Awaitable[bytes | None]]
 
 Protect = Callable[[socket.socket], None]
 """Keeps IPsec policies from a socket; `bypass`, except in tests that run without privileges."""
-
-
-class MonotonicClock:
-    """`time.monotonic`."""
-
-    def now(self) -> float:
-        return time.monotonic()
 
 
 # --- the gateway's end -------------------------------------------------------------------------------------
@@ -166,9 +160,9 @@ class MnServer:
             self.counters.failed += 1
             log.warning("the CTAR of %s from %s: %s", ctar.mn, source, error)
             return
-        except Exception:
+        except Exception as error:
             self.counters.failed += 1
-            log.exception("the CTAR of %s from %s", ctar.mn, source)
+            log_mistake(log, f"the CTAR of {ctar.mn} from {source}", error)
             return
         if answer is None:
             self.counters.unanswered += 1
@@ -381,7 +375,6 @@ __all__ = [
     "Counters",
     "Handler",
     "MnServer",
-    "MonotonicClock",
     "Progress",
     "run_handover",
 ]

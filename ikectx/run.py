@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -13,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from .errors import IkectxError, StateError, StoreError
 from .machine import Machine
+from .mistakes import log_mistake
 from .numbers import Status
 from .ports import Clock, ContextSink, ContextSource
 from .report import TransferEvent, TransferReport
@@ -48,12 +48,6 @@ class Parts:
     observer: Observer | None = None
 
 
-def log_mistake(what: str, error: BaseException) -> None:
-    """Log where an error came up that should not exist; not its text, which may hold anything, keys too."""
-    where = "".join(traceback.format_tb(error.__traceback__))
-    log.error("%s: %s, a mistake in the program:\n%s", what, type(error).__name__, where)
-
-
 async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
     """One call of a port. Errors: IkectxError, whatever the port raised, and when it takes too long."""
     try:
@@ -64,7 +58,7 @@ async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
     except TimeoutError:
         raise StateError(f"{what} did not end within {timing.step:g} s") from None
     except Exception as error:
-        log_mistake(what, error)
+        log_mistake(log, what, error)
         raise StateError(f"{what} failed with a {type(error).__name__}, see the log") from None
 
 
@@ -89,7 +83,7 @@ class Tasks:
             if isinstance(error, IkectxError):
                 log.error("%s: %s", task.get_name(), error)
             else:
-                log_mistake(task.get_name(), error)
+                log_mistake(log, task.get_name(), error)
 
     def tidy(self) -> None:
         """Between transfers, the journal's log goes into its database."""
@@ -242,7 +236,7 @@ class Run(Generic[_State, _Input, _Action]):
             try:
                 observer(event)
             except Exception as error:
-                log_mistake("an observer of transfers", error)
+                log_mistake(log, "an observer of transfers", error)
 
     async def again(self, tries: int, what: str, error: IkectxError) -> None:
         """Log that `what` failed, and wait before it is tried again."""

@@ -26,6 +26,7 @@ from ikectx.bypass import bypass
 from ikectx.context import Address, Endpoint
 from ikectx.errors import IkectxError, LinkError, WireError
 from ikectx.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
+from ikectx.mistakes import log_mistake
 from ikectx.numbers import Exchange, Payload
 from ikectx.ports import SaName
 
@@ -163,8 +164,8 @@ class Watcher:
         except IkectxError as error:
             log.info("an IKE request for unknown SPIs %s: %s", what, error)
             return
-        except Exception:
-            log.exception("asking about unknown SPIs %s failed", what)
+        except Exception as error:
+            log_mistake(log, f"asking about unknown SPIs {what}", error)
             return
         if here:
             self.unknown.forget(question.spis)

@@ -292,6 +292,31 @@ def test_answers_are_paired_by_mn_and_order() -> None:
     run(scenario())
 
 
+def test_a_mistake_of_ours_ends_the_link_and_is_logged_without_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    secret = "a key, perhaps"
+
+    async def fails(link: Link, message: Message) -> None:
+        raise ValueError(secret)
+
+    async def scenario() -> None:
+        near, far = pair()
+        link = Link(near, PeerConfig("b", "b"), fails)
+        running = asyncio.create_task(link.run())
+        _, asked = await link.ask(Pctd(MN))
+        await far.write(Ctc(MN).serialize())
+        answer = await asked
+        assert isinstance(answer, LinkError)
+        assert "ValueError" in str(answer)
+        await running
+        assert link.error is answer
+
+    hand_loop.run(scenario())
+    assert "ValueError, a mistake in the program" in caplog.text
+    assert secret not in caplog.text
+
+
 def test_a_refusal_of_a_request_answers_no_ctd() -> None:
     async def scenario() -> None:
         near, far = pair()

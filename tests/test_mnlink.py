@@ -234,10 +234,12 @@ def test_trouble_of_the_move_ends_it() -> None:
     asyncio.run(run())
 
 
-def test_foreign_octets_and_failures_are_counted() -> None:
+def test_foreign_octets_and_failures_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    text = "a bug"
+
     async def run() -> None:
         async def fail(ctar: Ctar, source: Endpoint) -> bytes | None:
-            raise [WireError("not like this"), ValueError("a bug")][server.counters.failed]
+            raise [WireError("not like this"), ValueError(text)][server.counters.failed]
 
         async with serving(fail) as (server, at):
             client = Client(at)
@@ -249,6 +251,8 @@ def test_foreign_octets_and_failures_are_counted() -> None:
                 client.send(a_ctar())
                 await until(lambda count=count: server.counters.failed == count)  # type: ignore[misc]
             assert server.counters.received == 8
+            assert "ValueError, a mistake in the program" in caplog.text
+            assert text not in caplog.text  # who knows what is in it
             assert await client.receive(0.05) is None
 
     asyncio.run(run())

@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from typing import Any
 
 from ikectx.errors import ConfigError, IkectxError, StateError, WireError
+from ikectx.mistakes import log_mistake
 
 from .vici_codec import Deframer, Message, Packet, PacketType, serialize_message
 
@@ -242,6 +243,9 @@ class ControlServer:
             log.warning("a control client was cut off: %s", error)
         except OSError:
             pass
+        except asyncio.CancelledError:
+            # only `close` does this, and waits for the end; streams before Python 3.12 log a cancelled handler
+            pass
         finally:
             self._clients.discard(client)
             self._tasks.discard(task)
@@ -281,8 +285,8 @@ class ControlServer:
             response.framed(MAX_ANSWER)
         except IkectxError as error:
             response = _refusal(str(error), error.hint, error.exit_code, int(error.status))
-        except Exception:
-            log.exception("the command %s failed", packet.name)
+        except Exception as error:
+            log_mistake(log, f"the command {packet.name}", error)
             response = _refusal(f"the command {packet.name} failed, see the agent's log", "", 1, 0x80)
         client.send(response)
 

@@ -27,6 +27,7 @@ from vici.protocol import Packet as PackagePacket
 from vici.protocol import Transport
 
 from ikectx.errors import CharonError, ConfigError, IkectxError, LinkError, WireError
+from ikectx.mistakes import log_mistake
 from ikectx.numbers import Status
 
 from .vici_codec import Message, json_of, parse_message, with_json
@@ -419,15 +420,15 @@ class _Listener(threading.Thread):
         """A callback's failure must not end the listening."""
         try:
             self._callback(name, message)
-        except Exception:
-            log.exception("the event %s could not be handled", name)
+        except Exception as error:
+            log_mistake(log, f"charon's event {name}", error)
 
     def _tell(self, up: bool) -> None:
         if self._on_state is not None:
             try:
                 self._on_state(up)
-            except Exception:
-                log.exception("charon's coming and going could not be handled")
+            except Exception as error:
+                log_mistake(log, "charon's coming or going", error)
 
 
 class RemoteError(IkectxError):
