@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import grp
 import json
+import logging
 import os
 import socket
 import stat
@@ -393,6 +394,24 @@ def test_a_bad_message_in_a_good_packet_is_one_clear_error(agent: Agent) -> None
     answer = PackageMessage.deserialize(FiniteStream(client.transport.receive()[1:]))
     assert answer["success"] == b"no" and b"not started" in answer["errmsg"]
     assert client.request("version")["version"] == b"1"
+
+
+def test_the_end_with_a_client_that_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio's streams in Python 3.11 log a connection's task that was cancelled as an unhandled error."""
+
+    async def scenario() -> None:
+        server = ControlServer(str(tmp_path / "control"), {})
+        await server.start()
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "control"))
+        await asyncio.sleep(0.05)
+        await server.close()
+        await asyncio.sleep(0.05)
+        assert await reader.read() == b""
+        writer.close()
+
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(scenario())
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_socket_file(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ class ControlServer:
         except OSError:
             pass
         except asyncio.CancelledError:
-            # only `close` does this, and waits for the end; streams before Python 3.12 log a cancelled handler
+            # by `close`, which waits for the end; streams before Python 3.12 log a handler that was cancelled
             pass
         finally:
             self._clients.discard(client)
