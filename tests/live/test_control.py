@@ -101,15 +101,11 @@ def test_the_official_client_gets_errors(
 
 def hook(world: World, host: str, *options: str) -> None:
     """swanctl.conf of a gateway uses the hook, which goes on with the lab's own script."""
-    path = world.lab.work / host / "swanctl.conf"
     script = world.lab.work / host / "updown"
     tools = world.lab.work / "bin"
     agent = world.lab.work / host / "ikectx.vici"  # charon hands on no environment of ours
     words = [str(tools / "ikectx"), "updown", "--socket", str(agent), *options, "--then", str(script)]
-    text = path.read_text()
-    assert f"updown = {script}" in text
-    path.write_text(text.replace(f"updown = {script}", f"updown = {' '.join(words)}"))
-    world.must(host, "swanctl", "--load-all")
+    world.edit(host, f"updown = {script}", f"updown = {' '.join(words)}")
 
 
 def calls(world: World, host: str) -> list[str]:
@@ -145,14 +141,11 @@ def test_the_hook_without_an_agent(world: World) -> None:
     world.forget("psg")
     clear(world)
     hook(world, "psg")
-    world.lab.stop("psg", "agent")
-    try:
+    with world.without_agent("psg"):
         world.lab.connect()
         world.ping()
         world.lab.terminate("mn")
         until(lambda: not world.lab.list_sas("psg"), "psg has no SA")
-    finally:
-        world.lab.start_agent("psg")
     assert calls(world, "psg") == ["up-client", "down-client"]
     assert "was not told" in world.log("psg")
 
@@ -176,17 +169,10 @@ def test_an_undone_transfer_leaves_the_scripts_balanced(world: World) -> None:
     # nsg -> MN INFORMATIONAL, dropped: nsg's script is run up and down, psg's down and up again
     clear(world)
     world.up()
-    config = world.lab.work / "nsg" / "ikectx.toml"
-    text = config.read_text()
-    config.write_text(text.replace("[transfer]\n", "[transfer]\nmn_tries = 2\nmn_timeout = 0.2\n"))
-    try:
-        world.restart("nsg")
-        with world.blocked("nsg", "mn"):
-            done = world.transfer("psg", "nsg")
+    quick = "[transfer]\nmn_tries = 2\nmn_timeout = 0.2\n"
+    with world.agent_with("nsg", "[transfer]\n", quick), world.blocked("nsg", "mn"):
+        done = world.transfer("psg", "nsg")
         assert done.report["status"]["name"] == "PEER_SILENT"
-    finally:
-        config.write_text(text)
-        world.restart("nsg")
     assert calls(world, "nsg") == ["up-client", "down-client"]
     assert calls(world, "psg") == ["up-client", "down-client", "up-client"]
     world.ping()

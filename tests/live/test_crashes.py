@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -36,11 +37,8 @@ def test_the_record_outlives_the_agent(world: World) -> None:
 def test_an_sa_from_before_the_agent_needs_a_resync(world: World) -> None:
     # IKE_SA_INIT, IKE_AUTH while no agent runs; then it is listed, but cannot be moved. After `ikectx resync`
     # psg -> MN CREATE_CHILD_SA N(REKEY_SA), and it can.
-    world.lab.stop("psg", "agent")
-    try:
+    with world.without_agent("psg"):
         world.up()
-    finally:
-        world.lab.start_agent("psg")
     until(lambda: "cannot be moved" in world.log("psg", "agent.out"), "the agent says so")
     (listed,) = world.ikectx("psg", "list", "--json").json
     assert (listed["known"], listed["movable"]) == (False, False)
@@ -62,12 +60,9 @@ def test_an_sa_that_ended_while_the_agent_was_away(world: World) -> None:
     # the agent is away while the MN sends INFORMATIONAL D and sets up anew; it forgets the one and says that
     # it does not know the other
     old = world.up()
-    world.lab.stop("psg", "agent", kill=True)
-    try:
+    with world.without_agent("psg", kill=True):
         world.lab.terminate("mn")
         world.lab.connect()
-    finally:
-        world.restart("psg")
     items = world.ikectx("psg", "list", "--json").json
     assert [item["known"] for item in items] == [False]
     assert old["initiator-spi"] not in str(items)
@@ -206,12 +201,18 @@ def test_an_agent_is_killed_in_a_transfer(
     world.settle(other)
 
 
-def test_both_agents_are_killed(world: World) -> None:
-    # at one moment, with the MN not answering; both come back: one owner
+def asked_in_vain(world: World) -> subprocess.Popen[str]:
+    """A transfer in which nsg owns the SA already, and asks the MN, which does not hear it."""
     world.up()
     world.block("nsg", "mn")
     work = world.begin("psg", "transfer", "--to", "nsg", "--json")
-    until(lambda: "moving" in world.log("nsg", "agent.out"), "nsg owns it and asks the MN")
+    until(lambda: ": moving with" in world.log("nsg", "agent.out"), "nsg owns it and asks the MN")
+    return work
+
+
+def test_both_agents_are_killed(world: World) -> None:
+    # at one moment, with the MN not answering; both come back: one owner
+    work = asked_in_vain(world)
     for host in GATEWAYS:
         world.lab.stop(host, "agent", kill=True)
     world.unblock()
@@ -226,10 +227,7 @@ def test_both_agents_are_killed(world: World) -> None:
 def test_the_other_gateway_vanishes_after_it_was_given_the_sa(world: World) -> None:
     # CTD, then nsg's agent dies: psg has let go and serves no more (the report would say "in-doubt" after two
     # minutes), asks again and again; when nsg's agent is back it finishes, and answers CTDR
-    world.up()
-    world.block("nsg", "mn")
-    work = world.begin("psg", "transfer", "--to", "nsg", "--json")
-    until(lambda: "moving" in world.log("nsg", "agent.out"), "nsg owns it and asks the MN")
+    work = asked_in_vain(world)
     world.lab.stop("nsg", "agent", kill=True)
     time.sleep(1.5)
     (entry,) = world.status("psg")["transfers"]
@@ -246,10 +244,7 @@ def test_the_other_gateway_vanishes_after_it_was_given_the_sa(world: World) -> N
 def test_reclaim(world: World) -> None:
     # as before, but nsg never comes back, and the operator takes the SA back: psg serves again and talks to
     # the MN as if nothing had been
-    world.up()
-    world.block("nsg", "mn")
-    work = world.begin("psg", "transfer", "--to", "nsg", "--json")
-    until(lambda: "moving" in world.log("nsg", "agent.out"), "nsg owns it and asks the MN")
+    work = asked_in_vain(world)
     world.lab.stop("nsg", "agent", kill=True)
     world.forget("nsg")
     until(lambda: world.status("psg")["transfers"], "psg has it open")
@@ -268,6 +263,7 @@ def test_charon_restarts_under_its_agent(world: World) -> None:
     world.up()
     world.broken = True
     world.lab.stop("psg", "charon")
+    until(lambda: not world.status("psg")["charon"]["reachable"], "the agent misses charon")
     world.forget("mn")
     world.lab.start_charon("psg")
     until(lambda: world.status("psg")["charon"]["reachable"], "the agent has found charon")
@@ -278,9 +274,7 @@ def test_charon_restarts_under_its_agent(world: World) -> None:
 
 def test_stopping_the_agents_leaves_the_tunnel(world: World, tmp_path: Path) -> None:
     # both agents end (SIGTERM): the SA stays with its charon, DPD and rekeys work
-    world.up()
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved()
     for host in GATEWAYS:
         world.lab.stop(host, "agent")
         assert "Traceback" not in world.log(host, "agent.out")

@@ -14,11 +14,7 @@ def test_an_sa_that_came_gets_fresh_keys(world: World) -> None:
     # CREATE_CHILD_SA  SA, N, KE            the IKE_SA; its children go over to the new one
     # CREATE_CHILD_SA  N(REKEY_SA) ...      each child, with the new SK_d
     before = world.up()
-    config = world.lab.work / "nsg" / "ikectx.toml"
-    text = config.read_text()
-    config.write_text(text.replace("[transfer]\n", "[transfer]\nrekey_after = true\n"))
-    try:
-        world.restart("nsg")
+    with world.agent_with("nsg", "[transfer]\n", "[transfer]\nrekey_after = true\n"):
         children = set(world.children("mn").values())
         known = world.keys("psg")
         world.move("psg", "nsg")
@@ -37,6 +33,3 @@ def test_an_sa_that_came_gets_fresh_keys(world: World) -> None:
         world.talks("nsg")
         assert known and not set(known) & set(world.keys("nsg"))
         world.ends("mn", "nsg")
-    finally:
-        config.write_text(text)
-        world.restart("nsg")

@@ -65,15 +65,20 @@ def unanswered(world: World, host: str, lost: tuple[str, str]) -> None:
     assert waits(world, host)
 
 
-def test_by_packet(packets4: World, had: bool) -> None:
-    world = packets4
+def asked_by_psg(world: World, had: bool) -> tuple[str, str]:
+    """A tunnel in which psg's liveness checks are not answered; its SPIs."""
     world.lab.reload(world.tunnel, {"psg": impatient("mn")})
     world.lab.terminate("mn")
     until(lambda: not world.lab.list_sas("psg"), "the first tunnel is down")
     world.lab.connect("psg")
     world.ping()
-    before = spis(world.one("mn"))
     unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
+    return spis(world.one("mn"))
+
+
+def test_by_packet(packets4: World, had: bool) -> None:
+    world = packets4
+    before = asked_by_psg(world, had)
     world.lab.net.cut("away", "psg")
     began = time.monotonic()
     world.lab.net.relocate()
@@ -93,13 +98,7 @@ def test_by_packet(packets4: World, had: bool) -> None:
 def test_by_packet_where_nsg_cannot_ask(packets4: World, had: bool) -> None:
     """nsg hears the mobile node, which does not hear nsg: psg goes on when the node can be reached again."""
     world = packets4
-    world.lab.reload(world.tunnel, {"psg": impatient("mn")})
-    world.lab.terminate("mn")
-    until(lambda: not world.lab.list_sas("psg"), "the first tunnel is down")
-    world.lab.connect("psg")
-    world.ping()
-    before = spis(world.one("mn"))
-    unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
+    before = asked_by_psg(world, had)
     deaf = f"add rule inet test way ip saddr {ANNOUNCED[4]} ip daddr {AWAY[4]} meta l4proto udp drop\n"
     world.must("core", "nft", deaf)
     world.lab.net.cut("away", "psg")

@@ -340,11 +340,7 @@ def fails(world: World, to: str, code: int, *words: str) -> dict[str, Any]:
 def test_nsg_does_not_answer(mobile: World) -> None:
     # MN -> nsg CTAR, dropped, and again; psg goes on serving
     up(mobile)
-    config = mobile.lab.work / "mn" / "mobile.toml"
-    text = config.read_text()
-    config.write_text(text + "\n[mobile]\nretry = 0.2\ngive_up = 1.5\n")
-    try:
-        mobile.restart("mn")
+    with mobile.agent_with("mn", "[charon]\n", "[mobile]\nretry = 0.2\ngive_up = 1.5\n\n[charon]\n"):
         mobile.lab.net.cut("mn", "nsg")
         report = fails(mobile, "nsg", 5)
         assert report["result"] == "silent"
@@ -356,26 +352,16 @@ def test_nsg_does_not_answer(mobile: World) -> None:
         lives(mobile, "psg")
         hands_over(mobile, "nsg")
         assert status(mobile)["in_question"] == []
-    finally:
-        config.write_text(text)
-        mobile.restart("mn")
 
 
 def test_a_gateway_says_no(mobile: World) -> None:
     # MN -> nsg CTAR, CT-Req, CTD; nsg's charon has no such connection: CTDR and CTAA say so
-    up(mobile, overrides={})
-    path = mobile.lab.work / "nsg" / "swanctl.conf"
-    text = path.read_text()
-    path.write_text(text.replace("  mn {", "  somebody {"))
-    mobile.must("nsg", "swanctl", "--load-all")
-    try:
-        report = fails(mobile, "nsg", 4)
-        assert (report["result"], report["serves"]) == ("refused", "psg")
-        assert report["status"]["name"] == "NO_CONNECTION"
-        lives(mobile, "psg")
-    finally:
-        path.write_text(text)
-        mobile.must("nsg", "swanctl", "--load-all")
+    up(mobile)
+    mobile.edit("nsg", "  mn {", "  somebody {")
+    report = fails(mobile, "nsg", 4)
+    assert (report["result"], report["serves"]) == ("refused", "psg")
+    assert report["status"]["name"] == "NO_CONNECTION"
+    lives(mobile, "psg")
 
 
 @pytest.mark.parametrize(

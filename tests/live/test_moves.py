@@ -16,9 +16,7 @@ def test_there_and_back(world: World) -> None:
     # nsg -> MN    INFORMATIONAL  N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(COOKIE2)
     # MN -> nsg    INFORMATIONAL  N(NAT_DETECTION_*), N(COOKIE2);  nsg -> psg  CTDR
     # and the same the other way round
-    before = world.up()
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    before = world.moved()
     world.move("nsg", "psg")
     world.settle("psg")
     assert spis(world.one("psg")) == spis(before)
@@ -28,9 +26,7 @@ def test_there_and_back(world: World) -> None:
 
 def test_the_ike_sa_is_the_same_and_nobody_authenticates_again(world: World) -> None:
     # as above; in the whole test one IKE_SA_INIT and one IKE_AUTH
-    world.up()
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved()
     text = world.log("mn")
     assert text.count("generating IKE_SA_INIT request") == 1
     assert text.count("generating IKE_AUTH request") == 1
@@ -58,9 +54,7 @@ def test_rekeys_after_a_move(world: World, host: str) -> None:
     # psg -> nsg moves; then `host` begins
     # CREATE_CHILD_SA  SA, N, KE        the IKE_SA is rekeyed, its children go over to the new one
     # CREATE_CHILD_SA  N(REKEY_SA) ...  a child is rekeyed with the new SK_d
-    world.up()
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved()
     world.rekey_ike(host, "nsg")
     world.rekey_child(host, "nsg")
     world.ping()
@@ -70,9 +64,7 @@ def test_rekeys_after_a_move(world: World, host: str) -> None:
 @pytest.mark.parametrize("host", ["mn", "nsg"])
 def test_terminate_after_a_move(world: World, host: str) -> None:
     # psg -> nsg moves; then `host` sends INFORMATIONAL D, the other answers it
-    world.up()
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved()
     world.ends(host, "nsg")
 
 
@@ -81,9 +73,7 @@ def test_dead_peer_detection_after_a_move(world: World, host: str) -> None:
     # psg -> nsg moves; then `host` sends an empty INFORMATIONAL whenever a second was silent, the other
     # answers it with an empty one
     connection = "psg" if host == "mn" else "mn"
-    world.up(overrides={host: f"connections {{ {connection} {{ dpd_delay = 1s }} }}\n"})
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved(overrides={host: f"connections {{ {connection} {{ dpd_delay = 1s }} }}\n"})
     before = world.log(host).count("sending DPD request")
     until(lambda: world.log(host).count("sending DPD request") >= before + 2, "two DPD requests")
     world.serves("nsg")
@@ -93,9 +83,7 @@ def test_dead_peer_detection_after_a_move(world: World, host: str) -> None:
 def test_a_moved_sa_is_rekeyed_and_moves_back(world: World) -> None:
     # psg -> nsg; IKE rekey by the MN, IKE rekey by nsg (so that nsg is the initiator of the IKE_SA now);
     # nsg -> psg: psg knows nothing of these exchanges but what the context says
-    world.up()
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved()
     world.rekey_ike("mn", "nsg")
     world.rekey_ike("nsg", "nsg")
     world.move("nsg", "psg")

@@ -54,11 +54,7 @@ def test_an_ike_sa_rekeyed_with_additional_key_exchanges(capable: World, order: 
     capable.up(ike=TWICE)
     for host in order.split():
         capable.rekey_ike(host, "psg")
-    capable.agree("psg")
-    capable.move("psg", "nsg")
-    capable.settle("nsg")
-    capable.talks("nsg")
-    capable.ends("nsg", "nsg")
+    capable.lives_through_a_move("nsg")
 
 
 @pytest.mark.parametrize("host", ["mn", "psg"])
@@ -79,9 +75,8 @@ def test_a_child_with_additional_key_exchanges(capable: World, host: str) -> Non
 def test_a_resync_tells_of_additional_key_exchanges(capable: World) -> None:
     # IKE_SA_INIT, IKE_INTERMEDIATE, IKE_AUTH while no agent runs; RESYNC replays both IKE_ADDs of the SA and
     # has its child rekeyed, with IKE_FOLLOWUP_KE
-    capable.lab.stop("psg", "agent")
-    capable.up(ike=IKE, esp=ESP)
-    capable.restart("psg")
+    with capable.without_agent("psg"):
+        capable.up(ike=IKE, esp=ESP)
     assert capable.ikectx("psg", "resync", "--yes", "--json").code == 0
     until(lambda: capable.transfer("psg", "nsg").code == 0, "the SA can be moved")
     capable.settle("nsg")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from vici_bridge.ha import wire_version
-
+from .test_collisions import other_at_nsg
 from .world import Done, World, spis, until
 
 pytestmark = pytest.mark.live
@@ -31,7 +29,12 @@ def untouched(world: World, other: int = 0) -> Iterator[None]:
                     for child in sa["child-sas"].values()
                 )
                 views.append((host, sa["uniqueid"], sa["state"], spis(sa), sa["remote-host"], children))
-            for words in ("nft list table inet ikectx", "ip rule", "ip route show table all", "ip xfrm policy"):
+            for words in (
+                "nft list table inet ikectx",
+                "ip rule",
+                "ip route show table all",
+                "ip xfrm policy",
+            ):
                 if host != "mn":
                     views.append((host, words, world.must(host, *words.split())))
         return views
@@ -63,15 +66,6 @@ def against(report: dict[str, Any]) -> set[tuple[str, str]]:
     """(context, status) of all verdicts that are not OK: a CTDR has one for each context."""
     verdicts = [(verdict["context"], verdict["status"]["name"]) for verdict in report["verdicts"]]
     return {verdict for verdict in verdicts if verdict[1] != "OK"}
-
-
-def edit(world: World, host: str, old: str, new: str) -> None:
-    """Change swanctl.conf of a host and load it."""
-    path = world.lab.work / host / "swanctl.conf"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-    world.must(host, "swanctl", "--load-all")
 
 
 # Each exchange of a refusal is CXTP's only: psg -> nsg PCTD, nsg -> psg CTDR with the reason, or nothing at
@@ -111,16 +105,13 @@ def test_nothing_to_transfer(world: World) -> None:
 def test_the_other_agent_is_down(world: World) -> None:
     # psg -> nsg TCP SYN, RST
     world.up()
-    world.lab.stop("nsg", "agent")
-    try:
+    with world.without_agent("nsg"):
         began = time.monotonic()
         refused(world.transfer("psg", "nsg"), 5, "UNREACHABLE")
         assert time.monotonic() - began < 8
         world.ping()
         world.rekey_child("mn", "psg")
         world.serves("psg")
-    finally:
-        world.lab.start_agent("nsg")
     # and when it is there again
     world.move("psg", "nsg")
     world.settle("nsg")
@@ -138,28 +129,26 @@ def test_the_other_gateway_is_away(world: World) -> None:
         assert 4 < time.monotonic() - began < 10
 
 
-def test_no_such_connection_there(world: World) -> None:
-    # PCTD; CTDR NO_CONNECTION
+@pytest.mark.parametrize(
+    ("old", "new", "status", "said"),
+    [
+        pytest.param("  mn {", "  guests {", "NO_CONNECTION", "no connection 'mn'", id="connection"),
+        pytest.param("      net {", "      web {", "NO_CHILD", "no child 'net'", id="child"),
+    ],
+)
+def test_nothing_of_that_name_there(world: World, old: str, new: str, status: str, said: str) -> None:
+    # PCTD; CTDR with the status
     world.up()
-    edit(world, "nsg", "  mn {", "  guests {")
+    world.edit("nsg", old, new)
     with untouched(world):
-        refused(world.transfer("psg", "nsg"), 4, "NO_CONNECTION")
-        assert "no connection 'mn'" in world.log("nsg", "agent.out")
-
-
-def test_no_such_child_there(world: World) -> None:
-    # PCTD; CTDR NO_CHILD
-    world.up()
-    edit(world, "nsg", "      net {", "      web {")
-    with untouched(world):
-        refused(world.transfer("psg", "nsg"), 4, "NO_CHILD")
-        assert "no child 'net'" in world.log("nsg", "agent.out")
+        refused(world.transfer("psg", "nsg"), 4, status)
+        assert said in world.log("nsg", "agent.out")
 
 
 def test_only_one_of_two_children_is_there(world: World) -> None:
     # PCTD with both; CTDR NO_CHILD: nothing half done
     world.up(children=2)
-    edit(world, "nsg", "      net2 {", "      web {")
+    world.edit("nsg", "      net2 {", "      web {")
     with untouched(world):
         refused(world.transfer("psg", "nsg"), 4, "NO_CHILD")
         assert "no child 'net2'" in world.log("nsg", "agent.out")
@@ -168,7 +157,7 @@ def test_only_one_of_two_children_is_there(world: World) -> None:
 def test_the_connection_there_asks_for_another_way_to_authenticate(world: World) -> None:
     # PCTD; CTDR NOT_ALLOWED: the MN came by its shared key, nsg wants a certificate of it
     world.up()
-    edit(world, "nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
+    world.edit("nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
     with untouched(world):
         refused(world.transfer("psg", "nsg"), 4, "NOT_ALLOWED")
 
@@ -191,49 +180,16 @@ def test_selectors_overlap_there(world: World) -> None:
         refused(world.transfer("psg", "nsg"), 4, "SELECTORS_OVERLAP")
 
 
-IMPORT = """
-import secrets, socket, sys
-from ikectx.context import Endpoint, Identity, IkeContext, IkeGeneration, Secret
-from ikectx.numbers import Encr, IdType, KeMethod, Prf
-from vici_bridge.chain import import_messages
-
-spi_i, spi_r, local, remote, version = sys.argv[1:]
-generation = IkeGeneration(
-    bytes.fromhex(spi_i), bytes.fromhex(spi_r), False, secrets.token_bytes(32), secrets.token_bytes(32),
-    Secret(secrets.token_bytes(32)), Prf.HMAC_SHA2_256, Encr.AES_GCM_16, 128, ke=KeMethod.CURVE_25519,
-)
-context = IkeContext(
-    "mn", (generation,), Identity(IdType.FQDN, b"nsg.example"), Identity(IdType.FQDN, b"other.example"),
-    Endpoint.of(local, 4500), Endpoint.of(remote, 4500),
-)
-link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-link.bind(("127.0.0.2", 4510))
-for message in import_messages(context, int(version)):
-    link.sendto(message.serialize(), ("127.0.0.1", 4510))
-"""
-
-
 def test_the_ike_spi_is_in_use_there(world: World, tmp_path: Path) -> None:
     # nsg's charon already has an IKE_SA with the same pair of SPIs, and nsg is told to refuse such SAs: PCTD;
     # CTDR IKE_SPI_IN_USE. charon itself would take the second, which then shadows the first.
-    world.up()
-    world.lab.stop("nsg", "agent")
-    script = tmp_path / "import.py"
-    script.write_text(IMPORT)
-    version = str(wire_version(str(world.lab.vici("nsg").version()["version"])))
-    words = [str(script), *spis(world.one("psg")), "10.2.2.2", "10.9.9.9", version]
-    world.must("nsg", sys.executable, *words)
-    config = world.lab.work / "nsg" / "ikectx.toml"
-    text = config.read_text()
-    config.write_text(text.replace("[transfer]\n", '[transfer]\ncollision = "refuse"\n'))
-    try:
-        world.lab.start_agent("nsg")
-        until(lambda: len(world.lab.list_sas("nsg")) == 1, "nsg has the other SA")
-        with untouched(world, other=1):
-            refused(world.transfer("psg", "nsg"), 4, "IKE_SPI_IN_USE")
-    finally:
-        config.write_text(text)
-        world.restart("nsg")
+    spi_i, spi_r = spis(world.up())
+    other_at_nsg(world, tmp_path, spi_i=spi_i, spi_r=spi_r)
+    with (
+        world.agent_with("nsg", "[transfer]\n", '[transfer]\ncollision = "refuse"\n'),
+        untouched(world, other=1),
+    ):
+        refused(world.transfer("psg", "nsg"), 4, "IKE_SPI_IN_USE")
 
 
 def test_the_other_charon_lacks_an_algorithm(world: World) -> None:
@@ -243,6 +199,7 @@ def test_the_other_charon_lacks_an_algorithm(world: World) -> None:
     conf.write_text(conf.read_text().replace(" xcbc ", " "))
     world.broken = True
     world.lab.stop("nsg", "charon")
+    until(lambda: not world.status("nsg")["charon"]["reachable"], "nsg's agent misses charon")
     world.lab.start_charon("nsg")
     until(lambda: world.status("nsg")["charon"]["reachable"], "nsg's agent has found charon")
     with untouched(world):
@@ -272,13 +229,10 @@ def test_charon_here_is_down(world: World) -> None:
 def test_the_agent_here_is_down(world: World) -> None:
     # no exchange; the command line says where it looked
     world.up()
-    world.lab.stop("psg", "agent")
-    try:
+    with world.without_agent("psg"):
         done = world.transfer("psg", "nsg")
         assert done.code == 5, done
         assert "ikectx.vici" in done.json["error"]
-    finally:
-        world.lab.start_agent("psg")
 
 
 def test_an_exchange_is_in_flight(world: World) -> None:
@@ -330,9 +284,9 @@ def test_dry_run(world: World) -> None:
 def test_dry_run_says_all_that_speaks_against_it(world: World) -> None:
     # PCTD with the intent to check; CTDR with every reason
     world.up(children=2)
-    edit(world, "nsg", "      net {", "      web {")
-    edit(world, "nsg", "      net2 {", "      ftp {")
-    edit(world, "nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
+    world.edit("nsg", "      net {", "      web {")
+    world.edit("nsg", "      net2 {", "      ftp {")
+    world.edit("nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
     with untouched(world):
         done = world.transfer("psg", "nsg", "--dry-run", "--all")
         assert done.code == 4, done
@@ -343,16 +297,8 @@ def test_dry_run_says_all_that_speaks_against_it(world: World) -> None:
 def test_a_gateway_without_the_right_to_push(world: World) -> None:
     # PCTD; CTDR NOT_ALLOWED by nsg's configuration of its peer
     world.up()
-    config = world.lab.work / "nsg" / "ikectx.toml"
-    text = config.read_text()
-    config.write_text(text.replace('["push", "pull"]', '["pull"]'))
-    try:
-        world.restart("nsg")
-        with untouched(world):
-            refused(world.transfer("psg", "nsg"), 4, "NOT_ALLOWED")
-    finally:
-        config.write_text(text)
-        world.restart("nsg")
+    with world.agent_with("nsg", '["push", "pull"]', '["pull"]'), untouched(world):
+        refused(world.transfer("psg", "nsg"), 4, "NOT_ALLOWED")
 
 
 def test_wrong_arguments(world: World) -> None:

@@ -11,15 +11,6 @@ from .world import World, spis
 pytestmark = pytest.mark.live
 
 
-def moves(world: World) -> None:
-    """psg -> nsg, every exchange there, and the end from the mobile node."""
-    world.agree("psg")
-    world.move("psg", "nsg")
-    world.settle("nsg")
-    world.talks("nsg")
-    world.ends("mn", "nsg")
-
-
 @pytest.mark.parametrize("order", ["mn", "psg", "mn psg", "psg psg", "psg mn mn"])
 def test_an_ike_sa_that_was_rekeyed(world: World, order: str) -> None:
     # before the move, by each host of `order`: CREATE_CHILD_SA SA, N, KE; INFORMATIONAL D(old IKE_SA).
@@ -28,7 +19,7 @@ def test_an_ike_sa_that_was_rekeyed(world: World, order: str) -> None:
     for host in order.split():
         world.rekey_ike(host, "psg")
     assert spis(world.one("psg")) != spis(first)
-    moves(world)
+    world.lives_through_a_move()
 
 
 @pytest.mark.parametrize("host", ["mn", "psg"])
@@ -37,7 +28,7 @@ def test_a_child_that_was_rekeyed(world: World, host: str) -> None:
     # charon still lists the old child
     world.up()
     world.rekey_child(host, "psg")
-    moves(world)
+    world.lives_through_a_move()
 
 
 def test_a_child_rekeyed_between_two_ike_rekeys(world: World) -> None:
@@ -47,7 +38,7 @@ def test_a_child_rekeyed_between_two_ike_rekeys(world: World) -> None:
     world.rekey_ike("mn", "psg")
     world.rekey_child("psg", "psg")
     world.rekey_ike("psg", "psg")
-    moves(world)
+    world.lives_through_a_move()
 
 
 @pytest.mark.parametrize("group", ["x25519", "modp2048", "ecp256"])
@@ -56,14 +47,12 @@ def test_a_child_with_its_own_key_exchange(world: World, group: str) -> None:
     # ways, whose secret goes into KEYMAT and into the context
     world.up(esp=f"aes128gcm16-{group}")
     world.rekey_child("mn", "psg")
-    moves(world)
+    world.lives_through_a_move()
 
 
 def test_two_children(world: World) -> None:
     # CREATE_CHILD_SA SA, N, TS for the second; both move by one exchange with the MN
-    world.up(children=2)
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved(children=2)
     for child in (1, 2):
         world.ping(child)
     world.rekey_child("nsg", "nsg", "net2")
@@ -84,14 +73,12 @@ def test_two_children_of_two_generations(world: World) -> None:
     world.lab.reload(world.tunnel)
     world.lab.initiate("mn", "psg", "net2")
     world.ping(2)
-    moves(world)
+    world.lives_through_a_move()
 
 
 def test_a_second_child_after_the_move(world: World) -> None:
     # psg -> nsg with one child; then MN -> nsg CREATE_CHILD_SA SA, N, TS for net2
-    world.up(children=1)
-    world.move("psg", "nsg")
-    world.settle("nsg")
+    world.moved(children=1)
     world.tunnel = world.tunnel_with(children=2)
     world.lab.reload(world.tunnel)
     world.lab.initiate("mn", "psg", "net2")
@@ -119,7 +106,7 @@ def test_ways_to_set_up(world: World, tunnel: dict[str, Any]) -> None:
     if tunnel.get("auth") == "eap":
         assert sa["remote-eap-id"] == "carol"
     assert sa.get("initiator", "no") == ("yes" if tunnel.get("initiator") == "gateway" else "no")
-    moves(world)
+    world.lives_through_a_move()
     assert "IKE_AUTH" not in world.log("nsg")
 
 
@@ -137,11 +124,11 @@ def test_ways_to_set_up(world: World, tunnel: dict[str, Any]) -> None:
     ],
 )
 def test_ciphers_of_the_ike_sa(world: World, ike: str) -> None:
-    # the exchange with the MN is protected by the agent itself, with keys it derived; each rekey of `talks`
-    # then derives from the SK_d that charon at nsg derived
+    # the exchange with the MN is protected by the agent itself, with keys it derived; each rekey afterwards
+    # derives from the SK_d that charon at nsg derived
     world.up(ike=ike)
     world.rekey_ike("mn", "psg")
-    moves(world)
+    world.lives_through_a_move()
 
 
 @pytest.mark.parametrize("esp", ["aes256-sha256", "aes256gcm16", "chacha20poly1305", "null-sha384"])
@@ -149,4 +136,4 @@ def test_ciphers_of_a_child(world: World, esp: str) -> None:
     # before the move: IKE_AUTH and CREATE_CHILD_SA; `move` compares the keys in the context with those that
     # charon derived at the MN and at nsg
     world.up(esp=esp)
-    moves(world)
+    world.lives_through_a_move()

@@ -27,7 +27,7 @@ from typing import Any
 
 from ikectx.errors import CharonError
 from ikectx_cli.lab_config import Tunnel
-from ikectx_cli.lab_hosts import Lab
+from ikectx_cli.lab_hosts import Lab, agent_file
 from ikectx_cli.lab_net import CHARONS, GATEWAYS, INNER, OUTER, SECOND, SECOND_NET
 from vici_bridge.vici import ControlClient, json_of
 
@@ -213,6 +213,21 @@ class World:
             assert not lacking, f"{host} has other keys: {lacking}"
         return report
 
+    def moved(self, **tunnel: Any) -> dict[str, Any]:
+        """The tunnel of these fields, set up at psg and then moved to nsg; the IKE_SA as it was at psg."""
+        sa = self.up(**tunnel)
+        self.move("psg", "nsg")
+        self.settle("nsg")
+        return sa
+
+    def lives_through_a_move(self, end: str = "mn") -> None:
+        """psg -> nsg with the SA that is up, every exchange there, and its end from one side."""
+        self.agree("psg")
+        self.move("psg", "nsg")
+        self.settle("nsg")
+        self.talks("nsg")
+        self.ends(end, "nsg")
+
     def settle(self, gateway: str) -> None:
         """The mobile node's children are anew at that gateway, and carry packets."""
         self.agree(gateway)
@@ -364,6 +379,28 @@ class World:
         finally:
             self.lab.start_agent(host)
         until(lambda: self.status(host)["charon"]["reachable"], f"{host}'s agent has found charon")
+
+    @contextlib.contextmanager
+    def agent_with(self, host: str, old: str, new: str) -> Iterator[None]:
+        """Meanwhile the agent of a host runs with something else in its configuration."""
+        config = agent_file(self.lab.work, host)
+        text = config.read_text()
+        assert old in text
+        config.write_text(text.replace(old, new))
+        try:
+            self.restart(host)
+            yield
+        finally:
+            config.write_text(text)
+            self.restart(host)
+
+    def edit(self, host: str, old: str, new: str) -> None:
+        """Change swanctl.conf of a host and load it: until the next `up`, which writes it anew."""
+        path = self.lab.work / host / "swanctl.conf"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        self.must(host, "swanctl", "--load-all")
 
     def status(self, host: str) -> Any:
         with ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent:
