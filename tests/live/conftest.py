@@ -41,9 +41,12 @@ def world(session_world: World, request: pytest.FixtureRequest) -> Iterator[Worl
     session_world.clean()
     request.node.stash[_WORLD] = session_world
     yield session_world
+    if not request.node.stash.get(_FAILED, False):
+        session_world.well()
 
 
 _WORLD = pytest.StashKey[World]()
+_FAILED = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,7 +57,7 @@ def pytest_runtest_makereport(
     report = yield
     world = item.stash.get(_WORLD, None)
     if report.failed and world is not None:
-        world.broken = True
+        world.broken = item.stash[_FAILED] = True
         if report.when == "call":
             report.sections += list(world.story())
     return report

@@ -68,7 +68,7 @@ def at_nsg(world: World) -> bool:
 
 
 def moves(world: World, host: str) -> list[str]:
-    """How each transfer ended that this gateway's agent knows of."""
+    """The transfers that this gateway's agent tells to have moved an SA."""
     lines = world.must(host, "ikectx", "history", "--json")
     return [line for line in lines.splitlines() if '"moved"' in line]
 
@@ -111,6 +111,7 @@ def test_a_stock_mn_that_lost_psg_meets_nsg(packets: World) -> None:
     until(lambda: at_nsg(world), "the SA is at nSG")
     assert spis(world.one("mn")) == before
     assert world.one("nsg")["remote-host"] == AWAY[family]
+    until(lambda: moves(world, "psg"), "psg tells of it")
     world.ping()
     # the first probe was answered: nobody waited for another
     assert "path probing attempt" not in world.log("mn")

@@ -414,6 +414,15 @@ class World:
         """Is an SA's IKE kept from the wire there? (The agent's nftables table alone mutes nothing.)"""
         return "elements = {" in self.lab.command(host, ["nft", "list", "table", "inet", "ikectx"]).stdout
 
+    def well(self) -> None:
+        """No daemon has ended by itself, and no agent has met what nobody thought of."""
+        ended = {pair: process.poll() for pair, process in self.lab.started.items()}
+        assert not any(code is not None for code in ended.values()), f"ended by itself: {ended}"
+        for path in self._logs():
+            if path.name == "agent.out":
+                _, _, trouble = self.log(path.parent.name, path.name).partition("Traceback")
+                assert not trouble, f"{path.parent.name}: Traceback{trouble}"
+
     # -- the net ------------------------------------------------------------------------------
 
     def ping(self, child: int = 1, within: float = PATIENCE) -> None:
