@@ -15,7 +15,7 @@ import click
 from ikectx.errors import KernelError, UsageError
 
 from . import lab_scenario, lab_start
-from .answers import json_option
+from .answers import json_option, show_json
 from .lab_config import Tunnel
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS, has_kernel_esp, load_modules
@@ -77,7 +77,10 @@ def lab() -> None:
 )
 @click.option("--agents/--no-agents", default=True, show_default=True, help="Also run the gateways' agents.")
 @click.option("--connect/--no-connect", default=False, help="Also connect the mobile node to psg.")
-def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool) -> None:
+@json_option
+def up(
+    name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool, as_json: bool
+) -> None:
     """Bring a lab up and leave it standing."""
     if esp != "libipsec":
         load_modules()
@@ -95,6 +98,9 @@ def up(name: str, delay: float, esp: str, auth: str, family: str, agents: bool, 
         except BaseException:
             made.down()
             raise
+    if as_json:
+        show_json({"name": name, "work": made.work, "warnings": list(made.warnings)})
+        return
     for warning in made.warnings:
         click.echo(f"note: {warning}", err=True)
     click.echo(f"lab {name} is up in {made.work}: ikectx lab exec {{{','.join(HOSTS)}}} -- COMMAND")

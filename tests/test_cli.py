@@ -195,6 +195,28 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert metadata.version("ikectx") == __version__
 
 
+def test_every_command_that_prints_takes_json() -> None:
+    """As the README says; these run until they are stopped, print nothing, or print what another prints."""
+    silent = {"serve", "updown", "mobile serve", "lab down", "lab exec", "lab vm"}
+
+    def walk(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
+            if isinstance(command, click.Group):
+                yield from walk(command, f"{before}{name} ")
+            else:
+                yield before + name, command
+
+    without = {
+        name
+        for name, command in walk(commands.cli)
+        if not any("--json" in param.opts for param in command.params)
+    }
+    assert without == silent
+
+
 def test_the_readme_has_every_command_and_exit_code() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     reference = text[text.index("## Command line") : text.index("## Library")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
 from ikectx_cli import commands, lab
@@ -41,3 +44,25 @@ def test_every_option_says_what_it_does(command: str) -> None:
     for param in lab.lab.commands[command].params:
         if param.param_type_name == "option":
             assert param.help, param.name  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_lab_that_is_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    class Up:
+        work = "/tmp/ikl-x"
+        warnings = ("no netem",)
+
+        def up(self, *_: Any, **__: Any) -> None: ...
+
+    monkeypatch.setattr(lab, "sweep", lambda: [])
+    monkeypatch.setattr(lab.Lab, "new", lambda *_, **__: Up())
+    assert commands.run(["lab", "up", "--name", "x", "--esp", "libipsec", *words]) == 0
+    out, err = capsys.readouterr()
+    if words:
+        assert json.loads(out) == {"name": "x", "work": "/tmp/ikl-x", "warnings": ["no netem"]}
+        assert err == ""
+    else:
+        assert out.startswith("lab x is up in /tmp/ikl-x: ikectx lab exec {mn,mn2,")
+        assert err == "note: no netem\n"
