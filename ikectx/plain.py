@@ -33,6 +33,8 @@ CHUNK = 1 << 14
 RESOLVE_AGAIN = 60.0
 """Seconds for which a peer's name keeps its addresses."""
 BACKLOG = 64
+ACCEPT_AGAIN = 1.0
+"""Seconds without accepting when the system has no file descriptor or memory for it."""
 _SCTP_RTOINFO = 0
 _SCTP_ASSOCINFO = 1
 _SCTP_NODELAY = 3
@@ -382,6 +384,7 @@ class PlainServer:
         self.sockets = (sock,)
         self._connected = connected
         self._tasks: set[asyncio.Task[None]] = set()
+        self._later: asyncio.TimerHandle | None = None
 
     @property
     def address(self) -> tuple[str, int]:
@@ -392,6 +395,9 @@ class PlainServer:
 
     async def start_serving(self) -> None:
         """Begin to accept."""
+        self._listen()
+
+    def _listen(self) -> None:
         (sock,) = self.sockets
         asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
 
@@ -403,6 +409,10 @@ class PlainServer:
                 return
             except OSError as error:
                 log.warning("cannot accept a connection: %s", _reason(error))
+                # it stays readable, and the loop would ask without end
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(sock.fileno())
+                self._later = loop.call_later(ACCEPT_AGAIN, self._listen)
                 return
             connection.setblocking(False)
             task = asyncio.ensure_future(self._connected(connection))
@@ -412,6 +422,8 @@ class PlainServer:
     def close(self) -> None:
         """Stop listening; connections that were accepted go on."""
         (sock,) = self.sockets
+        if self._later is not None:
+            self._later.cancel()
         if sock.fileno() >= 0:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().remove_reader(sock.fileno())
