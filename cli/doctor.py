@@ -422,6 +422,7 @@ def addresses(world: World) -> Iterator[Outcome]:
     config = world.config
     places = [("[gateway] addresses", str(address)) for address in config.gateway.addresses]
     places += [("[transfer] listen", listen.host) for listen in config.transfer.listen]
+    places += [("[mobile] listen", listen.host) for listen in (config.mobile.listen if config.mobile else ())]
     places += [("[charon] ha_local", config.charon.ha_local), ("[charon] ha_remote", config.charon.ha_remote)]
     for key, address in places:
         if not world.is_local(address):

@@ -195,6 +195,14 @@ def test_user_space_esp(world: Fake, tmp_path: Path) -> None:
     only(world, "kernel", "fail", "/dev/net/tun")
 
 
+def test_where_mobile_nodes_ask(world: Fake, tmp_path: Path) -> None:
+    text = TOML + '[mobile]\nlisten = ["192.0.2.1", "[2001:db8::1]:5091"]\n'
+    asked = Fake(parse(text, tmp_path / "ikectx.toml"))
+    assert bad(asked) == []
+    asked.foreign = {"2001:db8::1"}
+    only(asked, "addresses", "fail", "[mobile] listen: 2001:db8::1 is not an address of this machine")
+
+
 def test_addresses(world: Fake) -> None:
     world.foreign = {"192.0.2.1"}
     assert [finding.found.split(":")[0] for finding in bad(world)] == [
