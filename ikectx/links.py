@@ -149,7 +149,7 @@ class TlsStream:
         host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
         self.label = f"{host}:{port}"
         self.names = certificate_names(writer.get_extra_info("peercert"))
-        _keep_alive(writer.get_extra_info("socket"), timing.keepalive)
+        keep_alive(writer.get_extra_info("socket"), timing.keepalive)
 
     async def read(self) -> bytes:
         try:
@@ -172,8 +172,8 @@ class TlsStream:
             self._writer.close()
 
 
-def _keep_alive(sock: Any, seconds: float) -> None:
-    """Notice within about three times `seconds` that the other side has gone."""
+def keep_alive(sock: Any, seconds: float) -> None:
+    """Have TCP notice within about three times `seconds` that the other side has gone."""
     if sock is None:
         return
     whole = max(1, round(seconds))

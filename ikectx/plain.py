@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from .context import Address, Endpoint
 from .errors import ConfigError, IkectxError, LinkError
 from .flow import Flow, Transport
-from .links import READ_SIZE, Accept, Dial, PeerConfig, Stream
+from .links import READ_SIZE, Accept, Dial, PeerConfig, Stream, keep_alive
 from .transfer import Timing
 
 log = logging.getLogger("ikectx.plain")
@@ -216,28 +216,23 @@ def open_socket(family: int, protocol: Transport) -> socket.socket:
 
 def _tune(sock: socket.socket, protocol: Transport, seconds: float) -> None:
     """No delay, and notice within about three times `seconds` that the other side has gone."""
-    whole = max(1, round(seconds))
-    tcp, sctp = socket.IPPROTO_TCP, socket.IPPROTO_SCTP
-    options: list[tuple[int, int, int | bytes]] = [
-        (tcp, socket.TCP_NODELAY, 1),
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        (tcp, socket.TCP_KEEPIDLE, whole),
-        (tcp, socket.TCP_KEEPINTVL, whole),
-        (tcp, socket.TCP_KEEPCNT, 2),
-        (tcp, socket.TCP_USER_TIMEOUT, 3000 * whole),
-    ]
-    if protocol == "sctp":
-        # heartbeats each `whole` seconds, two may stay unanswered, and no wait for an answer is longer
-        beats = struct.pack("=i128xIHIIIIBx", 0, 1000 * whole, 2, 0, 0, _SPP_HB_ENABLE, 0, 0)
-        options = [
-            (sctp, _SCTP_NODELAY, 1),
-            (sctp, _SCTP_RTOINFO, struct.pack("=iIII", 0, 1000, 1000 * whole, 1000)),
-            (sctp, _SCTP_ASSOCINFO, struct.pack("=iHHIII", 0, 2, 0, 0, 0, 0)),
-            (sctp, _SCTP_PEER_ADDR_PARAMS, beats),
-        ]
-    for level, name, value in options:
+    if protocol == "tcp":
+        keep_alive(sock, seconds)
         with contextlib.suppress(OSError):
-            sock.setsockopt(level, name, value)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return
+    whole = max(1, round(seconds))
+    # heartbeats each `whole` seconds, two may stay unanswered, and no wait for an answer is longer
+    beats = struct.pack("=i128xIHIIIIBx", 0, 1000 * whole, 2, 0, 0, _SPP_HB_ENABLE, 0, 0)
+    options: tuple[tuple[int, int | bytes], ...] = (
+        (_SCTP_NODELAY, 1),
+        (_SCTP_RTOINFO, struct.pack("=iIII", 0, 1000, 1000 * whole, 1000)),
+        (_SCTP_ASSOCINFO, struct.pack("=iHHIII", 0, 2, 0, 0, 0, 0)),
+        (_SCTP_PEER_ADDR_PARAMS, beats),
+    )
+    for name, value in options:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_SCTP, name, value)
 
 
 def _one_address_each(sock: socket.socket) -> None:
