@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ikectx.errors import ConfigError
 
 from .toml_table import (
+    ConfigFile,
     HostPort,
     Table,
     a_file,
@@ -27,9 +28,6 @@ from .toml_table import (
     an_endpoint,
     an_integer,
     one_of,
-    path_of,
-    read_table,
-    read_text,
     seconds,
     yes_or_no,
 )
@@ -199,25 +197,7 @@ class Config:
         raise ConfigError(f"{self.path} has no [[peer]] named {name!r}", hint=f"known peers: {known}")
 
 
-def config_path(given: str | None) -> Path:
-    """The file to read: the one given, $IKECTX_CONFIG, or the default."""
-    return path_of(given, VARIABLE, DEFAULT_PATH)
-
-
-def load(path: Path) -> Config:
-    """Read and check a file. Errors: ConfigError."""
-    return parse(read_text(path, VARIABLE), path)
-
-
-def parse(text: str, path: Path) -> Config:
-    """Check the text of a file; `path` is for messages and relative names. Errors: ConfigError."""
-    root = read_table(text, path)
-    config = _config(root, path)
-    _agree(root, config)
-    return config
-
-
-def _config(root: Table, path: Path) -> Config:
+def _checked(root: Table, path: Path) -> Config:
     file = a_file(path)
     root.only(
         "name",
@@ -231,7 +211,7 @@ def _config(root: Table, path: Path) -> Config:
         "connections",
         "peer",
     )
-    return Config(
+    config = Config(
         path=path,
         name=root.value("name", a_name),
         state_dir=root.value("state_dir", file, Path("/var/lib/ikectx")),
@@ -244,6 +224,8 @@ def _config(root: Table, path: Path) -> Config:
         connections={name: _connection(name, table) for name, table in root.named("connections")},
         peers=tuple(_peer(table) for table in root.tables("peer")),
     )
+    _agree(root, config)
+    return config
 
 
 def control(table: Table, default: ControlConfig = ControlConfig()) -> ControlConfig:
@@ -373,3 +355,7 @@ def _agree(root: Table, config: Config) -> None:
                 raise table.error(
                     "ask", f"{name!r} is not a [[peer]]", f"known peers: {', '.join(names) or 'none'}"
                 )
+
+
+_FILE = ConfigFile(VARIABLE, DEFAULT_PATH, _checked)
+config_path, load, parse = _FILE.path, _FILE.load, _FILE.parse

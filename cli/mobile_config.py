@@ -13,6 +13,7 @@ from ikectx.errors import ConfigError
 
 from .config import CharonConfig, ControlConfig, charon, control
 from .toml_table import (
+    ConfigFile,
     HostPort,
     Table,
     a_file,
@@ -20,9 +21,6 @@ from .toml_table import (
     an_address,
     an_endpoint,
     an_integer,
-    path_of,
-    read_table,
-    read_text,
     seconds,
     yes_or_no,
 )
@@ -101,19 +99,7 @@ class MobileFile:
         return next((gateway for gateway in self.gateways if address in gateway.addresses), None)
 
 
-def config_path(given: str | None) -> Path:
-    """The file to read: the one given, $IKECTX_MOBILE_CONFIG, or the default."""
-    return path_of(given, VARIABLE, DEFAULT_PATH)
-
-
-def load(path: Path) -> MobileFile:
-    """Read and check a file. Errors: ConfigError."""
-    return parse(read_text(path, VARIABLE), path)
-
-
-def parse(text: str, path: Path) -> MobileFile:
-    """Check the text of a file; `path` is for messages and relative names. Errors: ConfigError."""
-    root = read_table(text, path)
+def _checked(root: Table, path: Path) -> MobileFile:
     root.only("state_dir", "control", "charon", "mobile", "gateway")
     config = MobileFile(
         path=path,
@@ -172,3 +158,7 @@ def _agree(root: Table, config: MobileFile) -> None:
                 raise table.error(
                     "address", f"{address} is there twice", "the agent tells gateways apart by their address"
                 )
+
+
+_FILE = ConfigFile(VARIABLE, DEFAULT_PATH, _checked)
+config_path, load, parse = _FILE.path, _FILE.load, _FILE.parse

@@ -1,7 +1,7 @@
 """Reads a TOML configuration so that every mistake is one `ConfigError` with file, line and key.
 
-`read_table` gives the file's `Table`; its `value` and `several` take a kind: a function that returns the
-value or raises ValueError with what it must be.
+A `ConfigFile` finds, reads and checks one. `value` and `several` of its `Table` take a kind: a function that
+returns the value or raises ValueError with what it must be.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ikectx.errors import ConfigError
 
@@ -38,21 +38,40 @@ class HostPort:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def path_of(given: str | None, variable: str, default: str) -> Path:
-    """The file to read: the one given, that of the environment's `variable`, or the default."""
-    return Path(given or os.environ.get(variable) or default)
+@dataclass(frozen=True, slots=True)
+class ConfigFile(Generic[T]):
+    """One of the program's configuration files.
 
+    `variable`: the one of the environment that names it, in place of `default`. `check`: makes what it holds
+    of its table; the path is for messages and relative names.
+    """
 
-def read_text(path: Path, variable: str) -> str:
-    """The text of a file that `variable` of the environment may name. Errors: ConfigError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror or error}", hint=f"name another file with --config or ${variable}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at octet {error.start}") from None
+    variable: str
+    default: str
+    check: Callable[[Table, Path], T]
+
+    def path(self, given: str | None) -> Path:
+        """The file to read: the one given, that of the environment, or the default."""
+        return Path(given or os.environ.get(self.variable) or self.default)
+
+    def load(self, path: Path) -> T:
+        """Read and check a file. Errors: ConfigError."""
+        return self.parse(self._text(path), path)
+
+    def parse(self, text: str, path: Path) -> T:
+        """Check the text of a file. Errors: ConfigError."""
+        return self.check(read_table(text, path), path)
+
+    def _text(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: {error.strerror or error}",
+                hint=f"name another file with --config or ${self.variable}",
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 at octet {error.start}") from None
 
 
 def read_table(text: str, path: Path) -> Table:
