@@ -27,7 +27,7 @@ MNs at the gateway and one that comes, n = 1 and m = k. IKE SPIs have r = 2^64.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 
 from ikectx.errors import UsageError
@@ -59,7 +59,7 @@ class Collisions:
 
     def to_json(self) -> dict[str, object]:
         """All of it, for --json."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Simulated:
 
     def to_json(self) -> dict[str, object]:
         """All of it, for --json."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return asdict(self)
 
 
 def expected(moved: int, serving: int, spis: int = RANGE) -> Collisions:
