@@ -8,16 +8,20 @@ one key, or a packet in the clear, is an AssertionError. `Fuse` ends the agent a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Any
 
-from ikectx.context import Address, Endpoint, IkeContext, ReplayState
+import pytest
+
+from ikectx.context import Address, Endpoint, IkeContext, IkeGeneration, ReplayState, TrafficSelector
 from ikectx.errors import CharonError
-from ikectx.keys import esp_keys
+from ikectx.keys import esp_keys, sk_keys
 from ikectx.ports import SaName
 from vici_bridge import ha
+from vici_bridge import steps as steps_module
 from vici_bridge.chain import import_messages
 from vici_bridge.esp import KernelReplay, fit_replay
 from vici_bridge.ha import Attr, HaMessage, HaType
@@ -29,9 +33,13 @@ from vici_bridge.xfrm_parts import Request
 
 from .kernel_tables import KernelTables
 from .listed import listing_of
+from .peers import a_context
 from .test_deadlines import MemoryStore
 
 JUMP = 1000
+OLD, NEW = Endpoint.of("198.51.100.7", 4500), Endpoint.of("203.0.113.9", 4500)
+PSG, NSG = Endpoint.of("192.0.2.1", 4500), Endpoint.of("192.0.2.2", 4500)
+VIP = IPv4Address("10.4.0.10")
 
 
 class Crash(BaseException):
@@ -390,3 +398,105 @@ class Node:
 
 
 __all__ = ["JUMP", "Charon", "Crash", "Fuse", "Kernel", "Node", "Store", "ha"]
+
+
+# --- an SA and its move
+
+
+def a_node_context(*, children: int = 1, older: bool = False) -> IkeContext:
+    """As a mobile node sees it: the initiator, with a virtual IP of its own."""
+    seen = a_context()
+    (generation,) = seen.generations
+    generation = replace(generation, initiator=True)
+    generations: tuple[IkeGeneration, ...] = (generation,)
+    if older:
+        newer = replace(
+            generation,
+            spi_i=b"\x33" * 8,
+            spi_r=b"\x44" * 8,
+            old_skd=sk_keys(generation).sk_d,
+            old_prf=generation.prf,
+        )
+        generations = (generation, newer)
+    (child,) = seen.children
+    own = (TrafficSelector(VIP, VIP),)
+    every = []
+    for number in range(children):
+        far = ip_address(f"10.{number}.0.0")
+        every.append(
+            replace(
+                child,
+                name=f"net{number}",
+                initiator=True,
+                spi_in=b"\xc1\0\0" + bytes([number]),
+                spi_out=b"\xc2\0\0" + bytes([number]),
+                nonce_i=child.nonce_i + bytes([number]),
+                local_ts=own,
+                remote_ts=(TrafficSelector(far, far + 255),),
+                inbound=ReplayState(300 + number, 32, 0xFFFF0001),
+                outbound=ReplayState(500 + number),
+            )
+        )
+    return replace(
+        seen,
+        generations=generations,
+        local=OLD,
+        remote=PSG,
+        children=tuple(every),
+        remote_vips=(),
+        local_vips=(VIP,),
+        policies=(),
+    )
+
+
+def do(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = asyncio.sleep
+
+    async def at_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    async def shortly(seconds: float) -> None:
+        await sleep(seconds / 100)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    monkeypatch.setattr(asyncio, "sleep", shortly)
+    monkeypatch.setattr(steps_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(steps_module, "LINGER", 0.0)
+
+
+async def a_move(
+    node: Node, local: Endpoint = NEW, remote: Endpoint = NSG, renames: dict[bytes, bytes] | None = None
+) -> IkeContext:
+    await node.mobile.quiet(node.sa)
+    context = await node.mobile.export(node.sa)
+    after = await node.mobile.readdress(context, local, remote, renames or {})
+    await node.mobile.loud(node.sa)
+    return after
+
+
+def at(node: Node, local: Endpoint, remote: Endpoint) -> None:
+    """The SA is there, active, alone, and nothing of the way is left."""
+    charon = node.charon
+    assert charon.state == "ESTABLISHED"
+    assert (charon.local, charon.remote) == (local, remote)
+    assert all((child.local, child.remote) == (local, remote) for child in charon.children)
+    assert len(charon.children) == len(node.context.children)
+    for kind in ("quiet", "move"):
+        assert not node.store.items(kind)
+    if node.kernel is not None:
+        ends = {(sa.source, sa.destination) for sa in node.kernel.sas.values()}
+        assert ends == {(local.address, remote.address), (remote.address, local.address)}
+        assert not [policy for policy in node.kernel.policies.values() if policy.mark is not None]
+        for child, old in zip(charon.children, node.context.children, strict=True):
+            keys = esp_keys(node.context.generations[old.generation], old)
+            inbound = node.kernel.sas[local.address, child.context.spi_in]
+            outbound = node.kernel.sas[remote.address, child.context.spi_out]
+            assert (inbound.encr_key, outbound.encr_key) == (keys[0][0], keys[1][0])
+            assert inbound.replay.seq >= old.inbound.seq
+            if (local, remote) != (OLD, PSG):
+                assert outbound.replay.oseq >= old.outbound.seq + JUMP

@@ -1,135 +1,27 @@
-"""A mobile node's SA gets other addresses: on a modelled charon and kernel, with crashes at every step."""
+"""A mobile node's charon and kernel: the move of an SA to another gateway, and what stands in its way."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from ipaddress import IPv4Address, ip_address, ip_network
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ikectx.context import Endpoint, IkeContext, IkeGeneration, ReplayState, TrafficSelector
-from ikectx.errors import BusyError, CharonError, StateError, StoreError, UnknownSaError, UsageError
+from ikectx.context import Endpoint, ReplayState
+from ikectx.errors import BusyError, CharonError, StateError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Status
 from vici_bridge import ha
 from vici_bridge import steps as steps_module
 from vici_bridge.ha import HaType
-from vici_bridge.moves import ChildMove, Move, guards_of, leads, plan_move
-from vici_bridge.xfrm import ALLOW, BLOCK, Encap, KernelPolicy, KernelSa, Mark, Selector, Template
+from vici_bridge.xfrm import KernelSa
 
-from .mobile_world import JUMP, Crash, Node
-from .peers import HandClock, a_context
+from .mobile_world import JUMP, NEW, NSG, OLD, PSG, VIP, Node, a_move, a_node_context, at, do, quick
+from .peers import HandClock
 
-OLD, NEW = Endpoint.of("198.51.100.7", 4500), Endpoint.of("203.0.113.9", 4500)
-PSG, NSG = Endpoint.of("192.0.2.1", 4500), Endpoint.of("192.0.2.2", 4500)
-VIP = IPv4Address("10.4.0.10")
-
-
-def a_node_context(*, children: int = 1, older: bool = False) -> IkeContext:
-    """As a mobile node sees it: the initiator, with a virtual IP of its own."""
-    seen = a_context()
-    (generation,) = seen.generations
-    generation = replace(generation, initiator=True)
-    generations: tuple[IkeGeneration, ...] = (generation,)
-    if older:
-        from ikectx.keys import sk_keys
-
-        newer = replace(
-            generation,
-            spi_i=b"\x33" * 8,
-            spi_r=b"\x44" * 8,
-            old_skd=sk_keys(generation).sk_d,
-            old_prf=generation.prf,
-        )
-        generations = (generation, newer)
-    (child,) = seen.children
-    own = (TrafficSelector(VIP, VIP),)
-    every = []
-    for number in range(children):
-        far = ip_address(f"10.{number}.0.0")
-        every.append(
-            replace(
-                child,
-                name=f"net{number}",
-                initiator=True,
-                spi_in=b"\xc1\0\0" + bytes([number]),
-                spi_out=b"\xc2\0\0" + bytes([number]),
-                nonce_i=child.nonce_i + bytes([number]),
-                local_ts=own,
-                remote_ts=(TrafficSelector(far, far + 255),),
-                inbound=ReplayState(300 + number, 32, 0xFFFF0001),
-                outbound=ReplayState(500 + number),
-            )
-        )
-    return replace(
-        seen,
-        generations=generations,
-        local=OLD,
-        remote=PSG,
-        children=tuple(every),
-        remote_vips=(),
-        local_vips=(VIP,),
-        policies=(),
-    )
-
-
-def do(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(work)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    sleep = asyncio.sleep
-
-    async def at_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    async def shortly(seconds: float) -> None:
-        await sleep(seconds / 100)
-
-    monkeypatch.setattr(asyncio, "to_thread", at_once)
-    monkeypatch.setattr(asyncio, "sleep", shortly)
-    monkeypatch.setattr(steps_module, "PATIENCE", 0.05)
-    monkeypatch.setattr(steps_module, "LINGER", 0.0)
-
-
-async def a_move(
-    node: Node, local: Endpoint = NEW, remote: Endpoint = NSG, renames: dict[bytes, bytes] | None = None
-) -> IkeContext:
-    await node.mobile.quiet(node.sa)
-    context = await node.mobile.export(node.sa)
-    after = await node.mobile.readdress(context, local, remote, renames or {})
-    await node.mobile.loud(node.sa)
-    return after
-
-
-def at(node: Node, local: Endpoint, remote: Endpoint) -> None:
-    """The SA is there, active, alone, and nothing of the way is left."""
-    charon = node.charon
-    assert charon.state == "ESTABLISHED"
-    assert (charon.local, charon.remote) == (local, remote)
-    assert all((child.local, child.remote) == (local, remote) for child in charon.children)
-    assert len(charon.children) == len(node.context.children)
-    for kind in ("quiet", "move"):
-        assert not node.store.items(kind)
-    if node.kernel is not None:
-        ends = {(sa.source, sa.destination) for sa in node.kernel.sas.values()}
-        assert ends == {(local.address, remote.address), (remote.address, local.address)}
-        assert not [policy for policy in node.kernel.policies.values() if policy.mark is not None]
-        for child, old in zip(charon.children, node.context.children, strict=True):
-            keys = esp_keys(node.context.generations[old.generation], old)
-            inbound = node.kernel.sas[local.address, child.context.spi_in]
-            outbound = node.kernel.sas[remote.address, child.context.spi_out]
-            assert (inbound.encr_key, outbound.encr_key) == (keys[0][0], keys[1][0])
-            assert inbound.replay.seq >= old.inbound.seq
-            if (local, remote) != (OLD, PSG):
-                assert outbound.replay.oseq >= old.outbound.seq + JUMP
+__all__ = ["quick"]
 
 
 def test_it_exports_what_only_the_mobile_node_has() -> None:
@@ -506,161 +398,3 @@ def test_redirect_leaves_the_rest_to_charon() -> None:
         assert node.host.record.context(node.sa).remote == NSG
 
     do(scenario())
-
-
-# Crashes.
-
-SHAPES = {
-    "beside": (NEW, NSG, {}),
-    "same local address": (OLD, NSG, {}),
-    "same gateway": (NEW, PSG, {}),
-    "renamed": (NEW, NSG, {b"\xc1\0\0\0": b"\xc3\0\0\0", b"\xc2\0\0\0": b"\xc4\0\0\0"}),
-    "all renamed": (NEW, NSG, {b"\xc2\0\0\0": b"\xc4\0\0\0", b"\x22GWr\0\0\0\1": b"\x55" * 8}),
-    "half renamed": (OLD, NSG, {b"\xc2\0\0\0": b"\xc4\0\0\0"}),
-}
-
-
-@pytest.mark.parametrize(("shape", "older"), [*((shape, False) for shape in SHAPES), ("beside", True)])
-def test_a_crash_at_any_step(shape: str, older: bool) -> None:
-    """The next agent makes the SA active, where the one before it was taking it; then it moves back."""
-    local, remote, renames = SHAPES[shape]
-
-    async def crashed(step: int) -> bool:
-        node = Node(a_node_context(children=2, older=older))
-        node.begin(step)
-        try:
-            await a_move(node, local, remote, renames)
-            ended = True
-        except (Crash, asyncio.CancelledError):
-            ended = False
-        node.begin()
-        await node.mobile.resume()
-        moved = (node.charon.local, node.charon.remote) == (local, remote)
-        assert moved or (node.charon.local, node.charon.remote) == (OLD, PSG)
-        at(node, node.charon.local, node.charon.remote)
-        assert node.charon.context.spis in node.host.record
-        node.sa = node.charon.context.spis
-        if moved:
-            await a_move(node, OLD, PSG)
-            assert (node.charon.local, node.charon.remote, node.charon.state) == (OLD, PSG, "ESTABLISHED")
-        return ended
-
-    async def every() -> int:
-        step = 1
-        while not await crashed(step):
-            step += 1
-        return step
-
-    assert do(every()) > 12
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 25), min_size=2, max_size=5), st.sampled_from(sorted(SHAPES)))
-def test_agents_that_crash_again_and_again(steps: list[int], shape: str) -> None:
-    local, remote, renames = SHAPES[shape]
-
-    async def scenario() -> None:
-        node = Node(a_node_context(children=2))
-        node.begin(steps[0])
-        try:
-            await a_move(node, local, remote, renames)
-        except (Crash, asyncio.CancelledError):
-            for step in steps[1:]:
-                node.begin(step)
-                try:
-                    await node.mobile.resume()
-                except (Crash, asyncio.CancelledError):
-                    continue
-        node.begin()
-        await node.mobile.resume()
-        at(node, node.charon.local, node.charon.remote)
-
-    do(scenario())
-
-
-def test_resume_waits_for_charon_and_forgets_what_it_no_longer_has() -> None:
-    async def scenario() -> None:
-        node = Node(a_node_context())
-        await node.mobile.quiet(node.sa)
-        node.begin()
-        real = node.charon.list_sas
-        tries = 0
-
-        def away() -> list[dict[str, Any]]:
-            nonlocal tries
-            tries += 1
-            if tries < 3:
-                raise CharonError("not there yet")
-            return real()
-
-        node.charon.list_sas = away  # type: ignore[method-assign]
-        await node.mobile.resume()
-        at(node, OLD, PSG)
-        await node.mobile.quiet(node.sa)
-        node.charon.gone = True
-        await node.mobile.resume()
-        assert not node.store.items("quiet")
-
-    do(scenario())
-
-
-# Notes and policies.
-
-
-def test_a_note_comes_back_as_it_was() -> None:
-    move = Move(
-        OLD,
-        PSG,
-        NEW,
-        NSG,
-        (
-            ChildMove(b"abcd", b"efgh", b"ijkl", b"mnop", 7, 99, ReplayState(1 << 40, 64, 5, True)),
-            ChildMove(b"1234", b"5678", b"1234", b"5678", 8),
-        ),
-        (NSG, Endpoint.of("2001:db8::2", 4500)),
-        (b"\1\2", b""),
-        (b"12345678", b"abcdefgh"),
-        True,
-    )
-    assert Move.loads(move.dumps()) == move
-    for raw in (b"", b"{}", b"[]", move.dumps()[:-1], move.dumps().replace(b"ends", b"end")):
-        with pytest.raises(StoreError):
-            Move.loads(raw)
-
-
-def test_renames_must_be_of_this_sa() -> None:
-    context = a_node_context()
-    for wrong in ({b"none": b"1234"}, {b"\xc1\0\0\0": b"12345678"}, {b"12345678": b"87654321"}):
-        with pytest.raises(UsageError):
-            plan_move(context, [], NEW, NSG, wrong)
-
-
-def test_guards_match_all_that_the_policy_does_and_go_before_it() -> None:
-    selector = Selector.between(ip_network("10.4.0.10/32"), ip_network("10.3.0.0/24"))
-    template = Template(OLD.address, PSG.address, reqid=3)
-    for mark in (None, Mark(0x10, 0xFF), Mark(1 << 31, 1 << 31)):
-        policy = KernelPolicy("out", selector, 371327, templates=(template,), mark=mark, index=9)
-        value, mask = (mark.value, mark.mask) if mark is not None else (0, 0)
-        for block in (False, True):
-            pair = guards_of(policy, block=block)
-            assert {guard.action for guard in pair} == {BLOCK if block else ALLOW}
-            for guard in pair:
-                assert guard.priority < policy.priority
-                assert (guard.selector, guard.index) == (selector, 0)
-                assert guard.templates == (() if block else (template,))
-                assert KernelPolicy.parse(guard.raw).mark == guard.mark != mark
-            for packet in (0, 0x10, 0xFFFFFFFF, 1 << 31, 1 << 30, 0x80000010):
-                inside = packet & mask == value
-                marks = [guard.mark for guard in pair if guard.mark is not None]
-                assert sum(packet & one.mask == one.value for one in marks) == inside
-    with pytest.raises(UsageError, match="32 bits"):
-        guards_of(KernelPolicy("out", selector, mark=Mark(1, 0xFFFFFFFF)), block=False)
-
-
-def test_the_way_an_sa_leads() -> None:
-    sa = KernelSa(OLD.address, PSG.address, b"abcd", encap=Encap(4500, 4500))
-    assert leads(sa, OLD, PSG)
-    assert not leads(None, OLD, PSG)
-    assert not leads(sa, PSG, OLD)
-    assert not leads(sa, OLD, replace(PSG, port=40000))
-    assert leads(replace(sa, encap=None), OLD, replace(PSG, port=40000))

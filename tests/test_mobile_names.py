@@ -19,7 +19,7 @@ from ikectx_cli import mobile_handover
 from ikectx_cli.mobile_names import renames_of
 
 from .asking_node import World as HandoverWorld
-from .test_mobile import NEW, NSG, a_node_context, do
+from .mobile_world import NEW, NSG, a_node_context, do
 
 CONTEXT = a_node_context(children=2)
 FIRST, SECOND = CONTEXT.children

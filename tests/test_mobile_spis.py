@@ -27,8 +27,7 @@ from vici_bridge.ha import HaType
 from vici_bridge.mute import MARK
 
 from .asking_node import CONFIG
-from .mobile_world import Crash, Node
-from .test_mobile import NEW, NSG, OLD, PSG, a_node_context, do, quick
+from .mobile_world import NEW, NSG, OLD, PSG, Crash, Node, a_node_context, do, quick
 
 __all__ = ["quick"]
 
