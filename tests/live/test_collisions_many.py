@@ -24,7 +24,7 @@ from .fleet import Fleet
 from .test_collisions import take_in
 from .world import World, spis, until
 
-COUNT = int(os.environ.get("IKECTX_MANY", "100"))
+COUNT = int(os.environ.get("IKECTX_MANY") or 100)
 OTHERS = COUNT * 6 // 10
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120 + 2 * COUNT)]
 
