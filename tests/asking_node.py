@@ -20,8 +20,8 @@ from ikectx_cli.mobile_notes import ASKED
 from ikectx_cli.mobile_report import Report
 from vici_bridge.charon import SaView, departing_view
 
+from .mobile_world import NEW, NSG, OLD, PSG, VIP, a_node_context
 from .test_deadlines import MemoryStore
-from .test_mobile import NEW, NSG, OLD, PSG, VIP, a_node_context
 
 CONFIG = """\
 [mobile]

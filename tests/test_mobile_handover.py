@@ -16,7 +16,7 @@ from ikectx.mobility import Handover, MobileState, Outcome, Prepared
 from ikectx.numbers import Fpt, Status
 
 from .asking_node import CONFIG, World, do
-from .test_mobile import NEW, NSG, OLD, PSG, VIP
+from .mobile_world import NEW, NSG, OLD, PSG, VIP
 
 
 def test_reactive() -> None:
