@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import replace
-from ipaddress import ip_address
-from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ikectx.context import (
-    ChildContext,
-    Endpoint,
-    FinalState,
-    Identity,
-    IkeContext,
-    IkeGeneration,
-    Secret,
-    TrafficSelector,
-)
-from ikectx.errors import CharonError, StoreError, UnknownSaError, UsageError
+from ikectx.context import Secret
+from ikectx.errors import UnknownSaError, UsageError
 from ikectx.keys import child_keys, sk_keys
-from ikectx.numbers import Encr, IdType, KeMethod, Prf, Status
-from ikectx.ports import SaName
+from ikectx.numbers import KeMethod, Prf, Status
 from vici_bridge import ha
-from vici_bridge.chain import import_messages, undo_messages
+from vici_bridge.chain import import_messages
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
 from vici_bridge.record import (
-    COND_PPK,
     Added,
-    Change,
     ChildAdded,
     ChildDeleted,
     Deleted,
@@ -43,112 +24,30 @@ from vici_bridge.record import (
     Rekeyed,
     Rekeying,
     Updated,
-    delete_message,
-    key_of,
-    mid_messages,
     uncovered,
 )
 
-VECTORS = Path(__file__).parent / "vectors"
-REAL = ("5.9.8_rekeys", "5.9.8_collisions", "5.9.8_resync", "5.9.8_taken", "6.0.6_rekeys")
-MN, GW, NSG = (Endpoint.of(host, 4500) for host in ("192.0.2.1", "198.51.100.1", "203.0.113.1"))
-VIP = ip_address("10.3.0.1")
-
-
-def vector(name: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((VECTORS / f"ha_{name}.json").read_text())
-    return data
-
-
-def stream(name: str) -> list[HaMessage]:
-    return [HaMessage.parse(bytes.fromhex(datagram)) for _, datagram in vector(name)["datagrams"]]
-
-
-def generation(number: int, old: bool = False) -> IkeGeneration:
-    return IkeGeneration(
-        spi_i=bytes([0xA0 + number]) * 8,
-        spi_r=bytes([0xB0 + number]) * 8,
-        initiator=number % 2 == 1,
-        nonce_i=bytes([0x10 + number]) * 32,
-        nonce_r=bytes([0x20 + number]) * 32,
-        secret=Secret(bytes([0x30 + number]) * 32),
-        prf=Prf.HMAC_SHA2_256,
-        encr=Encr.AES_GCM_16,
-        encr_bits=128,
-        ke=KeMethod.CURVE_25519,
-        old_skd=Secret(bytes([0x40 + number]) * 32) if old else None,
-        old_prf=Prf.HMAC_SHA2_256 if old else None,
-    )
-
-
-def child(number: int, index: int = 0) -> ChildContext:
-    return ChildContext(
-        name="net",
-        generation=index,
-        initiator=number % 2 == 0,
-        spi_in=bytes([0xC0 + number]) * 4,
-        spi_out=bytes([0xD0 + number]) * 4,
-        nonce_i=bytes([0x50 + number]) * 32,
-        nonce_r=bytes([0x60 + number]) * 32,
-        encr=Encr.AES_GCM_16,
-        local_ts=(TrafficSelector(ip_address("10.1.0.0"), ip_address("10.1.255.255")),),
-        remote_ts=(TrafficSelector(VIP, VIP),),
-        encr_bits=128,
-        esn=number % 2 == 1,
-    )
-
-
-G1, G2, G3 = generation(1), generation(2, old=True), generation(3, old=True)
-I1, I2, I3 = IkeId.of(G1), IkeId.of(G2), IkeId.of(G3)
-CONTEXT = IkeContext(
-    connection="roam",
-    generations=(G1, G2),
-    local_id=Identity(IdType.FQDN, b"gw.example"),
-    remote_id=Identity(IdType.FQDN, b"mn.example"),
-    local=GW,
-    remote=MN,
-    children=(child(1, 0), child(2, 1), child(3, 1)),
-    remote_eap_id=Identity(IdType.RFC822_ADDR, b"mn@example"),
-    remote_vips=(VIP, ip_address("2001:db8::7")),
-    peer_addresses=(Endpoint.of("192.0.2.9", 0),),
-    conditions=0x4005,
-    extensions=0x392B,
-    mid_initiator=3,
-    mid_responder=9,
+from .record_world import (
+    G1,
+    G2,
+    G3,
+    I1,
+    I2,
+    I3,
+    MN,
+    NSG,
+    REAL,
+    VIP,
+    again,
+    child,
+    fed,
+    first,
+    stream,
+    up,
+    vector,
 )
 
-
-def up(ike: IkeId, version: int = 5, **more: Any) -> HaMessage:
-    return ha.ike_update(
-        version,
-        ike,
-        local_id=CONTEXT.local_id,
-        remote_id=CONTEXT.remote_id,
-        local=GW,
-        remote=MN,
-        name="roam",
-        **more,
-    )
-
-
-def fed(*messages: HaMessage) -> Record:
-    record = Record()
-    for message in messages:
-        record.feed(message)
-    return record
-
-
-def first() -> list[HaMessage]:
-    """An IKE_SA comes up with a child and a virtual IP."""
-    return [
-        ha.ike_add(5, G1, MN),
-        up(I1),
-        ha.child_add(5, I1, child(1)),
-        ha.ike_update(5, I1, remote_vips=(VIP,)),
-    ]
-
-
-# --- what charon really sent ----------------------------------------------------------------------
+# --- what charon really sent --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -297,7 +196,7 @@ def test_real_second_gateway() -> None:
     assert moved.remote_vips == context.remote_vips
 
 
-# --- what it might send ---------------------------------------------------------------------------
+# --- what it might send -------------------------------------------------------------------------
 
 
 def test_life_of_an_sa() -> None:
@@ -472,247 +371,3 @@ def test_unknown_and_senseless_messages_are_ignored() -> None:
     ):
         assert isinstance(record.feed(message), Ignored)
     assert record.context(I1.spis).children == ()
-
-
-# --- import ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", [3, 4, 5])
-def test_import_and_record_are_inverse(version: int) -> None:
-    context = replace(CONTEXT, local=NSG)
-    if version == 5:
-        context = replace(context, private_conditions=2, private_extensions=4)
-    messages = import_messages(context, version)
-    assert {message.version for message in messages} == {version}
-    record = Record()
-    changes = [record.feed(HaMessage.parse(message.serialize())) for message in messages]
-    assert not [change for change in changes if isinstance(change, Ignored)]
-    assert record.names() == (context.spis,)
-    assert record.context(context.spis) == context
-
-
-def test_import_order() -> None:
-    messages = import_messages(CONTEXT, 5)
-    ids = [(message.type.name, message.need(Attr.IKE_ID, IkeId)) for message in messages]
-    assert ids == [
-        ("IKE_ADD", I1.hidden()),
-        ("IKE_UPDATE", I1.hidden()),
-        ("CHILD_ADD", I1.hidden()),
-        ("IKE_ADD", I2),
-        ("IKE_UPDATE", I2),
-        ("IKE_UPDATE", I2),
-        ("IKE_MID_INITIATOR", I2),
-        ("IKE_MID_RESPONDER", I2),
-        ("CHILD_ADD", I2),
-        ("CHILD_ADD", I2),
-    ]
-    # the oldest stands on its own SK_d and names nobody; the next one takes its children over
-    assert messages[0].get(Attr.IKE_REKEY_ID) is None
-    assert messages[3].get(Attr.IKE_REKEY_ID) == I1.hidden()
-    assert messages[3].get(Attr.OLD_SKD) == G2.old_skd
-    for message in messages:
-        if message.type is HaType.IKE_UPDATE:
-            assert message.attributes[0][0] is Attr.IKE_ID  # charon stops reading without
-    assert all(message.get(Attr.CONFIG_NAME) is not None for message in (messages[1], messages[4]))
-    # an ancestor that was itself rekeyed keeps its OLD_SKD but not its IKE_REKEY_ID
-    chain = replace(CONTEXT, generations=(G2, G3), children=(child(1, 0),))
-    oldest = import_messages(chain, 5)[0]
-    assert oldest.get(Attr.IKE_REKEY_ID) is None
-    assert oldest.get(Attr.OLD_SKD) == G2.old_skd
-    assert oldest.get(Attr.ALG_OLD_PRF) == Prf.HMAC_SHA2_256
-
-
-def test_message_ids_of_zero_are_left_out() -> None:
-    fresh = replace(CONTEXT, mid_initiator=0, mid_responder=2)
-    assert [m.type for m in mid_messages(fresh, 5)] == [HaType.IKE_MID_RESPONDER]
-    final = FinalState(G2.spi_i, G2.spi_r, 7, 0, 1)
-    (message,) = mid_messages(fresh, 5, final)
-    assert message == ha.ike_mid(5, I2, initiator=True, mid=7)
-
-
-def test_delete_and_undo() -> None:
-    assert delete_message(CONTEXT, 3) == ha.ike_delete(3, I2)
-    assert undo_messages(CONTEXT, 3) == [ha.ike_delete(3, I2), ha.ike_delete(3, I1.hidden())]
-
-
-@pytest.mark.parametrize(
-    ("change", "version"),
-    [
-        ({"conditions": COND_PPK}, 5),
-        ({"local_vips": (VIP,)}, 5),
-        ({"generations": (replace(G1, add_kes=b"\0\x24"),), "children": ()}, 3),
-        ({"generations": (G1,), "children": (replace(child(1), add_secret=Secret(b"x")),)}, 3),
-    ],
-)
-def test_not_covered(change: dict[str, Any], version: int) -> None:
-    context = replace(CONTEXT, **change)
-    assert uncovered(CONTEXT, version) == ""
-    assert uncovered(context, version)
-    with pytest.raises(CharonError) as error:
-        import_messages(context, version)
-    assert error.value.status is Status.NOT_COVERED
-
-
-# --- at rest --------------------------------------------------------------------------------------
-
-
-def again(record: Record) -> Record:
-    """The record as it comes back from the store."""
-    loaded = Record()
-    loaded.load([(key, value) for key, value in record.dump(everything=True) if value is not None])
-    return loaded
-
-
-def states(record: Record) -> dict[SaName, object]:
-    return dict(record._sas)
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_dump_and_load_after_each_real_message(name: str) -> None:
-    record = Record()
-    for message in stream(name):
-        record.feed(message)
-        assert states(again(record)) == states(record)
-
-
-def test_dump_and_load_in_the_middle_of_a_rekey() -> None:
-    record = fed(*first(), ha.ike_add(5, G2, MN, replaces=I1), ha.ike_delete(5, I1))
-    loaded = again(record)
-    assert loaded.feed(up(I2)) == Rekeyed(I1.spis, I2.spis)
-    assert loaded.context(I2.spis).children == (child(1),)
-
-
-def test_a_great_many_children() -> None:
-    """A peer decides how many there are; the record must come back all the same."""
-    record = fed(*first())
-    for number in range(1500):
-        spi = (0xC0000000 + number).to_bytes(4)
-        record.feed(ha.child_add(5, I1, replace(child(1), spi_in=spi)))
-    assert states(again(record)) == states(record)
-
-
-def test_dump_is_incremental() -> None:
-    record = fed(*first(), ha.ike_add(5, G2, MN), up(I2))
-    assert [key for key, value in record.dump() if value] == [key_of(I1.spis), key_of(I2.spis)]
-    assert record.dump() == []
-    record.feed(ha.ike_mid(5, I2, initiator=True, mid=1))
-    assert [key for key, _ in record.dump()] == [key_of(I2.spis)]
-    record.feed(ha.ike_delete(5, I2))
-    assert record.dump() == [(key_of(I2.spis), None)]
-    record.dirty.add(I1.spis)  # the store failed: once more
-    assert [key for key, _ in record.dump()] == [key_of(I1.spis)]
-    loaded = again(record)
-    assert loaded.dump() == []
-
-
-def test_damaged_store() -> None:
-    ((key, value),) = fed(*first()).dump()
-    assert value is not None
-    for data in (b"", b"\x00", value[:-1], value.replace(b"roam\0", b"roam\1"), b"\x86" + b"\x00" * 6):
-        record = Record()
-        with pytest.raises(StoreError) as error:
-            record.load([(key, data)])
-        assert G1.secret.reveal().hex() not in str(error.value)
-        assert len(record) == 0
-    with pytest.raises(StoreError, match="another IKE_SA"):
-        Record().load([(key_of(I2.spis), value)])
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_damaged_octets_raise_store_error_only(data: st.DataObject) -> None:
-    ((key, value),) = fed(*first()).dump()
-    assert value is not None
-    raw = bytearray(value)
-    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    with suppress(StoreError):
-        Record().load([(key, bytes(raw))])
-
-
-# --- what charon no longer has --------------------------------------------------------------------
-
-
-def test_retain() -> None:
-    record = fed(*first(), ha.ike_add(5, G2, MN), up(I2))
-    mark = record.mark()
-    record.feed(ha.ike_add(5, G3, MN))  # came while charon was being asked
-    assert record.retain({I2.spis}, mark) == (Deleted(I1.spis),)
-    assert record.names() == (I2.spis,)
-    assert I3.spis in record
-    assert set(record.retain(())) == {Deleted(I2.spis), Deleted(I3.spis)}
-    assert len(record) == 0
-
-
-def test_retain_during_a_rekey() -> None:
-    """charon does not list the new IKE_SA before it is up; the old one may be gone from the list by then."""
-    messages = [*first(), ha.ike_add(5, G2, MN, replaces=I1)]
-    record = fed(*messages)
-    assert record.retain({I1.spis}) == ()
-    assert I2.spis in record
-    record = fed(*messages, ha.ike_delete(5, I1))
-    assert record.retain({I2.spis}) == ()
-    assert record.feed(up(I2)) == Rekeyed(I1.spis, I2.spis)
-    assert record.context(I2.spis).children == (child(1),)
-    record = fed(*messages)
-    assert record.retain(()) == (Deleted(I1.spis),)
-    assert len(record) == 0
-
-
-def test_forget() -> None:
-    record = fed(*first(), ha.ike_add(5, G2, MN, replaces=I1), ha.ike_add(5, G3, MN))
-    record.forget(I1.spis)
-    assert I1.spis not in record
-    assert I2.spis not in record
-    assert I3.spis in record
-    record.forget(I1.spis)
-
-
-# --- any order, any loss --------------------------------------------------------------------------
-
-SOUP = [
-    *first(),
-    ha.ike_mid(5, I1, initiator=False, mid=2),
-    ha.ike_add(5, G2, MN, replaces=I1),
-    ha.ike_add(5, G3, MN, replaces=I1),
-    ha.ike_add(5, G3, MN, replaces=I2),
-    ha.ike_delete(5, I1),
-    up(I2),
-    up(I3),
-    ha.child_add(5, I2, child(2)),
-    ha.child_add(5, I3, child(3)),
-    ha.child_delete(5, I2, child(1).spi_in),
-    ha.child_delete(5, I3, child(2).spi_in),
-    ha.ike_delete(5, I2),
-    ha.ike_delete(5, I3),
-    ha.ike_update(5, I3, remote_vips=(VIP,)),
-]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(SOUP), max_size=40))
-def test_any_order(messages: list[HaMessage]) -> None:
-    """Lost, repeated and disordered datagrams never raise, and what is known stays whole and storable."""
-    record = Record()
-    for message in messages:
-        change: Change = record.feed(message)
-        assert repr(change)
-        for name in record.names():
-            context = record.context(name)
-            assert context.spis == name
-            needed = {one.generation for one in context.children} | {len(context.generations) - 1}
-            assert needed == set(range(len(context.generations)))
-    assert states(again(record)) == states(record)
-    record.retain(())
-    record.retain(())
-    assert len(record) == 0
-    assert record._heirs == {}
-
-
-def test_secrets_do_not_show() -> None:
-    record = fed(*first(), ha.ike_add(5, G2, MN, replaces=I1), up(I2))
-    shown = repr(record.context(I2.spis)) + repr(record._sas) + repr(import_messages(CONTEXT, 5))
-    for one in (G1, G2):
-        for secret in (one.secret, one.old_skd):
-            if secret is not None:
-                assert repr(secret.reveal())[2:-1] not in shown
-                assert secret.reveal().hex() not in shown
