@@ -23,6 +23,7 @@ def test_the_record_outlives_the_agent(world: World) -> None:
     world.rekey_ike("mn", "psg")
     world.rekey_child("mn", "psg")
     before = world.children("psg")
+    world.recorded("psg")
     world.restart("psg", kill=True)
     assert world.children("psg") == before
     assert "cannot be moved" not in world.log("psg", "agent.out")
@@ -295,6 +296,7 @@ def test_what_charon_says_while_no_agent_runs_is_not_lost(
     # INFORMATIONAL (DPD) while psg's agent is dead; the next one moves the SA on with message IDs that it
     # never heard of. MN -> nsg CREATE_CHILD_SA, INFORMATIONAL D, and back: nothing is ignored.
     world.up(overrides={asks: f"connections {{ {connection} {{ dpd_delay = 1s }} }}\n"})
+    world.recorded("psg")
     with world.without_agent("psg", kill=True):
         before = world.log("psg", "charon.log").count(f"parsed INFORMATIONAL {seen}")
         until(
@@ -312,6 +314,7 @@ def test_an_sa_that_nobody_listened_to_is_not_moved(world: World) -> None:
     # psg's agent is dead, and somebody has flushed the rules that note message IDs; after an exchange each
     # way (CREATE_CHILD_SA, and INFORMATIONAL D) they are known again
     world.up()
+    world.recorded("psg")
     with world.without_agent("psg", kill=True):
         world.must("psg", "nft", "flush", "ruleset")
     (listed,) = world.ikectx("psg", "list", "--json").json

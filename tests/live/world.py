@@ -406,6 +406,12 @@ class World:
         with ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent:
             return json_of(agent.request("status"))
 
+    def recorded(self, host: str) -> None:
+        """Wait until its agent has heard of every SA there is; killed before, it would not know them."""
+        until(
+            lambda: self.status(host)["sas"] == len(self.lab.list_sas(host)), f"{host} has recorded its SAs"
+        )
+
     def idle(self, host: str) -> bool:
         """No transfer is open there."""
         return not self.status(host)["transfers"]
