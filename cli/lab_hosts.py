@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -33,6 +34,12 @@ DETOUR = 4067
 
 LOGS = ("charon.log", "agent.out", "updown.log")
 """Appended to by daemons and by the lab's updown script, in a host's folder."""
+
+OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi) .*"
+"""In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages."""
+
+NOTED = "table inet ikectx_ids"
+"""The rules by which the kernel notes message IDs for an agent: what it has noted may stay."""
 
 CLEARED = 20.0
 """Seconds in which nothing may be left of SAs that were deleted."""
@@ -198,13 +205,14 @@ class Lab:
         return ""
 
     def _of_sas(self, host: str) -> str:
-        """What a host's kernel has of SAs, without keys."""
-        # an agent's detour may stay for half a minute, its empty nft sets for good, and so may what the
-        # kernel notes of message IDs
-        script = "ip xfrm state list nokeys; ip xfrm policy | grep -w dir"
-        script += "; nft list ruleset | sed '/^table inet ikectx_ids/,/^}/d' | grep elements"
-        script += f"; ip route flush table {DETOUR} 2>&-; ip -6 route flush table {DETOUR} 2>&-"
-        return self.command(host, ["sh", "-c", script]).stdout.strip()
+        """What a host's kernel has of SAs, without keys. Takes away what may stay a while."""
+        enter, flush = self.net.enter(host), f"route flush table {DETOUR}\n"
+        run([*enter, "ip", "-6", "-force", "-batch", "-"], text=flush, check=False)
+        asked = flush + "xfrm policy\nxfrm state list nokeys\n"
+        found = run([*enter, "ip", "-force", "-batch", "-"], text=asked, check=False).stdout
+        rules = run([*enter, "nft", "list", "ruleset"], check=False).stdout
+        tables = [table for table in re.split(r"(?m)^(?=table )", rules) if not table.startswith(NOTED)]
+        return "\n".join(re.findall(OF_SAS, found) + re.findall(r"elements = .*", "".join(tables)))
 
     def empty_logs(self) -> None:
         """What running daemons have said is gone: a look into a log finds only what comes from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from ikectx_cli import config, lab_vm, mobile_config, settings
+from ikectx_cli import config, lab_hosts, lab_vm, mobile_config, settings
 from ikectx_cli.lab_config import Tunnel, gateway_conf, mobile_conf, strongswan_conf, write_all
 from ikectx_cli.lab_net import CHARONS, GATEWAYS, MOBILES
 
@@ -125,3 +126,19 @@ def test_the_guest_caches_all_that_python_starts_from(monkeypatch: pytest.Monkey
     monkeypatch.setattr(lab_vm.sys, "base_prefix", "/usr")
     assert lab_vm.inside(["true"], {}, cached=True).count(" /usr\n") == 1
     assert "mount" not in lab_vm.inside(["true"], {}, cached=False)
+
+
+def test_what_a_kernel_has_of_sas() -> None:
+    shown = """src 10.4.0.10/32 dst 10.3.0.0/24
+\tdir out priority 371327 ptype main
+\ttmpl src 10.1.0.10 dst 10.2.1.2
+\t\tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
+src 0.0.0.0/0 dst 0.0.0.0/0
+\tsocket in priority 0 ptype main
+src 10.1.0.10 dst 10.2.1.2
+\tproto esp spi 0xc0ffee02 reqid 1 mode tunnel
+\treplay-window 0
+"""
+    found = [line.split()[:3] for line in re.findall(lab_hosts.OF_SAS, shown)]
+    assert found == [["dir", "out", "priority"], *[["proto", "esp", "spi"]] * 2]
+    assert not re.findall(lab_hosts.OF_SAS, "".join(shown.splitlines(keepends=True)[4:6]))
