@@ -194,7 +194,8 @@ class Lab:
         try:
             for host in charons:
                 for sa in self.list_sas(host):
-                    self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
+                    with contextlib.suppress(CharonError):  # it may have gone meanwhile
+                        self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             for host in charons:
                 while stays := self._of_sas(host):
                     if time.monotonic() > limit:
