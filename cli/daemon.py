@@ -25,6 +25,7 @@ from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
+from mobike_ext.held import Held
 from mobike_ext.watch import Watcher
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.guard import SpdGuard
@@ -92,6 +93,7 @@ class Agent:
             MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
             MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
             MnSettler(min(config.transfer.mn_tries, SETTLE_TRIES), timeout, MARK),
+            lambda here: Held(here.spis, here.local, here.remote, mark=MARK),
         )
         self._peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
@@ -174,6 +176,7 @@ class Agent:
                 self._ask_for,
                 memory=bounds.memory,
                 rate=bounds.rate,
+                mark=MARK,
             )
             self._watcher.start()
         if self._config.transfer.collision == "update":

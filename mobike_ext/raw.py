@@ -17,7 +17,9 @@ import asyncio
 import errno
 import socket
 import struct
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
 
 from ikectx.bypass import bypass
 from ikectx.context import Address, Endpoint
@@ -33,6 +35,8 @@ IP4_HEADER, IP6_HEADER, UDP_HEADER = 20, 40, 8
 """Octets; options and extension headers come on top."""
 FRAGMENT = 0x3FFF
 """More fragments, and the offset: zero in a whole IPv4 packet."""
+_DRAINED = 1024
+"""Reads at most: a socket that is being flooded is never empty."""
 MAX_DATAGRAM = 65535
 """Octets of an IP packet."""
 
@@ -52,6 +56,10 @@ class RawLink:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hear no more; idempotent."""
         self._raw.close()
         if self._ear is not None:
             self._ear.close()
@@ -73,6 +81,21 @@ class RawLink:
         except (TimeoutError, OSError):
             # An OSError here is an ICMP error somebody sent: unauthenticated, so it decides nothing.
             return None
+        return self._read(packet, sender)
+
+    def drain(self) -> Iterator[tuple[bytes, Endpoint]]:
+        """What has come by now, as `receive` gives it."""
+        for _ in range(_DRAINED):
+            try:
+                found = self._read(*(self._ear or self._raw).recvfrom(MAX_DATAGRAM))
+            except BlockingIOError:
+                return
+            except OSError:
+                continue
+            if found is not None:
+                yield found
+
+    def _read(self, packet: bytes, sender: Any) -> tuple[bytes, Endpoint] | None:
         if self._ear is None and self._local.address.version == 6:  # the kernel keeps the IP header
             if len(packet) < UDP_HEADER:
                 return None

@@ -77,12 +77,15 @@ class Watcher:
         memory: int = 1024,
         rate: float = 10.0,
         grace: float = GRACE,
+        mark: int = 0,
     ) -> None:
+        """`mark`: see `deliver`."""
         self.unknown = Unknown(random.SystemRandom().random, memory=memory, rate=rate)
         self._addresses = addresses
         self._known = known
         self._ask = ask
         self._grace = grace
+        self._mark = mark
         self._ears: list[socket.socket] = []
         self._asking: dict[SaName, asyncio.Task[None]] = {}
         self._read = 0
@@ -170,7 +173,7 @@ class Watcher:
         if here:
             self.unknown.forget(question.spis)
             try:
-                await asyncio.to_thread(deliver, question)
+                await asyncio.to_thread(deliver, question, mark=self._mark)
             except OSError as error:  # a firewall of this host's: the MN will send it again
                 log.info("the MN's request could not be given to charon again: %s", error.strerror)
 
@@ -187,14 +190,19 @@ def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
         return None
 
 
-def deliver(question: Question) -> None:
-    """Send the MN's datagrams once more, from its address to ours, inside this host. Errors: OSError."""
+def deliver(question: Question, *, mark: int = 0) -> None:
+    """Send the MN's datagrams once more, from its address to ours, inside this host. Errors: OSError.
+
+    `mark` (SO_MARK) tells them from what leaves this host.
+    """
     local, remote = question.local, question.remote
     six = local.address.version == 6
     family = socket.AF_INET6 if six else socket.AF_INET
     # IPPROTO_RAW: the IP header is ours, so the source may be somebody else's
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
         bypass(raw)
+        if mark:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         for datagram in question.datagrams:
             udp = udp_datagram(remote, local, add_marker(datagram, local, remote))
             head = _ip_header(remote.address, local.address, len(udp))

@@ -16,11 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from ikectx.context import Endpoint, FinalState, IkeContext
 from ikectx.cxtp import ContextDataBlock
-from ikectx.errors import CharonError, IkectxError, KernelError, RefusedError, StoreError
+from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, StoreError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.ports import MoveReport, Verdict
 from ikectx.relocate import relocate
@@ -61,6 +63,19 @@ _SWEEP = 60
 """Seconds between two looks for notes that are older than that."""
 
 
+class Ear(Protocol):
+    """What the MN says while charon may not hear it (`mobike_ext.held`)."""
+
+    async def deliver(self) -> int:
+        """Give it to charon."""
+
+    def close(self) -> None: ...
+
+
+Listen = Callable[[IkeContext], Ear]
+"""Begin to hear the MN of a context, as it stands here. Errors: LinkError."""
+
+
 class CharonSink:
     """A `ContextSink` on a running charon."""
 
@@ -70,16 +85,20 @@ class CharonSink:
         mover: Mover,
         renamer: Renamer | None = None,
         settler: Settler | None = None,
+        listen: Listen | None = None,
     ) -> None:
         """`mover`, `renamer`, `settler` must get through to the MN while the SA is muted: `mute.MARK`.
 
         Without `renamer` an SA whose SPIs are taken is refused, unless the MN is told in an answer; without
-        `settler` one whose next message ID is not known.
+        `settler` one whose next message ID is not known. What the MN asks while its SA is mute is lost
+        without `listen`, and asked again after seconds.
         """
         self._host = host
         self._mover = mover
         self._renamer = renamer
         self._settler = settler
+        self._listen = listen
+        self._ears: dict[str, Ear] = {}
         self._renames = Renames(host)
         self._renames.load()
         self._later: set[str] = set()
@@ -318,12 +337,27 @@ class CharonSink:
         plan = self._renames.plan_of(here)
         if plan is None and here.local == context.local:
             return MoveReport()
+        self._hear(context, here)
         if plan is not None:
             return await self._rename(context, here, plan, final)
         if _key(context) not in self._seen and await self._host.view(here.spis) is None:
             raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
+
+    def _hear(self, context: IkeContext, here: IkeContext) -> None:
+        self._close_ear(context)
+        if self._listen is None:
+            return
+        try:
+            self._ears[_key(context)] = self._listen(here)
+        except LinkError as error:
+            log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
+
+    def _close_ear(self, context: IkeContext) -> None:
+        ear = self._ears.pop(_key(context), None)
+        if ear is not None:
+            ear.close()
 
     async def _rename(
         self, context: IkeContext, here: IkeContext, plan: Plan, final: FinalState
@@ -421,6 +455,9 @@ class CharonSink:
         for shape in self._renames.names(here):
             await asyncio.to_thread(host.mute.unmute, shape.spis)
             host.expected.discard(shape.spis)
+        ear = self._ears.pop(_key(context), None)
+        if ear is not None and await ear.deliver():
+            log.debug("%s: charon has what the MN asked meanwhile", here.remote_id)
         self._seen.discard(_key(context))
         asked = _key(context) in self._later
         self._later.discard(_key(context))
@@ -511,6 +548,7 @@ class CharonSink:
                 host.save_soon()
             await asyncio.to_thread(host.mute.unmute, shape.spis)
             host.expected.discard(shape.spis)
+        self._close_ear(context)
         shape = self._renames.shape(here)
         self._renames.forget(here, undone=True)
         self._seen.discard(_key(context))

@@ -111,6 +111,8 @@ def test_a_stock_mn_that_lost_psg_meets_nsg(packets: World) -> None:
     until(lambda: at_nsg(world), "the SA is at nSG")
     assert spis(world.one("mn")) == before
     assert world.one("nsg")["remote-host"] == AWAY[family]
+    # the MN's request, which charon was given again, must not pass for one of charon's
+    assert "elements" not in world.must("nsg", "nft", "list", "map", "inet", "ikectx_ids", "requests")
     until(lambda: moves(world, "psg"), "psg tells of it")
     world.ping()
     # the first probe was answered: nobody waited for another

@@ -1,0 +1,78 @@
+"""I/O: what an MN asks while no charon may hear it is kept, and given to charon when it may.
+
+An MN that was told another address may ask something at once: one with ESP in user space rekeys all its
+CHILD_SAs (kernel-libipsec, strongSwan 5.9.8 and 6.0.6; the Android client is such an MN). The gateway is
+mute until it has the answer and its message IDs, and charon repeats a request after 4 s only. So an ear below
+the firewall hears the SA's IKE from before the MN is told, the kernel keeps what it hears, and when charon
+serves the SA the requests among it are sent to it once more (`watch.deliver`).
+
+Nothing here is authenticated: charon gets what it would have got from the network a moment later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from ikectx.context import Endpoint
+from ikectx.errors import WireError
+from ikectx.ikev2 import IkeHeader, strip_marker
+from ikectx.ports import SaName
+
+from .raw import open_raw
+from .unknown import Question
+from .watch import deliver
+
+log = logging.getLogger(__name__)
+
+MOST = 16
+"""Datagrams that are given to charon; an MN has one request under way (RFC 7296, 2.3), in fragments maybe."""
+
+
+class Held:
+    """Hears IKE of one IKE_SA from its MN, from its making to `deliver` or `close`.
+
+    local: our end. remote: the MN's; its port may differ. mark: as of `open_raw` and `deliver`; not 0 where
+    the SA is mute.
+    Errors: LinkError if the socket cannot be had.
+    """
+
+    def __init__(self, spis: SaName, local: Endpoint, remote: Endpoint, *, mark: int) -> None:
+        self._spis = spis
+        self._local = local
+        self._mark = mark
+        self._raw = open_raw(local, remote, spis, mark=mark)
+
+    def close(self) -> None:
+        """Forget what was heard."""
+        self._raw.close()
+
+    async def deliver(self) -> int:
+        """Give charon the requests that were heard, and close; how many datagrams that were."""
+        questions: dict[Endpoint, list[bytes]] = {}
+        heard: set[bytes] = set()
+        try:
+            for payload, source in self._raw.drain():
+                datagram = self._request(payload, source)
+                if datagram and datagram not in heard and len(heard) < MOST:
+                    heard.add(datagram)
+                    questions.setdefault(source, []).append(datagram)
+        finally:
+            self.close()
+        for source, datagrams in questions.items():
+            question = Question(self._spis, tuple(datagrams), self._local, source)
+            try:
+                await asyncio.to_thread(deliver, question, mark=self._mark)
+            except OSError as error:  # a firewall of this host's: the MN will send it again
+                log.info("the MN's request could not be given to charon: %s", error.strerror)
+        return len(heard)
+
+    def _request(self, payload: bytes, source: Endpoint) -> bytes:
+        """Its IKE message, if it is a request; else empty."""
+        try:
+            datagram = strip_marker(payload, self._local, source)
+            header = IkeHeader.parse(datagram)
+        except WireError:
+            return b""
+        ours = (header.spi_i, header.spi_r) == self._spis
+        return datagram if ours and not header.response else b""
