@@ -48,6 +48,7 @@ class Sad(KernelTables):
     def __init__(self, seed: int = 1) -> None:
         super().__init__()
         self.dice = Random(seed)
+        self.restored: list[bytes] = []
         self.sent: set[tuple[bytes, int]] = set()
         """(key, number) of each packet that left."""
 
@@ -88,7 +89,8 @@ class Sad(KernelTables):
         return list(sas)
 
     def restore_inbound(self, sas: Iterable[KernelSa], late: int) -> None:
-        """For late packets: not wanted here."""
+        """For late packets: only noted."""
+        self.restored += [sa.spi for sa in sas if (sa.destination, sa.spi) not in self.sas]
 
     def late_sas(self) -> list[KernelSa]:
         return []

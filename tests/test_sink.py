@@ -564,6 +564,9 @@ def test_packets_for_the_mn_come_here_when_it_has_been_told(kinds: tuple[str, ..
         if same_keys:
             # farther on than the other gateway may get
             assert outbound.replay.oseq >= 300 + 2 * SENDING_PACKETS
+        # what the MN sent before it had changed over is on its way
+        known = [] if "inbound" in kinds else [child.spi_in for child in context.children]
+        assert here.sad.restored == known
         await here.sink.activate(context, final, report)
         await here.sink.activate(context, final, report)
         assert drawn == [True]

@@ -449,6 +449,29 @@ class CharonHost:
         self.record.forget(context.spis)
         self.save_soon()
 
+    def late_packets(self, context: IkeContext, children: Sequence[ChildContext]) -> Callable[[], bool]:
+        """What puts inbound SAs back as soon as charon has taken them out, and then says True.
+
+        They decrypt for `HostConfig.late` seconds what is on its way. Errors: KernelError, now; later logged.
+        """
+        kernel = self.kernel
+        if kernel is None or not children:
+            return lambda: True
+        inbound = [self.kernel_pair(context, child)[0] for child in children]
+        snapshot = kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
+
+        def put_back() -> bool:
+            # charon takes a child's policies out first and its outbound SA last
+            if any(sa is not None for child in children for sa in self.kernel_pair(context, child)):
+                return False
+            try:
+                kernel.restore_inbound(snapshot, self.config.late)
+            except KernelError as error:
+                log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
+            return True
+
+        return put_back
+
     def address_for(self, context: IkeContext) -> Address:
         """Our outer address for this MN: the SA's own if it is ours too, else the first of its family."""
         if context.local.address in self.config.addresses:

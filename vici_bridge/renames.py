@@ -18,7 +18,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -277,8 +277,9 @@ class Renames:
             self._go_on(host.kernel, here, plan, before, after, counters)
         self._drop_guards(here)
         if extra:
+            put_back = self._late_packets(plan, before, after)
             await host.send(extra)
-            await self._listed(after, before, present=False)
+            await self._listed(after, before, present=False, meanwhile=put_back)
         if before.spis != after.spis:
             await asyncio.to_thread(host.mute.unmute, before.spis)
             host.record.forget(before.spis)
@@ -321,14 +322,39 @@ class Renames:
         children = tuple(child for pair, child in ours.items() if pair in listed)
         return replace(named, children=children, policies=()), stopped, view.state
 
-    async def _listed(self, after: IkeContext, before: IkeContext, *, present: bool) -> None:
-        """Wait until charon and the kernel have the children of `after`, or lack the others of `before`."""
+    def _late_packets(self, plan: Plan, before: IkeContext, after: IkeContext) -> Callable[[], bool]:
+        """Those under the names that the MN knows: it uses them until it has our next message."""
+        stay = {(child.spi_in, child.spi_out) for child in after.children}
+        known = {one.spi_in for one in plan.children if one.hold_in == one.spi_in}
+        going = [
+            child
+            for child in before.children
+            if child.spi_in in known and (child.spi_in, child.spi_out) not in stay
+        ]
+        return self._host.late_packets(before, going)
+
+    async def _listed(
+        self,
+        after: IkeContext,
+        before: IkeContext,
+        *,
+        present: bool,
+        meanwhile: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Wait until charon and the kernel have the children of `after`, or lack the others of `before`.
+
+        `meanwhile` is called until it says True, from the moment charon has the order.
+        """
         host = self._host
         wanted = {(child.spi_in, child.spi_out): child for child in after.children}
         unwanted = {(child.spi_in, child.spi_out): child for child in before.children} if not present else {}
         for pair in wanted:
             unwanted.pop(pair, None)
         end = time.monotonic() + INSTALL_TIMEOUT
+        while time.monotonic() < end:
+            if meanwhile():
+                break
+            await asyncio.sleep(0.0005)
         pause = 0.002
         while True:
             if present and host.kernel is not None:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -25,7 +25,7 @@ from ikectx.context import (
     Lifetime,
     PolicyContext,
 )
-from ikectx.errors import BusyError, CharonError, KernelError, LinkError, RefusedError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.numbers import Mode, Status
 from ikectx.ports import SENDING_PACKETS, SENDING_SECONDS, SaName
@@ -445,33 +445,12 @@ class CharonSource:
         if view is not None:
             reqids = {child.spi_in: child.reqid for child in view.children}
             self._end_sending(context)
-            await host.delete(context, self._late_packets(context))
+            await host.delete(context, host.late_packets(context, context.children))
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
         for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
             host.store.delete(kind, _key(context.spis))
         host.spawn(self._end_detour(_key(context.spis)))
-
-    def _late_packets(self, context: IkeContext) -> Callable[[], bool]:
-        """What puts the inbound SAs back as soon as charon has taken them out, and then says True."""
-        kernel = self._host.kernel
-        if kernel is None:
-            return lambda: True
-        pairs = [self._host.kernel_pair(context, child)[0] for child in context.children]
-        snapshot = kernel.snapshot_inbound([sa for sa in pairs if sa is not None])
-
-        def put_back() -> bool:
-            # charon takes a child's policies out first and its outbound SA last
-            for child in context.children:
-                if any(sa is not None for sa in self._host.kernel_pair(context, child)):
-                    return False
-            try:
-                kernel.restore_inbound(snapshot, self._host.config.late)
-            except KernelError as error:
-                log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
-            return True
-
-        return put_back
 
     def resume(self) -> None:
         """After a start: detours of an agent before this one end like its own; those of frozen SAs stay.
