@@ -36,6 +36,7 @@ from ikectx.errors import (
     BusyError,
     CharonError,
     IkectxError,
+    KernelError,
     LinkError,
     StoreError,
     UsageError,
@@ -348,6 +349,11 @@ class SpiWatch:
         """Ask, and do what was agreed. The SA is passive; it is in the end, too. Errors: IkectxError."""
         mobile = self._mobile
         context = mobile.recorded(sa)
+        ours = {one.old: one.new for one in note.asks if one.protocol is Protocol.ESP and not one.choose}
+        try:
+            mobile.hear(note.local, ours)
+        except KernelError as error:
+            log.warning("packets under new SPIs will be lost until charon has them: %s", error)
         try:
             report = await run_spi_update(note.machine(context), mark=MARK)
         except LinkError as error:

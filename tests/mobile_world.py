@@ -26,6 +26,7 @@ from vici_bridge.chain import import_messages
 from vici_bridge.esp import KernelReplay, fit_replay
 from vici_bridge.ha import Attr, HaMessage, HaType
 from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.kernel import LATE
 from vici_bridge.mobile import CharonMobile
 from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
@@ -68,6 +69,8 @@ class Kernel(KernelTables):
         self.sent: list[tuple[int, Address, int]] = []
         """(request id, destination, number) of each packet."""
         self.flows: set[Selector] = set()
+        self.heard: list[bytes] = []
+        """SPIs by which the agent has had the kernel decrypt, beside charon's."""
         self.lost = 0
 
     # What an agent asks.
@@ -94,6 +97,20 @@ class Kernel(KernelTables):
         assert (sa.destination, sa.spi) in self.sas
         self.sas[sa.destination, sa.spi] = sa
         self.send()
+
+    def delete_sa(self, sa: KernelSa) -> bool:
+        self.step()
+        return self.sas.pop((sa.destination, sa.spi), None) is not None
+
+    def snapshot_inbound(self, sas: Iterable[KernelSa]) -> list[KernelSa]:
+        return [self.sas[sa.destination, sa.spi] for sa in sas]
+
+    def restore_inbound(self, snapshot: Any, seconds: int) -> int:
+        self.step()
+        for sa in getattr(snapshot, "sas", snapshot):
+            self.heard.append(sa.spi)
+            self.sas.setdefault((sa.destination, sa.spi), replace(sa, sequence=LATE))
+        return len(self.heard)
 
     # What happens by itself.
 
@@ -489,7 +506,8 @@ def at(node: Node, local: Endpoint, remote: Endpoint) -> None:
     for kind in ("quiet", "move"):
         assert not node.store.items(kind)
     if node.kernel is not None:
-        ends = {(sa.source, sa.destination) for sa in node.kernel.sas.values()}
+        # beside those that the kernel drops by itself
+        ends = {(sa.source, sa.destination) for sa in node.kernel.sas.values() if sa.sequence != LATE}
         assert ends == {(local.address, remote.address), (remote.address, local.address)}
         assert not [policy for policy in node.kernel.policies.values() if policy.mark is not None]
         for child, old in zip(charon.children, node.context.children, strict=True):

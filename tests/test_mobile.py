@@ -16,6 +16,7 @@ from ikectx.numbers import Status
 from vici_bridge import ha
 from vici_bridge import steps as steps_module
 from vici_bridge.ha import HaType
+from vici_bridge.kernel import LATE
 from vici_bridge.xfrm import KernelSa
 
 from .mobile_world import JUMP, NEW, NSG, OLD, PSG, VIP, Node, a_move, a_node_context, at, do, quick
@@ -144,6 +145,14 @@ def test_both_inbound_spis_are_heard_until_the_other_end_has_changed_over(
 
         monkeypatch.setattr(node.kernel, "get_replay", counted)
         await a_move(node, OLD, NSG, {b"\xc1\0\0\0": b"\xc3\0\0\0", b"\xc2\0\0\0": b"\xc4\0\0\0"})
+        if not packets:
+            # the gateway that served it may go on with the old one, until the other begins with the new one
+            assert node.kernel.heard == [b"\xc1\0\0\0"]
+            assert node.kernel.sas[OLD.address, b"\xc1\0\0\0"].sequence == LATE
+            packets = 1
+            monkeypatch.undo()
+            await asyncio.sleep(0.2)
+        assert (OLD.address, b"\xc1\0\0\0") not in node.kernel.sas
         return len(asked)
 
     assert do(scenario(1, 60.0)) < 10
@@ -396,5 +405,26 @@ def test_redirect_leaves_the_rest_to_charon() -> None:
         assert (node.charon.local, node.charon.remote, node.charon.peers) == (NEW, NSG, (NSG,))
         assert node.charon.rekeyed == ["child 1"]
         assert node.host.record.context(node.sa).remote == NSG
+
+    do(scenario())
+
+
+def test_new_names_are_heard_before_charon_has_them() -> None:
+    # the gateway may send by them as soon as it has agreed; what came so does not come again
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        assert node.kernel is not None
+        renames = {b"\xc1\0\0\0": b"\xc3\0\0\0", b"\xc2\0\0\0": b"\xc4\0\0\0"}
+        old = node.kernel.sas[OLD.address, b"\xc1\0\0\0"]
+        node.mobile.hear(OLD, {b"\xc1\0\0\0": b"\xc3\0\0\0"})
+        ours = node.kernel.sas[OLD.address, b"\xc3\0\0\0"]
+        assert (ours.encr_key, ours.sequence, ours.replay.seq) == (old.encr_key, LATE, 0)
+        came = replace(ours.replay, seq=1 << 24, bitmap=7)
+        node.kernel.sas[OLD.address, ours.spi] = replace(ours, replay=came)
+        await a_move(node, OLD, NSG, renames)
+        at(node, OLD, NSG)
+        now = node.kernel.sas[OLD.address, b"\xc3\0\0\0"]
+        assert now.sequence != LATE
+        assert (now.replay.seq, now.replay.bitmap & 7) == (1 << 24, 7)
 
     do(scenario())

@@ -120,6 +120,10 @@ class Watched:
     async def _run(self, machine: SpiUpdate, *, mark: int) -> SpiReport:
         assert mark == MARK
         assert self.node.charon.state == "PASSIVE"
+        if self.node.kernel is not None:
+            # the answer may be followed by packets at once
+            wanted = {one.new for one in machine.asked if one.protocol is Protocol.ESP and not one.choose}
+            assert wanted <= {*self.node.kernel.heard}
         assert self.node.store.items(MIRROR)
         self.said.append((machine.asked, machine.to_send(0.0)))
         if self.dies:

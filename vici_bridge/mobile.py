@@ -99,6 +99,13 @@ class CharonMobile:
         view = await self.steps.seen(sa)
         return bool(view.tasks) and view.state == "ESTABLISHED" and not _in_the_way(view, unanswered=True)
 
+    def hear(self, local: Endpoint, spis: Mapping[bytes, bytes]) -> None:
+        """Decrypt under new inbound SPIs (old to new), too, before the gateway is asked to agree to them.
+
+        It may use them before charon has them. Errors: KernelError.
+        """
+        self.steps.hear(local.address, spis)
+
     def recorded(self, sa: SaName) -> IkeContext:
         """What charon told of the SA: no counters, and addresses of then. Errors: UnknownSaError."""
         return self._host.record.context(sa)

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ikectx.context import ChildContext, Endpoint, IkeContext
+from ikectx.context import Address, ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.errors import CharonError, KernelError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.ports import SaName
@@ -28,7 +28,7 @@ from .chain import reshape
 from .charon import SaView
 from .esp import KernelReplay
 from .host import ESP, CharonHost
-from .kernel import Kernel
+from .kernel import LATE, InboundSnapshot, Kernel
 from .moves import ChildMove, Move, guards_of, leads
 from .xfrm import KernelPolicy, KernelSa
 
@@ -36,6 +36,8 @@ MOVE = "move"
 """Kind of store entry: the `Move` of this SA that is open."""
 LINGER = 0.5
 """Seconds for which an old inbound SA may stay beside the new one; charon is passive meanwhile."""
+HEARD = 10
+"""Seconds for which the kernel decrypts under a name that charon does not have yet, or any more."""
 PATIENCE = 8.0
 """Seconds for charon to do what it was told."""
 
@@ -67,8 +69,8 @@ class MoveSteps:
         self.drop_guards(move)
         move = replace(move, guards=())
         self.save(sa, move)
-        await self._linger(move)
-        view = await self._delete_old(sa, move, view)
+        still = await self._linger(move)
+        view = await self._delete_old(sa, move, view, still)
         after = move.after(host.record.context(sa))
         listed = {child.spi_in for child in view.children}
         # charon does not tell of children that end while it is passive
@@ -186,6 +188,33 @@ class MoveSteps:
         self.save(sa, move)
         return move
 
+    def hear(self, local: Address, spis: Mapping[bytes, bytes]) -> None:
+        """Decrypt under these new inbound SPIs (old to new), too, for `HEARD` seconds. Errors: KernelError.
+
+        The other end sends by them as soon as it has agreed, and charon has them only some time after that.
+        """
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        ours = []
+        for old, new in spis.items():
+            sa = kernel.get_sa(local, old, ESP)
+            if sa is not None:
+                ours.append(replace(sa, spi=new, replay=replace(sa.replay, oseq=0, seq=0, bitmap=0)))
+        kernel.restore_inbound(InboundSnapshot(tuple(ours), ()), HEARD)
+
+    def _give_way(self, move: Move, children: Sequence[ChildMove]) -> dict[bytes, ReplayState]:
+        """What `hear` put in goes, since charon adds and never replaces; what each had received, by SPI."""
+        kernel = self._host.kernel
+        received: dict[bytes, ReplayState] = {}
+        for child in children if kernel is not None else ():
+            assert kernel is not None
+            ours = kernel.get_sa(move.local.address, child.new_in, ESP)
+            if ours is not None and ours.sequence == LATE and child.new_in != child.old_in:
+                received[child.new_in] = kernel.get_replay(ours, outbound=False)[0]
+                kernel.delete_sa(ours)
+        return received
+
     async def _add(self, sa: SaName, move: Move, view: SaView, messages: list[ha.HaMessage]) -> SaView:
         """After `messages`, the IKE_SA's addresses, and the new pairs that are not there yet.
 
@@ -202,6 +231,7 @@ class MoveSteps:
         lacking = [child for child in move.children if not child.new_in_view(view)]
         for child in lacking:
             messages.append(ha.child_add(version, ike, _child(after, child)))
+        received = self._give_way(move, lacking)
         if messages:
             await host.send(messages)
 
@@ -211,7 +241,12 @@ class MoveSteps:
                 return False
             return host.kernel is None or all(None not in self._new(move, child) for child in move.children)
 
-        return await self.until(sa, "add the CHILD_SAs at the new addresses", there)
+        view = await self.until(sa, "add the CHILD_SAs at the new addresses", there)
+        for child in lacking if host.kernel is not None and received else ():
+            inbound, _ = self._new(move, child)
+            if inbound is not None and child.new_in in received and host.kernel is not None:
+                host.kernel.set_replay(inbound, received[child.new_in], outbound=False)
+        return view
 
     def _raise(self, sa: SaName, move: Move) -> Move:
         """The new pairs' keys, numbers and windows, from what the old ones have (or had)."""
@@ -248,8 +283,10 @@ class MoveSteps:
                 fresh = KernelReplay(window=sa.replay.window, esn=sa.replay.esn, words=sa.replay.words)
                 kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
 
-    async def _linger(self, move: Move) -> None:
+    async def _linger(self, move: Move) -> list[ChildMove]:
         """Where the other end sends by another SPI from now on: hear both, until it does or `LINGER` is over.
+
+        Those of which nothing has come by then: see `_late_packets`.
 
         What it sent before it changed over is on its way still.
         """
@@ -262,25 +299,62 @@ class MoveSteps:
                 inbound, _ = self._new(move, child)
                 if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
                     waits.remove(child)
+        return waits
 
-    async def _delete_old(self, sa: SaName, move: Move, view: SaView) -> SaView:
+    async def _delete_old(self, sa: SaName, move: Move, view: SaView, still: Sequence[ChildMove]) -> SaView:
         """The old pairs that stand beside the new ones; charon deletes the older of two with one name."""
         host = self._host
         version, ike = await host.version(), self.ike_id(sa)
         old = [child for child in move.children if child.old_in_view(view)]
         if old:
+            put_back = self._late_packets(move, [child for child in old if child in still])
             await host.send(ha.child_delete(version, ike, child.old_in) for child in old)
             view = await self.until(
                 sa,
                 "delete the CHILD_SAs at the old addresses",
                 lambda view: (
-                    not any(child.old_in_view(view) for child in old)
+                    (put_back() and not any(child.old_in_view(view) for child in old))
                     or not all(child.new_in_view(view) for child in move.children)
                 ),
             )
         if not all(child.new_in_view(view) for child in move.children):
             raise CharonError("charon deleted a CHILD_SA at the new addresses instead of the old one")
         return view
+
+    def _late_packets(self, move: Move, renamed: Sequence[ChildMove]) -> Callable[[], bool]:
+        """Puts inbound SAs under old names back when charon has taken them out, and then says True.
+
+        The gateway from which the SA comes may send by them until it hears that all is done. They end with
+        the first packet under the new names, or by themselves after `HEARD`.
+        """
+        kernel = self._host.kernel
+        if kernel is None or not renamed:
+            return lambda: True
+        inbound = [self._old(move, child)[0] for child in renamed]
+        snapshot = kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
+        done = False
+
+        def put_back() -> bool:
+            nonlocal done
+            if not done and all(self._old(move, child)[0] is None for child in renamed):
+                kernel.restore_inbound(snapshot, HEARD)
+                for child in renamed:
+                    self._host.spawn(self._end_late(kernel, move, child))
+                done = True
+            return done
+
+        return put_back
+
+    async def _end_late(self, kernel: Kernel, move: Move, child: ChildMove) -> None:
+        end = time.monotonic() + HEARD
+        while time.monotonic() < end:
+            await asyncio.sleep(0.05)
+            inbound, _ = self._new(move, child)
+            if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
+                break
+        old, _ = self._old(move, child)
+        if old is not None and old.sequence == LATE:
+            kernel.delete_sa(old)
 
     def ike_id(self, sa: SaName) -> ha.IkeId:
         return ha.IkeId.of(self._host.record.context(sa).current)
