@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -51,6 +52,23 @@ class Namespace:
             subprocess.run(
                 ["ip", "-batch", "-"], input="\n".join(commands), check=True, capture_output=True, text=True
             )
+        added = [command.split() for command in commands if command.startswith("addr")]
+        six = {words[2].split("/")[0]: words[words.index("dev") + 1] for words in added if ":" in words[2]}
+        if six:
+            self._wait_for(six)
+
+    def _wait_for(self, six: Mapping[str, str]) -> None:
+        """Until these IPv6 addresses (to devices) are ours: the kernel makes them so a moment later, also
+        without duplicate address detection. Where a device has no carrier they are not, for now."""
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            links = self.run("ip -o link show up").splitlines()
+            up = {link.split()[1].rstrip(":").split("@")[0] for link in links if "LOWER_UP" in link}
+            local = self.run("ip -6 route show table local")
+            if all(f"local {address} " in local for address, device in six.items() if device in up):
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"not ours after 5 s: {', '.join(six)}")
 
     def give(self, device: str, other: Namespace) -> None:
         """Move a device to another namespace."""
