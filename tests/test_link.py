@@ -333,7 +333,7 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
             await task
 
         with served(udp, machine):
-            asyncio.run(asyncio.wait_for(serve(), 5))
+            asyncio.run(asyncio.wait_for(serve(), 20))
         assert [event.source for event in heard] == [gateway]
         assert (machine.state.value, agent.report.answered) == ("renamed", 1)
         assert charon.recv(2000)[:4] == bytes(4)  # it has the request as well
@@ -358,7 +358,7 @@ def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
                 task.cancel()
 
             with served(udp, machine):
-                asyncio.run(asyncio.wait_for(serve(), 5))
+                asyncio.run(asyncio.wait_for(serve(), 20))
             assert len(heard) == 1
             assert machine.state.value == ("paused" if answering else "waiting")
 
