@@ -378,7 +378,9 @@ def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         "outbound one (both behind one NAT), both IKE SPIs, all of them. mn is a stock charon, which nSG "
         "rekeys, but in `collision-agent` (UPDATE_SPI) and `collision-reactive` (new SPIs in the CTAA, "
         "after a change of the access network). Where the outbound SPI is taken, nSG can only send under the "
-        "new one, which the MN knows when it has answered: what is lost is lost on the way down, until then."
+        "new one, which the MN knows when it has answered; until then pSG goes on sending under the old one, "
+        "where the MN is still at its old place. On the emulated CPU of a virtual machine all that an agent "
+        "or charon does between two packets takes 10 to 20 times as long."
     )
 
 
