@@ -1,8 +1,11 @@
-"""For all tests: a run that is told to end still writes its report."""
+"""For all tests: a run that is told to end still writes its report; what needs root fails without."""
 
 from __future__ import annotations
 
+import os
 import signal
+
+import pytest
 
 
 def pytest_configure() -> None:
@@ -13,3 +16,10 @@ def pytest_configure() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+
+
+@pytest.fixture
+def as_root() -> None:
+    """Raw and packet sockets, namespaces, giving up rights: a test that cannot run has not passed."""
+    if os.geteuid() != 0:
+        pytest.fail("needs root: sudo tests/run.sh", pytrace=False)

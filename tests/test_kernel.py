@@ -197,10 +197,9 @@ def test_probe_of_unknown_transforms(kernel: Kernel) -> None:
     assert kernel.dump_sas() == []
 
 
+@pytest.mark.usefixtures("as_root")
 def test_refused_without_rights() -> None:
     """Reading the SAD without CAP_NET_ADMIN: EPERM becomes a hint."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to give up its rights")
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # pragma: no cover - another process

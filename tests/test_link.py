@@ -39,7 +39,7 @@ from .rekey_peer import Peer as RekeyPeer
 
 QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
 SPIS = (SA.spi_i, SA.spi_r)
-root = pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets need root")
+root = pytest.mark.usefixtures("as_root")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import struct
 import time
@@ -330,7 +329,7 @@ def test_the_links_padding_is_cut_off() -> None:
 
 # --- loopback ----------------------------------------------------------------------------------------------
 
-root = pytest.mark.skipif(os.geteuid() != 0, reason="packet sockets need root")
+root = pytest.mark.usefixtures("as_root")
 
 
 @contextmanager
