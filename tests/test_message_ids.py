@@ -13,6 +13,7 @@ import pytest
 from ikectx.errors import KernelError, UnknownSaError, UsageError
 from ikectx.ports import SaName
 from ikectx.store import SqliteStore
+from vici_bridge.ha import IkeId, ike_mid
 from vici_bridge.message_ids import MessageIds
 from vici_bridge.mute import MARK, Mute
 from vici_bridge.source import CharonSource
@@ -199,6 +200,7 @@ def test_an_sa_that_nobody_listened_to_stays_until_it_has_spoken_both_ways() -> 
         store = SqliteStore(":memory:", KEY)
         async with host_of(Vici(context), store) as host:
             hear(host, context)
+            host._told.clear()  # that was an agent before this one
             host.noted = kernel = Noted(stands=False)  # type: ignore[assignment]
             await host._begin_noting()
             (view,) = await host.views()
@@ -234,5 +236,27 @@ def test_doubts_end_with_the_sa() -> None:
             vici.contexts.clear()
             await host._reconcile()
             assert list(store.items("doubt")) == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("noted", [(0, 0), (9, 0)])
+def test_a_resync_tells_message_ids_that_nobody_noted(noted: tuple[int, int]) -> None:
+    # what the hint promises: charon repeats what it told of each SA
+    async def scenario() -> None:
+        context = replace(a_context(), mid_initiator=5, mid_responder=7)
+        async with host_of(Vici(context), SqliteStore(":memory:", KEY)) as host:
+            hear(host, context)
+            host._told.clear()  # that was an agent before this one
+            host.noted = kernel = Noted(stands=False)  # type: ignore[assignment]
+            await host._begin_noting()
+            kernel.ids = noted
+            source, ike = CharonSource(host, nobody), IkeId.of(context.current)
+            for initiator, mid in ((True, 8), (False, 9)):
+                with pytest.raises(UnknownSaError):
+                    await source.export(context.spis)
+                host._hear(ike_mid(3, ike, initiator=initiator, mid=mid).serialize())
+            exported = await source.export(context.spis)
+            assert (exported.mid_initiator, exported.mid_responder) == (max(8, noted[0]), 9)
 
     asyncio.run(scenario())

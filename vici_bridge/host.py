@@ -125,6 +125,8 @@ class CharonHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._toggle: asyncio.Future[None] | None = None
         self._spoke: dict[SaName, float] = {}
+        self._told: set[tuple[SaName, bool]] = set()
+        """Whose message IDs charon has told in this life of the agent; True: those of its own requests."""
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
@@ -206,10 +208,12 @@ class CharonHost:
     def _fed(self, change: Change) -> None:
         self.save_soon()
         match change:
-            case MidChanged(name):
+            case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
+                self._told.add((name, initiator))
             case Deleted(name):
                 self._spoke.pop(name, None)
+                self._told -= {(name, True), (name, False)}
                 self.store.delete(_DOUBT, _key(name))
         if self.on_change is not None:
             self.on_change(change)
@@ -323,7 +327,8 @@ class CharonHost:
         """Whether message IDs of an SA of before may have been used unnoted."""
         if self.store.get(_DOUBT, _key(sa)) is None:
             return False
-        if 0 in self._after(sa):
+        noted = zip((True, False), self._after(sa), strict=True)
+        if not all(after or (sa, initiator) in self._told for initiator, after in noted):
             return True
         self.store.delete(_DOUBT, _key(sa))
         return False
