@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import IkectxError
+from ikectx.errors import IkectxError, KernelError
 
 from .doctor_ipsec import protection, reach
 from .doctor_world import World
@@ -417,6 +417,28 @@ ESP_PROBE = (
 """An SA of nobody's, in a namespace that is gone at once."""
 
 
+def message_ids(world: World) -> Iterator[Outcome]:
+    """What a known message ID reads back as: an SA whose number is wrong would be deaf after a move."""
+    try:
+        right = world.notes_right()
+    except KernelError as error:
+        yield "note", f"the notes of message IDs were not tried: {error}", error.hint
+        return
+    restart = "restart the agent: it makes these rules anew"
+    if right:
+        yield "ok", "the kernel notes message IDs as they leave"
+    elif right is False:
+        yield "fail", "the kernel notes other message IDs than those that leave", restart
+    elif world.agent_pid() is not None:
+        yield (
+            "warn",
+            "nothing notes which message IDs leave: `nft flush ruleset` takes the rules away",
+            restart,
+        )
+    else:
+        yield "note", "message IDs are not noted yet", "start the agent"
+
+
 def addresses(world: World) -> Iterator[Outcome]:
     wrong = False
     config = world.config
@@ -524,6 +546,7 @@ CHECKS: Sequence[tuple[str, Check]] = (
     ("certificates", certificates),
     ("clock", clock),
     ("kernel", kernel),
+    ("message ids", message_ids),
     ("addresses", addresses),
     ("protection", protection),
     ("peers", peers),

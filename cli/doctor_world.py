@@ -14,6 +14,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -333,6 +334,16 @@ class World:
             guard.protection(flow)
 
     # -- tools and the kernel
+
+    def notes_right(self) -> bool | None:
+        """Whether the kernel notes message IDs as they leave, tried now; None: no rules for that stand here.
+
+        Errors: KernelError where it cannot be tried.
+        """
+        from vici_bridge.message_ids import MessageIds
+
+        with closing(MessageIds()) as noted:
+            return noted.right()
 
     def tool(self, name: str) -> str | None:
         """The path of a program."""

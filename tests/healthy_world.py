@@ -116,6 +116,7 @@ class Fake(World):
         self.peer = PeerAnswer(frozenset({"nsg"}), 0.0)
         self.tools = {"ip", "nft"}
         self.trials: dict[str, tuple[bool | None, str]] = {}
+        self.notes: bool | IkectxError | None = True
         self.time = datetime.datetime.now(datetime.UTC).timestamp()
 
     def _get(self, what: str) -> Any:
@@ -166,6 +167,11 @@ class Fake(World):
 
     def exists(self, path: str) -> bool:
         return path not in self.foreign
+
+    def notes_right(self) -> bool | None:
+        if isinstance(self.notes, IkectxError):
+            raise self.notes
+        return self.notes
 
     def now(self) -> float:
         return self.time

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from ikectx.errors import CharonError, LinkError
+from ikectx.errors import CharonError, KernelError, LinkError
 from ikectx_cli import commands, doctor
 from ikectx_cli.config import parse
 from ikectx_cli.doctor import Finding
@@ -107,6 +107,18 @@ def test_agent_away_or_confused(world: Fake) -> None:
     world.answers["list-contexts"] = []
     texts = [finding.found for finding in bad(world) if finding.check == "agent"]
     assert "goes by 'other'" in texts[0] and "cannot reach charon" in texts[1]
+
+
+def test_message_ids_that_are_noted_wrongly_or_not_at_all(world: Fake) -> None:
+    world.notes = False
+    assert "restart the agent" in only(world, "message ids", "fail", "other message IDs").fix
+    world.notes = None
+    only(world, "message ids", "warn", "nothing notes")
+    world.notes = KernelError("no raw socket", hint="run it as root")
+    assert only(world, "message ids", "note", "no raw socket").fix == "run it as root"
+    world.notes, world.pids["agent"] = None, None
+    del world.owners["127.0.0.2"]
+    assert ("message ids", "note") in {(item.check, item.level) for item in bad(world)}
 
 
 def test_charon_started_before_the_agent(world: Fake) -> None:

@@ -17,8 +17,10 @@ from ikectx_cli.config import PeerConfig, parse
 from ikectx_cli.doctor_world import PeerAnswer, World
 from ikectx_cli.settings import load
 from ikectx_cli.toml_table import HostPort
+from vici_bridge.message_ids import MessageIds
 
 from .healthy_world import IPSEC, TOML, Pki
+from .netns import namespaces
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,16 @@ def test_sockets_and_processes(real: World, tmp_path: Path) -> None:
     assert isinstance(real.capabilities(None), int)
     assert real.tool("sh") and real.tool("no-such-tool") is None
     assert real.probe("false")[0] in (False, None)
+
+
+def test_what_the_kernel_notes_of_message_ids(real: World) -> None:
+    with namespaces(1) as (space,), space.entered():
+        assert real.notes_right() is None
+        with contextlib.closing(MessageIds()) as noted:
+            noted.prepare()
+        assert real.notes_right() is True
+        space.run("nft delete rule inet ikectx_ids output handle 4")
+        assert real.notes_right() is False
 
 
 def test_charon_and_agent_away(real: World, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 from ikectx.errors import KernelError, UnknownSaError, UsageError
 from ikectx.ports import SaName
 from ikectx.store import SqliteStore
+from vici_bridge import message_ids
 from vici_bridge.ha import IkeId, ike_mid
 from vici_bridge.message_ids import MessageIds
 from vici_bridge.mute import MARK, Mute
+from vici_bridge.nftables import run_nft
 from vici_bridge.source import CharonSource
 
 from .netns import Namespace, namespaces
@@ -107,10 +109,91 @@ def test_notes_outlive_whoever_began_them(space: Namespace) -> None:
         assert noted.prepare() is True
         assert noted.after(SPIS) == (9, 0)
         space.run("nft flush chain inet ikectx_ids output")
+        send(ike(9))
         assert noted.prepare() is False
-        assert noted.after(SPIS) == (9, 0)
+        assert noted.after(SPIS) == (0, 0), "what stood there was older than the last message"
+        send(ike(10))
         space.run("nft flush ruleset")
         assert noted.after(SPIS) == (0, 0)
+
+
+OLDER = """
+add table inet ikectx_ids
+add map inet ikectx_ids requests { typeof @th,64,64 . @th,128,64 : meta mark; flags dynamic,timeout; }
+add map inet ikectx_ids responses { typeof @th,64,64 . @th,128,64 : meta mark; flags dynamic,timeout; }
+add chain inet ikectx_ids output { type filter hook output priority -310; policy accept; }
+"""
+"""The table as agents before made it: nft 1.0 keeps such a value as it is, nft 1.1 turns its octets round."""
+
+
+def older_table(shift: int = 0) -> str:
+    """That table with its rules. `shift`: bits by which they miss the message ID."""
+    script = OLDER
+    for port, test, at in ((500, "", 64), (4500, "@th,64,32 0 ", 96)):
+        for name, flag in (("requests", 0), ("responses", ANSWER)):
+            note = f"{{ @th,{at},64 . @th,{at + 64},64 : @th,{at + 160 + shift},32 }}"
+            script += (
+                f"add rule inet ikectx_ids output meta mark != {MARK:#x} udp sport {port} {test}"
+                f"@th,{at + 136},8 0x20 @th,{at + 144},8 35-37 @th,{at + 152},8 & 0x20 == {flag:#x}"
+                f" delete @{name} {note} add @{name} {note}\n"
+            )
+    return script
+
+
+@pytest.mark.parametrize("shift", [0, 8])
+def test_an_older_agents_table_counts_only_where_it_notes_what_left(space: Namespace, shift: int) -> None:
+    run_nft(older_table(shift))
+    send(ike(1))
+    send(ike(2, ANSWER), port=4500, marker=True)
+    with closing(MessageIds()) as noted:
+        right = noted.after(SPIS) == (2, 3)  # with nft 1.0; never where the rules miss the number
+        assert not (right and shift)
+        assert noted.prepare() is right
+        assert noted.after(SPIS) == ((2, 3) if right else (0, 0))
+        send(ike(4))
+        send(ike(5, ANSWER), port=4500, marker=True)
+        assert noted.after(SPIS) == (5, 6)
+        assert noted.prepare() is True
+
+
+def test_what_was_sent_to_try_the_rules_leaves_no_note(space: Namespace) -> None:
+    with closing(MessageIds()) as noted:
+        assert noted.right() is None
+        noted.prepare()
+        assert noted.right() is True
+    assert "elements" not in space.run("nft list table inet ikectx_ids")
+
+
+def test_rules_that_never_note_what_left_are_not_used(
+    space: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(script: str) -> None:
+        run_nft(script.replace(",32 }", ",32 & 0xffffff }"))
+
+    monkeypatch.setattr(message_ids, "run_nft", other)
+    with closing(MessageIds()) as noted:
+        with pytest.raises(KernelError, match="reads back") as caught:
+            noted.prepare()
+        assert "nft --version" in caught.value.hint
+        send(ike(0x01020304))
+        assert noted.after(SPIS) == (0, 0)
+    assert "ikectx_ids" not in space.run("nft list ruleset")
+
+
+def test_rules_that_cannot_be_tried_are_told(space: Namespace) -> None:
+    space.ip("addr flush dev lo")
+    with closing(MessageIds()) as noted, pytest.raises(KernelError, match="loopback"):
+        noted.prepare()
+
+
+def test_a_firewall_that_drops_what_is_sent_to_try_the_rules_comes_after_them(space: Namespace) -> None:
+    space.run(
+        "nft add table inet firewall",
+        "nft add chain inet firewall out {type filter hook output priority 0;policy drop;}",
+    )
+    with closing(MessageIds()) as noted:
+        assert noted.prepare() is False
+        assert noted.prepare() is True
 
 
 def test_other_ports_and_bad_ones(space: Namespace) -> None:
@@ -190,6 +273,10 @@ def test_without_nftables_what_charon_told_counts(caplog: pytest.LogCaptureFixtu
             exported = await CharonSource(host, nobody).export(context.spis)
             assert (exported.mid_initiator, exported.mid_responder) == (5, 7)
             assert "will not be known" in caplog.text
+            host._told.clear()  # that was an agent before this one
+            await host._begin_noting()
+            with pytest.raises(UnknownSaError, match="message IDs"):
+                await CharonSource(host, nobody).export(context.spis)
 
     asyncio.run(scenario())
 

@@ -158,8 +158,9 @@ class CharonHost:
             if await asyncio.to_thread(self.noted.prepare):
                 return
         except KernelError as error:
-            log.warning("message IDs that are used while no agent runs will not be known: %s", error)
-            return
+            log.warning(
+                "message IDs that are used while no agent runs will not be known: %s (%s)", error, error.hint
+            )
         # an MN whose gateway takes its messages for old ones connects anew; a gateway must not be in doubt
         for sa in () if self.config.mobile_node else self.record.names():
             self.store.put(_DOUBT, _key(sa), b"")

@@ -9,12 +9,21 @@ the ID before the next one; the last answer the ID before the one that the MN's 
 (RFC 7296, 2.2; windows of 1, as charon has them).
 
 The rules and the notes outlive the agent. A note is forgotten a week after the last message.
+
+A note counts only where the rules have been tried: nft programs do not agree on the octets of a map's
+value (1.0.6 keeps a `meta mark` as the packet has it, 1.1 turns it into the host's order), and the table may
+come from an agent or an nft of before. So messages with known IDs are sent over the loopback interface, and
+what they read back as decides whether the table stays.
 """
 
 from __future__ import annotations
 
+import secrets
+import socket
+import struct
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 
 from ikectx.errors import KernelError, UsageError
 
@@ -28,6 +37,8 @@ _MAPS = ("requests", "responses")
 _RULES = 4
 _SIZE = 1 << 20
 _RESPONSE = 0x20
+_TRIALS = ((0, 0x01020304), (_RESPONSE, 0x05060708))
+"""Flags and message ID of the messages that are sent to try the rules."""
 _PRIORITY = -310
 """Before charon's messages can be kept back (`Mute`): it has used their IDs all the same."""
 
@@ -46,12 +57,30 @@ class MessageIds:
         self._table = Table(TABLE)
 
     def prepare(self) -> bool:
-        """Begin to note. False: nothing was noted until now, so what left before is not known."""
+        """Begin to note. False: what left before now is not known, because nothing noted it, or wrongly.
+
+        Errors: KernelError also where a new table does not note what leaves; then there is no table.
+        """
         with self._lock:
-            stood = self._table.rules(_CHAIN) == _RULES
-            if not stood:
-                self._build()
-            return stood
+            if self._right():
+                return True
+            self._build()
+            try:
+                if self._right():
+                    return False
+            except BaseException:
+                self._table.drop()
+                raise
+            self._table.drop()
+            raise KernelError(
+                "the message ID that nftables notes of a message is not what it reads back as",
+                hint="please report the versions of `nft --version` and of the kernel",
+            )
+
+    def right(self) -> bool | None:
+        """Whether the rules that stand note what leaves, tried now; None: there are none."""
+        with self._lock:
+            return self._right() if self._table.rules(_CHAIN) else None
 
     def close(self) -> None:
         """Leave; the kernel goes on noting."""
@@ -73,19 +102,33 @@ class MessageIds:
             )
         return max((int.from_bytes(data) + 1 for data in noted), default=0)
 
+    def _right(self) -> bool:
+        """Send a request and an answer from each port, with IDs whose octets all differ, and look."""
+        if self._table.rules(_CHAIN) != _RULES:
+            return False
+        for port, before in ((self._plain, b""), (self._marked, bytes(4))):
+            spis = (secrets.token_bytes(8), secrets.token_bytes(8))
+            _send_to_itself(port, [before + _message(spis, *trial) for trial in _TRIALS])
+            try:
+                noted = self._after("requests", spis), self._after("responses", spis)
+            finally:
+                self._table.remove(_MAPS, key_of(spis))
+            if noted != tuple(number + 1 for _, number in _TRIALS):
+                return False
+        return True
+
     def _build(self) -> None:
+        """A new table. What an older one holds is of no use: newer messages may have left unnoted."""
         table = f"inet {TABLE}"
-        lines = [f"add table {table}"]
+        lines = [f"add table {table}", f"delete table {table}", f"add table {table}"]
         for name in _MAPS:
-            # a mark has the 32 bits of a message ID
             lines.append(
-                f"add map {table} {name} {{ typeof @th,64,64 . @th,128,64 : meta mark;"
+                f"add map {table} {name} {{ typeof @th,64,64 . @th,128,64 : @th,224,32;"
                 f" flags dynamic,timeout; size {_SIZE}; timeout 7d; }}"
             )
-        lines += [
-            f"add chain {table} {_CHAIN} {{ type filter hook output priority {_PRIORITY}; policy accept; }}",
-            f"flush chain {table} {_CHAIN}",
-        ]
+        lines.append(
+            f"add chain {table} {_CHAIN} {{ type filter hook output priority {_PRIORITY}; policy accept; }}"
+        )
         for port, test, at in ((self._plain, "", 64), (self._marked, "@th,64,32 0 ", 96)):
             key = f"@th,{at},64 . @th,{at + 64},64"
             # IKEv2, IKE_AUTH to INFORMATIONAL: an IKE_SA_INIT costs a stranger nothing, and is noted nowhere
@@ -100,3 +143,33 @@ class MessageIds:
                     f" delete @{name} {note} add @{name} {note}"
                 )
         run_nft("\n".join(lines) + "\n")
+
+
+def _message(spis: Spis, flags: int, number: int) -> bytes:
+    """An INFORMATIONAL message without payloads, of an SA that nobody has (RFC 7296, 3.1)."""
+    return key_of(spis) + bytes((0, 0x20, 37, flags)) + struct.pack("!II", number, 28)
+
+
+def _send_to_itself(port: int, datagrams: Sequence[bytes]) -> None:
+    """Send from that UDP port, which charon may hold, to a socket of our own on the loopback interface.
+
+    Errors: KernelError.
+    """
+    try:
+        with ExitStack() as stack:
+            # whom the messages reach: an unreachable port would be told to charon
+            sink = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sink.bind(("127.0.0.1", 0))
+            raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP))
+            raw.bind(("127.0.0.1", 0))
+            for datagram in datagrams:
+                # RFC 768: source port, destination port, length, no checksum
+                head = struct.pack("!HHHH", port, sink.getsockname()[1], 8 + len(datagram), 0)
+                with suppress(PermissionError):  # a firewall dropped it, after the rules had seen it
+                    raw.sendto(head + datagram, ("127.0.0.1", 0))
+    except OSError as error:
+        raise KernelError(
+            f"the notes of message IDs cannot be tried over the loopback interface: {error.strerror}",
+            errno=error.errno or 0,
+            hint="the agent needs CAP_NET_RAW, and the interface lo must be up",
+        ) from None
