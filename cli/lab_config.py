@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import lab_bird
 from .lab_net import (
     ANNOUNCED,
     CORE,
@@ -47,6 +48,10 @@ class Tunnel:
     other about IKE messages for SAs they do not know. `second`: there is another mobile node, mn2, with a
     connection of its own, whose charon hears of SAs by the HA plugin, too. `nat`: the mobile nodes share one
     address. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
+    `inside`: how the inner network finds a mobile node that has moved. static: not at all, everything for its
+    inner address goes on to psg. announce: the gateways' updown scripts tell the server. bird: the updown
+    script of examples/bird has BIRD announce a host route by BGP. `forward_via`: whether the gateways know
+    each other's inner address.
     """
 
     family: int = 4
@@ -65,6 +70,8 @@ class Tunnel:
     by_packet: bool = False
     second: bool = False
     nat: bool = False
+    inside: str = "announce"
+    forward_via: bool = True
     connection: Mapping[str, str | int | bool] = field(default_factory=dict)
     child: Mapping[str, str | int | bool] = field(default_factory=dict)
     transfer: Mapping[str, str | int | bool] = field(default_factory=dict)
@@ -86,7 +93,7 @@ class Tunnel:
 
     def same_daemons(self, other: Tunnel) -> bool:
         """Whether daemons that run with this one's files can go on with the other's, reloaded."""
-        names = ("libipsec", "shared", "mobile", "by_packet", "second", "transfer")
+        names = ("libipsec", "shared", "mobile", "by_packet", "second", "forward_via", "transfer")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
@@ -112,7 +119,7 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         (folder / "swanctl.conf").write_text(text + SECRETS + overrides.get(host, ""))
     for host in GATEWAYS:
         script = work / host / "updown"
-        script.write_text(updown_script(host, shared=tunnel.shared))
+        script.write_text(updown_script(host, tunnel))
         script.chmod(0o755)
         (work / host / "state").mkdir(mode=0o700, exist_ok=True)
         (work / host / "ikectx.toml").write_text(agent_toml(work, host, tunnel))
@@ -268,13 +275,18 @@ SECRETS = f"""secrets {{
 """
 
 
-def updown_script(host: str, *, shared: bool = False) -> str:
-    """Announces the way to the mobile node to the server; bash, because it opens UDP without a process.
+def updown_script(host: str, tunnel: Tunnel) -> str:
+    """What a gateway runs for a tunnel: a line in its updown.log, and what `Tunnel.inside` asks for.
 
-    With a shared outer address it draws that one to this gateway as well.
+    With a shared outer address it draws that one to this gateway at the core: that is how the operator of
+    such gateways moves it, and no matter of the inside. bash, because it opens UDP without a process.
     """
-    gateway, draw = INNER[host], ""
-    if shared:
+    gateway, inside, draw = INNER[host], "", ""
+    if tunnel.inside == "announce":
+        inside = f'echo "$verb $PLUTO_PEER_CLIENT $via" > /dev/udp/{INNER["srv"][4]}/5353'
+    if tunnel.inside == "bird":
+        inside = str(lab_bird.FOLDER / "updown")
+    if tunnel.shared:
         words = [f"up {SHARED[v]}/{HOST_BITS[v]} {OUTER[host][v]}" for v in (4, 6)]
         sends = "; ".join(f'echo "{word}" > /dev/udp/{CORE[host][4]}/5353' for word in words)
         draw = f'[ "$verb" = up ] && {{ {sends}; }}'
@@ -288,7 +300,7 @@ case "$PLUTO_PEER_CLIENT" in
   *:*) via={gateway[6]} ;;
   *) via={gateway[4]} ;;
 esac
-echo "$verb $PLUTO_PEER_CLIENT $via" > /dev/udp/{INNER["srv"][4]}/5353
+{inside}
 {draw}
 echo "$PLUTO_VERB $PLUTO_CONNECTION $PLUTO_PEER $PLUTO_MY_CLIENT $PLUTO_PEER_CLIENT" >> "${{0%/*}}/updown.log"
 exit 0
@@ -305,6 +317,7 @@ def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     sections += f"[mobile]\nlisten = [{addresses}]\n\n"
     if tunnel.by_packet:
         sections += f'[by_packet]\nask = ["{other}"]\n\n'
+    via = f"forward_via = {_toml(list(INNER[other].values()))}\n" if tunnel.forward_via else ""
     rights = ["push", "pull"]
     if tunnel.by_packet:
         rights.append("packet")
@@ -328,8 +341,7 @@ ca = "{folder}/x509ca/ca.pem"
 name = "{other}"
 address = "{OUTER[other][4]}:{CXTP_PORT}"
 rights = {_toml(rights)}
-forward_via = ["{INNER[other][4]}", "{INNER[other][6]}"]
-'''
+{via}'''
 
 
 def outer(host: str, tunnel: Tunnel) -> list[str]:

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import CharonError, IkectxError, StateError, UsageError
+from ikectx.errors import CharonError, IkectxError, KernelError, StateError, UsageError
 from vici_bridge.vici import CharonVici
 
-from . import lab_announce, lab_inject
+from . import lab_announce, lab_bird, lab_inject
 from .lab_config import Tunnel, write_all
-from .lab_net import HOST_BITS, HOSTS, INNER, MOBILES, Net, load_modules, run
+from .lab_net import HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
@@ -169,11 +169,35 @@ class Lab:
             self.net.translate(on=extras[0])
             self.net.announce(extras[1])
             self._extras = extras
+        self.net.route_inside(static=tunnel.inside != "bird")
+        self._route(on=tunnel.inside == "bird")
         for host in MOBILES:
             for version, address in INNER[host].items():
                 own = not tunnel.vip and tunnel.mode == "tunnel" and tunnel.inner == version
                 what = [f"{address}/{HOST_BITS[version]}", "dev", "lo"]
                 run([*self.net.enter(host), "ip", "addr", "replace" if own else "del", *what], check=own)
+
+    def _route(self, *, on: bool) -> None:
+        """Starts routing daemons inside anew and waits until the server has learned the way; or ends them."""
+        for host in lab_bird.HOSTS:
+            self.stop(host, "bird")
+        if not on:
+            return
+        if not Path(lab_bird.BIRD).exists():
+            raise KernelError(f"{lab_bird.BIRD} is not there", hint="apt-get install bird2")
+        for host in lab_bird.HOSTS:
+            folder = self.work / host
+            folder.mkdir(exist_ok=True)
+            (folder / "bird.conf").write_text(lab_bird.config(host))
+            words = ["-f", "-c", str(folder / "bird.conf"), "-s", str(folder / "bird.ctl")]
+            self.spawn(host, "bird", [lab_bird.BIRD, *words])
+        for version, pool in POOL.items():
+            limit = time.monotonic() + PATIENCE
+            words = ["ip", f"-{version}", "route", "show", "exact", pool]
+            while INNER["psg"][version] not in self.command("srv", words).stdout:
+                if time.monotonic() > limit:
+                    raise KernelError(f"srv: BIRD has learned no way to {pool}", hint=f"see {self.work}/srv")
+                time.sleep(0.1)
 
     def _load(self, host: str) -> None:
         done = self.command(host, ["swanctl", "--load-all"])
@@ -322,7 +346,7 @@ class Lab:
             self.stop(*pair)
         for host in {pair[0] for pair in pairs}:
             script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset"
-            for table in (220, DETOUR):
+            for table in (220, DETOUR, lab_bird.TABLE):
                 script += f"; ip route flush table {table}; ip -6 route flush table {table}"
             self.command(host, ["sh", "-c", script])
             for name in ("state", *LOGS, "ikectx.vici", "charon.vici"):
@@ -448,6 +472,16 @@ class Lab:
     def _check_host(self, host: str) -> None:
         if host not in HOSTS:
             raise UsageError(f"no host {host} in the lab", hint="hosts: " + " ".join(HOSTS))
+
+
+def save_logs(lab: Lab, folder: Path) -> None:
+    """Copies logs, configurations and measurements; neither keys nor the agents' stores."""
+    for host in (*lab.tunnel.charons, "srv"):
+        target = folder / host
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (lab.work / host).glob("*"):
+            if path.suffix in (".log", ".out", ".conf", ".toml", ".json") and path.is_file():
+                shutil.copyfile(path, target / path.name)
 
 
 def _as_its_own_machine(host: str) -> list[str]:

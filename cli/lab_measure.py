@@ -27,9 +27,9 @@ import vici
 from ikectx.errors import CharonError
 from vici_bridge.vici import as_text, json_of
 
-from . import lab_capture, lab_probe
+from . import lab_capture, lab_clear, lab_probe
 from .lab_hosts import Lab, realtime_works
-from .lab_net import GATEWAYS, INNER
+from .lab_net import GATEWAYS, INNER, LAN_MAC
 
 INTERVAL_MS = 5.0
 PROBE_PORT = {"mn": 7007, "mn2": 7008}
@@ -350,6 +350,33 @@ class Capture:
         _await(self._lab, "mn", "capture", self._output)
         notes: list[dict[str, Any]] = json.loads(self._output.read_text())
         return notes
+
+
+class Clear:
+    """Packets for the mobile nodes' inner addresses that leave the gateways in the clear, see `lab_clear`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+
+    def start(self) -> None:
+        """Returns when both gateways are watched. Raises CharonError when one cannot be."""
+        argv = [sys.executable, "-I", "-S", lab_clear.__file__]
+        for host, other in (GATEWAYS, GATEWAYS[::-1]):
+            words = [LAN_MAC[other], self._lab.tunnel.mode, str(self._file(host))]
+            _ask(self._lab, host, "clear", argv, words)
+        for host in GATEWAYS:
+            _await(self._lab, host, "clear", Path(f"{self._file(host)}.ready"))
+
+    def stop(self) -> dict[str, list[dict[str, Any]]]:
+        """What left each gateway since `start`, as `lab_clear.told`."""
+        for host in GATEWAYS:
+            self._lab.started[host, "clear"].terminate()
+        for host in GATEWAYS:
+            _await(self._lab, host, "clear", self._file(host))
+        return {host: json.loads(self._file(host).read_text()) for host in GATEWAYS}
+
+    def _file(self, host: str) -> Path:
+        return self._lab.work / host / "clear.json"
 
 
 class Reports:

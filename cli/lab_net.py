@@ -7,6 +7,9 @@
 `mn` has two access networks: eth0 is up, eth1 waits until a scenario has it relocate. `mn2` is there for
 scenarios in which nsg already serves somebody.
 
+The inner network sends everything for the mobile nodes' inner addresses to psg, where their pool is, and goes
+on doing so when one of them has moved: that is how a real network is made (`POOL`).
+
 Addresses are fixed, because scenario files name them. Namespace names get a prefix of their own for each lab,
 so that labs can stand side by side and taking one down touches nothing else.
 """
@@ -79,6 +82,13 @@ INNER = {
 }
 """Addresses behind the gateways; those of the mobile nodes are their inner (virtual) addresses."""
 
+POOL = {4: "10.4.0.0/24", 6: "fd04::/64"}
+"""The networks of the mobile nodes' inner addresses. They belong to psg, so the server's routes lead there;
+mn2, which is served by nsg from the beginning, has a host route to nsg."""
+
+LAN_MAC = {"psg": "02:49:4b:45:00:02", "nsg": "02:49:4b:45:00:03"}
+"""Link-layer addresses of the gateways on the inner network, fixed, so that a capture knows who is who."""
+
 SECOND = {4: "10.6.0.10", 6: "fd06::10"}
 """A second address of the server, in a network of its own, for a second CHILD_SA."""
 
@@ -148,7 +158,8 @@ class Net:
         ]
         links.append(f"link add name eth1 netns {ns['mn']} type veth peer name to-mn-new netns {ns['core']}")
         links += [
-            f"link add name lan0 netns {ns[host]} type veth peer name to-{host} netns {ns['srv']}"
+            f"link add name lan0 address {LAN_MAC[host]} netns {ns[host]}"
+            f" type veth peer name to-{host} netns {ns['srv']}"
             for host in GATEWAYS
         ]
         run(["ip", "-batch", "-"], text="\n".join(links) + "\n")
@@ -183,6 +194,8 @@ class Net:
             lines += [f"link set to-{far} master br0 up" for far in GATEWAYS] + ["link set br0 up"]
             lines += [_address(v, f"{INNER['srv'][v]}/{PREFIX[v]}", "br0") for v in (4, 6)]
             lines += [_address(v, f"{SECOND[v]}/{PREFIX[v]}", "br0") for v in (4, 6)]
+            lines += [f"route add {POOL[v]} via {INNER['psg'][v]}" for v in (4, 6)]
+            lines += [f"route add {INNER['mn2'][v]}/{HOST_BITS[v]} via {INNER['nsg'][v]}" for v in (4, 6)]
         return lines
 
     def _delay(self) -> list[str]:
@@ -266,6 +279,18 @@ class Net:
             rules.append(f"add rule ip nat post ip saddr {own} ip daddr 10.2.0.0/16 snat to {NAT}")
             rules.append(f"add rule ip nat pre ip daddr {NAT} udp dport {port} dnat to {own}:4500")
         run([*core, "nft", "-f", "-"], text="\n".join(rules) + "\n")
+
+    def route_inside(self, *, static: bool) -> None:
+        """Gives the server the routes of `POOL`, or takes them away for a routing daemon to make its own.
+
+        What was announced for a mobile node goes in both cases. Never raises.
+        """
+        gone = [f"route flush exact {INNER['mn'][v]}/{HOST_BITS[v]}" for v in (4, 6)]
+        verb = "replace" if static else "del"
+        wanted = [f"route {verb} {POOL[v]} via {INNER['psg'][v]}" for v in (4, 6)]
+        for version, lines in ((4, (gone[0], wanted[0])), (6, (gone[1], wanted[1]))):
+            words = ["ip", f"-{version}", "-force", "-batch", "-"]
+            run([*self.enter("srv"), *words], text="\n".join(lines) + "\n", check=False)
 
     def cut(self, one: str, other: str) -> None:
         """The core forwards nothing more between two hosts, whichever links they use. Raises KernelError."""

@@ -31,6 +31,7 @@ class Report:
     gateways: dict[str, int] | None = None
     phases_ms: dict[str, float] | None = None
     mobile: dict[str, Any] | None = None
+    clear: dict[str, int] | None = None
     baseline: list[dict[str, Any]] = field(default_factory=list)
     ratio: float | None = None
     transfers: list[dict[str, Any]] = field(default_factory=list)
@@ -74,6 +75,16 @@ class Report:
             self.transfers.append({key: one[key] for key in kept if key in one})
         self.gateways = gateways
 
+    def add_clear(self, left: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Takes what left each gateway in the clear while somebody watched, as `lab_clear` tells it."""
+        counts = self.clear or {}
+        for host, kinds in left.items():
+            counts[host] = counts.get(host, 0) + _packets(kinds)
+            for one in kinds:
+                words = "{packets} packets from {from} to {to} (protocol {protocol}) by {interface}"
+                self.warnings.append(f"{host}: in the clear: {words.format_map(one)}")
+        self.clear = counts or None
+
     def add_proof(self, same_spis: bool, same_keys: bool | None) -> None:
         """The comparison after one transfer; over several, one that fails decides.
 
@@ -90,10 +101,14 @@ class Report:
         traffic: Traffic,
         air: Mapping[str, Any],
         done_ms: float,
+        clear: Mapping[str, Sequence[Mapping[str, Any]]],
         *,
         relocated: bool = False,
     ) -> None:
-        """The way of today; `relocated`: the mobile node changed its access network in between."""
+        """The way of today; `relocated`: the mobile node changed its access network in between.
+
+        What left the gateways in the clear meanwhile is told and no fault: nothing was moved.
+        """
         self.baseline.append(
             {
                 "name": name,
@@ -106,6 +121,7 @@ class Report:
                 "by_exchange": air["by_exchange"],
                 "signalling_ms": round(done_ms, 1),
                 "recovered": traffic.recovered,
+                "clear": {host: _packets(kinds) for host, kinds in clear.items()},
                 "relocated": relocated,
             }
         )
@@ -134,6 +150,9 @@ class Report:
         for mobile, one in self.others.items():
             if not one["recovered"]:
                 yield f"the traffic of {mobile} did not come back"
+        for host, count in (self.clear or {}).items():
+            if count:
+                yield f"{count} packets of a mobile node's traffic left {host} in the clear"
         yield from self._too_much(scenario)
         for one in self.baseline:
             if not one["recovered"]:
@@ -178,6 +197,7 @@ class Report:
             "air": self.air,
             "gateways": self.gateways,
             "phases_ms": self.phases_ms,
+            "clear": self.clear,
             "baseline": self.baseline,
             "ratio": self.ratio,
             "seconds": self.seconds,
@@ -192,6 +212,10 @@ class Report:
             "error": self.error,
         }
         return {**main, **{key: value for key, value in extra.items() if value}}
+
+
+def _packets(kinds: Iterable[Mapping[str, Any]]) -> int:
+    return sum(int(one["packets"]) for one in kinds)
 
 
 def _row(name: str, one: Mapping[str, Any], gateways: str) -> list[str]:
@@ -244,6 +268,9 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
         spis, keys = words[report["same_spis"]], words[report["same_keys"]]
         lines.append(f"SPIs {spis}, keys {keys} (at the MN and at both gateways)")
 
+    if report.get("clear"):
+        counts = ", ".join(f"{count} by {host}" for host, count in report["clear"].items())
+        lines.append(f"left in the clear: {counts}")
     if report.get("ratio"):
         lines.append(f"interruption: 1 to {report['ratio']} against the faster of the ways of today")
     where = f"strongSwan {report['strongswan']}, ESP: {report['esp']}, {report['seconds']} s"

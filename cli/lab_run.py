@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +16,8 @@ from ikectx.errors import CharonError, IkectxError
 from vici_bridge.vici import ControlClient, json_of
 
 from .lab_config import Tunnel, outer
-from .lab_hosts import Lab
-from .lab_measure import Capture, Probe, Reports, Snapshot, Traffic, air, snapshot
+from .lab_hosts import Lab, save_logs
+from .lab_measure import Capture, Clear, Probe, Reports, Snapshot, Traffic, air, snapshot
 from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
@@ -52,6 +51,7 @@ class Runner:
         self._serves: dict[str, str] = {}
         self._probes: dict[str, Probe] = {}
         self._capture: Capture | None = None
+        self._clear: Clear | None = None
         self._began_ns = 0
         self._before: tuple[Snapshot, Snapshot] | None = None
         self._children: set[str] = set()
@@ -83,6 +83,7 @@ class Runner:
                         self._settled()
                     getattr(self, f"_do_{step[0]}")(*step[1:])
             self._settled()
+            self.report.add_clear(self._unwatch())
             for check in self._scenario.checks:
                 report.checks.append({"name": check.name or check.run, **self._try(check)})
         except (IkectxError, OSError) as error:
@@ -101,8 +102,15 @@ class Runner:
                     one.stop()
                 except (IkectxError, OSError, KeyError, ValueError):
                     continue
+        with contextlib.suppress(IkectxError, OSError, KeyError, ValueError):
+            self.report.add_clear(self._unwatch())
         if self._cut:
             self._lab.net.mend()
+
+    def _unwatch(self) -> dict[str, list[dict[str, Any]]]:
+        """What has left the gateways in the clear; from now on nobody watches."""
+        clear, self._clear = self._clear, None
+        return clear.stop() if clear else {}
 
     # -- commands ---------------------------------------------------------------------------
 
@@ -135,6 +143,9 @@ class Runner:
     def _do_connect(self, gateway: str = "psg", mobile: str = "mn") -> None:
         self._lab.connect(gateway, mobile)
         self._serves[mobile] = gateway
+        if self._clear is None:
+            self._clear = Clear(self._lab)
+            self._clear.start()
 
     def _sas(self, host: str, mobile: str) -> list[dict[str, Any]]:
         """The IKE_SAs of one mobile node: a gateway has a connection of its name for it."""
@@ -447,6 +458,12 @@ class Runner:
     def _do_baseline(self, kind: str, where: str = "") -> None:
         """The way of today: the mobile node deletes its tunnel with psg and sets one up with nsg.
 
+        No gateway sends packets on then, so that the inside has to follow by itself. It does so at once, by
+        an announcement of nsg's updown script that takes no time, and the mobile node keeps its inner
+        address.
+        Both flatter the way of today: a real network's routing takes longer, and nsg would give the mobile
+        node an address from a pool of its own, which ends every connection that it has.
+
         With `relocate` it has changed its access network, psg cannot be reached from there, and it forgets
         the old tunnel without a word.
         """
@@ -457,7 +474,10 @@ class Runner:
         if where and self._away:
             self._do_relocate()
             lab.net.mend()
-        lab.reload(replace(lab.tunnel, auth=auth, initiator="mn"), self._scenario.overrides)
+        self.report.add_clear(self._unwatch())
+        lab.reload(
+            replace(lab.tunnel, auth=auth, initiator="mn", inside="announce"), self._scenario.overrides
+        )
         self._do_connect("psg")
         self._do_ping()
         self._start_traffic()
@@ -474,10 +494,11 @@ class Runner:
         done_ms = (time.time_ns() - began) / 1e6
         time.sleep(1.0)
         traffic, notes = self._stop_traffic()
+        left = self._unwatch()
         self._serves["mn"] = "nsg"
         # what an agent tells its new gateway afterwards is no part of the way of today
         there = air([note for note in notes if not where or note.get("exchange") in SET_UP], began)
-        self.report.add_baseline(kind, title, traffic["mn"], there, done_ms, relocated=bool(where))
+        self.report.add_baseline(kind, title, traffic["mn"], there, done_ms, left, relocated=bool(where))
         self._do_terminate()
         if where:
             lab.net.mend()
@@ -583,14 +604,4 @@ def _prepared(
     return lab
 
 
-def save_logs(lab: Lab, folder: Path) -> None:
-    """Copies logs, configurations and measurements; neither keys nor the agents' stores."""
-    for host in (*lab.tunnel.charons, "srv"):
-        target = folder / host
-        target.mkdir(parents=True, exist_ok=True)
-        for path in (lab.work / host).glob("*"):
-            if path.suffix in (".log", ".out", ".conf", ".toml", ".json") and path.is_file():
-                shutil.copyfile(path, target / path.name)
-
-
-__all__ = ["CharonError", "Runner", "StepError", "run_here", "save_logs"]
+__all__ = ["CharonError", "Runner", "StepError", "run_here"]

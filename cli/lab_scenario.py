@@ -315,11 +315,12 @@ def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
         "inner": (4, 6),
         "initiator": ("mn", "gateway"),
         "mode": ("tunnel", "transport"),
+        "inside": ("static", "announce", "bird"),
     }
     for key, values in {**allowed, "auth": ("psk", "cert", "eap")}.items():
         if keys.get(key, values[0]) not in values:
             raise ConfigError(f"{source}: tunnel.{key}: one of {', '.join(map(str, values))}")
-    for key in ("vip", "encap", "shared", "libipsec", "mobile", "by_packet", "second", "nat"):
+    for key in ("vip", "encap", "shared", "libipsec", "mobile", "by_packet", "second", "nat", "forward_via"):
         if not isinstance(keys.get(key, False), bool):
             raise ConfigError(f"{source}: tunnel.{key}: true or false")
     return Tunnel(**keys)

@@ -19,8 +19,8 @@ PACKAGES=(
     libstrongswan-standard-plugins libstrongswan-extra-plugins
     iproute2 iputils-ping nftables kmod tcpdump
 )
-# Checks the Wireshark dissector in examples/.
-TEST_PACKAGES=(tshark)
+# tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab.
+TEST_PACKAGES=(tshark bird2)
 # For a kernel without ESP, and for the tests also without SCTP: Debian's own kernel in a virtual machine.
 VM_PACKAGES=(qemu-system-x86 linux-image-amd64 busybox-static)
 

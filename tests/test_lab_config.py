@@ -19,6 +19,8 @@ SHAPES = [
     Tunnel(family=6, inner=6, auth="cert", encap=True),
     Tunnel(auth="eap", children=2, connection={"dpd_delay": "3s"}, child={"replay_window": 0}),
     Tunnel(initiator="gateway", vip=False, mode="transport", shared=True),
+    Tunnel(inside="announce", forward_via=False),
+    Tunnel(inside="bird"),
     Tunnel(family=6, mobile=True, by_packet=True, second=True, transfer={"collision": "rekey"}),
 ]
 
@@ -59,6 +61,9 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
             assert swan.get(f"connections.{mobile}.pools") == (mobile if tunnel.vip else None)
         script = (tmp_path / host / "updown").read_text()
         assert ("/dev/udp/10.2." in script) == tunnel.shared
+        assert ("/dev/udp/10.3." in script) == (tunnel.inside == "announce")
+        assert ("examples/bird/updown" in script) == (tunnel.inside == "bird")
+        assert len(agent.peers[0].forward_via) == 2 * tunnel.forward_via
         assert subprocess.run(["bash", "-n", tmp_path / host / "updown"], check=False).returncode == 0
 
 

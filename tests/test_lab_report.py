@@ -18,6 +18,10 @@ KEYS |= {"phases_ms", "baseline", "ratio"}
 MOVE = {"from": "psg", "to": "nsg", "phases_ms": {"export": 4.0}, "cxtp_messages": 4, "cxtp_octets": 452}
 AIR = {"messages": 2, "octets": 370, "by_exchange": {"INFORMATIONAL": 2}}
 
+NOTHING: dict[str, list[dict[str, Any]]] = {"psg": [], "nsg": []}
+ONE = {"interface": "eth0", "from": "10.3.0.10", "to": "10.4.0.10", "protocol": 17, "packets": 7}
+LEFT = {"psg": [ONE, {**ONE, "interface": "lan0"}], "nsg": []}
+
 
 def scenario(**keys: Any) -> Scenario:
     return Scenario("handover", "a move", (("connect",),), **keys)
@@ -47,8 +51,8 @@ def shown(report: Report) -> str:
 
 def test_a_good_move() -> None:
     report = moved()
-    report.add_baseline("psk", "PSK", traffic(300.0, lost=60), AIR, 250.0)
-    report.add_baseline("eap", "EAP", traffic(500.0, lost=90), AIR, 450.0)
+    report.add_baseline("psk", "PSK", traffic(300.0, lost=60), AIR, 250.0, LEFT)
+    report.add_baseline("eap", "EAP", traffic(500.0, lost=90), AIR, 450.0, NOTHING)
     report.judge(scenario(lost=4))
     value = json.loads(json.dumps(report.as_json()))
     assert report.ok and set(value) >= KEYS and "error" not in value
@@ -58,6 +62,7 @@ def test_a_good_move() -> None:
         ("psk", 300.0, 60),
         ("eap", 500.0, 90),
     ]
+    assert [one["clear"] for one in value["baseline"]] == [{"psg": 14, "nsg": 0}, {"psg": 0, "nsg": 0}]
     text = shown(report)
     assert all(
         words in text for words in ("2 of 200", "452 octets", "the same", "2 up: EPERM at mn", "15.0")
@@ -80,6 +85,21 @@ def test_what_fails_a_move() -> None:
         report.judge(scenario(lost=4, gap_ms=50.0))
         assert not report.ok and word in report.error, word
         assert word in report.as_json()["error"] and "FAILED" in shown(report)
+
+
+def test_a_packet_in_the_clear_fails_a_move() -> None:
+    report = moved()
+    report.add_clear(NOTHING)
+    report.judge(scenario())
+    assert report.ok and report.as_json()["clear"] == {"psg": 0, "nsg": 0}
+    assert "left in the clear: 0 by psg, 0 by nsg" in shown(report)
+    report.add_clear(LEFT)
+    report.add_clear({})
+    report.judge(scenario())
+    assert report.error == "14 packets of a mobile node's traffic left psg in the clear"
+    assert report.as_json()["clear"] == {"psg": 14, "nsg": 0}
+    told = "psg: in the clear: 7 packets from 10.3.0.10 to 10.4.0.10 (protocol 17) by eth0"
+    assert report.warnings[0] == told and told in shown(report)
 
 
 def test_one_bad_proof_among_many_decides() -> None:

@@ -82,6 +82,7 @@ def test_a_scenario_stands_on_its_base(tmp_path: Path) -> None:
         ('steps = ["handover nsg reactive"]', "handover needs mobile = true"),
         ('steps = ["ping mn2"]', "mn2 takes part only with second = true"),
         ('steps = ["connect"]\nnames = "other"', "names: one of kept"),
+        ('steps = ["connect"]\n[tunnel]\ninside = "rip"', "tunnel.inside: one of static, announce, bird"),
         ('steps = ["connect"]\n[tunnel]\nmobile = "yes"', "tunnel.mobile: true or false"),
         ('base = "none"\nsteps = ["connect"]', "none/scenario.toml"),
     ],
