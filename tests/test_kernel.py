@@ -14,17 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from ikectx.context import ReplayState
 from ikectx.errors import KernelError, UsageError
 from ikectx.numbers import Encr, Integ
 from vici_bridge import netlink
+from vici_bridge import xfrm_wire as wire
 from vici_bridge.esp import KernelReplay
 from vici_bridge.kernel import Detour, Kernel, Mute
 from vici_bridge.mute import Muted
 from vici_bridge.xfrm import (
     BLOCK,
+    STATE_ESN,
     KernelPolicy,
     KernelSa,
     Mark,
+    Request,
     Selector,
     Template,
 )
@@ -195,6 +199,63 @@ def test_probe_of_unknown_transforms(kernel: Kernel) -> None:
     assert not kernel.supports(Encr.AES_CBC, 128, Integ(99))
     assert kernel.has_esp() in (True, False)
     assert kernel.dump_sas() == []
+
+
+class Answering:
+    """An XFRM socket with one SA, made by an older or newer kernel; `deaf`: counters are not taken."""
+
+    def __init__(self, sa: KernelSa, *others: bytes, deaf: bool = False) -> None:
+        self.sa = sa
+        self.others = others
+        self.deaf = deaf
+
+    def ask(self, request: Request) -> list[bytes]:
+        message = request.message.reveal()
+        match struct.unpack_from("=H", message, 4)[0]:
+            case wire.GETSA:
+                return [*self.others, self.sa.add().message.reveal()]
+            case wire.GETAE:
+                return [self.sa.set_replay(self.sa.replay).message.reveal()]
+            case wire.NEWAE if not self.deaf:
+                self.sa = replace(self.sa, replay=self.sa.parse_replay(message)[0])
+        return []
+
+
+ESN_OUT = KernelSa(
+    ip_address("192.0.2.1"),
+    ip_address("192.0.2.2"),
+    b"esn!",
+    flags=STATE_ESN,
+    replay=KernelReplay(oseq=7, esn=True, words=0),
+    extra=((33, b"\x02"),),
+)
+INBOUND = replace(ESN_OUT, flags=0, replay=KernelReplay(seq=9, window=32, bitmap=1), extra=((33, b"\x01"),))
+
+
+@pytest.mark.parametrize(
+    ("sa", "state"), [(ESN_OUT, ReplayState(5 << 32, esn=True)), (INBOUND, ReplayState(40, 32, 5))]
+)
+def test_counters_are_read_back(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, sa: KernelSa, state: ReplayState
+) -> None:
+    monkeypatch.setattr(kernel, "_xfrm", Answering(sa))
+    kernel.set_replay(sa, state)
+    assert kernel.get_replay(sa)[0].seq == state.seq
+    monkeypatch.setattr(kernel, "_xfrm", Answering(sa, deaf=True))
+    with pytest.raises(KernelError, match=f"took no notice .*{sa.spi.hex()}"):
+        kernel.set_replay(sa, state)
+
+
+def test_an_sa_that_cannot_be_read_hides_no_other(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = bytearray(replace(ESN_OUT, spi=bytes.fromhex("5712a79e")).add().message.reveal())
+    struct.pack_into("=H", strange, 16 + 212, 99)  # the address family
+    monkeypatch.setattr(kernel, "_xfrm", Answering(ESN_OUT, bytes(strange), bytes(strange[:40])))
+    for _ in range(2):
+        assert [sa.spi for sa in kernel.dump_sas()] == [ESN_OUT.spi]
+    assert kernel.late_sas() == []
+    assert caplog.text.count("5712a79e is left out: address family 99") == 1
 
 
 @pytest.mark.usefixtures("as_root")

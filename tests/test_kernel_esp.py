@@ -31,6 +31,8 @@ KEY = bytes(range(0x60, 0x60 + 64))
 GCM = ("rfc4106(gcm(aes))", 20, 128, "", 0, 0)
 CBC = ("cbc(aes)", 32, 0, "hmac(sha256)", 32, 128)
 SHORT = KernelReplay(window=32)
+OUT = (33, b"\x02")
+"""XFRMA_SA_DIR: the SA only sends."""
 
 
 def esp_sa(
@@ -111,6 +113,37 @@ def test_an_sa_is_put_back_exactly(kernel: Kernel, name: str) -> None:
     assert len(kernel.dump_sas()) == 1
 
 
+def knows_directions(kernel: Kernel) -> bool:
+    """Whether the kernel keeps XFRMA_SA_DIR: one before 6.10 passes it over."""
+    sa = replace(esp_sa(V4), replay=KernelReplay(), extra=(OUT,))
+    kernel.add_sa(sa)
+    (found,) = kernel.dump_sas()
+    kernel.delete_sa(sa)
+    return OUT in found.extra
+
+
+def test_an_sa_that_only_sends_has_the_long_form_without_a_bitmap(kernel: Kernel) -> None:
+    """What charon 6.0 asks for with ESN; kernels before 6.10 want a window."""
+    sa = replace(esp_sa(V4, replay=KernelReplay(17, esn=True, words=0)), extra=(OUT,))
+    if not knows_directions(kernel):
+        with pytest.raises(KernelError) as caught:
+            kernel.add_sa(sa)
+        assert caught.value.errno == errno.EINVAL
+        return
+    kernel.add_sa(sa)
+    (found,) = kernel.dump_sas()
+    assert found.replay == sa.replay and found.outbound is True
+    # the other form is answered with 0, and nothing happens
+    kernel._xfrm.ask(sa.set_replay(KernelReplay(1000)))
+    assert kernel.get_replay(sa)[0].seq == 17
+    kernel.set_replay(found, ReplayState(5 << 32, esn=True))
+    (raised,) = kernel.dump_sas()
+    assert raised.replay == replace(sa.replay, oseq=5 << 32)
+    kernel.batch([raised.delete(), raised.add()])
+    (again,) = kernel.dump_sas()
+    assert replace(again, usage=raised.usage) == raised
+
+
 @pytest.mark.parametrize("encr", list(CIPHERS))
 def test_ciphers_of_the_kernel(kernel: Kernel, encr: Encr) -> None:
     """Debian's kernel has them all; what an SA is read as is what it was added as."""
@@ -151,10 +184,9 @@ class Link:
 
     def arrives(self, number: int) -> bool:
         """Send one packet with this sequence number and wait for b's verdict."""
-        words = self.sa.replay.words
-        before = KernelReplay(number - 1, 0, 1 if words else 0, 0, self.sa.esn, words)
         now, _ = self.a._counters(self.sa)
-        self.a._xfrm.ask(self.sa.set_replay(replace(before, window=now.window, words=now.words)))
+        before = KernelReplay(number - 1, window=now.window, esn=self.sa.esn, words=now.words)
+        self.a._xfrm.ask(self.sa.set_replay(before))
         was = self.seen()
         self.sender.sendto(b"x", (self.target, 7777))
         for _ in range(400):

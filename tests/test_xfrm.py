@@ -283,6 +283,13 @@ CBC6 = KernelSa(
     replay=KernelReplay(oseq=1 << 33, seq=(1 << 32) + 5, window=100, bitmap=1 << 99 | 1, esn=True, words=4),
     selector=Selector.between(ip_network("2001:db8::1/128"), ip_network("2001:db8::2/128")),
 )
+SENDING = replace(
+    CBC6,
+    spi=bytes.fromhex("c0ffee03"),
+    replay=KernelReplay(oseq=(3 << 32) + 17, esn=True, words=0),
+    extra=((33, b"\x02"),),
+)
+"""As charon 6.0 has it made where the kernel knows directions: the long form without a bitmap."""
 POLICY = KernelPolicy(
     "fwd",
     replace(
@@ -300,7 +307,7 @@ POLICY = KernelPolicy(
 )
 
 
-@pytest.mark.parametrize("sa", [GCM, CBC6])
+@pytest.mark.parametrize("sa", [GCM, CBC6, SENDING])
 def test_sa_round_trip(sa: KernelSa) -> None:
     message = sa.add().message.reveal()
     again = KernelSa.parse(message)
@@ -352,13 +359,32 @@ def test_nothing_shows_a_key() -> None:
 
 def test_replay_messages() -> None:
     usage = KernelUsage(1000, 10, 1700000000, 1700000001)
-    for sa in (GCM, CBC6):
+    for sa in (GCM, CBC6, SENDING):
         for request in (sa.set_replay(sa.replay), sa.get_replay()):
             assert request.what.endswith(str(sa))
         state, used = sa.parse_replay(sa.set_replay(sa.replay).message.reveal())
         assert (state, used) == (sa.replay, KernelUsage())
         state, used = sa.parse_replay(sa.set_usage(usage).message.reveal())
         assert used == usage
+
+
+def test_the_form_of_a_replay_state_is_kept() -> None:
+    assert SENDING.outbound is True and SENDING.replay.outbound == ReplayState((3 << 32) + 17, esn=True)
+    for form in (KernelReplay(window=0), KernelReplay(words=0), KernelReplay(words=1)):
+        again, _ = GCM.parse_replay(GCM.set_replay(form).message.reveal())
+        assert again.words == form.words
+    for form, kind, octets in (
+        (KernelReplay(oseq=5), 10, 12),
+        (KernelReplay(oseq=5, words=0), 23, 24),
+        (KernelReplay(oseq=5, words=2), 23, 32),
+    ):
+        _, attributes = parts(SENDING.set_replay(form).message.reveal(), 48)
+        assert {number: len(value) for number, value in attributes.items()} == {kind: octets}
+    with pytest.raises(ValueError, match="long form"):
+        KernelReplay(esn=True)
+    for words in (None, 0):
+        with pytest.raises(ValueError, match="does not fit"):
+            KernelReplay(window=33, words=words)
 
 
 def test_policy_round_trip() -> None:
@@ -470,6 +496,8 @@ def test_recorded_policies(direction: str) -> None:
 SAMPLES = [
     GCM.add().message.reveal(),
     CBC6.add().message.reveal(),
+    SENDING.add().message.reveal(),
+    SENDING.set_replay(SENDING.replay).message.reveal(),
     POLICY.raw,
     CBC6.set_replay(CBC6.replay).message.reveal(),
     *(bytes.fromhex(octets) for entry in RECORDED.values() for octets in entry.values()),

@@ -90,8 +90,12 @@ class KernelReplay:
     """Replay state of one SA as the kernel keeps it: both directions' counters in one struct.
 
     An inbound SA uses `seq`, `window` and `bitmap`, an outbound one `oseq`. `bitmap` has bit n set when
-    `seq - n` was received (as in `ReplayState`). `words`: u32s of the kernel's ring; 0 is the
-    old form with one 32-bit map (windows up to 32, no ESN). `esn`: numbers have 64 bits.
+    `seq - n` was received (as in `ReplayState`). `esn`: numbers have 64 bits.
+
+    `words` tells the form. None is the short one, with one 32-bit map (windows up to 32, no ESN). A number is
+    the long one, with so many u32s of a ring; 0 where the SA only sends, which charon from 6.0.0 on asks for
+    where the kernel knows directions (6.10). An SA keeps the form it was made with, and a kernel that is
+    given the other one answers 0 and changes nothing.
     """
 
     oseq: int = 0
@@ -99,14 +103,15 @@ class KernelReplay:
     window: int = 0
     bitmap: int = 0
     esn: bool = False
-    words: int = 0
+    words: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.words <= MAX_WORDS:
-            raise ValueError(f"a replay bitmap of {self.words} words")
-        if not 0 <= self.window <= 32 * (self.words or 1):
-            raise ValueError(f"a replay window of {self.window} does not fit {self.words} words")
-        if self.esn and not self.words:
+        words = 1 if self.words is None else self.words
+        if not 0 <= words <= MAX_WORDS:
+            raise ValueError(f"a replay bitmap of {words} words")
+        if not 0 <= self.window <= 32 * words:
+            raise ValueError(f"a replay window of {self.window} does not fit {words} words")
+        if self.esn and self.words is None:
             raise ValueError("extended sequence numbers need the long form")
         limit = 1 << (64 if self.esn else 32)
         if not (0 <= self.oseq < limit and 0 <= self.seq < limit):
@@ -130,7 +135,7 @@ class KernelReplay:
 
         The kernel shifts the map without cutting it to the window, so what lies beyond is dropped here.
         """
-        return _checked(oseq=oseq, seq=seq, window=window, bitmap=_known(bitmap, seq, window))
+        return _checked(oseq=oseq, seq=seq, window=window, bitmap=known(bitmap, seq, window))
 
     @classmethod
     def from_long(cls, head: tuple[int, int, int, int, int, int], ring: bytes, *, esn: bool) -> KernelReplay:
@@ -156,15 +161,15 @@ class KernelReplay:
             oseq=oseq | oseq_hi << 32,
             seq=full,
             window=window,
-            bitmap=_known(bitmap, full, window),
+            bitmap=known(bitmap, full, window),
             esn=esn,
             words=words,
         )
 
     def long_head(self) -> tuple[int, int, int, int, int, int]:
-        """The fixed part of struct xfrm_replay_state_esn."""
+        """The fixed part of struct xfrm_replay_state_esn, for a state in the long form."""
         return (
-            self.words,
+            self.words or 0,
             self.oseq & _MASK32,
             self.seq & _MASK32,
             self.oseq >> 32,
@@ -178,7 +183,8 @@ class KernelReplay:
         bits = 0
         for back in range(self.window if self.bitmap else 0):
             bits |= (self.bitmap >> back & 1) << ((top - back) % self.window)
-        return struct.pack(f"={self.words}I", *(bits >> (32 * word) & _MASK32 for word in range(self.words)))
+        words = self.words or 0
+        return struct.pack(f"={words}I", *(bits >> (32 * word) & _MASK32 for word in range(words)))
 
 
 def _position(low: int, window: int) -> int:
@@ -186,13 +192,13 @@ def _position(low: int, window: int) -> int:
     return ((low - 1) & _MASK32) % window if window else 0
 
 
-def _known(bitmap: int, seq: int, window: int) -> int:
-    """The bits of numbers that exist: inside the window and not below 1."""
+def known(bitmap: int, seq: int, window: int) -> int:
+    """The bits of a replay bitmap that stand for numbers: inside the window and not below 1."""
     return bitmap & ((1 << min(window, seq)) - 1)
 
 
 def _checked(
-    *, oseq: int, seq: int, window: int, bitmap: int, esn: bool = False, words: int = 0
+    *, oseq: int, seq: int, window: int, bitmap: int, esn: bool = False, words: int | None = None
 ) -> KernelReplay:
     try:
         return KernelReplay(oseq, seq, window, bitmap, esn, words)

@@ -6,9 +6,10 @@ Errors are `KernelError` with the errno and a sentence of what was asked for, ne
 from __future__ import annotations
 
 import errno
+import logging
 import secrets
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from types import TracebackType
@@ -18,12 +19,15 @@ from ikectx.context import Address, ReplayState, Secret
 from ikectx.errors import KernelError, StateError, UsageError, WireError
 from ikectx.numbers import Encr, Integ
 
+from . import xfrm_wire as wire
 from .detour import Detour, is_local
-from .esp import CIPHERS, INTEGRITY, KernelReplay, fit_replay, merge_replay
+from .esp import CIPHERS, INTEGRITY, KernelReplay, fit_replay, known, merge_replay
 from .mute import Mute
 from .netlink import ROUTE, XFRM, Netlink, failure
 from .xfrm import KernelPolicy, KernelSa, dump_policies, dump_sas, policies_of
 from .xfrm_parts import ESP, INET, INET6, TRANSPORT, KernelLimits, KernelUsage, Mark, Request
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Detour", "InboundSnapshot", "Kernel", "Mute"]
 
@@ -53,6 +57,8 @@ class Kernel:
         self._xfrm = Netlink(XFRM, "XFRM")
         self._route = Netlink(ROUTE, "routes")
         self._can: dict[tuple[Encr, int, Integ, int], bool] = {}
+        self._unreadable: set[bytes] = set()
+        """SPIs of SAs that were logged because they do not parse."""
 
     def close(self) -> None:
         self._xfrm.close()
@@ -69,8 +75,22 @@ class Kernel:
     # Reading.
 
     def dump_sas(self) -> list[KernelSa]:
-        """All SAs. About 60 us each: to look for one, `get_sa` is the way. Errors: KernelError, WireError."""
-        return [KernelSa.parse(answer) for answer in self._xfrm.ask(dump_sas())]
+        """All SAs that can be read. About 60 us each: to look for one, `get_sa` is the way.
+
+        Not every SA of a kernel is charon's: one that cannot be read is left out, and logged once by its SPI.
+        Errors: KernelError.
+        """
+        return list(self._readable(self._xfrm.ask(dump_sas())))
+
+    def _readable(self, answers: Iterable[bytes]) -> Iterator[KernelSa]:
+        for answer in answers:
+            try:
+                yield KernelSa.parse(answer)
+            except WireError as error:
+                spi = wire.spi_of(answer)
+                if spi not in self._unreadable:
+                    self._unreadable.add(spi)
+                    log.warning("the kernel's SA with SPI %s is left out: %s", spi.hex(), error)
 
     def get_sa(
         self, destination: Address, spi: bytes, proto: int = ESP, mark: Mark | None = None
@@ -129,7 +149,8 @@ class Kernel:
         Outbound: the number goes forward only, an IV or sequence number must never come twice (StateError).
         Inbound: joined with what the kernel has by now and fitted to the SA's own window, so that nothing
         received is forgotten; a packet that arrives in the microseconds between reading and writing
-        is. Errors: KernelError, StateError, UsageError where the number needs ESN and the SA has none.
+        is. What was written is read back, because a kernel that takes no notice of it answers 0, too.
+        Errors: KernelError, StateError, UsageError where the number needs ESN and the SA has none.
         """
         now, _ = self._counters(sa)
         if outbound is None:
@@ -147,6 +168,15 @@ class Kernel:
             joined = fit_replay(merge_replay(now.inbound, fit_replay(state, now.window)), now.window)
             after = replace(now, seq=joined.seq, bitmap=joined.bitmap)
         self._xfrm.ask(sa.set_replay(after))
+        # packets that came or left since may have taken it further
+        there, _ = self._counters(sa)
+        told = replace(after.inbound, bitmap=known(after.bitmap, after.seq, after.window))
+        if there.oseq < after.oseq or merge_replay(there.inbound, told) != there.inbound:
+            raise KernelError(
+                f"the kernel took no notice of new counters of {sa}: it has sent {there.oseq} and received "
+                f"{there.seq}, instead of {after.oseq} and {after.seq}",
+                hint="please report the versions of the kernel and of strongSwan",
+            )
 
     def set_usage(self, sa: KernelSa, octets: int, packets: int) -> None:
         """What counts towards the SA's limits; when it was added stays. Errors: KernelError."""
@@ -311,7 +341,7 @@ class Kernel:
     def late_sas(self) -> list[KernelSa]:
         """SAs that `restore_inbound` put back and that have not expired, of this agent or one before it."""
         mark = LATE.to_bytes(4, sys.byteorder)  # others, thousands maybe, are not read
-        found = (KernelSa.parse(answer) for answer in self._xfrm.ask(dump_sas()) if mark in answer)
+        found = self._readable(answer for answer in self._xfrm.ask(dump_sas()) if mark in answer)
         return [sa for sa in found if sa.sequence == LATE]
 
     def drop_late(self, sas: Iterable[KernelSa]) -> int:

@@ -219,7 +219,7 @@ class KernelSa:
         return mark_attribute(self.mark)
 
     def _replay_attribute(self, state: KernelReplay) -> tuple[str, dict[str, Any]]:
-        if not state.words:
+        if state.words is None:
             return ("XFRMA_REPLAY_VAL", {"oseq": state.oseq, "seq": state.seq, "bitmap": state.bitmap})
         names = ("bmp_len", "oseq", "seq", "oseq_hi", "seq_hi", "window")
         return (
@@ -267,7 +267,7 @@ class KernelSa:
             "reqid": self.reqid,
             "mode": self.mode,
             # The long form brings its own window; a second one here would be checked against it.
-            "replay_window": 0 if self.replay.words else self.replay.window,
+            "replay_window": self.replay.window if self.replay.words is None else 0,
             "flags": self.flags,
         }
         flags = wire.F_REQUEST | wire.F_ACK | wire.F_CREATE | wire.F_EXCL
@@ -315,7 +315,10 @@ class KernelSa:
         return Request(Secret(data), f"read the counters of {self}")
 
     def set_replay(self, state: KernelReplay) -> Request:
-        """XFRM_MSG_NEWAE: both directions' counters in place. Form and size must be the installed SA's."""
+        """XFRM_MSG_NEWAE: both directions' counters in place. Form and size must be the installed SA's.
+
+        Of a state in the other form the kernel takes no notice, and answers 0: read it back.
+        """
         return self._new_ae(self._replay_attribute(state))
 
     def set_usage(self, usage: KernelUsage) -> Request:

@@ -213,6 +213,10 @@ class usersa_info(_Message):
     )  # fmt: skip
 
 
+_SPI_AT = struct.calcsize("=" + "".join(fmt for _, fmt in _SELECTOR)) + 16
+"""Where xfrm_usersa_info has its SPI: behind the selector and the destination address."""
+
+
 class userspi_info(_Message):
     """ALLOCSPI: what is known of the SA, and the range in host byte order."""
 
@@ -282,6 +286,11 @@ def build(
         data += struct.pack("=HH", 4 + len(octets), kind_number) + octets + bytes(-len(octets) % 4)
     struct.pack_into("=I", data, 0, len(data))
     return bytes(data)
+
+
+def spi_of(data: bytes) -> bytes:
+    """The SPI in a NEWSA message that may not parse otherwise; fewer octets where it is cut off."""
+    return data[HEADER + _SPI_AT : HEADER + _SPI_AT + 4]
 
 
 def attributes(message: Any) -> dict[str, Any]:
