@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,38 @@ import click
 
 from ikectx.errors import KernelError, UsageError
 
-from . import lab_scenario, lab_start
+from . import lab_guest, lab_scenario, lab_start
 from .answers import json_option, show_json
+from .lab_boot import Job, tidy
 from .lab_config import Tunnel
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS, has_kernel_esp, load_modules
-from .lab_vm import run_in_vm
 
-ESP_HELP = "Where ESP is done: this kernel, one of a VM, or charon; auto: this kernel if it can, else a VM."
+guest_option = click.option(
+    "--guest",
+    type=click.Choice(["auto", *lab_guest.WAYS]),
+    default="auto",
+    show_default=True,
+    help="The kernel: this machine's (host), User-Mode Linux, or QEMU; auto: the first of them with ESP.",
+)
+clock_option = click.option(
+    "--time",
+    "clock",
+    type=click.Choice(lab_guest.CLOCKS),
+    default="real",
+    show_default=True,
+    help="virtual: time stands still while a program runs and jumps while all wait (UML, one CPU).",
+)
+root_option = click.option(
+    "--root",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
+    default="/",
+    help="Run on the installation in this folder (UML); nothing is written there.",
+)
+cpus_option = click.option(
+    "--cpus", type=click.IntRange(1, 8), help="CPUs of the guest.  [default: 1, with KVM up to 4]"
+)
 
 
 def _a_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -85,7 +109,7 @@ def up(
     if esp != "libipsec":
         load_modules()
         if not has_kernel_esp():
-            hint = "--esp libipsec, or in a VM: ikectx lab vm -- sh -c 'ikectx lab up && ...'"
+            hint = "--esp libipsec, or in a guest: ikectx lab guest -- sh -c 'ikectx lab up && ...'"
             raise KernelError("this kernel has no ESP", hint=hint)
     sweep()
     made = Lab.new(name, delay_ms=delay)
@@ -129,17 +153,42 @@ def exec_(name: str, host: str, command: tuple[str, ...]) -> None:
 
 @lab.command(
     context_settings={"ignore_unknown_options": True},
-    short_help="Run a command in a VM with ESP in its kernel.",
+    short_help="Run a command on a kernel with ESP.",
 )
-@click.option("--rw", is_flag=True, help="The command may write this machine's file system.")
+@guest_option
+@clock_option
+@root_option
+@cpus_option
+@click.option("--memory", metavar="MIB", type=click.IntRange(128), help="Of the guest.  [default: 1536]")
 @click.option(
-    "--share", type=click.Path(path_type=Path, file_okay=False), help="A folder both sides can write."
+    "--share",
+    type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
+    help="The one folder in which the guest's writes are kept.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
-def vm(rw: bool, share: Path | None, command: tuple[str, ...]) -> None:
-    """Run COMMAND as root in a VM with Debian's kernel, here, and power off."""
+def guest(
+    guest: str,
+    clock: str,
+    root: Path,
+    cpus: int | None,
+    memory: int | None,
+    share: Path | None,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND as root in a guest, in this folder; its exit status is that of COMMAND.
+
+    What it writes is lost or refused, but for --share (and where the guest is this machine itself).
+    """
+    job = Job(command, lab_guest.folder_in(root), share, root=root, clock=clock, cpus=cpus or 0)
+    if memory is not None:
+        job = replace(job, memory_mib=memory)
     with tidy():
-        click.get_current_context().exit(run_in_vm(command, shared=share, writable=rw))
+        click.get_current_context().exit(lab_guest.run_job(guest, job, _through, _say))
+
+
+def _through(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
 
 
 @lab.command()
@@ -156,12 +205,23 @@ def scenarios(as_json: bool) -> None:
 @lab.command(short_help="Run scenarios.")
 @click.argument("names", nargs=-1, metavar="SCENARIO...")
 @click.option("--all", "every", is_flag=True, help="Every scenario.")
+@guest_option
+@clock_option
+@root_option
+@cpus_option
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Run so many guests side by side; each takes the next scenario when it is free.",
+)
 @click.option(
     "--esp",
-    type=click.Choice(["auto", "kernel", "vm", "libipsec"]),
-    default="auto",
+    type=click.Choice(["kernel", "libipsec"]),
+    default="kernel",
     show_default=True,
-    help=ESP_HELP,
+    help="Where ESP is done: the guest's kernel, or charon (then auto is this machine).",
 )
 @click.option(
     "--delay",
@@ -183,6 +243,11 @@ def scenarios(as_json: bool) -> None:
 def run(
     names: tuple[str, ...],
     every: bool,
+    guest: str,
+    clock: str,
+    root: Path,
+    cpus: int | None,
+    jobs: int,
     esp: str,
     delay: float | None,
     repeat: int,
@@ -191,7 +256,7 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run scenarios, in a VM of its own where this kernel has no ESP (--esp auto).
+    """Run scenarios on a kernel with ESP: this machine's, or a guest's (--guest).
 
     Those it does not come to, because it is ended, count as failed.
     """
@@ -199,18 +264,19 @@ def run(
     wanted = [name for name in chosen for _ in range(repeat)]
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
-    request = lab_start.Request(tuple(wanted), esp, delay, logs, brief)
-    reports: list[dict[str, Any]] = []
+    request = lab_start.Request(
+        tuple(wanted), esp, guest, clock, str(root), cpus or 0, jobs, delay, logs, brief
+    )
+    single = len(wanted) == 1 and not every
+    found: dict[int, dict[str, Any]] = {}
     try:
         with tidy():
-            lab_start.run(request, (lambda _line: None) if quiet else _say, reports.append)
+            reports = lab_start.run(request, (lambda _line: None) if quiet else _say, found)
     except (KeyboardInterrupt, KernelError) as error:
-        if reports or isinstance(error, KeyboardInterrupt):
-            _tell(
-                [*reports, *lab_start.left(request, reports)], as_json, single=len(wanted) == 1 and not every
-            )
+        if found or isinstance(error, KeyboardInterrupt):
+            _tell(lab_start.complete(request, found), as_json, single=single)
         raise
-    _tell(reports, as_json, single=len(wanted) == 1 and not every)
+    _tell(reports, as_json, single=single)
     if not all(report["ok"] for report in reports):
         click.get_current_context().exit(1)
 
@@ -224,13 +290,7 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 
 @lab.command(short_help="Run scenarios several times; print medians.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
-@click.option(
-    "--esp",
-    type=click.Choice(["auto", "kernel", "vm"]),
-    default="auto",
-    show_default=True,
-    help=ESP_HELP,
-)
+@guest_option
 @click.option(
     "--from",
     "files",
@@ -249,7 +309,7 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.argument("names", nargs=-1, metavar="[SCENARIO...]")
 def bench(
-    runs: int, esp: str, files: tuple[Path, ...], target: Path | None, as_json: bool, names: tuple[str, ...]
+    runs: int, guest: str, files: tuple[Path, ...], target: Path | None, as_json: bool, names: tuple[str, ...]
 ) -> None:
     """Run the handover scenarios several times; print medians, ratios and where each lost packet went.
 
@@ -266,8 +326,13 @@ def bench(
         summary = _saved(files, target)
         ok = True
     else:
-        reports, native = _measured(names or lab_bench.SCENARIOS, runs, esp)
-        words = ["ikectx lab bench --runs", str(runs), *(() if esp == "auto" else ("--esp", esp)), *names]
+        reports, native = _measured(names or lab_bench.SCENARIOS, runs, guest)
+        words = [
+            "ikectx lab bench --runs",
+            str(runs),
+            *(() if guest == "auto" else ("--guest", guest)),
+            *names,
+        ]
         summary = lab_bench.summarise(reports, native, " ".join(words))
         ok = all(report["ok"] for report in [*reports, *native])
     click.echo(json.dumps(summary, indent=2) if as_json else lab_bench.page(summary), nl=as_json)
@@ -301,15 +366,18 @@ def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
     return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))
 
 
-def _measured(names: Sequence[str], runs: int, esp: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _measured(
+    names: Sequence[str], runs: int, guest: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Reports of runs, and of those beside a virtual machine."""
     from . import lab_bench
 
-    times = [name for name in names for _ in range(runs)]
-    here = [name for name in times if name in lab_bench.NATIVE] if lab_start.choose(esp) == "vm" else []
+    request = lab_start.Request(tuple(name for name in names for _ in range(runs)), guest=guest)
+    slow = lab_start.guests(request)[0] == "qemu"
+    here = tuple(name for name in request.names if slow and name in lab_bench.NATIVE)
     with tidy():
-        reports = lab_start.run(lab_start.Request(tuple(times), esp), _say)
-        native = lab_start.run(lab_start.Request(tuple(here), "libipsec"), _say) if here else []
+        reports = lab_start.run(request, _say)
+        native = lab_start.run(lab_start.Request(here, "libipsec"), _say) if here else []
     return reports, native
 
 
@@ -344,21 +412,3 @@ def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int,
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
-
-
-@contextlib.contextmanager
-def tidy() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs, and to its end: once is enough."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def stop(_number: int, _frame: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -386,7 +387,9 @@ def write_tools(work: Path) -> None:
     tools = work / "bin"
     tools.mkdir(parents=True, exist_ok=True)
     wrapper = tools / "ikectx"
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ikectx_cli.main "$@"\n')
+    path = os.environ.get("PYTHONPATH", "")  # where the packages are not in the environment of this Python
+    found = f"export PYTHONPATH={shlex.quote(path)}\n" if path else ""
+    wrapper.write_text(f'#!/bin/sh\n{found}exec {shlex.quote(sys.executable)} -m ikectx_cli.main "$@"\n')
     wrapper.chmod(0o755)
 
 

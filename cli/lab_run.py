@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ from .lab_config import Tunnel, outer
 from .lab_hosts import Lab, save_logs
 from .lab_measure import Capture, Clear, Probe, Reports, Snapshot, Traffic, air, snapshot
 from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
+from .lab_qemu import emulated
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
 from .lab_twin import FRESH_OCTETS, Names, lines, twin
-from .lab_vm import emulated
 
 SETTLE = 30.0
 """Seconds in which a rekey, a move or a deletion must have come to its end at both ends."""
@@ -519,17 +519,18 @@ class Runner:
 
 
 def run_here(
-    scenarios: Sequence[Scenario],
+    scenarios: Iterable[Scenario],
     *,
     libipsec: bool,
     say: Say,
     done: Callable[[Report], None],
-    logs: Path | None = None,
+    logs: Callable[[], Path] | None = None,
     delay_ms: float | None = None,
 ) -> None:
     """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
 
-    `done` gets the report of each as soon as it is there.
+    `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
+    the folder for what the daemons of the one under way have said.
     """
     lab: Lab | None = None
     clean = disturbed = False
@@ -563,7 +564,7 @@ def run_here(
             disturbed = scenario.disturbs_network or not report.ok
             tell("ok" if report.ok else f"FAILED: {report.why()}")
             if logs is not None:
-                save_logs(lab, logs / scenario.name)
+                save_logs(lab, logs())
             done(report)
     finally:
         if lab is not None:

@@ -1,116 +1,264 @@
-"""Where scenarios run: here when the kernel has ESP, else in a VM that repeats the same command inside."""
+"""Runs scenarios in guests: one, or several side by side, each of which takes the next scenario when free.
+
+A run has a folder that all its guests share (`Share`). There a scenario is a file that the guest takes away
+which is to run it, and each report is a file. A guest runs this module as a program (`inside`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import KernelError
+from ikectx.errors import IkectxError, KernelError
 
-from . import lab_hosts, lab_scenario, lab_vm
-from .lab_net import has_kernel_esp, load_modules
+from . import lab_guest, lab_hosts, lab_qemu, lab_scenario
+from .lab_boot import CHECKOUT, PACKAGES, Job, NotStartedError, byte_code, tidy
 from .lab_report import Report
 from .lab_run import run_here
 
 Say = Callable[[str], None]
-Done = Callable[[dict[str, Any]], None]
+
+PREFIX = "ikl-run-"
+"""Of the folders of runs, in `lab_hosts.ROOT`."""
+
+UNFINISHED = "did not run to its end"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to run and how: `esp` is auto, kernel (here), vm or libipsec (here).
+    """What to run and how: `names` with one entry for each run; ESP by the kernel, or by charon (libipsec).
 
-    `brief`: without what only figures need (`Scenario.brief`).
+    `guest` is one of `lab_guest.WAYS`, or auto. `clock`, `root` and `cpus` are those of `Job`; `jobs` is how
+    many guests run side by side. `brief`: without what only figures need (`Scenario.brief`).
     """
 
     names: tuple[str, ...]
-    esp: str = "auto"
+    esp: str = "kernel"
+    guest: str = "auto"
+    clock: str = "real"
+    root: str = "/"
+    cpus: int = 0
+    jobs: int = 1
     delay_ms: float | None = None
     logs: str = ""
     brief: bool = False
 
+    def label(self, number: int) -> str:
+        """The name of a run, for people and its logs: the scenario's, with a number where it runs often."""
+        which = self.run(number)
+        return f"{self.names[number]}-{which}" if which else self.names[number]
 
-def choose(esp: str) -> str:
-    """kernel, vm or libipsec. Raises KernelError where what is asked for cannot be had."""
-    if esp in ("libipsec", "vm"):
-        return esp
-    load_modules()
-    if has_kernel_esp():
-        return "kernel"
-    if esp == "kernel":
-        raise KernelError("this kernel has no ESP", hint="--esp vm or --esp libipsec")
-    lacks = lab_vm.missing()
-    if lacks:
-        raise KernelError(
-            f"this kernel has no ESP, and a VM cannot boot without {', '.join(lacks)}",
-            hint="or --esp libipsec",
-        )
-    return "vm"
+    def run(self, number: int) -> int:
+        """Which run of its scenario that is, counted from 1; 0 where it is the only one."""
+        name = self.names[number]
+        return self.names[: number + 1].count(name) if self.names.count(name) > 1 else 0
 
 
-def run(request: Request, say: Say, done: Done = lambda _report: None) -> list[dict[str, Any]]:
-    """Runs the scenarios; returns their reports as JSON values. Raises IkectxError when none can run.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The folder of a run. `queue` and `taken` hold scenarios by number, `reports` what came of them."""
 
-    `done` gets each of them as well, also where something ends this before all have run.
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path, request: Request) -> Share:
+        """Lays a run out in an empty folder."""
+        share = cls(folder)
+        for name in ("queue", "taken", "reports", "logs", "packages"):
+            (folder / name).mkdir()
+        for number in range(len(request.names)):
+            (folder / "queue" / f"{number:06}").touch()
+        for package, where in PACKAGES.items():
+            (folder / "packages" / package).symlink_to(CHECKOUT / where)
+        (folder / "request.json").write_text(json.dumps(asdict(request)))
+        return share
+
+    def request(self) -> Request:
+        told = json.loads((self.folder / "request.json").read_text())
+        return Request(**{**told, "names": tuple(told["names"])})
+
+    def waiting(self) -> bool:
+        """Whether there are scenarios that no guest has taken."""
+        return any((self.folder / "queue").iterdir())
+
+    def take(self, guest: int) -> Iterator[int]:
+        """Takes one scenario after the other for a guest, first come, first served: renaming is atomic."""
+        while True:
+            for path in sorted((self.folder / "queue").iterdir()):
+                with suppress(FileNotFoundError):  # another guest was faster
+                    path.rename(self.folder / "taken" / f"{path.name}.{guest}")
+                    yield int(path.name)
+                    break
+            else:
+                if not self.waiting():
+                    return
+
+    def taken(self, guest: int) -> list[int]:
+        """What a guest has taken, in this order."""
+        return sorted(int(path.stem) for path in (self.folder / "taken").glob(f"*.{guest}"))
+
+    def put(self, number: int, report: Mapping[str, Any]) -> None:
+        """Keeps a report; it is on the disk when this returns, whatever ends the guest then."""
+        path = self.folder / "reports" / f"{number:06}"
+        with path.with_suffix(".part").open("w", encoding="utf-8") as file:
+            json.dump(report, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path.with_suffix(".part").rename(path)
+
+    def reports(self) -> dict[int, dict[str, Any]]:
+        """All reports that there are."""
+        paths = sorted(path for path in (self.folder / "reports").iterdir() if not path.suffix)
+        return {int(path.name): json.loads(path.read_text()) for path in paths}
+
+
+def check(request: Request) -> None:
+    """Raises UsageError for what no machine can do, and for scenarios that do not exist."""
+    for name in dict.fromkeys(request.names):
+        lab_scenario.load(name)
+    lab_guest.check(_guest_of(request), request.clock, Path(request.root), request.cpus)
+    if request.root != "/":
+        lab_guest.python(Path(request.root))
+
+
+def _guest_of(request: Request) -> str:
+    """ESP in user space needs no other kernel than this machine's."""
+    return "host" if request.esp == "libipsec" and request.guest == "auto" else request.guest
+
+
+def guests(request: Request) -> tuple[str, ...]:
+    """The ways to run it (of `lab_guest.WAYS`), best first. Raises KernelError."""
+    if request.esp == "libipsec" and _guest_of(request) == "host":
+        return ("host",)
+    return lab_guest.ways(request.guest, _job(request), lab_guest.means(request.clock))
+
+
+def _job(request: Request, argv: Sequence[str] = (), share: Share | None = None) -> Job:
+    """The job of a guest of a run."""
+    root = Path(request.root)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("IKECTX_LAB_")}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    if share is not None and root != Path("/"):
+        environment["PYTHONPATH"] = str(share.folder / "packages")
+    return Job(
+        tuple(argv),
+        folder=CHECKOUT,
+        shared=share.folder if share else None,
+        environment=environment,
+        root=root,
+        clock=request.clock,
+        cpus=request.cpus,
+    )
+
+
+def run(request: Request, say: Say, found: dict[int, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Runs the scenarios; returns their reports as JSON values, in the order of the request.
+
+    `found` gets them as well, by their number, also where something ends this before all have run. Raises
+    IkectxError when none can run, or guests end before their scenarios.
     """
-    scenarios = [lab_scenario.load(name) for name in request.names]
-    for name in lab_hosts.sweep():
+    check(request)
+    for name in [*lab_hosts.sweep(), *sweep()]:
         say(f"removed what was left of lab {name}")
-    way = choose(request.esp)
-    found: list[dict[str, Any]] = []
-
-    def keep(report: dict[str, Any]) -> None:
-        found.append(report)
-        done(report)
-
-    if way == "vm":
-        _in_vm(request, say, keep)
-    else:
-        run_here(
-            [scenario.brief(slow=lab_vm.emulated()) if request.brief else scenario for scenario in scenarios],
-            libipsec=way == "libipsec",
-            say=say,
-            done=lambda report: keep(report.as_json()),
-            logs=Path(request.logs) if request.logs else None,
-            delay_ms=request.delay_ms,
-        )
-    return found
-
-
-def left(request: Request, reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Reports, as failures, of those scenarios that had not come to their end when a run was ended."""
-    names = request.names[len(reports) :]
-    return [Report(name, error="did not run to its end").as_json() for name in names]
-
-
-def _in_vm(request: Request, say: Say, done: Done) -> None:
-    """The same in a VM: progress comes through its console, reports and logs through a shared folder."""
-    say("this kernel has no ESP: booting a VM (about half a minute)")
-    with tempfile.TemporaryDirectory(prefix="ikl-run-") as folder:
-        results, logs = Path(folder, "reports"), Path(folder, "logs")
-        there = replace(request, esp="kernel", logs=str(logs) if request.logs else "")
-        lines: list[str] = []
+    found = {} if found is None else found
+    ways = guests(request)
+    interpreter = sys.executable if request.root == "/" else lab_guest.python(Path(request.root))
+    byte_code()
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=lab_hosts.ROOT) as folder:
+        share = Share.make(Path(folder), request)
         try:
-            lab_vm.run_in_vm(
-                [sys.executable, "-m", __spec__.name, str(results), json.dumps(asdict(there))],
-                shared=Path(folder),
-                on_output=lambda line: say(line.decode(errors="replace").rstrip()),
-            )
+            asyncio.run(_side_by_side(request, ways, share, interpreter, say))
         finally:
-            if results.exists():
-                lines = results.read_text().splitlines()
-            for line in lines:
-                done(json.loads(line))
-            if request.logs and logs.exists():
-                shutil.copytree(logs, request.logs, dirs_exist_ok=True)
-        if len(lines) < len(request.names):
-            raise KernelError(f"the VM ended after {len(lines)} of {len(request.names)} scenarios")
+            found |= share.reports()
+            if request.logs:
+                shutil.copytree(share.folder / "logs", request.logs, dirs_exist_ok=True)
+    return [found[number] for number in sorted(found)]
+
+
+async def _side_by_side(
+    request: Request, ways: Sequence[str], share: Share, interpreter: str, say: Say
+) -> None:
+    count = min(request.jobs, len(request.names))
+    if ways[0] != "host":
+        say(f"booting {count} guest{'s' if count > 1 else ''} ({ways[0]}, {request.clock} time)")
+    running = [
+        asyncio.create_task(_guest(number, request, ways, share, interpreter, say))
+        for number in range(1, count + 1)
+    ]
+    try:
+        await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _guest(
+    number: int, request: Request, ways: Sequence[str], share: Share, interpreter: str, say: Say
+) -> None:
+    """Boots guests, one after the other, until no scenario is left: one that dies costs what it ran."""
+    prefix = f"guest {number} " if request.jobs > 1 else ""
+    argv = [interpreter, "-m", __spec__.name, str(share.folder), str(number)]
+    job = _job(request, argv, share)
+
+    last = ""
+
+    def tell(line: bytes) -> None:
+        nonlocal last
+        last = line.decode(errors="replace").rstrip()
+        say(prefix + last)
+
+    while share.waiting():
+        before = len(share.taken(number))
+        try:
+            status = await lab_guest.boot(ways, job, tell, lambda line: say(prefix + line))
+            why = f"guest {ways[0]} ended with status {status}: {last}" if status else ""
+        except NotStartedError:
+            raise
+        except KernelError as error:
+            why = str(error)
+        if not why:
+            continue
+        open_runs = [one for one in share.taken(number)[before:] if one not in share.reports()]
+        if not open_runs:
+            raise KernelError(why)
+        for one in open_runs:
+            say(f"{prefix}[{request.label(one)}] FAILED: {why}")
+            share.put(one, _told(request, one, Report(request.names[one], error=why), ways[0]))
+
+
+def _told(request: Request, number: int, report: Report, guest: str) -> dict[str, Any]:
+    """A report as JSON, with where it ran."""
+    told = {**report.as_json(), "guest": guest, "clock": request.clock}
+    return {**told, "run": which} if (which := request.run(number)) else told
+
+
+def complete(request: Request, found: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """All reports of a run that was ended: what had not come to its end has failed."""
+    return [
+        found.get(number) or _told(request, number, Report(name, error=UNFINISHED), request.guest)
+        for number, name in enumerate(request.names)
+    ]
+
+
+def sweep() -> list[str]:
+    """Removes folders that killed runs left; returns their names."""
+    gone = []
+    for path in lab_hosts.ROOT.glob(f"{PREFIX}*-*"):
+        owner = path.name.removeprefix(PREFIX).split("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            gone.append(path.name)
+    return gone
 
 
 def show(reports: Sequence[dict[str, Any]]) -> None:
@@ -128,13 +276,36 @@ def show(reports: Sequence[dict[str, Any]]) -> None:
             console.print(part)
 
 
-def inside(results: Path, request: Request) -> None:
-    """The guest's side of `_in_vm`: each line of `results` is a report."""
-    with results.open("w", buffering=1) as file:
-        run(
-            request, lambda line: print(line, flush=True), lambda report: print(json.dumps(report), file=file)
-        )
+def inside(share: Share, guest: int) -> None:
+    """The guest's side: takes scenarios and runs them, until none is left."""
+    byte_code()
+    request = share.request()
+    current = 0
+
+    def scenarios() -> Iterator[lab_scenario.Scenario]:
+        nonlocal current
+        for current in share.take(guest):
+            scenario = lab_scenario.load(request.names[current])
+            yield scenario.brief(slow=lab_qemu.emulated()) if request.brief else scenario
+
+    def done(report: Report) -> None:
+        os.sync()  # its logs
+        share.put(current, _told(request, current, report, os.environ.get(lab_guest.GUEST, "host")))
+
+    run_here(
+        scenarios(),
+        libipsec=request.esp == "libipsec",
+        say=lambda line: print(line, flush=True),
+        done=done,
+        logs=(lambda: share.folder / "logs" / request.label(current)) if request.logs else None,
+        delay_ms=request.delay_ms,
+    )
 
 
 if __name__ == "__main__":
-    inside(Path(sys.argv[1]), Request(**json.loads(sys.argv[2])))
+    with tidy():
+        try:
+            inside(Share(Path(sys.argv[1])), int(sys.argv[2]))
+        except (IkectxError, KeyboardInterrupt) as problem:
+            print(problem or "told to end", file=sys.stderr, flush=True)
+            sys.exit(1)

@@ -1,23 +1,26 @@
-"""Runs the tests marked `kernel_esp`: here if this kernel has ESP and SCTP, else in a VM with Debian's.
+"""Runs the tests marked `kernel_esp`: here if this kernel has ESP and SCTP, else in a guest of the lab.
 
 Writes kernel.xml (JUnit) and kernel.where (where they ran) into the folder given.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
+import shlex
 import shutil
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from ikectx.errors import KernelError, LinkError
 from ikectx.plain import open_socket
-from ikectx_cli.lab import tidy
+from ikectx_cli.lab_boot import Job, tidy
+from ikectx_cli.lab_guest import GUEST, boot, means, ways
 from ikectx_cli.lab_net import has_kernel_esp, load_modules
-from ikectx_cli.lab_vm import find_kernel, run_in_vm
 
 MARK = "kernel_esp"
 SLOW = "600"
@@ -41,32 +44,40 @@ def suffices() -> bool:
 
 
 def main(results: Path) -> int:
-    where = results / "kernel.where"
-    report = results / "kernel.xml"
+    where, report = results / "kernel.where", results / "kernel.xml"
     command = [sys.executable, "-m", "pytest", *marked(), "-q", "-m", MARK, "--junit-xml"]
     try:
         if suffices():
             where.write_text(f"this machine, Linux {platform.release()}")
             os.execv(sys.executable, [*command, str(report)])
-        image = find_kernel()
-        where.write_text(f"virtual machine, Linux {image.name.removeprefix('vmlinuz-') if image else '?'}")
-        slow = ["-p", "no:cacheprovider", "-o", f"timeout={SLOW}"]
-        environment = {"PYTHONDONTWRITEBYTECODE": "1", "HOME": os.environ.get("HOME", "/root")}
-        # The guest may write here only; below the checkout, which it sees cached, it could not.
+        # The guest may write here only.
         with tempfile.TemporaryDirectory(prefix="ikl-kernel-") as folder:
-            told = Path(folder, report.name)
             try:
                 with tidy():
-                    return run_in_vm(
-                        [*command, str(told), *slow], shared=told.parent, environment=environment
-                    )
+                    return in_guest([*command, f"{folder}/{report.name}"], Path(folder))
             finally:
-                if told.exists():
-                    shutil.copyfile(told, report)
+                for path in (where, report):
+                    if (told := Path(folder, path.name)).exists():
+                        shutil.copyfile(told, path)
     except KernelError as error:
         where.write_text(f"nowhere: {error}")
         print(f"kernel: {error}", file=sys.stderr)
         return 1
+
+
+def in_guest(command: list[str], folder: Path) -> int:
+    """Runs the tests in a guest other than this machine, which says in `folder` what it is."""
+    script = f'echo "guest ${GUEST}, Linux $(uname -r)" > {shlex.quote(str(folder))}/kernel.where; '
+    script += shlex.join([*command, "-p", "no:cacheprovider", "-o", f"timeout={SLOW}"])
+    environment = {"PYTHONDONTWRITEBYTECODE": "1", "HOME": os.environ.get("HOME", "/root")}
+    job = Job(("sh", "-c", script), shared=folder, environment=environment)
+    guests = ways("auto", job, replace(means(job.clock), esp=False))
+
+    def tell(line: bytes) -> None:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+
+    return asyncio.run(boot(guests, job, tell, lambda line: print(line, file=sys.stderr)))
 
 
 if __name__ == "__main__":

@@ -270,16 +270,16 @@ def test_runs_name_the_command_that_ran_them(
     asked: list[tuple[tuple[str, ...], str]] = []
 
     def fake(request: Any, _say: object) -> list[dict[str, Any]]:
-        asked.append((request.names, request.esp))
+        asked.append((request.names, f"{request.guest} {request.esp}"))
         return [report(2, 10.0, scenario=name, ok=name != "pull") for name in request.names]
 
     monkeypatch.setattr(lab.lab_start, "run", fake)
-    monkeypatch.setattr(lab.lab_start, "choose", lambda _esp: "vm")
-    assert bench("--runs", "2", "--esp", "vm", "handover", "reactive", "pull", "--json") == 1
+    monkeypatch.setattr(lab.lab_start, "guests", lambda _request: ("qemu",))
+    assert bench("--runs", "2", "--guest", "qemu", "handover", "reactive", "pull", "--json") == 1
     summary = json.loads(capsys.readouterr().out)
-    assert summary["command"] == "ikectx lab bench --runs 2 --esp vm handover reactive pull"
+    assert summary["command"] == "ikectx lab bench --runs 2 --guest qemu handover reactive pull"
     twice = ("handover", "handover", "reactive", "reactive", "pull", "pull")
-    assert asked == [(twice, "vm"), (("reactive", "reactive"), "libipsec")]
+    assert asked == [(twice, "qemu kernel"), (("reactive", "reactive"), "auto libipsec")]
     assert list(summary["native"]) == ["reactive"]
     assert "all are counted: pull (2 of 2 runs)." in page(summary)
     assert "Not every run" not in page(summarise([report(2, 10.0)]))
@@ -290,7 +290,7 @@ def test_what_was_measured_is_told_though_the_page_cannot_be_written(
 ) -> None:
     """Runs take an hour: nothing of them may be lost."""
     monkeypatch.setattr(lab.lab_start, "run", lambda *_: [report(2, 10.0)])
-    monkeypatch.setattr(lab.lab_start, "choose", lambda _esp: "kernel")
+    monkeypatch.setattr(lab.lab_start, "guests", lambda _request: ("uml", "qemu"))
     (tmp_path / "page.svg").mkdir()
     assert bench("handover", "--page", str(tmp_path / "page.md")) == 2
     out, err = capsys.readouterr()

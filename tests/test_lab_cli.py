@@ -23,6 +23,10 @@ from ikectx_cli import commands, lab
         (["run", "handover", "--delay", "inf"], "inf is not from 0 to 10000 ms"),
         (["run", "no-such-scenario"], "no scenario no-such-scenario"),
         (["run"], "which scenario?"),
+        (["run", "handover", "--cpus", "2", "--time", "virtual"], "virtual time has one CPU"),
+        (["run", "handover", "--guest", "qemu", "--time", "virtual"], "--guest qemu has no virtual time"),
+        (["run", "handover", "--root", "/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["guest", "--guest", "host", "--cpus", "2", "true"], "it goes without --cpus"),
         (["bench", "no-such-scenario"], "no scenario no-such-scenario"),
     ],
 )
@@ -31,7 +35,7 @@ def test_wrong_arguments_are_told_before_anything_is_built(
 ) -> None:
     for where, name in ((lab, "sweep"), (lab, "load_modules"), (lab.lab_start.lab_hosts, "sweep")):
         monkeypatch.setattr(where, name, lambda *_: pytest.fail("something is done"))
-    monkeypatch.setattr(lab.lab_start, "choose", lambda esp: "kernel")
+    monkeypatch.setattr(lab.lab_start, "guests", lambda _request: ("host",))
     assert commands.run(["lab", *words]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -39,7 +43,9 @@ def test_wrong_arguments_are_told_before_anything_is_built(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["up", "down", "exec", "vm", "scenarios", "run", "bench", "collisions"])
+@pytest.mark.parametrize(
+    "command", ["up", "down", "exec", "guest", "scenarios", "run", "bench", "collisions"]
+)
 def test_every_option_says_what_it_does(command: str) -> None:
     for param in lab.lab.commands[command].params:
         if param.param_type_name == "option":

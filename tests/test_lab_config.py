@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from ikectx_cli import config, lab_hosts, lab_vm, mobile_config, settings
+from ikectx_cli import config, lab_hosts, mobile_config, settings
 from ikectx_cli.lab_config import Tunnel, gateway_conf, mobile_conf, strongswan_conf, write_all
 from ikectx_cli.lab_net import CHARONS, GATEWAYS, MOBILES
 
@@ -93,44 +93,6 @@ def test_shapes_of_a_tunnel(tmp_path: Path) -> None:
     assert "local_ts" not in mobile_conf(Tunnel(mode="transport", vip=False))
     libipsec = strongswan_conf(tmp_path, "psg", libipsec=True)
     assert "kernel-libipsec kernel-netlink" in libipsec
-
-
-def test_the_newest_kernel_with_esp_and_9p(tmp_path: Path) -> None:
-    boot, modules = tmp_path / "boot", tmp_path / "modules"
-    boot.mkdir()
-    for version, files in {
-        "6.1.0-9-amd64": ("net/ipv4/esp4.ko", "fs/9p/9p.ko"),
-        "6.1.0-10-amd64": ("net/ipv4/esp4.ko.xz", "fs/9p/9p.ko.xz"),
-        "6.1.0-11-cloud-amd64": ("net/ipv4/esp4.ko",),
-    }.items():
-        (boot / f"vmlinuz-{version}").touch()
-        for name in files:
-            path = modules / version / "kernel" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    assert lab_vm.find_kernel(boot, modules) == boot / "vmlinuz-6.1.0-10-amd64"
-    assert lab_vm.find_kernel(tmp_path, modules) is None
-
-
-def test_an_emulated_cpu(tmp_path: Path) -> None:
-    told = tmp_path / "cpuinfo"
-    assert not lab_vm.emulated(told)
-    told.write_text("model name\t: QEMU TCG CPU version 2.5+\n")
-    assert lab_vm.emulated(told)
-    told.write_text("model name\t: A real one\n")
-    assert not lab_vm.emulated(told)
-
-
-def test_the_guest_caches_all_that_python_starts_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab_vm.sys, "prefix", "/home/me/.venv")
-    monkeypatch.setattr(lab_vm.sys, "base_prefix", "/opt/python")
-    script = lab_vm.inside(["true"], {}, cached=True)
-    project = Path(lab_vm.__file__).resolve().parent.parent
-    for path in ("/usr", "/home/me/.venv", "/opt/python", project):
-        assert f"mount --bind /run/cached{path} {path}" in script
-    monkeypatch.setattr(lab_vm.sys, "base_prefix", "/usr")
-    assert lab_vm.inside(["true"], {}, cached=True).count(" /usr\n") == 1
-    assert "mount" not in lab_vm.inside(["true"], {}, cached=False)
 
 
 def test_what_a_kernel_has_of_sas() -> None:
