@@ -26,6 +26,7 @@ from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.keys import esp_keys, sk_keys
 from ikectx.numbers import Encr, Integ, Status
 from ikectx.ports import MoveReport, SaName, Store
+from vici_bridge.away import Away
 from vici_bridge.charon import SaView, sa_views
 from vici_bridge.esp import KernelReplay
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
@@ -383,6 +384,17 @@ class Detour:
 
     def remove(self, prefixes: object) -> None: ...
 
+    def shut(self, prefixes: object) -> list[object]:
+        return []
+
+    def open_up(self, prefixes: object) -> None: ...
+
+    def listing(self, *, shut: bool = False) -> list[object]:
+        return []
+
+    def device_to(self, prefix: object, via: object) -> int:
+        return 0
+
     def close(self) -> None: ...
 
 
@@ -500,6 +512,7 @@ class Place:
         self.host.detour.close()
         self.host.detour = Detour()  # type: ignore[assignment]
         self.host.kernel = self.sad if self._kernel else None  # type: ignore[assignment]
+        self.host.away = Away(self.store, self.host.kernel, self.host.detour, {})
         self.host.vici = self.charon  # type: ignore[assignment]
         self.host.mute = self.mute  # type: ignore[assignment]
         self.host._ha = Socket(self.charon)  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from ikectx.context import (
     TrafficSelector,
 )
 from ikectx.errors import WireError
-from ikectx.numbers import Encr, IdType, Mode, Prf
+from ikectx.numbers import Encr, IdType, Prf
 from vici_bridge.charon import (
     missing_algorithms,
     overlap,
@@ -28,7 +28,6 @@ from vici_bridge.charon import (
     ts_pairs,
     updown_environment,
 )
-from vici_bridge.source import detourable
 
 # What charon 5.9.8 answered to list-sas for one IKE_SA, shortened; addresses are documentation's.
 VIEW = {
@@ -198,13 +197,3 @@ def test_missing_algorithms_compare_across_naming_habits() -> None:
     assert missing_algorithms(context(), loaded) == []
     assert missing_algorithms(context(), {"prf": {"PRF_HMAC_SHA1": "openssl"}}) == ["PRF_HMAC_SHA2_256"]
     assert missing_algorithms(context(), {}) == []
-
-
-def test_a_detour_never_takes_an_outer_address_that_others_share() -> None:
-    here = context()
-    host = replace(here.children[0], remote_ts=(selector("198.51.100.7"),))
-    assert detourable(here) == ["10.4.0.10/32"]
-    assert detourable(replace(here, children=(host,))) == ["198.51.100.7/32"]
-    assert detourable(replace(here, children=(host,), conditions=1 << 2)) == []
-    transport = replace(host, mode=Mode.TRANSPORT)
-    assert detourable(replace(here, children=(transport,))) == []

@@ -29,8 +29,12 @@ PRIORITY = 210
 
 _NEWROUTE, _DELROUTE, _GETROUTE, _NEWRULE, _DELRULE = 24, 25, 26, 32, 33
 _REQUEST, _ACK, _REPLACE, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
-_UNICAST, _LOCAL = 1, 2
+_UNICAST, _LOCAL, _UNREACHABLE = 1, 2, 7
 _STATIC = 4
+_METRIC_V6 = 1024
+"""What Linux gives an IPv6 route that names no metric (IP6_RT_PRIO_USER)."""
+_BEHIND = 1 << 20
+"""Metric of the unreachable routes: behind whatever leads somewhere."""
 
 
 class Detour:
@@ -83,29 +87,74 @@ class Detour:
         with self._lock:
             self._delete(wanted)
 
+    def shut(self, prefixes: Iterable[str | Network]) -> list[Network]:
+        """Make `prefixes` unreachable where `add` leads them nowhere. Gives those left out: everything.
+
+        Idempotent. Errors: KernelError.
+        """
+        wanted = list(map(_network, prefixes))
+        skipped = [prefix for prefix in wanted if not prefix.prefixlen]
+        for prefix in skipped:
+            log.warning("packets for %s may leave in the clear: to shut that would shut everything", prefix)
+        kept = [prefix for prefix in wanted if prefix.prefixlen]
+        requests = [self._route_request(_NEWROUTE, prefix, None, shut=True) for prefix in kept]
+        requests += [self._rule_request(_NEWRULE, family) for family in sorted(set(map(_family, kept)))]
+        with self._lock:
+            for request, outcome in zip(requests, self._route.transact(requests), strict=True):
+                if outcome.errno not in (0, errno.EEXIST):
+                    raise failure(request, outcome)
+        return skipped
+
+    def open_up(self, prefixes: Iterable[str | Network]) -> None:
+        """Undo `shut` for these prefixes. Idempotent. Errors: KernelError."""
+        wanted = [prefix for prefix in map(_network, prefixes) if prefix.prefixlen]
+        with self._lock:
+            self._delete(wanted, shut=True)
+
     def flush(self) -> None:
-        """Remove every detour. Errors: KernelError."""
+        """Remove every detour, and open up what is shut. Errors: KernelError."""
         with self._lock:
             self._delete(self._listing())
+            self._delete(self._listing(shut=True), shut=True)
 
-    def listing(self) -> list[Network]:
-        """All prefixes that are sent on. Errors: KernelError."""
+    def listing(self, *, shut: bool = False) -> list[Network]:
+        """All prefixes that are sent on, or those that are shut. Errors: KernelError."""
         with self._lock:
-            return self._listing()
+            return self._listing(shut=shut)
 
-    def _delete(self, prefixes: Sequence[Network]) -> None:
-        requests = [self._route_request(_DELROUTE, prefix, None) for prefix in prefixes]
+    def device_to(self, prefix: str | Network, via: Sequence[str | Address]) -> int:
+        """Index of the device by which `add` would send packets for `prefix` on; 0: there is no way."""
+        gateway = _gateway(_network(prefix), [ip_address(str(address)) for address in via])
+        if gateway is None or _unfit(_network(prefix), gateway):
+            return 0
+        request = _message(
+            rtmsg,
+            _GETROUTE,
+            _REQUEST | _ACK,
+            {"family": family_of(gateway), "dst_len": gateway.max_prefixlen},
+            [("RTA_DST", str(gateway))],
+            what=f"find the way to {gateway}",
+        )
+        outcome = self._route.transact([request])[0]
+        if not outcome.answers:
+            return 0
+        answer = _decoded(outcome.answers[0])
+        leads = answer["type"] == _UNICAST and answer.get_attr("RTA_GATEWAY") is None
+        return int(answer.get_attr("RTA_OIF") or 0) if leads else 0
+
+    def _delete(self, prefixes: Sequence[Network], *, shut: bool = False) -> None:
+        requests = [self._route_request(_DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
         for request, outcome in zip(requests, self._route.transact(requests), strict=True):
             if outcome.errno not in (0, errno.ESRCH):
                 raise failure(request, outcome)
-        used = {_family(prefix) for prefix in self._listing()}
+        used = {_family(prefix) for prefix in (*self._listing(), *self._listing(shut=True))}
         for family in {INET, INET6} - used:
             request = self._rule_request(_DELRULE, family)
             outcome = self._route.transact([request])[0]
             if outcome.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT):
                 raise failure(request, outcome)
 
-    def _listing(self) -> list[Network]:
+    def _listing(self, *, shut: bool = False) -> list[Network]:
         found: list[Network] = []
         for family in (INET, INET6):
             request = _message(
@@ -125,12 +174,16 @@ class Detour:
                 raise
             for answer in answers:
                 message = _decoded(answer)
-                if message.get_attr("RTA_TABLE") == self._table and message["family"] == family:
+                wanted = _UNREACHABLE if shut else _UNICAST
+                ours = message.get_attr("RTA_TABLE") == self._table and message["family"] == family
+                if ours and message["type"] == wanted:
                     destination = message.get_attr("RTA_DST") or ("0.0.0.0" if family == INET else "::")  # noqa: S104
                     found.append(_network(f"{destination}/{message['dst_len']}"))
         return found
 
-    def _route_request(self, number: int, prefix: Network, gateway: Address | None) -> Request:
+    def _route_request(
+        self, number: int, prefix: Network, gateway: Address | None, *, shut: bool = False
+    ) -> Request:
         attributes: list[tuple[str, Any]] = [
             ("RTA_TABLE", self._table),
             ("RTA_DST", str(prefix.network_address)),
@@ -140,13 +193,20 @@ class Detour:
         elif gateway is not None:
             attributes.append(("RTA_VIA", {"family": family_of(gateway), "addr": str(gateway)}))
         new = number == _NEWROUTE
+        # IPv6 routes are told apart by their metric only, IPv4 ones by their type, too
+        if shut:
+            attributes.append(("RTA_PRIORITY", _BEHIND))
+        elif _family(prefix) == INET6:
+            attributes.append(("RTA_PRIORITY", _METRIC_V6))
         fields = {"family": _family(prefix), "dst_len": prefix.prefixlen}
+        fields |= {"type": _UNREACHABLE if shut else _UNICAST}
         if new:
-            fields |= {"proto": _STATIC, "type": _UNICAST}
+            fields |= {"proto": _STATIC}
         else:
             fields |= {"scope": 255}  # RT_SCOPE_NOWHERE: whatever its scope is
         flags = _REQUEST | _ACK | (_CREATE | _REPLACE if new else 0)
-        what = f"route {prefix} via {gateway}" if new else f"remove the route to {prefix}"
+        where = "nowhere" if shut else f"via {gateway}"
+        what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
         return _message(rtmsg, number, flags, fields, attributes, what=what)
 
     def _rule_request(self, number: int, family: int) -> Request:

@@ -27,6 +27,7 @@ from ikectx.errors import (
 from ikectx.ports import MoveReport, SaName, Store
 
 from . import ha
+from .away import Away
 from .chain import undo_messages
 from .charon import SaView
 from .deadlines import Deadlines
@@ -35,7 +36,7 @@ from .kernel import Detour, Kernel, Mute
 from .listing import Listing
 from .message_ids import MessageIds
 from .names import SPI_MAX, SPI_MIN
-from .record import Change, Deleted, MidChanged, Record
+from .record import Change, ChildAdded, Deleted, MidChanged, Record, Rekeyed, Updated
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -51,8 +52,6 @@ message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, R
 
 ESP = 50
 _RECORD = "record"
-DETOUR = "detour"
-"""Kind of store entry: the prefixes that go by way of another gateway for an SA that left."""
 IMPORT = "import"
 """Kind of store entry: this SA is being imported, so an undo may delete it. Without it, or when it says
 `IMPORTED`, an SA of that name is somebody's, and stays."""
@@ -113,6 +112,7 @@ class CharonHost:
         self.mute = Mute()
         self.noted = MessageIds()
         self.detour = Detour()
+        self.away = Away(store, self.kernel, self.detour, config.forward_via)
         self.record = Record()
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
@@ -136,6 +136,7 @@ class CharonHost:
     async def open(self) -> None:
         """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
         self.record.load(self.store.items(_RECORD))
+        self.away.load()
         await self._ha.open()
         try:
             if not self.config.mobile_node:
@@ -212,12 +213,24 @@ class CharonHost:
             case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
                 self._told.add((name, initiator))
+            case ChildAdded(name) | Updated(name) | Rekeyed(_, name):
+                self._look_whose(name)
             case Deleted(name):
                 self._spoke.pop(name, None)
                 self._told -= {(name, True), (name, False)}
                 self.store.delete(_DOUBT, _key(name))
         if self.on_change is not None:
             self.on_change(change)
+
+    def _look_whose(self, name: SaName) -> None:
+        """A CHILD_SA came up: is it for an address that was sent on to another gateway?"""
+        try:
+            if not self.importing(name):
+                self.away.serves(self.record.context(name))
+        except (UnknownSaError, UsageError):
+            pass  # not told in full yet; or it cannot be moved, and charon's list shows it at the next start
+        except (KernelError, StoreError) as error:
+            log.error("packets for a mobile node that is here again may be sent on still: %s", error)
 
     def save_soon(self) -> None:
         """Save when the datagrams that wait have been read: a crash must find what charon told only once."""
@@ -270,6 +283,7 @@ class CharonHost:
         for sa in self.record.names():
             with contextlib.suppress(UnknownSaError, UsageError):
                 await self.catch_up(sa)
+        self._restore_away(views)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
         log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, known, len(gone))
@@ -280,6 +294,14 @@ class CharonHost:
                 "(charon then rekeys their CHILD_SAs)",
                 len(unknown),
             )
+
+    def _restore_away(self, views: Sequence[SaView]) -> None:
+        """charon may serve an address again; and strongSwan's starter flushes the SPD when it starts."""
+        try:
+            self.away.look(views, self.importing)
+            self.away.restore()
+        except (KernelError, StoreError) as error:
+            log.error("packets for mobile nodes that left are not looked after: %s", error)
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""

@@ -30,7 +30,7 @@ from ikectx.spis import ESP, IKE, NewSpi, serialize_new_spis
 
 from . import ha
 from .chain import import_messages
-from .charon import SaView, prefixes
+from .charon import SaView
 from .checks import (
     check_address,
     check_covered,
@@ -42,7 +42,7 @@ from .checks import (
     check_selectors,
     check_vips,
 )
-from .host import DETOUR, IMPORT, IMPORTED, CharonHost, Mover, Settler
+from .host import IMPORT, IMPORTED, CharonHost, Mover, Settler
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
 from .xfrm_parts import INET as AF_INET
@@ -218,8 +218,7 @@ class CharonSink:
                 clashes = clash(here, taken)
                 ours -= {here.children[place].spi_in for place in clashes.inbound}
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
-            host.detour.remove(prefixes(ts for child in here.children for ts in child.remote_ts))
-            host.store.delete(DETOUR, _key(context))
+            host.away.comes(here)
             host.store.delete(_NEW_NAMES, _key(context))
             version = await host.version()
             later = _key(context) in self._later
@@ -319,6 +318,7 @@ class CharonSink:
 
     async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
         """Packets for the MN come here from now on."""
+        self._host.away.opens(shape)
         self._host.store.put(_TAKEN, _key(context), b"1")
         reqids = {child.spi_in: child.reqid for child in view.children}
         await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
@@ -451,6 +451,7 @@ class CharonSink:
                 host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
             host.save()
             self._note_names(here, plan)
+            host.away.serves(here)
             host.store.put(IMPORT, _key(context), _ACTIVE)
         for shape in self._renames.names(here):
             await asyncio.to_thread(host.mute.unmute, shape.spis)
@@ -558,6 +559,7 @@ class CharonSink:
             unique_id = 0 if view is None else view.unique_id
             await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
             host.store.delete(_TAKEN, _key(context))
+        host.away.stays(here)
         host.store.delete(IMPORT, _key(context))
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import ip_network
 
 from ikectx.context import (
     Address,
@@ -27,21 +25,19 @@ from ikectx.context import (
 )
 from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, UnknownSaError
 from ikectx.keys import esp_keys
-from ikectx.numbers import Mode, Status
+from ikectx.numbers import Status
 from ikectx.ports import SENDING_PACKETS, SENDING_SECONDS, SaName
 from ikectx.relocate import relocate
 
 from . import ha
 from .charon import (
-    COND_NAT_THERE,
     ChildView,
     SaView,
     departing_view,
     ike_lifetime,
     peer_context,
-    prefixes,
 )
-from .host import DETOUR, CharonHost, Mover
+from .host import CharonHost, Mover
 from .xfrm import KernelPolicy, KernelSa
 
 log = logging.getLogger(__name__)
@@ -304,20 +300,16 @@ class CharonSource:
         """No ESP leaves any more: packets for the MN go to nSG if a way is known, else nowhere."""
         host = self._host
         if host.kernel is None:
+            host.away.leave(context, to, ())
             return
-        outbound = self._outbound_policies(context)
+        reqids = self._outbound_reqids(context)
+        every = [p for p in host.kernel.policies_about(reqids) if p.direction == "out"]
+        # of two SAs with the same selectors one has the policy; it goes, or stays, with that one
+        outbound = [p for p in every if _leads_to(p, reqids, context.remote.address)]
         host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
-        via = tuple(host.config.forward_via.get(to, ()))
-        inner = detourable(context) if via else []
-        if inner:
-            host.store.put(DETOUR, _key(context.spis), json.dumps(inner).encode())
-        every = set(prefixes(ts for child in context.children for ts in child.remote_ts))
-        astray = every - set(inner) | {str(net) for net in host.detour.add(inner, via)}
+        host.away.leave(context, to, every)
         for policy in outbound:
-            if str(policy.destination) in astray:
-                host.kernel.replace_policy(policy.blocking())
-            else:
-                host.kernel.delete_policy(policy)
+            host.kernel.delete_policy(policy)
 
     async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
         """Let ESP leave until the other gateway does that, or for as long and as much as it may."""
@@ -348,19 +340,9 @@ class CharonSource:
         if to is not None and store.get(_FROZEN, key) is None:
             self._stop_outbound(context, to.decode())
 
-    def _outbound_policies(self, context: IkeContext) -> list[KernelPolicy]:
-        assert self._host.kernel is not None
-        reqids = set()
-        for child in context.children:
-            _, outbound = self._host.kernel_pair(context, child)
-            if outbound is not None:
-                reqids.add(outbound.reqid)
-        return [
-            policy
-            for policy in self._host.kernel.policies_about(reqids)
-            if policy.direction == "out"
-            and any(t.reqid in reqids and t.destination == context.remote.address for t in policy.templates)
-        ]
+    def _outbound_reqids(self, context: IkeContext) -> set[int]:
+        pairs = [self._host.kernel_pair(context, child) for child in context.children]
+        return {outbound.reqid for _, outbound in pairs if outbound is not None}
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
         """See `ContextSource.thaw`. Where charon lost the SA meanwhile, only the leftovers are cleared."""
@@ -383,7 +365,7 @@ class CharonSource:
                         host.kernel.set_replay(outbound, jumped, outbound=True)
             for raw in _unframed(saved or b""):
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
-        self._drop_detour(key)
+        host.away.back(context.spis)
         let_go = host.store.get(_LET_GO, key)
         if view is not None and let_go is not None:
             # the other's script may have drawn the MN's packets there, where nobody takes them any more
@@ -450,10 +432,10 @@ class CharonSource:
         await asyncio.to_thread(host.mute.unmute, context.spis)
         for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
             host.store.delete(kind, _key(context.spis))
-        host.spawn(self._end_detour(_key(context.spis)))
+        host.away.left(context.spis)
 
     def resume(self) -> None:
-        """After a start: detours of an agent before this one end like its own; those of frozen SAs stay.
+        """After a start: what has left stays shut and is sent on as before, whatever became of the kernel.
 
         What an SA goes on sending ends: nobody has counted it meanwhile.
         """
@@ -461,45 +443,15 @@ class CharonSource:
             name = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
             with contextlib.suppress(UnknownSaError):
                 self._end_sending(self._host.context(name))
-        for key, _ in self._host.store.items(DETOUR):
-            if self._host.store.get(_FROZEN, key) is None:
-                self._host.spawn(self._end_detour(key))
-
-    async def _end_detour(self, key: str) -> None:
-        """Packets that still arrive here are sent on for six times the late time, while routing settles."""
-        await asyncio.sleep(6.0 * self._host.config.late)
-        if self._host.store.get(_FROZEN, key) is None:
-            self._drop_detour(key)
-
-    def _drop_detour(self, key: str) -> None:
-        """End this SA's detour, but for prefixes that another one needs: an MN that came back left again."""
-        host = self._host
-        mine = host.store.get(DETOUR, key)
-        if mine is None:
-            return
-        host.store.delete(DETOUR, key)
-        needed = {prefix for _, raw in host.store.items(DETOUR) for prefix in json.loads(raw)}
-        host.detour.remove([prefix for prefix in json.loads(mine) if prefix not in needed])
-
-
-def detourable(context: IkeContext) -> list[str]:
-    """Prefixes of the MN that may go by way of the other gateway.
-
-    Not the MN's own outer address where that carries more than this SA: in transport mode the tunnel's end is
-    this gateway itself, and behind a NAT other MNs have the same address.
-    """
-    shared = bool(context.conditions & COND_NAT_THERE)
-    return [
-        prefix
-        for child in context.children
-        for prefix in prefixes(child.remote_ts)
-        if context.remote.address not in ip_network(prefix)
-        or (child.mode is not Mode.TRANSPORT and not shared)
-    ]
+        self._host.away.restore()
 
 
 def _key(spis: SaName) -> str:
     return (spis[0] + spis[1]).hex()
+
+
+def _leads_to(policy: KernelPolicy, reqids: Collection[int], mn: Address) -> bool:
+    return any(one.reqid in reqids and one.destination == mn for one in policy.templates)
 
 
 def _framed(raw: bytes) -> bytes:

@@ -1,0 +1,282 @@
+"""`Departure`: one SA that left this gateway: where it lives now, how packets follow it, what stays shut.
+
+Pure. A departure is kept as one JSON object, so that the agent that comes after this one, and a person,
+can read it. Its stage is a row of `STAGES`; what a stage means for the kernel is `away`'s affair.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from ikectx.context import Address, IkeContext
+from ikectx.errors import StoreError, WireError
+from ikectx.numbers import Mode
+from ikectx.ports import SaName
+
+from .charon import COND_NAT_THERE, prefixes
+from .xfrm import ALLOW, KernelPolicy
+from .xfrm_parts import NO_LIMITS, NO_USAGE, Network
+
+OURS = int.from_bytes(b"IKEX")
+"""The `user` of our policies' selectors. Linux compares it (two policies that differ in nothing else stand
+side by side) and matches no packet by it (net/xfrm/xfrm_policy.c: selector_cmp, xfrm_selector_match)."""
+BLOCK_PRIORITY = 0xFFFFFFFF
+"""The least important of all: any policy that charon installs for the same packets goes first."""
+ALLOW_PRIORITY = BLOCK_PRIORITY - 1
+_SECURITY_LABEL = 8
+"""XFRMA_SEC_CTX: the one attribute we do not read that says which packets a policy matches."""
+_VERSION = 1
+
+
+class Stage(StrEnum):
+    """What is the matter with a departure."""
+
+    LEAVING = "leaving"
+    """This gateway has let go of it, or is about to, and may take it back: packets are sent on."""
+    AWAY = "away"
+    """Another gateway serves the SA: packets are sent on."""
+    COMING = "coming"
+    """It is being taken in here again: nothing is sent on, since the other gateway may send it back to us."""
+    ENDED = "ended"
+    """Nobody serves it: what still comes for the mobile node is dropped."""
+
+
+class News(StrEnum):
+    """What may become of a departure."""
+
+    LEFT = "left"
+    """The other gateway has confirmed that it serves the SA."""
+    MOVED = "moved"
+    """The SA went from the gateway that has it to another."""
+    STAYS = "stays"
+    """It stays where it is: it was to come here, and does not."""
+    ENDS = "ends"
+    """It is gone, or the operator wants no packets to be sent on."""
+    COMES = "comes"
+    """It is being taken in here."""
+
+
+STAGES: Mapping[tuple[Stage, News], Stage] = {
+    (Stage.LEAVING, News.LEFT): Stage.AWAY,
+    (Stage.LEAVING, News.MOVED): Stage.LEAVING,
+    (Stage.LEAVING, News.STAYS): Stage.LEAVING,
+    (Stage.LEAVING, News.ENDS): Stage.ENDED,
+    (Stage.LEAVING, News.COMES): Stage.COMING,
+    (Stage.AWAY, News.LEFT): Stage.AWAY,
+    (Stage.AWAY, News.MOVED): Stage.AWAY,
+    (Stage.AWAY, News.STAYS): Stage.AWAY,
+    (Stage.AWAY, News.ENDS): Stage.ENDED,
+    (Stage.AWAY, News.COMES): Stage.COMING,
+    (Stage.COMING, News.LEFT): Stage.COMING,
+    (Stage.COMING, News.MOVED): Stage.AWAY,
+    (Stage.COMING, News.STAYS): Stage.AWAY,
+    (Stage.COMING, News.ENDS): Stage.ENDED,
+    (Stage.COMING, News.COMES): Stage.COMING,
+    (Stage.ENDED, News.LEFT): Stage.ENDED,
+    (Stage.ENDED, News.MOVED): Stage.ENDED,
+    (Stage.ENDED, News.STAYS): Stage.ENDED,
+    (Stage.ENDED, News.ENDS): Stage.ENDED,
+    (Stage.ENDED, News.COMES): Stage.COMING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One SA that left.
+
+    `sa`: its name when it left. `mn`: the mobile node's identity. `peer`: the gateway that it was given to,
+    the only one whose word about it counts; empty where an older agent did not write that down. `at`: the
+    gateway that has it, as far as we know. `epoch`: the first in which it was not ours. `since`: seconds
+    since 1970. `prefixes`: the mobile node's addresses that are sent on, `via` these addresses of `at`.
+    `blocks`: policies that drop what the SA protected; `allows`: those before them, for what is sent on.
+    `closed`: prefixes with an unreachable route, where ESP is in user space and policies mean nothing.
+    """
+
+    sa: SaName
+    mn: str
+    peer: str
+    at: str
+    epoch: int
+    since: float
+    stage: Stage = Stage.AWAY
+    prefixes: tuple[str, ...] = ()
+    via: tuple[Address, ...] = ()
+    blocks: tuple[KernelPolicy, ...] = ()
+    allows: tuple[KernelPolicy, ...] = ()
+    closed: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name in the store."""
+        return key_of(self.sa)
+
+    @property
+    def sent_on(self) -> tuple[str, ...]:
+        """The prefixes that are sent on now."""
+        known = self.via or not self.peer
+        return self.prefixes if self.stage in (Stage.LEAVING, Stage.AWAY) and known else ()
+
+    def told(self, news: News) -> Departure:
+        """After these news, see `STAGES`."""
+        return replace(self, stage=STAGES[self.stage, news])
+
+    def without(self, who: str, used: Iterable[tuple[Sequence[Network], Sequence[Network]]]) -> Departure:
+        """What is left of it when the mobile node `who` has CHILD_SAs here with these selectors.
+
+        `used`: (our networks, the mobile node's) of each. An address may have been given to another mobile
+        node: then the selector is the same. One that is wider says nothing, unless it is the same node's:
+        0.0.0.0/0 is what each connection to a gateway of a route-based VPN has.
+        """
+        children = list(used)
+        theirs = [network for _, remote in children for network in remote]
+        same = who == self.mn
+        return replace(
+            self,
+            prefixes=tuple(p for p in self.prefixes if not _used(ip_network(p), theirs, same)),
+            closed=tuple(p for p in self.closed if not _used(ip_network(p), theirs, same)),
+            blocks=tuple(p for p in self.blocks if not _covered(p, children, same)),
+            allows=tuple(p for p in self.allows if not _covered(p, children, same)),
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is sent on and nothing is shut: there is no reason to keep it."""
+        return not (self.prefixes or self.blocks or self.closed)
+
+    def dumps(self) -> bytes:
+        """As it is stored."""
+        return json.dumps(
+            {
+                "version": _VERSION,
+                "sa": [part.hex() for part in self.sa],
+                "mn": self.mn,
+                "peer": self.peer,
+                "at": self.at,
+                "epoch": self.epoch,
+                "since": self.since,
+                "stage": str(self.stage),
+                "prefixes": self.prefixes,
+                "via": [str(address) for address in self.via],
+                "blocks": [policy.raw.hex() for policy in self.blocks],
+                "allows": [policy.raw.hex() for policy in self.allows],
+                "closed": self.closed,
+            }
+        ).encode()
+
+    @classmethod
+    def loads(cls, key: str, raw: bytes) -> Departure:
+        """What `dumps` gave, or the list of prefixes that agents before this format stored under `key`.
+
+        Errors: StoreError.
+        """
+        try:
+            found: Any = json.loads(raw)
+            if isinstance(found, list):
+                sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+                return cls(sa, "", "", "", 0, 0.0, prefixes=tuple(map(str, found)))
+            if found["version"] != _VERSION:
+                raise StoreError(
+                    f"the departure {key} is of version {found['version']}, this agent knows {_VERSION}",
+                    hint="it was stored by a newer ikectx; run that one",
+                )
+            first, second = found["sa"]
+            return cls(
+                sa=(bytes.fromhex(first), bytes.fromhex(second)),
+                mn=found["mn"],
+                peer=found["peer"],
+                at=found["at"],
+                epoch=found["epoch"],
+                since=found["since"],
+                stage=Stage(found["stage"]),
+                prefixes=tuple(found["prefixes"]),
+                via=tuple(ip_address(text) for text in found["via"]),
+                blocks=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["blocks"]),
+                allows=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["allows"]),
+                closed=tuple(found["closed"]),
+            )
+        except (KeyError, TypeError, ValueError, WireError) as error:
+            raise StoreError(f"the departure {key} cannot be read: {error}") from None
+
+    def to_json(self) -> dict[str, object]:
+        """For operators, as plain JSON values."""
+        return {
+            "sa": [part.hex() for part in self.sa],
+            "mn": self.mn,
+            "stage": str(self.stage),
+            "at": self.at,
+            "given_to": self.peer,
+            "epoch": self.epoch,
+            "since": self.since,
+            "prefixes": list(self.sent_on),
+            "via": [str(address) for address in self.via] if self.sent_on else [],
+            "blocked": [f"{p.source} -> {p.destination}" for p in self.blocks] + list(self.closed),
+        }
+
+
+def block_of(policy: KernelPolicy) -> KernelPolicy:
+    """What drops the packets that `policy` protected, once no policy of charon's matches them any more.
+
+    charon neither finds nor replaces it, since the selector's `user` makes it another policy: it outlives
+    the SA, and gives way, by its priority, to whatever charon installs for the same packets.
+    """
+    return replace(
+        policy.blocking(),
+        selector=replace(policy.selector, user=OURS),
+        priority=BLOCK_PRIORITY,
+        index=0,
+        limits=NO_LIMITS,
+        usage=NO_USAGE,
+        extra=tuple(pair for pair in policy.extra if pair[0] == _SECURITY_LABEL),
+    )
+
+
+def allow_of(block: KernelPolicy, device: int) -> KernelPolicy:
+    """What lets packets that `block` drops leave by the device of that index."""
+    selector = replace(block.selector, ifindex=device)
+    return replace(block, selector=selector, action=ALLOW, priority=ALLOW_PRIORITY)
+
+
+def detourable(context: IkeContext) -> list[str]:
+    """Prefixes of the MN that may go by way of the other gateway.
+
+    Not the MN's own outer address where that carries more than this SA: in transport mode the tunnel's end is
+    this gateway itself, and behind a NAT other MNs have the same address.
+    """
+    shared = bool(context.conditions & COND_NAT_THERE)
+    return [
+        prefix
+        for child in context.children
+        for prefix in prefixes(child.remote_ts)
+        if context.remote.address not in ip_network(prefix)
+        or (child.mode is not Mode.TRANSPORT and not shared)
+    ]
+
+
+def key_of(sa: SaName) -> str:
+    """The name of an SA in the store."""
+    return (sa[0] + sa[1]).hex()
+
+
+def _used(prefix: Network, used: Iterable[Network], same: bool) -> bool:
+    return any(
+        (prefix == network and prefix.prefixlen > 0) or (same and _within(prefix, network))
+        for network in used
+    )
+
+
+def _covered(
+    policy: KernelPolicy, children: Iterable[tuple[Sequence[Network], Sequence[Network]]], same: bool
+) -> bool:
+    return any(
+        _used(policy.destination, remote, same) and any(_within(policy.source, ours) for ours in local)
+        for local, remote in children
+    )
+
+
+def _within(inner: Network, outer: Network) -> bool:
+    return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
