@@ -3,6 +3,8 @@
 -- To use it, copy the file to the folder "Personal Lua Plugins" that Help > About > Folders names, or
 --     tshark -X lua_script:ikectx.lua -r capture.pcap
 --
+-- Wireshark 4.4 and later run no Lua scripts for root: tshark.sh beside this file helps there.
+--
 -- CXTP is on port 5091: UDP between mobile node and gateway; TCP between gateways, plain (under IPsec) or in
 -- TLS. For TLS, Wireshark needs the session's secrets: run one agent with SSLKEYLOGFILE=/run/ikectx.keys and
 --     tshark -o tls.keylog_file:/run/ikectx.keys ...

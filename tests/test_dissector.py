@@ -7,6 +7,7 @@ import shutil
 import ssl
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
@@ -26,7 +27,8 @@ from ikectx.tokens import Purpose, make_ctar, seal_ctaa
 
 from .certs import Authority
 
-SCRIPT = Path(__file__).parent.parent / "examples/ikectx.lua"
+ROOT = Path(__file__).parent.parent
+TSHARK = ROOT / "examples/tshark.sh"
 PSG, NSG, MN = (ip_address(text) for text in ("192.0.2.1", "198.51.100.2", "203.0.113.7"))
 PSG6, NSG6, MN6 = (ip_address(text) for text in ("2001:db8::1", "2001:db8:1::2", "2001:db8:2::7"))
 SPIS = (bytes.fromhex("a1a2a3a4a5a6a7a8"), bytes.fromhex("b1b2b3b4b5b6b7b8"))
@@ -101,42 +103,45 @@ update_spi.reason update_spi.malformed
 """.split()  # noqa: SIM905 - readable
 
 Row = dict[str, list[str]]
+BOOLEANS = {"True": "1", "False": "0"}
+"""As Wireshark 4.4 prints them, and as 4.0 did."""
 
 
-def tshark(path: Path, *options: str) -> dict[int, Row]:
-    """What the dissector sees, by frame; only fields that are there."""
-    program = shutil.which("tshark")
-    assert program, "tshark is not installed: tests/setup.sh does it (Debian: apt-get install tshark)"
-    command = [
-        program,
-        "-X",
-        f"lua_script:{SCRIPT}",
-        "-r",
-        str(path),
-        "-T",
-        "fields",
-        "-E",
-        "aggregator=\x1f",
-    ]
-    # not the scripts of whoever runs the test
-    home = str(path.parent)
-    environment = {**os.environ, "HOME": home, "XDG_CONFIG_HOME": home, "LC_ALL": "C.UTF-8"}
-    command += [part for name in FIELDS for part in ("-e", name)]
+def run(command: Sequence[str] | str, home: Path, *, user: int | None = None) -> str:
+    """What a command (or a line for the shell) that runs tshark prints, if it has nothing to complain of."""
+    assert shutil.which("tshark"), (
+        "tshark is missing: tests/setup.sh installs it (Debian: apt install tshark)"
+    )
     done = subprocess.run(
-        [*command, *options],
+        command,
+        shell=isinstance(command, str),
+        cwd=ROOT if user is None else home,
+        # not the scripts of whoever runs the test
+        env={**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home), "LC_ALL": "C.UTF-8"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env=environment,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
     )
-    said = [line for line in done.stderr.splitlines() if "Running as user" not in line]
-    assert done.returncode == 0, done.stderr
-    assert not said, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def tshark(path: Path, *options: str) -> dict[int, Row]:
+    """What the dissector sees, by frame; only fields that are there."""
+    command = [str(TSHARK), "-r", str(path), "-T", "fields", "-E", "aggregator=\x1f"]
+    command += [part for name in FIELDS for part in ("-e", name)]
     rows = {}
-    for line in done.stdout.splitlines():
+    for line in run([*command, *options], path.parent).splitlines():
         values = dict(zip(FIELDS, line.split("\t"), strict=False))
-        row = {name: value.split("\x1f") for name, value in values.items() if value}
+        row = {
+            name: [BOOLEANS.get(one, one) for one in value.split("\x1f")]
+            for name, value in values.items()
+            if value
+        }
         rows[int(row["frame.number"][0])] = row
     return rows
 
@@ -445,6 +450,39 @@ def test_inside_tls(tmp_path: Path) -> None:
     assert any(row["_ws.col.Protocol"] == ["TLSv1.3"] for row in blind.values())
 
 
+# -- the README ------------------------------------------------------------------------------------------
+
+NOBODY = 65534
+
+
+@pytest.mark.parametrize("user", ["this one", "nobody"])
+def test_the_readmes_commands(user: str) -> None:
+    """As they are printed: for who runs the tests (root reads what is closed to others), and for anybody."""
+    section = (ROOT / "README.md").read_text().partition("\n## Wireshark\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("examples/")]
+    assert len(lines) == 2
+    # pytest's own folders are closed to others, and so may be that of this checkout
+    with tempfile.TemporaryDirectory() as made:
+        home = Path(made)
+        shutil.copytree(ROOT / "examples", home / "examples")
+        capture = home / "psg.pcap"
+        tcp = Tcp(Endpoint(PSG, 40000), Endpoint(NSG, 5091))
+        for which, message in STREAM:
+            tcp.send(which, message.serialize())
+        write_pcap(capture, tcp.packets)
+        capture.chmod(0o600)
+        other = None
+        if user == "nobody" and os.geteuid() == 0:
+            other = NOBODY
+            home.chmod(0o755)
+            capture.chmod(0o644)
+        shown, fields = (run(line.replace("psg.pcap", str(capture)), home, user=other) for line in lines)
+    assert shown.count(" CXTP ") == len(STREAM)
+    assert [line.split("\t")[0] for line in fields.splitlines()] == [
+        str(int(message.TYPE)) for _, message in STREAM
+    ]
+
+
 # -- UPDATE_SPI ------------------------------------------------------------------------------------------
 
 SK_E, SK_A = bytes(range(0x10, 0x20)), bytes(range(0x30, 0x50))
@@ -512,8 +550,10 @@ def test_update_spi_in_decrypted_ike(tmp_path: Path, suite: str) -> None:
         malformed = got.pop("malformed", None)
         assert got == {name: [value] for name, value in wanted.items()}, number
         assert bool(malformed) == (number in (6, 7))
-    assert f"UPDATE_SPI ESP {OLD.hex()} -> {NEW.hex()}" in rows[1]["_ws.col.Info"][0]
-    assert "busy with a rekey" in rows[4]["_ws.col.Info"][0]
+    # as it is shown: what is added to a column after a message is dissected is not in the field since 4.4
+    shown = run([str(TSHARK), "-r", str(path), "-o", table], tmp_path).splitlines()
+    assert shown[0].endswith(f" UPDATE_SPI ESP {OLD.hex()} -> {NEW.hex()}")
+    assert shown[3].endswith("busy with a rekey")
     every = [values["notify"] for _, values in NOTIFIES if values]
     assert rows[len(messages)]["update_spi.notify"] == every
     assert not any("update_spi.notify" in row for row in tshark(path).values()), (
