@@ -198,10 +198,22 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
     show_default=True,
     help="update: tell the mobile node the other gateway's address; keep: the address moves along by itself.",
 )
+@click.option(
+    "--no-detour",
+    is_flag=True,
+    help="Send no packets on that still arrive here: they are dropped. The network itself finds the way.",
+)
 @json_option
 @click.pass_obj
 def transfer(
-    setup: Setup[Config], /, to: str, dry_run: bool, address: str, as_json: bool, **names: Any
+    setup: Setup[Config],
+    /,
+    to: str,
+    dry_run: bool,
+    address: str,
+    no_detour: bool,
+    as_json: bool,
+    **names: Any,
 ) -> int:
     """Move IKE_SAs, with their CHILD_SAs, to another gateway. Without a name: the one there is."""
     query = {
@@ -209,6 +221,7 @@ def transfer(
         **selection(**names),
         "dry-run": "yes" if dry_run else None,
         "address": address,
+        "no-detour": "yes" if no_detour else None,
     }
     return moved(setup, "transfer", query, as_json, dry_run)
 
@@ -283,6 +296,29 @@ def selection(
 def status(setup: Setup[Config], as_json: bool) -> None:
     """The agent, charon, the peers, and transfers that are open."""
     show_answer(setup.ask("status"), as_json)
+
+
+@cli.command(short_help="SAs that left this gateway, and where their packets go.")
+@click.option("--end", metavar="SA", help="Send nothing on any more for this one: SPIi:SPIr, or its peer.")
+@click.option("--unblock", is_flag=True, help="With --end: do not drop its packets either.")
+@json_option
+@click.pass_obj
+def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool) -> None:
+    """SAs that left this gateway: where they are, and what becomes of packets that still arrive for them.
+
+    They are sent on as long as the other gateway serves the SA; what cannot be is dropped, until the address
+    is used here again.
+    """
+    if unblock and end is None:
+        raise UsageError("--unblock needs --end", hint="name the SA whose packets may leave in the clear")
+    query = {"end": end, "unblock": "yes" if unblock else None}
+    items: list[dict[str, Any]] = setup.ask("detours", query)["detours"]
+    if as_json:
+        show_json(items)
+        return
+    from .progress import show_detours
+
+    show_detours(items)
 
 
 @cli.command()

@@ -107,11 +107,16 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionConfig:
-    """[connections.NAME]: what VICI does not tell about charon's connection NAME."""
+    """[connections.NAME]: what VICI does not tell about charon's connection NAME.
+
+    `announces`: its updown script has the network send packets for a mobile node to the gateway that serves
+    it, so that a move needs no detour.
+    """
 
     name: str
     updown: str | None = None
     handover_to: str | None = None
+    announces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,11 +320,12 @@ def _by_packet(table: Table) -> ByPacketConfig:
 
 
 def _connection(name: str, table: Table) -> ConnectionConfig:
-    table.only("updown", "handover_to")
+    table.only("updown", "handover_to", "announces")
     return ConnectionConfig(
         name=name,
         updown=table.value("updown", a_text, None),
         handover_to=table.value("handover_to", a_name, None),
+        announces=table.value("announces", yes_or_no, False),
     )
 
 

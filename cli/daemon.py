@@ -38,6 +38,7 @@ from vici_bridge.vici_codec import Message, with_json
 from . import __version__, service
 from .announcements import Announcements
 from .config import Config
+from .detours import find, need_ways
 from .movers import MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .views import charon_json, chosen, sa_name, view_json
@@ -140,6 +141,7 @@ class Agent:
                 "cancel": self.cancel,
                 "reclaim": self.reclaim,
                 "updown": self.updown,
+                "detours": self.detours,
             },
             streamed={
                 "list-contexts": "list-context",
@@ -262,6 +264,7 @@ class Agent:
             "spis": self._config.charon.spi_max - self._config.charon.spi_min + 1,
             **{key: value for key, value in self._gateway.status().items() if key != "name"},
         }
+        answer["detours"] = [row.to_json() for row in self._host.away.listing()]
         if self._servers:
             places = [server.address for server in self._servers]
             answer["listening"] = [{"host": host, "port": port} for host, port in places]
@@ -286,21 +289,26 @@ class Agent:
         address = request.get("address", "update")
         if address not in ("update", "keep"):
             raise UsageError(f"address is update or keep, not {address!r}")
-        names = await self._select(request)
+        views = await self._host.views()
+        names = chosen(views, request, self._plain_peers)
+        no_detour = request.get("no-detour") == "yes"
+        if not no_detour and any(peer.name == to for peer in self._peers):
+            need_ways(views, names, to, self._host.away.way, self._config.connections)
         queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
-        work = asyncio.create_task(
-            self._gateway.transfer_all(
-                names,
-                to,
-                address=address,
-                dry_run=request.get("dry-run") == "yes",
-                parallel=self._config.transfer.concurrency,
-                progress=queue.put_nowait,
+        with self._host.away.without_detour(names if no_detour else ()):
+            work = asyncio.create_task(
+                self._gateway.transfer_all(
+                    names,
+                    to,
+                    address=address,
+                    dry_run=request.get("dry-run") == "yes",
+                    parallel=self._config.transfer.concurrency,
+                    progress=queue.put_nowait,
+                )
             )
-        )
-        async for event in service.until_done(work, queue):
-            yield _event_json(event)
-        yield _reports(await work)
+            async for event in service.until_done(work, queue):
+                yield _event_json(event)
+            yield _reports(await work)
 
     async def pull(self, request: Message) -> AsyncIterator[Message]:
         from_ = request.get("from", "")
@@ -343,6 +351,13 @@ class Agent:
     async def reclaim(self, request: Message) -> Message:
         report = await self._gateway.reclaim(request.get("transfer", ""))
         return with_json(report.to_json())
+
+    async def detours(self, request: Message) -> Message:
+        """What left this gateway; with `end`, nothing is sent on any more for the SA of that name."""
+        away, name = self._host.away, request.get("end", "")
+        if name:
+            away.end(find(away.listing(), name), unblock=request.get("unblock") == "yes")
+        return with_json({"detours": [row.to_json() for row in away.listing()]})
 
     async def updown(self, request: Message) -> Message:
         """The hook's word. A connection with `handover_to` is handed over when its MN leaves.

@@ -135,3 +135,25 @@ def show_history(items: Sequence[Mapping[str, Any]]) -> None:
     render.table(
         ("when", "role", "with", "mobile node", "result", "detail", "transfer"), rows, styles=RESULT_STYLES
     )
+
+
+def show_detours(items: Sequence[Mapping[str, Any]]) -> None:
+    """Those that left first in front."""
+    if not items:
+        print("no SA has left this gateway")
+        return
+    rows = [
+        (
+            item.get("mn") or "not known",
+            item.get("stage"),
+            item.get("at") or "not known",
+            item.get("prefixes"),
+            item.get("via"),
+            item.get("blocked"),
+            render.when(item.get("since")) if item.get("since") else "not known",
+            ":".join(item.get("sa") or ()),
+        )
+        for item in items
+    ]
+    headers = ("mobile node", "stage", "at", "sent on", "by way of", "else blocked", "since", "SPIs")
+    render.table(headers, rows, styles={"ended": "yellow"})

@@ -75,6 +75,20 @@ class StandIn:
         self.loop.close()
 
 
+LEFT = {
+    "sa": ["00" * 7 + "01", "00" * 7 + "02"],
+    "mn": "mn@example.org",
+    "stage": "away",
+    "at": "nsg",
+    "given_to": "nsg",
+    "epoch": 1,
+    "since": 1700000000.0,
+    "prefixes": ["10.4.0.10/32"],
+    "via": ["10.3.0.3"],
+    "blocked": ["10.3.0.0/24 -> 10.4.0.10/32"],
+}
+
+
 class Agent(StandIn):
     """A gateway's agent."""
 
@@ -95,6 +109,7 @@ class Agent(StandIn):
                 "cancel": self.cancel,
                 "reclaim": self.cancel,
                 "updown": self.updown,
+                "detours": self.detours,
             },
             {
                 "list-contexts": "list-context",
@@ -134,6 +149,10 @@ class Agent(StandIn):
     async def cancel(self, request: Message) -> Message:
         self.asked.append(("cancel", request))
         return {}
+
+    async def detours(self, request: Message) -> Message:
+        self.asked.append(("detours", request))
+        return with_json({"detours": [LEFT]})
 
     async def updown(self, request: Message) -> Message:
         self.asked.append(("updown", request))

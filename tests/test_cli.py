@@ -132,6 +132,12 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
     assert cli.json("cancel", "t1") == (0, {"ok": True})
     assert cli("reclaim", "t1", "--yes")[1] == "done\n"
     assert cli.agent.asked[-1] == ("cancel", {"transfer": "t1"})
+    assert "10.4.0.10/32" in cli("detours")[1]
+    (left,) = cli.json("detours", "--end", "mn@example.org", "--unblock")[1]
+    assert left["at"] == "nsg"
+    assert cli.agent.asked[-1] == ("detours", {"end": "mn@example.org", "unblock": "yes"})
+    cli("transfer", "--to", "nsg", "--no-detour")
+    assert cli.agent.asked[-1][1]["no-detour"] == "yes"
 
 
 def test_no_agent_and_no_configuration(
@@ -178,6 +184,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         "show",
         "transfer",
         "status",
+        "detours",
         "history",
         "doctor",
         "resync",

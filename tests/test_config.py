@@ -68,6 +68,7 @@ esp = "libipsec"
 [connections.home]
 updown = "/usr/lib/ipsec/_updown"
 handover_to = "nsg"
+announces = true
 
 [connections."with.dot"]
 
@@ -114,6 +115,7 @@ def test_full() -> None:
     )
     assert config.transfer.concurrency == 4
     assert config.connections["home"].handover_to == "nsg"
+    assert config.connections["home"].announces and not config.connections["with.dot"].announces
     assert config.connections["with.dot"].updown is None
     nsg, third = config.peers
     assert nsg.may_push and nsg.may_pull and nsg.forward_via == (ip_address("10.0.0.3"),)

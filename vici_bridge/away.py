@@ -13,9 +13,11 @@ the kernel what the store says, after a crash at any moment, a reboot, or a flus
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -56,6 +58,7 @@ class Away:
         self._ways = ways
         self._wall = wall
         self._rows: dict[str, Departure] = {}
+        self._direct: Counter[SaName] = Counter()
 
     def load(self) -> None:
         """Read the store; what cannot be read is logged and left there."""
@@ -73,6 +76,16 @@ class Away:
         """Index of the device by which packets for `prefix` get to that peer now; 0: there is no way."""
         return self._detour.device_to(prefix, self._ways.get(to, ()))
 
+    @contextlib.contextmanager
+    def without_detour(self, sas: Iterable[SaName]) -> Iterator[None]:
+        """Whichever of these leaves meanwhile: its packets are not sent on, the operator wants it so."""
+        names = list(sas)
+        self._direct.update(names)
+        try:
+            yield
+        finally:
+            self._direct.subtract(names)
+
     # An SA leaves, or is taken back.
 
     def leave(self, context: IkeContext, to: str, policies: Iterable[KernelPolicy]) -> None:
@@ -89,7 +102,7 @@ class Away:
             epoch=context.epoch + 1,
             since=self._wall(),
             stage=Stage.LEAVING,
-            prefixes=tuple(dict.fromkeys(detourable(context))),
+            prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
             blocks=tuple(block_of(policy) for policy in policies),
             closed=tuple(remote) if self._kernel is None else (),
         )
@@ -110,8 +123,8 @@ class Away:
         if row is None or row.stage is not Stage.LEAVING:
             return
         self._keep(row.told(News.LEFT))
-        if row.empty:
-            log.info("%s: it has no addresses behind it that could be sent on", row.mn)
+        if not row.prefixes:
+            log.info("%s: its packets are not sent on to %s", row.mn, row.at)
         elif row.sent_on:
             places = " or ".join(map(str, row.via))
             log.info("%s: packets for it are sent on by way of %s (%s)", row.mn, row.at, places)

@@ -1,0 +1,79 @@
+"""SAs that left this gateway, as commands name them; and whether packets of others could be sent on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from ipaddress import ip_network
+
+from ikectx.errors import UnknownSaError, UsageError
+from ikectx.ports import SaName
+from vici_bridge.charon import SaView
+from vici_bridge.departures import Departure
+
+from .config import ConnectionConfig
+
+
+def need_ways(
+    views: Iterable[SaView],
+    chosen: Collection[SaName],
+    to: str,
+    way: Callable[[str, str], int],
+    connections: Mapping[str, ConnectionConfig],
+) -> None:
+    """Refuse, before anything is done, to move SAs whose packets would be dropped here afterwards.
+
+    `way`: device by which packets for a prefix get to a peer, 0: none. Where the connection `announces`, the
+    network sends them there by itself. The mobile node's outer address, as in transport mode, and 0.0.0.0/0
+    are never sent on. Errors: UsageError.
+    """
+    stuck = [
+        (view, prefix)
+        for view in views
+        if view.spis in chosen and not _announces(connections, view.name)
+        for prefix in _inner(view)
+        if not way(prefix, to)
+    ]
+    if not stuck:
+        return
+    view, prefix = stuck[0]
+    more = len({one.spis for one, _ in stuck}) - 1
+    others = f", and for {more} other{'s' if more > 1 else ''}" if more else ""
+    raise UsageError(
+        f"there is no way from here to {to} for packets of {view.remote_id} ({prefix}){others}: those that "
+        "still arrive here after the move would be dropped; nothing was moved",
+        hint=f"set forward_via for [[peer]] {to} to its inner address, on a network of this gateway; or set "
+        f"announces = true for [connections.{view.name}], if its updown script has the network send them to "
+        f"{to}; or say --no-detour, if the network does so by other means",
+    )
+
+
+def find(departures: Iterable[Departure], text: str) -> SaName:
+    """The one that left and has that name: SPIi:SPIr, or its mobile node's identity.
+
+    Errors: UnknownSaError.
+    """
+    found = [one for one in departures if text in (one.mn, ":".join(part.hex() for part in one.sa))]
+    if len(found) != 1:
+        raise UnknownSaError(
+            f"{len(found) or 'no'} SA{'' if len(found) == 0 else 's'} of that name left this gateway: {text}",
+            hint="`ikectx detours` lists those that did; name one as SPIi:SPIr",
+        )
+    return found[0].sa
+
+
+def _announces(connections: Mapping[str, ConnectionConfig], name: str) -> bool:
+    found = connections.get(name)
+    return found is not None and found.announces
+
+
+def _inner(view: SaView) -> list[str]:
+    """Prefixes of its mobile node that could be sent on."""
+    found = []
+    for text in (text for child in view.children for text in child.remote_ts):
+        try:
+            network = ip_network(text.split("[", 1)[0])
+        except ValueError:
+            continue  # a range: sent on as several prefixes, and refused with none of them
+        if network.prefixlen and view.remote.address not in network:
+            found.append(str(network))
+    return found
