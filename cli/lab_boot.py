@@ -13,9 +13,12 @@ import compileall
 import contextlib
 import importlib.util
 import os
+import re
 import secrets
 import shlex
+import shutil
 import signal
+import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +33,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 PACKAGES = {"ikectx": "ikectx", "vici_bridge": "vici_bridge", "mobike_ext": "mobike_ext", "ikectx_cli": "cli"}
 """The project's packages, and the folder of each below `CHECKOUT`."""
+
+FOLDERS = Path("/tmp")  # noqa: S108  a UML guest's memory may be there, and a unix socket's path is short
+"""Where guests and runs have their folders."""
 
 KEPT_LINES = 12
 """Lines of a console that are told when a guest does not start."""
@@ -189,6 +195,24 @@ async def _end(process: asyncio.subprocess.Process, gently: float) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
+
+
+@contextlib.contextmanager
+def own_folder(kind: str, where: Path = FOLDERS) -> Iterator[Path]:
+    """A folder for as long as it is used; its name has this process, so that `sweep` knows whose it was."""
+    with tempfile.TemporaryDirectory(prefix=f"ikl-{kind}-{os.getpid()}-", dir=where) as path:
+        yield Path(path)
+
+
+def sweep(where: Path = FOLDERS) -> list[str]:
+    """Removes the folders that killed processes left; returns their names."""
+    gone = []
+    for path in sorted(where.glob("ikl-*-*-*")):
+        owner = re.fullmatch(r"ikl-[a-z]+-([0-9]+)-.*", path.name)
+        if owner is not None and not Path("/proc", owner[1]).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            gone.append(path.name)
+    return gone
 
 
 def byte_code() -> None:

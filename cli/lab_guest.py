@@ -15,7 +15,7 @@ from pathlib import Path
 from ikectx.errors import KernelError, UsageError
 
 from . import lab_qemu, lab_uml
-from .lab_boot import CHECKOUT, Boot, Job, NotStartedError, Output, run
+from .lab_boot import CHECKOUT, Boot, Job, NotStartedError, Output, run, sweep
 from .lab_net import has_kernel_esp, load_modules
 
 WAYS = ("host", "uml", "qemu")
@@ -115,6 +115,7 @@ _BOOTS = {"host": _here, "uml": lab_uml.boot, "qemu": lab_qemu.boot}
 def run_job(guest: str, job: Job, output: Output, say: Say) -> int:
     """Runs one job in a guest (of `WAYS`, or auto); returns its exit status. Raises IkectxError."""
     check(guest, job.clock, job.root, job.cpus)
+    sweep()
     return asyncio.run(boot(ways(guest, job, means(job.clock)), job, output, say))
 
 

@@ -20,7 +20,18 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from .lab_boot import CHECKOUT, SYSTEM_PATH, Boot, Job, Marks, NotStartedError, Output, byte_code, run
+from .lab_boot import (
+    CHECKOUT,
+    SYSTEM_PATH,
+    Boot,
+    Job,
+    Marks,
+    NotStartedError,
+    Output,
+    byte_code,
+    own_folder,
+    run,
+)
 from .lab_net import MODULES
 
 BOOT_PATIENCE = 120.0
@@ -102,9 +113,9 @@ async def boot(job: Job, output: Output) -> int:
         raise NotStartedError("no virtual machine can boot here, missing: " + ", ".join(lacks))
     byte_code()
     async with _alone():
-        with tempfile.TemporaryDirectory(prefix="ikl-vm-") as own:
-            words, marks = command_line(job, Path(own)), Marks()
-            Path(own, "inside").write_text(inside(job, marks))  # noqa: ASYNC240  some lines
+        with own_folder("qemu") as own:
+            words, marks = command_line(job, own), Marks()
+            (own / "inside").write_text(inside(job, marks))
             if kvm_works():
                 fast = [*words, "--cpus", str(job.cpus or min(4, os.cpu_count() or 1))]
                 try:
@@ -125,7 +136,7 @@ def command_line(job: Job, own: Path) -> list[str]:
     return [*words, f"--rwdir={own}", *([f"--rwdir={job.shared}"] if job.shared else [])]
 
 
-def _boot(words: list[str], own: str, marks: Marks, patience: float) -> Boot:
+def _boot(words: list[str], own: Path, marks: Marks, patience: float) -> Boot:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', SYSTEM_PATH)}"
     what = f"the virtual machine ({find_kernel()})"

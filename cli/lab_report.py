@@ -230,6 +230,24 @@ def _row(name: str, one: Mapping[str, Any], gateways: str) -> list[str]:
     ]
 
 
+def label(report: Mapping[str, Any]) -> str:
+    """The name of a run: its scenario's, with its number where that ran several times."""
+    return f"{report['scenario']}-{report['run']}" if report.get("run") else str(report["scenario"])
+
+
+def repeated(reports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of scenarios that ran several times, a line for each that failed: how often, and in which runs."""
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        if report.get("run"):
+            runs.setdefault(report["scenario"], []).append(report)
+    lines = []
+    for name, ran in runs.items():
+        if failed := [str(one["run"]) for one in ran if not one["ok"]]:
+            lines.append(f"{name}: {len(failed)} of {len(ran)} runs failed ({', '.join(failed)})")
+    return lines
+
+
 def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     """The tables of one report (its JSON form), for a terminal."""
     from rich.table import Table
@@ -238,7 +256,7 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = []
     if report.get("traffic") or report["baseline"]:
         columns = ("way", "lost", "longest gap", "messages on the air", "octets", "between gateways")
-        table = Table(*columns, title=f"{report['scenario']}: {report['description']}")
+        table = Table(*columns, title=f"{label(report)}: {report['description']}")
         if report.get("traffic"):
             traffic, air, gateways = report["traffic"], report["air"], report["gateways"]
             between = f"{gateways['messages']} messages, {gateways['octets']} octets" if gateways else ""
@@ -274,6 +292,8 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if report.get("ratio"):
         lines.append(f"interruption: 1 to {report['ratio']} against the faster of the ways of today")
     where = f"strongSwan {report['strongswan']}, ESP: {report['esp']}, {report['seconds']} s"
+    if report.get("guest"):
+        where += f", guest {report['guest']}, {report['clock']} time"
     lines.append(("ok" if report["ok"] else f"FAILED: {report.get('error', '')}") + f" ({where})")
     lines += [f"note: {warning}" for warning in report.get("warnings", [])]
     shown.append(Text("\n".join(lines)))
@@ -291,7 +311,7 @@ def summary(reports: Sequence[Mapping[str, Any]]) -> RenderableType:
         traffic, air, gateways = one.get("traffic"), one.get("air"), one.get("gateways")
         result = "ok" if one["ok"] else f"FAILED: {' '.join(str(one.get('error', '')).split())[:160]}"
         table.add_row(
-            one["scenario"],
+            label(one),
             f"skipped: {one['skipped']}" if one.get("skipped") else result,
             f"{traffic['lost']} of {traffic['sent']}" if traffic else "",
             f"{traffic['longest_gap_ms']:.0f} ms" if traffic else "",

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,14 +20,11 @@ from typing import Any
 from ikectx.errors import IkectxError, KernelError
 
 from . import lab_guest, lab_hosts, lab_qemu, lab_scenario
-from .lab_boot import CHECKOUT, PACKAGES, Job, NotStartedError, byte_code, tidy
+from .lab_boot import CHECKOUT, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
 from .lab_report import Report
 from .lab_run import run_here
 
 Say = Callable[[str], None]
-
-PREFIX = "ikl-run-"
-"""Of the folders of runs, in `lab_hosts.ROOT`."""
 
 UNFINISHED = "did not run to its end"
 
@@ -168,13 +164,13 @@ def run(request: Request, say: Say, found: dict[int, dict[str, Any]] | None = No
     """
     check(request)
     for name in [*lab_hosts.sweep(), *sweep()]:
-        say(f"removed what was left of lab {name}")
+        say(f"removed what was left of {name}")
     found = {} if found is None else found
     ways = guests(request)
     interpreter = sys.executable if request.root == "/" else lab_guest.python(Path(request.root))
     byte_code()
-    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=lab_hosts.ROOT) as folder:
-        share = Share.make(Path(folder), request)
+    with own_folder("run") as shared:
+        share = Share.make(shared, request)
         try:
             asyncio.run(_side_by_side(request, ways, share, interpreter, say))
         finally:
@@ -250,26 +246,16 @@ def complete(request: Request, found: Mapping[int, dict[str, Any]]) -> list[dict
     ]
 
 
-def sweep() -> list[str]:
-    """Removes folders that killed runs left; returns their names."""
-    gone = []
-    for path in lab_hosts.ROOT.glob(f"{PREFIX}*-*"):
-        owner = path.name.removeprefix(PREFIX).split("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists():
-            shutil.rmtree(path, ignore_errors=True)
-            gone.append(path.name)
-    return gone
-
-
 def show(reports: Sequence[dict[str, Any]]) -> None:
     """Prints reports for people: each by itself, or a line each when there are many."""
     from rich.console import Console
 
-    from .lab_report import summary, tables
+    from .lab_report import repeated, summary, tables
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     if len(reports) > 2:
         console.print(summary(reports))
+        console.print("\n".join(repeated(reports)), end="")
         return
     for report in reports:
         for part in tables(report):

@@ -14,13 +14,12 @@ import hashlib
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from ikectx.errors import KernelError
 
-from .lab_boot import CHECKOUT, SYSTEM_PATH, Boot, Job, Marks, Output, run
+from .lab_boot import CHECKOUT, SYSTEM_PATH, Boot, Job, Marks, Output, own_folder, run
 
 CONFIGURATIONS = {
     "real": ("small.config", "smp.config"),
@@ -135,8 +134,8 @@ async def boot(job: Job, output: Output) -> int:
     if kernel is None:
         raise KernelError(f"no UML kernel with {job.clock} time is built", hint="tests/uml.sh builds it")
     marks = Marks()
-    with tempfile.TemporaryDirectory(prefix="ikl-uml-") as own:
-        return await run(_boot(kernel, job, marks, Path(own)), output)
+    with own_folder("uml") as own:
+        return await run(_boot(kernel, job, marks, own), output)
 
 
 def _boot(kernel: Path, job: Job, marks: Marks, own: Path) -> Boot:

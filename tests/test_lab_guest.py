@@ -12,7 +12,7 @@ import pytest
 
 from ikectx.errors import KernelError, UsageError
 from ikectx_cli import lab_guest, lab_qemu, lab_uml
-from ikectx_cli.lab_boot import Boot, Job, Marks, NotStartedError, run
+from ikectx_cli.lab_boot import Boot, Job, Marks, NotStartedError, own_folder, run, sweep
 
 JOB = Job(("true",))
 NOTHING = lab_guest.Means(esp=False, uml=False, qemu_lacks=("file (Debian package)",))
@@ -175,6 +175,18 @@ def test_the_virtual_machine_caches_all_that_python_starts_from(monkeypatch: pyt
 def test_what_a_virtual_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     assert {"file (Debian package)", "busybox-static (Debian package)"} <= set(lab_qemu.missing())
+
+
+# -- folders ------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    for name in ("ikl-run-999999999-x", "ikl-uml-999999999-y", "ikl-default", "ikl-a-lab-name"):
+        (tmp_path / name).mkdir()
+    with own_folder("run", tmp_path) as mine:
+        assert sweep(tmp_path) == ["ikl-run-999999999-x", "ikl-uml-999999999-y"]
+        assert mine.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ikl-a-lab-name", "ikl-default"]
 
 
 # -- a boot -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ikectx_cli.lab_measure import Direction, Traffic
-from ikectx_cli.lab_report import Report, summary, tables
+from ikectx_cli.lab_report import Report, label, repeated, summary, tables
 from ikectx_cli.lab_scenario import Scenario
 
 KEYS = {"scenario", "ok", "esp", "strongswan", "same_spis", "same_keys", "traffic", "air", "gateways"}
@@ -134,3 +134,15 @@ def test_a_scenario_that_could_not_run() -> None:
     assert not failed.ok and failed.as_json()["error"] == "no kernel"
     assert skipped.ok and skipped.as_json()["skipped"] == "needs kernel ESP"
     assert "no kernel" in shown(failed) and "needs kernel ESP" in shown(skipped)
+
+
+def test_which_of_many_runs_failed() -> None:
+    told = [
+        {**Report(name, ok=number != 2).as_json(), "run": number}
+        for name in ("pull", "left")
+        for number in (1, 2, 3)
+        if name == "pull" or number != 2
+    ]
+    assert repeated(told) == ["pull: 1 of 3 runs failed (2)"]
+    assert repeated([Report("pull").as_json()]) == []
+    assert [label(told[1]), label(Report("pull").as_json())] == ["pull-2", "pull"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,11 +167,3 @@ def test_esp_in_user_space_needs_no_guest() -> None:
     assert lab_start.guests(Request(NAMES, "libipsec")) == ("host",)
     with pytest.raises(UsageError, match="--guest host has no virtual time"):
         lab_start.check(Request(NAMES, "libipsec", clock="virtual"))
-
-
-def test_the_folder_of_a_killed_run_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab_start.lab_hosts, "ROOT", tmp_path)
-    for name in (f"ikl-run-{os.getpid()}-x", "ikl-run-999999999-x", "ikl-default"):
-        (tmp_path / name).mkdir()
-    assert lab_start.sweep() == ["ikl-run-999999999-x"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ikl-default", f"ikl-run-{os.getpid()}-x"]
