@@ -238,6 +238,15 @@ def scenarios(as_json: bool) -> None:
     help="Without what only figures need: the ways of today, and on an emulated CPU a fine probe.",
 )
 @click.option("--logs", type=click.Path(file_okay=False), default="", help="Keep logs in this folder.")
+@click.option(
+    "--trace",
+    "picture",
+    metavar="[FILE.svg]",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    help="Draw each handover as a time line over all hosts; without FILE, or in a folder, as SCENARIO.svg.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON (several scenarios: a list).")
 @click.option("--quiet", is_flag=True, help="No progress on standard error.")
 def run(
@@ -253,6 +262,7 @@ def run(
     repeat: int,
     brief: bool,
     logs: str,
+    picture: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -262,10 +272,12 @@ def run(
     """
     chosen = lab_scenario.neighbours(lab_scenario.names()) if every else names
     wanted = [name for name in chosen for _ in range(repeat)]
+    if picture is not None:
+        _traces_to(picture, len(wanted))
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
     request = lab_start.Request(
-        tuple(wanted), esp, guest, clock, str(root), cpus or 0, jobs, delay, logs, brief
+        tuple(wanted), esp, guest, clock, str(root), cpus or 0, jobs, delay, logs, brief, picture is not None
     )
     single = len(wanted) == 1 and not every
     found: dict[int, dict[str, Any]] = {}
@@ -277,8 +289,35 @@ def run(
             _tell(lab_start.complete(request, found), as_json, single=single)
         raise
     _tell(reports, as_json, single=single)
+    if picture is not None:
+        _draw(reports, picture)
     if not all(report["ok"] for report in reports):
         click.get_current_context().exit(1)
+
+
+def _draw(reports: Sequence[dict[str, Any]], where: str) -> None:
+    """Writes the time lines of each run that has some, to a file or into a folder. Errors: UsageError."""
+    from .lab_timeline import picture
+    from .lab_trace import TimeLine
+
+    found = [report for report in reports if report.get("trace")]
+    if not found:
+        raise UsageError("no handover ran that could be drawn", hint="a time line needs `traffic start`")
+    for report in found:
+        again = f"-{report['run']}" if "run" in report else ""
+        path = Path(where) if where.endswith(".svg") else Path(where, f"{report['scenario']}{again}.svg")
+        there = f"{report['guest']}, {report['clock']} time, strongSwan {report['strongswan']}"
+        _write(path, picture((TimeLine.from_json(line) for line in report["trace"]), there))
+
+
+def _traces_to(where: str, runs: int) -> None:
+    """Can time lines be written there? Said before anything runs. Errors: UsageError."""
+    folder = Path(where).parent if where.endswith(".svg") else Path(where)
+    if where.endswith(".svg") and runs > 1:
+        raise UsageError(f"--trace {where}: {runs} runs need a folder, not a file")
+    if not folder.is_dir():
+        hint = "a scenario's name goes before --trace" if where in lab_scenario.names() else ""
+        raise UsageError(f"--trace {where}: there is no folder {folder}", hint=hint)
 
 
 def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> None:

@@ -1,12 +1,19 @@
-"""Notes the IKE and CXTP messages on a host's interfaces.
+"""Notes the IKE and CXTP messages on a host's interfaces, or who asks there for a neighbour's address.
 
     python -I -S lab_capture.py
 
-A line on standard input is a run: INTERFACE,INTERFACE... OUTPUT; OUTPUT.ready says that it has begun. A
-packet socket with a BPF program that lets IKE and CXTP through and neither ESP, ESP in UDP nor NAT
-keepalives. Runs until SIGTERM, then writes OUTPUT: a list of {time (ns, CLOCK_REALTIME), octets (of the whole
-IP packet), sent (leaving this interface), interface}, for IKE with {exchange (number), response, message_id,
-spi_i, fragment}, for CXTP with {cxtp (its message type, 0 where it cannot be read)}. Standard library only.
+A line on standard input is a run: messages|neighbours INTERFACE,INTERFACE... OUTPUT; OUTPUT.ready says that
+it has begun. Packet sockets with BPF programs, which let IKE and CXTP through and neither ESP, ESP in UDP nor
+NAT keepalives; or ARP (RFC 826) and neighbour discovery (RFC 4861) alone. Runs until SIGTERM, then writes
+OUTPUT: a list of {time (ns, CLOCK_REALTIME), sent (leaving this interface), interface}, each with
+
+    octets (of the whole IP packet), far (the other end's address), sum (a checksum of the UDP payload, by
+    which a packet is known again at another host), and
+        for IKE   exchange (number), response, message_id, spi_i, fragment
+        for CXTP  cxtp (its message type, 0 where it cannot be read)
+    neighbour (the address whose link address is asked for or told), asks
+
+Standard library only.
 """
 
 import ctypes
@@ -19,6 +26,7 @@ import socket
 import struct
 import sys
 import time
+import zlib
 
 EXCHANGES = {
     34: "IKE_SA_INIT",
@@ -32,6 +40,7 @@ EXCHANGES = {
 
 ETH_P_ALL = 3
 SO_ATTACH_FILTER = 26
+SO_TIMESTAMPNS = 35
 PAYLOAD_SKF = 53
 """Encrypted and authenticated fragment (RFC 7383)."""
 
@@ -49,6 +58,15 @@ PROGRAM = """
 40 0 0 40;21 0 3 4500;32 0 0 48;21 0 1 0;6 0 0 65535;6 0 0 0
 """
 """Classic BPF on a packet that starts at its IP header: code, jump if true, jump if false, value."""
+
+# EtherType (SKF_AD_PROTOCOL) 0x0806, or 0x86dd with ICMPv6 of type 135 or 136. A socket for one EtherType
+# alone would not be given what is sent.
+NEIGHBOURS = """
+40 0 0 4294963200;21 6 0 2054;21 0 6 34525;48 0 0 6;21 0 4 58;48 0 0 40;21 1 0 135;21 0 1 136;6 0 0 65535;
+6 0 0 0
+"""
+KINDS = {"messages": PROGRAM, "neighbours": NEIGHBOURS}
+"""What a run can note, and the filter for it."""
 
 
 def parse(packet: bytes) -> dict[str, int | str | bool] | None:
@@ -86,8 +104,29 @@ def parse(packet: bytes) -> dict[str, int | str | bool] | None:
     }
 
 
-def _attach(packets: socket.socket) -> None:
-    words = [tuple(int(word) for word in line.split()) for line in PROGRAM.replace("\n", "").split(";")]
+def known_again(packet: bytes, *, sent: bool) -> dict[str, int | str]:
+    """A packet's other end, and a checksum that it has on every host. For packets that `parse` reads."""
+    four = packet[0] >> 4 == 4
+    size, source = (4, 12) if four else (16, 8)
+    start = source + size if sent else source
+    payload = ((packet[0] & 15) * 4 if four else 40) + 8
+    far = socket.inet_ntop(socket.AF_INET if four else socket.AF_INET6, packet[start : start + size])
+    return {"far": far, "sum": zlib.crc32(packet[payload:])}
+
+
+def parse_neighbour(packet: bytes) -> dict[str, int | str | bool] | None:
+    """What an ARP packet for IPv4, or a neighbour solicitation or advertisement, says; None for others."""
+    if packet[:1] == b"\x00" and len(packet) >= 28 and packet[2:6] == b"\x08\x00\x06\x04":
+        asks = packet[7] == 1
+        address = packet[24:28] if asks else packet[14:18]
+        return {"neighbour": socket.inet_ntop(socket.AF_INET, address), "asks": asks}
+    if len(packet) >= 64 and packet[0] >> 4 == 6 and packet[6] == 58 and packet[40] in (135, 136):
+        return {"neighbour": socket.inet_ntop(socket.AF_INET6, packet[48:64]), "asks": packet[40] == 135}
+    return None
+
+
+def _attach(packets: socket.socket, program: str) -> None:
+    words = [tuple(int(word) for word in line.split()) for line in program.replace("\n", "").split(";")]
     code = b"".join(struct.pack("=HBBI", *line) for line in words)
     buffer = ctypes.create_string_buffer(code)
     # struct sock_fprog of linux/filter.h: a count, padding up to a pointer, the pointer
@@ -98,15 +137,16 @@ def _attach(packets: socket.socket) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        interfaces, output = line.split()
-        run(interfaces.split(","), output)
+        kind, interfaces, output = line.split()
+        run(kind, interfaces.split(","), output)
 
 
-def run(interfaces: list[str], output: str) -> None:
+def run(kind: str, interfaces: list[str], output: str) -> None:
     listening: list[socket.socket] = []
     for interface in interfaces:
         packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
-        _attach(packets)
+        _attach(packets, KINDS[kind])
+        packets.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         packets.bind((interface, ETH_P_ALL))
         packets.setblocking(False)
         listening.append(packets)
@@ -136,21 +176,32 @@ def run(interfaces: list[str], output: str) -> None:
     os.rename(output + ".part", output)
 
 
+def _stamp(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """The kernel's time of a packet, ns: this process may come to read it later."""
+    for _level, kind, value in ancillary:
+        if kind == SO_TIMESTAMPNS:
+            seconds, nanoseconds = struct.unpack("=qq", value[:16])
+            return int(seconds * 1_000_000_000 + nanoseconds)
+    return time.clock_gettime_ns(time.CLOCK_REALTIME)
+
+
 def _noted(packets: socket.socket) -> list[dict[str, int | str | bool]]:
     """All that waits at one socket. A link that is down says so once."""
     notes: list[dict[str, int | str | bool]] = []
     while True:
         try:
-            packet, source = packets.recvfrom(65535)
+            packet, ancillary, _flags, source = packets.recvmsg(65535, 64)
         except OSError as error:
             if error.errno == errno.ENETDOWN:
                 continue
             return notes
-        note = parse(packet)
+        note = parse_neighbour(packet) or parse(packet)
         if note is not None:
             note["interface"] = source[0]
-            note["time"] = time.clock_gettime_ns(time.CLOCK_REALTIME)
+            note["time"] = _stamp(ancillary)
             note["sent"] = source[2] == socket.PACKET_OUTGOING
+            if "neighbour" not in note:
+                note.update(known_again(packet, sent=bool(note["sent"])))
             notes.append(note)
 
 

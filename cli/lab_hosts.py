@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ikectx import trace
 from ikectx.errors import CharonError, IkectxError, KernelError, StateError, UsageError
 from vici_bridge.vici import CharonVici
 
@@ -34,6 +35,9 @@ DETOUR = 4067
 
 LOGS = ("charon.log", "agent.out", "updown.log")
 """Appended to by daemons and by the lab's updown script, in a host's folder."""
+
+TRACE = "trace.jsonl"
+"""In a host's folder, what its agent notes where `Lab.traced` is."""
 
 OF_SAS = r"(?m)^\s+(?:dir|proto \w+ spi) .*"
 """In what `ip xfrm` shows, SAs, and policies but those of sockets, which charon has for its own messages."""
@@ -58,6 +62,8 @@ class Lab:
     tunnel: Tunnel = field(default_factory=Tunnel)
     agents: bool = True
     keep: bool = False
+    traced: bool = False
+    """Do the agents note when each of their steps begins and ends (`ikectx.trace`)?"""
     warnings: list[str] = field(default_factory=list)
     started: dict[tuple[str, str], subprocess.Popen[bytes]] = field(default_factory=dict)
     _vici: dict[str, CharonVici] = field(default_factory=dict)
@@ -67,7 +73,7 @@ class Lab:
     # -- life -------------------------------------------------------------------------------
 
     @classmethod
-    def new(cls, name: str | None = None, *, delay_ms: float = 20.0) -> Lab:
+    def new(cls, name: str | None = None, *, delay_ms: float = 20.0, traced: bool = False) -> Lab:
         """A lab that is not up yet; without a name it gets one. Raises StateError when it exists."""
         name = name or secrets.token_hex(3)
         work = ROOT / f"ikl-{name}"
@@ -75,7 +81,7 @@ class Lab:
             work.mkdir(mode=0o755)
         except FileExistsError:
             raise StateError(f"a lab named {name} is there already", hint="ikectx lab down") from None
-        return cls(name, work, Net(f"ikl-{name}", delay_ms))
+        return cls(name, work, Net(f"ikl-{name}", delay_ms), traced=traced)
 
     @classmethod
     def find(cls, name: str) -> Lab:
@@ -395,6 +401,7 @@ class Lab:
             ),
             "LAB": str(self.work),
             "HOST": host,
+            **({trace.VARIABLE: f"{folder}/{TRACE}"} if self.traced else {}),
         }
 
     def command(

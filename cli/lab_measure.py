@@ -333,21 +333,29 @@ class Probe:
 
 
 class Capture:
-    """The IKE and CXTP messages on the mobile node's access links, both directions."""
+    """The IKE and CXTP messages on a host's links, both directions; by default the mobile node's access.
 
-    def __init__(self, lab: Lab) -> None:
+    `kind` neighbours: instead who asks there for whose link address (ARP, neighbour discovery).
+    """
+
+    def __init__(
+        self, lab: Lab, host: str = "mn", interfaces: str = "eth0,eth1", kind: str = "messages"
+    ) -> None:
         self._lab = lab
-        self._output = lab.work / "mn" / "capture.json"
+        self._host = host
+        self._name = "capture" if kind == "messages" else f"capture-{kind}"
+        self._words = [kind, interfaces, str(lab.work / host / f"{self._name}.json")]
+        self._output = Path(self._words[-1])
 
     def start(self) -> None:
         argv = [sys.executable, "-I", "-S", lab_capture.__file__]
-        _ask(self._lab, "mn", "capture", argv, ["eth0,eth1", str(self._output)])
-        _await(self._lab, "mn", "capture", Path(f"{self._output}.ready"))
+        _ask(self._lab, self._host, self._name, argv, self._words)
+        _await(self._lab, self._host, self._name, Path(f"{self._output}.ready"))
 
     def stop(self) -> list[dict[str, Any]]:
         """Everything noted since `start`."""
-        self._lab.started["mn", "capture"].terminate()
-        _await(self._lab, "mn", "capture", self._output)
+        self._lab.started[self._host, self._name].terminate()
+        _await(self._lab, self._host, self._name, self._output)
         notes: list[dict[str, Any]] = json.loads(self._output.read_text())
         return notes
 

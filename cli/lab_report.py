@@ -35,6 +35,8 @@ class Report:
     baseline: list[dict[str, Any]] = field(default_factory=list)
     ratio: float | None = None
     transfers: list[dict[str, Any]] = field(default_factory=list)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    """A time line of each handover (`lab_trace.TimeLine.as_json`), where that was asked for."""
     checks: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     error: str = ""
@@ -208,6 +210,7 @@ class Report:
             "mobile": self.mobile,
             "transfers": self.transfers if len(self.transfers) > 1 else [],
             "checks": self.checks,
+            "trace": self.trace,
             "warnings": self.warnings,
             "error": self.error,
         }

@@ -22,6 +22,7 @@ from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .lab_qemu import emulated
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
+from .lab_trace import Tracing, Window
 from .lab_twin import FRESH_OCTETS, Names, lines, twin
 
 SETTLE = 30.0
@@ -57,6 +58,9 @@ class Runner:
         self._children: set[str] = set()
         self._away = False
         self._cut = False
+        self._tracing: Tracing | None = None
+        self._asked_ns = 0
+        """When the handover under way was asked for."""
         self.report = Report(
             scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
         )
@@ -82,6 +86,7 @@ class Runner:
                     if step[0] not in ("wait", "traffic"):
                         self._settled()
                     getattr(self, f"_do_{step[0]}")(*step[1:])
+                    self._handed_over(" ".join(step))
             self._settled()
             self.report.add_clear(self._unwatch())
             for check in self._scenario.checks:
@@ -96,7 +101,8 @@ class Runner:
 
     def _abandon(self) -> None:
         """Ends probes that a failed step left running."""
-        for one in (*self._probes.values(), self._capture):
+        captures = () if self._tracing is None else self._tracing.captures.values()
+        for one in (*self._probes.values(), self._capture, *captures):
             if one is not None:
                 try:
                     one.stop()
@@ -170,9 +176,16 @@ class Runner:
 
     def _do_traffic(self, what: str) -> None:
         if what == "start":
+            if self._lab.traced:
+                self._tracing = Tracing(self._lab)
+                self._tracing.start()
             self._start_traffic()
             return
         traffic, notes = self._stop_traffic()
+        if self._tracing is not None:
+            lines = self._tracing.stop(notes, traffic["mn"].interval_ms)
+            self.report.trace = [line.as_json() for line in lines]
+            self._tracing = None
         self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns)
         self.report.others = {mobile: one.as_json(self._began_ns) for mobile, one in traffic.items()}
 
@@ -325,6 +338,13 @@ class Runner:
         """Keeps what must be the same after a transfer."""
         self._before = (self._snapshot("mn"), self._snapshot(source))
         self._children = self._names("mn", "child")
+        self._asked_ns = time.time_ns()
+
+    def _handed_over(self, step: str) -> None:
+        """After each step: where it was a handover, that is over."""
+        began, self._asked_ns = self._asked_ns, 0
+        if self._tracing is not None and began:
+            self._tracing.windows.append(Window(f"{self._scenario.name}: {step}", began, time.time_ns()))
 
     def _snapshot(self, host: str) -> Snapshot:
         return snapshot(self._lab, host, self._salt, "mn")
@@ -416,8 +436,11 @@ class Runner:
         return [sa["state"] for sa in sas] == ["ESTABLISHED"] and children == ["INSTALLED"]
 
     def _do_relocate(self) -> None:
+        began = time.time_ns()
         self._lab.net.relocate()
         self._away = not self._away
+        if self._tracing is not None:
+            self._tracing.changes.append(("mn changes its access network", began, time.time_ns()))
 
     def _do_cut(self, one: str, other: str) -> None:
         self._lab.net.cut(one, other)
@@ -526,11 +549,13 @@ def run_here(
     done: Callable[[Report], None],
     logs: Callable[[], Path] | None = None,
     delay_ms: float | None = None,
+    traced: bool = False,
 ) -> None:
     """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
 
     `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
-    the folder for what the daemons of the one under way have said.
+    the folder for what the daemons of the one under way have said. `traced`: with a time line of each
+    handover.
     """
     lab: Lab | None = None
     clean = disturbed = False
@@ -551,7 +576,8 @@ def run_here(
                 lab = None
             tell("daemons" if lab else "network and daemons")
             try:
-                lab = _prepared(lab, scenario, tunnel, wanted, clean=clean, disturbed=disturbed, say=tell)
+                new = partial(Lab.new, delay_ms=wanted, traced=traced)
+                lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
                 done(Report.failed(scenario, str(error)))
                 if lab is not None:
@@ -573,9 +599,9 @@ def run_here(
 
 def _prepared(
     lab: Lab | None,
+    new: Callable[[], Lab],
     scenario: Scenario,
     tunnel: Tunnel,
-    delay_ms: float,
     *,
     clean: bool,
     disturbed: bool,
@@ -586,7 +612,7 @@ def _prepared(
     Its daemons go on where the last scenario left them `clean` and this one does not ask for fresh ones.
     """
     if lab is None:
-        lab = Lab.new(delay_ms=delay_ms)
+        lab = new()
         try:
             lab.up(tunnel, agents=scenario.agents, overrides=scenario.overrides)
         except BaseException:

@@ -34,7 +34,8 @@ class Request:
     """What to run and how: `names` with one entry for each run; ESP by the kernel, or by charon (libipsec).
 
     `guest` is one of `lab_guest.WAYS`, or auto. `clock`, `root` and `cpus` are those of `Job`; `jobs` is how
-    many guests run side by side. `brief`: without what only figures need (`Scenario.brief`).
+    many guests run side by side. `brief`: without what only figures need (`Scenario.brief`). `trace`: with a
+    time line of each handover.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class Request:
     delay_ms: float | None = None
     logs: str = ""
     brief: bool = False
+    trace: bool = False
 
     def label(self, number: int) -> str:
         """The name of a run, for people and its logs: the scenario's, with a number where it runs often."""
@@ -285,6 +287,7 @@ def inside(share: Share, guest: int) -> None:
         done=done,
         logs=(lambda: share.folder / "logs" / request.label(current)) if request.logs else None,
         delay_ms=request.delay_ms,
+        traced=request.trace,
     )
 
 

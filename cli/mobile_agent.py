@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
 
+from ikectx import trace
 from ikectx.context import Address
 from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
 from ikectx.ports import SaName, Store
@@ -143,6 +144,7 @@ class MobileAgent:
             except IkectxError as error:
                 log.warning("handover to %s: %s", asked["to"], error)
 
+    @trace.spanned("addresses changed")
     def _addresses_changed(self) -> None:
         self.handovers.addresses_changed()
         self._spis.changed()

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from ikectx import trace
 from ikectx.errors import UsageError
 from ikectx.store import SqliteStore, open_store
 
@@ -49,6 +50,9 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         stream=sys.stderr,
     )
     os.umask(0o077)
+    if path := os.environ.get(trace.VARIABLE):
+        trace.begin(path)
+        log.warning("when each step begins and ends is written to %s", path)
     asyncio.run(_serve(state_dir, make))
     return 0
 

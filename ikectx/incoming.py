@@ -8,6 +8,7 @@ from dataclasses import replace as changed
 from ipaddress import ip_address
 from typing import Literal
 
+from . import trace
 from .context import Address, Endpoint, FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StateError
@@ -195,7 +196,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         try:
             if self.context is None:
                 raise StateError("the journal has no context for it")
-            await step(_STEPS[action], self._do[action](self.context), self.parts.timing)
+            with trace.about(self.stored.transfer_id):
+                await step(_STEPS[action], self._do[action](self.context), self.parts.timing)
         except IkectxError as error:
             if action is TargetAction.UNDO:
                 self._tries += 1

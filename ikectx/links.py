@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import trace
 from .context import Address
 from .cxtp import PORT, Ctd, Ctdr, Message, Pctd, StreamDecoder
 from .errors import ConfigError, LinkError, WireError
@@ -298,6 +299,7 @@ class Link:
         """Send; the message's octets. Errors: LinkError."""
         data = message.serialize()
         async with self._writing:
+            trace.message("sent", type(message).__name__, self.peer.name, len(data))
             await self._write(data)
         return len(data)
 
@@ -325,6 +327,7 @@ class Link:
             if self.error is not None:
                 raise self.error
             self._asked[message.mn].append(future)
+            trace.message("sent", type(message).__name__, self.peer.name, len(data))
             await self._write(data)
         return len(data), future
 
@@ -335,6 +338,7 @@ class Link:
             while data := await self._stream.read():
                 self._touched = self._loop.time()
                 for message in decoder.feed(data):
+                    trace.message("received", type(message).__name__, self.peer.name)
                     if not (isinstance(message, Ctdr) and self._answered(message)):
                         await self._arrived(self, message)
                 if decoder.error is not None:
@@ -411,7 +415,9 @@ class Links:
             link = self._open(peer.name)
             if link is not None:
                 return link
-            link = Link(await self._dial(peer), peer, self._arrived)
+            with trace.span("connect", "part"):
+                stream = await self._dial(peer)
+            link = Link(stream, peer, self._arrived)
             self._dialled[peer.name] = link
             task = asyncio.create_task(self._run(link), name=f"ikectx link to {peer.name}")
             self._tasks.add(task)

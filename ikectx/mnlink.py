@@ -13,11 +13,13 @@ import logging
 import random
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+from . import trace
 from .bypass import bypass
 from .clock import MonotonicClock
 from .context import Address, Endpoint
@@ -291,10 +293,13 @@ class _Run:
                 if moving is not None and moving.done():
                     handover.moved(moving.result(), now)
                 while self._received:
-                    handover.receive(*self._received.popleft(), now)
+                    with trace.span("check CTAA", "part"):
+                        handover.receive(*self._received.popleft(), now)
                 handover.handle_timer(now)
+                began = time.time_ns()
                 for octets, to in handover.to_send(now):
                     self._send(octets, to, bind)
+                    trace.ended("make CTAR", began, "part")
                 self._tell()
                 if handover.done:
                     return handover.outcome

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace as changed
 from typing import Any, Literal, TypeVar
 
+from . import trace
 from .context import FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
@@ -204,6 +205,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         hold = self._begins is SourceInput.ANNOUNCE
         return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.address)
 
+    @trace.spanned("encode PCTD")
     def _new_entry(self, context: IkeContext) -> JournalEntry:
         header = self._header
         offer = Pctd(context.remote.address, encode(context, transfer=header))
@@ -264,7 +266,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self.settled.set_result(report)
 
     async def _step(self, what: str, work: Awaitable[_T]) -> _T:
-        return await step(what, work, self.parts.timing)
+        with trace.about(self.transfer_id):
+            return await step(what, work, self.parts.timing)
 
     # -- messages ----------------------------------------------------------------------------------------
 
@@ -459,12 +462,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                 final = changed(final, mid_initiator=self.expects, unsure=False)
             if self.mid is not None and final.mid_responder != self.mid:
                 raise _Overrun("the MN sent another request meanwhile")
-            if self._begins is SourceInput.REQUESTED:
-                blocks = encode_whole(context, final, transfer=self._header)
-            else:
-                self._check_numbers(context, final)
-                blocks = encode_final(final, self.transfer_id)
-            letting_go = Ctd(context.remote.address, blocks).serialize()
+            letting_go = self._encode(context, final)
         except _Overrun as error:
             self.blame(error)
             return SourceInput.FAILED  # it is frozen, and must be thawed before the next try
@@ -482,6 +480,16 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             return SourceInput.LINK_LOST
         self.entry = changed(entry, final=letting_go, epoch=final.epoch)
         return SourceInput.OK
+
+    @trace.spanned("encode CTD")
+    def _encode(self, context: IkeContext, final: FinalState) -> bytes:
+        """The CTD, as octets. Errors: `_Overrun`."""
+        if self._begins is SourceInput.REQUESTED:
+            blocks = encode_whole(context, final, transfer=self._header)
+        else:
+            self._check_numbers(context, final)
+            blocks = encode_final(final, self.transfer_id)
+        return Ctd(context.remote.address, blocks).serialize()
 
     def _check_numbers(self, context: IkeContext, final: FinalState) -> None:
         """The peer is prepared to go on at the exported numbers plus the jump: ours must still be below."""

@@ -10,6 +10,7 @@ from dataclasses import replace as changed
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
+from . import trace
 from .errors import IkectxError, StateError, StoreError
 from .machine import Machine
 from .mistakes import log_mistake
@@ -51,8 +52,9 @@ class Parts:
 async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
     """One call of a port. Errors: IkectxError, whatever the port raised, and when it takes too long."""
     try:
-        async with asyncio.timeout(timing.step):
-            return await work
+        with trace.span(what):
+            async with asyncio.timeout(timing.step):
+                return await work
     except IkectxError:
         raise
     except TimeoutError:
@@ -188,6 +190,7 @@ class Run(Generic[_State, _Input, _Action]):
                 self.tell()
             return actions
 
+    @trace.spanned("journal", "call")
     def _write(self, state: _State) -> None:
         if self.entry is None or state == self.on_disk:
             return

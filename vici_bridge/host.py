@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ikectx import trace
 from ikectx.context import Address, ChildContext, FinalState, Identity, IkeContext
 from ikectx.errors import (
     CharonError,
@@ -314,6 +315,7 @@ class CharonHost:
             await asyncio.sleep(0)
         await asyncio.sleep(0.001)
 
+    @trace.spanned("catch up with charon")
     async def catch_up(self, sa: SaName) -> None:
         """As `settle`, and put message IDs into the record that charon used and no agent heard of.
 
@@ -455,6 +457,7 @@ class CharonHost:
             interface = await outgoing_interface(context)
             await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
 
+    @trace.spanned("delete in charon")
     async def delete(self, context: IkeContext, meanwhile: Callable[[], bool] = lambda: True) -> None:
         """Have charon drop the IKE_SA silently and see it gone. Errors: CharonError.
 
@@ -509,6 +512,7 @@ class CharonHost:
                 return address
         raise NoAddressError(context.remote.address.version)
 
+    @trace.spanned("activate segment")
     async def activate_segment(self) -> None:
         """Make every PASSIVE SA ESTABLISHED: TAKE then DROP. Calls close together share one toggle.
 
@@ -520,6 +524,7 @@ class CharonHost:
             self.spawn(self._toggle_soon(self._toggle))
         await asyncio.shield(self._toggle)
 
+    @trace.spanned("pause segment")
     async def pause_segment(self) -> None:
         """Make every ESTABLISHED SA PASSIVE, until `activate_segment`: DROP then TAKE. Errors: CharonError.
 

@@ -29,6 +29,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+from ikectx import trace
 from ikectx.context import Endpoint, FinalState, IkeContext
 from ikectx.errors import (
     BusyError,
@@ -85,6 +86,7 @@ class CharonMobile:
         self._source = _MobileSource(host, _nobody)
         self.steps = MoveSteps(host)
 
+    @trace.spanned("export", "step")
     async def export(self, sa: SaName) -> IkeContext:
         """The context as it is now, "local" being this mobile node. Errors: as `ContextSource.export`."""
         context = await self._source.export(sa)
@@ -110,6 +112,7 @@ class CharonMobile:
         """What charon told of the SA: no counters, and addresses of then. Errors: UnknownSaError."""
         return self._host.record.context(sa)
 
+    @trace.spanned("quiet", "step")
     async def quiet(
         self,
         sa: SaName,
@@ -182,6 +185,7 @@ class CharonMobile:
                     status=Status.NOT_COVERED,
                 )
 
+    @trace.spanned("readdress", "step")
     async def readdress(
         self,
         context: IkeContext,
@@ -241,6 +245,7 @@ class CharonMobile:
         await self._host.catch_up(sa)
         return self._host.record.context(sa).mid_responder
 
+    @trace.spanned("renumber", "step")
     async def renumber(
         self, sa: SaName, expected: int, fill: Callable[[int], Awaitable[int]] | None = None
     ) -> bool:
@@ -291,6 +296,7 @@ class CharonMobile:
         host.save_soon()
         await self._rekey_children(sa)
 
+    @trace.spanned("loud", "step")
     async def loud(self, sa: SaName) -> None:
         """Make the SA active again and see that it is, at the addresses it has by now; idempotent.
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ikectx import trace
 from ikectx.errors import KernelError
 
 from .xfrm_parts import Request
@@ -115,7 +116,7 @@ class Netlink:
         Errors: KernelError when the kernel cannot be asked at all.
         """
         outcomes: list[Outcome] = []
-        with self._lock:
+        with self._lock, trace.span(f"netlink {self._name}", "call"):
             for start in range(0, len(requests), _BATCH):
                 outcomes += self._exchange(requests[start : start + _BATCH])
         return outcomes

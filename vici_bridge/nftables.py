@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ikectx import trace
 from ikectx.context import Secret
 from ikectx.errors import KernelError
 
@@ -123,6 +124,7 @@ class Table:
         return self._socket.transact([request])[0]
 
 
+@trace.spanned("nft", "call")
 def run_nft(script: str) -> None:
     """Run one transaction. Errors: KernelError."""
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"

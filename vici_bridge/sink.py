@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from ikectx import trace
 from ikectx.context import Endpoint, FinalState, IkeContext
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, StoreError
@@ -116,6 +117,7 @@ class CharonSink:
         """See `ContextSink.check`: every reason is listed, not only the first."""
         return (await self._look(context, keep_address))[0]
 
+    @trace.spanned("look")
     async def _look(self, context: IkeContext, keep_address: bool) -> tuple[list[Verdict], Taken]:
         """All that speaks against it, and the names that were taken then."""
         host = self._host
@@ -245,6 +247,7 @@ class CharonSink:
                 raise
             host.save()
 
+    @trace.spanned("charon installs")
     async def _installed(self, here: IkeContext) -> SaView:
         """Wait until charon lists the SA with its children, and the kernel has their ESP SAs.
 
@@ -270,6 +273,7 @@ class CharonSink:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.1)
 
+    @trace.spanned("counters")
     def _write_replay(self, shape: IkeContext, counters: IkeContext, jump: int) -> None:
         """Sequence numbers and windows into the kernel before a packet leaves; children in the same order.
 
@@ -498,6 +502,7 @@ class CharonSink:
             spis.append(NewSpi(IKE, own_spi(here.current), plan.ike))
         store.put(_NEW_NAMES, _key(here), int(now).to_bytes(8) + serialize_new_spis(spis))
 
+    @trace.spanned("charon activates")
     async def _established(self, here: IkeContext) -> None:
         end = time.monotonic() + INSTALL_TIMEOUT
         while True:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
 
+from ikectx import trace
 from ikectx.errors import CharonError, StateError
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class HaSocket(asyncio.DatagramProtocol):
             self._transport.close()
             self._transport = None
 
+    @trace.spanned("ha", "call")
     async def send(self, messages: Iterable[bytes]) -> None:
         """Hand messages to charon in order, never faster than it reads. Errors: CharonError."""
         async with self._lock:

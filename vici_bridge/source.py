@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from ikectx import trace
 from ikectx.context import (
     Address,
     ChildContext,
@@ -266,6 +267,7 @@ class CharonSource:
             unsure=known.unsure,
         )
 
+    @trace.spanned("charon idle")
     async def _idle(self, context: IkeContext, away: bool) -> SaView:
         """Wait until charon has no exchange in flight. New requests of the MN do not reach it any more.
 
@@ -296,6 +298,7 @@ class CharonSource:
             raise BusyError("a CHILD_SA was rekeyed, made or deleted meanwhile")
         return view
 
+    @trace.spanned("stop outbound")
     def _stop_outbound(self, context: IkeContext, to: str) -> None:
         """No ESP leaves any more: packets for the MN go to nSG if a way is known, else nowhere."""
         host = self._host
@@ -396,6 +399,7 @@ class CharonSource:
                 except CharonError as error:
                     log.warning("CHILD_SA %s of %s is not rekeyed: %s", child.name, view.name, error)
 
+    @trace.spanned("call back")
     async def _call_back(self, context: IkeContext, mid: int, ids: int) -> None:
         """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from ikectx import trace
 from ikectx.context import Address, ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.errors import CharonError, KernelError, UnknownSaError
 from ikectx.keys import esp_keys
@@ -59,6 +60,7 @@ class MoveSteps:
             await self._rename_ike(sa, move, move.ike)
         self.save(sa, replace(move, done=True))
 
+    @trace.spanned("move children")
     async def _move_children(self, sa: SaName, move: Move, view: SaView) -> Move:
         """The IKE_SA's addresses, and its children."""
         host = self._host
@@ -215,6 +217,7 @@ class MoveSteps:
                 kernel.delete_sa(ours)
         return received
 
+    @trace.spanned("add pair")
     async def _add(self, sa: SaName, move: Move, view: SaView, messages: list[ha.HaMessage]) -> SaView:
         """After `messages`, the IKE_SA's addresses, and the new pairs that are not there yet.
 
@@ -283,6 +286,7 @@ class MoveSteps:
                 fresh = KernelReplay(window=sa.replay.window, esn=sa.replay.esn, words=sa.replay.words)
                 kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
 
+    @trace.spanned("old pair lingers")
     async def _linger(self, move: Move) -> list[ChildMove]:
         """Where the other end sends by another SPI from now on: hear both, until it does or `LINGER` is over.
 
@@ -301,6 +305,7 @@ class MoveSteps:
                     waits.remove(child)
         return waits
 
+    @trace.spanned("delete old pair")
     async def _delete_old(self, sa: SaName, move: Move, view: SaView, still: Sequence[ChildMove]) -> SaView:
         """The old pairs that stand beside the new ones; charon deletes the older of two with one name."""
         host = self._host
@@ -373,6 +378,7 @@ class MoveSteps:
                 return
             await asyncio.sleep(0.005)
 
+    @trace.spanned("charon follows")
     async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
         """The view as soon as it is as wanted. Errors: CharonError, UnknownSaError."""
         end = time.monotonic() + PATIENCE

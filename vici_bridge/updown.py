@@ -11,6 +11,7 @@ import json
 import logging
 import os
 
+from ikectx import trace
 from ikectx.context import IkeContext
 
 from .charon import ts_pairs, updown_environment
@@ -21,6 +22,7 @@ TIMEOUT = 20.0
 """Seconds a script may take; charon itself would wait for ever."""
 
 
+@trace.spanned("ip route get", "call")
 async def outgoing_interface(context: IkeContext) -> str:
     """The interface towards the MN, empty where none can be told."""
     try:
@@ -35,6 +37,7 @@ async def outgoing_interface(context: IkeContext) -> str:
         return ""
 
 
+@trace.spanned("updown")
 async def run_updown(
     script: str, context: IkeContext, *, up: bool, interface: str, reqids: dict[bytes, int], unique_id: int
 ) -> None:

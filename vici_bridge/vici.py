@@ -26,6 +26,7 @@ from vici.protocol import Message as PackageMessage
 from vici.protocol import Packet as PackagePacket
 from vici.protocol import Transport
 
+from ikectx import trace
 from ikectx.errors import CharonError, ConfigError, IkectxError, LinkError, WireError
 from ikectx.mistakes import log_mistake
 from ikectx.numbers import Status
@@ -306,7 +307,8 @@ class CharonVici:
     def _mapped(self, command: str) -> Iterator[None]:
         """The package's errors become ours; after all but a plain refusal the connection is dropped."""
         try:
-            yield
+            with trace.span(f"vici {command}", "call"):
+                yield
         except CommandException as error:
             raise CharonError(
                 f"charon refused {command}: {str(error).removeprefix('Command failed: ')}"

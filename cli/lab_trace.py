@@ -1,0 +1,382 @@
+"""One time line over all hosts of a lab: what agents noted, what was on the air, when probe packets came.
+
+All hosts run on one kernel, so CLOCK_REALTIME is one clock for them; in virtual time it is exact. A
+`TimeLine` is one handover. Its times are milliseconds since the scenario began it (a command, a pull, a
+change of the access network). The reading of files is at the end; what stands above it is arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from . import lab_capture
+from .lab_hosts import TRACE, Lab
+from .lab_measure import Capture
+from .lab_net import ANNOUNCED, AWAY, GATEWAYS, INNER, NAT, OUTER, run
+
+HOSTS = ("mn", "nsg", "psg")
+"""The lanes of a time line. What is between pSG and the mobile node is rare, so nSG stands between them."""
+
+IKE, CXTP, TLS = "IKE", "CXTP", "CXTP in TLS"
+"""What a message goes over: IKE and CXTP/UDP on the air, CXTP between gateways (TLS, or TCP in ESP)."""
+
+UNEVEN = 2.5
+"""Intervals of the probe between two arrivals from which on they count as a gap: less is the sender's
+unpunctuality."""
+
+_CALLED = {"CtReq": "CT-Req"}
+"""CXTP messages (RFC 4067 section 2.5) whose class's name in capitals is not their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Work on a host: see `ikectx.trace`. `of`: the transfer's id; `failed`: an exception's name."""
+
+    host: str
+    step: str
+    kind: str
+    begin: float
+    end: float
+    of: str = ""
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrow:
+    """A message from host to host; `received` is None where it was lost. `octets` are those of its IP packet,
+    and with `TLS` those of the message alone."""
+
+    source: str
+    target: str
+    message: str
+    over: str
+    sent: float
+    received: float | None
+    octets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The scenario changed a link of the mobile node's: when it began to, and when it had."""
+
+    what: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One direction of the tunnel's probe: when its packets arrived, when those were sent that did not.
+
+    `last` and `first`: the arrivals before and after the longest gap, None where there is no gap.
+    """
+
+    arrived: tuple[float, ...] = ()
+    lost: tuple[float, ...] = ()
+    last: float | None = None
+    first: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """Milliseconds."""
+        return None if self.last is None or self.first is None else self.first - self.last
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLine:
+    """One handover over all hosts; everything sorted by its beginning."""
+
+    name: str
+    began_ns: int
+    """Nanoseconds since 1970 at 0 ms."""
+    end: float
+    """When the last step, message or gap of the handover had ended."""
+    spans: tuple[Span, ...] = ()
+    arrows: tuple[Arrow, ...] = ()
+    changes: tuple[Change, ...] = ()
+    up: Flow = field(default_factory=Flow)
+    down: Flow = field(default_factory=Flow)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; milliseconds with three decimals."""
+        flows = {name: _rounded({**asdict(flow), "gap": flow.gap}) for name, flow in self._flows().items()}
+        return {
+            "name": self.name,
+            "began_ns": self.began_ns,
+            "end": round(self.end, 3),
+            "spans": [_rounded(asdict(one)) for one in self.spans],
+            "arrows": [_rounded(asdict(one)) for one in self.arrows],
+            "changes": [_rounded(asdict(one)) for one in self.changes],
+            **flows,
+        }
+
+    def _flows(self) -> dict[str, Flow]:
+        return {"up": self.up, "down": self.down}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TimeLine:
+        """What `as_json` made."""
+
+        def flow(one: Mapping[str, Any]) -> Flow:
+            return Flow(tuple(one["arrived"]), tuple(one["lost"]), one["last"], one["first"])
+
+        return cls(
+            data["name"],
+            data["began_ns"],
+            data["end"],
+            tuple(Span(**one) for one in data["spans"]),
+            tuple(Arrow(**one) for one in data["arrows"]),
+            tuple(Change(**one) for one in data["changes"]),
+            flow(data["up"]),
+            flow(data["down"]),
+        )
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return round(value, 3)
+        return [short(one) for one in value] if isinstance(value, tuple) else value
+
+    return {name: short(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """When a handover was asked for, and when the scenario saw that it was done (ns); what it is called."""
+
+    name: str
+    begin: int
+    end: int
+
+    def ms(self, stamp: int) -> float:
+        return (stamp - self.begin) / 1e6
+
+
+Notes = Sequence[Mapping[str, Any]]
+
+
+def spans(notes: Mapping[str, Notes], window: Window) -> tuple[Span, ...]:
+    """The agents' spans (lines of `ikectx.trace` by host) that began in the window."""
+    found = [
+        Span(
+            host,
+            note["step"],
+            note["kind"],
+            window.ms(note["begin"]),
+            window.ms(note["end"]),
+            note["of"],
+            note.get("failed", ""),
+        )
+        for host, lines in notes.items()
+        for note in lines
+        if "step" in note and window.begin <= note["begin"] <= window.end
+    ]
+    return tuple(sorted(found, key=lambda span: (span.begin, -span.end)))
+
+
+def between_gateways(notes: Mapping[str, Notes], window: Window) -> tuple[Arrow, ...]:
+    """CXTP messages that agents sent to and received from each other: of one kind they keep their order."""
+    arrived: dict[tuple[str, str, str], deque[int]] = defaultdict(deque)
+    for host, lines in notes.items():
+        for note in lines:
+            if note.get("way") == "received":
+                arrived[note["peer"], host, note["message"]].append(note["at"])
+    found = []
+    for host, lines in notes.items():
+        for note in lines:
+            if note.get("way") != "sent":
+                continue
+            waiting = arrived[host, note["peer"], note["message"]]
+            while waiting and waiting[0] < note["at"]:
+                waiting.popleft()
+            received = waiting.popleft() if waiting else None
+            if window.begin <= note["at"] <= window.end:
+                name = _CALLED.get(note["message"], note["message"].upper())
+                at = None if received is None else window.ms(received)
+                found.append(
+                    Arrow(host, note["peer"], name, TLS, window.ms(note["at"]), at, note.get("octets", 0))
+                )
+    return tuple(sorted(found, key=lambda arrow: arrow.sent))
+
+
+def on_the_air(captures: Mapping[str, Notes], window: Window) -> tuple[Arrow, ...]:
+    """IKE and CXTP/UDP that left one host's interface, with its arrival at another's.
+
+    A packet is known again by the checksum of its payload; of one that was sent again, the copy that arrives
+    is taken for the last that was sent before.
+    """
+    sent: list[tuple[str, Mapping[str, Any]]] = []
+    came: list[tuple[str, Mapping[str, Any]]] = []
+    for host, notes in captures.items():
+        for note in notes:
+            if not note["sent"]:
+                came.append((host, note))
+            elif window.begin <= note["time"] <= window.end:
+                sent.append((host, note))
+    arrivals: dict[int, tuple[str, int]] = {}
+    for host, note in sorted(came, key=lambda pair: pair[1]["time"]):
+        copies = [
+            place
+            for place, (source, one) in enumerate(sent)
+            if one["sum"] == note["sum"]
+            and one["time"] <= note["time"]
+            and source != host
+            and place not in arrivals
+        ]
+        if copies:
+            arrivals[max(copies, key=lambda place: int(sent[place][1]["time"]))] = (host, note["time"])
+    found = []
+    for place, (source, note) in enumerate(sent):
+        target, stamp = arrivals.get(place, (_host_at(note["far"]), None))
+        at = None if stamp is None else window.ms(stamp)
+        name, over = _air_name(note)
+        if target != source:
+            found.append(Arrow(source, target, name, over, window.ms(note["time"]), at, note["octets"]))
+    return tuple(sorted(found, key=lambda arrow: arrow.sent))
+
+
+def _air_name(note: Mapping[str, Any]) -> tuple[str, str]:
+    if "cxtp" in note:
+        return lab_capture.CXTP.get(note["cxtp"], "CXTP ?"), CXTP
+    kind = lab_capture.EXCHANGES.get(note["exchange"], str(note["exchange"]))
+    return f"{kind} {note['message_id']} {'response' if note['response'] else 'request'}", IKE
+
+
+def neighbours(notes: Notes, window: Window) -> tuple[Span, ...]:
+    """How long the mobile node took to learn link addresses: until then what it sends waits."""
+    found = []
+    asked: dict[str, int] = {}
+    for note in sorted(notes, key=lambda note: note["time"]):
+        if note["asks"] and note["sent"]:
+            asked.setdefault(note["neighbour"], note["time"])
+        elif not note["asks"] and not note["sent"] and note["neighbour"] in asked:
+            began = asked.pop(note["neighbour"])
+            if window.begin <= began <= window.end:
+                name = "neighbour discovery" if ":" in note["neighbour"] else "ARP"
+                found.append(Span("mn", name, "part", window.ms(began), window.ms(note["time"])))
+    return tuple(found)
+
+
+def as_handed_over(notes: Notes, held: Mapping[str, int]) -> Notes:
+    """The notes of a capture with the times at which packets were given to their interfaces.
+
+    A packet socket sees what is sent when it leaves the queueing discipline, and netem holds it for as long
+    as the link is to take. `held`: those nanoseconds by interface.
+    """
+    return [
+        {**note, "time": note["time"] - held.get(note["interface"], 0)} if note["sent"] else note
+        for note in notes
+    ]
+
+
+def _host_at(address: str) -> str:
+    """The host that has an outer address; empty where it is nobody's."""
+    places = {host: (*found.values(), *INNER[host].values()) for host, found in OUTER.items()}
+    places["nsg"] += tuple(ANNOUNCED.values())
+    places["mn"] += (*AWAY.values(), NAT)
+    return next((host for host, addresses in places.items() if address in addresses), "")
+
+
+def flow(
+    sent: Iterable[Sequence[int]], received: Iterable[Sequence[int]], window: Window, interval_ms: float
+) -> Flow:
+    """One direction of the probe in the window: [number, ns, errno] at one end, [number, ns] at the other."""
+    arrivals: dict[int, int] = {}
+    for number, stamp in received:
+        arrivals.setdefault(number, stamp)
+    stamps = sorted(stamp for stamp in arrivals.values() if window.begin <= stamp <= window.end)
+    lost = [window.ms(stamp) for number, stamp, _error in sent if number not in arrivals]
+    lost = [ms for ms in lost if 0 <= ms <= window.ms(window.end)]
+    last = first = None
+    # a gap may have begun before the window, or go on after it
+    every = sorted(arrivals.values())
+    pairs = [pair for pair in itertools.pairwise(every) if pair[1] > window.begin and pair[0] < window.end]
+    if pairs:
+        before, after = max(pairs, key=lambda pair: pair[1] - pair[0])
+        if (after - before) / 1e6 >= UNEVEN * interval_ms:
+            last, first = window.ms(before), window.ms(after)
+    return Flow(tuple(window.ms(stamp) for stamp in stamps), tuple(lost), last, first)
+
+
+def time_line(
+    window: Window,
+    notes: Mapping[str, Notes],
+    captures: Mapping[str, Notes],
+    solicits: Notes,
+    changes: Iterable[tuple[str, int, int]],
+    ends: Mapping[str, Mapping[str, Notes]],
+    interval_ms: float,
+) -> TimeLine:
+    """Everything of one handover.
+
+    `notes`: of the agents; `captures`: IKE and CXTP; `solicits`: see `neighbours`; `changes`: see `Change`;
+    `ends`: what the probe noted at `mn` and `srv`.
+    """
+    steps = tuple(sorted((*spans(notes, window), *neighbours(solicits, window)), key=lambda span: span.begin))
+    arrows = tuple(
+        sorted(
+            (*between_gateways(notes, window), *on_the_air(captures, window)), key=lambda arrow: arrow.sent
+        )
+    )
+    moved = tuple(
+        Change(what, window.ms(begin), window.ms(end))
+        for what, begin, end in changes
+        if window.begin <= begin <= window.end
+    )
+    up = flow(ends["mn"]["sent"], ends["srv"]["received"], window, interval_ms)  # type: ignore[arg-type]
+    down = flow(ends["srv"]["sent"], ends["mn"]["received"], window, interval_ms)  # type: ignore[arg-type]
+    stops = [0.0, *(span.end for span in steps if span.kind == "step")]
+    stops += [arrow.received or arrow.sent for arrow in arrows] + [change.end for change in moved]
+    stops += [one.first for one in (up, down) if one.first is not None]
+    return TimeLine(window.name, window.begin, max(stops), steps, arrows, moved, up, down)
+
+
+class Tracing:
+    """What a lab notes beside its probe and its capture at the mobile node, from `start` to `stop`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self.captures = {host: Capture(lab, host, "eth0") for host in GATEWAYS}
+        self.captures["neighbours"] = Capture(lab, kind="neighbours")
+        self._held: dict[str, int] = {}
+        self.windows: list[Window] = []
+        self.changes: list[tuple[str, int, int]] = []
+
+    def start(self) -> None:
+        """Raises CharonError where a capture does not begin."""
+        self._held = {interface: self._delay(interface) for interface in ("eth0", "eth1")}
+        for capture in self.captures.values():
+            capture.start()
+
+    def _delay(self, interface: str) -> int:
+        """Nanoseconds for which the mobile node's interface holds a packet; 0 without netem."""
+        words = ["tc", "-n", self._lab.net.namespace("mn"), "-j", "qdisc", "show", "dev", interface, "root"]
+        found = json.loads(run(words).stdout or "[]")
+        delays = [float(one["options"]["delay"]["delay"]) for one in found if one["kind"] == "netem"]
+        return round(sum(delays) * 1e9)
+
+    def stop(self, at_mobile: Notes, interval_ms: float) -> list[TimeLine]:
+        """One time line for each of `windows`; the probe has been stopped. `at_mobile`: the capture there."""
+        captures: dict[str, Notes] = {host: capture.stop() for host, capture in self.captures.items()}
+        solicits = as_handed_over(captures.pop("neighbours"), self._held)
+        captures["mn"] = as_handed_over(at_mobile, self._held)
+        notes = {host: self._notes(host) for host in HOSTS}
+        ends = {
+            host: json.loads((self._lab.work / host / "probe-mn.json").read_text()) for host in ("mn", "srv")
+        }
+        return [
+            time_line(window, notes, captures, solicits, self.changes, ends, interval_ms)
+            for window in self.windows
+        ]
+
+    def _notes(self, host: str) -> Notes:
+        """An agent's lines. The last one may be half written where the agent was killed."""
+        path = self._lab.work / host / TRACE
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
