@@ -222,11 +222,13 @@ class Net:
             lines = [line for line in self._addresses(host) if not line.startswith("link add")]
             run([*self.enter(host), "sh", "-c", script + "\n".join(lines) + "\nE"], check=False)
 
-    def relocate(self, host: str = "mn") -> None:
+    def relocate(self, host: str = "mn", *, late_ms: float = 0.0) -> subprocess.Popen[str] | None:
         """The mobile node leaves one access network and is in the other. Raises KernelError.
 
         The old addresses go first and together, before charon could look for its gateway by the second one.
-        The link stays: charon's virtual IP is on it.
+        The link stays: charon's virtual IP is on it. `late_ms`: what the new link has at first is a
+        link-local address, then a ULA, and only after so many milliseconds its IPv4 address; a process that
+        sees to that goes on when this returns.
         """
         shown = run([*self.enter(host), "ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"])
         away = f" {AWAY[4]}/" in shown.stdout
@@ -235,10 +237,21 @@ class Net:
         gone = AWAY if away else OUTER[host]
         lines = [f"link set {new} up"]
         lines += [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
-        for v in (4, 6):
-            lines.append(_address(v, f"{there[v]}/{PREFIX[v]}", new))
-            lines.append(f"route replace default via {router[v]} dev {new}")
-        run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
+        own = {v: _address(v, f"{there[v]}/{PREFIX[v]}", new) for v in (4, 6)}
+        ways = {v: f"route replace default via {router[v]} dev {new}" for v in (4, 6)}
+        if not late_ms:
+            lines += [own[4], ways[4], own[6], ways[6]]
+            run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(lines) + "\n")
+            return None
+        lines += [f"addr replace fe80::10/64 dev {new} nodad", f"{ways[6]} onlink"]
+        wait = f"sleep {late_ms / 2000}"
+        steps = [_batch(lines), "echo left", wait, _batch([own[6]]), wait, _batch([own[4], ways[4]])]
+        words = [*self.enter(host), "sh", "-ec", "\n".join(steps)]
+        arriving = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert arriving.stdout is not None
+        if arriving.stdout.readline() != "left\n":
+            raise KernelError(f"{host} could not leave its access network")
+        return arriving
 
     def announce(self, family: int | None) -> None:
         """Has charon at psg tell mobile nodes `ANNOUNCED` of that IP version; None: of neither.
@@ -344,6 +357,11 @@ put 0 ipv4/icmp_ratelimit; put 0 ipv6/icmp/ratelimit
 
 def _address(version: int, address: str, device: str) -> str:
     return f"addr add {address} dev {device}" + (" nodad" if version == 6 else "")
+
+
+def _batch(lines: Sequence[str]) -> str:
+    """A shell command that has iproute2 do all of this."""
+    return "ip -batch - <<'E'\n" + "\n".join(lines) + "\nE"
 
 
 def _default(router: str) -> str:

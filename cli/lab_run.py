@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -61,6 +62,7 @@ class Runner:
         self._tracing: Tracing | None = None
         self._asked_ns = 0
         """When the handover under way was asked for."""
+        self._arriving: list[subprocess.Popen[str]] = []
         self.report = Report(
             scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
         )
@@ -100,7 +102,9 @@ class Runner:
         return report
 
     def _abandon(self) -> None:
-        """Ends probes that a failed step left running."""
+        """Ends what a failed step left running."""
+        for arriving in self._arriving:
+            arriving.communicate()
         captures = () if self._tracing is None else self._tracing.captures.values()
         for one in (*self._probes.values(), self._capture, *captures):
             if one is not None:
@@ -437,7 +441,9 @@ class Runner:
 
     def _do_relocate(self) -> None:
         began = time.time_ns()
-        self._lab.net.relocate()
+        arriving = self._lab.net.relocate(late_ms=self._scenario.late_address_ms)
+        if arriving is not None:
+            self._arriving.append(arriving)
         self._away = not self._away
         if self._tracing is not None:
             self._tracing.changes.append(("mn changes its access network", began, time.time_ns()))

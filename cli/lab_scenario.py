@@ -7,6 +7,7 @@ HOST.strongswan adds strongswan.conf text.
     kernel_only = false           # skip with --esp libipsec
     interval_ms = 5               # of the probe's datagrams, each way
     slow_interval_ms = 20         # the same on an emulated CPU, which feels every packet (else interval_ms)
+    late_address_ms = 0           # mn's new link has other addresses for so long before its IPv4 address
     agents = true                 # run `ikectx serve` on the gateways
     names = "kept"                # what a transfer may change: nothing, SPIs ("renamed"), keys too ("new")
     steps = [
@@ -151,6 +152,7 @@ class Scenario:
     tunnel: Tunnel = field(default_factory=Tunnel)
     agents: bool = True
     delay_ms: float = 20.0
+    late_address_ms: float = 0.0
     interval_ms: float = 5.0
     slow_interval_ms: float = 0.0
     lost: int | None = None
@@ -264,6 +266,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "description": str(keys.pop("description", "")),
         "agents": bool(keys.pop("agents", True)),
         "delay_ms": float(keys.pop("delay_ms", 20.0)),
+        "late_address_ms": float(keys.pop("late_address_ms", 0.0)),
         "interval_ms": float(keys.pop("interval_ms", 5.0)),
         "slow_interval_ms": float(keys.pop("slow_interval_ms", 0.0)),
         "fresh": bool(keys.pop("fresh", False)),

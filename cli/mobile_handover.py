@@ -3,7 +3,8 @@
 Joins the machine (`ikectx.mobility`), its sockets (`ikectx.mnlink`) and the SA's side (`vici_bridge.mobile`):
 
     reactive     quiet · CTAR to nSG .. CTAA · readdress · loud
-    predictive   CTAR to pSG .. CTAA; then, at the new place: as above, with the same sequence number
+    predictive   CTAR to pSG .. CTAA; then, at the new place: as above, with the same sequence number; refused
+                 there for a reason that another address can cure: as above, at each further address, anew
 
 Without an authentic yes nothing of the SA is touched: it is active again as it was. Where charon is just
 looking for its gateway by itself (MOBIKE), the SA stays active until nSG has it, so that the request goes on.
@@ -17,7 +18,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,9 @@ from vici_bridge.mobile import CharonMobile
 from .mobile_config import GatewayEntry, MobileFile
 from .mobile_names import renames_of
 from .mobile_notes import Notes
+from .mobile_place import Place
 from .mobile_report import Report
+from .mobile_search import Search
 
 log = logging.getLogger("ikectx")
 
@@ -91,8 +94,12 @@ class _Run:
     held: bool = False
     """The SA is passive by us."""
     moved: asyncio.Future[Address] | None = None
-    """Predictive: the new local address, as soon as the node is at its new place."""
+    """Predictive: the new local address, where somebody has said that the node is at its new place."""
+    named: bool = False
+    """Somebody has named that address: no other one will do."""
     prepared: asyncio.Future[None] | None = None
+    until: float = 0.0
+    """When the announcement's time is over, by the loop's clock."""
     task: asyncio.Task[Report] | None = None
     since: float = field(default_factory=time.monotonic)
     now: SaName = (b"", b"")
@@ -127,6 +134,7 @@ class Handovers:
         self._config = config
         self._outside = outside
         self._mobile = mobile
+        self._search = Search(config, outside.towards)
         self.notes = Notes(store)
         self._run = run
         self.answering = answering
@@ -159,6 +167,7 @@ class Handovers:
         loop = asyncio.get_running_loop()
         run.moved, run.prepared = loop.create_future(), loop.create_future()
         self._pending = run
+        self._search.from_now()
         run.task = loop.create_task(self._predictive(run))
         waiting: set[asyncio.Future[Any]] = {run.prepared, run.task}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -183,21 +192,15 @@ class Handovers:
         pending = self._pending
         if pending is not None and pending.nsg.name == to and pending.task is not None and not anew:
             pending.tell = tell
-            self._complete(pending, address)
+            await self._complete(pending, address)
             return await asyncio.shield(pending.task)
         if pending is not None:
             await self.cancel()
         if self._moving:
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
-        async with self._turn():
+        with self._busy():
             run = await self._begin(to, sa, Mode.REACTIVE, address, tell)
-            if isinstance(run, Report):
-                return run
-            async with self._made_loud(run):
-                await self._hold(run)
-                self._note_asked(run)
-                await self._end(run, await self._outcome(run))
-            return self._finished(run)
+            return run if isinstance(run, Report) else await self._reactive(run)
 
     async def cancel(self) -> bool:
         """Forget a move that was announced; False: there is none."""
@@ -211,13 +214,7 @@ class Handovers:
 
     def addresses_changed(self) -> None:
         """The host's addresses or routes have changed: a move that was announced may be complete."""
-        pending = self._pending
-        if pending is None or pending.moved is None or pending.moved.done():
-            return
-        found = self._towards(pending.nsg, pending.context.local.address.version, pending.context.local_vips)
-        if found is not None and found != pending.context.local.address:
-            log.info("at a new address, %s: the handover to %s goes on", found, pending.nsg.name)
-            pending.moved.set_result(found)
+        self._search.changed()
 
     def status(self) -> dict[str, Any] | None:
         """The move that was announced, if one is."""
@@ -234,14 +231,28 @@ class Handovers:
 
     # Steps.
 
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._moving = True
+        try:
+            yield
+        finally:
+            self._moving = False
+
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         async with self.lock:
-            self._moving = True
-            try:
+            with self._busy():
                 yield
-            finally:
-                self._moving = False
+
+    async def _reactive(self, run: _Run) -> Report:
+        """From the new place on."""
+        async with self.lock:
+            async with self._made_loud(run):
+                await self._hold(run)
+                self._note_asked(run)
+                await self._end(run, await self._outcome(run))
+            return self._finished(run)
 
     async def _begin(
         self, to: str, sa: SaName | None, mode: Mode, address: Address | None, tell: Progress
@@ -271,12 +282,10 @@ class Handovers:
         if psg is nsg:
             report.result, report.detail = "already", f"{nsg.name} serves it already"
             return report
-        own = self._own_address(nsg, view, address)
-        if own is None and mode is Mode.REACTIVE:
-            raise LinkError(
-                f"no address of this host leads to {nsg.name}",
-                hint="is the new link up? `--address` names its address",
-            )
+        own: Address | None = None
+        if mode is Mode.REACTIVE:
+            place = self._search.place(nsg, view.local.address.version, view.local_vips)
+            own = self._search.named(nsg, address) or await self._search.arrived(place, nsg)
         context = await self._mobile.export(view.spis)
         version = own.version if own is not None else view.local.address.version
         settings = config.mobile
@@ -288,7 +297,7 @@ class Handovers:
             nsg=await _router(nsg, version),
             sequence=secrets.randbits(32),
             unix=time.time() - time.monotonic(),
-            care_of=None if own is None or mode is not Mode.REACTIVE else Endpoint(own, context.local.port),
+            care_of=None if own is None else Endpoint(own, context.local.port),
             retry=Retry(settings.retry, settings.retry_max, settings.give_up),
             lifetime=int(settings.lifetime),
             hold=settings.predictive,
@@ -314,24 +323,6 @@ class Handovers:
             )
         return views[0]
 
-    def _own_address(self, nsg: GatewayEntry, view: SaView, wanted: Address | None) -> Address | None:
-        """Our outer address at the new place. Errors: UsageError, ConfigError."""
-        if wanted is not None:
-            if nsg.address(wanted.version) is None:
-                raise ConfigError(f"{nsg.name} has no IPv{wanted.version} address in {self._config.path}")
-            return wanted
-        return self._towards(nsg, view.local.address.version, view.local_vips)
-
-    def _towards(self, nsg: GatewayEntry, version: int, vips: Sequence[Address]) -> Address | None:
-        """The local address that leads to a gateway, of that IP version rather."""
-        for each in (version, 10 - version):
-            remote = nsg.address(each)
-            if remote is not None:
-                found = self._outside.towards(remote, avoid=vips, among=self._config.mobile.addresses)
-                if found is not None:
-                    return found
-        return None
-
     async def _hold(self, run: _Run) -> None:
         """Passive, unless charon is looking for its gateway: then later."""
         try:
@@ -349,46 +340,93 @@ class Handovers:
 
     async def _predictive(self, run: _Run) -> Report:
         """From the announcement to the report; the lock is held from the arrival on."""
-        assert run.moved is not None
-        care_of_port = run.context.local.port
-        moved = run.moved
+        before = run.context
+        old = before.local.address
+        place = self._search.place(run.nsg, old.version, before.local_vips, left=old)
         try:
             async with contextlib.AsyncExitStack() as stack:
 
                 async def moves() -> Endpoint:
-                    address = await moved
+                    address = await self._next_place(run, place)
+                    assert address is not None
                     await stack.enter_async_context(self._turn())
                     await stack.enter_async_context(self._made_loud(run))
                     run.since = time.monotonic()
                     await self._hold(run)
                     self._note_asked(run)
-                    return Endpoint(address, care_of_port)
+                    run.machine.nsg = await _router(run.nsg, address.version)
+                    return Endpoint(address, before.local.port)
 
-                own = run.context.local.address
-                outcome = await self._run(run.machine, own, moves=moves(), progress=self._observer(run))
+                outcome = await self._run(run.machine, old, moves=moves(), progress=self._observer(run))
                 await self._end(run, outcome)
-            return self._finished(run)
+            report = self._finished(run)
+            return await self._elsewhere(run, place) if report.another_address_may_do else report
         finally:
             if self._pending is run:
                 self._pending = None
 
-    def _complete(self, run: _Run, address: Address | None) -> None:
-        """The node is at its new place."""
+    async def _elsewhere(self, run: _Run, place: Place) -> Report:
+        """nSG has refused the SA at the address it was to have: ask anew from each further one there is.
+
+        A token names one address and counts once, so that is another handover, with a sequence number of its
+        own. It is over with the time of the announcement.
+        """
+        report, tried = run.report, run.machine.care_of
+        while report.another_address_may_do and tried is not None and not run.named:
+            place.refuse(tried.address)
+            run.tell({"phase": "refused", "ms": 0.0, "to": run.nsg.name, "detail": report.detail})
+            log.info("%s does not take the SA at %s: another address may come", run.nsg.name, tried.address)
+            run.moved = asyncio.get_running_loop().create_future()
+            address = await self._next_place(run, place, run.until)
+            if address is None:
+                break
+            try:
+                with self._busy():
+                    again = await self._begin(run.nsg.name, run.sa, Mode.REACTIVE, address, run.tell)
+                    if isinstance(again, Report):
+                        return again
+                    again.report.announced = True
+                    report, tried = await self._reactive(again), again.machine.care_of
+            except IkectxError as error:
+                log.warning("handover to %s from %s: %s", run.nsg.name, address, error)
+                break
+        return report
+
+    async def _next_place(self, run: _Run, place: Place, until: float | None = None) -> Address | None:
+        """The address that the node is at, found or said; None: nobody knew one by `until`.
+
+        Without `until` it is looked for only once something has changed: the announcement comes before that.
+        """
         assert run.moved is not None
-        if run.moved.done():
-            return
-        found = address or self._towards(run.nsg, run.context.local.address.version, run.context.local_vips)
-        if found is None:
-            raise LinkError(
-                f"no address of this host leads to {run.nsg.name}",
-                hint="is the new link up? `--address` names its address",
-            )
-        run.moved.set_result(found)
+        said = run.moved
+        looking = asyncio.ensure_future(self._search.find(place, until, at_once=until is not None))
+        try:
+            waiting: set[asyncio.Future[Any]] = {said, looking}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if said.done():
+                return said.result()
+            if (found := looking.result()) is not None:
+                log.info("at a new address, %s: the handover to %s goes on", found, run.nsg.name)
+            return found
+        finally:
+            looking.cancel()
+
+    async def _complete(self, run: _Run, address: Address | None) -> None:
+        """Somebody says that the node is at its new place. Errors: ConfigError, LinkError."""
+        said, named = run.moved, self._search.named(run.nsg, address)
+        assert said is not None
+        before = run.context
+        place = self._search.place(run.nsg, before.local.address.version, before.local_vips)
+        found = named or await self._search.arrived(place, run.nsg)
+        if not said.done():
+            run.named = named is not None
+            said.set_result(found)
 
     def _observer(self, run: _Run) -> Callable[[MobileState, Event | None], None]:
         def told(state: MobileState, event: Event | None) -> None:
             if isinstance(event, Prepared):
                 run.report.result, run.report.announced = "announced", True
+                run.until = asyncio.get_running_loop().time() + self._config.mobile.predictive
                 run.phase("announced", f"{run.psg.name} has sent the context to {run.nsg.name}")
                 self._count(run)
                 if run.prepared is not None and not run.prepared.done():

@@ -12,6 +12,11 @@ from ikectx.mobility import MobileState, Outcome
 from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.ports import SaName
 
+_OF_ONE_ADDRESS = frozenset(
+    {Status.NO_ADDRESS, Status.ESP_SPI_IN_USE, Status.KERNEL, Status.UNREACHABLE, Status.PEER_SILENT}
+)
+"""Reasons of a refusal that the address may have been the cause of, from which the node asked."""
+
 
 @dataclass(slots=True)
 class Report:
@@ -43,6 +48,11 @@ class Report:
     renamed: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+
+    @property
+    def another_address_may_do(self) -> bool:
+        """The old gateway serves the SA, because the new one cannot at the address that the node has now."""
+        return self.result == "refused" and self.serves == self.from_ and self.status in _OF_ONE_ADDRESS
 
     def failed(self, outcome: Outcome, *, arrived: bool) -> None:
         """Nobody took the SA, as far as is known. `arrived`: nSG was asked; else pSG, to announce it."""

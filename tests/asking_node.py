@@ -123,7 +123,8 @@ class Outside:
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
     ) -> Address | None:
         assert VIP in avoid
-        return self.ways.get(remote)
+        found = self.ways.get(remote)
+        return None if found in avoid else found
 
     def nudge(self, remote: Address) -> None:
         self.nudged.append(remote)

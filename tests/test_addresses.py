@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
 
-from vici_bridge.addresses import OuterAddresses
+from ikectx.context import Address
+from vici_bridge.addresses import OuterAddresses, _address
 
 from .netns import Namespace, namespaces
 
@@ -119,3 +122,56 @@ def test_a_nudge_leaves_nothing_behind_and_is_heard(node: Namespace) -> None:
         addresses.close()
 
     asyncio.run(scenario())
+
+
+def test_addresses_that_no_packet_to_another_network_may_come_from(node: Namespace) -> None:
+    addresses = of(node)
+    other6 = ip_address("2001:db8:1::8")
+    with node.entered():
+        node.run(f"ip addr del {SIX}/64 dev one")
+        assert addresses.towards(FAR6) is None, "fe80:: alone"
+        node.run(f"ip addr add {SIX}/64 dev one nodad preferred_lft 0")
+        assert addresses.towards(FAR6) is None, "deprecated"
+        assert addresses.towards(FAR6, among=[SIX]) is None
+        node.ip(f"addr add {other6}/64 dev one nodad")
+        assert addresses.towards(FAR6) == other6
+        assert addresses.towards(FAR6, avoid=[other6]) is None
+        node.run(f"ip addr del {OUT}/24 dev one", "ip addr add 169.254.7.7/16 dev one scope global")
+        node.run("ip route replace default dev one")
+        assert addresses.towards(FAR) != ip_address("169.254.7.7")
+    addresses.close()
+
+
+def answer(address: Address, *, scope: int = 0, flags: int = 0x80, wide: bool = True) -> bytes:
+    """An RTM_NEWADDR; `wide`: with IFA_FLAGS, as kernels from 3.14 send it."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    body = struct.pack("=BBBBI", family, 64, flags & 0xFF, scope, 2)
+    body += struct.pack("=HH", 4 + len(address.packed), 1) + address.packed
+    if wide:
+        body += struct.pack("=HHI", 8, 8, flags)
+    return struct.pack("=IHHII", 16 + len(body), 20, 2, 1, 1) + body
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(
+    ("address", "scope", "flags", "counts"),
+    [
+        ("2001:db8::1", 0, 0x80, True),
+        ("2001:db8::1", 0, 0x01, True),  # temporary (RFC 8981)
+        ("fd05::10", 0, 0x80, True),
+        ("10.5.0.10", 0, 0x80, True),
+        ("fe80::1", 253, 0x80, False),
+        ("fe80::1", 0, 0x80, False),
+        ("169.254.1.1", 0, 0x80, False),
+        ("127.0.0.1", 254, 0x80, False),
+        ("2001:db8::1", 0, 0x40, False),  # tentative
+        ("2001:db8::1", 0, 0x44, False),  # optimistic
+        ("2001:db8::1", 0, 0xC8, False),  # another host has it
+        ("2001:db8::1", 0, 0xA0, False),  # deprecated
+    ],
+)
+def test_what_the_kernel_tells_of_an_address(
+    address: str, scope: int, flags: int, counts: bool, wide: bool
+) -> None:
+    told = ip_address(address)
+    assert _address(answer(told, scope=scope, flags=flags, wide=wide)) == (told if counts else None)

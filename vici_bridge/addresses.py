@@ -2,6 +2,9 @@
 
 A tunnel may draw everything into itself (strongSwan's table 220 has a route for each remote selector, with
 the virtual IP as source), so the routing table's choice of a source is taken only where it is none of those.
+
+Not every address will do: a link-local one does not, since no router sends its packets on, nor does one whose
+uniqueness is still being probed or was found wrong (RFC 4862, 5.4), nor a deprecated one (5.5.4).
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ _GROUPS = 0x10 | 0x40 | 0x100 | 0x400
 """RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE (linux/rtnetlink.h)."""
 _GETADDR, _NEWROUTE, _DELROUTE = 22, 24, 25
 _REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_UNUSABLE = 0x04 | 0x08 | 0x20 | 0x40
+"""IFA_F_OPTIMISTIC, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE (linux/if_addr.h)."""
 _NUDGE_TABLE = 4068
 _NOWHERE = {4: "192.0.2.254", 6: "2001:db8::fffe"}
 """Documentation addresses (RFC 5737, RFC 3849), which no packet is for."""
@@ -66,25 +71,23 @@ class OuterAddresses:
     ) -> Address | None:
         """The local address from which to reach `remote`; None: there is no way.
 
-        `among`: only these will do, the first ones rather; `avoid`: virtual IPs. Errors: KernelError.
+        `among`: only these will do, the first ones rather; `avoid`: those will not do, as virtual IPs.
+        Errors: KernelError.
         """
+        usable = [one for one in self._usable(remote.version) if one not in avoid]
         if among:
-            candidates: Sequence[Address] = [one for one in among if one.version == remote.version]
-        else:
-            chosen = _chosen_source(remote)
-            if chosen is not None and chosen not in avoid:
-                return chosen
-            candidates = [one for one in self._all(remote.version) if one not in avoid]
-        return next((one for one in candidates if self._leads(one, remote)), None)
+            usable = [one for one in among if one in usable]
+        elif (chosen := _chosen_source(remote)) in usable:
+            return chosen
+        return next((one for one in usable if self._leads(one, remote)), None)
 
     def _leads(self, source: Address, remote: Address) -> bool:
-        if not is_local(self._route, source):
-            return False
+        """Whether the kernel has a route to `remote` for packets from that address."""
         inside, device = way_to(self._route, source, remote)
         return inside or bool(device)
 
-    def _all(self, version: int) -> list[Address]:
-        """Addresses of global scope."""
+    def _usable(self, version: int) -> list[Address]:
+        """The addresses of this host that packets to other networks may come from."""
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         header = struct.pack("=IHHII", 24, _GETADDR, _REQUEST | _DUMP, 0, 0)
         body = struct.pack("=BBBBI", family, 0, 0, 0, 0)
@@ -166,12 +169,10 @@ def _chosen_source(remote: Address) -> Address | None:
 
 
 def _address(answer: bytes) -> Address | None:
-    """The address of an RTM_NEWADDR of global scope."""
+    """The address of an RTM_NEWADDR, if packets to other networks may come from it."""
     if len(answer) < 24:
         return None
-    family, _, _, scope, _ = struct.unpack_from("=BBBBI", answer, 16)
-    if scope:
-        return None
+    family, _, flags, scope, _ = struct.unpack_from("=BBBBI", answer, 16)
     found: dict[int, bytes] = {}
     at = 24
     while at + 4 <= len(answer):
@@ -180,7 +181,12 @@ def _address(answer: bytes) -> Address | None:
             break
         found[kind] = answer[at + 4 : at + size]
         at += (size + 3) & ~3
+    if len(more := found.get(_IFA_FLAGS, b"")) == 4:  # the header has room for eight of them
+        (flags,) = struct.unpack("=I", more)
+    if scope or flags & _UNUSABLE:
+        return None
     raw = found.get(_IFA_LOCAL, found.get(_IFA_ADDRESS, b""))
-    if family == socket.AF_INET and len(raw) == 4:
-        return IPv4Address(raw)
-    return IPv6Address(raw) if len(raw) == 16 else None
+    if len(raw) != (4 if family == socket.AF_INET else 16):
+        return None
+    address = IPv4Address(raw) if family == socket.AF_INET else IPv6Address(raw)
+    return None if address.is_link_local else address
