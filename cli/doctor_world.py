@@ -25,6 +25,7 @@ from ikectx.cxtp import PORT
 from ikectx.errors import IkectxError, LinkError
 from ikectx.flow import Flow, Transport
 
+from . import reach
 from .config import Config, PeerConfig
 from .settings import Setting, load
 
@@ -230,6 +231,18 @@ class World:
         except OSError:
             return False
         return True
+
+    def device_of(self, address: str) -> str:
+        """The interface that has the address; empty where none has."""
+        return reach.device_of(ip_address(address))
+
+    def way_to(self, address: Address) -> reach.Way:
+        """How packets for the address leave this machine."""
+        return reach.way_to(address)
+
+    def is_there(self, address: Address) -> bool | None:
+        """Whether a machine with that address is there; None: it cannot be told. Takes up to two seconds."""
+        return reach.answers(address)
 
     def connect(self, peer: PeerConfig) -> PeerAnswer:
         """TLS to a peer with our certificate, as a transfer would begin; nothing is said."""

@@ -71,7 +71,7 @@ class Tunnel:
     by_packet: bool = False
     second: bool = False
     nat: bool = False
-    inside: str = "announce"
+    inside: str = "static"
     forward_via: bool = True
     connection: Mapping[str, str | int | bool] = field(default_factory=dict)
     child: Mapping[str, str | int | bool] = field(default_factory=dict)
@@ -314,7 +314,10 @@ def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     other = "nsg" if host == "psg" else "psg"
     addresses = ", ".join(f'"{address}"' for address in outer(host, tunnel))
     more = "".join(f"{key} = {_toml(value)}\n" for key, value in tunnel.transfer.items())
-    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n\n' for name in MOBILES)
+    # with a way by the other gateway nobody asks, and the agent need not start anew for a baseline
+    announces = tunnel.inside != "static" and not tunnel.forward_via
+    told = "announces = true\n" if announces else ""
+    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n{told}\n' for name in MOBILES)
     sections += f"[mobile]\nlisten = [{addresses}]\n\n"
     if tunnel.by_packet:
         sections += f'[by_packet]\nask = ["{other}"]\n\n'

@@ -19,11 +19,11 @@ from typing import Any
 
 from ikectx import trace
 from ikectx.errors import CharonError, IkectxError, KernelError, StateError, UsageError
-from vici_bridge.vici import CharonVici
+from vici_bridge.vici import CharonVici, ControlClient, json_of
 
 from . import lab_announce, lab_bird, lab_inject
 from .lab_config import Tunnel, write_all
-from .lab_net import HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
+from .lab_net import GATEWAYS, HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
@@ -227,13 +227,23 @@ class Lab:
                     with contextlib.suppress(CharonError):  # it may have gone meanwhile
                         self.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=3000)
             for host in charons:
+                self._forget_departures(host)
                 while stays := self._of_sas(host):
                     if time.monotonic() > limit:
                         return f"{host} still has {' '.join(stays.split())[:200]}"
                     time.sleep(0.5)
+                    self._forget_departures(host)
         except IkectxError as error:
             return str(error)
         return ""
+
+    def _forget_departures(self, host: str) -> None:
+        """A gateway's agent forgets the SAs that left it, and drops nothing for them any more."""
+        if host not in GATEWAYS or host not in self.agent_hosts:
+            return
+        with ControlClient(str(self.work / host / "ikectx.vici"), timeout=60.0) as agent:
+            for row in json_of(agent.request("detours"))["detours"]:
+                agent.request("detours", {"end": ":".join(row["sa"]), "unblock": "yes"})
 
     def _of_sas(self, host: str) -> str:
         """What a host's kernel has of SAs, without keys. Takes away what may stay a while."""

@@ -99,6 +99,9 @@ ROUTERS = (*GATEWAYS, "core")
 PREFIX = {4: 24, 6: 64}
 HOST_BITS = {4: 32, 6: 128}
 
+LINKS_UP = 5.0
+"""Seconds in which the links of a new network must carry packets."""
+
 _MODULES = """
 veth bridge tun dummy af_packet sch_netem nf_tables nft_queue nft_ct nft_nat nft_chain_nat nfnetlink_queue
 xfrm_user xfrm_algo xfrm_interface esp4 esp6 xfrm4_tunnel xfrm6_tunnel ipcomp ipcomp6
@@ -166,7 +169,24 @@ class Net:
         for host in HOSTS:
             run([*self.enter(host), "sh", "-c", _SYSCTLS, "sh", "1" if host in ROUTERS else "0"])
             run(["ip", "-n", ns[host], "-batch", "-"], text="\n".join(self._addresses(host)) + "\n")
+        self._wait_for_links()
         return self._delay()
+
+    def _wait_for_links(self) -> None:
+        """Until every link carries packets: the kernel makes it so up to a second after both ends are up, and
+        drops what is sent before. Never raises; what follows tells what a link lacks."""
+        waiting = {host: ["eth0"] * (host in OUTER) + ["lan0"] * (host in GATEWAYS) for host in HOSTS}
+        waiting["core"] = [f"to-{host}" for host in OUTER]
+        waiting["srv"] = [*(f"to-{host}" for host in GATEWAYS), "br0"]
+        limit = time.monotonic() + LINKS_UP
+        for host, links in waiting.items():
+            words = ["ip", "-n", self.namespace(host), "-o", "link", "show", "up"]
+            while time.monotonic() < limit:
+                shown = [line for line in run(words, check=False).stdout.splitlines() if " state UP " in line]
+                found = {line.split()[1].rstrip(":").partition("@")[0] for line in shown}
+                if found.issuperset(links):
+                    break
+                time.sleep(0.05)
 
     def _addresses(self, host: str) -> list[str]:
         lines = ["link set lo up"]
@@ -265,7 +285,7 @@ class Net:
             run([*nsg, "addr", "del", f"{address}/{PREFIX[version]}", "dev", "eth0"], check=False)
         if family is None:
             return
-        run([*self.enter("psg"), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/arp_ignore"])
+        run([*self.enter("psg"), "sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1"])
         lines = ["link add handover type bridge", "link set handover up"]
         lines.append(_address(family, f"{ANNOUNCED[family]}/{HOST_BITS[family]}", "handover"))
         run([*psg, "-batch", "-"], text="\n".join(lines) + "\n")

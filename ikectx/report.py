@@ -99,7 +99,8 @@ HINTS: Mapping[Status, str] = {
     Status.NO_CHILD: "add the child to the connection at the other gateway",
     Status.IKE_SPI_IN_USE: "the other gateway has an SA of that name: look there for a leftover with `list`",
     Status.ESP_SPI_IN_USE: "wait for a rekey of the child, which picks a new SPI, then try again",
-    Status.VIP_IN_USE: "give the gateways pools that do not overlap",
+    Status.VIP_IN_USE: "pools of two gateways must not overlap, nor fill: charon then gives away an address "
+    "that a node took along when it moved; use larger pools, or one place that assigns for all gateways",
     Status.SELECTORS_OVERLAP: "end the SA at the other gateway that has these traffic selectors",
     Status.ALGORITHM: "load the algorithm at the other gateway, or rekey with another proposal",
     Status.PROPOSAL: "align the proposals of the connection at both gateways",

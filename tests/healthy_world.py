@@ -11,15 +11,20 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from ikectx.context import Address
 from ikectx.errors import IkectxError
 from ikectx.flow import Flow
 from ikectx_cli import doctor
 from ikectx_cli.config import Config, PeerConfig
 from ikectx_cli.doctor import Finding
 from ikectx_cli.doctor_world import PeerAnswer, UdpOwner, World
+from ikectx_cli.reach import Way
 from ikectx_cli.settings import Setting
 
-TOML = """\
+VIA = 'forward_via = ["10.0.0.3"]\n'
+"""The inner address of the one peer."""
+
+TOML = f"""\
 name = "psg"
 state_dir = "state"
 [gateway]
@@ -34,11 +39,10 @@ updown = "/etc/updown"
 [[peer]]
 name = "nsg"
 address = "198.51.100.1"
-"""
+{VIA}"""
 
 IPSEC = TOML.replace('certificate = "own.pem"\nkey = "own.key"\nca = "ca.pem"', 'transport = "ipsec"')
 
-CHARON = {"reachable": True, "version": "5.9.8", "ha": True, "ha_version": 3, "problem": ""}
 HA = {"local": "127.0.0.1", "remote": "127.0.0.2", "monitor": "no", "resync": "no"}
 
 
@@ -104,7 +108,7 @@ class Fake(World):
             "stats": {"plugins": ["vici", "ha"]},
             "conns": [{"name": "home"}],
             "pools": {},
-            "status": {"name": "psg", "version": "0.1.0", "charon": dict(CHARON)},
+            "status": {"name": "psg", "version": "0.1.0", "charon": {"reachable": True}},
             "list-contexts": [{"name": "home", "known": True}],
         }
         self.ha: dict[str, str] | None = dict(HA)
@@ -116,6 +120,8 @@ class Fake(World):
         self.foreign: set[str] = set()
         self.peer = PeerAnswer(frozenset({"nsg"}), 0.0)
         self.tools = {"ip", "nft"}
+        self.way = Way("lan0", direct=True)
+        self.there: bool | None = True
         self.trials: dict[str, tuple[bool | None, str]] = {}
         self.notes: bool | IkectxError | None = True
         self.time = datetime.datetime.now(datetime.UTC).timestamp()
@@ -156,6 +162,15 @@ class Fake(World):
 
     def is_local(self, address: str) -> bool:
         return address not in self.foreign
+
+    def device_of(self, address: str) -> str:
+        return "wan0"
+
+    def way_to(self, address: Address) -> Way:
+        return self.way
+
+    def is_there(self, address: Address) -> bool | None:
+        return self.there
 
     def connect(self, peer: PeerConfig) -> PeerAnswer:
         return self.peer

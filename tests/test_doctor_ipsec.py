@@ -12,7 +12,7 @@ from ikectx_cli.config import parse
 from ikectx_cli.doctor import Finding
 from ikectx_cli.doctor_world import PeerAnswer
 
-from .healthy_world import IPSEC, Protected, bad, only
+from .healthy_world import IPSEC, VIA, Protected, bad, only
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_not_protected_by_ipsec(protected: Protected) -> None:
 
 
 def test_peers_known_by_address(protected: Protected, tmp_path: Path) -> None:
-    text = IPSEC + '[[peer]]\nname = "third"\naddress = "198.51.100.1:5092"\n'
+    text = IPSEC + '[[peer]]\nname = "third"\naddress = "198.51.100.1:5092"\n' + VIA
     world = Protected(parse(text, tmp_path / "ikectx.toml"))
     only(world, "protection", "fail", "198.51.100.1 is the address of nsg and of third")
     text = IPSEC.replace("198.51.100.1", "nowhere.invalid")

@@ -56,6 +56,7 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
         assert agent.mobile is not None and (agent.by_packet is not None) == tunnel.by_packet
         assert agent.transfer.collision == tunnel.transfer.get("collision", "update")
         assert set(agent.connections) == set(MOBILES)
+        assert agent.connections["mn"].announces == (tunnel.inside == "announce")
         for mobile in tunnel.mobiles:
             assert swan[f"connections.{mobile}.remote.id"] == f"{mobile}.example"
             assert swan.get(f"connections.{mobile}.pools") == (mobile if tunnel.vip else None)

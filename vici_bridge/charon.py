@@ -67,8 +67,6 @@ class ChildView:
     remote_ts: tuple[str, ...]
     local_ts: tuple[str, ...]
     protocol: str = "ESP"
-    per_cpu: bool = False
-    """Its connection asks for an SA for each CPU (strongSwan 6.0.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +92,6 @@ class SaView:
     tasks: tuple[str, ...]
     children: tuple[ChildView, ...]
     algorithms: tuple[str, ...] = ()
-    ppk: bool = False
-    """It was set up with a postquantum preshared key (RFC 8784)."""
 
     @property
     def spis(self) -> tuple[bytes, bytes]:
@@ -172,7 +168,6 @@ def child_view(view: View) -> ChildView:
         remote_ts=_list(view, "remote-ts"),
         local_ts=_list(view, "local-ts"),
         protocol=_text(view, "protocol") or "ESP",
-        per_cpu=_text(view, "per-cpu-sas") == "yes" or bool(_text(view, "cpu")),
     )
 
 
@@ -207,7 +202,6 @@ def sa_view(name: str, view: View) -> SaView:
         tasks=tasks,
         children=tuple(child_view(child) for child in children.values()),
         algorithms=algorithms,
-        ppk=_text(view, "ppk") == "yes",
     )
 
 
