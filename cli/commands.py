@@ -28,7 +28,7 @@ Exit codes:
    1  failed for a reason not listed here
    2  wrong argument or configuration
    3  octets or an answer that do not parse
-   4  the other gateway, or the mobile node, refused
+   4  refused, by the other gateway or the mobile node, or as an SA that cannot be moved
    5  not reachable: agent, other gateway or mobile node
    6  no SA of that name, or more than one
    7  busy: an exchange or another transfer is under way, try again
@@ -140,6 +140,9 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
         "movable",
     )
     render.table(headers, rows, styles={"ESTABLISHED": "green", "no": "yellow"})
+    for item in items:
+        if item.get("reason"):
+            render.say(f"{item.get('name')} #{item.get('ike_id')} cannot be moved: {item['reason']}")
 
 
 @cli.command(short_help="The whole context of one SA.")

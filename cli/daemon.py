@@ -249,7 +249,7 @@ class Agent:
             "daemon": "ikectx",
             "version": __version__,
             "name": self._config.name,
-            "charon": self._host.charon_version,
+            "charon": self._host.ha_version.charon,
         }
         return with_json(answer, **answer)
 
@@ -272,7 +272,7 @@ class Agent:
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
         for view in await self._host.views():
-            yield with_json(view_json(view, self._host.knows(view)), name=view.name)
+            yield with_json(view_json(view, self._host.obstacle(view)), name=view.name)
 
     async def show_context(self, request: Message) -> Message:
         names = await self._select(request)

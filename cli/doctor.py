@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import IkectxError, KernelError
+from vici_bridge.ha import wire_version
+from vici_bridge.ha_version import UPGRADE
 
 from .doctor_inside import inside, pools
 from .doctor_ipsec import protection, reach
@@ -173,6 +175,31 @@ def agent_runs(world: World) -> Iterator[Outcome]:
     charon = status.get("charon") or {}
     if charon.get("reachable") is False:
         yield "fail", "the agent cannot reach charon", "compare [charon] vici with charon.plugins.vici.socket"
+
+
+def ha_version(world: World) -> Iterator[Outcome]:
+    """charon may have been upgraded under the agent; it drops HA messages of another version than its own."""
+    now = str(world.charon("version").get("version", ""))
+    charon = world.agent("status").get("charon") or {}
+    number, expected = charon.get("ha_version"), wire_version(now)
+    if charon.get("problem"):
+        yield "fail", str(charon["problem"]), UPGRADE
+    elif charon.get("version") != now or number != expected:
+        yield (
+            "fail",
+            f"charon is {now} (HA wire version {expected}), and the agent takes it for "
+            f"{charon.get('version') or 'none'} ({number or 'none'})",
+            "restart the agent; if it says the same again, upgrade ikectx",
+        )
+    else:
+        yield "ok", f"agent and charon {now} speak HA wire version {number}"
+
+
+def kinds(world: World) -> Iterator[Outcome]:
+    """SAs that stay, whatever one does here."""
+    for sa in world.agent("list-contexts"):
+        if sa.get("known") and sa.get("reason") and sa.get("state") == "ESTABLISHED":
+            yield "note", f"{sa.get('name')} #{sa.get('ike_id')} cannot be moved: {sa['reason']}", sa["hint"]
 
 
 def order(world: World) -> Iterator[Outcome]:
@@ -531,7 +558,9 @@ CHECKS: Sequence[tuple[str, Check]] = (
     ("ha settings", ha_settings),
     ("ha socket", ha_socket),
     ("agent", agent_runs),
+    ("ha version", ha_version),
     ("order", order),
+    ("kinds", kinds),
     ("capabilities", capabilities),
     ("secret files", secret_files),
     ("certificates", certificates),

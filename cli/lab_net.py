@@ -285,7 +285,7 @@ class Net:
             run([*nsg, "addr", "del", f"{address}/{PREFIX[version]}", "dev", "eth0"], check=False)
         if family is None:
             return
-        run([*self.enter("psg"), "sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1"])
+        run([*self.enter("psg"), "sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/arp_ignore"])
         lines = ["link add handover type bridge", "link set handover up"]
         lines.append(_address(family, f"{ANNOUNCED[family]}/{HOST_BITS[family]}", "handover"))
         run([*psg, "-batch", "-"], text="\n".join(lines) + "\n")

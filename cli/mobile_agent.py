@@ -163,7 +163,7 @@ class MobileAgent:
     # Control commands. Each answer holds its whole under `json`.
 
     async def version(self, request: Message) -> Message:
-        answer = {"daemon": "ikectx-mobile", "version": __version__, "charon": self._host.charon_version}
+        answer = {"daemon": "ikectx-mobile", "version": __version__, "charon": self._host.ha_version.charon}
         return with_json(answer, **answer)
 
     async def status(self, request: Message) -> Message:
@@ -187,7 +187,7 @@ class MobileAgent:
         return with_json(answer, sas=len(views))
 
     def _view_json(self, view: SaView) -> dict[str, object]:
-        gateway = self._config.gateway_at(view.remote.address)
+        gateway, obstacle = self._config.gateway_at(view.remote.address), self._host.obstacle(view)
         return {
             "name": view.name,
             "ike_id": view.unique_id,
@@ -200,7 +200,8 @@ class MobileAgent:
             "vips": [str(vip) for vip in view.local_vips],
             "children": [child.name for child in view.children if child.state == "INSTALLED"],
             "tasks": list(view.tasks),
-            "movable": self._host.knows(view) and view.state == "ESTABLISHED" and gateway is not None,
+            "movable": view.state == "ESTABLISHED" and gateway is not None and obstacle is None,
+            "reason": "" if obstacle is None else str(obstacle),
         }
 
     def _gateway_json(self, name: str) -> dict[str, object]:

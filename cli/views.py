@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from ikectx.errors import UnknownSaError, UsageError
+from ikectx.errors import IkectxError, UnknownSaError, UsageError
 from ikectx.ports import SaName
 from vici_bridge.charon import SaView
 from vici_bridge.host import CharonHost
@@ -64,8 +64,11 @@ def _child_spis(view: SaView) -> list[bytes]:
     return [spi for child in view.children for spi in (child.spi_in, child.spi_out)]
 
 
-def view_json(view: SaView, movable: bool) -> dict[str, object]:
-    """A view as plain data; `movable`: the agent knows its keys."""
+def view_json(view: SaView, obstacle: IkectxError | None) -> dict[str, object]:
+    """A view as plain data. `obstacle`: why the agent cannot move the SA, whatever its state."""
+    reason, hint = ("", "") if obstacle is None else (str(obstacle), obstacle.hint)
+    if not reason and view.state != "ESTABLISHED":
+        reason, hint = f"it is {view.state}", "only an ESTABLISHED IKE_SA is moved"
     return {
         "name": view.name,
         "ike_id": view.unique_id,
@@ -83,8 +86,10 @@ def view_json(view: SaView, movable: bool) -> dict[str, object]:
         "reauth_in": view.reauth,
         "established": view.established,
         "tasks": list(view.tasks),
-        "movable": movable and view.state == "ESTABLISHED",
-        "known": movable,
+        "movable": not reason,
+        "known": not isinstance(obstacle, UnknownSaError),
+        "reason": reason,
+        "hint": hint,
         "children": [
             {
                 "name": child.name,
@@ -103,4 +108,10 @@ def view_json(view: SaView, movable: bool) -> dict[str, object]:
 
 def charon_json(host: CharonHost) -> dict[str, object]:
     """Whether charon answers, which version it is, and whether the HA socket hears it."""
-    return {"reachable": host.charon_up, "version": host.charon_version, "ha": host.listening()}
+    return {
+        "reachable": host.charon_up,
+        "version": host.ha_version.charon,
+        "ha": host.listening(),
+        "ha_version": host.ha_version.number,
+        "problem": host.ha_version.problem,
+    }

@@ -43,6 +43,7 @@ address = "198.51.100.1"
 
 IPSEC = TOML.replace('certificate = "own.pem"\nkey = "own.key"\nca = "ca.pem"', 'transport = "ipsec"')
 
+CHARON = {"reachable": True, "version": "5.9.8", "ha": True, "ha_version": 3, "problem": ""}
 HA = {"local": "127.0.0.1", "remote": "127.0.0.2", "monitor": "no", "resync": "no"}
 
 
@@ -108,7 +109,7 @@ class Fake(World):
             "stats": {"plugins": ["vici", "ha"]},
             "conns": [{"name": "home"}],
             "pools": {},
-            "status": {"name": "psg", "version": "0.1.0", "charon": {"reachable": True}},
+            "status": {"name": "psg", "version": "0.1.0", "charon": dict(CHARON)},
             "list-contexts": [{"name": "home", "known": True}],
         }
         self.ha: dict[str, str] | None = dict(HA)

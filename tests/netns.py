@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,12 @@ class Namespace:
                 subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
                 for command in commands
             )
+
+    def switch_on(self, *names: str) -> None:
+        """Sets kernel settings of this network, named by their paths below /proc/sys/net, to 1."""
+        with self.entered():
+            for name in names:
+                Path("/proc/sys/net", name).write_text("1")
 
     def ip(self, *commands: str) -> None:
         """Commands of iproute2's `ip`, without that word, in one process."""

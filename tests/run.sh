@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs everything; root on Debian 12 is enough. A second run skips what is there.
+# Sets up and runs everything; root on Debian 12 or 13 is enough. A second run skips what is there.
 #
 #   tests/run.sh                  all steps; those for a virtual machine run beside the others
 #   tests/run.sh lint unit ...    some of: format lint types floors unit live kernel scenarios; one after the other
@@ -97,13 +97,14 @@ step_scenarios() { # on real charons: here or in a virtual machine, as the lab d
 }
 
 main() {
-    local step steps=("$@")
+    local step steps=("$@") guests=--here
     [ ${#steps[@]} -gt 0 ] || steps=("${STEPS[@]}")
     for step in "${steps[@]}"; do
         [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "no step $step; there are: ${STEPS[*]}" >&2; exit 2; }
     done
     [ "$(id -u)" = 0 ] || { echo "network namespaces and XFRM need root: sudo $0 $*" >&2; exit 1; }
-    tests/setup.sh || { echo "0 passed, 1 failed"; exit 1; }
+    for step in "${GUEST[@]}"; do [[ " ${steps[*]} " != *" $step "* ]] || guests=; done
+    tests/setup.sh $guests || { echo "0 passed, 1 failed"; exit 1; }
     mkdir -p "$results"
     rm -f "$results"/tally*
     if [ $# -gt 0 ]; then

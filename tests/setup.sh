@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Makes a bare Debian 12 machine (root and python3, nothing else) ready for the demo and the tests:
-# Debian packages by apt-get, a virtual environment in .venv. What is there already is left alone.
+# Makes a bare Debian 12 or 13 (root and python3, nothing else) ready for the demo and the tests: Debian packages
+# by apt-get, a virtual environment in .venv, kernels for guests. What is there already is left alone.
 #
 #   tests/setup.sh            everything
-#   tests/setup.sh --demo     without the tools that only the tests need
+#   tests/setup.sh --demo     without the tools that only the tests need, and without building kernels
+#   tests/setup.sh --here     for the tests that need no guest
 #
 # Installing strongSwan's package would start its service; that is prevented while this runs.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+NAME=setup
+. tests/packages.sh
 extra=dev
-[ "${1:-}" = --demo ] && extra=lab
+guests=yes
+case ${1:-} in
+    --demo) extra=lab ;;
+    --here) guests=no ;;
+esac
 
 PACKAGES=(
     charon-systemd strongswan-swanctl strongswan-pki
@@ -21,54 +28,15 @@ PACKAGES=(
 )
 # tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab.
 TEST_PACKAGES=(tshark bird2)
-# For a kernel without ESP, and for the tests also without SCTP: Debian's own kernel in a virtual machine.
-VM_PACKAGES=(qemu-system-x86 linux-image-amd64 busybox-static)
-
-say() { printf 'setup: %s\n' "$*" >&2; }
-die() { say "$*"; exit 1; }
+# For a kernel without ESP where no User-Mode Linux is to be had: Debian's own kernel in a virtual machine.
+# virtme-ng asks `file` what the kernel is.
+VM_PACKAGES=(qemu-system-x86 linux-image-amd64 busybox-static file)
 
 kernel_has_esp() {
     command -v ip > /dev/null || return 1
     modprobe -a -q esp4 esp6 xfrm_user 2> /dev/null || true
     unshare -n ip xfrm state add src 127.0.0.1 dst 127.0.0.2 proto esp spi 0x100 mode tunnel \
         aead 'rfc4106(gcm(aes))' "0x$(printf '00%.0s' {1..20})" 128 2> /dev/null
-}
-
-kernel_has_sctp() { # IPPROTO_SCTP is 132
-    modprobe -q sctp 2> /dev/null || true
-    python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132)' 2> /dev/null
-}
-
-lacking() { # the packages of the arguments that are not installed
-    local name
-    for name in "$@"; do
-        case $(dpkg-query -W -f '${Status}' "$name" 2> /dev/null) in
-            "install ok installed") ;;
-            *) echo "$name" ;;
-        esac
-    done
-}
-
-updated=no
-install() { # install what is lacking of the arguments
-    local wanted guard=/usr/sbin/policy-rc.d status=0
-    mapfile -t wanted < <(lacking "$@")
-    [ ${#wanted[@]} -eq 0 ] && return
-    command -v apt-get > /dev/null || die "no apt-get here: install ${wanted[*]} (or what they are called), then try again"
-    [ "$(id -u)" = 0 ] || die "run this as root: ${wanted[*]} must be installed"
-    say "installing ${wanted[*]}"
-    mkdir -p build
-    export DEBIAN_FRONTEND=noninteractive
-    if [ $updated = no ]; then
-        apt-get -q -o DPkg::Lock::Timeout=600 update > build/apt.log 2>&1 || say "apt-get update failed, trying without"
-        updated=yes
-    fi
-    # Services of the packages are not to start on this machine.
-    if [ -e $guard ]; then guard=; else printf '#!/bin/sh\nexit 101\n' > $guard && chmod 755 $guard; fi
-    apt-get -q -y -o DPkg::Lock::Timeout=600 --no-install-recommends install "${wanted[@]}" \
-        >> build/apt.log 2>&1 || status=$?
-    [ -z "$guard" ] || rm -f $guard
-    [ $status = 0 ] || { tail -20 build/apt.log >&2; die "apt-get could not install ${wanted[*]}, see build/apt.log"; }
 }
 
 python_fits() { # the interpreter is new enough (and, with "venv", can make virtual environments)
@@ -113,5 +81,8 @@ make_venv() {
 
 install "${PACKAGES[@]}"
 [ $extra = lab ] || install "${TEST_PACKAGES[@]}"
-if ! kernel_has_esp || { [ $extra != lab ] && ! kernel_has_sctp; }; then install "${VM_PACKAGES[@]}"; fi
+if [ $guests = yes ]; then
+    [ $extra = lab ] || tests/uml.sh || say "tests that run in User-Mode Linux will fail"
+    if ! kernel_has_esp && ! tests/uml.sh --find smp > /dev/null; then install "${VM_PACKAGES[@]}"; fi
+fi
 make_venv

@@ -18,7 +18,7 @@ from ikectx_cli.doctor import Finding
 from ikectx_cli.doctor_world import PeerAnswer, UdpOwner
 from ikectx_cli.settings import load
 
-from .healthy_world import HA, TOML, Fake, Pki, bad, only
+from .healthy_world import CHARON, HA, TOML, Fake, Pki, bad, only
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def test_all_is_well(world: Fake) -> None:
     findings = doctor.examine(world)
     assert {finding.level for finding in findings} == {"ok"}
     assert {finding.check for finding in findings} == {name for name, _ in doctor.CHECKS} - {
+        "kinds",
         "pools",
         "protection",
     }
@@ -97,16 +98,42 @@ def test_ha_socket(world: Fake) -> None:
     only(world, "ha socket", "fail", "nobody listens")
 
 
+AGENTS = ("ha version", "order", "kinds")
+"""Checks that ask the agent what it knows."""
+
+
 def test_agent_away_or_confused(world: Fake) -> None:
     world.answers["status"] = world.answers["list-contexts"] = LinkError("no agent listens", hint="start it")
     world.pids["agent"] = None
     del world.owners["127.0.0.2"]
     levels = {(finding.check, finding.level) for finding in bad(world)}
-    assert levels == {("ha socket", "warn"), ("agent", "fail"), ("order", "note")}
-    world.answers["status"] = {"name": "other", "charon": {"reachable": False}}
+    assert levels == {("ha socket", "warn"), ("agent", "fail"), *((name, "note") for name in AGENTS)}
+    world.answers["status"] = {"name": "other", "charon": {**CHARON, "reachable": False}}
     world.answers["list-contexts"] = []
     texts = [finding.found for finding in bad(world) if finding.check == "agent"]
     assert "goes by 'other'" in texts[0] and "cannot reach charon" in texts[1]
+
+
+def test_charon_was_upgraded_under_the_agent(world: Fake) -> None:
+    world.answers["version"] = {"daemon": "charon-systemd", "version": "6.0.1"}
+    found = only(world, "ha version", "fail", "charon is 6.0.1 (HA wire version 4)")
+    assert "takes it for 5.9.8 (3)" in found.found and "restart the agent" in found.fix
+    problem = "charon 6.9.0 speaks HA wire version 9, this ikectx knows 3, 4, 5"
+    world.answers["status"]["charon"] = {**CHARON, "ha_version": 9, "problem": problem}
+    assert "upgrade ikectx" in only(world, "ha version", "fail", problem).fix
+
+
+def test_sas_of_a_kind_that_stays(world: Fake) -> None:
+    ah = {
+        "name": "home",
+        "ike_id": 7,
+        "state": "ESTABLISHED",
+        "known": True,
+        "reason": "it is AH",
+        "hint": "x",
+    }
+    world.answers["list-contexts"] = [ah, {**ah, "state": "PASSIVE"}]
+    only(world, "kinds", "note", "home #7 cannot be moved: it is AH")
 
 
 def test_message_ids_that_are_noted_wrongly_or_not_at_all(world: Fake) -> None:

@@ -95,7 +95,7 @@ def test_switches_that_turn_ipsec_off(
 ) -> None:
     for policy in policies_of():
         kernel.add_policy(policy)
-    space.run(f"sysctl -q -w net.ipv4.conf.{name}.{switch}=1")
+    space.switch_on(f"ipv4/conf/{name}/{switch}")
     with pytest.raises(LinkError, match=f"{switch} is on for {name}"):
         guard.protection(flow_of())
 

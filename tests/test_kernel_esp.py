@@ -14,10 +14,11 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from ikectx.context import Address, ReplayState, Secret
-from ikectx.errors import KernelError, StateError, UsageError
+from ikectx.errors import KernelError, RefusedError, StateError, UsageError
 from ikectx.numbers import Encr, Integ
 from vici_bridge.esp import CIPHERS, INTEGRITY, KernelReplay
 from vici_bridge.kernel import Kernel
+from vici_bridge.obstacles import check_kernel
 from vici_bridge.xfrm import STATE_ESN, Encap, KernelLimits, KernelPolicy, KernelSa, Mark, Selector, Template
 
 from .netns import namespaces
@@ -142,6 +143,17 @@ def test_an_sa_that_only_sends_has_the_long_form_without_a_bitmap(kernel: Kernel
     kernel.batch([raised.delete(), raised.add()])
     (again,) = kernel.dump_sas()
     assert replace(again, usage=raised.usage) == raised
+
+
+def test_an_sa_for_one_cpu_is_seen_to_be_one(kernel: Kernel) -> None:
+    kernel.add_sa(replace(esp_sa(V4), extra=((35, struct.pack("=I", 0)), OUT), replay=KernelReplay()))
+    (found,) = kernel.dump_sas()
+    if found.cpu is None:  # a kernel before 6.13 passes XFRMA_SA_PCPU over
+        assert 35 not in dict(found.extra)
+        return
+    assert found.cpu == 0
+    with pytest.raises(RefusedError, match="for CPU 0 alone"):
+        check_kernel("net", found)
 
 
 @pytest.mark.parametrize("encr", list(CIPHERS))

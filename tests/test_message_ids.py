@@ -252,7 +252,7 @@ def test_the_higher_ids_count(noted: tuple[int, int], expected: tuple[int, int])
         context = replace(a_context(), mid_initiator=5, mid_responder=7)
         async with host_of(Vici(context), SqliteStore(":memory:", KEY)) as host:
             hear(host, context)
-            host.noted = kernel = Noted()  # type: ignore[assignment]
+            host.doubts.noted = kernel = Noted()  # type: ignore[assignment]
             kernel.ids = noted
             exported = await CharonSource(host, nobody).export(context.spis)
             assert (exported.mid_initiator, exported.mid_responder) == expected
@@ -267,14 +267,14 @@ def test_without_nftables_what_charon_told_counts(caplog: pytest.LogCaptureFixtu
         context = replace(a_context(), mid_initiator=5, mid_responder=7)
         async with host_of(Vici(context), SqliteStore(":memory:", KEY)) as host:
             hear(host, context)
-            host.noted = kernel = Noted()  # type: ignore[assignment]
+            host.doubts.noted = kernel = Noted()  # type: ignore[assignment]
             kernel.broken = True
-            await host._begin_noting()
+            await host.doubts.begin(host.record.names())
             exported = await CharonSource(host, nobody).export(context.spis)
             assert (exported.mid_initiator, exported.mid_responder) == (5, 7)
             assert "will not be known" in caplog.text
-            host._told.clear()  # that was an agent before this one
-            await host._begin_noting()
+            host.doubts._told.clear()  # that was an agent before this one
+            await host.doubts.begin(host.record.names())
             with pytest.raises(UnknownSaError, match="message IDs"):
                 await CharonSource(host, nobody).export(context.spis)
 
@@ -287,9 +287,9 @@ def test_an_sa_that_nobody_listened_to_stays_until_it_has_spoken_both_ways() -> 
         store = SqliteStore(":memory:", KEY)
         async with host_of(Vici(context), store) as host:
             hear(host, context)
-            host._told.clear()  # that was an agent before this one
-            host.noted = kernel = Noted(stands=False)  # type: ignore[assignment]
-            await host._begin_noting()
+            host.doubts._told.clear()  # that was an agent before this one
+            host.doubts.noted = kernel = Noted(stands=False)  # type: ignore[assignment]
+            await host.doubts.begin(host.record.names())
             (view,) = await host.views()
             source = CharonSource(host, nobody)
             for kernel.ids in ((0, 0), (9, 0), (0, 9)):
@@ -298,7 +298,7 @@ def test_an_sa_that_nobody_listened_to_stays_until_it_has_spoken_both_ways() -> 
                 assert "resync" in caught.value.hint
                 assert not host.knows(view)
             kernel.stands = True
-            await host._begin_noting()  # another agent: the doubt stays
+            await host.doubts.begin(host.record.names())  # another agent: the doubt stays
             with pytest.raises(UnknownSaError):
                 await source.export(context.spis)
             kernel.ids = (9, 8)
@@ -317,8 +317,8 @@ def test_doubts_end_with_the_sa() -> None:
         vici = Vici(context)
         async with host_of(vici, store) as host:
             hear(host, context)
-            host.noted = Noted(stands=False)  # type: ignore[assignment]
-            await host._begin_noting()
+            host.doubts.noted = Noted(stands=False)  # type: ignore[assignment]
+            await host.doubts.begin(host.record.names())
             assert len(list(store.items("doubt"))) == 1
             vici.contexts.clear()
             await host._reconcile()
@@ -334,9 +334,9 @@ def test_a_resync_tells_message_ids_that_nobody_noted(noted: tuple[int, int]) ->
         context = replace(a_context(), mid_initiator=5, mid_responder=7)
         async with host_of(Vici(context), SqliteStore(":memory:", KEY)) as host:
             hear(host, context)
-            host._told.clear()  # that was an agent before this one
-            host.noted = kernel = Noted(stands=False)  # type: ignore[assignment]
-            await host._begin_noting()
+            host.doubts._told.clear()  # that was an agent before this one
+            host.doubts.noted = kernel = Noted(stands=False)  # type: ignore[assignment]
+            await host.doubts.begin(host.record.names())
             kernel.ids = noted
             source, ike = CharonSource(host, nobody), IkeId.of(context.current)
             for initiator, mid in ((True, 8), (False, 9)):

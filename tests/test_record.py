@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ikectx.context import Secret
-from ikectx.errors import UnknownSaError, UsageError
+from ikectx.errors import RefusedError, UnknownSaError
 from ikectx.keys import child_keys, sk_keys
 from ikectx.numbers import KeMethod, Prf, Status
 from vici_bridge import ha
@@ -331,7 +331,7 @@ def test_children_without_esp_are_not_covered() -> None:
     ah = replace(whole, attributes=tuple(one for one in whole.attributes if one[0] is not Attr.ALG_ENCR))
     record = fed(*first())
     assert record.feed(ah) == ChildAdded(I1.spis, child(2).spi_in)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(RefusedError) as error:
         record.context(I1.spis)
     assert error.value.status is Status.NOT_COVERED
     assert again(record).names() == (I1.spis,)

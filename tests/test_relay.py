@@ -36,7 +36,7 @@ def line() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
             "address add 10.0.2.1/24 dev right",
             "address add fd00:2::1/64 dev right nodad",
         )
-        nsg.run("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+        nsg.switch_on("ipv4/ip_forward", "ipv6/conf/all/forwarding")
         mn.ip(
             "link set near up",
             f"address add {MN[4]}/24 dev near",

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from ikectx.context import Endpoint
-from ikectx.errors import UnknownSaError, UsageError
+from ikectx.errors import RefusedError, UnknownSaError, UsageError
 from ikectx_cli.views import charon_json, chosen, sa_name, view_json
 from vici_bridge.charon import ChildView, SaView
+from vici_bridge.ha_version import HaVersion
 
 
 def view(number: int, name: str = "home", remote: str = "203.0.113.1", state: str = "ESTABLISHED") -> SaView:
@@ -93,11 +94,25 @@ def test_the_two_spis_of_an_ike_sa() -> None:
 
 
 def test_what_list_shows() -> None:
-    shown = view_json(ONE, movable=True)
-    assert shown["movable"] and shown["spi_r"] == "a1" * 8
-    assert not view_json(replace(ONE, state="PASSIVE"), movable=True)["movable"]
+    shown = view_json(ONE, None)
+    assert shown["movable"] and shown["known"] and shown["reason"] == "" and shown["spi_r"] == "a1" * 8
+    passive = view_json(replace(ONE, state="PASSIVE"), None)
+    assert not passive["movable"] and passive["reason"] == "it is PASSIVE"
+    unknown = view_json(ONE, UnknownSaError("no record of it", hint="resync"))
+    assert (unknown["movable"], unknown["known"]) == (False, False)
+    assert (unknown["reason"], unknown["hint"]) == ("no record of it", "resync")
+    ah = view_json(ONE, RefusedError("it is AH"))
+    assert (ah["movable"], ah["known"], ah["reason"]) == (False, True, "it is AH")
 
 
 def test_charon_as_both_agents_status_tells_it() -> None:
-    host = SimpleNamespace(charon_up=True, charon_version="6.0.1", listening=lambda: False)
-    assert charon_json(host) == {"reachable": True, "version": "6.0.1", "ha": False}  # type: ignore[arg-type]
+    version = HaVersion()
+    version.told("6.0.1")
+    host = SimpleNamespace(charon_up=True, ha_version=version, listening=lambda: False)
+    assert charon_json(host) == {  # type: ignore[arg-type]
+        "reachable": True,
+        "version": "6.0.1",
+        "ha": False,
+        "ha_version": 4,
+        "problem": "",
+    }

@@ -338,7 +338,7 @@ def host() -> Iterator[None]:
     with namespaces(1) as (space,):
         space.ip("addr add 10.9.9.1/32 dev lo", "addr add fd09::1/128 dev lo nodad")
         space.ip("addr add 10.9.9.9/32 dev lo", "addr add fd09::9/128 dev lo nodad")
-        space.run("sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.lo.rp_filter=1")
+        space.switch_on("ipv4/conf/all/rp_filter", "ipv4/conf/lo/rp_filter")
         with space.entered():
             yield
 

@@ -67,6 +67,8 @@ class ChildView:
     remote_ts: tuple[str, ...]
     local_ts: tuple[str, ...]
     protocol: str = "ESP"
+    per_cpu: bool = False
+    """Its connection asks for an SA for each CPU (strongSwan 6.0.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ class SaView:
     tasks: tuple[str, ...]
     children: tuple[ChildView, ...]
     algorithms: tuple[str, ...] = ()
+    ppk: bool = False
+    """It was set up with a postquantum preshared key (RFC 8784)."""
 
     @property
     def spis(self) -> tuple[bytes, bytes]:
@@ -168,6 +172,7 @@ def child_view(view: View) -> ChildView:
         remote_ts=_list(view, "remote-ts"),
         local_ts=_list(view, "local-ts"),
         protocol=_text(view, "protocol") or "ESP",
+        per_cpu=_text(view, "per-cpu-sas") == "yes" or bool(_text(view, "cpu")),
     )
 
 
@@ -202,6 +207,7 @@ def sa_view(name: str, view: View) -> SaView:
         tasks=tasks,
         children=tuple(child_view(child) for child in children.values()),
         algorithms=algorithms,
+        ppk=_text(view, "ppk") == "yes",
     )
 
 

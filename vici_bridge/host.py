@@ -20,9 +20,9 @@ from ikectx.errors import (
     IkectxError,
     KernelError,
     NoAddressError,
+    RefusedError,
     StoreError,
     UnknownSaError,
-    UsageError,
     WireError,
 )
 from ikectx.ports import MoveReport, SaName, Store
@@ -32,11 +32,13 @@ from .away import Away
 from .chain import undo_messages
 from .charon import SaView
 from .deadlines import Deadlines
+from .doubts import Doubts
 from .fresh import FreshKeys
+from .ha_version import HaVersion
 from .kernel import Detour, Kernel, Mute
 from .listing import Listing
-from .message_ids import MessageIds
 from .names import SPI_MAX, SPI_MIN
+from .obstacles import check_context, check_kind, check_told
 from .record import Change, ChildAdded, Deleted, MidChanged, Record, Rekeyed, Updated
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
@@ -61,8 +63,6 @@ IMPORTED = b"imported "
 _UPDATE_SPI = "update-spi"
 """Kind of store entry, by the MN's identity: does it know UPDATE_SPI, and when it was seen (s since 1970)."""
 _UPDATE_SPI_FOR = 86400.0
-_DOUBT = "doubt"
-"""Kind of store entry: this SA may have used message IDs while nobody, not even the kernel, took note."""
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
 DELETE_PATIENCE = 5.0
@@ -111,7 +111,7 @@ class CharonHost:
         self.listing = Listing(self.vici.read_sas)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
-        self.noted = MessageIds()
+        self.doubts = Doubts(store)
         self.detour = Detour()
         self.away = Away(store, self.kernel, self.detour, config.forward_via)
         self.record = Record()
@@ -121,18 +121,15 @@ class CharonHost:
         """Held from the checks to the end of an import: two imports never race for an SPI."""
         self.on_change: Callable[[Change], None] | None = None
         self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
-        self._version: int | None = None
+        self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._toggle: asyncio.Future[None] | None = None
         self._spoke: dict[SaName, float] = {}
-        self._told: set[tuple[SaName, bool]] = set()
-        """Whose message IDs charon has told in this life of the agent; True: those of its own requests."""
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
         self.charon_up = False
-        self.charon_version = ""
 
     async def open(self) -> None:
         """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
@@ -145,7 +142,8 @@ class CharonHost:
         except KernelError as error:
             # every transfer will say the same again
             log.error("no SA can be moved from here or to here: %s (%s)", error, error.hint)
-        await self._begin_noting()
+        # an MN whose gateway takes its messages for old ones connects anew; a gateway must not be in doubt
+        await self.doubts.begin(() if self.config.mobile_node else self.record.names())
         loop = asyncio.get_running_loop()
 
         def state(up: bool) -> None:
@@ -153,19 +151,6 @@ class CharonHost:
 
         self.vici.listen(lambda event, message: None, on_state=state)
         self.spawn(self._watch_deadlines())
-
-    async def _begin_noting(self) -> None:
-        """SAs of before whose messages nobody noted meanwhile are not to be trusted."""
-        try:
-            if await asyncio.to_thread(self.noted.prepare):
-                return
-        except KernelError as error:
-            log.warning(
-                "message IDs that are used while no agent runs will not be known: %s (%s)", error, error.hint
-            )
-        # an MN whose gateway takes its messages for old ones connects anew; a gateway must not be in doubt
-        for sa in () if self.config.mobile_node else self.record.names():
-            self.store.put(_DOUBT, _key(sa), b"")
 
     async def close(self) -> None:
         """Stop listening and save. SAs, freezes and policies stay as they are."""
@@ -180,7 +165,7 @@ class CharonHost:
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
-        self.noted.close()
+        self.doubts.close()
         if not self.config.mobile_node:
             await asyncio.to_thread(self.mute.close)
 
@@ -199,12 +184,16 @@ class CharonHost:
     # The HA stream.
 
     def _hear(self, datagram: bytes) -> None:
+        new = self.ha_version.heard(datagram)
+        if self.ha_version.problem:
+            if new:
+                log.error("%s: upgrade ikectx", self.ha_version.problem)
+            return
         try:
             message = ha.HaMessage.parse(datagram)
         except WireError as error:
             log.warning("charon's HA socket said something unreadable: %s", error)
             return
-        self._version = message.version
         self._keep_departed(message)
         self._fed(self.record.feed(message))
 
@@ -213,13 +202,12 @@ class CharonHost:
         match change:
             case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
-                self._told.add((name, initiator))
+                self.doubts.told(name, initiator)
             case ChildAdded(name) | Updated(name) | Rekeyed(_, name):
                 self._look_whose(name)
             case Deleted(name):
                 self._spoke.pop(name, None)
-                self._told -= {(name, True), (name, False)}
-                self.store.delete(_DOUBT, _key(name))
+                self.doubts.gone(name)
         if self.on_change is not None:
             self.on_change(change)
 
@@ -228,7 +216,7 @@ class CharonHost:
         try:
             if not self.importing(name):
                 self.away.serves(self.record.context(name))
-        except (UnknownSaError, UsageError):
+        except (UnknownSaError, RefusedError):
             pass  # not told in full yet; or it cannot be moved, and charon's list shows it at the next start
         except (KernelError, StoreError) as error:
             log.error("packets for a mobile node that is here again may be sent on still: %s", error)
@@ -264,10 +252,7 @@ class CharonHost:
 
     async def _reconcile(self) -> None:
         """After charon came (back): forget what it no longer has."""
-        version = await asyncio.to_thread(self.vici.version)
-        self.charon_version = str(version.get("version", ""))
-        if self._version is None:
-            self._version = ha.wire_version(self.charon_version)
+        await self._ask_version()
         await self.settle()
         mark = self.record.mark()
         views = await self.views()
@@ -275,19 +260,17 @@ class CharonHost:
         self.save()
         await self.settle()  # what came up just now was told by now
         listed = {view.spis for view in views}
-        for key, _ in self.store.items(_DOUBT):
-            if key not in map(_key, listed):
-                self.store.delete(_DOUBT, key)
+        self.doubts.keep(listed)
         for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
             if muted.spis not in listed and not self.importing(muted.spis):
                 await asyncio.to_thread(self.mute.unmute, muted.spis)
         for sa in self.record.names():
-            with contextlib.suppress(UnknownSaError, UsageError):
+            with contextlib.suppress(UnknownSaError, RefusedError, CharonError):
                 await self.catch_up(sa)
         self._restore_away(views)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
-        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.charon_version, known, len(gone))
+        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.ha_version.charon, known, len(gone))
         if unknown:
             log.warning(
                 "%d IKE_SAs, or CHILD_SAs of them, came up while no agent ran: these cannot be moved; "
@@ -325,14 +308,9 @@ class CharonHost:
         await self.settle()
         if sa not in self.record:
             return
-        if self.doubtful(sa):
-            raise UnknownSaError(
-                "its message IDs are not known: it may have spoken while nothing noted them",
-                hint="they are known when gateway and MN have each asked the other something (DPD does); "
-                "or rekey the IKE_SA, or `ikectx resync`",
-            )
+        self.doubts.check(sa)
         known, ike = self.record.context(sa), ha.IkeId.of(self.record.context(sa).current)
-        after = self._after(sa)
+        after = self.doubts.after(sa)
         version = await self.version()
         for initiator, mid, noted in zip(
             (True, False), (known.mid_initiator, known.mid_responder), after, strict=True
@@ -341,30 +319,17 @@ class CharonHost:
                 log.info("%s: message ID %d was not heard of", known.remote_id, noted - 1)
                 self._fed(self.record.feed(ha.ike_mid(version, ike, initiator=initiator, mid=noted)))
 
-    def _after(self, sa: SaName) -> tuple[int, int]:
-        try:
-            return self.noted.after(sa)
-        except KernelError as error:
-            log.warning("message IDs cannot be looked up: %s", error)
-            return 0, 0
-
-    def doubtful(self, sa: SaName) -> bool:
-        """Whether message IDs of an SA of before may have been used unnoted."""
-        if self.store.get(_DOUBT, _key(sa)) is None:
-            return False
-        noted = zip((True, False), self._after(sa), strict=True)
-        if not all(after or (sa, initiator) in self._told for initiator, after in noted):
-            return True
-        self.store.delete(_DOUBT, _key(sa))
-        return False
+    async def _ask_version(self) -> None:
+        answer = await asyncio.to_thread(self.vici.version)
+        self.ha_version.told(str(answer.get("version", "")))
 
     async def version(self) -> int:
-        """The HA wire version: from the stream, else from charon's version. Errors: CharonError."""
-        if self._version is None:
-            answer = await asyncio.to_thread(self.vici.version)
-            self.charon_version = str(answer.get("version", ""))
-            self._version = ha.wire_version(self.charon_version)
-        return self._version
+        """The HA wire version, see `HaVersion`. Errors: CharonError, also for one that is not known here."""
+        if self.ha_version.number is None:
+            await self._ask_version()
+        self.ha_version.check()
+        assert self.ha_version.number is not None
+        return self.ha_version.number
 
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
         """Orders to charon, in order, paced. Errors: CharonError."""
@@ -404,15 +369,21 @@ class CharonHost:
 
     def knows(self, view: SaView) -> bool:
         """Whether the record has all keys of the IKE_SA and its CHILD_SAs, and no doubtful message IDs."""
+        return not isinstance(self.obstacle(view), UnknownSaError)
+
+    def obstacle(self, view: SaView) -> IkectxError | None:
+        """Why that SA cannot be moved, as far as this side can tell; None: nothing speaks against it."""
         try:
-            told = {child.spi_in for child in self.record.context(view.spis).children}
-        except UnknownSaError:
-            return False
-        except UsageError:
-            return True  # known, and known to be of a kind that cannot be moved
-        if self.doubtful(view.spis):
-            return False
-        return {child.spi_in for child in view.children if child.state == "INSTALLED"} <= told
+            self.ha_version.check()
+            check_kind(view)
+            context = self.record.context(view.spis)
+            if not self.config.mobile_node:
+                check_context(context)
+            self.doubts.check(view.spis)
+            check_told(view, context)
+        except (CharonError, RefusedError, UnknownSaError) as error:
+            return error
+        return None
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of them by its SPIs."""

@@ -48,6 +48,7 @@ from . import ha
 from .charon import SaView
 from .host import CharonHost
 from .moves import LIVING, Move, plan_move
+from .obstacles import check_kind, check_told
 from .source import ABOUT_ADDRESSES, CharonSource
 from .steps import MOVE, MoveSteps, key_of
 
@@ -126,12 +127,13 @@ class CharonMobile:
         `unanswered`: requests as of `only_addresses` may be in flight. charon does not repeat them while it
         is passive, nor later if that was due meanwhile, so it must not be for long. `anything`: any exchange
         may be: `count` makes charon begin it anew, or the IKE_SA gets another name. `patience`: seconds to
-        wait for an exchange to end. Errors: UnknownSaError; BusyError while an exchange is in flight or the
-        SA is not up; CharonError with NOT_COVERED where it could not be given other addresses. The SA is
-        active then.
+        wait for an exchange to end. Errors: UnknownSaError; RefusedError for an SA of a kind that cannot be
+        moved; BusyError while an exchange is in flight or the SA is not up; CharonError with NOT_COVERED
+        where it could not be given other addresses. The SA is active then.
         """
         host = self._host
         view = await self.steps.seen(sa)
+        check_kind(view)
         await host.catch_up(sa)
         if view.state == "PASSIVE" and host.store.get(_QUIET, key_of(sa)) is not None:
             return
@@ -155,15 +157,9 @@ class CharonMobile:
             raise
 
     def _check(self, context: IkeContext, view: SaView) -> None:
-        """What would fail later, when nobody else serves the SA any more. Errors: CharonError."""
+        """What would fail later, when nobody else serves the SA. Errors: CharonError, UnknownSaError."""
         kernel = self._host.kernel
-        known = {child.spi_in for child in context.children}
-        for listed in view.children:
-            if listed.state == "INSTALLED" and listed.spi_in not in known:
-                raise UnknownSaError(
-                    f"no record of CHILD_SA {listed.name}: it came up while no agent ran",
-                    hint="rekey it, or let the mobile node connect anew",
-                )
+        check_told(view, context)
         living = {child.spi_in for child in view.children if child.state == "INSTALLED"}
         for child in context.children:
             if child.spi_in not in living:

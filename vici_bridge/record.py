@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from ikectx import cbor
 from ikectx.context import Endpoint, FinalState, IkeContext
-from ikectx.errors import StoreError, UnknownSaError, UsageError, WireError
+from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
 from ikectx.numbers import Protocol, Status
 from ikectx.ports import SaName
 
@@ -30,6 +30,8 @@ from .sa_state import SaState, adopt, further_keys, messages_of, pruned, read_ch
 
 COND_PPK = 1 << 13
 """charon's condition bit: SK_d was mixed with a postquantum preshared key, which no message tells."""
+
+PPK = "the IKE_SA was set up with a postquantum preshared key (PPK)"
 
 _FORMAT = 1
 _NO_LIMIT = 1 << 16
@@ -293,14 +295,15 @@ class Record:
         """What the stream told of an IKE_SA; addresses are those of its IKE_UPDATE, not the current ones.
 
         Counters, lifetimes, policies and peer are not in it. Children that charon replaced but still
-        lists are. UnknownSaError: not known, or known in part. UsageError with NOT_COVERED: it
+        lists are. UnknownSaError: not known, or known in part. RefusedError with NOT_COVERED: it
         cannot be moved.
         """
         sa = self._sas.get(name)
         if sa is None:
             raise UnknownSaError(
-                f"no record of IKE_SA {key_of(name)}",
-                hint="The agent must run before charon sets up an SA.",
+                f"no record of IKE_SA {key_of(name)}: it came up while no agent ran",
+                hint="`ikectx resync` learns it, after which charon rekeys all CHILD_SAs; "
+                "the agent must run before charon",
             )
         if (
             sa.connection is None
@@ -312,7 +315,10 @@ class Record:
         ):
             raise UnknownSaError(f"the record of IKE_SA {key_of(name)} is not complete")
         if sa.alien:
-            raise UsageError(f"IKE_SA {key_of(name)} has a child without ESP", status=Status.NOT_COVERED)
+            raise RefusedError(
+                f"IKE_SA {key_of(name)} has a CHILD_SA that is AH, and only ESP can be moved",
+                status=Status.NOT_COVERED,
+            )
         return IkeContext(
             connection=sa.connection,
             generations=sa.generations,
@@ -443,7 +449,7 @@ class Record:
 def uncovered(context: IkeContext, version: int) -> str:
     """Why charon with that wire version cannot take the IKE_SA over the ha socket; empty: it can."""
     if context.conditions & COND_PPK:
-        return "the IKE_SA was set up with a postquantum preshared key (PPK)"
+        return PPK
     if context.local_vips:
         return "the gateway itself has a virtual IP in this IKE_SA"
     if any(child.protocol is not Protocol.ESP for child in context.children):

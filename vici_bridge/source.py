@@ -39,6 +39,7 @@ from .charon import (
     peer_context,
 )
 from .host import CharonHost, Mover
+from .obstacles import check_context, check_kernel, check_kind, check_told
 from .xfrm import KernelPolicy, KernelSa
 
 log = logging.getLogger(__name__)
@@ -102,22 +103,21 @@ class CharonSource:
         """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
         host = self._host
         view = await self._view(sa)
+        host.ha_version.check()
+        if view is not None:
+            check_kind(view)
         await host.catch_up(sa)
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
         _refuse_busy(view, away)
         context = relocate(host.context(sa), local=view.local, remote=view.remote)
+        if not host.config.mobile_node:
+            check_context(context)
+        check_told(view, context)
         if away and view.tasks:
             context = replace(context, mid_initiator=_last(context), unsure=True)
         context = replace(context, lifetime=ike_lifetime(view))
         living = {child.spi_in: child for child in view.children if child.state in _LIVING}
-        untold = set(living) - {child.spi_in for child in context.children}
-        if untold:
-            names = ", ".join(sorted({living[spi].name for spi in untold}))
-            raise UnknownSaError(
-                f"no record of CHILD_SA {names}: it came up while no agent ran",
-                hint="rekey it, or `ikectx resync`, after which charon rekeys all CHILD_SAs",
-            )
         children = []
         for child in context.children:
             seen = living.get(child.spi_in)
@@ -138,6 +138,8 @@ class CharonSource:
         inbound, outbound = self._host.kernel_pair(context, child)
         if inbound is None or outbound is None:
             raise BusyError(f"the kernel does not hold both ESP SAs of CHILD_SA {child.name} now")
+        for kept in (inbound, outbound):
+            check_kernel(child.name, kept)
         self._compare_keys(context, child, inbound, outbound)
         state_in, used_in = kernel.get_replay(inbound, outbound=False)
         state_out, _ = kernel.get_replay(outbound, outbound=True)

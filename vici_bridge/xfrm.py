@@ -10,6 +10,7 @@ message must carry. Foreign bytes raise only `WireError`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -84,6 +85,10 @@ ALLOW, BLOCK = 0, 1
 DIRECTIONS = ("in", "out", "fwd", "socket in", "socket out", "socket fwd")
 _SA_DIR = 33
 """XFRMA_SA_DIR (kernel 6.10): 1 inbound, 2 outbound."""
+_OFFLOAD_DEV, _OFFLOAD_PACKET = 28, 4
+"""XFRMA_OFFLOAD_DEV, an interface index and flags; the flag by which the card does all of ESP."""
+_SA_PCPU = 35
+"""XFRMA_SA_PCPU (kernel 6.13): the CPU that alone uses the SA."""
 _FRESH = KernelReplay()
 
 
@@ -152,6 +157,20 @@ class KernelSa:
         if bool(self.replay.oseq) == bool(self.replay.seq):
             return None
         return bool(self.replay.oseq)
+
+    @property
+    def cpu(self) -> int | None:
+        """The CPU that alone uses the SA; None: all do."""
+        for number, octets in self.extra:
+            if number == _SA_PCPU:
+                return int.from_bytes(octets[:4], sys.byteorder)
+        return None
+
+    @property
+    def offloaded(self) -> bool:
+        """The network card does all of it and keeps the counters (packet offload)."""
+        flags = [octets[4] for number, octets in self.extra if number == _OFFLOAD_DEV and len(octets) > 4]
+        return any(flag & _OFFLOAD_PACKET for flag in flags)
 
     def __post_init__(self) -> None:
         if len(self.spi) != 4:

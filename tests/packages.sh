@@ -1,0 +1,57 @@
+# Sourced by setup.sh, uml.sh and roots.sh: how these say things, and how they install what is missing.
+# NAME is the name that stands before what is said.
+
+say() { printf '%s: %s\n' "$NAME" "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+lacking() { # the packages of the arguments that are not installed
+    local name
+    for name in "$@"; do
+        case $(dpkg-query -W -f '${Status}' "$name" 2> /dev/null) in
+            "install ok installed") ;;
+            *) echo "$name" ;;
+        esac
+    done
+}
+
+updated=no
+install() { # install what is lacking of the arguments
+    local wanted guard=/usr/sbin/policy-rc.d status=0
+    mapfile -t wanted < <(lacking "$@")
+    [ ${#wanted[@]} -eq 0 ] && return
+    command -v apt-get > /dev/null || die "no apt-get here: install ${wanted[*]} (or what they are called), then try again"
+    [ "$(id -u)" = 0 ] || die "run this as root: ${wanted[*]} must be installed"
+    say "installing ${wanted[*]}"
+    mkdir -p build
+    export DEBIAN_FRONTEND=noninteractive
+    if [ $updated = no ]; then
+        apt-get -q -o DPkg::Lock::Timeout=600 update > build/apt.log 2>&1 || say "apt-get update failed, trying without"
+        updated=yes
+    fi
+    # Services of the packages are not to start on this machine.
+    if [ -e $guard ]; then guard=; else printf '#!/bin/sh\nexit 101\n' > $guard && chmod 755 $guard; fi
+    apt-get -q -y -o DPkg::Lock::Timeout=600 --no-install-recommends install "${wanted[@]}" \
+        >> build/apt.log 2>&1 || status=$?
+    [ -z "$guard" ] || rm -f $guard
+    [ $status = 0 ] || { tail -20 build/apt.log >&2; die "apt-get could not install ${wanted[*]}, see build/apt.log"; }
+}
+
+cache() { # the folder for what is made once for all checkouts of this user
+    echo "${XDG_CACHE_HOME:-$HOME/.cache}/ikectx"
+}
+
+mirror() { # the Debian archive that this machine's apt uses; fails where there is none
+    local suite
+    suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' \
+        | awk -v "suite=$suite" '$1 == suite || $1 ~ /^(sid|unstable|testing|stable)$/ { found = $2 }
+                                 END { if (found == "") exit 1; print found }'
+}
+
+keyring() { # the keys of the Debian archive; fails where they are not installed
+    local file
+    for file in /usr/share/keyrings/debian-archive-keyring.{pgp,gpg}; do
+        [ ! -e "$file" ] || { echo "$file"; return; }
+    done
+    return 1
+}

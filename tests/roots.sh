@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Installations of Debian, each in a folder of ~/.cache/ikectx, made by debootstrap: what a new machine has
+# (minbase, git and python3), and that with all that the tests need. SUITE is bookworm, trixie or sid.
+#
+#   tests/roots.sh bare SUITE                  makes the new machine where it is missing, prints its folder
+#   tests/roots.sh ready SUITE                 makes the one that is set up (for `ikectx lab run --root`), prints its folder
+#   tests/roots.sh fresh SUITE OUT COMMAND...  runs a command in a copy of the new machine, in a copy of this checkout;
+#                                              what it writes is lost, but for build/tests, which is the folder OUT here
+#
+# A command in such a machine runs under this machine's kernel (chroot), with its network; whatever it starts ends
+# with it. The kernels for guests are the ones that are built here.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+NAME=roots
+. tests/packages.sh
+
+SUITES=" bookworm trixie sid "
+SID_DAYS=7 # sid's changes; after so many days a new one is made
+CHECKOUT=/root/ikectx # in a new machine
+READY=/opt/ikectx     # in one that is set up: its virtual environment is there
+
+make_bare() { # make_bare SUITE: the new machine, and where it is
+    local suite=$1 folder keys archive
+    folder=$(cache)/root-$suite
+    if [ "$suite" = sid ] && [ -d "$folder" ] && [ -n "$(find "$folder" -maxdepth 0 -mtime +$SID_DAYS)" ]; then
+        rm -rf --one-file-system "$folder"
+    fi
+    if [ ! -d "$folder" ]; then
+        archive=$(mirror) || die "no Debian archive is among the sources of apt here"
+        install debootstrap debian-archive-keyring
+        keys=$(keyring)
+        say "making a new machine: $suite"
+        mkdir -p "$(cache)/debs-$suite" build
+        rm -rf --one-file-system "$folder.new"
+        debootstrap --variant=minbase --include=git,python3 --keyring="$keys" --cache-dir="$(cache)/debs-$suite" \
+            "$suite" "$folder.new" "$archive" > "build/root-$suite.log" 2>&1 \
+            || { tail -5 "build/root-$suite.log" >&2; die "debootstrap failed, see build/root-$suite.log"; }
+        touch "$folder.new"
+        mv "$folder.new" "$folder"
+    fi
+    echo "$folder"
+}
+
+make_ready() { # make_ready SUITE: the one that is set up, and where it is
+    local suite=$1 bare folder digest
+    bare=$(make_bare "$suite")
+    digest=$(cat tests/setup.sh tests/packages.sh pyproject.toml | sha256sum)
+    folder=$(cache)/ready-$suite-${digest:0:16}
+    if [ ! -d "$folder" ] || [ "$bare" -nt "$folder" ]; then
+        say "setting up: $suite"
+        rm -rf --one-file-system "$(cache)/ready-$suite-"*
+        cp -a "$bare" "$folder.new"
+        checkout "$folder.new$READY"
+        inside "$suite" "$folder.new" $READY build tests/setup.sh --here >&2
+        # only the environment stays: what is tested is the checkout
+        find "$folder.new$READY" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+        touch "$folder.new"
+        mv "$folder.new" "$folder"
+    fi
+    echo "$folder"
+}
+
+checkout() { # checkout FOLDER: a copy of this one, without what git ignores
+    mkdir -p "$1"
+    git ls-files -z --cached --others --exclude-standard | xargs -0 cp -a --parents -t "$1"
+}
+
+inside() { # inside SUITE ROOT FOLDER OUT COMMAND...: run it in that root, in that folder of it; OUT is its build/tests
+    local suite=$1 there=$2 folder=$3 out=$4 name exports=()
+    shift 4
+    mkdir -p "$(cache)/debs-$suite/partial" "$(cache)/pip" "$there/root/.cache/pip" "$there$folder/build/tests"
+    # this machine's way to the package registries
+    for name in $(compgen -e PIP_) http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
+        [ -z "${!name:-}" ] || exports+=("$name=${!name}")
+    done
+    [ -z "${PIP_CERT:-}" ] || exports+=(PIP_CERT=/run/certificates)
+    apt-config dump | grep -E '^Acquire::(https?::|Check-Valid-Until|Retries)' > "$there/etc/apt/apt.conf.d/this-machine" || true
+    for name in IKECTX_UML IKECTX_UML_VIRTUAL; do
+        [ ! -e "$there/opt/${name,,}" ] || exports+=("$name=/opt/${name,,}")
+    done
+    unshare --mount --pid --fork --kill-child -- bash -euc '
+        there=$1
+        mount -t proc proc "$there/proc"
+        mount --rbind /sys "$there/sys"
+        mount --rbind /dev "$there/dev"
+        for name in run tmp; do mount -t tmpfs -o mode=1777 "$name" "$there/$name"; done
+        [ -z "${PIP_CERT:-}" ] || cp "$PIP_CERT" "$there/run/certificates"
+        cp /etc/resolv.conf "$there/etc/resolv.conf"
+        mount --bind "$2" "$there/var/cache/apt/archives"
+        mount --bind "$3" "$there/root/.cache/pip"
+        mount --bind "$5" "$there$4/build/tests"
+        shift 5
+        exec chroot "$there" "$@"' \
+        - "$there" "$(cache)/debs-$suite" "$(cache)/pip" "$folder" "$out" \
+        env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
+        "${exports[@]}" env -C "$folder" "$@"
+}
+
+fresh() { # fresh SUITE OUT COMMAND...
+    local suite=$1 out=$2 bare kernel
+    shift 2
+    bare=$(make_bare "$suite")
+    mkdir -p "$out"
+    out=$(cd "$out" && pwd)
+    copy=$(mktemp -d "$(cache)/fresh-$suite.XXXXXX")
+    trap 'rm -rf --one-file-system "$copy"' EXIT
+    trap 'exit 143' TERM
+    trap 'exit 130' INT
+    cp -a --reflink=auto "$bare/." "$copy"
+    checkout "$copy$CHECKOUT"
+    mkdir -p "$copy$CHECKOUT/build"
+    for kernel in smp:ikectx_uml virtual:ikectx_uml_virtual; do
+        tests/uml.sh --find "${kernel%:*}" > "$copy/kernel" && cp "$(cat "$copy/kernel")" "$copy/opt/${kernel#*:}"
+    done
+    rm -f "$copy/kernel"
+    inside "$suite" "$copy" $CHECKOUT "$out" "$@"
+}
+
+case ${1:-} in
+    bare | ready | fresh) [[ $SUITES == *" ${2:-} "* ]] || die "which of$SUITES?" ;;
+    *) die "what? One of: bare, ready, fresh" ;;
+esac
+[ "$(id -u)" = 0 ] || die "debootstrap and chroot need root: sudo $0 $*"
+case $1 in
+    bare) make_bare "$2" ;;
+    ready) make_ready "$2" ;;
+    fresh) fresh "${@:2}" ;;
+esac

@@ -1,0 +1,48 @@
+"""`HaVersion`: which charon runs, and which wire version its ha plugin speaks, as far as that is known. Pure.
+
+charon may be upgraded and restarted while the agent runs, and drops HA messages of any other version than its
+own without an answer. So what VICI says counts from each time that charon comes (back), and each datagram of
+the HA stream corrects it: the table of versions ends with the newest strongSwan that was looked at (6.1.0).
+"""
+
+from __future__ import annotations
+
+from ikectx.errors import CharonError
+
+from .ha import TABLES, wire_version
+
+
+class HaVersion:
+    """`charon`: strongSwan's version as VICI tells it; `number`: the wire version. Empty and None before."""
+
+    def __init__(self) -> None:
+        self.charon = ""
+        self.number: int | None = None
+
+    def told(self, strongswan: str) -> None:
+        """VICI reaches a charon of that version, maybe another one than before."""
+        if self.number is None or strongswan != self.charon:
+            self.number = wire_version(strongswan)
+        self.charon = strongswan
+
+    def heard(self, datagram: bytes) -> bool:
+        """A datagram of the HA stream: True where it is of a wire version that was not known to be spoken."""
+        before, self.number = self.number, datagram[0] if datagram else self.number
+        return before != self.number
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the wire version; empty: nothing is known to be."""
+        if self.number is None or self.number in TABLES:
+            return ""
+        known = ", ".join(map(str, sorted(TABLES)))
+        charon = f"charon {self.charon}" if self.charon else "charon"
+        return f"{charon} speaks HA wire version {self.number}, this ikectx knows {known}"
+
+    def check(self) -> None:
+        """Errors: CharonError where charon speaks a wire version that is not known here."""
+        if self.problem:
+            raise CharonError(self.problem, hint=UPGRADE)
+
+
+UPGRADE = "upgrade ikectx: until then no SA can be moved from here or to here"

@@ -1,0 +1,63 @@
+"""Why an SA that charon serves cannot be moved: what `list` shows, and a transfer is refused with. Pure.
+
+Each check raises the error that tells it. An SA of a kind that cannot be moved is refused (RefusedError with
+NOT_COVERED, whoever notices it); one that is only not known is an UnknownSaError, and a resync may help.
+
+charon's ha plugin (strongSwan 5.9.8 to 6.1.0) tells of an AH SA without its algorithms, of a CHILD_SA for
+single CPUs (6.0.2 and later) nothing at all, and of a PPK only that there is one.
+"""
+
+from __future__ import annotations
+
+from ikectx.context import IkeContext
+from ikectx.errors import RefusedError, UnknownSaError
+from ikectx.numbers import Status
+
+from .charon import SaView
+from .ha import TABLES
+from .record import PPK, uncovered
+from .xfrm import KernelSa
+
+STAYS = "it stays where it is: the README's limits name what is not moved; let the MN connect without that"
+RESYNC = "rekey it, or `ikectx resync`, after which charon rekeys all CHILD_SAs"
+
+
+def _refused(reason: str) -> RefusedError:
+    return RefusedError(reason, hint=STAYS, status=Status.NOT_COVERED)
+
+
+def check_kind(view: SaView) -> None:
+    """By what charon lists. Errors: RefusedError."""
+    if view.ppk:
+        raise _refused(PPK)
+    for child in view.children:
+        if child.protocol != "ESP":
+            raise _refused(f"CHILD_SA {child.name} is {child.protocol}, and only ESP can be moved")
+        if child.per_cpu:
+            raise _refused(f"CHILD_SA {child.name} has SAs for single CPUs (per_cpu_sas)")
+
+
+def check_context(context: IkeContext) -> None:
+    """By what a gateway's charon told over its ha plugin. Errors: RefusedError."""
+    reason = uncovered(context, max(TABLES))
+    if reason:
+        raise _refused(reason)
+
+
+def check_kernel(child: str, sa: KernelSa) -> None:
+    """By what the kernel has of a CHILD_SA of that name. Errors: RefusedError."""
+    if sa.cpu is not None:
+        raise _refused(f"CHILD_SA {child} has an SA for CPU {sa.cpu} alone ({sa})")
+    if sa.offloaded:
+        raise _refused(f"CHILD_SA {child} is left to the network card, packet by packet ({sa})")
+
+
+def check_told(view: SaView, context: IkeContext) -> None:
+    """Errors: UnknownSaError where charon has CHILD_SAs of which nothing was heard."""
+    told = {child.spi_in for child in context.children}
+    living = [child for child in view.children if child.state == "INSTALLED"]
+    untold = {child.name for child in living if child.spi_in not in told}
+    if untold:
+        raise UnknownSaError(
+            f"no record of CHILD_SA {', '.join(sorted(untold))}: it came up while no agent ran", hint=RESYNC
+        )
