@@ -23,7 +23,7 @@ from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .lab_qemu import emulated
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
-from .lab_trace import Tracing, Window
+from .lab_trace import Tracing
 from .lab_twin import FRESH_OCTETS, Names, lines, twin
 
 SETTLE = 30.0
@@ -59,9 +59,7 @@ class Runner:
         self._children: set[str] = set()
         self._away = False
         self._cut = False
-        self._tracing: Tracing | None = None
-        self._asked_ns = 0
-        """When the handover under way was asked for."""
+        self._tracing = Tracing(lab, scenario.name)
         self._arriving: list[subprocess.Popen[str]] = []
         self.report = Report(
             scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
@@ -88,7 +86,7 @@ class Runner:
                     if step[0] not in ("wait", "traffic"):
                         self._settled()
                     getattr(self, f"_do_{step[0]}")(*step[1:])
-                    self._handed_over(" ".join(step))
+                    self._tracing.over(" ".join(step))
             self._settled()
             self.report.add_clear(self._unwatch())
             for check in self._scenario.checks:
@@ -105,14 +103,18 @@ class Runner:
         """Ends what a failed step left running."""
         for arriving in self._arriving:
             arriving.communicate()
-        captures = () if self._tracing is None else self._tracing.captures.values()
-        for one in (*self._probes.values(), self._capture, *captures):
+        lost = contextlib.suppress(IkectxError, OSError, KeyError, ValueError)
+        if self._tracing.running:
+            self._tracing.over("failed")
+            with lost:
+                self._end_traffic()
+            with lost:
+                self._tracing.end()
+        for one in (*self._probes.values(), self._capture):
             if one is not None:
-                try:
+                with lost:
                     one.stop()
-                except (IkectxError, OSError, KeyError, ValueError):
-                    continue
-        with contextlib.suppress(IkectxError, OSError, KeyError, ValueError):
+        with lost:
             self.report.add_clear(self._unwatch())
         if self._cut:
             self._lab.net.mend()
@@ -180,16 +182,10 @@ class Runner:
 
     def _do_traffic(self, what: str) -> None:
         if what == "start":
-            if self._lab.traced:
-                self._tracing = Tracing(self._lab)
-                self._tracing.start()
+            self._tracing.start()
             self._start_traffic()
             return
-        traffic, notes = self._stop_traffic()
-        if self._tracing is not None:
-            lines = self._tracing.stop(notes, traffic["mn"].interval_ms)
-            self.report.trace = [line.as_json() for line in lines]
-            self._tracing = None
+        traffic, notes = self._end_traffic()
         self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns)
         self.report.others = {mobile: one.as_json(self._began_ns) for mobile, one in traffic.items()}
 
@@ -217,6 +213,12 @@ class Runner:
         self._probes, self._capture = {}, None
         traffic = {mobile: probe.stop() for mobile, probe in probes.items()}
         return traffic, capture.stop()
+
+    def _end_traffic(self) -> tuple[dict[str, Traffic], list[dict[str, Any]]]:
+        """`_stop_traffic`, and the time lines of the handovers under that traffic."""
+        traffic, notes = self._stop_traffic()
+        self.report.trace += self._tracing.stop(notes, traffic["mn"].interval_ms)
+        return traffic, notes
 
     def _do_transfer(self, source: str, target: str, *options: str) -> None:
         source, target = self._host(source), self._host(target)
@@ -342,13 +344,7 @@ class Runner:
         """Keeps what must be the same after a transfer."""
         self._before = (self._snapshot("mn"), self._snapshot(source))
         self._children = self._names("mn", "child")
-        self._asked_ns = time.time_ns()
-
-    def _handed_over(self, step: str) -> None:
-        """After each step: where it was a handover, that is over."""
-        began, self._asked_ns = self._asked_ns, 0
-        if self._tracing is not None and began:
-            self._tracing.windows.append(Window(f"{self._scenario.name}: {step}", began, time.time_ns()))
+        self._tracing.asked()
 
     def _snapshot(self, host: str) -> Snapshot:
         return snapshot(self._lab, host, self._salt, "mn")
@@ -440,13 +436,11 @@ class Runner:
         return [sa["state"] for sa in sas] == ["ESTABLISHED"] and children == ["INSTALLED"]
 
     def _do_relocate(self) -> None:
-        began = time.time_ns()
-        arriving = self._lab.net.relocate(late_ms=self._scenario.late_address_ms)
+        with self._tracing.change("mn changes its access network"):
+            arriving = self._lab.net.relocate(late_ms=self._scenario.late_address_ms)
         if arriving is not None:
             self._arriving.append(arriving)
         self._away = not self._away
-        if self._tracing is not None:
-            self._tracing.changes.append(("mn changes its access network", began, time.time_ns()))
 
     def _do_cut(self, one: str, other: str) -> None:
         self._lab.net.cut(one, other)

@@ -7,10 +7,12 @@ change of the access network). The reading of files is at the end; what stands a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -338,21 +340,34 @@ def time_line(
 
 
 class Tracing:
-    """What a lab notes beside its probe and its capture at the mobile node, from `start` to `stop`."""
+    """What a lab that is `traced` notes beside its probe and its capture at the mobile node; else nothing.
 
-    def __init__(self, lab: Lab) -> None:
+    Between `start` and `stop` each handover is told by `asked` and `over`, and changes of links by `change`.
+    """
+
+    def __init__(self, lab: Lab, scenario: str) -> None:
         self._lab = lab
-        self.captures = {host: Capture(lab, host, "eth0") for host in GATEWAYS}
-        self.captures["neighbours"] = Capture(lab, kind="neighbours")
+        self._scenario = scenario
+        self._captures: dict[str, Capture] = {}
         self._held: dict[str, int] = {}
-        self.windows: list[Window] = []
-        self.changes: list[tuple[str, int, int]] = []
+        self._started = self._asked = 0
+        self._windows: list[Window] = []
+        self._changes: list[tuple[str, int, int]] = []
+
+    @property
+    def running(self) -> bool:
+        return bool(self._captures)
 
     def start(self) -> None:
-        """Raises CharonError where a capture does not begin."""
+        """Begins where the lab is traced. Raises CharonError where a capture does not begin."""
+        if not self._lab.traced:
+            return
         self._held = {interface: self._delay(interface) for interface in ("eth0", "eth1")}
-        for capture in self.captures.values():
+        self._captures = {host: Capture(self._lab, host, "eth0") for host in GATEWAYS}
+        self._captures["neighbours"] = Capture(self._lab, kind="neighbours")
+        for capture in self._captures.values():
             capture.start()
+        self._started = time.time_ns()
 
     def _delay(self, interface: str) -> int:
         """Nanoseconds for which the mobile node's interface holds a packet; 0 without netem."""
@@ -361,19 +376,56 @@ class Tracing:
         delays = [float(one["options"]["delay"]["delay"]) for one in found if one["kind"] == "netem"]
         return round(sum(delays) * 1e9)
 
-    def stop(self, at_mobile: Notes, interval_ms: float) -> list[TimeLine]:
-        """One time line for each of `windows`; the probe has been stopped. `at_mobile`: the capture there."""
-        captures: dict[str, Notes] = {host: capture.stop() for host, capture in self.captures.items()}
+    def asked(self) -> None:
+        """A handover begins now."""
+        self._asked = time.time_ns()
+
+    def over(self, step: str) -> None:
+        """A step of the scenario has ended: where it was a handover, that has ended, too."""
+        began, self._asked = self._asked, 0
+        if self.running and began:
+            self._windows.append(Window(f"{self._scenario}: {step}", began, time.time_ns()))
+
+    @contextlib.contextmanager
+    def change(self, what: str) -> Iterator[None]:
+        """Around what changes a link of the mobile node's."""
+        began = time.time_ns()
+        yield
+        self._changes.append((what, began, time.time_ns()))
+
+    def stop(self, at_mobile: Notes, interval_ms: float) -> list[dict[str, Any]]:
+        """A time line, as JSON, for each handover; without one, for all that was since `start`.
+
+        The probe has been stopped. `at_mobile`: the capture there.
+        """
+        if not self.running:
+            return []
+        captures = self.end()
         solicits = as_handed_over(captures.pop("neighbours"), self._held)
         captures["mn"] = as_handed_over(at_mobile, self._held)
         notes = {host: self._notes(host) for host in HOSTS}
         ends = {
             host: json.loads((self._lab.work / host / "probe-mn.json").read_text()) for host in ("mn", "srv")
         }
+        everything = Window(f"{self._scenario}: all of the traffic", self._started, time.time_ns())
+        windows, self._windows = self._windows or [everything], []
         return [
-            time_line(window, notes, captures, solicits, self.changes, ends, interval_ms)
-            for window in self.windows
+            time_line(window, notes, captures, solicits, self._changes, ends, interval_ms).as_json()
+            for window in windows
         ]
+
+    def end(self) -> dict[str, Notes]:
+        """Ends all captures; what they noted. Raises what one of them raised, when all have ended."""
+        found: dict[str, Notes] = {}
+
+        def stop(host: str, capture: Capture) -> None:
+            found[host] = capture.stop()
+
+        captures, self._captures = self._captures, {}
+        with contextlib.ExitStack() as stack:
+            for host, capture in captures.items():
+                stack.callback(stop, host, capture)
+        return found
 
     def _notes(self, host: str) -> Notes:
         """An agent's lines. The last one may be half written where the agent was killed."""

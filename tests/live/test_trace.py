@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,8 +47,10 @@ MESSAGES = {
 @pytest.mark.live
 def test_every_step_and_message_of_a_handover_is_in_its_time_line() -> None:
     reports: dict[str, Any] = {}
+    scenarios = [lab_scenario.load(name).brief(slow=False) for name in STEPS]
+    steps = (("connect",), ("traffic", "start"), ("agent", "nsg", "stop"), ("transfer", "psg", "nsg"))
     run_here(
-        [lab_scenario.load(name).brief(slow=False) for name in STEPS],
+        [*scenarios, replace(scenarios[0], name="failing", steps=steps)],
         libipsec=True,
         say=lambda _words: None,
         done=lambda report: reports.update({report.scenario: report}),
@@ -68,6 +71,11 @@ def test_every_step_and_message_of_a_handover_is_in_its_time_line() -> None:
         assert line.up.arrived and line.down.arrived
         assert bool(line.changes) == (name == "predictive")
         assert "freeze" in picture([line])
+    # what goes wrong is what somebody wants to see
+    assert not reports["failing"].ok
+    (told,) = reports["failing"].trace
+    found = {(one["step"], one["failed"]) for one in told["spans"] if one["host"] == "psg"}
+    assert {("export", ""), ("connect", "LinkError")} <= found
 
 
 def _in_order(arrows: list[Any], wanted: list[tuple[str, str, str]]) -> None:
