@@ -3,7 +3,8 @@
 # (minbase, git and python3), and that with all that the tests need. SUITE is bookworm, trixie or sid.
 #
 #   tests/roots.sh bare SUITE                  makes the new machine where it is missing, prints its folder
-#   tests/roots.sh ready SUITE                 makes the one that is set up (for `ikectx lab run --root`), prints its folder
+#   tests/roots.sh ready SUITE                 makes the one that is set up (for `ikectx lab run --root`), prints its folder;
+#                                              its opt/ikectx/charon runs its strongSwan here (for IKECTX_LAB_CHARON_NSG)
 #   tests/roots.sh fresh SUITE OUT COMMAND...  runs a command in a copy of the new machine, in a copy of this checkout;
 #                                              what it writes is lost, but for build/tests, which is the folder OUT here
 #
@@ -17,16 +18,25 @@ NAME=roots
 . tests/packages.sh
 
 SUITES=" bookworm trixie sid "
-SID_DAYS=7 # sid's changes; after so many days a new one is made
+DAYS=7 # after so many days a new sid is made, since that changes, and what nobody used is removed
+running= # the process of a command inside
 CHECKOUT=/root/ikectx # in a new machine
 READY=/opt/ikectx     # in one that is set up: its virtual environment is there
+
+alone() { # alone SUITE: waits until no other process makes an installation of it
+    mkdir -p "$(cache)"
+    exec 9> "$(cache)/root-$1.lock"
+    flock 9
+}
+
+old() { # old FOLDER...: removes those that are older than DAYS
+    find "$@" -maxdepth 0 -mtime +$DAYS -exec rm -rf --one-file-system {} + 2> /dev/null || true
+}
 
 make_bare() { # make_bare SUITE: the new machine, and where it is
     local suite=$1 folder keys archive
     folder=$(cache)/root-$suite
-    if [ "$suite" = sid ] && [ -d "$folder" ] && [ -n "$(find "$folder" -maxdepth 0 -mtime +$SID_DAYS)" ]; then
-        rm -rf --one-file-system "$folder"
-    fi
+    if [ "$suite" = sid ]; then old "$folder"; fi
     if [ ! -d "$folder" ]; then
         archive=$(mirror) || die "no Debian archive is among the sources of apt here"
         install debootstrap debian-archive-keyring
@@ -46,20 +56,32 @@ make_bare() { # make_bare SUITE: the new machine, and where it is
 make_ready() { # make_ready SUITE: the one that is set up, and where it is
     local suite=$1 bare folder digest
     bare=$(make_bare "$suite")
-    digest=$(cat tests/setup.sh tests/packages.sh pyproject.toml | sha256sum)
+    digest=$(cat tests/roots.sh tests/setup.sh tests/packages.sh pyproject.toml | sha256sum)
     folder=$(cache)/ready-$suite-${digest:0:16}
     if [ ! -d "$folder" ] || [ "$bare" -nt "$folder" ]; then
         say "setting up: $suite"
-        rm -rf --one-file-system "$(cache)/ready-$suite-"*
+        rm -rf --one-file-system "$folder" "$folder.new"
+        old "$(cache)/ready-$suite-"*
         cp -a "$bare" "$folder.new"
         checkout "$folder.new$READY"
         inside "$suite" "$folder.new" $READY build tests/setup.sh --here >&2
         # only the environment stays: what is tested is the checkout
         find "$folder.new$READY" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
-        touch "$folder.new"
+        charon_elsewhere "$folder" > "$folder.new$READY/charon"
+        chmod 755 "$folder.new$READY/charon"
         mv "$folder.new" "$folder"
     fi
+    touch "$folder"
     echo "$folder"
+}
+
+charon_elsewhere() { # charon_elsewhere ROOT: a script that runs that installation's charon in another one
+    # its plugins are looked for in one place; the lab starts it in a mount namespace of its own
+    cat << END
+#!/bin/sh
+mount --bind $1/usr/lib/ipsec /usr/lib/ipsec
+exec $1/lib64/ld-linux-x86-64.so.2 --library-path $1/usr/lib/ipsec:$1/usr/lib/x86_64-linux-gnu $1/usr/sbin/charon-systemd
+END
 }
 
 checkout() { # checkout FOLDER: a copy of this one, without what git ignores
@@ -68,9 +90,9 @@ checkout() { # checkout FOLDER: a copy of this one, without what git ignores
 }
 
 inside() { # inside SUITE ROOT FOLDER OUT COMMAND...: run it in that root, in that folder of it; OUT is its build/tests
-    local suite=$1 there=$2 folder=$3 out=$4 name exports=()
+    local suite=$1 there=$2 folder=$3 out=$4 name status=0 exports=()
     shift 4
-    mkdir -p "$(cache)/debs-$suite/partial" "$(cache)/pip" "$there/root/.cache/pip" "$there$folder/build/tests"
+    mkdir -p "$(cache)/debs-$suite" "$(cache)/pip" "$there/root/.cache/pip" "$there$folder/build/tests"
     # this machine's way to the package registries
     for name in $(compgen -e PIP_) http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
         [ -z "${!name:-}" ] || exports+=("$name=${!name}")
@@ -80,6 +102,9 @@ inside() { # inside SUITE ROOT FOLDER OUT COMMAND...: run it in that root, in th
     for name in IKECTX_UML IKECTX_UML_VIRTUAL; do
         [ ! -e "$there/opt/${name,,}" ] || exports+=("$name=/opt/${name,,}")
     done
+    # packages that were fetched before need not be fetched again
+    find "$(cache)/debs-$suite" -name '*.deb' -exec cp -nl -t "$there/var/cache/apt/archives" {} +
+    # in the background, since a shell that waits for a program in the foreground hears no signal
     unshare --mount --pid --fork --kill-child -- bash -euc '
         there=$1
         mount -t proc proc "$there/proc"
@@ -88,26 +113,28 @@ inside() { # inside SUITE ROOT FOLDER OUT COMMAND...: run it in that root, in th
         for name in run tmp; do mount -t tmpfs -o mode=1777 "$name" "$there/$name"; done
         [ -z "${PIP_CERT:-}" ] || cp "$PIP_CERT" "$there/run/certificates"
         cp /etc/resolv.conf "$there/etc/resolv.conf"
-        mount --bind "$2" "$there/var/cache/apt/archives"
-        mount --bind "$3" "$there/root/.cache/pip"
-        mount --bind "$5" "$there$4/build/tests"
-        shift 5
+        mount --bind "$2" "$there/root/.cache/pip"
+        mount --bind "$4" "$there$3/build/tests"
+        shift 4
         exec chroot "$there" "$@"' \
-        - "$there" "$(cache)/debs-$suite" "$(cache)/pip" "$folder" "$out" \
+        - "$there" "$(cache)/pip" "$folder" "$out" \
         env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
-        "${exports[@]}" env -C "$folder" "$@"
+        "${exports[@]}" env -C "$folder" "$@" &
+    running=$!
+    wait $running || status=$?
+    find "$there/var/cache/apt/archives" -name '*.deb' -exec cp -nl -t "$(cache)/debs-$suite" {} +
+    return $status
 }
 
 fresh() { # fresh SUITE OUT COMMAND...
     local suite=$1 out=$2 bare kernel
     shift 2
     bare=$(make_bare "$suite")
+    exec 9>&- # made
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
     copy=$(mktemp -d "$(cache)/fresh-$suite.XXXXXX")
     trap 'rm -rf --one-file-system "$copy"' EXIT
-    trap 'exit 143' TERM
-    trap 'exit 130' INT
     cp -a --reflink=auto "$bare/." "$copy"
     checkout "$copy$CHECKOUT"
     mkdir -p "$copy$CHECKOUT/build"
@@ -122,7 +149,9 @@ case ${1:-} in
     bare | ready | fresh) [[ $SUITES == *" ${2:-} "* ]] || die "which of$SUITES?" ;;
     *) die "what? One of: bare, ready, fresh" ;;
 esac
+trap '[ -z "$running" ] || kill -KILL "$running" 2> /dev/null; exit 143' TERM INT
 [ "$(id -u)" = 0 ] || die "debootstrap and chroot need root: sudo $0 $*"
+alone "$2"
 case $1 in
     bare) make_bare "$2" ;;
     ready) make_ready "$2" ;;

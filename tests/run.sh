@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # Sets up and runs everything; root on Debian 12 or 13 is enough. A second run skips what is there.
 #
-#   tests/run.sh                  all steps; those for a virtual machine run beside the others
-#   tests/run.sh lint unit ...    some of: format lint types floors unit live kernel scenarios; one after the other
+#   tests/run.sh                  all steps, in two lanes side by side
+#   tests/run.sh lint unit ...    some of them, one after the other:
+#
+#   format lint types floors unit live    here
+#   kernel scenarios                      here where the kernel has ESP, else in a guest
+#   new-12 new-13                         README's two commands in a new Debian 12 and 13, from nothing
+#   live-13 scenarios-13                  the live tests and a choice of scenarios on Debian 13, in guests
+#   mixed                                 two versions of strongSwan: another one at nsg than at psg and mn
+#   all-13 all-sid                        every scenario on Debian 13, and on sid: only when they are named
 #
 # Steps go on after a failure. The closing lines tell what failed and what was skipped, and why; the last one
 # counts: "N passed, N failed". What ALL_SECONDS do not suffice for has failed. Exit code 0 only without failures.
@@ -11,8 +18,14 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 HERE=(format lint types floors unit live)
-GUEST=(kernel scenarios)
-STEPS=("${HERE[@]}" "${GUEST[@]}")
+# Two lanes, each of which keeps one processor busy, most of the time.
+FRONT=("${HERE[@]}" new-13 live-13)
+BESIDE=(kernel scenarios new-12 scenarios-13 mixed)
+STEPS=("${FRONT[@]}" "${BESIDE[@]}" all-13 all-sid)
+# On Debian 13: each way to move, each way to give an SA other SPIs, and what depends on the versions of nft,
+# strongSwan and Python.
+CHOICE_13=(handover handover-v6 predictive reactive pull by-packet collision-all collision-agent collision-reactive
+    move-esp-esn move-esp-esn-cbc move-life move-rekeyed-ike move-ten-times)
 HOUSES=(ikectx vici_bridge mobike_ext cli)
 results=$root/build/tests
 tally=$results/tally
@@ -76,7 +89,7 @@ step_live() { # real charons here, with ESP in user space
     count live "this machine" "$results/live.xml" $? $((SECONDS - began))
 }
 
-step_kernel() { # what needs a kernel with ESP: here where it has it, else in a virtual machine
+step_kernel() { # what needs a kernel with ESP: here where it has it, else in a guest
     local where status began=$SECONDS
     say kernel
     rm -f "$results/kernel.xml" "$results/kernel.where"
@@ -86,40 +99,103 @@ step_kernel() { # what needs a kernel with ESP: here where it has it, else in a 
     count kernel "$where" "$results/kernel.xml" $status $((SECONDS - began))
 }
 
-step_scenarios() { # on real charons: here or in a virtual machine, as the lab decides and says
-    local status began=$SECONDS
-    say scenarios
-    rm -rf "$results/scenarios.json" "$results/logs"
-    within 3000 .venv/bin/ikectx lab run --all --brief --json --logs "$results/logs" \
-        > "$results/scenarios.json"
+scenarios() { # scenarios STEP WHAT ARGUMENT...: run scenarios of the lab and count them; WHAT says on which machine
+    local step=$1 what=$2 status began=$SECONDS
+    shift 2
+    say "$step"
+    rm -rf "$results/$step.json" "$results/$step.logs"
+    within 3000 .venv/bin/ikectx lab run "$@" --brief --json --logs "$results/$step.logs" > "$results/$step.json"
     status=$?
-    count scenarios "see above; logs in ${results#"$root"/}/logs" "$results/scenarios.json" $status $((SECONDS - began))
+    count "$step" "$what; logs in ${results#"$root"/}/$step.logs" "$results/$step.json" $status $((SECONDS - began))
+}
+
+on_root() { # on_root SUITE COMMAND ARGUMENT...: the command gets its arguments and the folder of an installation
+    local suite=$1 folder
+    shift
+    if folder=$(within 1200 tests/roots.sh ready "$suite"); then
+        "$@" "$folder"
+    else
+        note 0 1 "$2: FAILED, no installation of $suite could be made"
+    fi
+}
+
+step_scenarios() { scenarios scenarios "on this Debian" --all; }
+
+step_scenarios-13() { on_root trixie scenarios scenarios-13 "on Debian 13" "${CHOICE_13[@]}" --root; }
+step_all-13() { on_root trixie scenarios all-13 "on Debian 13" --all --jobs 2 --root; }
+step_all-sid() { on_root sid scenarios all-sid "on Debian sid" --all --jobs 2 --root; }
+
+step_mixed() {
+    local other=trixie
+    [ "$(. /etc/os-release && echo "${VERSION_CODENAME:-}")" != trixie ] || other=bookworm
+    on_root $other mixed mixed $other
+}
+
+mixed() { # mixed STEP SUITE ROOT: nsg's charon is that of the other installation
+    IKECTX_LAB_CHARON_NSG=$3/opt/ikectx/charon \
+        scenarios "$1" "nsg with the strongSwan of $2, else on this Debian" handover move-ten-times --guest uml
+}
+
+step_live-13() { on_root trixie live_on live-13; }
+
+live_on() { # live_on STEP ROOT: the live tests in a guest, but those of guests: these run here
+    local began=$SECONDS
+    say "$1"
+    mkdir -p build/packages "$results/$1"
+    rm -f "$results/$1/live.xml"
+    for house in "${HOUSES[@]}"; do ln -sfn "../../$house" "build/packages/${house/#cli/ikectx_cli}"; done
+    within 1200 .venv/bin/ikectx lab guest --guest uml --root "$2" --share "$results/$1" -- \
+        env PYTHONPATH="$root/build/packages" PYTHONDONTWRITEBYTECODE=1 /opt/ikectx/.venv/bin/python -m pytest -q \
+        -p no:cacheprovider -m live --junit-xml "$results/$1/live.xml" --ignore tests/live/test_guests.py tests/live
+    count "$1" "a UML guest with Debian 13" "$results/$1/live.xml" $? $((SECONDS - began))
+}
+
+step_new-12() { new new-12 bookworm; }
+step_new-13() { new new-13 trixie; }
+
+new() { # new STEP SUITE: README's commands, as a newcomer runs them
+    local step=$1 where="a new machine with Debian ${1#new-}" began=$SECONDS good bad text
+    say "$step"
+    rm -rf "${results:?}/$step"
+    within 1800 tests/roots.sh fresh "$2" "$results/$step" bash -c '
+        examples/demo.sh && touch build/tests/demo.passed
+        tests/run.sh format lint types floors unit'
+    if [ -e "$results/$step/demo.passed" ]; then
+        note 1 0 "$step: demo passed, $where"
+    else
+        note 0 1 "$step: demo FAILED, $where"
+    fi
+    if [ -s "$results/$step/tally" ]; then
+        while IFS=$'\t' read -r good bad text; do note "$good" "$bad" "$step: $text"; done < "$results/$step/tally"
+    else
+        note 0 1 "$step: tests FAILED without a report, $where"
+    fi
+    note 0 0 "$step: $((SECONDS - began)) s in all"
 }
 
 main() {
-    local step steps=("$@") guests=--here
-    [ ${#steps[@]} -gt 0 ] || steps=("${STEPS[@]}")
+    local step guests=--here steps=("$@")
     for step in "${steps[@]}"; do
         [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "no step $step; there are: ${STEPS[*]}" >&2; exit 2; }
+        [[ " ${HERE[*]} " == *" $step "* ]] || guests=
     done
+    [ $# -gt 0 ] || guests=
     [ "$(id -u)" = 0 ] || { echo "network namespaces and XFRM need root: sudo $0 $*" >&2; exit 1; }
-    for step in "${GUEST[@]}"; do [[ " ${steps[*]} " != *" $step "* ]] || guests=; done
     tests/setup.sh $guests || { echo "0 passed, 1 failed"; exit 1; }
     mkdir -p "$results"
     rm -f "$results"/tally*
     if [ $# -gt 0 ]; then
         for step in "${steps[@]}"; do "step_$step"; done
     else
-        limit=$ALL_SECONDS
-        # a virtual machine mostly waits for its one emulated processor, and real charons for each other
+        limit=$((SECONDS + ALL_SECONDS))
         set -m # a process group of its own, so that nothing of it stays when this script is stopped
-        (tally=$results/tally.guest && for step in "${GUEST[@]}"; do "step_$step"; done) > "$results/guest.log" 2>&1 &
-        guest=$!
+        (tally=$results/tally.beside && for step in "${BESIDE[@]}"; do "step_$step"; done) > "$results/beside.log" 2>&1 &
+        beside=$!
         set +m
-        trap 'kill -TERM -- -$guest 2> /dev/null' EXIT
-        for step in "${HERE[@]}"; do "step_$step"; done
-        wait "$guest"
-        cat "$results/guest.log"
+        trap 'kill -TERM -- -$beside 2> /dev/null' EXIT
+        for step in "${FRONT[@]}"; do "step_$step"; done
+        wait "$beside"
+        cat "$results/beside.log"
     fi
     say "what ran"
     cat "$results"/tally* | cut -f 3

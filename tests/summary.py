@@ -1,4 +1,4 @@
-"""Adds up a report for run.sh: prints "passed failed skipped", then a line for each failure or skip's reason.
+"""Adds up a report for run.sh: prints "passed failed skipped", then lines: failures, places, reasons to skip.
 
 summary.py FILE.xml: JUnit, as pytest writes it. FILE.json: what `ikectx lab run --all --json` prints.
 """
@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+WHERE = ("guest", "clock", "strongswan")
+"""What a scenario's report tells of where it ran."""
+
 WIDTH = 300
 """Characters of a line: more is in the log."""
 
@@ -26,11 +29,15 @@ class Sum:
     failed: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     """How often, by reason."""
+    ran: Counter[str] = field(default_factory=Counter)
+    """How many scenarios, by where."""
 
     def lines(self) -> Iterable[str]:
         yield f"{self.passed} {len(self.failed)} {self.skipped.total()}"
         for text in self.failed:
             yield f"failed {text}"
+        for where, count in self.ran.items():
+            yield f"ran {count}: {where}"
         for reason, count in self.skipped.items():
             yield f"skipped {count}: {reason}"
 
@@ -50,8 +57,10 @@ def junit(path: Path) -> Sum:
 
 def scenarios(path: Path) -> Sum:
     found = Sum()
-    reports: list[dict[str, Any]] = json.loads(path.read_text())
-    for report in reports:
+    told: dict[str, Any] | list[dict[str, Any]] = json.loads(path.read_text())
+    for report in told if isinstance(told, list) else [told]:
+        if not report.get("skipped"):
+            found.ran[", ".join(f"{name} {report.get(name) or '?'}" for name in WHERE)] += 1
         if report.get("skipped"):
             found.skipped[report["skipped"]] += 1
         elif report.get("ok"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,6 +100,24 @@ def test_the_uml_kernel_that_is_built_for_this_configuration(tmp_path: Path, con
     assert found("virtual") is None
     (configurations / "smp.config").write_text("another\n")
     assert found("real") is None
+
+
+@pytest.mark.parametrize(("clock", "kind"), [("real", "smp"), ("virtual", "virtual")])
+def test_the_script_that_builds_uml_kernels_names_them_as_the_lab_does(
+    tmp_path: Path, clock: str, kind: str
+) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+
+    def told() -> str:
+        script = [lab_uml.FOLDER.with_suffix(".sh"), "--find", kind]
+        return subprocess.run(script, env=environment, capture_output=True, text=True, check=False).stdout
+
+    assert told() == ""
+    built = program(tmp_path / "ikectx" / f"{lab_uml.STEMS[clock]}-{lab_uml.digest(clock)}-7.3.4")
+    assert lab_uml.find_kernel(clock, environment) == built
+    assert told() == f"{built}\n"
+    environment[lab_uml.VARIABLES[clock]] = "/another"
+    assert told() == "/another\n"
 
 
 def test_the_uml_kernel_that_the_environment_names(tmp_path: Path, configurations: Path) -> None:
