@@ -295,7 +295,16 @@ def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("strongswan", "wire"),
-    [("5.9.8", 3), ("6.0.0", 3), ("6.0.1", 4), ("6.0.2", 5), ("6.0.6", 5), ("6.1", 5), ("6.0.2dr1", 5)],
+    [
+        ("5.9.8", 3),
+        ("6.0.0", 3),
+        ("6.0.1", 4),
+        ("6.0.2", 5),
+        ("6.0.6", 5),
+        ("6.1", 5),
+        ("6.0.2dr1", 5),
+        ("6.0.1rc1", 4),
+    ],
 )
 def test_wire_version(strongswan: str, wire: int) -> None:
     assert ha.wire_version(strongswan) == wire

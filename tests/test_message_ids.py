@@ -164,6 +164,18 @@ def test_what_was_sent_to_try_the_rules_leaves_no_note(space: Namespace) -> None
     assert "elements" not in space.run("nft list table inet ikectx_ids")
 
 
+def test_what_nft_shows_is_what_left_and_a_saved_ruleset_brings_it_back(space: Namespace) -> None:
+    with closing(MessageIds()) as noted:
+        noted.prepare()
+        send(ike(0x01020304))
+        saved = space.run("nft list table inet ikectx_ids")
+        assert saved.count("0xf102030405060708 . 0x1112131415161718") == saved.count(": 0x1020304 ") == 1
+        space.run("nft flush ruleset")
+        run_nft(saved)
+        assert noted.after(SPIS) == (0x01020305, 0)
+        assert noted.prepare() is True
+
+
 def test_rules_that_never_note_what_left_are_not_used(
     space: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
