@@ -37,6 +37,9 @@ PACKAGES = {"ikectx": "ikectx", "vici_bridge": "vici_bridge", "mobike_ext": "mob
 FOLDERS = Path("/tmp")  # noqa: S108  a UML guest's memory may be there, and a unix socket's path is short
 """Where guests and runs have their folders."""
 
+GUEST, CLOCK = "IKECTX_LAB_GUEST", "IKECTX_LAB_CLOCK"
+"""Environment variables of a job: in which kind of guest it runs, and by which clock (real, virtual)."""
+
 KEPT_LINES = 12
 """Lines of a console that are told when a guest does not start."""
 
@@ -213,6 +216,11 @@ def sweep(where: Path = FOLDERS) -> list[str]:
             shutil.rmtree(path, ignore_errors=True)
             gone.append(path.name)
     return gone
+
+
+def virtual_time() -> bool:
+    """Whether this process is in a guest whose clock stands still while a program runs."""
+    return os.environ.get(CLOCK) == "virtual"
 
 
 def byte_code() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import lab_bird
+from .lab_boot import virtual_time
 from .lab_net import (
     ANNOUNCED,
     CORE,
@@ -114,7 +115,9 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         key.write_bytes((work / "pki" / f"{host}.key").read_bytes())
         key.chmod(0o600)
         mirrored = host in tunnel.agents or host == "mn2"
-        settings = strongswan_conf(work, host, libipsec=tunnel.libipsec, mirrored=mirrored)
+        settings = strongswan_conf(
+            work, host, libipsec=tunnel.libipsec, mirrored=mirrored, polls=virtual_time()
+        )
         (folder / "strongswan.conf").write_text(settings + overrides.get(f"{host}.strongswan", ""))
         text = gateway_conf(work, host, tunnel) if host in GATEWAYS else mobile_conf(tunnel, host)
         (folder / "swanctl.conf").write_text(text + SECRETS + overrides.get(host, ""))
@@ -129,10 +132,13 @@ def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         (work / "mn" / "mobile.toml").write_text(mobile_toml(work, "mn", tunnel))
 
 
-def strongswan_conf(work: Path, host: str, *, libipsec: bool = False, mirrored: bool = True) -> str:
+def strongswan_conf(
+    work: Path, host: str, *, libipsec: bool = False, mirrored: bool = True, polls: bool = False
+) -> str:
     """charon's and swanctl's settings. Retransmission stays at strongSwan's defaults.
 
-    `mirrored`: charon tells an agent about its SAs, by the HA plugin.
+    `mirrored`: charon tells an agent about its SAs, by the HA plugin. `polls`: its standard output has a line
+    for every poll of its watcher, for `lab_drain`.
     """
     kernel = "kernel-libipsec kernel-netlink" if libipsec else "kernel-netlink"
     folder = work / host
@@ -141,6 +147,7 @@ def strongswan_conf(work: Path, host: str, *, libipsec: bool = False, mirrored: 
     roaming = "" if host != "mn" or not mirrored else "kernel-netlink { roam_events = no }"
     mirror = "ha { local = 127.0.0.1\n remote = 127.0.0.2\n monitor = no\n resync = no\n segment_count = 1 }"
     plugins = PLUGINS.format(kernel=kernel)
+    told = "polls { path = stdout\n flush_line = yes\n default = -1\n job = 3 }" if polls else ""
     if not mirrored:
         mirror, plugins = "", plugins.replace(" ha ", " ")
     return f"""charon-systemd {{
@@ -162,6 +169,7 @@ def strongswan_conf(work: Path, host: str, *, libipsec: bool = False, mirrored: 
       cfg = 1
       knl = 2
     }}
+    {told}
   }}
 }}
 swanctl {{

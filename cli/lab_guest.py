@@ -15,14 +15,11 @@ from pathlib import Path
 from ikectx.errors import KernelError, UsageError
 
 from . import lab_qemu, lab_uml
-from .lab_boot import CHECKOUT, Boot, Job, NotStartedError, Output, run, sweep
+from .lab_boot import CHECKOUT, CLOCK, GUEST, Boot, Job, NotStartedError, Output, run, sweep
 from .lab_net import has_kernel_esp, load_modules
 
 WAYS = ("host", "uml", "qemu")
 CLOCKS = ("real", "virtual")
-
-GUEST, CLOCK = "IKECTX_LAB_GUEST", "IKECTX_LAB_CLOCK"
-"""Environment variables of a job: in which guest it runs (of `WAYS`), and by which clock (of `CLOCKS`)."""
 
 VENV = Path("opt/ikectx/.venv")
 """In another installation (`Job.root`): the virtual environment whose Python runs this project there."""

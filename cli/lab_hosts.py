@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -21,7 +22,8 @@ from ikectx import trace
 from ikectx.errors import CharonError, IkectxError, KernelError, StateError, UsageError
 from vici_bridge.vici import CharonVici, ControlClient, json_of
 
-from . import lab_announce, lab_bird, lab_inject
+from . import lab_announce, lab_bird, lab_drain, lab_inject
+from .lab_boot import virtual_time
 from .lab_config import Tunnel, write_all
 from .lab_net import GATEWAYS, HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
 
@@ -318,7 +320,16 @@ class Lab:
             'mount -t tmpfs -o mode=755 lab /run && exec "$0"',
             str(binary),
         ]
-        self.spawn(host, "charon", words)
+        if virtual_time():
+            drain = self.spawn(
+                host, "drain", [sys.executable, "-I", "-S", lab_drain.__file__], stdin=subprocess.PIPE
+            )
+            assert drain.stdin is not None
+            with drain.stdin as polls:
+                fcntl.fcntl(polls, fcntl.F_SETPIPE_SZ, lab_drain.PIPE)
+                self.spawn(host, "charon", words, stdout=polls.fileno())
+        else:
+            self.spawn(host, "charon", words)
         if wait:
             self.wait_charon(host)
 
@@ -373,16 +384,22 @@ class Lab:
                     path.unlink(missing_ok=True)
 
     def spawn(
-        self, host: str, name: str, argv: Sequence[str], *, stdin: int = subprocess.DEVNULL
+        self,
+        host: str,
+        name: str,
+        argv: Sequence[str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Starts a daemon on a host; its output goes to the host's folder, as NAME.out."""
+        """Starts a daemon on a host; its output goes to the host's folder, as NAME.out, or into `stdout`."""
         folder = self.work / host
         folder.mkdir(exist_ok=True)
         with (folder / f"{name}.out").open("ab") as out:
             process = subprocess.Popen(
                 [*self.net.enter(host), *argv],
                 stdin=stdin,
-                stdout=out,
+                stdout=out if stdout is None else stdout,
                 stderr=out,
                 env=self.environment(host),
                 cwd=folder,
@@ -520,8 +537,15 @@ def charon_of(host: str) -> str:
 
 @functools.cache
 def realtime_works() -> bool:
-    """Whether this machine lets root use real-time priorities; a container may not."""
-    return shutil.which("chrt") is not None and run(["chrt", "-r", "1", "true"], check=False).returncode == 0
+    """Whether real-time priorities are wanted, and this machine lets root use them; a container may not.
+
+    In virtual time nobody waits for a CPU.
+    """
+    return (
+        not virtual_time()
+        and shutil.which("chrt") is not None
+        and run(["chrt", "-r", "1", "true"], check=False).returncode == 0
+    )
 
 
 def names(*, kept: bool = False) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from ikectx.errors import IkectxError, KernelError
 
 from . import lab_guest, lab_hosts, lab_qemu, lab_scenario
-from .lab_boot import CHECKOUT, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
+from .lab_boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
 from .lab_report import Report
 from .lab_run import run_here
 
@@ -278,7 +278,7 @@ def inside(share: Share, guest: int) -> None:
 
     def done(report: Report) -> None:
         os.sync()  # its logs
-        share.put(current, _told(request, current, report, os.environ.get(lab_guest.GUEST, "host")))
+        share.put(current, _told(request, current, report, os.environ.get(GUEST, "host")))
 
     run_here(
         scenarios(),

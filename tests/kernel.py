@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ikectx.errors import KernelError, LinkError
 from ikectx.plain import open_socket
-from ikectx_cli.lab_boot import Job, tidy
-from ikectx_cli.lab_guest import GUEST, boot, means, ways
+from ikectx_cli.lab_boot import GUEST, Job, tidy
+from ikectx_cli.lab_guest import boot, means, ways
 from ikectx_cli.lab_net import has_kernel_esp, load_modules
 
 MARK = "kernel_esp"

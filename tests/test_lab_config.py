@@ -92,6 +92,8 @@ def test_shapes_of_a_tunnel(tmp_path: Path) -> None:
     gateway = gateway_conf(tmp_path, "nsg", Tunnel(auth="eap", initiator="gateway", vip=False))
     assert "eap_id = %any" in gateway and "remote_addrs = 10.1.0.10" in gateway and "pools" not in gateway
     assert "local_ts" not in mobile_conf(Tunnel(mode="transport", vip=False))
+    assert "stdout" not in strongswan_conf(tmp_path, "psg")
+    assert "path = stdout" in strongswan_conf(tmp_path, "psg", polls=True)
     libipsec = strongswan_conf(tmp_path, "psg", libipsec=True)
     assert "kernel-libipsec kernel-netlink" in libipsec
 

@@ -13,7 +13,7 @@ import pytest
 
 from ikectx.errors import KernelError, UsageError
 from ikectx_cli import lab_guest, lab_qemu, lab_uml
-from ikectx_cli.lab_boot import Boot, Job, Marks, NotStartedError, own_folder, run, sweep
+from ikectx_cli.lab_boot import CLOCK, GUEST, Boot, Job, Marks, NotStartedError, own_folder, run, sweep
 
 JOB = Job(("true",))
 NOTHING = lab_guest.Means(esp=False, uml=False, qemu_lacks=("file (Debian package)",))
@@ -253,7 +253,7 @@ def test_a_guest_that_does_not_start_gives_way_to_the_next(monkeypatch: pytest.M
         raise NotStartedError("the UML guest ended before it had started; it said last:\n  AMX")
 
     async def fine(job: Job, _output: object) -> int:
-        ran.append((job.environment[lab_guest.GUEST], job.environment[lab_guest.CLOCK]))
+        ran.append((job.environment[GUEST], job.environment[CLOCK]))
         return 5
 
     monkeypatch.setattr(lab_guest, "_BOOTS", {"uml": broken, "qemu": fine})
