@@ -126,7 +126,9 @@ class Agent:
             oseq_jump=config.transfer.oseq_jump,
             durable=False,  # a machine that lost its power has lost charon's and the kernel's SAs with it
             observer=self._observe,
+            hear=self._host.follow.hear,
         )
+        self._host.origins.tell = self._gateway.tell
         self._control = ControlServer(
             str(config.control.socket),
             {

@@ -20,14 +20,15 @@
 
 local PORT = 5091
 local HEADER = 4
-local MN_TOKEN, PROOF, NEW_SPIS, IKEV2_SA = 0xFF05, 0xFF06, 0xFF07, 0xFF01
+local MN_TOKEN, PROOF, NEW_SPIS, WHEREABOUTS, IKEV2_SA = 0xFF05, 0xFF06, 0xFF07, 0xFF0A, 0xFF01
 
 local TYPES = {
   [1] = "CTAR", [2] = "CTAA", [3] = "CTD", [4] = "PCTD", [5] = "CTDR", [6] = "CTC", [7] = "CT-Req",
 }
 local FPTS = {
   [0x0001] = "MLD", [0xFF01] = "IKEV2_SA", [0xFF02] = "SAD", [0xFF03] = "SPD", [0xFF04] = "PAD",
-  [0xFF05] = "MN_TOKEN", [0xFF06] = "PROOF", [0xFF07] = "NEW_SPIS",
+  [0xFF05] = "MN_TOKEN", [0xFF06] = "PROOF", [0xFF07] = "NEW_SPIS", [0xFF08] = "REQUEST", [0xFF09] = "GO_ON",
+  [0xFF0A] = "WHEREABOUTS",
 }
 -- What is cut into several blocks, by the messages it comes in.
 local JOINED = { [0xFF01] = "34", [0xFF02] = "34", [0xFF03] = "34", [0xFF04] = "34", [0xFF06] = "7" }
@@ -40,6 +41,7 @@ local STATUSES = {
   [0x93] = "BUSY", [0x94] = "STALE_EPOCH", [0x95] = "NOT_COVERED",
 }
 local ALGORITHMS = { [0] = "none", [1] = "HMAC_SHA1", [0xFF01] = "MN_TOKEN (HMAC-SHA-256)" }
+local PLACES = { [1] = "here", [2] = "moved", [3] = "ended" }
 local PURPOSES = { [1] = "announce", [2] = "arrive" }
 local PROTOCOLS = { [0] = "none", [1] = "IKE", [2] = "AH", [3] = "ESP" }
 local SPI_SIZES = { [1] = 8, [2] = 4, [3] = 4 }
@@ -94,6 +96,9 @@ local f = {
   new_protocol = ProtoField.uint8("cxtp.new_spis.protocol", "Renamed SA, protocol", base.DEC, PROTOCOLS),
   new_old = ProtoField.bytes("cxtp.new_spis.old", "Old SPI"),
   new_new = ProtoField.bytes("cxtp.new_spis.new", "New SPI"),
+  place = ProtoField.uint8("cxtp.whereabouts.what", "SA that was handed on", base.DEC, PLACES),
+  epoch = ProtoField.uint64("cxtp.whereabouts.epoch", "Epoch"),
+  moved_to = ProtoField.string("cxtp.whereabouts.to", "Gateway it moved to"),
   proof = ProtoField.uint16("cxtp.proof", "IKE message of the MN, octets"),
 }
 for _, field in pairs(f) do
@@ -190,6 +195,19 @@ local function dissect_new_spis(r, tree)
   if not zero(r) then tree:add_proto_expert_info(e.malformed, "something behind the end of the list") end
 end
 
+-- Where SAs are that were handed on; a zero octet ends the list.
+local function dissect_whereabouts(r, tree)
+  while r.at < r.stop and r.tvb(r.at, 1):uint() ~= 0 do
+    local _, item = add(r, tree, f.place, 1)
+    local size = take(r, 1, "octets of the name"):uint()
+    add(r, item, f.spi_i, 8, "SPI")
+    add(r, item, f.spi_r, 8, "SPI")
+    add(r, item, f.epoch, 8, "epoch")
+    if size > 0 then item:add_packet_field(f.moved_to, take(r, size, "a gateway's name"), ENC_UTF_8) end
+  end
+  if not zero(r) then tree:add_proto_expert_info(e.malformed, "something behind the end of the list") end
+end
+
 local function dissect_block(r, tree, kind, profiles)
   local start = r.at
   local item = tree:add(f.block, r.tvb(start, math.min(4, r.stop - start)))
@@ -226,8 +244,8 @@ local function dissect_block(r, tree, kind, profiles)
     elseif inner.stop - inner.at > 7 or not zero(inner) then
       item:add_proto_expert_info(e.malformed, "octets behind the token are not padding")
     end
-  elseif fpt == NEW_SPIS and kind == 2 then
-    local fine, problem = pcall(dissect_new_spis, inner, item)
+  elseif (fpt == NEW_SPIS and kind == 2) or (fpt == WHEREABOUTS and kind == 3) then
+    local fine, problem = pcall(fpt == NEW_SPIS and dissect_new_spis or dissect_whereabouts, inner, item)
     if not fine then
       if problem ~= SHORT then error(problem, 0) end
       item:add_proto_expert_info(e.malformed, "the list ends within: " .. SHORT.what)

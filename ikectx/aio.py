@@ -28,6 +28,7 @@ from .desk import Desks
 from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
 from .links import Dial, Link, Links, PeerConfig, Stream, TlsConfig, tls_dial, tls_listen
 from .moves import Moves
+from .notices import Hear, Notices
 from .numbers import Status
 from .outgoing import Address, Outgoing
 from .ports import Clock, ContextSink, ContextSource, SaName
@@ -36,6 +37,7 @@ from .run import Observer, Parts, Tasks
 from .serving import MobileConfig, Serving, UsedTokens
 from .store import JournalEntry, SqliteStore
 from .transfer import OSEQ_JUMP, TARGET_OWNS, SourceInput, SourceState, TargetState, Timing
+from .whereabouts import Whereabouts, is_notice
 
 log = logging.getLogger("ikectx.aio")
 
@@ -61,6 +63,7 @@ class Gateway:
         observer: Observer | None = None,
         dial: Dial | None = None,
         mobile: MobileConfig | None = None,
+        hear: Hear | None = None,
     ) -> None:
         """`oseq_jump`: the sinks' (packets). `observer` sees every change of state of every transfer.
 
@@ -71,6 +74,8 @@ class Gateway:
 
         `mobile`: MNs may ask for their handover themselves; without it their CTARs, and CT-Reqs with their
         tokens, are refused.
+
+        `hear` is told where SAs are that went to a peer, whenever that peer says so (see `whereabouts`).
 
         Errors: ConfigError.
         """
@@ -105,6 +110,7 @@ class Gateway:
         )
         used = UsedTokens(self._parts)
         self._serving = Serving(self._parts, self._running, self._moves, self._tasks, used, mobile)
+        self._notices = Notices(self._parts, self._peers, lambda: self._links, self._tasks, hear)
         self._arrivals: Arrivals | None = None
         if mobile is not None:
             self._arrivals = Arrivals(
@@ -137,6 +143,7 @@ class Gateway:
                 self._servers = await tls_listen(_given(self._tls), self._parts.timing, listen, self.accept)
             for line in await self.recover():
                 log.info("recovered: %s", line)
+            self._notices.start()
             for server in self._servers:
                 await server.start_serving()
                 self._listening += [sock.getsockname()[:2] for sock in server.sockets]
@@ -359,6 +366,10 @@ class Gateway:
             log.info("%s does not give the SA that %s speaks of: %s", name, remote, report.text)
         return None
 
+    def tell(self, peer: str, news: Whereabouts) -> None:
+        """Tell the peer that gave an SA where it is now, until it has heard it. Errors: StoreError."""
+        self._notices.tell(peer, news)
+
     def _peer(self, name: str) -> PeerConfig:
         peer = self._peers.get(name)
         if peer is None:
@@ -376,6 +387,7 @@ class Gateway:
             log.warning("refused a connection from %s: its certificate says %s", stream.label, shown)
             stream.close()
             return
+        self._notices.connected(peer.name)
         await self._links.serve(stream, peer)
 
     async def _arrived(self, link: Link, message: Message) -> None:
@@ -384,6 +396,8 @@ class Gateway:
             self._moves.cancelled(link.peer, message)
             self._desks.cancelled(link, message)
             self._serving.cancelled(link, message)
+        elif isinstance(message, Ctd) and is_notice(message):
+            await self._notices.arrived(link, message)
         elif isinstance(message, Pctd | Ctd):
             self._desks.desk(link.peer, message.mn).post.put_nowait((link, message))
         elif isinstance(message, CtReq) and self._links is not None:

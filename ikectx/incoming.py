@@ -14,7 +14,7 @@ from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StateError
 from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import MoveReport, Verdict, cannot_send, must_tell, renames, settle, tell_later
+from .ports import MoveReport, Verdict, cannot_send, come_from, must_tell, renames, settle, tell_later
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
 from .relocate import relocate
 from .run import Observer, Parts, Run, log, step
@@ -291,6 +291,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         await self.parts.sink.prepare(context, self.keep)
 
     async def _take(self, context: IkeContext) -> None:
+        come_from(self.parts.sink, context, self.stored.peer)
         await self.parts.sink.take(context, self._last)
 
     async def _move(self, context: IkeContext) -> None:

@@ -206,10 +206,10 @@ class Cxtp(OpenEnum):
 class Fpt(OpenEnum):
     """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
 
-    The last five name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
-    MN, NEW_SPIS tells it the names its SAs have from now on. REQUEST and GO_ON are statuses of a CTDR only,
-    NEW_SPIS is one, too: what became of a CT-Req; ESP to the MN is to go on until the next CTDR; the MN will
-    be given other names.
+    The last six name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
+    MN, NEW_SPIS tells it the names its SAs have from now on, WHEREABOUTS tells the gateway that an SA came
+    from where it is. REQUEST and GO_ON are statuses of a CTDR only, NEW_SPIS is one, too: what became of a
+    CT-Req; ESP to the MN is to go on until the next CTDR; the MN will be given other names.
     """
 
     MLD = 0x0001
@@ -222,6 +222,7 @@ class Fpt(OpenEnum):
     NEW_SPIS = 0xFF07
     REQUEST = 0xFF08
     GO_ON = 0xFF09
+    WHEREABOUTS = 0xFF0A
 
 
 class Status(OpenEnum):

@@ -13,7 +13,7 @@ from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
 from .links import Answer, Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import SaName, Verdict
+from .ports import SaName, Verdict, hand_over, stay
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .run import Observer, Parts, Run, log, step
@@ -239,7 +239,15 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                     what = await self._await()
         if self._doubts is not None:
             self._doubts.cancel()
+        if self.machine.state in (SourceState.KEPT, SourceState.REFUSED):
+            self._stay()
         self._settle()
+
+    def _stay(self) -> None:
+        try:
+            stay(self.parts.source, self.sa)
+        except IkectxError as error:
+            log.error("gateways that it came from are not told that an SA stays here: %s", error)
 
     async def _await(self) -> SourceInput:
         """The MN: it goes when it likes, and until then others may have their turn."""
@@ -454,6 +462,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             # not said where it is not wanted: sources of integrators may not know it
             words = (("sending", Fpt.GO_ON), ("renaming", Fpt.NEW_SPIS))
             how = {word: True for word, fpt in words if fpt in self.asked_for}
+            if self._begins is SourceInput.REQUESTED:
+                hand_over(self.parts.source, self.sa)
             letting = self.parts.source.freeze(context, self.peer.name, away=self.away, **how)
             final: FinalState = await self._step("freeze", letting)
             final = changed(final, epoch=context.epoch + 1)

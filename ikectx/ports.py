@@ -183,6 +183,40 @@ def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock,
     return () if call is None else tuple(call(context))
 
 
+class Follower(Protocol):
+    """What a source and a sink have, too, that send packets on to where an SA is (`whereabouts`)."""
+
+    def came_from(self, context: IkeContext, peer: str) -> None:
+        """Before `take`, and again with it: the gateway that gives the SA, which is to hear where it is."""
+
+    def hands_over(self, sa: SaName) -> None:
+        """Before `freeze`: it goes to a gateway that has nothing of it yet, and may send its packets here."""
+
+    def stays(self, sa: SaName) -> None:
+        """The SA was to go, and is served here still: the gateways that it came from are to hear that."""
+
+
+def come_from(sink: ContextSink, context: IkeContext, peer: str) -> None:
+    """To `sink`, if it is a `Follower`."""
+    call = getattr(sink, "came_from", None)
+    if call is not None:
+        call(context, peer)
+
+
+def hand_over(source: ContextSource, sa: SaName) -> None:
+    """To `source`, if it is a `Follower`."""
+    call = getattr(source, "hands_over", None)
+    if call is not None:
+        call(sa)
+
+
+def stay(source: ContextSource, sa: SaName) -> None:
+    """To `source`, if it is a `Follower`."""
+    call = getattr(source, "stays", None)
+    if call is not None:
+        call(sa)
+
+
 class Settler(Protocol):
     """What a sink has, too, that can find out from the MN what the next request's message ID is."""
 

@@ -29,6 +29,7 @@ from ikectx.ports import MoveReport, SaName, Store
 from vici_bridge.away import Away
 from vici_bridge.charon import SaView, sa_views
 from vici_bridge.esp import KernelReplay
+from vici_bridge.follow import Follow
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
 from vici_bridge.host import IMPORTED, CharonHost, HostConfig
 from vici_bridge.names import Made, Told, Wish
@@ -513,6 +514,7 @@ class Place:
         self.host.detour = Detour()  # type: ignore[assignment]
         self.host.kernel = self.sad if self._kernel else None  # type: ignore[assignment]
         self.host.away = Away(self.store, self.host.kernel, self.host.detour, {})
+        self.host.follow = Follow(self.host.away, self.host.origins, self.host.record, self.host.importing)
         self.host.vici = self.charon  # type: ignore[assignment]
         self.host.mute = self.mute  # type: ignore[assignment]
         self.host._ha = Socket(self.charon)  # type: ignore[assignment]

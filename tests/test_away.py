@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -11,13 +12,12 @@ import pytest
 
 from ikectx.context import IkeContext
 from ikectx.errors import KernelError, UnknownSaError
-from vici_bridge.away import KIND, Away
-from vici_bridge.charon import sa_view
-from vici_bridge.departures import OURS, Stage
+from vici_bridge.away import KIND, Away, pairs_of
+from vici_bridge.departures import OURS, News, Stage
 from vici_bridge.xfrm import ALLOW, KernelPolicy, Selector, Template
 
 from .kernel_tables import KernelTables
-from .test_charon import VIEW, context, selector
+from .test_charon import context, selector
 from .test_deadlines import MemoryStore
 
 IN, OUT = 3, 2
@@ -102,6 +102,7 @@ class Gateway:
         self.user_space = not kernel
         self.routes = Routes(self.fuse)
         self.store = Store(self.fuse)
+        self.wall = itertools.count(1e9)
         self.away: Away
         self.begin()
 
@@ -110,7 +111,7 @@ class Gateway:
         self.fuse.left = -1
         kernel: Any = None if self.user_space else self.kernel
         routes: Any = self.routes
-        self.away = Away(self.store, kernel, routes, WAYS, wall=lambda: 5.0)
+        self.away = Away(self.store, kernel, routes, WAYS, wall=lambda: next(self.wall))
         self.away.load()
         self.away.restore()
 
@@ -144,6 +145,10 @@ class Gateway:
         return f"sent on to {leads[0]}" if device == IN else "in the clear"
 
 
+def serves(gateway: Gateway, here: IkeContext) -> None:
+    gateway.away.serves(here.spis, str(here.remote_id), pairs_of(here))
+
+
 def left(gateway: Gateway, here: IkeContext | None = None, to: str = "nsg") -> IkeContext:
     """An SA that has left, to the end."""
     here = here or context()
@@ -168,7 +173,7 @@ def test_packets_go_to_where_the_sa_is_and_nowhere_else() -> None:
     assert gateway.packet() == "sent on to 10.3.0.3"
     gateway.protect(here)  # it connects anew, and no agent has heard of that
     assert gateway.packet() == "protected"
-    gateway.away.serves(here)
+    serves(gateway, here)
     assert gateway.packet() == "protected"
     assert gateway.away.listing() == []
     assert gateway.routes.leads == {}
@@ -213,10 +218,15 @@ def test_an_sa_that_comes_back_is_sent_on_to_nobody() -> None:
     gateway.begin()
     assert gateway.packet() == "dropped"
     gateway.away.stays(here)
+    assert gateway.packet() == "dropped", "it may be on its way still"
+    assert gateway.away.hear("third", here.spis, 1, News.HERE, "") is None, "it was not given to that one"
+    assert gateway.away.hear("nsg", here.spis, 7, News.HERE, "") is None
+    assert gateway.packet() == "dropped"
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
     assert gateway.packet() == "sent on to 10.3.0.3"
     gateway.away.comes(here)
     gateway.protect(here)
-    gateway.away.serves(here)
+    serves(gateway, here)
     assert gateway.packet() == "protected"
     assert gateway.away.listing() == []
 
@@ -239,14 +249,40 @@ def test_two_that_share_an_address_do_not_end_each_other() -> None:
         gateway.away.end(first.spis, unblock=True)
 
 
-def test_addresses_that_came_to_be_used_here_are_noticed_at_the_start() -> None:
+def test_it_goes_on_from_there(caplog: pytest.LogCaptureFixture) -> None:
     gateway = Gateway()
-    left(gateway)
-    view = sa_view("mn", {**VIEW, "tasks-active": [], "state": "ESTABLISHED"})
-    gateway.away.look([view], lambda sa: True)
-    assert gateway.away.listing()
-    gateway.away.look([view], lambda sa: False)
-    assert gateway.away.listing() == []
+    here = left(gateway)
+    gateway.away.hear("nsg", here.spis, 1, News.MOVED, "third")
+    assert gateway.packet() == "sent on to 10.3.0.4"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.4"
+    gateway.away.hear("nsg", here.spis, 1, News.MOVED, "far")
+    assert gateway.packet() == "sent on to 10.3.0.3", (
+        "to a gateway we know no way to, by the one we gave it to"
+    )
+    assert gateway.away.listing()[0].at == "far"
+    assert gateway.away.hear("third", here.spis, 1, News.ENDS, "") is None
+    assert "third speaks of" in caplog.text
+    gateway.away.hear("nsg", here.spis, 1, News.ENDS, "")
+    assert gateway.packet() == "dropped"
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
+    assert gateway.packet() == "sent on to 10.3.0.3", "the mobile node came back there"
+    gateway.away.end(here.spis, unblock=False)
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
+    assert gateway.packet() == "dropped", "the operator has the last word"
+
+
+def test_who_has_nothing_of_it_yet_may_send_its_packets_here() -> None:
+    gateway = Gateway()
+    here = context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, "nsg", policies, unprepared=True)
+    gateway.kernel.delete_policy(policies[0])
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "dropped"
+    gateway.away.left(here.spis)
+    assert gateway.packet() == "sent on to 10.3.0.3"
 
 
 def test_a_route_of_an_older_agent_stays(caplog: pytest.LogCaptureFixture) -> None:
@@ -276,9 +312,10 @@ def test_esp_in_user_space() -> None:
     assert gateway.routes.shut_up == set()
     gateway.away.stays(here)
     assert gateway.routes.shut_up == {MN}
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
     gateway.away.end(here.spis, unblock=False)
     assert gateway.packet() == "dropped"
-    gateway.away.serves(here)
+    serves(gateway, here)
     assert (gateway.routes.shut_up, gateway.routes.leads) == (set(), {})
 
 
@@ -289,15 +326,12 @@ def leave(gateway: Gateway, here: IkeContext, policies: Sequence[KernelPolicy]) 
     gateway.away.left(here.spis)
 
 
-STEPS: dict[str, Callable[[Gateway, IkeContext], None]] = {
+STEPS: dict[str, Callable[[Gateway, IkeContext], Any]] = {
     "leaves": lambda gateway, here: leave(gateway, here, gateway.protect(here)),
-    "ends": lambda gateway, here: void(gateway.away.end(here.spis, unblock=False)),
-    "comes and stays": lambda gateway, here: (gateway.away.comes(here), gateway.away.stays(here))[0],
-    "comes": lambda gateway, here: gateway.away.comes(here),
+    "is ended": lambda gateway, here: [gateway.away.end(here.spis, unblock=False)],
+    "comes, and stays": lambda gateway, here: [gateway.away.comes(here), gateway.away.stays(here)],
+    "moves on": lambda gateway, here: [gateway.away.hear("nsg", here.spis, 1, News.MOVED, "third")],
 }
-
-
-def void(_: object) -> None: ...
 
 
 @pytest.mark.parametrize("what", STEPS)
@@ -335,8 +369,8 @@ def test_several_prefixes_end_one_by_one() -> None:
     policies = gateway.protect(two, "10.4.1.0/24")
     leave(gateway, two, policies)
     assert gateway.packet("10.4.1.9") == "sent on to 10.3.0.3"
-    gateway.away.serves(here)
+    serves(gateway, here)
     assert gateway.packet("10.4.1.9") == "sent on to 10.3.0.3"
     assert gateway.routes.leads == {"10.4.1.0/24": ip_address("10.3.0.3")}
-    gateway.away.serves(two)
+    serves(gateway, two)
     assert gateway.away.listing() == []

@@ -16,7 +16,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from ikectx.context import IkeContext
-from vici_bridge.away import Away
+from vici_bridge.away import Away, pairs_of
 from vici_bridge.departures import OURS
 from vici_bridge.detour import Detour
 from vici_bridge.kernel import Kernel
@@ -177,7 +177,7 @@ def test_no_packet_leaves_in_the_clear(version: int) -> None:
         assert place.packet() == ""
         place.again()
         assert place.packet() == ""
-        place.away.serves(here)
+        place.away.serves(here.spis, str(here.remote_id), pairs_of(here))
         assert place.packet() == "outer"
         assert [one for one in place.kernel.dump_policies() if one.selector.user == OURS] == []
 
@@ -202,5 +202,5 @@ def test_esp_in_user_space_has_an_unreachable_route_behind_it(version: int) -> N
         assert place.packet() == ""
         place.away.end(here.spis, unblock=False)
         assert place.packet() == ""
-        place.away.serves(here)
+        place.away.serves(here.spis, str(here.remote_id), pairs_of(here))
         assert place.packet() == "outer"

@@ -69,8 +69,13 @@ def test_the_stages_are_complete() -> None:
     for stage in Stage:
         now = replace(DEPARTURE, stage=stage)
         assert bool(now.sent_on) == (stage in (Stage.LEAVING, Stage.AWAY))
-        assert now.told(News.COMES).sent_on == (), "what is taken in here is sent on to nobody"
+        coming = now.told(News.COMES)
+        assert coming.stage is Stage.COMING
+        for late in (News.HERE, News.MOVED, News.STAYS):
+            assert coming.told(late).sent_on == (), "the other gateway may send its packets here"
         assert now.told(News.ENDS).sent_on == ()
+    waiting = replace(DEPARTURE, stage=Stage.COMING).told(News.STAYS)
+    assert waiting.told(News.HERE).sent_on
 
 
 def test_it_is_read_as_it_was_stored() -> None:

@@ -24,6 +24,7 @@ from ikectx.numbers import Encr, Exchange, Fpt, Integ, Notify, Protocol, Status
 from ikectx.payloads import NotifyPayload
 from ikectx.proof import encode
 from ikectx.tokens import Purpose, make_ctar, seal_ctaa
+from ikectx.whereabouts import What, Whereabouts, notice
 
 from .certs import Authority
 
@@ -93,6 +94,7 @@ FIELDS = """
 frame.number _ws.expert.message _ws.col.Protocol _ws.col.Info cxtp.malformed cxtp.failed cxtp.profile
 cxtp.type cxtp.flags.v cxtp.flags.a cxtp.flags.s cxtp.length cxtp.mn cxtp.mn6 cxtp.router cxtp.router6
 cxtp.proof cxtp.new_spis.protocol cxtp.new_spis.old cxtp.new_spis.new
+cxtp.whereabouts.what cxtp.whereabouts.epoch cxtp.whereabouts.to
 cxtp.sequence cxtp.token cxtp.elapsed cxtp.algorithm cxtp.key_length cxtp.key
 cxtp.block.fpt cxtp.block.length cxtp.block.p cxtp.block.presence cxtp.block.data cxtp.spi_i cxtp.spi_r
 cxtp.status.fpt cxtp.status cxtp.mn_token.purpose cxtp.mn_token.port cxtp.mn_token.expiry
@@ -188,6 +190,7 @@ STREAM: tuple[tuple[int, Message], ...] = (
     (0, Pctd(MN6, (), 1, Algorithm(0xFF01), KEY.reveal(), acknowledge=False)),
     (1, CtReq(MN6, 5, 6, (ContextDataBlock(Fpt(0xFF77), b"1234"),))),
     (1, CtReq(MN, 9, 0, (ContextDataBlock(Fpt.IKEV2_SA), *encode([PROBE, PROBE[:40]])))),
+    (1, notice([Whereabouts(SPIS, 5, What.MOVED, "nsg-ü"), Whereabouts(SPIS, 6, What.ENDED)])[0]),
 )
 AIR: tuple[Message, ...] = (
     a_token(MN, NSG, None, Purpose.ANNOUNCE),
@@ -223,6 +226,7 @@ WRONG = (
     Ctar(MN, NSG, 1, 1, (ContextDataBlock(Fpt.MN_TOKEN, bytes(20)),)).serialize(),
     Ctaa(MN, blocks=(ContextDataBlock(Fpt.NEW_SPIS, b"\x03\x08" + bytes(10)),)).serialize(),
     Ctaa(MN, blocks=(ContextDataBlock(Fpt.NEW_SPIS, b"\x03\x04" + bytes(2)),)).serialize(),
+    Ctd(MN, (ContextDataBlock(Fpt.WHEREABOUTS, b"\x02\xff" + bytes(30)),)).serialize(),
     Ctdr(MN, (StatusBlock(Fpt.SAD),)).serialize()[:-1].replace(b"\x00\x0c", b"\x00\x0b", 1),
 )
 
@@ -320,7 +324,7 @@ def test_messages_between_gateways(seen: Seen, number: int) -> None:
 
 
 def test_parts_of_messages_between_gateways(seen: Seen) -> None:
-    push, answer, _, complete, _, pull, keyed, unknown, proof, together = seen.stream
+    push, answer, _, complete, _, pull, keyed, unknown, proof, where, together = seen.stream
     assert (push["cxtp.algorithm"], push["cxtp.key_length"]) == (["0x0000"], ["0"])
     assert push["cxtp.profile"] == ["IKEV2_SA", "PAD"]
     assert answer["cxtp.failed"] == ["SAD ESP_SPI_IN_USE"] or "SAD ESP_SPI_IN_USE" in str(answer)
@@ -332,6 +336,11 @@ def test_parts_of_messages_between_gateways(seen: Seen) -> None:
     assert proof["cxtp.proof"] == [str(len(PROBE)), "40"]
     assert proof["cxtp.spi_i"] == [hexed(SPIS[0])] * 2
     assert proof["_ws.col.Info"][0].endswith("seq 9, IKEV2_SA, PROOF")
+    assert where["cxtp.whereabouts.what"] == ["2", "3"]
+    assert where["cxtp.whereabouts.epoch"] == ["5", "6"]
+    assert where["cxtp.whereabouts.to"] == ["nsg-ü"]
+    assert where["cxtp.spi_r"] == [hexed(SPIS[1])] * 2
+    assert where["_ws.col.Info"][0].endswith("WHEREABOUTS")
     # several messages in one segment
     assert together["cxtp.type"] == [str(int(message.TYPE)) for which, message in STREAM if which == 0]
     assert together["_ws.col.Info"][0].startswith("PCTD, 203.0.113.7, IKEV2_SA, PAD; CTD, ")
@@ -386,6 +395,7 @@ SAID = (
     "the token ends within",
     "an SPI of 8 octets",
     "the list ends within: old SPI",
+    "the list ends within: a gateway's name",
     "it ends within: ",
 )
 

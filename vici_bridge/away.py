@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_network
@@ -26,7 +26,18 @@ from ikectx.errors import KernelError, StoreError, UnknownSaError
 from ikectx.ports import SaName, Store
 
 from .charon import SaView, prefixes
-from .departures import OURS, Departure, News, Stage, allow_of, block_of, detourable, key_of
+from .departures import (
+    OURS,
+    SENT_ON,
+    Departure,
+    News,
+    Stage,
+    allow_of,
+    block_of,
+    detourable,
+    key_of,
+    within,
+)
 from .detour import Detour
 from .kernel import Kernel
 from .xfrm import KernelPolicy
@@ -34,6 +45,9 @@ from .xfrm_parts import Network
 
 log = logging.getLogger(__name__)
 
+Pair = tuple[Sequence[Network], Sequence[Network]]
+"""Our networks and the mobile node's, of one CHILD_SA."""
+_LETTING_GO = (Stage.LEAVING, Stage.HANDED)
 KIND = "detour"
 """Kind of store entry, by the name that the SA had when it left: a `Departure`."""
 
@@ -58,13 +72,15 @@ class Away:
         self._ways = ways
         self._wall = wall
         self._rows: dict[str, Departure] = {}
+        self._named: defaultdict[str, set[str]] = defaultdict(set)
+        """Keys of rows by what they are looked for: mobile nodes and prefixes. There may be thousands."""
         self._direct: Counter[SaName] = Counter()
 
     def load(self) -> None:
         """Read the store; what cannot be read is logged and left there."""
         for key, raw in self._store.items(KIND):
             try:
-                self._rows[key] = Departure.loads(key, raw)
+                self._enter(Departure.loads(key, raw))
             except StoreError as error:
                 log.error("%s (%s)", error, error.hint or "it is left as it is")
 
@@ -88,10 +104,13 @@ class Away:
 
     # An SA leaves, or is taken back.
 
-    def leave(self, context: IkeContext, to: str, policies: Iterable[KernelPolicy]) -> None:
+    def leave(
+        self, context: IkeContext, to: str, policies: Iterable[KernelPolicy], *, unprepared: bool = False
+    ) -> None:
         """The SA goes to the peer `to`: shut what `policies` protect, and send packets on if there is a way.
 
-        The policies may be taken out of the kernel afterwards. Errors: KernelError, StoreError.
+        The policies may be taken out of the kernel afterwards. `unprepared`: the peer has nothing of it yet,
+        and may itself send its packets here. Errors: KernelError, StoreError.
         """
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         row = Departure(
@@ -101,7 +120,7 @@ class Away:
             at=to,
             epoch=context.epoch + 1,
             since=self._wall(),
-            stage=Stage.LEAVING,
+            stage=Stage.HANDED if unprepared else Stage.LEAVING,
             prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
             blocks=tuple(block_of(policy) for policy in policies),
             closed=tuple(remote) if self._kernel is None else (),
@@ -114,15 +133,19 @@ class Away:
     def back(self, sa: SaName) -> None:
         """The SA is served here again as it was: nothing is sent on or shut any more. Idempotent."""
         row = self._rows.get(key_of(sa))
-        if row is not None and (row.stage is Stage.LEAVING or not row.peer):
+        if row is not None and (row.stage in _LETTING_GO or not row.peer):
             self._change(row, None)
 
-    def left(self, sa: SaName) -> None:
-        """The other gateway serves it: say where its packets go. Idempotent. Errors: StoreError."""
+    def left(self, sa: SaName) -> Departure | None:
+        """The other gateway serves it: send its packets on, and say so. Idempotent.
+
+        Gives the departure, None where there is none. Errors: KernelError, StoreError.
+        """
         row = self._rows.get(key_of(sa))
-        if row is None or row.stage is not Stage.LEAVING:
-            return
-        self._keep(row.told(News.LEFT))
+        if row is None or row.stage not in _LETTING_GO:
+            return row
+        self._change(row, row.told(News.LEFT))
+        row = self._rows[row.key]
         if not row.prefixes:
             log.info("%s: its packets are not sent on to %s", row.mn, row.at)
         elif row.sent_on:
@@ -135,6 +158,22 @@ class Away:
                 row.mn,
                 row.at,
             )
+        return row
+
+    def hear(self, peer: str, sa: SaName, epoch: int, news: News, to: str) -> Departure | None:
+        """The peer says where the SA is that was given to it, `to` with MOVED. None: it has no say in it.
+
+        Errors: KernelError, StoreError.
+        """
+        row = self._rows.get(key_of(sa))
+        if row is None or row.epoch != epoch:
+            return None
+        if row.peer != peer:
+            log.warning("%s speaks of an SA of %s that was given to %s", peer, row.mn, row.peer or "whom?")
+            return None
+        at = {News.HERE: peer, News.MOVED: to}.get(news, row.at)
+        self._change(row, replace(row.told(news), at=at))
+        return self._rows[row.key]
 
     # It comes back, or its address is used here again.
 
@@ -149,46 +188,27 @@ class Away:
             self._detour.open_up(row.closed)
 
     def stays(self, context: IkeContext) -> None:
-        """It is not taken in after all."""
+        """It is not taken in after all; who has it will say that it does."""
         for row in self._rows_of(context):
             if row.stage is Stage.COMING:
                 self._change(row, row.told(News.STAYS))
 
-    def serves(self, context: IkeContext) -> None:
-        """This gateway serves the SA, or a new one of the same mobile node or for the same addresses."""
-        self._used(
-            str(context.remote_id),
-            [
-                (_networks(prefixes(child.local_ts)), _networks(prefixes(child.remote_ts)))
-                for child in context.children
-            ],
-            context.spis,
-        )
+    def serves(self, sa: SaName, who: str, children: Iterable[Pair]) -> list[Departure]:
+        """The mobile node `who` has an SA here with these networks, ours and its.
 
-    def look(self, views: Iterable[SaView], busy: Callable[[SaName], bool]) -> None:
-        """What charon lists: addresses that came to be used here while no agent ran.
-
-        `busy`: is that SA being moved in either direction?
+        What left of the same node, or for the same addresses, ends; gives those of which nothing is left.
+        Errors: KernelError, StoreError.
         """
-        for view in views if self._rows else ():
-            if view.state == "ESTABLISHED" and not busy(view.spis):
-                children = [
-                    (_networks(child.local_ts), _networks(child.remote_ts))
-                    for child in view.children
-                    if child.state == "INSTALLED"
-                ]
-                self._used(view.remote_id, children, view.spis)
-
-    def _used(
-        self, who: str, children: Sequence[tuple[Sequence[Network], Sequence[Network]]], sa: SaName
-    ) -> None:
-        for row in list(self._rows.values()):
-            if row.sa == sa and row.stage is Stage.LEAVING:
+        used, over = list(children), []
+        for row in self._candidates(who, (str(network) for _, remote in used for network in remote)):
+            if row.sa == sa and row.stage in _LETTING_GO:
                 continue  # it stands here still
-            left = row.without(who, children)
+            left = row.without(who, used)
             if left != row:
-                log.info("%s is here again: its packets are not sent on any more", row.mn or who)
+                log.info("%s is here again: its packets are not sent on any more", who)
                 self._change(row, None if left.empty else left)
+                over += [row] if left.empty else []
+        return over
 
     # The operator.
 
@@ -203,7 +223,8 @@ class Away:
                 f"no SA {sa[0].hex()}:{sa[1].hex()} has left this gateway",
                 hint="`ikectx detours` lists those that have",
             )
-        self._change(row, None if unblock else row.told(News.ENDS))
+        # without prefixes nothing that the other gateway says brings it back
+        self._change(row, None if unblock else replace(row.told(News.ENDS), prefixes=()))
         return row
 
     # The kernel.
@@ -235,35 +256,62 @@ class Away:
                 log.error("packets for %s, which is at %s, cannot be sent on: %s", row.mn, row.at, error)
 
     def _led(self, row: Departure) -> Departure:
-        """With the way there is now to where it is, and the policies that let packets go that way."""
-        via = tuple(self._ways.get(row.at, ()))
-        if row.stage not in (Stage.LEAVING, Stage.AWAY):
-            return replace(row, via=via, allows=())
-        devices = {prefix: self.way(prefix, row.at) for prefix in row.prefixes}
-        led = {ip_network(prefix): device for prefix, device in devices.items() if device}
+        """With the way there is now to where it is, and the policies that let packets go that way.
+
+        A gateway that we know no way to is reached through the one that the SA was given to.
+        """
+        if row.stage not in SENT_ON:
+            return replace(row, via=(), allows=())
+        led: dict[Network, int] = {}
+        via: tuple[Address, ...] = ()
+        for name in dict.fromkeys((row.at, row.peer)):
+            ways = {ip_network(prefix): self.way(prefix, name) for prefix in row.prefixes}
+            if any(ways.values()):
+                led, via = {network: way for network, way in ways.items() if way}, tuple(self._ways[name])
+                break
         allows = {
             allow_of(block, device).raw: allow_of(block, device)
             for block in row.blocks
             for network, device in led.items()
-            if _holds(network, block.destination) and block.selector.ifindex in (0, device)
+            if within(block.destination, network) and block.selector.ifindex in (0, device)
         }
-        return replace(row, via=via if led else (), allows=tuple(allows.values()))
+        return replace(row, via=via, allows=tuple(allows.values()))
 
     def _rows_of(self, context: IkeContext) -> list[Departure]:
         """Those whose addresses the SA has."""
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
-        used = [((), _networks(remote))]
+        used: list[Pair] = [((), _networks(remote))]
         who = str(context.remote_id)
+        candidates = self._candidates(who, remote)
+        own = self._rows.get(key_of(context.spis))
         return [
             row
-            for row in self._rows.values()
+            for row in ([own] if own is not None and own not in candidates else []) + candidates
             if row.sa == context.spis
             or (row.mn == who and (not row.prefixes or row.without(who, used).prefixes != row.prefixes))
         ]
 
+    def _candidates(self, who: str, texts: Iterable[str]) -> list[Departure]:
+        """Departures of that mobile node, or of one of these prefixes exactly."""
+        keys = set(self._named.get(who, ())).union(*(self._named.get(text, ()) for text in texts))
+        return [self._rows[key] for key in sorted(keys)]
+
     def _keep(self, row: Departure) -> None:
         self._store.put(KIND, row.key, row.dumps())
+        self._leave_out(row.key)
+        self._enter(row)
+
+    def _enter(self, row: Departure) -> None:
         self._rows[row.key] = row
+        for name in row.names:
+            self._named[name].add(row.key)
+
+    def _leave_out(self, key: str) -> None:
+        row = self._rows.pop(key, None)
+        for name in row.names if row is not None else ():
+            self._named[name].discard(key)
+            if not self._named[name]:
+                del self._named[name]
 
     def _change(self, row: Departure, now: Departure | None) -> None:
         """Store and kernel as `now` says, None: nothing is left of it. Errors: KernelError, StoreError."""
@@ -271,15 +319,15 @@ class Away:
             now = self._led(now) if now.peer else now
             self._keep(now)
             self._shut(now)
-            self._send_on(now)
         else:
-            self._rows.pop(row.key, None)
-        others = list(self._rows.values())
-        gone = set(row.sent_on) - {prefix for other in others for prefix in other.sent_on}
-        self._detour.remove(sorted(gone))
-        for other in others:
-            if other is not now and set(other.sent_on) & set(row.sent_on):
-                self._send_on(other)  # the same prefix may have led elsewhere
+            self._leave_out(row.key)
+        others = self._candidates(row.mn, row.names)
+        wanted = {prefix for other in others for prefix in other.sent_on}
+        self._detour.remove(sorted(set(row.sent_on) - wanted))
+        # of two that have an address, the one that left last leads its packets
+        for other in sorted(others, key=lambda one: one.since):
+            if other is now or set(other.sent_on) & set(row.sent_on):
+                self._send_on(other)
         if self._kernel is not None:
             kept = {policy.raw for other in others for policy in (*other.blocks, *other.allows)}
             for policy in (*row.allows, *row.blocks):
@@ -310,6 +358,20 @@ class Away:
             log.warning("packets for %s are not sent on to %s: %s", row.mn, row.at, error)
 
 
+def pairs_of(context: IkeContext) -> list[Pair]:
+    """Our networks and the mobile node's, of each CHILD_SA."""
+    return [
+        (_networks(prefixes(child.local_ts)), _networks(prefixes(child.remote_ts)))
+        for child in context.children
+    ]
+
+
+def pairs_in(view: SaView) -> list[Pair]:
+    """The same, as charon lists them."""
+    installed = [child for child in view.children if child.state == "INSTALLED"]
+    return [(_networks(child.local_ts), _networks(child.remote_ts)) for child in installed]
+
+
 def _networks(texts: Iterable[str]) -> list[Network]:
     """Of prefixes, or of selectors as VICI writes them; ranges that are no prefix are left out."""
     found: list[Network] = []
@@ -319,7 +381,3 @@ def _networks(texts: Iterable[str]) -> list[Network]:
         except ValueError:
             continue
     return found
-
-
-def _holds(outer: Network, inner: Network) -> bool:
-    return outer.version == inner.version and inner.subnet_of(outer)  # type: ignore[arg-type]

@@ -34,16 +34,24 @@ _VERSION = 1
 
 
 class Stage(StrEnum):
-    """What is the matter with a departure."""
+    """What is the matter with a departure. See `SENT_ON` for those in which packets are sent on."""
 
     LEAVING = "leaving"
-    """This gateway has let go of it, or is about to, and may take it back: packets are sent on."""
+    """This gateway has let go of it, or is about to, and may take it back."""
+    HANDED = "handed"
+    """The same, at once and unprepared: the other gateway may send its packets here until it has the SA."""
     AWAY = "away"
-    """Another gateway serves the SA: packets are sent on."""
+    """Another gateway serves the SA."""
     COMING = "coming"
-    """It is being taken in here again: nothing is sent on, since the other gateway may send it back to us."""
+    """It is being taken in here again: the other gateway sends its packets here as soon as it has let go."""
+    WAITING = "waiting"
+    """It was to come, and did not: only who has it can say that it sends nothing here any more."""
     ENDED = "ended"
     """Nobody serves it: what still comes for the mobile node is dropped."""
+
+
+SENT_ON = frozenset({Stage.LEAVING, Stage.AWAY})
+"""In all others two gateways might send packets to each other."""
 
 
 class News(StrEnum):
@@ -51,37 +59,57 @@ class News(StrEnum):
 
     LEFT = "left"
     """The other gateway has confirmed that it serves the SA."""
+    HERE = "here"
+    """The gateway that it was given to has it."""
     MOVED = "moved"
-    """The SA went from the gateway that has it to another."""
-    STAYS = "stays"
-    """It stays where it is: it was to come here, and does not."""
+    """A further one has it."""
     ENDS = "ends"
     """It is gone, or the operator wants no packets to be sent on."""
     COMES = "comes"
     """It is being taken in here."""
+    STAYS = "stays"
+    """It was being taken in here, and is not any more."""
 
 
 STAGES: Mapping[tuple[Stage, News], Stage] = {
     (Stage.LEAVING, News.LEFT): Stage.AWAY,
+    (Stage.LEAVING, News.HERE): Stage.LEAVING,
     (Stage.LEAVING, News.MOVED): Stage.LEAVING,
-    (Stage.LEAVING, News.STAYS): Stage.LEAVING,
     (Stage.LEAVING, News.ENDS): Stage.ENDED,
     (Stage.LEAVING, News.COMES): Stage.COMING,
+    (Stage.LEAVING, News.STAYS): Stage.LEAVING,
+    (Stage.HANDED, News.LEFT): Stage.AWAY,
+    (Stage.HANDED, News.HERE): Stage.HANDED,
+    (Stage.HANDED, News.MOVED): Stage.HANDED,
+    (Stage.HANDED, News.ENDS): Stage.ENDED,
+    (Stage.HANDED, News.COMES): Stage.COMING,
+    (Stage.HANDED, News.STAYS): Stage.HANDED,
     (Stage.AWAY, News.LEFT): Stage.AWAY,
+    (Stage.AWAY, News.HERE): Stage.AWAY,
     (Stage.AWAY, News.MOVED): Stage.AWAY,
-    (Stage.AWAY, News.STAYS): Stage.AWAY,
     (Stage.AWAY, News.ENDS): Stage.ENDED,
     (Stage.AWAY, News.COMES): Stage.COMING,
+    (Stage.AWAY, News.STAYS): Stage.AWAY,
+    # what is said now was said before it began to come
     (Stage.COMING, News.LEFT): Stage.COMING,
-    (Stage.COMING, News.MOVED): Stage.AWAY,
-    (Stage.COMING, News.STAYS): Stage.AWAY,
+    (Stage.COMING, News.HERE): Stage.COMING,
+    (Stage.COMING, News.MOVED): Stage.COMING,
     (Stage.COMING, News.ENDS): Stage.ENDED,
     (Stage.COMING, News.COMES): Stage.COMING,
+    (Stage.COMING, News.STAYS): Stage.WAITING,
+    (Stage.WAITING, News.LEFT): Stage.WAITING,
+    (Stage.WAITING, News.HERE): Stage.AWAY,
+    (Stage.WAITING, News.MOVED): Stage.AWAY,
+    (Stage.WAITING, News.ENDS): Stage.ENDED,
+    (Stage.WAITING, News.COMES): Stage.COMING,
+    (Stage.WAITING, News.STAYS): Stage.WAITING,
+    # a mobile node may come back to the gateway that it left without a word
     (Stage.ENDED, News.LEFT): Stage.ENDED,
-    (Stage.ENDED, News.MOVED): Stage.ENDED,
-    (Stage.ENDED, News.STAYS): Stage.ENDED,
+    (Stage.ENDED, News.HERE): Stage.AWAY,
+    (Stage.ENDED, News.MOVED): Stage.AWAY,
     (Stage.ENDED, News.ENDS): Stage.ENDED,
     (Stage.ENDED, News.COMES): Stage.COMING,
+    (Stage.ENDED, News.STAYS): Stage.ENDED,
 }
 
 
@@ -116,10 +144,16 @@ class Departure:
         return key_of(self.sa)
 
     @property
+    def names(self) -> frozenset[str]:
+        """What may be asked for that concerns it: its mobile node, and the latter's prefixes."""
+        blocked = (str(policy.destination) for policy in self.blocks)
+        return frozenset((self.mn, *self.prefixes, *self.closed, *blocked))
+
+    @property
     def sent_on(self) -> tuple[str, ...]:
         """The prefixes that are sent on now."""
         known = self.via or not self.peer
-        return self.prefixes if self.stage in (Stage.LEAVING, Stage.AWAY) and known else ()
+        return self.prefixes if self.stage in SENT_ON and known else ()
 
     def told(self, news: News) -> Departure:
         """After these news, see `STAGES`."""
@@ -264,8 +298,7 @@ def key_of(sa: SaName) -> str:
 
 def _used(prefix: Network, used: Iterable[Network], same: bool) -> bool:
     return any(
-        (prefix == network and prefix.prefixlen > 0) or (same and _within(prefix, network))
-        for network in used
+        (prefix == network and prefix.prefixlen > 0) or (same and within(prefix, network)) for network in used
     )
 
 
@@ -273,10 +306,11 @@ def _covered(
     policy: KernelPolicy, children: Iterable[tuple[Sequence[Network], Sequence[Network]]], same: bool
 ) -> bool:
     return any(
-        _used(policy.destination, remote, same) and any(_within(policy.source, ours) for ours in local)
+        _used(policy.destination, remote, same) and any(within(policy.source, ours) for ours in local)
         for local, remote in children
     )
 
 
-def _within(inner: Network, outer: Network) -> bool:
+def within(inner: Network, outer: Network) -> bool:
+    """Whether one network is part of the other; those of different IP versions never are."""
     return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]

@@ -33,13 +33,15 @@ from .chain import undo_messages
 from .charon import SaView
 from .deadlines import Deadlines
 from .doubts import Doubts
+from .follow import Follow
 from .fresh import FreshKeys
 from .ha_version import HaVersion
 from .kernel import Detour, Kernel, Mute
 from .listing import Listing
 from .names import SPI_MAX, SPI_MIN
 from .obstacles import check_context, check_kind, check_told
-from .record import Change, ChildAdded, Deleted, MidChanged, Record, Rekeyed, Updated
+from .origins import Origins
+from .record import Change, Deleted, MidChanged, Record
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -114,7 +116,9 @@ class CharonHost:
         self.doubts = Doubts(store)
         self.detour = Detour()
         self.away = Away(store, self.kernel, self.detour, config.forward_via)
+        self.origins = Origins(store)
         self.record = Record()
+        self.follow = Follow(self.away, self.origins, self.record, self.importing)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
         self.import_lock = asyncio.Lock()
@@ -135,6 +139,7 @@ class CharonHost:
         """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
         self.record.load(self.store.items(_RECORD))
         self.away.load()
+        self.origins.load()
         await self._ha.open()
         try:
             if not self.config.mobile_node:
@@ -203,23 +208,12 @@ class CharonHost:
             case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
                 self.doubts.told(name, initiator)
-            case ChildAdded(name) | Updated(name) | Rekeyed(_, name):
-                self._look_whose(name)
             case Deleted(name):
                 self._spoke.pop(name, None)
                 self.doubts.gone(name)
+        self.follow.heed(change)
         if self.on_change is not None:
             self.on_change(change)
-
-    def _look_whose(self, name: SaName) -> None:
-        """A CHILD_SA came up: is it for an address that was sent on to another gateway?"""
-        try:
-            if not self.importing(name):
-                self.away.serves(self.record.context(name))
-        except (UnknownSaError, RefusedError):
-            pass  # not told in full yet; or it cannot be moved, and charon's list shows it at the next start
-        except (KernelError, StoreError) as error:
-            log.error("packets for a mobile node that is here again may be sent on still: %s", error)
 
     def save_soon(self) -> None:
         """Save when the datagrams that wait have been read: a crash must find what charon told only once."""
@@ -267,7 +261,7 @@ class CharonHost:
         for sa in self.record.names():
             with contextlib.suppress(UnknownSaError, RefusedError, CharonError):
                 await self.catch_up(sa)
-        self._restore_away(views)
+        self.follow.look(views)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
         log.info("charon %s: %d IKE_SAs known, %d forgotten", self.ha_version.charon, known, len(gone))
@@ -278,14 +272,6 @@ class CharonHost:
                 "(charon then rekeys their CHILD_SAs)",
                 len(unknown),
             )
-
-    def _restore_away(self, views: Sequence[SaView]) -> None:
-        """charon may serve an address again; and strongSwan's starter flushes the SPD when it starts."""
-        try:
-            self.away.look(views, self.importing)
-            self.away.restore()
-        except (KernelError, StoreError) as error:
-            log.error("packets for mobile nodes that left are not looked after: %s", error)
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""

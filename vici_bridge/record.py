@@ -281,6 +281,10 @@ class Record:
         """The IKE_SAs that are up."""
         return tuple(name for name, sa in self._sas.items() if sa.connection is not None and not sa.leaving)
 
+    def of(self, mn: str) -> tuple[SaName, ...]:
+        """Those of them whose other end has this identity, as it is printed."""
+        return tuple(name for name in self.names() if str(self._sas[name].remote_id) == mn)
+
     def __contains__(self, name: SaName) -> bool:
         return name in self._sas
 

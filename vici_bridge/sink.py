@@ -107,6 +107,12 @@ class CharonSink:
         self._seen: set[str] = set()
         """SAs that charon had when they were taken, in this life of the agent."""
         self._swept = 0
+        self._givers: dict[str, str] = {}
+        """Which gateway gives an SA that is being taken in."""
+
+    def came_from(self, context: IkeContext, peer: str) -> None:
+        """See `ikectx.ports.Follower`."""
+        self._givers[_key(context)] = peer
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context as it stands at this gateway: our outer address instead of the other's."""
@@ -317,6 +323,9 @@ class CharonSink:
         if view is None:
             raise CharonError("charon lost the prepared SA")
         self._seen.add(_key(context))
+        peer = self._givers.get(_key(context))
+        if peer is not None:
+            host.origins.came(context, peer, shape.spis)
         if not self._renames.others_send(here):
             await self._draw(context, shape, view)
 
@@ -455,7 +464,8 @@ class CharonSink:
                 host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
             host.save()
             self._note_names(here, plan)
-            host.away.serves(here)
+            host.origins.serves(context, shape.spis)
+            host.follow.serves(shape.spis, here)
             host.store.put(IMPORT, _key(context), _ACTIVE)
         for shape in self._renames.names(here):
             await asyncio.to_thread(host.mute.unmute, shape.spis)
@@ -466,6 +476,7 @@ class CharonSink:
         self._seen.discard(_key(context))
         asked = _key(context) in self._later
         self._later.discard(_key(context))
+        self._givers.pop(_key(context), None)
         try:
             # without its plan an SA of that name is somebody else's: nothing may be undone from here on
             self._renames.forget(here)
@@ -559,12 +570,14 @@ class CharonSink:
         self._renames.forget(here, undone=True)
         self._seen.discard(_key(context))
         self._later.discard(_key(context))
+        self._givers.pop(_key(context), None)
         if host.store.get(_TAKEN, _key(context)) is not None:
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             unique_id = 0 if view is None else view.unique_id
             await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
             host.store.delete(_TAKEN, _key(context))
         host.away.stays(here)
+        host.origins.undone(context)
         host.store.delete(IMPORT, _key(context))
 
 

@@ -74,6 +74,8 @@ class CharonSource:
         self._mover = mover
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
+        self._handed: set[SaName] = set()
+        """SAs that go to a gateway which has nothing of them yet."""
         self._sending: set[SaName] = set()
         """SAs whose ESP goes on though they are frozen, and is counted."""
 
@@ -219,6 +221,8 @@ class CharonSource:
         spis = context.spis
         kernel = host.kernel
         mute = host.mute
+        unprepared = spis in self._handed
+        self._handed.discard(spis)
         await asyncio.to_thread(mute.mute_in, spis)
         jump = 0
         try:
@@ -238,7 +242,7 @@ class CharonSource:
             if sending and kernel is not None:
                 host.store.put(_SENDING, _key(spis), to.encode())
             else:
-                self._stop_outbound(context, to)
+                self._stop_outbound(context, to, unprepared=unprepared)
             final = []
             for child in context.children:
                 inbound, outbound = child.inbound, child.outbound
@@ -301,18 +305,18 @@ class CharonSource:
         return view
 
     @trace.spanned("stop outbound")
-    def _stop_outbound(self, context: IkeContext, to: str) -> None:
+    def _stop_outbound(self, context: IkeContext, to: str, *, unprepared: bool = False) -> None:
         """No ESP leaves any more: packets for the MN go to nSG if a way is known, else nowhere."""
         host = self._host
         if host.kernel is None:
-            host.away.leave(context, to, ())
+            host.away.leave(context, to, (), unprepared=unprepared)
             return
         reqids = self._outbound_reqids(context)
         every = [p for p in host.kernel.policies_about(reqids) if p.direction == "out"]
         # of two SAs with the same selectors one has the policy; it goes, or stays, with that one
         outbound = [p for p in every if _leads_to(p, reqids, context.remote.address)]
         host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
-        host.away.leave(context, to, every)
+        host.away.leave(context, to, every, unprepared=unprepared)
         for policy in outbound:
             host.kernel.delete_policy(policy)
 
@@ -438,7 +442,17 @@ class CharonSource:
         await asyncio.to_thread(host.mute.unmute, context.spis)
         for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
             host.store.delete(kind, _key(context.spis))
-        host.away.left(context.spis)
+        departure = host.away.left(context.spis)
+        if departure is not None:
+            host.origins.left(departure)
+
+    def hands_over(self, sa: SaName) -> None:
+        """See `ikectx.ports.Follower`."""
+        self._handed.add(sa)
+
+    def stays(self, sa: SaName) -> None:
+        """See `ikectx.ports.Follower`."""
+        self._host.origins.stays(sa)
 
     def resume(self) -> None:
         """After a start: what has left stays shut and is sent on as before, whatever became of the kernel.

@@ -1,0 +1,180 @@
+"""Telling the gateways that SAs came from where these are now, and hearing that of others (I/O).
+
+What is to be told is in the store until the other gateway has acknowledged it, and is told again for as long
+as it has not: at once, then after ever longer waits. Of several news about one SA only the last is told, as
+that says all that matters. See `whereabouts` for what stands on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+from .cxtp import ContextDataBlock, Ctd
+from .errors import IkectxError, LinkError, WireError
+from .incoming import answer, refusal
+from .links import Answer, Link, Links, PeerConfig
+from .numbers import Fpt, Status
+from .outgoing import offer_status
+from .run import Parts, Tasks, log
+from .whereabouts import NOBODY, What, Whereabouts, notice, parse_notice
+
+_KIND = "notice"
+"""Kind of store entry, by peer and SA: what that peer is to be told of it, as in the block."""
+
+Hear = Callable[[str, Whereabouts], None]
+"""Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
+
+
+class Notices:
+    """All notices of one gateway. `hear`: who wants those of others; None: nobody, and they are forgotten."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        peers: Mapping[str, PeerConfig],
+        links: Callable[[], Links | None],
+        tasks: Tasks,
+        hear: Hear | None,
+    ) -> None:
+        self._parts = parts
+        self._peers = peers
+        self._links = links
+        self._tasks = tasks
+        self._hear = hear
+        self._telling: set[str] = set()
+        self._again: dict[str, asyncio.Event] = {}
+
+    def tell(self, peer: str, news: Whereabouts) -> None:
+        """Tell that peer, now and until it has heard it, over restarts too. Errors: StoreError."""
+        if peer not in self._peers:
+            log.info("%s is no peer any more, it is not told of an SA of its", peer)
+            return
+        self._parts.store.put(_KIND, _key(peer, news), news.serialize())
+        self._start(peer)
+
+    def start(self) -> None:
+        """Go on telling what the store has."""
+        for peer in {_peer_of(key) for key, _ in self._parts.store.items(_KIND)}:
+            self._start(peer)
+
+    def connected(self, peer: str) -> None:
+        """There is a link to that peer: what waits for it need not wait any longer."""
+        if peer in self._again:
+            self._again[peer].set()
+
+    def waiting(self, peer: str) -> list[Whereabouts]:
+        """What that peer has not acknowledged yet."""
+        found = []
+        for key, raw in self._parts.store.items(_KIND):
+            if _peer_of(key) == peer:
+                try:
+                    found.append(_read(raw))
+                except WireError as error:
+                    log.error("a notice for %s cannot be read, it is forgotten: %s", peer, error)
+                    self._parts.store.delete(_KIND, key)
+        return found
+
+    def _start(self, peer: str) -> None:
+        known = self._peers.get(peer)
+        if known is None or peer in self._telling or self._links() is None:
+            return
+        self._telling.add(peer)
+        self._tasks.spawn(self._tell_all(known), f"ikectx notices for {peer}")
+
+    async def _tell_all(self, peer: PeerConfig) -> None:
+        tries = 0
+        self._again[peer.name] = asyncio.Event()
+        try:
+            while (links := self._links()) is not None and (news := self.waiting(peer.name)):
+                message, told = notice(news)
+                try:
+                    with links.in_use(peer):
+                        heard = await self._ask(links, peer, message)
+                except LinkError as error:
+                    level = logging.INFO if tries else logging.WARNING  # once is enough for an operator
+                    log.log(level, "%s is not told yet where SAs of its are: %s", peer.name, error)
+                    await self._pause(peer.name, tries)
+                    tries += 1
+                    continue
+                tries = 0
+                if not heard:
+                    log.warning(
+                        "%s knows no WHEREABOUTS: it may go on sending packets here for SAs that ended",
+                        peer.name,
+                    )
+                self._forget(peer.name, told)
+        finally:
+            self._telling.discard(peer.name)
+            del self._again[peer.name]
+
+    async def _ask(self, links: Links, peer: PeerConfig, message: Ctd) -> bool:
+        """Whether it was taken in; False: the peer will never do that. Errors: LinkError: not now."""
+        link = await links.get(peer)
+        asked: asyncio.Future[Answer] | None = None
+        while True:
+            _, asked = await link.ask(message, asked)
+            try:
+                async with asyncio.timeout(self._parts.timing.offer):
+                    said = await asyncio.shield(asked)
+                break
+            except TimeoutError:
+                log.info("%s has not answered a notice, it is sent again", peer.name)
+        if isinstance(said, LinkError):
+            raise said
+        status, _ = offer_status(said)
+        if status in (Status.OK, Status.MALFORMED):
+            return said.complete
+        raise LinkError(f"{peer.name} could not take it in ({status.name})")
+
+    async def _pause(self, peer: str, tries: int) -> None:
+        again = self._again[peer]
+        again.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._parts.timing.wait(tries)):
+                await again.wait()
+
+    def _forget(self, peer: str, told: list[Whereabouts]) -> None:
+        for news in told:
+            # there may be newer ones of the same SA
+            if self._parts.store.get(_KIND, _key(peer, news)) == news.serialize():
+                self._parts.store.delete(_KIND, _key(peer, news))
+
+    # -- those of others ---------------------------------------------------------------------------------
+
+    async def arrived(self, link: Link, message: Ctd) -> None:
+        """A peer's notice: take it in, and say so."""
+        try:
+            for news in parse_notice(message):
+                log.info("%s says of the SA %s: %s", link.peer.name, news.sa[0].hex(), _words(news))
+                if self._hear is not None:
+                    self._hear(link.peer.name, news)
+        except WireError as error:
+            log.warning("%s sent a notice that does not parse: %s", link.label, error)
+            await answer(link, NOBODY, refusal(Status.MALFORMED))
+        except IkectxError as error:
+            log.error("a notice of %s is not taken in: %s", link.label, error)
+            await answer(link, NOBODY, refusal(error.status))
+        else:
+            await answer(link, NOBODY, ())
+
+
+def _words(news: Whereabouts) -> str:
+    return {What.HERE: "it is there", What.MOVED: f"it moved to {news.to}", What.ENDED: "it ended"}[news.what]
+
+
+def _key(peer: str, news: Whereabouts) -> str:
+    return f"{news.sa[0].hex()}{news.sa[1].hex()} {peer}"
+
+
+def _peer_of(key: str) -> str:
+    return key.partition(" ")[2]
+
+
+def _read(raw: bytes) -> Whereabouts:
+    found = parse_notice(Ctd(NOBODY, (ContextDataBlock(Fpt.WHEREABOUTS, raw),)))
+    if len(found) != 1:
+        raise WireError(f"{len(found)} notices in one place")
+    return found[0]

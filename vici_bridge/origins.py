@@ -1,0 +1,248 @@
+"""`Origins`: which gateway gave an SA to this one, and what that gateway is to hear of it (I/O: the store).
+
+A gateway that gave an SA away sends packets for it on to here (`away`), until it hears otherwise: that the
+SA has ended, that it moved on, that it is here again (`ikectx.whereabouts`). Each origin is kept by the name
+that the SA had when it was given, and follows what it is called here since. It is kept when the SA has moved
+on, too: the gateway that it went to tells us, and we tell the one before us. So nobody need believe a gateway
+to which he gave nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from ikectx.context import IkeContext
+from ikectx.errors import StoreError
+from ikectx.ports import SaName, Store
+from ikectx.whereabouts import What, Whereabouts
+
+from .charon import prefixes
+from .departures import Departure, News, key_of
+
+log = logging.getLogger(__name__)
+
+_KIND = "origin"
+"""Kind of store entry, by the name that the SA had when it came, and the peer: an `Origin`."""
+_VERSION = 1
+_REMEMBERED = 86400.0
+"""Seconds for which one that ended is kept: its mobile node may come back to this gateway."""
+
+Tell = Callable[[str, Whereabouts], None]
+"""Tells the peer of that name, until it has heard it. Errors: StoreError."""
+
+
+class Place(StrEnum):
+    """Where the SA is, as far as this gateway knows."""
+
+    COMING = "coming"
+    """It is being taken in."""
+    HERE = "here"
+    ON = "on"
+    """It moved on from here; `now` is what it was called then."""
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """One SA that a peer gave. `sa`, `epoch`: as in `Whereabouts`. `now`: what it is called here.
+
+    `mn`: the mobile node's identity. `prefixes`: its addresses. `since`: when it came to be there, seconds
+    since 1970.
+    """
+
+    peer: str
+    sa: SaName
+    epoch: int
+    now: SaName
+    mn: str
+    prefixes: tuple[str, ...]
+    since: float
+    place: Place = Place.COMING
+
+    @property
+    def key(self) -> str:
+        """Its name in the store."""
+        return f"{key_of(self.sa)} {self.peer}"
+
+    def dumps(self) -> bytes:
+        """As it is stored."""
+        return json.dumps(
+            {
+                "version": _VERSION,
+                "peer": self.peer,
+                "sa": [part.hex() for part in self.sa],
+                "epoch": self.epoch,
+                "now": [part.hex() for part in self.now],
+                "mn": self.mn,
+                "prefixes": self.prefixes,
+                "since": self.since,
+                "place": str(self.place),
+            }
+        ).encode()
+
+    @classmethod
+    def loads(cls, key: str, raw: bytes) -> Origin:
+        """What `dumps` gave. Errors: StoreError."""
+        try:
+            found: Any = json.loads(raw)
+            if found["version"] != _VERSION:
+                raise StoreError(f"the origin {key} is of version {found['version']}, not {_VERSION}")
+            return cls(
+                found["peer"],
+                _name(found["sa"]),
+                found["epoch"],
+                _name(found["now"]),
+                found["mn"],
+                tuple(found["prefixes"]),
+                found["since"],
+                Place(found["place"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"the origin {key} cannot be read: {error}") from None
+
+
+class Origins:
+    """All origins of one gateway; those of the store from `load` on."""
+
+    def __init__(self, store: Store, wall: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._wall = wall
+        self._rows: dict[str, Origin] = {}
+        self.tell: Tell = lambda peer, news: None
+        """To be set by who can tell other gateways."""
+
+    def load(self) -> None:
+        """Read the store; what cannot be read is logged and left there."""
+        for key, raw in self._store.items(_KIND):
+            try:
+                row = Origin.loads(key, raw)
+            except StoreError as error:
+                log.error("%s", error)
+                continue
+            if row.place is Place.ENDED and self._wall() - row.since > _REMEMBERED:
+                self._store.delete(_KIND, key)
+            else:
+                self._rows[key] = row
+
+    def came(self, context: IkeContext, peer: str, now: SaName) -> None:
+        """The peer gives the SA of that context; here it is called `now`, and may be called otherwise yet."""
+        remote = prefixes(ts for child in context.children for ts in child.remote_ts)
+        mn, since = str(context.remote_id), self._wall()
+        self._keep(Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since))
+
+    def serves(self, context: IkeContext, now: SaName) -> None:
+        """It is served here from now on."""
+        for row in self._of(context.spis, Place.COMING):
+            self._keep(replace(row, now=now, place=Place.HERE))
+
+    def undone(self, context: IkeContext) -> None:
+        """It did not come after all."""
+        for row in self._of(context.spis, Place.COMING):
+            self._forget(row)
+
+    def renamed(self, old: SaName, new: SaName) -> None:
+        """An IKE_SA was rekeyed here, or got another name otherwise."""
+        for row in self._now(old, Place.HERE):
+            self._keep(replace(row, now=new))
+
+    def left(self, departure: Departure) -> None:
+        """It moved on from here; a peer that has it back needs no word of it."""
+        for row in self._now(departure.sa, Place.HERE, Place.ENDED):
+            if row.peer == departure.peer:
+                self._forget(row)
+            else:
+                self._tell(row, What.MOVED, departure.peer)
+                self._keep(replace(row, place=Place.ON))
+
+    def stays(self, sa: SaName) -> None:
+        """It was to move on and did not. Whoever was to get it may wait for word from one of these."""
+        for row in self._now(sa, Place.HERE):
+            self._tell(row, What.HERE)
+
+    def heard(self, departure: Departure, news: News) -> None:
+        """The gateway that it moved on to says something of it: pass it on to those before us."""
+        for row in self._now(departure.sa, Place.ON, Place.ENDED):
+            if news is News.ENDS:
+                self._end(row)
+            elif row.peer == departure.at:
+                self._forget(row)  # it has it itself
+            else:
+                self._tell(row, What.MOVED, departure.at)
+                self._keep(replace(row, place=Place.ON))
+
+    def back(self, departure: Departure, who: str, now: SaName) -> None:
+        """What had moved on from here is served here again; or another mobile node has its address."""
+        for row in self._now(departure.sa, Place.ON, Place.ENDED):
+            if who == row.mn:
+                self._tell(row, What.HERE)
+                self._keep(replace(row, place=Place.HERE, now=now))
+            else:
+                self._end(row)
+
+    def gone(self, sa: SaName, heir: Callable[[Origin], SaName | None]) -> None:
+        """charon has the SA no more. `heir`: an SA of the same mobile node here, for the same addresses."""
+        for row in self._now(sa, Place.HERE):
+            now = heir(row)
+            if now is None:
+                self._end(row)
+            else:
+                self._keep(replace(row, now=now))
+
+    def appeared(self, sa: SaName, mn: str, covers: Callable[[tuple[str, ...]], bool]) -> None:
+        """An SA came up: is it that of a mobile node whose SA had ended here, for the same addresses?"""
+        for row in [row for row in self._rows.values() if row.place is Place.ENDED and row.mn == mn]:
+            if covers(row.prefixes):
+                self._tell(row, What.HERE)
+                self._keep(replace(row, place=Place.HERE, now=sa))
+
+    def look(
+        self,
+        listed: Iterable[SaName],
+        departed: Iterable[SaName],
+        heir: Callable[[Origin], SaName | None],
+    ) -> None:
+        """After the agent or charon started: what is still listed by charon, or has departed from here?"""
+        names, on = set(listed), set(departed)
+        for row in list(self._rows.values()):
+            lost = (row.place is Place.HERE and row.now not in names) or (
+                row.place is Place.ON and row.now not in on
+            )
+            now = heir(row) if lost or row.place is Place.ENDED else None
+            if now is not None:
+                self._tell(row, What.HERE)
+                self._keep(replace(row, place=Place.HERE, now=now))
+            elif lost:
+                self._end(row)
+
+    def _of(self, sa: SaName, *places: Place) -> list[Origin]:
+        return [row for row in self._rows.values() if row.sa == sa and row.place in places]
+
+    def _now(self, sa: SaName, *places: Place) -> list[Origin]:
+        return [row for row in self._rows.values() if row.now == sa and row.place in places]
+
+    def _end(self, row: Origin) -> None:
+        if row.place is not Place.ENDED:
+            self._tell(row, What.ENDED)  # first: what is told twice does no harm, what is not told does
+            self._keep(replace(row, place=Place.ENDED, since=self._wall()))
+
+    def _tell(self, row: Origin, what: What, to: str = "") -> None:
+        self.tell(row.peer, Whereabouts(row.sa, row.epoch, what, to))
+
+    def _keep(self, row: Origin) -> None:
+        self._store.put(_KIND, row.key, row.dumps())
+        self._rows[row.key] = row
+
+    def _forget(self, row: Origin) -> None:
+        self._rows.pop(row.key, None)
+        self._store.delete(_KIND, row.key)
+
+
+def _name(pair: Any) -> SaName:
+    first, second = pair
+    return bytes.fromhex(first), bytes.fromhex(second)
