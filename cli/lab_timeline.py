@@ -44,6 +44,8 @@ COLOURS = {"mn": ("#2f6db5", "#eaf1fa"), "nsg": ("#2a7a4b", "#e9f4ed"), "psg": (
 MESSAGES = {IKE: "#7a2a8f", CXTP: "#c2185b", TLS: "#455a64"}
 NAMES = {IKE: "IKE", CXTP: "CXTP of MN and gateway", TLS: "CXTP between gateways (TLS)"}
 ARRIVAL, LOST, GAP, CHANGE, GREY = "#2a7a4b", "#d32f2f", "#f4c7c3", "#d32f2f", "#667"
+DARK = "#c9b8c4"
+"""Of the part of a gap in which the link itself let nothing through."""
 
 
 BOLD = ' font-weight="bold"'
@@ -210,8 +212,8 @@ def draw(canvas: Canvas, line: TimeLine, top: float) -> float:
     y = _legend(canvas, line, top + 42)
     y += 14 * len(line.changes)
     frame = y + 18
-    y = _flow(canvas, axis, frame + 4, "up: MN to server", line.up)
-    y = _flow(canvas, axis, y, "down: server to MN", line.down) + 6
+    y = _flow(canvas, axis, frame + 4, "up: MN to server", line.up, line.link_up)
+    y = _flow(canvas, axis, y, "down: server to MN", line.down, line.link_down) + 6
     bottom = _lanes(canvas, axis, line, y)
     for tick in axis.ticks():
         x = axis.x(tick)
@@ -246,13 +248,17 @@ def _legend(canvas: Canvas, line: TimeLine, y: float) -> float:
     canvas.box(x, y - 9, 14, 11, GAP)
     canvas.texts.append(Text(x + 18, y, "no packet arrived", 10))
     x += 34 + wide("no packet arrived", 10)
+    if line.link_up is not None or line.link_down is not None:
+        canvas.box(x, y - 9, 14, 11, DARK)
+        canvas.texts.append(Text(x + 18, y, "link dark", 10))
+        x += 34 + wide("link dark", 10)
     canvas.line((x, y - 9), (x, y), ARRIVAL, width=1.2)
     canvas.line((x + 52, y - 9), (x + 52, y), LOST)
     canvas.texts += [Text(x + 5, y, "arrived", 10), Text(x + 57, y, "sent and lost", 10)]
     return y + 12
 
 
-def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: Flow) -> float:
+def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: Flow, link: Flow | None) -> float:
     """One direction of the traffic; the bottom of its track."""
     canvas.texts.append(Text(LEFT - 8, y + 12, name.partition(":")[0], 10, "end", GREY))
     canvas.line((LEFT, y + 16), (WIDTH - RIGHT, y + 16), "#ccd")
@@ -260,7 +266,15 @@ def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: Flow) -> float:
         left, right = axis.x(flow.last), axis.x(flow.first)
         tip = f"last {flow.last:.1f} ms, first {flow.first:.1f} ms"
         canvas.box(left, y + 1, right - left, 15, GAP, tip=tip)
+        dark = None
+        if link is not None and link.last is not None and link.first is not None:
+            dark = link.gap
+            start, stop = axis.x(link.last), axis.x(link.first)
+            tip = f"the link: last {link.last:.1f} ms, first {link.first:.1f} ms"
+            canvas.box(start, y + 1, stop - start, 15, DARK, tip=tip)
         words = f"{flow.gap:.1f} ms without a packet from {name.split(': ')[1]}"
+        if dark is not None:
+            words += f", the link alone {dark:.1f} ms"
         if wide(words, 10) > right - left:
             words = f"{flow.gap:.1f} ms"
         canvas.texts.append(Text((left + right) / 2, y + 12, words, 10, "middle", "#8c1d18"))

@@ -22,6 +22,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from ikectx import trace
 from ikectx.bypass import bypass
 from ikectx.context import Address, Endpoint
 from ikectx.errors import IkectxError, LinkError, WireError
@@ -159,7 +160,8 @@ class Watcher:
 
     async def _inquire(self, question: Question) -> None:
         what = f"{question.spis[0].hex()}:{question.spis[1].hex()} from {question.remote}"
-        await asyncio.sleep(self._grace)
+        with trace.span("others may answer", "part"):
+            await asyncio.sleep(self._grace)
         if self._known(question.spis):
             return
         try:

@@ -75,6 +75,7 @@ def drawn(seed: int) -> TimeLine:
         tuple(Change("the network changes", length * share, length) for share in (0.2, 0.9)),
         gap,
         Flow(),
+        dice.choice([None, Flow((), (), length / 5, length / 3)]),
     )
 
 
@@ -132,6 +133,15 @@ def test_what_is_lost_is_said_and_does_not_arrive() -> None:
     text = picture([TimeLine("by-packet", 1, 50.0, arrows=tuple(lost))])
     assert "INFORMATIONAL 2 request, 3 times (lost)" in text
     assert text.count("marker-end") == 1  # that of the legend
+
+
+def test_the_links_own_darkness_is_part_of_the_gap() -> None:
+    gap = Flow((0.0, 60.0), (), 0.0, 60.0)
+    line = TimeLine("x", 1, 100.0, up=gap, down=gap, link_up=Flow((), (), 0.0, 40.0))
+    text = picture([line])
+    assert "60.0 ms without a packet from MN to server, the link alone 40.0 ms" in text
+    assert "60.0 ms without a packet from server to MN<" in text
+    assert "link dark" in text and "link dark" not in picture([push()])
 
 
 def test_several_handovers_stand_below_each_other() -> None:

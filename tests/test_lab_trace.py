@@ -196,7 +196,9 @@ def whole() -> TimeLine:
     ends = {"mn": {"sent": up[0], "received": down[1]}, "srv": {"sent": down[0], "received": up[1]}}
     notes = {"mn": [step("quiet", 2, 3)], "psg": [step("freeze", 10, 12)], "nsg": [step("take", 12, 13)]}
     captures = {"mn": [packet(4, 1, sent=True, far=OUTER["nsg"][4])], "nsg": [], "psg": []}
-    return time_line(WINDOW, notes, captures, [], [("relocate", at(1), at(2))], ends, 5.0)
+    dark = probe(set(range(12, 16)))
+    link = {"mn": {"sent": dark[0], "received": up[1]}, "nsg": {"sent": up[0], "received": dark[1]}}
+    return time_line(WINDOW, notes, captures, [], [("relocate", at(1), at(2))], ends, link, 5.0)
 
 
 def test_a_time_line_ends_with_what_is_last() -> None:
@@ -204,6 +206,19 @@ def test_a_time_line_ends_with_what_is_last() -> None:
     assert line.end == 100.0 == line.down.first
     assert (line.changes, line.up.first) == ((Change("relocate", 1, 2),), 70)
     assert [one.step for one in line.spans] == ["quiet", "freeze", "take"]
+    assert line.link_up is not None and (line.link_up.last, line.link_up.first) == (25, 50)
+
+
+def test_where_the_link_was_not_measured_nothing_is_said_of_it() -> None:
+    ends = {"mn": {"sent": [], "received": []}, "srv": {"sent": [], "received": []}}
+    line = time_line(WINDOW, {}, {}, [], [], ends, {}, 5.0)
+    assert (line.link_up, line.link_down) == (None, None)
+    assert "link_up" not in line.as_json()
+
+
+def test_a_number_that_was_sent_several_ways_is_lost_once() -> None:
+    sent, received = probe({12})
+    assert flow([*sent, *sent], [*received, *received], WINDOW, 5.0) == flow(sent, received, WINDOW, 5.0)
 
 
 def test_json_and_back() -> None:

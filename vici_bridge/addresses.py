@@ -14,11 +14,13 @@ import contextlib
 import logging
 import socket
 import struct
+import time
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from ikectx import trace
 from ikectx.context import Address, Secret
 from ikectx.errors import KernelError
 
@@ -108,15 +110,21 @@ class OuterAddresses:
             ) from None
         self._events = events
 
+        since = 0
+
         def fire() -> None:
             self._pending = None
+            trace.ended("addresses settle", since, "part")
             changed()
 
         def readable() -> None:
+            nonlocal since
             with contextlib.suppress(OSError):  # ENOBUFS, too: something changed, whatever it was
                 while events.recv(65536):
                     pass
-            if self._pending is not None:
+            if self._pending is None:
+                since = time.time_ns()
+            else:
                 self._pending.cancel()
             self._pending = loop.call_later(_SETTLE, fire)
 
