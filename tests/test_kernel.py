@@ -255,6 +255,9 @@ def test_an_sa_that_cannot_be_read_hides_no_other(
     for _ in range(2):
         assert [sa.spi for sa in kernel.dump_sas()] == [ESN_OUT.spi]
     assert kernel.late_sas() == []
+    # one that is asked for is the kernel's matter, not that of a context from another gateway
+    with pytest.raises(KernelError, match=r"5712a79e to 192.0.2.2 cannot be read: address family 99"):
+        kernel.get_sa(ESN_OUT.destination, bytes.fromhex("5712a79e"))
     assert caplog.text.count("5712a79e is left out: address family 99") == 1
 
 

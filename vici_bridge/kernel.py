@@ -34,6 +34,8 @@ __all__ = ["Detour", "InboundSnapshot", "Kernel", "Mute"]
 LATE = int.from_bytes(b"LATE")
 """Written into an SA's `sequence`, which the kernel only keeps: "ours, for late packets, gone in seconds"."""
 
+_REPORT = "please report the versions of the kernel and of strongSwan"
+
 _FEW = 4096
 """SPIs of a range that is searched one by one."""
 _CANNOT = (errno.ENOSYS, errno.ENOENT, errno.EINVAL, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
@@ -95,7 +97,7 @@ class Kernel:
     def get_sa(
         self, destination: Address, spi: bytes, proto: int = ESP, mark: Mark | None = None
     ) -> KernelSa | None:
-        """One SA, None where there is none. Errors: KernelError, WireError."""
+        """One SA, None where there is none. Errors: KernelError, also for one that cannot be read."""
         wanted = KernelSa(destination, destination, spi, proto, mark=mark)
         try:
             answers = self._xfrm.ask(wanted.get())
@@ -103,7 +105,10 @@ class Kernel:
             if error.errno == errno.ESRCH:
                 return None
             raise
-        return KernelSa.parse(answers[0]) if answers else None
+        try:
+            return KernelSa.parse(answers[0]) if answers else None
+        except WireError as error:
+            raise KernelError(f"the kernel's {wanted} cannot be read: {error}", hint=_REPORT) from None
 
     def dump_policies(self) -> list[KernelPolicy]:
         """All policies but those of single sockets. Errors: KernelError, WireError."""
@@ -175,7 +180,7 @@ class Kernel:
             raise KernelError(
                 f"the kernel took no notice of new counters of {sa}: it has sent {there.oseq} and received "
                 f"{there.seq}, instead of {after.oseq} and {after.seq}",
-                hint="please report the versions of the kernel and of strongSwan",
+                hint=_REPORT,
             )
 
     def set_usage(self, sa: KernelSa, octets: int, packets: int) -> None:
