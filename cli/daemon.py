@@ -11,12 +11,13 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Literal
 
 from ikectx.aio import Gateway
-from ikectx.context import Endpoint
-from ikectx.errors import IkectxError, LinkError, StateError, UnknownSaError, UsageError
+from ikectx.context import Endpoint, IkeContext
+from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.mnlink import MnServer
 from ikectx.plain import PlainServer, plain_dial, plain_listen
@@ -26,6 +27,7 @@ from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
 from mobike_ext.held import Held
+from mobike_ext.naming import asks_for_names
 from mobike_ext.watch import Watcher
 from vici_bridge.control import ControlServer, Response
 from vici_bridge.guard import SpdGuard
@@ -36,7 +38,6 @@ from vici_bridge.source import CharonSource
 from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__, service
-from .announcements import Announcements
 from .config import Config
 from .detours import find, need_ways
 from .movers import MnMover, MnRenamer, MnSettler
@@ -94,7 +95,7 @@ class Agent:
             MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
             MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
             MnSettler(min(config.transfer.mn_tries, SETTLE_TRIES), timeout, MARK),
-            lambda here: Held(here.spis, here.local, here.remote, mark=MARK),
+            _ear,
         )
         self._peers = [
             PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
@@ -106,7 +107,6 @@ class Agent:
         self._servers: list[PlainServer] = []
         self._mn_server: MnServer | None = None
         self._watcher: Watcher | None = None
-        self._announcements = Announcements(self._host, addresses)
         tls = dial = None
         if config.transfer.transport == "ipsec":
             self._guard = SpdGuard()
@@ -183,11 +183,6 @@ class Agent:
                 mark=MARK,
             )
             self._watcher.start()
-        if self._config.transfer.collision == "update":
-            try:
-                self._announcements.start()
-            except LinkError as error:
-                log.warning("mobile nodes that know UPDATE_SPI are not heard: %s", error)
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
@@ -195,7 +190,6 @@ class Agent:
         await self._control.close()
         if self._watcher is not None:
             await self._watcher.close()
-        self._announcements.close()
         if self._mn_server is not None:
             await self._mn_server.close()
         for server in self._servers:
@@ -409,6 +403,12 @@ class Agent:
     async def _select(self, request: Message) -> list[SaName]:
         """The SAs that the request names. Errors: UnknownSaError, UsageError."""
         return chosen(await self._host.views(), request, self._plain_peers)
+
+
+def _ear(here: IkeContext) -> Held:
+    """Hears what the MN of an SA asks while the SA is mute, and leaves out what charon cannot answer."""
+    skip = partial(asks_for_names, here.current)
+    return Held(here.spis, here.local, here.remote, mark=MARK, skip=skip)
 
 
 def _reports(reports: Sequence[TransferReport]) -> Response:

@@ -89,7 +89,6 @@ class MobileAgent:
             store,
             self.handovers.lock,
             allowed=config.mobile.update_spi,
-            tells=lambda address: config.gateway_at(address) is not None,
         )
         self.handovers.fill = self._spis.fill
         self.handovers.answering = self._spis.answering if config.mobile.update_spi else None

@@ -13,10 +13,6 @@ What is said is noted before it is said. An agent that starts anew says it again
 the same answer (nSG repeats it for 60 s).
 
 Where a handover has made the SA passive already, the agent answers in charon's stead (`SpiWatch.answering`).
-
-nSG waits only for a mobile node that it knows to have an agent. So this says it, once for each IKE_SA:
-
-    MN -> pSG   INFORMATIONAL  N(UPDATE_SPI_SUPPORTED)     answered without anything
 """
 
 from __future__ import annotations
@@ -27,13 +23,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.errors import (
-    BusyError,
     CharonError,
     IkectxError,
     KernelError,
@@ -63,12 +58,6 @@ log = logging.getLogger("ikectx")
 
 MIRROR = "mirror"
 """Kind of store entry: the request of this node's own that is under way."""
-_ANNOUNCED = "announced"
-"""Kind of store entry: the gateway of this IKE_SA was told."""
-CALM = 0.3
-"""Seconds without an IKE request before a gateway is told."""
-PATIENCE = 30.0
-"""Seconds in which there should be such a moment."""
 IN_TIME = 0.4
 """Seconds within which the request must leave."""
 POLICY = RetransmitPolicy(0.25, 1.3, 6)
@@ -82,7 +71,7 @@ _DATAGRAMS = 8
 class Mirror:
     """A request of this node's own, with all that its octets depend on. Holds fresh octets: not for logs.
 
-    Without `asks` it announces that this node knows UPDATE_SPI.
+    Without `asks` it says nothing, and uses up its message ID.
     """
 
     message_id: int
@@ -129,7 +118,6 @@ class Mirror:
             iv=self.iv,
             fresh=self.fresh,
             addresses=False,
-            announce=not self.asks,
             policy=POLICY,
         )
 
@@ -137,8 +125,7 @@ class Mirror:
 class SpiWatch:
     """Hears what gateways ask for, for each of charon's SAs, from `start` to `close`.
 
-    `lock`: held while an SA is passive. `allowed` False: no SPI is ever changed. `tells`: whether an agent
-    may be at that gateway, so that it is told.
+    `lock`: held while an SA is passive. `allowed` False: no SPI is ever changed.
     """
 
     def __init__(
@@ -149,15 +136,12 @@ class SpiWatch:
         lock: asyncio.Lock,
         *,
         allowed: bool = True,
-        tells: Callable[[Address], bool] = lambda gateway: False,
     ) -> None:
         self._host = host
         self._mobile = mobile
         self._store = store
         self._lock = lock
         self._allowed = allowed
-        self._tells = tells
-        self._telling: set[SaName] = set()
         self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
         self._soon: asyncio.TimerHandle | None = None
         self._work: set[asyncio.Task[None]] = set()
@@ -227,15 +211,6 @@ class SpiWatch:
         for sa, local in wanted.items():
             if sa not in self._ears:
                 self._ears[sa] = (local, asyncio.create_task(self._listen(sa, local)))
-        told = {key for key, _ in self._store.items(_ANNOUNCED)}
-        for key in told - {_key(sa) for sa in known}:
-            self._store.delete(_ANNOUNCED, key)
-        for view in views:
-            sa = view.spis
-            untold = sa in wanted and _key(sa) not in told and sa not in self._telling
-            if untold and view.state == "ESTABLISHED" and self._tells(view.remote.address):
-                self._telling.add(sa)
-                self._spawn(self._announce(sa))
 
     async def _listen(self, sa: SaName, local: Endpoint) -> None:
         try:
@@ -260,29 +235,6 @@ class SpiWatch:
         except IkectxError as error:
             log.warning("what a gateway asks for at %s is not heard: %s", local, error)
 
-    async def _announce(self, sa: SaName) -> None:
-        """Tell the gateway, in a moment when nothing is under way."""
-        try:
-            end = time.monotonic() + PATIENCE
-            while time.monotonic() < end:
-                await asyncio.sleep(CALM)
-                view = await self._host.view(sa)
-                if view is None:
-                    return
-                if self._host.quiet(sa) < CALM or view.tasks or self._lock.locked():
-                    continue
-                async with self._lock:
-                    with contextlib.suppress(BusyError):
-                        await self._mobile.quiet(sa, patience=0.0)
-                        try:
-                            await self._say(sa, await self._note(sa, ()))
-                        finally:
-                            await self._mobile.loud(sa)
-                        self._store.put(_ANNOUNCED, _key(sa), b"1")
-                        return
-        finally:
-            self._telling.discard(sa)
-
     # One request.
 
     def _asked(self, sa: SaName, event: Asked) -> None:
@@ -304,7 +256,8 @@ class SpiWatch:
                 if time.monotonic() > heard + IN_TIME + SETTLE:
                     log.warning("%s asked for other SPIs, but charon took too long", event.source)
                     return
-                note = await self._note(sa, mirrored(event.pairs))
+                # where the names come without the address, it has asked from there, too
+                note = await self._note(sa, event.source, mirrored(event.pairs))
                 await self._say(sa, note)
             finally:
                 await self._mobile.loud(sa)
@@ -319,14 +272,14 @@ class SpiWatch:
             await asyncio.sleep(0.005)
         return False
 
-    async def _note(self, sa: SaName, asks: tuple[UpdateSpi, ...]) -> Mirror:
+    async def _note(self, sa: SaName, remote: Endpoint, asks: tuple[UpdateSpi, ...]) -> Mirror:
         """Write down what will be asked; the SA is passive."""
         context, view = self._mobile.recorded(sa), await self._host.view(sa)
         if view is None:
             raise CharonError("charon has lost the SA meanwhile")
         # what charon tells is the ID after the last one used; a request that is in flight has it, unanswered
         used = await self._in_flight(sa)
-        note = self._mirror(context, context.mid_initiator - used, view.local, view.remote, asks)
+        note = self._mirror(context, context.mid_initiator - used, view.local, remote, asks)
         self._store.put(MIRROR, _key(sa), note.dumps())
         return note
 
@@ -363,7 +316,7 @@ class SpiWatch:
             # at once: charon's own exchange is about a child that may be gone soon
             await mobile.count(sa, initiator=note.message_id + report.move.requests)
             if not note.asks:
-                log.debug("%s has been told that UPDATE_SPI is known here", note.remote)
+                log.debug("%s has had request %d of this node", note.remote, note.message_id)
             elif isinstance(report.outcome, Renamed):
                 renames = {one.old: one.new for one in report.outcome.pairs}
                 await mobile.readdress(context, note.local, note.remote, renames)
@@ -379,7 +332,7 @@ class SpiWatch:
     async def fill(self, sa: SaName, local: Endpoint, remote: Endpoint, message_id: int) -> int:
         """Use up a message ID with the gateway at `remote`; the next one, the same if it does not answer.
 
-        For `CharonMobile.renumber`. The SA is passive; what is said is that UPDATE_SPI is known here.
+        For `CharonMobile.renumber`. The SA is passive; the request is empty.
         """
         context = self._mobile.recorded(sa)
         note = self._mirror(context, message_id, local, remote, ())

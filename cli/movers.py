@@ -148,8 +148,8 @@ class MnRenamer:
     """`vici_bridge.names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
 
     Whether the MN knows UPDATE_SPI is asked with the address, in one exchange. Where the IKE_SA itself needs
-    another name and nobody knows, it alone is asked for first: an MN with ESP in user space rekeys its
-    children as soon as it has the address, and an IKE_SA is not rekeyed beside that.
+    another name, the address is told after the names: an MN with ESP in user space rekeys its children as
+    soon as it has the address, and an IKE_SA is not rekeyed beside that, should it come to a rekey.
 
     By rekeys: the IKE_SA, then a CREATE_CHILD_SA for each child, with the address told before the first
     Delete, because the MN sends on the new SA from that Delete on.
@@ -181,11 +181,10 @@ class MnRenamer:
     async def _update(self, talk: _Talk) -> tuple[bool, bool]:
         """(does the MN know it, has it agreed)."""
         left = self._asks(talk)
-        alone = bool(talk.wish.ike) and not talk.now.update_spi
-        first = True
-        while first or left:
-            asks, left = (left[-1:], left[:-1]) if alone else (left[:MOST], left[MOST:])
-            addresses = talk.wish.addresses and not talk.moved and not alone
+        names_first = bool(talk.wish.ike)
+        while left or (talk.wish.addresses and not talk.moved):
+            asks, left = (left[-MOST:], left[:-MOST]) if names_first else (left[:MOST], left[MOST:])
+            addresses = talk.wish.addresses and not talk.moved and not names_first
             label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
             current = talk.now.current
             machine = SpiUpdate(
@@ -200,13 +199,11 @@ class MnRenamer:
                 addresses=addresses,
                 conditions=talk.now.conditions,
                 additional=self._addresses,
-                known=talk.now.update_spi,
-                expected_id=talk.now.mid_responder if talk.now.update_spi else None,
+                expected_id=talk.now.mid_responder,
                 policy=self._policy,
             )
             report = await run_spi_update(machine, mark=self._mark)
-            first = alone and talk.wish.addresses
-            alone = False
+            names_first = False
             talk.took(report.move)
             _warn_of_nat(report)
             talk.moved = talk.moved or addresses
@@ -219,6 +216,7 @@ class MnRenamer:
                 case Renamed(pairs):
                     talk.now = renamed_context(after, pairs)
                     if report.move.answered:
+                        talk.moved = True  # its agent has asked us back, at our address
                         self._go_on_answering(machine)
                     await talk.tell("update")
                 case Unsupported():

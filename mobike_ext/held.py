@@ -6,6 +6,10 @@ mute until it has the answer and its message IDs, and charon repeats a request a
 the firewall hears the SA's IKE from before the MN is told, the kernel keeps what it hears, and when charon
 serves the SA the requests among it are sent to it once more (`watch.deliver`).
 
+What is not charon's to answer is left out (`skip`). A request of the MN's agent (UPDATE_SPI) that nobody
+answered in time has the message ID of one of its charon's, which takes an answer to the other one for an
+error and destroys the SA (5.9.8).
+
 Nothing here is authenticated: charon gets what it would have got from the network a moment later.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from ikectx.context import Endpoint
 from ikectx.errors import WireError
@@ -33,12 +38,21 @@ class Held:
     """Hears IKE of one IKE_SA from its MN, from its making to `deliver` or `close`.
 
     local: our end. remote: the MN's; its port may differ. mark: as of `open_raw` and `deliver`; not 0 where
-    the SA is mute.
+    the SA is mute. skip: tells requests that are not given to charon (IKE datagram without marker).
     Errors: LinkError if the socket cannot be had.
     """
 
-    def __init__(self, spis: SaName, local: Endpoint, remote: Endpoint, *, mark: int) -> None:
+    def __init__(
+        self,
+        spis: SaName,
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        mark: int,
+        skip: Callable[[bytes], bool] = lambda datagram: False,
+    ) -> None:
         self._spis = spis
+        self._skip = skip
         self._local = local
         self._mark = mark
         self._raw = open_raw(local, remote, spis, mark=mark)
@@ -75,4 +89,4 @@ class Held:
         except WireError:
             return b""
         ours = (header.spi_i, header.spi_r) == self._spis
-        return datagram if ours and not header.response else b""
+        return datagram if ours and not header.response and not self._skip(datagram) else b""

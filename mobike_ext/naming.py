@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
 from ikectx.context import IkeContext, IkeGeneration
-from ikectx.errors import UsageError, WireError
-from ikectx.ikev2 import Message
+from ikectx.errors import RefusedError, UsageError, WireError
+from ikectx.ikev2 import Message, Reassembly
+from ikectx.keys import seal_key
 from ikectx.numbers import Notify, Protocol
 from ikectx.payloads import NotifyPayload
 
@@ -168,6 +169,16 @@ def answered(asked: Sequence[UpdateSpi], message: Message) -> Decision | None:
         if not same:
             raise WireError("the answer to another UPDATE_SPI")
     return Decision(tuple(asked), () if reasons else tuple(pairs), tuple(reasons))
+
+
+def asks_for_names(generation: IkeGeneration, datagram: bytes) -> bool:
+    """Whether an IKE datagram (no marker) is a whole request of the peer's with UPDATE_SPI in it."""
+    try:
+        incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator))
+        message = incoming.add(datagram)
+    except (WireError, RefusedError):
+        return False
+    return message is not None and not message.header.response and bool(message.notifies(Notify.UPDATE_SPI))
 
 
 def supported_by(message: Message) -> int:

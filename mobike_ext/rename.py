@@ -4,10 +4,9 @@
                           N(UPDATE_SPI)+ [, N(UPDATE_SPI_SUPPORTED)] }
     MN -> nSG   HDR, SK { one N(UPDATE_SPI) or N(UPDATE_SPI_REFUSED) each [, N(NAT_DETECTION_*), N(COOKIE2)] }
 
-Without the notify in its answer the MN did not understand it: `Unsupported`, unless it is known to. Then
-charon answered, and the MN's agent, which saw the request in its copy, begins an exchange of its own that
-says the same the other way round. It is waited for, and answered here under `expected_id` by a
-`SpiResponder`.
+Without the notify in its answer the MN's charon did not understand it. There may be an agent beside it, which
+saw the request in its copy and begins an exchange of its own that says the same the other way round. That is
+waited for, and answered here under `expected_id` by a `SpiResponder`; `Unsupported` where it does not come.
 
 The address part is that of `exchange`; it stands whatever becomes of the names. Retransmission, and what
 counts as an answer: `asking`. Both ends asking at once: `naming`.
@@ -47,7 +46,7 @@ from .naming import (
 from .notify import Reason, UpdateSpi, UpdateSpiSupported
 
 MIRROR_WAIT = 0.5
-"""Seconds in which a peer that knows UPDATE_SPI begins an exchange of its own."""
+"""Seconds in which an agent beside the peer's charon begins an exchange of its own."""
 BUSY_PAUSE = 1.2
 """Seconds until the one retry after a refusal as busy; no less than the other side's rate limit asks for."""
 FRESH_OCTETS = 512
@@ -131,7 +130,7 @@ class Input(Enum):
     DENY = "an answer that refuses the names"
     BUSY = "an answer that refuses them for the moment"
     PLAIN = "an answer without the notify"
-    PLAIN_KNOWN = "an answer without the notify, of a peer that knows it"
+    PLAIN_YET = "an answer without the notify, after which the peer's own request may come"
     REJECT = "an answer with an error, or without our cookie"
     MIRRORED = "the peer's own request for the same, answered"
     PROOF = "ESP from the peer under the new names"
@@ -148,7 +147,7 @@ TABLE: dict[tuple[State, Input], State] = {
     (_S.WAITING, _I.DENY): _S.REFUSED,
     (_S.WAITING, _I.BUSY): _S.PAUSED,
     (_S.WAITING, _I.PLAIN): _S.UNSUPPORTED,
-    (_S.WAITING, _I.PLAIN_KNOWN): _S.MIRROR,
+    (_S.WAITING, _I.PLAIN_YET): _S.MIRROR,
     (_S.WAITING, _I.REJECT): _S.REJECTED,
     (_S.WAITING, _I.MIRRORED): _S.AGREED,
     (_S.WAITING, _I.PROOF): _S.RENAMED,
@@ -157,7 +156,7 @@ TABLE: dict[tuple[State, Input], State] = {
     (_S.AGREED, _I.DENY): _S.RENAMED,
     (_S.AGREED, _I.BUSY): _S.RENAMED,
     (_S.AGREED, _I.PLAIN): _S.RENAMED,
-    (_S.AGREED, _I.PLAIN_KNOWN): _S.RENAMED,
+    (_S.AGREED, _I.PLAIN_YET): _S.RENAMED,
     (_S.AGREED, _I.REJECT): _S.REJECTED,
     (_S.AGREED, _I.PROOF): _S.RENAMED,
     (_S.AGREED, _I.GIVE_UP): _S.RENAMED,
@@ -168,7 +167,7 @@ TABLE: dict[tuple[State, Input], State] = {
     (_S.AGAIN, _I.DENY): _S.REFUSED,
     (_S.AGAIN, _I.BUSY): _S.REFUSED,
     (_S.AGAIN, _I.PLAIN): _S.UNSUPPORTED,
-    (_S.AGAIN, _I.PLAIN_KNOWN): _S.MIRROR,
+    (_S.AGAIN, _I.PLAIN_YET): _S.MIRROR,
     (_S.AGAIN, _I.MIRRORED): _S.AGREED,
     (_S.AGAIN, _I.PROOF): _S.RENAMED,
     (_S.AGAIN, _I.GIVE_UP): _S.SILENT,
@@ -218,8 +217,8 @@ class SpiUpdate(Requester[State, Input, Event]):
     message_id, local, remote, cookie2, conditions, additional, policy: as for `exchange.AddressUpdate`.
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
     first request; may be derived from what the request says, all of it. fresh: `FRESH_OCTETS`, random.
-    known: the peer understands UPDATE_SPI (`IkeContext.update_spi`). expected_id: message ID of its next
-    request (`mid_responder`); None: its requests are left to charon. names: for what else it may ask
+    expected_id: message ID of the peer's next request (`mid_responder`), for which is waited after an answer
+    without the notify; None: its requests are left to charon. names: for what else it may ask
     meanwhile; None: that is refused as busy. announce: say that we know UPDATE_SPI, too. limit: octets of the
     largest message, see `ikev2.seal_fragments`.
 
@@ -240,7 +239,6 @@ class SpiUpdate(Requester[State, Input, Event]):
         addresses: bool = True,
         conditions: int = 0,
         additional: Sequence[Address] | None = None,
-        known: bool = False,
         expected_id: int | None = None,
         names: Names | None = None,
         announce: bool = False,
@@ -260,7 +258,6 @@ class SpiUpdate(Requester[State, Input, Event]):
         self._part = (
             AddressPart(self.spis, local, remote, cookie2, conditions, additional) if addresses else None
         )
-        self._known = known
         self._fresh = Fresh(fresh)
         self._again_iv = self._fresh.take(_DATAGRAMS * self._asking.iv_length)
         self._mirrored: tuple[Renaming, ...] = ()
@@ -389,8 +386,8 @@ class SpiUpdate(Requester[State, Input, Event]):
         if not self.asked:
             return Input.ACCEPT, [*events, Renamed(())]
         if decision is None:
-            if self._known and self._responder is not None:
-                return Input.PLAIN_KNOWN, events
+            if self._responder is not None:
+                return Input.PLAIN_YET, events
             return Input.PLAIN, [*events, Unsupported()]
         if not decision.reasons:
             return Input.ACCEPT, [*events, Renamed(decision.pairs)]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from ikectx.context import Endpoint, IkeContext
 from ikectx.errors import LinkError
+from ikectx.numbers import Protocol
 from mobike_ext.held import MOST, Held
+from mobike_ext.naming import ask, asks_for_names
+from mobike_ext.rename import FRESH_OCTETS, SpiUpdate
 from vici_bridge.message_ids import MessageIds
 from vici_bridge.mute import MARK, Mute
 from vici_bridge.sink import CharonSink
@@ -20,12 +25,12 @@ from .test_sink import a_context, final_of, move, place, run
 from .test_watch import ENDS, NAME, header, host, pair, part, probe, root, udp
 
 
-def hears(us: Endpoint, mn: Endpoint, sent: list[bytes]) -> list[bytes]:
+def hears(us: Endpoint, mn: Endpoint, sent: list[bytes], **more: Any) -> list[bytes]:
     """What charon at `us` gets of what `mn` sent it: while it is mute, then after `deliver`."""
     got: list[bytes] = []
 
     async def scenario() -> int:
-        held = Held(NAME, us, mn, mark=MARK)
+        held = Held(NAME, us, mn, mark=MARK, **more)
         for payload in sent:
             node.sendto(payload, (str(us.address), us.port))
         with pytest.raises(TimeoutError):
@@ -84,6 +89,26 @@ def test_what_is_no_request_of_this_sa_is_not_given() -> None:
             return await held.deliver()
 
         assert asyncio.run(scenario()) == 0
+
+
+@root
+def test_what_is_not_charons_to_answer_is_left_out() -> None:
+    us, mn = ENDS[0]
+    sent = [bytes(4) + probe(message_id=number) for number in (2, 3)]
+    assert hears(us, mn, sent, skip=lambda datagram: datagram[20:24] == (2).to_bytes(4)) == sent[1:]
+
+
+def test_the_agents_request_is_told_from_charons() -> None:
+    node, gateway = a_context(1).current, replace(a_context(1).current, initiator=False)
+    node = replace(node, initiator=True)
+    ends = Endpoint.of("198.51.100.7", 500), Endpoint.of("192.0.2.2", 500)
+    for asks, told in (((ask(Protocol.ESP, b"\xc1\0\0\0", b"\xc1\0\0\1"),), True), ((), False)):
+        machine = SpiUpdate(node, 2, *ends, asks, iv=bytes(64), fresh=bytes(FRESH_OCTETS), addresses=False)
+        ((datagram, _),) = machine.to_send(0.0)
+        assert asks_for_names(gateway, datagram) is told
+        assert not asks_for_names(node, datagram)
+        assert not asks_for_names(gateway, datagram[:-1] + b"?")
+    assert not asks_for_names(gateway, b"")
 
 
 @root

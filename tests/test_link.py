@@ -367,7 +367,7 @@ def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
 def test_repetitions_of_an_answered_request() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         gateway, node = endpoint(charon), endpoint(udp)
-        machine = spi_update(gateway, node, known=True, expected_id=3, addresses=False)
+        machine = spi_update(gateway, node, expected_id=3, addresses=False)
         theirs = node_update(gateway, node, ask_peer(Protocol.ESP, OURS))
         machine.to_send(0)
         [(request, _)] = theirs.to_send(0)

@@ -484,46 +484,48 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     do(scenario())
 
 
-@pytest.mark.parametrize("answers", [True, False])
-def test_each_gateway_is_told_once(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+def test_an_sa_that_nobody_moves_is_never_passive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever terminates a passive SA destroys it without a Delete, and its gateway keeps a ghost."""
+
     async def scenario() -> None:
-        w = Watched(monkeypatch, ())
-        w.outcome = Renamed(()) if answers else None
+        w = Watched(monkeypatch)
 
         async def serve(*_: Any, **__: Any) -> None:
             await asyncio.Event().wait()
 
+        async def quiet(*_: Any, **__: Any) -> None:
+            raise AssertionError("made passive")
+
         monkeypatch.setattr(mobile_spis, "serve_updates", serve)
         monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
-        told: list[Any] = []
-
-        def tells(gateway: Any) -> bool:
-            told.append(gateway)
-            return True
-
-        w.watch._tells = tells
-        w.node.charon.tasks = ["CHILD_REKEY"]
-        asyncio.get_running_loop().call_later(0.01, w.node.charon.tasks.clear)
+        monkeypatch.setattr(w.node.mobile, "quiet", quiet)
         w.watch.start()
         for _ in range(3):
-            w.watch.changed()
+            w.watch.changed()  # as after a rekey
             await asyncio.sleep(3)
-        ((asks, sent),) = w.said
-        assert (asks, told) == ((), [NSG.address])
-        assert sent[0][0][4:][20:24] == (9).to_bytes(4)
-        assert (w.next_id, w.watch.renamed) == (10 if answers else 9, 0)
+        assert w.said == []
+        assert w.watch.watched == 1
         await w.watch.close()
-        w.settled(*SAME)
-        # another agent does not say it again, for another name it does
-        assert w.node.store.items("announced")
+
+    do(scenario())
+
+
+def test_names_that_are_asked_for_before_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway asks from its own address, where charon does not see it yet: it is asked back there."""
+
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        w.node = Node(replace(CONTEXT, remote=PSG))
         w.begin()
-        w.watch._tells = tells
-        await w.watch._listen_to_all()
-        assert len(told) == 1
-        await w.watch.close()
-        w.node.host.record.forget(w.node.sa)
-        await w.watch._listen_to_all()
-        assert not w.node.store.items("announced")
+        w._count(initiator=9, responder=5)
+        event = Asked(NSG, False, PAIRS, message_id=4)
+        w.watch._asked(w.node.sa, event)
+        await asyncio.gather(*w.watch._work, return_exceptions=True)
+        ((asks, sent),) = w.said
+        assert asks == mirrored(PAIRS)
+        assert sent[0][1] == NSG
+        assert (w.watch.renamed, w.node.charon.remote) == (1, NSG)
+        assert w.node.charon.state == "ESTABLISHED"
 
     do(scenario())
 

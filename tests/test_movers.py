@@ -35,6 +35,8 @@ class Mn:
         self.said: list[tuple[str, int]] = []
         self.outcome = outcome
         self.octets: list[bytes] = []
+        self.answered = 0
+        """Requests of its own for the same."""
         for name in ("run_spi_update", "run_rekey", "run_address_update"):
             monkeypatch.setattr(movers, name, getattr(self, name))
 
@@ -55,7 +57,7 @@ class Mn:
             outcome = Renamed(tuple(pairs))
         elif self.outcome == "refused":
             outcome = RenameRefused((Reason.NOT_ALLOWED,) * len(machine.asked))
-        return SpiReport(ONE, outcome)
+        return SpiReport(replace(ONE, answered=self.answered), outcome)
 
     async def run_address_update(self, machine: AddressUpdate, *, mark: int) -> UpdateReport:
         self.said.append(("addresses", machine._asking.message_id))
@@ -99,8 +101,8 @@ class Made:
         self.calls.append((now, moved, how))
 
 
-def ask(mn: Mn, made: Made, *, known: bool = False, **wish: Any) -> Told:
-    context = replace(a_context(), mid_initiator=7, mid_responder=3, update_spi=known)
+def ask(mn: Mn, made: Made, **wish: Any) -> Told:
+    context = replace(a_context(), mid_initiator=7, mid_responder=3)
     spi_in = context.children[0].spi_in
     given: dict[str, Any] = {
         "children": ((spi_in, b"new1"),),
@@ -119,25 +121,26 @@ async def _call(renamer: MnRenamer, context: IkeContext, wish: Wish, made: Made)
     return await renamer(context, wish, lambda: False, made)
 
 
-def test_one_exchange_where_the_mn_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_after_the_names_where_the_ike_sa_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
     mn, made = Mn(monkeypatch), Made()
-    told = ask(mn, made, known=True, ike=NEW_IKE)
-    assert mn.said == [("addresses, ESP, choose ESP, IKE", 7)]
-    assert told == Told(ONE, True)
-    ((now, moved, how),) = made.calls
-    assert (moved, how) == (True, "update")
-    assert now.children[0].spi_in == b"new1"
-    assert (now.mid_initiator, now.mid_responder) == (0, 0)
-    assert now.spis[1] == NEW_IKE
-
-
-def test_the_ike_sa_first_where_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    mn, made = Mn(monkeypatch), Made()
-    ask(mn, made, ike=NEW_IKE)
+    told = ask(mn, made, ike=NEW_IKE)
     # under its new name message IDs begin anew
-    assert mn.said == [("IKE", 7), ("addresses, ESP, choose ESP", 0)]
-    assert [moved for _, moved, _ in made.calls] == [False, True]
-    assert made.calls[-1][0].mid_initiator == 1
+    assert mn.said == [("ESP, choose ESP, IKE", 7), ("addresses", 0)]
+    assert told == Told(ONE + ONE, True)
+    assert [(moved, how) for _, moved, how in made.calls] == [(False, "update"), (True, "update")]
+    first, last = made.calls[0][0], made.calls[-1][0]
+    assert first.children[0].spi_in == b"new1"
+    assert (first.mid_initiator, first.mid_responder) == (0, 0)
+    assert last.spis[1] == NEW_IKE
+    assert last.mid_initiator == 1
+
+
+def test_an_agent_that_has_asked_back_knows_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch), Made()
+    mn.answered = 1
+    ask(mn, made, ike=NEW_IKE)
+    assert mn.said == [("ESP, choose ESP, IKE", 7)]
+    assert [(moved, how) for _, moved, how in made.calls] == [(True, "update")]
 
 
 def test_children_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +209,7 @@ def test_an_address_that_is_refused_has_used_its_message_id(monkeypatch: pytest.
     assert mn.said == [("child", 7), ("addresses", 8), ("delete the new one", 9)]
 
 
-@pytest.mark.parametrize("wish", [{}, {"update": False, "ike": NEW_IKE}, {"known": True, "ike": NEW_IKE}])
+@pytest.mark.parametrize("wish", [{}, {"update": False, "ike": NEW_IKE}, {"ike": NEW_IKE}])
 def test_the_same_octets_after_a_crash(monkeypatch: pytest.MonkeyPatch, wish: dict[str, Any]) -> None:
     first, second = Mn(monkeypatch), Made()
     ask(first, second, **wish)

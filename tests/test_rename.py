@@ -304,7 +304,7 @@ def test_traffic_does_not_tell_what_was_chosen(renames: tuple[UpdateSpi, ...]) -
 def test_an_agent_beside_a_charon_that_does_not_know() -> None:
     # nSG -> MN  as ever; MN's charon answers without the notify; its agent, within 500 ms:
     # MN -> nSG  HDR(3), SK { N(UPDATE_SPI, R), N(UPDATE_SPI) };  nSG -> MN  the same, both new SPIs in it
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     world = node_names()
     watcher = SpiResponder(NODE_SA, 7, MN, world, answering=False)
     [(datagram, _)] = machine.to_send(0)
@@ -328,7 +328,7 @@ def test_an_agent_beside_a_charon_that_does_not_know() -> None:
 
 
 def test_an_agent_that_does_not_come() -> None:
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     answer(machine)
     assert events(machine) == [Moved()] if machine.done else True
     machine.handle_timer(MIRROR_WAIT - 0.01)
@@ -345,7 +345,7 @@ def test_an_agent_that_does_not_come() -> None:
 
 
 def test_the_agents_request_may_be_faster_than_charons_answer() -> None:
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     [(datagram, _)] = machine.to_send(0)
     theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")))
     Air().run(theirs, machine, until=0.5)
@@ -356,7 +356,7 @@ def test_the_agents_request_may_be_faster_than_charons_answer() -> None:
 
 
 def test_an_agreement_without_charons_answer() -> None:
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     machine.to_send(0)
     theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")))
     air = Air()
@@ -367,7 +367,7 @@ def test_an_agreement_without_charons_answer() -> None:
 
 
 def test_half_a_mirror_is_none() -> None:
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     answer(machine)
     theirs = from_node((ask_peer(ESP, OURS),))
     Air().run(theirs, machine, until=0.3)
@@ -384,7 +384,7 @@ def test_requests_of_the_peer_are_charons_where_nothing_is_expected() -> None:
 
 
 def test_dead_peer_detection_is_charons_anyway() -> None:
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     machine.to_send(0)
     dpd = IkeHeader(SA.spi_i, SA.spi_r, Exchange.INFORMATIONAL, 3, initiator=True, response=False)
     datagram = add_marker(seal_message(Node().outbound, dpd, [], bytes(8)), MN, NSG)
@@ -396,12 +396,10 @@ def test_dead_peer_detection_is_charons_anyway() -> None:
 
 
 def test_both_ask_for_the_same() -> None:
-    mine = update(known=True, expected_id=3)
-    theirs = from_node(
-        (ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), known=True, expected_id=7, conditions=0
-    )
+    mine = update(expected_id=3)
+    theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), expected_id=7, conditions=0)
     # nSG leaves the addresses out, so that either end may answer the other
-    mine = update(known=True, expected_id=3, addresses=False)
+    mine = update(expected_id=3, addresses=False)
     Air().run(mine, theirs, until=5)
     pairs = (Renaming(ESP, True, OURS, NEW), Renaming(ESP, False, THEIRS, b"\xcf\0\0\1"))
     assert events(mine) == [Renamed(pairs)]
@@ -463,8 +461,8 @@ def test_on_a_bad_link_both_ends_agree(
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from([0.0, 0.3, 0.6]), st.floats(0, 0.4))
 def test_on_a_bad_link_both_may_ask(seed: int, loss: float, late: float) -> None:
-    mine = update(known=True, expected_id=3, addresses=False)
-    theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), known=True, expected_id=7)
+    mine = update(expected_id=3, addresses=False)
+    theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), expected_id=7)
     air = Air(seed, loss=loss, double=0.3, delay=(0.0, 1.5))
     air.run(mine, until=late)
     air.run(mine, theirs, until=100)
@@ -480,7 +478,7 @@ def test_on_a_bad_link_both_may_ask(seed: int, loss: float, late: float) -> None
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 255)), min_size=1, max_size=3))
 def test_damage_changes_nothing(damage: list[tuple[int, int]]) -> None:
-    machine = update(known=True, expected_id=3)
+    machine = update(expected_id=3)
     [(datagram, _)] = machine.to_send(0)
     good = Node().accept(datagram)
     bad = bytearray(good)
@@ -505,7 +503,7 @@ def test_every_cell_of_the_table(state: State, what: Input) -> None:
         Input.ACCEPT: State.RENAMED,
         Input.DENY: State.REFUSED,
         Input.PLAIN: State.UNSUPPORTED,
-        Input.PLAIN_KNOWN: State.MIRROR,
+        Input.PLAIN_YET: State.MIRROR,
         Input.MIRRORED: State.AGREED,
         Input.PROOF: State.RENAMED,
         Input.GIVE_UP: State.SILENT,
@@ -515,7 +513,7 @@ def test_every_cell_of_the_table(state: State, what: Input) -> None:
         Input.DENY,
         Input.BUSY,
         Input.PLAIN,
-        Input.PLAIN_KNOWN,
+        Input.PLAIN_YET,
         Input.PROOF,
         Input.GIVE_UP,
     )

@@ -63,7 +63,7 @@ IMPORT = "import"
 IMPORTED = b"imported "
 """What an `IMPORT` entry begins with when all is done; then when (s since 1970, 8 octets)."""
 _UPDATE_SPI = "update-spi"
-"""Kind of store entry, by the MN's identity: does it know UPDATE_SPI, and when it was seen (s since 1970)."""
+"""Kind of store entry, by the MN's identity: it knows UPDATE_SPI, and when that was seen (s since 1970)."""
 _UPDATE_SPI_FOR = 86400.0
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
@@ -392,16 +392,14 @@ class CharonHost:
 
     # What an MN's own agent knows.
 
-    def knows_update_spi(self, mn: Identity) -> bool | None:
-        """Whether that MN knows UPDATE_SPI, as it showed in the last day; None: nobody knows."""
+    def knows_update_spi(self, mn: Identity) -> bool:
+        """Whether that MN has shown in the last day that it knows UPDATE_SPI."""
         raw = self.store.get(_UPDATE_SPI, str(mn))
-        if raw is None or time.time() - int.from_bytes(raw[1:]) > _UPDATE_SPI_FOR:
-            return None
-        return bool(raw[0])
+        return raw is not None and time.time() - int.from_bytes(raw[1:]) < _UPDATE_SPI_FOR
 
-    def note_update_spi(self, mn: Identity, knows: bool) -> None:
-        """It has shown whether it knows UPDATE_SPI. Errors: StoreError."""
-        self.store.put(_UPDATE_SPI, str(mn), bytes([knows]) + int(time.time()).to_bytes(8))
+    def note_update_spi(self, mn: Identity) -> None:
+        """It has shown that it knows UPDATE_SPI. Errors: StoreError."""
+        self.store.put(_UPDATE_SPI, str(mn), b"\1" + int(time.time()).to_bytes(8))
 
     # Things both sides do.
 

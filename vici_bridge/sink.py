@@ -385,8 +385,6 @@ class CharonSink:
             return plan.report
         if self._renamer is None:
             raise RefusedError("nobody here can ask the MN for other SPIs", status=Status.ESP_SPI_IN_USE)
-        # what the other gateway heard counts for more than what this one did not: agents come and go
-        known = True if context.update_spi else host.knows_update_spi(here.remote_id)
         start = plan.told or replace(
             here, mid_initiator=final.mid_initiator, mid_responder=final.mid_responder
         )
@@ -394,7 +392,7 @@ class CharonSink:
             children=tuple((child.spi_in, child.new_in) for child in left),
             ike=ike,
             addresses=moves,
-            update=host.config.collision == "update" and known is not False and plan.how != "rekey",
+            update=host.config.collision == "update" and plan.how != "rekey",
             rekey=True,
             seed=plan.seed,
         )
@@ -408,13 +406,13 @@ class CharonSink:
             )
 
         told: Told = await self._renamer(
-            replace(start, update_spi=known is True),
+            start,
             wish,
             lambda: self._renames.arrived(here) > base,
             made,
         )
-        if told.supports is not None:
-            host.note_update_spi(here.remote_id, told.supports)
+        if told.supports:
+            host.note_update_spi(here.remote_id)
         return plan.report + told.report
 
     def _received(self, here: IkeContext) -> int:
@@ -483,7 +481,7 @@ class CharonSink:
             host.store.delete(_TAKEN, _key(context))
             self._imported(_key(context))
             if asked:
-                host.note_update_spi(here.remote_id, True)  # an MN with an agent, and agents know UPDATE_SPI
+                host.note_update_spi(here.remote_id)  # an MN with an agent, and agents know UPDATE_SPI
         except StoreError as error:
             log.error("%s serves, but notes of its move are left: %s", here.remote_id, error)
 

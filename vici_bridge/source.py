@@ -128,7 +128,7 @@ class CharonSource:
         context = replace(context, children=tuple(children))
         conn = (await host.connections()).get(context.connection)
         peer = peer_context(context.connection, conn) if conn is not None else None
-        knows = host.knows_update_spi(context.remote_id) is True
+        knows = host.knows_update_spi(context.remote_id)
         return replace(context, policies=self._policies(context), peer=peer, update_spi=knows)
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:

@@ -14,19 +14,13 @@ from typing import Any
 
 from ikectx_cli import mobile_agent, mobile_spis
 from ikectx_cli.mobile_config import load
-from ikectx_cli.mobile_spis import SpiWatch
 from vici_bridge.mobile import CharonMobile
 
 
 def main(config: str, step: str) -> int:
-    def watch(*parts: Any, **more: Any) -> SpiWatch:
-        """Nothing is announced: the gateway was told by the agent before."""
-        return SpiWatch(*parts, **{**more, "tells": lambda gateway: False})
-
     def die(*_: Any, **__: Any) -> Any:
         os._exit(9)
 
-    mobile_agent.SpiWatch = watch  # type: ignore[assignment,misc]
     if hasattr(CharonMobile, step):
         setattr(CharonMobile, step, die)
     else:
