@@ -56,7 +56,7 @@ make_bare() { # make_bare SUITE: the new machine, and where it is
 make_ready() { # make_ready SUITE: the one that is set up, and where it is
     local suite=$1 bare folder digest
     bare=$(make_bare "$suite")
-    digest=$(cat tests/roots.sh tests/setup.sh tests/packages.sh pyproject.toml | sha256sum)
+    digest=$( (cat tests/roots.sh tests/setup.sh tests/packages.sh && dependencies) | sha256sum)
     folder=$(cache)/ready-$suite-${digest:0:16}
     if [ ! -d "$folder" ] || [ "$bare" -nt "$folder" ]; then
         say "setting up: $suite"
@@ -73,6 +73,12 @@ make_ready() { # make_ready SUITE: the one that is set up, and where it is
     fi
     touch "$folder"
     echo "$folder"
+}
+
+dependencies() { # the Python packages that the project names
+    python3 -c 'import json, tomllib
+with open("pyproject.toml", "rb") as file: project = tomllib.load(file)["project"]
+print(json.dumps([project["dependencies"], project["optional-dependencies"]]))'
 }
 
 charon_elsewhere() { # charon_elsewhere ROOT: a script that runs that installation's charon in another one

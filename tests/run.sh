@@ -6,6 +6,7 @@
 #
 #   format lint types floors unit live    here
 #   kernel scenarios                      here where the kernel has ESP, else in a guest
+#   virtual                               every scenario in a guest in virtual time
 #   new-12 new-13                         README's two commands in a new Debian 12 and 13, from nothing
 #   live-13 scenarios-13                  the live tests and a choice of scenarios on Debian 13, in guests
 #   mixed                                 two versions of strongSwan: another one at nsg than at psg and mn
@@ -20,8 +21,10 @@ cd "$root" || exit 1
 HERE=(format lint types floors unit live)
 # Two lanes, each of which keeps one processor busy, most of the time.
 FRONT=("${HERE[@]}" new-13 live-13)
-BESIDE=(kernel scenarios new-12 scenarios-13 mixed)
+BESIDE=(kernel scenarios virtual new-12 scenarios-13 mixed)
 STEPS=("${FRONT[@]}" "${BESIDE[@]}" all-13 all-sid)
+# These wait for a time limit, a minute some of them: they run in virtual time only.
+PATIENT=(inside-not-rerouted left lifetime move-life silent-mn)
 # On Debian 13: each way to move, each way to give an SA other SPIs, and what depends on the versions of nft,
 # strongSwan and Python.
 CHOICE_13=(handover handover-v6 predictive reactive pull by-packet collision-all collision-agent collision-reactive
@@ -119,9 +122,18 @@ on_root() { # on_root SUITE COMMAND ARGUMENT...: the command gets its arguments 
     fi
 }
 
-step_scenarios() { scenarios scenarios "on this Debian" --all; }
+# A guest mostly waits: two of them do not fill a processor.
+step_scenarios() {
+    local names name
+    for name in $(cd tests/scenarios && echo [a-z]*); do
+        [[ " ${PATIENT[*]} " == *" $name "* ]] || names+=("$name")
+    done
+    scenarios scenarios "on this Debian" "${names[@]}" --jobs 2
+}
 
-step_scenarios-13() { on_root trixie scenarios scenarios-13 "on Debian 13" "${CHOICE_13[@]}" --root; }
+step_virtual() { scenarios virtual "on this Debian" --all --time virtual; }
+
+step_scenarios-13() { on_root trixie scenarios scenarios-13 "on Debian 13" "${CHOICE_13[@]}" --jobs 2 --root; }
 step_all-13() { on_root trixie scenarios all-13 "on Debian 13" --all --jobs 2 --root; }
 step_all-sid() { on_root sid scenarios all-sid "on Debian sid" --all --jobs 2 --root; }
 
