@@ -315,13 +315,17 @@ def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool)
     if unblock and end is None:
         raise UsageError("--unblock needs --end", hint="name the SA whose packets may leave in the clear")
     query = {"end": end, "unblock": "yes" if unblock else None}
-    items: list[dict[str, Any]] = setup.ask("detours", query)["detours"]
+    answer = setup.ask("detours", query)
     if as_json:
-        show_json(items)
+        show_json(answer["detours"])
         return
     from .progress import show_detours
 
-    show_detours(items)
+    show_detours(answer["detours"])
+    if behind := answer["behind"]:
+        print(
+            f"for {len(behind)} more selectors, of SAs that came here, packets are dropped when the SA ends"
+        )
 
 
 @cli.command()

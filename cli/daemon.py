@@ -39,7 +39,7 @@ from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__, service
 from .config import Config
-from .detours import find, need_ways
+from .detours import find, names, need_ways
 from .movers import MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .views import charon_json, chosen, sa_name, view_json
@@ -349,11 +349,17 @@ class Agent:
         return with_json(report.to_json())
 
     async def detours(self, request: Message) -> Message:
-        """What left this gateway; with `end`, nothing is sent on any more for the SA of that name."""
+        """What left this gateway; with `end`, nothing is sent on any more for the SA of that name.
+
+        `behind`: what is dropped when SAs end that came here.
+        """
         away, name = self._host.away, request.get("end", "")
-        if name:
-            away.end(find(away.listing(), name), unblock=request.get("unblock") == "yes")
-        return with_json({"detours": [row.to_json() for row in away.listing()]})
+        unblock = request.get("unblock") == "yes"
+        came = away.behind.end(name) if name and unblock else 0
+        if name and (not came or any(names(row, name) for row in away.listing())):
+            away.end(find(away.listing(), name), unblock=unblock)
+        behind = [block.to_json() for block in away.behind.listing()]
+        return with_json({"detours": [row.to_json() for row in away.listing()], "behind": behind})
 
     async def updown(self, request: Message) -> Message:
         """The hook's word. A connection with `handover_to` is handed over when its MN leaves.

@@ -47,12 +47,17 @@ def need_ways(
     )
 
 
+def names(departure: Departure, text: str) -> bool:
+    """Whether the text is a name of it: SPIi:SPIr, or its mobile node's identity."""
+    return text in (departure.mn, ":".join(part.hex() for part in departure.sa))
+
+
 def find(departures: Iterable[Departure], text: str) -> SaName:
     """The one that left and has that name: SPIi:SPIr, or its mobile node's identity.
 
     Errors: UnknownSaError.
     """
-    found = [one for one in departures if text in (one.mn, ":".join(part.hex() for part in one.sa))]
+    found = [one for one in departures if names(one, text)]
     if len(found) != 1:
         raise UnknownSaError(
             f"{len(found) or 'no'} SA{'' if len(found) == 0 else 's'} of that name left this gateway: {text}",

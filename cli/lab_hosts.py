@@ -244,8 +244,10 @@ class Lab:
         if host not in GATEWAYS or host not in self.agent_hosts:
             return
         with ControlClient(str(self.work / host / "ikectx.vici"), timeout=60.0) as agent:
-            for row in json_of(agent.request("detours"))["detours"]:
-                agent.request("detours", {"end": ":".join(row["sa"]), "unblock": "yes"})
+            answer = json_of(agent.request("detours"))
+            for name in {":".join(row["sa"]) for row in (*answer["detours"], *answer["behind"])}:
+                with contextlib.suppress(IkectxError):  # it may have gone meanwhile
+                    agent.request("detours", {"end": name, "unblock": "yes"})
 
     def _of_sas(self, host: str) -> str:
         """What a host's kernel has of SAs, without keys. Takes away what may stay a while."""

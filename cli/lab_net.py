@@ -99,6 +99,9 @@ ROUTERS = (*GATEWAYS, "core")
 PREFIX = {4: 24, 6: 64}
 HOST_BITS = {4: 32, 6: 128}
 
+BEHIND = 1 << 20
+"""Metric of a route that counts only where there is no other."""
+
 LINKS_UP = 5.0
 """Seconds in which the links of a new network must carry packets."""
 
@@ -202,6 +205,9 @@ class Net:
             lines += [_address(v, f"{SHARED[v]}/{HOST_BITS[v]}", "lo") for v in (4, 6)]
             lines += [_address(v, f"{INNER[host][v]}/{PREFIX[v]}", "lan0") for v in (4, 6)]
             lines += [f"route add {SECOND_NET[v]} via {INNER['srv'][v]}" for v in (4, 6)]
+            # where the inner link fails, what mobile nodes send must not take the default route, outside
+            inside = (*INNER_NET.values(), *SECOND_NET.values())
+            lines += [f"route add unreachable {net} metric {BEHIND}" for net in inside]
         if host == "core":
             for far in OUTER:
                 lines.append(f"link set to-{far} up")

@@ -152,7 +152,7 @@ class Agent(StandIn):
 
     async def detours(self, request: Message) -> Message:
         self.asked.append(("detours", request))
-        return with_json({"detours": [LEFT]})
+        return with_json({"detours": [LEFT], "behind": [{"mn": "mn2@example.org"}]})
 
     async def updown(self, request: Message) -> Message:
         self.asked.append(("updown", request))

@@ -374,3 +374,25 @@ def test_several_prefixes_end_one_by_one() -> None:
     assert gateway.routes.leads == {"10.4.1.0/24": ip_address("10.3.0.3")}
     serves(gateway, two)
     assert gateway.away.listing() == []
+
+
+def test_a_link_that_was_down_leads_on_again() -> None:
+    gateway = Gateway()
+    left(gateway)
+    gateway.routes.link = 0
+    gateway.routes.leads.clear()  # the kernel does that with a device that goes down
+    gateway.away.look_again()
+    assert gateway.packet() == "dropped"
+    gateway.routes.link = IN
+    gateway.away.look_again()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()  # down and up before anybody looked
+    gateway.away.look_again()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+
+
+def test_looking_again_changes_nothing_where_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = Gateway()
+    left(gateway)
+    monkeypatch.setattr(gateway.away, "_change", lambda *_: pytest.fail("changed"))
+    gateway.away.look_again()

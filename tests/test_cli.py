@@ -132,7 +132,8 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
     assert cli.json("cancel", "t1") == (0, {"ok": True})
     assert cli("reclaim", "t1", "--yes")[1] == "done\n"
     assert cli.agent.asked[-1] == ("cancel", {"transfer": "t1"})
-    assert "10.4.0.10/32" in cli("detours")[1]
+    shown = cli("detours")[1]
+    assert "10.4.0.10/32" in shown and "for 1 more selectors, of SAs that came here" in shown
     (left,) = cli.json("detours", "--end", "mn@example.org", "--unblock")[1]
     assert left["at"] == "nsg"
     assert cli.agent.asked[-1] == ("detours", {"end": "mn@example.org", "unblock": "yes"})

@@ -9,29 +9,24 @@ uniqueness is still being probed or was found wrong (RFC 4862, 5.4), nor a depre
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import socket
 import struct
-import time
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from ikectx import trace
 from ikectx.context import Address, Secret
 from ikectx.errors import KernelError
 
+from .changes import ADDRESSES, ROUTES, Changes
 from .detour import is_local, way_to
 from .netlink import ROUTE, Netlink
 from .xfrm_parts import Request, family_of
 
 log = logging.getLogger(__name__)
 
-_GROUPS = 0x10 | 0x40 | 0x100 | 0x400
-"""RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE (linux/rtnetlink.h)."""
 _GETADDR, _NEWROUTE, _DELROUTE = 22, 24, 25
 _REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
@@ -40,9 +35,6 @@ _UNUSABLE = 0x04 | 0x08 | 0x20 | 0x40
 _NUDGE_TABLE = 4068
 _NOWHERE = {4: "192.0.2.254", 6: "2001:db8::fffe"}
 """Documentation addresses (RFC 5737, RFC 3849), which no packet is for."""
-_SETTLE = 0.02
-"""Seconds without a further change until addresses count as changed; charon itself looks for its gateway
-100 ms after the first one (ROAM_DELAY, strongSwan 5.9.8)."""
 
 
 class OuterAddresses:
@@ -50,18 +42,13 @@ class OuterAddresses:
 
     def __init__(self) -> None:
         self._route = Netlink(ROUTE, "routes")
-        self._events: socket.socket | None = None
-        self._pending: asyncio.TimerHandle | None = None
+        self._changes: Changes | None = None
 
     def close(self) -> None:
         """Stop watching, too."""
-        if self._pending is not None:
-            self._pending.cancel()
-            self._pending = None
-        if self._events is not None:
-            asyncio.get_running_loop().remove_reader(self._events)
-            self._events.close()
-            self._events = None
+        if self._changes is not None:
+            self._changes.close()
+            self._changes = None
         self._route.close()
 
     def is_local(self, address: Address) -> bool:
@@ -98,37 +85,7 @@ class OuterAddresses:
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` whenever addresses or routes have changed and settled. Errors: KernelError."""
-        loop = asyncio.get_running_loop()
-        try:
-            events = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, ROUTE
-            )
-            events.bind((0, _GROUPS))
-        except OSError as error:
-            raise KernelError(
-                f"changes of addresses cannot be watched: {error.strerror}", errno=error.errno or 0
-            ) from None
-        self._events = events
-
-        since = 0
-
-        def fire() -> None:
-            self._pending = None
-            trace.ended("addresses settle", since, "part")
-            changed()
-
-        def readable() -> None:
-            nonlocal since
-            with contextlib.suppress(OSError):  # ENOBUFS, too: something changed, whatever it was
-                while events.recv(65536):
-                    pass
-            if self._pending is None:
-                since = time.time_ns()
-            else:
-                self._pending.cancel()
-            self._pending = loop.call_later(_SETTLE, fire)
-
-        loop.add_reader(events, readable)
+        self._changes = Changes(ADDRESSES | ROUTES, changed)
 
     def nudge(self, remote: Address) -> None:
         """Make charon look whether its ways are still good: a route to nowhere comes and goes.

@@ -25,6 +25,7 @@ from ikectx.context import Address, IkeContext
 from ikectx.errors import KernelError, StoreError, UnknownSaError
 from ikectx.ports import SaName, Store
 
+from .behind import Behind
 from .charon import SaView, prefixes
 from .departures import (
     OURS,
@@ -75,9 +76,11 @@ class Away:
         self._named: defaultdict[str, set[str]] = defaultdict(set)
         """Keys of rows by what they are looked for: mobile nodes and prefixes. There may be thousands."""
         self._direct: Counter[SaName] = Counter()
+        self.behind = Behind(store, kernel)
 
     def load(self) -> None:
         """Read the store; what cannot be read is logged and left there."""
+        self.behind.load()
         for key, raw in self._store.items(KIND):
             try:
                 self._enter(Departure.loads(key, raw))
@@ -200,6 +203,7 @@ class Away:
         Errors: KernelError, StoreError.
         """
         used, over = list(children), []
+        self.behind.serves(who, used)
         for row in self._candidates(who, (str(network) for _, remote in used for network in remote)):
             if row.sa == sa and row.stage in _LETTING_GO:
                 continue  # it stands here still
@@ -231,6 +235,7 @@ class Away:
 
     def restore(self) -> None:
         """Put into the kernel what the store says, and take out what it does not. What fails is logged."""
+        self.behind.restore()
         rows = self.listing()
         try:
             if self._kernel is not None:
@@ -254,6 +259,20 @@ class Away:
                     self._send_on(row)
             except (KernelError, StoreError) as error:
                 log.error("packets for %s, which is at %s, cannot be sent on: %s", row.mn, row.at, error)
+
+    def look_again(self) -> None:
+        """Links or addresses have changed: send on what the kernel no longer does, or could not before.
+
+        A link that goes down takes its routes with it, and does not bring them back. What fails is logged.
+        """
+        try:
+            led = {str(network) for network in self._detour.listing()}
+            for row in self.listing():
+                now = self._led(row) if row.peer else row
+                if now != row or not led.issuperset(now.sent_on):
+                    self._change(row, now)
+        except (KernelError, StoreError) as error:
+            log.error("packets for mobile nodes that left may be dropped: %s", error)
 
     def _led(self, row: Departure) -> Departure:
         """With the way there is now to where it is, and the policies that let packets go that way.

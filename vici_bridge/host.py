@@ -30,6 +30,7 @@ from ikectx.ports import MoveReport, SaName, Store
 from . import ha
 from .away import Away
 from .chain import undo_messages
+from .changes import ADDRESSES, LINKS, Changes
 from .charon import SaView
 from .deadlines import Deadlines
 from .doubts import Doubts
@@ -134,12 +135,18 @@ class CharonHost:
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
         self.charon_up = False
+        self._changes: Changes | None = None
 
     async def open(self) -> None:
-        """Bind the HA address (before charon starts), load the record, listen. Errors: StateError."""
+        """Bind the HA address (before charon starts), load the record, listen.
+
+        Errors: StateError, KernelError.
+        """
         self.record.load(self.store.items(_RECORD))
         self.away.load()
         self.origins.load()
+        if not self.config.mobile_node:
+            self._changes = Changes(LINKS | ADDRESSES, self.away.look_again)
         await self._ha.open()
         try:
             if not self.config.mobile_node:
@@ -163,6 +170,8 @@ class CharonHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
+        if self._changes is not None:
+            self._changes.close()
         self.save()
         if self._saving is not None:
             self._saving.cancel()

@@ -464,6 +464,7 @@ class CharonSink:
             self._note_names(here, plan)
             host.origins.serves(context, shape.spis)
             host.follow.serves(shape.spis, here)
+            host.away.behind.stand(here, {child.reqid for child in view.children})
             host.store.put(IMPORT, _key(context), _ACTIVE)
         for shape in self._renames.names(here):
             await asyncio.to_thread(host.mute.unmute, shape.spis)

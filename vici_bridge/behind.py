@@ -1,0 +1,180 @@
+"""`Behind`: the policies that stand behind SAs which came from another gateway, for when these end. I/O.
+
+The gateway that gave an SA sends its packets on to here until it has heard that the SA is gone, and the
+network may have been told to send them here. When the mobile node ends its SA, charon takes the policies
+away, and what still comes would leave in the clear. So each outbound policy of such an SA has one behind it
+that drops the same packets, of the least priority there is: it matters when no other is left. It stays until
+another mobile node has the address here, or the operator says otherwise (`ikectx detours --end NAME
+--unblock`). Where a policy is for everything, as in a route-based VPN without marks, nothing stands
+behind it, because that would cut the gateway off.
+
+With ESP in user space there are no policies, and nothing stands behind an SA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ikectx.context import IkeContext
+from ikectx.errors import KernelError, StoreError, WireError
+from ikectx.ports import SaName, Store
+
+from .departures import block_of, within
+from .kernel import Kernel
+from .xfrm import KernelPolicy
+from .xfrm_parts import Network
+
+log = logging.getLogger(__name__)
+
+BEHIND = int.from_bytes(b"IKEB")
+"""The `user` of these policies' selectors, as `departures.OURS` is that of others."""
+
+KIND = "behind"
+"""Kind of store entry, by a digest of the policy: a `Block`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A policy that stands behind the SA `sa` (the name under which it came) of the mobile node `mn`."""
+
+    sa: SaName
+    mn: str
+    policy: KernelPolicy
+
+    @property
+    def key(self) -> str:
+        """Its name in the store: there is one for the same packets, whosoever's they were."""
+        return hashlib.sha256(self.policy.raw).hexdigest()[:32]
+
+    def dumps(self) -> bytes:
+        """As it is stored."""
+        value = {"sa": [part.hex() for part in self.sa], "mn": self.mn, "policy": self.policy.raw.hex()}
+        return json.dumps(value).encode()
+
+    @classmethod
+    def loads(cls, key: str, raw: bytes) -> Block:
+        """What `dumps` gave. Errors: StoreError."""
+        try:
+            found: Any = json.loads(raw)
+            first, second = found["sa"]
+            policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
+            return cls((bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
+        except (KeyError, TypeError, ValueError, WireError) as error:
+            raise StoreError(f"the block {key} cannot be read: {error}") from None
+
+    def to_json(self) -> dict[str, object]:
+        """For operators, as plain JSON values."""
+        blocked = f"{self.policy.source} -> {self.policy.destination}"
+        return {"sa": [part.hex() for part in self.sa], "mn": self.mn, "blocked": blocked}
+
+
+class Behind:
+    """All of them at one gateway, with those of the store from `load` on.
+
+    `kernel` is None where ESP is in user space.
+    """
+
+    def __init__(self, store: Store, kernel: Kernel | None) -> None:
+        self._store = store
+        self._kernel = kernel
+        self._blocks: dict[str, Block] = {}
+        self._to: defaultdict[Network, set[str]] = defaultdict(set)
+        """Keys by the mobile node's network."""
+
+    def load(self) -> None:
+        """Read the store; what cannot be read is logged and left there."""
+        for key, raw in self._store.items(KIND):
+            try:
+                self._enter(Block.loads(key, raw))
+            except StoreError as error:
+                log.error("%s", error)
+
+    def listing(self) -> list[Block]:
+        """All of them."""
+        return list(self._blocks.values())
+
+    def stand(self, context: IkeContext, reqids: Collection[int]) -> None:
+        """The SA came, with policies of these request numbers. Idempotent; what fails is logged.
+
+        It serves already, so nothing of this may stop it.
+        """
+        if self._kernel is None:
+            return
+        try:
+            for policy in self._kernel.policies_about(reqids):
+                everything = not (policy.destination.prefixlen or policy.mark or policy.if_id)
+                if policy.direction == "out" and not everything:
+                    block = block_of(policy)
+                    block = replace(block, selector=replace(block.selector, user=BEHIND))
+                    self._put(Block(context.spis, str(context.remote_id), block))
+        except (KernelError, StoreError, WireError) as error:
+            log.error(
+                "packets for %s may leave in the clear when its SA ends here: %s", context.remote_id, error
+            )
+
+    def serves(self, who: str, children: Iterable[tuple[Sequence[Network], Sequence[Network]]]) -> None:
+        """The mobile node `who` has an SA here with these networks, ours and its.
+
+        Where these were another's, that is over. Those of its own stay: the gateway that gave them may still
+        send packets for it here. Errors: KernelError, StoreError.
+        """
+        for local, remote in children:
+            for network in remote:
+                for key in list(self._to.get(network, ())):
+                    block = self._blocks[key]
+                    if block.mn != who and any(within(block.policy.source, ours) for ours in local):
+                        self._remove(block)
+
+    def end(self, name: str) -> int:
+        """Let packets pass again for an SA (SPIi:SPIr) or a mobile node. Gives how many blocks that were.
+
+        Errors: KernelError, StoreError.
+        """
+        found = [
+            block
+            for block in self._blocks.values()
+            if name in (block.mn, ":".join(part.hex() for part in block.sa))
+        ]
+        for block in found:
+            self._remove(block)
+        return len(found)
+
+    def restore(self) -> None:
+        """Put into the kernel what the store says, and take out what it does not. What fails is logged."""
+        if self._kernel is None:
+            return
+        try:
+            wanted = {block.policy.raw for block in self._blocks.values()}
+            for policy in self._kernel.dump_policies():
+                if policy.selector.user == BEHIND and replace(policy, index=0).raw not in wanted:
+                    self._kernel.delete_policy(policy)
+            for block in self._blocks.values():
+                self._kernel.replace_policy(block.policy)
+        except KernelError as error:
+            log.error("packets for mobile nodes may leave in the clear when their SAs end: %s", error)
+
+    def _put(self, block: Block) -> None:
+        assert self._kernel is not None
+        self._store.put(KIND, block.key, block.dumps())
+        self._enter(block)
+        self._kernel.replace_policy(block.policy)
+
+    def _enter(self, block: Block) -> None:
+        self._blocks[block.key] = block
+        self._to[block.policy.destination].add(block.key)
+
+    def _remove(self, block: Block) -> None:
+        del self._blocks[block.key]
+        network = block.policy.destination
+        self._to[network].discard(block.key)
+        if not self._to[network]:
+            del self._to[network]
+        if self._kernel is not None:
+            self._kernel.delete_policy(block.policy)
+        self._store.delete(KIND, block.key)
