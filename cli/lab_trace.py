@@ -13,13 +13,13 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import lab_capture
 from .lab_hosts import TRACE, Lab
 from .lab_measure import Capture
-from .lab_net import ANNOUNCED, AWAY, GATEWAYS, INNER, NAT, OUTER, run
+from .lab_net import ANNOUNCED, AWAY, GATEWAYS, INNER, LINKS, NAT, OUTER, run
 
 HOSTS = ("mn", "nsg", "psg")
 """The lanes of a time line. What is between pSG and the mobile node is rare, so nSG stands between them."""
@@ -169,6 +169,28 @@ class Window:
 
 Notes = Sequence[Mapping[str, Any]]
 
+SEQUEL = 100_000_000
+"""Nanoseconds in which a step or message follows another that belongs to the same handover."""
+
+
+def with_sequel(
+    window: Window, until: int, notes: Mapping[str, Notes], captures: Mapping[str, Notes]
+) -> Window:
+    """The window, prolonged by what follows closely, up to a moment (ns).
+
+    The scenario waits until the SA has moved; the mobile node's last steps come after that.
+    """
+    lines = [line for host in notes.values() for line in host]
+    parts = [(one["begin"], one["end"]) for one in lines if one.get("kind") == "step"]
+    parts += [(one["at"], one["at"]) for one in lines if "message" in one]
+    parts += [(one["time"], one["time"]) for host in captures.values() for one in host]
+    end = window.end
+    for begin, stop in sorted(parts):
+        if end < begin and (begin - end > SEQUEL or begin >= until):
+            break
+        end = max(end, min(stop, until))
+    return replace(window, end=end)
+
 
 def spans(notes: Mapping[str, Notes], window: Window) -> tuple[Span, ...]:
     """The agents' spans (lines of `ikectx.trace` by host) that began in the window."""
@@ -217,37 +239,44 @@ def between_gateways(notes: Mapping[str, Notes], window: Window) -> tuple[Arrow,
 def on_the_air(captures: Mapping[str, Notes], window: Window) -> tuple[Arrow, ...]:
     """IKE and CXTP/UDP that left one host's interface, with its arrival at another's.
 
-    A packet is known again by the checksum of its payload; of one that was sent again, the copy that arrives
-    is taken for the last that was sent before.
+    A packet is known again by the checksum of its payload. Where copies of it were sent and all arrived, they
+    came in that order; where some did not, what arrived is taken for the last that was sent before.
     """
-    sent: list[tuple[str, Mapping[str, Any]]] = []
-    came: list[tuple[str, Mapping[str, Any]]] = []
+    sent: dict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)
+    came: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for host, notes in captures.items():
         for note in notes:
-            if not note["sent"]:
-                came.append((host, note))
-            elif window.begin <= note["time"] <= window.end:
-                sent.append((host, note))
-    arrivals: dict[int, tuple[str, int]] = {}
-    for host, note in sorted(came, key=lambda pair: pair[1]["time"]):
-        copies = [
-            place
-            for place, (source, one) in enumerate(sent)
-            if one["sum"] == note["sum"]
-            and one["time"] <= note["time"]
-            and source != host
-            and place not in arrivals
-        ]
-        if copies:
-            arrivals[max(copies, key=lambda place: int(sent[place][1]["time"]))] = (host, note["time"])
+            if note["sent"]:
+                sent[host, note["sum"]].append(note)
+            else:
+                came[note["sum"]].append((note["time"], host))
     found = []
-    for place, (source, note) in enumerate(sent):
-        target, stamp = arrivals.get(place, (_host_at(note["far"]), None))
-        at = None if stamp is None else window.ms(stamp)
-        name, over = _air_name(note)
-        if target != source:
-            found.append(Arrow(source, target, name, over, window.ms(note["time"]), at, note["octets"]))
+    for (source, total), copies in sent.items():
+        name, over = _air_name(copies[0])
+        arrivals = sorted((stamp, host) for stamp, host in came[total] if host != source)
+        for note, arrival in _paired(sorted(copies, key=lambda note: note["time"]), arrivals):
+            stamp, target = arrival or (None, _host_at(note["far"]))
+            if window.begin <= note["time"] <= window.end and target != source:
+                at = None if stamp is None else window.ms(stamp)
+                found.append(Arrow(source, target, name, over, window.ms(note["time"]), at, note["octets"]))
     return tuple(sorted(found, key=lambda arrow: arrow.sent))
+
+
+def _paired(
+    copies: Notes, arrivals: Sequence[tuple[int, str]]
+) -> list[tuple[Mapping[str, Any], tuple[int, str] | None]]:
+    """Each copy of a packet with its arrival, both sorted by time."""
+    times = [note["time"] for note in copies]
+    if len(copies) == len(arrivals) and all(
+        sent <= came for sent, (came, _host) in zip(times, arrivals, strict=True)
+    ):
+        return list(zip(copies, arrivals, strict=True))
+    found: dict[int, tuple[int, str]] = {}
+    for arrival in arrivals:
+        before = [place for place, sent in enumerate(times) if sent <= arrival[0] and place not in found]
+        if before:
+            found[before[-1]] = arrival
+    return [(note, found.get(place)) for place, note in enumerate(copies)]
 
 
 def _air_name(note: Mapping[str, Any]) -> tuple[str, str]:
@@ -257,8 +286,11 @@ def _air_name(note: Mapping[str, Any]) -> tuple[str, str]:
     return f"{kind} {note['message_id']} {'response' if note['response'] else 'request'}", IKE
 
 
-def neighbours(notes: Notes, window: Window) -> tuple[Span, ...]:
-    """How long the mobile node took to learn link addresses: until then what it sends waits."""
+def neighbours(notes: Notes, window: Window, whose: str = "") -> tuple[Span, ...]:
+    """How long the mobile node took to learn link addresses, or its router: until then what is sent waits.
+
+    `notes`: at the one that asks; `whose` is a word before the name.
+    """
     found = []
     asked: dict[str, int] = {}
     for note in sorted(notes, key=lambda note: note["time"]):
@@ -268,7 +300,7 @@ def neighbours(notes: Notes, window: Window) -> tuple[Span, ...]:
             began = asked.pop(note["neighbour"])
             if window.begin <= began <= window.end:
                 name = "neighbour discovery" if ":" in note["neighbour"] else "ARP"
-                found.append(Span("mn", name, "part", window.ms(began), window.ms(note["time"])))
+                found.append(Span("mn", whose + name, "part", window.ms(began), window.ms(note["time"])))
     return tuple(found)
 
 
@@ -295,14 +327,19 @@ def _host_at(address: str) -> str:
 def flow(
     sent: Iterable[Sequence[int]], received: Iterable[Sequence[int]], window: Window, interval_ms: float
 ) -> Flow:
-    """One direction of the probe in the window: [number, ns, errno] at one end, [number, ns] at the other."""
+    """One direction of the probe in the window and a little around it.
+
+    `sent`: [number, ns, errno] at one end; `received`: [number, ns] at the other.
+    """
     arrivals: dict[int, int] = {}
     for number, stamp in received:
         arrivals.setdefault(number, stamp)
-    stamps = sorted(stamp for stamp in arrivals.values() if window.begin <= stamp <= window.end)
+    margin = (window.end - window.begin) // 20
+    first_ns, last_ns = window.begin - margin, window.end + margin
+    stamps = sorted(stamp for stamp in arrivals.values() if first_ns <= stamp <= last_ns)
     # a number may have been sent several ways
     missing = {number: window.ms(stamp) for number, stamp, _error in sent if number not in arrivals}
-    lost = [ms for ms in missing.values() if 0 <= ms <= window.ms(window.end)]
+    lost = [ms for ms in missing.values() if window.ms(first_ns) <= ms <= window.ms(last_ns)]
     last = first = None
     # a gap may have begun before the window, or go on after it
     every = sorted(arrivals.values())
@@ -318,7 +355,7 @@ def time_line(
     window: Window,
     notes: Mapping[str, Notes],
     captures: Mapping[str, Notes],
-    solicits: Notes,
+    solicits: Mapping[str, Notes],
     changes: Iterable[tuple[str, int, int]],
     ends: Mapping[str, Mapping[str, Notes]],
     link: Mapping[str, Mapping[str, Notes]],
@@ -329,7 +366,10 @@ def time_line(
     `notes`: of the agents; `captures`: IKE and CXTP; `solicits`: see `neighbours`; `changes`: see `Change`;
     `ends`: what the probe noted at `mn` and `srv`; `link`: the one outside of the tunnel, at `mn` and `nsg`.
     """
-    steps = tuple(sorted((*spans(notes, window), *neighbours(solicits, window)), key=lambda span: span.begin))
+    asked = neighbours(solicits.get("mn", ()), window) + neighbours(
+        solicits.get("core", ()), window, "router's "
+    )
+    steps = tuple(sorted((*spans(notes, window), *asked), key=lambda span: span.begin))
     arrows = tuple(
         sorted(
             (*between_gateways(notes, window), *on_the_air(captures, window)), key=lambda arrow: arrow.sent
@@ -367,7 +407,7 @@ class Tracing:
     def __init__(self, lab: Lab, scenario: str) -> None:
         self._lab = lab
         self._scenario = scenario
-        self._captures: dict[str, Capture] = {}
+        self._captures: dict[tuple[str, str], Capture] = {}
         self._held: dict[str, int] = {}
         self._started = self._asked = 0
         self._windows: list[Window] = []
@@ -381,16 +421,18 @@ class Tracing:
         """Begins where the lab is traced. Raises CharonError where a capture does not begin."""
         if not self._lab.traced:
             return
-        self._held = {interface: self._delay(interface) for interface in ("eth0", "eth1")}
-        self._captures = {host: Capture(self._lab, host, "eth0") for host in GATEWAYS}
-        self._captures["neighbours"] = Capture(self._lab, kind="neighbours")
+        links = {"mn": ("eth0", "eth1"), "core": LINKS["mn"]}
+        self._held = {name: self._delay(host, name) for host, names in links.items() for name in names}
+        self._captures = {(host, "messages"): Capture(self._lab, host, "eth0") for host in GATEWAYS}
+        for host, names in links.items():
+            self._captures[host, "neighbours"] = Capture(self._lab, host, ",".join(names), "neighbours")
         for capture in self._captures.values():
             capture.start()
         self._started = time.time_ns()
 
-    def _delay(self, interface: str) -> int:
-        """Nanoseconds for which the mobile node's interface holds a packet; 0 without netem."""
-        words = ["tc", "-n", self._lab.net.namespace("mn"), "-j", "qdisc", "show", "dev", interface, "root"]
+    def _delay(self, host: str, interface: str) -> int:
+        """Nanoseconds for which an interface holds a packet; 0 without netem."""
+        words = ["tc", "-n", self._lab.net.namespace(host), "-j", "qdisc", "show", "dev", interface, "root"]
         found = json.loads(run(words).stdout or "[]")
         delays = [float(one["options"]["delay"]["delay"]) for one in found if one["kind"] == "netem"]
         return round(sum(delays) * 1e9)
@@ -419,13 +461,19 @@ class Tracing:
         """
         if not self.running:
             return []
-        captures = self.end()
-        solicits = as_handed_over(captures.pop("neighbours"), self._held)
+        found = self.end()
+        captures = {host: found[host, "messages"] for host in GATEWAYS}
         captures["mn"] = as_handed_over(at_mobile, self._held)
+        solicits = {host: as_handed_over(found[host, "neighbours"], self._held) for host in ("mn", "core")}
         notes = {host: self._notes(host) for host in HOSTS}
         ends, link = self._probed("mn", "srv"), self._probed("link", "nsg")
-        everything = Window(f"{self._scenario}: all of the traffic", self._started, time.time_ns())
-        windows, self._windows = self._windows or [everything], []
+        now = time.time_ns()
+        windows = self._windows or [Window(f"{self._scenario}: all of the traffic", self._started, now)]
+        self._windows = []
+        limits = [*(window.begin for window in windows[1:]), now]
+        windows = [
+            with_sequel(window, limit, notes, captures) for window, limit in zip(windows, limits, strict=True)
+        ]
         return [
             time_line(window, notes, captures, solicits, self._changes, ends, link, interval_ms).as_json()
             for window in windows
@@ -435,20 +483,20 @@ class Tracing:
         """What a probe noted at both ends since `start`; nothing where there was none."""
         paths = {host: self._lab.work / host / f"probe-{name}.json" for host in ("mn", far)}
         found = {host: json.loads(path.read_text()) for host, path in paths.items() if path.exists()}
-        began = min((one["sent"][0][1] for one in found.values() if one["sent"]), default=0)
+        began = min((one["sent"][0][1] for one in found.values() if one["sent"]), default=self._started)
         return found if len(found) == 2 and began >= self._started else {}
 
-    def end(self) -> dict[str, Notes]:
+    def end(self) -> dict[tuple[str, str], Notes]:
         """Ends all captures; what they noted. Raises what one of them raised, when all have ended."""
-        found: dict[str, Notes] = {}
+        found: dict[tuple[str, str], Notes] = {}
 
-        def stop(host: str, capture: Capture) -> None:
-            found[host] = capture.stop()
+        def stop(what: tuple[str, str], capture: Capture) -> None:
+            found[what] = capture.stop()
 
         captures, self._captures = self._captures, {}
         with contextlib.ExitStack() as stack:
-            for host, capture in captures.items():
-                stack.callback(stop, host, capture)
+            for what, capture in captures.items():
+                stack.callback(stop, what, capture)
         return found
 
     def _notes(self, host: str) -> Notes:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ikectx_cli import lab_capture
+from ikectx.errors import CharonError
+from ikectx_cli import lab_capture, lab_trace
+from ikectx_cli.lab_hosts import TRACE
 from ikectx_cli.lab_net import OUTER
 from ikectx_cli.lab_trace import (
     CXTP,
@@ -19,6 +24,7 @@ from ikectx_cli.lab_trace import (
     Flow,
     Span,
     TimeLine,
+    Tracing,
     Window,
     as_handed_over,
     between_gateways,
@@ -27,6 +33,7 @@ from ikectx_cli.lab_trace import (
     on_the_air,
     spans,
     time_line,
+    with_sequel,
 )
 
 START = 1_790_000_000_000_000_000
@@ -134,6 +141,15 @@ def test_what_arrives_is_the_last_copy_that_was_sent_before() -> None:
     assert found[0].message == "INFORMATIONAL 2 request" and found[0].over == IKE
 
 
+def test_copies_that_all_arrive_do_so_in_their_order() -> None:
+    """charon answers a request that came twice in a shorter time than an answer takes."""
+    captures = {
+        "nsg": [packet(ms, 11, sent=True, far="10.1.0.10") for ms in (50, 58)],
+        "mn": [packet(ms, 11, sent=False, far=OUTER["nsg"][4]) for ms in (70, 78)],
+    }
+    assert [(one.sent, one.received) for one in on_the_air(captures, WINDOW)] == [(50, 70), (58, 78)]
+
+
 def test_what_is_lost_goes_to_whoever_has_the_address() -> None:
     far = [OUTER["psg"][6], "10.2.2.3", "10.3.0.2", "192.0.2.9"]
     captures = {"mn": [packet(n, n, sent=True, far=address) for n, address in enumerate(far)]}
@@ -168,6 +184,28 @@ def test_the_wait_for_a_link_address_is_a_part() -> None:
     )
 
 
+def test_the_routers_wait_for_the_nodes_address_is_told_apart() -> None:
+    notes = [
+        {"time": at(5), "neighbour": "fd05::10", "asks": True, "sent": True, "interface": "to-mn-new"},
+        {"time": at(45), "neighbour": "fd05::10", "asks": False, "sent": False, "interface": "to-mn-new"},
+    ]
+    nothing = {"mn": {"sent": [], "received": []}, "srv": {"sent": [], "received": []}}
+    line = time_line(WINDOW, {}, {}, {"core": notes}, [], nothing, {}, 5.0)
+    assert line.spans == (Span("mn", "router's neighbour discovery", "part", 5, 45),)
+
+
+def test_what_follows_closely_belongs_to_a_handover() -> None:
+    notes = {
+        "mn": [step("readdress", 90, 130), step("loud", 135, 140), step("quiet", 400, 410)],
+        "nsg": [{**step("vici", 150, 151), "kind": "call"}, cxtp("sent", "Ctdr", "psg", 180)],
+    }
+    captures = {"mn": [packet(270, 1, sent=True, far="")]}
+    assert with_sequel(WINDOW, at(1000), notes, captures).end == at(270)
+    assert with_sequel(WINDOW, at(1000), notes, {}).end == at(180)
+    assert with_sequel(WINDOW, at(137), notes, {}).end == at(137)
+    assert with_sequel(WINDOW, at(1000), {}, {}) == WINDOW
+
+
 def probe(lost: set[int], count: int = 40, delay: float = 20) -> tuple[list[list[int]], list[list[int]]]:
     """A probe every 5 ms from -50 ms on."""
     sent = [[number, at(-50 + 5 * number), 0] for number in range(count)]
@@ -178,7 +216,8 @@ def test_the_gap_is_between_the_arrivals_before_and_after_it() -> None:
     found = flow(*probe(set(range(12, 20))), WINDOW, 5.0)
     assert (found.last, found.first, found.gap) == (25, 70, 45)
     assert found.lost == (10, 15, 20, 25, 30, 35, 40, 45)
-    assert found.arrived[:3] == (0, 5, 10) and found.arrived[-1] == 100
+    # with a twentieth of the window around it
+    assert found.arrived[:3] == (-5, 0, 5) and found.arrived[-1] == 105
 
 
 def test_no_gap_is_none() -> None:
@@ -198,7 +237,7 @@ def whole() -> TimeLine:
     captures = {"mn": [packet(4, 1, sent=True, far=OUTER["nsg"][4])], "nsg": [], "psg": []}
     dark = probe(set(range(12, 16)))
     link = {"mn": {"sent": dark[0], "received": up[1]}, "nsg": {"sent": up[0], "received": dark[1]}}
-    return time_line(WINDOW, notes, captures, [], [("relocate", at(1), at(2))], ends, link, 5.0)
+    return time_line(WINDOW, notes, captures, {}, [("relocate", at(1), at(2))], ends, link, 5.0)
 
 
 def test_a_time_line_ends_with_what_is_last() -> None:
@@ -211,7 +250,7 @@ def test_a_time_line_ends_with_what_is_last() -> None:
 
 def test_where_the_link_was_not_measured_nothing_is_said_of_it() -> None:
     ends = {"mn": {"sent": [], "received": []}, "srv": {"sent": [], "received": []}}
-    line = time_line(WINDOW, {}, {}, [], [], ends, {}, 5.0)
+    line = time_line(WINDOW, {}, {}, {}, [], ends, {}, 5.0)
     assert (line.link_up, line.link_down) == (None, None)
     assert "link_up" not in line.as_json()
 
@@ -225,6 +264,125 @@ def test_json_and_back() -> None:
     line = whole()
     assert TimeLine.from_json(json.loads(json.dumps(line.as_json()))) == line
     assert TimeLine.from_json(TimeLine("x", 1, 0.0, up=Flow((1.0,))).as_json()).up == Flow((1.0,))
+
+
+# --- what a lab notes --------------------------------------------------------------------------------------
+
+
+class FakeLab:
+    """As much of a lab as `Tracing` asks for."""
+
+    def __init__(self, work: Path, *, traced: bool = True) -> None:
+        self.work = work
+        self.traced = traced
+        self.net = SimpleNamespace(namespace=lambda host: f"x-{host}")
+        for host in ("mn", "psg", "nsg", "srv"):
+            (work / host).mkdir()
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was started and stopped; the capture at nsg fails where "nsg dies" is in it."""
+    said: list[str] = []
+
+    class FakeCapture:
+        def __init__(self, _lab: object, host: str, _names: str, kind: str = "messages") -> None:
+            self.name = f"{kind} {host}"
+
+        def start(self) -> None:
+            said.append(f"start {self.name}")
+
+        def stop(self) -> list[Any]:
+            said.append(f"stop {self.name}")
+            if "nsg dies" in said and "nsg" in self.name:
+                raise CharonError("nsg: the capture died")
+            return []
+
+    qdisc = [{"kind": "netem", "options": {"delay": {"delay": 0.02}}}, {"kind": "noqueue", "options": {}}]
+    monkeypatch.setattr(lab_trace, "Capture", FakeCapture)
+    monkeypatch.setattr(lab_trace, "run", lambda words: SimpleNamespace(stdout=json.dumps(qdisc)))
+    return said
+
+
+def test_a_lab_that_is_not_traced_notes_nothing(tmp_path: Path, log: list[str]) -> None:
+    tracing = Tracing(FakeLab(tmp_path, traced=False), "handover")  # type: ignore[arg-type]
+    tracing.start()
+    tracing.asked()
+    tracing.over("transfer psg nsg")
+    with tracing.change("mn moves"):
+        pass
+    assert tracing.stop([], 5.0) == [] and log == [] and not tracing.running
+
+
+def written(lab: FakeLab) -> None:
+    """A probe that has sent nothing, and one step of psg's agent with half a line after it."""
+    for host in ("mn", "srv"):
+        (lab.work / host / "probe-mn.json").write_text(json.dumps({"sent": [], "received": []}))
+    now = time.time_ns()
+    line = {"step": "freeze", "kind": "step", "begin": now, "end": now + 1_000_000, "of": ""}
+    (lab.work / "psg" / TRACE).write_text(json.dumps(line) + '\n{"step": "rel')
+
+
+def test_each_handover_has_a_time_line_of_its_own(tmp_path: Path, log: list[str]) -> None:
+    lab = FakeLab(tmp_path)
+    tracing = Tracing(lab, "move-ten-times")  # type: ignore[arg-type]
+    tracing.start()
+    tracing.over("ping")
+    tracing.asked()
+    tracing.over("move psg nsg")
+    tracing.asked()
+    written(lab)
+    tracing.over("move nsg psg")
+    one, two = tracing.stop([], 5.0)
+    assert (one["name"], two["name"]) == ("move-ten-times: move psg nsg", "move-ten-times: move nsg psg")
+    assert [span["step"] for span in two["spans"]] == ["freeze"] and one["spans"] == []
+    assert sorted(line.removeprefix("start ") for line in log[:4]) == sorted(
+        line.removeprefix("stop ") for line in log[4:]
+    )
+    assert tracing.stop([], 5.0) == []
+
+
+def test_without_a_handover_the_time_line_is_of_all_the_traffic(tmp_path: Path, log: list[str]) -> None:
+    lab = FakeLab(tmp_path)
+    tracing = Tracing(lab, "silent-mn")  # type: ignore[arg-type]
+    tracing.start()
+    written(lab)
+    with tracing.change("mn moves"):
+        pass
+    (line,) = tracing.stop([], 5.0)
+    assert line["name"] == "silent-mn: all of the traffic"
+    assert [span["step"] for span in line["spans"]] == ["freeze"]
+    assert [change["what"] for change in line["changes"]] == ["mn moves"]
+
+
+def test_a_capture_that_fails_leaves_none_running(tmp_path: Path, log: list[str]) -> None:
+    lab = FakeLab(tmp_path)
+    tracing = Tracing(lab, "handover")  # type: ignore[arg-type]
+    tracing.start()
+    written(lab)
+    log.append("nsg dies")
+    with pytest.raises(CharonError, match="the capture died"):
+        tracing.stop([], 5.0)
+    assert sum(line.startswith("stop") for line in log) == 4 and not tracing.running
+
+
+def test_the_link_was_measured_only_if_that_was_in_this_run(tmp_path: Path, log: list[str]) -> None:
+    lab = FakeLab(tmp_path)
+    tracing = Tracing(lab, "handover")  # type: ignore[arg-type]
+
+    def link(stamp: int) -> None:
+        for host in ("mn", "nsg"):
+            sent = [[number, stamp + number * 1000, 0] for number in range(3)]
+            (lab.work / host / "probe-link.json").write_text(json.dumps({"sent": sent, "received": []}))
+
+    link(time.time_ns())
+    for measured in (False, True):
+        tracing.start()
+        written(lab)
+        if measured:
+            link(time.time_ns())
+        (line,) = tracing.stop([], 5.0)
+        assert ("link_up" in line) == measured
 
 
 # --- the capture's part ------------------------------------------------------------------------------------
