@@ -177,10 +177,9 @@ def inside(job: Job, marks: Marks) -> str:
     python = {str(CHECKOUT), sys.prefix, sys.base_prefix}
     folders = sorted(path for path in python if not f"{path}/".startswith("/usr/"))
     lines.append(f"mkdir /run/cached && mount -t 9p -o {_CACHED_OPTIONS} {CACHED} /run/cached && {{")
-    lines += [
-        f"  mount --bind {shlex.quote(f'/run/cached{path}')} {shlex.quote(path)}"
-        for path in ["/usr", *folders]
-    ]
+    for path in ["/usr", *folders]:
+        there = shlex.quote(path)  # below /tmp the guest does not have it
+        lines.append(f"  mkdir -p {there}; mount --bind {shlex.quote(f'/run/cached{path}')} {there}")
     lines += ["}", f"cd {shlex.quote(str(job.folder))}", f"modprobe -a -q {' '.join(MODULES)}"]
     lines.append("[ -e /dev/net/tun ] || { mkdir -p /dev/net; mknod /dev/net/tun c 10 200; }")
     return "\n".join([*lines, *marks.around(shlex.join(job.argv))]) + "\n"

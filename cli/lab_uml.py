@@ -14,6 +14,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,9 @@ VARIABLES = {"real": "IKECTX_UML", "virtual": "IKECTX_UML_VIRTUAL"}
 """By clock: the environment variable that names a kernel."""
 
 FOLDER = CHECKOUT / "tests" / "uml"
+EMPTY = ("run", "tmp", "dev/shm")
+"""Folders of a guest's root that are its own."""
+
 DIGEST_LETTERS = 16
 
 
@@ -85,7 +89,7 @@ def init(job: Job, marks: Marks) -> str:
     It builds the root file system, makes the way by which writes could reach this machine read-only, and runs
     the job there. It does not end: the guest is ended from outside.
     """
-    bound = [] if job.root == Path("/") else [_overlay("checkout", CHECKOUT, f"/mnt/root{CHECKOUT}")]
+    bound = [_overlay(str(n), path, f"/mnt/root{path}") for n, path in enumerate(_needed(job))]
     if job.shared is not None:
         there = shlex.quote(f"/mnt/root{job.shared}")
         bound.append(f"mkdir -p {there} && mount --bind {shlex.quote(str(job.shared))} {there}")
@@ -105,7 +109,7 @@ def init(job: Job, marks: Marks) -> str:
         "mount -t devtmpfs dev /mnt/root/dev",
         "mkdir -p /mnt/root/dev/pts /mnt/root/dev/shm /mnt/root/dev/net",
         "mount -t devpts pts /mnt/root/dev/pts",
-        "for name in run tmp dev/shm; do mount -t tmpfs -o mode=1777 $name /mnt/root/$name; done",
+        f"for name in {' '.join(EMPTY)}; do mount -t tmpfs -o mode=1777 $name /mnt/root/$name; done",
         "[ -e /mnt/root/dev/net/tun ] || mknod /mnt/root/dev/net/tun c 10 200",
         *bound,
         "mount -o remount,bind,ro /",
@@ -115,6 +119,15 @@ def init(job: Job, marks: Marks) -> str:
         "mkfifo /mnt/never && read -r nothing < /mnt/never",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _needed(job: Job) -> list[Path]:
+    """Folders here that a job needs and the guest's root would not show: the project, and what it runs on."""
+    if job.root != Path("/"):
+        return [CHECKOUT]
+    found = {CHECKOUT, Path(sys.prefix), Path(sys.base_prefix), job.folder}
+    hidden = {path for path in found if any(path.is_relative_to(f"/{name}") for name in EMPTY)}
+    return sorted(path for path in hidden if not hidden & set(path.parents))
 
 
 def _overlay(name: str, lower: Path, target: str) -> str:

@@ -146,10 +146,23 @@ def test_what_a_uml_guest_mounts() -> None:
     # from here on no path leads to this machine's files but by the share
     assert lines.index(share) < lines.index("mount -o remount,bind,ro /")
     assert f"echo '{marks.begin}'" in lines
-    assert "lower-checkout" not in script
+    assert script.count("-t overlay") == 1
     other = lab_uml.init(the_job(root=Path("/srv/trixie")), marks)
     assert "mount --bind /srv/trixie /mnt/lower-root" in other
     assert f"/mnt/root{lab_uml.CHECKOUT}" in other
+
+
+def test_a_checkout_below_tmp_is_in_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest has a /tmp of its own, which would hide it."""
+    monkeypatch.setattr(lab_uml, "CHECKOUT", Path("/tmp/me/ikectx"))
+    monkeypatch.setattr(lab_uml.sys, "prefix", "/tmp/me/ikectx/.venv")
+    monkeypatch.setattr(lab_uml.sys, "base_prefix", "/usr")
+    script = lab_uml.init(the_job(folder=Path("/run/elsewhere")), Marks()).splitlines()
+    (own,) = [number for number, line in enumerate(script) if line.startswith("for name in run tmp")]
+    overlays = [line for line in script[own:] if "-t overlay" in line]
+    assert len(overlays) == 2
+    assert "/run/elsewhere /mnt/lower-0" in overlays[0]
+    assert "/tmp/me/ikectx /mnt/lower-1" in overlays[1]
 
 
 # -- QEMU ---------------------------------------------------------------------------------------
