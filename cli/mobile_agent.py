@@ -27,6 +27,7 @@ from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__, service
 from .mobile_config import MobileFile
+from .mobile_farewell import Farewells
 from .mobile_handover import Handovers
 from .mobile_report import Report
 from .mobile_spis import SpiWatch
@@ -82,12 +83,20 @@ class MobileAgent:
         )
         self._addresses = OuterAddresses()
         self._mobile = CharonMobile(self._host)
-        self.handovers = Handovers(config, _Outside(self._host, self._addresses), self._mobile, store)
+        self._farewells = Farewells(self._mobile)
+        self.handovers = Handovers(
+            config,
+            _Outside(self._host, self._addresses),
+            self._mobile,
+            store,
+            farewells=self._farewells,
+        )
         self._spis = SpiWatch(
             self._host,
             self._mobile,
             store,
             self.handovers.lock,
+            self._farewells,
             allowed=config.mobile.update_spi,
         )
         self.handovers.fill = self._spis.fill
@@ -156,6 +165,7 @@ class MobileAgent:
         for work in list(self._work):
             work.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
+        await self._farewells.close()
         self._addresses.close()
         await self._host.close()
 

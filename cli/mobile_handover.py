@@ -18,9 +18,8 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Protocol
@@ -44,10 +43,12 @@ from vici_bridge.charon import SaView
 from vici_bridge.mobile import CharonMobile
 
 from .mobile_config import GatewayEntry, MobileFile
+from .mobile_farewell import Farewells
 from .mobile_names import renames_of
 from .mobile_notes import Notes
 from .mobile_place import Place
 from .mobile_report import Report
+from .mobile_run import Progress, Run
 from .mobile_search import Search
 
 log = logging.getLogger("ikectx")
@@ -55,7 +56,6 @@ log = logging.getLogger("ikectx")
 LOOKING = 0.5
 """Seconds in which charon may finish an exchange, before a handover goes on beside it (or gives up)."""
 
-Progress = Callable[[Mapping[str, Any]], None]
 Runner = Callable[..., Awaitable[Outcome]]
 """`ikectx.mnlink.run_handover`, or a stand-in."""
 Answering = Callable[
@@ -80,44 +80,6 @@ class Outside(Protocol):
     def nudge(self, remote: Address) -> None: ...
 
 
-@dataclass(slots=True)
-class _Run:
-    """One handover under way."""
-
-    sa: SaName
-    psg: GatewayEntry
-    nsg: GatewayEntry
-    context: IkeContext
-    report: Report
-    machine: Handover
-    tell: Progress
-    held: bool = False
-    """The SA is passive by us."""
-    moved: asyncio.Future[Address] | None = None
-    """Predictive: the new local address, where somebody has said that the node is at its new place."""
-    named: bool = False
-    """Somebody has named that address: no other one will do."""
-    prepared: asyncio.Future[None] | None = None
-    until: float = 0.0
-    """When the announcement's time is over, by the loop's clock."""
-    task: asyncio.Task[Report] | None = None
-    since: float = field(default_factory=time.monotonic)
-    now: SaName = (b"", b"")
-    """What the SA is called at last: `sa`, unless its IKE SPIs were taken at nSG."""
-    by_ike: IkeContext | None = None
-    """The SA after nSG has moved it by IKE."""
-    asks: bool = False
-    """charon has asked pSG something that nobody answered, and is to ask nSG."""
-
-    def phase(self, name: str, detail: str = "") -> None:
-        """A step has ended."""
-        now = time.monotonic()
-        ms = (now - self.since) * 1000
-        self.report.phases[name] = self.report.phases.get(name, 0.0) + ms
-        self.since = now
-        self.tell({"phase": name, "ms": round(ms, 1), "to": self.nsg.name, "detail": detail})
-
-
 class Handovers:
     """Runs handovers, one at a time: all SAs of the node are passive while one of them moves."""
 
@@ -129,8 +91,10 @@ class Handovers:
         store: Store,
         run: Runner = run_handover,
         answering: Answering | None = None,
+        farewells: Farewells | None = None,
     ) -> None:
-        """`answering`: answers the new gateway's IKE requests while the SA is passive."""
+        """`answering`: answers the new gateway's IKE requests while the SA is passive. `farewells`: tells
+        gateways of an SA that is ended here while it is passive."""
         self._config = config
         self._outside = outside
         self._mobile = mobile
@@ -138,11 +102,12 @@ class Handovers:
         self.notes = Notes(store)
         self._run = run
         self.answering = answering
+        self._farewells = farewells
         self.fill: Fill | None = None
         self.lock = asyncio.Lock()
         """Held while an SA is passive, by a handover or for a moment by others."""
         self._moving = False
-        self._pending: _Run | None = None
+        self._pending: Run | None = None
         """A move that was announced."""
 
     # What may be asked.
@@ -245,7 +210,7 @@ class Handovers:
             with self._busy():
                 yield
 
-    async def _reactive(self, run: _Run) -> Report:
+    async def _reactive(self, run: Run) -> Report:
         """From the new place on."""
         async with self.lock:
             async with self._made_loud(run):
@@ -256,7 +221,7 @@ class Handovers:
 
     async def _begin(
         self, to: str, sa: SaName | None, mode: Mode, address: Address | None, tell: Progress
-    ) -> _Run | Report:
+    ) -> Run | Report:
         """What is to be done; a report where that is nothing."""
         config = self._config
         nsg = config.gateway(to)
@@ -303,7 +268,7 @@ class Handovers:
             hold=settings.predictive,
             expects=context.mid_responder,
         )
-        return _Run(view.spis, psg, nsg, context, report, machine, tell)
+        return Run(view.spis, psg, nsg, context, report, machine, tell, now=view.spis)
 
     async def _select(self, sa: SaName | None) -> SaView:
         """The SA that was named, or the only one. Errors: UnknownSaError."""
@@ -323,11 +288,11 @@ class Handovers:
             )
         return views[0]
 
-    async def _hold(self, run: _Run) -> None:
+    async def _hold(self, run: Run) -> None:
         """Passive, unless charon is looking for its gateway: then later."""
         try:
             await self._mobile.quiet(run.sa, patience=LOOKING)
-            run.held = True
+            run.held = run.was_held = True
         except BusyError:
             if not await self._mobile.only_addresses(run.sa):
                 raise
@@ -335,10 +300,10 @@ class Handovers:
         run.machine.expects = await self._mobile.next_request(run.sa)
         run.phase("held" if run.held else "looking")
 
-    def _note_asked(self, run: _Run) -> None:
+    def _note_asked(self, run: Run) -> None:
         self.notes.asked(run.sa, to=run.nsg.name, from_=run.psg.name, connection=run.report.connection)
 
-    async def _predictive(self, run: _Run) -> Report:
+    async def _predictive(self, run: Run) -> Report:
         """From the announcement to the report; the lock is held from the arrival on."""
         before = run.context
         old = before.local.address
@@ -357,15 +322,15 @@ class Handovers:
                     run.machine.nsg = await _router(run.nsg, address.version)
                     return Endpoint(address, before.local.port)
 
-                outcome = await self._run(run.machine, old, moves=moves(), progress=self._observer(run))
-                await self._end(run, outcome)
+                asking = self._run(run.machine, old, moves=moves(), progress=self._observer(run))
+                await self._end(run, await self._unless_ended(run, asking))
             report = self._finished(run)
             return await self._elsewhere(run, place) if report.another_address_may_do else report
         finally:
             if self._pending is run:
                 self._pending = None
 
-    async def _elsewhere(self, run: _Run, place: Place) -> Report:
+    async def _elsewhere(self, run: Run, place: Place) -> Report:
         """nSG has refused the SA at the address it was to have: ask anew from each further one there is.
 
         A token names one address and counts once, so that is another handover, with a sequence number of its
@@ -392,7 +357,7 @@ class Handovers:
                 break
         return report
 
-    async def _next_place(self, run: _Run, place: Place, until: float | None = None) -> Address | None:
+    async def _next_place(self, run: Run, place: Place, until: float | None = None) -> Address | None:
         """The address that the node is at, found or said; None: nobody knew one by `until`.
 
         Without `until` it is looked for only once something has changed: the announcement comes before that.
@@ -411,7 +376,7 @@ class Handovers:
         finally:
             looking.cancel()
 
-    async def _complete(self, run: _Run, address: Address | None) -> None:
+    async def _complete(self, run: Run, address: Address | None) -> None:
         """Somebody says that the node is at its new place. Errors: ConfigError, LinkError."""
         said, named = run.moved, self._search.named(run.nsg, address)
         assert said is not None
@@ -422,7 +387,7 @@ class Handovers:
             run.named = named is not None
             said.set_result(found)
 
-    def _observer(self, run: _Run) -> Callable[[MobileState, Event | None], None]:
+    def _observer(self, run: Run) -> Callable[[MobileState, Event | None], None]:
         def told(state: MobileState, event: Event | None) -> None:
             if isinstance(event, Prepared):
                 run.report.result, run.report.announced = "announced", True
@@ -437,14 +402,16 @@ class Handovers:
 
         return told
 
-    def _count(self, run: _Run) -> None:
+    def _count(self, run: Run) -> None:
         outcome, report = run.machine.outcome, run.report
         report.messages, report.octets = outcome.messages, outcome.octets
         report.retransmissions = outcome.retransmissions
 
-    async def _outcome(self, run: _Run) -> Outcome:
+    async def _outcome(self, run: Run) -> Outcome:
         """What nSG says, or what it does by IKE before it has said anything."""
-        asking = asyncio.ensure_future(self._run(run.machine, progress=self._observer(run)))
+        asking = asyncio.ensure_future(
+            self._unless_ended(run, self._run(run.machine, progress=self._observer(run)))
+        )
         care_of = run.machine.care_of
         if self.answering is None or not run.held or care_of is None:
             return await asking
@@ -460,7 +427,10 @@ class Handovers:
         finally:
             asking.cancel()
 
-    async def _end(self, run: _Run, outcome: Outcome) -> None:
+    async def _unless_ended(self, run: Run, asking: Awaitable[Outcome]) -> Outcome:
+        return await (asking if self._farewells is None else self._farewells.unless_ended(run, asking))
+
+    async def _end(self, run: Run, outcome: Outcome) -> None:
         """What the answer, or its absence, means for the SA."""
         report = run.report
         self._count(run)
@@ -494,7 +464,7 @@ class Handovers:
             if not run.held:
                 # under its old name nobody will answer what charon may be asking
                 await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
-                run.held = True
+                run.held = run.was_held = True
             if outcome.expected is not None and run.now == run.sa:  # under a new name both ends begin at 0
                 fill = self.fill and partial(self.fill, run.sa, care_of, remote)
                 run.asks = await self._mobile.renumber(run.sa, outcome.expected, fill)
@@ -502,12 +472,14 @@ class Handovers:
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, run.nsg.name)
             await self._mobile.redirect(run.sa, care_of, remote, peers)
+        except UnknownSaError as error:
+            log.warning("%s: it was ended here, it seems", error)
         except IkectxError as error:  # `loud` tries again, and has charon rekey what is left
             log.error("the SA's addresses: %s", error)
         run.phase("readdressed")
 
     @contextlib.asynccontextmanager
-    async def _made_loud(self, run: _Run) -> Any:
+    async def _made_loud(self, run: Run) -> Any:
         """Whatever becomes of the handover, the SA is active after it."""
         try:
             yield
@@ -521,16 +493,23 @@ class Handovers:
                     run.report.exit_code = error.exit_code
                     run.report.detail = f"{run.report.detail}; {error}".strip("; ")
                     run.report.hint = run.report.hint or error.hint
-            if run.asks and run.report.new is not None:
-                self._outside.nudge(run.report.new[1].address)
-            if run.report.result != "moved":
-                self._outside.nudge(run.context.remote.address)
-                if not run.machine.outcome.in_doubt and run.report.serves is not None:
-                    self.notes.answered(run.sa)
-            elif run.report.new is not None and not run.report.exit_code:
-                await self._see_moved(run, run.report.new[1])
+            if self._farewells is not None and await self._farewells.leave(run):
+                self.notes.answered(run.sa)
+            else:
+                await self._after(run)
 
-    async def _see_moved(self, run: _Run, remote: Endpoint) -> None:
+    async def _after(self, run: Run) -> None:
+        """The SA is active again: charon looks where its gateway is, and it is seen that it knows."""
+        if run.asks and run.report.new is not None:
+            self._outside.nudge(run.report.new[1].address)
+        if run.report.result != "moved":
+            self._outside.nudge(run.context.remote.address)
+            if not run.machine.outcome.in_doubt and run.report.serves is not None:
+                self.notes.answered(run.sa)
+        elif run.report.new is not None and not run.report.exit_code:
+            await self._see_moved(run, run.report.new[1])
+
+    async def _see_moved(self, run: Run, remote: Endpoint) -> None:
         """charon must know by now where its gateway is, or the next request goes to the old one."""
         try:
             if any(v.spis == run.now and v.remote == remote for v in await self._outside.views()):
@@ -541,7 +520,7 @@ class Handovers:
         run.report.exit_code, run.report.status = CharonError.exit_code, Status.CHARON
         run.report.detail, run.report.hint = trouble, "see charon's log; connect anew if nothing else helps"
 
-    def _finished(self, run: _Run) -> Report:
+    def _finished(self, run: Run) -> Report:
         report = run.report
         if report.serves is not None:
             self.notes.answered(run.sa)

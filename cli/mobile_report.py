@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ikectx.context import Address, Endpoint
-from ikectx.errors import IkectxError, LinkError, RefusedError
+from ikectx.errors import IkectxError, LinkError, RefusedError, UnknownSaError
 from ikectx.mobility import MobileState, Outcome
 from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.ports import SaName
@@ -82,6 +82,20 @@ class Report:
             )
         if outcome.in_doubt:
             self.hint += f". Ask again ({again}), or connect anew if nobody answers"
+
+    def ended(self, told: str) -> None:
+        """The SA was ended here in the middle of it. `told`: the gateway that has deleted it; empty: none."""
+        self.result, self.serves, self.new = "failed", None, None
+        self.exit_code, self.status = UnknownSaError.exit_code, Status.UNKNOWN_SA
+        self.detail = "the IKE_SA was ended here during the handover"
+        if told:
+            self.detail += f"; {told} has deleted it, too"
+            self.hint = "`swanctl --initiate` sets one up"
+        else:
+            self.detail += f"; neither {self.from_} nor {self.to} has answered a Delete so far"
+            self.hint = (
+                f"the Delete is repeated for half a minute; is it still listed at {self.to}, end it there"
+            )
 
     def unusable(self, error: IkectxError) -> None:
         """nSG serves the SA, under names that make no sense here: it is not touched, and in doubt."""

@@ -24,7 +24,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ikectx.context import Address, Endpoint, IkeContext
@@ -52,6 +52,7 @@ from vici_bridge.mobile import AGAIN, CharonMobile
 from vici_bridge.mute import MARK
 from vici_bridge.record import Change
 
+from .mobile_farewell import Farewells
 from .mobile_names import MobileNames
 
 log = logging.getLogger("ikectx")
@@ -125,7 +126,8 @@ class Mirror:
 class SpiWatch:
     """Hears what gateways ask for, for each of charon's SAs, from `start` to `close`.
 
-    `lock`: held while an SA is passive. `allowed` False: no SPI is ever changed.
+    `lock`: held while an SA is passive. `farewells`: tells gateways of one that is ended here meanwhile.
+    `allowed` False: no SPI is ever changed.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class SpiWatch:
         mobile: CharonMobile,
         store: Store,
         lock: asyncio.Lock,
+        farewells: Farewells | None = None,
         *,
         allowed: bool = True,
     ) -> None:
@@ -141,6 +144,7 @@ class SpiWatch:
         self._mobile = mobile
         self._store = store
         self._lock = lock
+        self._farewells = farewells
         self._allowed = allowed
         self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
         self._soon: asyncio.TimerHandle | None = None
@@ -261,6 +265,24 @@ class SpiWatch:
                 await self._say(sa, note)
             finally:
                 await self._mobile.loud(sa)
+                await self._leave(sa, event)
+
+    async def _leave(self, sa: SaName, event: Asked) -> None:
+        """Whoever ended the SA here while it was passive has ended it at its gateway, too."""
+        ike = {one.old: one.new for one in event.pairs if one.protocol is Protocol.IKE}
+        new = (ike.get(sa[0], sa[0]), ike.get(sa[1], sa[1]))
+        if self._farewells is None or sa not in self._ears or not await self._farewells.ended(sa, new):
+            return
+        context, local = self._mobile.recorded(sa), self._ears[sa][0]
+        # what was said about SPIs, or by charon before, the gateway may have had, or not
+        after = context.mid_initiator
+        under = [(context.current, tuple(range(max(0, after - 1), after + 2)))]
+        if new != sa:
+            under.append((replace(context.current, spi_i=new[0], spi_r=new[1]), (0,)))
+        gateways = {event.source, context.remote}
+        await self._farewells.say(
+            (sa, new), [(keys, local, to, ids) for to in gateways for keys, ids in under]
+        )
 
     async def _answered(self, sa: SaName, event: Asked, until: float) -> bool:
         """Has charon answered it, and gone to the address that it told?"""

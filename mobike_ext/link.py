@@ -21,6 +21,7 @@ from ikectx.ports import Clock, MoveReport
 from .answering import Asked, PeerSupports, SpiResponder
 from .asking import Machine, Silent
 from .exchange import AddressUpdate, PeerNatChanged, Refused
+from .farewell import Farewell
 from .naming import Renaming
 from .notify import Reason
 from .probe import MidProbe
@@ -131,6 +132,17 @@ async def run_mid_probe(machine: MidProbe, *, clock: Clock | None = None, mark: 
     """Message ID of our next request. Errors: as `run_address_update`."""
     await _run(machine, clock or MonotonicClock(), mark)
     return machine.next_id
+
+
+async def run_farewell(machine: Farewell, *, clock: Clock | None = None, mark: int = 0) -> bool:
+    """Whether the peer has answered the Delete. Errors: LinkError with UNREACHABLE."""
+    try:
+        await _run(machine, clock or MonotonicClock(), mark)
+    except LinkError as error:
+        if error.status is not Status.PEER_SILENT:
+            raise
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +303,7 @@ __all__ = [
     "UpdateReport",
     "keep_answering",
     "run_address_update",
+    "run_farewell",
     "run_rekey",
     "run_spi_update",
     "serve_updates",

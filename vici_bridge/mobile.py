@@ -109,6 +109,15 @@ class CharonMobile:
         """
         self.steps.hear(local.address, spis)
 
+    async def listed(self, *names: SaName) -> bool:
+        """Whether charon has an SA of one of these names. Errors: CharonError, WireError."""
+        return any([await self._host.view(name) is not None for name in names])
+
+    def forget(self, sa: SaName) -> None:
+        """charon has this SA no more, and has not said so: it was passive."""
+        self._host.record.forget(sa)
+        self._host.save()
+
     def recorded(self, sa: SaName) -> IkeContext:
         """What charon told of the SA: no counters, and addresses of then. Errors: UnknownSaError."""
         return self._host.record.context(sa)

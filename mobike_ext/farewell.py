@@ -1,0 +1,112 @@
+"""Deletes an IKE_SA at the peer in the place of a charon that has it no more, sans-IO.
+
+    MN -> gateway   INFORMATIONAL  D(IKE)      answered empty (RFC 7296, 1.4.1)
+
+charon destroys an SA that is PASSIVE without a word to the peer (strongSwan 5.9.8), whose own stays: a ghost
+that sends packets and holds the virtual IP. The agent that made it PASSIVE speaks in its place.
+
+charon may have had a request under way, and the gateway may have had that or not. Then the Delete goes out
+under both message IDs: a gateway ignores the one that is not the next.
+
+Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from ikectx.context import Endpoint, IkeGeneration
+from ikectx.errors import UsageError
+from ikectx.ikev2 import RetransmitPolicy
+from ikectx.numbers import Exchange, Protocol
+from ikectx.payloads import DeletePayload
+
+from .asking import Asking, Machine, Silent
+
+POLICY = RetransmitPolicy(0.5, 1.5, 9)
+"""37 s in all: a gateway that is just taking the SA, or taking it back, answers only when it has it."""
+
+
+class State(Enum):
+    """NEW: nothing sent. WAITING: for an answer. The rest are ends; SILENT: the peer may not have it."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    DELETED = "deleted"
+    SILENT = "silent"
+
+
+class Input(Enum):
+    """What happens. GIVE_UP: of the last request that waits."""
+
+    START = "start"
+    ANSWER = "answer"
+    GIVE_UP = "give up"
+
+
+TABLE: dict[tuple[State, Input], State] = {
+    (State.NEW, Input.START): State.WAITING,
+    (State.WAITING, Input.ANSWER): State.DELETED,
+    (State.WAITING, Input.GIVE_UP): State.SILENT,
+}
+"""What is not here changes nothing."""
+
+
+class Farewell(Machine[State, Input, Silent]):
+    """Deletes the IKE_SA of `generation` at `remote`.
+
+    message_ids: our next request may have one of these. iv: random, `keys.iv_length` octets for each of them.
+    local: where answers come to. Errors: UsageError.
+    """
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        message_ids: Sequence[int],
+        local: Endpoint,
+        remote: Endpoint,
+        *,
+        iv: bytes,
+        policy: RetransmitPolicy = POLICY,
+    ) -> None:
+        self._asks = [Asking(generation, number, local, remote, policy=policy) for number in message_ids]
+        if not self._asks:
+            raise UsageError("a Delete has a message ID")
+        super().__init__(self._asks[0], TABLE, State.NEW)
+        size = self._asks[0].iv_length
+        if len(iv) != size * len(self._asks):
+            raise UsageError(f"{size} octets for an IV are needed for each message ID")
+        delete = [DeletePayload(Protocol.IKE)]
+        self._requests = [
+            ask.seal(Exchange.INFORMATIONAL, delete, iv[size * n : size * (n + 1)])
+            for n, ask in enumerate(self._asks)
+        ]
+
+    @property
+    def sent(self) -> int:
+        """Datagrams sent so far."""
+        return sum(ask.requests + ask.retransmissions for ask in self._asks)
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        if self.state is State.NEW:
+            for ask, request in zip(self._asks, self._requests, strict=True):
+                ask.ask(Exchange.INFORMATIONAL, request)
+            self._enter(Input.START)
+        return [] if self.done else [one for ask in self._asks for one in ask.to_send(now)]
+
+    def next_timer(self) -> float | None:
+        timers = [ask.next_timer() for ask in self._asks]
+        return None if self.done else min((due for due in timers if due is not None), default=None)
+
+    def handle_timer(self, now: float) -> None:
+        for ask in self._asks:
+            ask.handle_timer(now)
+        if self.state is State.WAITING and not any(ask.waits for ask in self._asks):
+            self._enter(Input.GIVE_UP, Silent(self.sent))
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        del now
+        waiting = [] if self.done else [ask for ask in self._asks if ask.waits]
+        if any(ask.receive(datagram, source) is not None for ask in waiting):
+            self._enter(Input.ANSWER)
