@@ -304,7 +304,17 @@ def test_what_charon_says_while_no_agent_runs_is_not_lost(
             f"{asks} has asked",
             20.0,
         )
+        # charon would tell the next ID before the agent has looked at the kernel's notes: it says nothing new
+        repeated = world.log(asks).count("retransmit 1 of request")
+        world.block(asks, "psg" if asks == "mn" else "mn")
+        until(
+            lambda: world.log(asks).count("retransmit 1 of request") > repeated,
+            f"{asks} waits for an answer",
+            20.0,
+        )
     until(lambda: "was not heard of" in world.log("psg", "agent.out"), "the agent finds out")
+    world.unblock()
+    until(lambda: not tasks(world.one(asks)), f"{asks} has its answer")
     world.move("psg", "nsg")
     world.settle("nsg")
     world.talks("nsg")
