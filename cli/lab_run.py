@@ -1,4 +1,4 @@
-"""Runs a scenario on a lab: verbs, commands, checks; gives a `Report`."""
+"""Runs scenarios on a lab: verbs, commands, checks; gives one `Report` each."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ikectx.errors import CharonError, IkectxError
 from vici_bridge.vici import ControlClient, json_of
 
-from .lab_config import outer
-from .lab_hosts import Lab
-from .lab_measure import Reports, Snapshot, Traffic, air, dark, snapshot
+from .lab_config import Tunnel, outer
+from .lab_hosts import Lab, save_logs
+from .lab_measure import Capture, Clear, Probe, Reports, Snapshot, Traffic, air, snapshot
 from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .lab_qemu import emulated
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
 from .lab_trace import Tracing
-from .lab_traffic import Clear, Probe, Watch, link_paths
 from .lab_twin import FRESH_OCTETS, Names, lines, twin
-from .lab_usage import Used, clock_stands_still, cpu, spent_ms
 
 SETTLE = 30.0
 """Seconds in which a rekey, a move or a deletion must have come to its end at both ends."""
@@ -33,12 +32,7 @@ SETTLE = 30.0
 SET_UP = (34, 35)
 """IKE_SA_INIT and IKE_AUTH."""
 
-BASELINES = {"psk": "PSK", "cert": "certificates", "eap": "EAP-MSCHAPv2, gateway certificate"}
-"""How a mobile node that connects anew proves who it is (`Tunnel.auth`), and what that is called."""
-
-FINER = 2
-"""How many times as often as others the probe sends that measures the link alone: nothing else runs then."""
-
+BASELINES = {"psk": ("psk", "PSK"), "eap": ("eap", "EAP-MSCHAPv2, gateway certificate")}
 ROAMED = {4: "10.1.0.11", 6: "fd01::11"}
 
 Say = Callable[[str], None]
@@ -57,8 +51,8 @@ class Runner:
         self._say = say
         self._salt = os.urandom(16)
         self._serves: dict[str, str] = {}
-        self._watch: Watch | None = None
-        self._used: Used = {}
+        self._probes: dict[str, Probe] = {}
+        self._capture: Capture | None = None
         self._clear: Clear | None = None
         self._began_ns = 0
         self._before: tuple[Snapshot, Snapshot] | None = None
@@ -116,8 +110,10 @@ class Runner:
                 self._end_traffic()
             with lost:
                 self._tracing.end()
-        if self._watch is not None:
-            self._watch.abandon()
+        for one in (*self._probes.values(), self._capture):
+            if one is not None:
+                with lost:
+                    one.stop()
         with lost:
             self.report.add_clear(self._unwatch())
         if self._cut:
@@ -193,23 +189,30 @@ class Runner:
         self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns)
         self.report.others = {mobile: one.as_json(self._began_ns) for mobile, one in traffic.items()}
 
-    @property
-    def _interval_ms(self) -> float:
-        """Of the probe's datagrams on this machine."""
-        return (emulated() and self._scenario.slow_interval_ms) or self._scenario.interval_ms
-
     def _start_traffic(self) -> None:
-        self._watch = Watch(self._lab)
-        mobiles = [name for name in self._lab.tunnel.mobiles if name in self._serves]
-        self._watch.start(mobiles, self._interval_ms)
+        self._capture = Capture(self._lab)
+        for mobile in self._lab.tunnel.mobiles:
+            if mobile in self._serves:
+                interval = self._scenario.interval_ms
+                if emulated():
+                    interval = self._scenario.slow_interval_ms or interval
+                # whoever stays where it is needs no fine measure
+                interval = max(interval, 50.0) if mobile != "mn" else interval
+                self._probes[mobile] = Probe(self._lab, interval, mobile)
+                self._probes[mobile].launch()
+        self._capture.start()
+        for probe in self._probes.values():
+            probe.begin()
         self._began_ns = time.time_ns()
         time.sleep(0.5)
 
     def _stop_traffic(self) -> tuple[dict[str, Traffic], list[dict[str, Any]]]:
-        if self._watch is None:
+        if not self._probes or self._capture is None:
             raise StepError("traffic stop without traffic start")
-        watch, self._watch = self._watch, None
-        return watch.stop()
+        probes, capture = self._probes, self._capture
+        self._probes, self._capture = {}, None
+        traffic = {mobile: probe.stop() for mobile, probe in probes.items()}
+        return traffic, capture.stop()
 
     def _end_traffic(self) -> tuple[dict[str, Traffic], list[dict[str, Any]]]:
         """`_stop_traffic`, and the time lines of the handovers under that traffic."""
@@ -222,7 +225,8 @@ class Runner:
         if not self.report.transfers:
             self._began_ns = time.time_ns()
         self._note(source)
-        self._begin()
+        if not self.report.transfers:
+            self._began_ns = time.time_ns()
         done = self._lab.command(source, ["ikectx", "transfer", "--to", target, "--json", *options])
         try:
             answer = json.loads(done.stdout)
@@ -238,20 +242,7 @@ class Runner:
             raise StepError(f"transfer to {target}: exit {done.returncode}: {'; '.join(words)}")
         self._moved(reports, target)
 
-    def _begin(self) -> None:
-        """A transfer begins now."""
-        if not self.report.transfers:
-            self._began_ns = time.time_ns()
-        self._used = cpu(self._lab)
-
-    def _end(self) -> None:
-        """It has ended at all hosts that have told so; what an agent does until the next call counts then."""
-        now = cpu(self._lab)
-        self.report.add_cpu(spent_ms(self._used, now, clock_stands_still=clock_stands_still()))
-        self._used = now
-
     def _moved(self, reports: Sequence[dict[str, Any]], target: str) -> None:
-        self._end()
         self.report.add_transfer(reports)
         self._serves["mn"] = target
         if self._lab.tunnel.libipsec and not self._lab.tunnel.shared:
@@ -264,7 +255,8 @@ class Runner:
         source, target = self._host(source), self._host(target)
         self._note(source)
         query = {"to": target, "address": "keep" if "keep" in options else "update"}
-        self._begin()
+        if not self.report.transfers:
+            self._began_ns = time.time_ns()
         with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=300.0) as agent:
             answer = json_of(agent.stream("transfer", "transfer-progress", query))
         self._moved(self._good(answer, f"move to {target}"), target)
@@ -300,7 +292,6 @@ class Runner:
             if mode == "reactive":
                 self._ask_mobile("arrive", target)
         self._until(self._mobile_told, "mn's agent tells of no handover that ended")
-        self._end()
 
     def _mobile_told(self) -> bool:
         """Takes what the mobile node's agent tells of its last handover, once that is the one under way."""
@@ -330,7 +321,8 @@ class Runner:
         reports.start()
         try:
             self._note(source)
-            self._begin()
+            if not self.report.transfers:
+                self._began_ns = time.time_ns()
             yield given
             addresses = outer(target, self._lab.tunnel)
             self._until(
@@ -450,30 +442,6 @@ class Runner:
             self._arriving.append(arriving)
         self._away = not self._away
 
-    def _do_dark(self) -> None:
-        """Measures the change of the access network alone, without a tunnel, by a probe in clear.
-
-        It has a relocation of its own, because its datagrams make the new link's neighbours known: beside a
-        handover they would do a part of its work.
-        """
-        if any(self._sas(host, "mn") for host in ("mn", self._owner)):
-            self._do_terminate()
-        if self._away:
-            self._do_relocate()
-        self._lab.net.unplug()
-        probe = Probe(self._lab, link_paths(self._lab), "link", self._interval_ms / FINER)
-        with self._lab.net.mute_router():
-            probe.launch()
-            probe.begin()
-            time.sleep(0.5)
-            self._do_relocate()
-            time.sleep(1.5)
-            self.report.dark_ms = dark(probe.stop())
-        if self.report.dark_ms is None:
-            raise StepError(
-                "dark: between mn's new address and nsg nothing comes through, outside of the tunnel"
-            )
-
     def _do_cut(self, one: str, other: str) -> None:
         self._lab.net.cut(one, other)
         self._cut = True
@@ -522,6 +490,7 @@ class Runner:
         With `relocate` it has changed its access network, psg cannot be reached from there, and it forgets
         the old tunnel without a word.
         """
+        auth, title = BASELINES[kind]
         lab = self._lab
         if any(self._sas(host, "mn") for host in ("mn", self._owner)):
             self._do_terminate()
@@ -530,7 +499,7 @@ class Runner:
             lab.net.mend()
         self.report.add_clear(self._unwatch())
         lab.reload(
-            replace(lab.tunnel, auth=kind, initiator="mn", inside="announce"), self._scenario.overrides
+            replace(lab.tunnel, auth=auth, initiator="mn", inside="announce"), self._scenario.overrides
         )
         self._do_connect("psg")
         self._do_ping()
@@ -552,9 +521,7 @@ class Runner:
         self._serves["mn"] = "nsg"
         # what an agent tells its new gateway afterwards is no part of the way of today
         there = air([note for note in notes if not where or note.get("exchange") in SET_UP], began)
-        self.report.add_baseline(
-            kind, BASELINES[kind], traffic["mn"], there, done_ms, left, relocated=bool(where)
-        )
+        self.report.add_baseline(kind, title, traffic["mn"], there, done_ms, left, relocated=bool(where))
         self._do_terminate()
         if where:
             lab.net.mend()
@@ -572,3 +539,96 @@ class Runner:
             if time.monotonic() > limit:
                 raise StepError(f"{otherwise} after {SETTLE:.0f} s")
             time.sleep(0.1)
+
+
+def run_here(
+    scenarios: Iterable[Scenario],
+    *,
+    libipsec: bool,
+    say: Say,
+    done: Callable[[Report], None],
+    logs: Callable[[], Path] | None = None,
+    delay_ms: float | None = None,
+    traced: bool = False,
+) -> None:
+    """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
+
+    `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
+    the folder for what the daemons of the one under way have said. `traced`: with a time line of each
+    handover.
+    """
+    lab: Lab | None = None
+    clean = disturbed = False
+    try:
+        for scenario in scenarios:
+            started = time.monotonic()
+
+            def tell(words: str, name: str = scenario.name, started: float = started) -> None:
+                say(f"[{name} {time.monotonic() - started:5.1f} s] {words}")
+
+            wanted = scenario.delay_ms if delay_ms is None else delay_ms
+            tunnel = replace(scenario.tunnel, libipsec=libipsec)
+            if libipsec and scenario.kernel_only:
+                done(Report.skipped(scenario, "needs kernel ESP"))
+                continue
+            if lab is not None and lab.net.delay_ms != wanted:
+                lab.down()
+                lab = None
+            tell("daemons" if lab else "network and daemons")
+            try:
+                new = partial(Lab.new, delay_ms=wanted, traced=traced)
+                lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
+            except IkectxError as error:
+                done(Report.failed(scenario, str(error)))
+                if lab is not None:
+                    lab.down()
+                    lab = None
+                continue
+            report = Runner(lab, scenario, tell).run()
+            report.warnings += lab.warnings
+            clean = report.ok
+            disturbed = scenario.disturbs_network or not report.ok
+            tell("ok" if report.ok else f"FAILED: {report.why()}")
+            if logs is not None:
+                save_logs(lab, logs())
+            done(report)
+    finally:
+        if lab is not None:
+            lab.down()
+
+
+def _prepared(
+    lab: Lab | None,
+    new: Callable[[], Lab],
+    scenario: Scenario,
+    tunnel: Tunnel,
+    *,
+    clean: bool,
+    disturbed: bool,
+    say: Say,
+) -> Lab:
+    """A lab with this scenario's configuration: a new one, or the last one.
+
+    Its daemons go on where the last scenario left them `clean` and this one does not ask for fresh ones.
+    """
+    if lab is None:
+        lab = new()
+        try:
+            lab.up(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+        except BaseException:
+            lab.down()
+            raise
+        return lab
+    if disturbed:
+        lab.restore()
+    if clean and lab.agents == scenario.agents and not scenario.fresh:
+        if not (stays := lab.clear()):
+            lab.empty_logs()
+            lab.reload(tunnel, scenario.overrides)
+            return lab
+        say(f"daemons anew: {stays}")
+    lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+    return lab
+
+
+__all__ = ["CharonError", "Runner", "StepError", "run_here"]

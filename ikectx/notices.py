@@ -162,7 +162,8 @@ class Notices:
 
 
 def _words(news: Whereabouts) -> str:
-    return {What.HERE: "it is there", What.MOVED: f"it moved to {news.to}", What.ENDED: "it ended"}[news.what]
+    words = {What.HERE: "it is there", What.MOVED: f"it moved to {news.to}", What.ENDED: "it ended"}
+    return words.get(news.what, "it was ended there while it left")
 
 
 def _key(peer: str, news: Whereabouts) -> str:

@@ -1,9 +1,10 @@
-"""Where an SA is that was handed on: what the gateway that took it tells the one that gave it.
+"""Where an SA is that was handed on: what the gateway that took it tells the one that gave it, and the one
+thing that this one tells: that somebody ended it there while it left.
 
 A CTD whose MN address is 0.0.0.0, since it is about no transfer, with one block WHEREABOUTS and nothing
 else, which holds for each SA
 
-    what u8 (1 here, 2 moved, 3 ended) | octets of the name u8 | SPIi 8 | SPIr 8 | epoch u64 | name
+    what u8 (1 here, 2 moved, 3 ended, 4 end it) | octets of the name u8 | SPIi 8 | SPIr 8 | epoch u64 | name
 
 A zero octet, or the end, ends the list: blocks are padded with zeros (RFC 4067, 2.4). The SPIs are those
 that the SA had when it was handed on, and the epoch is the first of the gateway that took it: together they
@@ -37,6 +38,8 @@ class What(OpenEnum):
     """Another gateway has it."""
     ENDED = 3
     """Nobody has it any more."""
+    END = 4
+    """The gateway that gave it says so: it was ended there while it left. Whoever has it is to end it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def parse_notice(message: Ctd) -> tuple[Whereabouts, ...]:
             size = reader.u8("octets of the name")
             sa = (reader.octets(8, "SPIi"), reader.octets(8, "SPIr"))
             epoch, name = reader.u64("epoch"), reader.octets(size, "name")
-            if what not in (What.HERE, What.MOVED, What.ENDED):
+            if what not in (What.HERE, What.MOVED, What.ENDED, What.END):
                 continue
             try:
                 found.append(Whereabouts(sa, epoch, what, name.decode()))

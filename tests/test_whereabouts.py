@@ -17,6 +17,7 @@ from ikectx.whereabouts import What, Whereabouts, is_notice, notice, parse_notic
 SA = (bytes(range(8)), bytes(range(8, 16)))
 MOVED = Whereabouts(SA, 3, What.MOVED, "nsg")
 ENDED = Whereabouts(SA, 1 << 40, What.ENDED)
+END = Whereabouts(SA, 7, What.END)
 VECTOR = bytes.fromhex(
     # version 1, CTD; V and A; length; elapsed; MN address
     "13 c0 004c 00000000 00000000"
@@ -90,7 +91,7 @@ def test_what_does_not_parse(data: bytes) -> None:
 
 def test_what_a_later_version_says_of_an_sa_is_left_out() -> None:
     later = b"\x09\x02" + MOVED.serialize()[2:-3] + b"xy"
-    assert parse_notice(block(later + ENDED.serialize())) == (ENDED,)
+    assert parse_notice(block(later + ENDED.serialize() + END.serialize())) == (ENDED, END)
 
 
 def test_a_transfers_ctd_is_no_notice() -> None:

@@ -24,18 +24,29 @@ _NEWS = {What.HERE: News.HERE, What.MOVED: News.MOVED, What.ENDED: News.ENDS}
 
 
 class Follow:
-    """For one gateway. `importing`: is that SA being taken in just now?"""
+    """For one gateway. `importing`: is that SA being taken in just now? `end`: has charon delete one."""
 
     def __init__(
-        self, away: Away, origins: Origins, record: Record, importing: Callable[[SaName], bool]
+        self,
+        away: Away,
+        origins: Origins,
+        record: Record,
+        importing: Callable[[SaName], bool],
+        end: Callable[[SaName], None] = lambda sa: None,
     ) -> None:
         self._away = away
         self._origins = origins
         self._record = record
         self._importing = importing
+        self._end = end
 
     def hear(self, peer: str, news: Whereabouts) -> None:
         """The peer says where an SA is that was given to it. Errors: KernelError, StoreError."""
+        if news.what == What.END:
+            name = self._origins.ended_by(peer, news.sa, news.epoch)
+            if name is not None:
+                self._end(name)
+            return
         kind = _NEWS[news.what]
         departure = self._away.hear(peer, news.sa, news.epoch, kind, news.to)
         if departure is not None:

@@ -30,6 +30,7 @@ from ikectx.ports import MoveReport, SaName, Store
 from . import ha
 from .away import Away
 from .chain import undo_messages
+from .changes import ADDRESSES, LINKS, Changes
 from .charon import SaView
 from .deadlines import Deadlines
 from .doubts import Doubts
@@ -42,7 +43,6 @@ from .names import SPI_MAX, SPI_MIN
 from .obstacles import check_context, check_kind, check_told
 from .origins import Origins
 from .record import Change, Deleted, MidChanged, Record
-from .route_events import RouteEvents
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -70,6 +70,8 @@ DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA it was told to drop."""
+END_PATIENCE = 30_000
+"""Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
 SAVE_AGAIN = 2.0
 """Seconds until a record that could not be stored is stored again."""
 
@@ -118,9 +120,8 @@ class CharonHost:
         self.detour = Detour()
         self.away = Away(store, self.kernel, self.detour, config.forward_via)
         self.origins = Origins(store)
-        self._routes: RouteEvents | None = None
         self.record = Record()
-        self.follow = Follow(self.away, self.origins, self.record, self.importing)
+        self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
         self.import_lock = asyncio.Lock()
@@ -136,6 +137,7 @@ class CharonHost:
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
         self.charon_up = False
+        self._changes: Changes | None = None
 
     async def open(self) -> None:
         """Bind the HA address (before charon starts), load the record, listen.
@@ -146,7 +148,7 @@ class CharonHost:
         self.away.load()
         self.origins.load()
         if not self.config.mobile_node:
-            self._routes = RouteEvents(self.detour.port, self.away.look_again)
+            self._changes = Changes(LINKS | ADDRESSES, self.away.look_again)
         await self._ha.open()
         try:
             if not self.config.mobile_node:
@@ -170,8 +172,8 @@ class CharonHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
-        if self._routes is not None:
-            self._routes.close()
+        if self._changes is not None:
+            self._changes.close()
         self.save()
         if self._saving is not None:
             self._saving.cancel()
@@ -443,6 +445,21 @@ class CharonHost:
             await asyncio.sleep(0.01)
         self.record.forget(context.spis)
         self.save_soon()
+
+    def end(self, sa: SaName) -> None:
+        """Have charon delete an SA that it serves, and tell the mobile node. Raises nothing."""
+        self.spawn(self._end(sa))
+
+    async def _end(self, sa: SaName) -> None:
+        try:
+            view = await self.view(sa)
+            if view is not None:
+                log.warning(
+                    "%s: ended at the gateway that gave its SA, while that left: deleted here", view.name
+                )
+                await asyncio.to_thread(self.vici.terminate, ike_id=view.unique_id, timeout_ms=END_PATIENCE)
+        except (CharonError, WireError) as error:
+            log.error("an SA that was ended at the gateway that gave it is not deleted here: %s", error)
 
     def late_packets(self, context: IkeContext, children: Sequence[ChildContext]) -> Callable[[], bool]:
         """What puts inbound SAs back as soon as charon has taken them out, and then says True.

@@ -165,6 +165,15 @@ class Origins:
         for row in self._now(sa, Place.HERE):
             self._tell(row, What.HERE)
 
+    def end(self, departure: Departure) -> None:
+        """Somebody ended it here while it left: whoever has it now is to end it. Errors: StoreError."""
+        self.tell(departure.peer, Whereabouts(departure.sa, departure.epoch, What.END))
+
+    def ended_by(self, peer: str, sa: SaName, epoch: int) -> SaName | None:
+        """The peer that gave it has had it ended. What it is called here; None: it is not here."""
+        found = [row for row in self._of(sa, Place.HERE) if (row.peer, row.epoch) == (peer, epoch)]
+        return found[0].now if found else None
+
     def heard(self, departure: Departure, news: News) -> None:
         """The gateway that it moved on to says something of it: pass it on to those before us."""
         for row in self._now(departure.sa, Place.ON, Place.ENDED):

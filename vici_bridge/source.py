@@ -54,6 +54,8 @@ _SENDING = "sending"
 name of the gateway it goes to."""
 _RENAMED = "renamed"
 """Kind of store entry: the MN of this frozen SA may be given other SPIs."""
+_ENDED = "ended"
+"""Kind of store entry: somebody had charon delete this SA while it left, and no Delete has left this host."""
 _LOOK = 0.1
 """Seconds between two looks at how much of it has left."""
 ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
@@ -433,18 +435,23 @@ class CharonSource:
     async def release(self, context: IkeContext) -> None:
         """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
         host = self._host
-        view = await host.view(context.spis)
+        view, key = await host.view(context.spis), _key(context.spis)
         if view is not None:
+            if view.state == "DELETING":
+                host.store.put(_ENDED, key, b"")
             reqids = {child.spi_in: child.reqid for child in view.children}
             self._end_sending(context)
             await host.delete(context, host.late_packets(context, context.children))
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
-            host.store.delete(kind, _key(context.spis))
         departure = host.away.left(context.spis)
         if departure is not None:
             host.origins.left(departure)
+            if host.store.get(_ENDED, key) is not None:
+                log.warning("%s was ended here while it left: %s is told", context.connection, departure.peer)
+                host.origins.end(departure)
+        for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN, _ENDED):
+            host.store.delete(kind, key)
 
     def hands_over(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
