@@ -307,7 +307,8 @@ def _draw(reports: Sequence[dict[str, Any]], where: str) -> None:
         again = f"-{report['run']}" if "run" in report else ""
         path = Path(where) if where.endswith(".svg") else Path(where, f"{report['scenario']}{again}.svg")
         there = f"{report['guest']}, {report['clock']} time, strongSwan {report['strongswan']}"
-        _write(path, picture((TimeLine.from_json(line) for line in report["trace"]), there))
+        lines = [TimeLine.from_json(line) for line in report["trace"]]
+        _write(path, picture(lines, there, (report.get("traffic") or {}).get("dark_ms")))
 
 
 def _traces_to(where: str, runs: int) -> None:

@@ -14,7 +14,7 @@ Every text has a place of its own: what would overlap goes a row further down. W
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 
@@ -193,27 +193,31 @@ class Rows:
         return len(self.taken) - 1
 
 
-def picture(lines: Iterable[TimeLine], where: str = "") -> str:
-    """An SVG document of these handovers, one below the other. `where` says what they ran on."""
+def picture(lines: Iterable[TimeLine], where: str = "", dark_ms: Mapping[str, float] | None = None) -> str:
+    """An SVG document of these handovers, one below the other.
+
+    `where` says what they ran on. `dark_ms`: how long the mobile node's link lets nothing through when it
+    changes its access network, `up` and `down`; None where that was not measured.
+    """
     canvas, top = Canvas(), 0.0
     for line in lines:
         canvas.texts.append(Text(WIDTH - RIGHT, top + 22, where, 10, "end", GREY))
-        top = draw(canvas, line, top) + 30
+        top = draw(canvas, line, top, (line.changes and dark_ms) or {}) + 30
     return canvas.svg(max(top, 40.0))
 
 
-def draw(canvas: Canvas, line: TimeLine, top: float) -> float:
+def draw(canvas: Canvas, line: TimeLine, top: float, dark_ms: Mapping[str, float]) -> float:
     """Draws one handover from there on downwards; says where it ends."""
     firsts = [0.0, *(one.last for one in (line.up, line.down) if one.last is not None)]
     length = line.end - min(firsts)
     pad = max(1.0, MARGIN * length)
     axis = Axis(min(firsts) - pad, line.end + pad)
     canvas.texts.append(Text(12, top + 22, line.name, 15, bold=True))
-    y = _legend(canvas, line, top + 42)
+    y = _legend(canvas, line, top + 42, dark=any(dark_ms.values()))
     y += 14 * len(line.changes)
     frame = y + 18
-    y = _flow(canvas, axis, frame + 4, "up: MN to server", line.up, line.link_up)
-    y = _flow(canvas, axis, y, "down: server to MN", line.down, line.link_down) + 6
+    y = _flow(canvas, axis, frame + 4, "up: MN to server", line.up, dark_ms.get("up", 0.0))
+    y = _flow(canvas, axis, y, "down: server to MN", line.down, dark_ms.get("down", 0.0)) + 6
     bottom = _lanes(canvas, axis, line, y)
     for tick in axis.ticks():
         x = axis.x(tick)
@@ -229,13 +233,13 @@ def draw(canvas: Canvas, line: TimeLine, top: float) -> float:
     return bottom + 18
 
 
-def _legend(canvas: Canvas, line: TimeLine, y: float) -> float:
+def _legend(canvas: Canvas, line: TimeLine, y: float, *, dark: bool) -> float:
     """What the colours mean; the bottom of it."""
     x = 12.0
-    dark, _ = COLOURS["mn"]
+    step, _ = COLOURS["mn"]
     for fill, words in (
-        (dark, "step, ms"),
-        (_mixed(dark), "part of it"),
+        (step, "step, ms"),
+        (_mixed(step), "part of it"),
         (GREY, "call of charon or kernel"),
     ):
         canvas.box(x, y - 8, 14, 9, fill)
@@ -248,7 +252,7 @@ def _legend(canvas: Canvas, line: TimeLine, y: float) -> float:
     canvas.box(x, y - 9, 14, 11, GAP)
     canvas.texts.append(Text(x + 18, y, "no packet arrived", 10))
     x += 34 + wide("no packet arrived", 10)
-    if line.link_up is not None or line.link_down is not None:
+    if dark:
         canvas.box(x, y - 9, 14, 11, DARK)
         canvas.texts.append(Text(x + 18, y, "link dark", 10))
         x += 34 + wide("link dark", 10)
@@ -258,23 +262,18 @@ def _legend(canvas: Canvas, line: TimeLine, y: float) -> float:
     return y + 12
 
 
-def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: Flow, link: Flow | None) -> float:
-    """One direction of the traffic; the bottom of its track."""
+def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: Flow, dark: float) -> float:
+    """One direction of the traffic; the bottom of its track. `dark`: ms that are the link's own."""
     canvas.texts.append(Text(LEFT - 8, y + 12, name.partition(":")[0], 10, "end", GREY))
     canvas.line((LEFT, y + 16), (WIDTH - RIGHT, y + 16), "#ccd")
     if flow.last is not None and flow.first is not None and flow.gap is not None:
         left, right = axis.x(flow.last), axis.x(flow.first)
         tip = f"last {flow.last:.1f} ms, first {flow.first:.1f} ms"
         canvas.box(left, y + 1, right - left, 15, GAP, tip=tip)
-        dark = None
-        if link is not None and link.last is not None and link.first is not None:
-            dark = link.gap
-            start, stop = axis.x(link.last), axis.x(link.first)
-            tip = f"the link: last {link.last:.1f} ms, first {link.first:.1f} ms"
-            canvas.box(start, y + 1, stop - start, 15, DARK, tip=tip)
         words = f"{flow.gap:.1f} ms without a packet from {name.split(': ')[1]}"
-        if dark is not None:
-            words += f", the link alone {dark:.1f} ms"
+        if dark:
+            canvas.box(left, y + 1, min(axis.x(flow.last + dark), right) - left, 15, DARK)
+            words += f", {dark:.1f} of them the link's own"
         if wide(words, 10) > right - left:
             words = f"{flow.gap:.1f} ms"
         canvas.texts.append(Text((left + right) / 2, y + 12, words, 10, "middle", "#8c1d18"))

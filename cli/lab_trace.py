@@ -103,13 +103,10 @@ class TimeLine:
     changes: tuple[Change, ...] = ()
     up: Flow = field(default_factory=Flow)
     down: Flow = field(default_factory=Flow)
-    link_up: Flow | None = None
-    link_down: Flow | None = None
-    """The same outside of the tunnel, to nSG and from it: the link alone. None: that was not measured."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; milliseconds with three decimals."""
-        flows = {"up": self.up, "down": self.down, "link_up": self.link_up, "link_down": self.link_down}
+        flows = {"up": self.up, "down": self.down}
         return {
             "name": self.name,
             "began_ns": self.began_ns,
@@ -117,20 +114,15 @@ class TimeLine:
             "spans": [_rounded(asdict(one)) for one in self.spans],
             "arrows": [_rounded(asdict(one)) for one in self.arrows],
             "changes": [_rounded(asdict(one)) for one in self.changes],
-            **{
-                name: _rounded({**asdict(flow), "gap": flow.gap})
-                for name, flow in flows.items()
-                if flow is not None
-            },
+            **{name: _rounded({**asdict(flow), "gap": flow.gap}) for name, flow in flows.items()},
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TimeLine:
         """What `as_json` made."""
 
-        def flow(name: str) -> Flow | None:
-            one = data.get(name)
-            return one and Flow(tuple(one["arrived"]), tuple(one["lost"]), one["last"], one["first"])
+        def flow(one: Mapping[str, Any]) -> Flow:
+            return Flow(tuple(one["arrived"]), tuple(one["lost"]), one["last"], one["first"])
 
         return cls(
             data["name"],
@@ -139,10 +131,8 @@ class TimeLine:
             tuple(Span(**one) for one in data["spans"]),
             tuple(Arrow(**one) for one in data["arrows"]),
             tuple(Change(**one) for one in data["changes"]),
-            flow("up") or Flow(),
-            flow("down") or Flow(),
-            flow("link_up"),
-            flow("link_down"),
+            flow(data["up"]),
+            flow(data["down"]),
         )
 
 
@@ -357,14 +347,13 @@ def time_line(
     captures: Mapping[str, Notes],
     solicits: Mapping[str, Notes],
     changes: Iterable[tuple[str, int, int]],
-    ends: Mapping[str, Mapping[str, Notes]],
-    link: Mapping[str, Mapping[str, Notes]],
+    ends: Mapping[str, Mapping[str, Any]],
     interval_ms: float,
 ) -> TimeLine:
     """Everything of one handover.
 
     `notes`: of the agents; `captures`: IKE and CXTP; `solicits`: see `neighbours`; `changes`: see `Change`;
-    `ends`: what the probe noted at `mn` and `srv`; `link`: the one outside of the tunnel, at `mn` and `nsg`.
+    `ends`: what the probe noted at `mn` and `srv`.
     """
     asked = neighbours(solicits.get("mn", ()), window) + neighbours(
         solicits.get("core", ()), window, "router's "
@@ -380,22 +369,12 @@ def time_line(
         for what, begin, end in changes
         if window.begin <= begin <= window.end
     )
-    up, down = _flows(ends, "srv", window, interval_ms)
-    link_up, link_down = _flows(link, "nsg", window, interval_ms) if link else (None, None)
+    up = flow(ends["mn"]["sent"], ends["srv"]["received"], window, interval_ms)
+    down = flow(ends["srv"]["sent"], ends["mn"]["received"], window, interval_ms)
     stops = [0.0, *(span.end for span in steps if span.kind == "step")]
     stops += [arrow.received or arrow.sent for arrow in arrows] + [change.end for change in moved]
     stops += [one.first for one in (up, down) if one.first is not None]
-    return TimeLine(window.name, window.begin, max(stops), steps, arrows, moved, up, down, link_up, link_down)
-
-
-def _flows(
-    ends: Mapping[str, Mapping[str, Any]], far: str, window: Window, interval_ms: float
-) -> tuple[Flow, Flow]:
-    """Up and down."""
-    return (
-        flow(ends["mn"]["sent"], ends[far]["received"], window, interval_ms),
-        flow(ends[far]["sent"], ends["mn"]["received"], window, interval_ms),
-    )
+    return TimeLine(window.name, window.begin, max(stops), steps, arrows, moved, up, down)
 
 
 class Tracing:
@@ -466,7 +445,9 @@ class Tracing:
         captures["mn"] = as_handed_over(at_mobile, self._held)
         solicits = {host: as_handed_over(found[host, "neighbours"], self._held) for host in ("mn", "core")}
         notes = {host: self._notes(host) for host in HOSTS}
-        ends, link = self._probed("mn", "srv"), self._probed("link", "nsg")
+        ends = {
+            host: json.loads((self._lab.work / host / "probe-mn.json").read_text()) for host in ("mn", "srv")
+        }
         now = time.time_ns()
         windows = self._windows or [Window(f"{self._scenario}: all of the traffic", self._started, now)]
         self._windows = []
@@ -475,16 +456,9 @@ class Tracing:
             with_sequel(window, limit, notes, captures) for window, limit in zip(windows, limits, strict=True)
         ]
         return [
-            time_line(window, notes, captures, solicits, self._changes, ends, link, interval_ms).as_json()
+            time_line(window, notes, captures, solicits, self._changes, ends, interval_ms).as_json()
             for window in windows
         ]
-
-    def _probed(self, name: str, far: str) -> dict[str, Any]:
-        """What a probe noted at both ends since `start`; nothing where there was none."""
-        paths = {host: self._lab.work / host / f"probe-{name}.json" for host in ("mn", far)}
-        found = {host: json.loads(path.read_text()) for host, path in paths.items() if path.exists()}
-        began = min((one["sent"][0][1] for one in found.values() if one["sent"]), default=self._started)
-        return found if len(found) == 2 and began >= self._started else {}
 
     def end(self) -> dict[tuple[str, str], Notes]:
         """Ends all captures; what they noted. Raises what one of them raised, when all have ended."""

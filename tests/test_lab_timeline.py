@@ -75,7 +75,6 @@ def drawn(seed: int) -> TimeLine:
         tuple(Change("the network changes", length * share, length) for share in (0.2, 0.9)),
         gap,
         Flow(),
-        dice.choice([None, Flow((), (), length / 5, length / 3)]),
     )
 
 
@@ -91,7 +90,7 @@ def overlapping(texts: list[Text]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("line", [push(), *(drawn(seed) for seed in range(40))], ids=lambda line: line.name)
 def test_no_text_lies_over_another_and_all_are_on_the_page(line: TimeLine) -> None:
     canvas = Canvas()
-    bottom = draw(canvas, line, 0)
+    bottom = draw(canvas, line, 0, {"up": line.end / 4})
     assert overlapping(canvas.texts) == []
     for text in canvas.texts:
         left, top, right, lower = text.box
@@ -137,11 +136,13 @@ def test_what_is_lost_is_said_and_does_not_arrive() -> None:
 
 def test_the_links_own_darkness_is_part_of_the_gap() -> None:
     gap = Flow((0.0, 60.0), (), 0.0, 60.0)
-    line = TimeLine("x", 1, 100.0, up=gap, down=gap, link_up=Flow((), (), 0.0, 40.0))
-    text = picture([line])
-    assert "60.0 ms without a packet from MN to server, the link alone 40.0 ms" in text
+    line = TimeLine("x", 1, 100.0, changes=(Change("mn moves", 1, 2),), up=gap, down=gap)
+    text = picture([line], dark_ms={"up": 40.0, "down": 0.0})
+    assert "60.0 ms without a packet from MN to server, 40.0 of them the link&#x27;s own" in text
     assert "60.0 ms without a packet from server to MN<" in text
-    assert "link dark" in text and "link dark" not in picture([push()])
+    assert "link dark" in text and "link dark" not in picture([line])
+    # where the node stays where it is, its link stays, too
+    assert "link dark" not in picture([push()], dark_ms={"up": 40.0, "down": 40.0})
 
 
 def test_several_handovers_stand_below_each_other() -> None:

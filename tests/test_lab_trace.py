@@ -190,7 +190,7 @@ def test_the_routers_wait_for_the_nodes_address_is_told_apart() -> None:
         {"time": at(45), "neighbour": "fd05::10", "asks": False, "sent": False, "interface": "to-mn-new"},
     ]
     nothing = {"mn": {"sent": [], "received": []}, "srv": {"sent": [], "received": []}}
-    line = time_line(WINDOW, {}, {}, {"core": notes}, [], nothing, {}, 5.0)
+    line = time_line(WINDOW, {}, {}, {"core": notes}, [], nothing, 5.0)
     assert line.spans == (Span("mn", "router's neighbour discovery", "part", 5, 45),)
 
 
@@ -235,9 +235,7 @@ def whole() -> TimeLine:
     ends = {"mn": {"sent": up[0], "received": down[1]}, "srv": {"sent": down[0], "received": up[1]}}
     notes = {"mn": [step("quiet", 2, 3)], "psg": [step("freeze", 10, 12)], "nsg": [step("take", 12, 13)]}
     captures = {"mn": [packet(4, 1, sent=True, far=OUTER["nsg"][4])], "nsg": [], "psg": []}
-    dark = probe(set(range(12, 16)))
-    link = {"mn": {"sent": dark[0], "received": up[1]}, "nsg": {"sent": up[0], "received": dark[1]}}
-    return time_line(WINDOW, notes, captures, {}, [("relocate", at(1), at(2))], ends, link, 5.0)
+    return time_line(WINDOW, notes, captures, {}, [("relocate", at(1), at(2))], ends, 5.0)
 
 
 def test_a_time_line_ends_with_what_is_last() -> None:
@@ -245,14 +243,6 @@ def test_a_time_line_ends_with_what_is_last() -> None:
     assert line.end == 100.0 == line.down.first
     assert (line.changes, line.up.first) == ((Change("relocate", 1, 2),), 70)
     assert [one.step for one in line.spans] == ["quiet", "freeze", "take"]
-    assert line.link_up is not None and (line.link_up.last, line.link_up.first) == (25, 50)
-
-
-def test_where_the_link_was_not_measured_nothing_is_said_of_it() -> None:
-    ends = {"mn": {"sent": [], "received": []}, "srv": {"sent": [], "received": []}}
-    line = time_line(WINDOW, {}, {}, {}, [], ends, {}, 5.0)
-    assert (line.link_up, line.link_down) == (None, None)
-    assert "link_up" not in line.as_json()
 
 
 def test_a_number_that_was_sent_several_ways_is_lost_once() -> None:
@@ -364,25 +354,6 @@ def test_a_capture_that_fails_leaves_none_running(tmp_path: Path, log: list[str]
     with pytest.raises(CharonError, match="the capture died"):
         tracing.stop([], 5.0)
     assert sum(line.startswith("stop") for line in log) == 4 and not tracing.running
-
-
-def test_the_link_was_measured_only_if_that_was_in_this_run(tmp_path: Path, log: list[str]) -> None:
-    lab = FakeLab(tmp_path)
-    tracing = Tracing(lab, "handover")  # type: ignore[arg-type]
-
-    def link(stamp: int) -> None:
-        for host in ("mn", "nsg"):
-            sent = [[number, stamp + number * 1000, 0] for number in range(3)]
-            (lab.work / host / "probe-link.json").write_text(json.dumps({"sent": sent, "received": []}))
-
-    link(time.time_ns())
-    for measured in (False, True):
-        tracing.start()
-        written(lab)
-        if measured:
-            link(time.time_ns())
-        (line,) = tracing.stop([], 5.0)
-        assert ("link_up" in line) == measured
 
 
 # --- the capture's part ------------------------------------------------------------------------------------
