@@ -40,7 +40,7 @@ from vici_bridge.vici_codec import Message, with_json
 from . import __version__, service
 from .config import Config
 from .detours import find, names, need_ways
-from .movers import MnMover, MnRenamer, MnSettler
+from .movers import MnEnder, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .views import charon_json, chosen, sa_name, view_json
 
@@ -89,7 +89,11 @@ class Agent:
         self._config = config
         self._host = CharonHost(host_config(config), store)
         addresses, timeout = config.gateway.addresses, config.transfer.mn_timeout
-        self._source = CharonSource(self._host, MnMover(addresses, CALL_BACK_TRIES, timeout, MARK))
+        self._source = CharonSource(
+            self._host,
+            MnMover(addresses, CALL_BACK_TRIES, timeout, MARK),
+            MnEnder(CALL_BACK_TRIES, timeout, MARK),
+        )
         self._sink = CharonSink(
             self._host,
             MnMover(addresses, config.transfer.mn_tries, timeout, MARK),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +17,13 @@ from ikectx.keys import iv_length, prf_plus, sk_keys
 from ikectx.numbers import Prf, Protocol, Status
 from ikectx.ports import MoveReport
 from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
+from mobike_ext.farewell import Farewell
 from mobike_ext.link import (
     SpiReport,
     UpdateReport,
     keep_answering,
     run_address_update,
+    run_farewell,
     run_mid_probe,
     run_rekey,
     run_spi_update,
@@ -76,6 +79,21 @@ class MnMover:
             seed += end.address.packed + end.port.to_bytes(2)
         seed += here.conditions.to_bytes(4)  # all that the request depends on: one IV, one text
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
+
+
+class MnEnder:
+    """Deletes at the MN an SA that was ended here while nobody heard charon. Arguments as for `MnMover`."""
+
+    def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
+        self._policy = RetransmitPolicy(timeout, tries=tries)
+        self._mark = mark
+
+    async def __call__(self, here: IkeContext, message_ids: Sequence[int]) -> bool:
+        """Errors: LinkError (no socket)."""
+        now = here.current
+        iv = secrets.token_bytes(len(message_ids) * iv_length(now.encr))
+        machine = Farewell(now, message_ids, here.local, here.remote, iv=iv, policy=self._policy)
+        return await run_farewell(machine, mark=self._mark)
 
 
 class MnSettler:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from ikectx.context import IkeContext
 from ikectx.whereabouts import What, Whereabouts
 from vici_bridge.source import CharonSource
 
@@ -35,6 +37,34 @@ def test_nsg_is_told_of_what_was_ended_here(state: str, dies: bool) -> None:
             news = Whereabouts(context.spis, context.epoch + 1, What.END)
             assert told == ([("nsg", news)] if state == "DELETING" else [])
             assert not here.host.store.items("ended")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_taken_back_it_is_deleted_at_its_mn(answers: bool) -> None:
+    """charon's own Delete has a message ID that nSG may have used."""
+
+    async def scenario() -> None:
+        async with served() as (here, _, context):
+            asked: list[tuple[int, ...]] = []
+
+            async def ender(there: IkeContext, ids: Sequence[int]) -> bool:
+                assert there.spis == context.spis
+                assert context.spis in here.mute.muted, "charon would say it beside the agent"
+                asked.append(tuple(ids))
+                return answers
+
+            source = CharonSource(here.host, nobody, ender)
+            final = await source.freeze(context, "nsg")
+            (sa,) = here.charon.sas.values()
+            sa.state, sa.view = "DELETING", None
+            await source.thaw(context, 2000)
+            mid = final.mid_initiator
+            assert asked == [(mid, mid + 1, mid + 2)]
+            assert here.charon.sas == {}
+            assert here.mute.muted == set()
+            assert not here.host.store.items("let-go")
 
     run(scenario())
 

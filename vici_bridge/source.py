@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ikectx import trace
@@ -67,13 +67,18 @@ IDLE_TIMEOUT = 3.0
 """Seconds to wait for charon to finish an exchange that is under way when it is frozen."""
 
 
+Ender = Callable[[IkeContext, Sequence[int]], Awaitable[bool]]
+"""Deletes the SA of a context at its MN, under that of the message IDs which is the next; did it answer?"""
+
+
 class CharonSource:
     """A `ContextSource` on a running charon."""
 
-    def __init__(self, host: CharonHost, mover: Mover) -> None:
-        """`mover` must get through to the MN while the SA is muted: `mute.MARK`."""
+    def __init__(self, host: CharonHost, mover: Mover, ender: Ender | None = None) -> None:
+        """`mover` and `ender` must get through to the MN while the SA is muted: `mute.MARK`."""
         self._host = host
         self._mover = mover
+        self._ender = ender
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._handed: set[SaName] = set()
@@ -378,7 +383,9 @@ class CharonSource:
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
         host.away.back(context.spis)
         let_go = host.store.get(_LET_GO, key)
-        if view is not None and let_go is not None:
+        if view is not None and let_go is not None and view.state == "DELETING":
+            await self._end(context, view, int.from_bytes(let_go[:4]))
+        elif view is not None and let_go is not None:
             # the other's script may have drawn the MN's packets there, where nobody takes them any more
             reqids = {child.spi_in: child.reqid for child in view.children}
             for up in (False, True):
@@ -389,10 +396,25 @@ class CharonSource:
                 ids += 1 + 2 * len(context.children)
             await self._call_back(context, int.from_bytes(let_go[:4]), ids)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        if view is not None and let_go is not None and host.store.get(_RENAMED, key) is not None:
+        renamed = let_go is not None and host.store.get(_RENAMED, key) is not None
+        if view is not None and view.state != "DELETING" and renamed:
             await self._renew(view)
         for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
             host.store.delete(kind, key)
+
+    async def _end(self, context: IkeContext, view: SaView, mid: int) -> None:
+        """Somebody ended the SA here, and the other gateway did not get it: the MN is to hear of that.
+
+        charon's Delete has the message ID `mid`, which the other gateway may have used, and the one after it.
+        So the agent says it, under each that can be the next, and has charon drop what it waits with in vain.
+        """
+        host = self._host
+        log.warning("%s was ended here while it was to leave: its MN is told", context.connection)
+        if self._ender is None or not await self._ender(context, (mid, mid + 1, mid + 2)):
+            log.warning("%s: the MN at %s did not answer the Delete", context.connection, context.remote)
+        reqids = {child.spi_in: child.reqid for child in view.children}
+        await host.delete(context)
+        await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
 
     async def _renew(self, view: SaView) -> None:
         """Have CHILD_SAs rekeyed that the MN may have under other names, or not at all.
