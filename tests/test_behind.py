@@ -79,6 +79,12 @@ def test_a_policy_for_everything_has_nothing_behind_it_but_with_a_mark(gateway: 
     assert blocks(gateway) == 2
 
 
+def test_the_outer_address_of_a_mobile_node_is_not_shut(gateway: Gateway) -> None:
+    gateway.protect(HERE, f"{HERE.remote.address}/32")
+    gateway.away.behind.stand(HERE, {1})
+    assert [str(block.policy.destination) for block in gateway.away.behind.listing()] == [MN]
+
+
 @pytest.mark.parametrize("name", [str(HERE.remote_id), ":".join(part.hex() for part in HERE.spis)])
 def test_the_operator_lets_packets_pass(gateway: Gateway, name: str) -> None:
     assert gateway.away.behind.end("nobody") == 0

@@ -5,8 +5,9 @@ network may have been told to send them here. When the mobile node ends its SA, 
 away, and what still comes would leave in the clear. So each outbound policy of such an SA has one behind it
 that drops the same packets, of the least priority there is: it matters when no other is left. It stays until
 another mobile node has the address here, or the operator says otherwise (`ikectx detours --end NAME
---unblock`). Where a policy is for everything, as in a route-based VPN without marks, nothing stands
-behind it, because that would cut the gateway off.
+--unblock`). Nothing stands behind a policy for everything (as of a route-based VPN without marks), because it
+would cut the gateway off, nor behind one for the mobile node's outer address (transport mode), because pSG
+does not send such packets on.
 
 With ESP in user space there are no policies, and nothing stands behind an SA.
 """
@@ -21,7 +22,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ikectx.context import IkeContext
+from ikectx.context import Address, IkeContext
 from ikectx.errors import KernelError, StoreError, WireError
 from ikectx.ports import SaName, Store
 
@@ -108,8 +109,7 @@ class Behind:
             return
         try:
             for policy in self._kernel.policies_about(reqids):
-                everything = not (policy.destination.prefixlen or policy.mark or policy.if_id)
-                if policy.direction == "out" and not everything:
+                if policy.direction == "out" and not _too_wide(policy, context.remote.address):
                     block = block_of(policy)
                     block = replace(block, selector=replace(block.selector, user=BEHIND))
                     self._put(Block(context.spis, str(context.remote_id), block))
@@ -178,3 +178,10 @@ class Behind:
         if self._kernel is not None:
             self._kernel.delete_policy(block.policy)
         self._store.delete(KIND, block.key)
+
+
+def _too_wide(policy: KernelPolicy, outer: Address) -> bool:
+    """Whether more than the SA's packets would be dropped: all there are, or all for the outer address."""
+    if policy.mark is not None or policy.if_id:
+        return False
+    return not policy.destination.prefixlen or outer in policy.destination
