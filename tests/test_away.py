@@ -126,12 +126,13 @@ class Gateway:
             self.kernel.policies[policy.direction, policy.selector, policy.mark] = policy
         return made
 
-    def packet(self, to: str = "10.4.0.10") -> str:
+    def packet(self, to: str = "10.4.0.10", device: int = IN) -> str:
         """What becomes of one from a server to the mobile node."""
         leads = [via for prefix, via in self.routes.leads.items() if ip_address(to) in ip_network(prefix)]
         if not leads and any(ip_address(to) in ip_network(one) for one in self.routes.shut_up):
             return "dropped"
-        device = IN if leads and self.routes.link else OUT
+        inside = device
+        device = inside if leads and self.routes.link else OUT
         found = [
             one
             for one in self.kernel.policies.values()
@@ -142,7 +143,7 @@ class Gateway:
             return "dropped"
         if best is not None and best.templates:
             return "protected"
-        return f"sent on to {leads[0]}" if device == IN else "in the clear"
+        return f"sent on to {leads[0]}" if device == inside else "in the clear"
 
 
 def serves(gateway: Gateway, here: IkeContext) -> None:
@@ -192,6 +193,24 @@ def test_without_a_way_packets_are_dropped_and_the_log_says_so(caplog: pytest.Lo
     other.routes.link = IN
     other.away.restore()
     assert other.packet() == "sent on to 10.3.0.3"
+
+
+def test_a_link_that_goes_and_comes() -> None:
+    gateway = Gateway()
+    left(gateway)
+    gateway.routes.link = 0
+    gateway.routes.leads.clear()
+    gateway.away.look_again()
+    assert gateway.packet() == "dropped"
+    assert gateway.away.listing()[0].to_json()["prefixes"] == []
+    gateway.routes.link = IN + 4  # made anew, it has another number
+    gateway.away.look_again()
+    assert gateway.packet(device=IN + 4) == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()
+    assert gateway.packet(device=IN + 4) == "dropped"
+    gateway.away.look_again()
+    assert gateway.packet(device=IN + 4) == "sent on to 10.3.0.3"
+    assert gateway.packet(device=IN) == "dropped", "nothing is left for the device that has gone"
 
 
 def test_what_is_taken_back_is_as_it_was() -> None:
@@ -374,21 +393,6 @@ def test_several_prefixes_end_one_by_one() -> None:
     assert gateway.routes.leads == {"10.4.1.0/24": ip_address("10.3.0.3")}
     serves(gateway, two)
     assert gateway.away.listing() == []
-
-
-def test_a_link_that_was_down_leads_on_again() -> None:
-    gateway = Gateway()
-    left(gateway)
-    gateway.routes.link = 0
-    gateway.routes.leads.clear()  # the kernel does that with a device that goes down
-    gateway.away.look_again()
-    assert gateway.packet() == "dropped"
-    gateway.routes.link = IN
-    gateway.away.look_again()
-    assert gateway.packet() == "sent on to 10.3.0.3"
-    gateway.routes.leads.clear()  # down and up before anybody looked
-    gateway.away.look_again()
-    assert gateway.packet() == "sent on to 10.3.0.3"
 
 
 def test_looking_again_changes_nothing_where_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:

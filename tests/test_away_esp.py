@@ -6,6 +6,7 @@ other  --/
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -20,6 +21,7 @@ from vici_bridge.away import Away, pairs_of
 from vici_bridge.departures import OURS
 from vici_bridge.detour import Detour
 from vici_bridge.kernel import Kernel
+from vici_bridge.route_events import RouteEvents
 from vici_bridge.xfrm import KernelPolicy, Selector, Template
 
 from .netns import Namespace, namespaces
@@ -94,6 +96,7 @@ def placed(version: int, *, kernel_esp: bool = True) -> Iterator[Place]:
             "link add inner type veth peer name far",
             "link add outer type veth peer name nobody",
             "link set nobody up",
+            "link set inner address 02:00:00:00:00:02",
         )
         here.give("far", there)
         nodad = " nodad" if version == 6 else ""
@@ -107,6 +110,8 @@ def placed(version: int, *, kernel_esp: bool = True) -> Iterator[Place]:
         known = f"neigh replace {GATEWAYS[version]} lladdr 02:00:00:00:00:03 dev inner"
         here.ip(known)
         there.ip(f"route add {NODE[version]} via {own}")
+        # nobody has to be asked, which takes a second where the link is down
+        there.ip(f"neigh add {own} lladdr 02:00:00:00:00:02 dev far")
         with here.entered():
             for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
                 with open(f"/proc/sys/net/{name}", "w") as file:
@@ -164,7 +169,7 @@ def test_no_packet_leaves_in_the_clear(version: int) -> None:
             place.space.ip("address add fd03::2/64 dev inner nodad")
         place.space.ip(place.known)
         assert place.packet() != "outer"
-        place.again()
+        place.away.look_again()
         assert place.packet() == "inner"
 
         # charon comes with the same selectors, and goes: neither finds ours
@@ -204,3 +209,36 @@ def test_esp_in_user_space_has_an_unreachable_route_behind_it(version: int) -> N
         assert place.packet() == ""
         place.away.serves(here.spis, str(here.remote_id), pairs_of(here))
         assert place.packet() == "outer"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_agent_mends_the_way(version: int) -> None:
+    """The link inside goes down and comes up; somebody removes routes, and rules. No restart is needed."""
+    with placed(version) as place:
+        here = _sa(version)
+        place.away.leave(here, "nsg", [_policy(here, version)])
+
+        async def main() -> None:
+            events = RouteEvents(place.detour.port, place.away.look_again)
+            try:
+                place.space.ip("link set inner down")
+                await asyncio.sleep(0.4)
+                assert place.packet() == ""
+                place.space.ip("link set inner up")
+                if version == 6:
+                    place.space.ip("address add fd03::2/64 dev inner nodad")
+                place.space.ip(place.known)
+                await asyncio.sleep(0.4)
+                assert place.packet() == "inner"
+                six = "-6 " if version == 6 else ""
+                place.space.run(f"ip {six}route flush table 4067")
+                await asyncio.sleep(0.4)
+                assert place.packet() == "inner"
+                place.space.run(f"ip {six}rule del pref 210")
+                await asyncio.sleep(0.4)
+                assert place.packet() == "inner"
+            finally:
+                events.close()
+
+        with place.space.entered():
+            asyncio.run(main())

@@ -46,6 +46,7 @@ DEPARTURE = Departure(
     1,
     1e9,
     prefixes=("10.4.0.10/32",),
+    led=("10.4.0.10/32",),
     via=(ip_address("10.3.0.3"),),
     blocks=(BLOCKING,),
     allows=(allow_of(BLOCKING, 4),),

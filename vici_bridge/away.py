@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 Pair = tuple[Sequence[Network], Sequence[Network]]
 """Our networks and the mobile node's, of one CHILD_SA."""
+Ways = dict[tuple[str, int], int]
+"""Devices by gateway and IP version, 0: no way there."""
 _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
 KIND = "detour"
 """Kind of store entry, by the name that the SA had when it left: a `Departure`."""
@@ -249,10 +251,11 @@ class Away:
             self._detour.open_up([net for net in self._detour.listing(shut=True) if str(net) not in closed])
         except KernelError as error:
             log.error("what an agent before this one left in the kernel stays there: %s", error)
+        ways: Ways = {}
         for row in rows:
             try:
                 self._shut(row)
-                now = self._led(row) if row.peer else row
+                now = self._led(row, ways) if row.peer else row
                 if now != row:
                     self._change(row, now)
                 else:
@@ -261,30 +264,35 @@ class Away:
                 log.error("packets for %s, which is at %s, cannot be sent on: %s", row.mn, row.at, error)
 
     def look_again(self) -> None:
-        """Links or addresses have changed: send on what the kernel no longer does, or could not before.
+        """Devices or addresses changed, or somebody removed our routes: lead packets as it goes now."""
+        ways: Ways = {}
+        last: dict[str, tuple[Address, ...]] = {}
+        for row in self.listing():
+            if row.peer and row.stage in SENT_ON:
+                now = self._led(row, ways)
+                last.update((prefix, now.via) for prefix in now.sent_on)
+                if now != row:
+                    log.info("%s: packets for it are sent on by another way, or by none", row.mn)
+                    try:
+                        self._change(row, now)
+                    except (KernelError, StoreError) as error:
+                        log.error("packets for %s are not sent on: %s", row.mn, error)
+        for via in set(last.values()):
+            self._add([prefix for prefix, by in last.items() if by == via], via)
 
-        A link that goes down takes its routes with it, and does not bring them back. What fails is logged.
-        """
-        try:
-            led = {str(network) for network in self._detour.listing()}
-            for row in self.listing():
-                now = self._led(row) if row.peer else row
-                if now != row or not led.issuperset(now.sent_on):
-                    self._change(row, now)
-        except (KernelError, StoreError) as error:
-            log.error("packets for mobile nodes that left may be dropped: %s", error)
-
-    def _led(self, row: Departure) -> Departure:
+    def _led(self, row: Departure, known: Ways | None = None) -> Departure:
         """With the way there is now to where it is, and the policies that let packets go that way.
 
-        A gateway that we know no way to is reached through the one that the SA was given to.
+        A gateway that we know no way to is reached through the one that the SA was given to. `known`: what
+        was found just now for other departures.
         """
+        known = {} if known is None else known
         if row.stage not in SENT_ON:
-            return replace(row, via=(), allows=())
+            return replace(row, led=(), via=(), allows=())
         led: dict[Network, int] = {}
         via: tuple[Address, ...] = ()
         for name in dict.fromkeys((row.at, row.peer)):
-            ways = {ip_network(prefix): self.way(prefix, name) for prefix in row.prefixes}
+            ways = {network: self._way(network, name, known) for network in map(ip_network, row.prefixes)}
             if any(ways.values()):
                 led, via = {network: way for network, way in ways.items() if way}, tuple(self._ways[name])
                 break
@@ -294,7 +302,16 @@ class Away:
             for network, device in led.items()
             if within(block.destination, network) and block.selector.ifindex in (0, device)
         }
-        return replace(row, via=via, allows=tuple(allows.values()))
+        texts = tuple(prefix for prefix in row.prefixes if ip_network(prefix) in led)
+        return replace(row, led=texts, via=via, allows=tuple(allows.values()))
+
+    def _way(self, network: Network, name: str, known: Ways) -> int:
+        """As `way`, asked once for each gateway and IP version, unless it depends on more."""
+        if any(gateway in network for gateway in self._ways.get(name, ())):
+            return 0
+        if (name, network.version) not in known:
+            known[name, network.version] = self.way(str(network), name)
+        return known[name, network.version]
 
     def _rows_of(self, context: IkeContext) -> list[Departure]:
         """Those whose addresses the SA has."""
@@ -371,10 +388,14 @@ class Away:
         if self._kernel is not None:
             for policy in row.allows:
                 self._kernel.replace_policy(policy)
-        try:
-            self._detour.add(row.sent_on, row.via)
-        except KernelError as error:
-            log.warning("packets for %s are not sent on to %s: %s", row.mn, row.at, error)
+        self._add(row.sent_on, row.via)
+
+    def _add(self, texts: Sequence[str], via: Sequence[Address]) -> None:
+        if texts and via:
+            try:
+                self._detour.add(texts, via)
+            except KernelError as error:
+                log.warning("packets for %s are not sent on: %s", ", ".join(texts[:3]), error)
 
 
 def pairs_of(context: IkeContext) -> list[Pair]:

@@ -120,7 +120,8 @@ class Departure:
     `sa`: its name when it left. `mn`: the mobile node's identity. `peer`: the gateway that it was given to,
     the only one whose word about it counts; empty where an older agent did not write that down. `at`: the
     gateway that has it, as far as we know. `epoch`: the first in which it was not ours. `since`: seconds
-    since 1970. `prefixes`: the mobile node's addresses that are sent on, `via` these addresses of `at`.
+    since 1970. `prefixes`: the mobile node's addresses that may be sent on; `led`: those to which there is a
+    way now, `via` these addresses.
     `blocks`: policies that drop what the SA protected; `allows`: those before them, for what is sent on.
     `closed`: prefixes with an unreachable route, where ESP is in user space and policies mean nothing.
     """
@@ -133,6 +134,7 @@ class Departure:
     since: float
     stage: Stage = Stage.AWAY
     prefixes: tuple[str, ...] = ()
+    led: tuple[str, ...] = ()
     via: tuple[Address, ...] = ()
     blocks: tuple[KernelPolicy, ...] = ()
     allows: tuple[KernelPolicy, ...] = ()
@@ -152,8 +154,9 @@ class Departure:
     @property
     def sent_on(self) -> tuple[str, ...]:
         """The prefixes that are sent on now."""
-        known = self.via or not self.peer
-        return self.prefixes if self.stage in SENT_ON and known else ()
+        if self.stage not in SENT_ON:
+            return ()
+        return self.led if self.peer else self.prefixes
 
     def told(self, news: News) -> Departure:
         """After these news, see `STAGES`."""
@@ -172,6 +175,7 @@ class Departure:
         return replace(
             self,
             prefixes=tuple(p for p in self.prefixes if not _used(ip_network(p), theirs, same)),
+            led=tuple(p for p in self.led if not _used(ip_network(p), theirs, same)),
             closed=tuple(p for p in self.closed if not _used(ip_network(p), theirs, same)),
             blocks=tuple(p for p in self.blocks if not _covered(p, children, same)),
             allows=tuple(p for p in self.allows if not _covered(p, children, same)),
@@ -195,6 +199,7 @@ class Departure:
                 "since": self.since,
                 "stage": str(self.stage),
                 "prefixes": self.prefixes,
+                "led": self.led,
                 "via": [str(address) for address in self.via],
                 "blocks": [policy.raw.hex() for policy in self.blocks],
                 "allows": [policy.raw.hex() for policy in self.allows],
@@ -228,6 +233,7 @@ class Departure:
                 since=found["since"],
                 stage=Stage(found["stage"]),
                 prefixes=tuple(found["prefixes"]),
+                led=tuple(found["led"]),
                 via=tuple(ip_address(text) for text in found["via"]),
                 blocks=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["blocks"]),
                 allows=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["allows"]),

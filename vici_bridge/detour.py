@@ -53,6 +53,11 @@ class Detour:
     def close(self) -> None:
         self._route.close()
 
+    @property
+    def port(self) -> int:
+        """The netlink port by which routes are changed here."""
+        return self._route.port
+
     def add(self, prefixes: Iterable[str | Network], via: Sequence[str | Address]) -> list[Network]:
         """Route `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
 

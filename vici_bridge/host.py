@@ -30,7 +30,6 @@ from ikectx.ports import MoveReport, SaName, Store
 from . import ha
 from .away import Away
 from .chain import undo_messages
-from .changes import ADDRESSES, LINKS, Changes
 from .charon import SaView
 from .deadlines import Deadlines
 from .doubts import Doubts
@@ -43,6 +42,7 @@ from .names import SPI_MAX, SPI_MIN
 from .obstacles import check_context, check_kind, check_told
 from .origins import Origins
 from .record import Change, Deleted, MidChanged, Record
+from .route_events import RouteEvents
 from .sockets import HaSocket
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
@@ -120,6 +120,7 @@ class CharonHost:
         self.detour = Detour()
         self.away = Away(store, self.kernel, self.detour, config.forward_via)
         self.origins = Origins(store)
+        self._routes: RouteEvents | None = None
         self.record = Record()
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
@@ -137,7 +138,6 @@ class CharonHost:
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
         self.charon_up = False
-        self._changes: Changes | None = None
 
     async def open(self) -> None:
         """Bind the HA address (before charon starts), load the record, listen.
@@ -148,7 +148,7 @@ class CharonHost:
         self.away.load()
         self.origins.load()
         if not self.config.mobile_node:
-            self._changes = Changes(LINKS | ADDRESSES, self.away.look_again)
+            self._routes = RouteEvents(self.detour.port, self.away.look_again)
         await self._ha.open()
         try:
             if not self.config.mobile_node:
@@ -172,8 +172,8 @@ class CharonHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
-        if self._changes is not None:
-            self._changes.close()
+        if self._routes is not None:
+            self._routes.close()
         self.save()
         if self._saving is not None:
             self._saving.cancel()

@@ -100,6 +100,11 @@ class Netlink:
     def close(self) -> None:
         self._socket.close()
 
+    @property
+    def port(self) -> int:
+        """Netlink's number of this socket: what changes, and is told to others, bears it."""
+        return int(self._socket.getsockname()[0])
+
     def ask(self, request: Request) -> list[bytes]:
         """The answers to one request, acknowledgement taken off. Errors: KernelError."""
         for _ in range(4):
