@@ -396,6 +396,9 @@ class Detour:
     def device_to(self, prefix: object, via: object) -> int:
         return 0
 
+    def device_now(self, prefix: object) -> int:
+        return 0
+
     def close(self) -> None: ...
 
 

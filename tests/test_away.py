@@ -49,11 +49,15 @@ class Routes:
         self.fuse = fuse
         self.leads: dict[str, Any] = {}
         self.shut_up: set[str] = set()
+        self.default = OUT
         self.link = IN
         """0: the device towards the other gateways is down."""
 
     def device_to(self, prefix: str, via: Sequence[Any]) -> int:
         return self.link if via else 0
+
+    def device_now(self, prefix: str) -> int:
+        return self.default
 
     def add(self, prefixes: Iterable[str], via: Sequence[Any]) -> list[Any]:
         self.fuse.step()
@@ -132,7 +136,7 @@ class Gateway:
         if not leads and any(ip_address(to) in ip_network(one) for one in self.routes.shut_up):
             return "dropped"
         inside = device
-        device = inside if leads and self.routes.link else OUT
+        device = inside if leads and self.routes.link else self.routes.default
         found = [
             one
             for one in self.kernel.policies.values()
@@ -143,7 +147,7 @@ class Gateway:
             return "dropped"
         if best is not None and best.templates:
             return "protected"
-        return f"sent on to {leads[0]}" if device == inside else "in the clear"
+        return f"sent on to {leads[0]}" if leads and device == inside else "in the clear"
 
 
 def serves(gateway: Gateway, here: IkeContext) -> None:
@@ -211,6 +215,26 @@ def test_a_link_that_goes_and_comes() -> None:
     gateway.away.look_again()
     assert gateway.packet(device=IN + 4) == "sent on to 10.3.0.3"
     assert gateway.packet(device=IN) == "dropped", "nothing is left for the device that has gone"
+
+
+def test_one_device_for_all() -> None:
+    """Inside and outside are one network: a policy by device would let packets leave by the default route."""
+    gateway = Gateway()
+    gateway.routes.default = IN
+    here = left(gateway)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.away.end(here.spis, unblock=False)
+    assert gateway.packet() == "dropped"
+    gateway.away.comes(here)
+    gateway.protect(here)
+    gateway.away.opens(here)
+    assert gateway.packet() == "protected"
+    serves(gateway, here)
+    assert gateway.routes.shut_up == set()
 
 
 def test_what_is_taken_back_is_as_it_was() -> None:

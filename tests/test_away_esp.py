@@ -52,7 +52,8 @@ class Place:
     """`ip` command that says where the other gateway is on the link."""
 
     def packet(self) -> str:
-        """Where one from the server to the mobile node leaves: "inner", "outer" or nowhere ("")."""
+        """Where one from the server to the mobile node leaves: "inner", to the other gateway, "outer", to
+        anybody else by any device, or nowhere ("")."""
         for sniffer in self.sniffers.values():
             with contextlib.suppress(OSError):  # nothing more, or the device was down
                 while sniffer.recv(2048):
@@ -67,7 +68,7 @@ class Place:
                     while True:
                         frame, (_, _, kind, *_) = sniffer.recvfrom(2048)
                         if kind == socket.PACKET_OUTGOING and frame[at : at + len(to)] == to:
-                            return name
+                            return name if frame[:6] == OTHER_GATEWAY or name == "outer" else "outer"
             time.sleep(0.005)
         return ""
 
@@ -79,6 +80,7 @@ class Place:
         self.away.restore()
 
 
+OTHER_GATEWAY = bytes.fromhex("020000000003")
 WAY = tuple(map(ip_address, GATEWAYS.values()))
 
 
@@ -208,6 +210,26 @@ def test_esp_in_user_space_has_an_unreachable_route_behind_it(version: int) -> N
         place.away.end(here.spis, unblock=False)
         assert place.packet() == ""
         place.away.serves(here.spis, str(here.remote_id), pairs_of(here))
+        assert place.packet() == "outer"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_one_device_for_all(version: int) -> None:
+    with placed(version) as place:
+        gone = "10.3.0.9" if version == 4 else "fd03::9"
+        place.space.ip(
+            f"route replace default via {gone} dev inner",
+            f"neigh add {gone} lladdr 02:00:00:00:00:09 dev inner",
+        )
+        assert place.packet() == "outer"
+        here, policy = _sa(version), _policy(_sa(version), version)
+        place.away.leave(here, "nsg", [policy])
+        assert place.packet() == "inner"
+        place.detour.remove(place.detour.listing())
+        assert place.packet() == ""
+        place.away.look_again()
+        assert place.packet() == "inner"
+        place.away.end(here.spis, unblock=True)
         assert place.packet() == "outer"
 
 

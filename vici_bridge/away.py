@@ -128,12 +128,21 @@ class Away:
             stage=Stage.HANDED if unprepared else Stage.LEAVING,
             prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
             blocks=tuple(block_of(policy) for policy in policies),
-            closed=tuple(remote) if self._kernel is None else (),
         )
         row = self._led(row)
+        row = replace(row, closed=tuple(remote) if self._kernel is None else self._one_armed(row))
         self._keep(row)
         self._shut(row)
         self._send_on(row)
+
+    def _one_armed(self, row: Departure) -> tuple[str, ...]:
+        """Prefixes whose packets would leave by the same device without the detour.
+
+        No policy tells those two apart. What stands behind them is an unreachable route, as where ESP is in
+        user space.
+        """
+        allowed = {policy.selector.ifindex for policy in row.allows}
+        return tuple(prefix for prefix in row.led if self._detour.device_now(prefix) in allowed)
 
     def back(self, sa: SaName) -> None:
         """The SA is served here again as it was: nothing is sent on or shut any more. Idempotent."""
@@ -376,10 +385,9 @@ class Away:
             self._store.delete(KIND, row.key)
 
     def _shut(self, row: Departure) -> None:
-        if self._kernel is not None:
-            for policy in row.blocks:
-                self._kernel.replace_policy(policy)
-        elif row.closed:
+        for policy in row.blocks if self._kernel is not None else ():
+            self._kernel.replace_policy(policy)  # type: ignore[union-attr]
+        if row.closed:
             self._detour.shut(row.closed)
 
     def _send_on(self, row: Departure) -> None:

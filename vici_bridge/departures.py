@@ -123,7 +123,8 @@ class Departure:
     since 1970. `prefixes`: the mobile node's addresses that may be sent on; `led`: those to which there is a
     way now, `via` these addresses.
     `blocks`: policies that drop what the SA protected; `allows`: those before them, for what is sent on.
-    `closed`: prefixes with an unreachable route, where ESP is in user space and policies mean nothing.
+    `closed`: prefixes with an unreachable route, where policies mean nothing: ESP is in user space, or the
+    way to the other gateway leads through the device by which packets leave anyway.
     """
 
     sa: SaName

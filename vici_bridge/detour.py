@@ -132,20 +132,30 @@ class Detour:
         gateway = _gateway(_network(prefix), [ip_address(str(address)) for address in via])
         if gateway is None or _unfit(_network(prefix), gateway):
             return 0
+        device, direct = self._way_to(gateway)
+        return device if direct else 0
+
+    def device_now(self, prefix: str | Network) -> int:
+        """Index of the device by which packets for `prefix` leave as things are; 0: there is no way."""
+        return self._way_to(_network(prefix).network_address)[0]
+
+    def _way_to(self, address: Address) -> tuple[int, bool]:
+        """The device towards an address, and whether it is on that link itself."""
         request = _message(
             rtmsg,
             _GETROUTE,
             _REQUEST | _ACK,
-            {"family": family_of(gateway), "dst_len": gateway.max_prefixlen},
-            [("RTA_DST", str(gateway))],
-            what=f"find the way to {gateway}",
+            {"family": family_of(address), "dst_len": address.max_prefixlen},
+            [("RTA_DST", str(address))],
+            what=f"find the way to {address}",
         )
         outcome = self._route.transact([request])[0]
         if not outcome.answers:
-            return 0
+            return 0, False
         answer = _decoded(outcome.answers[0])
-        leads = answer["type"] == _UNICAST and answer.get_attr("RTA_GATEWAY") is None
-        return int(answer.get_attr("RTA_OIF") or 0) if leads else 0
+        if answer["type"] != _UNICAST:
+            return 0, False
+        return int(answer.get_attr("RTA_OIF") or 0), answer.get_attr("RTA_GATEWAY") is None
 
     def _delete(self, prefixes: Sequence[Network], *, shut: bool = False) -> None:
         requests = [self._route_request(_DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
