@@ -164,8 +164,7 @@ class Handovers:
         if self._moving:
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
         with self._busy():
-            run = await self._begin(to, sa, Mode.REACTIVE, address, tell)
-            return run if isinstance(run, Report) else await self._reactive(run)
+            return await self._reactive(to, sa, await self._where(to, sa, address), tell)
 
     async def cancel(self) -> bool:
         """Forget a move that was announced; False: there is none."""
@@ -210,17 +209,35 @@ class Handovers:
             with self._busy():
                 yield
 
-    async def _reactive(self, run: Run) -> Report:
-        """From the new place on."""
+    async def _reactive(
+        self, to: str, sa: SaName | None, own: Address | None, tell: Progress, *, announced: bool = False
+    ) -> Report:
+        """From the new place on, where the node has the address `own`."""
         async with self.lock:
+            run = await self._begin(to, sa, Mode.REACTIVE, own, tell)
+            if isinstance(run, Report):
+                return run
+            run.report.announced = announced
             async with self._made_loud(run):
                 await self._hold(run)
                 self._note_asked(run)
                 await self._end(run, await self._outcome(run))
             return self._finished(run)
 
+    async def _where(self, to: str, sa: SaName | None, address: Address | None) -> Address | None:
+        """Our address at the new place; None where there is nothing to do. Errors: LinkError, ConfigError.
+
+        charon answers its gateway while a link comes up, so the lock is not held.
+        """
+        nsg, view = self._config.gateway(to), await self._select(sa)
+        if address is not None or self._config.gateway_at(view.remote.address) in (None, nsg):
+            return self._search.named(nsg, address)
+        return await self._search.arrived(
+            self._search.place(nsg, view.local.address.version, view.local_vips), nsg
+        )
+
     async def _begin(
-        self, to: str, sa: SaName | None, mode: Mode, address: Address | None, tell: Progress
+        self, to: str, sa: SaName | None, mode: Mode, own: Address | None, tell: Progress
     ) -> Run | Report:
         """What is to be done; a report where that is nothing."""
         config = self._config
@@ -247,10 +264,6 @@ class Handovers:
         if psg is nsg:
             report.result, report.detail = "already", f"{nsg.name} serves it already"
             return report
-        own: Address | None = None
-        if mode is Mode.REACTIVE:
-            place = self._search.place(nsg, view.local.address.version, view.local_vips)
-            own = self._search.named(nsg, address) or await self._search.arrived(place, nsg)
         context = await self._mobile.export(view.spis)
         version = own.version if own is not None else view.local.address.version
         settings = config.mobile
@@ -336,7 +349,7 @@ class Handovers:
         A token names one address and counts once, so that is another handover, with a sequence number of its
         own. It is over with the time of the announcement.
         """
-        report, tried = run.report, run.machine.care_of
+        report, before, tried = run.report, run.context.local, run.machine.care_of
         while report.another_address_may_do and tried is not None and not run.named:
             place.refuse(tried.address)
             run.tell({"phase": "refused", "ms": 0.0, "to": run.nsg.name, "detail": report.detail})
@@ -347,11 +360,8 @@ class Handovers:
                 break
             try:
                 with self._busy():
-                    again = await self._begin(run.nsg.name, run.sa, Mode.REACTIVE, address, run.tell)
-                    if isinstance(again, Report):
-                        return again
-                    again.report.announced = True
-                    report, tried = await self._reactive(again), again.machine.care_of
+                    report = await self._reactive(run.nsg.name, run.sa, address, run.tell, announced=True)
+                    tried = Endpoint(address, before.port)
             except IkectxError as error:
                 log.warning("handover to %s from %s: %s", run.nsg.name, address, error)
                 break
