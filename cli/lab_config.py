@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import lab_bird
@@ -92,6 +92,14 @@ class Tunnel:
     def agents(self) -> tuple[str, ...]:
         """The hosts with an agent, in scenarios that have agents."""
         return (*(["mn"] if self.mobile else []), *GATEWAYS)
+
+    def of_today(self, auth: str) -> Tunnel:
+        """The same without what this project adds: the mobile node terminates its tunnel and connects anew.
+
+        No gateway asks another for an SA by a packet: it would get the SA that the mobile node gives up just
+        then, and draw the inside's packets to it, away from the new one.
+        """
+        return replace(self, auth=auth, initiator="mn", inside="announce", by_packet=False)
 
     def same_daemons(self, other: Tunnel) -> bool:
         """Whether daemons that run with this one's files can go on with the other's, reloaded."""

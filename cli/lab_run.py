@@ -498,9 +498,7 @@ class Runner:
             self._do_relocate()
             lab.net.mend()
         self.report.add_clear(self._unwatch())
-        lab.reload(
-            replace(lab.tunnel, auth=auth, initiator="mn", inside="announce"), self._scenario.overrides
-        )
+        lab.reload(lab.tunnel.of_today(auth), self._scenario.overrides)
         self._do_connect("psg")
         self._do_ping()
         self._start_traffic()

@@ -255,6 +255,17 @@ class Status(OpenEnum):
     AMBIGUOUS = 0x96
 
 
+UNTOUCHED = frozenset(
+    {
+        Status.NO_CONNECTION,
+        Status.NO_CHILD,
+        Status.VIP_IN_USE,
+        Status.SELECTORS_OVERLAP,
+        Status.PROPOSAL,
+    }
+)
+"""With these a gateway refuses an SA only before it does anything for it."""
+
 STATUS_TEXT: dict[Status, str] = {
     Status.OK: "fine",
     Status.BAD_CHECKSUM: "the context arrived damaged",

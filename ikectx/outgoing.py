@@ -12,8 +12,8 @@ from .context import FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
 from .links import Answer, Link, Links, PeerConfig
-from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import SaName, Verdict, hand_over, stay
+from .numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
+from .ports import SaName, Verdict, hand_over, stay, take_nothing
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .run import Observer, Parts, Run, log, step
@@ -526,6 +526,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         # found their way there since the freeze. Go past all of that.
         jump = 2 * max(self.parts.oseq_jump, OSEQ_JUMP)
         try:
+            if self.told and self.status in UNTOUCHED:
+                take_nothing(self.parts.source, self.sa)
             await self._step("thaw", self.parts.source.thaw(self._of, jump))
         except IkectxError as error:
             return await self._failed("thaw", error)

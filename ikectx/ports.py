@@ -192,6 +192,13 @@ class Follower(Protocol):
     def hands_over(self, sa: SaName) -> None:
         """Before `freeze`: it goes to a gateway that has nothing of it yet, and may send its packets here."""
 
+    def not_taken(self, sa: SaName) -> None:
+        """Before `thaw`: the other gateway refused the SA before it did anything for it.
+
+        Nothing there has drawn packets for the MN or spoken to it, so that nothing of that has to be put
+        right: the MN's routes are left as they are, and the MN is not asked where it is.
+        """
+
     def stays(self, sa: SaName) -> None:
         """The SA was to go, and is served here still: the gateways that it came from are to hear that."""
 
@@ -206,6 +213,13 @@ def come_from(sink: ContextSink, context: IkeContext, peer: str) -> None:
 def hand_over(source: ContextSource, sa: SaName) -> None:
     """To `source`, if it is a `Follower`."""
     call = getattr(source, "hands_over", None)
+    if call is not None:
+        call(sa)
+
+
+def take_nothing(source: ContextSource, sa: SaName) -> None:
+    """To `source`, if it is a `Follower`: see `Follower.not_taken`."""
+    call = getattr(source, "not_taken", None)
     if call is not None:
         call(sa)
 

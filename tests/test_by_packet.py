@@ -13,6 +13,7 @@ from ikectx.cxtp import Ctd, Ctdr, CtReq
 from ikectx.errors import BusyError, CharonError, UsageError
 from ikectx.numbers import Exchange, Fpt, Status
 from ikectx.payloads import NoncePayload
+from ikectx.ports import Verdict
 from ikectx.report import TransferReport
 
 from .hand_loop import run
@@ -138,6 +139,30 @@ def test_a_request_that_overtakes_the_proof_is_noticed() -> None:
             await w.quiet()
             assert w.owner(sa) == "a"
             assert "thaw" in w.a.daemon.calls
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [(Status.VIP_IN_USE, True), (Status.SELECTORS_OVERLAP, True), (Status.KERNEL, False)]
+)
+def test_psg_hears_that_nsg_did_nothing_for_what_it_refuses(status: Status, told: bool) -> None:
+    """The MN has connected to nSG anew meanwhile: no route is to lead back to the SA that it gave up."""
+
+    async def scenario() -> None:
+        async with world(rights=ALL) as w:
+            context = a_context()
+            sa = w.a.daemon.serve(context)
+            untaken: list[object] = []
+            w.a.daemon.not_taken = untaken.append  # type: ignore[attr-defined]
+            w.b.daemon.verdicts = [Verdict(Fpt.IKEV2_SA, status, "used by mn.example")]
+            report = await seen(w, probe(context))
+            assert report is not None
+            assert (report.result, report.status) == ("refused", status)
+            await w.quiet()
+            assert w.owner(sa) == "a"
+            assert w.a.daemon.calls[-2:] == ["freeze", "thaw"]
+            assert untaken == ([sa] if told else [])
 
     run(scenario())
 

@@ -301,3 +301,29 @@ def test_a_thaw_asks_for_every_id_that_the_mn_may_expect() -> None:
             assert asked == [last, last + 1, last + 2]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_thaw_after_a_refusal_that_came_first_leaves_routes_and_mn_alone(taken: bool) -> None:
+    """The updown script would announce routes anew, although the MN may be served at the other gateway."""
+    asked: list[int] = []
+    ran: list[bool] = []
+
+    async def silent(here: IkeContext, final: FinalState, arrived: object) -> MoveReport:
+        asked.append(final.mid_initiator)
+        raise LinkError("silent")
+
+    async def updown(context: IkeContext, *, up: bool, **_: object) -> None:
+        ran.append(up)
+
+    async def scenario() -> None:
+        async with left(()) as (source, context, _):
+            source._mover = silent
+            source._host.updown = updown  # type: ignore[method-assign]
+            await source.freeze(context, "nsg")
+            if not taken:
+                source.not_taken(context.spis)
+            await source.thaw(context, 1)
+            assert (ran, bool(asked)) == (([False, True], True) if taken else ([], False))
+
+    asyncio.run(scenario())

@@ -30,6 +30,13 @@ def read(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("tunnel", SHAPES)
+def test_the_way_of_today_has_nobody_who_asks_for_sas_by_a_packet(tmp_path: Path, tunnel: Tunnel) -> None:
+    write_all(tmp_path, tunnel.of_today("psk"), {})
+    for host in GATEWAYS:
+        assert config.load(tmp_path / host / "ikectx.toml").by_packet is None
+
+
+@pytest.mark.parametrize("tunnel", SHAPES)
 def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
     more = {"mn": "connections {\n psg {\n mobike = no\n }\n}\n", "nsg.strongswan": "charon { retry = 3 }\n"}
     write_all(tmp_path, tunnel, more)

@@ -479,6 +479,10 @@ class CharonSource:
         """See `ikectx.ports.Follower`."""
         self._handed.add(sa)
 
+    def not_taken(self, sa: SaName) -> None:
+        """See `ikectx.ports.Follower`."""
+        self._host.store.delete(_LET_GO, _key(sa))
+
     def stays(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
         self._host.origins.stays(sa)
