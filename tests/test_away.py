@@ -190,6 +190,12 @@ def test_without_a_way_packets_are_dropped_and_the_log_says_so(caplog: pytest.Lo
     left(gateway, to="unknown")
     assert gateway.packet() == "dropped"
     assert "forward_via" in caplog.text
+    caplog.clear()
+    announcing = Gateway()
+    announcing.away._announced = {context().connection}
+    left(announcing, to="unknown")
+    assert announcing.packet() == "dropped"
+    assert "forward_via" not in caplog.text, "the network leads its packets there"
     other = Gateway()
     other.routes.link = 0
     left(other)

@@ -17,7 +17,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -59,6 +59,7 @@ class Away:
     """All departures of one gateway; those of the store from `load` on.
 
     `kernel` is None where ESP is in user space. `ways`: by peer name, the inner addresses of that gateway.
+    `announced`: connections for whose mobile nodes the network finds the way itself.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Away:
         detour: Detour,
         ways: Mapping[str, Sequence[Address]],
         wall: Callable[[], float] = time.time,
+        announced: Collection[str] = (),
     ) -> None:
         self._store = store
         self._kernel = kernel
@@ -78,6 +80,9 @@ class Away:
         self._named: defaultdict[str, set[str]] = defaultdict(set)
         """Keys of rows by what they are looked for: mobile nodes and prefixes. There may be thousands."""
         self._direct: Counter[SaName] = Counter()
+        self._announced = announced
+        self._found: set[SaName] = set()
+        """SAs that are leaving, whose packets the network leads to where they go."""
         self.behind = Behind(store, kernel)
 
     def load(self) -> None:
@@ -130,6 +135,8 @@ class Away:
             blocks=tuple(block_of(policy) for policy in policies),
         )
         row = self._led(row)
+        if context.connection in self._announced:
+            self._found.add(context.spis)
         row = replace(row, closed=tuple(remote) if self._kernel is None else self._one_armed(row))
         self._keep(row)
         self._shut(row)
@@ -147,6 +154,7 @@ class Away:
     def back(self, sa: SaName) -> None:
         """The SA is served here again as it was: nothing is sent on or shut any more. Idempotent."""
         row = self._rows.get(key_of(sa))
+        self._found.discard(sa)
         if row is not None and (row.stage in _LETTING_GO or not row.peer):
             self._change(row, None)
 
@@ -158,9 +166,15 @@ class Away:
         row = self._rows.get(key_of(sa))
         if row is None or row.stage not in _LETTING_GO:
             return row
-        self._change(row, row.told(News.LEFT))
+        now = row.told(News.LEFT)
+        if row.stage is Stage.LEAVING:
+            self._keep(now)  # the kernel does already what is to be done
+        else:
+            self._change(row, now)
         row = self._rows[row.key]
-        if not row.prefixes:
+        found = sa in self._found
+        self._found.discard(sa)
+        if not row.prefixes or (found and not row.sent_on):
             log.info("%s: its packets are not sent on to %s", row.mn, row.at)
         elif row.sent_on:
             places = " or ".join(map(str, row.via))

@@ -81,7 +81,8 @@ class HostConfig:
     """What a gateway's agent has to know of its own host.
 
     `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters nobody can read.
-    `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name.
+    `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `announced`:
+    connections whose updown script leads packets for a mobile node to the gateway that serves it.
     `oseq_jump`: packets; `late`: seconds for which late packets are decrypted after letting go.
     `mobile_node`: charon is a mobile node's own, so its SAs are never muted one by one.
     `collision`: what becomes of an SA whose SPIs are taken: "update" (UPDATE_SPI, else a rekey), "rekey" or
@@ -97,6 +98,7 @@ class HostConfig:
     kernel_esp: bool = True
     updown: Mapping[str, str] = field(default_factory=dict)
     forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
+    announced: frozenset[str] = frozenset()
     oseq_jump: int = 65536
     late: int = 5
     mobile_node: bool = False
@@ -118,7 +120,7 @@ class CharonHost:
         self.mute = Mute()
         self.doubts = Doubts(store)
         self.detour = Detour()
-        self.away = Away(store, self.kernel, self.detour, config.forward_via)
+        self.away = Away(store, self.kernel, self.detour, config.forward_via, announced=config.announced)
         self.origins = Origins(store)
         self._routes: RouteEvents | None = None
         self.record = Record()
