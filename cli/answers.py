@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from ikectx.context import Address
     from vici_bridge.vici import ControlClient
 
     from .config import ControlConfig
@@ -72,9 +73,19 @@ class Setup(Generic[C]):
 def an_address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Callback of options that take an IP address. Errors: click.BadParameter."""
     try:
-        return None if value is None else str(ip_address(value))
+        return None if value is None else str(plain_address(value))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not an IP address", ctx, param) from None
+
+
+def plain_address(text: str) -> Address:
+    """An IP address that means the same on every host: none with a zone, as in fe80::1%eth0 (RFC 4007, 11).
+
+    Errors: ValueError.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone")
+    return ip_address(text)
 
 
 def json_option(command: F) -> F:

@@ -330,7 +330,11 @@ def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool)
 
 @cli.command()
 @click.option(
-    "--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many, newest first."
+    "--limit",
+    type=click.IntRange(1, 1_000_000_000),
+    default=100,
+    show_default=True,
+    help="At most so many, newest first.",
 )
 @json_option
 @click.pass_obj

@@ -38,6 +38,7 @@ from vici_bridge.source import CharonSource
 from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__, service
+from .answers import plain_address
 from .config import Config
 from .detours import find, names, need_ways
 from .movers import MnEnder, MnMover, MnRenamer, MnSettler
@@ -316,7 +317,7 @@ class Agent:
         if not from_:
             raise UsageError("pull needs the name of the gateway it comes from (`from`)")
         try:
-            mn = ip_address(request.get("mn", ""))
+            mn = plain_address(request.get("mn", ""))
         except ValueError:
             raise UsageError(f"mn is not an IP address: {request.get('mn', '')!r}") from None
         queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
@@ -334,7 +335,7 @@ class Agent:
         yield _reports([await work])
 
     async def history(self, request: Message) -> AsyncIterator[Message]:
-        for entry in self._gateway.history(_number(request, "limit", 100)):
+        for entry in self._gateway.history(_number(request, "limit", 100, 1, 1_000_000_000)):
             yield with_json(entry)
 
     async def resync(self, request: Message) -> Message:
@@ -374,7 +375,7 @@ class Agent:
         """
         if request.get("verb") != "down":
             return {"action": "none"}
-        reqid = _number(request, "reqid", 0)
+        reqid = _number(request, "reqid", 0, 0, 0xFFFFFFFF)
         found = self._source.departing_by_reqid(reqid)
         if found is None or found[0] in self._source.departing:
             # a child alone, whose IKE_SA lives on, or the second of several selector pairs
@@ -446,8 +447,12 @@ def _event_json(event: TransferEvent) -> Message:
     return with_json({**flat, "sa": [part.hex() for part in event.sa], "report": report}, **flat)
 
 
-def _number(request: Message, key: str, default: int) -> int:
+def _number(request: Message, key: str, default: int, low: int, high: int) -> int:
+    """A number of a request. Errors: UsageError, also for one that is not in low..high."""
     try:
-        return int(request.get(key) or default)
+        number = int(request.get(key) or default)
     except ValueError:
-        raise UsageError(f"{key} is not a number: {request.get(key)!r}") from None
+        raise UsageError(f"{key} is not a number: {str(request.get(key))[:40]!r}") from None
+    if not low <= number <= high:
+        raise UsageError(f"{key} must be a number from {low} to {high}")
+    return number

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.context import Endpoint, Identity, IkeContext, ReplayState, Secret, TrafficSelector
+from ikectx.escape import escaped
 
 
 def dump(value: object, *, indent: int | None = None) -> str:
@@ -168,9 +169,7 @@ def printable(value: object, keep: str = "") -> str:
 
     `keep`: characters that are left as they are all the same.
     """
-    return "".join(
-        char if char.isprintable() or char in keep else f"\\x{ord(char):02x}" for char in str(value)
-    )
+    return escaped(str(value), keep)
 
 
 def say(text: str) -> None:

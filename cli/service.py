@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from ikectx import trace
 from ikectx.errors import UsageError
+from ikectx.escape import Escaping
 from ikectx.store import SqliteStore, open_store
 
 log = logging.getLogger("ikectx")
@@ -49,6 +50,8 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         else "%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Escaping())
     os.umask(0o077)
     if path := os.environ.get(trace.VARIABLE):
         trace.begin(path)

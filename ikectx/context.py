@@ -14,6 +14,7 @@ import hmac
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+from .escape import escaped
 from .numbers import Encr, IdType, Integ, KeMethod, Mode, Prf, Protocol
 
 Address = IPv4Address | IPv6Address
@@ -83,10 +84,11 @@ class Identity:
     data: bytes
 
     def __str__(self) -> str:
+        """For people: text is escaped, because it is what a peer or a mobile node calls itself."""
         if self.type in (IdType.IPV4_ADDR, IdType.IPV6_ADDR) and len(self.data) in (4, 16):
             return str(ip_address(self.data))
         if self.type in (IdType.FQDN, IdType.RFC822_ADDR):
-            return self.data.decode("utf-8", "backslashreplace")
+            return escaped(self.data.decode("utf-8", "backslashreplace"))
         if self.type is IdType.ANY:
             return "%any"
         return f"{self.type.name.lower()}:{self.data.hex()}"

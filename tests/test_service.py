@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -185,3 +186,14 @@ def test_a_client_that_leaves_stops_no_work() -> None:
         assert await task == "done"
 
     asyncio.run(main())
+
+
+def test_words_from_outside_forge_no_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.Logger("root")
+    monkeypatch.setattr(logging, "root", root)
+    monkeypatch.setattr(logging, "getLogger", lambda name=None: root)
+    run(tmp_path, signal.SIGTERM)
+    root.warning("%s is gone", "a\nERROR ikectx: forged\x1b[31m")
+    assert "WARNING root: a\\x0aERROR ikectx: forged\\x1b[31m is gone" in capsys.readouterr().err

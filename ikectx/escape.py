@@ -1,0 +1,58 @@
+"""One escape for words that came from outside: identities, names and reasons of peers and mobile nodes.
+
+They may hold newlines, which forge lines of a log, and ESC, which steers a terminal. Whatever shows such
+words to a person passes them through `escaped`, and every line of the agents' logs goes through `Escaping`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+
+class OurText(str):
+    """Text that this program made, of several lines maybe: it is logged as it is."""
+
+    __slots__ = ()
+
+
+def escaped(text: str, keep: str = "") -> str:
+    r"""The text with each character that is not printable written as \xNN, \uNNNN or \UNNNNNNNN.
+
+    Control characters, line and paragraph separators and marks that turn the direction of writing are such
+    characters. A backslash stays as it is, because identities as DOMAIN\user have one. `keep`: characters
+    that are left as they are all the same.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else _code(char) for char in text)
+
+
+def _code(char: str) -> str:
+    number = ord(char)
+    if number <= 0xFF:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"
+
+
+class Escaping(logging.Filter):
+    """Escapes what log messages are filled in with; for the handler of a program's log.
+
+    The message's own text is the program's. Messages of other libraries come ready-made and are escaped as a
+    whole, but for the newlines that they are written with.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """True: no message is left out."""
+        if not record.args:
+            record.msg = escaped(str(record.msg), keep="\n")
+        elif isinstance(record.args, tuple):
+            record.args = tuple(_safe(arg) for arg in record.args)
+        else:
+            record.args = {key: _safe(arg) for key, arg in record.args.items()}
+        return True
+
+
+def _safe(value: object) -> object:
+    if value is None or isinstance(value, int | float | OurText):
+        return value
+    return escaped(str(value))
