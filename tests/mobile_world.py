@@ -32,6 +32,7 @@ from vici_bridge.sa_state import read_child, read_generation
 from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.xfrm_parts import Request
 
+from .hand_loop import HandLoop
 from .kernel_tables import KernelTables
 from .listed import listing_of
 from .peers import a_context
@@ -467,7 +468,8 @@ def a_node_context(*, children: int = 1, older: bool = False) -> IkeContext:
 
 
 def do(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(work)
+    with asyncio.Runner(loop_factory=HandLoop) as runner:
+        return runner.run(work)
 
 
 @pytest.fixture(autouse=True)
