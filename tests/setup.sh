@@ -28,6 +28,8 @@ PACKAGES=(
 )
 # tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab.
 TEST_PACKAGES=(tshark bird2)
+# Make the new machines of tests/roots.sh.
+ROOT_PACKAGES=(debootstrap debian-archive-keyring)
 # For a kernel without ESP where no User-Mode Linux is to be had: Debian's own kernel in a virtual machine.
 # virtme-ng asks `file` what the kernel is.
 VM_PACKAGES=(qemu-system-x86 linux-image-amd64 busybox-static file)
@@ -82,7 +84,10 @@ make_venv() {
 install "${PACKAGES[@]}"
 [ $extra = lab ] || install "${TEST_PACKAGES[@]}"
 if [ $guests = yes ]; then
-    [ $extra = lab ] || tests/uml.sh || say "tests that run in User-Mode Linux will fail"
+    if [ $extra = dev ]; then
+        install "${ROOT_PACKAGES[@]}"
+        tests/uml.sh || say "tests that run in User-Mode Linux will fail"
+    fi
     if ! kernel_has_esp && ! tests/uml.sh --find smp > /dev/null; then install "${VM_PACKAGES[@]}"; fi
 fi
 make_venv
