@@ -12,7 +12,7 @@ from vici_bridge.away import pairs_of
 from vici_bridge.behind import BEHIND, KIND, Behind
 from vici_bridge.xfrm import Mark
 
-from .test_away import MN, Gateway
+from .test_away import IN, MN, Gateway
 from .test_charon import context
 
 HERE = context()
@@ -123,3 +123,39 @@ def test_the_store_and_the_kernel_hold_the_same(gateway: Gateway) -> None:
     again = Behind(gateway.store, None)
     again.load()
     assert again.listing() == gateway.away.behind.listing()
+
+
+def prepared() -> Gateway:
+    here = Gateway()
+    here.protect(HERE)
+    here.away.awaits(HERE, {1})
+    return here
+
+
+def test_what_is_prepared_and_then_undone_leaves_nothing_in_the_clear() -> None:
+    """pSG sends packets on from its freeze until it hears that nSG has undone the SA."""
+    gateway = prepared()
+    charon_ends(gateway)
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "dropped"
+
+
+def test_the_way_to_psg_may_lead_through_nsg() -> None:
+    gateway = prepared()
+    charon_ends(gateway)
+    gateway.routes.default = IN
+    assert gateway.packet() == "in the clear", "it leaves for pSG, by another device than to the mobile node"
+
+
+def test_when_it_serves_all_is_dropped_by_one_policy() -> None:
+    gateway = prepared()
+    assert blocks(gateway) == 1
+    gateway.away.behind.stand(HERE, {1})
+    (block,) = gateway.away.behind.listing()
+    assert (blocks(gateway), block.policy.selector.ifindex) == (1, 0)
+    gateway.away.awaits(HERE, {1})  # it comes again
+    assert (blocks(gateway), gateway.away.behind.listing()) == (1, [block])
+    charon_ends(gateway)
+    gateway.routes.default = IN
+    assert gateway.packet() == "dropped"

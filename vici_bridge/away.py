@@ -210,6 +210,18 @@ class Away:
         for row in self._rows_of(context):
             self._change(row, row.told(News.COMES))
 
+    def awaits(self, context: IkeContext, reqids: Collection[int]) -> None:
+        """The SA is prepared here, with policies of these requests: who has it may send its packets here.
+
+        What comes is never to leave in the clear, also where the SA is not taken in the end. Idempotent.
+        """
+        try:
+            outside = self._detour.device_now(str(context.remote.address))
+        except KernelError as error:
+            log.error("the way to %s is not known: %s", context.remote.address, error)
+            outside = 0
+        self.behind.stand(context, reqids, outside)
+
     def opens(self, context: IkeContext) -> None:
         """charon leads packets to the SA now, also with ESP in user space: nothing may stand before that."""
         for row in self._rows_of(context):

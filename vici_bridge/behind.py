@@ -9,6 +9,11 @@ another mobile node has the address here, or the operator says otherwise (`ikect
 would cut the gateway off, nor behind one for the mobile node's outer address (transport mode), because pSG
 does not send such packets on.
 
+One stands already when an SA is only prepared here: from then on the gateway that has it may send its packets
+on to here. Where the SA is not taken in the end, that gateway hears so after its policies have gone here, and
+goes on sending until then. This block drops what would leave by the device that leads to the mobile node's
+outer address, and nothing else, since the way to the gateway that serves it may lead through here.
+
 With ESP in user space there are no policies, and nothing stands behind an SA.
 """
 
@@ -100,10 +105,11 @@ class Behind:
         """All of them."""
         return list(self._blocks.values())
 
-    def stand(self, context: IkeContext, reqids: Collection[int]) -> None:
+    def stand(self, context: IkeContext, reqids: Collection[int], device: int = 0) -> None:
         """The SA came, with policies of these request numbers. Idempotent; what fails is logged.
 
-        It serves already, so nothing of this may stop it.
+        It serves already, so nothing of this may stop it. `device`: drop only what would leave by the device
+        of that index; 0: whatever would leave.
         """
         if self._kernel is None:
             return
@@ -111,8 +117,10 @@ class Behind:
             for policy in self._kernel.policies_about(reqids):
                 if policy.direction == "out" and not _too_wide(policy, context.remote.address):
                     block = block_of(policy)
-                    block = replace(block, selector=replace(block.selector, user=BEHIND))
-                    self._put(Block(context.spis, str(context.remote_id), block))
+                    selector = replace(block.selector, user=BEHIND, ifindex=device)
+                    self._stand(
+                        Block(context.spis, str(context.remote_id), replace(block, selector=selector))
+                    )
         except (KernelError, StoreError, WireError) as error:
             log.error(
                 "packets for %s may leave in the clear when its SA ends here: %s", context.remote_id, error
@@ -159,6 +167,18 @@ class Behind:
         except KernelError as error:
             log.error("packets for mobile nodes may leave in the clear when their SAs end: %s", error)
 
+    def _stand(self, block: Block) -> None:
+        """Put it there instead of those that drop less of the same packets, unless one drops more of them."""
+        device = block.policy.selector.ifindex
+        others = [self._blocks[key] for key in self._to.get(block.policy.destination, ())]
+        same = [other for other in others if _but_for_device(other.policy) == _but_for_device(block.policy)]
+        if device and any(not other.policy.selector.ifindex for other in same):
+            return
+        self._put(block)
+        for other in same:
+            if not device and other.policy.selector.ifindex:
+                self._remove(other)
+
     def _put(self, block: Block) -> None:
         assert self._kernel is not None
         self._store.put(KIND, block.key, block.dumps())
@@ -185,3 +205,7 @@ def _too_wide(policy: KernelPolicy, outer: Address) -> bool:
     if policy.mark is not None or policy.if_id:
         return False
     return not policy.destination.prefixlen or outer in policy.destination
+
+
+def _but_for_device(policy: KernelPolicy) -> KernelPolicy:
+    return replace(policy, selector=replace(policy.selector, ifindex=0))

@@ -211,7 +211,7 @@ class CharonSink:
         return () if raw is None else (ContextDataBlock(Fpt.NEW_SPIS, raw[8:]),)
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
-        """See `ContextSink.prepare`. On any failure nothing stays behind."""
+        """See `ContextSink.prepare`. On any failure nothing of the SA stays."""
         host = self._host
         async with host.import_lock:
             verdicts, taken = await self._look(context, keep_address)
@@ -243,7 +243,8 @@ class CharonSink:
                 if plan is not None:
                     self._renames.ready(here, plan)
                 await host.send(messages)
-                await self._installed(shape)
+                view = await self._installed(shape)
+                host.away.awaits(here, {child.reqid for child in view.children})
                 host.record.learn(shape, version)
                 self._write_replay(shape, here, host.config.oseq_jump)
                 if plan is not None:
