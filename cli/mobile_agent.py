@@ -11,11 +11,12 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
 from ikectx import trace
-from ikectx.context import Address
+from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
 from ikectx.ports import SaName, Store
 from vici_bridge.addresses import OuterAddresses
@@ -27,7 +28,7 @@ from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__, service
 from .mobile_config import MobileFile
-from .mobile_farewell import Farewells
+from .mobile_farewell import Farewells, Told
 from .mobile_handover import Handovers
 from .mobile_report import Report
 from .mobile_spis import SpiWatch
@@ -119,21 +120,47 @@ class MobileAgent:
     async def start(self) -> None:
         """HA address first: charon may come at any time. Errors: IkectxError."""
         await self._host.open()
+        passive = self._mobile.left_passive()
         try:
             self._addresses.watch(self._addresses_changed)
         except KernelError as error:
             log.warning("%s; a move that is announced must be completed by hand", error)
         # what was open is ended before anything new begins
-        self._host.spawn(self._resume())
+        self._host.spawn(self._resume(passive))
         await self._control.start()
         log.info("mobile node's agent %s serves %s", __version__, self._config.control.socket)
 
-    async def _resume(self) -> None:
+    async def _resume(self, passive: Mapping[SaName, IkeContext]) -> None:
         await self._spis.resume()
         self._spis.start()
         async with self.handovers.lock:
-            await self._mobile.resume()
+            ended = await self._mobile.resume()
+        for sa, name in ended.items():
+            if sa in passive:
+                await self._leave(sa, name, passive[sa])
         await self._ask_again()
+
+    async def _leave(self, sa: SaName, name: SaName, context: IkeContext) -> None:
+        """An SA was ended here while it was passive and no agent looked: no gateway is to keep it."""
+        asked = [one for one in self.handovers.notes.in_question() if one["spi_i"] == sa[0].hex()]
+        names = [name for one in asked for name in (one["to"], one["from"])]
+        found = self._config.gateway_at(context.remote.address)
+        gateways = [self._config.gateway(name) for name in names] or ([found] if found is not None else [])
+        # what charon or an agent said last, the gateway may have had, or not
+        ids = tuple(range(max(0, context.mid_initiator - 1), context.mid_initiator + 2))
+        under = [(context.current, ids)]
+        if name != sa:
+            under.append((replace(context.current, spi_i=name[0], spi_r=name[1]), (0,)))
+        deletes: list[Told] = []
+        for gateway in gateways:
+            for address in gateway.addresses:
+                own = self._addresses.towards(
+                    address, avoid=context.local_vips, among=self._config.mobile.addresses
+                )
+                if own is not None:
+                    ends = Endpoint(own, context.local.port), Endpoint(address, context.remote.port)
+                    deletes += [(keys, *ends, numbers) for keys, numbers in under]
+        await self._farewells.say((sa, name), deletes)
 
     async def _ask_again(self) -> None:
         """nSG may have taken an SA that an agent before this one asked it to: it says so if asked again."""

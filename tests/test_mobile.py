@@ -428,3 +428,18 @@ def test_new_names_are_heard_before_charon_has_them() -> None:
         assert (now.replay.seq, now.replay.bitmap & 7) == (1 << 24, 7)
 
     do(scenario())
+
+
+def test_what_was_ended_while_it_was_passive_and_no_agent_ran() -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        await node.mobile.quiet(node.sa)
+        node.begin()  # another agent
+        assert {sa: context.spis for sa, context in node.mobile.left_passive().items()} == {node.sa: node.sa}
+        node.charon.gone = True
+        assert await node.mobile.resume() == {node.sa: node.sa}
+        assert node.mobile.left_passive() == {}
+        assert await node.mobile.resume() == {}
+        assert not await node.mobile.listed(node.sa)
+
+    do(scenario())

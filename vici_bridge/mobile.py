@@ -333,17 +333,33 @@ class CharonMobile:
         if failed is not None:
             raise failed
 
-    async def resume(self) -> None:
-        """After a start: end what an agent before this one left open. Waits for charon; raises nothing."""
+    def left_passive(self) -> dict[SaName, IkeContext]:
+        """SAs that an agent before this one left PASSIVE, as far as the record knows them.
+
+        For before charon is asked what it has: the record forgets what charon has no more.
+        """
+        found: dict[SaName, IkeContext] = {}
+        for key, _ in self._host.store.items(_QUIET):
+            with contextlib.suppress(UnknownSaError):
+                sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+                found[sa] = self._host.record.context(sa)
+        return found
+
+    async def resume(self) -> dict[SaName, SaName]:
+        """After a start: end what an agent before this one left open. Waits for charon; raises nothing.
+
+        Gives what charon has no more of that, by its name of then: what it was called at last.
+        """
+        ended: dict[SaName, SaName] = {}
         while True:
             try:
-                await self._resume()
-                return
+                await self._resume(ended)
+                return ended
             except (CharonError, WireError) as error:
                 log.debug("what was open waits for charon: %s", error)
                 await asyncio.sleep(AGAIN)
 
-    async def _resume(self) -> None:
+    async def _resume(self, ended: dict[SaName, SaName]) -> None:
         host = self._host
         for key in sorted({key for kind in (_QUIET, MOVE) for key, _ in host.store.items(kind)}):
             sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
@@ -354,6 +370,7 @@ class CharonMobile:
                     self.steps.drop_guards(Move.loads(saved))
                 host.store.delete(MOVE, key)
                 host.store.delete(_QUIET, key)
+                ended[sa] = name
                 continue
             log.warning("the IKE_SA %s was left in the middle of a handover; it goes on now", key[:16])
             try:
