@@ -264,3 +264,25 @@ def test_an_agent_mends_the_way(version: int) -> None:
 
         with place.space.entered():
             asyncio.run(main())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_still_comes_for_an_sa_that_came_here_and_ended_is_dropped(version: int) -> None:
+    with placed(version) as place:
+        here, policy = _sa(version), _policy(_sa(version), version)
+        place.kernel.add_policy(policy)
+        place.away.behind.stand(here, {1})
+        assert place.kernel.delete_policy(policy), "charon takes its own away, and finds it"
+        assert place.packet() == ""
+        place.again()
+        assert place.packet() == ""
+
+        place.kernel.add_policy(policy)
+        place.away.leave(here, "nsg", [policy])
+        place.kernel.delete_policy(policy)
+        place.away.left(here.spis)
+        assert place.packet() == "inner", "moved on, it is sent on"
+        place.away.end(here.spis, unblock=True)
+        assert place.packet() == ""
+        assert place.away.behind.end(str(here.remote_id)) == 1
+        assert place.packet() == "outer"
