@@ -10,6 +10,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -32,6 +33,10 @@ from .lab_hosts import Lab, realtime_works
 from .lab_net import GATEWAYS, INNER, LAN_MAC
 
 INTERVAL_MS = 5.0
+ON_ITS_WAY = lab_probe.DRAIN / 2
+"""Seconds that a datagram of the probe may take. Each end stops sending `DRAIN` before it stops listening, so
+that everything counts where both stop at the same time."""
+
 PROBE_PORT = {"mn": 7007, "mn2": 7008}
 """Of the probe with that mobile node, at both ends."""
 
@@ -59,10 +64,18 @@ class Direction:
 
 
 def direction(
-    sent: Iterable[Sequence[int]], received: Iterable[Sequence[int]], interval_ms: float = INTERVAL_MS
+    sent: Iterable[Sequence[int]],
+    received: Iterable[Sequence[int]],
+    interval_ms: float = INTERVAL_MS,
+    ended_ns: int | None = None,
 ) -> Direction:
-    """Compares what one end sent ([number, ns, errno]) with what the other received ([number, ns])."""
-    sends = {number: (stamp, error) for number, stamp, error in sent}
+    """Compares what one end sent ([number, ns, errno]) with what the other received ([number, ns]).
+
+    `ended_ns`: when the other heard nothing more. What was sent later than `ON_ITS_WAY` before that does not
+    count: on a busy machine one end stops long after the other.
+    """
+    last = math.inf if ended_ns is None else ended_ns - ON_ITS_WAY * 1e9
+    sends = {number: (stamp, error) for number, stamp, error in sent if stamp <= last}
     arrivals: dict[int, int] = {}
     duplicates = 0
     for number, stamp in received:
@@ -169,6 +182,10 @@ def air(notes: Iterable[Mapping[str, Any]], since_ns: int = 0) -> dict[str, Any]
     }
 
 
+_NO_SPI = "0x00000000"
+"""Of what the kernel keeps while it asks for an SA that a policy wants, and that is not there."""
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSa:
     """One ESP SA as `ip xfrm state` shows it; of its keys only a digest."""
@@ -194,6 +211,7 @@ def kernel_sas(text: str, salt: bytes) -> list[KernelSa]:
             digest = hashlib.sha256(salt)
         elif words[:1] == ["proto"]:
             spi = words[words.index("spi") + 1] if "spi" in words and words[1] == "esp" else ""
+            spi = "" if spi == _NO_SPI else spi
             mode = words[words.index("mode") + 1] if "mode" in words else ""
         elif words[:1] and words[0] in ("aead", "enc", "auth", "auth-trunc"):
             digest.update(" ".join([words[0].removesuffix("-trunc"), *words[1:3]]).encode())
@@ -323,8 +341,8 @@ class Probe:
             _await(self._lab, host, self._name, self._file(host))
             ends[host] = json.loads(self._file(host).read_text())
         near, far = ends[self._mobile], ends["srv"]
-        up = direction(near["sent"], far["received"], self._interval)
-        down = direction(far["sent"], near["received"], self._interval)
+        up = direction(near["sent"], far["received"], self._interval, far["ended"])
+        down = direction(far["sent"], near["received"], self._interval, near["ended"])
         counters = moved(self._before, drop_counters(self._lab)) if self._before else {}
         return Traffic(up, down, self._interval, counters, self._mobile)
 

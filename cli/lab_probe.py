@@ -5,7 +5,8 @@
 A line on standard input is a run: LOCAL PORT REMOTE INTERVAL_MS OUTPUT; OUTPUT.ready says it is prepared.
 From SIGUSR1 on, sends one datagram each interval from LOCAL:PORT to REMOTE:PORT; notes what arrives there.
 SIGTERM ends sending; arrivals are awaited for another DRAIN seconds, then OUTPUT is written:
-`sent` = [[number, time in ns, errno (0: the kernel took it)], ...], `received` = [[number, time in ns], ...].
+`sent` = [[number, time in ns, errno (0: the kernel took it)], ...], `received` = [[number, time in ns], ...],
+`ended` = time in ns when it heard nothing more.
 Times are CLOCK_REALTIME of the machine; an arrival has the kernel's stamp (SO_TIMESTAMPNS), so that a busy
 machine does not look like a gap in the traffic. Standard library only, for a fast start; one process does all
 runs, since even that takes a second on an emulated CPU.
@@ -100,10 +101,11 @@ def run(local: str, port: int, remote: str, interval: float, output: str) -> Non
             stamp = seconds * 1_000_000_000 + nanoseconds
         if len(data) >= 4:
             received.append((struct.unpack_from("!I", data)[0], stamp or time.clock_gettime_ns(realtime)))
+    ended = time.clock_gettime_ns(realtime)
     probe.close()
     gc.enable()
     with open(output + ".part", "w", encoding="ascii") as file:
-        json.dump({"sent": sent, "received": received}, file)
+        json.dump({"sent": sent, "received": received, "ended": ended}, file)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.rename(output + ".part", output)

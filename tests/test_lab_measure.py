@@ -70,6 +70,17 @@ def test_traffic_that_does_not_come_back() -> None:
     assert direction(sent, arrivals(sent, without=set(range(90, 100)))).recovered
 
 
+def test_what_was_sent_when_the_other_end_stopped_does_not_count() -> None:
+    """On a busy machine one end stops a second after the other."""
+    sent = sends(600)
+    ended = 1500 * MS
+    heard = [one for one in arrivals(sent) if one[1] <= ended]
+    one = direction(sent, heard, 5.0, ended)
+    assert (one.sent, one.lost, one.recovered) == (201, 0, True)
+    assert not direction(sent, [one for one in heard if one[0] < 150], 5.0, ended).recovered
+    assert not direction(sent, heard, 5.0).recovered
+
+
 def test_a_loss_is_told_with_its_cause_and_time() -> None:
     up = Direction(200, {"EPERM": 2}, 0, 0, 15.0, True, [(7, 1000 * MS), (8, 1005 * MS)])
     down = Direction(200, {}, 3, 0, 20.0, True, [(1, 990 * MS)] * 3)
@@ -219,6 +230,13 @@ def test_kernel_sas_are_told_by_a_digest_of_their_keys() -> None:
         == one.keys
     )
     assert kernel_sas("", b"salt") == []
+
+
+def test_what_the_kernel_wants_an_sa_for_is_none() -> None:
+    """A packet that met a policy without an SA leaves one of SPI 0 there for up to 165 s (an acquire)."""
+    wanted = "src 10.1.0.10 dst 10.2.1.2\n\tproto esp spi 0x00000000 reqid 1 mode tunnel\n\treplay-window 0\n"
+    assert kernel_sas(wanted, b"salt") == []
+    assert kernel_sas(wanted + XFRM, b"salt") == kernel_sas(XFRM, b"salt")
 
 
 def test_an_announcement_becomes_a_route() -> None:
