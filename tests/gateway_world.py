@@ -307,7 +307,10 @@ class Charon:
             self.sad.policies = {
                 key: policy
                 for key, policy in self.sad.policies.items()
-                if key[2] is not None or child.remote_ts[0].start not in policy.destination
+                # charon deletes by selector: the agent's own policies have its user in theirs
+                if key[2] is not None
+                or policy.selector.user
+                or child.remote_ts[0].start not in policy.destination
             }
 
     def serve(self, context: IkeContext) -> Sa:
