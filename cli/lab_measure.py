@@ -1,6 +1,6 @@
-"""What a lab measures: traffic by its probe, IKE on the air by its capture, SAs and their keys by the kernel.
+"""What a lab measures: traffic, IKE on the air, SAs and their keys, what gateways' agents tell of transfers.
 
-The reading of processes is at the end; everything above it is arithmetic on their files, for the tests.
+Of traffic and IKE this is the arithmetic; `lab_traffic` runs the programs whose files it is about.
 Directions are those of the mobile node: `up` is MN to server, `down` server to MN.
 """
 
@@ -9,14 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
 import math
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,20 +20,16 @@ from typing import Any
 
 import vici
 
-from ikectx.errors import CharonError
 from vici_bridge.vici import as_text, json_of
 
-from . import lab_capture, lab_clear, lab_probe
-from .lab_hosts import Lab, realtime_works
-from .lab_net import GATEWAYS, INNER, LAN_MAC
+from . import lab_capture, lab_probe
+from .lab_hosts import Lab
+from .lab_net import GATEWAYS
 
 INTERVAL_MS = 5.0
 ON_ITS_WAY = lab_probe.DRAIN / 2
 """Seconds that a datagram of the probe may take. Each end stops sending `DRAIN` before it stops listening, so
 that everything counts where both stop at the same time."""
-
-PROBE_PORT = {"mn": 7007, "mn2": 7008}
-"""Of the probe with that mobile node, at both ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +38,8 @@ class Direction:
 
     `refused` counts, by errno name, what the sender's kernel did not take; `in_flight` went out and never
     came. `longest_gap_ms` is the longest time between two arrivals that a punctual sender would have caused:
-    the measured gap, less what the sender itself was late. `lost_at`: numbers and sending times (ns).
+    the measured gap, less what the sender itself was late. `transit_ms`: the shortest time that one was under
+    way. `lost_at`: numbers and sending times (ns).
     """
 
     sent: int
@@ -57,6 +49,7 @@ class Direction:
     longest_gap_ms: float
     recovered: bool
     lost_at: Sequence[tuple[int, int]] = ()
+    transit_ms: float = 0.0
 
     @property
     def lost(self) -> int:
@@ -94,6 +87,7 @@ def direction(
     # the last tenth of a second may still be under way when the receiver stops
     recovered = bool(arrivals) and max(arrivals) >= tail - 100 / interval_ms
     flying = len(lost_at) - sum(refused.values())
+    shortest = min((arrivals[number] - sends[number][0] for number in in_order), default=0)
     return Direction(
         len(sends),
         dict(sorted(refused.items())),
@@ -102,6 +96,7 @@ def direction(
         round(longest, 1),
         recovered,
         lost_at,
+        shortest / 1e6,
     )
 
 
@@ -127,6 +122,16 @@ class Traffic:
     def recovered(self) -> bool:
         return self.up.recovered and self.down.recovered
 
+    @property
+    def gap_ms(self) -> dict[str, float]:
+        """The longest gap in each direction."""
+        return {"up": self.up.longest_gap_ms, "down": self.down.longest_gap_ms}
+
+    @property
+    def round_trip_ms(self) -> float:
+        """The shortest way through the tunnel in one direction and in the other, together."""
+        return round(self.up.transit_ms + self.down.transit_ms, 1)
+
     def as_json(self, since_ns: int = 0) -> dict[str, Any]:
         """The JSON of a report. With `since_ns`, each loss has its time in ms after that moment."""
         both = {"up": self.up, "down": self.down}
@@ -147,6 +152,8 @@ class Traffic:
             "sent": self.up.sent + self.down.sent,
             "lost": self.lost,
             "longest_gap_ms": self.longest_gap_ms,
+            "gap_ms": self.gap_ms,
+            "round_trip_ms": self.round_trip_ms,
             "recovered": self.recovered,
             "causes": dict(causes),
             "counters": {host: dict(moved) for host, moved in self.counters.items()},
@@ -164,6 +171,16 @@ class Traffic:
                 shown = one.lost_at[:50]
                 result[name]["lost_at_ms"] = [round((stamp - since_ns) / 1e6, 1) for _number, stamp in shown]
         return result
+
+
+def dark(link: Traffic) -> dict[str, float] | None:
+    """How long a mobile node's link carried nothing, by direction in ms, as a probe beside the tunnel found.
+
+    That is its longest gap less its own interval, which is there on every link. None: it did not come back.
+    """
+    if not link.recovered:
+        return None
+    return {name: round(max(0.0, gap - link.interval_ms), 1) for name, gap in link.gap_ms.items()}
 
 
 def air(notes: Iterable[Mapping[str, Any]], since_ns: int = 0) -> dict[str, Any]:
@@ -300,111 +317,6 @@ def moved(
     return result
 
 
-class Probe:
-    """UDP in both directions between a mobile node's inner address and the server, from `start` to `stop`."""
-
-    def __init__(self, lab: Lab, interval_ms: float = INTERVAL_MS, mobile: str = "mn") -> None:
-        self._lab = lab
-        self._interval = interval_ms
-        self._mobile = mobile
-        self._name = f"probe-{mobile}"
-        self._before: dict[str, dict[str, int]] = {}
-
-    @property
-    def _ends(self) -> tuple[tuple[str, str], ...]:
-        return (self._mobile, "srv"), ("srv", self._mobile)
-
-    def launch(self) -> None:
-        """Prepares both ends; they wait for `begin`."""
-        lab, version = self._lab, self._lab.tunnel.inner
-        self._before = drop_counters(lab) if self._mobile == "mn" else {}
-        # punctual also on a busy CPU: a late sender would send a burst, and lose or save it whole
-        first = ["chrt", "-f", "2"] if realtime_works() else []
-        for host, far in self._ends:
-            words = [INNER[host][version], str(PROBE_PORT[self._mobile]), INNER[far][version]]
-            words += [str(self._interval), str(self._file(host))]
-            _ask(lab, host, self._name, [*first, sys.executable, "-I", "-S", lab_probe.__file__], words)
-
-    def begin(self) -> None:
-        """Returns when both ends send. Raises CharonError when one does not come up."""
-        for host, _far in self._ends:
-            _await(self._lab, host, self._name, Path(f"{self._file(host)}.ready"))
-        for host, _far in self._ends:
-            self._lab.started[host, self._name].send_signal(signal.SIGUSR1)
-
-    def stop(self) -> Traffic:
-        """Ends sending at both ends, lets the last ones arrive, and compares."""
-        for host, _far in self._ends:
-            self._lab.started[host, self._name].terminate()
-        ends = {}
-        for host, _far in self._ends:
-            _await(self._lab, host, self._name, self._file(host))
-            ends[host] = json.loads(self._file(host).read_text())
-        near, far = ends[self._mobile], ends["srv"]
-        up = direction(near["sent"], far["received"], self._interval, far["ended"])
-        down = direction(far["sent"], near["received"], self._interval, near["ended"])
-        counters = moved(self._before, drop_counters(self._lab)) if self._before else {}
-        return Traffic(up, down, self._interval, counters, self._mobile)
-
-    def _file(self, host: str) -> Path:
-        return self._lab.work / host / f"{self._name}.json"
-
-
-class Capture:
-    """The IKE and CXTP messages on a host's links, both directions; by default the mobile node's access.
-
-    `kind` neighbours: instead who asks there for whose link address (ARP, neighbour discovery).
-    """
-
-    def __init__(
-        self, lab: Lab, host: str = "mn", interfaces: str = "eth0,eth1", kind: str = "messages"
-    ) -> None:
-        self._lab = lab
-        self._host = host
-        self._name = "capture" if kind == "messages" else f"capture-{kind}"
-        self._words = [kind, interfaces, str(lab.work / host / f"{self._name}.json")]
-        self._output = Path(self._words[-1])
-
-    def start(self) -> None:
-        argv = [sys.executable, "-I", "-S", lab_capture.__file__]
-        _ask(self._lab, self._host, self._name, argv, self._words)
-        _await(self._lab, self._host, self._name, Path(f"{self._output}.ready"))
-
-    def stop(self) -> list[dict[str, Any]]:
-        """Everything noted since `start`."""
-        self._lab.started[self._host, self._name].terminate()
-        _await(self._lab, self._host, self._name, self._output)
-        notes: list[dict[str, Any]] = json.loads(self._output.read_text())
-        return notes
-
-
-class Clear:
-    """Packets for the mobile nodes' inner addresses that leave the gateways in the clear, see `lab_clear`."""
-
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
-
-    def start(self) -> None:
-        """Returns when both gateways are watched. Raises CharonError when one cannot be."""
-        argv = [sys.executable, "-I", "-S", lab_clear.__file__]
-        for host, other in (GATEWAYS, GATEWAYS[::-1]):
-            words = [LAN_MAC[other], self._lab.tunnel.mode, str(self._file(host))]
-            _ask(self._lab, host, "clear", argv, words)
-        for host in GATEWAYS:
-            _await(self._lab, host, "clear", Path(f"{self._file(host)}.ready"))
-
-    def stop(self) -> dict[str, list[dict[str, Any]]]:
-        """What left each gateway since `start`, as `lab_clear.told`."""
-        for host in GATEWAYS:
-            self._lab.started[host, "clear"].terminate()
-        for host in GATEWAYS:
-            _await(self._lab, host, "clear", self._file(host))
-        return {host: json.loads(self._file(host).read_text()) for host in GATEWAYS}
-
-    def _file(self, host: str) -> Path:
-        return self._lab.work / host / "clear.json"
-
-
 class Reports:
     """What a gateway's agent tells of transfers that end there, from `start` to `stop`."""
 
@@ -432,24 +344,3 @@ class Reports:
                 told = json_of(as_text(message)) if kind is not None else None
                 if told and told.get("report"):
                     self.found.append(told["report"])
-
-
-def _ask(lab: Lab, host: str, name: str, argv: Sequence[str], words: Sequence[str]) -> None:
-    """Has a tool on a host begin a run: the one that is there or a new one. The last word is its output."""
-    for old in (Path(words[-1]), Path(f"{words[-1]}.ready")):
-        old.unlink(missing_ok=True)
-    process = lab.started.get((host, name))
-    if process is None or process.poll() is not None:
-        process = lab.spawn(host, name, argv, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.write(" ".join(words).encode() + b"\n")
-    process.stdin.flush()
-
-
-def _await(lab: Lab, host: str, name: str, path: Path) -> None:
-    limit = time.monotonic() + 60
-    while not path.exists():
-        if lab.started[host, name].poll() is not None or time.monotonic() > limit:
-            log = (lab.work / host / f"{name}.out").read_text(errors="replace").strip()[-300:]
-            raise CharonError(f"{host}: the {name} did not come to {path.name}: {log or 'it said nothing'}")
-        time.sleep(0.02)

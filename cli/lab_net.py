@@ -16,12 +16,13 @@ so that labs can stand side by side and taking one down touches nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,7 +262,9 @@ class Net:
         new, old = ("eth0", "eth1") if away else ("eth1", "eth0")
         there, router = (OUTER[host], CORE[host]) if away else (AWAY, CORE_AWAY)
         gone = AWAY if away else OUTER[host]
-        lines = [f"link set {new} up"]
+        # nobody on the new link knows another, as where a mobile node comes for the first time
+        run(["ip", "-n", self.namespace("core"), "neigh", "flush", "dev", LINKS[host][0 if away else 1]])
+        lines = [f"link set {new} up", f"neigh flush dev {new}"]
         lines += [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
         own = {v: _address(v, f"{there[v]}/{PREFIX[v]}", new) for v in (4, 6)}
         ways = {v: f"route replace default via {router[v]} dev {new}" for v in (4, 6)}
@@ -278,6 +281,23 @@ class Net:
         if arriving.stdout.readline() != "left\n":
             raise KernelError(f"{host} could not leave its access network")
         return arriving
+
+    def unplug(self) -> None:
+        """Nothing is under way to mn by its second access network, which it has left."""
+        run(["ip", "-n", self.namespace("mn"), "link", "set", "eth1", "down"])
+
+    @contextlib.contextmanager
+    def mute_router(self) -> Iterator[None]:
+        """The core does not ask the second access network who is there: mn makes itself known by sending.
+
+        So it is where nobody sends to a mobile node before that has sent something itself.
+        """
+        files = "/proc/sys/net/ipv[46]/neigh/to-mn-new/mcast_solicit"
+        try:
+            run([*self.enter("core"), "sh", "-c", f"for file in {files}; do echo 0 > $file; done"])
+            yield
+        finally:
+            run([*self.enter("core"), "sh", "-c", f"for file in {files}; do echo 3 > $file; done"])
 
     def announce(self, family: int | None) -> None:
         """Has charon at psg tell mobile nodes `ANNOUNCED` of that IP version; None: of neither.

@@ -2,11 +2,14 @@
 
     python -I -S lab_probe.py
 
-A line on standard input is a run: LOCAL PORT REMOTE INTERVAL_MS OUTPUT; OUTPUT.ready says it is prepared.
-From SIGUSR1 on, sends one datagram each interval from LOCAL:PORT to REMOTE:PORT; notes what arrives there.
+A line on standard input is a run: PORT INTERVAL_MS PATH[,PATH...] OUTPUT, where PATH is LOCAL>REMOTE;
+OUTPUT.ready says it is prepared. From SIGUSR1 on, each interval one datagram goes out from LOCAL:PORT to
+REMOTE:PORT of every path, with the same number on all, because a host that changes its address can be reached
+by one of them only. What arrives is noted. With several paths, each datagram names its source address, which
+the kernel refuses while it is not there, and only datagrams from a path's remote address count.
 SIGTERM ends sending; arrivals are awaited for another DRAIN seconds, then OUTPUT is written:
-`sent` = [[number, time in ns, errno (0: the kernel took it)], ...], `received` = [[number, time in ns], ...],
-`ended` = time in ns when it heard nothing more.
+`sent` = [[number, time in ns, errno (0: the kernel took it, on one path at least)], ...],
+`received` = [[number, time in ns], ...], `ended` = time in ns when it heard nothing more.
 Times are CLOCK_REALTIME of the machine; an arrival has the kernel's stamp (SO_TIMESTAMPNS), so that a busy
 machine does not look like a gap in the traffic. Standard library only, for a fast start; one process does all
 runs, since even that takes a second on an emulated CPU.
@@ -24,21 +27,35 @@ import time
 
 DRAIN = 1.0
 SO_TIMESTAMPNS = 35
+IP_PKTINFO = 8
+IPV6_PKTINFO = 50
 
 
 def main() -> None:
     for line in sys.stdin:
-        local, port, remote, interval, output = line.split()
-        run(local, int(port), remote, float(interval) / 1000, output)
+        port, interval, paths, output = line.split()
+        ways = [tuple(path.split(">")) for path in paths.split(",")]
+        run(int(port), float(interval) / 1000, ways, output)
 
 
-def run(local: str, port: int, remote: str, interval: float, output: str) -> None:
-    family = socket.AF_INET6 if ":" in local else socket.AF_INET
+def source(local: str) -> list[tuple[int, int, bytes]]:
+    """The control message that makes the kernel send from that address, or refuse to."""
+    if ":" in local:
+        inside = socket.inet_pton(socket.AF_INET6, local) + struct.pack("=i", 0)
+        return [(socket.IPPROTO_IPV6, IPV6_PKTINFO, inside)]
+    return [(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, socket.inet_aton(local), bytes(4)))]
+
+
+def run(port: int, interval: float, paths: list[tuple[str, ...]], output: str) -> None:
+    family = socket.AF_INET6 if ":" in paths[0][0] else socket.AF_INET
     probe = socket.socket(family, socket.SOCK_DGRAM)
     probe.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     probe.setblocking(False)
-    probe.bind((local, port))
+    one = len(paths) == 1
+    probe.bind((paths[0][0] if one else "", port))
+    ways = [((remote, port), [] if one else source(local)) for local, remote in paths]
+    known = {remote for _local, remote in paths}
     running = True
     begun = False
 
@@ -59,7 +76,6 @@ def run(local: str, port: int, remote: str, interval: float, output: str) -> Non
     poller = select.poll()
     poller.register(probe, select.POLLIN)
     payload = struct.Struct("!I28x")
-    target = (remote, port)
     realtime = time.CLOCK_REALTIME
     with open(output + ".ready", "w"):
         pass
@@ -75,15 +91,19 @@ def run(local: str, port: int, remote: str, interval: float, output: str) -> Non
             due = start + number * interval
             if now >= due:
                 stamp = time.clock_gettime_ns(realtime)
-                error = 0
-                try:
-                    probe.sendto(payload.pack(number), target)
-                except OSError as trouble:
-                    error = trouble.errno or -1
+                data = [payload.pack(number)]
+                errors = []
+                for target, control in ways:
+                    try:
+                        probe.sendmsg(data, control, 0, target)
+                        errors.append(0)
+                    except OSError as trouble:
+                        errors.append(trouble.errno or -1)
+                error = 0 if 0 in errors else errors[0]
                 sent.append((number, stamp, error))
                 number += 1
-                continue
-            wait = due - now
+            # what arrives is taken also while this end is late, or its socket's buffer would overflow
+            wait = max(0.0, start + number * interval - now)
         else:
             end = end or now + DRAIN
             if now >= end:
@@ -92,15 +112,15 @@ def run(local: str, port: int, remote: str, interval: float, output: str) -> Non
         if not poller.poll(wait * 1000):
             continue
         try:
-            data, ancillary, _flags, _source = probe.recvmsg(64, 64)
+            got, ancillary, _flags, peer = probe.recvmsg(64, 64)
         except OSError:
             continue
         stamp = 0
         for _level, _kind, value in ancillary:
             seconds, nanoseconds = struct.unpack("=qq", value[:16])
             stamp = seconds * 1_000_000_000 + nanoseconds
-        if len(data) >= 4:
-            received.append((struct.unpack_from("!I", data)[0], stamp or time.clock_gettime_ns(realtime)))
+        if len(got) >= 4 and (one or peer[0] in known):
+            received.append((struct.unpack_from("!I", got)[0], stamp or time.clock_gettime_ns(realtime)))
     ended = time.clock_gettime_ns(realtime)
     probe.close()
     gc.enable()

@@ -29,11 +29,15 @@ class Report:
     others: dict[str, dict[str, Any]] = field(default_factory=dict)
     air: dict[str, Any] | None = None
     gateways: dict[str, int] | None = None
+    cpu_ms: dict[str, float | None] | None = None
     phases_ms: dict[str, float] | None = None
     mobile: dict[str, Any] | None = None
     clear: dict[str, int] | None = None
     baseline: list[dict[str, Any]] = field(default_factory=list)
     ratio: float | None = None
+    ratio_beyond_dark: float | None = None
+    dark_ms: dict[str, float] | None = None
+    """How long mn's link is dark when it changes its access network. None: that was not measured."""
     transfers: list[dict[str, Any]] = field(default_factory=list)
     trace: list[dict[str, Any]] = field(default_factory=list)
     """A time line of each handover (`lab_trace.TimeLine.as_json`), where that was asked for."""
@@ -55,6 +59,14 @@ class Report:
     def add_traffic(self, traffic: Traffic, air: dict[str, Any], since_ns: int) -> None:
         self.traffic = traffic.as_json(since_ns)
         self.air = air
+
+    def add_cpu(self, used_ms: Mapping[str, float | None]) -> None:
+        """Takes the CPU time that each host's agent used in one transfer; of several it adds up."""
+        had = self.cpu_ms or {}
+        self.cpu_ms = {
+            host: None if used is None else round(used + (had.get(host) or 0.0), 1)
+            for host, used in used_ms.items()
+        }
 
     def add_transfer(self, reports: Iterable[Mapping[str, Any]]) -> None:
         """Takes the reports of one `ikectx transfer --json`. Messages and octets add up; phases: the last."""
@@ -116,6 +128,8 @@ class Report:
                 "name": name,
                 "title": title,
                 "interruption_ms": traffic.longest_gap_ms,
+                "gap_ms": traffic.gap_ms,
+                "round_trip_ms": traffic.round_trip_ms,
                 "lost": traffic.lost,
                 "sent": traffic.up.sent + traffic.down.sent,
                 "messages": air["messages"],
@@ -129,13 +143,27 @@ class Report:
         )
 
     def judge(self, scenario: Scenario) -> None:
-        """Sets `ok` and `ratio` when everything is in."""
-        if self.baseline and self.traffic and self.traffic["longest_gap_ms"] > 0:
-            best = min(one["interruption_ms"] for one in self.baseline)
-            self.ratio = round(best / self.traffic["longest_gap_ms"], 1)
+        """Sets `ok`, what of the gaps was not the link's, and the ratios when everything is in."""
+        if self.traffic:
+            self._split(self.traffic, moved=scenario.relocates)
+        for one in self.baseline:
+            self._split(one, moved=one["relocated"])
+        if self.baseline and self.traffic:
+            gaps = [one["interruption_ms"] for one in self.baseline]
+            self.ratio = _ratio(gaps, self.traffic["longest_gap_ms"])
+            beyond = [longer(one["beyond_dark_ms"]) for one in self.baseline]
+            self.ratio_beyond_dark = _ratio(beyond, longer(self.traffic["beyond_dark_ms"]))
         self.ok = not self.error and not list(self._complaints(scenario))
         if not self.error and not self.ok:
             self.error = "; ".join(self._complaints(scenario))
+
+    def _split(self, way: dict[str, Any], *, moved: bool) -> None:
+        """What of the gaps of a way to nsg was not the link's, which is the same all along where mn stays."""
+        dark = self.dark_ms if moved else dict.fromkeys(way["gap_ms"], 0.0)
+        way["dark_ms"] = dark
+        way["beyond_dark_ms"] = dark and {
+            name: round(gap - dark[name], 1) for name, gap in way["gap_ms"].items()
+        }
 
     def _complaints(self, scenario: Scenario) -> Iterable[str]:
         if self.transfers:
@@ -200,8 +228,10 @@ class Report:
             "gateways": self.gateways,
             "phases_ms": self.phases_ms,
             "clear": self.clear,
+            "cpu_ms": self.cpu_ms,
             "baseline": self.baseline,
             "ratio": self.ratio,
+            "ratio_beyond_dark": self.ratio_beyond_dark,
             "seconds": self.seconds,
         }
         extra = {
@@ -221,16 +251,64 @@ def _packets(kinds: Iterable[Mapping[str, Any]]) -> int:
     return sum(int(one["packets"]) for one in kinds)
 
 
-def _row(name: str, one: Mapping[str, Any], gateways: str) -> list[str]:
-    by_exchange = ", ".join(f"{count} {kind}" for kind, count in one["by_exchange"].items())
-    return [
-        name,
-        f"{one['lost']} of {one['sent']}",
-        f"{one['interruption_ms']:.0f} ms",
-        f"{one['messages']} ({by_exchange})",
-        str(one["octets"]),
-        gateways,
-    ]
+def longer(directions: Mapping[str, float] | None) -> float | None:
+    """Of figures for up and down, the larger one; a way is as long as its slower direction."""
+    return max(directions.values()) if directions else None
+
+
+def _ratio(theirs: Sequence[float | None], ours: float | None) -> float | None:
+    """How many times as long the shortest of the ways of today is. None where one of both is not known."""
+    known = [one for one in theirs if one is not None]
+    return round(min(known) / ours, 1) if known and ours is not None and ours > 0 else None
+
+
+def both(directions: Mapping[str, float] | None, unit: float = 1.0, digits: int = 0) -> str:
+    """Figures of both directions, up first, in units of `unit`."""
+    if directions is None or not unit:
+        return "?"
+    return " / ".join(f"{directions[name] / unit:.{digits}f}" for name in ("up", "down"))
+
+
+def ways(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What a report (its JSON form) found of each way to nsg: ours first, then those of today."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    if report.get("traffic"):
+        name = "ikectx" if report["gateways"] else "traffic"
+        found.append((name, {**report["traffic"], **report["air"], "ours": report["gateways"]}))
+    for one in report["baseline"]:
+        how = "relocate, connect" if one.get("relocated") else "terminate, connect"
+        found.append((f"{how}: {one['title']}", one))
+    return found
+
+
+def _traffic_table(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> RenderableType:
+    """Losses and gaps of each way; where the mobile node moved, the link's part in them, too."""
+    from rich.table import Table
+
+    moves = any(one["dark_ms"] is None or any(one["dark_ms"].values()) for _name, one in found)
+    columns = ["", "lost", "longest gap\nup / down, ms"]
+    if moves:
+        columns += ["link dark\nup / down, ms", "beyond that\nup / down, ms"]
+    table = Table(*columns, "in round trips\nup / down", title=title)
+    for name, one in found:
+        cells = [f"{one['lost']} of {one['sent']}", both(one["gap_ms"])]
+        if moves:
+            cells += [both(one["dark_ms"]), both(one["beyond_dark_ms"])]
+        table.add_row(name, *cells, both(one["beyond_dark_ms"], one["round_trip_ms"], 1))
+    return table
+
+
+def _signalling_table(found: Sequence[tuple[str, Mapping[str, Any]]]) -> RenderableType:
+    """Messages and octets of each way."""
+    from rich.table import Table
+
+    table = Table("", "messages on the air", "octets", "between gateways")
+    for name, one in found:
+        by_exchange = ", ".join(f"{count} {kind}" for kind, count in one["by_exchange"].items())
+        gateways = one.get("ours")
+        between = f"{gateways['messages']} messages, {gateways['octets']} octets" if gateways else ""
+        table.add_row(name, f"{one['messages']} ({by_exchange})", str(one["octets"]), between)
+    return table
 
 
 def label(report: Mapping[str, Any]) -> str:
@@ -253,22 +331,12 @@ def repeated(reports: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     """The tables of one report (its JSON form), for a terminal."""
-    from rich.table import Table
     from rich.text import Text
 
     shown: list[RenderableType] = []
-    if report.get("traffic") or report["baseline"]:
-        columns = ("way", "lost", "longest gap", "messages on the air", "octets", "between gateways")
-        table = Table(*columns, title=f"{label(report)}: {report['description']}")
-        if report.get("traffic"):
-            traffic, air, gateways = report["traffic"], report["air"], report["gateways"]
-            between = f"{gateways['messages']} messages, {gateways['octets']} octets" if gateways else ""
-            ours = {**traffic, **air, "interruption_ms": traffic["longest_gap_ms"]}
-            table.add_row(*_row("ikectx transfer" if gateways else "traffic", ours, between))
-        for one in report["baseline"]:
-            how = "relocate" if one.get("relocated") else "terminate"
-            table.add_row(*_row(f"{how}, connect ({one['title']})", one, ""))
-        shown.append(table)
+    if found := ways(report):
+        shown.append(_traffic_table(f"{label(report)}: {report['description']}", found))
+        shown.append(_signalling_table(found))
     lines = []
     if report.get("phases_ms"):
         lines.append(
@@ -277,6 +345,11 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if report.get("mobile"):
         phases = report["mobile"]["phases_ms"].items()
         lines.append("mobile node's phases: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in phases))
+    if any((report.get("cpu_ms") or {}).values()):
+        used = [(host, ms) for host, ms in report["cpu_ms"].items() if ms is not None]
+        lines.append("CPU time of the agents: " + ", ".join(f"{host} {ms:.0f} ms" for host, ms in used))
+    if report.get("traffic"):
+        lines.append(f"a round trip through the tunnel: {report['traffic']['round_trip_ms']:.1f} ms")
     if report.get("traffic") and report["traffic"]["causes"]:
         causes = report["traffic"]["causes"].items()
         lines.append("lost: " + ", ".join(f"{count} {cause}" for cause, count in causes))
@@ -293,7 +366,9 @@ def tables(report: Mapping[str, Any]) -> list[RenderableType]:
         counts = ", ".join(f"{count} by {host}" for host, count in report["clear"].items())
         lines.append(f"left in the clear: {counts}")
     if report.get("ratio"):
-        lines.append(f"interruption: 1 to {report['ratio']} against the faster of the ways of today")
+        lines.append(f"interruption: 1 to {report['ratio']} against the fastest of the ways of today")
+    if report.get("ratio_beyond_dark") and any(report["traffic"]["dark_ms"].values()):
+        lines.append(f"beyond what the link itself was dark: 1 to {report['ratio_beyond_dark']}")
     where = f"strongSwan {report['strongswan']}, ESP: {report['esp']}, {report['seconds']} s"
     if report.get("guest"):
         where += f", guest {report['guest']}, {report['clock']} time"

@@ -18,13 +18,15 @@ from vici_bridge.vici import ControlClient, json_of
 
 from .lab_config import Tunnel, outer
 from .lab_hosts import Lab, save_logs
-from .lab_measure import Capture, Clear, Probe, Reports, Snapshot, Traffic, air, snapshot
+from .lab_measure import Reports, Snapshot, Traffic, air, dark, snapshot
 from .lab_net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .lab_qemu import emulated
 from .lab_report import Report
 from .lab_scenario import Command, Scenario
 from .lab_trace import Tracing
+from .lab_traffic import Clear, Probe, Watch, link_paths
 from .lab_twin import FRESH_OCTETS, Names, lines, twin
+from .lab_usage import Used, clock_stands_still, cpu, spent_ms
 
 SETTLE = 30.0
 """Seconds in which a rekey, a move or a deletion must have come to its end at both ends."""
@@ -32,7 +34,12 @@ SETTLE = 30.0
 SET_UP = (34, 35)
 """IKE_SA_INIT and IKE_AUTH."""
 
-BASELINES = {"psk": ("psk", "PSK"), "eap": ("eap", "EAP-MSCHAPv2, gateway certificate")}
+BASELINES = {"psk": "PSK", "cert": "certificates", "eap": "EAP-MSCHAPv2, gateway certificate"}
+"""How a mobile node that connects anew proves who it is (`Tunnel.auth`), and what that is called."""
+
+FINER = 2
+"""How many times as often as others the probe sends that measures the link alone: nothing else runs then."""
+
 ROAMED = {4: "10.1.0.11", 6: "fd01::11"}
 
 Say = Callable[[str], None]
@@ -51,8 +58,8 @@ class Runner:
         self._say = say
         self._salt = os.urandom(16)
         self._serves: dict[str, str] = {}
-        self._probes: dict[str, Probe] = {}
-        self._capture: Capture | None = None
+        self._watch: Watch | None = None
+        self._used: Used = {}
         self._clear: Clear | None = None
         self._began_ns = 0
         self._before: tuple[Snapshot, Snapshot] | None = None
@@ -110,10 +117,8 @@ class Runner:
                 self._end_traffic()
             with lost:
                 self._tracing.end()
-        for one in (*self._probes.values(), self._capture):
-            if one is not None:
-                with lost:
-                    one.stop()
+        if self._watch is not None:
+            self._watch.abandon()
         with lost:
             self.report.add_clear(self._unwatch())
         if self._cut:
@@ -189,30 +194,23 @@ class Runner:
         self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns)
         self.report.others = {mobile: one.as_json(self._began_ns) for mobile, one in traffic.items()}
 
+    @property
+    def _interval_ms(self) -> float:
+        """Of the probe's datagrams on this machine."""
+        return (emulated() and self._scenario.slow_interval_ms) or self._scenario.interval_ms
+
     def _start_traffic(self) -> None:
-        self._capture = Capture(self._lab)
-        for mobile in self._lab.tunnel.mobiles:
-            if mobile in self._serves:
-                interval = self._scenario.interval_ms
-                if emulated():
-                    interval = self._scenario.slow_interval_ms or interval
-                # whoever stays where it is needs no fine measure
-                interval = max(interval, 50.0) if mobile != "mn" else interval
-                self._probes[mobile] = Probe(self._lab, interval, mobile)
-                self._probes[mobile].launch()
-        self._capture.start()
-        for probe in self._probes.values():
-            probe.begin()
+        self._watch = Watch(self._lab)
+        mobiles = [name for name in self._lab.tunnel.mobiles if name in self._serves]
+        self._watch.start(mobiles, self._interval_ms)
         self._began_ns = time.time_ns()
         time.sleep(0.5)
 
     def _stop_traffic(self) -> tuple[dict[str, Traffic], list[dict[str, Any]]]:
-        if not self._probes or self._capture is None:
+        if self._watch is None:
             raise StepError("traffic stop without traffic start")
-        probes, capture = self._probes, self._capture
-        self._probes, self._capture = {}, None
-        traffic = {mobile: probe.stop() for mobile, probe in probes.items()}
-        return traffic, capture.stop()
+        watch, self._watch = self._watch, None
+        return watch.stop()
 
     def _end_traffic(self) -> tuple[dict[str, Traffic], list[dict[str, Any]]]:
         """`_stop_traffic`, and the time lines of the handovers under that traffic."""
@@ -225,8 +223,7 @@ class Runner:
         if not self.report.transfers:
             self._began_ns = time.time_ns()
         self._note(source)
-        if not self.report.transfers:
-            self._began_ns = time.time_ns()
+        self._begin()
         done = self._lab.command(source, ["ikectx", "transfer", "--to", target, "--json", *options])
         try:
             answer = json.loads(done.stdout)
@@ -242,7 +239,20 @@ class Runner:
             raise StepError(f"transfer to {target}: exit {done.returncode}: {'; '.join(words)}")
         self._moved(reports, target)
 
+    def _begin(self) -> None:
+        """A transfer begins now."""
+        if not self.report.transfers:
+            self._began_ns = time.time_ns()
+        self._used = cpu(self._lab)
+
+    def _end(self) -> None:
+        """It has ended at all hosts that have told so; what an agent does until the next call counts then."""
+        now = cpu(self._lab)
+        self.report.add_cpu(spent_ms(self._used, now, clock_stands_still=clock_stands_still()))
+        self._used = now
+
     def _moved(self, reports: Sequence[dict[str, Any]], target: str) -> None:
+        self._end()
         self.report.add_transfer(reports)
         self._serves["mn"] = target
         if self._lab.tunnel.libipsec and not self._lab.tunnel.shared:
@@ -255,8 +265,7 @@ class Runner:
         source, target = self._host(source), self._host(target)
         self._note(source)
         query = {"to": target, "address": "keep" if "keep" in options else "update"}
-        if not self.report.transfers:
-            self._began_ns = time.time_ns()
+        self._begin()
         with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=300.0) as agent:
             answer = json_of(agent.stream("transfer", "transfer-progress", query))
         self._moved(self._good(answer, f"move to {target}"), target)
@@ -292,6 +301,7 @@ class Runner:
             if mode == "reactive":
                 self._ask_mobile("arrive", target)
         self._until(self._mobile_told, "mn's agent tells of no handover that ended")
+        self._end()
 
     def _mobile_told(self) -> bool:
         """Takes what the mobile node's agent tells of its last handover, once that is the one under way."""
@@ -321,8 +331,7 @@ class Runner:
         reports.start()
         try:
             self._note(source)
-            if not self.report.transfers:
-                self._began_ns = time.time_ns()
+            self._begin()
             yield given
             addresses = outer(target, self._lab.tunnel)
             self._until(
@@ -442,6 +451,30 @@ class Runner:
             self._arriving.append(arriving)
         self._away = not self._away
 
+    def _do_dark(self) -> None:
+        """Measures the change of the access network alone, without a tunnel, by a probe in clear.
+
+        It has a relocation of its own, because its datagrams make the new link's neighbours known: beside a
+        handover they would do a part of its work.
+        """
+        if any(self._sas(host, "mn") for host in ("mn", self._owner)):
+            self._do_terminate()
+        if self._away:
+            self._do_relocate()
+        self._lab.net.unplug()
+        probe = Probe(self._lab, link_paths(self._lab), "link", self._interval_ms / FINER)
+        with self._lab.net.mute_router():
+            probe.launch()
+            probe.begin()
+            time.sleep(0.5)
+            self._do_relocate()
+            time.sleep(1.5)
+            self.report.dark_ms = dark(probe.stop())
+        if self.report.dark_ms is None:
+            raise StepError(
+                "dark: between mn's new address and nsg nothing comes through, outside of the tunnel"
+            )
+
     def _do_cut(self, one: str, other: str) -> None:
         self._lab.net.cut(one, other)
         self._cut = True
@@ -490,7 +523,6 @@ class Runner:
         With `relocate` it has changed its access network, psg cannot be reached from there, and it forgets
         the old tunnel without a word.
         """
-        auth, title = BASELINES[kind]
         lab = self._lab
         if any(self._sas(host, "mn") for host in ("mn", self._owner)):
             self._do_terminate()
@@ -498,7 +530,7 @@ class Runner:
             self._do_relocate()
             lab.net.mend()
         self.report.add_clear(self._unwatch())
-        lab.reload(lab.tunnel.of_today(auth), self._scenario.overrides)
+        lab.reload(lab.tunnel.of_today(kind), self._scenario.overrides)
         self._do_connect("psg")
         self._do_ping()
         self._start_traffic()
@@ -519,7 +551,9 @@ class Runner:
         self._serves["mn"] = "nsg"
         # what an agent tells its new gateway afterwards is no part of the way of today
         there = air([note for note in notes if not where or note.get("exchange") in SET_UP], began)
-        self.report.add_baseline(kind, title, traffic["mn"], there, done_ms, left, relocated=bool(where))
+        self.report.add_baseline(
+            kind, BASELINES[kind], traffic["mn"], there, done_ms, left, relocated=bool(where)
+        )
         self._do_terminate()
         if where:
             lab.net.mend()

@@ -74,12 +74,17 @@ VERBS = {
     "follow": (1, 1, "GATEWAY: mn relocates, and GATEWAY must find its SA by itself"),
     "twin": (1, 1, "KIND: mn2 has an SA with nsg that has names of mn's: inbound | outbound | ike | all"),
     "relocate": (0, 0, "mn leaves its access network and is in its other one"),
+    "dark": (0, 0, "mn relocates without a tunnel, under a probe in clear: how long its link itself is dark"),
     "cut": (2, 2, "HOST HOST: the core forwards nothing more between the two (away: mn's other network)"),
     "mend": (0, 0, "undoes every cut"),
     "ping": (0, 1, "[MOBILE]: the tunnel carries packets both ways"),
     "rekey": (2, 3, "HOST child | ike [MOBILE]: and wait until the new one is in use at both ends"),
     "roam": (0, 0, "mn changes its address within its access network; the gateway in charge must follow"),
-    "baseline": (1, 2, "psk | eap [relocate]: terminate and connect to nsg from scratch, under the probe"),
+    "baseline": (
+        1,
+        2,
+        "psk | cert | eap [relocate]: terminate and connect to nsg from scratch, under the probe",
+    ),
     "agent": (2, 2, "HOST stop | kill | start"),
     "charon": (2, 2, "HOST stop | kill | start"),
 }
@@ -98,7 +103,7 @@ WORDS: dict[str, dict[int, tuple[str, ...]]] = {
     "terminate": {1: PLACES, 2: MOBILES},
     "ping": {1: MOBILES},
     "rekey": {1: PLACES, 2: ("child", "ike"), 3: MOBILES},
-    "baseline": {1: ("psk", "eap"), 2: ("relocate",)},
+    "baseline": {1: ("psk", "cert", "eap"), 2: ("relocate",)},
     "agent": {1: PLACES, 2: ("stop", "kill", "start")},
     "charon": {1: PLACES, 2: ("stop", "kill", "start")},
 }
@@ -170,11 +175,16 @@ class Scenario:
 
         Of a coarser probe as much less may be lost: the limit stands for a time.
         """
-        steps = tuple(step for step in self.steps if isinstance(step, Command) or step[0] != "baseline")
+        steps = tuple(step for step in self.steps if isinstance(step, Command) or step[0] not in FIGURES)
         had = (slow and self.slow_interval_ms) or self.interval_ms
         interval = max(had, COARSE_MS) if slow else had
         lost = None if self.lost is None else math.ceil(self.lost * had / interval)
         return dataclasses.replace(self, steps=steps, interval_ms=interval, slow_interval_ms=0.0, lost=lost)
+
+    @property
+    def relocates(self) -> bool:
+        """Whether the mobile node changes its access network, apart from what `FIGURES` do."""
+        return any(isinstance(step, tuple) and step[0] in RELOCATES for step in self.steps)
 
     @property
     def disturbs_network(self) -> bool:
@@ -187,7 +197,13 @@ class Scenario:
         )
 
 
-MOVES = {"roam", "relocate", "handover", "follow", "cut"}
+RELOCATES = {"relocate", "handover", "follow"}
+"""Verbs that put the mobile node into its other access network, under a tunnel that it has."""
+
+FIGURES = {"baseline", "dark"}
+"""Verbs that only figures need (`Scenario.brief`)."""
+
+MOVES = {"roam", "relocate", "handover", "follow", "cut", "dark"}
 """Words of steps after which addresses are not what they were."""
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from . import lab_capture
 from .lab_hosts import TRACE, Lab
-from .lab_measure import Capture
 from .lab_net import ANNOUNCED, AWAY, GATEWAYS, INNER, LINKS, NAT, OUTER, run
+from .lab_traffic import Capture
 
 HOSTS = ("mn", "nsg", "psg")
 """The lanes of a time line. What is between pSG and the mobile node is rare, so nSG stands between them."""

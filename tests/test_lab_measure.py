@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ikectx_cli import lab_announce, lab_capture
-from ikectx_cli.lab_measure import Direction, Traffic, air, direction, kernel_sas, moved
+from ikectx_cli.lab_measure import Direction, Traffic, air, dark, direction, kernel_sas, moved
 
 MS = 1_000_000
 
@@ -89,6 +89,19 @@ def test_a_loss_is_told_with_its_cause_and_time() -> None:
     assert shown["causes"] == {"up: EPERM at mn": 2, "down: XfrmInNoPols at mn": 2, "down: in flight": 1}
     assert shown["up"]["lost_at_ms"] == [0.0, 5.0] and shown["down"]["lost_at_ms"][0] == -10.0
     json.dumps(shown)
+
+
+def test_a_round_trip_is_the_shortest_way_in_both_directions() -> None:
+    sent = sends(100)
+    fast = direction(sent, arrivals(sent, transit=20.0) + arrivals(sent[:1], transit=19.0))
+    assert Traffic(fast, direction(sent, arrivals(sent, transit=21.5))).round_trip_ms == 41.5
+
+
+def test_a_link_is_dark_for_its_gap_less_the_interval_of_its_probe() -> None:
+    sent = sends(100)
+    whole, hole = direction(sent, arrivals(sent)), direction(sent, arrivals(sent, without=set(range(50, 58))))
+    assert dark(Traffic(whole, hole)) == {"up": 0.0, "down": 40.0}
+    assert dark(Traffic(whole, direction(sent, arrivals(sent[:50])))) is None
 
 
 def test_counters_that_moved() -> None:

@@ -13,7 +13,7 @@ from ikectx_cli.lab_report import Report, label, repeated, summary, tables
 from ikectx_cli.lab_scenario import Scenario
 
 KEYS = {"scenario", "ok", "esp", "strongswan", "same_spis", "same_keys", "traffic", "air", "gateways"}
-KEYS |= {"phases_ms", "baseline", "ratio"}
+KEYS |= {"phases_ms", "cpu_ms", "baseline", "ratio", "ratio_beyond_dark"}
 
 MOVE = {"from": "psg", "to": "nsg", "phases_ms": {"export": 4.0}, "cxtp_messages": 4, "cxtp_octets": 452}
 AIR = {"messages": 2, "octets": 370, "by_exchange": {"INFORMATIONAL": 2}}
@@ -27,9 +27,9 @@ def scenario(**keys: Any) -> Scenario:
     return Scenario("handover", "a move", (("connect",),), **keys)
 
 
-def traffic(gap: float, *, lost: int = 0, recovered: bool = True) -> Traffic:
-    one = Direction(100, {"EPERM": lost} if lost else {}, 0, 0, gap, recovered)
-    return Traffic(one, Direction(100, {}, 0, 0, 5.0, True))
+def traffic(gap: float, *, lost: int = 0, recovered: bool = True, down: float = 5.0) -> Traffic:
+    one = Direction(100, {"EPERM": lost} if lost else {}, 0, 0, gap, recovered, transit_ms=20.0)
+    return Traffic(one, Direction(100, {}, 0, 0, down, True, transit_ms=20.0))
 
 
 def moved(gap: float = 20.0, *, lost: int = 2) -> Report:
@@ -67,6 +67,61 @@ def test_a_good_move() -> None:
     assert all(
         words in text for words in ("2 of 200", "452 octets", "the same", "2 up: EPERM at mn", "15.0")
     ), text
+
+
+def test_where_the_node_stays_its_link_is_never_dark() -> None:
+    report = moved()
+    report.add_baseline("psk", "PSK", traffic(300.0, lost=60), AIR, 250.0, {})
+    report.judge(scenario(lost=4))
+    value = report.as_json()
+    assert value["traffic"]["dark_ms"] == {"up": 0.0, "down": 0.0}
+    assert value["traffic"]["beyond_dark_ms"] == {"up": 20.0, "down": 5.0} == value["traffic"]["gap_ms"]
+    assert value["baseline"][0]["beyond_dark_ms"] == {"up": 300.0, "down": 5.0}
+    assert value["ratio_beyond_dark"] == value["ratio"] == 15.0
+    assert "link dark" not in shown(report) and "7.5 / 0.1" in shown(report)
+
+
+def away(gap: float, down: float) -> Report:
+    report = Report("predictive", "a node that moves", "kernel", strongswan="5.9.8")
+    report.add_traffic(traffic(gap, lost=2, down=down), AIR, 0)
+    report.add_transfer([MOVE])
+    report.add_proof(True, True)
+    report.add_baseline("psk", "PSK", traffic(300.0, lost=60, down=310.0), AIR, 250.0, {}, relocated=True)
+    return report
+
+
+MOVES = Scenario("predictive", "a node that moves", (("handover", "nsg", "predictive"),))
+
+
+def test_of_a_gap_the_dark_time_of_the_link_is_not_the_handovers() -> None:
+    report = away(115.0, 120.0)
+    report.dark_ms = {"up": 40.0, "down": 41.0}
+    report.judge(MOVES)
+    value = report.as_json()
+    assert value["traffic"]["dark_ms"] == value["baseline"][0]["dark_ms"] == {"up": 40.0, "down": 41.0}
+    assert value["traffic"]["beyond_dark_ms"] == {"up": 75.0, "down": 79.0}
+    assert value["baseline"][0]["beyond_dark_ms"] == {"up": 260.0, "down": 269.0}
+    assert (value["ratio"], value["ratio_beyond_dark"]) == (2.6, 3.4)
+    text = shown(report)
+    assert all(words in text for words in ("link dark", "40 / 41", "75 / 79", "1.9 / 2.0", "1 to 3.4")), text
+
+
+def test_a_dark_time_that_was_not_measured_is_not_made_up() -> None:
+    report = away(115.0, 120.0)
+    report.judge(MOVES)
+    value = report.as_json()
+    assert report.ok and value["traffic"]["dark_ms"] is None is value["traffic"]["beyond_dark_ms"]
+    assert value["ratio_beyond_dark"] is None and value["ratio"] == 2.6
+    assert "?" in shown(report)
+
+
+def test_cpu_time_adds_up_over_transfers_and_is_unknown_where_no_agent_is() -> None:
+    report = moved()
+    for _ in range(2):
+        report.add_cpu({"mn": None, "psg": 10.5, "nsg": 20.0})
+    report.judge(scenario(lost=4))
+    assert report.as_json()["cpu_ms"] == {"mn": None, "psg": 21.0, "nsg": 40.0}
+    assert "CPU time of the agents: psg 21 ms, nsg 40 ms" in shown(report)
 
 
 def test_what_fails_a_move() -> None:
