@@ -22,7 +22,7 @@ from ikectx.errors import IkectxError, KernelError
 from . import lab_guest, lab_hosts, lab_qemu, lab_scenario
 from .lab_boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
 from .lab_report import Report
-from .lab_run import run_here
+from .lab_series import run_here
 
 Say = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from ikectx import trace
 from ikectx_cli import lab_scenario
 from ikectx_cli.lab_hosts import TRACE
 from ikectx_cli.lab_net import GATEWAYS
-from ikectx_cli.lab_run import run_here
+from ikectx_cli.lab_series import run_here
 from ikectx_cli.lab_timeline import picture
 from ikectx_cli.lab_trace import TimeLine
 
