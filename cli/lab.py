@@ -14,7 +14,7 @@ import click
 
 from ikectx.errors import KernelError, UsageError
 
-from . import lab_guest, lab_scenario, lab_start
+from . import lab_guest, lab_machine, lab_scenario, lab_start
 from .answers import json_option, show_json
 from .lab_boot import Job, tidy
 from .lab_config import Tunnel
@@ -45,6 +45,14 @@ root_option = click.option(
 )
 cpus_option = click.option(
     "--cpus", type=click.IntRange(1, 8), help="CPUs of the guest.  [default: 1, with KVM up to 4]"
+)
+
+esp_option = click.option(
+    "--esp",
+    type=click.Choice(["kernel", "libipsec"]),
+    default="kernel",
+    show_default=True,
+    help="Where ESP is done: the guest's kernel, or charon (then auto is this machine).",
 )
 
 
@@ -216,13 +224,7 @@ def scenarios(as_json: bool) -> None:
     show_default=True,
     help="Run so many guests side by side; each takes the next scenario when it is free.",
 )
-@click.option(
-    "--esp",
-    type=click.Choice(["kernel", "libipsec"]),
-    default="kernel",
-    show_default=True,
-    help="Where ESP is done: the guest's kernel, or charon (then auto is this machine).",
-)
+@esp_option
 @click.option(
     "--delay",
     type=float,
@@ -331,6 +333,14 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 @lab.command(short_help="Run scenarios several times; print medians.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
 @guest_option
+@clock_option
+@esp_option
+@click.option(
+    "--drain",
+    type=click.IntRange(1, 20_000),
+    metavar="N",
+    help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
+)
 @click.option(
     "--from",
     "files",
@@ -349,38 +359,62 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.argument("names", nargs=-1, metavar="[SCENARIO...]")
 def bench(
-    runs: int, guest: str, files: tuple[Path, ...], target: Path | None, as_json: bool, names: tuple[str, ...]
+    runs: int,
+    guest: str,
+    clock: str,
+    esp: str,
+    drain: int | None,
+    files: tuple[Path, ...],
+    target: Path | None,
+    as_json: bool,
+    names: tuple[str, ...],
 ) -> None:
-    """Run the handover scenarios several times; print medians, ratios and where each lost packet went.
+    """Run the handover scenarios several times, or one drain; print medians, ratios, CPU time and losses."""
+    from . import lab_bench, lab_page
 
-    What a virtual machine ran that the mobile node has a part in runs again here, with ESP in user space.
-    """
-    from . import lab_bench
-
-    if files and names:
-        raise UsageError("--from takes what has run already: it goes without scenarios")
+    if files and (names or drain):
+        raise UsageError("--from takes what has run already: it goes without scenarios and without --drain")
+    if drain and names:
+        raise UsageError("--drain has SAs of its own: it goes without scenarios")
     if target is not None and not target.absolute().parent.is_dir():
         raise UsageError(f"--page {target}: there is no such folder")
     picture = target.with_suffix(".svg") if target is not None else None
+    ok, found = True, dict[str, Any]()
+    options = [f"--guest {guest}"] if guest != "auto" else []
+    options += [
+        *(["--time virtual"] if clock == "virtual" else []),
+        *(["--esp libipsec"] if esp != "kernel" else []),
+    ]
     if files:
         summary = _saved(files, target)
-        ok = True
+    elif drain:
+        command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
+        found |= {"command": command, **_emptied(drain, guest, clock, esp)}
+        summary = lab_bench.drained(found)
     else:
-        reports, native = _measured(names or lab_bench.SCENARIOS, runs, guest)
-        words = [
-            "ikectx lab bench --runs",
-            str(runs),
-            *(() if guest == "auto" else ("--guest", guest)),
-            *names,
-        ]
-        summary = lab_bench.summarise(reports, native, " ".join(words))
-        ok = all(report["ok"] for report in [*reports, *native])
-    click.echo(json.dumps(summary, indent=2) if as_json else lab_bench.page(summary), nl=as_json)
+        default = lab_bench.NATIVE if esp == "libipsec" else lab_bench.SCENARIOS
+        wanted = tuple(name for name in names or default for _ in range(runs))
+        request = lab_start.Request(wanted, esp=esp, guest=guest, clock=clock)
+        with tidy():
+            reports = lab_start.run(request, _say)
+        words = ["ikectx lab bench", f"--runs {runs}", *options, *names]
+        summary = lab_bench.summarise(reports, lab_machine.host(), " ".join(words))
+        ok = all(report["ok"] for report in reports)
+    told = found if drain else summary
+    click.echo(json.dumps(told, indent=2) if as_json else lab_page.page(summary), nl=as_json)
     if target is not None and picture is not None:
-        _write(picture, lab_bench.picture(summary))
-        _write(target, lab_bench.page(summary, picture.name))
+        _write(picture, lab_page.picture(summary))
+        _write(target, lab_page.page(summary, picture.name))
     if not ok:
         click.get_current_context().exit(1)
+
+
+def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+    """What a drain took. Raises IkectxError."""
+    from . import lab_emptying
+
+    with tidy():
+        return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=_say)
 
 
 def _write(path: Path, text: str) -> None:
@@ -404,21 +438,6 @@ def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
             raise UsageError(f"{file}: not UTF-8 at octet {error.start}") from None
     words = [f"--from {file}" for file in found] + ([] if target is None else [f"--page {target}"])
     return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))
-
-
-def _measured(
-    names: Sequence[str], runs: int, guest: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reports of runs, and of those beside a virtual machine."""
-    from . import lab_bench
-
-    request = lab_start.Request(tuple(name for name in names for _ in range(runs)), guest=guest)
-    slow = lab_start.guests(request)[0] == "qemu"
-    here = tuple(name for name in request.names if slow and name in lab_bench.NATIVE)
-    with tidy():
-        reports = lab_start.run(request, _say)
-        native = lab_start.run(lab_start.Request(here, "libipsec"), _say) if here else []
-    return reports, native
 
 
 @lab.command(short_help="Expected SPI collisions, and a simulation.")

@@ -1,21 +1,24 @@
-"""`ikectx lab bench`: several runs of the handover scenarios, told as medians and ratios in a page.
+"""`ikectx lab bench`: several runs of the handover scenarios, and drains, as medians and ratios.
 
-    reports of runs -> summarise -> a summary (what --json prints) -> merge -> page, picture
+    reports of runs -> summarise --+-> a summary (what --json prints) -> merge -> lab_page
+    a drain -> drained ------------+
     what --json printed before -> read ---------------------------------^
 
 Every ratio is taken within one run (the move against the same tunnel's ways of today over the same links),
-so that neither the machine's speed nor its emulation is in it. Pure: reports in, text out.
+so that neither the machine's speed nor its load is in it. Pure: reports in, data out.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from ikectx.errors import UsageError
+
+from .lab_report import longer
 
 MODES = {
     "handover": "push: psg sends",
@@ -37,15 +40,16 @@ SCENARIOS = (
 )
 """What is run where no scenario is named. `COLLISIONS` are run by their names."""
 
-NATIVE = tuple(name for name in SCENARIOS if name.split("-v")[0] in ("predictive", "reactive", "by-packet"))
-"""Scenarios that are as good with ESP in user space: whoever moves an SA there has its SAs made anew."""
+NATIVE = tuple(MODES)
+"""What is run with ESP in user space where no scenario is named: it costs the agents the same there."""
 
-MOBIARCH = (
-    ("MobiArch'08: IKEv1 main mode, anew", 1500, 11, 2182),
-    ("MobiArch'08: IKEv1 aggressive mode, anew", 1300, 8, 1896),
-    ("MobiArch'08: IKEv1 with context transfer", 20, 1, 106),
-)
-"""Delay, messages and octets on the MN's side as measured in MobiArch'08 (racoon, UDP 50 ms apart)."""
+PARTS = {
+    "real": "real time",
+    "virtual": "virtual time",
+    "native": "natively, ESP in user space",
+}
+"""Kinds of runs that stand side by side: with the kernel's ESP by a real clock, or a virtual one; or with ESP
+by charon, which needs no guest."""
 
 
 def by_scenario(reports: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -63,17 +67,18 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     causes: Counter[str] = Counter()
     for one in traffic:
         causes.update(one.get("causes", {}))
-    ways: dict[str, list[Mapping[str, Any]]] = {}
+    ways: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for run in runs:
         for base in run.get("baseline", ()):
-            ways.setdefault(str(base.get("title") or base["name"]), []).append(base)
+            ways.setdefault(str(base.get("title") or base["name"]), []).append((base, run["traffic"]))
     return {
         "runs": len(runs),
         "ok": sum(bool(run["ok"]) for run in runs),
         "lost": [one["lost"] for one in traffic],
         "lost_median": median(one["lost"] for one in traffic),
         "sent": median(one["sent"] for one in traffic),
-        "gap_ms": median(one["longest_gap_ms"] for one in traffic),
+        "gaps": [one["longest_gap_ms"] for one in traffic],
+        **_gaps(traffic),
         "interval_ms": traffic[0]["interval_ms"],
         "causes": dict(sorted(causes.items())),
         "others_lost": [sum(one["lost"] for one in run.get("others", {}).values()) for run in runs],
@@ -82,17 +87,53 @@ def row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gateway_messages": median(run["gateways"]["messages"] for run in runs),
         "gateway_octets": median(run["gateways"]["octets"] for run in runs),
         "phases_ms": _phases(run["phases_ms"] for run in runs if run.get("phases_ms")),
-        "ratio": median(ratios) if (ratios := [run["ratio"] for run in runs if run.get("ratio")]) else None,
+        "cpu_ms": by_name(run.get("cpu_ms") for run in runs),
+        "ratio": _median(run.get("ratio") for run in runs),
+        "ratio_beyond": _median(run.get("ratio_beyond_dark") for run in runs),
         "ways": {
             name: {
-                "interruption_ms": median(one["interruption_ms"] for one in found),
-                "lost": median(one["lost"] for one in found),
-                "messages": median(one["messages"] for one in found),
-                "octets": median(one["octets"] for one in found),
+                "interruption_ms": median(base["interruption_ms"] for base, _ours in found),
+                **_gaps([base for base, _ours in found]),
+                "lost": median(base["lost"] for base, _ours in found),
+                "messages": median(base["messages"] for base, _ours in found),
+                "octets": median(base["octets"] for base, _ours in found),
+                "ratio": _times(found, lambda way: longer(way["gap_ms"])),
+                "ratio_beyond": _times(found, lambda way: longer(way["beyond_dark_ms"])),
             }
             for name, found in ways.items()
         },
     }
+
+
+def _gaps(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the gaps, the dark times and what is beyond them: medians by direction."""
+    return {
+        "gap_ms": by_name(one["gap_ms"] for one in found),
+        "dark_ms": by_name(one["dark_ms"] for one in found),
+        "beyond_ms": by_name(one["beyond_dark_ms"] for one in found),
+        "round_trip_ms": _median(one["round_trip_ms"] for one in found),
+    }
+
+
+def _times(
+    found: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    figure: Callable[[Mapping[str, Any]], float | None],
+) -> float | None:
+    """How many times ours theirs is: the median of what it is within each run."""
+    pairs = [(figure(theirs), figure(ours)) for theirs, ours in found]
+    return _median(theirs / ours for theirs, ours in pairs if theirs is not None and ours)
+
+
+def _median(figures: Iterable[float | None]) -> float | None:
+    known = [one for one in figures if one is not None]
+    return round(median(known), 1) if known else None
+
+
+def by_name(found: Iterable[Mapping[str, float | None] | None]) -> dict[str, float | None] | None:
+    """Medians by name, of what is known. None: nothing is."""
+    kept = [one for one in found if one is not None]
+    names = dict.fromkeys(name for one in kept for name in one)
+    return {name: _median(one.get(name) for one in kept) for name in names} or None
 
 
 def _phases(phases: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -104,38 +145,96 @@ def _phases(phases: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def summarise(
-    reports: Iterable[Mapping[str, Any]], native: Iterable[Mapping[str, Any]] = (), command: str = ""
+    reports: Iterable[Mapping[str, Any]], host: Mapping[str, Any], command: str = ""
 ) -> dict[str, Any]:
-    """All scenarios' rows, what ESP and which strongSwan they ran on, and the command that ran them.
+    """All scenarios' rows in their part of `PARTS`, and on what machine that was; `command` ran them.
 
-    `native`: reports of runs beside them that were not in the virtual machine the others were in.
+    `host`: `lab_machine.host` of the machine, in a guest of which it may have been.
     """
     groups = by_scenario(reports)
-    first = next(iter(groups.values()))[0] if groups else {}
+    runs = [run for found in groups.values() for run in found]
+    first: Mapping[str, Any] = runs[0] if runs else {}
+    part = "native" if first.get("esp") == "libipsec" else str(first.get("clock", "real"))
+    rows = {name: row(found) for name, found in groups.items()}
     return {
         "command": command,
-        "esp": first.get("esp", ""),
         "strongswan": first.get("strongswan", ""),
-        "scenarios": {name: row(runs) for name, runs in groups.items()},
-        "native": {name: row(runs) for name, runs in by_scenario(native).items()},
+        "parts": {part: {"machine": machine(runs, host), "scenarios": rows}} if rows else {},
+        "drains": [],
     }
 
 
-_WAY = dict.fromkeys(("interruption_ms", "lost", "messages", "octets"), "a number")
+def drained(drain: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of one drain, as --drain prints it."""
+    own = ("command", "strongswan", "guest", "clock", "esp", "machine", "host")
+    told = {key: value for key, value in drain.items() if key not in own}
+    return {
+        "command": drain["command"],
+        "strongswan": drain["strongswan"],
+        "parts": {},
+        "drains": [{**told, "machine": machine([drain], drain["host"])}],
+    }
+
+
+def machine(runs: Sequence[Mapping[str, Any]], host: Mapping[str, Any]) -> dict[str, Any]:
+    """Where runs were, all of them in the same place: this machine, the guest, and what its kernel costs."""
+    first: Mapping[str, Any] = runs[0] if runs else {}
+    known = [run["machine"] for run in runs if run.get("machine")]
+    return {
+        **host,
+        "guest": first.get("guest", ""),
+        "clock": first.get("clock", ""),
+        "esp": first.get("esp", ""),
+        "guest_kernel": known[0]["kernel"] if known else "",
+        "guest_cpus": known[0]["cpus"] if known else 0,
+        "syscall_us": _median(one["syscall_us"] for one in known),
+        "thread_us": _median(one["thread_us"] for one in known),
+    }
+
+
+_TWO = {"gap_ms": "numbers by name", **dict.fromkeys(("dark_ms", "beyond_ms"), "numbers by name or null")}
+_WAY = {
+    **dict.fromkeys(("interruption_ms", "lost", "messages", "octets", "round_trip_ms"), "a number"),
+    **_TWO,
+    **dict.fromkeys(("ratio", "ratio_beyond"), "a number or null"),
+}
 _ROW = {
-    **dict.fromkeys(("runs", "ok", "lost_median", "sent", "gap_ms", "interval_ms"), "a number"),
+    **dict.fromkeys(("runs", "ok", "lost_median", "sent", "interval_ms", "round_trip_ms"), "a number"),
     **dict.fromkeys(("air_messages", "air_octets", "gateway_messages", "gateway_octets"), "a number"),
-    **dict.fromkeys(("lost", "others_lost"), "numbers"),
+    **dict.fromkeys(("lost", "others_lost", "gaps"), "numbers"),
     **dict.fromkeys(("causes", "phases_ms"), "numbers by name"),
-    "ratio": "a number or null",
+    **_TWO,
+    "cpu_ms": "numbers by name or null",
+    **dict.fromkeys(("ratio", "ratio_beyond"), "a number or null"),
     "ways": "objects by name",
 }
 """Keys of a row, and what they hold."""
+
+_HOST = {**dict.fromkeys(("cpu", "kernel"), "text"), "cores": "a number"}
+_COSTS = dict.fromkeys(("syscall_us", "thread_us"), "a number or null")
+_HERE = {"kernel": "text", "cpus": "a number", **_COSTS}
+_MACHINE = {
+    **_HOST,
+    **dict.fromkeys(("guest", "clock", "esp", "guest_kernel"), "text"),
+    "guest_cpus": "a number",
+    **_COSTS,
+}
+
+_OF_DRAIN = {
+    **dict.fromkeys(("command", "strongswan", "guest", "clock", "esp"), "text"),
+    **dict.fromkeys(("machine", "host"), "an object"),
+}
+_DRAIN = {
+    **dict.fromkeys(("sas", "seconds", "memory_kib_per_sa", "lost", "sent", "interval_ms"), "a number"),
+    **dict.fromkeys(("cpu_ms_per_sa", "gap_ms", "memory_kib"), "numbers by name or null"),
+}
 
 
 def _is(value: object, kind: str) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     match kind:
+        case "text":
+            return isinstance(value, str)
         case "a number":
             return number
         case "a number or null":
@@ -144,6 +243,12 @@ def _is(value: object, kind: str) -> bool:
             return isinstance(value, list) and all(_is(one, "a number") for one in value)
         case "numbers by name":
             return isinstance(value, dict) and all(_is(one, "a number") for one in value.values())
+        case "numbers by name or null":
+            return value is None or (
+                isinstance(value, dict) and all(_is(one, "a number or null") for one in value.values())
+            )
+        case "an object":
+            return isinstance(value, dict)
         case _:
             return isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
 
@@ -154,7 +259,9 @@ def read(text: str, file: str) -> dict[str, Any]:
     def wrong(what: str) -> UsageError:
         return UsageError(f"{file}: {what}", hint="it must be what `ikectx lab bench --json` prints")
 
-    def check(value: Mapping[str, Any], keys: Mapping[str, str], where: str) -> None:
+    def check(value: object, keys: Mapping[str, str], where: str) -> None:
+        if not isinstance(value, dict):
+            raise wrong(f"{where} must be an object")
         for key, kind in keys.items():
             if key not in value or not _is(value[key], kind):
                 raise wrong(f"{where}.{key} must be {kind}")
@@ -165,293 +272,57 @@ def read(text: str, file: str) -> dict[str, Any]:
         raise wrong("not JSON") from None
     if not isinstance(summary, dict):
         raise wrong("not an object")
-    for key in ("command", "esp", "strongswan"):
-        if not isinstance(summary.get(key), str):
-            raise wrong(f"{key} must be text")
-    check(summary, dict.fromkeys(("scenarios", "native"), "objects by name"), "the result")
-    for part in ("scenarios", "native"):
-        for name, one in summary[part].items():
-            check(one, _ROW, f"{part}.{name}")
+    if "sas" in summary:
+        check(summary, {**_OF_DRAIN, **_DRAIN}, "the drain")
+        check(summary["machine"], _HERE, "the drain.machine")
+        check(summary["host"], _HOST, "the drain.host")
+        return drained(summary)
+    check(summary, {"command": "text", "strongswan": "text", "parts": "objects by name"}, "the result")
+    for name, part in summary["parts"].items():
+        if name not in PARTS:
+            raise wrong(f"parts.{name}: there are {', '.join(PARTS)}")
+        check(part, {"scenarios": "objects by name"}, f"parts.{name}")
+        check(part.get("machine"), _MACHINE, f"parts.{name}.machine")
+        for scenario, one in part["scenarios"].items():
+            check(one, _ROW, f"{name}.{scenario}")
             for way, found in one["ways"].items():
-                check(found, _WAY, f"{part}.{name}.ways.{way}")
+                check(found, _WAY, f"{name}.{scenario}.ways.{way}")
+    if not isinstance(summary.get("drains"), list):
+        raise wrong("drains must be a list")
+    for number, one in enumerate(summary["drains"]):
+        check(one, _DRAIN, f"drains.{number}")
+        check(one.get("machine"), _MACHINE, f"drains.{number}.machine")
     return summary
+
+
+def place(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for figures that stand in one column; what its kernel costs differs each time."""
+    return {key: value for key, value in machine.items() if key not in ("syscall_us", "thread_us")}
 
 
 def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
     """One summary of several, {file: summary}, as `command` makes it of the files.
 
-    Errors: UsageError where they do not go together: another strongSwan, another ESP, a scenario twice.
+    Errors: UsageError where they do not go together: another strongSwan, another machine, a scenario twice.
     """
-    merged: dict[str, Any] = {"command": "", "scenarios": {}, "native": {}}
+    merged: dict[str, Any] = {"command": "", "parts": {}, "drains": []}
     came: dict[tuple[str, str], str] = {}
     for file, summary in summaries.items():
-        for key in ("strongswan", "esp"):
-            if merged.setdefault(key, summary[key]) != summary[key]:
-                first = next(iter(summaries))
-                raise UsageError(f"{key} was {merged[key]} in {first}, {summary[key]} in {file}")
-        for part in ("scenarios", "native"):
-            for name, one in summary[part].items():
-                if (part, name) in came:
-                    raise UsageError(f"{name} is in {came[part, name]} and in {file}")
-                came[part, name] = file
-                merged[part][name] = one
+        first = next(iter(summaries))
+        if merged.setdefault("strongswan", summary["strongswan"]) != summary["strongswan"]:
+            ours, theirs = merged["strongswan"], summary["strongswan"]
+            raise UsageError(f"strongswan was {ours} in {first}, {theirs} in {file}")
+        for name, part in summary["parts"].items():
+            own = merged["parts"].setdefault(name, {"machine": part["machine"], "scenarios": {}})
+            for key, value in place(own["machine"]).items():
+                if part["machine"][key] != value:
+                    raise UsageError(f"{PARTS[name]}: {key} was {value}, {part['machine'][key]} in {file}")
+            for scenario, one in part["scenarios"].items():
+                if (name, scenario) in came:
+                    raise UsageError(f"{scenario} is in {came[name, scenario]} and in {file}")
+                came[name, scenario] = file
+                own["scenarios"][scenario] = one
+        merged["drains"] += summary["drains"]
+    merged["drains"].sort(key=lambda one: (one["machine"]["esp"], one["sas"]))
     ran = [f"{summary['command']} --json > {file}" for file, summary in summaries.items()]
     return {**merged, "command": "\n".join([*ran, command])}
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    lines += ["| " + " | ".join(_cell(cell) for cell in one) + " |" for one in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "–" if value is None else str(value)
-
-
-PROBE = ("probe, every ms", "lost, each run", "median", "longest gap ms")
-
-
-def _probe(one: Mapping[str, Any]) -> Sequence[object]:
-    """What the probe found, for columns `PROBE`."""
-    return one["interval_ms"], one["lost"], one["lost_median"], one["gap_ms"]
-
-
-def _failed(summary: Mapping[str, Any]) -> Iterable[str]:
-    """The warning above figures of runs that did not do what their scenario asks for."""
-    rows = [(name, one) for part in ("scenarios", "native") for name, one in summary[part].items()]
-    failed = [
-        f"{name} ({one['runs'] - one['ok']} of {one['runs']} runs)"
-        for name, one in rows
-        if one["ok"] < one["runs"]
-    ]
-    if failed:
-        yield f"**Not every run did what its scenario asks for**; all are counted: {', '.join(failed)}."
-
-
-def page(summary: Mapping[str, Any], image: str = "") -> str:
-    """The Markdown page docs/benchmarks.md. `image`: the file that holds the `picture`, if it is shown."""
-    rows: Mapping[str, Mapping[str, Any]] = summary["scenarios"]
-    command = str(summary["command"])
-    made = "commands below" if "\n" in command else "command below, in one go"
-    parts = [
-        "# Benchmarks",
-        f"Made by the {made}; strongSwan "
-        f"{summary['strongswan']}, ESP by the {summary['esp']}. Times of an emulated machine are long, so "
-        "compare by the ratio, which is taken inside each run; counts do not depend on the machine.",
-        f"```\n{command}\n```",
-        *_failed(summary),
-        "## A live handover, UDP probe both ways, access link of 20 ms one way",
-        _table(
-            (
-                "scenario",
-                *PROBE,
-                "air: messages",
-                "octets",
-                "CXTP: messages",
-                "octets",
-            ),
-            (
-                (
-                    name,
-                    *_probe(one),
-                    one["air_messages"],
-                    one["air_octets"],
-                    one["gateway_messages"],
-                    one["gateway_octets"],
-                )
-                for name, one in rows.items()
-                if name not in COLLISIONS
-            ),
-        ),
-        "Octets on the air are those of whole IP packets; CXTP's are those of its messages, without TLS.",
-        "### Where each lost packet went",
-        _table(
-            ("scenario", "packets, all runs", "where"),
-            (
-                (name, count, cause)
-                for name, one in rows.items()
-                for cause, count in (one["causes"] or {"none lost": 0}).items()
-            ),
-        ),
-        "`EPERM` and `ENETUNREACH` at the mobile node are its own: charon there puts a drop policy in place "
-        "of the old one and takes its virtual IP away and back while it moves its SAs (`IpInAddrErrors`, "
-        "`Ip6InAddrErrors`: packets that came meanwhile). No product at the gateways can avoid them. Where "
-        "the MN changes its network, packets to the old address and from it are lost until nSG serves.",
-        *_collisions(rows),
-        *_native(summary["native"]),
-        "## Against the ways of today, in the same run",
-        _table(
-            ("scenario", "way", "interruption ms", "lost", "messages on the air", "octets"),
-            (line for name, one in rows.items() if one["ways"] for line in _ways(name, one)),
-        ),
-        *([f"![Gaps]({image})"] if image else []),
-        "## Where the time goes (median ms, pSG's view)",
-        _table(
-            ("scenario", *(phases := _names(rows))),
-            ((name, *(one["phases_ms"].get(phase) for phase in phases)) for name, one in rows.items()),
-        ),
-        "`confirm` is what nSG does between CTD and CTDR: take, the exchange with the mobile node, "
-        "activation. With push and pull, traffic flows in all phases. The phases of a pull are nSG's.",
-        "## The table of MobiArch'08, with IKEv2",
-        _table(
-            (
-                *("way", "delay ms", "messages, MN side", "octets", "against anew, same run"),
-                *("natively: delay ms", "against anew"),
-            ),
-            [*((*one, "", "", "") for one in MOBIARCH), *_mobiarch(rows, summary["native"])],
-        ),
-        "The first three rows are as published in MobiArch'08 (IKEv1 by racoon, Mobile IPv6, UDP packets "
-        "50 ms apart, without the delay of Mobile IPv6 itself) and not made by the commands above: other "
-        "machines, another link. The rest are this run's: the longest gap of the probe, with the change "
-        "of the access network in it where the MN moves, and all IKE and CXTP messages on the MN's links. "
-        "*anew* is what an MN does today (IKE_SA_INIT, IKE_AUTH), measured in the runs of the scenario in "
-        "brackets.",
-        "*natively*: the same scenarios on the machine itself, with ESP in user space, and without delay "
-        "on the access link where its kernel has no netem. In the virtual machine every step of an agent "
-        "(Python) takes 10 to 20 times its time, and where the MN has a part in the handover, traffic "
-        "waits for it; CTARs sent again there are among the messages. Push and pull let traffic flow "
-        "meanwhile.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _native(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    """The section about runs that were not emulated."""
-    if not rows:
-        return
-    yield "## At this machine's own speed: ESP in user space, no virtual machine"
-    yield _table(
-        ("scenario", *PROBE, "anew, PSK: gap ms", ""),
-        (
-            (
-                name,
-                *_probe(one),
-                one["ways"].get("PSK", {}).get("interruption_ms", ""),
-                _times(one["ratio"]),
-            )
-            for name, one in rows.items()
-        ),
-    )
-    yield (
-        "Here the mobile node's CHILD_SAs are rekeyed behind the handover, since user-space ESP cannot be "
-        "given other addresses, so messages are not compared; the gap holds the change of the access "
-        "network, for which charon alone waits 100 ms. Without netem in the kernel the access link has no "
-        "delay."
-    )
-
-
-def _collisions(rows: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    """The section about SPIs that are taken at nSG."""
-    found = {name: rows[name] for name in COLLISIONS if name in rows}
-    if not found:
-        return
-    yield "## SPIs that are taken at nSG"
-    yield _table(
-        (
-            "scenario",
-            "probe, every ms",
-            "mn lost, each run",
-            "median",
-            "gap ms",
-            "mn2 lost, each run",
-            "air: messages",
-            "octets",
-        ),
-        (
-            (
-                name,
-                *_probe(one),
-                one["others_lost"],
-                one["air_messages"],
-                one["air_octets"],
-            )
-            for name, one in found.items()
-        ),
-    )
-    yield (
-        "nSG serves another mobile node, mn2, under names that mn's SA has at pSG: the inbound ESP SPI, the "
-        "outbound one (both behind one NAT), both IKE SPIs, all of them. mn is a stock charon, which nSG "
-        "rekeys, but in `collision-agent` (UPDATE_SPI) and `collision-reactive` (new SPIs in the CTAA, "
-        "after a change of the access network). Where the outbound SPI is taken, nSG can only send under the "
-        "new one, which the MN knows when it has answered; until then pSG goes on sending under the old one, "
-        "where the MN is still at its old place. On the emulated CPU of a virtual machine all that an agent "
-        "or charon does between two packets takes 10 to 20 times as long."
-    )
-
-
-def _mobiarch(
-    rows: Mapping[str, Mapping[str, Any]], native: Mapping[str, Mapping[str, Any]]
-) -> Iterable[Sequence[object]]:
-    """Rows for the same columns: every way to connect anew that was measured, then every mode."""
-    for name, one in rows.items():
-        for way, found in one["ways"].items() if name in MODES else ():
-            here = native.get(name, {}).get("ways", {}).get(way, {}).get("interruption_ms", "")
-            label = f"IKEv2 anew, {way} ({name})"
-            yield label, found["interruption_ms"], found["messages"], found["octets"], "", here, ""
-    for name, label in MODES.items():
-        if name in rows:
-            one, here = rows[name], native.get(name, {})
-            figures = one["gap_ms"], one["air_messages"], one["air_octets"], _times(one["ratio"])
-            yield label, *figures, here.get("gap_ms", ""), _times(here.get("ratio"))
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"1 to {ratio:.1f}"
-
-
-def _names(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    seen: dict[str, None] = {}
-    for one in rows.values():
-        seen.update(dict.fromkeys(one["phases_ms"]))
-    return list(seen)
-
-
-def _ways(name: str, one: Mapping[str, Any]) -> Iterable[Sequence[object]]:
-    yield (name, "ikectx", one["gap_ms"], one["lost_median"], one["air_messages"], one["air_octets"])
-    for way, found in one["ways"].items():
-        factor = f" ({found['interruption_ms'] / one['gap_ms']:.1f} x)" if one["gap_ms"] else ""
-        yield (
-            name,
-            f"anew, {way}",
-            f"{found['interruption_ms']:.0f}{factor}",
-            found["lost"],
-            found["messages"],
-            found["octets"],
-        )
-
-
-BAR = 460
-LINE = 26
-
-
-def picture(summary: Mapping[str, Any]) -> str:
-    """The interruptions as an SVG bar chart, one bar a way and scenario."""
-    bars = [
-        (f"{name}: {way}", float(value))
-        for name, one in summary["scenarios"].items()
-        if name not in COLLISIONS
-        for way, value in [
-            ("ikectx", one["gap_ms"]),
-            *((f"anew, {title}", found["interruption_ms"]) for title, found in one["ways"].items()),
-        ]
-    ]
-    longest = max((value for _, value in bars), default=1.0) or 1.0
-    height = LINE * len(bars) + 40
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height}" '
-        'font-family="sans-serif" font-size="13">',
-        '<text x="10" y="20" font-weight="bold">Longest gap in the traffic, ms (median)</text>',
-    ]
-    for number, (label, value) in enumerate(bars):
-        top = 34 + LINE * number
-        width = max(1.0, BAR * value / longest)
-        colour = "#2a7a4b" if label.endswith(": ikectx") else "#9a9a9a"
-        out.append(f'<text x="330" y="{top + 14}" text-anchor="end">{label}</text>')
-        out.append(f'<rect x="340" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
-        out.append(f'<text x="{346 + width:.1f}" y="{top + 14}">{value:.0f}</text>')
-    return "\n".join([*out, "</svg>"]) + "\n"

@@ -19,10 +19,11 @@ from typing import Any
 
 from ikectx.errors import IkectxError, KernelError
 
-from . import lab_guest, lab_hosts, lab_qemu, lab_scenario
+from . import lab_guest, lab_hosts, lab_machine, lab_qemu, lab_scenario
 from .lab_boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
 from .lab_report import Report
 from .lab_series import run_here
+from .lab_usage import clock_stands_still
 
 Say = Callable[[str], None]
 
@@ -234,9 +235,13 @@ async def _guest(
             share.put(one, _told(request, one, Report(request.names[one], error=why), ways[0]))
 
 
-def _told(request: Request, number: int, report: Report, guest: str) -> dict[str, Any]:
-    """A report as JSON, with where it ran."""
+def _told(
+    request: Request, number: int, report: Report, guest: str, machine: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A report as JSON, with where it ran (`lab_machine.here`, where it came to run)."""
     told = {**report.as_json(), "guest": guest, "clock": request.clock}
+    if machine is not None:
+        told["machine"] = machine
     return {**told, "run": which} if (which := request.run(number)) else told
 
 
@@ -269,6 +274,7 @@ def inside(share: Share, guest: int) -> None:
     byte_code()
     request = share.request()
     current = 0
+    machine = lab_machine.here(clock_stands_still=clock_stands_still())
 
     def scenarios() -> Iterator[lab_scenario.Scenario]:
         nonlocal current
@@ -278,7 +284,7 @@ def inside(share: Share, guest: int) -> None:
 
     def done(report: Report) -> None:
         os.sync()  # its logs
-        share.put(current, _told(request, current, report, os.environ.get(GUEST, "host")))
+        share.put(current, _told(request, current, report, os.environ.get(GUEST, "host"), machine))
 
     run_here(
         scenarios(),

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from .fleet import Fleet
+from ikectx_cli.lab_fleet import Fleet
+
 from .test_collisions import take_in
 from .world import World, spis, until
 
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(120 + 2 * COUNT)]
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[Fleet]:
-    with Fleet(world, COUNT).at_psg() as fleet:
+    with Fleet(world.lab, COUNT).at_psg() as fleet:
         yield fleet
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from ikectx_cli.lab_fleet import Fleet
 from ikectx_cli.lab_net import OUTER
 
-from .fleet import Fleet
 from .world import World, spis, until
 
 pytestmark = pytest.mark.live
@@ -18,7 +18,7 @@ COUNT = 10
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[Fleet]:
-    with Fleet(world, COUNT).at_psg() as fleet:
+    with Fleet(world.lab, COUNT).at_psg() as fleet:
         yield fleet
 
 
