@@ -17,9 +17,14 @@ from pathlib import Path
 import pytest
 
 from ikectx_cli import lab_guest
-from ikectx_cli.lab_boot import FOLDERS, Job, sweep
+from ikectx_cli.lab_boot import FOLDERS, GUEST, Job, sweep
 
-pytestmark = pytest.mark.live
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(
+        os.environ.get(GUEST) in ("uml", "qemu"), reason="this is a guest already, and boots no other"
+    ),
+]
 
 IKECTX = [sys.executable, "-m", "ikectx_cli.main", "lab"]
 BEGUN = 60.0
