@@ -20,7 +20,7 @@ from .numbers import Status
 from .outgoing import Address, Outgoing
 from .ports import SaName
 from .report import TransferReport
-from .run import Observer, Parts, Tasks
+from .run import Observer, Parts, Tasks, log
 from .transfer import SourceInput, SourceState
 
 CANCELLABLE = frozenset(
@@ -109,7 +109,9 @@ class Moves:
                 if report.status is not Status.BUSY or report.result not in ("kept", "refused"):
                     break
                 if attempt < self._busy_attempts:
-                    await asyncio.sleep(self._parts.timing.busy_backoff * 2 ** (attempt - 1))
+                    pause = self._parts.timing.busy_backoff * 2 ** (attempt - 1)
+                    log.info("a transfer to %s is tried again in %.1f s: %s", peer.name, pause, report.text)
+                    await asyncio.sleep(pause)
         finally:
             self._asked_for.discard(sa)
         return report

@@ -254,12 +254,12 @@ def test_an_exchange_is_in_flight(world: World) -> None:
 
 
 def test_a_busy_sa_is_waited_for(world: World) -> None:
-    # psg -> MN CREATE_CHILD_SA, dropped for a second; the transfer is tried again and succeeds
+    # psg -> MN CREATE_CHILD_SA, dropped until the transfer has failed once; it is tried again and succeeds
     world.up()
     world.block("psg", "mn")
     world.begin_rekey("psg")
     work = world.begin("psg", "transfer", "--to", "nsg", "--json")
-    time.sleep(1.0)
+    until(lambda: "is tried again" in world.log("psg", "agent.out"), "the first try has failed")
     world.unblock()
     done = world.end(work)
     assert done.code == 0, done
