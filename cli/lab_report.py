@@ -142,8 +142,13 @@ class Report:
             }
         )
 
-    def judge(self, scenario: Scenario) -> None:
-        """Sets `ok`, what of the gaps was not the link's, and the ratios when everything is in."""
+    def judge(self, scenario: Scenario, *, stolen: bool = False) -> None:
+        """Sets `ok`, what of the gaps was not the link's, and the ratios when everything is in.
+
+        `stolen`: other programs may have had the CPU meanwhile, as in any time but a virtual one. How long a
+        mobile node's own charon takes to change its SAs' addresses is then the machine's doing: what its own
+        kernel refused or dropped counts towards no limit, unless an agent of this project's runs there.
+        """
         if self.traffic:
             self._split(self.traffic, moved=scenario.relocates)
         for one in self.baseline:
@@ -153,9 +158,9 @@ class Report:
             self.ratio = _ratio(gaps, self.traffic["longest_gap_ms"])
             beyond = [longer(one["beyond_dark_ms"]) for one in self.baseline]
             self.ratio_beyond_dark = _ratio(beyond, longer(self.traffic["beyond_dark_ms"]))
-        self.ok = not self.error and not list(self._complaints(scenario))
-        if not self.error and not self.ok:
-            self.error = "; ".join(self._complaints(scenario))
+        complaints = list(self._complaints(scenario, stolen and not scenario.tunnel.mobile))
+        self.ok = not self.error and not complaints
+        self.error = self.error or "; ".join(complaints)
 
     def _split(self, way: dict[str, Any], *, moved: bool) -> None:
         """What of the gaps of a way to nsg was not the link's, which is the same all along where mn stays."""
@@ -165,7 +170,7 @@ class Report:
             name: round(gap - dark[name], 1) for name, gap in way["gap_ms"].items()
         }
 
-    def _complaints(self, scenario: Scenario) -> Iterable[str]:
+    def _complaints(self, scenario: Scenario, stolen: bool) -> Iterable[str]:
         if self.transfers:
             if not self.same_spis:
                 yield (
@@ -183,7 +188,7 @@ class Report:
         for host, count in (self.clear or {}).items():
             if count:
                 yield f"{count} packets of a mobile node's traffic left {host} in the clear"
-        yield from self._too_much(scenario)
+        yield from self._too_much(scenario, stolen)
         for one in self.baseline:
             if not one["recovered"]:
                 yield f"baseline {one['name']}: the traffic did not come back"
@@ -191,11 +196,14 @@ class Report:
             if not check["ok"]:
                 yield f"check {check['name']}: {check['why']}"
 
-    def _too_much(self, scenario: Scenario) -> Iterable[str]:
+    def _too_much(self, scenario: Scenario, stolen: bool) -> Iterable[str]:
         if self.esp != "kernel":
             return
-        if self.traffic and scenario.lost is not None and self.traffic["lost"] > scenario.lost:
-            yield f"{self.traffic['lost']} packets lost, allowed are {scenario.lost}"
+        if self.traffic and scenario.lost is not None:
+            causes = self.traffic["causes"].items() if stolen else ()
+            lost = self.traffic["lost"] - sum(count for cause, count in causes if cause.endswith(" at mn"))
+            if lost > scenario.lost:
+                yield f"{lost} packets lost, allowed are {scenario.lost}"
         for mobile, one in self.others.items():
             if scenario.other_lost is not None and one["lost"] > scenario.other_lost:
                 yield f"{one['lost']} packets of {mobile} lost, allowed are {scenario.other_lost}"

@@ -14,6 +14,7 @@ from typing import Any
 from ikectx.errors import CharonError, IkectxError
 from vici_bridge.vici import ControlClient, json_of
 
+from .lab_boot import virtual_time
 from .lab_config import outer
 from .lab_hosts import Lab
 from .lab_measure import Reports, Snapshot, Traffic, air, dark, snapshot
@@ -101,7 +102,7 @@ class Runner:
         finally:
             self._abandon()
         report.seconds = round(time.monotonic() - began, 1)
-        report.judge(self._scenario)
+        report.judge(self._scenario, stolen=not virtual_time())
         return report
 
     def _abandon(self) -> None:

@@ -23,7 +23,7 @@ HOST.strongswan adds strongswan.conf text.
     [tunnel.connection]           # swanctl.conf settings of the connection, at all hosts
     [tunnel.child]                # and of its children
     [limits]                      # what makes a scenario fail on kernel ESP
-    lost = 2                      # packets of the probe, both directions together
+    lost = 2                      # packets of the probe, both directions together (`Report.judge`)
     gap_ms = 200                  # the longest gap
     gateway_octets = 600          # of CXTP for one transfer
     messages = 2                  # IKE and CXTP messages on the air while there is traffic: exactly so many
