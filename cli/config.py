@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikectx.errors import ConfigError
+from vici_bridge.allowed import Range, Rules
+from vici_bridge.proposals import Proposal
 
 from .toml_table import (
     ConfigFile,
@@ -111,12 +113,22 @@ class ConnectionConfig:
 
     `announces`: its updown script has the network send packets for a mobile node to the gateway that serves
     it, so that a move needs no detour.
+    `local_ids`, `virtual_ips`, `ike_proposals`, `esp_proposals`: what SAs that come in may have (`Rules`).
     """
 
     name: str
     updown: str | None = None
     handover_to: str | None = None
     announces: bool = False
+    local_ids: tuple[str, ...] = ()
+    virtual_ips: tuple[Range, ...] = ()
+    ike_proposals: tuple[Proposal, ...] = ()
+    esp_proposals: tuple[Proposal, ...] = ()
+
+    @property
+    def rules(self) -> Rules:
+        """What SAs of this connection may have, as far as charon does not tell."""
+        return Rules(self.local_ids, self.virtual_ips, self.ike_proposals, self.esp_proposals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +164,8 @@ class PeerConfig:
 
     `identity` is the name its certificate must hold (a DNS name, or the CN), by default `name`.
     `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on.
+    `connections`, `identities`: whose SAs it may bring, by connection name and as `id` of a connection is
+    written; empty: all.
     """
 
     name: str
@@ -159,6 +173,8 @@ class PeerConfig:
     identity: str
     rights: tuple[str, ...] = ("push",)
     forward_via: tuple[Address, ...] = ()
+    connections: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
 
     @property
     def host(self) -> str:
@@ -320,13 +336,30 @@ def _by_packet(table: Table) -> ByPacketConfig:
 
 
 def _connection(name: str, table: Table) -> ConnectionConfig:
-    table.only("updown", "handover_to", "announces")
+    table.only(*(key for key in ConnectionConfig.__slots__ if key != "name"))
     return ConnectionConfig(
         name=name,
         updown=table.value("updown", a_text, None),
         handover_to=table.value("handover_to", a_name, None),
         announces=table.value("announces", yes_or_no, False),
+        local_ids=table.several("local_ids", a_text, ()),
+        virtual_ips=table.several("virtual_ips", _a_range, ()),
+        ike_proposals=table.several("ike_proposals", _a_proposal, ()),
+        esp_proposals=table.several("esp_proposals", _a_proposal, ()),
     )
+
+
+def _a_range(value: Any) -> Range:
+    try:
+        return Range.parse(a_text(value))
+    except ValueError:
+        raise ValueError(
+            f"{value!r} must be a network, an address or a range, as in 10.9.0.0/16 or 10.9.0.1-10.9.0.99"
+        ) from None
+
+
+def _a_proposal(value: Any) -> Proposal:
+    return Proposal.parse(a_text(value))
 
 
 def _peer(table: Table) -> PeerConfig:
@@ -338,6 +371,8 @@ def _peer(table: Table) -> PeerConfig:
         identity=table.value("identity", a_text, name),
         rights=table.several("rights", one_of(*RIGHTS), ("push",)),
         forward_via=table.several("forward_via", an_address, ()),
+        connections=table.several("connections", a_text, ()),
+        identities=table.several("identities", a_text, ()),
     )
 
 

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Literal
 
 from ikectx.aio import Gateway
-from ikectx.context import Endpoint, IkeContext
+from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.mnlink import MnServer
@@ -81,7 +81,16 @@ def host_config(config: Config) -> HostConfig:
         spi_min=config.charon.spi_min,
         spi_max=config.charon.spi_max,
         rekey_after=config.transfer.rekey_after,
+        rules={name: conn.rules for name, conn in config.connections.items()},
+        peers=frozenset(_addresses(peer.host for peer in config.peers)),
     )
+
+
+def _addresses(hosts: Iterable[str]) -> Iterator[Address]:
+    """Those of the hosts that are written as addresses, not as names."""
+    for host in hosts:
+        with contextlib.suppress(ValueError):
+            yield ip_address(host)
 
 
 class Agent:
@@ -104,7 +113,15 @@ class Agent:
             _ear,
         )
         self._peers = [
-            PeerConfig(peer.name, peer.host, peer.port, frozenset(peer.rights), peer.identity)
+            PeerConfig(
+                peer.name,
+                peer.host,
+                peer.port,
+                frozenset(peer.rights),
+                peer.identity,
+                connections=peer.connections,
+                identities=peer.identities,
+            )
             for peer in config.peers
         ]
         timing = Timing(offer=config.transfer.prepare_timeout, predictive=config.transfer.predictive_seconds)

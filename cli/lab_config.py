@@ -104,7 +104,14 @@ class Tunnel:
     def same_daemons(self, other: Tunnel) -> bool:
         """Whether daemons that run with this one's files can go on with the other's, reloaded."""
         names = ("libipsec", "shared", "mobile", "by_packet", "second", "forward_via", "transfer")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        return all(getattr(self, name) == getattr(other, name) for name in names) and (
+            self.plain == other.plain
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether its ESP does not encrypt, which an agent takes only where it is told so."""
+        return "null" in self.esp.split("-")
 
 
 def write_all(work: Path, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
@@ -333,7 +340,11 @@ def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     # with a way by the other gateway nobody asks, and the agent need not start anew for a baseline
     announces = tunnel.inside != "static" and not tunnel.forward_via
     told = "announces = true\n" if announces else ""
-    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n{told}\n' for name in MOBILES)
+    # SAs keep the identity of the gateway that they were set up at
+    ids = f'local_ids = ["{other}.example"]\n'
+    if tunnel.plain:
+        ids += f"esp_proposals = {_toml([tunnel.esp])}\n"
+    sections = "".join(f'[connections.{name}]\nupdown = "{folder}/updown"\n{ids}{told}\n' for name in MOBILES)
     sections += f"[mobile]\nlisten = [{addresses}]\n\n"
     if tunnel.by_packet:
         sections += f'[by_packet]\nask = ["{other}"]\n\n'

@@ -186,14 +186,12 @@ class Desk:
             await self._again(known, TargetInput.ANNOUNCE if held else TargetInput.PCTD, link, message)
             return
         wanted = None if header.intent == "hold" else self._wanted(self.peer, message.mn, context, header)
-        status = self._admits(context, wanted is not None)
+        status, why = self._admits(context, wanted is not None)
         if status is not Status.OK:
-            log.warning(
-                "%s offered %s: %s", link.label, mn_label(context), STATUS_TEXT.get(status, status.name)
-            )
-            await answer(link, message.mn, refusal(status))
+            log.warning("%s offered %s, which is refused: %s", link.label, mn_label(context), why)
+            await answer(link, message.mn, refusal(status, why))
             if wanted is not None:
-                wanted.refused_here(refusal(status))
+                wanted.refused_here(refusal(status, why))
         elif header.intent == "check":
             await self._only_check(link, message, context, header, wanted)
         else:
@@ -233,11 +231,17 @@ class Desk:
         entry = self._parts.store.find("target", transfer_id)
         return None if entry is None else Incoming.resumed(self._parts, entry)
 
-    def _admits(self, context: IkeContext, wanted: bool) -> Status:
+    def _admits(self, context: IkeContext, wanted: bool) -> tuple[Status, str]:
+        """Whether the peer may bring it, as far as nobody need look at it, with the reason in words."""
         if not wanted and "push" not in self.peer.rights:
-            return Status.NOT_ALLOWED
-        if self._busy(self, context.spis):
-            return Status.BUSY
+            return Status.NOT_ALLOWED, f"{self.peer.name} has not the right push here"
+        why = self.peer.may_not_bring(context)
+        if why:
+            return Status.NOT_ALLOWED, why
+        status = Status.BUSY if self._busy(self, context.spis) else self._in_time(context)
+        return status, STATUS_TEXT.get(status, status.name)
+
+    def _in_time(self, context: IkeContext) -> Status:
         store = self._parts.store
         return offer_fits(context, store.known_epoch(context.spis), store.owned_epoch(context.spis))
 
@@ -302,9 +306,9 @@ class Desk:
             if wanted is None or context.remote.address != message.mn or header.address != "mn":
                 raise RefusedError("nobody asked for it", status=Status.UNKNOWN_TRANSFER)
             await self._make_way(context)
-            status = self._admits(context, True)
+            status, why = self._admits(context, True)
             if status is not Status.OK:
-                raise RefusedError(STATUS_TEXT.get(status, status.name), status=status)
+                raise RefusedError(why, status=status)
             run.answers = wanted.answers
             run.take_whole(final_of(context))
             run.settle(wanted.place(context), wanted.here)

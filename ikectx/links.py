@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import trace
-from .context import Address
+from .context import Address, IkeContext
 from .cxtp import PORT, Ctd, Ctdr, Message, Pctd, StreamDecoder
 from .errors import ConfigError, LinkError, WireError
+from .identity import allows
 from .mistakes import log_mistake
 from .numbers import Fpt
 from .transfer import Timing
@@ -42,7 +43,8 @@ class PeerConfig:
     `rights`: what it may do to us: "push" (move SAs here), "pull" (have them moved there), "packet" (the
     same, where it shows a packet of the MN). What the MN itself asks for needs none. `certificate_name`: the
     name its certificate holds, empty for `name`. `addresses`: those it serves MNs on, by which a CTAR with
-    the RFC's token names it; `host` counts as well.
+    the RFC's token names it; `host` counts as well. `connections`, `identities`: what SAs it may bring, by
+    the connection's name and by the MN's identity (patterns as `identity.allows` has them); empty: any.
     """
 
     name: str
@@ -51,11 +53,25 @@ class PeerConfig:
     rights: frozenset[str] = frozenset({"push"})
     certificate_name: str = ""
     addresses: tuple[Address, ...] = ()
+    connections: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
 
     @property
     def certified(self) -> str:
         """The certificate name, in lower case."""
         return (self.certificate_name or self.name).lower()
+
+    def may_not_bring(self, context: IkeContext) -> str:
+        """Why it may not bring this SA here, whoever asked for it; empty: it may.
+
+        Where the MN has an EAP identity that one counts, because its IKE identity is then proven by nothing.
+        """
+        if self.connections and context.connection not in self.connections:
+            return f"{self.name} may not bring SAs of connection {context.connection} here"
+        identity = context.remote_eap_id or context.remote_id
+        if self.identities and not any(allows(pattern, identity) for pattern in self.identities):
+            return f"{self.name} may not bring SAs of {identity} here"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,10 +162,18 @@ class Charon:
         return {"version": "5.9.8"}
 
     def list_conns(self) -> list[dict[str, Any]]:
-        return [{"name": "home", "children": {"rw": {}}, "remote-1": {"class": "pre-shared key"}}]
+        child = {"mode": "TUNNEL", "local-ts": ["10.1.0.0/16"], "remote-ts": ["dynamic"]}
+        return [
+            {
+                "name": "home",
+                "children": {"rw": child},
+                "local-1": {"class": "public key", "id": "gw.example"},
+                "remote-1": {"class": "pre-shared key", "id": "*.example"},
+            }
+        ]
 
     def get_pools(self, leases: bool = False) -> dict[str, Any]:
-        return {}
+        return {"mobile": {"base": "10.3.0.1", "size": "65534"}}
 
     def algorithms(self) -> dict[str, Any]:
         return {}

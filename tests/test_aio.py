@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.aio import Gateway
+from ikectx.context import Identity
 from ikectx.cxtp import Ctd, Ctdr, Pctd
 from ikectx.errors import (
     BusyError,
@@ -22,7 +23,7 @@ from ikectx.errors import (
     UsageError,
 )
 from ikectx.links import PeerConfig
-from ikectx.numbers import Fpt, Status
+from ikectx.numbers import Fpt, IdType, Status
 from ikectx.ports import Verdict
 from ikectx.report import TransferEvent
 from ikectx.transfer import OSEQ_JUMP
@@ -252,6 +253,37 @@ def test_a_peer_without_the_right_to_push_is_refused() -> None:
             assert w.owner(sa) == "a"
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("brings", "taken"),
+    [
+        ({"connections": ("home", "work")}, True),
+        ({"connections": ("work",)}, False),
+        ({"identities": ("*.example.org", "*.example")}, True),
+        ({"identities": ("*.example.org",)}, False),
+        ({"connections": ("home",), "identities": ("*@example",)}, False),
+    ],
+)
+def test_a_peer_brings_only_what_it_may(brings: dict[str, tuple[str, ...]], taken: bool) -> None:
+    async def scenario() -> None:
+        async with world(brings=brings) as w:
+            sa, report = await one_move(w)
+            assert report.result == ("moved" if taken else "refused")
+            if not taken:
+                assert report.status is Status.NOT_ALLOWED
+                assert w.b.daemon.calls == []
+            assert w.owner(sa) == ("b" if taken else "a")
+
+    run(scenario())
+
+
+def test_where_there_is_an_eap_identity_it_is_that_one_that_counts() -> None:
+    peer = PeerConfig("a", "a", identities=("*@example.org",))
+    sa = replace(a_context(), remote_eap_id=Identity(IdType.RFC822_ADDR, b"carol@example.org"))
+    assert peer.may_not_bring(sa) == ""
+    rogue = replace(sa, remote_eap_id=Identity(IdType.FQDN, b"root\nevil"))
+    assert peer.may_not_bring(rogue) == "a may not bring SAs of root\\x0aevil here"
 
 
 def test_an_owner_who_was_succeeded_is_refused() -> None:

@@ -27,6 +27,7 @@ from ikectx_cli.config import (
     parse,
 )
 from ikectx_cli.toml_table import HostPort
+from vici_bridge.allowed import Rules
 
 PATH = Path("/etc/ikectx/ikectx.toml")
 
@@ -69,6 +70,10 @@ esp = "libipsec"
 updown = "/usr/lib/ipsec/_updown"
 handover_to = "nsg"
 announces = true
+local_ids = ["psg.example"]
+virtual_ips = ["10.9.0.0/16", "10.8.0.1-10.8.0.9"]
+ike_proposals = ["aes128-sha256-x25519"]
+esp_proposals = "null-sha256"
 
 [connections."with.dot"]
 
@@ -77,6 +82,8 @@ name = "nsg"
 address = "198.51.100.1:5092"
 rights = ["push", "pull"]
 forward_via = ["10.0.0.3"]
+connections = ["home"]
+identities = ["*@example.org"]
 
 [[peer]]
 name = "third"
@@ -117,6 +124,12 @@ def test_full() -> None:
     assert config.connections["home"].handover_to == "nsg"
     assert config.connections["home"].announces and not config.connections["with.dot"].announces
     assert config.connections["with.dot"].updown is None
+    rules = config.connections["home"].rules
+    assert rules.local_ids == ("psg.example",)
+    assert [str(each) for each in rules.virtual_ips] == ["10.9.0.0-10.9.255.255", "10.8.0.1-10.8.0.9"]
+    assert [str(each) for each in (*rules.ike, *rules.esp)] == ["aes128-sha256-x25519", "null-sha256"]
+    assert config.peers[0].identities == ("*@example.org",) and config.peers[0].connections == ("home",)
+    assert config.connections["with.dot"].rules == Rules()
     nsg, third = config.peers
     assert nsg.may_push and nsg.may_pull and nsg.forward_via == (ip_address("10.0.0.3"),)
     assert nsg.address == HostPort("198.51.100.1", 5092)
@@ -184,6 +197,9 @@ def line_of(text: str, part: str) -> int:
         ('ha_local = "127.0.0.3"', 'ha_local = "127.0.0.4"', "charon.ha_local", "differ"),
         ('esp = "libipsec"', 'esp = "user"', "charon.esp", "'kernel' or 'libipsec'"),
         ("segments = 2", "segments = 17", "charon.segments", "from 1 to 16"),
+        ('"10.9.0.0/16"', '"10.9.0.0/99"', "connections.home.virtual_ips", "must be a network"),
+        ('"10.8.0.1-10.8.0.9"', '"10.8.0.9-10.8.0.1"', "connections.home.virtual_ips", "must be a network"),
+        ('"null-sha256"', '"default"', "connections.home.esp_proposals", "no algorithm known here"),
         ('handover_to = "nsg"', 'handover_to = "nsh"', "connections.home.handover_to", "not a"),
         (
             '[connections."with.dot"]',

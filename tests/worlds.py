@@ -63,6 +63,7 @@ class Side:
                 name,
                 name,
                 rights=self.world.rights,
+                **self.world.brings,
                 addresses=(ip_address(self.world.addresses[name]),) if name in self.world.addresses else (),
             )
             for name in self.world.names
@@ -125,6 +126,8 @@ class World:
         self.names = names
         self.timing = FAST
         self.rights = frozenset({"push"})
+        self.brings: dict[str, tuple[str, ...]] = {}
+        """`connections` and `identities` of each `PeerConfig`."""
         self.mobile: MobileConfig | None = MobileConfig()
         self.addresses: dict[str, str] = {}
         self.wall = 0.0
@@ -161,12 +164,13 @@ async def world(
     timing: Timing = FAST,
     rights: frozenset[str] = frozenset({"push"}),
     crash: tuple[str, int] = ("", 0),
+    brings: dict[str, tuple[str, ...]] | None = None,
 ) -> AsyncIterator[World]:
     # journals are synced, and disks are slow: in memory where the machine allows
     memory = Path("/dev/shm")
     with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         made = World(Path(folder), names)
-        made.timing, made.rights = timing, rights
+        made.timing, made.rights, made.brings = timing, rights, brings or {}
         for side in made.sides.values():
             await side.start(crash[1] if side.name == crash[0] else 0)
         try:

@@ -47,7 +47,11 @@ def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> 
 
 
 def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterator[Verdict]:
-    """Connection and child names, and that the connection admits the MN in the same way (PAD)."""
+    """Connection and child names, and the way in which both connections have the MN authenticate itself.
+
+    That way is what the other gateway says, so it finds configurations that differ and guards nothing: what
+    a peer may bring is held against this gateway's configuration by `policy`.
+    """
     conn = connections.get(context.connection)
     if conn is None:
         yield Verdict(Fpt.PAD, Status.NO_CONNECTION, f"no connection {context.connection!r} is loaded")

@@ -28,6 +28,7 @@ from ikectx.errors import (
 from ikectx.ports import MoveReport, SaName, Store
 
 from . import ha
+from .allowed import Rules
 from .away import Away
 from .chain import undo_messages
 from .charon import SaView
@@ -88,6 +89,7 @@ class HostConfig:
     `collision`: what becomes of an SA whose SPIs are taken: "update" (UPDATE_SPI, else a rekey), "rekey" or
     "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
     `rekey_after`: an SA that came here gets keys that the gateway before does not know.
+    `rules`: by connection name, what charon does not tell of what it allows; `peers`: gateways' addresses.
     """
 
     addresses: tuple[Address, ...]
@@ -106,6 +108,8 @@ class HostConfig:
     spi_min: int = SPI_MIN
     spi_max: int = SPI_MAX
     rekey_after: bool = False
+    rules: Mapping[str, Rules] = field(default_factory=dict)
+    peers: frozenset[Address] = frozenset()
 
 
 class CharonHost:

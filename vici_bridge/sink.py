@@ -30,6 +30,7 @@ from ikectx.relocate import relocate
 from ikectx.spis import ESP, IKE, NewSpi, serialize_new_spis
 
 from . import ha
+from .admission import admit
 from .chain import import_messages
 from .charon import SaView
 from .checks import (
@@ -136,11 +137,14 @@ class CharonSink:
         if not host.listening():
             verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
         views = await host.views()
-        verdicts += check_names(here, await host.connections())
+        connections = await host.connections()
+        pools = await asyncio.to_thread(host.vici.get_pools, True)
+        verdicts += check_names(here, connections)
+        verdicts += admit(here, connections, pools, host.config)
         taken = self._renames.taken(here, views)
         verdicts += self._check_spis(context, here, taken, views)
         verdicts += check_numbers(here, host.config.oseq_jump)
-        verdicts += check_vips(here, views, await asyncio.to_thread(host.vici.get_pools, True))
+        verdicts += check_vips(here, views, pools)
         verdicts += check_selectors(here, views)
         verdicts += check_ike_algorithms(here, await asyncio.to_thread(host.vici.algorithms))
         if host.kernel is not None:
