@@ -14,6 +14,7 @@ from vici_bridge.source import CharonSource
 
 from .test_go_on import nobody, run, served
 from .test_origins import World
+from .worlds import until
 
 
 @pytest.mark.parametrize("state", ["ESTABLISHED", "DELETING"])
@@ -101,7 +102,7 @@ def test_charon_is_asked_to_delete_what_it_serves() -> None:
             here.host.vici.terminate = lambda **query: asked.append(query) or 1  # type: ignore[method-assign,func-returns-value]
             here.host.end(context.spis)
             here.host.end((b"unknown.", b"unknown."))
-            await asyncio.sleep(0.05)
+            await until(lambda: asked)
             view = await here.host.view(context.spis)
             assert view is not None
             assert [query["ike_id"] for query in asked] == [view.unique_id]

@@ -24,6 +24,7 @@ from vici_bridge.source import CharonSource
 
 from .listed import listing_of
 from .peers import a_context
+from .worlds import until
 
 KEY = bytes(range(32))
 
@@ -132,7 +133,7 @@ def test_a_record_that_cannot_be_stored_is_stored_later(
             await asyncio.sleep(0)
             assert not store.items("record")
             full = False
-            await asyncio.sleep(0.05)
+            await until(lambda: store.items("record"))
             assert len(store.items("record")) == 1
         assert "disk full" in caplog.text
 

@@ -22,6 +22,7 @@ from vici_bridge.relay import Relayed
 from . import peers
 from .gateway_world import OURS, Mobiles, Place
 from .test_deadlines import MemoryStore
+from .worlds import until
 
 LOW, HIGH = 0xC0000000, 0xC0000FFF
 
@@ -301,11 +302,7 @@ def test_what_is_sent_under_an_old_spi_goes_to_the_other_gateway_meanwhile() -> 
         await move(here, context)
         wanted = Relayed(context.remote, context.children[0].spi_in, context.local.address)
         assert here.relay.ever == {wanted}
-        for _ in range(100):
-            await asyncio.sleep(0.01)
-            if not here.relay.now:
-                break
-        assert here.relay.now == set()
+        await until(lambda: not here.relay.now)
         assert not here.store.items("relay")
         # left by an agent that died
         here.relay.now = {wanted}
@@ -313,8 +310,7 @@ def test_what_is_sent_under_an_old_spi_goes_to_the_other_gateway_meanwhile() -> 
         here.store.put("relay", "00" * 16, note)
         here.begin()
         await here.sink.prepare(a_context(3), False)
-        await asyncio.sleep(0.05)
-        assert here.relay.now == set()
+        await until(lambda: not here.relay.now)
 
     run(scenario())
 

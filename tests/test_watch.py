@@ -26,6 +26,7 @@ from mobike_ext.unknown import Dropped, Question, Unknown
 
 from .bpf_machine import passes
 from .netns import namespaces
+from .worlds import until
 
 US = Endpoint.of("10.9.9.1", 4500)
 MN = Endpoint.of("198.51.100.7", 4500)
@@ -467,13 +468,18 @@ def test_an_sa_that_came_meanwhile_is_no_question() -> None:
     us, mn = ENDS[0]
     neighbours = Neighbours()
 
+    looked: list[bool] = []
+
+    def known(name: tuple[bytes, bytes]) -> bool:
+        looked.append(name in neighbours.known)
+        neighbours.known.add(name)  # before the second look
+        return looked[-1]
+
     async def inner() -> None:
-        watcher = watch.Watcher([us.address], neighbours.known.__contains__, neighbours, grace=0.05)
+        watcher = watch.Watcher([us.address], known, neighbours, grace=0.01)
         watcher.start()
         node.sendto(bytes(4) + probe(), (str(us.address), us.port))
-        await asyncio.sleep(0.02)
-        neighbours.known.add(NAME)
-        await asyncio.sleep(0.1)
+        await until(lambda: len(looked) == 2)
         await watcher.close()
 
     with host(), udp(us), udp(mn) as node:
