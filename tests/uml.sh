@@ -54,7 +54,8 @@ unpack() { # unpack PACKAGE: its tree is then $work/source, without what no conf
     dpkg-deb --fsys-tarfile "$work/$package"_*.deb | tar -xO "./usr/src/linux-$name.tar.xz" \
         | tar -xJ -C "$work/source" --strip-components=1 --exclude='*/Documentation/*/*' \
             --exclude='*/drivers/gpu/*.[ch]' --exclude='*/drivers/media/*.[ch]' --exclude='*/drivers/net/wireless/*.[ch]' \
-            --exclude='*/drivers/net/ethernet/*.[ch]' --exclude='*/sound/*.[ch]' --exclude='*.dts' --exclude='*.dtsi'
+            --exclude='*/drivers/net/ethernet/*.[ch]' --exclude='*/sound/*.[ch]' --exclude='*.dts' --exclude='*.dtsi' \
+        || return 1
     rm "$work/$package"_*.deb
 }
 
