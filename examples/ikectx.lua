@@ -21,6 +21,7 @@
 local PORT = 5091
 local HEADER = 4
 local MN_TOKEN, PROOF, NEW_SPIS, WHEREABOUTS, IKEV2_SA = 0xFF05, 0xFF06, 0xFF07, 0xFF0A, 0xFF01
+local REASON = 0xFF0B
 
 local TYPES = {
   [1] = "CTAR", [2] = "CTAA", [3] = "CTD", [4] = "PCTD", [5] = "CTDR", [6] = "CTC", [7] = "CT-Req",
@@ -28,7 +29,7 @@ local TYPES = {
 local FPTS = {
   [0x0001] = "MLD", [0xFF01] = "IKEV2_SA", [0xFF02] = "SAD", [0xFF03] = "SPD", [0xFF04] = "PAD",
   [0xFF05] = "MN_TOKEN", [0xFF06] = "PROOF", [0xFF07] = "NEW_SPIS", [0xFF08] = "REQUEST", [0xFF09] = "GO_ON",
-  [0xFF0A] = "WHEREABOUTS",
+  [0xFF0A] = "WHEREABOUTS", [0xFF0B] = "REASON",
 }
 -- What is cut into several blocks, by the messages it comes in.
 local JOINED = { [0xFF01] = "34", [0xFF02] = "34", [0xFF03] = "34", [0xFF04] = "34", [0xFF06] = "7" }
@@ -330,6 +331,7 @@ local function dissect_statuses(r, tree, kind)
   while r.at < r.stop do
     local fpt = r.stop - r.at > 1 and r.tvb(r.at, 2):uint() or 0
     if kind == 2 and (fpt == MN_TOKEN or fpt == NEW_SPIS) then break end -- blocks from here on
+    if kind == 5 and fpt == REASON then break end
     local item = tree:add(f.status, r.tvb(r.at, math.min(4, r.stop - r.at)))
     fpt = add(r, item, f.status_fpt, 2, "feature profile type"):uint()
     local code = add(r, item, f.status_code, 1, "status"):uint()
@@ -360,7 +362,7 @@ local function dissect_body(r, tree, kind, v4, words, profiles)
   end
   if kind == 6 then
     if r.at < r.stop then tree:add_proto_expert_info(e.malformed, "octets behind the end of a CTC") end
-  elseif kind ~= 5 then
+  elseif r.at < r.stop or kind ~= 5 then
     local names, found = dissect_blocks(r, tree, kind)
     for _, name in ipairs(names) do table.insert(words, name) end
     for _, profile in ipairs(found) do table.insert(profiles, profile) end

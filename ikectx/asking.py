@@ -35,6 +35,10 @@ _CODES: Mapping[Status, int] = {
     Status.AMBIGUOUS: UnknownSaError.exit_code,
 }
 _NOT_ALLOWED = "give this gateway the right `{}` in the other gateway's configuration"
+_NOT_ALLOWED_HERE = (
+    "change what is not allowed in this gateway's configuration: whose SAs the other one may bring "
+    "([[peer]]), [connections.NAME], or the connection in swanctl.conf"
+)
 _WAITING = (TargetState.HELD, TargetState.PREPARED, TargetState.ABORTED)
 _BEFORE = (
     *(TargetState.ANNOUNCED, TargetState.INSTALLING),
@@ -380,7 +384,8 @@ class Asking:
             text, code = str(error), _CODES.get(status, error.exit_code)
             hint = error.hint or HINTS.get(status, "")
             if status is Status.NOT_ALLOWED:
-                hint = _NOT_ALLOWED.format(ask.right)
+                ours = run is not None or bool(ask.verdicts)
+                hint = _NOT_ALLOWED_HERE if ours else _NOT_ALLOWED.format(ask.right)
         sa = context.spis if context is not None else ask.sa
         return TransferReport(
             transfer_id="" if run is None else run.stored.transfer_id.hex(),

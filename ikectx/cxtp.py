@@ -175,11 +175,24 @@ def _blocks(reader: Reader) -> Blocks:
     return tuple(found)
 
 
-def _statuses(reader: Reader) -> tuple[StatusBlock, ...]:
+def _statuses(reader: Reader, data: bytes, ends: frozenset[Fpt]) -> tuple[StatusBlock, ...]:
+    """Those before the first block, which is of one of the FPTs `ends`. `data`: what the reader reads."""
     found = []
-    while reader.left:
+    while reader.left and not _begins_with(data[reader.pos :], ends):
         found.append(StatusBlock.read(reader))
     return tuple(found)
+
+
+def _begins_with(rest: bytes, fpts: frozenset[Fpt]) -> bool:
+    return len(rest) > 1 and Reader(rest, "blocks").u16() in fpts
+
+
+def _apart(statuses: Sequence[StatusBlock], blocks: Blocks, fpts: frozenset[Fpt], name: str) -> None:
+    """Errors: ValueError, where statuses and blocks would not be told apart."""
+    if any(status.fpt in fpts for status in statuses):
+        raise ValueError(f"a {name} has no status for what is no context")
+    if blocks and blocks[0].fpt not in fpts:
+        raise ValueError(f"the blocks of a {name} cannot begin with FPT {blocks[0].fpt:#06x}")
 
 
 def _finish(
@@ -238,6 +251,8 @@ class Ctar:
 
 CTAA_BLOCKS = frozenset({Fpt.MN_TOKEN, Fpt.NEW_SPIS})
 """FPTs that carry data in a CTAA. None of them has a status, so the first of them ends the statuses."""
+CTDR_BLOCKS = frozenset({Fpt.REASON})
+"""The same of a CTDR."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,27 +270,18 @@ class Ctaa:
     blocks: Blocks = ()
 
     def __post_init__(self) -> None:
-        if any(status.fpt in CTAA_BLOCKS for status in self.statuses):
-            raise ValueError("a CTAA has no status for what is no context")
-        if self.blocks and self.blocks[0].fpt not in CTAA_BLOCKS:
-            raise ValueError(f"the blocks of a CTAA cannot begin with FPT {self.blocks[0].fpt:#06x}")
+        _apart(self.statuses, self.blocks, CTAA_BLOCKS, "CTAA")
 
     @classmethod
     def parse(cls, data: bytes) -> Ctaa:
         header, reader = _open(data, cls.TYPE)
         mn = _address(reader, header)
-        statuses = []
-        while reader.left and not _starts_blocks(data[reader.pos :]):
-            statuses.append(StatusBlock.read(reader))
-        return cls(mn, tuple(statuses), _blocks(reader))
+        statuses = _statuses(reader, data, CTAA_BLOCKS)
+        return cls(mn, statuses, _blocks(reader))
 
     def serialize(self) -> bytes:
         body = Writer().octets(self.mn.packed)
         return _finish(self.TYPE, self.mn, False, body, (*self.statuses, *self.blocks))
-
-
-def _starts_blocks(rest: bytes) -> bool:
-    return len(rest) > 1 and Reader(rest, "CTAA").u16() in CTAA_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,21 +352,31 @@ class Pctd:
 
 @dataclass(frozen=True, slots=True)
 class Ctdr:
-    """Context Transfer Data Reply, nSG to pSG (RFC 4067, 2.5.5). `complete`: the S bit, all went well."""
+    """Context Transfer Data Reply, nSG to pSG (RFC 4067, 2.5.5). `complete`: the S bit, all went well.
+
+    `blocks` (ours) follow the statuses of a refusal, as in a CTAA; the first is of `CTDR_BLOCKS`.
+    """
 
     TYPE: ClassVar = Cxtp.CTDR
 
     mn: Address
     statuses: tuple[StatusBlock, ...] = ()
     complete: bool = False
+    blocks: Blocks = ()
+
+    def __post_init__(self) -> None:
+        _apart(self.statuses, self.blocks, CTDR_BLOCKS, "CTDR")
 
     @classmethod
     def parse(cls, data: bytes) -> Ctdr:
         header, reader = _open(data, cls.TYPE)
-        return cls(_address(reader, header), _statuses(reader), header.flag)
+        mn = _address(reader, header)
+        statuses = _statuses(reader, data, CTDR_BLOCKS)
+        return cls(mn, statuses, header.flag, _blocks(reader))
 
     def serialize(self) -> bytes:
-        return _finish(self.TYPE, self.mn, self.complete, Writer().octets(self.mn.packed), self.statuses)
+        body = Writer().octets(self.mn.packed)
+        return _finish(self.TYPE, self.mn, self.complete, body, (*self.statuses, *self.blocks))
 
 
 @dataclass(frozen=True, slots=True)

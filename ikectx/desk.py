@@ -22,6 +22,7 @@ from .mistakes import log_mistake
 from .numbers import STATUS_TEXT, Status
 from .ports import SaName, Verdict
 from .profile import TransferHeader, decode
+from .reasons import refusals
 from .report import mn_label
 from .run import Observer, Parts, Tasks, log, step
 from .store import JournalEntry
@@ -260,6 +261,8 @@ class Desk:
         except IkectxError as error:
             log.warning("check for %s: %s", link.label, error)
             verdicts = refusal(error.status, str(error))
+        if why := refusals(verdicts):
+            log.info("%s could not bring %s here: %s", link.label, mn_label(context), why)
         await answer(link, message.mn, verdicts)
         if wanted is not None:
             wanted.checked(context, verdicts)

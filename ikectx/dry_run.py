@@ -7,8 +7,8 @@ from dataclasses import replace as changed
 
 from .cxtp import Pctd
 from .errors import IkectxError, LinkError, RefusedError, StateError
-from .numbers import STATUS_TEXT, Status
-from .outgoing import Outgoing, offer_status
+from .numbers import Status
+from .outgoing import Outgoing, offer_status, refusal_text
 from .profile import TransferHeader, encode
 from .report import HINTS, TransferReport
 
@@ -51,6 +51,6 @@ class DryRun(Outgoing):
         )
         if status is Status.OK:
             return changed(report, text=f"{self.peer.name} would take it")
-        text = f"{self.peer.name} would refuse: {STATUS_TEXT.get(status, f'status {int(status)}')}"
+        text = f"{self.peer.name} would refuse: {refusal_text(status, self._verdicts)}"
         code = RefusedError.exit_code
         return changed(report, result="refused", text=text, hint=HINTS.get(status, ""), exit_code=code)

@@ -16,6 +16,7 @@ from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
 from .ports import MoveReport, Verdict, cannot_send, come_from, must_tell, renames, settle, tell_later
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
+from .reasons import encode_reasons, refusals
 from .relocate import relocate
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
@@ -60,7 +61,7 @@ async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
     statuses = encode_verdicts(verdicts)
     complete = all(each.status is Status.OK for each in statuses)
     try:
-        return await link.send(Ctdr(mn, statuses, complete))
+        return await link.send(Ctdr(mn, statuses, complete, () if complete else encode_reasons(verdicts)))
     except LinkError as error:
         log.warning("%s was not answered for %s: %s", link.peer.name, mn, error)
         return 0
@@ -203,7 +204,11 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
                 self._tries += 1
                 await self.again(self._tries - 1, "undo", error)
             else:
-                log.warning("transfer %s: %s: %s", self.stored.transfer_id.hex(), _STEPS[action], error)
+                entry = self.stored
+                log.warning(
+                    "transfer %s of %s, from %s: %s: %s",
+                    *(entry.transfer_id.hex(), entry.mn, entry.peer, _STEPS[action], error),
+                )
                 self.blame(error)
             return TargetInput.FAILED
         return TargetInput.OK
@@ -217,7 +222,10 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             return self._verdicts
         if first_failure(self._verdicts) is not Status.OK:
             return self._verdicts
-        return refusal(self.status if self.error is not None else Status.UNKNOWN_TRANSFER)
+        if self.error is None:
+            return refusal(Status.UNKNOWN_TRANSFER)
+        # what failed here is for this gateway's log; why something is refused the other one may know
+        return refusal(self.status, str(self.error) if isinstance(self.error, RefusedError) else "")
 
     async def _cancel(self) -> None:
         self.blame(RefusedError("no CTD came in time", status=Status.UNKNOWN_TRANSFER))
@@ -283,8 +291,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         status = first_failure(verdicts)
         if status is not Status.OK:
             self._verdicts = verdicts
-            said = next(verdict.detail for verdict in verdicts if verdict.status is status)
-            raise RefusedError(said or STATUS_TEXT.get(status, "refused"), status=status)
+            raise RefusedError(refusals(verdicts) or STATUS_TEXT.get(status, "refused"), status=status)
 
     async def _prepare(self, context: IkeContext) -> None:
         tell_later(self.parts.sink, context, self.answers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace as changed
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +15,7 @@ from .links import Answer, Link, Links, PeerConfig
 from .numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
 from .ports import SaName, Verdict, hand_over, stay, take_nothing
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
+from .reasons import with_reasons
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .run import Observer, Parts, Run, log, step
 from .store import JournalEntry
@@ -39,11 +40,18 @@ _INSTEAD: Mapping[SourceState, SourceInput] = {
 
 def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
     """What a CTDR says: OK, the first refusal, or MALFORMED when it says both or nothing."""
-    verdicts = decode_verdicts(answer.statuses)
+    verdicts = with_reasons(decode_verdicts(answer.statuses), answer.blocks)
     failed = next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), None)
     if answer.complete == (failed is None):
         return failed or Status.OK, verdicts
     return Status.MALFORMED, verdicts
+
+
+def refusal_text(status: Status, verdicts: Sequence[Verdict]) -> str:
+    """A refusal in words: those of its status, and the other gateway's own."""
+    text = STATUS_TEXT.get(status, f"status {int(status)}")
+    words = next((verdict.detail for verdict in verdicts if verdict.status is status), "")
+    return text if words in ("", text) else f"{text}: {words}"
 
 
 def check_expected(state: IkeContext | FinalState, expects: int) -> None:
@@ -439,11 +447,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             # neither yes nor no: whoever may own it now, it is not for us to guess
             log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
             return SourceInput.LINK_LOST
-        self.error = RefusedError(
-            f"{self.peer.name}: {STATUS_TEXT.get(status, f'status {int(status)}')}",
-            status=status,
-            hint=HINTS.get(status, ""),
-        )
+        text = f"{self.peer.name}: {refusal_text(status, self._verdicts)}"
+        self.error = RefusedError(text, status=status, hint=HINTS.get(status, ""))
         self.told = True
         return SourceInput.REJECTED
 

@@ -94,7 +94,8 @@ _TARGET_PHASES: Mapping[TargetState, str] = {
 HINTS: Mapping[Status, str] = {
     Status.FAILED: "read the other gateway's log and its `history`",
     Status.MALFORMED: "run the same version at both gateways",
-    Status.NOT_ALLOWED: "give this gateway the right `push` in the other gateway's configuration",
+    Status.NOT_ALLOWED: "change what is not allowed in the other gateway's configuration: the right `push` "
+    "and whose SAs this gateway may bring ([[peer]]), [connections.NAME], or its connection in swanctl.conf",
     Status.NO_CONNECTION: "load a connection of that name at the other gateway",
     Status.NO_CHILD: "add the child to the connection at the other gateway",
     Status.IKE_SPI_IN_USE: "the other gateway has an SA of that name: look there for a leftover with `list`",

@@ -224,7 +224,7 @@ def test_a_refusal_names_context_status_and_remedy() -> None:
             ]
             sa, report = await one_move(w)
             assert (report.result, report.status, report.exit_code) == ("refused", Status.NO_CONNECTION, 4)
-            assert report.text == "b: the other gateway has no connection of that name"
+            assert report.text == "b: the other gateway has no connection of that name: home"
             assert report.hint == "load a connection of that name at the other gateway"
             assert report.state_here == "a serves the MN"
             assert report.state_there == "b does not own it"
@@ -272,6 +272,7 @@ def test_a_peer_brings_only_what_it_may(brings: dict[str, tuple[str, ...]], take
             assert report.result == ("moved" if taken else "refused")
             if not taken:
                 assert report.status is Status.NOT_ALLOWED
+                assert "a may not bring SAs of" in report.text
                 assert w.b.daemon.calls == []
             assert w.owner(sa) == ("b" if taken else "a")
 

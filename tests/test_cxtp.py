@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ikectx.cxtp import (
     CTAA_BLOCKS,
+    CTDR_BLOCKS,
     MAX_BLOCK_DATA,
     MESSAGES,
     ContextDataBlock,
@@ -175,9 +176,11 @@ def test_values_that_do_not_fit() -> None:
         lambda: ContextDataBlock(Fpt.MLD, b"", 1 << 32),
         lambda: StatusBlock(Fpt.MLD, Status(256)),
         lambda: Ctaa(MN4, (StatusBlock(Fpt.MN_TOKEN),)),
+        lambda: Ctdr(MN4, (StatusBlock(Fpt.REASON),)),
+        lambda: Ctdr(MN4, blocks=(ContextDataBlock(Fpt.SAD),)),
         lambda: Ctaa(MN4, (), (ContextDataBlock(Fpt.SAD, b"1"),)),
     ):
-        with pytest.raises(ValueError, match=r"fit|family|CTAA"):
+        with pytest.raises(ValueError, match=r"fit|family|CTAA|CTDR"):
             build()
 
 
@@ -297,6 +300,10 @@ ctaa_blocks = st.just(()) | st.tuples(
     ),
     blocks,
 ).map(lambda pair: (pair[0], *pair[1]))
+ctdr_statuses = statuses.map(lambda each: tuple(s for s in each if s.fpt not in CTDR_BLOCKS))
+ctdr_blocks = st.just(()) | st.tuples(
+    st.builds(ContextDataBlock, st.just(Fpt.REASON), st.binary(max_size=40), st.none() | u32), blocks
+).map(lambda pair: (pair[0], *pair[1]))
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         lambda pair, *rest: Ctar(*pair, *rest),
@@ -317,7 +324,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         st.binary(max_size=40),
         st.booleans(),
     ),
-    st.builds(Ctdr, addresses, statuses, st.booleans()),
+    st.builds(Ctdr, addresses, ctdr_statuses, st.booleans(), ctdr_blocks),
     st.builds(Ctc, addresses),
     st.builds(CtReq, addresses, u32, u32, blocks),
 )
@@ -325,7 +332,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 def padded(message: Message) -> Message:
     """The message with its blocks' data as the other end reads it."""
-    if isinstance(message, Ctdr | Ctc):
+    if isinstance(message, Ctc):
         return message
     return replace(
         message,

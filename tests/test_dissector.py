@@ -22,7 +22,9 @@ from ikectx.ikev2 import IkeHeader, seal_message
 from ikectx.keys import SealKey
 from ikectx.numbers import Encr, Exchange, Fpt, Integ, Notify, Protocol, Status
 from ikectx.payloads import NotifyPayload
+from ikectx.ports import Verdict
 from ikectx.proof import encode
+from ikectx.reasons import encode_reasons
 from ikectx.tokens import Purpose, make_ctar, seal_ctaa
 from ikectx.whereabouts import What, Whereabouts, notice
 
@@ -180,6 +182,7 @@ def a_token(mn: Address, router: Address, care_of: Endpoint | None, purpose: Pur
 
 PROBE = b"".join(SPIS) + bytes.fromhex("2e2025080000000700000b00") + bytes(2788)  # an IKE header, and SK
 NEW_SPIS = (b"\x03\x04" + bytes.fromhex("c0ffee01c0ffee02"), b"\x01\x08" + SPIS[0] + SPIS[1])
+REFUSAL = Verdict(Fpt.PAD, Status.NOT_ALLOWED, "the mobile node's identity is root.evil")
 STREAM: tuple[tuple[int, Message], ...] = (
     (0, Pctd(MN, blocks_of(Fpt.IKEV2_SA, LARGE) + blocks_of(Fpt.PAD, b"\xa1\x00\x01"), 7)),
     (1, Ctdr(MN, (StatusBlock(Fpt.IKEV2_SA), StatusBlock(Fpt.SAD, Status.ESP_SPI_IN_USE)))),
@@ -191,6 +194,7 @@ STREAM: tuple[tuple[int, Message], ...] = (
     (1, CtReq(MN6, 5, 6, (ContextDataBlock(Fpt(0xFF77), b"1234"),))),
     (1, CtReq(MN, 9, 0, (ContextDataBlock(Fpt.IKEV2_SA), *encode([PROBE, PROBE[:40]])))),
     (1, notice([Whereabouts(SPIS, 5, What.MOVED, "nsg-ü"), Whereabouts(SPIS, 6, What.ENDED)])[0]),
+    (1, Ctdr(MN, (StatusBlock(Fpt.PAD, Status.NOT_ALLOWED),), blocks=encode_reasons([REFUSAL]))),
 )
 AIR: tuple[Message, ...] = (
     a_token(MN, NSG, None, Purpose.ANNOUNCE),
@@ -324,10 +328,11 @@ def test_messages_between_gateways(seen: Seen, number: int) -> None:
 
 
 def test_parts_of_messages_between_gateways(seen: Seen) -> None:
-    push, answer, _, complete, _, pull, keyed, unknown, proof, where, together = seen.stream
+    push, answer, _, complete, _, pull, keyed, unknown, proof, where, refused, together = seen.stream
     assert (push["cxtp.algorithm"], push["cxtp.key_length"]) == (["0x0000"], ["0"])
     assert push["cxtp.profile"] == ["IKEV2_SA", "PAD"]
     assert answer["cxtp.failed"] == ["SAD ESP_SPI_IN_USE"] or "SAD ESP_SPI_IN_USE" in str(answer)
+    assert refused["cxtp.status"] == ["0x82"] and "REASON" in refused["_ws.col.Info"][0]
     assert "all received" in complete["_ws.col.Info"][0]
     assert (pull["cxtp.spi_i"], pull["cxtp.spi_r"]) == ([hexed(SPIS[0])], [hexed(SPIS[1])])
     assert keyed["cxtp.algorithm"] == ["0xff01"]

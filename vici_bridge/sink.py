@@ -158,9 +158,6 @@ class CharonSink:
                             f"the kernel cannot do {child.encr.name}/{child.encr_bits} {child.integ.name}",
                         )
                     )
-        for verdict in verdicts:
-            # a CTDR carries a status for each kind of context and no words: they stand here
-            log.info("%s cannot come here: %s (%s)", here.remote_id, verdict.detail, verdict.status.name)
         return verdicts, taken
 
     def _check_spis(

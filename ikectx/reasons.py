@@ -1,0 +1,66 @@
+"""Why a context was refused, in words: from nSG's verdicts to the blocks of a CTDR and back. No I/O.
+
+A status is one octet of a fixed list; what stood against an SA is told beside it, so that the operator of pSG
+need not read nSG's log. A block of FPT REASON holds u16 the FPT that was refused, u16 length, UTF-8 text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from .cxtp import ContextDataBlock
+from .errors import WireError
+from .escape import escaped
+from .numbers import Fpt, Status
+from .ports import Verdict
+from .wire import Reader, Writer
+
+REASONS = 5
+"""So many reasons are told, and of the others how many there are: a peer that is refused fills no log."""
+REASON_OCTETS = 1000
+"""Text of one block; the rest is left out."""
+
+
+def refusals(verdicts: Iterable[Verdict]) -> str:
+    """The words of the verdicts that refuse, as one text."""
+    return _joined([verdict.detail for verdict in verdicts if verdict.status is not Status.OK])
+
+
+def _joined(said: Sequence[str]) -> str:
+    more = f"; and {len(said) - REASONS} more" if len(said) > REASONS else ""
+    return "; ".join(said[:REASONS]) + more
+
+
+def encode_reasons(verdicts: Iterable[Verdict]) -> tuple[ContextDataBlock, ...]:
+    """One block for each FPT that is refused with words."""
+    words: dict[Fpt, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.status is not Status.OK and verdict.detail:
+            words.setdefault(verdict.fpt, []).append(verdict.detail)
+    return tuple(_block(fpt, _joined(said)) for fpt, said in words.items())
+
+
+def _block(fpt: Fpt, text: str) -> ContextDataBlock:
+    octets = text.encode(errors="replace")[:REASON_OCTETS].decode(errors="ignore").encode()
+    return ContextDataBlock(Fpt.REASON, Writer().u16(fpt).u16(len(octets)).octets(octets).done())
+
+
+def with_reasons(verdicts: Iterable[Verdict], blocks: Iterable[ContextDataBlock]) -> tuple[Verdict, ...]:
+    """The verdicts of a CTDR's statuses with the other gateway's words, where it said some, escaped."""
+    words = dict(_reasons(blocks))
+    return tuple(
+        replace(verdict, detail=words.get(verdict.fpt) or verdict.detail) if verdict.status else verdict
+        for verdict in verdicts
+    )
+
+
+def _reasons(blocks: Iterable[ContextDataBlock]) -> Iterator[tuple[Fpt, str]]:
+    """Words that cannot be read are passed over: a refusal without words is one all the same."""
+    for block in blocks:
+        reader = Reader(block.data, "reason")
+        with contextlib.suppress(WireError):
+            if block.fpt == Fpt.REASON:
+                fpt = Fpt(reader.u16())
+                yield fpt, escaped(reader.octets(reader.u16()).decode(errors="replace"))
