@@ -91,7 +91,7 @@ def test_a_push_to_a_mobile_node_with_an_agent(
     # psg knows of the agent since MN -> psg CTAR; else nobody does, and nsg waits a moment for its request
     keys = {"inbound": ("spi_in",), "ike": ("spi_r",), "all": ("spi_r", "spi_in", "spi_out", "remote")}[kind]
     if asked_before:
-        up(mobile, gateway="nsg")
+        up(mobile, gateway="nsg", inside="announce")
         old = installed(mobile.one("mn"))
         hands_over(mobile, "psg")
         until(lambda: not old & installed(mobile.one("mn")), "the mobile node has rekeyed its child")
