@@ -210,7 +210,7 @@ _ROW = {
 }
 """Keys of a row, and what they hold."""
 
-_HOST = {**dict.fromkeys(("cpu", "kernel"), "text"), "cores": "a number"}
+_HOST = {**dict.fromkeys(("cpu", "kernel", "scheduled"), "text"), "cores": "a number"}
 _COSTS = dict.fromkeys(("syscall_us", "thread_us"), "a number or null")
 _HERE = {"kernel": "text", "cpus": "a number", **_COSTS}
 _MACHINE = {

@@ -14,15 +14,25 @@ from typing import Any
 CALLS, TURNS = 2000, 200
 
 
+POLICIES = {os.SCHED_OTHER: "like others", os.SCHED_FIFO: "real-time", os.SCHED_RR: "real-time"}
+
+
 def host(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """This machine: `cpu` (its model), `cores`, `kernel`."""
+    """This machine: `cpu` (its model), `cores`, `kernel`; how what runs here is `scheduled` on them."""
     try:
         told = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
         told = None
     # a slash would look like a path in what is published
     model = told[1].strip().replace("/", "-") if told else platform.machine()
-    return {"cpu": model, "cores": os.cpu_count() or 1, "kernel": platform.release()}
+    policy = POLICIES.get(os.sched_getscheduler(0), "otherwise")
+    scheduled = f"{policy}, on {len(os.sched_getaffinity(0))}"
+    return {
+        "cpu": model,
+        "cores": os.cpu_count() or 1,
+        "kernel": platform.release(),
+        "scheduled": scheduled,
+    }
 
 
 def here(*, clock_stands_still: bool = False) -> dict[str, Any]:

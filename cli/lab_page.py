@@ -132,12 +132,12 @@ def _machines(summary: Mapping[str, Any]) -> Iterable[str]:
     yield "## The machine"
     yield table(
         (
-            *("", "CPU", "cores", "kernel", "guest", "its kernel", "its CPUs", "clock", "ESP"),
+            *("", "CPU", "cores", "scheduled", "kernel", "guest", "its kernel", "its CPUs", "clock", "ESP"),
             *("a system call, µs", "a turn of another thread, µs"),
         ),
         (
             (
-                *(name, one["cpu"], one["cores"], one["kernel"]),
+                *(name, one["cpu"], one["cores"], one["scheduled"], one["kernel"]),
                 *(
                     ("none", "", "")
                     if one["guest"] == "host"

@@ -17,7 +17,7 @@ from ikectx_cli.lab_bench import MODES, SCENARIOS, drained, merge, read, row, su
 from ikectx_cli.lab_measure import parse_counters
 from ikectx_cli.lab_page import page, picture
 
-HOST = {"cpu": "Some CPU", "cores": 2, "kernel": "6.1.0"}
+HOST = {"cpu": "Some CPU", "cores": 2, "kernel": "6.1.0", "scheduled": "like others, on 2"}
 HERE = {"kernel": "7.2.13", "cpus": 1, "syscall_us": 15.0, "thread_us": 120.0}
 
 
@@ -155,8 +155,8 @@ def test_real_and_virtual_time_stand_side_by_side() -> None:
 def test_the_page_says_what_machine_it_was() -> None:
     text = page(merge({"a": summed(report(2, 10.0)), "b": drained(drain(esp="libipsec", guest="host"))}, "c"))
     assert (
-        line(text, "The machine", "real time")
-        == "| real time | Some CPU | 2 | 6.1.0 | uml | 7.2.13 | 1 | real | kernel | 15 | 120 |"
+        line(text, "The machine", "real time") == "| real time | Some CPU | 2 | like others, on 2 | 6.1.0 "
+        "| uml | 7.2.13 | 1 | real | kernel | 15 | 120 |"
     )
     assert "| none |" in line(text, "The machine", "drains")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -14,6 +15,7 @@ def test_the_machine_by_its_cpu_and_kernel(tmp_path: Path) -> None:
     told = host(file)
     assert told["cpu"] == "Some CPU w- cores @ 2 GHz"
     assert told["kernel"] == platform.release() and told["cores"] >= 1
+    assert told["scheduled"].endswith(f", on {len(os.sched_getaffinity(0))}")
     assert host(tmp_path / "none")["cpu"] == platform.machine()
 
 
