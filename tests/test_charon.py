@@ -13,12 +13,16 @@ from ikectx.context import (
     Identity,
     IkeContext,
     IkeGeneration,
+    Lifetime,
     Secret,
     TrafficSelector,
 )
 from ikectx.errors import WireError
 from ikectx.numbers import Encr, IdType, Prf
 from vici_bridge.charon import (
+    child_lifetime,
+    child_view,
+    ike_lifetime,
     missing_algorithms,
     overlap,
     peer_context,
@@ -197,3 +201,12 @@ def test_missing_algorithms_compare_across_naming_habits() -> None:
     assert missing_algorithms(context(), loaded) == []
     assert missing_algorithms(context(), {"prf": {"PRF_HMAC_SHA1": "openssl"}}) == ["PRF_HMAC_SHA2_256"]
     assert missing_algorithms(context(), {}) == []
+
+
+def test_what_is_overdue_has_nothing_left() -> None:
+    """charon counts on below 0 while it cannot rekey; another gateway takes no such lifetime."""
+    late = {**VIEW, "rekey-time": "-3", "reauth-time": "-1"}
+    child = {**VIEW["child-sas"]["net-1"], "rekey-time": "-20", "life-time": "-2"}  # type: ignore[index]
+    assert ike_lifetime(sa_view("mn", late)) == Lifetime(rekey=0, reauth=0)
+    assert child_lifetime(child_view(child)) == Lifetime(rekey=0, hard=0)
+    assert ike_lifetime(sa_view("mn", {**VIEW, "rekey-time": ""})) == Lifetime()

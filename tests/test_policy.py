@@ -548,6 +548,7 @@ def test_bounds() -> None:
     assert reasons(check_bounds(context(children=children(16, 1)))) == []
     refused(check_bounds(context(children=children(17, 1))), "named net0")
     refused(check_bounds(context(children=children(65, 65))), "65 CHILD_SAs")
+    refused(check_bounds(context(generations=(context().current,) * 17)), "17 IKE_SAs")
     refused(check_bounds(with_child(remote_ts=(selector("10.4.0.10"),) * 65)), "65 traffic selectors")
 
 

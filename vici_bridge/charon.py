@@ -283,8 +283,17 @@ def peer_context(name: str, view: View) -> PeerContext:
 
 
 def ike_lifetime(view: SaView) -> Lifetime:
-    """What is left of the IKE_SA by charon's own timers."""
-    return Lifetime(rekey=view.rekey, reauth=view.reauth)
+    """What is left of the IKE_SA by charon's own timers; 0 where one is overdue (charon shows less)."""
+    return Lifetime(rekey=_left(view.rekey), reauth=_left(view.reauth))
+
+
+def child_lifetime(view: ChildView) -> Lifetime:
+    """The same of a CHILD_SA."""
+    return Lifetime(rekey=_left(view.rekey), hard=_left(view.life))
+
+
+def _left(seconds: int | None) -> int | None:
+    return None if seconds is None else max(0, seconds)
 
 
 def missing_algorithms(context: IkeContext, algorithms: Mapping[str, View]) -> list[str]:

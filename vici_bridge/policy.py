@@ -26,6 +26,8 @@ from .proposals import Proposal, below_floor
 MAX_CHILDREN = 64
 MAX_OF_ONE_CHILD = 16
 """CHILD_SAs, in all and of one name: a peer may make one several times, and a rekey makes it anew."""
+MAX_GENERATIONS = 16
+"""IKE_SAs of a chain of rekeys; an ancestor counts only as long as a child has its keys from there."""
 MAX_SELECTORS = 64
 """Traffic selectors of one side of a CHILD_SA."""
 MID_END = (1 << 32) - (1 << 16)
@@ -325,7 +327,11 @@ def _beyond(left: int | None, most: int) -> str:
 
 
 def check_bounds(context: IkeContext) -> Iterator[Verdict]:
-    """How many CHILD_SAs and selectors there are."""
+    """How many IKE_SAs of a chain, CHILD_SAs and selectors there are."""
+    if len(context.generations) > MAX_GENERATIONS:
+        yield _no(
+            Fpt.IKEV2_SA, f"{len(context.generations)} IKE_SAs in a chain are more than {MAX_GENERATIONS}"
+        )
     if len(context.children) > MAX_CHILDREN:
         yield _no(Fpt.SAD, f"{len(context.children)} CHILD_SAs are more than {MAX_CHILDREN}")
     for name, count in Counter(child.name for child in context.children).items():

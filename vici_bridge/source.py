@@ -21,7 +21,6 @@ from ikectx.context import (
     FinalChild,
     FinalState,
     IkeContext,
-    Lifetime,
     PolicyContext,
 )
 from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, UnknownSaError
@@ -34,6 +33,7 @@ from . import ha
 from .charon import (
     ChildView,
     SaView,
+    child_lifetime,
     departing_view,
     ike_lifetime,
     peer_context,
@@ -141,7 +141,7 @@ class CharonSource:
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
         """The child with what only the kernel knows: counters, windows, limits."""
         kernel = self._host.kernel
-        lifetime = Lifetime(rekey=view.rekey, hard=view.life)
+        lifetime = child_lifetime(view)
         if kernel is None:
             return replace(child, lifetime=lifetime)
         inbound, outbound = self._host.kernel_pair(context, child)

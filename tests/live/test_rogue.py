@@ -18,6 +18,7 @@ pytestmark = pytest.mark.live
 
 def test_each_attack_is_refused_with_its_reason(world: World) -> None:
     # TLS as psg, PCTD each; CTDR NOT_ALLOWED with REASON. Some are offered in earnest: nothing stands in nsg
+    world.up()
     before = world.must("nsg", "ip", "xfrm", "policy")
     pushed = ["identity", "identity that forges", "server", "SPI 5", "message ID"]
     rogue = [sys.executable, "-m", "tests.live.rogue", f"{world.lab.work}/psg", *pushed]
@@ -37,3 +38,4 @@ def test_each_attack_is_refused_with_its_reason(world: World) -> None:
     assert "a\\x0aERROR ikectx: forged\\x1b[31m" in log and "\x1b" not in log
     assert not [line for line in log.splitlines() if line.startswith("ERROR ikectx: forged")]
     assert world.idle("nsg")
+    world.ping()
