@@ -176,15 +176,3 @@ def test_both_have_asked(mobile: World) -> None:
         assert (done.code, done.json["result"]) == (0, "moved"), done
         settled(world, "nsg")
         lives(world, "nsg")
-
-
-def test_the_answer_to_the_mobile_nodes_agent_was_lost(mobile: World) -> None:
-    """It has told psg of UPDATE_SPI under a message ID that charon does not know to be used."""
-    world = mobile
-    world.up(mobile=True)
-    world.block("psg", "mn")
-    until(lambda: "did not answer" in world.log("mn", "agent.out"), "the agent has given up", 30.0)
-    done = asks(world, "handover", "--to", "nsg", "--json")
-    assert (done.code, done.json["result"]) == (0, "moved"), done
-    settled(world, "nsg")
-    lives(world, "nsg")
