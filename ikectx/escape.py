@@ -38,7 +38,8 @@ class Escaping(logging.Filter):
     """Escapes what log messages are filled in with; for the handler of a program's log.
 
     The message's own text is the program's. Messages of other libraries come ready-made and are escaped as a
-    whole, but for the newlines that they are written with.
+    whole, but for the newlines that they are written with. The lines of a traceback, whose last ones may be
+    what somebody else said, are indented, so that none passes for a message.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -49,7 +50,13 @@ class Escaping(logging.Filter):
             record.args = tuple(_safe(arg) for arg in record.args)
         else:
             record.args = {key: _safe(arg) for key, arg in record.args.items()}
+        if record.exc_info and not record.exc_text:
+            lines = _PLAIN.formatException(record.exc_info).splitlines()
+            record.exc_text = "\n".join(f"    {escaped(line)}" for line in lines)
         return True
+
+
+_PLAIN = logging.Formatter()
 
 
 def _safe(value: object) -> object:

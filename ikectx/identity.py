@@ -74,7 +74,8 @@ def allows(pattern: str, identity: Identity) -> bool:
     if identity.type is IdType.DER_ASN1_DN:
         return _fits_dn(pattern, identity)
     if identity.type is IdType.KEY_ID:
-        return pattern in (_printed(identity.data), identity.data.hex(":")) and not _is_address(pattern)
+        same = pattern == _printed(identity.data) or pattern.lower() == identity.data.hex(":")
+        return same and not _is_address(pattern)
     return identity.type in _TEXT and identity.type is _kind(pattern) and _fits_text(pattern, identity.data)
 
 
@@ -200,7 +201,7 @@ def _fits_dn(pattern: str, identity: Identity) -> bool:
     if not parts:
         return False
     each = [
-        rf"{re.escape(name)}=(?{'i' if caseless else ''}:\*|{re.escape(value)})"
+        rf"(?i:{re.escape(name)})=(?{'i' if caseless else ''}:\*|{re.escape(value)})"
         for name, value, caseless in parts
     ]
     return re.fullmatch(", ".join(each), pattern) is not None

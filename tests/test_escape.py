@@ -62,6 +62,16 @@ def test_every_line_of_the_log_is_the_programs(log: logging.Logger) -> None:
     assert lines[0].endswith("b: 5")
 
 
+def test_the_words_of_an_exception_are_no_line_of_the_log(log: logging.Logger) -> None:
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        log.exception("failed")
+    first, *others = written(log).splitlines()
+    assert first == "ERROR failed" and "\x1b" not in "".join(others)
+    assert len(others) > 3 and all(line.startswith("    ") for line in others)
+
+
 def test_where_a_mistake_came_up_keeps_its_lines(log: logging.Logger) -> None:
     log.error("%s", OurText("one\ntwo"))
     try:

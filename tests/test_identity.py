@@ -55,6 +55,7 @@ CAROL = dn(
         ("192.0.2.1-192.0.2.9", address("192.0.2.7")),
         ("2001:db8::7", address("2001:db8::7")),
         ("carol", Identity(IdType.KEY_ID, b"carol")),
+        ("01:02:FF", Identity(IdType.KEY_ID, b"\x01\x02\xff")),
         ("01:02:ff", Identity(IdType.KEY_ID, b"\x01\x02\xff")),
         ("C=CH, O=Linux, strongSwan, CN=carol", CAROL),
         ("C=CH, O=Linux, strongSwan, CN=*", CAROL),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -226,26 +227,27 @@ def pool_ranges(pools: Mapping[str, View]) -> tuple[Range, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=1 << 16)
+def _selector(text: str, lookup: Lookup) -> AllowedSelector:
+    """Read once: each SA that comes in asks for the same hundreds that charon told the last time."""
+    return AllowedSelector.parse(text, lookup)
+
+
 def _child(name: str, view: View, lookup: Lookup) -> AllowedChild:
     local, remote = (
-        tuple(AllowedSelector.parse(str(text), lookup) for text in view.get(key, ()))
-        for key in ("local-ts", "remote-ts")
+        tuple(_selector(str(text), lookup) for text in view.get(key, ())) for key in ("local-ts", "remote-ts")
     )
     modes = _MODES.get(str(view.get("mode", "")), frozenset())
     return AllowedChild(name, modes, local, remote, _number(view, "rekey_time"))
 
 
 def _rounds(view: View, side: str) -> tuple[AllowedRound, ...]:
-    """charon numbers them from 1 in their order."""
-    numbered = {
-        int(match[1]): entry
-        for key, entry in view.items()
-        if (match := re.fullmatch(rf"{side}-(\d+)", key)) and isinstance(entry, Mapping)
-    }
-    return tuple(
-        AllowedRound(str(entry.get("id", "")), str(entry.get("eap_id", "")), entry.get("class") == "EAP")
-        for _, entry in sorted(numbered.items())
-    )
+    """charon numbers them from 1 on in their order."""
+    found: list[AllowedRound] = []
+    while isinstance(entry := view.get(f"{side}-{len(found) + 1}"), Mapping):
+        eap = entry.get("class") == "EAP"
+        found.append(AllowedRound(str(entry.get("id", "")), str(entry.get("eap_id", "")), eap))
+    return tuple(found)
 
 
 def _number(view: View, key: str) -> int:

@@ -125,7 +125,9 @@ class CharonSource:
         check_told(view, context)
         if away and view.tasks:
             context = replace(context, mid_initiator=_last(context), unsure=True)
-        context = replace(context, lifetime=ike_lifetime(view))
+        # a resync after an IKE rekey tells no virtual IPs (5.9.8, 6.0.6); nSG wants them for the selectors
+        vips = view.remote_vips or context.remote_vips
+        context = replace(context, lifetime=ike_lifetime(view), remote_vips=vips)
         living = {child.spi_in: child for child in view.children if child.state in _LIVING}
         children = []
         for child in context.children:
