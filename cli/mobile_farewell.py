@@ -104,7 +104,7 @@ class Farewells:
             ids = (asked,) if run.was_held else (max(0, asked - 1), asked)
             if report.serves == run.nsg.name and expected is not None:
                 ids = (expected,)
-        local = run.machine.care_of or run.context.local
+        local = run.machine.care_of or run.at or run.context.local
         deletes: list[Told] = []
         for gateway in (run.nsg, run.psg):
             address = gateway.address(local.address.version)

@@ -40,7 +40,7 @@ from ikectx.mobility import Event, Handover, MobileState, Mode, Outcome, Prepare
 from ikectx.numbers import Status
 from ikectx.ports import SaName, Store
 from vici_bridge.charon import SaView
-from vici_bridge.mobile import CharonMobile
+from vici_bridge.mobile import CharonMobile, EndedUnheardError
 
 from .mobile_config import GatewayEntry, MobileFile
 from .mobile_farewell import Farewells
@@ -306,6 +306,9 @@ class Handovers:
         try:
             await self._mobile.quiet(run.sa, patience=LOOKING)
             run.held = run.was_held = True
+        except EndedUnheardError:
+            run.was_held = True  # for a moment, in which its user has ended it
+            raise
         except BusyError:
             if not await self._mobile.only_addresses(run.sa):
                 raise
@@ -330,10 +333,11 @@ class Handovers:
                     await stack.enter_async_context(self._turn())
                     await stack.enter_async_context(self._made_loud(run))
                     run.since = time.monotonic()
+                    run.at = Endpoint(address, before.local.port)
                     await self._hold(run)
                     self._note_asked(run)
                     run.machine.nsg = await _router(run.nsg, address.version)
-                    return Endpoint(address, before.local.port)
+                    return run.at
 
                 asking = self._run(run.machine, old, moves=moves(), progress=self._observer(run))
                 await self._end(run, await self._unless_ended(run, asking))
@@ -490,9 +494,12 @@ class Handovers:
 
     @contextlib.asynccontextmanager
     async def _made_loud(self, run: Run) -> Any:
-        """Whatever becomes of the handover, the SA is active after it."""
+        """Whatever becomes of the handover, the SA is active after it, or gone everywhere."""
+        gone: UnknownSaError | None = None
         try:
             yield
+        except UnknownSaError as error:
+            gone = error
         finally:
             if run.held:
                 run.held = False
@@ -505,8 +512,11 @@ class Handovers:
                     run.report.hint = run.report.hint or error.hint
             if self._farewells is not None and await self._farewells.leave(run):
                 self.notes.answered(run.sa)
+                gone = None  # that is what the report tells
             else:
                 await self._after(run)
+        if gone is not None:
+            raise gone
 
     async def _after(self, run: Run) -> None:
         """The SA is active again: charon looks where its gateway is, and it is seen that it knows."""

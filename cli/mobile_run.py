@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ikectx.context import Address, IkeContext
+from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.mobility import Handover
 from ikectx.ports import SaName
 
@@ -33,6 +33,8 @@ class Run:
     """The SA is passive by us."""
     moved: asyncio.Future[Address] | None = None
     """Predictive: the new local address, where somebody has said that the node is at its new place."""
+    at: Endpoint | None = None
+    """Predictive: where the node is, as soon as that is known."""
     named: bool = False
     """Somebody has named that address: no other one will do."""
     prepared: asyncio.Future[None] | None = None

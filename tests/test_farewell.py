@@ -20,6 +20,7 @@ from ikectx.ports import SaName
 from ikectx_cli.mobile_farewell import AFTER_END, LOOK, TOLD, Farewells
 from mobike_ext.asking import Silent
 from mobike_ext.farewell import TABLE, Farewell, Input, State
+from vici_bridge.mobile import EndedUnheardError
 
 from . import hand_loop
 from .asking_node import World
@@ -185,6 +186,29 @@ def test_predictive() -> None:
         report = await ends.w.arrive()
         assert (report.result, report.mode) == ("failed", "predictive")
         assert ends.told == [(NEW, NSG, (MID,), CONTEXT.spis)]
+
+    hand_loop.run(scenario())
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_in_the_moment_in_which_it_becomes_passive(announced: bool) -> None:
+    """charon has destroyed it before the agent sees it passive, and nobody has heard of that."""
+
+    async def scenario() -> None:
+        ends = Ends(PSG)
+
+        async def quiet(*_: Any, **__: Any) -> None:
+            ends.gone = True
+            raise EndedUnheardError("charon has no such SA")
+
+        ends.w.mobile.quiet = quiet  # type: ignore[method-assign]
+        if announced:
+            await ends.w.handovers.announce("nsg")
+        report = await ends.w.arrive()
+        assert (report.result, report.exit_code) == ("failed", UnknownSaError.exit_code)
+        assert "psg has deleted it" in report.detail
+        assert ends.told == [(NEW, PSG, (MID,), CONTEXT.spis)]
+        assert ends.w.handovers.notes.last()["result"] == "failed"
 
     hand_loop.run(scenario())
 

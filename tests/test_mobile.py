@@ -17,6 +17,7 @@ from vici_bridge import ha
 from vici_bridge import steps as steps_module
 from vici_bridge.ha import HaType
 from vici_bridge.kernel import LATE
+from vici_bridge.mobile import EndedUnheardError
 from vici_bridge.xfrm import KernelSa
 
 from .mobile_world import JUMP, NEW, NSG, OLD, PSG, VIP, Node, a_move, a_node_context, at, do, quick
@@ -257,6 +258,25 @@ def test_an_exchange_in_flight() -> None:
         await node.mobile.export(node.sa)
         await node.mobile.quiet(node.sa, unanswered=True)
         assert node.charon.state == "PASSIVE"
+
+    do(scenario())
+
+
+def test_one_that_is_ended_in_the_moment_it_becomes_passive(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        pause = node.host.pause_segment
+
+        async def paused() -> None:
+            await pause()
+            node.charon.gone = True
+
+        monkeypatch.setattr(node.host, "pause_segment", paused)
+        with pytest.raises(EndedUnheardError):
+            await node.mobile.quiet(node.sa)
+        with pytest.raises(UnknownSaError) as gone:
+            await node.mobile.quiet(node.sa)
+        assert not isinstance(gone.value, EndedUnheardError), "it was gone before"
 
     do(scenario())
 

@@ -79,6 +79,10 @@ async def _nobody(here: IkeContext, final: FinalState, arrived: Callable[[], boo
     raise StateError("a mobile node asks nobody to move")
 
 
+class EndedUnheardError(UnknownSaError):
+    """charon may have destroyed the SA while it was passive, and then without a Delete to its gateway."""
+
+
 class CharonMobile:
     """A mobile node's charon. One SA's calls come one after the other; `host.config.mobile_node` is set."""
 
@@ -138,7 +142,8 @@ class CharonMobile:
         may be: `count` makes charon begin it anew, or the IKE_SA gets another name. `patience`: seconds to
         wait for an exchange to end. Errors: UnknownSaError; RefusedError for an SA of a kind that cannot be
         moved; BusyError while an exchange is in flight or the SA is not up; CharonError with NOT_COVERED
-        where it could not be given other addresses. The SA is active then.
+        where it could not be given other addresses. The SA is active then. EndedUnheardError where it was
+        there, and is not when it should be passive.
         """
         host = self._host
         view = await self.steps.seen(sa)
@@ -161,6 +166,9 @@ class CharonMobile:
             view = await self.steps.until(sa, "make the SA passive", lambda view: view.state == "PASSIVE")
             if not anything and _in_the_way(view, unanswered=unanswered):
                 raise BusyError(f"charon began an exchange meanwhile: {', '.join(view.tasks)}")
+        except UnknownSaError as error:
+            await self._activate(sa)
+            raise EndedUnheardError(f"{error}: it was ended here, it seems") from None
         except BaseException:
             await self._activate(sa)
             raise
