@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 from ikectx.context import (
     AuthRound,
@@ -42,6 +43,8 @@ from vici_bridge.policy import (
     check_virtual_ips,
 )
 from vici_bridge.proposals import Proposal
+
+from .strategies import contexts
 
 # What charon 5.9.8 answered to list-conns for the connection of the attack, shortened.
 CONNECTION: dict[str, Any] = {
@@ -593,3 +596,14 @@ def test_a_pool_without_addresses_allows_nothing() -> None:
 def test_no_range(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Range.parse(text)
+
+
+@given(contexts())
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_peer_sends_gets_reasons_and_raises_nothing(rogue: IkeContext) -> None:
+    net = CONNECTION["children"]["net"]
+    named = {**CONNECTION, "children": {each.name: net for each in rogue.children}}
+    verdicts = admit(rogue, {"other": CONNECTION, rogue.connection: named}, POOLS, config())
+    assert verdicts, "nothing that is made up at random is what the connection allows"
+    for verdict in verdicts:
+        assert verdict.status is Status.NOT_ALLOWED and verdict.detail

@@ -239,16 +239,17 @@ def check_modes(context: IkeContext, allowed: AllowedConnection) -> Iterator[Ver
 
 def check_algorithms(context: IkeContext, rules: Rules) -> Iterator[Verdict]:
     """The operator's proposals where there are some, else the floor; ancestors of the IKE_SA, too."""
+    where = f"[connections.{context.connection}]"
     for one in context.generations:
         why = _unproposed(rules.ike) if rules.ike else below_floor(one.encr, one.integ, one.prf)
         if why and not any(each.has_ike(one) for each in rules.ike):
             has = f"{_cipher(one)}, {one.integ.name}, {one.prf.name}, {one.ke.name}"
-            yield _no(Fpt.IKEV2_SA, f"the IKE_SA has {has}: {why}")
+            yield _no(Fpt.IKEV2_SA, f"the IKE_SA has {has}: {why} (ike_proposals of {where})")
     for child in context.children:
         why = _unproposed(rules.esp) if rules.esp else below_floor(child.encr, child.integ)
         if why and not any(each.has_esp(child) for each in rules.esp):
             has = f"{_cipher(child)}, {child.integ.name}, {child.ke.name}{', ESN' if child.esn else ''}"
-            yield _no(Fpt.SAD, f"{child.name} has {has}: {why}")
+            yield _no(Fpt.SAD, f"{child.name} has {has}: {why} (esp_proposals of {where})")
 
 
 def _cipher(sa: IkeGeneration | ChildContext) -> str:
