@@ -213,9 +213,12 @@ def test_eap_identities() -> None:
     assert reasons(check_identities(carol, eap("carol"), Rules())) == []
     refused(check_identities(carol, eap("dave"), Rules()), "asks for dave")
     refused(check_identities(context(), eap("dave"), Rules()), "asks for dave")
-    refused(check_identities(carol, eap(""), Rules()), "does not ask")
-    refused(check_identities(carol, connection(), Rules()), "does not ask")
+    assert reasons(check_identities(carol, eap(""), Rules())) == []  # the user name of MSCHAPv2
+    refused(check_identities(carol, connection(), Rules()), "has no EAP")
     assert reasons(check_identities(context(), eap(""), Rules())) == []
+    first = {"class": "EAP", "id": "mn.example", "eap_id": "dave"}
+    rounds = connection(**{"remote-1": first, "remote-2": {"class": "public key", "id": "mn.example"}})
+    assert reasons(check_identities(context(), rounds, Rules())) == []  # the SA shows the last round's only
 
 
 def test_the_gateways_identity_is_ours_or_one_that_the_operator_names() -> None:

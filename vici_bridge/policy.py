@@ -72,8 +72,8 @@ def _no(fpt: Fpt, why: str) -> Verdict:
 def check_identities(context: IkeContext, allowed: AllowedConnection, rules: Rules) -> Iterator[Verdict]:
     """The identities of both ends against the connection's last rounds, whose identities an SA shows.
 
-    A round's identity is the one of its IDi (RFC 4739, 3), and charon keeps the last for the SA. Where EAP
-    asks for none, the EAP identity is the IKE identity.
+    A round's identity is the one of its IDi (RFC 4739, 3), and charon keeps the last for the SA, as with EAP
+    identities. Where a round of EAP asks for none, the method may have brought one (eap-mschapv2 does).
     """
     for what, identity in (
         ("the mobile node's identity", context.remote_id),
@@ -88,20 +88,15 @@ def check_identities(context: IkeContext, allowed: AllowedConnection, rules: Rul
             Fpt.PAD,
             f"the mobile node's identity is {context.remote_id}, connection {allowed.name} asks for {wanted}",
         )
-    eap = [each for each in allowed.remote if each.eap]
+    eap = [each for each in allowed.remote[-1:] if each.eap]
     own = context.remote_eap_id or context.remote_id
-    if eap and eap[-1].eap_id:
-        if not allows(eap[-1].eap_id, own):
-            yield _no(
-                Fpt.PAD,
-                f"the mobile node's EAP identity is {own}, connection {allowed.name} asks for "
-                f"{eap[-1].eap_id}",
-            )
-    elif own != context.remote_id:
+    if eap and not allows(eap[-1].eap_id, own):
         yield _no(
             Fpt.PAD,
-            f"the SA has an EAP identity ({own}), connection {allowed.name} does not ask for one",
+            f"the mobile node's EAP identity is {own}, connection {allowed.name} asks for {eap[-1].eap_id}",
         )
+    if not eap and own != context.remote_id:
+        yield _no(Fpt.PAD, f"the SA has an EAP identity ({own}), connection {allowed.name} has no EAP")
     ours = (allowed.local[-1].id if allowed.local else "", *rules.local_ids)
     if not any(allows(each, context.local_id) for each in ours):
         yield _no(
