@@ -22,6 +22,7 @@ from ikectx.numbers import Fpt, Status
 from ikectx.tokens import Purpose, find, seal_ctaa, token_key
 
 from .peers import HandClock, a_context
+from .worlds import until
 
 GENERATION = a_context().current
 SEQUENCE = 7
@@ -103,12 +104,6 @@ class Client:
         except TimeoutError:
             return None
         return data, sender[0]
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(2):
-        while not what():
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("version", [4, 6])
