@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.errors import CharonError
+from vici_bridge.vici import ControlClient, json_of
 
 from .lab_hosts import Lab
 from .lab_net import INNER, INNER_NET, OUTER
@@ -114,6 +115,9 @@ class Fleet:
                 # not waited for: each that waits has one of charon's sixteen threads
                 charon.request("initiate", {"ike": f"n{number}", "child": "net", "timeout": "-1"})
             self._until(lambda last=last: self._up() == last, f"{last} are up")  # type: ignore[misc]
+        if "psg" in self.lab.agent_hosts:
+            # it hears of them when charon has them up
+            self._until(lambda: self._known() == self.size, f"psg's agent knows {self.size}")
 
     def _connection(self, number: int) -> str:
         return f"""  n{number} {{
@@ -133,6 +137,10 @@ class Fleet:
     def _up(self) -> int:
         told = self.lab.vici("psg").stats()["ikesas"]
         return int(told["total"]) - int(told["half-open"])
+
+    def _known(self) -> int:
+        with ControlClient(str(self.lab.work / "psg" / "ikectx.vici"), timeout=_PATIENCE) as agent:
+            return int(json_of(agent.request("status"))["sas"])
 
     def _forget(self) -> None:
         """mn's charon drops them at once, whatever the other side answers."""
