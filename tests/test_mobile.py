@@ -281,6 +281,26 @@ def test_one_that_is_ended_in_the_moment_it_becomes_passive(monkeypatch: pytest.
     do(scenario())
 
 
+def test_one_that_is_replaced_in_the_moment_it_becomes_passive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway rekeys the IKE_SA just then: the new one became passive, too, and must not stay so."""
+
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        pause, context = node.host.pause_segment, node.charon.context
+
+        async def paused() -> None:
+            await pause()
+            new = replace(context.current, spi_i=b"newnewne", spi_r=b"newnewer")
+            node.charon.context = replace(context, generations=(new,))
+
+        monkeypatch.setattr(node.host, "pause_segment", paused)
+        with pytest.raises(EndedUnheardError):
+            await node.mobile.quiet(node.sa)
+        assert (node.charon.active, node.charon.state) == (True, "ESTABLISHED")
+
+    do(scenario())
+
+
 @pytest.mark.parametrize("had", [False, True], ids=["psg-had-it-not", "psg-had-it"])
 def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(had: bool) -> None:
     async def scenario() -> None:

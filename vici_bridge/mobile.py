@@ -387,11 +387,16 @@ class CharonMobile:
                 log.error("%s", error)
 
     async def _activate(self, sa: SaName, name: SaName | None = None) -> None:
-        """`name`: what the SA is called now."""
+        """`name`: what the SA is called now.
+
+        Where it has gone, others were made passive with it: one by which its peer replaced it just then, too.
+        """
         host = self._host
         name = name or sa
-        if await host.view(name) is not None:
+        there = await host.view(name) is not None
+        if there or host.listening():
             await host.activate_segment()
+        if there:
             with contextlib.suppress(UnknownSaError):
                 await self.steps.until(
                     name, "activate the SA", lambda view: view.state in ("ESTABLISHED", "REKEYING")
