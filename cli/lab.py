@@ -18,6 +18,7 @@ from . import lab_guest, lab_machine, lab_scenario, lab_start
 from .answers import json_option, show_json
 from .lab_boot import Job, tidy
 from .lab_config import Tunnel
+from .lab_fleet import MOST
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS, has_kernel_esp, load_modules
 
@@ -337,7 +338,7 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 @esp_option
 @click.option(
     "--drain",
-    type=click.IntRange(1, 20_000),
+    type=click.IntRange(1, MOST),
     metavar="N",
     help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
 )

@@ -337,7 +337,8 @@ def _cpu(summary: Mapping[str, Any]) -> Iterable[str]:
         "User and system time of the agent's process, all its threads, from the request until the transfer "
         "has ended at all hosts; medians of the runs. User-Mode Linux counts ticks of 10 ms in which the "
         "process is at work, which is a sample. Natively ESP is in user space, and a mobile node's "
-        "CHILD_SAs are rekeyed behind the move, which the agents hear of."
+        "CHILD_SAs are rekeyed behind the move, which the agents hear of; the access link has no delay there "
+        "where the machine's kernel has no netem."
     )
 
 
@@ -470,7 +471,7 @@ def picture(summary: Mapping[str, Any]) -> str:
     longest = max((value for _, value, _ in bars), default=1.0) or 1.0
     height = LINE * len(bars) + 40
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="930" height="{height}" '
         'font-family="sans-serif" font-size="13">',
         '<text x="10" y="20" font-weight="bold">Longest gap in the traffic, ms (median)'
         "; light: the link itself is dark</text>",
@@ -479,10 +480,10 @@ def picture(summary: Mapping[str, Any]) -> str:
         top = 34 + LINE * number
         width, light = (max(1.0, BAR * part / longest) for part in (value, min(dark, value)))
         colour = "#2a7a4b" if label.endswith(": ikectx") else "#9a9a9a"
-        out.append(f'<text x="330" y="{top + 14}" text-anchor="end">{label}</text>')
-        out.append(f'<rect x="340" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
+        out.append(f'<text x="360" y="{top + 14}" text-anchor="end">{label}</text>')
+        out.append(f'<rect x="370" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
         if dark:
             style = 'height="18" fill="#ffffff" fill-opacity="0.6"'
-            out.append(f'<rect x="340" y="{top}" width="{light:.1f}" {style}/>')
-        out.append(f'<text x="{346 + width:.1f}" y="{top + 14}">{value:.0f}</text>')
+            out.append(f'<rect x="370" y="{top}" width="{light:.1f}" {style}/>')
+        out.append(f'<text x="{376 + width:.1f}" y="{top + 14}">{value:.0f}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
