@@ -65,9 +65,8 @@ make_ready() { # make_ready SUITE: the one that is set up, and where it is
         cp -a "$bare" "$folder.new"
         checkout "$folder.new$READY"
         inside "$suite" "$folder.new" $READY build tests/setup.sh --here >&2
-        # only the environment stays, and folders to mount the checkout's packages on: what is tested is the checkout
+        # only the environment stays: what is tested is the checkout
         find "$folder.new$READY" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
-        mkdir "$folder.new$READY"/{ikectx,vici_bridge,mobike_ext,cli}
         charon_elsewhere "$folder" > "$folder.new$READY/charon"
         chmod 755 "$folder.new$READY/charon"
         mv "$folder.new" "$folder"
