@@ -113,6 +113,7 @@ inside() { # inside SUITE ROOT FOLDER OUT COMMAND...: run it in that root, in th
     # in the background, since a shell that waits for a program in the foreground hears no signal
     unshare --mount --pid --fork --kill-child -- bash -euc '
         there=$1
+        mount --bind "$there" "$there" # `ip netns exec` wants its root folder to be a mount
         mount -t proc proc "$there/proc"
         mount --rbind /sys "$there/sys"
         mount --rbind /dev "$there/dev"

@@ -26,8 +26,9 @@ PACKAGES=(
     libstrongswan-standard-plugins libstrongswan-extra-plugins
     iproute2 iputils-ping nftables kmod tcpdump
 )
-# tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab.
-TEST_PACKAGES=(tshark bird2)
+# tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab,
+# netbase names protocols and ports, and charon shows these names where it finds them.
+TEST_PACKAGES=(tshark bird2 netbase)
 # Make the new machines of tests/roots.sh.
 ROOT_PACKAGES=(debootstrap debian-archive-keyring)
 # For a kernel without ESP where no User-Mode Linux is to be had: Debian's own kernel in a virtual machine.

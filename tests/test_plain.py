@@ -175,7 +175,7 @@ def test_what_arrives_unprotected_is_refused(caplog: pytest.LogCaptureFixture) -
         ((replace(PSG, host="127.0.0.2"),), "127.0.0.1 is no configured peer's address"),
         ((replace(PSG, host="no such host"),), "127.0.0.1 is no configured peer's address"),
         ((), "127.0.0.1 is no configured peer's address"),
-        ((PSG, PeerConfig("third", "localhost")), "address of several peers: psg, third"),
+        ((PSG, PeerConfig("third", "127.0.0.1")), "address of several peers: psg, third"),
     ],
 )
 def test_an_address_must_be_one_peer_s(
