@@ -153,7 +153,13 @@ class World:
         self.tunnel = Tunnel(libipsec=True, **tunnel)
         if not self.tunnel.vip:
             self.inner_address("add")
+        before = dict(self.lab.started)
         self.lab.reload(self.tunnel, overrides)
+        anew = {
+            host for (host, name), daemon in self.lab.started.items() if before.get((host, name)) != daemon
+        }
+        # their logs begin anew with the daemons
+        self.marks = {path: mark for path, mark in self.marks.items() if path.parent.name not in anew}
         self.lab.connect(gateway)
         self.ping()
         return self.serves(gateway)
