@@ -43,9 +43,7 @@ def packets4(world: World) -> Iterator[World]:
 
 
 def _packets(world: World, family: int) -> Iterator[World]:
-    world.lab.configure(Tunnel(libipsec=True, by_packet=True, family=family))
-    world.marks = {}
-    world.tune()
+    world.anew(Tunnel(libipsec=True, by_packet=True, family=family))
     try:
         world.up("psg", by_packet=True, family=family)
         yield world

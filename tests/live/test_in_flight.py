@@ -69,7 +69,7 @@ def unanswered(world: World, host: str, lost: tuple[str, str]) -> None:
 
 def asked_by_psg(world: World, had: bool) -> tuple[str, str]:
     """A tunnel in which psg's liveness checks are not answered; its SPIs."""
-    world.lab.reload(world.tunnel, {"psg": impatient("mn")})
+    world.reload(world.tunnel, {"psg": impatient("mn")})
     world.lab.terminate("mn")
     until(lambda: not world.lab.list_sas("psg"), "the first tunnel is down")
     world.lab.connect("psg")

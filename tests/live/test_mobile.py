@@ -37,9 +37,7 @@ def mobile(world: World) -> Iterator[World]:
     """The mobile node's charon tells its agent of its SAs, and gateways answer CTARs; no SA is up."""
     lab = world.lab
     if not lab.tunnel.mobile or ("mn", "agent") not in lab.started:
-        lab.configure(Tunnel(libipsec=True, mobile=True))
-        world.marks = {}
-        world.tune()
+        world.anew(Tunnel(libipsec=True, mobile=True))
     yield world
     lab.net.mend()
     if not world.lab.command("mn", ["ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"]).stdout:

@@ -70,7 +70,7 @@ def test_two_children_of_two_generations(world: World) -> None:
     world.up(children=1)
     world.rekey_ike("psg", "psg")
     world.tunnel = world.tunnel_with(children=2)
-    world.lab.reload(world.tunnel)
+    world.reload(world.tunnel)
     world.lab.initiate("mn", "psg", "net2")
     world.ping(2)
     world.lives_through_a_move()
@@ -80,7 +80,7 @@ def test_a_second_child_after_the_move(world: World) -> None:
     # psg -> nsg with one child; then MN -> nsg CREATE_CHILD_SA SA, N, TS for net2
     world.moved(children=1)
     world.tunnel = world.tunnel_with(children=2)
-    world.lab.reload(world.tunnel)
+    world.reload(world.tunnel)
     world.lab.initiate("mn", "psg", "net2")
     world.agree("nsg")
     world.ping(2)

@@ -94,8 +94,7 @@ def test_no_key_is_in_what_agents_trace(world: World) -> None:
     world.broken = True  # agents after this test note nothing
     try:
         lab.traced = True
-        lab.configure(world.tunnel)
-        world.tune()
+        world.anew(world.tunnel)
         world.up()
         keys = [key for _, key in world.keys("psg")]
         report = world.move("psg", "nsg")

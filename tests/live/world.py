@@ -129,10 +129,23 @@ class World:
             with contextlib.suppress(AssertionError):
                 until(lambda: self.idle("psg") and self.idle("nsg"), "both agents idle", 5.0)
                 return
-        self.lab.configure(Tunnel(libipsec=True))
+        self.anew(Tunnel(libipsec=True))
+        self.broken = False
+
+    def anew(self, tunnel: Tunnel) -> None:
+        """Every daemon starts anew with that tunnel's configuration; no SA is up."""
+        self.lab.configure(tunnel)
         self.marks = {}  # logs begin anew with the daemons
         self.tune()
-        self.broken = False
+
+    def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
+        """That tunnel's configuration is loaded; daemons that cannot load theirs start anew."""
+        before = dict(self.lab.started)
+        self.lab.reload(tunnel, overrides)
+        now = self.lab.started.items()
+        anew = {host for (host, name), daemon in now if before.get((host, name)) != daemon}
+        # their logs begin anew with the daemons
+        self.marks = {path: mark for path, mark in self.marks.items() if path.parent.name not in anew}
 
     def forget(self, host: str) -> None:
         """charon drops its SAs at once, whatever the other side answers."""
@@ -153,13 +166,7 @@ class World:
         self.tunnel = Tunnel(libipsec=True, **tunnel)
         if not self.tunnel.vip:
             self.inner_address("add")
-        before = dict(self.lab.started)
-        self.lab.reload(self.tunnel, overrides)
-        anew = {
-            host for (host, name), daemon in self.lab.started.items() if before.get((host, name)) != daemon
-        }
-        # their logs begin anew with the daemons
-        self.marks = {path: mark for path, mark in self.marks.items() if path.parent.name not in anew}
+        self.reload(self.tunnel, overrides)
         self.lab.connect(gateway)
         self.ping()
         return self.serves(gateway)
