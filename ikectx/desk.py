@@ -16,7 +16,7 @@ from typing import Protocol
 from .context import Address, Endpoint, FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StoreError, WireError
-from .incoming import Dropped, Incoming, answer, refusal
+from .incoming import Dropped, Incoming, answer, doubt, refusal
 from .links import Link, Links, PeerConfig
 from .mistakes import log_mistake
 from .numbers import STATUS_TEXT, Status
@@ -300,9 +300,12 @@ class Desk:
         """All in one: from here on the source serves again only when it is told no."""
         known = self.runs.get(header.transfer_id) or self._stored(header.transfer_id)
         if known is not None:
-            await self._again(known, TargetInput.WHOLE, link, message)
+            if not await self._doubted(link, known, final_of(context), message.mn):
+                await self._again(known, TargetInput.WHOLE, link, message)
             return
         wanted = self._wanted(self.peer, message.mn, context, header)
+        if wanted is None and await self._doubted(link, None, final_of(context), message.mn):
+            return
         run = Incoming(self._parts, self._entry(message, context, header), context, header)
         run.whole = True
         try:
@@ -326,6 +329,8 @@ class Desk:
 
     async def _released(self, link: Link, message: Ctd, final: FinalState, transfer_id: bytes) -> None:
         run = self.runs.get(transfer_id) or self._stored(transfer_id)
+        if await self._doubted(link, run, final, message.mn):
+            return
         if run is None:
             now = self._parts.wall()
             entry = JournalEntry(
@@ -344,6 +349,27 @@ class Desk:
             run.blame(RefusedError("nobody offered it", status=Status.UNKNOWN_TRANSFER))
         what = run.let_go(final, message.serialize()) if transfer_id in self.runs else TargetInput.CTD
         await self._again(run, what, link, message)
+
+    async def _doubted(self, link: Link, run: Incoming | None, final: FinalState, mn: Address) -> bool:
+        """Answer IN_DOUBT to a CTD whose transfer is not known, or was in doubt before, if the SA is here.
+
+        Nothing is written down: as soon as the operator has ended the SA here, the next copy of the CTD is
+        denied, and the other gateway serves again.
+        """
+        if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
+            return False
+        found = await doubt(self._parts, final, mn)
+        if not found:
+            if run is not None:
+                run.error = RefusedError("the SA has been ended here", status=Status.UNKNOWN_TRANSFER)
+            return False
+        log.error(
+            "%s let go of an SA in a transfer that is not in the journal here, but %s. "
+            "It serves the SA again only when that has been ended here, or by `ikectx reclaim` there",
+            *(self.peer.name, found),
+        )
+        await answer(link, mn, refusal(Status.IN_DOUBT, found))
+        return True
 
     async def _again(self, run: Incoming, what: TargetInput, link: Link, message: Pctd | Ctd) -> None:
         """A message for a transfer that is known; only its own peer and MN may speak of it."""

@@ -14,7 +14,17 @@ from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import IkectxError, LinkError, RefusedError, StateError
 from .links import Link
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import MoveReport, Verdict, cannot_send, come_from, must_tell, renames, settle, tell_later
+from .ports import (
+    MoveReport,
+    Verdict,
+    cannot_send,
+    come_from,
+    must_tell,
+    renames,
+    settle,
+    still_here,
+    tell_later,
+)
 from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
 from .reasons import encode_reasons, refusals
 from .relocate import relocate
@@ -57,14 +67,30 @@ def refusal(status: Status, detail: str = "") -> tuple[Verdict, ...]:
 
 
 async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
-    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0)."""
+    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0).
+
+    IN_DOUBT goes with S = 1: a gateway that does not know this status takes that for neither yes nor no.
+    """
     statuses = encode_verdicts(verdicts)
-    complete = all(each.status is Status.OK for each in statuses)
+    fine = all(each.status is Status.OK for each in statuses)
+    complete = fine or any(each.status is Status.IN_DOUBT for each in statuses)
     try:
-        return await link.send(Ctdr(mn, statuses, complete, () if complete else encode_reasons(verdicts)))
+        return await link.send(Ctdr(mn, statuses, complete, () if fine else encode_reasons(verdicts)))
     except LinkError as error:
         log.warning("%s was not answered for %s: %s", link.peer.name, mn, error)
         return 0
+
+
+async def doubt(parts: Parts, final: FinalState, mn: Address) -> str:
+    """Why this gateway may serve an SA of which its journal tells nothing, in words; empty: it does not.
+
+    Whoever lost the journal (or restored an old one) must not deny what charon goes on serving, because the
+    other gateway would then serve the SA as well. What cannot be asked is not denied either.
+    """
+    try:
+        return await step("look for the SA", still_here(parts.sink, final, mn), parts.timing)
+    except IkectxError as error:
+        return f"charon or the kernel could not be asked for the SA: {error}"
 
 
 Dropped = Literal["", "source", "offer", "time", "us"]
@@ -290,6 +316,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         verdicts = tuple(await self.parts.sink.check(context, self.keep))
         status = first_failure(verdicts)
         if status is not Status.OK:
+            if self.whole and (found := await doubt(self.parts, self._last, self.mn)):
+                # what is in use here may be this very SA, taken before the journal was lost
+                raise RefusedError(found, status=Status.IN_DOUBT)
             self._verdicts = verdicts
             raise RefusedError(refusals(verdicts) or STATUS_TEXT.get(status, "refused"), status=status)
 

@@ -255,6 +255,7 @@ class Status(OpenEnum):
     STALE_EPOCH = 0x94
     NOT_COVERED = 0x95
     AMBIGUOUS = 0x96
+    IN_DOUBT = 0x97
 
 
 UNTOUCHED = frozenset(
@@ -294,4 +295,5 @@ STATUS_TEXT: dict[Status, str] = {
     Status.STALE_EPOCH: "a newer owner of the SA is known",
     Status.NOT_COVERED: "the SA uses something that cannot be moved",
     Status.AMBIGUOUS: "several SAs answer to that name",
+    Status.IN_DOUBT: "the other gateway knows no such transfer, but its charon or kernel has the SA",
 }

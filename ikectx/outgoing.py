@@ -39,8 +39,10 @@ _INSTEAD: Mapping[SourceState, SourceInput] = {
 
 
 def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
-    """What a CTDR says: OK, the first refusal, or MALFORMED when it says both or nothing."""
+    """What a CTDR says: OK, IN_DOUBT, the first refusal, or MALFORMED when it says both or nothing."""
     verdicts = with_reasons(decode_verdicts(answer.statuses), answer.blocks)
+    if any(verdict.status is Status.IN_DOUBT for verdict in verdicts):
+        return Status.IN_DOUBT, verdicts  # with S = 1, so that older gateways take it for neither yes nor no
     failed = next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), None)
     if answer.complete == (failed is None):
         return failed or Status.OK, verdicts
@@ -448,6 +450,12 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
             return SourceInput.LINK_LOST
         text = f"{self.peer.name}: {refusal_text(status, self._verdicts)}"
+        if status is Status.IN_DOUBT and self.machine.state is SourceState.RELEASED:
+            log.error("transfer %s is in doubt, %s", self.transfer_id.hex(), text)
+            self.error = LinkError(text, status=status, hint=HINTS[status])
+            if not self.settled.done():
+                self._settle()  # the operator decides, and need not wait for a time limit
+            return SourceInput.DOUBTED
         self.error = RefusedError(text, status=status, hint=HINTS.get(status, ""))
         self.told = True
         return SourceInput.REJECTED

@@ -231,6 +231,23 @@ def stay(source: ContextSource, sa: SaName) -> None:
         call(sa)
 
 
+class Witness(Protocol):
+    """What a sink has, too, that can say whether an SA is at this gateway although no journal tells of it."""
+
+    async def still_here(self, final: FinalState, mn: Address) -> str:
+        """What charon or the kernel has of that SA, in words; empty: nothing. Touches nothing.
+
+        `mn`: the outer address by which the other gateway knows the MN. The SA may have other SPIs here.
+        Errors: CharonError, KernelError, WireError when one of them cannot be asked.
+        """
+
+
+async def still_here(sink: ContextSink, final: FinalState, mn: Address) -> str:
+    """Of `sink`; empty if it cannot say. Errors: as `Witness.still_here`."""
+    call: Callable[[FinalState, Address], Awaitable[str]] | None = getattr(sink, "still_here", None)
+    return "" if call is None else await call(final, mn)
+
+
 class Settler(Protocol):
     """What a sink has, too, that can find out from the MN what the next request's message ID is."""
 

@@ -116,6 +116,11 @@ HINTS: Mapping[Status, str] = {
     Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else",
     Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
     Status.AMBIGUOUS: "name the SA by its SPIs: `list` at the other gateway shows them",
+    Status.IN_DOUBT: "the other gateway's agent has lost its notes (state.db was moved away, or restored "
+    "from an old backup), so this gateway does not serve the SA before it is known that the other one does "
+    "not. Look with `swanctl --list-sas` there: if it serves the MN, leave both as they are, or end the SA "
+    "there and let the MN connect anew. If it does not, end the SA there; this gateway asks again and then "
+    "serves the MN",
 }
 
 
@@ -247,6 +252,8 @@ def source_words(
         text, hint, exit_code = str(error), error.hint or HINTS.get(error.status, ""), error.exit_code
     if result == "in-doubt":
         exit_code = exit_code or LinkError.exit_code
+        if state is SourceState.RELEASED and error is not None and error.status is Status.IN_DOUBT:
+            return Words(text, f"{hint} (`ikectx reclaim {ident}` does so at once)", exit_code)
         hint = (
             f"bring {peer} back: this gateway goes on asking it. If it has lost the SA for"
             f" good, `ikectx reclaim {ident}` serves it here again"

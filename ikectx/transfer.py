@@ -62,7 +62,8 @@ class SourceState(StrEnum):
 class SourceInput(StrEnum):
     """OK, BUSY, FAILED: outcome of the step under way. ACCEPTED, REJECTED: the CTDR to the last message.
 
-    ANNOUNCE: the MN says that it will go. REQUESTED: the target asks for it, rightly.
+    ANNOUNCE: the MN says that it will go. REQUESTED: the target asks for it, rightly. DOUBTED: a CTDR that
+    says neither yes nor no, because the target's agent does not know the transfer, but its charon has the SA.
     """
 
     OK = "ok"
@@ -72,6 +73,7 @@ class SourceInput(StrEnum):
     FAILED = "failed"
     ACCEPTED = "accepted"
     REJECTED = "rejected"
+    DOUBTED = "doubted"
     CTC = "ctc"
     TIMEOUT = "timeout"
     LINK_LOST = "link-lost"
@@ -195,6 +197,8 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     # let go: only the target's answer (or the operator) ends this
     (_S.RELEASED, _SI.ACCEPTED): (_S.CLEANING, _SA.RELEASE),
     (_S.RELEASED, _SI.REJECTED): (_S.THAWING, _SA.THAW),
+    # the target's agent knows nothing of it, but its charon or kernel does: neither yes nor no
+    (_S.RELEASED, _SI.DOUBTED): (_S.RELEASED, _SA.RECONNECT),
     (_S.RELEASED, _SI.RECLAIM): (_S.THAWING, _SA.SEND_CTC, _SA.THAW),
     (_S.RELEASED, _SI.TIMEOUT): (_S.RELEASED, _SA.SEND_CTD),
     (_S.RELEASED, _SI.LINK_UP): (_S.RELEASED, _SA.SEND_CTD),

@@ -318,6 +318,11 @@ class MemoryGateway:
             return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE, "it is here")]
         return self.verdicts
 
+    async def still_here(self, final: FinalState, mn: Address) -> str:
+        await self._step("look")
+        sa = (final.spi_i, final.spi_r)
+        return "charon has it" if sa in self.served or sa in self.passive else ""
+
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         await self._step("prepare")
         self.passive[context.spis] = context

@@ -7,11 +7,11 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ikectx.context import AuthRound, Endpoint, PeerContext, ReplayState
+from ikectx.context import AuthRound, Endpoint, FinalChild, FinalState, PeerContext, ReplayState
 from ikectx.numbers import Status
 from ikectx.relocate import relocate
 from vici_bridge import charon
-from vici_bridge.charon import EXT_MOBIKE, sa_view
+from vici_bridge.charon import EXT_MOBIKE, SaView, sa_view
 from vici_bridge.checks import (
     check_address,
     check_covered,
@@ -21,6 +21,7 @@ from vici_bridge.checks import (
     check_numbers,
     check_selectors,
     check_vips,
+    still_here,
 )
 from vici_bridge.names import Taken, taken_by
 
@@ -131,3 +132,30 @@ def test_selectors_are_read_once_however_many_sas_there_are(monkeypatch: pytest.
 
 def test_overlapping_selectors() -> None:
     assert statuses(check_selectors(context(), [sa_view("other", VIEW)])) == [Status.SELECTORS_OVERLAP]
+
+
+def test_b4_an_sa_that_another_gateway_let_go_is_found_under_any_of_its_names() -> None:
+    spi_in = bytes.fromhex("c0000001")
+    child = FinalChild(spi_in, ReplayState(), ReplayState())
+    final = FinalState(b"\xa1" * 8, b"\xa2" * 8, 3, 4, 1, (child,))
+    mn, elsewhere = OTHER.remote.address, ip_address("192.0.2.99")
+
+    def listed(spi_i: bytes, spi_r: bytes, child: bytes) -> SaView:
+        children = (replace(sa_view("mn", VIEW).children[0], spi_in=child),)
+        return replace(OTHER, spi_i=spi_i, spi_r=spi_r, children=children)
+
+    other = listed(b"other123", b"other456", b"othr")
+    same = listed(final.spi_i, final.spi_r, b"othr")
+    assert "under the same SPIs" in still_here(final, elsewhere, [same], [same.spis], [])
+    # others, whose keys this agent has, or that have nothing of it
+    assert still_here(final, elsewhere, [other], [], []) == ""
+    assert still_here(final, mn, [other], [other.spis], []) == ""
+    # renamed: an SPI has stayed, or at least the mobile node's address
+    half = listed(final.spi_i, b"renamed.", b"othr")
+    assert "under one of its SPIs" in still_here(final, elsewhere, [half], [], [])
+    one = listed(b"renamed.", b"renamed.", spi_in)
+    assert "under one of its SPIs" in still_here(final, elsewhere, [one], [], [spi_in])
+    assert still_here(final, elsewhere, [one], [one.spis], [spi_in]) == ""
+    assert f"a mobile node at {mn}" in still_here(final, mn, [other], [], [])
+    # charon has gone, the kernel goes on
+    assert f"ESP SA {spi_in.hex()}" in still_here(final, elsewhere, [other], [], [spi_in])

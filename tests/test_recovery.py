@@ -343,6 +343,62 @@ def test_doubt_is_reported_and_resolved_in_the_background() -> None:
     run(scenario())
 
 
+def test_b4_an_unknown_transfer_is_looked_up_in_charon_before_it_is_denied() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            gate = w.b.daemon.wait["activate"] = asyncio.Event()
+            sa = w.a.daemon.serve(a_context())
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await w.b.reaches("activate")
+            w.network.fate = losing(Ctdr)
+            gate.set()
+            await until(lambda: sa in w.b.daemon.served)
+            await w.b.kill()
+            (w.folder / "b.db").unlink()  # as the hint of a damaged store says
+            w.network.fate = lambda message: "deliver"
+            await w.b.start()
+            report = await moving
+            # nobody has said no, so a must not begin to send beside b
+            assert (report.result, report.status) == ("in-doubt", Status.IN_DOUBT)
+            assert "charon has it" in report.text
+            assert "end the SA there" in report.hint
+            assert f"ikectx reclaim {report.transfer_id}" in report.hint
+            assert report.exit_code == LinkError.exit_code
+            assert w.ether.senders[sa] == {"b"}
+            assert w.b.agent.history() == []  # no tombstone: the next copy is looked up again
+            assert "thaw" not in w.a.daemon.calls
+            # the operator ends it there; the next copy of the CTD is denied
+            del w.b.daemon.served[sa]
+            w.ether.silent("b", sa)
+            await w.quiet()
+            assert w.ether.slips == []
+            assert w.owner(sa) == "a"
+
+    run(scenario())
+
+
+def test_b4_charon_that_cannot_be_asked_denies_nothing() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            w.network.fate = losing(Ctd)
+            sa = w.a.daemon.serve(a_context())
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await until(lambda: any(isinstance(message, Ctd) for message in w.network.seen))
+            await w.b.kill()
+            (w.folder / "b.db").unlink()
+            w.b.daemon.passive.clear()
+            w.b.daemon.fail["look"] = [CharonError("charon is not running")]
+            w.network.fate = lambda message: "deliver"
+            await w.b.start()
+            report = await moving
+            assert (report.result, report.status) == ("in-doubt", Status.IN_DOUBT)
+            assert "charon is not running" in report.text
+            await w.quiet()  # charon is back, and has nothing
+            assert w.owner(sa) == "a"
+
+    run(scenario())
+
+
 def test_the_operator_may_reclaim() -> None:
     async def scenario() -> None:
         async with world(timing=replace(FAST, in_doubt=0.02)) as w:

@@ -11,10 +11,11 @@ from ikectx.aio import Gateway
 from ikectx.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, parse_message
 from ikectx.links import PeerConfig, Stream
 from ikectx.numbers import Status
+from ikectx.outgoing import offer_status
 from ikectx.profile import TransferHeader, encode, encode_final
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
-from ikectx.whole import final_of
+from ikectx.whole import encode_whole, final_of
 
 from .hand_loop import run
 from .peers import Ether, MemoryGateway, Network, a_context
@@ -101,8 +102,27 @@ def test_a_ctd_nobody_announced_is_refused_for_good(tmp_path: Path) -> None:
             assert first(await a.ask(offer(ident))) is Status.UNKNOWN_TRANSFER
             assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
             assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
-            assert daemon.calls == []
+            assert daemon.calls == ["look"]
             assert [one["state"] for one in gateway.history()] == ["aborted"]
+
+    run(scenario())
+
+
+def test_b4_a_whole_ctd_that_nobody_asked_for_is_in_doubt_where_charon_has_the_sa(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
+            context = replace(a_context(), epoch=1)
+            daemon.served[context.spis] = context
+            header = TransferHeader(b"12345678", address="mn")
+            ctd = Ctd(MN, encode_whole(context, final_of(context), transfer=header))
+            answer = await a.ask(ctd)
+            assert first(answer) is Status.IN_DOUBT
+            assert answer.complete  # to an older gateway that is neither yes nor no
+            assert offer_status(answer)[0] is Status.IN_DOUBT
+            assert offer_status(answer)[1][0].detail == "charon has it"
+            assert gateway.history() == []
+            del daemon.served[context.spis]
+            assert first(await a.ask(ctd)) is Status.UNKNOWN_TRANSFER
 
     run(scenario())
 

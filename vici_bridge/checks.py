@@ -6,13 +6,13 @@ the clean-up of a CHILD_ADD whose SPI is taken deletes the kernel SA that was th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
 
-from ikectx.context import IkeContext
+from ikectx.context import Address, FinalState, IkeContext
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import Verdict
+from ikectx.ports import SaName, Verdict
 
 from .charon import EXT_MOBIKE, SaView, missing_algorithms, overlap, peer_context, prefixes
 from .names import Taken, clash, own_spi
@@ -72,6 +72,38 @@ def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterato
                 f"the MN authenticated by {'+'.join(sorted(theirs))}, "
                 f"the connection here asks for {'+'.join(sorted(ours))}",
             )
+
+
+def still_here(
+    final: FinalState,
+    mn: Address,
+    views: Iterable[SaView],
+    known: Collection[SaName],
+    esp: Collection[bytes],
+) -> str:
+    """What is here of an SA that another gateway let go, in words; empty: nothing.
+
+    `known`: SAs whose keys this agent has, so that it knows them for others. `esp`: inbound SPIs of `final`
+    that the kernel has. An SA that came here may have been given other SPIs; it is then recognized by what
+    has stayed: an SPI, or the MN's outer address `mn`.
+    """
+    theirs = {child.spi_in for child in final.children}
+    others: set[bytes] = set()
+    for view in views:
+        name = f"charon has the IKE_SA {view.name} #{view.unique_id} ({view.state})"
+        if view.spis == (final.spi_i, final.spi_r):
+            return f"{name} under the same SPIs"
+        inbound = {child.spi_in for child in view.children}
+        if view.spis in known:
+            others |= inbound
+        elif view.spi_i == final.spi_i or view.spi_r == final.spi_r or inbound & theirs:
+            return f"{name} under one of its SPIs, and this agent does not know that SA"
+        elif view.remote.address == mn:
+            return f"{name} with a mobile node at {mn}, and this agent does not know that SA"
+    for spi in esp:
+        if spi not in others:
+            return f"the kernel has its inbound ESP SA {spi.hex()}"
+    return ""
 
 
 def check_ike_spis(context: IkeContext, taken: Taken, views: Iterable[SaView] = ()) -> Iterator[Verdict]:

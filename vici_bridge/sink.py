@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from ikectx import trace
-from ikectx.context import Endpoint, FinalState, IkeContext
+from ikectx.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, StoreError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
@@ -43,7 +43,9 @@ from .checks import (
     check_numbers,
     check_selectors,
     check_vips,
+    still_here,
 )
+from .host import ESP as ESP_PROTOCOL
 from .host import IMPORT, IMPORTED, CharonHost, Mover, Settler
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
@@ -159,6 +161,23 @@ class CharonSink:
                         )
                     )
         return verdicts, taken
+
+    async def still_here(self, final: FinalState, mn: Address) -> str:
+        """See `ikectx.ports.Witness`."""
+        host, kernel = self._host, self._host.kernel
+        views = await host.views()
+        esp: list[bytes] = []
+        if kernel is not None:
+            late = {sa.spi for sa in kernel.late_sas()}
+            theirs = [child.spi_in for child in final.children if child.spi_in not in late]
+            esp = [
+                spi
+                for spi in theirs
+                if any(
+                    kernel.get_sa(address, spi, ESP_PROTOCOL) is not None for address in host.config.addresses
+                )
+            ]
+        return still_here(final, mn, views, host.record.names(), esp)
 
     def _check_spis(
         self, context: IkeContext, here: IkeContext, taken: Taken, views: list[SaView]
