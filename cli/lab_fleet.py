@@ -18,7 +18,7 @@ from ikectx.errors import CharonError
 from vici_bridge.vici import ControlClient, json_of
 
 from .lab_hosts import Lab
-from .lab_net import GATEWAYS, INNER, INNER_NET, OUTER
+from .lab_net import INNER, INNER_NET, OUTER
 
 _FIRST = {"outer": ip_address("10.32.0.0"), "inner": ip_address("10.48.0.0")}
 _PREFIX = 16
@@ -34,20 +34,12 @@ _LONG = 1800.0
 """Seconds for a command about all of them."""
 
 
-STEADY = "charon-systemd { plugins { kernel-netlink { roam_events = no } } }\n"
-"""For a gateway whose own addresses do not change. By default charon (5.9.8) looks for the best path of every
-IKE_SA that it has whenever a route of the host changes, and the agent sets one behind each SA that has moved
-away: of a thousand SAs each waits for a thousand looks."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """`size` mobile nodes, named by their numbers. Methods raise CharonError when something does not come."""
 
     lab: Lab
     size: int
-    steady: bool = False
-    """The gateways' charons run with the settings `STEADY`."""
 
     @staticmethod
     def outer(number: int) -> str:
@@ -115,8 +107,7 @@ class Fleet:
         gateway += "connections { mn { pools = inner\n remote { id = %any } } }\n"
         sections = "\n".join(map(self._connection, range(self.size)))
         mobile = "connections {\n" + sections + "\n}\n"
-        settings = {f"{host}.strongswan": STEADY for host in GATEWAYS} if self.steady else {}
-        self.lab.reload(self.lab.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway, **settings})
+        self.lab.reload(self.lab.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
         charon = self.lab.vici("mn")
         for first in range(0, self.size, _AT_ONCE):
             last = min(first + _AT_ONCE, self.size)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ikectx import trace
 from ikectx.errors import CharonError, IkectxError, KernelError, StateError, UsageError
+from vici_bridge import detour
 from vici_bridge.vici import CharonVici, ControlClient, json_of
 
 from . import lab_announce, lab_bird, lab_drain, lab_inject
@@ -32,8 +33,8 @@ ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough fo
 CHARON = "/usr/sbin/charon-systemd"
 """The installed charon; IKECTX_LAB_CHARON names another, IKECTX_LAB_CHARON_NSG one for that host only."""
 
-DETOUR = 4067
-"""The routing table in which an agent keeps its routes by way of another gateway."""
+DETOUR = f"table local proto {detour.PROTOCOL}"
+"""How `ip route` finds what an agent keeps of routes by way of another gateway."""
 
 LOGS = ("charon.log", "agent.out", "updown.log")
 """Appended to by daemons and by the lab's updown script, in a host's folder."""
@@ -251,7 +252,7 @@ class Lab:
 
     def _of_sas(self, host: str) -> str:
         """What a host's kernel has of SAs, without keys. Takes away what may stay a while."""
-        enter, flush = self.net.enter(host), f"route flush table {DETOUR}\n"
+        enter, flush = self.net.enter(host), f"route flush {DETOUR}\n"
         run([*enter, "ip", "-6", "-force", "-batch", "-"], text=flush, check=False)
         asked = flush + "xfrm policy\nxfrm state list nokeys\n"
         found = run([*enter, "ip", "-force", "-batch", "-"], text=asked, check=False).stdout
@@ -375,8 +376,8 @@ class Lab:
             self.stop(*pair)
         for host in {pair[0] for pair in pairs}:
             script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset"
-            for table in (220, DETOUR, lab_bird.TABLE):
-                script += f"; ip route flush table {table}; ip -6 route flush table {table}"
+            for which in ("table 220", DETOUR, f"table {lab_bird.TABLE}"):
+                script += f"; ip route flush {which}; ip -6 route flush {which}"
             self.command(host, ["sh", "-c", script])
             for name in ("state", *LOGS, "ikectx.vici", "charon.vici"):
                 path = self.work / host / name

@@ -370,9 +370,7 @@ def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield (
         "No name collides. CPU and memory are those of the agents; memory is what their resident sets have "
         "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
-        "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move. The gateways' "
-        "charons run with `kernel-netlink.roam_events = no` (README, Limits): by default each route behind "
-        "an SA that has moved makes charon look at all the others."
+        "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move."
     )
 
 

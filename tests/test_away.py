@@ -43,7 +43,7 @@ class Fuse:
 
 
 class Routes:
-    """Table 4067."""
+    """Those of the kernel by way of other gateways."""
 
     def __init__(self, fuse: Fuse) -> None:
         self.fuse = fuse
@@ -78,6 +78,8 @@ class Routes:
 
     def open_up(self, prefixes: Iterable[Any]) -> None:
         self.shut_up -= set(map(str, prefixes))
+
+    def forget_old_table(self) -> None: ...
 
     def listing(self, *, shut: bool = False) -> list[Any]:
         return [ip_network(prefix) for prefix in (self.shut_up if shut else self.leads)]

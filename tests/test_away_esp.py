@@ -253,10 +253,7 @@ def test_an_agent_mends_the_way(version: int) -> None:
                 await asyncio.sleep(0.4)
                 assert place.packet() == "inner"
                 six = "-6 " if version == 6 else ""
-                place.space.run(f"ip {six}route flush table 4067")
-                await asyncio.sleep(0.4)
-                assert place.packet() == "inner"
-                place.space.run(f"ip {six}rule del pref 210")
+                place.space.run(f"ip {six}route flush table local proto 91")
                 await asyncio.sleep(0.4)
                 assert place.packet() == "inner"
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 import time
@@ -432,24 +433,59 @@ VIA = ("fd00:1::2", "10.1.0.2")
 def test_detour(inner: Namespace) -> None:
     detour = Detour()
     detour.remove(["10.9.0.5/32"])
-    assert inner.run("ip rule", "ip -6 rule").count("4067") == 0
-
     assert detour.add(["10.9.0.5/32", ip_network("10.9.4.0/22"), "fd00:9::5/128"], VIA) == []
     assert detour.add(["10.9.0.5/32"], [ip_address("10.1.0.2")]) == []
-    assert "via 10.1.0.2 dev inner table 4067" in inner.run("ip route get 10.9.0.5")
-    assert "via 10.1.0.2 dev inner table 4067" in inner.run("ip route get 10.9.7.1")
-    assert "via fd00:1::2 dev inner table 4067" in inner.run("ip route get fd00:9::5")
-    assert inner.run("ip rule").count("210:\tfrom all lookup 4067") == 1
-    assert inner.run("ip -6 rule").count("210:\tfrom all lookup 4067") == 1
+    assert "via 10.1.0.2 dev inner" in inner.run("ip route get 10.9.0.5")
+    assert "via 10.1.0.2 dev inner" in inner.run("ip route get 10.9.7.1")
+    assert "via fd00:1::2 dev inner" in inner.run("ip route get fd00:9::5")
     assert {str(net) for net in Detour().listing()} == {"10.9.0.5/32", "10.9.4.0/22", "fd00:9::5/128"}
 
     detour.remove(["10.9.0.5/32", "10.66.0.0/16"])
     assert {str(net) for net in detour.listing()} == {"10.9.4.0/22", "fd00:9::5/128"}
     detour.remove(["10.9.4.0/22"])
-    assert inner.run("ip rule").count("4067") == 0
-    assert inner.run("ip -6 rule").count("4067") == 1
     Detour().flush()
     assert detour.listing() == []
+
+
+def test_detour_touches_no_other_route_of_its_table(inner: Namespace) -> None:
+    """Not even where this host has the mobile node's address itself."""
+    inner.ip("route add 10.9.0.9/32 via 10.1.0.9 table local")
+    before = inner.run("ip route show table local", "ip -6 route show table local")
+    detour = Detour()
+    addresses = ["10.1.0.1/32", "fd00:1::1/128", "10.9.0.9/32"]
+    for change in (detour.add, lambda prefixes, _: detour.shut(prefixes)):
+        change(addresses, VIA)
+        assert "dev lo" in inner.run("ip route get 10.1.0.1")
+        assert "dev lo" in inner.run("ip route get fd00:1::1")
+        assert "via 10.1.0.9" in inner.run("ip route get 10.9.0.9")
+    for undo in (detour.remove, detour.open_up, detour.remove, detour.open_up):
+        undo(addresses)
+    assert inner.run("ip route show table local", "ip -6 route show table local") == before
+
+
+def test_detour_changes_no_route_that_charon_heeds(inner: Namespace) -> None:
+    """charon passes over what it is told of table `local` (struct rtmsg, 255), and over nothing else."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, netlink.ROUTE) as events:
+        events.bind((0, 0))
+        for group in (7, 8, 11, 19):  # routes and rules of IPv4 and IPv6
+            events.setsockopt(270, 1, group)
+        detour = Detour()
+        detour.add(["10.9.0.5/32", "fd00:9::5/128"], VIA)
+        detour.shut(["10.9.0.5/32", "fd00:9::5/128"])
+        detour.flush()
+        told: list[tuple[int, int]] = []
+        while select.select([events], [], [], 0.2)[0]:
+            data = events.recv(1 << 16)
+            told.append((struct.unpack_from("=H", data, 4)[0], data[20]))
+    assert [kind for kind, _ in told].count(24) == [kind for kind, _ in told].count(25) == 4
+    assert set(told) == {(24, 255), (25, 255)}
+
+
+def test_the_table_of_an_older_agent_is_asked_no_more(inner: Namespace) -> None:
+    for six in ("", "-6 "):
+        inner.run(f"ip {six}rule add pref 210 lookup 4067")
+    for _ in range(2):
+        Detour().forget_old_table()
     assert inner.run("ip rule", "ip -6 rule").count("4067") == 0
 
 

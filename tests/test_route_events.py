@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vici_bridge.detour import Detour
+from vici_bridge.detour import PROTOCOL, TABLE, Detour
 from vici_bridge.route_events import RouteEvents, matters
 
 from .netns import namespaces
@@ -16,8 +16,8 @@ from .netns import namespaces
 OWN = 77
 
 
-def message(kind: int, *, port: int = 0, table: int = 252) -> bytes:
-    body = struct.pack("=BBBBBBBBI", 2, 32, 0, 0, table, 4, 0, 1, 0)
+def message(kind: int, *, port: int = 0, maker: int = PROTOCOL) -> bytes:
+    body = struct.pack("=BBBBBBBBI", 2, 32, 0, 0, TABLE, maker, 0, 1, 0)
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, port) + body
 
 
@@ -26,10 +26,10 @@ def message(kind: int, *, port: int = 0, table: int = 252) -> bytes:
     [
         (message(16), True),
         (message(21), True),
-        (message(33), True),
+        (message(33), False),
         (message(25), True),
         (message(25, port=OWN), False),
-        (message(25, table=254), False),
+        (message(25, maker=2), False),
         (message(24), False),
         (message(24) + message(25), True),
         (message(24) + message(28), False),
@@ -71,9 +71,7 @@ def test_changes_are_told_soon_and_our_own_are_not() -> None:
                 assert await told() == 0
                 space.run("ip route add 10.66.0.0/16 via 10.1.0.9", "ip route del 10.66.0.0/16")
                 assert await told() == 0
-                space.run("ip route flush table 4067")
-                assert await told() == 1
-                space.run("ip rule del pref 210")
+                space.run("ip route flush table local proto 91")
                 assert await told() == 1
                 space.ip("link set inner down", "link set inner up")
                 assert await told() == 1, "all that happens at once is one change"

@@ -1,7 +1,10 @@
 """`Detour`: packets for an MN that left are routed on to the gateway that serves it now. I/O.
 
-A routing table of its own, asked by one rule per family before strongSwan's (220), so that neither
-charon's routes nor an administrator's are touched, and all of ours can be found and removed.
+The routes stand in the kernel's table `local`, which is asked before all others, also before strongSwan's.
+They have a protocol number and metrics of their own: no other route is touched, and all of ours can be found
+and removed. A table of our own would do as well for the packets, but charon (5.9.8 to 6.1.0, kernel-netlink)
+looks for the best path of every IKE_SA that it has whenever a route changes in any table but `local` and its
+own: with a thousand SAs, moving one would cost a thousand looks.
 """
 
 from __future__ import annotations
@@ -24,15 +27,18 @@ from .xfrm_parts import INET, INET6, Network, Request, family_of
 
 log = logging.getLogger(__name__)
 
-TABLE = 4067
-PRIORITY = 210
+TABLE = 255
+"""RT_TABLE_LOCAL."""
+PROTOCOL = 91
+"""By which our routes are told from others; Linux leaves numbers from 5 on to routing daemons."""
 
-_NEWROUTE, _DELROUTE, _GETROUTE, _NEWRULE, _DELRULE = 24, 25, 26, 32, 33
-_REQUEST, _ACK, _REPLACE, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
+_OLD_TABLE, _OLD_PRIORITY = 4067, 210
+"""The table of their own that agents kept them in before, and the rule that leads there."""
+_NEWROUTE, _DELROUTE, _GETROUTE, _DELRULE = 24, 25, 26, 33
+_REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 _UNICAST, _LOCAL, _UNREACHABLE = 1, 2, 7
-_STATIC = 4
-_METRIC_V6 = 1024
-"""What Linux gives an IPv6 route that names no metric (IP6_RT_PRIO_USER)."""
+_METRIC = 1024
+"""Of our routes: behind the kernel's own for an address of this host, which has 0."""
 _BEHIND = 1 << 20
 """Metric of the unreachable routes: behind whatever leads somewhere."""
 
@@ -40,13 +46,11 @@ _BEHIND = 1 << 20
 class Detour:
     """Routes by way of another gateway, in the network namespace this object was made in.
 
-    Calls take some 100 us; threads may share it. Routes and rules stay when the agent ends; `flush` removes
+    Calls take some 100 us; threads may share it. Routes stay when the agent ends; `flush` removes
     what any agent before left.
     """
 
-    def __init__(self, table: int = TABLE, priority: int = PRIORITY) -> None:
-        self._table = table
-        self._priority = priority
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._route = Netlink(ROUTE, "routes")
 
@@ -68,7 +72,6 @@ class Detour:
         gateways = [ip_address(str(address)) for address in via]
         skipped: list[Network] = []
         routes: list[Request] = []
-        families: set[int] = set()
         for prefix in map(_network, prefixes):
             gateway = _gateway(prefix, gateways)
             why = _unfit(prefix, gateway)
@@ -76,14 +79,8 @@ class Detour:
                 log.warning("packets for %s are not sent on to another gateway: %s", prefix, why)
                 skipped.append(prefix)
                 continue
-            families.add(_family(prefix))
-            routes.append(self._route_request(_NEWROUTE, prefix, gateway))
-        with self._lock:
-            rules = [self._rule_request(_NEWRULE, family) for family in sorted(families)]
-            requests = [*routes, *rules]
-            for request, outcome in zip(requests, self._route.transact(requests), strict=True):
-                if outcome.errno not in (0, errno.EEXIST):
-                    raise failure(request, outcome)
+            routes.append(_route_request(_NEWROUTE, prefix, gateway))
+        self._make(routes)
         return skipped
 
     def remove(self, prefixes: Iterable[str | Network]) -> None:
@@ -102,12 +99,7 @@ class Detour:
         for prefix in skipped:
             log.warning("packets for %s may leave in the clear: to shut that would shut everything", prefix)
         kept = [prefix for prefix in wanted if prefix.prefixlen]
-        requests = [self._route_request(_NEWROUTE, prefix, None, shut=True) for prefix in kept]
-        requests += [self._rule_request(_NEWRULE, family) for family in sorted(set(map(_family, kept)))]
-        with self._lock:
-            for request, outcome in zip(requests, self._route.transact(requests), strict=True):
-                if outcome.errno not in (0, errno.EEXIST):
-                    raise failure(request, outcome)
+        self._make([_route_request(_NEWROUTE, prefix, None, shut=True) for prefix in kept])
         return skipped
 
     def open_up(self, prefixes: Iterable[str | Network]) -> None:
@@ -118,9 +110,29 @@ class Detour:
 
     def flush(self) -> None:
         """Remove every detour, and open up what is shut. Errors: KernelError."""
+        self.forget_old_table()
         with self._lock:
             self._delete(self._listing())
             self._delete(self._listing(shut=True), shut=True)
+
+    def forget_old_table(self) -> None:
+        """Have nobody asked any more for the table of its own that an older agent had. Errors: KernelError.
+
+        Nothing else finds what is in it.
+        """
+        with self._lock:
+            for family in (INET, INET6):
+                request = _message(
+                    fibmsg,
+                    _DELRULE,
+                    _REQUEST | _ACK,
+                    {"family": family, "action": 1},
+                    [("FRA_PRIORITY", _OLD_PRIORITY), ("FRA_TABLE", _OLD_TABLE)],
+                    what=f"remove the rule that leads to routing table {_OLD_TABLE}",
+                )
+                outcome = self._route.transact([request])[0]
+                if outcome.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT):
+                    raise failure(request, outcome)
 
     def listing(self, *, shut: bool = False) -> list[Network]:
         """All prefixes that are sent on, or those that are shut. Errors: KernelError."""
@@ -157,16 +169,16 @@ class Detour:
             return 0, False
         return int(answer.get_attr("RTA_OIF") or 0), answer.get_attr("RTA_GATEWAY") is None
 
+    def _make(self, routes: Sequence[Request]) -> None:
+        with self._lock:
+            for request, outcome in zip(routes, self._route.transact(routes), strict=True):
+                if outcome.errno not in (0, errno.EEXIST):
+                    raise failure(request, outcome)
+
     def _delete(self, prefixes: Sequence[Network], *, shut: bool = False) -> None:
-        requests = [self._route_request(_DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
+        requests = [_route_request(_DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
         for request, outcome in zip(requests, self._route.transact(requests), strict=True):
             if outcome.errno not in (0, errno.ESRCH):
-                raise failure(request, outcome)
-        used = {_family(prefix) for prefix in (*self._listing(), *self._listing(shut=True))}
-        for family in {INET, INET6} - used:
-            request = self._rule_request(_DELRULE, family)
-            outcome = self._route.transact([request])[0]
-            if outcome.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT):
                 raise failure(request, outcome)
 
     def _listing(self, *, shut: bool = False) -> list[Network]:
@@ -176,8 +188,8 @@ class Detour:
                 rtmsg,
                 _GETROUTE,
                 _REQUEST | _DUMP,
-                {"family": family},
-                [("RTA_TABLE", self._table)],
+                {"family": family, "proto": PROTOCOL},
+                [("RTA_TABLE", TABLE)],
                 what="list the detours",
             )
             try:
@@ -190,50 +202,33 @@ class Detour:
             for answer in answers:
                 message = _decoded(answer)
                 wanted = _UNREACHABLE if shut else _UNICAST
-                ours = message.get_attr("RTA_TABLE") == self._table and message["family"] == family
+                table, maker = message.get_attr("RTA_TABLE"), message["proto"]
+                ours = (table, maker, message["family"]) == (TABLE, PROTOCOL, family)
                 if ours and message["type"] == wanted:
                     destination = message.get_attr("RTA_DST") or ("0.0.0.0" if family == INET else "::")  # noqa: S104
                     found.append(_network(f"{destination}/{message['dst_len']}"))
         return found
 
-    def _route_request(
-        self, number: int, prefix: Network, gateway: Address | None, *, shut: bool = False
-    ) -> Request:
-        attributes: list[tuple[str, Any]] = [
-            ("RTA_TABLE", self._table),
-            ("RTA_DST", str(prefix.network_address)),
-        ]
-        if gateway is not None and family_of(gateway) == _family(prefix):
-            attributes.append(("RTA_GATEWAY", str(gateway)))
-        elif gateway is not None:
-            attributes.append(("RTA_VIA", {"family": family_of(gateway), "addr": str(gateway)}))
-        new = number == _NEWROUTE
-        # IPv6 routes are told apart by their metric only, IPv4 ones by their type, too
-        if shut:
-            attributes.append(("RTA_PRIORITY", _BEHIND))
-        elif _family(prefix) == INET6:
-            attributes.append(("RTA_PRIORITY", _METRIC_V6))
-        fields = {"family": _family(prefix), "dst_len": prefix.prefixlen}
-        fields |= {"type": _UNREACHABLE if shut else _UNICAST}
-        if new:
-            fields |= {"proto": _STATIC}
-        else:
-            fields |= {"scope": 255}  # RT_SCOPE_NOWHERE: whatever its scope is
-        flags = _REQUEST | _ACK | (_CREATE | _REPLACE if new else 0)
-        where = "nowhere" if shut else f"via {gateway}"
-        what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
-        return _message(rtmsg, number, flags, fields, attributes, what=what)
 
-    def _rule_request(self, number: int, family: int) -> Request:
-        new = number == _NEWRULE
-        return _message(
-            fibmsg,
-            number,
-            _REQUEST | _ACK | (_CREATE | _EXCL if new else 0),
-            {"family": family, "action": 1},
-            [("FRA_PRIORITY", self._priority), ("FRA_TABLE", self._table)],
-            what=f"{'add' if new else 'remove'} the rule that leads to routing table {self._table}",
-        )
+def _route_request(number: int, prefix: Network, gateway: Address | None, *, shut: bool = False) -> Request:
+    attributes: list[tuple[str, Any]] = [
+        ("RTA_TABLE", TABLE),
+        ("RTA_DST", str(prefix.network_address)),
+        ("RTA_PRIORITY", _BEHIND if shut else _METRIC),
+    ]
+    if gateway is not None and family_of(gateway) == _family(prefix):
+        attributes.append(("RTA_GATEWAY", str(gateway)))
+    elif gateway is not None:
+        attributes.append(("RTA_VIA", {"family": family_of(gateway), "addr": str(gateway)}))
+    new = number == _NEWROUTE
+    fields = {"family": _family(prefix), "dst_len": prefix.prefixlen, "proto": PROTOCOL}
+    fields |= {"type": _UNREACHABLE if shut else _UNICAST}
+    if not new:
+        fields |= {"scope": 255}  # RT_SCOPE_NOWHERE: whatever its scope is
+    flags = _REQUEST | _ACK | (_CREATE | _REPLACE if new else 0)
+    where = "nowhere" if shut else f"via {gateway}"
+    what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
+    return _message(rtmsg, number, flags, fields, attributes, what=what)
 
 
 def is_local(route: Netlink, address: Address) -> bool:

@@ -1,7 +1,7 @@
-"""When the ways that packets are sent on by may have changed: devices, addresses, our routes and rules. I/O.
+"""When the ways that packets are sent on by may have changed: devices, addresses, our routes. I/O.
 
 A device that goes down takes its routes along, and nobody brings ours back; systemd-networkd removes routes
-and rules that it does not know when it starts (ManageForeignRoutes, ManageForeignRoutingPolicyRules).
+that it does not know when it starts (ManageForeignRoutes).
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterator
 
 from ikectx.errors import KernelError
 
+from .detour import PROTOCOL
 from .netlink import ROUTE
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_GROUPS = (1, 5, 7, 8, 9, 11, 19)
-"""RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE."""
+_GROUPS = (1, 5, 7, 9, 11)
+"""RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
 _HEADER = struct.Struct("=IHHII")
 _DEVICE_OR_ADDRESS = (16, 17, 20, 21)
 """RTM_NEWLINK, DELLINK, NEWADDR, DELADDR."""
-_DELROUTE, _DELRULE = 25, 33
-_COMPAT = 252
-"""What a route says of its table where that has a number above 255, as ours (RT_TABLE_COMPAT)."""
+_DELROUTE = 25
+_MAKER = 5
+"""Where a route (struct rtmsg) says which protocol made it."""
 _SOON = 0.2
 """Seconds from a change until it is looked at, with all that change meanwhile."""
 
@@ -35,9 +36,9 @@ def matters(data: bytes, own: int) -> bool:
     `own`: the netlink port by which this process changes routes itself.
     """
     for kind, port, body in _messages(data):
-        if kind in _DEVICE_OR_ADDRESS or kind == _DELRULE:
+        if kind in _DEVICE_OR_ADDRESS:
             return True
-        if kind == _DELROUTE and port != own and len(body) > 4 and body[4] == _COMPAT:
+        if kind == _DELROUTE and port != own and len(body) > _MAKER and body[_MAKER] == PROTOCOL:
             return True
     return False
 
