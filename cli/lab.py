@@ -18,6 +18,7 @@ from . import lab_guest, lab_machine, lab_scenario, lab_start
 from .answers import json_option, show_json
 from .lab_boot import Job, tidy
 from .lab_config import Tunnel
+from .lab_damage import KINDS
 from .lab_fleet import MOST
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS, has_kernel_esp, load_modules
@@ -343,6 +344,21 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
     help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
 )
 @click.option(
+    "--attack",
+    type=click.Choice(tuple(KINDS)),
+    help="No scenarios: attack the gateways, and measure what that does to them and to a mobile node.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0.1, 1_000_000),
+    help="Of --attack: datagrams, connections or messages a second.  [default: as the attack has it]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(5, 86_400),
+    help="Of --attack: for how long.  [default: 60]",
+)
+@click.option(
     "--from",
     "files",
     multiple=True,
@@ -365,18 +381,20 @@ def bench(
     clock: str,
     esp: str,
     drain: int | None,
+    attack: str | None,
+    rate: float | None,
+    seconds: float | None,
     files: tuple[Path, ...],
     target: Path | None,
     as_json: bool,
     names: tuple[str, ...],
 ) -> None:
-    """Run the handover scenarios several times, or one drain; print medians, ratios, CPU time and losses."""
+    """Run the handover scenarios several times, a drain, or an attack; print medians, ratios and losses."""
     from . import lab_bench, lab_page
 
-    if files and (names or drain):
-        raise UsageError("--from takes what has run already: it goes without scenarios and without --drain")
-    if drain and names:
-        raise UsageError("--drain has SAs of its own: it goes without scenarios")
+    _bench_options(
+        files=files, names=names, drain=drain, attack=attack, clock=clock, of_attack=(rate, seconds)
+    )
     if target is not None and not target.absolute().parent.is_dir():
         raise UsageError(f"--page {target}: there is no such folder")
     picture = target.with_suffix(".svg") if target is not None else None
@@ -392,6 +410,9 @@ def bench(
         command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
         found |= {"command": command, **_emptied(drain, guest, clock, esp)}
         summary = lab_bench.drained(found)
+    elif attack:
+        _attacked(attack, rate, seconds, guest, esp, options, as_json=as_json)
+        return
     else:
         default = lab_bench.NATIVE if esp == "libipsec" else lab_bench.SCENARIOS
         wanted = tuple(name for name in names or default for _ in range(runs))
@@ -408,6 +429,55 @@ def bench(
         _write(target, lab_page.page(summary, picture.name))
     if not ok:
         click.get_current_context().exit(1)
+
+
+def _bench_options(
+    *,
+    files: Sequence[Path],
+    names: Sequence[str],
+    drain: int | None,
+    attack: str | None,
+    clock: str,
+    of_attack: Sequence[float | None],
+) -> None:
+    """Errors: UsageError for options of `bench` that do not go together."""
+    if files and (names or drain or attack):
+        without = "it goes without scenarios, --drain and --attack"
+        raise UsageError(f"--from takes what has run already: {without}")
+    if drain and (names or attack):
+        raise UsageError("--drain has SAs of its own: it goes without scenarios and without --attack")
+    if attack and names:
+        raise UsageError("--attack has moves of its own: it goes without scenarios")
+    if attack and clock == "virtual":
+        raise UsageError(
+            "--attack needs --time real", hint="no flood costs anything while the clock stands still"
+        )
+    if not attack and any(one is not None for one in of_attack):
+        raise UsageError("--rate and --seconds are of --attack")
+
+
+def _attacked(
+    kind: str,
+    rate: float | None,
+    seconds: float | None,
+    guest: str,
+    esp: str,
+    options: Sequence[str],
+    *,
+    as_json: bool,
+) -> None:
+    """Runs an attack and prints its report. Raises IkectxError."""
+    from . import lab_attack, lab_damage
+
+    rate, seconds = rate or KINDS[kind].rate, seconds or 60.0
+    words = [*options, f"--attack {kind}", f"--rate {rate:g}", f"--seconds {seconds:g}"]
+    with tidy():
+        found = lab_attack.run(kind, rate, seconds, guest, libipsec=esp == "libipsec", say=_say)
+    told = {"command": " ".join(["ikectx lab bench", *words]), **found}
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    else:
+        lab_start.print_all(lab_damage.tables(told))
 
 
 def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:

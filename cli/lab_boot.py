@@ -18,6 +18,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -216,6 +217,16 @@ def sweep(where: Path = FOLDERS) -> list[str]:
             shutil.rmtree(path, ignore_errors=True)
             gone.append(path.name)
     return gone
+
+
+def code() -> str:
+    """The state of this checkout, as git names it; empty where it is none."""
+    words = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def virtual_time() -> bool:

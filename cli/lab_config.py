@@ -74,6 +74,7 @@ class Tunnel:
     nat: bool = False
     inside: str = "static"
     forward_via: bool = True
+    rogue: bool = False
     connection: Mapping[str, str | int | bool] = field(default_factory=dict)
     child: Mapping[str, str | int | bool] = field(default_factory=dict)
     transfer: Mapping[str, str | int | bool] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class Tunnel:
 
     def same_daemons(self, other: Tunnel) -> bool:
         """Whether daemons that run with this one's files can go on with the other's, reloaded."""
-        names = ("libipsec", "shared", "mobile", "by_packet", "second", "forward_via", "transfer")
+        names = ("libipsec", "shared", "mobile", "by_packet", "second", "forward_via", "rogue", "transfer")
         return all(getattr(self, name) == getattr(other, name) for name in names) and (
             self.plain == other.plain
         )
@@ -372,7 +373,15 @@ ca = "{folder}/x509ca/ca.pem"
 name = "{other}"
 address = "{OUTER[other][4]}:{CXTP_PORT}"
 rights = {_toml(rights)}
-{via}'''
+{via}{_ROGUE if tunnel.rogue else ""}'''
+
+
+_ROGUE = f'''
+[[peer]]
+name = "mn2"
+address = "{OUTER["mn2"][4]}:{CXTP_PORT}"
+rights = ["push", "pull"]
+'''
 
 
 def outer(host: str, tunnel: Tunnel) -> list[str]:

@@ -7,7 +7,6 @@ is one drain on this machine, which a guest runs for `ikectx lab bench --drain`;
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -16,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import CharonError, IkectxError, KernelError
+from ikectx.errors import CharonError, IkectxError
 
 from . import lab_guest
-from .lab_boot import CHECKOUT, CLOCK, GUEST, Job, byte_code, own_folder, tidy
+from .lab_boot import CLOCK, GUEST, tidy
 from .lab_config import Tunnel
 from .lab_fleet import Fleet
 from .lab_hosts import Lab
@@ -43,27 +42,11 @@ def run(size: int, guest: str, clock: str, *, libipsec: bool, say: Say) -> dict[
 
     ESP in user space needs no other kernel than this machine's.
     """
-    here_alone = libipsec and guest in ("auto", "host")
-    lab_guest.check("host" if here_alone else guest, clock)
-    environment = {name: value for name, value in os.environ.items() if name.startswith("IKECTX_LAB_")}
-    byte_code()
-    with own_folder("drain") as shared:
-        result = shared / "drain.json"
-        argv = [sys.executable, "-m", __spec__.name, str(result), str(size)]
-        argv.append("libipsec" if libipsec else "kernel")
-        job = Job(tuple(argv), CHECKOUT, shared, environment, clock=clock, memory_mib=MEMORY_MIB)
-        ways = ("host",) if here_alone else lab_guest.ways(guest, job, lab_guest.means(clock))
-        last = ""
-
-        def tell(line: bytes) -> None:
-            nonlocal last
-            last = line.decode(errors="replace").rstrip()
-            say(last)
-
-        status = asyncio.run(lab_guest.boot(ways, job, tell, say))
-        if status or not result.exists():
-            raise KernelError(f"the drain of {size} SAs ended with status {status}: {last}")
-        return {**json.loads(result.read_text()), "host": host()}
+    words = [str(size), "libipsec" if libipsec else "kernel"]
+    found = lab_guest.result(
+        __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
+    )
+    return {**found, "host": host()}
 
 
 def drain(size: int, *, libipsec: bool, say: Say) -> dict[str, Any]:

@@ -7,15 +7,30 @@ Linux (`lab_uml`, at nearly the speed of this machine) and QEMU (`lab_qemu`, slo
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ikectx.errors import KernelError, UsageError
 
 from . import lab_qemu, lab_uml
-from .lab_boot import CHECKOUT, CLOCK, GUEST, Boot, Job, NotStartedError, Output, run, sweep
+from .lab_boot import (
+    CHECKOUT,
+    CLOCK,
+    GUEST,
+    Boot,
+    Job,
+    NotStartedError,
+    Output,
+    byte_code,
+    own_folder,
+    run,
+    sweep,
+)
 from .lab_net import has_kernel_esp, load_modules
 
 WAYS = ("host", "uml", "qemu")
@@ -114,6 +129,42 @@ def run_job(guest: str, job: Job, output: Output, say: Say) -> int:
     check(guest, job.clock, job.root, job.cpus)
     sweep()
     return asyncio.run(boot(ways(guest, job, means(job.clock)), job, output, say))
+
+
+def result(
+    module: str,
+    words: Sequence[str],
+    guest: str,
+    clock: str,
+    *,
+    libipsec: bool,
+    memory_mib: int,
+    say: Say,
+) -> Any:
+    """The JSON that `python -m module RESULT WORDS...` leaves in RESULT, run in a guest (of `WAYS`, or auto).
+
+    ESP in user space (`libipsec`) needs no other kernel than this machine's. Raises IkectxError.
+    """
+    here_alone = libipsec and guest in ("auto", "host")
+    check("host" if here_alone else guest, clock)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("IKECTX_LAB_")}
+    byte_code()
+    with own_folder("result") as shared:
+        file = shared / "result.json"
+        argv = (sys.executable, "-m", module, str(file), *words)
+        job = Job(argv, CHECKOUT, shared, environment, clock=clock, memory_mib=memory_mib)
+        guests = ("host",) if here_alone else ways(guest, job, means(clock))
+        last = ""
+
+        def tell(line: bytes) -> None:
+            nonlocal last
+            last = line.decode(errors="replace").rstrip()
+            say(last)
+
+        status = asyncio.run(boot(guests, job, tell, say))
+        if status or not file.exists():
+            raise KernelError(f"{module.rpartition('.')[2]} ended with status {status}: {last}")
+        return json.loads(file.read_text())
 
 
 def python(root: Path) -> str:

@@ -11,11 +11,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ikectx.errors import IkectxError, KernelError
 
@@ -24,6 +24,9 @@ from .lab_boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code
 from .lab_report import Report
 from .lab_series import run_here
 from .lab_usage import clock_stands_still
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 Say = Callable[[str], None]
 
@@ -253,20 +256,29 @@ def complete(request: Request, found: Mapping[int, dict[str, Any]]) -> list[dict
     ]
 
 
-def show(reports: Sequence[dict[str, Any]]) -> None:
-    """Prints reports for people: each by itself, or a line each when there are many."""
+def _console() -> Console:
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
+def print_all(parts: Iterable[RenderableType]) -> None:
+    """Prints tables for people."""
+    console = _console()
+    for part in parts:
+        console.print(part)
+
+
+def show(reports: Sequence[dict[str, Any]]) -> None:
+    """Prints reports for people: each by itself, or a line each when there are many."""
     from .lab_report import repeated, summary, tables
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = _console()
     if len(reports) > 2:
         console.print(summary(reports))
         console.print("\n".join(repeated(reports)), end="")
         return
-    for report in reports:
-        for part in tables(report):
-            console.print(part)
+    print_all(part for report in reports for part in tables(report))
 
 
 def inside(share: Share, guest: int) -> None:

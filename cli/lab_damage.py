@@ -1,0 +1,182 @@
+"""What an attack on a lab's gateways has done: figures in, a report, tables and a row of the page out. Pure.
+
+Every ratio is that of medians within one run: beside the attack against before and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """An attack. `rate`: datagrams, connections or messages a second where none is asked for. `most`:
+    connections that it holds at a time, to each gateway."""
+
+    what: str
+    rate: float
+    most: int = 0
+
+
+KINDS = {
+    "ctar-random": Kind("forged CTARs for SPIs that nobody has, from addresses that nobody has", 5000),
+    "ctar-known": Kind("forged CTARs with the SPIs of the mobile node's SA, from such addresses", 5000),
+    "ctar-mn": Kind("the same from the mobile node's own address", 5000),
+    "garbage": Kind("datagrams that are no CTAR, from addresses that nobody has", 5000),
+    "half-open": Kind("TCP connections on which nothing is sent, from 32 addresses", 500, 1500),
+    "links": Kind(
+        "TLS connections of a peer with a certificate of its own, on which nothing is sent", 50, 1000
+    ),
+    "flood": Kind("offers, contexts and requests of such a peer on one connection", 1000),
+}
+
+HOSTS = ("psg", "nsg")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An agent at one moment: `memory` (VmRSS) and `log` and `state` (agent.out, state_dir) in octets, open
+    `descriptors`, `cpu` time in seconds."""
+
+    memory: int
+    descriptors: int
+    log: int
+    state: int
+    cpu: float
+
+
+def figures(samples: Sequence[Sample], name: str) -> dict[str, int]:
+    """Of a figure: before, at the most, and after."""
+    values = [int(getattr(one, name)) for one in samples]
+    return {"before": values[0], "most": max(values), "after": values[-1]}
+
+
+def agent(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What an agent used, from before the attack until some time after it."""
+    told = {name: figures(samples, name) for name in ("memory", "descriptors", "state")}
+    log = samples[-1].log - samples[0].log
+    return {**told, "log": log, "cpu_seconds": round(samples[-1].cpu - samples[0].cpu, 1)}
+
+
+def times(none: Sequence[float], beside: Sequence[float]) -> float | None:
+    """How many times as long as beside none it takes beside the attack."""
+    if not none or not beside or not median(none):
+        return None
+    return round(median(beside) / median(none), 2)
+
+
+def report(
+    kind: str,
+    asked: Mapping[str, float],
+    sent: Mapping[str, Any],
+    moves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]],
+    samples: Mapping[str, Sequence[Sample]],
+    answers_ms: Sequence[float],
+    rest: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The JSON of a run. `moves`: by transfer and handover, none and beside, `ms` and the words of those that
+    `failed`. `answers_ms`: how long `ikectx status` waited beside the attack, inf where it got no answer."""
+    answered = [one for one in answers_ms if one != float("inf")]
+    return {
+        "attack": kind,
+        "what": KINDS[kind].what,
+        **asked,
+        "sent": dict(sent),
+        **{
+            name: {**one, "times": times(one["none"]["ms"], one["beside"]["ms"])}
+            for name, one in moves.items()
+        },
+        "agents": {host: agent(found) for host, found in samples.items()},
+        "status": {
+            "asked": len(answers_ms),
+            "no_answer": len(answers_ms) - len(answered),
+            "median_ms": round(median(answered), 1) if answered else None,
+            "longest_ms": round(max(answered), 1) if answered else None,
+        },
+        **rest,
+    }
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def _mib(octets: float) -> str:
+    return f"{octets / (1 << 20):.1f}"
+
+
+def _moved(one: Mapping[str, Any]) -> str:
+    """Median beside none and beside the attack, in ms; how many failed there, if some did."""
+    both = [f"{median(found['ms']):.0f}" if found["ms"] else "–" for found in (one["none"], one["beside"])]
+    failed = len(one["beside"]["failed"])
+    of = failed + len(one["beside"]["ms"])
+    ratio = f" ({one['times']:.1f} times)" if one["times"] is not None else ""
+    return " / ".join(both) + ratio + (f", {failed} of {of} failed" if failed else "")
+
+
+def _three(one: Mapping[str, int], *, mib: bool) -> str:
+    return " / ".join(_mib(one[name]) if mib else str(one[name]) for name in ("before", "most", "after"))
+
+
+HEAD = (
+    "attack",
+    "sent",
+    "of them a second",
+    "CPU s",
+    "transfer, ms",
+    "the MN's handover, ms",
+    "`status`, ms",
+)
+VICTIMS = ("attack", "agent", "memory, MiB", "descriptors", "state_dir, MiB", "log, KiB", "CPU s")
+
+
+def row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells below `HEAD` for one report."""
+    sent, status = one["sent"], one["status"]
+    lost = f", {status['no_answer']} of {status['asked']} without answer" if status["no_answer"] else ""
+    asked = f"{status['median_ms']:.0f}, at most {status['longest_ms']:.0f}" if status["longest_ms"] else "–"
+    count = sent.get("sent", 0)
+    return (
+        one["attack"],
+        str(count)
+        + "".join(f", {sent[name]} {name}" for name in ("held at most", "cut off") if sent.get(name)),
+        f"{count / sent['seconds']:.0f}" if sent["seconds"] else "–",
+        f"{sent['cpu_seconds']:.0f}",
+        _moved(one["transfer"]),
+        _moved(one["handover"]),
+        asked + lost,
+    )
+
+
+def victims(one: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    """The cells below `VICTIMS` for one report, a line an agent."""
+    for host, found in one["agents"].items():
+        yield (
+            one["attack"],
+            host,
+            _three(found["memory"], mib=True),
+            _three(found["descriptors"], mib=False),
+            _three(found["state"], mib=True),
+            f"{found['log'] / 1024:.0f}",
+            f"{found['cpu_seconds']:.0f}",
+        )
+
+
+def tables(one: Mapping[str, Any]) -> list[RenderableType]:
+    """The report for a terminal."""
+    from rich.table import Table
+
+    first = Table(*(name.replace("`", "") for name in HEAD), title=f"{one['attack']}: {one['what']}")
+    first.add_row(*row(one))
+    second = Table(*VICTIMS, title="before / at the most / after")
+    for cells in victims(one):
+        second.add_row(*cells)
+    failed = [
+        f"{name}: {text}" for name in ("transfer", "handover") for text in one[name]["beside"]["failed"]
+    ]
+    return [first, second, *dict.fromkeys(failed)]
