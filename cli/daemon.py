@@ -20,8 +20,8 @@ from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.links import PeerConfig, TlsConfig
 from ikectx.mnlink import MnServer
+from ikectx.name import SaName
 from ikectx.plain import PlainServer, plain_dial, plain_listen
-from ikectx.ports import SaName
 from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore

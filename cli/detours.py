@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from ipaddress import ip_network
 
 from ikectx.errors import UnknownSaError, UsageError
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from vici_bridge.charon import SaView
 from vici_bridge.departures import Departure
 

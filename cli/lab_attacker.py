@@ -28,6 +28,7 @@ from ikectx.context import Endpoint, Identity, IkeContext, Secret, TrafficSelect
 from ikectx.cxtp import Ctar, Ctd, CtReq, Pctd
 from ikectx.errors import IkectxError
 from ikectx.links import TlsConfig
+from ikectx.name import SaName
 from ikectx.numbers import IdType
 from ikectx.profile import TransferHeader, encode
 from ikectx.tokens import Purpose, make_ctar
@@ -95,7 +96,7 @@ def datagram(source: str, port: int, to: str, payload: bytes) -> bytes:
     return ip + struct.pack("!HHHH", port, CXTP_PORT, 8 + len(payload), 0) + payload
 
 
-def forged(gateway: str, purpose: Purpose, spis: tuple[bytes, bytes], mn: str) -> Ctar:
+def forged(gateway: str, purpose: Purpose, spis: SaName, mn: str) -> Ctar:
     """A CTAR for that gateway with a token whose key is random."""
     other = next(name for name in GATEWAYS if name != gateway)
     psg, nsg = (other, gateway) if purpose is Purpose.ARRIVE else (gateway, other)
@@ -133,12 +134,12 @@ def bad(number: int, good: bytes) -> bytes:
 
 def datagrams(order: Order, count: int = TAKEN) -> list[tuple[str, bytes]]:
     """(gateway's address, IP packet) each: to both gateways, announcements and arrivals, by turns."""
-    known = (bytes.fromhex(order.spis[0]), bytes.fromhex(order.spis[1]))
+    known = SaName.from_key("".join(order.spis))
     made = []
     for number in range(count):
         gateway = GATEWAYS[number % 2]
         purpose = (Purpose.ARRIVE, Purpose.ANNOUNCE)[number // 2 % 2]
-        drawn = (secrets.token_bytes(8), secrets.token_bytes(8))
+        drawn = SaName(secrets.token_bytes(8), secrets.token_bytes(8))
         mn = stranger() if order.kind in ("ctar-random", "garbage") else OUTER["mn"][4]
         spis = drawn if order.kind in ("ctar-random", "garbage") else known
         payload = forged(gateway, purpose, spis, mn).serialize()
@@ -299,7 +300,7 @@ def offered(order: Order) -> IkeContext:
 def messages(order: Order, count: int = TAKEN) -> Iterator[bytes]:
     """Offers that are empty, to be checked, or of an identity not allowed; contexts that nobody offered;
     requests with a forged token. By turns, each for another mobile node."""
-    known = (bytes.fromhex(order.spis[0]), bytes.fromhex(order.spis[1]))
+    known = SaName.from_key("".join(order.spis))
     for number in range(count):
         mn = ip_address(stranger())
         header = TransferHeader(secrets.token_bytes(8), "check")

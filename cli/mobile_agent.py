@@ -18,7 +18,8 @@ from typing import Any
 from ikectx import trace
 from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
-from ikectx.ports import SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import Store
 from vici_bridge.addresses import OuterAddresses
 from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
@@ -142,7 +143,7 @@ class MobileAgent:
 
     async def _leave(self, sa: SaName, name: SaName, context: IkeContext) -> None:
         """An SA was ended here while it was passive and no agent looked: no gateway is to keep it."""
-        asked = [one for one in self.handovers.notes.in_question() if one["spi_i"] == sa[0].hex()]
+        asked = [one for one in self.handovers.notes.in_question() if one["spi_i"] == sa.spi_i.hex()]
         names = [name for one in asked for name in (one["to"], one["from"])]
         found = self._config.gateway_at(context.remote.address)
         gateways = [self._config.gateway(name) for name in names] or ([found] if found is not None else [])
@@ -172,7 +173,7 @@ class MobileAgent:
                 await asyncio.sleep(1)
         self.handovers.notes.only(listed)
         for asked in self.handovers.notes.in_question():
-            sa = (bytes.fromhex(asked["spi_i"]), bytes.fromhex(asked["spi_r"]))
+            sa = SaName.from_key(asked["spi_i"] + asked["spi_r"])
             log.warning("%s was asked to serve %s: asking again", asked["to"], asked["connection"])
             try:
                 await self.handovers.arrive(asked["to"], sa)

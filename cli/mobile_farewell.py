@@ -18,7 +18,7 @@ from ikectx.context import Endpoint, IkeGeneration
 from ikectx.errors import CharonError, IkectxError, UnknownSaError, WireError
 from ikectx.keys import iv_length
 from ikectx.mobility import Outcome
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from mobike_ext.farewell import Farewell
 from mobike_ext.link import run_farewell
 from vici_bridge.mobile import CharonMobile

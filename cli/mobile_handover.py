@@ -37,8 +37,9 @@ from ikectx.errors import (
 )
 from ikectx.mnlink import run_handover
 from ikectx.mobility import Event, Handover, MobileState, Mode, Outcome, Prepared, Retry, Router
+from ikectx.name import SaName
 from ikectx.numbers import Status
-from ikectx.ports import SaName, Store
+from ikectx.ports import Store
 from vici_bridge.charon import SaView
 from vici_bridge.mobile import CharonMobile, EndedUnheardError
 
@@ -473,7 +474,7 @@ class Handovers:
             report.unusable(error)
             return
         report.renamed = len(renames)
-        run.now = (renames.get(run.sa[0], run.sa[0]), renames.get(run.sa[1], run.sa[1]))
+        run.now = run.sa.renamed(renames)
         try:
             if not run.held:
                 # under its old name nobody will answer what charon may be asking

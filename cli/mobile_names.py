@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from ikectx.context import IkeContext
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import IkectxError, WireError
+from ikectx.name import SaName
 from ikectx.numbers import Fpt, Protocol
-from ikectx.ports import SaName
 from ikectx.spis import ESP, IKE, parse_new_spis
 from mobike_ext.notify import Reason
 from vici_bridge.host import CharonHost

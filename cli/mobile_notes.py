@@ -7,7 +7,8 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ikectx.ports import SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import Store
 
 ASKED = "asked"
 """Kind of store entry: nSG was asked for this SA, and its answer is not known."""
@@ -27,15 +28,15 @@ class Notes:
             "to": to,
             "from": from_,
             "connection": connection,
-            "spi_i": sa[0].hex(),
-            "spi_r": sa[1].hex(),
+            "spi_i": sa.spi_i.hex(),
+            "spi_r": sa.spi_r.hex(),
             "since": round(time.time(), 3),
         }
-        self._store.put(ASKED, _key(sa), json.dumps(note).encode())
+        self._store.put(ASKED, sa.key, json.dumps(note).encode())
 
     def answered(self, sa: SaName) -> None:
         """Who serves the SA is known."""
-        self._store.delete(ASKED, _key(sa))
+        self._store.delete(ASKED, sa.key)
 
     def in_question(self) -> list[dict[str, Any]]:
         """SAs that nSG was asked for without an answer that counts, by this agent or one before it."""
@@ -43,7 +44,7 @@ class Notes:
 
     def only(self, listed: Collection[SaName]) -> None:
         """charon has these SAs: one in question that it has not was rekeyed, or is gone."""
-        known = {_key(sa) for sa in listed}
+        known = {sa.key for sa in listed}
         for key, _ in self._store.items(ASKED):
             if key not in known:
                 self._store.delete(ASKED, key)
@@ -56,7 +57,3 @@ class Notes:
         """The last report, also of an agent before this one; None: there was none."""
         raw = self._store.get(LAST, LAST)
         return None if raw is None else json.loads(raw)
-
-
-def _key(sa: SaName) -> str:
-    return (sa[0] + sa[1]).hex()

@@ -9,8 +9,8 @@ from typing import Any
 from ikectx.context import Address, Endpoint
 from ikectx.errors import IkectxError, LinkError, RefusedError, UnknownSaError
 from ikectx.mobility import MobileState, Outcome
+from ikectx.name import SaName
 from ikectx.numbers import STATUS_TEXT, Status
-from ikectx.ports import SaName
 
 _OF_ONE_ADDRESS = frozenset(
     {Status.NO_ADDRESS, Status.ESP_SPI_IN_USE, Status.KERNEL, Status.UNREACHABLE, Status.PEER_SILENT}
@@ -119,8 +119,8 @@ class Report:
             "mode": self.mode,
             "announced": self.announced,
             "connection": self.connection,
-            "spi_i": self.spis[0].hex(),
-            "spi_r": self.spis[1].hex(),
+            "spi_i": self.spis.spi_i.hex(),
+            "spi_r": self.spis.spi_r.hex(),
             **ends,
             "children": list(self.children),
             "vips": [str(vip) for vip in self.vips],

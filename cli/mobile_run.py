@@ -10,12 +10,15 @@ from typing import Any
 
 from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.mobility import Handover
-from ikectx.ports import SaName
+from ikectx.name import SaName
 
 from .mobile_config import GatewayEntry
 from .mobile_report import Report
 
 Progress = Callable[[Mapping[str, Any]], None]
+
+
+_NAMELESS = SaName(b"", b"")
 
 
 @dataclass(slots=True)
@@ -42,7 +45,7 @@ class Run:
     """When the announcement's time is over, by the loop's clock."""
     task: asyncio.Task[Report] | None = None
     since: float = field(default_factory=time.monotonic)
-    now: SaName = (b"", b"")
+    now: SaName = _NAMELESS
     """What the SA is called at last: `sa`, unless its IKE SPIs were taken at nSG."""
     was_held: bool = False
     """The SA was passive by us at some time."""

@@ -39,8 +39,9 @@ from ikectx.errors import (
 )
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import iv_length
+from ikectx.name import SaName
 from ikectx.numbers import Protocol
-from ikectx.ports import SaName, Store
+from ikectx.ports import Store
 from mobike_ext.answering import Asked, SpiResponder
 from mobike_ext.link import run_spi_update, serve_updates
 from mobike_ext.naming import mirrored
@@ -270,7 +271,7 @@ class SpiWatch:
     async def _leave(self, sa: SaName, event: Asked) -> None:
         """Whoever ended the SA here while it was passive has ended it at its gateway, too."""
         ike = {one.old: one.new for one in event.pairs if one.protocol is Protocol.IKE}
-        new = (ike.get(sa[0], sa[0]), ike.get(sa[1], sa[1]))
+        new = sa.renamed(ike)
         if self._farewells is None or sa not in self._ears or not await self._farewells.ended(sa, new):
             return
         context, local = self._mobile.recorded(sa), self._ears[sa][0]
@@ -302,7 +303,7 @@ class SpiWatch:
         # what charon tells is the ID after the last one used; a request that is in flight has it, unanswered
         used = await self._in_flight(sa)
         note = self._mirror(context, context.mid_initiator - used, view.local, remote, asks)
-        self._store.put(MIRROR, _key(sa), note.dumps())
+        self._store.put(MIRROR, sa.key, note.dumps())
         return note
 
     @staticmethod
@@ -316,7 +317,7 @@ class SpiWatch:
 
     async def _in_flight(self, sa: SaName) -> bool:
         listed = await asyncio.to_thread(self._host.vici.list_sas)
-        name = (sa[0].hex(), sa[1].hex())
+        name = (sa.spi_i.hex(), sa.spi_r.hex())
         found = (one for one in listed if (one.get("initiator-spi"), one.get("responder-spi")) == name)
         return any(one.get("tasks-active") for one in found)
 
@@ -347,7 +348,7 @@ class SpiWatch:
                 log.info("%s: new SPIs, as %s asked: %s", context.connection, note.remote, told)
             else:
                 log.warning("%s asked for other SPIs, then refused them", note.remote)
-        self._store.delete(MIRROR, _key(sa))
+        self._store.delete(MIRROR, sa.key)
 
     # A handover.
 
@@ -358,13 +359,13 @@ class SpiWatch:
         """
         context = self._mobile.recorded(sa)
         note = self._mirror(context, message_id, local, remote, ())
-        self._store.put(MIRROR, _key(sa), note.dumps())
+        self._store.put(MIRROR, sa.key, note.dumps())
         try:
             message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
             await self._mobile.count(sa, initiator=message_id)
         except LinkError as error:
             log.warning("%s does not answer: %s", remote, error)
-        self._store.delete(MIRROR, _key(sa))
+        self._store.delete(MIRROR, sa.key)
         return message_id
 
     @contextlib.asynccontextmanager
@@ -418,7 +419,7 @@ class SpiWatch:
         For before `CharonMobile.resume`, which makes the SA active again.
         """
         for key, raw in list(self._store.items(MIRROR)):
-            sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+            sa = SaName.from_key(key)
             view = await self._view(sa)
             try:
                 if view is not None and view.state == "PASSIVE":
@@ -454,7 +455,3 @@ class _Answering(SpiResponder):
 
 async def _to_its_end(task: asyncio.Task[None]) -> None:
     await task
-
-
-def _key(sa: SaName) -> str:
-    return (sa[0] + sa[1]).hex()

@@ -37,8 +37,8 @@ def context_json(context: IkeContext, *, secrets: bool = False) -> dict[str, Any
     With `secrets` the SK_* of each generation and the keys of each CHILD_SA are derived and shown too.
     """
     shown: dict[str, Any] = {
-        "spi_i": context.spis[0].hex(),
-        "spi_r": context.spis[1].hex(),
+        "spi_i": context.spis.spi_i.hex(),
+        "spi_r": context.spis.spi_r.hex(),
         **_data(context, secrets),
     }
     if not secrets:

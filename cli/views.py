@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ikectx.errors import IkectxError, UnknownSaError, UsageError
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from vici_bridge.charon import SaView
 from vici_bridge.host import CharonHost
 
@@ -48,16 +48,12 @@ def sa_name(text: str) -> SaName | None:
     """What `list` prints: both SPIs in hexadecimal with a colon between. Errors: UsageError."""
     if not text:
         return None
-    parts = text.lower().split(":")
     try:
-        spi_i, spi_r = (bytes.fromhex(part) for part in parts)
-        if (len(spi_i), len(spi_r)) == (8, 8):
-            return spi_i, spi_r
+        return SaName.from_text(text.lower())
     except ValueError:
-        pass
-    raise UsageError(
-        f"sa is not an IKE_SA's two SPIs: {text!r}", hint="as `ikectx list` prints them: SPIi:SPIr"
-    )
+        raise UsageError(
+            f"sa is not an IKE_SA's two SPIs: {text!r}", hint="as `ikectx list` prints them: SPIi:SPIr"
+        ) from None
 
 
 def _child_spis(view: SaView) -> list[bytes]:

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
         WireError,
     )
     from .links import PeerConfig, Stream, TlsConfig
+    from .name import SaName
     from .numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
-    from .ports import Clock, ContextSink, ContextSource, MoveReport, Renamer, SaName, Store, Verdict
+    from .ports import Clock, ContextSink, ContextSource, MoveReport, Renamer, Store, Verdict
     from .profile import TransferHeader, decode_final, encode_final
     from .profile import decode as decode_context
     from .profile import encode as encode_context
@@ -119,7 +120,7 @@ __all__ = [
 ]
 
 _ROOMS = (
-    *("errors", "numbers", "context", "ports", "cxtp", "profile", "transfer", "report"),
+    *("errors", "numbers", "name", "context", "ports", "cxtp", "profile", "transfer", "report"),
     *("store", "links", "serving", "aio"),
 )
 """Where names are looked for: what costs little first."""

@@ -3,7 +3,7 @@
     store = open_store("/var/lib/ikectx", now=time.time())
     gateway = Gateway("psg", source, sink, store, [PeerConfig("nsg", "192.0.2.2")], TlsConfig(cert, key, ca))
     await gateway.start([("192.0.2.1", 5091)])
-    report = await gateway.transfer((spi_i, spi_r), "nsg")
+    report = await gateway.transfer(SaName(spi_i, spi_r), "nsg")
 
 `source` and `sink` are `ports`; all decisions are `transfer`'s.
 """
@@ -28,10 +28,11 @@ from .desk import Desks
 from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
 from .links import Dial, Link, Links, PeerConfig, Stream, TlsConfig, tls_dial, tls_listen
 from .moves import Moves
+from .name import SaName
 from .notices import Hear, Notices
 from .numbers import Status
 from .outgoing import Address, Outgoing
-from .ports import Clock, ContextSink, ContextSource, SaName
+from .ports import Clock, ContextSink, ContextSource
 from .report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
 from .run import Observer, Parts, Tasks
 from .serving import MobileConfig, Serving, UsedTokens
@@ -228,7 +229,7 @@ class Gateway:
         that is cancelled cancels a transfer that has not let go.
         """
         peer = self._peer(to)
-        return await self._moves.transfer(peer, sa, address, dry_run, progress)
+        return await self._moves.transfer(peer, SaName(*sa), address, dry_run, progress)
 
     async def transfer_all(
         self,

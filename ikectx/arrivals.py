@@ -24,9 +24,10 @@ from .incoming import Incoming
 from .links import Links, PeerConfig
 from .machine import Machine
 from .moves import Moves
+from .name import SaName
 from .numbers import Fpt, Status
 from .outgoing import Outgoing
-from .ports import SaName, new_names
+from .ports import new_names
 from .run import Parts, log, step
 from .serving import MobileConfig, UsedTokens
 from .tokens import Purpose, TokenBlock, TokenError

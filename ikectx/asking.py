@@ -19,8 +19,9 @@ from .desk import Arrived, Desk
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
 from .incoming import Incoming
 from .links import Link, Links, PeerConfig
+from .name import SaName
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import SaName, Verdict
+from .ports import Verdict
 from .profile import TransferHeader
 from .report import HINTS, TARGET_STANDS, Result, TransferReport, mn_label, target_phases
 from .run import Observer, Parts
@@ -60,7 +61,7 @@ def named_sa(blocks: Sequence[ContextDataBlock]) -> tuple[SaName | None, bool]:
     """What `name_sa` has written: the SA, None for any; is it only to be checked?"""
     for block in blocks:
         if block.fpt == Fpt.IKEV2_SA and len(block.data) >= 16:
-            sa = (block.data[:8], block.data[8:16])
+            sa = SaName(block.data[:8], block.data[8:16])
             flags = block.data[16] if len(block.data) > 16 else 0
             return sa if any(block.data[:16]) else None, bool(flags & CHECK_ONLY)
     return None, False
@@ -389,7 +390,7 @@ class Asking:
         sa = context.spis if context is not None else ask.sa
         return TransferReport(
             transfer_id="" if run is None else run.stored.transfer_id.hex(),
-            sa=sa or (b"", b""),
+            sa=sa or SaName(b"", b""),
             mn=mn,
             mn_address=str(ask.mn if run is None else run.mn),
             from_=ask.peer.name,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from .escape import escaped
+from .name import SaName
 from .numbers import Encr, IdType, Integ, KeMethod, Mode, Prf, Protocol
 
 Address = IPv4Address | IPv6Address
@@ -188,6 +189,11 @@ class IkeGeneration:
         if (self.old_skd is None) != (self.old_prf is None):
             raise ValueError("old_skd and old_prf go together")
 
+    @property
+    def spis(self) -> SaName:
+        """The name of this IKE_SA."""
+        return SaName(self.spi_i, self.spi_r)
+
 
 @dataclass(frozen=True, slots=True)
 class ChildContext:
@@ -332,9 +338,9 @@ class IkeContext:
         return self.generations[-1]
 
     @property
-    def spis(self) -> tuple[bytes, bytes]:
+    def spis(self) -> SaName:
         """(initiator SPI, responder SPI), 8 octets each."""
-        return (self.current.spi_i, self.current.spi_r)
+        return self.current.spis
 
 
 @dataclass(frozen=True, slots=True)

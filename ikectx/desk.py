@@ -19,8 +19,9 @@ from .errors import IkectxError, LinkError, RefusedError, StoreError, WireError
 from .incoming import Dropped, Incoming, answer, doubt, refusal
 from .links import Link, Links, PeerConfig
 from .mistakes import log_mistake
+from .name import SaName
 from .numbers import STATUS_TEXT, Status
-from .ports import SaName, Verdict
+from .ports import Verdict
 from .profile import TransferHeader, decode
 from .reasons import refusals
 from .report import mn_label
@@ -337,7 +338,7 @@ class Desk:
                 transfer_id=transfer_id,
                 role="target",
                 peer=self.peer.name,
-                sa=(final.spi_i, final.spi_r),
+                sa=SaName(final.spi_i, final.spi_r),
                 mn="",
                 mn_address=str(message.mn),
                 state=str(TargetState.NEW),

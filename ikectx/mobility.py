@@ -294,7 +294,7 @@ class Handover:
         self.psg = psg
         self.nsg = nsg
         self.sequence = sequence
-        self.spis = (generation.spi_i, generation.spi_r)
+        self.spis = generation.spis
         self.expects = expects
         self.state = MobileState.NEW
         self.ignored = 0

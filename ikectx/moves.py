@@ -16,9 +16,9 @@ from .cxtp import Ctc
 from .dry_run import DryRun
 from .errors import BusyError, IkectxError, StateError, UnknownSaError
 from .links import Links, PeerConfig
+from .name import SaName
 from .numbers import Status
 from .outgoing import Address, Outgoing
-from .ports import SaName
 from .report import TransferReport
 from .run import Observer, Parts, Tasks, log
 from .transfer import SourceInput, SourceState

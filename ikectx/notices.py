@@ -148,7 +148,7 @@ class Notices:
         """A peer's notice: take it in, and say so."""
         try:
             for news in parse_notice(message):
-                log.info("%s says of the SA %s: %s", link.peer.name, news.sa[0].hex(), _words(news))
+                log.info("%s says of the SA %s: %s", link.peer.name, news.sa, _words(news))
                 if self._hear is not None:
                     self._hear(link.peer.name, news)
         except WireError as error:
@@ -167,7 +167,7 @@ def _words(news: Whereabouts) -> str:
 
 
 def _key(peer: str, news: Whereabouts) -> str:
-    return f"{news.sa[0].hex()}{news.sa[1].hex()} {peer}"
+    return f"{news.sa.key} {peer}"
 
 
 def _peer_of(key: str) -> str:

@@ -12,8 +12,9 @@ from .context import FinalState, IkeContext, Secret
 from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
 from .links import Answer, Link, Links, PeerConfig
+from .name import SaName
 from .numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
-from .ports import SaName, Verdict, hand_over, stay, take_nothing
+from .ports import Verdict, hand_over, stay, take_nothing
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
 from .reasons import with_reasons
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words

@@ -14,6 +14,7 @@ from typing import Protocol
 from .context import Address, FinalState, IkeContext
 from .cxtp import ContextDataBlock
 from .errors import RefusedError
+from .name import SaName
 from .numbers import Fpt, Status
 
 
@@ -49,10 +50,6 @@ class MoveReport:
             answered=self.answered + other.answered,
             proven_by_traffic=self.proven_by_traffic or other.proven_by_traffic,
         )
-
-
-SaName = tuple[bytes, bytes]
-"""(initiator SPI, responder SPI): how ports name an IKE_SA."""
 
 
 SENDING_SECONDS = 10.0

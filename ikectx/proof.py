@@ -19,6 +19,7 @@ from .cxtp import MAX_BLOCK_DATA, ContextDataBlock
 from .errors import ProofError, UsageError, WireError
 from .ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader, Message, Reassembly
 from .keys import seal_key
+from .name import SaName
 from .numbers import Exchange, Fpt, Status
 from .wire import Reader, Writer
 
@@ -150,7 +151,7 @@ def _open(context: IkeContext, datagrams: Sequence[bytes]) -> Message:
     return message
 
 
-def spis_of(datagram: bytes) -> tuple[bytes, bytes]:
+def spis_of(datagram: bytes) -> SaName:
     """(initiator SPI, responder SPI) that an IKE datagram names. Errors: WireError when it is too short."""
     reader = Reader(datagram[:HEADER_LENGTH], "IKE header")
-    return reader.octets(8, "SPI"), reader.octets(8, "SPI")
+    return SaName(reader.octets(8, "SPI"), reader.octets(8, "SPI"))

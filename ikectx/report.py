@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .context import IkeContext
 from .errors import IkectxError, LinkError
+from .name import SaName
 from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import SaName, Verdict
+from .ports import Verdict
 from .transfer import SourceState, TargetState
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def mn_label(context: IkeContext) -> str:
 
 def sa_json(sa: SaName) -> dict[str, str]:
     """An IKE_SA's name in hexadecimal."""
-    return {"spi_i": sa[0].hex(), "spi_r": sa[1].hex()}
+    return {"spi_i": sa.spi_i.hex(), "spi_r": sa.spi_r.hex()}
 
 
 def status_json(status: Status) -> dict[str, object]:

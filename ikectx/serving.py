@@ -20,9 +20,9 @@ from .cxtp import Ctc, CtReq
 from .errors import BusyError, IkectxError, LinkError, RefusedError, UnknownSaError, WireError
 from .links import Link, Links
 from .moves import Moves
+from .name import SaName
 from .numbers import Fpt, Status
 from .outgoing import Outgoing, check_expected
-from .ports import SaName
 from .report import TransferReport
 from .run import Parts, Tasks, log, step
 from .tokens import Purpose, TokenError
@@ -66,7 +66,7 @@ class UsedTokens:
             for key, value in self._store.items(self.KIND):
                 if int.from_bytes(value[:8]) < now:
                     self._store.delete(self.KIND, key)
-        key = f"{sa[0].hex()}_{sa[1].hex()}_{sequence:08x}_{int(purpose)}"
+        key = f"{sa.spi_i.hex()}_{sa.spi_r.hex()}_{sequence:08x}_{int(purpose)}"
         used = self._store.get(self.KIND, key)
         if used is not None and used[8:] != transfer_id:
             began = self._store.find("source", used[8:])

@@ -29,8 +29,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from .errors import StoreError
+from .name import SaName
 from .numbers import Status
-from .ports import SaName
 
 SCHEMA = 1
 KEY_SIZE = 32
@@ -345,7 +345,7 @@ class SqliteStore:
             transfer_id=_octets(ident),
             role="source" if role == "source" else "target",
             peer=str(peer),
-            sa=(_octets(spi_i), _octets(spi_r)),
+            sa=SaName(_octets(spi_i), _octets(spi_r)),
             mn=str(mn),
             mn_address=str(mn_address),
             state=str(state),

@@ -48,6 +48,7 @@ from .context import Address, Endpoint, IkeGeneration, Secret
 from .cxtp import Blocks, ContextDataBlock, Ctaa, Ctar, CtReq, StatusBlock, verify_token
 from .errors import RefusedError, WireError
 from .keys import prf_plus, sk_keys
+from .name import SaName
 from .numbers import Fpt, OpenEnum, Status
 from .wire import Reader, Writer
 
@@ -128,9 +129,9 @@ class TokenBlock:
             raise ValueError(f"a tag has {TAG_LENGTH} octets")
 
     @property
-    def spis(self) -> tuple[bytes, bytes]:
+    def spis(self) -> SaName:
         """(initiator SPI, responder SPI)."""
-        return (self.spi_i, self.spi_r)
+        return SaName(self.spi_i, self.spi_r)
 
     @property
     def token(self) -> int:
@@ -194,7 +195,7 @@ def make_ctar(
     router: Address,
     sequence: int,
     purpose: Purpose,
-    spis: tuple[bytes, bytes],
+    spis: SaName,
     psg: str,
     nsg: str,
     expiry: int,

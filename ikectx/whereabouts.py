@@ -21,8 +21,8 @@ from ipaddress import IPv4Address
 
 from .cxtp import MAX_BLOCK_DATA, ContextDataBlock, Ctd
 from .errors import WireError
+from .name import SaName
 from .numbers import Fpt, OpenEnum
-from .ports import SaName
 from .wire import Reader, Writer
 
 NOBODY = IPv4Address(0)
@@ -101,7 +101,7 @@ def parse_notice(message: Ctd) -> tuple[Whereabouts, ...]:
                     raise reader.fail("something behind the end of the list")
                 break
             size = reader.u8("octets of the name")
-            sa = (reader.octets(8, "SPIi"), reader.octets(8, "SPIr"))
+            sa = SaName(reader.octets(8, "SPIi"), reader.octets(8, "SPIr"))
             epoch, name = reader.u64("epoch"), reader.octets(size, "name")
             if what not in (What.HERE, What.MOVED, What.ENDED, What.END):
                 continue

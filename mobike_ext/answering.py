@@ -179,7 +179,7 @@ class SpiResponder:
         addresses: bool = True,
     ) -> None:
         self.local = local
-        self.spis = (generation.spi_i, generation.spi_r)
+        self.spis = generation.spis
         self.state = State.LISTENING
         self.expected_id = expected_id
         self.answering = answering

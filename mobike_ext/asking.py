@@ -84,7 +84,7 @@ class Asking:
             raise UsageError("the gateway and the MN have addresses of different families")
         self.local = local
         self.remote = remote
-        self.spis = (generation.spi_i, generation.spi_r)
+        self.spis = generation.spis
         self.initiator = generation.initiator
         self.iv_length = iv_length(generation.encr)
         self.ignored = 0

@@ -30,6 +30,7 @@ from ipaddress import IPv4Address
 from ikectx.context import Address, Endpoint, IkeGeneration
 from ikectx.errors import UsageError
 from ikectx.ikev2 import Message, RetransmitPolicy, nat_detection_hash
+from ikectx.name import SaName
 from ikectx.numbers import Exchange, Notify
 from ikectx.payloads import NotifyPayload
 
@@ -86,11 +87,8 @@ Event = Moved | Refused | Silent | PeerNatChanged
 # --- the address part ----------------------------------------------------------------------------------
 
 
-SpiPair = tuple[bytes, bytes]
-
-
 def nat_detection(
-    spis: SpiPair, local: Endpoint, remote: Endpoint, conditions: int = 0
+    spis: SaName, local: Endpoint, remote: Endpoint, conditions: int = 0
 ) -> list[NotifyPayload]:
     """Both N(NAT_DETECTION_*) of a message from `local` to `remote`, see this module's docstring."""
     source = _NOWHERE if conditions & Condition.NAT_FAKE else local
@@ -101,7 +99,7 @@ def nat_detection(
 
 
 def nat_conditions(
-    message: Message, spis: SpiPair, local: Endpoint, source: Endpoint, conditions: int = 0
+    message: Message, spis: SaName, local: Endpoint, source: Endpoint, conditions: int = 0
 ) -> int:
     """`conditions` after the NAT detection (RFC 7296, 2.23) of a message that came from `source`, as charon
     reads it; unchanged where the message has none."""
@@ -125,7 +123,7 @@ class AddressPart:
 
     def __init__(
         self,
-        spis: SpiPair,
+        spis: SaName,
         local: Endpoint,
         remote: Endpoint,
         cookie2: bytes,

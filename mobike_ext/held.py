@@ -22,7 +22,7 @@ from collections.abc import Callable
 from ikectx.context import Endpoint
 from ikectx.errors import WireError
 from ikectx.ikev2 import IkeHeader, strip_marker
-from ikectx.ports import SaName
+from ikectx.name import SaName
 
 from .raw import open_raw
 from .unknown import Question

@@ -17,8 +17,8 @@ from enum import Enum
 from ikectx.context import Endpoint
 from ikectx.errors import WireError
 from ikectx.ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader
+from ikectx.name import SaName
 from ikectx.numbers import Payload
-from ikectx.ports import SaName
 from ikectx.proof import EXCHANGES, MAX_PROOF
 from ikectx.rates import RateLimit
 from ikectx.wire import Reader
@@ -87,7 +87,7 @@ class Unknown:
 
         `now` is seconds, monotonic.
         """
-        name = (datagram[:8], datagram[8:16])
+        name = SaName(datagram[:8], datagram[8:16])
         # first of all, so that a storm of one SA costs no more than this
         if now - self._asked.get(name, -AGAIN) < AGAIN:
             return self._drop(Dropped.ASKED)

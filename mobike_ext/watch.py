@@ -28,8 +28,8 @@ from ikectx.context import Address, Endpoint
 from ikectx.errors import IkectxError, LinkError, WireError
 from ikectx.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
 from ikectx.mistakes import log_mistake
+from ikectx.name import SaName
 from ikectx.numbers import Exchange, Payload
-from ikectx.ports import SaName
 
 from . import bpf
 from .raw import (
@@ -149,7 +149,7 @@ class Watcher:
         if found is None:
             return
         datagram, local, remote = found
-        name = (datagram[:8], datagram[8:16])
+        name = SaName(datagram[:8], datagram[8:16])
         if local.address not in self._addresses or name in self._asking or self._known(name):
             return
         question = self.unknown.receive(datagram, local, remote, now)
@@ -159,7 +159,7 @@ class Watcher:
             task.add_done_callback(lambda _: self._asking.pop(name, None))
 
     async def _inquire(self, question: Question) -> None:
-        what = f"{question.spis[0].hex()}:{question.spis[1].hex()} from {question.remote}"
+        what = f"{question.spis} from {question.remote}"
         with trace.span("others may answer", "part"):
             await asyncio.sleep(self._grace)
         if self._known(question.spis):

@@ -12,8 +12,8 @@ from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.cxtp import StatusBlock
 from ikectx.errors import BusyError
 from ikectx.mobility import Handover, MobileState, Mode, Outcome, Prepared
+from ikectx.name import SaName
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import SaName
 from ikectx_cli.mobile_config import MobileFile, parse
 from ikectx_cli.mobile_handover import Handovers
 from ikectx_cli.mobile_notes import ASKED

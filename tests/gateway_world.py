@@ -24,8 +24,9 @@ from ikectx.context import (
 )
 from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.keys import esp_keys, sk_keys
+from ikectx.name import SaName
 from ikectx.numbers import Encr, Integ, Status
-from ikectx.ports import MoveReport, SaName, Store
+from ikectx.ports import MoveReport, Store
 from vici_bridge.away import Away
 from vici_bridge.charon import SaView, sa_views
 from vici_bridge.esp import KernelReplay

@@ -50,7 +50,7 @@ class Node:
         return open_message(self.inbound, strip_marker(datagram, gateway, self.me))
 
     def nat_detection(self, gateway: Endpoint, *, here: Endpoint | None = None) -> list[AnyPayload]:
-        spis = (self.generation.spi_i, self.generation.spi_r)
+        spis = self.generation.spis
         return [
             NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*spis, here or self.me)),
             NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*spis, gateway)),

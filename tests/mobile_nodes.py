@@ -8,8 +8,8 @@ from typing import Any
 
 from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.cxtp import Ctaa, Ctar, CtReq, Message
+from ikectx.name import SaName
 from ikectx.numbers import Status
-from ikectx.ports import SaName
 from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
 
 from .hand_loop import wall

@@ -19,7 +19,7 @@ import pytest
 from ikectx.context import Address, Endpoint, IkeContext, IkeGeneration, ReplayState, TrafficSelector
 from ikectx.errors import CharonError
 from ikectx.keys import esp_keys, sk_keys
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from vici_bridge import ha
 from vici_bridge import steps as steps_module
 from vici_bridge.chain import import_messages

@@ -34,8 +34,9 @@ from ikectx.cxtp import Message, parse_message
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
 from ikectx.links import Dial, PeerConfig, Stream
 from ikectx.machine import Machine
+from ikectx.name import SaName
 from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
-from ikectx.ports import MoveReport, SaName, Verdict
+from ikectx.ports import MoveReport, Verdict
 from ikectx.store import JournalEntry, SqliteStore
 
 

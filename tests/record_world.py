@@ -16,8 +16,8 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
+from ikectx.name import SaName
 from ikectx.numbers import Encr, IdType, KeMethod, Prf
-from ikectx.ports import SaName
 from vici_bridge import ha
 from vici_bridge.ha import HaMessage, IkeId
 from vici_bridge.record import Record

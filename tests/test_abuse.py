@@ -14,7 +14,7 @@ from ikectx.arrivals import AT_ONCE
 from ikectx.context import Endpoint, Secret
 from ikectx.cxtp import Ctaa, Ctar
 from ikectx.mobility import Handover, MobileState, Mode, Router
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from ikectx.serving import MobileConfig
 from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
 from ikectx.transfer import Timing

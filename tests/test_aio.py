@@ -23,6 +23,7 @@ from ikectx.errors import (
     UsageError,
 )
 from ikectx.links import PeerConfig
+from ikectx.name import SaName
 from ikectx.numbers import Fpt, IdType, Status
 from ikectx.ports import Verdict
 from ikectx.report import TransferEvent
@@ -318,10 +319,10 @@ def test_what_is_asked_wrongly_is_an_error() -> None:
             with pytest.raises(UsageError):
                 await w.a.agent.transfer_all([sa], "x")
             with pytest.raises(UnknownSaError):
-                await w.a.agent.transfer((bytes(8), bytes(8)), "b")
+                await w.a.agent.transfer(SaName(bytes(8), bytes(8)), "b")
             with pytest.raises(UnknownSaError):
-                await w.a.agent.transfer((bytes(8), bytes(8)), "b", dry_run=True)
-            first, second = await w.a.agent.transfer_all([(bytes(8), bytes(8)), sa], "b")
+                await w.a.agent.transfer(SaName(bytes(8), bytes(8)), "b", dry_run=True)
+            first, second = await w.a.agent.transfer_all([SaName(bytes(8), bytes(8)), sa], "b")
             assert (first.result, first.status, first.exit_code) == ("refused", Status.UNKNOWN_SA, 6)
             assert first.state_here == "a has no such SA"
             assert second.result == "moved"

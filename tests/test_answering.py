@@ -143,7 +143,7 @@ def test_the_next_request_is_another() -> None:
 
 def test_addresses_move_with_the_names() -> None:
     machine = responder(conditions=0x4000)
-    spis = (SA.spi_i, SA.spi_r)
+    spis = SA.spis
     behind = Endpoint.of("203.0.113.5", 61000)
     event = asked(
         machine,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ikectx.name import SaName
 from vici_bridge.charon import sa_view
 from vici_bridge.deadlines import Deadlines
 
@@ -57,7 +58,7 @@ def test_a_deadline_is_dropped_where_charon_rekeys_before_it() -> None:
 def test_deadlines_of_what_is_gone_are_forgotten() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.keep(SA.spis, b"\x01\x02\x03\x04", 500.0)
-    deadlines.keep((bytes(8), bytes(8)), None, 500.0)
+    deadlines.keep(SaName(bytes(8), bytes(8)), None, 500.0)
     assert deadlines.settle([SA], 600.0) == []
     assert deadlines.next_due() is None
 

@@ -9,6 +9,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from ikectx.errors import StoreError
+from ikectx.name import SaName
 from ikectx.numbers import Mode
 from vici_bridge.departures import (
     ALLOW_PRIORITY,
@@ -39,7 +40,7 @@ PROTECTING = KernelPolicy(
 )
 BLOCKING = block_of(PROTECTING)
 DEPARTURE = Departure(
-    (b"initiato", b"responde"),
+    SaName(b"initiato", b"responde"),
     "mn@example.org",
     "nsg",
     "nsg",

@@ -14,9 +14,9 @@ from ikectx.errors import CharonError, UnknownSaError, UsageError
 from ikectx.ikev2 import IkeHeader, Reassembly, add_marker, seal_message, strip_marker
 from ikectx.keys import iv_length, seal_key
 from ikectx.mobility import Handover, MobileState, Outcome
+from ikectx.name import SaName
 from ikectx.numbers import Exchange, Protocol
 from ikectx.payloads import DeletePayload
-from ikectx.ports import SaName
 from ikectx_cli.mobile_farewell import AFTER_END, LOOK, TOLD, Farewells
 from mobike_ext.asking import Silent
 from mobike_ext.farewell import TABLE, Farewell, Input, State

@@ -13,7 +13,8 @@ import pytest
 
 from ikectx.context import FinalState, IkeContext
 from ikectx.errors import BusyError, LinkError, StoreError, UnknownSaError
-from ikectx.ports import MoveReport, SaName
+from ikectx.name import SaName
+from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
 from vici_bridge import host as host_module
 from vici_bridge import source as source_module

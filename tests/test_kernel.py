@@ -17,6 +17,7 @@ import pytest
 
 from ikectx.context import ReplayState
 from ikectx.errors import KernelError, UsageError
+from ikectx.name import SaName
 from ikectx.numbers import Encr, Integ
 from vici_bridge import netlink
 from vici_bridge import xfrm_wire as wire
@@ -36,8 +37,8 @@ from vici_bridge.xfrm import (
 
 from .netns import Namespace, namespaces
 
-SPIS = (bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718"))
-OTHER = (SPIS[0], bytes.fromhex("1112131415161719"))
+SPIS = SaName(bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718"))
+OTHER = SaName(SPIS[0], bytes.fromhex("1112131415161719"))
 
 
 @pytest.fixture
@@ -377,7 +378,7 @@ def test_mute_other_ports(space: Namespace) -> None:
     mute = Mute()
     mute.prepare()
     began = time.perf_counter()
-    pairs = [(struct.pack(">Q", n), SPIS[1]) for n in range(500)]
+    pairs = [SaName(struct.pack(">Q", n), SPIS.spi_r) for n in range(500)]
     for pair in pairs:
         mute.mute_in(pair)
     assert {entry.spis for entry in mute.listing()} == {*pairs, SPIS}
@@ -385,7 +386,7 @@ def test_mute_other_ports(space: Namespace) -> None:
     with pytest.raises(UsageError):
         Mute(ports=())
     with pytest.raises(UsageError):
-        Mute().mute_in((b"short", SPIS[1]))
+        Mute().mute_in(SaName(b"short", SPIS.spi_r))
 
 
 def test_mute_without_nft(space: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from .rekey_peer import CHILD, IKE_SA
 from .rekey_peer import Peer as RekeyPeer
 
 QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
-SPIS = (SA.spi_i, SA.spi_r)
+SPIS = SA.spis
 root = pytest.mark.usefixtures("as_root")
 
 

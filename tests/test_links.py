@@ -18,8 +18,8 @@ from ikectx.aio import Gateway
 from ikectx.cxtp import Ctc, Ctd, Ctdr, Message, Pctd, StatusBlock
 from ikectx.errors import ConfigError, LinkError, StateError
 from ikectx.links import Link, Links, PeerConfig, Stream, TlsConfig, certificate_names, tls_dial, tls_listen
+from ikectx.name import SaName
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import SaName
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing
 

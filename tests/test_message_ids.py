@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ikectx.errors import KernelError, UnknownSaError, UsageError
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from ikectx.store import SqliteStore
 from vici_bridge import message_ids
 from vici_bridge.ha import IkeId, ike_mid
@@ -24,8 +24,8 @@ from .netns import Namespace, namespaces
 from .peers import a_context
 from .test_host import KEY, Vici, hear, host_of, nobody
 
-SPIS = (bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718"))
-OTHER = (SPIS[0], bytes.fromhex("1112131415161719"))
+SPIS = SaName(bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718"))
+OTHER = SaName(SPIS[0], bytes.fromhex("1112131415161719"))
 AUTH, CREATE, INFORMATIONAL = 35, 36, 37
 ANSWER = 0x20
 
@@ -219,7 +219,7 @@ def test_other_ports_and_bad_ones(space: Namespace) -> None:
         with pytest.raises(UsageError):
             MessageIds(ports)
     with pytest.raises(UsageError), closing(MessageIds()) as noted:
-        noted.after((b"short", SPIS[1]))
+        noted.after(SaName(b"short", SPIS.spi_r))
 
 
 def test_somebody_elses_table(space: Namespace) -> None:

@@ -12,6 +12,7 @@ import pytest
 from ikectx.context import Endpoint, ReplayState
 from ikectx.errors import BusyError, CharonError, StateError, UnknownSaError
 from ikectx.keys import esp_keys
+from ikectx.name import SaName
 from ikectx.numbers import Status
 from vici_bridge import ha
 from vici_bridge import steps as steps_module
@@ -105,16 +106,14 @@ def test_a_new_name_of_the_ike_sa() -> None:
     async def scenario() -> None:
         node = Node(a_node_context(older=False))
         after = await a_move(node, NEW, NSG, IKE_NAMES)
-        new = (node.sa[0], b"\x55" * 8)
+        new = SaName(node.sa[0], b"\x55" * 8)
         assert after.spis == node.charon.context.spis == new
         assert (after.mid_initiator, after.mid_responder) == (0, 0)
         at(node, NEW, NSG)
         kept = node.host.record.context(new)
         assert node.sa not in node.host.record
         assert (kept.remote, len(kept.generations), kept.children[0].generation) == (NSG, 2, 0)
-        assert {entry.spis for entry in node.host.deadlines._entries.values()} >= {
-            new[0].hex() + new[1].hex()
-        }
+        assert {entry.spis for entry in node.host.deadlines._entries.values()} >= {new.key}
         # and on from there
         node.sa = new
         await a_move(node, OLD, PSG)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ikectx.name import SaName
 from ikectx_cli.mobile_notes import Notes
 
 from .test_deadlines import MemoryStore
 
-ONE, TWO = (b"initone.", b"respone."), (b"inittwo.", b"resptwo.")
+ONE, TWO = SaName(b"initone.", b"respone."), SaName(b"inittwo.", b"resptwo.")
 
 
 def test_an_sa_is_in_question_until_its_gateway_is_known() -> None:
@@ -26,7 +27,7 @@ def test_an_sa_that_charon_has_no_more_is_no_question() -> None:
     notes = Notes(MemoryStore())
     for sa in (ONE, TWO):
         notes.asked(sa, to="nsg", from_="psg", connection="home")
-    notes.only([TWO, (b"anothers", b"an other")])
+    notes.only([TWO, SaName(b"anothers", b"an other")])
     assert [bytes.fromhex(note["spi_i"]) for note in notes.in_question()] == [TWO[0]]
     notes.only([])
     assert notes.in_question() == []

@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 import pytest
 
 from ikectx.errors import StoreError
+from ikectx.name import SaName
 from ikectx.whereabouts import What, Whereabouts
 
 from .hand_loop import run
 from .worlds import World, one_move, until, world
 
-SA = (b"initiato", b"responde")
+SA = SaName(b"initiato", b"responde")
 ENDED = Whereabouts(SA, 1, What.ENDED)
 MOVED = Whereabouts(SA, 1, What.MOVED, "c")
 
@@ -116,7 +117,9 @@ def test_thousands_fit() -> None:
     async def main() -> None:
         async with two() as (w, heard):
             for number in range(500):
-                w.b.agent.tell("a", Whereabouts((number.to_bytes(8), SA[1]), 1, What.MOVED, "c" * 40))
+                w.b.agent.tell(
+                    "a", Whereabouts(SaName(number.to_bytes(8), SA.spi_r), 1, What.MOVED, "c" * 40)
+                )
             await until(lambda: not waiting(w))
             assert len(heard) == 500
 

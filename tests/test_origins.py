@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.context import IkeContext
+from ikectx.name import SaName
 from ikectx.whereabouts import What, Whereabouts
 from vici_bridge.away import Away
 from vici_bridge.follow import Follow
@@ -305,7 +306,7 @@ def test_only_who_was_given_an_sa_is_believed() -> None:
         a.follow.hear("c", Whereabouts(row.sa, row.epoch, what))
     a.follow.hear("c", Whereabouts(row.sa, row.epoch, What.MOVED, "c"))
     a.follow.hear("b", Whereabouts(row.sa, row.epoch + 1, What.ENDED))
-    a.follow.hear("b", Whereabouts((b"unknown.", b"unknown."), 1, What.ENDED))
+    a.follow.hear("b", Whereabouts(SaName(b"unknown.", b"unknown."), 1, What.ENDED))
     assert world.trace("a") == "protected at b"
 
 

@@ -16,11 +16,12 @@ from ikectx.cxtp import MAX_BLOCK_DATA, ContextDataBlock
 from ikectx.errors import ProofError, RefusedError, UsageError, WireError
 from ikectx.ikev2 import HEADER_LENGTH, IkeHeader, add_marker, seal_message
 from ikectx.keys import iv_length, seal, seal_key, sealed_length
+from ikectx.name import SaName
 from ikectx.numbers import Encr, Exchange, Fpt, IdType, Integ, Notify, Payload, Prf, Status
 from ikectx.payloads import AnyPayload, DeletePayload, NoncePayload, NotifyPayload, serialize_payloads
 from ikectx.wire import Writer
 
-SPIS = (b"initiatr", b"responde")
+SPIS = SaName(b"initiatr", b"responde")
 NEXT = 7
 FAMILIES = [
     (Encr.AES_GCM_8, 256, Integ.NONE),

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any
 
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from vici_bridge.charon import SaView, sa_view
 from vici_bridge.source import CharonSource
 

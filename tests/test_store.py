@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from ikectx.errors import StoreError
+from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import Store
 from ikectx.store import CHECKPOINT, HISTORY, JournalEntry, Sealer, SqliteStore, open_store
 
 SECRET = b"a secret that nobody may find on the disk"
-SA = (b"initiato", b"responde")
+SA = SaName(b"initiato", b"responde")
 
 
 @pytest.fixture

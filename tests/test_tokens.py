@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ikectx.context import Endpoint, IkeGeneration, Secret
 from ikectx.cxtp import ContextDataBlock, Ctaa, Ctar, CtReq, StatusBlock, compute_token, parse_message
 from ikectx.errors import RefusedError, WireError
+from ikectx.name import SaName
 from ikectx.numbers import Encr, Fpt, Integ, Prf, Status
 from ikectx.tokens import (
     MAX_LIFETIME,
@@ -34,7 +35,7 @@ from ikectx.tokens import (
 
 MN = ip_address("192.0.2.10")
 NOW = 1_790_000_000.0
-SPIS = (b"SPI of i", b"SPI of r")
+SPIS = SaName(b"SPI of i", b"SPI of r")
 SEQUENCE = 0x01020304
 CARE_OF = Endpoint.of("203.0.113.9", 4500)
 OTHERS = (ContextDataBlock(Fpt.IKEV2_SA), ContextDataBlock(Fpt.MLD, b"abcd", 0x80000001))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ikectx.context import Endpoint
 from ikectx.errors import RefusedError
 from ikectx.ikev2 import HEADER_LENGTH, IkeHeader, add_marker
+from ikectx.name import SaName
 from ikectx.numbers import Exchange, Payload
 from ikectx.wire import Writer
 from mobike_ext import unknown, watch
@@ -32,7 +33,7 @@ US = Endpoint.of("10.9.9.1", 4500)
 MN = Endpoint.of("198.51.100.7", 4500)
 US6 = Endpoint.of("fd09::1", 4500)
 MN6 = Endpoint.of("2001:db8::7", 4500)
-NAME = (b"initiatr", b"responde")
+NAME = SaName(b"initiatr", b"responde")
 
 
 def header(

@@ -13,7 +13,7 @@ from typing import Any
 
 from ikectx.aio import Gateway
 from ikectx.links import PeerConfig
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
 from ikectx.transfer import Timing

@@ -23,7 +23,8 @@ from ipaddress import ip_network
 
 from ikectx.context import Address, IkeContext
 from ikectx.errors import KernelError, StoreError, UnknownSaError
-from ikectx.ports import SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import Store
 
 from .behind import Behind
 from .charon import SaView, prefixes
@@ -36,7 +37,6 @@ from .departures import (
     allow_of,
     block_of,
     detourable,
-    key_of,
     within,
 )
 from .detour import Detour
@@ -153,7 +153,7 @@ class Away:
 
     def back(self, sa: SaName) -> None:
         """The SA is served here again as it was: nothing is sent on or shut any more. Idempotent."""
-        row = self._rows.get(key_of(sa))
+        row = self._rows.get(sa.key)
         self._found.discard(sa)
         if row is not None and (row.stage in _LETTING_GO or not row.peer):
             self._change(row, None)
@@ -163,7 +163,7 @@ class Away:
 
         Gives the departure, None where there is none. Errors: KernelError, StoreError.
         """
-        row = self._rows.get(key_of(sa))
+        row = self._rows.get(sa.key)
         if row is None or row.stage not in _LETTING_GO:
             return row
         now = row.told(News.LEFT)
@@ -193,7 +193,7 @@ class Away:
 
         Errors: KernelError, StoreError.
         """
-        row = self._rows.get(key_of(sa))
+        row = self._rows.get(sa.key)
         if row is None or row.epoch != epoch:
             return None
         if row.peer != peer:
@@ -258,10 +258,10 @@ class Away:
 
         Errors: UnknownSaError.
         """
-        row = self._rows.get(key_of(sa))
+        row = self._rows.get(sa.key)
         if row is None:
             raise UnknownSaError(
-                f"no SA {sa[0].hex()}:{sa[1].hex()} has left this gateway",
+                f"no SA {sa} has left this gateway",
                 hint="`ikectx detours` lists those that have",
             )
         # without prefixes nothing that the other gateway says brings it back
@@ -355,7 +355,7 @@ class Away:
         used: list[Pair] = [((), _networks(remote))]
         who = str(context.remote_id)
         candidates = self._candidates(who, remote)
-        own = self._rows.get(key_of(context.spis))
+        own = self._rows.get(context.spis.key)
         return [
             row
             for row in ([own] if own is not None and own not in candidates else []) + candidates

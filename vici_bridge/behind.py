@@ -29,7 +29,8 @@ from typing import Any
 
 from ikectx.context import Address, IkeContext
 from ikectx.errors import KernelError, StoreError, WireError
-from ikectx.ports import SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import Store
 
 from .departures import block_of, within
 from .kernel import Kernel
@@ -70,7 +71,7 @@ class Block:
             found: Any = json.loads(raw)
             first, second = found["sa"]
             policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
-            return cls((bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
+            return cls(SaName(bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
         except (KeyError, TypeError, ValueError, WireError) as error:
             raise StoreError(f"the block {key} cannot be read: {error}") from None
 

@@ -31,6 +31,7 @@ from ikectx.context import (
     TrafficSelector,
 )
 from ikectx.errors import WireError
+from ikectx.name import SaName
 from ikectx.relocate import same_host
 
 View = Mapping[str, Any]
@@ -98,8 +99,8 @@ class SaView:
     """It was set up with a postquantum preshared key (RFC 8784)."""
 
     @property
-    def spis(self) -> tuple[bytes, bytes]:
-        return (self.spi_i, self.spi_r)
+    def spis(self) -> SaName:
+        return SaName(self.spi_i, self.spi_r)
 
 
 def _text(view: View, key: str) -> str:

@@ -11,8 +11,9 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.context import Address, FinalState, IkeContext
+from ikectx.name import SaName
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import SaName, Verdict
+from ikectx.ports import Verdict
 
 from .charon import EXT_MOBIKE, SaView, missing_algorithms, overlap, peer_context, prefixes
 from .names import Taken, clash, own_spi

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from ikectx.name import SaName
 from ikectx.ports import Store
 
 from .charon import SaView
@@ -45,9 +46,9 @@ class Deadlines:
             except (ValueError, TypeError):
                 store.delete(_KIND, key)
 
-    def keep(self, spis: tuple[bytes, bytes], child: bytes | None, due: float) -> None:
+    def keep(self, spis: SaName, child: bytes | None, due: float) -> None:
         """Note a deadline; the earlier of two stays."""
-        entry = Deadline(spis[0].hex() + spis[1].hex(), child.hex() if child else "", due)
+        entry = Deadline(spis.key, child.hex() if child else "", due)
         key = f"{entry.spis}/{entry.child}"
         known = self._entries.get(key)
         if known is None or entry.due < known.due:
@@ -63,7 +64,7 @@ class Deadlines:
 
     def settle(self, views: Iterable[SaView], wall: float) -> list[tuple[Deadline, SaView]]:
         """Drop what is gone or what charon does early enough itself; return what is due now."""
-        known = {view.spi_i.hex() + view.spi_r.hex(): view for view in views}
+        known = {view.spis.key: view for view in views}
         due = []
         for key, entry in list(self._entries.items()):
             view = known.get(entry.spis)

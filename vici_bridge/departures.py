@@ -15,8 +15,8 @@ from typing import Any
 
 from ikectx.context import Address, IkeContext
 from ikectx.errors import StoreError, WireError
+from ikectx.name import SaName
 from ikectx.numbers import Mode
-from ikectx.ports import SaName
 
 from .charon import COND_NAT_THERE, prefixes
 from .xfrm import ALLOW, KernelPolicy
@@ -144,7 +144,7 @@ class Departure:
     @property
     def key(self) -> str:
         """Its name in the store."""
-        return key_of(self.sa)
+        return self.sa.key
 
     @property
     def names(self) -> frozenset[str]:
@@ -217,7 +217,7 @@ class Departure:
         try:
             found: Any = json.loads(raw)
             if isinstance(found, list):
-                sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+                sa = SaName.from_key(key)
                 return cls(sa, "", "", "", 0, 0.0, prefixes=tuple(map(str, found)))
             if found["version"] != _VERSION:
                 raise StoreError(
@@ -226,7 +226,7 @@ class Departure:
                 )
             first, second = found["sa"]
             return cls(
-                sa=(bytes.fromhex(first), bytes.fromhex(second)),
+                sa=SaName(bytes.fromhex(first), bytes.fromhex(second)),
                 mn=found["mn"],
                 peer=found["peer"],
                 at=found["at"],
@@ -296,11 +296,6 @@ def detourable(context: IkeContext) -> list[str]:
         if context.remote.address not in ip_network(prefix)
         or (child.mode is not Mode.TRANSPORT and not shared)
     ]
-
-
-def key_of(sa: SaName) -> str:
-    """The name of an SA in the store."""
-    return (sa[0] + sa[1]).hex()
 
 
 def _used(prefix: Network, used: Iterable[Network], same: bool) -> bool:

@@ -11,7 +11,8 @@ import logging
 from collections.abc import Collection, Iterable
 
 from ikectx.errors import KernelError, UnknownSaError
-from ikectx.ports import SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import Store
 
 from .message_ids import MessageIds
 
@@ -40,7 +41,7 @@ class Doubts:
                 "message IDs that are used while no agent runs will not be known: %s (%s)", error, error.hint
             )
         for sa in before:
-            self._store.put(_DOUBT, _key(sa), b"")
+            self._store.put(_DOUBT, sa.key, b"")
 
     def close(self) -> None:
         """Leave; the kernel goes on noting."""
@@ -53,11 +54,11 @@ class Doubts:
     def gone(self, sa: SaName) -> None:
         """charon has the SA no longer."""
         self._told -= {(sa, True), (sa, False)}
-        self._store.delete(_DOUBT, _key(sa))
+        self._store.delete(_DOUBT, sa.key)
 
     def keep(self, listed: Collection[SaName]) -> None:
         """charon has these SAs, and no others."""
-        keys = {_key(sa) for sa in listed}
+        keys = {sa.key for sa in listed}
         for key, _ in self._store.items(_DOUBT):
             if key not in keys:
                 self._store.delete(_DOUBT, key)
@@ -72,7 +73,7 @@ class Doubts:
 
     def check(self, sa: SaName) -> None:
         """Errors: UnknownSaError where an SA of before may have used message IDs unnoted."""
-        if self._store.get(_DOUBT, _key(sa)) is None:
+        if self._store.get(_DOUBT, sa.key) is None:
             return
         noted = zip((True, False), self.after(sa), strict=True)
         if not all(after or (sa, initiator) in self._told for initiator, after in noted):
@@ -81,8 +82,4 @@ class Doubts:
                 hint="they are known when gateway and MN have each asked the other something (DPD does); "
                 "or rekey the IKE_SA, or `ikectx resync`",
             )
-        self._store.delete(_DOUBT, _key(sa))
-
-
-def _key(sa: SaName) -> str:
-    return (sa[0] + sa[1]).hex()
+        self._store.delete(_DOUBT, sa.key)

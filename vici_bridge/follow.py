@@ -9,7 +9,7 @@ from ipaddress import ip_network
 
 from ikectx.context import IkeContext
 from ikectx.errors import KernelError, RefusedError, StoreError, UnknownSaError
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from ikectx.whereabouts import What, Whereabouts
 
 from .away import Away, pairs_in, pairs_of

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from ikectx.name import SaName
 from ikectx.ports import Store
 
 from .charon import ChildView, SaView
@@ -63,9 +64,9 @@ class FreshKeys:
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def want(self, spis: tuple[bytes, bytes], children: Iterable[bytes]) -> None:
+    def want(self, spis: SaName, children: Iterable[bytes]) -> None:
         """This IKE_SA and its CHILD_SAs (inbound SPIs) are to get keys of their own."""
-        self._keep(_Wanted(spis[0].hex() + spis[1].hex(), tuple(spi.hex() for spi in children)))
+        self._keep(_Wanted(spis.key, tuple(spi.hex() for spi in children)))
 
     def due(self, views: Iterable[SaView], wall: float) -> list[Ask]:
         """What charon is to be asked for now; what has happened, or has gone, is forgotten."""
@@ -77,7 +78,7 @@ class FreshKeys:
             if view is None:
                 self._forget(wanted)
                 continue
-            if _name(view) == wanted.spis:
+            if view.spis.key == wanted.spis:
                 left: list[Ask] = [("ike", view.unique_id)]
                 # children rekeyed until now, by whomever, have keys from the SK_d of before
                 wanted = replace(wanted, children=_installed(view) or wanted.children)
@@ -106,10 +107,6 @@ class FreshKeys:
         self._store.delete(_KIND, wanted.spis)
 
 
-def _name(view: SaView) -> str:
-    return view.spi_i.hex() + view.spi_r.hex()
-
-
 def _installed(view: SaView) -> tuple[str, ...]:
     return tuple(child.spi_in.hex() for child in view.children if child.state == "INSTALLED")
 
@@ -122,4 +119,5 @@ def _left(view: SaView, wanted: _Wanted) -> list[ChildView]:
 
 
 def _is(view: SaView, wanted: _Wanted) -> bool:
-    return _name(view) == wanted.spis or any(child.spi_in.hex() in wanted.children for child in view.children)
+    children = {child.spi_in.hex() for child in view.children}
+    return view.spis.key == wanted.spis or not children.isdisjoint(wanted.children)

@@ -29,6 +29,7 @@ from typing import Any, Self, TypeVar
 
 from ikectx.context import Address, ChildContext, Endpoint, Identity, IkeGeneration, Secret, TrafficSelector
 from ikectx.errors import WireError
+from ikectx.name import SaName
 from ikectx.numbers import IdType, OpenEnum
 from ikectx.wire import Reader, Writer
 
@@ -139,9 +140,9 @@ class IkeId:
         return cls(generation.spi_i, generation.spi_r, generation.initiator)
 
     @property
-    def spis(self) -> tuple[bytes, bytes]:
+    def spis(self) -> SaName:
         """(initiator SPI, responder SPI)."""
-        return (self.spi_i, self.spi_r)
+        return SaName(self.spi_i, self.spi_r)
 
     def hidden(self) -> IkeId:
         """The same SPIs under a name that no packet can have."""

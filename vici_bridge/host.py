@@ -25,7 +25,8 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
-from ikectx.ports import MoveReport, SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import MoveReport, Store
 
 from . import ha
 from .allowed import Rules
@@ -292,7 +293,7 @@ class CharonHost:
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""
-        note = self.store.get(IMPORT, _key(sa))
+        note = self.store.get(IMPORT, sa.key)
         return sa in self.expected or (note is not None and not note.startswith(IMPORTED))
 
     async def settle(self) -> None:
@@ -585,7 +586,3 @@ class CharonHost:
             else:
                 log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
                 await asyncio.to_thread(self.vici.rekey, ike_id=view.unique_id)
-
-
-def _key(sa: SaName) -> str:
-    return (sa[0] + sa[1]).hex()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from ikectx.ports import SaName
+from ikectx.name import SaName
 
 from .charon import SaView, sa_views
 from .vici_codec import parse_message

@@ -26,8 +26,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 from ikectx.errors import KernelError, UsageError
+from ikectx.name import SaName
 
-from .mute import MARK, Spis, key_of
+from .mute import MARK
 from .nftables import Table, run_nft
 
 TABLE = "ikectx_ids"
@@ -87,13 +88,13 @@ class MessageIds:
         with self._lock:
             self._table.close()
 
-    def after(self, spis: Spis) -> tuple[int, int]:
+    def after(self, spis: SaName) -> tuple[int, int]:
         """Message IDs after those of the last request and of the last answer that left; 0: none was noted."""
         with self._lock:
             return self._after("requests", spis), self._after("responses", spis)
 
-    def _after(self, name: str, spis: Spis) -> int:
-        key = key_of(spis)
+    def _after(self, name: str, spis: SaName) -> int:
+        key = spis.octets
         noted = [each.data for each in self._table.elements(name, key) if each.key == key]
         if any(len(data) != 4 for data in noted):
             raise KernelError(
@@ -107,12 +108,12 @@ class MessageIds:
         if self._table.rules(_CHAIN) != _RULES:
             return False
         for port, before in ((self._plain, b""), (self._marked, bytes(4))):
-            spis = (secrets.token_bytes(8), secrets.token_bytes(8))
+            spis = SaName(secrets.token_bytes(8), secrets.token_bytes(8))
             _send_to_itself(port, [before + _message(spis, *trial) for trial in _TRIALS])
             try:
                 noted = self._after("requests", spis), self._after("responses", spis)
             finally:
-                self._table.remove(_MAPS, key_of(spis))
+                self._table.remove(_MAPS, spis.octets)
             if noted != tuple(number + 1 for _, number in _TRIALS):
                 return False
         return True
@@ -145,9 +146,9 @@ class MessageIds:
         run_nft("\n".join(lines) + "\n")
 
 
-def _message(spis: Spis, flags: int, number: int) -> bytes:
+def _message(spis: SaName, flags: int, number: int) -> bytes:
     """An INFORMATIONAL message without payloads, of an SA that nobody has (RFC 7296, 3.1)."""
-    return key_of(spis) + bytes((0, 0x20, 37, flags)) + struct.pack("!II", number, 28)
+    return spis.octets + bytes((0, 0x20, 37, flags)) + struct.pack("!II", number, 28)
 
 
 def _send_to_itself(port: int, datagrams: Sequence[bytes]) -> None:

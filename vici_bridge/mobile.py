@@ -40,8 +40,9 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
+from ikectx.name import SaName
 from ikectx.numbers import Status
-from ikectx.ports import MoveReport, SaName
+from ikectx.ports import MoveReport
 from ikectx.relocate import relocate
 
 from . import ha
@@ -50,7 +51,7 @@ from .host import CharonHost
 from .moves import LIVING, Move, plan_move
 from .obstacles import check_kind, check_told
 from .source import ABOUT_ADDRESSES, CharonSource
-from .steps import MOVE, MoveSteps, key_of
+from .steps import MOVE, MoveSteps
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class CharonMobile:
         view = await self.steps.seen(sa)
         check_kind(view)
         await host.catch_up(sa)
-        if view.state == "PASSIVE" and host.store.get(_QUIET, key_of(sa)) is not None:
+        if view.state == "PASSIVE" and host.store.get(_QUIET, sa.key) is not None:
             return
         self._check(host.record.context(sa), view)
         end = time.monotonic() + patience
@@ -159,7 +160,7 @@ class CharonMobile:
                 raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {what}", hint="try again")
             await asyncio.sleep(0.02)
             view = await self.steps.seen(sa)
-        host.store.put(_QUIET, key_of(sa), b"1")
+        host.store.put(_QUIET, sa.key, b"1")
         host.deadlines.before_toggle([view], time.time())
         try:
             await host.pause_segment()
@@ -220,7 +221,7 @@ class CharonMobile:
         view = await self.steps.seen(sa)
         if view.state != "PASSIVE":
             raise StateError(f"the IKE_SA {view.name} is {view.state}, not PASSIVE")
-        saved = host.store.get(MOVE, key_of(sa))
+        saved = host.store.get(MOVE, sa.key)
         move = Move.loads(saved) if saved is not None else None
         if move is None:
             now = context_at(host.record.context(sa), view)
@@ -319,7 +320,7 @@ class CharonMobile:
         """
         host = self._host
         failed: IkectxError | None = None
-        saved = host.store.get(MOVE, key_of(sa))
+        saved = host.store.get(MOVE, sa.key)
         moved = saved is not None
         name = sa
         if saved is not None:
@@ -335,7 +336,7 @@ class CharonMobile:
                 self.steps.drop_guards(move)
             name = await self.steps.present_name(sa, move)
         await self._activate(sa, name)
-        host.store.delete(MOVE, key_of(sa))
+        host.store.delete(MOVE, sa.key)
         if moved and (host.kernel is None or failed is not None):
             await self._rekey_children(name)
         if failed is not None:
@@ -349,7 +350,7 @@ class CharonMobile:
         found: dict[SaName, IkeContext] = {}
         for key, _ in self._host.store.items(_QUIET):
             with contextlib.suppress(UnknownSaError):
-                sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+                sa = SaName.from_key(key)
                 found[sa] = self._host.record.context(sa)
         return found
 
@@ -370,7 +371,7 @@ class CharonMobile:
     async def _resume(self, ended: dict[SaName, SaName]) -> None:
         host = self._host
         for key in sorted({key for kind in (_QUIET, MOVE) for key, _ in host.store.items(kind)}):
-            sa = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+            sa = SaName.from_key(key)
             saved = host.store.get(MOVE, key)
             name = sa if saved is None else await self.steps.present_name(sa, Move.loads(saved))
             if await host.view(name) is None:
@@ -401,7 +402,7 @@ class CharonMobile:
                 await self.steps.until(
                     name, "activate the SA", lambda view: view.state in ("ESTABLISHED", "REKEYING")
                 )
-        host.store.delete(_QUIET, key_of(sa))
+        host.store.delete(_QUIET, sa.key)
 
     async def _rekey_children(self, sa: SaName) -> None:
         host = self._host

@@ -14,6 +14,7 @@ from typing import Any
 
 from ikectx.context import ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.errors import StoreError, UsageError
+from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.relocate import relocate
 
@@ -69,7 +70,7 @@ class Move:
     children: tuple[ChildMove, ...]
     peers: tuple[Endpoint, ...] = ()
     guards: tuple[bytes, ...] = ()
-    ike: tuple[bytes, bytes] | None = None
+    ike: SaName | None = None
     done: bool = False
 
     def beside(self, child: ChildMove) -> bool:
@@ -168,9 +169,7 @@ class Move:
             )
             guards = tuple(bytes.fromhex(raw) for raw in value["guards"])
             old_local, old_remote, local, remote = ends
-            ike = None if value["ike"] is None else tuple(bytes.fromhex(spi) for spi in value["ike"])
-            if ike is not None and len(ike) != 2:
-                raise ValueError("an IKE_SA has two SPIs")
+            ike = None if value["ike"] is None else SaName.from_key("".join(value["ike"]))
             return cls(
                 old_local,
                 old_remote,
@@ -179,7 +178,7 @@ class Move:
                 children,
                 tuple(peers),
                 guards,
-                None if ike is None else (ike[0], ike[1]),
+                ike,
                 value["done"] is True,
             )
         except (ValueError, TypeError, KeyError):
@@ -211,8 +210,8 @@ def plan_move(
     for old, new in renames.items():
         if old not in spis or len(new) != len(old):
             raise UsageError(f"SPI {old.hex()} cannot become {new.hex()}: it is none of this SA's")
-    spi_i, spi_r = (renames.get(spi, spi) for spi in context.spis)
-    ike = None if (spi_i, spi_r) == context.spis else (spi_i, spi_r)
+    name = context.spis.renamed(renames)
+    ike = None if name == context.spis else name
     numbers = {child.spi_in: child.unique_id for child in listed if child.state in LIVING}
     stays = (context.local, context.remote) == (local, remote)
     # its rekey may have ended in the middle: it begins anew as a child that nobody is rekeying

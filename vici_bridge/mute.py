@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ikectx.errors import KernelError, UsageError
+from ikectx.name import SaName
 
 from .nftables import MARKED, PLAIN, Table, run_nft
 
@@ -24,15 +25,12 @@ _RULES = 2
 _SIDES = {"in": ("muted_in", "input", "dport"), "out": ("muted_out", "output", "sport")}
 """Direction: its set, its chain and hook, charon's port in the UDP header."""
 
-Spis = tuple[bytes, bytes]
-"""(initiator SPI, responder SPI), 8 octets each, as in the IKE header."""
-
 
 @dataclass(frozen=True, slots=True)
 class Muted:
     """One muted direction of an IKE_SA and the messages it kept back."""
 
-    spis: Spis
+    spis: SaName
     direction: str
     packets: int
 
@@ -66,23 +64,23 @@ class Mute:
             finally:
                 self._table.close()
 
-    def mute_in(self, spis: Spis) -> None:
+    def mute_in(self, spis: SaName) -> None:
         """Nothing of the SA's peer reaches charon any more."""
         self._mute("in", spis)
 
-    def mute_out(self, spis: Spis) -> None:
+    def mute_out(self, spis: SaName) -> None:
         """Nothing of charon reaches the SA's peer any more. What has the mark `MARK` does."""
         self._mute("out", spis)
 
-    def counters(self, spis: Spis) -> tuple[int, int]:
+    def counters(self, spis: SaName) -> tuple[int, int]:
         """Messages kept back so far, (to charon, from charon)."""
         with self._lock:
             return (self._count("in", spis), self._count("out", spis))
 
-    def unmute(self, spis: Spis) -> None:
+    def unmute(self, spis: SaName) -> None:
         """Let both directions flow."""
         with self._lock:
-            self._table.remove([name for name, _, _ in _SIDES.values()], key_of(spis))
+            self._table.remove([name for name, _, _ in _SIDES.values()], spis.octets)
 
     def unmute_all(self) -> None:
         """Let everything flow."""
@@ -94,9 +92,9 @@ class Mute:
         with self._lock:
             return self._listing()
 
-    def _mute(self, direction: str, spis: Spis) -> None:
+    def _mute(self, direction: str, spis: SaName) -> None:
         name, _, _ = _SIDES[direction]
-        key = key_of(spis)
+        key = spis.octets
         with self._lock:
             # Looked at each time: a firewall that was reloaded may have flushed table or rules, and a freeze
             # that does not freeze is worse than none.
@@ -104,21 +102,21 @@ class Mute:
                 self._build()
             self._table.add(name, key)
 
-    def _count(self, direction: str, spis: Spis) -> int:
+    def _count(self, direction: str, spis: SaName) -> int:
         return sum(entry.packets for entry in self._elements(direction, spis) if entry.spis == spis)
 
     def _listing(self) -> list[Muted]:
         return [entry for direction in _SIDES for entry in self._elements(direction)]
 
-    def _elements(self, direction: str, spis: Spis | None = None) -> list[Muted]:
+    def _elements(self, direction: str, spis: SaName | None = None) -> list[Muted]:
         name, _, _ = _SIDES[direction]
-        found = self._table.elements(name, None if spis is None else key_of(spis))
+        found = self._table.elements(name, None if spis is None else spis.octets)
         if any(len(element.key) != 16 for element in found):
             raise KernelError(
                 f"nftables' set {name} of table inet {TABLE} holds something that is not ours",
                 hint=f"look at `nft list table inet {TABLE}`",
             )
-        return [Muted((each.key[:8], each.key[8:]), direction, each.packets) for each in found]
+        return [Muted(SaName(each.key[:8], each.key[8:]), direction, each.packets) for each in found]
 
     def _stands(self, direction: str) -> bool:
         """Whether the chain of a direction is there with its rules."""
@@ -141,10 +139,3 @@ class Mute:
                 for match in (PLAIN, MARKED)
             ]
         run_nft("\n".join(lines) + "\n")
-
-
-def key_of(spis: Spis) -> bytes:
-    """The key of an IKE_SA in a set: its SPIs as in the header. Errors: UsageError."""
-    if len(spis[0]) != 8 or len(spis[1]) != 8:
-        raise UsageError("an IKE SPI has 8 octets")
-    return spis[0] + spis[1]

@@ -20,8 +20,9 @@ from ikectx import cbor
 from ikectx.context import Address, ChildContext, IkeContext, IkeGeneration, Secret
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import RefusedError, StoreError, WireError
+from ikectx.name import SaName
 from ikectx.numbers import Fpt, Status
-from ikectx.ports import MoveReport, SaName
+from ikectx.ports import MoveReport
 from ikectx.profile import TransferHeader, decode, encode
 
 from .charon import SaView
@@ -223,7 +224,7 @@ class Plan:
             *numbers, proven = report
             reported = MoveReport(**dict(zip(_NUMBERS, numbers, strict=True)), proven_by_traffic=bool(proven))
             plans = tuple(ChildPlan(*names) for names in children)
-            return cls((spis[0], spis[1]), ike, plans, Secret(seed), told, moved, how, reported, later)
+            return cls(SaName(*spis), ike, plans, Secret(seed), told, moved, how, reported, later)
         except (WireError, ValueError) as error:
             raise StoreError(f"the names planned for an SA cannot be read: {type(error).__name__}") from None
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from ikectx.context import IkeContext
 from ikectx.errors import StoreError
-from ikectx.ports import SaName, Store
+from ikectx.name import SaName
+from ikectx.ports import Store
 from ikectx.whereabouts import What, Whereabouts
 
 from .charon import prefixes
-from .departures import Departure, News, key_of
+from .departures import Departure, News
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Origin:
     @property
     def key(self) -> str:
         """Its name in the store."""
-        return f"{key_of(self.sa)} {self.peer}"
+        return f"{self.sa.key} {self.peer}"
 
     def dumps(self) -> bytes:
         """As it is stored."""
@@ -254,4 +255,4 @@ class Origins:
 
 def _name(pair: Any) -> SaName:
     first, second = pair
-    return bytes.fromhex(first), bytes.fromhex(second)
+    return SaName(bytes.fromhex(first), bytes.fromhex(second))

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from ikectx import cbor
 from ikectx.context import Endpoint, FinalState, IkeContext
 from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
+from ikectx.name import SaName
 from ikectx.numbers import Protocol, Status
-from ikectx.ports import SaName
 
 from .ha import HIDDEN, Attr, HaMessage, HaType, IkeId, ike_delete, ike_mid
 from .sa_state import SaState, adopt, further_keys, messages_of, pruned, read_child, read_generation, told
@@ -109,11 +109,6 @@ class MidChanged(Change):
     sa: SaName
     initiator: bool
     mid: int
-
-
-def key_of(sa: SaName) -> str:
-    """The text under which an IKE_SA is stored."""
-    return f"{sa[0].hex()}:{sa[1].hex()}"
 
 
 class Record:
@@ -305,7 +300,7 @@ class Record:
         sa = self._sas.get(name)
         if sa is None:
             raise UnknownSaError(
-                f"no record of IKE_SA {key_of(name)}: it came up while no agent ran",
+                f"no record of IKE_SA {name}: it came up while no agent ran",
                 hint="`ikectx resync` learns it, after which charon rekeys all CHILD_SAs; "
                 "the agent must run before charon",
             )
@@ -317,10 +312,10 @@ class Record:
             or sa.remote is None
             or sa.leaving
         ):
-            raise UnknownSaError(f"the record of IKE_SA {key_of(name)} is not complete")
+            raise UnknownSaError(f"the record of IKE_SA {name} is not complete")
         if sa.alien:
             raise RefusedError(
-                f"IKE_SA {key_of(name)} has a CHILD_SA that is AH, and only ESP can be moved",
+                f"IKE_SA {name} has a CHILD_SA that is AH, and only ESP can be moved",
                 status=Status.NOT_COVERED,
             )
         return IkeContext(
@@ -428,7 +423,7 @@ class Record:
         out: list[tuple[str, bytes | None]] = []
         for name in sorted(names):
             sa = self._sas.get(name)
-            out.append((key_of(name), None if sa is None else _freeze(sa)))
+            out.append((str(name), None if sa is None else _freeze(sa)))
         self.dirty.clear()
         # a crash between the two of a rekey must leave the new IKE_SA whole, and may leave the old one
         return sorted(out, key=lambda item: item[1] is None)
@@ -440,8 +435,8 @@ class Record:
                 sa = _thaw(data)
             except (WireError, ValueError) as error:
                 raise StoreError(f"record {key} cannot be read: {type(error).__name__}") from None
-            name = (sa.current.spi_i, sa.current.spi_r)
-            if key_of(name) != key:
+            name = sa.current.spis
+            if str(name) != key:
                 raise StoreError(f"record {key} holds another IKE_SA")
             self._keep(name, sa)
             self._born[name] = 0

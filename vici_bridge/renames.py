@@ -72,7 +72,7 @@ class Renames:
 
     def plan_of(self, context: IkeContext) -> Plan | None:
         """The plan for an SA, named as the other gateway named it. Errors: StoreError."""
-        key = _key(context)
+        key = context.spis.key
         if key not in self._plans:
             raw = self._host.store.get(_PLAN, key)
             if raw is None:
@@ -82,11 +82,11 @@ class Renames:
 
     def _keep(self, here: IkeContext, plan: Plan) -> None:
         local = self._host.address_for(here)
-        self._plans[_key(here)] = (plan, plan.reserved(local, here.remote.address))
+        self._plans[here.spis.key] = (plan, plan.reserved(local, here.remote.address))
 
     def save(self, here: IkeContext, plan: Plan) -> None:
         """Write it down: only then may anything follow from it. Errors: StoreError."""
-        self._host.store.put(_PLAN, _key(here), plan.dumps())
+        self._host.store.put(_PLAN, here.spis.key, plan.dumps())
         self._keep(here, plan)
 
     def shape(self, here: IkeContext) -> IkeContext:
@@ -100,7 +100,7 @@ class Renames:
         """Names in use: charon's, the kernel's of the same names, those promised to other transfers."""
         found = taken_by(views)
         for key, (_, reserved) in self._plans.items():
-            if key != _key(here):
+            if key != here.spis.key:
                 found |= reserved
         kernel = self._host.kernel
         if kernel is None:
@@ -313,7 +313,7 @@ class Renames:
             for number, generation in enumerate(after.generations[:-1]):
                 for one in views:
                     pairs = {(child.spi_in, child.spi_out) for child in one.children}
-                    same = one.spis == (generation.spi_i, generation.spi_r) and one.remote == here.remote
+                    same = one.spis == generation.spis and one.remote == here.remote
                     if same and pairs <= ours.keys():
                         view, stopped = one, number
         if view is None:
@@ -411,19 +411,19 @@ class Renames:
                 held = tuple(replace(one, spi=outbound.spi) for one in policy.templates)
                 guards += guards_of(replace(policy, templates=held), block=False)
         raw = b"".join(len(guard.raw).to_bytes(4) + guard.raw for guard in guards)
-        self._host.store.put(_GUARDS, _key(here), raw)
+        self._host.store.put(_GUARDS, here.spis.key, raw)
         for guard in guards:
             kernel.replace_policy(guard)
 
     def _drop_guards(self, here: IkeContext) -> None:
-        kernel, raw = self._host.kernel, self._host.store.get(_GUARDS, _key(here))
+        kernel, raw = self._host.kernel, self._host.store.get(_GUARDS, here.spis.key)
         if raw is None:
             return
         while raw and kernel is not None:
             size = int.from_bytes(raw[:4])
             kernel.delete_policy(KernelPolicy.parse(raw[4 : 4 + size]))
             raw = raw[4 + size :]
-        self._host.store.delete(_GUARDS, _key(here))
+        self._host.store.delete(_GUARDS, here.spis.key)
 
     def _make_way(
         self, here: IkeContext, plan: Plan, before: IkeContext, after: IkeContext
@@ -493,7 +493,7 @@ class Renames:
         spis = [] if plan is None else [one.spi_in for one in plan.children if one.hold_in != one.spi_in]
         if not spis or other == here.local.address or other.version != here.remote.address.version:
             return
-        key = _key(here)
+        key = here.spis.key
         note = [str(here.remote.address), here.remote.port, [spi.hex() for spi in spis], str(other)]
         self._host.store.put(_RELAY, key, json.dumps(note).encode())
         try:
@@ -554,10 +554,10 @@ class Renames:
                 ours: KernelSa | None = kernel.get_sa(here.local.address, planned.new_in)
                 if ours is not None and ours.encr_key == encr:
                     kernel.delete_sa(ours)
-        if self._host.store.get(_RELAY, _key(here)) is not None:
-            self._host.spawn(self.end_relay(_key(here), 0.0 if undone else float(self._host.config.late)))
-        self._host.store.delete(_PLAN, _key(here))
-        self._plans.pop(_key(here), None)
+        if self._host.store.get(_RELAY, here.spis.key) is not None:
+            self._host.spawn(self.end_relay(here.spis.key, 0.0 if undone else float(self._host.config.late)))
+        self._host.store.delete(_PLAN, here.spis.key)
+        self._plans.pop(here.spis.key, None)
 
     def load(self) -> None:
         """After a start: names that were promised before stay so. Errors: StoreError."""
@@ -573,7 +573,3 @@ class Renames:
 
 def _between(low: int, high: int) -> int:
     return low + secrets.randbelow(high - low + 1)
-
-
-def _key(context: IkeContext) -> str:
-    return (context.spis[0] + context.spis[1]).hex()

@@ -19,8 +19,8 @@ from ikectx.context import (
 )
 from ikectx.errors import IkectxError, WireError
 from ikectx.keys import sk_keys
+from ikectx.name import SaName
 from ikectx.numbers import Encr, Integ, KeMethod, Mode, Prf
-from ikectx.ports import SaName
 
 from .ha import MARKER, Attr, HaMessage, IkeId, child_add, ike_add, ike_mid, ike_update
 

@@ -115,7 +115,7 @@ class CharonSink:
 
     def came_from(self, context: IkeContext, peer: str) -> None:
         """See `ikectx.ports.Follower`."""
-        self._givers[_key(context)] = peer
+        self._givers[context.spis.key] = peer
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context as it stands at this gateway: our outer address instead of the other's."""
@@ -195,7 +195,7 @@ class CharonSink:
             return ""
         if self._host.config.collision == "refuse":
             return "transfer.collision is refuse here"
-        if _key(context) in self._later:
+        if context.spis.key in self._later:
             return without_exchange(here, found)
         if self._renamer is None:
             return "nobody here can ask the MN for other SPIs"
@@ -207,9 +207,9 @@ class CharonSink:
         The answer will tell it the new SPIs: see `new_names`. `move_peer` is then not called.
         """
         if later:
-            self._later.add(_key(context))
+            self._later.add(context.spis.key)
         else:
-            self._later.discard(_key(context))
+            self._later.discard(context.spis.key)
 
     def must_tell(self, context: IkeContext) -> bool:
         """Has the SA new SPIs that no answer tells the MN? `move_peer` must, though it moves by itself."""
@@ -227,7 +227,7 @@ class CharonSink:
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
         """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
-        raw = self._host.store.get(_NEW_NAMES, _key(context))
+        raw = self._host.store.get(_NEW_NAMES, context.spis.key)
         return () if raw is None else (ContextDataBlock(Fpt.NEW_SPIS, raw[8:]),)
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
@@ -247,13 +247,13 @@ class CharonSink:
                 ours -= {here.children[place].spi_in for place in clashes.inbound}
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.away.comes(here)
-            host.store.delete(_NEW_NAMES, _key(context))
+            host.store.delete(_NEW_NAMES, context.spis.key)
             version = await host.version()
-            later = _key(context) in self._later
+            later = context.spis.key in self._later
             self._renames.sweep()
             self._renames.forget(here, undone=True)
             plan = self._renames.plan(here, taken, told_later=later)
-            host.store.put(IMPORT, _key(context), b"1")
+            host.store.put(IMPORT, context.spis.key, b"1")
             try:
                 shape = self._renames.shape(here)
                 messages = import_messages(shape, version)
@@ -343,8 +343,8 @@ class CharonSink:
         view = await host.view(shape.spis)
         if view is None:
             raise CharonError("charon lost the prepared SA")
-        self._seen.add(_key(context))
-        peer = self._givers.get(_key(context))
+        self._seen.add(context.spis.key)
+        peer = self._givers.get(context.spis.key)
         if peer is not None:
             host.origins.came(context, peer, shape.spis)
         if not self._renames.others_send(here):
@@ -353,7 +353,7 @@ class CharonSink:
     async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
         """Packets for the MN come here from now on."""
         self._host.away.opens(shape)
-        self._host.store.put(_TAKEN, _key(context), b"1")
+        self._host.store.put(_TAKEN, context.spis.key, b"1")
         reqids = {child.spi_in: child.reqid for child in view.children}
         await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
 
@@ -374,7 +374,7 @@ class CharonSink:
         self._hear(context, here)
         if plan is not None:
             return await self._rename(context, here, plan, final)
-        if _key(context) not in self._seen and await self._host.view(here.spis) is None:
+        if context.spis.key not in self._seen and await self._host.view(here.spis) is None:
             raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
@@ -384,12 +384,12 @@ class CharonSink:
         if self._listen is None:
             return
         try:
-            self._ears[_key(context)] = self._listen(here)
+            self._ears[context.spis.key] = self._listen(here)
         except LinkError as error:
             log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
 
     def _close_ear(self, context: IkeContext) -> None:
-        ear = self._ears.pop(_key(context), None)
+        ear = self._ears.pop(context.spis.key, None)
         if ear is not None:
             ear.close()
 
@@ -398,7 +398,7 @@ class CharonSink:
     ) -> MoveReport:
         """Tell the MN new SPIs and our address, by UPDATE_SPI or, where it does not know that, by rekeys."""
         host = self._host
-        if _key(context) not in self._seen:
+        if context.spis.key not in self._seen:
             await self._renames.converge(here)  # an agent before this one may have ended in the middle
         left, ike = plan.left(here), plan.ike_left(here)
         moves = here.local != context.local and not plan.moved
@@ -453,7 +453,7 @@ class CharonSink:
         host = self._host
         here = self._here(context)
         plan = self._renames.plan_of(here)
-        note = host.store.get(IMPORT, _key(context)) or b""
+        note = host.store.get(IMPORT, context.spis.key) or b""
         if note.startswith(IMPORTED):
             return  # message IDs have gone on since
         if note != _ACTIVE:
@@ -461,7 +461,7 @@ class CharonSink:
             view = await host.view(shape.spis)
             if view is None:
                 raise CharonError("charon lost the prepared SA")
-            if host.store.get(_TAKEN, _key(context)) is None:
+            if host.store.get(_TAKEN, context.spis.key) is None:
                 await self._draw(context, shape, view)
             version = await host.version()
             ike = ha.IkeId.of(shape.current)
@@ -486,22 +486,22 @@ class CharonSink:
             host.origins.serves(context, shape.spis)
             host.follow.serves(shape.spis, here)
             host.away.behind.stand(here, {child.reqid for child in view.children})
-            host.store.put(IMPORT, _key(context), _ACTIVE)
+            host.store.put(IMPORT, context.spis.key, _ACTIVE)
         for shape in self._renames.names(here):
             await asyncio.to_thread(host.mute.unmute, shape.spis)
             host.expected.discard(shape.spis)
-        ear = self._ears.pop(_key(context), None)
+        ear = self._ears.pop(context.spis.key, None)
         if ear is not None and await ear.deliver():
             log.debug("%s: charon has what the MN asked meanwhile", here.remote_id)
-        self._seen.discard(_key(context))
-        asked = _key(context) in self._later
-        self._later.discard(_key(context))
-        self._givers.pop(_key(context), None)
+        self._seen.discard(context.spis.key)
+        asked = context.spis.key in self._later
+        self._later.discard(context.spis.key)
+        self._givers.pop(context.spis.key, None)
         try:
             # without its plan an SA of that name is somebody else's: nothing may be undone from here on
             self._renames.forget(here)
-            host.store.delete(_TAKEN, _key(context))
-            self._imported(_key(context))
+            host.store.delete(_TAKEN, context.spis.key)
+            self._imported(context.spis.key)
             if asked:
                 host.note_update_spi(here.remote_id)  # an MN with an agent, and agents know UPDATE_SPI
         except StoreError as error:
@@ -531,7 +531,7 @@ class CharonSink:
         spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
         if plan.ike:
             spis.append(NewSpi(IKE, own_spi(here.current), plan.ike))
-        store.put(_NEW_NAMES, _key(here), int(now).to_bytes(8) + serialize_new_spis(spis))
+        store.put(_NEW_NAMES, here.spis.key, int(now).to_bytes(8) + serialize_new_spis(spis))
 
     @trace.spanned("charon activates")
     async def _established(self, here: IkeContext) -> None:
@@ -563,7 +563,7 @@ class CharonSink:
         """See `ContextSink.undo`."""
         host = self._host
         here = self._here(context)
-        note = host.store.get(IMPORT, _key(context))
+        note = host.store.get(IMPORT, context.spis.key)
         if note is None or note.startswith(IMPORTED):
             self._renames.forget(here, undone=True)
             return
@@ -588,17 +588,17 @@ class CharonSink:
         self._close_ear(context)
         shape = self._renames.shape(here)
         self._renames.forget(here, undone=True)
-        self._seen.discard(_key(context))
-        self._later.discard(_key(context))
-        self._givers.pop(_key(context), None)
-        if host.store.get(_TAKEN, _key(context)) is not None:
+        self._seen.discard(context.spis.key)
+        self._later.discard(context.spis.key)
+        self._givers.pop(context.spis.key, None)
+        if host.store.get(_TAKEN, context.spis.key) is not None:
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             unique_id = 0 if view is None else view.unique_id
             await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
-            host.store.delete(_TAKEN, _key(context))
+            host.store.delete(_TAKEN, context.spis.key)
         host.away.stays(here)
         host.origins.undone(context)
-        host.store.delete(IMPORT, _key(context))
+        host.store.delete(IMPORT, context.spis.key)
 
 
 def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:
@@ -608,7 +608,3 @@ def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveRe
     if plan is not None and plan.ike:
         return 0, 0
     return final.mid_initiator + report.requests, final.mid_responder + report.answered
-
-
-def _key(context: IkeContext) -> str:
-    return (context.spis[0] + context.spis[1]).hex()

@@ -25,8 +25,9 @@ from ikectx.context import (
 )
 from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, UnknownSaError
 from ikectx.keys import esp_keys
+from ikectx.name import SaName
 from ikectx.numbers import Status
-from ikectx.ports import SENDING_PACKETS, SENDING_SECONDS, SaName
+from ikectx.ports import SENDING_PACKETS, SENDING_SECONDS
 from ikectx.relocate import relocate
 
 from . import ha
@@ -117,7 +118,7 @@ class CharonSource:
             check_kind(view)
         await host.catch_up(sa)
         if view is None:
-            raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
+            raise UnknownSaError(f"charon has no IKE_SA {sa}")
         _refuse_busy(view, away)
         context = relocate(host.context(sa), local=view.local, remote=view.remote)
         if not host.config.mobile_node:
@@ -249,7 +250,7 @@ class CharonSource:
             # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
             jump = 2 * host.config.oseq_jump
             if sending and kernel is not None:
-                host.store.put(_SENDING, _key(spis), to.encode())
+                host.store.put(_SENDING, spis.key, to.encode())
             else:
                 self._stop_outbound(context, to, unprepared=unprepared)
             final = []
@@ -263,8 +264,8 @@ class CharonSource:
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
             if renaming:
-                host.store.put(_RENAMED, _key(spis), b"")
-            host.store.put(_LET_GO, _key(spis), known.mid_initiator.to_bytes(4) + b"?" * unsure)
+                host.store.put(_RENAMED, spis.key, b"")
+            host.store.put(_LET_GO, spis.key, known.mid_initiator.to_bytes(4) + b"?" * unsure)
         except BaseException:
             await self.thaw(context, jump)
             raise
@@ -324,7 +325,7 @@ class CharonSource:
         every = [p for p in host.kernel.policies_about(reqids) if p.direction == "out"]
         # of two SAs with the same selectors one has the policy; it goes, or stays, with that one
         outbound = [p for p in every if _leads_to(p, reqids, context.remote.address)]
-        host.store.put(_FROZEN, _key(context.spis), b"".join(_framed(p.raw) for p in outbound))
+        host.store.put(_FROZEN, context.spis.key, b"".join(_framed(p.raw) for p in outbound))
         host.away.leave(context, to, every, unprepared=unprepared)
         for policy in outbound:
             host.kernel.delete_policy(policy)
@@ -353,7 +354,7 @@ class CharonSource:
     def _end_sending(self, context: IkeContext) -> None:
         """As any other freeze has done, unless that is so; then there is a note of the policies."""
         self._sending.discard(context.spis)
-        store, key = self._host.store, _key(context.spis)
+        store, key = self._host.store, context.spis.key
         to = store.get(_SENDING, key)
         if to is not None and store.get(_FROZEN, key) is None:
             self._stop_outbound(context, to.decode())
@@ -365,7 +366,7 @@ class CharonSource:
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
         """See `ContextSource.thaw`. Where charon lost the SA meanwhile, only the leftovers are cleared."""
         host = self._host
-        key = _key(context.spis)
+        key = context.spis.key
         view = await host.view(context.spis)
         if host.store.get(_SENDING, key) is not None:
             # the other gateway may have sent under these keys, from twice as far on
@@ -459,7 +460,7 @@ class CharonSource:
     async def release(self, context: IkeContext) -> None:
         """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
         host = self._host
-        view, key = await host.view(context.spis), _key(context.spis)
+        view, key = await host.view(context.spis), context.spis.key
         if view is not None:
             if view.state == "DELETING":
                 host.store.put(_ENDED, key, b"")
@@ -483,7 +484,7 @@ class CharonSource:
 
     def not_taken(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
-        self._host.store.delete(_LET_GO, _key(sa))
+        self._host.store.delete(_LET_GO, sa.key)
 
     def stays(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
@@ -495,14 +496,10 @@ class CharonSource:
         What an SA goes on sending ends: nobody has counted it meanwhile.
         """
         for key, _ in self._host.store.items(_SENDING):
-            name = (bytes.fromhex(key[:16]), bytes.fromhex(key[16:]))
+            name = SaName.from_key(key)
             with contextlib.suppress(UnknownSaError):
                 self._end_sending(self._host.context(name))
         self._host.away.restore()
-
-
-def _key(spis: SaName) -> str:
-    return (spis[0] + spis[1]).hex()
 
 
 def _leads_to(policy: KernelPolicy, reqids: Collection[int], mn: Address) -> bool:

@@ -22,7 +22,7 @@ from ikectx import trace
 from ikectx.context import Address, ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.errors import CharonError, KernelError, UnknownSaError
 from ikectx.keys import esp_keys
-from ikectx.ports import SaName
+from ikectx.name import SaName
 
 from . import ha
 from .chain import reshape
@@ -367,7 +367,7 @@ class MoveSteps:
     async def seen(self, sa: SaName) -> SaView:
         view = await self._host.view(sa)
         if view is None:
-            raise UnknownSaError(f"charon has no IKE_SA {sa[0].hex()}_i {sa[1].hex()}_r")
+            raise UnknownSaError(f"charon has no IKE_SA {sa}")
         return view
 
     async def _appears(self, sa: SaName) -> None:
@@ -396,7 +396,7 @@ class MoveSteps:
             pause = min(pause * 1.5, 0.05)
 
     def save(self, sa: SaName, move: Move) -> None:
-        self._host.store.put(MOVE, key_of(sa), move.dumps())
+        self._host.store.put(MOVE, sa.key, move.dumps())
 
 
 def _child(after: IkeContext, child: ChildMove) -> ChildContext:
@@ -416,7 +416,3 @@ def _policies_to(policies: list[KernelPolicy], outbound: KernelSa | None) -> lis
             for template in policy.templates
         )
     ]
-
-
-def key_of(sa: SaName) -> str:
-    return (sa[0] + sa[1]).hex()

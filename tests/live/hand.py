@@ -17,7 +17,7 @@ from typing import Any
 
 from ikectx.context import Endpoint
 from ikectx.errors import IkectxError
-from ikectx.ports import SaName
+from ikectx.name import SaName
 from ikectx.store import open_store
 from ikectx_cli.mobile_config import load
 from vici_bridge.host import CharonHost, HostConfig

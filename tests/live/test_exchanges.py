@@ -183,7 +183,7 @@ def agent_of(world: World) -> Iterator[Agent]:
         _endpoint(shown["local"]),
         _endpoint(shown["remote"]),
     )
-    names = (agent.generation.spi_i, agent.generation.spi_r)
+    names = agent.generation.spis
     with of_name(world.lab.net.namespace("psg")).entered():
         mute = Mute()
         mute.mute_in(names)
