@@ -285,13 +285,17 @@ class Arrivals:
             sequence=message.sequence,
         )
 
-        def allowed(context: IkeContext) -> None:
-            key.append(tokens.token_key(context.current, message.sequence))
+        def proven(context: IkeContext) -> None:
+            key[:] = [tokens.token_key(context.current, message.sequence)]
             self._verify(key[0], arrival, Purpose.ANNOUNCE, self._parts.name, peer.name)
+            self._used.check(sa, message.sequence, Purpose.ANNOUNCE)
+
+        def allowed(context: IkeContext) -> None:
+            proven(context)
             self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until, run.transfer_id)
             run.token = (algorithm, key[0])
 
-        await self._moves.grant(run, allowed)
+        await self._moves.grant(run, proven, allowed)
         arrival.feed(ArrivalInput.ANNOUNCE)
         await run.awaited.wait()
         status = Status.OK
@@ -336,14 +340,14 @@ class Arrivals:
     async def _taken(self, arrival: Arrival, peer: PeerConfig, sa: SaName) -> IkeContext | None:
         """The SA, if it is here and the token is right: this agent was restarted before it could answer."""
         try:
+            known = self._parts.source.recorded(sa)
+            key = tokens.token_key(known.current, arrival.message.sequence)
+            self._verify(key, arrival, Purpose.ARRIVE, peer.name, self._parts.name)
             # it is only looked at, and need not be idle
             exported = self._parts.source.export(sa, away=True)
-            context = await step("export", exported, self._parts.timing)
+            return await step("export", exported, self._parts.timing)
         except (BusyError, UnknownSaError):
             return None
-        key = tokens.token_key(context.current, arrival.message.sequence)
-        self._verify(key, arrival, Purpose.ARRIVE, peer.name, self._parts.name)
-        return context
 
     def _opens(self, run: Incoming, arrival: Arrival, peer: PeerConfig) -> bool:
         """Is the token right by the key that came ahead? If not, pSG is asked: the MN may have begun anew."""

@@ -31,6 +31,10 @@ CANCELLABLE = frozenset(
 )
 
 
+Allowed = Callable[[IkeContext], None]
+"""Raises what speaks against a transfer of the SA of that context: RefusedError, WireError, StoreError."""
+
+
 class Moves:
     """The transfers that are open here as source. `links` gives the links, or StateError when stopped."""
 
@@ -40,7 +44,9 @@ class Moves:
         self._links = links
         self._tasks = tasks
         self._busy_attempts = busy_attempts
-        self._asked_for: set[SaName] = set()
+        self._asked_for: dict[SaName, asyncio.Event] = {}
+        """SAs that an operator, or a peer that may pull, moves; set when that has ended. They have the SA's
+        turn between two attempts, too."""
         self._mn_locks: WeakValueDictionary[tuple[str, IpAddress], asyncio.Lock] = WeakValueDictionary()
 
     def moving(self, sa: SaName) -> Outgoing | None:
@@ -51,6 +57,33 @@ class Moves:
         """Errors: BusyError when that SA is being moved, or is about to be."""
         if sa in self._asked_for or self.moving(sa) is not None:
             raise BusyError("that IKE_SA is being moved already", hint="`ikectx status` shows the transfer")
+
+    async def _turn(self, sa: SaName) -> None:
+        """Wait until nobody else moves that SA.
+
+        Errors: BusyError when that lasts longer than `Timing.turn`; UnknownSaError when the SA has left.
+        """
+        patience, last = self._parts.timing.turn, self.moving(sa)
+        try:
+            async with asyncio.timeout(patience):
+                while (over := last.over if last is not None else self._asked_for.get(sa)) is not None:
+                    await over.wait()
+                    if last is not None and last.machine.state is SourceState.DONE:
+                        ident = last.transfer_id.hex()
+                        raise UnknownSaError(
+                            f"transfer {ident} has just brought that IKE_SA to {last.peer.name}",
+                            hint=f"{last.peer.name} serves it now: ask there to move it on",
+                        )
+                    last = self.moving(sa)
+        except TimeoutError:
+            run = self.moving(sa)
+            what = "another command has its turn"
+            if run is not None:
+                what = f"transfer {run.transfer_id.hex()} to {run.peer.name} is {run.machine.state}"
+            raise BusyError(
+                f"that IKE_SA is being moved already, and that did not end within {patience:g} s: {what}",
+                hint="try again; `ikectx status` shows the transfer, `ikectx cancel` ends one that waits",
+            ) from None
 
     def named(self, transfer_id: str) -> Outgoing | None:
         """The open transfer with that id in hexadecimal."""
@@ -96,12 +129,12 @@ class Moves:
     ) -> TransferReport:
         """See `Gateway.transfer`."""
         links = self._links()
-        self.free(sa)
+        await self._turn(sa)
         if dry_run:
             dry = DryRun(self._parts, links, peer, sa=sa, transfer_id=secrets.token_bytes(8), address=address)
             await dry.export()
             return await dry.ask_only()
-        self._asked_for.add(sa)
+        over = self._asked_for[sa] = asyncio.Event()
         try:
             for attempt in range(1, self._busy_attempts + 1):
                 report = await self._attempt(peer, sa, address, progress)
@@ -113,7 +146,8 @@ class Moves:
                     log.info("a transfer to %s is tried again in %.1f s: %s", peer.name, pause, report.text)
                     await asyncio.sleep(pause)
         finally:
-            self._asked_for.discard(sa)
+            del self._asked_for[sa]
+            over.set()
         return report
 
     async def _attempt(
@@ -150,11 +184,14 @@ class Moves:
 
     # -- by the MN, or by a packet of it -----------------------------------------------------------------
 
-    async def grant(self, run: Outgoing, allowed: Callable[[IkeContext], None]) -> None:
-        """Export, and begin `run` in the background if `allowed` raises nothing.
+    async def grant(self, run: Outgoing, proven: Allowed, allowed: Allowed) -> None:
+        """Export, and begin `run` in the background if neither `proven` nor `allowed` raises anything.
 
-        Errors: BusyError, UnknownSaError, those of `allowed`, of the export, StateError.
+        `proven` is asked first, with what is known of the SA already: what a stranger sends neither takes the
+        SA's turn nor has it exported. `allowed` has the last word, on what was exported.
+        Errors: BusyError, UnknownSaError, those of `proven`, `allowed` and the export, StateError.
         """
+        proven(self._parts.source.recorded(run.sa))
         self.free(run.sa)
         self._links()
         self.open[run.transfer_id] = run

@@ -64,6 +64,13 @@ class ContextSource(Protocol):
     async def find(self, mn: Address) -> Sequence[SaName]:
         """The IKE_SAs served here whose MN has this outer address. Errors: CharonError."""
 
+    def recorded(self, sa: SaName) -> IkeContext:
+        """The SA as it was last heard of: its keys are right, counters, addresses and message IDs may be old.
+
+        Strangers can have this called, so it must ask nobody and cost next to nothing. Errors:
+        UnknownSaError, RefusedError for an SA that cannot be moved.
+        """
+
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError.
 

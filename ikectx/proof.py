@@ -111,11 +111,12 @@ def verify(context: IkeContext, datagrams: Sequence[bytes]) -> int:
         raise ProofError(
             f"request {first.message_id} is {when}, not the next ({expected}): a retransmission or a replay"
         )
+    _open(context, datagrams)
     if first.message_id > expected:
+        # said of nothing forged: nSG would ask again and again
         raise ProofError(
             f"request {first.message_id} is not the next ({expected}): not seen here yet", status=Status.BUSY
         )
-    _open(context, datagrams)
     return first.message_id
 
 

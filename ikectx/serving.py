@@ -17,15 +17,23 @@ from . import proof, tokens
 from .asking import named_sa, refuse_request
 from .context import Address, IkeContext
 from .cxtp import Ctc, CtReq
-from .errors import BusyError, IkectxError, LinkError, RefusedError, UnknownSaError, WireError
+from .errors import (
+    BusyError,
+    IkectxError,
+    LinkError,
+    ProofError,
+    RefusedError,
+    UnknownSaError,
+    WireError,
+)
 from .links import Link, Links
-from .moves import Moves
+from .moves import Allowed, Moves
 from .name import SaName
 from .numbers import Fpt, Status
 from .outgoing import Outgoing, check_expected
 from .report import TransferReport
 from .run import Parts, Tasks, log, step
-from .tokens import Purpose, TokenError
+from .tokens import Purpose, TokenBlock, TokenError
 from .transfer import SourceInput, SourceState
 
 MEMORY = 1024
@@ -58,6 +66,15 @@ class UsedTokens:
         self._wall = parts.wall
         self._pruned = 0.0
 
+    def check(self, sa: SaName, sequence: int, purpose: int, transfer_id: bytes = b"") -> None:
+        """Errors: TokenError when it was used for another transfer; StoreError."""
+        used = self._store.get(self.KIND, _token_name(sa, sequence, purpose))
+        if used is None or used[8:] == transfer_id:
+            return
+        began = self._store.find("source", used[8:])
+        if began is not None and began.result not in ("kept", "refused"):
+            raise TokenError("the token was used before")
+
     def use(self, sa: SaName, sequence: int, purpose: int, until: float, transfer_id: bytes) -> None:
         """It is used for that transfer. Errors: TokenError when it was for another; StoreError."""
         now = self._wall()
@@ -66,13 +83,13 @@ class UsedTokens:
             for key, value in self._store.items(self.KIND):
                 if int.from_bytes(value[:8]) < now:
                     self._store.delete(self.KIND, key)
-        key = f"{sa.spi_i.hex()}_{sa.spi_r.hex()}_{sequence:08x}_{int(purpose)}"
-        used = self._store.get(self.KIND, key)
-        if used is not None and used[8:] != transfer_id:
-            began = self._store.find("source", used[8:])
-            if began is not None and began.result not in ("kept", "refused"):
-                raise TokenError("the token was used before")
-        self._store.put(self.KIND, key, max(0, round(until)).to_bytes(8) + transfer_id)
+        self.check(sa, sequence, purpose, transfer_id)
+        value = max(0, round(until)).to_bytes(8) + transfer_id
+        self._store.put(self.KIND, _token_name(sa, sequence, purpose), value)
+
+
+def _token_name(sa: SaName, sequence: int, purpose: int) -> str:
+    return f"{sa.spi_i.hex()}_{sa.spi_r.hex()}_{sequence:08x}_{int(purpose)}"
 
 
 class _Served:
@@ -204,10 +221,10 @@ class Serving:
         mobile = self._mobile
         if mobile is None:
             raise RefusedError("no MN may ask for anything here", status=Status.NOT_ALLOWED)
-        sa = await self.token_sa(message, mobile)
+        said, sa = await self._token(link, message, mobile)
 
-        def allowed(context: IkeContext, run: Outgoing) -> None:
-            token = tokens.verify(
+        def verified(context: IkeContext) -> TokenBlock | None:
+            return tokens.verify(
                 tokens.token_key(context.current, message.sequence),
                 message,
                 purpose=Purpose.ARRIVE,
@@ -217,6 +234,13 @@ class Serving:
                 skew=mobile.skew,
                 rfc=mobile.rfc_token,
             )
+
+        def proven(context: IkeContext) -> None:
+            verified(context)
+            self._used.check(sa, message.sequence, Purpose.ARRIVE)
+
+        def allowed(context: IkeContext, run: Outgoing) -> None:
+            token = verified(context)
             run.expects = None if token is None else token.expects
             run.away = run.expects is not None
             if run.expects is not None:
@@ -224,6 +248,7 @@ class Serving:
             until = self._parts.wall() + tokens.MAX_LIFETIME if token is None else token.expiry
             self._used.use(sa, message.sequence, Purpose.ARRIVE, until + mobile.skew, run.transfer_id)
 
+        verified(self._parts.source.recorded(sa))
         run = self._moves.moving(sa)
         announced = (SourceState.ANNOUNCED, SourceState.AWAITING)
         if run is not None and run.peer.name == link.peer.name and run.machine.state in announced:
@@ -238,25 +263,33 @@ class Serving:
             # whether the peer has what was announced is not certain: all of it, anew
             run.signals.put_nowait(SourceInput.CANCEL)
             await run.over.wait()
-        # what it says is believed when it has been verified; until then nothing is touched
-        said = tokens.find(message.blocks)
         run = self._outgoing(link, sa, message, away=said is not None and said.expects is not None)
-        return await self._whole(run, lambda context: allowed(context, run))
+        return await self._whole(run, proven, lambda context: allowed(context, run))
 
-    async def token_sa(self, message: CtReq, mobile: MobileConfig) -> SaName:
-        """The SA that a token is for. Errors: TokenError, UnknownSaError."""
+    async def _token(
+        self, link: Link, message: CtReq, mobile: MobileConfig
+    ) -> tuple[TokenBlock | None, SaName]:
+        """What a CT-Req shows, and the SA that it is for. Errors: TokenError."""
         try:
             token = tokens.find(message.blocks)
         except WireError as error:
             raise TokenError(str(error)) from None
         if token is not None:
-            return token.spis
+            tokens.check_claims(
+                token,
+                purpose=Purpose.ARRIVE,
+                psg=self._parts.name,
+                nsg=link.peer.name,
+                now=self._parts.wall(),
+                skew=mobile.skew,
+            )
+            return token, token.spis
         if not mobile.rfc_token:
             raise TokenError("it has no token of 128 bits")
         found = await step("find", self._parts.source.find(message.mn), self._parts.timing)
         if len(found) != 1:
             raise TokenError(f"{message.mn} has {len(found)} IKE_SAs, and the RFC's token names none")
-        return found[0]
+        return None, found[0]
 
     # -- by a packet -------------------------------------------------------------------------------------
 
@@ -266,13 +299,21 @@ class Serving:
         # nSG can ask the MN which of two message IDs is the next
         run = self._outgoing(link, proof.spis_of(datagrams[0]), message, away=True)
 
+        def proven(context: IkeContext) -> None:
+            try:
+                proof.verify(context, datagrams)
+            except ProofError as error:
+                # it is the MN's, and only beyond what was heard of the SA so far: the export tells
+                if error.status is not Status.BUSY:
+                    raise
+
         def allowed(context: IkeContext) -> None:
             run.mid = proof.verify(context, datagrams)
 
-        return await self._whole(run, allowed)
+        return await self._whole(run, proven, allowed)
 
-    async def _whole(self, run: Outgoing, allowed: Callable[[IkeContext], None]) -> Status | None:
-        await self._moves.grant(run, allowed)
+    async def _whole(self, run: Outgoing, proven: Allowed, allowed: Allowed) -> Status | None:
+        await self._moves.grant(run, proven, allowed)
         await run.over.wait()
         return _ended(run.report(), run.told)
 

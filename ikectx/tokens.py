@@ -249,6 +249,13 @@ def verify(
     good &= hmac.compare_digest(token.token.to_bytes(4), message.token.to_bytes(4))
     if not (good and len(key)):
         raise TokenError("the token is wrong")
+    check_claims(token, purpose=purpose, psg=psg, nsg=nsg, now=now, skew=skew)
+    return token
+
+
+def check_claims(token: TokenBlock, *, purpose: Purpose, psg: str, nsg: str, now: float, skew: float) -> None:
+    """What a token says of itself, as for `verify`. Nothing of it is believed before its tag is right, but
+    what is wrong already needs no look at its SA. Errors: TokenError."""
     if token.purpose != purpose:
         raise TokenError(f"the token is for {token.purpose.name.lower()}, not for {purpose.name.lower()}")
     if (token.psg, token.nsg) != (psg, nsg):
@@ -257,7 +264,6 @@ def verify(
         raise TokenError(f"the token expired {now - token.expiry:.0f} s ago")
     if token.expiry > now + MAX_LIFETIME + skew:
         raise TokenError(f"the token is valid for {token.expiry - now:.0f} s, more than {MAX_LIFETIME}")
-    return token
 
 
 def seal_ctaa(
@@ -370,6 +376,7 @@ __all__ = [
     "Purpose",
     "TokenBlock",
     "TokenError",
+    "check_claims",
     "expected_by",
     "find",
     "make_ctar",

@@ -354,8 +354,9 @@ class Timing:
     request: how long a target goes on asking (CT-Req) for what it wants. confirm: CTD to CTDR, then the CTD
     is sent again. hold: how long a target keeps what it prepared. step: one step of a port (freeze, take,
     ...). in_doubt: CTD to report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to
-    backoff_max; busy_backoff: between attempts when the SA was busy. stop: how long `stop` waits. retries:
-    how often a clean-up is tried before the report says that it failed (it goes on being tried).
+    backoff_max; busy_backoff: between attempts when the SA was busy. turn: how long an operator's transfer
+    waits until another one of the same SA has ended. stop: how long `stop` waits. retries: how often a
+    clean-up is tried before the report says that it failed (it goes on being tried).
     """
 
     connect: float = 5.0
@@ -371,6 +372,7 @@ class Timing:
     backoff: float = 0.2
     backoff_max: float = 30.0
     busy_backoff: float = 0.3
+    turn: float = 15.0
     stop: float = 5.0
     retries: int = 5
 

@@ -195,6 +195,8 @@ class MemoryGateway:
         self.wait: dict[str, asyncio.Event] = {}
         """Steps that last until their event is set."""
         self.calls: list[str] = []
+        self.looks = 0
+        """How often `recorded` was asked; it is no step."""
         self.advance = 0
         """Requests of the MN that were answered between export and freeze."""
         self.unanswered: set[SaName] = set()
@@ -250,6 +252,12 @@ class MemoryGateway:
 
     async def find(self, mn: Address) -> Sequence[SaName]:
         return [sa for sa, context in self.served.items() if context.remote.address == mn]
+
+    def recorded(self, sa: SaName) -> IkeContext:
+        self.looks += 1
+        if sa not in self.served:
+            raise UnknownSaError("no such SA", hint="list")
+        return self.served[sa]
 
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         await self._step("export")

@@ -33,6 +33,7 @@ FAST = Timing(
     backoff=0.002,
     backoff_max=0.02,
     busy_backoff=0.002,
+    turn=0.5,
     stop=0.3,
     predictive=0.5,
     request=0.6,

@@ -109,6 +109,10 @@ class CharonSource:
         views = await self._host.views()
         return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
 
+    def recorded(self, sa: SaName) -> IkeContext:
+        """See `ContextSource.recorded`. Known from the HA messages of charon alone."""
+        return self._host.context(sa)
+
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
         host = self._host
