@@ -38,7 +38,7 @@ from ikectx.errors import (
     WireError,
 )
 from ikectx.ikev2 import RetransmitPolicy
-from ikectx.keys import iv_length
+from ikectx.keys import Drawn, iv_length
 from ikectx.name import SaName
 from ikectx.numbers import Protocol
 from ikectx.ports import Store
@@ -117,7 +117,7 @@ class Mirror:
             self.local,
             self.remote,
             self.asks,
-            iv=self.iv,
+            iv=Drawn.of(self.iv),
             fresh=self.fresh,
             addresses=False,
             policy=POLICY,

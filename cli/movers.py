@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ikectx.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
 from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.ikev2 import RetransmitPolicy
-from ikectx.keys import iv_length, prf_plus, sk_keys
+from ikectx.keys import Drawn, iv_length, prf_plus, sk_keys
 from ikectx.numbers import Prf, Protocol, Status
 from ikectx.ports import MoveReport
 from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
@@ -59,10 +59,10 @@ class MnMover:
             final.mid_initiator,
             here.local,
             here.remote,
-            # The same octets for the same message ID, also after a crash: a request with other octets would
-            # be answered from the MN's cache, with the old cookie. Without SK_d nobody can tell them.
+            # The same octets for the same message ID, also after a crash, because the MN answers a request
+            # whose ID it knows from its cache, with the old cookie. Without SK_d nobody can tell them.
             cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
-            iv=self._derived(here, final, b"iv", iv_length(here.current.encr)),
+            iv=Drawn.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
             conditions=here.conditions,
             additional=self._addresses,
             policy=RetransmitPolicy(self._timeout, tries=self._tries),
@@ -74,10 +74,9 @@ class MnMover:
     @staticmethod
     def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
         now = here.current
-        seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4)
-        for end in (here.local, here.remote):
-            seed += end.address.packed + end.port.to_bytes(2)
-        seed += here.conditions.to_bytes(4)  # all that the request depends on: one IV, one text
+        seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4) + _path(here)
+        # What else the request says (`additional`) comes from the configuration. The IV depends on it, too
+        # (`keys.Drawn`); the cookie does not, because the MN would answer from its cache.
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 
@@ -111,7 +110,8 @@ class MnSettler:
             seed += end.address.packed + end.port.to_bytes(2)
         sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
         first, second = (
-            prf_plus(now.prf, sk_d, seed + (final.mid_initiator + used).to_bytes(4), size) for used in (0, 1)
+            Drawn.of(prf_plus(now.prf, sk_d, seed + (final.mid_initiator + used).to_bytes(4), size))
+            for used in (0, 1)
         )
         machine = MidProbe(
             now, final.mid_initiator, here.local, here.remote, ivs=(first, second), policy=self._policy
@@ -144,7 +144,8 @@ class _Talk:
     def fresh(self, label: bytes, length: int) -> bytes:
         """Octets for one message: the same after a crash, and nobody else's, since they come of the seed.
 
-        `label` must say all that the message depends on besides its message ID.
+        `label` must say what is asked besides the message ID. The IVs made of them also depend on whatever
+        else the message says (`keys.Drawn`).
         """
         # in parts, since prf+ ends after 255 blocks
         out = b""
@@ -152,6 +153,10 @@ class _Talk:
             text = label + self.now.mid_initiator.to_bytes(4) + len(out).to_bytes(4)
             out += prf_plus(Prf.HMAC_SHA2_256, self.wish.seed.reveal(), text, min(length - len(out), 4096))
         return out
+
+    def cookie(self, label: bytes) -> bytes:
+        """COOKIE2 of one message. It proves one path, so it depends on both ends of that path."""
+        return self.fresh(label + _path(self.now) + b" cookie2", COOKIE2_LENGTH)
 
     def took(self, report: MoveReport) -> None:
         """Message IDs and figures of an exchange that has ended."""
@@ -211,9 +216,9 @@ class MnRenamer:
                 talk.now.local,
                 talk.now.remote,
                 asks,
-                iv=talk.fresh(label + b" iv", 8 * iv_length(current.encr)),
+                iv=Drawn.of(talk.fresh(label + b" iv", 8 * iv_length(current.encr))),
                 fresh=talk.fresh(label + b" fresh", FRESH_OCTETS),
-                cookie2=talk.fresh(label + b" cookie2", COOKIE2_LENGTH),
+                cookie2=talk.cookie(label),
                 addresses=addresses,
                 conditions=talk.now.conditions,
                 additional=self._addresses,
@@ -329,8 +334,8 @@ class MnRenamer:
             now.mid_initiator,
             now.local,
             now.remote,
-            cookie2=talk.fresh(b"ikectx address cookie2", COOKIE2_LENGTH),
-            iv=talk.fresh(b"ikectx address iv", iv_length(now.current.encr)),
+            cookie2=talk.cookie(b"ikectx address"),
+            iv=Drawn.of(talk.fresh(b"ikectx address iv", iv_length(now.current.encr))),
             conditions=now.conditions,
             additional=self._addresses,
             policy=self._policy,
@@ -366,6 +371,12 @@ class MnRenamer:
         report = await run_rekey(machine, made=made, mark=self._mark)
         talk.took(report.move)
         await talk.tell("rekey")
+
+
+def _path(here: IkeContext) -> bytes:
+    """Both ends and the NATs between them."""
+    ends = b"".join(end.address.packed + end.port.to_bytes(2) for end in (here.local, here.remote))
+    return ends + here.conditions.to_bytes(4)
 
 
 def _octets(one: UpdateSpi) -> bytes:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes
 
 from .context import Endpoint
 from .errors import StateError, UsageError, WireError
-from .keys import SealKey, iv_length, open_, seal, sealed_length
+from .keys import Drawn, SealKey, iv_length, open_, seal, sealed_length, synthetic_ivs
 from .numbers import Exchange, Notify, Payload
 from .payloads import AnyPayload, NotifyPayload, RawPayload, parse_payloads, serialize_payloads
 from .wire import Reader, Writer
@@ -171,18 +171,26 @@ def seal_message(key: SealKey, header: IkeHeader, payloads: Iterable[AnyPayload]
 
 
 def seal_fragments(
-    key: SealKey, header: IkeHeader, payloads: Iterable[AnyPayload], ivs: bytes, limit: int | None = None
+    key: SealKey,
+    header: IkeHeader,
+    payloads: Iterable[AnyPayload],
+    ivs: bytes | Drawn,
+    limit: int | None = None,
 ) -> list[bytes]:
     """The datagrams (no marker) of one message: one in SK, or SKF fragments (RFC 7383, 2.5).
 
     `limit`: octets of the largest datagram (see `fragment_limit`), None: no fragments, which only a peer that
     announced IKEV2_FRAGMENTATION_SUPPORTED understands. `ivs`: a fresh `keys.iv_length` for each datagram,
-    one behind the other; what is left over is not used. Errors: UsageError for too few of them or a limit
+    one behind the other; what is left over is not used. `Drawn`: the same arguments give the same datagrams,
+    and any other message has other IVs. Errors: UsageError for too few of them or a limit
     that leaves no room; WireError for a message of more than `MAX_FRAGMENTS`.
     """
     size = iv_length(key.encr)
     listed = list(payloads)
     first, inner = serialize_payloads(listed)
+    if isinstance(ivs, Drawn):
+        text = header.serialize() + bytes([first]) + (limit or 0).to_bytes(4) + inner
+        ivs = synthetic_ivs(key, ivs, text)
     if limit is None or HEADER_LENGTH + 4 + sealed_length(key, len(inner)) <= limit:
         return [seal_message(key, header, listed, ivs[:size])]
     room = limit - HEADER_LENGTH - 8

@@ -18,6 +18,11 @@ messages of the agent and n of charons under one key, the probability that any t
 would be no better and would have to survive a crash. Retransmissions repeat the octets, not the
 sealing. In CBC the IV must not be predictable (RFC 7296, 3.14): random again. The bytes come in
 as an argument; `iv_length` says how many.
+
+An agent that was killed in the middle of an exchange builds its message again from the same octets, because
+the MN may have answered the first one. Its configuration may be another one by then, so the text may be, too.
+Such octets are handed over as `Drawn`, and `synthetic_ivs` makes the IVs of them and of all that is sealed
+(as SIV does, RFC 5297): the same message is the same on the wire, and another message has another IV.
 """
 
 from __future__ import annotations
@@ -340,6 +345,31 @@ def iv_length(encr: Encr) -> int:
     return _facts(encr).iv
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Octets in place of IVs, for a message that may be built again after a crash: see `synthetic_ivs`."""
+
+    octets: Secret
+
+    @classmethod
+    def of(cls, octets: bytes) -> Drawn:
+        return cls(Secret(octets))
+
+    def __len__(self) -> int:
+        return len(self.octets)
+
+
+def synthetic_ivs(key: SealKey, drawn: Drawn, text: bytes) -> bytes:
+    """As many octets of IV as were drawn, others for each `text`; nobody can tell them without the key.
+
+    `text`: all that is sealed with them, also what stands in the clear in front of it, since an AEAD
+    authenticates that under the same IV.
+    """
+    secret = prf(Prf.HMAC_SHA2_256, key.encr_key.reveal(), b"ikectx IVs")
+    seed = len(drawn).to_bytes(4) + drawn.octets.reveal() + text
+    return prf_plus(Prf.HMAC_SHA2_256, secret, seed, len(drawn))
+
+
 def sealed_length(key: SealKey, inner: int) -> int:
     """Octets that `seal` makes of `inner` octets: IV, ciphertext with padding, ICV."""
     return iv_length(key.encr) + inner + len(_padding(key, inner)) + _icv_length(key)
@@ -455,6 +485,7 @@ def _aead_parts(key: SealKey, iv: bytes) -> tuple[bytes, bytes, int]:
 
 __all__ = [
     "ChildKeys",
+    "Drawn",
     "EspKeys",
     "SealKey",
     "SkKeys",
@@ -472,4 +503,5 @@ __all__ = [
     "sealed_length",
     "sk_keys",
     "skeyseed",
+    "synthetic_ivs",
 ]

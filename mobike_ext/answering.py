@@ -28,7 +28,7 @@ from ipaddress import ip_address
 from ikectx.context import Address, Endpoint, IkeGeneration
 from ikectx.errors import StateError, WireError
 from ikectx.ikev2 import IkeHeader, Message, Reassembly, add_marker, seal_fragments, strip_marker
-from ikectx.keys import seal_key, sk_keys
+from ikectx.keys import Drawn, seal_key, sk_keys
 from ikectx.numbers import Exchange, Notify, Payload, Protocol
 from ikectx.payloads import AnyPayload, NotifyPayload
 from ikectx.ports import MoveReport
@@ -272,7 +272,7 @@ class SpiResponder:
         self._count(*(add_marker(one, self.local, source) for one in self._arrived))
         self._tell(message, source, now)
 
-    def answer(self, fresh: bytes, now: float, refusal: Reason | None = None) -> None:
+    def answer(self, fresh: bytes | Drawn, now: float, refusal: Reason | None = None) -> None:
         """Answer the request that was `Asked` last. `fresh`: random octets, an IV for each datagram.
 
         `refusal`: the renaming cannot be done after all. Errors: StateError when nothing was asked.

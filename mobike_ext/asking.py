@@ -29,7 +29,7 @@ from ikectx.ikev2 import (
     seal_fragments,
     strip_marker,
 )
-from ikectx.keys import iv_length, seal_key, sk_keys
+from ikectx.keys import Drawn, iv_length, seal_key, sk_keys
 from ikectx.numbers import Exchange
 from ikectx.payloads import AnyPayload
 from ikectx.ports import MoveReport
@@ -129,8 +129,8 @@ class Asking:
             proven_by_traffic=self._proven,
         )
 
-    def seal(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes) -> list[bytes]:
-        """The UDP payloads of the next request."""
+    def seal(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes | Drawn) -> list[bytes]:
+        """The UDP payloads of the next request. `ivs`: see `ikev2.seal_fragments`."""
         header = IkeHeader(*self.spis, exchange, self.message_id, self.initiator, response=False)
         sealed = seal_fragments(self._key, header, payloads, ivs, self._limit)
         return [add_marker(one, self.local, self.remote) for one in sealed]

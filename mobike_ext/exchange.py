@@ -30,6 +30,7 @@ from ipaddress import IPv4Address
 from ikectx.context import Address, Endpoint, IkeGeneration
 from ikectx.errors import UsageError
 from ikectx.ikev2 import Message, RetransmitPolicy, nat_detection_hash
+from ikectx.keys import Drawn
 from ikectx.name import SaName
 from ikectx.numbers import Exchange, Notify
 from ikectx.payloads import NotifyPayload
@@ -230,7 +231,8 @@ class AddressUpdate(Requester[State, Input, Event]):
     """Tells the MN that its gateway is at `local` now.
 
     message_id: of the next request this gateway sends (`FinalState.mid_initiator`). local, remote: nSG and
-    the MN, ports as on the wire. Fresh random octets: 16 in cookie2, `keys.iv_length(generation.encr)` in iv.
+    the MN, ports as on the wire. Fresh random octets: 16 in cookie2, `keys.iv_length(generation.encr)` in iv
+    (`Drawn` where they may come again after a crash).
     conditions: charon's bits of the SA. additional: nSG's further addresses, so that the MN does not try
     pSG's when its path to nSG fails; None: none are told, and it keeps those it has.
     """
@@ -243,7 +245,7 @@ class AddressUpdate(Requester[State, Input, Event]):
         remote: Endpoint,
         *,
         cookie2: bytes,
-        iv: bytes,
+        iv: bytes | Drawn,
         conditions: int = 0,
         additional: Sequence[Address] | None = None,
         policy: RetransmitPolicy | None = None,

@@ -20,6 +20,7 @@ from enum import Enum
 from ikectx.context import Endpoint, IkeGeneration
 from ikectx.errors import UsageError
 from ikectx.ikev2 import RetransmitPolicy
+from ikectx.keys import Drawn
 from ikectx.numbers import Exchange
 
 from .asking import Asking, Machine, Silent
@@ -77,7 +78,7 @@ class MidProbe(Machine[State, Input, Silent]):
         local: Endpoint,
         remote: Endpoint,
         *,
-        ivs: tuple[bytes, bytes],
+        ivs: tuple[bytes | Drawn, bytes | Drawn],
         policy: RetransmitPolicy | None = None,
     ) -> None:
         policy = policy or RetransmitPolicy()

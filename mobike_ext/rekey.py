@@ -41,7 +41,7 @@ from ikectx.context import (
 )
 from ikectx.errors import RefusedError, StateError, UsageError, WireError
 from ikectx.ikev2 import Message, RetransmitPolicy
-from ikectx.keys import sk_keys
+from ikectx.keys import Drawn, sk_keys
 from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.payloads import (
     AnyPayload,
@@ -293,11 +293,11 @@ class _Rekey(Requester[State, Input, Event]):
     def _ask(self) -> None:
         self._send(Exchange.CREATE_CHILD_SA, self._wanted(), self._ivs())
 
-    def _ivs(self) -> bytes:
+    def _ivs(self) -> Drawn:
         """For the datagrams of one request."""
-        return self._fresh.take(_DATAGRAMS * self._asking.iv_length)
+        return Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
 
-    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes) -> None:
+    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: Drawn) -> None:
         self._asking.ask(exchange, self._asking.seal(exchange, payloads, ivs))
 
     def _refused(self, error: NotifyPayload, now: float) -> None:

@@ -23,6 +23,7 @@ from enum import Enum
 from ikectx.context import Address, Endpoint, IkeGeneration
 from ikectx.errors import UsageError, WireError
 from ikectx.ikev2 import Message, RetransmitPolicy
+from ikectx.keys import Drawn
 from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.ports import MoveReport
 
@@ -216,7 +217,7 @@ class SpiUpdate(Requester[State, Input, Event]):
 
     message_id, local, remote, cookie2, conditions, additional, policy: as for `exchange.AddressUpdate`.
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
-    first request; may be derived from what the request says, all of it. fresh: `FRESH_OCTETS`, random.
+    first request, `Drawn` where the octets may come again after a crash. fresh: `FRESH_OCTETS`, random.
     expected_id: message ID of the peer's next request (`mid_responder`), for which is waited after an answer
     without the notify; None: its requests are left to charon. names: for what else it may ask
     meanwhile; None: that is refused as busy. announce: say that we know UPDATE_SPI, too. limit: octets of the
@@ -233,7 +234,7 @@ class SpiUpdate(Requester[State, Input, Event]):
         remote: Endpoint,
         renames: Sequence[UpdateSpi],
         *,
-        iv: bytes,
+        iv: bytes | Drawn,
         fresh: bytes,
         cookie2: bytes = b"",
         addresses: bool = True,
@@ -259,7 +260,7 @@ class SpiUpdate(Requester[State, Input, Event]):
             AddressPart(self.spis, local, remote, cookie2, conditions, additional) if addresses else None
         )
         self._fresh = Fresh(fresh)
-        self._again_iv = self._fresh.take(_DATAGRAMS * self._asking.iv_length)
+        self._again_iv = Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
         self._mirrored: tuple[Renaming, ...] = ()
         self._responder: SpiResponder | None = None
         if expected_id is not None:
@@ -416,7 +417,7 @@ class SpiUpdate(Requester[State, Input, Event]):
                 continue  # unanswered: so many requests are none of a peer that means it
             ours = [one for one in event.pairs if self.wanted(one.protocol, one.old, one.inbound)]
             refusal = Reason.BUSY if ours and len(ours) != len(self.asked) else None
-            responder.answer(self._fresh.take(size), now, refusal)
+            responder.answer(Drawn.of(self._fresh.take(size)), now, refusal)
             if refusal is not None or not event.pairs:
                 continue
             if not ours:

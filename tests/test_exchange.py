@@ -21,7 +21,7 @@ from ikectx.ikev2 import (
     seal_message,
     serialize_clear,
 )
-from ikectx.keys import iv_length
+from ikectx.keys import Drawn, iv_length
 from ikectx.numbers import Encr, Exchange, Integ, Notify
 from ikectx.payloads import AnyPayload, NotifyPayload
 from mobike_ext.asking import Silent
@@ -55,6 +55,29 @@ def started(**changes: object) -> tuple[AddressUpdate, Message, bytes]:
     [(datagram, destination)] = machine.to_send(0)
     assert destination == MN
     return machine, Node().read(datagram), datagram
+
+
+@pytest.mark.parametrize(
+    ("encr", "bits", "integ"),
+    [(Encr.AES_GCM_16, 128, Integ.NONE), (Encr.AES_CBC, 256, Integ.HMAC_SHA2_256_128)],
+)
+def test_b3_the_iv_depends_on_all_that_is_encrypted(encr: Encr, bits: int, integ: Integ) -> None:
+    sa = replace(SA, encr=encr, encr_bits=bits, integ=integ)
+    size = iv_length(encr)
+
+    def sent(**changes: Any) -> bytes:
+        [(datagram, _)] = update(sa, **({"iv": Drawn.of(bytes(size))} | changes)).to_send(0)
+        return datagram[4 + 28 + 4 :]
+
+    others = [
+        sent(additional=()),
+        sent(additional=(ip_address("203.0.113.1"),)),
+        sent(conditions=Condition.NAT_FAKE),
+        sent(cookie2=bytes(16)),
+        sent(iv=Drawn.of(bytes(size - 1) + b"\1")),
+    ]
+    assert sent() == sent()  # built again after a crash: the same octets
+    assert len({one[:size] for one in (sent(), *others)}) == 6
 
 
 # --- the exchange ------------------------------------------------------------------------------------------

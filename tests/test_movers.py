@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
-from ikectx.context import IkeContext, Secret
+from ikectx.context import Address, IkeContext, Secret
 from ikectx.errors import RefusedError
+from ikectx.ikev2 import HEADER_LENGTH
+from ikectx.keys import iv_length
 from ikectx.ports import MoveReport
+from ikectx.whole import final_of
 from ikectx_cli import movers
-from ikectx_cli.movers import MnRenamer
+from ikectx_cli.movers import MnMover, MnRenamer
 from mobike_ext.exchange import AddressUpdate, PeerNatChanged
 from mobike_ext.link import RekeyReport, SpiReport, UpdateReport
 from mobike_ext.naming import Renaming
@@ -59,7 +63,9 @@ class Mn:
             outcome = RenameRefused((Reason.NOT_ALLOWED,) * len(machine.asked))
         return SpiReport(replace(ONE, answered=self.answered), outcome)
 
-    async def run_address_update(self, machine: AddressUpdate, *, mark: int) -> UpdateReport:
+    async def run_address_update(
+        self, machine: AddressUpdate, *, mark: int, proven: object = None
+    ) -> UpdateReport:
         self.said.append(("addresses", machine._asking.message_id))
         self._sent(machine)
         if self.outcome == "address refused":
@@ -99,6 +105,16 @@ class Made:
 
     async def __call__(self, now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
         self.calls.append((now, moved, how))
+
+
+WISH = Wish(
+    children=((a_context().children[0].spi_in, b"new1"),),
+    ike=b"",
+    addresses=True,
+    update=True,
+    rekey=True,
+    seed=Secret(bytes(32)),
+)
 
 
 def ask(mn: Mn, made: Made, **wish: Any) -> Told:
@@ -219,6 +235,24 @@ def test_the_same_octets_after_a_crash(monkeypatch: pytest.MonkeyPatch, wish: di
     other = Mn(monkeypatch)
     ask(other, Made(), seed=Secret(bytes(31) + b"\x01"), **wish)
     assert not set(first.octets) & set(other.octets)
+
+
+def test_b3_a_request_that_says_something_else_after_a_restart_has_another_iv(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mn = Mn(monkeypatch)
+    here = a_context()
+    size = iv_length(here.current.encr)
+    addresses: list[tuple[Address, ...]] = [(), (ip_address("203.0.113.1"),), (ip_address("203.0.113.2"),)]
+    for further in (*addresses, addresses[0]):
+        # the agent was restarted with another gateway.addresses while the transfer was moving
+        asyncio.run(MnMover(further, 3, 0.1)(here, final_of(here), lambda: False))
+        asyncio.run(_call(MnRenamer(further, 3, 0.1), here, WISH, Made()))
+    moves, renames = mn.octets[0::2], mn.octets[1::2]
+    for sent in (moves, renames):
+        assert sent[3] == sent[0]  # the same request in the same octets: the MN answers it from its cache
+        ivs = {datagram[4 + HEADER_LENGTH + 4 :][:size] for datagram in sent}
+        assert len(ivs) == len(addresses)
 
 
 def test_what_was_done_before_a_crash_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
