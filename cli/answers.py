@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import click
 
+from .requests import plain_address
+
 if TYPE_CHECKING:
-    from ikectx.context import Address
     from vici_bridge.vici import ControlClient
 
     from .config import ControlConfig
@@ -76,16 +76,6 @@ def an_address(ctx: click.Context, param: click.Parameter, value: str | None) ->
         return None if value is None else str(plain_address(value))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not an IP address", ctx, param) from None
-
-
-def plain_address(text: str) -> Address:
-    """An IP address that means the same on every host: none with a zone, as in fe80::1%eth0 (RFC 4007, 11).
-
-    Errors: ValueError.
-    """
-    if "%" in text:
-        raise ValueError(f"{text!r} has a zone")
-    return ip_address(text)
 
 
 def json_option(command: F) -> F:

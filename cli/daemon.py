@@ -38,11 +38,11 @@ from vici_bridge.source import CharonSource
 from vici_bridge.vici_codec import Message, with_json
 
 from . import __version__, service
-from .answers import plain_address
 from .config import Config
 from .detours import find, names, need_ways
 from .movers import MnEnder, MnMover, MnRenamer, MnSettler
 from .render import context_json
+from .requests import GATEWAY, plain_address
 from .views import charon_json, chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
@@ -176,6 +176,7 @@ class Agent:
             },
             events={"transfer-state"},
             group=config.control.group,
+            takes=GATEWAY,
         )
         self._started = time.time()
 

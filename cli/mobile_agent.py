@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import Any
 
 from ikectx import trace
@@ -33,6 +32,7 @@ from .mobile_farewell import Farewells, Told
 from .mobile_handover import Handovers
 from .mobile_report import Report
 from .mobile_spis import SpiWatch
+from .requests import MOBILE, plain_address
 from .views import charon_json
 
 log = logging.getLogger("ikectx")
@@ -114,6 +114,7 @@ class MobileAgent:
             },
             streamed={"handover": "handover-progress"},
             group=config.control.group,
+            takes=MOBILE,
         )
         self._work: set[asyncio.Task[Report]] = set()
         self._started = time.time()
@@ -308,6 +309,6 @@ def _address(text: str) -> Address | None:
     if not text:
         return None
     try:
-        return ip_address(text)
+        return plain_address(text)
     except ValueError:
         raise UsageError(f"{text!r} is not an IP address") from None

@@ -24,12 +24,14 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from ikectx.errors import ConfigError, IkectxError, StateError, WireError
 from ikectx.mistakes import log_mistake
 
+from .requests import Keys, check
 from .vici_codec import Deframer, Message, Packet, PacketType, serialize_message
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,10 @@ Handler = Callable[[Message], Awaitable[Mapping[str, Any]]]
 StreamHandler = Callable[[Message], AsyncIterator[Mapping[str, Any]]]
 
 MAX_CLIENTS = 64
+RESERVE = 8
+"""Places beyond `MAX_CLIENTS` for root, and for the user the agent runs as."""
+ASKS_WITHIN = 10.0
+"""Seconds in which a client must have sent its first request, and the rest of any request it has begun."""
 MAX_UNREAD = 4 * 1024 * 1024
 """Octets that may wait for one client before its stream waits for it."""
 MAX_ANSWER = MAX_UNREAD
@@ -52,12 +58,29 @@ class Response(dict[str, Any]):
 
 
 class _Client:
-    """One connection: what it registered for, and its writer."""
+    """One connection: what it registered for, and its writer.
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    `trusted`: its user is root, or the agent's own. `busy`: a request of it is being answered. `active`: when
+    it last sent a whole request, or came (the loop's time).
+    """
+
+    def __init__(self, writer: asyncio.StreamWriter, now: float) -> None:
         self._writer = writer
+        self.trusted = _user(writer) in (0, os.geteuid())
         self.events: set[str] = set()
+        self.busy = False
+        self.active = now
         self.gone = False
+
+    def gives_way(self, other: _Client) -> bool:
+        """Whether it is idle, and no more trusted than `other`, who needs a place."""
+        return not self.busy and not self.gone and self.trusted <= other.trusted
+
+    @property
+    def order(self) -> tuple[bool, bool, float]:
+        """Of those who give way, the smallest is the first: strangers before root, and who only waits for
+        events after who waits for nothing."""
+        return self.trusted, bool(self.events), self.active
 
     def send(self, packet: Packet) -> None:
         """Queue it. A client that is gone, or reads nothing at all, gets nothing more."""
@@ -97,6 +120,19 @@ class _Client:
         return self._writer.transport.get_write_buffer_size()
 
 
+def _user(writer: asyncio.StreamWriter) -> int:
+    """The user at the other end, as the kernel knows it (SO_PEERCRED, unix(7)); -1 where it does not."""
+    sock: socket.socket = writer.get_extra_info("socket")
+    try:
+        told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    except OSError:
+        return -1
+    return int(_CREDENTIALS.unpack(told)[1])
+
+
+_CREDENTIALS = struct.Struct("=iII")
+
+
 class ControlServer:
     """Serves `commands` on the unix socket `path`, until `close`.
 
@@ -104,7 +140,11 @@ class ControlServer:
     the client that asked, if it registered for it; a `Response` among them is the answer. The other
     commands are coroutine functions and return the answer. `events` are those for `emit`, to all who
     registered. A command goes on when its client leaves. `group`: name of a group that may use the
-    socket too (mode 0660 instead of 0600).
+    socket too (mode 0660 instead of 0600). `takes`: the keys of each command (`requests.check`); the requests
+    of a command that it does not name are not checked.
+
+    A client that asks nothing, or does not end its request, is cut off after `ASKS_WITHIN`. Where all places
+    are taken, the client that has been idle longest gives way to a new one.
     """
 
     def __init__(
@@ -115,12 +155,14 @@ class ControlServer:
         events: Collection[str] = (),
         *,
         group: str | None = None,
+        takes: Mapping[str, Keys] | None = None,
     ) -> None:
         self._path = path
         self._commands = dict(commands)
         self._streamed = dict(streamed or {})
         self._events = frozenset(events) | frozenset(self._streamed.values())
         self._group = group
+        self._takes = dict(takes or {})
         self._clients: set[_Client] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -229,8 +271,9 @@ class ControlServer:
     # -- connections
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        client = _Client(writer)
-        if len(self._clients) >= MAX_CLIENTS:
+        client = _Client(writer, asyncio.get_running_loop().time())
+        if not self._has_place(client):
+            log.warning("a control client was sent away: %d others are being served", len(self._clients))
             client.abort()
             return
         task = asyncio.current_task()
@@ -252,12 +295,41 @@ class ControlServer:
             with contextlib.suppress(asyncio.CancelledError):
                 await client.close()
 
+    def _has_place(self, client: _Client) -> bool:
+        """Whether there is a place for a new client, or another has given its place up."""
+        if len(self._clients) < MAX_CLIENTS + (RESERVE if client.trusted else 0):
+            return True
+        idle = [other for other in self._clients if other.gives_way(client)]
+        if not idle:
+            return False
+        gone = min(idle, key=lambda other: other.order)
+        log.info("a control client that was idle was cut off, for a new one")
+        gone.abort()
+        self._clients.discard(gone)
+        return True
+
     async def _converse(self, client: _Client, reader: asyncio.StreamReader) -> None:
         """One packet after the other, as charon does it; a stream's items come before the next packet."""
         deframer = Deframer()
-        while data := await reader.read(65536):
-            for packet in deframer.receive(data):
+        loop = asyncio.get_running_loop()
+        due: float | None = loop.time() + ASKS_WITHIN
+        while True:
+            try:
+                async with asyncio.timeout_at(due):
+                    data = await reader.read(65536)
+            except TimeoutError:
+                return
+            if not data:
+                return
+            packets = deframer.receive(data)
+            client.busy = bool(packets)
+            for packet in packets:
                 await self._handle(client, packet)
+            client.busy = False
+            if packets:
+                client.active, due = loop.time(), None
+            if deframer.waiting and due is None:
+                due = loop.time() + ASKS_WITHIN
 
     async def _handle(self, client: _Client, packet: Packet) -> None:
         match packet.type:
@@ -292,6 +364,8 @@ class ControlServer:
 
     async def _run(self, client: _Client, packet: Packet) -> Mapping[str, Any]:
         request = packet.message
+        if packet.name in self._takes:
+            check(packet.name, request, self._takes[packet.name])
         result = self._commands[packet.name](request)
         if not isinstance(result, AsyncIterator):
             return await result

@@ -1,0 +1,53 @@
+"""What requests on the control sockets hold: the keys of every command, of a gateway's agent and of a mobile
+node's, and addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from vici_bridge.requests import Keys, Kind
+
+if TYPE_CHECKING:
+    from ikectx.context import Address
+
+_NAMES: dict[str, Kind] = {"ike": "text", "ike-id": "text", "spi": "text", "peer": "text", "all": "flag"}
+"""The ways to name IKE_SAs (`views.chosen`)."""
+
+GATEWAY: Mapping[str, Keys] = {
+    "version": {},
+    "status": {},
+    "list-contexts": {},
+    "show-context": {**_NAMES, "secrets": "flag"},
+    "transfer": {**_NAMES, "to": "text", "dry-run": "flag", "address": "text", "no-detour": "flag"},
+    "pull": {"from": "text", "mn": "text", "sa": "text", "dry-run": "flag"},
+    "history": {"limit": "text"},
+    "resync": {},
+    "cancel": {"transfer": "text"},
+    "reclaim": {"transfer": "text"},
+    # all that charon tells its script, of any version
+    "updown": {"verb": "text", "reqid": "text", "child": "text", "connection": "text", "PLUTO_*": "text"},
+    "detours": {"end": "text", "unblock": "flag"},
+}
+
+MOBILE: Mapping[str, Keys] = {
+    "version": {},
+    "status": {},
+    "handover": {
+        **dict.fromkeys(("to", "what", "ike", "ike-id", "address"), "text"),
+        "anew": "flag",
+    },
+    "cancel": {},
+    "resync": {},
+}
+
+
+def plain_address(text: str) -> Address:
+    """An IP address that means the same on every host: none with a zone, as in fe80::1%eth0 (RFC 4007, 11).
+
+    Errors: ValueError.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone")
+    return ip_address(text)
