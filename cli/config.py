@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +164,7 @@ class PeerConfig:
 
     `identity` is the name its certificate must hold (a DNS name, or the CN), by default `name`.
     `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on.
+    `connects_from`: networks that its connections to us come from, beside `address`.
     `connections`, `identities`: whose SAs it may bring, by connection name and as `id` of a connection is
     written; empty: all.
     """
@@ -173,6 +174,7 @@ class PeerConfig:
     identity: str
     rights: tuple[str, ...] = ("push",)
     forward_via: tuple[Address, ...] = ()
+    connects_from: tuple[IPv4Network | IPv6Network, ...] = ()
     connections: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
 
@@ -371,9 +373,19 @@ def _peer(table: Table) -> PeerConfig:
         identity=table.value("identity", a_text, name),
         rights=table.several("rights", one_of(*RIGHTS), ("push",)),
         forward_via=table.several("forward_via", an_address, ()),
+        connects_from=table.several("connects_from", _a_network, ()),
         connections=table.several("connections", a_text, ()),
         identities=table.several("identities", a_text, ()),
     )
+
+
+def _a_network(value: Any) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(a_text(value))
+    except ValueError:
+        raise ValueError(
+            f"{value!r} must be an address or a network without host bits, as in 192.0.2.1 or 192.0.2.0/28"
+        ) from None
 
 
 def _agree(root: Table, config: Config) -> None:

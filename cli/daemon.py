@@ -17,14 +17,16 @@ from typing import Any, Literal
 
 from ikectx.aio import Gateway
 from ikectx.context import Address, Endpoint, IkeContext
+from ikectx.door import Door
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
-from ikectx.links import PeerConfig, TlsConfig
+from ikectx.links import PeerConfig
 from ikectx.mnlink import MnServer
 from ikectx.name import SaName
-from ikectx.plain import PlainServer, plain_dial, plain_listen
+from ikectx.plain import plain_dial, plain_listen
 from ikectx.report import TransferEvent, TransferReport
 from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore
+from ikectx.tls import TlsConfig
 from ikectx.transfer import Timing
 from mobike_ext.held import Held
 from mobike_ext.naming import asks_for_names
@@ -119,6 +121,7 @@ class Agent:
                 peer.port,
                 frozenset(peer.rights),
                 peer.identity,
+                sources=peer.connects_from,
                 connections=peer.connections,
                 identities=peer.identities,
             )
@@ -127,7 +130,7 @@ class Agent:
         timing = Timing(offer=config.transfer.prepare_timeout, predictive=config.transfer.predictive_seconds)
         self._timing = timing
         self._guard: SpdGuard | None = None
-        self._servers: list[PlainServer] = []
+        self._doors: list[Door] = []
         self._mn_server: MnServer | None = None
         self._watcher: Watcher | None = None
         tls = dial = None
@@ -186,11 +189,11 @@ class Agent:
         self._source.resume()
         await self._gateway.start(self._listen if self._guard is None else ())
         if self._guard is not None:
-            self._servers = await plain_listen(
+            self._doors = await plain_listen(
                 self._timing, self._protocol, self._guard, self._listen, self._peers, self._gateway.accept
             )
-            for server in self._servers:
-                await server.start_serving()
+            for door in self._doors:
+                await door.start_serving()
         if self._config.mobile is not None:
             mobile = self._config.mobile
             listen = [Endpoint(ip_address(item.host), item.port) for item in mobile.listen]
@@ -216,8 +219,8 @@ class Agent:
             await self._watcher.close()
         if self._mn_server is not None:
             await self._mn_server.close()
-        for server in self._servers:
-            server.close()
+        for door in self._doors:
+            door.close()
         await self._gateway.stop()
         if self._guard is not None:
             self._guard.close()
@@ -285,8 +288,8 @@ class Agent:
             **{key: value for key, value in self._gateway.status().items() if key != "name"},
         }
         answer["detours"] = [row.to_json() for row in self._host.away.listing()]
-        if self._servers:
-            places = [server.address for server in self._servers]
+        if self._doors:
+            places = [door.address for door in self._doors]
             answer["listening"] = [{"host": host, "port": port} for host, port in places]
         return with_json(answer, name=self._config.name)
 

@@ -246,13 +246,17 @@ class World:
 
     def connect(self, peer: PeerConfig) -> PeerAnswer:
         """TLS to a peer with our certificate, as a transfer would begin; nothing is said."""
-        from ikectx.links import TlsConfig, certificate_names
+        from ikectx.neighbours import is_address, own_address
+        from ikectx.tls import TlsConfig, certificate_names
 
         transfer = self.config.transfer
+        version = ip_address(peer.host).version if is_address(peer.host) else 4
+        own = own_address([(item.host, item.port) for item in transfer.listen], version)
+        source = None if own is None else (str(own), 0)  # as a transfer: the peer lets in what it knows
         try:
             context = TlsConfig(transfer.certificate, transfer.key, transfer.ca).context(server=False)
             with (
-                socket.create_connection((peer.host, peer.port), timeout=CONNECT_SECONDS) as raw,
+                socket.create_connection((peer.host, peer.port), CONNECT_SECONDS, source) as raw,
                 context.wrap_socket(raw) as sock,
             ):
                 certificate = sock.getpeercert()

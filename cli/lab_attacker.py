@@ -27,10 +27,10 @@ from typing import Any
 from ikectx.context import Endpoint, Identity, IkeContext, Secret, TrafficSelector
 from ikectx.cxtp import Ctar, Ctd, CtReq, Pctd
 from ikectx.errors import IkectxError
-from ikectx.links import TlsConfig
 from ikectx.name import SaName
 from ikectx.numbers import IdType
 from ikectx.profile import TransferHeader, encode
+from ikectx.tls import TlsConfig
 from ikectx.tokens import Purpose, make_ctar
 
 from .lab_config import CXTP_PORT, Tunnel

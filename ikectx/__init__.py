@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         UsageError,
         WireError,
     )
-    from .links import PeerConfig, Stream, TlsConfig
+    from .links import PeerConfig, Stream
     from .name import SaName
     from .numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
     from .ports import Clock, ContextSink, ContextSource, MoveReport, Renamer, Store, Verdict
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .report import TransferEvent, TransferReport
     from .serving import MobileConfig
     from .store import SqliteStore, open_store
+    from .tls import TlsConfig
     from .transfer import Timing
 
 __all__ = [
@@ -121,7 +122,7 @@ __all__ = [
 
 _ROOMS = (
     *("errors", "numbers", "name", "context", "ports", "cxtp", "profile", "transfer", "report"),
-    *("store", "links", "serving", "aio"),
+    *("store", "links", "tls", "serving", "aio"),
 )
 """Where names are looked for: what costs little first."""
 _INSIDE = {"encode_context": "encode", "decode_context": "decode"}

@@ -25,8 +25,9 @@ from .context import Address as IpAddress
 from .context import Endpoint
 from .cxtp import Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd
 from .desk import Desks
+from .door import Door
 from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
-from .links import Dial, Link, Links, PeerConfig, Stream, TlsConfig, tls_dial, tls_listen
+from .links import Dial, Link, Links, PeerConfig, Stream
 from .moves import Moves
 from .name import SaName
 from .notices import Hear, Notices
@@ -37,6 +38,7 @@ from .report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, statu
 from .run import Observer, Parts, Tasks
 from .serving import MobileConfig, Serving, UsedTokens
 from .store import JournalEntry, SqliteStore
+from .tls import TlsConfig, tls_dial, tls_listen
 from .transfer import OSEQ_JUMP, TARGET_OWNS, SourceInput, SourceState, TargetState, Timing
 from .whereabouts import Whereabouts, is_notice
 
@@ -101,7 +103,7 @@ class Gateway:
         self._tls = tls
         self._dial = dial
         self._links: Links | None = None
-        self._servers: list[asyncio.Server] = []
+        self._doors: list[Door] = []
         self._listening: list[tuple[str, int]] = []
         self._tasks = Tasks(self._parts)
         self._moves = Moves(self._parts, self._running, self._tasks, busy_attempts)
@@ -136,18 +138,21 @@ class Gateway:
             raise StateError("the gateway runs already")
         if self._tls is None and (listen or self._dial is None):
             raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
-        dial = self._dial or tls_dial(_given(self._tls), self._parts.timing)
+        dial = self._dial or tls_dial(_given(self._tls), self._parts.timing, listen)
         self._links = Links(dial, self._parts.timing, self._arrived)
         self._tasks.stopped = False
         try:
             if listen:
-                self._servers = await tls_listen(_given(self._tls), self._parts.timing, listen, self.accept)
+                peers = list(self._peers.values())
+                self._doors = await tls_listen(
+                    _given(self._tls), self._parts.timing, listen, self.accept, peers
+                )
             for line in await self.recover():
                 log.info("recovered: %s", line)
             self._notices.start()
-            for server in self._servers:
-                await server.start_serving()
-                self._listening += [sock.getsockname()[:2] for sock in server.sockets]
+            for door in self._doors:
+                await door.start_serving()
+                self._listening.append(door.address)
         except BaseException:
             await self.stop()
             raise
@@ -160,9 +165,9 @@ class Gateway:
     async def stop(self) -> None:
         """Cancel what has not been let go, wait a little, close. What is open stays in the journal."""
         links, self._links = self._links, None
-        for server in self._servers:
-            server.close()
-        self._servers, self._listening = [], []
+        for door in self._doors:
+            door.close()
+        self._doors, self._listening = [], []
         self._tasks.stopped = True
         runs = list(self._moves.open.values())
         for run in runs:

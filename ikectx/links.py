@@ -1,7 +1,6 @@
-"""Connections between gateways: TLS 1.3 over TCP, and CXTP messages on them (I/O).
+"""Connections between gateways, and CXTP messages on them (I/O); `tls` and `plain` make the connections.
 
-Both ends show a certificate of the configured CA; a name in it (SAN dNSName, else the CN) says
-which configured peer it is. A connection carries the messages of both directions, whoever dialled it.
+A connection carries the messages of both directions, whoever dialled it.
 
 RFC 4067 names a transfer by the MN's previous address only, so an answer is told from another by order: on
 one connection, the CTDRs for one MN come in the order of the PCTDs and CTDs for it, one for each. A CTDR with
@@ -13,19 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
-import ssl
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Protocol
 
 from . import trace
 from .context import Address, IkeContext
 from .cxtp import PORT, Ctd, Ctdr, Message, Pctd, StreamDecoder
-from .errors import ConfigError, LinkError, WireError
+from .errors import LinkError, WireError
 from .identity import allows
 from .mistakes import log_mistake
 from .numbers import Fpt
@@ -34,6 +31,8 @@ from .transfer import Timing
 log = logging.getLogger("ikectx.links")
 
 READ_SIZE = 1 << 16
+LINKS = 2
+"""Connections of one peer that are served: the one it uses, and one that its agent forgot when it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,8 @@ class PeerConfig:
     `rights`: what it may do to us: "push" (move SAs here), "pull" (have them moved there), "packet" (the
     same, where it shows a packet of the MN). What the MN itself asks for needs none. `certificate_name`: the
     name its certificate holds, empty for `name`. `addresses`: those it serves MNs on, by which a CTAR with
-    the RFC's token names it; `host` counts as well. `connections`, `identities`: what SAs it may bring, by
+    the RFC's token names it; `host` counts as well. `sources`: networks that it connects from, beside those.
+    `connections`, `identities`: what SAs it may bring, by
     the connection's name and by the MN's identity (patterns as `identity.allows` has them); empty: any.
     """
 
@@ -53,6 +53,7 @@ class PeerConfig:
     rights: frozenset[str] = frozenset({"push"})
     certificate_name: str = ""
     addresses: tuple[Address, ...] = ()
+    sources: tuple[IPv4Network | IPv6Network, ...] = ()
     connections: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
 
@@ -72,63 +73,6 @@ class PeerConfig:
         if self.identities and not any(allows(pattern, identity) for pattern in self.identities):
             return f"{self.name} may not bring SAs of {identity} here"
         return ""
-
-
-@dataclass(frozen=True, slots=True)
-class TlsConfig:
-    """PEM files: our certificate (with its chain), its key, and the CAs that peers' certificates are of."""
-
-    cert: Path | str
-    key: Path | str
-    ca: Path | str
-
-    def context(self, *, server: bool) -> ssl.SSLContext:
-        """TLS 1.3, a certificate demanded of the other side. Errors: ConfigError naming the file."""
-        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        made.minimum_version = ssl.TLSVersion.TLSv1_3
-        # the name is compared with the configuration after the handshake, for both roles alike
-        made.check_hostname = False
-        made.verify_mode = ssl.CERT_REQUIRED
-        if keylog := os.environ.get("SSLKEYLOGFILE"):
-            made.keylog_filename = keylog  # the operator's wish, as other programs heed it
-            log.warning(
-                "the secrets of TLS connections are written to %s: contexts can be read with them", keylog
-            )
-        if server:
-            made.num_tickets = 0  # connections are long-lived, and resumption would skip no certificate
-        for path in (self.ca, self.cert, self.key):
-            try:
-                Path(path).open("rb").close()
-            except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror}") from None
-        try:
-            made.load_verify_locations(self.ca)
-        except ssl.SSLError as error:
-            raise ConfigError(f"{self.ca}: {_reason(error)}", hint="certificates of CAs in PEM") from None
-        try:
-            made.load_cert_chain(self.cert, self.key, password=_no_password)
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"{self.cert} with {self.key}: {_reason(error)}",
-                hint="PEM without a pass phrase, and the key must belong to the certificate",
-            ) from None
-        return made
-
-
-def _no_password() -> str:
-    """Instead of OpenSSL's question on the terminal."""
-    return ""
-
-
-def certificate_names(certificate: Mapping[str, Any] | None) -> frozenset[str]:
-    """dNSNames of a verified certificate (as `SSLSocket.getpeercert` gives it), else its CN; lower case."""
-    if not certificate:
-        return frozenset()
-    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
-    if not names:
-        subject = [pair for rdn in certificate.get("subject", ()) for pair in rdn]
-        names = [value for kind, value in subject if kind == "commonName"]
-    return frozenset(name.lower() for name in names)
 
 
 class Stream(Protocol):
@@ -156,39 +100,6 @@ Dial = Callable[[PeerConfig], Awaitable[Stream]]
 Accept = Callable[[Stream], Awaitable[None]]
 
 
-class TlsStream:
-    """`Stream` over asyncio's streams after a TLS handshake."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, timing: Timing) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._timeout = 3 * timing.keepalive
-        host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
-        self.label = f"{host}:{port}"
-        self.names = certificate_names(writer.get_extra_info("peercert"))
-        keep_alive(writer.get_extra_info("socket"), timing.keepalive)
-
-    async def read(self) -> bytes:
-        try:
-            return await self._reader.read(READ_SIZE)
-        except (OSError, ssl.SSLError) as error:
-            raise LinkError(f"{self.label}: {_reason(error)}") from None
-
-    async def write(self, data: bytes) -> None:
-        try:
-            self._writer.write(data)
-            async with asyncio.timeout(self._timeout):
-                await self._writer.drain()
-        except TimeoutError:
-            raise LinkError(f"{self.label} takes no more octets") from None
-        except (OSError, ssl.SSLError, RuntimeError) as error:
-            raise LinkError(f"{self.label}: {_reason(error)}") from None
-
-    def close(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._writer.close()
-
-
 def keep_alive(sock: Any, seconds: float) -> None:
     """Have TCP notice within about three times `seconds` that the other side has gone."""
     if sock is None:
@@ -204,73 +115,6 @@ def keep_alive(sock: Any, seconds: float) -> None:
     for level, name, value in options:
         with contextlib.suppress(OSError):
             sock.setsockopt(level, name, value)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not accepted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
-
-
-def tls_dial(tls: TlsConfig, timing: Timing) -> Dial:
-    """A `Dial` that proves the peer's name. Errors: ConfigError here; LinkError when dialling."""
-    context = tls.context(server=False)
-
-    async def dial(peer: PeerConfig) -> Stream:
-        where = f"{peer.name} at {peer.host}:{peer.port}"
-        try:
-            async with asyncio.timeout(timing.connect):
-                reader, writer = await asyncio.open_connection(peer.host, peer.port, ssl=context)
-        except TimeoutError:
-            raise LinkError(f"{where} did not answer within {timing.connect:g} s") from None
-        except OSError as error:
-            raise LinkError(f"{where}: {_reason(error)}") from None
-        stream = TlsStream(reader, writer, timing)
-        if peer.certified not in stream.names:
-            stream.close()
-            shown = ", ".join(sorted(stream.names)) or "no name"
-            raise LinkError(
-                f"{where} shows a certificate of {shown} instead of {peer.certified}",
-                hint="correct the peer's address or name in the configuration, or the certificate there",
-            )
-        return stream
-
-    return dial
-
-
-async def tls_listen(
-    tls: TlsConfig, timing: Timing, where: Sequence[tuple[str, int]], accept: Accept
-) -> list[asyncio.Server]:
-    """Servers, to be started, that give proven connections to `accept`. Errors: ConfigError, LinkError."""
-    context = tls.context(server=True)
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, port, *_ = writer.get_extra_info("peername") or ("?", 0)
-        try:
-            # not left to start_server, which would tell nobody why a handshake failed
-            await writer.start_tls(context, ssl_handshake_timeout=timing.connect)
-        except (OSError, ssl.SSLError) as error:
-            log.warning("refused a connection from %s:%s: %s", host, port, _reason(error))
-            writer.close()
-            return
-        await accept(TlsStream(reader, writer, timing))
-
-    servers: list[asyncio.Server] = []
-    for host, port in where:
-        try:
-            servers.append(await asyncio.start_server(connected, host, port, start_serving=False))
-        except OSError as error:
-            for server in servers:
-                server.close()
-            raise LinkError(
-                f"cannot listen on {host}:{port}: {_reason(error)}",
-                hint="another agent may be running, or the address may not be here yet",
-            ) from None
-    return servers
 
 
 Answer = Ctdr | LinkError
@@ -449,9 +293,17 @@ class Links:
         return next((each for each in self._accepted[name] if not each.error and each.quiet < lively), None)
 
     async def serve(self, stream: Stream, peer: PeerConfig) -> None:
-        """Use a connection that the peer has dialled, until it ends."""
+        """Use a connection that the peer has dialled, until it ends.
+
+        Where there are `LINKS` already, the one that was quiet for longest is closed: a peer that lost its
+        power must get in before TCP has noticed, and one that dials without end harms its own links only.
+        """
         link = Link(stream, peer, self._arrived)
         log.info("%s has connected", link.label)
+        open_ = [each for each in self._accepted[peer.name] if each.error is None]
+        if len(open_) >= LINKS:
+            quietest = max(open_, key=lambda each: each.quiet)
+            quietest.close(LinkError(f"{peer.name} has connected {LINKS} times since"))
         self._accepted[peer.name].append(link)
         try:
             await link.run()

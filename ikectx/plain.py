@@ -15,26 +15,22 @@ import logging
 import os
 import socket
 import struct
-import time
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
 from typing import Any, Protocol
 
 from .context import Address, Endpoint
+from .door import Door, Handshakes, listen_on
 from .errors import ConfigError, IkectxError, LinkError
 from .flow import Flow, Transport
 from .links import READ_SIZE, Accept, Dial, PeerConfig, Stream, keep_alive
+from .neighbours import Neighbours, own_address, plain_address, resolve
+from .readiness import Readiness
 from .transfer import Timing
 
 log = logging.getLogger("ikectx.plain")
 
 CHUNK = 1 << 14
 """Octets that are sent between two questions to the guard; SCTP makes one message of them."""
-RESOLVE_AGAIN = 60.0
-"""Seconds for which a peer's name keeps its addresses."""
-BACKLOG = 64
-ACCEPT_AGAIN = 1.0
-"""Seconds without accepting when the system has no file descriptor or memory for it."""
 _SCTP_RTOINFO = 0
 _SCTP_ASSOCINFO = 1
 _SCTP_NODELAY = 3
@@ -83,8 +79,7 @@ class PlainStream:
         self._timeout = 3 * timing.keepalive
         self._hold: Hold | None = None
         self._error: LinkError | None = None
-        self._closed = False
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._ready = Readiness(sock)
 
     async def guarded(self, guard: Guard) -> None:
         """Put the stream under its guard. Errors: LinkError; the stream is closed then."""
@@ -93,14 +88,14 @@ class PlainStream:
         except LinkError as error:
             self.lost(error)
             raise
-        if self._closed:
+        if self._ready.closed:
             hold.release()
             raise self._ended()
         self._hold = hold
 
     def verify(self) -> None:
         """Errors: LinkError when the stream is closed or no longer protected; it is closed then."""
-        if self._closed or self._hold is None:
+        if self._ready.closed or self._hold is None:
             raise self._ended()
         try:
             self._hold.verify()
@@ -109,7 +104,7 @@ class PlainStream:
         except LinkError as error:
             self.lost(error)
             raise
-        if self._closed:
+        if self._ready.closed:
             raise self._ended()
 
     def _ended(self) -> LinkError:
@@ -121,7 +116,7 @@ class PlainStream:
             try:
                 data = self._sock.recv(READ_SIZE)
             except (BlockingIOError, InterruptedError):
-                await self._ready(self._loop().add_reader, self._loop().remove_reader)
+                await self._ready.readable()
             except OSError as error:
                 raise LinkError(f"{self.label}: {_reason(error)}") from None
             else:
@@ -137,33 +132,20 @@ class PlainStream:
                     try:
                         sent = self._sock.send(left[:CHUNK])
                     except (BlockingIOError, InterruptedError):
-                        await self._ready(self._loop().add_writer, self._loop().remove_writer)
+                        await self._ready.writable()
                     else:
                         left = left[sent:]
         except TimeoutError:
             raise LinkError(f"{self.label} takes no more octets") from None
         except OSError as error:
             raise LinkError(f"{self.label}: {_reason(error)}") from None
-
-    @staticmethod
-    def _loop() -> asyncio.AbstractEventLoop:
-        return asyncio.get_running_loop()
-
-    async def _ready(self, add: Callable[..., Any], remove: Callable[[int], Any]) -> None:
-        future: asyncio.Future[None] = self._loop().create_future()
-        self._waiting.add(future)
-        number = self._sock.fileno()
-        add(number, _wake, future)
-        try:
-            await future
         finally:
-            self._waiting.discard(future)
-            if not self._closed:  # else the number may be another socket's by now
-                remove(number)
+            if left:  # nothing can follow half a message
+                self.close()
 
     def lost(self, error: LinkError) -> None:
         """Cut at once: what the kernel has not sent yet is thrown away."""
-        if self._closed:
+        if self._ready.closed:
             return
         self._error = error
         log.warning("%s is cut: %s%s", self._flow, error, f" ({error.hint})" if error.hint else "")
@@ -172,23 +154,12 @@ class PlainStream:
         self.close()
 
     def close(self) -> None:
-        if self._closed:
+        if self._ready.closed:
             return
-        self._closed = True
+        self._ready.close()
         if self._hold is not None:
             self._hold.release()
-        with contextlib.suppress(RuntimeError):
-            loop = self._loop()
-            loop.remove_reader(self._sock.fileno())
-            loop.remove_writer(self._sock.fileno())
         self._sock.close()
-        for future in list(self._waiting):
-            _wake(future)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _reason(error: OSError) -> str:
@@ -252,7 +223,7 @@ def _one_address_each(sock: socket.socket) -> None:
 
 
 def _endpoint(address: Any) -> Endpoint:
-    return Endpoint(ip_address(str(address[0]).partition("%")[0]), int(address[1]))
+    return Endpoint(plain_address(address), int(address[1]))
 
 
 def plain_dial(
@@ -263,16 +234,13 @@ def plain_dial(
     They begin at the first address of `listen` of the peer's family, where the peer looks for us, else where
     routing says. The guard is asked before the first packet. Errors when dialling: LinkError.
     """
-    own = [
-        ip_address(host) for host, _ in listen if _is_address(host) and not ip_address(host).is_unspecified
-    ]
 
     async def dial(peer: PeerConfig) -> Stream:
         where = f"{peer.name} at {peer.host}:{peer.port}"
         first: LinkError | None = None
         try:
             async with asyncio.timeout(timing.connect):
-                for address in await _resolve(peer):
+                for address in await resolve(peer.host, peer.port):
                     try:
                         return await connect(peer, address)
                     except LinkError as error:
@@ -293,9 +261,7 @@ def plain_dial(
         sock = open_socket(family, protocol)
         stream: PlainStream | None = None
         try:
-            local = next((one for one in own if one.version == address.version), None) or _source(
-                family, address
-            )
+            local = own_address(listen, address.version) or _source(family, address)
             sock.bind((str(local), 0))
             flow = Flow(_endpoint(sock.getsockname()), Endpoint(address, peer.port), protocol)
             stream = PlainStream(sock, flow, peer, timing)
@@ -315,114 +281,11 @@ def plain_dial(
     return dial
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
 def _source(family: int, address: Address) -> Address:
     """Where routing lets packets to `address` begin; nothing is sent."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((str(address), 9))
         return _endpoint(probe.getsockname()).address
-
-
-async def _resolve(peer: PeerConfig) -> list[Address]:
-    if _is_address(peer.host):
-        return [ip_address(peer.host)]
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise LinkError(_reason(error)) from None
-    return list(dict.fromkeys(_endpoint(entry[4]).address for entry in found))
-
-
-class _Neighbours:
-    """Which configured peer an address belongs to."""
-
-    def __init__(self, peers: Sequence[PeerConfig]) -> None:
-        self._peers = peers
-        self._known: dict[str, tuple[float, list[Address]]] = {}
-
-    async def owner(self, address: Address) -> PeerConfig:
-        """The one peer with that address. Errors: LinkError."""
-        found = [peer for peer in self._peers if address in await self._addresses(peer)]
-        if not found:
-            raise LinkError(f"{address} is no configured peer's address", hint="compare [[peer]] address")
-        if len(found) > 1:
-            names = ", ".join(peer.name for peer in found)
-            raise LinkError(
-                f"{address} is the address of several peers: {names}",
-                hint='with transport = "ipsec" each [[peer]] needs an address of its own',
-            )
-        return found[0]
-
-    async def _addresses(self, peer: PeerConfig) -> list[Address]:
-        until, addresses = self._known.get(peer.host, (0.0, []))
-        if time.monotonic() >= until:
-            try:
-                addresses = await _resolve(peer)
-            except LinkError as error:
-                log.warning("%s: %s: %s", peer.name, peer.host, error)
-                addresses = []
-            self._known[peer.host] = (time.monotonic() + RESOLVE_AGAIN, addresses)
-        return addresses
-
-
-class PlainServer:
-    """A listening socket; what `asyncio.Server` has, as far as `Gateway` uses it."""
-
-    def __init__(self, sock: socket.socket, connected: Callable[[socket.socket], Any]) -> None:
-        self.sockets = (sock,)
-        self._connected = connected
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._later: asyncio.TimerHandle | None = None
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where it listens; with the port that was had for port 0. Errors: OSError once it is closed."""
-        (sock,) = self.sockets
-        host, port, *_ = sock.getsockname()
-        return str(host), int(port)
-
-    async def start_serving(self) -> None:
-        """Begin to accept."""
-        self._listen()
-
-    def _listen(self) -> None:
-        (sock,) = self.sockets
-        asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
-
-    def _accept(self, sock: socket.socket) -> None:
-        for _ in range(BACKLOG):
-            try:
-                connection, _ = sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                log.warning("cannot accept a connection: %s", _reason(error))
-                # it stays readable, and the loop would ask without end
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(sock.fileno())
-                self._later = loop.call_later(ACCEPT_AGAIN, self._listen)
-                return
-            connection.setblocking(False)
-            task = asyncio.ensure_future(self._connected(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    def close(self) -> None:
-        """Stop listening; connections that were accepted go on."""
-        (sock,) = self.sockets
-        if self._later is not None:
-            self._later.cancel()
-        if sock.fileno() >= 0:
-            with contextlib.suppress(RuntimeError):
-                asyncio.get_running_loop().remove_reader(sock.fileno())
-            sock.close()
 
 
 async def plain_listen(
@@ -432,19 +295,21 @@ async def plain_listen(
     where: Sequence[tuple[str, int]],
     peers: Sequence[PeerConfig],
     accept: Accept,
-) -> list[PlainServer]:
-    """Servers, to be started, that give connections from configured peers, if protected, to `accept`.
+) -> list[Door]:
+    """Doors, to be opened, that give connections from configured peers, if protected, to `accept`.
 
     Errors: ConfigError for SCTP on a wildcard address, LinkError.
     """
-    neighbours = _Neighbours(peers)
+    neighbours = Neighbours(peers)
+    await neighbours.look()
+    handshakes = Handshakes(neighbours.knows)
 
-    async def connected(sock: socket.socket) -> None:
+    async def prove(sock: socket.socket) -> Stream | None:
         stream: PlainStream | None = None
         try:
             flow = Flow(_endpoint(sock.getsockname()), _endpoint(sock.getpeername()), protocol)
+            peer = neighbours.owner(flow.remote.address)
             async with asyncio.timeout(timing.connect):
-                peer = await neighbours.owner(flow.remote.address)
                 stream = PlainStream(sock, flow, peer, timing)
                 await stream.guarded(protected)
             _tune(sock, protocol, timing.keepalive)
@@ -456,40 +321,23 @@ async def plain_listen(
             if stream is not None:
                 stream.close()
             sock.close()
-            return
-        await accept(stream)
+            return None
+        return stream
 
-    servers: list[PlainServer] = []
+    servers: list[Door] = []
     try:
         for host, port in where:
-            for address in await _places(host, port):
+            for address in await resolve(host or "0.0.0.0", port):  # noqa: S104 - the operator's own words
                 if protocol == "sctp" and address.is_unspecified:
                     raise ConfigError(
                         f"[transfer] listen: SCTP on {host} would use every address of this machine",
                         hint="name the addresses that IPsec protects",
                     )
-                servers.append(PlainServer(_listening(address, port, protocol), connected))
+                family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+                sock = listen_on(open_socket(family, protocol), address, port)
+                servers.append(Door(sock, handshakes, prove, accept))
     except BaseException:
         for server in servers:
             server.close()
         raise
     return servers
-
-
-async def _places(host: str, port: int) -> list[Address]:
-    return await _resolve(PeerConfig("", host or "0.0.0.0", port))  # noqa: S104 - the operator's own words
-
-
-def _listening(address: Address, port: int, protocol: Transport) -> socket.socket:
-    sock = open_socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((str(address), port))
-        sock.listen(BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise LinkError(
-            f"cannot listen on {address}:{port}: {_reason(error)}",
-            hint="another agent may be running, or the address may not be here yet",
-        ) from None
-    return sock

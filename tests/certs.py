@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ikectx.links import TlsConfig
+from ikectx.tls import TlsConfig
 
 
 class Authority:

@@ -84,6 +84,7 @@ rights = ["push", "pull"]
 forward_via = ["10.0.0.3"]
 connections = ["home"]
 identities = ["*@example.org"]
+connects_from = ["203.0.113.0/28", "2001:db8::7"]
 
 [[peer]]
 name = "third"
@@ -132,6 +133,8 @@ def test_full() -> None:
     assert config.connections["with.dot"].rules == Rules()
     nsg, third = config.peers
     assert nsg.may_push and nsg.may_pull and nsg.forward_via == (ip_address("10.0.0.3"),)
+    assert [str(each) for each in nsg.connects_from] == ["203.0.113.0/28", "2001:db8::7/128"]
+    assert third.connects_from == ()
     assert nsg.address == HostPort("198.51.100.1", 5092)
     assert nsg.identity == "nsg" and third.identity == "vpn3.example"
     assert third.may_push and not third.may_pull
@@ -199,6 +202,7 @@ def line_of(text: str, part: str) -> int:
         ("segments = 2", "segments = 17", "charon.segments", "from 1 to 16"),
         ('"10.9.0.0/16"', '"10.9.0.0/99"', "connections.home.virtual_ips", "must be a network"),
         ('"10.8.0.1-10.8.0.9"', '"10.8.0.9-10.8.0.1"', "connections.home.virtual_ips", "must be a network"),
+        ('"203.0.113.0/28"', '"203.0.113.1/28"', "peer.connects_from", "without host bits"),
         ('"null-sha256"', '"default"', "connections.home.esp_proposals", "no algorithm known here"),
         ('handover_to = "nsg"', 'handover_to = "nsh"', "connections.home.handover_to", "not a"),
         (

@@ -31,7 +31,8 @@ def pki() -> Pki:
 @pytest.fixture
 def real(tmp_path: Path, pki: Pki) -> World:
     pki.write(tmp_path)
-    return World(parse(TOML, tmp_path / "ikectx.toml"), str(tmp_path / "control"))
+    toml = TOML.replace('"192.0.2.1:5091"', '"127.0.0.1:5091"')
+    return World(parse(toml, tmp_path / "ikectx.toml"), str(tmp_path / "control"))
 
 
 def test_sockets_and_processes(real: World, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ import pytest
 from ikectx.aio import Gateway
 from ikectx.cxtp import Ctc, Ctd, Ctdr, Message, Pctd, StatusBlock
 from ikectx.errors import ConfigError, LinkError, StateError
-from ikectx.links import Link, Links, PeerConfig, Stream, TlsConfig, certificate_names, tls_dial, tls_listen
+from ikectx.links import Link, Links, PeerConfig, Stream
 from ikectx.name import SaName
 from ikectx.numbers import Fpt, Status
 from ikectx.store import SqliteStore
+from ikectx.tls import TlsConfig, certificate_names, tls_dial, tls_listen
 from ikectx.transfer import Timing
 
 from . import hand_loop
@@ -29,6 +30,7 @@ from .peers import Ether, MemoryGateway, MemoryStream, Network, Wire, a_context
 from .worlds import KEY
 
 TIMING = Timing(connect=0.5, offer=1.0, idle=0.05, keepalive=1.0, stop=0.3, backoff=0.01)
+HERE = [PeerConfig("here", "127.0.0.1")]
 PATIENT = replace(TIMING, connect=10.0, offer=10.0, idle=1.0)
 """For transfers that are to succeed, however busy the machine is."""
 
@@ -53,7 +55,7 @@ def run(scenario: Awaitable[None]) -> None:
 async def listening(tls: TlsConfig) -> AsyncIterator[tuple[int, asyncio.Queue[Stream]]]:
     """A port, and the streams that were accepted on it."""
     accepted: asyncio.Queue[Stream] = asyncio.Queue()
-    servers = await tls_listen(tls, TIMING, [("127.0.0.1", 0)], accepted.put)
+    servers = await tls_listen(tls, TIMING, [("127.0.0.1", 0)], accepted.put, HERE)
     await servers[0].start_serving()
     try:
         yield servers[0].sockets[0].getsockname()[1], accepted
@@ -197,7 +199,7 @@ def test_a_port_in_use_is_a_link_error(ca: Authority) -> None:
             taken.listen()
             where = taken.getsockname()
             with pytest.raises(LinkError, match=r"cannot listen on 127\.0\.0\.1:\d+: .*in use"):
-                await tls_listen(ca.issue("b"), TIMING, [("127.0.0.1", 0), where], asyncio.sleep)  # type: ignore[arg-type]
+                await tls_listen(ca.issue("b"), TIMING, [("127.0.0.1", 0), where], asyncio.sleep, [])  # type: ignore[arg-type]
 
     run(scenario())
 
@@ -381,6 +383,32 @@ def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
         assert not links.connected("far")
 
     hand_loop.run(scenario())
+
+
+def test_a_peer_has_two_links_and_a_third_takes_the_place_of_the_quietest() -> None:
+    async def scenario() -> None:
+        links = Links(never, TIMING, nothing)
+        peer, other = PeerConfig("far", "far"), PeerConfig("other", "other")
+        ends = []
+        serving = []
+        for which in (peer, other, peer, peer):
+            near, far = pair()
+            ends.append(far)
+            serving.append(asyncio.create_task(links.serve(near, which)))
+            await asyncio.sleep(0.01)
+            if len(ends) == 3:
+                await ends[0].write(Ctdr(MN).serialize())  # so that the second is quieter
+                await asyncio.sleep(0.01)
+        assert [task.done() for task in serving] == [False, False, True, False]
+        assert await ends[2].read() == b""
+        await links.close()
+        await asyncio.gather(*serving)
+
+    hand_loop.run(scenario())
+
+
+async def never(peer: PeerConfig) -> Stream:
+    raise LinkError("nobody dials here")
 
 
 @pytest.mark.parametrize("octets", [b"\x00\x00\x00\x00", b"GET / HTTP/1.1\r\n\r\n", b"\x14\x80\x00\x03"])
