@@ -51,7 +51,7 @@ class MnMover:
         self._mark = mark
 
     async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
-        async def proven() -> bool:
+        async def heard() -> bool:
             return arrived()
 
         machine = AddressUpdate(
@@ -67,7 +67,7 @@ class MnMover:
             additional=self._addresses,
             policy=RetransmitPolicy(self._timeout, tries=self._tries),
         )
-        report = await run_address_update(machine, proven=proven, mark=self._mark)
+        report = await run_address_update(machine, heard=heard, mark=self._mark)
         _warn_of_nat(report)
         return report.move
 

@@ -340,10 +340,12 @@ class RetransmitPolicy:
     initial: float = 0.5
     factor: float = 1.8
     tries: int = 5
+    rounds: int = 1
+    """How often all of that is done."""
 
     def wait(self, sent: int) -> float:
         """Seconds to wait after the `sent`-th sending (1 is the first)."""
-        return self.initial * self.factor ** (sent - 1)
+        return self.initial * self.factor ** ((sent - 1) % self.tries)
 
 
 class Incoming(Enum):
@@ -417,7 +419,7 @@ class RequestWindow:
         if self._due is None or now < self._due:
             return True
         self._due = None
-        if self.sent < self.policy.tries:
+        if self.sent < self.policy.tries * self.policy.rounds:
             self._send_now = True
             return True
         self._pending = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -163,6 +163,10 @@ class Asking:
         if self.waits:
             raise StateError("the request that waits for an answer has its message ID already")
         self._window.next_id += count
+
+    def insist(self) -> None:
+        """The peer seems to hear us: all sendings are done a second time before it is given up."""
+        self._window.policy = replace(self._window.policy, rounds=2)
 
     def prove(self) -> None:
         """ESP of the MN makes the request as good as answered; its message ID is used."""

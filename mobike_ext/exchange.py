@@ -58,9 +58,7 @@ class Condition(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The MN uses our address now. `proven_by_traffic`: its ESP says so, its answer never came."""
-
-    proven_by_traffic: bool = False
+    """The MN uses our address now: it has answered, with our cookie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +191,6 @@ class Input(Enum):
     START = "the first sending"
     ACCEPT = "an answer that accepts"
     REJECT = "an answer with an error, or without our cookie"
-    PROOF = "ESP from the MN arrived here"
     GIVE_UP = "the last timer"
 
 
@@ -201,27 +198,22 @@ TABLE: dict[tuple[State, Input], State] = {
     (State.NEW, Input.START): State.WAITING,
     (State.NEW, Input.ACCEPT): State.NEW,
     (State.NEW, Input.REJECT): State.NEW,
-    (State.NEW, Input.PROOF): State.NEW,
     (State.NEW, Input.GIVE_UP): State.NEW,
     (State.WAITING, Input.START): State.WAITING,
     (State.WAITING, Input.ACCEPT): State.MOVED,
     (State.WAITING, Input.REJECT): State.REFUSED,
-    (State.WAITING, Input.PROOF): State.MOVED,
     (State.WAITING, Input.GIVE_UP): State.SILENT,
     (State.MOVED, Input.START): State.MOVED,
     (State.MOVED, Input.ACCEPT): State.MOVED,
     (State.MOVED, Input.REJECT): State.MOVED,
-    (State.MOVED, Input.PROOF): State.MOVED,
     (State.MOVED, Input.GIVE_UP): State.MOVED,
     (State.REFUSED, Input.START): State.REFUSED,
     (State.REFUSED, Input.ACCEPT): State.REFUSED,
     (State.REFUSED, Input.REJECT): State.REFUSED,
-    (State.REFUSED, Input.PROOF): State.REFUSED,
     (State.REFUSED, Input.GIVE_UP): State.REFUSED,
     (State.SILENT, Input.START): State.SILENT,
     (State.SILENT, Input.ACCEPT): State.SILENT,
     (State.SILENT, Input.REJECT): State.SILENT,
-    (State.SILENT, Input.PROOF): State.SILENT,
     (State.SILENT, Input.GIVE_UP): State.SILENT,
 }
 """An end is never left: duplicates of the answer change nothing."""
@@ -257,10 +249,13 @@ class AddressUpdate(Requester[State, Input, Event]):
         self._request = self._asking.seal(Exchange.INFORMATIONAL, self._part.payloads(), iv)
 
     def traffic_seen(self) -> None:
-        """ESP of this SA that only the MN can have sent has arrived at `local`: as good as an answer."""
+        """ESP of this SA has arrived at `local`: the MN seems to have moved, so it is asked twice as often.
+
+        That proves nothing, because ESP does not protect the addresses outside: whoever sits on the MN's way
+        to the old gateway can send its packets here instead. Only an answer with our cookie does.
+        """
         if self.state is State.WAITING:
-            self._asking.prove()
-        self._enter(Input.PROOF, Moved(proven_by_traffic=True))
+            self._asking.insist()
 
     def _begin(self) -> None:
         self._asking.ask(Exchange.INFORMATIONAL, self._request)

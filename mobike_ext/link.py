@@ -41,11 +41,11 @@ async def _run(
     machine: Machine[Any, Any, Any],
     clock: Clock,
     mark: int,
-    proven: Callable[[], Awaitable[bool]] | None = None,
+    heard: Callable[[], Awaitable[bool]] | None = None,
     seen: Callable[[], None] = lambda: None,
     step: Callable[[], Awaitable[None]] | None = None,
 ) -> list[object]:
-    """Run to the end; what happened. `seen` is called when `proven` says so, `step` after each datagram.
+    """Run to the end; what happened. `seen` is called while `heard` says so, `step` after each datagram.
 
     Errors: LinkError with PEER_SILENT, RefusedError with PEER_REFUSED.
     """
@@ -55,13 +55,13 @@ async def _run(
             trouble = _send(raw, machine.to_send(clock.now())) or trouble
             due = machine.next_timer()
             wait = max(0.0, due - clock.now()) if due is not None else 0.0
-            received = await raw.receive(min(wait, _PROOF_INTERVAL) if proven else wait)
+            received = await raw.receive(min(wait, _PROOF_INTERVAL) if heard else wait)
             if received is not None:
                 machine.receive(*received, clock.now())
             machine.handle_timer(clock.now())
             if step is not None:
                 await step()
-            if proven is not None and not machine.done and await proven():
+            if heard is not None and not machine.done and await heard():
                 seen()
         _send(raw, machine.to_send(clock.now()))  # an answer to the peer may be left
     events: list[object] = []
@@ -114,17 +114,17 @@ async def run_address_update(
     machine: AddressUpdate,
     *,
     clock: Clock | None = None,
-    proven: Callable[[], Awaitable[bool]] | None = None,
+    heard: Callable[[], Awaitable[bool]] | None = None,
     mark: int = 0,
 ) -> UpdateReport:
     """Run `machine` to its end from a raw socket at `machine.local`.
 
-    proven: asked now and then whether ESP of the MN has arrived here, which is as good as the answer.
+    heard: asked now and then whether ESP of the MN has arrived here; if so, it is asked twice as often.
     mark: see `open_raw`.
     Errors: LinkError with PEER_SILENT (no answer; `machine.report` says what was sent) or UNREACHABLE (the
     socket cannot be had), RefusedError with PEER_REFUSED.
     """
-    events = await _run(machine, clock or MonotonicClock(), mark, proven, machine.traffic_seen)
+    events = await _run(machine, clock or MonotonicClock(), mark, heard, machine.traffic_seen)
     return UpdateReport(machine.report, _nat(events), machine.peer_requests, machine.ignored)
 
 

@@ -318,15 +318,17 @@ class SpiUpdate(Requester[State, Input, Event]):
     def traffic_seen(self) -> None:
         """ESP of the peer has arrived at `local` under a *new* SPI: as good as an answer.
 
-        Not where the peer was to choose SPIs: traffic does not tell which.
+        Not where the peer was to choose SPIs, because traffic does not tell which; nor where it was told our
+        address, because ESP does not protect the addresses outside (see `exchange`).
         """
         esp = any(one.protocol is not Protocol.IKE for one in self.asked)
-        if self.state not in _OPEN or (self.asked and not esp) or any(one.choose for one in self.asked):
+        if self.state not in _OPEN or not esp or any(one.choose for one in self.asked):
+            return
+        if self._part is not None and self.state in _OUR_REQUEST:
             return
         self._asking.prove()
         pairs = tuple(Renaming(one.protocol, True, one.old, one.new) for one in self.asked)
-        moved = self._moved(proven=True) if self.state in _OUR_REQUEST else []
-        self._enter(Input.PROOF, *moved, Renamed(pairs, proven_by_traffic=True))
+        self._enter(Input.PROOF, Renamed(pairs, proven_by_traffic=True))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         if self._responder is not None and is_request(datagram, self.local, source):
@@ -397,8 +399,8 @@ class SpiUpdate(Requester[State, Input, Event]):
             return Input.DENY, [*events, refused]
         return Input.BUSY, [*events, refused] if self.state is State.AGAIN else events
 
-    def _moved(self, *, proven: bool = False) -> list[Event]:
-        return [] if self._part is None else [Moved(proven_by_traffic=proven)]
+    def _moved(self) -> list[Event]:
+        return [] if self._part is None else [Moved()]
 
     def _gone(self) -> bool:
         """The IKE_SA has other SPIs by now: nothing can be asked under these."""

@@ -154,16 +154,16 @@ def test_beneath_a_firewall_that_mutes_charon(host: str) -> None:
 
 
 @root
-def test_proof_by_traffic() -> None:
-    looks = []
-
-    async def proven() -> bool:
-        looks.append(1)
-        return len(looks) == 2
+def test_b17_esp_that_arrives_is_no_answer() -> None:
+    async def heard() -> bool:
+        return True
 
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
-        report = asyncio.run(link.run_address_update(machine(endpoint(charon), endpoint(udp)), proven=proven))
-    assert report.move.proven_by_traffic
+        asks = machine(endpoint(charon), endpoint(udp))
+        with pytest.raises(LinkError) as caught:
+            asyncio.run(link.run_address_update(asks, heard=heard))
+    assert caught.value.status is Status.PEER_SILENT
+    assert asks.report.retransmissions == 2 * QUICK.tries - 1
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Mn:
         return SpiReport(replace(ONE, answered=self.answered), outcome)
 
     async def run_address_update(
-        self, machine: AddressUpdate, *, mark: int, proven: object = None
+        self, machine: AddressUpdate, *, mark: int, heard: object = None
     ) -> UpdateReport:
         self.said.append(("addresses", machine._asking.message_id))
         self._sent(machine)

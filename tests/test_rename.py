@@ -278,16 +278,23 @@ def test_a_caller_that_cannot_do_it_now() -> None:
 
 
 def test_traffic_under_the_new_name_is_as_good_as_an_answer() -> None:
-    machine = update(MINE)
+    machine = update(MINE, addresses=False)
     machine.traffic_seen()
     assert machine.state is State.NEW
     machine.to_send(0)
     machine.traffic_seen()
-    assert events(machine) == [Moved(True), Renamed((Renaming(ESP, True, OURS, NEW),), True)]
+    assert events(machine) == [Renamed((Renaming(ESP, True, OURS, NEW),), True)]
     assert (machine.report.proven_by_traffic, machine.report.requests) == (True, 1)
     answer_too_late = agent()
     Air().run(machine, answer_too_late)
     assert events(machine) == []
+
+
+def test_b17_traffic_does_not_tell_that_the_address_was_heard() -> None:
+    machine = update(MINE)
+    machine.to_send(0)
+    machine.traffic_seen()
+    assert (machine.state, events(machine)) == (State.WAITING, [])
 
 
 @pytest.mark.parametrize("renames", [BOTH, (ask(IKE, SA.spi_r, b"newnamed"),)])
