@@ -39,12 +39,16 @@ def test_the_earlier_deadline_stays_and_survives_a_restart() -> None:
     assert Deadlines(store).next_due() == 500.0
 
 
-def test_a_due_deadline_is_returned_once() -> None:
+def test_b8_a_due_deadline_is_returned_until_charon_was_asked() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.keep(SA.spis, None, 500.0)
     assert deadlines.settle([SA], 499.0) == []
     ((entry, view),) = deadlines.settle([SA], 501.0)
     assert view is SA and entry.child == ""
+    deadlines.later(entry, 506.0)  # charon could not be asked
+    assert deadlines.settle([SA], 505.0) == []
+    ((entry, _),) = deadlines.settle([SA], 507.0)
+    deadlines.asked(entry)
     assert deadlines.next_due() is None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.context import FinalState, IkeContext
-from ikectx.errors import BusyError, LinkError, StoreError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, LinkError, StoreError, UnknownSaError
 from ikectx.name import SaName
 from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
@@ -20,6 +20,7 @@ from vici_bridge import host as host_module
 from vici_bridge import source as source_module
 from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
+from vici_bridge.deadlines import Deadlines
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.source import CharonSource
 
@@ -327,5 +328,46 @@ def test_a_thaw_after_a_refusal_that_came_first_leaves_routes_and_mn_alone(taken
                 source.not_taken(context.spis)
             await source.thaw(context, 1)
             assert (ran, bool(asked)) == (([False, True], True) if taken else ([], False))
+
+    asyncio.run(scenario())
+
+
+def test_b8_lifetimes_are_watched_on_after_an_error_and_none_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_module, "REKEY_AGAIN", 0.01)
+
+    class Rekeying(Vici):
+        asked: list[int]
+
+        def rekey(self, *, ike_id: int | None = None, child_id: int | None = None) -> None:
+            self.asked.append(ike_id or 0)
+            if len(self.asked) == 1:
+                raise CharonError("charon has another exchange under way")
+
+        def _view(self, context: IkeContext) -> dict[str, Any]:
+            return {**super()._view(context), "uniqueid": str(self.contexts.index(context) + 1)}
+
+    async def scenario() -> None:
+        store = SqliteStore(":memory:", KEY)
+        first, second = a_context(1), a_context(2)
+        vici = Rekeying(first, second)
+        vici.asked = []
+        async with host_of(vici, store) as host:
+            for context in (first, second):
+                host.deadlines.keep(context.spis, None, 1.0)
+            fails = [StoreError("the disk is full")]
+
+            def settle(*args: Any) -> Any:
+                if fails:
+                    raise fails.pop()
+                return Deadlines.settle(host.deadlines, *args)
+
+            monkeypatch.setattr(host.deadlines, "settle", settle)
+            watcher = asyncio.create_task(host._watch_deadlines())
+            async with asyncio.timeout(5):
+                await until(lambda: vici.asked == [1, 2, 1])
+            assert host.deadlines.next_due() is None
+            watcher.cancel()
 
     asyncio.run(scenario())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ikectx.name import SaName
 from ikectx.ports import Store
@@ -33,6 +33,11 @@ class Deadline:
     child: str
     due: float
 
+    @property
+    def key(self) -> str:
+        """Of its entry in the store."""
+        return f"{self.spis}/{self.child}"
+
 
 class Deadlines:
     """All deadlines, durable in the store."""
@@ -49,7 +54,7 @@ class Deadlines:
     def keep(self, spis: SaName, child: bytes | None, due: float) -> None:
         """Note a deadline; the earlier of two stays."""
         entry = Deadline(spis.key, child.hex() if child else "", due)
-        key = f"{entry.spis}/{entry.child}"
+        key = entry.key
         known = self._entries.get(key)
         if known is None or entry.due < known.due:
             self._entries[key] = entry
@@ -63,7 +68,10 @@ class Deadlines:
                 self.keep(view.spis, None, wall + min(left))
 
     def settle(self, views: Iterable[SaView], wall: float) -> list[tuple[Deadline, SaView]]:
-        """Drop what is gone or what charon does early enough itself; return what is due now."""
+        """Drop what is gone or what charon does early enough itself; return what is due now.
+
+        What is due stays due until `asked` is called for it.
+        """
         known = {view.spis.key: view for view in views}
         due = []
         for key, entry in list(self._entries.items()):
@@ -83,8 +91,15 @@ class Deadlines:
                 self._drop(key)
             elif entry.due <= wall:
                 due.append((entry, view))
-                self._drop(key)
         return due
+
+    def asked(self, entry: Deadline) -> None:
+        """charon has been asked for that rekey. Errors: StoreError; it is not asked again by this agent."""
+        self._drop(entry.key)
+
+    def later(self, entry: Deadline, wall: float) -> None:
+        """charon could not be asked for that rekey: it is due again at `wall`."""
+        self._entries[entry.key] = replace(entry, due=wall)
 
     def next_due(self) -> float | None:
         """Wall-clock time of the earliest deadline."""

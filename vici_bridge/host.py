@@ -33,7 +33,7 @@ from .allowed import Rules
 from .away import Away
 from .chain import undo_messages
 from .charon import SaView
-from .deadlines import Deadlines
+from .deadlines import Deadline, Deadlines
 from .doubts import Doubts
 from .follow import Follow
 from .fresh import FreshKeys
@@ -74,6 +74,8 @@ DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA it was told to drop."""
 END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
+REKEY_AGAIN = 5.0
+"""Seconds until charon is asked again for a rekey that it would not begin."""
 SAVE_AGAIN = 2.0
 """Seconds until a record that could not be stored is stored again."""
 
@@ -566,23 +568,39 @@ class CharonHost:
                 continue
             try:
                 await self._ask_rekeys()
-            except (CharonError, WireError) as error:
+            except IkectxError as error:  # also a StoreError: lifetimes are watched on, full disk or not
                 log.warning("lifetimes cannot be watched now: %s", error)
 
     async def _ask_rekeys(self) -> None:
         views = await self.views()
+        trouble: IkectxError | None = None
+        for entry, view in self.deadlines.settle(views, time.time()):
+            try:
+                await self._ask_rekey(entry, view)
+                self.deadlines.asked(entry)
+            except (CharonError, WireError) as error:  # the others are asked for all the same
+                trouble = error
+                self.deadlines.later(entry, time.time() + REKEY_AGAIN)
+            except StoreError as error:
+                trouble = error
         for what, number in self.fresh.due(views, time.time()):
             log.info("asking for fresh keys: %s %d", what, number)
-            if what == "ike":
-                await asyncio.to_thread(self.vici.rekey, ike_id=number)
-            else:
-                await asyncio.to_thread(self.vici.rekey, child_id=number)
-        for entry, view in self.deadlines.settle(views, time.time()):
-            if entry.child:
-                ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
-                for child_id in ids:
-                    log.info("the lifetime of CHILD_SA %s asks for a rekey now", entry.child)
-                    await asyncio.to_thread(self.vici.rekey, child_id=child_id)
-            else:
-                log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
-                await asyncio.to_thread(self.vici.rekey, ike_id=view.unique_id)
+            try:
+                if what == "ike":
+                    await asyncio.to_thread(self.vici.rekey, ike_id=number)
+                else:
+                    await asyncio.to_thread(self.vici.rekey, child_id=number)
+            except (CharonError, WireError) as error:  # asked again by `FreshKeys`
+                trouble = error
+        if trouble is not None:
+            raise trouble
+
+    async def _ask_rekey(self, entry: Deadline, view: SaView) -> None:
+        if entry.child:
+            ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
+            for child_id in ids:
+                log.info("the lifetime of CHILD_SA %s asks for a rekey now", entry.child)
+                await asyncio.to_thread(self.vici.rekey, child_id=child_id)
+        else:
+            log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
+            await asyncio.to_thread(self.vici.rekey, ike_id=view.unique_id)
