@@ -400,12 +400,12 @@ class Gateway:
         if isinstance(message, Ctc):
             # it names no more than the MN: it ends what can still be ended, in both directions
             self._moves.cancelled(link.peer, message)
-            self._desks.cancelled(link, message)
+            await self._desks.cancelled(link, message)
             self._serving.cancelled(link, message)
         elif isinstance(message, Ctd) and is_notice(message):
             await self._notices.arrived(link, message)
         elif isinstance(message, Pctd | Ctd):
-            self._desks.desk(link.peer, message.mn).post.put_nowait((link, message))
+            await self._desks.take(link, message)
         elif isinstance(message, CtReq) and self._links is not None:
             await self._serving.request(link, message)
         elif isinstance(message, Ctdr):

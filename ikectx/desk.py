@@ -1,13 +1,15 @@
 """What comes for one MN after the other: the desks at which a gateway takes transfers (nSG).
 
 One `Desk` for each peer and MN handles what comes for it one after the other, so that answers leave in the
-order of what they answer, and no two transfers of one MN run at once (RFC 4067).
+order of what they answer, and no two transfers of one MN run at once (RFC 4067). A peer has only so many
+transfers open here, and only so many messages unhandled (`links.WINDOW`): the next is read after that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -33,6 +35,14 @@ from .whole import decode_last, final_of
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
 """It is held, or will be when what comes next for it is looked at."""
 _DROPPABLE = (TargetState.HELD, TargetState.PREPARED)
+
+
+OPEN = 256
+"""Transfers of one peer that are open here at a time, and"""
+OPEN_OCTETS = 4 * 1024 * 1024
+"""octets of what it offered in them: some 8,000 for each IKE_SA, held in memory at ten times their size."""
+DENIED = 1024
+"""Denied transfers of one peer that are remembered. A copy comes late only over a link that is still open."""
 
 
 class Want(Protocol):
@@ -70,6 +80,26 @@ class Arrived:
     request: Callable[[Link | None], Awaitable[None]]
 
 
+class Denied:
+    """Transfers that a peer let go of though nobody here knew them, which was denied.
+
+    A late copy of a message must not revive one: the other gateway has taken its SA back. They are in memory
+    only, since a peer could fill the journal with them, and no copy outlives the links of this process.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._known
+
+    def add(self, transfer_id: bytes) -> None:
+        """Remember it; the oldest is forgotten where there are more than `DENIED`."""
+        self._known[transfer_id] = None
+        if len(self._known) > DENIED:
+            self._known.popitem(last=False)
+
+
 class Desk:
     """All that one peer sends for one MN, one thing after the other. Ends by itself when nothing is left."""
 
@@ -80,6 +110,8 @@ class Desk:
         mn: Address,
         busy: Callable[[Desk, SaName], bool],
         wanted: Wanted,
+        denied: Denied,
+        full: Callable[[PeerConfig, int], str],
     ) -> None:
         self.peer = peer
         self.runs: dict[bytes, Incoming] = {}
@@ -92,6 +124,8 @@ class Desk:
         self._mn = mn
         self._busy = busy
         self._wanted = wanted
+        self._denied = denied
+        self._full = full
 
     def holds(self, sa: SaName) -> bool:
         """Is a transfer of that SA open here?"""
@@ -118,9 +152,13 @@ class Desk:
             except (StoreError, WireError) as error:
                 # no answer: what the journal does not tell cannot be told
                 log.error("a message of %s for %s: %s", self.peer.name, self._mn, error)
+                _unanswered(item)
             except Exception as error:
                 log_mistake(log, f"a message of {self.peer.name} for {self._mn}", error)
+                _unanswered(item)
             finally:
+                if isinstance(item, tuple):
+                    item[0].handled()
                 self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
 
     def _patience(self) -> float | None:
@@ -182,6 +220,9 @@ class Desk:
             log.warning("%s offered what does not parse: %s", link.label, error)
             await answer(link, message.mn, refusal(Status.MALFORMED))
             return
+        if header.transfer_id in self._denied and header.intent != "check":
+            await self._deny(link, message.mn, header.transfer_id)
+            return
         known = self.runs.get(header.transfer_id) or self._stored(header.transfer_id)
         if known is not None and header.intent != "check":
             held = known.header is not None and known.header.intent == "hold"
@@ -189,6 +230,9 @@ class Desk:
             return
         wanted = None if header.intent == "hold" else self._wanted(self.peer, message.mn, context, header)
         status, why = self._admits(context, wanted is not None)
+        if status is Status.OK and wanted is None and header.intent != "check":
+            full = self._full(self.peer, sum(8 + len(block.data) for block in message.blocks))
+            status, why = (Status.BUSY, full) if full else (status, why)
         if status is not Status.OK:
             log.warning("%s offered %s, which is refused: %s", link.label, mn_label(context), why)
             await answer(link, message.mn, refusal(status, why))
@@ -299,18 +343,23 @@ class Desk:
 
     async def _whole(self, link: Link, message: Ctd, context: IkeContext, header: TransferHeader) -> None:
         """All in one: from here on the source serves again only when it is told no."""
+        if header.transfer_id in self._denied:
+            await self._deny(link, message.mn, header.transfer_id)
+            return
         known = self.runs.get(header.transfer_id) or self._stored(header.transfer_id)
         if known is not None:
             if not await self._doubted(link, known, final_of(context), message.mn):
                 await self._again(known, TargetInput.WHOLE, link, message)
             return
         wanted = self._wanted(self.peer, message.mn, context, header)
-        if wanted is None and await self._doubted(link, None, final_of(context), message.mn):
+        if wanted is None:
+            if not await self._doubted(link, None, final_of(context), message.mn):
+                await self._deny(link, message.mn, header.transfer_id)
             return
         run = Incoming(self._parts, self._entry(message, context, header), context, header)
         run.whole = True
         try:
-            if wanted is None or context.remote.address != message.mn or header.address != "mn":
+            if context.remote.address != message.mn or header.address != "mn":
                 raise RefusedError("nobody asked for it", status=Status.UNKNOWN_TRANSFER)
             await self._make_way(context)
             status, why = self._admits(context, True)
@@ -322,34 +371,29 @@ class Desk:
         except (RefusedError, WireError) as error:
             log.warning("%s sent %s: %s", link.label, mn_label(context), error)
             run.blame(error)
-            if wanted is not None:
-                wanted.begun(self, run)
+            wanted.begun(self, run)
             await run.go(TargetInput.CTD, link)
             return
         await self._begin(run, link, message, wanted)
 
     async def _released(self, link: Link, message: Ctd, final: FinalState, transfer_id: bytes) -> None:
+        if transfer_id in self._denied:
+            await self._deny(link, message.mn, transfer_id)
+            return
         run = self.runs.get(transfer_id) or self._stored(transfer_id)
         if await self._doubted(link, run, final, message.mn):
             return
         if run is None:
-            now = self._parts.wall()
-            entry = JournalEntry(
-                transfer_id=transfer_id,
-                role="target",
-                peer=self.peer.name,
-                sa=SaName(final.spi_i, final.spi_r),
-                mn="",
-                mn_address=str(message.mn),
-                state=str(TargetState.NEW),
-                epoch=0,
-                started=now,
-                updated=now,
-            )
-            run = Incoming(self._parts, entry, None, None)
-            run.blame(RefusedError("nobody offered it", status=Status.UNKNOWN_TRANSFER))
+            await self._deny(link, message.mn, transfer_id)
+            return
         what = run.let_go(final, message.serialize()) if transfer_id in self.runs else TargetInput.CTD
         await self._again(run, what, link, message)
+
+    async def _deny(self, link: Link, mn: Address, transfer_id: bytes) -> None:
+        """Say that nobody here knows that transfer, and stay with it. Nothing of it stands in the journal."""
+        self._denied.add(transfer_id)
+        log.warning("%s let go of an SA for %s that it had not offered", link.label, mn)
+        await answer(link, mn, refusal(Status.UNKNOWN_TRANSFER, "nobody offered it"))
 
     async def _doubted(self, link: Link, run: Incoming | None, final: FinalState, mn: Address) -> bool:
         """Answer IN_DOUBT to a CTD whose transfer is not known, or was in doubt before, if the SA is here.
@@ -382,6 +426,7 @@ class Desk:
         run.count(len(message.serialize()))
         if not run.ended and entry.transfer_id not in self.runs and run.machine.state is not TargetState.NEW:
             # open in the journal and not here: its end could not be written down
+            link.not_handled()
             self.post.put_nowait((link, message))
             await self._resume(entry)
             return
@@ -395,6 +440,12 @@ class Desk:
             return
         await self._drop("its CTD does not parse", lambda run: run.machine.state is TargetState.PREPARED)
         await answer(link, message.mn, refusal(Status.MALFORMED))
+
+
+def _unanswered(item: object) -> None:
+    """The answers on a link are told apart by their order: after a missing one the next would be wrong."""
+    if isinstance(item, tuple):
+        item[0].close(LinkError("a message that came over it could not be answered here, see the log"))
 
 
 class Desks:
@@ -415,15 +466,36 @@ class Desks:
         self._moving = moving
         self._wanted = wanted
         self._desks: dict[tuple[str, Address], Desk] = {}
+        self._denied: dict[str, Denied] = {}
 
     def desk(self, peer: PeerConfig, mn: Address) -> Desk:
         """The desk for them, a new one where there is none."""
         key = (peer.name, mn)
         desk = self._desks.get(key)
         if desk is None:
-            desk = self._desks[key] = Desk(self._parts, peer, mn, self._busy, self._wanted)
+            denied = self._denied.setdefault(peer.name, Denied())
+            desk = self._desks[key] = Desk(
+                self._parts, peer, mn, self._busy, self._wanted, denied, self._full
+            )
             self._tasks.spawn(self._staff(key, desk), f"ikectx desk for {peer.name}, {mn}")
         return desk
+
+    async def take(self, link: Link, message: Pctd | Ctd) -> None:
+        """Lay a peer's message on its desk, as soon as few enough of that link are unhandled."""
+        await link.room()
+        self.desk(link.peer, message.mn).post.put_nowait((link, message))
+
+    def _full(self, peer: PeerConfig, octets: int) -> str:
+        """Why one more transfer of that peer, with so many octets offered, is too much; empty: it is not."""
+        runs = [
+            run for desk in self._desks.values() if desk.peer.name == peer.name for run in desk.runs.values()
+        ]
+        if len(runs) >= OPEN:
+            return f"{len(runs)} transfers of {peer.name} are open here"
+        held = sum(len(run.stored.context or b"") for run in runs)
+        if held + octets > OPEN_OCTETS:
+            return f"the open transfers of {peer.name} hold {held} octets here"
+        return ""
 
     async def _staff(self, key: tuple[str, Address], desk: Desk) -> None:
         links = self._links()
@@ -434,10 +506,13 @@ class Desks:
             del self._desks[key]
             self._tasks.tidy()
 
-    def cancelled(self, link: Link, message: Ctc) -> None:
+    async def cancelled(self, link: Link, message: Ctc) -> None:
         """The peer's CTC, if anything is here that it may mean."""
+        await link.room()
         desk = self._desks.get((link.peer.name, message.mn))
-        if desk is not None:
+        if desk is None:
+            link.handled()
+        else:
             desk.post.put_nowait((link, message))
 
     def stop(self) -> None:

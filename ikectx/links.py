@@ -33,6 +33,9 @@ log = logging.getLogger("ikectx.links")
 READ_SIZE = 1 << 16
 LINKS = 2
 """Connections of one peer that are served: the one it uses, and one that its agent forgot when it ended."""
+WINDOW = 64
+"""Messages of one link that are not handled yet; the next is read when one of them is. As many MNs'
+transfers of one peer go on at a time: handling a message may take as long as the MN takes to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,9 @@ class Link:
         self._writing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._touched = self._loop.time()
+        self._unhandled = 0
+        self._room = asyncio.Event()
+        self._room.set()
         self.gone: asyncio.Future[LinkError] = self._loop.create_future()
         """Done when the link is closed."""
 
@@ -154,6 +160,23 @@ class Link:
     def waiting(self) -> bool:
         """Is an answer owed to us?"""
         return any(self._asked.values())
+
+    async def room(self) -> None:
+        """Wait until one more message may be given to somebody who will call `handled` for it."""
+        await self._room.wait()
+        self.not_handled()
+
+    def not_handled(self) -> None:
+        """A message that was handled in part waits for another turn: somebody will call `handled` again."""
+        self._unhandled += 1
+        if self._unhandled >= WINDOW:
+            self._room.clear()
+
+    def handled(self) -> None:
+        """A message for which there was `room` needs no more."""
+        self._unhandled -= 1
+        if self._unhandled < WINDOW:
+            self._room.set()
 
     async def send(self, message: Message) -> int:
         """Send; the message's octets. Errors: LinkError."""
@@ -201,8 +224,11 @@ class Link:
                     trace.message("received", type(message).__name__, self.peer.name)
                     if not (isinstance(message, Ctdr) and self._answered(message)):
                         await self._arrived(self, message)
+                    if self.error is not None:
+                        return
                 if decoder.error is not None:
                     raise decoder.error
+                await asyncio.sleep(0)  # what a peer sends without end is not all that there is to do
             self.close(
                 LinkError(
                     f"{self.label} closed the connection",
