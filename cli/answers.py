@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,12 +71,47 @@ class Setup(Generic[C]):
             return json_of(agent.request(command, query))
 
 
+LONGEST = 4096
+"""Octets of a name, an identity or a path on the command line (PATH_MAX of Linux)."""
+
+
+class _Words(click.ParamType):  # type: ignore[type-arg]
+    """What something can be called: not empty, not endless, UTF-8 without a NUL octet."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not text.strip():
+            self.fail("it is empty", param, ctx)
+        try:
+            octets = text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{text[:60]!r} is not UTF-8", param, ctx)
+        if b"\0" in octets:
+            self.fail(f"{text[:60]!r} holds a NUL octet", param, ctx)
+        if len(octets) > LONGEST:
+            self.fail(f"{text[:60]!r}… has {len(octets)} octets, more than {LONGEST}", param, ctx)
+        return text
+
+
+WORDS = _Words()
+"""The type of options that take a name, an identity or a file. Errors: click.BadParameter."""
+
+
 def an_address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Callback of options that take an IP address. Errors: click.BadParameter."""
     try:
         return None if value is None else str(plain_address(value))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not an IP address", ctx, param) from None
+
+
+def a_number(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Callback of options that take a float: `nan` is in every range. Errors: click.BadParameter."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is not a number", ctx, param)
+    return value
 
 
 def json_option(command: F) -> F:
@@ -85,7 +121,9 @@ def json_option(command: F) -> F:
 
 def serve_config_option(command: F) -> F:
     """--config behind `serve`, where units and scripts write it."""
-    return click.option("--config", metavar="FILE", help="The same as before the command.")(command)
+    return click.option("--config", metavar="FILE", type=WORDS, help="The same as before the command.")(
+        command
+    )
 
 
 def show_answer(value: Any, as_json: bool) -> None:

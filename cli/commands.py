@@ -14,7 +14,7 @@ import click
 from ikectx.errors import IkectxError, UsageError
 
 from . import __version__
-from .answers import Setup, an_address, json_option, serve_config_option, show_answer, show_json
+from .answers import WORDS, Setup, an_address, json_option, serve_config_option, show_answer, show_json
 
 if TYPE_CHECKING:
     from vici_bridge.vici import ControlClient
@@ -68,11 +68,13 @@ def _load(given: str | None) -> Config:
 @click.option(
     "--config",
     metavar="FILE",
+    type=WORDS,
     help="Configuration file; default: $IKECTX_CONFIG, else /etc/ikectx/ikectx.toml.",
 )
 @click.option(
     "--socket",
     metavar="PATH",
+    type=WORDS,
     envvar="IKECTX_SOCKET",
     help="Control socket; default: $IKECTX_SOCKET, else the configured one.",
 )
@@ -146,7 +148,7 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
 
 
 @cli.command(short_help="The whole context of one SA.")
-@click.argument("sa")
+@click.argument("sa", type=WORDS)
 @click.option("--secrets", is_flag=True, help="Show keys and shared secrets too.")
 @json_option
 @click.pass_obj
@@ -185,13 +187,22 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
 
 
 @cli.command()
-@click.option("--to", required=True, metavar="NAME", help="The [[peer]] that is to serve from now on.")
-@click.option("--ike", metavar="NAME", help="All IKE_SAs of this connection.")
-@click.option("--ike-id", type=click.IntRange(0), metavar="N", help="The IKE_SA of this number (see list).")
 @click.option(
-    "--spi", metavar="HEX", help="The IKE_SA with this SPI, its own or a CHILD_SA's; the beginning is enough."
+    "--to", required=True, metavar="NAME", type=WORDS, help="The [[peer]] that is to serve from now on."
 )
-@click.option("--peer", metavar="ID", help="The IKE_SAs of the mobile node with this identity or address.")
+@click.option("--ike", metavar="NAME", type=WORDS, help="All IKE_SAs of this connection.")
+@click.option(
+    "--ike-id", type=click.IntRange(0, 0xFFFFFFFF), metavar="N", help="The IKE_SA of this number (see list)."
+)
+@click.option(
+    "--spi",
+    metavar="HEX",
+    type=WORDS,
+    help="The IKE_SA with this SPI, its own or a CHILD_SA's; the beginning is enough.",
+)
+@click.option(
+    "--peer", metavar="ID", type=WORDS, help="The IKE_SAs of the mobile node with this identity or address."
+)
 @click.option("--all", "every", is_flag=True, help="All IKE_SAs.")
 @click.option("--dry-run", is_flag=True, help="Run all checks at both ends, move nothing.")
 @click.option(
@@ -230,7 +241,9 @@ def transfer(
 
 
 @cli.command(short_help="Fetch an SA from another gateway.")
-@click.option("--from", "from_", required=True, metavar="NAME", help="The [[peer]] that serves it now.")
+@click.option(
+    "--from", "from_", required=True, metavar="NAME", type=WORDS, help="The [[peer]] that serves it now."
+)
 @click.option(
     "--mn",
     callback=an_address,
@@ -238,7 +251,9 @@ def transfer(
     metavar="ADDRESS",
     help="The mobile node's outer address, as known there.",
 )
-@click.option("--sa", metavar="SPIi:SPIr", help="Which of several IKE_SAs of that address (see list there).")
+@click.option(
+    "--sa", metavar="SPIi:SPIr", type=WORDS, help="Which of several IKE_SAs of that address (see list there)."
+)
 @click.option("--dry-run", is_flag=True, help="Ask whether it would come, move nothing.")
 @json_option
 @click.pass_obj
@@ -302,7 +317,9 @@ def status(setup: Setup[Config], as_json: bool) -> None:
 
 
 @cli.command(short_help="SAs that left this gateway, and where their packets go.")
-@click.option("--end", metavar="SA", help="Send nothing on any more for this one: SPIi:SPIr, or its peer.")
+@click.option(
+    "--end", metavar="SA", type=WORDS, help="Send nothing on any more for this one: SPIi:SPIr, or its peer."
+)
 @click.option("--unblock", is_flag=True, help="With --end: do not drop its packets either.")
 @json_option
 @click.pass_obj
@@ -365,7 +382,7 @@ def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
 
 
 @cli.command(short_help="Stop an open transfer.")
-@click.argument("transfer")
+@click.argument("transfer", type=WORDS)
 @json_option
 @click.pass_obj
 def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
@@ -374,7 +391,7 @@ def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
 
 
 @cli.command(short_help="Serve an SA again whose new gateway is gone.")
-@click.argument("transfer")
+@click.argument("transfer", type=WORDS)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
@@ -427,6 +444,8 @@ def run(args: Sequence[str]) -> int:
     """Run the command line; every error becomes one message and its exit code."""
     as_json = "--json" in args
     try:
+        if any("\0" in word for word in args):
+            raise click.UsageError("an argument holds a NUL octet")
         code = cli.main(list(args), prog_name="ikectx", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,21 @@ import click
 from ikectx.errors import KernelError, UsageError
 
 from . import lab_guest, lab_machine, lab_scenario, lab_start
-from .answers import json_option, show_json
+from .answers import a_number, json_option, show_json
 from .lab_boot import Job, tidy
 from .lab_config import Tunnel
 from .lab_damage import KINDS
 from .lab_fleet import MOST
 from .lab_hosts import DEFAULT_NAME, Lab, names, sweep
 from .lab_net import HOSTS, has_kernel_esp, load_modules
+from .toml_table import text_of
+
+MOST_OCTETS = 64 << 20
+"""Of a file for --from; those of this project have some 100 KiB."""
+MOST_RUNS = 10_000
+"""Runs of one scenario."""
+MOST_SPIS = 1 << 64
+"""IKE SPIs that there are."""
 
 guest_option = click.option(
     "--guest",
@@ -70,6 +79,13 @@ def _milliseconds(ctx: click.Context, param: click.Parameter, value: float | Non
     """A delay. Errors: click.BadParameter, also for nan."""
     if value is not None and not 0 <= value <= 10_000:
         raise click.BadParameter(f"{value:g} is not from 0 to 10000 ms", ctx, param)
+    return value
+
+
+def _a_folder(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """One that can be made where it is not: said before anything runs. Errors: click.BadParameter."""
+    if value and not os.path.isdir(Path(value).absolute().parent):
+        raise click.BadParameter(f"there is no folder {Path(value).absolute().parent}", ctx, param)
     return value
 
 
@@ -169,7 +185,9 @@ def exec_(name: str, host: str, command: tuple[str, ...]) -> None:
 @clock_option
 @root_option
 @cpus_option
-@click.option("--memory", metavar="MIB", type=click.IntRange(128), help="Of the guest.  [default: 1536]")
+@click.option(
+    "--memory", metavar="MIB", type=click.IntRange(128, 1 << 20), help="Of the guest.  [default: 1536]"
+)
 @click.option(
     "--share",
     type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
@@ -234,14 +252,24 @@ def scenarios(as_json: bool) -> None:
     help="One-way delay of the access link in ms, instead of the scenario's.",
 )
 @click.option(
-    "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run each so many times."
+    "--repeat",
+    type=click.IntRange(1, MOST_RUNS),
+    default=1,
+    show_default=True,
+    help="Run each so many times.",
 )
 @click.option(
     "--brief",
     is_flag=True,
     help="Without what only figures need: the ways of today, and on an emulated CPU a fine probe.",
 )
-@click.option("--logs", type=click.Path(file_okay=False), default="", help="Keep logs in this folder.")
+@click.option(
+    "--logs",
+    type=click.Path(file_okay=False),
+    default="",
+    callback=_a_folder,
+    help="Keep logs in this folder.",
+)
 @click.option(
     "--trace",
     "picture",
@@ -317,10 +345,10 @@ def _draw(reports: Sequence[dict[str, Any]], where: str) -> None:
 
 def _traces_to(where: str, runs: int) -> None:
     """Can time lines be written there? Said before anything runs. Errors: UsageError."""
-    folder = Path(where).parent if where.endswith(".svg") else Path(where)
+    folder = Path(where).parent if where.endswith(".svg") else Path(where or ".")
     if where.endswith(".svg") and runs > 1:
         raise UsageError(f"--trace {where}: {runs} runs need a folder, not a file")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which raises nothing, whatever the name
         hint = "a scenario's name goes before --trace" if where in lab_scenario.names() else ""
         raise UsageError(f"--trace {where}: there is no folder {folder}", hint=hint)
 
@@ -333,7 +361,9 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 
 
 @lab.command(short_help="Run scenarios several times; print medians.")
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of each scenario.")
+@click.option(
+    "--runs", type=click.IntRange(1, MOST_RUNS), default=5, show_default=True, help="Runs of each scenario."
+)
 @guest_option
 @clock_option
 @esp_option
@@ -351,11 +381,13 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
 @click.option(
     "--rate",
     type=click.FloatRange(0.1, 1_000_000),
+    callback=a_number,
     help="Of --attack: datagrams, connections or messages a second.  [default: as the attack has it]",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(5, 86_400),
+    callback=a_number,
     help="Of --attack: for how long.  [default: 60]",
 )
 @click.option(
@@ -395,7 +427,7 @@ def bench(
     _bench_options(
         files=files, names=names, drain=drain, attack=attack, clock=clock, of_attack=(rate, seconds)
     )
-    if target is not None and not target.absolute().parent.is_dir():
+    if target is not None and not (target.name and os.path.isdir(target.absolute().parent)):
         raise UsageError(f"--page {target}: there is no such folder")
     picture = target.with_suffix(".svg") if target is not None else None
     ok, found = True, dict[str, Any]()
@@ -502,7 +534,7 @@ def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for file in files:
         try:
-            found[str(file)] = lab_bench.read(file.read_text(encoding="utf-8"), str(file))
+            found[str(file)] = lab_bench.read(text_of(file, MOST_OCTETS), str(file))
         except OSError as error:
             raise UsageError(f"{file}: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
@@ -512,15 +544,29 @@ def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
 
 
 @lab.command(short_help="Expected SPI collisions, and a simulation.")
-@click.option("--moved", type=click.IntRange(0), required=True, help="SAs that move.")
-@click.option("--serving", type=click.IntRange(0), required=True, help="SAs the gateway has already.")
+@click.option("--moved", type=click.IntRange(0, MOST_SPIS), required=True, help="SAs that move.")
 @click.option(
-    "--range", "spis", type=click.IntRange(1), help="SPIs to choose from; charon's 2^28 by default."
+    "--serving", type=click.IntRange(0, MOST_SPIS), required=True, help="SAs the gateway has already."
 )
 @click.option(
-    "--runs", type=click.IntRange(0), default=0, help="Simulated moves; 0: as some seconds allow, if any."
+    "--range",
+    "spis",
+    type=click.IntRange(1, MOST_SPIS),
+    help="SPIs to choose from; charon's 2^28 by default.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Of the simulation.")
+@click.option(
+    "--runs",
+    type=click.IntRange(0, 1_000_000),
+    default=0,
+    help="Simulated moves; 0: as some seconds allow, if any.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(-(1 << 63), (1 << 63) - 1),
+    default=1,
+    show_default=True,
+    help="Of the simulation.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int, as_json: bool) -> None:
     """Expected SPI collisions of SAs that move to a gateway, with a simulation beside the formulas."""

@@ -18,6 +18,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections import deque
@@ -213,10 +214,19 @@ def sweep(where: Path = FOLDERS) -> list[str]:
     gone = []
     for path in sorted(where.glob("ikl-*-*-*")):
         owner = re.fullmatch(r"ikl-[a-z]+-([0-9]+)-.*", path.name)
-        if owner is not None and not Path("/proc", owner[1]).exists():
+        if owner is not None and not Path("/proc", owner[1]).exists() and _is_ours(path):
             shutil.rmtree(path, ignore_errors=True)
             gone.append(path.name)
     return gone
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a folder of this user's: everybody may write beside it."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def code() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import json
 import os
 import re
 import secrets
@@ -27,6 +26,7 @@ from . import lab_announce, lab_bird, lab_drain, lab_inject
 from .lab_boot import virtual_time
 from .lab_config import Tunnel, write_all
 from .lab_net import GATEWAYS, HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
+from .lab_state import read_state, states, write_state
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
@@ -88,15 +88,9 @@ class Lab:
 
     @classmethod
     def find(cls, name: str) -> Lab:
-        """The lab of that name that someone brought up. Raises UsageError."""
-        work = ROOT / f"ikl-{name}"
-        try:
-            state = json.loads((work / "lab.json").read_text())
-        except (OSError, ValueError):
-            raise UsageError(f"no lab named {name} is up", hint="ikectx lab up") from None
-        return cls(
-            name, work, Net(f"ikl-{name}", state["delay_ms"]), Tunnel(**state["tunnel"]), state["agents"]
-        )
+        """The lab of that name that this user brought up. Raises UsageError."""
+        state, work = read_state(ROOT / f"ikl-{name}"), ROOT / f"ikl-{name}"
+        return cls(name, work, Net(f"ikl-{name}", state["delay_ms"]), state["tunnel"], state["agents"])
 
     def up(
         self,
@@ -276,7 +270,7 @@ class Lab:
             "owner": os.getpid(),
         }
         state["keep"] = self.keep
-        (self.work / "lab.json").write_text(json.dumps(state))
+        write_state(self.work, state)
 
     def down(self) -> None:
         """Ends and removes everything of this lab. Never raises; may be called twice."""
@@ -552,21 +546,15 @@ def realtime_works() -> bool:
 
 
 def names(*, kept: bool = False) -> list[str]:
-    """Names of this machine's labs; with `kept` only of those that `lab up` made."""
-    found = []
-    for path in sorted(ROOT.glob("ikl-*/lab.json")):
-        with contextlib.suppress(OSError, ValueError):
-            if not kept or json.loads(path.read_text())["keep"]:
-                found.append(path.parent.name.removeprefix("ikl-"))
-    return found
+    """Names of this user's labs; with `kept` only of those that `lab up` made."""
+    return [name for name, state in states(ROOT) if state["keep"] or not kept]
 
 
 def sweep() -> list[str]:
     """Takes down what a killed run left: labs not made by `lab up` whose process is gone."""
     gone = []
-    for name in names():
-        state = json.loads((ROOT / f"ikl-{name}" / "lab.json").read_text())
-        if state.get("keep") or Path(f"/proc/{state['owner']}").exists():
+    for name, state in states(ROOT):
+        if state["keep"] or Path(f"/proc/{state['owner']}").exists():
             continue
         Lab.find(name).down()
         gone.append(name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .answers import Setup, an_address, json_option, serve_config_option, show_answer, show_json
+from .answers import WORDS, Setup, an_address, json_option, serve_config_option, show_answer, show_json
 
 if TYPE_CHECKING:
     from .mobile_config import MobileFile
@@ -27,10 +27,14 @@ def _load(given: str | None) -> MobileFile:
 @click.option(
     "--config",
     metavar="FILE",
+    type=WORDS,
     help="Configuration file; default: $IKECTX_MOBILE_CONFIG, else /etc/ikectx/mobile.toml.",
 )
 @click.option(
-    "--socket", metavar="PATH", help="Control socket; default: $IKECTX_SOCKET, else the configured one."
+    "--socket",
+    metavar="PATH",
+    type=WORDS,
+    help="Control socket; default: $IKECTX_SOCKET, else the configured one.",
 )
 @click.pass_context
 def mobile(ctx: click.Context, config: str | None, socket: str | None) -> None:
@@ -53,7 +57,9 @@ def serve(setup: Setup[MobileFile], config: str | None) -> int:
 
 
 @mobile.command(short_help="Move the IKE_SA to another gateway.")
-@click.option("--to", required=True, metavar="NAME", help="The [[gateway]] that is to serve from now on.")
+@click.option(
+    "--to", required=True, metavar="NAME", type=WORDS, help="The [[gateway]] that is to serve from now on."
+)
 @click.option(
     "--predictive",
     is_flag=True,
@@ -68,8 +74,13 @@ def serve(setup: Setup[MobileFile], config: str | None) -> int:
     metavar="LOCAL",
     help="Our address at the new place; default: as packets are routed.",
 )
-@click.option("--ike", metavar="NAME", help="The IKE_SA of this connection.")
-@click.option("--ike-id", type=click.IntRange(0), metavar="N", help="The IKE_SA of this number (see status).")
+@click.option("--ike", metavar="NAME", type=WORDS, help="The IKE_SA of this connection.")
+@click.option(
+    "--ike-id",
+    type=click.IntRange(0, 0xFFFFFFFF),
+    metavar="N",
+    help="The IKE_SA of this number (see status).",
+)
 @json_option
 @click.pass_obj
 def handover(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 5091
 """Of CXTP (RFC 4067, section 7)."""
 
+LONGEST = 1 << 20
+"""Octets of a configuration file; one for a thousand connections has some 200 KiB."""
+
 T = TypeVar("T")
 _NEEDED: Any = object()
 
@@ -64,7 +67,7 @@ class ConfigFile(Generic[T]):
 
     def _text(self, path: Path) -> str:
         try:
-            return path.read_text(encoding="utf-8")
+            return text_of(path, LONGEST)
         except OSError as error:
             raise ConfigError(
                 f"{path}: {error.strerror or error}",
@@ -72,6 +75,20 @@ class ConfigFile(Generic[T]):
             ) from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not UTF-8 at octet {error.start}") from None
+        except ValueError as error:  # a NUL in the name
+            raise ConfigError(f"{str(path)!r}: {error}") from None
+
+
+def text_of(path: Path, most: int) -> str:
+    """What a file holds, of `most` octets at most: a device, or a file that grows, has no end.
+
+    Errors: OSError, UnicodeDecodeError, ConfigError for more.
+    """
+    with path.open("rb") as file:
+        octets = file.read(most + 1)
+    if len(octets) > most:
+        raise ConfigError(f"{path}: it has more than {most} octets", hint="is it the right file?")
+    return octets.decode().replace("\r\n", "\n")
 
 
 def read_table(text: str, path: Path) -> Table:

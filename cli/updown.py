@@ -31,6 +31,8 @@ STOCK = (
 
 DEFAULT_SOCKET = "/run/ikectx.vici"
 DEFAULT_CONFIG = "/etc/ikectx/ikectx.toml"
+LONGEST = 1 << 20
+"""Octets of a configuration file."""
 PATIENCE = 0.5
 """Seconds the agent has to accept the message."""
 DOWN_PATIENCE = 8.0
@@ -88,8 +90,9 @@ def socket_path(options: Mapping[str, str]) -> str:
         import tomllib
 
         with open(path, "rb") as file:
-            return str(tomllib.load(file)["control"]["socket"])
-    except (OSError, ValueError, LookupError, TypeError):
+            text = file.read(LONGEST).decode()
+        return str(tomllib.loads(text)["control"]["socket"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return DEFAULT_SOCKET
 
 
@@ -120,8 +123,9 @@ def tell(path: str, packet: bytes, *, answer: bool) -> None:
             if answer:
                 sock.settimeout(DOWN_PATIENCE)
                 sock.recv(4096)
-    except OSError as error:
-        print(f"ikectx: the agent on {path} was not told, or is silent: {error.strerror or error}")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        print(f"ikectx: the agent on {path!r} was not told, or is silent: {why}")
 
 
 def run_script(then: str | None, args: Sequence[str]) -> NoReturn:

@@ -32,7 +32,7 @@ from ikectx.errors import ConfigError, IkectxError, StateError, WireError
 from ikectx.mistakes import log_mistake
 
 from .requests import Keys, check
-from .vici_codec import Deframer, Message, Packet, PacketType, serialize_message
+from .vici_codec import LONGEST_PATH, Deframer, Message, Packet, PacketType, serialize_message
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ MAX_ANSWER = MAX_UNREAD
 """Octets of the longest answer: reports of some seven thousand transfers. Charon's limit is no client's."""
 PATIENCE = 5.0
 """Seconds a stream waits for a client that does not read, before it goes on without it."""
-LONGEST_PATH = 107
 
 
 class Response(dict[str, Any]):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import struct
 import threading
@@ -31,7 +32,7 @@ from ikectx.errors import CharonError, ConfigError, IkectxError, LinkError, Wire
 from ikectx.mistakes import log_mistake
 from ikectx.numbers import Status
 
-from .vici_codec import Message, json_of, parse_message, with_json
+from .vici_codec import LONGEST_PATH, Message, json_of, parse_message, with_json
 
 __all__ = ["EVENTS", "CharonVici", "ControlClient", "Message", "RemoteError", "json_of", "with_json"]
 
@@ -123,12 +124,13 @@ def _connect(path: str, seconds: float | None) -> _TimedSocket:
 
 
 def _path_of(uri: str) -> str:
-    """The path in `unix:///run/charon.vici`, or `uri` itself when it is a path."""
-    if uri.startswith("unix://"):
-        return uri.removeprefix("unix://")
-    if "://" in uri or not uri:
+    """The path in `unix:///run/charon.vici`, or `uri` itself when it is a path. Errors: ConfigError."""
+    path = uri.removeprefix("unix://")
+    if "://" in path or not path or "\0" in path:
         raise ConfigError(f"{uri!r} is not a unix socket", hint="write unix:///run/charon.vici")
-    return uri
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise ConfigError(f"the path {path} is too long for a unix socket: {LONGEST_PATH} octets at most")
+    return path
 
 
 def as_text(value: Any) -> Any:

@@ -34,6 +34,9 @@ MAX_VALUE = 0xFFFF
 
 HEADER = 4
 
+LONGEST_PATH = 107
+"""Octets of a unix socket's path (unix(7))."""
+
 
 class PacketType(IntEnum):
     """What a packet is; CMD_REQUEST, EVENT_REGISTER, EVENT_UNREGISTER and EVENT carry a name."""
