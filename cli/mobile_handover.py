@@ -511,6 +511,7 @@ class Handovers:
                     run.report.exit_code = error.exit_code
                     run.report.detail = f"{run.report.detail}; {error}".strip("; ")
                     run.report.hint = run.report.hint or error.hint
+                    self._mobile.loud_later(run.sa, self.lock)
             if self._farewells is not None and await self._farewells.leave(run):
                 self.notes.answered(run.sa)
                 gone = None  # that is what the report tells

@@ -265,7 +265,11 @@ class SpiWatch:
                 note = await self._note(sa, event.source, mirrored(event.pairs))
                 await self._say(sa, note)
             finally:
-                await self._mobile.loud(sa)
+                try:
+                    await self._mobile.loud(sa)
+                except IkectxError:
+                    self._mobile.loud_later(sa, self._lock)
+                    raise
                 await self._leave(sa, event)
 
     async def _leave(self, sa: SaName, event: Asked) -> None:

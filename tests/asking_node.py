@@ -107,6 +107,9 @@ class Mobile:
         self._do("loud")
         self.state = "ESTABLISHED"
 
+    def loud_later(self, sa: SaName, lock: object) -> None:
+        self.did.append("loud later")
+
 
 class Outside:
     """Addresses by gateway."""

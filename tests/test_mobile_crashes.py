@@ -107,3 +107,48 @@ def test_resume_waits_for_charon_and_forgets_what_it_no_longer_has() -> None:
         assert not node.store.items("quiet")
 
     do(scenario())
+
+
+@pytest.mark.parametrize("broken", [b"no note of a move", b"{}"])
+def test_b13_a_note_that_cannot_be_read_keeps_no_sa_passive(broken: bytes) -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        await node.mobile.quiet(node.sa)
+        other = node.sa.renamed({node.sa.spi_i: b"\0" * 8})  # sorted first, and gone from charon
+        node.store.put("move", node.sa.key, broken)
+        node.store.put("move", other.key, broken)
+        node.begin()
+        ended = await node.mobile.resume()  # raises nothing
+        assert list(ended) == []
+        assert node.charon.state == "ESTABLISHED"
+        assert node.charon.rekeyed == ["child 1"]  # nobody knows how far its move had come
+        assert not node.store.items("quiet")
+        assert not node.store.items("move")
+
+    do(scenario())
+
+
+def test_b13_an_sa_that_could_not_be_made_active_is_tried_again() -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        await node.mobile.quiet(node.sa)
+        real = node.host.activate_segment
+        tries = 0
+
+        async def refuses() -> None:
+            nonlocal tries
+            tries += 1
+            if tries < 3:
+                raise CharonError("charon did not activate the SA")
+            await real()
+
+        node.host.activate_segment = refuses  # type: ignore[method-assign]
+        with pytest.raises(CharonError):
+            await node.mobile.loud(node.sa)
+        node.mobile.loud_later(node.sa, asyncio.Lock())
+        async with asyncio.timeout(60):
+            while node.charon.state != "ESTABLISHED":
+                await asyncio.sleep(1)
+        assert tries == 3
+
+    do(scenario())

@@ -202,6 +202,7 @@ def test_charon_cannot_be_made_loud() -> None:
         w.mobile.fails["loud"] = CharonError("charon did not activate the SA", hint="look there")
         report = await w.arrive()
         assert (report.result, report.exit_code, report.hint) == ("moved", 10, "look there")
+        assert w.mobile.did[-1] == "loud later"  # B13: nothing else would, before the agent starts anew
 
     do(scenario())
 

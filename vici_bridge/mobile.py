@@ -35,8 +35,8 @@ from ikectx.errors import (
     BusyError,
     CharonError,
     IkectxError,
-    KernelError,
     StateError,
+    StoreError,
     UnknownSaError,
     WireError,
 )
@@ -323,24 +323,52 @@ class CharonMobile:
         saved = host.store.get(MOVE, sa.key)
         moved = saved is not None
         name = sa
-        if saved is not None:
-            move = Move.loads(saved)
-            name = await self.steps.present_name(sa, move)
-        if saved is not None and await host.view(name) is not None:
-            try:
-                if not move.done:
-                    await self.steps.carry_out(sa, move)
-            except IkectxError as error:
-                log.error("a CHILD_SA could not be moved, charon is to rekey it: %s", error)
-                failed = error
-                self.steps.drop_guards(move)
-            name = await self.steps.present_name(sa, move)
+        try:
+            if saved is not None:
+                name, failed = await self._end_move(sa, Move.loads(saved))
+        except (CharonError, WireError):
+            raise  # charon cannot be asked: whoever called tries again
+        except IkectxError as error:  # a note that cannot be read keeps no SA deaf
+            log.error(
+                "a move that stopped half-way is not ended, charon is to rekey the CHILD_SAs: %s", error
+            )
+            failed = error
         await self._activate(sa, name)
         host.store.delete(MOVE, sa.key)
         if moved and (host.kernel is None or failed is not None):
             await self._rekey_children(name)
         if failed is not None:
             raise failed
+
+    async def _end_move(self, sa: SaName, move: Move) -> tuple[SaName, IkectxError | None]:
+        """What the SA is called afterwards, and why a CHILD_SA could not be moved."""
+        failed: IkectxError | None = None
+        name = await self.steps.present_name(sa, move)
+        if await self._host.view(name) is None:
+            return name, None
+        try:
+            if not move.done:
+                await self.steps.carry_out(sa, move)
+        except IkectxError as error:
+            log.error("a CHILD_SA could not be moved, charon is to rekey it: %s", error)
+            failed = error
+            self.steps.drop_guards(move)
+        return await self.steps.present_name(sa, move), failed
+
+    def loud_later(self, sa: SaName, lock: asyncio.Lock) -> None:
+        """Where `loud` failed: try it again, under `lock`, until the SA is active. Raises nothing."""
+        self._host.spawn(self._loud_at_last(sa, lock))
+
+    async def _loud_at_last(self, sa: SaName, lock: asyncio.Lock) -> None:
+        while True:
+            await asyncio.sleep(AGAIN)
+            async with lock:
+                try:
+                    if self._host.store.get(_QUIET, sa.key) is None:
+                        return  # it is active, or somebody else has made it so
+                    await self.loud(sa)
+                except IkectxError as error:
+                    log.warning("the SA %s is passive still, it is tried again: %s", sa.key[:16], error)
 
     def left_passive(self) -> dict[SaName, IkeContext]:
         """SAs that an agent before this one left PASSIVE, as far as the record knows them.
@@ -360,32 +388,52 @@ class CharonMobile:
         Gives what charon has no more of that, by its name of then: what it was called at last.
         """
         ended: dict[SaName, SaName] = {}
-        while True:
-            try:
-                await self._resume(ended)
-                return ended
-            except (CharonError, WireError) as error:
-                log.debug("what was open waits for charon: %s", error)
+        try:
+            left = sorted({key for kind in (_QUIET, MOVE) for key, _ in self._host.store.items(kind)})
+        except StoreError as error:
+            log.error("what an agent before this one left open cannot be read: %s", error)
+            return ended
+        while left:
+            waiting = []
+            for key in left:
+                try:
+                    await self._resume(SaName.from_key(key), ended)
+                except (CharonError, WireError) as error:
+                    log.debug("what was open waits for charon: %s", error)
+                    waiting.append(key)
+            left = waiting
+            if left:
                 await asyncio.sleep(AGAIN)
+        return ended
 
-    async def _resume(self, ended: dict[SaName, SaName]) -> None:
-        host = self._host
-        for key in sorted({key for kind in (_QUIET, MOVE) for key, _ in host.store.items(kind)}):
-            sa = SaName.from_key(key)
-            saved = host.store.get(MOVE, key)
-            name = sa if saved is None else await self.steps.present_name(sa, Move.loads(saved))
+    async def _resume(self, sa: SaName, ended: dict[SaName, SaName]) -> None:
+        """One SA of those. Errors: CharonError, WireError; any other is logged, since the rest must go on."""
+        host, key = self._host, sa.key
+        saved = host.store.get(MOVE, key)
+        move: Move | None = None
+        name = sa
+        try:
+            if saved is not None:
+                move = Move.loads(saved)
+                name = await self.steps.present_name(sa, move)
             if await host.view(name) is None:
-                if saved is not None:
-                    self.steps.drop_guards(Move.loads(saved))
+                if move is not None:
+                    self.steps.drop_guards(move)
                 host.store.delete(MOVE, key)
                 host.store.delete(_QUIET, key)
                 ended[sa] = name
-                continue
-            log.warning("the IKE_SA %s was left in the middle of a handover; it goes on now", key[:16])
-            try:
-                await self.loud(sa)
-            except KernelError as error:
-                log.error("%s", error)
+                return
+        except (CharonError, WireError):
+            raise
+        except IkectxError as error:
+            log.error("the note of a move of the IKE_SA %s: %s", key[:16], error)
+        log.warning("the IKE_SA %s was left in the middle of a handover; it goes on now", key[:16])
+        try:
+            await self.loud(sa)
+        except (CharonError, WireError):
+            raise
+        except IkectxError as error:
+            log.error("the IKE_SA %s: %s", key[:16], error)
 
     async def _activate(self, sa: SaName, name: SaName | None = None) -> None:
         """`name`: what the SA is called now.
