@@ -15,6 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from ipaddress import ip_address
 
 from . import proof
@@ -360,7 +361,15 @@ class Gateway:
         for name in ask:
             peer = self._peer(name)
             request = CtReq(remote.address, secrets.randbits(32), 0, blocks)
-            one = Ask(peer, request, sa=sa, right="packet", place=lambda context: remote, here=local)
+            one = Ask(
+                peer,
+                request,
+                sa=sa,
+                right="packet",
+                place=lambda context: remote,
+                proves=partial(proof.verify, datagrams=parts),
+                here=local,
+            )
             await self._asking.run(one)
             report = self._asking.report(one)
             if one.run is not None or report.status not in (

@@ -4,6 +4,9 @@ At pSG a CTAR announces: its token is checked, the context goes ahead to nSG, wh
 arrives: what is held is checked with the key that came with it, else pSG is asked and checks. Who has no good
 token gets no answer, whatever is wrong with it. An identical CTAR from the same source is a retransmission:
 it begins nothing, and gets the same CTAA once there is one.
+
+Anybody can send CTARs. So what one proved to be the MN's is remembered, for as long as its token lives; any
+other is forgotten with its answer. What is under way is bounded for each source and each other gateway.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from ipaddress import ip_address
+from logging import INFO, WARNING
 
 from . import tokens
 from .asking import Ask, Asking
@@ -28,7 +32,8 @@ from .name import SaName
 from .numbers import Fpt, Status
 from .outgoing import Outgoing
 from .ports import new_names
-from .run import Parts, log, step
+from .rates import one_source
+from .run import Parts, SparingLog, log, step
 from .serving import MobileConfig, UsedTokens
 from .tokens import Purpose, TokenBlock, TokenError
 from .transfer import SourceInput, SourceState, TargetState
@@ -40,7 +45,9 @@ IKE = 500
 
 
 AT_ONCE = 4
-"""CTARs of one MN that are looked into at a time: pSG is asked for one after the other, and may be silent."""
+"""CTARs of one source under way at a time: the other gateway is asked about each, and may be silent."""
+OF_A_PEER = 128
+"""CTARs under way that name one other gateway, whatever their sources."""
 
 
 class ArrivalState(StrEnum):
@@ -129,7 +136,21 @@ def endpoint(context: IkeContext, care_of: Address | None, source: Address) -> E
 class Arrival:
     """One CTAR, its copies, and its answer."""
 
-    def __init__(self, message: Ctar, token: TokenBlock | None, source: Endpoint, until: float) -> None:
+    def __init__(
+        self,
+        message: Ctar,
+        token: TokenBlock | None,
+        source: Endpoint,
+        peer: PeerConfig,
+        came: float,
+        until: float,
+    ) -> None:
+        self.peer = peer
+        """The other gateway that it names."""
+        self.came = came
+        """When it came, seconds since 1970."""
+        self.proven = False
+        """Is it known to be the MN's?"""
         self.message = message
         self.octets = message.serialize()
         self.token = token
@@ -173,62 +194,89 @@ class Arrivals:
         self._asking = asking
         self._used = used
         self._config = config
+        self._log = SparingLog(parts.clock)
         self._known: OrderedDict[bytes, Arrival] = OrderedDict()
 
     async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
         """See `Gateway.ctar`."""
         now = self._parts.wall()
         self._forget(now)
-        try:
-            token = tokens.find(message.blocks)
-        except WireError as error:
-            log.info("a CTAR from %s is ignored: %s", source, error)
-            return None
-        if token is None and not self._config.rfc_token:
-            log.info("a CTAR from %s is ignored: it has no token of 128 bits", source)
-            return None
-        until = now + tokens.MAX_LIFETIME if token is None else token.expiry
-        if not now - self._config.skew <= until <= now + tokens.MAX_LIFETIME + self._config.skew:
-            return None
-        # by its octets: a forgery that comes first must not stand in the way of the MN's own
-        key = message.serialize()
+        # by what the tag covers, and the tag: a forgery that comes first does not stand in the way of the
+        # MN's own, and what was copied and changed where it is not covered is a copy
+        key = CtReq(message.mn, message.sequence, message.token, message.blocks).serialize()
         known = self._known.get(key)
         if known is not None:
             if known.source != source:
-                log.warning("a CTAR for %s is ignored: it came from elsewhere before", message.mn)
+                self._log(
+                    WARNING,
+                    "elsewhere",
+                    "a CTAR for %s is ignored: it came from elsewhere before",
+                    message.mn,
+                )
                 return None
             return known.feed(ArrivalInput.AGAIN)
-        if sum(one.message.mn == message.mn and not one.ended for one in self._known.values()) >= AT_ONCE:
-            log.info("a CTAR from %s for %s is ignored: others of that MN are under way", source, message.mn)
-            return None
-        if len(self._known) >= self._config.memory:
-            log.warning("a CTAR from %s is ignored: too many are under way or remembered", source)
-            return None
-        arrival = self._known[key] = Arrival(message, token, source, until + self._config.skew)
         try:
-            what = await self._handle(arrival)
+            arrival = self._known[key] = self._new(message, source, now)
+        except (TokenError, WireError) as error:
+            self._log(INFO, "claims", "a CTAR from %s is ignored: %s", source, error)
+            return None
+        try:
+            answer = arrival.feed(await self._handle(arrival))
         except TokenError as error:
-            log.warning("a CTAR from %s for %s is ignored: %s", source, message.mn, error)
-            what = ArrivalInput.BAD
-            del self._known[key]  # what anybody can make fills no memory
+            self._log(WARNING, "token", "a CTAR from %s for %s is ignored: %s", source, message.mn, error)
+            answer = arrival.feed(ArrivalInput.BAD)
         except (BusyError, UnknownSaError) as error:
             # nothing was begun: its retransmission is welcome
-            log.info("a CTAR from %s for %s: %s", source, message.mn, error)
-            del self._known[key]
-            return None
+            self._log(INFO, "not now", "a CTAR from %s for %s: %s", source, message.mn, error)
+            answer = None
         except IkectxError as error:
-            log.warning("a CTAR from %s for %s: %s", source, message.mn, error)
-            del self._known[key]
-            return None
-        except BaseException:
-            del self._known[key]
-            raise
-        return arrival.feed(what)
+            self._log(WARNING, "failed", "a CTAR from %s for %s: %s", source, message.mn, error)
+            answer = None
+        finally:
+            if not (arrival.proven and arrival.ended):
+                del self._known[key]  # what anybody can make fills no memory
+        self._make_room(arrival.peer)
+        return answer
+
+    def _new(self, message: Ctar, source: Endpoint, now: float) -> Arrival:
+        """What a CTAR says of itself fits, and there is room for it. Errors: TokenError, WireError."""
+        token = tokens.find(message.blocks)
+        if token is None and not self._config.rfc_token:
+            raise TokenError("it has no token of 128 bits")
+        until = now + tokens.MAX_LIFETIME
+        if token is not None:
+            until = token.expiry
+            announces = token.purpose == Purpose.ANNOUNCE
+            peer = self._peer(message, token.nsg if announces else token.psg)
+            ours = self._parts.name
+            psg, nsg = (ours, peer.name) if announces else (peer.name, ours)
+            purpose = Purpose.ANNOUNCE if announces else Purpose.ARRIVE
+            skew = self._config.skew
+            tokens.check_claims(token, purpose=purpose, psg=psg, nsg=nsg, now=now, skew=skew)
+        else:
+            peer = self._peer(message, None)
+        under_way = [one for one in self._known.values() if not one.ended]
+        here = one_source(source.address)
+        if sum(one_source(one.source.address) == here for one in under_way) >= AT_ONCE:
+            raise TokenError(f"{AT_ONCE} others of that source are under way")
+        if sum(one.peer is peer for one in under_way) >= OF_A_PEER:
+            raise TokenError(f"{OF_A_PEER} others that name {peer.name} are under way")
+        return Arrival(message, token, source, peer, now, until + self._config.skew)
 
     def _forget(self, now: float) -> None:
         for key, arrival in list(self._known.items()):
             if arrival.ended and arrival.until < now:
                 del self._known[key]
+
+    def _make_room(self, peer: PeerConfig) -> None:
+        """Each other gateway has its share of what is remembered; what is oldest of it goes.
+
+        Its copies are told from new ones all the same: the SA is here, or the token was used.
+        """
+        share = max(1, self._config.memory // len(self._peers))
+        remembered = [key for key, one in self._known.items() if one.peer is peer and one.ended]
+        for key in remembered[: max(0, len(remembered) - share)]:
+            del self._known[key]
 
     async def _handle(self, arrival: Arrival) -> ArrivalInput:
         token = arrival.token
@@ -241,10 +289,10 @@ class Arrivals:
             return await self._announce(arrival)
         return await self._arrive(arrival)
 
-    def _peer(self, arrival: Arrival, name: str | None) -> PeerConfig:
+    def _peer(self, message: Ctar, name: str | None) -> PeerConfig:
         """The other gateway. Errors: TokenError."""
         if name is None:
-            router = arrival.message.router
+            router = message.router
             found = [peer for peer in self._peers.values() if router in (*peer.addresses, _host(peer))]
             if len(found) == 1:
                 return found[0]
@@ -254,23 +302,26 @@ class Arrivals:
             raise TokenError(f"no peer is called {name!r}")
         return peer
 
-    def _verify(self, key: Secret, arrival: Arrival, purpose: Purpose, psg: str, nsg: str) -> None:
+    def _verify(self, key: Secret, arrival: Arrival, purpose: Purpose) -> None:
+        """Is it the MN's? Errors: TokenError."""
+        names = (self._parts.name, arrival.peer.name)
+        psg, nsg = names if purpose is Purpose.ANNOUNCE else names[::-1]
         tokens.verify(
             key,
             arrival.message,
             purpose=purpose,
             psg=psg,
             nsg=nsg,
-            now=self._parts.wall(),
+            now=arrival.came,
             skew=self._config.skew,
             rfc=self._config.rfc_token,
         )
+        arrival.proven = True
 
     # -- at pSG ------------------------------------------------------------------------------------------
 
     async def _announce(self, arrival: Arrival) -> ArrivalInput:
-        message, token = arrival.message, arrival.token
-        peer = self._peer(arrival, None if token is None else token.nsg)
+        message, token, peer = arrival.message, arrival.token, arrival.peer
         sa = await self._served(message.mn) if token is None else token.spis
         key: list[Secret] = []
         algorithm = TokenAlgorithm.HMAC_SHA1 if token is None else TokenAlgorithm.HMAC_SHA256_128
@@ -287,7 +338,7 @@ class Arrivals:
 
         def proven(context: IkeContext) -> None:
             key[:] = [tokens.token_key(context.current, message.sequence)]
-            self._verify(key[0], arrival, Purpose.ANNOUNCE, self._parts.name, peer.name)
+            self._verify(key[0], arrival, Purpose.ANNOUNCE)
             self._used.check(sa, message.sequence, Purpose.ANNOUNCE)
 
         def allowed(context: IkeContext) -> None:
@@ -312,23 +363,24 @@ class Arrivals:
     # -- at nSG ------------------------------------------------------------------------------------------
 
     async def _arrive(self, arrival: Arrival) -> ArrivalInput:
-        message, token = arrival.message, arrival.token
-        peer = self._peer(arrival, None if token is None else token.psg)
-        if token is not None and token.nsg != self._parts.name:
-            raise TokenError(f"the token is for a move to {token.nsg!r}")
+        message, token, peer = arrival.message, arrival.token, arrival.peer
         sa = None if token is None else token.spis
         care_of = token.care_of.address if token is not None and token.care_of is not None else None
 
         def place(context: IkeContext) -> Endpoint:
             return endpoint(context, care_of, arrival.source.address)
 
+        def proves(context: IkeContext) -> None:
+            self._verify(tokens.token_key(context.current, message.sequence), arrival, Purpose.ARRIVE)
+
         request = CtReq(message.mn, message.sequence, message.token, message.blocks)
-        ask = Ask(peer, request, sa=sa, right="push", place=place, answers=token is not None)
+        answers = token is not None
+        ask = Ask(peer, request, sa=sa, right="push", place=place, proves=proves, answers=answers)
         ahead = self._desks.held(peer.name, message.mn, sa)
-        if ahead is not None and self._opens(ahead[1], arrival, peer):
+        if ahead is not None and self._opens(ahead[1], arrival):
             return await self._install(arrival, ask, *ahead)
         if sa is not None and self._parts.store.owned_epoch(sa) >= 0:
-            context = await self._taken(arrival, peer, sa)
+            context = await self._taken(arrival, sa)
             if context is not None and context.remote.address == place(context).address:
                 key = tokens.token_key(context.current, message.sequence)
                 arrival.feed(ArrivalInput.UNKNOWN)
@@ -337,26 +389,27 @@ class Arrivals:
         await self._asking.run(ask)
         return self._arrived(arrival, ask)
 
-    async def _taken(self, arrival: Arrival, peer: PeerConfig, sa: SaName) -> IkeContext | None:
+    async def _taken(self, arrival: Arrival, sa: SaName) -> IkeContext | None:
         """The SA, if it is here and the token is right: this agent was restarted before it could answer."""
         try:
             known = self._parts.source.recorded(sa)
             key = tokens.token_key(known.current, arrival.message.sequence)
-            self._verify(key, arrival, Purpose.ARRIVE, peer.name, self._parts.name)
+            self._verify(key, arrival, Purpose.ARRIVE)
             # it is only looked at, and need not be idle
             exported = self._parts.source.export(sa, away=True)
             return await step("export", exported, self._parts.timing)
         except (BusyError, UnknownSaError):
             return None
 
-    def _opens(self, run: Incoming, arrival: Arrival, peer: PeerConfig) -> bool:
+    def _opens(self, run: Incoming, arrival: Arrival) -> bool:
         """Is the token right by the key that came ahead? If not, pSG is asked: the MN may have begun anew."""
         if run.token is None or run.context is None:
             return False
         try:
-            self._verify(run.token[1], arrival, Purpose.ARRIVE, peer.name, self._parts.name)
+            self._verify(run.token[1], arrival, Purpose.ARRIVE)
         except TokenError as error:
-            log.info("transfer %s: a CTAR for another one: %s", run.stored.transfer_id.hex(), error)
+            ident = run.stored.transfer_id.hex()
+            self._log(INFO, "another", "transfer %s: a CTAR for another one: %s", ident, error)
             return False
         return True
 
@@ -379,9 +432,9 @@ class Arrivals:
         status = Status.OK if ask.done else (Status.FAILED if error is None else error.status)
         if ask.run is None and status is Status.NOT_ALLOWED:
             raise TokenError(str(error))
-        log.info(
-            "%s at %s: %s", arrival.message.mn, arrival.source, self._asking.report(ask).text or status.name
-        )
+        text = self._asking.report(ask).text or status.name
+        cause = "arrived" if arrival.proven else "unproven"
+        self._log(INFO, cause, "%s at %s: %s", arrival.message.mn, arrival.source, text)
         key = None
         # a tag makes it certain: a "no" has none as long as it may still become a "yes"
         if ask.context is not None and (

@@ -88,7 +88,8 @@ class Ask:
     """One SA wanted of one peer, until it is here or is refused. A `desk.Want`.
 
     `whole`: it comes in one CTD (or was sent ahead), since the MN is here; else pSG pushes it. `sa` None:
-    what the MN has. `right`: what we must be allowed to there.
+    what the MN has. `right`: what we must be allowed to there. `proves`: raises RefusedError where what
+    was shown here, by somebody who may be anybody, is not of the MN of a context.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Ask:
         sa: SaName | None,
         right: str,
         place: Callable[[IkeContext], Endpoint] | None = None,
+        proves: Callable[[IkeContext], object] | None = None,
         here: Endpoint | None = None,
         answers: bool = False,
         dry_run: bool = False,
@@ -130,7 +132,15 @@ class Ask:
         self.octets = 0
         self.began = 0.0
         self.answered: float | None = None
+        self.heard = False
+        """Has the peer shown that it takes the request seriously: that the SA is busy, or the SA itself?"""
         self._place = place
+        self._proves = proves
+
+    @property
+    def stranger(self) -> bool:
+        """May anybody have caused it?"""
+        return self._proves is not None
 
     @property
     def mn(self) -> Address:
@@ -144,7 +154,17 @@ class Ask:
             and self.whole == (header.address == "mn")
             and self.dry_run == (header.intent == "check")
             and (context.spis == self.sa if self.sa is not None else mn == self.mn)
+            and self._proven(context)
         )
+
+    def _proven(self, context: IkeContext) -> bool:
+        """Others may ask for the same SA at the same time, to have it brought to another place."""
+        try:
+            if self._proves is not None:
+                self._proves(context)
+        except RefusedError:
+            return False
+        return True
 
     # -- as a Want ---------------------------------------------------------------------------------------
 
@@ -154,7 +174,7 @@ class Ask:
 
     def begun(self, desk: Desk, run: Incoming) -> None:
         """This is it."""
-        self.desk, self.run, self.context = desk, run, run.context
+        self.desk, self.run, self.context, self.heard = desk, run, run.context, True
         self.events.put_nowait(run)
         run.when_over(lambda: self.events.put_nowait(_Over(run)))
 
@@ -181,7 +201,9 @@ class Asking:
         self._parts = parts
         self._links = links
         self._open: list[Ask] = []
-        self._turns: WeakValueDictionary[tuple[str, Address], asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[tuple[str, Address, int | None], asyncio.Lock] = (
+            WeakValueDictionary()
+        )
 
     def wanted(
         self, peer: PeerConfig, mn: Address, context: IkeContext, header: TransferHeader
@@ -224,7 +246,9 @@ class Asking:
 
         `held`: what pSG has sent ahead of the MN that has now arrived; only the rest of it is asked for.
         """
-        turn = self._turns.setdefault((ask.peer.name, ask.mn), asyncio.Lock())
+        # a stranger's has no turn to take from others: it is told from them by its sequence number
+        alone = ask.request.sequence if ask.stranger else None
+        turn = self._turns.setdefault((ask.peer.name, ask.mn, alone), asyncio.Lock())
         async with turn:
             self._open.append(ask)
             try:
@@ -239,6 +263,8 @@ class Asking:
         """What has not come in time is not to come later: tell pSG, and clear away what there is of it."""
         if ask.done or not (ask.late or ask.attempts > 1):
             return
+        if ask.stranger and ask.run is None:
+            return  # a CTC names the MN alone: it would cancel what the MN itself has asked for
         if ask.link is not None and ask.link.error is None:
             with contextlib.suppress(LinkError):
                 self._count(ask, await ask.link.send(Ctc(ask.mn if ask.run is None else ask.run.mn)))
@@ -251,7 +277,7 @@ class Asking:
 
     async def _ask(self, ask: Ask, held: tuple[Desk, Incoming, Endpoint] | None) -> None:
         now = self._parts.clock.now
-        deadline = now() + self._parts.timing.request
+        start = now()
         if held is not None:
             ask.begun(held[0], held[1])
         tries = 0
@@ -264,11 +290,11 @@ class Asking:
             except LinkError as error:
                 ask.error = error
             else:
-                if await self._outcome(ask, deadline):
+                if await self._outcome(ask, start):
                     return
             wait = self._parts.timing.wait(tries)
             tries += 1
-            if now() + wait >= deadline:
+            if now() + wait >= self._deadline(ask, start):
                 ask.late = True
                 return
             await asyncio.sleep(wait)
@@ -279,11 +305,15 @@ class Asking:
         except LinkError as error:
             ask.events.put_nowait((ask.link, error))
 
-    async def _outcome(self, ask: Ask, deadline: float) -> bool:
+    def _deadline(self, ask: Ask, start: float) -> float:
+        timing = self._parts.timing
+        return start + (timing.unproven if ask.stranger and not ask.heard else timing.request)
+
+    async def _outcome(self, ask: Ask, start: float) -> bool:
         """Wait for what comes of it. True: that was all; False: ask again."""
         while True:
             try:
-                async with asyncio.timeout(self._patience(ask, deadline)):
+                async with asyncio.timeout(self._patience(ask, start)):
                     event = await ask.events.get()
             except TimeoutError:
                 ask.late = True
@@ -296,10 +326,9 @@ class Asking:
             if again is not None:
                 return not again
 
-    def _patience(self, ask: Ask, deadline: float) -> float:
-        now = self._parts.clock.now()
+    def _patience(self, ask: Ask, start: float) -> float:
         if ask.run is None or ask.run.machine.state in _WAITING:
-            return max(0.0, deadline - now)
+            return max(0.0, self._deadline(ask, start) - self._parts.clock.now())
         return self._parts.timing.in_doubt  # it is going on here
 
     def _judge(self, ask: Ask, event: object) -> bool | None:
@@ -307,6 +336,7 @@ class Asking:
         match event:
             case Status() as status:
                 self._drop(ask, "the source refused it")
+                ask.heard = ask.heard or status is Status.BUSY
                 ask.error = RefusedError(
                     f"{ask.peer.name}: {STATUS_TEXT.get(status, f'status {int(status)}')}", status=status
                 )

@@ -1,4 +1,4 @@
-"""How many requests of strangers are looked at: a limit for each source and one in total, no I/O.
+"""How many requests of strangers are looked at, and how many of them are logged, no I/O.
 
 RFC 4067 (3, CT_REQUEST_RATE) has a router drop CTARs at random above a rate. A bucket that simply runs empty
 would let through whoever comes first after each refill, and a flood can time that; so a bucket of which less
@@ -46,6 +46,12 @@ class Bucket:
         return 0.0 if self.level < 1 else min(1.0, self.level / (self.size / 2))
 
 
+def one_source(address: IPv4Address | IPv6Address) -> int:
+    """Names what counts as one source, for both families in one table: an IPv4 address, an IPv6 /64."""
+    # a /64 is at least 64 bits long, an IPv4 address 32
+    return int(address) >> 64 | 1 << 64 if address.version == 6 else int(address)
+
+
 class RateLimit:
     """Decides over requests by their source: an IPv4 address, or the /64 of an IPv6 one.
 
@@ -82,8 +88,7 @@ class RateLimit:
         return True
 
     def _source(self, source: IPv4Address | IPv6Address, now: float) -> Bucket:
-        # both families in one table: a /64 is at least 64 bits long, an IPv4 address 32
-        key = int(source) >> 64 | 1 << 64 if source.version == 6 else int(source)
+        key = one_source(source)
         found = self._sources.get(key)
         if found is None:
             found = self._sources[key] = Bucket(self._source_rate, now)
@@ -91,3 +96,28 @@ class RateLimit:
                 self._sources.popitem(last=False)
         self._sources.move_to_end(key)
         return found
+
+
+class LogLimit:
+    """Which messages that a stranger or a peer causes are logged: `burst` of each cause in `period` seconds.
+
+    A cause is a word of the program's own, with a peer's name at the most, so that there are few of them.
+    """
+
+    def __init__(self, burst: int = 5, period: float = 60.0) -> None:
+        self._burst = burst
+        self._period = period
+        self._causes: dict[str, tuple[float, int]] = {}
+
+    def passes(self, cause: str, now: float) -> int | None:
+        """None: not this one. Else how many were left out since the last one that passed.
+
+        `now` is seconds, monotonic.
+        """
+        began, count = self._causes.get(cause, (now, 0))
+        left_out = 0
+        if now - began >= self._period:
+            left_out = max(0, count - self._burst)
+            began, count = now, 0
+        self._causes[cause] = (began, count + 1)
+        return left_out if count < self._burst else None

@@ -351,18 +351,20 @@ class Timing:
     """How long things may take, in seconds.
 
     connect: TCP and TLS. offer: PCTD to CTDR. predictive: how long both ends keep what an MN announced.
-    request: how long a target goes on asking (CT-Req) for what it wants. confirm: CTD to CTDR, then the CTD
-    is sent again. hold: how long a target keeps what it prepared. step: one step of a port (freeze, take,
-    ...). in_doubt: CTD to report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to
-    backoff_max; busy_backoff: between attempts when the SA was busy. turn: how long an operator's transfer
-    waits until another one of the same SA has ended. stop: how long `stop` waits. retries: how often a
-    clean-up is tried before the report says that it failed (it goes on being tried).
+    request: how long a target goes on asking (CT-Req) for what it wants; unproven: for what a stranger
+    wants, until the source has said something of it. confirm: CTD to CTDR, then the CTD is sent again.
+    hold: how long a target keeps what it prepared. step: one step of a port (freeze, take, ...). in_doubt:
+    CTD to report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to backoff_max;
+    busy_backoff: between attempts when the SA was busy. turn: how long an operator's transfer waits until
+    another one of the same SA has ended. stop: how long `stop` waits. retries: how often a clean-up is tried
+    before the report says that it failed (it goes on being tried).
     """
 
     connect: float = 5.0
     offer: float = 15.0
     predictive: float = 60.0
     request: float = 30.0
+    unproven: float = 10.0
     confirm: float = 60.0
     hold: float = 60.0
     step: float = 90.0

@@ -23,7 +23,7 @@ from .worlds import ALL, FAST, World, until, world
 FORGER = Secret(bytes(32))
 
 
-def forged(mn: MobileNode, purpose: Purpose, sequence: int, **other: Any) -> Ctar:
+def forged(mn: MobileNode, purpose: Purpose, sequence: int, /, **other: Any) -> Ctar:
     """As the MN's, with its SPIs, under a key that somebody made up."""
     told: dict[str, Any] = {
         "mn": mn.home,

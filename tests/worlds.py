@@ -37,6 +37,7 @@ FAST = Timing(
     stop=0.3,
     predictive=0.5,
     request=0.6,
+    unproven=0.3,
 )
 KEY = bytes(range(32))
 
