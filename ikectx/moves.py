@@ -61,12 +61,19 @@ class Moves:
     async def _turn(self, sa: SaName) -> None:
         """Wait until nobody else moves that SA.
 
-        Errors: BusyError when that lasts longer than `Timing.turn`; UnknownSaError when the SA has left.
+        Errors: BusyError when that lasts longer than `Timing.turn`, or is in doubt and may last for ever;
+        UnknownSaError when the SA has left.
         """
         patience, last = self._parts.timing.turn, self.moving(sa)
         try:
             async with asyncio.timeout(patience):
                 while (over := last.over if last is not None else self._asked_for.get(sa)) is not None:
+                    if last is not None and last.settled.done():
+                        raise BusyError(
+                            f"that IKE_SA is being moved already: transfer {last.transfer_id.hex()} to "
+                            f"{last.peer.name} is in doubt",
+                            hint="see `ikectx status`, and `ikectx reclaim`",
+                        )
                     await over.wait()
                     if last is not None and last.machine.state is SourceState.DONE:
                         ident = last.transfer_id.hex()
