@@ -186,14 +186,6 @@ class PeerConfig:
     def port(self) -> int:
         return self.address.port
 
-    @property
-    def may_push(self) -> bool:
-        return "push" in self.rights
-
-    @property
-    def may_pull(self) -> bool:
-        return "pull" in self.rights
-
 
 @dataclass(frozen=True, slots=True)
 class Config:

@@ -466,11 +466,6 @@ class StreamDecoder:
         """Why the decoder is dead; None while it lives."""
         return self._error
 
-    @property
-    def pending(self) -> int:
-        """Octets of the message that is not whole yet; at the stream's end it should be 0."""
-        return len(self._buffer)
-
     def feed(self, data: bytes) -> list[Message]:
         """The messages that `data` completes.
 

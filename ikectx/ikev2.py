@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from cryptography.hazmat.primitives import hashes
 
@@ -148,19 +147,6 @@ class Message:
 _KNOWN = frozenset(Payload)
 
 
-def parse_clear(datagram: bytes) -> Message:
-    """A message without SK: IKE_SA_INIT, or a notify outside of any SA."""
-    header = IkeHeader.parse(datagram)
-    return Message(header, parse_payloads(header.next_payload, datagram[HEADER_LENGTH:]))
-
-
-def serialize_clear(message: Message) -> bytes:
-    """The octets of a message without SK."""
-    first, body = serialize_payloads(message.payloads)
-    header = replace(message.header, next_payload=first, length=HEADER_LENGTH + len(body))
-    return header.serialize() + body
-
-
 def seal_message(key: SealKey, header: IkeHeader, payloads: Iterable[AnyPayload], iv: bytes) -> bytes:
     """The datagram (no marker) of one message in SK. `iv`: `keys.iv_length` fresh random octets."""
     first, inner = serialize_payloads(payloads)
@@ -179,7 +165,7 @@ def seal_fragments(
 ) -> list[bytes]:
     """The datagrams (no marker) of one message: one in SK, or SKF fragments (RFC 7383, 2.5).
 
-    `limit`: octets of the largest datagram (see `fragment_limit`), None: no fragments, which only a peer that
+    `limit`: octets of the largest datagram, None: no fragments, which only a peer that
     announced IKEV2_FRAGMENTATION_SUPPORTED understands. `ivs`: a fresh `keys.iv_length` for each datagram,
     one behind the other; what is left over is not used. `Drawn`: the same arguments give the same datagrams,
     and any other message has other IVs. Errors: UsageError for too few of them or a limit
@@ -210,12 +196,6 @@ def seal_fragments(
         head = full.serialize() + writer.u16(number).u16(len(parts)).done()
         made.append(head + seal(key, head, part, ivs[size * (number - 1) : size * number]))
     return made
-
-
-def fragment_limit(mtu: int, local: Endpoint, remote: Endpoint) -> int:
-    """Octets of the largest IKE message that fits into one IP packet of `mtu` octets."""
-    ip = 20 if local.address.version == 4 else 40
-    return mtu - ip - 8 - (len(_MARKER) if has_marker(local, remote) else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,44 +328,23 @@ class RetransmitPolicy:
         return self.initial * self.factor ** ((sent - 1) % self.tries)
 
 
-class Incoming(Enum):
-    """What to do with a request of the peer."""
-
-    FRESH = "process it, then answer()"
-    DUPLICATE = "send the same response again"
-    STALE = "ignore it"
-
-
 class RequestWindow:
-    """Message IDs of one IKE_SA with a window of one in each direction (RFC 7296, 2.1-2.3).
+    """The requests that one end of an IKE_SA sends, with a window of one (RFC 7296, 2.1-2.3).
 
-    `next_id`: of the next request sent; `expected_id`: of the next request of the peer. Octets in and out are
-    whole sealed messages; a retransmission is the same octets.
+    `next_id`: message ID of the next request. Octets are whole sealed messages, and a retransmission has the
+    same octets.
     """
 
-    __slots__ = (
-        "_answer",
-        "_due",
-        "_last",
-        "_pending",
-        "_send_now",
-        "expected_id",
-        "next_id",
-        "policy",
-        "sent",
-    )
+    __slots__ = ("_due", "_pending", "_send_now", "next_id", "policy", "sent")
 
-    def __init__(self, next_id: int, expected_id: int, policy: RetransmitPolicy | None = None) -> None:
+    def __init__(self, next_id: int, policy: RetransmitPolicy | None = None) -> None:
         self.next_id = next_id
-        self.expected_id = expected_id
         self.policy = policy or RetransmitPolicy()
         self.sent = 0
         """How often the pending, or last, request was sent."""
         self._pending: bytes | None = None
         self._send_now = False
         self._due: float | None = None
-        self._last: bytes | None = None
-        self._answer: bytes | None = None
 
     @property
     def pending(self) -> bool:
@@ -433,16 +392,3 @@ class RequestWindow:
         self._pending, self._send_now, self._due = None, False, None
         self.next_id += 1
         return True
-
-    def incoming(self, message_id: int, octets: bytes) -> tuple[Incoming, bytes | None]:
-        """What to do with an authenticated request, and the response to send again."""
-        if message_id == self.expected_id:
-            return Incoming.FRESH, None
-        if message_id == self.expected_id - 1 and octets == self._last:
-            return Incoming.DUPLICATE, self._answer
-        return Incoming.STALE, None
-
-    def answer(self, request: bytes, response: bytes) -> None:
-        """The response sent to the request `expected_id`; the window moves on."""
-        self._last, self._answer = request, response
-        self.expected_id += 1

@@ -156,11 +156,6 @@ class Link:
         """The peer's name and where it is."""
         return f"{self.peer.name} at {self._stream.label}"
 
-    @property
-    def waiting(self) -> bool:
-        """Is an answer owed to us?"""
-        return any(self._asked.values())
-
     async def room(self) -> None:
         """Wait until one more message may be given to somebody who will call `handled` for it."""
         await self._room.wait()

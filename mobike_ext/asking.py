@@ -95,7 +95,7 @@ class Asking:
         """Datagrams and their octets, in both directions."""
         self.requests = self.retransmissions = 0
         self._limit = limit
-        self._window = RequestWindow(message_id, 0, policy)
+        self._window = RequestWindow(message_id, policy)
         self._exchange = Exchange.INFORMATIONAL
         self._datagrams: list[bytes] = []
         keys = sk_keys(generation)

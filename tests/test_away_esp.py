@@ -153,7 +153,7 @@ def test_no_packet_leaves_in_the_clear(version: int) -> None:
     with placed(version) as place:
         assert place.packet() == "outer", "in the clear, as long as there is nothing"
         here, policy = _sa(version), _policy(_sa(version), version)
-        place.kernel.add_policy(policy)
+        place.kernel.batch([policy.add()])
         place.away.leave(here, "nsg", [policy])
         assert place.packet() == "", "charon's policy has no SA here"
         place.kernel.delete_policy(policy)
@@ -162,7 +162,7 @@ def test_no_packet_leaves_in_the_clear(version: int) -> None:
         place.again()
         assert place.packet() == "inner"
 
-        place.detour.flush()
+        place.detour.remove(place.detour.listing())
         assert place.packet() == "", "the way is gone"
         place.again()
         assert place.packet() == "inner"
@@ -175,7 +175,7 @@ def test_no_packet_leaves_in_the_clear(version: int) -> None:
         assert place.packet() == "inner"
 
         # charon comes with the same selectors, and goes: neither finds ours
-        place.kernel.add_policy(policy)
+        place.kernel.batch([policy.add()])
         assert place.packet() == ""
         assert place.kernel.delete_policy(policy)
         assert place.packet() == "inner"
@@ -267,14 +267,14 @@ def test_an_agent_mends_the_way(version: int) -> None:
 def test_what_still_comes_for_an_sa_that_came_here_and_ended_is_dropped(version: int) -> None:
     with placed(version) as place:
         here, policy = _sa(version), _policy(_sa(version), version)
-        place.kernel.add_policy(policy)
+        place.kernel.batch([policy.add()])
         place.away.behind.stand(here, {1})
         assert place.kernel.delete_policy(policy), "charon takes its own away, and finds it"
         assert place.packet() == ""
         place.again()
         assert place.packet() == ""
 
-        place.kernel.add_policy(policy)
+        place.kernel.batch([policy.add()])
         place.away.leave(here, "nsg", [policy])
         place.kernel.delete_policy(policy)
         place.away.left(here.spis)

@@ -19,11 +19,10 @@ from ikectx.ikev2 import (
     add_marker,
     nat_detection_hash,
     seal_message,
-    serialize_clear,
 )
 from ikectx.keys import Drawn, iv_length
 from ikectx.numbers import Encr, Exchange, Integ, Notify
-from ikectx.payloads import AnyPayload, NotifyPayload
+from ikectx.payloads import AnyPayload, NotifyPayload, serialize_payloads
 from mobike_ext.asking import Silent
 from mobike_ext.exchange import (
     TABLE,
@@ -264,8 +263,9 @@ def test_what_does_not_count_as_an_answer() -> None:
 def test_an_unauthenticated_error_does_not_end_it() -> None:
     machine, request, _ = started()
     head = replace(request.header, response=True, initiator=True)
-    clear = Message(head, (NotifyPayload(Notify.INVALID_IKE_SPI),))
-    machine.receive(bytes(4) + serialize_clear(clear), MN, 0)
+    first, body = serialize_payloads([NotifyPayload(Notify.INVALID_IKE_SPI)])
+    clear = replace(head, next_payload=first, length=28 + len(body)).serialize() + body
+    machine.receive(bytes(4) + clear, MN, 0)
     assert (machine.ignored, machine.state) == (1, State.WAITING)
 
 

@@ -77,12 +77,12 @@ def test_the_kernel_s_policies_count(kernel: Kernel, guard: SpdGuard, version: i
     with pytest.raises(LinkError, match="no IPsec policy protects"):
         guard.protection(flow)
     out, back = policies_of(version)
-    kernel.add_policy(out)
+    kernel.batch([out.add()])
     with pytest.raises(LinkError, match=r"no IPsec policy protects .*\(in "):
         guard.protection(flow)
-    kernel.add_policy(back)
+    kernel.batch([back.add()])
     assert guard.protection(flow) == Protection(out.templates, back.templates)
-    kernel.add_policy(replace(out, selector=replace(out.selector, protocol=6), templates=(), priority=7))
+    kernel.batch([replace(out, selector=replace(out.selector, protocol=6), templates=(), priority=7).add()])
     with pytest.raises(LinkError, match="lets packets pass as they are"):
         guard.protection(flow)
     guard.protection(replace(flow, protocol="sctp"))
@@ -94,7 +94,7 @@ def test_switches_that_turn_ipsec_off(
     space: Namespace, kernel: Kernel, guard: SpdGuard, switch: str, name: str
 ) -> None:
     for policy in policies_of():
-        kernel.add_policy(policy)
+        kernel.batch([policy.add()])
     space.switch_on(f"ipv4/conf/{name}/{switch}")
     with pytest.raises(LinkError, match=f"{switch} is on for {name}"):
         guard.protection(flow_of())
@@ -140,7 +140,7 @@ def test_changes_are_heard(
 ) -> None:
     policies = policies_of(version)
     for policy in policies:
-        kernel.add_policy(policy)
+        kernel.batch([policy.add()])
 
     async def scenario() -> None:
         heard = Heard(guard, version)
@@ -148,7 +148,7 @@ def test_changes_are_heard(
         heard.hand.verify()
         # what does not concern it
         far = ip_network("10.0.0.0/8") if version == 4 else ip_network("fd00::/8")
-        kernel.add_policy(KernelPolicy("out", Selector.between(far, far)))
+        kernel.batch([KernelPolicy("out", Selector.between(far, far)).add()])
         kernel.delete_policy(KernelPolicy("out", Selector.between(far, far)))
         heard.hand.verify()
         out, back = policies
@@ -164,7 +164,7 @@ def test_changes_are_heard(
         elif change == "flush":
             space.run("ip xfrm policy flush")
         elif change == "shadow":
-            kernel.add_policy(replace(back, selector=replace(back.selector, protocol=6), templates=()))
+            kernel.batch([replace(back, selector=replace(back.selector, protocol=6), templates=()).add()])
         else:
             kernel.replace_policy(replace(out, limits=KernelLimits(hard_add=1)))
             heard.hand.verify()
@@ -201,7 +201,7 @@ def test_an_event_alone_tells_too(kernel: Kernel, guard: SpdGuard) -> None:
         third = Heard(guard)
         with pytest.raises(LinkError):
             await third.hold()
-        kernel.add_policy(out)
+        kernel.batch([out.add()])
         await third.hold()
         guard.close()
         assert "nobody watches" in str(third.lost[0])

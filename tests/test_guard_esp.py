@@ -280,17 +280,19 @@ def test_an_sa_that_does_not_encrypt(protocol: Transport) -> None:
         for site in (near, far):
             for sa in site.sas:
                 site.kernel.delete_sa(sa)
-                site.kernel.add_sa(
-                    replace(
-                        sa,
-                        encr_name="ecb(cipher_null)",
-                        encr_key=Secret(b""),
-                        icv_bits=0,
-                        is_aead=False,
-                        auth_name="hmac(sha256)",
-                        auth_key=Secret(bytes(32)),
-                        auth_trunc_bits=128,
-                    )
+                site.kernel.batch(
+                    [
+                        replace(
+                            sa,
+                            encr_name="ecb(cipher_null)",
+                            encr_key=Secret(b""),
+                            icv_bits=0,
+                            is_aead=False,
+                            auth_name="hmac(sha256)",
+                            auth_key=Secret(bytes(32)),
+                            auth_trunc_bits=128,
+                        ).add()
+                    ]
                 )
 
         async def scenario() -> None:

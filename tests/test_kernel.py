@@ -59,9 +59,9 @@ def kernel(space: Namespace) -> Iterator[Kernel]:
 
 def test_refusals_name_what_was_asked(kernel: Kernel) -> None:
     policy = KernelPolicy("in", Selector.between(ip_network("10.0.0.0/8"), ip_network("10.1.0.0/16")))
-    kernel.add_policy(policy)
+    kernel.batch([policy.add()])
     with pytest.raises(KernelError, match=r"add policy in 10.0.0.0/8 -> 10.1.0.0/16") as caught:
-        kernel.add_policy(policy)
+        kernel.batch([policy.add()])
     assert caught.value.errno == errno.EEXIST
 
 
@@ -155,7 +155,7 @@ def test_policy_there_and_back(kernel: Kernel, addresses: tuple[object, ...], di
         mark=Mark(3, 0xFF),
         if_id=9,
     )
-    kernel.add_policy(policy)
+    kernel.batch([policy.add()])
     (found,) = kernel.dump_policies()
     assert replace(found, index=0, usage=policy.usage) == policy
     assert found.usage.add_time > 0
@@ -199,7 +199,6 @@ def test_probe_of_unknown_transforms(kernel: Kernel) -> None:
     assert not kernel.supports(Encr.AES_CBC, 129, Integ.HMAC_SHA1_96)
     assert not kernel.supports(Encr.AES_CBC, 128, Integ.NONE)
     assert not kernel.supports(Encr.AES_CBC, 128, Integ(99))
-    assert kernel.has_esp() in (True, False)
     assert kernel.dump_sas() == []
 
 
@@ -364,9 +363,9 @@ def test_mute_outlives_its_maker_and_a_flush(space: Namespace) -> None:
         mute.mute_in(SPIS)
         assert not peer.reaches(gateway, IKE)
     assert mute.counters(SPIS) == (1, 0)
-    mute.unmute_all()
-    mute.unmute(SPIS)
-    mute.unmute_all()
+    for _ in range(2):
+        mute.unmute(SPIS)
+        mute.close()
     assert space.run("nft list tables") == ""
 
 
@@ -444,7 +443,7 @@ def test_detour(inner: Namespace) -> None:
     detour.remove(["10.9.0.5/32", "10.66.0.0/16"])
     assert {str(net) for net in detour.listing()} == {"10.9.4.0/22", "fd00:9::5/128"}
     detour.remove(["10.9.4.0/22"])
-    Detour().flush()
+    Detour().remove(["10.9.4.0/22", "fd00:9::5/128"])
     assert detour.listing() == []
 
 
@@ -473,7 +472,8 @@ def test_detour_changes_no_route_that_charon_heeds(inner: Namespace) -> None:
         detour = Detour()
         detour.add(["10.9.0.5/32", "fd00:9::5/128"], VIA)
         detour.shut(["10.9.0.5/32", "fd00:9::5/128"])
-        detour.flush()
+        detour.remove(["10.9.0.5/32", "fd00:9::5/128"])
+        detour.open_up(["10.9.0.5/32", "fd00:9::5/128"])
         told: list[tuple[int, int]] = []
         while select.select([events], [], [], 0.2)[0]:
             data = events.recv(1 << 16)

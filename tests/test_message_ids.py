@@ -97,7 +97,8 @@ def test_what_is_kept_back_has_been_used_all_the_same(space: Namespace) -> None:
             send(ike(7))
         assert mute.counters(SPIS) == (0, 1)
         assert noted.after(SPIS) == (8, 0)
-    mute.unmute_all()
+    mute.unmute(SPIS)
+    mute.close()
 
 
 def test_notes_outlive_whoever_began_them(space: Namespace) -> None:

@@ -13,7 +13,7 @@ from ikectx.numbers import Prf, Status
 from vici_bridge import ha
 from vici_bridge.chain import import_messages, undo_messages
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
-from vici_bridge.record import COND_PPK, Ignored, Record, delete_message, mid_messages, uncovered
+from vici_bridge.record import COND_PPK, Ignored, Record, mid_messages, uncovered
 
 from .record_world import CONTEXT, G1, G2, G3, I1, I2, NSG, VIP, child
 
@@ -71,8 +71,7 @@ def test_message_ids_of_zero_are_left_out() -> None:
     assert message == ha.ike_mid(5, I2, initiator=True, mid=7)
 
 
-def test_delete_and_undo() -> None:
-    assert delete_message(CONTEXT, 3) == ha.ike_delete(3, I2)
+def test_undo() -> None:
     assert undo_messages(CONTEXT, 3) == [ha.ike_delete(3, I2), ha.ike_delete(3, I1.hidden())]
 
 

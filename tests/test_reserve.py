@@ -36,7 +36,7 @@ def test_each_spi_is_reserved_once(kernel: Kernel, ours: str, theirs: str) -> No
     assert (held.source, held.destination) == (there, here)
     # nobody can add an SA under it, until it is given back
     with pytest.raises(KernelError):  # EEXIST, or whatever a kernel without ESP says first
-        kernel.add_sa(KernelSa(there, here, held.spi, encr_name="ecb(cipher_null)"))
+        kernel.batch([KernelSa(there, here, held.spi, encr_name="ecb(cipher_null)").add()])
     assert kernel.delete_sa(held)
     assert kernel.reserve_spi(there, here, 0xC0000010, 0xC0000012) == held.spi
 

@@ -46,8 +46,7 @@ _BEHIND = 1 << 20
 class Detour:
     """Routes by way of another gateway, in the network namespace this object was made in.
 
-    Calls take some 100 us; threads may share it. Routes stay when the agent ends; `flush` removes
-    what any agent before left.
+    Calls take some 100 us; threads may share it. Routes stay when the agent ends.
     """
 
     def __init__(self) -> None:
@@ -107,13 +106,6 @@ class Detour:
         wanted = [prefix for prefix in map(_network, prefixes) if prefix.prefixlen]
         with self._lock:
             self._delete(wanted, shut=True)
-
-    def flush(self) -> None:
-        """Remove every detour, and open up what is shut. Errors: KernelError."""
-        self.forget_old_table()
-        with self._lock:
-            self._delete(self._listing())
-            self._delete(self._listing(shut=True), shut=True)
 
     def forget_old_table(self) -> None:
         """Have nobody asked any more for the table of its own that an older agent had. Errors: KernelError.

@@ -42,9 +42,6 @@ BUFLEN = 2048
 MARKER = 1 << 31
 """Wire version 5: set in the second CONDITIONS and the second EXTENSIONS, which hold the private bits."""
 
-MAX_SEGMENT = 16
-"""Segments are numbered from 1; 0 in SEGMENT_TAKE and SEGMENT_DROP means all of them."""
-
 _AF_INET, _AF_INET6 = 2, 10
 _TS_IPV4, _TS_IPV6 = 7, 8
 

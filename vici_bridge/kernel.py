@@ -206,10 +206,6 @@ class Kernel:
             if outcome.errno:
                 raise failure(request, outcome)
 
-    def add_sa(self, sa: KernelSa) -> None:
-        """Install an SA with its replay state. Errors: KernelError (EEXIST)."""
-        self._xfrm.ask(sa.add())
-
     def delete_sa(self, sa: KernelSa) -> bool:
         """Delete an SA; False: it was not there. Errors: KernelError."""
         return self._gone(sa.delete(), errno.ESRCH)
@@ -236,10 +232,6 @@ class Kernel:
                 continue
             return KernelSa.parse(answers[0]).spi if answers else None
         return None
-
-    def add_policy(self, policy: KernelPolicy) -> None:
-        """Install a policy. Errors: KernelError (EEXIST)."""
-        self._xfrm.ask(policy.add())
 
     def replace_policy(self, policy: KernelPolicy) -> None:
         """Install a policy, in place of one with the same selector and direction. Errors: KernelError."""
@@ -301,15 +293,6 @@ class Kernel:
         if added.errno in _CANNOT:
             return False
         raise failure(sa.add(), added)
-
-    def has_esp(self, family: int = INET) -> bool:
-        """Whether the kernel has ESP for IPv4 (IPv6) at all."""
-        candidates = (
-            (Encr.AES_CBC, 128, Integ.HMAC_SHA2_256_128),
-            (Encr.AES_GCM_16, 128, Integ.NONE),
-            (Encr.NULL, 0, Integ.HMAC_SHA1_96),
-        )
-        return any(self.supports(*candidate, family) for candidate in candidates)
 
     # Late packets, after the SA was let go.
 

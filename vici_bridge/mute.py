@@ -82,11 +82,6 @@ class Mute:
         with self._lock:
             self._table.remove([name for name, _, _ in _SIDES.values()], spis.octets)
 
-    def unmute_all(self) -> None:
-        """Let everything flow."""
-        with self._lock:
-            self._table.drop()
-
     def listing(self) -> list[Muted]:
         """All that is muted, also by an agent before this one."""
         with self._lock:

@@ -12,12 +12,12 @@ what the one before it began.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
 from ikectx import cbor
-from ikectx.context import Address, ChildContext, IkeContext, IkeGeneration, Secret
+from ikectx.context import Address, IkeContext, IkeGeneration, Secret
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import RefusedError, StoreError, WireError
 from ikectx.name import SaName
@@ -339,12 +339,3 @@ class Renamer(Interface):
     def __call__(
         self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made
     ) -> Awaitable[Told]: ...
-
-
-def renamed(context: IkeContext, children: Sequence[tuple[ChildContext, ChildContext]]) -> IkeContext:
-    """The context with some children in the place of others, which are named by their SPIs."""
-    new = {(old.spi_in, old.spi_out): child for old, child in children}
-    return replace(
-        context,
-        children=tuple(new.get((child.spi_in, child.spi_out), child) for child in context.children),
-    )

@@ -25,7 +25,7 @@ from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
 from ikectx.name import SaName
 from ikectx.numbers import Protocol, Status
 
-from .ha import HIDDEN, Attr, HaMessage, HaType, IkeId, ike_delete, ike_mid
+from .ha import HIDDEN, Attr, HaMessage, HaType, IkeId, ike_mid
 from .sa_state import SaState, adopt, further_keys, messages_of, pruned, read_child, read_generation, told
 
 COND_PPK = 1 << 13
@@ -286,10 +286,6 @@ class Record:
     def __len__(self) -> int:
         return len(self._sas)
 
-    def rekeying(self, name: SaName) -> bool:
-        """A successor of the IKE_SA has keys. Stays true after a rekey that failed: ask charon too."""
-        return bool(self._successors(name))
-
     def context(self, name: SaName) -> IkeContext:
         """What the stream told of an IKE_SA; addresses are those of its IKE_UPDATE, not the current ones.
 
@@ -473,11 +469,6 @@ def mid_messages(context: IkeContext, version: int, final: FinalState | None = N
         for is_initiator, mid in ((True, initiator), (False, responder))
         if mid
     ]
-
-
-def delete_message(context: IkeContext, version: int) -> HaMessage:
-    """IKE_DELETE: charon drops the IKE_SA and its children, the peer hears nothing."""
-    return ike_delete(version, IkeId.of(context.current))
 
 
 # --- the record at rest -----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Relayed:
 class Relay:
     """Packets sent on, in the network namespace in which its calls run (they run `nft`: some 20 ms).
 
-    They outlive the agent; `flush` ends what any agent before left. For any thread. Errors: KernelError.
+    They outlive the agent. For any thread. Errors: KernelError.
     """
 
     def __init__(self, port: int = 4500) -> None:
@@ -55,11 +55,6 @@ class Relay:
             # an element can be deleted only where it is; added twice it is there once
             lines = [f"add element {part}\ndelete element {part}\n" for part in self._elements(one)]
             run_nft(self._table() + "".join(lines))
-
-    def flush(self) -> None:
-        """End all."""
-        with self._lock:
-            run_nft(f"add table inet {TABLE}\ndelete table inet {TABLE}\n")
 
     def _elements(self, one: Relayed) -> list[str]:
         version = one.mn.address.version
