@@ -314,10 +314,12 @@ def test_what_comes_in_the_clear_does_not_come_in(caplog: pytest.LogCaptureFixtu
                 plain.connect((far.here, PORT))
         # and where it is the far side that does not protect: a connection comes about, and is closed unread
         far.expose()
-        with near.space.entered(), socket.create_connection((far.here, PORT), timeout=10) as plain:
+        with near.space.entered(), socket.socket() as plain:
+            plain.settimeout(10)
             with contextlib.suppress(ConnectionError):
+                # on a busy machine the far side's reset comes before connect() has returned
+                plain.connect((far.here, PORT))
                 plain.sendall(b"secret")
-            with contextlib.suppress(ConnectionError):
                 assert plain.recv(10) == b""
         assert echo.ends == []
 
