@@ -7,9 +7,12 @@ A script's failure is logged and changes nothing, as with charon.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import signal
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 
 from ikectx import trace
 from ikectx.context import IkeContext
@@ -20,19 +23,19 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 20.0
 """Seconds a script may take; charon itself would wait for ever."""
+UMASK = 0o022
+"""charon's own, as systemd starts it; that of the agent lets nobody read what it writes."""
 
 
 @trace.spanned("ip route get", "call")
 async def outgoing_interface(context: IkeContext) -> str:
     """The interface towards the MN, empty where none can be told."""
+    command = ("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address))
     try:
         process = await asyncio.create_subprocess_exec(
-            *("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address)),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+            *command, stdout=PIPE, stderr=DEVNULL, start_new_session=True
         )
-        out, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
-        return str(json.loads(out)[0].get("dev", ""))
+        return str(json.loads(await _output(process))[0].get("dev", ""))
     except (OSError, TimeoutError, ValueError, LookupError):
         return ""
 
@@ -63,20 +66,39 @@ async def _call(script: str, env: dict[str, str]) -> None:
         process = await asyncio.create_subprocess_shell(
             script,
             env={"PATH": path, **env, "IKECTX_TRANSFER": "1"},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            start_new_session=True,
+            umask=UMASK,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what cannot stand in an environment
         log.warning("updown script %s cannot be run: %s", script, error)
         return
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
+        out = await _output(process)
     except TimeoutError:
-        process.kill()
         log.warning("updown script %s took over %.0f s and was ended", script, TIMEOUT)
         return
     for line in out.decode("utf-8", "replace").splitlines():
         log.info("updown: %s", line)
     if process.returncode:
         log.warning("updown script %s exited with %d", script, process.returncode)
+
+
+async def _output(process: Process) -> bytes:
+    """What it printed, when it has ended. Errors: TimeoutError.
+
+    Where nobody waits any longer (also because the step of the transfer was cancelled) it is ended with all
+    that it has started: the step is done again, and a "down" must not end after the "up" that follows it.
+    """
+    ended = False
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
+        ended = True
+        return out
+    finally:
+        if not ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()

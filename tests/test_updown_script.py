@@ -1,0 +1,92 @@
+"""The updown script that the agent runs for SAs that charon did not set up: what it gets, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ikectx.context import Identity, IkeContext
+from ikectx.numbers import IdType
+from vici_bridge import updown
+from vici_bridge.updown import run_updown
+
+from .peers import a_context
+
+
+def call(script: str, context: IkeContext | None = None) -> None:
+    asyncio.run(_run(script, context))
+
+
+async def _run(script: str, context: IkeContext | None = None) -> None:
+    await run_updown(script, context or a_context(), up=True, interface="eth0", reqids={}, unique_id=1)
+
+
+def test_b5_an_identity_with_a_nul_octet_is_no_error(tmp_path: Path) -> None:
+    odd = replace(a_context(), remote_id=Identity(IdType.FQDN, b"a\0b"))
+    call(f'echo "$PLUTO_PEER_ID" > {tmp_path}/id', odd)
+    assert (tmp_path / "id").read_text() == "a\\x00b\n"
+
+
+def test_b5_what_cannot_stand_in_an_environment_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    odd = replace(a_context(), children=(replace(a_context().children[0], name="a\0b"),))
+    call("true", odd)
+    assert "cannot be run" in caplog.text
+
+
+def test_b24_the_umask_is_charons_not_the_agents(tmp_path: Path) -> None:
+    before = os.umask(0o077)  # as `service.run` sets it
+    try:
+        call(f"echo > {tmp_path}/state")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644
+
+
+def gone(pid: int) -> bool:
+    """Within a second: a killed process is a zombie until its parent has asked for it."""
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+SCRIPT = "sleep 30 & echo $! > {0}/started; echo $$ > {0}/shell; wait; echo $PLUTO_VERB >> {0}/done"
+
+
+async def _started(folder: Path) -> list[int]:
+    while not (folder / "shell").exists() or not (folder / "shell").read_text().endswith("\n"):
+        await asyncio.sleep(0.01)
+    return [int((folder / name).read_text()) for name in ("started", "shell")]
+
+
+def test_b32_a_script_ends_with_the_step_that_ran_it(tmp_path: Path) -> None:
+    async def scenario() -> list[int]:
+        step = asyncio.create_task(_run(SCRIPT.format(tmp_path)))
+        pids = await _started(tmp_path)
+        step.cancel()  # the limit of the step, or the agent stops
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        return pids
+
+    assert all(gone(pid) for pid in asyncio.run(scenario()))
+    assert not (tmp_path / "done").exists()
+
+
+def test_b32_what_a_script_has_started_ends_with_it_when_it_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(updown, "TIMEOUT", 0.5)
+    call(SCRIPT.format(tmp_path))
+    assert "was ended" in caplog.text
+    assert all(gone(int((tmp_path / name).read_text())) for name in ("started", "shell"))
