@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikectx.errors import ConfigError
+from ikectx.transfer import OSEQ_JUMP
 from vici_bridge.allowed import Range, Rules
 from vici_bridge.proposals import Proposal
 
@@ -295,7 +296,7 @@ def _transfer(table: Table, file: Callable[[Any], Path]) -> TransferConfig:
         predictive_seconds=table.value("predictive_seconds", seconds(1, 3600), default.predictive_seconds),
         collision=table.value("collision", one_of("update", "rekey", "refuse"), default.collision),
         rekey_after=table.value("rekey_after", yes_or_no, default.rekey_after),
-        oseq_jump=table.value("oseq_jump", an_integer(1, 1 << 24), default.oseq_jump),
+        oseq_jump=table.value("oseq_jump", an_integer(1, OSEQ_JUMP), default.oseq_jump),
         late_seconds=table.value("late_seconds", an_integer(0, 60), default.late_seconds),
         prepare_timeout=table.value("prepare_timeout", seconds(1, 600), default.prepare_timeout),
         mn_tries=table.value("mn_tries", an_integer(1, 20), default.mn_tries),

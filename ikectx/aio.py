@@ -69,7 +69,9 @@ class Gateway:
         mobile: MobileConfig | None = None,
         hear: Hear | None = None,
     ) -> None:
-        """`oseq_jump`: the sinks' (packets). `observer` sees every change of state of every transfer.
+        """`oseq_jump`: the sinks' (packets), at most `transfer.OSEQ_JUMP`.
+
+        `observer` sees every change of state of every transfer.
 
         `durable`: the journal is on the disk itself before an SA is let go or taken. That costs the MN a sync
         of the disk on each side, and is needed only where SAs outlive a loss of power; charon's do not.
@@ -83,6 +85,10 @@ class Gateway:
 
         Errors: ConfigError.
         """
+        if not 0 < oseq_jump <= OSEQ_JUMP:
+            raise ConfigError(
+                f"oseq_jump is {oseq_jump}: a gateway that takes an SA back counts on 1 to {OSEQ_JUMP}"
+            )
         self.name = name
         self._parts = Parts(
             name,

@@ -538,7 +538,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         entry = self.stored
         # the peer may have sent under its own jump, even before it took the SA: packets for the MN may have
         # found their way there since the freeze. Go past all of that.
-        jump = 2 * max(self.parts.oseq_jump, OSEQ_JUMP)
+        jump = 2 * OSEQ_JUMP
         try:
             if self.told and self.status in UNTOUCHED:
                 take_nothing(self.parts.source, self.sa)

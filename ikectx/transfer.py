@@ -39,8 +39,10 @@ from .numbers import Status
 from .ports import Verdict
 
 OSEQ_JUMP = 1 << 20
-"""Outbound sequence numbers nobody uses, left between two owners (packets). A source that
-thaws after a failed transfer jumps twice as far: the target may have sent under the first."""
+"""Outbound sequence numbers nobody uses, left between two owners (packets); never more, fewer are allowed.
+
+A source that thaws after a failed transfer jumps twice as far as this, because the target may have sent under
+a jump of its own, and does not tell how large that is."""
 
 
 class SourceState(StrEnum):

@@ -479,3 +479,25 @@ def test_status_and_history_are_plain_json_without_secrets() -> None:
                 assert entry.context is entry.final is None
 
     run(scenario())
+
+
+@pytest.mark.parametrize("jump", [0, OSEQ_JUMP + 1])
+def test_b18_no_gateway_jumps_further_than_the_other_one_assumes(jump: int, tmp_path: Path) -> None:
+    daemon, store = MemoryGateway("a", Ether()), CountedStore(tmp_path / "a.db", KEY)
+    with pytest.raises(ConfigError, match=f"oseq_jump is {jump}"):
+        Gateway("a", daemon, daemon, store, [], oseq_jump=jump)
+    store.close()
+
+
+def test_b18_a_source_that_jumped_less_takes_back_above_all_that_the_target_sent() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            w.a.daemon.jump, w.b.daemon.jump = 1000, OSEQ_JUMP
+            w.a.agent._parts = replace(w.a.agent._parts, oseq_jump=1000)
+            w.b.daemon.fail["move"] = [LinkError("no answer to 5 requests")]
+            sa, report = await one_move(w)
+            assert report.result == "kept"
+            await w.quiet()
+            assert w.owner(sa) == "a"  # no number was used twice
+
+    run(scenario())

@@ -191,6 +191,7 @@ def line_of(text: str, part: str) -> int:
         ('key = "psg.key"', "", "transfer.key", "is missing"),
         ('key = "psg.key"', "key = true", "transfer.key", "must be a text"),
         ("oseq_jump = 2048", "oseq_jump = 0", "transfer.oseq_jump", "from 1 to"),
+        ("oseq_jump = 2048", "oseq_jump = 1048577", "transfer.oseq_jump", "from 1 to 1048576"),  # B18
         ("oseq_jump = 2048", "oseq_jump = true", "transfer.oseq_jump", "whole number"),
         ("mn_timeout = 0.25", 'mn_timeout = "1"', "transfer.mn_timeout", "number of seconds"),
         ("mn_timeout = 0.25", "mn_timeout = nan", "transfer.mn_timeout", "number of seconds"),
