@@ -20,7 +20,7 @@ from .name import SaName
 from .numbers import Status
 from .outgoing import Address, Outgoing
 from .report import TransferReport
-from .run import Observer, Parts, Tasks, log
+from .run import Observer, Parts, Tasks, Turn, log
 from .transfer import SourceInput, SourceState
 
 CANCELLABLE = frozenset(
@@ -214,7 +214,7 @@ class Moves:
         self._start(run, self._in_turn(run, run.context.remote.address))
 
     async def _in_turn(self, run: Outgoing, mn: IpAddress) -> None:
-        run.turn = self._mn_lock(run, mn)
+        run.turn = Turn(self._mn_lock(run, mn))
         async with run.turn:
             await run.begin()
 

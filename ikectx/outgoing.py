@@ -18,7 +18,7 @@ from .ports import Verdict, hand_over, stay, take_nothing
 from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
 from .reasons import with_reasons
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
-from .run import Observer, Parts, Run, log, step
+from .run import Observer, Parts, Run, Turn, log, step
 from .store import JournalEntry
 from .transfer import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 from .whole import decode_last, encode_whole
@@ -120,7 +120,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """Set when nothing goes on any more."""
         self.awaited = asyncio.Event()
         """Set when the peer holds it and the MN may go, or when it has ended."""
-        self.turn: asyncio.Lock | None = None
+        self.turn: Turn | None = None
         """Held by it; others for the same MN may go before it while it waits for the MN."""
         self.link = link
         """The connection that its messages go over."""
@@ -265,12 +265,12 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.awaited.set()
         due = self.machine.next_timer() or 0.0
         if self.turn is not None:
-            self.turn.release()
+            self.turn.give()
         try:
             signal = await self._signal(max(0.0, due - self.parts.clock.now()))
         finally:
             if self.turn is not None:
-                await self.turn.acquire()
+                await self.turn.take()
         if signal is not None:
             return signal
         self.blame(LinkError(f"the MN did not arrive at {self.peer.name} in time", hint="it is served here"))

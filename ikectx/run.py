@@ -82,6 +82,35 @@ class SparingLog:
         log.log(level, text, *words)
 
 
+class Turn:
+    """The turn of one transfer at a lock, which it may give to others while it waits for its MN.
+
+    `async with` takes it, and gives back what is held at its end. An `asyncio.Lock` has no owner: whoever was
+    cancelled while it took the lock anew would free another transfer's.
+    """
+
+    def __init__(self, lock: asyncio.Lock) -> None:
+        self._lock = lock
+        self._held = False
+
+    async def take(self) -> None:
+        """Wait for it."""
+        await self._lock.acquire()
+        self._held = True
+
+    def give(self) -> None:
+        """Let others have it; nothing where it is not held."""
+        if self._held:
+            self._held = False
+            self._lock.release()
+
+    async def __aenter__(self) -> None:
+        await self.take()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.give()
+
+
 class Tasks:
     """What goes on in the background of one gateway."""
 
