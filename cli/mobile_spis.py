@@ -39,6 +39,7 @@ from ikectx.errors import (
 )
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import Drawn, iv_length
+from ikectx.mistakes import log_mistake
 from ikectx.name import SaName
 from ikectx.numbers import Protocol
 from ikectx.ports import Store
@@ -187,7 +188,10 @@ class SpiWatch:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("SPIs of an SA were not changed: %s", error)
+            if isinstance(error, IkectxError):
+                log.error("SPIs of an SA were not changed: %s", error)
+            else:
+                log_mistake(log, "changing SPIs of an SA", error)
 
     async def close(self) -> None:
         """Stop; an exchange under way ends with the SA active, its note left."""

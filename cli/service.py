@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 from ikectx import trace
 from ikectx.errors import UsageError
 from ikectx.escape import Escaping
+from ikectx.log_limit import LogLimit
+from ikectx.mistakes import log_mistake
 from ikectx.store import SqliteStore, open_store
 
 log = logging.getLogger("ikectx")
@@ -50,13 +52,20 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         else "%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    limits = []
     for handler in logging.getLogger().handlers:
+        limits.append(LogLimit(handler, time.monotonic))
+        handler.addFilter(limits[-1])
         handler.addFilter(Escaping())
     os.umask(0o077)
     if path := os.environ.get(trace.VARIABLE):
         trace.begin(path)
         log.warning("when each step begins and ends is written to %s", path)
-    asyncio.run(_serve(state_dir, make))
+    try:
+        asyncio.run(_serve(state_dir, make))
+    finally:
+        for limit in limits:
+            limit.end()
     return 0
 
 
@@ -64,6 +73,7 @@ async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> Non
     store = open_store(state_dir, now=time.time())
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_mistake)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     try:
@@ -77,6 +87,15 @@ async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> Non
             await service.stop()
     finally:
         store.close()
+
+
+def _mistake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody caught: where it came up, without its text, since that may hold anything."""
+    error = context.get("exception")
+    if isinstance(error, BaseException):
+        log_mistake(log, str(context.get("message", "a callback")), error)
+    else:
+        log.error("the event loop: %s", context.get("message"))
 
 
 def _notify_ready() -> None:

@@ -118,6 +118,7 @@ class Tasks:
         self.running: set[asyncio.Task[None]] = set()
         self.stopped = True
         self._store = parts.store
+        self._wall = parts.wall
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Run it; an error it ends with is logged."""
@@ -135,9 +136,9 @@ class Tasks:
                 log_mistake(log, task.get_name(), error)
 
     def tidy(self) -> None:
-        """Between transfers, the journal's log goes into its database."""
+        """Between transfers, the journal is pruned, and its log goes into its database."""
         if self._store.wants_checkpoint and not self.stopped:
-            self.spawn(asyncio.to_thread(self._store.checkpoint), "ikectx checkpoint")
+            self.spawn(asyncio.to_thread(self._store.checkpoint, self._wall()), "ikectx checkpoint")
 
     async def stop(self, seconds: float) -> None:
         """Wait so long for what is under way, then end it."""

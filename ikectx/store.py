@@ -39,7 +39,17 @@ HISTORY = 90 * 86400
 """Seconds that an ended transfer is remembered. While it is, no late message can revive it."""
 CHECKPOINT = 500
 """Writes between two checkpoints of the log."""
+ABORTED = 1000
+"""Transfers of one peer to here that came to nothing and are remembered: it offers as many as it likes."""
+LOG_PAGES = 4000
+"""Pages of 4 KiB in the write-ahead log at which it is emptied even in the middle of a transfer."""
+LOG_SIZE = 4 * 1024 * 1024
+"""Octets that the file of the log keeps when it has been emptied."""
+SPARE_PAGES = 256
+"""Empty pages that the database keeps; the disk gets back what is more, when something is deleted."""
 _CHECK = b"ikectx store"
+_INCREMENTAL = 2
+"""SQLite's auto_vacuum that gives empty pages back when it is told to."""
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -157,11 +167,16 @@ class SqliteStore:
 
     def _set_up(self, name: str) -> None:
         run = self._db.execute
-        run("PRAGMA journal_mode = WAL")
-        # never in the middle of a transfer: see `checkpoint`
-        run("PRAGMA wal_autocheckpoint = 0")
-        run("PRAGMA secure_delete = ON")
         version = run("PRAGMA user_version").fetchone()[0]
+        if version in (0, SCHEMA) and run("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+            run(f"PRAGMA auto_vacuum = {_INCREMENTAL}")
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: then the file only grows
+                run("VACUUM")  # without it the setting counts for new files only
+        run("PRAGMA journal_mode = WAL")
+        # not in the middle of a transfer, as long as one ends now and then: see `checkpoint`
+        run(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
+        run(f"PRAGMA journal_size_limit = {LOG_SIZE}")
+        run("PRAGMA secure_delete = ON")
         if version == 0:
             run("BEGIN IMMEDIATE")
             for statement in _TABLES.split(";\n"):
@@ -217,7 +232,11 @@ class SqliteStore:
     def delete(self, kind: str, key: str) -> None:
         """Forget it; it need not exist."""
         with self._errors():
+            self._sync(False)
             self._db.execute("DELETE FROM items WHERE kind = ? AND key = ?", (kind, key))
+            if self._db.execute("PRAGMA freelist_count").fetchone()[0] > SPARE_PAGES:
+                # `execute` ends the statement after its first step, which gives back one page
+                self._db.executescript("PRAGMA incremental_vacuum(16)")
 
     def items(self, kind: str) -> Sequence[tuple[str, bytes]]:
         """All (key, value) of a kind, by key."""
@@ -238,13 +257,17 @@ class SqliteStore:
         """Has the write-ahead log grown long?"""
         return self._written > CHECKPOINT
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, now: float | None = None) -> None:
         """Move the log into the database. Slow (it syncs), but writers go on: for another thread.
 
-        Errors: StoreError.
+        With `now` (seconds since 1970) the journal is pruned before, see `prune`. Errors: StoreError.
         """
         self._written = 0
         with self._errors(), contextlib.closing(sqlite3.connect(self._path, timeout=1.0)) as other:
+            if now is not None:
+                other.execute("PRAGMA secure_delete = ON")
+                _prune(other, now - HISTORY)
+                other.commit()
             other.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     # -- the journal -------------------------------------------------------------------------------------
@@ -316,10 +339,12 @@ class SqliteStore:
         return bool(self._select(took, (peer, mn_address), limit=1, sealed=False))
 
     def prune(self, before: float) -> int:
-        """Forget ended transfers last touched before `before` (seconds since 1970); how many went."""
+        """Forget ended transfers last touched before `before` (seconds since 1970); how many went.
+
+        And those to here that came to nothing, but for the last `ABORTED` of each peer.
+        """
         with self._errors():
-            gone = self._db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
-        return gone.rowcount
+            return _prune(self._db, before)
 
     def _select(
         self, where: str, values: tuple[object, ...], *, limit: int = -1, sealed: bool = True
@@ -366,6 +391,17 @@ class SqliteStore:
             context=None if context is None else self._sealer.open(f"{place}|context", _octets(context)),
             final=None if final is None else self._sealer.open(f"{place}|final", _octets(final)),
         )
+
+
+def _prune(db: sqlite3.Connection, before: float) -> int:
+    old = db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
+    many = db.execute(
+        "DELETE FROM journal WHERE number IN (SELECT number FROM (SELECT number,"
+        " row_number() OVER (PARTITION BY peer ORDER BY number DESC) AS place"
+        " FROM journal WHERE role = 'target' AND result = 'aborted') WHERE place > ?)",
+        (ABORTED,),
+    )
+    return old.rowcount + many.rowcount
 
 
 def _octets(value: object) -> bytes:

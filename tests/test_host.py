@@ -17,6 +17,7 @@ from ikectx.name import SaName
 from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
 from vici_bridge import host as host_module
+from vici_bridge import sockets
 from vici_bridge import source as source_module
 from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
@@ -155,6 +156,54 @@ def test_only_sas_that_are_up_can_be_unknown(
     asyncio.run(scenario())
     assert ("cannot be moved" in caplog.text) is warned
     assert "0 IKE_SAs known" in caplog.text
+
+
+@pytest.mark.parametrize("children", [1, 5000])
+def test_what_is_told_while_charon_is_down_is_bounded_and_given_back(
+    children: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any local user may send from charon's address then: 6,000 SAs took 325 MB, for good."""
+
+    async def scenario() -> None:
+        store = SqliteStore(":memory:", KEY)
+        async with host_of(Vici(), store) as host:
+            for number in range(6000 if children == 1 else 1):
+                context = a_context(number)
+                spis = [(0xC0000000 + n).to_bytes(4) for n in range(children)]
+                child = context.children[0]
+                hear(host, replace(context, children=tuple(replace(child, spi_in=spi) for spi in spis)))
+                await asyncio.sleep(0)
+            host.save()
+            known = len(host.record)
+            assert 500 < known < 2000 if children == 1 else known == 1
+            kept = sum(len(value) for _, value in store.items("record"))
+            assert kept < sockets.UNCONFIRMED
+            if children == 1:
+                assert "left unheard" in caplog.text and "127.0.0.1:4510" in caplog.text
+            host._charon_state(True)
+            await asyncio.gather(*host._tasks)
+            assert len(host.record) == 0 and not store.items("record")
+            assert not host._spoke
+            hear(host, a_context())
+            assert len(host.record) == 1
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(scenario())
+
+
+def test_a_mistake_in_the_background_is_logged_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails(error: Exception) -> None:
+        raise error
+
+    async def scenario() -> None:
+        async with host_of(Vici(), SqliteStore(":memory:", KEY)) as host:
+            host.spawn(fails(ValueError("a key")))
+            host.spawn(fails(CharonError("charon is away")))
+            await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    assert "ValueError" in caplog.text and "a key" not in caplog.text
+    assert "a background task failed: charon is away" in caplog.text
 
 
 def test_a_child_nobody_told_of_is_not_left_behind() -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,18 @@ from ikectx.errors import StoreError
 from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import Store
-from ikectx.store import CHECKPOINT, HISTORY, JournalEntry, Sealer, SqliteStore, open_store
+from ikectx.store import (
+    ABORTED,
+    CHECKPOINT,
+    HISTORY,
+    LOG_PAGES,
+    LOG_SIZE,
+    SPARE_PAGES,
+    JournalEntry,
+    Sealer,
+    SqliteStore,
+    open_store,
+)
 
 SECRET = b"a secret that nobody may find on the disk"
 SA = SaName(b"initiato", b"responde")
@@ -336,11 +348,71 @@ def test_a_checkpoint_empties_the_log_while_others_write(place: Path, store: Sql
         checkpoint.result()
     assert not store.wants_checkpoint
     store.checkpoint()
-    size = log.stat().st_size
+    assert log.stat().st_size > LOG_SIZE
     for _ in range(10):
         store.put("record", "a", b"last")
-    assert log.stat().st_size == size  # written from its start again
+    assert log.stat().st_size == LOG_SIZE  # written from its start again, and what was beyond given back
     assert store.get("record", "a") == b"last"
+
+
+def test_a_log_that_nobody_empties_is_bounded(place: Path, store: SqliteStore) -> None:
+    """What the HA socket tells is stored while no transfer ends: 36,000 messages took 325 MB."""
+    log = place / "state.db-wal"
+    for number in range(4000):
+        store.put("record", str(number % 10), bytes(9000))
+    assert log.stat().st_size < (LOG_PAGES + 100) * 4200
+
+
+def test_the_disk_gets_back_what_is_deleted(place: Path, store: SqliteStore) -> None:
+    for number in range(1000):
+        store.put("record", str(number), bytes(9000))
+    store.checkpoint()
+    assert (place / "state.db").stat().st_size > 9_000_000
+    for number in range(1000):
+        store.delete("record", str(number))
+    store.checkpoint()
+    assert (place / "state.db").stat().st_size < (SPARE_PAGES + 64) * 4096
+
+
+def test_a_database_of_before_gives_back_too(place: Path, store: SqliteStore) -> None:
+    store.put("record", "a", b"kept")
+    store.close()
+    with closing(sqlite3.connect(place / "state.db")) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+        db.execute("PRAGMA auto_vacuum = 0")
+        db.execute("VACUUM")
+        db.execute("PRAGMA journal_mode = WAL")
+        assert db.execute("PRAGMA auto_vacuum").fetchone() == (0,)
+    with open_store(place) as again:
+        assert again.get("record", "a") == b"kept"
+    with closing(sqlite3.connect(place / "state.db")) as db:
+        assert db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+
+
+def in_vain(transfer_id: bytes) -> JournalEntry:
+    """What a peer offered, and was refused."""
+    return replace(
+        entry(), transfer_id=transfer_id, role="target", peer="rogue", state="aborted", result="aborted"
+    )
+
+
+def test_a_checkpoint_prunes_what_one_peer_offered_in_vain(store: SqliteStore) -> None:
+    for number in range(ABORTED + 50):
+        store.write(in_vain(number.to_bytes(8)))
+    others = (
+        replace(in_vain(b"another."), peer="psg"),
+        replace(in_vain(b"taken..."), state="owned", result="moved"),
+        replace(in_vain(b"open...."), state="held", result=""),
+    )
+    for other in others:
+        store.write(other)
+    store.checkpoint(2000.0)
+    left = [one.transfer_id for one in store.history(10_000)]
+    assert len(left) == ABORTED + len(others)
+    assert (49).to_bytes(8) not in left and (50).to_bytes(8) in left
+    assert all(other.transfer_id in left for other in others)
+    store.checkpoint(2000.0 + HISTORY)
+    assert [one.transfer_id for one in store.history()] == [b"open...."]
 
 
 def test_a_number_too_large_is_a_store_error(store: SqliteStore) -> None:

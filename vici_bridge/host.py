@@ -25,6 +25,7 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
+from ikectx.mistakes import log_mistake
 from ikectx.name import SaName
 from ikectx.ports import MoveReport, Store
 
@@ -45,7 +46,7 @@ from .obstacles import check_context, check_kind, check_told
 from .origins import Origins
 from .record import Change, Deleted, MidChanged, Record
 from .route_events import RouteEvents
-from .sockets import HaSocket
+from .sockets import HaSocket, Unconfirmed
 from .updown import outgoing_interface, run_updown
 from .vici import CharonVici, Message
 from .xfrm import KernelSa
@@ -147,6 +148,7 @@ class CharonHost:
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
         self.charon_up = False
+        self._unconfirmed = Unconfirmed(config.ha_remote, config.ha_port)
 
     async def open(self) -> None:
         """Bind the HA address (before charon starts), load the record, listen.
@@ -203,12 +205,17 @@ class CharonHost:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a background task failed: %s", task.exception())
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, IkectxError):
+                log.error("a background task failed: %s", error)
+            else:
+                log_mistake(log, "a background task", error)
 
     # The HA stream.
 
     def _hear(self, datagram: bytes) -> None:
+        if not self.charon_up and not self._unconfirmed.hears(len(datagram)):
+            return
         new = self.ha_version.heard(datagram)
         if self.ha_version.problem:
             if new:
@@ -259,6 +266,7 @@ class CharonHost:
 
     def _charon_state(self, up: bool) -> None:
         self.charon_up = up
+        self._unconfirmed.begin()
         if up:
             self.spawn(self._reconcile())
         else:
@@ -271,6 +279,8 @@ class CharonHost:
         mark = self.record.mark()
         views = await self.views()
         gone = self.record.retain({view.spis for view in views}, mark)
+        for change in gone:
+            self._spoke.pop(change.sa, None)
         self.save()
         await self.settle()  # what came up just now was told by now
         listed = {view.spis for view in views}

@@ -33,6 +33,8 @@ COND_PPK = 1 << 13
 
 PPK = "the IKE_SA was set up with a postquantum preshared key (PPK)"
 
+MAX_CHILDREN = 512
+"""CHILD_SAs of one IKE_SA that are kept: with each message about it all of them are stored anew."""
 _FORMAT = 1
 _NO_LIMIT = 1 << 16
 
@@ -221,10 +223,14 @@ class Record:
             return Ignored("CHILD_ADD for an unknown IKE_SA")
         spi_in = message.need(Attr.INBOUND_SPI, bytes)
         if message.get(Attr.ALG_ENCR) is None:
+            if len(sa.alien) >= MAX_CHILDREN:
+                return Ignored(f"more than {MAX_CHILDREN} CHILD_SAs of one IKE_SA")
             sa = replace(sa, alien=(*(spi for spi in sa.alien if spi != spi_in), spi_in))
         else:
             child = read_child(message, len(sa.generations) - 1)
             others = tuple(other for other in sa.children if other.spi_in != spi_in)
+            if len(others) >= MAX_CHILDREN:
+                return Ignored(f"more than {MAX_CHILDREN} CHILD_SAs of one IKE_SA")
             sa = pruned(replace(sa, children=(*others, child)))
         self._put(name, sa)
         return ChildAdded(name, spi_in)

@@ -35,6 +35,39 @@ _QUEUE_LIMIT = 64 * 1024
 _BATCH = 16
 
 
+UNCONFIRMED = 4 * 1024 * 1024
+"""Octets of messages that are heard while charon does not answer over VICI, each counted as 512 at least:
+some 1,300 SAs, since one takes six messages."""
+
+
+class Unconfirmed:
+    """Bounds what is heard while charon does not answer over VICI.
+
+    While charon is down, its address belongs to nobody, and any local user may speak in its place. When it is
+    there, the record is held against what it lists.
+    """
+
+    def __init__(self, remote: str, port: int) -> None:
+        self._where = f"{remote}:{port}"
+        self._octets = 0
+
+    def begin(self) -> None:
+        """charon has come, or gone."""
+        self._octets = 0
+
+    def hears(self, octets: int) -> bool:
+        """Whether a message of that size is heard."""
+        self._octets += max(octets, 512)
+        if self._octets <= UNCONFIRMED:
+            return True
+        log.error(
+            "HA messages are left unheard, since too many came while charon is not reachable over VICI: does "
+            "another program send them from %s? SAs that they told of cannot be moved before `ikectx resync`",
+            self._where,
+        )
+        return False
+
+
 class HaSocket(asyncio.DatagramProtocol):
     """The agent's end of the HA link. `receive` is called with each datagram."""
 
