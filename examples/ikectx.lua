@@ -29,7 +29,7 @@ local TYPES = {
 local FPTS = {
   [0x0001] = "MLD", [0xFF01] = "IKEV2_SA", [0xFF02] = "SAD", [0xFF03] = "SPD", [0xFF04] = "PAD",
   [0xFF05] = "MN_TOKEN", [0xFF06] = "PROOF", [0xFF07] = "NEW_SPIS", [0xFF08] = "REQUEST", [0xFF09] = "GO_ON",
-  [0xFF0A] = "WHEREABOUTS", [0xFF0B] = "REASON",
+  [0xFF0A] = "WHEREABOUTS", [0xFF0B] = "REASON", [0xFF0C] = "COOKIE",
 }
 -- What is cut into several blocks, by the messages it comes in.
 local JOINED = { [0xFF01] = "34", [0xFF02] = "34", [0xFF03] = "34", [0xFF04] = "34", [0xFF06] = "7" }

@@ -249,7 +249,7 @@ class Ctar:
         return _finish(self.TYPE, self.mn, self.acknowledge, body, self.blocks)
 
 
-CTAA_BLOCKS = frozenset({Fpt.MN_TOKEN, Fpt.NEW_SPIS})
+CTAA_BLOCKS = frozenset({Fpt.MN_TOKEN, Fpt.NEW_SPIS, Fpt.COOKIE})
 """FPTs that carry data in a CTAA. None of them has a status, so the first of them ends the statuses."""
 CTDR_BLOCKS = frozenset({Fpt.REASON})
 """The same of a CTDR."""
@@ -259,7 +259,8 @@ CTDR_BLOCKS = frozenset({Fpt.REASON})
 class Ctaa:
     """CT Activate Acknowledge, gateway to MN: the contexts that failed (RFC 4067, 2.5.2).
 
-    `blocks` (ours, for a MN whose CTAR had a MN_TOKEN) follow the statuses; the first is of `CTAA_BLOCKS`.
+    `blocks` (ours, for a MN whose CTAR had a MN_TOKEN, or that asks for a COOKIE) follow the statuses; the
+    first is of `CTAA_BLOCKS`.
     Without them the message is the RFC's; a parser that knows only the RFC reads them as statuses.
     """
 

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import logging
 import random
+import secrets
 import socket
 import struct
 import time
@@ -19,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
-from . import trace
+from . import cookies, trace
 from .bypass import bypass
 from .clock import MonotonicClock
 from .context import Address, Endpoint
@@ -28,7 +29,7 @@ from .errors import IkectxError, LinkError, UsageError, WireError
 from .mistakes import log_mistake
 from .mobility import Event, Handover, MobileState, Mode, Outcome
 from .ports import Clock
-from .rates import RateLimit
+from .rates import Bucket, LogLimit, RateLimit
 
 log = logging.getLogger("ikectx.mnlink")
 
@@ -37,6 +38,8 @@ MAX_DATAGRAM = 8192
 MAX_AT_WORK = 512
 """CTARs handled at a time; more are dropped. At the default rate fewer come while pSG may be asked (30 s)."""
 
+COOKIE_RATE = 2000.0
+"""Cookies asked for in a second: more would cost the agent too much of its time."""
 _BATCH = 32
 """Datagrams read before others get their turn."""
 _IP_PKTINFO = 8
@@ -56,12 +59,14 @@ Protect = Callable[[socket.socket], None]
 class Counters:
     """Datagrams: received; malformed (no CTAR); limited (above the rate); busy (too many at work); failed.
 
-    unanswered: the handler wanted none. answered: a CTAA was sent.
+    asked: above the rate, and a cookie was asked for. unanswered: the handler wanted none. answered: a CTAA
+    was sent.
     """
 
     received: int = 0
     malformed: int = 0
     limited: int = 0
+    asked: int = 0
     busy: int = 0
     failed: int = 0
     unanswered: int = 0
@@ -72,7 +77,9 @@ class MnServer:
     """Takes CTARs of mobile nodes at `listen` and gives them to `handler`.
 
     rate, source_rate: CTARs a second in total and of one source (CT_REQUEST_RATE); more are dropped at
-    random. draw: the dice for that, numbers in [0, 1).
+    random, and their senders asked for a cookie. Those that show one have as much again for themselves: they
+    hear what is sent to their address, and a flood from forged addresses leaves that part alone. draw: the
+    dice for that, numbers in [0, 1). secret: what cookies are made with.
     """
 
     def __init__(
@@ -85,12 +92,19 @@ class MnServer:
         clock: Clock | None = None,
         draw: Callable[[], float] | None = None,
         protect: Protect = bypass,
+        secret: bytes | None = None,
     ) -> None:
         self.counters = Counters()
         self._listen = tuple(listen)
         self._handler = handler
         self._clock = clock or MonotonicClock()
-        self._limit = RateLimit(rate, source_rate, draw or random.SystemRandom().random)
+        draw = draw or random.SystemRandom().random
+        self._limit = RateLimit(rate, source_rate, draw)
+        self._shown = RateLimit(rate, source_rate, draw)
+        """For CTARs with a cookie."""
+        self._cookies = cookies.Cookies(secret or secrets.token_bytes(32))
+        self._asking = Bucket(COOKIE_RATE, self._clock.now())
+        self._said = LogLimit(burst=1)
         self._protect = protect
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,13 +150,21 @@ class MnServer:
     def _take(self, sock: socket.socket, data: bytes, ancillary: Sequence[_Cmsg], sender: _SockAddr) -> None:
         counters = self.counters
         counters.received += 1
-        source = _endpoint(sender)
+        fixed = cookies.fixed_part(data)
+        if not fixed:
+            counters.malformed += 1
+            return
+        now = self._clock.now()
+        cookie, ctar_octets = cookies.split(data, fixed)
+        shown = bool(cookie) and self._cookies.right(cookie, sender[0], sender[1], now)
         # first the limit: a flood must not cost parsing, nor hide behind messages that do not parse
-        if not self._limit.allows(source.address, self._clock.now()):
-            counters.limited += 1
+        limit = self._shown if shown else self._limit
+        if limit.spent(now) or not limit.allows((source := _endpoint(sender)).address, now):
+            if shown or not self._ask(sock, data, fixed, ancillary, sender, now):
+                counters.limited += 1
             return
         try:
-            ctar = Ctar.parse(data)
+            ctar = Ctar.parse(ctar_octets)
         except WireError as error:
             counters.malformed += 1
             log.debug("from %s: %s", source, error)
@@ -150,10 +172,34 @@ class MnServer:
         if len(self._tasks) >= MAX_AT_WORK:
             counters.busy += 1
             return
-        reply = _Reply(sock, _same_address(ancillary, source), sender)
+        reply = _Reply(sock, _same_address(ancillary, sender[0]), sender)
         task = asyncio.get_running_loop().create_task(self._handle(ctar, source, reply))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _ask(
+        self,
+        sock: socket.socket,
+        data: bytes,
+        fixed: int,
+        ancillary: Sequence[_Cmsg],
+        sender: _SockAddr,
+        now: float,
+    ) -> bool:
+        """Ask who sent that CTAR for a cookie, unless too many were asked just now."""
+        if self._limit.spent(now) and self._said.passes("load", now) is not None:
+            log.warning("more CTARs come than are looked at: senders must show that they hear us (cookies)")
+        self._asking.fill(now)
+        question = cookies.ask(data, fixed, self._cookies.make(sender[0], sender[1], now))
+        if self._asking.level < 1 or not question:
+            return False
+        self._asking.level -= 1
+        try:
+            sock.sendmsg([question], _same_address(ancillary, sender[0]), 0, sender)
+        except OSError:  # its address is forged, maybe, and leads nowhere
+            return False
+        self.counters.asked += 1
+        return True
 
     async def _handle(self, ctar: Ctar, source: Endpoint, reply: _Reply) -> None:
         try:
@@ -192,13 +238,13 @@ class _Reply:
         self.sock.sendmsg([data], self.ancillary, 0, self.to)
 
 
-def _same_address(ancillary: Sequence[_Cmsg], source: Endpoint) -> list[_Cmsg]:
+def _same_address(ancillary: Sequence[_Cmsg], source: str) -> list[_Cmsg]:
     """What makes the answer leave from the address that the question came to, by whatever interface."""
     for level, kind, data in ancillary:
         if level == socket.IPPROTO_IP and kind == _IP_PKTINFO and len(data) >= 12:
             return [(level, kind, struct.pack("=I4s4s", 0, data[4:8], bytes(4)))]
         if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO and len(data) >= 20:
-            interface = data[16:20] if source.address.is_link_local else bytes(4)
+            interface = data[16:20] if source.startswith("fe80:") else bytes(4)
             return [(level, kind, data[:16] + interface)]
     return []
 

@@ -15,6 +15,9 @@ What decides is the CTAA:
 In doubt: the arrival was sent, and no authentic answer came. nSG may own the SA, or pSG; the MN must find
 out by IKE itself. As long as no arrival was sent, the SA is where it was.
 
+Under load a gateway asks for a cookie (`cookies`): the CTAR goes out once more, at once, with it in front.
+Anybody can ask so; more than `COOKIES` of them for one sending are ignored.
+
 Retransmissions repeat the octets, after 2 s doubling to 15 s (CT_REQUEST_RETRY, CT_RETRY_MAX).
 
 Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`, and `moved`, `cancel`; `now` is
@@ -31,7 +34,8 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from .context import Address, Endpoint, IkeGeneration
-from .cxtp import ContextDataBlock, Ctaa, StatusBlock
+from .cookies import asked, with_cookie
+from .cxtp import ContextDataBlock, Ctaa, Ctar, StatusBlock
 from .errors import UsageError, WireError
 from .numbers import Status
 from .tokens import MAX_LIFETIME, Purpose, expected_by, make_ctar, open_ctaa, token_key
@@ -131,6 +135,8 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
 
 MOBILE_FINAL = frozenset({_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED})
 
+COOKIES = 3
+"""Copies with a cookie that one sending may bring about."""
 OURS = 0xFF00
 """From this FPT on a failure holds the IKE_SA, which moves with all of its contexts or not at all; one of
 another context (multicast listeners, say) does not."""
@@ -308,6 +314,8 @@ class Handover:
         self._hold = hold
         self._events: deque[Event] = deque()
         self._octets = b""
+        self._cookies = 0
+        """Cookies that were asked for since the last sending that the timer brought about."""
         self._send_now = False
         self._sent = 0
         self._due: float | None = None
@@ -344,6 +352,9 @@ class Handover:
         if not self._send_now:
             return []
         self._send_now = False
+        if self._cookies:
+            self._count(self._octets)
+            return [(self._octets, self._to.cxtp)]
         self._sent += 1
         self._count(self._octets, again=self._sent > 1)
         if self._deadline is None:
@@ -363,7 +374,7 @@ class Handover:
         waiting = self.state in (MobileState.ANNOUNCING, MobileState.ARRIVING)
         if waiting and self._deadline is not None and now < self._deadline:
             self._enter(MobileInput.RESEND)
-            self._send_now = True
+            self._send_now, self._cookies = True, 0
         elif self.state is MobileState.ARRIVING or self.mode is not Mode.AUTO:
             self._give_up(MobileInput.GIVE_UP)
         else:
@@ -378,6 +389,10 @@ class Handover:
             ctaa = Ctaa.parse(datagram)
         except WireError:
             self.ignored += 1
+            return
+        cookie = asked(ctaa)
+        if cookie is not None:
+            self._show(cookie, ctaa, source, datagram)
             return
         failed = tuple(s for s in ctaa.statuses if s.fpt >= OURS and s.status != Status.OK)
         authentic = ctaa.mn == self.mn and open_ctaa(self._key, ctaa, self.sequence, purpose=self._purpose)
@@ -445,7 +460,17 @@ class Handover:
         )
         self._octets = made.serialize()
         self._send_now, self._sent, self._deadline, self._due = True, 0, None, None
-        self._untagged_after = 0
+        self._untagged_after, self._cookies = 0, 0
+
+    def _show(self, cookie: ContextDataBlock, ctaa: Ctaa, source: Endpoint, datagram: bytes) -> None:
+        """The gateway wants to know whether we hear what it sends."""
+        if ctaa.mn != self.mn or source != self._to.cxtp or not self._sent or self._cookies >= COOKIES:
+            self.ignored += 1
+            return
+        self._count(datagram)
+        self._octets = with_cookie(Ctar.parse(self._octets), cookie).serialize()
+        self._cookies += 1
+        self._send_now = True
 
     def _refused_twice(self, ctaa: Ctaa, source: Endpoint, failed: tuple[StatusBlock, ...]) -> bool:
         """Is this a refusal without a tag, for the second sending that got one?

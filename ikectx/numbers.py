@@ -206,11 +206,11 @@ class Cxtp(OpenEnum):
 class Fpt(OpenEnum):
     """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
 
-    The last seven name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
+    The last eight name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
     MN, NEW_SPIS tells it the names its SAs have from now on, WHEREABOUTS tells the gateway that an SA came
     from where it is, REASON says in words why a context was refused. REQUEST and GO_ON are statuses of a CTDR
     only, NEW_SPIS is one, too: what became of a CT-Req; ESP to the MN is to go on until the next CTDR; the MN
-    will be given other names.
+    will be given other names. COOKIE is what a gateway under load asks the sender of a CTAR to send back.
     """
 
     MLD = 0x0001
@@ -225,6 +225,7 @@ class Fpt(OpenEnum):
     GO_ON = 0xFF09
     WHEREABOUTS = 0xFF0A
     REASON = 0xFF0B
+    COOKIE = 0xFF0C
 
 
 class Status(OpenEnum):

@@ -87,6 +87,13 @@ class RateLimit:
         self._total.level -= 1
         return True
 
+    def spent(self, now: float) -> bool:
+        """Has the bucket of all run empty, so that `allows` lets nobody pass? Costs less than that."""
+        if self._total is None:
+            return False
+        self._total.fill(now)
+        return self._total.level < 1
+
     def _source(self, source: IPv4Address | IPv6Address, now: float) -> Bucket:
         key = one_source(source)
         found = self._sources.get(key)

@@ -12,6 +12,7 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx import bypass as bypass_room
+from ikectx import cookies
 from ikectx.bypass import bypass
 from ikectx.context import Address, Endpoint
 from ikectx.cxtp import Ctaa, Ctar, Ctc, StatusBlock
@@ -262,7 +263,65 @@ def test_rate() -> None:
             # four tokens; below half of them are left chance (0.5 here) decides
             await until(lambda: server.counters.received == 20)
             await until(lambda: server.counters.answered == 3)
-            assert server.counters.limited == 17
+            assert (server.counters.asked, server.counters.limited) == (17, 0)
+
+    asyncio.run(run())
+
+
+def test_an_mn_gets_through_beside_a_flood_from_forged_addresses() -> None:
+    """They hear no answer, and so show no cookie: this many would have kept it out for minutes."""
+
+    async def run() -> None:
+        async with serving(rate=10, source_rate=2) as (server, at):
+            forgers = [Client(at) for _ in range(250)]
+            for number, forger in enumerate(forgers):
+                forger.sock.bind((f"127.0.{number // 100 + 1}.{number % 100 + 1}", 0))
+
+            async def flood(rounds: int) -> None:
+                for _ in range(rounds):
+                    for forger in forgers:
+                        forger.send(a_ctar())
+                        await asyncio.sleep(0)
+
+            await flood(1)
+            assert server.counters.asked > 200
+            storm = asyncio.create_task(flood(1000))
+            machine = handover(Endpoint(HERE[4], 1), at, Mode.REACTIVE, Endpoint(HERE[4], 4500))
+            outcome = await run_handover(machine, protect=no_protection)
+            storm.cancel()
+            # the CTAR, the question, the CTAR with the cookie, the CTAA: twice where a datagram was lost
+            assert outcome.state is MobileState.ACTIVATED
+            assert (outcome.messages, outcome.retransmissions) == (4, 0)
+            for forger in forgers:
+                forger.sock.close()
+
+    asyncio.run(run())
+
+
+def test_cookies_of_others_and_of_long_ago_are_worth_nothing() -> None:
+    async def run() -> None:
+        async with serving(rate=1, source_rate=1) as (server, at):
+            one, other = Client(at), Client(at)
+            other.sock.bind(("127.0.0.77", 0))
+            for _ in range(5):
+                one.send(a_ctar())
+            asked = []
+            while (got := await one.receive(0.2)) is not None:
+                block = cookies.asked(Ctaa.parse(got[0]))
+                asked += [] if block is None else [block]
+            assert asked
+            shown = cookies.with_cookie(Ctar.parse(a_ctar()), asked[0]).serialize()
+            before = server.counters.answered
+            for sender in (other, one):
+                sender.send(shown)
+                await asyncio.sleep(0.05)
+            assert server.counters.answered == before + 1
+            assert (await one.receive()) is not None
+            # it had another question, and no answer
+            got = await other.receive()
+            assert got is not None
+            assert cookies.asked(Ctaa.parse(got[0])) is not None
+            assert await other.receive(0.05) is None
 
     asyncio.run(run())
 

@@ -411,3 +411,52 @@ def test_no_key_in_any_repr() -> None:
     for shown in (repr(vars(machine)), repr(machine.outcome)):
         assert KEY.reveal().hex() not in shown
         assert repr(KEY.reveal())[2:-1] not in shown
+
+
+def a_question(cookie: bytes, mn: object = MN) -> bytes:
+    return Ctaa(mn, (), (ContextDataBlock(Fpt.COOKIE, cookie),)).serialize()  # type: ignore[arg-type]
+
+
+def test_a_cookie_is_sent_back_at_once_and_kept() -> None:
+    machine = handover(Mode.REACTIVE)
+    first = sent(machine, 0.0)
+    machine.receive(a_question(b"123456789abc"), NSG.cxtp, 0.1)
+    again = sent(machine, 0.1)
+    assert again == replace(first, blocks=(ContextDataBlock(Fpt.COOKIE, b"123456789abc"), *first.blocks))
+    assert machine.next_timer() == 2.0  # as if nobody had asked
+    machine.handle_timer(2.0)
+    assert sent(machine, 2.0) == again
+    machine.receive(a_question(b"cba987654321"), NSG.cxtp, 2.1)
+    assert sent(machine, 2.1).blocks[1:] == first.blocks
+    assert machine.next_timer() == 6.0
+    machine.receive(answer(Purpose.ARRIVE), NSG.cxtp, 2.2)
+    assert machine.outcome.state is S.ACTIVATED
+    outcome = machine.outcome
+    assert (outcome.messages, outcome.retransmissions) == (7, 1)
+
+
+def test_questions_for_cookies_change_nothing_else() -> None:
+    """Anybody on the way can ask, as often as they like."""
+    machine = handover(Mode.REACTIVE)
+    first = sent(machine, 0.0)
+    for octets, source in (
+        (a_question(b"123456789abc"), ELSEWHERE),
+        (a_question(b"123456789abc", MN + 1), NSG.cxtp),
+        (a_question(bytes(100)), NSG.cxtp),
+    ):
+        machine.receive(octets, source, 0.1)
+        assert machine.to_send(0.1) == []
+    for number in range(10):
+        machine.receive(a_question(bytes([number + 1]) * 12), NSG.cxtp, 0.2)
+        assert len(machine.to_send(0.2)) == (number < 3)
+    assert machine.next_timer() == 2.0
+    machine.handle_timer(2.0)
+    assert sent(machine, 2.0).blocks[1:] == first.blocks
+    # a new CTAR begins without
+    machine = handover(Mode.PREDICTIVE)
+    sent(machine, 0.0)
+    machine.receive(a_question(b"123456789abc"), PSG.cxtp, 0.1)
+    sent(machine, 0.1)
+    machine.receive(answer(Purpose.ANNOUNCE), PSG.cxtp, 0.2)
+    machine.moved(CARE_OF, 1.0)
+    assert sent(machine, 1.0).blocks[0].fpt is not Fpt.COOKIE
