@@ -27,14 +27,14 @@ Exit codes:
    0  done (transfer: every SA moved; doctor: nothing failed)
    1  failed for a reason not listed here
    2  wrong argument or configuration
-   3  octets or an answer that do not parse
-   4  refused, by the other gateway or the mobile node, or as an SA that cannot be moved
+   3  malformed message or data
+   4  refused by the other gateway or the mobile node, or because such an SA cannot be moved
    5  not reachable: agent, other gateway or mobile node
    6  no SA of that name, or more than one
    7  busy: an exchange or another transfer is under way, try again
-   8  not possible in this state of a transfer
+   8  not possible in the present state of a transfer
    9  the agent's store cannot be used
-  10  charon is away or refused
+  10  charon does not run, or refused
   11  the kernel refused
  130  interrupted
 """
