@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -30,23 +30,12 @@ from ikectx.relocate import relocate
 from ikectx.spis import ESP, IKE, NewSpi, serialize_new_spis
 
 from . import ha
-from .admission import admit
 from .chain import import_messages
 from .charon import SaView
-from .checks import (
-    check_address,
-    check_covered,
-    check_esp_spis,
-    check_ike_algorithms,
-    check_ike_spis,
-    check_names,
-    check_numbers,
-    check_selectors,
-    check_vips,
-    still_here,
-)
+from .checks import check_esp_spis, check_ike_spis, still_here
 from .host import ESP as ESP_PROTOCOL
 from .host import IMPORT, IMPORTED, CharonHost, Mover, Settler
+from .looks import Looks, Seen, objections
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
 from .xfrm_parts import INET as AF_INET
@@ -105,6 +94,7 @@ class CharonSink:
         self._ears: dict[str, Ear] = {}
         self._renames = Renames(host)
         self._renames.load()
+        self._looks = Looks(host)
         self._later: set[str] = set()
         """SAs whose MN will be told by an answer it waits for (CTAA)."""
         self._seen: set[str] = set()
@@ -124,31 +114,19 @@ class CharonSink:
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
-        return (await self._look(context, keep_address))[0]
+        async with self._looks.look() as seen:
+            return self._judge(context, keep_address, seen)[0]
 
-    @trace.spanned("look")
-    async def _look(self, context: IkeContext, keep_address: bool) -> tuple[list[Verdict], Taken]:
-        """All that speaks against it, and the names that were taken then."""
+    def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
+        """All that speaks against it, and the names that are taken."""
         host = self._host
         try:
             here = self._here(context)
         except IkectxError as error:
             return [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
-        verdicts = list(check_covered(here, await host.version()))
-        verdicts += check_address(here, context, keep_address)
-        if not host.listening():
-            verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
-        views = await host.views()
-        connections = await host.connections()
-        pools = await asyncio.to_thread(host.vici.get_pools, True)
-        verdicts += check_names(here, connections)
-        verdicts += admit(here, connections, pools, host.config)
-        taken = self._renames.taken(here, views)
-        verdicts += self._check_spis(context, here, taken, views)
-        verdicts += check_numbers(here, host.config.oseq_jump)
-        verdicts += check_vips(here, views, pools)
-        verdicts += check_selectors(here, views)
-        verdicts += check_ike_algorithms(here, await asyncio.to_thread(host.vici.algorithms))
+        taken = self._renames.taken(here, seen.views)
+        spis = self._check_spis(context, here, taken, seen.views)
+        verdicts = objections(context, here, seen, host.config, spis, keep_address=keep_address)
         if host.kernel is not None:
             family = AF_INET6 if here.local.address.version == 6 else AF_INET
             for child in here.children:
@@ -180,7 +158,7 @@ class CharonSink:
         return still_here(final, mn, views, host.record.names(), esp)
 
     def _check_spis(
-        self, context: IkeContext, here: IkeContext, taken: Taken, views: list[SaView]
+        self, context: IkeContext, here: IkeContext, taken: Taken, views: Sequence[SaView]
     ) -> list[Verdict]:
         """What is taken and cannot be given another name."""
         reason = self._unresolvable(context, here, clash(here, taken))
@@ -233,8 +211,8 @@ class CharonSink:
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. On any failure nothing of the SA stays."""
         host = self._host
-        async with host.import_lock:
-            verdicts, taken = await self._look(context, keep_address)
+        async with self._looks.look() as seen, host.import_lock:
+            verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:
                 raise RefusedError(
@@ -248,7 +226,6 @@ class CharonSink:
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.away.comes(here)
             host.store.delete(_NEW_NAMES, context.spis.key)
-            version = await host.version()
             later = context.spis.key in self._later
             self._renames.sweep()
             self._renames.forget(here, undone=True)
@@ -256,7 +233,7 @@ class CharonSink:
             host.store.put(IMPORT, context.spis.key, b"1")
             try:
                 shape = self._renames.shape(here)
-                messages = import_messages(shape, version)
+                messages = import_messages(shape, seen.version)
                 host.expected.add(shape.spis)
                 await asyncio.to_thread(host.mute.mute_in, shape.spis)
                 await asyncio.to_thread(host.mute.mute_out, shape.spis)
@@ -264,8 +241,9 @@ class CharonSink:
                     self._renames.ready(here, plan)
                 await host.send(messages)
                 view = await self._installed(shape)
+                self._looks.came(view)
                 host.away.awaits(here, {child.reqid for child in view.children})
-                host.record.learn(shape, version)
+                host.record.learn(shape, seen.version)
                 self._write_replay(shape, here, host.config.oseq_jump)
                 if plan is not None:
                     self._renames.hold(here, plan)
@@ -478,6 +456,7 @@ class CharonSink:
             if view.state == "PASSIVE":
                 await host.activate_segment()
                 await self._established(shape)
+            self._looks.came(view)  # its names may have changed since it came in
             self._note_lifetimes(shape)
             if host.config.rekey_after:
                 host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
