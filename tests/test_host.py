@@ -16,17 +16,20 @@ from ikectx.errors import BusyError, CharonError, LinkError, StoreError, Unknown
 from ikectx.name import SaName
 from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
+from ikectx_cli import service
 from vici_bridge import host as host_module
 from vici_bridge import sockets
 from vici_bridge import source as source_module
 from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
 from vici_bridge.deadlines import Deadlines
+from vici_bridge.ha import Attr, IkeId
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.source import CharonSource
 
 from .listed import listing_of
 from .peers import a_context
+from .record_world import stream
 from .worlds import until
 
 KEY = bytes(range(32))
@@ -420,3 +423,46 @@ def test_b8_lifetimes_are_watched_on_after_an_error_and_none_is_forgotten(
             watcher.cancel()
 
     asyncio.run(scenario())
+
+
+def test_b10_nothing_is_kept_of_sas_that_have_gone() -> None:
+    async def scenario() -> None:
+        store = SqliteStore(":memory:", KEY)
+        async with host_of(Vici(), store) as host:
+            await asyncio.sleep(0)
+            for message in stream("5.9.8_rekeys"):
+                host._hear(message.serialize())
+                spi = message.find(Attr.IKE_ID, IkeId)
+                if spi is not None:
+                    store.put("doubt", spi.spis.key, b"")
+            assert len(host._spoke) > 1
+            host.save()  # several IKE_SAs have been rekeyed
+            assert set(host._spoke) <= set(host.record.names())
+            assert {sa for sa, _ in host.doubts._told} <= set(host.record.names())
+            assert {key for key, _ in store.items("doubt")} <= {sa.key for sa in host.record.names()}
+            for name in host.record.names():
+                host.record.forget(name)  # moved to another gateway
+            host.save()
+            assert (host._spoke, host.doubts._told, list(store.items("doubt"))) == ({}, set(), [])
+
+    asyncio.run(scenario())
+
+
+def test_b20_an_unexpected_error_is_logged_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    secret = bytes(range(1, 9)).hex()
+
+    async def wrong() -> None:
+        raise ValueError(secret)
+
+    async def scenario() -> None:
+        async with host_of(Vici(), SqliteStore(":memory:", KEY)) as host:
+            host.spawn(wrong())
+            await asyncio.sleep(0.01)
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(service._mistake)
+            loop.call_soon(lambda: int(secret + "x"))
+            await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    assert caplog.text.count("ValueError, a mistake in the program") == 2
+    assert secret not in caplog.text

@@ -44,7 +44,7 @@ from .listing import Listing
 from .names import SPI_MAX, SPI_MIN
 from .obstacles import check_context, check_kind, check_told
 from .origins import Origins
-from .record import Change, Deleted, MidChanged, Record
+from .record import Change, MidChanged, Record
 from .route_events import RouteEvents
 from .sockets import HaSocket, Unconfirmed
 from .updown import outgoing_interface, run_updown
@@ -235,9 +235,6 @@ class CharonHost:
             case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
                 self.doubts.told(name, initiator)
-            case Deleted(name):
-                self._spoke.pop(name, None)
-                self.doubts.gone(name)
         self.follow.heed(change)
         if self.on_change is not None:
             self.on_change(change)
@@ -259,6 +256,10 @@ class CharonHost:
                     self.store.delete(_RECORD, key)
                 else:
                     self.store.put(_RECORD, key, value)
+            for name in names:
+                if name not in self.record:  # deleted, moved away, or rekeyed: nothing else tells of these
+                    self._spoke.pop(name, None)
+                    self.doubts.gone(name)
         except StoreError as error:
             log.error("the record of charon's SAs is not stored: %s", error)
             self.record.dirty |= names
