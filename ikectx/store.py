@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import secrets
 import sqlite3
@@ -23,7 +24,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -126,10 +127,13 @@ class Sealer:
         return nonce + self._aead.encrypt(nonce, value, self._bind(place))
 
     def open(self, place: str, sealed: bytes) -> bytes:
-        """Errors: StoreError when it was made with another key, for another place, or damaged."""
+        """Errors: StoreError when it was made with another key, for another place, or damaged.
+
+        A column of SQLite holds a value of any type, whatever the table says.
+        """
         try:
             return self._aead.decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], self._bind(place))
-        except (InvalidTag, ValueError):
+        except (InvalidTag, ValueError, TypeError):
             raise StoreError(
                 f"{place} does not open: the key is another one, or the database is damaged",
                 hint="restore state.db and state.key from one backup, or move both away to start anew",
@@ -324,14 +328,14 @@ class SqliteStore:
             found = self._db.execute(
                 "SELECT max(epoch) FROM journal WHERE spi_i = ? AND spi_r = ?", sa
             ).fetchone()
-        return int(found[0] or 0)
+        return _epoch(found[0] or 0)
 
     def owned_epoch(self, sa: SaName) -> int:
         """The highest epoch in which we took this SA over from somebody; -1: we never did."""
         taken = "spi_i = ? AND spi_r = ? AND role = 'target' AND state = 'owned'"
         with self._errors():
             found = self._db.execute(f"SELECT max(epoch) FROM journal WHERE {taken}", sa).fetchone()  # noqa: S608
-        return -1 if found[0] is None else int(found[0])
+        return -1 if found[0] is None else _epoch(found[0])
 
     def owned_from(self, peer: str, mn_address: str) -> bool:
         """Do we own, or did we take, anything that this peer pushed for this MN?"""
@@ -359,7 +363,7 @@ class SqliteStore:
     def _entry(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
         try:
             return self._parse(row, sealed)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise StoreError(f"the journal holds a row that makes no sense: {error}") from None
 
     def _parse(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
@@ -380,9 +384,11 @@ class SqliteStore:
             detail=str(detail),
             result=str(result),
             status=Status(int(str(status))),
-            phases=json.loads(str(phases)),
-            moved=json.loads(str(moved)),
+            phases=_numbers(str(phases)),
+            moved=_numbers(str(moved)),
         )
+        if not (math.isfinite(entry.started) and math.isfinite(entry.updated)):
+            raise ValueError("a time that is none")
         if not sealed:
             return entry
         place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
@@ -402,6 +408,21 @@ def _prune(db: sqlite3.Connection, before: float) -> int:
         (ABORTED,),
     )
     return old.rowcount + many.rowcount
+
+
+def _epoch(value: object) -> int:
+    """Errors: StoreError."""
+    if not isinstance(value, int):
+        raise StoreError("the journal holds an epoch that makes no sense")
+    return value
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    """A JSON object of numbers. Errors: ValueError, RecursionError."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(one, int | float) for one in found.values()):
+        raise ValueError("an object of numbers is wanted")
+    return found
 
 
 def _octets(value: object) -> bytes:

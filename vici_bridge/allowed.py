@@ -167,7 +167,7 @@ class AllowedConnection:
     @classmethod
     def read(cls, name: str, view: View, lookup: Lookup) -> AllowedConnection:
         """Errors: WireError."""
-        children = view.get("children", {})
+        children = sections(view, "children")
         return cls(
             name,
             _rounds(view, "local"),
@@ -216,12 +216,14 @@ def inside_of(connections: Iterable[AllowedConnection]) -> tuple[Range, ...]:
 def pool_ranges(pools: Mapping[str, View]) -> tuple[Range, ...]:
     """What charon's pools give, from `get-pools`: `size` addresses from `base` on. Errors: WireError."""
     found = []
-    for name, pool in pools.items():
+    for name, pool in sections({"get-pools": pools}, "get-pools").items():
         size = _number(pool, "size")
         try:
             base = ip_address(str(pool.get("base", "")))
         except ValueError:
             raise WireError(f"charon's pool {name!r} has no base address") from None
+        if size < 0 or int(base) + size > 1 << base.max_prefixlen:
+            raise WireError(f"charon's pool {name!r} has {size} addresses from {base} on")
         if size:
             found.append(Range(base, base + (size - 1)))
     return tuple(found)
@@ -233,9 +235,25 @@ def _selector(text: str, lookup: Lookup) -> AllowedSelector:
     return AllowedSelector.parse(text, lookup)
 
 
+def sections(view: View, key: str) -> Mapping[str, View]:
+    """The sections below a key of charon's, by name; none where it is not there. Errors: WireError."""
+    found = view.get(key, {})
+    if not isinstance(found, Mapping) or not all(isinstance(one, Mapping) for one in found.values()):
+        raise WireError(f"charon's {key} is no list of sections")
+    return found
+
+
+def texts(view: View, key: str) -> Iterable[str]:
+    """A list of texts. Errors: WireError."""
+    found = view.get(key, ())
+    if isinstance(found, str | Mapping):
+        raise WireError(f"charon's {key} is no list")
+    return (str(one) for one in found)
+
+
 def _child(name: str, view: View, lookup: Lookup) -> AllowedChild:
     local, remote = (
-        tuple(_selector(str(text), lookup) for text in view.get(key, ())) for key in ("local-ts", "remote-ts")
+        tuple(_selector(text, lookup) for text in texts(view, key)) for key in ("local-ts", "remote-ts")
     )
     modes = _MODES.get(str(view.get("mode", "")), frozenset())
     return AllowedChild(name, modes, local, remote, _number(view, "rekey_time"))

@@ -34,6 +34,8 @@ from ikectx.errors import WireError
 from ikectx.name import SaName
 from ikectx.relocate import same_host
 
+from .allowed import sections
+
 View = Mapping[str, Any]
 
 _REMEMBERED = 1 << 16
@@ -179,7 +181,7 @@ def child_view(view: View) -> ChildView:
 
 def sa_view(name: str, view: View) -> SaView:
     """One IKE_SA of `list-sas`. Errors: WireError."""
-    children = view.get("child-sas", {})
+    children = sections(view, "child-sas")
     tasks = tuple(
         task for kind in ("tasks-active", "tasks-queued", "tasks-passive") for task in _list(view, kind)
     )
@@ -277,7 +279,7 @@ def peer_context(name: str, view: View) -> PeerContext:
         connection=name,
         local_auth=_auth_rounds(view, "local"),
         remote_auth=_auth_rounds(view, "remote"),
-        children=tuple(view.get("children", {})),
+        children=tuple(sections(view, "children")),
         proposals=_list(view, "proposals"),
         pools=_list(view, "pools"),
     )
@@ -309,14 +311,21 @@ def missing_algorithms(context: IkeContext, algorithms: Mapping[str, View]) -> l
         ("integrity", now.integ.name if now.integ else ""),
     )
     for section, name in wanted:
-        loaded = algorithms.get(section)
+        loaded = _loaded(algorithms, section)
         if loaded and name and not any(_squash(name) == _squash(have) for have in loaded):
             lacking.append(name)
-    loaded = algorithms.get("aead") or {}
-    loaded = {**loaded, **(algorithms.get("encryption") or {})}
+    loaded = {**_loaded(algorithms, "aead"), **_loaded(algorithms, "encryption")}
     if loaded and not any(_squash(now.encr.name) == _squash(have) for have in loaded):
         lacking.append(now.encr.name)
     return lacking
+
+
+def _loaded(algorithms: Mapping[str, View], kind: str) -> View:
+    """Errors: WireError."""
+    found = algorithms.get(kind) or {}
+    if not isinstance(found, Mapping):
+        raise WireError(f"charon's {kind} algorithms are no section")
+    return found
 
 
 def _squash(name: str) -> str:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import struct
 import threading
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
+from pyroute2.netlink.exceptions import NetlinkDecodeError
 from pyroute2.netlink.rtnl.fibmsg import fibmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
@@ -279,9 +281,19 @@ def _message(
 
 
 def _decoded(answer: bytes) -> Any:
+    """Errors: KernelError."""
     message = rtmsg(answer)
-    message.decode()
+    try:
+        message.decode()
+        # pyroute2 reads an attribute when it is asked for: all are, so that one that is wrong is told of here
+        dict(message["attrs"])
+    except _UNREADABLE:
+        raise KernelError("the kernel's answer about a route cannot be read") from None
     return message
+
+
+_UNREADABLE = (NetlinkDecodeError, struct.error, KeyError, IndexError, TypeError, ValueError, OSError)
+"""What pyroute2 raises for an answer that is cut short, or holds what it does not know."""
 
 
 def _network(prefix: str | Network) -> Network:

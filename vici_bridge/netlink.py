@@ -169,6 +169,8 @@ class Netlink:
                 continue
             outcome.torn |= bool(flags & _F_DUMP_INTR)
             if kind == _ERROR:
+                if length < 20:
+                    raise KernelError("an answer of the kernel's netlink is cut short")
                 outcome.errno = -int(struct.unpack_from("=i", message, 16)[0])
                 outcome.text = _words(message, flags)
                 del waiting[number]
@@ -191,7 +193,7 @@ def _numbered(messages: bytes, number: int) -> bytes:
 
 def _words(message: bytes, flags: int) -> str:
     """The kernel's own explanation (NLMSGERR_ATTR_MSG), where it gave one."""
-    if not flags & _F_ACK_TLVS:
+    if not flags & _F_ACK_TLVS or len(message) < 24:
         return ""
     (length,) = struct.unpack_from("=I", message, 20)
     at = 20 + (16 if flags & _F_CAPPED else (length + 3) & ~3)

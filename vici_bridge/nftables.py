@@ -8,6 +8,7 @@ Netlink: linux/netfilter/nf_tables.h, nfnetlink.h (uapi). Errors: KernelError.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -63,8 +64,9 @@ class Table:
         """How many rules the chain has; 0 where it is not there."""
         body = _text(1, self.name) + _text(3, chain)
         request = Request(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
-        for answer in self._outcome(request).answers:
-            return int.from_bytes(dict(_attributes(answer[20:])).get(6, b""))
+        with self._ours():
+            for answer in self._outcome(request).answers:
+                return int.from_bytes(dict(_attributes(answer[20:])).get(6, b""))
         return 0
 
     def elements(self, name: str, key: bytes | None = None) -> list[Element]:
@@ -74,10 +76,16 @@ class Table:
         if key is not None:
             body += _list_of(key)
         request = Request(Secret(_message(_GETSETELEM, _REQUEST | flags, body)), f"look into set {name}")
-        try:
+        with self._ours():
             answers = self._transact(request, absent_ok=True)
             return [element for answer in answers for element in _read_elements(answer)]
-        except (struct.error, IndexError):
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """While an answer is read: what is not such as this program makes is a KernelError."""
+        try:
+            yield
+        except (struct.error, IndexError, KeyError):
             raise KernelError(
                 f"nftables' table inet {self.name} holds something that is not ours",
                 hint=f"look at `nft list table inet {self.name}`",
@@ -196,7 +204,7 @@ def _value(part: bytes) -> bytes:
 
 
 def _read_elements(answer: bytes) -> Iterator[Element]:
-    """Each element in an answer. Errors: struct.error, IndexError."""
+    """Each element in an answer. Errors: struct.error, IndexError, KeyError (one without a key)."""
     for number, elements in _attributes(answer[20:]):
         if number != 3:
             continue

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ikectx import cbor
-from ikectx.context import Endpoint, FinalState, IkeContext
+from ikectx.context import Endpoint, FinalState, Identity, IkeContext
 from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
 from ikectx.name import SaName
 from ikectx.numbers import Protocol, Status
@@ -148,9 +148,14 @@ class Record:
             ike = message.need(Attr.IKE_ID, IkeId)
             if ike.version not in (2, HIDDEN):
                 return Ignored("not IKEv2")
-            return handler(message, ike.spis)
+            change = handler(message, ike.spis)
         except (WireError, ValueError) as error:
             return Ignored(f"{message.type.name} makes no sense: {error}")
+        sa = self._sas.get(ike.spis)
+        if sa is not None and sa.version < message.version and not isinstance(change, Ignored):
+            # only the newest form that was heard holds all that was
+            self._put(ike.spis, replace(sa, version=message.version))
+        return change
 
     def _ike_add(self, message: HaMessage, name: SaName) -> Change:
         known = self._sas.get(name)
@@ -320,13 +325,30 @@ class Record:
                 f"IKE_SA {name} has a CHILD_SA that is AH, and only ESP can be moved",
                 status=Status.NOT_COVERED,
             )
+        try:
+            return self._context(sa, sa.connection, sa.local_id, sa.remote_id, sa.local, sa.remote)
+        except ValueError as error:
+            raise RefusedError(
+                f"IKE_SA {name} as charon told of it cannot be: {error}", status=Status.NOT_COVERED
+            ) from None
+
+    @staticmethod
+    def _context(
+        sa: SaState,
+        connection: str,
+        local_id: Identity,
+        remote_id: Identity,
+        local: Endpoint,
+        remote: Endpoint,
+    ) -> IkeContext:
+        """Errors: ValueError."""
         return IkeContext(
-            connection=sa.connection,
+            connection=connection,
             generations=sa.generations,
-            local_id=sa.local_id,
-            remote_id=sa.remote_id,
-            local=sa.local,
-            remote=sa.remote,
+            local_id=local_id,
+            remote_id=remote_id,
+            local=local,
+            remote=remote,
             children=sa.children,
             remote_eap_id=sa.remote_eap_id,
             local_vips=sa.local_vips,
