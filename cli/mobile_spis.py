@@ -340,7 +340,7 @@ class SpiWatch:
             log.warning("packets under new SPIs will be lost until charon has them: %s", error)
         try:
             report = await run_spi_update(note.machine(context), mark=MARK)
-        except LinkError as error:
+        except (LinkError, KernelError) as error:
             # what charon has in flight under that ID stays so: see `CharonMobile.renumber`
             log.warning("%s did not answer what was said about SPIs: %s", note.remote, error)
         else:
@@ -371,7 +371,7 @@ class SpiWatch:
         try:
             message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
             await self._mobile.count(sa, initiator=message_id)
-        except LinkError as error:
+        except (LinkError, KernelError) as error:
             log.warning("%s does not answer: %s", remote, error)
         self._store.delete(MIRROR, sa.key)
         return message_id

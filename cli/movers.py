@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ikectx.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
-from ikectx.errors import IkectxError, LinkError, RefusedError
+from ikectx.errors import IkectxError, KernelError, LinkError, RefusedError
 from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import Drawn, iv_length, prf_plus, sk_keys
 from ikectx.numbers import Prf, Protocol, Status
@@ -272,7 +272,7 @@ class MnRenamer:
         async def go_on() -> None:
             try:
                 await keep_answering(machine, KEEP_ANSWERING, mark=self._mark)
-            except LinkError as error:
+            except (LinkError, KernelError) as error:
                 log.warning("repetitions of the MN's UPDATE_SPI are not answered: %s", error)
 
         task = asyncio.get_running_loop().create_task(go_on())

@@ -1,6 +1,6 @@
 """I/O: runs the machines of this house on a raw socket (see `raw`), with this host's clock.
 
-Errors of all: LinkError with UNREACHABLE when the socket cannot be had.
+Errors of all: LinkError with UNREACHABLE when the socket cannot be had, KernelError when descriptors lack.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ from typing import Any
 
 from ikectx.bypass import bypass
 from ikectx.context import Address, Endpoint
-from ikectx.errors import LinkError, UsageError
+from ikectx.errors import KernelError, LinkError, UsageError
 from ikectx.ikev2 import IKE_PORT, has_marker
 
 from . import bpf
 
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _IPV6_CHECKSUM = 7
 _UDP_CHECKSUM_AT = 6
 _ETHERTYPE = {4: 0x0800, 6: 0x86DD}
@@ -117,7 +118,7 @@ def open_raw(
     """A raw socket at `local` that hears only IKE of `spis` from `remote`, None: from anywhere.
 
     `mark` (SO_MARK): sent with every datagram; and datagrams are heard before any firewall sees them.
-    Errors: LinkError if it cannot be had.
+    Errors: LinkError if it cannot be had, KernelError if descriptors or memory for it are lacking.
     """
     six = local.address.version == 6
     raw: socket.socket | None = None
@@ -139,8 +140,12 @@ def open_raw(
         for each in (raw, ear):
             if each is not None:
                 each.close()
+        text = f"no raw socket at {local.address}: {error.strerror}"
+        if error.errno in _LACKING:  # which says nothing of the peer or the way to it
+            hint = "LimitNOFILE of the service bounds its descriptors; `ls /proc/PID/fd` shows them"
+            raise KernelError(text, errno=error.errno, hint=hint) from error
         hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if denied(error) else ""
-        raise LinkError(f"no raw socket at {local.address}: {error.strerror}", hint=hint) from error
+        raise LinkError(text, hint=hint) from error
     return RawLink(raw, local, remote, ear)
 
 

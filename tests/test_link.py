@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import threading
@@ -24,7 +25,7 @@ from mobike_ext.answering import Asked, SpiResponder
 from mobike_ext.exchange import AddressUpdate
 from mobike_ext.naming import Renaming, ask, ask_peer
 from mobike_ext.notify import Reason, UpdateSpi
-from mobike_ext.raw import bpf_program, udp_datagram
+from mobike_ext.raw import bpf_program, open_raw, udp_datagram
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
 from vici_bridge.mute import MARK, Mute
@@ -448,3 +449,18 @@ def test_the_packet_filter(version: int, port: int, below: bool) -> None:
     assert not hears(b"\xff")
     assert not hears(b"\xc0\0\0\1" + ike)
     assert not hears(marker + ike[:15])
+
+
+@pytest.mark.parametrize(("error", "kind"), [(errno.EMFILE, KernelError), (errno.EPERM, LinkError)])
+def test_a_socket_that_cannot_be_had_is_not_the_mn_s_silence(
+    error: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without descriptors nobody was asked: the other gateway was told that the MN did not answer."""
+
+    def none(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("mobike_ext.raw.socket.socket", none)
+    with pytest.raises(kind, match=r"no raw socket at 192\.0\.2\.1") as caught:
+        open_raw(Endpoint.of("192.0.2.1"), None, (bytes(8), bytes(8)))
+    assert caught.value.hint

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ikectx.context import Endpoint, FinalChild, FinalState, IkeContext
-from ikectx.errors import LinkError, RefusedError
+from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.keys import sk_keys
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import SENDING_PACKETS, MoveReport
@@ -623,6 +625,69 @@ def test_what_is_undone_before_the_mn_was_told_has_drawn_nothing() -> None:
         assert drawn == []
 
     run(scenario())
+
+
+@pytest.mark.parametrize("kinds", [(), ("outbound",)], ids="-".join)
+def test_no_sa_is_owned_without_its_updown_script(
+    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without descriptors for it, what is being taken is undone, and its "down" runs when there are some."""
+
+    async def scenario() -> None:
+        here = place(updown={"home": f'echo "$PLUTO_VERB $PLUTO_REQID" >> {tmp_path}/ran'})
+        context = a_context(1)
+        here.mobiles.add(context)
+        if kinds:
+            here.charon.serve(rival(context, *kinds, shared=True))
+        final = final_of(context)
+        await here.sink.prepare(context, False)
+        with monkeypatch.context() as without:
+            without.setattr(asyncio, "create_subprocess_shell", no_descriptors)
+            with pytest.raises(KernelError, match=r"updown script .* cannot be started: Too many open files"):
+                await here.sink.take(context, final)
+                report = await here.sink.move_peer(context, final)
+                await here.sink.activate(context, final, report)
+            with pytest.raises(KernelError, match="Too many open files"):
+                await here.sink.undo(context)
+        assert not (tmp_path / "ran").exists()
+        await here.sink.undo(context)
+        (line,) = (tmp_path / "ran").read_text().splitlines()
+        verb, reqid = line.split()
+        assert verb == "down-client" and int(reqid) > 0  # charon, which had the number, has no such SA now
+        assert not list(here.store.items("updown-owed"))
+        assert context.spis not in [view.spis for view in here.charon.views()]
+
+    run(scenario())
+
+
+def test_an_agent_that_ended_before_the_script_ran_runs_it(tmp_path: Path) -> None:
+    """Where packets come here only after the MN has been told, `activate` has the script run."""
+
+    async def scenario() -> None:
+        here = place(updown={"home": f'echo "$PLUTO_VERB" >> {tmp_path}/ran'})
+        context = a_context(1)
+        here.mobiles.add(context)
+        here.charon.serve(rival(context, "outbound", shared=True))
+        final = final_of(context)
+        await here.sink.prepare(context, False)
+        await here.sink.take(context, final)
+        report = await here.sink.move_peer(context, final)
+
+        async def dies(*_: object, **more: object) -> None:
+            raise peers.Crash("in the script")
+
+        here.host.updown = dies  # type: ignore[method-assign]
+        with pytest.raises(peers.Crash):
+            await here.sink.activate(context, final, report)
+        here.begin()
+        await here.sink.activate(context, final, report)
+        assert (tmp_path / "ran").read_text() == "up-client\n"
+
+    run(scenario())
+
+
+async def no_descriptors(*_: object, **more: object) -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 @pytest.mark.parametrize("kinds", [(), ("inbound",)], ids="-".join)

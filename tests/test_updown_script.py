@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.context import Identity, IkeContext
+from ikectx.errors import KernelError
 from ikectx.numbers import IdType
 from vici_bridge import updown
 from vici_bridge.updown import run_updown
@@ -36,6 +38,27 @@ def test_b5_what_cannot_stand_in_an_environment_is_logged(caplog: pytest.LogCapt
     odd = replace(a_context(), children=(replace(a_context().children[0], name="a\0b"),))
     call("true", odd)
     assert "cannot be run" in caplog.text
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EAGAIN])
+def test_a_script_that_cannot_be_started_is_an_error(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a warning: an SA was owned whose packets nobody led here."""
+
+    async def none(*_: object, **more: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_shell", none)
+    with pytest.raises(KernelError, match="the updown script true cannot be started") as caught:
+        call("true")
+    assert caught.value.errno == error and "LimitNOFILE" in caught.value.hint
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", none)
+    with pytest.raises(KernelError, match=r"ip route get.* cannot be started"):
+        asyncio.run(updown.outgoing_interface(a_context()))
+
+
+def test_without_ip_no_interface_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert asyncio.run(updown.outgoing_interface(a_context())) == ""
 
 
 def test_b24_the_umask_is_charons_not_the_agents(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from .origins import Origins
 from .record import Change, MidChanged, Record
 from .route_events import RouteEvents
 from .sockets import HaSocket, Unconfirmed
-from .updown import outgoing_interface, run_updown
+from .updown import Scripts
 from .vici import CharonVici, Message
 from .xfrm import KernelSa
 
@@ -135,6 +135,7 @@ class CharonHost:
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
+        self.scripts = Scripts(config.updown, store)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import: two imports never race for an SPI."""
         self.on_change: Callable[[Change], None] | None = None
@@ -437,11 +438,8 @@ class CharonHost:
     async def updown(
         self, context: IkeContext, *, up: bool, reqids: dict[bytes, int], unique_id: int
     ) -> None:
-        """The connection's updown script, if one is configured."""
-        script = self.config.updown.get(context.connection)
-        if script:
-            interface = await outgoing_interface(context)
-            await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
+        """The connection's updown script, if one is configured. Errors: KernelError, it cannot be started."""
+        await self.scripts.run(context, up=up, reqids=reqids, unique_id=unique_id)
 
     @trace.spanned("delete in charon")
     async def delete(self, context: IkeContext, meanwhile: Callable[[], bool] = lambda: True) -> None:

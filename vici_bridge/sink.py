@@ -46,7 +46,8 @@ log = logging.getLogger(__name__)
 _ACTIVE = b"active"
 """Value of an `IMPORT` entry when charon has the message IDs and is active: they must not be set back."""
 _TAKEN = "taken"
-"""Kind of store entry: the updown script was run for this SA."""
+"""Kind of store entry: the updown script is run for this SA (empty), or was (`_DRAWN`)."""
+_DRAWN = b"1"
 _NEW_NAMES = "new-names"
 """Kind of store entry: what the answer to an MN's request says of its SA's new names, and since when."""
 _NEW_NAMES_FOR = 600.0
@@ -331,9 +332,10 @@ class CharonSink:
     async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
         """Packets for the MN come here from now on."""
         self._host.away.opens(shape)
-        self._host.store.put(_TAKEN, context.spis.key, b"1")
+        self._host.store.put(_TAKEN, context.spis.key, b"")
         reqids = {child.spi_in: child.reqid for child in view.children}
         await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
+        self._host.store.put(_TAKEN, context.spis.key, _DRAWN)
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
         """See `ikectx.ports.Settler`."""
@@ -363,7 +365,7 @@ class CharonSink:
             return
         try:
             self._ears[context.spis.key] = self._listen(here)
-        except LinkError as error:
+        except (LinkError, KernelError) as error:
             log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
 
     def _close_ear(self, context: IkeContext) -> None:
@@ -439,7 +441,7 @@ class CharonSink:
             view = await host.view(shape.spis)
             if view is None:
                 raise CharonError("charon lost the prepared SA")
-            if host.store.get(_TAKEN, context.spis.key) is None:
+            if host.store.get(_TAKEN, context.spis.key) != _DRAWN:
                 await self._draw(context, shape, view)
             version = await host.version()
             ike = ha.IkeId.of(shape.current)
@@ -565,16 +567,17 @@ class CharonSink:
             await asyncio.to_thread(host.mute.unmute, shape.spis)
             host.expected.discard(shape.spis)
         self._close_ear(context)
-        shape = self._renames.shape(here)
-        self._renames.forget(here, undone=True)
         self._seen.discard(context.spis.key)
         self._later.discard(context.spis.key)
         self._givers.pop(context.spis.key, None)
         if host.store.get(_TAKEN, context.spis.key) is not None:
+            shape = self._renames.shape(here)
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             unique_id = 0 if view is None else view.unique_id
-            await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
+            if not await host.scripts.finish(shape):
+                await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
             host.store.delete(_TAKEN, context.spis.key)
+        self._renames.forget(here, undone=True)
         host.away.stays(here)
         host.origins.undone(context)
         host.store.delete(IMPORT, context.spis.key)

@@ -389,6 +389,8 @@ class CharonSource:
             for raw in _unframed(saved or b""):
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
         host.away.back(context.spis)
+        if view is None:
+            await host.scripts.finish(context)
         let_go = host.store.get(_LET_GO, key)
         if view is not None and let_go is not None and view.state == "DELETING":
             await self._end(context, view, int.from_bytes(let_go[:4]))
@@ -472,6 +474,8 @@ class CharonSource:
             self._end_sending(context)
             await host.delete(context, host.late_packets(context, context.children))
             await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
+        else:
+            await host.scripts.finish(context)
         await asyncio.to_thread(host.mute.unmute, context.spis)
         departure = host.away.left(context.spis)
         if departure is not None:

@@ -1,21 +1,27 @@
 """Runs a connection's updown script as charon's updown plugin would, for SAs charon did not set up.
 
 charon calls no script for an imported CHILD_SA, and none for one that is deleted over HA (5.9.8, 6.0.6).
-A script's failure is logged and changes nothing, as with charon.
+A script's failure is logged and changes nothing, as with charon. That a script could not even be started is
+an error, because an SA that is served without its script gets no packets: whoever called it undoes what it
+did, or tries again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import Mapping
 
 from ikectx import trace
 from ikectx.context import IkeContext
+from ikectx.errors import KernelError
+from ikectx.ports import Store
 
 from .charon import ts_pairs, updown_environment
 
@@ -27,24 +33,87 @@ UMASK = 0o022
 """charon's own, as systemd starts it; that of the agent lets nobody read what it writes."""
 
 
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+_OWED = "updown-owed"
+"""Kind of store entry, by SA: its "down" could not be started; unique_id, then (spi_in, reqid) of each child,
+4 octets each."""
+
+
+class Scripts:
+    """The updown scripts of a gateway, by connection name."""
+
+    def __init__(self, scripts: Mapping[str, str], store: Store) -> None:
+        self._scripts = scripts
+        self._store = store
+
+    async def run(
+        self, context: IkeContext, *, up: bool, reqids: Mapping[bytes, int], unique_id: int
+    ) -> None:
+        """The script of the SA's connection, if it has one. `reqids` by inbound SPI.
+
+        Errors: KernelError when it could not be started; `finish` runs a "down" then with the same numbers.
+        """
+        script = self._scripts.get(context.connection)
+        if not script:
+            return
+        key = context.spis.key
+        try:
+            interface = await outgoing_interface(context)
+            await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
+        except KernelError:
+            if not up:
+                pairs = b"".join(spi + reqid.to_bytes(4) for spi, reqid in reqids.items())
+                self._store.put(_OWED, key, unique_id.to_bytes(4) + pairs)
+            raise
+        if not up:
+            self._store.delete(_OWED, key)
+
+    async def finish(self, context: IkeContext) -> bool:
+        """Run the "down" that could not be started; was there one? charon has no numbers for it any more.
+
+        Errors: KernelError when it cannot be started now, either.
+        """
+        note = self._store.get(_OWED, context.spis.key)
+        if note is None:
+            return False
+        reqids = {note[at : at + 4]: int.from_bytes(note[at + 4 : at + 8]) for at in range(4, len(note), 8)}
+        await self.run(context, up=False, reqids=reqids, unique_id=int.from_bytes(note[:4]))
+        return True
+
+
 @trace.spanned("ip route get", "call")
 async def outgoing_interface(context: IkeContext) -> str:
-    """The interface towards the MN, empty where none can be told."""
+    """The interface towards the MN, empty where none can be told. Errors: KernelError, see `_cannot`."""
     command = ("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address))
     try:
         process = await asyncio.create_subprocess_exec(
             *command, stdout=PIPE, stderr=DEVNULL, start_new_session=True
         )
         return str(json.loads(await _output(process))[0].get("dev", ""))
-    except (OSError, TimeoutError, ValueError, LookupError):
+    except (OSError, TimeoutError, ValueError, LookupError) as error:
+        if isinstance(error, OSError) and error.errno in _LACKING:
+            raise _cannot("`ip route get`", error) from None
         return ""
+
+
+def _cannot(what: str, error: OSError) -> KernelError:
+    """That it could not be started, for lack of descriptors, memory or processes."""
+    reason = error.strerror or str(error)
+    return KernelError(
+        f"{what} cannot be started: {reason}",
+        errno=error.errno or 0,
+        hint="LimitNOFILE, MemoryMax and TasksMax of the service bound what it may use; `ls /proc/PID/fd`",
+    )
 
 
 @trace.spanned("updown")
 async def run_updown(
-    script: str, context: IkeContext, *, up: bool, interface: str, reqids: dict[bytes, int], unique_id: int
+    script: str, context: IkeContext, *, up: bool, interface: str, reqids: Mapping[bytes, int], unique_id: int
 ) -> None:
-    """Call the script once for each selector pair of each child. `reqids` by inbound SPI."""
+    """Call the script once for each selector pair of each child. `reqids` by inbound SPI.
+
+    Errors: KernelError when it could not be started.
+    """
     for child in context.children:
         for local_ts, remote_ts in ts_pairs(child):
             env = updown_environment(
@@ -72,7 +141,9 @@ async def _call(script: str, env: dict[str, str]) -> None:
             start_new_session=True,
             umask=UMASK,
         )
-    except (OSError, ValueError) as error:  # ValueError: what cannot stand in an environment
+    except OSError as error:
+        raise _cannot(f"the updown script {script}", error) from None
+    except ValueError as error:  # what cannot stand in an environment
         log.warning("updown script %s cannot be run: %s", script, error)
         return
     try:
