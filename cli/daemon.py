@@ -397,16 +397,14 @@ class Agent:
         if request.get("verb") != "down":
             return {"action": "none"}
         reqid = _number(request, "reqid", 0, 0, 0xFFFFFFFF)
-        found = self._source.departing_by_reqid(reqid)
+        handed = {name: to for name, one in self._config.connections.items() if (to := one.handover_to)}
+        # the hook knows the child's name only (PLUTO_CONNECTION); connections are the IKE_SA's
+        found = self._source.departing_by_reqid(reqid, handed)
         if found is None or found[0] in self._source.departing:
             # a child alone, whose IKE_SA lives on, or the second of several selector pairs
             return {"action": "none"}
         sa, context, quiet = found
-        # the hook knows the child's name only (PLUTO_CONNECTION); connections are the IKE_SA's
-        name = context.connection
-        connection = self._config.connections.get(name)
-        if connection is None or not connection.handover_to:
-            return {"action": "none"}
+        name, to = context.connection, handed[context.connection]
         if quiet < LEFT_QUIETLY:
             log.info(
                 "an SA of %s went down %.0f s after its last IKE request: deleted on purpose", name, quiet
@@ -414,10 +412,10 @@ class Agent:
             return {"action": "none", "reason": "the SA was deleted on purpose"}
         self._source.departing.add(sa)
         left = asyncio.Event()
-        self._host.spawn(self._hand_over(sa, connection.handover_to, left))
+        self._host.spawn(self._hand_over(sa, to, left))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(left.wait(), HOOK_PATIENCE)
-        return {"action": "transfer", "to": connection.handover_to}
+        return {"action": "transfer", "to": to}
 
     async def _hand_over(self, sa: SaName, to: str, left: asyncio.Event) -> None:
         def seen(event: TransferEvent) -> None:

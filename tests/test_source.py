@@ -8,10 +8,12 @@ from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any
 
+from ikectx.context import Address
 from ikectx.name import SaName
 from vici_bridge.charon import SaView, sa_view
 from vici_bridge.source import CharonSource
 
+from .peers import a_context
 from .test_charon import VIEW
 from .test_go_on import served
 
@@ -42,3 +44,33 @@ def test_virtual_ips_are_those_that_charon_lists() -> None:
             assert (await source.export(context.spis)).remote_vips == (ip_address("10.3.9.9"),)
 
     asyncio.run(scenario())
+
+
+class CountedKernel:
+    """Inbound SAs by SPI, each with a request id; counts what it is asked."""
+
+    def __init__(self, reqids: dict[bytes, int]) -> None:
+        self.reqids = reqids
+        self.asked = 0
+
+    def get_sa(self, destination: Address, spi: bytes, proto: int = 50) -> Any:
+        self.asked += 1
+        return SimpleNamespace(reqid=self.reqids[spi]) if spi in self.reqids else None
+
+
+def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_matters() -> None:
+    contexts = {(one := a_context(number)).spis: one for number in range(1, 101)}
+    spis = [context.children[0].spi_in for context in contexts.values()]
+    kernel = CountedKernel({spi: number for number, spi in enumerate(spis, 1)})
+    departed = {sa: (context, 60.0) for sa, context in contexts.items()}
+    config = SimpleNamespace(addresses=(a_context().local.address,))
+    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config)
+    source = CharonSource(host, None)  # type: ignore[arg-type]
+    # charon stops, and asks its script for all of them
+    for reqid in range(1, 101):
+        assert source.departing_by_reqid(reqid, ()) is None
+    assert kernel.asked == 0
+    for reqid, (sa, context) in enumerate(contexts.items(), 1):
+        assert source.departing_by_reqid(reqid, {"home"}) == (sa, context, 60.0)
+    assert source.departing_by_reqid(101, {"home"}) is None
+    assert kernel.asked == 100

@@ -82,6 +82,8 @@ class CharonSource:
         self._ender = ender
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
+        self._reqids: dict[SaName, frozenset[int]] = {}
+        """Request ids of the CHILD_SAs of those that charon is destroying."""
         self._handed: set[SaName] = set()
         """SAs that go to a gateway which has nothing of them yet."""
         self._sending: set[SaName] = set()
@@ -92,17 +94,33 @@ class CharonSource:
             return departing_view(self._host.context(sa))
         return await self._host.view(sa)
 
-    def departing_by_reqid(self, reqid: int) -> tuple[SaName, IkeContext, float] | None:
+    def departing_by_reqid(
+        self, reqid: int, connections: Collection[str]
+    ) -> tuple[SaName, IkeContext, float] | None:
         """The IKE_SA whose CHILD_SA has that request id, its context, and how long it was quiet (seconds).
 
-        charon names a child so to its updown script, and has told its deletion over HA by then.
+        charon names a child so to its updown script, and has told its deletion over HA by then. Only SAs of
+        `connections` are looked at, each once in the kernel: when charon stops it calls the script for
+        thousands, and waits for each answer.
         """
-        kernel = self._host.kernel
-        spis = {sa.spi for sa in kernel.dump_sas() if sa.reqid == reqid} if kernel is not None else set()
-        for name, (context, quiet) in self._host.departed().items():
-            if any(child.spi_in in spis for child in context.children):
+        departed = self._host.departed()
+        self._reqids = {sa: known for sa, known in self._reqids.items() if sa in departed}
+        for name, (context, quiet) in departed.items():
+            if context.connection not in connections:
+                continue
+            if name not in self._reqids:
+                self._reqids[name] = self._reqids_of(context)
+            if reqid in self._reqids[name]:
                 return name, context, quiet
         return None
+
+    def _reqids_of(self, context: IkeContext) -> frozenset[int]:
+        kernel, ours = self._host.kernel, {context.local.address, *self._host.config.addresses}
+        if kernel is None:
+            return frozenset()
+        names = [(address, child.spi_in) for child in context.children for address in ours]
+        found = (kernel.get_sa(*name) for name in names)
+        return frozenset(sa.reqid for sa in found if sa is not None)
 
     async def find(self, mn: Address) -> list[SaName]:
         """See `ContextSource.find`. What is PASSIVE, or being made or deleted, is not served."""
