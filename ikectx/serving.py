@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
+from logging import ERROR, INFO, WARNING
 
 from . import proof, tokens
 from .asking import named_sa, refuse_request
@@ -31,13 +33,19 @@ from .moves import Allowed, Moves
 from .name import SaName
 from .numbers import Fpt, Status
 from .outgoing import Outgoing, check_expected
+from .rates import Bucket
 from .report import TransferReport
-from .run import Parts, Tasks, log, step
+from .run import Parts, SparingLog, Tasks, log, step
 from .tokens import Purpose, TokenBlock, TokenError
 from .transfer import SourceInput, SourceState
 
 MEMORY = 1024
-"""CT-Reqs that are remembered: a repeated one must not begin a second transfer."""
+"""CT-Reqs of one peer that are remembered: a repeated one must not begin a second transfer."""
+UNDER_WAY = 128
+"""CT-Reqs of one peer that are under way at a time."""
+RATE = 100.0
+"""CT-Reqs of one peer in a second, for each of the three reasons; twice as many at once. A gateway passes on
+some 20 CTARs a second (CT_REQUEST_RATE) and 10 packets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +103,60 @@ def _token_name(sa: SaName, sequence: int, purpose: int) -> str:
 class _Served:
     """One CT-Req: under way, or how it ended."""
 
-    def __init__(self, peer: str, mn: Address) -> None:
-        self.peer = peer
+    def __init__(self, mn: Address) -> None:
         self.mn = mn
         self.task: asyncio.Task[None] | None = None
         self.open = True
         self.moved = False
         self.final: Status | None = None
         """The refusal that every copy gets; None: a copy may try again."""
+
+
+_SAID_OF_ANYTHING = (Status.BUSY, Status.UNKNOWN_SA, Status.NOT_ALLOWED)
+"""Refusals that no copy need be told from memory: anybody can bring them about."""
+
+
+class _Asker:
+    """What one peer asks; the bounds of one leave the others alone."""
+
+    def __init__(self) -> None:
+        self.served: OrderedDict[bytes, _Served] = OrderedDict()
+        self._buckets: dict[str, Bucket] = {}
+
+    def passes(self, reason: str, now: float) -> bool:
+        """May it ask once more, for that reason? `now`: seconds, monotonic."""
+        bucket = self._buckets.setdefault(reason, Bucket(RATE, now))
+        bucket.fill(now)
+        if bucket.level < 1:
+            return False
+        bucket.level -= 1
+        return True
+
+    @property
+    def full(self) -> bool:
+        """Are as many under way as may be?"""
+        return sum(served.open for served in self.served.values()) >= UNDER_WAY
+
+    def ended(self, key: bytes) -> None:
+        """Remember of that request what keeps a copy from beginning anew, and nothing else."""
+        served = self.served.get(key)
+        if served is not None and not (served.open or served.moved or served.final):
+            del self.served[key]
+
+    def forget(self) -> None:
+        """What is oldest, above `MEMORY`, and not under way."""
+        for key in list(self.served):
+            if len(self.served) <= MEMORY:
+                return
+            if not self.served[key].open:
+                del self.served[key]
+
+
+def _reason(message: CtReq) -> str:
+    """Why it should be granted: the MN's "token", its "packet", or the sender's right to "pull"."""
+    if message.token or any(block.fpt == Fpt.MN_TOKEN for block in message.blocks):
+        return "token"
+    return "packet" if any(block.fpt == Fpt.PROOF for block in message.blocks) else "pull"
 
 
 class Serving:
@@ -123,38 +177,59 @@ class Serving:
         self._tasks = tasks
         self._used = used
         self._mobile = mobile
-        self._served: OrderedDict[tuple[str, bytes], _Served] = OrderedDict()
+        self._askers: defaultdict[str, _Asker] = defaultdict(_Asker)
+        self._log = SparingLog(parts.clock)
 
     async def request(self, link: Link, message: CtReq) -> None:
-        """A CT-Req has come. What is under way, or has moved, is not begun again."""
-        # by its octets: a wrong token says nothing about the right one of the same sequence number
-        key = (link.peer.name, message.serialize())
-        served = self._served.get(key)
-        if served is None:
-            served = self._served[key] = _Served(link.peer.name, message.mn)
-            self._forget()
-        elif served.open or served.moved:
-            log.info("%s asks again for the SA of %s", link.label, message.mn)
+        """A CT-Req has come. What is under way, or has moved, is not begun again.
+
+        A peer that asks too much, or for what it has no right to, is told so before anything is looked up; it
+        is read on when it has been told.
+        """
+        reason, asker = _reason(message), self._askers[link.peer.name]
+        if not asker.passes(reason, self._parts.clock.now()):
+            busy = BusyError(f"it asks by {reason} more than {RATE:g} times a second")
+            await self._turn_away(link, message, busy)
             return
-        elif served.final is not None:
+        if reason != "token" and reason not in link.peer.rights:
+            why = RefusedError(f"it has no right `{reason}` here", status=Status.NOT_ALLOWED)
+            await self._turn_away(link, message, why)
+            return
+        # by its octets: a wrong token says nothing about the right one of the same sequence number
+        key = sha256(message.serialize()).digest()
+        served = asker.served.get(key)
+        if served is not None and (served.open or served.moved):
+            self._log(
+                INFO, f"{link.peer.name} again", "%s asks again for the SA of %s", link.label, message.mn
+            )
+            return
+        if served is not None and served.final is not None:
             await self._refuse(link, message, served.final)
             return
+        if asker.full:
+            await self._turn_away(link, message, BusyError(f"{UNDER_WAY} requests of it are under way"))
+            return
+        if served is None:
+            served = asker.served[key] = _Served(message.mn)
+            asker.forget()
         served.open = True
         work = self._serve(served, link, message)
         served.task = self._tasks.spawn(work, f"ikectx request of {link.peer.name}")
+        served.task.add_done_callback(lambda _: asker.ended(key))
 
     def cancelled(self, link: Link, message: Ctc) -> None:
         """The peer's CTC: what it pulled is not to be tried any more."""
-        for served in self._served.values():
-            if served.open and (served.peer, served.mn) == (link.peer.name, message.mn) and served.task:
+        for served in self._askers[link.peer.name].served.values():
+            if served.open and served.mn == message.mn and served.task:
                 served.task.cancel()
 
-    def _forget(self) -> None:
-        for key in list(self._served):
-            if len(self._served) <= MEMORY:
-                return
-            if not self._served[key].open:
-                del self._served[key]
+    async def _turn_away(self, link: Link, message: CtReq, error: IkectxError) -> None:
+        self._tell(WARNING, link, message, error)
+        await self._refuse(link, message, error.status)
+
+    def _tell(self, level: int, link: Link, message: CtReq, error: IkectxError) -> None:
+        cause = f"{link.peer.name} {error.status}"
+        self._log(level, cause, "%s asked for the SA of %s: %s", link.label, message.mn, error)
 
     async def _serve(self, served: _Served, link: Link, message: CtReq) -> None:
         status: Status | None = Status.FAILED
@@ -163,14 +238,14 @@ class Serving:
             served.moved = status is Status.OK
         except (BusyError, LinkError) as error:
             status = error.status
-            log.info("%s asked for the SA of %s: %s", link.label, message.mn, error)
+            self._tell(INFO, link, message, error)
         except (UnknownSaError, RefusedError, WireError) as error:
             status = error.status
-            served.final = None if status is Status.BUSY else status
-            log.warning("%s asked for the SA of %s: %s", link.label, message.mn, error)
+            served.final = None if status in _SAID_OF_ANYTHING else status
+            self._tell(WARNING, link, message, error)
         except IkectxError as error:
             status = error.status
-            log.error("%s asked for the SA of %s: %s", link.label, message.mn, error)
+            self._tell(ERROR, link, message, error)
         finally:
             served.open = False
         if status is not None and status is not Status.OK:
@@ -184,21 +259,13 @@ class Serving:
 
     async def _grant(self, link: Link, message: CtReq) -> Status | None:
         """How it ended: OK, what the peer must hear, None where it knows."""
+        by = {"token": self._by_token, "packet": self._by_packet, "pull": self._pull}
         with self._links().in_use(link.peer):
-            if message.token or any(block.fpt == Fpt.MN_TOKEN for block in message.blocks):
-                return await self._by_token(link, message)
-            if any(block.fpt == Fpt.PROOF for block in message.blocks):
-                return await self._by_packet(link, message)
-            return await self._pull(link, message)
-
-    def _may(self, link: Link, right: str) -> None:
-        if right not in link.peer.rights:
-            raise RefusedError(f"it has no right `{right}` here", status=Status.NOT_ALLOWED)
+            return await by[_reason(message)](link, message)
 
     # -- by the operator of the other gateway ------------------------------------------------------------
 
     async def _pull(self, link: Link, message: CtReq) -> Status | None:
-        self._may(link, "pull")
         sa, check = named_sa(message.blocks)
         if sa is None:
             found = await step("find", self._parts.source.find(message.mn), self._parts.timing)
@@ -294,7 +361,6 @@ class Serving:
     # -- by a packet -------------------------------------------------------------------------------------
 
     async def _by_packet(self, link: Link, message: CtReq) -> Status | None:
-        self._may(link, "packet")
         datagrams = proof.decode(message.blocks)
         # nSG can ask the MN which of two message IDs is the next
         run = self._outgoing(link, proof.spis_of(datagrams[0]), message, away=True)

@@ -47,6 +47,12 @@ class HandLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._thread_ended)
         return future
 
+    async def shutdown_default_executor(self) -> None:
+        """Waits for its threads, which a loop that jumps must not take for nothing."""
+        self.threads += 1
+        await super().shutdown_default_executor()
+        self.threads -= 1
+
     def _thread_ended(self, _: object) -> None:
         self.threads -= 1
 
