@@ -1,10 +1,10 @@
 """Moves a live IKEv2 SA, with its CHILD_SAs, from one gateway to another.
 
-The names here are what an integrator uses, and stay; the rooms behind them may change. To look at a
+The public names are those of `__all__`; they stay, while the modules behind them may change. To look at a
 context: `IkeContext` and its parts, `encode_context` and `decode_context`. To move one: implement
 `ContextSource` and `ContextSink` for an IKE daemon and give them to a `Gateway`.
 
-A name is imported when it is first used: a hook that needs one error class does not wait for TLS.
+A name is imported when it is first used, so that a hook that needs one error class does not wait for TLS.
 """
 
 from __future__ import annotations
@@ -124,9 +124,9 @@ _ROOMS = (
     *("errors", "numbers", "name", "context", "ports", "cxtp", "profile", "transfer", "report"),
     *("store", "links", "tls", "serving", "aio"),
 )
-"""Where names are looked for: what costs little first."""
+"""Modules that are searched for public names, in this order, because the first ones are cheap to import."""
 _INSIDE = {"encode_context": "encode", "decode_context": "decode"}
-"""Names that say less inside their room."""
+"""Public names that differ from those in the modules, which would say too little here."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,8 +1,9 @@
-"""What comes for one MN after the other: the desks at which a gateway takes transfers (nSG).
+"""New gateway: one queue for each old gateway and mobile node. The messages of a queue are handled in order.
 
-One `Desk` for each peer and MN handles what comes for it one after the other, so that answers leave in the
-order of what they answer, and no two transfers of one MN run at once (RFC 4067). A peer has only so many
-transfers open here, and only so many messages unhandled (`links.WINDOW`): the next is read after that.
+A `Desk` is such a queue with its open transfers. Because of the order, answers leave in the order of the
+messages that they answer, and no two transfers of one mobile node run at once (RFC 4067). The transfers that
+a peer may have open are limited, and so are its unhandled messages (`links.WINDOW`): the next message is read
+when one of them has been handled.
 """
 
 from __future__ import annotations
@@ -33,47 +34,49 @@ from .transfer import TARGET_OWNS, TargetInput, TargetState, offer_fits
 from .whole import decode_last, final_of
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
-"""It is held, or will be when what comes next for it is looked at."""
+"""States in which the context came ahead of the mobile node: it is held, or will be after its check."""
 _DROPPABLE = (TargetState.HELD, TargetState.PREPARED)
 
 
 OPEN = 256
-"""Transfers of one peer that are open here at a time, and"""
+"""Transfers that one peer may have open here at a time, and"""
 OPEN_OCTETS = 4 * 1024 * 1024
-"""octets of what it offered in them: some 8,000 for each IKE_SA, held in memory at ten times their size."""
+"""octets that it may have offered in them: some 8,000 for each IKE_SA, which take ten times that in
+memory."""
 DENIED = 1024
-"""Denied transfers of one peer that are remembered. A copy comes late only over a link that is still open."""
+"""Denied transfers of one peer that are remembered. A late copy can only arrive over a link that is still
+open."""
 
 
 class Want(Protocol):
-    """Something that this gateway asked the peer for; it is told what becomes of it."""
+    """A request of this gateway to the peer; its methods report what becomes of it."""
 
     progress: Observer | None
     answers: bool
-    """Does the MN wait for an answer that can tell it new names?"""
+    """True if the mobile node waits for an answer, which can tell it new SPIs."""
     here: Endpoint | None
-    """Where at this gateway the MN came to; None: that is left to the sink."""
+    """The mobile node's new peer: an address of this gateway; None: the sink chooses one."""
 
     def place(self, context: IkeContext) -> Endpoint:
         """Where the MN is now. Errors: RefusedError."""
 
     def begun(self, desk: Desk, run: Incoming) -> None:
-        """This is it."""
+        """`run` is the transfer that answers this request."""
 
     def checked(self, context: IkeContext, verdicts: Sequence[Verdict]) -> None:
-        """It was only to be checked, and was."""
+        """The request was for a check only, and this is its result."""
 
     def refused_here(self, verdicts: Sequence[Verdict]) -> None:
-        """It came, and was refused before it began."""
+        """An offer for this request came, and was refused before a transfer began."""
 
 
 Wanted = Callable[[PeerConfig, Address, IkeContext, TransferHeader], Want | None]
-"""What of ours this offer answers, by peer, MN's previous address, context and header."""
+"""The request that an offer answers, by peer, previous address of the mobile node, context and header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """The MN of a held transfer is here, at `endpoint`; `request` sends the CT-Req."""
+    """The mobile node of a held transfer has arrived at `endpoint`; `request` sends the CT-Req."""
 
     run: Incoming
     endpoint: Endpoint
@@ -81,10 +84,11 @@ class Arrived:
 
 
 class Denied:
-    """Transfers that a peer let go of though nobody here knew them, which was denied.
+    """Transfers that a peer let go of, and that were denied because nobody here knew them.
 
-    A late copy of a message must not revive one: the other gateway has taken its SA back. They are in memory
-    only, since a peer could fill the journal with them, and no copy outlives the links of this process.
+    A late copy of a message must not revive one, because the other gateway has taken its SA back. They are
+    kept in memory only: a peer could fill the journal with them, and no copy outlives the links of this
+    process.
     """
 
     def __init__(self) -> None:
@@ -94,14 +98,14 @@ class Denied:
         return transfer_id in self._known
 
     def add(self, transfer_id: bytes) -> None:
-        """Remember it; the oldest is forgotten where there are more than `DENIED`."""
+        """Remember a transfer. If there are more than `DENIED`, the oldest is forgotten."""
         self._known[transfer_id] = None
         if len(self._known) > DENIED:
             self._known.popitem(last=False)
 
 
 class Desk:
-    """All that one peer sends for one MN, one thing after the other. Ends by itself when nothing is left."""
+    """All messages of one peer about one mobile node, handled in order. Ends when nothing is left to do."""
 
     def __init__(
         self,
@@ -115,11 +119,12 @@ class Desk:
     ) -> None:
         self.peer = peer
         self.runs: dict[bytes, Incoming] = {}
-        """Open transfers by their id."""
+        """Open transfers by their transfer ID."""
         self.post: asyncio.Queue[tuple[Link, Pctd | Ctd | Ctc] | Arrived | JournalEntry | str] = (
             asyncio.Queue()
         )
-        """Messages, MNs that arrived, open transfers of the journal; a text: why what is not owned goes."""
+        """Messages, arrivals, open transfers of the journal; a text is the reason to drop what is not
+        owned."""
         self._parts = parts
         self._mn = mn
         self._busy = busy
@@ -128,11 +133,11 @@ class Desk:
         self._full = full
 
     def holds(self, sa: SaName) -> bool:
-        """Is a transfer of that SA open here?"""
+        """True if a transfer of that SA is open here."""
         return any(run.stored.sa == sa for run in self.runs.values())
 
     async def work(self) -> None:
-        """Until the post is empty and no transfer is open."""
+        """Handle items until the queue is empty and no transfer is open."""
         while self.runs or not self.post.empty():
             try:
                 async with asyncio.timeout(self._patience()):
@@ -150,7 +155,7 @@ class Desk:
                 else:
                     await self._handle(*item)
             except (StoreError, WireError) as error:
-                # no answer: what the journal does not tell cannot be told
+                # no answer, because it would have to agree with a journal that cannot be read
                 log.error("a message of %s for %s: %s", self.peer.name, self._mn, error)
                 _unanswered(item)
             except Exception as error:
@@ -192,7 +197,7 @@ class Desk:
     async def _drop(
         self, why: str, which: Callable[[Incoming], bool] = lambda run: True, by: Dropped = "us"
     ) -> None:
-        """Undo what is held or prepared and not owned."""
+        """Undo the transfers that are held or prepared and not owned."""
         for run in list(self.runs.values()):
             if run.machine.state in _DROPPABLE and which(run):
                 run.dropped = by
@@ -262,9 +267,10 @@ class Desk:
             await run.go(TargetInput.ANNOUNCE if held else TargetInput.PCTD, link)
 
     async def _make_way(self, context: IkeContext) -> None:
-        """For an offer: what is here of the same SA goes; so does all that the source offered and gave up.
+        """Before an offer: end older transfers of the same SA, and those that the source has given up.
 
-        That is all but what waits for an MN: the source offers one thing at a time.
+        The source offers one SA at a time, so all of its transfers but those that wait for a mobile node have
+        been given up.
         """
 
         def goes(run: Incoming) -> bool:
@@ -278,7 +284,8 @@ class Desk:
         return None if entry is None else Incoming.resumed(self._parts, entry)
 
     def _admits(self, context: IkeContext, wanted: bool) -> tuple[Status, str]:
-        """Whether the peer may bring it, as far as nobody need look at it, with the reason in words."""
+        """Whether this peer may bring this SA, as far as the configuration tells; with the reason in
+        words."""
         if not wanted and "push" not in self.peer.rights:
             return Status.NOT_ALLOWED, f"{self.peer.name} has not the right push here"
         why = self.peer.may_not_bring(context)
@@ -342,7 +349,7 @@ class Desk:
             await self._whole(link, message, what[0], what[1])
 
     async def _whole(self, link: Link, message: Ctd, context: IkeContext, header: TransferHeader) -> None:
-        """All in one: from here on the source serves again only when it is told no."""
+        """Handle a CTD with the whole context. From here on the source serves again only after a refusal."""
         if header.transfer_id in self._denied:
             await self._deny(link, message.mn, header.transfer_id)
             return
@@ -390,7 +397,7 @@ class Desk:
         await self._again(run, what, link, message)
 
     async def _deny(self, link: Link, mn: Address, transfer_id: bytes) -> None:
-        """Say that nobody here knows that transfer, and stay with it. Nothing of it stands in the journal."""
+        """Answer that nobody here knows that transfer, and keep to it. Nothing is written to the journal."""
         self._denied.add(transfer_id)
         log.warning("%s let go of an SA for %s that it had not offered", link.label, mn)
         await answer(link, mn, refusal(Status.UNKNOWN_TRANSFER, "nobody offered it"))
@@ -398,8 +405,8 @@ class Desk:
     async def _doubted(self, link: Link, run: Incoming | None, final: FinalState, mn: Address) -> bool:
         """Answer IN_DOUBT to a CTD whose transfer is not known, or was in doubt before, if the SA is here.
 
-        Nothing is written down: as soon as the operator has ended the SA here, the next copy of the CTD is
-        denied, and the other gateway serves again.
+        Nothing is written to the journal, so that the next copy of the CTD is denied as soon as the operator
+        has ended the SA here; the other gateway then serves it again.
         """
         if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
             return False
@@ -417,7 +424,8 @@ class Desk:
         return True
 
     async def _again(self, run: Incoming, what: TargetInput, link: Link, message: Pctd | Ctd) -> None:
-        """A message for a transfer that is known; only its own peer and MN may speak of it."""
+        """Handle a message for a known transfer. Only its own peer may send one, and for its own mobile
+        node."""
         entry, mn = run.stored, message.mn
         if entry.peer != self.peer.name or entry.mn_address != str(mn):
             log.warning("%s names a transfer that is not its own", link.label)
@@ -425,7 +433,7 @@ class Desk:
             return
         run.count(len(message.serialize()))
         if not run.ended and entry.transfer_id not in self.runs and run.machine.state is not TargetState.NEW:
-            # open in the journal and not here: its end could not be written down
+            # the journal has it open, but no run: its end could not be written to the journal
             link.not_handled()
             self.post.put_nowait((link, message))
             await self._resume(entry)
@@ -435,7 +443,7 @@ class Desk:
     async def _unreadable(self, link: Link, message: Ctd, error: WireError) -> None:
         log.warning("%s let go with what does not parse: %s", link.label, error)
         if self._parts.store.owned_from(self.peer.name, str(message.mn)):
-            # it may be a damaged copy of one that we took: neither yes nor no may be said
+            # it may be a damaged copy of a CTD that was taken, so that neither yes nor no is certain
             link.close(LinkError("a CTD that does not parse"))
             return
         await self._drop("its CTD does not parse", lambda run: run.machine.state is TargetState.PREPARED)
@@ -443,7 +451,8 @@ class Desk:
 
 
 def _unanswered(item: object) -> None:
-    """The answers on a link are told apart by their order: after a missing one the next would be wrong."""
+    """Close the link of an unanswered message, because answers are assigned by order: the next would be
+    wrong."""
     if isinstance(item, tuple):
         item[0].close(LinkError("a message that came over it could not be answered here, see the log"))
 
@@ -459,7 +468,7 @@ class Desks:
         moving: Callable[[SaName], object],
         wanted: Wanted,
     ) -> None:
-        """`moving`: is the SA on its way out? `wanted`: what did we ask for?"""
+        """`moving`: the outgoing transfer of an SA. `wanted`: the request that an offer answers."""
         self._parts = parts
         self._tasks = tasks
         self._links = links
@@ -469,7 +478,7 @@ class Desks:
         self._denied: dict[str, Denied] = {}
 
     def desk(self, peer: PeerConfig, mn: Address) -> Desk:
-        """The desk for them, a new one where there is none."""
+        """The desk for this peer and mobile node; makes one if there is none."""
         key = (peer.name, mn)
         desk = self._desks.get(key)
         if desk is None:
@@ -481,12 +490,12 @@ class Desks:
         return desk
 
     async def take(self, link: Link, message: Pctd | Ctd) -> None:
-        """Lay a peer's message on its desk, as soon as few enough of that link are unhandled."""
+        """Put a peer's message on its desk, as soon as few enough messages of that link are unhandled."""
         await link.room()
         self.desk(link.peer, message.mn).post.put_nowait((link, message))
 
     def _full(self, peer: PeerConfig, octets: int) -> str:
-        """Why one more transfer of that peer, with so many octets offered, is too much; empty: it is not."""
+        """Why the peer may not open one more transfer with so many octets offered; empty: it may."""
         runs = [
             run for desk in self._desks.values() if desk.peer.name == peer.name for run in desk.runs.values()
         ]
@@ -507,7 +516,7 @@ class Desks:
             self._tasks.tidy()
 
     async def cancelled(self, link: Link, message: Ctc) -> None:
-        """The peer's CTC, if anything is here that it may mean."""
+        """Handle the peer's CTC, if a transfer is open here that it can mean."""
         await link.room()
         desk = self._desks.get((link.peer.name, message.mn))
         if desk is None:
@@ -516,18 +525,19 @@ class Desks:
             desk.post.put_nowait((link, message))
 
     def stop(self) -> None:
-        """Leave nothing half done."""
+        """Undo all that is not owned, before the agent stops."""
         for desk in self._desks.values():
             desk.post.put_nowait("the gateway stops")
 
     def has(self, transfer_id: bytes) -> bool:
-        """Is that transfer open here?"""
+        """True if that transfer is open here."""
         return any(transfer_id in desk.runs for desk in self._desks.values())
 
     def held(self, peer: str, mn: Address, sa: SaName | None) -> tuple[Desk, Incoming] | None:
-        """What that peer sent ahead of the MN; without `sa` the one thing there is for that address.
+        """The context that the peer sent ahead of the mobile node; without `sa` the only one for that
+        address.
 
-        An MN behind a NAT need not know the address that the peer calls it by.
+        A mobile node behind a NAT need not know its address as the peer knows it.
         """
         found = [
             (desk, run)
@@ -543,6 +553,6 @@ class Desks:
                     yield desk, run
 
     def _busy(self, asking: Desk, sa: SaName) -> bool:
-        """Is that SA in a transfer elsewhere in this gateway?"""
+        """True if that SA is in a transfer at another desk, or on its way out."""
         others = (desk for desk in self._desks.values() if desk is not asking)
         return bool(self._moving(sa)) or any(desk.holds(sa) for desk in others)

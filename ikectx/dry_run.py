@@ -1,4 +1,4 @@
-"""The dry run of a transfer: would the peer take the SA? Touches nothing, journals nothing (pSG)."""
+"""The dry run of a transfer asks whether the peer would take the SA. It changes and journals nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .report import HINTS, TransferReport
 
 
 class DryRun(Outgoing):
-    """A transfer that is only talked about."""
+    """A transfer that is only offered for a check."""
 
     async def ask_only(self) -> TransferReport:
-        """Would the peer take what was exported?"""
+        """Ask the peer whether it would take the exported context."""
         context = self.context
         try:
             if context is None:

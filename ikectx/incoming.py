@@ -1,4 +1,4 @@
-"""The target's end of a transfer: check, hold or prepare, own, or undo, and answer (nSG)."""
+"""The new gateway's end of a transfer: check, hold or prepare, own, or undo, and answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _INSTEAD: Mapping[TargetState, TargetInput] = {
     TargetState.INSTALLING: TargetInput.TIMEOUT,
     TargetState.RECEIVING: TargetInput.FAILED,
 }
-"""Without a journal nothing is installed, and nothing taken."""
+"""States that are entered only if the journal can be written, because they install or take something."""
 
 _STEPS = {
     TargetAction.CHECK: "check",
@@ -62,14 +62,14 @@ _STEPS = {
 
 
 def refusal(status: Status, detail: str = "") -> tuple[Verdict, ...]:
-    """The verdicts of an answer that says no as a whole."""
+    """The verdicts of an answer that refuses the transfer as a whole."""
     return (Verdict(Fpt.IKEV2_SA, status, detail),)
 
 
 async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
-    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0).
+    """Send the CTDR and return its octets; 0 if the link is closed, which is for the other gateway to repair.
 
-    IN_DOUBT goes with S = 1: a gateway that does not know this status takes that for neither yes nor no.
+    IN_DOUBT is sent with S = 1, so that a gateway that does not know this status takes it for no decision.
     """
     statuses = encode_verdicts(verdicts)
     fine = all(each.status is Status.OK for each in statuses)
@@ -82,10 +82,11 @@ async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
 
 
 async def doubt(parts: Parts, final: FinalState, mn: Address) -> str:
-    """Why this gateway may serve an SA of which its journal tells nothing, in words; empty: it does not.
+    """Why this gateway may serve an SA that its journal does not know, in words; empty: it does not.
 
-    Whoever lost the journal (or restored an old one) must not deny what charon goes on serving, because the
-    other gateway would then serve the SA as well. What cannot be asked is not denied either.
+    A gateway that lost its journal (or restored an old one) must not deny an SA that its charon still serves,
+    because the other gateway would then serve the SA as well. If charon or the kernel cannot be asked, the SA
+    is not denied either.
     """
     try:
         return await step("look for the SA", still_here(parts.sink, final, mn), parts.timing)
@@ -94,13 +95,15 @@ async def doubt(parts: Parts, final: FinalState, mn: Address) -> str:
 
 
 Dropped = Literal["", "source", "offer", "time", "us"]
-"""Given up: by the source, for its next offer, since it let nobody hear, by this gateway itself."""
+"""Why a prepared transfer was given up: the source cancelled it; the source sent a new offer; the source was
+silent too long; this gateway is stopping, or dropped it for another reason of its own."""
 
 
 class Incoming(Run[TargetState, TargetInput, TargetAction]):
     """One transfer to this gateway.
 
-    `context` has the MN where it is now; messages go on naming the transfer by the address in the journal.
+    `context` has the mobile node's present address. Messages go on naming the transfer by the address that
+    the journal has.
     """
 
     def __init__(
@@ -125,23 +128,24 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self.header = header
         self.mn: Address = ip_address(entry.mn_address)
         self.link: Link | None = None
-        """Where its last message came from."""
+        """The link over which its last message came."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
-        """What the MN's arrival is checked with, while it is held."""
+        """The key that the mobile node's arrival is checked with, while the context is held."""
         self.request: Callable[[Link | None], Awaitable[None]] | None = None
         """Sends the CT-Req, over this link if it is open."""
         self.answers = False
-        """Does the MN wait for an answer that can tell it things?"""
+        """True if the mobile node waits for an answer, which can tell it new SPIs."""
         self.whole = False
-        """Did all of it come in one CTD?"""
+        """True if the context and the final state came in one CTD."""
         self.dropped: Dropped = ""
-        """Who or what ended it before anything was taken."""
+        """Who or what ended it before the SA was taken."""
         self._when_over: list[Callable[[], None]] = []
         self.messages = 0
         self.octets = 0
-        """CXTP messages of this transfer, both ways."""
+        """Octets of the CXTP messages of this transfer, both ways."""
         self._owed = False
-        """It has no answer yet. An answer nobody asked for would pass for the answer to something else."""
+        """True if its last message has no answer yet. A second answer would be taken for that of another
+        message."""
         if state in (TargetState.UNDOING, TargetState.ABORTED):
             self.blame(
                 RefusedError(entry.detail or "aborted", status=entry.status or Status.UNKNOWN_TRANSFER)
@@ -171,7 +175,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return run
 
     def must(self, state: TargetState) -> bool:
-        """Nothing may be said of what is owned before it is written down; nor of what was never known."""
+        """True if this state must be in the journal before we answer: a change of ownership, or the first
+        answer about an unknown transfer."""
         ends = (TargetState.OWNED, TargetState.UNDOING, TargetState.ABORTED)
         unheard = self.whole or self.machine.state is TargetState.NEW
         tombstone = unheard and state is TargetState.ABORTED
@@ -179,18 +184,18 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     @property
     def keep(self) -> bool:
-        """Does the gateway's address move along?"""
+        """True if the gateway's address moves along, so that the mobile node is not told a new one."""
         return self.header is not None and self.header.address == "keep"
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """What its check said."""
+        """The result of its check."""
         return self._verdicts
 
     # -- the walk ----------------------------------------------------------------------------------------
 
     async def go(self, what: TargetInput | None, link: Link | None = None) -> None:
-        """Feed `what`, do what the table says, until there is nothing to do but wait."""
+        """Feed `what` and carry out the table's actions, until there is nothing to do but wait."""
         if link is not None:
             self.link, self._owed = link, True
         while what is not None:
@@ -250,7 +255,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             return self._verdicts
         if self.error is None:
             return refusal(Status.UNKNOWN_TRANSFER)
-        # what failed here is for this gateway's log; why something is refused the other one may know
+        # Errors here are for this gateway's log. The other gateway may only know why something is refused.
         return refusal(self.status, str(self.error) if isinstance(self.error, RefusedError) else "")
 
     async def _cancel(self) -> None:
@@ -262,21 +267,21 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
                 log.info("transfer %s: cancel not sent: %s", self.stored.transfer_id.hex(), error)
 
     def when_over(self, call: Callable[[], None]) -> None:
-        """Call it when this has ended, at once where it has."""
+        """Call `call` when this transfer has ended; at once if it has ended already."""
         if self.ended:
             call()
         else:
             self._when_over.append(call)
 
     def count(self, octets: int) -> None:
-        """A message of this transfer was sent or came."""
+        """A message of this transfer was sent or received."""
         self.messages += octets > 0
         self.octets += octets
 
     def settle(self, endpoint: Endpoint, here: Endpoint | None = None) -> None:
-        """The MN is here now: what is installed and journaled has it there. Errors: WireError.
+        """Use the mobile node's present address for all that is installed and journaled. Errors: WireError.
 
-        `here`: where at this gateway it came to, None: the sink says.
+        `here`: the address of this gateway that it came to; None: the sink chooses one.
         """
         if self.context is None or self.header is None:
             raise StateError("the journal has no context for it")
@@ -285,14 +290,14 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self.entry = changed(self.stored, context=Pctd(self.mn, blocks).serialize())
 
     def take_whole(self, final: FinalState) -> None:
-        """The source's CTD was all of it: the final state is known, too. Errors: WireError."""
+        """Take the final state from a CTD with the whole context. Errors: WireError."""
         self.whole = True
         self._final = final
         octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
         self.entry = changed(self.stored, final=octets, epoch=final.epoch)
 
     def let_go(self, final: FinalState, octets: bytes) -> TargetInput:
-        """The source's CTD: what to feed. Journaled with the next state."""
+        """Take the final state from the source's CTD; returns the input. Journaled with the next state."""
         if self.machine.state is not TargetState.PREPARED or self.context is None:
             return TargetInput.CTD
         fits = final_fits(self.context, final, self.parts.store.known_epoch(self.stored.sa))
@@ -317,7 +322,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         status = first_failure(verdicts)
         if status is not Status.OK:
             if self.whole and (found := await doubt(self.parts, self._last, self.mn)):
-                # what is in use here may be this very SA, taken before the journal was lost
+                # the names in use here may be those of this very SA, taken before the journal was lost
                 raise RefusedError(found, status=Status.IN_DOUBT)
             self._verdicts = verdicts
             raise RefusedError(refusals(verdicts) or STATUS_TEXT.get(status, "refused"), status=status)
@@ -347,7 +352,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         )
 
     async def _settle(self, context: IkeContext) -> None:
-        """Have the MN say what the next request's ID is, and write it down: later it would say another."""
+        """Ask the mobile node for its next message ID and journal the answer, because it would change
+        later."""
         try:
             final = await settle(self.parts.sink, context, self._last)
         except LinkError as error:

@@ -1,4 +1,4 @@
-"""The source's end of a transfer: export, offer, let go, and what follows from the answer (pSG)."""
+"""The old gateway's end of a transfer: export, offer, let go, and what follows from the answer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ _INSTEAD: Mapping[SourceState, SourceInput] = {
     SourceState.FREEZING: SourceInput.CANCEL,
     SourceState.RELEASED: SourceInput.FAILED,
 }
-"""Without a journal nothing is let go."""
+"""States that are entered only if the journal can be written, because the SA is let go in them."""
 
 
 def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
-    """What a CTDR says: OK, IN_DOUBT, the first refusal, or MALFORMED when it says both or nothing."""
+    """The status of a CTDR: OK, IN_DOUBT, the first refusal, or MALFORMED if it says both yes and no, or
+    nothing."""
     verdicts = with_reasons(decode_verdicts(answer.statuses), answer.blocks)
     if any(verdict.status is Status.IN_DOUBT for verdict in verdicts):
         return Status.IN_DOUBT, verdicts  # with S = 1, so that older gateways take it for neither yes nor no
@@ -51,14 +52,14 @@ def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
 
 
 def refusal_text(status: Status, verdicts: Sequence[Verdict]) -> str:
-    """A refusal in words: those of its status, and the other gateway's own."""
+    """A refusal in words: the text of its status, and the other gateway's own text."""
     text = STATUS_TEXT.get(status, f"status {int(status)}")
     words = next((verdict.detail for verdict in verdicts if verdict.status is status), "")
     return text if words in ("", text) else f"{text}: {words}"
 
 
 def check_expected(state: IkeContext | FinalState, expects: int) -> None:
-    """Can the MN expect this message ID of our next request? Errors: RefusedError."""
+    """Check that the mobile node can expect this message ID of our next request. Errors: RefusedError."""
     last = state.mid_initiator
     if state.unsure and not 0 <= expects - last <= 1:
         raise RefusedError(
@@ -69,16 +70,17 @@ def check_expected(state: IkeContext | FinalState, expects: int) -> None:
 
 
 class _Overrun(BusyError):
-    """Frozen, and found to be further than it may: it must be exported anew."""
+    """After the freeze the counters are beyond what was offered, so the whole context must be sent again."""
 
 
 class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     """One attempt to move one IKE_SA to one peer. `go` walks it to its end, also after it was reported.
 
-    `begins`: OK to push it, ANNOUNCE where the MN said that it will go, REQUESTED where it is at the peer,
-    which asked for it over `link`. `token`: algorithm and key by which the peer can check the MN's arrival.
-    `mid`: message ID of the request that the MN is known to send next. `away`: the MN is at the peer and does
-    not answer here; then `expects` is the ID of the next request that it expects, None: not known.
+    `begins`: OK to push the SA; ANNOUNCE if the mobile node said that it will go there; REQUESTED if it is at
+    the peer, which asked for the SA over `link`. `token`: algorithm and key by which the peer can check the
+    mobile node's arrival. `mid`: message ID of the request that the mobile node is known to send next.
+    `away`: the mobile node is at the peer and does not answer here; then `expects` is the ID of the next
+    request that it expects, None: not known.
     """
 
     reports = True
@@ -113,25 +115,26 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.address = address
         self.context: IkeContext | None = None
         self.signals: asyncio.Queue[SourceInput] = asyncio.Queue()
-        """What comes from elsewhere: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
+        """Inputs from elsewhere: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
         self.settled: asyncio.Future[TransferReport] = asyncio.get_running_loop().create_future()
-        """The report: at the end, or earlier as "in-doubt"."""
+        """The report: set at the end, or earlier as "in-doubt"."""
         self.over = asyncio.Event()
-        """Set when nothing goes on any more."""
+        """Set when all work of this transfer has ended."""
         self.awaited = asyncio.Event()
-        """Set when the peer holds it and the MN may go, or when it has ended."""
+        """Set when the peer holds the context and the mobile node may go, or when the transfer has ended."""
         self.turn: Turn | None = None
-        """Held by it; others for the same MN may go before it while it waits for the MN."""
+        """The lock that it holds. While it waits for the mobile node, others for the same node may go before
+        it."""
         self.link = link
-        """The connection that its messages go over."""
+        """The connection that its messages use."""
         self.sequence = sequence
         self.mid = mid
         self.away = away
         self.expects: int | None = None
         self.asked_for: frozenset[Fpt] = frozenset()
-        """What the peer said beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
+        """Wishes of the peer beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
         self.told = False
-        """Does the peer know that it ended, and why?"""
+        """True if the peer knows that the transfer ended, and why."""
         self._begins = begins
         self.token = token
         self._links = links
@@ -178,7 +181,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     @property
     def held(self) -> bool:
-        """Does the peer hold it, and wait for the MN?"""
+        """True if the peer holds the context, and waits for the mobile node."""
         answered = self._asked is not None and self._asked.done()
         state = self.machine.state
         return state is SourceState.AWAITING or (state is SourceState.ANNOUNCED and answered)
