@@ -85,6 +85,8 @@ class Gateway:
 
         Errors: ConfigError.
         """
+        if busy_attempts < 1:
+            raise ConfigError(f"busy_attempts is {busy_attempts}: a transfer is tried at least once")
         if not 0 < oseq_jump <= OSEQ_JUMP:
             raise ConfigError(
                 f"oseq_jump is {oseq_jump}: a gateway that takes an SA back counts on 1 to {OSEQ_JUMP}"

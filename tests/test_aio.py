@@ -501,3 +501,10 @@ def test_b18_a_source_that_jumped_less_takes_back_above_all_that_the_target_sent
             assert w.owner(sa) == "a"  # no number was used twice
 
     run(scenario())
+
+
+def test_b30_a_transfer_is_tried_at_least_once(tmp_path: Path) -> None:
+    daemon, store = MemoryGateway("a", Ether()), CountedStore(tmp_path / "a.db", KEY)
+    with pytest.raises(ConfigError, match="at least once"):
+        Gateway("a", daemon, daemon, store, [], busy_attempts=0)
+    store.close()

@@ -396,7 +396,7 @@ def in_vain(transfer_id: bytes) -> JournalEntry:
     )
 
 
-def test_a_checkpoint_prunes_what_one_peer_offered_in_vain(store: SqliteStore) -> None:
+def test_b22_a_checkpoint_prunes_the_journal_of_a_running_agent(store: SqliteStore) -> None:
     for number in range(ABORTED + 50):
         store.write(in_vain(number.to_bytes(8)))
     others = (
