@@ -173,7 +173,8 @@ class Siege:
         with ControlClient(str(self._lab.work / source / "ikectx.vici"), timeout=PATIENCE) as agent:
             answer = json_of(agent.stream("transfer", "transfer-progress", {"to": target}))
         reports = answer.get("reports", [])
-        wrong = [f"{one.get('status')}: {one.get('text')}" for one in reports if int(one.get("exit_code", 1))]
+        failed = [one for one in reports if int(one.get("exit_code", 1))]
+        wrong = [f"{one['status']['name']}: {one['text']}" for one in failed]
         return "; ".join(wrong) if reports else str(answer)
 
     def _handover(self, _source: str, target: str) -> str:

@@ -1,4 +1,4 @@
-"""`ikectx lab bench`: several runs of the handover scenarios, and drains, as medians and ratios.
+"""`ikectx lab bench`: several runs of the handover scenarios, and drains and attacks, as medians and ratios.
 
     reports of runs -> summarise --+-> a summary (what --json prints) -> merge -> lab_page
     a drain -> drained ------------+
@@ -18,6 +18,7 @@ from typing import Any
 
 from ikectx.errors import UsageError
 
+from . import lab_damage
 from .lab_report import longer
 
 MODES = {
@@ -161,6 +162,20 @@ def summarise(
         "strongswan": first.get("strongswan", ""),
         "parts": {part: {"machine": machine(runs, host), "scenarios": rows}} if rows else {},
         "drains": [],
+        "attacks": [],
+    }
+
+
+def attacked(attack: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of one attack, as --attack prints it."""
+    own = ("command", "strongswan", "guest", "clock", "esp", "machine", "host")
+    told = {key: value for key, value in attack.items() if key not in own}
+    return {
+        "command": attack["command"],
+        "strongswan": attack["strongswan"],
+        "parts": {},
+        "drains": [],
+        "attacks": [{**told, "machine": machine([attack], attack["host"])}],
     }
 
 
@@ -173,6 +188,7 @@ def drained(drain: Mapping[str, Any]) -> dict[str, Any]:
         "strongswan": drain["strongswan"],
         "parts": {},
         "drains": [{**told, "machine": machine([drain], drain["host"])}],
+        "attacks": [],
     }
 
 
@@ -277,6 +293,13 @@ def read(text: str, file: str) -> dict[str, Any]:
         check(summary["machine"], _HERE, "the drain.machine")
         check(summary["host"], _HOST, "the drain.host")
         return drained(summary)
+    if "attack" in summary:
+        check(summary, _OF_DRAIN, "the attack")
+        check(summary["machine"], _HERE, "the attack.machine")
+        check(summary["host"], _HOST, "the attack.host")
+        if why := lab_damage.wrong(summary):
+            raise wrong(why)
+        return attacked(summary)
     check(summary, {"command": "text", "strongswan": "text", "parts": "objects by name"}, "the result")
     for name, part in summary["parts"].items():
         if name not in PARTS:
@@ -292,6 +315,12 @@ def read(text: str, file: str) -> dict[str, Any]:
     for number, one in enumerate(summary["drains"]):
         check(one, _DRAIN, f"drains.{number}")
         check(one.get("machine"), _MACHINE, f"drains.{number}.machine")
+    if not isinstance(attacks := summary.get("attacks", []), list):
+        raise wrong("attacks must be a list")
+    for number, one in enumerate(attacks):
+        if why := lab_damage.wrong(one, where=f"attacks.{number}"):
+            raise wrong(why)
+        check(one.get("machine"), _MACHINE, f"attacks.{number}.machine")
     return summary
 
 
@@ -305,7 +334,7 @@ def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str,
 
     Errors: UsageError where they do not go together: another strongSwan, another machine, a scenario twice.
     """
-    merged: dict[str, Any] = {"command": "", "parts": {}, "drains": []}
+    merged: dict[str, Any] = {"command": "", "parts": {}, "drains": [], "attacks": []}
     came: dict[tuple[str, str], str] = {}
     for file, summary in summaries.items():
         first = next(iter(summaries))
@@ -323,6 +352,7 @@ def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str,
                 came[name, scenario] = file
                 own["scenarios"][scenario] = one
         merged["drains"] += summary["drains"]
+        merged["attacks"] += summary.get("attacks", [])
     merged["drains"].sort(key=lambda one: (one["machine"]["esp"], one["sas"]))
     ran = [f"{summary['command']} --json > {file}" for file, summary in summaries.items()]
     return {**merged, "command": "\n".join([*ran, command])}

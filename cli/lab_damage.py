@@ -103,6 +103,46 @@ def report(
     }
 
 
+_MOVES = {"ms": "numbers", "failed": "texts"}
+_MOVED = {"none": _MOVES, "beside": _MOVES, "times": "a number or null"}
+_THREE = dict.fromkeys(("before", "most", "after"), "a number")
+_AGENT = {
+    **dict.fromkeys(("memory", "descriptors", "state"), _THREE),
+    **dict.fromkeys(("log", "cpu_seconds"), "a number"),
+}
+SHAPE: Mapping[str, Any] = {
+    **dict.fromkeys(("attack", "what", "code"), "a text"),
+    **dict.fromkeys(("rate", "seconds"), "a number"),
+    "sent": dict.fromkeys(("sent", "seconds", "cpu_seconds"), "a number"),
+    "transfer": _MOVED,
+    "handover": _MOVED,
+    "agents": dict.fromkeys(HOSTS, _AGENT),
+    "status": {
+        **dict.fromkeys(("asked", "no_answer"), "a number"),
+        **dict.fromkeys(("median_ms", "longest_ms"), "a number or null"),
+    },
+}
+"""What `tables` and `page` look at in a report."""
+
+
+def wrong(value: Any, shape: Any = SHAPE, where: str = "the attack") -> str:
+    """What a report that was read from a file lacks; empty: nothing."""
+    if isinstance(shape, Mapping):
+        if not isinstance(value, Mapping):
+            return f"{where} must be an object"
+        found = (wrong(value.get(name), below, f"{where}.{name}") for name, below in shape.items())
+        return next(filter(None, found), "")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = {
+        "a text": isinstance(value, str),
+        "a number": number,
+        "a number or null": number or value is None,
+        "numbers": isinstance(value, list) and all(isinstance(one, int | float) for one in value),
+        "texts": isinstance(value, list) and all(isinstance(one, str) for one in value),
+    }
+    return "" if good[shape] else f"{where} must be {shape}"
+
+
 # --- tables ----------------------------------------------------------------------------------------------
 
 
@@ -165,6 +205,30 @@ def victims(one: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
             f"{found['log'] / 1024:.0f}",
             f"{found['cpu_seconds']:.0f}",
         )
+
+
+BESIDE = (
+    "One lab with real charons; the attacker is on a host of its own (mn2), which the gateways have as one "
+    "more peer. *transfer* and *the MN's handover* (reactive, after a change of its access network): medians "
+    "of those beside none (before the attack and after it) and beside the attack, in the same run, from the "
+    "request to the answer; what failed is not in a median. A stock charon takes up to a second of its own. "
+    "*`status`*: how long both agents' answers to `ikectx status` took, asked once a second. *CPU s* is what "
+    "the attacker used: it shares two cores with three charons and three agents."
+)
+COST = (
+    "Memory (resident set), open descriptors and state_dir: before the attack, at the most, 45 s after it. "
+    "*log*: what the agent wrote meanwhile. state_dir holds a write-ahead log, which is not cut back."
+)
+
+
+def page(
+    attacks: Sequence[Mapping[str, Any]],
+) -> Iterable[tuple[tuple[str, ...], list[tuple[str, ...]], str]]:
+    """Heads, rows and words of the page's tables."""
+    if attacks:
+        yield ("commit", *HEAD), [(one["code"], *row(one)) for one in attacks], BESIDE
+        rows = [(one["code"], *cells) for one in attacks for cells in victims(one)]
+        yield ("commit", *VICTIMS), rows, COST
 
 
 def tables(one: Mapping[str, Any]) -> list[RenderableType]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from . import lab_damage
 from .lab_bench import COLLISIONS, MODES, PARTS, place
 
 Row = Mapping[str, Any]
@@ -39,6 +40,7 @@ def page(summary: Mapping[str, Any], image: str = "") -> str:
         *_messages(summary),
         *_cpu(summary),
         *_drains(summary["drains"]),
+        *_attacks(summary.get("attacks", ())),
         *_collisions(summary),
         *_phases(summary),
         *_mobiarch(summary),
@@ -123,10 +125,11 @@ def _machines(summary: Mapping[str, Any]) -> Iterable[str]:
         (PARTS[part], found["machine"]) for part, found in summary["parts"].items()
     ]
     told = [place(machine) for _name, machine in places]
-    for one in summary["drains"]:
-        if place(one["machine"]) not in told:
-            places.append(("drains", one["machine"]))
-            told.append(place(one["machine"]))
+    for what in ("drains", "attacks"):
+        for one in summary.get(what, ()):
+            if place(one["machine"]) not in told:
+                places.append((what, one["machine"]))
+                told.append(place(one["machine"]))
     if not places:
         return
     yield "## The machine"
@@ -372,6 +375,15 @@ def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
         "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move."
     )
+
+
+def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """What attacks cost the gateways, and a mobile node."""
+    for number, (head, rows, words) in enumerate(lab_damage.page(attacks)):
+        if number == 0:
+            yield "## Under attack"
+        yield table(head, rows)
+        yield words
 
 
 def _collisions(summary: Mapping[str, Any]) -> Iterable[str]:

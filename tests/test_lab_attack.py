@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from ikectx.cxtp import Ctar, CtReq, Pctd, parse_message
 from ikectx.errors import UsageError, WireError
 from ikectx.tokens import Purpose, find
-from ikectx_cli import lab_attack, lab_attacker, lab_damage
+from ikectx_cli import lab_attack, lab_attacker, lab_bench, lab_damage, lab_page
 from ikectx_cli.lab import lab as lab_command
 from ikectx_cli.lab_attacker import Order, Pace, datagrams, messages
 from ikectx_cli.lab_damage import KINDS, Sample, report
@@ -207,3 +207,53 @@ def test_bench_prints_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(("flood", KINDS["flood"].rate, 60.0, "auto"), True)]
     done = CliRunner().invoke(lab_command, ["bench", "--attack", "flood", "--rate", "5", "--seconds", "9"])
     assert "before / at the most / after" in done.stdout and asked[1][0] == ("flood", 5.0, 9.0, "auto")
+
+
+def printed(**changes: Any) -> dict[str, Any]:
+    """As `--attack --json` prints it."""
+    kernel = {"kernel": "6.1", "cpus": 2, "syscall_us": 0.2, "thread_us": 13.0}
+    machine = {"cpu": "x", "cores": 2, "kernel": "6.1", "scheduled": "like others, on 2"}
+    rest = {"strongswan": "5.9.8", "guest": "host", "clock": "real", "esp": "libipsec", "code": "1234567"}
+    return (
+        {**a_report(), "command": "ikectx lab bench --attack flood", "machine": kernel, "host": machine}
+        | rest
+        | changes
+    )
+
+
+def test_a_report_goes_into_the_page() -> None:
+    text = json.dumps(printed())
+    files = {name: lab_bench.read(text, name) for name in ("before.json", "after.json")}
+    merged = lab_bench.merge(files, "ikectx lab bench --from before.json --from after.json")
+    assert merged["command"].splitlines()[0] == "ikectx lab bench --attack flood --json > before.json"
+    again = lab_bench.read(json.dumps(merged), "merged.json")
+    shown = lab_page.page(again)
+    assert "## Under attack" in shown and shown.count("| 1234567 | flood | psg | 50.0 / 60.0 / 51.0 |") == 2
+    assert "| attacks | x | 2 |" in shown
+    older = {key: value for key, value in merged.items() if key != "attacks"}
+    assert "Under attack" not in lab_page.page(lab_bench.read(json.dumps(older), "older.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"agents": {"psg": {}}}, r"the attack\.agents\.psg\.memory must be an object"),
+        ({"transfer": 7}, r"the attack\.transfer must be an object"),
+        ({"rate": True}, r"the attack\.rate must be a number"),
+        (
+            {"status": {"asked": 1, "no_answer": 0, "median_ms": "x", "longest_ms": None}},
+            "median_ms must be a number",
+        ),
+        ({"host": {}}, r"the attack\.host\.cpu must be text"),
+    ],
+)
+def test_a_file_that_is_no_report_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=f"file: .*{words}"):
+        lab_bench.read(json.dumps(printed(**changes)), "file")
+    summary = lab_bench.read(json.dumps(printed()), "file")
+    if "host" not in changes:
+        damaged = {**summary, "attacks": [{**summary["attacks"][0], **changes}]}
+        with pytest.raises(UsageError, match=r"attacks\.0"):
+            lab_bench.read(json.dumps(damaged), "file")
+    with pytest.raises(UsageError, match="attacks must be a list"):
+        lab_bench.read(json.dumps({**summary, "attacks": {}}), "file")
