@@ -1,12 +1,14 @@
-"""MNs that hand over by themselves: what becomes of a CTAR at either gateway, up to its CTAA.
+"""Handovers that mobile nodes ask for: what happens to a CTAR at either gateway, until its CTAA is sent.
 
-At pSG a CTAR announces: its token is checked, the context goes ahead to nSG, which holds it. At nSG a CTAR
-arrives: what is held is checked with the key that came with it, else pSG is asked and checks. Who has no good
-token gets no answer, whatever is wrong with it. An identical CTAR from the same source is a retransmission:
-it begins nothing, and gets the same CTAA once there is one.
+At the old gateway a CTAR announces a handover: its token is checked, and the context goes ahead to the new
+gateway, which holds it. At the new gateway a CTAR reports the mobile node's arrival: its token is checked
+with the key that came with the held context, else the old gateway is asked, which checks it. A CTAR without a
+good token gets no answer, whatever is wrong with it. An identical CTAR from the same source is a
+retransmission: it begins nothing, and gets the same CTAA as soon as there is one.
 
-Anybody can send CTARs. So what one proved to be the MN's is remembered, for as long as its token lives; any
-other is forgotten with its answer. What is under way is bounded for each source and each other gateway.
+Anybody can send CTARs. So a CTAR is remembered only if it was proven to be the mobile node's, for as long as
+its token lives; any other is forgotten with its answer. The CTARs that are being handled are limited for each
+source and each other gateway.
 """
 
 from __future__ import annotations
@@ -45,13 +47,14 @@ IKE = 500
 
 
 AT_ONCE = 4
-"""CTARs of one source under way at a time: the other gateway is asked about each, and may be silent."""
+"""CTARs of one source that are handled at a time, because each is a question to the other gateway, which may
+be silent."""
 OF_A_PEER = 128
-"""CTARs under way that name one other gateway, whatever their sources."""
+"""CTARs that name one other gateway and are handled at a time, whatever their sources."""
 
 
 class ArrivalState(StrEnum):
-    """Where a CTAR stands."""
+    """The state of a CTAR."""
 
     NEW = "new"
     ANNOUNCING = "announcing"
@@ -62,10 +65,8 @@ class ArrivalState(StrEnum):
 
 
 class ArrivalInput(StrEnum):
-    """ANNOUNCE: to pSG. HELD, UNKNOWN: at nSG, with and without a context that came ahead. AGAIN: a copy.
-
-    OK, REFUSED: how it ended. BAD: nobody has said who sent it.
-    """
+    """ANNOUNCE: a CTAR at the old gateway. HELD, UNKNOWN: at the new gateway, with and without a context that
+    came ahead. AGAIN: a copy. OK, REFUSED: the result. BAD: the sender is not proven."""
 
     ANNOUNCE = "announce"
     HELD = "held"
@@ -77,7 +78,8 @@ class ArrivalInput(StrEnum):
 
 
 class ArrivalAction(StrEnum):
-    """OFFER: send the context ahead. INSTALL: what is held. ASK: pSG. ANSWER: send the CTAA."""
+    """OFFER: send the context ahead. INSTALL: the held context. ASK: the old gateway. ANSWER: send the
+    CTAA."""
 
     OFFER = "offer"
     INSTALL = "install"
@@ -107,18 +109,18 @@ ARRIVAL_TABLE: Mapping[tuple[ArrivalState, ArrivalInput], tuple[ArrivalState, *t
 ARRIVAL_IGNORED = frozenset(
     (state, _I.AGAIN) for state in (_S.NEW, _S.ANNOUNCING, _S.INSTALLING, _S.ASKING, _S.IGNORED)
 )
-"""What is under way asks again by itself."""
+"""States in which copies are ignored, because the work that is under way repeats its messages by itself."""
 
 
 def encapsulated(context: IkeContext) -> bool:
-    """Does ESP of this SA go in UDP?"""
+    """True if ESP of this SA is encapsulated in UDP."""
     return bool(context.conditions & NAT_ANY)
 
 
 def endpoint(context: IkeContext, care_of: Address | None, source: Address) -> Endpoint:
-    """Where the MN is reached now: IKE endpoint, by what it says and by where its CTAR came from.
+    """The mobile node's present IKE endpoint, from the address that it names and the source of its CTAR.
 
-    They differ behind a NAT; then ESP must go in UDP already, and the port will be told by its first packet.
+    The two differ behind a NAT. Then ESP must be in UDP already, and its first packet will reveal the port.
     Errors: RefusedError.
     """
     address = care_of or source
@@ -148,22 +150,22 @@ class Arrival:
         self.peer = peer
         """The other gateway that it names."""
         self.came = came
-        """When it came, seconds since 1970."""
+        """When the CTAR came, seconds since 1970."""
         self.proven = False
-        """Is it known to be the MN's?"""
+        """True if the CTAR is proven to be the mobile node's."""
         self.message = message
         self.octets = message.serialize()
         self.token = token
         self.source = source
         self.until = until
-        """When it may be forgotten, seconds since 1970."""
+        """When the CTAR may be forgotten, seconds since 1970."""
         self.machine: Machine[ArrivalState, ArrivalInput, ArrivalAction] = Machine(
             ARRIVAL_TABLE, ARRIVAL_IGNORED, ArrivalState.NEW, 0.0, timers={}, timeout=ArrivalInput.BAD
         )
         self.answer: bytes | None = None
 
     def feed(self, what: ArrivalInput) -> bytes | None:
-        """The CTAA, if it is to be sent now."""
+        """Take an input; returns the CTAA if it is to be sent now."""
         actions = self.machine.feed(what, 0.0)
         return self.answer if ArrivalAction.ANSWER in actions and self.message.acknowledge else None
 
@@ -201,8 +203,9 @@ class Arrivals:
         """See `Gateway.ctar`."""
         now = self._parts.wall()
         self._forget(now)
-        # by what the tag covers, and the tag: a forgery that comes first does not stand in the way of the
-        # MN's own, and what was copied and changed where it is not covered is a copy
+        # The key is what the tag covers, and the tag. So a forgery that comes first does not stand in the way
+        # of the mobile node's own CTAR, and a CTAR that was changed where the tag does not cover it is a
+        # copy.
         key = CtReq(message.mn, message.sequence, message.token, message.blocks).serialize()
         known = self._known.get(key)
         if known is not None:
@@ -226,7 +229,7 @@ class Arrivals:
             self._log(WARNING, "token", "a CTAR from %s for %s is ignored: %s", source, message.mn, error)
             answer = arrival.feed(ArrivalInput.BAD)
         except (BusyError, UnknownSaError) as error:
-            # nothing was begun: its retransmission is welcome
+            # nothing was begun, so its retransmission may try again
             self._log(INFO, "not now", "a CTAR from %s for %s: %s", source, message.mn, error)
             answer = None
         except IkectxError as error:
@@ -239,7 +242,8 @@ class Arrivals:
         return answer
 
     def _new(self, message: Ctar, source: Endpoint, now: float) -> Arrival:
-        """What a CTAR says of itself fits, and there is room for it. Errors: TokenError, WireError."""
+        """Check that the claims of a CTAR fit, and that there is room for it. Errors: TokenError,
+        WireError."""
         token = tokens.find(message.blocks)
         if token is None and not self._config.rfc_token:
             raise TokenError("it has no token of 128 bits")
@@ -269,9 +273,9 @@ class Arrivals:
                 del self._known[key]
 
     def _make_room(self, peer: PeerConfig) -> None:
-        """Each other gateway has its share of what is remembered; what is oldest of it goes.
+        """Forget the oldest CTARs of this peer beyond its share of what is remembered.
 
-        Its copies are told from new ones all the same: the SA is here, or the token was used.
+        Copies of them are still recognised: either the SA is here, or the token was used.
         """
         share = max(1, self._config.memory // len(self._peers))
         remembered = [key for key, one in self._known.items() if one.peer is peer and one.ended]
@@ -290,7 +294,7 @@ class Arrivals:
         return await self._arrive(arrival)
 
     def _peer(self, message: Ctar, name: str | None) -> PeerConfig:
-        """The other gateway. Errors: TokenError."""
+        """The other gateway that the CTAR names. Errors: TokenError."""
         if name is None:
             router = message.router
             found = [peer for peer in self._peers.values() if router in (*peer.addresses, _host(peer))]
@@ -303,7 +307,7 @@ class Arrivals:
         return peer
 
     def _verify(self, key: Secret, arrival: Arrival, purpose: Purpose) -> None:
-        """Is it the MN's? Errors: TokenError."""
+        """Check that the CTAR is the mobile node's. Errors: TokenError."""
         names = (self._parts.name, arrival.peer.name)
         psg, nsg = names if purpose is Purpose.ANNOUNCE else names[::-1]
         tokens.verify(
@@ -390,19 +394,21 @@ class Arrivals:
         return self._arrived(arrival, ask)
 
     async def _taken(self, arrival: Arrival, sa: SaName) -> IkeContext | None:
-        """The SA, if it is here and the token is right: this agent was restarted before it could answer."""
+        """The SA, if it is here already and the token is right: the agent was restarted before it could
+        answer."""
         try:
             known = self._parts.source.recorded(sa)
             key = tokens.token_key(known.current, arrival.message.sequence)
             self._verify(key, arrival, Purpose.ARRIVE)
-            # it is only looked at, and need not be idle
+            # the context is only read, so the SA need not be idle
             exported = self._parts.source.export(sa, away=True)
             return await step("export", exported, self._parts.timing)
         except (BusyError, UnknownSaError):
             return None
 
     def _opens(self, run: Incoming, arrival: Arrival) -> bool:
-        """Is the token right by the key that came ahead? If not, pSG is asked: the MN may have begun anew."""
+        """True if the key that came ahead confirms the token. Else the old gateway is asked, because the
+        mobile node may have started anew."""
         if run.token is None or run.context is None:
             return False
         try:
@@ -436,7 +442,7 @@ class Arrivals:
         cause = "arrived" if arrival.proven else "unproven"
         self._log(INFO, cause, "%s at %s: %s", arrival.message.mn, arrival.source, text)
         key = None
-        # a tag makes it certain: a "no" has none as long as it may still become a "yes"
+        # A tag makes an answer final, so a refusal has none as long as it may still become a grant.
         if ask.context is not None and (
             ask.done or (ask.run is not None and ask.run.machine.state is TargetState.ABORTED)
         ):
@@ -452,9 +458,9 @@ class Arrivals:
         context: IkeContext | None = None,
         expects: int | None = None,
     ) -> ArrivalInput:
-        """Make the CTAA; with a tag where the MN's token has one and we know the key.
+        """Make the CTAA. It has a tag if the mobile node's token has one and we know the key.
 
-        `expects`: message ID of the MN's next request, where the SA is here.
+        `expects`: message ID of the mobile node's next request, if the SA is here.
         """
         message, token = arrival.message, arrival.token
         statuses = () if status is Status.OK else (StatusBlock(Fpt.IKEV2_SA, status),)

@@ -1,8 +1,8 @@
-"""Asking other gateways for SAs: CT-Reqs, what comes of them, and the report of it (nSG).
+"""New gateway: CT-Reqs to other gateways, what follows from each, and the report of it.
 
-A CT-Req is repeated with the same sequence number, with back-off, while pSG is busy or the connection
-breaks, for `Timing.request` seconds. RFC 4067 has no answer that says no to it; ours is a CTDR with S = 0 and
-statuses of FPT REQUEST (`refuse_request`).
+A CT-Req is repeated with the same sequence number, with back-off, while the old gateway is busy or the
+connection breaks, for `Timing.request` seconds. RFC 4067 has no answer that refuses it; ours is a CTDR with S
+= 0 and statuses of FPT REQUEST (`refuse_request`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .run import Observer, Parts
 from .transfer import TargetState, first_failure
 
 CHECK_ONLY = 1
-"""Flag of a named SA in a CT-Req: pSG is to offer it for a check."""
+"""Flag of a named SA in a CT-Req: the old gateway should offer it for a check only."""
 
 _CODES: Mapping[Status, int] = {
     Status.BUSY: BusyError.exit_code,
@@ -45,11 +45,12 @@ _BEFORE = (
     *(TargetState.ANNOUNCED, TargetState.INSTALLING),
     *(TargetState.CHECKING, TargetState.PREPARING),
 )
-"""States in which pSG serves the SA, and may have given up when it lost the connection."""
+"""States in which the old gateway serves the SA, and may have given up because it lost the connection."""
 
 
 def name_sa(sa: SaName | None, *, check: bool = False) -> Blocks:
-    """How a CT-Req with token 0 names what it wants: SPIi | SPIr (zero: whatever the MN has) | flags."""
+    """The block by which a CT-Req with token 0 names an SA: SPIi | SPIr (zero: any of the mobile node) |
+    flags."""
     if sa is None and not check:
         return ()
     spi_i, spi_r = sa or (bytes(8), bytes(8))
@@ -58,7 +59,7 @@ def name_sa(sa: SaName | None, *, check: bool = False) -> Blocks:
 
 
 def named_sa(blocks: Sequence[ContextDataBlock]) -> tuple[SaName | None, bool]:
-    """What `name_sa` has written: the SA, None for any; is it only to be checked?"""
+    """The SA that `name_sa` has written, None for any; and True if it is only to be checked."""
     for block in blocks:
         if block.fpt == Fpt.IKEV2_SA and len(block.data) >= 16:
             sa = SaName(block.data[:8], block.data[8:16])
@@ -68,16 +69,17 @@ def named_sa(blocks: Sequence[ContextDataBlock]) -> tuple[SaName | None, bool]:
 
 
 def refuse_request(request: CtReq, status: Status) -> Ctdr:
-    """The CTDR that refuses a CT-Req: FPT REQUEST with the status, and with its sequence number by octets.
+    """The CTDR that refuses a CT-Req: FPT REQUEST with the status, and with the sequence number by octets.
 
-    The MN's address alone would let a late refusal pass for one of what was asked for after it.
+    The sequence number is needed because with the mobile node's address alone a late refusal could be taken
+    for that of a later request.
     """
     said = (status, *request.sequence.to_bytes(4))
     return Ctdr(request.mn, tuple(StatusBlock(Fpt.REQUEST, Status(octet)) for octet in said))
 
 
 def refused_request(message: Ctdr) -> tuple[Status, int]:
-    """Status and sequence number of such a CTDR; OK: it is not one."""
+    """Status and sequence number of such a CTDR; OK if it is not one."""
     said = [block.status for block in message.statuses if block.fpt == Fpt.REQUEST]
     if len(said) != 5 or message.complete:
         return Status.OK, 0
@@ -85,11 +87,12 @@ def refused_request(message: Ctdr) -> tuple[Status, int]:
 
 
 class Ask:
-    """One SA wanted of one peer, until it is here or is refused. A `desk.Want`.
+    """The request for one SA to one peer, until the SA is here or is refused. A `desk.Want`.
 
-    `whole`: it comes in one CTD (or was sent ahead), since the MN is here; else pSG pushes it. `sa` None:
-    what the MN has. `right`: what we must be allowed to there. `proves`: raises RefusedError where what
-    was shown here, by somebody who may be anybody, is not of the MN of a context.
+    `whole`: the SA comes in one CTD (or was sent ahead), because the mobile node is here; else the old
+    gateway pushes it. `sa` None: any SA of the mobile node. `right`: the right that this gateway needs at the
+    peer. `proves`: raises RefusedError if the evidence that a stranger presented is not of the mobile node of
+    a context.
     """
 
     def __init__(
@@ -118,37 +121,38 @@ class Ask:
         self.events: asyncio.Queue[object] = asyncio.Queue()
         self.desk: Desk | None = None
         self.run: Incoming | None = None
-        """The transfer that came of it; the last one, where pSG had to try again."""
+        """The transfer that followed; the last one, if the old gateway had to try again."""
         self.context: IkeContext | None = None
         self.link: Link | None = None
         self.error: IkectxError | None = None
         self.verdicts: tuple[Verdict, ...] = ()
         self.late = False
-        """Was it given up, since the time was over?"""
+        """True if it was given up because its time was over."""
         self.done = False
-        """Would it be taken (dry run), or was it?"""
+        """True if the SA was taken; in a dry run, if it would be taken."""
         self.attempts = 0
         self.messages = 0
         self.octets = 0
         self.began = 0.0
         self.answered: float | None = None
         self.heard = False
-        """Has the peer shown that it takes the request seriously: that the SA is busy, or the SA itself?"""
+        """True if the peer has shown that it accepts the request: by saying that the SA is busy, or by the
+        SA."""
         self._place = place
         self._proves = proves
 
     @property
     def stranger(self) -> bool:
-        """May anybody have caused it?"""
+        """True if anybody may have caused this request."""
         return self._proves is not None
 
     @property
     def mn(self) -> Address:
-        """The MN's previous address, as we know it."""
+        """The mobile node's previous address, as this gateway knows it."""
         return self.request.mn
 
     def fits(self, peer: PeerConfig, mn: Address, context: IkeContext, header: TransferHeader) -> bool:
-        """Is that offer what we want?"""
+        """True if that offer answers this request."""
         return (
             peer.name == self.peer.name
             and self.whole == (header.address == "mn")
@@ -158,7 +162,8 @@ class Ask:
         )
 
     def _proven(self, context: IkeContext) -> bool:
-        """Others may ask for the same SA at the same time, to have it brought to another place."""
+        """True if the context is of the mobile node that asked, because others may ask for the same SA at the
+        same time to have it brought to another place."""
         try:
             if self._proves is not None:
                 self._proves(context)
@@ -173,18 +178,18 @@ class Ask:
         return context.remote if self._place is None else self._place(context)
 
     def begun(self, desk: Desk, run: Incoming) -> None:
-        """This is it."""
+        """`run` is the transfer that answers this request."""
         self.desk, self.run, self.context, self.heard = desk, run, run.context, True
         self.events.put_nowait(run)
         run.when_over(lambda: self.events.put_nowait(_Over(run)))
 
     def checked(self, context: IkeContext, verdicts: Sequence[Verdict]) -> None:
-        """It was only to be checked, and was."""
+        """The request was for a check only, and this is its result."""
         self.context = context
         self.refused_here(verdicts)
 
     def refused_here(self, verdicts: Sequence[Verdict]) -> None:
-        """It came, and was refused before it began."""
+        """An offer for this request came, and was refused before a transfer began."""
         self.verdicts = tuple(verdicts)
         self.events.put_nowait(self.verdicts)
 
@@ -195,7 +200,7 @@ class _Over:
 
 
 class Asking:
-    """What this gateway wants of others."""
+    """The requests of this gateway to others."""
 
     def __init__(self, parts: Parts, links: Callable[[], Links]) -> None:
         self._parts = parts
@@ -208,11 +213,11 @@ class Asking:
     def wanted(
         self, peer: PeerConfig, mn: Address, context: IkeContext, header: TransferHeader
     ) -> Ask | None:
-        """What of ours this offer answers."""
+        """The request that this offer answers."""
         return next((ask for ask in self._open if ask.fits(peer, mn, context, header)), None)
 
     def refused(self, link: Link, message: Ctdr) -> bool:
-        """The CTDR that answers a CT-Req; False: nobody had asked."""
+        """Handle a CTDR that refuses a CT-Req. False: there was no such request."""
         status, sequence = refused_request(message)
         name = (link.peer.name, message.mn, sequence)
         ask = next((a for a in self._open if (a.peer.name, a.mn, a.request.sequence) == name), None)
@@ -242,11 +247,12 @@ class Asking:
     # -- one request -------------------------------------------------------------------------------------
 
     async def run(self, ask: Ask, held: tuple[Desk, Incoming, Endpoint] | None = None) -> None:
-        """Ask until it is here or refused, or the time is over: `ask` says how it ended.
+        """Ask until the SA is here or refused, or the time is over; `ask` has the result.
 
-        `held`: what pSG has sent ahead of the MN that has now arrived; only the rest of it is asked for.
+        `held`: the context that the old gateway sent ahead of the mobile node, which has now arrived; only
+        the rest is asked for.
         """
-        # a stranger's has no turn to take from others: it is told from them by its sequence number
+        # a stranger's request waits for nobody's turn, because its sequence number tells it from others
         alone = ask.request.sequence if ask.stranger else None
         turn = self._turns.setdefault((ask.peer.name, ask.mn, alone), asyncio.Lock())
         async with turn:
@@ -260,11 +266,11 @@ class Asking:
                 self._drop(ask, "nobody waits for it any more")
 
     async def _give_up(self, ask: Ask) -> None:
-        """What has not come in time is not to come later: tell pSG, and clear away what there is of it."""
+        """Give up: tell the old gateway, and clear away what has arrived, so that nothing arrives later."""
         if ask.done or not (ask.late or ask.attempts > 1):
             return
         if ask.stranger and ask.run is None:
-            return  # a CTC names the MN alone: it would cancel what the MN itself has asked for
+            return  # a CTC names only the mobile node, so it would cancel the mobile node's own request
         if ask.link is not None and ask.link.error is None:
             with contextlib.suppress(LinkError):
                 self._count(ask, await ask.link.send(Ctc(ask.mn if ask.run is None else ask.run.mn)))
@@ -310,7 +316,7 @@ class Asking:
         return start + (timing.unproven if ask.stranger and not ask.heard else timing.request)
 
     async def _outcome(self, ask: Ask, start: float) -> bool:
-        """Wait for what comes of it. True: that was all; False: ask again."""
+        """Wait for an event. True: this was the result; False: ask again."""
         while True:
             try:
                 async with asyncio.timeout(self._patience(ask, start)):
@@ -332,7 +338,7 @@ class Asking:
         return self._parts.timing.in_doubt  # it is going on here
 
     def _judge(self, ask: Ask, event: object) -> bool | None:
-        """Ask again? None: wait on."""
+        """True: ask again; False: the request has ended; None: go on waiting."""
         match event:
             case Status() as status:
                 self._drop(ask, "the source refused it")
@@ -365,12 +371,12 @@ class Asking:
         if ask.error is None or not run.dropped:
             ask.error = run.error or StateError("it was aborted")
         if run.dropped in ("source", "offer"):
-            # it tries again by itself what it pushes, and says no to what it was asked for
+            # the old gateway repeats its own pushes, and refuses explicitly what it was asked for
             return None if ask.attempts else True
         return run.dropped == "time" or run.status is Status.BUSY
 
     def _drop(self, ask: Ask, why: str) -> bool:
-        """What waits for the source waits in vain, or would; False: there is nothing."""
+        """Drop a transfer that waits for the source in vain. False: there is none."""
         run = ask.run
         if ask.desk is None or run is None or run.ended or run.machine.state not in (*_WAITING, *_BEFORE):
             return False
@@ -387,12 +393,12 @@ class Asking:
         dry_run: bool,
         progress: Observer | None,
     ) -> Ask:
-        """A request by the operator."""
+        """A request of the operator."""
         request = CtReq(mn, secrets.randbits(32), 0, name_sa(sa, check=dry_run))
         return Ask(peer, request, sa=sa, right="pull", dry_run=dry_run, progress=progress)
 
     def report(self, ask: Ask) -> TransferReport:
-        """How it ended, as this gateway sees it."""
+        """The result, as this gateway sees it."""
         run, context, error = ask.run, ask.context, ask.error
         state = TargetState.NEW if run is None else run.machine.state
         result: Result

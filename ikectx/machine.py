@@ -1,4 +1,5 @@
-"""A literal table being walked: state, timer, and how long each state lasted. No I/O, no clock of its own."""
+"""Interprets a transition table: current state, its timer, time spent per state. No I/O, no clock of its
+own."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ _Action = TypeVar("_Action", bound=StrEnum)
 
 
 class Machine(Generic[_State, _Input, _Action]):
-    """A table being walked: state, timer, and how long each state lasted.
+    """Interprets a transition table: current state, its timer, time spent per state.
 
-    Times are seconds of any clock that only goes forward; `timers` says after how long in a
-    state `timeout` is due (counted anew at every input that the table knows for that state).
+    Times are seconds of any clock that only goes forward. `timers` has the seconds in a state after which
+    `timeout` is due (counted anew at every input that the table has for that state).
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Machine(Generic[_State, _Input, _Action]):
         return None if after is None else now + after
 
     def peek(self, what: _Input) -> _State:
-        """The state that `what` would lead to: what the journal must say first. Errors: StateError."""
+        """The state that `what` leads to; the journal needs it beforehand. Errors: StateError."""
         row = self._table.get((self.state, what))
         if row is not None:
             return row[0]
@@ -54,7 +55,7 @@ class Machine(Generic[_State, _Input, _Action]):
         raise StateError(f"{what} cannot happen to a transfer that is {self.state}")
 
     def ignores(self, what: _Input) -> bool:
-        """Does `what` come late or twice, and change nothing?"""
+        """True if `what` is late or a repetition, and changes nothing."""
         return (self.state, what) in self._ignored
 
     def phases(self, now: float) -> dict[str, float]:
@@ -64,9 +65,9 @@ class Machine(Generic[_State, _Input, _Action]):
         return {state: round(seconds * 1000, 3) for state, seconds in spent.items()}
 
     def feed(self, what: _Input, now: float) -> tuple[_Action, ...]:
-        """Take an input: the new state is in `state`, the actions to carry out are returned.
+        """Take an input: `state` has the new state, the actions to carry out are returned.
 
-        Errors: StateError when `what` cannot happen in this state.
+        Errors: StateError if `what` cannot happen in this state.
         """
         if self.ignores(what):
             return ()
@@ -84,7 +85,7 @@ class Machine(Generic[_State, _Input, _Action]):
         return self._due
 
     def handle_timer(self, now: float) -> tuple[_Action, ...]:
-        """Feed the timeout when it is due."""
+        """Feed the timeout if it is due."""
         if self._due is None or now < self._due:
             return ()
         self._due = None

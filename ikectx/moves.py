@@ -1,4 +1,4 @@
-"""All transfers away from this gateway; an SA, and an MN at one peer, has one at a time (pSG)."""
+"""Old gateway: starts and tracks outgoing transfers. At most one per SA, and one per mobile node and peer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CANCELLABLE = frozenset(
 
 
 Allowed = Callable[[IkeContext], None]
-"""Raises what speaks against a transfer of the SA of that context: RefusedError, WireError, StoreError."""
+"""Raises the reason why the SA of that context may not be moved: RefusedError, WireError, StoreError."""
 
 
 class Moves:
@@ -45,8 +45,8 @@ class Moves:
         self._tasks = tasks
         self._busy_attempts = busy_attempts
         self._asked_for: dict[SaName, asyncio.Event] = {}
-        """SAs that an operator, or a peer that may pull, moves; set when that has ended. They have the SA's
-        turn between two attempts, too."""
+        """SAs that an operator, or a peer with the right `pull`, moves; the event is set at the end. They
+        keep the SA's turn between two attempts, too."""
         self._mn_locks: WeakValueDictionary[tuple[str, IpAddress], asyncio.Lock] = WeakValueDictionary()
 
     def moving(self, sa: SaName) -> Outgoing | None:
@@ -54,15 +54,15 @@ class Moves:
         return next((run for run in self.open.values() if run.sa == sa), None)
 
     def free(self, sa: SaName) -> None:
-        """Errors: BusyError when that SA is being moved, or is about to be."""
+        """Errors: BusyError if that SA is being moved, or is about to be."""
         if sa in self._asked_for or self.moving(sa) is not None:
             raise BusyError("that IKE_SA is being moved already", hint="`ikectx status` shows the transfer")
 
     async def _turn(self, sa: SaName) -> None:
         """Wait until nobody else moves that SA.
 
-        Errors: BusyError when that lasts longer than `Timing.turn`, or is in doubt and may last for ever;
-        UnknownSaError when the SA has left.
+        Errors: BusyError if that lasts longer than `Timing.turn`, or if the transfer is in doubt and may last
+        for ever; UnknownSaError if the SA has left.
         """
         patience, last = self._parts.timing.turn, self.moving(sa)
         try:
@@ -124,7 +124,7 @@ class Moves:
         return run.report()
 
     def cancelled(self, peer: PeerConfig, message: Ctc) -> None:
-        """The peer's CTC: for its transfers of that MN that can still be cancelled."""
+        """Handle the peer's CTC: it applies to transfers of that mobile node that can still be cancelled."""
         for run in self.open.values():
             if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
                 run.signals.put_nowait(SourceInput.CTC)
@@ -194,9 +194,9 @@ class Moves:
     async def grant(self, run: Outgoing, proven: Allowed, allowed: Allowed) -> None:
         """Export, and begin `run` in the background if neither `proven` nor `allowed` raises anything.
 
-        `proven` is asked first, with what is known of the SA already: what a stranger sends neither takes the
-        SA's turn nor has it exported. `allowed` has the last word, on what was exported.
-        Errors: BusyError, UnknownSaError, those of `proven`, `allowed` and the export, StateError.
+        `proven` is called first, with the recorded context, so that a stranger's request neither takes the
+        SA's turn nor has the SA exported. `allowed` is called last, with the exported context. Errors:
+        BusyError, UnknownSaError, those of `proven`, `allowed` and the export, StateError.
         """
         proven(self._parts.source.recorded(run.sa))
         self.free(run.sa)
@@ -221,7 +221,7 @@ class Moves:
     # -- after a crash -----------------------------------------------------------------------------------
 
     def resume(self, run: Outgoing, mn: IpAddress) -> None:
-        """Take up what the journal has open."""
+        """Go on with a transfer that the journal has open."""
         self.open[run.transfer_id] = run
         self._start(run, self._resume(run, mn))
 
@@ -232,20 +232,21 @@ class Moves:
     # -- all of them -------------------------------------------------------------------------------------
 
     def _mn_lock(self, run: Outgoing, mn: IpAddress) -> asyncio.Lock:
-        """One transfer for each MN and peer at a time: messages name no other thing (RFC 4067)."""
+        """The lock of this mobile node and peer: they have one transfer at a time, because messages name
+        nothing else (RFC 4067)."""
         return self._mn_locks.setdefault((run.peer.name, mn), asyncio.Lock())
 
     def _start(self, run: Outgoing, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.spawn(self._walk(run, work), f"ikectx transfer {run.transfer_id.hex()}")
 
     async def _walk(self, run: Outgoing, work: Coroutine[Any, Any, None]) -> None:
-        """The task of a transfer: goes on when its report has been given as "in-doubt"."""
+        """The task of a transfer. It goes on after the transfer was reported as "in-doubt"."""
         try:
             await work
         except UnknownSaError as error:
             run.settled.set_exception(error)
         except Exception as error:
-            # a mistake in here: leave everything as it stands, the next start reads the journal
+            # a mistake in the program: leave everything as it is, because the next start reads the journal
             if not run.settled.done():
                 mistake = StateError(f"a mistake here: {type(error).__name__}")
                 run.blame(error if isinstance(error, IkectxError) else mistake)

@@ -206,11 +206,16 @@ class Cxtp(OpenEnum):
 class Fpt(OpenEnum):
     """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
 
-    The last eight name no context: MN_TOKEN proves who sent a CTAR or CTAA, PROOF holds IKE datagrams of the
-    MN, NEW_SPIS tells it the names its SAs have from now on, WHEREABOUTS tells the gateway that an SA came
-    from where it is, REASON says in words why a context was refused. REQUEST and GO_ON are statuses of a CTDR
-    only, NEW_SPIS is one, too: what became of a CT-Req; ESP to the MN is to go on until the next CTDR; the MN
-    will be given other names. COOKIE is what a gateway under load asks the sender of a CTAR to send back.
+    The last eight are not parts of a context:
+
+    - MN_TOKEN: authenticates a CTAR or CTAA.
+    - PROOF: IKE datagrams of the mobile node, as evidence in a CT-Req.
+    - NEW_SPIS: the SPIs that SAs have from now on. In a CTDR, a status: the mobile node will be given others.
+    - REQUEST: only a status in a CTDR, answers a CT-Req.
+    - GO_ON: only a status in a CTDR, asks the old gateway to go on sending ESP until the next CTDR.
+    - WHEREABOUTS: tells the gateway that an SA came from where the SA is.
+    - REASON: why a context was refused, in words.
+    - COOKIE: a gateway under load asks the sender of a CTAR to send it back.
     """
 
     MLD = 0x0001

@@ -1,8 +1,7 @@
-"""The outside world as the engine sees it: five protocols, no I/O.
+"""The IKE daemon, the store and the clock as the engine sees them: protocols, no I/O.
 
-`vici_bridge` implements source and sink for charon; an integrator implements them
-for an IKE daemon of their own; tests implement them in a dictionary. All raise only
-`ikectx.errors`.
+`vici_bridge` implements source and sink for charon; integrators implement them for an IKE daemon of their
+own; tests implement them with dictionaries. All of them raise only `ikectx.errors`.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class MoveReport:
-    """What the exchange with the MN took: messages and octets (UDP payload) on the air, ms."""
+    """Cost of the exchange with the mobile node: messages and octets (UDP payload) on the wire, ms."""
 
     messages: int = 0
     octets: int = 0
     retransmissions: int = 0
     requests: int = 0
-    """Message IDs used up by requests of ours."""
+    """Message IDs that requests of ours have used."""
     answered: int = 0
-    """Message IDs of requests of the MN's that were answered here, not by charon."""
+    """Message IDs of requests of the mobile node that were answered by the agent, not by charon."""
     proven_by_traffic: bool = False
 
     def __add__(self, other: MoveReport) -> MoveReport:
-        """What both took together; one proof by traffic is enough."""
+        """The sum of both; proof by traffic counts if one of them has it."""
         return MoveReport(
             messages=self.messages + other.messages,
             octets=self.octets + other.octets,
@@ -53,30 +52,30 @@ class MoveReport:
 
 
 SENDING_SECONDS = 10.0
-"""As long as an MN receives under old SPIs, at most (UPDATE_SPI)."""
+"""Seconds for which a mobile node receives under old SPIs, at most (UPDATE_SPI)."""
 SENDING_PACKETS = 1 << 23
-"""For each CHILD_SA. The other gateway begins, under the same keys, twice as far on."""
+"""Packets of each CHILD_SA. The other gateway starts, under the same keys, at a number twice as far ahead."""
 
 
 class ContextSource(Protocol):
-    """The gateway that serves an IKE_SA now (pSG)."""
+    """The gateway that serves an IKE_SA now (old gateway)."""
 
     async def find(self, mn: Address) -> Sequence[SaName]:
-        """The IKE_SAs served here whose MN has this outer address. Errors: CharonError."""
+        """The IKE_SAs served here whose mobile node has this outer address. Errors: CharonError."""
 
     def recorded(self, sa: SaName) -> IkeContext:
-        """The SA as it was last heard of: its keys are right, counters, addresses and message IDs may be old.
+        """The SA as it was last recorded: its keys are right; counters, addresses and message IDs may be old.
 
-        Strangers can have this called, so it must ask nobody and cost next to nothing. Errors:
-        UnknownSaError, RefusedError for an SA that cannot be moved.
+        It must ask neither charon nor the kernel and cost next to nothing, because strangers can cause this
+        call. Errors: UnknownSaError, RefusedError for an SA that cannot be moved.
         """
 
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError.
 
-        `away`: the MN has proven that it is elsewhere, so that a request of ours that says nothing of
-        CHILD_SAs (a liveness check, addresses) stays without an answer. It does not make the SA busy then:
-        the context is `unsure`.
+        If `away`, the mobile node has proven that it is elsewhere. Then ignore an unanswered liveness check
+        or address update, which does not make the SA busy, because the mobile node has left and will not
+        answer. The returned context is marked `unsure`.
         """
 
     async def freeze(
@@ -88,20 +87,23 @@ class ContextSource(Protocol):
         sending: bool = False,
         renaming: bool = False,
     ) -> FinalState:
-        """Let go: from its return on this gateway sends neither IKE nor ESP for the SA.
+        """Let go of the SA: after this call the gateway sends neither IKE nor ESP for it.
 
-        `sending`: ESP goes on, under the old SPIs, for `SENDING_SECONDS`, `SENDING_PACKETS` or until
-        `release`, since the other gateway has others and cannot send before the MN knows them.
-        `renaming`: the other gateway gives CHILD_SAs other SPIs, which the MN may have when this is undone.
-        `to` is the name of the gateway it goes to: packets for the MN that still arrive may be sent on there.
-        Inbound ESP goes on being decrypted. Errors: BusyError when the SA changed since `context` was
-        exported or has an exchange in flight; nothing is frozen then. `away`: as for `export`.
+        Inbound ESP is still decrypted. `to` is the name of the gateway that gets the SA: packets for the
+        mobile node that still arrive may be sent on there. `sending`: ESP is still sent, under the old SPIs,
+        for `SENDING_SECONDS`, `SENDING_PACKETS` or until `release`, because the other gateway has other SPIs
+        and cannot send before the mobile node knows them. `renaming`: the other gateway gives CHILD_SAs other
+        SPIs, which the mobile node may have when the freeze is undone. `away`: as for `export`. Errors:
+        BusyError if the SA changed since `context` was exported or has an exchange in flight; nothing is
+        frozen then.
         """
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
-        """Undo `freeze` and serve on; outbound sequence numbers jump. Idempotent; works after a crash.
+        """Undo `freeze` and serve the SA again; outbound sequence numbers jump. Idempotent; works after a
+        crash.
 
-        Where the freeze was told of a `renaming`, the CHILD_SAs are rekeyed: the MN may lack the old ones.
+        If the freeze was called with `renaming`, the CHILD_SAs are rekeyed, because the mobile node may have
+        dropped the old ones.
         """
 
     async def release(self, context: IkeContext) -> None:
@@ -109,102 +111,107 @@ class ContextSource(Protocol):
 
 
 class ContextSink(Protocol):
-    """The gateway that is to serve it (nSG)."""
+    """The gateway that is to serve the SA (new gateway)."""
 
     async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
-        """All that speaks against taking it; touches nothing. Empty or all OK: none.
+        """Reasons against taking the SA; changes nothing. Empty, or all OK: none.
 
-        `keep_address`: the gateway's address moves along, so the MN is not told a new one.
+        `keep_address`: the gateway's address moves along, so the mobile node is not told a new one.
         """
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
 
     async def take(self, context: IkeContext, final: FinalState) -> None:
-        """Own it: final counters in, routes and updown up. ESP flows through here from now on.
+        """Own the SA: set the final counters, bring routes and updown up. ESP flows through here from now on.
 
-        May be called again after a crash, as may the two that follow: outbound numbers are only ever raised.
+        May be called again after a crash, as may the next two: outbound numbers are only ever raised.
         """
 
     async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
-        """Tell the MN the gateway's new address. Errors: LinkError (silent), RefusedError."""
+        """Tell the mobile node the gateway's new address. Errors: LinkError (silent), RefusedError."""
 
     async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
-        """Message IDs in, charon talks IKE for it from now on."""
+        """Set the message IDs; charon does IKE for the SA from now on."""
 
     async def undo(self, context: IkeContext) -> None:
-        """Take back `prepare` and `take`: nothing of it stays. Idempotent; works after a crash."""
+        """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
 
 
 class Renamer(Protocol):
-    """What a sink has, too, that gives SAs new SPIs where theirs are in use. Where the MN moves by itself,
-    `move_peer` does not tell it: an answer that it waits for does, or else nothing would."""
+    """Optional: a sink that can change SPIs that are already in use. If the mobile node is waiting for a
+    CTAA, the new SPIs are sent in it, not by `move_peer`."""
 
     def tell_later(self, context: IkeContext, later: bool) -> None:
-        """Before `check` and `prepare`: does the MN wait for an answer, which will tell it the new SPIs?"""
+        """Called before `check` and `prepare`: True if the mobile node waits for an answer with the new
+        SPIs."""
 
     def must_tell(self, context: IkeContext) -> bool:
-        """The SA has new SPIs, and no answer will tell the MN: `move_peer` must."""
+        """True if the SA has new SPIs and no answer will tell them to the mobile node, so that `move_peer`
+        must."""
 
     def renames(self, context: IkeContext) -> bool:
-        """Once it is prepared: its CHILD_SAs have SPIs here that the MN does not know."""
+        """True if CHILD_SAs of the prepared SA have SPIs here that the mobile node does not know."""
 
     def cannot_send(self, context: IkeContext) -> bool:
-        """Once it is prepared: its outbound SPIs are not known to the MN, which `move_peer` will tell."""
+        """True if the mobile node does not know the outbound SPIs of the prepared SA, until `move_peer` tells
+        it."""
 
     def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
-        """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), asked for once the SA is active; none: the old."""
+        """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), called once the SA is active; empty: SPIs are
+        unchanged."""
 
 
 def tell_later(sink: ContextSink, context: IkeContext, later: bool) -> None:
-    """To `sink`, if it renames."""
+    """Call it if `sink` is a `Renamer`."""
     call = getattr(sink, "tell_later", None)
     if call is not None:
         call(context, later)
 
 
 def must_tell(sink: ContextSink, context: IkeContext) -> bool:
-    """Of `sink`; False if it does not rename."""
+    """Of `sink`; False if it is no `Renamer`."""
     call = getattr(sink, "must_tell", None)
     return call is not None and bool(call(context))
 
 
 def renames(sink: ContextSink, context: IkeContext) -> bool:
-    """Of `sink`; False if it does not rename."""
+    """Of `sink`; False if it is no `Renamer`."""
     call = getattr(sink, "renames", None)
     return call is not None and bool(call(context))
 
 
 def cannot_send(sink: ContextSink, context: IkeContext) -> bool:
-    """Of `sink`; False if it does not rename."""
+    """Of `sink`; False if it is no `Renamer`."""
     call = getattr(sink, "cannot_send", None)
     return call is not None and bool(call(context))
 
 
 def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock, ...]:
-    """Of `sink`; none if it does not rename."""
+    """Of `sink`; empty if it is no `Renamer`."""
     call = getattr(sink, "new_names", None)
     return () if call is None else tuple(call(context))
 
 
 class Follower(Protocol):
-    """What a source and a sink have, too, that send packets on to where an SA is (`whereabouts`)."""
+    """Optional: a source and a sink that send packets on to the gateway that has an SA (`whereabouts`)."""
 
     def came_from(self, context: IkeContext, peer: str) -> None:
-        """Before `take`, and again with it: the gateway that gives the SA, which is to hear where it is."""
+        """Called before and with `take`: `peer` gives the SA, and is to be told later where the SA is."""
 
     def hands_over(self, sa: SaName) -> None:
-        """Before `freeze`: it goes to a gateway that has nothing of it yet, and may send its packets here."""
+        """Called before `freeze`: the SA goes to a gateway that has no part of it yet, and that may send
+        packets for it here."""
 
     def not_taken(self, sa: SaName) -> None:
-        """Before `thaw`: the other gateway refused the SA before it did anything for it.
+        """Called before `thaw`: the other gateway refused the SA before it did anything for it.
 
-        Nothing there has drawn packets for the MN or spoken to it, so that nothing of that has to be put
-        right: the MN's routes are left as they are, and the MN is not asked where it is.
+        So the mobile node's routes are left as they are, and the mobile node is not asked where it is,
+        because the other gateway has neither attracted its packets nor spoken to it.
         """
 
     def stays(self, sa: SaName) -> None:
-        """The SA was to go, and is served here still: the gateways that it came from are to hear that."""
+        """The SA was to leave, and is still served here: the gateways that it came from are to be told so."""
 
 
 def come_from(sink: ContextSink, context: IkeContext, peer: str) -> None:
@@ -236,13 +243,13 @@ def stay(source: ContextSource, sa: SaName) -> None:
 
 
 class Witness(Protocol):
-    """What a sink has, too, that can say whether an SA is at this gateway although no journal tells of it."""
+    """Optional: a sink that can find out whether an SA is at this gateway although no journal has it."""
 
     async def still_here(self, final: FinalState, mn: Address) -> str:
-        """What charon or the kernel has of that SA, in words; empty: nothing. Touches nothing.
+        """The parts of that SA that charon or the kernel has, in words; empty: none. Changes nothing.
 
-        `mn`: the outer address by which the other gateway knows the MN. The SA may have other SPIs here.
-        Errors: CharonError, KernelError, WireError when one of them cannot be asked.
+        `mn`: the outer address by which the other gateway knows the mobile node. The SA may have other SPIs
+        here. Errors: CharonError, KernelError, WireError if one of them cannot be asked.
         """
 
 
@@ -253,15 +260,15 @@ async def still_here(sink: ContextSink, final: FinalState, mn: Address) -> str:
 
 
 class Settler(Protocol):
-    """What a sink has, too, that can find out from the MN what the next request's message ID is."""
+    """Optional: a sink that can ask the mobile node for the next message ID."""
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
-        """`final`, no longer `unsure`: by an empty request to the MN (RFC 7296, 1.4) between `take` and
+        """`final` without `unsure`, by an empty request to the mobile node (RFC 7296, 1.4) between `take` and
         `activate`. May be called again after a crash. Errors: LinkError (silent)."""
 
 
 async def settle(sink: ContextSink, context: IkeContext, final: FinalState) -> FinalState:
-    """By `sink`. Errors: also RefusedError with NOT_COVERED, if it cannot."""
+    """By `sink`. Errors: also RefusedError with NOT_COVERED, if it is no `Settler`."""
     call: Callable[[IkeContext, FinalState], Awaitable[FinalState]] | None = getattr(sink, "settle", None)
     if call is None:
         raise RefusedError(
@@ -272,7 +279,7 @@ async def settle(sink: ContextSink, context: IkeContext, final: FinalState) -> F
 
 
 class Store(Protocol):
-    """Durable, encrypted where it rests. Keys are text, values octets."""
+    """A durable store, encrypted at rest. Keys are text, values octets."""
 
     def put(self, kind: str, key: str, value: bytes) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What both ends of a transfer share: the parts of a gateway, its journal, steps that may fail."""
+"""Common parts of both ends of a transfer: the ports of a gateway, its journal, steps with a time limit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Observer = Callable[[TransferEvent], None]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What all transfers of one gateway use.
+    """The ports and settings that all transfers of one gateway use.
 
     `wall`: seconds since 1970, for the journal only. `durable`: see `Gateway`.
     """
@@ -51,7 +51,7 @@ class Parts:
 
 
 async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
-    """One call of a port. Errors: IkectxError, whatever the port raised, and when it takes too long."""
+    """Await one call of a port. Errors: any IkectxError of the port; StateError if it takes too long."""
     try:
         with trace.span(what):
             async with asyncio.timeout(timing.step):
@@ -66,14 +66,14 @@ async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
 
 
 class SparingLog:
-    """The log for what others cause as often as they like: a few messages of each cause in a minute."""
+    """A log for events that others cause as often as they like: a few messages of each cause per minute."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._limit = LogLimit()
 
     def __call__(self, level: int, cause: str, text: str, *words: object) -> None:
-        """Log `text`, filled in with `words`, unless there were many of that `cause` just now."""
+        """Log `text`, filled in with `words`, unless there were many messages of that `cause` just now."""
         left_out = self._limit.passes(cause, self._clock.now())
         if left_out is None:
             return
@@ -83,10 +83,11 @@ class SparingLog:
 
 
 class Turn:
-    """The turn of one transfer at a lock, which it may give to others while it waits for its MN.
+    """The right of one transfer to a lock, which it may give to others while it waits for its mobile node.
 
-    `async with` takes it, and gives back what is held at its end. An `asyncio.Lock` has no owner: whoever was
-    cancelled while it took the lock anew would free another transfer's.
+    `async with` takes the lock, and releases it at the end if it is held. This class remembers the owner,
+    because an `asyncio.Lock` has none: a transfer that was cancelled while it took the lock anew would
+    release another's.
     """
 
     def __init__(self, lock: asyncio.Lock) -> None:
@@ -94,12 +95,12 @@ class Turn:
         self._held = False
 
     async def take(self) -> None:
-        """Wait for it."""
+        """Wait for the lock."""
         await self._lock.acquire()
         self._held = True
 
     def give(self) -> None:
-        """Let others have it; nothing where it is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self._held:
             self._held = False
             self._lock.release()
@@ -112,7 +113,7 @@ class Turn:
 
 
 class Tasks:
-    """What goes on in the background of one gateway."""
+    """The background tasks of one gateway."""
 
     def __init__(self, parts: Parts) -> None:
         self.running: set[asyncio.Task[None]] = set()
@@ -121,7 +122,7 @@ class Tasks:
         self._wall = parts.wall
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Run it; an error it ends with is logged."""
+        """Run `work`; if it ends with an error, the error is logged."""
         task = asyncio.create_task(work, name=name)
         self.running.add(task)
         task.add_done_callback(self._ended)
@@ -136,12 +137,12 @@ class Tasks:
                 log_mistake(log, task.get_name(), error)
 
     def tidy(self) -> None:
-        """Between transfers, the journal is pruned, and its log goes into its database."""
+        """Prune the journal and checkpoint its write-ahead log; called between transfers."""
         if self._store.wants_checkpoint and not self.stopped:
             self.spawn(asyncio.to_thread(self._store.checkpoint, self._wall()), "ikectx checkpoint")
 
     async def stop(self, seconds: float) -> None:
-        """Wait so long for what is under way, then end it."""
+        """Wait so long for the tasks to end, then cancel them."""
         if self.running:
             await asyncio.wait(self.running, timeout=seconds)
         for task in list(self.running):
@@ -150,14 +151,14 @@ class Tasks:
 
 
 class Run(Generic[_State, _Input, _Action]):
-    """One transfer in one role: a machine, and the journal that is always a step ahead of the world.
+    """Runs one table. Each new state is written to the journal before its actions are executed.
 
-    `durable`: see `transfer`. `results`: the states that end it, and the journal's word for each.
-    `instead`: what to feed when a state may not be entered since it cannot be journaled.
+    `durable`: see `transfer`. `results`: the final states, and the journal's word for each. `instead`: the
+    input to feed if a state may not be entered because it cannot be journaled.
     """
 
     reports = False
-    """Does it tell its end itself, with a report?"""
+    """True if it reports its end itself."""
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class Run(Generic[_State, _Input, _Action]):
         return Status.OK if self.error is None else self.error.status
 
     def blame(self, error: IkectxError) -> None:
-        """Remember why, unless a reason is known already."""
+        """Remember the reason, unless one is known already."""
         if self.error is None:
             self.error = error
 
@@ -208,14 +209,15 @@ class Run(Generic[_State, _Input, _Action]):
         return self.machine.phases(self.parts.clock.now())
 
     def must(self, state: _State) -> bool:
-        """May this state, from where we are, not be entered before the journal says so?"""
+        """True if this state may not be entered before the journal has it."""
         return False
 
     async def advance(self, what: _Input) -> tuple[_Action, ...]:
-        """Journal where `what` leads, go there, and say what is to be done.
+        """Journal the state that `what` leads to, enter it, and return its actions.
 
-        Where the journal cannot be written: `instead` of letting go or taking comes a way back; what
-        `must` be journaled waits for it; the rest goes on, because the next start would find the same way.
+        If the journal cannot be written: a transition that lets go or takes is replaced by `instead`; a state
+        for which `must` is true waits for the journal; any other is entered, because the next start would
+        take the same way.
         """
         tries = 0
         while True:
@@ -251,7 +253,7 @@ class Run(Generic[_State, _Input, _Action]):
             status=self.status,
             result=self._results.get(state, ""),
             phases=self.phases(),
-            # what is over needs no keys any more
+            # a transfer that is over needs no keys any more
             context=None if over else self.entry.context,
             final=None if over else self.entry.final,
         )
@@ -260,11 +262,12 @@ class Run(Generic[_State, _Input, _Action]):
         self.on_disk = state
 
     def detail(self) -> str:
-        """What the journal says of the error; holds no secrets, since no error does."""
+        """The error's text for the journal. It holds no secrets, because no error does."""
         return "" if self.error is None else str(self.error)
 
     def tell(self, report: TransferReport | None = None) -> None:
-        """Tell the observers where the transfer is: soon, since the next message is not to wait for them."""
+        """Tell the observers where the transfer is; not at once, because the next message must not wait for
+        them."""
         entry = self.entry
         if entry is None:
             return
@@ -290,7 +293,7 @@ class Run(Generic[_State, _Input, _Action]):
                 log_mistake(log, "an observer of transfers", error)
 
     async def again(self, tries: int, what: str, error: IkectxError) -> None:
-        """Log that `what` failed, and wait before it is tried again."""
+        """Log that `what` failed, and wait before the next try."""
         wait = self.parts.timing.wait(tries)
         ident = self.entry.transfer_id.hex() if self.entry else "?"
         log.error("transfer %s: %s failed, again in %g s: %s", ident, what, wait, error)

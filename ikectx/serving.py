@@ -1,8 +1,8 @@
-"""What other gateways ask of this one: CT-Reqs, and who may have what (pSG).
+"""Old gateway: answers to the CT-Reqs of other gateways, and who may have which SA.
 
-A CT-Req is granted for one of three reasons: its sender may `pull`; it holds the MN's token; it holds a
-packet of the MN, and its sender may show `packet`s. The last two leave the choice to the MN: it is at the
-sender already, so all of its SA goes there in one CTD.
+A CT-Req is granted for one of three reasons: its sender has the right `pull`; it has the mobile node's token;
+or it has a packet of the mobile node, and its sender has the right `packet`. In the last two cases the mobile
+node has chosen: it is at the sender already, so its whole SA goes there in one CTD.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from .tokens import Purpose, TokenBlock, TokenError
 from .transfer import SourceInput, SourceState
 
 MEMORY = 1024
-"""CT-Reqs of one peer that are remembered: a repeated one must not begin a second transfer."""
+"""CT-Reqs of one peer that are remembered, because a repeated one must not begin a second transfer."""
 UNDER_WAY = 128
-"""CT-Reqs of one peer that are under way at a time."""
+"""CT-Reqs of one peer that are handled at a time."""
 RATE = 100.0
 """CT-Reqs of one peer in a second, for each of the three reasons; twice as many at once. A gateway passes on
 some 20 CTARs a second (CT_REQUEST_RATE) and 10 packets."""
@@ -50,10 +50,10 @@ some 20 CTARs a second (CT_REQUEST_RATE) and 10 packets."""
 
 @dataclass(frozen=True, slots=True)
 class MobileConfig:
-    """What CTARs of MNs are worth here.
+    """How this gateway treats the CTARs of mobile nodes.
 
-    `rfc_token`: the RFC's 32-bit token is accepted, too. `skew`: seconds that an MN's clock may be wrong.
-    `memory`: CTARs that are remembered.
+    `rfc_token`: the RFC's 32-bit token is accepted, too. `skew`: seconds that a mobile node's clock may be
+    wrong. `memory`: CTARs that are remembered.
     """
 
     rfc_token: bool = False
@@ -62,9 +62,9 @@ class MobileConfig:
 
 
 class UsedTokens:
-    """Tokens that have served: each does once, until it expires. In the store, so that it stays so.
+    """Used tokens, kept in the store until they expire, because each is valid for one transfer only.
 
-    One that began a transfer which came to nothing has not served.
+    A token counts as used only if its transfer succeeded.
     """
 
     KIND = "token"
@@ -75,7 +75,7 @@ class UsedTokens:
         self._pruned = 0.0
 
     def check(self, sa: SaName, sequence: int, purpose: int, transfer_id: bytes = b"") -> None:
-        """Errors: TokenError when it was used for another transfer; StoreError."""
+        """Errors: TokenError if the token was used for another transfer; StoreError."""
         used = self._store.get(self.KIND, _token_name(sa, sequence, purpose))
         if used is None or used[8:] == transfer_id:
             return
@@ -84,7 +84,7 @@ class UsedTokens:
             raise TokenError("the token was used before")
 
     def use(self, sa: SaName, sequence: int, purpose: int, until: float, transfer_id: bytes) -> None:
-        """It is used for that transfer. Errors: TokenError when it was for another; StoreError."""
+        """Note the token as used for that transfer. Errors: TokenError if another has used it; StoreError."""
         now = self._wall()
         if now - self._pruned > 60:
             self._pruned = now
@@ -101,7 +101,7 @@ def _token_name(sa: SaName, sequence: int, purpose: int) -> str:
 
 
 class _Served:
-    """One CT-Req: under way, or how it ended."""
+    """One CT-Req: it is being handled, or has ended."""
 
     def __init__(self, mn: Address) -> None:
         self.mn = mn
@@ -109,22 +109,22 @@ class _Served:
         self.open = True
         self.moved = False
         self.final: Status | None = None
-        """The refusal that every copy gets; None: a copy may try again."""
+        """The refusal that every copy of the request gets; None: a copy may try again."""
 
 
 _SAID_OF_ANYTHING = (Status.BUSY, Status.UNKNOWN_SA, Status.NOT_ALLOWED)
-"""Refusals that no copy need be told from memory: anybody can bring them about."""
+"""Refusals that are not remembered for copies, because anybody can cause them."""
 
 
 class _Asker:
-    """What one peer asks; the bounds of one leave the others alone."""
+    """The requests of one peer. Each peer has limits of its own, so that one does not affect the others."""
 
     def __init__(self) -> None:
         self.served: OrderedDict[bytes, _Served] = OrderedDict()
         self._buckets: dict[str, Bucket] = {}
 
     def passes(self, reason: str, now: float) -> bool:
-        """May it ask once more, for that reason? `now`: seconds, monotonic."""
+        """True if it may ask once more for that reason. `now`: seconds, monotonic."""
         bucket = self._buckets.setdefault(reason, Bucket(RATE, now))
         bucket.fill(now)
         if bucket.level < 1:
@@ -134,17 +134,17 @@ class _Asker:
 
     @property
     def full(self) -> bool:
-        """Are as many under way as may be?"""
+        """True if no further request of it may be handled at present."""
         return sum(served.open for served in self.served.values()) >= UNDER_WAY
 
     def ended(self, key: bytes) -> None:
-        """Remember of that request what keeps a copy from beginning anew, and nothing else."""
+        """Keep only the parts of that request that prevent a copy from beginning anew."""
         served = self.served.get(key)
         if served is not None and not (served.open or served.moved or served.final):
             del self.served[key]
 
     def forget(self) -> None:
-        """What is oldest, above `MEMORY`, and not under way."""
+        """Forget the oldest requests beyond `MEMORY` that have ended."""
         for key in list(self.served):
             if len(self.served) <= MEMORY:
                 return
@@ -153,14 +153,14 @@ class _Asker:
 
 
 def _reason(message: CtReq) -> str:
-    """Why it should be granted: the MN's "token", its "packet", or the sender's right to "pull"."""
+    """The reason to grant it: the mobile node's "token", its "packet", or the sender's right to "pull"."""
     if message.token or any(block.fpt == Fpt.MN_TOKEN for block in message.blocks):
         return "token"
     return "packet" if any(block.fpt == Fpt.PROOF for block in message.blocks) else "pull"
 
 
 class Serving:
-    """Answers CT-Reqs."""
+    """Answers CT-Reqs. A request is granted once; its copies get the same answer."""
 
     def __init__(
         self,
@@ -181,10 +181,10 @@ class Serving:
         self._log = SparingLog(parts.clock)
 
     async def request(self, link: Link, message: CtReq) -> None:
-        """A CT-Req has come. What is under way, or has moved, is not begun again.
+        """Handle a CT-Req. A repeated request joins the transfer that it started before.
 
-        A peer that asks too much, or for what it has no right to, is told so before anything is looked up; it
-        is read on when it has been told.
+        A peer that asks too often, or without the right to, is refused before anything is looked up. Its next
+        message is read after it was told so.
         """
         reason, asker = _reason(message), self._askers[link.peer.name]
         if not asker.passes(reason, self._parts.clock.now()):
@@ -195,7 +195,7 @@ class Serving:
             why = RefusedError(f"it has no right `{reason}` here", status=Status.NOT_ALLOWED)
             await self._turn_away(link, message, why)
             return
-        # by its octets: a wrong token says nothing about the right one of the same sequence number
+        # by its octets, because a wrong token says nothing about the right one of the same sequence number
         key = sha256(message.serialize()).digest()
         served = asker.served.get(key)
         if served is not None and (served.open or served.moved):
@@ -218,7 +218,7 @@ class Serving:
         served.task.add_done_callback(lambda _: asker.ended(key))
 
     def cancelled(self, link: Link, message: Ctc) -> None:
-        """The peer's CTC: what it pulled is not to be tried any more."""
+        """Handle the peer's CTC: the SA that it pulled is not tried again."""
         for served in self._askers[link.peer.name].served.values():
             if served.open and served.mn == message.mn and served.task:
                 served.task.cancel()
@@ -258,7 +258,7 @@ class Serving:
             log.info("%s was not told: %s", link.peer.name, error)
 
     async def _grant(self, link: Link, message: CtReq) -> Status | None:
-        """How it ended: OK, what the peer must hear, None where it knows."""
+        """The result: OK, or the status that the peer has to be told; None if it knows it already."""
         by = {"token": self._by_token, "packet": self._by_packet, "pull": self._pull}
         with self._links().in_use(link.peer):
             return await by[_reason(message)](link, message)
@@ -278,7 +278,7 @@ class Serving:
             sa = found[0]
         report = await self._moves.transfer(link.peer, sa, "update", check, None)
         if check:
-            # the peer has checked it itself, if it came so far
+            # the peer knows its own verdicts, if the transfer came as far as its check
             return None if report.status is Status.OK or report.result == "refused" else report.status
         return _ended(report, report.result == "refused")
 
@@ -327,7 +327,7 @@ class Serving:
                 run.signals.put_nowait(SourceInput.REQUESTED)
                 await run.over.wait()
                 return _ended(run.report(), run.told)
-            # whether the peer has what was announced is not certain: all of it, anew
+            # whether the peer has the announced context is not certain, so everything is sent anew
             run.signals.put_nowait(SourceInput.CANCEL)
             await run.over.wait()
         run = self._outgoing(link, sa, message, away=said is not None and said.expects is not None)
@@ -336,7 +336,7 @@ class Serving:
     async def _token(
         self, link: Link, message: CtReq, mobile: MobileConfig
     ) -> tuple[TokenBlock | None, SaName]:
-        """What a CT-Req shows, and the SA that it is for. Errors: TokenError."""
+        """The token that a CT-Req carries, and the SA that it is for. Errors: TokenError."""
         try:
             token = tokens.find(message.blocks)
         except WireError as error:
@@ -362,14 +362,14 @@ class Serving:
 
     async def _by_packet(self, link: Link, message: CtReq) -> Status | None:
         datagrams = proof.decode(message.blocks)
-        # nSG can ask the MN which of two message IDs is the next
+        # if two message IDs are possible, the new gateway can ask the mobile node which is the next
         run = self._outgoing(link, proof.spis_of(datagrams[0]), message, away=True)
 
         def proven(context: IkeContext) -> None:
             try:
                 proof.verify(context, datagrams)
             except ProofError as error:
-                # it is the MN's, and only beyond what was heard of the SA so far: the export tells
+                # the packet is the mobile node's, but beyond the recorded state of the SA: the export decides
                 if error.status is not Status.BUSY:
                     raise
 
@@ -400,7 +400,7 @@ class Serving:
 
 
 def _ended(report: TransferReport, told: bool) -> Status | None:
-    """What the peer must hear: nothing (None) where it knows; OK: the SA has left."""
+    """The status that the peer has to be told; None if it knows it already; OK if the SA has left."""
     if report.result in ("moved", "in-doubt"):
         return Status.OK
     return None if told else report.status
