@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Literal
@@ -100,6 +101,7 @@ class Agent:
 
     def __init__(self, config: Config, store: SqliteStore) -> None:
         self._config = config
+        self._store = store
         self._host = CharonHost(host_config(config), store)
         addresses, timeout = config.gateway.addresses, config.transfer.mn_timeout
         self._source = CharonSource(
@@ -187,6 +189,7 @@ class Agent:
         """HA address first, then the control socket, then peers: charon may come at any time."""
         await self._host.open()
         self._source.resume()
+        self._sink.resume()
         await self._gateway.start(self._listen if self._guard is None else ())
         if self._guard is not None:
             self._doors = await plain_listen(
@@ -287,6 +290,7 @@ class Agent:
             "spis": self._config.charon.spi_max - self._config.charon.spi_min + 1,
             **{key: value for key, value in self._gateway.status().items() if key != "name"},
         }
+        answer["aside"] = [asdict(one) for one in self._store.aside()]
         answer["detours"] = [row.to_json() for row in self._host.away.listing()]
         if self._doors:
             places = [door.address for door in self._doors]

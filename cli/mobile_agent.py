@@ -11,14 +11,14 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ikectx import trace
 from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError, UsageError, WireError
 from ikectx.name import SaName
-from ikectx.ports import Store
+from ikectx.store import SqliteStore
 from vici_bridge.addresses import OuterAddresses
 from vici_bridge.charon import SaView
 from vici_bridge.control import ControlServer, Response
@@ -67,8 +67,9 @@ class _Outside:
 class MobileAgent:
     """Everything a mobile node's agent owns, and its control commands."""
 
-    def __init__(self, config: MobileFile, store: Store) -> None:
+    def __init__(self, config: MobileFile, store: SqliteStore) -> None:
         self._config = config
+        self._store = store
         charon = config.charon
         self._host = CharonHost(
             HostConfig(
@@ -216,6 +217,7 @@ class MobileAgent:
             "esp": self._config.charon.esp,
             "sas": [self._view_json(view) for view in views],
             "gateways": [self._gateway_json(gateway.name) for gateway in self._config.gateways],
+            "aside": [asdict(one) for one in self._store.aside()],
             "announced": self.handovers.status(),
             "in_question": self.handovers.notes.in_question(),
             "last": self.handovers.notes.last(),

@@ -59,8 +59,6 @@ from .mobile_names import MobileNames
 
 log = logging.getLogger("ikectx")
 
-MIRROR = "mirror"
-"""Kind of store entry: the request of this node's own that is under way."""
 IN_TIME = 0.4
 """Seconds within which the request must leave."""
 POLICY = RetransmitPolicy(0.25, 1.3, 6)
@@ -311,7 +309,7 @@ class SpiWatch:
         # what charon tells is the ID after the last one used; a request that is in flight has it, unanswered
         used = await self._in_flight(sa)
         note = self._mirror(context, context.mid_initiator - used, view.local, remote, asks)
-        self._store.put(MIRROR, sa.key, note.dumps())
+        self._host.own.note(sa, mirror=note.dumps())
         return note
 
     @staticmethod
@@ -356,7 +354,7 @@ class SpiWatch:
                 log.info("%s: new SPIs, as %s asked: %s", context.connection, note.remote, told)
             else:
                 log.warning("%s asked for other SPIs, then refused them", note.remote)
-        self._store.delete(MIRROR, sa.key)
+        self._host.own.note(sa, mirror=b"")
 
     # A handover.
 
@@ -367,13 +365,13 @@ class SpiWatch:
         """
         context = self._mobile.recorded(sa)
         note = self._mirror(context, message_id, local, remote, ())
-        self._store.put(MIRROR, sa.key, note.dumps())
+        self._host.own.note(sa, mirror=note.dumps())
         try:
             message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
             await self._mobile.count(sa, initiator=message_id)
         except (LinkError, KernelError) as error:
             log.warning("%s does not answer: %s", remote, error)
-        self._store.delete(MIRROR, sa.key)
+        self._host.own.note(sa, mirror=b"")
         return message_id
 
     @contextlib.asynccontextmanager
@@ -426,18 +424,20 @@ class SpiWatch:
 
         For before `CharonMobile.resume`, which makes the SA active again.
         """
-        for key, raw in list(self._store.items(MIRROR)):
-            sa = SaName.from_key(key)
+        for row in self._host.own.all():
+            if not row.facts.mirror:
+                continue
+            sa = row.sa
             view = await self._view(sa)
             try:
                 if view is not None and view.state == "PASSIVE":
                     async with self._lock:
-                        await self._say(sa, Mirror.loads(raw))
+                        await self._say(sa, Mirror.loads(row.facts.mirror))
                 else:
-                    self._store.delete(MIRROR, key)
+                    self._host.own.note(sa, mirror=b"")
             except IkectxError as error:
                 log.warning("SPIs that were being changed when the agent ended: %s", error)
-                self._store.delete(MIRROR, key)
+                self._host.own.note(sa, mirror=b"")
 
     async def _view(self, sa: SaName) -> SaView | None:
         """As soon as charon answers."""

@@ -135,23 +135,23 @@ def text(value: Any, where: str) -> str:
     return value
 
 
-def octets(*sizes: int) -> Read[bytes]:
-    """Octets of one of these sizes; without sizes: of any up to MAX_OCTETS."""
+def octets(*sizes: int, most: int = MAX_OCTETS) -> Read[bytes]:
+    """Octets of one of these sizes; without sizes: of any up to `most`."""
 
     def read(value: Any, where: str) -> bytes:
-        if type(value) is not bytes or len(value) > MAX_OCTETS or (sizes and len(value) not in sizes):
+        if type(value) is not bytes or len(value) > most or (sizes and len(value) not in sizes):
             raise WireError(f"{where}: not an octet string of the right size")
         return value
 
     return read
 
 
-def array(read: Read[T]) -> Read[tuple[T, ...]]:
-    """At most MAX_ITEMS of the same kind."""
+def array(read: Read[T], *, most: int = MAX_ITEMS) -> Read[tuple[T, ...]]:
+    """At most `most` of the same kind."""
 
     def read_all(value: Any, where: str) -> tuple[T, ...]:
-        if type(value) is not list or len(value) > MAX_ITEMS:
-            raise WireError(f"{where}: not an array of at most {MAX_ITEMS} items")
+        if type(value) is not list or len(value) > most:
+            raise WireError(f"{where}: not an array of at most {most} items")
         return tuple(read(item, f"{where}[{n}]") for n, item in enumerate(value))
 
     return read_all

@@ -289,6 +289,18 @@ class Store(Protocol):
 
     def items(self, kind: str) -> Sequence[tuple[str, bytes]]: ...
 
+    def rows(self, role: str) -> Sequence[tuple[str, bytes]]:
+        """The ledger's rows of that role, by the key of the SA's name (`ikectx.ledger`)."""
+
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        """Keep a row of the ledger; None: forget it. `soon`: together with what is written next."""
+
+    def set_aside(self, place: str, key: str, why: str) -> None:
+        """Take out of `place` what cannot be read, keep it for people to look at, and say so.
+
+        `place`: "items|KIND" or "ledger|ROLE".
+        """
+
 
 class Clock(Protocol):
     """Monotonic seconds."""

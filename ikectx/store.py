@@ -6,8 +6,8 @@ One directory (0700) holds
 - `state.key`: 32 octets, 0600, made once; without it the database is noise;
 - `state.lock`: locked by the one agent that may use the directory.
 
-Values, contexts and final states are sealed with AES-256-GCM (nonce 12 octets, random), with table, key
-and schema version as additional data, so that a sealed value cannot be moved to another row. Names of
+Values, contexts and final states are sealed with AES-256-GCM (nonce 12 octets, random), with table
+and key as additional data, so that a sealed value cannot be moved to another row. Names of
 items, SPIs, identities and states are in the clear: they are what `history` shows.
 """
 
@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import secrets
 import sqlite3
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,10 +32,15 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from .errors import StoreError
+from .ledger import NOTES, dumps, from_notes
 from .name import SaName
 from .numbers import Status
 
-SCHEMA = 1
+log = logging.getLogger(__name__)
+
+SCHEMA = 2
+_SEAL = 1
+"""Part of what is authenticated with each sealed value; it is older than the schema and stays."""
 KEY_SIZE = 32
 NONCE_SIZE = 12
 HISTORY = 90 * 86400
@@ -56,6 +63,10 @@ _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE items (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
                     PRIMARY KEY (kind, key)) WITHOUT ROWID;
+CREATE TABLE ledger (role TEXT NOT NULL, key TEXT NOT NULL, row BLOB NOT NULL,
+                     PRIMARY KEY (role, key)) WITHOUT ROWID;
+CREATE TABLE aside (number INTEGER PRIMARY KEY, place TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
+                    why TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE journal (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     transfer_id BLOB NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL,
@@ -72,6 +83,22 @@ CREATE VIEW history AS
            mn, mn_address, state, epoch, result, status, detail, started, updated, phases, moved
     FROM journal ORDER BY number DESC;
 """
+
+_SINCE_2 = [one for one in _TABLES.split(";\n") if "TABLE ledger" in one or "TABLE aside" in one]
+"""What a store of schema 1 does not have."""
+_PLACES = {
+    "items": (
+        "SELECT value FROM items WHERE kind = ? AND key = ?",
+        "DELETE FROM items WHERE kind = ? AND key = ?",
+    ),
+    "ledger": (
+        "SELECT row FROM ledger WHERE role = ? AND key = ?",
+        "DELETE FROM ledger WHERE role = ? AND key = ?",
+    ),
+}
+"""By table: how one row is read, and how it is taken out."""
+_KEPT_ASIDE = 1000
+"""Rows of `aside`, at most: the oldest go."""
 
 _COLUMNS = (
     "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
@@ -111,6 +138,16 @@ class JournalEntry:
     moved: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Something that could not be read. `place`: the table and kind it stood in; `at`: seconds since 1970."""
+
+    place: str
+    key: str
+    why: str
+    at: float
+
+
 class Sealer:
     """AES-256-GCM with the name of the place as additional data."""
 
@@ -141,7 +178,7 @@ class Sealer:
 
     @staticmethod
     def _bind(place: str) -> bytes:
-        return f"{place}|{SCHEMA}".encode()
+        return f"{place}|{_SEAL}".encode()
 
 
 class SqliteStore:
@@ -158,6 +195,8 @@ class SqliteStore:
         self._path = str(path)
         self._durable: bool | None = None
         self._written = 0
+        self._waiting: dict[tuple[str, str], bytes | None] = {}
+        """Rows of the ledger that are to be written with whatever is written next."""
         try:
             self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1.0)
         except sqlite3.Error as error:
@@ -188,11 +227,46 @@ class SqliteStore:
             run("INSERT INTO meta VALUES ('check', ?)", (self._sealer.seal("meta|check", _CHECK),))
             run(f"PRAGMA user_version = {SCHEMA}")
             run("COMMIT")
-        elif version != SCHEMA:
+        elif version not in (1, SCHEMA):
             raise StoreError(f"{name} has schema {version}, this version knows {SCHEMA}")
         row = run("SELECT value FROM meta WHERE name = 'check'").fetchone()
         if row is None or self._sealer.open("meta|check", row[0]) != _CHECK:
             raise StoreError(f"{name} is not a store of this program")
+        if version == 1:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """From schema 1 to 2, all of it or nothing: notes about SAs that move become rows of the ledger."""
+        with self._transaction():
+            for statement in _SINCE_2:
+                self._db.execute(statement)
+            notes = [(kind, key, value) for kind in NOTES for key, value in self.items(kind)]
+            rows, bad = from_notes(notes)
+            for kind, key, why in bad:
+                self.set_aside(f"items|{kind}", key, why)
+            for role, made in rows:
+                self._put_row(role, made.sa.key, dumps(made))
+            for kind in NOTES:
+                self._db.execute("DELETE FROM items WHERE kind = ?", (kind,))
+            # the record of charon's SAs was kept under SPIs with a colon between them
+            for key, value in self.items("record"):
+                self._db.execute("DELETE FROM items WHERE kind = 'record' AND key = ?", (key,))
+                self._put_item("record", key.replace(":", ""), value)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+        log.info("the store of an older version was taken over, with %d SAs that move", len(rows))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of the block or nothing of it. Errors: StoreError."""
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:  # SQLite has ended it already where the disk is full
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -205,6 +279,8 @@ class SqliteStore:
 
     def close(self) -> None:
         """Give database and lock back; closing twice is harmless."""
+        with contextlib.suppress(StoreError):
+            self._flush()
         self._db.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -220,10 +296,13 @@ class SqliteStore:
 
     def put(self, kind: str, key: str, value: bytes) -> None:
         """Keep `value`, replacing what was there. Survives the process, not the power: nor does any SA."""
-        sealed = self._sealer.seal(f"items|{kind}|{key}", value)
         with self._errors():
             self._sync(False)
-            self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (kind, key, sealed))
+            self._put_item(kind, key, value)
+
+    def _put_item(self, kind: str, key: str, value: bytes) -> None:
+        sealed = self._sealer.seal(f"items|{kind}|{key}", value)
+        self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (kind, key, sealed))
 
     def get(self, kind: str, key: str) -> bytes | None:
         """The value, None when there is none."""
@@ -248,7 +327,90 @@ class SqliteStore:
             rows = self._db.execute(
                 "SELECT key, value FROM items WHERE kind = ? ORDER BY key", (kind,)
             ).fetchall()
-        return [(key, self._sealer.open(f"items|{kind}|{key}", value)) for key, value in rows]
+        return self._opened(f"items|{kind}", rows)
+
+    def _opened(self, place: str, rows: Iterable[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        """What opens of these; the rest is set aside, because one damaged value must not stop an agent."""
+        found = []
+        for key, sealed in rows:
+            try:
+                found.append((key, self._sealer.open(f"{place}|{key}", sealed)))
+            except StoreError as error:
+                self.set_aside(place, key, str(error))
+        return found
+
+    # -- the ledger --------------------------------------------------------------------------------------
+
+    def rows(self, role: str) -> Sequence[tuple[str, bytes]]:
+        """All (key, row) of a role, by key."""
+        self._flush()
+        with self._errors():
+            rows = self._db.execute(
+                "SELECT key, row FROM ledger WHERE role = ? ORDER BY key", (role,)
+            ).fetchall()
+        return self._opened(f"ledger|{role}", rows)
+
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        """See `ikectx.ports.Store`. `soon`: with the next row, or with the journal's next entry."""
+        before = dict(self._waiting)
+        self._waiting[role, key] = row
+        if not soon:
+            try:
+                with self._errors():
+                    self._sync(False)
+                self._flush()
+            except StoreError:
+                self._waiting = before
+                raise
+
+    def _flush(self) -> None:
+        """Write what waits; where that fails it goes on waiting."""
+        if len(self._waiting) > 1:
+            with self._transaction():
+                self._write_rows()
+        elif self._waiting:
+            with self._errors():
+                self._write_rows()
+        self._waiting.clear()
+
+    def _write_rows(self) -> None:
+        for (role, key), row in self._waiting.items():
+            if row is None:
+                self._db.execute("DELETE FROM ledger WHERE role = ? AND key = ?", (role, key))
+            else:
+                self._put_row(role, key, row)
+
+    def _put_row(self, role: str, key: str, row: bytes) -> None:
+        sealed = self._sealer.seal(f"ledger|{role}|{key}", row)
+        self._db.execute("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?)", (role, key, sealed))
+
+    # -- what cannot be read -----------------------------------------------------------------------------
+
+    def set_aside(self, place: str, key: str, why: str) -> None:
+        """See `ikectx.ports.Store`."""
+        table, _, kind = place.partition("|")
+        select, delete = _PLACES[table]
+        with self._errors():
+            found = self._db.execute(select, (kind, key)).fetchone()
+            if found is not None:
+                self._put_aside(place, key, found[0], why)
+            self._db.execute(delete, (kind, key))
+
+    def _put_aside(self, place: str, key: str, value: bytes, why: str) -> None:
+        log.error("%s of %s cannot be used and was set aside in the store: %s", place, key, why)
+        self._db.execute(
+            "INSERT INTO aside (place, key, value, why, at) VALUES (?, ?, ?, ?, ?)",
+            (place, key, value, why, time.time()),
+        )
+        self._db.execute(
+            "DELETE FROM aside WHERE number <= (SELECT max(number) FROM aside) - ?", (_KEPT_ASIDE,)
+        )
+
+    def aside(self) -> list[Aside]:
+        """All that was set aside, the newest first."""
+        with self._errors():
+            rows = self._db.execute("SELECT place, key, why, at FROM aside ORDER BY number DESC").fetchall()
+        return [Aside(*row) for row in rows]
 
     def _sync(self, durable: bool) -> None:
         self._written += 1
@@ -279,6 +441,8 @@ class SqliteStore:
     def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
         """Put the entry where (transfer_id, role) is; the moment of the first write stays its `started`.
 
+        Rows of the ledger that were to be written soon are written in the same transaction.
+
         `durable`: on the disk itself when this returns; else it survives the process, not the power.
         """
         place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
@@ -299,8 +463,11 @@ class SqliteStore:
             *(entry.state, entry.epoch, context, final, entry.started, entry.updated, entry.detail),
             *(entry.result, int(entry.status), json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))),
         )
+        rows = bool(self._waiting)
         with self._errors():
             self._sync(durable)
+        with self._transaction() if rows else self._errors():
+            self._write_rows()
             self._db.execute(
                 f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
                 " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
@@ -309,6 +476,8 @@ class SqliteStore:
                 " status = excluded.status, phases = excluded.phases, moved = excluded.moved",
                 row,
             )
+        if rows:
+            self._waiting.clear()
 
     def find(self, role: Role, transfer_id: bytes) -> JournalEntry | None:
         """That transfer, open or ended."""
@@ -358,13 +527,20 @@ class SqliteStore:
                 f"SELECT {_COLUMNS} FROM journal WHERE {where} ORDER BY number DESC LIMIT ?",  # noqa: S608
                 (*values, limit),
             ).fetchall()
-        return [self._entry(row, sealed) for row in rows]
+        return [entry for row in rows if (entry := self._entry(row, sealed)) is not None]
 
-    def _entry(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
+    def _entry(self, row: tuple[object, ...], sealed: bool) -> JournalEntry | None:
+        """None: it cannot be read, and was set aside."""
         try:
             return self._parse(row, sealed)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise StoreError(f"the journal holds a row that makes no sense: {error}") from None
+        except (StoreError, ValueError, TypeError, RecursionError) as error:
+            why = str(error) if isinstance(error, StoreError) else f"it makes no sense: {error}"
+        ident, role = row[0], row[1]
+        key = ident.hex() if isinstance(ident, bytes) else repr(ident)
+        with self._transaction():
+            self._put_aside(f"journal|{role}", key, json.dumps([_text(value) for value in row]).encode(), why)
+            self._db.execute("DELETE FROM journal WHERE transfer_id IS ? AND role IS ?", (ident, role))
+        return None
 
     def _parse(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
         # sqlite gives what was put in; `Any` ends here
@@ -423,6 +599,10 @@ def _numbers(text: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(one, int | float) for one in found.values()):
         raise ValueError("an object of numbers is wanted")
     return found
+
+
+def _text(value: object) -> object:
+    return value.hex() if isinstance(value, bytes) else value
 
 
 def _octets(value: object) -> bytes:

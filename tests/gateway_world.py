@@ -26,13 +26,13 @@ from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.keys import esp_keys, sk_keys
 from ikectx.name import SaName
 from ikectx.numbers import Encr, Integ, Status
-from ikectx.ports import MoveReport, Store
+from ikectx.ports import MoveReport
 from vici_bridge.away import Away
 from vici_bridge.charon import SaView, sa_views
 from vici_bridge.esp import KernelReplay
 from vici_bridge.follow import Follow
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
-from vici_bridge.host import IMPORTED, CharonHost, HostConfig
+from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.names import Made, Told, Wish
 from vici_bridge.relay import Relayed
 from vici_bridge.sa_state import read_child, read_generation
@@ -41,6 +41,7 @@ from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.xfrm_parts import Request
 
 from .kernel_tables import KernelTables
+from .test_deadlines import MemoryStore
 
 OURS = Endpoint.of("203.0.113.9", 4500)
 
@@ -511,7 +512,7 @@ class Mobiles:
 class Place:
     """A gateway whose agent may die and begin anew; charon, kernel and store go on."""
 
-    def __init__(self, store: Store, mobiles: Mobiles, *, kernel: bool = True, **config: Any) -> None:
+    def __init__(self, store: MemoryStore, mobiles: Mobiles, *, kernel: bool = True, **config: Any) -> None:
         self.store = store
         self.mobiles = mobiles
         self.sad = Sad()
@@ -525,7 +526,8 @@ class Place:
         self.begin()
 
     def begin(self) -> None:
-        """An agent starts."""
+        """An agent starts; what the one before it had not written yet is lost."""
+        self.store.waiting.clear()
         self.host = CharonHost(HostConfig(kernel_esp=False, **self._config), self.store)
         self.host.detour.close()
         self.host.detour = Detour()  # type: ignore[assignment]
@@ -572,9 +574,9 @@ class Place:
         assert {name: sa.encr_key.reveal() for name, sa in self.sad.sas.items()} == expected
         assert not [key for key in self.sad.policies if key[2] is not None], "a guard was left"
         assert self.mute.muted == set()
-        for kind in ("plan", "plan-guards", "taken"):
-            assert not list(self.store.items(kind)), f"{kind} left"
-        assert all(note.startswith(IMPORTED) for _, note in self.store.items("import"))
+        for row in self.host.coming.all():
+            left = row.facts
+            assert (left.stage, left.plan, left.guards, left.drawn) == ("imported", b"", (), "")
 
 
 def fresh(count: int) -> bytes:

@@ -379,6 +379,10 @@ class Store(MemoryStore):
         self.step()
         super().delete(kind, key)
 
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        self.step()
+        super().keep(role, key, row, soon=soon)
+
 
 class Node:
     """A mobile node whose agent may end at any step and begin anew; charon, kernel and store go on."""
@@ -402,6 +406,7 @@ class Node:
     def begin(self, at: int | None = None) -> None:
         """An agent starts; it will end at its `at`-th step."""
         self.fuse = Fuse()
+        self.store.waiting.clear()
         config = HostConfig((), kernel_esp=False, oseq_jump=JUMP, mobile_node=True)
         self.host = CharonHost(config, self.store)
         self.host.detour.close()
@@ -505,8 +510,7 @@ def at(node: Node, local: Endpoint, remote: Endpoint) -> None:
     assert (charon.local, charon.remote) == (local, remote)
     assert all((child.local, child.remote) == (local, remote) for child in charon.children)
     assert len(charon.children) == len(node.context.children)
-    for kind in ("quiet", "move"):
-        assert not node.store.items(kind)
+    assert not node.store.rows("mobile")
     if node.kernel is not None:
         # beside those that the kernel drops by itself
         ends = {(sa.source, sa.destination) for sa in node.kernel.sas.values() if sa.sequence != LATE}

@@ -14,6 +14,8 @@ from .test_charon import VIEW
 class MemoryStore:
     def __init__(self) -> None:
         self.values: dict[tuple[str, str], bytes] = {}
+        self.waiting: dict[tuple[str, str], bytes | None] = {}
+        self.aside: list[tuple[str, str, str]] = []
 
     def put(self, kind: str, key: str, value: bytes) -> None:
         self.values[kind, key] = value
@@ -26,6 +28,27 @@ class MemoryStore:
 
     def items(self, kind: str) -> list[tuple[str, bytes]]:
         return [(key, value) for (k, key), value in self.values.items() if k == kind]
+
+    def rows(self, role: str) -> list[tuple[str, bytes]]:
+        return self.items(f"ledger {role}")
+
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        self.waiting[f"ledger {role}", key] = row
+        if not soon:
+            self.flush()
+
+    def flush(self) -> None:
+        """What was to be written soon is written: by the next row, or with the journal."""
+        for place, row in self.waiting.items():
+            if row is None:
+                self.values.pop(place, None)
+            else:
+                self.values[place] = row
+        self.waiting.clear()
+
+    def set_aside(self, place: str, key: str, why: str) -> None:
+        self.values.pop((place.replace("items|", "").replace("|", " "), key), None)
+        self.aside.append((place, key, why))
 
 
 SA = sa_view("mn", {**VIEW, "tasks-active": []})

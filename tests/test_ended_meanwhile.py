@@ -37,7 +37,7 @@ def test_nsg_is_told_of_what_was_ended_here(state: str, dies: bool) -> None:
             await source.release(context)
             news = Whereabouts(context.spis, context.epoch + 1, What.END)
             assert told == ([("nsg", news)] if state == "DELETING" else [])
-            assert not here.host.store.items("ended")
+            assert not here.host.leaving.all()
 
     run(scenario())
 
@@ -65,7 +65,7 @@ def test_taken_back_it_is_deleted_at_its_mn(answers: bool) -> None:
             assert asked == [(mid, mid + 1, mid + 2)]
             assert here.charon.sas == {}
             assert here.mute.muted == set()
-            assert not here.host.store.items("let-go")
+            assert not here.host.leaving.all()
 
     run(scenario())
 

@@ -77,7 +77,7 @@ def test_esp_goes_on_until_release() -> None:
             assert sends(here, context)
             await source.release(context)
             assert not sends(here, context)
-            assert not here.host.store.items("sending") and not here.host.store.items("frozen")
+            assert not here.host.leaving.all()
 
     run(scenario())
 
@@ -87,7 +87,7 @@ def test_an_ordinary_freeze_ends_it_at_once() -> None:
         async with served() as (here, source, context):
             await source.freeze(context, "nsg")
             assert not sends(here, context)
-            assert not here.host.store.items("sending")
+            assert not here.host.leaving.of(context.spis).facts.sends_to
 
     run(scenario())
 
@@ -102,7 +102,7 @@ def test_it_ends_after_a_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
             await until(lambda: not sends(here, context))
             assert "no more ESP from here" in caplog.text
             await source.release(context)
-            assert not here.host.store.items("sending")
+            assert not here.host.leaving.of(context.spis).facts.sends_to
 
     run(scenario())
 
@@ -129,7 +129,7 @@ def test_taken_back_it_goes_on_beyond_what_the_other_may_have_used() -> None:
             ahead = outbound(here, context).replay.oseq - final.children[0].outbound.seq
             # it may have begun 2 * SENDING_PACKETS on
             assert ahead >= 4 * SENDING_PACKETS
-            assert not here.host.store.items("sending")
+            assert not here.host.leaving.of(context.spis).facts.sends_to
             await asyncio.sleep(0.3)
             assert sends(here, context)
 
@@ -162,7 +162,7 @@ def test_an_agent_that_starts_ends_it() -> None:
             again.resume()
             assert not sends(here, context)
             await again.release(context)
-            assert not here.host.store.items("sending")
+            assert not here.host.leaving.of(context.spis).facts.sends_to
 
     run(scenario())
 

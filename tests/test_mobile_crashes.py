@@ -104,7 +104,7 @@ def test_resume_waits_for_charon_and_forgets_what_it_no_longer_has() -> None:
         await node.mobile.quiet(node.sa)
         node.charon.gone = True
         await node.mobile.resume()
-        assert not node.store.items("quiet")
+        assert not node.store.rows("mobile")
 
     do(scenario())
 
@@ -115,15 +115,14 @@ def test_b13_a_note_that_cannot_be_read_keeps_no_sa_passive(broken: bytes) -> No
         node = Node(a_node_context())
         await node.mobile.quiet(node.sa)
         other = node.sa.renamed({node.sa.spi_i: b"\0" * 8})  # sorted first, and gone from charon
-        node.store.put("move", node.sa.key, broken)
-        node.store.put("move", other.key, broken)
+        node.host.own.note(node.sa, move=broken)
+        node.host.own.note(other, move=broken)
         node.begin()
         ended = await node.mobile.resume()  # raises nothing
         assert list(ended) == []
         assert node.charon.state == "ESTABLISHED"
         assert node.charon.rekeyed == ["child 1"]  # nobody knows how far its move had come
-        assert not node.store.items("quiet")
-        assert not node.store.items("move")
+        assert not node.store.rows("mobile")
 
     do(scenario())
 

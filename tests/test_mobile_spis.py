@@ -17,7 +17,7 @@ from ikectx.ports import MoveReport
 from ikectx_cli import mobile_spis
 from ikectx_cli.mobile_config import parse
 from ikectx_cli.mobile_names import MobileNames
-from ikectx_cli.mobile_spis import MIRROR, Mirror, SpiWatch
+from ikectx_cli.mobile_spis import Mirror, SpiWatch
 from mobike_ext.answering import Asked
 from mobike_ext.link import SpiReport
 from mobike_ext.naming import Names, Renaming, ask, ask_peer, mirrored
@@ -124,7 +124,7 @@ class Watched:
             # the answer may be followed by packets at once
             wanted = {one.new for one in machine.asked if one.protocol is Protocol.ESP and not one.choose}
             assert wanted <= {*self.node.kernel.heard}
-        assert self.node.store.items(MIRROR)
+        assert self.node.host.own.of(self.node.sa).facts.mirror
         self.said.append((machine.asked, machine.to_send(0.0)))
         if self.dies:
             raise asyncio.CancelledError
@@ -145,7 +145,7 @@ class Watched:
         charon = self.node.charon
         assert charon.state == "ESTABLISHED"
         assert [(one.context.spi_in, one.context.spi_out) for one in charon.children] == list(children)
-        assert not any(self.node.store.items(kind) for kind in (MIRROR, "move", "quiet"))
+        assert not self.node.store.rows("mobile")
         assert not self.lock.locked()
 
 
@@ -166,7 +166,7 @@ def test_the_agent_asks_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert w.node.kernel is not None and w.node.kernel.lost == 0
         assert (w.next_id, w.node.charon.state) == (10, "ESTABLISHED")
         assert w.node.charon.rekeyed == []
-        assert not w.node.store.items(MIRROR)
+        assert not w.node.host.own.of(w.node.sa).facts.mirror
 
     do(scenario())
 
@@ -272,7 +272,7 @@ def test_an_agent_that_dies_while_it_asks_says_the_same_again(monkeypatch: pytes
         assert w.watch.renamed == 1
         assert w.node.charon.state == "ESTABLISHED"
         assert {(c.context.spi_in, c.context.spi_out) for c in w.node.charon.children} == {OTHERS, SAME[1]}
-        assert not w.node.store.items(MIRROR)
+        assert not w.node.host.own.of(w.node.sa).facts.mirror
 
     do(scenario())
 
@@ -314,7 +314,7 @@ def test_a_crash_at_any_step(monkeypatch: pytest.MonkeyPatch, ike: bool, in_flig
         used = 8 if in_flight else 9
         mid = 0 if ike and agreed else used + 1 if agreed else 9
         assert node.host.record.context(name).mid_initiator == mid
-        assert not any(node.store.items(kind) for kind in (MIRROR, "move", "quiet"))
+        assert not node.store.rows("mobile")
         return ended
 
     async def every() -> int:
@@ -330,11 +330,10 @@ def test_a_note_that_is_of_no_use_any_more(monkeypatch: pytest.MonkeyPatch) -> N
     async def scenario() -> None:
         w = Watched(monkeypatch)
         note = Mirror(3, OLD, NSG, mirrored(PAIRS), b"i" * 64, b"f" * 512)
-        key = (w.node.sa[0] + w.node.sa[1]).hex()
-        w.node.store.put(MIRROR, key, note.dumps())
+        w.node.host.own.note(w.node.sa, mirror=note.dumps())
         await w.watch.resume()  # active: what was asked has come to its end
         w.settled(*SAME)
-        w.node.store.put(MIRROR, key, b"?")
+        w.node.host.own.note(w.node.sa, mirror=b"?")
         await w.node.mobile.quiet(w.node.sa)
         await w.watch.resume()
         await w.node.mobile.loud(w.node.sa)

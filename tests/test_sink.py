@@ -305,14 +305,29 @@ def test_what_is_sent_under_an_old_spi_goes_to_the_other_gateway_meanwhile() -> 
         wanted = Relayed(context.remote, context.children[0].spi_in, context.local.address)
         assert here.relay.ever == {wanted}
         await until(lambda: not here.relay.now)
-        assert not here.store.items("relay")
-        # left by an agent that died
-        here.relay.now = {wanted}
-        note = b'["198.51.100.7", 4500, ["%s"], "192.0.2.1"]' % wanted.spi.hex().encode()
-        here.store.put("relay", "00" * 16, note)
+        assert here.host.coming.of(context.spis).facts.relay is None
+
+    run(scenario())
+
+
+def test_b21_an_agent_that_stops_at_once_leaves_no_relay() -> None:
+    async def scenario() -> None:
+        here = place(late=60)
+        context = a_context(1)
+        for other in (rival(context, "inbound"), context):
+            here.mobiles.add(other)
+        here.charon.serve(rival(context, "inbound"))
+        here.mobiles.stock.add(str(context.remote_id))
+        await move(here, context)
+        assert here.relay.now
+        here.store.flush()  # as the journal does it
+        for task in list(here.host._tasks):
+            task.cancel()
         here.begin()
-        await here.sink.prepare(a_context(3), False)
+        assert here.relay.now
+        here.sink.resume()
         await until(lambda: not here.relay.now)
+        assert here.host.coming.of(context.spis).facts.relay is None
 
     run(scenario())
 
@@ -458,6 +473,10 @@ class DyingStore(MemoryStore):
         self.step()
         super().delete(kind, key)
 
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        self.step()
+        super().keep(role, key, row, soon=soon)
+
 
 async def _drive(here: Place, context: IkeContext, done: list[str]) -> None:
     """The engine's steps from where it was; `done` is its journal."""
@@ -589,7 +608,7 @@ def test_packets_for_the_mn_come_here_at_once_where_its_spi_is_free(kinds: tuple
         assert not here.sink.cannot_send(context)
         assert here.sink.renames(context) is ("inbound" in kinds)
         await here.sink.take(context, final_of(context))
-        assert here.host.store.get("taken", (context.spis[0] + context.spis[1]).hex()) is not None
+        assert here.host.coming.of(context.spis).facts.drawn
 
     run(scenario())
 
@@ -723,7 +742,6 @@ def test_notes_of_what_came_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPat
             clock[0] += seconds
             here.mobiles.add(context)
             await move(here, context)
-        kept = {key for key, _ in here.host.store.items("import")}
-        assert kept == {(third.spis[0] + third.spis[1]).hex()}
+        assert [row.sa for row in here.host.coming.all()] == [third.spis]
 
     run(scenario())

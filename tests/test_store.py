@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.errors import StoreError
+from ikectx.ledger import Ledger, TargetFacts
 from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import Store
@@ -32,6 +33,7 @@ from ikectx.store import (
 
 SECRET = b"a secret that nobody may find on the disk"
 SA = SaName(b"initiato", b"responde")
+OTHER = SaName(b"another.", b"responde")
 
 
 @pytest.fixture
@@ -234,23 +236,51 @@ def test_a_damaged_value_is_told(place: Path, store: SqliteStore) -> None:
     again = open_store(place)
     with pytest.raises(StoreError, match=r"items\|record\|a does not open"):
         again.get("record", "a")
-    with pytest.raises(StoreError, match="does not open"):
-        again.open_transfers()
     assert len(again.history()) == 1  # the list needs no key
     again.close()
 
 
-def test_a_row_that_makes_no_sense_is_told(place: Path, store: SqliteStore) -> None:
-    store.write(entry())
+@pytest.mark.parametrize(
+    ("damage", "places"),
+    [
+        ("UPDATE items SET value = zeroblob(40) WHERE key = 'a'", ["items|record"]),
+        ("UPDATE journal SET context = zeroblob(40) WHERE number = 1", ["journal|source"]),
+        ("UPDATE journal SET epoch = 'many' WHERE number = 1", ["journal|source"]),
+        ("UPDATE ledger SET row = zeroblob(40) WHERE key LIKE '69%'", ["ledger|target"]),
+    ],
+)
+def test_b23_what_cannot_be_read_is_set_aside_and_the_rest_is_used(
+    place: Path, store: SqliteStore, damage: str, places: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put("record", "a", b"1")
+    store.put("record", "b", b"2")
+    store.write(entry(1))
+    store.write(entry(2))
+    ledger: Ledger[TargetFacts] = Ledger(store, "target")
+    ledger.note(SA, drawn="done")
+    ledger.note(OTHER, drawn="done")
     store.close()
     other = sqlite3.connect(place / "state.db")
-    other.execute("UPDATE journal SET epoch = 'many'")
+    other.execute(damage)
     other.commit()
     other.close()
     again = open_store(place)
-    with pytest.raises(StoreError, match="makes no sense"):
-        again.history()
+    left = (
+        [key for key, _ in again.items("record")],
+        [one.transfer_id[-1] for one in again.open_transfers()],
+        [row.sa for row in Ledger[TargetFacts](again, "target").all()],
+    )
+    whole = (["a", "b"], [1, 2], [OTHER, SA])
+    assert [len(one) for one in left].count(1) == 1
+    assert all(set(some) <= set(every) for some, every in zip(left, whole, strict=True))
+    assert [one.place for one in again.aside()] == places
+    assert again.aside()[0].why
+    assert places[0] in caplog.text
     again.close()
+    # it stays there, and is told as long as it does
+    once_more = open_store(place)
+    assert [one.place for one in once_more.aside()] == places
+    once_more.close()
 
 
 def test_a_closed_store_raises_its_own_error(store: SqliteStore) -> None:

@@ -25,6 +25,7 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
+from ikectx.ledger import Ledger, MobileFacts, SourceFacts, TargetFacts
 from ikectx.mistakes import log_mistake
 from ikectx.name import SaName
 from ikectx.ports import MoveReport, Store
@@ -61,11 +62,6 @@ message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, R
 
 ESP = 50
 _RECORD = "record"
-IMPORT = "import"
-"""Kind of store entry: this SA is being imported, so an undo may delete it. Without it, or when it says
-`IMPORTED`, an SA of that name is somebody's, and stays."""
-IMPORTED = b"imported "
-"""What an `IMPORT` entry begins with when all is done; then when (s since 1970, 8 octets)."""
 _UPDATE_SPI = "update-spi"
 """Kind of store entry, by the MN's identity: it knows UPDATE_SPI, and when that was seen (s since 1970)."""
 _UPDATE_SPI_FOR = 86400.0
@@ -122,6 +118,9 @@ class CharonHost:
     def __init__(self, config: HostConfig, store: Store) -> None:
         self.config = config
         self.store = store
+        self.leaving: Ledger[SourceFacts] = Ledger(store, "source")
+        self.coming: Ledger[TargetFacts] = Ledger(store, "target")
+        self.own: Ledger[MobileFacts] = Ledger(store, "mobile")
         self.vici = CharonVici(config.vici)
         self.listing = Listing(self.vici.read_sas)
         self.kernel = Kernel() if config.kernel_esp else None
@@ -156,7 +155,11 @@ class CharonHost:
 
         Errors: StateError, KernelError.
         """
-        self.record.load(self.store.items(_RECORD))
+        for key, value in self.store.items(_RECORD):
+            try:
+                self.record.load([(key, value)])
+            except StoreError as error:
+                self.store.set_aside(f"items|{_RECORD}", key, str(error))
         self.away.load()
         self.origins.load()
         if not self.config.mobile_node:
@@ -307,8 +310,8 @@ class CharonHost:
 
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""
-        note = self.store.get(IMPORT, sa.key)
-        return sa in self.expected or (note is not None and not note.startswith(IMPORTED))
+        row = self.coming.get(sa)
+        return sa in self.expected or (row is not None and row.facts.stage != "imported")
 
     async def settle(self) -> None:
         """Let HA datagrams that charon sent before its last VICI answer be read."""

@@ -36,7 +36,6 @@ from ikectx.errors import (
     CharonError,
     IkectxError,
     StateError,
-    StoreError,
     UnknownSaError,
     WireError,
 )
@@ -51,12 +50,10 @@ from .host import CharonHost
 from .moves import LIVING, Move, plan_move
 from .obstacles import check_kind, check_told
 from .source import ABOUT_ADDRESSES, CharonSource
-from .steps import MOVE, MoveSteps
+from .steps import MoveSteps
 
 log = logging.getLogger(__name__)
 
-_QUIET = "quiet"
-"""Kind of store entry: this SA is passive and must become active again."""
 IDLE_TIMEOUT = 3.0
 """Seconds to wait for charon to finish an exchange that is under way: an MN that comes into a new network
 often tells its gateway of the new address first (MOBIKE)."""
@@ -150,7 +147,7 @@ class CharonMobile:
         view = await self.steps.seen(sa)
         check_kind(view)
         await host.catch_up(sa)
-        if view.state == "PASSIVE" and host.store.get(_QUIET, sa.key) is not None:
+        if view.state == "PASSIVE" and host.own.of(sa).facts.quiet:
             return
         self._check(host.record.context(sa), view)
         end = time.monotonic() + patience
@@ -160,7 +157,7 @@ class CharonMobile:
                 raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {what}", hint="try again")
             await asyncio.sleep(0.02)
             view = await self.steps.seen(sa)
-        host.store.put(_QUIET, sa.key, b"1")
+        host.own.note(sa, quiet=True)
         host.deadlines.before_toggle([view], time.time())
         try:
             await host.pause_segment()
@@ -221,8 +218,8 @@ class CharonMobile:
         view = await self.steps.seen(sa)
         if view.state != "PASSIVE":
             raise StateError(f"the IKE_SA {view.name} is {view.state}, not PASSIVE")
-        saved = host.store.get(MOVE, sa.key)
-        move = Move.loads(saved) if saved is not None else None
+        saved = host.own.of(sa).facts.move
+        move = Move.loads(saved) if saved else None
         if move is None:
             now = context_at(host.record.context(sa), view)
             living = [child.spi_in for child in view.children if child.state in LIVING]
@@ -320,11 +317,11 @@ class CharonMobile:
         """
         host = self._host
         failed: IkectxError | None = None
-        saved = host.store.get(MOVE, sa.key)
-        moved = saved is not None
+        saved = host.own.of(sa).facts.move
+        moved = bool(saved)
         name = sa
         try:
-            if saved is not None:
+            if saved:
                 name, failed = await self._end_move(sa, Move.loads(saved))
         except (CharonError, WireError):
             raise  # charon cannot be asked: whoever called tries again
@@ -334,7 +331,7 @@ class CharonMobile:
             )
             failed = error
         await self._activate(sa, name)
-        host.store.delete(MOVE, sa.key)
+        host.own.note(sa, move=b"")
         if moved and (host.kernel is None or failed is not None):
             await self._rekey_children(name)
         if failed is not None:
@@ -364,11 +361,11 @@ class CharonMobile:
             await asyncio.sleep(AGAIN)
             async with lock:
                 try:
-                    if self._host.store.get(_QUIET, sa.key) is None:
+                    if not self._host.own.of(sa).facts.quiet:
                         return  # it is active, or somebody else has made it so
                     await self.loud(sa)
                 except IkectxError as error:
-                    log.warning("the SA %s is passive still, it is tried again: %s", sa.key[:16], error)
+                    log.warning("the SA %s is passive still, it is tried again: %s", sa, error)
 
     def left_passive(self) -> dict[SaName, IkeContext]:
         """SAs that an agent before this one left PASSIVE, as far as the record knows them.
@@ -376,10 +373,10 @@ class CharonMobile:
         For before charon is asked what it has: the record forgets what charon has no more.
         """
         found: dict[SaName, IkeContext] = {}
-        for key, _ in self._host.store.items(_QUIET):
+        for row in self._host.own.all():
             with contextlib.suppress(UnknownSaError):
-                sa = SaName.from_key(key)
-                found[sa] = self._host.record.context(sa)
+                if row.facts.quiet:
+                    found[row.sa] = self._host.record.context(row.sa)
         return found
 
     async def resume(self) -> dict[SaName, SaName]:
@@ -388,19 +385,15 @@ class CharonMobile:
         Gives what charon has no more of that, by its name of then: what it was called at last.
         """
         ended: dict[SaName, SaName] = {}
-        try:
-            left = sorted({key for kind in (_QUIET, MOVE) for key, _ in self._host.store.items(kind)})
-        except StoreError as error:
-            log.error("what an agent before this one left open cannot be read: %s", error)
-            return ended
+        left = [row.sa for row in self._host.own.all() if row.facts.quiet or row.facts.move]
         while left:
             waiting = []
-            for key in left:
+            for sa in left:
                 try:
-                    await self._resume(SaName.from_key(key), ended)
+                    await self._resume(sa, ended)
                 except (CharonError, WireError) as error:
                     log.debug("what was open waits for charon: %s", error)
-                    waiting.append(key)
+                    waiting.append(sa)
             left = waiting
             if left:
                 await asyncio.sleep(AGAIN)
@@ -408,32 +401,31 @@ class CharonMobile:
 
     async def _resume(self, sa: SaName, ended: dict[SaName, SaName]) -> None:
         """One SA of those. Errors: CharonError, WireError; any other is logged, since the rest must go on."""
-        host, key = self._host, sa.key
-        saved = host.store.get(MOVE, key)
+        host = self._host
+        saved = host.own.of(sa).facts.move
         move: Move | None = None
         name = sa
         try:
-            if saved is not None:
+            if saved:
                 move = Move.loads(saved)
                 name = await self.steps.present_name(sa, move)
             if await host.view(name) is None:
                 if move is not None:
                     self.steps.drop_guards(move)
-                host.store.delete(MOVE, key)
-                host.store.delete(_QUIET, key)
+                host.own.note(sa, move=b"", quiet=False)
                 ended[sa] = name
                 return
         except (CharonError, WireError):
             raise
         except IkectxError as error:
-            log.error("the note of a move of the IKE_SA %s: %s", key[:16], error)
-        log.warning("the IKE_SA %s was left in the middle of a handover; it goes on now", key[:16])
+            log.error("the note of a move of the IKE_SA %s: %s", sa, error)
+        log.warning("the IKE_SA %s was left in the middle of a handover; it goes on now", sa)
         try:
             await self.loud(sa)
         except (CharonError, WireError):
             raise
         except IkectxError as error:
-            log.error("the IKE_SA %s: %s", key[:16], error)
+            log.error("the IKE_SA %s: %s", sa, error)
 
     async def _activate(self, sa: SaName, name: SaName | None = None) -> None:
         """`name`: what the SA is called now.
@@ -450,7 +442,7 @@ class CharonMobile:
                 await self.steps.until(
                     name, "activate the SA", lambda view: view.state in ("ESTABLISHED", "REKEYING")
                 )
-        host.store.delete(_QUIET, sa.key)
+        host.own.note(sa, quiet=False)
 
     async def _rekey_children(self, sa: SaName) -> None:
         host = self._host

@@ -447,7 +447,7 @@ class Record:
         out: list[tuple[str, bytes | None]] = []
         for name in sorted(names):
             sa = self._sas.get(name)
-            out.append((str(name), None if sa is None else _freeze(sa)))
+            out.append((name.key, None if sa is None else _freeze(sa)))
         self.dirty.clear()
         # a crash between the two of a rekey must leave the new IKE_SA whole, and may leave the old one
         return sorted(out, key=lambda item: item[1] is None)
@@ -460,7 +460,7 @@ class Record:
             except (WireError, ValueError) as error:
                 raise StoreError(f"record {key} cannot be read: {type(error).__name__}") from None
             name = sa.current.spis
-            if str(name) != key:
+            if name.key != key:
                 raise StoreError(f"record {key} holds another IKE_SA")
             self._keep(name, sa)
             self._born[name] = 0
@@ -531,7 +531,7 @@ def _thaw(data: bytes) -> SaState:
     (sa,) = record._sas.values()
     return replace(
         sa,
-        replaces=replaces or None,
+        replaces=SaName(*replaces) if replaces else None,
         leaving=leaving,
         alien=alien,
         children=tuple(sorted(sa.children, key=lambda child: order.index(child.spi_in))),

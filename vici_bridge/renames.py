@@ -14,17 +14,17 @@ moment before charon adds its own, since charon adds and never replaces (strongS
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from ipaddress import ip_address
 
-from ikectx.context import Address, ChildContext, Endpoint, IkeContext, ReplayState, Secret
-from ikectx.errors import CharonError, KernelError, RefusedError
+from ikectx import ledger
+from ikectx.context import Address, ChildContext, IkeContext, ReplayState, Secret
+from ikectx.errors import CharonError, KernelError, RefusedError, StoreError
 from ikectx.keys import esp_keys
+from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import SENDING_PACKETS, MoveReport
 
@@ -49,12 +49,6 @@ from .xfrm import KernelPolicy, KernelSa, policies_of
 
 log = logging.getLogger(__name__)
 
-_PLAN = "plan"
-"""Kind of store entry: the names an SA gets here (`names.Plan`)."""
-_RELAY = "relay"
-"""Kind of store entry: what goes on to the other gateway (`relay`), as [address, port, [SPI, ...], to]."""
-_GUARDS = "plan-guards"
-"""Kind of store entry: policies that keep outbound packets on the pair that stands in."""
 INSTALL_TIMEOUT = 8.0
 """Seconds for charon to install what it was given."""
 _TRIES = 64
@@ -65,28 +59,28 @@ class Renames:
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
-        self._plans: dict[str, tuple[Plan, Taken]] = {}
+        self._plans: dict[SaName, tuple[Plan, Taken]] = {}
         self.relay = Relay()
 
     # What is planned.
 
     def plan_of(self, context: IkeContext) -> Plan | None:
         """The plan for an SA, named as the other gateway named it. Errors: StoreError."""
-        key = context.spis.key
-        if key not in self._plans:
-            raw = self._host.store.get(_PLAN, key)
-            if raw is None:
+        name = context.spis
+        if name not in self._plans:
+            saved = self._host.coming.of(name).facts.plan
+            if not saved:
                 return None
-            self._keep(context, Plan.loads(raw))
-        return self._plans[key][0]
+            self._keep(context, Plan.loads(saved))
+        return self._plans[name][0]
 
     def _keep(self, here: IkeContext, plan: Plan) -> None:
         local = self._host.address_for(here)
-        self._plans[here.spis.key] = (plan, plan.reserved(local, here.remote.address))
+        self._plans[here.spis] = (plan, plan.reserved(local, here.remote.address))
 
     def save(self, here: IkeContext, plan: Plan) -> None:
         """Write it down: only then may anything follow from it. Errors: StoreError."""
-        self._host.store.put(_PLAN, here.spis.key, plan.dumps())
+        self._host.coming.note(here.spis, plan=plan.dumps())
         self._keep(here, plan)
 
     def shape(self, here: IkeContext) -> IkeContext:
@@ -99,8 +93,8 @@ class Renames:
     def taken(self, here: IkeContext, views: Sequence[SaView]) -> Taken:
         """Names in use: charon's, the kernel's of the same names, those promised to other transfers."""
         found = taken_by(views)
-        for key, (_, reserved) in self._plans.items():
-            if key != here.spis.key:
+        for name, (_, reserved) in self._plans.items():
+            if name != here.spis:
                 found |= reserved
         kernel = self._host.kernel
         if kernel is None:
@@ -410,20 +404,18 @@ class Renames:
             for policy in policies_of(kernel.policies_about({outbound.reqid}), outbound, "out"):
                 held = tuple(replace(one, spi=outbound.spi) for one in policy.templates)
                 guards += guards_of(replace(policy, templates=held), block=False)
-        raw = b"".join(len(guard.raw).to_bytes(4) + guard.raw for guard in guards)
-        self._host.store.put(_GUARDS, here.spis.key, raw)
+        self._host.coming.note(here.spis, guards=tuple(guard.raw for guard in guards))
         for guard in guards:
             kernel.replace_policy(guard)
 
     def _drop_guards(self, here: IkeContext) -> None:
-        kernel, raw = self._host.kernel, self._host.store.get(_GUARDS, here.spis.key)
-        if raw is None:
+        kernel, row = self._host.kernel, self._host.coming.get(here.spis)
+        if row is None or not row.facts.guards:
             return
-        while raw and kernel is not None:
-            size = int.from_bytes(raw[:4])
-            kernel.delete_policy(KernelPolicy.parse(raw[4 : 4 + size]))
-            raw = raw[4 + size :]
-        self._host.store.delete(_GUARDS, here.spis.key)
+        if kernel is not None:
+            for raw in row.facts.guards:
+                kernel.delete_policy(KernelPolicy.parse(raw))
+        self._host.coming.note(here.spis, guards=())
 
     def _make_way(
         self, here: IkeContext, plan: Plan, before: IkeContext, after: IkeContext
@@ -493,38 +485,31 @@ class Renames:
         spis = [] if plan is None else [one.spi_in for one in plan.children if one.hold_in != one.spi_in]
         if not spis or other == here.local.address or other.version != here.remote.address.version:
             return
-        key = here.spis.key
-        note = [str(here.remote.address), here.remote.port, [spi.hex() for spi in spis], str(other)]
-        self._host.store.put(_RELAY, key, json.dumps(note).encode())
+        row = self._host.coming.note(here.spis, relay=ledger.Relayed(here.remote, tuple(spis), other))
         try:
-            for one in self._relayed(key):
+            for one in _relayed(row.facts.relay):
                 await asyncio.to_thread(self.relay.add, one)
         except KernelError as error:
             log.warning("%s: packets under old SPIs are lost: %s", here.remote_id, error)
 
-    def _relayed(self, key: str) -> list[Relayed]:
-        raw = self._host.store.get(_RELAY, key)
-        if raw is None:
-            return []
-        address, port, spis, to = json.loads(raw)
-        mn = Endpoint(ip_address(address), int(port))
-        return [Relayed(mn, bytes.fromhex(spi), ip_address(to)) for spi in spis]
-
-    async def end_relay(self, key: str, after: float) -> None:
+    async def end_relay(self, sa: SaName, after: float) -> None:
         """In so many seconds, when the other gateway decrypts no more."""
         await asyncio.sleep(after)
+        row = self._host.coming.get(sa)
+        if row is None or row.facts.relay is None:
+            return
         try:
-            for one in self._relayed(key):
+            for one in _relayed(row.facts.relay):
                 await asyncio.to_thread(self.relay.remove, one)
         except KernelError as error:
             log.warning("a detour of old SPIs stays: %s", error)
-        self._host.store.delete(_RELAY, key)
+        self._host.coming.note(sa, relay=None)
 
-    def sweep(self) -> None:
-        """End what an agent before this one left: relays of SAs that nobody takes in any more."""
-        for key, _ in self._host.store.items(_RELAY):
-            if key not in self._plans:
-                self._host.spawn(self.end_relay(key, 0.0))
+    def resume(self) -> None:
+        """After a start: end relays of SAs that nobody takes in any more; the agent before had no time to."""
+        for row in self._host.coming.all():
+            if row.facts.relay is not None and row.facts.stage == "imported":
+                self._host.spawn(self.end_relay(row.sa, 0.0))
 
     # The end.
 
@@ -538,6 +523,8 @@ class Renames:
 
     def forget(self, here: IkeContext, *, undone: bool = False) -> None:
         """Give back what is still reserved; `undone`: also the agent's own SAs. Idempotent."""
+        if self._host.coming.of(here.spis).facts.relay is not None and not undone:
+            self._host.spawn(self.end_relay(here.spis, float(self._host.config.late)))
         plan = self.plan_of(here)
         if plan is None:
             return
@@ -554,21 +541,29 @@ class Renames:
                 ours: KernelSa | None = kernel.get_sa(here.local.address, planned.new_in)
                 if ours is not None and ours.encr_key == encr:
                     kernel.delete_sa(ours)
-        if self._host.store.get(_RELAY, here.spis.key) is not None:
-            self._host.spawn(self.end_relay(here.spis.key, 0.0 if undone else float(self._host.config.late)))
-        self._host.store.delete(_PLAN, here.spis.key)
-        self._plans.pop(here.spis.key, None)
+        self._host.coming.note(here.spis, plan=b"")
+        self._plans.pop(here.spis, None)
 
     def load(self) -> None:
         """After a start: names that were promised before stay so. Errors: StoreError."""
         # their addresses are not known before the transfer is taken up again; until then any address counts
-        for key, raw in self._host.store.items(_PLAN):
-            plan = Plan.loads(raw)
+        for row in self._host.coming.all():
+            if not row.facts.plan:
+                continue
+            try:
+                plan = Plan.loads(row.facts.plan)
+            except StoreError as error:
+                self._host.coming.set_aside(row.sa, str(error))
+                continue
             esp: set[EspName] = set()
             for local in self._host.config.addresses:
                 for child in plan.children:
                     esp |= {(local, child.new_in), (local, child.hold_in)}
-            self._plans[key] = (plan, Taken(frozenset(esp), frozenset({plan.ike} if plan.ike else ())))
+            self._plans[row.sa] = (plan, Taken(frozenset(esp), frozenset({plan.ike} if plan.ike else ())))
+
+
+def _relayed(relay: ledger.Relayed | None) -> list[Relayed]:
+    return [] if relay is None else [Relayed(relay.mn, spi, relay.to) for spi in relay.spis]
 
 
 def _between(low: int, high: int) -> int:

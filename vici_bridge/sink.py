@@ -24,6 +24,7 @@ from ikectx import trace
 from ikectx.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, StoreError
+from ikectx.name import SaName
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.ports import MoveReport, Verdict
 from ikectx.relocate import relocate
@@ -34,7 +35,7 @@ from .chain import import_messages
 from .charon import SaView
 from .checks import check_esp_spis, check_ike_spis, still_here
 from .host import ESP as ESP_PROTOCOL
-from .host import IMPORT, IMPORTED, CharonHost, Mover, Settler
+from .host import CharonHost, Mover, Settler
 from .looks import Looks, Seen, objections
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
@@ -43,16 +44,9 @@ from .xfrm_parts import INET6 as AF_INET6
 
 log = logging.getLogger(__name__)
 
-_ACTIVE = b"active"
-"""Value of an `IMPORT` entry when charon has the message IDs and is active: they must not be set back."""
-_TAKEN = "taken"
-"""Kind of store entry: the updown script is run for this SA (empty), or was (`_DRAWN`)."""
-_DRAWN = b"1"
-_NEW_NAMES = "new-names"
-"""Kind of store entry: what the answer to an MN's request says of its SA's new names, and since when."""
-_NEW_NAMES_FOR = 600.0
 _IMPORTED_FOR = 600.0
-"""Seconds in which an agent that was killed just then comes back, and activates what is active."""
+"""Seconds in which an agent that was killed just then comes back, and activates what is active; and in which
+an MN asks again what its SA is called."""
 _SWEEP = 60
 """Seconds between two looks for notes that are older than that."""
 
@@ -103,6 +97,10 @@ class CharonSink:
         self._swept = 0
         self._givers: dict[str, str] = {}
         """Which gateway gives an SA that is being taken in."""
+
+    def resume(self) -> None:
+        """After a start: end what an agent before this one had no time to end."""
+        self._renames.resume()
 
     def came_from(self, context: IkeContext, peer: str) -> None:
         """See `ikectx.ports.Follower`."""
@@ -206,8 +204,8 @@ class CharonSink:
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
         """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
-        raw = self._host.store.get(_NEW_NAMES, context.spis.key)
-        return () if raw is None else (ContextDataBlock(Fpt.NEW_SPIS, raw[8:]),)
+        names = self._host.coming.of(context.spis).facts.new_names
+        return (ContextDataBlock(Fpt.NEW_SPIS, names),) if names else ()
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. On any failure nothing of the SA stays."""
@@ -226,12 +224,11 @@ class CharonSink:
                 ours -= {here.children[place].spi_in for place in clashes.inbound}
                 host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
             host.away.comes(here)
-            host.store.delete(_NEW_NAMES, context.spis.key)
             later = context.spis.key in self._later
-            self._renames.sweep()
+            await self._renames.end_relay(here.spis, 0.0)
             self._renames.forget(here, undone=True)
             plan = self._renames.plan(here, taken, told_later=later)
-            host.store.put(IMPORT, context.spis.key, b"1")
+            host.coming.note(context.spis, stage="installing", since=0, drawn="", new_names=b"", named=0)
             try:
                 shape = self._renames.shape(here)
                 messages = import_messages(shape, seen.version)
@@ -332,10 +329,10 @@ class CharonSink:
     async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
         """Packets for the MN come here from now on."""
         self._host.away.opens(shape)
-        self._host.store.put(_TAKEN, context.spis.key, b"")
+        self._host.coming.note(context.spis, drawn="begun")
         reqids = {child.spi_in: child.reqid for child in view.children}
         await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
-        self._host.store.put(_TAKEN, context.spis.key, _DRAWN)
+        self._host.coming.note(context.spis, drawn="done")
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
         """See `ikectx.ports.Settler`."""
@@ -433,15 +430,15 @@ class CharonSink:
         host = self._host
         here = self._here(context)
         plan = self._renames.plan_of(here)
-        note = host.store.get(IMPORT, context.spis.key) or b""
-        if note.startswith(IMPORTED):
+        known = host.coming.of(context.spis).facts
+        if known.stage == "imported":
             return  # message IDs have gone on since
-        if note != _ACTIVE:
+        if known.stage != "active":
             shape = await self._renames.converge(here)
             view = await host.view(shape.spis)
             if view is None:
                 raise CharonError("charon lost the prepared SA")
-            if host.store.get(_TAKEN, context.spis.key) != _DRAWN:
+            if known.drawn != "done":
                 await self._draw(context, shape, view)
             version = await host.version()
             ike = ha.IkeId.of(shape.current)
@@ -467,7 +464,7 @@ class CharonSink:
             host.origins.serves(context, shape.spis)
             host.follow.serves(shape.spis, here)
             host.away.behind.stand(here, {child.reqid for child in view.children})
-            host.store.put(IMPORT, context.spis.key, _ACTIVE)
+            host.coming.note(context.spis, stage="active")
         for shape in self._renames.names(here):
             await asyncio.to_thread(host.mute.unmute, shape.spis)
             host.expected.discard(shape.spis)
@@ -481,38 +478,36 @@ class CharonSink:
         try:
             # without its plan an SA of that name is somebody else's: nothing may be undone from here on
             self._renames.forget(here)
-            host.store.delete(_TAKEN, context.spis.key)
-            self._imported(context.spis.key)
+            self._imported(context.spis)
             if asked:
                 host.note_update_spi(here.remote_id)  # an MN with an agent, and agents know UPDATE_SPI
         except StoreError as error:
             log.error("%s serves, but notes of its move are left: %s", here.remote_id, error)
 
-    def _imported(self, key: str) -> None:
+    def _imported(self, sa: SaName) -> None:
         now = int(time.time())
         self._sweep(now)
-        self._host.store.put(IMPORT, key, IMPORTED + now.to_bytes(8))
+        self._host.coming.note(sa, soon=True, stage="imported", since=now, drawn="")
 
     def _sweep(self, now: int) -> None:
-        """Forget notes that nobody will ask for any more; not once for each of a thousand SAs."""
+        """Forget rows that nobody will ask for any more; not once for each of a thousand SAs."""
         if now < self._swept + _SWEEP:
             return
         self._swept = now
-        for kind, head, kept in ((IMPORT, IMPORTED, _IMPORTED_FOR), (_NEW_NAMES, b"", _NEW_NAMES_FOR)):
-            for key, raw in self._host.store.items(kind):
-                when = int.from_bytes(raw.removeprefix(head)[:8])
-                if raw.startswith(head) and now - when > kept:
-                    self._host.store.delete(kind, key)
+        for row in self._host.coming.all():
+            known = row.facts
+            if known.stage == "imported" and now - known.since > _IMPORTED_FOR and known.relay is None:
+                self._host.coming.drop(row.sa)
 
     def _note_names(self, here: IkeContext, plan: Plan | None) -> None:
         """What an answer is to tell the MN, where nobody has asked it."""
-        store, now = self._host.store, time.time()
+        now = time.time()
         if plan is None or plan.told is not None:
             return
         spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
         if plan.ike:
             spis.append(NewSpi(IKE, own_spi(here.current), plan.ike))
-        store.put(_NEW_NAMES, here.spis.key, int(now).to_bytes(8) + serialize_new_spis(spis))
+        self._host.coming.note(here.spis, new_names=serialize_new_spis(spis), named=int(now))
 
     @trace.spanned("charon activates")
     async def _established(self, here: IkeContext) -> None:
@@ -544,8 +539,8 @@ class CharonSink:
         """See `ContextSink.undo`."""
         host = self._host
         here = self._here(context)
-        note = host.store.get(IMPORT, context.spis.key)
-        if note is None or note.startswith(IMPORTED):
+        row = host.coming.get(context.spis)
+        if row is None or row.facts.stage == "imported":
             self._renames.forget(here, undone=True)
             return
         plan = self._renames.plan_of(here)
@@ -570,17 +565,17 @@ class CharonSink:
         self._seen.discard(context.spis.key)
         self._later.discard(context.spis.key)
         self._givers.pop(context.spis.key, None)
-        if host.store.get(_TAKEN, context.spis.key) is not None:
+        if row.facts.drawn:
             shape = self._renames.shape(here)
             reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
             unique_id = 0 if view is None else view.unique_id
             if not await host.scripts.finish(shape):
                 await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
-            host.store.delete(_TAKEN, context.spis.key)
         self._renames.forget(here, undone=True)
+        await self._renames.end_relay(here.spis, 0.0)
         host.away.stays(here)
         host.origins.undone(context)
-        host.store.delete(IMPORT, context.spis.key)
+        host.coming.drop(context.spis, soon=True)
 
 
 def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:

@@ -45,18 +45,6 @@ from .xfrm import KernelPolicy, KernelSa
 
 log = logging.getLogger(__name__)
 
-_FROZEN = "frozen"
-"""Kind of store entry: the outbound policies that a freeze took out of the kernel."""
-_LET_GO = "let-go"
-"""Kind of store entry: a freeze was complete, and the other gateway may have begun to serve. Its value: the
-message ID of our next request, and an octet more if the one before has no answer (`unsure`)."""
-_SENDING = "sending"
-"""Kind of store entry: ESP of this SA went on when it was frozen, until there was a `_FROZEN`. Its value: the
-name of the gateway it goes to."""
-_RENAMED = "renamed"
-"""Kind of store entry: the MN of this frozen SA may be given other SPIs."""
-_ENDED = "ended"
-"""Kind of store entry: somebody had charon delete this SA while it left, and no Delete has left this host."""
 _LOOK = 0.1
 """Seconds between two looks at how much of it has left."""
 ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
@@ -272,7 +260,7 @@ class CharonSource:
             # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
             jump = 2 * host.config.oseq_jump
             if sending and kernel is not None:
-                host.store.put(_SENDING, spis.key, to.encode())
+                host.leaving.note(spis, sends_to=to)
             else:
                 self._stop_outbound(context, to, unprepared=unprepared)
             final = []
@@ -285,9 +273,7 @@ class CharonSource:
                     inbound = kernel.get_replay(sa_in, outbound=False)[0]
                     outbound = kernel.get_replay(sa_out, outbound=True)[0]
                 final.append(FinalChild(child.spi_in, inbound, outbound))
-            if renaming:
-                host.store.put(_RENAMED, spis.key, b"")
-            host.store.put(_LET_GO, spis.key, known.mid_initiator.to_bytes(4) + b"?" * unsure)
+            host.leaving.note(spis, renaming=renaming, request=known.mid_initiator, unsure=unsure)
         except BaseException:
             await self.thaw(context, jump)
             raise
@@ -347,7 +333,7 @@ class CharonSource:
         every = [p for p in host.kernel.policies_about(reqids) if p.direction == "out"]
         # of two SAs with the same selectors one has the policy; it goes, or stays, with that one
         outbound = [p for p in every if _leads_to(p, reqids, context.remote.address)]
-        host.store.put(_FROZEN, context.spis.key, b"".join(_framed(p.raw) for p in outbound))
+        host.leaving.note(context.spis, policies=tuple(policy.raw for policy in outbound))
         host.away.leave(context, to, every, unprepared=unprepared)
         for policy in outbound:
             host.kernel.delete_policy(policy)
@@ -376,10 +362,9 @@ class CharonSource:
     def _end_sending(self, context: IkeContext) -> None:
         """As any other freeze has done, unless that is so; then there is a note of the policies."""
         self._sending.discard(context.spis)
-        store, key = self._host.store, context.spis.key
-        to = store.get(_SENDING, key)
-        if to is not None and store.get(_FROZEN, key) is None:
-            self._stop_outbound(context, to.decode())
+        known = self._host.leaving.of(context.spis).facts
+        if known.sends_to and known.policies is None:
+            self._stop_outbound(context, known.sends_to)
 
     def _outbound_reqids(self, context: IkeContext) -> set[int]:
         pairs = [self._host.kernel_pair(context, child) for child in context.children]
@@ -388,13 +373,12 @@ class CharonSource:
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
         """See `ContextSource.thaw`. Where charon lost the SA meanwhile, only the leftovers are cleared."""
         host = self._host
-        key = context.spis.key
+        known = host.leaving.of(context.spis).facts
         view = await host.view(context.spis)
-        if host.store.get(_SENDING, key) is not None:
+        if known.sends_to:
             # the other gateway may have sent under these keys, from twice as far on
             oseq_jump = max(oseq_jump, 4 * SENDING_PACKETS)
             self._sending.discard(context.spis)
-        saved = host.store.get(_FROZEN, key)
         if view is not None and host.kernel is not None:
             if oseq_jump:
                 for child in context.children:
@@ -404,30 +388,28 @@ class CharonSource:
                         top = (1 << (64 if child.esn else 32)) - 1
                         jumped = replace(state, seq=min(state.seq + oseq_jump, top))
                         host.kernel.set_replay(outbound, jumped, outbound=True)
-            for raw in _unframed(saved or b""):
+            for raw in known.policies or ():
                 host.kernel.replace_policy(KernelPolicy.parse(raw))
         host.away.back(context.spis)
         if view is None:
             await host.scripts.finish(context)
-        let_go = host.store.get(_LET_GO, key)
-        if view is not None and let_go is not None and view.state == "DELETING":
-            await self._end(context, view, int.from_bytes(let_go[:4]))
-        elif view is not None and let_go is not None:
+        if view is not None and known.request is not None and view.state == "DELETING":
+            await self._end(context, view, known.request)
+        elif view is not None and known.request is not None:
             # the other's script may have drawn the MN's packets there, where nobody takes them any more
             reqids = {child.spi_in: child.reqid for child in view.children}
             for up in (False, True):
                 await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
-            ids = 3 if let_go[4:] else 2
-            if host.store.get(_RENAMED, key) is not None:
+            ids = 3 if known.unsure else 2
+            if known.renaming:
                 # for each child CREATE_CHILD_SA, INFORMATIONAL D; and one to begin with
                 ids += 1 + 2 * len(context.children)
-            await self._call_back(context, int.from_bytes(let_go[:4]), ids)
+            await self._call_back(context, known.request, ids)
         await asyncio.to_thread(host.mute.unmute, context.spis)
-        renamed = let_go is not None and host.store.get(_RENAMED, key) is not None
+        renamed = known.request is not None and known.renaming
         if view is not None and view.state != "DELETING" and renamed:
             await self._renew(view)
-        for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN):
-            host.store.delete(kind, key)
+        host.leaving.drop(context.spis, soon=True)
 
     async def _end(self, context: IkeContext, view: SaView, mid: int) -> None:
         """Somebody ended the SA here, and the other gateway did not get it: the MN is to hear of that.
@@ -484,10 +466,10 @@ class CharonSource:
     async def release(self, context: IkeContext) -> None:
         """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
         host = self._host
-        view, key = await host.view(context.spis), context.spis.key
+        view = await host.view(context.spis)
         if view is not None:
             if view.state == "DELETING":
-                host.store.put(_ENDED, key, b"")
+                host.leaving.note(context.spis, ended=True)
             reqids = {child.spi_in: child.reqid for child in view.children}
             self._end_sending(context)
             await host.delete(context, host.late_packets(context, context.children))
@@ -498,11 +480,10 @@ class CharonSource:
         departure = host.away.left(context.spis)
         if departure is not None:
             host.origins.left(departure)
-            if host.store.get(_ENDED, key) is not None:
+            if host.leaving.of(context.spis).facts.ended:
                 log.warning("%s was ended here while it left: %s is told", context.connection, departure.peer)
                 host.origins.end(departure)
-        for kind in (_LET_GO, _RENAMED, _SENDING, _FROZEN, _ENDED):
-            host.store.delete(kind, key)
+        host.leaving.drop(context.spis, soon=True)
 
     def hands_over(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
@@ -510,7 +491,7 @@ class CharonSource:
 
     def not_taken(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
-        self._host.store.delete(_LET_GO, sa.key)
+        self._host.leaving.note(sa, request=None)
 
     def stays(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
@@ -521,28 +502,16 @@ class CharonSource:
 
         What an SA goes on sending ends: nobody has counted it meanwhile.
         """
-        for key, _ in self._host.store.items(_SENDING):
-            name = SaName.from_key(key)
+        for row in self._host.leaving.all():
+            if not row.facts.sends_to:
+                continue
             with contextlib.suppress(UnknownSaError):
-                self._end_sending(self._host.context(name))
+                self._end_sending(self._host.context(row.sa))
         self._host.away.restore()
 
 
 def _leads_to(policy: KernelPolicy, reqids: Collection[int], mn: Address) -> bool:
     return any(one.reqid in reqids and one.destination == mn for one in policy.templates)
-
-
-def _framed(raw: bytes) -> bytes:
-    return len(raw).to_bytes(4) + raw
-
-
-def _unframed(data: bytes) -> list[bytes]:
-    out = []
-    while data:
-        size = int.from_bytes(data[:4])
-        out.append(data[4 : 4 + size])
-        data = data[4 + size :]
-    return out
 
 
 def _index(selectors: tuple[object, ...], network: object) -> int:

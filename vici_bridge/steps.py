@@ -33,8 +33,6 @@ from .kernel import LATE, InboundSnapshot, Kernel
 from .moves import ChildMove, Move, guards_of, leads
 from .xfrm import KernelPolicy, KernelSa
 
-MOVE = "move"
-"""Kind of store entry: the `Move` of this SA that is open."""
 LINGER = 0.5
 """Seconds for which an old inbound SA may stay beside the new one; charon is passive meanwhile."""
 HEARD = 10
@@ -396,7 +394,7 @@ class MoveSteps:
             pause = min(pause * 1.5, 0.05)
 
     def save(self, sa: SaName, move: Move) -> None:
-        self._host.store.put(MOVE, sa.key, move.dumps())
+        self._host.own.note(sa, move=move.dumps())
 
 
 def _child(after: IkeContext, child: ChildMove) -> ChildContext:
