@@ -114,7 +114,9 @@ HINTS: Mapping[Status, str] = {
     Status.PEER_REFUSED: "check that the MN speaks MOBIKE and accepts the other gateway's address",
     Status.UNKNOWN_TRANSFER: "try again: the other gateway was restarted or had waited too long",
     Status.BUSY: "try again when the exchange or the other transfer is over",
-    Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else",
+    Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else. Where "
+    "this gateway serves the SA and has lost its store, rekey the IKE_SA (`swanctl --rekey --ike`): the "
+    "other gateway counts owners by SPIs, and those of a rekeyed SA are new",
     Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
     Status.AMBIGUOUS: "name the SA by its SPIs: `list` at the other gateway shows them",
     Status.IN_DOUBT: "the other gateway's agent has lost its notes (state.db was moved away, or restored "

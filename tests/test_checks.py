@@ -7,7 +7,15 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ikectx.context import AuthRound, Endpoint, FinalChild, FinalState, PeerContext, ReplayState
+from ikectx.context import (
+    AuthRound,
+    Endpoint,
+    FinalChild,
+    FinalState,
+    PeerContext,
+    ReplayState,
+    TrafficSelector,
+)
 from ikectx.numbers import Status
 from ikectx.relocate import relocate
 from vici_bridge import charon
@@ -159,3 +167,11 @@ def test_b4_an_sa_that_another_gateway_let_go_is_found_under_any_of_its_names() 
     assert f"a mobile node at {mn}" in still_here(final, mn, [other], [], [])
     # charon has gone, the kernel goes on
     assert f"ESP SA {spi_in.hex()}" in still_here(final, elsewhere, [other], [], [spi_in])
+
+
+def test_b31_a_selector_that_ends_before_it_begins_is_no_mistake_of_ours() -> None:
+    here = context()
+    upside_down = TrafficSelector(ip_address("10.1.0.9"), ip_address("10.1.0.1"))
+    odd = replace(here, children=(replace(here.children[0], remote_ts=(upside_down,)),))
+    assert charon.prefixes((upside_down,)) == []
+    assert statuses(check_selectors(odd, [sa_view("mn", VIEW)])) == []  # `policy` refuses it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ikectx.errors import IkectxError, KernelError, LinkError
+from ikectx.errors import IkectxError, KernelError, LinkError, RefusedError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
 from ikectx.report import (
@@ -101,3 +101,8 @@ def test_states_of_one_phase_add_up_at_the_target() -> None:
     spent = {"preparing": 2.0, "checking": 1.0, "announced": 0.5, "owned": 9.0}
     assert target_phases(spent, None) == {"check": 1.5, "prepare": 2.0}
     assert target_phases(spent, 3.0) == {"request": 3.0, "check": 1.5, "prepare": 2.0}
+
+
+def test_b31_a_gateway_that_lost_its_store_is_told_how_its_sas_move_again() -> None:
+    *_, hint, _ = words(SourceState.REFUSED, RefusedError("stale", status=Status.STALE_EPOCH))
+    assert "swanctl --rekey --ike" in hint

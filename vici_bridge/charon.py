@@ -336,7 +336,8 @@ def _squash(name: str) -> str:
 
 
 def prefixes(selectors: Iterable[TrafficSelector]) -> list[str]:
-    """The selectors' addresses as CIDR prefixes, without duplicates, in order."""
+    """The selectors' addresses as CIDR prefixes, without duplicates, in order; one that ends before it begins
+    has none, since it means no address (and is refused: see `policy`)."""
     seen: dict[str, None] = {}
     for selector in selectors:
         seen.update((str(net), None) for net in _summary(selector.start, selector.end))
@@ -344,6 +345,8 @@ def prefixes(selectors: Iterable[TrafficSelector]) -> list[str]:
 
 
 def _summary(start: Address, end: Address) -> Iterable[IPv4Network | IPv6Network]:
+    if int(end) < int(start):
+        return ()
     if isinstance(start, IPv4Address):
         return summarize_address_range(start, IPv4Address(int(end)))
     return summarize_address_range(start, IPv6Address(int(end)))
