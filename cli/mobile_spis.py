@@ -322,7 +322,7 @@ class SpiWatch:
         )
 
     async def _in_flight(self, sa: SaName) -> bool:
-        listed = await asyncio.to_thread(self._host.vici.list_sas)
+        listed = await self._host.ask(self._host.vici.list_sas)
         name = (sa.spi_i.hex(), sa.spi_r.hex())
         found = (one for one in listed if (one.get("initiator-spi"), one.get("responder-spi")) == name)
         return any(one.get("tasks-active") for one in found)

@@ -488,6 +488,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         await sleep(seconds / 100)
 
     monkeypatch.setattr(asyncio, "to_thread", at_once)
+    monkeypatch.setattr(CharonHost, "ask", lambda self, *args, **kwargs: at_once(*args, **kwargs))
     monkeypatch.setattr(asyncio, "sleep", shortly)
     monkeypatch.setattr(steps_module, "PATIENCE", 0.05)
     monkeypatch.setattr(steps_module, "LINGER", 0.0)

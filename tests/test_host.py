@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -466,3 +467,25 @@ def test_b20_an_unexpected_error_is_logged_without_its_text(caplog: pytest.LogCa
     asyncio.run(scenario())
     assert caplog.text.count("ValueError, a mistake in the program") == 2
     assert secret not in caplog.text
+
+
+def test_b27_a_charon_that_hangs_holds_up_no_freeze() -> None:
+    answers = threading.Event()
+
+    class Hanging(Vici):
+        def list_conns(self) -> list[dict[str, Any]]:
+            answers.wait(30)
+            return []
+
+    async def scenario() -> None:
+        async with host_of(Hanging(), SqliteStore(":memory:", KEY)) as host:
+            asked = [asyncio.create_task(host.connections()) for _ in range(64)]
+            await asyncio.sleep(0.01)
+            try:
+                async with asyncio.timeout(10):  # nftables and everything else that takes a thread
+                    assert await asyncio.to_thread(lambda: "muted") == "muted"
+            finally:
+                answers.set()
+            assert await asyncio.gather(*asked) == [{}] * 64
+
+    asyncio.run(scenario())

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from ikectx import trace
 from ikectx.context import Address, ChildContext, FinalState, Identity, IkeContext
@@ -53,6 +57,9 @@ from .vici import CharonVici, Message
 from .xfrm import KernelSa
 
 log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 Settler = Callable[[IkeContext, FinalState], Awaitable[int]]
 """Asks the MN of a context, as it stands here, for our next message ID. Errors: LinkError (silent)."""
@@ -122,7 +129,8 @@ class CharonHost:
         self.coming: Ledger[TargetFacts] = Ledger(store, "target")
         self.own: Ledger[MobileFacts] = Ledger(store, "mobile")
         self.vici = CharonVici(config.vici)
-        self.listing = Listing(self.vici.read_sas)
+        self._charon = ThreadPoolExecutor(1, "charon")
+        self.listing = Listing(self.vici.read_sas, self.ask)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
         self.doubts = Doubts(store)
@@ -193,6 +201,7 @@ class CharonHost:
         if self._saving is not None:
             self._saving.cancel()
         await asyncio.to_thread(self.vici.close)
+        self._charon.shutdown(wait=False)
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
@@ -341,7 +350,7 @@ class CharonHost:
                 self._fed(self.record.feed(ha.ike_mid(version, ike, initiator=initiator, mid=noted)))
 
     async def _ask_version(self) -> None:
-        answer = await asyncio.to_thread(self.vici.version)
+        answer = await self.ask(self.vici.version)
         self.ha_version.told(str(answer.get("version", "")))
 
     async def version(self) -> int:
@@ -384,6 +393,14 @@ class CharonHost:
 
     # Views.
 
+    async def ask(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call `vici` in a thread that nothing else uses: while charon hangs, other SAs are still frozen.
+
+        One thread is enough, because charon is asked one thing at a time.
+        """
+        work = partial(contextvars.copy_context().run, partial(call, *args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(self._charon, work)
+
     async def views(self) -> list[SaView]:
         """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
         return await self.listing.views()
@@ -412,7 +429,7 @@ class CharonHost:
 
     async def connections(self) -> dict[str, Message]:
         """charon's loaded connections by name."""
-        return {str(conn["name"]): conn for conn in await asyncio.to_thread(self.vici.list_conns)}
+        return {str(conn["name"]): conn for conn in await self.ask(self.vici.list_conns)}
 
     def kernel_pair(
         self, context: IkeContext, child: ChildContext
@@ -478,7 +495,7 @@ class CharonHost:
                 log.warning(
                     "%s: ended at the gateway that gave its SA, while that left: deleted here", view.name
                 )
-                await asyncio.to_thread(self.vici.terminate, ike_id=view.unique_id, timeout_ms=END_PATIENCE)
+                await self.ask(self.vici.terminate, ike_id=view.unique_id, timeout_ms=END_PATIENCE)
         except (CharonError, WireError) as error:
             log.error("an SA that was ended at the gateway that gave it is not deleted here: %s", error)
 
@@ -599,9 +616,9 @@ class CharonHost:
             log.info("asking for fresh keys: %s %d", what, number)
             try:
                 if what == "ike":
-                    await asyncio.to_thread(self.vici.rekey, ike_id=number)
+                    await self.ask(self.vici.rekey, ike_id=number)
                 else:
-                    await asyncio.to_thread(self.vici.rekey, child_id=number)
+                    await self.ask(self.vici.rekey, child_id=number)
             except (CharonError, WireError) as error:  # asked again by `FreshKeys`
                 trouble = error
         if trouble is not None:
@@ -612,7 +629,7 @@ class CharonHost:
             ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
             for child_id in ids:
                 log.info("the lifetime of CHILD_SA %s asks for a rekey now", entry.child)
-                await asyncio.to_thread(self.vici.rekey, child_id=child_id)
+                await self.ask(self.vici.rekey, child_id=child_id)
         else:
             log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
-            await asyncio.to_thread(self.vici.rekey, ike_id=view.unique_id)
+            await self.ask(self.vici.rekey, ike_id=view.unique_id)

@@ -27,11 +27,20 @@ class _Ask(Protocol):
     def __call__(self, read: _Reader, *, ike_id: int | None = None) -> list[SaView | None]: ...
 
 
-class Listing:
-    """`ask`: called in other threads, one call at a time or several."""
+class _Run(Protocol):
+    """`asyncio.to_thread`, or the like."""
 
-    def __init__(self, ask: _Ask) -> None:
+    async def __call__(
+        self, call: _Ask, read: _Reader, /, *, ike_id: int | None = None
+    ) -> list[SaView | None]: ...
+
+
+class Listing:
+    """`ask`: called in other threads (by `run`), one call at a time or several."""
+
+    def __init__(self, ask: _Ask, run: _Run | None = None) -> None:
         self._ask = ask
+        self._run = run or asyncio.to_thread
         self._ids: dict[SaName, int] = {}
         """Unique IDs as charon told them last. It gives none a second time while it lives (5.9.8, 6.0.6)."""
         self._read: dict[bytes, SaView | None] = {}
@@ -76,7 +85,7 @@ class Listing:
         return None
 
     async def _asked(self, read: _Reader, ike_id: int | None = None) -> list[SaView]:
-        found = await asyncio.to_thread(self._ask, read, ike_id=ike_id)
+        found = await self._run(self._ask, read, ike_id=ike_id)
         return [view for view in found if view is not None]
 
 

@@ -8,7 +8,6 @@ ask at once share the answer (`Listing`), and what came in between that answer a
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,8 +70,8 @@ class Looks:
                     await host.version(),
                     tuple(await host.views()),
                     await host.connections(),
-                    await asyncio.to_thread(host.vici.get_pools, True),
-                    await asyncio.to_thread(host.vici.algorithms),
+                    await host.ask(host.vici.get_pools, True),
+                    await host.ask(host.vici.algorithms),
                     came,
                     host.listening(),
                 )

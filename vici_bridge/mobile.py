@@ -449,7 +449,7 @@ class CharonMobile:
         view = await host.view(sa)
         for child in view.children if view is not None else ():
             if child.state == "INSTALLED":
-                await asyncio.to_thread(host.vici.rekey, child_id=child.unique_id)
+                await host.ask(host.vici.rekey, child_id=child.unique_id)
 
     def _note_lifetimes(self, sa: SaName, move: Move, view: SaView) -> None:
         """charon begins the lifetimes of the new pairs anew; those of the old ones stand."""

@@ -434,7 +434,7 @@ class CharonSource:
             if child.state in _LIVING:
                 log.info("%s: CHILD_SA %s is rekeyed: the MN may have other SPIs", view.name, child.name)
                 try:
-                    await asyncio.to_thread(self._host.vici.rekey, child_id=child.unique_id)
+                    await self._host.ask(self._host.vici.rekey, child_id=child.unique_id)
                 except CharonError as error:
                     log.warning("CHILD_SA %s of %s is not rekeyed: %s", child.name, view.name, error)
 

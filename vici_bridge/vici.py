@@ -145,7 +145,7 @@ def as_text(value: Any) -> Any:
 
 
 class CharonVici:
-    """charon's VICI socket for an agent. Thread-safe and synchronous: call it by `asyncio.to_thread`.
+    """charon's VICI socket for an agent. Thread-safe and synchronous: call it by `CharonHost.ask`.
 
     One connection serves all requests, one at a time; it is made at the first request and made
     anew after charon restarted. `timeout`: seconds a request may take. All methods raise
