@@ -9,15 +9,15 @@ from random import Random
 import pytest
 
 from ikectx.context import IkeContext, ReplayState
-from vici_bridge import sink as sink_module
+from vici_bridge import looks as looks_module
 
 from .test_sink import LOW, a_context, move, place
 
 
 def test_a_thousand_sas_from_two_gateways_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """SPIs of a range of 1536, IKE SPIs of 2048, MNs behind common addresses: hundreds collide."""
-    monkeypatch.setattr(sink_module, "check_selectors", lambda *_: [])
-    monkeypatch.setattr(sink_module, "check_vips", lambda *_: [])
+    monkeypatch.setattr(looks_module, "check_selectors", lambda *_: [])
+    monkeypatch.setattr(looks_module, "check_vips", lambda *_: [])
     dice = Random(4067)
     here = place(spi_max=LOW + 1535)
     names = {gateway: dice.sample(range(LOW, LOW + 1536), 500) for gateway in "ab"}
