@@ -5,7 +5,7 @@
     await gateway.start([("192.0.2.1", 5091)])
     report = await gateway.transfer(SaName(spi_i, spi_r), "nsg")
 
-`source` and `sink` are `ports`; all decisions are `transfer`'s.
+`source` and `sink` implement the protocols of `ports`. All decisions are made by the tables in `transfer`.
 """
 
 from __future__ import annotations
@@ -69,19 +69,21 @@ class Gateway:
         mobile: MobileConfig | None = None,
         hear: Hear | None = None,
     ) -> None:
-        """`oseq_jump`: the sinks' (packets), at most `transfer.OSEQ_JUMP`.
+        """`oseq_jump`: that of the sinks (packets), at most `transfer.OSEQ_JUMP`.
 
-        `observer` sees every change of state of every transfer.
+        `observer` is called at every change of state of every transfer.
 
-        `durable`: the journal is on the disk itself before an SA is let go or taken. That costs the MN a sync
-        of the disk on each side, and is needed only where SAs outlive a loss of power; charon's do not.
+        `durable`: the journal is synced to the disk before an SA is let go or taken. That delays the mobile
+        node by one sync on each side, and is needed only if SAs outlive a loss of power; those of charon do
+        not.
 
         `dial` replaces TLS (other transports, tests); the other side then gives its streams to `accept`.
 
-        `mobile`: MNs may ask for their handover themselves; without it their CTARs, and CT-Reqs with their
-        tokens, are refused.
+        `mobile`: mobile nodes may ask for their handover themselves. Without it their CTARs, and CT-Reqs with
+        their tokens, are refused.
 
-        `hear` is told where SAs are that went to a peer, whenever that peer says so (see `whereabouts`).
+        `hear` is called with the whereabouts of SAs that went to a peer, whenever that peer reports them (see
+        `whereabouts`).
 
         Errors: ConfigError.
         """
@@ -139,9 +141,9 @@ class Gateway:
     # -- life --------------------------------------------------------------------------------------------
 
     async def start(self, listen: Sequence[tuple[str, int]] = ()) -> None:
-        """Recover what the journal has open, then listen on these addresses and ports.
+        """Recover the transfers that the journal has open, then listen on these addresses and ports.
 
-        Errors: LinkError when a port cannot be had, ConfigError for unusable certificates, StoreError.
+        Errors: LinkError if a port is not available, ConfigError for unusable certificates, StoreError.
         """
         if self._links is not None:
             raise StateError("the gateway runs already")
@@ -168,11 +170,11 @@ class Gateway:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Where it listens; with the port that was had for port 0."""
+        """Addresses that it listens on; with the port that the system chose for port 0."""
         return list(self._listening)
 
     async def stop(self) -> None:
-        """Cancel what has not been let go, wait a little, close. What is open stays in the journal."""
+        """Cancel transfers that still serve the SA, wait a little, close. Open ones stay in the journal."""
         links, self._links = self._links, None
         for door in self._doors:
             door.close()
@@ -190,7 +192,8 @@ class Gateway:
             await links.close()
 
     async def recover(self) -> list[str]:
-        """Take up what the journal has open, in the background; one line for each. `start` does it."""
+        """Go on with the transfers that the journal has open, in the background; one line for each. `start`
+        calls it."""
         lines = []
         for entry in self._parts.store.open_transfers():
             ident = entry.transfer_id.hex()
@@ -233,14 +236,15 @@ class Gateway:
         dry_run: bool = False,
         progress: Observer | None = None,
     ) -> TransferReport:
-        """Move one IKE_SA to the peer `to`; how it ended.
+        """Move one IKE_SA to the peer `to`; returns the report.
 
-        `address` "keep": the gateway's address moves along, the MN is not told. `dry_run`: all checks at both
-        ends, nothing is touched. An SA that is busy is tried again `busy_attempts` times.
+        `address` "keep": the gateway's address moves along, and the mobile node is not told one. `dry_run`:
+        all checks at both ends are made, nothing is changed. If the SA is busy, `busy_attempts` tries are
+        made.
 
-        Errors: UsageError (no such peer), UnknownSaError, BusyError (it is being moved), StateError
-        (not started); everything else is in the report. A call
-        that is cancelled cancels a transfer that has not let go.
+        Errors: UsageError (no such peer), UnknownSaError, BusyError (it is being moved), StateError (not
+        started); everything else is in the report. A call that is cancelled cancels a transfer that has not
+        let go.
         """
         peer = self._peer(to)
         return await self._moves.transfer(peer, SaName(*sa), address, dry_run, progress)
@@ -255,7 +259,7 @@ class Gateway:
         parallel: int = 8,
         progress: Observer | None = None,
     ) -> list[TransferReport]:
-        """Move many, `parallel` at a time; reports in the order of `sas`.
+        """Move several SAs, `parallel` at a time; reports in the order of `sas`.
 
         An error about one SA becomes its report. Errors: UsageError, StateError.
         """
@@ -296,11 +300,12 @@ class Gateway:
         )
 
     def cancel(self, transfer_id: str) -> bool:
-        """Stop a transfer of ours. True: it will be kept; False: it has let go already, or is unknown."""
+        """Stop a transfer of this gateway. True: the SA is kept; False: it has been let go, or is unknown."""
         return self._moves.cancel(transfer_id)
 
     async def reclaim(self, transfer_id: str) -> TransferReport:
-        """Serve the SA of a transfer in doubt here again, whatever the peer says: the operator's word.
+        """Serve the SA of a transfer in doubt here again, whatever the peer says, because the operator
+        decides so.
 
         If the peer owns it all the same, both gateways serve it. Errors: StateError unless it is in doubt.
         """
@@ -317,13 +322,15 @@ class Gateway:
         dry_run: bool = False,
         progress: Observer | None = None,
     ) -> TransferReport:
-        """Have the SA of the MN at that outer address moved here from the peer `from_`; how it ended.
+        """Have the SA of the mobile node at that outer address moved here from the peer `from_`; returns the
+        report.
 
-        `sa` says which, where it has several. The peer must allow it (right `pull`), and moves it as by
-        `transfer` there. It is asked again for `Timing.request` seconds while the SA is busy.
+        `sa` names the SA if the mobile node has several. The peer must have granted the right `pull`, and
+        moves the SA as by `transfer` there. It is asked again for `Timing.request` seconds while the SA is
+        busy.
 
-        Errors: UsageError (no such peer), StateError (not started); everything else is in the report, as
-        this gateway sees it.
+        Errors: UsageError (no such peer), StateError (not started); everything else is in the report, as this
+        gateway sees it.
         """
         peer = self._peer(from_)
         self._running()
@@ -332,10 +339,11 @@ class Gateway:
         return self._asking.report(ask)
 
     async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
-        """A CTAR that an MN has sent from that UDP endpoint: the CTAA to send there, or None for no answer.
+        """Handle a CTAR that a mobile node sent from that UDP endpoint. Returns the CTAA, or None for no
+        answer.
 
-        Returns when the handover is over; meanwhile copies get None, afterwards the same CTAA, until their
-        token expires. Errors: StateError (not started, or no `mobile` was given).
+        Returns when the handover is over. Copies get None until then, and afterwards the same CTAA, until
+        their token expires. Errors: StateError (not started, or no `mobile` was given).
         """
         if self._arrivals is None:
             raise StateError("no MN may hand over here: the gateway has no `mobile`")
@@ -349,11 +357,12 @@ class Gateway:
         remote: Endpoint,
         ask: Sequence[str],
     ) -> TransferReport | None:
-        """An IKE message of an SA that is not here came from `remote`: get the SA from who serves it.
+        """An IKE message of an SA that is not here came from `remote`: fetch the SA from the gateway that has
+        it.
 
         `datagrams`: the message from the IKE header on, or all its fragments. The peers of `ask` are asked in
-        this order, and must allow it (right `packet`). None: none of them has the SA, or asking makes no
-        sense. Nothing is limited here: see `mobike_ext.watch`.
+        this order, and must have granted the right `packet`. None: none of them has the SA, or the message is
+        of no use. This method has no rate limit: see `mobike_ext.watch`.
 
         Errors: UsageError (no such peer, no message), StateError.
         """
@@ -390,7 +399,8 @@ class Gateway:
         return None
 
     def tell(self, peer: str, news: Whereabouts) -> None:
-        """Tell the peer that gave an SA where it is now, until it has heard it. Errors: StoreError."""
+        """Tell the peer that gave an SA where the SA is now, until it has confirmed that. Errors:
+        StoreError."""
         self._notices.tell(peer, news)
 
     def _peer(self, name: str) -> PeerConfig:
@@ -415,7 +425,7 @@ class Gateway:
 
     async def _arrived(self, link: Link, message: Message) -> None:
         if isinstance(message, Ctc):
-            # it names no more than the MN: it ends what can still be ended, in both directions
+            # a CTC names only the mobile node, so it ends all that can still be ended, in both directions
             self._moves.cancelled(link.peer, message)
             await self._desks.cancelled(link, message)
             self._serving.cancelled(link, message)

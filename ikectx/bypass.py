@@ -1,7 +1,8 @@
-"""I/O: sockets whose packets no IPsec policy catches, in or out (Linux).
+"""I/O: sockets whose packets are exempt from IPsec policies, in or out (Linux).
 
-IKE and CXTP's messages of the MN must not be protected by the very SA they move: the other gateway could
-not open them. A policy on the socket goes before those of the system (linux/xfrm.h, as charon does it).
+IKE and the CXTP messages of the mobile node must not be protected by the SA that they move, because the other
+gateway could not decrypt them. A policy on the socket takes precedence over those of the system
+(linux/xfrm.h, as charon does it).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NO_XFRM = {errno.ENOPROTOOPT, errno.EOPNOTSUPP}
 
 
 def bypass(sock: socket.socket) -> None:
-    """Let what `sock` sends and receives pass in the clear. Errors: OSError, without CAP_NET_ADMIN."""
+    """Let the packets of `sock` pass in the clear, both ways. Errors: OSError, without CAP_NET_ADMIN."""
     six = sock.family == socket.AF_INET6
     level, option = (socket.IPPROTO_IPV6, _IPV6_XFRM_POLICY) if six else (socket.IPPROTO_IP, _IP_XFRM_POLICY)
     for direction in (0, 1):  # XFRM_POLICY_IN, XFRM_POLICY_OUT

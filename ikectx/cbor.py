@@ -1,10 +1,9 @@
-"""The CBOR subset of the context profiles, and readers of what it decodes to.
+"""The CBOR subset of the context profiles, and readers that check decoded values.
 
-Unsigned and negative integers of at most 64 bits, octet strings, UTF-8 text, arrays,
-maps with unsigned keys in ascending order, false, true, null. Definite lengths, shortest
-heads, no tags, no floats (RFC 8949, 4.2.1). `scan` checks that before cbor2 sees an
-octet, so what cbor2 does with tags, depth or duplicate keys cannot matter. So there is one
-encoding for each value. Errors name places, never values: those may be keys.
+Unsigned and negative integers of at most 64 bits, octet strings, UTF-8 text, arrays, maps with unsigned keys
+in ascending order, false, true, null. Definite lengths, shortest heads, no tags, no floats (RFC 8949, 4.2.1).
+`scan` checks that before cbor2 sees an octet, so what cbor2 does with tags, depth or duplicate keys cannot
+matter. So there is one encoding for each value. Errors name places, never values: those may be keys.
 """
 
 from __future__ import annotations
@@ -188,7 +187,7 @@ def build(make: Callable[..., T], where: str, *args: Any, **named: Any) -> T:
 
 
 class MapReader:
-    """A decoded map: take what is known, the rest is unknown."""
+    """A decoded map: `take` and `need` read known keys, `rest` returns the unknown ones."""
 
     __slots__ = ("_left", "_where")
 
@@ -205,11 +204,11 @@ class MapReader:
         return read(self._left.pop(key), f"{self._where}: key {key}")
 
     def take(self, key: int, read: Read[T], default: D) -> T | D:
-        """The value of a key, or what it is when left out."""
+        """The value of a key, or `default` if it is left out."""
         return self.need(key, read) if key in self._left else default
 
     def rest(self) -> list[tuple[int, bytes]]:
-        """(key, CBOR) of what nobody took."""
+        """(key, CBOR) of the keys that were not read."""
         return [(key, dumps(value, self._where)) for key, value in sorted(self._left.items())]
 
 

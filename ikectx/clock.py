@@ -6,7 +6,7 @@ import time
 
 
 class MonotonicClock:
-    """`ports.Clock` by `time.monotonic`: seconds, not since anything."""
+    """`ports.Clock` by `time.monotonic`: seconds since an arbitrary moment."""
 
     def now(self) -> float:
         return time.monotonic()

@@ -1,11 +1,11 @@
-"""The datum: everything a gateway must know to serve an IKE_SA it did not set up.
+"""The context of an SA: everything that a gateway must know to serve an IKE_SA that it did not set up.
 
-Frozen dataclasses with invariants and no behaviour. "Local" is the gateway,
-"remote" the mobile node (MN), "inbound" is towards the gateway. Lengths are in
-octets, key sizes in bits, times in seconds relative to the moment of export.
+Frozen dataclasses with invariants and no behaviour. "Local" is the gateway, "remote" the mobile node (MN),
+"inbound" is towards the gateway. Lengths are in octets, key sizes in bits, times in seconds relative to the
+moment of export.
 
-Sources: RFC 7296 for the names, RFC 4301 (4.4) for SAD, SPD and PAD, MobiArch'08
-for the list of what a context holds, strongSwan's ha plugin for what charon needs.
+Sources: RFC 7296 for the names, RFC 4301 (4.4) for SAD, SPD and PAD, MobiArch'08 for the list of what a
+context holds, strongSwan's ha plugin for what charon needs.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class TrafficSelector:
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """What is left of an SA; None: no such limit.
+    """Remaining lifetime of an SA; None: no such limit.
 
-    rekey, reauth, hard: seconds left. bytes_limit, packets_limit: hard limits;
-    bytes_used, packets_used: what counts towards them so far.
+    rekey, reauth, hard: seconds left. bytes_limit, packets_limit: hard limits; bytes_used, packets_used: what
+    counts towards them so far.
     """
 
     rekey: int | None = None
@@ -345,7 +345,7 @@ class IkeContext:
 
 @dataclass(frozen=True, slots=True)
 class FinalChild:
-    """Last counters of a CHILD_SA at the gateway that lets go; named by its inbound SPI."""
+    """Last counters of a CHILD_SA at the old gateway; named by its inbound SPI."""
 
     spi_in: bytes
     inbound: ReplayState
@@ -354,7 +354,7 @@ class FinalChild:
 
 @dataclass(frozen=True, slots=True)
 class FinalState:
-    """What changes between export and letting go: message IDs and ESP counters (CTD).
+    """The part of the context that changes between export and letting go: message IDs and ESP counters (CTD).
 
     `unsure`: as in `IkeContext`.
     """

@@ -1,11 +1,11 @@
-"""Cookies for CTARs: under load a gateway listens to those who hear what is sent to their address. No I/O.
+"""Cookies for CTARs: a gateway under load prefers senders that receive at the address they send from. No I/O.
 
-As in RFC 7296, 2.6: the gateway keeps nothing, asks with a CTAA that holds a COOKIE block, and the MN sends
-its CTAR again with that block in front of all others. Whoever forges source addresses never sees the cookie.
-The octets are the gateway's own; for the MN they mean nothing.
+As in RFC 7296, 2.6: the gateway keeps no state, asks with a CTAA that has a COOKIE block, and the mobile node
+sends its CTAR again with that block in front of all others. A sender with a forged source address never sees
+the cookie. The octets are the gateway's own; for the mobile node they have no meaning.
 
-A gateway reads thousands of strangers' datagrams a second, so that nothing is parsed before it must be. The
-cookie is not under the MN's tag: the gateway takes it out before it looks at the CTAR.
+A gateway may receive thousands of strangers' datagrams a second, so nothing is parsed before it is needed.
+The cookie is not covered by the mobile node's tag: the gateway removes it before it looks at the CTAR.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .cxtp import HEADER_SIZE, ContextDataBlock, Ctaa, Ctar
 from .numbers import Cxtp, Fpt
 
 LIFE = 60.0
-"""Seconds for which cookies are made under one key; they count for as long again."""
+"""Seconds for which cookies are made under one key; they are valid for as long again."""
 LENGTH = 12
 """Octets of a cookie of ours: the key's number and the first 11 octets of a HMAC-SHA-256."""
 MAX_LENGTH = 64
-"""Octets of the longest cookie that an MN sends back."""
+"""Octets of the longest cookie that a mobile node sends back."""
 
 _FIRST = 0x10 | Cxtp.CTAR
 _V4 = 0x80
@@ -45,7 +45,7 @@ def split(datagram: bytes, fixed: int) -> tuple[bytes, bytes]:
     end = fixed + 8 * datagram[fixed + 2]
     length = len(datagram) - (end - fixed)
     if not fixed < end <= len(datagram):
-        return b"", datagram  # what does not parse is told by who parses it
+        return b"", datagram  # the parser of the whole CTAR reports what is wrong
     rest = datagram[:2] + length.to_bytes(2) + datagram[4:fixed] + datagram[end:]
     return datagram[fixed + 4 : end], rest
 
@@ -74,7 +74,7 @@ class Cookies:
         return self._make(int(now // LIFE), host, port)
 
     def right(self, cookie: bytes, host: str, port: int, now: float) -> bool:
-        """Was it made here for that source, within the last two `LIFE`?"""
+        """True if the cookie was made here for that source, within the last two `LIFE`."""
         number = int(now // LIFE)
         if cookie[:1] != bytes([number & 0xFF]):
             number -= 1

@@ -107,7 +107,7 @@ Blocks = tuple[ContextDataBlock, ...]
 
 @dataclass(frozen=True, slots=True)
 class StatusBlock:
-    """What became of one context (CTAA, CTDR): FPT u16, status u8, reserved u8."""
+    """The result for one context (CTAA, CTDR): FPT u16, status u8, reserved u8."""
 
     fpt: Fpt
     status: Status = Status.OK
@@ -441,7 +441,7 @@ MESSAGES: dict[Cxtp, Callable[[bytes], Message]] = {
     Cxtp.CTC: Ctc.parse,
     Cxtp.CT_REQ: CtReq.parse,
 }
-"""What parses which type."""
+"""The class that parses each message type."""
 
 
 def parse_message(data: bytes) -> Message:
@@ -452,8 +452,8 @@ def parse_message(data: bytes) -> Message:
 class StreamDecoder:
     """Cuts a stream of octets into messages by the header's length field.
 
-    Holds at most one unfinished message. After a WireError it is dead: framing is
-    lost, every further `feed` raises the same error.
+    It holds at most one unfinished message. After a WireError it has lost the framing, so every further
+    `feed` raises the same error.
     """
 
     __slots__ = ("_buffer", "_error")
@@ -464,7 +464,7 @@ class StreamDecoder:
 
     @property
     def error(self) -> WireError | None:
-        """Why the decoder is dead; None while it lives."""
+        """Why the decoder has stopped; None while it works."""
         return self._error
 
     def feed(self, data: bytes) -> list[Message]:
@@ -506,9 +506,9 @@ def compute_token(key: bytes, mn: Address, sequence: int, blocks: Sequence[Conte
 def verify_token(
     key: bytes, mn: Address, sequence: int, token: int, blocks: Sequence[ContextDataBlock] = ()
 ) -> bool:
-    """Whether `token` is right, in constant time. Ask before anything of the transfer is touched.
+    """Whether `token` is right, in constant time. Call it before anything of the transfer is touched.
 
-    With an empty key (a PCTD that no MN takes part in) no token is right: everyone could make it.
+    With an empty key (a PCTD without a mobile node) no token is right, because everyone could make it.
     """
     if not key:
         return False

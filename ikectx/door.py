@@ -1,8 +1,8 @@
-"""The door for connections from outside: who is let in, and how many at a time (I/O).
+"""Listening for connections of peers: which are accepted, and how many at a time (I/O).
 
-Whoever comes from an address that is no peer's is turned away before anything is read. Connections that have
-not proven yet who they are are few, in all and from one source, and the descriptors that the agent needs for
-what it does already are never given to them.
+A connection from an address that belongs to no peer is closed before anything is read. The connections that
+have not proven their identity yet are limited, in all and from one source, and never use the descriptors that
+the agent needs for the work that it has.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ log = logging.getLogger("ikectx.door")
 
 BACKLOG = 64
 HANDSHAKES = 64
-"""Connections that are let in and have not proven yet who they are, from all sources."""
+"""Connections, from all sources, that are accepted and have not proven their identity yet."""
 HANDSHAKES_OF_ONE = 8
-"""The same for one source address: a peer dials once, and again when its agent has been restarted."""
+"""The same for one source address: a peer dials once, and again after its agent was restarted."""
 RATE, RATE_OF_ONE = 50.0, 10.0
-"""Connections that are let in in a second, from all sources and from one: a TLS handshake takes some 3 ms."""
+"""Connections accepted per second, from all sources and from one: a TLS handshake takes some 3 ms."""
 RESERVE = 128
 """Descriptors that connections from outside leave free; at most a quarter of the limit. Each transfer that
 is under way takes up to six, for raw sockets and for an updown script."""
@@ -46,7 +46,7 @@ _ABORT = struct.pack("=ii", 1, 0)
 
 
 class Handshakes:
-    """Counts connections that have not proven yet who they are, for all doors of one gateway."""
+    """Counts connections that have not proven their identity yet, for all doors of one gateway."""
 
     def __init__(self, knows: Callable[[Address], bool]) -> None:
         """`knows`: whether an address is a peer's."""
@@ -55,7 +55,7 @@ class Handshakes:
         self._rate = RateLimit(RATE, RATE_OF_ONE, random.SystemRandom().random)
 
     def begin(self, source: Address, now: float) -> str:
-        """Count one more; or why it is not let in. `now`: seconds, monotonic."""
+        """Count one more; returns the reason not to accept it, or nothing. `now`: seconds, monotonic."""
         if not self._knows(source):
             return "no [[peer]] connects from there (`address`, `connects_from`)"
         if self._open[source] >= HANDSHAKES_OF_ONE:
@@ -68,20 +68,20 @@ class Handshakes:
         return ""
 
     def end(self, source: Address) -> None:
-        """It has proven who it is, or has gone."""
+        """The connection has proven its identity, or was closed."""
         self._open[source] -= 1
         if not self._open[source]:
             del self._open[source]
 
 
 def descriptors() -> int:
-    """How many descriptors connections from outside may use up, with all others of the process."""
+    """Descriptors that connections from outside may use, together with all others of the process."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return limit - min(RESERVE, limit // 4)
 
 
 class Door:
-    """A listening socket. What comes in is proven by `prove` (which closes what it refuses), then given to
+    """A listening socket. A connection is proven by `prove` (which closes it if that fails), then given to
     `accept`."""
 
     def __init__(
@@ -101,7 +101,8 @@ class Door:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens; with the port that was had for port 0. Errors: OSError once it is closed."""
+        """The address that it listens on, with the port that the system chose for port 0. Errors: OSError
+        once it is closed."""
         (sock,) = self.sockets
         host, port, *_ = sock.getsockname()
         return str(host), int(port)
@@ -146,7 +147,8 @@ class Door:
             task.add_done_callback(self._ended)
 
     def _rest(self, sock: socket.socket, why: str) -> None:
-        """Stop accepting for a while: the socket stays readable, and the loop would ask without end."""
+        """Stop accepting for a while, because the socket stays readable and the loop would call without
+        end."""
         log.error("%s; again in %g s", why, PAUSE)
         loop = asyncio.get_running_loop()
         loop.remove_reader(sock.fileno())
@@ -169,7 +171,7 @@ class Door:
             log_mistake(log, "a connection from outside", error)
 
     def close(self) -> None:
-        """Stop listening, and drop what has not proven who it is; connections that have go on."""
+        """Stop listening, and close connections that are not proven; the others go on."""
         (sock,) = self.sockets
         if self._later is not None:
             self._later.cancel()
@@ -182,7 +184,7 @@ class Door:
 
 
 def _abort(connection: socket.socket) -> None:
-    """Close with a reset, which leaves nothing here to wait for."""
+    """Close with a reset, so that the kernel need not wait for the other side."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
     connection.close()

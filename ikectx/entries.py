@@ -1,8 +1,7 @@
-"""The small parts of the profiles, both ways: `x_out` makes CBOR of what `x` reads.
+"""Codecs of the small parts of the profiles: `x_out` makes the CBOR that `x` reads.
 
-Endpoints, identities, selectors, nonces and replay windows have compact forms, given in
-docs/protocol.md. Readers take a decoded value and the name of its place; what is wrong
-raises WireError.
+Endpoints, identities, selectors, nonces and replay windows have compact forms, given in docs/protocol.md.
+Readers take a decoded value and the name of its place; what is wrong raises WireError.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def secret(value: Any, where: str) -> Secret:
 
 
 def seconds(value: Any, where: str) -> int | None:
-    """A time left; negative when it is overdue."""
+    """Seconds left; negative if the time is over."""
     if value is not None and (type(value) is not int or not -(1 << 63) <= value < 1 << 63):
         raise WireError(f"{where}: not a number of seconds")
     return value

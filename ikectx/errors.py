@@ -28,7 +28,7 @@ from .numbers import Status
 
 
 class IkectxError(Exception):
-    """Base of all errors. `hint` tells the operator what to do next."""
+    """Base of all errors. `hint` says what the operator can do next."""
 
     exit_code = 1
     status = Status.FAILED
@@ -55,7 +55,7 @@ class RefusedError(IkectxError):
 
 
 class ProofError(RefusedError):
-    """A packet does not prove that the MN is where it was seen; says what is wrong with it."""
+    """A packet does not prove that the mobile node is where it was seen; the text says why."""
 
     status = Status.NOT_ALLOWED
 
@@ -68,7 +68,7 @@ class LinkError(IkectxError):
 
 
 class UsageError(IkectxError):
-    """The caller asked for something that cannot be meant."""
+    """The caller's argument is wrong."""
 
     exit_code = 2
     status = Status.MALFORMED

@@ -1,7 +1,7 @@
-"""One escape for words that came from outside: identities, names and reasons of peers and mobile nodes.
+"""One escape for text that came from outside: identities, names and reasons of peers and mobile nodes.
 
-They may hold newlines, which forge lines of a log, and ESC, which steers a terminal. Whatever shows such
-words to a person passes them through `escaped`, and every line of the agents' logs goes through `Escaping`.
+Such text may have newlines, which forge lines of a log, and ESC, which controls a terminal. Whatever shows it
+to a person passes it through `escaped`, and every line of the agents' logs goes through `Escaping`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 
 
 class OurText(str):
-    """Text that this program made, of several lines maybe: it is logged as it is."""
+    """Text that this program made, possibly of several lines: it is logged as it is."""
 
     __slots__ = ()
 
@@ -35,11 +35,11 @@ def _code(char: str) -> str:
 
 
 class Escaping(logging.Filter):
-    """Escapes what log messages are filled in with; for the handler of a program's log.
+    """Escapes the arguments of log messages; for the handler of a program's log.
 
     The message's own text is the program's. Messages of other libraries come ready-made and are escaped as a
-    whole, but for the newlines that they are written with. The lines of a traceback, whose last ones may be
-    what somebody else said, are indented, so that none passes for a message.
+    whole, except for their newlines. The lines of a traceback are indented, so that none is taken for a
+    message, because the last ones may have text from outside.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -1,8 +1,8 @@
-"""Whether an identity is one that a text allows: as strongSwan matches it with `id` of a connection. Pure.
+"""Whether a connection allows an identity, as strongSwan matches it with the connection's `id`. Pure.
 
-Source: strongSwan's identification.c, 5.9.8 and 6.0.6. VICI tells a connection's identities as text only,
-which does not say of which type they are, so the type is the one that strongSwan reads from such a text.
-Where it shows two types alike (a KEY_ID in ASCII and an FQDN), either will do.
+Source: strongSwan's identification.c, 5.9.8 and 6.0.6. VICI reports a connection's identities only as text,
+without their type, so the type is the one that strongSwan reads from such a text. If strongSwan prints two
+types alike (a KEY_ID in ASCII and an FQDN), either matches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .numbers import IdType
 from .wire import Reader
 
 ANY = ("%any", "%any6", "*", "")
-"""Texts that allow every identity."""
+"""Patterns that allow every identity."""
 _TEXT = (IdType.FQDN, IdType.RFC822_ADDR)
 _ADDRESS = {IdType.IPV4_ADDR: 4, IdType.IPV6_ADDR: 6}
 _SEQUENCE, _SET, _OID, _PRINTABLE, _IA5 = 0x30, 0x31, 0x06, 0x13, 0x16
@@ -55,11 +55,11 @@ _RDN_NAMES = {
     bytes.fromhex("2a864886f70d010902"): "unstructuredName",
     bytes.fromhex("2a864886f70d010908"): "unstructuredAddress",
 }
-"""How strongSwan writes the attribute types of a DN."""
+"""The names by which strongSwan prints the attribute types of a DN."""
 
 
 def allows(pattern: str, identity: Identity) -> bool:
-    """Does `pattern`, the `id` or `eap_id` of a connection as VICI tells it, allow that identity?
+    """True if `pattern`, the `id` or `eap_id` of a connection as VICI reports it, allows that identity.
 
     %any allows all; *.example.org and *@example.org allow what ends so; an RDN of a DN may be an asterisk
     (CN=*), and all RDNs are there in the same order (charon.rdn_matching = strict, the default); a network or
@@ -80,7 +80,7 @@ def allows(pattern: str, identity: Identity) -> bool:
 
 
 def _kind(pattern: str) -> IdType:
-    """The type strongSwan reads from a text."""
+    """The type that strongSwan reads from a text."""
     if _is_address(pattern):
         return IdType.IPV4_ADDR if ip_address(pattern).version == 4 else IdType.IPV6_ADDR
     if "=" in pattern:
@@ -196,7 +196,7 @@ def _dn_parts(octets: bytes) -> list[tuple[str, str, bool]] | None:
 
 
 def _fits_dn(pattern: str, identity: Identity) -> bool:
-    """The pattern is compared as text, since a comma of a value is not told from one between RDNs."""
+    """The pattern is compared as text, because a comma in a value looks like one between RDNs."""
     parts = _dn_parts(identity.data)
     if not parts:
         return False

@@ -1,11 +1,11 @@
-"""IKEv2 messages: header, SK and SKF, what may stand in which exchange, and the request window.
+"""IKEv2 messages: header, SK and SKF, the payloads that each exchange allows, and the request window.
 
-Sources: RFC 7296 (2.1-2.3 and 2.4 for the window, 2.23 for NAT detection, 3.1-3.14 for formats), RFC 7383
-for fragments, RFC 3948 (2.2) for the non-ESP marker. Lengths are octets, times seconds on the caller's
-monotonic clock.
+Sources: RFC 7296 (2.1-2.3 and 2.4 for the window, 2.23 for NAT detection, 3.1-3.14 for formats), RFC 7383 for
+fragments, RFC 3948 (2.2) for the non-ESP marker. Lengths are octets, times seconds on the caller's monotonic
+clock.
 
-Errors: only `WireError` for foreign octets; `StateError` where the window is used out of order; `UsageError`
-for arguments that cannot be meant.
+Errors: only `WireError` for foreign octets; `StateError` if the window is used out of order; `UsageError` for
+wrong arguments.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class IkeHeader:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeRule:
-    """What may stand in one exchange. `sealed`: inside SK, and nothing outside of it."""
+    """The payloads that one exchange allows. `sealed`: they are inside SK, and nothing is outside of it."""
 
     sealed: bool
     request: frozenset[Payload]
@@ -113,7 +113,7 @@ EXCHANGES: dict[Exchange, ExchangeRule] = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A whole message in the clear: what was sealed, or is to be."""
+    """A whole message in the clear: one that was opened, or is to be sealed."""
 
     header: IkeHeader
     payloads: tuple[AnyPayload, ...]
@@ -214,7 +214,7 @@ def _sealed(datagram: bytes) -> _Sealed:
     header = IkeHeader.parse(datagram)
     reader = Reader(datagram, "sealed message")
     reader.octets(HEADER_LENGTH)
-    # Nothing stands in front of SK in the exchanges of the table, so anything there is refused.
+    # In the exchanges of the table no payload comes before SK, so any there is refused.
     if header.next_payload not in (Payload.SK, Payload.SKF):
         raise reader.fail(f"payload {header.next_payload.name} where SK belongs")
     first = Payload(reader.u8("next payload"))
@@ -358,7 +358,7 @@ class RequestWindow:
         self._pending, self._send_now, self._due, self.sent = octets, True, None, 0
 
     def to_send(self, now: float) -> list[bytes]:
-        """What must be sent now."""
+        """Messages to send now."""
         if self._pending is None or not self._send_now:
             return []
         self._send_now = False

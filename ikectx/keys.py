@@ -81,7 +81,7 @@ _ENCR: dict[Encr, _CipherFacts] = {
 }
 
 _IKE_ENCR = frozenset(_ENCR) - {Encr.NULL, Encr.NULL_AES_GMAC, Encr.CAMELLIA_CTR}
-"""What can seal IKE messages here. OpenSSL has no Camellia-CTR to offer through `cryptography`."""
+"""Ciphers that can seal IKE messages here. `cryptography` offers no Camellia-CTR of OpenSSL."""
 
 _HASH: dict[OpenEnum, type[hashes.HashAlgorithm]] = {
     Prf.HMAC_MD5: hashes.MD5,
@@ -315,7 +315,7 @@ def _cut(octets: bytes, sizes: tuple[int, ...]) -> list[Secret]:
 
 @dataclass(frozen=True, slots=True)
 class SealKey:
-    """What protects the IKE messages of one side of one IKE_SA."""
+    """The algorithms and keys that protect the IKE messages of one side of one IKE_SA."""
 
     encr: Encr
     integ: Integ
@@ -332,7 +332,7 @@ class SealKey:
 def seal_key(generation: IkeGeneration, *, by_initiator: bool, keys: SkKeys | None = None) -> SealKey:
     """The key for messages that the IKE_SA's original initiator (or its responder) sends.
 
-    `keys`: where `sk_keys(generation)` is at hand already.
+    `keys`: those of `sk_keys(generation)`, if the caller has them already.
     """
     keys = keys or sk_keys(generation)
     if by_initiator:
@@ -341,7 +341,7 @@ def seal_key(generation: IkeGeneration, *, by_initiator: bool, keys: SkKeys | No
 
 
 def iv_length(encr: Encr) -> int:
-    """Octets of IV that `seal` wants. They must be random and fresh: see this module's docstring."""
+    """Octets of IV that `seal` needs. They must be random and fresh: see this module's docstring."""
     return _facts(encr).iv
 
 
@@ -360,9 +360,9 @@ class Drawn:
 
 
 def synthetic_ivs(key: SealKey, drawn: Drawn, text: bytes) -> bytes:
-    """As many octets of IV as were drawn, others for each `text`; nobody can tell them without the key.
+    """As many octets of IV as were drawn, different for each `text`; unpredictable without the key.
 
-    `text`: all that is sealed with them, also what stands in the clear in front of it, since an AEAD
+    `text`: all that is sealed with them, and what is in the clear in front of it, because an AEAD
     authenticates that under the same IV.
     """
     secret = prf(Prf.HMAC_SHA2_256, key.encr_key.reveal(), b"ikectx IVs")
@@ -403,7 +403,8 @@ def seal(key: SealKey, head: bytes, inner: bytes, iv: bytes) -> bytes:
 
 
 def open_(key: SealKey, head: bytes, body: bytes) -> bytes:
-    """What `seal` sealed, padding taken off. WireError when the ICV is wrong or the lengths cannot be."""
+    """The payloads that `seal` sealed, without padding. WireError if the ICV is wrong or a length is
+    impossible."""
     facts = _facts(key.encr)
     icv_length = _icv_length(key)
     size = len(body) - facts.iv - icv_length

@@ -2,9 +2,9 @@
 
 A connection carries the messages of both directions, whoever dialled it.
 
-RFC 4067 names a transfer by the MN's previous address only, so an answer is told from another by order: on
-one connection, the CTDRs for one MN come in the order of the PCTDs and CTDs for it, one for each. A CTDR with
-a status of FPT REQUEST answers none of them: it refuses a CT-Req (ours; the RFC has no such answer).
+RFC 4067 names a transfer by the mobile node's previous address only, so answers are assigned by order: on one
+connection, the CTDRs for one mobile node come in the order of the PCTDs and CTDs for it, one for each. A CTDR
+with a status of FPT REQUEST answers none of them: it refuses a CT-Req (ours; the RFC has no such answer).
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ log = logging.getLogger("ikectx.links")
 
 READ_SIZE = 1 << 16
 LINKS = 2
-"""Connections of one peer that are served: the one it uses, and one that its agent forgot when it ended."""
+"""Connections of one peer that are served: the one it uses, and an old one that it lost when its agent
+ended."""
 WINDOW = 64
-"""Messages of one link that are not handled yet; the next is read when one of them is. As many MNs'
-transfers of one peer go on at a time: handling a message may take as long as the MN takes to answer."""
+"""Messages of one link that may be unhandled; the next is read when one of them has been handled. So many
+mobile nodes of one peer can be moved at a time, because handling a message may take as long as the mobile
+node takes to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class PeerConfig:
     def may_not_bring(self, context: IkeContext) -> str:
         """Why it may not bring this SA here, whoever asked for it; empty: it may.
 
-        Where the MN has an EAP identity that one counts, because its IKE identity is then proven by nothing.
+        If the mobile node has an EAP identity, that one counts, because nothing proves its IKE identity then.
         """
         if self.connections and context.connection not in self.connections:
             return f"{self.name} may not bring SAs of connection {context.connection} here"
@@ -79,7 +81,7 @@ class PeerConfig:
 
 
 class Stream(Protocol):
-    """A reliable stream of octets to a gateway whose names are proven."""
+    """A reliable stream of octets to a gateway that has proven its names."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -87,7 +89,7 @@ class Stream(Protocol):
 
     @property
     def label(self) -> str:
-        """Where the other side is, for logs."""
+        """The other side's address, for logs."""
 
     async def read(self) -> bytes:
         """Some octets, none at the end. Errors: LinkError."""
@@ -96,7 +98,7 @@ class Stream(Protocol):
         """Errors: LinkError."""
 
     def close(self) -> None:
-        """At once; twice is harmless."""
+        """Close at once; twice is harmless."""
 
 
 Dial = Callable[[PeerConfig], Awaitable[Stream]]
@@ -104,7 +106,7 @@ Accept = Callable[[Stream], Awaitable[None]]
 
 
 def keep_alive(sock: Any, seconds: float) -> None:
-    """Have TCP notice within about three times `seconds` that the other side has gone."""
+    """Make TCP notice within about three times `seconds` that the other side has gone."""
     if sock is None:
         return
     whole = max(1, round(seconds))
@@ -125,7 +127,7 @@ Arrival = Callable[["Link", Message], Awaitable[None]]
 
 
 class Link:
-    """CXTP on one connection to one peer: cuts messages, pairs answers with what they answer.
+    """CXTP on one connection to one peer: cuts the stream into messages, assigns answers to requests.
 
     `arrived` is called, in order, with every message but the CTDRs that were asked for.
     """
@@ -153,28 +155,29 @@ class Link:
 
     @property
     def label(self) -> str:
-        """The peer's name and where it is."""
+        """The peer's name and address."""
         return f"{self.peer.name} at {self._stream.label}"
 
     async def room(self) -> None:
-        """Wait until one more message may be given to somebody who will call `handled` for it."""
+        """Wait until one more message may be passed on; its handler will call `handled`."""
         await self._room.wait()
         self.not_handled()
 
     def not_handled(self) -> None:
-        """A message that was handled in part waits for another turn: somebody will call `handled` again."""
+        """A message that was handled in part waits for another turn: its handler will call `handled`
+        again."""
         self._unhandled += 1
         if self._unhandled >= WINDOW:
             self._room.clear()
 
     def handled(self) -> None:
-        """A message for which there was `room` needs no more."""
+        """A message that was counted by `room` has been handled."""
         self._unhandled -= 1
         if self._unhandled < WINDOW:
             self._room.set()
 
     async def send(self, message: Message) -> int:
-        """Send; the message's octets. Errors: LinkError."""
+        """Send a message; returns its octets. Errors: LinkError."""
         data = message.serialize()
         async with self._writing:
             trace.message("sent", type(message).__name__, self.peer.name, len(data))
@@ -194,10 +197,11 @@ class Link:
     async def ask(
         self, message: Pctd | Ctd, again: asyncio.Future[Answer] | None = None
     ) -> tuple[int, asyncio.Future[Answer]]:
-        """Send what wants an answer: its octets, and a future of the CTDR (or of the link's end).
+        """Send a message that needs an answer: its octets, and a future of the CTDR (or of the link's end).
 
         `again`: the future of the same message, asked before on this link; any answer to either resolves it.
-        Whoever stops waiting leaves the future alone: the answer that comes for it still counts.
+        A caller that stops waiting leaves the future alone, because the answer that comes for it still
+        counts.
         """
         future = again or asyncio.get_running_loop().create_future()
         data = message.serialize()
@@ -223,7 +227,7 @@ class Link:
                         return
                 if decoder.error is not None:
                     raise decoder.error
-                await asyncio.sleep(0)  # what a peer sends without end is not all that there is to do
+                await asyncio.sleep(0)  # other tasks get their turn even if a peer sends without end
             self.close(
                 LinkError(
                     f"{self.label} closed the connection",
@@ -239,12 +243,12 @@ class Link:
             self.close(LinkError(f"the connection to {self.label} was closed here"))
             raise
         except Exception as error:
-            # a link that nobody reads would leave the peer waiting for ever
+            # without a reader the peer would wait for ever
             log_mistake(log, f"a message from {self.label}", error)
             self.close(LinkError(f"the connection to {self.label} ended by a {type(error).__name__} here"))
 
     def _answered(self, message: Ctdr) -> bool:
-        """Is it the answer to a PCTD or CTD of ours?"""
+        """True if it answers a PCTD or CTD of ours."""
         asked = self._asked.get(message.mn)
         if not asked or any(status.fpt == Fpt.REQUEST for status in message.statuses):
             return False
@@ -256,7 +260,7 @@ class Link:
         return True
 
     def close(self, error: LinkError) -> None:
-        """Close, for this reason; all who wait for answers get it. The first reason stays."""
+        """Close with this error, which all that wait for answers get. The first one stays."""
         if self.error is not None:
             return
         self.error = error
@@ -272,8 +276,8 @@ class Link:
 class Links:
     """The open links to each peer, whoever dialled them: each carries transfers in both directions.
 
-    One is dialled when it is needed and none is there. Who dialled closes it when nothing was said on it and
-    nobody has used it for `timing.idle`.
+    A link is dialled when it is needed and none is open. The side that dialled closes it when nothing was
+    sent on it and nobody has used it for `timing.idle`.
     """
 
     def __init__(self, dial: Dial, timing: Timing, arrived: Arrival) -> None:
@@ -287,7 +291,7 @@ class Links:
         self._users: defaultdict[str, int] = defaultdict(int)
 
     def connected(self, name: str) -> bool:
-        """Is there an open link to that peer?"""
+        """True if a link to that peer is open."""
         return name in self._dialled or bool(self._accepted.get(name))
 
     async def get(self, peer: PeerConfig) -> Link:
@@ -309,15 +313,15 @@ class Links:
         link = self._dialled.get(name)
         if link is not None and link.error is None:
             return link
-        # the other side may be about to close one that was quiet for long
+        # the other side may be about to close a link that was quiet for long
         lively = self._timing.idle / 2
         return next((each for each in self._accepted[name] if not each.error and each.quiet < lively), None)
 
     async def serve(self, stream: Stream, peer: PeerConfig) -> None:
         """Use a connection that the peer has dialled, until it ends.
 
-        Where there are `LINKS` already, the one that was quiet for longest is closed: a peer that lost its
-        power must get in before TCP has noticed, and one that dials without end harms its own links only.
+        If there are `LINKS` already, the one that was quiet for longest is closed, because a peer that lost
+        its power must get in before TCP has noticed. A peer that dials without end harms only its own links.
         """
         link = Link(stream, peer, self._arrived)
         log.info("%s has connected", link.label)
@@ -334,7 +338,7 @@ class Links:
 
     @contextlib.contextmanager
     def in_use(self, peer: PeerConfig) -> Iterator[None]:
-        """While one of these is held the link does not count as idle."""
+        """While one of these is held, the link does not count as idle."""
         self._users[peer.name] += 1
         try:
             yield

@@ -1,7 +1,7 @@
 """A limit for each cause in a program's log: some lines, then a count of those that were left out.
 
-Whoever sends an agent the same wrong thing again and again would fill its disk otherwise, and bury the lines
-that tell of something else.
+Otherwise a sender that repeats the same mistake would fill the agent's disk, and hide the lines about
+everything else.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 PERIOD = 60.0
 """Seconds in which lines of one cause are counted; they begin with the first."""
 WARNINGS = 20
-"""Lines of one cause in that time: warnings and errors,"""
+"""Warnings and errors of one cause in that time, and"""
 NEWS = 3000
-"""and lines of lower levels: a gateway that is drained of hundreds of SAs says seven lines about each."""
+"""lines of lower levels: a gateway that is drained of hundreds of SAs logs seven lines about each."""
 CAUSES = 512
-"""Causes that are counted apart at a time. Lines of libraries that come ready-made are a cause each."""
+"""Causes that are counted separately at a time. Each ready-made line of a library is a cause of its own."""
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class _Cause:
 
 
 class LogLimit(logging.Filter):
-    """Leaves out what is too much. A cause is a logger, a level, and a message without its arguments."""
+    """Leaves out lines above the limit. A cause is a logger, a level, and a message without its arguments."""
 
     def __init__(self, handler: logging.Handler, now: Callable[[], float]) -> None:
         """`handler`: the one it is for, which is also given the lines that tell the counts. `now`: seconds,
@@ -58,11 +58,11 @@ class LogLimit(logging.Filter):
         return False
 
     def end(self) -> None:
-        """Tell all counts: the log ends."""
+        """Log all counts, because the log ends."""
         self._end(self._now())
 
     def _end(self, before: float) -> None:
-        """Forget causes whose time began no later than `before`, and say how many lines were left out."""
+        """Forget causes whose time began no later than `before`, and log how many lines were left out."""
         while self._causes:
             key, cause = next(iter(self._causes.items()))
             if cause.began > before:

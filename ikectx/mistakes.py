@@ -1,4 +1,4 @@
-"""How an error that should not exist is logged: by where it came up, without its text."""
+"""Logging of exceptions that are mistakes in the program: by the place they came from, without their text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from .escape import OurText
 
 
 def log_mistake(log: logging.Logger, what: str, error: BaseException) -> None:
-    """Log the places that `error` came through; not what it says, which may hold anything, keys too."""
+    """Log the places that `error` came through. Its text is left out, because it may contain keys."""
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s: %s, a mistake in the program:\n%s", what, type(error).__name__, OurText(where))

@@ -1,8 +1,8 @@
 """CXTP between a mobile node and gateways: UDP (RFC 4067 leaves the transport open), both ends of it (I/O).
 
-Sockets carry a bypass of IPsec policies: a CTAR must not be protected by the SA it moves, which nSG cannot
-open (BWIA'07). A gateway answers from the address that the CTAR came to; what is foreign, wrong or too much
-is counted and gets no answer.
+The sockets are exempt from IPsec policies, because a CTAR must not be protected by the SA that it moves,
+which the new gateway cannot decrypt (BWIA'07). A gateway answers from the address that the CTAR came to.
+Datagrams that are no CTAR, or above the limits, are counted and get no answer.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ log = logging.getLogger("ikectx.mnlink")
 MAX_DATAGRAM = 8192
 """Octets of the longest message read: a CTAR has some hundred."""
 MAX_AT_WORK = 512
-"""CTARs handled at a time; more are dropped. At the default rate fewer come while pSG may be asked (30 s)."""
+"""CTARs handled at a time; more are dropped. At the default rate fewer arrive in the time that the old
+gateway may be asked for (30 s)."""
 
 COOKIE_RATE = 2000.0
-"""Cookies asked for in a second: more would cost the agent too much of its time."""
+"""Cookies sent per second: more would cost the agent too much of its time."""
 _BATCH = 32
-"""Datagrams read before others get their turn."""
+"""Datagrams read before other tasks get their turn."""
 _IP_PKTINFO = 8
 _ANCILLARY = 128
 
 Handler = Callable[[Ctar, Endpoint], Awaitable[bytes | None]]
-"""What becomes of a CTAR from that UDP endpoint: the CTAA to send back, or None for no answer."""
+"""Handles a CTAR from that UDP endpoint; returns the CTAA to send back, or None for no answer."""
 
 Protect = Callable[[socket.socket], None]
-"""Keeps IPsec policies from a socket; `bypass`, except in tests that run without privileges."""
+"""Exempts a socket from IPsec policies: `bypass`, except in tests that run without privileges."""
 
 
 # --- the gateway's end -------------------------------------------------------------------------------------
@@ -74,12 +75,12 @@ class Counters:
 
 
 class MnServer:
-    """Takes CTARs of mobile nodes at `listen` and gives them to `handler`.
+    """Receives CTARs of mobile nodes at `listen` and gives them to `handler`.
 
-    rate, source_rate: CTARs a second in total and of one source (CT_REQUEST_RATE); more are dropped at
-    random, and their senders asked for a cookie. Those that show one have as much again for themselves: they
-    hear what is sent to their address, and a flood from forged addresses leaves that part alone. draw: the
-    dice for that, numbers in [0, 1). secret: what cookies are made with.
+    rate, source_rate: CTARs per second in total and of one source (CT_REQUEST_RATE). Above that, CTARs are
+    dropped at random, and their senders are asked for a cookie. CTARs with a cookie have the same rate again
+    for themselves, which a flood from forged addresses cannot use up, because it never sees a cookie. draw:
+    random numbers in [0, 1) for that. secret: the key of the cookies.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class MnServer:
         draw = draw or random.SystemRandom().random
         self._limit = RateLimit(rate, source_rate, draw)
         self._shown = RateLimit(rate, source_rate, draw)
-        """For CTARs with a cookie."""
+        """The limit for CTARs with a cookie."""
         self._cookies = cookies.Cookies(secret or secrets.token_bytes(32))
         self._asking = Bucket(COOKIE_RATE, self._clock.now())
         self._said = LogLimit(burst=1)
@@ -111,7 +112,7 @@ class MnServer:
 
     @property
     def endpoints(self) -> list[Endpoint]:
-        """Where it listens: `listen`, with the ports that the system chose for 0."""
+        """The endpoints that it listens on: `listen`, with the ports that the system chose for 0."""
         return [_endpoint(sock.getsockname()) for sock in self._sockets]
 
     async def start(self) -> None:
@@ -129,7 +130,7 @@ class MnServer:
             loop.add_reader(sock, self._readable, sock)
 
     async def close(self) -> None:
-        """Stop listening; CTARs at work are given up. Twice is harmless."""
+        """Stop listening; CTARs that are being handled are given up. Twice is harmless."""
         loop = asyncio.get_running_loop()
         for sock in self._sockets:
             loop.remove_reader(sock)
@@ -143,7 +144,7 @@ class MnServer:
         for _ in range(_BATCH):
             try:
                 data, ancillary, _, sender = sock.recvmsg(MAX_DATAGRAM, _ANCILLARY)
-            except OSError:  # nothing there any more, or an ICMP error: nobody vouches for that
+            except OSError:  # nothing to read any more, or an ICMP error, which anybody can forge
                 return
             self._take(sock, data, ancillary, sender)
 
@@ -157,7 +158,7 @@ class MnServer:
         now = self._clock.now()
         cookie, ctar_octets = cookies.split(data, fixed)
         shown = bool(cookie) and self._cookies.right(cookie, sender[0], sender[1], now)
-        # first the limit: a flood must not cost parsing, nor hide behind messages that do not parse
+        # the limit comes first: a flood must not cost parsing, nor hide behind messages that do not parse
         limit = self._shown if shown else self._limit
         if limit.spent(now) or not limit.allows((source := _endpoint(sender)).address, now):
             if shown or not self._ask(sock, data, fixed, ancillary, sender, now):
@@ -186,7 +187,7 @@ class MnServer:
         sender: _SockAddr,
         now: float,
     ) -> bool:
-        """Ask who sent that CTAR for a cookie, unless too many were asked just now."""
+        """Send a cookie to the sender of that CTAR, unless too many were sent just now."""
         if self._limit.spent(now) and self._said.passes("load", now) is not None:
             log.warning("more CTARs come than are looked at: senders must show that they hear us (cookies)")
         self._asking.fill(now)
@@ -196,7 +197,7 @@ class MnServer:
         self._asking.level -= 1
         try:
             sock.sendmsg([question], _same_address(ancillary, sender[0]), 0, sender)
-        except OSError:  # its address is forged, maybe, and leads nowhere
+        except OSError:  # the source address may be forged, and lead nowhere
             return False
         self.counters.asked += 1
         return True
@@ -239,7 +240,7 @@ class _Reply:
 
 
 def _same_address(ancillary: Sequence[_Cmsg], source: str) -> list[_Cmsg]:
-    """What makes the answer leave from the address that the question came to, by whatever interface."""
+    """Control messages that make the answer leave from the address that the request came to."""
     for level, kind, data in ancillary:
         if level == socket.IPPROTO_IP and kind == _IP_PKTINFO and len(data) >= 12:
             return [(level, kind, struct.pack("=I4s4s", 0, data[4:8], bytes(4)))]
@@ -285,7 +286,7 @@ def _hint(error: OSError) -> str:
 # --- the MN's end ------------------------------------------------------------------------------------------
 
 Progress = Callable[[MobileState, Event | None], None]
-"""Told each event, and each change of state without one."""
+"""Called with each event, and at each change of state without one."""
 
 
 async def run_handover(
@@ -299,11 +300,12 @@ async def run_handover(
 ) -> Outcome:
     """Run `handover` to its end.
 
-    bind: the address that the first CTAR leaves from; None: where `handover` is reactive its care-of address,
-    else what the routes say. moves: gives the care-of endpoint once the MN is at its new place; needed unless
-    reactive. The arrival leaves from that address, if this machine has it. clock: the one that `handover`'s
-    `unix` goes with. When this task is cancelled, so is `handover`: its `outcome` tells of doubt.
-    Errors: LinkError when there is no socket to send from; UsageError; what `moves` raises.
+    bind: the address that the first CTAR leaves from; None: the care-of address if `handover` is reactive,
+    else the address that the routes give. moves: returns the care-of endpoint once the mobile node is at its
+    new place; needed unless reactive. The arrival leaves from that address, if this machine has it. clock:
+    the one that `handover`'s `unix` belongs to. When this task is cancelled, so is `handover`; its `outcome`
+    says if it is in doubt. Errors: LinkError if there is no socket to send from; UsageError; any error of
+    `moves`.
     """
     if handover.mode is not Mode.REACTIVE and moves is None:
         raise UsageError("a predictive handover must be told when the MN has moved")
@@ -383,7 +385,7 @@ class _Run:
         assert self._sock is not None
         try:
             self._sock.sendto(octets, (str(to.address), to.port))
-        except OSError as error:  # as good as lost on the way: the next try may get through
+        except OSError as error:  # the same as a loss on the way: the next try may arrive
             log.info("no CTAR to %s: %s", to, error.strerror)
 
     def _open(self, to: Endpoint, here: Address | None) -> None:
@@ -397,7 +399,7 @@ class _Run:
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL or here == anywhere:
                     raise
-                # behind a NAT the care-of address is not one of ours
+                # behind a NAT the care-of address is not an address of this machine
                 sock = _open(Endpoint(anywhere, 0), self._protect)
         except OSError as error:
             raise LinkError(

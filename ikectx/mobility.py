@@ -1,22 +1,23 @@
-"""The MN's side of a handover it asks for (RFC 4067, mobile controlled) as a sans-IO machine.
+"""The mobile node's side of a handover that it asks for (RFC 4067, mobile controlled) as a sans-IO machine.
 
-Predictive: while still attached to pSG, the MN announces the move to pSG (CTAR, purpose announce), which
-sends its context ahead; at its new place it tells nSG (CTAR, purpose arrive, the same sequence number).
-Reactive: it is there already, and only arrives. AUTO announces too, but an announcement that comes to
-nothing is no end: the MN moves and arrives as in the reactive mode.
+Predictive: while it is still attached to the old gateway, the mobile node announces the move to it (CTAR,
+purpose announce), and the old gateway sends the context ahead. At its new place the mobile node reports to
+the new gateway (CTAR, purpose arrive, the same sequence number). Reactive: the mobile node is there already,
+and only sends the arrival. AUTO announces too, but goes on if the announcement fails: the mobile node moves
+and arrives as in the reactive mode.
 
-What decides is the CTAA:
+The CTAA decides:
 
-- one with a good tag (`tokens.open_ctaa`) for the CTAR under way counts, success or refusal;
-- one without a tag never counts as a success: whoever could make a MN believe in a move that did not happen
-  would cut it off. As a refusal it counts once it answered two sendings (nSG has no key when pSG refuses
-  it, so it cannot do better), and leaves the MN in doubt when it was about the arrival.
+- a CTAA with a good tag (`tokens.open_ctaa`) for the present CTAR counts, as success or refusal;
+- a CTAA without a tag never counts as a success, because anybody could then cut a mobile node off by making
+  it believe in a move that did not happen. As a refusal it counts after it answered two sendings, because the
+  new gateway has no key when the old gateway refuses it; about an arrival it leaves the mobile node in doubt.
 
-In doubt: the arrival was sent, and no authentic answer came. nSG may own the SA, or pSG; the MN must find
-out by IKE itself. As long as no arrival was sent, the SA is where it was.
+In doubt: the arrival was sent, and no authentic answer came. The new gateway may own the SA, or the old one;
+the mobile node must find out by IKE itself. As long as no arrival was sent, the SA is where it was.
 
-Under load a gateway asks for a cookie (`cookies`): the CTAR goes out once more, at once, with it in front.
-Anybody can ask so; more than `COOKIES` of them for one sending are ignored.
+Under load a gateway asks for a cookie (`cookies`): the CTAR is sent once more, at once, with the cookie in
+front. Anybody can ask so; more than `COOKIES` requests for one sending are ignored.
 
 Retransmissions repeat the octets, after 2 s doubling to 15 s (CT_REQUEST_RETRY, CT_RETRY_MAX).
 
@@ -42,7 +43,7 @@ from .tokens import MAX_LIFETIME, Purpose, expected_by, make_ctar, open_ctaa, to
 
 
 class Mode(StrEnum):
-    """How the MN hands over. AUTO: predictive as far as it goes, else reactive."""
+    """How the mobile node hands over. AUTO: predictive if possible, else reactive."""
 
     PREDICTIVE = "predictive"
     REACTIVE = "reactive"
@@ -50,9 +51,9 @@ class Mode(StrEnum):
 
 
 class MobileState(StrEnum):
-    """NEW: nothing sent. UNPREPARED: the announcement came to nothing, the MN will arrive all the same.
+    """NEW: nothing was sent. UNPREPARED: the announcement failed, and the mobile node will arrive without it.
 
-    The last four are ends.
+    The last four are final.
     """
 
     NEW = "new"
@@ -67,9 +68,9 @@ class MobileState(StrEnum):
 
 
 class MobileInput(StrEnum):
-    """ACCEPT, REJECT: a CTAA that counts. FALL_BACK: the announcement came to nothing, in AUTO.
+    """ACCEPT, REJECT: a CTAA that counts. FALL_BACK: the announcement failed, in AUTO.
 
-    GIVE_UP: time is over. MOVED: the MN is at its new place.
+    GIVE_UP: time is over. MOVED: the mobile node is at its new place.
     """
 
     ANNOUNCE = "announce"
@@ -93,7 +94,8 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
     (_S.NEW, _I.RESEND): _S.NEW,
     (_S.NEW, _I.GIVE_UP): _S.NEW,
     (_S.NEW, _I.CANCEL): _S.CANCELLED,
-    # the CTAR to pSG is out; who moves before its answer arrives anyway: nSG has the context or asks for it
+    # The CTAR to the old gateway was sent. The mobile node may move before its answer arrives: the new
+    # gateway then has the context already or asks for it.
     (_S.ANNOUNCING, _I.ANNOUNCE): _S.ANNOUNCING,
     (_S.ANNOUNCING, _I.MOVED): _S.ARRIVING,
     (_S.ANNOUNCING, _I.ACCEPT): _S.PREPARED,
@@ -102,7 +104,7 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
     (_S.ANNOUNCING, _I.RESEND): _S.ANNOUNCING,
     (_S.ANNOUNCING, _I.GIVE_UP): _S.SILENT,
     (_S.ANNOUNCING, _I.CANCEL): _S.CANCELLED,
-    # nSG has the context; both gateways forget it when nobody comes
+    # the new gateway has the context; both gateways forget it if the mobile node does not come
     (_S.PREPARED, _I.ANNOUNCE): _S.PREPARED,
     (_S.PREPARED, _I.MOVED): _S.ARRIVING,
     (_S.PREPARED, _I.ACCEPT): _S.PREPARED,
@@ -111,7 +113,7 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
     (_S.PREPARED, _I.RESEND): _S.PREPARED,
     (_S.PREPARED, _I.GIVE_UP): _S.SILENT,
     (_S.PREPARED, _I.CANCEL): _S.CANCELLED,
-    # waits for the move as long as its owner does
+    # waits for the move as long as the caller does
     (_S.UNPREPARED, _I.ANNOUNCE): _S.UNPREPARED,
     (_S.UNPREPARED, _I.MOVED): _S.ARRIVING,
     (_S.UNPREPARED, _I.ACCEPT): _S.UNPREPARED,
@@ -120,7 +122,7 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
     (_S.UNPREPARED, _I.RESEND): _S.UNPREPARED,
     (_S.UNPREPARED, _I.GIVE_UP): _S.UNPREPARED,
     (_S.UNPREPARED, _I.CANCEL): _S.CANCELLED,
-    # the CTAR to nSG is out; it may have its effect whatever becomes of us
+    # the CTAR to the new gateway was sent, and may take effect whatever happens here
     (_S.ARRIVING, _I.ANNOUNCE): _S.ARRIVING,
     (_S.ARRIVING, _I.MOVED): _S.ARRIVING,
     (_S.ARRIVING, _I.ACCEPT): _S.ACTIVATED,
@@ -129,17 +131,17 @@ MOBILE_TABLE: Mapping[tuple[MobileState, MobileInput], MobileState] = {
     (_S.ARRIVING, _I.RESEND): _S.ARRIVING,
     (_S.ARRIVING, _I.GIVE_UP): _S.SILENT,
     (_S.ARRIVING, _I.CANCEL): _S.SILENT,
-    # ends are never left
+    # final states are never left
     **{(end, what): end for end in (_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED) for what in _I},
 }
 
 MOBILE_FINAL = frozenset({_S.ACTIVATED, _S.REFUSED, _S.SILENT, _S.CANCELLED})
 
 COOKIES = 3
-"""Copies with a cookie that one sending may bring about."""
+"""Copies with a cookie that one sending may cause."""
 OURS = 0xFF00
-"""From this FPT on a failure holds the IKE_SA, which moves with all of its contexts or not at all; one of
-another context (multicast listeners, say) does not."""
+"""From this FPT on a failure concerns the IKE_SA, which moves with all of its contexts or not at all; a
+failure of another context (multicast listeners, say) does not."""
 
 
 # --- what the machine is told, and tells -----------------------------------------------------------------
@@ -169,7 +171,7 @@ class Retry:
 class Router:
     """A gateway as the MN knows it.
 
-    name: its configured name. address: its outer IKE address. cxtp: where it takes CTARs (UDP).
+    name: its configured name. address: its outer IKE address. cxtp: the endpoint for CTARs (UDP).
     """
 
     name: str
@@ -179,28 +181,29 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """pSG has sent the context ahead: the MN may move."""
+    """The old gateway has sent the context ahead: the mobile node may move."""
 
     ctaa: Ctaa
 
 
 @dataclass(frozen=True, slots=True)
 class Unprepared:
-    """The announcement came to nothing: the MN will arrive without it. No statuses: no answer came."""
+    """The announcement failed: the mobile node will arrive without it. No statuses: no answer came."""
 
     statuses: tuple[StatusBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Activated:
-    """nSG serves the SA. `ctaa` may hold new SPIs (`Fpt.NEW_SPIS`) and failures of other contexts."""
+    """The new gateway serves the SA. `ctaa` may have new SPIs (`Fpt.NEW_SPIS`) and failures of other
+    contexts."""
 
     ctaa: Ctaa
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A gateway said no. `authentic`: its tag was right. `in_doubt`: anybody may have said so, see above."""
+    """A gateway refused. `authentic`: its tag was right. `in_doubt`: anybody may have sent it, see above."""
 
     statuses: tuple[StatusBlock, ...]
     authentic: bool
@@ -209,7 +212,8 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """No answer that counts to `sent` sendings; or nobody moved in time; or `cancel`, after the arrival."""
+    """`sent` sendings had no answer that counts; or the mobile node did not move in time; or `cancel` came
+    after the arrival."""
 
     sent: int
     in_doubt: bool
@@ -217,7 +221,7 @@ class GaveUp:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """`cancel` before the arrival: the SA is where it was, the gateways forget what was prepared."""
+    """`cancel` before the arrival: the SA is where it was, and the gateways forget what was prepared."""
 
 
 Event = Prepared | Unprepared | Activated | Refused | GaveUp | Cancelled
@@ -227,9 +231,9 @@ Event = Prepared | Unprepared | Activated | Refused | GaveUp | Cancelled
 class Outcome:
     """How a handover ended. `state` is one of `MOBILE_FINAL`.
 
-    in_doubt: nSG may own the SA all the same (never so for ACTIVATED). announced: pSG had prepared it.
-    expected: message ID of the MN's request that nSG has not had yet, None: not said.
-    messages, octets: CTARs and CTAAs on the air, UDP payload; retransmissions: of CTARs.
+    in_doubt: the new gateway may own the SA all the same (never for ACTIVATED). announced: the old gateway
+    had prepared it. expected: message ID of the mobile node's next request as the new gateway expects it,
+    None: not said. messages, octets: CTARs and CTAAs on the wire, UDP payload; retransmissions: of CTARs.
     """
 
     state: MobileState
@@ -264,14 +268,14 @@ class Outcome:
 
 
 class Handover:
-    """Moves the MN's IKE_SA `generation` from `psg` to `nsg`; the first `to_send` starts it.
+    """Moves the mobile node's IKE_SA `generation` from `psg` to `nsg`; the first `to_send` starts it.
 
-    mn: the MN's outer address as pSG knows it. sequence: 32 fresh random bits, of this handover alone.
-    unix: seconds since 1970 when `now` is 0. care_of: the MN's outer IKE endpoint at its new place, in
-    REACTIVE; else `moved` tells it. blocks: the contexts wanted, none for all. lifetime: of a token, s.
-    hold: how long the gateways keep what was announced, s. expects: message ID of the next request that
-    the MN expects of its gateway; it may be set until the token that says so is made (`moved`).
-    Errors: UsageError for what cannot be meant; RefusedError for an algorithm not known here.
+    mn: the mobile node's outer address as the old gateway knows it. sequence: 32 fresh random bits, of this
+    handover alone. unix: seconds since 1970 when `now` is 0. care_of: the mobile node's outer IKE endpoint at
+    its new place, in REACTIVE; else `moved` sets it. blocks: the contexts wanted, none for all. lifetime: of
+    a token, s. hold: how long the gateways keep an announced context, s. expects: message ID of the next
+    request that the mobile node expects of its gateway; it may be set until the token that carries it is made
+    (`moved`). Errors: UsageError for wrong arguments; RefusedError for an algorithm not known here.
     """
 
     def __init__(
@@ -304,7 +308,7 @@ class Handover:
         self.expects = expects
         self.state = MobileState.NEW
         self.ignored = 0
-        """Datagrams that were no answer to us: forged, damaged, late, from elsewhere."""
+        """Datagrams that were no answer to this handover: forged, damaged, late, from elsewhere."""
         self._key = token_key(generation, sequence)
         self._unix = unix
         self._care_of = care_of
@@ -315,7 +319,7 @@ class Handover:
         self._events: deque[Event] = deque()
         self._octets = b""
         self._cookies = 0
-        """Cookies that were asked for since the last sending that the timer brought about."""
+        """Cookies that were asked for since the last sending by timer."""
         self._send_now = False
         self._sent = 0
         self._due: float | None = None
@@ -326,23 +330,23 @@ class Handover:
 
     @property
     def done(self) -> bool:
-        """An end is reached."""
+        """True in a final state."""
         return self.state in MOBILE_FINAL
 
     @property
     def care_of(self) -> Endpoint | None:
-        """Where the MN said it is now; None: it did not (yet)."""
+        """The mobile node's present endpoint as it reported it; None: it did not (yet)."""
         return self._care_of
 
     @property
     def outcome(self) -> Outcome:
-        """How it ended, or how far it is."""
+        """The result, or the progress so far."""
         return replace(self._outcome, state=self.state)
 
     # the verbs
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads to send now, and where to."""
+        """UDP payloads to send now, each with its destination."""
         if self.state is MobileState.NEW:
             if self.mode is Mode.REACTIVE:
                 self.moved(self._care_of, now)
@@ -367,7 +371,7 @@ class Handover:
         return self._due
 
     def handle_timer(self, now: float) -> None:
-        """Time has passed; may make something to send, or an end."""
+        """Time has passed; there may be something to send, or the end."""
         if self._due is None or now < self._due:
             return
         self._due = None
@@ -381,7 +385,8 @@ class Handover:
             self._fall_back(())
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came from `source`. Never raises: what is no answer to us is counted."""
+        """Take a UDP payload that came from `source`. Never raises: a payload that is no answer is
+        counted."""
         if self.state not in (MobileState.ANNOUNCING, MobileState.ARRIVING):
             self.ignored += 1
             return
@@ -411,13 +416,14 @@ class Handover:
             self._enter(MobileInput.ACCEPT, Activated(ctaa))
 
     def next_event(self) -> Event | None:
-        """The next thing that happened, oldest first."""
+        """The next event, oldest first."""
         return self._events.popleft() if self._events else None
 
     def moved(self, care_of: Endpoint | None, now: float) -> None:
         """The MN is at its new place, `care_of` its outer IKE endpoint there (None: it does not know it).
 
-        While the arrival is under way a further move changes nothing: its token names one place.
+        While the arrival is under way a further move changes nothing: its token names one place. Do not go
+        on. The result is in doubt if the arrival was sent already.
         """
         if self.state in (MobileState.ARRIVING, *MOBILE_FINAL):
             return
@@ -463,7 +469,7 @@ class Handover:
         self._untagged_after, self._cookies = 0, 0
 
     def _show(self, cookie: ContextDataBlock, ctaa: Ctaa, source: Endpoint, datagram: bytes) -> None:
-        """The gateway wants to know whether we hear what it sends."""
+        """The gateway asks for a cookie, to see that this address receives: send the CTAR with it."""
         if ctaa.mn != self.mn or source != self._to.cxtp or not self._sent or self._cookies >= COOKIES:
             self.ignored += 1
             return
@@ -473,9 +479,9 @@ class Handover:
         self._send_now = True
 
     def _refused_twice(self, ctaa: Ctaa, source: Endpoint, failed: tuple[StatusBlock, ...]) -> bool:
-        """Is this a refusal without a tag, for the second sending that got one?
+        """True if this is a refusal without a tag for the second sending that got one.
 
-        What has a tag, even a wrong one, is no such thing, and duplicates of one answer count once.
+        An answer with a tag, even a wrong one, does not count here, and duplicates of one answer count once.
         """
         if ctaa.blocks or not failed or ctaa.mn != self.mn or source != self._to.cxtp or not self._sent:
             self.ignored += 1
@@ -522,7 +528,7 @@ class Handover:
 
 
 def _in_family(address: Address, mn: Address) -> Address:
-    """A CTAR holds addresses of one family. The names in the token say which gateways are meant."""
+    """A CTAR has addresses of one family only. The names in the token say which gateways are meant."""
     if address.version == mn.version:
         return address
     return IPv4Address(0) if mn.version == 4 else IPv6Address(0)

@@ -35,7 +35,7 @@ async def resolve(host: str, port: int) -> list[Address]:
 
 
 def is_address(host: str) -> bool:
-    """Is it written as an address, not as a name?"""
+    """True if it is written as an address, not as a name."""
     try:
         ip_address(host)
     except ValueError:
@@ -49,7 +49,8 @@ def plain_address(name: Any) -> Address:
 
 
 def own_address(listen: Sequence[tuple[str, int]], version: int) -> Address | None:
-    """Where connections to peers begin: the first address that we listen on, since peers know us by it."""
+    """The source of connections to peers: the first address that this gateway listens on, because peers know
+    it by that address."""
     found = [ip_address(host) for host, _ in listen if is_address(host)]
     return next((each for each in found if each.version == version and not each.is_unspecified), None)
 
@@ -94,7 +95,7 @@ class Neighbours:
         return owners
 
     def knows(self, address: Address) -> bool:
-        """Is it any peer's?"""
+        """True if the address is any peer's."""
         return bool(self.owners(address))
 
     def _has(self, peer: PeerConfig, address: Address) -> bool:

@@ -1,8 +1,8 @@
-"""Telling the gateways that SAs came from where these are now, and hearing that of others (I/O).
+"""Tells the gateways that SAs came from where these are now, and receives the same from others (I/O).
 
-What is to be told is in the store until the other gateway has acknowledged it, and is told again for as long
-as it has not: at once, then after ever longer waits. Of several news about one SA only the last is told, as
-that says all that matters. See `whereabouts` for what stands on the wire.
+A notice is in the store until the other gateway has acknowledged it, and is repeated until then: at once,
+then after ever longer waits. Of several notices about one SA only the last is sent, because it makes the
+others obsolete. See `whereabouts` for the format.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .run import Parts, Tasks, log
 from .whereabouts import NOBODY, What, Whereabouts, notice, parse_notice
 
 _KIND = "notice"
-"""Kind of store entry, by peer and SA: what that peer is to be told of it, as in the block."""
+"""Kind of store entry, by peer and SA: the notice for that peer, as in the block."""
 
 Hear = Callable[[str, Whereabouts], None]
-"""Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
+"""Takes a notice of the peer of that name. Errors: IkectxError if the peer should repeat it."""
 
 
 class Notices:
-    """All notices of one gateway. `hear`: who wants those of others; None: nobody, and they are forgotten."""
+    """All notices of one gateway. `hear`: takes those of other gateways; None: they are ignored."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Notices:
         self._again: dict[str, asyncio.Event] = {}
 
     def tell(self, peer: str, news: Whereabouts) -> None:
-        """Tell that peer, now and until it has heard it, over restarts too. Errors: StoreError."""
+        """Tell that peer, now and until it has acknowledged it, over restarts too. Errors: StoreError."""
         if peer not in self._peers:
             log.info("%s is no peer any more, it is not told of an SA of its", peer)
             return
@@ -56,17 +56,17 @@ class Notices:
         self._start(peer)
 
     def start(self) -> None:
-        """Go on telling what the store has."""
+        """Go on sending the notices in the store."""
         for peer in {_peer_of(key) for key, _ in self._parts.store.items(_KIND)}:
             self._start(peer)
 
     def connected(self, peer: str) -> None:
-        """There is a link to that peer: what waits for it need not wait any longer."""
+        """There is a link to that peer: notices that wait for it are sent at once."""
         if peer in self._again:
             self._again[peer].set()
 
     def waiting(self, peer: str) -> list[Whereabouts]:
-        """What that peer has not acknowledged yet."""
+        """The notices that this peer has not acknowledged yet."""
         found = []
         for key, raw in self._parts.store.items(_KIND):
             if _peer_of(key) == peer:
@@ -111,7 +111,8 @@ class Notices:
             del self._again[peer.name]
 
     async def _ask(self, links: Links, peer: PeerConfig, message: Ctd) -> bool:
-        """Whether it was taken in; False: the peer will never do that. Errors: LinkError: not now."""
+        """Send one notice. True: it was acknowledged; False: the peer will never do that. Errors: LinkError:
+        try again later."""
         link = await links.get(peer)
         asked: asyncio.Future[Answer] | None = None
         while True:
@@ -138,14 +139,14 @@ class Notices:
 
     def _forget(self, peer: str, told: list[Whereabouts]) -> None:
         for news in told:
-            # there may be newer ones of the same SA
+            # a newer notice of the same SA may be waiting
             if self._parts.store.get(_KIND, _key(peer, news)) == news.serialize():
                 self._parts.store.delete(_KIND, _key(peer, news))
 
     # -- those of others ---------------------------------------------------------------------------------
 
     async def arrived(self, link: Link, message: Ctd) -> None:
-        """A peer's notice: take it in, and say so."""
+        """Take in a peer's notice, and acknowledge it."""
         try:
             for news in parse_notice(message):
                 log.info("%s says of the SA %s: %s", link.peer.name, news.sa, _words(news))

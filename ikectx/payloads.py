@@ -1,4 +1,4 @@
-"""IKEv2 payloads: parse and serialize. Those this project does not look into keep their octets.
+"""IKEv2 payloads: parse and serialize. Payloads that this project does not interpret keep their octets.
 
 Source: RFC 7296 (3.2-3.13). Errors: only `WireError` for foreign octets.
 """
@@ -16,14 +16,14 @@ from .numbers import Encr, KeMethod, Notify, OpenEnum, Payload, Protocol
 from .wire import Reader, Writer
 
 MAX_PAYLOADS = 128
-"""Payloads in one message: more is no IKE message anybody sends."""
+"""Payloads in one message: no IKE implementation sends more."""
 _CRITICAL = 0x80
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class RawPayload:
-    """A payload this project does not look into; its octets are kept (RFC 7296, 3.2)."""
+    """A payload that this project does not interpret; its octets are kept (RFC 7296, 3.2)."""
 
     type: Payload
     body: bytes
@@ -303,7 +303,7 @@ _PARSERS: dict[Payload, Callable[[Reader], AnyPayload]] = {
 
 
 def parse_payloads(first: Payload, data: bytes) -> tuple[AnyPayload, ...]:
-    """A chain of payloads to its end; SK and SKF cannot stand in it."""
+    """A chain of payloads to its end; it cannot contain SK or SKF."""
     reader = Reader(data, "payloads")
     payloads: list[AnyPayload] = []
     kind = first

@@ -1,9 +1,9 @@
 """Connections between gateways under the kernel's own ESP: plain TCP or SCTP (I/O).
 
-RFC 4067 wants CXTP between routers inside ESP. Who the other side is, its address tells: packets from there
-reach us only through the SA with that gateway. So a connection lives as long as a `Guard` vouches that the
-kernel protects exactly its addresses and ports; it is asked again before octets are sent, and
-before octets that came are handed on.
+RFC 4067 wants CXTP between routers inside ESP. The other side is identified by its address, because packets
+from that address reach us only through the SA with that gateway. So a connection lives only as long as a
+`Guard` confirms that the kernel protects exactly its addresses and ports. The guard is asked again before
+octets are sent, and before received octets are passed on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .transfer import Timing
 log = logging.getLogger("ikectx.plain")
 
 CHUNK = 1 << 14
-"""Octets that are sent between two questions to the guard; SCTP makes one message of them."""
+"""Octets that are sent between two calls of the guard; SCTP makes one message of them."""
 _SCTP_RTOINFO = 0
 _SCTP_ASSOCINFO = 1
 _SCTP_NODELAY = 3
@@ -42,33 +42,36 @@ _ABORT = struct.pack("=ii", 1, 0)
 
 
 class Hold(Protocol):
-    """A guard's hand on one connection."""
+    """A guard's watch over one connection."""
 
     def verify(self) -> None:
-        """Look at all changes up to now; cheap if there is none. Errors: LinkError, protection is gone."""
+        """Check all changes up to now; cheap if there is none. Errors: LinkError if the protection is
+        gone."""
 
     def release(self) -> None:
-        """The connection is closed: look after it no longer. Twice is harmless."""
+        """The connection is closed: end the watch. Twice is harmless."""
 
 
 class Guard(Protocol):
     """Knows whether the kernel protects a connection with ESP in both directions."""
 
     async def check(self, flow: Flow) -> None:
-        """Errors: LinkError if a packet of the flow could pass unprotected now; its hint: what lacks."""
+        """Errors: LinkError if a packet of the flow could pass unprotected now; its hint says what is
+        missing."""
 
     async def hold(self, flow: Flow, sock: socket.socket, lost: Callable[[LinkError], None]) -> Hold:
-        """`check`, and bind `sock` to that protection where the kernel can.
+        """`check`, and bind `sock` to that protection if the kernel can.
 
-        `lost` is called, once, as soon as it is known that protection is gone, or can no longer be
-        watched. Errors: LinkError.
+        `lost` is called once, as soon as the protection is known to be gone, or can no longer be watched.
+        Errors: LinkError.
         """
 
 
 class PlainStream:
-    """`Stream` on a guarded socket; `names` is the peer whose address it is.
+    """`Stream` on a guarded socket; `names` is the peer that has this address.
 
-    Without asyncio's transports: those keep octets of their own, and would send them after protection went.
+    It uses no transports of asyncio, because those buffer octets, and would send them after the protection
+    has gone.
     """
 
     def __init__(self, sock: socket.socket, flow: Flow, peer: PeerConfig, timing: Timing) -> None:
@@ -82,7 +85,7 @@ class PlainStream:
         self._ready = Readiness(sock)
 
     async def guarded(self, guard: Guard) -> None:
-        """Put the stream under its guard. Errors: LinkError; the stream is closed then."""
+        """Begin the guard's watch over the stream. Errors: LinkError; the stream is closed then."""
         try:
             hold = await guard.hold(self._flow, self._sock, self.lost)
         except LinkError as error:
@@ -94,7 +97,7 @@ class PlainStream:
         self._hold = hold
 
     def verify(self) -> None:
-        """Errors: LinkError when the stream is closed or no longer protected; it is closed then."""
+        """Errors: LinkError if the stream is closed or no longer protected; it is closed then."""
         if self._ready.closed or self._hold is None:
             raise self._ended()
         try:
@@ -120,7 +123,7 @@ class PlainStream:
             except OSError as error:
                 raise LinkError(f"{self.label}: {_reason(error)}") from None
             else:
-                self.verify()  # they may have come after protection went
+                self.verify()  # the octets may have come after the protection was gone
                 return data
 
     async def write(self, data: bytes) -> None:
@@ -144,7 +147,7 @@ class PlainStream:
                 self.close()
 
     def lost(self, error: LinkError) -> None:
-        """Cut at once: what the kernel has not sent yet is thrown away."""
+        """Cut the connection at once: octets that the kernel has not sent yet are thrown away."""
         if self._ready.closed:
             return
         self._error = error
@@ -169,7 +172,7 @@ def _reason(error: OSError) -> str:
 
 
 def open_socket(family: int, protocol: Transport) -> socket.socket:
-    """A non-blocking stream socket. Errors: LinkError, for SCTP where the kernel has none."""
+    """A non-blocking stream socket. Errors: LinkError, for SCTP if the kernel has none."""
     number = socket.IPPROTO_SCTP if protocol == "sctp" else socket.IPPROTO_TCP
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, number)
@@ -186,14 +189,14 @@ def open_socket(family: int, protocol: Transport) -> socket.socket:
 
 
 def _tune(sock: socket.socket, protocol: Transport, seconds: float) -> None:
-    """No delay, and notice within about three times `seconds` that the other side has gone."""
+    """Disable Nagle's delay, and notice within about three times `seconds` that the other side has gone."""
     if protocol == "tcp":
         keep_alive(sock, seconds)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return
     whole = max(1, round(seconds))
-    # heartbeats each `whole` seconds, two may stay unanswered, and no wait for an answer is longer
+    # heartbeats every `whole` seconds, of which two may stay unanswered, and no longer wait for an answer
     beats = struct.pack("=i128xIHIIIIBx", 0, 1000 * whole, 2, 0, 0, _SPP_HB_ENABLE, 0, 0)
     options: tuple[tuple[int, int | bytes], ...] = (
         (_SCTP_NODELAY, 1),
@@ -207,7 +210,8 @@ def _tune(sock: socket.socket, protocol: Transport, seconds: float) -> None:
 
 
 def _one_address_each(sock: socket.socket) -> None:
-    """SCTP may go on between other addresses of both ends, which nobody has checked. Errors: LinkError."""
+    """Refuse an association with several addresses at an end, because SCTP may use addresses that nobody has
+    checked. Errors: LinkError."""
     for option, whose in ((_SCTP_GET_LOCAL_ADDRS, "this end"), (_SCTP_GET_PEER_ADDRS, "the other end")):
         try:
             (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_SCTP, option, 1024), 4)
@@ -282,7 +286,7 @@ def plain_dial(
 
 
 def _source(family: int, address: Address) -> Address:
-    """Where routing lets packets to `address` begin; nothing is sent."""
+    """The source address that routing chooses for packets to `address`; nothing is sent."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((str(address), 9))
         return _endpoint(probe.getsockname()).address

@@ -1,13 +1,12 @@
 """Contexts to and from Context Data Blocks: four profile types, CBOR inside.
 
-A profile is one CBOR map with small unsigned keys, the version first, defaults left out.
-Its octets are cut into consecutive blocks of the same FPT, all but the last full; since a
-CBOR item knows its own end, the last block's zero padding needs no length. Keys are listed in
-docs/protocol.md. What can be derived is not sent: SKEYSEED, SK_* and KEYMAT come from
-secret and nonces.
+A profile is one CBOR map with small unsigned keys, the version first, defaults left out. Its octets are cut
+into consecutive blocks of the same FPT, all but the last full; since a CBOR item knows its own end, the last
+block's zero padding needs no length. Keys are listed in docs/protocol.md. Derived values are not sent:
+SKEYSEED, SK_* and KEYMAT follow from secret and nonces.
 
-Keys of a later version survive in `IkeContext.unknown` as (FPT, key, CBOR) and are sent on.
-Those inside generation or child number n have the key `(n + 1) << 16 | key` there.
+Keys of a later version survive in `IkeContext.unknown` as (FPT, key, CBOR) and are sent on. Those inside
+generation or child number n have the key `(n + 1) << 16 | key` there.
 
 Blocks hold key material. Everything decoded is checked; only WireError comes out.
 """
@@ -45,7 +44,7 @@ Unknown = tuple[tuple[int, int, bytes], ...]
 VERSION = 1
 PROFILES = (Fpt.IKEV2_SA, Fpt.SAD, Fpt.SPD, Fpt.PAD)
 MAX_PROFILE = MAX_MESSAGE - 28
-"""Octets of blocks that fit behind the header of a PCTD with IPv6 address and no key."""
+"""Octets of blocks that fit after the header of a PCTD with IPv6 address and no key."""
 
 _DIRECTIONS = {"i": "in", "o": "out", "f": "fwd"}
 _LETTERS = {name: letter for letter, name in _DIRECTIONS.items()}
@@ -58,12 +57,13 @@ _ADDRESSES = {"update": 0, "keep": 2, "mn": 8}
 
 @dataclass(frozen=True, slots=True)
 class TransferHeader:
-    """What a PCTD says of the transfer itself.
+    """The part of a PCTD that concerns the transfer itself.
 
-    `transfer_id`: 8 octets, drawn by pSG, named again by the CTD. `intent` "check": only ask
-    whether it would be taken; "hold": install nothing before the MN has arrived. `address` "keep": the
-    gateway address moves along, the MN is not told; "mn": the MN moves its SAs itself, nSG tells it nothing
-    and serves it where it is by then. The owner's epoch is in the context.
+    `transfer_id`: 8 octets, drawn by the old gateway, repeated in the CTD. `intent` "check": only ask whether
+    the SA would be taken; "hold": install nothing before the mobile node has arrived. `address` "keep": the
+    gateway address moves along, so the mobile node is not told one; "mn": the mobile node moves its SAs
+    itself, so the new gateway tells it nothing and serves it at its present address. The owner's epoch is in
+    the context.
     """
 
     transfer_id: bytes
@@ -78,7 +78,8 @@ class TransferHeader:
 
 
 def _rest(entry: cbor.MapReader, fpt: Fpt, item: int = 0) -> Unknown:
-    """What nobody took, as IkeContext.unknown holds it; `item`: 1 + number of generation or child."""
+    """The entries that were not read, as IkeContext.unknown has them; `item`: 1 + number of generation or
+    child."""
     return tuple((int(fpt), item << 16 | key, data) for key, data in entry.rest())
 
 
@@ -216,12 +217,12 @@ _SUITE_ROW = cbor.row((cbor.u16,) * 4, _SUITE)
 
 
 def _ike_suite(value: IkeGeneration) -> list[int]:
-    """What a child's suite is when left out: that of its IKE_SA, without key exchange."""
+    """The default of a child's suite: that of its IKE_SA, without key exchange."""
     return [int(n) for n in cbor.trim([value.encr, value.encr_bits, value.integ, 0], _SUITE)]
 
 
 def _vip_selectors(vips: Sequence[Address]) -> tuple[TrafficSelector, ...]:
-    """What a child's remote selectors are when left out: the MN's virtual addresses."""
+    """The default of a child's remote selectors: the mobile node's virtual addresses."""
     return tuple(TrafficSelector(vip, vip) for vip in vips)
 
 
@@ -396,7 +397,7 @@ def _split(fpt: Fpt, data: bytes) -> list[ContextDataBlock]:
 
 
 def _join(blocks: Iterable[ContextDataBlock]) -> dict[Fpt, bytes]:
-    """The octets of our profiles, each with its padding; blocks of other types are not ours to read."""
+    """The octets of our profiles, each with its padding. Blocks of other types are passed over."""
     found: dict[Fpt, list[ContextDataBlock]] = {}
     last: Fpt | None = None
     for block in blocks:
@@ -415,7 +416,7 @@ def _join(blocks: Iterable[ContextDataBlock]) -> dict[Fpt, bytes]:
 
 
 def _open(joined: dict[Fpt, bytes], fpt: Fpt) -> cbor.MapReader:
-    """The profile's map, its version read; an empty one where the profile was not sent."""
+    """The profile's map, after its version was checked; an empty one if the profile was not sent."""
     if fpt not in joined:
         return cbor.MapReader({}, fpt.name)
     entry = cbor.MapReader(cbor.loads(joined[fpt], fpt.name, padding=7), fpt.name)
@@ -433,7 +434,8 @@ def _close(maps: dict[Fpt, dict[int, Any]]) -> tuple[ContextDataBlock, ...]:
 
 
 def _keep(maps: dict[Fpt, dict[int, Any]], unknown: Unknown) -> Unknown:
-    """Put the unknown entries where they were; those of items that are gone go too. Returns what was kept."""
+    """Put the unknown entries back where they were, except those of items that are gone. Returns the kept
+    ones."""
     kept = []
     for number, key, data in sorted(unknown):
         if number not in PROFILES or key < 0:
@@ -552,11 +554,11 @@ def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]
 def encode_verdicts(
     verdicts: Iterable[Verdict], profiles: Sequence[Fpt] = PROFILES
 ) -> tuple[StatusBlock, ...]:
-    """The statuses of a CTDR. Where nothing was refused its S bit says it all, but for FPTs that a verdict
+    """The statuses of a CTDR. If nothing was refused its S bit is enough, except for FPTs that a verdict
     names beside `profiles`.
 
-    Else one for each of `profiles` and each other FPT that a verdict names. Where several
-    verdicts refuse one FPT the first wins: checks come in the order of their gravity.
+    Else there is one for each of `profiles` and each other FPT that a verdict names. If several verdicts
+    refuse one FPT the first is sent, because checks come in the order of their gravity.
     """
     worst = dict.fromkeys(profiles, Status.OK)
     for verdict in verdicts:
@@ -568,7 +570,7 @@ def encode_verdicts(
 
 
 def decode_verdicts(statuses: Iterable[StatusBlock]) -> tuple[Verdict, ...]:
-    """What a CTDR says, with a text for each refusal."""
+    """The verdicts that a CTDR carries, with a text for each refusal."""
     return tuple(
         Verdict(s.fpt, s.status, "" if s.status is Status.OK else _status_text(s.status)) for s in statuses
     )

@@ -1,9 +1,11 @@
-"""A message of the MN as the reason to let its IKE_SA go (CT-Req "by packet"): codec and check, no I/O.
+"""A message of the mobile node as the reason to let its IKE_SA go (CT-Req "by packet"): codec and check, no
+I/O.
 
-A stock MN that lost pSG probes the other gateway addresses it knows (RFC 4555, 3.10) and so finds nSG, which
-does not know the SA. nSG cannot open the message, but pSG can: nSG sends it along in a CT-Req with token 0,
-in Context Data Blocks of `Fpt.PROOF`, and `verify` at pSG decides whether it proves that the MN is there now.
-There is no token: what stands for it is a message only the MN can have made, and only just now.
+A stock mobile node that lost the old gateway probes the other gateway addresses that it knows (RFC 4555,
+3.10) and so reaches the new gateway, which does not know the SA. The new gateway cannot open the message, but
+the old gateway can: the new gateway sends the message in a CT-Req with token 0, in Context Data Blocks of
+`Fpt.PROOF`, and `verify` at the old gateway decides whether it proves that the mobile node is there now. The
+message replaces the token, because only the mobile node can have made it, and only just now.
 
 Layout of the blocks' data, joined: for each datagram its length in octets (u16, not 0), then the IKE message
 from the IKE header on, without non-ESP marker. All blocks but the last are full (2036 octets); what follows
@@ -24,7 +26,7 @@ from .numbers import Exchange, Fpt, Status
 from .wire import Reader, Writer
 
 EXCHANGES = frozenset({Exchange.INFORMATIONAL, Exchange.CREATE_CHILD_SA})
-"""What an MN whose IKE_SA stands can ask for (RFC 7296, 1.3 and 1.4)."""
+"""Exchanges that a mobile node can begin in an established IKE_SA (RFC 7296, 1.3 and 1.4)."""
 
 MAX_PROOF = 16384
 """Octets of all datagrams of one proof: a rekey with the largest key exchanges needs less than half."""
@@ -48,7 +50,7 @@ def encode(datagrams: Sequence[bytes]) -> tuple[ContextDataBlock, ...]:
 
 
 def decode(blocks: Iterable[ContextDataBlock]) -> tuple[bytes, ...]:
-    """The datagrams in a message's blocks; () where it has no block of `Fpt.PROOF`. Errors: WireError."""
+    """The datagrams in a message's blocks; () if it has no block of `Fpt.PROOF`. Errors: WireError."""
     parts: list[bytes] = []
     for block in blocks:
         if block.fpt is not Fpt.PROOF:
@@ -76,28 +78,31 @@ def decode(blocks: Iterable[ContextDataBlock]) -> tuple[bytes, ...]:
 
 
 def verify(context: IkeContext, datagrams: Sequence[bytes]) -> int:
-    """The message ID of the MN's request in `datagrams`, if it proves that the MN is where it was seen.
+    """The message ID of the mobile node's request in `datagrams`, if it proves where the mobile node is.
 
-    `context` is the SA as it stands at the gateway that serves it, with `mid_responder`, the message ID of
-    the next request it expects of the MN, up to date. The datagrams are one whole message, or all fragments
-    of one in any order (RFC 7383), from the IKE header on. They prove it if all of this holds:
+    `context` is the SA at the gateway that serves it, with an up-to-date `mid_responder`, the message ID of
+    the next request that it expects of the mobile node. The datagrams are one whole message, or all fragments
+    of one in any order (RFC 7383), from the IKE header on. They are a proof if all of these conditions hold:
 
-    - SPIs, version and direction are those of a request of the MN in this SA, and the exchange is
+    - SPIs, version and direction are those of a request of the mobile node in this SA, and the exchange is
       INFORMATIONAL or CREATE_CHILD_SA;
-    - every part opens under SK_e and SK_a of the MN's direction, and together they are the whole message;
+    - every part opens under SK_e and SK_a of the mobile node's direction, and together they are the whole
+      message;
     - its message ID is exactly `mid_responder`.
 
-    The message ID is what makes it fresh. Anybody on the way can record what the MN has sent, and send it to
-    another gateway at any later time; octets and keys stay right for as long as the SA lives. But with a
-    window of one (RFC 7296, 2.3) the MN makes its request n + 1 only when n was answered, and this gateway
-    counts up with each request that opened. So a request below `mid_responder` has been here already, and
-    tells nothing of where the MN is now. That goes for the one just below too, which an honest MN does
-    retransmit while the answer is lost: it differs in nothing from the recording that everybody may hold, so
-    it is refused, and the MN must come with its next request. One above `mid_responder` cannot be judged
-    yet (this gateway may be about to hear of the one between): nSG may ask again.
+    The message ID proves that the request is fresh. Anybody on the way can record the mobile node's messages,
+    and send them to another gateway at any later time; octets and keys stay right for as long as the SA
+    lives. But with a window of one (RFC 7296, 2.3) the mobile node makes its request n + 1 only when n was
+    answered, and this gateway counts up with each request that opened. So a request below `mid_responder` has
+    been here already, and does not show where the mobile node is now. That is true for the one just below
+    too, which an honest mobile node does retransmit while the answer is lost: it is identical to a recording
+    that anybody may have, so it is refused, and the mobile node must come with its next request. A request
+    above `mid_responder` cannot be judged yet, because this gateway may be about to receive the one between:
+    the new gateway may ask again.
 
     Errors: ProofError, whose text is for the log; RefusedError with ALGORITHM for an SA whose algorithms are
-    not known here. Never WireError: who asks is another gateway, and what it holds came from a stranger.
+    not known here. Never WireError, because the caller is another gateway, and its message came from a
+    stranger.
     """
     if not 1 <= len(datagrams) <= MAX_FRAGMENTS:
         raise ProofError(f"{len(datagrams)} datagrams are no message of an MN")
@@ -113,7 +118,7 @@ def verify(context: IkeContext, datagrams: Sequence[bytes]) -> int:
         )
     _open(context, datagrams)
     if first.message_id > expected:
-        # said of nothing forged: nSG would ask again and again
+        # only for messages that open: for a forged one the new gateway would ask again and again
         raise ProofError(
             f"request {first.message_id} is not the next ({expected}): not seen here yet", status=Status.BUSY
         )

@@ -1,8 +1,8 @@
-"""How many requests of strangers are looked at, and how many of them are logged, no I/O.
+"""Rate limits for requests of strangers and for the log lines that they cause, no I/O.
 
 RFC 4067 (3, CT_REQUEST_RATE) has a router drop CTARs at random above a rate. A bucket that simply runs empty
-would let through whoever comes first after each refill, and a flood can time that; so a bucket of which less
-than half is left drops with a probability that grows to 1 as it runs empty.
+would always pass the first request after each refill, and a flood can time that. So a bucket that is less
+than half full drops with a probability that grows to 1 as it runs empty.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Bucket:
 
 
 def one_source(address: IPv4Address | IPv6Address) -> int:
-    """Names what counts as one source, for both families in one table: an IPv4 address, an IPv6 /64."""
+    """The key of a source, for both families in one table: an IPv4 address, an IPv6 /64."""
     # a /64 is at least 64 bits long, an IPv4 address 32
     return int(address) >> 64 | 1 << 64 if address.version == 6 else int(address)
 
@@ -55,8 +55,8 @@ def one_source(address: IPv4Address | IPv6Address) -> int:
 class RateLimit:
     """Decides over requests by their source: an IPv4 address, or the /64 of an IPv6 one.
 
-    rate, source_rate: requests a second in total and of one source. draw: numbers in [0, 1), the dice.
-    A flood of one source uses up its own bucket before it touches that of all.
+    rate, source_rate: requests per second in total and of one source. draw: random numbers in [0, 1). A flood
+    of one source uses up its own bucket before it touches that of all.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RateLimit:
         return len(self._sources)
 
     def allows(self, source: IPv4Address | IPv6Address, now: float) -> bool:
-        """May a request of `source` pass? `now` is seconds, monotonic."""
+        """True if a request of `source` may pass. `now` is seconds, monotonic."""
         own = self._source(source, now)
         self._total = self._total or Bucket(self._rate, now)
         own.fill(now)
@@ -88,7 +88,7 @@ class RateLimit:
         return True
 
     def spent(self, now: float) -> bool:
-        """Has the bucket of all run empty, so that `allows` lets nobody pass? Costs less than that."""
+        """True if the bucket of all is empty, so that `allows` passes nobody. Costs less than that call."""
         if self._total is None:
             return False
         self._total.fill(now)
@@ -106,7 +106,7 @@ class RateLimit:
 
 
 class LogLimit:
-    """Which messages that a stranger or a peer causes are logged: `burst` of each cause in `period` seconds.
+    """Limits log messages that a stranger or a peer causes: `burst` of each cause in `period` seconds.
 
     A cause is a word of the program's own, with a peer's name at the most, so that there are few of them.
     """
@@ -117,7 +117,7 @@ class LogLimit:
         self._causes: dict[str, tuple[float, int]] = {}
 
     def passes(self, cause: str, now: float) -> int | None:
-        """None: not this one. Else how many were left out since the last one that passed.
+        """None: leave this message out. Else the number of messages left out since the last one that passed.
 
         `now` is seconds, monotonic.
         """

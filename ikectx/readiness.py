@@ -1,7 +1,7 @@
 """When a non-blocking socket can be read or written (I/O).
 
-asyncio's transports keep octets of their own, on the way in and on the way out: 256 KiB for each TLS
-connection, which only the garbage collector gives back. So streams between gateways use their own sockets.
+asyncio's transports buffer octets, on the way in and on the way out: 256 KiB for each TLS connection, which
+only the garbage collector gives back. So streams between gateways use their own sockets.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Readiness:
         """True from `close` on; then nothing waits any more."""
 
     async def readable(self) -> None:
-        """Until there is something to read, or `close` is called."""
+        """Wait until there is something to read, or `close` is called."""
         await self._wait(self._readers, self._loop.add_reader, self._loop.remove_reader)
 
     async def writable(self) -> None:
-        """Until there is room to write, or `close` is called."""
+        """Wait until there is room to write, or `close` is called."""
         await self._wait(self._writers, self._loop.add_writer, self._loop.remove_writer)
 
     async def _wait(

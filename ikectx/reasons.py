@@ -1,7 +1,9 @@
-"""Why a context was refused, in words: from nSG's verdicts to the blocks of a CTDR and back. No I/O.
+"""Why a context was refused, in words: from the new gateway's verdicts to the blocks of a CTDR and back. No
+I/O.
 
-A status is one octet of a fixed list; what stood against an SA is told beside it, so that the operator of pSG
-need not read nSG's log. A block of FPT REASON holds u16 the FPT that was refused, u16 length, UTF-8 text.
+A status is one octet of a fixed list. The reason is sent beside it in words, so that the operator of the old
+gateway need not read the new gateway's log. A block of FPT REASON has u16 the FPT that was refused, u16
+length, UTF-8 text.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from .ports import Verdict
 from .wire import Reader, Writer
 
 REASONS = 5
-"""So many reasons are told, and of the others how many there are: a peer that is refused fills no log."""
+"""Reasons that are sent; of further ones only the number is, so that a refused peer does not fill a log."""
 REASON_OCTETS = 1000
-"""Text of one block; the rest is left out."""
+"""Octets of text in one block; the rest is cut off."""
 
 
 def refusals(verdicts: Iterable[Verdict]) -> str:
@@ -48,7 +50,7 @@ def _block(fpt: Fpt, text: str) -> ContextDataBlock:
 
 
 def with_reasons(verdicts: Iterable[Verdict], blocks: Iterable[ContextDataBlock]) -> tuple[Verdict, ...]:
-    """The verdicts of a CTDR's statuses with the other gateway's words, where it said some, escaped."""
+    """The verdicts of a CTDR's statuses with the other gateway's words, if it sent any, escaped."""
     words = dict(_reasons(blocks))
     return tuple(
         replace(verdict, detail=words.get(verdict.fpt) or verdict.detail) if verdict.status else verdict
@@ -57,7 +59,7 @@ def with_reasons(verdicts: Iterable[Verdict], blocks: Iterable[ContextDataBlock]
 
 
 def _reasons(blocks: Iterable[ContextDataBlock]) -> Iterator[tuple[Fpt, str]]:
-    """Words that cannot be read are passed over: a refusal without words is one all the same."""
+    """Unreadable words are passed over, because a refusal without words is a refusal, too."""
     for block in blocks:
         reader = Reader(block.data, "reason")
         with contextlib.suppress(WireError):

@@ -1,7 +1,7 @@
-"""An SA's outer addresses change: what else in its context follows them. Pure.
+"""The context of an SA after a change of its outer addresses. Pure.
 
-Selectors that are just one of the outer addresses follow it, as both ends' own address updates (RFC 4555,
-3.5) do; so they stay the same at both ends.
+Selectors that consist of just one of the outer addresses change with it, as both ends' own address updates
+(RFC 4555, 3.5) do, so that they stay the same at both ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .context import Address, Endpoint, IkeContext, TrafficSelector
 
 
 def same_host(selector: TrafficSelector, address: Address) -> bool:
-    """Is the selector just this address?"""
+    """True if the selector is just this address."""
     return selector.start == selector.end == address
 
 
@@ -22,8 +22,8 @@ def relocate(
 ) -> IkeContext:
     """The context with other outer addresses; None: that one stays.
 
-    Where a new `remote` is of another family, a `local` that is None becomes 0.0.0.0 or ::, to be found
-    later. Errors: ValueError when `local` and `remote` are of different families.
+    If a new `remote` is of another family, a `local` that is None becomes 0.0.0.0 or ::, to be found later.
+    Errors: ValueError if `local` and `remote` are of different families.
     """
     remote = remote or context.remote
     local = local or _of_family(context.local, remote.address.version)

@@ -1,4 +1,4 @@
-"""What callers read of a transfer: its report and events, and the words for where it stands. No I/O."""
+"""Reports and events of a transfer for callers, and the words for each state. No I/O."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
     _S.KEPT: ("kept", "serves the MN", "does not own it"),
     _S.REFUSED: ("refused", "serves the MN", "does not own it"),
 }
-"""What a transfer that stands in this state is to the caller: result, the source's and the target's side."""
+"""For each state of the source: the result, the state of the SA at the source, and at the target."""
 
 TARGET_STANDS: Mapping[TargetState, tuple[Result, str, str]] = {
     _T.NEW: ("kept", "knows nothing of it", "serves the MN"),
@@ -64,7 +64,7 @@ TARGET_STANDS: Mapping[TargetState, tuple[Result, str, str]] = {
     _T.OWNED: ("moved", "serves the MN", "has let go"),
     _T.ABORTED: ("kept", "does not own it", "serves the MN"),
 }
-"""The same as the target sees it: result, the target's side (here), the source's (there)."""
+"""For each state of the target: the result, the state of the SA at the target (here), and at the source."""
 
 _SOURCE_PHASES: Mapping[SourceState, str] = {
     SourceState.NEW: "export",
@@ -131,7 +131,7 @@ HINTS: Mapping[Status, str] = {
 class TransferReport:
     """How a transfer ended at the source; holds no secrets.
 
-    `text` says what happened, `hint` what to do, `state_here` and `state_there` what each gateway does now.
+    `text` says what happened, `hint` what to do, `state_here` and `state_there` describe each gateway's side.
     `phases_ms`: export, connect, prepare (PCTD to CTDR), freeze, confirm (CTD to CTDR: the target took, moved
     and activated), release or thaw. `cxtp_octets` counts CXTP messages both ways without TLS.
     """
@@ -215,7 +215,8 @@ def source_phases(spent: Mapping[str, float], connect: float) -> dict[str, float
 
 
 def target_phases(spent: Mapping[str, float], request: float | None) -> dict[str, float]:
-    """The same at the target; `request`: from the CT-Req to what answered it, None: it was not asked for."""
+    """The same at the target; `request`: from the CT-Req to the message that answered it, None: not
+    requested."""
     found = {} if request is None else {"request": round(request, 3)}
     for state, name in _TARGET_PHASES.items():
         if state in spent:
@@ -240,9 +241,9 @@ def source_words(
     peer: str,
     ident: str,
 ) -> Words:
-    """Words for a transfer that stands in `state` at its source.
+    """The words for a transfer in `state` at its source.
 
-    `error`: why it does not go on; `clean_up`: what keeps failing and has no alternative. `ident`: its ID.
+    `error`: why it does not go on; `clean_up`: the error of a clean-up that is repeated. `ident`: its ID.
     """
     result = SOURCE_STANDS[state][0]
     text, hint, exit_code = "", "", 0
@@ -267,7 +268,7 @@ def source_words(
 
 
 def mn_label(context: IkeContext) -> str:
-    """The MN as people know it: its EAP identity where it has one, else its IKE identity."""
+    """The mobile node as people know it: its EAP identity if it has one, else its IKE identity."""
     return str(context.remote_eap_id or context.remote_id)
 
 

@@ -31,14 +31,16 @@ log = logging.getLogger("ikectx.tls")
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """PEM files: our certificate (with its chain), its key, and the CAs that peers' certificates are of."""
+    """PEM files: our certificate (with its chain), its key, and the CAs that have issued peers'
+    certificates."""
 
     cert: Path | str
     key: Path | str
     ca: Path | str
 
     def context(self, *, server: bool) -> ssl.SSLContext:
-        """TLS 1.3, a certificate demanded of the other side. Errors: ConfigError naming the file."""
+        """A context for TLS 1.3 that demands a certificate of the other side. Errors: ConfigError naming the
+        file."""
         made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         made.minimum_version = ssl.TLSVersion.TLSv1_3
         # the name is compared with the configuration after the handshake, for both roles alike
@@ -71,7 +73,7 @@ class TlsConfig:
 
 
 def _no_password() -> str:
-    """Instead of OpenSSL's question on the terminal."""
+    """An empty password, so that OpenSSL does not ask for one on the terminal."""
     return ""
 
 
@@ -87,7 +89,7 @@ def certificate_names(certificate: Mapping[str, Any] | None) -> frozenset[str]:
 
 
 class TlsStream:
-    """`Stream` on a non-blocking socket; nothing but OpenSSL's record of at most 16 KiB is kept here."""
+    """`Stream` on a non-blocking socket; it buffers nothing beyond OpenSSL's record of at most 16 KiB."""
 
     def __init__(self, sock: ssl.SSLSocket, where: tuple[object, int], timing: Timing) -> None:
         self.label = f"{where[0]}:{where[1]}"
@@ -98,7 +100,7 @@ class TlsStream:
         keep_alive(sock, timing.keepalive)
 
     async def handshake(self) -> None:
-        """Prove both sides to each other. Errors: OSError, also of TLS; the caller closes then."""
+        """Authenticate both sides. Errors: OSError, also of TLS; the caller closes the stream then."""
         while True:
             try:
                 self._sock.do_handshake()
@@ -167,10 +169,9 @@ def _reason(error: BaseException) -> str:
 
 
 def tls_dial(tls: TlsConfig, timing: Timing, listen: Sequence[tuple[str, int]] = ()) -> Dial:
-    """A `Dial` that proves the peer's name. Connections begin at the first address of `listen` of the peer's
-    family, by which the peer knows us, else where routing says. Errors: ConfigError here; LinkError when
-    dialling.
-    """
+    """A `Dial` that checks the peer's name. Connections leave from the first address of `listen` of the
+    peer's family, by which the peer knows us, else from the one that routing chooses. Errors: ConfigError
+    here; LinkError when dialling."""
     context = tls.context(server=False)
 
     async def dial(peer: PeerConfig) -> Stream:
