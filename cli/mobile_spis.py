@@ -105,7 +105,7 @@ class Mirror:
             )
             iv, fresh = bytes.fromhex(value["iv"]), bytes.fromhex(value["fresh"])
             return cls(int(value["id"]), local, remote, asks, iv, fresh)
-        except (ValueError, TypeError, KeyError, UsageError):
+        except (ValueError, TypeError, KeyError, UsageError, OverflowError, RecursionError):
             raise StoreError("the note of a mobile node's UPDATE_SPI cannot be read") from None
 
     def machine(self, context: IkeContext) -> SpiUpdate:

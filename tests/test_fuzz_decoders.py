@@ -20,9 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ikectx import cbor
-from ikectx.context import ChildContext, Endpoint, IkeContext, Secret
-from ikectx.cxtp import ContextDataBlock, Ctar, Ctc, Ctd, CtReq, Pctd, StreamDecoder, parse_message
+from ikectx import cbor, cookies
+from ikectx.context import ChildContext, Endpoint, IkeContext, ReplayState, Secret
+from ikectx.cookies import with_cookie
+from ikectx.cxtp import ContextDataBlock, Ctaa, Ctar, Ctc, Ctd, CtReq, Pctd, StreamDecoder, parse_message
 from ikectx.errors import (
     ConfigError,
     IkectxError,
@@ -34,7 +35,7 @@ from ikectx.errors import (
     WireError,
 )
 from ikectx.name import SaName
-from ikectx.numbers import Fpt, Status
+from ikectx.numbers import Fpt, Protocol, Status
 from ikectx.ports import Verdict
 from ikectx.profile import decode, decode_final, encode, encode_final
 from ikectx.reasons import encode_reasons, with_reasons
@@ -43,11 +44,18 @@ from ikectx.tokens import Purpose, find, make_ctar, open_ctaa, seal_ctaa
 from ikectx.whereabouts import What, Whereabouts, notice, parse_notice
 from ikectx_cli import lab_bench, mobile_config, updown
 from ikectx_cli import settings as strongswan_conf
+from ikectx_cli.mobile_spis import Mirror
+from mobike_ext.notify import UpdateSpi
 from vici_bridge import detour, ha, nftables, route_events
 from vici_bridge.allowed import AllowedConnection, pool_ranges
+from vici_bridge.behind import Block
 from vici_bridge.charon import missing_algorithms, peer_context, sa_views
+from vici_bridge.departures import Departure
 from vici_bridge.ha import HaMessage
+from vici_bridge.moves import ChildMove, Move
+from vici_bridge.names import Plan
 from vici_bridge.netlink import Netlink, Outcome
+from vici_bridge.origins import Origin
 from vici_bridge.proposals import Proposal
 from vici_bridge.record import Record
 from vici_bridge.vici_codec import Deframer, Packet, PacketType, json_of, serialize_message, with_json
@@ -57,6 +65,8 @@ from .fuzz import damaged, damaged_tree
 from .profile_samples import RICH, TRANSFER, TYPICAL, TYPICAL_FINAL
 from .record_world import CONTEXT, REAL, stream
 from .test_charon import VIEW
+from .test_departures import BLOCKING, DEPARTURE
+from .test_names import PLAN
 from .test_policy import CONNECTION, POOLS, numbered
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +279,7 @@ COVERED = {
     "control requests": "test_control_places.py",
     "lab.json": "test_lab_state.py",
     "record of SAs": "test_record_kept.py",
+    "ledger of moving SAs": "test_ledger.py",
 }
 
 
@@ -487,6 +498,64 @@ def test_a_damaged_item_is_a_store_error(value: object, check: object) -> None:
         ):
             with pytest.raises(StoreError):
                 ask()
+
+
+# --- notes in the store ------------------------------------------------------------------------------------
+
+SPIS = SaName(b"initiato", b"responde")
+ENDS = Endpoint(MN, 4500), Endpoint(NSG, 4500)
+ORIGIN = Origin("psg", SPIS, 3, SPIS, "mn.example", ("10.4.0.10/32",), 1e9)
+MOVE = Move(
+    *ENDS, *ENDS, (ChildMove(b"abcd", b"efgh", b"ijkl", b"mnop", 7, 99, ReplayState(9, 64, 5)),), ENDS
+)
+MIRROR = Mirror(7, *ENDS, (UpdateSpi(Protocol.ESP, b"\xc9\0\0\1", b"\xc9\0\0\2"),), b"i" * 64, b"f" * 512)
+COOKIE = with_cookie(CTAR, ContextDataBlock(Fpt.COOKIE, bytes(12))).serialize()
+
+NOTES: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
+    "departure": (DEPARTURE.dumps(), lambda raw: Departure.loads("k", raw)),
+    "origin": (ORIGIN.dumps(), lambda raw: Origin.loads("k", raw)),
+    "block": (Block(SPIS, "mn.example", BLOCKING).dumps(), lambda raw: Block.loads("k", raw)),
+    "move": (MOVE.dumps(), Move.loads),
+    "UPDATE_SPI": (MIRROR.dumps(), Mirror.loads),
+    "plan": (PLAN.dumps(), Plan.loads),
+}
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(("", "zz", "::%x", "0" * 16, "9" * 5000)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", NOTES)
+@FUZZ
+@given(st.data())
+def test_a_damaged_note_is_a_store_error(name: str, data: st.DataObject) -> None:
+    good, read = NOTES[name]
+    read(good)
+    raw = data.draw(damaged([good, b"[" * 50_000]))
+    if good[:1] == b"{" and data.draw(st.booleans()):
+        raw = json.dumps(data.draw(damaged_tree(json.loads(good), JSON))).encode()
+    try:
+        read(raw)
+    except StoreError as error:
+        assert str(error)
+
+
+@FUZZ
+@given(damaged([COOKIE, CTAR.serialize()]))
+def test_any_datagram_is_split_from_its_cookie(octets: bytes) -> None:
+    fixed = cookies.fixed_part(octets)
+    if fixed:
+        cookie, rest = cookies.split(octets, fixed)
+        assert len(cookie) + len(rest) <= len(octets)
+        answer = cookies.ask(octets, fixed, bytes(12))
+        assert len(answer) <= len(octets)
+        if answer:
+            assert cookies.asked(Ctaa.parse(answer)) is not None
 
 
 # --- files of the command line ---------------------------------------------------------------------------

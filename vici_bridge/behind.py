@@ -72,7 +72,7 @@ class Block:
             first, second = found["sa"]
             policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
             return cls(SaName(bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
-        except (KeyError, TypeError, ValueError, WireError) as error:
+        except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
             raise StoreError(f"the block {key} cannot be read: {error}") from None
 
     def to_json(self) -> dict[str, object]:

@@ -48,7 +48,7 @@ class Deadlines:
         for key, value in store.items(_KIND):
             try:
                 self._entries[key] = Deadline(**json.loads(value))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError, RecursionError):
                 store.delete(_KIND, key)
 
     def keep(self, spis: SaName, child: bytes | None, due: float) -> None:

@@ -240,7 +240,7 @@ class Departure:
                 allows=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["allows"]),
                 closed=tuple(found["closed"]),
             )
-        except (KeyError, TypeError, ValueError, WireError) as error:
+        except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
             raise StoreError(f"the departure {key} cannot be read: {error}") from None
 
     def to_json(self) -> dict[str, object]:

@@ -58,7 +58,7 @@ class FreshKeys:
             try:
                 read = json.loads(value)
                 self._wanted[key] = _Wanted(**{**read, "children": tuple(read["children"])})
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 store.delete(_KIND, key)
 
     def __len__(self) -> int:

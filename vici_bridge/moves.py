@@ -181,7 +181,7 @@ class Move:
                 ike,
                 value["done"] is True,
             )
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise StoreError("the note of a mobile node's move cannot be read") from None
 
 

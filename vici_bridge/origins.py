@@ -104,7 +104,7 @@ class Origin:
                 found["since"],
                 Place(found["place"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise StoreError(f"the origin {key} cannot be read: {error}") from None
 
 
