@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from ipaddress import ip_address
-from logging import INFO, WARNING
 
 from . import tokens
 from .asking import Ask, Asking
@@ -35,7 +34,7 @@ from .numbers import Fpt, Status
 from .outgoing import Outgoing
 from .ports import new_names
 from .rates import one_source
-from .run import Parts, SparingLog, log, step
+from .run import Parts, log, step
 from .serving import MobileConfig, UsedTokens
 from .tokens import Purpose, TokenBlock, TokenError
 from .transfer import SourceInput, SourceState, TargetState
@@ -196,7 +195,6 @@ class Arrivals:
         self._asking = asking
         self._used = used
         self._config = config
-        self._log = SparingLog(parts.clock)
         self._known: OrderedDict[bytes, Arrival] = OrderedDict()
 
     async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
@@ -210,30 +208,25 @@ class Arrivals:
         known = self._known.get(key)
         if known is not None:
             if known.source != source:
-                self._log(
-                    WARNING,
-                    "elsewhere",
-                    "a CTAR for %s is ignored: it came from elsewhere before",
-                    message.mn,
-                )
+                log.warning("a CTAR for %s is ignored: it came from elsewhere before", message.mn)
                 return None
             return known.feed(ArrivalInput.AGAIN)
         try:
             arrival = self._known[key] = self._new(message, source, now)
         except (TokenError, WireError) as error:
-            self._log(INFO, "claims", "a CTAR from %s is ignored: %s", source, error)
+            log.warning("a CTAR from %s is ignored: %s", source, error)
             return None
         try:
             answer = arrival.feed(await self._handle(arrival))
         except TokenError as error:
-            self._log(WARNING, "token", "a CTAR from %s for %s is ignored: %s", source, message.mn, error)
+            log.warning("a CTAR from %s for %s is ignored: %s", source, message.mn, error)
             answer = arrival.feed(ArrivalInput.BAD)
         except (BusyError, UnknownSaError) as error:
             # nothing was begun, so its retransmission may try again
-            self._log(INFO, "not now", "a CTAR from %s for %s: %s", source, message.mn, error)
+            log.warning("a CTAR from %s for %s: %s", source, message.mn, error)
             answer = None
         except IkectxError as error:
-            self._log(WARNING, "failed", "a CTAR from %s for %s: %s", source, message.mn, error)
+            log.warning("a CTAR from %s for %s: %s", source, message.mn, error)
             answer = None
         finally:
             if not (arrival.proven and arrival.ended):
@@ -259,7 +252,7 @@ class Arrivals:
             tokens.check_claims(token, purpose=purpose, psg=psg, nsg=nsg, now=now, skew=skew)
         else:
             peer = self._peer(message, None)
-        under_way = [one for one in self._known.values() if not one.ended]
+        under_way = [one for one in self._known.values() if not (one.ended or one.proven)]
         here = one_source(source.address)
         if sum(one_source(one.source.address) == here for one in under_way) >= AT_ONCE:
             raise TokenError(f"{AT_ONCE} others of that source are under way")
@@ -415,7 +408,7 @@ class Arrivals:
             self._verify(run.token[1], arrival, Purpose.ARRIVE)
         except TokenError as error:
             ident = run.stored.transfer_id.hex()
-            self._log(INFO, "another", "transfer %s: a CTAR for another one: %s", ident, error)
+            log.warning("transfer %s: a CTAR for another one: %s", ident, error)
             return False
         return True
 
@@ -439,8 +432,10 @@ class Arrivals:
         if ask.run is None and status is Status.NOT_ALLOWED:
             raise TokenError(str(error))
         text = self._asking.report(ask).text or status.name
-        cause = "arrived" if arrival.proven else "unproven"
-        self._log(INFO, cause, "%s at %s: %s", arrival.message.mn, arrival.source, text)
+        if arrival.proven:
+            log.info("%s at %s: %s", arrival.message.mn, arrival.source, text)
+        else:  # a warning, since those have the smaller part of the log
+            log.warning("somebody at %s asked for the SA of %s: %s", arrival.source, arrival.message.mn, text)
         key = None
         # A tag makes an answer final, so a refusal has none as long as it may still become a grant.
         if ask.context is not None and (

@@ -29,7 +29,7 @@ from .errors import IkectxError, LinkError, UsageError, WireError
 from .mistakes import log_mistake
 from .mobility import Event, Handover, MobileState, Mode, Outcome
 from .ports import Clock
-from .rates import Bucket, LogLimit, RateLimit
+from .rates import Bucket, RateLimit
 
 log = logging.getLogger("ikectx.mnlink")
 
@@ -41,6 +41,8 @@ gateway may be asked for (30 s)."""
 
 COOKIE_RATE = 2000.0
 """Cookies sent per second: more would cost the agent too much of its time."""
+WARN_EVERY = 60.0
+"""Seconds between two lines in the log that tell of load."""
 _BATCH = 32
 """Datagrams read before other tasks get their turn."""
 _IP_PKTINFO = 8
@@ -105,7 +107,7 @@ class MnServer:
         """The limit for CTARs with a cookie."""
         self._cookies = cookies.Cookies(secret or secrets.token_bytes(32))
         self._asking = Bucket(COOKIE_RATE, self._clock.now())
-        self._said = LogLimit(burst=1)
+        self._warned = -WARN_EVERY
         self._protect = protect
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -188,11 +190,14 @@ class MnServer:
         now: float,
     ) -> bool:
         """Send a cookie to the sender of that CTAR, unless too many were sent just now."""
-        if self._limit.spent(now) and self._said.passes("load", now) is not None:
+        if self._limit.spent(now) and now - self._warned >= WARN_EVERY:
+            self._warned = now
             log.warning("more CTARs come than are looked at: senders must show that they hear us (cookies)")
         self._asking.fill(now)
+        if self._asking.level < 1:
+            return False
         question = cookies.ask(data, fixed, self._cookies.make(sender[0], sender[1], now))
-        if self._asking.level < 1 or not question:
+        if not question:
             return False
         self._asking.level -= 1
         try:

@@ -1,4 +1,4 @@
-"""Rate limits for requests of strangers and for the log lines that they cause, no I/O.
+"""Rate limits for requests of strangers, no I/O.
 
 RFC 4067 (3, CT_REQUEST_RATE) has a router drop CTARs at random above a rate. A bucket that simply runs empty
 would always pass the first request after each refill, and a flood can time that. So a bucket that is less
@@ -103,28 +103,3 @@ class RateLimit:
                 self._sources.popitem(last=False)
         self._sources.move_to_end(key)
         return found
-
-
-class LogLimit:
-    """Limits log messages that a stranger or a peer causes: `burst` of each cause in `period` seconds.
-
-    A cause is a word of the program's own, with a peer's name at the most, so that there are few of them.
-    """
-
-    def __init__(self, burst: int = 5, period: float = 60.0) -> None:
-        self._burst = burst
-        self._period = period
-        self._causes: dict[str, tuple[float, int]] = {}
-
-    def passes(self, cause: str, now: float) -> int | None:
-        """None: leave this message out. Else the number of messages left out since the last one that passed.
-
-        `now` is seconds, monotonic.
-        """
-        began, count = self._causes.get(cause, (now, 0))
-        left_out = 0
-        if now - began >= self._period:
-            left_out = max(0, count - self._burst)
-            began, count = now, 0
-        self._causes[cause] = (began, count + 1)
-        return left_out if count < self._burst else None

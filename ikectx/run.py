@@ -16,7 +16,6 @@ from .machine import Machine
 from .mistakes import log_mistake
 from .numbers import Status
 from .ports import Clock, ContextSink, ContextSource
-from .rates import LogLimit
 from .report import TransferEvent, TransferReport
 from .store import JournalEntry, SqliteStore
 from .transfer import Timing
@@ -63,23 +62,6 @@ async def step(what: str, work: Awaitable[_T], timing: Timing) -> _T:
     except Exception as error:
         log_mistake(log, what, error)
         raise StateError(f"{what} failed with a {type(error).__name__}, see the log") from None
-
-
-class SparingLog:
-    """A log for events that others cause as often as they like: a few messages of each cause per minute."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._limit = LogLimit()
-
-    def __call__(self, level: int, cause: str, text: str, *words: object) -> None:
-        """Log `text`, filled in with `words`, unless there were many messages of that `cause` just now."""
-        left_out = self._limit.passes(cause, self._clock.now())
-        if left_out is None:
-            return
-        if left_out:
-            text, words = f"{text} (%d more of that kind were not logged)", (*words, left_out)
-        log.log(level, text, *words)
 
 
 class Turn:

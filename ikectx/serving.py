@@ -13,7 +13,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from logging import ERROR, INFO, WARNING
 
 from . import proof, tokens
 from .asking import named_sa, refuse_request
@@ -35,7 +34,7 @@ from .numbers import Fpt, Status
 from .outgoing import Outgoing, check_expected
 from .rates import Bucket
 from .report import TransferReport
-from .run import Parts, SparingLog, Tasks, log, step
+from .run import Parts, Tasks, log, step
 from .tokens import Purpose, TokenBlock, TokenError
 from .transfer import SourceInput, SourceState
 
@@ -178,7 +177,6 @@ class Serving:
         self._used = used
         self._mobile = mobile
         self._askers: defaultdict[str, _Asker] = defaultdict(_Asker)
-        self._log = SparingLog(parts.clock)
 
     async def request(self, link: Link, message: CtReq) -> None:
         """Handle a CT-Req. A repeated request joins the transfer that it started before.
@@ -199,9 +197,7 @@ class Serving:
         key = sha256(message.serialize()).digest()
         served = asker.served.get(key)
         if served is not None and (served.open or served.moved):
-            self._log(
-                INFO, f"{link.peer.name} again", "%s asks again for the SA of %s", link.label, message.mn
-            )
+            log.info("%s asks again for the SA of %s", link.label, message.mn)
             return
         if served is not None and served.final is not None:
             await self._refuse(link, message, served.final)
@@ -224,12 +220,8 @@ class Serving:
                 served.task.cancel()
 
     async def _turn_away(self, link: Link, message: CtReq, error: IkectxError) -> None:
-        self._tell(WARNING, link, message, error)
+        log.warning("%s is turned away, it asked for the SA of %s: %s", link.label, message.mn, error)
         await self._refuse(link, message, error.status)
-
-    def _tell(self, level: int, link: Link, message: CtReq, error: IkectxError) -> None:
-        cause = f"{link.peer.name} {error.status}"
-        self._log(level, cause, "%s asked for the SA of %s: %s", link.label, message.mn, error)
 
     async def _serve(self, served: _Served, link: Link, message: CtReq) -> None:
         status: Status | None = Status.FAILED
@@ -238,14 +230,14 @@ class Serving:
             served.moved = status is Status.OK
         except (BusyError, LinkError) as error:
             status = error.status
-            self._tell(INFO, link, message, error)
+            log.info("%s asked for the SA of %s: %s", link.label, message.mn, error)
         except (UnknownSaError, RefusedError, WireError) as error:
             status = error.status
             served.final = None if status in _SAID_OF_ANYTHING else status
-            self._tell(WARNING, link, message, error)
+            log.warning("%s asked for the SA of %s: %s", link.label, message.mn, error)
         except IkectxError as error:
             status = error.status
-            self._tell(ERROR, link, message, error)
+            log.error("%s asked for the SA of %s: %s", link.label, message.mn, error)
         finally:
             served.open = False
         if status is not None and status is not Status.OK:

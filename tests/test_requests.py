@@ -67,7 +67,7 @@ def test_a_token_for_another_gateway_has_nothing_looked_up() -> None:
     run(scenario())
 
 
-def test_a_peer_that_asks_all_the_time_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_peer_that_asks_all_the_time_is_told_so() -> None:
     async def scenario() -> None:
         async with world(names=("a", "b", "c"), rights=ALL) as w:
             mn = serve(w, a_context(), nsg="c")
@@ -79,8 +79,6 @@ def test_a_peer_that_asks_all_the_time_is_told_so(caplog: pytest.LogCaptureFixtu
             assert w.a.daemon.looks == looked
             assert w.a.daemon.calls == []
             assert w.a.agent._serving._askers["b"].served == {}
-            about = [record for record in caplog.records if "asked for the SA" in record.getMessage()]
-            assert len(about) == 10
             # what it asks for other reasons, and what others ask, is heard
             pull = CtReq(ip_address("192.0.2.99"), 5000, 0)
             assert await ask(w, [pull]) == [Status.UNKNOWN_SA]

@@ -147,3 +147,21 @@ def test_a_copy_that_was_changed_where_the_token_covers_nothing_is_a_copy(source
             assert w.owner(mn.sa) == "b"
 
     run(scenario())
+
+
+def test_mobile_nodes_behind_one_nat_do_not_stand_in_each_other_s_way() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            gate = w.b.daemon.wait["prepare"] = asyncio.Event()
+            mns = [serve(w, a_context(n, mn=f"198.51.100.{n}"), sequence=n) for n in range(1, 4 * AT_ONCE)]
+            arriving = []
+            for number, mn in enumerate(mns, 1):
+                arriving.append(asyncio.create_task(w.b.agent.ctar(*mn.arrive())))
+                await until(lambda number=number: w.b.daemon.calls.count("prepare") == number)  # type: ignore[misc]
+            gate.set()
+            answers = await asyncio.gather(*arriving)
+            assert [mn.says(answer) for mn, answer in zip(mns, answers, strict=True)] == [Status.OK] * len(
+                mns
+            )
+
+    run(scenario())
