@@ -1,6 +1,6 @@
 """New SPIs in an answer: the data of a Context Data Block `Fpt.NEW_SPIS` of a CTAA.
 
-protocol u8 (1 IKE, 2 AH, 3 ESP) | octets of an SPI u8 (8, 4, 4) | old SPI | new SPI, for each SPI
+    protocol u8 (1 IKE, 2 AH, 3 ESP) | octets of an SPI u8 (8, 4, 4) | old SPI | new SPI, for each SPI
 
 Old and new are SPIs on which the *sender* of the answer (nSG) receives, as in an UPDATE_SPI without its flag.
 A zero octet, or the end, ends the list: blocks are padded with zeros (RFC 4067, 2.4). Pure.

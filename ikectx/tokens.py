@@ -1,14 +1,15 @@
-"""The MN's token: proof that a CTAR is of the MN whose IKE_SA it moves, and that its CTAA is authentic.
+"""The mobile node's token: proof that a CTAR is of the mobile node whose IKE_SA it moves, and of its CTAA.
 
 The RFC's token (32 bits of HMAC-SHA1, `cxtp.compute_token`) is short, names neither gateway, never expires,
-and the RFC leaves open where its key comes from. This one hangs on the IKE_SA itself, so nothing is
-provisioned: both the MN and the gateway that serves it derive
+and the RFC leaves open where its key comes from. The token here is derived from the IKE_SA, so nothing has to
+be provisioned: both the mobile node and the gateway that serves it derive
 
     key = prf+(SK_d, "ikectx CXTP token 1" | SPIi | SPIr | sequence number u32), 32 octets
 
-with the IKE_SA's prf. One key serves one transfer: the sequence number is in it. IKE itself uses SK_d with
-seeds that are nonces and shared secrets (RFC 7296, 2.17, 2.18); who could choose one of those to begin like
-this label knows SK_d already. nSG gets the key with the PCTD, or pSG checks the token for it.
+with the IKE_SA's prf. One key serves one transfer, because the sequence number is in it. IKE itself uses SK_d
+with seeds that are nonces and shared secrets (RFC 7296, 2.17, 2.18); whoever could choose one of those to
+begin like this label knows SK_d already. The new gateway gets the key with the PCTD, or the old gateway
+checks the token for it.
 
 The MN_TOKEN block of a CTAR (and of the CT-Req it becomes) holds, as data:
 
@@ -24,8 +25,8 @@ cut to its first 16 octets. The message's own token field is the first 4 octets 
 are all zero, since 0 means "no token" in a CT-Req. The router's address and the A bit are not covered: a
 CT-Req does not hold them, and the names say which gateways are meant.
 
-The MN_TOKEN block of a CTAA, its last one, holds: purpose u8 of the CTAR it answers · reserved 3
-· next request ID that nSG expects of the MN u32 · tag 16,
+The MN_TOKEN block of a CTAA, its last one, holds: purpose u8 of the CTAR it answers · reserved 3 · next
+request ID that nSG expects of the MN u32 · tag 16,
 
     tag = HMAC-SHA-256(key, "ikectx CXTP reply 1" | purpose u8 | next request ID u32 | family u8
           | MN's previous address | sequence number u32 | number of statuses u16 | statuses
@@ -33,8 +34,8 @@ The MN_TOKEN block of a CTAA, its last one, holds: purpose u8 of the CTAR it ans
 
 A next request ID of 2^32 - 1 says nothing.
 
-Tags are compared in constant time, and before anything else of the token is believed. What remains to the
-caller: that the token names the SA it moves, and is used once (until its expiry).
+Tags are compared in constant time, and before anything else of the token is used. The caller checks that the
+token names the SA that it moves, and that it is used once (until its expiry).
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ TAG_LENGTH = 16
 MAX_NAME = 255
 """Octets of a gateway's name in UTF-8."""
 MAX_LIFETIME = 300
-"""Seconds that a token may be valid at most: a later expiry means a wrong clock, or a token to be kept."""
+"""Longest lifetime of a token in seconds: a later expiry means a wrong clock, or a token to be kept."""
 
 NOT_SAID = 0xFFFFFFFF
-"""In place of a next request ID."""
+"""Stands for a next request ID that is not known."""
 
 _KEY_LABEL = b"ikectx CXTP token 1"
 _REQUEST_LABEL = b"ikectx CXTP request 1"
@@ -69,16 +70,17 @@ _REPLY_RESERVED = bytes(3)
 
 
 class Purpose(OpenEnum):
-    """What the CTAR of a token is for."""
+    """The purpose of a token's CTAR."""
 
     ANNOUNCE = 1
-    """To pSG: send my context ahead, I am going to move (predictive)."""
+    """To the old gateway: the mobile node is about to move, send its context ahead (predictive)."""
     ARRIVE = 2
-    """To nSG: I am here."""
+    """To the new gateway: the mobile node has arrived."""
 
 
 class TokenError(RefusedError):
-    """A token that is not accepted; the text says why, for the log alone. Its sender gets no answer."""
+    """A token that is not accepted. The text says why, for the log alone, because its sender gets no
+    answer."""
 
     status = Status.NOT_ALLOWED
 
@@ -99,8 +101,9 @@ class TokenBlock:
     """The MN_TOKEN block of a CTAR or CT-Req.
 
     spi_i, spi_r: the IKE_SA to move, 8 octets each. expiry: seconds since 1970. psg, nsg: names of the
-    gateways. care_of: the MN's outer IKE endpoint at nSG, None where it does not know it (yet). tag: 16
-    octets. expects: message ID of the gateway's request that the MN has not had yet, None: not said.
+    gateways. care_of: the mobile node's outer IKE endpoint at the new gateway, None if it does not know it
+    (yet). tag: 16 octets. expects: message ID of the gateway's next request as the mobile node expects it,
+    None: not said.
     """
 
     purpose: Purpose
@@ -181,7 +184,8 @@ class TokenBlock:
 
 
 def find(blocks: Iterable[ContextDataBlock]) -> TokenBlock | None:
-    """The token of a CTAR or CT-Req; None where it has none of ours. WireError for nonsense, and for two."""
+    """The token of a CTAR or CT-Req; None if it has none of ours. WireError if it is malformed, or for
+    two."""
     found = [block for block in blocks if block.fpt == Fpt.MN_TOKEN]
     if len(found) > 1:
         raise WireError("two tokens in one message")
@@ -228,8 +232,8 @@ def verify(
 ) -> TokenBlock | None:
     """The token of a CTAR or CT-Req, if it is good; None: it has the RFC's, right and allowed by `rfc`.
 
-    now: seconds since 1970. skew: seconds that the MN's clock may be wrong. Whether the token was seen
-    before is the caller's to know. Errors: TokenError.
+    now: seconds since 1970. skew: seconds that the mobile node's clock may be wrong. The caller has to know
+    whether the token was used before. Errors: TokenError.
     """
     try:
         token = find(message.blocks)
@@ -244,7 +248,7 @@ def verify(
         return None
     others = _others(message.blocks)
     right_tag = token._right_tag(key, message.mn, message.sequence, others)
-    # both parts are always compared: how long it takes says nothing
+    # both parts are always compared, so that the time it takes reveals nothing
     good = hmac.compare_digest(token.tag, right_tag)
     good &= hmac.compare_digest(token.token.to_bytes(4), message.token.to_bytes(4))
     if not (good and len(key)):
@@ -254,8 +258,8 @@ def verify(
 
 
 def check_claims(token: TokenBlock, *, purpose: Purpose, psg: str, nsg: str, now: float, skew: float) -> None:
-    """What a token says of itself, as for `verify`. Nothing of it is believed before its tag is right, but
-    what is wrong already needs no look at its SA. Errors: TokenError."""
+    """Check the token's own claims, as for `verify`. They are proven only by its tag, but a wrong claim
+    refuses the token without a look at its SA. Errors: TokenError."""
     if token.purpose != purpose:
         raise TokenError(f"the token is for {token.purpose.name.lower()}, not for {purpose.name.lower()}")
     if (token.psg, token.nsg) != (psg, nsg):
@@ -279,7 +283,7 @@ def seal_ctaa(
     """The answer to the CTAR of that sequence number and purpose, with a tag of the same key.
 
     The purpose keeps the answer to an announcement from being taken for that to an arrival. expects: message
-    ID of the MN's request that nSG has not had yet, None: not said. Errors: ValueError.
+    ID of the mobile node's next request as the new gateway expects it, None: not said. Errors: ValueError.
     """
     said = _not_said(expects)
     tag = _reply_tag(key, mn, sequence, purpose, said, statuses, tuple(blocks))
@@ -288,7 +292,7 @@ def seal_ctaa(
 
 
 def open_ctaa(key: Secret, ctaa: Ctaa, sequence: int, *, purpose: Purpose) -> bool:
-    """Is `ctaa` the gateway's own answer to the CTAR of that sequence number and purpose?"""
+    """True if `ctaa` is the gateway's own answer to the CTAR of that sequence number and purpose."""
     found = [block for block in ctaa.blocks if block.fpt == Fpt.MN_TOKEN]
     if len(found) != 1 or ctaa.blocks[-1] is not found[0] or not len(key):
         return False
@@ -306,7 +310,8 @@ def open_ctaa(key: Secret, ctaa: Ctaa, sequence: int, *, purpose: Purpose) -> bo
 
 
 def expected_by(ctaa: Ctaa) -> int | None:
-    """The next request ID that nSG says it expects, in a CTAA that `open_ctaa` found good; None: not said."""
+    """The next request ID that the new gateway expects, from a CTAA that `open_ctaa` accepted; None: not
+    said."""
     reader = _data(ctaa.blocks[-1])
     reader.octets(1 + len(_REPLY_RESERVED), "purpose and reserved octets")
     return _said(reader.u32("next request ID"))
@@ -354,7 +359,7 @@ def _data(block: ContextDataBlock) -> Reader:
 
 
 def _padding(reader: Reader) -> None:
-    """The zeros that fill the block, and no more."""
+    """Check that zeros fill the block, and nothing follows."""
     if reader.left > 7 or any(reader.rest()):
         raise reader.fail("octets that are not padding")
 

@@ -1,15 +1,15 @@
-"""When which step of this process began and ended, for a picture of a handover over all hosts (I/O).
+"""Times at which steps of this process began and ended, for a picture of a handover over all hosts (I/O).
 
-A developer's aid: without `begin`, nothing is noted and a span costs one comparison. With it, each span that
-has ended and each message is a line of JSON at the end of a file:
+It is an aid for developers: without `begin`, nothing is recorded and a span costs one comparison. With it,
+each span that has ended and each message becomes a line of JSON at the end of a file:
 
     {"step": "freeze", "kind": "step", "begin": NS, "end": NS, "of": "9f31…", "failed": "BusyError"}
     {"message": "PCTD", "way": "sent", "peer": "nsg", "at": NS, "octets": 402}
 
 Times are nanoseconds of CLOCK_REALTIME, which hosts on one kernel share. `of` is the transfer that the work
-is for, empty where it is for none; `failed` is the name of the exception that ended the span, and there only
-then. What is noted are names that stand in this program, transfers' ids, peers' names, and lengths: never a
-key, an SPI or an octet of a message.
+is for, empty if it is for none; `failed` is the name of the exception that ended the span, and only present
+then. The lines contain names from this program, transfers' ids, peers' names, and lengths: never a key, an
+SPI or an octet of a message.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .errors import UsageError
 log = logging.getLogger("ikectx.trace")
 
 VARIABLE = "IKECTX_TRACE"
-"""The environment's name of the file. An agent that finds it calls `begin`."""
+"""The environment variable with the name of the file. An agent that finds it calls `begin`."""
 
 Kind = Literal["step", "part", "call"]
-"""A step of a handover; a part of a step; one question to charon or the kernel."""
+"""A step of a handover; a part of a step; one request to charon or the kernel."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 class _Output:
-    """Where lines go: one trace a process, as there is one log."""
+    """The destination of the lines: one trace for each process."""
 
     file: int | None = None
-    """Descriptor of the open file; None: nothing is noted."""
+    """Descriptor of the open file; None: nothing is recorded."""
 
 
 _output = _Output()
@@ -52,17 +52,17 @@ _of: ContextVar[str] = ContextVar("ikectx-trace-of", default="")
 
 
 def begin(path: str) -> None:
-    """Note from now on, at the end of this file. Errors: UsageError where it cannot be written."""
+    """Record from now on, at the end of this file. Errors: UsageError if it cannot be written."""
     end()
     try:
-        # lines of several processes and threads do not mix: O_APPEND, and each is one write
+        # O_APPEND and one write for each line keep the lines of several processes and threads apart
         _output.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UsageError(f"{VARIABLE}: {path}: {error.strerror}") from None
 
 
 def end() -> None:
-    """Note nothing any more."""
+    """Record nothing any more."""
     if _output.file is not None:
         os.close(_output.file)
     _output.file = None
@@ -80,7 +80,7 @@ def _write(line: dict[str, object]) -> None:
 
 
 class _Span:
-    """A context manager that notes how long its block took."""
+    """A context manager that records how long its block took."""
 
     __slots__ = ("_began", "_kind", "_step")
 
@@ -102,12 +102,12 @@ _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def span(step: str, kind: Kind = "step") -> contextlib.AbstractContextManager[None]:
-    """Note how long the block takes, and whether an exception ends it."""
+    """Record how long the block takes, and whether an exception ends it."""
     return _NOTHING if _output.file is None else _Span(step, kind)
 
 
 def ended(step: str, began: int, kind: Kind = "step", failed: str = "") -> None:
-    """Note a span that began then (ns of CLOCK_REALTIME) and ends now."""
+    """Record a span that began then (ns of CLOCK_REALTIME) and ends now."""
     if _output.file is None:
         return
     line: dict[str, object] = {"step": step, "kind": kind, "begin": began, "end": time.time_ns()}
@@ -142,7 +142,8 @@ def spanned(step: str, kind: Kind = "part") -> Callable[[Callable[_P, _R]], Call
 
 @contextlib.contextmanager
 def about(transfer_id: bytes) -> Iterator[None]:
-    """What is noted in the block, and in tasks and threads begun in it, is for this transfer."""
+    """Spans and messages in the block, and in tasks and threads begun in it, are recorded for this
+    transfer."""
     token = _of.set(transfer_id.hex())
     try:
         yield
@@ -151,7 +152,7 @@ def about(transfer_id: bytes) -> Iterator[None]:
 
 
 def message(way: Literal["sent", "received"], name: str, peer: str, octets: int | None = None) -> None:
-    """Note a message to or from the gateway of that name; `octets`: its length, where that is known."""
+    """Record a message to or from the gateway of that name; `octets`: its length, if it is known."""
     if _output.file is not None:
         line: dict[str, object] = {"message": name, "way": way, "peer": peer, "at": time.time_ns()}
         _write(line if octets is None else {**line, "octets": octets})

@@ -1,28 +1,28 @@
 """The engine of a transfer: source and target machines as literal tables, no I/O.
 
-A machine takes an input and the time, changes its state and answers with the actions that
-must now be carried out; whoever runs it (`aio`) writes the new state to the journal *before*
-it carries them out, and feeds their outcome back. So the journal never lags behind the
-world, and after a crash `RESTART` in the journaled state says what is left to do.
+A machine takes an input and the time, changes its state and returns the actions to carry out. Its caller
+(`aio`) writes the new state to the journal *before* it carries them out, and feeds their outcome back. So the
+journal is never behind the real state, and after a crash the input `RESTART` in the journaled state says what
+is left to do.
 
 Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
 
-- the source serves until it has journaled RELEASED; it then sends the CTD and never
-  serves again unless a CTDR to that CTD says that the target does not own the SA (or
-  the operator says so: `RECLAIM`);
-- the target owns from the moment it has journaled OWNING, that is: received the CTD;
-- a target says "not owned" only after it has undone everything and journaled ABORTED. An
-  aborted transfer, and one it never heard of, is remembered as ABORTED: a late copy of
-  its PCTD or CTD changes nothing;
+- the source serves until it has journaled RELEASED; it then sends the CTD and never serves again unless a
+  CTDR to that CTD says that the target does not own the SA (or the operator decides so: `RECLAIM`);
+- the target owns from the moment it has journaled OWNING, after it received the CTD;
+- a target says "not owned" only after it has undone everything and journaled ABORTED. An aborted transfer,
+  and one that it never heard of, is remembered as ABORTED, so that a late copy of its PCTD or CTD changes
+  nothing;
 - in between nobody serves, and the journals say who may.
 
-A transfer goes one of three ways, told apart by its first input:
+There are three ways for a transfer, which differ in the first input:
 
-- the network pushes (or nSG pulled): `OK`, PCTD, prepared at once, CTD;
-- the MN announces that it will move: `ANNOUNCE`, PCTD that the target only holds, the source serves on. The
-  MN arrives at the target, which prepares and asks for the rest (CT-Req: `REQUESTED`), CTD;
-- the MN (or a packet of it) has arrived already and the target asked: `REQUESTED`, and one CTD with all
-  (`WHOLE`), nothing before it.
+- the network pushes (or the new gateway pulled): `OK`, PCTD, prepared at once, CTD;
+- the mobile node announces that it will move: `ANNOUNCE`, PCTD that the target only holds, while the source
+  serves. The mobile node arrives at the target, which prepares and asks for the rest (CT-Req: `REQUESTED`),
+  CTD;
+- the mobile node (or a packet of it) has arrived already and the target asked: `REQUESTED`, and one CTD with
+  everything (`WHOLE`), nothing before it.
 
 Messages are those of RFC 4067; a transfer_id names one attempt and is never used again.
 """
@@ -39,14 +39,15 @@ from .numbers import Status
 from .ports import Verdict
 
 OSEQ_JUMP = 1 << 20
-"""Outbound sequence numbers nobody uses, left between two owners (packets); never more, fewer are allowed.
+"""Outbound sequence numbers left unused between two owners (packets): at most so many, fewer are allowed.
 
-A source that thaws after a failed transfer jumps twice as far as this, because the target may have sent under
-a jump of its own, and does not tell how large that is."""
+A source that thaws after a failed transfer jumps twice as far, because the target may have sent under a jump
+of its own, and does not say how large that is.
+"""
 
 
 class SourceState(StrEnum):
-    """Where a transfer stands at the gateway that serves the MN now (pSG)."""
+    """The state of a transfer at the gateway that serves the mobile node now (old gateway)."""
 
     NEW = "new"
     OFFERED = "offered"
@@ -62,10 +63,11 @@ class SourceState(StrEnum):
 
 
 class SourceInput(StrEnum):
-    """OK, BUSY, FAILED: outcome of the step under way. ACCEPTED, REJECTED: the CTDR to the last message.
+    """OK, BUSY, FAILED: outcome of the present step. ACCEPTED, REJECTED: the CTDR to the last message.
 
-    ANNOUNCE: the MN says that it will go. REQUESTED: the target asks for it, rightly. DOUBTED: a CTDR that
-    says neither yes nor no, because the target's agent does not know the transfer, but its charon has the SA.
+    ANNOUNCE: the mobile node says that it will go. REQUESTED: the target asks for the SA, and may. DOUBTED: a
+    CTDR that decides nothing, because the target's agent does not know the transfer, but its charon has the
+    SA.
     """
 
     OK = "ok"
@@ -86,7 +88,7 @@ class SourceInput(StrEnum):
 
 
 class SourceAction(StrEnum):
-    """What the machine wants done; RECONNECT includes waiting a while first."""
+    """The actions to carry out; RECONNECT includes waiting a while first."""
 
     SEND_PCTD = "send-pctd"
     SEND_CTD = "send-ctd"
@@ -98,7 +100,7 @@ class SourceAction(StrEnum):
 
 
 class TargetState(StrEnum):
-    """Where a transfer stands at the gateway that is to serve the MN (nSG)."""
+    """The state of a transfer at the gateway that is to serve the mobile node (new gateway)."""
 
     NEW = "new"
     ANNOUNCED = "announced"
@@ -118,10 +120,10 @@ class TargetState(StrEnum):
 
 
 class TargetInput(StrEnum):
-    """PCTD, CTD, CTC: came from the source; MISFIT: a CTD that does not fit what was prepared.
+    """PCTD, CTD, CTC: received from the source; MISFIT: a CTD that does not fit what was prepared.
 
-    ANNOUNCE: a PCTD to be held; ARRIVED: its MN is here. WHOLE: a CTD with all, which we asked for.
-    The link's loss is no input: a target waits for the source to come back, `Timing.hold` long.
+    ANNOUNCE: a PCTD to be held; ARRIVED: its mobile node is here. WHOLE: a requested CTD with everything. The
+    loss of the link is no input, because a target waits `Timing.hold` for the source to come back.
     """
 
     PCTD = "pctd"
@@ -138,7 +140,8 @@ class TargetInput(StrEnum):
 
 
 class TargetAction(StrEnum):
-    """ANSWER: send the CTDR. REQUEST: send the CT-Req. SEND_CTC: tell a source that may wait for nothing."""
+    """ANSWER: send the CTDR. REQUEST: send the CT-Req. SEND_CTC: end the waiting of a source that waits in
+    vain."""
 
     CHECK = "check"
     PREPARE = "prepare"
@@ -169,9 +172,9 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     (_S.OFFERED, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),
     (_S.OFFERED, _SI.CANCEL): (_S.KEPT, _SA.SEND_CTC),
     (_S.OFFERED, _SI.LINK_LOST): (_S.KEPT,),
-    # the target need not wait for what will not come
+    # a CTC ends the target's waiting for a CTD that will not come
     (_S.OFFERED, _SI.RESTART): (_S.KEPT, _SA.SEND_CTC),
-    # the MN will go some time: the target checks, then holds it; we serve
+    # the mobile node will move some time: the target checks and then holds the context; the source serves
     (_S.NEW, _SI.ANNOUNCE): (_S.ANNOUNCED, _SA.SEND_PCTD),
     (_S.ANNOUNCED, _SI.ACCEPTED): (_S.AWAITING,),
     (_S.ANNOUNCED, _SI.REJECTED): (_S.REFUSED,),
@@ -186,9 +189,9 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     (_S.AWAITING, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),
     (_S.AWAITING, _SI.CANCEL): (_S.KEPT, _SA.SEND_CTC),
     (_S.AWAITING, _SI.RESTART): (_S.KEPT, _SA.SEND_CTC),
-    # the MN is at the target already, which knows nothing yet: all of it goes in the CTD
+    # the mobile node is at the target already, which has nothing yet: everything goes in the CTD
     (_S.NEW, _SI.REQUESTED): (_S.FREEZING, _SA.FREEZE),
-    # letting go, not told to anybody yet: can still be taken back alone
+    # letting go, and nobody was told yet, so the source alone can still take it back
     (_S.FREEZING, _SI.OK): (_S.RELEASED, _SA.SEND_CTD),
     (_S.FREEZING, _SI.BUSY): (_S.KEPT, _SA.SEND_CTC),
     (_S.FREEZING, _SI.FAILED): (_S.THAWING, _SA.SEND_CTC, _SA.THAW),
@@ -206,11 +209,11 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     (_S.RELEASED, _SI.LINK_UP): (_S.RELEASED, _SA.SEND_CTD),
     (_S.RELEASED, _SI.LINK_LOST): (_S.RELEASED, _SA.RECONNECT),
     (_S.RELEASED, _SI.RESTART): (_S.RELEASED, _SA.RECONNECT),
-    # the target owns it; what is left here goes
+    # the target owns the SA; the rest of it here is cleared away
     (_S.CLEANING, _SI.OK): (_S.DONE,),
     (_S.CLEANING, _SI.FAILED): (_S.CLEANING, _SA.RELEASE),
     (_S.CLEANING, _SI.RESTART): (_S.CLEANING, _SA.RELEASE),
-    # ours again
+    # the source owns the SA again
     (_S.THAWING, _SI.OK): (_S.KEPT,),
     (_S.THAWING, _SI.FAILED): (_S.THAWING, _SA.THAW),
     (_S.THAWING, _SI.RESTART): (_S.THAWING, _SA.THAW),
@@ -218,14 +221,14 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
 
 TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple[TargetAction, ...]]] = {
     (_T.NEW, _TI.PCTD): (_T.CHECKING, _TA.CHECK),
-    # a CTD nobody announced: remember that we said no, a late PCTD must not revive it
+    # a CTD without an offer: remember the refusal, because a late PCTD must not revive the transfer
     (_T.NEW, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
     (_T.NEW, _TI.MISFIT): (_T.ABORTED, _TA.ANSWER),
-    # the check touches nothing, so there is nothing to undo
+    # the check changes nothing, so there is nothing to undo
     (_T.CHECKING, _TI.OK): (_T.PREPARING, _TA.PREPARE),
     (_T.CHECKING, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
     (_T.CHECKING, _TI.RESTART): (_T.ABORTED,),
-    # held: nothing is installed before the MN arrives, since nobody knows where it will be
+    # held: nothing is installed before the mobile node arrives, because its new address is not known
     (_T.NEW, _TI.ANNOUNCE): (_T.ANNOUNCED, _TA.CHECK),
     (_T.ANNOUNCED, _TI.OK): (_T.HELD, _TA.ANSWER),
     (_T.ANNOUNCED, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
@@ -242,7 +245,7 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.INSTALLING, _TI.OK): (_T.PREPARED, _TA.REQUEST),
     (_T.INSTALLING, _TI.FAILED): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
     (_T.INSTALLING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
-    # the source has let go: all that is left is to take it or to say no
+    # the source has let go: either take the SA or refuse it
     (_T.NEW, _TI.WHOLE): (_T.ADMITTING, _TA.CHECK),
     (_T.ADMITTING, _TI.OK): (_T.RECEIVING, _TA.PREPARE),
     (_T.ADMITTING, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
@@ -264,7 +267,7 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.PREPARED, _TI.CTC): (_T.UNDOING, _TA.UNDO),
     (_T.PREPARED, _TI.TIMEOUT): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
     (_T.PREPARED, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
-    # owned: forward, or all the way back
+    # owned: go on, or undo everything
     (_T.OWNING, _TI.OK): (_T.MOVING, _TA.MOVE),
     (_T.OWNING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
     (_T.OWNING, _TI.RESTART): (_T.OWNING, _TA.TAKE),
@@ -274,11 +277,11 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.ACTIVATING, _TI.OK): (_T.OWNED, _TA.ANSWER),
     (_T.ACTIVATING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
     (_T.ACTIVATING, _TI.RESTART): (_T.ACTIVATING, _TA.ACTIVATE),
-    # the source hears "not owned" only when this is over
+    # the source is told "not owned" only when the undo has ended
     (_T.UNDOING, _TI.OK): (_T.ABORTED, _TA.ANSWER),
     (_T.UNDOING, _TI.FAILED): (_T.UNDOING, _TA.UNDO),
     (_T.UNDOING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
-    # over: the same answer as often as it is asked for
+    # over: every repetition gets the same answer
     (_T.OWNED, _TI.CTD): (_T.OWNED, _TA.ANSWER),
     (_T.OWNED, _TI.WHOLE): (_T.OWNED, _TA.ANSWER),
     (_T.OWNED, _TI.PCTD): (_T.OWNED, _TA.ANSWER),
@@ -299,13 +302,13 @@ SOURCE_SERVES = frozenset(
         *(_S.THAWING, _S.KEPT, _S.REFUSED),
     }
 )
-"""States in which the source's ESP may flow out, or may have begun to again."""
+"""States in which the source's ESP may be sent, or may have begun to be sent again."""
 TARGET_OWNS = frozenset({_T.OWNING, _T.MOVING, _T.ACTIVATING, _T.OWNED})
 
 SOURCE_DURABLE = frozenset({_S.RELEASED, _S.DONE, _S.KEPT, _S.REFUSED})
 TARGET_DURABLE = frozenset({_T.OWNING, _T.OWNED, _T.ABORTED})
-"""States that must be on the disk itself before anything follows, where SAs outlive a loss of power. The
-others need only outlive the process."""
+"""States that must be on the disk before anything follows, if SAs outlive a loss of power. The others need
+only outlive the process."""
 
 _LATE = (
     *(_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP),
@@ -315,23 +318,23 @@ SOURCE_IGNORED = frozenset(
     {
         *((state, late) for state in (_S.CLEANING, _S.THAWING) for late in _LATE),
         *((state, late) for state in SOURCE_FINAL for late in _LATE),
-        # too late to cancel; and a CTC is no answer to a CTD
+        # too late to cancel; and a CTC does not answer a CTD
         (_S.RELEASED, _SI.CANCEL),
         (_S.RELEASED, _SI.CTC),
         (_S.RELEASED, _SI.REQUESTED),
-        # the step under way ends first, then its outcome decides
+        # the present step ends first, then its outcome decides
         *((_S.NEW, late) for late in (_SI.CTC, _SI.TIMEOUT, _SI.LINK_UP)),
         *((_S.FREEZING, late) for late in (_SI.ACCEPTED, _SI.REJECTED, _SI.TIMEOUT, _SI.LINK_UP)),
         (_S.FREEZING, _SI.REQUESTED),
         (_S.OFFERED, _SI.LINK_UP),
         (_S.OFFERED, _SI.REQUESTED),
         (_S.ANNOUNCED, _SI.LINK_UP),
-        # nothing is under way: the target that holds it may ask over another link
+        # nothing is being done: the target that holds the context may ask over another link
         (_S.AWAITING, _SI.LINK_UP),
         (_S.AWAITING, _SI.LINK_LOST),
     }
 )
-"""Inputs that come late or twice and change nothing. Any pair in neither table is a mistake: StateError."""
+"""Inputs that are late or repeated and change nothing. Any pair in neither table is a mistake: StateError."""
 
 _BETWEEN = (
     *(_T.NEW, _T.ANNOUNCED, _T.INSTALLING, _T.ADMITTING, _T.RECEIVING, _T.CHECKING, _T.PREPARING),
@@ -350,16 +353,16 @@ TargetMachine = Machine[TargetState, TargetInput, TargetAction]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long things may take, in seconds.
+    """Time limits, in seconds.
 
-    connect: TCP and TLS. offer: PCTD to CTDR. predictive: how long both ends keep what an MN announced.
-    request: how long a target goes on asking (CT-Req) for what it wants; unproven: for what a stranger
-    wants, until the source has said something of it. confirm: CTD to CTDR, then the CTD is sent again.
-    hold: how long a target keeps what it prepared. step: one step of a port (freeze, take, ...). in_doubt:
-    CTD to report. idle: an unused connection. keepalive: TCP probes. backoff doubles up to backoff_max;
-    busy_backoff: between attempts when the SA was busy. turn: how long an operator's transfer waits until
-    another one of the same SA has ended. stop: how long `stop` waits. retries: how often a clean-up is tried
-    before the report says that it failed (it goes on being tried).
+    connect: TCP and TLS. offer: PCTD to CTDR. predictive: how long both ends keep an announced context.
+    request: how long a target repeats a CT-Req; unproven: the same for a stranger's request, until the source
+    has answered it. confirm: CTD to CTDR, then the CTD is sent again. hold: how long a target keeps a
+    prepared SA. step: one step of a port (freeze, take, ...). in_doubt: CTD to report. idle: an unused
+    connection. keepalive: TCP probes. backoff doubles up to backoff_max; busy_backoff: between attempts when
+    the SA was busy. turn: how long an operator's transfer waits until another one of the same SA has ended.
+    stop: how long `stop` waits. retries: how often a clean-up is tried before the report says that it failed
+    (the tries go on).
     """
 
     connect: float = 5.0
@@ -405,14 +408,14 @@ def new_target(now: float, timing: Timing, state: TargetState = TargetState.NEW)
 # -- epochs ----------------------------------------------------------------------------------------------
 
 MAX_EPOCH = 1 << 32
-"""No SA changes its owner so often; what says more is damaged (the journal holds 63 bits)."""
+"""No SA changes its owner so often; a larger number means damage (the journal holds 63 bits)."""
 
 
 def offer_fits(context: IkeContext, known: int, owned: int = -1) -> Status:
-    """May this context be offered to us?
+    """OK if this context may be offered to this gateway, else the reason.
 
-    `known`: the highest epoch of its SA in our journal (0: none); `owned`: the highest in which we took it
-    over ourselves (-1: never). Who offers it says that he owns it in `context.epoch`.
+    `known`: the highest epoch of its SA in our journal (0: none); `owned`: the highest in which this gateway
+    took the SA over itself (-1: never). `context.epoch` is the one in which the sender claims to own it.
     """
     if context.epoch >= MAX_EPOCH:
         return Status.MALFORMED
@@ -421,7 +424,7 @@ def offer_fits(context: IkeContext, known: int, owned: int = -1) -> Status:
 
 
 def final_fits(context: IkeContext, final: FinalState, known: int) -> Status:
-    """Does the CTD let go of what the PCTD offered, in an epoch newer than any we know?"""
+    """OK if the CTD lets go of the SA that the PCTD offered, in a newer epoch than any known one."""
     if (final.spi_i, final.spi_r) != context.spis:
         return Status.UNKNOWN_SA
     if {child.spi_in for child in final.children} != {child.spi_in for child in context.children}:
@@ -432,5 +435,5 @@ def final_fits(context: IkeContext, final: FinalState, known: int) -> Status:
 
 
 def first_failure(verdicts: Sequence[Verdict]) -> Status:
-    """The status that stands for all of them: the first that is not OK."""
+    """The status that represents all verdicts: the first that is not OK."""
     return next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), Status.OK)

@@ -1,16 +1,18 @@
-"""Where an SA is that was handed on: what the gateway that took it tells the one that gave it, and the one
-thing that this one tells: that somebody ended it there while it left.
+"""Notices about SAs that were handed on: where the SA is now, from the gateway that took it to the one that
+gave it.
 
-A CTD whose MN address is 0.0.0.0, since it is about no transfer, with one block WHEREABOUTS and nothing
-else, which holds for each SA
+The giving gateway sends only one: that somebody ended the SA there while it was leaving.
+
+A CTD whose MN address is 0.0.0.0, since it is about no transfer, with one block WHEREABOUTS and nothing else,
+which holds for each SA
 
     what u8 (1 here, 2 moved, 3 ended, 4 end it) | octets of the name u8 | SPIi 8 | SPIr 8 | epoch u64 | name
 
-A zero octet, or the end, ends the list: blocks are padded with zeros (RFC 4067, 2.4). The SPIs are those
-that the SA had when it was handed on, and the epoch is the first of the gateway that took it: together they
-name the handing-on, whatever the SA is called since. The name is that of the gateway it moved to, else it is
-empty. A CTDR with S = 1 says that all of it was taken in; a peer that knows no WHEREABOUTS answers with
-S = 0 and MALFORMED, as to any CTD that does not parse. Pure.
+A zero octet, or the end, ends the list, because blocks are padded with zeros (RFC 4067, 2.4). The SPIs are
+those that the SA had when it was handed on, and the epoch is the first of the gateway that took it; together
+they identify the hand-over, whatever SPIs the SA has had since. The name is that of the gateway it moved to,
+else it is empty. A CTDR with S = 1 acknowledges the notice; a peer that does not know WHEREABOUTS answers
+with S = 0 and MALFORMED, as to any CTD that does not parse. Pure.
 """
 
 from __future__ import annotations
@@ -30,21 +32,23 @@ NOBODY = IPv4Address(0)
 
 
 class What(OpenEnum):
-    """What there is to tell of an SA."""
+    """The news about an SA."""
 
     HERE = 1
-    """The gateway that says so has it, though it was about to go."""
+    """The sender has the SA, although it was about to leave."""
     MOVED = 2
-    """Another gateway has it."""
+    """Another gateway has the SA."""
     ENDED = 3
-    """Nobody has it any more."""
+    """No gateway has the SA any more."""
     END = 4
-    """The gateway that gave it says so: it was ended there while it left. Whoever has it is to end it."""
+    """From the gateway that gave the SA: it was ended there while it left, and the gateway that has it must
+    end it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """One SA's. `sa`: its SPIs when it was handed on. `to`: with MOVED, the gateway that has it."""
+    """The news about one SA. `sa`: its SPIs when it was handed on. `to`: with MOVED, the gateway that has
+    it."""
 
     sa: SaName
     epoch: int
@@ -71,7 +75,7 @@ class Whereabouts:
 
 
 def notice(all_news: Iterable[Whereabouts]) -> tuple[Ctd, list[Whereabouts]]:
-    """A CTD with as many of these as fit, from the first on; and those."""
+    """A CTD with as many of these as fit, from the first on, and the list of those."""
     data, told = b"", []
     for news in all_news:
         octets = news.serialize()
@@ -83,12 +87,12 @@ def notice(all_news: Iterable[Whereabouts]) -> tuple[Ctd, list[Whereabouts]]:
 
 
 def is_notice(message: Ctd) -> bool:
-    """Is it one of these, and no transfer's?"""
+    """True if it is a notice, and not part of a transfer."""
     return message.mn == NOBODY and any(block.fpt == Fpt.WHEREABOUTS for block in message.blocks)
 
 
 def parse_notice(message: Ctd) -> tuple[Whereabouts, ...]:
-    """What it tells; what a later version may say of an SA is left out. Errors: WireError."""
+    """The news in it; items that only a later version knows are left out. Errors: WireError."""
     found: list[Whereabouts] = []
     for block in message.blocks:
         if block.fpt != Fpt.WHEREABOUTS:

@@ -1,9 +1,10 @@
-"""A CTD with the whole context: what pSG sends when nSG asked for an SA it knows nothing of yet.
+"""A CTD with the whole context, which the old gateway sends if the new gateway asked for an SA it knows
+nothing of.
 
-Its blocks are those of a PCTD (`profile.encode`), with the last counters and message IDs in their places:
-the SA is frozen by then. It is told from the CTD that only lets go by key 1 of its IKEV2_SA profile: 8
-octets, the transfer id, instead of 24. The epoch in it is pSG's; nSG owns the SA in the next one, as after
-any CTD.
+Its blocks are those of a PCTD (`profile.encode`), with the last counters and message IDs in their places,
+because the SA is frozen by then. Key 1 of its IKEV2_SA profile tells it from a CTD that only lets go: 8
+octets, the transfer id, instead of 24. The epoch in it is the old gateway's; the new gateway owns the SA in
+the next one, as after any CTD.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .profile import TransferHeader, decode, decode_final, encode
 def merge(context: IkeContext, final: FinalState) -> IkeContext:
     """The context with the counters and message IDs of `final`; its epoch stays.
 
-    Errors: WireError when `final` is not of this SA and its children.
+    Errors: WireError if `final` is not of this SA and its children.
     """
     last = {child.spi_in: child for child in final.children}
     if (final.spi_i, final.spi_r) != context.spis or set(last) != {c.spi_in for c in context.children}:
@@ -61,9 +62,9 @@ def encode_whole(
 def decode_last(
     blocks: Iterable[ContextDataBlock],
 ) -> tuple[IkeContext, TransferHeader] | tuple[FinalState, bytes]:
-    """What a CTD holds: a whole context with its header, or a final state with its transfer id.
+    """The content of a CTD: a whole context with its header, or a final state with its transfer id.
 
-    Errors: WireError, that of the final state where it is neither.
+    Errors: WireError, that of the final state if it is neither.
     """
     blocks = tuple(blocks)
     try:

@@ -1,7 +1,7 @@
 """Bounded reading and writing of octets: the only code that indexes bytes.
 
-Everything is big-endian. A `Reader` raises `WireError` with what it was reading and
-where, never IndexError or struct.error; a sub-reader must be read to its end.
+Everything is big-endian. A `Reader` raises `WireError` with the name of the field and the position, never
+IndexError or struct.error; a sub-reader must be read to its end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reader:
         return self._end - self._pos
 
     def fail(self, why: str) -> WireError:
-        """The error to raise for something wrong at this place."""
+        """The error to raise for a mistake at this position."""
         return WireError(f"{self._what}: {why} at octet {self._pos}")
 
     def octets(self, count: int, name: str = "field") -> bytes:
@@ -81,7 +81,7 @@ class Reader:
         inner.end()
 
     def end(self) -> None:
-        """Nothing may be left."""
+        """Check that nothing is left."""
         if self.left:
             raise self.fail(f"{self.left} octets too many")
 
