@@ -99,6 +99,32 @@ def test_the_official_client_gets_errors(
     world.serves("psg")
 
 
+def test_a_crowd_at_the_socket_keeps_the_operator_from_nothing(world: World) -> None:
+    # 100 clients that say nothing; then status and a transfer
+    world.up()
+    crowd = []
+    for _ in range(100):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(f"{world.lab.work}/psg/ikectx.vici")
+        crowd.append(sock)
+    try:
+        assert json.loads(world.must("psg", "ikectx", "status", "--json"))["sas"] == 1
+        assert world.ikectx("psg", "transfer", "--to", "nsg").code == 0
+    finally:
+        for sock in crowd:
+            sock.close()
+    world.settle("nsg")
+
+
+def test_a_mistyped_key_moves_nothing(world: World) -> None:
+    sa = world.up()
+    psg = session(world, "psg")
+    for wrong in ({"dryrun": "yes"}, {"dry-run": "1"}, {"dry-run": ["yes"]}):
+        with pytest.raises(vici.exception.CommandException, match="transfer"):
+            list(psg.streamed_request("transfer", "transfer-progress", {"to": "nsg", **wrong}))
+    assert spis(world.serves("psg")) == spis(sa)
+
+
 def hook(world: World, host: str, *options: str) -> None:
     """swanctl.conf of a gateway uses the hook, which goes on with the lab's own script."""
     script = world.lab.work / host / "updown"
