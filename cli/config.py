@@ -113,7 +113,7 @@ class ConnectionConfig:
     """[connections.NAME]: what VICI does not tell about charon's connection NAME.
 
     `announces`: its updown script has the network send packets for a mobile node to the gateway that serves
-    it, so that a move needs no detour.
+    it, so that a move needs no detour. `agents`: its mobile nodes run `ikectx mobile serve`.
     `local_ids`, `virtual_ips`, `ike_proposals`, `esp_proposals`: what SAs that come in may have (`Rules`).
     """
 
@@ -121,6 +121,7 @@ class ConnectionConfig:
     updown: str | None = None
     handover_to: str | None = None
     announces: bool = False
+    agents: bool = False
     local_ids: tuple[str, ...] = ()
     virtual_ips: tuple[Range, ...] = ()
     ike_proposals: tuple[Proposal, ...] = ()
@@ -337,6 +338,7 @@ def _connection(name: str, table: Table) -> ConnectionConfig:
         updown=table.value("updown", a_text, None),
         handover_to=table.value("handover_to", a_name, None),
         announces=table.value("announces", yes_or_no, False),
+        agents=table.value("agents", yes_or_no, False),
         local_ids=table.several("local_ids", a_text, ()),
         virtual_ips=table.several("virtual_ips", _a_range, ()),
         ike_proposals=table.several("ike_proposals", _a_proposal, ()),

@@ -78,6 +78,7 @@ def host_config(config: Config) -> HostConfig:
         updown={name: conn.updown for name, conn in config.connections.items() if conn.updown},
         forward_via={peer.name: peer.forward_via for peer in config.peers},
         announced=frozenset(name for name, conn in config.connections.items() if conn.announces),
+        agents=frozenset(name for name, conn in config.connections.items() if conn.agents),
         oseq_jump=config.transfer.oseq_jump,
         late=config.transfer.late_seconds,
         collision=config.transfer.collision,

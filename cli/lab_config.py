@@ -341,6 +341,7 @@ def agent_toml(work: Path, host: str, tunnel: Tunnel) -> str:
     # with a way by the other gateway nobody asks, and the agent need not start anew for a baseline
     announces = tunnel.inside != "static" and not tunnel.forward_via
     told = "announces = true\n" if announces else ""
+    told += "agents = true\n" if tunnel.mobile else ""
     # SAs keep the identity of the gateway that they were set up at
     ids = f'local_ids = ["{other}.example"]\n'
     if tunnel.plain:

@@ -6,7 +6,8 @@
 
 charon does not know the notify, and nobody stands between it and the network. So the agent hears a copy of
 each request, lets charon answer, and asks for the same the other way round (`naming.mirrored`), in time: nSG
-waits 500 ms. Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
+waits 11 s where it knows of an agent here, else 500 ms, and then rekeys, which shows in charon's message IDs.
+Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
 since its message ID is used here (nSG has not answered it and never will).
 
 What is said is noted before it is said. An agent that starts anew says it again, octet for octet, and gets
@@ -59,8 +60,8 @@ from .mobile_names import MobileNames
 
 log = logging.getLogger("ikectx")
 
-IN_TIME = 0.4
-"""Seconds within which the request must leave."""
+IN_TIME = 8.0
+"""Seconds within which the request must leave: less than a gateway waits that knows of this agent."""
 POLICY = RetransmitPolicy(0.25, 1.3, 6)
 """3.2 s in all: if nSG has given up waiting by then, its rekeys must find charon active."""
 SETTLE = 0.2
@@ -253,15 +254,22 @@ class SpiWatch:
 
     async def _ask_back(self, sa: SaName, event: Asked, heard: float) -> None:
         """The request's answer is charon's; ours is a request for the same."""
-        async with self._lock:
-            if not await self._answered(sa, event, heard + IN_TIME):
+        while not await self._answered(sa, event):
+            if time.monotonic() > heard + IN_TIME:
                 log.warning("%s asked for other SPIs, but charon did not answer in time", event.source)
                 return
+            await asyncio.sleep(0.005)
+        async with self._lock:
+            if not await self._answered(sa, event):
+                return  # a handover was faster
             # an exchange in flight is charon's own, mostly a rekey because of the new address
             await self._mobile.quiet(sa, anything=True, patience=0.0)
             try:
                 if time.monotonic() > heard + IN_TIME + SETTLE:
                     log.warning("%s asked for other SPIs, but charon took too long", event.source)
+                    return
+                if await self._mobile.next_request(sa) > event.message_id + 1:
+                    log.info("%s asked for other SPIs, and does not wait for them any more", event.source)
                     return
                 # where the names come without the address, it has asked from there, too
                 note = await self._note(sa, event.source, mirrored(event.pairs))
@@ -291,15 +299,12 @@ class SpiWatch:
             (sa, new), [(keys, local, to, ids) for to in gateways for keys, ids in under]
         )
 
-    async def _answered(self, sa: SaName, event: Asked, until: float) -> bool:
+    async def _answered(self, sa: SaName, event: Asked) -> bool:
         """Has charon answered it, and gone to the address that it told?"""
-        while time.monotonic() < until:
-            if self._mobile.recorded(sa).mid_responder > event.message_id:
-                view = await self._host.view(sa)
-                if view is not None and (not event.moves or view.remote == event.source):
-                    return True
-            await asyncio.sleep(0.005)
-        return False
+        if self._mobile.recorded(sa).mid_responder <= event.message_id:
+            return False
+        view = await self._host.view(sa)
+        return view is not None and (not event.moves or view.remote == event.source)
 
     async def _note(self, sa: SaName, remote: Endpoint, asks: tuple[UpdateSpi, ...]) -> Mirror:
         """Write down what will be asked; the SA is passive."""

@@ -6,7 +6,8 @@
 
 Without the notify in its answer the MN's charon did not understand it. There may be an agent beside it, which
 saw the request in its copy and begins an exchange of its own that says the same the other way round. That is
-waited for, and answered here under `expected_id` by a `SpiResponder`; `Unsupported` where it does not come.
+waited for (`patience`), and answered here under `expected_id` by a `SpiResponder`; `Unsupported` where it
+does not come.
 
 The address part is that of `exchange`; it stands whatever becomes of the names. Retransmission, and what
 counts as an answer: `asking`. Both ends asking at once: `naming`.
@@ -47,7 +48,7 @@ from .naming import (
 from .notify import Reason, UpdateSpi, UpdateSpiSupported
 
 MIRROR_WAIT = 0.5
-"""Seconds in which an agent beside the peer's charon begins an exchange of its own."""
+"""Seconds in which an agent that nobody knows of may begin an exchange of its own."""
 BUSY_PAUSE = 1.2
 """Seconds until the one retry after a refusal as busy; no less than the other side's rate limit asks for."""
 FRESH_OCTETS = 512
@@ -219,7 +220,9 @@ class SpiUpdate(Requester[State, Input, Event]):
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
     first request, `Drawn` where the octets may come again after a crash. fresh: `FRESH_OCTETS`, random.
     expected_id: message ID of the peer's next request (`mid_responder`), for which is waited after an answer
-    without the notify; None: its requests are left to charon. names: for what else it may ask
+    without the notify; None: its requests are left to charon. patience: how long, in seconds; a peer that is
+    known to have an agent is to be waited for as for one that does not answer at all, since its agent may
+    have no CPU, or begin anew. names: for what else it may ask
     meanwhile; None: that is refused as busy. announce: say that we know UPDATE_SPI, too. limit: octets of the
     largest message, see `ikev2.seal_fragments`.
 
@@ -241,6 +244,7 @@ class SpiUpdate(Requester[State, Input, Event]):
         conditions: int = 0,
         additional: Sequence[Address] | None = None,
         expected_id: int | None = None,
+        patience: float = MIRROR_WAIT,
         names: Names | None = None,
         announce: bool = False,
         limit: int | None = None,
@@ -260,6 +264,7 @@ class SpiUpdate(Requester[State, Input, Event]):
             AddressPart(self.spis, local, remote, cookie2, conditions, additional) if addresses else None
         )
         self._fresh = Fresh(fresh)
+        self._patience = patience
         self._again_iv = Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
         self._mirrored: tuple[Renaming, ...] = ()
         self._responder: SpiResponder | None = None
@@ -363,7 +368,7 @@ class SpiUpdate(Requester[State, Input, Event]):
         if self.state is State.PAUSED:
             self._later(now + BUSY_PAUSE, self._ask_again)
         elif self.state is State.MIRROR:
-            self._later(now + MIRROR_WAIT, lambda: self._enter(Input.LATE, Unsupported()))
+            self._later(now + self._patience, lambda: self._enter(Input.LATE, Unsupported()))
 
     def _judge(self, message: Message) -> tuple[Input, list[Event]]:
         """What an answer means, and what there is to tell."""

@@ -70,6 +70,7 @@ esp = "libipsec"
 updown = "/usr/lib/ipsec/_updown"
 handover_to = "nsg"
 announces = true
+agents = true
 local_ids = ["psg.example"]
 virtual_ips = ["10.9.0.0/16", "10.8.0.1-10.8.0.9"]
 ike_proposals = ["aes128-sha256-x25519"]
@@ -123,6 +124,7 @@ def test_full() -> None:
     )
     assert config.transfer.concurrency == 4
     assert config.connections["home"].handover_to == "nsg"
+    assert config.connections["home"].agents and not config.connections["with.dot"].agents
     assert config.connections["home"].announces and not config.connections["with.dot"].announces
     assert config.connections["with.dot"].updown is None
     rules = config.connections["home"].rules

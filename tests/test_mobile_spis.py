@@ -213,6 +213,30 @@ def test_charon_must_have_answered_first(monkeypatch: pytest.MonkeyPatch) -> Non
     do(scenario())
 
 
+def test_a_gateway_that_does_not_wait_any_more_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has rekeyed the SA: charon has answered a further request of its."""
+
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        w._count(initiator=9, responder=6)
+        await w.asked()
+        assert w.said == []
+        w.settled(*SAME)
+
+    do(scenario())
+
+
+def test_an_agent_without_a_cpu_asks_back_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        monkeypatch.setattr(mobile_spis, "IN_TIME", 8.0)
+        event = Asked(NSG, True, PAIRS, message_id=4)
+        await w.watch._ask_back(w.node.sa, event, time.monotonic() - 7.0)
+        assert w.watch.renamed == 1
+
+    do(scenario())
+
+
 def test_an_sa_that_cannot_be_passive(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         w = Watched(monkeypatch)

@@ -23,7 +23,7 @@ from mobike_ext.link import RekeyReport, SpiReport, UpdateReport
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
 from mobike_ext.rekey import ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
-from mobike_ext.rename import Renamed, RenameRefused, SpiUpdate, Unsupported
+from mobike_ext.rename import MIRROR_WAIT, Renamed, RenameRefused, SpiUpdate, Unsupported
 from vici_bridge.names import Told, Wish
 
 from .peers import a_context
@@ -39,12 +39,15 @@ class Mn:
         self.said: list[tuple[str, int]] = []
         self.outcome = outcome
         self.octets: list[bytes] = []
+        self.patience: float | None = None
+        """For which the MN's agent is waited."""
         self.answered = 0
         """Requests of its own for the same."""
         for name in ("run_spi_update", "run_rekey", "run_address_update"):
             monkeypatch.setattr(movers, name, getattr(self, name))
 
     def _sent(self, machine: Any) -> None:
+        self.patience = getattr(machine, "_patience", None)
         self.octets += [datagram for datagram, _ in machine.to_send(0.0)]
 
     async def run_spi_update(self, machine: SpiUpdate, *, mark: int) -> SpiReport:
@@ -149,6 +152,16 @@ def test_the_address_after_the_names_where_the_ike_sa_is_among_them(monkeypatch:
     assert (first.mid_initiator, first.mid_responder) == (0, 0)
     assert last.spis[1] == NEW_IKE
     assert last.mid_initiator == 1
+
+
+@pytest.mark.parametrize("agent", [True, False])
+def test_an_agent_that_is_known_of_is_waited_for_as_a_silent_mn_is(
+    monkeypatch: pytest.MonkeyPatch, agent: bool
+) -> None:
+    mn = Mn(monkeypatch)
+    ask(mn, Made(), agent=agent)
+    silent = 0.1 * (1 + 1.8 + 1.8**2)
+    assert mn.patience == pytest.approx(silent if agent else MIRROR_WAIT)
 
 
 def test_an_agent_that_has_asked_back_knows_the_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,6 +334,23 @@ def test_an_agent_beside_a_charon_that_does_not_know() -> None:
     assert (machine.report.requests, machine.report.answered, machine.report.messages) == (1, 1, 4)
 
 
+def test_an_agent_that_is_known_of_is_waited_for() -> None:
+    """It had no CPU for seconds, or begins anew: nothing is rekeyed beside its request."""
+    machine = update(expected_id=3, patience=11.0)
+    answer(machine)
+    machine.handle_timer(10.9)
+    assert (machine.state, machine.next_timer()) == (State.MIRROR, 11.0)
+    theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")))
+    air = Air()
+    air.now = 10.9
+    air.run(theirs, machine, until=11)
+    assert machine.state is State.RENAMED
+    silent = update(expected_id=3, patience=11.0)
+    answer(silent)
+    silent.handle_timer(11.0)
+    assert silent.state is State.UNSUPPORTED
+
+
 def test_an_agent_that_does_not_come() -> None:
     machine = update(expected_id=3)
     answer(machine)

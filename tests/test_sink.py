@@ -346,7 +346,21 @@ def test_what_an_mn_knows_is_remembered(stock: bool) -> None:
             here.mobiles.stock.add(str(context.remote_id))
         await move(here, context)
         assert [wish.update for wish in here.mobiles.asked] == [True]
-        assert here.host.knows_update_spi(context.remote_id) is not stock
+        assert here.host.has_agent(context) is not stock
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["told by the gateway before", "configured", "neither"])
+def test_whose_agent_is_waited_for(how: str) -> None:
+    async def scenario() -> None:
+        context = a_context(1)
+        here = place(agents=frozenset({context.connection} if how == "configured" else ()))
+        context = replace(context, update_spi=how == "told by the gateway before")
+        here.charon.serve(rival(context, "inbound"))
+        here.mobiles.add(context)
+        await move(here, context)
+        assert [wish.agent for wish in here.mobiles.asked] == [how != "neither"]
 
     run(scenario())
 

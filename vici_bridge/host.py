@@ -91,6 +91,7 @@ class HostConfig:
     `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters nobody can read.
     `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `announced`:
     connections whose updown script leads packets for a mobile node to the gateway that serves it.
+    `agents`: connections whose mobile nodes have an agent.
     `oseq_jump`: packets; `late`: seconds for which late packets are decrypted after letting go.
     `mobile_node`: charon is a mobile node's own, so its SAs are never muted one by one.
     `collision`: what becomes of an SA whose SPIs are taken: "update" (UPDATE_SPI, else a rekey), "rekey" or
@@ -108,6 +109,7 @@ class HostConfig:
     updown: Mapping[str, str] = field(default_factory=dict)
     forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
     announced: frozenset[str] = frozenset()
+    agents: frozenset[str] = frozenset()
     oseq_jump: int = 65536
     late: int = 5
     mobile_node: bool = False
@@ -444,7 +446,12 @@ class CharonHost:
 
     # What an MN's own agent knows.
 
-    def knows_update_spi(self, mn: Identity) -> bool:
+    def has_agent(self, context: IkeContext) -> bool:
+        """Whether its MN is known to have an agent: by our configuration, the gateway before, or itself."""
+        known = context.update_spi or context.connection in self.config.agents
+        return known or self._knows_update_spi(context.remote_id)
+
+    def _knows_update_spi(self, mn: Identity) -> bool:
         """Whether that MN has shown in the last day that it knows UPDATE_SPI."""
         raw = self.store.get(_UPDATE_SPI, str(mn))
         return raw is not None and time.time() - int.from_bytes(raw[1:]) < _UPDATE_SPI_FOR

@@ -300,7 +300,7 @@ class Wish:
 
     children: (inbound SPI as it knows it, the new one); the outbound one it chooses itself. ike: our new IKE
     SPI or empty. addresses: it is to be told our address, too. update, rekey: the ways that may be tried.
-    seed: see `Plan`.
+    seed: see `Plan`. agent: it is known to have an agent, which may ask back.
     """
 
     children: tuple[tuple[bytes, bytes], ...]
@@ -309,6 +309,7 @@ class Wish:
     update: bool
     rekey: bool
     seed: Secret
+    agent: bool = False
 
 
 class Made(Interface):

@@ -393,6 +393,7 @@ class CharonSink:
             update=host.config.collision == "update" and plan.how != "rekey",
             rekey=True,
             seed=plan.seed,
+            agent=host.has_agent(context),
         )
         base = self._renames.arrived(here)
         if moves:

@@ -148,8 +148,8 @@ class CharonSource:
         context = replace(context, children=tuple(children))
         conn = (await host.connections()).get(context.connection)
         peer = peer_context(context.connection, conn) if conn is not None else None
-        knows = host.knows_update_spi(context.remote_id)
-        return replace(context, policies=self._policies(context), peer=peer, update_spi=knows)
+        agent = host.has_agent(context)
+        return replace(context, policies=self._policies(context), peer=peer, update_spi=agent)
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
         """The child with what only the kernel knows: counters, windows, limits."""

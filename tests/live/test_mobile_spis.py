@@ -88,7 +88,7 @@ def test_an_outbound_spi_that_is_taken_is_refused(mobile: World, tmp_path: Path)
 def test_a_push_to_a_mobile_node_with_an_agent(
     mobile: World, tmp_path: Path, kind: str, asked_before: bool
 ) -> None:
-    # psg knows of the agent since MN -> psg CTAR; else nobody does, and nsg waits a moment for its request
+    # psg knows of the agent since MN -> psg CTAR, or by its configuration
     keys = {"inbound": ("spi_in",), "ike": ("spi_r",), "all": ("spi_r", "spi_in", "spi_out", "remote")}[kind]
     if asked_before:
         up(mobile, gateway="nsg", inside="announce")
