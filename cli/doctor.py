@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import IkectxError, KernelError
-from vici_bridge.ha import wire_version
-from vici_bridge.ha_version import UPGRADE
+from vici_bridge.ha_version import UPGRADE, wire_version
 
 from .doctor_inside import inside, pools
 from .doctor_ipsec import protection, reach

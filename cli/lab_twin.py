@@ -22,7 +22,8 @@ from ikectx.context import (
 )
 from ikectx.numbers import Encr, IdType, KeMethod, Prf
 from vici_bridge.chain import import_messages
-from vici_bridge.ha import segment_drop, segment_take, wire_version
+from vici_bridge.ha import segment_drop, segment_take
+from vici_bridge.ha_version import wire_version
 
 from .lab_config import Tunnel
 from .lab_net import INNER, INNER_NET, NAT, NAT_PORT, OUTER

@@ -15,6 +15,7 @@ from ikectx.errors import WireError
 from ikectx.numbers import Encr, IdType, Integ, KeMethod, Mode, Prf
 from vici_bridge import ha
 from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha_version import wire_version
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -307,7 +308,7 @@ def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_wire_version(strongswan: str, wire: int) -> None:
-    assert ha.wire_version(strongswan) == wire
+    assert wire_version(strongswan) == wire
 
 
 @settings(max_examples=300, deadline=None)

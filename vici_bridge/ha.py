@@ -18,7 +18,6 @@ leaves the host, this host's byte order is charon's.
 from __future__ import annotations
 
 import builtins
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -366,16 +365,6 @@ _NUMBERS: Mapping[int, Mapping[Attr, tuple[int, Body]]] = MappingProxyType(
         for version, table in TABLES.items()
     }
 )
-
-
-def wire_version(strongswan: str) -> int:
-    """The HA wire version of a strongSwan version as VICI `version` names it ("5.9.8", "6.0.2")."""
-    # a pre-release has letters behind its last number ("6.0.1dr1", "6.0.1rc1")
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", strongswan)
-    numbers = (0,) if found is None else tuple(int(part or 0) for part in found.groups())
-    if numbers < (6, 0, 1):
-        return 3
-    return 4 if numbers < (6, 0, 2) else 5
 
 
 @dataclass(frozen=True, slots=True)

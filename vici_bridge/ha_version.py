@@ -7,9 +7,21 @@ the HA stream corrects it: the table of versions ends with the newest strongSwan
 
 from __future__ import annotations
 
+import re
+
 from ikectx.errors import CharonError
 
-from .ha import TABLES, wire_version
+from .ha import TABLES
+
+
+def wire_version(strongswan: str) -> int:
+    """The HA wire version of a strongSwan version as VICI `version` names it ("5.9.8", "6.0.2")."""
+    # a pre-release has letters behind its last number ("6.0.1dr1", "6.0.1rc1")
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", strongswan)
+    numbers = (0,) if found is None else tuple(int(part or 0) for part in found.groups())
+    if numbers < (6, 0, 1):
+        return 3
+    return 4 if numbers < (6, 0, 2) else 5
 
 
 class HaVersion:
