@@ -8,10 +8,12 @@ a machine here. The forgeries are made by this project's own encoders, with keys
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import resource
 import secrets
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -25,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.context import Endpoint, Identity, IkeContext, Secret, TrafficSelector
-from ikectx.cxtp import Ctar, Ctd, CtReq, Pctd
+from ikectx.cookies import asked
+from ikectx.cxtp import Ctaa, Ctar, Ctd, CtReq, Pctd
 from ikectx.errors import IkectxError
 from ikectx.name import SaName
 from ikectx.numbers import IdType
 from ikectx.profile import TransferHeader, encode
 from ikectx.tls import TlsConfig
 from ikectx.tokens import Purpose, make_ctar
+from ikectx.wire import Writer
 
 from .lab_config import CXTP_PORT, Tunnel
 from .lab_net import GATEWAYS, INNER, OUTER
@@ -132,6 +136,10 @@ def bad(number: int, good: bytes) -> bytes:
             return good + secrets.token_bytes(1200)
 
 
+_UNKNOWN = ("ctar-random", "garbage")
+"""Attacks that know of no SA."""
+
+
 def datagrams(order: Order, count: int = TAKEN) -> list[tuple[str, bytes]]:
     """(gateway's address, IP packet) each: to both gateways, announcements and arrivals, by turns."""
     known = SaName.from_key("".join(order.spis))
@@ -140,8 +148,8 @@ def datagrams(order: Order, count: int = TAKEN) -> list[tuple[str, bytes]]:
         gateway = GATEWAYS[number % 2]
         purpose = (Purpose.ARRIVE, Purpose.ANNOUNCE)[number // 2 % 2]
         drawn = SaName(secrets.token_bytes(8), secrets.token_bytes(8))
-        mn = stranger() if order.kind in ("ctar-random", "garbage") else OUTER["mn"][4]
-        spis = drawn if order.kind in ("ctar-random", "garbage") else known
+        mn = stranger() if order.kind in _UNKNOWN else OUTER["mn"][4]
+        spis = drawn if order.kind in _UNKNOWN else known
         payload = forged(gateway, purpose, spis, mn).serialize()
         if order.kind == "garbage":
             payload = bad(number, payload)
@@ -173,6 +181,62 @@ def shoot(order: Order, stopped: Callable[[], bool]) -> Counter[str]:
                     told["octets"] += len(octets)
             if not owed:
                 time.sleep(0.002)
+    return told
+
+
+def bearing(cookie: bytes, payload: bytes) -> bytes:
+    """A CTAR of IPv4 without a cookie, with one: it goes behind the fixed part (`ikectx.cookies`)."""
+    whole = payload[:4] + payload[4:20] + cookie + payload[20:]
+    return whole[:2] + len(whole).to_bytes(2) + whole[4:]
+
+
+def cookie_of(answer: bytes) -> bytes:
+    """The block that a CTAA asks its receiver to send back; empty where it asks for none."""
+    try:
+        block = asked(Ctaa.parse(answer))
+    except IkectxError:
+        return b""
+    if block is None:
+        return b""
+    writer = Writer()
+    block.write(writer)
+    return writer.done()
+
+
+def talk(order: Order, stopped: Callable[[], bool]) -> Counter[str]:
+    """Sends CTARs from addresses of its own, and with each the cookie that it was asked for there."""
+    told, number = Counter[str](), 0
+    ammunition = [(to, octets[28:]) for to, octets in datagrams(order)]
+    with contextlib.ExitStack() as opened, selectors.DefaultSelector() as waiting:
+        socks = []
+        for address in sources():
+            sock = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sock.setblocking(False)
+            sock.bind((address, 0))
+            waiting.register(sock, selectors.EVENT_READ)
+            socks.append(sock)
+        cookies: dict[tuple[socket.socket, str], bytes] = {}
+        end = time.monotonic() + order.seconds
+        pace = Pace(order.rate, time.monotonic())
+        while (now := time.monotonic()) < end and not stopped():
+            for _ in range(pace.due(now)):
+                to, payload = ammunition[number % len(ammunition)]
+                sock = socks[number // 4 % len(socks)]
+                number += 1
+                cookie = cookies.get((sock, to), b"")
+                try:
+                    sock.sendto(bearing(cookie, payload) if cookie else payload, (to, CXTP_PORT))
+                except OSError:
+                    told["not sent"] += 1
+                else:
+                    told["sent"] += 1
+                    told["with a cookie"] += bool(cookie)
+            for key, _ in waiting.select(0.002):
+                with contextlib.suppress(OSError):
+                    answer, (source, _port) = key.fileobj.recvfrom(2048)  # type: ignore[union-attr]
+                    told["answers"] += 1
+                    if cookie := cookie_of(answer):
+                        cookies[key.fileobj, source] = cookie  # type: ignore[index]
     return told
 
 
@@ -368,7 +432,7 @@ def attack(order: Order) -> dict[str, Any]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard) if hard > soft else (soft, hard))
     began, used = time.monotonic(), time.process_time()
-    alone = {"half-open": half_open}.get(order.kind, shoot)
+    alone = {"half-open": half_open, "ctar-cookie": talk}.get(order.kind, shoot)
     talking = {"links": links, "flood": flood}.get(order.kind)
     if talking is None:
         ended: list[int] = []

@@ -28,6 +28,9 @@ KINDS = {
     "ctar-random": Kind("forged CTARs for SPIs that nobody has, from addresses that nobody has", 5000),
     "ctar-known": Kind("forged CTARs with the SPIs of the mobile node's SA, from such addresses", 5000),
     "ctar-mn": Kind("the same from the mobile node's own address", 5000),
+    "ctar-cookie": Kind(
+        "the same from 32 addresses of the attacker's, which returns the cookies it gets", 1000
+    ),
     "garbage": Kind("datagrams that are no CTAR, from addresses that nobody has", 5000),
     "half-open": Kind("TCP connections on which nothing is sent, from 32 addresses", 500, 1500),
     "links": Kind(

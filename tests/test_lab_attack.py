@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -13,6 +14,7 @@ from typing import Any, cast
 import pytest
 from click.testing import CliRunner
 
+from ikectx.cookies import Cookies, ask, fixed_part, split
 from ikectx.cxtp import Ctar, CtReq, Pctd, parse_message
 from ikectx.errors import UsageError, WireError
 from ikectx.tokens import Purpose, find
@@ -53,6 +55,32 @@ def test_forgeries_are_ctars_that_only_their_keys_tell_from_good_ones(kind: str)
         assert here == (token.nsg if token.purpose is Purpose.ARRIVE else token.psg)
         seen.add((here, token.purpose))
     assert len(seen) == 4
+
+
+def test_a_cookie_is_sent_back_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, jar = "127.0.0.1", Cookies(b"secret")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gateway:
+        gateway.bind((here, 0))
+        gateway.settimeout(0.02)
+        monkeypatch.setattr(lab_attacker, "sources", lambda: [here] * lab_attacker.ADDRESSES)
+        monkeypatch.setattr(lab_attacker, "CXTP_PORT", gateway.getsockname()[1])
+        monkeypatch.setattr(lab_attacker, "OUTER", {host: {4: here} for host in OUTER})
+        right = []
+
+        def look() -> bool:
+            with contextlib.suppress(TimeoutError):
+                octets, (host, port) = gateway.recvfrom(2048)
+                fixed = fixed_part(octets)
+                cookie, rest = split(octets, fixed)
+                assert find(Ctar.parse(rest).blocks) is not None
+                if jar.right(cookie, host, port, 1.0):
+                    right.append(port)
+                else:
+                    gateway.sendto(ask(octets, fixed, jar.make(host, port, 1.0)), (host, port))
+            return len(right) > 3
+
+        told = lab_attacker.talk(order("ctar-cookie", rate=2000.0, seconds=20), look)
+    assert told["with a cookie"] >= 3 and told["answers"] and told["sent"] > told["with a cookie"]
 
 
 def test_garbage_is_mostly_no_ctar() -> None:
