@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ikectx import cookies
 from ikectx.context import Endpoint, Secret
 from ikectx.cxtp import Ctaa, Ctar, CtReq, StatusBlock
 from ikectx.errors import StateError, WireError
@@ -141,6 +142,7 @@ class Gateway:
         """Tokens believed, by sequence number and purpose: on disk."""
         self.pending: dict[bytes, Pending] = {}
         self.life = 0
+        self.jar = cookies.Cookies(name.encode())
 
     @property
     def now(self) -> float:
@@ -370,6 +372,16 @@ class Gateway:
         if octets.startswith(b"IKE"):
             self._ike(octets, source)
             return
+        fixed = cookies.fixed_part(octets)
+        if not fixed:
+            return
+        cookie, ctar_octets = cookies.split(octets, fixed)
+        load, host = self.world.weather.load, (str(source.address), source.port)
+        if load and not self.jar.right(cookie, *host, self.now) and self.world.chance(load):
+            question = cookies.ask(octets, fixed, self.jar.make(*host, self.now))
+            self.world.datagram(question, ROUTERS[self.name].cxtp, source)
+            return
+        octets = ctar_octets
         try:
             ctar = Ctar.parse(octets)
             token = find(ctar.blocks)

@@ -29,7 +29,7 @@ class Weather:
     """How bad it is. Probabilities of a message (loss, duplicate) and of a step (fail); delay in seconds.
 
     crash: of a gateway's agent, at each message it gets. attack: of a datagram being replayed, or answered
-    by a forger.
+    by a forger. load: of a CTAR without a good cookie being answered with a question for one.
     """
 
     loss: float = 0.0
@@ -38,6 +38,7 @@ class Weather:
     fail: float = 0.0
     crash: float = 0.0
     attack: float = 0.0
+    load: float = 0.0
 
 
 class World:

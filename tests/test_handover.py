@@ -19,13 +19,15 @@ LOSSY = Weather(loss=0.25, duplicate=0.2, delay=3.0)
 AWFUL = Weather(loss=0.4, duplicate=0.4, delay=12.0, fail=0.15)
 CRASHES = Weather(loss=0.15, duplicate=0.1, delay=2.0, fail=0.05, crash=0.08)
 ATTACKED = Weather(loss=0.1, duplicate=0.1, delay=1.0, attack=0.7)
-EVERYTHING = Weather(loss=0.25, duplicate=0.25, delay=5.0, fail=0.1, crash=0.04, attack=0.5)
+LOADED = Weather(loss=0.1, duplicate=0.2, delay=1.0, attack=0.4, load=1.0)
+EVERYTHING = Weather(loss=0.25, duplicate=0.25, delay=5.0, fail=0.1, crash=0.04, attack=0.5, load=0.3)
 WEATHERS = {
     "fine": FINE,
     "lossy": LOSSY,
     "awful": AWFUL,
     "crashes": CRASHES,
     "attacked": ATTACKED,
+    "loaded": LOADED,
     "everything": EVERYTHING,
 }
 SEEDS = range(150)
@@ -70,7 +72,7 @@ def test_one_owner_and_the_mn_knows_or_doubts(mode: Mode, weather: str) -> None:
         late = {(MobileState.SILENT, False)} if mode is Mode.PREDICTIVE else set()
         assert set(ends) <= {(MobileState.ACTIVATED, False), *late}, ends
     # it is worth doing: many get there (gateways send an offer once: where it is lost, they keep the SA)
-    least = {"fine": 0.6, "attacked": 0.4}.get(weather, 0.1)
+    least = {"fine": 0.6, "attacked": 0.4, "loaded": 0.4}.get(weather, 0.1)
     assert ends[MobileState.ACTIVATED, False] >= least * len(SEEDS), ends
 
 
