@@ -26,11 +26,15 @@ from .errors import LinkError, WireError
 from .identity import allows
 from .mistakes import log_mistake
 from .numbers import Fpt
+from .rates import Bucket
 from .transfer import Timing
 
 log = logging.getLogger("ikectx.links")
 
 READ_SIZE = 1 << 16
+RATE = 500
+"""Messages that are read from one connection in a second, with a burst of twice as many. When a gateway is
+drained, both it and the new one hear two for each SA."""
 LINKS = 2
 """Connections of one peer that are served: the one it uses, and an old one that it lost when its agent
 ended."""
@@ -142,6 +146,8 @@ class Link:
         self._writing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._touched = self._loop.time()
+        self._rate = Bucket(RATE, self._loop.time())
+        self._slowed = False
         self._unhandled = 0
         self._room = asyncio.Event()
         self._room.set()
@@ -221,6 +227,7 @@ class Link:
                 self._touched = self._loop.time()
                 for message in decoder.feed(data):
                     trace.message("received", type(message).__name__, self.peer.name)
+                    await self._pace()
                     if not (isinstance(message, Ctdr) and self._answered(message)):
                         await self._arrived(self, message)
                     if self.error is not None:
@@ -246,6 +253,17 @@ class Link:
             # without a reader the peer would wait for ever
             log_mistake(log, f"a message from {self.label}", error)
             self.close(LinkError(f"the connection to {self.label} ended by a {type(error).__name__} here"))
+
+    async def _pace(self) -> None:
+        """Read a peer that says too much more slowly: its own TCP then makes it wait."""
+        self._rate.fill(self._loop.time())
+        self._rate.level -= 1
+        if self._rate.level >= 0:
+            return
+        if not self._slowed:
+            self._slowed = True
+            log.warning("%s sends more than %d messages a second and is read more slowly", self.label, RATE)
+        await asyncio.sleep(-self._rate.level / RATE)
 
     def _answered(self, message: Ctdr) -> bool:
         """True if it answers a PCTD or CTD of ours."""

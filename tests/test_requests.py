@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from ikectx.asking import refused_request
-from ikectx.cxtp import Ctdr, CtReq
+from ikectx.cxtp import Ctc, Ctdr, CtReq
+from ikectx.links import RATE as MESSAGES
 from ikectx.numbers import Status
 from ikectx.proof import encode
 from ikectx.serving import RATE, UNDER_WAY
 from ikectx.tokens import Purpose
 
-from .hand_loop import run
+from .hand_loop import run, wall
 from .mobile_nodes import AWAY, serve
 from .peers import a_context
 from .test_by_packet import probe
@@ -105,5 +106,22 @@ def test_so_many_requests_of_a_peer_are_under_way() -> None:
             gate.set()
             mn = serve(w, a_context(500, mn="198.51.101.1"), at=AWAY, nsg="c")
             assert mn.says(await w.sides["c"].agent.ctar(*mn.arrive())) is Status.OK
+
+    run(scenario())
+
+
+def test_a_peer_that_sends_without_end_is_read_slowly() -> None:
+    """Whatever it sends: here cancellations of nothing, which are answered by nothing."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            link = await w.b.agent._running().get(w.b.agent._peer("a"))
+            began, heard = wall(), []
+            w.a.agent._moves.cancelled = lambda peer, message: heard.append(wall() - began)  # type: ignore[method-assign]
+            for _ in range(4 * MESSAGES):
+                await link.send(Ctc(ip_address("198.51.100.7")))
+            await until(lambda: len(heard) == 4 * MESSAGES)
+            assert heard[2 * MESSAGES - 1] < 0.1
+            assert heard[-1] == pytest.approx(2.0, abs=0.1)
 
     run(scenario())
