@@ -10,7 +10,7 @@ from ikectx.context import Address, ReplayState
 from ikectx.errors import StateError
 from vici_bridge.esp import fit_replay, merge_replay
 from vici_bridge.xfrm import KernelPolicy, KernelSa, Selector
-from vici_bridge.xfrm_parts import NO_USAGE, KernelUsage
+from vici_bridge.xfrm_parts import KernelUsage
 
 
 class KernelTables:
@@ -27,8 +27,8 @@ class KernelTables:
         return self.sas.get((destination, spi))
 
     def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
-        state = self.sas[sa.destination, sa.spi].replay
-        return (state.outbound if outbound else state.inbound), NO_USAGE
+        known = self.sas[sa.destination, sa.spi]
+        return (known.replay.outbound if outbound else known.replay.inbound), known.usage
 
     def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
         self.step()
@@ -42,6 +42,12 @@ class KernelTables:
             joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, window)), window)
             after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
         self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+
+    def count_on(self, sa: KernelSa, octets: int, packets: int) -> None:
+        self.step()
+        now = self.sas[sa.destination, sa.spi]
+        usage = replace(now.usage, bytes=octets, packets=packets)
+        self.sas[sa.destination, sa.spi] = replace(now, usage=usage)
 
     def dump_policies(self) -> list[KernelPolicy]:
         return list(self.policies.values())

@@ -372,14 +372,21 @@ def test_outbound_counters_only_grow(form: str) -> None:
                 link.a.set_replay(link.sa, ReplayState(7 << 32, esn=True))
 
 
-def test_usage_is_kept() -> None:
+def test_b16_what_was_counted_before_counts_towards_the_limits() -> None:
     with linked(KernelReplay(window=32)) as link:
         _, before = link.b.get_replay(link.sa, outbound=False)
-        link.b.set_usage(link.sa, 123456, 789)
+        link.b.count_on(link.sa, 123456, 789)
         _, after = link.b.get_replay(link.sa, outbound=False)
         assert after == replace(before, bytes=123456, packets=789)
-        assert link.inbound() == ReplayState(0, 32)
-        assert link.arrives(1)
+        # never back, and no further than the soft limits
+        limited = replace(
+            link.sa, limits=KernelLimits(soft_bytes=200_000, soft_packets=800, hard_packets=900)
+        )
+        link.b.count_on(limited, 1, 1)
+        assert link.b.get_replay(link.sa, outbound=False)[1] == after
+        link.b.count_on(limited, 1 << 40, 1 << 40)
+        _, most = link.b.get_replay(link.sa, outbound=False)
+        assert (most.bytes, most.packets) == (200_000, 800)
 
 
 @pytest.mark.parametrize("version", [4, 6])

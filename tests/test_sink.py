@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import Endpoint, FinalChild, FinalState, IkeContext
+from ikectx.context import Endpoint, FinalChild, FinalState, IkeContext, Lifetime
 from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.keys import sk_keys
 from ikectx.numbers import Fpt, Status
@@ -757,5 +757,35 @@ def test_notes_of_what_came_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPat
             here.mobiles.add(context)
             await move(here, context)
         assert [row.sa for row in here.host.coming.all()] == [third.spis]
+
+    run(scenario())
+
+
+def test_b16_octets_and_packets_go_on_being_counted() -> None:
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        lifetime = Lifetime(rekey=3000, hard=3600, bytes_limit=1 << 30, bytes_used=1 << 20, packets_used=4000)
+        context = replace(context, children=(replace(context.children[0], lifetime=lifetime),))
+        here.mobiles.add(context)
+        await move(here, context)
+        (child,) = context.children
+        for name in ((OURS.address, child.spi_in), (context.remote.address, child.spi_out)):
+            usage = here.sad.sas[name].usage
+            assert (usage.bytes, usage.packets) == (1 << 20, 4000)
+
+    run(scenario())
+
+
+def test_b16_a_child_that_was_rekeyed_on_the_way_is_counted_anew() -> None:
+    async def scenario() -> None:
+        here = place(collision="rekey")
+        context = a_context(1)
+        lifetime = Lifetime(bytes_used=1 << 20, packets_used=4000)
+        context = replace(context, children=(replace(context.children[0], lifetime=lifetime),))
+        here.charon.serve(rival(context, "inbound"))
+        here.mobiles.add(context)
+        await move(here, context)
+        assert {sa.usage.packets for sa in here.sad.sas.values()} == {0}
 
     run(scenario())

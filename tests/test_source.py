@@ -74,3 +74,26 @@ def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_m
         assert source.departing_by_reqid(reqid, {"home"}) == (sa, context, 60.0)
     assert source.departing_by_reqid(101, {"home"}) is None
     assert kernel.asked == 100
+
+
+def test_b16_nothing_is_exported_that_the_other_gateway_does_not_apply() -> None:
+    """charon there makes its own policies, and holds the SA against its own connection."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            assert context.policies == ()
+            assert context.peer is not None
+            assert [auth.method for auth in context.peer.remote_auth] == ["psk"]
+            assert context.peer.children == ("rw",)
+            assert (context.peer.local_auth, context.peer.proposals, context.peer.pools) == ((), (), ())
+            # one figure for both directions: the one that is nearer to its limit
+            (child,) = context.children
+            for name, packets in (
+                ((context.local.address, child.spi_in), 70),
+                ((context.remote.address, child.spi_out), 90),
+            ):
+                here.sad.count_on(here.sad.sas[name], packets * 100, packets)
+            used = (await source.export(context.spis)).children[0].lifetime
+            assert (used.bytes_used, used.packets_used) == (9000, 90)
+
+    asyncio.run(scenario())

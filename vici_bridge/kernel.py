@@ -183,10 +183,21 @@ class Kernel:
                 hint=_REPORT,
             )
 
-    def set_usage(self, sa: KernelSa, octets: int, packets: int) -> None:
-        """What counts towards the SA's limits; when it was added stays. Errors: KernelError."""
+    def count_on(self, sa: KernelSa, octets: int, packets: int) -> None:
+        """Count towards the SA's limits from what another gateway has counted; when it was added stays.
+
+        Never back, and not beyond the soft limits here: the next packet then has charon rekey the SA, where a
+        hard limit that is passed would end it. `sa`: as `get_sa` gives it. Errors: KernelError.
+        """
         _, usage = self._counters(sa)
-        self._xfrm.ask(sa.set_usage(replace(usage, bytes=octets, packets=packets)))
+        limits = sa.limits
+        after = replace(
+            usage,
+            bytes=_count(usage.bytes, octets, limits.soft_bytes, limits.hard_bytes),
+            packets=_count(usage.packets, packets, limits.soft_packets, limits.hard_packets),
+        )
+        if after != usage:
+            self._xfrm.ask(sa.set_usage(after))
 
     def is_outbound(self, sa: KernelSa) -> bool:
         """Whether packets leave by this SA: what it says (kernel 6.10) or did, else where it leads to.
@@ -351,6 +362,11 @@ class Kernel:
                     self.delete_policy(policy)
                 self.delete_sa(sa)
         return len(late)
+
+
+def _count(now: int, before: int, soft: int | None, hard: int | None) -> int:
+    most = soft if soft is not None else before if hard is None else hard * 9 // 10
+    return max(now, min(before, most))
 
 
 def _policies(answers: Iterable[bytes]) -> list[KernelPolicy]:

@@ -23,7 +23,15 @@ from typing import Protocol
 from ikectx import trace
 from ikectx.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.cxtp import ContextDataBlock
-from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, StoreError
+from ikectx.errors import (
+    CharonError,
+    IkectxError,
+    KernelError,
+    LinkError,
+    RefusedError,
+    StoreError,
+    WireError,
+)
 from ikectx.name import SaName
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.ports import MoveReport, Verdict
@@ -458,6 +466,7 @@ class CharonSink:
                 await self._established(shape)
             self._looks.came(view)  # its names may have changed since it came in
             self._note_lifetimes(shape)
+            self._count_on(shape, here)
             if host.config.rekey_after:
                 host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
             host.save()
@@ -535,6 +544,22 @@ class CharonSink:
                 # without a soft lifetime the rekey is asked for at nine tenths of the hard one
                 due = float(soft) if soft is not None else 0.9 * float(hard or 0)
                 self._host.deadlines.keep(here.spis, child.spi_in, wall + due)
+
+    def _count_on(self, shape: IkeContext, here: IkeContext) -> None:
+        """Limits of octets and packets go on where they were. Not before charon is active: a limit that is
+        reached makes it begin a rekey, which nobody would hear."""
+        kernel = self._host.kernel
+        for child, given in zip(shape.children, here.children, strict=True):
+            used = given.lifetime
+            rekeyed = (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r)
+            if kernel is None or rekeyed or not (used.bytes_used or used.packets_used):
+                continue
+            try:
+                for sa in self._host.kernel_pair(shape, child):
+                    if sa is not None:
+                        kernel.count_on(sa, used.bytes_used, used.packets_used)
+            except (KernelError, WireError) as error:
+                log.warning("octets and packets of CHILD_SA %s are counted anew: %s", child.name, error)
 
     async def undo(self, context: IkeContext) -> None:
         """See `ContextSink.undo`."""

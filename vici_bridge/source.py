@@ -21,7 +21,7 @@ from ikectx.context import (
     FinalChild,
     FinalState,
     IkeContext,
-    PolicyContext,
+    PeerContext,
 )
 from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, UnknownSaError
 from ikectx.keys import esp_keys
@@ -147,9 +147,8 @@ class CharonSource:
                 children.append(self._measured(context, child, seen))
         context = replace(context, children=tuple(children))
         conn = (await host.connections()).get(context.connection)
-        peer = peer_context(context.connection, conn) if conn is not None else None
-        agent = host.has_agent(context)
-        return replace(context, policies=self._policies(context), peer=peer, update_spi=agent)
+        peer = None if conn is None else _admitted(context, peer_context(context.connection, conn))
+        return replace(context, peer=peer, update_spi=host.has_agent(context))
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
         """The child with what only the kernel knows: counters, windows, limits."""
@@ -164,7 +163,7 @@ class CharonSource:
             check_kernel(child.name, kept)
         self._compare_keys(context, child, inbound, outbound)
         state_in, used_in = kernel.get_replay(inbound, outbound=False)
-        state_out, _ = kernel.get_replay(outbound, outbound=True)
+        state_out, used_out = kernel.get_replay(outbound, outbound=True)
         limits = inbound.limits
         return replace(
             child,
@@ -174,8 +173,9 @@ class CharonSource:
                 lifetime,
                 bytes_limit=limits.hard_bytes,
                 packets_limit=limits.hard_packets,
-                bytes_used=used_in.bytes,
-                packets_used=used_in.packets,
+                # one figure for both: either of them has the CHILD_SA rekeyed when it reaches its limit
+                bytes_used=max(used_in.bytes, used_out.bytes),
+                packets_used=max(used_in.packets, used_out.packets),
             ),
         )
 
@@ -192,36 +192,6 @@ class CharonSource:
                     "cannot be moved; rekey it without, or let the MN connect anew",
                     status=Status.NOT_COVERED,
                 )
-
-    def _policies(self, context: IkeContext) -> tuple[PolicyContext, ...]:
-        """The SPD entries of the children, by their requests' ids."""
-        kernel = self._host.kernel
-        if kernel is None or not context.children:
-            return ()
-        reqids: dict[int, int] = {}
-        for index, child in enumerate(context.children):
-            inbound, _ = self._host.kernel_pair(context, child)
-            if inbound is not None:
-                reqids[inbound.reqid] = index
-        found = []
-        for policy in kernel.policies_about(reqids):
-            child_index = next((reqids[t.reqid] for t in policy.templates if t.reqid in reqids), None)
-            if child_index is not None and policy.direction in ("in", "out", "fwd"):
-                child = context.children[child_index]
-                inward = policy.direction != "out"
-                mine, theirs = (
-                    (policy.destination, policy.source) if inward else (policy.source, policy.destination)
-                )
-                found.append(
-                    PolicyContext(
-                        child_index,
-                        policy.direction,
-                        _index(child.local_ts, mine),
-                        _index(child.remote_ts, theirs),
-                        policy.priority,
-                    )
-                )
-        return tuple(sorted(found, key=lambda p: (p.child, p.direction, p.local_ts, p.remote_ts)))
 
     async def freeze(
         self,
@@ -514,15 +484,6 @@ def _leads_to(policy: KernelPolicy, reqids: Collection[int], mn: Address) -> boo
     return any(one.reqid in reqids and one.destination == mn for one in policy.templates)
 
 
-def _index(selectors: tuple[object, ...], network: object) -> int:
-    """Which selector a policy's network belongs to; 0 where it is none exactly (a range split in two)."""
-    for index, selector in enumerate(selectors):
-        start = getattr(selector, "start", None)
-        if start is not None and str(network).split("/", 1)[0] == str(start):
-            return index
-    return 0
-
-
 def in_the_way(view: SaView, away: bool) -> tuple[str, ...]:
     """charon's tasks that keep an SA where it is; `away`: not those whose request stays without an answer."""
     return tuple(task for task in view.tasks if not (away and task in ABOUT_ADDRESSES))
@@ -541,3 +502,9 @@ def _refuse_busy(view: SaView, away: bool) -> None:
     for child in view.children:
         if child.state not in (*_LIVING, *_LEAVING):
             raise BusyError(f"the CHILD_SA {child.name} is {child.state}")
+
+
+def _admitted(context: IkeContext, peer: PeerContext) -> PeerContext:
+    """What of the PAD entry nSG looks at: how the MN was authenticated. The rest is this gateway's own."""
+    names = tuple(dict.fromkeys(child.name for child in context.children))
+    return PeerContext(peer.connection, remote_auth=peer.remote_auth, children=names)
