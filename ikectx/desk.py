@@ -354,13 +354,14 @@ class Desk:
             await self._deny(link, message.mn, header.transfer_id)
             return
         known = self.runs.get(header.transfer_id) or self._stored(header.transfer_id)
+        who = str(context.remote_id)
         if known is not None:
-            if not await self._doubted(link, known, final_of(context), message.mn):
+            if not await self._doubted(link, known, final_of(context), message.mn, who):
                 await self._again(known, TargetInput.WHOLE, link, message)
             return
         wanted = self._wanted(self.peer, message.mn, context, header)
         if wanted is None:
-            if not await self._doubted(link, None, final_of(context), message.mn):
+            if not await self._doubted(link, None, final_of(context), message.mn, who):
                 await self._deny(link, message.mn, header.transfer_id)
             return
         run = Incoming(self._parts, self._entry(message, context, header), context, header)
@@ -402,7 +403,9 @@ class Desk:
         log.warning("%s let go of an SA for %s that it had not offered", link.label, mn)
         await answer(link, mn, refusal(Status.UNKNOWN_TRANSFER, "nobody offered it"))
 
-    async def _doubted(self, link: Link, run: Incoming | None, final: FinalState, mn: Address) -> bool:
+    async def _doubted(
+        self, link: Link, run: Incoming | None, final: FinalState, mn: Address, who: str = ""
+    ) -> bool:
         """Answer IN_DOUBT to a CTD whose transfer is not known, or was in doubt before, if the SA is here.
 
         Nothing is written to the journal, so that the next copy of the CTD is denied as soon as the operator
@@ -410,7 +413,7 @@ class Desk:
         """
         if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
             return False
-        found = await doubt(self._parts, final, mn)
+        found = await doubt(self._parts, final, mn, who)
         if not found:
             if run is not None:
                 run.error = RefusedError("the SA has been ended here", status=Status.UNKNOWN_TRANSFER)

@@ -81,15 +81,15 @@ async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
         return 0
 
 
-async def doubt(parts: Parts, final: FinalState, mn: Address) -> str:
+async def doubt(parts: Parts, final: FinalState, mn: Address, who: str = "") -> str:
     """Why this gateway may serve an SA that its journal does not know, in words; empty: it does not.
 
     A gateway that lost its journal (or restored an old one) must not deny an SA that its charon still serves,
     because the other gateway would then serve the SA as well. If charon or the kernel cannot be asked, the SA
-    is not denied either.
+    is not denied either. `who`: the mobile node's identity if it is known; others may have its address (NAT).
     """
     try:
-        return await step("look for the SA", still_here(parts.sink, final, mn), parts.timing)
+        return await step("look for the SA", still_here(parts.sink, final, mn, who), parts.timing)
     except IkectxError as error:
         return f"charon or the kernel could not be asked for the SA: {error}"
 
@@ -321,7 +321,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         verdicts = tuple(await self.parts.sink.check(context, self.keep))
         status = first_failure(verdicts)
         if status is not Status.OK:
-            if self.whole and (found := await doubt(self.parts, self._last, self.mn)):
+            if self.whole and (found := await doubt(self.parts, self._last, self.mn, str(context.remote_id))):
                 # the names in use here may be those of this very SA, taken before the journal was lost
                 raise RefusedError(found, status=Status.IN_DOUBT)
             self._verdicts = verdicts

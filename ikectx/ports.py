@@ -245,18 +245,19 @@ def stay(source: ContextSource, sa: SaName) -> None:
 class Witness(Protocol):
     """Optional: a sink that can find out whether an SA is at this gateway although no journal has it."""
 
-    async def still_here(self, final: FinalState, mn: Address) -> str:
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
         """The parts of that SA that charon or the kernel has, in words; empty: none. Changes nothing.
 
-        `mn`: the outer address by which the other gateway knows the mobile node. The SA may have other SPIs
-        here. Errors: CharonError, KernelError, WireError if one of them cannot be asked.
+        `mn`: the outer address by which the other gateway knows the mobile node; `who`: its identity, empty
+        if that is not known. The SA may have other SPIs here. Errors: CharonError, KernelError, WireError if
+        one of them cannot be asked.
         """
 
 
-async def still_here(sink: ContextSink, final: FinalState, mn: Address) -> str:
+async def still_here(sink: ContextSink, final: FinalState, mn: Address, who: str) -> str:
     """Of `sink`; empty if it cannot say. Errors: as `Witness.still_here`."""
-    call: Callable[[FinalState, Address], Awaitable[str]] | None = getattr(sink, "still_here", None)
-    return "" if call is None else await call(final, mn)
+    call: Callable[[FinalState, Address, str], Awaitable[str]] | None = getattr(sink, "still_here", None)
+    return "" if call is None else await call(final, mn, who)
 
 
 class Settler(Protocol):

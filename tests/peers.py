@@ -327,7 +327,7 @@ class MemoryGateway:
             return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE, "it is here")]
         return self.verdicts
 
-    async def still_here(self, final: FinalState, mn: Address) -> str:
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
         await self._step("look")
         sa = (final.spi_i, final.spi_r)
         return "charon has it" if sa in self.served or sa in self.passive else ""

@@ -165,6 +165,8 @@ def test_b4_an_sa_that_another_gateway_let_go_is_found_under_any_of_its_names() 
     assert "under one of its SPIs" in still_here(final, elsewhere, [one], [], [spi_in])
     assert still_here(final, elsewhere, [one], [one.spis], [spi_in]) == ""
     assert f"a mobile node at {mn}" in still_here(final, mn, [other], [], [])
+    assert f"a mobile node at {mn}" in still_here(final, mn, [other], [], [], str(other.remote_id))
+    assert still_here(final, mn, [other], [], [], "another.example") == "", "both are behind one NAT"
     # charon has gone, the kernel goes on
     assert f"ESP SA {spi_in.hex()}" in still_here(final, elsewhere, [other], [], [spi_in])
 

@@ -81,12 +81,14 @@ def still_here(
     views: Iterable[SaView],
     known: Collection[SaName],
     esp: Collection[bytes],
+    who: str = "",
 ) -> str:
     """What is here of an SA that another gateway let go, in words; empty: nothing.
 
     `known`: SAs whose keys this agent has, so that it knows them for others. `esp`: inbound SPIs of `final`
     that the kernel has. An SA that came here may have been given other SPIs; it is then recognized by what
-    has stayed: an SPI, or the MN's outer address `mn`.
+    has stayed: an SPI, or the MN's outer address `mn` with its identity `who`. If `who` is empty the address
+    alone counts, which others may have as well (NAT).
     """
     theirs = {child.spi_in for child in final.children}
     others: set[bytes] = set()
@@ -99,7 +101,7 @@ def still_here(
             others |= inbound
         elif view.spi_i == final.spi_i or view.spi_r == final.spi_r or inbound & theirs:
             return f"{name} under one of its SPIs, and this agent does not know that SA"
-        elif view.remote.address == mn:
+        elif view.remote.address == mn and who in ("", view.remote_id):
             return f"{name} with a mobile node at {mn}, and this agent does not know that SA"
     for spi in esp:
         if spi not in others:

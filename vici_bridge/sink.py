@@ -147,7 +147,7 @@ class CharonSink:
                     )
         return verdicts, taken
 
-    async def still_here(self, final: FinalState, mn: Address) -> str:
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
         """See `ikectx.ports.Witness`."""
         host, kernel = self._host, self._host.kernel
         views = await host.views()
@@ -162,7 +162,7 @@ class CharonSink:
                     kernel.get_sa(address, spi, ESP_PROTOCOL) is not None for address in host.config.addresses
                 )
             ]
-        return still_here(final, mn, views, host.record.names(), esp)
+        return still_here(final, mn, views, host.record.names(), esp, who)
 
     def _check_spis(
         self, context: IkeContext, here: IkeContext, taken: Taken, views: Sequence[SaView]
