@@ -1,9 +1,10 @@
-"""Outer addresses of a mobile node: which one leads to a gateway, and when they change. I/O.
+"""Outer addresses of a mobile node: which of them leads to a gateway, and when they change. I/O.
 
-A tunnel may draw everything into itself (strongSwan's table 220 has a route for each remote selector, with
-the virtual IP as source), so the routing table's choice of a source is taken only where it is none of those.
+The routing table's choice of a source address may be the virtual IP, because a tunnel may catch all packets
+(strongSwan's table 220 has a route for each remote selector, with the virtual IP as source). So the choice is
+used only if it is no virtual IP.
 
-Not every address will do: a link-local one does not, since no router sends its packets on, nor does one whose
+Not every address is usable: a link-local one is not, because no router forwards its packets, nor is one whose
 uniqueness is still being probed or was found wrong (RFC 4862, 5.4), nor a deprecated one (5.5.4).
 """
 
@@ -34,34 +35,34 @@ _UNUSABLE = 0x04 | 0x08 | 0x20 | 0x40
 """IFA_F_OPTIMISTIC, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE (linux/if_addr.h)."""
 _NUDGE_TABLE = 4068
 _NOWHERE = {4: "192.0.2.254", 6: "2001:db8::fffe"}
-"""Documentation addresses (RFC 5737, RFC 3849), which no packet is for."""
+"""Documentation addresses (RFC 5737, RFC 3849), to which no packet is sent."""
 
 
 class OuterAddresses:
-    """Of the network namespace that this object was made in. Calls take some 100 us."""
+    """The outer addresses in the network namespace that this object was made in. Calls take some 100 us."""
 
     def __init__(self) -> None:
         self._route = Netlink(ROUTE, "routes")
         self._changes: Changes | None = None
 
     def close(self) -> None:
-        """Stop watching, too."""
+        """Close the socket, and stop watching."""
         if self._changes is not None:
             self._changes.close()
             self._changes = None
         self._route.close()
 
     def is_local(self, address: Address) -> bool:
-        """Whether it is one of this host. Errors: KernelError."""
+        """Whether `address` is one of this host. Errors: KernelError."""
         return is_local(self._route, address)
 
     def towards(
         self, remote: Address, *, avoid: Collection[Address] = (), among: Sequence[Address] = ()
     ) -> Address | None:
-        """The local address from which to reach `remote`; None: there is no way.
+        """The local address from which to reach `remote`; None: there is no route.
 
-        `among`: only these will do, the first ones rather; `avoid`: those will not do, as virtual IPs.
-        Errors: KernelError.
+        `among`: only these addresses are possible, in the order of preference; `avoid`: addresses that are
+        not, such as virtual IPs. Errors: KernelError.
         """
         usable = [one for one in self._usable(remote.version) if one not in avoid]
         if among:
@@ -88,10 +89,10 @@ class OuterAddresses:
         self._changes = Changes(ADDRESSES | ROUTES, changed)
 
     def nudge(self, remote: Address) -> None:
-        """Make charon look whether its ways are still good: a route to nowhere comes and goes.
+        """Make charon check whether its paths are still good, by adding and removing a route to nowhere.
 
-        charon hears of changes from the kernel and ignores them for passive SAs; it is not told again when
-        they become active (strongSwan 5.9.8, 6.0.6). Raises nothing.
+        charon is told of changes by the kernel and ignores them for passive SAs, and it is not told again
+        when they become active (strongSwan 5.9.8, 6.0.6). Raises nothing.
         """
         try:
             _, device = way_to(self._route, self.towards(remote) or remote, remote)
@@ -122,7 +123,7 @@ def _route_message(number: int, flags: int, version: int, device: int) -> Reques
 
 
 def _chosen_source(remote: Address) -> Address | None:
-    """What the kernel would take as source."""
+    """The source address that the kernel would choose."""
     family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         try:

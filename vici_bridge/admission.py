@@ -1,7 +1,7 @@
-"""Holds an SA that comes in against this gateway's configuration: what charon tells, and ikectx.toml.
+"""Compares an SA that comes in with this gateway's configuration: that of charon, and ikectx.toml.
 
-The names of protocols and ports in charon's traffic selectors are read from this host's /etc/protocols and
-/etc/services, as charon took them from there (I/O).
+The names of protocols and ports in charon's traffic selectors are looked up in this host's /etc/protocols and
+/etc/services, because charon took them from there (I/O).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ View = Mapping[str, Any]
 
 
 class Config(Protocol):
-    """What of a gateway's configuration counts here (`host.HostConfig`)."""
+    """The part of a gateway's configuration that is needed here (`host.HostConfig`)."""
 
     @property
     def addresses(self) -> tuple[Address, ...]: ...
@@ -47,7 +47,7 @@ def numbered(name: str, protocol: str) -> int:
 def admit(
     here: IkeContext, connections: Mapping[str, View], pools: Mapping[str, View], config: Config
 ) -> list[Verdict]:
-    """What of the SA its connection here does not allow; nothing where it has none, see `check_names`."""
+    """The refusals by its connection here; none if it has no connection here, see `check_names`."""
     if here.connection not in connections:
         return []
     try:

@@ -1,8 +1,8 @@
-"""What a connection here allows: charon's own words for it (VICI), read into something to compare with. Pure.
+"""What a connection of this gateway allows: charon's answers over VICI in a form that can be compared. Pure.
 
 Source: `list-conns` and `get-pools` of strongSwan 5.9.8 and 6.0.6 (vici_query.c, traffic_selector.c,
-mem_pool.c). charon tells neither the pools of a connection nor, before 6.0.7, its proposals; `Rules` has what
-the operator says of those in ikectx.toml.
+mem_pool.c). charon reports neither the pools of a connection nor, before 6.0.7, its proposals; `Rules` has
+the operator's configuration of those from ikectx.toml.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MODES = {
     "TRANSPORT_PROXY": frozenset({Mode.TRANSPORT, Mode.TUNNEL}),
     "BEET": frozenset({Mode.BEET, Mode.TUNNEL}),
 }
-"""What a child of that mode can become: where the peer wants no other mode charon takes tunnel mode."""
+"""Modes that a child of that mode can have: charon takes tunnel mode if the peer wants no other mode."""
 _ICMP = (1, 58)
 
 
@@ -57,7 +57,7 @@ class Range:
         return address.version == self.start.version and int(self.start) <= int(address) <= int(self.end)
 
     def covers(self, other: TrafficSelector) -> bool:
-        """Whether all addresses of that selector are in here."""
+        """Whether all addresses of that selector are in this range."""
         return other.start in self and other.end in self
 
     def overlaps(self, other: Range) -> bool:
@@ -68,7 +68,7 @@ class Range:
 
     @property
     def everything(self) -> bool:
-        """Is it all addresses of its family?"""
+        """Whether the range has all addresses of its family."""
         return int(self.start) == 0 and int(self.end) == (1 << self.start.max_prefixlen) - 1
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ class AllowedChild:
 
 @dataclass(frozen=True, slots=True)
 class AllowedRound:
-    """One authentication round. Empty identities: charon does not care. `eap`: it is one of EAP."""
+    """One authentication round. Empty identities: any is allowed. `eap`: it is an EAP round."""
 
     id: str = ""
     eap_id: str = ""
@@ -181,11 +181,11 @@ class AllowedConnection:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What ikectx.toml says of a connection, because charon does not tell it.
+    """The settings of a connection in ikectx.toml, for properties that charon does not report.
 
     `local_ids`: identities under which other gateways authenticate to mobile nodes, beside our own.
-    `virtual_ips`: what mobile nodes may have; empty: what charon's pools here can give. `ike`, `esp`: the
-    proposals; empty: anything above the floor.
+    `virtual_ips`: virtual IPs that mobile nodes may have; empty: those of charon's pools here. `ike`, `esp`:
+    the proposals; empty: anything above the floor.
     """
 
     local_ids: tuple[str, ...] = ()
@@ -196,7 +196,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where a gateway stands. `own`: addresses of it; `peers`: of its peers; `inside`: what it protects."""
+    """The addresses around a gateway. `own`: its own; `peers`: those of its peers; `inside`: those it
+    protects."""
 
     own: frozenset[Address] = frozenset()
     peers: frozenset[Address] = frozenset()
@@ -214,7 +215,8 @@ def inside_of(connections: Iterable[AllowedConnection]) -> tuple[Range, ...]:
 
 
 def pool_ranges(pools: Mapping[str, View]) -> tuple[Range, ...]:
-    """What charon's pools give, from `get-pools`: `size` addresses from `base` on. Errors: WireError."""
+    """The addresses of charon's pools, from `get-pools`: `size` addresses from `base` on. Errors:
+    WireError."""
     found = []
     for name, pool in sections({"get-pools": pools}, "get-pools").items():
         size = _number(pool, "size")
@@ -231,12 +233,13 @@ def pool_ranges(pools: Mapping[str, View]) -> tuple[Range, ...]:
 
 @lru_cache(maxsize=1 << 16)
 def _selector(text: str, lookup: Lookup) -> AllowedSelector:
-    """Read once: each SA that comes in asks for the same hundreds that charon told the last time."""
+    """Cached, because each SA that comes in needs the same hundreds of selectors that charon reported
+    before."""
     return AllowedSelector.parse(text, lookup)
 
 
 def sections(view: View, key: str) -> Mapping[str, View]:
-    """The sections below a key of charon's, by name; none where it is not there. Errors: WireError."""
+    """The sections below a key of charon's, by name; none if the key is missing. Errors: WireError."""
     found = view.get(key, {})
     if not isinstance(found, Mapping) or not all(isinstance(one, Mapping) for one in found.values()):
         raise WireError(f"charon's {key} is no list of sections")
@@ -260,7 +263,7 @@ def _child(name: str, view: View, lookup: Lookup) -> AllowedChild:
 
 
 def _rounds(view: View, side: str) -> tuple[AllowedRound, ...]:
-    """charon numbers them from 1 on in their order."""
+    """The rounds of one side; charon numbers them from 1 on in their order."""
     found: list[AllowedRound] = []
     while isinstance(entry := view.get(f"{side}-{len(found) + 1}"), Mapping):
         eap = entry.get("class") == "EAP"

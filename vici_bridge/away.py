@@ -1,14 +1,14 @@
 """`Away`: the SAs that left this gateway, and what the kernel does with packets for their mobile nodes. I/O.
 
-Behind each SA that left stand policies that drop what the SA protected, of the lowest priority there is;
-before them, as long as another gateway has the SA, policies that let these packets leave by the device
-towards that gateway, and a route that leads them there. Forwarded packets are routed first and then looked up
-in the SPD with their device, so where the route vanishes the block is left. What charon installs for the same
-packets goes before both. With ESP in user space, where there are no policies, an unreachable route stands
-behind the detour instead.
+Behind each SA that left there are policies that drop the packets that the SA protected, of the lowest
+priority there is. Before them, as long as another gateway has the SA, are policies that let these packets
+leave by the device towards that gateway, and a route that leads them there. Forwarded packets are routed
+first and then looked up in the SPD with their device, so if the route vanishes, the block remains. The
+policies that charon installs for the same packets precede both. With ESP in user space, which has no
+policies, an unreachable route behind the detour is the block.
 
-The store is written first when something is shut or sent on, and last when it is opened: `restore` puts into
-the kernel what the store says, after a crash at any moment, a reboot, or a flush of the SPD by others.
+The store is written first when packets are blocked or sent on, and last when that ends. `restore` puts into
+the kernel what the store has, after a crash at any moment, a reboot, or a flush of the SPD by others.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from .xfrm_parts import Network
 log = logging.getLogger(__name__)
 
 Pair = tuple[Sequence[Network], Sequence[Network]]
-"""Our networks and the mobile node's, of one CHILD_SA."""
+"""The networks of this side and of the mobile node, of one CHILD_SA."""
 Ways = dict[tuple[str, int], int]
-"""Devices by gateway and IP version, 0: no way there."""
+"""Devices by gateway and IP version, 0: there is no way."""
 _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
 KIND = "detour"
 """Kind of store entry, by the name that the SA had when it left: a `Departure`."""
 
 
 class Away:
-    """All departures of one gateway; those of the store from `load` on.
+    """All departures of one gateway; those in the store are there after `load`.
 
-    `kernel` is None where ESP is in user space. `ways`: by peer name, the inner addresses of that gateway.
-    `announced`: connections for whose mobile nodes the network finds the way itself.
+    `kernel` is None if ESP is in user space. `ways`: by peer name, the inner addresses of that gateway.
+    `announced`: connections for whose mobile nodes the network inside follows by itself.
     """
 
     def __init__(
@@ -78,15 +78,16 @@ class Away:
         self._wall = wall
         self._rows: dict[str, Departure] = {}
         self._named: defaultdict[str, set[str]] = defaultdict(set)
-        """Keys of rows by what they are looked for: mobile nodes and prefixes. There may be thousands."""
+        """Keys of rows by mobile nodes and prefixes, because rows are looked up by them. There may be
+        thousands."""
         self._direct: Counter[SaName] = Counter()
         self._announced = announced
         self._found: set[SaName] = set()
-        """SAs that are leaving, whose packets the network leads to where they go."""
+        """SAs that are leaving, whose packets the network inside leads to the new gateway by itself."""
         self.behind = Behind(store, kernel)
 
     def load(self) -> None:
-        """Read the store; what cannot be read is logged and left there."""
+        """Read the store; a row that cannot be read is logged and left there."""
         self.behind.load()
         for key, raw in self._store.items(KIND):
             try:
@@ -95,7 +96,7 @@ class Away:
                 log.error("%s (%s)", error, error.hint or "it is left as it is")
 
     def listing(self) -> list[Departure]:
-        """All of them, those that left first in front."""
+        """All departures, oldest first."""
         return sorted(self._rows.values(), key=lambda row: row.since)
 
     def way(self, prefix: str, to: str) -> int:
@@ -104,7 +105,8 @@ class Away:
 
     @contextlib.contextmanager
     def without_detour(self, sas: Iterable[SaName]) -> Iterator[None]:
-        """Whichever of these leaves meanwhile: its packets are not sent on, the operator wants it so."""
+        """Packets of these SAs are not sent on if they leave within this block, because the operator wants
+        so."""
         names = list(sas)
         self._direct.update(names)
         try:
@@ -117,10 +119,11 @@ class Away:
     def leave(
         self, context: IkeContext, to: str, policies: Iterable[KernelPolicy], *, unprepared: bool = False
     ) -> None:
-        """The SA goes to the peer `to`: shut what `policies` protect, and send packets on if there is a way.
+        """The SA goes to the peer `to`: block the packets that `policies` protect, and send them on if
+        possible.
 
-        The policies may be taken out of the kernel afterwards. `unprepared`: the peer has nothing of it yet,
-        and may itself send its packets here. Errors: KernelError, StoreError.
+        The policies may be taken out of the kernel afterwards. `unprepared`: the peer has no part of the SA
+        yet, and may itself send its packets here. Errors: KernelError, StoreError.
         """
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         row = Departure(
@@ -145,30 +148,30 @@ class Away:
     def _one_armed(self, row: Departure) -> tuple[str, ...]:
         """Prefixes whose packets would leave by the same device without the detour.
 
-        No policy tells those two apart. What stands behind them is an unreachable route, as where ESP is in
-        user space.
+        No policy can tell these packets from others there, so an unreachable route is their block, as if ESP
+        were in user space.
         """
         allowed = {policy.selector.ifindex for policy in row.allows}
         return tuple(prefix for prefix in row.led if self._detour.device_now(prefix) in allowed)
 
     def back(self, sa: SaName) -> None:
-        """The SA is served here again as it was: nothing is sent on or shut any more. Idempotent."""
+        """The SA is served here again as before: end its detour and its block. Idempotent."""
         row = self._rows.get(sa.key)
         self._found.discard(sa)
         if row is not None and (row.stage in _LETTING_GO or not row.peer):
             self._change(row, None)
 
     def left(self, sa: SaName) -> Departure | None:
-        """The other gateway serves it: send its packets on, and say so. Idempotent.
+        """The other gateway serves the SA: send its packets on, and log that. Idempotent.
 
-        Gives the departure, None where there is none. Errors: KernelError, StoreError.
+        Returns the departure, None if there is none. Errors: KernelError, StoreError.
         """
         row = self._rows.get(sa.key)
         if row is None or row.stage not in _LETTING_GO:
             return row
         now = row.told(News.LEFT)
         if row.stage is Stage.LEAVING:
-            self._keep(now)  # the kernel does already what is to be done
+            self._keep(now)  # the kernel has the right routes and policies already
         else:
             self._change(row, now)
         row = self._rows[row.key]
@@ -189,7 +192,8 @@ class Away:
         return row
 
     def hear(self, peer: str, sa: SaName, epoch: int, news: News, to: str) -> Departure | None:
-        """The peer says where the SA is that was given to it, `to` with MOVED. None: it has no say in it.
+        """Take in the peer's notice about an SA that was given to it, `to` with MOVED. None: it has no say in
+        it.
 
         Errors: KernelError, StoreError.
         """
@@ -206,14 +210,15 @@ class Away:
     # It comes back, or its address is used here again.
 
     def comes(self, context: IkeContext) -> None:
-        """The SA is about to be taken in here: the gateway that has it may send its packets to us."""
+        """The SA is about to be taken in here, so the gateway that has it may send its packets to us."""
         for row in self._rows_of(context):
             self._change(row, row.told(News.COMES))
 
     def awaits(self, context: IkeContext, reqids: Collection[int]) -> None:
-        """The SA is prepared here, with policies of these requests: who has it may send its packets here.
+        """The SA is prepared here, with policies of these reqids, so the gateway that has it may send packets
+        here.
 
-        What comes is never to leave in the clear, also where the SA is not taken in the end. Idempotent.
+        Such packets must never leave in the clear, even if the SA is not taken in the end. Idempotent.
         """
         try:
             outside = self._detour.device_now(str(context.remote.address))
@@ -223,27 +228,28 @@ class Away:
         self.behind.stand(context, reqids, outside)
 
     def opens(self, context: IkeContext) -> None:
-        """charon leads packets to the SA now, also with ESP in user space: nothing may stand before that."""
+        """charon leads packets to the SA now, also with ESP in user space: remove any block in front of
+        it."""
         for row in self._rows_of(context):
             self._detour.open_up(row.closed)
 
     def stays(self, context: IkeContext) -> None:
-        """It is not taken in after all; who has it will say that it does."""
+        """The SA is not taken in after all; the gateway that has it will report that."""
         for row in self._rows_of(context):
             if row.stage is Stage.COMING:
                 self._change(row, row.told(News.STAYS))
 
     def serves(self, sa: SaName, who: str, children: Iterable[Pair]) -> list[Departure]:
-        """The mobile node `who` has an SA here with these networks, ours and its.
+        """The mobile node `who` has an SA here with these networks of both sides.
 
-        What left of the same node, or for the same addresses, ends; gives those of which nothing is left.
+        Departures of the same node, or for the same addresses, end; returns those of which nothing is left.
         Errors: KernelError, StoreError.
         """
         used, over = list(children), []
         self.behind.serves(who, used)
         for row in self._candidates(who, (str(network) for _, remote in used for network in remote)):
             if row.sa == sa and row.stage in _LETTING_GO:
-                continue  # it stands here still
+                continue  # it is served here, too, under its old name
             left = row.without(who, used)
             if left != row:
                 log.info("%s is here again: its packets are not sent on any more", who)
@@ -254,7 +260,7 @@ class Away:
     # The operator.
 
     def end(self, sa: SaName, *, unblock: bool) -> Departure:
-        """Send nothing on any more for that SA; `unblock`: and drop nothing any more. Gives what it was.
+        """Send nothing on any more for that SA; with `unblock` also remove its block. Returns the departure.
 
         Errors: UnknownSaError.
         """
@@ -264,14 +270,14 @@ class Away:
                 f"no SA {sa} has left this gateway",
                 hint="`ikectx detours` lists those that have",
             )
-        # without prefixes nothing that the other gateway says brings it back
+        # without prefixes no notice of the other gateway can begin the detour again
         self._change(row, None if unblock else replace(row.told(News.ENDS), prefixes=()))
         return row
 
     # The kernel.
 
     def restore(self) -> None:
-        """Put into the kernel what the store says, and take out what it does not. What fails is logged."""
+        """Put into the kernel what the store has, and remove the rest. Failures are logged."""
         self.behind.restore()
         rows = self.listing()
         try:
@@ -300,7 +306,7 @@ class Away:
                 log.error("packets for %s, which is at %s, cannot be sent on: %s", row.mn, row.at, error)
 
     def look_again(self) -> None:
-        """Devices or addresses changed, or somebody removed our routes: lead packets as it goes now."""
+        """Devices or addresses changed, or somebody removed our routes: adapt the detours."""
         ways: Ways = {}
         last: dict[str, tuple[Address, ...]] = {}
         for row in self.listing():
@@ -317,10 +323,10 @@ class Away:
             self._add([prefix for prefix, by in last.items() if by == via], via)
 
     def _led(self, row: Departure, known: Ways | None = None) -> Departure:
-        """With the way there is now to where it is, and the policies that let packets go that way.
+        """The departure with the present way to the gateway that has the SA, and the policies for that way.
 
-        A gateway that we know no way to is reached through the one that the SA was given to. `known`: what
-        was found just now for other departures.
+        If there is no way to that gateway, packets go to the one that the SA was given to. `known`: ways that
+        were found just now for other departures.
         """
         known = {} if known is None else known
         if row.stage not in SENT_ON:
@@ -342,7 +348,7 @@ class Away:
         return replace(row, led=texts, via=via, allows=tuple(allows.values()))
 
     def _way(self, network: Network, name: str, known: Ways) -> int:
-        """As `way`, asked once for each gateway and IP version, unless it depends on more."""
+        """As `way`, but asked once for each gateway and IP version, unless it depends on the network."""
         if any(gateway in network for gateway in self._ways.get(name, ())):
             return 0
         if (name, network.version) not in known:
@@ -350,7 +356,7 @@ class Away:
         return known[name, network.version]
 
     def _rows_of(self, context: IkeContext) -> list[Departure]:
-        """Those whose addresses the SA has."""
+        """The departures that have an address of the SA."""
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         used: list[Pair] = [((), _networks(remote))]
         who = str(context.remote_id)
@@ -386,7 +392,7 @@ class Away:
                 del self._named[name]
 
     def _change(self, row: Departure, now: Departure | None) -> None:
-        """Store and kernel as `now` says, None: nothing is left of it. Errors: KernelError, StoreError."""
+        """Change store and kernel to `now`, None: remove the departure. Errors: KernelError, StoreError."""
         if now is not None:
             now = self._led(now) if now.peer else now
             self._keep(now)
@@ -396,7 +402,7 @@ class Away:
         others = self._candidates(row.mn, row.names)
         wanted = {prefix for other in others for prefix in other.sent_on}
         self._detour.remove(sorted(set(row.sent_on) - wanted))
-        # of two that have an address, the one that left last leads its packets
+        # if two departures have the same address, the later one leads its packets
         for other in sorted(others, key=lambda one: one.since):
             if other is now or set(other.sent_on) & set(row.sent_on):
                 self._send_on(other)
@@ -434,7 +440,7 @@ class Away:
 
 
 def pairs_of(context: IkeContext) -> list[Pair]:
-    """Our networks and the mobile node's, of each CHILD_SA."""
+    """The networks of both sides, for each CHILD_SA."""
     return [
         (_networks(prefixes(child.local_ts)), _networks(prefixes(child.remote_ts)))
         for child in context.children
@@ -442,7 +448,7 @@ def pairs_of(context: IkeContext) -> list[Pair]:
 
 
 def pairs_in(view: SaView) -> list[Pair]:
-    """The same, as charon lists them."""
+    """The same, from charon's listing."""
     installed = [child for child in view.children if child.state == "INSTALLED"]
     return [(_networks(child.local_ts), _networks(child.remote_ts)) for child in installed]
 

@@ -1,20 +1,20 @@
-"""`Behind`: the policies that stand behind SAs which came from another gateway, for when these end. I/O.
+"""`Behind`: block policies behind SAs that came from another gateway, for the time after their end. I/O.
 
-The gateway that gave an SA sends its packets on to here until it has heard that the SA is gone, and the
-network may have been told to send them here. When the mobile node ends its SA, charon takes the policies
-away, and what still comes would leave in the clear. So each outbound policy of such an SA has one behind it
-that drops the same packets, of the least priority there is: it matters when no other is left. It stays until
-another mobile node has the address here, or the operator says otherwise (`ikectx detours --end NAME
---unblock`). Nothing stands behind a policy for everything (as of a route-based VPN without marks), because it
-would cut the gateway off, nor behind one for the mobile node's outer address (transport mode), because pSG
-does not send such packets on.
+The gateway that gave an SA sends its packets on to here until it was told that the SA is gone, and the
+network may send them here, too. When the mobile node ends its SA, charon removes the policies, so packets
+that still arrive would leave in the clear. So each outbound policy of such an SA has a block policy behind it
+that drops the same packets, of the least priority there is, so that it matters only if there is no other. It
+remains until another mobile node has the address here, or the operator removes it (`ikectx detours --end NAME
+--unblock`). There is no block behind a policy for everything (as of a route-based VPN without marks), because
+it would cut the gateway off, nor behind one for the mobile node's outer address (transport mode), because the
+old gateway does not send such packets on.
 
-One stands already when an SA is only prepared here: from then on the gateway that has it may send its packets
-on to here. Where the SA is not taken in the end, that gateway hears so after its policies have gone here, and
-goes on sending until then. This block drops what would leave by the device that leads to the mobile node's
-outer address, and nothing else, since the way to the gateway that serves it may lead through here.
+A block is there already when an SA is only prepared, because from then on the gateway that has it may send
+its packets here. If the SA is not taken in the end, that gateway is told so after the SA's policies were
+removed here, and goes on sending until then. This block drops only packets that would leave by the device
+towards the mobile node's outer address, because the way to the gateway that serves it may lead through here.
 
-With ESP in user space there are no policies, and nothing stands behind an SA.
+With ESP in user space there are no policies, and so no blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .xfrm_parts import Network
 log = logging.getLogger(__name__)
 
 BEHIND = int.from_bytes(b"IKEB")
-"""The `user` of these policies' selectors, as `departures.OURS` is that of others."""
+"""The `user` of these policies' selectors, as `departures.OURS` is that of departures."""
 
 KIND = "behind"
 """Kind of store entry, by a digest of the policy: a `Block`."""
@@ -48,7 +48,7 @@ KIND = "behind"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A policy that stands behind the SA `sa` (the name under which it came) of the mobile node `mn`."""
+    """A block behind the SA `sa` (its name when it came) of the mobile node `mn`."""
 
     sa: SaName
     mn: str
@@ -56,17 +56,17 @@ class Block:
 
     @property
     def key(self) -> str:
-        """Its name in the store: there is one for the same packets, whosoever's they were."""
+        """Its key in the store. There is one block for the same packets, whichever SA they were of."""
         return hashlib.sha256(self.policy.raw).hexdigest()[:32]
 
     def dumps(self) -> bytes:
-        """As it is stored."""
+        """The stored form."""
         value = {"sa": [part.hex() for part in self.sa], "mn": self.mn, "policy": self.policy.raw.hex()}
         return json.dumps(value).encode()
 
     @classmethod
     def loads(cls, key: str, raw: bytes) -> Block:
-        """What `dumps` gave. Errors: StoreError."""
+        """Read what `dumps` wrote. Errors: StoreError."""
         try:
             found: Any = json.loads(raw)
             first, second = found["sa"]
@@ -82,9 +82,9 @@ class Block:
 
 
 class Behind:
-    """All of them at one gateway, with those of the store from `load` on.
+    """All these blocks at one gateway; those in the store are there after `load`.
 
-    `kernel` is None where ESP is in user space.
+    `kernel` is None if ESP is in user space.
     """
 
     def __init__(self, store: Store, kernel: Kernel | None) -> None:
@@ -95,7 +95,7 @@ class Behind:
         """Keys by the mobile node's network."""
 
     def load(self) -> None:
-        """Read the store; what cannot be read is logged and left there."""
+        """Read the store; a row that cannot be read is logged and left there."""
         for key, raw in self._store.items(KIND):
             try:
                 self._enter(Block.loads(key, raw))
@@ -103,14 +103,15 @@ class Behind:
                 log.error("%s", error)
 
     def listing(self) -> list[Block]:
-        """All of them."""
+        """All blocks."""
         return list(self._blocks.values())
 
     def stand(self, context: IkeContext, reqids: Collection[int], device: int = 0) -> None:
-        """The SA came, with policies of these request numbers. Idempotent; what fails is logged.
+        """The SA came, with policies of these reqids: put blocks behind them. Idempotent; failures are
+        logged.
 
-        It serves already, so nothing of this may stop it. `device`: drop only what would leave by the device
-        of that index; 0: whatever would leave.
+        It raises nothing, because the SA serves already. `device`: drop only packets that would leave by the
+        device of that index; 0: all of them.
         """
         if self._kernel is None:
             return
@@ -128,10 +129,10 @@ class Behind:
             )
 
     def serves(self, who: str, children: Iterable[tuple[Sequence[Network], Sequence[Network]]]) -> None:
-        """The mobile node `who` has an SA here with these networks, ours and its.
+        """The mobile node `who` has an SA here with these networks of both sides.
 
-        Where these were another's, that is over. Those of its own stay: the gateway that gave them may still
-        send packets for it here. Errors: KernelError, StoreError.
+        Blocks for these networks that were another node's end. Its own remain, because the gateway that gave
+        its SA may still send packets for it here. Errors: KernelError, StoreError.
         """
         for local, remote in children:
             for network in remote:
@@ -141,7 +142,7 @@ class Behind:
                         self._remove(block)
 
     def end(self, name: str) -> int:
-        """Let packets pass again for an SA (SPIi:SPIr) or a mobile node. Gives how many blocks that were.
+        """Remove the blocks of an SA (SPIi:SPIr) or a mobile node. Returns their number.
 
         Errors: KernelError, StoreError.
         """
@@ -155,7 +156,7 @@ class Behind:
         return len(found)
 
     def restore(self) -> None:
-        """Put into the kernel what the store says, and take out what it does not. What fails is logged."""
+        """Put into the kernel what the store has, and remove the rest. Failures are logged."""
         if self._kernel is None:
             return
         try:
@@ -169,7 +170,7 @@ class Behind:
             log.error("packets for mobile nodes may leave in the clear when their SAs end: %s", error)
 
     def _stand(self, block: Block) -> None:
-        """Put it there instead of those that drop less of the same packets, unless one drops more of them."""
+        """Install the block in place of narrower ones for the same packets, unless a wider one is there."""
         device = block.policy.selector.ifindex
         others = [self._blocks[key] for key in self._to.get(block.policy.destination, ())]
         same = [other for other in others if _but_for_device(other.policy) == _but_for_device(block.policy)]
@@ -202,7 +203,7 @@ class Behind:
 
 
 def _too_wide(policy: KernelPolicy, outer: Address) -> bool:
-    """Whether more than the SA's packets would be dropped: all there are, or all for the outer address."""
+    """Whether it would drop more than the SA's packets: all packets, or all for the outer address."""
     if policy.mark is not None or policy.if_id:
         return False
     return not policy.destination.prefixlen or outer in policy.destination

@@ -1,13 +1,13 @@
-"""An IKE_SA with its chain of rekeys, told to charon so that no SA of the same name is touched. Pure.
+"""Builds the HA messages that install an IKE_SA and the rekeyed SAs that it came from. Pure.
 
-charon finds an IKE_SA by version, SPIs and role, and no packet can name the version `ha.HIDDEN`. So an
-ancestor is sent under it: its SPIs may belong to another mobile node's SA by now, or the SA itself may have a
-new name here, and its keys are right all the same, since they are derived from the SPIs alone. Children made
-under an ancestor get their right keys, and the next IKE_ADD adopts them (IKE_REKEY_ID). Such an IKE_SA lives
-for the length of one burst of messages.
+charon finds an IKE_SA by version, SPIs and role. Ancestors are installed under the IKE version `ha.HIDDEN`,
+which never appears on the wire, so they cannot collide with another SA: their SPIs may belong to another
+mobile node's SA by now, or the SA itself may have other SPIs here. Their keys are right all the same, because
+they are derived from the SPIs alone. Children made under an ancestor get their right keys, and the next
+IKE_ADD adopts them (IKE_REKEY_ID). An ancestor exists only while one burst of messages is processed.
 
-`reshape` walks an SA that is already there through its generations once more, to add children of any of
-them or to give it another name; its other children are handed on and never leave the kernel.
+`reshape` takes an SA that charon has already through its generations once more, to add children of any of
+them or to give it other SPIs. Its other children are handed on and never leave the kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .record import mid_messages, uncovered
 
 
 def import_messages(context: IkeContext, version: int) -> list[HaMessage]:
-    """Everything that makes charon take the IKE_SA as PASSIVE. `context.local` is this gateway's address.
+    """The messages that make charon take the IKE_SA as PASSIVE. `context.local` is this gateway's address.
 
     Errors: CharonError with NOT_COVERED, see `record.uncovered`.
     """
@@ -34,7 +34,8 @@ def import_messages(context: IkeContext, version: int) -> list[HaMessage]:
 
 
 def undo_messages(context: IkeContext, version: int) -> list[HaMessage]:
-    """Takes `import_messages` back wherever it stopped: ancestors may still stand on their own."""
+    """The messages that undo `import_messages`, wherever it stopped: ancestors may still exist on their
+    own."""
     *ancestors, last = (IkeId.of(generation) for generation in context.generations)
     return [ike_delete(version, last), *(ike_delete(version, ike.hidden()) for ike in reversed(ancestors))]
 
@@ -42,33 +43,39 @@ def undo_messages(context: IkeContext, version: int) -> list[HaMessage]:
 def reshape(
     before: IkeContext, after: IkeContext, version: int, *, stopped: int | None = None
 ) -> list[HaMessage]:
-    """What makes `after` of the SA that charon has as `before`: the children it lacks, its name.
+    """The messages that turn the SA that charon has as `before` into `after`: missing children, other SPIs.
 
-    Children that `after` lacks stay: see `leftovers`. The SA is PASSIVE after a change of its name, and its
-    message IDs are those of `after`. `stopped`: a burst ended in the middle, and the SA is hidden by the name
-    of that generation of `after`.
+    Children that `after` lacks stay: see `leftovers`. After a change of its SPIs the SA is PASSIVE, and its
+    message IDs are those of `after`. `stopped`: an earlier burst ended in the middle, and the SA has the
+    hidden name of that generation of `after`.
     """
+    # 1. Find the children that charon lacks; each must be added under the generation that its keys stem from.
     have = {(child.spi_in, child.spi_out) for child in before.children}
     adds = tuple(child for child in after.children if (child.spi_in, child.spi_out) not in have)
     last = len(after.generations) - 1
+    # 2. After a burst that stopped, the SA has the hidden name of a generation. Go on from that one:
     if stopped is not None:
         there = IkeId.of(after.generations[stopped]).hidden()
         first = min((child.generation for child in adds), default=stopped + 1)
+        #    begin again at another generation if the first child to add needs that,
         if first != stopped:
             return _walk(after, version, first, there, adds)
+        #    else add the children of this generation where it is, and take the SA on to the later ones.
         direct = [child_add(version, there, child) for child in adds if child.generation == stopped]
         later = tuple(child for child in adds if child.generation != stopped)
         return direct + _walk(after, version, stopped + 1, there, later)
+    # 3. If the SPIs stay and all children are of the last generation, they are added to the SA as it is.
     same = before.current == after.current
     if same and all(child.generation == last for child in adds):
         ike = IkeId.of(after.current)
         return [child_add(version, ike, child) for child in adds]
+    # 4. Else take the SA through its generations, from the first that gets a child, or only to its new SPIs.
     first = min((child.generation for child in adds), default=last)
     return _walk(after, version, first, IkeId.of(before.current), adds)
 
 
 def leftovers(before: IkeContext, after: IkeContext, version: int) -> list[HaMessage]:
-    """After `reshape`: away with the children that only `before` had."""
+    """The messages that delete, after `reshape`, the children that only `before` had."""
     keep = {(child.spi_in, child.spi_out) for child in after.children}
     ike = IkeId.of(after.current)
     return [
@@ -97,7 +104,8 @@ def _walk(
 
 
 def settle(context: IkeContext, version: int) -> list[HaMessage]:
-    """What follows the last IKE_ADD, for an SA whose burst ended there. Changes nothing where it did not."""
+    """The messages after the last IKE_ADD, for an SA whose burst ended there. They change nothing if it did
+    not."""
     return [_update(context, version, IkeId.of(context.current), last=True), *_settled(context, version)]
 
 
@@ -124,6 +132,6 @@ def _settled(context: IkeContext, version: int) -> list[HaMessage]:
 
 
 def _named(message: HaMessage, ike: IkeId) -> HaMessage:
-    """The message with another name of its IKE_SA."""
+    """The message for another name of its IKE_SA."""
     attributes = tuple((attr, ike if attr is Attr.IKE_ID else value) for attr, value in message.attributes)
     return replace(message, attributes=attributes)

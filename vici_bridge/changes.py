@@ -1,4 +1,4 @@
-"""`Changes`: tells when links, addresses or routes of this network namespace changed and settled. I/O."""
+"""`Changes`: reports when links, addresses or routes of this network namespace changed and settled. I/O."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ADDRESSES = 0x10 | 0x100
 ROUTES = 0x40 | 0x400
 """RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE."""
 _SETTLE = 0.02
-"""Seconds without a further change until things count as settled; charon itself looks for its gateway 100 ms
-after the first one (ROAM_DELAY, strongSwan 5.9.8)."""
+"""Seconds without a further change until the network counts as settled; charon itself looks for its gateway
+100 ms after the first change (ROAM_DELAY, strongSwan 5.9.8)."""
 
 
 class Changes:

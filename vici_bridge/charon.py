@@ -39,7 +39,7 @@ from .allowed import sections
 View = Mapping[str, Any]
 
 _REMEMBERED = 1 << 16
-"""Addresses and selectors that are read once: the same thousands stand in every listing of charon's."""
+"""Addresses and selectors that are cached, because every listing of charon's has the same thousands."""
 
 # charon's condition bits (ike_condition_t): NAT on our side, on the peer's, pretended.
 COND_NAT_HERE = 1 << 1
@@ -126,7 +126,7 @@ def _seconds(view: View, key: str) -> int | None:
 
 
 def _octets(view: View, key: str, size: int) -> bytes:
-    """A hexadecimal SPI; charon drops no leading zeros, but an absent one is all zero."""
+    """A hexadecimal SPI; charon writes leading zeros, but a missing SPI is all zero."""
     text = _text(view, key)
     try:
         raw = bytes.fromhex(text.rjust(2 * size, "0"))
@@ -220,7 +220,7 @@ def sa_views(listed: Iterable[View]) -> list[SaView]:
 
 
 def departing_view(context: IkeContext) -> SaView:
-    """The view of an SA that charon is destroying and therefore does not list: made from what is recorded."""
+    """The view of an SA that charon is destroying and so does not list, made from the record."""
     children = tuple(
         ChildView(child.name, 0, 0, "INSTALLED", child.spi_in, child.spi_out, False, None, None, (), ())
         for child in context.children
@@ -286,7 +286,7 @@ def peer_context(name: str, view: View) -> PeerContext:
 
 
 def ike_lifetime(view: SaView) -> Lifetime:
-    """What is left of the IKE_SA by charon's own timers; 0 where one is overdue (charon shows less)."""
+    """Remaining lifetime of the IKE_SA by charon's own timers; 0 if one is overdue (charon shows less)."""
     return Lifetime(rekey=_left(view.rekey), reauth=_left(view.reauth))
 
 
@@ -302,7 +302,7 @@ def _left(seconds: int | None) -> int | None:
 def missing_algorithms(context: IkeContext, algorithms: Mapping[str, View]) -> list[str]:
     """Transforms of the IKE_SA that the charon of a `get-algorithms` answer has not loaded.
 
-    An answer without the section (older charons) speaks against nothing.
+    An answer without the section (older charons) counts as if all were loaded.
     """
     lacking = []
     now = context.current
@@ -329,15 +329,15 @@ def _loaded(algorithms: Mapping[str, View], kind: str) -> View:
 
 
 def _squash(name: str) -> str:
-    """3DES_CBC, PRF_AES128_XCBC and the like, comparable across naming habits."""
+    """A form in which 3DES_CBC, PRF_AES128_XCBC and the like are equal whatever the naming style."""
     for prefix in ("PRF_", "AUTH_", "ENCR_"):
         name = name.removeprefix(prefix)
     return name.replace("_", "").replace("DES3", "3DESCBC").upper()
 
 
 def prefixes(selectors: Iterable[TrafficSelector]) -> list[str]:
-    """The selectors' addresses as CIDR prefixes, without duplicates, in order; one that ends before it begins
-    has none, since it means no address (and is refused: see `policy`)."""
+    """The selectors' addresses as CIDR prefixes, without duplicates, in order. A selector that ends before it
+    begins has none, because it has no address (and is refused: see `policy`)."""
     seen: dict[str, None] = {}
     for selector in selectors:
         seen.update((str(net), None) for net in _summary(selector.start, selector.end))
@@ -355,8 +355,8 @@ def _summary(start: Address, end: Address) -> Iterable[IPv4Network | IPv6Network
 def overlap(a: Iterable[str], b: Iterable[str]) -> bool:
     """Whether two sets of selectors, as text of VICI or as prefixes, share an address.
 
-    VICI writes "10.1.0.0/16[tcp/80]" or "10.0.0.1..10.0.0.9"; protocol and port are left out on purpose:
-    two SAs that differ only there are rare, and refusing them is the safe side.
+    VICI writes "10.1.0.0/16[tcp/80]" or "10.0.0.1..10.0.0.9". Protocol and port are ignored on purpose,
+    because SAs that differ only there are rare, and refusing them is safe.
     """
     ranges_b = [_range(text) for text in b]
     for text in a:

@@ -1,7 +1,7 @@
-"""What may speak against taking an SA in: pure checks over views, each with its own refusal.
+"""Checks of an SA that is to be taken in: pure functions over views, each with its own refusal.
 
-charon itself checks nothing: an IKE_ADD for a pair that exists makes a second SA that shadows the first, and
-the clean-up of a CHILD_ADD whose SPI is taken deletes the kernel SA that was there (5.9.8, 6.0.6).
+charon itself checks nothing: an IKE_ADD for SPIs that exist makes a second SA that shadows the first, and the
+clean-up of a CHILD_ADD whose SPI is taken deletes the kernel SA that was there (5.9.8, 6.0.6).
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ View = Mapping[str, Any]
 
 
 def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
-    """Things the ha plugin (of that wire version) cannot move."""
+    """Features that the ha plugin (of that wire version) cannot move."""
     reason = uncovered(context, version)
     if reason:
         yield Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, reason)
 
 
 def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> Iterator[Verdict]:
-    """The address the SA gets here, and whether the MN can be told of it (`context`: as pSG has it)."""
+    """The address that the SA gets here, and whether the mobile node can be told it (`context`: the old
+    gateway's)."""
     if here.local.address == context.local.address:
         return
     if keep_address:
@@ -48,10 +49,10 @@ def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> 
 
 
 def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterator[Verdict]:
-    """Connection and child names, and the way in which both connections have the MN authenticate itself.
+    """Connection and child names, and the authentication of the mobile node by both connections.
 
-    That way is what the other gateway says, so it finds configurations that differ and guards nothing: what
-    a peer may bring is held against this gateway's configuration by `policy`.
+    The authentication is compared with the other gateway's own claim, so this check finds configurations that
+    differ and protects nothing. `policy` compares a peer's SAs with this gateway's configuration.
     """
     conn = connections.get(context.connection)
     if conn is None:
@@ -83,12 +84,12 @@ def still_here(
     esp: Collection[bytes],
     who: str = "",
 ) -> str:
-    """What is here of an SA that another gateway let go, in words; empty: nothing.
+    """The parts of an SA that are here although another gateway let go of it, in words; empty: none.
 
-    `known`: SAs whose keys this agent has, so that it knows them for others. `esp`: inbound SPIs of `final`
-    that the kernel has. An SA that came here may have been given other SPIs; it is then recognized by what
-    has stayed: an SPI, or the MN's outer address `mn` with its identity `who`. If `who` is empty the address
-    alone counts, which others may have as well (NAT).
+    `known`: SAs whose keys this agent has, which are other SAs. `esp`: inbound SPIs of `final` that the
+    kernel has. An SA that came here may have been given other SPIs; then it is recognized by an SPI that
+    stayed, or by the mobile node's outer address `mn` with its identity `who`. If `who` is empty the address
+    alone counts, which other mobile nodes may have as well (NAT).
     """
     theirs = {child.spi_in for child in final.children}
     others: set[bytes] = set()
@@ -110,7 +111,8 @@ def still_here(
 
 
 def check_ike_spis(context: IkeContext, taken: Taken, views: Iterable[SaView] = ()) -> Iterator[Verdict]:
-    """The pair, and our own SPI alone: charon finds an SA by it. `views`: to say whose it is."""
+    """The SPIs, and our own SPI alone, because charon finds an SA by it. `views`: to name the SA that has
+    it."""
     if not clash(context, taken).ike:
         return
     ours = own_spi(context.current)
@@ -161,7 +163,7 @@ def check_vips(context: IkeContext, views: Iterable[SaView], pools: Mapping[str,
         for lease in _leases(pool):
             text = str(lease.get("address", ""))
             if text not in wanted and ":" not in text:
-                continue  # to read each of thousands would take long; IPv6 can be written in many ways
+                continue  # to parse thousands takes long; only IPv6 has several spellings
             try:
                 address = ip_address(text)
             except ValueError:

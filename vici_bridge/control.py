@@ -41,26 +41,27 @@ StreamHandler = Callable[[Message], AsyncIterator[Mapping[str, Any]]]
 
 MAX_CLIENTS = 64
 RESERVE = 8
-"""Places beyond `MAX_CLIENTS` for root, and for the user the agent runs as."""
+"""Places beyond `MAX_CLIENTS` for root, and for the user that the agent runs as."""
 ASKS_WITHIN = 10.0
 """Seconds in which a client must have sent its first request, and the rest of any request it has begun."""
 MAX_UNREAD = 4 * 1024 * 1024
 """Octets that may wait for one client before its stream waits for it."""
 MAX_ANSWER = MAX_UNREAD
-"""Octets of the longest answer: reports of some seven thousand transfers. Charon's limit is no client's."""
+"""Octets of the longest answer: reports of some seven thousand transfers. charon's own limit is not the
+clients'."""
 PATIENCE = 5.0
-"""Seconds a stream waits for a client that does not read, before it goes on without it."""
+"""Seconds that a stream waits for a client that does not read, before it goes on without it."""
 
 
 class Response(dict[str, Any]):
-    """What a streamed command yields last: the answer instead of an event."""
+    """The last item of a streamed command: the answer, not an event."""
 
 
 class _Client:
-    """One connection: what it registered for, and its writer.
+    """One connection: the events it registered for, and its writer.
 
-    `trusted`: its user is root, or the agent's own. `busy`: a request of it is being answered. `active`: when
-    it last sent a whole request, or came (the loop's time).
+    `trusted`: its user is root, or the agent's own. `busy`: a request of it is being answered. `active`: the
+    time of its last whole request, or of its connection (the loop's time).
     """
 
     def __init__(self, writer: asyncio.StreamWriter, now: float) -> None:
@@ -72,17 +73,17 @@ class _Client:
         self.gone = False
 
     def gives_way(self, other: _Client) -> bool:
-        """Whether it is idle, and no more trusted than `other`, who needs a place."""
+        """Whether it is idle, and no more trusted than `other`, which needs a place."""
         return not self.busy and not self.gone and self.trusted <= other.trusted
 
     @property
     def order(self) -> tuple[bool, bool, float]:
-        """Of those who give way, the smallest is the first: strangers before root, and who only waits for
-        events after who waits for nothing."""
+        """Sort key for clients that give way, the first to go first: strangers before root, clients that wait
+        for events after those that wait for nothing."""
         return self.trusted, bool(self.events), self.active
 
     def send(self, packet: Packet) -> None:
-        """Queue it. A client that is gone, or reads nothing at all, gets nothing more."""
+        """Queue a packet. Nothing more is sent to a client that is gone, or that does not read at all."""
         if self.gone or self._writer.is_closing():
             self.gone = True
             return
@@ -94,7 +95,7 @@ class _Client:
         self._writer.write(data)
 
     async def settle(self) -> None:
-        """Wait while much is unread, but not for long: a stopped client must not stop a transfer."""
+        """Wait while much is unread, but not for long, because a stopped client must not stop a transfer."""
         if self.gone or self._unread < MAX_UNREAD:
             return
         try:
@@ -120,7 +121,7 @@ class _Client:
 
 
 def _user(writer: asyncio.StreamWriter) -> int:
-    """The user at the other end, as the kernel knows it (SO_PEERCRED, unix(7)); -1 where it does not."""
+    """The user at the other end, from the kernel (SO_PEERCRED, unix(7)); -1 if it does not know."""
     sock: socket.socket = writer.get_extra_info("socket")
     try:
         told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -135,15 +136,15 @@ _CREDENTIALS = struct.Struct("=iII")
 class ControlServer:
     """Serves `commands` on the unix socket `path`, until `close`.
 
-    A command in `streamed` ({command: event}) is an async generator: its items go as that event to
-    the client that asked, if it registered for it; a `Response` among them is the answer. The other
-    commands are coroutine functions and return the answer. `events` are those for `emit`, to all who
-    registered. A command goes on when its client leaves. `group`: name of a group that may use the
-    socket too (mode 0660 instead of 0600). `takes`: the keys of each command (`requests.check`); the requests
-    of a command that it does not name are not checked.
+    A command in `streamed` ({command: event}) is an async generator: its items go as that event to the client
+    that asked, if it registered for it; a `Response` among them is the answer. The other commands are
+    coroutine functions and return the answer. `events` are those for `emit`, to all who registered. A command
+    goes on when its client leaves. `group`: name of a group that may use the socket too (mode 0660 instead of
+    0600). `takes`: the keys of each command (`requests.check`); the requests of a command that it does not
+    name are not checked.
 
-    A client that asks nothing, or does not end its request, is cut off after `ASKS_WITHIN`. Where all places
-    are taken, the client that has been idle longest gives way to a new one.
+    A client that sends no request, or does not finish one, is cut off after `ASKS_WITHIN`. If all places are
+    taken, the client that has been idle longest gives way to a new one.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class ControlServer:
         self._server = await asyncio.start_unix_server(self._connected, sock=sock)
 
     async def close(self) -> None:
-        """Stop listening, cut off the clients, cancel what they asked for, remove the socket."""
+        """Stop listening, cut off the clients, cancel their requests, remove the socket."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):
@@ -196,7 +197,7 @@ class ControlServer:
     # -- the socket in the file system
 
     def _bind(self) -> socket.socket:
-        """A listening socket that never stands there with wrong permissions or beside another agent's."""
+        """A listening socket that never exists with wrong permissions or beside another agent's."""
         if len(os.fsencode(self._path)) > LONGEST_PATH - len(".new"):
             raise ConfigError(f"the control socket's path {self._path} is too long for a unix socket")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -234,7 +235,7 @@ class ControlServer:
         return sock
 
     def _take_lock(self) -> int:
-        """A lock beside the socket: a socket that was left behind looks like a living one's."""
+        """A lock beside the socket, because a socket that was left behind looks like a used one."""
         lock = os.open(self._path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,7 +287,8 @@ class ControlServer:
         except OSError:
             pass
         except asyncio.CancelledError:
-            # by `close`, which waits for the end; streams before Python 3.12 log a handler that was cancelled
+            # cancelled by `close`, which waits for the end; streams before Python 3.12 log a cancelled
+            # handler
             pass
         finally:
             self._clients.discard(client)
@@ -308,7 +310,7 @@ class ControlServer:
         return True
 
     async def _converse(self, client: _Client, reader: asyncio.StreamReader) -> None:
-        """One packet after the other, as charon does it; a stream's items come before the next packet."""
+        """Handle one packet after the other, as charon does; a stream's items come before the next packet."""
         deframer = Deframer()
         loop = asyncio.get_running_loop()
         due: float | None = loop.time() + ASKS_WITHIN
@@ -397,5 +399,5 @@ def _refusal(errmsg: str, hint: str, code: int, status: int) -> Packet:
 
 
 def _short(text: str) -> str:
-    """What fits a VICI value whatever it holds."""
+    """The part of a text that fits a VICI value."""
     return text.encode("utf-8", "backslashreplace")[:16000].decode("utf-8", "ignore")

@@ -1,9 +1,9 @@
-"""Lifetimes that charon does not know: SAs whose timers it armed anew although they are older.
+"""Lifetimes that charon does not know, because it started its timers anew although the SA is older.
 
-charon arms rekey and reauth timers from the connection's settings whenever an IKE_SA goes from PASSIVE to
+charon starts rekey and reauth timers from the connection's settings whenever an IKE_SA goes from PASSIVE to
 ESTABLISHED (also for every other SA of the segment, at each activation). A deadline here is the earlier one
-from before; when it comes, the agent asks charon to rekey. Times are wall-clock seconds, since they
-must survive a restart of the agent.
+from before; when it is due, the agent asks charon to rekey. Times are wall-clock seconds, because they must
+survive a restart of the agent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _KIND = "deadline"
 MARGIN = 10.0
-"""Seconds by which a deadline may come before charon's own timer without being worth an entry."""
+"""A deadline is not kept if it is less than so many seconds earlier than charon's own timer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Deadline:
 
     @property
     def key(self) -> str:
-        """Of its entry in the store."""
+        """The key of its entry in the store."""
         return f"{self.spis}/{self.child}"
 
 
@@ -61,16 +61,17 @@ class Deadlines:
             self._store.put(_KIND, key, json.dumps(asdict(entry)).encode())
 
     def before_toggle(self, views: Iterable[SaView], wall: float) -> None:
-        """Note every IKE_SA's own timer, since the activation is about to arm it anew."""
+        """Keep every IKE_SA's own timer as a deadline, because the activation is about to start it anew."""
         for view in views:
             left = [seconds for seconds in (view.rekey, view.reauth) if seconds is not None]
             if left and view.state in ("ESTABLISHED", "REKEYING"):
                 self.keep(view.spis, None, wall + min(left))
 
     def settle(self, views: Iterable[SaView], wall: float) -> list[tuple[Deadline, SaView]]:
-        """Drop what is gone or what charon does early enough itself; return what is due now.
+        """Drop deadlines of SAs that are gone, or that charon rekeys early enough itself; return those due
+        now.
 
-        What is due stays due until `asked` is called for it.
+        A due deadline stays due until `asked` is called for it.
         """
         known = {view.spis.key: view for view in views}
         due = []

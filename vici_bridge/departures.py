@@ -1,7 +1,7 @@
-"""`Departure`: one SA that left this gateway: where it lives now, how packets follow it, what stays shut.
+"""`Departure`: one SA that left this gateway: which gateway has it, how its packets follow, what is blocked.
 
-Pure. A departure is kept as one JSON object, so that the agent that comes after this one, and a person,
-can read it. Its stage is a row of `STAGES`; what a stage means for the kernel is `away`'s affair.
+Pure. A departure is stored as one JSON object, so that a later agent, and a person, can read it. Its stage is
+a row of `STAGES`; `away` carries out what a stage means for the kernel.
 """
 
 from __future__ import annotations
@@ -26,49 +26,50 @@ OURS = int.from_bytes(b"IKEX")
 """The `user` of our policies' selectors. Linux compares it (two policies that differ in nothing else stand
 side by side) and matches no packet by it (net/xfrm/xfrm_policy.c: selector_cmp, xfrm_selector_match)."""
 BLOCK_PRIORITY = 0xFFFFFFFF
-"""The least important of all: any policy that charon installs for the same packets goes first."""
+"""The least important priority: any policy that charon installs for the same packets precedes it."""
 ALLOW_PRIORITY = BLOCK_PRIORITY - 1
 _SECURITY_LABEL = 8
-"""XFRMA_SEC_CTX: the one attribute we do not read that says which packets a policy matches."""
+"""XFRMA_SEC_CTX: the only attribute that limits a policy's packets and that we do not interpret."""
 _VERSION = 1
 
 
 class Stage(StrEnum):
-    """What is the matter with a departure. See `SENT_ON` for those in which packets are sent on."""
+    """The stage of a departure. See `SENT_ON` for those in which packets are sent on."""
 
     LEAVING = "leaving"
-    """This gateway has let go of it, or is about to, and may take it back."""
+    """This gateway has let go of the SA, or is about to, and may take it back."""
     HANDED = "handed"
-    """The same, at once and unprepared: the other gateway may send its packets here until it has the SA."""
+    """The same, at once and unprepared: the other gateway may send packets here until it has the SA."""
     AWAY = "away"
     """Another gateway serves the SA."""
     COMING = "coming"
-    """It is being taken in here again: the other gateway sends its packets here as soon as it has let go."""
+    """The SA is being taken in here again: the other gateway sends packets here as soon as it has let go."""
     WAITING = "waiting"
-    """It was to come, and did not: only who has it can say that it sends nothing here any more."""
+    """The SA was to come, and did not: only the gateway that has it can report that it sends no packets
+    here."""
     ENDED = "ended"
-    """Nobody serves it: what still comes for the mobile node is dropped."""
+    """No gateway serves the SA: packets for the mobile node that still arrive are dropped."""
 
 
 SENT_ON = frozenset({Stage.LEAVING, Stage.AWAY})
-"""In all others two gateways might send packets to each other."""
+"""Stages in which packets are sent on. In all others two gateways might send packets to each other."""
 
 
 class News(StrEnum):
-    """What may become of a departure."""
+    """Events of a departure."""
 
     LEFT = "left"
     """The other gateway has confirmed that it serves the SA."""
     HERE = "here"
-    """The gateway that it was given to has it."""
+    """The gateway that the SA was given to has it."""
     MOVED = "moved"
-    """A further one has it."""
+    """A further gateway has the SA."""
     ENDS = "ends"
-    """It is gone, or the operator wants no packets to be sent on."""
+    """The SA is gone, or the operator wants no packets to be sent on."""
     COMES = "comes"
-    """It is being taken in here."""
+    """The SA is being taken in here."""
     STAYS = "stays"
-    """It was being taken in here, and is not any more."""
+    """The SA was being taken in here, and is not any more."""
 
 
 STAGES: Mapping[tuple[Stage, News], Stage] = {
@@ -90,7 +91,7 @@ STAGES: Mapping[tuple[Stage, News], Stage] = {
     (Stage.AWAY, News.ENDS): Stage.ENDED,
     (Stage.AWAY, News.COMES): Stage.COMING,
     (Stage.AWAY, News.STAYS): Stage.AWAY,
-    # what is said now was said before it began to come
+    # this event belongs to the time before the SA began to come
     (Stage.COMING, News.LEFT): Stage.COMING,
     (Stage.COMING, News.HERE): Stage.COMING,
     (Stage.COMING, News.MOVED): Stage.COMING,
@@ -103,7 +104,7 @@ STAGES: Mapping[tuple[Stage, News], Stage] = {
     (Stage.WAITING, News.ENDS): Stage.ENDED,
     (Stage.WAITING, News.COMES): Stage.COMING,
     (Stage.WAITING, News.STAYS): Stage.WAITING,
-    # a mobile node may come back to the gateway that it left without a word
+    # a mobile node may return to the gateway that it left without any notice
     (Stage.ENDED, News.LEFT): Stage.ENDED,
     (Stage.ENDED, News.HERE): Stage.AWAY,
     (Stage.ENDED, News.MOVED): Stage.AWAY,
@@ -118,13 +119,13 @@ class Departure:
     """One SA that left.
 
     `sa`: its name when it left. `mn`: the mobile node's identity. `peer`: the gateway that it was given to,
-    the only one whose word about it counts; empty where an older agent did not write that down. `at`: the
-    gateway that has it, as far as we know. `epoch`: the first in which it was not ours. `since`: seconds
-    since 1970. `prefixes`: the mobile node's addresses that may be sent on; `led`: those to which there is a
-    way now, `via` these addresses.
-    `blocks`: policies that drop what the SA protected; `allows`: those before them, for what is sent on.
-    `closed`: prefixes with an unreachable route, where policies mean nothing: ESP is in user space, or the
-    way to the other gateway leads through the device by which packets leave anyway.
+    the only one whose notices about it count; empty if an older agent did not store it. `at`: the gateway
+    that has it, as far as known. `epoch`: the first in which it was not ours. `since`: seconds since 1970.
+    `prefixes`: the mobile node's addresses that may be sent on; `led`: those to which there is a way now,
+    `via` these addresses. `blocks`: policies that drop the packets that the SA protected; `allows`: those
+    before them, for packets that are sent on. `closed`: prefixes with an unreachable route, because policies
+    have no effect: ESP is in user space, or the way to the other gateway leads through the device by which
+    packets leave anyway.
     """
 
     sa: SaName
@@ -143,12 +144,12 @@ class Departure:
 
     @property
     def key(self) -> str:
-        """Its name in the store."""
+        """Its key in the store."""
         return self.sa.key
 
     @property
     def names(self) -> frozenset[str]:
-        """What may be asked for that concerns it: its mobile node, and the latter's prefixes."""
+        """The names by which it is looked up: its mobile node, and the mobile node's prefixes."""
         blocked = (str(policy.destination) for policy in self.blocks)
         return frozenset((self.mn, *self.prefixes, *self.closed, *blocked))
 
@@ -160,15 +161,15 @@ class Departure:
         return self.led if self.peer else self.prefixes
 
     def told(self, news: News) -> Departure:
-        """After these news, see `STAGES`."""
+        """The departure after this event, see `STAGES`."""
         return replace(self, stage=STAGES[self.stage, news])
 
     def without(self, who: str, used: Iterable[tuple[Sequence[Network], Sequence[Network]]]) -> Departure:
-        """What is left of it when the mobile node `who` has CHILD_SAs here with these selectors.
+        """The rest of it when the mobile node `who` has CHILD_SAs here with these selectors.
 
         `used`: (our networks, the mobile node's) of each. An address may have been given to another mobile
-        node: then the selector is the same. One that is wider says nothing, unless it is the same node's:
-        0.0.0.0/0 is what each connection to a gateway of a route-based VPN has.
+        node: then the selector is the same. A wider selector counts only if it is the same node's, because
+        each connection to a gateway of a route-based VPN has 0.0.0.0/0.
         """
         children = list(used)
         theirs = [network for _, remote in children for network in remote]
@@ -184,11 +185,11 @@ class Departure:
 
     @property
     def empty(self) -> bool:
-        """Nothing is sent on and nothing is shut: there is no reason to keep it."""
+        """Nothing is sent on or blocked, so there is no reason to keep it."""
         return not (self.prefixes or self.blocks or self.closed)
 
     def dumps(self) -> bytes:
-        """As it is stored."""
+        """The stored form."""
         return json.dumps(
             {
                 "version": _VERSION,
@@ -210,7 +211,7 @@ class Departure:
 
     @classmethod
     def loads(cls, key: str, raw: bytes) -> Departure:
-        """What `dumps` gave, or the list of prefixes that agents before this format stored under `key`.
+        """Read what `dumps` wrote, or the list of prefixes that agents before this format stored under `key`.
 
         Errors: StoreError.
         """
@@ -260,10 +261,11 @@ class Departure:
 
 
 def block_of(policy: KernelPolicy) -> KernelPolicy:
-    """What drops the packets that `policy` protected, once no policy of charon's matches them any more.
+    """The policy that drops the packets that `policy` protected, once no policy of charon's matches them any
+    more.
 
-    charon neither finds nor replaces it, since the selector's `user` makes it another policy: it outlives
-    the SA, and gives way, by its priority, to whatever charon installs for the same packets.
+    charon neither finds nor replaces it, because the selector's `user` makes it another policy. It outlives
+    the SA, and its priority lets any policy that charon installs for the same packets precede it.
     """
     return replace(
         policy.blocking(),
@@ -277,16 +279,16 @@ def block_of(policy: KernelPolicy) -> KernelPolicy:
 
 
 def allow_of(block: KernelPolicy, device: int) -> KernelPolicy:
-    """What lets packets that `block` drops leave by the device of that index."""
+    """The policy that lets packets that `block` drops leave by the device of that index."""
     selector = replace(block.selector, ifindex=device)
     return replace(block, selector=selector, action=ALLOW, priority=ALLOW_PRIORITY)
 
 
 def detourable(context: IkeContext) -> list[str]:
-    """Prefixes of the MN that may go by way of the other gateway.
+    """Prefixes of the mobile node that may be sent on to the other gateway.
 
-    Not the MN's own outer address where that carries more than this SA: in transport mode the tunnel's end is
-    this gateway itself, and behind a NAT other MNs have the same address.
+    The mobile node's own outer address is left out if it carries more than this SA: in transport mode the
+    tunnel ends at this gateway itself, and behind a NAT other mobile nodes have the same address.
     """
     shared = bool(context.conditions & COND_NAT_THERE)
     return [

@@ -1,10 +1,10 @@
-"""`Detour`: packets for an MN that left are routed on to the gateway that serves it now. I/O.
+"""`Detour`: routes packets for a mobile node that left on to the gateway that serves it now. I/O.
 
-The routes stand in the kernel's table `local`, which is asked before all others, also before strongSwan's.
-They have a protocol number and metrics of their own: no other route is touched, and all of ours can be found
-and removed. A table of our own would do as well for the packets, but charon (5.9.8 to 6.1.0, kernel-netlink)
-looks for the best path of every IKE_SA that it has whenever a route changes in any table but `local` and its
-own: with a thousand SAs, moving one would cost a thousand looks.
+The routes are in the kernel's table `local`, which is consulted before all others, also before strongSwan's.
+They have a protocol number and metrics of their own, so that no other route is touched, and all of ours can
+be found and removed. A table of our own would serve the packets as well, but charon (5.9.8 to 6.1.0,
+kernel-netlink) looks for the best path of each of its IKE_SAs whenever a route changes in any table but
+`local` and its own: with a thousand SAs, moving one would cost a thousand look-ups.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 TABLE = 255
 """RT_TABLE_LOCAL."""
 PROTOCOL = 91
-"""By which our routes are told from others; Linux leaves numbers from 5 on to routing daemons."""
+"""Protocol number of our routes; Linux leaves numbers from 5 on to routing daemons."""
 
 _OLD_TABLE, _OLD_PRIORITY = 4067, 210
-"""The table of their own that agents kept them in before, and the rule that leads there."""
+"""The table in which earlier agents kept the routes, and the rule that leads there."""
 _NEWROUTE, _DELROUTE, _GETROUTE, _DELRULE = 24, 25, 26, 33
 _REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 _UNICAST, _LOCAL, _UNREACHABLE = 1, 2, 7
 _METRIC = 1024
-"""Of our routes: behind the kernel's own for an address of this host, which has 0."""
+"""Metric of our routes: behind the kernel's own for an address of this host, which has 0."""
 _BEHIND = 1 << 20
-"""Metric of the unreachable routes: behind whatever leads somewhere."""
+"""Metric of the unreachable routes: behind every route that leads somewhere."""
 
 
 class Detour:
@@ -66,8 +66,8 @@ class Detour:
     def add(self, prefixes: Iterable[str | Network], via: Sequence[str | Address]) -> list[Network]:
         """Route `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
 
-        Gives those left out, each with a line in the log: a prefix of length 0 (everything would be
-        sent there), one that holds the gateway itself, one without a gateway of a fitting family. Idempotent.
+        Returns those left out, each with a line in the log: a prefix of length 0 (all packets would be sent
+        there), one that contains the gateway itself, one without a gateway of a fitting family. Idempotent.
         Errors: KernelError (the gateway's inner address is not reachable, for one).
         """
         gateways = [ip_address(str(address)) for address in via]
@@ -91,7 +91,7 @@ class Detour:
             self._delete(wanted)
 
     def shut(self, prefixes: Iterable[str | Network]) -> list[Network]:
-        """Make `prefixes` unreachable where `add` leads them nowhere. Gives those left out: everything.
+        """Make `prefixes` unreachable if `add` leads them nowhere. Returns those left out: all addresses.
 
         Idempotent. Errors: KernelError.
         """
@@ -110,9 +110,9 @@ class Detour:
             self._delete(wanted, shut=True)
 
     def forget_old_table(self) -> None:
-        """Have nobody asked any more for the table of its own that an older agent had. Errors: KernelError.
+        """Remove the rule for the table that an older agent used, and its routes. Errors: KernelError.
 
-        Nothing else finds what is in it.
+        No other function finds them.
         """
         with self._lock:
             for family in (INET, INET6):
@@ -142,7 +142,7 @@ class Detour:
         return device if direct else 0
 
     def device_now(self, prefix: str | Network) -> int:
-        """Index of the device by which packets for `prefix` leave as things are; 0: there is no way."""
+        """Index of the device by which packets for `prefix` leave at present; 0: there is no way."""
         return self._way_to(_network(prefix).network_address)[0]
 
     def _way_to(self, address: Address) -> tuple[int, bool]:
@@ -189,7 +189,7 @@ class Detour:
             try:
                 answers = self._route.ask(request)
             except KernelError as error:
-                # strict listings answer so where the table was never made
+                # the answer of strict listings if the table was never made
                 if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT):
                     continue
                 raise
@@ -285,7 +285,7 @@ def _decoded(answer: bytes) -> Any:
     message = rtmsg(answer)
     try:
         message.decode()
-        # pyroute2 reads an attribute when it is asked for: all are, so that one that is wrong is told of here
+        # pyroute2 decodes an attribute when it is read, so all are read here, to report a malformed one here
         dict(message["attrs"])
     except _UNREADABLE:
         raise KernelError("the kernel's answer about a route cannot be read") from None
@@ -293,7 +293,7 @@ def _decoded(answer: bytes) -> Any:
 
 
 _UNREADABLE = (NetlinkDecodeError, struct.error, KeyError, IndexError, TypeError, ValueError, OSError)
-"""What pyroute2 raises for an answer that is cut short, or holds what it does not know."""
+"""Exceptions of pyroute2 for an answer that is truncated, or has something it does not know."""
 
 
 def _network(prefix: str | Network) -> Network:

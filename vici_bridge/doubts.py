@@ -1,7 +1,8 @@
-"""`Doubts`: whose message IDs may have been used while neither an agent nor the kernel took note. I/O.
+"""`Doubts`: SAs whose message IDs may have been used while neither an agent nor the kernel noted them. I/O.
 
-An SA with a number too low would be deaf to its MN, and would take an old request for a new one. So one of
-which that may be true stays where it is until both numbers have been noted, or told by charon, since.
+With a message ID that is too low, an SA would be deaf to its mobile node, and would take an old request for a
+new one. So an SA of which that may be true stays where it is until both message IDs have been noted, or
+reported by charon, since then.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from .message_ids import MessageIds
 log = logging.getLogger(__name__)
 
 _DOUBT = "doubt"
-"""Kind of store entry: this SA may have used message IDs while nobody, not even the kernel, took note."""
+"""Kind of store entry: this SA may have used message IDs that neither an agent nor the kernel noted."""
 
 
 class Doubts:
-    """`noted`: what the kernel notes of the messages that leave."""
+    """`noted`: the kernel's notes of the messages that leave."""
 
     def __init__(self, store: Store) -> None:
         self.noted = MessageIds()
         self._store = store
         self._told: set[tuple[SaName, bool]] = set()
-        """Whose message IDs charon has told in this life of the agent; True: those of its own requests."""
+        """SAs whose message IDs charon has reported since this agent started; True: those of its own
+        requests."""
 
     async def begin(self, before: Iterable[SaName]) -> None:
-        """Have the kernel note. SAs of `before` are in doubt if nobody noted their messages meanwhile."""
+        """Make the kernel note message IDs. SAs of `before` are in doubt if their messages were not noted."""
         try:
             if await asyncio.to_thread(self.noted.prepare):
                 return
@@ -44,11 +46,11 @@ class Doubts:
             self._store.put(_DOUBT, sa.key, b"")
 
     def close(self) -> None:
-        """Leave; the kernel goes on noting."""
+        """Stop; the kernel goes on noting."""
         self.noted.close()
 
     def told(self, sa: SaName, initiator: bool) -> None:
-        """charon has told the next ID of its requests (`initiator`), or of those it expects."""
+        """charon has reported the next ID of its requests (`initiator`), or of those that it expects."""
         self._told.add((sa, initiator))
 
     def gone(self, sa: SaName) -> None:
@@ -57,14 +59,14 @@ class Doubts:
         self._store.delete(_DOUBT, sa.key)
 
     def keep(self, listed: Collection[SaName]) -> None:
-        """charon has these SAs, and no others."""
+        """charon has exactly these SAs."""
         keys = {sa.key for sa in listed}
         for key, _ in self._store.items(_DOUBT):
             if key not in keys:
                 self._store.delete(_DOUBT, key)
 
     def after(self, sa: SaName) -> tuple[int, int]:
-        """See `MessageIds.after`; where the kernel cannot say, nothing was noted."""
+        """See `MessageIds.after`; if the kernel cannot be asked, nothing counts as noted."""
         try:
             return self.noted.after(sa)
         except KernelError as error:
@@ -72,7 +74,7 @@ class Doubts:
             return 0, 0
 
     def check(self, sa: SaName) -> None:
-        """Errors: UnknownSaError where an SA of before may have used message IDs unnoted."""
+        """Errors: UnknownSaError if the SA may have used message IDs that were not noted."""
         if self._store.get(_DOUBT, sa.key) is None:
             return
         noted = zip((True, False), self.after(sa), strict=True)

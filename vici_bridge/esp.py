@@ -1,7 +1,7 @@
-"""ESP as the kernel sees it: names of algorithms, and replay windows.
+"""ESP in the kernel's terms: names of algorithms, and replay windows.
 
-Pure. Sources: IANA's IKEv2 transforms; Linux crypto API names as XFRM takes them;
-RFC 4303 (3.4.3, appendix A) and the kernel's three replay layouts (linux/xfrm.h).
+Pure. Sources: IANA's IKEv2 transforms; Linux crypto API names as XFRM takes them; RFC 4303 (3.4.3, appendix
+A) and the kernel's three replay layouts (linux/xfrm.h).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ikectx.numbers import Encr, Integ
 
 @dataclass(frozen=True, slots=True)
 class Cipher:
-    """How the kernel calls an encryption transform.
+    """The kernel's name of an encryption transform, and its sizes.
 
-    `salt`: octets after the key that belong to the nonce (part of the key for XFRM and of IKEv2's
-    KEYMAT alike). `icv`: bits of an AEAD's integrity check value, 0: not an AEAD. `sizes`: key
-    sizes in bits, without the salt.
+    `salt`: octets after the key that belong to the nonce (part of the key for XFRM and of IKEv2's KEYMAT
+    alike). `icv`: bits of an AEAD's integrity check value, 0: not an AEAD. `sizes`: key sizes in bits,
+    without the salt.
     """
 
     name: str
@@ -62,7 +62,7 @@ INTEGRITY: Mapping[Integ, tuple[str, int, int]] = {
 
 
 def encryption_of(name: str, key_octets: int, icv_bits: int) -> tuple[Encr, int] | None:
-    """(transform, key bits; 0 where the cipher has one size) of a kernel algorithm, None: not known."""
+    """(transform, key bits; 0 if the cipher has one size) of a kernel algorithm, None: not known."""
     for encr, cipher in CIPHERS.items():
         bits = 8 * (key_octets - cipher.salt)
         if cipher.name == name and cipher.icv == icv_bits and bits in cipher.sizes:
@@ -87,15 +87,15 @@ MAX_WORDS = 128
 
 @dataclass(frozen=True, slots=True)
 class KernelReplay:
-    """Replay state of one SA as the kernel keeps it: both directions' counters in one struct.
+    """Replay state of one SA as the kernel has it: both directions' counters in one struct.
 
-    An inbound SA uses `seq`, `window` and `bitmap`, an outbound one `oseq`. `bitmap` has bit n set when
-    `seq - n` was received (as in `ReplayState`). `esn`: numbers have 64 bits.
+    An inbound SA uses `seq`, `window` and `bitmap`, an outbound one `oseq`. `bitmap` has bit n set if `seq -
+    n` was received (as in `ReplayState`). `esn`: numbers have 64 bits.
 
-    `words` tells the form. None is the short one, with one 32-bit map (windows up to 32, no ESN). A number is
-    the long one, with so many u32s of a ring; 0 where the SA only sends, which charon from 6.0.0 on asks for
-    where the kernel knows directions (6.10). An SA keeps the form it was made with, and a kernel that is
-    given the other one answers 0 and changes nothing.
+    `words` is the form. None is the short one, with one 32-bit map (windows up to 32, no ESN). A number is
+    the long one, with so many u32s of a ring; 0 if the SA only sends, which charon from 6.0.0 on uses if the
+    kernel knows directions (6.10). An SA keeps the form that it was made with, and a kernel that is given the
+    other one answers 0 and changes nothing.
     """
 
     oseq: int = 0
@@ -121,19 +121,19 @@ class KernelReplay:
 
     @property
     def inbound(self) -> ReplayState:
-        """What an inbound SA received."""
+        """The state of an inbound SA."""
         return ReplayState(self.seq, self.window, self.bitmap, self.esn)
 
     @property
     def outbound(self) -> ReplayState:
-        """What an outbound SA sent; it has no window."""
+        """The state of an outbound SA; it has no window."""
         return ReplayState(self.oseq, 0, 0, self.esn)
 
     @classmethod
     def from_short(cls, oseq: int, seq: int, bitmap: int, window: int) -> KernelReplay:
         """From struct xfrm_replay_state and the SA's window. Errors: WireError.
 
-        The kernel shifts the map without cutting it to the window, so what lies beyond is dropped here.
+        The kernel shifts the map without cutting it to the window, so bits beyond are dropped here.
         """
         return _checked(oseq=oseq, seq=seq, window=window, bitmap=known(bitmap, seq, window))
 
@@ -188,7 +188,7 @@ class KernelReplay:
 
 
 def _position(low: int, window: int) -> int:
-    """Where the kernel keeps the bit of the highest number: u32 arithmetic, also at 0."""
+    """The position of the highest number's bit in the kernel's ring: u32 arithmetic, also at 0."""
     return ((low - 1) & _MASK32) % window if window else 0
 
 
@@ -209,7 +209,8 @@ def _checked(
 def fit_replay(state: ReplayState, window: int) -> ReplayState:
     """`state` for a window of another size.
 
-    What a wider window would newly admit, the old one could not tell from a replay: it counts as received.
+    Numbers that only the wider window covers count as received, because the old one could not tell them from
+    replays.
     """
     bitmap = state.bitmap & ((1 << window) - 1)
     if state.window and window > state.window:
@@ -219,11 +220,11 @@ def fit_replay(state: ReplayState, window: int) -> ReplayState:
 
 
 def merge_replay(a: ReplayState, b: ReplayState) -> ReplayState:
-    """What two gateways together received: highest number, maps aligned to it and OR-ed, wider window.
+    """The numbers that two gateways received together: highest number, aligned maps OR-ed, wider window.
 
-    A number is taken as received if either side received it or had it already behind its window. A side
-    without a window (an outbound SA) contributes only its number. Commutative, idempotent, and
-    associative among states with a window. Errors: UsageError for ESN with and without.
+    A number counts as received if either side received it or had it already behind its window. A side without
+    a window (an outbound SA) contributes only its number. Commutative, idempotent, and associative among
+    states with a window. Errors: UsageError for ESN with and without.
     """
     if a.esn != b.esn and a.seq and b.seq:
         raise UsageError("replay states of an SA with and one without extended sequence numbers")
@@ -231,7 +232,7 @@ def merge_replay(a: ReplayState, b: ReplayState) -> ReplayState:
     window = max(a.window, b.window)
     bitmap = 0
     for side in (a, b):
-        # this side's bits as far as they reach below the common top
+        # this side's bits that reach below the common top
         reach = fit_replay(side, max(window - (top - side.seq), 0)) if side.window else side
         bitmap |= reach.bitmap << (top - side.seq) if reach.bitmap else 0
     return ReplayState(top, window, bitmap & ((1 << window) - 1), a.esn or b.esn)

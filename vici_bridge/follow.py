@@ -1,4 +1,4 @@
-"""`Follow`: what happens to SAs here, and what others say of theirs, led to `away` and `origins`."""
+"""`Follow`: passes events of SAs here, and other gateways' notices about theirs, to `away` and `origins`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEWS = {What.HERE: News.HERE, What.MOVED: News.MOVED, What.ENDED: News.ENDS}
 
 
 class Follow:
-    """For one gateway. `importing`: is that SA being taken in just now? `end`: has charon delete one."""
+    """For one gateway. `importing`: whether that SA is being taken in. `end`: makes charon delete one."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Follow:
         self._end = end
 
     def hear(self, peer: str, news: Whereabouts) -> None:
-        """The peer says where an SA is that was given to it. Errors: KernelError, StoreError."""
+        """Take in a peer's notice about an SA that was given to it. Errors: KernelError, StoreError."""
         if news.what == What.END:
             name = self._origins.ended_by(peer, news.sa, news.epoch)
             if name is not None:
@@ -59,7 +59,7 @@ class Follow:
             self._origins.back(departure, who, sa)
 
     def heed(self, change: Change) -> None:
-        """What charon told of its SAs. Raises nothing."""
+        """Take in charon's report of a change. Raises nothing."""
         match change:
             case ChildAdded(name) | Updated(name):
                 self._try(lambda: self._came_up(name))
@@ -69,9 +69,9 @@ class Follow:
                 self._try(lambda: self._origins.gone(name, self._heir))
 
     def look(self, views: Sequence[SaView]) -> None:
-        """What charon lists, after a start of it or of the agent. Raises nothing.
+        """Take in charon's list after a start of charon or of the agent. Raises nothing.
 
-        Addresses may have come to be used here, or SAs may have ended, while no agent ran; and strongSwan's
+        Addresses may have come into use here, or SAs may have ended, while no agent ran; and strongSwan's
         starter flushes the SPD when it starts charon.
         """
         self._try(lambda: self._look(views))
@@ -86,14 +86,14 @@ class Follow:
         self._origins.look([view.spis for view in views], departed, self._heir)
 
     def _came_up(self, name: SaName) -> None:
-        """A CHILD_SA: is it for an address that was sent on to another gateway, or one that ended here?"""
+        """A CHILD_SA came up: end departures and blocks of its addresses."""
         if not self._importing(name):
             context = self._record.context(name)
             self.serves(name, context)
             self._origins.appeared(name, str(context.remote_id), lambda wanted: _covers(context, wanted))
 
     def _heir(self, origin: Origin) -> SaName | None:
-        """An SA of the same mobile node that is here, for the addresses of one that was given to us."""
+        """An SA of the same mobile node here, for the addresses of one that was given to us."""
         for name in self._record.of(origin.mn):
             with contextlib.suppress(UnknownSaError, RefusedError):
                 if not self._importing(name) and _covers(self._record.context(name), origin.prefixes):
@@ -105,7 +105,7 @@ class Follow:
         try:
             work()
         except (UnknownSaError, RefusedError):
-            pass  # not told in full yet; or it cannot be moved, and charon's list shows it at the next start
+            pass  # reported in part only; or it cannot be moved, and is listed at the next start
         except (KernelError, StoreError) as error:
             log.error("packets for a mobile node may go to where it is no more: %s", error)
 

@@ -1,9 +1,10 @@
 """Fresh keys for SAs that have come here: an IKE_SA rekey, then one of each CHILD_SA.
 
-Whoever served an SA before can derive all its keys. The rekey of an IKE_SA always has a key exchange of its
-own (RFC 7296, 1.3.2), that of a CHILD_SA only where its proposal names one; so the IKE_SA is first, and its
-children get keys from a SK_d that the gateway before has never had. charon does it all, the agent asks for
-it; a rekey may meet another exchange and come to nothing, so it is asked for until it has happened.
+The gateway that served an SA before can derive all its keys. The rekey of an IKE_SA always has a key exchange
+of its own (RFC 7296, 1.3.2), that of a CHILD_SA only if its proposal has one. So the IKE_SA is rekeyed first,
+and its children get keys from an SK_d that the gateway before has never had. charon does the rekeys when the
+agent asks for them. A rekey may collide with another exchange and fail, so it is asked for until it has
+happened.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ AGAIN = 5.0
 TRIES = 20
 
 Ask = tuple[Literal["ike", "child"], int]
-"""What charon is to rekey, by its unique ID."""
+"""The SA that charon is to rekey, by its unique ID."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,12 @@ class _Wanted:
     tries: int = 0
 
     def again(self, step: str) -> float:
-        """When that may be asked for: at once the first time."""
+        """When that may be asked for: the first time at once."""
         return self.asked + AGAIN if step == self.step else 0.0
 
 
 class FreshKeys:
-    """The SAs whose keys are still those that another gateway knows, durable in the store."""
+    """The SAs whose keys another gateway knows, durable in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -65,11 +66,11 @@ class FreshKeys:
         return len(self._wanted)
 
     def want(self, spis: SaName, children: Iterable[bytes]) -> None:
-        """This IKE_SA and its CHILD_SAs (inbound SPIs) are to get keys of their own."""
+        """Ask for keys of its own for this IKE_SA and its CHILD_SAs (inbound SPIs)."""
         self._keep(_Wanted(spis.key, tuple(spi.hex() for spi in children)))
 
     def due(self, views: Iterable[SaView], wall: float) -> list[Ask]:
-        """What charon is to be asked for now; what has happened, or has gone, is forgotten."""
+        """The rekeys to ask charon for now; SAs that are rekeyed or gone are forgotten."""
         views = list(views)
         asks: list[Ask] = []
         for noted in list(self._wanted.values()):
@@ -80,7 +81,7 @@ class FreshKeys:
                 continue
             if view.spis.key == wanted.spis:
                 left: list[Ask] = [("ike", view.unique_id)]
-                # children rekeyed until now, by whomever, have keys from the SK_d of before
+                # children that were rekeyed before the IKE_SA have keys from the old SK_d
                 wanted = replace(wanted, children=_installed(view) or wanted.children)
                 self._keep(wanted)
             else:
@@ -112,7 +113,7 @@ def _installed(view: SaView) -> tuple[str, ...]:
 
 
 def _left(view: SaView, wanted: _Wanted) -> list[ChildView]:
-    """The children as they came. One that was rekeyed is listed for some seconds yet, in another state."""
+    """The children as they came. One that was rekeyed is listed for some more seconds, in another state."""
     return [
         child for child in view.children if child.spi_in.hex() in set(wanted.children) & set(_installed(view))
     ]

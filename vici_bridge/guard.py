@@ -1,11 +1,11 @@
-"""`SpdGuard`: holds connections between gateways to the kernel's IPsec policies (`ikectx.plain.Guard`). I/O.
+"""`SpdGuard`: requires the kernel's IPsec policies to protect connections between gateways. I/O.
 
-Three things together, because each alone leaves a gap. The SPD is read before the first packet and after
-each change that can matter. Changes come over a netlink socket, which is emptied before octets are sent or
-handed on, so that no change waits behind them. And the socket itself is given the templates found
-(IP_XFRM_POLICY): the kernel then drops its packets rather than let one pass otherwise, whatever happens to
-the SPD, and whatever disable_xfrm or disable_policy say. SCTP's outbound packets do not heed a socket's
-policy; there the SPD and the events are all.
+It implements `ikectx.plain.Guard` by three measures, because each alone leaves a gap. The SPD is read before
+the first packet and after each change that can matter. Changes come over a netlink socket, which is emptied
+before octets are sent or passed on, so that no change waits behind them. And the socket itself gets the
+templates found (IP_XFRM_POLICY): the kernel then drops its packets rather than let one pass otherwise,
+whatever happens to the SPD, and whatever disable_xfrm or disable_policy are. SCTP's outbound packets ignore a
+socket's policy; they have only the first two measures.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class _Held:
 
 
 class SpdGuard:
-    """Guards connections in the network namespace this object was made in.
+    """Guards connections in the network namespace that this object was made in.
 
-    Calls block for some 100 us, and for some ms where the SPD holds thousands of policies. Not for threads.
+    Calls block for some 100 us, and for some ms if the SPD has thousands of policies. Not thread-safe.
     Errors: KernelError.
     """
 
@@ -104,14 +104,14 @@ class SpdGuard:
 
     async def hold(self, flow: Flow, sock: socket.socket, lost: Callable[[LinkError], None]) -> _Held:
         """See `ikectx.plain.Guard`."""
-        self._watch()  # first: what changes while the SPD is read is an event already
+        self._watch()  # first, so that a change while the SPD is read is an event already
         held = _Held(self, flow, sock, lost)
         self._bind(held, self.protection(flow))
         self._held.add(held)
         return held
 
     def protection(self, flow: Flow) -> Protection:
-        """What protects a flow now. Errors: LinkError."""
+        """The present protection of a flow. Errors: LinkError."""
         try:
             self._check_way(flow)
             answers = self._xfrm.ask(dump_policies())
@@ -130,7 +130,7 @@ class SpdGuard:
         return found
 
     def _check_way(self, flow: Flow) -> None:
-        """Where the kernel does not ask its policies at all. Errors: LinkError, KernelError."""
+        """Refuse flows for which the kernel does not consult its policies. Errors: LinkError, KernelError."""
         local, device = way_to(self._route, flow.local.address, flow.remote.address)
         if local:
             raise LinkError(f"{flow} stays on this machine, where IPsec protects nothing")
@@ -153,7 +153,7 @@ class SpdGuard:
                         )
 
     def _bind(self, held: _Held, found: Protection) -> None:
-        """Have the kernel hold the socket to what was found. Errors: LinkError."""
+        """Bind the socket to the protection that was found. Errors: LinkError."""
         if held.found == found:
             return
         if held.flow.local.address.version == 4:
@@ -194,7 +194,7 @@ class SpdGuard:
         asyncio.get_running_loop().add_reader(events.fileno(), self.look)
 
     def look(self) -> None:
-        """Take in all changes up to now; connections that are not protected any more get to know it."""
+        """Take in all changes up to now; connections that are not protected any more are told."""
         stale: set[_Held] = set()
         while self._events is not None:
             try:
@@ -247,7 +247,8 @@ class SpdGuard:
 
 
 def _messages(data: bytes) -> list[bytes]:
-    """The netlink messages of a datagram; what cannot be cut is one that concerns everybody."""
+    """The netlink messages of a datagram. One that cannot be parsed counts as a change for all
+    connections."""
     found: list[bytes] = []
     at = 0
     while at < len(data):

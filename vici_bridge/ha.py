@@ -39,7 +39,7 @@ BUFLEN = 2048
 """`charon.plugins.ha.buflen` as delivered: charon drops a longer message unread."""
 
 MARKER = 1 << 31
-"""Wire version 5: set in the second CONDITIONS and the second EXTENSIONS, which hold the private bits."""
+"""Wire version 5: set in the second CONDITIONS and the second EXTENSIONS, which have the private bits."""
 
 _AF_INET, _AF_INET6 = 2, 10
 _TS_IPV4, _TS_IPV6 = 7, 8
@@ -117,7 +117,7 @@ SPIs and role (`ike_sa_id_t.equals`, strongSwan 5.9.8 to 6.0.6)."""
 
 @dataclass(frozen=True, slots=True)
 class IkeId:
-    """How charon names an IKE_SA: SPIs of 8 octets as in the IKE header.
+    """charon's name of an IKE_SA: SPIs of 8 octets as in the IKE header.
 
     `initiator`: the charon that sends or receives the message is its original initiator.
     """
@@ -229,7 +229,7 @@ def _write_chunk(writer: Writer, value: bytes, name: str) -> None:
 
 
 def _turn(raw: bytes) -> bytes:
-    """Network order as it stands after one htonl or htons too many."""
+    """Network order after one htonl or htons too many."""
     return raw[::-1] if sys.byteorder == "little" else raw
 
 
