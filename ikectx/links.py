@@ -307,6 +307,7 @@ class Links:
         self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._users: defaultdict[str, int] = defaultdict(int)
+        self._waits: dict[str, asyncio.TimerHandle] = {}
 
     def connected(self, name: str) -> bool:
         """True if a link to that peer is open."""
@@ -365,11 +366,12 @@ class Links:
             self._wait(peer.name, self._timing.idle)
 
     def _wait(self, name: str, seconds: float) -> None:
-        if not self._users[name]:
+        if not self._users[name] and name not in self._waits:  # else a flood leaves a timer for each message
             with contextlib.suppress(RuntimeError):
-                asyncio.get_running_loop().call_later(seconds, self._idle, name)
+                self._waits[name] = asyncio.get_running_loop().call_later(seconds, self._idle, name)
 
     def _idle(self, name: str) -> None:
+        del self._waits[name]
         link = self._dialled.get(name)
         if link is None or self._users[name]:
             return

@@ -53,6 +53,18 @@ def test_the_next_message_of_a_link_is_read_when_one_is_handled(tmp_path: Path) 
     run(scenario())
 
 
+def test_a_flood_leaves_no_timers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (_, _, (a,)):
+            loop = asyncio.get_running_loop()
+            for number in range(1, 301):
+                assert first(await a.ask(held(number, "check"))) is Status.OK
+            waiting = [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+            assert len(waiting) < 20
+
+    run(scenario())
+
+
 async def next_answer(stream: MemoryStream) -> Ctdr:
     answer = parse_message(await stream.read())
     assert isinstance(answer, Ctdr)
