@@ -90,12 +90,14 @@ async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> Non
 
 
 def _mistake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody caught: where it came up, without its text, since that may hold anything."""
+    """What nobody caught: where it came up. Its text and asyncio's may show what a callback was given."""
     error = context.get("exception")
-    if isinstance(error, BaseException):
-        log_mistake(log, str(context.get("message", "a callback")), error)
+    if isinstance(error, OSError):  # no descriptor for a connection, say: the system's fault, not ours
+        log.error("the event loop: %s", error.strerror or type(error).__name__)
+    elif isinstance(error, BaseException):
+        log_mistake(log, "a callback", error)
     else:
-        log.error("the event loop: %s", context.get("message"))
+        log.error("the event loop: %s", str(context.get("message")).partition(":")[0])
 
 
 def _notify_ready() -> None:

@@ -188,6 +188,26 @@ def test_a_client_that_leaves_stops_no_work() -> None:
     asyncio.run(main())
 
 
+def test_what_nobody_caught_is_logged_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(service._mistake)
+        loop.call_soon(int, "a key")
+        await asyncio.sleep(0.01)
+        loop.call_exception_handler(
+            {
+                "message": "socket.accept() out of system resource",
+                "exception": OSError(24, "Too many open files"),
+            }
+        )
+        loop.call_exception_handler({"message": "something else"})
+
+    asyncio.run(scenario())
+    assert "ValueError, a mistake in the program" in caplog.text and "a key" not in caplog.text
+    assert "the event loop: Too many open files" in caplog.text
+    assert "the event loop: something else" in caplog.text
+
+
 def test_words_from_outside_forge_no_line_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
