@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -240,6 +241,28 @@ def test_the_other_gateway_vanishes_after_it_was_given_the_sa(world: World) -> N
     assert done.code == 0, done
     world.settle("nsg")
     world.talks("nsg")
+
+
+def test_b4_a_gateway_that_lost_its_journal_denies_no_sa_of_its_charon(world: World) -> None:
+    # CTD, then nsg's agent dies, and its state goes, as after a damaged disk; its charon keeps the SA. psg
+    # sends the CTD again: CTDR S = 1, IN_DOUBT. nsg's operator ends the SA: CTDR UNKNOWN_TRANSFER, psg serves.
+    work = asked_in_vain(world)
+    world.lab.stop("nsg", "agent", kill=True)
+    shutil.rmtree(world.lab.work / "nsg" / "state")
+    world.restart("nsg")
+    world.unblock()
+    done = world.end(work)
+    assert done.code == 5, done
+    assert (done.report["result"], done.report["status"]["name"]) == ("in-doubt", "IN_DOUBT")
+    assert "nsg: the other gateway knows no such transfer" in done.report["text"]
+    assert "charon has the IKE_SA" in done.report["text"]
+    assert "ikectx reclaim" in done.report["hint"]
+    assert world.muted("psg")
+    assert len(world.lab.list_sas("nsg")) == 1
+    world.forget("nsg")
+    until(lambda: world.idle("psg"), "psg has heard no, and has the SA back", 60)
+    world.settle("psg")
+    world.talks("psg")
 
 
 def test_reclaim(world: World) -> None:
