@@ -245,7 +245,7 @@ def test_the_other_gateway_vanishes_after_it_was_given_the_sa(world: World) -> N
 
 def test_b4_a_gateway_that_lost_its_journal_denies_no_sa_of_its_charon(world: World) -> None:
     # CTD, then nsg's agent dies, and its state goes, as after a damaged disk; its charon keeps the SA. psg
-    # sends the CTD again: CTDR S = 1, IN_DOUBT. nsg's operator ends the SA: CTDR UNKNOWN_TRANSFER, psg serves.
+    # sends the CTD again: CTDR with IN_DOUBT. nsg's operator ends the SA: UNKNOWN_TRANSFER, and psg serves.
     work = asked_in_vain(world)
     world.lab.stop("nsg", "agent", kill=True)
     shutil.rmtree(world.lab.work / "nsg" / "state")
