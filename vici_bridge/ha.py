@@ -387,7 +387,7 @@ class HaMessage:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Read a whole datagram; WireError on anything charon would not have written."""
+        """Read a whole datagram; WireError for anything that charon would not have written."""
         reader = Reader(data, "HA message")
         version, kind = reader.u8("version"), HaType(reader.u8("type"))
         table = TABLES.get(version)
@@ -403,7 +403,7 @@ class HaMessage:
         return cls(version, kind, tuple(attributes))
 
     def serialize(self, limit: int = BUFLEN) -> bytes:
-        """The datagram; WireError when a value does not fit its field or the whole is over `limit` octets."""
+        """The datagram; WireError if a value does not fit its field or the whole is over `limit` octets."""
         numbers = _NUMBERS[self.version]
         writer = Writer().u8(self.version).u8(self.type, "type")
         for attr, value in self.attributes:
@@ -415,7 +415,7 @@ class HaMessage:
         return writer.done()
 
     def get(self, attr: Attr) -> Value | None:
-        """The last value of an attribute, as charon would take it; None without."""
+        """The last value of an attribute, which is the one that charon uses; None if there is none."""
         found: Value | None = None
         for name, value in self.attributes:
             if name is attr:
@@ -427,7 +427,7 @@ class HaMessage:
         return tuple(value for name, value in self.attributes if name is attr)
 
     def find(self, attr: Attr, kind: builtins.type[T]) -> T | None:
-        """`get` with its type; the type is the table's, so another one is a mistake of the caller."""
+        """`get` with its type; the table defines the type, so another one is a mistake of the caller."""
         value = self.get(attr)
         assert value is None or isinstance(value, kind)
         return value
@@ -437,7 +437,7 @@ class HaMessage:
         return tuple(value for value in self.all(attr) if isinstance(value, kind))
 
     def need(self, attr: Attr, kind: builtins.type[T]) -> T:
-        """`find`, and WireError when it is missing."""
+        """`find`; WireError if the attribute is missing."""
         value = self.find(attr, kind)
         if value is None:
             raise WireError(f"HA message {self.type.name} has no {attr.name}")
@@ -487,7 +487,7 @@ def ike_update(
     local_vips: Iterable[Address] = (),
     remote_vips: Iterable[Address] = (),
 ) -> HaMessage:
-    """IKE_UPDATE of what is given. `conditions`, `extensions`: (public, private) bits.
+    """IKE_UPDATE with the given attributes. `conditions`, `extensions`: (public, private) bits.
 
     Private bits are sent on wire version 5 only; older charons have none.
     """

@@ -1,8 +1,10 @@
-"""`HaVersion`: which charon runs, and which wire version its ha plugin speaks, as far as that is known. Pure.
+"""`HaVersion`: the version of the running charon, and the wire version of its ha plugin, as far as known.
+Pure.
 
 charon may be upgraded and restarted while the agent runs, and drops HA messages of any other version than its
-own without an answer. So what VICI says counts from each time that charon comes (back), and each datagram of
-the HA stream corrects it: the table of versions ends with the newest strongSwan that was looked at (6.1.0).
+own without an answer. So the version that VICI reports is used from each time that charon comes (back), and
+each datagram of the HA stream corrects it, because the table of versions ends with the newest strongSwan that
+was examined (6.1.0).
 """
 
 from __future__ import annotations
@@ -25,26 +27,27 @@ def wire_version(strongswan: str) -> int:
 
 
 class HaVersion:
-    """`charon`: strongSwan's version as VICI tells it; `number`: the wire version. Empty and None before."""
+    """`charon`: strongSwan's version as VICI reports it; `number`: the wire version. Empty and None at
+    first."""
 
     def __init__(self) -> None:
         self.charon = ""
         self.number: int | None = None
 
     def told(self, strongswan: str) -> None:
-        """VICI reaches a charon of that version, maybe another one than before."""
+        """VICI reports a charon of that version, perhaps another one than before."""
         if self.number is None or strongswan != self.charon:
             self.number = wire_version(strongswan)
         self.charon = strongswan
 
     def heard(self, datagram: bytes) -> bool:
-        """A datagram of the HA stream: True where it is of a wire version that was not known to be spoken."""
+        """A datagram of the HA stream arrived. True if its wire version was not known to be used."""
         before, self.number = self.number, datagram[0] if datagram else self.number
         return before != self.number
 
     @property
     def problem(self) -> str:
-        """What is wrong with the wire version; empty: nothing is known to be."""
+        """A description of the wire version's problem; empty: none is known."""
         if self.number is None or self.number in TABLES:
             return ""
         known = ", ".join(map(str, sorted(TABLES)))
@@ -52,7 +55,7 @@ class HaVersion:
         return f"{charon} speaks HA wire version {self.number}, this ikectx knows {known}"
 
     def check(self) -> None:
-        """Errors: CharonError where charon speaks a wire version that is not known here."""
+        """Errors: CharonError if charon uses a wire version that is not known here."""
         if self.problem:
             raise CharonError(self.problem, hint=UPGRADE)
 

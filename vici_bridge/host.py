@@ -1,7 +1,7 @@
-"""One charon and its kernel, as source and sink see them: HA stream in, orders out, views on demand.
+"""One charon and its kernel, for source and sink: receives the HA stream, sends orders, reads views.
 
-The record of the HA stream is kept in the store after each change, because it cannot be asked for
-again: a resync would rekey every CHILD_SA (strongSwan 5.9.8 and 6.0.6).
+The record of the HA stream is stored after each change, because it cannot be asked for again: a resync would
+rekey every CHILD_SA (strongSwan 5.9.8 and 6.0.6).
 """
 
 from __future__ import annotations
@@ -62,24 +62,26 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 Settler = Callable[[IkeContext, FinalState], Awaitable[int]]
-"""Asks the MN of a context, as it stands here, for our next message ID. Errors: LinkError (silent)."""
+"""Asks the mobile node of a context, as it is here, for our next message ID. Errors: LinkError (silent)."""
 Mover = Callable[[IkeContext, FinalState, Callable[[], bool]], Awaitable[MoveReport]]
-"""The exchange with the MN, injected by whoever knows `mobike_ext`: (context as it stands here, final
-message IDs, "has the MN's ESP arrived here?") to a report. Errors: LinkError, RefusedError."""
+"""The exchange with the mobile node, injected by the module that knows `mobike_ext`: (context as it is
+here, final message IDs, whether the mobile node's ESP arrives here) to a report. Errors: LinkError,
+RefusedError."""
 
 ESP = 50
 _RECORD = "record"
 _UPDATE_SPI = "update-spi"
-"""Kind of store entry, by the MN's identity: it knows UPDATE_SPI, and when that was seen (s since 1970)."""
+"""Kind of store entry, by the mobile node's identity: it knows UPDATE_SPI, and when that was seen (s since
+1970)."""
 _UPDATE_SPI_FOR = 86400.0
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
 DELETE_PATIENCE = 5.0
-"""Seconds for charon to drop an SA it was told to drop."""
+"""Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
 REKEY_AGAIN = 5.0
-"""Seconds until charon is asked again for a rekey that it would not begin."""
+"""Seconds until charon is asked again for a rekey that it did not begin."""
 SAVE_AGAIN = 2.0
 """Seconds until a record that could not be stored is stored again."""
 
@@ -146,7 +148,7 @@ class CharonHost:
         self.fresh = FreshKeys(store)
         self.scripts = Scripts(config.updown, store)
         self.import_lock = asyncio.Lock()
-        """Held from the checks to the end of an import: two imports never race for an SPI."""
+        """Held from the checks to the end of an import, so that two imports never race for an SPI."""
         self.on_change: Callable[[Change], None] | None = None
         self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
         self.ha_version = HaVersion()
@@ -156,7 +158,7 @@ class CharonHost:
         self._spoke: dict[SaName, float] = {}
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.expected: set[SaName] = set()
-        """New names of SAs that are being taken in: muted, maybe, before charon lists them."""
+        """New names of SAs that are being taken in. They may be muted before charon lists them."""
         self.charon_up = False
         self._unconfirmed = Unconfirmed(config.ha_remote, config.ha_port)
 
@@ -179,9 +181,10 @@ class CharonHost:
             if not self.config.mobile_node:
                 await asyncio.to_thread(self.mute.prepare)
         except KernelError as error:
-            # every transfer will say the same again
+            # every transfer will report the same again
             log.error("no SA can be moved from here or to here: %s (%s)", error, error.hint)
-        # an MN whose gateway takes its messages for old ones connects anew; a gateway must not be in doubt
+        # a mobile node whose gateway takes its messages for old ones connects anew, so only a gateway needs
+        # this
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
         loop = asyncio.get_running_loop()
 
@@ -255,12 +258,12 @@ class CharonHost:
             self.on_change(change)
 
     def save_soon(self) -> None:
-        """Save when the datagrams that wait have been read: a crash must find what charon told only once."""
+        """Save when all waiting datagrams have been read, because charon reports everything only once."""
         if self._saving is None:
             self._saving = asyncio.get_running_loop().call_soon(self.save)
 
     def save(self) -> None:
-        """Save what changed in the record. Where the store will not, it is logged and tried again."""
+        """Save the changes of the record. If the store fails, that is logged, and it is tried again."""
         if self._saving is not None:
             self._saving.cancel()
             self._saving = None
@@ -272,7 +275,7 @@ class CharonHost:
                 else:
                     self.store.put(_RECORD, key, value)
             for name in names:
-                if name not in self.record:  # deleted, moved away, or rekeyed: nothing else tells of these
+                if name not in self.record:  # deleted, moved away, or rekeyed: no other event removes them
                     self._spoke.pop(name, None)
                     self.doubts.gone(name)
         except StoreError as error:
@@ -289,7 +292,7 @@ class CharonHost:
             log.warning("charon is not reachable over VICI at %s", self.config.vici)
 
     async def _reconcile(self) -> None:
-        """After charon came (back): forget what it no longer has."""
+        """After charon came (back): forget SAs that it no longer has."""
         await self._ask_version()
         await self.settle()
         mark = self.record.mark()
@@ -298,7 +301,7 @@ class CharonHost:
         for change in gone:
             self._spoke.pop(change.sa, None)
         self.save()
-        await self.settle()  # what came up just now was told by now
+        await self.settle()  # SAs that came up just now have been reported by now
         listed = {view.spis for view in views}
         self.doubts.keep(listed)
         for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
@@ -325,17 +328,17 @@ class CharonHost:
         return sa in self.expected or (row is not None and row.facts.stage != "imported")
 
     async def settle(self) -> None:
-        """Let HA datagrams that charon sent before its last VICI answer be read."""
+        """Wait until HA datagrams that charon sent before its last VICI answer have been read."""
         for _ in range(3):
             await asyncio.sleep(0)
         await asyncio.sleep(0.001)
 
     @trace.spanned("catch up with charon")
     async def catch_up(self, sa: SaName) -> None:
-        """As `settle`, and put message IDs into the record that charon used and no agent heard of.
+        """As `settle`, and add message IDs to the record that charon used and did not report to any agent.
 
-        Where that cannot be known, charon's HA messages are all there is. Errors: UnknownSaError when they
-        may lack some.
+        If that cannot be known, charon's HA messages are the only source. Errors: UnknownSaError if some of
+        them may be missing.
         """
         await self.settle()
         if sa not in self.record:
@@ -372,7 +375,7 @@ class CharonHost:
         return self._ha.listening()
 
     def _keep_departed(self, message: ha.HaMessage) -> None:
-        """charon says IKE_DELETE, then runs updown scripts, then clears the kernel (5.9.8, 6.0.6)."""
+        """charon sends IKE_DELETE, then runs updown scripts, then clears the kernel (5.9.8, 6.0.6)."""
         now = time.monotonic()
         self._departed = {sa: kept for sa, kept in self._departed.items() if now - kept[1] < DEPARTED}
         ike = message.find(ha.Attr.IKE_ID, ha.IkeId)
@@ -381,7 +384,7 @@ class CharonHost:
                 self._departed[ike.spis] = (self.record.context(ike.spis), now, self.quiet(ike.spis))
 
     def departed(self) -> dict[SaName, tuple[IkeContext, float]]:
-        """SAs that charon has said goodbye to just now, with how long they had been quiet (seconds)."""
+        """SAs that charon is just destroying, with the time since their last IKE request (seconds)."""
         return {sa: (context, quiet) for sa, (context, _, quiet) in self._departed.items()}
 
     def context(self, sa: SaName) -> IkeContext:
@@ -390,15 +393,15 @@ class CharonHost:
         return kept[0] if kept is not None and sa not in self.record else self.record.context(sa)
 
     def quiet(self, sa: SaName) -> float:
-        """Seconds since the last IKE request in either direction, as far as this agent heard."""
+        """Seconds since the last IKE request in either direction that was reported to this agent."""
         return time.monotonic() - self._spoke.get(sa, 0.0)
 
     # Views.
 
     async def ask(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call `vici` in a thread that nothing else uses: while charon hangs, other SAs are still frozen.
+        """Call `vici` in a thread that nothing else uses, so that other SAs can be frozen while charon hangs.
 
-        One thread is enough, because charon is asked one thing at a time.
+        One thread is enough, because charon answers one request at a time.
         """
         work = partial(contextvars.copy_context().run, partial(call, *args, **kwargs))
         return await asyncio.get_running_loop().run_in_executor(self._charon, work)
@@ -412,7 +415,7 @@ class CharonHost:
         return not isinstance(self.obstacle(view), UnknownSaError)
 
     def obstacle(self, view: SaView) -> IkectxError | None:
-        """Why that SA cannot be moved, as far as this side can tell; None: nothing speaks against it."""
+        """Why that SA cannot be moved, as far as this gateway can tell; None: it can."""
         try:
             self.ha_version.check()
             check_kind(view)
@@ -426,7 +429,7 @@ class CharonHost:
         return None
 
     async def view(self, sa: SaName) -> SaView | None:
-        """One of them by its SPIs."""
+        """One of charon's SAs by its SPIs."""
         return await self.listing.view(sa)
 
     async def connections(self) -> dict[str, Message]:
@@ -457,7 +460,7 @@ class CharonHost:
         return raw is not None and time.time() - int.from_bytes(raw[1:]) < _UPDATE_SPI_FOR
 
     def note_update_spi(self, mn: Identity) -> None:
-        """It has shown that it knows UPDATE_SPI. Errors: StoreError."""
+        """The mobile node has shown that it knows UPDATE_SPI. Errors: StoreError."""
         self.store.put(_UPDATE_SPI, str(mn), b"\1" + int(time.time()).to_bytes(8))
 
     # Things both sides do.
@@ -465,14 +468,15 @@ class CharonHost:
     async def updown(
         self, context: IkeContext, *, up: bool, reqids: dict[bytes, int], unique_id: int
     ) -> None:
-        """The connection's updown script, if one is configured. Errors: KernelError, it cannot be started."""
+        """Run the connection's updown script, if one is configured. Errors: KernelError if it cannot be
+        started."""
         await self.scripts.run(context, up=up, reqids=reqids, unique_id=unique_id)
 
     @trace.spanned("delete in charon")
     async def delete(self, context: IkeContext, meanwhile: Callable[[], bool] = lambda: True) -> None:
-        """Have charon drop the IKE_SA silently and see it gone. Errors: CharonError.
+        """Make charon drop the IKE_SA silently, and wait until it has gone. Errors: CharonError.
 
-        `meanwhile` is called until it says True, from the moment charon has the order.
+        `meanwhile` is called until it returns True, from the moment that charon has the order.
         """
         await self.send(undo_messages(context, await self.version()))
         end = time.monotonic() + DELETE_PATIENCE
@@ -492,7 +496,7 @@ class CharonHost:
         self.save_soon()
 
     def end(self, sa: SaName) -> None:
-        """Have charon delete an SA that it serves, and tell the mobile node. Raises nothing."""
+        """Make charon delete an SA that it serves, and tell the mobile node. Raises nothing."""
         self.spawn(self._end(sa))
 
     async def _end(self, sa: SaName) -> None:
@@ -507,9 +511,10 @@ class CharonHost:
             log.error("an SA that was ended at the gateway that gave it is not deleted here: %s", error)
 
     def late_packets(self, context: IkeContext, children: Sequence[ChildContext]) -> Callable[[], bool]:
-        """What puts inbound SAs back as soon as charon has taken them out, and then says True.
+        """A function that restores inbound SAs as soon as charon has removed them, and then returns True.
 
-        They decrypt for `HostConfig.late` seconds what is on its way. Errors: KernelError, now; later logged.
+        They decrypt packets that are still on their way, for `HostConfig.late` seconds. Errors: KernelError,
+        now; a later one is logged.
         """
         kernel = self.kernel
         if kernel is None or not children:
@@ -518,7 +523,7 @@ class CharonHost:
         snapshot = kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
 
         def put_back() -> bool:
-            # charon takes a child's policies out first and its outbound SA last
+            # charon removes a child's policies first and its outbound SA last
             if any(sa is not None for child in children for sa in self.kernel_pair(context, child)):
                 return False
             try:
@@ -530,7 +535,8 @@ class CharonHost:
         return put_back
 
     def address_for(self, context: IkeContext) -> Address:
-        """Our outer address for this MN: the SA's own if it is ours too, else the first of its family."""
+        """Our outer address for this mobile node: the SA's own if this host has it, else the first of its
+        family."""
         if context.local.address in self.config.addresses:
             return context.local.address
         for address in self.config.addresses:
@@ -540,10 +546,10 @@ class CharonHost:
 
     @trace.spanned("activate segment")
     async def activate_segment(self) -> None:
-        """Make every PASSIVE SA ESTABLISHED: TAKE then DROP. Calls close together share one toggle.
+        """Make every PASSIVE SA ESTABLISHED: TAKE, then DROP. Calls close together share one toggle.
 
         Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys
-        half-open ones, so a moment without any is waited for (2 s at most).
+        half-open ones, so this waits for a moment without any (2 s at most).
         """
         if self._toggle is None:
             self._toggle = asyncio.get_running_loop().create_future()
@@ -552,9 +558,9 @@ class CharonHost:
 
     @trace.spanned("pause segment")
     async def pause_segment(self) -> None:
-        """Make every ESTABLISHED SA PASSIVE, until `activate_segment`: DROP then TAKE. Errors: CharonError.
+        """Make every ESTABLISHED SA PASSIVE, until `activate_segment`: DROP, then TAKE. Errors: CharonError.
 
-        charon's segments are not active when it starts, and the TAKE of one that is not does nothing.
+        charon's segments are not active when it starts, and the TAKE of one that is not active does nothing.
         Half-open SAs are waited for as in `activate_segment`.
         """
         await self._none_half_open()
@@ -575,7 +581,7 @@ class CharonHost:
         try:
             await asyncio.sleep(0.005)
             views = await self._none_half_open()
-            self._toggle = None  # whoever comes later waits for the next one
+            self._toggle = None  # later calls wait for the next toggle
             self.deadlines.before_toggle(views, time.time())
             version = await self.version()
             await self.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])
@@ -584,13 +590,13 @@ class CharonHost:
             self._toggle = None
             done.set_exception(error)
         except BaseException:
-            # whoever waits must not wait for ever
+            # callers must not wait for ever
             self._toggle = None
             done.cancel()
             raise
 
     async def resync(self) -> None:
-        """Have charon replay its IKE_SAs; it rekeys all CHILD_SAs of its segments, too."""
+        """Make charon report its IKE_SAs again; it rekeys all CHILD_SAs of its segments, too."""
         await self.send([ha.resync(await self.version(), [1])])
 
     async def _watch_deadlines(self) -> None:
@@ -604,7 +610,7 @@ class CharonHost:
                 continue
             try:
                 await self._ask_rekeys()
-            except IkectxError as error:  # also a StoreError: lifetimes are watched on, full disk or not
+            except IkectxError as error:  # also a StoreError, because a full disk must not end this watch
                 log.warning("lifetimes cannot be watched now: %s", error)
 
     async def _ask_rekeys(self) -> None:
@@ -614,7 +620,7 @@ class CharonHost:
             try:
                 await self._ask_rekey(entry, view)
                 self.deadlines.asked(entry)
-            except (CharonError, WireError) as error:  # the others are asked for all the same
+            except (CharonError, WireError) as error:  # the other rekeys are asked for all the same
                 trouble = error
                 self.deadlines.later(entry, time.time() + REKEY_AGAIN)
             except StoreError as error:

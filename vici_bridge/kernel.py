@@ -1,6 +1,7 @@
-"""The kernel's SAD and SPD, asked and changed: `Kernel`. With `Mute` and `Detour` all that touches it. I/O.
+"""Reads and changes the kernel's SAD and SPD: `Kernel`. Only `Mute`, `Detour` and this module touch the
+kernel. I/O.
 
-Errors are `KernelError` with the errno and a sentence of what was asked for, never with a key.
+Errors are `KernelError` with the errno and a sentence about the request, never with a key.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ log = logging.getLogger(__name__)
 __all__ = ["Detour", "InboundSnapshot", "Kernel", "Mute"]
 
 LATE = int.from_bytes(b"LATE")
-"""Written into an SA's `sequence`, which the kernel only keeps: "ours, for late packets, gone in seconds"."""
+"""Written into an SA's `sequence`, which the kernel only stores. It marks our SAs for late packets."""
 
 _REPORT = "please report the versions of the kernel and of strongSwan"
 
 _FEW = 4096
-"""SPIs of a range that is searched one by one."""
+"""Ranges of at most so many SPIs are searched one by one."""
 _CANNOT = (errno.ENOSYS, errno.ENOENT, errno.EINVAL, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
 _PROBE = {INET: ("192.0.2.254", "192.0.2.253"), INET6: ("2001:db8::fffe", "2001:db8::fffd")}
 _PROBE_SPI = bytes.fromhex("000000ff")
@@ -46,7 +47,7 @@ _PROBE_SPI = bytes.fromhex("000000ff")
 
 @dataclass(frozen=True, slots=True)
 class InboundSnapshot:
-    """What decrypts packets towards the gateway: inbound SAs with the policies that let their packets in."""
+    """The SAs and policies that decrypt packets towards the gateway."""
 
     sas: tuple[KernelSa, ...]
     policies: tuple[KernelPolicy, ...]
@@ -77,10 +78,10 @@ class Kernel:
     # Reading.
 
     def dump_sas(self) -> list[KernelSa]:
-        """All SAs that can be read. About 60 us each: to look for one, `get_sa` is the way.
+        """All SAs that can be read. About 60 us each: use `get_sa` for a single one.
 
-        Not every SA of a kernel is charon's: one that cannot be read is left out, and logged once by its SPI.
-        Errors: KernelError.
+        The kernel may have SAs that are not charon's. One that cannot be read is left out, and logged once by
+        its SPI. Errors: KernelError.
         """
         return list(self._readable(self._xfrm.ask(dump_sas())))
 
@@ -115,10 +116,11 @@ class Kernel:
         return _policies(self._xfrm.ask(dump_policies()))
 
     def policies_about(self, reqids: Collection[int]) -> list[KernelPolicy]:
-        """Of those the ones with a template for one of these requests. An SA stands still meanwhile, maybe.
+        """The policies with a template for one of these reqids. An SA may be frozen meanwhile, so this is
+        fast.
 
-        The kernel finds a policy by its selector only, so all are dumped; but those that cannot be meant are
-        not read, which would take some 50 us each. Errors: KernelError, WireError.
+        The kernel finds a policy by its selector only, so all are dumped; but policies of other reqids are
+        not parsed, which would take some 50 us each. Errors: KernelError, WireError.
         """
         named = [reqid.to_bytes(4, sys.byteorder) for reqid in reqids]
         answers = self._xfrm.ask(dump_policies()) if named else []
@@ -131,9 +133,9 @@ class Kernel:
     # Counters.
 
     def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:
-        """Replay state of an SA now, and what it did so far.
+        """Replay state of an SA, and its usage so far.
 
-        An inbound SA has number, window and bitmap, an outbound one only the number. `outbound` None: told
+        An inbound SA has number, window and bitmap, an outbound one only the number. `outbound` None: derived
         from the SA, see `is_outbound`. Errors: KernelError (ESRCH: it has gone), WireError.
         """
         state, usage = self._counters(sa)
@@ -151,11 +153,11 @@ class Kernel:
     def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
         """Write replay state in place.
 
-        Outbound: the number goes forward only, an IV or sequence number must never come twice (StateError).
-        Inbound: joined with what the kernel has by now and fitted to the SA's own window, so that nothing
-        received is forgotten; a packet that arrives in the microseconds between reading and writing
-        is. What was written is read back, because a kernel that takes no notice of it answers 0, too.
-        Errors: KernelError, StateError, UsageError where the number needs ESN and the SA has none.
+        Outbound: the number goes forward only, because an IV or sequence number must never be used twice
+        (StateError). Inbound: joined with the kernel's present state and fitted to the SA's own window, so
+        that no received number is forgotten, except one that arrives in the microseconds between reading and
+        writing. The state is read back, because a kernel that ignores it answers 0, too. Errors: KernelError,
+        StateError, UsageError if the number needs ESN and the SA has none.
         """
         now, _ = self._counters(sa)
         if outbound is None:
@@ -173,7 +175,7 @@ class Kernel:
             joined = fit_replay(merge_replay(now.inbound, fit_replay(state, now.window)), now.window)
             after = replace(now, seq=joined.seq, bitmap=joined.bitmap)
         self._xfrm.ask(sa.set_replay(after))
-        # packets that came or left since may have taken it further
+        # packets that arrived or left since may have raised the numbers further
         there, _ = self._counters(sa)
         told = replace(after.inbound, bitmap=known(after.bitmap, after.seq, after.window))
         if there.oseq < after.oseq or merge_replay(there.inbound, told) != there.inbound:
@@ -200,9 +202,10 @@ class Kernel:
             self._xfrm.ask(sa.set_usage(after))
 
     def is_outbound(self, sa: KernelSa) -> bool:
-        """Whether packets leave by this SA: what it says (kernel 6.10) or did, else where it leads to.
+        """Whether packets leave by this SA: from its direction (kernel 6.10) or usage, else from its
+        addresses.
 
-        Where the gateway's address is not here yet, and nothing was received, only the caller can know.
+        If the gateway's address is not here yet, and nothing was received, only the caller can know.
         """
         return not is_local(self._route, sa.destination) if sa.outbound is None else sa.outbound
 
@@ -211,7 +214,7 @@ class Kernel:
     def batch(self, requests: Sequence[Request]) -> None:
         """Several changes in one datagram, during which no other process changes SAs or policies.
 
-        All are tried; the first refusal is raised. Packets may see the states between.
+        All are tried; the first refusal is raised. Packets may be processed in between.
         """
         for request, outcome in zip(requests, self._xfrm.transact(requests), strict=True):
             if outcome.errno:
@@ -222,9 +225,9 @@ class Kernel:
         return self._gone(sa.delete(), errno.ESRCH)
 
     def reserve_spi(self, source: Address, destination: Address, low: int, high: int) -> bytes | None:
-        """Hold a free inbound ESP SPI of low..high (see `KernelSa.reserve`), None: there is none.
+        """Reserve a free inbound ESP SPI of low..high (see `KernelSa.reserve`), None: there is none.
 
-        `delete_sa` of that name gives it back, and must before somebody else adds an SA under it.
+        `delete_sa` of that name releases it, which must happen before anybody else adds an SA under it.
         Errors: KernelError, WireError.
         """
         wanted = KernelSa(source, destination, bytes(4))
@@ -266,8 +269,8 @@ class Kernel:
     def supports(self, encr: Encr, bits: int, integ: Integ, family: int = INET) -> bool:
         """Whether the kernel does ESP with these transforms: an SA is added and deleted again.
 
-        /proc/crypto would not tell, since modules load on demand. `bits` 0: the cipher has one
-        size. False also for transforms without a kernel name. Errors: KernelError (EPERM).
+        /proc/crypto would not show that, because modules load on demand. `bits` 0: the cipher has one size.
+        False also for transforms without a kernel name. Errors: KernelError (EPERM).
         """
         key = (encr, bits, integ, family)
         if key not in self._can:
@@ -289,7 +292,7 @@ class Kernel:
             _PROBE_SPI,
             mode=TRANSPORT,
             encr_name=cipher.name,
-            # distinct octets: 3DES refuses equal key halves
+            # distinct octets, because 3DES refuses equal key halves
             encr_key=Secret(bytes(range(size // 8 + cipher.salt))),
             icv_bits=cipher.icv,
             is_aead=bool(cipher.icv),
@@ -308,9 +311,9 @@ class Kernel:
     # Late packets, after the SA was let go.
 
     def snapshot_inbound(self, sas: Iterable[KernelSa]) -> InboundSnapshot:
-        """Inbound SAs as they are now, with their "in" and "fwd" policies. Those that are gone are left out.
+        """The present inbound SAs, with their "in" and "fwd" policies. SAs that are gone are left out.
 
-        Take it just before charon deletes them. Errors: KernelError, WireError.
+        Call it just before charon deletes them. Errors: KernelError, WireError.
         """
         now = [self.get_sa(sa.destination, sa.spi, sa.proto, sa.mark) for sa in sas]
         found = tuple(sa for sa in now if sa is not None)
@@ -321,10 +324,11 @@ class Kernel:
         return InboundSnapshot(found, tuple(wanted.values()))
 
     def restore_inbound(self, snapshot: InboundSnapshot, seconds: int) -> int:
-        """Put them back after charon deleted them; after `seconds` the kernel drops them, agent or not.
+        """Restore them after charon deleted them; after `seconds` the kernel drops them, agent or not.
 
-        They only receive: no counter or IV is used. What exists (again) is left as it is. Gives
-        the number of SAs put back. Errors: KernelError for the first that was refused, after trying all.
+        They only receive, so no counter or IV is used. SAs and policies that exist (again) are left as they
+        are. Returns the number of SAs restored. Errors: KernelError for the first that was refused, after
+        trying all.
         """
         if seconds < 1 or not snapshot.sas:
             return 0
@@ -338,15 +342,16 @@ class Kernel:
         return sum(outcome.errno == 0 for outcome in outcomes[: len(snapshot.sas)])
 
     def late_sas(self) -> list[KernelSa]:
-        """SAs that `restore_inbound` put back and that have not expired, of this agent or one before it."""
+        """SAs that `restore_inbound` restored and that have not expired, of this agent or one before it."""
         mark = LATE.to_bytes(4, sys.byteorder)  # others, thousands maybe, are not read
         found = self._readable(answer for answer in self._xfrm.ask(dump_sas()) if mark in answer)
         return [sa for sa in found if sa.sequence == LATE]
 
     def drop_late(self, sas: Iterable[KernelSa]) -> int:
-        """Delete such SAs and their policies early, as when the same SA comes back. Gives their number.
+        """Delete such SAs and their policies early, for instance if the same SA comes back. Returns their
+        number.
 
-        SAs that are not of `restore_inbound`, and policies without an expiry, are not touched.
+        Other SAs, and policies without an expiry, are not touched.
         """
         late = [
             now

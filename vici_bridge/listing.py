@@ -1,9 +1,10 @@
-"""`Listing`: charon's IKE_SAs as views, so that a gateway with thousands can still be asked often. I/O.
+"""`Listing`: charon's IKE_SAs as views, fast enough for a gateway with thousands of SAs. I/O.
 
-A transfer asks some twenty times how its SA is, and charon's `list-sas` names all of them: to read a thousand
-takes a tenth of a second. So one SA is asked for by its unique ID once that is known, else looked for among
-octets that are not read; whoever wants all of them while a listing goes on shares the next one; and what
-charon says of an SA in the same octets as last time (which hold its age in seconds) is not read again.
+A transfer asks several times for the state of its SA, and charon's `list-sas` reports all of them: to parse a
+thousand takes a tenth of a second. So one SA is asked for by its unique ID once that is known, else it is
+searched in octets that are not parsed. Callers that want all SAs while a listing is under way share the next
+one. An SA that charon reports with the same octets as last time (which contain its age in seconds) is not
+parsed again.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ class Listing:
         self._ask = ask
         self._run = run or asyncio.to_thread
         self._ids: dict[SaName, int] = {}
-        """Unique IDs as charon told them last. It gives none a second time while it lives (5.9.8, 6.0.6)."""
+        """Unique IDs that charon reported last. It never uses one again while it runs (5.9.8, 6.0.6)."""
         self._read: dict[bytes, SaView | None] = {}
-        """What charon said last of all SAs, and what that means."""
+        """charon's last message about each SA, and its view."""
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
 
     async def views(self) -> list[SaView]:
-        """All IKEv2 SAs, as they are after this call or later. Errors: CharonError, WireError."""
+        """All IKEv2 SAs, as of this call or later. Errors: CharonError, WireError."""
         if self._next is None:
             self._next = asyncio.create_task(self._all())
             self._next.add_done_callback(_heard)
@@ -58,7 +59,7 @@ class Listing:
 
     async def _all(self) -> list[SaView]:
         async with self._turn:
-            self._next = None  # what begins now is not what somebody asks for later
+            self._next = None  # a listing that has begun is too old for later callers
             before, now = self._read, dict[bytes, SaView | None]()
 
             def read(octets: bytes) -> SaView | None:
@@ -71,7 +72,7 @@ class Listing:
         return views
 
     async def view(self, sa: SaName) -> SaView | None:
-        """One of them by its SPIs. Errors: as `views`."""
+        """One of charon's SAs by its SPIs. Errors: as `views`."""
         known = self._ids.get(sa)
         found = [] if known is None else await self._asked(_view, known)
         if not any(view.spis == sa for view in found):
@@ -96,6 +97,7 @@ def _view(octets: bytes) -> SaView | None:
 
 
 def _heard(listing: asyncio.Task[list[SaView]]) -> None:
-    """Whoever waited may be gone; asyncio would complain of an error that nobody asked for."""
+    """Fetch the error of a listing that nobody waits for any more, because asyncio would complain
+    otherwise."""
     if not listing.cancelled():
         listing.exception()

@@ -1,9 +1,9 @@
-"""`Looks`: what charon has while SAs come in, asked once for many of them. I/O.
+"""`Looks`: charon's state at the time when SAs come in, asked once for many of them. I/O.
 
-An SA may come in only if nothing here has its names, addresses or networks. Asked about a thousand SAs,
-charon takes a tenth of a second to answer, and as long to be understood; and names are compared and taken by
-one SA after the other, since two may want the same. So whoever waits for its turn asks before it, those that
-ask at once share the answer (`Listing`), and what came in between that answer and the turn is added to it.
+An SA may come in only if no SA here has its names, addresses or networks. With a thousand SAs charon takes a
+tenth of a second to answer, and the answer as long to parse. Names are compared and taken by one SA after the
+other, because two may want the same. So an SA that waits for its turn asks before it, those that ask at the
+same time share the answer (`Listing`), and SAs that came in between that answer and the turn are added to it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .vici import Message
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What charon told. `version`: its HA wire version. `came`: how many SAs had come in when it was asked.
+    """charon's answers. `version`: its HA wire version. `came`: how many SAs had come in when it was asked.
 
     `listening`: whether its end of the HA link exists.
     """
@@ -49,7 +49,7 @@ class Seen:
 
 
 class Looks:
-    """The looks of one gateway, and what came in during them."""
+    """The looks of one gateway, and the SAs that came in during them."""
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
@@ -58,7 +58,7 @@ class Looks:
 
     @contextlib.asynccontextmanager
     async def look(self) -> AsyncIterator[Seen]:
-        """What charon has. Until the end of this context `now` knows what came in since.
+        """charon's state. Until the end of this context `now` adds the SAs that came in since.
 
         Errors: CharonError, WireError.
         """
@@ -82,12 +82,12 @@ class Looks:
                 self._came.clear()
 
     def came(self, view: SaView) -> None:
-        """This SA came in, or has other names than before; whoever has looked does not know."""
+        """This SA came in, or has other names than before; earlier looks do not have that."""
         if self._open:
             self._came.append(view)
 
     def now(self, seen: Seen) -> Seen:
-        """What charon has now, as far as this agent has changed it since."""
+        """charon's present state, as far as this agent has changed it since."""
         new = self._came[seen.came :]
         return replace(seen, views=(*seen.views, *new)) if new else seen
 
@@ -101,9 +101,9 @@ def objections(
     *,
     keep_address: bool,
 ) -> list[Verdict]:
-    """What of charon's speaks against an SA: every reason. `here`: it as it would stand here.
+    """All reasons against an SA from charon's state. `here`: the SA as it would be here.
 
-    `spis`: what speaks against its SPIs.
+    `spis`: the reasons against its SPIs.
     """
     verdicts = [*check_covered(here, seen.version), *check_address(here, context, keep_address)]
     if not seen.listening:

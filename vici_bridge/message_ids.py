@@ -1,19 +1,19 @@
-"""`MessageIds`: the kernel notes which IKE messages left this host, so that no agent has to be awake. I/O.
+"""`MessageIds`: the kernel notes which IKE messages left this host, also while no agent runs. I/O.
 
-charon tells over HA when a message ID was used, once; what it says while no agent runs, or faster than the
-agent's socket holds, is lost, and no interface of it (strongSwan 5.9.8 to 6.0.6) tells the IDs again short
-of a resync, which rekeys all CHILD_SAs. But the header of every IKE message shows its ID, and what leaves
-this host was made by charon, under the keys of the SA: nothing that comes from outside is noted, nor what
-the agent itself sends (`MARK`), of which it alone knows what came of it. The last request that left has
-the ID before the next one; the last answer the ID before the one that the MN's next request must have
+charon reports each used message ID over HA once. A report is lost if no agent runs, or if the agent's socket
+is full, and no interface of charon (strongSwan 5.9.8 to 6.0.6) reports the IDs again except a resync, which
+rekeys all CHILD_SAs. But the header of every IKE message has its ID, and messages that leave this host were
+made by charon, under the keys of the SA. Messages from outside are not noted, nor those that the agent itself
+sends (`MARK`), because only the agent knows whether they were answered. The last request that left has the ID
+before the next one; the last answer has the ID before the one that the mobile node's next request must have
 (RFC 7296, 2.2; windows of 1, as charon has them).
 
 The rules and the notes outlive the agent. A note is forgotten a week after the last message.
 
-A note counts only where the rules have been tried: nft programs do not agree on the octets of a map's
+A note is used only after the rules were tried, because versions of nft do not agree on the octets of a map's
 value (1.0.6 keeps a `meta mark` as the packet has it, 1.1 turns it into the host's order), and the table may
-come from an agent or an nft of before. So messages with known IDs are sent over the loopback interface, and
-what they read back as decides whether the table stays.
+come from an earlier agent or nft. So messages with known IDs are sent over the loopback interface, and the
+IDs that are read back decide whether the table stays.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _RESPONSE = 0x20
 _TRIALS = ((0, 0x01020304), (_RESPONSE, 0x05060708))
 """Flags and message ID of the messages that are sent to try the rules."""
 _PRIORITY = -310
-"""Before charon's messages can be kept back (`Mute`): it has used their IDs all the same."""
+"""Before charon's messages can be dropped by `Mute`, because charon has used their IDs all the same."""
 
 
 class MessageIds:
@@ -58,9 +58,10 @@ class MessageIds:
         self._table = Table(TABLE)
 
     def prepare(self) -> bool:
-        """Begin to note. False: what left before now is not known, because nothing noted it, or wrongly.
+        """Begin to note. False: messages that left before are not known, because they were not noted, or
+        wrongly.
 
-        Errors: KernelError also where a new table does not note what leaves; then there is no table.
+        Errors: KernelError also if a new table does not note messages that leave; then there is no table.
         """
         with self._lock:
             if self._right():
@@ -79,12 +80,12 @@ class MessageIds:
             )
 
     def right(self) -> bool | None:
-        """Whether the rules that stand note what leaves, tried now; None: there are none."""
+        """Whether the present rules note messages that leave, tried now; None: there are no rules."""
         with self._lock:
             return self._right() if self._table.rules(_CHAIN) else None
 
     def close(self) -> None:
-        """Leave; the kernel goes on noting."""
+        """Stop; the kernel goes on noting."""
         with self._lock:
             self._table.close()
 
@@ -119,7 +120,7 @@ class MessageIds:
         return True
 
     def _build(self) -> None:
-        """A new table. What an older one holds is of no use: newer messages may have left unnoted."""
+        """Make a new table. The notes of an older one are useless, because newer messages may be missing."""
         table = f"inet {TABLE}"
         lines = [f"add table {table}", f"delete table {table}", f"add table {table}"]
         for name in _MAPS:
@@ -132,13 +133,14 @@ class MessageIds:
         )
         for port, test, at in ((self._plain, "", 64), (self._marked, "@th,64,32 0 ", 96)):
             key = f"@th,{at},64 . @th,{at + 64},64"
-            # IKEv2, IKE_AUTH to INFORMATIONAL: an IKE_SA_INIT costs a stranger nothing, and is noted nowhere
+            # IKEv2, IKE_AUTH to INFORMATIONAL: IKE_SA_INIT is left out, because strangers can cause any
+            # number
             head = (
                 f"meta mark != {MARK:#x} udp sport {port} {test}@th,{at + 136},8 0x20 @th,{at + 144},8 35-37"
             )
             note = f"{{ {key} : @th,{at + 160},32 }}"
             for name, flag in zip(_MAPS, (0, _RESPONSE), strict=True):
-                # an update would leave the ID as it was: out, and in again
+                # an update would leave the ID unchanged, so delete the element and add it again
                 lines.append(
                     f"add rule {table} {_CHAIN} {head} @th,{at + 152},8 & {_RESPONSE:#x} == {flag:#x}"
                     f" delete @{name} {note} add @{name} {note}"
@@ -158,7 +160,7 @@ def _send_to_itself(port: int, datagrams: Sequence[bytes]) -> None:
     """
     try:
         with ExitStack() as stack:
-            # whom the messages reach: an unreachable port would be told to charon
+            # a socket receives the messages, because charon would be told of an unreachable port
             sink = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
             sink.bind(("127.0.0.1", 0))
             raw = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP))
