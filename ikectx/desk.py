@@ -379,6 +379,11 @@ class Desk:
         except (RefusedError, WireError) as error:
             log.warning("%s sent %s: %s", link.label, mn_label(context), error)
             run.blame(error)
+            # a busy SA is in this agent's journal; any other may have been taken before a journal was lost
+            if error.status is not Status.BUSY:
+                found = await doubt(self._parts, final_of(context), message.mn, who)
+                if found:
+                    run.error = RefusedError(found, status=Status.IN_DOUBT)
             wanted.begun(self, run)
             await run.go(TargetInput.CTD, link)
             return

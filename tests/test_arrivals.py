@@ -295,3 +295,22 @@ def test_there_and_back_by_every_mode() -> None:
                 mn.context = replace(mn.context, remote=mn.at)
 
     run(scenario())
+
+
+def test_b4_what_may_not_come_is_not_denied_where_charon_has_it() -> None:
+    """b took the SA, lost its journal, and may not take SAs of that connection any more; its MN asks."""
+
+    async def scenario() -> None:
+        async with world(brings={"connections": ("another",)}) as w:
+            mn = serve(w, a_context(), at=Endpoint.of("203.0.113.5", 4500))
+            w.b.daemon.served[mn.sa] = a_context()
+            asking = asyncio.create_task(w.b.agent.ctar(*mn.arrive()))
+            await until(lambda: any(isinstance(message, Ctdr) for message in w.network.seen))
+            assert (await asking) is not None
+            assert w.a.only_open()["state"] == "released"
+            assert "thaw" not in w.a.daemon.calls
+            del w.b.daemon.served[mn.sa]
+            await w.quiet()  # the next copy of the CTD is denied
+            assert w.owner(mn.sa) == "a"
+
+    run(scenario())
