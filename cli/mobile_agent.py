@@ -134,13 +134,20 @@ class MobileAgent:
         log.info("mobile node's agent %s serves %s", __version__, self._config.control.socket)
 
     async def _resume(self, passive: Mapping[SaName, IkeContext]) -> None:
-        await self._spis.resume()
+        # whatever cannot be read of one SA, the others are passive until they are made active here
+        try:
+            await self._spis.resume()
+        except IkectxError as error:
+            log.error("SPIs that were being changed when the agent ended: %s", error)
         self._spis.start()
         async with self.handovers.lock:
             ended = await self._mobile.resume()
         for sa, name in ended.items():
-            if sa in passive:
-                await self._leave(sa, name, passive[sa])
+            try:
+                if sa in passive:
+                    await self._leave(sa, name, passive[sa])
+            except IkectxError as error:
+                log.error("an SA that ended while no agent ran may stay at its gateway: %s", error)
         await self._ask_again()
 
     async def _leave(self, sa: SaName, name: SaName, context: IkeContext) -> None:
