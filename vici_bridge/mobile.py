@@ -1,22 +1,23 @@
 """`CharonMobile`: the mobile node's side of a handover, beside a stock charon. I/O.
 
     context = await mobile.export(sa)
-    await mobile.quiet(sa)                                # PASSIVE: charon says and hears nothing
-    ...                                                   # nSG is asked, and says it serves from now on
+    await mobile.quiet(sa)                                # PASSIVE: charon sends and accepts nothing
+    ...                                                   # the new gateway confirms that it serves the SA
     context = await mobile.readdress(context, local, remote)
     await mobile.loud(sa)                                 # ESTABLISHED, at the addresses the SA has now
 
 No IKE message is sent. charon gets the new addresses by IKE_UPDATE and its CHILD_SAs once more by CHILD_ADD,
-under the same keys; the old ones go by CHILD_DELETE. While both pairs stand, guard policies keep outbound
-packets on the old one, until the new one's sequence number is beyond all that were used. Where the two pairs
-would share a name, the old one goes first, and guards drop what would be sent in between.
+under the same keys; the old ones are deleted by CHILD_DELETE. While both pairs exist, guard policies keep
+outbound packets on the old one, until the new one's sequence number is beyond all that were used. If the two
+pairs would share a name, the old one is deleted first, and guards drop packets that would be sent in between.
 
-Each step is noted in the store before it begins and seen done before the next, so whoever starts anew after a
-crash ends what was open (`resume`): an SA is never left passive, and no number is used twice under a key.
+Each step is noted in the store before it begins and seen done before the next, so that an agent that starts
+after a crash completes the open ones (`resume`): an SA is never left passive, and no number is used twice
+under a key.
 
 While passive, charon ignores changes of addresses and routes, and answers and repeats nothing (strongSwan
-5.9.8, 6.0.6); that holds for all SAs of the segment. The HA plugin tells no virtual IP of charon's own, but
-the IKE_SA keeps its own through all of this, and with it the addresses and routes that hang on it.
+5.9.8, 6.0.6); that is true for all SAs of the segment. The HA plugin reports no virtual IP of charon's own,
+but the IKE_SA keeps its virtual IPs through all of this, with their addresses and routes.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ from .steps import MoveSteps
 log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT = 3.0
-"""Seconds to wait for charon to finish an exchange that is under way: an MN that comes into a new network
-often tells its gateway of the new address first (MOBIKE)."""
+"""Seconds to wait for charon to finish an exchange: a mobile node that comes into a new network often reports
+its new address to its gateway first (MOBIKE)."""
 AGAIN = 1.0
-"""Seconds until charon is asked again where it was not reachable when the agent started."""
+"""Seconds until charon is asked again if it was not reachable when the agent started."""
 NO_RENAMES: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 class _MobileSource(CharonSource):
-    """Exports as a gateway's, but also what is PASSIVE, and while charon looks for its gateway."""
+    """Exports as a gateway's, but also SAs that are PASSIVE, and while charon looks for its gateway."""
 
     async def _view(self, sa: SaName) -> SaView | None:
         view = await self._host.view(sa)
@@ -78,11 +79,11 @@ async def _nobody(here: IkeContext, final: FinalState, arrived: Callable[[], boo
 
 
 class EndedUnheardError(UnknownSaError):
-    """charon may have destroyed the SA while it was passive, and then without a Delete to its gateway."""
+    """charon may have destroyed the SA while it was passive, without a Delete to its gateway."""
 
 
 class CharonMobile:
-    """A mobile node's charon. One SA's calls come one after the other; `host.config.mobile_node` is set."""
+    """A mobile node's charon. Calls for one SA must not overlap; `host.config.mobile_node` is set."""
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
@@ -97,7 +98,8 @@ class CharonMobile:
         return replace(context, local_vips=view.local_vips)
 
     async def only_addresses(self, sa: SaName) -> bool:
-        """Whether all that charon has under way is to find its gateway, as after its network has changed.
+        """Whether charon's only open exchange is the search for its gateway, as after a change of its
+        network.
 
         While the SA is active charon repeats the request, and the new gateway answers it as well.
         """
@@ -107,7 +109,7 @@ class CharonMobile:
     def hear(self, local: Endpoint, spis: Mapping[bytes, bytes]) -> None:
         """Decrypt under new inbound SPIs (old to new), too, before the gateway is asked to agree to them.
 
-        It may use them before charon has them. Errors: KernelError.
+        The gateway may use them before charon has them. Errors: KernelError.
         """
         self.steps.hear(local.address, spis)
 
@@ -116,12 +118,13 @@ class CharonMobile:
         return any([await self._host.view(name) is not None for name in names])
 
     def forget(self, sa: SaName) -> None:
-        """charon has this SA no more, and has not said so: it was passive."""
+        """charon no longer has this SA, and has not reported that, because it was passive."""
         self._host.record.forget(sa)
         self._host.save()
 
     def recorded(self, sa: SaName) -> IkeContext:
-        """What charon told of the SA: no counters, and addresses of then. Errors: UnknownSaError."""
+        """charon's report of the SA: without counters, and with the addresses of then. Errors:
+        UnknownSaError."""
         return self._host.record.context(sa)
 
     @trace.spanned("quiet", "step")
@@ -133,15 +136,15 @@ class CharonMobile:
         anything: bool = False,
         patience: float = IDLE_TIMEOUT,
     ) -> None:
-        """Make the SA PASSIVE and see that it is; idempotent.
+        """Make the SA PASSIVE and verify that it is; idempotent.
 
         `unanswered`: requests as of `only_addresses` may be in flight. charon does not repeat them while it
-        is passive, nor later if that was due meanwhile, so it must not be for long. `anything`: any exchange
-        may be: `count` makes charon begin it anew, or the IKE_SA gets another name. `patience`: seconds to
-        wait for an exchange to end. Errors: UnknownSaError; RefusedError for an SA of a kind that cannot be
-        moved; BusyError while an exchange is in flight or the SA is not up; CharonError with NOT_COVERED
-        where it could not be given other addresses. The SA is active then. EndedUnheardError where it was
-        there, and is not when it should be passive.
+        is passive, nor later if that was due meanwhile, so this must not last long. `anything`: any exchange
+        may be in flight: `count` makes charon begin it anew, or the IKE_SA gets other SPIs. `patience`:
+        seconds to wait for an exchange to end. Errors: UnknownSaError; RefusedError for an SA of a kind that
+        cannot be moved; BusyError while an exchange is in flight or the SA is not up; CharonError with
+        NOT_COVERED if it could not be given other addresses. The SA is active after any of these.
+        EndedUnheardError if the SA was there before, and not when it should be passive.
         """
         host = self._host
         view = await self.steps.seen(sa)
@@ -172,13 +175,14 @@ class CharonMobile:
             raise
 
     def _check(self, context: IkeContext, view: SaView) -> None:
-        """What would fail later, when nobody else serves the SA. Errors: CharonError, UnknownSaError."""
+        """Check now what would otherwise fail later, when no gateway serves the SA. Errors: CharonError,
+        UnknownSaError."""
         kernel = self._host.kernel
         check_told(view, context)
         living = {child.spi_in for child in view.children if child.state == "INSTALLED"}
         for child in context.children:
             if child.spi_in not in living:
-                continue  # on its way out: charon ends it by itself
+                continue  # charon is deleting it by itself
             if kernel is None and child.generation != len(context.generations) - 1:
                 raise CharonError(
                     f"CHILD_SA {child.name} is older than the present keys of its IKE_SA",
@@ -205,13 +209,13 @@ class CharonMobile:
         renames: Mapping[bytes, bytes] = NO_RENAMES,
         peers: Sequence[Endpoint] = (),
     ) -> IkeContext:
-        """Give the SA, PASSIVE by `quiet`, and its children other outer addresses; the context after it.
+        """Give the SA, PASSIVE by `quiet`, and its children other outer addresses; returns the context after
+        it.
 
-        `renames`: SPIs that get another name, old to new, ESP's of 4 octets and IKE's of 8. `peers`: all
-        addresses of the new gateway, for MOBIKE later on. Idempotent, and repeatable after an error; `loud`
-        wants the SA's name of before. Errors: StateError where the SA is not passive; CharonError,
-        KernelError: then `loud` brings the SA back at the new addresses, and charon rekeys children that
-        could not be moved.
+        `renames`: SPIs to replace, old to new, ESP's of 4 octets and IKE's of 8. `peers`: all addresses of
+        the new gateway, for MOBIKE later on. Idempotent, and repeatable after an error; `loud` needs the SA's
+        old name. Errors: StateError if the SA is not passive; CharonError, KernelError: then `loud` brings
+        the SA back at the new addresses, and charon rekeys children that could not be moved.
         """
         host = self._host
         sa = context.spis
@@ -237,7 +241,8 @@ class CharonMobile:
         return move.with_new_name(replace(after, children=kept))
 
     async def count(self, sa: SaName, *, initiator: int | None = None, responder: int | None = None) -> None:
-        """Message IDs of charon's next request, and of the next one it expects, while the SA is passive.
+        """Set the message IDs of charon's next request, and of the next one it expects, while the SA is
+        passive.
 
         An exchange of charon's that is in flight begins anew under the first (strongSwan's task_manager
         `reset`, 5.9.8 and 6.0.6). Errors: CharonError.
@@ -260,13 +265,13 @@ class CharonMobile:
     async def renumber(
         self, sa: SaName, expected: int, fill: Callable[[int], Awaitable[int]] | None = None
     ) -> bool:
-        """Have charon begin anew, once it is active, what it asked the old gateway and got no answer to.
+        """Make charon begin anew, once it is active, the request that the old gateway did not answer.
 
-        charon does not repeat a request whose time came while it was passive, and asks nothing else before it
-        is answered. `expected`: the next message ID for the new gateway, which is that of the request if the
-        old one had not had it; or one more than charon's, where an answer to this agent's own request was
-        lost. `fill`: uses up a message ID with the gateway, and gives the next one, or the same if it failed.
-        The SA is PASSIVE by `quiet`. True: it has something to ask. Errors: UnknownSaError, CharonError.
+        charon does not repeat a request whose time came while it was passive, and sends no other before it is
+        answered. `expected`: the next message ID for the new gateway, which is that of the request if the old
+        gateway did not receive it; or one more than charon's, if an answer to this agent's own request was
+        lost. `fill`: uses up a message ID with the gateway, and returns the next one, or the same if it
+        failed. The SA is PASSIVE by `quiet`. True: charon has a request. Errors: UnknownSaError, CharonError.
 
         charon's own ID is not given to it again. For IVs charon counts up by message IDs, in two ranges: a
         second message with an ID takes from the other one, that of its answers. The first answer with a lower
@@ -290,7 +295,7 @@ class CharonMobile:
     async def redirect(
         self, sa: SaName, local: Endpoint, remote: Endpoint, peers: Sequence[Endpoint] = ()
     ) -> None:
-        """Where the SA cannot be made passive: let charon go on at other addresses and rekey children.
+        """If the SA cannot be made passive: let charon go on at other addresses and rekey children.
 
         Parameters as of `readdress`. Errors: CharonError, UnknownSaError.
         """
@@ -309,11 +314,11 @@ class CharonMobile:
 
     @trace.spanned("loud", "step")
     async def loud(self, sa: SaName) -> None:
-        """Make the SA active again and see that it is, at the addresses it has by now; idempotent.
+        """Make the SA active again and verify that it is, at its present addresses; idempotent.
 
-        A move that stopped half-way is ended first; where that fails, charon rekeys the children, once the SA
-        is active, and the error is raised. With user-space ESP they are rekeyed anyway: its sequence numbers
-        begin anew, under keys that were used. Errors: CharonError, KernelError.
+        A move that stopped half-way is completed first. If that fails, charon rekeys the children, once the
+        SA is active, and the error is raised. With user-space ESP they are rekeyed anyway, because its
+        sequence numbers begin anew, under keys that were used. Errors: CharonError, KernelError.
         """
         host = self._host
         failed: IkectxError | None = None
@@ -324,8 +329,8 @@ class CharonMobile:
             if saved:
                 name, failed = await self._end_move(sa, Move.loads(saved))
         except (CharonError, WireError):
-            raise  # charon cannot be asked: whoever called tries again
-        except IkectxError as error:  # a note that cannot be read keeps no SA deaf
+            raise  # charon cannot be asked: the caller tries again
+        except IkectxError as error:  # a note that cannot be read must not keep the SA passive
             log.error(
                 "a move that stopped half-way is not ended, charon is to rekey the CHILD_SAs: %s", error
             )
@@ -338,7 +343,7 @@ class CharonMobile:
             raise failed
 
     async def _end_move(self, sa: SaName, move: Move) -> tuple[SaName, IkectxError | None]:
-        """What the SA is called afterwards, and why a CHILD_SA could not be moved."""
+        """The SA's name afterwards, and the reason if a CHILD_SA could not be moved."""
         failed: IkectxError | None = None
         name = await self.steps.present_name(sa, move)
         if await self._host.view(name) is None:
@@ -353,7 +358,7 @@ class CharonMobile:
         return await self.steps.present_name(sa, move), failed
 
     def loud_later(self, sa: SaName, lock: asyncio.Lock) -> None:
-        """Where `loud` failed: try it again, under `lock`, until the SA is active. Raises nothing."""
+        """After `loud` failed: try it again, under `lock`, until the SA is active. Raises nothing."""
         self._host.spawn(self._loud_at_last(sa, lock))
 
     async def _loud_at_last(self, sa: SaName, lock: asyncio.Lock) -> None:
@@ -362,7 +367,7 @@ class CharonMobile:
             async with lock:
                 try:
                     if not self._host.own.of(sa).facts.quiet:
-                        return  # it is active, or somebody else has made it so
+                        return  # it is active, or another task has made it so
                     await self.loud(sa)
                 except IkectxError as error:
                     log.warning("the SA %s is passive still, it is tried again: %s", sa, error)
@@ -370,7 +375,8 @@ class CharonMobile:
     def left_passive(self) -> dict[SaName, IkeContext]:
         """SAs that an agent before this one left PASSIVE, as far as the record knows them.
 
-        For before charon is asked what it has: the record forgets what charon has no more.
+        Call it before charon is asked for its SAs, because the record forgets those that charon no longer
+        has.
         """
         found: dict[SaName, IkeContext] = {}
         for row in self._host.own.all():
@@ -380,9 +386,10 @@ class CharonMobile:
         return found
 
     async def resume(self) -> dict[SaName, SaName]:
-        """After a start: end what an agent before this one left open. Waits for charon; raises nothing.
+        """After a start: complete the moves that an agent before this one left open. Waits for charon; raises
+        nothing.
 
-        Gives what charon has no more of that, by its name of then: what it was called at last.
+        Returns the SAs that charon no longer has, by their old name: their last name.
         """
         ended: dict[SaName, SaName] = {}
         left = [row.sa for row in self._host.own.all() if row.facts.quiet or row.facts.move]
@@ -400,7 +407,8 @@ class CharonMobile:
         return ended
 
     async def _resume(self, sa: SaName, ended: dict[SaName, SaName]) -> None:
-        """One SA of those. Errors: CharonError, WireError; any other is logged, since the rest must go on."""
+        """Resume one SA. Errors: CharonError, WireError; any other is logged, because the others must go
+        on."""
         host = self._host
         saved = host.own.of(sa).facts.move
         move: Move | None = None
@@ -428,9 +436,10 @@ class CharonMobile:
             log.error("the IKE_SA %s: %s", sa, error)
 
     async def _activate(self, sa: SaName, name: SaName | None = None) -> None:
-        """`name`: what the SA is called now.
+        """Make the segment active again. `name`: the SA's present name.
 
-        Where it has gone, others were made passive with it: one by which its peer replaced it just then, too.
+        If the SA has gone, others were made passive with it, for instance one by which its peer replaced it
+        just then.
         """
         host = self._host
         name = name or sa
@@ -452,7 +461,7 @@ class CharonMobile:
                 await host.ask(host.vici.rekey, child_id=child.unique_id)
 
     def _note_lifetimes(self, sa: SaName, move: Move, view: SaView) -> None:
-        """charon begins the lifetimes of the new pairs anew; those of the old ones stand."""
+        """Keep the lifetimes of the old pairs, because charon begins those of the new pairs anew."""
         wall = time.time()
         for listed in view.children:
             child = move.child(listed.spi_in)
@@ -469,5 +478,5 @@ def context_at(context: IkeContext, view: SaView) -> IkeContext:
 
 
 def _in_the_way(view: SaView, *, unanswered: bool) -> tuple[str, ...]:
-    """charon's tasks that keep an SA from being made passive."""
+    """charon's tasks that prevent an SA from being made passive."""
     return tuple(task for task in view.tasks if not (unanswered and task in ABOUT_ADDRESSES))

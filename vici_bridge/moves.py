@@ -1,7 +1,7 @@
-"""What a mobile node's agent notes of an SA whose outer addresses it changes. Pure.
+"""The notes of a mobile node's agent about an SA whose outer addresses it changes. Pure.
 
-`Move` is the note of a step that is open, as it rests in the store: with it an agent that starts anew ends
-what the one before it began. `guards_of` makes the policies that hold outbound packets meanwhile.
+`Move` is the note of an open step in the store: with it an agent that starts anew completes the step of the
+one before it. `guards_of` makes the policies that hold outbound packets meanwhile.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from .xfrm import KernelPolicy, KernelSa
 from .xfrm_parts import Mark
 
 LIVING = ("INSTALLED", "REKEYING")
-"""States of charon's children that carry packets and are not on their way out."""
+"""States of charon's children that carry packets and are not being deleted."""
 _MARK_BITS = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
 class ChildMove:
-    """One CHILD_SA on its way. SPIs of 4 octets, as the mobile node sees them; `unique_id`: charon's old one.
+    """One CHILD_SA on the move. SPIs of 4 octets, as the mobile node sees them; `unique_id`: charon's old
+    one.
 
-    `sent`, `received`: what the old pair had sent and received when that was noted, None: not noted yet.
+    `sent`, `received`: the old pair's numbers when they were noted, None: not noted yet.
     """
 
     old_in: bytes
@@ -56,11 +57,12 @@ class ChildMove:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """An IKE_SA on its way from `old_local`, `old_remote` to `local`, `remote`.
+    """An IKE_SA on the move from `old_local`, `old_remote` to `local`, `remote`.
 
-    `peers`: where charon may find the new gateway later on (MOBIKE); none: at `remote`. `guards`: policies
-    that hold its outbound packets meanwhile, as octets (`KernelPolicy.raw`). `ike`: SPIs (initiator's,
-    responder's) that the IKE_SA gets last of all; None: it keeps its own. `done`: all was seen done.
+    `peers`: addresses where charon may find the new gateway later on (MOBIKE); none: `remote`. `guards`:
+    policies that hold its outbound packets meanwhile, as octets (`KernelPolicy.raw`). `ike`: SPIs
+    (initiator's, responder's) that the IKE_SA gets last of all; None: it keeps its own. `done`: all steps
+    were seen done.
     """
 
     old_local: Endpoint
@@ -74,9 +76,9 @@ class Move:
     done: bool = False
 
     def beside(self, child: ChildMove) -> bool:
-        """Whether the new pair may stand beside the old one: no name of it is one of the old pair's.
+        """Whether the new pair can exist beside the old one: no name of it is one of the old pair's.
 
-        The kernel tells SAs apart by (destination, SPI); charon's clean-up of an SA that it could not add
+        The kernel tells SAs apart by (destination, SPI), and charon's clean-up of an SA that it could not add
         deletes the one that was there (strongSwan 5.9.8, 6.0.6).
         """
         return (self.local.address, child.new_in) != (self.old_local.address, child.old_in) and (
@@ -100,12 +102,12 @@ class Move:
         return found[0] if found else None
 
     def with_child(self, changed: ChildMove) -> Move:
-        """The same with one child's note changed."""
+        """The same move with one child's note changed."""
         children = tuple(changed if one.old_in == changed.old_in else one for one in self.children)
         return replace(self, children=children)
 
     def after(self, context: IkeContext) -> IkeContext:
-        """The context as it stands when the move is done; it may stand there already."""
+        """The context after the move; it may have been made already."""
         here = relocate(context, local=self.local, remote=self.remote)
         return replace(here, children=tuple(self.renamed(child) for child in here.children))
 
@@ -126,7 +128,7 @@ class Move:
         return child if found is None else replace(child, spi_in=found.new_in, spi_out=found.new_out)
 
     def dumps(self) -> bytes:
-        """For the store."""
+        """The stored form."""
         return json.dumps(
             {
                 "ends": [_end(end) for end in (self.old_local, self.old_remote, self.local, self.remote)],
@@ -214,7 +216,7 @@ def plan_move(
     ike = None if name == context.spis else name
     numbers = {child.spi_in: child.unique_id for child in listed if child.state in LIVING}
     stays = (context.local, context.remote) == (local, remote)
-    # its rekey may have ended in the middle: it begins anew as a child that nobody is rekeying
+    # a child's rekey may have been interrupted, so it begins anew as a child that nobody is rekeying
     rekeying = {child.spi_in for child in listed if child.state == "REKEYING"}
     children = tuple(
         ChildMove(
@@ -231,7 +233,7 @@ def plan_move(
 
 
 def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:
-    """Whether the kernel's SA goes from one end to the other, by these ports where it is in UDP."""
+    """Whether the kernel's SA leads from one end to the other, by these ports if it is in UDP."""
     if sa is None or (sa.source, sa.destination) != (source.address, destination.address):
         return False
     return sa.encap is None or (sa.encap.source_port, sa.encap.destination_port) == (
@@ -241,11 +243,11 @@ def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:
 
 
 def guards_of(policy: KernelPolicy, *, block: bool) -> tuple[KernelPolicy, KernelPolicy]:
-    """Two policies that together match what `policy` matches, and before it.
+    """Two policies that together match the packets of `policy`, and precede it.
 
-    The kernel knows a policy by selector, direction and mark, and charon by selector and direction: with one
-    more bit of the mark looked at, once clear and once set, these are others for both. `block`: they drop.
-    Errors: UsageError where `policy` looks at every bit of the mark already.
+    The kernel identifies a policy by selector, direction and mark, and charon by selector and direction. With
+    one more bit in the mark's mask, once clear and once set, these are different policies for both. `block`:
+    they drop. Errors: UsageError if `policy` has every bit of the mark in its mask already.
     """
     mark = policy.mark or Mark(0, 0)
     free = ~mark.mask & _MARK_BITS

@@ -1,9 +1,9 @@
 """`Mute`: keep the IKE messages of one SA from the wire, below charon, by nftables. I/O.
 
-charon can be made passive only by whole segments (strongSwan 5.9.8 to 6.0.6). One nftables table holds
-two sets of IKE SPI pairs, for messages to and from charon; a message whose header names a pair of the
-set is dropped and counted. A look-up costs the same for one muted SA and for thousands. The rules outlive
-the agent on purpose: an SA that was let go must not talk again because a process died.
+charon can be made passive only by whole segments (strongSwan 5.9.8 to 6.0.6). One nftables table has two sets
+of IKE SPI pairs, for messages to and from charon; a message whose header has a pair of the set is dropped and
+counted. A look-up costs the same for one muted SA and for thousands. The rules outlive the agent on purpose,
+because an SA that was let go must not send again when a process ends.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .nftables import MARKED, PLAIN, Table, run_nft
 
 TABLE = "ikectx"
 MARK = 0x494B45
-"""Packet mark of IKE that the agent itself sends for a muted SA."""
+"""Packet mark of IKE messages that the agent itself sends for a muted SA."""
 _RULES = 2
-"""In each chain: IKE messages with and without the four zero octets."""
+"""Rules in each chain: for IKE messages with and without the four zero octets."""
 _SIDES = {"in": ("muted_in", "input", "dport"), "out": ("muted_out", "output", "sport")}
 """Direction: its set, its chain and hook, charon's port in the UDP header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Muted:
-    """One muted direction of an IKE_SA and the messages it kept back."""
+    """One muted direction of an IKE_SA and the number of dropped messages."""
 
     spis: SaName
     direction: str
@@ -36,10 +36,10 @@ class Muted:
 
 
 class Mute:
-    """Freezes of IKE by SPI pair. `ports`: those charon listens on (charon.port, charon.port_nat_t).
+    """Mutes IKE by SPI pair. `ports`: those of charon (charon.port, charon.port_nat_t).
 
-    Belongs to the network namespace it is first used in. Calls are idempotent and take some 100 us, but the
-    first to mute (or `prepare`) runs `nft`, some 20 ms. Threads may share it. Errors: KernelError.
+    It belongs to the network namespace that it is first used in. Calls are idempotent and take some 100 us,
+    but the first to mute (or `prepare`) runs `nft`, some 20 ms. Threads may share it. Errors: KernelError.
     """
 
     def __init__(self, ports: Sequence[int] = (500, 4500)) -> None:
@@ -50,13 +50,13 @@ class Mute:
         self._table = Table(TABLE)
 
     def prepare(self) -> None:
-        """Make the table now, so that no freeze waits for it, and see whether nftables works at all."""
+        """Make the table now, so that no freeze waits for it, and check whether nftables works at all."""
         with self._lock:
             if not all(self._stands(direction) for direction in _SIDES):
                 self._build()
 
     def close(self) -> None:
-        """Leave. Muted SAs stay muted; a table without any goes."""
+        """Stop. Muted SAs stay muted; a table without any is deleted."""
         with self._lock:
             try:
                 if not self._listing():
@@ -65,25 +65,25 @@ class Mute:
                 self._table.close()
 
     def mute_in(self, spis: SaName) -> None:
-        """Nothing of the SA's peer reaches charon any more."""
+        """Drop all messages of the SA's peer to charon."""
         self._mute("in", spis)
 
     def mute_out(self, spis: SaName) -> None:
-        """Nothing of charon reaches the SA's peer any more. What has the mark `MARK` does."""
+        """Drop all messages of charon to the SA's peer, except those with the mark `MARK`."""
         self._mute("out", spis)
 
     def counters(self, spis: SaName) -> tuple[int, int]:
-        """Messages kept back so far, (to charon, from charon)."""
+        """Messages dropped so far, (to charon, from charon)."""
         with self._lock:
             return (self._count("in", spis), self._count("out", spis))
 
     def unmute(self, spis: SaName) -> None:
-        """Let both directions flow."""
+        """Let both directions pass."""
         with self._lock:
             self._table.remove([name for name, _, _ in _SIDES.values()], spis.octets)
 
     def listing(self) -> list[Muted]:
-        """All that is muted, also by an agent before this one."""
+        """All muted SAs, also those of an agent before this one."""
         with self._lock:
             return self._listing()
 
@@ -91,7 +91,7 @@ class Mute:
         name, _, _ = _SIDES[direction]
         key = spis.octets
         with self._lock:
-            # Looked at each time: a firewall that was reloaded may have flushed table or rules, and a freeze
+            # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze
             # that does not freeze is worse than none.
             if not self._stands(direction):
                 self._build()
@@ -119,7 +119,7 @@ class Mute:
         return self._table.rules(chain) == _RULES
 
     def _build(self) -> None:
-        """Make table, sets, chains and rules, in one transaction; what is muted stays so."""
+        """Make table, sets, chains and rules, in one transaction; muted SAs stay muted."""
         table = f"inet {TABLE}"
         lines = [f"add table {table}"]
         for name, chain, port in _SIDES.values():

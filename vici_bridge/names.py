@@ -1,13 +1,13 @@
-"""Names of an SA that comes to a gateway: which are taken here, which it gets instead. Pure.
+"""The SPIs of an SA that comes to a gateway: which are taken here, and which it gets instead. Pure.
 
-A CHILD_SA whose inbound or outbound SPI is taken is never installed under it. What stands in for it until
-the MN has agreed is a pair with names of its own (`ChildPlan.hold_in`, `hold_out`): its policies keep packets
-from leaving in the clear, and where only the inbound SPI was taken it already sends under the SPI the MN
-knows. An IKE_SA whose name is taken is installed with another SPI of ours at once: its keys then are those it
-will have, since SKEYSEED and nonces stay (design of UPDATE_SPI).
+A CHILD_SA whose inbound or outbound SPI is taken is never installed under it. Until the mobile node agrees to
+new SPIs, a placeholder pair with temporary SPIs is installed (`ChildPlan.hold_in`, `hold_out`). Its policies
+block cleartext, and if only the inbound SPI was taken it already sends under the SPI that the mobile node
+knows. An IKE_SA whose SPI is taken is installed with another SPI of ours at once, because its keys then are
+the final ones: SKEYSEED and nonces stay (design of UPDATE_SPI).
 
-`Plan` is kept in the store before anything is installed, so that an agent that starts anew ends or undoes
-what the one before it began.
+`Plan` is stored before anything is installed, so that an agent that starts anew completes or undoes the work
+of the one before it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _FORMAT = 1
 _NOBODY = TransferHeader(bytes(8))
 
 EspName = tuple[Address, bytes]
-"""(destination, SPI) of an ESP SA: what must be unique at a host."""
+"""(destination, SPI) of an ESP SA, which must be unique at a host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Names in use at a gateway. `ike`: the SPIs its own side chose; `pairs`: whole names."""
+    """Names in use at a gateway. `ike`: the SPIs that its own side chose; `pairs`: whole names."""
 
     esp: frozenset[EspName] = frozenset()
     ike: frozenset[bytes] = frozenset()
@@ -52,7 +52,7 @@ class Taken:
 
 
 def taken_by(views: Iterable[SaView]) -> Taken:
-    """The names of charon's SAs; those of AH are others than those of ESP."""
+    """The names of charon's SAs; those of AH are separate from those of ESP."""
     esp: set[EspName] = set()
     ike: set[bytes] = set()
     pairs: set[SaName] = set()
@@ -72,13 +72,13 @@ def own_spi(generation: IkeGeneration) -> bytes:
 
 
 def with_own_spi(generation: IkeGeneration, spi: bytes) -> IkeGeneration:
-    """The same IKE_SA under another SPI of ours: SK_* are others, SKEYSEED is not."""
+    """The same IKE_SA under another SPI of ours: the SK_* change, SKEYSEED does not."""
     return replace(generation, spi_i=spi) if generation.initiator else replace(generation, spi_r=spi)
 
 
 @dataclass(frozen=True, slots=True)
 class Clash:
-    """What of a context cannot be installed under its own names; children by their place."""
+    """The parts of a context that cannot be installed under their own names; children by their index."""
 
     ike: bool
     inbound: frozenset[int]
@@ -89,7 +89,8 @@ class Clash:
 
 
 def clash(here: IkeContext, taken: Taken) -> Clash:
-    """`here`: the context with this gateway's address. Ancestors have names nobody can take (`chain`)."""
+    """`here`: the context with this gateway's address. Ancestors have names that are never taken
+    (`chain`)."""
     return Clash(
         here.spis in taken.pairs or own_spi(here.current) in taken.ike,
         frozenset(
@@ -107,10 +108,10 @@ def clash(here: IkeContext, taken: Taken) -> Clash:
 
 @dataclass(frozen=True, slots=True)
 class ChildPlan:
-    """One CHILD_SA that is to be renamed. SPIs of 4 octets.
+    """One CHILD_SA that gets other SPIs. SPIs of 4 octets.
 
-    spi_in, spi_out: as the MN knows it. new_in: on which this gateway will receive. hold_in, hold_out: what
-    stands here until the MN has agreed.
+    spi_in, spi_out: as the mobile node knows it. new_in: on which this gateway will receive. hold_in,
+    hold_out: the placeholder pair until the mobile node has agreed.
     """
 
     spi_in: bytes
@@ -126,12 +127,13 @@ _NUMBERS = ("messages", "octets", "retransmissions", "requests", "answered")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The names an SA gets here. Holds secrets once `told` is set: for an encrypted store only.
+    """The names that an SA gets here. It has secrets once `told` is set, so it is for an encrypted store
+    only.
 
-    spis: as the other gateway named it. ike: our new IKE SPI of 8 octets, empty where the old one is free.
-    seed: what all fresh octets of the exchange with the MN are made of, the same after a crash. told: the SA
-    as the MN has it by now, None: as it came. moved: it also knows our address. how: "", "update", "rekey".
-    later: an answer that the MN waits for tells it all.
+    spis: the other gateway's name of the SA. ike: our new IKE SPI of 8 octets, empty if the old one is free.
+    seed: source of all fresh octets of the exchange with the mobile node, the same after a crash. told: the
+    SA as the mobile node has it now, None: as it came. moved: the mobile node also knows our address. how:
+    "", "update", "rekey". later: an answer that the mobile node waits for will tell it everything.
     """
 
     spis: SaName
@@ -145,11 +147,11 @@ class Plan:
     later: bool = False
 
     def child(self, spi_in: bytes) -> ChildPlan | None:
-        """By the SPI that the MN knew at first."""
+        """The child by the SPI that the mobile node knew at first."""
         return next((child for child in self.children if child.spi_in == spi_in), None)
 
     def shape(self, here: IkeContext) -> IkeContext:
-        """What stands in charon for `here`, the context as it came with this gateway's address."""
+        """charon's SA for `here`, the context as it came with this gateway's address."""
         now = self.told or here
         children = []
         for old, child in zip(here.children, now.children, strict=True):
@@ -167,7 +169,7 @@ class Plan:
         return shaped
 
     def left(self, here: IkeContext) -> tuple[ChildPlan, ...]:
-        """Children whose names the MN has not changed yet."""
+        """Children whose SPIs the mobile node has not changed yet."""
         if self.told is None:
             return self.children
         same = {
@@ -178,17 +180,17 @@ class Plan:
         return tuple(child for child in self.children if child.spi_in in same)
 
     def ike_left(self, here: IkeContext) -> bytes:
-        """Our new IKE SPI where the MN does not use it yet, else empty."""
+        """Our new IKE SPI if the mobile node does not use it yet, else empty."""
         return self.ike if self.told is None or self.told.current == here.current else b""
 
     def reserved(self, here_local: Address, remote: Address) -> Taken:
-        """The names that this plan keeps from others."""
+        """The names that this plan reserves."""
         esp = {(here_local, spi) for child in self.children for spi in (child.new_in, child.hold_in)}
         esp |= {(remote, child.hold_out) for child in self.children}
         return Taken(frozenset(esp), frozenset({self.ike} if self.ike else ()), frozenset())
 
     def dumps(self) -> bytes:
-        """For the store."""
+        """The stored form."""
         blocks = [] if self.told is None else encode(self.told, transfer=_NOBODY)
         report = self.report
         return cbor.dumps(
@@ -276,7 +278,7 @@ def draw_spi(
 
 
 def draw_ike_spi(taken: Taken, fresh: Callable[[int], bytes]) -> bytes:
-    """An IKE SPI of ours that no SA here has. `fresh`: so many random octets."""
+    """An IKE SPI of ours that no SA here has. `fresh`: returns so many random octets."""
     used = taken.ike | {spi for pair in taken.pairs for spi in pair}
     while (spi := fresh(8)) in used or spi == bytes(8):
         pass
@@ -284,7 +286,7 @@ def draw_ike_spi(taken: Taken, fresh: Callable[[int], bytes]) -> bytes:
 
 
 def without_exchange(here: IkeContext, found: Clash) -> str:
-    """Why the MN's SPIs cannot be changed by just telling it, in an answer it waits for; empty: they can."""
+    """Why the mobile node's SPIs cannot be changed by an answer that it waits for; empty: they can."""
     if found.outbound:
         child = here.children[min(found.outbound)]
         return f"outbound SPI {child.spi_out.hex()} to {here.remote.address} is taken, and it is the MN's"
@@ -296,11 +298,11 @@ def without_exchange(here: IkeContext, found: Clash) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the MN is to be asked.
+    """The request to the mobile node.
 
-    children: (inbound SPI as it knows it, the new one); the outbound one it chooses itself. ike: our new IKE
-    SPI or empty. addresses: it is to be told our address, too. update, rekey: the ways that may be tried.
-    seed: see `Plan`. agent: it is known to have an agent, which may ask back.
+    children: (inbound SPI as it knows it, the new one); the mobile node chooses the outbound one. ike: our
+    new IKE SPI or empty. addresses: it is to be told our address, too. update, rekey: the ways that may be
+    tried. seed: see `Plan`. agent: it is known to have an agent, which may ask back.
     """
 
     children: tuple[tuple[bytes, bytes], ...]
@@ -313,10 +315,11 @@ class Wish:
 
 
 class Made(Interface):
-    """Told each time the MN's SA has changed, before the next message leaves: installs what is new here.
+    """Called each time the mobile node's SA has changed, before the next message leaves: installs the changes
+    here.
 
-    `now`: the SA as the MN has it, message IDs included. `moved`: it knows our address. `how`: "update" or
-    "rekey". `report`: all it took so far.
+    `now`: the SA as the mobile node has it, message IDs included. `moved`: it knows our address. `how`:
+    "update" or "rekey". `report`: the cost so far.
     """
 
     def __call__(self, now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> Awaitable[None]: ...
@@ -324,17 +327,18 @@ class Made(Interface):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """How the MN was told. `supports`: whether it knows UPDATE_SPI, None: nobody asked."""
+    """How the mobile node was told. `supports`: whether it knows UPDATE_SPI, None: it was not asked."""
 
     report: MoveReport
     supports: bool | None = None
 
 
 class Renamer(Interface):
-    """The exchanges that rename an SA at the MN, injected by whoever knows `mobike_ext`.
+    """The exchanges that change an SA's SPIs at the mobile node, injected by the module that knows
+    `mobike_ext`.
 
-    `here`: the SA as the MN has it, with this gateway's address and the message IDs that come next.
-    `arrived`: has the MN's ESP come here under a new name? Errors: LinkError (silent), RefusedError.
+    `here`: the SA as the mobile node has it, with this gateway's address and the next message IDs. `arrived`:
+    whether the mobile node's ESP arrives here under a new SPI. Errors: LinkError (silent), RefusedError.
     """
 
     def __call__(

@@ -46,7 +46,8 @@ _HINTS = {
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request: errno 0 or the kernel's, its own words, the messages it answered."""
+    """The result of one request: errno 0 or the kernel's, the kernel's text, the messages that it
+    answered."""
 
     errno: int = -1
     text: str = ""
@@ -83,12 +84,12 @@ class Netlink:
             ) from None
         self._socket.settimeout(_TIMEOUT)
         self._socket.bind((0, 0))
-        # Short acknowledgements: without this the kernel sends a refused request, keys and all, back.
+        # Short acknowledgements, because the kernel otherwise sends a refused request back, with its keys.
         for option in (_CAP_ACK, _EXT_ACK, _GET_STRICT_CHK):
             try:
                 self._socket.setsockopt(_SOL_NETLINK, option, 1)
             except OSError:
-                continue  # an older kernel; only comfort is lost
+                continue  # an older kernel; only convenience is lost
         for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):
             try:
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
@@ -101,11 +102,11 @@ class Netlink:
 
     @property
     def port(self) -> int:
-        """Netlink's number of this socket: what changes, and is told to others, bears it."""
+        """Netlink's number of this socket, which notifications of its changes carry."""
         return int(self._socket.getsockname()[0])
 
     def ask(self, request: Request) -> list[bytes]:
-        """The answers to one request, acknowledgement taken off. Errors: KernelError."""
+        """The answers to one request, without the acknowledgement. Errors: KernelError."""
         for _ in range(4):
             outcome = self.transact([request])[0]
             if outcome.errno:
@@ -115,9 +116,9 @@ class Netlink:
         return outcome.answers
 
     def transact(self, requests: Sequence[Request]) -> list[Outcome]:
-        """Send all in one datagram and collect what became of each; the kernel goes on after a refusal.
+        """Send all in one datagram and collect their results; the kernel goes on after a refusal.
 
-        Errors: KernelError when the kernel cannot be asked at all.
+        Errors: KernelError if the kernel cannot be asked at all.
         """
         outcomes: list[Outcome] = []
         with self._lock, trace.span(f"netlink {self._name}", "call"):
@@ -156,7 +157,8 @@ class Netlink:
 
     @staticmethod
     def _sort(data: bytes, waiting: dict[int, Outcome]) -> None:
-        """Give each message of a datagram to the request it answers; others are left over from a timeout."""
+        """Assign each message of a datagram to the request it answers; others are left over from a
+        timeout."""
         at = 0
         while at + 16 <= len(data):
             length, kind, flags, number = struct.unpack_from("=IHHI", data, at)
@@ -192,7 +194,7 @@ def _numbered(messages: bytes, number: int) -> bytes:
 
 
 def _words(message: bytes, flags: int) -> str:
-    """The kernel's own explanation (NLMSGERR_ATTR_MSG), where it gave one."""
+    """The kernel's own explanation (NLMSGERR_ATTR_MSG), if it gave one."""
     if not flags & _F_ACK_TLVS or len(message) < 24:
         return ""
     (length,) = struct.unpack_from("=I", message, 20)

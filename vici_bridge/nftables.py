@@ -1,7 +1,7 @@
 """One table of nftables: made by the `nft` program, its sets and maps changed and read over netlink. I/O.
 
-The program makes a table once. Elements go in and out, and are read, over netlink: that is done while an SA
-stands still, and a process takes some hundred times as long as a message.
+The program makes a table once. Elements are added, removed and read over netlink, because that is done while
+an SA is frozen, and a process takes some hundred times as long as a message.
 
 Netlink: linux/netfilter/nf_tables.h, nfnetlink.h (uapi). Errors: KernelError.
 """
@@ -40,7 +40,7 @@ _NESTED = 0x8000
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """One of a set or map. `data`: what a map has for the key, as in the packet; `packets`: its counter."""
+    """An element of a set or map. `data`: the map's value, as in the packet; `packets`: its counter."""
 
     key: bytes
     data: bytes
@@ -48,20 +48,20 @@ class Element:
 
 
 class Table:
-    """`inet NAME`, in the network namespace it is first used in. Not for several threads at once."""
+    """`inet NAME`, in the network namespace that it is first used in. Not thread-safe."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._socket: Netlink | None = None
 
     def close(self) -> None:
-        """Leave; the table stays."""
+        """Close the socket; the table stays."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
     def rules(self, chain: str) -> int:
-        """How many rules the chain has; 0 where it is not there."""
+        """Number of the chain's rules; 0 if there is no chain."""
         body = _text(1, self.name) + _text(3, chain)
         request = Request(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
         with self._ours():
@@ -70,7 +70,7 @@ class Table:
         return 0
 
     def elements(self, name: str, key: bytes | None = None) -> list[Element]:
-        """The element of that key, or all. None where there is no such set."""
+        """The element of that key, or all. Empty if there is no such set."""
         body = _text(1, self.name) + _text(2, name)
         flags = _DUMP if key is None else _ACK
         if key is not None:
@@ -82,7 +82,7 @@ class Table:
 
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
-        """While an answer is read: what is not such as this program makes is a KernelError."""
+        """While an answer is read: an element that this program does not make becomes a KernelError."""
         try:
             yield
         except (struct.error, IndexError, KeyError):
@@ -92,17 +92,17 @@ class Table:
             ) from None
 
     def add(self, name: str, key: bytes) -> None:
-        """Put it into the set; it may be there."""
+        """Add the key to the set; it may be there."""
         message = self._change(_NEWSETELEM, _ACK | _CREATE, name, key)
         self._transact(Request(Secret(_batch(message)), f"put {key.hex()} into set {name}"))
 
     def remove(self, names: Sequence[str], key: bytes) -> None:
-        """Take it out of these sets, where it is in them."""
+        """Remove the key from those of these sets that have it."""
         last = names[-1]
         both = b"".join(self._change(_DELSETELEM, _ACK if name == last else 0, name, key) for name in names)
         each = [self._change(_DELSETELEM, _ACK, name, key) for name in names]
         what = f"take {key.hex()} out of sets {', '.join(names)}"
-        # a deletion waits some milliseconds in the kernel: one for all, unless it is absent in one
+        # a deletion takes some milliseconds in the kernel: one for all sets, unless the key is missing in one
         for messages in (both, *each):
             done = self._outcome(Request(Secret(_batch(messages)), what))
             if done.errno not in (0, errno.ENOENT):
@@ -116,7 +116,7 @@ class Table:
         self._transact(Request(Secret(_batch(message)), f"delete table {self.name}"), absent_ok=True)
 
     def _change(self, number: int, flags: int, name: str, key: bytes) -> bytes:
-        """Part of a transaction. A refusal is always told."""
+        """A part of a transaction. A refusal is always reported."""
         body = _text(1, self.name) + _text(2, name) + _list_of(key)
         return _message(number, _REQUEST | flags, body)
 
@@ -188,7 +188,7 @@ def _message(number: int, flags: int, body: bytes, *, batch_mark: bool = False) 
 
 
 def _batch(message: bytes) -> bytes:
-    """A change is a transaction of its own."""
+    """A transaction with one change."""
     begin = _message(_BATCH_BEGIN, _REQUEST, b"", batch_mark=True)
     end = _message(_BATCH_END, _REQUEST, b"", batch_mark=True)
     return begin + message + end

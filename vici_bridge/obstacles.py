@@ -1,10 +1,11 @@
-"""Why an SA that charon serves cannot be moved: what `list` shows, and a transfer is refused with. Pure.
+"""Why an SA that charon serves cannot be moved: `list` shows it, and a transfer is refused with it. Pure.
 
-Each check raises the error that tells it. An SA of a kind that cannot be moved is refused (RefusedError with
-NOT_COVERED, whoever notices it); one that is only not known is an UnknownSaError, and a resync may help.
+Each check raises the error that describes the obstacle. An SA of a kind that cannot be moved is refused
+(RefusedError with NOT_COVERED, wherever it is noticed); one that is only not known is an UnknownSaError, and
+a resync may help.
 
-charon's ha plugin (strongSwan 5.9.8 to 6.1.0) tells of an AH SA without its algorithms, of a CHILD_SA for
-single CPUs (6.0.2 and later) nothing at all, and of a PPK only that there is one.
+charon's ha plugin (strongSwan 5.9.8 to 6.1.0) reports an AH SA without its algorithms, a CHILD_SA for single
+CPUs (6.0.2 and later) not at all, and of a PPK only that there is one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _refused(reason: str) -> RefusedError:
 
 
 def check_kind(view: SaView) -> None:
-    """By what charon lists. Errors: RefusedError."""
+    """Check charon's listing. Errors: RefusedError."""
     if view.ppk:
         raise _refused(PPK)
     for child in view.children:
@@ -38,14 +39,14 @@ def check_kind(view: SaView) -> None:
 
 
 def check_context(context: IkeContext) -> None:
-    """By what a gateway's charon told over its ha plugin. Errors: RefusedError."""
+    """Check the report of a gateway's charon over its ha plugin. Errors: RefusedError."""
     reason = uncovered(context, max(TABLES))
     if reason:
         raise _refused(reason)
 
 
 def check_kernel(child: str, sa: KernelSa) -> None:
-    """By what the kernel has of a CHILD_SA of that name. Errors: RefusedError."""
+    """Check the kernel's SA of a CHILD_SA of that name. Errors: RefusedError."""
     if sa.cpu is not None:
         raise _refused(f"CHILD_SA {child} has an SA for CPU {sa.cpu} alone ({sa})")
     if sa.offloaded:
@@ -53,7 +54,7 @@ def check_kernel(child: str, sa: KernelSa) -> None:
 
 
 def check_told(view: SaView, context: IkeContext) -> None:
-    """Errors: UnknownSaError where charon has CHILD_SAs of which nothing was heard."""
+    """Errors: UnknownSaError if charon has CHILD_SAs that it has not reported."""
     told = {child.spi_in for child in context.children}
     living = [child for child in view.children if child.state == "INSTALLED"]
     untold = {child.name for child in living if child.spi_in not in told}

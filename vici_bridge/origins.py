@@ -1,10 +1,10 @@
-"""`Origins`: which gateway gave an SA to this one, and what that gateway is to hear of it (I/O: the store).
+"""`Origins`: which gateway gave an SA to this one, and the notices due to that gateway (I/O: the store).
 
-A gateway that gave an SA away sends packets for it on to here (`away`), until it hears otherwise: that the
-SA has ended, that it moved on, that it is here again (`ikectx.whereabouts`). Each origin is kept by the name
-that the SA had when it was given, and follows what it is called here since. It is kept when the SA has moved
-on, too: the gateway that it went to tells us, and we tell the one before us. So nobody need believe a gateway
-to which he gave nothing.
+A gateway that gave an SA away sends packets for it on to here (`away`), until it is told that the SA has
+ended, has moved on, or is there again (`ikectx.whereabouts`). Each origin is stored by the name that the SA
+had when it was given, and has its present name here. It is kept when the SA has moved on, too: the gateway
+that it went to tells us, and we tell the one before us. So no gateway need believe another one to which it
+gave nothing.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ _KIND = "origin"
 """Kind of store entry, by the name that the SA had when it came, and the peer: an `Origin`."""
 _VERSION = 1
 _REMEMBERED = 86400.0
-"""Seconds for which one that ended is kept: its mobile node may come back to this gateway."""
+"""Seconds for which an SA that ended is remembered, because its mobile node may return to this gateway."""
 
 Tell = Callable[[str, Whereabouts], None]
-"""Tells the peer of that name, until it has heard it. Errors: StoreError."""
+"""Tells the peer of that name, until it has acknowledged it. Errors: StoreError."""
 
 
 class Place(StrEnum):
-    """Where the SA is, as far as this gateway knows."""
+    """The place of the SA, as far as this gateway knows."""
 
     COMING = "coming"
-    """It is being taken in."""
+    """The SA is being taken in."""
     HERE = "here"
     ON = "on"
-    """It moved on from here; `now` is what it was called then."""
+    """The SA moved on from here; `now` is its name of then."""
     ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """One SA that a peer gave. `sa`, `epoch`: as in `Whereabouts`. `now`: what it is called here.
+    """One SA that a peer gave. `sa`, `epoch`: as in `Whereabouts`. `now`: its name here.
 
-    `mn`: the mobile node's identity. `prefixes`: its addresses. `since`: when it came to be there, seconds
+    `mn`: the mobile node's identity. `prefixes`: its addresses. `since`: when it came to its place, seconds
     since 1970.
     """
 
@@ -68,11 +68,11 @@ class Origin:
 
     @property
     def key(self) -> str:
-        """Its name in the store."""
+        """Its key in the store."""
         return f"{self.sa.key} {self.peer}"
 
     def dumps(self) -> bytes:
-        """As it is stored."""
+        """The stored form."""
         return json.dumps(
             {
                 "version": _VERSION,
@@ -89,7 +89,7 @@ class Origin:
 
     @classmethod
     def loads(cls, key: str, raw: bytes) -> Origin:
-        """What `dumps` gave. Errors: StoreError."""
+        """Read what `dumps` wrote. Errors: StoreError."""
         try:
             found: Any = json.loads(raw)
             if found["version"] != _VERSION:
@@ -109,17 +109,17 @@ class Origin:
 
 
 class Origins:
-    """All origins of one gateway; those of the store from `load` on."""
+    """All origins of one gateway; those in the store are there after `load`."""
 
     def __init__(self, store: Store, wall: Callable[[], float] = time.time) -> None:
         self._store = store
         self._wall = wall
         self._rows: dict[str, Origin] = {}
         self.tell: Tell = lambda peer, news: None
-        """To be set by who can tell other gateways."""
+        """Set later, by the object that can tell other gateways."""
 
     def load(self) -> None:
-        """Read the store; what cannot be read is logged and left there."""
+        """Read the store; a row that cannot be read is logged and left there."""
         for key, raw in self._store.items(_KIND):
             try:
                 row = Origin.loads(key, raw)
@@ -132,28 +132,28 @@ class Origins:
                 self._rows[key] = row
 
     def came(self, context: IkeContext, peer: str, now: SaName) -> None:
-        """The peer gives the SA of that context; here it is called `now`, and may be called otherwise yet."""
+        """The peer gives the SA of that context; its name here is `now`, which may still change."""
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         mn, since = str(context.remote_id), self._wall()
         self._keep(Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since))
 
     def serves(self, context: IkeContext, now: SaName) -> None:
-        """It is served here from now on."""
+        """The SA is served here from now on."""
         for row in self._of(context.spis, Place.COMING):
             self._keep(replace(row, now=now, place=Place.HERE))
 
     def undone(self, context: IkeContext) -> None:
-        """It did not come after all."""
+        """The SA did not come after all."""
         for row in self._of(context.spis, Place.COMING):
             self._forget(row)
 
     def renamed(self, old: SaName, new: SaName) -> None:
-        """An IKE_SA was rekeyed here, or got another name otherwise."""
+        """An IKE_SA was rekeyed here, or got other SPIs in another way."""
         for row in self._now(old, Place.HERE):
             self._keep(replace(row, now=new))
 
     def left(self, departure: Departure) -> None:
-        """It moved on from here; a peer that has it back needs no word of it."""
+        """The SA moved on from here; a peer that has it back needs no notice about it."""
         for row in self._now(departure.sa, Place.HERE, Place.ENDED):
             if row.peer == departure.peer:
                 self._forget(row)
@@ -162,32 +162,34 @@ class Origins:
                 self._keep(replace(row, place=Place.ON))
 
     def stays(self, sa: SaName) -> None:
-        """It was to move on and did not. Whoever was to get it may wait for word from one of these."""
+        """The SA was to move on and did not. The gateway that was to get it may wait for a notice of one of
+        these."""
         for row in self._now(sa, Place.HERE):
             self._tell(row, What.HERE)
 
     def end(self, departure: Departure) -> None:
-        """Somebody ended it here while it left: whoever has it now is to end it. Errors: StoreError."""
+        """The SA was ended here while it left, so the gateway that has it now must end it. Errors:
+        StoreError."""
         self.tell(departure.peer, Whereabouts(departure.sa, departure.epoch, What.END))
 
     def ended_by(self, peer: str, sa: SaName, epoch: int) -> SaName | None:
-        """The peer that gave it has had it ended. What it is called here; None: it is not here."""
+        """The peer that gave the SA has had it ended. Returns its name here; None: it is not here."""
         found = [row for row in self._of(sa, Place.HERE) if (row.peer, row.epoch) == (peer, epoch)]
         return found[0].now if found else None
 
     def heard(self, departure: Departure, news: News) -> None:
-        """The gateway that it moved on to says something of it: pass it on to those before us."""
+        """The gateway that the SA moved on to sends news of it: pass them on to the gateways before us."""
         for row in self._now(departure.sa, Place.ON, Place.ENDED):
             if news is News.ENDS:
                 self._end(row)
             elif row.peer == departure.at:
-                self._forget(row)  # it has it itself
+                self._forget(row)  # that gateway has it itself
             else:
                 self._tell(row, What.MOVED, departure.at)
                 self._keep(replace(row, place=Place.ON))
 
     def back(self, departure: Departure, who: str, now: SaName) -> None:
-        """What had moved on from here is served here again; or another mobile node has its address."""
+        """An SA that had moved on from here is served here again; or another mobile node has its address."""
         for row in self._now(departure.sa, Place.ON, Place.ENDED):
             if who == row.mn:
                 self._tell(row, What.HERE)
@@ -196,7 +198,7 @@ class Origins:
                 self._end(row)
 
     def gone(self, sa: SaName, heir: Callable[[Origin], SaName | None]) -> None:
-        """charon has the SA no more. `heir`: an SA of the same mobile node here, for the same addresses."""
+        """charon no longer has the SA. `heir`: an SA of the same mobile node here, for the same addresses."""
         for row in self._now(sa, Place.HERE):
             now = heir(row)
             if now is None:
@@ -205,7 +207,7 @@ class Origins:
                 self._keep(replace(row, now=now))
 
     def appeared(self, sa: SaName, mn: str, covers: Callable[[tuple[str, ...]], bool]) -> None:
-        """An SA came up: is it that of a mobile node whose SA had ended here, for the same addresses?"""
+        """An SA came up: note it if a mobile node's SA for the same addresses had ended here."""
         for row in [row for row in self._rows.values() if row.place is Place.ENDED and row.mn == mn]:
             if covers(row.prefixes):
                 self._tell(row, What.HERE)
@@ -217,7 +219,7 @@ class Origins:
         departed: Iterable[SaName],
         heir: Callable[[Origin], SaName | None],
     ) -> None:
-        """After the agent or charon started: what is still listed by charon, or has departed from here?"""
+        """After the agent or charon started: compare with charon's list, and with departures from here."""
         names, on = set(listed), set(departed)
         for row in list(self._rows.values()):
             lost = (row.place is Place.HERE and row.now not in names) or (
@@ -238,7 +240,7 @@ class Origins:
 
     def _end(self, row: Origin) -> None:
         if row.place is not Place.ENDED:
-            self._tell(row, What.ENDED)  # first: what is told twice does no harm, what is not told does
+            self._tell(row, What.ENDED)  # first: a repeated notice does no harm, a lost one does
             self._keep(replace(row, place=Place.ENDED, since=self._wall()))
 
     def _tell(self, row: Origin, what: What, to: str = "") -> None:

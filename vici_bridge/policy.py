@@ -1,10 +1,10 @@
-"""Is an SA that comes in what charon here would have negotiated itself? A check for each kind of claim. Pure.
+"""Checks that an SA that comes in is one that charon here would have negotiated itself. Pure.
 
-charon takes any SA over the ha socket. What it holds a peer to when it negotiates is held against a context
-here: RFC 4301, 4.4.3 (which identity may have which selectors) and RFC 7296, 2.9 (selectors within the
-policy). The measure is always this gateway's own configuration; what a context says of itself (its peer
-entry, its authentication methods) is none. What a context cannot show is not checked: the certificate, and so
-`cacerts` and `groups`, and the first of several authentication rounds.
+charon takes any SA over the ha socket. So the rules that charon applies to a peer when it negotiates are
+applied to a context here: RFC 4301, 4.4.3 (which identity may have which selectors) and RFC 7296, 2.9
+(selectors within the policy). Only this gateway's own configuration counts; the context's own claims (its
+peer entry, its authentication methods) do not. Properties that a context does not show are not checked: the
+certificate, and so `cacerts` and `groups`, and the first of several authentication rounds.
 
 Each refusal is NOT_ALLOWED with its reason in words.
 """
@@ -25,26 +25,28 @@ from .proposals import Proposal, below_floor
 
 MAX_CHILDREN = 64
 MAX_OF_ONE_CHILD = 16
-"""CHILD_SAs, in all and of one name: a peer may make one several times, and a rekey makes it anew."""
+"""CHILD_SAs, in all and of one name: a peer may make one several times, and a rekey replaces it."""
 MAX_GENERATIONS = 16
-"""IKE_SAs of a chain of rekeys; an ancestor counts only as long as a child has its keys from there."""
+"""IKE_SAs of a chain of rekeys; an ancestor is included only as long as a child has its keys from there."""
 MAX_SELECTORS = 64
 """Traffic selectors of one side of a CHILD_SA."""
 MID_END = (1 << 32) - (1 << 16)
-"""From this message ID on an SA is not taken: it must not run out here (RFC 7296, 2.2)."""
+"""From this message ID on an SA is not taken, because its IDs must not run out here (RFC 7296, 2.2)."""
 RESERVED_ESP_SPIS = 255
 """RFC 4303, 2.1: 0 is for local use, 1 to 255 are IANA's."""
 IKE_PORTS = (500, 4500)
 FIRST_FREE_PORT = 1024
-"""A NAT gives a port from here on to somebody whose own is 4500 (RFC 4787, REQ-3)."""
+"""A NAT gives a port from here on to a mobile node whose own is 4500 (RFC 4787, REQ-3)."""
 _CLOCKS = 2
-"""Seconds by which a lifetime may be longer: it is told in whole seconds, and charon's clock is another."""
+"""Seconds by which a lifetime may be longer, because it is sent in whole seconds, and charon's clock
+differs."""
 
 
 def check_policy(
     context: IkeContext, allowed: AllowedConnection, rules: Rules, pools: Iterable[Range], place: Surroundings
 ) -> list[Verdict]:
-    """Everything below. `context`: as the SA is to stand here; `pools`: what all of charon's pools can give.
+    """All checks below. `context`: the SA as it would be here; `pools`: the addresses of all of charon's
+    pools.
 
     Children whose names the connection does not have are passed over; `check_names` refuses them.
     """
@@ -70,10 +72,11 @@ def _no(fpt: Fpt, why: str) -> Verdict:
 
 
 def check_identities(context: IkeContext, allowed: AllowedConnection, rules: Rules) -> Iterator[Verdict]:
-    """The identities of both ends against the connection's last rounds, whose identities an SA shows.
+    """The identities of both ends against the connection's last rounds, because an SA shows the identities of
+    those.
 
     A round's identity is the one of its IDi (RFC 4739, 3), and charon keeps the last for the SA, as with EAP
-    identities. Where a round of EAP asks for none, the method may have brought one (eap-mschapv2 does).
+    identities. If a round of EAP asks for none, the method may have brought one (eap-mschapv2 does).
     """
     for what, identity in (
         ("the mobile node's identity", context.remote_id),
@@ -135,7 +138,7 @@ def check_outer(context: IkeContext, allowed: AllowedConnection, place: Surround
 
 
 def check_virtual_ips(context: IkeContext, ranges: Iterable[Range], place: Surroundings) -> Iterator[Verdict]:
-    """Virtual IPs: those that can be given here, and nobody's of the gateways."""
+    """Virtual IPs: they must be ones that can be assigned here, and no gateway's."""
     given = tuple(ranges)
     for vip in context.remote_vips:
         if vip in place.own | place.peers:
@@ -149,10 +152,10 @@ def check_virtual_ips(context: IkeContext, ranges: Iterable[Range], place: Surro
 
 
 def check_traffic(context: IkeContext, allowed: AllowedConnection, place: Surroundings) -> Iterator[Verdict]:
-    """Each traffic selector lies in one that the child here has; "dynamic" is what the host has.
+    """Each traffic selector must be within one of the child here; "dynamic" means the host's addresses.
 
-    That is its virtual IPs, else its outer address. What a gateway is, and what is behind it, the mobile node
-    never has, unless `remote_ts` names that, or a pool gives the address.
+    Those are its virtual IPs, else its outer address. Addresses of the gateway, and behind it, are refused
+    for the mobile node, unless `remote_ts` has them, or a pool assigns the address.
     """
     for child in context.children:
         mine = allowed.children.get(child.name)
@@ -174,7 +177,7 @@ def check_traffic(context: IkeContext, allowed: AllowedConnection, place: Surrou
 def _reaches_inside(
     selector: TrafficSelector, context: IkeContext, mine: AllowedChild, place: Surroundings
 ) -> str:
-    """Why packets of others would go to the mobile node; empty: they would not, or `remote_ts` wants it."""
+    """Why packets of others would go to the mobile node; empty: they would not, or `remote_ts` permits it."""
     whole = Range(selector.start, selector.end)
     ranges = (each.range for each in mine.remote_ts)
     literal = [each for each in ranges if each is not None and each.covers(selector)]
@@ -233,7 +236,7 @@ def check_modes(context: IkeContext, allowed: AllowedConnection) -> Iterator[Ver
 
 
 def check_algorithms(context: IkeContext, rules: Rules) -> Iterator[Verdict]:
-    """The operator's proposals where there are some, else the floor; ancestors of the IKE_SA, too."""
+    """The operator's proposals if there are some, else the floor; ancestors of the IKE_SA, too."""
     where = f"[connections.{context.connection}]"
     for one in context.generations:
         why = _unproposed(rules.ike) if rules.ike else below_floor(one.encr, one.integ, one.prf)
@@ -291,7 +294,7 @@ def check_counters(context: IkeContext) -> Iterator[Verdict]:
 
 
 def check_lifetimes(context: IkeContext, allowed: AllowedConnection) -> Iterator[Verdict]:
-    """What is left until a rekey: nothing negative, and no more than the connection gives."""
+    """Time left until a rekey: not negative, and no more than the connection gives."""
     for what, left, most in (
         ("rekeying", context.lifetime.rekey, allowed.rekey),
         ("reauthentication", context.lifetime.reauth, allowed.reauth),

@@ -1,7 +1,8 @@
 """Proposals as swanctl.conf writes them, and whether an SA's algorithms are among them. Pure.
 
-charon before 6.0.7 does not tell what a connection proposes, so an operator who wants more, or less, than the
-floor says it again in ikectx.toml. Source of the keywords: strongSwan's proposal_keywords_static.txt, 6.0.6.
+charon before 6.0.7 does not report the proposals of a connection, so an operator who wants to allow more, or
+less, than the floor repeats them in ikectx.toml. Source of the keywords: strongSwan's
+proposal_keywords_static.txt, 6.0.6.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ikectx.context import ChildContext, IkeGeneration
 from ikectx.numbers import Encr, Integ, KeMethod, Prf
 
 _ICV = {"8": 8, "64": 8, "12": 12, "96": 12, "16": 16, "128": 16, "": 16}
-"""How keywords name the length of the integrity check value, in octets or bits, and its octets."""
+"""Keywords' length of the integrity check value, in octets or bits, and its octets."""
 _CCM = {8: Encr.AES_CCM_8, 12: Encr.AES_CCM_12, 16: Encr.AES_CCM_16}
 _GCM = {8: Encr.AES_GCM_8, 12: Encr.AES_GCM_12, 16: Encr.AES_GCM_16}
 _DES = Encr(2)
@@ -72,7 +73,7 @@ _PRF_OF = {
     Integ.AES_XCBC_96: Prf.AES128_XCBC,
     Integ.AES_CMAC_96: Prf.AES128_CMAC,
 }
-"""The PRF that charon takes for a proposal which names none."""
+"""The PRF that charon uses for a proposal without one."""
 _KE = {
     "none": KeMethod.NONE,
     "modpnone": KeMethod.NONE,
@@ -114,10 +115,10 @@ _BROKEN_INTEG = frozenset({Integ.HMAC_MD5_96, Integ(3), Integ(4), _MD5_128})
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """One proposal; an SA takes one of each kind. Empty: nothing of that kind is named.
+    """One proposal; an SA uses one algorithm of each kind. Empty: no algorithm of that kind is named.
 
-    `encr`: with the key's bits, 0 where the cipher has one size only. `esn`: empty means that extended
-    sequence numbers are not proposed (charon's default).
+    `encr`: with the key's bits, 0 if the cipher has one size only. `esn`: empty means that extended sequence
+    numbers are not proposed (charon's default).
     """
 
     text: str
@@ -131,8 +132,8 @@ class Proposal:
     def parse(cls, text: str) -> Proposal:
         """As in `proposals` and `esp_proposals` of swanctl.conf: aes256-sha256-x25519.
 
-        Additional key exchanges (ke1_mlkem768) are passed over, since they only add to the first. Errors:
-        ValueError, also for "default", which is something else in each version of strongSwan.
+        Additional key exchanges (ke1_mlkem768) are passed over, because they only add to the first. Errors:
+        ValueError, also for "default", which is different in each version of strongSwan.
         """
         encr: set[tuple[Encr, int]] = set()
         integ: set[Integ] = set()
@@ -169,7 +170,7 @@ class Proposal:
         )
 
     def has_esp(self, child: ChildContext) -> bool:
-        """The same for a CHILD_SA. One that IKE_AUTH made has no key exchange, whatever is proposed."""
+        """The same for a CHILD_SA. One that IKE_AUTH made has no key exchange, even if one is proposed."""
         return (
             self._protects(child.encr, child.encr_bits, child.integ)
             and child.ke in {*self.ke, KeMethod.NONE}
@@ -183,9 +184,9 @@ class Proposal:
 
 
 def below_floor(encr: Encr, integ: Integ, prf: Prf | None = None) -> str:
-    """Why such an SA is taken only where a proposal of the operator's names it; empty: it is good enough.
+    """Why such an SA is taken only if a proposal of the operator's names it; empty: it is above the floor.
 
-    The floor: encryption that is not NULL, DES or 3DES, integrity, and nothing of MD5. charon proposes none
+    The floor: encryption that is not NULL, DES or 3DES, integrity, and nothing with MD5. charon proposes none
     of these by itself (RFC 8247 and 8221 have them as MUST NOT, 3DES as MAY and SHOULD NOT).
     """
     if encr in _PLAIN:

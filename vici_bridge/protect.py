@@ -1,11 +1,11 @@
-"""Does the kernel's SPD protect a connection with ESP, in both directions? Sans-IO.
+"""Whether the kernel's SPD protects a connection with ESP, in both directions. Sans-IO.
 
 A policy is found as net/xfrm/xfrm_policy.c (Linux 5.0 and later) finds it: of those that match the packet the
-one of the smallest priority value; of equals the one installed first. That order is told to nobody (the index
-is given anew, and kept on replacement), so all equals must protect. The same holds for a
-policy that may or may not apply (it wants a mark, a device or a security label): it may not
-spoil what comes after it, and is nothing to rely on. Policies with an if_id are for packets of XFRM
-interfaces only; policies of single sockets are none of ours.
+one of the smallest priority value; of equals the one installed first. That order cannot be read (the index is
+given anew, and kept on replacement), so all equals must protect. A policy that may or may not apply (it has a
+mark, a device or a security label) must protect as well, because it may apply, and the policies behind it
+must protect, because it may not. Policies with an if_id are only for packets of XFRM interfaces; policies of
+single sockets do not concern us.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _AUTHENTICATES_ONLY = ("cipher_null", "rfc4543")
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One direction of a connection: what a packet says of itself."""
+    """One direction of a connection: the properties of its packets."""
 
     direction: str
     source: Address
@@ -64,7 +64,7 @@ class Way:
 
 
 def ways(flow: Flow) -> tuple[Way, Way]:
-    """Out and in."""
+    """The outbound and the inbound direction."""
     here, there, protocol = flow.local, flow.remote, PROTOCOLS[flow.protocol]
     return (
         Way("out", here.address, here.port, there.address, there.port, protocol),
@@ -74,14 +74,15 @@ def ways(flow: Flow) -> tuple[Way, Way]:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """The templates that a flow's packets must pass; None where more than one policy may be meant."""
+    """The templates that a flow's packets must pass; None if more than one policy may apply."""
 
     outbound: tuple[Template, ...] | None
     inbound: tuple[Template, ...] | None
 
 
 def protection(policies: Sequence[KernelPolicy], flow: Flow) -> Protection:
-    """What protects `flow`. Errors: LinkError if a packet of it could pass unprotected, or none can pass."""
+    """The protection of `flow`. Errors: LinkError if a packet of it could pass unprotected, or none can
+    pass."""
     out, back = (_of_way(policies, way, flow) for way in ways(flow))
     return Protection(out, back)
 
@@ -90,7 +91,7 @@ def _of_way(policies: Sequence[KernelPolicy], way: Way, flow: Flow) -> tuple[Tem
     found = [policy for policy in policies if _may_match(policy, way)]
     asked = []
     for kind in sorted({0, *(policy.kind for policy in found)}):
-        # a sub policy (kind 1) is asked first, and the main one all the same
+        # a sub policy (kind 1) is consulted first, and the main one as well
         same = [policy for policy in found if policy.kind == kind]
         certain = [policy.priority for policy in same if _certain(policy)]
         if not certain and kind == 0:
@@ -129,7 +130,7 @@ def _may_match(policy: KernelPolicy, way: Way) -> bool:
 
 
 def _certain(policy: KernelPolicy) -> bool:
-    """It applies whatever mark, device or label a packet has."""
+    """Whether it applies regardless of a packet's mark, device or label."""
     return (
         (policy.mark is None or not policy.mark.mask)
         and not policy.selector.ifindex
@@ -138,7 +139,7 @@ def _certain(policy: KernelPolicy) -> bool:
 
 
 def _weakness(policy: KernelPolicy) -> str:
-    """Why it does not protect, empty if it does."""
+    """Why it does not protect; empty if it does."""
     if policy.action != ALLOW:
         return "drops everything"
     if not policy.templates:
@@ -154,7 +155,7 @@ def _weakness(policy: KernelPolicy) -> str:
 def may_concern(message: bytes, flow: Flow) -> bool:
     """Whether an event, or a policy of a dump (a netlink message), can matter to `flow`.
 
-    Judged by addresses only: what a gateway does for its MNs is to cost little here.
+    Only addresses are compared, because a gateway's events for its mobile nodes must cost little here.
     """
     if len(message) < wire.HEADER:
         return True
@@ -167,7 +168,7 @@ def may_concern(message: bytes, flow: Flow) -> bool:
         return True
     destination, source, family, prefix_d, prefix_s = _SELECTOR.unpack_from(message, wire.HEADER)
     if family != family_of(flow.local.address):
-        return not family  # deleted by its index: the selector is not told
+        return not family  # deleted by its index: the selector is not in the message
     here, there = packed(flow.local.address), packed(flow.remote.address)
     return (_covers(source, prefix_s, here) and _covers(destination, prefix_d, there)) or (
         _covers(source, prefix_s, there) and _covers(destination, prefix_d, here)
@@ -182,7 +183,8 @@ def _covers(network: bytes, prefix: int, address: bytes) -> bool:
 
 
 def socket_policies(flow: Flow, found: Protection) -> list[bytes]:
-    """Values of IP(V6)_XFRM_POLICY: with them a socket's packets pass these templates or not at all."""
+    """Values of IP(V6)_XFRM_POLICY, with which a socket's packets must pass these templates or are
+    dropped."""
     family = family_of(flow.local.address)
     nowhere = ip_address("0.0.0.0" if family == INET else "::")  # noqa: S104 - any address, not one to listen on
     every = Selector(nowhere, 0, nowhere, 0, family=family)
@@ -195,7 +197,7 @@ def socket_policies(flow: Flow, found: Protection) -> list[bytes]:
 
 
 def find_sas(flow: Flow, template: Template, direction: str) -> Request:
-    """XFRM_MSG_GETSA for the ESP SAs between the ends that a template of that direction means."""
+    """XFRM_MSG_GETSA for the ESP SAs between the ends of a template of that direction."""
     source, destination = flow.local.address, flow.remote.address
     if direction == "in":
         source, destination = destination, source
@@ -210,7 +212,7 @@ def find_sas(flow: Flow, template: Template, direction: str) -> Request:
 
 
 def check_sas(sas: Iterable[KernelSa], template: Template, flow: Flow) -> None:
-    """Contexts hold keys: refuse an SA of the template that does not encrypt, or not authenticate.
+    """Refuse an SA of the template that does not encrypt, or not authenticate, because contexts have keys.
 
     Errors: LinkError.
     """
