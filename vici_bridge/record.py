@@ -1,15 +1,15 @@
-"""What the agent knows of charon's IKE_SAs: the ha stream, kept.
+"""The agent's record of charon's IKE_SAs, made from the ha stream.
 
-charon tells the nonces, shared secrets and identities of an SA once, when it comes up, and
-VICI never shows them; so the agent keeps them from the first message on. `Record` is fed
-every message that charon sends, learns what the agent has charon take in, and gives the
-part of an `IkeContext` that follows from them. `chain.import_messages` goes the other way.
+charon reports the nonces, shared secrets and identities of an SA once, when it comes up, and VICI never shows
+them; so the agent keeps them from the first message on. `Record` is fed every message that charon sends, is
+told which SAs the agent has charon take in, and returns the part of an `IkeContext` that follows from them.
+`chain.import_messages` goes the other way.
 
-Generations. After an IKE rekey charon announces the new IKE_SA (IKE_ADD with IKE_REKEY_ID and
-OLD_SKD), deletes the old one (IKE_DELETE) and only then calls the new one up (IKE_UPDATE); the
-children stay, with no message, though their keys stem from the old SK_d. So the old IKE_SA is
-kept as an ancestor of the new one as long as a child of it lives. Where both ends rekey at
-once two IKE_ADDs name the same old IKE_SA; the one that gets an IKE_UPDATE has won.
+Generations. After an IKE rekey charon announces the new IKE_SA (IKE_ADD with IKE_REKEY_ID and OLD_SKD),
+deletes the old one (IKE_DELETE) and only then reports the new one as up (IKE_UPDATE); the children stay, with
+no message, though their keys stem from the old SK_d. So the old IKE_SA is kept as an ancestor of the new one
+as long as a child of it lives. If both ends rekey at the same time, two IKE_ADDs name the same old IKE_SA;
+the one that gets an IKE_UPDATE has won.
 
 Pure: no clock, no I/O. Read in strongSwan 5.9.8, 6.0.1 and 6.0.6.
 """
@@ -29,38 +29,38 @@ from .ha import HIDDEN, Attr, HaMessage, HaType, IkeId, ike_mid
 from .sa_state import SaState, adopt, further_keys, messages_of, pruned, read_child, read_generation, told
 
 COND_PPK = 1 << 13
-"""charon's condition bit: SK_d was mixed with a postquantum preshared key, which no message tells."""
+"""charon's condition bit: SK_d was mixed with a postquantum preshared key, which no message contains."""
 
 PPK = "the IKE_SA was set up with a postquantum preshared key (PPK)"
 
 MAX_CHILDREN = 512
-"""CHILD_SAs of one IKE_SA that are kept: with each message about it all of them are stored anew."""
+"""CHILD_SAs of one IKE_SA that are kept, because each message about it stores all of them anew."""
 _FORMAT = 1
 _NO_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a message did to the record."""
+    """The effect of a message on the record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ignored(Change):
-    """Nothing, and why."""
+    """No effect, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Added(Change):
-    """Keys of a new IKE_SA; it is not up yet."""
+    """Keys of a new IKE_SA arrived; it is not up yet."""
 
     sa: SaName
 
 
 @dataclass(frozen=True, slots=True)
 class Updated(Change):
-    """Identities, addresses, connection or virtual IPs: the IKE_SA is up."""
+    """Identities, addresses, connection or virtual IPs arrived: the IKE_SA is up."""
 
     sa: SaName
 
@@ -116,15 +116,15 @@ class MidChanged(Change):
 class Record:
     """All IKE_SAs of one charon, by their SPIs.
 
-    `dirty` names what changed since the last `dump`; a caller that could not store what `dump`
-    gave adds the names again.
+    `dirty` has the names that changed since the last `dump`; a caller that could not store the result of
+    `dump` adds the names again.
     """
 
     def __init__(self) -> None:
         self.dirty: set[SaName] = set()
         self._sas: dict[SaName, SaState] = {}
         self._heirs: dict[SaName, set[SaName]] = {}
-        """Old IKE_SA to those that have keys to replace it and are not up."""
+        """For an old IKE_SA those that have keys to replace it and are not up."""
         self._born: dict[SaName, int] = {}
         self._count = 0
         self._handlers: dict[HaType, Callable[[HaMessage, SaName], Change]] = {
@@ -140,7 +140,7 @@ class Record:
     # --- the stream in -----------------------------------------------------------------------------
 
     def feed(self, message: HaMessage) -> Change:
-        """Take one message, sent by charon or to it. Raises nothing: what makes no sense is Ignored."""
+        """Take one message, sent by charon or to it. Raises nothing: a message without sense is Ignored."""
         handler = self._handlers.get(message.type)
         if handler is None:
             return Ignored(f"{message.type.name} is not about an SA")
@@ -153,7 +153,7 @@ class Record:
             return Ignored(f"{message.type.name} makes no sense: {error}")
         sa = self._sas.get(ike.spis)
         if sa is not None and sa.version < message.version and not isinstance(change, Ignored):
-            # only the newest form that was heard holds all that was
+            # only the newest wire version that was received can express everything that was received
             self._put(ike.spis, replace(sa, version=message.version))
         return change
 
@@ -216,7 +216,7 @@ class Record:
         if sa is None:
             return Ignored("IKE_DELETE for an unknown IKE_SA")
         if self._successors(name):
-            # Its successor is called up next; until then it holds the children.
+            # Its successor is reported as up next; until then the old one keeps the children.
             self._put(name, replace(sa, leaving=True))
             return Ignored("IKE_DELETE in the course of a rekey")
         self._drop(name)
@@ -288,7 +288,7 @@ class Record:
         return tuple(name for name, sa in self._sas.items() if sa.connection is not None and not sa.leaving)
 
     def of(self, mn: str) -> tuple[SaName, ...]:
-        """Those of them whose other end has this identity, as it is printed."""
+        """The IKE_SAs that are up and whose other end has this identity, as it is printed."""
         return tuple(name for name in self.names() if str(self._sas[name].remote_id) == mn)
 
     def __contains__(self, name: SaName) -> bool:
@@ -298,11 +298,10 @@ class Record:
         return len(self._sas)
 
     def context(self, name: SaName) -> IkeContext:
-        """What the stream told of an IKE_SA; addresses are those of its IKE_UPDATE, not the current ones.
+        """The stream's data about an IKE_SA; addresses are those of its IKE_UPDATE, not the current ones.
 
-        Counters, lifetimes, policies and peer are not in it. Children that charon replaced but still
-        lists are. UnknownSaError: not known, or known in part. RefusedError with NOT_COVERED: it
-        cannot be moved.
+        Counters, lifetimes, policies and peer are not in it. Children that charon replaced but still lists
+        are. UnknownSaError: not known, or known in part. RefusedError with NOT_COVERED: it cannot be moved.
         """
         sa = self._sas.get(name)
         if sa is None:
@@ -363,9 +362,10 @@ class Record:
         )
 
     def moved(self, name: SaName, context: IkeContext) -> None:
-        """Addresses and children of `context`, which charon has by now, without a message of its own.
+        """Take addresses and children from `context`, which charon has by now, without a message of its own.
 
-        Where `feed` would say a child's keys stem from the IKE_SA as it is now, they keep their generation.
+        With `feed` a child's keys would count as those of the present IKE_SA; here they keep their
+        generation.
         """
         sa = self._sas.get(name)
         if sa is not None:
@@ -381,13 +381,13 @@ class Record:
     # --- what charon no longer has --------------------------------------------------------------------
 
     def mark(self) -> int:
-        """A point in time for `retain`: take it before charon is asked what it lists."""
+        """A point in time for `retain`: take it before charon is asked for its list."""
         return self._count
 
     def retain(self, names: Iterable[SaName], mark: int | None = None) -> tuple[Deleted, ...]:
-        """Forget what charon does not list. SAs that came after `mark` stay (None: none came).
+        """Forget SAs that charon does not list. SAs that came after `mark` stay (None: none came).
 
-        A successor in a rekey under way, which charon does not list yet, lives as long as its old IKE_SA.
+        The successor in a rekey under way, which charon does not list yet, is kept as long as its old IKE_SA.
         """
         listed = set(names)
         limit = self._count if mark is None else mark
@@ -402,9 +402,9 @@ class Record:
         return tuple(Deleted(name) for name in gone if name not in self._sas)
 
     def learn(self, context: IkeContext, version: int) -> None:
-        """charon was given this SA, with its ancestors, or was made to change it into this.
+        """charon was given this SA, with its ancestors, or was made to change it into this one.
 
-        Not by way of `feed`: an ancestor may have the name of another SA that is here.
+        `feed` cannot be used for it, because an ancestor may have the name of another SA that is here.
         """
         self._put(
             context.spis,
@@ -430,7 +430,7 @@ class Record:
         )
 
     def forget(self, name: SaName) -> None:
-        """Drop an IKE_SA and the unfinished successors of it. Unknown: nothing."""
+        """Drop an IKE_SA and its unfinished successors; nothing happens if it is not known."""
         for successor in self._successors(name):
             self._drop(successor)
         if name in self._sas:
@@ -439,9 +439,9 @@ class Record:
     # --- the record at rest ------------------------------------------------------------------------------
 
     def dump(self, everything: bool = False) -> list[tuple[str, bytes | None]]:
-        """What changed since the last call, by key: octets to store, or None to delete the key.
+        """The changes since the last call, by key: octets to store, or None to delete the key.
 
-        The octets hold key material in the clear: for an encrypted store only.
+        The octets have key material in the clear: for an encrypted store only.
         """
         names = self.dirty | set(self._sas) if everything else set(self.dirty)
         out: list[tuple[str, bytes | None]] = []
@@ -449,11 +449,12 @@ class Record:
             sa = self._sas.get(name)
             out.append((name.key, None if sa is None else _freeze(sa)))
         self.dirty.clear()
-        # a crash between the two of a rekey must leave the new IKE_SA whole, and may leave the old one
+        # after a crash in the middle of a rekey the new IKE_SA must be whole, and the old one may be left
         return sorted(out, key=lambda item: item[1] is None)
 
     def load(self, items: Iterable[tuple[str, bytes]]) -> None:
-        """Add what `dump` gave. StoreError names the key that cannot be read; nothing of it is added then."""
+        """Add the result of `dump`. StoreError names the key that cannot be read; nothing of it is added
+        then."""
         for key, data in items:
             try:
                 sa = _thaw(data)
@@ -509,7 +510,7 @@ def _freeze(sa: SaState) -> bytes:
 
 
 def _octets(value: object, where: str) -> tuple[bytes, ...]:
-    """Any number of octet strings: a peer decides how many children it has."""
+    """Any number of octet strings, because a peer decides how many children it has."""
     if not isinstance(value, list) or not all(isinstance(item, bytes) for item in value):
         raise WireError(f"{where}: not a list of octet strings")
     return tuple(value)
@@ -519,7 +520,7 @@ _LAYOUT = cbor.row((cbor.uint(8), _octets, cbor.array(cbor.octets(8)), cbor.bool
 
 
 def _thaw(data: bytes) -> SaState:
-    """WireError or ValueError where it is not what `_freeze` made."""
+    """WireError or ValueError if `_freeze` did not make it."""
     kind, datagrams, replaces, leaving, alien, order = _LAYOUT(cbor.loads(data, "record"), "record")
     if kind != _FORMAT:
         raise WireError(f"record of format {kind}")

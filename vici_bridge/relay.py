@@ -1,12 +1,13 @@
-"""`Relay`: ESP that an MN still sends under an SPI taken by another goes on to the other gateway. I/O.
+"""`Relay`: sends ESP that a mobile node still sends under an SPI in use here on to the other gateway. I/O.
 
-An MN that was told our address before it could be given new SPIs sends under the old ones until its SAs are
-rekeyed. The other gateway decrypts them until it releases the SA; here they would meet the SA that has the
-name. So nftables gives such packets the other gateway's address before anything else sees them, by source
-address, port and SPI: those of the SA that has the name come from elsewhere.
+A mobile node that was told our address before it could be given new SPIs sends under the old ones until its
+SAs are rekeyed. The other gateway decrypts these packets until it releases the SA; here they would reach the
+SA that has the SPI. So nftables rewrites the destination of such packets to the other gateway's address
+before anything else sees them, selected by source address, port and SPI, because packets of the SA here come
+from elsewhere.
 
-The source stays the MN's, because behind a NAT a kernel tells charon of every change of it; where routers
-between the gateways drop such packets (RFC 2827), they are lost, as they would be without.
+The source stays the mobile node's, because behind a NAT a kernel reports every change of it to charon. If
+routers between the gateways drop such packets (RFC 2827), they are lost, as they would be without the relay.
 
 RFC 4303, 2.1 (SPI first); RFC 3948, 2.1 (in UDP).
 """
@@ -26,7 +27,7 @@ _HEAD = {4: "ip", 6: "ip6"}
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """What `mn` sends under `spi` (4 octets) goes to `to`."""
+    """Packets of `mn` under `spi` (4 octets) are sent on to `to`."""
 
     mn: Endpoint
     spi: bytes
@@ -34,7 +35,7 @@ class Relayed:
 
 
 class Relay:
-    """Packets sent on, in the network namespace in which its calls run (they run `nft`: some 20 ms).
+    """The relays in the network namespace in which its calls run (they run `nft`: some 20 ms).
 
     They outlive the agent. For any thread. Errors: KernelError.
     """
@@ -45,14 +46,14 @@ class Relay:
         self._lock = threading.Lock()
 
     def add(self, one: Relayed) -> None:
-        """Begin. Idempotent."""
+        """Begin to send its packets on. Idempotent."""
         with self._lock:
             run_nft(self._table() + "".join(f"add element {part}\n" for part in self._elements(one)))
 
     def remove(self, one: Relayed) -> None:
-        """End. Idempotent."""
+        """Stop to send its packets on. Idempotent."""
         with self._lock:
-            # an element can be deleted only where it is; added twice it is there once
+            # deleting a missing element is an error, so it is added first, which has no effect if it is there
             lines = [f"add element {part}\ndelete element {part}\n" for part in self._elements(one)]
             run_nft(self._table() + "".join(lines))
 

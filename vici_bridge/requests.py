@@ -1,6 +1,6 @@
-"""What a request on the control socket may hold: known keys, each a text, or a yes or a no. Pure.
+"""The keys that a request on the control socket may have: each is a text, or a yes or no. Pure.
 
-A request is checked before its command sees it, because a key that nobody reads is dangerous: with a mistyped
+A request is checked before its command sees it, because an ignored key would be dangerous: with a mistyped
 `dry-run` every SA would move.
 """
 
@@ -17,14 +17,14 @@ Kind = Literal["text", "flag"]
 """text: any text. flag: yes or no."""
 
 Keys = Mapping[str, Kind]
-"""The keys of one command. A key that ends with `*` stands for all that begin so."""
+"""The keys of one command. A key that ends with `*` stands for all keys with that beginning."""
 
 SHOWN = 60
-"""Characters of a foreign key or value that an error repeats."""
+"""Characters of an unknown key or value that an error repeats."""
 
 
 def check(command: str, request: Message, keys: Keys) -> None:
-    """Errors: UsageError for a key that the command has not, and for a value that is not what it must be."""
+    """Errors: UsageError for a key that the command does not have, and for a value of the wrong kind."""
     for key, value in request.items():
         kind = keys.get(key) or next((keys[one] for one in keys if one[-1] == "*" and _fits(one, key)), None)
         if kind is None:

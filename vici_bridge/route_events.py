@@ -1,7 +1,7 @@
-"""When the ways that packets are sent on by may have changed: devices, addresses, our routes. I/O.
+"""Events after which the ways of detours may have changed: devices, addresses, our routes. I/O.
 
-A device that goes down takes its routes along, and nobody brings ours back; systemd-networkd removes routes
-that it does not know when it starts (ManageForeignRoutes).
+A device that goes down removes its routes, and nobody restores ours; systemd-networkd removes routes that it
+does not know when it starts (ManageForeignRoutes).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DEVICE_OR_ADDRESS = (16, 17, 20, 21)
 """RTM_NEWLINK, DELLINK, NEWADDR, DELADDR."""
 _DELROUTE = 25
 _MAKER = 5
-"""Where a route (struct rtmsg) says which protocol made it."""
+"""Position of the protocol that made a route in struct rtmsg."""
 _SOON = 0.2
-"""Seconds from a change until it is looked at, with all that change meanwhile."""
+"""Seconds from a change until `changed` is called, for all changes in that time."""
 
 
 def matters(data: bytes, own: int) -> bool:
-    """Whether a datagram of the kernel's tells of something that may lead our packets elsewhere.
+    """Whether a datagram of the kernel's reports a change that may lead our packets elsewhere.
 
     `own`: the netlink port by which this process changes routes itself.
     """
@@ -54,7 +54,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 class RouteEvents:
-    """Of the network namespace that this object was made in."""
+    """The events in the network namespace that this object was made in."""
 
     def __init__(self, own: int, changed: Callable[[], None]) -> None:
         """`changed` is called soon after each change that `matters`. Errors: KernelError."""
@@ -89,7 +89,7 @@ class RouteEvents:
         except BlockingIOError:
             pass
         except OSError:
-            new = True  # ENOBUFS: too much happened to be told
+            new = True  # ENOBUFS: there were too many events to report
         if new and self._pending is None:
             self._pending = asyncio.get_running_loop().call_later(_SOON, self._fire)
 

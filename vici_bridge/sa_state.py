@@ -1,4 +1,4 @@
-"""One IKE_SA as the ha stream told it: a frozen state, and what each message makes of it.
+"""One IKE_SA from the ha stream: a frozen state, and the effect of each message on it.
 
 Pure functions below `record`, which keeps many of these.
 """
@@ -27,8 +27,8 @@ from .ha import MARKER, Attr, HaMessage, IkeId, child_add, ike_add, ike_mid, ike
 
 @dataclass(frozen=True, slots=True)
 class SaState:
-    """One IKE_SA. `connection` None: not up. `replaces`: not yet adopted its children. `leaving`: deleted
-    for a successor that is not up yet. `alien`: inbound SPIs of children without ESP (AH)."""
+    """One IKE_SA. `connection` None: not up. `replaces`: it has not adopted its children yet. `leaving`:
+    deleted for a successor that is not up yet. `alien`: inbound SPIs of children without ESP (AH)."""
 
     version: int
     generations: tuple[IkeGeneration, ...]
@@ -123,7 +123,8 @@ def read_child(message: HaMessage, generation: int) -> ChildContext:
 
 
 def told(sa: SaState, message: HaMessage) -> SaState:
-    """An IKE_UPDATE applied: what it does not name stays; a list it names replaces the old one."""
+    """The state after an IKE_UPDATE: values that it does not have stay; a list that it has replaces the old
+    one."""
     local_vips = message.every(Attr.LOCAL_VIP, Endpoint)
     remote_vips = message.every(Attr.REMOTE_VIP, Endpoint)
     return replace(
@@ -156,7 +157,8 @@ def _bits(known: tuple[int, int], message: HaMessage, attr: Attr) -> tuple[int, 
 
 
 def adopt(new: SaState, old: SaState) -> SaState:
-    """The successor with all that charon hands down to it: chain, children, virtual IPs, addresses, ids."""
+    """The successor with everything that charon hands down to it: chain, children, virtual IPs, addresses,
+    ids."""
     shift = len(old.generations)
     own = tuple(replace(child, generation=child.generation + shift) for child in new.children)
     return pruned(
@@ -175,7 +177,8 @@ def adopt(new: SaState, old: SaState) -> SaState:
 
 
 def pruned(sa: SaState) -> SaState:
-    """Without the ancestors no child stems from: each later one carries the SK_d it needs itself."""
+    """The state without ancestors that no child's keys stem from: each later one has the SK_d that it
+    needs."""
     last = len(sa.generations) - 1
     kept = sorted({child.generation for child in sa.children} | {last})
     if len(kept) == last + 1:
@@ -189,7 +192,7 @@ def pruned(sa: SaState) -> SaState:
 
 
 def messages_of(sa: SaState) -> list[HaMessage]:
-    """The messages that would make this state: how it is stored."""
+    """The messages that would make this state, which is how it is stored."""
     messages: list[HaMessage] = []
     before: IkeId | None = None
     for index, generation in enumerate(sa.generations):

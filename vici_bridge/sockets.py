@@ -1,8 +1,8 @@
-"""The HA socket: one UDP socket that hears charon's stream and feeds SAs to it, paced.
+"""The HA socket: one UDP socket that receives charon's stream and sends SAs to it, paced.
 
-charon's ha plugin binds ha_remote:4510 (from the agent's side) and connects to ha_local:4510; it hears
-only datagrams from there. Nothing is acknowledged, and its receive buffer holds some 270 messages: a
-sender that is faster loses them silently, so `send` watches charon's queue in /proc/net/udp.
+charon's ha plugin binds ha_remote:4510 (from the agent's side) and connects to ha_local:4510; it receives
+only datagrams from there. Nothing is acknowledged, and its receive buffer has room for some 270 messages: a
+faster sender loses them silently, so `send` watches charon's queue in /proc/net/udp.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 HA_PORT = 4510
 _SO_RCVBUFFORCE = 33
 _SO_MEMINFO = 55
-"""linux/socket.h; Python does not name them."""
+"""linux/socket.h; Python has no name for it."""
 _DROPS = 8
-"""Which of SO_MEMINFO's numbers counts datagrams that found the buffer full (linux/sock_diag.h)."""
+"""Index of SO_MEMINFO's number of datagrams that found the buffer full (linux/sock_diag.h)."""
 _BUFFER = 4 * 1024 * 1024
 """Octets. The kernel doubles it, and counts its own: some 10,000 messages, those of 2,000 SAs' set-up."""
 _QUEUE_LIMIT = 64 * 1024
@@ -36,15 +36,15 @@ _BATCH = 16
 
 
 UNCONFIRMED = 4 * 1024 * 1024
-"""Octets of messages that are heard while charon does not answer over VICI, each counted as 512 at least:
-some 1,300 SAs, since one takes six messages."""
+"""Octets of messages that are accepted while charon does not answer over VICI, each counted as 512 at least:
+some 1,300 SAs, because one takes six messages."""
 
 
 class Unconfirmed:
-    """Bounds what is heard while charon does not answer over VICI.
+    """Limits the messages that are accepted while charon does not answer over VICI.
 
-    While charon is down, its address belongs to nobody, and any local user may speak in its place. When it is
-    there, the record is held against what it lists.
+    While charon is down, its address belongs to nobody, and any local user may send in its place. When charon
+    is there, the record is compared with its list.
     """
 
     def __init__(self, remote: str, port: int) -> None:
@@ -56,7 +56,7 @@ class Unconfirmed:
         self._octets = 0
 
     def hears(self, octets: int) -> bool:
-        """Whether a message of that size is heard."""
+        """Whether a message of that size is accepted."""
         self._octets += max(octets, 512)
         if self._octets <= UNCONFIRMED:
             return True
@@ -84,7 +84,7 @@ class HaSocket(asyncio.DatagramProtocol):
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Bind, exclusively. Errors: StateError when somebody else holds the address."""
+        """Bind, exclusively. Errors: StateError if another program has the address."""
         family = socket.AF_INET6 if ":" in self._local else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -115,7 +115,7 @@ class HaSocket(asyncio.DatagramProtocol):
         self._look_for_losses()
 
     def _look_for_losses(self) -> None:
-        """Say what was lost. Where something was, more is to be read: at other times nobody need look."""
+        """Log losses. Called only when there is something to read, because losses can only happen then."""
         if self._sock is None or self._transport is None:
             return
         numbers = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * (_DROPS + 1))
@@ -129,7 +129,7 @@ class HaSocket(asyncio.DatagramProtocol):
             self._lost = lost
 
     def error_received(self, exc: Exception) -> None:
-        # ECONNREFUSED: charon is not (yet) there. The record learns of it through VICI.
+        # ECONNREFUSED: charon is not there (yet). The record is corrected through VICI.
         log.debug("HA socket: %s", exc)
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class HaSocket(asyncio.DatagramProtocol):
 
     @trace.spanned("ha", "call")
     async def send(self, messages: Iterable[bytes]) -> None:
-        """Hand messages to charon in order, never faster than it reads. Errors: CharonError."""
+        """Send messages to charon in order, never faster than it reads. Errors: CharonError."""
         async with self._lock:
             for count, message in enumerate(messages):
                 if self._transport is None:
@@ -164,7 +164,7 @@ class HaSocket(asyncio.DatagramProtocol):
         raise CharonError("charon has not read its HA socket for a second", hint="see charon's log")
 
     def _queue(self) -> int | None:
-        """Octets in charon's receive queue, None where no socket is bound."""
+        """Octets in charon's receive queue, None if no socket is bound."""
         address = ipaddress.ip_address(self._remote)
         raw = address.packed
         words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]

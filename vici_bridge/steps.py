@@ -1,14 +1,14 @@
-"""`MoveSteps`: the steps by which a mobile node's SA comes to other addresses or names, each seen done. I/O.
+"""`MoveSteps`: the steps by which a mobile node's SA gets other addresses or SPIs, each seen done. I/O.
 
-    guard           outbound packets stay on the old SAs, or are held back where those must go first
-    clear the way   old pairs that the new ones could not stand beside go, their numbers noted
+    guard           keep outbound packets on the old SAs, or hold them back if those must be deleted first
+    clear the way   delete old pairs that cannot exist beside the new ones, after noting their numbers
     add             IKE_UPDATE, CHILD_ADD
-    raise           keys, sequence numbers and windows of the new pairs; then the guards go
+    raise           set keys, sequence numbers and windows of the new pairs; then remove the guards
     delete old      CHILD_DELETE
-    rename          the IKE_SA's own SPIs, where they change, too
+    rename          change the IKE_SA's own SPIs, if that is needed, too
 
-From wherever an agent before this one stopped, `carry_out` goes on: what charon and the kernel have tells
-where that is, and the note (`moves.Move`) what they cannot tell any more.
+`carry_out` goes on where an agent before this one stopped: the state of charon and the kernel shows where
+that was, and the note (`moves.Move`) has what they no longer show.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .xfrm import KernelPolicy, KernelSa
 LINGER = 0.5
 """Seconds for which an old inbound SA may stay beside the new one; charon is passive meanwhile."""
 HEARD = 10
-"""Seconds for which the kernel decrypts under a name that charon does not have yet, or any more."""
+"""Seconds for which the kernel decrypts under an SPI that charon does not have yet, or any more."""
 PATIENCE = 8.0
-"""Seconds for charon to do what it was told."""
+"""Seconds for charon to carry out an order."""
 
 
 class MoveSteps:
@@ -48,9 +48,10 @@ class MoveSteps:
         self._host = host
 
     async def carry_out(self, sa: SaName, move: Move, view: SaView | None = None) -> None:
-        """Bring the move to its end from wherever it stands. Errors: CharonError, KernelError.
+        """Complete the move from its present state. Errors: CharonError, KernelError.
 
-        `view`: how charon has the SA now, where that is known. Packets are lost as long as charon is asked.
+        `view`: charon's present view of the SA, if it is known. Packets are lost for as long as charon is
+        asked.
         """
         if view is not None or await self.present_name(sa, move) == sa:
             move = await self._move_children(sa, move, view or await self.seen(sa))
@@ -60,7 +61,7 @@ class MoveSteps:
 
     @trace.spanned("move children")
     async def _move_children(self, sa: SaName, move: Move, view: SaView) -> Move:
-        """The IKE_SA's addresses, and its children."""
+        """Change the IKE_SA's addresses, and its children."""
         host = self._host
         move = self._guard(sa, move, view)
         move, away = await self._clear_the_way(sa, move, view)
@@ -73,7 +74,7 @@ class MoveSteps:
         view = await self._delete_old(sa, move, view, still)
         after = move.after(host.record.context(sa))
         listed = {child.spi_in for child in view.children}
-        # charon does not tell of children that end while it is passive
+        # charon does not report children that end while it is passive
         kept = tuple(child for child in after.children if child.spi_in in listed)
         peers = move.peers or (move.remote,)
         host.record.moved(sa, replace(after, children=kept, peer_addresses=peers))
@@ -81,9 +82,9 @@ class MoveSteps:
         return move
 
     async def _rename_ike(self, sa: SaName, move: Move, name: SaName) -> None:
-        """Other SPIs for the IKE_SA: its keys are derived anew, its children keep theirs (see `chain`).
+        """Change the IKE_SA's SPIs: its keys are derived anew, its children keep theirs (see `chain`).
 
-        The record knows the new one beside the old one before charon does, so that it is known after a crash.
+        The record has the new name beside the old one before charon does, so that it is known after a crash.
         """
         host = self._host
         version = await host.version()
@@ -106,14 +107,14 @@ class MoveSteps:
         host.save()
 
     def _updates(self, sa: SaName, move: Move, version: int) -> list[ha.HaMessage]:
-        """What follows the IKE_ADD of a new name; none where the record has it all."""
+        """The messages after the IKE_ADD of a new name; none if the record has everything."""
         if sa not in self._host.record:
             return []
         before = self._host.record.context(sa)
         return reshape(before, move.with_new_name(before), version)[1:]
 
     async def present_name(self, sa: SaName, move: Move) -> SaName:
-        """What charon calls the SA by now."""
+        """charon's present name of the SA."""
         if move.ike is not None and await self._host.view(sa) is None:
             return move.ike
         return sa
@@ -139,17 +140,18 @@ class MoveSteps:
         return self._pair((move.local, move.remote), (child.new_in, child.new_out))
 
     def _guard(self, sa: SaName, move: Move, view: SaView) -> Move:
-        """Hold outbound packets: on the old SAs, or back where these have to go first."""
+        """Guard outbound packets: keep them on the old SAs, or hold them back if these must be deleted
+        first."""
         kernel = self._host.kernel
         if kernel is None or any(child.new_in_view(view) for child in move.children):
-            return move  # guards came before the first new pair, and what stands is left
+            return move  # guards came before the first new pair, and are left as they are
         if not move.guards:
             policies = kernel.dump_policies()
             guards: list[KernelPolicy] = []
             for child in move.children:
                 _, outbound = self._old(move, child)
                 for policy in _policies_to(policies, outbound):
-                    # where no address changes, only the SPI tells the old SA from the new one
+                    # if no address changes, only the SPI tells the old SA from the new one
                     spi = outbound.spi if outbound is not None else bytes(4)
                     held = tuple(replace(template, spi=spi) for template in policy.templates)
                     guards += guards_of(replace(policy, templates=held), block=not move.beside(child))
@@ -165,7 +167,7 @@ class MoveSteps:
                 self._host.kernel.delete_policy(KernelPolicy.parse(raw))
 
     async def _clear_the_way(self, sa: SaName, move: Move, view: SaView) -> tuple[Move, list[ha.HaMessage]]:
-        """Deletions of old pairs that the new ones could not stand beside, when what they sent is noted."""
+        """Deletions of old pairs that cannot exist beside the new ones, after their numbers were noted."""
         in_the_way = [child for child in move.children if not move.beside(child) and child.old_in_view(view)]
         for child in in_the_way:
             move = self._note_numbers(sa, move, child)
@@ -173,7 +175,7 @@ class MoveSteps:
         return move, [ha.child_delete(version, ike, child.old_in) for child in in_the_way]
 
     def _note_numbers(self, sa: SaName, move: Move, child: ChildMove) -> Move:
-        """Write down what the old pair has sent and received, while it is there to be asked."""
+        """Note what the old pair has sent and received, while it can still be read."""
         kernel = self._host.kernel
         if kernel is None:
             return move
@@ -191,7 +193,7 @@ class MoveSteps:
     def hear(self, local: Address, spis: Mapping[bytes, bytes]) -> None:
         """Decrypt under these new inbound SPIs (old to new), too, for `HEARD` seconds. Errors: KernelError.
 
-        The other end sends by them as soon as it has agreed, and charon has them only some time after that.
+        The other end uses them as soon as it has agreed, and charon has them only some time after that.
         """
         kernel = self._host.kernel
         if kernel is None:
@@ -204,7 +206,8 @@ class MoveSteps:
         kernel.restore_inbound(InboundSnapshot(tuple(ours), ()), HEARD)
 
     def _give_way(self, move: Move, children: Sequence[ChildMove]) -> dict[bytes, ReplayState]:
-        """What `hear` put in goes, since charon adds and never replaces; what each had received, by SPI."""
+        """Remove the SAs of `hear`, because charon adds and never replaces. Returns what each received, by
+        SPI."""
         kernel = self._host.kernel
         received: dict[bytes, ReplayState] = {}
         for child in children if kernel is not None else ():
@@ -250,7 +253,7 @@ class MoveSteps:
         return view
 
     def _raise(self, sa: SaName, move: Move) -> Move:
-        """The new pairs' keys, numbers and windows, from what the old ones have (or had)."""
+        """Set the new pairs' keys, numbers and windows from those of the old ones."""
         kernel = self._host.kernel
         if kernel is None:
             return move
@@ -273,9 +276,9 @@ class MoveSteps:
         return move
 
     def _right_keys(self, kernel: Kernel, context: IkeContext, move: Move, child: ChildMove) -> None:
-        """charon derives a child's keys from the IKE_SA's present SK_d; an older child's are put right.
+        """Correct the keys of an older child, because charon derives them from the IKE_SA's present SK_d.
 
-        XFRM_MSG_UPDSA would answer 0 and leave the key as it was, so the SAs are taken out and put in.
+        XFRM_MSG_UPDSA would answer 0 and leave the key unchanged, so the SAs are deleted and added.
         """
         old = next(one for one in context.children if one.spi_in in (child.old_in, child.new_in))
         derived = esp_keys(context.generations[old.generation], old)
@@ -286,11 +289,10 @@ class MoveSteps:
 
     @trace.spanned("old pair lingers")
     async def _linger(self, move: Move) -> list[ChildMove]:
-        """Where the other end sends by another SPI from now on: hear both, until it does or `LINGER` is over.
+        """Keep the old inbound SA until the first packet under the new SPI arrives, at most `LINGER` s.
 
-        Those of which nothing has come by then: see `_late_packets`.
-
-        What it sent before it changed over is on its way still.
+        Packets that were sent under the old SPI are still on their way. Returns the children that received
+        none under the new one: see `_late_packets`.
         """
         kernel = self._host.kernel
         waits = [child for child in move.children if move.beside(child) and child.old_in != child.new_in]
@@ -305,7 +307,8 @@ class MoveSteps:
 
     @trace.spanned("delete old pair")
     async def _delete_old(self, sa: SaName, move: Move, view: SaView, still: Sequence[ChildMove]) -> SaView:
-        """The old pairs that stand beside the new ones; charon deletes the older of two with one name."""
+        """Delete the old pairs that exist beside the new ones; charon deletes the older of two with one
+        name."""
         host = self._host
         version, ike = await host.version(), self.ike_id(sa)
         old = [child for child in move.children if child.old_in_view(view)]
@@ -325,10 +328,11 @@ class MoveSteps:
         return view
 
     def _late_packets(self, move: Move, renamed: Sequence[ChildMove]) -> Callable[[], bool]:
-        """Puts inbound SAs under old names back when charon has taken them out, and then says True.
+        """A function that restores inbound SAs under old SPIs when charon has removed them, and then returns
+        True.
 
-        The gateway from which the SA comes may send by them until it hears that all is done. They end with
-        the first packet under the new names, or by themselves after `HEARD`.
+        The gateway from which the SA comes may use them until it is told that the move is complete. They end
+        with the first packet under the new SPIs, or by themselves after `HEARD`.
         """
         kernel = self._host.kernel
         if kernel is None or not renamed:
@@ -369,7 +373,7 @@ class MoveSteps:
         return view
 
     async def _appears(self, sa: SaName) -> None:
-        """A new name is not listed at once, nor is the old one any more."""
+        """Wait for a new name, which charon does not list at once, as it does not the old one any more."""
         end = time.monotonic() + PATIENCE
         while await self._host.view(sa) is None:
             if time.monotonic() > end:
@@ -378,7 +382,7 @@ class MoveSteps:
 
     @trace.spanned("charon follows")
     async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
-        """The view as soon as it is as wanted. Errors: CharonError, UnknownSaError."""
+        """The view as soon as `done` accepts it. Errors: CharonError, UnknownSaError."""
         end = time.monotonic() + PATIENCE
         pause = 0.001
         while True:

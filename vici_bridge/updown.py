@@ -1,9 +1,9 @@
 """Runs a connection's updown script as charon's updown plugin would, for SAs charon did not set up.
 
-charon calls no script for an imported CHILD_SA, and none for one that is deleted over HA (5.9.8, 6.0.6).
-A script's failure is logged and changes nothing, as with charon. That a script could not even be started is
-an error, because an SA that is served without its script gets no packets: whoever called it undoes what it
-did, or tries again.
+charon calls no script for an imported CHILD_SA, and none for one that is deleted over HA (5.9.8, 6.0.6). A
+script's failure is logged and changes nothing, as with charon. But if a script could not even be started,
+that is an error, because an SA that is served without its script gets no packets: the caller undoes its step,
+or tries again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .charon import ts_pairs, updown_environment
 log = logging.getLogger(__name__)
 
 TIMEOUT = 20.0
-"""Seconds a script may take; charon itself would wait for ever."""
+"""Seconds that a script may take; charon itself would wait for ever."""
 UMASK = 0o022
-"""charon's own, as systemd starts it; that of the agent lets nobody read what it writes."""
+"""charon's own umask, as systemd starts it; the agent's own makes files that nobody else can read."""
 
 
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
@@ -49,9 +49,9 @@ class Scripts:
     async def run(
         self, context: IkeContext, *, up: bool, reqids: Mapping[bytes, int], unique_id: int
     ) -> None:
-        """The script of the SA's connection, if it has one. `reqids` by inbound SPI.
+        """Run the script of the SA's connection, if it has one. `reqids` by inbound SPI.
 
-        Errors: KernelError when it could not be started; `finish` runs a "down" then with the same numbers.
+        Errors: KernelError if it could not be started; `finish` runs a "down" then with the same numbers.
         """
         script = self._scripts.get(context.connection)
         if not script:
@@ -69,9 +69,10 @@ class Scripts:
             self._store.delete(_OWED, key)
 
     async def finish(self, context: IkeContext) -> bool:
-        """Run the "down" that could not be started; was there one? charon has no numbers for it any more.
+        """Run the "down" that could not be started. Returns whether there was one. charon no longer has its
+        numbers.
 
-        Errors: KernelError when it cannot be started now, either.
+        Errors: KernelError if it cannot be started now, either.
         """
         note = self._store.get(_OWED, context.spis.key)
         if note is None:
@@ -83,7 +84,7 @@ class Scripts:
 
 @trace.spanned("ip route get", "call")
 async def outgoing_interface(context: IkeContext) -> str:
-    """The interface towards the MN, empty where none can be told. Errors: KernelError, see `_cannot`."""
+    """The interface towards the mobile node, empty if there is none. Errors: KernelError, see `_cannot`."""
     command = ("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address))
     try:
         process = await asyncio.create_subprocess_exec(
@@ -97,7 +98,7 @@ async def outgoing_interface(context: IkeContext) -> str:
 
 
 def _cannot(what: str, error: OSError) -> KernelError:
-    """That it could not be started, for lack of descriptors, memory or processes."""
+    """The error for a process that could not be started, for lack of descriptors, memory or processes."""
     reason = error.strerror or str(error)
     return KernelError(
         f"{what} cannot be started: {reason}",
@@ -143,7 +144,7 @@ async def _call(script: str, env: dict[str, str]) -> None:
         )
     except OSError as error:
         raise _cannot(f"the updown script {script}", error) from None
-    except ValueError as error:  # what cannot stand in an environment
+    except ValueError as error:  # a value that cannot be in an environment
         log.warning("updown script %s cannot be run: %s", script, error)
         return
     try:
@@ -158,10 +159,11 @@ async def _call(script: str, env: dict[str, str]) -> None:
 
 
 async def _output(process: Process) -> bytes:
-    """What it printed, when it has ended. Errors: TimeoutError.
+    """The output of a process that has ended. Errors: TimeoutError.
 
-    Where nobody waits any longer (also because the step of the transfer was cancelled) it is ended with all
-    that it has started: the step is done again, and a "down" must not end after the "up" that follows it.
+    If the wait ends early (also because the step of the transfer was cancelled) the process is ended with all
+    that it has started, because the step is repeated, and a "down" must not end after the "up" that follows
+    it.
     """
     ended = False
     try:

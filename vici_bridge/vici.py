@@ -1,9 +1,8 @@
 """The VICI protocol as a client: charon's socket, and this project's own control socket.
 
-`CharonVici` and `ControlClient` stand on the official `vici` package, whose transport lets
-socket, struct and Unicode errors through and waits for ever once a packet has begun; both
-are put right here. The server side is in `control`, which needs asyncio: the command line
-starts faster without.
+`CharonVici` and `ControlClient` use the official `vici` package, whose transport lets socket, struct and
+Unicode errors through and waits for ever once a packet has begun; both are corrected here. The server side is
+in `control`, which needs asyncio, so that the command line starts faster without it.
 
 Messages are `vici_codec.Message` trees of text in both directions.
 """
@@ -48,10 +47,9 @@ _T = TypeVar("_T")
 
 
 class _TimedSocket:
-    """A connected socket whose every reading ends by a deadline.
+    """A connected socket on which every read ends by a deadline.
 
-    The package's transport clears the socket's timeout once the first octet is there; this
-    stands between and keeps it.
+    The package's transport clears the socket's timeout once the first octet is there; this class keeps it.
     """
 
     def __init__(self, sock: socket.socket, seconds: float | None) -> None:
@@ -64,7 +62,7 @@ class _TimedSocket:
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
 
     def endless(self) -> None:
-        """From now on reading may take for ever: for events. `shutdown` ends it."""
+        """From now on reading may take for ever, which is for events. `shutdown` ends it."""
         self._seconds = None
         self._deadline = None
 
@@ -85,13 +83,13 @@ class _TimedSocket:
         return self._sock.recv(min(count, 65536))
 
     def settimeout(self, seconds: float | None) -> None:
-        """Left out on purpose: the deadline rules."""
+        """Does nothing, because the deadline must stay."""
 
     def gettimeout(self) -> float | None:
         return None
 
     def stale(self) -> bool:
-        """Whether the other side has closed, or sent something nobody asked for."""
+        """Whether the other side has closed, or sent something that was not asked for."""
         self._sock.settimeout(0)
         try:
             self._sock.recv(1, socket.MSG_PEEK)
@@ -134,7 +132,7 @@ def _path_of(uri: str) -> str:
 
 
 def as_text(value: Any) -> Any:
-    """What the package hands out, with octets as text; octets that are not UTF-8 as \\xNN."""
+    """The package's result with octets as text; octets that are not UTF-8 as \\xNN."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, dict):
@@ -147,9 +145,9 @@ def as_text(value: Any) -> Any:
 class CharonVici:
     """charon's VICI socket for an agent. Thread-safe and synchronous: call it by `CharonHost.ask`.
 
-    One connection serves all requests, one at a time; it is made at the first request and made
-    anew after charon restarted. `timeout`: seconds a request may take. All methods raise
-    CharonError when charon is away, silent, or refuses, and WireError when it talks nonsense.
+    One connection serves all requests, one at a time; it is made at the first request and again after charon
+    restarted. `timeout`: seconds that a request may take. All methods raise CharonError if charon does not
+    run, does not answer, or refuses, and WireError if an answer is malformed.
     """
 
     def __init__(self, uri: str = "unix:///run/charon.vici", *, timeout: float = 10.0) -> None:
@@ -183,9 +181,9 @@ class CharonVici:
         return self._named(self.stream("list-sas", "list-sa", query))
 
     def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
-        """What `read` makes of the message about each IKE_SA: {connection: {...}} as octets.
+        """The results of `read` for the message about each IKE_SA: {connection: {...}} as octets.
 
-        To look at the octets of one costs a tenth of reading them. A WireError of `read` goes through.
+        To look at the octets of one costs a tenth of parsing them. A WireError of `read` is passed on.
         """
         with self._lock, self._mapped("list-sas"):
             return self._items("list-sas", "list-sa", {"ike-id": ike_id}, read)
@@ -275,9 +273,9 @@ class CharonVici:
     ) -> None:
         """Call `callback(event, message)` from a thread of its own for every event, until `close`.
 
-        Keeps trying while charon is away; `on_state` hears True when listening has begun (what
-        happened before it was missed) and False when the connection is lost. Both must be quick and
-        thread-safe (`loop.call_soon_threadsafe`). Events this charon does not know are left out.
+        Keeps trying while charon does not run; `on_state` is called with True when listening has begun
+        (earlier events were missed) and with False when the connection is lost. Both must be quick and
+        thread-safe (`loop.call_soon_threadsafe`). Events that this charon does not know are left out.
         """
         listener = _Listener(self._path, self._timeout, callback, tuple(events), on_state)
         self._listeners.append(listener)
@@ -307,7 +305,7 @@ class CharonVici:
 
     @contextlib.contextmanager
     def _mapped(self, command: str) -> Iterator[None]:
-        """The package's errors become ours; after all but a plain refusal the connection is dropped."""
+        """Map the package's errors to ours; after all but a plain refusal the connection is dropped."""
         try:
             with trace.span(f"vici {command}", "call"):
                 yield
@@ -379,7 +377,7 @@ class _Listener(threading.Thread):
             self._stopping.wait(self.PAUSES[min(failures, len(self.PAUSES) - 1)])
 
     def _listen(self) -> bool:
-        """Until the connection ends; whether it had come up."""
+        """Listen until the connection ends; returns whether it had come up."""
         self._sock = sock = _connect(self._path, self._timeout)
         try:
             known = self._known(sock)
@@ -390,7 +388,7 @@ class _Listener(threading.Thread):
             sock.close()
 
     def _known(self, sock: _TimedSocket) -> list[str]:
-        """Which of the events this charon has: registering an unknown one ends the package's listen."""
+        """The events that this charon has, because registering an unknown one ends the package's listen."""
         transport = Transport(sock)
         known = []
         for event in self._events:
@@ -436,7 +434,7 @@ class _Listener(threading.Thread):
 
 
 class RemoteError(IkectxError):
-    """An error that the agent met and sent over the control socket, with its exit code and status."""
+    """An error of the agent that came over the control socket, with its exit code and status."""
 
     def __init__(self, message: str, *, hint: str, exit_code: int, status: Status) -> None:
         super().__init__(message, hint=hint, status=status)
@@ -457,10 +455,9 @@ class RemoteError(IkectxError):
 class ControlClient:
     """The agent's control socket, for the command line and other short-lived callers.
 
-    `timeout`: seconds for each `request`, and between two items of a `stream` (None: no limit).
-    `start`: how one starts the agent, for the hint when it is away.
-    Errors: LinkError when the agent is away or silent, RemoteError for what it met itself,
-    WireError for nonsense.
+    `timeout`: seconds for each `request`, and between two items of a `stream` (None: no limit). `start`: the
+    command that starts the agent, for the hint if it does not run. Errors: LinkError if the agent does not
+    run or does not answer, RemoteError for its own errors, WireError for malformed answers.
     """
 
     def __init__(
@@ -546,7 +543,7 @@ class ControlClient:
 
 
 def _clean(message: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Without the None values; the package would send them as the text "None"."""
+    """The message without None values, which the package would send as the text "None"."""
     return {name: value for name, value in (message or {}).items() if value is not None}
 
 

@@ -39,7 +39,7 @@ LONGEST_PATH = 107
 
 
 class PacketType(IntEnum):
-    """What a packet is; CMD_REQUEST, EVENT_REGISTER, EVENT_UNREGISTER and EVENT carry a name."""
+    """The type of a packet; CMD_REQUEST, EVENT_REGISTER, EVENT_UNREGISTER and EVENT have a name."""
 
     CMD_REQUEST = 0
     CMD_RESPONSE = 1
@@ -61,7 +61,7 @@ _SECTION_START, _SECTION_END, _KEY_VALUE, _LIST_START, _LIST_ITEM, _LIST_END = r
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """One packet without its length. `body` is a serialized message, empty where the type has none."""
+    """One packet without its length. `body` is a serialized message, empty if the type has none."""
 
     type: PacketType
     name: str = ""
@@ -114,7 +114,7 @@ class Deframer:
         self._buffer = bytearray()
 
     def receive(self, data: bytes) -> list[Packet]:
-        """The packets that `data` completes. Errors: WireError; the stream is of no use after it."""
+        """The packets that `data` completes. Errors: WireError; the stream is unusable after it."""
         self._buffer += data
         packets: list[Packet] = []
         while len(self._buffer) >= HEADER:
@@ -137,9 +137,9 @@ class Deframer:
 def parse_message(data: bytes, *, foreign: bool = False) -> Message:
     """A message's octets as a tree. Errors: WireError.
 
-    `foreign`: charon's, whose identities may hold any octets (those that are not UTF-8 become \\xNN), and of
-    whose equal names in a section the last counts. A listing has hundreds of elements for each SA, so this
-    loop does without a `Reader`, which takes four times as long.
+    `foreign`: charon's message, whose identities may have any octets (those that are not UTF-8 become \\xNN),
+    and in which the last of equal names in a section counts. A listing has hundreds of elements for each SA,
+    so this loop uses no `Reader`, which takes four times as long.
     """
     root: Message = {}
     stack, section, at, end = [root], root, 0, len(data)
@@ -293,7 +293,7 @@ def with_json(obj: object, **flat: Any) -> Message:
 
 
 def json_of(message: Mapping[str, Any]) -> Any:
-    """What `with_json` put in; None where there is none. Errors: WireError."""
+    """The object that `with_json` put in; None if there is none. Errors: WireError."""
     text = message.get("json")
     if text is None:
         return None
@@ -304,5 +304,5 @@ def json_of(message: Mapping[str, Any]) -> Any:
 
 
 def _no_json(value: object) -> object:
-    """A `Secret` above all."""
+    """Refuse a value that JSON does not have, above all a `Secret`."""
     raise WireError(f"a {type(value).__name__} cannot go into JSON")

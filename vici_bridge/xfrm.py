@@ -1,11 +1,11 @@
 """ESP SAs and policies of the kernel as frozen data, to and from XFRM's netlink messages.
 
-Sans-IO: `kernel.py` holds the sockets. A message read and built again is the same
-message: attributes without a meaning here keep number and octets in `extra`, so an SA
-or policy can be put back exactly as it was. Keys exist only inside `Secret`.
+Sans-IO: `kernel.py` has the sockets. A message that is parsed and built again is the same message: attributes
+without a meaning here keep number and octets in `extra`, so an SA or policy can be restored exactly as it
+was. Keys exist only inside `Secret`.
 
-Sources: linux/xfrm.h (uapi), the kernel's net/xfrm/xfrm_user.c for which attributes a
-message must carry. Foreign bytes raise only `WireError`.
+Sources: linux/xfrm.h (uapi), the kernel's net/xfrm/xfrm_user.c for which attributes a message must carry.
+Foreign bytes raise only `WireError`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ DIRECTIONS = ("in", "out", "fwd", "socket in", "socket out", "socket fwd")
 _SA_DIR = 33
 """XFRMA_SA_DIR (kernel 6.10): 1 inbound, 2 outbound."""
 _OFFLOAD_DEV, _OFFLOAD_PACKET = 28, 4
-"""XFRMA_OFFLOAD_DEV, an interface index and flags; the flag by which the card does all of ESP."""
+"""XFRMA_OFFLOAD_DEV, an interface index and flags; the flag for offload of all of ESP to the card."""
 _SA_PCPU = 35
 """XFRMA_SA_PCPU (kernel 6.13): the CPU that alone uses the SA."""
 _FRESH = KernelReplay()
@@ -96,8 +96,8 @@ _FRESH = KernelReplay()
 class KernelSa:
     """One SA of the kernel's SAD.
 
-    Sizes are in bits. `encr_key` holds an AEAD's salt, too, at its end, as KEYMAT does. `mode` is XFRM's.
-    `sequence` is a number of the owner's choice that the kernel only keeps.
+    Sizes are in bits. `encr_key` has an AEAD's salt, too, at its end, as KEYMAT does. `mode` is XFRM's.
+    `sequence` is a number of the owner's choice that the kernel only stores.
     """
 
     source: Address
@@ -150,7 +150,7 @@ class KernelSa:
 
     @property
     def outbound(self) -> bool | None:
-        """None where the SA does not tell: kernels before 6.10, and nothing sent or received yet."""
+        """None if it is unknown: kernels before 6.10, and nothing sent or received yet."""
         for number, octets in self.extra:
             if number == _SA_DIR and octets[:1] in (b"\x01", b"\x02"):
                 return octets[:1] == b"\x02"
@@ -234,7 +234,7 @@ class KernelSa:
         }
 
     def _lookup(self) -> list[tuple[str, Any]]:
-        """What else the kernel needs to find this SA."""
+        """The attributes that the kernel also needs to find this SA."""
         return mark_attribute(self.mark)
 
     def _replay_attribute(self, state: KernelReplay) -> tuple[str, dict[str, Any]]:
@@ -285,7 +285,7 @@ class KernelSa:
             "seq": self.sequence,
             "reqid": self.reqid,
             "mode": self.mode,
-            # The long form brings its own window; a second one here would be checked against it.
+            # The long form has its own window; a second one here would be compared with it.
             "replay_window": self.replay.window if self.replay.words is None else 0,
             "flags": self.flags,
         }
@@ -336,7 +336,7 @@ class KernelSa:
     def set_replay(self, state: KernelReplay) -> Request:
         """XFRM_MSG_NEWAE: both directions' counters in place. Form and size must be the installed SA's.
 
-        Of a state in the other form the kernel takes no notice, and answers 0: read it back.
+        The kernel ignores a state in the other form, and answers 0: read it back.
         """
         return self._new_ae(self._replay_attribute(state))
 
@@ -370,7 +370,7 @@ def dump_sas() -> Request:
 
 @dataclass(frozen=True, slots=True)
 class KernelPolicy:
-    """One policy of the kernel's SPD. `direction`: one of `DIRECTIONS`. `priority`: smaller goes first.
+    """One policy of the kernel's SPD. `direction`: one of `DIRECTIONS`. `priority`: smaller precedes.
 
     `index` is the kernel's name for it. `kind`: 0 main, 1 sub.
     """
@@ -427,11 +427,11 @@ class KernelPolicy:
 
     @property
     def raw(self) -> bytes:
-        """The policy as octets, to be kept and read again by `parse`; it holds no key."""
+        """The policy as octets, to be stored and parsed again by `parse`; it has no key."""
         return self._put(wire.NEWPOLICY, wire.F_CREATE | wire.F_EXCL)
 
     def blocking(self) -> KernelPolicy:
-        """The same policy, dropping what it matches instead of protecting it."""
+        """The same policy, dropping its packets instead of protecting them."""
         return replace(self, action=BLOCK, templates=())
 
     def _put(self, number: int, flags: int) -> bytes:
@@ -462,7 +462,7 @@ class KernelPolicy:
         return attributes
 
     def add(self) -> Request:
-        """XFRM_MSG_NEWPOLICY; the kernel refuses it where the policy exists."""
+        """XFRM_MSG_NEWPOLICY; the kernel refuses it if the policy exists."""
         return Request(Secret(self.raw), f"add {self}")
 
     def put(self) -> Request:

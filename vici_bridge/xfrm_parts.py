@@ -1,4 +1,4 @@
-"""Parts that XFRM's messages for SAs and policies share: data types, and their way in and out of octets.
+"""Common parts of XFRM's messages for SAs and policies: data types, and their codecs.
 
 Sans-IO. Source: linux/xfrm.h (uapi). Foreign bytes raise only `WireError`.
 """
@@ -61,7 +61,7 @@ class KernelLimits:
 
 @dataclass(frozen=True, slots=True)
 class KernelUsage:
-    """What an SA or policy did so far. `add_time`, `use_time`: wall clock, seconds since 1970, 0: not yet."""
+    """Usage of an SA or policy. `add_time`, `use_time`: wall clock, seconds since 1970, 0: not yet."""
 
     bytes: int = 0
     packets: int = 0
@@ -105,7 +105,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """struct xfrm_user_tmpl: which SA a policy asks for. `share`: 0 any; `optional`: 1 may be left out."""
+    """struct xfrm_user_tmpl: the SA that a policy requires. `share`: 0 any; `optional`: 1 may be left out."""
 
     source: Address
     destination: Address
@@ -121,7 +121,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A message for the kernel, its sequence number still 0. `what` tells an operator what is asked for."""
+    """A message for the kernel, its sequence number still 0. `what` describes the request to an operator."""
 
     message: Secret
     what: str
@@ -162,7 +162,7 @@ def any_selector(address: Address) -> Selector:
 
 
 def selector_of(message: Any, family: int) -> Selector:
-    """`family`: how to read the addresses of a selector that does not say."""
+    """`family`: that of the addresses of a selector without one."""
     own = message["sel_family"]
     read_as = own or family
     selector = Selector(
@@ -211,7 +211,7 @@ _LIMITS: Mapping[str, int] = {
     "soft_use": 0,
     "hard_use": 0,
 }
-"""What the kernel writes for "no limit"."""
+"""The kernel's value for "no limit"."""
 
 
 def limits_of(message: Any) -> KernelLimits:
@@ -256,7 +256,7 @@ def algorithm_of(attribute: Any) -> tuple[str, Secret]:
 
 
 def replay_of(found: Mapping[str, Any], window: int, *, esn: bool) -> KernelReplay:
-    """`window`: that of the SA; the old form does not tell it."""
+    """`window`: that of the SA, because the old form does not have it."""
     long_form = found.get("XFRMA_REPLAY_ESN_VAL")
     if long_form is not None:
         names = ("bmp_len", "oseq", "seq", "oseq_hi", "seq_hi", "window")

@@ -52,11 +52,11 @@ def _prefixed(prefix: str, fields: Fields) -> Fields:
 
 
 class _Packed:
-    """One struct call for all fields of a message or attribute, then attributes or a tail.
+    """Packs all fields of a message or attribute by one struct call, then attributes or a tail.
 
-    A gateway holds thousands of SAs; pyroute2's field-by-field decoder takes several
-    times as long, and IKE waits for a dump. `tail` names the octets after the fixed
-    part ("": there are none); `secret` makes them a `Secret`.
+    A gateway has thousands of SAs; pyroute2's field-by-field decoder takes several times as long, and IKE
+    waits for a dump. `tail` names the octets after the fixed part ("": there are none); `secret` makes them a
+    `Secret`.
     """
 
     fields: ClassVar[Fields] = ()
@@ -98,7 +98,7 @@ class _Packed:
                 )
             )
         except struct.error:
-            # The text of struct.error could quote a value; which one it was is of no use to an operator.
+            # The text of struct.error could quote a value, and the field is of no use to an operator.
             raise WireError(f"{type(self).__name__}: a number does not fit its field") from None
         if self.tail:
             octets = dict.get(self, self.tail, b"")
@@ -289,12 +289,12 @@ def build(
 
 
 def spi_of(data: bytes) -> bytes:
-    """The SPI in a NEWSA message that may not parse otherwise; fewer octets where it is cut off."""
+    """The SPI in a NEWSA message that may be malformed otherwise; fewer octets if it is truncated."""
     return data[HEADER + _SPI_AT : HEADER + _SPI_AT + 4]
 
 
 def attributes(message: Any) -> dict[str, Any]:
-    """Known attributes by name; where one stands twice the last counts, as in the kernel."""
+    """Known attributes by name; if one occurs twice the last counts, as in the kernel."""
     return {slot.cell[0]: slot.cell[1] for slot in message["attrs"] if slot.cell[0] != "UNKNOWN"}
 
 
