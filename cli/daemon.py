@@ -424,7 +424,7 @@ class Agent:
 
     async def _hand_over(self, sa: SaName, to: str, left: asyncio.Event) -> None:
         def seen(event: TransferEvent) -> None:
-            if event.state.upper() in ("RELEASED", "KEPT", "REFUSED"):
+            if event.state.upper() in ("RELEASED", "KEPT", "REFUSED", "LOST"):
                 left.set()
 
         try:

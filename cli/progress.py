@@ -13,6 +13,7 @@ RESULT_STYLES = {
     "moved": "green",
     "could move": "green",
     "kept": "yellow",
+    "lost": "red",
     "refused": "red",
     "in-doubt": "bold red",
 }

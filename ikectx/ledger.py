@@ -50,9 +50,10 @@ class SourceFacts:
     none was taken out yet. sends_to: the gateway to which ESP of this SA goes on while it is frozen, empty
     where none does. request: message ID of our next request, given to the other gateway; None: the freeze was
     not complete. unsure: the request before that has no answer. renaming: the MN may be given other SPIs.
-    ended: somebody had charon delete the SA while it left, and no Delete has left this host. counters: the
-    outbound sequence number of each CHILD_SA at the freeze, by inbound SPI (4 octets). numbers: where each of
-    them goes on after a thaw; None: that was not decided yet.
+    ended: somebody had charon delete the SA while it left, and no Delete has left this host. unique_id: that
+    of charon, reqids: request ID of each CHILD_SA by inbound SPI (4 octets), for the updown script.
+    counters: the outbound sequence number of each CHILD_SA at the freeze, by inbound SPI. numbers: where each
+    of them goes on after a thaw, by outbound SPI; None: that was not decided yet.
     """
 
     policies: tuple[bytes, ...] | None = field(default=None, repr=False)
@@ -61,6 +62,8 @@ class SourceFacts:
     unsure: bool = False
     renaming: bool = False
     ended: bool = False
+    unique_id: int = 0
+    reqids: tuple[tuple[bytes, int], ...] = ()
     counters: tuple[tuple[bytes, int], ...] = ()
     numbers: tuple[tuple[bytes, int], ...] | None = None
 
@@ -119,7 +122,8 @@ class Row(Generic[F]):
 
     transfer_id: the transfer for which the last step ran, empty where it is not known. step: the step that is
     open, empty where none is. done: its effects that were seen done, or that are left for later. begun: the
-    effect that has begun and whose end was not noted. later: effects that may be done at any later time.
+    effect that has begun and whose end was not noted. later: effects that may be done at any later time, for
+    which context holds what the SA was (`profile.encode`).
     """
 
     sa: SaName
@@ -129,6 +133,7 @@ class Row(Generic[F]):
     done: tuple[str, ...] = ()
     begun: str = ""
     later: tuple[str, ...] = ()
+    context: tuple[tuple[int, bytes], ...] = field(default=(), repr=False)
 
     def knows(self, **facts: Any) -> Row[F]:
         """The same row with other facts."""
@@ -146,6 +151,10 @@ _numbers = cbor.array(cbor.row((_SPI, cbor.u64)), most=MOST)
 
 def _pairs(value: Any, where: str) -> tuple[tuple[bytes, int], ...]:
     return tuple((spi, number) for spi, number in _numbers(value, where))
+
+
+def _blocks(value: Any, where: str) -> tuple[tuple[int, bytes], ...]:
+    return tuple((fpt, octets) for fpt, octets in cbor.array(cbor.row((cbor.u16, _blob)))(value, where))
 
 
 def _endpoint(value: Any, where: str) -> Endpoint:
@@ -199,6 +208,8 @@ _KEYS: Mapping[type, Mapping[str, _Fact]] = {
         "ended": _Fact(6, cbor.boolean),
         "counters": _Fact(7, _pairs, _listed),
         "numbers": _Fact(8, _pairs, _listed),
+        "reqids": _Fact(9, _pairs, _listed),
+        "unique_id": _Fact(10, cbor.u64),
     },
     TargetFacts: {
         "stage": _Fact(1, _stage),
@@ -231,6 +242,7 @@ def dumps(row: Row[Any]) -> bytes:
         if value != getattr(blank, name):
             facts[fact.key] = fact.write(value)
     head = [FORMAT, row.sa.octets, row.transfer_id, row.step, list(row.done), row.begun, list(row.later)]
+    head.append([[fpt, octets] for fpt, octets in row.context])
     return cbor.dumps([*head, facts], "a row of the ledger")
 
 
@@ -238,9 +250,9 @@ def loads(role: Role, data: bytes) -> Row[Any]:
     """What `dumps` gave. Errors: StoreError, which names the place and no value."""
     try:
         octets = cbor.octets
-        layout = (cbor.u8, octets(16), octets(0, 8), cbor.text, _words, cbor.text, _words, _anything)
+        layout = (cbor.u8, octets(16), octets(0, 8), cbor.text, _words, cbor.text, _words, _blocks, _anything)
         found = cbor.row(layout)(cbor.loads(data, "row"), "row")
-        number, name, transfer_id, step, done, begun, later, facts = found
+        number, name, transfer_id, step, done, begun, later, context, facts = found
         if number != FORMAT:
             raise WireError(f"row: format {number}, and this version reads {FORMAT}")
         kind = FACTS[role]
@@ -254,7 +266,7 @@ def loads(role: Role, data: bytes) -> Row[Any]:
             raise WireError(f"facts: {len(reader.rest())} that this version does not know")
     except WireError as error:
         raise StoreError(f"a row of the ledger ({role}) cannot be read: {error}") from None
-    return Row(SaName(name[:8], name[8:]), kind(**known), transfer_id, step, done, begun, later)
+    return Row(SaName(name[:8], name[8:]), kind(**known), transfer_id, step, done, begun, later, context)
 
 
 def _anything(value: Any, where: str) -> Any:
@@ -274,6 +286,8 @@ class Ledger(Generic[F]):
         self._store = store
         self._role: Role = role
         self._rows: dict[SaName, Row[F]] = {}
+        self._held: set[SaName] = set()
+        """Rows of which the store does not have all."""
         for key, data in store.rows(role):
             try:
                 row: Row[F] = loads(role, data)
@@ -303,9 +317,15 @@ class Ledger(Generic[F]):
     def put(self, row: Row[F], *, soon: bool = False) -> None:
         """Keep the row. `soon`: it goes to the disk with whatever is written next, for nothing that follows
         before that depends on it."""
-        if self._rows.get(row.sa) != row:
+        if self._rows.get(row.sa) != row or row.sa in self._held:
             self._store.keep(self._role, row.sa.key, dumps(row), soon=soon)
             self._rows[row.sa] = row
+            self._held.discard(row.sa)
+
+    def hold(self, row: Row[F]) -> None:
+        """Keep the row in memory, until it is put with more: what it says may be found out again."""
+        self._rows[row.sa] = row
+        self._held.add(row.sa)
 
     def note(self, sa: SaName, *, soon: bool = False, **facts: Any) -> Row[F]:
         """Keep these facts of the SA, in its row or in a new one, which it gives. An empty row is dropped."""
@@ -321,6 +341,7 @@ class Ledger(Generic[F]):
         if sa in self._rows:
             self._store.keep(self._role, sa.key, None, soon=soon)
             del self._rows[sa]
+            self._held.discard(sa)
 
     def set_aside(self, sa: SaName, why: str) -> None:
         """Something in the row of that SA makes no sense to whoever asked for it. Errors: StoreError."""

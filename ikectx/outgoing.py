@@ -29,6 +29,7 @@ _T = TypeVar("_T")
 _RESULTS: Mapping[SourceState, str] = {
     SourceState.DONE: "moved",
     SourceState.KEPT: "kept",
+    SourceState.LOST: "lost",
     SourceState.REFUSED: "refused",
 }
 _INSTEAD: Mapping[SourceState, SourceInput] = {
@@ -67,6 +68,12 @@ def check_expected(state: IkeContext | FinalState, expects: int) -> None:
             status=Status.FAILED,
             hint="does the MN's agent see all that its charon does? Else let the MN connect anew",
         )
+
+
+_SERVED = frozenset({SourceState.KEPT, SourceState.REFUSED})
+"""Ends in which this gateway serves the SA."""
+_PREPARED_THERE = frozenset({SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING})
+"""States in which this gateway serves the SA and the other one may have it prepared."""
 
 
 class _Overrun(BusyError):
@@ -136,6 +143,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.told = False
         """True if the peer knows that the transfer ended, and why."""
         self._begins = begins
+        self._offered = entry is not None
+        """Has the peer been told of it, as far as we know?"""
         self.token = token
         self._links = links
         self._asked: asyncio.Future[Answer] | None = None
@@ -243,6 +252,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         with self._links.in_use(self.peer):
             while what is not None:
                 before = self.machine.state
+                if self._may_have_sent and before in _PREPARED_THERE and self.machine.peek(what) in _SERVED:
+                    await self._pass_by()
                 actions = await self.advance(what)
                 if self.machine.state != before:
                     self._tries = 0
@@ -253,7 +264,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                     what = await self._await()
         if self._doubts is not None:
             self._doubts.cancel()
-        if self.machine.state in (SourceState.KEPT, SourceState.REFUSED):
+        if self.machine.state in _SERVED:
             self._stay()
         self._settle()
 
@@ -320,6 +331,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             offer = changed(Pctd.parse(self.stored.context or b""), elapsed=self._elapsed())
             if self.token is not None:
                 offer = changed(offer, algorithm=self.token[0], key=self.token[1].reveal())
+            self._offered = True
             octets, self._asked = await link.ask(offer)
         except LinkError as error:
             self.blame(error)
@@ -546,12 +558,31 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             if self.told and self.status in UNTOUCHED:
                 take_nothing(self.parts.source, self.sa)
             await self._step("thaw", self.parts.source.thaw(self._of, jump))
+        except UnknownSaError as error:
+            self.error = error
+            return SourceInput.GONE
         except IkectxError as error:
             return await self._failed("thaw", error)
         self._trouble = None
         if entry.final is not None:
             self.entry = changed(entry, epoch=self._of.epoch + 2)
         return SourceInput.OK
+
+    @property
+    def _may_have_sent(self) -> bool:
+        """Whether the peer, which was to prepare the SA, may have sent packets under its keys."""
+        return self._offered and self.context is not None and not (self.told and self.status in UNTOUCHED)
+
+    async def _pass_by(self) -> None:
+        """Go past what the peer may have sent from the moment when it had prepared the SA, and serve on.
+
+        A packet for the MN may have found its way there. The numbers that it used are not used again.
+        """
+        while True:
+            try:
+                return await self._step("thaw", self.parts.source.thaw(self._of, 2 * OSEQ_JUMP))
+            except IkectxError as error:
+                await self._failed("thaw", error)
 
     async def _failed(self, what: str, error: IkectxError) -> SourceInput:
         """A step without alternative: report in time, and go on trying."""

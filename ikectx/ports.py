@@ -103,7 +103,9 @@ class ContextSource(Protocol):
         crash.
 
         If the freeze was called with `renaming`, the CHILD_SAs are rekeyed, because the mobile node may have
-        dropped the old ones.
+        dropped the old ones. Also called where nothing was frozen and the other gateway had prepared the SA,
+        because it may have sent packets under the same keys. Errors: UnknownSaError where the SA was lost
+        while it was frozen: no trace of it is left then, and nobody serves it.
         """
 
     async def release(self, context: IkeContext) -> None:

@@ -16,7 +16,7 @@ from .transfer import SourceState, TargetState
 if TYPE_CHECKING:
     from .store import Role
 
-Result = Literal["moved", "kept", "refused", "in-doubt"]
+Result = Literal["moved", "kept", "refused", "lost", "in-doubt"]
 
 _S, _T = SourceState, TargetState
 
@@ -40,6 +40,7 @@ SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
     _S.DONE: ("moved", "has let go", "serves the MN"),
     _S.KEPT: ("kept", "serves the MN", "does not own it"),
     _S.REFUSED: ("refused", "serves the MN", "does not own it"),
+    _S.LOST: ("lost", "does not serve the MN: its charon has the SA no more", "does not own it"),
 }
 """For each state of the source: the result, the state of the SA at the source, and at the target."""
 

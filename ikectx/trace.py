@@ -151,6 +151,11 @@ def about(transfer_id: bytes) -> Iterator[None]:
         _of.reset(token)
 
 
+def transfer_id() -> bytes:
+    """The transfer that what happens now is for, see `about`; empty: none."""
+    return bytes.fromhex(_of.get())
+
+
 def message(way: Literal["sent", "received"], name: str, peer: str, octets: int | None = None) -> None:
     """Record a message to or from the gateway of that name; `octets`: its length, if it is known."""
     if _output.file is not None:

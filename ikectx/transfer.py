@@ -60,10 +60,12 @@ class SourceState(StrEnum):
     DONE = "done"
     KEPT = "kept"
     REFUSED = "refused"
+    LOST = "lost"
 
 
 class SourceInput(StrEnum):
     """OK, BUSY, FAILED: outcome of the present step. ACCEPTED, REJECTED: the CTDR to the last message.
+    GONE: there is nothing left that could be taken back.
 
     ANNOUNCE: the mobile node says that it will go. REQUESTED: the target asks for the SA, and may. DOUBTED: a
     CTDR that decides nothing, because the target's agent does not know the transfer, but its charon has the
@@ -75,6 +77,7 @@ class SourceInput(StrEnum):
     REQUESTED = "requested"
     BUSY = "busy"
     FAILED = "failed"
+    GONE = "gone"
     ACCEPTED = "accepted"
     REJECTED = "rejected"
     DOUBTED = "doubted"
@@ -216,6 +219,8 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     # the source owns the SA again
     (_S.THAWING, _SI.OK): (_S.KEPT,),
     (_S.THAWING, _SI.FAILED): (_S.THAWING, _SA.THAW),
+    # charon gave it up while it was frozen: nobody serves it
+    (_S.THAWING, _SI.GONE): (_S.LOST,),
     (_S.THAWING, _SI.RESTART): (_S.THAWING, _SA.THAW),
 }
 
@@ -293,7 +298,7 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.ABORTED, _TI.ANNOUNCE): (_T.ABORTED, _TA.ANSWER),
 }
 
-SOURCE_FINAL = frozenset({_S.DONE, _S.KEPT, _S.REFUSED})
+SOURCE_FINAL = frozenset({_S.DONE, _S.KEPT, _S.REFUSED, _S.LOST})
 TARGET_FINAL = frozenset({_T.OWNED, _T.ABORTED})
 
 SOURCE_SERVES = frozenset(
@@ -305,7 +310,7 @@ SOURCE_SERVES = frozenset(
 """States in which the source's ESP may be sent, or may have begun to be sent again."""
 TARGET_OWNS = frozenset({_T.OWNING, _T.MOVING, _T.ACTIVATING, _T.OWNED})
 
-SOURCE_DURABLE = frozenset({_S.RELEASED, _S.DONE, _S.KEPT, _S.REFUSED})
+SOURCE_DURABLE = frozenset({_S.RELEASED, _S.DONE, _S.KEPT, _S.REFUSED, _S.LOST})
 TARGET_DURABLE = frozenset({_T.OWNING, _T.OWNED, _T.ABORTED})
 """States that must be on the disk before anything follows, if SAs outlive a loss of power. The others need
 only outlive the process."""

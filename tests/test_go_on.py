@@ -155,6 +155,7 @@ def test_an_agent_that_starts_ends_it() -> None:
     async def scenario() -> None:
         async with served() as (here, source, context):
             await source.freeze(context, "nsg", sending=True)
+            here.store.flush()  # as the journal does it
             for task in list(here.host._tasks):
                 task.cancel()  # the agent dies
             here.begin()

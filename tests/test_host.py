@@ -18,9 +18,9 @@ from ikectx.name import SaName
 from ikectx.ports import MoveReport
 from ikectx.store import SqliteStore
 from ikectx_cli import service
+from vici_bridge import freeze as freeze_module
 from vici_bridge import host as host_module
 from vici_bridge import sockets
-from vici_bridge import source as source_module
 from vici_bridge.chain import import_messages
 from vici_bridge.charon import sa_views
 from vici_bridge.deadlines import Deadlines
@@ -300,7 +300,7 @@ def test_an_mn_that_has_left_takes_the_message_id_along_as_a_question(tasks: tup
 def test_what_says_more_than_addresses_keeps_an_sa_where_it_is(
     task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "IDLE_TIMEOUT", 0.1)
+    monkeypatch.setattr(freeze_module, "IDLE_TIMEOUT", 0.1)
 
     async def scenario() -> None:
         async with left(("IKE_DPD", task)) as (source, context, _):
@@ -315,7 +315,7 @@ def test_what_says_more_than_addresses_keeps_an_sa_where_it_is(
 def test_without_a_proof_that_the_mn_has_left_the_answer_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(source_module, "IDLE_TIMEOUT", 0.1)
+    monkeypatch.setattr(freeze_module, "IDLE_TIMEOUT", 0.1)
 
     async def scenario() -> None:
         async with left(("IKE_DPD",)) as (source, context, _):

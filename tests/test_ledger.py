@@ -58,6 +58,8 @@ facts = {
         renaming=st.booleans(),
         ended=st.booleans(),
         counters=numbers,
+        reqids=numbers,
+        unique_id=st.integers(0, 2**32),
         numbers=st.none() | numbers,
     ),
     "target": st.builds(
@@ -95,6 +97,7 @@ def rows(role: str) -> st.SearchStrategy[Row[Any]]:
         done=st.lists(words, max_size=3).map(tuple),
         begun=words | st.just(""),
         later=st.lists(words, max_size=2).map(tuple),
+        context=st.lists(st.tuples(st.integers(0, 65535), st.binary(max_size=20)), max_size=2).map(tuple),
     )
 
 

@@ -19,6 +19,7 @@ from ikectx.errors import (
     LinkError,
     RefusedError,
     StateError,
+    UnknownSaError,
 )
 from ikectx.numbers import Status
 from ikectx.transfer import OSEQ_JUMP
@@ -463,5 +464,61 @@ def test_stopping_leaves_nothing_half_done() -> None:
             await w.a.agent.stop()
             assert (await moving).result == "kept"
             assert w.owner(sa) == "a"
+
+    run(scenario())
+
+
+# -- what is not there any more, and what may have been sent elsewhere --------------------------------------
+
+
+def test_b9_an_sa_that_charon_gave_up_is_reported_as_lost() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            w.b.daemon.fail["move"] = [LinkError("silent")]
+            w.a.daemon.fail["thaw"] = [UnknownSaError("charon has lost the IKE_SA while it was frozen")]
+            sa, report = await one_move(w)
+            assert (report.result, report.exit_code) == ("lost", UnknownSaError.exit_code)
+            assert "has lost the IKE_SA" in report.text
+            assert report.state_here == "a does not serve the MN: its charon has the SA no more"
+            await w.quiet()
+            assert w.ether.senders[sa] == set()
+            assert [one["result"] for one in w.a.agent.history()] == ["lost"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "refused", "silent"])
+def test_b2_a_transfer_that_ends_after_the_offer_goes_past_what_was_sent_there(ends: str) -> None:
+    """The other gateway had the SA's keys: packets for the MN may have left there."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            if ends == "refused":
+                w.b.daemon.fail["prepare"] = [CharonError("charon did not install the SA")]
+            else:
+                w.network.fate = losing(Ctdr)
+            sa = w.a.daemon.serve(a_context())
+            gate = w.b.daemon.wait["prepare"] = asyncio.Event()
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await w.b.reaches("prepare")
+            gate.set()
+            if ends == "cancelled":
+                assert w.a.agent.cancel(str(w.a.only_open()["transfer_id"]))
+            report = await moving
+            assert report.result in ("kept", "refused")
+            assert w.a.daemon.calls.count("thaw") == 1
+            await w.quiet()
+            assert w.owner(sa) == "a"
+
+    run(scenario())
+
+
+def test_what_was_never_offered_makes_no_numbers_jump() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            w.network.kill("b")
+            _, report = await one_move(w)
+            assert report.result == "kept"
+            assert "thaw" not in w.a.daemon.calls
 
     run(scenario())

@@ -25,7 +25,7 @@ def test_sas_are_found_by_the_address_of_their_mn() -> None:
     async def views() -> list[Any]:
         return [active, prepared]
 
-    source = CharonSource(SimpleNamespace(views=views), None)  # type: ignore[arg-type]
+    source = CharonSource(SimpleNamespace(views=views, leaving=None, spawn=None), None)  # type: ignore[arg-type]
     assert asyncio.run(source.find(active.remote.address)) == [active.spis]
     assert asyncio.run(source.find(ip_address("203.0.113.99"))) == []
 
@@ -64,7 +64,7 @@ def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_m
     kernel = CountedKernel({spi: number for number, spi in enumerate(spis, 1)})
     departed = {sa: (context, 60.0) for sa, context in contexts.items()}
     config = SimpleNamespace(addresses=(a_context().local.address,))
-    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config)
+    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config, leaving=None, spawn=None)
     source = CharonSource(host, None)  # type: ignore[arg-type]
     # charon stops, and asks its script for all of them
     for reqid in range(1, 101):

@@ -167,7 +167,7 @@ def _next(world: World) -> Iterator[World]:
             yield _source(world, source)
     # steps of the ports end
     if world.source in BUSY_SOURCE:
-        for source in (SI.OK, SI.FAILED, SI.BUSY):
+        for source in (SI.OK, SI.FAILED, SI.BUSY, SI.GONE):
             yield _source(world, source)
     if world.target in BUSY_TARGET:
         for target in (TI.OK, TI.FAILED):
@@ -242,6 +242,8 @@ def _stuck(worlds: dict[World, set[World]]) -> set[World]:
         for world in worlds
         if (world.source is S.DONE and world.target is T.OWNED)
         or (world.source in (S.KEPT, S.REFUSED) and world.target in (T.ABORTED, T.NEW))
+        # charon at the source gave it up: there is nothing left to own
+        or (world.source is S.LOST and world.target in (T.ABORTED, T.NEW))
     ]
     reached = set(good)
     while good:

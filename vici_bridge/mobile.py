@@ -48,9 +48,10 @@ from ikectx.relocate import relocate
 from . import ha
 from .charon import SaView
 from .host import CharonHost
+from .leaving import ABOUT_ADDRESSES
 from .moves import LIVING, Move, plan_move
 from .obstacles import check_kind, check_told
-from .source import ABOUT_ADDRESSES, CharonSource
+from .source import CharonSource
 from .steps import MoveSteps
 
 log = logging.getLogger(__name__)

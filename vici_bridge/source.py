@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from ikectx import trace
 from ikectx.context import (
     Address,
     ChildContext,
@@ -23,14 +24,14 @@ from ikectx.context import (
     IkeContext,
     PeerContext,
 )
-from ikectx.errors import BusyError, CharonError, LinkError, RefusedError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import SENDING_PACKETS, SENDING_SECONDS
 from ikectx.relocate import relocate
+from ikectx.transfer import OSEQ_JUMP
 
-from . import ha
 from .charon import (
     ChildView,
     SaView,
@@ -39,25 +40,20 @@ from .charon import (
     ike_lifetime,
     peer_context,
 )
+from .freeze import FREEZE, Freezing, goes_on_still, stop_at_last
 from .host import CharonHost, Mover
+from .leaving import LIVING, Ender, Leaving, in_the_way, last_request
 from .obstacles import check_context, check_kernel, check_kind, check_told
-from .xfrm import KernelPolicy, KernelSa
+from .release import RELEASE
+from .runner import Runner
+from .thaw import THAW
+from .xfrm import KernelSa
 
 log = logging.getLogger(__name__)
 
 _LOOK = 0.1
 """Seconds between two looks at how much of it has left."""
-ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
-"""charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer, and
-if an MN has left, another gateway may go on with the next request."""
-_LIVING = ("INSTALLED",)
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
-IDLE_TIMEOUT = 3.0
-"""Seconds to wait for charon to finish an exchange that is under way when it is frozen."""
-
-
-Ender = Callable[[IkeContext, Sequence[int]], Awaitable[bool]]
-"""Deletes the SA of a context at its MN, under that of the message IDs which is the next; did it answer?"""
 
 
 class CharonSource:
@@ -68,6 +64,7 @@ class CharonSource:
         self._host = host
         self._mover = mover
         self._ender = ender
+        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, FREEZE, THAW, RELEASE)
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._reqids: dict[SaName, frozenset[int]] = {}
@@ -135,11 +132,11 @@ class CharonSource:
             check_context(context)
         check_told(view, context)
         if away and view.tasks:
-            context = replace(context, mid_initiator=_last(context), unsure=True)
+            context = replace(context, mid_initiator=last_request(context), unsure=True)
         # a resync after an IKE rekey tells no virtual IPs (5.9.8, 6.0.6); nSG wants them for the selectors
         vips = view.remote_vips or context.remote_vips
         context = replace(context, lifetime=ike_lifetime(view), remote_vips=vips)
-        living = {child.spi_in: child for child in view.children if child.state in _LIVING}
+        living = {child.spi_in: child for child in view.children if child.state in LIVING}
         children = []
         for child in context.children:
             seen = living.get(child.spi_in)
@@ -207,106 +204,29 @@ class CharonSource:
         charon tells over HA the ID after that of a request when it sends it, not when it is answered. With
         the SA muted no answer comes any more, so the MN expects that ID or the one before it.
         """
-        host = self._host
-        spis = context.spis
-        kernel = host.kernel
-        mute = host.mute
-        unprepared = spis in self._handed
-        self._handed.discard(spis)
-        await asyncio.to_thread(mute.mute_in, spis)
-        jump = 0
-        try:
-            await self._idle(context, away)
-            await asyncio.to_thread(mute.mute_out, spis)
-            view = await self._same(context)
-            _, dropped = await asyncio.to_thread(mute.counters, spis)
-            unsure = bool(away and view.tasks)
-            if in_the_way(view, away) or (dropped and not unsure):
-                raise BusyError("charon began an exchange while it was being frozen")
-            await host.catch_up(spis)
-            known = host.context(spis)
-            if unsure:
-                known = replace(known, mid_initiator=_last(known), unsure=True)
-            # from here on packets may leave through the other gateway, prepared with our numbers plus a jump
-            jump = 2 * host.config.oseq_jump
-            if sending and kernel is not None:
-                host.leaving.note(spis, sends_to=to)
-            else:
-                self._stop_outbound(context, to, unprepared=unprepared)
-            final = []
-            for child in context.children:
-                inbound, outbound = child.inbound, child.outbound
-                if kernel is not None:
-                    sa_in, sa_out = host.kernel_pair(context, child)
-                    if sa_in is None or sa_out is None:
-                        raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
-                    inbound = kernel.get_replay(sa_in, outbound=False)[0]
-                    outbound = kernel.get_replay(sa_out, outbound=True)[0]
-                final.append(FinalChild(child.spi_in, inbound, outbound))
-            host.leaving.note(spis, renaming=renaming, request=known.mid_initiator, unsure=unsure)
-        except BaseException:
-            await self.thaw(context, jump)
-            raise
-        if sending and kernel is not None:
-            self._sending.add(spis)
-            host.spawn(self._go_on(context, final))
-        return FinalState(
-            spi_i=spis[0],
-            spi_r=spis[1],
-            # an MN that charon gave up never saw the last request: its ID is still the next one
-            mid_initiator=max(known.mid_initiator - (spis in self.departing), 0),
-            mid_responder=known.mid_responder,
-            epoch=context.epoch + 1,
-            children=tuple(final),
-            unsure=known.unsure,
+        work = Freezing(
+            self._host,
+            context,
+            self._mover,
+            partial(self._view, context.spis),
+            to=to,
+            away=away,
+            sending=sending,
+            renaming=renaming,
+            unprepared=context.spis in self._handed,
+            departing=context.spis in self.departing,
         )
-
-    @trace.spanned("charon idle")
-    async def _idle(self, context: IkeContext, away: bool) -> SaView:
-        """Wait until charon has no exchange in flight. New requests of the MN do not reach it any more.
-
-        `away`: one that an MN that has left does not answer may be, if it is there at a second look, too.
-        """
-        end = time.monotonic() + IDLE_TIMEOUT
-        before: tuple[str, ...] = ()
-        while True:
-            view = await self._same(context)
-            if not view.tasks or (view.tasks == before and not in_the_way(view, away)):
-                return view
-            before = view.tasks
-            if time.monotonic() > end:
-                raise BusyError(f"an exchange is in flight: {', '.join(view.tasks)}")
-            await asyncio.sleep(0.05)
-
-    async def _same(self, context: IkeContext) -> SaView:
-        """The SA's view, if it is still what was exported. Errors: BusyError."""
-        view = await self._view(context.spis)
-        if view is None:
-            raise BusyError("the IKE_SA was rekeyed or deleted meanwhile")
-        if view.state != "ESTABLISHED":
-            raise BusyError(f"the IKE_SA is {view.state} now")
-        if (view.local, view.remote) != (context.local, context.remote):
-            raise BusyError("the MN moved meanwhile")
-        living = {(child.spi_in, child.spi_out) for child in view.children if child.state in _LIVING}
-        if living != {(child.spi_in, child.spi_out) for child in context.children}:
-            raise BusyError("a CHILD_SA was rekeyed, made or deleted meanwhile")
-        return view
-
-    @trace.spanned("stop outbound")
-    def _stop_outbound(self, context: IkeContext, to: str, *, unprepared: bool = False) -> None:
-        """No ESP leaves any more: packets for the MN go to nSG if a way is known, else nowhere."""
-        host = self._host
-        if host.kernel is None:
-            host.away.leave(context, to, (), unprepared=unprepared)
-            return
-        reqids = self._outbound_reqids(context)
-        every = [p for p in host.kernel.policies_about(reqids) if p.direction == "out"]
-        # of two SAs with the same selectors one has the policy; it goes, or stays, with that one
-        outbound = [p for p in every if _leads_to(p, reqids, context.remote.address)]
-        host.leaving.note(context.spis, policies=tuple(policy.raw for policy in outbound))
-        host.away.leave(context, to, every, unprepared=unprepared)
-        for policy in outbound:
-            host.kernel.delete_policy(policy)
+        self._handed.discard(context.spis)
+        try:
+            await self._runner.run(FREEZE, work)
+        except BaseException:
+            # packets may have left through the other gateway since it has prepared the SA
+            await self._take_back(context, 0 if work.unprepared else 2 * OSEQ_JUMP)
+            raise
+        if work.goes_on:
+            self._sending.add(context.spis)
+            self._host.spawn(self._go_on(context, work.final))
+        return work.result()
 
     async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
         """Let ESP leave until the other gateway does that, or for as long and as much as it may."""
@@ -330,130 +250,36 @@ class CharonSource:
         return max(sent)
 
     def _end_sending(self, context: IkeContext) -> None:
-        """As any other freeze has done, unless that is so; then there is a note of the policies."""
+        """As any other freeze has done, unless that is so; then its policies are noted."""
         self._sending.discard(context.spis)
-        known = self._host.leaving.of(context.spis).facts
-        if known.sends_to and known.policies is None:
-            self._stop_outbound(context, known.sends_to)
+        work = self._leaving(context)
+        if goes_on_still(work):
+            stop_at_last(work)
 
-    def _outbound_reqids(self, context: IkeContext) -> set[int]:
-        pairs = [self._host.kernel_pair(context, child) for child in context.children]
-        return {outbound.reqid for _, outbound in pairs if outbound is not None}
+    def _leaving(self, context: IkeContext, view: SaView | None = None, *, jump: int = 0) -> Leaving:
+        look = partial(self._view, context.spis)
+        return Leaving(self._host, context, self._mover, look, self._ender, view, jump=jump)
 
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
-        """See `ContextSource.thaw`. Where charon lost the SA meanwhile, only the leftovers are cleared."""
-        host = self._host
-        known = host.leaving.of(context.spis).facts
-        view = await host.view(context.spis)
-        if known.sends_to:
-            # the other gateway may have sent under these keys, from twice as far on
-            oseq_jump = max(oseq_jump, 4 * SENDING_PACKETS)
-            self._sending.discard(context.spis)
-        if view is not None and host.kernel is not None:
-            if oseq_jump:
-                for child in context.children:
-                    _, outbound = host.kernel_pair(context, child)
-                    if outbound is not None:
-                        state, _ = host.kernel.get_replay(outbound, outbound=True)
-                        top = (1 << (64 if child.esn else 32)) - 1
-                        jumped = replace(state, seq=min(state.seq + oseq_jump, top))
-                        host.kernel.set_replay(outbound, jumped, outbound=True)
-            for raw in known.policies or ():
-                host.kernel.replace_policy(KernelPolicy.parse(raw))
-        host.away.back(context.spis)
-        if view is None:
-            await host.scripts.finish(context)
-        if view is not None and known.request is not None and view.state == "DELETING":
-            await self._end(context, view, known.request)
-        elif view is not None and known.request is not None:
-            # the other's script may have drawn the MN's packets there, where nobody takes them any more
-            reqids = {child.spi_in: child.reqid for child in view.children}
-            for up in (False, True):
-                await host.updown(context, up=up, reqids=reqids, unique_id=view.unique_id)
-            ids = 3 if known.unsure else 2
-            if known.renaming:
-                # for each child CREATE_CHILD_SA, INFORMATIONAL D; and one to begin with
-                ids += 1 + 2 * len(context.children)
-            await self._call_back(context, known.request, ids)
-        await asyncio.to_thread(host.mute.unmute, context.spis)
-        renamed = known.request is not None and known.renaming
-        if view is not None and view.state != "DELETING" and renamed:
-            await self._renew(view)
-        host.leaving.drop(context.spis, soon=True)
+        """See `ContextSource.thaw`."""
+        if await self._take_back(context, oseq_jump):
+            raise UnknownSaError(
+                f"charon has lost the IKE_SA {context.spis} while it was frozen",
+                hint="nobody serves the MN; it connects anew when it notices",
+            )
 
-    async def _end(self, context: IkeContext, view: SaView, mid: int) -> None:
-        """Somebody ended the SA here, and the other gateway did not get it: the MN is to hear of that.
-
-        charon's Delete has the message ID `mid`, which the other gateway may have used, and the one after it.
-        So the agent says it, under each that can be the next, and has charon drop what it waits with in vain.
-        """
-        host = self._host
-        log.warning("%s was ended here while it was to leave: its MN is told", context.connection)
-        if self._ender is None or not await self._ender(context, (mid, mid + 1, mid + 2)):
-            log.warning("%s: the MN at %s did not answer the Delete", context.connection, context.remote)
-        reqids = {child.spi_in: child.reqid for child in view.children}
-        await host.delete(context)
-        await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
-
-    async def _renew(self, view: SaView) -> None:
-        """Have CHILD_SAs rekeyed that the MN may have under other names, or not at all.
-
-        It then says CHILD_SA_NOT_FOUND, and charon makes another (child_rekey, strongSwan 5.9.8, 6.0.6).
-        """
-        for child in view.children:
-            if child.state in _LIVING:
-                log.info("%s: CHILD_SA %s is rekeyed: the MN may have other SPIs", view.name, child.name)
-                try:
-                    await self._host.ask(self._host.vici.rekey, child_id=child.unique_id)
-                except CharonError as error:
-                    log.warning("CHILD_SA %s of %s is not rekeyed: %s", child.name, view.name, error)
-
-    @trace.spanned("call back")
-    async def _call_back(self, context: IkeContext, mid: int, ids: int) -> None:
-        """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
-
-        What the other gateway sent had the message ID `mid`. An MN that has seen it takes a request with that
-        ID for a copy and answers to the other gateway; then the next ID is the right one, for charon, too.
-        `ids`: as many can be the right one, beginning with `mid`.
-        """
-        host = self._host
-        for used in range(1, ids + 1):
-            final = FinalState(*context.spis, mid + used - 1, context.mid_responder, context.epoch + 1)
-            try:
-                await self._mover(context, final, lambda: False)
-            except RefusedError as error:
-                log.warning("%s: %s", context.connection, error)
-            except LinkError:
-                continue
-            ike = ha.IkeId.of(context.current)
-            message = ha.ike_mid(await host.version(), ike, initiator=True, mid=mid + used)
-            await host.send([message])
-            host.record.feed(message)
-            host.save()
-            return
-        log.warning("%s: the MN at %s is silent here, too", context.connection, context.remote)
+    async def _take_back(self, context: IkeContext, oseq_jump: int) -> bool:
+        """Thaw; whether charon has lost the SA while it was the other gateway's."""
+        self._sending.discard(context.spis)
+        work = self._leaving(context, await self._host.view(context.spis), jump=oseq_jump)
+        facts = work.facts
+        await self._runner.run(THAW, work)
+        return work.view is None and facts.request is not None and not facts.ended
 
     async def release(self, context: IkeContext) -> None:
         """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
-        host = self._host
-        view = await host.view(context.spis)
-        if view is not None:
-            if view.state == "DELETING":
-                host.leaving.note(context.spis, ended=True)
-            reqids = {child.spi_in: child.reqid for child in view.children}
-            self._end_sending(context)
-            await host.delete(context, host.late_packets(context, context.children))
-            await host.updown(context, up=False, reqids=reqids, unique_id=view.unique_id)
-        else:
-            await host.scripts.finish(context)
-        await asyncio.to_thread(host.mute.unmute, context.spis)
-        departure = host.away.left(context.spis)
-        if departure is not None:
-            host.origins.left(departure)
-            if host.leaving.of(context.spis).facts.ended:
-                log.warning("%s was ended here while it left: %s is told", context.connection, departure.peer)
-                host.origins.end(departure)
-        host.leaving.drop(context.spis, soon=True)
+        self._sending.discard(context.spis)
+        await self._runner.run(RELEASE, self._leaving(context, await self._host.view(context.spis)))
 
     def hands_over(self, sa: SaName) -> None:
         """See `ikectx.ports.Follower`."""
@@ -473,25 +299,12 @@ class CharonSource:
         What an SA goes on sending ends: nobody has counted it meanwhile.
         """
         for row in self._host.leaving.all():
-            if not row.facts.sends_to:
-                continue
+            if not row.facts.sends_to or row.step:
+                continue  # a step that is open goes on, and sees to it itself
             with contextlib.suppress(UnknownSaError):
                 self._end_sending(self._host.context(row.sa))
         self._host.away.restore()
-
-
-def _leads_to(policy: KernelPolicy, reqids: Collection[int], mn: Address) -> bool:
-    return any(one.reqid in reqids and one.destination == mn for one in policy.templates)
-
-
-def in_the_way(view: SaView, away: bool) -> tuple[str, ...]:
-    """charon's tasks that keep an SA where it is; `away`: not those whose request stays without an answer."""
-    return tuple(task for task in view.tasks if not (away and task in ABOUT_ADDRESSES))
-
-
-def _last(context: IkeContext) -> int:
-    """Message ID of charon's last request: what HA told is the one after it."""
-    return max(context.mid_initiator - 1, 0)
+        self._runner.resume(self._leaving)
 
 
 def _refuse_busy(view: SaView, away: bool) -> None:
@@ -500,7 +313,7 @@ def _refuse_busy(view: SaView, away: bool) -> None:
     if in_the_way(view, away):
         raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {', '.join(view.tasks)}")
     for child in view.children:
-        if child.state not in (*_LIVING, *_LEAVING):
+        if child.state not in (*LIVING, *_LEAVING):
             raise BusyError(f"the CHILD_SA {child.name} is {child.state}")
 
 

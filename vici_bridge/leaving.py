@@ -1,0 +1,101 @@
+"""`Leaving`: an SA that this gateway gives to another one, as freeze, thaw and release work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ikectx.context import Address, IkeContext
+from ikectx.ledger import SourceFacts
+from ikectx.name import SaName
+
+from .charon import SaView
+from .host import CharonHost, Mover
+from .xfrm import KernelPolicy
+
+Ender = Callable[[IkeContext, Sequence[int]], Awaitable[bool]]
+"""Deletes the SA of a context at its MN, under that of the message IDs which is the next; did it answer?"""
+SCRIPT_LIMIT = 25.0
+"""Seconds for the calls of the updown script for one SA. What takes longer is done again later."""
+LIVING = ("INSTALLED",)
+ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
+"""charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer, and
+if an MN has left, another gateway may go on with the next request."""
+
+
+@dataclass(slots=True)
+class Leaving:
+    """One SA and one step of it. Times in seconds.
+
+    view: how charon has the SA when the step begins, None: not at all. look: asks charon how it has it now.
+    to: name of the gateway it goes to. away: the MN has proven that it is elsewhere. sending: ESP goes on.
+    renaming: CHILD_SAs may be given other SPIs. unprepared: the other gateway has nothing of it yet. jump: by
+    how much outbound sequence numbers go ahead when it is taken back.
+    """
+
+    host: CharonHost
+    context: IkeContext
+    mover: Mover
+    look: Callable[[], Awaitable[SaView | None]]
+    ender: Ender | None = None
+    view: SaView | None = None
+    to: str = ""
+    away: bool = False
+    sending: bool = False
+    renaming: bool = False
+    unprepared: bool = False
+    departing: bool = False
+    jump: int = 0
+
+    @property
+    def sa(self) -> SaName:
+        """See `runner.Work`."""
+        return self.context.spis
+
+    @property
+    def facts(self) -> SourceFacts:
+        """What is known of it."""
+        return self.host.leaving.of(self.sa).facts
+
+    @property
+    def reqids(self) -> Mapping[bytes, int]:
+        """charon's request ID of each CHILD_SA, by inbound SPI."""
+        return dict(self.facts.reqids)
+
+    def seen(self, view: SaView) -> dict[str, object]:
+        """Facts for the updown script, while charon still has them."""
+        return {
+            "unique_id": view.unique_id,
+            "reqids": tuple((child.spi_in, child.reqid) for child in view.children),
+        }
+
+    async def script(self, *, up: bool) -> None:
+        """The connection's updown script, if one is configured. Errors: KernelError."""
+        facts = self.facts
+        await self.host.updown(self.context, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id)
+
+
+def in_the_way(view: SaView, away: bool) -> tuple[str, ...]:
+    """charon's tasks that keep an SA where it is; `away`: not those whose request stays without an answer."""
+    return tuple(task for task in view.tasks if not (away and task in ABOUT_ADDRESSES))
+
+
+def last_request(context: IkeContext) -> int:
+    """Message ID of charon's last request: what HA told is the one after it."""
+    return max(context.mid_initiator - 1, 0)
+
+
+def outbound_of(host: CharonHost, context: IkeContext) -> tuple[list[KernelPolicy], list[KernelPolicy]]:
+    """The SA's outbound policies: all that it uses, and those of them that lead to it.
+
+    Of two SAs with the same selectors one has the policy; it goes, or stays, with that one.
+    """
+    assert host.kernel is not None
+    pairs = [host.kernel_pair(context, child) for child in context.children]
+    reqids = {outbound.reqid for _, outbound in pairs if outbound is not None}
+    every = [policy for policy in host.kernel.policies_about(reqids) if policy.direction == "out"]
+    return every, [policy for policy in every if _leads_to(policy, reqids, context.remote.address)]
+
+
+def _leads_to(policy: KernelPolicy, reqids: set[int], mn: Address) -> bool:
+    return any(one.reqid in reqids and one.destination == mn for one in policy.templates)

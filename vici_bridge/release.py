@@ -1,0 +1,84 @@
+"""Release: what is left at pSG of an SA that the other gateway serves.
+
+1. What charon has of the SA is noted, because after its deletion nobody can tell it to the updown script.
+2. ESP that still went on stops. charon drops the SA silently; its inbound SAs are put back for some seconds,
+   since late packets are on their way.
+3. Rules for its messages go, and the departure is told to those that are to know: the gateways that it came
+   from, and the one that it went to, where somebody ended it here meanwhile.
+4. The updown script says "down". It comes last, since one that hangs must keep nothing else; it is called
+   exactly once, whatever happened in between, as far as anybody can know that it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from .freeze import goes_on_still, stop_at_last
+from .leaving import SCRIPT_LIMIT, Leaving
+from .runner import Effect, Facts, Step
+
+log = logging.getLogger(__name__)
+
+
+async def _look(work: Leaving) -> Facts | None:
+    if work.view is None:
+        return None  # charon has lost it before: its own updown plugin has said "down"
+    return {**work.seen(work.view), "ended": work.view.state == "DELETING"}
+
+
+async def _stop_sending(work: Leaving) -> None:
+    stop_at_last(work)
+
+
+async def _drop(work: Leaving) -> None:
+    await work.host.delete(work.context, work.host.late_packets(work.context, work.context.children))
+
+
+async def _gone(work: Leaving) -> bool:
+    return await work.host.view(work.sa) is None
+
+
+async def _forget_rules(work: Leaving) -> None:
+    await asyncio.to_thread(work.host.mute.unmute, work.sa)
+
+
+async def _tell(work: Leaving) -> None:
+    host = work.host
+    departure = host.away.left(work.sa)
+    if departure is None:
+        return
+    host.origins.left(departure)
+    if work.facts.ended:
+        log.warning("%s was ended here while it left: %s is told", work.context.connection, departure.peer)
+        host.origins.end(departure)
+
+
+async def _script(work: Leaving) -> None:
+    await work.script(up=False)
+
+
+RELEASE: Step[Leaving] = Step(
+    "release",
+    (
+        Effect("look", _look),
+        Effect(
+            "ESP stops",
+            _stop_sending,
+            when=lambda work: work.view is not None and goes_on_still(work),
+        ),
+        Effect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),
+        Effect("rules", _forget_rules),
+        Effect("departure", _tell),
+        Effect(
+            "script",
+            _script,
+            when=lambda work: work.facts.unique_id != 0,
+            limit=SCRIPT_LIMIT,
+            needed=False,
+            once=True,
+            later=True,
+        ),
+    ),
+    ends=True,
+)
