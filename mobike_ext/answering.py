@@ -1,19 +1,20 @@
-"""The side that is asked to rename SAs: one INFORMATIONAL request of the peer under SK, sans-IO.
+"""Answers a peer's request to change SPIs: one INFORMATIONAL request under SK, sans-IO.
 
     LISTENING --request--> ASKED --answer()--> ANSWERED      duplicates get the same octets again
-                                          `--> RETIRED       the same, where the IKE_SA has other SPIs now
+                                          `--> RETIRED       the same, if the IKE_SA has other SPIs now
 
-The peer's request arrives at `local`, perhaps from an address of which nothing was known. The machine opens
-it, decides with the caller's `Names` (all of it or nothing), and tells the caller with `Asked`. The caller
-does what must be done *before* the answer leaves (install the SAs it will receive on, move addresses), and
-calls `answer`. Meanwhile and afterwards the same request is the same request: it never renames twice. Its
-message ID must be the next one expected, so a replayed or late one is ignored.
+The peer's request arrives at `local`, perhaps from an unknown address. The machine opens it, decides with the
+caller's `Names` (all of it or nothing), and reports it to the caller with `Asked`. The caller does everything
+that must be done *before* the answer leaves (install the SAs it will receive on, move addresses), and calls
+`answer`. Copies of the request, before and after that, never change the SPIs twice. Its message ID must be
+the next one expected, so a replayed or late one is ignored.
 
 Requests without UPDATE_SPI or UPDATE_SA_ADDRESSES (dead peer detection, Delete, CREATE_CHILD_SA) are left to
-charon, which holds the SA PASSIVE meanwhile and answers their retransmissions later. They are counted.
+charon, which has the SA PASSIVE meanwhile and answers their retransmissions later. They are counted.
 
-With `answering=False` charon is not PASSIVE and answers for itself, without the notify it does not know: the
-machine only tells what it sees in a copy, and the agent may begin an exchange of its own (`naming.mirrored`).
+With `answering=False` charon is not PASSIVE and answers for itself, without the notify that it does not know:
+the machine only reports what it sees in a copy, and the agent may begin an exchange of its own
+(`naming.mirrored`).
 
 Verbs: `receive`, `answer`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is monotonic seconds.
 """
@@ -40,7 +41,7 @@ from .notify import Reason, UpdateSpiSupported
 KEEP = 60.0
 """Seconds for which the old SPIs of a renamed IKE_SA answer retransmissions of the renaming request."""
 RATE = 1.0
-"""Exchanges a second and IKE_SA; more are refused as busy."""
+"""Exchanges per second and IKE_SA; more are refused as busy."""
 
 
 # --- events ------------------------------------------------------------------------------------------
@@ -48,11 +49,11 @@ RATE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request of the peer. Call `answer`, at best within its retransmission time (500 ms).
+    """A request of the peer. Call `answer`, at best within the peer's retransmission time (500 ms).
 
-    source: where it came from, and the answer goes. moves: it said UPDATE_SA_ADDRESSES, so the peer is at
+    source: where it came from, and the answer goes. moves: it has UPDATE_SA_ADDRESSES, so the peer is at
     `source` now; then `conditions` are charon's bits of the SA from now on, and `additional` the peer's
-    further addresses (None: it told none). pairs: what is to be renamed, empty where `reasons` refuse it.
+    further addresses (None: the request has none). pairs: the SPIs to change, empty if `reasons` refuse it.
     message_id: of the request.
     """
 
@@ -67,7 +68,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class PeerSupports:
-    """The peer announced UPDATE_SPI: to be kept in the context (`IkeContext.update_spi`)."""
+    """The peer announced UPDATE_SPI, which is to be kept in the context (`IkeContext.update_spi`)."""
 
     version: int
 
@@ -79,7 +80,7 @@ Event = Asked | PeerSupports
 
 
 class State(Enum):
-    """LISTENING: nothing asked. ASKED: the caller must answer. CLOSED: an end. The others: see above."""
+    """LISTENING: no request. ASKED: the caller must answer. CLOSED: final. The others: see above."""
 
     LISTENING = "listening"
     ASKED = "asked"
@@ -89,7 +90,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What happens to the machine."""
+    """Inputs of the machine."""
 
     REQUEST = "the next request of the peer"
     DUPLICATE = "the last request again"
@@ -100,7 +101,7 @@ class Input(Enum):
 
 
 class Action(Enum):
-    """What the machine does about it."""
+    """Actions of the machine."""
 
     NOTHING = "nothing"
     TELL = "tell the caller"
@@ -184,9 +185,10 @@ class SpiResponder:
         self.expected_id = expected_id
         self.answering = answering
         self.ignored = 0
-        """Datagrams that were no request to us: forged, damaged, late, another SA's, or a response."""
+        """Datagrams that were no request for this machine: forged, damaged, late, another SA's, or a
+        response."""
         self.others = 0
-        """Requests that are charon's, of those that carry the expected message ID."""
+        """Requests with the expected message ID that are charon's to answer."""
         self.answered = 0
         self.messages = self.octets = 0
         self._initiator = generation.initiator
@@ -201,7 +203,7 @@ class SpiResponder:
         self._expires: float | None = None
         self._open: _Open | None = None
         self._arrived: list[bytes] = []
-        """Datagrams of the request that arrives."""
+        """Datagrams of the request that is arriving."""
         self._last: list[bytes] = []
         """Datagrams of the request that was answered last, with `_answer`."""
         self._answer: list[bytes] = []
@@ -213,7 +215,7 @@ class SpiResponder:
 
     @property
     def report(self) -> MoveReport:
-        """What it took; `answered` counts the peer's message IDs used up here."""
+        """The cost so far; `answered` counts the peer's message IDs used up here."""
         return MoveReport(messages=self.messages, octets=self.octets, answered=self.answered)
 
     @property
@@ -223,15 +225,15 @@ class SpiResponder:
 
     @property
     def done(self) -> bool:
-        """Nothing more can come of this SA's old SPIs."""
+        """This SA's old SPIs need no more answers."""
         return self.state is State.CLOSED
 
     def next_event(self) -> Event | None:
-        """The next thing that happened, oldest first."""
+        """The next event, oldest first."""
         return self._events.popleft() if self._events else None
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, and where to."""
+        """UDP payloads (marker included) to send now, each with its destination."""
         del now
         send, self._send = self._send, []
         self._count(*(datagram for datagram, _ in send))
@@ -249,7 +251,8 @@ class SpiResponder:
             self._answer, self._last = [], []
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came to `local`. Never raises: what is no request to us is counted."""
+        """Take a UDP payload that came to `local`. Never raises: a payload that is no request here is
+        counted."""
         try:
             octets = strip_marker(datagram, self.local, source)
             message = self._request(octets, source)
@@ -273,9 +276,9 @@ class SpiResponder:
         self._tell(message, source, now)
 
     def answer(self, fresh: bytes | Drawn, now: float, refusal: Reason | None = None) -> None:
-        """Answer the request that was `Asked` last. `fresh`: random octets, an IV for each datagram.
+        """Answer the last `Asked` request. `fresh`: random octets, an IV for each datagram.
 
-        `refusal`: the renaming cannot be done after all. Errors: StateError when nothing was asked.
+        `refusal`: the change cannot be made after all. Errors: StateError if there is no request.
         """
         if self._open is None:
             raise StateError("no request of the peer waits for an answer")
@@ -300,7 +303,8 @@ class SpiResponder:
             self._expires = now + self._keep
 
     def _request(self, octets: bytes, source: Endpoint) -> Message | None:
-        """The authentic new request that `octets` complete; None: more is to come, or a duplicate."""
+        """The authentic new request that `octets` complete; None: more fragments are missing, or a
+        duplicate."""
         header = IkeHeader.parse(octets)
         if (header.spi_i, header.spi_r) != self.spis or header.initiator == self._initiator:
             raise WireError("another SA's, or our own message")
@@ -308,7 +312,7 @@ class SpiResponder:
             raise WireError("a response")
         last = self.expected_id - 1
         if self.answering and header.message_id == last and octets in self._last:
-            # of a fragmented request the first fragment stands for all (RFC 7383, 2.6.1)
+            # the first fragment represents a fragmented request (RFC 7383, 2.6.1)
             first = header.next_payload != Payload.SKF or octets[32:34] == b"\0\1"
             if first and self._enter(Input.DUPLICATE)[1] is Action.RESEND:
                 self._send += [(one, source) for one in self._answer]
@@ -326,7 +330,7 @@ class SpiResponder:
         return message
 
     def _ours(self, message: Message) -> bool:
-        """The request is for us, not for charon."""
+        """Whether the request is for this machine, not for charon."""
         if message.header.exchange != Exchange.INFORMATIONAL:
             return False
         if any(payload.type in (Payload.DELETE, Payload.CP) for payload in message.payloads):
@@ -366,7 +370,7 @@ class SpiResponder:
             self._seen(message)
 
     def _seen(self, message: Message) -> None:
-        """charon answers this one."""
+        """Count a request that charon answers."""
         self.expected_id = message.header.message_id + 1
         self._enter(Input.ELSEWHERE)
         self._arrived = []
@@ -382,7 +386,7 @@ class SpiResponder:
 
 
 def _further(message: Message) -> tuple[Address, ...] | None:
-    """The peer's further addresses (RFC 4555, 3.6); None: it says nothing about them."""
+    """The peer's further addresses (RFC 4555, 3.6); None: the message has none."""
     kinds = {Notify.ADDITIONAL_IP4_ADDRESS: 4, Notify.ADDITIONAL_IP6_ADDRESS: 16}
     told = [p for p in message.payloads if isinstance(p, NotifyPayload) and p.notify in kinds]
     if not told and not message.notifies(Notify.NO_ADDITIONAL_ADDRESSES):

@@ -1,11 +1,12 @@
-"""Requests of ours under an IKE_SA that charon holds PASSIVE: sealed, sent again, matched with their answers.
+"""Requests of the agent under an IKE_SA that charon has PASSIVE: sealed, retransmitted, matched with answers.
 
-The part that all exchanges of this house have in common; what is asked and what an answer means stands in
-`exchange`, `rename`, `rekey` and `probe`, each a machine with a table of its own.
+This is the common part of all exchanges in this package. The content of the requests, and the meaning of the
+answers, are in `exchange`, `rename`, `rekey` and `probe`, each a machine with a table of its own.
 
-An answer counts when it opens under SK, carries the message ID and exchange type of the request that waits,
-and comes from the address and port the request went to. Everything else is counted and ignored, so no forged
-or late datagram ends an exchange. A request of the MN is kept apart: see `Asking.peer_requests`.
+An answer counts if it opens under SK, has the message ID and exchange type of the request that waits, and
+comes from the address and port that the request went to. Everything else is counted and ignored, so no forged
+or late datagram ends an exchange. Requests of the mobile node are counted separately: see
+`Asking.peer_requests`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ikectx.ports import MoveReport
 
 
 def is_request(datagram: bytes, local: Endpoint, remote: Endpoint) -> bool:
-    """A UDP payload from `remote` that calls itself a request."""
+    """Whether a UDP payload from `remote` is marked as a request."""
     try:
         return not IkeHeader.parse(strip_marker(datagram, local, remote)).response
     except WireError:
@@ -44,7 +45,7 @@ def is_request(datagram: bytes, local: Endpoint, remote: Endpoint) -> bool:
 
 
 class Fresh:
-    """Fresh octets, given out once each, in order. UsageError when they are used up."""
+    """Fresh octets, each given out once, in order. UsageError when they are used up."""
 
     __slots__ = ("_at", "_octets")
 
@@ -65,7 +66,7 @@ class Fresh:
 
 
 class Asking:
-    """One request after the other (window 1) from `local` to the MN at `remote`.
+    """One request after the other (window 1) from `local` to the mobile node at `remote`.
 
     message_id: of the first one. `limit`: octets of the largest IKE message, see `ikev2.seal_fragments`.
     """
@@ -88,9 +89,10 @@ class Asking:
         self.initiator = generation.initiator
         self.iv_length = iv_length(generation.encr)
         self.ignored = 0
-        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        """Datagrams that were no answer here: forged, damaged, from elsewhere, or late."""
         self.peer_requests = 0
-        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
+        """Requests of the mobile node that were left unanswered. They are not authenticated, so only a
+        hint."""
         self.messages = self.octets = 0
         """Datagrams and their octets, in both directions."""
         self.requests = self.retransmissions = 0
@@ -110,7 +112,7 @@ class Asking:
 
     @property
     def message_id(self) -> int:
-        """Of the request that waits, or of the next one."""
+        """The message ID of the request that waits, or of the next one."""
         return self._window.next_id
 
     @property
@@ -120,7 +122,7 @@ class Asking:
 
     @property
     def report(self) -> MoveReport:
-        """What it took so far. Once anything was sent a message ID counts as used, answered or not."""
+        """The cost so far. Once anything was sent a message ID counts as used, answered or not."""
         return MoveReport(
             messages=self.messages,
             octets=self.octets,
@@ -141,7 +143,7 @@ class Asking:
         self._window.request(datagrams[0])
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads to send now, and where to."""
+        """UDP payloads to send now, each with its destination."""
         if not self._window.to_send(now):
             return []
         if self._window.sent == 1:
@@ -155,21 +157,21 @@ class Asking:
         return self._window.next_timer()
 
     def handle_timer(self, now: float) -> bool:
-        """False: all tries went unanswered."""
+        """False: no try was answered."""
         return self._window.handle_timer(now)
 
     def skip(self, count: int) -> None:
-        """Requests from elsewhere have used so many message IDs since our last one, which is answered."""
+        """Other requests have used so many message IDs since our last one, which is answered."""
         if self.waits:
             raise StateError("the request that waits for an answer has its message ID already")
         self._window.next_id += count
 
     def insist(self) -> None:
-        """The peer seems to hear us: all sendings are done a second time before it is given up."""
+        """The peer seems to receive: all sendings are done a second time before the request is given up."""
         self._window.policy = replace(self._window.policy, rounds=2)
 
     def prove(self) -> None:
-        """ESP of the MN makes the request as good as answered; its message ID is used."""
+        """ESP of the mobile node replaces the answer; the request's message ID is used."""
         self._proven = True
         self._window.response(self.message_id)
 
@@ -221,16 +223,18 @@ EventT = TypeVar("EventT")
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """No answer to any of `sent` requests. The MN may have moved nevertheless, if its answers got lost."""
+    """No answer to any of `sent` requests. The mobile node may have moved nevertheless, if its answers were
+    lost."""
 
     sent: int
 
 
 class Machine(ABC, Generic[StateT, InputT, EventT]):
-    """What `link` runs: asks the MN at `remote` from `local`, under the SA of `spis`.
+    """A machine that `link` runs: sends requests to the mobile node at `remote` from `local`, under the SA
+    `spis`.
 
-    table: (state, input) to the next state. What is not in it changes nothing, and a state that it never
-    leaves is an end. `now` is seconds, monotonic.
+    table: (state, input) to the next state. A missing pair changes nothing, and a state without pairs is
+    final. `now` is seconds, monotonic.
     """
 
     def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:
@@ -242,17 +246,18 @@ class Machine(ABC, Generic[StateT, InputT, EventT]):
         self._new = new
         self._events: deque[EventT] = deque()
         self._due: float | None = None
-        """When `_then` is called; a change of state takes it back."""
+        """When `_then` is called; a change of state cancels it."""
         self._then: Callable[[], object] = lambda: None
 
     @property
     def done(self) -> bool:
-        """An end is reached; `next_event` tells which."""
+        """True in a final state; `next_event` has the result."""
         return all(state is not self.state or to is state for (state, _), to in self._table.items())
 
     @abstractmethod
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        """UDP payloads (marker included) to send now, and where to. The first call starts the exchange."""
+        """UDP payloads (marker included) to send now, each with its destination. The first call starts the
+        exchange."""
 
     @abstractmethod
     def next_timer(self) -> float | None:
@@ -260,18 +265,18 @@ class Machine(ABC, Generic[StateT, InputT, EventT]):
 
     @abstractmethod
     def handle_timer(self, now: float) -> None:
-        """Time has passed; may make something to send, or an event."""
+        """Time has passed; there may be something to send, or an event."""
 
     @abstractmethod
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        """A UDP payload that came to `local`. Never raises: what is no answer to us is counted."""
+        """Take a UDP payload that came to `local`. Never raises: a payload that is no answer is counted."""
 
     def next_event(self) -> EventT | None:
-        """The next thing that happened, oldest first."""
+        """The next event, oldest first."""
         return self._events.popleft() if self._events else None
 
     def _enter(self, what: InputT, *events: EventT) -> None:
-        """The next state; `events` are told where it is another one."""
+        """Enter the next state; `events` are queued if it is a new one."""
         new = self._table.get((self.state, what), self.state)
         if new is not self.state:
             self._events.extend(events)
@@ -279,7 +284,7 @@ class Machine(ABC, Generic[StateT, InputT, EventT]):
         self.state = new
 
     def _later(self, due: float, then: Callable[[], object]) -> None:
-        """Have `_wake` call `then` at `due`, unless the state is another one by then."""
+        """Make `_wake` call `then` at `due`, unless the state has changed by then."""
         self._due, self._then = due, then
 
     def _wake(self, now: float) -> None:
@@ -289,7 +294,7 @@ class Machine(ABC, Generic[StateT, InputT, EventT]):
 
 
 class Requester(Machine[StateT, InputT, EventT]):
-    """A machine with one request after the other. A subclass says what is asked and what an answer means."""
+    """A machine with one request after the other. A subclass makes the requests and judges the answers."""
 
     def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:
         super().__init__(asking, table, new)
@@ -297,29 +302,30 @@ class Requester(Machine[StateT, InputT, EventT]):
 
     @abstractmethod
     def _begin(self) -> None:
-        """Ask for the first time, and leave the state `new`."""
+        """Send the first request, and leave the state `new`."""
 
     @abstractmethod
     def _answered(self, message: Message, now: float) -> None:
-        """An authentic answer to the request that waited."""
+        """Handle an authentic answer to the request that waited."""
 
     @abstractmethod
     def _unanswered(self) -> None:
-        """All tries of the request went unanswered."""
+        """Handle a request of which no try was answered."""
 
     @property
     def ignored(self) -> int:
-        """Datagrams that were no answer to us: forged, damaged, from elsewhere, or late."""
+        """Datagrams that were no answer here: forged, damaged, from elsewhere, or late."""
         return self._asking.ignored
 
     @property
     def peer_requests(self) -> int:
-        """Requests of the MN seen, unanswered; not authenticated, so no more than a hint."""
+        """Requests of the mobile node that were left unanswered. They are not authenticated, so only a
+        hint."""
         return self._asking.peer_requests
 
     @property
     def report(self) -> MoveReport:
-        """What it took so far, in message IDs of the SA of `spis`. One counts as used once it was sent."""
+        """The cost so far, in message IDs of the SA `spis`. One counts as used once it was sent."""
         return self._asking.report
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:

@@ -1,4 +1,4 @@
-"""Classic BPF, as sockets take it: opcodes, an assembler with labels, and the way into the kernel.
+"""Classic BPF as sockets use it: opcodes, an assembler with labels, and attaching a program.
 
 Source: Linux packet filter (linux/filter.h, Documentation/networking/filter.rst), socket(7).
 """
@@ -43,7 +43,7 @@ def assemble(lines: Sequence[Line]) -> list[Instruction]:
 
 
 def attach(raw: socket.socket, program: list[Instruction]) -> None:
-    """Let only what `program` passes into the socket. Errors: OSError."""
+    """Let only packets that pass `program` into the socket. Errors: OSError."""
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))

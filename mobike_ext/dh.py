@@ -4,10 +4,10 @@
     ECP, Brainpool           RFC 5903, 6954; x | y on the wire, the secret is x
     MODP                     RFC 2409, 3526, generator 2; values padded to the prime's size (RFC 7296, 3.4)
 
-The private value is made of octets that the caller drew, so that a machine repeats itself after a crash.
-MODP is Python's own arithmetic, since `cryptography` gives it up: it takes no constant time, and each
-exponent serves one exchange. Errors: `RefusedError` with ALGORITHM for a method that is not known here,
-`WireError` for a public value of the peer that is none. Neither holds key material.
+The private value is made of octets that the caller drew, so that a machine repeats itself after a crash. MODP
+is Python's own arithmetic, because `cryptography` is dropping it. It does not run in constant time, and each
+exponent is for one exchange. Errors: `RefusedError` with ALGORITHM for a method that is not known here,
+`WireError` for an invalid public value of the peer. Neither has key material.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def known(method: KeMethod) -> bool:
 
 
 def fresh_length(method: KeMethod) -> int:
-    """Fresh random octets that `KeyPair` wants. RefusedError for an unknown method."""
+    """Fresh random octets that `KeyPair` needs. RefusedError for an unknown method."""
     if method is KeMethod.CURVE_25519:
         return 32
     if method is KeMethod.CURVE_448:
@@ -74,7 +74,7 @@ class KeyPair:
 
     @classmethod
     def of(cls, method: KeMethod, fresh: bytes) -> KeyPair:
-        """The pair that `fresh_length` fresh random octets make. UsageError for another number of them."""
+        """The pair made from `fresh_length` fresh random octets. UsageError for another number of them."""
         if len(fresh) != fresh_length(method):
             raise UsageError(f"{method.name} wants {fresh_length(method)} octets, not {len(fresh)}")
         if method is KeMethod.CURVE_25519:
@@ -90,7 +90,7 @@ class KeyPair:
         return cls(method, public, Secret(fresh))
 
     def shared(self, theirs: bytes) -> Secret:
-        """g^ir with the peer's public value. WireError when that is none of this method."""
+        """g^ir with the peer's public value. WireError if that is invalid for this method."""
         fresh = self._private.reveal()
         try:
             if self.method is KeMethod.CURVE_25519:

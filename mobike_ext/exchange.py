@@ -1,21 +1,22 @@
-"""The gateway's address update (RFC 4555) as a sans-IO machine: one INFORMATIONAL exchange with the MN.
+"""The gateway's address update (RFC 4555) as a sans-IO machine: one INFORMATIONAL exchange with the mobile
+node.
 
-The new gateway (nSG) sends, from its own address and under the SA's own keys and message ID,
-N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*), N(COOKIE2) and its further addresses, which take the place
-of pSG's (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 4555, 3.6). A stock peer moves its
-IKE_SA and CHILD_SAs to the address the request came from and echoes COOKIE2. charon at nSG holds the SA
-PASSIVE meanwhile and answers nothing. The same holds for requests of the MN that arrive now: they stay
-unanswered, the MN retransmits them and charon answers after its activation; answering here would use up
-message IDs that only charon can serve. They are counted.
+The new gateway sends, from its own address and under the SA's own keys and message ID,
+N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*), N(COOKIE2) and its further addresses, which replace those of
+the old gateway (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 4555, 3.6). A stock peer moves
+its IKE_SA and CHILD_SAs to the address that the request came from and echoes COOKIE2. charon at the new
+gateway has the SA PASSIVE meanwhile and answers nothing. Requests of the mobile node that arrive now stay
+unanswered, too: the mobile node retransmits them, and charon answers after its activation, because an answer
+of this machine would use up message IDs that only charon can serve. They are counted.
 
 Return routability (RFC 4555, 3.7): an answer that counts (see `asking`) echoes COOKIE2, 16 fresh octets.
 
-`AddressPart` is what of this goes into a request that says more besides, see `rename`.
+`AddressPart` is the part of this that is used in a request with more content, see `rename`.
 
-NAT detection. The MN decides about UDP encapsulation by our hashes: if both match it switches it off, unless
-its own configuration forces it. So true hashes are sent, except where the *gateway's* configuration forced
-the encapsulation (charon's condition NAT_FAKE): then the source hash is one that cannot match, as charon sent
-it in IKE_SA_INIT.
+NAT detection. The mobile node decides about UDP encapsulation by our hashes: if both match it switches it
+off, unless its own configuration forces it. So true hashes are sent, except if the *gateway's* configuration
+forced the encapsulation (charon's condition NAT_FAKE): then the source hash is one that cannot match, as
+charon sent it in IKE_SA_INIT.
 
 Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
 """
@@ -41,7 +42,7 @@ COOKIE2_LENGTH = 16
 """RFC 4555, 4.2.5 allows 8 to 64."""
 
 _NOWHERE = Endpoint(IPv4Address(0), 0)
-"""No packet comes from here: its hash tells the peer of a NAT."""
+"""No packet comes from here, so its hash tells the peer of a NAT."""
 
 
 class Condition(IntEnum):
@@ -58,19 +59,19 @@ class Condition(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The MN uses our address now: it has answered, with our cookie."""
+    """The mobile node uses our address now: it has answered, with our cookie."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The MN answered and said no. `notify` is its error; COOKIE2 stands for one that did not come back."""
+    """The mobile node refused. `notify` is its error; COOKIE2 means that the answer lacks our cookie."""
 
     notify: Notify
 
 
 @dataclass(frozen=True, slots=True)
 class PeerNatChanged:
-    """The NATs on the new path are others than on the old one.
+    """The NATs on the new path differ from those on the old one.
 
     `conditions`: charon's bits for the SA from now on (only the four of `Condition` differ).
     """
@@ -101,7 +102,7 @@ def nat_conditions(
     message: Message, spis: SaName, local: Endpoint, source: Endpoint, conditions: int = 0
 ) -> int:
     """`conditions` after the NAT detection (RFC 7296, 2.23) of a message that came from `source`, as charon
-    reads it; unchanged where the message has none."""
+    evaluates it; unchanged if the message has none."""
     theirs = message.notifies(Notify.NAT_DETECTION_SOURCE_IP)
     ours = message.notifies(Notify.NAT_DETECTION_DESTINATION_IP)
     if not theirs or not ours:
@@ -115,7 +116,7 @@ def nat_conditions(
 
 
 class AddressPart:
-    """What a request says about the gateway's address, and what the answer says to that.
+    """The gateway's address in a request, and the evaluation of the answer to it.
 
     Arguments as for `AddressUpdate`.
     """
@@ -139,7 +140,7 @@ class AddressPart:
         self._additional = additional
 
     def payloads(self) -> list[NotifyPayload]:
-        """In the order in which they are sent."""
+        """The payloads, in the order in which they are sent."""
         return [
             NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
             *nat_detection(self._spis, self._local, self._remote, self._conditions),
@@ -176,7 +177,7 @@ class AddressPart:
 
 
 class State(Enum):
-    """NEW: nothing sent. WAITING: for the answer. The rest are ends."""
+    """NEW: nothing was sent. WAITING: for the answer. The rest are final."""
 
     NEW = "new"
     WAITING = "waiting"
@@ -186,7 +187,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What happens to the machine."""
+    """Inputs of the machine."""
 
     START = "the first sending"
     ACCEPT = "an answer that accepts"
@@ -216,17 +217,17 @@ TABLE: dict[tuple[State, Input], State] = {
     (State.SILENT, Input.REJECT): State.SILENT,
     (State.SILENT, Input.GIVE_UP): State.SILENT,
 }
-"""An end is never left: duplicates of the answer change nothing."""
+"""A final state is never left: duplicates of the answer change nothing."""
 
 
 class AddressUpdate(Requester[State, Input, Event]):
-    """Tells the MN that its gateway is at `local` now.
+    """Tells the mobile node that its gateway is at `local` now.
 
-    message_id: of the next request this gateway sends (`FinalState.mid_initiator`). local, remote: nSG and
-    the MN, ports as on the wire. Fresh random octets: 16 in cookie2, `keys.iv_length(generation.encr)` in iv
-    (`Drawn` where they may come again after a crash).
-    conditions: charon's bits of the SA. additional: nSG's further addresses, so that the MN does not try
-    pSG's when its path to nSG fails; None: none are told, and it keeps those it has.
+    message_id: of the next request that this gateway sends (`FinalState.mid_initiator`). local, remote: the
+    new gateway and the mobile node, ports as on the wire. Fresh random octets: 16 in cookie2,
+    `keys.iv_length(generation.encr)` in iv (`Drawn` if they may be used again after a crash). conditions:
+    charon's bits of the SA. additional: the new gateway's further addresses, so that the mobile node does not
+    try the old gateway's when its path to the new one fails; None: none are sent, and it keeps those it has.
     """
 
     def __init__(
@@ -249,10 +250,12 @@ class AddressUpdate(Requester[State, Input, Event]):
         self._request = self._asking.seal(Exchange.INFORMATIONAL, self._part.payloads(), iv)
 
     def traffic_seen(self) -> None:
-        """ESP of this SA has arrived at `local`: the MN seems to have moved, so it is asked twice as often.
+        """ESP of this SA has arrived at `local`: the mobile node seems to have moved, so it is asked twice as
+        often.
 
-        That proves nothing, because ESP does not protect the addresses outside: whoever sits on the MN's way
-        to the old gateway can send its packets here instead. Only an answer with our cookie does.
+        That proves nothing, because ESP does not protect the outer addresses: an attacker on the mobile
+        node's path to the old gateway can send its packets here instead. Only an answer with our cookie is a
+        proof.
         """
         if self.state is State.WAITING:
             self._asking.insist()

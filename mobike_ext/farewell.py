@@ -1,11 +1,11 @@
-"""Deletes an IKE_SA at the peer in the place of a charon that has it no more, sans-IO.
+"""Deletes an IKE_SA at the peer in place of a charon that no longer has it, sans-IO.
 
     MN -> gateway   INFORMATIONAL  D(IKE)      answered empty (RFC 7296, 1.4.1)
 
-charon destroys an SA that is PASSIVE without a word to the peer (strongSwan 5.9.8), whose own stays: a ghost
-that sends packets and holds the virtual IP. The agent that made it PASSIVE speaks in its place.
+charon destroys an SA that is PASSIVE without a Delete to the peer (strongSwan 5.9.8), whose SA remains: it
+goes on sending packets and keeps the virtual IP. The agent that made the SA PASSIVE sends the Delete.
 
-charon may have had a request under way, and the gateway may have had that or not. Then the Delete goes out
+charon may have had a request under way, and the gateway may have received it or not. Then the Delete is sent
 under both message IDs: a gateway ignores the one that is not the next.
 
 Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
@@ -25,11 +25,12 @@ from ikectx.payloads import DeletePayload
 from .asking import Asking, Machine, Silent
 
 POLICY = RetransmitPolicy(0.5, 1.5, 9)
-"""37 s in all: a gateway that is just taking the SA, or taking it back, answers only when it has it."""
+"""37 s in all, because a gateway that is taking the SA, or taking it back, answers only when it has it."""
 
 
 class State(Enum):
-    """NEW: nothing sent. WAITING: for an answer. The rest are ends; SILENT: the peer may not have it."""
+    """NEW: nothing was sent. WAITING: for an answer. The rest are final; SILENT: the peer may not have the
+    SA."""
 
     NEW = "new"
     WAITING = "waiting"
@@ -38,7 +39,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What happens. GIVE_UP: of the last request that waits."""
+    """Inputs of the machine. GIVE_UP: of the last request that waits."""
 
     START = "start"
     ANSWER = "answer"
@@ -50,14 +51,14 @@ TABLE: dict[tuple[State, Input], State] = {
     (State.WAITING, Input.ANSWER): State.DELETED,
     (State.WAITING, Input.GIVE_UP): State.SILENT,
 }
-"""What is not here changes nothing."""
+"""A missing pair changes nothing."""
 
 
 class Farewell(Machine[State, Input, Silent]):
     """Deletes the IKE_SA of `generation` at `remote`.
 
     message_ids: our next request may have one of these. iv: random, `keys.iv_length` octets for each of them.
-    local: where answers come to. Errors: UsageError.
+    local: the address that answers come to. Errors: UsageError.
     """
 
     def __init__(

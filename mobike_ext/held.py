@@ -1,16 +1,17 @@
-"""I/O: what an MN asks while no charon may hear it is kept, and given to charon when it may.
+"""I/O: keeps requests of a mobile node while charon may not receive them, and gives them to charon later.
 
-An MN that was told another address may ask something at once: one with ESP in user space rekeys all its
-CHILD_SAs (kernel-libipsec, strongSwan 5.9.8 and 6.0.6; the Android client is such an MN). The gateway is
-mute until it has the answer and its message IDs, and charon repeats a request after 4 s only. So an ear below
-the firewall hears the SA's IKE from before the MN is told, the kernel keeps what it hears, and when charon
-serves the SA the requests among it are sent to it once more (`watch.deliver`).
+A mobile node that was told another address may send a request at once: one with ESP in user space rekeys all
+its CHILD_SAs (kernel-libipsec, strongSwan 5.9.8 and 6.0.6; the Android client is such a node). The gateway is
+mute until it has the answer and its message IDs, and charon repeats a request only after 4 s. So a packet
+socket records the SA's IKE messages, starting before the address update is sent; the kernel buffers them, and
+when charon serves the SA the requests among them are sent to it once more (`watch.deliver`).
 
-What is not charon's to answer is left out (`skip`). A request of the MN's agent (UPDATE_SPI) that nobody
-answered in time has the message ID of one of its charon's, which takes an answer to the other one for an
-error and destroys the SA (5.9.8).
+Messages that charon must not answer are left out (`skip`). A request of the mobile node's agent (UPDATE_SPI)
+that was not answered in time has the message ID of one of its charon's, which takes an answer to the other
+one for an error and destroys the SA (5.9.8).
 
-Nothing here is authenticated: charon gets what it would have got from the network a moment later.
+Nothing here is authenticated: charon gets the same octets that it would have got from the network a moment
+later.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from .watch import deliver
 log = logging.getLogger(__name__)
 
 MOST = 16
-"""Datagrams that are given to charon; an MN has one request under way (RFC 7296, 2.3), in fragments maybe."""
+"""Datagrams that are given to charon: a mobile node has one request under way (RFC 7296, 2.3), perhaps in
+fragments."""
 
 
 class Held:
-    """Hears IKE of one IKE_SA from its MN, from its making to `deliver` or `close`.
+    """Records IKE of one IKE_SA from its mobile node, from its construction to `deliver` or `close`.
 
-    local: our end. remote: the MN's; its port may differ. mark: as of `open_raw` and `deliver`; not 0 where
-    the SA is mute. skip: tells requests that are not given to charon (IKE datagram without marker).
-    Errors: LinkError if the socket cannot be had.
+    local: our end. remote: the mobile node's; its port may differ. mark: as of `open_raw` and `deliver`; not
+    0 if the SA is mute. skip: recognizes requests that are not given to charon (IKE datagram without marker).
+    Errors: LinkError if the socket is not available.
     """
 
     def __init__(
@@ -58,11 +60,11 @@ class Held:
         self._raw = open_raw(local, remote, spis, mark=mark)
 
     def close(self) -> None:
-        """Forget what was heard."""
+        """Drop everything that was recorded."""
         self._raw.close()
 
     async def deliver(self) -> int:
-        """Give charon the requests that were heard, and close; how many datagrams that were."""
+        """Give charon the recorded requests, and close; returns the number of datagrams."""
         questions: dict[Endpoint, list[bytes]] = {}
         heard: set[bytes] = set()
         try:
@@ -77,7 +79,7 @@ class Held:
             question = Question(self._spis, tuple(datagrams), self._local, source)
             try:
                 await asyncio.to_thread(deliver, question, mark=self._mark)
-            except OSError as error:  # a firewall of this host's: the MN will send it again
+            except OSError as error:  # a firewall of this host: the mobile node will send it again
                 log.info("the MN's request could not be given to charon: %s", error.strerror)
         return len(heard)
 

@@ -1,6 +1,7 @@
-"""I/O: runs the machines of this house on a raw socket (see `raw`), with this host's clock.
+"""I/O: runs the machines of this package on a raw socket (see `raw`), with this host's clock.
 
-Errors of all: LinkError with UNREACHABLE when the socket cannot be had, KernelError when descriptors lack.
+Errors of all: LinkError with UNREACHABLE if the socket is not available, KernelError if descriptors are
+lacking.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .rename import PeerRenamed, Renamed, RenameRefused, SpiUpdate, Unsupported
 log = logging.getLogger(__name__)
 
 _PROOF_INTERVAL = 0.25
-"""Seconds between two looks at whether the MN's ESP has arrived, or the caller wants an end."""
+"""Seconds between two checks whether the mobile node's ESP has arrived, or the caller wants an end."""
 _ANSWER_OCTETS = 256
 """Fresh octets for the IVs of one answer."""
 
@@ -45,7 +46,7 @@ async def _run(
     seen: Callable[[], None] = lambda: None,
     step: Callable[[], Awaitable[None]] | None = None,
 ) -> list[object]:
-    """Run to the end; what happened. `seen` is called while `heard` says so, `step` after each datagram.
+    """Run to the end; returns the events. `seen` is called while `heard` is true, `step` after each datagram.
 
     Errors: LinkError with PEER_SILENT, RefusedError with PEER_REFUSED.
     """
@@ -63,7 +64,7 @@ async def _run(
                 await step()
             if heard is not None and not machine.done and await heard():
                 seen()
-        _send(raw, machine.to_send(clock.now()))  # an answer to the peer may be left
+        _send(raw, machine.to_send(clock.now()))  # an answer to the peer may still be unsent
     events: list[object] = []
     while (event := machine.next_event()) is not None:
         events.append(event)
@@ -83,12 +84,12 @@ async def _run(
 
 
 def _send(raw: RawLink, datagrams: list[tuple[bytes, Endpoint]]) -> str:
-    """What went wrong, for a message to the operator."""
+    """Send; returns the error, for a message to the operator."""
     trouble = ""
     for datagram, to in datagrams:
         try:
             raw.send(datagram, to)
-        except OSError as error:  # as good as lost on the way: the next try may get through
+        except OSError as error:  # the same as a loss on the way: the next try may arrive
             trouble = f"; last error: {error.strerror}"
     return trouble
 
@@ -102,7 +103,7 @@ def _nat(events: list[object]) -> PeerNatChanged | None:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """How an address update that succeeded went. `nat`: NATs differ from before."""
+    """The result of a successful address update. `nat`: NATs differ from before."""
 
     move: MoveReport
     nat: PeerNatChanged | None = None
@@ -119,10 +120,9 @@ async def run_address_update(
 ) -> UpdateReport:
     """Run `machine` to its end from a raw socket at `machine.local`.
 
-    heard: asked now and then whether ESP of the MN has arrived here; if so, it is asked twice as often.
-    mark: see `open_raw`.
-    Errors: LinkError with PEER_SILENT (no answer; `machine.report` says what was sent) or UNREACHABLE (the
-    socket cannot be had), RefusedError with PEER_REFUSED.
+    heard: called now and then; true if ESP of the mobile node arrives here, which is then asked twice as
+    often. mark: see `open_raw`. Errors: LinkError with PEER_SILENT (no answer; `machine.report` has what was
+    sent) or UNREACHABLE (the socket is not available), RefusedError with PEER_REFUSED.
     """
     events = await _run(machine, clock or MonotonicClock(), mark, heard, machine.traffic_seen)
     return UpdateReport(machine.report, _nat(events), machine.peer_requests, machine.ignored)
@@ -147,10 +147,10 @@ async def run_farewell(machine: Farewell, *, clock: Clock | None = None, mark: i
 
 @dataclass(frozen=True, slots=True)
 class SpiReport:
-    """How an exchange that renames SAs went; the address update in it succeeded, if there was one.
+    """The result of an exchange that changes SPIs; the address update in it succeeded, if there was one.
 
-    peer_supports: the peer has announced UPDATE_SPI by now. peer_renamed: what the peer asked for meanwhile
-    and got, whatever became of ours.
+    peer_supports: the peer has announced UPDATE_SPI by now. peer_renamed: the peer's own requests that were
+    granted meanwhile, whatever the result of ours.
     """
 
     move: MoveReport
@@ -169,7 +169,7 @@ async def run_spi_update(
     proven: Callable[[], Awaitable[bool]] | None = None,
     mark: int = 0,
 ) -> SpiReport:
-    """As `run_address_update`; `proven` must look at ESP under the new names only.
+    """As `run_address_update`; `proven` must look at ESP under the new SPIs only.
 
     Afterwards the peer may still repeat a request that was answered here: `keep_answering`.
     """
@@ -191,7 +191,7 @@ async def run_spi_update(
 
 @dataclass(frozen=True, slots=True)
 class RekeyReport:
-    """How a rekey that succeeded went; `move.requests` are message IDs of the old IKE_SA."""
+    """The result of a successful rekey; `move.requests` are message IDs of the old IKE_SA."""
 
     move: MoveReport
     result: ChildRekeyed | IkeRekeyed
@@ -206,7 +206,7 @@ async def run_rekey(
     clock: Clock | None = None,
     mark: int = 0,
 ) -> RekeyReport:
-    """As `run_address_update`. RefusedError with PEER_REFUSED when the peer does not rekey.
+    """As `run_address_update`. RefusedError with PEER_REFUSED if the peer does not rekey.
 
     made: installs the new SA before the old one is deleted. If that fails for a child, the peer is told to
     delete the new one again, and the error is raised; for an IKE_SA it is raised at once.
@@ -255,11 +255,11 @@ async def serve_updates(
     mark: int = 0,
     until: asyncio.Event | None = None,
 ) -> None:
-    """Hear IKE of the SA at `machine.local` from anywhere, and answer what is `machine`'s to answer.
+    """Receive IKE of the SA at `machine.local` from anywhere, and answer the requests that are for `machine`.
 
-    asked: does what must be done before the answer leaves; what it returns refuses the renaming after all,
-    an IkectxError refuses it as busy. With a machine that only watches it is told, and nothing is sent. Ends
-    with `until`, when the machine is done, or cancelled.
+    asked: does everything that must be done before the answer leaves. A returned reason refuses the change
+    after all, an IkectxError refuses it as busy. With a machine that only watches it is called, and nothing
+    is sent. Ends with `until`, when the machine is done, or cancelled.
     """
     clock = clock or MonotonicClock()
     with open_raw(machine.local, None, machine.spis, mark=mark) as raw:
@@ -285,7 +285,7 @@ async def serve_updates(
 async def keep_answering(
     machine: SpiUpdate, seconds: float, *, clock: Clock | None = None, mark: int = 0
 ) -> None:
-    """Answer repetitions of the peer's own request, of which charon, active by now, knows nothing."""
+    """Answer repetitions of the peer's own request, which charon, active by now, does not know."""
     clock = clock or MonotonicClock()
     end = clock.now() + seconds
     with open_raw(machine.local, machine.remote, machine.spis, mark=mark) as raw:

@@ -1,13 +1,13 @@
-"""Renaming SAs, without the exchange: what is asked, who agrees, what an answer says, what becomes of keys.
+"""Changes of SPIs, apart from the exchange: requests, decisions, answers, and the effect on keys.
 
-Two points of view. On the wire an UPDATE_SPI names the SPI as the *sender of the request* sees it (`notify`).
-A `Renaming` is what this side makes of it: `inbound` is true where we receive on that SPI, whoever asked.
+There are two points of view. On the wire an UPDATE_SPI names the SPI as the *sender of the request* sees it
+(`notify`). A `Renaming` is the view of this side: `inbound` is true if we receive on that SPI, whoever asked.
 
-Requests of both ends that meet:
-- One names an SPI as its own, the other asks the owner to choose (R): the same renaming, begun twice. The
-  owner names the same new SPI in both exchanges, so both ends hold the same names whichever comes first.
-- They rename different ESP or AH SPIs: neither touches the other, both are applied.
-- Both ends rename their own SPI of the IKE_SA: the new keys would need a pair that neither of them knows yet.
+Requests of both ends may cross:
+- One names an SPI as its own, the other asks the owner to choose (R): this is the same change, begun twice.
+  The owner names the same new SPI in both exchanges, so both ends have the same SPIs whichever comes first.
+- They change different ESP or AH SPIs: both are applied, because neither affects the other.
+- Both ends change their own SPI of the IKE_SA: the new keys would need a pair of SPIs that neither knows yet.
   The IKE_SA's original initiator refuses as busy, the other one agrees, and may ask again under the new SPIs.
 """
 
@@ -41,33 +41,33 @@ class Renaming:
 
 
 class Names(Interface):
-    """What this side knows of SPIs. Answers at once, raises nothing."""
+    """This side's knowledge of SPIs. Answers at once, raises nothing."""
 
     def known(self, protocol: Protocol, spi: bytes, inbound: bool) -> bool:
-        """An SA of this IKE_SA (or itself) has that SPI; `inbound`: one we receive on."""
+        """Whether an SA of this IKE_SA (or itself) has that SPI; `inbound`: one that we receive on."""
 
     def usable(self, protocol: Protocol, old: bytes, new: bytes) -> bool:
-        """We can send to `new` instead of `old`: no other SA of ours to that address has it."""
+        """Whether we can send to `new` instead of `old`: no other SA of ours to that address has it."""
 
     def reserve(self, protocol: Protocol, old: bytes) -> bytes | None:
-        """A random new SPI to receive on, kept free from now on; the same one again for the same `old`."""
+        """A random new SPI to receive on, reserved from now on; the same one again for the same `old`."""
 
     def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> Reason | None:
-        """NOT_ALLOWED by policy, BUSY with a rekey or renaming of that SA, or nothing."""
+        """NOT_ALLOWED by policy, BUSY with a rekey or another change of that SA, or nothing."""
 
 
 def ask(protocol: Protocol, old: bytes, new: bytes) -> UpdateSpi:
-    """Rename an SPI on which we receive."""
+    """Change an SPI on which we receive."""
     return UpdateSpi(protocol, old, new)
 
 
 def ask_peer(protocol: Protocol, old: bytes) -> UpdateSpi:
-    """Have the peer rename an SPI on which it receives."""
+    """Have the peer change an SPI on which it receives."""
     return UpdateSpi(protocol, old, choose=True)
 
 
 def mirrored(pairs: Iterable[Renaming]) -> tuple[UpdateSpi, ...]:
-    """What the side that was asked for `pairs` asks for itself, where its answer cannot say so."""
+    """The requests of the side that was asked for `pairs`, if its answer cannot contain them."""
     return tuple(
         ask(one.protocol, one.old, one.new) if one.inbound else ask_peer(one.protocol, one.old)
         for one in pairs
@@ -79,7 +79,7 @@ def mirrored(pairs: Iterable[Renaming]) -> tuple[UpdateSpi, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of a request: all of `pairs`, or none, with a reason for each UPDATE_SPI."""
+    """The decision about a request: all of `pairs`, or none, with a reason for each UPDATE_SPI."""
 
     asked: tuple[UpdateSpi, ...]
     pairs: tuple[Renaming, ...] = ()
@@ -99,7 +99,7 @@ class Decision:
 
 
 def asked_for(message: Message) -> tuple[UpdateSpi, ...]:
-    """All UPDATE_SPI of a request. One that does not parse makes it a request without any.
+    """All UPDATE_SPI of a request. If one is malformed, the request counts as one without any.
 
     So a later version gets the answer of a peer that does not know the notify.
     """
@@ -110,7 +110,7 @@ def asked_for(message: Message) -> tuple[UpdateSpi, ...]:
 
 
 def decide(asked: tuple[UpdateSpi, ...], names: Names, *, most: int = MOST) -> Decision:
-    """Whether to rename what was asked for. Nothing is reserved before all else is in order."""
+    """Decide about a request. SPIs are reserved only after all other checks have passed."""
     if len(asked) > most:
         return Decision(asked).refused(Reason.NOT_ALLOWED)
     reasons = [_objection(one, names) for one in asked]
@@ -148,7 +148,7 @@ def _objection(one: UpdateSpi, names: Names) -> Reason | None:
 
 
 def answered(asked: Sequence[UpdateSpi], message: Message) -> Decision | None:
-    """What an answer says to `asked`, as we see it; None: without the notify. WireError: nonsense."""
+    """The answer to `asked`, as we see it; None: it has no such notify. WireError: it is malformed."""
     kinds = (Notify.UPDATE_SPI, Notify.UPDATE_SPI_REFUSED)
     found = [p for p in message.payloads if isinstance(p, NotifyPayload) and p.notify in kinds]
     if not found:
@@ -199,7 +199,7 @@ def renamed_generation(
 ) -> IkeGeneration:
     """The IKE_SA under its new SPIs, None: the old one.
 
-    Its SK_* (`keys.sk_keys`) come from the same SKEYSEED and nonces and the new pair, so they are new, too;
+    Its SK_* (`keys.sk_keys`) come from the same SKEYSEED and nonces and the new SPIs, so they are new, too;
     both message IDs begin at 0. charon derives the same from an IKE_ADD with IKE_REKEY_ID, but no OLD_SKD.
     """
     new = replace(generation, spi_i=spi_i or generation.spi_i, spi_r=spi_r or generation.spi_r)
@@ -211,7 +211,7 @@ def renamed_generation(
 
 
 def renamed_ike(generation: IkeGeneration, pairs: Iterable[Renaming]) -> IkeGeneration | None:
-    """The IKE_SA as `pairs` rename it, None: they do not."""
+    """The IKE_SA after `pairs`, None: they do not change it."""
     spis: dict[bool, bytes] = {}
     for one in pairs:
         if one.protocol is Protocol.IKE:
@@ -223,10 +223,11 @@ def renamed_ike(generation: IkeGeneration, pairs: Iterable[Renaming]) -> IkeGene
 
 
 def renamed_context(context: IkeContext, pairs: Sequence[Renaming]) -> IkeContext:
-    """The context under its new names.
+    """The context under its new SPIs.
 
-    Only SPIs of children change. A renamed IKE_SA is one more generation: children go on with the SK_d of the
-    one they name, and both message IDs are 0. Errors: UsageError for an SPI that the context does not have.
+    Only SPIs of children change. A changed IKE_SA is one more generation: children go on with the SK_d of the
+    one that they name, and both message IDs are 0. Errors: UsageError for an SPI that the context does not
+    have.
     """
     children = list(context.children)
     for one in pairs:

@@ -11,7 +11,7 @@ receives; with flag R (1, `choose`) by the one on which it sends, and then the n
 request: the other side, which owns that SPI, puts it into its answer. All three are status notifies of the
 private range, inside SK of an established IKE_SA only.
 
-Errors: `WireError` for foreign octets, `UsageError` for values of ours that cannot be meant.
+Errors: `WireError` for foreign octets, `UsageError` for wrong values of ours.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ VERSION = 1
 FLAG_CHOOSE = 0x01
 """R: the sender of the request sends on the SPI, its receiver chooses the new one."""
 SPI_SIZES = {Protocol.ESP: 4, Protocol.AH: 4, Protocol.IKE: 8}
-"""Octets."""
+"""Octets of an SPI."""
 _OCTET = 0xFF
 LOWEST_SPI = 256
-"""Of ESP and AH: those below are reserved (RFC 4303, 2.1; RFC 4302, 2.4)."""
+"""Lowest SPI of ESP and AH: those below are reserved (RFC 4303, 2.1; RFC 4302, 2.4)."""
 
 
 class Reason(OpenEnum):
-    """Why a renaming is refused."""
+    """Why a change of an SPI is refused."""
 
     UNKNOWN_SA = 1
     UNUSABLE = 2
@@ -55,7 +55,7 @@ def _spi_error(protocol: Protocol, spi: bytes) -> str:
 
 
 def usable_spi(protocol: Protocol, spi: bytes) -> bool:
-    """The octets can be an SPI of that protocol."""
+    """Whether the octets can be an SPI of that protocol."""
     return not _spi_error(protocol, spi)
 
 

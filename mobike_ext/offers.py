@@ -1,6 +1,6 @@
-"""What a rekey offers, and whether an answer is what was offered.
+"""The proposals of a rekey, and checks that an answer matches them.
 
-Source: RFC 7296 (2.7 and 3.3 for proposals, 2.9 for selectors). Errors: `WireError` for an answer of no use.
+Source: RFC 7296 (2.7 and 3.3 for proposals, 2.9 for selectors). Errors: `WireError` for an unusable answer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def chosen_of(message: Message, offered: Proposal) -> Proposal:
 
 
 def _kinds(proposal: Proposal) -> list[tuple[int, int, int]]:
-    """Its transforms, in an order of their own; "no key exchange" may be said or not."""
+    """Its transforms, sorted; "no key exchange" may be present or not."""
     found = [(one.type, one.id, one.key_bits) for one in proposal.transforms]
     return sorted(one for one in found if one[:2] != (TransformType.KE, KeMethod.NONE))
 

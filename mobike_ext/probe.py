@@ -1,16 +1,18 @@
-"""Which message ID has our next request? Asked of the MN by empty INFORMATIONAL requests, sans-IO.
+"""Finds the message ID of our next request by empty INFORMATIONAL requests to the mobile node, sans-IO.
 
-The gateway that lets an SA go has sent a request m that the MN, being elsewhere, has not answered: it may
-have had it or not. An empty request (RFC 7296, 1.4) with the ID m is answered by an MN that has not, and by
-one that has and repeats its answer to whatever has that ID. charon (5.9.8) repeats it for the same octets
-only, so an MN of that kind is silent; then m + 1 is asked with as well. What is known from that:
+The gateway that lets an SA go has sent a request m that the mobile node, being elsewhere, has not answered:
+it may have received it or not. An empty request (RFC 7296, 1.4) with the ID m is answered by a mobile node
+that has not, and by one that has and repeats its answer to any request with that ID. charon (5.9.8) repeats
+it for the same octets only, so a mobile node of that kind is silent; then m + 1 is sent as well. The
+conclusions are:
 
     an answer to m, and m + 1 was never sent     the next is m + 1
     an answer to m + 1                           the next is m + 2
-    an answer to m after m + 1 was sent          the MN may have had that by now: it is sent until answered
+    an answer to m after m + 1 was sent          the node may have that by now: it is sent until answered
 
-What counts as an answer: `asking`. The same octets make the same messages, so that it can be begun again
-after a crash. Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds.
+See `asking` for what counts as an answer. The same octets make the same messages, so that it can be begun
+again after a crash. Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is
+seconds.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from .asking import Asking, Machine, Silent
 
 
 class State(Enum):
-    """NEW: nothing sent. FIRST: m was sent. BOTH: and m + 1. SECOND: m was answered, m + 1 waits. The rest
-    are ends."""
+    """NEW: nothing was sent. FIRST: m was sent. BOTH: m + 1 was sent, too. SECOND: m was answered, m + 1
+    waits. The rest are final."""
 
     NEW = "new"
     FIRST = "first"
@@ -39,7 +41,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What happens. LATER: it is time for m + 1. GIVE_UP: of the last request that waits."""
+    """Inputs of the machine. LATER: it is time for m + 1. GIVE_UP: of the last request that waits."""
 
     START = "start"
     LATER = "later"
@@ -59,16 +61,17 @@ TABLE: dict[tuple[State, Input], State] = {
     (_S.SECOND, _I.ANSWER_SECOND): _S.SETTLED,
     (_S.SECOND, _I.GIVE_UP): _S.SILENT,
 }
-"""What is not here changes nothing."""
+"""A missing pair changes nothing."""
 
 ALONE = 2
 """Sendings of m before m + 1 is sent, too."""
 
 
 class MidProbe(Machine[State, Input, Silent]):
-    """Finds the message ID after `message_id` (m) that the MN at `remote` expects of us.
+    """Finds the message ID after `message_id` (m) that the mobile node at `remote` expects of us.
 
-    ivs: for m and for m + 1, each of `keys.iv_length(generation.encr)` octets. local: where answers come to.
+    ivs: for m and for m + 1, each of `keys.iv_length(generation.encr)` octets. local: the address for
+    answers.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class MidProbe(Machine[State, Input, Silent]):
         self._asks = [Asking(generation, message_id + n, local, remote, policy=policy) for n in (0, 1)]
         super().__init__(self._asks[0], TABLE, State.NEW)
         self.next_id = message_id
-        """Of our next request, once it is settled."""
+        """The message ID of our next request, once it is found."""
         self._alone = sum(policy.wait(sent) for sent in range(1, min(ALONE, policy.tries) + 1))
         if any(len(iv) != self._asks[0].iv_length for iv in ivs) or ivs[0] == ivs[1]:
             raise UsageError(f"two IVs of {self._asks[0].iv_length} octets are needed, not equal")
@@ -118,7 +121,7 @@ class MidProbe(Machine[State, Input, Silent]):
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         del now
         if self.done:
-            return  # an answer to m that comes after the one to m + 1 tells nothing new
+            return  # an answer to m after the one to m + 1 has no new information
         for ask, what in zip(self._asks, (Input.ANSWER_FIRST, Input.ANSWER_SECOND), strict=True):
             if ask.waits and ask.receive(datagram, source) is not None:
                 self._enter(what)

@@ -1,12 +1,12 @@
 """I/O: IKE datagrams from a raw socket beside a running charon, which owns the UDP ports.
 
 A raw UDP socket may send from any source port of its address and gets a copy of each datagram that arrives
-there, ESP in UDP included; a classic BPF filter passes only IKE of the one SA, and only from its peer where
-that is known. charon gets its copy too and ignores it while the SA is PASSIVE. Like charon's own sockets this
-one has bypass policies, so that neither a tunnel's policy nor the kernel's inbound check catches IKE.
+there, ESP in UDP included; a classic BPF filter passes only IKE of the one SA, and only from its peer if that
+is known. charon gets its copy too and ignores it while the SA is PASSIVE. Like charon's own sockets this one
+has bypass policies, so that neither a tunnel's policy nor the kernel's inbound check affects IKE.
 
-Where a firewall keeps the SA's IKE from a charon that is not PASSIVE, it lets a `mark` out, and what comes in
-is heard by a packet socket, below the firewall.
+If a firewall keeps the SA's IKE from a charon that is not PASSIVE, it lets packets with a `mark` out, and
+incoming packets are received by a packet socket, below the firewall.
 
 Needs CAP_NET_RAW and CAP_NET_ADMIN. Source: Linux raw(7), packet(7), socket(7).
 """
@@ -37,13 +37,14 @@ IP4_HEADER, IP6_HEADER, UDP_HEADER = 20, 40, 8
 FRAGMENT = 0x3FFF
 """More fragments, and the offset: zero in a whole IPv4 packet."""
 _DRAINED = 1024
-"""Reads at most: a socket that is being flooded is never empty."""
+"""Reads at most, because a socket that is being flooded is never empty."""
 MAX_DATAGRAM = 65535
 """Octets of an IP packet."""
 
 
 class RawLink:
-    """One raw UDP socket for one IKE_SA; see `open_raw`. `ear`: what is listened to in its stead."""
+    """One raw UDP socket for one IKE_SA; see `open_raw`. `ear`: the packet socket that receives in its
+    stead."""
 
     def __init__(
         self, raw: socket.socket, local: Endpoint, remote: Endpoint | None, ear: socket.socket | None = None
@@ -60,32 +61,32 @@ class RawLink:
         self.close()
 
     def close(self) -> None:
-        """Hear no more; idempotent."""
+        """Receive no more; idempotent."""
         self._raw.close()
         if self._ear is not None:
             self._ear.close()
 
     def send(self, payload: bytes, to: Endpoint | None = None) -> None:
-        """One UDP datagram, to the peer where nothing else is said. Errors: OSError."""
+        """Send one UDP datagram, to the peer unless `to` is given. Errors: OSError."""
         to = to or self._remote
         if to is None:
             raise UsageError("nobody to send to: the peer's address is not known")
         self._raw.sendto(udp_datagram(self._local, to, payload), (str(to.address), 0))
 
     async def receive(self, within: float) -> tuple[bytes, Endpoint] | None:
-        """The next UDP payload for us and where it came from; None after `within` s, or for one of others."""
+        """The next UDP payload for us and its sender; None after `within` s, or for one of others."""
         try:
             async with asyncio.timeout(within):
                 packet, sender = await asyncio.get_running_loop().sock_recvfrom(
                     self._ear or self._raw, MAX_DATAGRAM
                 )
         except (TimeoutError, OSError):
-            # An OSError here is an ICMP error somebody sent: unauthenticated, so it decides nothing.
+            # An OSError here is an ICMP error: it is not authenticated, so it decides nothing.
             return None
         return self._read(packet, sender)
 
     def drain(self) -> Iterator[tuple[bytes, Endpoint]]:
-        """What has come by now, as `receive` gives it."""
+        """The datagrams that have arrived by now, as `receive` returns them."""
         for _ in range(_DRAINED):
             try:
                 found = self._read(*(self._ear or self._raw).recvfrom(MAX_DATAGRAM))
@@ -115,10 +116,10 @@ class RawLink:
 def open_raw(
     local: Endpoint, remote: Endpoint | None, spis: tuple[bytes, bytes], *, mark: int = 0
 ) -> RawLink:
-    """A raw socket at `local` that hears only IKE of `spis` from `remote`, None: from anywhere.
+    """A raw socket at `local` that receives only IKE of `spis` from `remote`, None: from anywhere.
 
-    `mark` (SO_MARK): sent with every datagram; and datagrams are heard before any firewall sees them.
-    Errors: LinkError if it cannot be had, KernelError if descriptors or memory for it are lacking.
+    `mark` (SO_MARK): sent with every datagram; and datagrams are received before any firewall sees them.
+    Errors: LinkError if it is not available, KernelError if descriptors or memory for it are lacking.
     """
     six = local.address.version == 6
     raw: socket.socket | None = None
@@ -141,7 +142,7 @@ def open_raw(
             if each is not None:
                 each.close()
         text = f"no raw socket at {local.address}: {error.strerror}"
-        if error.errno in _LACKING:  # which says nothing of the peer or the way to it
+        if error.errno in _LACKING:  # which has nothing to do with the peer or the way to it
             hint = "LimitNOFILE of the service bounds its descriptors; `ls /proc/PID/fd` shows them"
             raise KernelError(text, errno=error.errno, hint=hint) from error
         hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if denied(error) else ""
@@ -173,7 +174,7 @@ def udp_in(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
     if not UDP_HEADER <= length <= len(udp):
         return None
     receiver = Endpoint(target, int.from_bytes(udp[2:4]))
-    # what follows the datagram is padding of the link's
+    # octets after the datagram are padding of the link layer
     return udp[UDP_HEADER:length], receiver, Endpoint(source, int.from_bytes(udp[:2]))
 
 
@@ -191,7 +192,7 @@ def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
     total = sum(struct.unpack(f"!{len(covered) // 2}H", covered))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    # A sum of zero is sent as all ones: zero means "no checksum".
+    # A sum of zero is sent as all ones, because zero means "no checksum".
     checksum = (~total & 0xFFFF) or 0xFFFF
     return header + checksum.to_bytes(2) + payload
 
@@ -199,7 +200,7 @@ def udp_datagram(local: Endpoint, remote: Endpoint, payload: bytes) -> bytes:
 def bpf_program(
     local: Endpoint, remote: Endpoint | None, spis: tuple[bytes, bytes], *, below: bool = False
 ) -> list[bpf.Instruction]:
-    """The filter: the UDP ports, the non-ESP marker where there is one, the IKE SPIs.
+    """The filter: the UDP ports, the non-ESP marker if there is one, the IKE SPIs.
 
     An IPv4 raw socket sees packets from the IP header on, so offsets are relative to X, that header's length;
     an IPv6 one sees them from the UDP header on. A packet socket (`below`) sees IP packets of all protocols.
@@ -224,11 +225,12 @@ def bpf_program(
 
 
 def packet_socket(version: int, program: list[bpf.Instruction]) -> socket.socket:
-    """Hears IP packets of one version from the IP header on, below any firewall. Errors: OSError."""
+    """A socket that receives IP packets of one version from the IP header on, below any firewall. Errors:
+    OSError."""
     ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETHERTYPE[version]))
     try:
         ear.setblocking(False)
-        bpf.attach(ear, program)  # what comes before is read like the rest
+        bpf.attach(ear, program)  # packets from before are checked like the rest
     except OSError:
         ear.close()
         raise
@@ -236,5 +238,5 @@ def packet_socket(version: int, program: list[bpf.Instruction]) -> socket.socket
 
 
 def denied(error: OSError) -> bool:
-    """The agent lacks rights."""
+    """Whether the agent lacks rights."""
     return error.errno in (errno.EPERM, errno.EACCES)

@@ -1,4 +1,4 @@
-"""New names for a peer without UPDATE_SPI: a standard rekey by this agent, sans-IO.
+"""New SPIs for a peer without UPDATE_SPI, by a standard rekey of this agent, sans-IO.
 
     ChildRekey   nSG -> MN   CREATE_CHILD_SA   N(REKEY_SA), [N(USE_TRANSPORT_MODE),] SA, Ni, [KEi,] TSi, TSr
                  MN -> nSG   CREATE_CHILD_SA   [N(USE_TRANSPORT_MODE),] SA, Nr, [KEr,] TSi, TSr
@@ -7,15 +7,15 @@
                  MN -> nSG   CREATE_CHILD_SA   SA, Nr, KEr
                  nSG -> MN   INFORMATIONAL     D(IKE_SA), under the old SPIs; the answer is empty
 
-RFC 7296, 1.3.2, 1.3.3, 2.8 and 2.18. The algorithms, the mode and the selectors are those of the old SA,
-with the key exchange it had: a child that had none is offered with the IKE_SA's where the peer insists on
-one. TEMPORARY_FAILURE (the peer is in the middle of something, 2.25) is tried again after a pause,
-INVALID_KE_PAYLOAD with the method it names. What ends a rekey leaves the old SA as it was. If the Delete is
-not answered the new SA stands nevertheless. If the answer cannot be used, the peer is told to delete what
-it made.
+RFC 7296, 1.3.2, 1.3.3, 2.8 and 2.18. The algorithms, the mode and the selectors are those of the old SA, with
+the key exchange that it had: a child that had none is offered with the IKE_SA's if the peer insists on one.
+TEMPORARY_FAILURE (the peer is in the middle of another exchange, 2.25) is tried again after a pause,
+INVALID_KE_PAYLOAD with the method that it names. A rekey that fails leaves the old SA as it was. If the
+Delete is not answered the new SA is used nevertheless. If the answer cannot be used, the peer is told to
+delete the SA that it made.
 
-The peer's requests stay unanswered meanwhile, see `exchange`. What counts as an answer: `asking`. All
-randomness comes in as one argument; the same octets make the same messages, so a caller who keeps them can
+The peer's requests stay unanswered meanwhile, see `exchange`. See `asking` for what counts as an answer. All
+randomness comes in as one argument; the same octets make the same messages, so a caller that keeps them can
 begin again after a crash, as long as the message ID is the same.
 
 Between the answer and the Delete the caller installs the new SA: `installed`, or `abandon`.
@@ -60,14 +60,14 @@ from .notify import usable_spi
 from .offers import child_offer, chosen_of, ike_offer, narrowed
 
 REKEY_OCTETS = 2048
-"""Fresh random octets that a rekey wants."""
+"""Fresh random octets that a rekey needs."""
 NONCE_LENGTH = 32
 MOST_METHODS = 4
-"""Key exchange methods that are tried, each as the peer names it; fresh octets for more are not there."""
+"""Key exchange methods that are tried, each as the peer names it; there are no fresh octets for more."""
 PAUSES = (1.0, 2.0)
 """Seconds before each further try after TEMPORARY_FAILURE (RFC 7296, 2.25, leaves them open)."""
 _DATAGRAMS = 8
-"""Fragments that a request may have: IVs put by for it."""
+"""Fragments that a request may have, for which IVs are reserved."""
 
 
 # --- events ------------------------------------------------------------------------------------------
@@ -75,9 +75,9 @@ _DATAGRAMS = 8
 
 @dataclass(frozen=True, slots=True)
 class ChildRekeyed:
-    """The child that took the old one's place. `deleted`: the peer has confirmed that the old one is gone.
+    """The child that replaces the old one. `deleted`: the peer has confirmed that the old one is gone.
 
-    Its counters begin at 0, its lifetime is what the connection's settings say (none here).
+    Its counters begin at 0, its lifetime follows from the connection's settings (none here).
     """
 
     child: ChildContext
@@ -86,7 +86,7 @@ class ChildRekeyed:
 
 @dataclass(frozen=True, slots=True)
 class IkeRekeyed:
-    """The IKE_SA that took the old one's place; both message IDs are 0, and the children go on with it."""
+    """The IKE_SA that replaces the old one; both message IDs are 0, and the children go on with it."""
 
     generation: IkeGeneration
     deleted: bool
@@ -104,8 +104,8 @@ class RekeyFailed:
 class ChildMade:
     """The peer has the new child, and receives on it. Install it, then call `installed`.
 
-    Before that the old one is not deleted: on the Delete the peer begins to send on the new one (charon
-    5.9.8 to 6.0.x).
+    The old one is deleted only after that, because on the Delete the peer begins to send on the new one
+    (charon 5.9.8 to 6.0.x).
     """
 
     child: ChildContext
@@ -125,9 +125,10 @@ Event = ChildMade | IkeMade | ChildRekeyed | IkeRekeyed | RekeyFailed | Silent
 
 
 class State(Enum):
-    """NEW: nothing sent. ASKING: for the new SA. PAUSED: until the next try. MADE: the caller installs it.
+    """NEW: nothing was sent. ASKING: for the new SA. PAUSED: until the next try. MADE: the caller installs
+    it.
 
-    DELETING: the old SA. DISCARDING: the new one, which is of no use. The rest are ends.
+    DELETING: the old SA. DISCARDING: the new one, which is useless. The rest are final.
     """
 
     NEW = "new"
@@ -142,7 +143,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What happens to the machine."""
+    """Inputs of the machine."""
 
     START = "the first sending"
     MADE = "an answer with the new SA"
@@ -174,14 +175,15 @@ TABLE: dict[tuple[State, Input], State] = {
     (_S.DISCARDING, _I.DELETED): _S.FAILED,
     (_S.DISCARDING, _I.GIVE_UP): _S.FAILED,
 }
-"""What is not listed changes nothing (AGAIN: another request); an end is never left."""
+"""A missing pair changes nothing (AGAIN: another request); a final state is never left."""
 
 
 # --- the machine -------------------------------------------------------------------------------------
 
 
 class _Rekey(Requester[State, Input, Event]):
-    """What both rekeys share. A subclass says what is asked, what an answer makes, and what to delete.
+    """The common part of both rekeys. A subclass defines the request, the result of an answer, and the
+    Delete.
 
     protocol: of the SA that is rekeyed. ke: the method of the first try. The rest as for `ChildRekey`.
     """
@@ -206,7 +208,8 @@ class _Rekey(Requester[State, Input, Event]):
         self._nonce = self._fresh.take(NONCE_LENGTH)
         self._ke = ke
         self._pair = self._key_pair(ke)
-        # the caller may decide otherwise when it begins again after a crash: an IV is for one text only
+        # A restarted caller may build a different message. Use separate IV streams, so that no IV is used for
+        # two plaintexts.
         self._old_ivs, self._useless_ivs = self._ivs(), self._ivs()
         self._tried = {ke}
         self._pauses = list(PAUSES)
@@ -220,15 +223,15 @@ class _Rekey(Requester[State, Input, Event]):
 
     @abstractmethod
     def _made(self, message: Message) -> ChildRekeyed | IkeRekeyed:
-        """What the answer makes, deleted: False. WireError: it cannot be used."""
+        """The result of the answer, deleted: False. WireError: it cannot be used."""
 
     @abstractmethod
     def _old(self) -> DeletePayload:
-        """What the peer deletes once the new SA is installed."""
+        """The Delete after the new SA was installed."""
 
     @abstractmethod
     def _useless(self) -> DeletePayload | None:
-        """What the peer should delete of what it made for nothing; None: that cannot be said here."""
+        """The Delete for a new SA that is useless; None: it cannot be named here."""
 
     def _otherwise(self) -> KeMethod | None:
         """The key exchange to offer after NO_PROPOSAL_CHOSEN."""
@@ -284,7 +287,7 @@ class _Rekey(Requester[State, Input, Event]):
             self._use(message)
 
     def _tell_result(self, what: Input, *, deleted: bool = False) -> None:
-        """The exchange about a Delete has ended, and with it the rekey."""
+        """The exchange with the Delete has ended, and with it the rekey."""
         result = self._result
         if isinstance(result, ChildRekeyed | IkeRekeyed):
             result = replace(result, deleted=deleted)
@@ -294,7 +297,7 @@ class _Rekey(Requester[State, Input, Event]):
         self._send(Exchange.CREATE_CHILD_SA, self._wanted(), self._ivs())
 
     def _ivs(self) -> Drawn:
-        """For the datagrams of one request."""
+        """IVs for the datagrams of one request."""
         return Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
 
     def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: Drawn) -> None:
@@ -505,7 +508,7 @@ class IkeRekey(_Rekey):
         return DeletePayload(Protocol.IKE)
 
     def _useless(self) -> DeletePayload | None:
-        return None  # its SPI may not even be one
+        return None  # its SPI may be invalid
 
 
 def _not_covered(message: str) -> RefusedError:

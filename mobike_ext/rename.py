@@ -1,16 +1,17 @@
-"""UPDATE_SPI as a sans-IO machine: one INFORMATIONAL exchange renames SAs and moves addresses with them.
+"""UPDATE_SPI as a sans-IO machine: one INFORMATIONAL exchange changes SPIs, and the gateway's address with
+them.
 
     nSG -> MN   HDR, SK { [N(UPDATE_SA_ADDRESSES), N(NAT_DETECTION_*), N(COOKIE2), further addresses,]
                           N(UPDATE_SPI)+ [, N(UPDATE_SPI_SUPPORTED)] }
     MN -> nSG   HDR, SK { one N(UPDATE_SPI) or N(UPDATE_SPI_REFUSED) each [, N(NAT_DETECTION_*), N(COOKIE2)] }
 
-Without the notify in its answer the MN's charon did not understand it. There may be an agent beside it, which
-saw the request in its copy and begins an exchange of its own that says the same the other way round. That is
-waited for (`patience`), and answered here under `expected_id` by a `SpiResponder`; `Unsupported` where it
-does not come.
+If the answer lacks the notify, the mobile node's charon did not understand it. There may be an agent beside
+it, which saw the request in its copy and begins an exchange of its own with the same content the other way
+round. This machine waits for that (`patience`) and answers it here under `expected_id` by a `SpiResponder`;
+`Unsupported` if it does not come.
 
-The address part is that of `exchange`; it stands whatever becomes of the names. Retransmission, and what
-counts as an answer: `asking`. Both ends asking at once: `naming`.
+The address part is that of `exchange`; it is valid whatever the result for the SPIs. See `asking` for
+retransmission and for what counts as an answer, and `naming` for requests that cross.
 
 Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
 """
@@ -48,13 +49,13 @@ from .naming import (
 from .notify import Reason, UpdateSpi, UpdateSpiSupported
 
 MIRROR_WAIT = 0.5
-"""Seconds in which an agent that nobody knows of may begin an exchange of its own."""
+"""Seconds in which an agent that is not known yet may begin an exchange of its own."""
 BUSY_PAUSE = 1.2
-"""Seconds until the one retry after a refusal as busy; no less than the other side's rate limit asks for."""
+"""Seconds until the one retry after a refusal as busy; at least what the other side's rate limit requires."""
 FRESH_OCTETS = 512
-"""That `SpiUpdate` wants."""
+"""Fresh random octets that `SpiUpdate` needs."""
 _DATAGRAMS = 8
-"""Fragments that an answer or a retry may have: IVs put by for it."""
+"""Fragments that an answer or a retry may have, for which IVs are reserved."""
 
 
 # --- events ------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ _DATAGRAMS = 8
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """Both ends use the new names. `pairs`: ours, and those the peer chose."""
+    """Both ends use the new SPIs. `pairs`: ours, and those that the peer chose."""
 
     pairs: tuple[Renaming, ...]
     proven_by_traffic: bool = False
@@ -70,7 +71,7 @@ class Renamed:
 
 @dataclass(frozen=True, slots=True)
 class RenameRefused:
-    """The names stay; the address update, if there was one, stands. `error`: instead of reasons."""
+    """The SPIs stay; the address update, if there was one, is valid. `error`: instead of reasons."""
 
     reasons: tuple[Reason, ...]
     error: Notify | None = None
@@ -78,12 +79,12 @@ class RenameRefused:
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """The peer does not know UPDATE_SPI; the address update, if there was one, stands."""
+    """The peer does not know UPDATE_SPI; the address update, if there was one, is valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerRenamed:
-    """Meanwhile the peer asked for a renaming of its own and got it."""
+    """Meanwhile the peer asked for a change of its own and got it."""
 
     pairs: tuple[Renaming, ...]
 
@@ -105,10 +106,10 @@ Event = (
 
 
 class State(Enum):
-    """NEW: nothing sent. WAITING: for the answer, AGAIN: to the retry. PAUSED: until the retry.
+    """NEW: nothing was sent. WAITING: for the answer, AGAIN: to the retry. PAUSED: until the retry.
 
     AGREED: the peer asked for the same and got it, our own answer is still to come. MIRROR: for the peer's
-    own request. The rest are ends.
+    own request. The rest are final.
     """
 
     NEW = "new"
@@ -125,7 +126,7 @@ class State(Enum):
 
 
 class Input(Enum):
-    """What happens to the machine."""
+    """Inputs of the machine."""
 
     START = "the first sending"
     ACCEPT = "an answer that accepts"
@@ -177,14 +178,15 @@ TABLE: dict[tuple[State, Input], State] = {
     (_S.MIRROR, _I.PROOF): _S.RENAMED,
     (_S.MIRROR, _I.LATE): _S.UNSUPPORTED,
 }
-"""What is not listed changes nothing; an end is never left."""
+"""A missing pair changes nothing; a final state is never left."""
 
 _OUR_REQUEST = (State.WAITING, State.AGREED, State.AGAIN)
 _OPEN = (State.WAITING, State.AGREED, State.PAUSED, State.AGAIN, State.MIRROR)
 
 
 class _Ours:
-    """What the peer may ask for while we ask: the same, or what touches nothing of it. See `naming`."""
+    """Decides whether a peer request that crosses ours is accepted: only if it names the same SPIs or none of
+    ours. See `naming`."""
 
     def __init__(self, update: SpiUpdate, names: Names | None) -> None:
         self._update = update
@@ -214,17 +216,17 @@ class _Ours:
 
 
 class SpiUpdate(Requester[State, Input, Event]):
-    """Asks the peer for new names, and with `addresses` tells it that this gateway is at `local` now.
+    """Asks the peer for new SPIs, and with `addresses` tells it that this gateway is at `local` now.
 
     message_id, local, remote, cookie2, conditions, additional, policy: as for `exchange.AddressUpdate`.
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
-    first request, `Drawn` where the octets may come again after a crash. fresh: `FRESH_OCTETS`, random.
-    expected_id: message ID of the peer's next request (`mid_responder`), for which is waited after an answer
-    without the notify; None: its requests are left to charon. patience: how long, in seconds; a peer that is
-    known to have an agent is to be waited for as for one that does not answer at all, since its agent may
-    have no CPU, or begin anew. names: for what else it may ask
-    meanwhile; None: that is refused as busy. announce: say that we know UPDATE_SPI, too. limit: octets of the
-    largest message, see `ikev2.seal_fragments`.
+    first request, `Drawn` if the octets may be used again after a crash. fresh: `FRESH_OCTETS`, random.
+    expected_id: message ID of the peer's next request (`mid_responder`), which is waited for after an answer
+    without the notify; None: its requests are left to charon. patience: how long, in seconds. For a peer that
+    is known to have an agent it is as long as for one that does not answer at all, because its agent may have
+    no CPU, or start anew. names: decides about the peer's other requests meanwhile; None: they are refused as
+    busy. announce: announce UPDATE_SPI, too. limit: octets of the largest message, see
+    `ikev2.seal_fragments`.
 
     When it is done, duplicates of the peer's request are still answered.
     """
@@ -297,7 +299,7 @@ class SpiUpdate(Requester[State, Input, Event]):
 
     @property
     def report(self) -> MoveReport:
-        """What it took so far; `answered`: the peer's requests for the same."""
+        """The cost so far; `answered`: the peer's requests for the same."""
         mine = super().report
         if self._responder is None:
             return mine
@@ -310,7 +312,7 @@ class SpiUpdate(Requester[State, Input, Event]):
         )
 
     def wanted(self, protocol: Protocol, spi: bytes, inbound: bool) -> UpdateSpi | None:
-        """The one of ours that renames this SPI; `inbound`: we receive on it."""
+        """Our request that changes this SPI; `inbound`: we receive on it."""
         found = ((one, (one.protocol, one.old, not one.choose)) for one in self.asked)
         return next((one for one, name in found if name == (protocol, spi, inbound)), None)
 
@@ -321,10 +323,10 @@ class SpiUpdate(Requester[State, Input, Event]):
         return out if self._responder is None else out + self._responder.to_send(now)
 
     def traffic_seen(self) -> None:
-        """ESP of the peer has arrived at `local` under a *new* SPI: as good as an answer.
+        """ESP of the peer has arrived at `local` under a *new* SPI, which replaces an answer.
 
-        Not where the peer was to choose SPIs, because traffic does not tell which; nor where it was told our
-        address, because ESP does not protect the addresses outside (see `exchange`).
+        It does not if the peer was to choose SPIs, because traffic does not show which; nor if it was told
+        our address, because ESP does not protect the outer addresses (see `exchange`).
         """
         esp = any(one.protocol is not Protocol.IKE for one in self.asked)
         if self.state not in _OPEN or not esp or any(one.choose for one in self.asked):
@@ -349,7 +351,7 @@ class SpiUpdate(Requester[State, Input, Event]):
         self._enter(Input.START)
 
     def _ask_again(self) -> None:
-        self._part = None  # the address stands already
+        self._part = None  # the peer has accepted the address already
         said = [one.serialize() for one in self.asked]
         self._asking.ask(
             Exchange.INFORMATIONAL, self._asking.seal(Exchange.INFORMATIONAL, said, self._again_iv)
@@ -371,7 +373,7 @@ class SpiUpdate(Requester[State, Input, Event]):
             self._later(now + self._patience, lambda: self._enter(Input.LATE, Unsupported()))
 
     def _judge(self, message: Message) -> tuple[Input, list[Event]]:
-        """What an answer means, and what there is to tell."""
+        """The input that an answer means, and the events."""
         events: list[Event] = []
         if supported_by(message):
             events.append(PeerSupports(supported_by(message)))
@@ -408,20 +410,20 @@ class SpiUpdate(Requester[State, Input, Event]):
         return [] if self._part is None else [Moved()]
 
     def _gone(self) -> bool:
-        """The IKE_SA has other SPIs by now: nothing can be asked under these."""
+        """Whether the IKE_SA has other SPIs by now, so that nothing can be asked under these."""
         return self._responder is not None and self._responder.retired
 
     # -- the peer's own request
 
     def _attend(self, responder: SpiResponder, now: float) -> None:
-        """Answer the peer at once: what it may ask for is installed already."""
+        """Answer the peer at once, because everything that it may ask for is installed already."""
         while (event := responder.next_event()) is not None:
             if not isinstance(event, Asked):
                 self._events.append(event)
                 continue
             size = _DATAGRAMS * self._asking.iv_length
             if self._fresh.left < size:
-                continue  # unanswered: so many requests are none of a peer that means it
+                continue  # unanswered: an honest peer does not send so many requests
             ours = [one for one in event.pairs if self.wanted(one.protocol, one.old, one.inbound)]
             refusal = Reason.BUSY if ours and len(ours) != len(self.asked) else None
             responder.answer(Drawn.of(self._fresh.take(size)), now, refusal)
@@ -437,7 +439,7 @@ class SpiUpdate(Requester[State, Input, Event]):
                 self._enter(Input.MIRRORED, *told)
 
     def _in_order(self, pairs: list[Renaming]) -> tuple[Renaming, ...]:
-        """As we asked for them."""
+        """The pairs in the order in which we asked for them."""
         places = {(one.protocol, one.old, not one.choose): at for at, one in enumerate(self.asked)}
         return tuple(sorted(pairs, key=lambda one: places[one.protocol, one.old, one.inbound]))
 

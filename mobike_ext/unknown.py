@@ -1,10 +1,10 @@
-"""Which IKE datagrams of SAs that are not here are worth a question to the neighbours: bounded, no I/O.
+"""Decides for which IKE datagrams of unknown SAs the other gateways are asked: bounded, no I/O.
 
-A stock MN that lost its gateway probes all addresses it was told of (RFC 4555, 3.10) and comes again, with
-the same octets, until somebody answers: charon every 2.5 s, 11 times (5.9.8). Everybody else can send such
-datagrams too, so nothing here grows with what arrives: SPI pairs, octets of fragments, questions a second.
+A stock mobile node that lost its gateway probes all addresses that it knows (RFC 4555, 3.10) and repeats the
+request, with the same octets, until a gateway answers: charon every 2.5 s, 11 times (5.9.8). Strangers can
+send such datagrams too, so SPI pairs, octets of fragments and questions per second are all limited here.
 
-All octets come from strangers. Nothing raises; what leads to no question is counted.
+All octets come from strangers. Nothing raises; datagrams that lead to no question are counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Dropped(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Whose is this? A whole message (or all its fragments, in order) that `remote` sent to `local`."""
+    """A whole message (or all its fragments, in order) that `remote` sent to `local`, of an unknown SA."""
 
     spis: SaName
     datagrams: tuple[bytes, ...] = field(repr=False)
@@ -50,7 +50,7 @@ class Question:
 
 
 _Of = tuple[Endpoint, Endpoint, int, int, int]
-"""What fragments must share to be of one message: ends, exchange, message ID, total."""
+"""The values that fragments of one message share: ends, exchange, message ID, total."""
 
 
 @dataclass(slots=True)
@@ -63,16 +63,16 @@ class _Partial:
 
 
 class Unknown:
-    """The memory of SPI pairs that nobody here knows.
+    """Remembers SPI pairs that are not known here.
 
-    memory: pairs remembered, the least recently seen forgotten first. rate: questions a second in all; one
-    source may cause half of them, one at least. draw: numbers in [0, 1), the dice of `RateLimit`.
+    memory: pairs remembered, the least recently seen is forgotten first. rate: questions per second in all;
+    one source may cause half of them, at least one. draw: random numbers in [0, 1) for `RateLimit`.
     """
 
     def __init__(self, draw: Callable[[], float], *, memory: int = 1024, rate: float = 10.0) -> None:
         self.dropped: Counter[Dropped] = Counter()
         self.held = 0
-        """Octets of fragments that wait for the rest."""
+        """Octets of fragments that wait for the others."""
         self._memory = memory
         self._asked: OrderedDict[SaName, float] = OrderedDict()
         self._partial: OrderedDict[SaName, _Partial] = OrderedDict()
@@ -83,12 +83,12 @@ class Unknown:
         return len(self._asked.keys() | self._partial.keys())
 
     def receive(self, datagram: bytes, local: Endpoint, remote: Endpoint, now: float) -> Question | None:
-        """An IKE message (no marker) that arrived for an SA that is not here; the question to ask, if any.
+        """Take an IKE message (no marker) for an SA that is not here; returns the question to ask, if any.
 
         `now` is seconds, monotonic.
         """
         name = SaName(datagram[:8], datagram[8:16])
-        # first of all, so that a storm of one SA costs no more than this
+        # comes first, so that a storm of one SA costs no more than this
         if now - self._asked.get(name, -AGAIN) < AGAIN:
             return self._drop(Dropped.ASKED)
         part = _part(datagram)
@@ -109,7 +109,7 @@ class Unknown:
         return Question(name, datagrams, local, remote)
 
     def forget(self, name: SaName) -> None:
-        """The SA is here now: should it leave again, its next message is a question at once."""
+        """The SA is here now. If it leaves again, its next message is a question at once."""
         self._asked.pop(name, None)
         self._forget_parts(name)
 
@@ -118,7 +118,8 @@ class Unknown:
         return None
 
     def _gather(self, name: SaName, of: _Of, number: int, datagram: bytes) -> tuple[bytes, ...] | None:
-        """Keep a fragment; all of them when the message is whole. The first of each number counts."""
+        """Keep a fragment; returns all of them when the message is complete. The first of each number
+        counts."""
         partial = self._partial.get(name)
         if partial is None or partial.of != of:
             self._forget_parts(name)
@@ -140,7 +141,7 @@ class Unknown:
 
 
 def _part(datagram: bytes) -> tuple[IkeHeader, int, int] | None:
-    """(header, fragment number, total) of a sealed request; a message in one piece is 1 of 1."""
+    """(header, fragment number, total) of a sealed request; an unfragmented message is 1 of 1."""
     if len(datagram) > MAX_PROOF:
         return None
     try:

@@ -1,14 +1,17 @@
-"""I/O: watches for IKE requests of SAs that are not here, asks whose they are, gives them to charon later.
+"""I/O: watches for IKE requests of SAs that are not here, asks other gateways about them, gives them to
+charon later.
 
-A packet socket hears them below the firewall and beside charon, which owns the UDP ports and drops them
-without a word (strongSwan 5.9.8: an alert inside, no notify on the wire). A filter in the kernel passes
+A packet socket receives them below the firewall and beside charon, which owns the UDP ports and drops them
+silently (strongSwan 5.9.8: an alert inside, no notify on the wire). A filter in the kernel passes
 INFORMATIONAL and CREATE_CHILD_SA requests to our addresses only, so ESP, responses and other traffic never
-wake the agent. What it does pass is bounded here: so many datagrams are read in a tenth of a second, the
-rest of a flood stays in the kernel, which drops what no longer fits. `Unknown` decides what is a question.
+wake the agent. The packets that it passes are limited here: so many datagrams are read in a tenth of a
+second, the rest of a flood stays in the kernel, which drops packets when its buffer is full. `Unknown`
+decides about questions.
 
-When the answer was yes, charon has the SA but not the request that the MN waits for an answer to: it dropped
-it. The next retransmission may be seconds away (2.5 s, charon), so the request is sent once more, from the
-MN's address to our own, through the loopback device. It is what the MN sent, octet for octet, opened by pSG.
+If another gateway gave the SA, charon has it, but not the request that the mobile node waits for an answer
+to, because charon dropped it. The next retransmission may be seconds away (2.5 s, charon), so the request is
+sent once more, from the mobile node's address to our own, through the loopback device. It is octet for octet
+what the mobile node sent, and the old gateway has authenticated it.
 
 Needs CAP_NET_RAW. Source: Linux packet(7), raw(7), the packet filter of linux/filter.h.
 """
@@ -48,8 +51,8 @@ from .unknown import Question, Unknown
 log = logging.getLogger(__name__)
 
 GRACE = 0.05
-"""Seconds before a question is asked: an MN that probes several gateways at once is answered by the one that
-has the SA, and then its request is no longer the next one there, and the SA stays."""
+"""Seconds before a question is asked. A mobile node that probes several gateways at once is answered by the
+one that has the SA; then its request is no longer the next one there, and the SA stays."""
 BURST = 200
 WINDOW = 0.1
 """At most `BURST` datagrams are read in `WINDOW` seconds."""
@@ -59,14 +62,15 @@ _BUFFER = 1 << 18
 Known = Callable[[SaName], bool]
 """Whether charon here has that IKE_SA, or is being given it."""
 Ask = Callable[[tuple[bytes, ...], Endpoint, Endpoint], Awaitable[bool]]
-"""Ask the neighbours about the SA of these datagrams (one message), sent to the first endpoint, ours, from
-the second, the MN's. True: the SA is here now, and charon serves it. Errors: IkectxError."""
+"""Ask the other gateways about the SA of these datagrams (one message), sent to the first endpoint, ours,
+from the second, the mobile node's. True: the SA is here now, and charon serves it. Errors: IkectxError."""
 
 
 class Watcher:
     """Listens from `start` to `close`.
 
-    addresses: those of this gateway that MNs know. deliver: hand charon the MN's request when it has the SA.
+    addresses: those of this gateway that mobile nodes know. deliver: give charon the mobile node's request
+    when it has the SA.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Watcher:
 
     @property
     def asking(self) -> int:
-        """Questions under way."""
+        """The number of open questions."""
         return len(self._asking)
 
     def start(self) -> None:
@@ -107,7 +111,7 @@ class Watcher:
         self._listen()
 
     async def close(self) -> None:
-        """Stop listening; questions under way are given up."""
+        """Stop listening; open questions are given up."""
         self._deaf()
         if self._resume is not None:
             self._resume.cancel()
@@ -136,7 +140,7 @@ class Watcher:
         while self._read < BURST:
             try:
                 packet, sender = ear.recvfrom(MAX_DATAGRAM)
-            except OSError:  # nothing more; or a device went down, which is no matter of ours
+            except OSError:  # nothing more to read; or a device went down, which does not matter here
                 return
             self._read += 1
             if sender[2] == socket.PACKET_HOST:
@@ -176,12 +180,13 @@ class Watcher:
             self.unknown.forget(question.spis)
             try:
                 await asyncio.to_thread(deliver, question, mark=self._mark)
-            except OSError as error:  # a firewall of this host's: the MN will send it again
+            except OSError as error:  # a firewall of this host: the mobile node will send it again
                 log.info("the MN's request could not be given to charon again: %s", error.strerror)
 
 
 def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
-    """(IKE message without marker, our end, the other end) of what `udp_in` takes; None for all else."""
+    """(IKE message without marker, our end, the other end) of a packet that `udp_in` accepts; None for
+    others."""
     found = udp_in(packet)
     if found is None:
         return None
@@ -193,14 +198,15 @@ def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
 
 
 def deliver(question: Question, *, mark: int = 0) -> None:
-    """Send the MN's datagrams once more, from its address to ours, inside this host. Errors: OSError.
+    """Send the mobile node's datagrams once more, from its address to ours, inside this host. Errors:
+    OSError.
 
-    `mark` (SO_MARK) tells them from what leaves this host.
+    `mark` (SO_MARK) distinguishes them from packets that leave this host.
     """
     local, remote = question.local, question.remote
     six = local.address.version == 6
     family = socket.AF_INET6 if six else socket.AF_INET
-    # IPPROTO_RAW: the IP header is ours, so the source may be somebody else's
+    # IPPROTO_RAW: we make the IP header, so the source may be another host's
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
         bypass(raw)
         if mark:
@@ -215,7 +221,7 @@ def _ip_header(source: Address, target: Address, length: int) -> bytes:
     if source.version == 6:
         first = (6 << 28).to_bytes(4) + length.to_bytes(2) + bytes((socket.IPPROTO_UDP, 64))
         return first + source.packed + target.packed
-    # length, identification and checksum are the kernel's to fill in
+    # the kernel fills in length, identification and checksum
     first = bytes((0x45, 0)) + (IP4_HEADER + length).to_bytes(2) + bytes(4) + bytes((64, socket.IPPROTO_UDP))
     return first + bytes(2) + source.packed + target.packed
 
@@ -224,26 +230,28 @@ def _ip_header(source: Address, target: Address, length: int) -> bytes:
 
 
 def open_ear(addresses: Sequence[Address]) -> socket.socket:
-    """A packet socket for IKE requests to `addresses`, all of one family. LinkError if it cannot be had."""
+    """A packet socket for IKE requests to `addresses`, all of one family. LinkError if it is not
+    available."""
     try:
         ear = packet_socket(addresses[0].version, request_filter(addresses))
     except OSError as error:
         hint = "the agent must run as root or with CAP_NET_RAW" if denied(error) else ""
         raise LinkError(f"no packet socket: {error.strerror}", hint=hint) from error
-    # no error: the kernel takes what it allows (net.core.rmem_max)
+    # the kernel silently uses its maximum (net.core.rmem_max) if this is more
     ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     return ear
 
 
 _MAX_FILTERED = 16
-"""Addresses the filter compares: a jump reaches 255 instructions. More of them are compared here."""
+"""Addresses that the filter compares, because a jump reaches 255 instructions. Further ones are compared
+here."""
 
 
 def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
-    """Passes IP packets (from the IP header on) that hold what `Unknown` may want; all else is dropped.
+    """Passes IP packets (from the IP header on) that `Unknown` may need; all others are dropped.
 
-    That is: UDP in one IP fragment to one of the addresses and port 500 or 4500, there with a non-ESP marker
-    unless it comes from port 500; IKEv2, both SPIs not zero, SK or SKF first, INFORMATIONAL or
+    They are UDP in one IP fragment to one of the addresses and port 500 or 4500, there with a non-ESP marker
+    unless they come from port 500; IKEv2, both SPIs not zero, SK or SKF first, INFORMATIONAL or
     CREATE_CHILD_SA, not a response. IPv6 extension headers are not followed.
     """
     four = addresses[0].version == 4
@@ -259,7 +267,7 @@ def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
         lines.append(f"not {number}")
     if len(addresses) <= _MAX_FILTERED:
         lines += [(bpf.RET, 0), "ours"]
-    # X: where the UDP header begins; from "plain" on, 4 octets further where there is a marker
+    # X: offset of the UDP header; from "plain" on, 4 octets further if there is a marker
     lines.append((bpf.LDX_MSH, 0) if four else (bpf.LDX, IP6_HEADER))
     lines += [(bpf.LDH_X, 2), (bpf.JEQ, IKE_PORT, "plain", ""), (bpf.JEQ, NATT_PORT, "", "drop")]
     lines += [(bpf.LDH_X, 0), (bpf.JEQ, IKE_PORT, "plain", "")]
