@@ -35,9 +35,9 @@ LARGEST = 1 << 20
 """Octets of one value, at most."""
 
 Role = Literal["source", "target", "mobile"]
-Stage = Literal["installing", "active", "imported"]
-"""How far an SA that comes is: it may be undone; charon has its message IDs and must not be set back; all is
-done, and an SA of that name is no longer this transfer's."""
+Stage = Literal["", "installing", "active", "imported"]
+"""How far an SA that comes is: nothing of it is in charon; it may be undone; charon has its message IDs and
+must not be set back; all is done, and an SA of that name is no longer this transfer's."""
 Drawn = Literal["", "begun", "done"]
 F = TypeVar("F")
 
@@ -90,7 +90,7 @@ class TargetFacts:
     reqids: request ID of each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
     """
 
-    stage: Stage = "installing"
+    stage: Stage = ""
     since: int = 0
     plan: bytes = field(default=b"", repr=False)
     guards: tuple[bytes, ...] = field(default=(), repr=False)

@@ -641,6 +641,27 @@ def test_without_numbers_for_both_only_one_gateway_sends() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("kinds", [(), ("inbound",)], ids="-".join)
+def test_what_was_only_prepared_is_undone(kinds: tuple[str, ...], restarted: bool) -> None:
+    """An SA that keeps its names leaves nothing else in the ledger than that it is being installed."""
+
+    async def scenario() -> None:
+        here = place()
+        context = a_context(1)
+        if kinds:
+            here.charon.serve(rival(context, *kinds))
+        await here.sink.prepare(context, False)
+        assert here.host.importing(context.spis)
+        if restarted:
+            here.begin()
+        await here.sink.undo(context)
+        assert context.spis not in [view.spis for view in here.charon.views()]
+        assert not here.host.importing(context.spis) and here.mute.muted == set()
+
+    run(scenario())
+
+
 def test_what_is_undone_before_the_mn_was_told_has_drawn_nothing() -> None:
     async def scenario() -> None:
         here = place()

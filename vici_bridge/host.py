@@ -325,7 +325,7 @@ class CharonHost:
     def importing(self, sa: SaName) -> bool:
         """Whether that SA is being taken in: it may be muted before charon lists it."""
         row = self.coming.get(sa)
-        return sa in self.expected or (row is not None and row.facts.stage != "imported")
+        return sa in self.expected or (row is not None and row.facts.stage in ("installing", "active"))
 
     async def settle(self) -> None:
         """Wait until HA datagrams that charon sent before its last VICI answer have been read."""

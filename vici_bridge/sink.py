@@ -566,7 +566,7 @@ class CharonSink:
         host = self._host
         here = self._here(context)
         row = host.coming.get(context.spis)
-        if row is None or row.facts.stage == "imported":
+        if row is None or row.facts.stage in ("", "imported"):
             self._renames.forget(here, undone=True)
             return
         plan = self._renames.plan_of(here)
