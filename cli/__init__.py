@@ -1,3 +1,3 @@
-"""The command line and the agent: the only house that knows the others."""
+"""The command line and the agent: the only package that imports all others."""
 
 __version__ = "0.1.0"

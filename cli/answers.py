@@ -1,4 +1,4 @@
-"""What `ikectx` and `ikectx mobile` share: where their agent is, asking it, and showing what it answers."""
+"""The common part of `ikectx` and `ikectx mobile`: find the agent, ask it, and show its answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class HasControl(Protocol):
-    """An agent's configuration, as far as a command needs it."""
+    """The part of an agent's configuration that a command needs."""
 
     @property
     def control(self) -> ControlConfig: ...
@@ -31,10 +31,10 @@ C = TypeVar("C", bound=HasControl)
 
 
 class Setup(Generic[C]):
-    """Where the configuration is, and the agent behind it.
+    """The configuration's path, and the agent that it belongs to.
 
-    `load`: reads the configuration of the path that was given, or of the default one. `start`: how one
-    starts the agent. `given`: --config and --socket, as they stood on the command line.
+    `load`: reads the configuration of the given path, or of the default one. `start`: the command that starts
+    the agent. `given`: --config and --socket from the command line.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Setup(Generic[C]):
         self.given = given
 
     def config(self, path: str | None = None) -> C:
-        """The configuration, with the control socket that was given. Errors: ConfigError."""
+        """The configuration, with the given control socket. Errors: ConfigError."""
         config = self._load(path or self.given[0])
         socket = self.given[1]
         if socket is None:
@@ -54,7 +54,7 @@ class Setup(Generic[C]):
         return changed
 
     def socket(self) -> str:
-        """The control socket. Errors: ConfigError, where none was given."""
+        """The control socket. Errors: ConfigError, if none was given."""
         return self.given[1] or self._load(self.given[0]).control.socket
 
     def agent(self, timeout: float | None = 30.0) -> ControlClient:
@@ -64,7 +64,8 @@ class Setup(Generic[C]):
         return ControlClient(self.socket(), timeout=timeout, start=self._start)
 
     def ask(self, command: str, query: dict[str, Any] | None = None, timeout: float | None = 30.0) -> Any:
-        """One request to the agent; its answer's JSON, None where it has none. Errors: IkectxError."""
+        """Send one request to the agent; returns its answer's JSON, None if it has none. Errors:
+        IkectxError."""
         from vici_bridge.vici import json_of
 
         with self.agent(timeout) as agent:
@@ -76,7 +77,7 @@ LONGEST = 4096
 
 
 class _Words(click.ParamType):  # type: ignore[type-arg]
-    """What something can be called: not empty, not endless, UTF-8 without a NUL octet."""
+    """The type of a name: not empty, not longer than `LONGEST`, UTF-8 without a NUL octet."""
 
     name = "text"
 
@@ -115,19 +116,19 @@ def a_number(ctx: click.Context, param: click.Parameter, value: float | None) ->
 
 
 def json_option(command: F) -> F:
-    """--json, of every command that prints."""
+    """--json, for every command that prints."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")(command)
 
 
 def serve_config_option(command: F) -> F:
-    """--config behind `serve`, where units and scripts write it."""
+    """--config after `serve`, because units and scripts write it there."""
     return click.option("--config", metavar="FILE", type=WORDS, help="The same as before the command.")(
         command
     )
 
 
 def show_answer(value: Any, as_json: bool) -> None:
-    """An agent's answer; one that holds nothing is "done"."""
+    """Print an agent's answer; an empty one as "done"."""
     if as_json:
         show_json({"ok": True} if value is None else value)
         return

@@ -42,7 +42,8 @@ _DRAWS = 3_000_000
 
 @dataclass(frozen=True, slots=True)
 class Collisions:
-    """What to expect. `one`, `any_one`: from one gateway; `many`, `any_many`: from as many as there are SAs.
+    """The expected collisions. `one`, `any_one`: from one gateway; `many`, `any_many`: from as many as there
+    are SAs.
 
     `one`, `many`: expected number of SAs that need another SPI; `approximate`: n m / r. `any_*`: probability
     that at least one does.
@@ -79,7 +80,7 @@ class Simulated:
 
 
 def expected(moved: int, serving: int, spis: int = RANGE) -> Collisions:
-    """Both formulas of this module's docstring. Errors: UsageError where the SAs do not fit the range."""
+    """Both formulas of this module's docstring. Errors: UsageError if the SAs do not fit the range."""
     if moved < 0 or serving < 0 or spis < 1:
         raise UsageError("numbers of SAs are not negative, and a range has a value at least")
     if moved + serving > spis:
@@ -118,9 +119,9 @@ def _product(serving: int, spis: int, moved: int, *, falling: bool) -> float:
 def simulate(
     moved: int, serving: int, spis: int = RANGE, *, seed: int = 1, runs: int = 0
 ) -> Simulated | None:
-    """The same by chance: SAs with drawn SPIs move, and those that collide get free ones.
+    """The same by simulation: SAs with random SPIs move, and those that collide get free ones.
 
-    `runs` 0: as many as some seconds allow, 2 at least; None where even those take longer.
+    `runs` 0: as many as some seconds allow, 2 at least; None if even those take longer.
     """
     expected(moved, serving, spis)  # checks the numbers
     if not runs and moved + serving > _DRAWS:

@@ -169,7 +169,7 @@ def show(setup: Setup[Config], sa: str, secrets: bool, as_json: bool) -> None:
 
 
 def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
-    """How the agent is to look for what a person wrote: the first way in which it is the name of one SA."""
+    """The agent's key and value for a person's name of an SA: the first way in which it names one SA."""
     from vici_bridge.vici import json_of
 
     items: list[dict[str, Any]] = []
@@ -264,7 +264,7 @@ def pull(setup: Setup[Config], /, from_: str, mn: str, sa: str | None, dry_run: 
 
 
 def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bool, dry_run: bool) -> int:
-    """Ask the agent for transfers, show them while they run and their reports; the exit code."""
+    """Ask the agent for transfers, show them while they run, and their reports; returns the exit code."""
     from vici_bridge.vici import json_of
 
     from . import collisions
@@ -277,7 +277,7 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
         reports: list[dict[str, Any]] = (json_of(answer) or {}).get("reports", [])
         state = json_of(agent.request("status")) if dry_run and reports else {}
     code = next((int(report.get("exit_code", 1)) for report in reports if report.get("exit_code")), 0)
-    # how many SAs the other gateway has nobody tells: as many as this one, let us say
+    # the other gateway's number of SAs is not known, so it is assumed to be that of this one
     sizes = (len(reports), int(state.get("sas", 0)), int(state.get("spis", collisions.RANGE)))
     if as_json:
         told: dict[str, Any] = {"ok": code == 0, "dry_run": dry_run, "reports": reports}
@@ -296,7 +296,7 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
 def selection(
     *, ike: str | None, ike_id: int | None, spi: str | None, peer: str | None, every: bool
 ) -> dict[str, Any]:
-    """The agent's keys for the SAs that were named. Errors: UsageError for more than one way of naming."""
+    """The agent's keys for the named SAs. Errors: UsageError for more than one way of naming."""
     given = {"--ike": ike, "--ike-id": ike_id, "--spi": spi, "--peer": peer, "--all": every or None}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -324,10 +324,11 @@ def status(setup: Setup[Config], as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool) -> None:
-    """SAs that left this gateway: where they are, and what becomes of packets that still arrive for them.
+    """SAs that left this gateway: which gateway has them, and how packets that still arrive for them are
+    treated.
 
-    They are sent on as long as the other gateway serves the SA; what cannot be is dropped, until the address
-    is used here again.
+    They are sent on as long as the other gateway serves the SA. Packets that cannot be sent on are dropped,
+    until the address is used here again.
     """
     if unblock and end is None:
         raise UsageError("--unblock needs --end", hint="name the SA whose packets may leave in the clear")
@@ -375,7 +376,7 @@ def history(setup: Setup[Config], limit: int, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
-    """Let charon tell the agent about all its SAs again. charon rekeys every CHILD_SA for it."""
+    """Make charon report all its SAs to the agent again. charon rekeys every CHILD_SA to do so."""
     if not yes and sys.stdin.isatty():
         click.confirm("charon will rekey every CHILD_SA; go on?", abort=True)
     show_answer(setup.ask("resync"), as_json)
@@ -386,7 +387,7 @@ def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
-    """Stop an open TRANSFER (its id; see status), as long as this gateway has not let go."""
+    """Stop an open TRANSFER (its id; see status), as long as this gateway still serves the SA."""
     show_answer(setup.ask("cancel", {"transfer": transfer}), as_json)
 
 
@@ -396,9 +397,9 @@ def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> None:
-    """Serve an SA here again that was let go in TRANSFER and that no one is known to serve.
+    """Serve an SA here again that this gateway handed over in TRANSFER and that no gateway is known to serve.
 
-    Only when the other gateway is down for good: two gateways that serve one SA break it.
+    Use it only if the other gateway is down for good, because two gateways that serve one SA break it.
     """
     if not yes and sys.stdin.isatty():
         click.confirm("Is it certain that the other gateway does not serve it?", abort=True)
@@ -409,7 +410,7 @@ def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> No
 @json_option
 @click.pass_obj
 def doctor(setup: Setup[Config], as_json: bool) -> int:
-    """Check this gateway for what goes wrong most often, and say what to write where."""
+    """Check this gateway for frequent mistakes, and say what to write where."""
     from .doctor import examine
     from .doctor_world import World
 

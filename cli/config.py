@@ -1,7 +1,7 @@
-"""The one configuration file, /etc/ikectx/ikectx.toml: read, checked, and given as frozen dataclasses.
+"""The one configuration file, /etc/ikectx/ikectx.toml: read, checked, and returned as frozen dataclasses.
 
-Every error is a `ConfigError` that names file, line and key. Relative file names count from the
-folder of the configuration file. The README has the file with all keys explained.
+Every error is a `ConfigError` that names file, line and key. Relative file names are relative to the folder
+of the configuration file. examples/config/ikectx.toml explains all keys.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ControlConfig:
 
 @dataclass(frozen=True, slots=True)
 class CharonConfig:
-    """[charon]: as strongswan.conf has it. The agent binds `ha_local`, charon's `ha.remote`.
+    """[charon]: the settings of strongswan.conf. The agent binds `ha_local`, which is charon's `ha.remote`.
 
     New SPIs for SAs whose own are taken here come from `spi_min` to `spi_max`, as charon's do.
     """
@@ -76,19 +76,19 @@ class CharonConfig:
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """[gateway]: the outer addresses this gateway serves mobile nodes from, preferred ones first."""
+    """[gateway]: the outer addresses on which this gateway serves mobile nodes, preferred ones first."""
 
     addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """[transfer]: where to listen, who we are (PEM files), and how to move. Times in seconds.
+    """[transfer]: addresses to listen on, our identity (PEM files), and how to move SAs. Times in seconds.
 
-    `transport` "ipsec": plain `protocol` between gateways, refused wherever the kernel's SPD does not protect
-    it; certificates are then not needed. `predictive_seconds`: how long an announced MN is waited for.
-    `collision`: what becomes of an SA whose SPI is taken here. `rekey_after`: a rekey with a new key exchange
-    once an SA has come here.
+    `transport` "ipsec": plain `protocol` between gateways, refused if the kernel's SPD does not protect it;
+    certificates are then not needed. `predictive_seconds`: how long an announced mobile node is waited for.
+    `collision`: how an SA whose SPI is taken here is treated. `rekey_after`: a rekey with a new key exchange
+    after an SA has come here.
     """
 
     listen: tuple[HostPort, ...]
@@ -110,11 +110,11 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionConfig:
-    """[connections.NAME]: what VICI does not tell about charon's connection NAME.
+    """[connections.NAME]: properties of charon's connection NAME that VICI does not report.
 
     `announces`: its updown script has the network send packets for a mobile node to the gateway that serves
-    it, so that a move needs no detour. `agents`: its mobile nodes run `ikectx mobile serve`.
-    `local_ids`, `virtual_ips`, `ike_proposals`, `esp_proposals`: what SAs that come in may have (`Rules`).
+    it, so that a move needs no detour. `agents`: its mobile nodes run `ikectx mobile serve`. `local_ids`,
+    `virtual_ips`, `ike_proposals`, `esp_proposals`: what SAs that come in may have (`Rules`).
     """
 
     name: str
@@ -129,7 +129,7 @@ class ConnectionConfig:
 
     @property
     def rules(self) -> Rules:
-        """What SAs of this connection may have, as far as charon does not tell."""
+        """Limits for SAs of this connection that charon does not report."""
         return Rules(self.local_ids, self.virtual_ips, self.ike_proposals, self.esp_proposals)
 
 
@@ -137,8 +137,8 @@ class ConnectionConfig:
 class MobileConfig:
     """[mobile]: where mobile nodes ask for a handover (CTAR, UDP), and how often they may.
 
-    `rate`, `source_rate`: requests a second, in all and from one address. `rfc_token`: the 32-bit token of
-    RFC 4067 will do. `clock_skew`: seconds that an MN's clock may be ahead or behind.
+    `rate`, `source_rate`: requests per second, in all and from one address. `rfc_token`: the 32-bit token of
+    RFC 4067 is accepted. `clock_skew`: seconds that a mobile node's clock may be ahead or behind.
     """
 
     listen: tuple[HostPort, ...]
@@ -150,9 +150,9 @@ class MobileConfig:
 
 @dataclass(frozen=True, slots=True)
 class ByPacketConfig:
-    """[by_packet]: whom to ask about IKE messages of SAs that are not here.
+    """[by_packet]: the gateways to ask about IKE messages of SAs that are not here.
 
-    `ask`: names of peers, in this order. `rate`: questions a second; `memory`: unknown SAs remembered.
+    `ask`: names of peers, in this order. `rate`: questions per second; `memory`: unknown SAs remembered.
     """
 
     ask: tuple[str, ...]
@@ -164,11 +164,10 @@ class ByPacketConfig:
 class PeerConfig:
     """[[peer]]: another gateway. `rights` are what it may do here: push SAs to us, pull ours.
 
-    `identity` is the name its certificate must hold (a DNS name, or the CN), by default `name`.
-    `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on.
-    `connects_from`: networks that its connections to us come from, beside `address`.
-    `connections`, `identities`: whose SAs it may bring, by connection name and as `id` of a connection is
-    written; empty: all.
+    `identity` is the name that its certificate must have (a DNS name, or the CN), by default `name`.
+    `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on. `connects_from`:
+    networks from which it connects to us, beside `address`. `connections`, `identities`: the SAs that it may
+    bring, by connection name and by identity in the form of a connection's `id`; empty: all.
     """
 
     name: str
@@ -191,7 +190,7 @@ class PeerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole file. `name`: what the other gateways know this one by, as in its certificate."""
+    """The whole file. `name`: this gateway's name among the other gateways, as in its certificate."""
 
     path: Path
     name: str
@@ -384,7 +383,7 @@ def _a_network(value: Any) -> IPv4Network | IPv6Network:
 
 
 def _agree(root: Table, config: Config) -> None:
-    """What only the whole file can tell."""
+    """Checks that need the whole file."""
     names = [peer.name for peer in config.peers]
     for peer, table in zip(config.peers, root.tables("peer"), strict=True):
         if peer.name == config.name:

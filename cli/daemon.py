@@ -1,7 +1,7 @@
-"""`ikectx serve`: the agent of one gateway, where library, bridge and mobile extension are joined.
+"""`ikectx serve`: the agent of one gateway, which joins library, bridge and mobile extension.
 
-One process owns the HA socket, the VICI connection, XFRM and the CXTP endpoint, and offers what it can do
-on the control socket, as VICI commands. Nothing here decides about a transfer: that is `ikectx.transfer`.
+One process owns the HA socket, the VICI connection, XFRM and the CXTP endpoint, and offers its functions on
+the control socket, as VICI commands. It makes no decisions about a transfer: `ikectx.transfer` does.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ from .views import charon_json, chosen, sa_name, view_json
 log = logging.getLogger("ikectx")
 
 LEFT_QUIETLY = 10.0
-"""Seconds without an IKE request in either direction after which an SA that goes down was not deleted by
-anybody: its MN has gone (charon gives up after 165 s of retransmissions)."""
+"""Seconds without an IKE request in either direction after which an SA that goes down counts as abandoned by
+its mobile node, not as deleted (charon gives up after 165 s of retransmissions)."""
 CALL_BACK_TRIES = 3
-"""Requests, for each of two message IDs, to an MN whose transfer is undone."""
+"""Requests, for each of two message IDs, to a mobile node whose transfer is undone."""
 SETTLE_TRIES = 4
-"""Requests at most, for each of two message IDs, to an MN that is asked for the next one; it is waiting."""
+"""Requests at most, for each of two message IDs, to a mobile node that is asked for the next one; it is
+waiting."""
 HOOK_PATIENCE = 5.0
-"""Seconds charon is made to wait in its updown script for a handover to let go."""
+"""Seconds that charon waits in its updown script for a handover to let the SA go."""
 
 
 def run(config: Config) -> int:
@@ -91,14 +92,14 @@ def host_config(config: Config) -> HostConfig:
 
 
 def _addresses(hosts: Iterable[str]) -> Iterator[Address]:
-    """Those of the hosts that are written as addresses, not as names."""
+    """The hosts that are written as addresses, not as names."""
     for host in hosts:
         with contextlib.suppress(ValueError):
             yield ip_address(host)
 
 
 class Agent:
-    """Everything one gateway's agent owns, and its control commands."""
+    """The objects of one gateway's agent, and its control commands."""
 
     def __init__(self, config: Config, store: SqliteStore) -> None:
         self._config = config
@@ -153,7 +154,7 @@ class Agent:
             dial=dial,
             mobile=self._mobile(),
             oseq_jump=config.transfer.oseq_jump,
-            durable=False,  # a machine that lost its power has lost charon's and the kernel's SAs with it
+            durable=False,  # after a loss of power charon's and the kernel's SAs are lost as well
             observer=self._observe,
             hear=self._host.follow.hear,
         )
@@ -187,7 +188,8 @@ class Agent:
         self._started = time.time()
 
     async def start(self) -> None:
-        """HA address first, then the control socket, then peers: charon may come at any time."""
+        """Begin with the HA address, then the control socket, then peers, because charon may start at any
+        time."""
         await self._host.open()
         self._source.resume()
         self._sink.resume()
@@ -238,7 +240,7 @@ class Agent:
         return sa in self._host.record
 
     async def _ask_for(self, datagrams: tuple[bytes, ...], local: Endpoint, remote: Endpoint) -> bool:
-        """An IKE message of an SA that is not here: does one of [by_packet] ask give the SA?"""
+        """An IKE message of an SA that is not here arrived: get the SA from one of [by_packet] ask."""
         assert self._config.by_packet is not None
         report = await self._gateway.packet(datagrams, local, remote, self._config.by_packet.ask)
         if report is not None:
@@ -269,7 +271,7 @@ class Agent:
         )
         self._control.emit("transfer-state", _event_json(event))
 
-    # Control commands. Each item and answer holds its whole under `json`.
+    # Control commands. Each item and answer has the whole as JSON under `json`.
 
     async def version(self, request: Message) -> Message:
         answer = {
@@ -306,7 +308,7 @@ class Agent:
         names = await self._select(request)
         if len(names) != 1:
             raise UnknownSaError(f"{len(names)} IKE_SAs match, one is to be shown")
-        # to be looked at it need not be idle
+        # an SA that is only shown need not be idle
         context = await self._source.export(names[0], away=True)
         return with_json(context_json(context, secrets=request.get("secrets") == "yes"))
 
@@ -381,9 +383,9 @@ class Agent:
         return with_json(report.to_json())
 
     async def detours(self, request: Message) -> Message:
-        """What left this gateway; with `end`, nothing is sent on any more for the SA of that name.
+        """The SAs that left this gateway; with `end`, nothing is sent on any more for the SA of that name.
 
-        `behind`: what is dropped when SAs end that came here.
+        `behind`: blocks for SAs that came here and may end.
         """
         away, name = self._host.away, request.get("end", "")
         unblock = request.get("unblock") == "yes"
@@ -394,16 +396,17 @@ class Agent:
         return with_json({"detours": [row.to_json() for row in away.listing()], "behind": behind})
 
     async def updown(self, request: Message) -> Message:
-        """The hook's word. A connection with `handover_to` is handed over when its MN leaves.
+        """The updown hook's message. An SA of a connection with `handover_to` is handed over when its mobile
+        node leaves.
 
-        charon waits for the hook, the hook for this answer: it comes when pSG has let go, or the
-        transfer has failed, so that the ESP SAs are still there to be read.
+        charon waits for the hook, the hook for this answer: it is sent when the SA has been let go, or the
+        transfer has failed, so that the ESP SAs can still be read until then.
         """
         if request.get("verb") != "down":
             return {"action": "none"}
         reqid = _number(request, "reqid", 0, 0, 0xFFFFFFFF)
         handed = {name: to for name, one in self._config.connections.items() if (to := one.handover_to)}
-        # the hook knows the child's name only (PLUTO_CONNECTION); connections are the IKE_SA's
+        # the hook knows only the child's name (PLUTO_CONNECTION), and connections are the IKE_SA's
         found = self._source.departing_by_reqid(reqid, handed)
         if found is None or found[0] in self._source.departing:
             # a child alone, whose IKE_SA lives on, or the second of several selector pairs
@@ -442,7 +445,8 @@ class Agent:
 
 
 def _ear(here: IkeContext) -> Held:
-    """Hears what the MN of an SA asks while the SA is mute, and leaves out what charon cannot answer."""
+    """Records requests of an SA's mobile node while the SA is mute, except those that charon cannot
+    answer."""
     skip = partial(asks_for_names, here.current)
     return Held(here.spis, here.local, here.remote, mark=MARK, skip=skip)
 

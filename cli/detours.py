@@ -1,4 +1,5 @@
-"""SAs that left this gateway, as commands name them; and whether packets of others could be sent on."""
+"""SAs that left this gateway, by the names that commands use; and whether packets of an SA could be sent
+on."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def need_ways(
 ) -> None:
     """Refuse, before anything is done, to move SAs whose packets would be dropped here afterwards.
 
-    `way`: device by which packets for a prefix get to a peer, 0: none. Where the connection `announces`, the
+    `way`: device by which packets for a prefix get to a peer, 0: none. If the connection `announces`, the
     network sends them there by itself. The mobile node's outer address, as in transport mode, and 0.0.0.0/0
     are never sent on. Errors: UsageError.
     """
@@ -48,12 +49,12 @@ def need_ways(
 
 
 def names(departure: Departure, text: str) -> bool:
-    """Whether the text is a name of it: SPIi:SPIr, or its mobile node's identity."""
+    """Whether the text names the departure: SPIi:SPIr, or its mobile node's identity."""
     return text in (departure.mn, ":".join(part.hex() for part in departure.sa))
 
 
 def find(departures: Iterable[Departure], text: str) -> SaName:
-    """The one that left and has that name: SPIi:SPIr, or its mobile node's identity.
+    """The departed SA of that name: SPIi:SPIr, or its mobile node's identity.
 
     Errors: UnknownSaError.
     """
@@ -72,13 +73,13 @@ def _announces(connections: Mapping[str, ConnectionConfig], name: str) -> bool:
 
 
 def _inner(view: SaView) -> list[str]:
-    """Prefixes of its mobile node that could be sent on."""
+    """Prefixes of the SA's mobile node that could be sent on."""
     found = []
     for text in (text for child in view.children for text in child.remote_ts):
         try:
             network = ip_network(text.split("[", 1)[0])
         except ValueError:
-            continue  # a range: sent on as several prefixes, and refused with none of them
+            continue  # a range: it is sent on as several prefixes, and refused as one of them would be
         if network.prefixlen and view.remote.address not in network:
             found.append(str(network))
     return found

@@ -1,4 +1,4 @@
-"""`ikectx doctor`: what operators get wrong, each as one check that says what to write where.
+"""`ikectx doctor`: frequent mistakes of operators, each as one check that says what to write where.
 
 A check is a function of the `World` that yields findings; `CHECKS` is the list. Levels: ok; note (worth
 knowing); warn (something will not work as expected); fail (nothing can be moved, or not safely).
@@ -28,7 +28,7 @@ LEVELS = ("ok", "note", "warn", "fail")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found, and what to do about it."""
+    """The result of one check, and what to do about it."""
 
     check: str
     level: str
@@ -40,13 +40,13 @@ class Finding:
 
 
 Outcome = tuple[str, str] | tuple[str, str, str]
-"""(level, what was found) or (level, what was found, what to do)."""
+"""(level, result) or (level, result, what to do)."""
 
 Check = Callable[[World], Iterator[Outcome]]
 
 
 def examine(world: World) -> list[Finding]:
-    """Every check in turn; one that cannot run says why, and the others go on."""
+    """Run every check; one that cannot run yields the reason, and the others go on."""
     findings: list[Finding] = []
     reasons: dict[str, str] = {}
     for name, check in CHECKS:
@@ -64,7 +64,7 @@ def examine(world: World) -> list[Finding]:
 
 
 def ha_snippet(world: World) -> str:
-    """What belongs into strongswan.conf."""
+    """The part of strongswan.conf that the ha plugin needs."""
     charon = world.config.charon
     return (
         "in strongswan.conf (Debian: /etc/strongswan.d/charon/ha.conf), then restart strongSwan: "
@@ -177,7 +177,8 @@ def agent_runs(world: World) -> Iterator[Outcome]:
 
 
 def ha_version(world: World) -> Iterator[Outcome]:
-    """charon may have been upgraded under the agent; it drops HA messages of another version than its own."""
+    """Find out whether charon was upgraded under the agent: it drops HA messages of another version than its
+    own."""
     now = str(world.charon("version").get("version", ""))
     charon = world.agent("status").get("charon") or {}
     number, expected = charon.get("ha_version"), wire_version(now)
@@ -195,14 +196,14 @@ def ha_version(world: World) -> Iterator[Outcome]:
 
 
 def kinds(world: World) -> Iterator[Outcome]:
-    """SAs that stay, whatever one does here."""
+    """SAs that cannot be moved, whatever the configuration."""
     for sa in world.agent("list-contexts"):
         if sa.get("known") and sa.get("reason") and sa.get("state") == "ESTABLISHED":
             yield "note", f"{sa.get('name')} #{sa.get('ike_id')} cannot be moved: {sa['reason']}", sa["hint"]
 
 
 def order(world: World) -> Iterator[Outcome]:
-    """An SA that came up while nobody listened on the HA socket has keys that nobody knows."""
+    """SAs that came up while nobody listened on the HA socket: their keys are not known."""
     unknown = [sa for sa in world.agent("list-contexts") if sa.get("known") is False]
     if not unknown:
         yield "ok", "the agent knows the keys of all SAs"
@@ -325,7 +326,7 @@ def certificates(world: World) -> Iterator[Outcome]:
 
 
 def _names(certificate: Any) -> frozenset[str]:
-    """dNSNames, else the CN; lower case. The rule by which peers know each other."""
+    """dNSNames, else the CN; lower case. Peers are identified by the same rule."""
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 
@@ -441,11 +442,12 @@ ESP_PROBE = (
     *("xfrm", "state", "add", "src", "127.0.0.1", "dst", "127.0.0.2", "proto", "esp", "spi", "0x100"),
     *("mode", "tunnel", "aead", "rfc4106(gcm(aes))", "0x" + "00" * 20, "128"),
 )
-"""An SA of nobody's, in a namespace that is gone at once."""
+"""An unused SA, in a namespace that is gone at once."""
 
 
 def message_ids(world: World) -> Iterator[Outcome]:
-    """What a known message ID reads back as: an SA whose number is wrong would be deaf after a move."""
+    """Compare a known message ID with the one that is read back: an SA with a wrong one would be deaf after a
+    move."""
     try:
         right = world.notes_right()
     except KernelError as error:
@@ -576,7 +578,7 @@ CHECKS: Sequence[tuple[str, Check]] = (
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """A table, then what to do, then one closing line."""
+    """Print a table, then what to do, then one closing line."""
     from .render import say, table
 
     styles = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}

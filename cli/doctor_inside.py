@@ -1,11 +1,11 @@
-"""`doctor` on the inside: where packets go when a mobile node has moved, and whose its address is then.
+"""`doctor` on the inside: the way of packets for a mobile node that has moved, and the use of its address.
 
-Its inner address goes on being routed to the gateway that it has left. That gateway sends its packets on to
-the other one's inner address (`forward_via`), which the kernel can do only for an address on a network that
-both are on. Without that address the network inside has to follow by itself.
+Its inner address is still routed to the gateway that it has left. That gateway sends its packets on to the
+other one's inner address (`forward_via`), which the kernel can do only for an address on a network that both
+are on. Without that address the network inside has to follow by itself.
 
-charon frees the virtual IP of an SA that has left, as it does when a mobile node has gone, and gives it to
-somebody else as soon as its pool has no other address left (5.9.8).
+charon frees the virtual IP of an SA that has left, as it does when a mobile node disconnects, and assigns it
+to another one as soon as its pool has no other address left (5.9.8).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECTION = "see `How the network inside follows` in the README"
 
 
 def inside(world: World) -> Iterator[Outcome]:
-    """Each peer's `forward_via`, and for those without one whether scripts tell the network instead."""
+    """Each peer's `forward_via`; for peers without one, whether scripts announce the way to the network."""
     outer = {world.device_of(str(address)) for address in world.config.gateway.addresses} - {""}
     for peer in world.config.peers:
         yield from _ways(world, peer, outer) if peer.forward_via else _no_way(world, peer)
@@ -77,7 +77,7 @@ def _ways(world: World, peer: PeerConfig, outer: set[str]) -> Iterator[Outcome]:
 
 
 def pools(world: World) -> Iterator[Outcome]:
-    """Pools in which charon will soon use addresses again that mobile nodes have taken along."""
+    """Pools in which charon will soon assign addresses again that mobile nodes have taken along."""
     for name, pool in world.charon("pools").items():
         size, given = int(pool.get("size", 0)), int(pool.get("online", 0)) + int(pool.get("offline", 0))
         found = f"pool {name} (from {pool.get('base', '?')}): {given} of {size} addresses were given out"

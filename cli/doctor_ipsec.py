@@ -1,4 +1,5 @@
-"""`doctor` for `transport = "ipsec"`: does the kernel protect connections with each peer, and is it there?"""
+"""`doctor` for `transport = "ipsec"`: whether the kernel protects connections with each peer, and the peer
+answers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ Outcome = tuple[str, str] | tuple[str, str, str]
 
 
 def protection(world: World) -> Iterator[Outcome]:
-    """The SPD as it is now, for connections in both directions; nothing where TLS protects."""
+    """The present SPD, for connections in both directions; nothing if TLS protects them."""
     transfer = world.config.transfer
     if transfer.transport != "ipsec":
         return
@@ -43,7 +44,7 @@ def protection(world: World) -> Iterator[Outcome]:
 
 
 def reach(world: World) -> Iterator[Outcome]:
-    """Does each peer take a connection from here? Nothing is said on it."""
+    """Whether each peer accepts a connection from here; nothing is sent on it."""
     for peer in world.config.peers:
         who = f"{peer.name} ({peer.address})"
         try:

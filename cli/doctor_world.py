@@ -1,7 +1,7 @@
-"""What `doctor` looks at: processes, sockets, files, the kernel, charon, the agent, the peers.
+"""The world of `doctor`: processes, sockets, files, the kernel, charon, the agent, the peers.
 
-Every method answers with what there is, or None where it cannot be told; none changes anything that outlives
-it (the kernel is tried in a network namespace of its own).
+Every method returns what it found, or None if that cannot be known; none makes a lasting change (the kernel
+is tried in a network namespace of its own).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS = 20
 CONNECT_SECONDS = 5
 SOME_PORT = 49152
-"""An ephemeral one, of whoever dials."""
+"""Stands for the ephemeral port of the side that dials."""
 
 
 @dataclass(frozen=True, slots=True)
 class UdpOwner:
-    """Who has a UDP socket; pid 0: could not be found out (no root, or another PID namespace)."""
+    """The owner of a UDP socket; pid 0: it could not be found out (no root, or another PID namespace)."""
 
     pid: int
     name: str
@@ -48,7 +48,7 @@ class UdpOwner:
 
 @dataclass(frozen=True, slots=True)
 class PeerAnswer:
-    """What came of connecting to a peer: the names it proved, or what went wrong and where."""
+    """The result of connecting to a peer: the names that it proved, or the error and where it happened."""
 
     names: frozenset[str] = frozenset()
     not_before: float | None = None
@@ -64,7 +64,7 @@ def _address(host: str) -> Address | None:
 
 
 class World:
-    """This machine, as the configuration tells where to look."""
+    """This machine, with the paths and addresses of the configuration."""
 
     def __init__(self, config: Config, control: str) -> None:
         self.config = config
@@ -126,7 +126,7 @@ class World:
         return self.pid_behind(self.config.charon.vici.removeprefix("unix://"))
 
     def started(self, pid: int) -> int | None:
-        """When a process started, in clock ticks since boot."""
+        """The time at which a process started, in clock ticks since boot."""
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
             return int(stat.rpartition(")")[2].split()[19])
@@ -146,7 +146,8 @@ class World:
     # -- files
 
     def settings(self, which: str) -> dict[str, Setting] | None:
-        """All of `strongswan.conf` or `swanctl.conf`, as charon sees them (its environment and root)."""
+        """All settings of `strongswan.conf` or `swanctl.conf`, as charon reads them (its environment and
+        root)."""
         pid = self.charon_pid()
         variable, path = {
             "strongswan.conf": ("STRONGSWAN_CONF", CONF),
@@ -177,7 +178,7 @@ class World:
     # -- network
 
     def udp_owner(self, address: str, port: int) -> UdpOwner | None:
-        """Who has bound address:port (or the port on every address); None: nobody."""
+        """The process that has bound address:port (or the port on every address); None: nobody."""
         for inode in self._udp_inodes(address, port):
             for pid in self._pids():
                 if self._has_inode(pid, inode):
@@ -233,26 +234,26 @@ class World:
         return True
 
     def device_of(self, address: str) -> str:
-        """The interface that has the address; empty where none has."""
+        """The interface that has the address; empty if none has."""
         return reach.device_of(ip_address(address))
 
     def way_to(self, address: Address) -> reach.Way:
-        """How packets for the address leave this machine."""
+        """The way by which packets for the address leave this machine."""
         return reach.way_to(address)
 
     def is_there(self, address: Address) -> bool | None:
-        """Whether a machine with that address is there; None: it cannot be told. Takes up to two seconds."""
+        """Whether a machine with that address answers; None: not known. Takes up to two seconds."""
         return reach.answers(address)
 
     def connect(self, peer: PeerConfig) -> PeerAnswer:
-        """TLS to a peer with our certificate, as a transfer would begin; nothing is said."""
+        """Connect to a peer by TLS with our certificate, as a transfer would; nothing is sent on it."""
         from ikectx.neighbours import is_address, own_address
         from ikectx.tls import TlsConfig, certificate_names
 
         transfer = self.config.transfer
         version = ip_address(peer.host).version if is_address(peer.host) else 4
         own = own_address([(item.host, item.port) for item in transfer.listen], version)
-        source = None if own is None else (str(own), 0)  # as a transfer: the peer lets in what it knows
+        source = None if own is None else (str(own), 0)  # as a transfer, because the peer checks the source
         try:
             context = TlsConfig(transfer.certificate, transfer.key, transfer.ca).context(server=False)
             with (
@@ -263,7 +264,7 @@ class World:
                 names = certificate_names(certificate)
                 since = str((certificate or {}).get("notBefore", ""))
                 not_before = ssl.cert_time_to_seconds(since) if since else None
-                # With TLS 1.3 a server's word on our certificate comes after the handshake.
+                # With TLS 1.3 a server's verdict on our certificate comes after the handshake.
                 sock.settimeout(1)
                 try:
                     refused = sock.recv(1) == b""
@@ -279,9 +280,9 @@ class World:
             return PeerAnswer(failed=error.strerror or str(error))
 
     def connect_plainly(self, peer: PeerConfig) -> PeerAnswer:
-        """A connection to a peer as with `transport = "ipsec"`.
+        """Connect to a peer as with `transport = "ipsec"`.
 
-        Errors: LinkError where the kernel does not protect it, KernelError where it cannot say.
+        Errors: LinkError if the kernel does not protect the connection, KernelError if that is not known.
         """
         last = PeerAnswer(failed="the name has no address")
         for address in self.addresses(peer.host):
@@ -310,7 +311,7 @@ class World:
             return PeerAnswer(failed=error.strerror or str(error))
 
     def addresses(self, host: str) -> list[str]:
-        """What a name stands for. Errors: LinkError."""
+        """The addresses of a name. Errors: LinkError."""
         try:
             found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
@@ -318,7 +319,7 @@ class World:
         return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
 
     def flows(self, address: str, port: int) -> tuple[Flow, Flow]:
-        """A connection of ours to a peer, and one of its to us; the ports of who dials stand for any.
+        """A connection of ours to a peer, and one of its to us; the dialling side's port stands for any.
 
         Errors: LinkError.
         """
@@ -344,7 +345,7 @@ class World:
         )
 
     def check_protection(self, flow: Flow) -> None:
-        """Errors: LinkError unless the kernel protects it now; KernelError where that cannot be asked."""
+        """Errors: LinkError unless the kernel protects the flow now; KernelError if that cannot be asked."""
         from vici_bridge.guard import SpdGuard
 
         with SpdGuard() as guard:
@@ -353,9 +354,9 @@ class World:
     # -- tools and the kernel
 
     def notes_right(self) -> bool | None:
-        """Whether the kernel notes message IDs as they leave, tried now; None: no rules for that stand here.
+        """Whether the kernel notes message IDs as they leave, tried now; None: there are no rules for it.
 
-        Errors: KernelError where it cannot be tried.
+        Errors: KernelError if it cannot be tried.
         """
         from vici_bridge.message_ids import MessageIds
 
@@ -367,7 +368,8 @@ class World:
         return shutil.which(name, path=os.environ.get("PATH", "") + ":" + SEARCH)
 
     def probe(self, *command: str) -> tuple[bool | None, str]:
-        """Try a command in a network namespace of its own: did it work (None: not tried), what it said."""
+        """Try a command in a network namespace of its own: whether it worked (None: not tried), and its
+        output."""
         if os.geteuid() != 0:
             return None, "only root can try it"
         try:

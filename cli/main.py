@@ -1,4 +1,4 @@
-"""The entry point `ikectx`: takes the short way for the updown hook, and the command line for the rest."""
+"""The entry point `ikectx`: starts the updown hook directly, and the command line for everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ikectx mobile`: the agent of a mobile node, and what one asks it for."""
+"""`ikectx mobile`: the agent of a mobile node, and the requests to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .mobile_config import MobileFile
 
 PATIENCE = 4000.0
-"""Seconds for a handover that was announced to be completed (an hour at most, by configuration)."""
+"""Seconds in which an announced handover must be completed (an hour at most, by configuration)."""
 
 
 def _load(given: str | None) -> MobileFile:
@@ -146,7 +146,7 @@ PHASES = {
 
 
 def _progress(item: Mapping[str, Any], *, live: bool) -> None:
-    """One line a step."""
+    """Print one line for each step."""
     from .render import printable
 
     text = printable(item.get("detail") or PHASES.get(str(item.get("phase")), item.get("phase")))
@@ -155,7 +155,7 @@ def _progress(item: Mapping[str, Any], *, live: bool) -> None:
 
 
 def show_report(report: Mapping[str, Any]) -> None:
-    """What moved, from where to where, and what it took; or what failed, and what to do."""
+    """Print what moved, from where to where, at what cost; or what failed, and what to do."""
     from .render import say
 
     result, name = report.get("result"), report.get("connection")
@@ -191,7 +191,7 @@ def show_report(report: Mapping[str, Any]) -> None:
 @json_option
 @click.pass_obj
 def status(setup: Setup[MobileFile], as_json: bool) -> None:
-    """The agent, charon, its SAs and the gateways, and what was announced."""
+    """The agent, charon, its SAs and the gateways, and announced moves."""
     show_answer(setup.ask("status"), as_json)
 
 
@@ -199,7 +199,7 @@ def status(setup: Setup[MobileFile], as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def cancel(setup: Setup[MobileFile], as_json: bool) -> None:
-    """Forget a move that was announced; the gateways forget it, too, when its time is over."""
+    """Forget an announced move; the gateways forget it, too, when its time is over."""
     answer = setup.ask("cancel") or {}
     if as_json:
         show_json(answer)

@@ -1,7 +1,7 @@
 """`ikectx mobile serve`: the agent of a mobile node, beside a stock charon.
 
-One process owns the HA socket, the VICI connection and what is noted of handovers, and offers itself on the
-control socket, as VICI commands. What a handover is stands in `mobile_handover`.
+One process owns the HA socket, the VICI connection and the notes of handovers, and offers its functions on
+the control socket, as VICI commands. `mobile_handover` carries out a handover.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Outside:
 
 
 class MobileAgent:
-    """Everything a mobile node's agent owns, and its control commands."""
+    """The objects of a mobile node's agent, and its control commands."""
 
     def __init__(self, config: MobileFile, store: SqliteStore) -> None:
         self._config = config
@@ -121,20 +121,20 @@ class MobileAgent:
         self._started = time.time()
 
     async def start(self) -> None:
-        """HA address first: charon may come at any time. Errors: IkectxError."""
+        """Begin with the HA address, because charon may start at any time. Errors: IkectxError."""
         await self._host.open()
         passive = self._mobile.left_passive()
         try:
             self._addresses.watch(self._addresses_changed)
         except KernelError as error:
             log.warning("%s; a move that is announced must be completed by hand", error)
-        # what was open is ended before anything new begins
+        # open handovers are completed before a new one begins
         self._host.spawn(self._resume(passive))
         await self._control.start()
         log.info("mobile node's agent %s serves %s", __version__, self._config.control.socket)
 
     async def _resume(self, passive: Mapping[SaName, IkeContext]) -> None:
-        # whatever cannot be read of one SA, the others are passive until they are made active here
+        # an error about one SA must not leave the others passive, because only this agent makes them active
         try:
             await self._spis.resume()
         except IkectxError as error:
@@ -151,12 +151,13 @@ class MobileAgent:
         await self._ask_again()
 
     async def _leave(self, sa: SaName, name: SaName, context: IkeContext) -> None:
-        """An SA was ended here while it was passive and no agent looked: no gateway is to keep it."""
+        """An SA was ended here while it was passive and no agent ran: delete it at the gateways that may have
+        it."""
         asked = [one for one in self.handovers.notes.in_question() if one["spi_i"] == sa.spi_i.hex()]
         names = [name for one in asked for name in (one["to"], one["from"])]
         found = self._config.gateway_at(context.remote.address)
         gateways = [self._config.gateway(name) for name in names] or ([found] if found is not None else [])
-        # what charon or an agent said last, the gateway may have had, or not
+        # the gateway may or may not have received the last message of charon or of an agent
         ids = tuple(range(max(0, context.mid_initiator - 1), context.mid_initiator + 2))
         under = [(context.current, ids)]
         if name != sa:
@@ -173,7 +174,8 @@ class MobileAgent:
         await self._farewells.say((sa, name), deletes)
 
     async def _ask_again(self) -> None:
-        """nSG may have taken an SA that an agent before this one asked it to: it says so if asked again."""
+        """The new gateway may have taken an SA that an earlier agent asked it to take: ask it again, which
+        tells."""
         while True:
             try:
                 listed = [view.spis for view in await self._host.views()]
@@ -195,7 +197,7 @@ class MobileAgent:
         self._spis.changed()
 
     async def stop(self) -> None:
-        """End what can be ended; an SA that moves just now is made active first."""
+        """End open work; an SA that is moving just now is made active first."""
         await self._control.close()
         await self._spis.close()
         await self.handovers.cancel()
@@ -206,7 +208,7 @@ class MobileAgent:
         self._addresses.close()
         await self._host.close()
 
-    # Control commands. Each answer holds its whole under `json`.
+    # Control commands. Each answer has the whole as JSON under `json`.
 
     async def version(self, request: Message) -> Message:
         answer = {"daemon": "ikectx-mobile", "version": __version__, "charon": self._host.ha_version.charon}

@@ -36,12 +36,12 @@ VARIABLE = "IKECTX_MOBILE_CONFIG"
 class MobileNodeConfig:
     """[mobile]: how a handover is asked for. Times in seconds.
 
-    `addresses`: outer addresses to be used, preferred ones first; none: whatever the routing table says.
-    `retry`, `retry_max`: until the first repetition of a request, doubling up to the most. `give_up`: after
-    which a request is given up. `lifetime`: for which a request is valid (its token's expiry).
-    `predictive`: for which a move that was announced is waited for. `oseq_jump`: outbound sequence numbers
-    left out at a move. `update_spi`: change SPIs when a gateway to which the SA was moved asks for it
-    (UPDATE_SPI); without, the gateway rekeys.
+    `addresses`: outer addresses to use, preferred ones first; none: those of the routing table. `retry`,
+    `retry_max`: until the first repetition of a request, doubling up to the maximum. `give_up`: after which a
+    request is given up. `lifetime`: for which a request is valid (its token's expiry). `predictive`: for
+    which an announced move is waited for. `oseq_jump`: outbound sequence numbers left out at a move.
+    `update_spi`: change SPIs if a gateway to which the SA was moved asks for it (UPDATE_SPI); otherwise the
+    gateway rekeys.
     """
 
     addresses: tuple[Address, ...] = ()
@@ -56,10 +56,10 @@ class MobileNodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class GatewayEntry:
-    """[[gateway]]: a security gateway. `name` is the one it has in the gateways' own configuration.
+    """[[gateway]]: a security gateway. `name` is its name in the gateways' own configuration.
 
-    `addresses`: its outer IKE addresses, at most one of each family. `cxtp`: where it hears mobile nodes
-    (UDP); None: port 5091 of its IKE address.
+    `addresses`: its outer IKE addresses, at most one of each family. `cxtp`: where it receives requests of
+    mobile nodes (UDP); None: port 5091 of its IKE address.
     """
 
     name: str
@@ -71,7 +71,7 @@ class GatewayEntry:
         return next((one for one in self.addresses if one.version == version), None)
 
     def ask(self, version: int) -> HostPort:
-        """Where to send a CTAR, preferably by that IP version."""
+        """The endpoint for a CTAR, preferably of that IP version."""
         return self.cxtp or HostPort(str(self.address(version) or self.addresses[0]))
 
 
@@ -145,7 +145,7 @@ def _gateway(table: Table) -> GatewayEntry:
 
 
 def _agree(root: Table, config: MobileFile) -> None:
-    """What only the whole file can tell."""
+    """Checks that need the whole file."""
     names = [gateway.name for gateway in config.gateways]
     every = [address for gateway in config.gateways for address in gateway.addresses]
     if not names:

@@ -1,8 +1,8 @@
-"""What becomes of an SA that somebody ends at a mobile node while it is PASSIVE: its gateways are told here.
+"""Deletes an SA at its gateways that a user of the mobile node ended while it was PASSIVE.
 
-`swanctl --terminate` destroys such an SA without a Delete, and tells the agent nothing: neither over HA nor
-by a VICI event (strongSwan 5.9.8). So the agent looks whether charon still has what it made passive, and
-deletes it at the gateway that serves it, or at each that may.
+`swanctl --terminate` destroys such an SA without a Delete, and the agent is not notified: neither over HA nor
+by a VICI event (strongSwan 5.9.8). So the agent checks whether charon still has the SAs that it made passive,
+and deletes a missing one at the gateway that serves it, or at each that may.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .mobile_run import Run
 log = logging.getLogger("ikectx")
 
 LOOK = 0.2
-"""Seconds between two looks whether charon still has a passive SA."""
+"""Seconds between two checks whether charon still has a passive SA."""
 AFTER_END = 5.0
-"""Seconds for which a handover's gateways are waited for once it has not."""
+"""Seconds for which a handover's gateways are waited for after charon lost the SA."""
 TOLD = 3.0
-"""Seconds for which a report waits for a gateway to answer; the gateway is told for longer."""
+"""Seconds for which a report waits for a gateway to answer; the Delete is repeated for longer."""
 
 Told = tuple[IkeGeneration, Endpoint, Endpoint, Sequence[int]]
 """A Delete: the IKE_SA's keys, our end, the gateway, message IDs that our next request there may have."""
 
 
 class Farewells:
-    """Deletes SAs at gateways in charon's place. `run`: `run_farewell`, or a stand-in."""
+    """Deletes SAs at gateways in place of charon. `run`: `run_farewell`, or a stand-in."""
 
     def __init__(self, mobile: CharonMobile, run: Callable[..., Awaitable[bool]] = run_farewell) -> None:
         self._mobile = mobile
@@ -48,14 +48,14 @@ class Farewells:
         self._work: set[asyncio.Task[Endpoint | None]] = set()
 
     async def close(self) -> None:
-        """Stop telling."""
+        """Stop all Deletes."""
         for task in list(self._work):
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)
 
     async def ended(self, *names: SaName) -> bool:
-        """Whether charon has an SA no more, under any of its names. Where it cannot be asked: no."""
-        for _ in range(2):  # one that gets another name is not listed for a moment
+        """Whether charon no longer has an SA, under any of its names. If it cannot be asked: no."""
+        for _ in range(2):  # an SA whose SPIs change is not listed for a moment
             try:
                 if await self._mobile.listed(*names):
                     return False
@@ -65,7 +65,7 @@ class Farewells:
         return True
 
     async def unless_ended(self, run: Run, asking: Awaitable[Outcome]) -> Outcome:
-        """What gateways say. They have `AFTER_END` seconds for it once the SA was ended here."""
+        """The gateways' answer. They have `AFTER_END` seconds for it once the SA was ended here."""
         task = asyncio.ensure_future(asking)
         try:
             while not task.done():
@@ -80,7 +80,7 @@ class Farewells:
         return run.machine.outcome if task.cancelled() else task.result()
 
     async def leave(self, run: Run) -> bool:
-        """After a handover: whether the SA was ended here during it; then no gateway keeps it."""
+        """After a handover: whether the SA was ended here during it; then it is deleted at the gateways."""
         report = run.report
         if not run.was_held and report.serves == run.psg.name:
             return False  # charon has told its gateway
@@ -92,7 +92,7 @@ class Farewells:
         return True
 
     def _deletes(self, run: Run) -> list[Told]:
-        """At the gateway that serves it; where that is not known, at both."""
+        """The Deletes: at the gateway that serves the SA; if that is not known, at both."""
         report, before = run.report, run.by_ike or run.context
         generation = replace(before.current, spi_i=run.now[0], spi_r=run.now[1])
         ids: tuple[int, ...] = (0,)
@@ -100,7 +100,7 @@ class Farewells:
             asked, expected = before.mid_initiator, run.machine.outcome.expected
             with contextlib.suppress(UnknownSaError):
                 asked = self._mobile.recorded(run.sa).mid_initiator
-            # what charon had under way when the node left, the gateway may have had, or not
+            # the gateway may or may not have received the request that charon had under way
             ids = (asked,) if run.was_held else (max(0, asked - 1), asked)
             if report.serves == run.nsg.name and expected is not None:
                 ids = (expected,)
@@ -113,7 +113,8 @@ class Farewells:
         return deletes
 
     async def say(self, names: Iterable[SaName], deletes: Sequence[Told]) -> Endpoint | None:
-        """Delete it at these gateways; the one that answered in time. The agent forgets the SA."""
+        """Delete the SA at these gateways; returns the one that answered in time. The agent forgets the
+        SA."""
         log.warning("an IKE_SA was ended here while it was passive: its gateway is told to delete it")
         for name in names:
             self._mobile.forget(name)
@@ -127,7 +128,7 @@ class Farewells:
             done, left = await asyncio.wait(left, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if (answered := task.result()) is not None:
-                    for other in left:  # one serves the SA, and has deleted it
+                    for other in left:  # the gateway that answered serves the SA, and has deleted it
                         other.cancel()
                     return answered
         return None

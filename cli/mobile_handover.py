@@ -1,13 +1,14 @@
-"""A mobile node's handovers: from "to that gateway, please" to a report, one at a time.
+"""A mobile node's handovers: from the request for a gateway to the report, one at a time.
 
-Joins the machine (`ikectx.mobility`), its sockets (`ikectx.mnlink`) and the SA's side (`vici_bridge.mobile`):
+It joins the machine (`ikectx.mobility`), its sockets (`ikectx.mnlink`) and the SA's side
+(`vici_bridge.mobile`):
 
-    reactive     quiet · CTAR to nSG .. CTAA · readdress · loud
-    predictive   CTAR to pSG .. CTAA; then, at the new place: as above, with the same sequence number; refused
-                 there for a reason that another address can cure: as above, at each further address, anew
+    reactive     quiet · CTAR to the new gateway .. CTAA · readdress · loud
+    predictive   CTAR to the old gateway .. CTAA; then, at the new place: as above, same sequence number;
+                 if refused there for a reason that another address can cure: as above, at each further one
 
-Without an authentic yes nothing of the SA is touched: it is active again as it was. Where charon is just
-looking for its gateway by itself (MOBIKE), the SA stays active until nSG has it, so that the request goes on.
+Without an authentic grant the SA is not changed: it is active again as it was. If charon is just looking for
+its gateway by itself (MOBIKE), the SA stays active until the new gateway has it, so that the request goes on.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ Answering = Callable[
 Fill = Callable[[SaName, Endpoint, Endpoint, int], Awaitable[int]]
 """`mobile_spis.SpiWatch.fill`."""
 AFTER_IKE = 1.0
-"""Seconds to wait for nSG's CTAA when it has asked by IKE what only who serves the SA can ask."""
+"""Seconds to wait for the new gateway's CTAA after it has sent an IKE request that only the serving gateway
+can make."""
 
 
 class Outside(Protocol):
-    """What a handover asks of the host: its SAs and its addresses (`CharonHost`, `OuterAddresses`)."""
+    """The host's functions that a handover needs: its SAs and its addresses (`CharonHost`,
+    `OuterAddresses`)."""
 
     async def views(self) -> list[SaView]: ...
 
@@ -82,7 +85,7 @@ class Outside(Protocol):
 
 
 class Handovers:
-    """Runs handovers, one at a time: all SAs of the node are passive while one of them moves."""
+    """Runs handovers, one at a time, because all SAs of the node are passive while one of them moves."""
 
     def __init__(
         self,
@@ -94,8 +97,8 @@ class Handovers:
         answering: Answering | None = None,
         farewells: Farewells | None = None,
     ) -> None:
-        """`answering`: answers the new gateway's IKE requests while the SA is passive. `farewells`: tells
-        gateways of an SA that is ended here while it is passive."""
+        """`answering`: answers the new gateway's IKE requests while the SA is passive. `farewells`: deletes
+        at gateways an SA that is ended here while it is passive."""
         self._config = config
         self._outside = outside
         self._mobile = mobile
@@ -106,21 +109,21 @@ class Handovers:
         self._farewells = farewells
         self.fill: Fill | None = None
         self.lock = asyncio.Lock()
-        """Held while an SA is passive, by a handover or for a moment by others."""
+        """Held while an SA is passive, by a handover or for a moment by other tasks."""
         self._moving = False
         self._pending: Run | None = None
-        """A move that was announced."""
+        """An announced move."""
 
     # What may be asked.
 
     async def announce(
         self, to: str, sa: SaName | None = None, *, tell: Progress = lambda item: None
     ) -> Report:
-        """Have pSG send the context ahead, and return when it has or has not.
+        """Have the old gateway send the context ahead, and return when that has succeeded or failed.
 
         `arrive` or `addresses_changed` complete the move. Errors: those of `arrive`.
         """
-        self._config.gateway(to)  # a wrong name must not end what was announced
+        self._config.gateway(to)  # checked first, because a wrong name must not end an announced move
         if self._pending is not None:
             if self._pending.nsg.name == to:
                 return self._pending.report
@@ -148,13 +151,13 @@ class Handovers:
         anew: bool = False,
         tell: Progress = lambda item: None,
     ) -> Report:
-        """Be at gateway `to` from now on, from the local `address` (None: as packets are routed).
+        """Move to gateway `to` now, from the local `address` (None: as packets are routed).
 
-        A move to it that was announced is completed, unless `anew`; else nSG is asked to get the SA from pSG.
-        Errors: ConfigError and UnknownSaError for what is not known; BusyError; LinkError where no way leads
-        there.
+        An announced move to it is completed, unless `anew`; else the new gateway is asked to get the SA from
+        the old one. Errors: ConfigError and UnknownSaError for unknown names; BusyError; LinkError if there
+        is no way to it.
         """
-        self._config.gateway(to)  # a wrong name must not end what was announced
+        self._config.gateway(to)  # checked first, because a wrong name must not end an announced move
         pending = self._pending
         if pending is not None and pending.nsg.name == to and pending.task is not None and not anew:
             pending.tell = tell
@@ -168,7 +171,7 @@ class Handovers:
             return await self._reactive(to, sa, await self._where(to, sa, address), tell)
 
     async def cancel(self) -> bool:
-        """Forget a move that was announced; False: there is none."""
+        """Forget an announced move; False: there is none."""
         pending, self._pending = self._pending, None
         if pending is None or pending.task is None:
             return False
@@ -178,7 +181,7 @@ class Handovers:
         return True
 
     def addresses_changed(self) -> None:
-        """The host's addresses or routes have changed: a move that was announced may be complete."""
+        """The host's addresses or routes have changed: an announced move may be complete."""
         self._search.changed()
 
     def status(self) -> dict[str, Any] | None:
@@ -213,7 +216,7 @@ class Handovers:
     async def _reactive(
         self, to: str, sa: SaName | None, own: Address | None, tell: Progress, *, announced: bool = False
     ) -> Report:
-        """From the new place on, where the node has the address `own`."""
+        """Complete the handover from the new place, where the node has the address `own`."""
         async with self.lock:
             run = await self._begin(to, sa, Mode.REACTIVE, own, tell)
             if isinstance(run, Report):
@@ -226,9 +229,9 @@ class Handovers:
             return self._finished(run)
 
     async def _where(self, to: str, sa: SaName | None, address: Address | None) -> Address | None:
-        """Our address at the new place; None where there is nothing to do. Errors: LinkError, ConfigError.
+        """Our address at the new place; None if there is nothing to do. Errors: LinkError, ConfigError.
 
-        charon answers its gateway while a link comes up, so the lock is not held.
+        The lock is not held, because charon answers its gateway while a link comes up.
         """
         nsg, view = self._config.gateway(to), await self._select(sa)
         if address is not None or self._config.gateway_at(view.remote.address) in (None, nsg):
@@ -240,7 +243,7 @@ class Handovers:
     async def _begin(
         self, to: str, sa: SaName | None, mode: Mode, own: Address | None, tell: Progress
     ) -> Run | Report:
-        """What is to be done; a report where that is nothing."""
+        """The handover to run; a report if there is nothing to do."""
         config = self._config
         nsg = config.gateway(to)
         view = await self._select(sa)
@@ -285,14 +288,14 @@ class Handovers:
         return Run(view.spis, psg, nsg, context, report, machine, tell, now=view.spis)
 
     async def _select(self, sa: SaName | None) -> SaView:
-        """The SA that was named, or the only one. Errors: UnknownSaError."""
+        """The named SA, or the only one. Errors: UnknownSaError."""
         views = await self._outside.views()
         self.notes.only([view.spis for view in views])
         views = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
         if sa is not None:
             views = [view for view in views if view.spis == sa]
         elif len(views) > 1:
-            # others may lead to gateways that have nothing to do with it
+            # other SAs may lead to gateways that are not in this configuration
             views = [view for view in views if self._config.gateway_at(view.remote.address) is not None]
         if len(views) != 1:
             what = "no IKE_SA" if not views else f"{len(views)} IKE_SAs: say which"
@@ -303,17 +306,18 @@ class Handovers:
         return views[0]
 
     async def _hold(self, run: Run) -> None:
-        """Passive, unless charon is looking for its gateway: then later."""
+        """Make the SA passive, unless charon is looking for its gateway: then later."""
         try:
             await self._mobile.quiet(run.sa, patience=LOOKING)
             run.held = run.was_held = True
         except EndedUnheardError:
-            run.was_held = True  # for a moment, in which its user has ended it
+            run.was_held = True  # for a moment, in which a user of the node has ended it
             raise
         except BusyError:
             if not await self._mobile.only_addresses(run.sa):
                 raise
-        # passive it hears nothing any more; while it looks for its gateway it hears nothing of pSG either
+        # a passive charon receives nothing; one that looks for its gateway receives nothing of the old one
+        # either
         run.machine.expects = await self._mobile.next_request(run.sa)
         run.phase("held" if run.held else "looking")
 
@@ -321,7 +325,7 @@ class Handovers:
         self.notes.asked(run.sa, to=run.nsg.name, from_=run.psg.name, connection=run.report.connection)
 
     async def _predictive(self, run: Run) -> Report:
-        """From the announcement to the report; the lock is held from the arrival on."""
+        """Run from the announcement to the report; the lock is held from the arrival on."""
         before = run.context
         old = before.local.address
         place = self._search.place(run.nsg, old.version, before.local_vips, left=old)
@@ -349,10 +353,10 @@ class Handovers:
                 self._pending = None
 
     async def _elsewhere(self, run: Run, place: Place) -> Report:
-        """nSG has refused the SA at the address it was to have: ask anew from each further one there is.
+        """The new gateway has refused the SA at this address: ask anew from each further one that there is.
 
-        A token names one address and counts once, so that is another handover, with a sequence number of its
-        own. It is over with the time of the announcement.
+        A token names one address and is valid once, so that is another handover, with a sequence number of
+        its own. It ends with the time of the announcement.
         """
         report, before, tried = run.report, run.context.local, run.machine.care_of
         while report.another_address_may_do and tried is not None and not run.named:
@@ -373,9 +377,9 @@ class Handovers:
         return report
 
     async def _next_place(self, run: Run, place: Place, until: float | None = None) -> Address | None:
-        """The address that the node is at, found or said; None: nobody knew one by `until`.
+        """The address that the node has at its new place, found or given; None: none was known by `until`.
 
-        Without `until` it is looked for only once something has changed: the announcement comes before that.
+        Without `until` the search begins only after a change, because the announcement comes before that.
         """
         assert run.moved is not None
         said = run.moved
@@ -392,7 +396,7 @@ class Handovers:
             looking.cancel()
 
     async def _complete(self, run: Run, address: Address | None) -> None:
-        """Somebody says that the node is at its new place. Errors: ConfigError, LinkError."""
+        """The node was reported to be at its new place. Errors: ConfigError, LinkError."""
         said, named = run.moved, self._search.named(run.nsg, address)
         assert said is not None
         before = run.context
@@ -423,7 +427,7 @@ class Handovers:
         report.retransmissions = outcome.retransmissions
 
     async def _outcome(self, run: Run) -> Outcome:
-        """What nSG says, or what it does by IKE before it has said anything."""
+        """The new gateway's answer, or the IKE request that it sends before an answer."""
         asking = asyncio.ensure_future(
             self._unless_ended(run, self._run(run.machine, progress=self._observer(run)))
         )
@@ -446,7 +450,7 @@ class Handovers:
         return await (asking if self._farewells is None else self._farewells.unless_ended(run, asking))
 
     async def _end(self, run: Run, outcome: Outcome) -> None:
-        """What the answer, or its absence, means for the SA."""
+        """Apply the answer, or its absence, to the SA."""
         report = run.report
         self._count(run)
         run.phase("asked")
@@ -477,10 +481,10 @@ class Handovers:
         run.now = run.sa.renamed(renames)
         try:
             if not run.held:
-                # under its old name nobody will answer what charon may be asking
+                # charon's open request uses the old SPIs and will get no answer, so silence it
                 await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
                 run.held = run.was_held = True
-            if outcome.expected is not None and run.now == run.sa:  # under a new name both ends begin at 0
+            if outcome.expected is not None and run.now == run.sa:  # under new SPIs both ends begin at 0
                 fill = self.fill and partial(self.fill, run.sa, care_of, remote)
                 run.asks = await self._mobile.renumber(run.sa, outcome.expected, fill)
             await self._mobile.readdress(run.context, care_of, remote, renames, peers)
@@ -489,13 +493,13 @@ class Handovers:
             await self._mobile.redirect(run.sa, care_of, remote, peers)
         except UnknownSaError as error:
             log.warning("%s: it was ended here, it seems", error)
-        except IkectxError as error:  # `loud` tries again, and has charon rekey what is left
+        except IkectxError as error:  # `loud` tries again, and has charon rekey the rest
             log.error("the SA's addresses: %s", error)
         run.phase("readdressed")
 
     @contextlib.asynccontextmanager
     async def _made_loud(self, run: Run) -> Any:
-        """Whatever becomes of the handover, the SA is active after it, or gone everywhere."""
+        """Make the SA active after the handover, whatever its result, unless it is gone everywhere."""
         gone: UnknownSaError | None = None
         try:
             yield
@@ -514,14 +518,14 @@ class Handovers:
                     self._mobile.loud_later(run.sa, self.lock)
             if self._farewells is not None and await self._farewells.leave(run):
                 self.notes.answered(run.sa)
-                gone = None  # that is what the report tells
+                gone = None  # the report has that
             else:
                 await self._after(run)
         if gone is not None:
             raise gone
 
     async def _after(self, run: Run) -> None:
-        """The SA is active again: charon looks where its gateway is, and it is seen that it knows."""
+        """The SA is active again: make charon check its gateway's address, and see that it knows it."""
         if run.asks and run.report.new is not None:
             self._outside.nudge(run.report.new[1].address)
         if run.report.result != "moved":
@@ -532,7 +536,7 @@ class Handovers:
             await self._see_moved(run, run.report.new[1])
 
     async def _see_moved(self, run: Run, remote: Endpoint) -> None:
-        """charon must know by now where its gateway is, or the next request goes to the old one."""
+        """See that charon knows its gateway's address by now, or its next request would go to the old one."""
         try:
             if any(v.spis == run.now and v.remote == remote for v in await self._outside.views()):
                 return
@@ -558,7 +562,7 @@ class Handovers:
 
 
 async def _router(gateway: GatewayEntry, version: int) -> Router:
-    """The gateway as CXTP wants it, by that IP version rather. Errors: LinkError for an unknown name."""
+    """The gateway for CXTP, preferably by that IP version. Errors: LinkError for an unknown name."""
     where = gateway.ask(version)
     address = gateway.address(version) or gateway.addresses[0]
     try:

@@ -1,4 +1,4 @@
-"""New SPIs, seen from a mobile node: what an answer tells, and whether a request for some can be granted."""
+"""New SPIs at a mobile node: those of an answer, and whether a request for some can be granted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _DRAWS = 200
 
 
 def renames_of(blocks: Iterable[ContextDataBlock], context: IkeContext) -> dict[bytes, bytes]:
-    """Old to new SPIs on which the other end receives, as its answer (CTAA) names them; none: the old ones.
+    """Old to new SPIs on which the other end receives, from its answer (CTAA); empty: the old ones stay.
 
-    Errors: WireError for a list that cannot be read, or names what the SA here does not have.
+    Errors: WireError for a list that is malformed, or names SPIs that the SA here does not have.
     """
     current = context.current
     ours = {
@@ -105,7 +105,8 @@ class MobileNames:
         return drawn
 
     def _esp_spi(self) -> bytes | None:
-        """One of charon's own range that nobody has here; charon draws at random, too, so 2^-28 is left."""
+        """One of charon's own range that no SA here has; charon draws at random, too, so a collision has
+        2^-28."""
         context = self._context()
         if context is None:
             return None

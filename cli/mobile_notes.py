@@ -1,4 +1,4 @@
-"""What a mobile node's agent keeps of handovers beyond its process: SAs in question, and the last report."""
+"""Notes of a mobile node's agent that outlive its process: SAs in question, and the last report."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ikectx.name import SaName
 from ikectx.ports import Store
 
 ASKED = "asked"
-"""Kind of store entry: nSG was asked for this SA, and its answer is not known."""
+"""Kind of store entry: the new gateway was asked for this SA, and its answer is not known."""
 LAST = "last-handover"
 """Kind of store entry: the last report."""
 
 
 class Notes:
-    """Errors of all methods: StoreError."""
+    """The notes in the store. Errors of all methods: StoreError."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def asked(self, sa: SaName, *, to: str, from_: str, connection: str) -> None:
-        """nSG `to` is asked for an SA that pSG `from_` serves."""
+        """The new gateway `to` is asked for an SA that the old gateway `from_` serves."""
         note = {
             "to": to,
             "from": from_,
@@ -35,22 +35,23 @@ class Notes:
         self._store.put(ASKED, sa.key, json.dumps(note).encode())
 
     def answered(self, sa: SaName) -> None:
-        """Who serves the SA is known."""
+        """The gateway that serves the SA is known."""
         self._store.delete(ASKED, sa.key)
 
     def in_question(self) -> list[dict[str, Any]]:
-        """SAs that nSG was asked for without an answer that counts, by this agent or one before it."""
+        """SAs that a new gateway was asked for without an answer that counts, by this agent or one before
+        it."""
         return [json.loads(raw) for _, raw in self._store.items(ASKED)]
 
     def only(self, listed: Collection[SaName]) -> None:
-        """charon has these SAs: one in question that it has not was rekeyed, or is gone."""
+        """charon has these SAs: one in question that it does not have was rekeyed, or is gone."""
         known = {sa.key for sa in listed}
         for key, _ in self._store.items(ASKED):
             if key not in known:
                 self._store.delete(ASKED, key)
 
     def ended(self, report: Mapping[str, Any]) -> None:
-        """A handover has ended so."""
+        """Keep the report of a handover that has ended."""
         self._store.put(LAST, LAST, json.dumps(report).encode())
 
     def last(self) -> Any:

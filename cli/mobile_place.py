@@ -1,10 +1,10 @@
-"""Where a mobile node is: which of its local addresses is the one from which it goes on with an SA. Pure.
+"""Chooses the local address from which a mobile node goes on with an SA after a move. Pure.
 
-A link that comes up does not show its addresses at once. Linux has `fe80::` as soon as there is a carrier,
-an IPv6 address with the first router advertisement, an IPv4 address when DHCP is through: some milliseconds
-later on a fast link, up to seconds later on others. The SA stays with its own IP version where it can, since
-its gateways need nothing new for that. So an address of another kind counts only after `OTHER_KIND` seconds
-in which none of the right kind has come.
+A link that comes up does not have its addresses at once. Linux has `fe80::` as soon as there is a carrier, an
+IPv6 address with the first router advertisement, an IPv4 address when DHCP has finished: some milliseconds
+later on a fast link, up to seconds later on others. The SA keeps its own IP version if possible, because its
+gateways need nothing new for that. So an address of another kind is used only after `OTHER_KIND` seconds in
+which none of the right kind has come.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ikectx.context import Address
 
 OTHER_KIND = 1.0
 """Seconds for which an address of the right kind is waited for while there is one of another kind. DHCP takes
-less on most links; and who was too early is refused, and tries the next address (`Handovers`)."""
+less on most links, and a node that was too early is refused, and tries the next address (`Handovers`)."""
 _ULA = IPv6Network("fc00::/7")
-"""Unique local addresses (RFC 4193): a router may take packets from them to a gateway on the Internet, and
-nobody brings the answer."""
+"""Unique local addresses (RFC 4193): a router may take packets from them to a gateway on the Internet, but
+the answer is not routed back."""
 
 Towards = Callable[[Address, Collection[Address]], Address | None]
-"""(address of the gateway, local addresses that will not do) -> local address that leads there."""
+"""(address of the gateway, local addresses to avoid) -> local address that leads there."""
 
 
 class Place:
     """The search for the local address from which one gateway is reached.
 
-    gateway: its addresses. version: the SA's IP version, 4 or 6. avoid: local addresses that will not do
+    gateway: its addresses. version: the SA's IP version, 4 or 6. avoid: local addresses that are not usable
     (virtual IPs). left: the address of the old place; as long as packets still go by it, the node has not
     moved. `now` is seconds, monotonic.
     """
@@ -51,16 +51,16 @@ class Place:
 
     @property
     def due(self) -> float | None:
-        """When `look` is to be asked again even if nothing has changed; None: only after a change."""
+        """When `look` should be called again even without a change; None: only after a change."""
         return self._due
 
     def refuse(self, address: Address) -> None:
-        """The gateway does not take the SA at this address: look for another."""
+        """The gateway refuses the SA at this address: look for another."""
         self._avoid.add(address)
         self._due = None
 
     def look(self, now: float) -> Address | None:
-        """The address the node is at, as far as it is known by now."""
+        """The address that the node has at its new place, if it is known by now."""
         other: Address | None = None
         for remote in self._gateway:
             found = self._towards(remote, self._avoid)

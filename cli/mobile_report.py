@@ -1,4 +1,4 @@
-"""How a mobile node's handover went, as its agent tells it."""
+"""The report of a mobile node's handover."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ikectx.numbers import STATUS_TEXT, Status
 _OF_ONE_ADDRESS = frozenset(
     {Status.NO_ADDRESS, Status.ESP_SPI_IN_USE, Status.KERNEL, Status.UNREACHABLE, Status.PEER_SILENT}
 )
-"""Reasons of a refusal that the address may have been the cause of, from which the node asked."""
+"""Refusals whose cause may be the address from which the node asked."""
 
 
 @dataclass(slots=True)
 class Report:
-    """How a handover went. `result`: moved, announced, already, refused, silent, cancelled, failed.
+    """The report of a handover. `result`: moved, announced, already, refused, silent, cancelled, failed.
 
-    `serves`: the gateway that serves the SA now, None where that is not known. `renamed`: SPIs that the new
+    `serves`: the gateway that serves the SA now, None if that is not known. `renamed`: SPIs that the new
     gateway could not keep. Octets are UDP payload.
     """
 
@@ -55,7 +55,8 @@ class Report:
         return self.result == "refused" and self.serves == self.from_ and self.status in _OF_ONE_ADDRESS
 
     def failed(self, outcome: Outcome, *, arrived: bool) -> None:
-        """Nobody took the SA, as far as is known. `arrived`: nSG was asked; else pSG, to announce it."""
+        """No gateway took the SA, as far as is known. `arrived`: the new gateway was asked; else the old
+        one."""
         self.detail = outcome.text
         self.serves = None if outcome.in_doubt else self.from_
         self.result = {
@@ -84,7 +85,7 @@ class Report:
             self.hint += f". Ask again ({again}), or connect anew if nobody answers"
 
     def ended(self, told: str) -> None:
-        """The SA was ended here in the middle of it. `told`: the gateway that has deleted it; empty: none."""
+        """The SA was ended here during the handover. `told`: the gateway that has deleted it; empty: none."""
         self.result, self.serves, self.new = "failed", None, None
         self.exit_code, self.status = UnknownSaError.exit_code, Status.UNKNOWN_SA
         self.detail = "the IKE_SA was ended here during the handover"
@@ -98,7 +99,8 @@ class Report:
             )
 
     def unusable(self, error: IkectxError) -> None:
-        """nSG serves the SA, under names that make no sense here: it is not touched, and in doubt."""
+        """The new gateway serves the SA, under SPIs that are invalid here: the SA is left alone, and in
+        doubt."""
         self.result, self.serves, self.new = "failed", None, None
         self.exit_code, self.status = error.exit_code, Status.MALFORMED
         self.detail = f"{self.to} says that it serves the SA, and names new SPIs: {error}"

@@ -1,4 +1,4 @@
-"""One handover of a mobile node under way: what its rooms tell each other of it."""
+"""The state of one handover of a mobile node, shared by the modules that carry it out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMELESS = SaName(b"", b"")
 
 @dataclass(slots=True)
 class Run:
-    """One handover under way."""
+    """The state of one handover."""
 
     sa: SaName
     psg: GatewayEntry
@@ -33,29 +33,30 @@ class Run:
     machine: Handover
     tell: Progress
     held: bool = False
-    """The SA is passive by us."""
+    """True if the SA is passive because of this handover."""
     moved: asyncio.Future[Address] | None = None
-    """Predictive: the new local address, where somebody has said that the node is at its new place."""
+    """Predictive: the new local address, if the node was reported to be at its new place."""
     at: Endpoint | None = None
-    """Predictive: where the node is, as soon as that is known."""
+    """Predictive: the node's endpoint at its new place, as soon as it is known."""
     named: bool = False
-    """Somebody has named that address: no other one will do."""
+    """True if that address was given, so that no other one may be used."""
     prepared: asyncio.Future[None] | None = None
     until: float = 0.0
-    """When the announcement's time is over, by the loop's clock."""
+    """End of the announcement's time, by the loop's clock."""
     task: asyncio.Task[Report] | None = None
     since: float = field(default_factory=time.monotonic)
     now: SaName = _NAMELESS
-    """What the SA is called at last: `sa`, unless its IKE SPIs were taken at nSG."""
+    """The SA's last name: `sa`, unless its IKE SPIs were taken at the new gateway."""
     was_held: bool = False
-    """The SA was passive by us at some time."""
+    """True if the SA was passive because of this handover at some time."""
     by_ike: IkeContext | None = None
-    """The SA after nSG has moved it by IKE."""
+    """The SA after the new gateway has moved it by IKE."""
     asks: bool = False
-    """charon has asked pSG something that nobody answered, and is to ask nSG."""
+    """True if charon has sent the old gateway a request without an answer, which it should send the new
+    one."""
 
     def phase(self, name: str, detail: str = "") -> None:
-        """A step has ended."""
+        """Note that a step has ended."""
         now = time.monotonic()
         ms = (now - self.since) * 1000
         self.report.phases[name] = self.report.phases.get(name, 0.0) + ms

@@ -1,4 +1,4 @@
-"""Waits for the local address that a mobile node has at its new place, while its links come up. I/O."""
+"""Waits for a mobile node's local address at its new place, while its links come up. I/O."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Leads(Protocol):
 
 
 class Search:
-    """For all handovers of a node. Times are those of the running loop, in seconds."""
+    """The search for all handovers of a node. Times are those of the running loop, in seconds."""
 
     def __init__(self, config: MobileFile, leads: Leads) -> None:
         self._config = config
@@ -31,15 +31,15 @@ class Search:
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
-        """The host's addresses or routes are not what they were."""
+        """The host's addresses or routes have changed."""
         self._changed.set()
 
     def from_now(self) -> None:
-        """What has changed until now is of no interest."""
+        """Ignore changes until now."""
         self._changed.clear()
 
     def named(self, gateway: GatewayEntry, address: Address | None) -> Address | None:
-        """The address that somebody says the node is at. Errors: ConfigError where nothing leads there."""
+        """The address that was given for the new place. Errors: ConfigError if it leads nowhere."""
         if address is not None and gateway.address(address.version) is None:
             raise ConfigError(f"{gateway.name} has no IPv{address.version} address in {self._config.path}")
         return address
@@ -47,7 +47,8 @@ class Search:
     def place(
         self, gateway: GatewayEntry, version: int, vips: Sequence[Address], left: Address | None = None
     ) -> Place:
-        """The place from which `gateway` is reached, for an SA of that IP version; `left`: of before."""
+        """The search from which `gateway` is reached, for an SA of that IP version; `left`: the old
+        address."""
         among = self._config.mobile.addresses
 
         def towards(remote: Address, avoid: Collection[Address]) -> Address | None:
@@ -56,9 +57,9 @@ class Search:
         return Place(towards, gateway.addresses, version, avoid=vips, left=left)
 
     async def find(self, place: Place, until: float | None = None, *, at_once: bool = True) -> Address | None:
-        """The address the node is at, as soon as it has one; None: there was none by `until`.
+        """The node's address, as soon as it has one; None: there was none by `until`.
 
-        Without `at_once` it is looked for only when something has changed.
+        Without `at_once` the search begins only after a change.
         """
         loop = asyncio.get_running_loop()
         if not at_once:

@@ -1,19 +1,19 @@
-"""UPDATE_SPI at a mobile node: a gateway to which the SA was pushed asks for other names.
+"""UPDATE_SPI at a mobile node: a gateway to which the SA was pushed asks for other SPIs.
 
     nSG -> MN   INFORMATIONAL  N(UPDATE_SA_ADDRESSES)..., N(UPDATE_SPI)+    charon answers, without the notify
     MN -> nSG   INFORMATIONAL  N(UPDATE_SPI)+, the same from this side      the agent; the SA is passive
-    nSG -> MN                  N(UPDATE_SPI)+                               now both ends have the new names
+    nSG -> MN                  N(UPDATE_SPI)+                               both ends have the new SPIs
 
-charon does not know the notify, and nobody stands between it and the network. So the agent hears a copy of
-each request, lets charon answer, and asks for the same the other way round (`naming.mirrored`), in time: nSG
-waits 11 s where it knows of an agent here, else 500 ms, and then rekeys, which shows in charon's message IDs.
-Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
-since its message ID is used here (nSG has not answered it and never will).
+charon does not know the notify, and the agent cannot intercept its messages. So the agent receives a copy of
+each request, lets charon answer, and asks for the same the other way round (`naming.mirrored`), in time: the
+new gateway waits 11 s if it knows of an agent here, else 500 ms, and then rekeys, which shows in charon's
+message IDs. Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
+because its message ID is used here (the new gateway has not answered it and never will).
 
-What is said is noted before it is said. An agent that starts anew says it again, octet for octet, and gets
-the same answer (nSG repeats it for 60 s).
+Each request is noted before it is sent. An agent that starts anew sends it again, octet for octet, and gets
+the same answer (the new gateway repeats it for 60 s).
 
-Where a handover has made the SA passive already, the agent answers in charon's stead (`SpiWatch.answering`).
+If a handover has made the SA passive already, the agent answers in place of charon (`SpiWatch.answering`).
 """
 
 from __future__ import annotations
@@ -61,19 +61,20 @@ from .mobile_names import MobileNames
 log = logging.getLogger("ikectx")
 
 IN_TIME = 8.0
-"""Seconds within which the request must leave: less than a gateway waits that knows of this agent."""
+"""Seconds within which the request must be sent: less than a gateway waits that knows of this agent."""
 POLICY = RetransmitPolicy(0.25, 1.3, 6)
-"""3.2 s in all: if nSG has given up waiting by then, its rekeys must find charon active."""
+"""3.2 s in all: if the new gateway has given up waiting by then, its rekeys must find charon active."""
 SETTLE = 0.2
-"""Seconds from a change of the SAs until what is listened to changes, too."""
+"""Seconds from a change of the SAs until the sockets that listen are changed, too."""
 _DATAGRAMS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A request of this node's own, with all that its octets depend on. Holds fresh octets: not for logs.
+    """A request of this node's own, with everything that its octets depend on. It has fresh octets: not for
+    logs.
 
-    Without `asks` it says nothing, and uses up its message ID.
+    Without `asks` it is empty, and only uses up its message ID.
     """
 
     message_id: int
@@ -84,7 +85,7 @@ class Mirror:
     fresh: bytes
 
     def dumps(self) -> bytes:
-        """For the store."""
+        """The stored form."""
         value = {
             "id": self.message_id,
             "ends": [[str(end.address), end.port] for end in (self.local, self.remote)],
@@ -110,7 +111,7 @@ class Mirror:
             raise StoreError("the note of a mobile node's UPDATE_SPI cannot be read") from None
 
     def machine(self, context: IkeContext) -> SpiUpdate:
-        """The same request, however often."""
+        """The machine for this request, the same each time."""
         return SpiUpdate(
             context.current,
             self.message_id,
@@ -125,9 +126,9 @@ class Mirror:
 
 
 class SpiWatch:
-    """Hears what gateways ask for, for each of charon's SAs, from `start` to `close`.
+    """Receives gateways' requests, for each of charon's SAs, from `start` to `close`.
 
-    `lock`: held while an SA is passive. `farewells`: tells gateways of one that is ended here meanwhile.
+    `lock`: held while an SA is passive. `farewells`: deletes at gateways an SA that is ended here meanwhile.
     `allowed` False: no SPI is ever changed.
     """
 
@@ -155,7 +156,7 @@ class SpiWatch:
 
     @property
     def watched(self) -> int:
-        """IKE_SAs that are listened to."""
+        """Number of IKE_SAs that are listened to."""
         return sum(not task.done() for _, task in self._ears.values())
 
     # What is listened to.
@@ -233,7 +234,7 @@ class SpiWatch:
 
             async def asked(event: Asked) -> Reason | None:
                 if self._lock.locked():
-                    # charon is passive and does not answer: it comes again
+                    # charon is passive and does not answer, so the request will be repeated
                     machine.expected_id = event.message_id
                 else:
                     self._asked(sa, event)
@@ -253,7 +254,7 @@ class SpiWatch:
             log.info("%s asked for other SPIs, which is not granted: %s", event.source, names)
 
     async def _ask_back(self, sa: SaName, event: Asked, heard: float) -> None:
-        """The request's answer is charon's; ours is a request for the same."""
+        """Ask the gateway for the same SPIs; its own request is answered by charon."""
         while not await self._answered(sa, event):
             if time.monotonic() > heard + IN_TIME:
                 log.warning("%s asked for other SPIs, but charon did not answer in time", event.source)
@@ -262,7 +263,7 @@ class SpiWatch:
         async with self._lock:
             if not await self._answered(sa, event):
                 return  # a handover was faster
-            # an exchange in flight is charon's own, mostly a rekey because of the new address
+            # an exchange in flight is charon's own, in most cases a rekey because of the new address
             await self._mobile.quiet(sa, anything=True, patience=0.0)
             try:
                 if time.monotonic() > heard + IN_TIME + SETTLE:
@@ -271,7 +272,7 @@ class SpiWatch:
                 if await self._mobile.next_request(sa) > event.message_id + 1:
                     log.info("%s asked for other SPIs, and does not wait for them any more", event.source)
                     return
-                # where the names come without the address, it has asked from there, too
+                # if the SPIs come without the address, it has asked from there, too
                 note = await self._note(sa, event.source, mirrored(event.pairs))
                 await self._say(sa, note)
             finally:
@@ -283,13 +284,13 @@ class SpiWatch:
                 await self._leave(sa, event)
 
     async def _leave(self, sa: SaName, event: Asked) -> None:
-        """Whoever ended the SA here while it was passive has ended it at its gateway, too."""
+        """The SA was ended here while it was passive: delete it at its gateway, too."""
         ike = {one.old: one.new for one in event.pairs if one.protocol is Protocol.IKE}
         new = sa.renamed(ike)
         if self._farewells is None or sa not in self._ears or not await self._farewells.ended(sa, new):
             return
         context, local = self._mobile.recorded(sa), self._ears[sa][0]
-        # what was said about SPIs, or by charon before, the gateway may have had, or not
+        # the gateway may or may not have received the last request about SPIs, or of charon before it
         after = context.mid_initiator
         under = [(context.current, tuple(range(max(0, after - 1), after + 2)))]
         if new != sa:
@@ -300,18 +301,18 @@ class SpiWatch:
         )
 
     async def _answered(self, sa: SaName, event: Asked) -> bool:
-        """Has charon answered it, and gone to the address that it told?"""
+        """Whether charon has answered the request, and uses the address in it."""
         if self._mobile.recorded(sa).mid_responder <= event.message_id:
             return False
         view = await self._host.view(sa)
         return view is not None and (not event.moves or view.remote == event.source)
 
     async def _note(self, sa: SaName, remote: Endpoint, asks: tuple[UpdateSpi, ...]) -> Mirror:
-        """Write down what will be asked; the SA is passive."""
+        """Note the request that will be sent; the SA is passive."""
         context, view = self._mobile.recorded(sa), await self._host.view(sa)
         if view is None:
             raise CharonError("charon has lost the SA meanwhile")
-        # what charon tells is the ID after the last one used; a request that is in flight has it, unanswered
+        # charon reports the ID after the last one used; a request that is in flight has it, unanswered
         used = await self._in_flight(sa)
         note = self._mirror(context, context.mid_initiator - used, view.local, remote, asks)
         self._host.own.note(sa, mirror=note.dumps())
@@ -333,7 +334,7 @@ class SpiWatch:
         return any(one.get("tasks-active") for one in found)
 
     async def _say(self, sa: SaName, note: Mirror) -> None:
-        """Ask, and do what was agreed. The SA is passive; it is in the end, too. Errors: IkectxError."""
+        """Send the request, and apply the answer. The SA is passive, also at the end. Errors: IkectxError."""
         mobile = self._mobile
         context = mobile.recorded(sa)
         ours = {one.old: one.new for one in note.asks if one.protocol is Protocol.ESP and not one.choose}
@@ -344,10 +345,10 @@ class SpiWatch:
         try:
             report = await run_spi_update(note.machine(context), mark=MARK)
         except (LinkError, KernelError) as error:
-            # what charon has in flight under that ID stays so: see `CharonMobile.renumber`
+            # charon's request in flight with that ID stays as it is: see `CharonMobile.renumber`
             log.warning("%s did not answer what was said about SPIs: %s", note.remote, error)
         else:
-            # at once: charon's own exchange is about a child that may be gone soon
+            # at once, because charon's own exchange is about a child that may be gone soon
             await mobile.count(sa, initiator=note.message_id + report.move.requests)
             if not note.asks:
                 log.debug("%s has had request %d of this node", note.remote, note.message_id)
@@ -364,7 +365,8 @@ class SpiWatch:
     # A handover.
 
     async def fill(self, sa: SaName, local: Endpoint, remote: Endpoint, message_id: int) -> int:
-        """Use up a message ID with the gateway at `remote`; the next one, the same if it does not answer.
+        """Use up a message ID with the gateway at `remote`; returns the next one, the same if it does not
+        answer.
 
         For `CharonMobile.renumber`. The SA is passive; the request is empty.
         """
@@ -383,10 +385,11 @@ class SpiWatch:
     async def answering(
         self, sa: SaName, local: Endpoint, gateway: Collection[Address]
     ) -> AsyncIterator[asyncio.Future[IkeContext]]:
-        """While `sa` is passive: do and answer what the gateway asks at `local` for addresses and names.
+        """While `sa` is passive: answer the gateway's requests at `local` for addresses and SPIs, and apply
+        them.
 
-        The future is the SA after that. Its request is authentic and new, so this gateway serves the SA,
-        whatever else it says or does not. Nobody else may change the SA meanwhile.
+        The future is the SA after that. The request is authentic and new, so this gateway serves the SA,
+        whatever its answer to the CTAR. No other task may change the SA meanwhile.
         """
         context = self._mobile.recorded(sa)
         moved: asyncio.Future[IkeContext] = asyncio.get_running_loop().create_future()
@@ -401,7 +404,7 @@ class SpiWatch:
 
         async def asked(event: Asked) -> Reason | None:
             if moved.done():
-                return Reason.BUSY  # in a moment charon answers, and this node asks back
+                return Reason.BUSY  # in a moment charon answers, and this node asks for the same
             if event.moves or event.pairs:
                 renames = {one.old: one.new for one in event.pairs}
                 peers = [Endpoint(address, event.source.port) for address in gateway]
@@ -415,7 +418,7 @@ class SpiWatch:
             yield moved
         finally:
             if machine.retired:
-                self._spawn(_to_its_end(task))  # the old SPIs, of which charon knows nothing any more
+                self._spawn(_to_its_end(task))  # for the old SPIs, which charon no longer knows
             else:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -425,9 +428,9 @@ class SpiWatch:
     # After a start.
 
     async def resume(self) -> None:
-        """Say again what an agent before this one may not have heard an answer to. Raises nothing.
+        """Send again the requests of an earlier agent that may be unanswered. Raises nothing.
 
-        For before `CharonMobile.resume`, which makes the SA active again.
+        Call it before `CharonMobile.resume`, which makes the SA active again.
         """
         for row in self._host.own.all():
             if not row.facts.mirror:
@@ -445,7 +448,7 @@ class SpiWatch:
                 self._host.own.note(sa, mirror=b"")
 
     async def _view(self, sa: SaName) -> SaView | None:
-        """As soon as charon answers."""
+        """charon's view, as soon as it answers."""
         while True:
             try:
                 return await self._host.view(sa)
@@ -455,7 +458,7 @@ class SpiWatch:
 
 
 class _Answering(SpiResponder):
-    """Answers nobody but one gateway."""
+    """Answers only one gateway."""
 
     def __init__(self, gateway: Collection[Address], *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)

@@ -1,6 +1,5 @@
-"""What a gateway's agent says to an MN whose SA has come: address, new SPIs, rekeys. Runs the machines of
-`mobike_ext` for the sink and the source of `vici_bridge`.
-"""
+"""The IKE exchanges of a gateway's agent with a mobile node whose SA has come: address, new SPIs, rekeys.
+Runs the machines of `mobike_ext` for the sink and the source of `vici_bridge`."""
 
 from __future__ import annotations
 
@@ -38,11 +37,11 @@ from vici_bridge.names import Made, Told, Wish
 log = logging.getLogger("ikectx")
 
 KEEP_ANSWERING = 60.0
-"""Seconds for which repetitions of the MN's own UPDATE_SPI are answered."""
+"""Seconds for which repetitions of the mobile node's own UPDATE_SPI are answered."""
 
 
 class MnMover:
-    """The INFORMATIONAL exchange with the MN. `mark`: that of packets a muted SA may send."""
+    """The address update. `mark`: that of packets that a muted SA may send."""
 
     def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
         self._addresses = addresses
@@ -59,8 +58,9 @@ class MnMover:
             final.mid_initiator,
             here.local,
             here.remote,
-            # The same octets for the same message ID, also after a crash, because the MN answers a request
-            # whose ID it knows from its cache, with the old cookie. Without SK_d nobody can tell them.
+            # The same octets for the same message ID, also after a crash, because the mobile node answers a
+            # request whose ID it knows from its cache, with the old cookie. Without SK_d they cannot be
+            # predicted.
             cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
             iv=Drawn.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
             conditions=here.conditions,
@@ -75,13 +75,14 @@ class MnMover:
     def _derived(here: IkeContext, final: FinalState, label: bytes, length: int) -> bytes:
         now = here.current
         seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4) + _path(here)
-        # What else the request says (`additional`) comes from the configuration. The IV depends on it, too
-        # (`keys.Drawn`); the cookie does not, because the MN would answer from its cache.
+        # The rest of the request (`additional`) comes from the configuration. The IV depends on it, too
+        # (`keys.Drawn`); the cookie does not, because the mobile node would answer from its cache.
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 
 class MnEnder:
-    """Deletes at the MN an SA that was ended here while nobody heard charon. Arguments as for `MnMover`."""
+    """Deletes at the mobile node an SA that was ended here while charon was muted. Arguments as for
+    `MnMover`."""
 
     def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
         self._policy = RetransmitPolicy(timeout, tries=tries)
@@ -96,7 +97,7 @@ class MnEnder:
 
 
 class MnSettler:
-    """Asks the MN which message ID our next request has. Arguments as for `MnMover`."""
+    """Asks the mobile node for the message ID of our next request. Arguments as for `MnMover`."""
 
     def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
         self._policy = RetransmitPolicy(timeout, tries=tries)
@@ -133,7 +134,7 @@ def _warn_of_nat(report: UpdateReport | SpiReport) -> None:
 
 @dataclass(slots=True)
 class _Talk:
-    """One renaming under way. `now`: the SA as the MN has it. `report`: all it took so far."""
+    """One change of SPIs under way. `now`: the SA as the mobile node has it. `report`: the cost so far."""
 
     now: IkeContext
     wish: Wish
@@ -142,12 +143,13 @@ class _Talk:
     report: MoveReport = MoveReport()  # noqa: RUF009  frozen
 
     def fresh(self, label: bytes, length: int) -> bytes:
-        """Octets for one message: the same after a crash, and nobody else's, since they come of the seed.
+        """Octets for one message: the same after a crash, and unpredictable for others, because they come
+        from the seed.
 
-        `label` must say what is asked besides the message ID. The IVs made of them also depend on whatever
-        else the message says (`keys.Drawn`).
+        `label` must contain the request's content besides the message ID. The IVs made of them also depend on
+        all else in the message (`keys.Drawn`).
         """
-        # in parts, since prf+ ends after 255 blocks
+        # in parts, because prf+ ends after 255 blocks
         out = b""
         while len(out) < length:
             text = label + self.now.mid_initiator.to_bytes(4) + len(out).to_bytes(4)
@@ -159,23 +161,24 @@ class _Talk:
         return self.fresh(label + _path(self.now) + b" cookie2", COOKIE2_LENGTH)
 
     def took(self, report: MoveReport) -> None:
-        """Message IDs and figures of an exchange that has ended."""
+        """Add the message IDs and figures of an exchange that has ended."""
         self.report += report
 
     async def tell(self, how: str) -> None:
-        """Have what is new installed here."""
+        """Have the changes installed here."""
         await self.made(self.now, moved=self.moved, how=how, report=self.report)
 
 
 class MnRenamer:
     """`vici_bridge.names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
 
-    Whether the MN knows UPDATE_SPI is asked with the address, in one exchange. Where the IKE_SA itself needs
-    another name, the address is told after the names: an MN with ESP in user space rekeys its children as
-    soon as it has the address, and an IKE_SA is not rekeyed beside that, should it come to a rekey.
+    The first exchange with the address also shows whether the mobile node knows UPDATE_SPI. If the IKE_SA
+    itself needs other SPIs, the address is told after the SPIs, because a mobile node with ESP in user space
+    rekeys its children as soon as it has the address, and an IKE_SA cannot be rekeyed beside that, if a rekey
+    becomes necessary.
 
     By rekeys: the IKE_SA, then a CREATE_CHILD_SA for each child, with the address told before the first
-    Delete, because the MN sends on the new SA from that Delete on.
+    Delete, because the mobile node sends on the new SA from that Delete on.
     """
 
     def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
@@ -187,7 +190,7 @@ class MnRenamer:
 
     async def __call__(self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made) -> Told:
         """Errors: LinkError (silent), RefusedError, and what `made` raises."""
-        del arrived  # with an SPI that the MN chooses, only its answer tells all
+        del arrived  # traffic does not prove the move here: the SPI from the answer is needed
         talk = _Talk(here, wish, made)
         supports: bool | None = None
         if wish.update and (wish.children or wish.ike):
@@ -202,7 +205,7 @@ class MnRenamer:
     # -- UPDATE_SPI
 
     async def _update(self, talk: _Talk) -> tuple[bool, bool]:
-        """(does the MN know it, has it agreed)."""
+        """(the mobile node knows it, it has agreed)."""
         left = self._asks(talk)
         names_first = bool(talk.wish.ike)
         while left or (talk.wish.addresses and not talk.moved):
@@ -258,7 +261,7 @@ class MnRenamer:
 
     @staticmethod
     def _asks(talk: _Talk) -> list[UpdateSpi]:
-        """Both directions of each child, so that the MN can put the new pair beside the old one; IKE last."""
+        """Both directions of each child, so that both pairs can exist at the mobile node; the IKE_SA last."""
         outbound = {child.spi_in: child.spi_out for child in talk.now.children}
         asks: list[UpdateSpi] = []
         for spi_in, new_in in talk.wish.children:
@@ -316,7 +319,7 @@ class MnRenamer:
             before = talk.report.requests
             try:
                 await self._tell_address(talk)
-            finally:  # the Delete comes after it, be it of the old child or, where this failed, of the new
+            finally:  # the Delete follows, of the old child or, if the rekey failed, of the new one
                 between = talk.report.requests - before
                 machine.skip(between)
 

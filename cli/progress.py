@@ -1,4 +1,4 @@
-"""A transfer on the screen while it runs, and its reports when it has ended."""
+"""Shows a transfer on the screen while it runs, and its reports when it has ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULT_STYLES = {
 
 
 class Progress:
-    """One line an SA, live, where `live`; otherwise silent."""
+    """One line for each SA, updated if `live`; otherwise silent."""
 
     def __init__(self, *, live: bool) -> None:
         self._rows: dict[str, Mapping[str, Any]] = {}
@@ -73,14 +73,14 @@ class Progress:
 
 
 def outcome(report: Mapping[str, Any]) -> str:
-    """The result in a word; a dry run that found nothing says that the SA could move."""
+    """The result in a word; a dry run without refusals says that the SA could move."""
     if report.get("dry_run") and not report.get("exit_code"):
         return "could move"
     return str(report.get("result", "-"))
 
 
 def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
-    """A table, and for each SA that did not move what happened and what to do."""
+    """Print a table, and for each SA that did not move what happened and what to do."""
     if not reports:
         print("nothing to move")
         return
@@ -117,7 +117,7 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_history(items: Sequence[Mapping[str, Any]]) -> None:
-    """Newest first."""
+    """Print the history, newest first."""
     if not items:
         print("no transfers yet")
         return
@@ -139,7 +139,7 @@ def show_history(items: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_detours(items: Sequence[Mapping[str, Any]]) -> None:
-    """Those that left first in front."""
+    """Print departures, oldest first."""
     if not items:
         print("no SA has left this gateway")
         return

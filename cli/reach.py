@@ -1,7 +1,7 @@
-"""Whether a machine on a network of ours is there: the way to it, what it answers. I/O, bounded in time.
+"""Whether a machine on a network of ours answers, and the way to it. I/O, bounded in time.
 
-Nothing here needs root: where no ICMP socket may be opened, a datagram to the discard port makes the kernel
-look for the neighbour, and its neighbour table tells what came of that.
+Nothing here needs root: if no ICMP socket may be opened, a datagram to the discard port makes the kernel look
+for the neighbour, and the result is in its neighbour table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _GONE = {"FAILED", "INCOMPLETE"}
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How packets for an address leave. `device`: empty where there is no way. `direct`: without a router."""
+    """The way of packets for an address. `device`: empty if there is no way. `direct`: without a router."""
 
     device: str = ""
     direct: bool = False
@@ -43,7 +43,7 @@ class Way:
 
 
 def way_to(address: Address) -> Way:
-    """The kernel's way to an address. A kernel or an `ip` that cannot say knows no way."""
+    """The kernel's way to an address; no way if the kernel or `ip` does not answer."""
     found = _ip("route", "get", str(address), version=address.version)
     if not found:
         return Way()
@@ -53,15 +53,15 @@ def way_to(address: Address) -> Way:
 
 
 def device_of(address: Address) -> str:
-    """The interface that has an address of this machine's; empty where none has."""
+    """The interface that has an address of this machine; empty if none has."""
     found = _ip("addr", "show", "to", str(address), version=address.version)
     return next((str(entry["ifname"]) for entry in found if "ifname" in entry), "")
 
 
 def answers(address: Address, patience: float = PATIENCE) -> bool | None:
-    """Whether a machine with that address is there. None: nothing said so, and nothing spoke against it.
+    """Whether a machine with that address answers. None: not known.
 
-    An echo reply says so; without one, a neighbour that has told its link-layer address just now does.
+    An echo reply is an answer; without one, a neighbour that has just sent its link-layer address.
     """
     limit = time.monotonic() + patience
     nonce = os.urandom(16)
@@ -81,7 +81,7 @@ def answers(address: Address, patience: float = PATIENCE) -> bool | None:
 
 
 def neighbour(entries: Sequence[Mapping[str, Any]]) -> bool | None:
-    """What `ip neigh show` of one address says: whether it is there; None where it does not know."""
+    """Whether the neighbour answers, from `ip neigh show` of one address; None if it is not known."""
     states = {str(state) for entry in entries for state in entry.get("state", ())}
     if states & _THERE:
         return True
@@ -101,13 +101,14 @@ def request(version: int, nonce: bytes) -> bytes:
 
 
 def is_reply(packet: bytes, version: int, nonce: bytes, *, raw: bool) -> bool:
-    """Whether this is the answer. A raw IPv4 socket hands out the IP header, too."""
+    """Whether this is the answer. A raw IPv4 socket returns the IP header, too."""
     start = (packet[0] & 15) * 4 if raw and version == 4 and packet else 0
     return len(packet) > start and packet[start] == _ECHO[version][1] and packet.endswith(nonce)
 
 
 def _socket(version: int) -> tuple[socket.socket, bool | None]:
-    """A socket for echo requests and whether it is a raw one; None: where neither may be had, one for UDP."""
+    """A socket for echo requests and whether it is a raw one; if neither is permitted, one for UDP and
+    None."""
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     protocol = socket.IPPROTO_ICMP if version == 4 else socket.IPPROTO_ICMPV6
     for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
@@ -123,7 +124,7 @@ def _ask(sock: socket.socket, address: Address, nonce: bytes, *, echo: bool) -> 
     try:
         sock.sendto(data, (str(address), port))
     except OSError:
-        return  # the next one may go; what the neighbour table says counts in the end
+        return  # the next one may be sent; the neighbour table decides in the end
 
 
 def _replied(sock: socket.socket, address: Address, nonce: bytes, *, raw: bool) -> bool:
@@ -136,7 +137,7 @@ def _replied(sock: socket.socket, address: Address, nonce: bytes, *, raw: bool) 
 
 
 def _ip(*words: str, version: int) -> list[dict[str, Any]]:
-    """What iproute2 says as JSON; empty where it says nothing or fails."""
+    """iproute2's answer as JSON; empty if there is none."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What people and programs see: JSON without secrets, tables, times.
+"""Output for people and programs: JSON without secrets, tables, times.
 
 Nothing here imports rich at the top: on a pipe, tables are plain columns, and an agent needs JSON only.
 """
@@ -78,7 +78,7 @@ def _data(value: object, secrets: bool) -> Any:
 
 
 def selector_text(selector: TrafficSelector) -> str:
-    """As swanctl writes it: 10.0.0.0/24, 10.0.0.1-10.0.0.9, with [protocol/ports] where limited."""
+    """As swanctl writes it: 10.0.0.0/24, 10.0.0.1-10.0.0.9, with [protocol/ports] if it is limited."""
     from ipaddress import summarize_address_range
 
     start, end = selector.start, selector.end
@@ -165,7 +165,7 @@ def _cell(value: object) -> str:
 
 
 def printable(value: object, keep: str = "") -> str:
-    """The text without what could steer a terminal; for all that a peer or an MN may have said.
+    """The text without characters that control a terminal; for all text from a peer or a mobile node.
 
     `keep`: characters that are left as they are all the same.
     """
@@ -173,7 +173,7 @@ def printable(value: object, keep: str = "") -> str:
 
 
 def say(text: str) -> None:
-    """One line on standard output, parts of which may come from outside."""
+    """Print one line, parts of which may come from outside."""
     print(printable(text))
 
 

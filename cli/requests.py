@@ -1,4 +1,4 @@
-"""What requests on the control sockets hold: the keys of every command, of a gateway's agent and of a mobile
+"""The requests on the control sockets: the keys of every command, of a gateway's agent and of a mobile
 node's, and addresses."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GATEWAY: Mapping[str, Keys] = {
     "resync": {},
     "cancel": {"transfer": "text"},
     "reclaim": {"transfer": "text"},
-    # all that charon tells its script, of any version
+    # everything that charon passes to its script, in any version
     "updown": {"verb": "text", "reqid": "text", "child": "text", "connection": "text", "PLUTO_*": "text"},
     "detours": {"end": "text", "unblock": "flag"},
 }

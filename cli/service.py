@@ -1,6 +1,6 @@
-"""An agent as a process: logging, signals, its store, the word to systemd that it is ready (I/O).
+"""An agent as a process: logging, signals, its store, systemd's readiness notification (I/O).
 
-And work that goes on while a client is told of it.
+Also work that goes on while a client is told of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Service(Protocol):
-    """What runs until it is told to stop."""
+    """A service that runs until it is stopped."""
 
     async def start(self) -> None:
         """Errors: IkectxError; `stop` is called all the same."""
@@ -39,7 +39,7 @@ class Service(Protocol):
 
 
 def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
-    """Run what `make` makes until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
+    """Run the service from `make` until SIGTERM or SIGINT. Errors: IkectxError if it cannot start."""
     level = os.environ.get("IKECTX_LOG") or "info"
     if level.upper() not in logging.getLevelNamesMapping():
         raise UsageError(
@@ -90,9 +90,10 @@ async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> Non
 
 
 def _mistake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody caught: where it came up. Its text and asyncio's may show what a callback was given."""
+    """Log an exception that was not caught: its place only, because its text may contain a callback's
+    arguments."""
     error = context.get("exception")
-    if isinstance(error, OSError):  # no descriptor for a connection, say: the system's fault, not ours
+    if isinstance(error, OSError):  # for instance no descriptor for a connection, which is no mistake of ours
         log.error("the event loop: %s", error.strerror or type(error).__name__)
     elif isinstance(error, BaseException):
         log_mistake(log, "a callback", error)

@@ -1,9 +1,9 @@
-"""Reads strongSwan's settings files (strongswan.conf, swanctl.conf), as far as `doctor` needs it.
+"""Reads strongSwan's settings files (strongswan.conf, swanctl.conf), to the extent that `doctor` needs.
 
 The format: sections `name { ... }`, `key = value` up to the end of the line, `#` comments, quoted values, and
-`include PATTERN`, relative to the including file (man strongswan.conf, 5.9). Section references
-(`name : other { ... }`) and ~key deletions are skipped. A file that does not follow the format gives
-what could be read: this is for advice, charon itself is the judge.
+`include PATTERN`, relative to the including file (man strongswan.conf, 5.9). Section references (`name :
+other { ... }`) and ~key deletions are skipped. A file that does not follow the format gives could be read,
+because this is for advice only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_DEPTH = 10
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value and the file it stands in."""
+    """A value and the file that it is in."""
 
     value: str
     file: str

@@ -1,7 +1,7 @@
 """Reads a TOML configuration so that every mistake is one `ConfigError` with file, line and key.
 
 A `ConfigFile` finds, reads and checks one. `value` and `several` of its `Table` take a kind: a function that
-returns the value or raises ValueError with what it must be.
+returns the value or raises ValueError with the requirement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ikectx.context import Address
 
 DEFAULT_PORT = 5091
-"""Of CXTP (RFC 4067, section 7)."""
+"""Port of CXTP (RFC 4067, section 7)."""
 
 LONGEST = 1 << 20
 """Octets of a configuration file; one for a thousand connections has some 200 KiB."""
@@ -32,7 +32,7 @@ _NEEDED: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class HostPort:
-    """Where CXTP is spoken: an IP address, or for a peer a DNS name, and a port."""
+    """An endpoint of CXTP: an IP address, or for a peer a DNS name, and a port."""
 
     host: str
     port: int = DEFAULT_PORT
@@ -45,8 +45,8 @@ class HostPort:
 class ConfigFile(Generic[T]):
     """One of the program's configuration files.
 
-    `variable`: the one of the environment that names it, in place of `default`. `check`: makes what it holds
-    of its table; the path is for messages and relative names.
+    `variable`: the environment variable that names it, in place of `default`. `check`: makes its content from
+    its table; the path is for messages and relative names.
     """
 
     variable: str
@@ -54,7 +54,7 @@ class ConfigFile(Generic[T]):
     check: Callable[[Table, Path], T]
 
     def path(self, given: str | None) -> Path:
-        """The file to read: the one given, that of the environment, or the default."""
+        """The file to read: the given one, that of the environment, or the default."""
         return Path(given or os.environ.get(self.variable) or self.default)
 
     def load(self, path: Path) -> T:
@@ -80,7 +80,7 @@ class ConfigFile(Generic[T]):
 
 
 def text_of(path: Path, most: int) -> str:
-    """What a file holds, of `most` octets at most: a device, or a file that grows, has no end.
+    """The content of a file, of `most` octets at most, because a device, or a file that grows, has no end.
 
     Errors: OSError, UnicodeDecodeError, ConfigError for more.
     """
@@ -110,7 +110,7 @@ class _Source:
     lines: Mapping[tuple[str, ...], int]
 
     def line(self, key: tuple[str, ...]) -> int:
-        """Of the key, or of the nearest thing around it that has one."""
+        """The line of the key, or of the nearest surrounding element that has one."""
         while key and key not in self.lines:
             key = key[:-1]
         return self.lines.get(key, 1)
@@ -122,7 +122,7 @@ _PART = re.compile(r"""[\w-]+|"([^"]*)"|'([^']*)'""")
 
 
 def _scan(text: str) -> dict[tuple[str, ...], int]:
-    """Where each table and key begins. tomllib does not tell; this is good enough for messages."""
+    """The lines of tables and keys. tomllib does not report them; this is good enough for messages."""
     lines: dict[tuple[str, ...], int] = {}
     counts: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ def _parts(dotted: str) -> tuple[str, ...]:
 
 
 class Table:
-    """A table of the file that knows where it stands."""
+    """A table of the file that knows its position."""
 
     def __init__(self, data: dict[str, Any], where: tuple[str, ...], source: _Source) -> None:
         self._data = data
@@ -161,7 +161,7 @@ class Table:
         )
 
     def value(self, key: str, kind: Callable[[Any], T], default: T = _NEEDED) -> T:
-        """The key's value through `kind`, which raises ValueError with what is wrong."""
+        """The key's value through `kind`, which raises ValueError with the requirement."""
         if key not in self._data:
             if default is _NEEDED:
                 raise self.error(key, "is missing")
@@ -186,7 +186,7 @@ class Table:
         return self.value(key, kinds, default)
 
     def table(self, key: str) -> Table:
-        """A table below; an empty one where there is none."""
+        """A table below; an empty one if there is none."""
         return Table(self.value(key, _table, {}), (*self._where, key), self._source)
 
     def tables(self, key: str) -> list[Table]:
@@ -196,12 +196,12 @@ class Table:
         return [Table(item, (*self._where, key, str(n)), self._source) for n, item in enumerate(items)]
 
     def named(self, key: str) -> list[tuple[str, Table]]:
-        """Tables by names of the file's own choice, [key.NAME]."""
+        """Tables with names that the file chooses, [key.NAME]."""
         outer = self.table(key)
         return [(name, outer.table(name)) for name in outer._data]
 
     def only(self, *known: str) -> None:
-        """No other keys than these may be there."""
+        """Refuse all keys but these."""
         for key in self._data:
             if key not in known:
                 from difflib import get_close_matches
@@ -240,7 +240,7 @@ def a_text(value: Any) -> str:
 
 
 def a_file(beside: Path) -> Callable[[Any], Path]:
-    """A file's name; a relative one counts from the folder of the configuration file `beside` it."""
+    """A file's name; a relative one is relative to the folder of the configuration file `beside` it."""
     return lambda value: beside.parent / a_text(value)
 
 

@@ -1,16 +1,16 @@
 """`ikectx updown`: the hook for `updown =` in swanctl.conf. Standard library only: it must start fast.
 
-charon (the updown plugin, strongSwan 5.9.8 to 6.0.6) runs it through a shell, once for each pair of
-traffic selectors when a CHILD_SA comes up or goes down, with PLUTO_* in the environment, and *waits for
-it with the IKE_SA in its hands*. When one comes up, the agent is told and not waited for. When one goes
-down, the agent's answer is waited for, but not for long: as long as charon is held here, the SA's keys
-and counters are still in the kernel, for a handover. After that charon's stock script takes over, with
-the same environment and the same arguments. Nothing here can fail the SA.
+charon (the updown plugin, strongSwan 5.9.8 to 6.0.6) runs it through a shell, once for each pair of traffic
+selectors when a CHILD_SA comes up or goes down, with PLUTO_* in the environment, and *waits for it while it
+has the IKE_SA checked out*. When a CHILD_SA comes up, the agent is told and not waited for. When it goes
+down, the agent's answer is waited for, but not for long: as long as charon waits here, the SA's keys and
+counters are still in the kernel, for a handover. After that charon's stock script takes over, with the same
+environment and the same arguments. No failure here affects the SA.
 
     updown = /path/to/.venv/bin/ikectx updown --connection home
     updown = /path/to/.venv/bin/ikectx updown --connection home --then "/etc/my-updown with arguments"
 
-PLUTO_CONNECTION holds the name of the *child*; `--connection` says which connection it belongs to.
+PLUTO_CONNECTION has the name of the *child*; `--connection` names the connection that it belongs to.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ STOCK = (
     "/usr/libexec/strongswan/_updown",
     "/usr/local/libexec/ipsec/_updown",
 )
-"""Where charon's own script is: Debian, others, Fedora, built from source."""
+"""Paths of charon's own script: Debian, others, Fedora, built from source."""
 
 DEFAULT_SOCKET = "/run/ikectx.vici"
 DEFAULT_CONFIG = "/etc/ikectx/ikectx.toml"
 LONGEST = 1 << 20
 """Octets of a configuration file."""
 PATIENCE = 0.5
-"""Seconds the agent has to accept the message."""
+"""Seconds that the agent has to accept the message."""
 DOWN_PATIENCE = 8.0
-"""Seconds the agent has to answer when an SA goes down: at once, or when it has handed the SA over."""
+"""Seconds that the agent has to answer when an SA goes down: at once, or when it has handed the SA over."""
 
 HELP = """\
 Usage: ikectx updown [--connection NAME] [--then COMMAND] [--config FILE] [--socket PATH] [ARGUMENT...]
@@ -61,7 +61,7 @@ def main(args: Sequence[str]) -> NoReturn:
 
 
 def parse(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Options of ours, wherever they stand before `--`, and what is left for the script."""
+    """Options of ours, wherever they are before `--`, and the rest for the script."""
     options: dict[str, str] = {}
     rest: list[str] = []
     left = list(args)
@@ -81,7 +81,7 @@ def parse(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def socket_path(options: Mapping[str, str]) -> str:
-    """Given, or as the environment or the configuration has it, or the default."""
+    """The given socket, or that of the environment or the configuration, or the default."""
     given = options.get("socket") or os.environ.get("IKECTX_SOCKET")
     if given:
         return given
@@ -114,7 +114,7 @@ def request(env: Mapping[str, str], connection: str) -> bytes:
 
 
 def tell(path: str, packet: bytes, *, answer: bool) -> None:
-    """Send it, wait for the `answer` if asked, and go on; a word on standard output is for charon's log."""
+    """Send it, wait for the `answer` if wanted, and go on; a word on standard output is for charon's log."""
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(PATIENCE)
@@ -129,7 +129,7 @@ def tell(path: str, packet: bytes, *, answer: bool) -> None:
 
 
 def run_script(then: str | None, args: Sequence[str]) -> NoReturn:
-    """Become the script. Without one: done, since charon's default is then to do nothing."""
+    """Become the script. Without one there is nothing to do, as in charon's default."""
     try:
         if then:
             os.execv("/bin/sh", ["sh", "-c", f'{then} "$@"', "updown", *args])  # noqa: S606

@@ -1,4 +1,4 @@
-"""The IKE_SAs of charon as the agent's commands name and show them."""
+"""charon's IKE_SAs, by the names and in the form that the agent's commands use."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def chosen(
 ) -> list[SaName]:
     """The SAs that ike, ike-id, spi, peer or all name in the request.
 
-    gateways: addresses of other gateways whose connections to this one run through an SA here: only its name
-    names such an SA. Errors: UnknownSaError, UsageError.
+    gateways: addresses of other gateways whose connections to this one run through an SA here: such an SA is
+    selected only by its name. Errors: UnknownSaError, UsageError.
     """
     views = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
     wanted = {key: request[key] for key in ("ike", "ike-id", "spi", "peer") if request.get(key)}
@@ -45,7 +45,7 @@ def chosen(
 
 
 def sa_name(text: str) -> SaName | None:
-    """What `list` prints: both SPIs in hexadecimal with a colon between. Errors: UsageError."""
+    """An SA's name as `list` prints it: both SPIs in hexadecimal with a colon between. Errors: UsageError."""
     if not text:
         return None
     try:
@@ -103,7 +103,7 @@ def view_json(view: SaView, obstacle: IkectxError | None) -> dict[str, object]:
 
 
 def charon_json(host: CharonHost) -> dict[str, object]:
-    """Whether charon answers, which version it is, and whether the HA socket hears it."""
+    """Whether charon answers, its version, and whether it receives from the HA socket."""
     return {
         "reachable": host.charon_up,
         "version": host.ha_version.charon,
