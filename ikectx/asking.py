@@ -183,6 +183,15 @@ class Ask:
         self.events.put_nowait(run)
         run.when_over(lambda: self.events.put_nowait(_Over(run)))
 
+    def lost(self, gone: asyncio.Future[LinkError]) -> None:
+        """Hear that the link is closed."""
+        self.events.put_nowait((self.link, gone.result()))
+
+    def leave(self) -> None:
+        """Hear no more of the link: it lives on for weeks, and would keep the request for as long."""
+        if self.link is not None:
+            self.link.gone.remove_done_callback(self.lost)
+
     def checked(self, context: IkeContext, verdicts: Sequence[Verdict]) -> None:
         """The request was for a check only, and this is its result."""
         self.context = context
@@ -237,8 +246,9 @@ class Asking:
         if link is None or link.error is not None:
             link = await self._links().get(ask.peer)
         if link is not ask.link:
+            ask.leave()
             ask.link = link
-            link.gone.add_done_callback(lambda gone: ask.events.put_nowait((link, gone.result())))
+            link.gone.add_done_callback(ask.lost)
         if not ask.began:
             ask.began = self._parts.clock.now()
         ask.attempts += 1
@@ -263,6 +273,7 @@ class Asking:
                     await self._give_up(ask)
             finally:
                 self._open.remove(ask)
+                ask.leave()
                 self._drop(ask, "nobody waits for it any more")
 
     async def _give_up(self, ask: Ask) -> None:

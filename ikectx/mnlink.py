@@ -250,7 +250,7 @@ def _same_address(ancillary: Sequence[_Cmsg], source: str) -> list[_Cmsg]:
         if level == socket.IPPROTO_IP and kind == _IP_PKTINFO and len(data) >= 12:
             return [(level, kind, struct.pack("=I4s4s", 0, data[4:8], bytes(4)))]
         if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO and len(data) >= 20:
-            interface = data[16:20] if source.startswith("fe80:") else bytes(4)
+            interface = data[16:20] if source.startswith(("fe8", "fe9", "fea", "feb")) else bytes(4)
             return [(level, kind, data[:16] + interface)]
     return []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 
-from ikectx.arrivals import AT_ONCE, OF_A_PEER
+from ikectx.arrivals import AT_ONCE, OF_A_PEER, Arrival
+from ikectx.asking import Ask
 from ikectx.context import Endpoint
 from ikectx.cxtp import Ctaa, Ctar, Ctc, Ctd, Message
 from ikectx.numbers import Status
@@ -45,6 +47,8 @@ def test_answers_to_what_nobody_knows_are_not_remembered() -> None:
                 assert [block.status for block in Ctaa.parse(answer).statuses] == [Status.UNKNOWN_SA]
             assert w.b.agent._arrivals is not None
             assert len(w.b.agent._arrivals._known) == 0
+            gc.collect()
+            assert not any(isinstance(each, Ask | Arrival) for each in gc.get_objects())
             assert w.a.daemon.calls == []
             assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
             await w.quiet()
