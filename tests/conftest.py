@@ -6,6 +6,10 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("ikectx", deadline=None)
+settings.load_profile("ikectx")  # 200 ms an example are too few on a busy machine
 
 
 def pytest_configure() -> None:
