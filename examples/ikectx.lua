@@ -21,7 +21,7 @@
 local PORT = 5091
 local HEADER = 4
 local MN_TOKEN, PROOF, NEW_SPIS, WHEREABOUTS, IKEV2_SA = 0xFF05, 0xFF06, 0xFF07, 0xFF0A, 0xFF01
-local REASON = 0xFF0B
+local REASON, COOKIE = 0xFF0B, 0xFF0C
 
 local TYPES = {
   [1] = "CTAR", [2] = "CTAA", [3] = "CTD", [4] = "PCTD", [5] = "CTDR", [6] = "CTC", [7] = "CT-Req",
@@ -330,7 +330,7 @@ local function dissect_statuses(r, tree, kind)
   local words = {}
   while r.at < r.stop do
     local fpt = r.stop - r.at > 1 and r.tvb(r.at, 2):uint() or 0
-    if kind == 2 and (fpt == MN_TOKEN or fpt == NEW_SPIS) then break end -- blocks from here on
+    if kind == 2 and (fpt == MN_TOKEN or fpt == NEW_SPIS or fpt == COOKIE) then break end -- blocks from here on
     if kind == 5 and fpt == REASON then break end
     local item = tree:add(f.status, r.tvb(r.at, math.min(4, r.stop - r.at)))
     fpt = add(r, item, f.status_fpt, 2, "feature profile type"):uint()

@@ -15,6 +15,8 @@ from ikectx.errors import WireError
 from ikectx.numbers import Fpt, Status
 from ikectx.tokens import Purpose, make_ctar, verify
 
+from .vector_text import read_vectors
+
 KEY = Secret(bytes(32))
 HOST, PORT = "198.51.100.7", 40000
 
@@ -84,6 +86,18 @@ def test_what_asks_for_no_cookie() -> None:
         ((StatusBlock(Fpt.IKEV2_SA, Status.BUSY),), (ContextDataBlock(Fpt.COOKIE, bytes(12)),)),
     ):
         assert asked(Ctaa(mn, statuses, blocks)) is None
+
+
+def test_the_vectors() -> None:
+    """`cxtp_messages.txt` has a question and the CTAR that answers it."""
+    vectors = read_vectors("cxtp_messages.txt")
+    first, question, again = (vectors[name] for name in ("ctar-v4", "cookie-ctaa-v4", "cookie-ctar-v4"))
+    cookie = bytes.fromhex("2a0102030405060708090a0b")
+    assert ask(first, fixed_part(first), cookie) == question
+    block = asked(Ctaa.parse(question))
+    assert block is not None
+    assert with_cookie(Ctar.parse(first), block).serialize() == again
+    assert split(again, fixed_part(again)) == (cookie, first)
 
 
 def test_an_answer_is_never_longer_than_what_it_answers() -> None:

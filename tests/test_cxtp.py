@@ -42,6 +42,7 @@ MN6 = ip_address("2001:db8::a")
 KEY = b"correct horse battery"
 VECTORS = read_vectors("cxtp_messages.txt")
 
+COOKIE = ContextDataBlock(Fpt.COOKIE, bytes.fromhex("2a0102030405060708090a0b"))
 EXPECTED: dict[str, Message] = {
     "ctar-v4": Ctar(
         MN4,
@@ -57,6 +58,19 @@ EXPECTED: dict[str, Message] = {
     "ctar-v6-all-contexts": Ctar(MN6, ip_address("2001:db8:1::2"), 0xFFFFFFFF, 0),
     "ctaa-v4": Ctaa(
         MN4, (StatusBlock(Fpt.SAD, Status.ESP_SPI_IN_USE), StatusBlock(Fpt.MLD, Status.BAD_CHECKSUM))
+    ),
+    "cookie-ctaa-v4": Ctaa(MN4, (), (COOKIE,)),
+    "cookie-ctar-v4": Ctar(
+        MN4,
+        ip_address("198.51.100.2"),
+        0x01020304,
+        0x3B0778DC,
+        (
+            COOKIE,
+            ContextDataBlock(Fpt.IKEV2_SA),
+            ContextDataBlock(Fpt.MLD, bytes.fromhex("deadbeef00000000"), 0x80000001),
+        ),
+        acknowledge=True,
     ),
     "ctd-v4": Ctd(MN4, (ContextDataBlock(Fpt.IKEV2_SA, bytes.fromhex("a10001") + bytes(9)),), 123),
     "ctd-v6-no-ack": Ctd(MN6, (ContextDataBlock(Fpt(0xFF77), b"\1\2\3\4"),), 0xFFFFFFFF, acknowledge=False),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.context import Address, Endpoint, Secret
+from ikectx.cookies import with_cookie
 from ikectx.cxtp import ContextDataBlock, Ctaa, Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, StatusBlock
 from ikectx.cxtp import TokenAlgorithm as Algorithm
 from ikectx.ikev2 import IkeHeader, seal_message
@@ -182,6 +183,7 @@ def a_token(mn: Address, router: Address, care_of: Endpoint | None, purpose: Pur
 
 PROBE = b"".join(SPIS) + bytes.fromhex("2e2025080000000700000b00") + bytes(2788)  # an IKE header, and SK
 NEW_SPIS = (b"\x03\x04" + bytes.fromhex("c0ffee01c0ffee02"), b"\x01\x08" + SPIS[0] + SPIS[1])
+COOKIE = ContextDataBlock(Fpt.COOKIE, bytes(range(1, 13)))
 REFUSAL = Verdict(Fpt.PAD, Status.NOT_ALLOWED, "the mobile node's identity is root.evil")
 STREAM: tuple[tuple[int, Message], ...] = (
     (0, Pctd(MN, blocks_of(Fpt.IKEV2_SA, LARGE) + blocks_of(Fpt.PAD, b"\xa1\x00\x01"), 7)),
@@ -216,6 +218,8 @@ AIR: tuple[Message, ...] = (
         purpose=Purpose.ARRIVE,
     ),
     Ctaa(MN6, (StatusBlock(Fpt.SAD, Status.BUSY), StatusBlock(Fpt(0x1234), Status(0xEE)))),
+    Ctaa(MN, blocks=(COOKIE,)),
+    with_cookie(a_token(MN, NSG, None, Purpose.ANNOUNCE), COOKIE),
 )
 WRONG = (
     b"\x11",
@@ -365,7 +369,7 @@ def test_messages_on_the_air(seen: Seen, number: int) -> None:
 
 
 def test_tokens(seen: Seen) -> None:
-    announce, arrive6, arrive, tagged, renamed, plain = seen.air
+    announce, arrive6, arrive, tagged, renamed, plain, asked, shown = seen.air
     assert [row["cxtp.mn_token.purpose"] for row in (announce, arrive6, arrive)] == [["1"], ["2"], ["2"]]
     assert announce["cxtp.mn_token.port"] == ["0"]
     assert not {"cxtp.mn_token.care_of", "cxtp.mn_token.care_of6"} & set(announce)
@@ -385,6 +389,9 @@ def test_tokens(seen: Seen) -> None:
     assert renamed["cxtp.new_spis.new"] == ["c0ffee02", hexed(SPIS[1])]
     assert "cxtp.mn_token.tag" not in plain
     assert "0x1234 0xee" in plain["_ws.col.Info"][0]
+    assert "COOKIE" in asked["_ws.col.Info"][0]
+    assert shown["cxtp.block.data"][0] == hexed(COOKIE.data)
+    assert shown["cxtp.mn_token.tag"] == announce["cxtp.mn_token.tag"]
 
 
 SAID = (
