@@ -137,7 +137,7 @@ def ha_settings(world: World) -> Iterator[Outcome]:
         wrong = True
         yield "fail", "charon.plugins.ha.secret is set: the agent cannot read its messages", "remove it"
     if not wrong:
-        yield "ok", "strongswan.conf fits"
+        yield "ok", "strongswan.conf agrees with the configuration"
 
 
 def _yes(value: str) -> bool:
@@ -168,7 +168,7 @@ def agent_runs(world: World) -> Iterator[Outcome]:
     if status.get("name") != world.config.name:
         yield (
             "warn",
-            f"the agent goes by {status.get('name')!r}, the configuration by {world.config.name!r}",
+            f"the agent has the name {status.get('name')!r}, the configuration {world.config.name!r}",
             "restart the agent",
         )
     charon = status.get("charon") or {}
@@ -263,7 +263,7 @@ def secret_files(world: World) -> Iterator[Outcome]:
             wrong = True
             yield "warn", f"{what} {path} belongs to user {info.st_uid}", f"chown root {path}"
     if not wrong:
-        yield "ok", "nobody else can read keys"
+        yield "ok", "no other user can read the keys"
 
 
 def certificates(world: World) -> Iterator[Outcome]:
@@ -397,7 +397,7 @@ def clock(world: World) -> Iterator[Outcome]:
             "set the clock (NTP)",
         )
     else:
-        yield "ok", "nothing speaks against the clock"
+        yield "ok", "the clock seems right"
 
 
 def kernel(world: World) -> Iterator[Outcome]:
@@ -408,7 +408,7 @@ def kernel(world: World) -> Iterator[Outcome]:
     else:
         yield "fail", "/dev/net/tun is missing, which user-space ESP needs", "modprobe tun"
     if world.tool("nft") is None:
-        why = "a transfer holds IKE messages back with it"
+        why = "a transfer mutes IKE messages with it"
         yield "fail", f"the program nft is missing: {why}", "apt-get install nftables"
         return
     works, said = world.probe("nft", "add", "table", "inet", "ikectx_doctor")
@@ -457,11 +457,11 @@ def message_ids(world: World) -> Iterator[Outcome]:
     if right:
         yield "ok", "the kernel notes message IDs as they leave"
     elif right is False:
-        yield "fail", "the kernel notes other message IDs than those that leave", restart
+        yield "fail", "the message IDs that the kernel notes are not those that leave", restart
     elif world.agent_pid() is not None:
         yield (
             "warn",
-            "nothing notes which message IDs leave: `nft flush ruleset` takes the rules away",
+            "message IDs that leave are not noted: `nft flush ruleset` removes the rules",
             restart,
         )
     else:
@@ -489,7 +489,7 @@ def addresses(world: World) -> Iterator[Outcome]:
 
 def peers(world: World) -> Iterator[Outcome]:
     if not world.config.peers:
-        yield "warn", "no [[peer]]: SAs can go nowhere", "write a [[peer]] for each other gateway"
+        yield "warn", "there is no [[peer]], so no SA can be moved", "write a [[peer]] for each gateway"
     if world.config.transfer.transport != "tls":
         yield from reach(world)
         return

@@ -50,7 +50,7 @@ def reach(world: World) -> Iterator[Outcome]:
         try:
             answer = world.connect_plainly(peer)
         except IkectxError:
-            yield "note", f"{who} was not tried, because of protection"
+            yield "note", f"{who} was not tried, because its connection is not protected"
             continue
         if answer.failed:
             yield (

@@ -127,7 +127,7 @@ class MobileAgent:
         try:
             self._addresses.watch(self._addresses_changed)
         except KernelError as error:
-            log.warning("%s; a move that is announced must be completed by hand", error)
+            log.warning("%s; an announced move must be completed by `ikectx mobile handover`", error)
         # open handovers are completed before a new one begins
         self._host.spawn(self._resume(passive))
         await self._control.start()

@@ -242,7 +242,7 @@ class SpiWatch:
 
             await serve_updates(machine, asked, mark=MARK)
         except IkectxError as error:
-            log.warning("what a gateway asks for at %s is not heard: %s", local, error)
+            log.warning("requests of gateways at %s are not received: %s", local, error)
 
     # One request.
 
@@ -346,7 +346,7 @@ class SpiWatch:
             report = await run_spi_update(note.machine(context), mark=MARK)
         except (LinkError, KernelError) as error:
             # charon's request in flight with that ID stays as it is: see `CharonMobile.renumber`
-            log.warning("%s did not answer what was said about SPIs: %s", note.remote, error)
+            log.warning("%s did not answer the request for other SPIs: %s", note.remote, error)
         else:
             # at once, because charon's own exchange is about a child that may be gone soon
             await mobile.count(sa, initiator=note.message_id + report.move.requests)

@@ -118,7 +118,7 @@ class MnSettler:
             now, final.mid_initiator, here.local, here.remote, ivs=(first, second), policy=self._policy
         )
         found = await run_mid_probe(machine, mark=self._mark)
-        log.info("%s expects request %d next, by its own word", here.remote_id, found)
+        log.info("%s expects request %d next, as its answer shows", here.remote_id, found)
         return found
 
 

@@ -437,9 +437,9 @@ class Gateway:
             await self._serving.request(link, message)
         elif isinstance(message, Ctdr):
             if not self._asking.refused(link, message):
-                log.warning("%s answered what nobody asked, for %s", link.label, message.mn)
+                log.warning("%s sent an answer without a request, for %s", link.label, message.mn)
         else:
-            log.warning("%s sent a %s: not served here", link.label, message.TYPE.name)
+            log.warning("%s sent a %s, which this gateway does not handle", link.label, message.TYPE.name)
 
     # -- what operators read -----------------------------------------------------------------------------
 

@@ -126,7 +126,8 @@ def endpoint(context: IkeContext, care_of: Address | None, source: Address) -> E
     if address != source:
         if not encapsulated(context):
             raise RefusedError(
-                f"the MN says {care_of} and is at {source}: a NAT, which its SAs are not made for",
+                f"the MN reports {care_of} and its request came from {source}: behind a NAT it needs ESP "
+                "in UDP, which its SA does not have",
                 status=Status.NO_ADDRESS,
             )
         address = source

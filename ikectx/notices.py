@@ -50,7 +50,7 @@ class Notices:
     def tell(self, peer: str, news: Whereabouts) -> None:
         """Tell that peer, now and until it has acknowledged it, over restarts too. Errors: StoreError."""
         if peer not in self._peers:
-            log.info("%s is no peer any more, it is not told of an SA of its", peer)
+            log.info("%s is no peer any more, so it gets no notice about its SA", peer)
             return
         self._parts.store.put(_KIND, _key(peer, news), news.serialize())
         self._start(peer)
@@ -73,7 +73,7 @@ class Notices:
                 try:
                     found.append(_read(raw))
                 except WireError as error:
-                    log.error("a notice for %s cannot be read, it is forgotten: %s", peer, error)
+                    log.error("a notice for %s cannot be read and is forgotten: %s", peer, error)
                     self._parts.store.delete(_KIND, key)
         return found
 
@@ -156,7 +156,7 @@ class Notices:
             log.warning("%s sent a notice that does not parse: %s", link.label, error)
             await answer(link, NOBODY, refusal(Status.MALFORMED))
         except IkectxError as error:
-            log.error("a notice of %s is not taken in: %s", link.label, error)
+            log.error("a notice of %s could not be processed: %s", link.label, error)
             await answer(link, NOBODY, refusal(error.status))
         else:
             await answer(link, NOBODY, ())

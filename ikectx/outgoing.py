@@ -66,7 +66,7 @@ def check_expected(state: IkeContext | FinalState, expects: int) -> None:
         raise RefusedError(
             f"the MN expects request {expects} next, which cannot be: request {last} has no answer yet",
             status=Status.FAILED,
-            hint="does the MN's agent see all that its charon does? Else let the MN connect anew",
+            hint="the MN's agent may have missed messages of its charon: let the MN connect anew",
         )
 
 
@@ -287,7 +287,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                 await self.turn.take()
         if signal is not None:
             return signal
-        self.blame(LinkError(f"the MN did not arrive at {self.peer.name} in time", hint="it is served here"))
+        late = f"the MN did not arrive at {self.peer.name} in time"
+        self.blame(LinkError(late, hint="this gateway goes on serving it"))
         return SourceInput.TIMEOUT
 
     def _settle(self) -> None:

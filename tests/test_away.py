@@ -313,7 +313,7 @@ def test_it_goes_on_from_there(caplog: pytest.LogCaptureFixture) -> None:
     )
     assert gateway.away.listing()[0].at == "far"
     assert gateway.away.hear("third", here.spis, 1, News.ENDS, "") is None
-    assert "third speaks of" in caplog.text
+    assert "third reports on" in caplog.text
     gateway.away.hear("nsg", here.spis, 1, News.ENDS, "")
     assert gateway.packet() == "dropped"
     gateway.away.hear("nsg", here.spis, 1, News.HERE, "")

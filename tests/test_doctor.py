@@ -111,7 +111,7 @@ def test_agent_away_or_confused(world: Fake) -> None:
     world.answers["status"] = {"name": "other", "charon": {**CHARON, "reachable": False}}
     world.answers["list-contexts"] = []
     texts = [finding.found for finding in bad(world) if finding.check == "agent"]
-    assert "goes by 'other'" in texts[0] and "cannot reach charon" in texts[1]
+    assert "has the name 'other'" in texts[0] and "cannot reach charon" in texts[1]
 
 
 def test_charon_was_upgraded_under_the_agent(world: Fake) -> None:
@@ -138,9 +138,9 @@ def test_sas_of_a_kind_that_stays(world: Fake) -> None:
 
 def test_message_ids_that_are_noted_wrongly_or_not_at_all(world: Fake) -> None:
     world.notes = False
-    assert "restart the agent" in only(world, "message ids", "fail", "other message IDs").fix
+    assert "restart the agent" in only(world, "message ids", "fail", "are not those that leave").fix
     world.notes = None
-    only(world, "message ids", "warn", "nothing notes")
+    only(world, "message ids", "warn", "are not noted")
     world.notes = KernelError("no raw socket", hint="run it as root")
     assert only(world, "message ids", "note", "no raw socket").fix == "run it as root"
     world.notes, world.pids["agent"] = None, None

@@ -42,7 +42,7 @@ def unprotected(world: Protected, level: str, found: str) -> Finding:
     assert (first.check, first.level) == ("protection", level)
     assert found in first.found
     assert (second.check, second.level) == ("peers", "note")
-    assert "not tried, because of protection" in second.found
+    assert "not tried, because its connection" in second.found
     return first
 
 

@@ -204,7 +204,7 @@ def test_an_event_alone_tells_too(kernel: Kernel, guard: SpdGuard) -> None:
         kernel.batch([out.add()])
         await third.hold()
         guard.close()
-        assert "nobody watches" in str(third.lost[0])
+        assert "are not watched" in str(third.lost[0])
 
     run(scenario())
 

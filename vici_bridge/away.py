@@ -201,7 +201,7 @@ class Away:
         if row is None or row.epoch != epoch:
             return None
         if row.peer != peer:
-            log.warning("%s speaks of an SA of %s that was given to %s", peer, row.mn, row.peer or "whom?")
+            log.warning("%s reports on an SA of %s, which was given to %s", peer, row.mn, row.peer or "?")
             return None
         at = {News.HERE: peer, News.MOVED: to}.get(news, row.at)
         self._change(row, replace(row.told(news), at=at))

@@ -98,7 +98,7 @@ class Detour:
         wanted = list(map(_network, prefixes))
         skipped = [prefix for prefix in wanted if not prefix.prefixlen]
         for prefix in skipped:
-            log.warning("packets for %s may leave in the clear: to shut that would shut everything", prefix)
+            log.warning("packets for %s may leave in the clear: a block for them would block all", prefix)
         kept = [prefix for prefix in wanted if prefix.prefixlen]
         self._make([_route_request(_NEWROUTE, prefix, None, shut=True) for prefix in kept])
         return skipped

@@ -80,8 +80,9 @@ class Doubts:
         noted = zip((True, False), self.after(sa), strict=True)
         if not all(after or (sa, initiator) in self._told for initiator, after in noted):
             raise UnknownSaError(
-                "its message IDs are not known: it may have spoken while nothing noted them",
-                hint="they are known when gateway and MN have each asked the other something (DPD does); "
+                "its message IDs are not known, because it may have sent messages while neither an agent "
+                "nor the kernel noted them",
+                hint="they are known after gateway and MN have each sent the other a request (as DPD does); "
                 "or rekey the IKE_SA, or `ikectx resync`",
             )
         self._store.delete(_DOUBT, sa.key)

@@ -84,7 +84,7 @@ class SpdGuard:
 
     def close(self) -> None:
         """Close the sockets; connections under guard are cut."""
-        self._dead(LinkError("nobody watches the IPsec policies any more"))
+        self._dead(LinkError("the IPsec policies are not watched any more"))
         self._xfrm.close()
         self._route.close()
 

@@ -242,7 +242,7 @@ class CharonHost:
         try:
             message = ha.HaMessage.parse(datagram)
         except WireError as error:
-            log.warning("charon's HA socket said something unreadable: %s", error)
+            log.warning("charon sent an HA message that cannot be parsed: %s", error)
             return
         self._keep_departed(message)
         self._fed(self.record.feed(message))
