@@ -133,6 +133,8 @@ class Ask:
         self.attempts = 0
         self.messages = 0
         self.octets = 0
+        self.start = 0.0
+        """When it had its turn."""
         self.began = 0.0
         self.answered: float | None = None
         self.heard = False
@@ -244,7 +246,7 @@ class Asking:
     async def send(self, ask: Ask, link: Link | None = None) -> None:
         """Send the CT-Req, over `link` if it is open. Errors: LinkError."""
         if link is None or link.error is not None:
-            link = await self._links().get(ask.peer)
+            link = await self._link(ask)
         if link is not ask.link:
             ask.leave()
             ask.link = link
@@ -253,6 +255,18 @@ class Asking:
             ask.began = self._parts.clock.now()
         ask.attempts += 1
         self._count(ask, await link.send(ask.request))
+
+    async def _link(self, ask: Ask) -> Link:
+        """A link to the peer, within the time of the request, because others may be dialling before it.
+
+        Errors: LinkError.
+        """
+        left = self._deadline(ask) - self._parts.clock.now()
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                return await self._links().get(ask.peer)
+        except TimeoutError:
+            raise LinkError(f"{ask.peer.name} could not be reached in time", hint="see its log") from None
 
     # -- one request -------------------------------------------------------------------------------------
 
@@ -294,7 +308,7 @@ class Asking:
 
     async def _ask(self, ask: Ask, held: tuple[Desk, Incoming, Endpoint] | None) -> None:
         now = self._parts.clock.now
-        start = now()
+        ask.start = now()
         if held is not None:
             ask.begun(held[0], held[1])
         tries = 0
@@ -307,11 +321,11 @@ class Asking:
             except LinkError as error:
                 ask.error = error
             else:
-                if await self._outcome(ask, start):
+                if await self._outcome(ask):
                     return
             wait = self._parts.timing.wait(tries)
             tries += 1
-            if now() + wait >= self._deadline(ask, start):
+            if now() + wait >= self._deadline(ask):
                 ask.late = True
                 return
             await asyncio.sleep(wait)
@@ -322,15 +336,15 @@ class Asking:
         except LinkError as error:
             ask.events.put_nowait((ask.link, error))
 
-    def _deadline(self, ask: Ask, start: float) -> float:
+    def _deadline(self, ask: Ask) -> float:
         timing = self._parts.timing
-        return start + (timing.unproven if ask.stranger and not ask.heard else timing.request)
+        return ask.start + (timing.unproven if ask.stranger and not ask.heard else timing.request)
 
-    async def _outcome(self, ask: Ask, start: float) -> bool:
+    async def _outcome(self, ask: Ask) -> bool:
         """Wait for an event. True: this was the result; False: ask again."""
         while True:
             try:
-                async with asyncio.timeout(self._patience(ask, start)):
+                async with asyncio.timeout(self._patience(ask)):
                     event = await ask.events.get()
             except TimeoutError:
                 ask.late = True
@@ -343,9 +357,9 @@ class Asking:
             if again is not None:
                 return not again
 
-    def _patience(self, ask: Ask, start: float) -> float:
+    def _patience(self, ask: Ask) -> float:
         if ask.run is None or ask.run.machine.state in _WAITING:
-            return max(0.0, self._deadline(ask, start) - self._parts.clock.now())
+            return max(0.0, self._deadline(ask) - self._parts.clock.now())
         return self._parts.timing.in_doubt  # it is going on here
 
     def _judge(self, ask: Ask, event: object) -> bool | None:

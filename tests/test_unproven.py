@@ -13,6 +13,8 @@ from ikectx.arrivals import AT_ONCE, OF_A_PEER, Arrival
 from ikectx.asking import Ask
 from ikectx.context import Endpoint
 from ikectx.cxtp import Ctaa, Ctar, Ctc, Ctd, Message
+from ikectx.errors import LinkError
+from ikectx.links import PeerConfig, Stream
 from ikectx.numbers import Status
 from ikectx.serving import MobileConfig
 from ikectx.tokens import Purpose
@@ -129,6 +131,25 @@ def test_what_is_under_way_is_bounded_by_source_and_by_gateway() -> None:
             await w.quiet()
             assert w.owner(mn.sa) == "b"
             assert len(known) == 1
+
+    run(scenario())
+
+
+def test_a_gateway_that_answers_no_connection_holds_nobody_up_for_longer() -> None:
+    """Each request waits until those before it have dialled in vain; together that would be for minutes."""
+
+    async def scenario() -> None:
+        async with world(names=("a", "b", "c")) as w:
+
+            async def hang(peer: PeerConfig) -> Stream:
+                await asyncio.sleep(1.0)
+                raise LinkError(f"{peer.name} did not answer within 1 s")
+
+            w.b.agent._running()._dial = hang
+            began = wall()
+            flood = asyncio.gather(*(w.b.agent.ctar(*unknown(w, n, "c")) for n in range(50)))
+            assert all(answer is not None for answer in await flood)
+            assert wall() - began < FAST.unproven + 0.1
 
     run(scenario())
 
