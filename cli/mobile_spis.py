@@ -6,7 +6,7 @@
 
 charon does not know the notify, and the agent cannot intercept its messages. So the agent receives a copy of
 each request, lets charon answer, and asks for the same the other way round (`naming.mirrored`), in time: the
-new gateway waits 11 s if it knows of an agent here, else 500 ms, and then rekeys, which shows in charon's
+new gateway waits 8 s if it knows of an agent here, else 500 ms, and then rekeys, which shows in charon's
 message IDs. Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
 because its message ID is used here (the new gateway has not answered it and never will).
 
@@ -60,7 +60,7 @@ from .mobile_names import MobileNames
 
 log = logging.getLogger("ikectx")
 
-IN_TIME = 8.0
+IN_TIME = 6.0
 """Seconds within which the request must be sent: less than a gateway waits that knows of this agent."""
 POLICY = RetransmitPolicy(0.25, 1.3, 6)
 """3.2 s in all: if the new gateway has given up waiting by then, its rekeys must find charon active."""

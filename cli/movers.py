@@ -31,7 +31,15 @@ from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
 from mobike_ext.notify import UpdateSpi
 from mobike_ext.probe import MidProbe
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, IkeRekey
-from mobike_ext.rename import FRESH_OCTETS, MIRROR_WAIT, Renamed, RenameRefused, SpiUpdate, Unsupported
+from mobike_ext.rename import (
+    AGENT_WAIT,
+    FRESH_OCTETS,
+    MIRROR_WAIT,
+    Renamed,
+    RenameRefused,
+    SpiUpdate,
+    Unsupported,
+)
 from vici_bridge.names import Made, Told, Wish
 
 log = logging.getLogger("ikectx")
@@ -226,7 +234,7 @@ class MnRenamer:
                 conditions=talk.now.conditions,
                 additional=self._addresses,
                 expected_id=talk.now.mid_responder,
-                patience=self._policy.total if talk.wish.agent else MIRROR_WAIT,
+                patience=AGENT_WAIT if talk.wish.agent else MIRROR_WAIT,
                 policy=self._policy,
             )
             report = await run_spi_update(machine, mark=self._mark)

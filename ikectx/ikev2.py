@@ -327,11 +327,6 @@ class RetransmitPolicy:
         """Seconds to wait after the `sent`-th sending (1 is the first)."""
         return self.initial * self.factor ** ((sent - 1) % self.tries)
 
-    @property
-    def total(self) -> float:
-        """Seconds from the first sending until a peer that never answers is given up."""
-        return self.rounds * sum(self.wait(sent) for sent in range(1, self.tries + 1))
-
 
 class RequestWindow:
     """The requests that one end of an IKE_SA sends, with a window of one (RFC 7296, 2.1-2.3).

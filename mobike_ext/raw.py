@@ -74,16 +74,23 @@ class RawLink:
         self._raw.sendto(udp_datagram(self._local, to, payload), (str(to.address), 0))
 
     async def receive(self, within: float) -> tuple[bytes, Endpoint] | None:
-        """The next UDP payload for us and its sender; None after `within` s, or for one of others."""
+        """The next UDP payload for us and where it came from; None after `within` s, or for one of others.
+
+        A datagram is read only when it is taken. asyncio's `sock_recvfrom` under a timeout loses it if both
+        have come when the process gets a CPU again: the datagram is read, and then the reading is cancelled.
+        """
+        heard = self._ear or self._raw
         try:
-            async with asyncio.timeout(within):
-                packet, sender = await asyncio.get_running_loop().sock_recvfrom(
-                    self._ear or self._raw, MAX_DATAGRAM
-                )
-        except (TimeoutError, OSError):
-            # An OSError here is an ICMP error: it is not authenticated, so it decides nothing.
+            return self._read(*heard.recvfrom(MAX_DATAGRAM))
+        except BlockingIOError:
+            await _readable(heard, within)
+        except OSError:
+            # This is an ICMP error somebody sent: unauthenticated, so it decides nothing.
             return None
-        return self._read(packet, sender)
+        try:
+            return self._read(*heard.recvfrom(MAX_DATAGRAM))
+        except OSError:
+            return None
 
     def drain(self) -> Iterator[tuple[bytes, Endpoint]]:
         """The datagrams that have arrived by now, as `receive` returns them."""
@@ -111,6 +118,24 @@ class RawLink:
         if self._remote is not None and source.address != self._remote.address:
             return None
         return payload, source
+
+
+async def _readable(heard: socket.socket, within: float) -> None:
+    """Until there may be something to read, or for `within` s."""
+    loop, number = asyncio.get_running_loop(), heard.fileno()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not over.done():
+            over.set_result(None)
+
+    loop.add_reader(number, end)
+    timer = loop.call_later(within, end)
+    try:
+        await over
+    finally:
+        timer.cancel()
+        loop.remove_reader(number)
 
 
 def open_raw(

@@ -50,6 +50,9 @@ from .notify import Reason, UpdateSpi, UpdateSpiSupported
 
 MIRROR_WAIT = 0.5
 """Seconds in which an agent that is not known yet may begin an exchange of its own."""
+AGENT_WAIT = 8.0
+"""Seconds in which one that is known of may: it may have no CPU, or begin anew. Meanwhile the gateway before
+goes on sending, for at most 10 s."""
 BUSY_PAUSE = 1.2
 """Seconds until the one retry after a refusal as busy; at least what the other side's rate limit requires."""
 FRESH_OCTETS = 512
@@ -222,11 +225,9 @@ class SpiUpdate(Requester[State, Input, Event]):
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
     first request, `Drawn` if the octets may be used again after a crash. fresh: `FRESH_OCTETS`, random.
     expected_id: message ID of the peer's next request (`mid_responder`), which is waited for after an answer
-    without the notify; None: its requests are left to charon. patience: how long, in seconds. For a peer that
-    is known to have an agent it is as long as for one that does not answer at all, because its agent may have
-    no CPU, or start anew. names: decides about the peer's other requests meanwhile; None: they are refused as
-    busy. announce: announce UPDATE_SPI, too. limit: octets of the largest message, see
-    `ikev2.seal_fragments`.
+    without the notify; None: its requests are left to charon. patience: how long, in seconds. names: decides
+    about the peer's other requests meanwhile; None: they are refused as busy. announce: announce UPDATE_SPI,
+    too. limit: octets of the largest message, see `ikev2.seal_fragments`.
 
     When it is done, duplicates of the peer's request are still answered.
     """

@@ -229,9 +229,9 @@ def test_a_gateway_that_does_not_wait_any_more_is_told_nothing(monkeypatch: pyte
 def test_an_agent_without_a_cpu_asks_back_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         w = Watched(monkeypatch)
-        monkeypatch.setattr(mobile_spis, "IN_TIME", 8.0)
+        monkeypatch.setattr(mobile_spis, "IN_TIME", 6.0)
         event = Asked(NSG, True, PAIRS, message_id=4)
-        await w.watch._ask_back(w.node.sa, event, time.monotonic() - 7.0)
+        await w.watch._ask_back(w.node.sa, event, time.monotonic() - 5.0)
         assert w.watch.renamed == 1
 
     do(scenario())

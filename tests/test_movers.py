@@ -23,7 +23,7 @@ from mobike_ext.link import RekeyReport, SpiReport, UpdateReport
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
 from mobike_ext.rekey import ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
-from mobike_ext.rename import MIRROR_WAIT, Renamed, RenameRefused, SpiUpdate, Unsupported
+from mobike_ext.rename import AGENT_WAIT, MIRROR_WAIT, Renamed, RenameRefused, SpiUpdate, Unsupported
 from vici_bridge.names import Told, Wish
 
 from .peers import a_context
@@ -155,13 +155,10 @@ def test_the_address_after_the_names_where_the_ike_sa_is_among_them(monkeypatch:
 
 
 @pytest.mark.parametrize("agent", [True, False])
-def test_an_agent_that_is_known_of_is_waited_for_as_a_silent_mn_is(
-    monkeypatch: pytest.MonkeyPatch, agent: bool
-) -> None:
+def test_an_agent_that_is_known_of_is_waited_for(monkeypatch: pytest.MonkeyPatch, agent: bool) -> None:
     mn = Mn(monkeypatch)
     ask(mn, Made(), agent=agent)
-    silent = 0.1 * (1 + 1.8 + 1.8**2)
-    assert mn.patience == pytest.approx(silent if agent else MIRROR_WAIT)
+    assert mn.patience == (AGENT_WAIT if agent else MIRROR_WAIT)
 
 
 def test_an_agent_that_has_asked_back_knows_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
