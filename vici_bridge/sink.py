@@ -47,6 +47,7 @@ from .host import CharonHost, Mover, Settler
 from .looks import Looks, Seen, objections
 from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
 from .renames import INSTALL_TIMEOUT, Renames
+from .updown import NotStarted
 from .xfrm_parts import INET as AF_INET
 from .xfrm_parts import INET6 as AF_INET6
 
@@ -337,10 +338,17 @@ class CharonSink:
     async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
         """Packets for the MN come here from now on."""
         self._host.away.opens(shape)
-        self._host.coming.note(context.spis, drawn="begun")
+        coming, sa = self._host.coming, context.spis
+        before = coming.of(sa).facts.drawn
+        coming.note(sa, drawn="begun")
         reqids = {child.spi_in: child.reqid for child in view.children}
-        await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
-        self._host.coming.note(context.spis, drawn="done")
+        try:
+            await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
+        except NotStarted as error:
+            if not error.began:
+                coming.note(sa, drawn=before)  # there is nothing to take back
+            raise
+        coming.note(sa, drawn="done")
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
         """See `ikectx.ports.Settler`."""

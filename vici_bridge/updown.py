@@ -39,6 +39,12 @@ _OWED = "updown-owed"
 4 octets each."""
 
 
+class NotStarted(KernelError):
+    """A script could not be started. `began`: it has run for other traffic selectors of that SA before."""
+
+    began = False
+
+
 class Scripts:
     """The updown scripts of a gateway, by connection name."""
 
@@ -51,7 +57,7 @@ class Scripts:
     ) -> None:
         """Run the script of the SA's connection, if it has one. `reqids` by inbound SPI.
 
-        Errors: KernelError if it could not be started; `finish` runs a "down" then with the same numbers.
+        Errors: NotStarted if it could not be started; `finish` runs a "down" then with the same numbers.
         """
         script = self._scripts.get(context.connection)
         if not script:
@@ -60,7 +66,7 @@ class Scripts:
         try:
             interface = await outgoing_interface(context)
             await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
-        except KernelError:
+        except NotStarted:
             if not up:
                 pairs = b"".join(spi + reqid.to_bytes(4) for spi, reqid in reqids.items())
                 self._store.put(_OWED, key, unique_id.to_bytes(4) + pairs)
@@ -72,7 +78,7 @@ class Scripts:
         """Run the "down" that could not be started. Returns whether there was one. charon no longer has its
         numbers.
 
-        Errors: KernelError if it cannot be started now, either.
+        Errors: NotStarted if it cannot be started now, either.
         """
         note = self._store.get(_OWED, context.spis.key)
         if note is None:
@@ -84,7 +90,7 @@ class Scripts:
 
 @trace.spanned("ip route get", "call")
 async def outgoing_interface(context: IkeContext) -> str:
-    """The interface towards the mobile node, empty if there is none. Errors: KernelError, see `_cannot`."""
+    """The interface towards the mobile node, empty if there is none. Errors: NotStarted."""
     command = ("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address))
     try:
         process = await asyncio.create_subprocess_exec(
@@ -97,10 +103,10 @@ async def outgoing_interface(context: IkeContext) -> str:
         return ""
 
 
-def _cannot(what: str, error: OSError) -> KernelError:
+def _cannot(what: str, error: OSError) -> NotStarted:
     """The error for a process that could not be started, for lack of descriptors, memory or processes."""
     reason = error.strerror or str(error)
-    return KernelError(
+    return NotStarted(
         f"{what} cannot be started: {reason}",
         errno=error.errno or 0,
         hint="LimitNOFILE, MemoryMax and TasksMax of the service bound what it may use; `ls /proc/PID/fd`",
@@ -113,8 +119,9 @@ async def run_updown(
 ) -> None:
     """Call the script once for each selector pair of each child. `reqids` by inbound SPI.
 
-    Errors: KernelError when it could not be started.
+    Errors: NotStarted.
     """
+    began = False
     for child in context.children:
         for local_ts, remote_ts in ts_pairs(child):
             env = updown_environment(
@@ -127,7 +134,12 @@ async def run_updown(
                 reqid=reqids.get(child.spi_in, 0),
                 unique_id=unique_id,
             )
-            await _call(script, env)
+            try:
+                await _call(script, env)
+            except NotStarted as error:
+                error.began = began
+                raise
+            began = True
 
 
 async def _call(script: str, env: dict[str, str]) -> None:
