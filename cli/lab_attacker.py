@@ -303,8 +303,10 @@ def credentials(work: Path) -> TlsConfig:
 
 async def dial(order: Order) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     tls = credentials(Path(order.work)).context(server=False)
-    made = asyncio.open_connection(OUTER["nsg"][4], CXTP_PORT, ssl=tls, local_addr=(OUTER["mn2"][4], 0))
-    return await asyncio.wait_for(made, PATIENCE)
+    async with asyncio.timeout(PATIENCE):  # wait_for (3.11) may lose a cancellation that comes as it ends
+        return await asyncio.open_connection(
+            OUTER["nsg"][4], CXTP_PORT, ssl=tls, local_addr=(OUTER["mn2"][4], 0)
+        )
 
 
 async def links(order: Order, stop: asyncio.Event) -> Counter[str]:
