@@ -16,7 +16,8 @@ import logging
 import os
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from ikectx import trace
 from ikectx.context import IkeContext
@@ -93,8 +94,8 @@ async def outgoing_interface(context: IkeContext) -> str:
     """The interface towards the mobile node, empty if there is none. Errors: NotStarted."""
     command = ("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address))
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdout=PIPE, stderr=DEVNULL, start_new_session=True
+        process = await _started(
+            asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
         )
         return str(json.loads(await _output(process))[0].get("dev", ""))
     except (OSError, TimeoutError, ValueError, LookupError) as error:
@@ -145,14 +146,16 @@ async def run_updown(
 async def _call(script: str, env: dict[str, str]) -> None:
     path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
     try:
-        process = await asyncio.create_subprocess_shell(
-            script,
-            env={"PATH": path, **env, "IKECTX_TRANSFER": "1"},
-            stdin=DEVNULL,
-            stdout=PIPE,
-            stderr=STDOUT,
-            start_new_session=True,
-            umask=UMASK,
+        process = await _started(
+            asyncio.create_subprocess_shell(
+                script,
+                env={"PATH": path, **env, "IKECTX_TRANSFER": "1"},
+                stdin=DEVNULL,
+                stdout=PIPE,
+                stderr=STDOUT,
+                start_new_session=True,
+                umask=UMASK,
+            )
         )
     except OSError as error:
         raise _cannot(f"the updown script {script}", error) from None
@@ -170,6 +173,24 @@ async def _call(script: str, env: dict[str, str]) -> None:
         log.warning("updown script %s exited with %d", script, process.returncode)
 
 
+async def _started(work: Coroutine[Any, Any, Process]) -> Process:
+    """The process. If the step is cancelled while asyncio still connects the pipes, the process runs already,
+    and asyncio would end it without what it has started."""
+    starting = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _end(await starting)
+        raise
+
+
+async def _end(process: Process) -> None:
+    """End it with all that it has started: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
 async def _output(process: Process) -> bytes:
     """The output of a process that has ended. Errors: TimeoutError.
 
@@ -184,6 +205,4 @@ async def _output(process: Process) -> bytes:
         return out
     finally:
         if not ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            await _end(process)
