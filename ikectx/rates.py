@@ -14,6 +14,8 @@ from ipaddress import IPv4Address, IPv6Address
 
 MEMORY = 1024
 """Sources remembered. More than that at a time are held by the total limit."""
+LATELY = 10.0
+"""Seconds after which a source counts as one that did not ask before."""
 
 
 @dataclass(slots=True)
@@ -41,9 +43,10 @@ class Bucket:
         self.level = min(self.size, self.level + max(0.0, now - self.at) * self.rate)
         self.at = now
 
-    def chance(self) -> float:
-        """The probability with which a request may pass now."""
-        return 0.0 if self.level < 1 else min(1.0, self.level / (self.size / 2))
+    def chance(self, kept: float = 0.0) -> float:
+        """The probability with which a request may pass now. `kept`: tokens that are not for it."""
+        left = self.level - kept
+        return 0.0 if left < 1 else min(1.0, left / ((self.size - kept) / 2))
 
 
 def one_source(address: IPv4Address | IPv6Address) -> int:
@@ -52,11 +55,20 @@ def one_source(address: IPv4Address | IPv6Address) -> int:
     return int(address) >> 64 | 1 << 64 if address.version == 6 else int(address)
 
 
+@dataclass(slots=True)
+class _Source:
+    bucket: Bucket
+    passed: float | None = None
+    """When a request of it passed for the last time; None: never."""
+
+
 class RateLimit:
     """Decides over requests by their source: an IPv4 address, or the /64 of an IPv6 one.
 
     rate, source_rate: requests per second in total and of one source. draw: random numbers in [0, 1). A flood
-    of one source uses up its own bucket before it touches that of all.
+    of one source uses up its own bucket before it touches that of all. One half of the latter is for sources
+    of which no request passed in the last `LATELY` seconds, because a mobile node asks once, and some dozens
+    of sources that ask all the time would leave nothing to it.
     """
 
     def __init__(
@@ -67,7 +79,7 @@ class RateLimit:
         self._memory = memory
         self._total: Bucket | None = None
         self._rate = rate
-        self._sources: OrderedDict[int, Bucket] = OrderedDict()
+        self._sources: OrderedDict[int, _Source] = OrderedDict()
 
     def __len__(self) -> int:
         """Sources remembered."""
@@ -77,13 +89,15 @@ class RateLimit:
         """True if a request of `source` may pass. `now` is seconds, monotonic."""
         own = self._source(source, now)
         self._total = self._total or Bucket(self._rate, now)
-        own.fill(now)
+        own.bucket.fill(now)
         self._total.fill(now)
-        for bucket in (own, self._total):
-            chance = bucket.chance()
+        lately = own.passed is not None and now - own.passed < LATELY
+        kept = self._total.size / 2 - 1 if lately else 0.0
+        for chance in (own.bucket.chance(), self._total.chance(kept)):
             if chance < 1 and self._draw() >= chance:
                 return False
-        own.level -= 1
+        own.bucket.level -= 1
+        own.passed = now
         self._total.level -= 1
         return True
 
@@ -94,11 +108,11 @@ class RateLimit:
         self._total.fill(now)
         return self._total.level < 1
 
-    def _source(self, source: IPv4Address | IPv6Address, now: float) -> Bucket:
+    def _source(self, source: IPv4Address | IPv6Address, now: float) -> _Source:
         key = one_source(source)
         found = self._sources.get(key)
         if found is None:
-            found = self._sources[key] = Bucket(self._source_rate, now)
+            found = self._sources[key] = _Source(Bucket(self._source_rate, now))
             if len(self._sources) > self._memory:
                 self._sources.popitem(last=False)
         self._sources.move_to_end(key)

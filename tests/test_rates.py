@@ -76,3 +76,16 @@ def test_time_that_stands_still_or_goes_back_fills_nothing() -> None:
 def test_a_rate_of_zero_passes_two_ever() -> None:
     limit = RateLimit(0, 0, lambda: 0.0)
     assert sum(limit.allows(HERE, float(at)) for at in range(1000)) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_asks_once_gets_through_beside_sources_that_ask_all_the_time(seed: int) -> None:
+    """Each of them keeps to its own limit; together they ask for six times what all may have."""
+    limit = RateLimit(10, 2, dice(seed))
+    heard = 0
+    for tick in range(30 * 64):
+        now = tick / 64
+        limit.allows(IPv4Address(0x0A000000 + tick % 32), now)
+        if tick % 64 == 63 and now > 3:
+            heard += limit.allows(IPv4Address(0x0B000000 + tick), now)
+    assert heard == 27
