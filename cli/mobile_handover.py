@@ -37,7 +37,18 @@ from ikectx.errors import (
     WireError,
 )
 from ikectx.mnlink import run_handover
-from ikectx.mobility import Event, Handover, MobileState, Mode, Outcome, Prepared, Retry, Router
+from ikectx.mobility import (
+    Event,
+    Handover,
+    Limits,
+    MobileState,
+    Mode,
+    Outcome,
+    Prepared,
+    Retry,
+    Route,
+    Router,
+)
 from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import Store
@@ -274,15 +285,19 @@ class Handovers:
         machine = Handover(
             context.current,
             mode,
-            mn=context.local.address,
-            psg=await _router(psg, context.local.address.version),
-            nsg=await _router(nsg, version),
+            Route(
+                context.local.address,
+                await _router(psg, context.local.address.version),
+                await _router(nsg, version),
+            ),
             sequence=secrets.randbits(32),
             unix=time.time() - time.monotonic(),
             care_of=None if own is None else Endpoint(own, context.local.port),
-            retry=Retry(settings.retry, settings.retry_max, settings.give_up),
-            lifetime=int(settings.lifetime),
-            hold=settings.predictive,
+            limits=Limits(
+                Retry(settings.retry, settings.retry_max, settings.give_up),
+                int(settings.lifetime),
+                settings.predictive,
+            ),
             expects=context.mid_responder,
         )
         return Run(view.spis, psg, nsg, context, report, machine, tell, now=view.spis)

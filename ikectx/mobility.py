@@ -28,7 +28,7 @@ seconds, monotonic.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
@@ -180,6 +180,38 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """A handover's ends. Errors: UsageError.
+
+    mn: the mobile node's outer address as the old gateway knows it. psg, nsg: the old and the new gateway.
+    """
+
+    mn: Address
+    psg: Router
+    nsg: Router
+
+    def __post_init__(self) -> None:
+        if self.psg.name == self.nsg.name:
+            raise UsageError(f"the MN cannot move from {self.psg.name!r} to itself")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Time limits of a handover, in seconds.
+
+    lifetime: of a token. hold: how long the gateways keep an announced context. Errors: UsageError.
+    """
+
+    retry: Retry = Retry()
+    lifetime: int = 60
+    hold: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lifetime <= MAX_LIFETIME:
+            raise UsageError(f"a token lives 1 to {MAX_LIFETIME} s, not {self.lifetime}")
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """The old gateway has sent the context ahead: the mobile node may move."""
 
@@ -268,41 +300,30 @@ class Outcome:
 
 
 class Handover:
-    """Moves the mobile node's IKE_SA `generation` from `psg` to `nsg`; the first `to_send` starts it.
+    """Moves the mobile node's IKE_SA `generation` along `route`; the first `to_send` starts it.
 
-    mn: the mobile node's outer address as the old gateway knows it. sequence: 32 fresh random bits, of this
-    handover alone. unix: seconds since 1970 when `now` is 0. care_of: the mobile node's outer IKE endpoint at
-    its new place, in REACTIVE; else `moved` sets it. blocks: the contexts wanted, none for all. lifetime: of
-    a token, s. hold: how long the gateways keep an announced context, s. expects: message ID of the next
-    request that the mobile node expects of its gateway; it may be set until the token that carries it is made
-    (`moved`). Errors: UsageError for wrong arguments; RefusedError for an algorithm not known here.
+    sequence: 32 fresh random bits, of this handover alone. unix: seconds since 1970 when `now` is 0. care_of:
+    the mobile node's outer IKE endpoint at its new place, in REACTIVE; else `moved` sets it. expects: message
+    ID of the next request that the mobile node expects of its gateway; it may be set until the token that
+    carries it is made (`moved`). Errors: RefusedError for an algorithm not known here.
     """
 
     def __init__(
         self,
         generation: IkeGeneration,
         mode: Mode,
+        route: Route,
         *,
-        mn: Address,
-        psg: Router,
-        nsg: Router,
         sequence: int,
         unix: float,
         care_of: Endpoint | None = None,
-        blocks: Sequence[ContextDataBlock] = (),
-        retry: Retry | None = None,
-        lifetime: int = 60,
-        hold: float = 60.0,
+        limits: Limits | None = None,
         expects: int | None = None,
     ) -> None:
-        if not 0 < lifetime <= MAX_LIFETIME:
-            raise UsageError(f"a token lives 1 to {MAX_LIFETIME} s, not {lifetime}")
-        if psg.name == nsg.name:
-            raise UsageError(f"the MN cannot move from {psg.name!r} to itself")
         self.mode = mode
-        self.mn = mn
-        self.psg = psg
-        self.nsg = nsg
+        self.mn = route.mn
+        self.psg = route.psg
+        self.nsg = route.nsg
         self.sequence = sequence
         self.spis = generation.spis
         self.expects = expects
@@ -312,10 +333,10 @@ class Handover:
         self._key = token_key(generation, sequence)
         self._unix = unix
         self._care_of = care_of
-        self._blocks = tuple(blocks)
-        self._retry = retry or Retry()
-        self._lifetime = lifetime
-        self._hold = hold
+        limits = limits or Limits()
+        self._retry = limits.retry
+        self._lifetime = limits.lifetime
+        self._hold = limits.hold
         self._events: deque[Event] = deque()
         self._octets = b""
         self._cookies = 0
@@ -461,7 +482,6 @@ class Handover:
             nsg=self.nsg.name,
             expiry=int(self._unix + now) + self._lifetime,
             care_of=care_of,
-            blocks=self._blocks,
             expects=self.expects,
         )
         self._octets = made.serialize()

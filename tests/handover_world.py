@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ikectx.context import Endpoint
 from ikectx.cxtp import Ctaa, StatusBlock
-from ikectx.mobility import Event, Handover, MobileState, Mode, Retry
+from ikectx.mobility import Event, Handover, Limits, MobileState, Mode, Retry, Route
 from ikectx.numbers import Fpt, Status
 from ikectx.transfer import Timing
 
@@ -121,14 +121,11 @@ class Mobile:
         self.machine = Handover(
             GENERATION,
             mode,
-            mn=MN,
-            psg=PSG,
-            nsg=NSG,
+            Route(MN, PSG, NSG),
             sequence=sequence,
             unix=UNIX,
             care_of=NEW if mode is Mode.REACTIVE else None,
-            retry=Retry(2, 15, 60),
-            hold=50,
+            limits=Limits(Retry(2, 15, 60), hold=50),
         )
         world.mobile = self
         if mode is not Mode.REACTIVE:

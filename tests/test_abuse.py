@@ -13,7 +13,7 @@ import pytest
 from ikectx.arrivals import AT_ONCE
 from ikectx.context import Endpoint, Secret
 from ikectx.cxtp import Ctaa, Ctar
-from ikectx.mobility import Handover, MobileState, Mode, Router
+from ikectx.mobility import Handover, MobileState, Mode, Route, Router
 from ikectx.name import SaName
 from ikectx.serving import MobileConfig
 from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
@@ -82,9 +82,7 @@ def test_a_handover_by_the_mn(mode: Mode) -> None:
             machine = Handover(
                 GENERATION,
                 mode,
-                mn=MN,
-                psg=A,
-                nsg=B,
+                Route(MN, A, B),
                 sequence=SEQUENCE,
                 unix=wall(),
                 care_of=care_of if mode is Mode.REACTIVE else None,

@@ -18,7 +18,7 @@ from ikectx.context import Address, Endpoint
 from ikectx.cxtp import Ctaa, Ctar, Ctc, StatusBlock
 from ikectx.errors import LinkError, UsageError, WireError
 from ikectx.mnlink import MAX_AT_WORK, MnServer, run_handover
-from ikectx.mobility import Event, Handover, MobileState, Mode, Retry, Router
+from ikectx.mobility import Event, Handover, Limits, MobileState, Mode, Retry, Route, Router
 from ikectx.numbers import Fpt, Status
 from ikectx.tokens import Purpose, find, seal_ctaa, token_key
 
@@ -71,13 +71,11 @@ def handover(psg: Endpoint, nsg: Endpoint, mode: Mode, care_of: Endpoint | None 
     return Handover(
         GENERATION,
         mode,
-        mn=mn,
-        psg=Router("psg", psg.address, psg),
-        nsg=Router("nsg", nsg.address, nsg),
+        Route(mn, Router("psg", psg.address, psg), Router("nsg", nsg.address, nsg)),
         sequence=SEQUENCE,
         unix=1_790_000_000,
         care_of=care_of,
-        retry=QUICK,
+        limits=Limits(QUICK),
     )
 
 

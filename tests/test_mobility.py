@@ -21,12 +21,14 @@ from ikectx.mobility import (
     Event,
     GaveUp,
     Handover,
+    Limits,
     MobileInput,
     MobileState,
     Mode,
     Prepared,
     Refused,
     Retry,
+    Route,
     Router,
     Unprepared,
 )
@@ -50,10 +52,13 @@ MLD_FAILED = (StatusBlock(Fpt.MLD, Status.FAILED),)
 S, I = MobileState, MobileInput  # noqa: E741
 
 
-def handover(mode: Mode = Mode.AUTO, **more: object) -> Handover:
+ROUTE = Route(MN, PSG, NSG)
+
+
+def handover(mode: Mode = Mode.AUTO, route: Route = ROUTE, **more: object) -> Handover:
     given: dict[str, object] = {"care_of": CARE_OF} if mode is Mode.REACTIVE else {}
-    given |= {"mn": MN, "psg": PSG, "nsg": NSG, "sequence": SEQUENCE, "unix": UNIX} | more
-    return Handover(GENERATION, mode, **given)  # type: ignore[arg-type]
+    given |= {"sequence": SEQUENCE, "unix": UNIX} | more
+    return Handover(GENERATION, mode, route, **given)  # type: ignore[arg-type]
 
 
 def answer(
@@ -252,7 +257,7 @@ def test_an_announcement_that_is_refused(mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", [Mode.PREDICTIVE, Mode.AUTO])
 def test_what_was_prepared_expires(mode: Mode) -> None:
-    machine = handover(mode, hold=30.0)
+    machine = handover(mode, limits=Limits(hold=30.0))
     machine.to_send(0)
     machine.receive(answer(Purpose.ANNOUNCE), PSG.cxtp, 1)
     events(machine)
@@ -284,7 +289,7 @@ def test_retransmissions_double_and_repeat_the_octets() -> None:
 
 
 def test_an_announcement_without_answer_leaves_no_doubt() -> None:
-    machine = handover(Mode.PREDICTIVE, retry=Retry(1, 1, 3))
+    machine = handover(Mode.PREDICTIVE, limits=Limits(Retry(1, 1, 3)))
     for now in range(4):
         machine.handle_timer(now)
         machine.to_send(now)
@@ -386,21 +391,23 @@ def test_noise_changes_nothing(datagrams: list[bytes], state: MobileState) -> No
 
 def test_gateways_of_another_family_are_named_by_the_token_alone() -> None:
     six = Router("nsg", ip_address("2001:db8::2"), Endpoint.of("2001:db8::2", 5091))
-    machine = handover(Mode.AUTO, nsg=six)
+    machine = handover(Mode.AUTO, Route(MN, PSG, six))
     ((octets, to),) = machine.to_send(0)
     assert Ctar.parse(octets).router == ip_address("0.0.0.0")
     assert to == PSG.cxtp
     machine.moved(Endpoint.of("2001:db8::7"), 1)
     ((octets, to),) = machine.to_send(1)
     assert (Ctar.parse(octets).mn, Ctar.parse(octets).router, to) == (MN, PSG.address, six.cxtp)
-    six_mn = handover(Mode.AUTO, mn=ip_address("2001:db8::7"))
+    six_mn = handover(Mode.AUTO, Route(ip_address("2001:db8::7"), PSG, NSG))
     assert sent(six_mn, 0).router == ip_address("::")
 
 
 def test_arguments_that_cannot_be_meant() -> None:
-    for wrong in ({"lifetime": 0}, {"lifetime": 301}, {"nsg": replace(NSG, name="psg")}):
+    for lifetime in (0, 301):
         with pytest.raises(UsageError):
-            handover(Mode.AUTO, **wrong)
+            Limits(lifetime=lifetime)
+    with pytest.raises(UsageError):
+        Route(MN, PSG, replace(NSG, name="psg"))
     for retry in ((0, 1, 1), (2, 1, 1), (1, 1, 0)):
         with pytest.raises(UsageError):
             Retry(*retry)
