@@ -172,9 +172,9 @@ class _Talk:
         """Add the message IDs and figures of an exchange that has ended."""
         self.report += report
 
-    async def tell(self, how: str) -> None:
-        """Have the changes installed here."""
-        await self.made(self.now, moved=self.moved, how=how, report=self.report)
+    async def tell(self, how: str, *, unfinished: bool = False) -> None:
+        """Have the changes installed here. `unfinished`: see `Made`."""
+        await self.made(self.now, moved=self.moved, how=how, report=self.report, unfinished=unfinished)
 
 
 class MnRenamer:
@@ -323,10 +323,10 @@ class MnRenamer:
             children = tuple(new if one is child else one for one in start.children)
             used = machine.report.requests
             talk.now = replace(start, children=children, mid_initiator=start.mid_initiator + used)
-            await talk.tell("rekey")
+            await talk.tell("rekey", unfinished=True)
             before = talk.report.requests
             try:
-                await self._tell_address(talk)
+                await self._tell_address(talk, unfinished=True)
             finally:  # the Delete follows, of the old child or, if the rekey failed, of the new one
                 between = talk.report.requests - before
                 machine.skip(between)
@@ -337,7 +337,7 @@ class MnRenamer:
         talk.now = replace(talk.now, mid_initiator=start.mid_initiator + used)
         await talk.tell("rekey")
 
-    async def _tell_address(self, talk: _Talk) -> None:
+    async def _tell_address(self, talk: _Talk, *, unfinished: bool = False) -> None:
         if talk.moved or not talk.wish.addresses:
             return
         now = talk.now
@@ -361,7 +361,7 @@ class MnRenamer:
         talk.took(report.move)
         talk.moved = True
         talk.now = replace(now, mid_initiator=now.mid_initiator + report.move.requests)
-        await talk.tell("rekey")
+        await talk.tell("rekey", unfinished=unfinished)
 
     async def _rekey_ike(self, talk: _Talk) -> None:
         start = talk.now

@@ -198,6 +198,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         """Feed `what` and carry out the table's actions, until there is nothing to do but wait."""
         if link is not None:
             self.link, self._owed = link, True
+        ended = self.ended
         while what is not None:
             before = self.machine.state
             actions = await self.advance(what)
@@ -206,6 +207,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             what = None
             for action in actions:
                 what = await self._act(action)
+        if self.ended and not ended and self.context is not None:
+            # no answer will tell the MN anything any more: whatever was prepared for that is forgotten
+            tell_later(self.parts.sink, self.context, False)
         if self.ended:
             self.token = None
             calls, self._when_over = self._when_over, []

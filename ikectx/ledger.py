@@ -36,8 +36,8 @@ LARGEST = 1 << 20
 
 Role = Literal["source", "target", "mobile"]
 Stage = Literal["", "installing", "active", "imported"]
-"""How far an SA that comes is: nothing of it is in charon; it may be undone; charon has its message IDs and
-must not be set back; all is done, and an SA of that name is no longer this transfer's."""
+"""How far an SA that comes is: nothing of it is installed; it may be undone; charon has its message IDs,
+which must not be set back; all is done, and an SA of that name is no longer this transfer's."""
 Drawn = Literal["", "begun", "done"]
 F = TypeVar("F")
 
@@ -169,7 +169,7 @@ def _relay(value: Any, where: str) -> Relayed:
 
 def _stage(value: Any, where: str) -> Stage:
     text = cbor.text(value, where)
-    if text not in ("installing", "active", "imported"):
+    if text not in ("", "installing", "active", "imported"):
         raise WireError(f"{where}: not a stage of an SA that comes")
     return text  # type: ignore[return-value]
 

@@ -64,7 +64,7 @@ facts = {
     ),
     "target": st.builds(
         TargetFacts,
-        stage=st.sampled_from(["installing", "active", "imported"]),
+        stage=st.sampled_from(["", "installing", "active", "imported"]),
         since=st.integers(0, 2**40),
         plan=st.binary(max_size=80),
         guards=blobs,

@@ -105,9 +105,13 @@ class Made:
 
     def __init__(self) -> None:
         self.calls: list[tuple[IkeContext, bool, str]] = []
+        self.unfinished: list[bool] = []
 
-    async def __call__(self, now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
+    async def __call__(
+        self, now: IkeContext, *, moved: bool, how: str, report: MoveReport, unfinished: bool = False
+    ) -> None:
         self.calls.append((now, moved, how))
+        self.unfinished.append(unfinished)
 
 
 WISH = Wish(
@@ -214,6 +218,15 @@ def test_rekeys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now, moved, _ = made.calls[-1]
     assert moved and now.mid_initiator == 3
     assert now.spis == (NEW_IKE, b"the MN's")
+
+
+def test_b19_a_rekey_says_whether_its_next_message_id_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    mn, made = Mn(monkeypatch, "unsupported"), Made()
+    ask(mn, made, update=False)
+    assert mn.said == [("child", 7), ("addresses", 8), ("delete", 9)]
+    # the new child, the address, the end of the old child
+    assert made.unfinished == [True, True, False]
+    assert [now.mid_initiator for now, _, _ in made.calls] == [8, 9, 10]
 
 
 def test_an_mn_that_must_not_be_rekeyed(monkeypatch: pytest.MonkeyPatch) -> None:

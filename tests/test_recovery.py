@@ -522,3 +522,18 @@ def test_what_was_never_offered_makes_no_numbers_jump() -> None:
             assert "thaw" not in w.a.daemon.calls
 
     run(scenario())
+
+
+@pytest.mark.parametrize("fails", ["check", "prepare"])
+def test_b28_a_transfer_that_comes_to_nothing_leaves_no_word_that_it_waits_for_an_answer(fails: str) -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            said: list[bool] = []
+            w.b.daemon.tell_later = lambda context, later: said.append(later)  # type: ignore[attr-defined]
+            w.b.daemon.fail[fails] = [CharonError("by hand")]
+            await one_move(w)
+            await w.quiet()
+            assert said[-1] is False
+            assert len(said) == {"check": 2, "prepare": 3}[fails]
+
+    run(scenario())

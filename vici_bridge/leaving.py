@@ -53,6 +53,11 @@ class Leaving:
         return self.context.spis
 
     @property
+    def kept(self) -> IkeContext:
+        """See `runner.Work`."""
+        return self.context
+
+    @property
     def facts(self) -> SourceFacts:
         """What is known of it."""
         return self.host.leaving.of(self.sa).facts

@@ -134,6 +134,7 @@ class Plan:
     seed: source of all fresh octets of the exchange with the mobile node, the same after a crash. told: the
     SA as the mobile node has it now, None: as it came. moved: the mobile node also knows our address. how:
     "", "update", "rekey". later: an answer that the mobile node waits for will tell it everything.
+    unfinished: a rekey has one more message, under the next message ID, that may have been sent or not.
     """
 
     spis: SaName
@@ -145,6 +146,7 @@ class Plan:
     how: str = ""
     report: MoveReport = _NO_REPORT
     later: bool = False
+    unfinished: bool = False
 
     def child(self, spi_in: bytes) -> ChildPlan | None:
         """The child by the SPI that the mobile node knew at first."""
@@ -208,6 +210,7 @@ class Plan:
                 self.how,
                 [*(getattr(report, name) for name in _NUMBERS), int(report.proven_by_traffic)],
                 self.later,
+                self.unfinished,
             ]
         )
 
@@ -215,7 +218,7 @@ class Plan:
     def loads(cls, data: bytes) -> Plan:
         """Errors: StoreError."""
         try:
-            kind, spis, ike, children, seed, blocks, moved, how, report, later = _LAYOUT(
+            kind, spis, ike, children, seed, blocks, moved, how, report, later, unfinished = _LAYOUT(
                 cbor.loads(data, "plan"), "plan"
             )
             if kind != _FORMAT or len(spis) != 2:
@@ -226,7 +229,8 @@ class Plan:
             *numbers, proven = report
             reported = MoveReport(**dict(zip(_NUMBERS, numbers, strict=True)), proven_by_traffic=bool(proven))
             plans = tuple(ChildPlan(*names) for names in children)
-            return cls(SaName(*spis), ike, plans, Secret(seed), told, moved, how, reported, later)
+            parts = (SaName(*spis), ike, plans, Secret(seed), told, moved, how, reported, later, unfinished)
+            return cls(*parts)
         except (WireError, ValueError) as error:
             raise StoreError(f"the names planned for an SA cannot be read: {type(error).__name__}") from None
 
@@ -244,7 +248,9 @@ _LAYOUT = cbor.row(
         cbor.text,
         cbor.row((cbor.u64,) * 6),
         cbor.boolean,
-    )
+        cbor.boolean,
+    ),
+    (False,),
 )
 
 
@@ -319,10 +325,13 @@ class Made(Interface):
     here.
 
     `now`: the SA as the mobile node has it, message IDs included. `moved`: it knows our address. `how`:
-    "update" or "rekey". `report`: the cost so far.
+    "update" or "rekey". `report`: the cost so far. `unfinished`: another message of the same rekey follows,
+    under the next message ID.
     """
 
-    def __call__(self, now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> Awaitable[None]: ...
+    def __call__(
+        self, now: IkeContext, *, moved: bool, how: str, report: MoveReport, unfinished: bool = False
+    ) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,13 +229,20 @@ class Renames:
     # The MN has agreed.
 
     async def become(
-        self, here: IkeContext, now: IkeContext, *, moved: bool, how: str, report: MoveReport
+        self,
+        here: IkeContext,
+        now: IkeContext,
+        *,
+        moved: bool,
+        how: str,
+        report: MoveReport,
+        unfinished: bool = False,
     ) -> None:
         """The MN's SA is `now`: write it down, install it. Errors: StoreError, CharonError, KernelError."""
         plan = self.plan_of(here)
         if plan is None:
             raise CharonError("an SA was renamed that nobody wanted to rename")
-        plan = replace(plan, told=now, moved=moved, how=how or plan.how, report=report)
+        plan = replace(plan, told=now, moved=moved, how=how or plan.how, report=report, unfinished=unfinished)
         self.save(here, plan)
         await self.converge(here)
 
@@ -541,7 +548,7 @@ class Renames:
                 ours: KernelSa | None = kernel.get_sa(here.local.address, planned.new_in)
                 if ours is not None and ours.encr_key == encr:
                     kernel.delete_sa(ours)
-        self._host.coming.note(here.spis, plan=b"")
+        self._host.coming.note(here.spis, soon=True, plan=b"")
         self._plans.pop(here.spis, None)
 
     def load(self) -> None:

@@ -55,8 +55,8 @@ class Work(Protocol):
         """Under which name its row stands."""
 
     @property
-    def context(self) -> IkeContext:
-        """The SA, as the other gateway or this one named it."""
+    def kept(self) -> IkeContext:
+        """The SA, for effects that are left for later."""
 
 
 W = TypeVar("W", bound=Work)
@@ -124,7 +124,7 @@ class Runner(Generic[W]):
                 await self._do(effect, work)
         row = self._ledger.of(work.sa)
         if row.later:
-            blocks = encode(work.context, transfer=_NOBODY)
+            blocks = encode(work.kept, transfer=_NOBODY)
             kept = tuple((int(block.fpt), block.data) for block in blocks)
             self._ledger.put(replace(row, step="", done=(), begun="", context=kept), soon=True)
             self._go_on_later(work, row.later, step.ends)
@@ -133,7 +133,7 @@ class Runner(Generic[W]):
         else:
             self._ledger.put(replace(row, step="", done=(), begun=""), soon=True)
 
-    def resume(self, work_of: Callable[[IkeContext], W]) -> None:
+    def resume(self, work_of: Callable[[SaName, IkeContext], W]) -> None:
         """After a start: go on with what an agent before this one had left for later. Raises nothing."""
         for row in self._ledger.all():
             if not row.later or row.step:
@@ -141,12 +141,12 @@ class Runner(Generic[W]):
             try:
                 context, _ = decode(ContextDataBlock(Fpt(fpt), octets) for fpt, octets in row.context)
                 unknown = [name for name in row.later if name not in self._effects]
-                if unknown or context.spis != row.sa:
+                if unknown:
                     raise WireError(f"what was left for later: {unknown}")
             except WireError as error:
                 log.error("SA %s: what was left to do is not known any more: %s", row.sa, error)
                 continue
-            self._go_on_later(work_of(context), row.later, ends=True)
+            self._go_on_later(work_of(row.sa, context), row.later, ends=True)
 
     def _go_on_later(self, work: W, names: Sequence[str], ends: bool) -> None:
         self._waiting[work.sa] = turn = object()

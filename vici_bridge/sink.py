@@ -13,41 +13,33 @@ the address. The methods' `context` names the SA as the other gateway does; `sha
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any
 
-from ikectx import trace
 from ikectx.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.cxtp import ContextDataBlock
-from ikectx.errors import (
-    CharonError,
-    IkectxError,
-    KernelError,
-    LinkError,
-    RefusedError,
-    StoreError,
-    WireError,
-)
+from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError
 from ikectx.name import SaName
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.ports import MoveReport, Verdict
 from ikectx.relocate import relocate
-from ikectx.spis import ESP, IKE, NewSpi, serialize_new_spis
 
-from . import ha
-from .chain import import_messages
+from .activate import ACTIVATE
 from .charon import SaView
 from .checks import check_esp_spis, check_ike_spis, still_here
+from .coming import Coming, Listen, Memory
 from .host import ESP as ESP_PROTOCOL
 from .host import CharonHost, Mover, Settler
 from .looks import Looks, Seen, objections
-from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, own_spi, without_exchange
-from .renames import INSTALL_TIMEOUT, Renames
-from .updown import NotStarted
+from .names import Clash, Plan, Renamer, Taken, Told, Wish, clash, without_exchange
+from .prepare import PREPARE
+from .renames import Renames
+from .runner import Runner
+from .take import TAKE
+from .undo import UNDO
 from .xfrm_parts import INET as AF_INET
 from .xfrm_parts import INET6 as AF_INET6
 
@@ -58,19 +50,6 @@ _IMPORTED_FOR = 600.0
 an MN asks again what its SA is called."""
 _SWEEP = 60
 """Seconds between two looks for notes that are older than that."""
-
-
-class Ear(Protocol):
-    """What the MN says while charon may not hear it (`mobike_ext.held`)."""
-
-    async def deliver(self) -> int:
-        """Give it to charon."""
-
-    def close(self) -> None: ...
-
-
-Listen = Callable[[IkeContext], Ear]
-"""Begin to hear the MN of a context, as it stands here. Errors: LinkError."""
 
 
 class CharonSink:
@@ -95,30 +74,33 @@ class CharonSink:
         self._renamer = renamer
         self._settler = settler
         self._listen = listen
-        self._ears: dict[str, Ear] = {}
+        self._memory = Memory()
         self._renames = Renames(host)
         self._renames.load()
         self._looks = Looks(host)
-        self._later: set[str] = set()
-        """SAs whose MN will be told by an answer it waits for (CTAA)."""
-        self._seen: set[str] = set()
-        """SAs that charon had when they were taken, in this life of the agent."""
+        self._runner: Runner[Coming] = Runner(host.coming, host.spawn, PREPARE, TAKE, ACTIVATE, UNDO)
         self._swept = 0
-        self._givers: dict[str, str] = {}
-        """Which gateway gives an SA that is being taken in."""
 
     def resume(self) -> None:
         """After a start: end what an agent before this one had no time to end."""
         self._renames.resume()
+        self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
 
     def came_from(self, context: IkeContext, peer: str) -> None:
         """See `ikectx.ports.Follower`."""
-        self._givers[context.spis.key] = peer
+        self._memory.givers[context.spis] = peer
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context as it stands at this gateway: our outer address instead of the other's."""
         address = self._host.address_for(context)
         return relocate(context, local=Endpoint(address, context.local.port))
+
+    def _coming(
+        self, context: IkeContext, here: IkeContext | None = None, sa: SaName | None = None, **more: Any
+    ) -> Coming:
+        here = here or self._here(context)
+        sa = sa or context.spis
+        return Coming(self._host, self._renames, self._looks, self._memory, sa, context, here, **more)
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
@@ -181,7 +163,7 @@ class CharonSink:
             return ""
         if self._host.config.collision == "refuse":
             return "transfer.collision is refuse here"
-        if context.spis.key in self._later:
+        if context.spis in self._memory.asked:
             return without_exchange(here, found)
         if self._renamer is None:
             return "nobody here can ask the MN for other SPIs"
@@ -193,9 +175,9 @@ class CharonSink:
         The answer will tell it the new SPIs: see `new_names`. `move_peer` is then not called.
         """
         if later:
-            self._later.add(context.spis.key)
+            self._memory.asked.add(context.spis)
         else:
-            self._later.discard(context.spis.key)
+            self._memory.asked.discard(context.spis)
 
     def must_tell(self, context: IkeContext) -> bool:
         """Has the SA new SPIs that no answer tells the MN? `move_peer` must, though it moves by itself."""
@@ -218,137 +200,22 @@ class CharonSink:
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. On any failure nothing of the SA stays."""
-        host = self._host
-        async with self._looks.look() as seen, host.import_lock:
+        async with self._looks.look() as seen, self._host.import_lock:
             verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:
                 raise RefusedError(
                     f"{STATUS_TEXT.get(bad[0].status, '')}: {bad[0].detail}", status=bad[0].status
                 )
-            here = self._here(context)
-            if host.kernel is not None:
-                ours = {child.spi_in for child in here.children}
-                clashes = clash(here, taken)
-                ours -= {here.children[place].spi_in for place in clashes.inbound}
-                host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
-            host.away.comes(here)
-            later = context.spis.key in self._later
-            await self._renames.end_relay(here.spis, 0.0)
-            self._renames.forget(here, undone=True)
-            plan = self._renames.plan(here, taken, told_later=later)
-            host.coming.note(context.spis, stage="installing", since=0, drawn="", new_names=b"", named=0)
             try:
-                shape = self._renames.shape(here)
-                messages = import_messages(shape, seen.version)
-                host.expected.add(shape.spis)
-                await asyncio.to_thread(host.mute.mute_in, shape.spis)
-                await asyncio.to_thread(host.mute.mute_out, shape.spis)
-                if plan is not None:
-                    self._renames.ready(here, plan)
-                await host.send(messages)
-                view = await self._installed(shape)
-                self._looks.came(view)
-                host.away.awaits(here, {child.reqid for child in view.children})
-                host.record.learn(shape, seen.version)
-                self._write_replay(shape, here, host.config.oseq_jump)
-                if plan is not None:
-                    self._renames.hold(here, plan)
+                await self._runner.run(PREPARE, self._coming(context, look=seen, taken=taken))
             except BaseException:
                 await self.undo(context)
                 raise
-            host.save()
-
-    @trace.spanned("charon installs")
-    async def _installed(self, here: IkeContext) -> SaView:
-        """Wait until charon lists the SA with its children, and the kernel has their ESP SAs.
-
-        It is PASSIVE, or ESTABLISHED already by the toggle of another SA.
-        """
-        host = self._host
-        end = time.monotonic() + INSTALL_TIMEOUT
-        pause = 0.01
-        while True:
-            view = await host.view(here.spis)
-            listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
-            wanted = {(child.spi_in, child.spi_out) for child in here.children}
-            if view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:
-                pairs = [host.kernel_pair(here, child) for child in here.children]
-                if host.kernel is None or all(a is not None and b is not None for a, b in pairs):
-                    return view
-            if time.monotonic() > end:
-                seen = "nothing" if view is None else f"{view.state} with {len(listed)} CHILD_SAs"
-                raise CharonError(
-                    f"charon did not install the SA: wanted PASSIVE with {len(wanted)} CHILD_SAs, saw {seen}",
-                    hint="see charon's log (the ha plugin logs why at level 1)",
-                )
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 0.1)
-
-    @trace.spanned("counters")
-    def _write_replay(self, shape: IkeContext, counters: IkeContext, jump: int) -> None:
-        """Sequence numbers and windows into the kernel before a packet leaves; children in the same order.
-
-        Outbound goes on after a jump, never back; inbound windows are joined with what arrived here already.
-        """
-        kernel = self._host.kernel
-        if kernel is None:
-            return
-        for child, given in zip(shape.children, counters.children, strict=True):
-            inbound, outbound = self._host.kernel_pair(shape, child)
-            if inbound is None or outbound is None:
-                raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
-            if (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r):
-                continue  # rekeyed here: other keys, numbers of their own
-            if child.spi_in == given.spi_in:
-                kernel.set_replay(inbound, given.inbound, outbound=False)
-            sent = given.outbound
-            ahead, _ = kernel.get_replay(outbound, outbound=True)
-            if sent.seq + jump > ahead.seq:
-                kernel.set_replay(outbound, replace(sent, seq=sent.seq + jump), outbound=True)
 
     async def take(self, context: IkeContext, final: FinalState) -> None:
         """See `ContextSink.take`."""
-        host = self._host
-        here = self._here(context)
-        counters = {child.spi_in: child for child in final.children}
-        finals = replace(
-            here,
-            children=tuple(
-                replace(
-                    child, inbound=counters[child.spi_in].inbound, outbound=counters[child.spi_in].outbound
-                )
-                if child.spi_in in counters
-                else child
-                for child in here.children
-            ),
-        )
-        shape = await self._renames.converge(here)
-        self._write_replay(shape, finals, host.config.oseq_jump)
-        view = await host.view(shape.spis)
-        if view is None:
-            raise CharonError("charon lost the prepared SA")
-        self._seen.add(context.spis.key)
-        peer = self._givers.get(context.spis.key)
-        if peer is not None:
-            host.origins.came(context, peer, shape.spis)
-        if not self._renames.others_send(here):
-            await self._draw(context, shape, view)
-
-    async def _draw(self, context: IkeContext, shape: IkeContext, view: SaView) -> None:
-        """Packets for the MN come here from now on."""
-        self._host.away.opens(shape)
-        coming, sa = self._host.coming, context.spis
-        before = coming.of(sa).facts.drawn
-        coming.note(sa, drawn="begun")
-        reqids = {child.spi_in: child.reqid for child in view.children}
-        try:
-            await self._host.updown(shape, up=True, reqids=reqids, unique_id=view.unique_id)
-        except NotStarted as error:
-            if not error.began:
-                coming.note(sa, drawn=before)  # there is nothing to take back
-            raise
-        coming.note(sa, drawn="done")
+        await self._runner.run(TAKE, self._coming(context, final=final))
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
         """See `ikectx.ports.Settler`."""
@@ -367,32 +234,31 @@ class CharonSink:
         self._hear(context, here)
         if plan is not None:
             return await self._rename(context, here, plan, final)
-        if context.spis.key not in self._seen and await self._host.view(here.spis) is None:
+        if context.spis not in self._memory.seen and await self._host.view(here.spis) is None:
             raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
         base = self._received(here)
         return await self._mover(here, final, lambda: self._received(here) > base)
 
     def _hear(self, context: IkeContext, here: IkeContext) -> None:
-        self._close_ear(context)
+        before = self._memory.ears.pop(context.spis, None)
+        if before is not None:
+            before.close()
         if self._listen is None:
             return
         try:
-            self._ears[context.spis.key] = self._listen(here)
+            self._memory.ears[context.spis] = self._listen(here)
         except (LinkError, KernelError) as error:
             log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
-
-    def _close_ear(self, context: IkeContext) -> None:
-        ear = self._ears.pop(context.spis.key, None)
-        if ear is not None:
-            ear.close()
 
     async def _rename(
         self, context: IkeContext, here: IkeContext, plan: Plan, final: FinalState
     ) -> MoveReport:
         """Tell the MN new SPIs and our address, by UPDATE_SPI or, where it does not know that, by rekeys."""
         host = self._host
-        if context.spis.key not in self._seen:
-            await self._renames.converge(here)  # an agent before this one may have ended in the middle
+        if context.spis not in self._memory.seen:
+            # an agent before this one may have ended in the middle
+            await self._renames.converge(here)
+            plan = await self._finished(here, plan)
         left, ike = plan.left(here), plan.ike_left(here)
         moves = here.local != context.local and not plan.moved
         if not left and not ike and not moves:
@@ -415,10 +281,11 @@ class CharonSink:
         if moves:
             await self._renames.relay_old(here, context.local.address)
 
-        async def made(now: IkeContext, *, moved: bool, how: str, report: MoveReport) -> None:
-            await self._renames.become(
-                here, now, moved=moved or plan.moved, how=how, report=plan.report + report
-            )
+        async def made(
+            now: IkeContext, *, moved: bool, how: str, report: MoveReport, unfinished: bool = False
+        ) -> None:
+            moved, report = moved or plan.moved, plan.report + report
+            await self._renames.become(here, now, moved=moved, how=how, report=report, unfinished=unfinished)
 
         told: Told = await self._renamer(
             start,
@@ -429,6 +296,20 @@ class CharonSink:
         if told.supports:
             host.note_update_spi(here.remote_id)
         return plan.report + told.report
+
+    async def _finished(self, here: IkeContext, plan: Plan) -> Plan:
+        """The plan, without doubt about our next message ID: the MN says it, where a rekey was cut off.
+
+        Its last messages may have been sent under that ID, and the MN takes another one for a copy then.
+        """
+        if not plan.unfinished or plan.told is None or self._settler is None:
+            return plan
+        told = plan.told
+        last = FinalState(*told.spis, told.mid_initiator, told.mid_responder, told.epoch)
+        told = replace(told, mid_initiator=await self._settler(told, last))
+        plan = replace(plan, told=told, unfinished=False)
+        self._renames.save(here, plan)
+        return plan
 
     def _received(self, here: IkeContext) -> int:
         """ESP packets that arrived here on the SA's children."""
@@ -444,68 +325,12 @@ class CharonSink:
 
     async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
         """See `ContextSink.activate`."""
-        host = self._host
-        here = self._here(context)
-        plan = self._renames.plan_of(here)
-        known = host.coming.of(context.spis).facts
-        if known.stage == "imported":
+        if self._host.coming.of(context.spis).facts.stage == "imported":
             return  # message IDs have gone on since
-        if known.stage != "active":
-            shape = await self._renames.converge(here)
-            view = await host.view(shape.spis)
-            if view is None:
-                raise CharonError("charon lost the prepared SA")
-            if known.drawn != "done":
-                await self._draw(context, shape, view)
-            version = await host.version()
-            ike = ha.IkeId.of(shape.current)
-            mids = [
-                ha.ike_mid(version, ike, initiator=initiator, mid=mid)
-                for initiator, mid in zip((True, False), _mids(here, plan, final, report), strict=True)
-            ]
-            await host.send(mids)
-            for message in mids:
-                host.record.feed(message)
-            view = await host.view(shape.spis)
-            if view is None:
-                raise CharonError("charon lost the prepared SA")
-            if view.state == "PASSIVE":
-                await host.activate_segment()
-                await self._established(shape)
-            self._looks.came(view)  # its names may have changed since it came in
-            self._note_lifetimes(shape)
-            self._count_on(shape, here)
-            if host.config.rekey_after:
-                host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
-            host.save()
-            self._note_names(here, plan)
-            host.origins.serves(context, shape.spis)
-            host.follow.serves(shape.spis, here)
-            host.away.behind.stand(here, {child.reqid for child in view.children})
-            host.coming.note(context.spis, stage="active")
-        for shape in self._renames.names(here):
-            await asyncio.to_thread(host.mute.unmute, shape.spis)
-            host.expected.discard(shape.spis)
-        ear = self._ears.pop(context.spis.key, None)
-        if ear is not None and await ear.deliver():
-            log.debug("%s: charon has what the MN asked meanwhile", here.remote_id)
-        self._seen.discard(context.spis.key)
-        asked = context.spis.key in self._later
-        self._later.discard(context.spis.key)
-        self._givers.pop(context.spis.key, None)
-        try:
-            # without its plan an SA of that name is somebody else's: nothing may be undone from here on
-            self._renames.forget(here)
-            self._imported(context.spis)
-            if asked:
-                host.note_update_spi(here.remote_id)  # an MN with an agent, and agents know UPDATE_SPI
-        except StoreError as error:
-            log.error("%s serves, but notes of its move are left: %s", here.remote_id, error)
-
-    def _imported(self, sa: SaName) -> None:
-        now = int(time.time())
-        self._sweep(now)
-        self._host.coming.note(sa, soon=True, stage="imported", since=now, drawn="")
+        work = self._coming(context, final=final, report=report, activates=True)
+        await self._runner.run(ACTIVATE, work)
+        self._memory.forget(context.spis)
+        self._sweep(int(time.time()))
 
     def _sweep(self, now: int) -> None:
         """Forget rows that nobody will ask for any more; not once for each of a thousand SAs."""
@@ -517,105 +342,19 @@ class CharonSink:
             if known.stage == "imported" and now - known.since > _IMPORTED_FOR and known.relay is None:
                 self._host.coming.drop(row.sa)
 
-    def _note_names(self, here: IkeContext, plan: Plan | None) -> None:
-        """What an answer is to tell the MN, where nobody has asked it."""
-        now = time.time()
-        if plan is None or plan.told is not None:
-            return
-        spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
-        if plan.ike:
-            spis.append(NewSpi(IKE, own_spi(here.current), plan.ike))
-        self._host.coming.note(here.spis, new_names=serialize_new_spis(spis), named=int(now))
-
-    @trace.spanned("charon activates")
-    async def _established(self, here: IkeContext) -> None:
-        end = time.monotonic() + INSTALL_TIMEOUT
-        while True:
-            view = await self._host.view(here.spis)
-            if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
-                return
-            if time.monotonic() > end:
-                raise CharonError(
-                    "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
-                )
-            await asyncio.sleep(0.01)
-
-    def _note_lifetimes(self, here: IkeContext) -> None:
-        """Original deadlines that may come before charon's new timers."""
-        wall = time.time()
-        left = [seconds for seconds in (here.lifetime.rekey, here.lifetime.reauth) if seconds is not None]
-        if left:
-            self._host.deadlines.keep(here.spis, None, wall + min(left))
-        for child in here.children:
-            soft, hard = child.lifetime.rekey, child.lifetime.hard
-            if soft is not None or hard is not None:
-                # without a soft lifetime the rekey is asked for at nine tenths of the hard one
-                due = float(soft) if soft is not None else 0.9 * float(hard or 0)
-                self._host.deadlines.keep(here.spis, child.spi_in, wall + due)
-
-    def _count_on(self, shape: IkeContext, here: IkeContext) -> None:
-        """Limits of octets and packets go on where they were. Not before charon is active: a limit that is
-        reached makes it begin a rekey, which nobody would hear."""
-        kernel = self._host.kernel
-        for child, given in zip(shape.children, here.children, strict=True):
-            used = given.lifetime
-            rekeyed = (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r)
-            if kernel is None or rekeyed or not (used.bytes_used or used.packets_used):
-                continue
-            try:
-                for sa in self._host.kernel_pair(shape, child):
-                    if sa is not None:
-                        kernel.count_on(sa, used.bytes_used, used.packets_used)
-            except (KernelError, WireError) as error:
-                log.warning("octets and packets of CHILD_SA %s are counted anew: %s", child.name, error)
-
     async def undo(self, context: IkeContext) -> None:
         """See `ContextSink.undo`."""
-        host = self._host
-        here = self._here(context)
-        row = host.coming.get(context.spis)
-        if row is None or row.facts.stage in ("", "imported"):
-            self._renames.forget(here, undone=True)
-            return
-        plan = self._renames.plan_of(here)
-        if plan is not None and plan.told is not None:
+        work = self._coming(context)
+        if work.plan is not None and work.plan.told is not None:
             log.warning(
-                "%s: the MN has new SPIs of ours already; it may have to connect anew", here.remote_id
+                "%s: the MN has new SPIs of ours already; it may have to connect anew", work.here.remote_id
             )
-        view = None
-        for shape in self._renames.names(here):
-            if host.listening():
-                view = await host.view(shape.spis) or view
-                await host.delete(
-                    shape
-                )  # also where it is not listed: an import that stopped leaves ancestors
-            else:
-                # without charon nothing of it is there: its SAs end with it
-                host.record.forget(shape.spis)
-                host.save_soon()
-            await asyncio.to_thread(host.mute.unmute, shape.spis)
-            host.expected.discard(shape.spis)
-        self._close_ear(context)
-        self._seen.discard(context.spis.key)
-        self._later.discard(context.spis.key)
-        self._givers.pop(context.spis.key, None)
-        if row.facts.drawn:
-            shape = self._renames.shape(here)
-            reqids = {} if view is None else {child.spi_in: child.reqid for child in view.children}
-            unique_id = 0 if view is None else view.unique_id
-            if not await host.scripts.finish(shape):
-                await host.updown(shape, up=False, reqids=reqids, unique_id=unique_id)
-        self._renames.forget(here, undone=True)
-        await self._renames.end_relay(here.spis, 0.0)
-        host.away.stays(here)
-        host.origins.undone(context)
-        host.coming.drop(context.spis, soon=True)
-
-
-def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:
-    """Message IDs of our next request and of the one we expect."""
-    if plan is not None and plan.told is not None:
-        return plan.told.mid_initiator, plan.told.mid_responder
-    if plan is not None and plan.ike:
-        return 0, 0
-    return final.mid_initiator + report.requests, final.mid_responder + report.answered
+        self._memory.forget(context.spis)
+        if work.facts.stage in ("installing", "active"):
+            await self._runner.run(UNDO, work)
+            return
+        # nothing of it was installed by us: an SA of that name is somebody else's
+        self._renames.forget(work.here, undone=True)
+        if work.facts.stage == "":
+            self._host.away.stays(work.here)
+            self._host.coming.drop(context.spis, soon=True)

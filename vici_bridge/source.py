@@ -304,7 +304,7 @@ class CharonSource:
             with contextlib.suppress(UnknownSaError):
                 self._end_sending(self._host.context(row.sa))
         self._host.away.restore()
-        self._runner.resume(self._leaving)
+        self._runner.resume(lambda sa, context: self._leaving(context))
 
 
 def _refuse_busy(view: SaView, away: bool) -> None:

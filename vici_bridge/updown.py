@@ -22,7 +22,6 @@ from typing import Any
 from ikectx import trace
 from ikectx.context import IkeContext
 from ikectx.errors import KernelError
-from ikectx.ports import Store
 
 from .charon import ts_pairs, updown_environment
 
@@ -35,9 +34,6 @@ UMASK = 0o022
 
 
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-_OWED = "updown-owed"
-"""Kind of store entry, by SA: its "down" could not be started; unique_id, then (spi_in, reqid) of each child,
-4 octets each."""
 
 
 class NotStarted(KernelError):
@@ -49,44 +45,20 @@ class NotStarted(KernelError):
 class Scripts:
     """The updown scripts of a gateway, by connection name."""
 
-    def __init__(self, scripts: Mapping[str, str], store: Store) -> None:
+    def __init__(self, scripts: Mapping[str, str]) -> None:
         self._scripts = scripts
-        self._store = store
 
     async def run(
         self, context: IkeContext, *, up: bool, reqids: Mapping[bytes, int], unique_id: int
     ) -> None:
-        """Run the script of the SA's connection, if it has one. `reqids` by inbound SPI.
+        """The script of the SA's connection, if it has one. `reqids` by inbound SPI.
 
-        Errors: NotStarted if it could not be started; `finish` runs a "down" then with the same numbers.
+        Errors: NotStarted if it could not be started.
         """
         script = self._scripts.get(context.connection)
-        if not script:
-            return
-        key = context.spis.key
-        try:
+        if script:
             interface = await outgoing_interface(context)
             await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
-        except NotStarted:
-            if not up:
-                pairs = b"".join(spi + reqid.to_bytes(4) for spi, reqid in reqids.items())
-                self._store.put(_OWED, key, unique_id.to_bytes(4) + pairs)
-            raise
-        if not up:
-            self._store.delete(_OWED, key)
-
-    async def finish(self, context: IkeContext) -> bool:
-        """Run the "down" that could not be started. Returns whether there was one. charon no longer has its
-        numbers.
-
-        Errors: NotStarted if it cannot be started now, either.
-        """
-        note = self._store.get(_OWED, context.spis.key)
-        if note is None:
-            return False
-        reqids = {note[at : at + 4]: int.from_bytes(note[at + 4 : at + 8]) for at in range(4, len(note), 8)}
-        await self.run(context, up=False, reqids=reqids, unique_id=int.from_bytes(note[:4]))
-        return True
 
 
 @trace.spanned("ip route get", "call")
