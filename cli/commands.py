@@ -187,9 +187,7 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
 
 
 @cli.command()
-@click.option(
-    "--to", required=True, metavar="NAME", type=WORDS, help="The [[peer]] that is to serve from now on."
-)
+@click.option("--to", required=True, metavar="NAME", type=WORDS, help="The [[peer]] that gets the SAs.")
 @click.option("--ike", metavar="NAME", type=WORDS, help="All IKE_SAs of this connection.")
 @click.option(
     "--ike-id", type=click.IntRange(0, 0xFFFFFFFF), metavar="N", help="The IKE_SA of this number (see list)."
@@ -215,7 +213,7 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
 @click.option(
     "--no-detour",
     is_flag=True,
-    help="Send no packets on that still arrive here: they are dropped. The network itself finds the way.",
+    help="Drop packets that still arrive here, because the network inside follows by itself.",
 )
 @json_option
 @click.pass_obj
@@ -254,7 +252,7 @@ def transfer(
 @click.option(
     "--sa", metavar="SPIi:SPIr", type=WORDS, help="Which of several IKE_SAs of that address (see list there)."
 )
-@click.option("--dry-run", is_flag=True, help="Ask whether it would come, move nothing.")
+@click.option("--dry-run", is_flag=True, help="Run all checks at both ends, move nothing.")
 @json_option
 @click.pass_obj
 def pull(setup: Setup[Config], /, from_: str, mn: str, sa: str | None, dry_run: bool, as_json: bool) -> int:
@@ -318,7 +316,7 @@ def status(setup: Setup[Config], as_json: bool) -> None:
 
 @cli.command(short_help="SAs that left this gateway, and where their packets go.")
 @click.option(
-    "--end", metavar="SA", type=WORDS, help="Send nothing on any more for this one: SPIi:SPIr, or its peer."
+    "--end", metavar="SA", type=WORDS, help="Send nothing on any more for this SA: SPIi:SPIr, or its peer."
 )
 @click.option("--unblock", is_flag=True, help="With --end: do not drop its packets either.")
 @json_option
@@ -371,7 +369,7 @@ def history(setup: Setup[Config], limit: int, as_json: bool) -> None:
     show_history(items)
 
 
-@cli.command(short_help="Have charon tell about all its SAs again.")
+@cli.command(short_help="Make charon report all its SAs again.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
@@ -391,7 +389,7 @@ def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
     show_answer(setup.ask("cancel", {"transfer": transfer}), as_json)
 
 
-@cli.command(short_help="Serve an SA again whose new gateway is gone.")
+@cli.command(short_help="Serve an SA again whose new gateway is gone for good.")
 @click.argument("transfer", type=WORDS)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option

@@ -57,16 +57,14 @@ def serve(setup: Setup[MobileFile], config: str | None) -> int:
 
 
 @mobile.command(short_help="Move the IKE_SA to another gateway.")
-@click.option(
-    "--to", required=True, metavar="NAME", type=WORDS, help="The [[gateway]] that is to serve from now on."
-)
+@click.option("--to", required=True, metavar="NAME", type=WORDS, help="The [[gateway]] that gets the SA.")
 @click.option(
     "--predictive",
     is_flag=True,
     help="Announce the move while still at the old place; it completes at a new address, or when "
     "`handover --to` is called again.",
 )
-@click.option("--reactive", is_flag=True, help="Forget what was announced, and move now.")
+@click.option("--reactive", is_flag=True, help="Forget an announced move, and move now.")
 @click.option("--now", is_flag=True, help="With --predictive: complete it at once, without a new address.")
 @click.option(
     "--address",
@@ -187,7 +185,7 @@ def show_report(report: Mapping[str, Any]) -> None:
             say(f"  {report['hint']}")
 
 
-@mobile.command(short_help="The agent, its SAs, and what was announced.")
+@mobile.command(short_help="The agent, its SAs, and announced moves.")
 @json_option
 @click.pass_obj
 def status(setup: Setup[MobileFile], as_json: bool) -> None:
@@ -195,7 +193,7 @@ def status(setup: Setup[MobileFile], as_json: bool) -> None:
     show_answer(setup.ask("status"), as_json)
 
 
-@mobile.command(short_help="Forget a move that was announced.")
+@mobile.command(short_help="Forget an announced move.")
 @json_option
 @click.pass_obj
 def cancel(setup: Setup[MobileFile], as_json: bool) -> None:
