@@ -37,7 +37,8 @@ def knock(agent: Agent, octets: bytes = b"") -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(5)
     sock.connect(agent.path)
-    sock.sendall(octets)
+    if octets:  # even nothing cannot be sent to an end that has closed
+        sock.sendall(octets)
     return sock
 
 
