@@ -10,9 +10,9 @@ Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
 - the source serves until it has journaled RELEASED; it then sends the CTD and never serves again unless a
   CTDR to that CTD says that the target does not own the SA (or the operator decides so: `RECLAIM`);
 - the target owns from the moment it has journaled OWNING, after it received the CTD;
-- a target says "not owned" only after it has undone everything and journaled ABORTED. An aborted transfer,
-  and one that it never heard of, is remembered as ABORTED, so that a late copy of its PCTD or CTD changes
-  nothing;
+- a target says "not owned" only after it has undone everything and journaled ABORTED. An aborted transfer
+  is remembered as ABORTED, and one that it never heard of as denied (`desk.Denied`, not in the journal), so
+  that a late copy of its PCTD or CTD changes nothing;
 - in between nobody serves, and the journals say who may.
 
 There are three ways for a transfer, which differ in the first input:
