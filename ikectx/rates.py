@@ -7,6 +7,7 @@ than half full drops with a probability that grows to 1 as it runs empty.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 MEMORY = 1024
 """Sources remembered. More than that at a time are held by the total limit."""
 LATELY = 10.0
-"""Seconds after which a source counts as one that did not ask before."""
+"""Seconds after which a source counts as one that did not ask before, on average."""
 
 
 @dataclass(slots=True)
@@ -58,8 +59,8 @@ def one_source(address: IPv4Address | IPv6Address) -> int:
 @dataclass(slots=True)
 class _Source:
     bucket: Bucket
-    passed: float | None = None
-    """When a request of it passed for the last time; None: never."""
+    rests: float = -math.inf
+    """Until when it counts as a source of which a request passed just now."""
 
 
 class RateLimit:
@@ -67,8 +68,8 @@ class RateLimit:
 
     rate, source_rate: requests per second in total and of one source. draw: random numbers in [0, 1). A flood
     of one source uses up its own bucket before it touches that of all. One half of the latter is for sources
-    of which no request passed in the last `LATELY` seconds, because a mobile node asks once, and some dozens
-    of sources that ask all the time would leave nothing to it.
+    of which no request passed in the last `LATELY` seconds or so, because a mobile node asks once, and some
+    dozens of sources that ask all the time would leave nothing to it.
     """
 
     def __init__(
@@ -91,13 +92,13 @@ class RateLimit:
         self._total = self._total or Bucket(self._rate, now)
         own.bucket.fill(now)
         self._total.fill(now)
-        lately = own.passed is not None and now - own.passed < LATELY
-        kept = self._total.size / 2 - 1 if lately else 0.0
+        kept = self._total.size / 2 - 1 if now < own.rests else 0.0
         for chance in (own.bucket.chance(), self._total.chance(kept)):
             if chance < 1 and self._draw() >= chance:
                 return False
         own.bucket.level -= 1
-        own.passed = now
+        # by chance, because sources that began together would come back together
+        own.rests = now + LATELY * (0.5 + self._draw())
         self._total.level -= 1
         return True
 
