@@ -44,7 +44,8 @@ from ikectx.mistakes import log_mistake
 from ikectx.name import SaName
 from ikectx.numbers import Protocol
 from ikectx.ports import Store
-from mobike_ext.answering import Asked, SpiResponder
+from mobike_ext.answering import Asked, Role, SpiResponder
+from mobike_ext.asking import SaEnd
 from mobike_ext.link import run_spi_update, serve_updates
 from mobike_ext.naming import mirrored
 from mobike_ext.notify import Reason, UpdateSpi
@@ -113,15 +114,10 @@ class Mirror:
     def machine(self, context: IkeContext) -> SpiUpdate:
         """The machine for this request, the same each time."""
         return SpiUpdate(
-            context.current,
-            self.message_id,
-            self.local,
-            self.remote,
+            SaEnd(context.current, self.message_id, self.local, self.remote, POLICY),
             self.asks,
             iv=Drawn.of(self.iv),
             fresh=self.fresh,
-            addresses=False,
-            policy=POLICY,
         )
 
 
@@ -229,7 +225,7 @@ class SpiWatch:
                 context.mid_responder,
                 local,
                 MobileNames(self._host, sa),
-                answering=False,
+                role=Role.WATCH,
             )
 
             async def asked(event: Asked) -> Reason | None:

@@ -15,7 +15,8 @@ from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import Drawn, iv_length, prf_plus, sk_keys
 from ikectx.numbers import Prf, Protocol, Status
 from ikectx.ports import MoveReport
-from mobike_ext.exchange import COOKIE2_LENGTH, AddressUpdate
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import COOKIE2_LENGTH, AddressNotice, AddressUpdate
 from mobike_ext.farewell import Farewell
 from mobike_ext.link import (
     SpiReport,
@@ -35,6 +36,7 @@ from mobike_ext.rename import (
     AGENT_WAIT,
     FRESH_OCTETS,
     MIRROR_WAIT,
+    PeerRequests,
     Renamed,
     RenameRefused,
     SpiUpdate,
@@ -61,19 +63,16 @@ class MnMover:
         async def heard() -> bool:
             return arrived()
 
+        policy = RetransmitPolicy(self._timeout, tries=self._tries)
         machine = AddressUpdate(
-            here.current,
-            final.mid_initiator,
-            here.local,
-            here.remote,
+            SaEnd(here.current, final.mid_initiator, here.local, here.remote, policy),
             # The same octets for the same message ID, also after a crash, because the mobile node answers a
             # request whose ID it knows from its cache, with the old cookie. Without SK_d they cannot be
             # predicted.
-            cookie2=self._derived(here, final, b"cookie2", COOKIE2_LENGTH),
-            iv=Drawn.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
-            conditions=here.conditions,
-            additional=self._addresses,
-            policy=RetransmitPolicy(self._timeout, tries=self._tries),
+            AddressNotice(
+                self._derived(here, final, b"cookie2", COOKIE2_LENGTH), here.conditions, self._addresses
+            ),
+            Drawn.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
         )
         report = await run_address_update(machine, heard=heard, mark=self._mark)
         _warn_of_nat(report)
@@ -220,22 +219,16 @@ class MnRenamer:
             asks, left = (left[-MOST:], left[:-MOST]) if names_first else (left[:MOST], left[MOST:])
             addresses = talk.wish.addresses and not talk.moved and not names_first
             label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
-            current = talk.now.current
+            now = talk.now
+            notice = AddressNotice(talk.cookie(label), now.conditions, self._addresses)
+            patience = AGENT_WAIT if talk.wish.agent else MIRROR_WAIT
             machine = SpiUpdate(
-                current,
-                talk.now.mid_initiator,
-                talk.now.local,
-                talk.now.remote,
+                _end(now, self._policy),
                 asks,
-                iv=Drawn.of(talk.fresh(label + b" iv", 8 * iv_length(current.encr))),
+                iv=Drawn.of(talk.fresh(label + b" iv", 8 * iv_length(now.current.encr))),
                 fresh=talk.fresh(label + b" fresh", FRESH_OCTETS),
-                cookie2=talk.cookie(label),
-                addresses=addresses,
-                conditions=talk.now.conditions,
-                additional=self._addresses,
-                expected_id=talk.now.mid_responder,
-                patience=AGENT_WAIT if talk.wish.agent else MIRROR_WAIT,
-                policy=self._policy,
+                address=notice if addresses else None,
+                meanwhile=PeerRequests(now.mid_responder, patience),
             )
             report = await run_spi_update(machine, mark=self._mark)
             names_first = False
@@ -304,15 +297,11 @@ class MnRenamer:
         start = talk.now
         child = next(child for child in start.children if child.spi_in == spi_in)
         machine = ChildRekey(
-            start.current,
+            _end(start, self._policy),
             len(start.generations) - 1,
             child,
-            start.mid_initiator,
-            start.local,
-            start.remote,
             new_spi=new_in,
             fresh=talk.fresh(b"ikectx child rekey " + spi_in + new_in, REKEY_OCTETS),
-            policy=self._policy,
         )
         between = 0
 
@@ -342,15 +331,9 @@ class MnRenamer:
             return
         now = talk.now
         machine = AddressUpdate(
-            now.current,
-            now.mid_initiator,
-            now.local,
-            now.remote,
-            cookie2=talk.cookie(b"ikectx address"),
-            iv=Drawn.of(talk.fresh(b"ikectx address iv", iv_length(now.current.encr))),
-            conditions=now.conditions,
-            additional=self._addresses,
-            policy=self._policy,
+            _end(now, self._policy),
+            AddressNotice(talk.cookie(b"ikectx address"), now.conditions, self._addresses),
+            Drawn.of(talk.fresh(b"ikectx address iv", iv_length(now.current.encr))),
         )
         try:
             report = await run_address_update(machine, mark=self._mark)
@@ -366,13 +349,9 @@ class MnRenamer:
     async def _rekey_ike(self, talk: _Talk) -> None:
         start = talk.now
         machine = IkeRekey(
-            start.current,
-            start.mid_initiator,
-            start.local,
-            start.remote,
+            _end(start, self._policy),
             new_spi=talk.wish.ike,
             fresh=talk.fresh(b"ikectx IKE rekey " + talk.wish.ike, REKEY_OCTETS),
-            policy=self._policy,
         )
 
         async def made(new: ChildContext | IkeGeneration) -> None:
@@ -383,6 +362,10 @@ class MnRenamer:
         report = await run_rekey(machine, made=made, mark=self._mark)
         talk.took(report.move)
         await talk.tell("rekey")
+
+
+def _end(here: IkeContext, policy: RetransmitPolicy) -> SaEnd:
+    return SaEnd(here.current, here.mid_initiator, here.local, here.remote, policy)
 
 
 def _path(here: IkeContext) -> bytes:

@@ -12,7 +12,7 @@ the next one expected, so a replayed or late one is ignored.
 Requests without UPDATE_SPI or UPDATE_SA_ADDRESSES (dead peer detection, Delete, CREATE_CHILD_SA) are left to
 charon, which has the SA PASSIVE meanwhile and answers their retransmissions later. They are counted.
 
-With `answering=False` charon is not PASSIVE and answers for itself, without the notify that it does not know:
+As a `Role.WATCH` charon is not PASSIVE and answers for itself, without the notify that it does not know:
 the machine only reports what it sees in a copy, and the agent may begin an exchange of its own
 (`naming.mirrored`).
 
@@ -35,7 +35,7 @@ from ikectx.payloads import AnyPayload, NotifyPayload
 from ikectx.ports import MoveReport
 
 from .exchange import nat_conditions, nat_detection
-from .naming import MOST, Decision, Names, Renaming, asked_for, decide, supported_by
+from .naming import Decision, Names, Renaming, asked_for, decide, supported_by
 from .notify import Reason, UpdateSpiSupported
 
 KEEP = 60.0
@@ -155,12 +155,19 @@ class _Open:
     moves: bool
 
 
+class Role(Enum):
+    """The requests that a `SpiResponder` answers."""
+
+    ALL = "those about SPIs, addresses or both"
+    SPIS = "those about SPIs alone; the others are charon's"
+    WATCH = "none: charon answers, and this machine only reports"
+
+
 class SpiResponder:
     """Answers the peer's UPDATE_SPI, and UPDATE_SA_ADDRESSES with or without it.
 
-    expected_id: message ID of the peer's next request (`mid_responder`); with `answering=False` any that is
+    expected_id: message ID of the peer's next request (`mid_responder`); with `Role.WATCH` any that is
     higher than those seen. local: where the peer's requests arrive. conditions: charon's bits of the SA.
-    addresses: False leaves requests that move addresses to charon.
     `limit`: octets of the largest answer, see `ikev2.seal_fragments`.
     """
 
@@ -173,17 +180,13 @@ class SpiResponder:
         *,
         conditions: int = 0,
         limit: int | None = None,
-        rate: float = RATE,
-        most: int = MOST,
-        keep: float = KEEP,
-        answering: bool = True,
-        addresses: bool = True,
+        role: Role = Role.ALL,
     ) -> None:
         self.local = local
         self.spis = generation.spis
         self.state = State.LISTENING
         self.expected_id = expected_id
-        self.answering = answering
+        self.answering = role is not Role.WATCH
         self.ignored = 0
         """Datagrams that were no request for this machine: forged, damaged, late, another SA's, or a
         response."""
@@ -195,10 +198,7 @@ class SpiResponder:
         self._names = names
         self._conditions = conditions
         self._limit = limit
-        self._pause = 1 / rate
-        self._most = most
-        self._keep = keep
-        self._addresses = addresses
+        self._addresses = role is not Role.SPIS
         self._last_time: float | None = None
         self._expires: float | None = None
         self._open: _Open | None = None
@@ -300,7 +300,7 @@ class SpiResponder:
         retired = any(one.protocol is Protocol.IKE for one in decision.pairs)
         self._enter(Input.ANSWER_IKE if retired else Input.ANSWER)
         if retired:
-            self._expires = now + self._keep
+            self._expires = now + KEEP
 
     def _request(self, octets: bytes, source: Endpoint) -> Message | None:
         """The authentic new request that `octets` complete; None: more fragments are missing, or a
@@ -345,10 +345,10 @@ class SpiResponder:
             self._events.append(PeerSupports(version))
         asked = asked_for(message)
         moves = bool(message.notifies(Notify.UPDATE_SA_ADDRESSES))
-        if asked and self._last_time is not None and now - self._last_time < self._pause:
+        if asked and self._last_time is not None and now - self._last_time < 1 / RATE:
             decision = Decision(asked).refused(Reason.BUSY)
         else:
-            decision = decide(asked, self._names, most=self._most)
+            decision = decide(asked, self._names)
         if asked:
             self._last_time = now
         if moves:

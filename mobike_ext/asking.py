@@ -65,26 +65,33 @@ class Fresh:
         return self._octets[self._at - count : self._at]
 
 
-class Asking:
-    """One request after the other (window 1) from `local` to the mobile node at `remote`.
+@dataclass(frozen=True, slots=True)
+class SaEnd:
+    """Our end of an IKE_SA, from which requests are sent.
 
-    message_id: of the first one. `limit`: octets of the largest IKE message, see `ikev2.seal_fragments`.
+    message_id: of the next request. local, remote: endpoints, ports as on the wire. policy: of
+    retransmissions. limit: octets of the largest IKE message, see `ikev2.seal_fragments`. Errors: UsageError.
     """
 
-    def __init__(
-        self,
-        generation: IkeGeneration,
-        message_id: int,
-        local: Endpoint,
-        remote: Endpoint,
-        *,
-        policy: RetransmitPolicy | None = None,
-        limit: int | None = None,
-    ) -> None:
-        if local.address.version != remote.address.version:
+    generation: IkeGeneration
+    message_id: int
+    local: Endpoint
+    remote: Endpoint
+    policy: RetransmitPolicy | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.local.address.version != self.remote.address.version:
             raise UsageError("the gateway and the MN have addresses of different families")
-        self.local = local
-        self.remote = remote
+
+
+class Asking:
+    """One request after the other (window 1) from one end of an IKE_SA to the mobile node at the other."""
+
+    def __init__(self, end: SaEnd) -> None:
+        generation = end.generation
+        self.local = end.local
+        self.remote = end.remote
         self.spis = generation.spis
         self.initiator = generation.initiator
         self.iv_length = iv_length(generation.encr)
@@ -96,8 +103,8 @@ class Asking:
         self.messages = self.octets = 0
         """Datagrams and their octets, in both directions."""
         self.requests = self.retransmissions = 0
-        self._limit = limit
-        self._window = RequestWindow(message_id, policy)
+        self._limit = end.limit
+        self._window = RequestWindow(end.message_id, end.policy)
         self._exchange = Exchange.INFORMATIONAL
         self._datagrams: list[bytes] = []
         keys = sk_keys(generation)

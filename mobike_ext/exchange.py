@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from ipaddress import IPv4Address
 
-from ikectx.context import Address, Endpoint, IkeGeneration
+from ikectx.context import Address, Endpoint
 from ikectx.errors import UsageError
-from ikectx.ikev2 import Message, RetransmitPolicy, nat_detection_hash
+from ikectx.ikev2 import Message, nat_detection_hash
 from ikectx.keys import Drawn
 from ikectx.name import SaName
 from ikectx.numbers import Exchange, Notify
 from ikectx.payloads import NotifyPayload
 
-from .asking import Asking, Requester, Silent
+from .asking import Asking, Requester, SaEnd, Silent
 
 COOKIE2_LENGTH = 16
 """RFC 4555, 4.2.5 allows 8 to 64."""
@@ -115,29 +115,34 @@ def nat_conditions(
     return new | (Condition.NAT_ANY if here or there or fake else 0)
 
 
-class AddressPart:
-    """The gateway's address in a request, and the evaluation of the answer to it.
+@dataclass(frozen=True, slots=True)
+class AddressNotice:
+    """The content of an address update, besides the address itself.
 
-    Arguments as for `AddressUpdate`.
+    cookie2: 16 fresh random octets. conditions: charon's bits of the SA. additional: the new gateway's
+    further addresses, so that the mobile node does not try the old gateway's when its path to the new one
+    fails; None: none are sent, and it keeps those it has. Errors: UsageError.
     """
 
-    def __init__(
-        self,
-        spis: SaName,
-        local: Endpoint,
-        remote: Endpoint,
-        cookie2: bytes,
-        conditions: int = 0,
-        additional: Sequence[Address] | None = None,
-    ) -> None:
-        if len(cookie2) != COOKIE2_LENGTH:
-            raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(cookie2)}")
-        self._spis = spis
-        self._local = local
-        self._remote = remote
-        self._cookie2 = cookie2
-        self._conditions = conditions
-        self._additional = additional
+    cookie2: bytes
+    conditions: int = 0
+    additional: Sequence[Address] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.cookie2) != COOKIE2_LENGTH:
+            raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(self.cookie2)}")
+
+
+class AddressPart:
+    """The gateway's address in a request, and the evaluation of the answer to it."""
+
+    def __init__(self, end: SaEnd, notice: AddressNotice) -> None:
+        self._spis = end.generation.spis
+        self._local = end.local
+        self._remote = end.remote
+        self._cookie2 = notice.cookie2
+        self._conditions = notice.conditions
+        self._additional = notice.additional
 
     def payloads(self) -> list[NotifyPayload]:
         """The payloads, in the order in which they are sent."""
@@ -221,30 +226,14 @@ TABLE: dict[tuple[State, Input], State] = {
 
 
 class AddressUpdate(Requester[State, Input, Event]):
-    """Tells the mobile node that its gateway is at `local` now.
+    """Tells the mobile node that its gateway is at `end.local` now.
 
-    message_id: of the next request that this gateway sends (`FinalState.mid_initiator`). local, remote: the
-    new gateway and the mobile node, ports as on the wire. Fresh random octets: 16 in cookie2,
-    `keys.iv_length(generation.encr)` in iv (`Drawn` if they may be used again after a crash). conditions:
-    charon's bits of the SA. additional: the new gateway's further addresses, so that the mobile node does not
-    try the old gateway's when its path to the new one fails; None: none are sent, and it keeps those it has.
+    iv: `keys.iv_length` fresh random octets, `Drawn` if they may be used again after a crash.
     """
 
-    def __init__(
-        self,
-        generation: IkeGeneration,
-        message_id: int,
-        local: Endpoint,
-        remote: Endpoint,
-        *,
-        cookie2: bytes,
-        iv: bytes | Drawn,
-        conditions: int = 0,
-        additional: Sequence[Address] | None = None,
-        policy: RetransmitPolicy | None = None,
-    ) -> None:
-        super().__init__(Asking(generation, message_id, local, remote, policy=policy), TABLE, State.NEW)
-        self._part = AddressPart(self.spis, local, remote, cookie2, conditions, additional)
+    def __init__(self, end: SaEnd, notice: AddressNotice, iv: bytes | Drawn) -> None:
+        super().__init__(Asking(end), TABLE, State.NEW)
+        self._part = AddressPart(end, notice)
         if len(iv) != self._asking.iv_length:
             raise UsageError(f"an IV of {self._asking.iv_length} octets is needed, not {len(iv)}")
         self._request = self._asking.seal(Exchange.INFORMATIONAL, self._part.payloads(), iv)

@@ -22,7 +22,7 @@ from ikectx.ikev2 import RetransmitPolicy
 from ikectx.numbers import Exchange, Protocol
 from ikectx.payloads import DeletePayload
 
-from .asking import Asking, Machine, Silent
+from .asking import Asking, Machine, SaEnd, Silent
 
 POLICY = RetransmitPolicy(0.5, 1.5, 9)
 """37 s in all, because a gateway that is taking the SA, or taking it back, answers only when it has it."""
@@ -71,7 +71,7 @@ class Farewell(Machine[State, Input, Silent]):
         iv: bytes,
         policy: RetransmitPolicy = POLICY,
     ) -> None:
-        self._asks = [Asking(generation, number, local, remote, policy=policy) for number in message_ids]
+        self._asks = [Asking(SaEnd(generation, number, local, remote, policy)) for number in message_ids]
         if not self._asks:
             raise UsageError("a Delete has a message ID")
         super().__init__(self._asks[0], TABLE, State.NEW)

@@ -25,7 +25,7 @@ from ikectx.ikev2 import RetransmitPolicy
 from ikectx.keys import Drawn
 from ikectx.numbers import Exchange
 
-from .asking import Asking, Machine, Silent
+from .asking import Asking, Machine, SaEnd, Silent
 
 
 class State(Enum):
@@ -85,7 +85,7 @@ class MidProbe(Machine[State, Input, Silent]):
         policy: RetransmitPolicy | None = None,
     ) -> None:
         policy = policy or RetransmitPolicy()
-        self._asks = [Asking(generation, message_id + n, local, remote, policy=policy) for n in (0, 1)]
+        self._asks = [Asking(SaEnd(generation, message_id + n, local, remote, policy)) for n in (0, 1)]
         super().__init__(self._asks[0], TABLE, State.NEW)
         self.next_id = message_id
         """The message ID of our next request, once it is found."""

@@ -33,14 +33,13 @@ from enum import Enum
 from ikectx.context import (
     NO_SECRET,
     ChildContext,
-    Endpoint,
     IkeGeneration,
     Lifetime,
     ReplayState,
     Secret,
 )
 from ikectx.errors import RefusedError, StateError, UsageError, WireError
-from ikectx.ikev2 import Message, RetransmitPolicy
+from ikectx.ikev2 import Message
 from ikectx.keys import Drawn, sk_keys
 from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.payloads import (
@@ -55,7 +54,7 @@ from ikectx.payloads import (
 )
 
 from . import dh
-from .asking import Asking, Fresh, Requester, Silent
+from .asking import Asking, Fresh, Requester, SaEnd, Silent
 from .notify import usable_spi
 from .offers import child_offer, chosen_of, ike_offer, narrowed
 
@@ -190,8 +189,7 @@ class _Rekey(Requester[State, Input, Event]):
 
     def __init__(
         self,
-        asking: Asking,
-        generation: IkeGeneration,
+        end: SaEnd,
         protocol: Protocol,
         new_spi: bytes,
         fresh: bytes,
@@ -201,8 +199,8 @@ class _Rekey(Requester[State, Input, Event]):
             raise UsageError(f"an SPI of {protocol.name} cannot be {new_spi.hex()}")
         if len(fresh) < REKEY_OCTETS:
             raise UsageError(f"{REKEY_OCTETS} fresh octets are needed, not {len(fresh)}")
-        super().__init__(asking, TABLE, State.NEW)
-        self.generation = generation
+        super().__init__(Asking(end), TABLE, State.NEW)
+        self.generation = end.generation
         self._new_spi = new_spi
         self._fresh = Fresh(fresh)
         self._nonce = self._fresh.take(NONCE_LENGTH)
@@ -359,28 +357,22 @@ class _Rekey(Requester[State, Input, Event]):
 
 
 class ChildRekey(_Rekey):
-    """Rekeys `child` of the IKE_SA `generation`.
+    """Rekeys `child` of the IKE_SA of `end`.
 
-    index: of `generation` in its context, for the new child. message_id, local, remote, policy: as for
-    `exchange.AddressUpdate`; `new_spi`: on which this gateway will receive, reserved by the caller. fresh:
-    `REKEY_OCTETS`, random. ke: a method that must be used; None: as the old child. limit: see
-    `ikev2.seal_fragments`. RefusedError with NOT_COVERED for IPComp, BEET mode and additional key exchanges.
+    index: of that IKE_SA in its context, for the new child. new_spi: on which this gateway will receive,
+    reserved by the caller. fresh: `REKEY_OCTETS`, random. ke: a method that must be used; None: as the old
+    child. RefusedError with NOT_COVERED for IPComp, BEET mode and additional key exchanges.
     """
 
     def __init__(
         self,
-        generation: IkeGeneration,
+        end: SaEnd,
         index: int,
         child: ChildContext,
-        message_id: int,
-        local: Endpoint,
-        remote: Endpoint,
         *,
         new_spi: bytes,
         fresh: bytes,
         ke: KeMethod | None = None,
-        policy: RetransmitPolicy | None = None,
-        limit: int | None = None,
     ) -> None:
         reason = ""
         if child.ipcomp:
@@ -396,8 +388,7 @@ class ChildRekey(_Rekey):
         self.child = child
         self._index = index
         self._asked_for = ke
-        asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
-        super().__init__(asking, generation, child.protocol, new_spi, fresh, child.ke if ke is None else ke)
+        super().__init__(end, child.protocol, new_spi, fresh, child.ke if ke is None else ke)
 
     def _offered(self) -> Proposal:
         return child_offer(self.child, self._ke, self._new_spi)
@@ -453,31 +444,26 @@ class ChildRekey(_Rekey):
 
 
 class IkeRekey(_Rekey):
-    """Rekeys the IKE_SA `generation`; this gateway is the new one's original initiator.
+    """Rekeys the IKE_SA of `end`; this gateway is the new one's original initiator.
 
     new_spi: 8 octets, ours. The rest as for `ChildRekey`; ke None: the method the IKE_SA was made with.
     """
 
     def __init__(
         self,
-        generation: IkeGeneration,
-        message_id: int,
-        local: Endpoint,
-        remote: Endpoint,
+        end: SaEnd,
         *,
         new_spi: bytes,
         fresh: bytes,
         ke: KeMethod | None = None,
-        policy: RetransmitPolicy | None = None,
-        limit: int | None = None,
     ) -> None:
+        generation = end.generation
         if generation.add_kes:
             raise _not_covered("the IKE_SA had additional key exchanges (RFC 9370): its charon must rekey it")
         method = generation.ke if ke is None else ke
         if method is KeMethod.NONE:
             raise UsageError("an IKE_SA is not rekeyed without a key exchange")
-        asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
-        super().__init__(asking, generation, Protocol.IKE, new_spi, fresh, method)
+        super().__init__(end, Protocol.IKE, new_spi, fresh, method)
 
     def _offered(self) -> Proposal:
         return ike_offer(self.generation, self._ke, self._new_spi)

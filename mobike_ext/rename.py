@@ -22,16 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ikectx.context import Address, Endpoint, IkeGeneration
+from ikectx.context import Endpoint
 from ikectx.errors import UsageError, WireError
-from ikectx.ikev2 import Message, RetransmitPolicy
+from ikectx.ikev2 import Message
 from ikectx.keys import Drawn
 from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.ports import MoveReport
 
-from .answering import Asked, PeerSupports, SpiResponder
-from .asking import Asking, Fresh, Requester, Silent, is_request
-from .exchange import AddressPart, Moved, PeerNatChanged, Refused
+from .answering import Asked, PeerSupports, Role, SpiResponder
+from .asking import Asking, Fresh, Requester, SaEnd, Silent, is_request
+from .exchange import AddressNotice, AddressPart, Moved, PeerNatChanged, Refused
 from .naming import (
     MOST,
     Decision,
@@ -218,40 +218,40 @@ class _Ours:
         return self._names.objection(protocol, spi, inbound)
 
 
-class SpiUpdate(Requester[State, Input, Event]):
-    """Asks the peer for new SPIs, and with `addresses` tells it that this gateway is at `local` now.
+@dataclass(frozen=True, slots=True)
+class PeerRequests:
+    """How requests of the peer are answered while ours is under way.
 
-    message_id, local, remote, cookie2, conditions, additional, policy: as for `exchange.AddressUpdate`.
+    expected_id: message ID of the peer's next request (`mid_responder`), which is waited for after an answer
+    without the notify. patience: how long, in seconds; see `AGENT_WAIT`. names: decides about requests with
+    other content; None: they are refused as busy.
+    """
+
+    expected_id: int
+    patience: float = MIRROR_WAIT
+    names: Names | None = None
+
+
+class SpiUpdate(Requester[State, Input, Event]):
+    """Asks the peer for new SPIs, and with `address` tells it that this gateway is at `end.local` now.
+
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
     first request, `Drawn` if the octets may be used again after a crash. fresh: `FRESH_OCTETS`, random.
-    expected_id: message ID of the peer's next request (`mid_responder`), which is waited for after an answer
-    without the notify; None: its requests are left to charon. patience: how long, in seconds. names: decides
-    about the peer's other requests meanwhile; None: they are refused as busy. announce: announce UPDATE_SPI,
-    too. limit: octets of the largest message, see `ikev2.seal_fragments`.
+    meanwhile: None: the peer's own requests are left to charon. announce: announce UPDATE_SPI, too.
 
     When it is done, duplicates of the peer's request are still answered.
     """
 
     def __init__(
         self,
-        generation: IkeGeneration,
-        message_id: int,
-        local: Endpoint,
-        remote: Endpoint,
+        end: SaEnd,
         renames: Sequence[UpdateSpi],
         *,
         iv: bytes | Drawn,
         fresh: bytes,
-        cookie2: bytes = b"",
-        addresses: bool = True,
-        conditions: int = 0,
-        additional: Sequence[Address] | None = None,
-        expected_id: int | None = None,
-        patience: float = MIRROR_WAIT,
-        names: Names | None = None,
+        address: AddressNotice | None = None,
+        meanwhile: PeerRequests | None = None,
         announce: bool = False,
-        limit: int | None = None,
-        policy: RetransmitPolicy | None = None,
     ) -> None:
         if len(renames) > MOST:
             raise UsageError(f"{len(renames)} UPDATE_SPI in one request: at most {MOST}")
@@ -259,27 +259,19 @@ class SpiUpdate(Requester[State, Input, Event]):
             raise UsageError(f"{FRESH_OCTETS} fresh octets are needed, not {len(fresh)}")
         if any(one.choose and one.new for one in renames):
             raise UsageError("the peer chooses its own SPI")
-        asking = Asking(generation, message_id, local, remote, policy=policy, limit=limit)
-        super().__init__(asking, TABLE, State.NEW)
-        self.initiator = generation.initiator
+        super().__init__(Asking(end), TABLE, State.NEW)
+        self.initiator = end.generation.initiator
         self.asked = tuple(renames)
-        self._part = (
-            AddressPart(self.spis, local, remote, cookie2, conditions, additional) if addresses else None
-        )
+        self._part = None if address is None else AddressPart(end, address)
         self._fresh = Fresh(fresh)
-        self._patience = patience
         self._again_iv = Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
         self._mirrored: tuple[Renaming, ...] = ()
+        self._patience = 0.0 if meanwhile is None else meanwhile.patience
         self._responder: SpiResponder | None = None
-        if expected_id is not None:
+        if meanwhile is not None:
+            names = _Ours(self, meanwhile.names)
             self._responder = SpiResponder(
-                generation,
-                expected_id,
-                local,
-                _Ours(self, names),
-                conditions=conditions,
-                limit=limit,
-                addresses=False,
+                end.generation, meanwhile.expected_id, end.local, names, limit=end.limit, role=Role.SPIS
             )
         said = [] if self._part is None else self._part.payloads()
         said += [one.serialize() for one in self.asked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ikectx.context import Endpoint, IkeGeneration, Secret
@@ -18,6 +19,11 @@ from ikectx.ikev2 import (
 from ikectx.keys import iv_length, seal_key
 from ikectx.numbers import Encr, Notify, Prf
 from ikectx.payloads import AnyPayload, NotifyPayload
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import AddressNotice
+from mobike_ext.naming import Names
+from mobike_ext.notify import UpdateSpi
+from mobike_ext.rename import MIRROR_WAIT, PeerRequests, SpiUpdate
 
 NSG = Endpoint.of("192.0.2.20", 4500)
 MN = Endpoint.of("198.51.100.7", 4500)
@@ -35,6 +41,25 @@ SA = IkeGeneration(
     encr=Encr.AES_GCM_16,
     encr_bits=256,
 )
+
+
+def asks_for(
+    end: SaEnd,
+    renames: Sequence[UpdateSpi],
+    *,
+    iv: bytes,
+    fresh: bytes,
+    address: AddressNotice | None = None,
+    expected_id: int | None = None,
+    patience: float = MIRROR_WAIT,
+    names: Names | None = None,
+    announce: bool = False,
+) -> SpiUpdate:
+    """A machine that asks for new SPIs; without `expected_id` the peer's own requests are charon's."""
+    meanwhile = None if expected_id is None else PeerRequests(expected_id, patience, names)
+    return SpiUpdate(
+        end, renames, iv=iv, fresh=fresh, address=address, meanwhile=meanwhile, announce=announce
+    )
 
 
 class Node:

@@ -19,6 +19,7 @@ from ikectx.payloads import (
     SaPayload,
     TsPayload,
 )
+from mobike_ext.asking import SaEnd
 from mobike_ext.dh import KeyPair, fresh_length
 from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, Event, IkeMade, IkeRekey, State
 
@@ -120,19 +121,22 @@ class Caller(Agent):
 
 
 def child_rekey(
-    child: ChildContext = CHILD, generation: IkeGeneration = IKE_SA, **changes: object
+    child: ChildContext = CHILD,
+    generation: IkeGeneration = IKE_SA,
+    limit: int | None = None,
+    **changes: object,
 ) -> ChildRekey:
     options = {"new_spi": NEW, **_options()} | changes
-    return ChildRekey(generation, 0, child, 7, NSG, MN, **options)  # type: ignore[arg-type]
+    return ChildRekey(SaEnd(generation, 7, NSG, MN, FAST, limit), 0, child, **options)  # type: ignore[arg-type]
 
 
-def ike_rekey(generation: IkeGeneration = IKE_SA, **changes: object) -> IkeRekey:
+def ike_rekey(generation: IkeGeneration = IKE_SA, limit: int | None = None, **changes: object) -> IkeRekey:
     options = {"new_spi": b"new-ours", **_options()} | changes
-    return IkeRekey(generation, 7, NSG, MN, **options)  # type: ignore[arg-type]
+    return IkeRekey(SaEnd(generation, 7, NSG, MN, FAST, limit), **options)  # type: ignore[arg-type]
 
 
 def _options() -> dict[str, object]:
-    return {"fresh": secrets.token_bytes(REKEY_OCTETS), "policy": FAST}
+    return {"fresh": secrets.token_bytes(REKEY_OCTETS)}
 
 
 def results(machine: ChildRekey | IkeRekey) -> list[Event]:

@@ -17,7 +17,7 @@ from ikectx.ikev2 import strip_marker as strip
 from ikectx.keys import seal_key
 from ikectx.numbers import Exchange, Notify, Payload, Protocol
 from ikectx.payloads import AnyPayload, DeletePayload, NotifyPayload, RawPayload
-from mobike_ext.answering import TABLE, Action, Asked, Input, PeerSupports, SpiResponder, State
+from mobike_ext.answering import TABLE, Action, Asked, Input, PeerSupports, Role, SpiResponder, State
 from mobike_ext.exchange import Condition
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
@@ -324,7 +324,7 @@ def test_what_is_left_to_charon() -> None:
 
 
 def test_addresses_may_be_left_to_charon() -> None:
-    machine = responder(addresses=False)
+    machine = responder(role=Role.SPIS)
     machine.receive(request(NotifyPayload(Notify.UPDATE_SA_ADDRESSES), *ASK)[0], NSG, 0)
     assert (machine.others, machine.next_event()) == (1, None)
     asked(machine, BOTH)
@@ -355,7 +355,7 @@ def test_what_is_no_request_to_us() -> None:
 
 
 def test_a_machine_that_only_watches() -> None:
-    machine = responder(answering=False)
+    machine = responder(role=Role.WATCH)
     event = asked(machine, BOTH)
     assert event.pairs[0] == Renaming(ESP, False, THEIRS, NEW)
     with pytest.raises(StateError):

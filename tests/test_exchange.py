@@ -23,9 +23,10 @@ from ikectx.ikev2 import (
 from ikectx.keys import Drawn, iv_length
 from ikectx.numbers import Encr, Exchange, Integ, Notify
 from ikectx.payloads import AnyPayload, NotifyPayload, serialize_payloads
-from mobike_ext.asking import Silent
+from mobike_ext.asking import SaEnd, Silent
 from mobike_ext.exchange import (
     TABLE,
+    AddressNotice,
     AddressUpdate,
     Condition,
     Input,
@@ -40,13 +41,10 @@ from .mobile_ike import COOKIE, FAST, MN, NSG, SA, Node
 from .test_keys import CHARON, charon_generation
 
 
-def update(generation: IkeGeneration = SA, **changes: object) -> AddressUpdate:
-    options: dict[str, object] = {
-        "cookie2": COOKIE,
-        "iv": secrets.token_bytes(iv_length(generation.encr)),
-        "policy": FAST,
-    }
-    return AddressUpdate(generation, 7, NSG, MN, **(options | changes))  # type: ignore[arg-type]
+def update(generation: IkeGeneration = SA, iv: bytes | None = None, **notice: object) -> AddressUpdate:
+    end = SaEnd(generation, 7, NSG, MN, FAST)
+    said = AddressNotice(**({"cookie2": COOKIE} | notice))  # type: ignore[arg-type]
+    return AddressUpdate(end, said, secrets.token_bytes(iv_length(generation.encr)) if iv is None else iv)
 
 
 def started(**changes: object) -> tuple[AddressUpdate, Message, bytes]:
@@ -127,7 +125,7 @@ def test_either_original_role_and_other_ciphers(initiator: bool, encr: Encr, bit
 
 def test_ipv6_and_port_500_without_marker() -> None:
     gateway, me = Endpoint.of("2001:db8::20", 500), Endpoint.of("2001:db8::7", 500)
-    machine = AddressUpdate(SA, 0, gateway, me, cookie2=COOKIE, iv=bytes(8))
+    machine = AddressUpdate(SaEnd(SA, 0, gateway, me), AddressNotice(COOKIE), bytes(8))
     [(datagram, destination)] = machine.to_send(0)
     assert datagram.startswith(SA.spi_i)
     assert destination == me
@@ -218,13 +216,9 @@ def test_traffic_before_anything_was_sent_changes_nothing() -> None:
 def test_what_charon_took_and_answered(case: dict[str, Any]) -> None:
     gateway, node = Endpoint.of("10.9.0.2", 4500), Endpoint.of("10.9.0.9", 4500)
     machine = AddressUpdate(
-        charon_generation(case),
-        case["message_id"],
-        gateway,
-        node,
-        cookie2=bytes.fromhex(case["cookie2"]),
-        iv=bytes.fromhex(case["iv"]),
-        conditions=Condition.NAT_THERE | Condition.NAT_ANY,
+        SaEnd(charon_generation(case), case["message_id"], gateway, node),
+        AddressNotice(bytes.fromhex(case["cookie2"]), Condition.NAT_THERE | Condition.NAT_ANY),
+        bytes.fromhex(case["iv"]),
     )
     assert machine.to_send(0) == [(bytes.fromhex(case["request"]), node)]
     machine.receive(bytes.fromhex(case["answer"]), node, 0.1)
@@ -354,7 +348,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(UsageError):
         update(iv=bytes(12))
     with pytest.raises(UsageError):
-        AddressUpdate(SA, 0, NSG, Endpoint.of("2001:db8::1"), cookie2=COOKIE, iv=bytes(8))
+        SaEnd(SA, 0, NSG, Endpoint.of("2001:db8::1"))
 
 
 @pytest.mark.parametrize(

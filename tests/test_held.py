@@ -13,6 +13,7 @@ import pytest
 from ikectx.context import Endpoint, IkeContext
 from ikectx.errors import LinkError
 from ikectx.numbers import Protocol
+from mobike_ext.asking import SaEnd
 from mobike_ext.held import MOST, Held
 from mobike_ext.naming import ask, asks_for_names
 from mobike_ext.rename import FRESH_OCTETS, SpiUpdate
@@ -103,7 +104,7 @@ def test_the_agents_request_is_told_from_charons() -> None:
     node = replace(node, initiator=True)
     ends = Endpoint.of("198.51.100.7", 500), Endpoint.of("192.0.2.2", 500)
     for asks, told in (((ask(Protocol.ESP, b"\xc1\0\0\0", b"\xc1\0\0\1"),), True), ((), False)):
-        machine = SpiUpdate(node, 2, *ends, asks, iv=bytes(64), fresh=bytes(FRESH_OCTETS), addresses=False)
+        machine = SpiUpdate(SaEnd(node, 2, *ends), asks, iv=bytes(64), fresh=bytes(FRESH_OCTETS))
         ((datagram, _),) = machine.to_send(0.0)
         assert asks_for_names(gateway, datagram) is told
         assert not asks_for_names(node, datagram)

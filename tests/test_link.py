@@ -21,8 +21,9 @@ from ikectx.ikev2 import RetransmitPolicy
 from ikectx.numbers import Notify, Protocol, Status
 from ikectx.payloads import DeletePayload, NotifyPayload
 from mobike_ext import link
-from mobike_ext.answering import Asked, SpiResponder
-from mobike_ext.exchange import AddressUpdate
+from mobike_ext.answering import Asked, Role, SpiResponder
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import AddressNotice, AddressUpdate
 from mobike_ext.naming import Renaming, ask, ask_peer
 from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.raw import bpf_program, open_raw, udp_datagram
@@ -33,7 +34,7 @@ from vici_bridge.mute import MARK, Mute
 from .air import Names
 from .air import Node as Agent
 from .bpf_machine import passes
-from .mobile_ike import COOKIE, SA, Node
+from .mobile_ike import COOKIE, SA, Node, asks_for
 from .netns import namespaces
 from .rekey_peer import CHILD, IKE_SA
 from .rekey_peer import Peer as RekeyPeer
@@ -59,7 +60,7 @@ def endpoint(udp: socket.socket) -> Endpoint:
 
 
 def machine(gateway: Endpoint, node: Endpoint) -> AddressUpdate:
-    return AddressUpdate(SA, 7, gateway, node, cookie2=COOKIE, iv=os.urandom(8), policy=QUICK)
+    return AddressUpdate(SaEnd(SA, 7, gateway, node, QUICK), AddressNotice(COOKIE), os.urandom(8))
 
 
 @contextmanager
@@ -191,25 +192,16 @@ NODE_SA = replace(SA, initiator=True)
 OURS, NEW = b"\xc1\0\0\1", b"\xc9\0\0\1"
 
 
-def spi_update(gateway: Endpoint, node: Endpoint, **options: object) -> SpiUpdate:
-    return SpiUpdate(
-        SA,
-        7,
-        gateway,
-        node,
-        [ask(Protocol.ESP, OURS, NEW)],
-        iv=os.urandom(64),
-        fresh=os.urandom(FRESH_OCTETS),
-        cookie2=COOKIE,
-        policy=QUICK,
-        **options,  # type: ignore[arg-type]
-    )
+def spi_update(gateway: Endpoint, node: Endpoint, limit: int | None = None, **options: object) -> SpiUpdate:
+    given = {"iv": os.urandom(64), "fresh": os.urandom(FRESH_OCTETS), "address": AddressNotice(COOKIE)}
+    end = SaEnd(SA, 7, gateway, node, QUICK, limit)
+    return asks_for(end, [ask(Protocol.ESP, OURS, NEW)], **(given | options))  # type: ignore[arg-type]
 
 
 def node_update(gateway: Endpoint, node: Endpoint, rename: UpdateSpi) -> SpiUpdate:
     """The mobile node's agent asks."""
     fresh = os.urandom(FRESH_OCTETS)
-    return SpiUpdate(NODE_SA, 3, node, gateway, [rename], iv=os.urandom(8), fresh=fresh, addresses=False)
+    return SpiUpdate(SaEnd(NODE_SA, 3, node, gateway), [rename], iv=os.urandom(8), fresh=fresh)
 
 
 def mobile_agent(node: Endpoint, **options: object) -> Agent:
@@ -239,7 +231,7 @@ def test_what_the_peer_renames_meanwhile_is_reported() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         gateway, node = endpoint(charon), endpoint(udp)
         names = Names({(Protocol.ESP, True, OURS), (Protocol.ESP, False, other)})
-        mine = spi_update(gateway, node, addresses=False, expected_id=3, names=names)
+        mine = spi_update(gateway, node, address=None, expected_id=3, names=names)
         theirs = node_update(gateway, node, ask(Protocol.ESP, other, renamed))
         mine.to_send(0)  # lost, while their request comes through
         [(request, _)] = theirs.to_send(0)
@@ -276,14 +268,14 @@ def test_a_child_and_an_ike_sa_are_rekeyed() -> None:
 
         def child() -> ChildRekey:
             fresh = os.urandom(REKEY_OCTETS)
-            return ChildRekey(IKE_SA, 0, CHILD, 7, gateway, node, new_spi=NEW, fresh=fresh, policy=QUICK)
+            return ChildRekey(SaEnd(IKE_SA, 7, gateway, node, QUICK), 0, CHILD, new_spi=NEW, fresh=fresh)
 
         with served(udp, RekeyPeer()):
             report = asyncio.run(link.run_rekey(child()))
         assert isinstance(report.result, ChildRekeyed)
         assert (report.result.child.spi_in, report.move.requests, report.move.messages) == (NEW, 2, 4)
         ike = IkeRekey(
-            IKE_SA, 7, gateway, node, new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS), policy=QUICK
+            SaEnd(IKE_SA, 7, gateway, node, QUICK), new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS)
         )
         seen: list[object] = []
 
@@ -344,8 +336,8 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
 def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as udp, bound(Endpoint.of("127.0.0.7", 0)) as charon:
         gateway, node = endpoint(udp), endpoint(charon)
-        for answering in (True, False):
-            agent = mobile_agent(node, answering=answering).machine
+        for role in (Role.ALL, Role.WATCH):
+            agent = mobile_agent(node, role=role).machine
             machine = spi_update(gateway, node)
             heard: list[Asked] = []
 
@@ -361,14 +353,14 @@ def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
             with served(udp, machine):
                 asyncio.run(asyncio.wait_for(serve(), 20))
             assert len(heard) == 1
-            assert machine.state.value == ("paused" if answering else "waiting")
+            assert machine.state.value == ("paused" if role is Role.ALL else "waiting")
 
 
 @root
 def test_repetitions_of_an_answered_request() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         gateway, node = endpoint(charon), endpoint(udp)
-        machine = spi_update(gateway, node, expected_id=3, addresses=False)
+        machine = spi_update(gateway, node, expected_id=3, address=None)
         theirs = node_update(gateway, node, ask_peer(Protocol.ESP, OURS))
         machine.to_send(0)
         [(request, _)] = theirs.to_send(0)

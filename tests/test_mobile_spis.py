@@ -19,6 +19,8 @@ from ikectx_cli.mobile_config import parse
 from ikectx_cli.mobile_names import MobileNames
 from ikectx_cli.mobile_spis import Mirror, SpiWatch
 from mobike_ext.answering import Asked
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import AddressNotice
 from mobike_ext.link import SpiReport
 from mobike_ext.naming import Names, Renaming, ask, ask_peer, mirrored
 from mobike_ext.notify import Reason, UpdateSpi
@@ -391,15 +393,11 @@ def gateways_request(
 ) -> tuple[SpiUpdate, bytes]:
     (current,) = CONTEXT.generations
     machine = SpiUpdate(
-        replace(current, initiator=False),
-        message_id,
-        NSG,
-        NEW,
+        SaEnd(replace(current, initiator=False), message_id, NSG, NEW),
         asks,
         iv=bytes(64),
         fresh=bytes(FRESH_OCTETS),
-        cookie2=bytes(16),
-        addresses=addresses,
+        address=AddressNotice(bytes(16)) if addresses else None,
     )
     ((datagram, _),) = machine.to_send(0.0)
     return machine, datagram

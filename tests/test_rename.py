@@ -15,9 +15,9 @@ from ikectx.ikev2 import IkeHeader, add_marker, seal_message
 from ikectx.keys import iv_length, seal_key
 from ikectx.numbers import Encr, Exchange, Integ, Notify, Protocol
 from ikectx.payloads import AnyPayload, NotifyPayload
-from mobike_ext.answering import PeerSupports, SpiResponder
-from mobike_ext.asking import Silent
-from mobike_ext.exchange import Condition, Moved, PeerNatChanged, Refused
+from mobike_ext.answering import PeerSupports, Role, SpiResponder
+from mobike_ext.asking import SaEnd, Silent
+from mobike_ext.exchange import AddressNotice, Condition, Moved, PeerNatChanged, Refused
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer, mirrored, renamed_ike
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 from mobike_ext.rename import (
@@ -36,12 +36,13 @@ from mobike_ext.rename import (
 
 from .air import Air, Names, events
 from .air import Node as Agent
-from .mobile_ike import COOKIE, FAST, MN, NSG, SA, Node
+from .mobile_ike import COOKIE, FAST, MN, NSG, SA, Node, asks_for
 
 ESP, IKE = Protocol.ESP, Protocol.IKE
 OURS, THEIRS, NEW = b"\xc1\0\0\1", b"\xc2\0\0\2", b"\xc9\0\0\1"
 """SPIs as nSG sees them, which asks here."""
 NODE_SA = replace(SA, initiator=True)
+NOTICE = AddressNotice(COOKIE)
 BOTH = (ask(ESP, OURS, NEW), ask_peer(ESP, THEIRS))
 MINE = (ask(ESP, OURS, NEW),)
 ALL = (*BOTH, ask(IKE, SA.spi_r, b"newnamed"))
@@ -59,15 +60,18 @@ def agent(world: Names | None = None, refusal: Reason | None = None, **options: 
 
 
 def update(
-    renames: tuple[UpdateSpi, ...] = BOTH, generation: IkeGeneration = SA, **changes: object
+    renames: tuple[UpdateSpi, ...] = BOTH,
+    generation: IkeGeneration = SA,
+    limit: int | None = None,
+    **changes: object,
 ) -> SpiUpdate:
     options: dict[str, object] = {
-        "cookie2": COOKIE,
+        "address": NOTICE,
         "iv": secrets.token_bytes(8 * iv_length(generation.encr)),
         "fresh": secrets.token_bytes(FRESH_OCTETS),
-        "policy": FAST,
     }
-    return SpiUpdate(generation, 7, NSG, MN, renames, **(options | changes))  # type: ignore[arg-type]
+    end = SaEnd(generation, 7, NSG, MN, FAST, limit)
+    return asks_for(end, renames, **(options | changes))  # type: ignore[arg-type]
 
 
 def from_node(renames: tuple[UpdateSpi, ...], message_id: int = 3, **changes: object) -> SpiUpdate:
@@ -75,10 +79,9 @@ def from_node(renames: tuple[UpdateSpi, ...], message_id: int = 3, **changes: ob
     options: dict[str, object] = {
         "iv": secrets.token_bytes(64),
         "fresh": secrets.token_bytes(FRESH_OCTETS),
-        "addresses": False,
-        "policy": FAST,
     }
-    return SpiUpdate(NODE_SA, message_id, MN, NSG, renames, **(options | changes))  # type: ignore[arg-type]
+    end = SaEnd(NODE_SA, message_id, MN, NSG, FAST)
+    return asks_for(end, renames, **(options | changes))  # type: ignore[arg-type]
 
 
 def pairs_of(world: Names) -> tuple[Renaming, ...]:
@@ -104,7 +107,7 @@ def test_one_round_trip_moves_addresses_and_names() -> None:
 
 
 def test_the_request_on_the_wire() -> None:
-    machine = update(ALL, announce=True, additional=())
+    machine = update(ALL, announce=True, address=AddressNotice(COOKIE, additional=()))
     [(datagram, _)] = machine.to_send(0)
     payloads = Node().read(datagram).payloads
     kinds = [p.notify for p in payloads if isinstance(p, NotifyPayload)]
@@ -120,7 +123,7 @@ def test_the_request_on_the_wire() -> None:
 
 
 def test_names_alone() -> None:
-    machine, node = update(addresses=False, cookie2=b""), agent()
+    machine, node = update(address=None), agent()
     Air().run(machine, node)
     assert events(machine) == [Renamed(pairs_of(node.names))]
     assert not node.asked[0].moves
@@ -171,7 +174,7 @@ def test_without_names_it_is_an_address_update() -> None:
     machine, node = update(()), agent()
     Air().run(machine, node)
     assert events(machine) == [Moved(), Renamed(())]
-    announcing = update((), addresses=False, announce=True)
+    announcing = update((), address=None, announce=True)
     node = agent()
     Air().run(announcing, node)
     assert (node.supports, events(announcing)) == (1, [PeerSupports(1), Renamed(())])
@@ -214,7 +217,7 @@ def test_the_address_itself_is_refused() -> None:
 
 
 def test_an_error_or_nonsense_without_addresses() -> None:
-    machine = update(addresses=False)
+    machine = update(address=None)
     answer(machine, NotifyPayload(Notify.INVALID_SYNTAX), addresses=False)
     assert events(machine) == [RenameRefused((), Notify.INVALID_SYNTAX)]
     machine = update()
@@ -223,7 +226,7 @@ def test_an_error_or_nonsense_without_addresses() -> None:
 
 
 def test_a_changed_nat_is_told() -> None:
-    machine = update(conditions=int(Condition.NAT_THERE | Condition.NAT_ANY))
+    machine = update(address=AddressNotice(COOKIE, int(Condition.NAT_THERE | Condition.NAT_ANY)))
     answer(machine)
     assert events(machine) == [PeerNatChanged(0, False, False), Moved(), Unsupported()]
 
@@ -278,7 +281,7 @@ def test_a_caller_that_cannot_do_it_now() -> None:
 
 
 def test_traffic_under_the_new_name_is_as_good_as_an_answer() -> None:
-    machine = update(MINE, addresses=False)
+    machine = update(MINE, address=None)
     machine.traffic_seen()
     assert machine.state is State.NEW
     machine.to_send(0)
@@ -313,7 +316,7 @@ def test_an_agent_beside_a_charon_that_does_not_know() -> None:
     # MN -> nSG  HDR(3), SK { N(UPDATE_SPI, R), N(UPDATE_SPI) };  nSG -> MN  the same, both new SPIs in it
     machine = update(expected_id=3)
     world = node_names()
-    watcher = SpiResponder(NODE_SA, 7, MN, world, answering=False)
+    watcher = SpiResponder(NODE_SA, 7, MN, world, role=Role.WATCH)
     [(datagram, _)] = machine.to_send(0)
     watcher.receive(datagram, NSG, 0.01)
     answer_of_charon = Node().accept(datagram)
@@ -421,9 +424,9 @@ def test_dead_peer_detection_is_charons_anyway() -> None:
 
 def test_both_ask_for_the_same() -> None:
     mine = update(expected_id=3)
-    theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), expected_id=7, conditions=0)
+    theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), expected_id=7)
     # nSG leaves the addresses out, so that either end may answer the other
-    mine = update(expected_id=3, addresses=False)
+    mine = update(expected_id=3, address=None)
     Air().run(mine, theirs, until=5)
     pairs = (Renaming(ESP, True, OURS, NEW), Renaming(ESP, False, THEIRS, b"\xcf\0\0\1"))
     assert events(mine) == [Renamed(pairs)]
@@ -435,7 +438,7 @@ def test_both_ask_for_different_children() -> None:
     other, renamed = b"\xc2\0\0\7", b"\xcf\0\0\7"
     here = Names({(ESP, False, other), (ESP, True, OURS)})
     there = Names({(ESP, False, OURS), (ESP, True, other)})
-    mine = update(MINE, addresses=False, expected_id=3, names=here)
+    mine = update(MINE, address=None, expected_id=3, names=here)
     theirs = from_node((ask(ESP, other, renamed),), expected_id=7, names=there)
     Air().run(mine, theirs, until=5)
     ours, peers = Renaming(ESP, True, OURS, NEW), Renaming(ESP, True, other, renamed)
@@ -447,7 +450,7 @@ def test_both_rename_the_ike_sa() -> None:
     # MN (original initiator) -> nSG  N(UPDATE_SPI, IKE): agreed; nSG -> MN  N(UPDATE_SPI, IKE): busy
     here = Names({(IKE, False, SA.spi_i), (IKE, True, SA.spi_r)})
     there = Names({(IKE, False, SA.spi_r), (IKE, True, SA.spi_i)})
-    mine = update((ask(IKE, SA.spi_r, b"newnamer"),), addresses=False, expected_id=3, names=here)
+    mine = update((ask(IKE, SA.spi_r, b"newnamer"),), address=None, expected_id=3, names=here)
     theirs = from_node((ask(IKE, SA.spi_i, b"newnamei"),), expected_id=7, names=there)
     Air().run(mine, theirs, until=30)
     pair = Renaming(IKE, True, SA.spi_i, b"newnamei")
@@ -485,7 +488,7 @@ def test_on_a_bad_link_both_ends_agree(
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from([0.0, 0.3, 0.6]), st.floats(0, 0.4))
 def test_on_a_bad_link_both_may_ask(seed: int, loss: float, late: float) -> None:
-    mine = update(expected_id=3, addresses=False)
+    mine = update(expected_id=3, address=None)
     theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")), expected_id=7)
     air = Air(seed, loss=loss, double=0.3, delay=(0.0, 1.5))
     air.run(mine, until=late)
@@ -555,8 +558,9 @@ def test_every_cell_of_the_table(state: State, what: Input) -> None:
 
 
 def test_wrong_arguments() -> None:
+    with pytest.raises(UsageError):
+        AddressNotice(b"short")
     for wrong in (
-        {"cookie2": b"short"},
         {"iv": b"short"},
         {"fresh": b"short"},
         {"renames": tuple(ask(ESP, OURS, bytes([1, 0, 0, n])) for n in range(MOST + 1))},

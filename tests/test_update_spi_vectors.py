@@ -23,6 +23,8 @@ from ikectx.context import Endpoint, IkeGeneration, Secret
 from ikectx.keys import sk_keys
 from ikectx.numbers import Encr, Integ, Prf, Protocol
 from mobike_ext.answering import Asked, SpiResponder
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import AddressNotice
 from mobike_ext.naming import renamed_ike
 from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.rename import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate
@@ -275,16 +277,11 @@ def test_by_the_machines(case: Case) -> None:
         if case.reason:
             world.objections[old] = Reason(case.reason)
     asks = SpiUpdate(
-        generation(case, initiator=False),
-        MESSAGE_ID,
-        GATEWAY,
-        NODE,
+        SaEnd(generation(case, initiator=False), MESSAGE_ID, GATEWAY, NODE, limit=case.limit),
         [UpdateSpi(Protocol(p), old, new, choose=not new) for p, old, new in case.asked],
         iv=bytes.fromhex(given["request_ivs"]),
         fresh=bytes(FRESH_OCTETS),
-        cookie2=COOKIE2,
-        addresses=case.addresses,
-        limit=case.limit,
+        address=AddressNotice(COOKIE2) if case.addresses else None,
     )
     answers = SpiResponder(generation(case, initiator=True), MESSAGE_ID, NODE, world, limit=case.limit)
     request = asks.to_send(0)

@@ -22,6 +22,8 @@ from ikectx.errors import RefusedError
 from ikectx.keys import child_keys, iv_length, sk_keys
 from ikectx.numbers import Encr, Integ, KeMethod, Mode, Prf, Protocol
 from ikectx.ports import MoveReport
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import AddressNotice
 from mobike_ext.link import run_rekey, run_spi_update
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.rename import FRESH_OCTETS, SpiUpdate, Unsupported, ask, ask_peer
@@ -55,10 +57,9 @@ class Agent:
 
     def rekey_child(self, ke: KeMethod | None = None, new_spi: bytes | None = None) -> ChildRekeyed:
         machine = ChildRekey(
-            self.generation,
+            SaEnd(self.generation, *self.next),
             0,
             self.child,
-            *self.next,
             new_spi=new_spi or b"\xc9" + secrets.token_bytes(3),
             fresh=secrets.token_bytes(REKEY_OCTETS),
             ke=ke,
@@ -73,8 +74,7 @@ class Agent:
 
     def rekey_ike(self) -> IkeRekeyed:
         machine = IkeRekey(
-            self.generation,
-            *self.next,
+            SaEnd(self.generation, *self.next),
             new_spi=secrets.token_bytes(8),
             fresh=secrets.token_bytes(REKEY_OCTETS),
         )
@@ -86,13 +86,11 @@ class Agent:
 
     def ask(self, *renames: Any, **options: Any) -> Any:
         machine = SpiUpdate(
-            self.generation,
-            *self.next,
+            SaEnd(self.generation, *self.next),
             renames,
             iv=secrets.token_bytes(iv_length(self.generation.encr)),
             fresh=secrets.token_bytes(FRESH_OCTETS),
-            cookie2=secrets.token_bytes(16),
-            **options,
+            **({"address": AddressNotice(secrets.token_bytes(16))} | options),
         )
         report = asyncio.run(run_spi_update(machine, mark=MARK))
         self._ran(report.move)

@@ -26,6 +26,8 @@ import pytest
 from ikectx.context import Endpoint
 from ikectx.numbers import Protocol
 from ikectx_cli.lab_net import OUTER
+from mobike_ext.asking import SaEnd
+from mobike_ext.exchange import AddressNotice
 from mobike_ext.link import run_spi_update
 from mobike_ext.naming import ask, ask_peer
 from mobike_ext.rename import Renamed, SpiUpdate
@@ -171,15 +173,16 @@ def test_a_gateway_that_asks_by_ike_during_a_handover(mobile: World, ike: bool) 
     asks = [ask(Protocol.ESP, child.spi_in, b"\xc9\0\0\1"), ask_peer(Protocol.ESP, child.spi_out)]
     asks += [ask(Protocol.IKE, own, b"\x99" * 8)] if ike else []
     machine = SpiUpdate(
-        generation,
-        shown["mid_initiator"],
-        Endpoint.of(OUTER["nsg"][4], 4500),
-        _endpoint(shown["remote"]),
+        SaEnd(
+            generation,
+            shown["mid_initiator"],
+            Endpoint.of(OUTER["nsg"][4], 4500),
+            _endpoint(shown["remote"]),
+        ),
         asks,
         iv=secrets.token_bytes(64),
         fresh=secrets.token_bytes(512),
-        cookie2=secrets.token_bytes(16),
-        conditions=0,
+        address=AddressNotice(secrets.token_bytes(16)),
     )
     mobile.lab.stop("nsg", "agent")
     try:
