@@ -112,7 +112,7 @@ def test_who_does_not_ask_or_does_not_finish_is_cut_off(
     began = time.monotonic()
     for sock in (silent, half, both):
         assert cut_off(sock)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     patient = knock(agent, asked)
     assert patient.recv(1000)
     time.sleep(0.6)  # between two requests nobody is hurried
@@ -129,7 +129,7 @@ def test_octets_one_by_one_win_no_time(agent: Agent, monkeypatch: pytest.MonkeyP
         for octet in Packet(PacketType.CMD_REQUEST, "version", bytes(200)).framed():
             sock.sendall(bytes([octet]))
             time.sleep(0.1)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     sock.close()
 
 
