@@ -302,7 +302,7 @@ def test_a_peer_that_does_not_know_update_spi(world: World) -> None:
             ask(Protocol.IKE, names[0].spi_r, b"newnames"),
             ask_peer(Protocol.IKE, names[0].spi_i),
         )
-        report = agent.ask(*every, addresses=False, announce=True)
+        report = agent.ask(*every, address=None, announce=True)
         assert report.outcome == Unsupported()
         assert (report.move.requests, report.move.messages) == (1, 2)
         # user-space ESP has no other way to move a child than a rekey, so this comes last
