@@ -231,7 +231,7 @@ class Arrivals:
             answer = None
         finally:
             if not (arrival.proven and arrival.ended):
-                del self._known[key]  # what anybody can make fills no memory
+                del self._known[key]  # forget it, because anybody could fill the table with such requests
         self._make_room(arrival.peer)
         return answer
 

@@ -1,12 +1,12 @@
-"""Activate: charon speaks for the SA from now on, when the mobile node has been told.
+"""Activate: charon does IKE for the SA from now on, after the mobile node was told.
 
-1. As in `take`, for an agent that began anew, and where packets could not be led here before.
-2. charon gets the message IDs, and the toggle makes it active. It is mute still.
-3. What follows from serving the SA is written down: lifetimes, limits, the names for an answer, who is told,
-   what is dropped when it ends. Then the row says "active": message IDs are not set back after that.
-4. charon's messages flow, and it gets what the mobile node asked meanwhile.
-5. The plan of new names goes: without it an SA of that name is somebody else's, and nothing may be undone any
-   more. That the SA serves does not depend on it, so an error is only logged.
+1. Repeat steps of `take`, for an agent that began anew, and if packets could not be led here before.
+2. Give charon the message IDs, and make it active by the toggle. It is still muted.
+3. Note what follows from serving the SA: lifetimes, limits, the SPIs for an answer, gateways to notify,
+   blocks for its end. Then mark the row "active": message IDs are not set back after that.
+4. Unmute charon, and give it the mobile node's requests from the time before.
+5. Delete the plan of new names: once it is gone, undo must not remove an SA with this name. The SA serves
+   without it, so an error is only logged.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def _message_ids(work: Coming) -> None:
 
 
 def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:
-    """Message IDs of our next request and of the one we expect."""
+    """Message IDs of our next request and of the one that we expect."""
     if plan is not None and plan.told is not None:
         return plan.told.mid_initiator, plan.told.mid_responder
     if plan is not None and plan.ike:
@@ -74,7 +74,7 @@ async def _toggle(work: Coming) -> None:
     if view.state == "PASSIVE":
         await work.host.activate_segment()
         await _established(work.host, work.shape)
-    work.looks.came(view)  # its names may have changed since it came in
+    work.looks.came(view)  # its names may have changed since it was taken in
 
 
 @trace.spanned("charon activates")
@@ -106,7 +106,7 @@ async def _note(work: Coming) -> Facts:
 
 
 def _names(here: IkeContext, plan: Plan | None) -> Facts:
-    """What an answer is to tell the MN, where nobody has asked it."""
+    """The SPIs for an answer to the mobile node, if it was not asked otherwise."""
     if plan is None or plan.told is not None:
         return {}
     spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
@@ -116,7 +116,7 @@ def _names(here: IkeContext, plan: Plan | None) -> Facts:
 
 
 def _note_lifetimes(host: CharonHost, here: IkeContext) -> None:
-    """Original deadlines that may come before charon's new timers."""
+    """Keep original deadlines that may come before charon's new timers."""
     wall = time.time()
     left = [seconds for seconds in (here.lifetime.rekey, here.lifetime.reauth) if seconds is not None]
     if left:
@@ -124,14 +124,14 @@ def _note_lifetimes(host: CharonHost, here: IkeContext) -> None:
     for child in here.children:
         soft, hard = child.lifetime.rekey, child.lifetime.hard
         if soft is not None or hard is not None:
-            # without a soft lifetime the rekey is asked for at nine tenths of the hard one
+            # without a soft lifetime the rekey is due at nine tenths of the hard one
             due = float(soft) if soft is not None else 0.9 * float(hard or 0)
             host.deadlines.keep(here.spis, child.spi_in, wall + due)
 
 
 def _count_on(host: CharonHost, shape: IkeContext, here: IkeContext) -> None:
-    """Limits of octets and packets go on where they were. Not before charon is active: a limit that is
-    reached makes it begin a rekey, which nobody would hear."""
+    """Let limits of octets and packets go on from their present values. Not before charon is active, because
+    a limit that is reached makes it begin a rekey, which would be muted."""
     kernel = host.kernel
     for child, given in zip(shape.children, here.children, strict=True):
         used = given.lifetime
@@ -147,7 +147,7 @@ def _count_on(host: CharonHost, shape: IkeContext, here: IkeContext) -> None:
 
 
 async def speak(work: Coming) -> None:
-    """Messages of the SA flow, whichever of its names charon has it under."""
+    """Unmute the SA, whichever of its names charon has it under."""
     for shape in work.renames.names(work.here):
         await asyncio.to_thread(work.host.mute.unmute, shape.spis)
         work.host.expected.discard(shape.spis)
@@ -161,7 +161,7 @@ async def _deliver(work: Coming) -> None:
 
 async def _forget(work: Coming) -> Facts:
     if work.sa in work.memory.asked:
-        work.host.note_update_spi(work.here.remote_id)  # an MN with an agent, and agents know UPDATE_SPI
+        work.host.note_update_spi(work.here.remote_id)  # the mobile node has an agent, which knows UPDATE_SPI
     work.renames.forget(work.here)
     return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "unique_id": 0}
 
@@ -178,7 +178,7 @@ ACTIVATE: Step[Coming] = Step(
         Effect("what follows is noted", _note, when=_inactive),
         Effect("charon speaks", speak),
         Effect("what was kept is heard", _deliver, needed=False),
-        # the journal's next state says that the SA is owned: this is written with it
+        # written together with the journal's next state, which says that the SA is owned
         Effect("names are over", _forget, needed=False, soon=True),
     ),
 )

@@ -1,7 +1,7 @@
-"""`Coming`: an SA that this gateway takes in, as the steps prepare, take, activate and undo work on it.
+"""`Coming`: an SA that this gateway takes in, for the steps prepare, take, activate and undo.
 
-`context` names the SA as the other gateway does, `here` has this gateway's address, and `shape` is what
-stands in charon: under other names where its own are taken here (`renames`).
+`context` has the other gateway's names of the SA, `here` this gateway's address, and `shape` is the SA in
+charon: under other SPIs if its own are taken here (`renames`).
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ SCRIPT_LIMIT = 25.0
 
 
 class Ear(Protocol):
-    """What the MN says while charon may not hear it (`mobike_ext.held`)."""
+    """Records the mobile node's messages while charon may not receive them (`mobike_ext.held`)."""
 
     async def deliver(self) -> int:
-        """Give it to charon."""
+        """Give charon the recorded messages."""
 
     def close(self) -> None: ...
 
 
 Listen = Callable[[IkeContext], Ear]
-"""Begin to hear the MN of a context, as it stands here. Errors: LinkError."""
+"""Begin to record messages of the mobile node of a context, as it is here. Errors: LinkError."""
 
 
 @dataclass(slots=True)
 class Memory:
-    """What this life of the agent knows of SAs that come; nothing depends on it after a crash.
+    """Facts about SAs that come which the process keeps in memory; nothing depends on them after a crash.
 
-    ears: who hears the MN. asked: SAs whose MN will be told by an answer it waits for (CTAA). seen: SAs that
-    charon had when they were taken. givers: which gateway gives an SA.
+    ears: recorders of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that
+    it waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
     """
 
     ears: dict[SaName, Ear] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Memory:
     givers: dict[SaName, str] = field(default_factory=dict)
 
     def forget(self, sa: SaName) -> None:
-        """The SA has come, or does not come."""
+        """The SA has been taken in, or will not come."""
         ear = self.ears.pop(sa, None)
         if ear is not None:
             ear.close()
@@ -66,12 +66,12 @@ class Memory:
 
 @dataclass(slots=True)
 class Coming:
-    """One SA and one step of it.
+    """One SA in one step.
 
-    look, taken: what charon has, and which names are taken, when it is prepared.
-    final, report: what the other gateway told, and what the exchange with the MN took. activates: this is the
-    last step. listed: how charon had it last. gone: what stood in charon before that was undone.
-    drawn_before: how far the updown script was when this step began.
+    look, taken: charon's state, and the names that are taken, when it is prepared. final, report: the other
+    gateway's final state, and the cost of the exchange with the mobile node. activates: this is the last
+    step. listed: charon's last view of it. gone: the SA in charon before that was undone. drawn_before: the
+    progress of the updown script when this step began.
     """
 
     host: CharonHost
@@ -92,17 +92,17 @@ class Coming:
 
     @property
     def facts(self) -> TargetFacts:
-        """What is known of it."""
+        """The facts in its row."""
         return self.host.coming.of(self.sa).facts
 
     @property
     def plan(self) -> Plan | None:
-        """The names that it gets here, None: its own."""
+        """The plan of its names here, None: its own."""
         return self.renames.plan_of(self.here)
 
     @property
     def shape(self) -> IkeContext:
-        """The SA as it stands in charon."""
+        """The SA in charon."""
         return self.renames.shape(self.here)
 
     @property
@@ -111,7 +111,7 @@ class Coming:
         return self.gone or self.shape
 
     async def view(self) -> SaView:
-        """How charon has it. Errors: CharonError, where it has it no more."""
+        """charon's view of it. Errors: CharonError, if charon no longer has it."""
         view = await self.host.view(self.shape.spis)
         if view is None:
             raise CharonError("charon lost the prepared SA")
@@ -119,7 +119,7 @@ class Coming:
         return view
 
     async def script(self, *, up: bool) -> None:
-        """The connection's updown script, if one is configured. Errors: KernelError."""
+        """Run the connection's updown script, if one is configured. Errors: KernelError."""
         facts = self.facts
         await self.host.updown(
             self.gone or self.shape, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id

@@ -1,14 +1,15 @@
-"""Freeze: pSG lets go of an SA without losing a packet, below charon, which can freeze only whole segments.
+"""Freeze: the old gateway lets an SA go without losing a packet, below charon, which can freeze only
+segments.
 
-1. Nothing of the mobile node reaches charon any more, so that no new exchange begins.
-2. charon ends the exchange that is under way, if any.
-3. Nothing of charon leaves any more.
-4. charon has the SA as it was exported. Only then are its message IDs read, and last of all the counter of
-   what was kept from leaving, because it must be counted whatever charon began until then.
-5. The outbound policies are written down, packets for the mobile node go to the other gateway from now on or
-   nowhere, and the policies go. Inbound SAs stay: late packets are decrypted until the SA is released. Where
-   the other gateway cannot send yet, ESP goes on instead and is counted.
-6. Counters are read when nothing changes them any more, and with them the SA is let go.
+1. Mute the mobile node's messages to charon, so that no new exchange begins.
+2. Wait until charon has ended an exchange that is under way, if there is one.
+3. Mute charon's messages to the mobile node.
+4. Verify that charon has the SA as it was exported. Then read its message IDs, and last of all the counter of
+   muted messages, because it must include everything that charon began until then.
+5. Note the outbound policies, send packets for the mobile node on to the other gateway or block them, and
+   remove the policies. Inbound SAs stay, so that late packets are decrypted until the SA is released. If the
+   other gateway cannot send yet, ESP is sent on instead, and counted.
+6. Read the counters, which no longer change. With them the SA is let go.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .leaving import LIVING, Leaving, in_the_way, last_request, outbound_of
 from .runner import Effect, Facts, Step
 
 IDLE_TIMEOUT = 3.0
-"""Seconds to wait for charon to finish an exchange that is under way when it is frozen."""
+"""Seconds to wait for charon to finish an exchange that is under way at the freeze."""
 
 
 @dataclass(slots=True)
@@ -37,12 +38,13 @@ class Freezing(Leaving):
     final: tuple[FinalChild, ...] = ()
 
     def result(self) -> FinalState:
-        """What the other gateway is told."""
+        """The final state for the other gateway."""
         assert self.known is not None
         return FinalState(
             spi_i=self.sa.spi_i,
             spi_r=self.sa.spi_r,
-            # an MN that charon gave up never saw the last request: its ID is still the next one
+            # the mobile node that charon gave up never received the last request, so its ID is still the next
+            # one
             mid_initiator=max(self.known.mid_initiator - self.departing, 0),
             mid_responder=self.known.mid_responder,
             epoch=self.context.epoch + 1,
@@ -62,7 +64,8 @@ async def _hear_nothing(work: Freezing) -> None:
 
 @trace.spanned("charon idle")
 async def _wait(work: Freezing) -> None:
-    """`away`: an exchange that an MN that has left does not answer may be, if a second look finds it, too."""
+    """If `away`, an exchange that waits for the absent mobile node may be open, if a second look finds it,
+    too."""
     end = time.monotonic() + IDLE_TIMEOUT
     before: tuple[str, ...] = ()
     while True:
@@ -80,8 +83,9 @@ async def _say_nothing(work: Freezing) -> None:
 
 
 async def _find_ids(work: Freezing) -> None:
-    """charon tells over HA the ID after that of a request when it sends it, not when it is answered. With the
-    SA muted no answer comes any more, so the MN expects that ID or the one before it."""
+    """Find the message IDs. charon reports the next one over HA when it sends a request, not when that is
+    answered. With the SA muted no answer arrives any more, so the mobile node expects that ID or the one
+    before it."""
     host = work.host
     view = await _same(work)
     await host.catch_up(work.sa)
@@ -107,7 +111,8 @@ async def _stop(work: Freezing) -> None:
 
 @trace.spanned("stop outbound")
 def stop(work: Leaving) -> None:
-    """No ESP leaves any more: packets for the MN go to nSG if a way is known, else nowhere."""
+    """Stop ESP: packets for the mobile node go to the new gateway if a way is known, else they are
+    blocked."""
     host = work.host
     if host.kernel is None:
         host.away.leave(work.context, work.to, (), unprepared=work.unprepared)
@@ -119,12 +124,12 @@ def stop(work: Leaving) -> None:
 
 
 def goes_on_still(work: Leaving) -> bool:
-    """Whether ESP of a frozen SA still goes on."""
+    """Whether ESP of a frozen SA is still sent."""
     return bool(work.facts.sends_to) and work.facts.policies is None
 
 
 def stop_at_last(work: Leaving) -> None:
-    """End the ESP that goes on, as any other freeze has done it."""
+    """Stop the ESP that is still sent, as any other freeze has done before."""
     work.to = work.facts.sends_to
     if work.host.kernel is not None:
         ours = outbound_of(work.host, work.context)[1]
@@ -154,7 +159,7 @@ async def _read_counters(work: Freezing) -> Facts:
 
 
 async def _same(work: Freezing) -> SaView:
-    """The SA's view, if it is still what was exported. Errors: BusyError."""
+    """The SA's view, if it is still as it was exported. Errors: BusyError."""
     view, context = await work.look(), work.context
     if view is None:
         raise BusyError("the IKE_SA was rekeyed or deleted meanwhile")
@@ -182,7 +187,7 @@ FREEZE: Step[Freezing] = Step(
             when=lambda work: not work.goes_on and work.host.kernel is not None,
         ),
         Effect("ESP stops", _stop, when=lambda work: not work.goes_on),
-        # the journal's next state says that the SA was let go: this is written with it
+        # written together with the journal's next state, which says that the SA was let go
         Effect("counters", _read_counters, soon=True),
     ),
 )

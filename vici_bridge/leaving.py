@@ -1,4 +1,4 @@
-"""`Leaving`: an SA that this gateway gives to another one, as freeze, thaw and release work on it."""
+"""`Leaving`: an SA that this gateway gives to another one, for the steps freeze, thaw and release."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from .host import CharonHost, Mover
 from .xfrm import KernelPolicy
 
 Ender = Callable[[IkeContext, Sequence[int]], Awaitable[bool]]
-"""Deletes the SA of a context at its MN, under that of the message IDs which is the next; did it answer?"""
+"""Deletes the SA of a context at its mobile node, under each of the message IDs; returns whether it
+answered."""
 SCRIPT_LIMIT = 25.0
-"""Seconds for the calls of the updown script for one SA. What takes longer is done again later."""
+"""Seconds for the calls of the updown script for one SA. Slower ones are repeated later."""
 LIVING = ("INSTALLED",)
 ABOUT_ADDRESSES = frozenset({"IKE_MOBIKE", "IKE_DPD"})
-"""charon's tasks whose request says nothing of CHILD_SAs: if one gateway is silent, another may answer, and
-if an MN has left, another gateway may go on with the next request."""
+"""charon's tasks whose request does not concern CHILD_SAs: if one gateway is silent, another may answer, and
+if a mobile node has left, another gateway may go on with the next request."""
 
 
 @dataclass(slots=True)
 class Leaving:
-    """One SA and one step of it. Times in seconds.
+    """One SA in one step. Times in seconds.
 
-    view: how charon has the SA when the step begins, None: not at all. look: asks charon how it has it now.
-    to: name of the gateway it goes to. away: the MN has proven that it is elsewhere. sending: ESP goes on.
-    renaming: CHILD_SAs may be given other SPIs. unprepared: the other gateway has nothing of it yet. jump: by
-    how much outbound sequence numbers go ahead when it is taken back.
+    view: charon's view when the step begins, None: charon does not have it. look: asks charon for its present
+    view. to: name of the gateway that it goes to. away: the mobile node has proven that it is elsewhere.
+    sending: ESP is still sent. renaming: CHILD_SAs may be given other SPIs. unprepared: the other gateway has
+    no part of it yet. jump: of the outbound sequence numbers when it is taken back.
     """
 
     host: CharonHost
@@ -59,12 +60,12 @@ class Leaving:
 
     @property
     def facts(self) -> SourceFacts:
-        """What is known of it."""
+        """The facts in its row."""
         return self.host.leaving.of(self.sa).facts
 
     @property
     def reqids(self) -> Mapping[bytes, int]:
-        """charon's request ID of each CHILD_SA, by inbound SPI."""
+        """charon's reqid of each CHILD_SA, by inbound SPI."""
         return dict(self.facts.reqids)
 
     def seen(self, view: SaView) -> dict[str, object]:
@@ -75,25 +76,26 @@ class Leaving:
         }
 
     async def script(self, *, up: bool) -> None:
-        """The connection's updown script, if one is configured. Errors: KernelError."""
+        """Run the connection's updown script, if one is configured. Errors: KernelError."""
         facts = self.facts
         await self.host.updown(self.context, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id)
 
 
 def in_the_way(view: SaView, away: bool) -> tuple[str, ...]:
-    """charon's tasks that keep an SA where it is; `away`: not those whose request stays without an answer."""
+    """charon's tasks that prevent the SA from leaving; `away`: except those whose request stays
+    unanswered."""
     return tuple(task for task in view.tasks if not (away and task in ABOUT_ADDRESSES))
 
 
 def last_request(context: IkeContext) -> int:
-    """Message ID of charon's last request: what HA told is the one after it."""
+    """Message ID of charon's last request: the one before the ID that HA reported."""
     return max(context.mid_initiator - 1, 0)
 
 
 def outbound_of(host: CharonHost, context: IkeContext) -> tuple[list[KernelPolicy], list[KernelPolicy]]:
-    """The SA's outbound policies: all that it uses, and those of them that lead to it.
+    """The SA's outbound policies: all that it uses, and those of them whose packets reach it.
 
-    Of two SAs with the same selectors one has the policy; it goes, or stays, with that one.
+    If two SAs have the same selectors one of them has the policy, which goes, or stays, with that one.
     """
     assert host.kernel is not None
     pairs = [host.kernel_pair(context, child) for child in context.children]

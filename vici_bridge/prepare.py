@@ -1,13 +1,12 @@
 """Prepare: an SA that comes is installed in charon and the kernel, and not owned yet.
 
-1. Its names are planned and written down before anything is installed, so that an undo knows what is its own.
-2. charon's messages for it are kept from the wire, since the toggle that activates one SA activates all that
-   are PASSIVE.
-3. SPIs that were reserved for charon are given back, and charon and the kernel get the SA, PASSIVE.
-4. Sequence numbers and windows go to the kernel at once: a packet that leaves must have a number that the
-   other gateway has not used.
-5. What the other gateway sends on here is never to leave in the clear, the record learns the SA, and packets
-   under the names that the mobile node will be told are received.
+1. Plan and store its names before anything is installed, so that an undo knows which SAs are its own.
+2. Mute charon's messages for it, because the toggle that activates one SA activates all that are PASSIVE.
+3. Release the SPIs that were reserved for charon, and install the SA in charon and the kernel, PASSIVE.
+4. Write sequence numbers and windows into the kernel at once, because a packet that leaves must have a number
+   that the other gateway has not used.
+5. Block packets that the other gateway sends on here from leaving in the clear, add the SA to the record, and
+   receive packets under the SPIs that the mobile node will be told.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .runner import Effect, Facts, Step
 async def _plan(work: Coming) -> Facts:
     host, here = work.host, work.here
     if host.kernel is not None:
-        # what was left for late packets of this SA gives way
+        # SAs that were restored for late packets of this SA are removed
         clashes = clash(here, work.taken)
         ours = {child.spi_in for child in here.children}
         ours -= {here.children[place].spi_in for place in clashes.inbound}
@@ -92,9 +91,10 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
 
 @trace.spanned("counters")
 def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> None:
-    """Sequence numbers and windows into the kernel before a packet leaves; children in the same order.
+    """Write sequence numbers and windows into the kernel before a packet leaves; children in the same order.
 
-    Outbound goes on after a jump, never back; inbound windows are joined with what arrived here already.
+    Outbound numbers go on after a jump, never back; inbound windows are joined with those of packets received
+    here.
     """
     kernel, jump = host.kernel, host.config.oseq_jump
     if kernel is None:

@@ -1,12 +1,12 @@
-"""Release: what is left at pSG of an SA that the other gateway serves.
+"""Release: the old gateway clears away an SA that the other gateway serves.
 
-1. What charon has of the SA is noted, because after its deletion nobody can tell it to the updown script.
-2. ESP that still went on stops. charon drops the SA silently; its inbound SAs are put back for some seconds,
-   since late packets are on their way.
-3. Rules for its messages go, and the departure is told to those that are to know: the gateways that it came
-   from, and the one that it went to, where somebody ended it here meanwhile.
-4. The updown script says "down". It comes last, since one that hangs must keep nothing else; it is called
-   exactly once, whatever happened in between, as far as anybody can know that it ended.
+1. Note charon's view of the SA, because after its deletion the updown script could not be given it.
+2. Stop ESP that is still sent. Make charon drop the SA silently, and restore its inbound SAs for some
+   seconds, because late packets are on their way.
+3. Remove the rules that mute its messages. Report the departure to the gateways that it came from, and to the
+   one that it went to if somebody ended it here meanwhile.
+4. Run the updown script with "down". This comes last, because a script that hangs must delay nothing else. It
+   is called exactly once after any interruption, provided that its end could be noted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 async def _look(work: Leaving) -> Facts | None:
     if work.view is None:
-        return None  # charon has lost it before: its own updown plugin has said "down"
+        return None  # charon lost it before: its own updown plugin has called the script with "down"
     return {**work.seen(work.view), "ended": work.view.state == "DELETING"}
 
 

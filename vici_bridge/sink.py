@@ -1,14 +1,15 @@
-"""`CharonSink`: nSG's side. Take an SA in behind charon's back, own it, and activate it in charon.
+"""`CharonSink`: the new gateway's side. Installs an SA in charon and the kernel, owns it, and activates it.
 
-The order is the one the ha plugin needs: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE,
+The order is the one that the ha plugin needs: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE,
 replay state into the kernel, then (when the other side has let go) final counters, routes and updown, the
-exchange with the MN, message IDs, and the segment toggle. Each step is seen done, not assumed.
+exchange with the mobile node, message IDs, and the segment toggle. Each step is verified, not assumed.
 
-The toggle activates every PASSIVE SA, those that are not ours yet or whose MN is just being asked among them.
-So an SA is mute from before charon has it until all of this is done: charon neither hears nor says anything.
+The toggle activates every PASSIVE SA, also those that are not ours yet or whose mobile node is just being
+asked. So an SA is muted before charon has it, until all of this is done: charon neither receives nor sends
+anything.
 
-An SA whose SPIs are taken here is installed under others (`renames`), and the MN is told them together with
-the address. The methods' `context` names the SA as the other gateway does; `shape` is what stands in charon.
+An SA whose SPIs are taken here is installed under others (`renames`), and the mobile node is told them
+together with the address. The methods' `context` has the other gateway's SPIs; `shape` is the SA in charon.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ from .xfrm_parts import INET6 as AF_INET6
 log = logging.getLogger(__name__)
 
 _IMPORTED_FOR = 600.0
-"""Seconds in which an agent that was killed just then comes back, and activates what is active; and in which
-an MN asks again what its SA is called."""
+"""Seconds in which an agent that was killed at that moment comes back, and activates again; and in which a
+mobile node asks again for its SA's new SPIs."""
 _SWEEP = 60
-"""Seconds between two looks for notes that are older than that."""
+"""Seconds between two searches for notes that are older than that."""
 
 
 class CharonSink:
@@ -63,11 +64,12 @@ class CharonSink:
         settler: Settler | None = None,
         listen: Listen | None = None,
     ) -> None:
-        """`mover`, `renamer`, `settler` must get through to the MN while the SA is muted: `mute.MARK`.
+        """`mover`, `renamer`, `settler` must reach the mobile node while the SA is muted, by the mark
+        `mute.MARK`.
 
-        Without `renamer` an SA whose SPIs are taken is refused, unless the MN is told in an answer; without
-        `settler` one whose next message ID is not known. What the MN asks while its SA is mute is lost
-        without `listen`, and asked again after seconds.
+        Without `renamer` an SA whose SPIs are taken is refused, unless the mobile node is told in an answer;
+        without `settler` one whose next message ID is not known. Requests of the mobile node while its SA is
+        muted are lost without `listen`, and repeated after seconds.
         """
         self._host = host
         self._mover = mover
@@ -82,7 +84,7 @@ class CharonSink:
         self._swept = 0
 
     def resume(self) -> None:
-        """After a start: end what an agent before this one had no time to end."""
+        """After a start: finish work that an agent before this one left open."""
         self._renames.resume()
         self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
 
@@ -91,7 +93,7 @@ class CharonSink:
         self._memory.givers[context.spis] = peer
 
     def _here(self, context: IkeContext) -> IkeContext:
-        """The context as it stands at this gateway: our outer address instead of the other's."""
+        """The context at this gateway, with our outer address instead of the other's."""
         address = self._host.address_for(context)
         return relocate(context, local=Endpoint(address, context.local.port))
 
@@ -108,7 +110,7 @@ class CharonSink:
             return self._judge(context, keep_address, seen)[0]
 
     def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
-        """All that speaks against it, and the names that are taken."""
+        """All reasons against the SA, and the names that are taken."""
         host = self._host
         try:
             here = self._here(context)
@@ -150,7 +152,7 @@ class CharonSink:
     def _check_spis(
         self, context: IkeContext, here: IkeContext, taken: Taken, views: Sequence[SaView]
     ) -> list[Verdict]:
-        """What is taken and cannot be given another name."""
+        """SPIs that are taken and cannot be replaced."""
         reason = self._unresolvable(context, here, clash(here, taken))
         if not reason:
             return []
@@ -158,7 +160,7 @@ class CharonSink:
         return [replace(one, detail=f"{one.detail}; {reason}") for one in verdicts]
 
     def _unresolvable(self, context: IkeContext, here: IkeContext, found: Clash) -> str:
-        """Why SPIs that are taken stand against it; empty: they do not."""
+        """Why taken SPIs prevent the import; empty: they do not."""
         if not found:
             return ""
         if self._host.config.collision == "refuse":
@@ -170,9 +172,10 @@ class CharonSink:
         return ""
 
     def tell_later(self, context: IkeContext, later: bool = True) -> None:
-        """To be called before `check` and `prepare`; `later`: the MN moves by itself and waits for an answer.
+        """Called before `check` and `prepare`; `later`: the mobile node moves by itself and waits for an
+        answer.
 
-        The answer will tell it the new SPIs: see `new_names`. `move_peer` is then not called.
+        The answer will have the new SPIs: see `new_names`. `move_peer` is then not called.
         """
         if later:
             self._memory.asked.add(context.spis)
@@ -180,7 +183,7 @@ class CharonSink:
             self._memory.asked.discard(context.spis)
 
     def must_tell(self, context: IkeContext) -> bool:
-        """Has the SA new SPIs that no answer tells the MN? `move_peer` must, though it moves by itself."""
+        """True if the SA has new SPIs that no answer tells the mobile node, so that `move_peer` must."""
         plan = self._renames.plan_of(self._here(context))
         return plan is not None and not plan.later
 
@@ -194,12 +197,13 @@ class CharonSink:
         return self._renames.others_send(self._here(context))
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
-        """The SPIs that the SA has here and the MN does not know yet, as a block of a CTAA; none: the old."""
+        """The SPIs of the SA here that the mobile node does not know yet, as a block of a CTAA; empty: no
+        change."""
         names = self._host.coming.of(context.spis).facts.new_names
         return (ContextDataBlock(Fpt.NEW_SPIS, names),) if names else ()
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
-        """See `ContextSink.prepare`. On any failure nothing of the SA stays."""
+        """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
         async with self._looks.look() as seen, self._host.import_lock:
             verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
             bad = [v for v in verdicts if v.status is not Status.OK]
@@ -226,7 +230,8 @@ class CharonSink:
         return replace(final, mid_initiator=await self._settler(self._here(context), final), unsure=False)
 
     async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
-        """See `ContextSink.move_peer`. Nothing to tell where the gateway's address and all SPIs stay."""
+        """See `ContextSink.move_peer`. There is nothing to tell if the gateway's address and all SPIs
+        stay."""
         here = self._here(context)
         plan = self._renames.plan_of(here)
         if plan is None and here.local == context.local:
@@ -253,10 +258,11 @@ class CharonSink:
     async def _rename(
         self, context: IkeContext, here: IkeContext, plan: Plan, final: FinalState
     ) -> MoveReport:
-        """Tell the MN new SPIs and our address, by UPDATE_SPI or, where it does not know that, by rekeys."""
+        """Tell the mobile node new SPIs and our address, by UPDATE_SPI or, if it does not know that, by
+        rekeys."""
         host = self._host
         if context.spis not in self._memory.seen:
-            # an agent before this one may have ended in the middle
+            # an agent before this one may have stopped in the middle
             await self._renames.converge(here)
             plan = await self._finished(here, plan)
         left, ike = plan.left(here), plan.ike_left(here)
@@ -298,9 +304,10 @@ class CharonSink:
         return plan.report + told.report
 
     async def _finished(self, here: IkeContext, plan: Plan) -> Plan:
-        """The plan, without doubt about our next message ID: the MN says it, where a rekey was cut off.
+        """The plan with our next message ID made certain: the mobile node is asked, if a rekey was cut off.
 
-        Its last messages may have been sent under that ID, and the MN takes another one for a copy then.
+        Its last messages may have been sent under that ID, and then the mobile node takes another one for a
+        copy.
         """
         if not plan.unfinished or plan.told is None or self._settler is None:
             return plan
@@ -326,14 +333,14 @@ class CharonSink:
     async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
         """See `ContextSink.activate`."""
         if self._host.coming.of(context.spis).facts.stage == "imported":
-            return  # message IDs have gone on since
+            return  # message IDs have advanced since
         work = self._coming(context, final=final, report=report, activates=True)
         await self._runner.run(ACTIVATE, work)
         self._memory.forget(context.spis)
         self._sweep(int(time.time()))
 
     def _sweep(self, now: int) -> None:
-        """Forget rows that nobody will ask for any more; not once for each of a thousand SAs."""
+        """Forget rows that nobody will ask for any more; not for each of a thousand SAs."""
         if now < self._swept + _SWEEP:
             return
         self._swept = now
@@ -353,7 +360,7 @@ class CharonSink:
         if work.facts.stage in ("installing", "active"):
             await self._runner.run(UNDO, work)
             return
-        # nothing of it was installed by us: an SA of that name is somebody else's
+        # we installed no part of it, so an SA of that name is another one
         self._renames.forget(work.here, undone=True)
         if work.facts.stage == "":
             self._host.away.stays(work.here)

@@ -1,8 +1,9 @@
-"""`CharonSource`: pSG's side. Export an SA, let go of it without losing a packet, or take it back.
+"""`CharonSource`: the old gateway's side. Exports an SA, lets it go without losing a packet, or takes it
+back.
 
-Letting go is done below charon, because charon can freeze only whole segments: nftables keeps its IKE
-messages for this one SA from the wire, and the kernel loses the outbound policies. Inbound SAs stay: late
-packets are decrypted until the SA is released.
+An SA is let go below charon, because charon can freeze only whole segments: nftables mutes the IKE messages
+of this one SA, and the outbound policies are removed from the kernel. Inbound SAs stay, so that late packets
+are decrypted until the SA is released.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from .xfrm import KernelSa
 log = logging.getLogger(__name__)
 
 _LOOK = 0.1
-"""Seconds between two looks at how much of it has left."""
+"""Seconds between two checks how much ESP the SA has sent."""
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 
 
@@ -60,7 +61,7 @@ class CharonSource:
     """A `ContextSource` on a running charon."""
 
     def __init__(self, host: CharonHost, mover: Mover, ender: Ender | None = None) -> None:
-        """`mover` and `ender` must get through to the MN while the SA is muted: `mute.MARK`."""
+        """`mover` and `ender` must reach the mobile node while the SA is muted, by the mark `mute.MARK`."""
         self._host = host
         self._mover = mover
         self._ender = ender
@@ -68,11 +69,11 @@ class CharonSource:
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._reqids: dict[SaName, frozenset[int]] = {}
-        """Request ids of the CHILD_SAs of those that charon is destroying."""
+        """reqids of the CHILD_SAs of SAs that charon is destroying."""
         self._handed: set[SaName] = set()
-        """SAs that go to a gateway which has nothing of them yet."""
+        """SAs that go to a gateway which has no part of them yet."""
         self._sending: set[SaName] = set()
-        """SAs whose ESP goes on though they are frozen, and is counted."""
+        """SAs whose ESP is still sent and counted although they are frozen."""
 
     async def _view(self, sa: SaName) -> SaView | None:
         if sa in self.departing:
@@ -82,11 +83,11 @@ class CharonSource:
     def departing_by_reqid(
         self, reqid: int, connections: Collection[str]
     ) -> tuple[SaName, IkeContext, float] | None:
-        """The IKE_SA whose CHILD_SA has that request id, its context, and how long it was quiet (seconds).
+        """The IKE_SA whose CHILD_SA has that reqid, its context, and the seconds since its last IKE request.
 
-        charon names a child so to its updown script, and has told its deletion over HA by then. Only SAs of
-        `connections` are looked at, each once in the kernel: when charon stops it calls the script for
-        thousands, and waits for each answer.
+        charon gives its updown script the reqid, and has reported the SA's deletion over HA by then. Only SAs
+        of `connections` are considered, each once in the kernel, because a charon that stops calls the script
+        for thousands, and waits for each answer.
         """
         departed = self._host.departed()
         self._reqids = {sa: known for sa, known in self._reqids.items() if sa in departed}
@@ -108,16 +109,17 @@ class CharonSource:
         return frozenset(sa.reqid for sa in found if sa is not None)
 
     async def find(self, mn: Address) -> list[SaName]:
-        """See `ContextSource.find`. What is PASSIVE, or being made or deleted, is not served."""
+        """See `ContextSource.find`. SAs that are PASSIVE, or being made or deleted, do not count as
+        served."""
         views = await self._host.views()
         return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
 
     def recorded(self, sa: SaName) -> IkeContext:
-        """See `ContextSource.recorded`. Known from the HA messages of charon alone."""
+        """See `ContextSource.recorded`. Uses only the HA messages of charon."""
         return self._host.context(sa)
 
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
-        """See `ContextSource.export`. Keys are derived and compared with those the kernel holds."""
+        """See `ContextSource.export`. Keys are derived and compared with those in the kernel."""
         host = self._host
         view = await self._view(sa)
         host.ha_version.check()
@@ -133,7 +135,8 @@ class CharonSource:
         check_told(view, context)
         if away and view.tasks:
             context = replace(context, mid_initiator=last_request(context), unsure=True)
-        # a resync after an IKE rekey tells no virtual IPs (5.9.8, 6.0.6); nSG wants them for the selectors
+        # a resync after an IKE rekey reports no virtual IPs (5.9.8, 6.0.6); the new gateway needs them for
+        # selectors
         vips = view.remote_vips or context.remote_vips
         context = replace(context, lifetime=ike_lifetime(view), remote_vips=vips)
         living = {child.spi_in: child for child in view.children if child.state in LIVING}
@@ -148,7 +151,7 @@ class CharonSource:
         return replace(context, peer=peer, update_spi=host.has_agent(context))
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
-        """The child with what only the kernel knows: counters, windows, limits."""
+        """The child with the values that only the kernel has: counters, windows, limits."""
         kernel = self._host.kernel
         lifetime = child_lifetime(view)
         if kernel is None:
@@ -170,7 +173,7 @@ class CharonSource:
                 lifetime,
                 bytes_limit=limits.hard_bytes,
                 packets_limit=limits.hard_packets,
-                # one figure for both: either of them has the CHILD_SA rekeyed when it reaches its limit
+                # one figure for both, because either SA has the CHILD_SA rekeyed when it reaches its limit
                 bytes_used=max(used_in.bytes, used_out.bytes),
                 packets_used=max(used_in.packets, used_out.packets),
             ),
@@ -199,10 +202,11 @@ class CharonSource:
         sending: bool = False,
         renaming: bool = False,
     ) -> FinalState:
-        """See `ContextSource.freeze`. `to` names the peer whose inner addresses take packets for the MN.
+        """See `ContextSource.freeze`. `to` names the peer whose inner addresses get packets for the mobile
+        node.
 
-        charon tells over HA the ID after that of a request when it sends it, not when it is answered. With
-        the SA muted no answer comes any more, so the MN expects that ID or the one before it.
+        charon reports the next message ID over HA when it sends a request, not when that is answered. With
+        the SA muted no answer arrives any more, so the mobile node expects that ID or the one before it.
         """
         work = Freezing(
             self._host,
@@ -220,7 +224,7 @@ class CharonSource:
         try:
             await self._runner.run(FREEZE, work)
         except BaseException:
-            # packets may have left through the other gateway since it has prepared the SA
+            # packets may have left through the other gateway since it prepared the SA
             await self._take_back(context, 0 if work.unprepared else 2 * OSEQ_JUMP)
             raise
         if work.goes_on:
@@ -229,7 +233,7 @@ class CharonSource:
         return work.result()
 
     async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
-        """Let ESP leave until the other gateway does that, or for as long and as much as it may."""
+        """Let ESP leave until the other gateway sends it, or until a limit of time or packets is reached."""
         end = time.monotonic() + SENDING_SECONDS
         start = {child.spi_in: child.outbound.seq for child in final}
         while context.spis in self._sending:
@@ -239,7 +243,7 @@ class CharonSource:
             await asyncio.sleep(_LOOK)
 
     def _sent(self, context: IkeContext, start: Mapping[bytes, int]) -> int:
-        """The most that a CHILD_SA has sent since."""
+        """The largest number of packets that a CHILD_SA has sent since `start`."""
         kernel = self._host.kernel
         sent = [0]
         for child in context.children if kernel is not None else ():
@@ -250,7 +254,7 @@ class CharonSource:
         return max(sent)
 
     def _end_sending(self, context: IkeContext) -> None:
-        """As any other freeze has done, unless that is so; then its policies are noted."""
+        """Stop the ESP that goes on, unless that was done; then its policies are noted."""
         self._sending.discard(context.spis)
         work = self._leaving(context)
         if goes_on_still(work):
@@ -269,7 +273,7 @@ class CharonSource:
             )
 
     async def _take_back(self, context: IkeContext, oseq_jump: int) -> bool:
-        """Thaw; whether charon has lost the SA while it was the other gateway's."""
+        """Thaw; returns whether charon has lost the SA while the other gateway had it."""
         self._sending.discard(context.spis)
         work = self._leaving(context, await self._host.view(context.spis), jump=oseq_jump)
         facts = work.facts
@@ -294,13 +298,11 @@ class CharonSource:
         self._host.origins.stays(sa)
 
     def resume(self) -> None:
-        """After a start: what has left stays shut and is sent on as before, whatever became of the kernel.
-
-        What an SA goes on sending ends: nobody has counted it meanwhile.
-        """
+        """After a restart: restore blocks and detours of SAs that left, whatever the kernel still has, and
+        stop SAs that were still sending, because their packets were not counted while the agent was down."""
         for row in self._host.leaving.all():
             if not row.facts.sends_to or row.step:
-                continue  # a step that is open goes on, and sees to it itself
+                continue  # the open step goes on, and does this itself
             with contextlib.suppress(UnknownSaError):
                 self._end_sending(self._host.context(row.sa))
         self._host.away.restore()
@@ -318,6 +320,6 @@ def _refuse_busy(view: SaView, away: bool) -> None:
 
 
 def _admitted(context: IkeContext, peer: PeerContext) -> PeerContext:
-    """What of the PAD entry nSG looks at: how the MN was authenticated. The rest is this gateway's own."""
+    """The part of the PAD entry that the new gateway checks: how the mobile node was authenticated."""
     names = tuple(dict.fromkeys(child.name for child in context.children))
     return PeerContext(peer.connection, remote_auth=peer.remote_auth, children=names)

@@ -1,11 +1,12 @@
-"""Take: nSG owns the SA from now on, since the other gateway has let go of it.
+"""Take: the new gateway owns the SA from now on, because the other gateway has let go of it.
 
-1. charon and the kernel get what an agent before this one may have left half done (`renames`).
-2. The final sequence numbers and windows go to the kernel.
-3. charon still has the SA; that the updown script is called is written down before it is.
-4. Packets for the mobile node are led here, unless this gateway cannot send them before the mobile node knows
-   new SPIs; then they are led here when the SA is activated. A script that cannot be started undoes the
-   transfer, because an SA without packets is not served; one that hangs is not waited for.
+1. Complete changes of charon and the kernel that an agent before this one may have left half done
+   (`renames`).
+2. Write the final sequence numbers and windows into the kernel.
+3. Verify that charon still has the SA, and note that the updown script will be called.
+4. Lead packets for the mobile node here by the script, unless this gateway cannot send them before the mobile
+   node knows new SPIs; then that is done by `activate`. A script that cannot be started undoes the transfer,
+   because an SA without packets is not served; one that hangs is not waited for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 async def converge(work: Coming) -> None:
-    """Make charon and the kernel what the plan of new names says. Errors: CharonError, KernelError."""
+    """Make charon and the kernel match the plan of new names. Errors: CharonError, KernelError."""
     await work.renames.converge(work.here)
 
 
@@ -34,7 +35,7 @@ async def _numbers(work: Coming) -> None:
 
 
 def _finals(work: Coming) -> IkeContext:
-    """The context with the counters that the other gateway had when it let go."""
+    """The context with the other gateway's counters at the freeze."""
     assert work.final is not None
     left = {child.spi_in: child for child in work.final.children}
     children = tuple(
@@ -53,7 +54,7 @@ async def _look(work: Coming) -> Facts | None:
 
 
 def will_lead(work: Coming) -> Facts:
-    """What is noted before the updown script is told that the SA is up."""
+    """The facts to note before the updown script is called with "up"."""
     assert work.listed is not None
     work.drawn_before = work.facts.drawn
     return {**numbers_of(work.listed), "drawn": "begun"}
@@ -66,23 +67,24 @@ async def _origin(work: Coming) -> None:
 
 
 def leads_here(work: Coming) -> bool:
-    """Whether packets for the MN are to be led here now, and are not yet."""
+    """Whether packets for the mobile node should be led here now, and are not yet."""
     return work.facts.drawn != "done" and (work.activates or not work.renames.others_send(work.here))
 
 
 async def open_way(work: Coming) -> None:
-    """Nothing may stand before what charon leads to the SA."""
+    """Remove routes that precede those by which charon leads packets to the SA."""
     work.host.away.opens(work.shape)
 
 
 async def script_up(work: Coming) -> Facts:
-    """Have the updown script draw packets for the MN here. Errors: NotStarted, if it cannot be started."""
+    """Have the updown script attract packets for the mobile node. Errors: NotStarted, if it cannot be
+    started."""
     try:
         async with asyncio.timeout(SCRIPT_LIMIT):
             await work.script(up=True)
     except NotStarted as error:
         if not error.began:
-            work.host.coming.note(work.sa, drawn=work.drawn_before)  # there is nothing to take back
+            work.host.coming.note(work.sa, drawn=work.drawn_before)  # there is nothing to undo
         raise
     except TimeoutError:
         log.warning("%s: the updown script hangs, it is not waited for", work.context.connection)

@@ -1,15 +1,15 @@
-"""Thaw: pSG serves an SA again that it was letting go of.
+"""Thaw: the old gateway serves an SA again that it was letting go.
 
-1. What charon has of the SA is noted, and the outbound sequence numbers from which it goes on: once, because
-   a thaw that begins anew must not use up numbers again.
-2. The numbers are raised, then the outbound policies come back, then packets for the mobile node are no
-   longer sent on. From here on ESP is served.
-3. Where somebody ended the SA here while it was to leave, the mobile node is told and charon drops it.
-4. Where the other gateway may have begun to serve: the updown script draws the mobile node's packets here
-   again, and the mobile node is called back. Neither may keep the SA waiting: a script that hangs is called
-   again later, and a mobile node that is silent is given up.
-5. charon speaks again. It had to wait for 4., since it would use message IDs that the mobile node has had.
-6. CHILD_SAs that the mobile node may have under other SPIs are rekeyed.
+1. Note charon's view of the SA, and the outbound sequence numbers from which it goes on. This is done once,
+   because a thaw that begins anew must not use up numbers again.
+2. Raise the numbers, then restore the outbound policies, then end the detour of packets for the mobile node.
+   From here on ESP is served.
+3. If somebody ended the SA here while it was leaving, delete it at the mobile node and in charon.
+4. If the other gateway may have begun to serve, run the updown script, to attract the mobile node's packets
+   here again, and call the mobile node back. Neither may delay the SA: a script that hangs is called again
+   later, and a silent mobile node is given up.
+5. Unmute charon. It had to wait for 4., because it would use message IDs that the mobile node has received.
+6. Rekey CHILD_SAs that the mobile node may have under other SPIs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .xfrm import KernelPolicy
 log = logging.getLogger(__name__)
 
 CALL_BACK = 40.0
-"""Seconds in which the MN is called back, under all message IDs that can be the next one."""
+"""Seconds in which the mobile node is called back, under all message IDs that can be the next one."""
 
 
 async def _look(work: Leaving) -> Facts | None:
@@ -46,10 +46,11 @@ async def _look(work: Leaving) -> Facts | None:
 
 
 def _numbers(work: Leaving) -> tuple[tuple[bytes, int], ...]:
-    """Where each outbound SA goes on: the other gateway may have sent under the same keys."""
+    """The numbers from which outbound SAs go on, because the other gateway may have sent under the same
+    keys."""
     host, jump = work.host, work.jump
     if work.facts.sends_to:
-        jump = max(jump, 4 * SENDING_PACKETS)  # and then from twice as far on
+        jump = max(jump, 4 * SENDING_PACKETS)  # then the other gateway began twice as far ahead
     found = []
     for child in work.context.children if host.kernel is not None and jump else ():
         _, outbound = host.kernel_pair(work.context, child)
@@ -82,7 +83,7 @@ async def _end_detour(work: Leaving) -> None:
 
 async def _delete_at_mn(work: Leaving) -> None:
     """charon's Delete has the message ID that was given away, which the other gateway may have used, and the
-    one after it. So the agent says it, under each that can be the next."""
+    one after it. So the agent sends the Delete, under each ID that can be the next."""
     context, mid = work.context, work.facts.request or 0
     log.warning("%s was ended here while it was to leave: its MN is told", context.connection)
     if work.ender is None or not await work.ender(context, (mid, mid + 1, mid + 2)):
@@ -102,23 +103,24 @@ async def _script_down(work: Leaving) -> None:
 
 
 async def _script_anew(work: Leaving) -> None:
-    """The other's script may have drawn the MN's packets there, where nobody takes them any more."""
+    """The other gateway's script may have attracted the mobile node's packets, which it no longer accepts."""
     await work.script(up=False)
     await work.script(up=True)
 
 
 @trace.spanned("call back")
 async def _call_back(work: Leaving) -> None:
-    """The MN may have heard the other gateway, whether or not that heard it: tell it where its SA is.
+    """The mobile node may have received the other gateway's request, although its answer was lost: call it
+    back.
 
-    What the other gateway sent had the message ID that was given away. An MN that has seen it takes a request
+    That request had the message ID that was given away. A mobile node that has received it takes a request
     with that ID for a copy and answers to the other gateway; then the next ID is the right one, for charon,
     too.
     """
     host, context, facts = work.host, work.context, work.facts
     mid, ids = facts.request or 0, 3 if facts.unsure else 2
     if facts.renaming:
-        # for each child CREATE_CHILD_SA, INFORMATIONAL D; and one to begin with
+        # CREATE_CHILD_SA and INFORMATIONAL D for each child, and one request to begin with
         ids += 1 + 2 * len(context.children)
     for used in range(1, ids + 1):
         final = FinalState(*work.sa, mid + used - 1, context.mid_responder, context.epoch + 1)
@@ -143,8 +145,8 @@ async def _speak(work: Leaving) -> None:
 
 
 async def _renew(work: Leaving) -> None:
-    """The MN then says CHILD_SA_NOT_FOUND where it has another, and charon makes a new one (child_rekey,
-    strongSwan 5.9.8, 6.0.6)."""
+    """If the mobile node has another child it answers CHILD_SA_NOT_FOUND, and charon makes a new one
+    (child_rekey, strongSwan 5.9.8, 6.0.6)."""
     view = await work.host.view(work.sa)
     for child in view.children if view is not None else ():
         if child.state in LIVING:
@@ -160,7 +162,7 @@ async def _renew(work: Leaving) -> None:
 
 
 def _served(work: Leaving) -> bool:
-    """Whether charon has it and may have been asked for by the other gateway."""
+    """Whether charon has the SA, and the other gateway may have asked for it."""
     return work.view is not None and work.facts.request is not None and not work.facts.ended
 
 

@@ -1,12 +1,13 @@
-"""Undo: nothing of an SA stays that was to come; the other gateway hears "not owned" when this is over.
+"""Undo: remove everything of an SA that was to come. The other gateway is told "not owned" when this is
+complete.
 
-1. charon drops it under each name that it may have here, also where it is not listed: an import that stopped
-   in the middle leaves ancestors. Without charon nothing of it is there.
-2. Rules for its messages go, what was relayed is relayed no more, and packets for the mobile node are led to
-   the gateway that has it.
-3. The updown script says "down", where it was told "up". One that hangs is called again later: the other
-   gateway waits for the end of this step before it serves the SA again.
-4. Names that were reserved are given back.
+1. Make charon drop it under each name that it may have here, also if it is not listed, because an import that
+   stopped in the middle leaves ancestors. If charon does not run, there is nothing to drop.
+2. Remove the rules that mute its messages, and its relay, and lead packets for the mobile node to the gateway
+   that has it.
+3. Run the updown script with "down", if it was called with "up". One that hangs is called again later,
+   because the other gateway waits for the end of this step before it serves the SA again.
+4. Release the reserved names.
 """
 
 from __future__ import annotations
