@@ -1,16 +1,16 @@
-"""The ledger: what this agent has done to an IKE_SA that leaves, comes or moves, and how far it is. Pure.
+"""The ledger: an agent's changes to an IKE_SA that leaves, comes or moves, and how far they are. Pure.
 
-There is one row for each IKE_SA and role. It says which step runs and which of its effects are done, and it
-holds the facts that the rest of the step, its undoing, or the next start of the agent needs and that neither
-charon nor the kernel can tell any more. A row is written before an effect begins, and its last change of a
-step goes to the disk in one transaction with the journal's next state, because a crash between the two would
-leave a row that nobody ever looks at again.
+There is one row for each IKE_SA and role. It has the step that runs, the effects of the step that are done,
+and the facts that the rest of the step, its undoing, or the next start of the agent needs and that neither
+charon nor the kernel have any more. A row is written before an effect begins, and its last change of a step
+goes to the disk in one transaction with the journal's next state, because a crash between the two would leave
+a row that is never used again.
 
     source   this gateway gives the SA to another one (freeze, thaw, release)
     target   this gateway takes the SA in (prepare, take, activate, undo)
-    mobile   this mobile node gives its SA other addresses or names (quiet, readdress, loud)
+    mobile   this mobile node gives its SA other addresses or SPIs (quiet, readdress, loud)
 
-Rows are CBOR (`ikectx.cbor`), strict in what they read: a row that holds something unknown is set aside.
+Rows are CBOR (`ikectx.cbor`) and parsed strictly: a row with anything unknown is set aside.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ LARGEST = 1 << 20
 
 Role = Literal["source", "target", "mobile"]
 Stage = Literal["", "installing", "active", "imported"]
-"""How far an SA that comes is: nothing of it is installed; it may be undone; charon has its message IDs,
-which must not be set back; all is done, and an SA of that name is no longer this transfer's."""
+"""How far an SA that comes is: nothing is installed; it may be undone; charon has its message IDs, which must
+not be set back; all is done, and an SA of that name no longer belongs to this transfer."""
 Drawn = Literal["", "begun", "done"]
 F = TypeVar("F")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """What is known of an SA that leaves.
+    """The facts about an SA that leaves.
 
-    policies: outbound policies that the freeze took out of the kernel, as octets (`KernelPolicy.raw`); None:
-    none was taken out yet. sends_to: the gateway to which ESP of this SA goes on while it is frozen, empty
-    where none does. request: message ID of our next request, given to the other gateway; None: the freeze was
-    not complete. unsure: the request before that has no answer. renaming: the MN may be given other SPIs.
-    ended: somebody had charon delete the SA while it left, and no Delete has left this host. unique_id: that
-    of charon, reqids: request ID of each CHILD_SA by inbound SPI (4 octets), for the updown script.
-    counters: the outbound sequence number of each CHILD_SA at the freeze, by inbound SPI. numbers: where each
-    of them goes on after a thaw, by outbound SPI; None: that was not decided yet.
+    policies: outbound policies that the freeze removed from the kernel, as octets (`KernelPolicy.raw`); None:
+    none was removed yet. sends_to: the gateway to which ESP of this SA is still sent while it is frozen,
+    empty if it is not. request: message ID of our next request, given to the other gateway; None: the freeze
+    was not complete. unsure: the request before that has no answer. renaming: the mobile node may be given
+    other SPIs. ended: somebody had charon delete the SA while it left, and no Delete has left this host.
+    unique_id: that of charon, reqids: reqid of each CHILD_SA by inbound SPI (4 octets), for the updown
+    script. counters: the outbound sequence number of each CHILD_SA at the freeze, by inbound SPI. numbers:
+    those from which it goes on after a thaw, by outbound SPI; None: they are not determined yet.
     """
 
     policies: tuple[bytes, ...] | None = field(default=None, repr=False)
@@ -70,7 +70,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """ESP that the MN at `mn` still sends under SPIs taken here goes on to the gateway at `to`."""
+    """ESP of the mobile node at `mn` under SPIs that are taken here is sent on to the gateway at `to`."""
 
     mn: Endpoint
     spis: tuple[bytes, ...]
@@ -79,15 +79,15 @@ class Relayed:
 
 @dataclass(frozen=True, slots=True)
 class TargetFacts:
-    """What is known of an SA that comes.
+    """The facts about an SA that comes.
 
     stage: see `Stage`. since: when it became "imported", seconds since 1970. plan: the names that it gets
-    here (`vici_bridge.names.Plan`), empty where it keeps its own; holds keys once the MN has agreed. guards:
-    policies that keep outbound packets on the pair that stands in (`KernelPolicy.raw`). relay: what goes on
-    to the other gateway. drawn: whether the updown script is
-    told that the SA is up ("begun"), or was ("done"). new_names: block of the answer
-    to the MN (`spis.serialize_new_spis`), empty where it knows all names. named: when that was written down.
-    reqids: request ID of each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
+    here (`vici_bridge.names.Plan`), empty if it keeps its own; has keys once the mobile node has agreed.
+    guards: policies that keep outbound packets on the placeholder pair (`KernelPolicy.raw`). relay: packets
+    that are sent on to the other gateway. drawn: whether the updown script is being called with "up"
+    ("begun"), or has ended ("done"). new_names: block of the answer to the mobile node
+    (`spis.serialize_new_spis`), empty if it knows all names. named: when that was noted. reqids: reqid of
+    each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
     """
 
     stage: Stage = ""
@@ -104,11 +104,11 @@ class TargetFacts:
 
 @dataclass(frozen=True, slots=True)
 class MobileFacts:
-    """What is known of a mobile node's own SA.
+    """The facts about a mobile node's own SA.
 
-    quiet: it is PASSIVE by this agent and must become active again. move: its way to other addresses
-    (`vici_bridge.moves.Move`), empty where none is open. mirror: the request of this node's own that is under
-    way (UPDATE_SPI); holds fresh octets.
+    quiet: this agent made it PASSIVE, so it must become active again. move: its change of addresses
+    (`vici_bridge.moves.Move`), empty if none is open. mirror: the open request of this node's own
+    (UPDATE_SPI); has fresh octets.
     """
 
     quiet: bool = False
@@ -120,10 +120,10 @@ class MobileFacts:
 class Row(Generic[F]):
     """One IKE_SA in one role.
 
-    transfer_id: the transfer for which the last step ran, empty where it is not known. step: the step that is
-    open, empty where none is. done: its effects that were seen done, or that are left for later. begun: the
-    effect that has begun and whose end was not noted. later: effects that may be done at any later time, for
-    which context holds what the SA was (`profile.encode`).
+    transfer_id: the transfer of the last step, empty if it is not known. step: the open step, empty if there
+    is none. done: its effects that were seen done, or that are left for later. begun: the effect that has
+    begun and whose end was not noted. later: effects that may be done at any later time; for them context has
+    the SA as it was (`profile.encode`).
     """
 
     sa: SaName
@@ -191,7 +191,7 @@ def _listed(pairs: Iterable[tuple[bytes, int]]) -> list[list[object]]:
 
 @dataclass(frozen=True, slots=True)
 class _Fact:
-    """One fact of a row: its key in the map, its reader, and its value as CBOR has it."""
+    """One fact of a row: its key in the map, its reader, and its value in CBOR."""
 
     key: int
     read: Callable[[Any, str], Any]
@@ -230,11 +230,11 @@ _KEYS: Mapping[type, Mapping[str, _Fact]] = {
     },
 }
 FACTS: Mapping[Role, type] = {"source": SourceFacts, "target": TargetFacts, "mobile": MobileFacts}
-"""What a row of each role holds."""
+"""The facts in a row of each role."""
 
 
 def dumps(row: Row[Any]) -> bytes:
-    """The row as octets: for an encrypted store only. A fact that has its default is left out."""
+    """The row as octets: for an encrypted store only. A fact with its default is left out."""
     kind = type(row.facts)
     blank, facts = kind(), {}
     for name, fact in _KEYS[kind].items():
@@ -247,7 +247,7 @@ def dumps(row: Row[Any]) -> bytes:
 
 
 def loads(role: Role, data: bytes) -> Row[Any]:
-    """What `dumps` gave. Errors: StoreError, which names the place and no value."""
+    """Read what `dumps` wrote. Errors: StoreError, which has the place and no value."""
     try:
         octets = cbor.octets
         layout = (cbor.u8, octets(16), octets(0, 8), cbor.text, _words, cbor.text, _words, _blocks, _anything)
@@ -279,7 +279,7 @@ def _anything(value: Any, where: str) -> Any:
 class Ledger(Generic[F]):
     """All rows of one role, in memory and in the store; those of the store are read at once.
 
-    Errors of what changes a row: StoreError; the row is then as it was.
+    Errors of methods that change a row: StoreError; the row is then as it was.
     """
 
     def __init__(self, store: Store, role: Role) -> None:
@@ -287,7 +287,7 @@ class Ledger(Generic[F]):
         self._role: Role = role
         self._rows: dict[SaName, Row[F]] = {}
         self._held: set[SaName] = set()
-        """Rows of which the store does not have all."""
+        """Rows whose last changes are not in the store."""
         for key, data in store.rows(role):
             try:
                 row: Row[F] = loads(role, data)
@@ -315,20 +315,20 @@ class Ledger(Generic[F]):
         return [self._rows[sa] for sa in sorted(self._rows)]
 
     def put(self, row: Row[F], *, soon: bool = False) -> None:
-        """Keep the row. `soon`: it goes to the disk with whatever is written next, for nothing that follows
-        before that depends on it."""
+        """Keep the row. `soon`: it goes to the disk with the next write, because nothing before that depends
+        on it."""
         if self._rows.get(row.sa) != row or row.sa in self._held:
             self._store.keep(self._role, row.sa.key, dumps(row), soon=soon)
             self._rows[row.sa] = row
             self._held.discard(row.sa)
 
     def hold(self, row: Row[F]) -> None:
-        """Keep the row in memory, until it is put with more: what it says may be found out again."""
+        """Keep the row in memory, until it is put with more, because its change can be found out again."""
         self._rows[row.sa] = row
         self._held.add(row.sa)
 
     def note(self, sa: SaName, *, soon: bool = False, **facts: Any) -> Row[F]:
-        """Keep these facts of the SA, in its row or in a new one, which it gives. An empty row is dropped."""
+        """Keep these facts of the SA, in its row or in a new one, and return it. An empty row is dropped."""
         row = self.of(sa).knows(**facts)
         if row == Row(sa, FACTS[self._role](), row.transfer_id):
             self.drop(sa, soon=soon)
@@ -344,7 +344,7 @@ class Ledger(Generic[F]):
             self._held.discard(sa)
 
     def set_aside(self, sa: SaName, why: str) -> None:
-        """Something in the row of that SA makes no sense to whoever asked for it. Errors: StoreError."""
+        """Set the row of that SA aside, because its user could not interpret it. Errors: StoreError."""
         self._store.set_aside(f"ledger|{self._role}", sa.key, why)
         self._rows.pop(sa, None)
 
@@ -407,13 +407,13 @@ NOTES: Mapping[str, tuple[Role, Callable[[bytes], dict[str, Any]]]] = {
     "move": ("mobile", lambda data: {"move": data}),
     "mirror": ("mobile", lambda data: {"mirror": data}),
 }
-"""Kinds of notes of schema 1 that are facts of a row now: the row's role, and how the note is read."""
+"""Kinds of notes of schema 1 that are facts of a row now: the row's role, and the note's reader."""
 
 
 def from_notes(
     notes: Iterable[tuple[str, str, bytes]],
 ) -> tuple[list[tuple[Role, Row[Any]]], list[tuple[str, str, str]]]:
-    """Rows of what a store with schema 1 noted, given as (kind, key, value) of the kinds in `NOTES`.
+    """Rows from the notes of a store with schema 1, given as (kind, key, value) of the kinds in `NOTES`.
 
     Second: (kind, key, reason) of each note that cannot be read.
     """
@@ -428,5 +428,5 @@ def from_notes(
             bad.append((kind, key, f"the note cannot be read: {type(error).__name__}"))
     for (role, _), known in facts.items():
         if role == "target":
-            known.setdefault("stage", "imported")  # nothing may be undone where no import was noted
+            known.setdefault("stage", "imported")  # without the note of an import nothing may be undone
     return [(role, Row(sa, FACTS[role](**known))) for (role, sa), known in facts.items()], bad

@@ -1,14 +1,14 @@
-"""`Renames`: SAs whose names are taken here get others, from the first check to the last clean-up. I/O.
+"""`Renames`: SAs whose SPIs are taken here get others, from the first check to the last clean-up. I/O.
 
-    plan      draw and reserve names, write them down, before anything is installed
-    hold      after the import under them: receive on the SPIs the MN will be told, reserved by that
-    become    the MN has agreed to something: install it beside what stands in, then take that away
-    forget    all is done, or undone
+    plan      draw and reserve SPIs, and store the plan, before anything is installed
+    hold      after the import under them: receive on the SPIs that the mobile node will be told
+    become    after the mobile node has agreed: install the new pair, then delete the placeholder
+    forget    when all is done, or undone
 
-With the kernel's ESP a pair for the new SPIs comes beside the one that stands in. Outbound packets are kept
-on the latter by policies of better priority (`moves.guards_of`) until the new SA's sequence number has been
-raised, so that none is used twice under one key; the inbound SA the agent had put there itself gives way a
-moment before charon adds its own, since charon adds and never replaces (strongSwan 5.9.8, 6.0.6).
+With the kernel's ESP the pair for the new SPIs is installed beside the placeholder. Outbound packets are kept
+on the placeholder by policies of better priority (`moves.guards_of`) until the new SA's sequence number has
+been raised, so that none is used twice under one key. The agent's own inbound SA is deleted just before
+charon adds its own, because charon adds and never replaces (strongSwan 5.9.8, 6.0.6).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Renames:
     # What is planned.
 
     def plan_of(self, context: IkeContext) -> Plan | None:
-        """The plan for an SA, named as the other gateway named it. Errors: StoreError."""
+        """The plan for an SA, by the other gateway's name of it. Errors: StoreError."""
         name = context.spis
         if name not in self._plans:
             saved = self._host.coming.of(name).facts.plan
@@ -79,19 +79,19 @@ class Renames:
         self._plans[here.spis] = (plan, plan.reserved(local, here.remote.address))
 
     def save(self, here: IkeContext, plan: Plan) -> None:
-        """Write it down: only then may anything follow from it. Errors: StoreError."""
+        """Store the plan, before anything follows from it. Errors: StoreError."""
         self._host.coming.note(here.spis, plan=plan.dumps())
         self._keep(here, plan)
 
     def shape(self, here: IkeContext) -> IkeContext:
-        """The SA as it stands in charon here."""
+        """The SA in charon here."""
         plan = self.plan_of(here)
         return here if plan is None else plan.shape(here)
 
     # Detection.
 
     def taken(self, here: IkeContext, views: Sequence[SaView]) -> Taken:
-        """Names in use: charon's, the kernel's of the same names, those promised to other transfers."""
+        """Names in use: charon's, those of the kernel, and those planned for other transfers."""
         found = taken_by(views)
         for name, (_, reserved) in self._plans.items():
             if name != here.spis:
@@ -103,7 +103,7 @@ class Renames:
         for child in here.children:
             keys = esp_keys(here.generations[child.generation], child)
             for sa, (encr, _) in zip(self._host.kernel_pair(here, child), keys, strict=True):
-                # what was left for late packets of this very SA gives way
+                # SAs that were restored for late packets of this very SA do not count
                 if sa is not None and not (sa.sequence == LATE and sa.encr_key == encr):
                     esp.add((sa.destination, sa.spi))
         return found | Taken(frozenset(esp))
@@ -111,10 +111,10 @@ class Renames:
     # Planning.
 
     def plan(self, here: IkeContext, taken: Taken, *, told_later: bool = False) -> Plan | None:
-        """Names for what is taken, reserved in the kernel and written down; None: all are free.
+        """New names for those that are taken, reserved in the kernel and stored; None: all are free.
 
-        `told_later`: the MN hears of them in an answer it waits for, so nothing needs to stand in.
-        Errors: RefusedError with ESP_SPI_IN_USE where no SPI is left, KernelError, StoreError.
+        `told_later`: the mobile node is told them in an answer that it waits for, so no placeholder is
+        needed. Errors: RefusedError with ESP_SPI_IN_USE if no SPI is left, KernelError, StoreError.
         """
         found = clash(here, taken)
         if not found:
@@ -160,7 +160,7 @@ class Renames:
         return self._host.config.spi_min, self._host.config.spi_max
 
     def _inbound(self, here: IkeContext, taken: Taken, reserved: list[bytes]) -> bytes:
-        """A free inbound SPI; where the kernel has ESP it is reserved there, against charon, too."""
+        """A free inbound SPI; if the kernel has ESP it is reserved there, so that charon does not take it."""
         kernel = self._host.kernel
         if kernel is None:
             return draw_spi(here.local.address, taken, _between, *self._range)
@@ -173,7 +173,7 @@ class Renames:
                 if (here.local.address, spi) not in taken.esp:
                     reserved.append(spi)
                     return spi
-                unfit.append(spi)  # promised, and not in the kernel yet
+                unfit.append(spi)  # planned for another transfer, and not in the kernel yet
         finally:
             self._give_back(here, unfit)
         raise RefusedError(
@@ -183,7 +183,7 @@ class Renames:
         )
 
     def _give_back(self, here: IkeContext, spis: Sequence[bytes]) -> None:
-        """Drop reservations, never an SA that has keys."""
+        """Release reservations, never an SA that has keys."""
         kernel = self._host.kernel
         if kernel is None:
             return
@@ -193,11 +193,11 @@ class Renames:
                 kernel.delete_sa(sa)
 
     def ready(self, here: IkeContext, plan: Plan) -> None:
-        """Just before the import: the SPIs that charon is to add now are no longer reserved."""
+        """Just before the import: release the SPIs that charon is going to add."""
         self._give_back(here, [one.hold_in for one in plan.children if one.hold_in != one.spi_in])
 
     def hold(self, here: IkeContext, plan: Plan) -> None:
-        """After the import: what comes under the new inbound SPIs is decrypted from now on. Idempotent."""
+        """After the import: decrypt packets under the new inbound SPIs from now on. Idempotent."""
         kernel = self._host.kernel
         if kernel is None:
             return
@@ -218,8 +218,8 @@ class Renames:
             kernel.batch([*([there.delete()] if there is not None else []), ours.add()])
 
     def others_send(self, here: IkeContext) -> bool:
-        """Does the other gateway go on sending until the MN knows its new SPIs? This one cannot, and the
-        numbers under the old keys suffice for both."""
+        """Whether the other gateway goes on sending until the mobile node knows its new SPIs, because this
+        one cannot, and the numbers under the old keys suffice for both."""
         plan = self.plan_of(here)
         if plan is None or plan.later or all(one.hold_out == one.spi_out for one in plan.children):
             return False
@@ -238,7 +238,8 @@ class Renames:
         report: MoveReport,
         unfinished: bool = False,
     ) -> None:
-        """The MN's SA is `now`: write it down, install it. Errors: StoreError, CharonError, KernelError."""
+        """The mobile node's SA is `now`: store that, and install it. Errors: StoreError, CharonError,
+        KernelError."""
         plan = self.plan_of(here)
         if plan is None:
             raise CharonError("an SA was renamed that nobody wanted to rename")
@@ -247,9 +248,9 @@ class Renames:
         await self.converge(here)
 
     async def converge(self, here: IkeContext) -> IkeContext:
-        """Make charon and kernel what the plan says, whatever they are. Idempotent; works after a crash.
+        """Make charon and kernel match the plan, whatever their state. Idempotent; works after a crash.
 
-        Gives the SA as it stands then. Errors: CharonError, KernelError.
+        Returns the SA as it is then. Errors: CharonError, KernelError.
         """
         host = self._host
         plan = self.plan_of(here)
@@ -269,7 +270,7 @@ class Renames:
             return after
         self._put_guards(here, before, after)
         counters = self._make_way(here, plan, before, after)
-        # again, maybe: an agent that starts lets SAs speak that charon does not list
+        # perhaps again, because an agent that starts unmutes SAs that charon does not list
         await asyncio.to_thread(host.mute.mute_in, after.spis)
         await asyncio.to_thread(host.mute.mute_out, after.spis)
         await host.send(orders)
@@ -289,7 +290,7 @@ class Renames:
         return after
 
     async def _views(self, here: IkeContext, plan: Plan, after: IkeContext) -> Sequence[SaView]:
-        """The SA's view under one of its names; all views where charon knows neither: see `_found`."""
+        """The SA's view under one of its names; all views if charon knows neither: see `_found`."""
         for name in (after.spis, replace(plan, told=None).shape(here).spis):
             view = await self._host.view(name)
             if view is not None:
@@ -299,9 +300,10 @@ class Renames:
     def _found(
         self, here: IkeContext, plan: Plan, after: IkeContext, views: Sequence[SaView]
     ) -> tuple[IkeContext, int | None, str] | None:
-        """The SA as charon has it: under one of its names, with some of its children.
+        """The SA in charon: under one of its names, with some of its children.
 
-        Where an agent before this one ended in the middle of `reshape` it is hidden: see `stopped` there.
+        If an agent before this one stopped in the middle of `reshape` the SA has a hidden name: see `stopped`
+        there.
         """
         first = replace(plan, told=None).shape(here)
         named, stopped = after, None
@@ -324,7 +326,8 @@ class Renames:
         return replace(named, children=children, policies=()), stopped, view.state
 
     def _late_packets(self, plan: Plan, before: IkeContext, after: IkeContext) -> Callable[[], bool]:
-        """Those under the names that the MN knows: it uses them until it has our next message."""
+        """Restores the SAs under the names that the mobile node knows, which it uses until it has our next
+        message."""
         stay = {(child.spi_in, child.spi_out) for child in after.children}
         known = {one.spi_in for one in plan.children if one.hold_in == one.spi_in}
         going = [
@@ -344,7 +347,7 @@ class Renames:
     ) -> None:
         """Wait until charon and the kernel have the children of `after`, or lack the others of `before`.
 
-        `meanwhile` is called until it says True, from the moment charon has the order.
+        `meanwhile` is called until it returns True, from the moment that charon has the order.
         """
         host = self._host
         wanted = {(child.spi_in, child.spi_out): child for child in after.children}
@@ -359,7 +362,7 @@ class Renames:
         pause = 0.002
         while True:
             if present and host.kernel is not None:
-                # the kernel is asked first: it answers faster than VICI, and packets wait
+                # the kernel is asked first, because it answers faster than VICI, and packets wait
                 pairs = [host.kernel_pair(after, child) for child in after.children]
                 ready = all(a is not None and b is not None for a, b in pairs)
             else:
@@ -383,7 +386,7 @@ class Renames:
     def _pairs(
         here: IkeContext, before: IkeContext, after: IkeContext, plan: Plan
     ) -> list[tuple[ChildPlan, ChildContext, ChildContext]]:
-        """(plan, the child that stands in, the one that comes) for each that changes hands now."""
+        """(plan, placeholder, new child) for each child that is exchanged now."""
         have = {(child.spi_in, child.spi_out): child for child in before.children}
         out = []
         for old, new in zip(here.children, after.children, strict=True):
@@ -396,7 +399,7 @@ class Renames:
         return out
 
     def _put_guards(self, here: IkeContext, before: IkeContext, after: IkeContext) -> None:
-        """Outbound packets stay on the pairs that stand in."""
+        """Keep outbound packets on the placeholder pairs."""
         kernel, plan = self._host.kernel, self.plan_of(here)
         if kernel is None or plan is None:
             return
@@ -427,7 +430,8 @@ class Renames:
     def _make_way(
         self, here: IkeContext, plan: Plan, before: IkeContext, after: IkeContext
     ) -> dict[bytes, ReplayState]:
-        """The agent's own inbound SAs give way to charon's; what each had received, by SPI."""
+        """Delete the agent's own inbound SAs before charon's are added; returns what each received, by
+        SPI."""
         kernel = self._host.kernel
         received: dict[bytes, ReplayState] = {}
         if kernel is None:
@@ -450,7 +454,7 @@ class Renames:
         after: IkeContext,
         received: dict[bytes, ReplayState],
     ) -> None:
-        """Sequence numbers of the pairs that came, where their keys are the old ones."""
+        """Raise sequence numbers of the new pairs whose keys are the old ones."""
         host = self._host
         for _, old, new in self._pairs(here, before, after, plan):
             if (old.nonce_i, old.nonce_r) != (new.nonce_i, new.nonce_r):
@@ -470,7 +474,7 @@ class Renames:
                 kernel.set_replay(inbound, received[new.spi_in], outbound=False)
 
     def arrived(self, here: IkeContext) -> int:
-        """Packets that came under the new inbound SPIs: only an MN that has agreed sends such."""
+        """Packets under the new inbound SPIs, which only a mobile node that has agreed sends."""
         kernel, plan = self._host.kernel, self.plan_of(here)
         if kernel is None or plan is None:
             return 0
@@ -484,9 +488,10 @@ class Renames:
     # What the MN still sends under the old SPIs.
 
     async def relay_old(self, here: IkeContext, other: Address) -> None:
-        """Until the MN has new SPIs, what it sends under those that are taken goes to the other gateway.
+        """Until the mobile node has new SPIs, send its packets under those that are taken on to the other
+        gateway.
 
-        Only convenience hangs on it, so that it fails is logged.
+        A failure is only logged, because the packets would be lost without it, too.
         """
         plan = self.plan_of(here)
         spis = [] if plan is None else [one.spi_in for one in plan.children if one.hold_in != one.spi_in]
@@ -500,7 +505,7 @@ class Renames:
             log.warning("%s: packets under old SPIs are lost: %s", here.remote_id, error)
 
     async def end_relay(self, sa: SaName, after: float) -> None:
-        """In so many seconds, when the other gateway decrypts no more."""
+        """End the relay in so many seconds, when the other gateway no longer decrypts."""
         await asyncio.sleep(after)
         row = self._host.coming.get(sa)
         if row is None or row.facts.relay is None:
@@ -513,7 +518,7 @@ class Renames:
         self._host.coming.note(sa, relay=None)
 
     def resume(self) -> None:
-        """After a start: end relays of SAs that nobody takes in any more; the agent before had no time to."""
+        """After a start: end relays of SAs that are not taken in any more, which an earlier agent left."""
         for row in self._host.coming.all():
             if row.facts.relay is not None and row.facts.stage == "imported":
                 self._host.spawn(self.end_relay(row.sa, 0.0))
@@ -521,7 +526,7 @@ class Renames:
     # The end.
 
     def names(self, here: IkeContext) -> list[IkeContext]:
-        """Every shape in which charon may have the SA: to delete it, whichever it is."""
+        """Every form in which charon may have the SA, to delete whichever it is."""
         plan = self.plan_of(here)
         if plan is None:
             return [here]
@@ -529,7 +534,7 @@ class Renames:
         return list(shapes.values())
 
     def forget(self, here: IkeContext, *, undone: bool = False) -> None:
-        """Give back what is still reserved; `undone`: also the agent's own SAs. Idempotent."""
+        """Release the rest of the reservations; `undone`: also the agent's own SAs. Idempotent."""
         if self._host.coming.of(here.spis).facts.relay is not None and not undone:
             self._host.spawn(self.end_relay(here.spis, float(self._host.config.late)))
         plan = self.plan_of(here)
@@ -552,8 +557,8 @@ class Renames:
         self._plans.pop(here.spis, None)
 
     def load(self) -> None:
-        """After a start: names that were promised before stay so. Errors: StoreError."""
-        # their addresses are not known before the transfer is taken up again; until then any address counts
+        """After a start: reserve names of earlier plans again. Errors: StoreError."""
+        # their addresses are not known before the transfer goes on; until then they count for any address
         for row in self._host.coming.all():
             if not row.facts.plan:
                 continue
