@@ -29,17 +29,19 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from ikectx import trace
 from ikectx.context import Endpoint, FinalState, IkeContext
 from ikectx.errors import (
-    BusyError,
     CharonError,
     IkectxError,
     StateError,
+    StoreError,
     UnknownSaError,
     WireError,
 )
+from ikectx.ledger import MobileFacts
 from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.ports import MoveReport
@@ -48,9 +50,13 @@ from ikectx.relocate import relocate
 from . import ha
 from .charon import SaView
 from .host import CharonHost
-from .leaving import ABOUT_ADDRESSES
+from .loud import LOUD, activate, rekey_children
 from .moves import LIVING, Move, plan_move
+from .moving import Moving
 from .obstacles import check_kind, check_told
+from .quiet import QUIET, in_the_way
+from .readdress import READDRESS
+from .runner import Runner
 from .source import CharonSource
 from .steps import MoveSteps
 
@@ -72,7 +78,7 @@ class _MobileSource(CharonSource):
         if view is None:
             return None
         state = "ESTABLISHED" if view.state == "PASSIVE" else view.state
-        return replace(view, state=state, tasks=_in_the_way(view, unanswered=True))
+        return replace(view, state=state, tasks=in_the_way(view, unanswered=True))
 
 
 async def _nobody(here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
@@ -90,6 +96,7 @@ class CharonMobile:
         self._host = host
         self._source = _MobileSource(host, _nobody)
         self.steps = MoveSteps(host)
+        self._runner: Runner[Moving] = Runner(host.own, host.spawn, QUIET, READDRESS, LOUD)
 
     @trace.spanned("export", "step")
     async def export(self, sa: SaName) -> IkeContext:
@@ -105,7 +112,7 @@ class CharonMobile:
         While the SA is active charon repeats the request, and the new gateway answers it as well.
         """
         view = await self.steps.seen(sa)
-        return bool(view.tasks) and view.state == "ESTABLISHED" and not _in_the_way(view, unanswered=True)
+        return bool(view.tasks) and view.state == "ESTABLISHED" and not in_the_way(view, unanswered=True)
 
     def hear(self, local: Endpoint, spis: Mapping[bytes, bytes]) -> None:
         """Decrypt under new inbound SPIs (old to new), too, before the gateway is asked to agree to them.
@@ -154,26 +161,26 @@ class CharonMobile:
         if view.state == "PASSIVE" and host.own.of(sa).facts.quiet:
             return
         self._check(host.record.context(sa), view)
-        end = time.monotonic() + patience
-        while (not anything and _in_the_way(view, unanswered=unanswered)) or view.state != "ESTABLISHED":
-            if time.monotonic() > end:
-                what = ", ".join(view.tasks) or f"it is {view.state}"
-                raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {what}", hint="try again")
-            await asyncio.sleep(0.02)
-            view = await self.steps.seen(sa)
-        host.own.note(sa, quiet=True)
-        host.deadlines.before_toggle([view], time.time())
+        work = self._moving(sa, view, unanswered=unanswered, anything=anything, patience=patience)
         try:
-            await host.pause_segment()
-            view = await self.steps.until(sa, "make the SA passive", lambda view: view.state == "PASSIVE")
-            if not anything and _in_the_way(view, unanswered=unanswered):
-                raise BusyError(f"charon began an exchange meanwhile: {', '.join(view.tasks)}")
+            await self._runner.run(QUIET, work)
         except UnknownSaError as error:
-            await self._activate(sa)
+            await self._take_back(work)
             raise EndedUnheardError(f"{error}: it was ended here, it seems") from None
         except BaseException:
-            await self._activate(sa)
+            await self._take_back(work)
             raise
+
+    async def _take_back(self, work: Moving) -> None:
+        """Make the SA active again that was to become passive. Errors: CharonError."""
+        if work.facts.quiet:
+            await activate(work)
+        self._host.own.drop(work.sa)
+
+    def _moving(
+        self, sa: SaName, view: SaView | None = None, *, name: SaName | None = None, **more: Any
+    ) -> Moving:
+        return Moving(self._host, self.steps, sa, name or sa, view, **more)
 
     def _check(self, context: IkeContext, view: SaView) -> None:
         """Check now what would otherwise fail later, when no gateway serves the SA. Errors: CharonError,
@@ -235,7 +242,7 @@ class CharonMobile:
         if not move.nothing and not move.done:
             self._note_lifetimes(sa, move, view)
             self.steps.save(sa, move)
-            await self.steps.carry_out(sa, move, view)
+            await self._runner.run(READDRESS, self._moving(sa, view))
         moved = {child.spi_in for child in host.record.context(move.ike or sa).children}
         after = move.after(context)
         kept = tuple(child for child in after.children if child.spi_in in moved)
@@ -311,7 +318,7 @@ class CharonMobile:
         )
         host.record.feed(update)
         host.save_soon()
-        await self._rekey_children(sa)
+        await rekey_children(self._moving(sa))
 
     @trace.spanned("loud", "step")
     async def loud(self, sa: SaName) -> None:
@@ -336,10 +343,8 @@ class CharonMobile:
                 "a move that stopped half-way is not ended, charon is to rekey the CHILD_SAs: %s", error
             )
             failed = error
-        await self._activate(sa, name)
-        host.own.note(sa, move=b"")
-        if moved and (host.kernel is None or failed is not None):
-            await self._rekey_children(name)
+        rekeys = moved and (host.kernel is None or failed is not None)
+        await self._runner.run(LOUD, self._moving(sa, name=name, rekeys=rekeys))
         if failed is not None:
             raise failed
 
@@ -351,7 +356,8 @@ class CharonMobile:
             return name, None
         try:
             if not move.done:
-                await self.steps.carry_out(sa, move)
+                view = await self._host.view(sa)
+                await self._runner.run(READDRESS, self._moving(sa, view))
         except IkectxError as error:
             log.error("a CHILD_SA could not be moved, charon is to rekey it: %s", error)
             failed = error
@@ -393,7 +399,11 @@ class CharonMobile:
         Returns the SAs that charon no longer has, by their old name: their last name.
         """
         ended: dict[SaName, SaName] = {}
-        left = [row.sa for row in self._host.own.all() if row.facts.quiet or row.facts.move]
+        rows = self._host.own.all()
+        left = [row.sa for row in rows if row.facts.quiet or row.facts.move]
+        for row in rows:
+            if row.facts == MobileFacts():
+                self._forget(row.sa)  # a step had come to its end, but for that
         while left:
             waiting = []
             for sa in left:
@@ -406,6 +416,12 @@ class CharonMobile:
             if left:
                 await asyncio.sleep(AGAIN)
         return ended
+
+    def _forget(self, sa: SaName) -> None:
+        try:
+            self._host.own.drop(sa)
+        except StoreError as error:
+            log.error("the row of the IKE_SA %s stays: %s", sa, error)
 
     async def _resume(self, sa: SaName, ended: dict[SaName, SaName]) -> None:
         """Resume one SA. Errors: CharonError, WireError; any other is logged, because the others must go
@@ -421,7 +437,7 @@ class CharonMobile:
             if await host.view(name) is None:
                 if move is not None:
                     self.steps.drop_guards(move)
-                host.own.note(sa, move=b"", quiet=False)
+                host.own.drop(sa)
                 ended[sa] = name
                 return
         except (CharonError, WireError):
@@ -435,31 +451,6 @@ class CharonMobile:
             raise
         except IkectxError as error:
             log.error("the IKE_SA %s: %s", sa, error)
-
-    async def _activate(self, sa: SaName, name: SaName | None = None) -> None:
-        """Make the segment active again. `name`: the SA's present name.
-
-        If the SA has gone, others were made passive with it, for instance one by which its peer replaced it
-        just then.
-        """
-        host = self._host
-        name = name or sa
-        there = await host.view(name) is not None
-        if there or host.listening():
-            await host.activate_segment()
-        if there:
-            with contextlib.suppress(UnknownSaError):
-                await self.steps.until(
-                    name, "activate the SA", lambda view: view.state in ("ESTABLISHED", "REKEYING")
-                )
-        host.own.note(sa, quiet=False)
-
-    async def _rekey_children(self, sa: SaName) -> None:
-        host = self._host
-        view = await host.view(sa)
-        for child in view.children if view is not None else ():
-            if child.state == "INSTALLED":
-                await host.ask(host.vici.rekey, child_id=child.unique_id)
 
     def _note_lifetimes(self, sa: SaName, move: Move, view: SaView) -> None:
         """Keep the lifetimes of the old pairs, because charon begins those of the new pairs anew."""
@@ -476,8 +467,3 @@ class CharonMobile:
 def context_at(context: IkeContext, view: SaView) -> IkeContext:
     """The record's context at the addresses that charon has now."""
     return relocate(context, local=view.local, remote=view.remote)
-
-
-def _in_the_way(view: SaView, *, unanswered: bool) -> tuple[str, ...]:
-    """charon's tasks that prevent an SA from being made passive."""
-    return tuple(task for task in view.tasks if not (unanswered and task in ABOUT_ADDRESSES))

@@ -89,11 +89,16 @@ class Effect(Generic[W]):
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[W]):
-    """A step by its name. ends: the SA's row goes with its end, together with the journal's next state."""
+    """A step by its name. ends: the SA's row goes with its end. journaled: that is written together with
+    the journal's next state. anew: where it begins again it does all of its effects, because each looks how
+    far charon and the kernel are, and what was done may have been lost.
+    """
 
     name: str
     effects: tuple[Effect[W], ...]
     ends: bool = False
+    journaled: bool = True
+    anew: bool = False
 
 
 class Runner(Generic[W]):
@@ -114,7 +119,7 @@ class Runner(Generic[W]):
         """Do all of the step that is not done yet. Errors: those of effects that the step needs."""
         self._waiting.pop(work.sa, None)
         row = self._ledger.of(work.sa)
-        if row.step != step.name:
+        if row.step != step.name or step.anew:
             self._cut = {(sa, name) for sa, name in self._cut if sa != work.sa}
             ident = trace.transfer_id() or row.transfer_id
             row = replace(row, step=step.name, done=(), begun="", later=(), context=(), transfer_id=ident)
@@ -129,7 +134,7 @@ class Runner(Generic[W]):
             self._ledger.put(replace(row, step="", done=(), begun="", context=kept), soon=True)
             self._go_on_later(work, row.later, step.ends)
         elif step.ends:
-            self._ledger.drop(work.sa, soon=True)
+            self._ledger.drop(work.sa, soon=step.journaled)
         else:
             self._ledger.put(replace(row, step="", done=(), begun=""), soon=True)
 

@@ -7,8 +7,8 @@
     delete old      CHILD_DELETE
     rename          change the IKE_SA's own SPIs, if that is needed, too
 
-`carry_out` goes on where an agent before this one stopped: the state of charon and the kernel shows where
-that was, and the note (`moves.Move`) has what they no longer show.
+`readdress` calls them in this order, and goes on where an agent before this one stopped: the SA's row of the
+ledger, charon and the kernel show where that was, and `moves.Move` has what they no longer show.
 """
 
 from __future__ import annotations
@@ -47,29 +47,14 @@ class MoveSteps:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
 
-    async def carry_out(self, sa: SaName, move: Move, view: SaView | None = None) -> None:
-        """Complete the move from its present state. Errors: CharonError, KernelError.
-
-        `view`: charon's present view of the SA, if it is known. Packets are lost for as long as charon is
-        asked.
-        """
-        if view is not None or await self.present_name(sa, move) == sa:
-            move = await self._move_children(sa, move, view or await self.seen(sa))
-        if move.ike is not None:
-            await self._rename_ike(sa, move, move.ike)
-        self.save(sa, replace(move, done=True))
-
-    @trace.spanned("move children")
-    async def _move_children(self, sa: SaName, move: Move, view: SaView) -> Move:
-        """Change the IKE_SA's addresses, and its children."""
-        host = self._host
-        move = self._guard(sa, move, view)
+    async def add_pairs(self, sa: SaName, move: Move, view: SaView) -> SaView:
+        """Delete old pairs that the new ones could not stand beside; add the new ones, and the addresses."""
         move, away = await self._clear_the_way(sa, move, view)
-        view = await self._add(sa, move, view, away)
-        move = self._raise(sa, move)
-        self.drop_guards(move)
-        move = replace(move, guards=())
-        self.save(sa, move)
+        return await self._add(sa, move, view, away)
+
+    async def end_old_pairs(self, sa: SaName, move: Move, view: SaView) -> None:
+        """Delete the old pairs, as soon as the other end has changed over, and record what is left."""
+        host = self._host
         still = await self._linger(move)
         view = await self._delete_old(sa, move, view, still)
         after = move.after(host.record.context(sa))
@@ -79,9 +64,8 @@ class MoveSteps:
         peers = move.peers or (move.remote,)
         host.record.moved(sa, replace(after, children=kept, peer_addresses=peers))
         host.save()
-        return move
 
-    async def _rename_ike(self, sa: SaName, move: Move, name: SaName) -> None:
+    async def rename_ike(self, sa: SaName, move: Move, name: SaName) -> None:
         """Change the IKE_SA's SPIs: its keys are derived anew, its children keep theirs (see `chain`).
 
         The record has the new name beside the old one before charon does, so that it is known after a crash.
@@ -139,7 +123,7 @@ class MoveSteps:
     def _new(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
         return self._pair((move.local, move.remote), (child.new_in, child.new_out))
 
-    def _guard(self, sa: SaName, move: Move, view: SaView) -> Move:
+    def guard(self, sa: SaName, move: Move, view: SaView) -> Move:
         """Guard outbound packets: keep them on the old SAs, or hold them back if these must be deleted
         first."""
         kernel = self._host.kernel
@@ -252,7 +236,7 @@ class MoveSteps:
                 host.kernel.set_replay(inbound, received[child.new_in], outbound=False)
         return view
 
-    def _raise(self, sa: SaName, move: Move) -> Move:
+    def raise_numbers(self, sa: SaName, move: Move) -> Move:
         """Set the new pairs' keys, numbers and windows from those of the old ones."""
         kernel = self._host.kernel
         if kernel is None:

@@ -1,0 +1,49 @@
+"""Loud: a mobile node's SA becomes active again, at the addresses and under the name that it has by now.
+
+1. charon is made active, and seen to be. Where the SA has gone, others were made passive with it. The row
+   says that nothing is open any more.
+2. charon rekeys the children, where one could not be moved, or where ESP in user space began its sequence
+   numbers anew, under keys that were used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from ikectx.errors import UnknownSaError
+
+from .moving import Moving
+from .runner import Effect, Facts, Step
+
+
+async def activate(work: Moving) -> Facts:
+    """Make the segment active again. Errors: CharonError."""
+    host = work.host
+    there = await host.view(work.name) is not None
+    if there or host.listening():
+        await host.activate_segment()
+    if there:
+        with contextlib.suppress(UnknownSaError):
+            await work.steps.until(
+                work.name, "activate the SA", lambda view: view.state in ("ESTABLISHED", "REKEYING")
+            )
+    return {"quiet": False, "move": b""}
+
+
+async def rekey_children(work: Moving) -> None:
+    """Have charon rekey all CHILD_SAs. Errors: CharonError."""
+    view = await work.host.view(work.name)
+    for child in view.children if view is not None else ():
+        if child.state == "INSTALLED":
+            await work.host.ask(work.host.vici.rekey, child_id=child.unique_id)
+
+
+LOUD: Step[Moving] = Step(
+    "loud",
+    (
+        Effect("charon is active", activate),
+        Effect("children are rekeyed", rekey_children, when=lambda work: work.rekeys),
+    ),
+    ends=True,
+    journaled=False,
+)

@@ -1,0 +1,54 @@
+"""`Moving`: a mobile node's own SA, as the steps quiet, readdress and loud work on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ikectx.context import IkeContext
+from ikectx.ledger import MobileFacts
+from ikectx.name import SaName
+
+from .charon import SaView
+from .host import CharonHost
+from .moves import Move
+from .steps import MoveSteps
+
+
+@dataclass(slots=True)
+class Moving:
+    """One SA and one step of it. `sa`: its name when it was made passive.
+
+    name: what it is called now. view: how charon has it under its old name, None: not at all. unanswered,
+    anything, patience: see `CharonMobile.quiet`. rekeys: its children are to be rekeyed when it is active.
+    """
+
+    host: CharonHost
+    steps: MoveSteps
+    sa: SaName
+    name: SaName
+    view: SaView | None = None
+    unanswered: bool = False
+    anything: bool = False
+    patience: float = 0.0
+    rekeys: bool = False
+
+    @property
+    def kept(self) -> IkeContext:
+        """See `runner.Work`."""
+        return self.host.record.context(self.name)
+
+    @property
+    def facts(self) -> MobileFacts:
+        """What is known of it."""
+        return self.host.own.of(self.sa).facts
+
+    @property
+    def move(self) -> Move:
+        """Its way to other addresses or names. Errors: StoreError."""
+        return Move.loads(self.facts.move)
+
+    async def seen(self) -> SaView:
+        """How charon has it under its old name. Errors: CharonError, UnknownSaError."""
+        if self.view is None:
+            self.view = await self.steps.seen(self.sa)
+        return self.view

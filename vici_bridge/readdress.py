@@ -1,0 +1,68 @@
+"""Readdress: a mobile node's SA, while it is PASSIVE, comes to other addresses or names.
+
+1. Guard policies hold outbound packets: on the old SAs, or back, if these have to go first.
+2. Old pairs that the new ones could not stand beside go, when their numbers are noted; IKE_UPDATE and
+   CHILD_ADD bring the new ones.
+3. Keys, sequence numbers and windows of the new pairs are made those of the old ones, numbers beyond all that
+   were used. Only then do the guards go.
+4. The old pairs go, as soon as the other end sends by the new ones.
+5. The IKE_SA gets its own new name last of all: until then it is found under the old one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .moving import Moving
+from .runner import Effect, Facts, Step
+
+
+async def _guard(work: Moving) -> None:
+    work.steps.guard(work.sa, work.move, await work.seen())
+
+
+async def _add(work: Moving) -> None:
+    work.view = await work.steps.add_pairs(work.sa, work.move, await work.seen())
+
+
+async def _raise(work: Moving) -> None:
+    work.steps.raise_numbers(work.sa, work.move)
+
+
+async def _let_go(work: Moving) -> Facts:
+    work.steps.drop_guards(work.move)
+    return {"move": replace(work.move, guards=()).dumps()}
+
+
+async def _end_old(work: Moving) -> None:
+    await work.steps.end_old_pairs(work.sa, work.move, await work.seen())
+
+
+async def _rename(work: Moving) -> None:
+    move = work.move
+    if move.ike is not None:
+        await work.steps.rename_ike(work.sa, move, move.ike)
+
+
+async def _done(work: Moving) -> Facts:
+    return {"move": replace(work.move, done=True).dumps()}
+
+
+def _old_name(work: Moving) -> bool:
+    """Whether charon has the SA under its old name; else its children have moved."""
+    return work.view is not None
+
+
+READDRESS: Step[Moving] = Step(
+    "readdress",
+    (
+        Effect("guards", _guard, when=_old_name),
+        Effect("new pairs", _add, when=_old_name),
+        Effect("numbers", _raise, when=_old_name),
+        Effect("guards go", _let_go, when=_old_name),
+        Effect("old pairs go", _end_old, when=_old_name),
+        Effect("IKE_SA's name", _rename),
+        Effect("all is done", _done),
+    ),
+    anew=True,
+)
