@@ -1,8 +1,8 @@
-"""Loud: a mobile node's SA becomes active again, at the addresses and under the name that it has by now.
+"""Loud: a mobile node's SA becomes active again, at its present addresses and under its present name.
 
-1. charon is made active, and seen to be. Where the SA has gone, others were made passive with it. The row
-   says that nothing is open any more.
-2. charon rekeys the children, where one could not be moved, or where ESP in user space began its sequence
+1. Make charon active, and verify that it is. If the SA has gone, others were made passive with it. Then the
+   row says that nothing is open any more.
+2. Have charon rekey the children, if one could not be moved, or because ESP in user space began its sequence
    numbers anew, under keys that were used.
 """
 

@@ -1,4 +1,4 @@
-"""`Moving`: a mobile node's own SA, as the steps quiet, readdress and loud work on it."""
+"""`Moving`: a mobile node's own SA, for the steps quiet, readdress and loud."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .steps import MoveSteps
 
 @dataclass(slots=True)
 class Moving:
-    """One SA and one step of it. `sa`: its name when it was made passive.
+    """One SA in one step. `sa`: its name when it was made passive.
 
-    name: what it is called now. view: how charon has it under its old name, None: not at all. unanswered,
-    anything, patience: see `CharonMobile.quiet`. rekeys: its children are to be rekeyed when it is active.
+    name: its present name. view: charon's view of it under its old name, None: charon does not have it.
+    unanswered, anything, patience: see `CharonMobile.quiet`. rekeys: its children are to be rekeyed when it
+    is active.
     """
 
     host: CharonHost
@@ -39,16 +40,16 @@ class Moving:
 
     @property
     def facts(self) -> MobileFacts:
-        """What is known of it."""
+        """The facts in its row."""
         return self.host.own.of(self.sa).facts
 
     @property
     def move(self) -> Move:
-        """Its way to other addresses or names. Errors: StoreError."""
+        """Its change of addresses or SPIs. Errors: StoreError."""
         return Move.loads(self.facts.move)
 
     async def seen(self) -> SaView:
-        """How charon has it under its old name. Errors: CharonError, UnknownSaError."""
+        """charon's view of it under its old name. Errors: CharonError, UnknownSaError."""
         if self.view is None:
             self.view = await self.steps.seen(self.sa)
         return self.view

@@ -1,9 +1,9 @@
-"""Quiet: a mobile node's SA becomes PASSIVE, so that charon says and hears nothing while it moves.
+"""Quiet: a mobile node's SA becomes PASSIVE, so that charon neither sends nor accepts anything while it
+moves.
 
-1. charon ends the exchange that is under way, as far as one must not be left open.
-2. That the SA is passive is written down before it is, because an agent that starts must make it active
-   again.
-3. charon is made passive, which concerns all SAs of its segment, and is seen to be.
+1. Wait until charon has ended the exchange that is under way, unless that may be left open.
+2. Note that the SA is passive before it is, because an agent that starts must make it active again.
+3. Make charon passive, which affects all SAs of its segment, and verify that it is.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .moving import Moving
 from .runner import Effect, Facts, Step
 
 PATIENCE = 60.0
-"""Seconds for charon to end its exchange; `CharonMobile.quiet` says less."""
+"""Seconds for charon to end its exchange; `CharonMobile.quiet` allows less."""
 
 
 def in_the_way(view: SaView, *, unanswered: bool) -> tuple[str, ...]:
-    """charon's tasks that keep an SA from being made passive."""
+    """charon's tasks that prevent an SA from being made passive."""
     return tuple(task for task in view.tasks if not (unanswered and task in ABOUT_ADDRESSES))
 
 

@@ -1,12 +1,13 @@
-"""Readdress: a mobile node's SA, while it is PASSIVE, comes to other addresses or names.
+"""Readdress: a mobile node's SA gets other addresses or SPIs while it is PASSIVE.
 
-1. Guard policies hold outbound packets: on the old SAs, or back, if these have to go first.
-2. Old pairs that the new ones could not stand beside go, when their numbers are noted; IKE_UPDATE and
-   CHILD_ADD bring the new ones.
-3. Keys, sequence numbers and windows of the new pairs are made those of the old ones, numbers beyond all that
-   were used. Only then do the guards go.
-4. The old pairs go, as soon as the other end sends by the new ones.
-5. The IKE_SA gets its own new name last of all: until then it is found under the old one.
+1. Install guard policies: they keep outbound packets on the old SAs, or hold them back if these must be
+   deleted first.
+2. Delete old pairs that cannot exist beside the new ones, after noting their numbers; install the new ones by
+   IKE_UPDATE and CHILD_ADD.
+3. Set keys, sequence numbers and windows of the new pairs from those of the old ones, numbers beyond all that
+   were used. Only then remove the guards.
+4. Delete the old pairs, as soon as the other end sends by the new ones.
+5. Change the IKE_SA's own SPIs last of all, because until then it is found under the old ones.
 """
 
 from __future__ import annotations

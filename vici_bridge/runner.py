@@ -1,19 +1,20 @@
-"""`Runner`: does the effects of a step one after the other, and goes on behind the last one after a crash.
+"""`Runner`: carries out the effects of a step one after the other, and goes on after the last one after a
+crash.
 
-A step is a literal tuple of effects in the order in which they are done. What has happened so far stands in
-the SA's row of the ledger, so that a step that begins anew (because its time was over, an effect failed or
-the agent died) neither does again what must happen once nor forgets what was left:
+A step is a literal tuple of effects in the order in which they are carried out. The progress is in the SA's
+row of the ledger. So a step that begins anew (because its time was over, an effect failed or the agent died)
+neither repeats an effect that must happen once nor forgets the rest:
 
-- an effect that is done is not done again. Where it is harmless to do it again, it is noted with whatever is
-  written next, because a write for each would cost more than the effect does;
-- facts that an effect gives are on the disk before the next effect begins;
-- an effect that is done `once` is noted before it begins and when it has ended. Where its end was not noted,
-  `probe` tells whether it is done; without a probe it is done again;
+- an effect that is done is not done again. If it is harmless to do it again, it is noted with the next write,
+  because a write for each would cost more than the effect does;
+- the facts that an effect returns are on the disk before the next effect begins;
+- an effect that is done `once` is noted before it begins and when it has ended. If its end was not noted,
+  `probe` finds out whether it is done; without a probe it is done again;
 - an effect that the step does not need (a script of the operator, asking the mobile node back) and that fails
-  or takes longer than its limit is left for later, or given up: it never stands between an SA and a gateway
-  that serves it. What is left for later is tried again in the background.
+  or takes longer than its limit is left for later, or given up, so that it never keeps an SA from a gateway
+  that serves it. An effect that is left for later is tried again in the background.
 
-To undo a step is another step with its own order, because an SA is to be served again before anybody is asked
+Undoing a step is another step with its own order, because an SA must be served again before anybody is asked
 anything; the reverse order of the effects would not do that.
 """
 
@@ -39,20 +40,20 @@ log = logging.getLogger(__name__)
 LIMIT = 30.0
 """Seconds that an effect may take unless it says otherwise: charon and the kernel answer within a few."""
 AGAIN = (5.0, 20.0, 60.0, 300.0)
-"""Seconds until what was left for later is tried again, each time; then it is given up."""
+"""Seconds until an effect that was left for later is tried again, each time; then it is given up."""
 
 _NOBODY = TransferHeader(bytes(8))
 
 Facts = Mapping[str, Any]
-"""Facts of the row that an effect found or changed, by their names."""
+"""Facts of the row that an effect found or changed, by name."""
 
 
 class Work(Protocol):
-    """What the effects of one step work on."""
+    """The SA that the effects of one step work on."""
 
     @property
     def sa(self) -> SaName:
-        """Under which name its row stands."""
+        """The name of its row."""
 
     @property
     def kept(self) -> IkeContext:
@@ -68,12 +69,13 @@ def _always(work: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Effect(Generic[W]):
-    """One thing that a step does to charon, the kernel, the store or the mobile node.
+    """One change of charon, the kernel, the store or the mobile node within a step.
 
-    do: does it, and gives facts that are to be kept, None: nothing. when: whether it is to be done for this
-    SA. probe: is it done already? limit: seconds. needed: the step fails with it. once: it is noted before it
-    begins, because it is not to be done twice. later: where it failed and is not needed, it is tried again in
-    the background. soon: its facts may wait for the next write, because nothing before that depends on them.
+    do: carries it out, and returns facts to keep, None: nothing. when: whether it is needed for this SA.
+    probe: whether it is done already. limit: seconds. needed: the step fails with it. once: it is noted
+    before it begins, because it must not be done twice. later: if it failed and is not needed, it is tried
+    again in the background. soon: its facts may wait for the next write, because nothing before that depends
+    on them.
     """
 
     name: str
@@ -89,10 +91,9 @@ class Effect(Generic[W]):
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[W]):
-    """A step by its name. ends: the SA's row goes with its end. journaled: that is written together with
-    the journal's next state. anew: where it begins again it does all of its effects, because each looks how
-    far charon and the kernel are, and what was done may have been lost.
-    """
+    """A step by its name. ends: the SA's row is dropped at its end. journaled: that is written together with
+    the journal's next state. anew: if it begins again it does all of its effects, because each checks the
+    state of charon and the kernel, and earlier changes may have been lost."""
 
     name: str
     effects: tuple[Effect[W], ...]
@@ -111,12 +112,13 @@ class Runner(Generic[W]):
         self._spawn = spawn
         self._effects = {effect.name: effect for step in steps for effect in step.effects}
         self._waiting: dict[SaName, object] = {}
-        """What was left for later, by SA: whose turn it is, so that a newer step ends an older one's."""
+        """For an SA with effects left for later: whose turn it is, so that a newer step ends an older
+        one's."""
         self._cut: set[tuple[SaName, str]] = set()
         """Effects that were cut off because the time of the whole step was over."""
 
     async def run(self, step: Step[W], work: W) -> None:
-        """Do all of the step that is not done yet. Errors: those of effects that the step needs."""
+        """Carry out the rest of the step. Errors: those of effects that the step needs."""
         self._waiting.pop(work.sa, None)
         row = self._ledger.of(work.sa)
         if row.step != step.name or step.anew:
@@ -139,7 +141,8 @@ class Runner(Generic[W]):
             self._ledger.put(replace(row, step="", done=(), begun=""), soon=True)
 
     def resume(self, work_of: Callable[[SaName, IkeContext], W]) -> None:
-        """After a start: go on with what an agent before this one had left for later. Raises nothing."""
+        """After a start: go on with effects that an agent before this one had left for later. Raises
+        nothing."""
         for row in self._ledger.all():
             if not row.later or row.step:
                 continue
@@ -194,7 +197,7 @@ class Runner(Generic[W]):
         row = replace(row, begun="", done=(*row.done, effect.name))
         if facts:
             row = row.knows(**facts)
-        if facts or effect.once:  # what was noted before it began must not be found so again after a crash
+        if facts or effect.once:  # after a crash the note from before it began must not be found
             self._ledger.put(row, soon=effect.soon)
         else:
             self._ledger.hold(row)
@@ -214,7 +217,7 @@ class Runner(Generic[W]):
         self._ledger.put(replace(row, begun="", done=(*row.done, effect.name), later=later))
 
     async def _try_again(self, effects: Sequence[Effect[W]], work: W, turn: object, ends: bool) -> None:
-        """In the background: what was left for later."""
+        """Try the effects that were left for later again, in the background."""
         for effect in effects:
             for wait in AGAIN:
                 await asyncio.sleep(wait)
