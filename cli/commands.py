@@ -469,5 +469,5 @@ def run(args: Sequence[str]) -> int:
 
 
 def error_json(message: str, hint: str, code: int, status: str) -> dict[str, Any]:
-    """What --json prints for an error."""
+    """The JSON of an error, for --json."""
     return {"ok": False, "error": message, "hint": hint, "exit_code": code, "status": status}

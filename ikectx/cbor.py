@@ -171,7 +171,7 @@ def row(reads: Sequence[Read[Any]], defaults: Sequence[Any] = ()) -> Read[list[A
 
 
 def trim(values: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:
-    """What `row` reads, without the defaults at its end."""
+    """The values for `row` to read, without the defaults at their end."""
     least, end = len(values) - len(defaults), len(values)
     while end > least and values[end - 1] == defaults[end - 1 - least]:
         end -= 1

@@ -38,7 +38,7 @@ class SaName(NamedTuple):
 
     @classmethod
     def from_key(cls, key: str) -> SaName:
-        """What `key` gave. Errors: ValueError, where the text is not 32 hexadecimal digits."""
+        """The name from its `key`. Errors: ValueError, if the text is not 32 hexadecimal digits."""
         octets = bytes.fromhex(key)
         if len(key) != 4 * SPI_OCTETS or len(octets) != 2 * SPI_OCTETS:
             raise ValueError(f"{len(key)} characters are not the name of an IKE_SA")
@@ -46,7 +46,7 @@ class SaName(NamedTuple):
 
     @classmethod
     def from_text(cls, text: str) -> SaName:
-        """What `str` gave. Errors: ValueError."""
+        """The name from its text (`str`). Errors: ValueError."""
         spi_i, colon, spi_r = text.partition(":")
         if not colon or len(spi_i) != 2 * SPI_OCTETS:
             raise ValueError("not two IKE SPIs with a colon between them")

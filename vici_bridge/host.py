@@ -88,18 +88,17 @@ SAVE_AGAIN = 2.0
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:
-    """What a gateway's agent has to know of its own host.
+    """The agent's settings for its own host.
 
-    `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters nobody can read.
+    `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters cannot be read.
     `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `announced`:
-    connections whose updown script leads packets for a mobile node to the gateway that serves it.
-    `agents`: connections whose mobile nodes have an agent.
-    `oseq_jump`: packets; `late`: seconds for which late packets are decrypted after letting go.
-    `mobile_node`: charon is a mobile node's own, so its SAs are never muted one by one.
-    `collision`: what becomes of an SA whose SPIs are taken: "update" (UPDATE_SPI, else a rekey), "rekey" or
-    "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
-    `rekey_after`: an SA that came here gets keys that the gateway before does not know.
-    `rules`: by connection name, what charon does not tell of what it allows; `peers`: gateways' addresses.
+    connections whose updown script leads packets for a mobile node to the gateway that serves it. `agents`:
+    connections whose mobile nodes have an agent. `oseq_jump`: packets; `late`: seconds for which late packets
+    are decrypted after letting go. `mobile_node`: charon is a mobile node's own, so its SAs are never muted
+    one by one. `collision`: how an SA whose SPIs are taken is treated: "update" (UPDATE_SPI, else a rekey),
+    "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own. `rekey_after`: an
+    SA that came here gets keys that the gateway before does not know. `rules`: by connection name, limits
+    that charon does not report; `peers`: gateways' addresses.
     """
 
     addresses: tuple[Address, ...]

@@ -98,7 +98,7 @@ class Kernel:
     def get_sa(
         self, destination: Address, spi: bytes, proto: int = ESP, mark: Mark | None = None
     ) -> KernelSa | None:
-        """One SA, None where there is none. Errors: KernelError, also for one that cannot be read."""
+        """One SA, None if there is none. Errors: KernelError, also for one that cannot be read."""
         wanted = KernelSa(destination, destination, spi, proto, mark=mark)
         try:
             answers = self._xfrm.ask(wanted.get())

@@ -38,7 +38,7 @@ __all__ = ["EVENTS", "CharonVici", "ControlClient", "Message", "RemoteError", "j
 log = logging.getLogger(__name__)
 
 EVENTS = ("ike-updown", "child-updown", "ike-rekey", "child-rekey", "ike-update")
-"""What `CharonVici.listen` registers for by default; an older charon may lack some."""
+"""The events that `CharonVici.listen` registers for by default; an older charon may lack some."""
 
 _GARBAGE = (DeserializationException, struct.error, UnicodeError, KeyError, IndexError, TypeError, ValueError)
 

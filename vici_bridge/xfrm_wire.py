@@ -214,7 +214,7 @@ class usersa_info(_Message):
 
 
 _SPI_AT = struct.calcsize("=" + "".join(fmt for _, fmt in _SELECTOR)) + 16
-"""Where xfrm_usersa_info has its SPI: behind the selector and the destination address."""
+"""Offset of the SPI in xfrm_usersa_info: after the selector and the destination address."""
 
 
 class userspi_info(_Message):
