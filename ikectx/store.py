@@ -28,21 +28,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from .errors import StoreError
 from .ledger import NOTES, dumps, from_notes
 from .name import SaName
 from .numbers import Status
+from .schema import PLACES, SCHEMA, SINCE_2, TABLES
+from .seal import KEY_SIZE, Sealer
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
-_SEAL = 1
-"""Part of what is authenticated with each sealed value; it is older than the schema and stays."""
-KEY_SIZE = 32
-NONCE_SIZE = 12
 HISTORY = 90 * 86400
 """Seconds that an ended transfer is remembered. While it is, no late message can revive it."""
 CHECKPOINT = 500
@@ -59,44 +53,6 @@ _CHECK = b"ikectx store"
 _INCREMENTAL = 2
 """SQLite's auto_vacuum that gives empty pages back when it is told to."""
 
-_TABLES = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE items (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
-                    PRIMARY KEY (kind, key)) WITHOUT ROWID;
-CREATE TABLE ledger (role TEXT NOT NULL, key TEXT NOT NULL, row BLOB NOT NULL,
-                     PRIMARY KEY (role, key)) WITHOUT ROWID;
-CREATE TABLE aside (number INTEGER PRIMARY KEY, place TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
-                    why TEXT NOT NULL, at REAL NOT NULL);
-CREATE TABLE journal (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    transfer_id BLOB NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL,
-    spi_i BLOB NOT NULL, spi_r BLOB NOT NULL, mn TEXT NOT NULL, mn_address TEXT NOT NULL,
-    state TEXT NOT NULL, epoch INTEGER NOT NULL, context BLOB, final BLOB,
-    started REAL NOT NULL, updated REAL NOT NULL,
-    detail TEXT NOT NULL, result TEXT NOT NULL, status INTEGER NOT NULL,
-    phases TEXT NOT NULL, moved TEXT NOT NULL,
-    UNIQUE (transfer_id, role));
-CREATE INDEX journal_sa ON journal (spi_i, spi_r);
-CREATE INDEX journal_open ON journal (result) WHERE result = '';
-CREATE VIEW history AS
-    SELECT number, hex(transfer_id) AS transfer_id, role, peer, hex(spi_i) AS spi_i, hex(spi_r) AS spi_r,
-           mn, mn_address, state, epoch, result, status, detail, started, updated, phases, moved
-    FROM journal ORDER BY number DESC;
-"""
-
-_SINCE_2 = [one for one in _TABLES.split(";\n") if "TABLE ledger" in one or "TABLE aside" in one]
-"""What a store of schema 1 does not have."""
-_PLACES = {
-    "items": (
-        "SELECT value FROM items WHERE kind = ? AND key = ?",
-        "DELETE FROM items WHERE kind = ? AND key = ?",
-    ),
-    "ledger": (
-        "SELECT row FROM ledger WHERE role = ? AND key = ?",
-        "DELETE FROM ledger WHERE role = ? AND key = ?",
-    ),
-}
-"""By table: how one row is read, and how it is taken out."""
 _KEPT_ASIDE = 1000
 """Rows of `aside`, at most: the oldest go."""
 
@@ -148,39 +104,6 @@ class Aside:
     at: float
 
 
-class Sealer:
-    """AES-256-GCM with the name of the place as additional data."""
-
-    __slots__ = ("_aead",)
-
-    def __init__(self, key: bytes) -> None:
-        if len(key) != KEY_SIZE:
-            raise StoreError(f"the store's key has {len(key)} octets instead of {KEY_SIZE}")
-        self._aead = AESGCM(key)
-
-    def seal(self, place: str, value: bytes) -> bytes:
-        """nonce | ciphertext | tag."""
-        nonce = secrets.token_bytes(NONCE_SIZE)
-        return nonce + self._aead.encrypt(nonce, value, self._bind(place))
-
-    def open(self, place: str, sealed: bytes) -> bytes:
-        """Errors: StoreError when it was made with another key, for another place, or damaged.
-
-        A column of SQLite holds a value of any type, whatever the table says.
-        """
-        try:
-            return self._aead.decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], self._bind(place))
-        except (InvalidTag, ValueError, TypeError):
-            raise StoreError(
-                f"{place} does not open: the key is another one, or the database is damaged",
-                hint="restore state.db and state.key from one backup, or move both away to start anew",
-            ) from None
-
-    @staticmethod
-    def _bind(place: str) -> bytes:
-        return f"{place}|{_SEAL}".encode()
-
-
 class SqliteStore:
     """`ports.Store` and the journal of transfers in one database.
 
@@ -222,7 +145,7 @@ class SqliteStore:
         run("PRAGMA secure_delete = ON")
         if version == 0:
             run("BEGIN IMMEDIATE")
-            for statement in _TABLES.split(";\n"):
+            for statement in TABLES.split(";\n"):
                 run(statement)
             run("INSERT INTO meta VALUES ('check', ?)", (self._sealer.seal("meta|check", _CHECK),))
             run(f"PRAGMA user_version = {SCHEMA}")
@@ -238,7 +161,7 @@ class SqliteStore:
     def _migrate(self) -> None:
         """From schema 1 to 2, all of it or nothing: notes about SAs that move become rows of the ledger."""
         with self._transaction():
-            for statement in _SINCE_2:
+            for statement in SINCE_2:
                 self._db.execute(statement)
             notes = [(kind, key, value) for kind in NOTES for key, value in self.items(kind)]
             rows, bad = from_notes(notes)
@@ -389,7 +312,7 @@ class SqliteStore:
     def set_aside(self, place: str, key: str, why: str) -> None:
         """See `ikectx.ports.Store`."""
         table, _, kind = place.partition("|")
-        select, delete = _PLACES[table]
+        select, delete = PLACES[table]
         with self._errors():
             found = self._db.execute(select, (kind, key)).fetchone()
             if found is not None:

@@ -32,7 +32,8 @@ from ikectx.ledger import (
     loads,
 )
 from ikectx.name import SaName
-from ikectx.store import SCHEMA, SqliteStore, open_store
+from ikectx.schema import SCHEMA
+from ikectx.store import SqliteStore, open_store
 from vici_bridge.moves import Move
 from vici_bridge.names import Plan
 from vici_bridge.record import Record

@@ -3,7 +3,7 @@
     python hand.py mobile.toml
     quiet | move LOCAL REMOTE | loud | resume | state | die
 
-`die` is the crash: nothing is tidied up. `fail STEP` makes the process die just before that step of a move.
+`die` is the crash: nothing is tidied up. `fail EFFECT` makes the process die before that effect of a step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,20 @@ from ikectx.errors import IkectxError
 from ikectx.name import SaName
 from ikectx.store import open_store
 from ikectx_cli.mobile_config import load
+from vici_bridge import mobile
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.mobile import CharonMobile
+from vici_bridge.runner import Step
+
+
+def dying(step: Step[Any], name: str) -> Step[Any]:
+    """The step, in which the process dies before the effect of that name."""
+
+    async def die(work: Any) -> None:
+        os._exit(9)
+
+    effects = (replace(effect, do=die) if effect.name == name else effect for effect in step.effects)
+    return replace(step, effects=tuple(effects))
 
 
 class Hand:
@@ -64,9 +77,9 @@ class Hand:
                     "vips": [str(vip) for vip in context.local_vips],
                     "children": [child.spi_in.hex() for child in context.children],
                 }
-            case ["fail", step]:
-                of = self.mobile.steps if hasattr(self.mobile.steps, step) else self.mobile
-                setattr(of, step, lambda *_, **__: os._exit(9))
+            case ["fail", *name]:
+                for step in ("QUIET", "READDRESS", "LOUD"):
+                    setattr(mobile, step, dying(getattr(mobile, step), " ".join(name)))
             case ["die"]:
                 os._exit(9)
         return None

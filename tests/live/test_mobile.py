@@ -15,6 +15,8 @@ import pytest
 
 from ikectx_cli.lab_config import Tunnel
 from ikectx_cli.lab_net import OUTER
+from vici_bridge.loud import LOUD
+from vici_bridge.readdress import READDRESS
 from vici_bridge.vici import ControlClient, json_of
 
 from .world import Done, World, spis, tasks, until
@@ -199,7 +201,7 @@ def test_the_children_get_the_new_addresses_and_nothing_else(mobile: World, hand
     assert hand("export")["children"] == before["children"]
 
 
-@pytest.mark.parametrize("step", ["_clear_the_way", "_add", "_raise", "_delete_old", "_activate"])
+@pytest.mark.parametrize("step", [effect.name for effect in (*READDRESS.effects, *LOUD.effects[:1])])
 @pytest.mark.parametrize("local", [NEW, OUTER["mn"][4]])
 def test_an_agent_that_dies_in_between(mobile: World, hand: Hand, step: str, local: str) -> None:
     # no message until the next agent has ended the step; then MN -> nsg CREATE_CHILD_SA, which nobody answers
