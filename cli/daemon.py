@@ -19,13 +19,13 @@ from typing import Any, Literal
 from ikectx.aio import Gateway
 from ikectx.context import Address, Endpoint, IkeContext
 from ikectx.door import Door
+from ikectx.engine.journaled import MobileConfig
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
-from ikectx.links import PeerConfig
 from ikectx.mnlink import MnServer
 from ikectx.name import SaName
+from ikectx.peer import PeerConfig
 from ikectx.plain import plain_dial, plain_listen
 from ikectx.report import TransferEvent, TransferReport
-from ikectx.serving import MobileConfig
 from ikectx.store import SqliteStore
 from ikectx.tls import TlsConfig
 from ikectx.transfer import Timing

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TrafficSelector,
     )
     from .cxtp import ContextDataBlock
+    from .engine.journaled import MobileConfig
     from .errors import (
         BusyError,
         CharonError,
@@ -45,15 +46,15 @@ if TYPE_CHECKING:
         UsageError,
         WireError,
     )
-    from .links import PeerConfig, Stream
+    from .links import Stream
     from .name import SaName
     from .numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
+    from .peer import PeerConfig
     from .ports import Clock, ContextSink, ContextSource, MoveReport, Renamer, Store, Verdict
     from .profile import TransferHeader, decode_final, encode_final
     from .profile import decode as decode_context
     from .profile import encode as encode_context
     from .report import TransferEvent, TransferReport
-    from .serving import MobileConfig
     from .store import SqliteStore, open_store
     from .tls import TlsConfig
     from .transfer import Timing
@@ -122,7 +123,7 @@ __all__ = [
 
 _ROOMS = (
     *("errors", "numbers", "name", "context", "ports", "cxtp", "profile", "transfer", "report"),
-    *("store", "links", "tls", "serving", "aio"),
+    *("peer", "store", "links", "tls", "engine.journaled", "aio"),
 )
 """Modules that are searched for public names, in this order, because the first ones are cheap to import."""
 _INSIDE = {"encode_context": "encode", "decode_context": "decode"}

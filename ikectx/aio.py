@@ -15,33 +15,27 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from ipaddress import ip_address
 
-from . import proof
-from .arrivals import Arrivals
-from .asking import Ask, Asking
 from .clock import MonotonicClock
 from .context import Address as IpAddress
 from .context import Endpoint
-from .cxtp import Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd
-from .desk import Desks
+from .cxtp import Ctar
 from .door import Door
-from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
-from .links import Dial, Link, Links, PeerConfig, Stream
-from .moves import Moves
+from .driver import Driver, HearOf, Observer
+from .engine.core import Arrive, Engine, Pull, Reclaim, Show, Tell, Transfer
+from .engine.journaled import EngineConfig, MobileConfig
+from .engine.old_gateway import Address
+from .errors import ConfigError, IkectxError, StateError, UnknownSaError, WireError
+from .journal import JournalEntry
+from .links import Dial, Links, Stream
 from .name import SaName
-from .notices import Hear, Notices
-from .numbers import Status
-from .outgoing import Address, Outgoing
+from .peer import PeerConfig
 from .ports import Clock, ContextSink, ContextSource
 from .report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
-from .run import Observer, Parts, Tasks
-from .serving import MobileConfig, Serving, UsedTokens
-from .store import JournalEntry, SqliteStore
+from .store import SqliteStore
 from .tls import TlsConfig, tls_dial, tls_listen
-from .transfer import OSEQ_JUMP, TARGET_OWNS, SourceInput, SourceState, TargetState, Timing
-from .whereabouts import Whereabouts, is_notice
+from .transfer import OSEQ_JUMP, SourceState, Timing
+from .whereabouts import Whereabouts
 
 log = logging.getLogger("ikectx.aio")
 
@@ -67,7 +61,7 @@ class Gateway:
         observer: Observer | None = None,
         dial: Dial | None = None,
         mobile: MobileConfig | None = None,
-        hear: Hear | None = None,
+        hear: HearOf | None = None,
     ) -> None:
         """`oseq_jump`: that of the sinks (packets), at most `transfer.OSEQ_JUMP`.
 
@@ -94,49 +88,35 @@ class Gateway:
                 f"oseq_jump is {oseq_jump}: a gateway that takes an SA back counts on 1 to {OSEQ_JUMP}"
             )
         self.name = name
-        self._parts = Parts(
+        self._peers = {peer.name: peer for peer in peers}
+        self._certified = {peer.certified: peer for peer in peers}
+        if not len(peers) == len(self._peers) == len(self._certified):
+            raise ConfigError("two peers have one name", hint="each peer needs names of its own")
+        self._timing = timing or Timing()
+        self._store = store
+        self._tls = tls
+        self._dial = dial
+        self._doors: list[Door] = []
+        self._listening: list[tuple[str, int]] = []
+        config = EngineConfig(
             name,
+            tuple(peers),
+            self._timing,
+            oseq_jump=oseq_jump,
+            busy_attempts=busy_attempts,
+            durable=durable,
+            mobile=mobile,
+        )
+        self._driver = Driver(
+            Engine(config, secrets.token_bytes),
             source,
             sink,
             store,
-            timing or Timing(),
             clock or MonotonicClock(),
             wall,
-            oseq_jump,
-            durable,
             observer,
+            hear,
         )
-        self._peers = {peer.name: peer for peer in peers}
-        certified = {peer.certified: peer for peer in peers}
-        if not len(peers) == len(self._peers) == len(certified):
-            raise ConfigError("two peers have one name", hint="each peer needs names of its own")
-        self._certified = certified
-        self._tls = tls
-        self._dial = dial
-        self._links: Links | None = None
-        self._doors: list[Door] = []
-        self._listening: list[tuple[str, int]] = []
-        self._tasks = Tasks(self._parts)
-        self._moves = Moves(self._parts, self._running, self._tasks, busy_attempts)
-        self._asking = Asking(self._parts, self._running)
-        self._desks = Desks(
-            self._parts, self._tasks, lambda: self._links, self._moves.moving, self._asking.wanted
-        )
-        used = UsedTokens(self._parts)
-        self._serving = Serving(self._parts, self._running, self._moves, self._tasks, used, mobile)
-        self._notices = Notices(self._parts, self._peers, lambda: self._links, self._tasks, hear)
-        self._arrivals: Arrivals | None = None
-        if mobile is not None:
-            self._arrivals = Arrivals(
-                self._parts,
-                self._peers,
-                self._running,
-                self._moves,
-                self._desks,
-                self._asking,
-                used,
-                mobile,
-            )
 
     # -- life --------------------------------------------------------------------------------------------
 
@@ -145,22 +125,20 @@ class Gateway:
 
         Errors: LinkError if a port is not available, ConfigError for unusable certificates, StoreError.
         """
-        if self._links is not None:
+        if self._driver.links is not None:
             raise StateError("the gateway runs already")
         if self._tls is None and (listen or self._dial is None):
             raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
-        dial = self._dial or tls_dial(_given(self._tls), self._parts.timing, listen)
-        self._links = Links(dial, self._parts.timing, self._arrived)
-        self._tasks.stopped = False
+        driver = self._driver
+        driver.connect(self._dial or tls_dial(_given(self._tls), self._timing, listen))
         try:
             if listen:
                 peers = list(self._peers.values())
-                self._doors = await tls_listen(
-                    _given(self._tls), self._parts.timing, listen, self.accept, peers
-                )
+                self._doors = await tls_listen(_given(self._tls), self._timing, listen, self.accept, peers)
             for line in await self.recover():
                 log.info("recovered: %s", line)
-            self._notices.start()
+            driver.engine.start(driver.now())
+            driver.pump()
             for door in self._doors:
                 await door.start_serving()
                 self._listening.append(door.address)
@@ -175,55 +153,31 @@ class Gateway:
 
     async def stop(self) -> None:
         """Cancel transfers that still serve the SA, wait a little, close. Open ones stay in the journal."""
-        links, self._links = self._links, None
         for door in self._doors:
             door.close()
         self._doors, self._listening = [], []
-        self._tasks.stopped = True
-        runs = list(self._moves.open.values())
-        for run in runs:
-            run.signals.put_nowait(SourceInput.CANCEL)
-        self._desks.stop()
-        await self._tasks.stop(self._parts.timing.stop)
-        for run in runs:
-            if not run.settled.done():
-                run.settled.set_result(run.report())
-        if links is not None:
-            await links.close()
+        await self._driver.stop()
 
     async def recover(self) -> list[str]:
         """Go on with the transfers that the journal has open, in the background; one line for each. `start`
         calls it."""
         lines = []
-        for entry in self._parts.store.open_transfers():
-            ident = entry.transfer_id.hex()
-            if entry.transfer_id in self._moves.open or self._desks.has(entry.transfer_id):
-                continue
+        for entry in self._store.open_transfers():
+            what = f"{entry.transfer_id.hex()} ({entry.role}, {entry.mn}, {entry.state})"
             try:
-                lines.append(f"{ident} ({entry.role}, {entry.mn}, {entry.state}): {self._take_up(entry)}")
+                said = self._driver.engine.restore(self._driver.now(), entry)
             except (WireError, ValueError) as error:
-                log.error("transfer %s cannot be taken up: %s", ident, error)
-                lines.append(
-                    f"{ident} ({entry.role}, {entry.mn}, {entry.state}): cannot be taken up: {error}"
-                )
+                log.error("transfer %s cannot be taken up: %s", entry.transfer_id.hex(), error)
+                said = f"cannot be taken up: {error}"
+            if said:
+                lines.append(f"{what}: {said}")
+        self._driver.pump()
         return lines
 
-    def _take_up(self, entry: JournalEntry) -> str:
-        peer = self._peers.get(entry.peer) or PeerConfig(entry.peer, "")
-        mn = ip_address(entry.mn_address)
-        if entry.role == "target":
-            self._desks.desk(peer, mn).post.put_nowait(entry)
-            return "finished" if TargetState(entry.state) in TARGET_OWNS else "undone"
-        run = Outgoing.resumed(self._parts, self._running(), peer, entry)
-        self._moves.resume(run, mn)
-        if run.machine.state is SourceState.RELEASED:
-            return f"{entry.peer} is asked whether it owns the SA"
-        return "cleaned up" if run.machine.state is SourceState.CLEANING else "kept and served here"
-
     def _running(self) -> Links:
-        if self._links is None:
+        if self._driver.links is None:
             raise StateError("the gateway does not run")
-        return self._links
+        return self._driver.links
 
     # -- outgoing ----------------------------------------------------------------------------------------
 
@@ -246,8 +200,9 @@ class Gateway:
         started); everything else is in the report. A call that is cancelled cancels a transfer that has not
         let go.
         """
-        peer = self._peer(to)
-        return await self._moves.transfer(peer, SaName(*sa), address, dry_run, progress)
+        self._running()
+        report: TransferReport = await self._driver.ask(Transfer(SaName(*sa), to, address, dry_run), progress)
+        return report
 
     async def transfer_all(
         self,
@@ -301,7 +256,9 @@ class Gateway:
 
     def cancel(self, transfer_id: str) -> bool:
         """Stop a transfer of this gateway. True: the SA is kept; False: it has been let go, or is unknown."""
-        return self._moves.cancel(transfer_id)
+        cancelled = self._driver.engine.cancel(self._driver.now(), transfer_id)
+        self._driver.pump()
+        return cancelled
 
     async def reclaim(self, transfer_id: str) -> TransferReport:
         """Serve the SA of a transfer in doubt here again, whatever the peer says, because the operator
@@ -309,7 +266,8 @@ class Gateway:
 
         If the peer owns it all the same, both gateways serve it. Errors: StateError unless it is in doubt.
         """
-        return await self._moves.reclaim(transfer_id)
+        report: TransferReport = await self._driver.ask(Reclaim(transfer_id))
+        return report
 
     # -- asking others -----------------------------------------------------------------------------------
 
@@ -332,11 +290,12 @@ class Gateway:
         Errors: UsageError (no such peer), StateError (not started); everything else is in the report, as this
         gateway sees it.
         """
-        peer = self._peer(from_)
+        self._peer(from_)
         self._running()
-        ask = self._asking.pull(peer, mn, sa, dry_run, progress)
-        await self._asking.run(ask)
-        return self._asking.report(ask)
+        report: TransferReport = await self._driver.ask(
+            Pull(from_, mn, None if sa is None else SaName(*sa), dry_run), progress
+        )
+        return report
 
     async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
         """Handle a CTAR that a mobile node sent from that UDP endpoint. Returns the CTAA, or None for no
@@ -345,10 +304,9 @@ class Gateway:
         Returns when the handover is over. Copies get None until then, and afterwards the same CTAA, until
         their token expires. Errors: StateError (not started, or no `mobile` was given).
         """
-        if self._arrivals is None:
-            raise StateError("no MN may hand over here: the gateway has no `mobile`")
         self._running()
-        return await self._arrivals.ctar(message, source)
+        answer: bytes | None = await self._driver.ask(Arrive(message, source))
+        return answer
 
     async def packet(
         self,
@@ -366,80 +324,32 @@ class Gateway:
 
         Errors: UsageError (no such peer, no message), StateError.
         """
-        parts = (datagrams,) if isinstance(datagrams, bytes) else tuple(datagrams)
-        blocks = proof.encode(parts)
-        try:
-            sa = proof.spis_of(parts[0])
-        except WireError:
-            return None
-        if not any(sa[1]) or remote.address.version != local.address.version:
-            return None
         self._running()
-        for name in ask:
-            peer = self._peer(name)
-            request = CtReq(remote.address, secrets.randbits(32), 0, blocks)
-            one = Ask(
-                peer,
-                request,
-                sa=sa,
-                right="packet",
-                place=lambda context: remote,
-                proves=partial(proof.verify, datagrams=parts),
-                here=local,
-            )
-            await self._asking.run(one)
-            report = self._asking.report(one)
-            if one.run is not None or report.status not in (
-                Status.UNKNOWN_SA,
-                Status.UNREACHABLE,
-                Status.NOT_ALLOWED,
-            ):
-                return report
-            log.info("%s does not give the SA that %s speaks of: %s", name, remote, report.text)
-        return None
+        parts = (datagrams,) if isinstance(datagrams, bytes) else tuple(datagrams)
+        report: TransferReport | None = await self._driver.ask(Show(parts, local, remote, tuple(ask)))
+        return report
 
     def tell(self, peer: str, news: Whereabouts) -> None:
         """Tell the peer that gave an SA where the SA is now, until it has confirmed that. Errors:
         StoreError."""
-        self._notices.tell(peer, news)
+        _, told = self._driver.begin(Tell(peer, news))
+        told.result()
 
     def _peer(self, name: str) -> PeerConfig:
-        peer = self._peers.get(name)
-        if peer is None:
-            known = ", ".join(sorted(self._peers)) or "none"
-            raise UsageError(f"no peer is called {name!r}", hint=f"configured peers: {known}")
-        return peer
+        return self._driver.engine.peer(name)
 
     # -- incoming ----------------------------------------------------------------------------------------
 
     async def accept(self, stream: Stream) -> None:
         """Serve a connection that a peer has opened, until it ends."""
         peer = next((self._certified[name] for name in stream.names if name in self._certified), None)
-        if peer is None or self._links is None:
+        links = self._driver.links
+        if peer is None or links is None:
             shown = ", ".join(sorted(stream.names)) or "no name"
             log.warning("refused a connection from %s: its certificate says %s", stream.label, shown)
             stream.close()
             return
-        self._notices.connected(peer.name)
-        await self._links.serve(stream, peer)
-
-    async def _arrived(self, link: Link, message: Message) -> None:
-        if isinstance(message, Ctc):
-            # a CTC names only the mobile node, so it ends all that can still be ended, in both directions
-            self._moves.cancelled(link.peer, message)
-            await self._desks.cancelled(link, message)
-            self._serving.cancelled(link, message)
-        elif isinstance(message, Ctd) and is_notice(message):
-            await self._notices.arrived(link, message)
-        elif isinstance(message, Pctd | Ctd):
-            await self._desks.take(link, message)
-        elif isinstance(message, CtReq) and self._links is not None:
-            await self._serving.request(link, message)
-        elif isinstance(message, Ctdr):
-            if not self._asking.refused(link, message):
-                log.warning("%s sent an answer without a request, for %s", link.label, message.mn)
-        else:
-            log.warning("%s sent a %s, which this gateway does not handle", link.label, message.TYPE.name)
+        await links.serve(stream, peer)
 
     # -- what operators read -----------------------------------------------------------------------------
 
@@ -454,16 +364,16 @@ class Gateway:
                     "host": peer.host,
                     "port": peer.port,
                     "rights": sorted(peer.rights),
-                    "connected": self._links is not None and self._links.connected(peer.name),
+                    "connected": self._driver.links is not None and self._driver.links.connected(peer.name),
                 }
                 for peer in self._peers.values()
             ],
-            "transfers": [_entry_json(entry) for entry in self._parts.store.open_transfers()],
+            "transfers": [_entry_json(entry) for entry in self._store.open_transfers()],
         }
 
     def history(self, limit: int = 100) -> list[dict[str, object]]:
         """The journal, newest first, as plain JSON values."""
-        return [_entry_json(entry) for entry in self._parts.store.history(limit)]
+        return [_entry_json(entry) for entry in self._store.history(limit)]
 
 
 def _given(tls: TlsConfig | None) -> TlsConfig:

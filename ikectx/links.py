@@ -1,31 +1,26 @@
 """Connections between gateways, and CXTP messages on them (I/O); `tls` and `plain` make the connections.
 
-A connection carries the messages of both directions, whoever dialled it.
-
-RFC 4067 names a transfer by the mobile node's previous address only, so answers are assigned by order: on one
-connection, the CTDRs for one mobile node come in the order of the PCTDs and CTDs for it, one for each. A CTDR
-with a status of FPT REQUEST answers none of them: it refuses a CT-Req (ours; the RFC has no such answer).
+A connection carries the messages of both directions, whoever dialled it. What answers what is the engine's
+to know (`engine.lines`): messages go out in the order in which they are given, and come in as they are read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import math
 import socket
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from . import trace
-from .context import Address, IkeContext
-from .cxtp import PORT, Ctd, Ctdr, Message, Pctd, StreamDecoder
+from .cxtp import Message, StreamDecoder
 from .errors import LinkError, WireError
-from .identity import allows
 from .mistakes import log_mistake
-from .numbers import Fpt
+from .peer import PeerConfig
 from .rates import Bucket
 from .transfer import Timing
 
@@ -42,46 +37,6 @@ WINDOW = 64
 """Messages of one link that may be unhandled; the next is read when one of them has been handled. So many
 mobile nodes of one peer can be moved at a time, because handling a message may take as long as the mobile
 node takes to answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerConfig:
-    """Another gateway.
-
-    `rights`: what it may do to us: "push" (move SAs here), "pull" (have them moved there), "packet" (the
-    same, where it shows a packet of the MN). What the MN itself asks for needs none. `certificate_name`: the
-    name its certificate holds, empty for `name`. `addresses`: those it serves MNs on, by which a CTAR with
-    the RFC's token names it; `host` counts as well. `sources`: networks that it connects from, beside those.
-    `connections`, `identities`: what SAs it may bring, by
-    the connection's name and by the MN's identity (patterns as `identity.allows` has them); empty: any.
-    """
-
-    name: str
-    host: str
-    port: int = PORT
-    rights: frozenset[str] = frozenset({"push"})
-    certificate_name: str = ""
-    addresses: tuple[Address, ...] = ()
-    sources: tuple[IPv4Network | IPv6Network, ...] = ()
-    connections: tuple[str, ...] = ()
-    identities: tuple[str, ...] = ()
-
-    @property
-    def certified(self) -> str:
-        """The certificate name, in lower case."""
-        return (self.certificate_name or self.name).lower()
-
-    def may_not_bring(self, context: IkeContext) -> str:
-        """Why it may not bring this SA here, whoever asked for it; empty: it may.
-
-        If the mobile node has an EAP identity, that one counts, because nothing proves its IKE identity then.
-        """
-        if self.connections and context.connection not in self.connections:
-            return f"{self.name} may not bring SAs of connection {context.connection} here"
-        identity = context.remote_eap_id or context.remote_id
-        if self.identities and not any(allows(pattern, identity) for pattern in self.identities):
-            return f"{self.name} may not bring SAs of {identity} here"
-        return ""
 
 
 class Stream(Protocol):
@@ -126,8 +81,8 @@ def keep_alive(sock: Any, seconds: float) -> None:
             sock.setsockopt(level, name, value)
 
 
-Answer = Ctdr | LinkError
 Arrival = Callable[["Link", Message], Awaitable[None]]
+_numbers = itertools.count(1)
 
 
 class Link:
@@ -137,13 +92,18 @@ class Link:
     """
 
     def __init__(self, stream: Stream, peer: PeerConfig, arrived: Arrival) -> None:
+        self.number = next(_numbers)
+        """By which the engine knows it."""
         self.peer = peer
+        self.where = stream.label
+        """Where the other side is."""
         self.error: LinkError | None = None
         """Why the link is closed; None while it is open."""
         self._stream = stream
         self._arrived = arrived
-        self._asked: defaultdict[Address, deque[asyncio.Future[Answer]]] = defaultdict(deque)
-        self._writing = asyncio.Lock()
+        self._unsent: deque[tuple[str, bytes]] = deque()
+        self._writing = False
+        self._writer: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._touched = self._loop.time()
         self._rate = Bucket(RATE, self._loop.time())
@@ -151,8 +111,8 @@ class Link:
         self._unhandled = 0
         self._room = asyncio.Event()
         self._room.set()
-        self.gone: asyncio.Future[LinkError] = self._loop.create_future()
-        """Done when the link is closed."""
+        self.gone: Callable[[Link], None] | None = None
+        """Called when the link is closed."""
 
     @property
     def quiet(self) -> float:
@@ -162,16 +122,11 @@ class Link:
     @property
     def label(self) -> str:
         """The peer's name and address."""
-        return f"{self.peer.name} at {self._stream.label}"
+        return f"{self.peer.name} at {self.where}"
 
     async def room(self) -> None:
         """Wait until one more message may be passed on; its handler will call `handled`."""
         await self._room.wait()
-        self.not_handled()
-
-    def not_handled(self) -> None:
-        """A message that was handled in part waits for another turn: its handler will call `handled`
-        again."""
         self._unhandled += 1
         if self._unhandled >= WINDOW:
             self._room.clear()
@@ -182,42 +137,30 @@ class Link:
         if self._unhandled < WINDOW:
             self._room.set()
 
-    async def send(self, message: Message) -> int:
-        """Send a message; returns its octets. Errors: LinkError."""
-        data = message.serialize()
-        async with self._writing:
-            trace.message("sent", type(message).__name__, self.peer.name, len(data))
-            await self._write(data)
-        return len(data)
+    def send(self, message: Message, octets: bytes | None = None) -> None:
+        """Send it when what was given before is sent; what cannot be sent closes the link.
 
-    async def _write(self, data: bytes) -> None:
+        `octets`: the message, where somebody has serialized it already. Errors: LinkError, where the link is
+        closed.
+        """
         if self.error is not None:
             raise self.error
         self._touched = self._loop.time()
+        self._unsent.append((type(message).__name__, message.serialize() if octets is None else octets))
+        if not self._writing:
+            self._writing = True
+            self._writer = self._loop.create_task(self._write(), name=f"ikectx writes to {self.label}")
+
+    async def _write(self) -> None:
         try:
-            await self._stream.write(data)
+            while self._unsent and self.error is None:
+                name, octets = self._unsent.popleft()
+                trace.message("sent", name, self.peer.name, len(octets))
+                await self._stream.write(octets)
         except LinkError as error:
             self.close(error)
-            raise
-
-    async def ask(
-        self, message: Pctd | Ctd, again: asyncio.Future[Answer] | None = None
-    ) -> tuple[int, asyncio.Future[Answer]]:
-        """Send a message that needs an answer: its octets, and a future of the CTDR (or of the link's end).
-
-        `again`: the future of the same message, asked before on this link; any answer to either resolves it.
-        A caller that stops waiting leaves the future alone, because the answer that comes for it still
-        counts.
-        """
-        future = again or asyncio.get_running_loop().create_future()
-        data = message.serialize()
-        async with self._writing:  # so that the order of asking is the order on the wire
-            if self.error is not None:
-                raise self.error
-            self._asked[message.mn].append(future)
-            trace.message("sent", type(message).__name__, self.peer.name, len(data))
-            await self._write(data)
-        return len(data), future
+        finally:
+            self._writing = False
 
     async def run(self) -> None:
         """Read until the end of the connection, then close. Raises nothing."""
@@ -228,8 +171,8 @@ class Link:
                 for message in decoder.feed(data):
                     trace.message("received", type(message).__name__, self.peer.name)
                     await self._pace()
-                    if not (isinstance(message, Ctdr) and self._answered(message)):
-                        await self._arrived(self, message)
+                    await self._arrived(self, message)
+                    await self._heard()
                     if self.error is not None:
                         return
                 if decoder.error is not None:
@@ -265,49 +208,48 @@ class Link:
             log.warning("%s sends more than %d messages a second and is read more slowly", self.label, RATE)
         await asyncio.sleep(-self._rate.level / RATE)
 
-    def _answered(self, message: Ctdr) -> bool:
-        """True if it answers a PCTD or CTD of ours."""
-        asked = self._asked.get(message.mn)
-        if not asked or any(status.fpt == Fpt.REQUEST for status in message.statuses):
-            return False
-        future = asked.popleft()
-        if not asked:
-            del self._asked[message.mn]
-        if not future.done():
-            future.set_result(message)
-        return True
+    async def _heard(self) -> None:
+        """Wait until the peer takes what it is sent: one that only asks would fill memory with answers."""
+        while len(self._unsent) > WINDOW and self.error is None and self._writer is not None:
+            await asyncio.wait({self._writer})
 
     def close(self, error: LinkError) -> None:
-        """Close with this error, which all that wait for answers get. The first one stays."""
+        """Close, for this reason. The first reason stays."""
         if self.error is not None:
             return
         self.error = error
-        self.gone.set_result(error)
+        self._unsent.clear()
         self._stream.close()
-        for asked in self._asked.values():
-            for future in asked:
-                if not future.done():
-                    future.set_result(error)
-        self._asked.clear()
+        self._room.set()
+        if self.gone is not None:
+            self.gone(self)
 
 
 class Links:
     """The open links to each peer, whoever dialled them: each carries transfers in both directions.
 
-    A link is dialled when it is needed and none is open. The side that dialled closes it when nothing was
-    sent on it and nobody has used it for `timing.idle`.
+    One is dialled when it is needed and none is there. Who dialled closes it when nothing was said on it and
+    nobody needed it for `timing.idle`; `unused` says for how many seconds nobody did, by the peer's name.
+    `opened` is called with each new link, and whether the peer dialled it, before anything is read.
     """
 
-    def __init__(self, dial: Dial, timing: Timing, arrived: Arrival) -> None:
+    def __init__(
+        self,
+        dial: Dial,
+        timing: Timing,
+        arrived: Arrival,
+        opened: Callable[[Link, bool], None] = lambda link, accepted: None,
+        unused: Callable[[str], float] = lambda name: math.inf,
+    ) -> None:
         self._dial = dial
         self._timing = timing
         self._arrived = arrived
+        self._opened = opened
+        self._unused = unused
         self._dialled: dict[str, Link] = {}
         self._accepted: defaultdict[str, list[Link]] = defaultdict(list)
         self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._users: defaultdict[str, int] = defaultdict(int)
-        self._waits: dict[str, asyncio.TimerHandle] = {}
 
     def connected(self, name: str) -> bool:
         """True if a link to that peer is open."""
@@ -316,19 +258,22 @@ class Links:
     async def get(self, peer: PeerConfig) -> Link:
         """An open link, or a new one. Errors: LinkError."""
         async with self._dialling[peer.name]:
-            link = self._open(peer.name)
+            link = self.find(peer.name)
             if link is not None:
                 return link
             with trace.span("connect", "part"):
                 stream = await self._dial(peer)
             link = Link(stream, peer, self._arrived)
             self._dialled[peer.name] = link
+            self._opened(link, False)
             task = asyncio.create_task(self._run(link), name=f"ikectx link to {peer.name}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            self._wait(link, self._timing.idle)
             return link
 
-    def _open(self, name: str) -> Link | None:
+    def find(self, name: str) -> Link | None:
+        """An open link to that peer."""
         link = self._dialled.get(name)
         if link is not None and link.error is None:
             return link
@@ -350,36 +295,24 @@ class Links:
             quietest.close(LinkError(f"{peer.name} has connected {LINKS} times since"))
         self._accepted[peer.name].append(link)
         try:
+            self._opened(link, True)
             await link.run()
         finally:
             self._accepted[peer.name].remove(link)
             log.info("%s has gone: %s", peer.name, link.error)
 
-    @contextlib.contextmanager
-    def in_use(self, peer: PeerConfig) -> Iterator[None]:
-        """While one of these is held, the link does not count as idle."""
-        self._users[peer.name] += 1
-        try:
-            yield
-        finally:
-            self._users[peer.name] -= 1
-            self._wait(peer.name, self._timing.idle)
+    def _wait(self, link: Link, seconds: float) -> None:
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().call_later(seconds, self._idle, link)
 
-    def _wait(self, name: str, seconds: float) -> None:
-        if not self._users[name] and name not in self._waits:  # else a flood leaves a timer for each message
-            with contextlib.suppress(RuntimeError):
-                self._waits[name] = asyncio.get_running_loop().call_later(seconds, self._idle, name)
-
-    def _idle(self, name: str) -> None:
-        del self._waits[name]
-        link = self._dialled.get(name)
-        if link is None or self._users[name]:
+    def _idle(self, link: Link) -> None:
+        if link.error is not None:
             return
-        left = self._timing.idle - link.quiet
+        left = self._timing.idle - min(link.quiet, self._unused(link.peer.name))
         if left > 0.001:
-            self._wait(name, left)
+            self._wait(link, left)
         else:
-            link.close(LinkError(f"the connection to {name} was idle"))
+            link.close(LinkError(f"the connection to {link.peer.name} was idle"))
 
     async def _run(self, link: Link) -> None:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .context import Address
 from .errors import LinkError
-from .links import PeerConfig
+from .peer import PeerConfig
 
 log = logging.getLogger("ikectx.neighbours")
 

@@ -22,8 +22,9 @@ from .context import Address, Endpoint
 from .door import Door, Handshakes, listen_on
 from .errors import ConfigError, IkectxError, LinkError
 from .flow import Flow, Transport
-from .links import READ_SIZE, Accept, Dial, PeerConfig, Stream, keep_alive
+from .links import READ_SIZE, Accept, Dial, Stream, keep_alive
 from .neighbours import Neighbours, own_address, plain_address, resolve
+from .peer import PeerConfig
 from .readiness import Readiness
 from .transfer import Timing
 

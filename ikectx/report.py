@@ -14,7 +14,7 @@ from .ports import Verdict
 from .transfer import SourceState, TargetState
 
 if TYPE_CHECKING:
-    from .store import Role
+    from .journal import Role
 
 Result = Literal["moved", "kept", "refused", "lost", "in-doubt"]
 

@@ -23,12 +23,13 @@ import secrets
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from .errors import StoreError
+from .journal import JournalEntry, Role
 from .ledger import NOTES, dumps, from_notes
 from .name import SaName
 from .numbers import Status
@@ -60,38 +61,6 @@ _COLUMNS = (
     "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
     " started, updated, detail, result, status, phases, moved"
 )
-
-
-Role = Literal["source", "target"]
-
-
-@dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """One transfer in one role. `result` is empty while it is open.
-
-    `context` and `final` are the encoded blocks of PCTD and CTD: in the clear here, sealed on disk, dropped
-    when the transfer ends. `epoch`: the highest of this SA that this transfer has made known to us.
-    `started`, `updated`: seconds since 1970. `phases`: ms by state; `moved`: what the
-    exchange with the MN took; `status`: why it ended as it did.
-    """
-
-    transfer_id: bytes
-    role: Role
-    peer: str
-    sa: SaName
-    mn: str
-    mn_address: str
-    state: str
-    epoch: int
-    started: float
-    updated: float
-    context: bytes | None = field(default=None, repr=False)
-    final: bytes | None = field(default=None, repr=False)
-    detail: str = ""
-    result: str = ""
-    status: Status = Status.OK
-    phases: Mapping[str, float] = field(default_factory=dict)
-    moved: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +397,16 @@ class SqliteStore:
         with self._errors():
             found = self._db.execute(f"SELECT max(epoch) FROM journal WHERE {taken}", sa).fetchone()  # noqa: S608
         return -1 if found[0] is None else _epoch(found[0])
+
+    def latest(self, sa: SaName) -> tuple[str, bytes] | None:
+        """Role and ID of the newest transfer of this SA that is open, or has moved it."""
+        with self._errors():
+            found = self._db.execute(
+                "SELECT role, transfer_id FROM journal WHERE spi_i = ? AND spi_r = ?"
+                " AND result IN ('', 'moved') ORDER BY number DESC LIMIT 1",
+                sa,
+            ).fetchone()
+        return None if found is None else (str(found[0]), bytes(found[1]))
 
     def owned_from(self, peer: str, mn_address: str) -> bool:
         """Do we own, or did we take, anything that this peer pushed for this MN?"""

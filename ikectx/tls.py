@@ -21,8 +21,9 @@ from typing import Any
 from .context import Address
 from .door import Door, Handshakes, listen_on
 from .errors import ConfigError, LinkError
-from .links import READ_SIZE, Accept, Dial, PeerConfig, Stream, keep_alive
+from .links import READ_SIZE, Accept, Dial, Stream, keep_alive
 from .neighbours import Neighbours, own_address, resolve
+from .peer import PeerConfig
 from .readiness import Readiness
 from .transfer import Timing
 

@@ -32,12 +32,14 @@ from ikectx.context import (
 )
 from ikectx.cxtp import Message, parse_message
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
-from ikectx.links import Dial, PeerConfig, Stream
+from ikectx.journal import JournalEntry
+from ikectx.links import Dial, Stream
 from ikectx.machine import Machine
 from ikectx.name import SaName
 from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
+from ikectx.peer import PeerConfig
 from ikectx.ports import MoveReport, Verdict
-from ikectx.store import JournalEntry, SqliteStore
+from ikectx.store import SqliteStore
 
 
 class HandClock:

@@ -10,12 +10,12 @@ from ipaddress import ip_address
 
 import pytest
 
-from ikectx.arrivals import AT_ONCE
 from ikectx.context import Endpoint, Secret
 from ikectx.cxtp import Ctaa, Ctar
+from ikectx.engine.arrivals import AT_ONCE
+from ikectx.engine.journaled import MobileConfig
 from ikectx.mobility import Handover, MobileState, Mode, Route, Router
 from ikectx.name import SaName
-from ikectx.serving import MobileConfig
 from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
 from ikectx.transfer import Timing
 

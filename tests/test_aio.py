@@ -22,9 +22,9 @@ from ikectx.errors import (
     UnknownSaError,
     UsageError,
 )
-from ikectx.links import PeerConfig
 from ikectx.name import SaName
 from ikectx.numbers import Fpt, IdType, Status
+from ikectx.peer import PeerConfig
 from ikectx.ports import Verdict
 from ikectx.report import TransferEvent
 from ikectx.transfer import OSEQ_JUMP
@@ -493,7 +493,8 @@ def test_b18_a_source_that_jumped_less_takes_back_above_all_that_the_target_sent
     async def scenario() -> None:
         async with world() as w:
             w.a.daemon.jump, w.b.daemon.jump = 1000, OSEQ_JUMP
-            w.a.agent._parts = replace(w.a.agent._parts, oseq_jump=1000)
+            parts = w.a.engine._parts
+            w.a.engine.transfers._parts = replace(parts, config=replace(parts.config, oseq_jump=1000))
             w.b.daemon.fail["move"] = [LinkError("no answer to 5 requests")]
             sa, report = await one_move(w)
             assert report.result == "kept"

@@ -12,9 +12,9 @@ import pytest
 
 from ikectx.context import Endpoint
 from ikectx.cxtp import Ctaa, Ctar, Pctd, TokenAlgorithm, compute_token
+from ikectx.engine.journaled import MobileConfig
 from ikectx.errors import StateError
 from ikectx.numbers import Status
-from ikectx.serving import MobileConfig
 from ikectx.tokens import token_key
 
 from .hand_loop import run

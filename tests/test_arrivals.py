@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ikectx.arrivals import ARRIVAL_IGNORED, ARRIVAL_TABLE, ArrivalInput, ArrivalState, endpoint
 from ikectx.context import Endpoint, IkeContext
 from ikectx.cxtp import Ctc, Ctd, Ctdr, CtReq, Pctd, TokenAlgorithm
+from ikectx.engine.arrivals import ARRIVAL_IGNORED, ARRIVAL_TABLE, ArrivalInput, ArrivalState, endpoint
 from ikectx.errors import BusyError, RefusedError
 from ikectx.machine import Machine
 from ikectx.numbers import Status
@@ -134,7 +134,7 @@ def test_what_was_announced_lives_on_only_for_its_time() -> None:
 
 def test_an_announced_move_is_cancelled_by_either_side() -> None:
     async def scenario() -> None:
-        async with world() as w:
+        async with world(timing=replace(FAST, predictive=5.0)) as w:
             mn = serve(w, a_context())
             await w.a.agent.ctar(*mn.announce())
             with pytest.raises(BusyError):

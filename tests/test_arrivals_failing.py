@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from ikectx.asking import refused_request
 from ikectx.context import Endpoint, IkeContext
 from ikectx.cxtp import ContextDataBlock, Ctaa, Ctd, Ctdr, CtReq
+from ikectx.engine.requests import refused_request
 from ikectx.errors import BusyError, CharonError
-from ikectx.links import PeerConfig
 from ikectx.numbers import Fpt, Status
+from ikectx.peer import PeerConfig
 from ikectx.ports import Verdict
 from ikectx.tokens import Purpose
 
@@ -170,7 +170,7 @@ def test_a_peer_cannot_use_a_token_for_somebody_else() -> None:
             mn = serve(w, a_context())
             ctar = mn.arrive()[0]  # for b
             link = await w.sides["c"].agent._running().get(PeerConfig("a", "a"))
-            await link.send(CtReq(ctar.mn, ctar.sequence, ctar.token, ctar.blocks))
+            link.send(CtReq(ctar.mn, ctar.sequence, ctar.token, ctar.blocks))
             await asyncio.sleep(0.02)
             (answer,) = [message for message in w.network.seen if isinstance(message, Ctdr)]
             assert refused_request(answer) == (Status.NOT_ALLOWED, ctar.sequence)

@@ -8,8 +8,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from ikectx.asking import name_sa, named_sa, refuse_request, refused_request
 from ikectx.cxtp import Ctd, Ctdr, CtReq, Pctd, parse_message
+from ikectx.engine.requests import name_sa, named_sa, refuse_request, refused_request
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, UsageError
 from ikectx.numbers import Fpt, Status
 from ikectx.ports import Verdict
@@ -249,14 +249,14 @@ def test_copies_of_a_request_begin_nothing() -> None:
             pulling = asyncio.create_task(w.b.agent.pull("a", MN))
             await w.b.reaches("prepare")
             link = await w.b.agent._running().get(w.b.agent._peers["a"])
-            await link.send(requests(w)[0])
+            link.send(requests(w)[0])
             gate.set()
             assert (await pulling).result == "moved"
             await w.quiet()
             # and one that comes late, when the SA is at b, even when it has come back
-            await link.send(requests(w)[0])
+            link.send(requests(w)[0])
             assert (await w.b.agent.transfer(sa, "a")).result == "moved"
-            await link.send(requests(w)[0])
+            link.send(requests(w)[0])
             await asyncio.sleep(0.02)
             await w.quiet()
             assert w.owner(sa) == "a"

@@ -21,8 +21,9 @@ from ikectx import door, neighbours
 from ikectx.context import Address
 from ikectx.door import HANDSHAKES, HANDSHAKES_OF_ONE, Door, Handshakes
 from ikectx.errors import LinkError
-from ikectx.links import PeerConfig, Stream
+from ikectx.links import Stream
 from ikectx.neighbours import Neighbours
+from ikectx.peer import PeerConfig
 from ikectx.tls import TlsConfig, tls_dial, tls_listen
 from ikectx.transfer import Timing
 

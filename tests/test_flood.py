@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from ikectx import desk
 from ikectx.cxtp import Ctc, Ctd, Ctdr, Pctd, parse_message
-from ikectx.desk import DENIED, Denied
+from ikectx.engine import inbox
+from ikectx.engine.inbox import DENIED, Denied
+from ikectx.engine.old_gateway import offer_status
 from ikectx.errors import StoreError
+from ikectx.journal import JournalEntry, Role
 from ikectx.links import WINDOW
 from ikectx.numbers import Status
-from ikectx.outgoing import offer_status
 from ikectx.profile import TransferHeader, encode
-from ikectx.store import JournalEntry, Role
 from ikectx.whole import encode_whole, final_of
 
 from .hand_loop import run
@@ -72,7 +72,7 @@ async def next_answer(stream: MemoryStream) -> Ctdr:
 
 
 def test_a_peer_has_only_so_many_transfers_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "OPEN", 5)
+    monkeypatch.setattr(inbox, "OPEN", 5)
 
     async def scenario() -> None:
         async with strangers(tmp_path, "a", "c") as (_, gateway, (a, c)):
@@ -95,7 +95,7 @@ def test_a_peer_has_only_so_many_transfers_open(tmp_path: Path, monkeypatch: pyt
 def test_what_a_peer_offers_holds_only_so_many_octets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk, "OPEN_OCTETS", 3 * len(held(1).serialize()))
+    monkeypatch.setattr(inbox, "OPEN_OCTETS", 3 * len(held(1).serialize()))
 
     async def scenario() -> None:
         async with strangers(tmp_path, "a") as (_, _, (a,)):

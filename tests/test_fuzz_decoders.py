@@ -34,12 +34,13 @@ from ikectx.errors import (
     UsageError,
     WireError,
 )
+from ikectx.journal import JournalEntry
 from ikectx.name import SaName
 from ikectx.numbers import Fpt, Protocol, Status
 from ikectx.ports import Verdict
 from ikectx.profile import decode, decode_final, encode, encode_final
 from ikectx.reasons import encode_reasons, with_reasons
-from ikectx.store import JournalEntry, SqliteStore
+from ikectx.store import SqliteStore
 from ikectx.tokens import Purpose, find, make_ctar, open_ctaa, seal_ctaa
 from ikectx.whereabouts import What, Whereabouts, notice, parse_notice
 from ikectx_cli import lab_bench, mobile_config, updown

@@ -17,7 +17,8 @@ import pytest
 from ikectx.context import Secret
 from ikectx.errors import LinkError
 from ikectx.flow import Transport
-from ikectx.links import PeerConfig, Stream
+from ikectx.links import Stream
+from ikectx.peer import PeerConfig
 from ikectx.plain import open_socket, plain_dial, plain_listen
 from ikectx.transfer import Timing
 from vici_bridge.esp import KernelReplay

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from ikectx.aio import Gateway
-from ikectx.cxtp import Ctc, Ctd, Ctdr, Message, Pctd, StatusBlock
+from ikectx.cxtp import Ctc, Ctd, Ctdr, Message, Pctd
 from ikectx.errors import ConfigError, LinkError, StateError
-from ikectx.links import Link, Links, PeerConfig, Stream
+from ikectx.links import Link, Links, Stream
 from ikectx.name import SaName
-from ikectx.numbers import Fpt, Status
+from ikectx.numbers import Status
+from ikectx.peer import PeerConfig
 from ikectx.store import SqliteStore
 from ikectx.tls import TlsConfig, certificate_names, tls_dial, tls_listen
 from ikectx.transfer import Timing
@@ -261,39 +262,6 @@ async def nothing(link: Link, message: Message) -> None:
 MN, MN2 = ip_address("198.51.100.7"), ip_address("198.51.100.8")
 
 
-def test_answers_are_paired_by_mn_and_order() -> None:
-    async def scenario() -> None:
-        near, far = pair()
-        link = Link(near, PeerConfig("far", "far"), nothing)
-        reading = asyncio.create_task(link.run())
-        _, first = await link.ask(Pctd(MN))
-        _, other = await link.ask(Pctd(MN2))
-        _, second = await link.ask(Ctd(MN))
-        _, repeated = await link.ask(Ctd(MN), second)
-        assert repeated is second
-        answers = [Ctdr(MN), Ctdr(MN, complete=True), Ctdr(MN2), Ctdr(MN), Ctdr(MN)]
-        # byte by byte: frames need not arrive whole
-        for octet in b"".join(message.serialize() for message in answers[:3]):
-            near.inbox.put_nowait(bytes([octet]))
-        assert await first == answers[0]
-        assert await second == answers[1]
-        assert await other == answers[2]
-        # the repetition has an answer of its own
-        near.inbox.put_nowait(answers[3].serialize())
-        near.inbox.put_nowait(answers[4].serialize())  # and this one nobody asked
-        await asyncio.sleep(0.01)
-        _, last = await link.ask(Pctd(MN))
-        far.close()
-        assert isinstance(await last, LinkError)
-        await reading
-        with pytest.raises(LinkError):
-            await link.send(Ctc(MN))
-        with pytest.raises(LinkError):
-            await link.ask(Ctd(MN))
-
-    run(scenario())
-
-
 def test_a_mistake_of_ours_ends_the_link_and_is_logged_without_its_text(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -306,20 +274,16 @@ def test_a_mistake_of_ours_ends_the_link_and_is_logged_without_its_text(
         near, far = pair()
         link = Link(near, PeerConfig("b", "b"), fails)
         running = asyncio.create_task(link.run())
-        _, asked = await link.ask(Pctd(MN))
         await far.write(Ctc(MN).serialize())
-        answer = await asked
-        assert isinstance(answer, LinkError)
-        assert "ValueError" in str(answer)
         await running
-        assert link.error is answer
+        assert "ValueError" in str(link.error)
 
     hand_loop.run(scenario())
     assert "ValueError, a mistake in the program" in caplog.text
     assert secret not in caplog.text
 
 
-def test_a_refusal_of_a_request_answers_no_ctd() -> None:
+def test_messages_come_whole_and_leave_in_their_order() -> None:
     async def scenario() -> None:
         near, far = pair()
         arrived: list[Message] = []
@@ -329,15 +293,22 @@ def test_a_refusal_of_a_request_answers_no_ctd() -> None:
 
         link = Link(near, PeerConfig("far", "far"), arrive)
         reading = asyncio.create_task(link.run())
-        _, asked = await link.ask(Ctd(MN))
-        no = Ctdr(MN, (StatusBlock(Fpt.REQUEST, Status.BUSY),))
-        for message in (no, Ctdr(MN, complete=True), Ctdr(MN2)):
-            near.inbox.put_nowait(message.serialize())
-        assert await asked == Ctdr(MN, complete=True)
+        messages = [Pctd(MN), Ctc(MN2), Ctd(MN)]
+        for message in messages:
+            link.send(message)
+        assert [await far.read() for _ in messages] == [message.serialize() for message in messages]
+        # byte by byte: frames need not arrive whole
+        for octet in Ctdr(MN).serialize() + Ctdr(MN2).serialize():
+            near.inbox.put_nowait(bytes([octet]))
         await asyncio.sleep(0.01)
-        assert arrived == [no, Ctdr(MN2)]  # the last was asked for by nobody
+        assert arrived == [Ctdr(MN), Ctdr(MN2)]
+        gone: list[Link] = []
+        link.gone = gone.append
         far.close()
         await reading
+        assert gone == [link]
+        with pytest.raises(LinkError):
+            link.send(Ctc(MN))
 
     run(scenario())
 
@@ -353,23 +324,32 @@ def test_a_link_serves_whoever_did_not_dial_it_while_it_is_lively() -> None:
             return near
 
         others: list[Stream] = []
-        links = Links(dial, replace(TIMING, idle=0.4), nothing)
+        used = asyncio.get_running_loop().time()
+        links = Links(
+            dial,
+            replace(TIMING, idle=0.4),
+            nothing,
+            unused=lambda name: asyncio.get_running_loop().time() - used,
+        )
         far = PeerConfig("far", "far")
         theirs, _ = pair()
         serving = asyncio.create_task(links.serve(theirs, far))
         await asyncio.sleep(0)
-        with links.in_use(far):
-            taken = await links.get(far)
-            assert taken.label == "far at far"
-            assert dialled == []
-            await asyncio.sleep(0.21)
-            # its dialler may be about to close it
-            own = await links.get(far)
-            assert own is not taken
-            assert dialled == ["far"]
-            assert await links.get(far) is own
+        taken = await links.get(far)
+        assert taken.label == "far at far"
+        assert dialled == []
+        await asyncio.sleep(0.21)
+        # its dialler may be about to close it
+        own = await links.get(far)
+        assert own is not taken
+        assert dialled == ["far"]
+        assert await links.get(far) is own
+        for _ in range(10):
+            used = asyncio.get_running_loop().time()
+            await asyncio.sleep(0.1)
+        assert own.error is None
         await asyncio.sleep(0.25)
-        await own.send(Ctc(MN))
+        own.send(Ctc(MN))
         await asyncio.sleep(0.2)
         assert own.error is None  # something was said on it less than `idle` ago
         await asyncio.sleep(0.5)
@@ -413,15 +393,18 @@ async def never(peer: PeerConfig) -> Stream:
 def test_what_is_not_cxtp_ends_the_link(octets: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         near, far = pair()
-        link = Link(near, PeerConfig("far", "far"), nothing)
-        _, asked = await link.ask(Pctd(MN))
+        arrived: list[Message] = []
+
+        async def arrive(link: Link, message: Message) -> None:
+            arrived.append(message)
+
+        link = Link(near, PeerConfig("far", "far"), arrive)
         near.inbox.put_nowait(Ctdr(MN).serialize() + octets)
         await link.run()
-        assert await asked == Ctdr(MN)  # what came before it counts
+        assert arrived == [Ctdr(MN)]  # what came before it counts
         assert link.error is not None
         assert "not CXTP" in str(link.error)
         assert "sent what is not CXTP" in caplog.text
-        await far.read()
         assert await far.read() == b""
 
     run(scenario())

@@ -12,8 +12,8 @@ import pytest
 
 from ikectx.cxtp import Ctc
 from ikectx.errors import CharonError, LinkError
+from ikectx.journal import JournalEntry
 from ikectx.numbers import Status
-from ikectx.store import JournalEntry
 from ikectx.tokens import Purpose
 
 from .hand_loop import run

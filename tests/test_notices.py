@@ -37,7 +37,7 @@ class Heard(list[tuple[str, Whereabouts]]):
 async def two() -> AsyncIterator[tuple[World, Heard]]:
     async with world() as w:
         heard = Heard()
-        w.a.agent._notices._hear = heard
+        w.a.agent._driver.hear = heard
         yield w, heard
 
 
@@ -102,7 +102,7 @@ def test_a_peer_that_knows_nothing_of_it_is_left_alone(
 
     async def main() -> None:
         async with two() as (w, heard):
-            monkeypatch.setattr("ikectx.aio.is_notice", lambda message: False)
+            monkeypatch.setattr("ikectx.engine.core.is_notice", lambda message: False)
             w.b.agent.tell("a", ENDED)
             await until(lambda: not waiting(w))
             assert heard == []

@@ -17,7 +17,8 @@ from ikectx.aio import Gateway
 from ikectx.context import Endpoint
 from ikectx.errors import ConfigError, LinkError
 from ikectx.flow import Flow
-from ikectx.links import Dial, PeerConfig, Stream
+from ikectx.links import Dial, Stream
+from ikectx.peer import PeerConfig
 from ikectx.plain import Hold, plain_dial, plain_listen
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ikectx.cxtp import ContextDataBlock, Ctdr
+from ikectx.engine.old_gateway import offer_status, refusal_text
 from ikectx.numbers import Fpt, Status
-from ikectx.outgoing import offer_status, refusal_text
 from ikectx.ports import Verdict
 from ikectx.profile import encode_verdicts
 from ikectx.reasons import REASON_OCTETS, REASONS, encode_reasons, refusals, with_reasons

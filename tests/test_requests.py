@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ikectx.asking import refused_request
 from ikectx.cxtp import Ctc, Ctdr, CtReq
+from ikectx.engine.grants import RATE, UNDER_WAY
+from ikectx.engine.requests import refused_request
 from ikectx.links import RATE as MESSAGES
 from ikectx.numbers import Status
 from ikectx.proof import encode
-from ikectx.serving import RATE, UNDER_WAY
 from ikectx.tokens import Purpose
 
 from .hand_loop import run, wall
@@ -34,10 +34,10 @@ async def ask(w: World, messages: list[CtReq], name: str = "b") -> list[Status]:
         answers[sequence] = status
         return True
 
-    side.agent._asking.refused = heard  # type: ignore[method-assign]
+    side.engine.requests.refused = heard  # type: ignore[method-assign]
     link = await side.agent._running().get(side.agent._peer("a"))
     for message in messages:
-        await link.send(message)
+        link.send(message)
     await until(lambda: len(answers) == len(messages))
     return [answers[number] for number in sorted(answers)]
 
@@ -79,7 +79,7 @@ def test_a_peer_that_asks_all_the_time_is_told_so() -> None:
             assert said.count(Status.BUSY) == 1000 - looked
             assert w.a.daemon.looks == looked
             assert w.a.daemon.calls == []
-            assert w.a.agent._serving._askers["b"].served == {}
+            assert w.a.engine.grants._askers["b"].served == {}
             # what it asks for other reasons, and what others ask, is heard
             pull = CtReq(ip_address("192.0.2.99"), 5000, 0)
             assert await ask(w, [pull]) == [Status.UNKNOWN_SA]
@@ -101,7 +101,7 @@ def test_so_many_requests_of_a_peer_are_under_way() -> None:
             )
             await until(lambda: w.a.daemon.calls.count("export") == UNDER_WAY)
             await asyncio.sleep(0.01)
-            assert sum(one.open for one in w.a.agent._serving._askers["b"].served.values()) == UNDER_WAY
+            assert sum(one.open for one in w.a.engine.grants._askers["b"].served.values()) == UNDER_WAY
             asking.cancel()
             gate.set()
             mn = serve(w, a_context(500, mn="198.51.101.1"), at=AWAY, nsg="c")
@@ -117,9 +117,9 @@ def test_a_peer_that_sends_without_end_is_read_slowly() -> None:
         async with world() as w:
             link = await w.b.agent._running().get(w.b.agent._peer("a"))
             began, heard = wall(), []
-            w.a.agent._moves.cancelled = lambda peer, message: heard.append(wall() - began)  # type: ignore[method-assign]
+            w.a.engine.transfers.cancelled = lambda peer, message: heard.append(wall() - began)  # type: ignore[method-assign]
             for _ in range(4 * MESSAGES):
-                await link.send(Ctc(ip_address("198.51.100.7")))
+                link.send(Ctc(ip_address("198.51.100.7")))
             await until(lambda: len(heard) == 4 * MESSAGES)
             assert heard[2 * MESSAGES - 1] < 0.1
             assert heard[-1] == pytest.approx(2.0, abs=0.1)

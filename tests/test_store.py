@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.errors import StoreError
+from ikectx.journal import JournalEntry
 from ikectx.ledger import Ledger, TargetFacts
 from ikectx.name import SaName
 from ikectx.numbers import Status
@@ -25,7 +26,6 @@ from ikectx.store import (
     LOG_PAGES,
     LOG_SIZE,
     SPARE_PAGES,
-    JournalEntry,
     Sealer,
     SqliteStore,
     open_store,

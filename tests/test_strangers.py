@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ikectx.aio import Gateway
 from ikectx.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, parse_message
-from ikectx.links import PeerConfig, Stream
+from ikectx.engine.old_gateway import offer_status
+from ikectx.links import Stream
 from ikectx.numbers import Status
-from ikectx.outgoing import offer_status
+from ikectx.peer import PeerConfig
 from ikectx.profile import TransferHeader, encode, encode_final
 from ikectx.store import SqliteStore
 from ikectx.transfer import Timing

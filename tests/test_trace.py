@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from ikectx import run, trace
+from ikectx import trace
 from ikectx.errors import BusyError, UsageError
-from ikectx.transfer import Timing
+
+from . import hand_loop
+from .worlds import one_move, world
 
 ID = bytes(range(8))
 
@@ -102,11 +104,15 @@ def test_functions_and_coroutine_functions_are_spanned(file: Path) -> None:
 
 
 def test_each_step_of_a_transfer_is_a_span(file: Path) -> None:
-    async def work() -> str:
-        return "ok"
+    async def scenario() -> None:
+        async with world() as w:
+            _, report = await one_move(w)
+            await w.quiet()
+            of = {line["step"]: line["of"] for line in lines(file) if line.get("kind") == "step"}
+            steps = ("freeze", "release", "check", "prepare", "take", "move", "activate")
+            assert {step: of.get(step) for step in steps} == dict.fromkeys(steps, report.transfer_id)
 
-    assert asyncio.run(run.step("take", work(), Timing())) == "ok"
-    assert [line["step"] for line in lines(file)] == ["take"]
+    hand_loop.run(scenario())
 
 
 def test_messages_have_their_moment_their_peer_and_a_length(file: Path) -> None:

@@ -44,7 +44,7 @@ async def ask(w: World, message: Ctar) -> None:
     """b asks a, with what it says is an MN's token; until a has answered."""
     before = len(w.network.seen)
     link = await w.b.agent._running().get(w.b.agent._peer("a"))
-    await link.send(CtReq(message.mn, message.sequence, message.token, message.blocks))
+    link.send(CtReq(message.mn, message.sequence, message.token, message.blocks))
     await until(lambda: len(w.network.seen) > before + 1)
 
 

@@ -9,14 +9,15 @@ from ipaddress import ip_address
 
 import pytest
 
-from ikectx.arrivals import AT_ONCE, OF_A_PEER, Arrival
-from ikectx.asking import Ask
 from ikectx.context import Endpoint
 from ikectx.cxtp import Ctaa, Ctar, Ctc, Ctd, Message
+from ikectx.engine.arrivals import AT_ONCE, OF_A_PEER, Arrival
+from ikectx.engine.journaled import MobileConfig
+from ikectx.engine.requests import Request
 from ikectx.errors import LinkError
-from ikectx.links import PeerConfig, Stream
+from ikectx.links import Stream
 from ikectx.numbers import Status
-from ikectx.serving import MobileConfig
+from ikectx.peer import PeerConfig
 from ikectx.tokens import Purpose
 
 from .hand_loop import run, wall
@@ -47,10 +48,10 @@ def test_answers_to_what_nobody_knows_are_not_remembered() -> None:
                 answer = await w.b.agent.ctar(*unknown(w, number))
                 assert answer is not None
                 assert [block.status for block in Ctaa.parse(answer).statuses] == [Status.UNKNOWN_SA]
-            assert w.b.agent._arrivals is not None
-            assert len(w.b.agent._arrivals._known) == 0
+            assert w.b.engine.arrivals is not None
+            assert len(w.b.engine.arrivals._known) == 0
             gc.collect()
-            assert not any(isinstance(each, Ask | Arrival) for each in gc.get_objects())
+            assert not any(isinstance(each, Request | Arrival) for each in gc.get_objects())
             assert w.a.daemon.calls == []
             assert mn.says(await w.b.agent.ctar(*mn.arrive())) is Status.OK
             await w.quiet()
@@ -119,8 +120,8 @@ def test_what_is_under_way_is_bounded_by_source_and_by_gateway() -> None:
             began = wall()
             flood = asyncio.gather(*one_source, *many)
             await asyncio.sleep(0.01)
-            assert w.b.agent._arrivals is not None
-            known = w.b.agent._arrivals._known
+            assert w.b.engine.arrivals is not None
+            known = w.b.engine.arrivals._known
             assert len(known) == OF_A_PEER
             assert sum(each.source == ATTACKER for each in known.values()) == AT_ONCE
             # the mobile node comes from the other gateway

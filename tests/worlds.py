@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ikectx.aio import Gateway
-from ikectx.links import PeerConfig
+from ikectx.engine.core import Engine
+from ikectx.engine.journaled import MobileConfig
 from ikectx.name import SaName
+from ikectx.peer import PeerConfig
 from ikectx.report import TransferEvent, TransferReport
-from ikectx.serving import MobileConfig
 from ikectx.transfer import Timing
 
 from .hand_loop import LoopClock, wall
@@ -88,6 +89,11 @@ class Side:
         if not self.fuse.blown:
             self.world.network.up[self.name] = self.agent
 
+    @property
+    def engine(self) -> Engine:
+        """What decides in this agent."""
+        return self.agent._driver.engine
+
     def only_open(self) -> dict[str, object]:
         """The one open transfer, as `status` shows it."""
         transfers = self.agent.status()["transfers"]
@@ -100,9 +106,8 @@ class Side:
         """No clean-up: tasks vanish, connections break, the journal stays as it is."""
         self.fuse.blown = True
         self.world.network.kill(self.name)
-        for task in list(self.agent._tasks.running):
-            task.cancel()
-        await asyncio.gather(*self.agent._tasks.running, return_exceptions=True)
+        self.agent._driver.close()
+        await asyncio.gather(*self.agent._driver.running, return_exceptions=True)
         self.store.close()
 
     async def restart(self) -> None:
@@ -141,8 +146,12 @@ class World:
 
     async def quiet(self, seconds: float = 20.0) -> None:
         """Until no journal has an open transfer."""
+        await self.quiet_but(0, seconds)
+
+    async def quiet_but(self, some: int, seconds: float = 20.0) -> None:
+        """Until all journals together have no more than so many open transfers."""
         async with asyncio.timeout(seconds):
-            while any(side.store.open_transfers() for side in self.sides.values()):
+            while sum(len(side.store.open_transfers()) for side in self.sides.values()) > some:
                 await asyncio.sleep(0.003)
 
     def owner(self, sa: SaName) -> str:

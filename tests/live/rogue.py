@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ikectx.context import ChildContext, Endpoint, Identity, IkeContext, Lifetime, Secret, TrafficSelector
 from ikectx.cxtp import Ctdr, Pctd, StreamDecoder
+from ikectx.engine.old_gateway import offer_status
 from ikectx.numbers import Encr, IdType, Integ, Mode
-from ikectx.outgoing import offer_status
 from ikectx.profile import TransferHeader, encode
 from ikectx.tls import TlsConfig
 from ikectx_cli.lab_net import INNER, INNER_NET, OUTER

@@ -13,31 +13,31 @@ source and each other gateway.
 
 from __future__ import annotations
 
-import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from ipaddress import ip_address
 
-from . import tokens
-from .asking import Ask, Asking
-from .context import Address, Endpoint, IkeContext, Secret
-from .cxtp import Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
-from .desk import Desk, Desks
-from .errors import BusyError, IkectxError, RefusedError, StateError, UnknownSaError, WireError
-from .incoming import Incoming
-from .links import Links, PeerConfig
-from .machine import Machine
-from .moves import Moves
-from .name import SaName
-from .numbers import Fpt, Status
-from .outgoing import Outgoing
-from .ports import new_names
-from .rates import one_source
-from .run import Parts, log, step
-from .serving import MobileConfig, UsedTokens
-from .tokens import Purpose, TokenBlock, TokenError
-from .transfer import SourceInput, SourceState, TargetState
+from .. import tokens
+from ..context import Address, Endpoint, IkeContext, Secret
+from ..cxtp import Blocks, Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
+from ..errors import BusyError, IkectxError, RefusedError, StateError, UnknownSaError, WireError
+from ..machine import Machine
+from ..name import SaName
+from ..numbers import Fpt, Status
+from ..peer import PeerConfig
+from ..rates import one_source
+from ..tokens import Purpose, TokenBlock, TokenError
+from ..transfer import SourceInput, SourceState, TargetState
+from .effects import Epochs, Export, Find, FindEpochs, NewNames, Recorded
+from .grants import UsedTokens
+from .inbox import Inbox, Inboxes
+from .journaled import MobileConfig, Parts
+from .new_gateway import Incoming
+from .old_gateway import Outgoing
+from .procedures import Opened, Steps, log
+from .requests import Request, Requests
+from .transfers import Transfers
 
 NAT_ANY = 1
 """Bit of `IkeContext.conditions`: ESP goes in UDP (strongSwan's COND_NAT_ANY)."""
@@ -180,27 +180,24 @@ class Arrivals:
     def __init__(
         self,
         parts: Parts,
-        peers: Mapping[str, PeerConfig],
-        links: Callable[[], Links],
-        moves: Moves,
-        desks: Desks,
-        asking: Asking,
+        transfers: Transfers,
+        inboxes: Inboxes,
+        requests: Requests,
         used: UsedTokens,
         config: MobileConfig,
     ) -> None:
         self._parts = parts
-        self._peers = peers
-        self._links = links
-        self._moves = moves
-        self._desks = desks
-        self._asking = asking
+        self._peers = {peer.name: peer for peer in parts.config.peers}
+        self._transfers = transfers
+        self._inboxes = inboxes
+        self._requests = requests
         self._used = used
         self._config = config
         self._known: OrderedDict[bytes, Arrival] = OrderedDict()
 
-    async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
-        """See `Gateway.ctar`."""
-        now = self._parts.wall()
+    def ctar(self, message: Ctar, source: Endpoint) -> Steps[bytes | None]:
+        """What becomes of a CTAR from that endpoint; the CTAA to send there, None for no answer."""
+        now = self._parts.scheduler.unix
         self._forget(now)
         # The key is what the tag covers, and the tag. So a forgery that comes first does not stand in the way
         # of the mobile node's own CTAR, and a CTAR that was changed where the tag does not cover it is a
@@ -218,7 +215,7 @@ class Arrivals:
             log.warning("a CTAR from %s is ignored: %s", source, error)
             return None
         try:
-            answer = arrival.feed(await self._handle(arrival))
+            answer = arrival.feed((yield from self._handle(arrival)))
         except TokenError as error:
             log.warning("a CTAR from %s for %s is ignored: %s", source, message.mn, error)
             answer = arrival.feed(ArrivalInput.BAD)
@@ -276,16 +273,15 @@ class Arrivals:
         for key in remembered[: max(0, len(remembered) - share)]:
             del self._known[key]
 
-    async def _handle(self, arrival: Arrival) -> ArrivalInput:
+    def _handle(self, arrival: Arrival) -> Steps[ArrivalInput]:
         token = arrival.token
-        announces = (
-            token.purpose == Purpose.ANNOUNCE
-            if token is not None
-            else bool(await step("find", self._parts.source.find(arrival.message.mn), self._parts.timing))
-        )
+        if token is not None:
+            announces = token.purpose == Purpose.ANNOUNCE
+        else:
+            announces = bool((yield Find(arrival.message.mn)))
         if announces:
-            return await self._announce(arrival)
-        return await self._arrive(arrival)
+            return (yield from self._announce(arrival))
+        return (yield from self._arrive(arrival))
 
     def _peer(self, message: Ctar, name: str | None) -> PeerConfig:
         """The other gateway that the CTAR names. Errors: TokenError."""
@@ -318,49 +314,48 @@ class Arrivals:
 
     # -- at pSG ------------------------------------------------------------------------------------------
 
-    async def _announce(self, arrival: Arrival) -> ArrivalInput:
+    def _announce(self, arrival: Arrival) -> Steps[ArrivalInput]:
         message, token, peer = arrival.message, arrival.token, arrival.peer
-        sa = await self._served(message.mn) if token is None else token.spis
+        sa = (yield from self._served(message.mn)) if token is None else token.spis
         key: list[Secret] = []
         algorithm = TokenAlgorithm.HMAC_SHA1 if token is None else TokenAlgorithm.HMAC_SHA256_128
         run = Outgoing(
             self._parts,
-            self._links(),
             peer,
             sa=sa,
-            transfer_id=secrets.token_bytes(8),
+            transfer_id=self._parts.fresh(8),
             address="mn",
             begins=SourceInput.ANNOUNCE,
             sequence=message.sequence,
         )
 
-        def proven(context: IkeContext) -> None:
+        def proven(context: IkeContext) -> Steps[None]:
             key[:] = [tokens.token_key(context.current, message.sequence)]
             self._verify(key[0], arrival, Purpose.ANNOUNCE)
-            self._used.check(sa, message.sequence, Purpose.ANNOUNCE)
+            yield from self._used.check(sa, message.sequence, Purpose.ANNOUNCE)
 
-        def allowed(context: IkeContext) -> None:
-            proven(context)
-            self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until, run.transfer_id)
+        def allowed(context: IkeContext) -> Steps[None]:
+            yield from proven(context)
+            yield from self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until, run.transfer_id)
             run.token = (algorithm, key[0])
 
-        await self._moves.grant(run, proven, allowed)
+        yield from self._transfers.grant(run, proven, allowed)
         arrival.feed(ArrivalInput.ANNOUNCE)
-        await run.awaited.wait()
+        yield Opened(run.awaited)
         status = Status.OK
         if run.machine.state in (SourceState.NEW, SourceState.REFUSED, SourceState.KEPT):
             status = run.status or Status.FAILED
-        return self._answer(arrival, key[0], status)
+        return (yield from self._answer(arrival, key[0], status))
 
-    async def _served(self, mn: Address) -> SaName:
-        found = await step("find", self._parts.source.find(mn), self._parts.timing)
+    def _served(self, mn: Address) -> Steps[SaName]:
+        found: Sequence[SaName] = yield Find(mn)
         if len(found) != 1:
             raise TokenError(f"{mn} has {len(found)} IKE_SAs, and the RFC's token names none")
         return found[0]
 
     # -- at nSG ------------------------------------------------------------------------------------------
 
-    async def _arrive(self, arrival: Arrival) -> ArrivalInput:
+    def _arrive(self, arrival: Arrival) -> Steps[ArrivalInput]:
         message, token, peer = arrival.message, arrival.token, arrival.peer
         sa = None if token is None else token.spis
         care_of = token.care_of.address if token is not None and token.care_of is not None else None
@@ -373,32 +368,36 @@ class Arrivals:
 
         request = CtReq(message.mn, message.sequence, message.token, message.blocks)
         answers = token is not None
-        ask = Ask(peer, request, sa=sa, right="push", place=place, proves=proves, answers=answers)
-        ahead = self._desks.held(peer.name, message.mn, sa)
+        ask = Request(
+            self._parts, peer, request, sa=sa, right="push", place=place, proves=proves, answers=answers
+        )
+        ahead = self._inboxes.held(peer.name, message.mn, sa)
         if ahead is not None and self._opens(ahead[1], arrival):
-            return await self._install(arrival, ask, *ahead)
-        if sa is not None and self._parts.store.owned_epoch(sa) >= 0:
-            context = await self._taken(arrival, sa)
-            if context is not None and context.remote.address == place(context).address:
-                key = tokens.token_key(context.current, message.sequence)
-                arrival.feed(ArrivalInput.UNKNOWN)
-                return self._answer(arrival, key, Status.OK, context, context.mid_responder)
+            return (yield from self._install(arrival, ask, *ahead))
+        context = None if sa is None else (yield from self._taken(arrival, sa))
+        if context is not None and context.remote.address == place(context).address:
+            key = tokens.token_key(context.current, message.sequence)
+            arrival.feed(ArrivalInput.UNKNOWN)
+            return (yield from self._answer(arrival, key, Status.OK, context, context.mid_responder))
         arrival.feed(ArrivalInput.UNKNOWN)
-        await self._asking.run(ask)
-        return self._arrived(arrival, ask)
+        yield from self._requests.run(ask)
+        return (yield from self._arrived(arrival, ask))
 
-    async def _taken(self, arrival: Arrival, sa: SaName) -> IkeContext | None:
+    def _taken(self, arrival: Arrival, sa: SaName) -> Steps[IkeContext | None]:
         """The SA, if it is here already and the token is right: the agent was restarted before it could
         answer."""
+        epochs: Epochs = yield FindEpochs(sa)
+        if epochs.owned < 0:
+            return None
         try:
-            known = self._parts.source.recorded(sa)
+            known: IkeContext = yield Recorded(sa)
             key = tokens.token_key(known.current, arrival.message.sequence)
             self._verify(key, arrival, Purpose.ARRIVE)
-            # the context is only read, so the SA need not be idle
-            exported = self._parts.source.export(sa, away=True)
-            return await step("export", exported, self._parts.timing)
+            # it is only looked at, and need not be idle
+            exported: IkeContext = yield Export(sa, away=True)
         except (BusyError, UnknownSaError):
             return None
+        return exported
 
     def _opens(self, run: Incoming, arrival: Arrival) -> bool:
         """True if the key that came ahead confirms the token. Else the old gateway is asked, because the
@@ -413,7 +412,7 @@ class Arrivals:
             return False
         return True
 
-    async def _install(self, arrival: Arrival, ask: Ask, desk: Desk, run: Incoming) -> ArrivalInput:
+    def _install(self, arrival: Arrival, ask: Request, inbox: Inbox, run: Incoming) -> Steps[ArrivalInput]:
         _, key = run.token or (TokenAlgorithm.NONE, Secret())
         arrival.feed(ArrivalInput.HELD)
         try:
@@ -422,17 +421,17 @@ class Arrivals:
             where = ask.place(run.context)
         except RefusedError as error:
             log.warning("transfer %s: %s", run.stored.transfer_id.hex(), error)
-            return self._answer(arrival, key, error.status)
+            return (yield from self._answer(arrival, key, error.status))
         run.token = None
-        await self._asking.run(ask, (desk, run, where))
-        return self._arrived(arrival, ask)
+        yield from self._requests.run(ask, (inbox, run, where))
+        return (yield from self._arrived(arrival, ask))
 
-    def _arrived(self, arrival: Arrival, ask: Ask) -> ArrivalInput:
+    def _arrived(self, arrival: Arrival, ask: Request) -> Steps[ArrivalInput]:
         error = ask.error
         status = Status.OK if ask.done else (Status.FAILED if error is None else error.status)
         if ask.run is None and status is Status.NOT_ALLOWED:
             raise TokenError(str(error))
-        text = self._asking.report(ask).text or status.name
+        text = ask.report().text or status.name
         if arrival.proven:
             log.info("%s at %s: %s", arrival.message.mn, arrival.source, text)
         else:  # a warning, since those have the smaller part of the log
@@ -444,7 +443,8 @@ class Arrivals:
         ):
             key = tokens.token_key(ask.context.current, arrival.message.sequence)
         expects = ask.run.next_request if ask.done and ask.run is not None else None
-        return self._answer(arrival, key, status, ask.context if ask.done else None, expects)
+        context = ask.context if ask.done else None
+        return (yield from self._answer(arrival, key, status, context, expects))
 
     def _answer(
         self,
@@ -453,8 +453,8 @@ class Arrivals:
         status: Status,
         context: IkeContext | None = None,
         expects: int | None = None,
-    ) -> ArrivalInput:
-        """Make the CTAA. It has a tag if the mobile node's token has one and we know the key.
+    ) -> Steps[ArrivalInput]:
+        """Make the CTAA; with a tag where the MN's token has one and we know the key.
 
         `expects`: message ID of the mobile node's next request, if the SA is here.
         """
@@ -462,8 +462,8 @@ class Arrivals:
         statuses = () if status is Status.OK else (StatusBlock(Fpt.IKEV2_SA, status),)
         answer = Ctaa(message.mn, statuses)
         if token is not None and key is not None:
-            names = () if context is None else new_names(self._parts.sink, context)
             try:
+                names: Blocks = () if context is None else (yield NewNames(context))
                 answer = tokens.seal_ctaa(
                     key,
                     message.mn,

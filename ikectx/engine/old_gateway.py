@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as changed
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from . import trace
-from .context import FinalState, IkeContext, Secret
-from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
-from .errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
-from .links import Answer, Link, Links, PeerConfig
-from .name import SaName
-from .numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
-from .ports import Verdict, hand_over, stay, take_nothing
-from .profile import TransferHeader, decode, decode_verdicts, encode, encode_final
-from .reasons import with_reasons
-from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
-from .run import Observer, Parts, Run, Turn, log, step
-from .store import JournalEntry
-from .transfer import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
-from .whole import decode_last, encode_whole
+from ..context import FinalState, IkeContext, Secret
+from ..cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ..errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
+from ..journal import JournalEntry
+from ..name import SaName
+from ..numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
+from ..peer import PeerConfig
+from ..ports import Verdict
+from ..profile import TransferHeader, decode, decode_verdicts, encode, encode_final
+from ..reasons import with_reasons
+from ..report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
+from ..transfer import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
+from ..whole import decode_last, encode_whole
+from .effects import Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
+from .journaled import Parts, Run
+from .lines import Line, Question, Reply
+from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
 
 Address = Literal["update", "keep", "mn"]
-_T = TypeVar("_T")
 
 _RESULTS: Mapping[SourceState, str] = {
     SourceState.DONE: "moved",
@@ -95,68 +96,63 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     def __init__(
         self,
         parts: Parts,
-        links: Links,
         peer: PeerConfig,
         *,
         sa: SaName,
         transfer_id: bytes,
         address: Address = "update",
-        observer: Observer | None = None,
+        ticket: int = 0,
         entry: JournalEntry | None = None,
         begins: SourceInput = SourceInput.OK,
-        link: Link | None = None,
-        token: tuple[TokenAlgorithm, Secret] | None = None,
+        link: Line | None = None,
         sequence: int = 0,
-        mid: int | None = None,
         away: bool = False,
     ) -> None:
         """`sequence`: that of the MN's CTAR."""
         state = SourceState.NEW if entry is None else SourceState(entry.state)
-        machine = new_source(parts.clock.now(), parts.timing, state)
+        machine = new_source(parts.now, parts.timing, state)
         super().__init__(
-            parts, machine, entry, observer, durable=SOURCE_DURABLE, results=_RESULTS, instead=_INSTEAD
+            parts, machine, entry, ticket, durable=SOURCE_DURABLE, results=_RESULTS, instead=_INSTEAD
         )
         self.peer = peer
         self.sa = sa
         self.transfer_id = transfer_id
         self.address = address
         self.context: IkeContext | None = None
-        self.signals: asyncio.Queue[SourceInput] = asyncio.Queue()
-        """Inputs from elsewhere: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
-        self.settled: asyncio.Future[TransferReport] = asyncio.get_running_loop().create_future()
-        """The report: set at the end, or earlier as "in-doubt"."""
-        self.over = asyncio.Event()
-        """Set when all work of this transfer has ended."""
-        self.awaited = asyncio.Event()
-        """Set when the peer holds the context and the mobile node may go, or when the transfer has ended."""
-        self.turn: Turn | None = None
-        """The lock that it holds. While it waits for the mobile node, others for the same node may go before
-        it."""
+        self.mailbox: deque[object] = deque()
+        """Signals nobody has looked at: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
+        self.process: Process | None = None
+        self.settled = Gate()
+        """Open when there is an `outcome` to report: at the end, or earlier as "in-doubt"."""
+        self.outcome: TransferReport | IkectxError | None = None
+        self.over = Gate()
+        """Open when nothing goes on any more."""
+        self.awaited = Gate()
+        """Open when the peer holds it and the MN may go, or when it has ended."""
         self.link = link
         """The connection that its messages use."""
         self.sequence = sequence
-        self.mid = mid
+        self.mid: int | None = None
         self.away = away
         self.expects: int | None = None
         self.asked_for: frozenset[Fpt] = frozenset()
         """Wishes of the peer beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
         self.told = False
         """True if the peer knows that the transfer ended, and why."""
+        self.token: tuple[TokenAlgorithm, Secret] | None = None
         self._begins = begins
         self._offered = entry is not None
         """Has the peer been told of it, as far as we know?"""
-        self.token = token
-        self._links = links
-        self._asked: asyncio.Future[Answer] | None = None
+        self._asked: Question | None = None
         self._verdicts: tuple[Verdict, ...] = ()
         self._messages = 0
         self._octets = 0
         self._connect_ms = 0.0
         self._tries = 0
         self._trouble: IkectxError | None = None
-        self._doubts: asyncio.TimerHandle | None = None
+        self._doubts: Timer | None = None
         self._sent = 0.0
-        self._do: Mapping[SourceAction, Callable[[], Awaitable[SourceInput | None]]] = {
+        self._do: Mapping[SourceAction, Callable[[], Steps[SourceInput | None]]] = {
             SourceAction.SEND_PCTD: self._send_pctd,
             SourceAction.SEND_CTD: self._send_ctd,
             SourceAction.SEND_CTC: self._send_ctc,
@@ -167,7 +163,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         }
 
     @classmethod
-    def resumed(cls, parts: Parts, links: Links, peer: PeerConfig, entry: JournalEntry) -> Outgoing:
+    def resumed(cls, parts: Parts, peer: PeerConfig, entry: JournalEntry) -> Outgoing:
         """As the journal has it. Errors: WireError when its context is not one of this version."""
         if entry.context is None:
             raise WireError("the journal has no context for it")
@@ -177,7 +173,6 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             begins = SourceInput.REQUESTED
         run = cls(
             parts,
-            links,
             peer,
             sa=entry.sa,
             transfer_id=entry.transfer_id,
@@ -191,18 +186,30 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     @property
     def held(self) -> bool:
         """True if the peer holds the context, and waits for the mobile node."""
-        answered = self._asked is not None and self._asked.done()
+        answered = self._asked is not None and self._asked.reply is not None
         state = self.machine.state
         return state is SourceState.AWAITING or (state is SourceState.ANNOUNCED and answered)
 
+    @property
+    def turn(self) -> tuple[str, str, object]:
+        """The turn it needs: one transfer for each MN and peer at a time (RFC 4067 names them by no more)."""
+        return ("transfer", self.peer.name, self._of.remote.address)
+
+    def signal(self, what: SourceInput) -> None:
+        """Something from elsewhere: it counts as soon as a step under way has ended."""
+        if self.process is not None:
+            self.process.post(what)
+        else:
+            self.mailbox.append(what)
+
     # -- the walk ----------------------------------------------------------------------------------------
 
-    async def export(self) -> None:
+    def export(self) -> Steps[None]:
         """Ask the source for the context. Errors: UnknownSaError; any other error is kept for `begin`."""
         try:
-            context = await self._step("export", self.parts.source.export(self.sa, away=self.away))
-            epoch = max(context.epoch, self.parts.store.known_epoch(self.sa))
-            self.context = changed(context, epoch=epoch)
+            context: IkeContext = yield Do(Export(self.sa, self.away), self.transfer_id)
+            epochs: Epochs = yield FindEpochs(self.sa)
+            self.context = changed(context, epoch=max(context.epoch, epochs.known))
             self.error = None
         except UnknownSaError:
             raise
@@ -210,7 +217,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self.context = None
             self.error = error
 
-    async def begin(self) -> None:
+    def begin(self) -> Steps[None]:
         """Go on from the export to the end."""
         if self.context is not None:
             try:
@@ -218,21 +225,20 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             except WireError as error:
                 self.blame(error)
         if self.error is None:
-            await self.go(self._begins)
+            yield from self.go(self._begins)
         else:
             busy = isinstance(self.error, BusyError)
-            await self.go(SourceInput.BUSY if busy else SourceInput.FAILED)
+            yield from self.go(SourceInput.BUSY if busy else SourceInput.FAILED)
 
     @property
     def _header(self) -> TransferHeader:
         hold = self._begins is SourceInput.ANNOUNCE
         return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.address)
 
-    @trace.spanned("encode PCTD")
     def _new_entry(self, context: IkeContext) -> JournalEntry:
         header = self._header
         offer = Pctd(context.remote.address, encode(context, transfer=header))
-        now = self.parts.wall()
+        now = self.parts.scheduler.unix
         return JournalEntry(
             transfer_id=self.transfer_id,
             role="source",
@@ -247,44 +253,37 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             context=offer.serialize(),
         )
 
-    async def go(self, what: SourceInput | None) -> None:
+    def go(self, what: SourceInput | None) -> Steps[None]:
         """Feed `what`, do what the table says, feed what comes of it, until the end."""
-        with self._links.in_use(self.peer):
+        with self.parts.scheduler.using(self.peer.name):
             while what is not None:
                 before = self.machine.state
                 if self._may_have_sent and before in _PREPARED_THERE and self.machine.peek(what) in _SERVED:
-                    await self._pass_by()
-                actions = await self.advance(what)
+                    yield from self._pass_by()
+                actions = yield from self.advance(what)
                 if self.machine.state != before:
                     self._tries = 0
                 what = None
                 for action in actions:
-                    what = await self._do[action]()
+                    what = yield from self._do[action]()
                 if what is None and self.machine.state is SourceState.AWAITING:
-                    what = await self._await()
+                    what = yield from self._await()
         if self._doubts is not None:
             self._doubts.cancel()
         if self.machine.state in _SERVED:
-            self._stay()
+            try:
+                yield Stay(self.sa)
+            except IkectxError as error:
+                log.error("gateways that it came from are not told that an SA stays here: %s", error)
         self._settle()
 
-    def _stay(self) -> None:
-        try:
-            stay(self.parts.source, self.sa)
-        except IkectxError as error:
-            log.error("gateways that it came from are not told that an SA stays here: %s", error)
-
-    async def _await(self) -> SourceInput:
+    def _await(self) -> Steps[SourceInput]:
         """The MN: it goes when it likes, and until then others may have their turn."""
-        self.awaited.set()
-        due = self.machine.next_timer() or 0.0
-        if self.turn is not None:
-            self.turn.give()
-        try:
-            signal = await self._signal(max(0.0, due - self.parts.clock.now()))
-        finally:
-            if self.turn is not None:
-                await self.turn.take()
+        scheduler = self.parts.scheduler
+        scheduler.open(self.awaited)
+        scheduler.leave(self.turn)
+        signal = yield from self._signal(self.machine.next_timer() or 0.0)
+        yield Turn(self.turn)
         if signal is not None:
             return signal
         late = f"the MN did not arrive at {self.peer.name} in time"
@@ -293,22 +292,24 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _settle(self) -> None:
         """Report: at the end, and before it when the caller should not wait any longer."""
-        self.awaited.set()
+        scheduler = self.parts.scheduler
+        scheduler.open(self.awaited)
         report = self.report()
         self.tell(report)
-        if not self.settled.done():
-            self.settled.set_result(report)
+        self.settle(report)
 
-    async def _step(self, what: str, work: Awaitable[_T]) -> _T:
-        with trace.about(self.transfer_id):
-            return await step(what, work, self.parts.timing)
+    def settle(self, outcome: TransferReport | IkectxError) -> None:
+        """The first outcome stays."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self.parts.scheduler.open(self.settled)
 
     # -- messages ----------------------------------------------------------------------------------------
 
-    async def _connect(self) -> Link:
-        began = self.parts.clock.now()
-        self.link = await self._links.get(self.peer)
-        self._connect_ms += (self.parts.clock.now() - began) * 1000
+    def _connect(self) -> Steps[Line]:
+        began = self.parts.now
+        self.link = yield from self.parts.lines.get(self.peer)
+        self._connect_ms += (self.parts.now - began) * 1000
         return self.link
 
     def asked(self, octets: int) -> None:
@@ -321,40 +322,41 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _elapsed(self) -> int:
         """The field of PCTD and CTD: milliseconds since the first message of this transfer."""
-        now = self.parts.clock.now()
+        now = self.parts.now
         if not self._sent:
             self._sent = now
         return min(0xFFFFFFFF, round((now - self._sent) * 1000))
 
-    async def _send_pctd(self) -> SourceInput:
+    def _send_pctd(self) -> Steps[SourceInput]:
         try:
-            link = await self._connect()
+            link = yield from self._connect()
             offer = changed(Pctd.parse(self.stored.context or b""), elapsed=self._elapsed())
             if self.token is not None:
                 offer = changed(offer, algorithm=self.token[0], key=self.token[1].reveal())
             self._offered = True
-            octets, self._asked = await link.ask(offer)
+            octets, self._asked = link.ask(offer)
         except LinkError as error:
             self.blame(error)
             return SourceInput.LINK_LOST
         self._count(octets)
-        return await self._answer()
+        return (yield from self._answer(self._asked))
 
-    async def _send_ctd(self) -> SourceInput:
+    def _send_ctd(self) -> Steps[SourceInput]:
         if self._doubts is None:
-            self._doubts = asyncio.get_running_loop().call_later(self.parts.timing.in_doubt, self._doubt)
+            until = self.parts.now + self.parts.timing.in_doubt
+            self._doubts = self.parts.scheduler.call_at(until, self._doubt)
         try:
             if self.link is None or self.link.error is not None:
                 raise self.link.error if self.link and self.link.error else LinkError("not connected")
             letting_go = changed(Ctd.parse(self.stored.final or b""), elapsed=self._elapsed())
             # no answer in time: asked once more on the same link
-            again = self._asked if self._asked is not None and not self._asked.done() else None
-            octets, self._asked = await self.link.ask(letting_go, again)
+            again = self._asked if self._asked is not None and self._asked.reply is None else None
+            octets, self._asked = self.link.ask(letting_go, again)
         except LinkError as error:
             self._lost(error)
             return SourceInput.LINK_LOST
         self._count(octets)
-        return await self._answer()
+        return (yield from self._answer(self._asked))
 
     def _doubt(self) -> None:
         if self.machine.state is SourceState.RELEASED:
@@ -364,50 +366,57 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     def _lost(self, error: LinkError) -> None:
         log.warning("transfer %s: let go, but not confirmed yet: %s", self.transfer_id.hex(), error)
 
-    async def _reconnect(self) -> SourceInput:
+    def _reconnect(self) -> Steps[SourceInput]:
         """Wait, longer each time, then dial again."""
         wait = self.parts.timing.wait(self._tries)
         self._tries += 1
-        signal = await self._signal(wait)
+        signal = yield from self._signal(self.parts.now + wait)
         if signal is not None:
             return signal
         try:
-            await self._connect()
+            yield from self._connect()
         except LinkError as error:
             self._lost(error)
             return SourceInput.LINK_LOST
         return SourceInput.LINK_UP
 
-    async def _send_ctc(self) -> None:
+    def _send_ctc(self) -> Steps[None]:
         """So that the peer need not wait for its own timer; not more than a courtesy."""
         if self.context is None or self._begins is SourceInput.REQUESTED:
             return
         try:
             link = self.link
             if link is None:
-                link = await self._connect()  # after a restart
-            self._count(await link.send(Ctc(self.context.remote.address)))
+                link = yield from self._connect()  # after a restart
+            self._count(link.send(Ctc(self.context.remote.address)))
         except LinkError as error:
             log.info("transfer %s: %s was not told: %s", self.transfer_id.hex(), self.peer.name, error)
 
-    async def _signal(self, seconds: float | None) -> SourceInput | None:
-        """The next signal that means something in this state; None: none came in time."""
-        try:
-            async with asyncio.timeout(seconds):
-                while self.machine.ignores(signal := await self.signals.get()):
-                    pass
-        except TimeoutError:
-            return None
-        self._blame_signal(signal)
-        return signal
+    def _signal(self, until: float | None, asked: Question | None = None) -> Steps[SourceInput | None]:
+        """The next signal that means something in this state; None: none came until then.
+
+        `asked`: its reply is waited for, too, and counts first; None then, and the signal is kept.
+        """
+        while True:
+            if asked is not None and asked.reply is not None:
+                return None
+            event = yield Event(until)
+            if event is None:
+                return None
+            if isinstance(event, SourceInput) and not self.machine.ignores(event):
+                if asked is not None and asked.reply is not None:
+                    self.mailbox.appendleft(event)
+                    return None
+                self._blame_signal(event)
+                return event
 
     def _pending(self) -> SourceInput | None:
         """A signal that came while a step was under way."""
-        while not self.signals.empty():
-            signal = self.signals.get_nowait()
-            if not self.machine.ignores(signal):
-                self._blame_signal(signal)
-                return signal
+        while self.mailbox:
+            event = self.mailbox.popleft()
+            if isinstance(event, SourceInput) and not self.machine.ignores(event):
+                self._blame_signal(event)
+                return event
         return None
 
     def _blame_signal(self, signal: SourceInput) -> None:
@@ -423,26 +432,13 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self.error = reasons[signal]
             self.told = signal is SourceInput.CTC
 
-    async def _answer(self) -> SourceInput:
+    def _answer(self, asked: Question) -> Steps[SourceInput]:
         """What comes first: the CTDR, the end of the link, a signal, the machine's timer."""
-        asked = self._asked
-        if asked is None:
-            raise StateError("nothing was asked")
-        due = self.machine.next_timer()
-        left = None if due is None else max(0.0, due - self.parts.clock.now())
-        signal = asyncio.ensure_future(self._signal(left))
-        both: set[asyncio.Future[Any]] = {asked, signal}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            signal.cancel()
-        what = signal.result() if signal.done() and not signal.cancelled() else None
-        if asked.done():
-            if what is not None:
-                self.signals.put_nowait(what)  # the answer counts first
-            return self._judge(asked.result())
-        if what is not None:
-            return what
+        signal = yield from self._signal(self.machine.next_timer(), asked)
+        if asked.reply is not None:
+            return self._judge(asked.reply)
+        if signal is not None:
+            return signal
         offered = self.machine.state in (SourceState.OFFERED, SourceState.ANNOUNCED)
         waited = "offer" if offered else "confirmation"
         log.warning("transfer %s: no answer to the %s", self.transfer_id.hex(), waited)
@@ -450,19 +446,19 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self.blame(LinkError(f"{self.peer.name} did not answer in time", hint="see its log"))
         return SourceInput.TIMEOUT
 
-    def _judge(self, answer: Answer) -> SourceInput:
-        if isinstance(answer, LinkError):
+    def _judge(self, reply: Reply) -> SourceInput:
+        if isinstance(reply, LinkError):
             if self.machine.state is SourceState.RELEASED:
-                self._lost(answer)
+                self._lost(reply)
             else:
-                self.blame(answer)
+                self.blame(reply)
             return SourceInput.LINK_LOST
-        self._count(len(answer.serialize()))
-        status, self._verdicts = offer_status(answer)
+        self._count(len(reply.serialize()))
+        status, self._verdicts = offer_status(reply)
         if status is Status.OK:
             self.asked_for = frozenset(verdict.fpt for verdict in self._verdicts)
             return SourceInput.ACCEPTED
-        if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and answer.complete:
+        if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and reply.complete:
             # neither yes nor no: whoever may own it now, it is not for us to guess
             log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
             return SourceInput.LINK_LOST
@@ -470,7 +466,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         if status is Status.IN_DOUBT and self.machine.state is SourceState.RELEASED:
             log.error("transfer %s is in doubt, %s", self.transfer_id.hex(), text)
             self.error = LinkError(text, status=status, hint=HINTS[status])
-            if not self.settled.done():
+            if self.outcome is None:
                 self._settle()  # the operator decides, and need not wait for a time limit
             return SourceInput.DOUBTED
         self.error = RefusedError(text, status=status, hint=HINTS.get(status, ""))
@@ -485,17 +481,20 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             raise StateError("a transfer without context takes no steps")
         return self.context
 
-    async def _freeze(self) -> SourceInput:
+    def _freeze(self) -> Steps[SourceInput]:
         context, entry = self._of, self.stored
         self._asked = None  # what is still to come for the PCTD is no answer to the CTD
         try:
-            # not said where it is not wanted: sources of integrators may not know it
-            words = (("sending", Fpt.GO_ON), ("renaming", Fpt.NEW_SPIS))
-            how = {word: True for word, fpt in words if fpt in self.asked_for}
-            if self._begins is SourceInput.REQUESTED:
-                hand_over(self.parts.source, self.sa)
-            letting = self.parts.source.freeze(context, self.peer.name, away=self.away, **how)
-            final: FinalState = await self._step("freeze", letting)
+            final: FinalState = yield from self.step(
+                Freeze(
+                    context,
+                    self.peer.name,
+                    away=self.away,
+                    sending=Fpt.GO_ON in self.asked_for,
+                    renaming=Fpt.NEW_SPIS in self.asked_for,
+                    unannounced=self._begins is SourceInput.REQUESTED,
+                )
+            )
             final = changed(final, epoch=context.epoch + 1)
             if final.unsure and self.expects is not None:
                 check_expected(final, self.expects)
@@ -521,7 +520,6 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.entry = changed(entry, final=letting_go, epoch=final.epoch)
         return SourceInput.OK
 
-    @trace.spanned("encode CTD")
     def _encode(self, context: IkeContext, final: FinalState) -> bytes:
         """The CTD, as octets. Errors: `_Overrun`."""
         if self._begins is SourceInput.REQUESTED:
@@ -533,37 +531,36 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _check_numbers(self, context: IkeContext, final: FinalState) -> None:
         """The peer is prepared to go on at the exported numbers plus the jump: ours must still be below."""
+        jump = self.parts.config.oseq_jump
         exported = {child.spi_in: child.outbound.seq for child in context.children}
         for child in final.children:
             sent = child.outbound.seq - exported.get(child.spi_in, 0)
-            if sent >= self.parts.oseq_jump:
+            if sent >= jump:
                 raise _Overrun(
-                    f"{sent} packets left since the export, the jump is {self.parts.oseq_jump}",
+                    f"{sent} packets left since the export, the jump is {jump}",
                     hint="a larger `oseq_jump` at all gateways",
                 )
 
-    async def _release(self) -> SourceInput:
+    def _release(self) -> Steps[SourceInput]:
         try:
-            await self._step("release", self.parts.source.release(self._of))
+            yield from self.step(Release(self._of))
         except IkectxError as error:
-            return await self._failed("release", error)
+            return (yield from self._failed("release", error))
         self._trouble = None
         return SourceInput.OK
 
-    async def _thaw(self) -> SourceInput:
+    def _thaw(self) -> Steps[SourceInput]:
         entry = self.stored
         # the peer may have sent under its own jump, even before it took the SA: packets for the MN may have
         # found their way there since the freeze. Go past all of that.
         jump = 2 * OSEQ_JUMP
         try:
-            if self.told and self.status in UNTOUCHED:
-                take_nothing(self.parts.source, self.sa)
-            await self._step("thaw", self.parts.source.thaw(self._of, jump))
+            yield from self.step(Thaw(self._of, jump, untouched=self.told and self.status in UNTOUCHED))
         except UnknownSaError as error:
             self.error = error
             return SourceInput.GONE
         except IkectxError as error:
-            return await self._failed("thaw", error)
+            return (yield from self._failed("thaw", error))
         self._trouble = None
         if entry.final is not None:
             self.entry = changed(entry, epoch=self._of.epoch + 2)
@@ -574,24 +571,26 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """Whether the peer, which was to prepare the SA, may have sent packets under its keys."""
         return self._offered and self.context is not None and not (self.told and self.status in UNTOUCHED)
 
-    async def _pass_by(self) -> None:
+    def _pass_by(self) -> Steps[None]:
         """Go past what the peer may have sent from the moment when it had prepared the SA, and serve on.
 
         A packet for the MN may have found its way there. The numbers that it used are not used again.
         """
         while True:
             try:
-                return await self._step("thaw", self.parts.source.thaw(self._of, 2 * OSEQ_JUMP))
+                yield from self.step(Thaw(self._of, 2 * OSEQ_JUMP))
             except IkectxError as error:
-                await self._failed("thaw", error)
+                yield from self._failed("thaw", error)
+            else:
+                return
 
-    async def _failed(self, what: str, error: IkectxError) -> SourceInput:
+    def _failed(self, what: str, error: IkectxError) -> Steps[SourceInput]:
         """A step without alternative: report in time, and go on trying."""
         self._tries += 1
         if self._tries == self.parts.timing.retries:
             self._trouble = error
             self._settle()
-        await self.again(self._tries - 1, what, error)
+        yield from self.again(self._tries - 1, what, error)
         return SourceInput.FAILED
 
     # -- the report --------------------------------------------------------------------------------------

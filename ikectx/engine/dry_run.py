@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace as changed
 
-from .cxtp import Pctd
-from .errors import IkectxError, LinkError, RefusedError, StateError
-from .numbers import Status
-from .outgoing import Outgoing, offer_status, refusal_text
-from .profile import TransferHeader, encode
-from .report import HINTS, TransferReport
+from ..cxtp import Pctd
+from ..errors import IkectxError, LinkError, RefusedError, StateError
+from ..numbers import Status
+from ..profile import TransferHeader, encode
+from ..report import HINTS, TransferReport
+from .lines import reply_to
+from .old_gateway import Outgoing, offer_status, refusal_text
+from .procedures import Steps
 
 
 class DryRun(Outgoing):
     """A transfer that is only offered for a check."""
 
-    async def ask_only(self) -> TransferReport:
+    def ask_only(self) -> Steps[TransferReport]:
         """Ask the peer whether it would take the exported context."""
-        context = self.context
+        yield from self.export()
+        timing = self.parts.timing
         try:
-            if context is None:
+            if self.context is None:
                 raise self.error or StateError("nothing was exported")
-            with self._links.in_use(self.peer):
-                link = await self._connect()
+            with self.parts.scheduler.using(self.peer.name):
+                link = yield from self._connect()
                 header = TransferHeader(self.transfer_id, "check", self.address)
-                offer = Pctd(context.remote.address, encode(context, transfer=header))
-                began = self.parts.clock.now()
-                octets, asked = await link.ask(offer)
+                offer = Pctd(self.context.remote.address, encode(self.context, transfer=header))
+                began = self.parts.now
+                octets, asked = link.ask(offer)
                 self._count(octets)
-                async with asyncio.timeout(self.parts.timing.offer):
-                    answer = await asyncio.shield(asked)
-                spent = (self.parts.clock.now() - began) * 1000
+                answer = yield from reply_to(asked, began + timing.offer)
+                spent = (self.parts.now - began) * 1000
+            if answer is None:
+                raise LinkError(f"{self.peer.name} did not answer in time", hint="see its log")
             if isinstance(answer, LinkError):
                 raise answer
-        except TimeoutError:
-            self.blame(LinkError(f"{self.peer.name} did not answer in time", hint="see its log"))
-            return changed(self.report(), dry_run=True)
         except IkectxError as error:
             self.blame(error)
             return changed(self.report(), dry_run=True)

@@ -1,4 +1,4 @@
-"""Old gateway: answers to the CT-Reqs of other gateways, and who may have which SA.
+"""What other gateways ask of this one: CT-Reqs, and who may have what (old gateway).
 
 A CT-Req is granted for one of three reasons: its sender has the right `pull`; it has the mobile node's token;
 or it has a packet of the mobile node, and its sender has the right `packet`. In the last two cases the mobile
@@ -7,18 +7,14 @@ node has chosen: it is at the sender already, so its whole SA goes there in one 
 
 from __future__ import annotations
 
-import asyncio
-import secrets
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import sha256
 
-from . import proof, tokens
-from .asking import named_sa, refuse_request
-from .context import Address, IkeContext
-from .cxtp import Ctc, CtReq
-from .errors import (
+from .. import proof, tokens
+from ..context import Address, IkeContext
+from ..cxtp import Ctc, CtReq
+from ..errors import (
     BusyError,
     IkectxError,
     LinkError,
@@ -27,16 +23,20 @@ from .errors import (
     UnknownSaError,
     WireError,
 )
-from .links import Link, Links
-from .moves import Allowed, Moves
-from .name import SaName
-from .numbers import Fpt, Status
-from .outgoing import Outgoing, check_expected
-from .rates import Bucket
-from .report import TransferReport
-from .run import Parts, Tasks, log, step
-from .tokens import Purpose, TokenBlock, TokenError
-from .transfer import SourceInput, SourceState
+from ..journal import JournalEntry
+from ..name import SaName
+from ..numbers import Fpt, Status
+from ..rates import Bucket
+from ..report import TransferReport
+from ..tokens import Purpose, TokenBlock, TokenError
+from ..transfer import SourceInput, SourceState
+from .effects import Delete, Find, FindTransfer, Get, Items, Put, Recorded
+from .journaled import MobileConfig, Parts
+from .lines import Line
+from .old_gateway import Outgoing, check_expected
+from .procedures import Opened, Process, Steps, log
+from .requests import named_sa, refuse_request
+from .transfers import Allowed, Transfers
 
 MEMORY = 1024
 """CT-Reqs of one peer that are remembered, because a repeated one must not begin a second transfer."""
@@ -45,19 +45,6 @@ UNDER_WAY = 128
 RATE = 100.0
 """CT-Reqs of one peer in a second, for each of the three reasons; twice as many at once. A gateway passes on
 some 20 CTARs a second (CT_REQUEST_RATE) and 10 packets."""
-
-
-@dataclass(frozen=True, slots=True)
-class MobileConfig:
-    """How this gateway treats the CTARs of mobile nodes.
-
-    `rfc_token`: the RFC's 32-bit token is accepted, too. `skew`: seconds that a mobile node's clock may be
-    wrong. `memory`: CTARs that are remembered.
-    """
-
-    rfc_token: bool = False
-    skew: float = 30.0
-    memory: int = 1024
 
 
 class UsedTokens:
@@ -69,30 +56,30 @@ class UsedTokens:
     KIND = "token"
 
     def __init__(self, parts: Parts) -> None:
-        self._store = parts.store
-        self._wall = parts.wall
+        self._parts = parts
         self._pruned = 0.0
 
-    def check(self, sa: SaName, sequence: int, purpose: int, transfer_id: bytes = b"") -> None:
+    def check(self, sa: SaName, sequence: int, purpose: int, transfer_id: bytes = b"") -> Steps[None]:
         """Errors: TokenError if the token was used for another transfer; StoreError."""
-        used = self._store.get(self.KIND, _token_name(sa, sequence, purpose))
+        used: bytes | None = yield Get(self.KIND, _token_name(sa, sequence, purpose))
         if used is None or used[8:] == transfer_id:
             return
-        began = self._store.find("source", used[8:])
+        began: JournalEntry | None = yield FindTransfer("source", used[8:])
         if began is not None and began.result not in ("kept", "refused"):
             raise TokenError("the token was used before")
 
-    def use(self, sa: SaName, sequence: int, purpose: int, until: float, transfer_id: bytes) -> None:
+    def use(self, sa: SaName, sequence: int, purpose: int, until: float, transfer_id: bytes) -> Steps[None]:
         """Note the token as used for that transfer. Errors: TokenError if another has used it; StoreError."""
-        now = self._wall()
+        now = self._parts.scheduler.unix
         if now - self._pruned > 60:
             self._pruned = now
-            for key, value in self._store.items(self.KIND):
+            kept: Sequence[tuple[str, bytes]] = yield Items(self.KIND)
+            for key, value in kept:
                 if int.from_bytes(value[:8]) < now:
-                    self._store.delete(self.KIND, key)
-        self.check(sa, sequence, purpose, transfer_id)
+                    yield Delete(self.KIND, key)
+        yield from self.check(sa, sequence, purpose, transfer_id)
         value = max(0, round(until)).to_bytes(8) + transfer_id
-        self._store.put(self.KIND, _token_name(sa, sequence, purpose), value)
+        yield Put(self.KIND, _token_name(sa, sequence, purpose), value)
 
 
 def _token_name(sa: SaName, sequence: int, purpose: int) -> str:
@@ -104,7 +91,7 @@ class _Served:
 
     def __init__(self, mn: Address) -> None:
         self.mn = mn
-        self.task: asyncio.Task[None] | None = None
+        self.process: Process | None = None
         self.open = True
         self.moved = False
         self.final: Status | None = None
@@ -158,109 +145,100 @@ def _reason(message: CtReq) -> str:
     return "packet" if any(block.fpt == Fpt.PROOF for block in message.blocks) else "pull"
 
 
-class Serving:
+class Grants:
     """Answers CT-Reqs. A request is granted once; its copies get the same answer."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        links: Callable[[], Links],
-        moves: Moves,
-        tasks: Tasks,
-        used: UsedTokens,
-        mobile: MobileConfig | None,
-    ) -> None:
+    def __init__(self, parts: Parts, transfers: Transfers, used: UsedTokens) -> None:
         self._parts = parts
-        self._links = links
-        self._moves = moves
-        self._tasks = tasks
+        self._transfers = transfers
         self._used = used
-        self._mobile = mobile
         self._askers: defaultdict[str, _Asker] = defaultdict(_Asker)
 
-    async def request(self, link: Link, message: CtReq) -> None:
+    def request(self, line: Line, message: CtReq) -> None:
         """Handle a CT-Req. A repeated request joins the transfer that it started before.
 
         A peer that asks too often, or without the right to, is refused before anything is looked up. Its next
         message is read after it was told so.
         """
-        reason, asker = _reason(message), self._askers[link.peer.name]
-        if not asker.passes(reason, self._parts.clock.now()):
-            busy = BusyError(f"it asks by {reason} more than {RATE:g} times a second")
-            await self._turn_away(link, message, busy)
+        reason, asker = _reason(message), self._askers[line.peer.name]
+        if not asker.passes(reason, self._parts.now):
+            self._turn_away(
+                line, message, BusyError(f"it asks by {reason} more than {RATE:g} times a second")
+            )
             return
-        if reason != "token" and reason not in link.peer.rights:
+        if reason != "token" and reason not in line.peer.rights:
             why = RefusedError(f"it has no right `{reason}` here", status=Status.NOT_ALLOWED)
-            await self._turn_away(link, message, why)
+            self._turn_away(line, message, why)
             return
         # by its octets, because a wrong token says nothing about the right one of the same sequence number
         key = sha256(message.serialize()).digest()
         served = asker.served.get(key)
         if served is not None and (served.open or served.moved):
-            log.info("%s asks again for the SA of %s", link.label, message.mn)
+            log.info("%s asks again for the SA of %s", line.label, message.mn)
             return
         if served is not None and served.final is not None:
-            await self._refuse(link, message, served.final)
+            self._refuse(line, message, served.final)
             return
         if asker.full:
-            await self._turn_away(link, message, BusyError(f"{UNDER_WAY} requests of it are under way"))
+            self._turn_away(line, message, BusyError(f"{UNDER_WAY} requests of it are under way"))
             return
         if served is None:
             served = asker.served[key] = _Served(message.mn)
             asker.forget()
         served.open = True
-        work = self._serve(served, link, message)
-        served.task = self._tasks.spawn(work, f"ikectx request of {link.peer.name}")
-        served.task.add_done_callback(lambda _: asker.ended(key))
+        work = self._serve(served, line, message)
+        served.process = self._parts.scheduler.spawn(
+            work, f"request of {line.peer.name}", ended=lambda *_: asker.ended(key)
+        )
 
-    def cancelled(self, link: Link, message: Ctc) -> None:
+    def cancelled(self, line: Line, message: Ctc) -> None:
         """Handle the peer's CTC: the SA that it pulled is not tried again."""
-        for served in self._askers[link.peer.name].served.values():
-            if served.open and served.mn == message.mn and served.task:
-                served.task.cancel()
+        for served in self._askers[line.peer.name].served.values():
+            if served.open and served.mn == message.mn and served.process:
+                self._parts.scheduler.cancel(served.process)
 
-    async def _turn_away(self, link: Link, message: CtReq, error: IkectxError) -> None:
-        log.warning("%s is turned away, it asked for the SA of %s: %s", link.label, message.mn, error)
-        await self._refuse(link, message, error.status)
+    def _turn_away(self, line: Line, message: CtReq, error: IkectxError) -> None:
+        log.warning("%s is turned away, it asked for the SA of %s: %s", line.label, message.mn, error)
+        self._refuse(line, message, error.status)
 
-    async def _serve(self, served: _Served, link: Link, message: CtReq) -> None:
+    def _serve(self, served: _Served, line: Line, message: CtReq) -> Steps[None]:
         status: Status | None = Status.FAILED
         try:
-            status = await self._grant(link, message)
+            status = yield from self._grant(line, message)
             served.moved = status is Status.OK
         except (BusyError, LinkError) as error:
             status = error.status
-            log.info("%s asked for the SA of %s: %s", link.label, message.mn, error)
+            log.info("%s asked for the SA of %s: %s", line.label, message.mn, error)
         except (UnknownSaError, RefusedError, WireError) as error:
             status = error.status
             served.final = None if status in _SAID_OF_ANYTHING else status
-            log.warning("%s asked for the SA of %s: %s", link.label, message.mn, error)
+            log.warning("%s asked for the SA of %s: %s", line.label, message.mn, error)
         except IkectxError as error:
             status = error.status
-            log.error("%s asked for the SA of %s: %s", link.label, message.mn, error)
+            log.error("%s asked for the SA of %s: %s", line.label, message.mn, error)
         finally:
             served.open = False
         if status is not None and status is not Status.OK:
-            await self._refuse(link, message, status)
+            self._refuse(line, message, status)
 
-    async def _refuse(self, link: Link, message: CtReq, status: Status) -> None:
+    def _refuse(self, line: Line, message: CtReq, status: Status) -> None:
         try:
-            await link.send(refuse_request(message, status))
+            line.send(refuse_request(message, status))
         except LinkError as error:
-            log.info("%s was not told: %s", link.peer.name, error)
+            log.info("%s was not told: %s", line.peer.name, error)
 
-    async def _grant(self, link: Link, message: CtReq) -> Status | None:
+    def _grant(self, line: Line, message: CtReq) -> Steps[Status | None]:
         """The result: OK, or the status that the peer has to be told; None if it knows it already."""
         by = {"token": self._by_token, "packet": self._by_packet, "pull": self._pull}
-        with self._links().in_use(link.peer):
-            return await by[_reason(message)](link, message)
+        with self._parts.scheduler.using(line.peer.name):
+            return (yield from by[_reason(message)](line, message))
 
     # -- by the operator of the other gateway ------------------------------------------------------------
 
-    async def _pull(self, link: Link, message: CtReq) -> Status | None:
+    def _pull(self, line: Line, message: CtReq) -> Steps[Status | None]:
         sa, check = named_sa(message.blocks)
         if sa is None:
-            found = await step("find", self._parts.source.find(message.mn), self._parts.timing)
+            found: Sequence[SaName] = yield Find(message.mn)
             if not found:
                 raise UnknownSaError(f"no IKE_SA with {message.mn}")
             if len(found) > 1:
@@ -268,7 +246,7 @@ class Serving:
                     f"{len(found)} IKE_SAs with {message.mn}, and none was named", status=Status.AMBIGUOUS
                 )
             sa = found[0]
-        report = await self._moves.transfer(link.peer, sa, "update", check, None)
+        report = yield from self._transfers.transfer(line.peer, sa, dry_run=check)
         if check:
             # the peer knows its own verdicts, if the transfer came as far as its check
             return None if report.status is Status.OK or report.result == "refused" else report.status
@@ -276,11 +254,11 @@ class Serving:
 
     # -- by the MN ---------------------------------------------------------------------------------------
 
-    async def _by_token(self, link: Link, message: CtReq) -> Status | None:
-        mobile = self._mobile
+    def _by_token(self, line: Line, message: CtReq) -> Steps[Status | None]:
+        mobile = self._parts.config.mobile
         if mobile is None:
             raise RefusedError("no MN may ask for anything here", status=Status.NOT_ALLOWED)
-        said, sa = await self._token(link, message, mobile)
+        said, sa = yield from self._token(line, message, mobile)
 
         def verified(context: IkeContext) -> TokenBlock | None:
             return tokens.verify(
@@ -288,46 +266,49 @@ class Serving:
                 message,
                 purpose=Purpose.ARRIVE,
                 psg=self._parts.name,
-                nsg=link.peer.name,
-                now=self._parts.wall(),
+                nsg=line.peer.name,
+                now=self._parts.scheduler.unix,
                 skew=mobile.skew,
                 rfc=mobile.rfc_token,
             )
 
-        def proven(context: IkeContext) -> None:
+        def proven(context: IkeContext) -> Steps[None]:
             verified(context)
-            self._used.check(sa, message.sequence, Purpose.ARRIVE)
+            yield from self._used.check(sa, message.sequence, Purpose.ARRIVE)
 
-        def allowed(context: IkeContext, run: Outgoing) -> None:
+        def allowed(context: IkeContext, run: Outgoing) -> Steps[None]:
             token = verified(context)
             run.expects = None if token is None else token.expects
             run.away = run.expects is not None
             if run.expects is not None:
                 check_expected(context, run.expects)
-            until = self._parts.wall() + tokens.MAX_LIFETIME if token is None else token.expiry
-            self._used.use(sa, message.sequence, Purpose.ARRIVE, until + mobile.skew, run.transfer_id)
+            until = self._parts.scheduler.unix + tokens.MAX_LIFETIME if token is None else token.expiry
+            yield from self._used.use(
+                sa, message.sequence, Purpose.ARRIVE, until + mobile.skew, run.transfer_id
+            )
 
-        verified(self._parts.source.recorded(sa))
-        run = self._moves.moving(sa)
+        recorded: IkeContext = yield Recorded(sa)
+        verified(recorded)
+        run = self._transfers.moving(sa)
         announced = (SourceState.ANNOUNCED, SourceState.AWAITING)
-        if run is not None and run.peer.name == link.peer.name and run.machine.state in announced:
+        if run is not None and run.peer.name == line.peer.name and run.machine.state in announced:
             if run.context is None:
                 raise BusyError("it is being announced")
-            allowed(run.context, run)
-            if run.held and run.link is link and run.sequence == message.sequence:
+            yield from allowed(run.context, run)
+            if run.held and run.link is line and run.sequence == message.sequence:
                 run.asked(len(message.serialize()))
-                run.signals.put_nowait(SourceInput.REQUESTED)
-                await run.over.wait()
+                run.signal(SourceInput.REQUESTED)
+                yield Opened(run.over)
                 return _ended(run.report(), run.told)
-            # whether the peer has the announced context is not certain, so everything is sent anew
-            run.signals.put_nowait(SourceInput.CANCEL)
-            await run.over.wait()
-        run = self._outgoing(link, sa, message, away=said is not None and said.expects is not None)
-        return await self._whole(run, proven, lambda context: allowed(context, run))
+            # whether the peer has what was announced is not certain: all of it, anew
+            run.signal(SourceInput.CANCEL)
+            yield Opened(run.over)
+        run = self._outgoing(line, sa, message, away=said is not None and said.expects is not None)
+        return (yield from self._whole(run, proven, lambda context: allowed(context, run)))
 
-    async def _token(
-        self, link: Link, message: CtReq, mobile: MobileConfig
-    ) -> tuple[TokenBlock | None, SaName]:
+    def _token(
+        self, line: Line, message: CtReq, mobile: MobileConfig
+    ) -> Steps[tuple[TokenBlock | None, SaName]]:
         """The token that a CT-Req carries, and the SA that it is for. Errors: TokenError."""
         try:
             token = tokens.find(message.blocks)
@@ -338,53 +319,54 @@ class Serving:
                 token,
                 purpose=Purpose.ARRIVE,
                 psg=self._parts.name,
-                nsg=link.peer.name,
-                now=self._parts.wall(),
+                nsg=line.peer.name,
+                now=self._parts.scheduler.unix,
                 skew=mobile.skew,
             )
             return token, token.spis
         if not mobile.rfc_token:
             raise TokenError("it has no token of 128 bits")
-        found = await step("find", self._parts.source.find(message.mn), self._parts.timing)
+        found: Sequence[SaName] = yield Find(message.mn)
         if len(found) != 1:
             raise TokenError(f"{message.mn} has {len(found)} IKE_SAs, and the RFC's token names none")
         return None, found[0]
 
     # -- by a packet -------------------------------------------------------------------------------------
 
-    async def _by_packet(self, link: Link, message: CtReq) -> Status | None:
+    def _by_packet(self, line: Line, message: CtReq) -> Steps[Status | None]:
         datagrams = proof.decode(message.blocks)
-        # if two message IDs are possible, the new gateway can ask the mobile node which is the next
-        run = self._outgoing(link, proof.spis_of(datagrams[0]), message, away=True)
+        # nSG can ask the MN which of two message IDs is the next
+        run = self._outgoing(line, proof.spis_of(datagrams[0]), message, away=True)
 
-        def proven(context: IkeContext) -> None:
+        def proven(context: IkeContext) -> Steps[None]:
             try:
                 proof.verify(context, datagrams)
             except ProofError as error:
                 # the packet is the mobile node's, but beyond the recorded state of the SA: the export decides
                 if error.status is not Status.BUSY:
                     raise
+            yield from ()
 
-        def allowed(context: IkeContext) -> None:
+        def allowed(context: IkeContext) -> Steps[None]:
             run.mid = proof.verify(context, datagrams)
+            yield from ()
 
-        return await self._whole(run, proven, allowed)
+        return (yield from self._whole(run, proven, allowed))
 
-    async def _whole(self, run: Outgoing, proven: Allowed, allowed: Allowed) -> Status | None:
-        await self._moves.grant(run, proven, allowed)
-        await run.over.wait()
+    def _whole(self, run: Outgoing, proven: Allowed, allowed: Allowed) -> Steps[Status | None]:
+        yield from self._transfers.grant(run, proven, allowed)
+        yield Opened(run.over)
         return _ended(run.report(), run.told)
 
-    def _outgoing(self, link: Link, sa: SaName, message: CtReq, *, away: bool) -> Outgoing:
+    def _outgoing(self, line: Line, sa: SaName, message: CtReq, *, away: bool) -> Outgoing:
         run = Outgoing(
             self._parts,
-            self._links(),
-            link.peer,
+            line.peer,
             sa=sa,
-            transfer_id=secrets.token_bytes(8),
+            transfer_id=self._parts.fresh(8),
             address="mn",
             begins=SourceInput.REQUESTED,
-            link=link,
+            link=line,
             away=away,
         )
         run.asked(len(message.serialize()))

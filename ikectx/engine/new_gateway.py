@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from ipaddress import ip_address
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from . import trace
-from .context import Address, Endpoint, FinalState, IkeContext, Secret
-from .cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
-from .errors import IkectxError, LinkError, RefusedError, StateError
-from .links import Link
-from .numbers import STATUS_TEXT, Fpt, Status
-from .ports import (
-    MoveReport,
-    Verdict,
-    cannot_send,
-    come_from,
-    must_tell,
-    renames,
-    settle,
-    still_here,
-    tell_later,
-)
-from .profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
-from .reasons import encode_reasons, refusals
-from .relocate import relocate
-from .run import Observer, Parts, Run, log, step
-from .store import JournalEntry
-from .transfer import (
+from ..context import Address, Endpoint, FinalState, IkeContext, Secret
+from ..cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ..errors import IkectxError, LinkError, RefusedError, StateError
+from ..journal import JournalEntry
+from ..numbers import STATUS_TEXT, Fpt, Status
+from ..ports import MoveReport, Verdict
+from ..profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
+from ..reasons import encode_reasons, refusals
+from ..relocate import relocate
+from ..transfer import (
     TARGET_DURABLE,
     TARGET_OWNS,
     TargetAction,
@@ -40,6 +27,13 @@ from .transfer import (
     first_failure,
     new_target,
 )
+from .effects import Activate, Check, Move, NoAnswer, Prepare, Prepared, Settle, StillHere, Take, Undo, Write
+from .journaled import Parts, Run
+from .lines import Line
+from .procedures import Gate, Steps, log
+
+if TYPE_CHECKING:
+    from .requests import Request
 
 _RESULTS: Mapping[TargetState, str] = {TargetState.OWNED: "moved", TargetState.ABORTED: "aborted"}
 _INSTEAD: Mapping[TargetState, TargetInput] = {
@@ -66,8 +60,8 @@ def refusal(status: Status, detail: str = "") -> tuple[Verdict, ...]:
     return (Verdict(Fpt.IKEV2_SA, status, detail),)
 
 
-async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
-    """Send the CTDR and return its octets; 0 if the link is closed, which is for the other gateway to repair.
+def answer(line: Line, mn: Address, verdicts: Sequence[Verdict]) -> int:
+    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0).
 
     IN_DOUBT is sent with S = 1, so that a gateway that does not know this status takes it for no decision.
     """
@@ -75,23 +69,24 @@ async def answer(link: Link, mn: Address, verdicts: Sequence[Verdict]) -> int:
     fine = all(each.status is Status.OK for each in statuses)
     complete = fine or any(each.status is Status.IN_DOUBT for each in statuses)
     try:
-        return await link.send(Ctdr(mn, statuses, complete, () if fine else encode_reasons(verdicts)))
+        return line.send(Ctdr(mn, statuses, complete, () if fine else encode_reasons(verdicts)))
     except LinkError as error:
-        log.warning("%s was not answered for %s: %s", link.peer.name, mn, error)
+        log.warning("%s was not answered for %s: %s", line.peer.name, mn, error)
         return 0
 
 
-async def doubt(parts: Parts, final: FinalState, mn: Address, who: str = "") -> str:
-    """Why this gateway may serve an SA that its journal does not know, in words; empty: it does not.
+def doubt(final: FinalState, mn: Address, who: str = "") -> Steps[str]:
+    """Why this gateway may serve an SA of which its journal tells nothing, in words; empty: it does not.
 
     A gateway that lost its journal (or restored an old one) must not deny an SA that its charon still serves,
     because the other gateway would then serve the SA as well. If charon or the kernel cannot be asked, the SA
     is not denied either. `who`: the mobile node's identity if it is known; others may have its address (NAT).
     """
     try:
-        return await step("look for the SA", still_here(parts.sink, final, mn, who), parts.timing)
+        found: str = yield StillHere(final, mn, who)
     except IkectxError as error:
         return f"charon or the kernel could not be asked for the SA: {error}"
+    return found
 
 
 Dropped = Literal["", "source", "offer", "time", "us"]
@@ -112,14 +107,14 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         entry: JournalEntry,
         context: IkeContext | None,
         header: TransferHeader | None,
-        observer: Observer | None = None,
+        ticket: int = 0,
     ) -> None:
         state = TargetState(entry.state)
         super().__init__(
             parts,
-            new_target(parts.clock.now(), parts.timing, state),
+            new_target(parts.now, parts.timing, state),
             entry,
-            observer,
+            ticket,
             durable=TARGET_DURABLE,
             results=_RESULTS,
             instead=_INSTEAD,
@@ -127,19 +122,20 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self.context = context
         self.header = header
         self.mn: Address = ip_address(entry.mn_address)
-        self.link: Link | None = None
+        self.link: Line | None = None
         """The link over which its last message came."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
         """The key that the mobile node's arrival is checked with, while the context is held."""
-        self.request: Callable[[Link | None], Awaitable[None]] | None = None
+        self.request: Request | None = None
         """Sends the CT-Req, over this link if it is open."""
         self.answers = False
         """True if the mobile node waits for an answer, which can tell it new SPIs."""
         self.whole = False
         """True if the context and the final state came in one CTD."""
         self.dropped: Dropped = ""
-        """Who or what ended it before the SA was taken."""
-        self._when_over: list[Callable[[], None]] = []
+        """Who or what ended it before anything was taken."""
+        self.over = Gate()
+        """Open when it has ended."""
         self.messages = 0
         self.octets = 0
         """Octets of the CXTP messages of this transfer, both ways."""
@@ -153,8 +149,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self._final: FinalState | None = None
         self._report = MoveReport(**entry.moved) if entry.moved else MoveReport()  # type: ignore[arg-type]
         self._verdicts: tuple[Verdict, ...] = ()
+        self._prepared = Prepared()
         self._tries = 0
-        self._do: Mapping[TargetAction, Callable[[IkeContext], Awaitable[None]]] = {
+        self._do: Mapping[TargetAction, Callable[[IkeContext], Steps[None]]] = {
             TargetAction.CHECK: self._check,
             TargetAction.PREPARE: self._prepare,
             TargetAction.TAKE: self._take,
@@ -194,50 +191,52 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     # -- the walk ----------------------------------------------------------------------------------------
 
-    async def go(self, what: TargetInput | None, link: Link | None = None) -> None:
+    def go(self, what: TargetInput | None, link: Line | None = None) -> Steps[None]:
         """Feed `what` and carry out the table's actions, until there is nothing to do but wait."""
         if link is not None:
             self.link, self._owed = link, True
         ended = self.ended
         while what is not None:
             before = self.machine.state
-            actions = await self.advance(what)
+            actions = yield from self.advance(what)
             if self.machine.state is not before:
                 self._tries = 0
             what = None
             for action in actions:
-                what = await self._act(action)
-        if self.ended and not ended and self.context is not None:
-            # no answer will tell the MN anything any more: whatever was prepared for that is forgotten
-            tell_later(self.parts.sink, self.context, False)
-        if self.ended:
+                what = yield from self._act(action)
+        if self.ended and not self.over.open:
             self.token = None
-            calls, self._when_over = self._when_over, []
-            for call in calls:
-                call()
+            if self.context is not None and not ended and self.machine.state is TargetState.ABORTED:
+                # no answer will tell the MN anything any more: whatever was prepared for that is forgotten
+                try:
+                    yield NoAnswer(self.context)
+                except IkectxError as error:
+                    log.error("transfer %s: %s", self.stored.transfer_id.hex(), error)
+            if self.request is not None:
+                self.request.run_ended(self)
+            self.parts.scheduler.open(self.over)
 
-    async def _act(self, action: TargetAction) -> TargetInput | None:
+    def _act(self, action: TargetAction) -> Steps[TargetInput | None]:
         if action is TargetAction.ANSWER:
             if self._owed and self.link is not None:
                 self._owed = False
-                self.count(await answer(self.link, self.mn, self._said()))
+                self.count(answer(self.link, self.mn, self._said()))
             return None
         if action is TargetAction.REQUEST:
             if self.request is not None:
-                await self.request(self.link)
+                yield from self.request.ask_for_the_rest(self.link)
             return None
         if action is TargetAction.SEND_CTC:
-            await self._cancel()
+            self._cancel()
             return None
         try:
             if self.context is None:
                 raise StateError("the journal has no context for it")
-            with trace.about(self.stored.transfer_id):
-                await step(_STEPS[action], self._do[action](self.context), self.parts.timing)
+            yield from self._do[action](self.context)
         except IkectxError as error:
             if action is TargetAction.UNDO:
                 self._tries += 1
-                await self.again(self._tries - 1, "undo", error)
+                yield from self.again(self._tries - 1, "undo", error)
             else:
                 entry = self.stored
                 log.warning(
@@ -249,9 +248,11 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return TargetInput.OK
 
     def _said(self) -> tuple[Verdict, ...]:
-        if self.machine.state is TargetState.PREPARED and self.context is not None:
-            sink, context = self.parts.sink, self.context
-            told = ((Fpt.NEW_SPIS, renames(sink, context)), (Fpt.GO_ON, cannot_send(sink, context)))
+        if self.machine.state is TargetState.PREPARED:
+            told = (
+                (Fpt.NEW_SPIS, self._prepared.renames),
+                (Fpt.GO_ON, self._prepared.cannot_send),
+            )
             return tuple(Verdict(fpt, Status.OK) for fpt, holds in told if holds)
         if self.machine.state is not TargetState.ABORTED:
             return self._verdicts
@@ -262,20 +263,10 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         # Errors here are for this gateway's log. The other gateway may only know why something is refused.
         return refusal(self.status, str(self.error) if isinstance(self.error, RefusedError) else "")
 
-    async def _cancel(self) -> None:
+    def _cancel(self) -> None:
         self.blame(RefusedError("no CTD came in time", status=Status.UNKNOWN_TRANSFER))
         if self.link is not None and self.link.error is None:
-            try:
-                self.count(await self.link.send(Ctc(self.mn)))
-            except LinkError as error:
-                log.info("transfer %s: cancel not sent: %s", self.stored.transfer_id.hex(), error)
-
-    def when_over(self, call: Callable[[], None]) -> None:
-        """Call `call` when this transfer has ended; at once if it has ended already."""
-        if self.ended:
-            call()
-        else:
-            self._when_over.append(call)
+            self.count(self.link.send(Ctc(self.mn)))
 
     def count(self, octets: int) -> None:
         """A message of this transfer was sent or received."""
@@ -300,11 +291,11 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
         self.entry = changed(self.stored, final=octets, epoch=final.epoch)
 
-    def let_go(self, final: FinalState, octets: bytes) -> TargetInput:
+    def let_go(self, final: FinalState, octets: bytes, known: int) -> TargetInput:
         """Take the final state from the source's CTD; returns the input. Journaled with the next state."""
         if self.machine.state is not TargetState.PREPARED or self.context is None:
             return TargetInput.CTD
-        fits = final_fits(self.context, final, self.parts.store.known_epoch(self.stored.sa))
+        fits = final_fits(self.context, final, known)
         if fits is not Status.OK:
             self.blame(RefusedError("the CTD does not fit its PCTD", status=fits))
             return TargetInput.MISFIT
@@ -320,52 +311,48 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             raise StateError("the journal has no final state for it")
         return self._final
 
-    async def _check(self, context: IkeContext) -> None:
-        tell_later(self.parts.sink, context, self.answers)
-        verdicts = tuple(await self.parts.sink.check(context, self.keep))
+    def _check(self, context: IkeContext) -> Steps[None]:
+        verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers))))
         status = first_failure(verdicts)
         if status is not Status.OK:
-            if self.whole and (found := await doubt(self.parts, self._last, self.mn, str(context.remote_id))):
-                # the names in use here may be those of this very SA, taken before the journal was lost
+            if self.whole and (found := (yield from doubt(self._last, self.mn, str(context.remote_id)))):
+                # what is in use here may be this very SA, taken before the journal was lost
                 raise RefusedError(found, status=Status.IN_DOUBT)
             self._verdicts = verdicts
             raise RefusedError(refusals(verdicts) or STATUS_TEXT.get(status, "refused"), status=status)
 
-    async def _prepare(self, context: IkeContext) -> None:
-        tell_later(self.parts.sink, context, self.answers)
-        await self.parts.sink.prepare(context, self.keep)
+    def _prepare(self, context: IkeContext) -> Steps[None]:
+        self._prepared = yield from self.step(Prepare(context, self.keep, self.answers))
 
-    async def _take(self, context: IkeContext) -> None:
-        come_from(self.parts.sink, context, self.stored.peer)
-        await self.parts.sink.take(context, self._last)
+    def _take(self, context: IkeContext) -> Steps[None]:
+        yield from self.step(Take(context, self._last, self.stored.peer))
 
-    async def _move(self, context: IkeContext) -> None:
+    def _move(self, context: IkeContext) -> Steps[None]:
         if self._last.unsure:
-            await self._settle(context)
-        address = "update" if self.header is None else self.header.address
-        if address != "update" and not must_tell(self.parts.sink, context):
-            return
+            yield from self._settle(context)
+        always = self.header is None or self.header.address == "update"
         try:
-            self._report = await self.parts.sink.move_peer(context, self._last)
+            report: MoveReport | None = yield from self.step(Move(context, self._last, always))
         except LinkError as error:
             raise LinkError(str(error), hint=error.hint, status=Status.PEER_SILENT) from None
         except RefusedError as error:
             raise RefusedError(str(error), hint=error.hint, status=Status.PEER_REFUSED) from None
-        self.entry = changed(
-            self.stored, moved={name: int(value) for name, value in asdict(self._report).items()}
-        )
+        if report is not None:
+            self._report = report
+            moved = {name: int(value) for name, value in asdict(report).items()}
+            self.entry = changed(self.stored, moved=moved)
 
-    async def _settle(self, context: IkeContext) -> None:
+    def _settle(self, context: IkeContext) -> Steps[None]:
         """Ask the mobile node for its next message ID and journal the answer, because it would change
         later."""
         try:
-            final = await settle(self.parts.sink, context, self._last)
+            final: FinalState = yield from self.step(Settle(context, self._last))
         except LinkError as error:
             raise LinkError(str(error), hint=error.hint, status=Status.PEER_SILENT) from None
-        self._final = final
         octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
-        self.entry = changed(self.stored, final=octets)
-        self.parts.store.write(self.entry, durable=self.parts.durable)
+        entry = changed(self.stored, final=octets)
+        yield Write(entry, durable=self.parts.config.durable)
+        self._final, self.entry = final, entry
 
     @property
     def next_request(self) -> int | None:
@@ -374,8 +361,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             return None
         return self._final.mid_responder + self._report.answered
 
-    async def _activate(self, context: IkeContext) -> None:
-        await self.parts.sink.activate(context, self._last, self._report)
+    def _activate(self, context: IkeContext) -> Steps[None]:
+        yield from self.step(Activate(context, self._last, self._report))
 
-    async def _undo(self, context: IkeContext) -> None:
-        await self.parts.sink.undo(context)
+    def _undo(self, context: IkeContext) -> Steps[None]:
+        yield from self.step(Undo(context))

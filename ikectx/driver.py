@@ -1,0 +1,443 @@
+"""Carries out what the engine gives out, and tells it how that ended (I/O).
+
+The driver owns the clock, the store, the links and the calls of source and sink. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from . import trace
+from .cxtp import Ctc, Ctd, Message, Pctd
+from .engine.core import Engine, Moment, Wanted
+from .engine.effects import (
+    Activate,
+    Check,
+    Delete,
+    Epochs,
+    Export,
+    Find,
+    FindEpochs,
+    FindLatest,
+    FindTransfer,
+    Freeze,
+    Get,
+    Hear,
+    Items,
+    Move,
+    NewNames,
+    NoAnswer,
+    OwnedFrom,
+    Prepare,
+    Prepared,
+    Put,
+    Recorded,
+    Release,
+    Settle,
+    Stay,
+    Step,
+    StillHere,
+    Take,
+    Thaw,
+    Undo,
+)
+from .engine.outputs import Answer, Close, Connect, Effect, Handled, Journal, Output, Report, Send, Settled
+from .errors import IkectxError, LinkError, StateError
+from .links import Dial, Link, Links
+from .mistakes import log_mistake
+from .ports import (
+    Clock,
+    ContextSink,
+    ContextSource,
+    cannot_send,
+    come_from,
+    hand_over,
+    must_tell,
+    new_names,
+    renames,
+    settle,
+    stay,
+    still_here,
+    take_nothing,
+    tell_later,
+)
+from .report import TransferEvent
+from .store import SqliteStore
+from .transfer import Timing
+from .whereabouts import Whereabouts
+
+log = logging.getLogger("ikectx.transfer")
+
+Observer = Callable[[TransferEvent], None]
+HearOf = Callable[[str, Whereabouts], None]
+"""Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
+
+_AT_ONCE = (
+    *(Recorded, Stay, NewNames, NoAnswer, Hear),
+    *(FindTransfer, FindEpochs, FindLatest, OwnedFrom, Put, Get, Delete, Items),
+)
+"""Steps that wait for nobody."""
+
+
+class Driver:
+    """Drives one engine. `wall`: seconds since 1970. `observer` sees all events."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: ContextSource,
+        sink: ContextSink,
+        store: SqliteStore,
+        clock: Clock,
+        wall: Callable[[], float],
+        observer: Observer | None,
+        hear: HearOf | None,
+    ) -> None:
+        self.engine = engine
+        self.running: set[asyncio.Task[None]] = set()
+        """Effects under way."""
+        self.links: Links | None = None
+        """None: the gateway is not started."""
+        self.hear = hear
+        self._source = source
+        self._sink = sink
+        self._store = store
+        self._clock = clock
+        self._wall = wall
+        self._observer = observer
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._progress: dict[int, Observer] = {}
+        self._open: dict[int, Link] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        self._pumping = False
+        self._closed = False
+        self._ended = False
+        self._quiet = asyncio.Event()
+
+    @property
+    def _timing(self) -> Timing:
+        return self.engine.config.timing
+
+    def now(self) -> Moment:
+        """The time, for the engine."""
+        return Moment(self._clock.now(), self._wall())
+
+    # -- life --------------------------------------------------------------------------------------------
+
+    def connect(self, dial: Dial) -> Links:
+        """From now on there are links, dialled by this."""
+        self.links = Links(dial, self._timing, self._arrived, self._opened, self._unused)
+        return self.links
+
+    async def stop(self) -> None:
+        """Cancel what has not been let go, wait a little, and close."""
+        self.engine.stop(self.now())
+        self.pump()
+        try:
+            async with asyncio.timeout(self._timing.stop):
+                while not (self.engine.idle and not self.running):
+                    self._quiet.clear()
+                    await self._quiet.wait()
+        except TimeoutError:
+            log.info("the gateway stops, what is open stays in the journal")
+        for ticket, report in self.engine.reports().items():
+            self._settle(ticket, report)
+        self.close()
+        await asyncio.gather(*self.running, return_exceptions=True)
+        links, self.links = self.links, None
+        if links is not None:
+            await links.close()
+
+    def close(self) -> None:
+        """Carry out nothing any more, and end what is under way: as if the process had ended."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self.running:
+            task.cancel()
+        for ticket in list(self._waiting):
+            self._settle(ticket, StateError("the gateway has ended"))
+
+    # -- requests ----------------------------------------------------------------------------------------
+
+    def begin(self, what: Wanted, progress: Observer | None = None) -> tuple[int, asyncio.Future[Any]]:
+        """Request this: its ticket, and a future of how it ends."""
+        ticket = self.engine.request(self.now(), what)
+        future = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        if progress is not None:
+            self._progress[ticket] = progress
+        self.pump()
+        return ticket, future
+
+    async def ask(self, what: Wanted, progress: Observer | None = None) -> Any:
+        """Request this, and wait for how it ends. Who does not wait any longer abandons it."""
+        ticket, future = self.begin(what, progress)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not self._closed:
+                self.engine.abandon(self.now(), ticket)
+                self.pump()
+            raise
+
+    # -- the pump ----------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Carry out all that there is."""
+        if self._pumping or self._closed:
+            return
+        self._pumping = True
+        try:
+            while not self._closed and (output := self.engine.next_output()) is not None:
+                self._carry_out(output)
+        finally:
+            self._pumping = False
+        self._arm()
+        if self.engine.idle:
+            self._quiet.set()
+        if self._ended:
+            self._ended = False
+            self._tidy()
+
+    def _arm(self) -> None:
+        due = self.engine.next_timer()
+        if due == self._due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._due = None, due
+        if due is not None:
+            left = max(0.0, due - self._clock.now())
+            self._timer = asyncio.get_running_loop().call_later(left, self._time)
+
+    def _time(self) -> None:
+        self._due = None
+        self.engine.handle_timer(self.now())
+        self.pump()
+
+    def _carry_out(self, output: Output) -> None:
+        match output:
+            case Send(number, message, octets):
+                self._send(number, message, octets)
+            case Close(number, reason):
+                if (link := self._open.get(number)) is not None:
+                    link.close(reason)
+            case Handled(number):
+                if (link := self._open.get(number)) is not None:
+                    link.handled()
+            case Connect(effect, peer):
+                self._connect(Connect(effect, peer))
+            case Journal():
+                self._write(output)
+            case Effect(effect, step) if isinstance(step, _AT_ONCE):
+                try:
+                    outcome = self._at_once(step)
+                except Exception as error:
+                    outcome = error
+                self.engine.effect_done(self.now(), effect, outcome)
+            case Effect():
+                self._spawn(self._effect(output), output.step.NAME)
+            case Report(event, ticket):
+                self._tell(event, ticket)
+            case Answer(ticket, outcome) | Settled(ticket, outcome):
+                self._settle(ticket, outcome)
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=f"ikectx {name}")
+        self.running.add(task)
+        task.add_done_callback(self._gone)
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self.running.discard(task)
+        self._quiet.set()
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            log_mistake(log, task.get_name(), error)
+
+    def _settle(self, ticket: int, outcome: object) -> None:
+        self._progress.pop(ticket, None)
+        future = self._waiting.pop(ticket, None)
+        if future is None or future.done():
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def _tell(self, event: TransferEvent, ticket: int) -> None:
+        """Soon, since the next message is not to wait for observers."""
+        observers = [each for each in (self._observer, self._progress.get(ticket)) if each is not None]
+        if observers:
+            asyncio.get_running_loop().call_soon(_notify, observers, event)
+
+    # -- effects -----------------------------------------------------------------------------------------
+
+    def _done(self, effect: int, outcome: object) -> None:
+        if not self._closed:
+            self.engine.effect_done(self.now(), effect, outcome)
+            self.pump()
+
+    def _write(self, output: Journal) -> None:
+        outcome: object = None
+        try:
+            with trace.about(output.entry.transfer_id), trace.span("journal", "call"):
+                self._store.write(output.entry, durable=output.durable)
+        except Exception as error:
+            outcome = error
+        self._ended = self._ended or bool(output.entry.result)
+        self.engine.effect_done(self.now(), output.effect, outcome)
+
+    def _tidy(self) -> None:
+        """Between transfers, the journal's log goes into its database."""
+        if self._store.wants_checkpoint:
+            self._spawn(asyncio.to_thread(self._store.checkpoint, self._wall()), "checkpoint")
+
+    async def _effect(self, output: Effect) -> None:
+        """One call of a port: its outcome, an IkectxError whatever it raised, or when it takes too long."""
+        outcome: object
+        name = output.step.NAME
+        try:
+            with trace.about(output.of), trace.span(name):
+                async with asyncio.timeout(self._timing.step):
+                    outcome = await self._perform(output.step)
+        except IkectxError as error:
+            outcome = error
+        except TimeoutError:
+            outcome = StateError(f"{name} did not end within {self._timing.step:g} s")
+        except Exception as error:
+            log_mistake(log, name, error)
+            outcome = StateError(f"{name} failed with a {type(error).__name__}, see the log")
+        self._done(output.effect, outcome)
+
+    async def _perform(self, step: Step) -> object:
+        source, sink = self._source, self._sink
+        match step:
+            case Find(mn):
+                return tuple(await source.find(mn))
+            case Export(sa, away):
+                return await source.export(sa, away=away)
+            case Freeze(context, to, away, sending, renaming, unannounced):
+                # not said where it is not wanted: sources of integrators may not know it
+                how = {word: True for word, said in (("sending", sending), ("renaming", renaming)) if said}
+                if unannounced:
+                    hand_over(source, context.spis)
+                return await source.freeze(context, to, away=away, **how)
+            case Thaw(context, jump, untouched):
+                if untouched:
+                    take_nothing(source, context.spis)
+                await source.thaw(context, jump)
+            case Release(context):
+                await source.release(context)
+            case Check(context, keep, answers):
+                if answers is not None:
+                    tell_later(sink, context, answers)
+                return tuple(await sink.check(context, keep))
+            case StillHere(final, mn, who):
+                return await still_here(sink, final, mn, who)
+            case Prepare(context, keep, answers):
+                tell_later(sink, context, answers)
+                await sink.prepare(context, keep)
+                return Prepared(renames(sink, context), cannot_send(sink, context))
+            case Take(context, final, given_by):
+                come_from(sink, context, given_by)
+                await sink.take(context, final)
+            case Settle(context, final):
+                return await settle(sink, context, final)
+            case Move(context, final, always):
+                if not always and not must_tell(sink, context):
+                    return None
+                return await sink.move_peer(context, final)
+            case Activate(context, final, report):
+                await sink.activate(context, final, report)
+            case Undo(context):
+                await sink.undo(context)
+        return None
+
+    def _at_once(self, step: Step) -> object:
+        store = self._store
+        match step:
+            case Recorded(sa):
+                return self._source.recorded(sa)
+            case Stay(sa):
+                stay(self._source, sa)
+            case NewNames(context):
+                return new_names(self._sink, context)
+            case NoAnswer(context):
+                tell_later(self._sink, context, False)
+            case Hear(peer, news):
+                if self.hear is not None:
+                    self.hear(peer, news)
+            case FindTransfer(role, transfer_id):
+                return store.find(role, transfer_id)
+            case FindEpochs(sa):
+                return Epochs(store.known_epoch(sa), store.owned_epoch(sa))
+            case FindLatest(sa):
+                return store.latest(sa)
+            case OwnedFrom(peer, mn_address):
+                return store.owned_from(peer, mn_address)
+            case Put(kind, key, value):
+                store.put(kind, key, value)
+            case Get(kind, key):
+                return store.get(kind, key)
+            case Delete(kind, key):
+                store.delete(kind, key)
+            case Items(kind):
+                return store.items(kind)
+        return None
+
+    # -- links -------------------------------------------------------------------------------------------
+
+    def _connect(self, output: Connect) -> None:
+        link = None if self.links is None else self.links.find(output.peer.name)
+        if link is not None:
+            self.engine.effect_done(self.now(), output.effect, link.number)
+        else:
+            self._spawn(self._dial(output), f"connects to {output.peer.name}")
+
+    async def _dial(self, output: Connect) -> None:
+        outcome: object
+        try:
+            if self.links is None:
+                raise LinkError("the gateway does not run")
+            outcome = (await self.links.get(output.peer)).number
+        except IkectxError as error:
+            outcome = error
+        self._done(output.effect, outcome)
+
+    def _send(self, number: int, message: Message, octets: bytes) -> None:
+        link = self._open.get(number)
+        if link is not None and link.error is None:
+            link.send(message, octets)
+
+    def _opened(self, link: Link, accepted: bool) -> None:
+        self._open[link.number] = link
+        link.gone = self._lost
+        self.engine.link_up(self.now(), link.number, link.peer, link.where, accepted=accepted)
+        self.pump()
+
+    def _unused(self, peer: str) -> float:
+        return self.engine.unused(self.now(), peer)
+
+    def _lost(self, link: Link) -> None:
+        self._open.pop(link.number, None)
+        if link.error is not None and not self._closed:
+            self.engine.link_lost(self.now(), link.number, link.error)
+            self.pump()
+
+    async def _arrived(self, link: Link, message: Message) -> None:
+        if isinstance(message, Pctd | Ctd | Ctc):
+            await link.room()
+        if not self._closed:
+            self.engine.receive(self.now(), link.number, message)
+            self.pump()
+
+
+def _notify(observers: list[Observer], event: TransferEvent) -> None:
+    for observer in observers:
+        try:
+            observer(event)
+        except Exception as error:
+            log_mistake(log, "an observer of transfers", error)

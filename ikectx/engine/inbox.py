@@ -1,0 +1,537 @@
+"""What comes for one MN after the other: the inboxes in which a gateway takes transfers (new gateway).
+
+One `Inbox` for each peer and MN handles what comes for it one after the other, so that answers leave in the
+order of what they answer, and no two transfers of one MN run at once (RFC 4067). A peer has only so many
+transfers open here; how many of its messages may be unhandled is the driver's to bound (`outputs.Handled`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from dataclasses import replace as changed
+
+from ..context import Address, FinalState, IkeContext, Secret
+from ..cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
+from ..errors import IkectxError, LinkError, RefusedError, StoreError, WireError
+from ..journal import JournalEntry
+from ..mistakes import log_mistake
+from ..name import SaName
+from ..numbers import STATUS_TEXT, Status
+from ..peer import PeerConfig
+from ..profile import TransferHeader, decode
+from ..reasons import refusals
+from ..report import mn_label
+from ..transfer import TARGET_OWNS, TargetInput, TargetState, offer_fits
+from ..whole import decode_last, final_of
+from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
+from .journaled import Parts
+from .lines import Line
+from .new_gateway import Dropped, Incoming, answer, doubt, refusal
+from .procedures import Event, Process, Steps, log
+from .requests import Request, Requests
+
+_AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
+"""States in which the context came ahead of the mobile node: it is held, or will be after its check."""
+_DROPPABLE = (TargetState.HELD, TargetState.PREPARED)
+
+OPEN = 256
+"""Transfers that one peer may have open here at a time, and"""
+OPEN_OCTETS = 4 * 1024 * 1024
+"""octets that it may have offered in them: some 8,000 for each IKE_SA, which take ten times that in
+memory."""
+DENIED = 1024
+"""Denied transfers of one peer that are remembered. A late copy can only arrive over a link that is still
+open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """A message of the peer, and the line that it came over."""
+
+    line: Line
+    message: Pctd | Ctd | Ctc
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What is held or prepared and not owned is not wanted any more, and why."""
+
+    why: str
+
+
+Item = Mail | Drop | Request | JournalEntry
+"""What an inbox handles; a `Request`: the MN of the transfer that it has is here now."""
+
+
+class Denied:
+    """Transfers that a peer let go of, and that were denied because nobody here knew them.
+
+    A late copy of a message must not revive one, because the other gateway has taken its SA back. They are
+    kept in memory only: a peer could fill the journal with them, and no copy outlives the links of this
+    process.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+
+    def __contains__(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._known
+
+    def add(self, transfer_id: bytes) -> None:
+        """Remember a transfer. If there are more than `DENIED`, the oldest is forgotten."""
+        self._known[transfer_id] = None
+        if len(self._known) > DENIED:
+            self._known.popitem(last=False)
+
+
+class Inbox:
+    """All messages of one peer about one mobile node, handled in order. Ends when nothing is left to do."""
+
+    def __init__(self, inboxes: Inboxes, peer: PeerConfig, mn: Address, denied: Denied) -> None:
+        self.peer = peer
+        self.runs: dict[bytes, Incoming] = {}
+        """Open transfers by their transfer ID."""
+        self.items: deque[object] = deque()
+        """Messages, arrivals, open transfers of the journal; a text is the reason to drop what is not
+        owned."""
+        self.process: Process | None = None
+        self._inboxes = inboxes
+        self._parts = inboxes.parts
+        self._mn = mn
+        self._denied = denied
+        self._admitting: SaName | None = None
+        """The SA of an offer that is being admitted, and has no run yet."""
+
+    def post(self, item: Item) -> None:
+        """Handle it when what came before is handled."""
+        if self.process is not None:
+            self.process.post(item)
+        else:
+            self.items.append(item)
+
+    def drop(self, why: str) -> None:
+        """What is held or prepared here and not owned is not wanted any more."""
+        self.post(Drop(why))
+
+    def holds(self, sa: SaName) -> bool:
+        """True if a transfer of that SA is open here."""
+        return sa == self._admitting or any(run.stored.sa == sa for run in self.runs.values())
+
+    def work(self) -> Steps[None]:
+        """Handle items until the queue is empty and no transfer is open."""
+        with self._parts.scheduler.using(self.peer.name):
+            while self.runs or self.items:
+                item = yield Event(self._due())
+                if item is None:
+                    yield from self._timers()
+                    continue
+                try:
+                    yield from self._handle(item)
+                except (StoreError, WireError) as error:
+                    # no answer: what the journal does not tell cannot be told
+                    log.error("a message of %s for %s: %s", self.peer.name, self._mn, error)
+                    _unanswered(item)
+                except Exception as error:
+                    log_mistake(log, f"a message of {self.peer.name} for {self._mn}", error)
+                    _unanswered(item)
+                if isinstance(item, Mail):
+                    item.line.handled()
+                self._admitting = None
+                self._forget()
+
+    def _forget(self) -> None:
+        self.runs = {ident: run for ident, run in self.runs.items() if not run.ended}
+
+    def _due(self) -> float | None:
+        due = [at for run in self.runs.values() if (at := run.machine.next_timer()) is not None]
+        return min(due) if due else None
+
+    def _timers(self) -> Steps[None]:
+        for run in list(self.runs.values()):
+            due = run.machine.next_timer()
+            if due is not None and due <= self._parts.now:
+                run.dropped = "time"
+                yield from run.go(TargetInput.TIMEOUT)
+        self._forget()
+
+    def _handle(self, item: object) -> Steps[None]:
+        match item:
+            case Mail(line, Pctd() as message):
+                yield from self._offered(line, message)
+            case Mail(line, Ctd() as message):
+                yield from self._last(line, message)
+            case Mail():
+                yield from self._drop("the source cancelled it", by="source")
+            case Drop(why):
+                yield from self._drop(why)
+            case JournalEntry():
+                yield from self._resume(item)
+            case Request():
+                yield from self._arrived(item)
+
+    def _resume(self, entry: JournalEntry) -> Steps[None]:
+        run = Incoming.resumed(self._parts, entry)
+        if run.machine.state not in TARGET_OWNS:
+            run.blame(RefusedError("the agent was restarted", status=Status.UNKNOWN_TRANSFER))
+        self.runs[entry.transfer_id] = run
+        if run.machine.state not in TARGET_OWNS and (yield from run.superseded()):
+            yield from run.forget(TargetState.ABORTED)
+        else:
+            yield from run.go(TargetInput.RESTART)
+
+    def _drop(
+        self, why: str, which: Callable[[Incoming], bool] = lambda run: True, by: Dropped = "us"
+    ) -> Steps[None]:
+        """Undo the transfers that are held or prepared and not owned."""
+        for run in list(self.runs.values()):
+            if run.machine.state in _DROPPABLE and which(run):
+                run.dropped = by
+                run.blame(RefusedError(why, status=Status.UNKNOWN_TRANSFER))
+                yield from run.go(TargetInput.CTC)
+
+    def _arrived(self, request: Request) -> Steps[None]:
+        run = request.run
+        if run is None or run.machine.state not in _DROPPABLE:
+            return
+        if run.machine.state is TargetState.HELD and request.endpoint is not None:
+            run.settle(request.endpoint)
+            run.token = None
+        yield from run.go(TargetInput.ARRIVED)
+
+    # -- PCTD --------------------------------------------------------------------------------------------
+
+    def _offered(self, line: Line, message: Pctd) -> Steps[None]:
+        try:
+            context, header = decode(message.blocks)
+            if context.remote.address != message.mn:
+                raise WireError(f"the PCTD is for {message.mn}, its context for {context.remote.address}")
+        except WireError as error:
+            log.warning("%s offered what does not parse: %s", line.label, error)
+            answer(line, message.mn, refusal(Status.MALFORMED))
+            return
+        if header.transfer_id in self._denied and header.intent != "check":
+            self._deny(line, message.mn, header.transfer_id)
+            return
+        known = yield from self._known(header.transfer_id)
+        if known is not None and header.intent != "check":
+            held = known.header is not None and known.header.intent == "hold"
+            yield from self._again(known, TargetInput.ANNOUNCE if held else TargetInput.PCTD, line, message)
+            return
+        epochs: Epochs = yield FindEpochs(context.spis)
+        requests = self._inboxes.requests
+        wanted = None if header.intent == "hold" else requests.wanted(self.peer, message.mn, context, header)
+        status, why = self._admits(context, wanted is not None, epochs)
+        if status is Status.OK and wanted is None and header.intent != "check":
+            full = self._inboxes.full(self.peer, sum(8 + len(block.data) for block in message.blocks))
+            status, why = (Status.BUSY, full) if full else (status, why)
+        if status is not Status.OK:
+            log.warning("%s offered %s, which is refused: %s", line.label, mn_label(context), why)
+            answer(line, message.mn, refusal(status, why))
+            if wanted is not None:
+                wanted.refused_here(refusal(status, why))
+        elif header.intent == "check":
+            yield from self._only_check(line, message, context, header, wanted)
+        else:
+            self._admitting = context.spis
+            yield from self._make_way(context)
+            # the key is for the MN's arrival, and for no disk
+            entry = self._entry(changed(message, algorithm=TokenAlgorithm.NONE, key=b""), context, header)
+            run = Incoming(self._parts, entry, context, header, 0 if wanted is None else wanted.ticket)
+            if header.intent == "hold":
+                run.token = (message.algorithm, Secret(message.key))
+                run.answers = message.algorithm is TokenAlgorithm.HMAC_SHA256_128
+            yield from self._begin(run, line, message, wanted)
+
+    def _begin(self, run: Incoming, line: Line, message: Pctd | Ctd, wanted: Request | None) -> Steps[None]:
+        self.runs[run.stored.transfer_id] = run
+        run.count(len(message.serialize()))
+        if wanted is not None:
+            wanted.begun(self, run)
+        if isinstance(message, Ctd):
+            yield from run.go(TargetInput.WHOLE, line)
+        else:
+            held = run.header is not None and run.header.intent == "hold"
+            yield from run.go(TargetInput.ANNOUNCE if held else TargetInput.PCTD, line)
+
+    def _make_way(self, context: IkeContext) -> Steps[None]:
+        """For an offer: what is here of the same SA goes; so does all that the source offered and gave up.
+
+        The source offers one SA at a time, so all of its transfers but those that wait for a mobile node have
+        been given up.
+        """
+
+        def goes(run: Incoming) -> bool:
+            waits = run.header is not None and run.header.address == "mn"
+            return run.stored.sa == context.spis or not waits
+
+        yield from self._drop("the source offered it anew", goes, "offer")
+
+    def _known(self, transfer_id: bytes) -> Steps[Incoming | None]:
+        """The transfer of that id, open or in the journal. Errors: StoreError, WireError."""
+        run = self.runs.get(transfer_id)
+        if run is not None:
+            return run
+        entry: JournalEntry | None = yield FindTransfer("target", transfer_id)
+        return None if entry is None else Incoming.resumed(self._parts, entry)
+
+    def _admits(self, context: IkeContext, wanted: bool, epochs: Epochs) -> tuple[Status, str]:
+        """Whether this peer may bring this SA, as far as the configuration tells; with the reason in
+        words."""
+        if not wanted and "push" not in self.peer.rights:
+            return Status.NOT_ALLOWED, f"{self.peer.name} has not the right push here"
+        why = self.peer.may_not_bring(context)
+        if why:
+            return Status.NOT_ALLOWED, why
+        if self._inboxes.busy(self, context.spis):
+            status = Status.BUSY
+        else:
+            status = offer_fits(context, epochs.known, epochs.owned)
+        return status, STATUS_TEXT.get(status, status.name)
+
+    def _only_check(
+        self,
+        line: Line,
+        message: Pctd,
+        context: IkeContext,
+        header: TransferHeader,
+        wanted: Request | None,
+    ) -> Steps[None]:
+        try:
+            verdicts = tuple((yield Check(context, header.address == "keep")))
+        except IkectxError as error:
+            log.warning("check for %s: %s", line.label, error)
+            verdicts = refusal(error.status, str(error))
+        if why := refusals(verdicts):
+            log.info("%s could not bring %s here: %s", line.label, mn_label(context), why)
+        answer(line, message.mn, verdicts)
+        if wanted is not None:
+            wanted.checked(context, verdicts)
+
+    def _entry(self, message: Pctd | Ctd, context: IkeContext, header: TransferHeader) -> JournalEntry:
+        now = self._parts.scheduler.unix
+        return JournalEntry(
+            transfer_id=header.transfer_id,
+            role="target",
+            peer=self.peer.name,
+            sa=context.spis,
+            mn=mn_label(context),
+            mn_address=str(message.mn),
+            state=str(TargetState.NEW),
+            epoch=context.epoch,
+            started=now,
+            updated=now,
+            context=Pctd(message.mn, message.blocks).serialize(),
+        )
+
+    # -- CTD ---------------------------------------------------------------------------------------------
+
+    def _last(self, line: Line, message: Ctd) -> Steps[None]:
+        try:
+            what = decode_last(message.blocks)
+        except WireError as error:
+            yield from self._unreadable(line, message, error)
+            return
+        transfer_id = what[1].transfer_id if isinstance(what[1], TransferHeader) else what[1]
+        if transfer_id in self._denied:
+            self._deny(line, message.mn, transfer_id)
+        elif isinstance(what[0], FinalState):
+            yield from self._released(line, message, what[0], transfer_id)
+        elif isinstance(what[1], TransferHeader):
+            yield from self._whole(line, message, what[0], what[1])
+
+    def _whole(self, line: Line, message: Ctd, context: IkeContext, header: TransferHeader) -> Steps[None]:
+        """Handle a CTD with the whole context. From here on the source serves again only after a refusal."""
+        known = yield from self._known(header.transfer_id)
+        who = str(context.remote_id)
+        if known is not None:
+            if not (yield from self._doubted(line, known, final_of(context), message.mn, who)):
+                yield from self._again(known, TargetInput.WHOLE, line, message)
+            return
+        epochs: Epochs = yield FindEpochs(context.spis)
+        wanted = self._inboxes.requests.wanted(self.peer, message.mn, context, header)
+        if wanted is None:
+            if not (yield from self._doubted(line, None, final_of(context), message.mn, who)):
+                self._deny(line, message.mn, header.transfer_id)
+            return
+        run = Incoming(self._parts, self._entry(message, context, header), context, header)
+        run.whole = True
+        try:
+            if context.remote.address != message.mn or header.address != "mn":
+                raise RefusedError("nobody asked for it", status=Status.UNKNOWN_TRANSFER)
+            self._admitting = context.spis
+            yield from self._make_way(context)
+            status, why = self._admits(context, True, epochs)
+            if status is not Status.OK:
+                raise RefusedError(why, status=status)
+            run.answers = wanted.answers
+            run.take_whole(final_of(context))
+            run.settle(wanted.place(context), wanted.here)
+        except (RefusedError, WireError) as error:
+            log.warning("%s sent %s: %s", line.label, mn_label(context), error)
+            run.blame(error)
+            # a busy SA is in this agent's journal; any other may have been taken before a journal was lost
+            if error.status is not Status.BUSY:
+                found = yield from doubt(final_of(context), message.mn, who)
+                if found:
+                    run.error = RefusedError(found, status=Status.IN_DOUBT)
+            wanted.begun(self, run)
+            yield from run.go(TargetInput.CTD, line)
+            return
+        yield from self._begin(run, line, message, wanted)
+
+    def _released(self, line: Line, message: Ctd, final: FinalState, transfer_id: bytes) -> Steps[None]:
+        run = yield from self._known(transfer_id)
+        if (yield from self._doubted(line, run, final, message.mn)):
+            return
+        if run is None:
+            self._deny(line, message.mn, transfer_id)
+            return
+        what = TargetInput.CTD
+        if transfer_id in self.runs:
+            epochs: Epochs = yield FindEpochs(run.stored.sa)
+            what = run.let_go(final, message.serialize(), epochs.known)
+        yield from self._again(run, what, line, message)
+
+    def _deny(self, line: Line, mn: Address, transfer_id: bytes) -> None:
+        """Answer that nobody here knows that transfer, and keep to it. Nothing is written to the journal."""
+        self._denied.add(transfer_id)
+        log.warning("%s let go of an SA for %s that it had not offered", line.label, mn)
+        answer(line, mn, refusal(Status.UNKNOWN_TRANSFER, "nobody offered it"))
+
+    def _doubted(
+        self, line: Line, run: Incoming | None, final: FinalState, mn: Address, who: str = ""
+    ) -> Steps[bool]:
+        """Answer IN_DOUBT to a CTD whose transfer is not known, or was in doubt before, if the SA is here.
+
+        Nothing is written to the journal, so that the next copy of the CTD is denied as soon as the operator
+        has ended the SA here; the other gateway then serves it again.
+        """
+        if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
+            return False
+        found = yield from doubt(final, mn, who)
+        if not found:
+            if run is not None:
+                run.error = RefusedError("the SA has been ended here", status=Status.UNKNOWN_TRANSFER)
+            return False
+        log.error(
+            "%s let go of an SA in a transfer that is not in the journal here, but %s. "
+            "It serves the SA again only when that has been ended here, or by `ikectx reclaim` there",
+            *(self.peer.name, found),
+        )
+        answer(line, mn, refusal(Status.IN_DOUBT, found))
+        return True
+
+    def _again(self, run: Incoming, what: TargetInput, line: Line, message: Pctd | Ctd) -> Steps[None]:
+        """Handle a message for a known transfer. Only its own peer may send one, and for its own mobile
+        node."""
+        entry, mn = run.stored, message.mn
+        if entry.peer != self.peer.name or entry.mn_address != str(mn):
+            log.warning("%s names a transfer that is not its own", line.label)
+            answer(line, mn, refusal(Status.UNKNOWN_TRANSFER))
+            return
+        run.count(len(message.serialize()))
+        if not run.ended and entry.transfer_id not in self.runs and run.machine.state is not TargetState.NEW:
+            # open in the journal and not here: its end could not be written down
+            yield from self._resume(entry)
+            yield from self._handle(Mail(line, message))
+            return
+        yield from run.go(what, line)
+
+    def _unreadable(self, line: Line, message: Ctd, error: WireError) -> Steps[None]:
+        log.warning("%s let go with what does not parse: %s", line.label, error)
+        owned: bool = yield OwnedFrom(self.peer.name, str(message.mn))
+        if owned:
+            # it may be a damaged copy of one that we took: neither yes nor no may be said
+            line.close(LinkError("a CTD that does not parse"))
+            return
+        yield from self._drop("its CTD does not parse", lambda run: run.machine.state is TargetState.PREPARED)
+        answer(line, message.mn, refusal(Status.MALFORMED))
+
+
+def _unanswered(item: object) -> None:
+    """Close the link of an unanswered message, because answers are assigned by order: the next would be
+    wrong."""
+    if isinstance(item, Mail):
+        item.line.close(LinkError("a message that came over it could not be answered here, see the log"))
+
+
+class Inboxes:
+    """All inboxes of a gateway."""
+
+    def __init__(self, parts: Parts, requests: Requests, moving: Callable[[SaName], object]) -> None:
+        """`moving`: the outgoing transfer of an SA. `wanted`: the request that an offer answers."""
+        self.parts = parts
+        self.requests = requests
+        self._moving = moving
+        self._open: dict[tuple[str, Address], Inbox] = {}
+        self._denied: dict[str, Denied] = {}
+
+    def inbox(self, peer: PeerConfig, mn: Address) -> Inbox:
+        """The desk for this peer and mobile node; makes one if there is none."""
+        key = (peer.name, mn)
+        inbox = self._open.get(key)
+        if inbox is None:
+            denied = self._denied.setdefault(peer.name, Denied())
+            inbox = self._open[key] = Inbox(self, peer, mn, denied)
+            inbox.process = self.parts.scheduler.spawn(
+                self._staff(key, inbox), f"inbox for {peer.name}, {mn}", mailbox=inbox.items
+            )
+        return inbox
+
+    def _staff(self, key: tuple[str, Address], inbox: Inbox) -> Steps[None]:
+        try:
+            yield from inbox.work()
+        finally:
+            del self._open[key]
+
+    def full(self, peer: PeerConfig, octets: int) -> str:
+        """Why one more transfer of that peer, with so many octets offered, is too much; empty: it is not."""
+        runs = [run for box in self._open.values() if box.peer.name == peer.name for run in box.runs.values()]
+        if len(runs) >= OPEN:
+            return f"{len(runs)} transfers of {peer.name} are open here"
+        held = sum(len(run.stored.context or b"") for run in runs)
+        if held + octets > OPEN_OCTETS:
+            return f"the open transfers of {peer.name} hold {held} octets here"
+        return ""
+
+    def cancelled(self, line: Line, message: Ctc) -> None:
+        """The peer's CTC, if anything is here that it may mean."""
+        inbox = self._open.get((line.peer.name, message.mn))
+        if inbox is None:
+            line.handled()
+        else:
+            inbox.post(Mail(line, message))
+
+    def stop(self) -> None:
+        """Undo all that is not owned, before the agent stops."""
+        for inbox in self._open.values():
+            inbox.post(Drop("the gateway stops"))
+
+    def has(self, transfer_id: bytes) -> bool:
+        """True if that transfer is open here."""
+        return any(transfer_id in inbox.runs for inbox in self._open.values())
+
+    def held(self, peer: str, mn: Address, sa: SaName | None) -> tuple[Inbox, Incoming] | None:
+        """What that peer sent ahead of the MN; without `sa` the one thing there is for that address.
+
+        A mobile node behind a NAT need not know its address as the peer knows it.
+        """
+        found = [
+            (inbox, run)
+            for inbox, run in self._held(peer)
+            if (run.mn == mn if sa is None else run.stored.sa == sa)
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def _held(self, peer: str) -> Iterator[tuple[Inbox, Incoming]]:
+        for inbox in self._open.values():
+            for run in inbox.runs.values() if inbox.peer.name == peer else ():
+                if run.machine.state in _AHEAD and run.header is not None and run.header.intent == "hold":
+                    yield inbox, run
+
+    def busy(self, asking: Inbox, sa: SaName) -> bool:
+        """True if that SA is in a transfer at another desk, or on its way out."""
+        others = (inbox for inbox in self._open.values() if inbox is not asking)
+        return bool(self._moving(sa)) or any(inbox.holds(sa) for inbox in others)

@@ -1,0 +1,246 @@
+"""Common parts of both ends of a transfer: the ports of a gateway, its journal, steps with a time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
+
+from ..errors import IkectxError, StateError, StoreError
+from ..journal import JournalEntry
+from ..machine import Machine
+from ..numbers import Status
+from ..peer import PeerConfig
+from ..report import TransferEvent, TransferReport
+from ..transfer import OSEQ_JUMP, Timing
+from .effects import FindLatest, Step, Write
+from .lines import Lines
+from .outputs import Report
+from .procedures import Do, Pause, Scheduler, Steps, log
+
+_State = TypeVar("_State", bound=StrEnum)
+_Input = TypeVar("_Input", bound=StrEnum)
+_Action = TypeVar("_Action", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class MobileConfig:
+    """What CTARs of MNs are worth here.
+
+    `rfc_token`: the RFC's 32-bit token is accepted, too. `skew`: seconds that an MN's clock may be wrong.
+    `memory`: CTARs that are remembered.
+    """
+
+    rfc_token: bool = False
+    skew: float = 30.0
+    memory: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine is told when it is made.
+
+    `oseq_jump`: outbound sequence numbers between two owners (packets). `busy_attempts`: how often an SA that
+    is busy is tried. `durable`: the journal is on the disk itself before an SA is let go or taken. `mobile`:
+    mobile nodes may ask for handovers; None: they may not.
+    """
+
+    name: str
+    peers: tuple[PeerConfig, ...]
+    timing: Timing
+    oseq_jump: int = OSEQ_JUMP
+    busy_attempts: int = 5
+    durable: bool = True
+    mobile: MobileConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What all procedures of one engine use. `fresh`: so many random octets."""
+
+    config: EngineConfig
+    scheduler: Scheduler
+    lines: Lines
+    fresh: Callable[[int], bytes]
+
+    @property
+    def name(self) -> str:
+        """This gateway's name."""
+        return self.config.name
+
+    @property
+    def timing(self) -> Timing:
+        """How long things may take."""
+        return self.config.timing
+
+    @property
+    def now(self) -> float:
+        """Seconds of a clock that only goes forward."""
+        return self.scheduler.now
+
+
+class Run(Generic[_State, _Input, _Action]):
+    """One transfer in one role.
+
+    `durable`: states that must be on the disk itself. `results`: the states that end it, and the journal's
+    word for each. `instead`: what to feed when a state may not be entered since it cannot be journaled.
+    `ticket`: of the request that began it.
+    """
+
+    reports = False
+    """True if it reports its end itself."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        machine: Machine[_State, _Input, _Action],
+        entry: JournalEntry | None,
+        ticket: int = 0,
+        *,
+        durable: frozenset[_State],
+        results: Mapping[_State, str],
+        instead: Mapping[_State, _Input],
+    ) -> None:
+        self.parts = parts
+        self.machine = machine
+        self.entry = entry
+        self.ticket = ticket
+        self.error: IkectxError | None = None
+        """Why it does not go on as it should; the first reason stays."""
+        self.on_disk = machine.state
+        """The state that the journal has."""
+        self._began = parts.now
+        self._durable = durable
+        self._results = results
+        self._instead = instead
+
+    @property
+    def ended(self) -> bool:
+        return self.machine.state in self._results
+
+    @property
+    def stored(self) -> JournalEntry:
+        """The journal's entry. Errors: StateError before there is one."""
+        if self.entry is None:
+            raise StateError("the transfer has no journal yet")
+        return self.entry
+
+    @property
+    def status(self) -> Status:
+        return Status.OK if self.error is None else self.error.status
+
+    def blame(self, error: IkectxError) -> None:
+        """Remember the reason, unless one is known already."""
+        if self.error is None:
+            self.error = error
+
+    def phases(self) -> dict[str, float]:
+        """Milliseconds by phase, for journal and report."""
+        return self.machine.phases(self.parts.now)
+
+    def must(self, state: _State) -> bool:
+        """True if this state may not be entered before the journal has it."""
+        return False
+
+    def step(self, step: Step) -> Steps[Any]:
+        """Have a step of this transfer done. Errors: those of the step."""
+        outcome = yield Do(step, self.stored.transfer_id)
+        return outcome
+
+    def advance(self, what: _Input) -> Steps[tuple[_Action, ...]]:
+        """Journal where `what` leads, go there, and say what is to be done.
+
+        If the journal cannot be written: a transition that lets go or takes is replaced by `instead`; a state
+        for which `must` is true waits for the journal; any other is entered, because the next start would
+        take the same way.
+        """
+        tries = 0
+        while True:
+            state = self.machine.peek(what)
+            try:
+                yield from self._write(state)
+            except StoreError as error:
+                if state in self._instead:
+                    self.blame(error)
+                    what = self._instead[state]
+                    continue
+                if self.must(state):
+                    yield from self.again(tries, f"journaling {state}", error)
+                    tries += 1
+                    continue
+                log.error("transfer goes on without its journal: %s", error)
+            before = self.machine.state
+            actions = self.machine.feed(what, self.parts.now)
+            if self.machine.state != before and not (self.ended and self.reports):
+                self.tell()
+            return actions
+
+    def _write(self, state: _State) -> Steps[None]:
+        if self.entry is None or state == self.on_disk:
+            return
+        over = state in self._results
+        entry = changed(
+            self.entry,
+            state=str(state),
+            updated=self.parts.scheduler.unix,
+            detail=self.detail(),
+            status=self.status,
+            result=self._results.get(state, ""),
+            phases=self.phases(),
+            # a transfer that is over needs no keys any more
+            context=None if over else self.entry.context,
+            final=None if over else self.entry.final,
+        )
+        yield Write(entry, durable=self.parts.config.durable and state in self._durable)
+        self.entry = entry
+        self.on_disk = state
+
+    def superseded(self) -> Steps[bool]:
+        """After a restart: was the SA in a later transfer, too? Then this one had ended before that began.
+
+        Its end could not be journaled. To undo or thaw it once more would undo what came of the SA since.
+        """
+        entry = self.stored
+        latest = yield FindLatest(entry.sa)
+        return latest not in (None, (entry.role, entry.transfer_id))
+
+    def forget(self, state: _State) -> Steps[None]:
+        """It had ended in this state; nothing is done for that any more."""
+        log.warning("transfer %s had ended: a later one of its SA followed", self.stored.transfer_id.hex())
+        try:
+            yield from self._write(state)
+        except StoreError as error:
+            log.error("the end of a transfer is not in the journal yet: %s", error)
+        self.machine.state = state
+
+    def detail(self) -> str:
+        """The error's text for the journal. It holds no secrets, because no error does."""
+        return "" if self.error is None else str(self.error)
+
+    def tell(self, report: TransferReport | None = None) -> None:
+        """Tell the observers where the transfer is; not at once, because the next message must not wait for
+        them."""
+        entry = self.entry
+        if entry is None:
+            return
+        event = TransferEvent(
+            transfer_id=entry.transfer_id.hex(),
+            role=entry.role,
+            peer=entry.peer,
+            sa=entry.sa,
+            mn=entry.mn,
+            state=str(self.machine.state),
+            ms=round((self.parts.now - self._began) * 1000, 3),
+            detail=self.detail(),
+            report=report,
+        )
+        self.parts.scheduler.outputs.append(Report(event, self.ticket))
+
+    def again(self, tries: int, what: str, error: IkectxError) -> Steps[None]:
+        """Log that `what` failed, and wait before it is tried again."""
+        wait = self.parts.timing.wait(tries)
+        ident = self.entry.transfer_id.hex() if self.entry else "?"
+        log.error("transfer %s: %s failed, again in %g s: %s", ident, what, wait, error)
+        yield Pause(self.parts.now + wait)

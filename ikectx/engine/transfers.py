@@ -1,0 +1,258 @@
+"""Old gateway: starts and tracks outgoing transfers. At most one per SA, and one per mobile node and peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace as changed
+
+from ..context import IkeContext
+from ..cxtp import Ctc
+from ..errors import BusyError, IkectxError, StateError, UnknownSaError
+from ..mistakes import log_mistake
+from ..name import SaName
+from ..numbers import Status
+from ..peer import PeerConfig
+from ..report import TransferReport
+from ..transfer import SourceInput, SourceState
+from .dry_run import DryRun
+from .effects import Recorded
+from .journaled import Parts
+from .old_gateway import Address, Outgoing
+from .procedures import Cancelled, Gate, Opened, Pause, Steps, Turn, log
+
+CANCELLABLE = frozenset(
+    {
+        *(SourceState.NEW, SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING),
+        SourceState.FREEZING,
+    }
+)
+
+Allowed = Callable[[IkeContext], Steps[None]]
+"""Raises the reason why the SA of that context may not be moved: RefusedError, WireError, StoreError."""
+
+
+class Transfers:
+    """The transfers that are open here at their old gateway."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.open: dict[bytes, Outgoing] = {}
+        self._parts = parts
+        self._asked_for: dict[SaName, Gate] = {}
+        """SAs that an operator, or a peer with the right `pull`, moves; the event is set at the end. They
+        keep the SA's turn between two attempts, too."""
+
+    def moving(self, sa: SaName) -> Outgoing | None:
+        """The open transfer of that SA."""
+        return next((run for run in self.open.values() if run.sa == sa), None)
+
+    def free(self, sa: SaName) -> None:
+        """Errors: BusyError if that SA is being moved, or is about to be."""
+        if sa in self._asked_for or self.moving(sa) is not None:
+            raise BusyError("that IKE_SA is being moved already", hint="`ikectx status` shows the transfer")
+
+    def _turn(self, sa: SaName) -> Steps[None]:
+        """Wait until nobody else moves that SA.
+
+        Errors: BusyError if that lasts longer than `Timing.turn`, or if the transfer is in doubt and may last
+        for ever; UnknownSaError if the SA has left.
+        """
+        patience, last = self._parts.timing.turn, self.moving(sa)
+        until = self._parts.now + patience
+        while (over := last.over if last is not None else self._asked_for.get(sa)) is not None:
+            if last is not None and last.outcome is not None:
+                raise BusyError(
+                    f"that IKE_SA is being moved already: transfer {last.transfer_id.hex()} to "
+                    f"{last.peer.name} is in doubt",
+                    hint="see `ikectx status`, and `ikectx reclaim`",
+                )
+            if not (yield Opened(over, until)):
+                raise self._too_long(sa, patience)
+            if last is not None and last.machine.state is SourceState.DONE:
+                ident = last.transfer_id.hex()
+                raise UnknownSaError(
+                    f"transfer {ident} has just brought that IKE_SA to {last.peer.name}",
+                    hint=f"{last.peer.name} serves it now: ask there to move it on",
+                )
+            last = self.moving(sa)
+
+    def _too_long(self, sa: SaName, patience: float) -> BusyError:
+        run = self.moving(sa)
+        what = "another command has its turn"
+        if run is not None:
+            what = f"transfer {run.transfer_id.hex()} to {run.peer.name} is {run.machine.state}"
+        return BusyError(
+            f"that IKE_SA is being moved already, and that did not end within {patience:g} s: {what}",
+            hint="try again; `ikectx status` shows the transfer, `ikectx cancel` ends one that waits",
+        )
+
+    def named(self, transfer_id: str) -> Outgoing | None:
+        """The open transfer with that id in hexadecimal."""
+        try:
+            return self.open.get(bytes.fromhex(transfer_id))
+        except ValueError:
+            return None
+
+    def cancel(self, transfer_id: str) -> bool:
+        """Stop one. True: it will be kept; False: it has let go already, or is unknown."""
+        run = self.named(transfer_id)
+        if run is None or run.machine.state not in CANCELLABLE:
+            return False
+        run.signal(SourceInput.CANCEL)
+        return True
+
+    def reclaim(self, transfer_id: str) -> Steps[TransferReport]:
+        """Serve the SA of a transfer in doubt here again: the operator's word. Errors: StateError."""
+        run = self.named(transfer_id)
+        if run is None or run.machine.state is not SourceState.RELEASED:
+            raise StateError(
+                f"transfer {transfer_id} is not in doubt"
+                if run
+                else f"no transfer {transfer_id} is open here",
+                hint="`ikectx status` shows those that are",
+            )
+        run.signal(SourceInput.RECLAIM)
+        yield Opened(run.over, self._parts.now + self._parts.timing.step)
+        return run.report()
+
+    def cancelled(self, peer: PeerConfig, message: Ctc) -> None:
+        """Handle the peer's CTC: it applies to transfers of that mobile node that can still be cancelled."""
+        for run in self.open.values():
+            if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
+                run.signal(SourceInput.CTC)
+
+    def stop(self) -> None:
+        """Cancel what has not been let go."""
+        for run in self.open.values():
+            run.signal(SourceInput.CANCEL)
+
+    # -- by the operator, or by a peer that may pull -----------------------------------------------------
+
+    def transfer(
+        self,
+        peer: PeerConfig,
+        sa: SaName,
+        address: Address = "update",
+        dry_run: bool = False,
+        ticket: int = 0,
+    ) -> Steps[TransferReport]:
+        """Move the SA; how it ended. Errors: UnknownSaError, BusyError (it is being moved)."""
+        yield from self._turn(sa)
+        if dry_run:
+            dry = DryRun(self._parts, peer, sa=sa, transfer_id=self._parts.fresh(8), address=address)
+            return (yield from dry.ask_only())
+        over = self._asked_for[sa] = Gate()
+        attempts = self._parts.config.busy_attempts
+        try:
+            attempt = 0
+            while True:
+                attempt += 1
+                report = yield from self._attempt(peer, sa, address, ticket)
+                report = changed(report, attempts=attempt)
+                busy = report.status is Status.BUSY and report.result in ("kept", "refused")
+                if not busy or attempt >= attempts:
+                    return report
+                pause = self._parts.timing.busy_backoff * 2 ** (attempt - 1)
+                log.info("a transfer to %s is tried again in %.1f s: %s", peer.name, pause, report.text)
+                yield Pause(self._parts.now + pause)
+        finally:
+            del self._asked_for[sa]
+            self._parts.scheduler.open(over)
+
+    def _attempt(self, peer: PeerConfig, sa: SaName, address: Address, ticket: int) -> Steps[TransferReport]:
+        run = Outgoing(
+            self._parts, peer, sa=sa, transfer_id=self._parts.fresh(8), address=address, ticket=ticket
+        )
+        self._start(run, self._move(run))
+        try:
+            yield Opened(run.settled)
+        except Cancelled:
+            run.signal(SourceInput.CANCEL)
+            raise
+        if isinstance(run.outcome, TransferReport):
+            return run.outcome
+        raise run.outcome or StateError("the transfer has no outcome")
+
+    def _move(self, run: Outgoing) -> Steps[None]:
+        yield from run.export()
+        if run.context is None:
+            yield from run.begin()
+            return
+        waits = run.turn in self._parts.scheduler.turns
+        yield Turn(turn := run.turn)
+        try:
+            if waits:
+                yield from run.export()
+            yield from run.begin()
+        finally:
+            self._parts.scheduler.leave(turn)
+
+    # -- by the MN, or by a packet of it -----------------------------------------------------------------
+
+    def grant(self, run: Outgoing, proven: Allowed, allowed: Allowed) -> Steps[None]:
+        """Export, and begin `run` in the background if neither `proven` nor `allowed` raises anything.
+
+        `proven` is called first, with the recorded context, so that a stranger's request neither takes the
+        SA's turn nor has the SA exported. `allowed` is called last, with the exported context. Errors:
+        BusyError, UnknownSaError, those of `proven`, `allowed` and the export, StateError.
+        """
+        recorded: IkeContext = yield Recorded(run.sa)
+        yield from proven(recorded)
+        self.free(run.sa)
+        self.open[run.transfer_id] = run
+        try:
+            yield from run.export()
+            if run.context is None:
+                raise run.error or StateError("nothing was exported")
+            yield from allowed(run.context)
+        except BaseException:
+            self._close(run)
+            raise
+        self._start(run, self._in_turn(run, run.begin()))
+
+    def _in_turn(self, run: Outgoing, work: Steps[None]) -> Steps[None]:
+        yield Turn(turn := run.turn)
+        try:
+            yield from work
+        finally:
+            self._parts.scheduler.leave(turn)
+
+    # -- after a crash -----------------------------------------------------------------------------------
+
+    def resume(self, run: Outgoing) -> None:
+        """Take up what the journal has open."""
+        self._start(run, self._in_turn(run, self._resume(run)))
+
+    def _resume(self, run: Outgoing) -> Steps[None]:
+        if (yield from run.superseded()):
+            yield from run.forget(SourceState.KEPT)
+        else:
+            yield from run.go(SourceInput.RESTART)
+
+    # -- all of them -------------------------------------------------------------------------------------
+
+    def _start(self, run: Outgoing, work: Steps[None]) -> None:
+        """Begin its own procedure, which goes on when its report has been given as "in-doubt"."""
+        self.open[run.transfer_id] = run
+
+        def ended(_: object, error: BaseException | None) -> None:
+            if isinstance(error, UnknownSaError):
+                run.settle(error)
+            elif isinstance(error, Exception):
+                # a mistake in here: leave everything as it stands, the next start reads the journal
+                mistake = StateError(f"a mistake here: {type(error).__name__}")
+                run.blame(error if isinstance(error, IkectxError) else mistake)
+                if isinstance(error, IkectxError):
+                    log.error("transfer %s: %s", run.transfer_id.hex(), error)
+                else:
+                    log_mistake(log, f"transfer {run.transfer_id.hex()}", error)
+            if run.outcome is None:
+                run.settle(run.report())
+            self._close(run)
+
+        name = f"transfer {run.transfer_id.hex()}"
+        run.process = self._parts.scheduler.spawn(work, name, mailbox=run.mailbox, ended=ended)
+
+    def _close(self, run: Outgoing) -> None:
+        self.open.pop(run.transfer_id, None)
+        self._parts.scheduler.open(run.awaited)
+        self._parts.scheduler.open(run.over)
