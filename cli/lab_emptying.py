@@ -91,6 +91,7 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
         {host: held[host] - idle[host] for host in GATEWAYS},
         {
             "lost": traffic.lost,
+            "causes": traffic.as_json()["causes"],
             "sent": traffic.up.sent + traffic.down.sent,
             "gap_ms": traffic.gap_ms,
             "interval_ms": traffic.interval_ms,

@@ -373,7 +373,10 @@ def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield (
         "No name collides. CPU and memory are those of the agents; memory is what their resident sets have "
         "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
-        "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move."
+        "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
+        "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "
+        "before that rekey. The gateways' charons have their default settings there; the drain in a guest "
+        "ran with `kernel-netlink.roam_events = no`, when detours still stood in a table of their own."
     )
 
 
