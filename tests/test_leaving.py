@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import FinalState, IkeContext
+from ikectx.context import Endpoint, FinalState, IkeContext
 from ikectx.errors import BusyError, KernelError, LinkError, UnknownSaError
 from ikectx.ports import MoveReport
+from ikectx.relocate import relocate
 from vici_bridge import runner as runner_module
 from vici_bridge import source as source_module
 from vici_bridge import thaw as thaw_module
@@ -394,3 +395,34 @@ def test_b2_what_was_only_prepared_elsewhere_makes_numbers_jump() -> None:
 
 async def busy(sa: object) -> None:
     raise BusyError("charon began an exchange")
+
+
+def test_b6_an_agent_that_starts_ends_esp_at_the_addresses_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg", sending=True)
+            there.here.store.flush()
+            there.begin()
+            old = relocate(there.context, remote=Endpoint.of("198.51.100.200", 4500))
+            monkeypatch.setattr(there.here.host, "context", lambda sa: old)  # the MN has moved since
+            there.source.resume()
+            assert not sends(there.here, there.context)
+            assert there.here.host.leaving.of(there.context.spis).facts.policies
+
+    run(scenario())
+
+
+def test_b6_what_cannot_be_ended_keeps_no_agent_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg", sending=True)
+            there.here.store.flush()
+            there.begin()
+
+            def cannot(*_: Any, **__: Any) -> None:
+                raise KernelError("unreachable", errno=101)
+
+            monkeypatch.setattr(there.here.host.away, "leave", cannot)
+            there.source.resume()
+
+    run(scenario())

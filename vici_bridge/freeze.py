@@ -24,7 +24,7 @@ from ikectx.errors import BusyError
 
 from .charon import SaView
 from .leaving import LIVING, Leaving, in_the_way, last_request, outbound_of
-from .runner import Effect, Facts, Step
+from .runner import Effect, Facts, Step, with_context
 
 IDLE_TIMEOUT = 3.0
 """Seconds to wait for charon to finish an exchange that is under way at the freeze."""
@@ -98,6 +98,9 @@ async def _find_ids(work: Freezing) -> None:
 
 
 async def _go_on(work: Freezing) -> Facts:
+    """An agent that starts needs the SA's addresses of now to end it; the record has those of then."""
+    leaving = work.host.leaving
+    leaving.hold(with_context(leaving.of(work.sa), work.context))
     return {"sends_to": work.to}
 
 

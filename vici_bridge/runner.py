@@ -30,7 +30,7 @@ from ikectx import trace
 from ikectx.context import IkeContext
 from ikectx.cxtp import ContextDataBlock
 from ikectx.errors import IkectxError, StateError, StoreError, WireError
-from ikectx.ledger import Ledger
+from ikectx.ledger import Ledger, Row
 from ikectx.name import SaName
 from ikectx.numbers import Fpt
 from ikectx.profile import TransferHeader, decode, encode
@@ -89,6 +89,18 @@ class Effect(Generic[W]):
     soon: bool = False
 
 
+def with_context(row: Row[Any], context: IkeContext) -> Row[Any]:
+    """The row, with what the SA was. It holds keys then."""
+    blocks = encode(context, transfer=_NOBODY)
+    return replace(row, context=tuple((int(block.fpt), block.data) for block in blocks))
+
+
+def context_of(row: Row[Any]) -> IkeContext:
+    """What the SA was, by `with_context`. Errors: WireError."""
+    context, _ = decode(ContextDataBlock(Fpt(fpt), octets) for fpt, octets in row.context)
+    return context
+
+
 @dataclass(frozen=True, slots=True)
 class Step(Generic[W]):
     """A step by its name. ends: the SA's row is dropped at its end. journaled: that is written together with
@@ -131,9 +143,8 @@ class Runner(Generic[W]):
                 await self._do(effect, work)
         row = self._ledger.of(work.sa)
         if row.later:
-            blocks = encode(work.kept, transfer=_NOBODY)
-            kept = tuple((int(block.fpt), block.data) for block in blocks)
-            self._ledger.put(replace(row, step="", done=(), begun="", context=kept), soon=True)
+            ended = replace(row, step="", done=(), begun="")
+            self._ledger.put(with_context(ended, work.kept), soon=True)
             self._go_on_later(work, row.later, step.ends)
         elif step.ends:
             self._ledger.drop(work.sa, soon=step.journaled)
@@ -147,7 +158,7 @@ class Runner(Generic[W]):
             if not row.later or row.step:
                 continue
             try:
-                context, _ = decode(ContextDataBlock(Fpt(fpt), octets) for fpt, octets in row.context)
+                context = context_of(row)
                 unknown = [name for name in row.later if name not in self._effects]
                 if unknown:
                     raise WireError(f"what was left for later: {unknown}")

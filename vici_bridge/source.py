@@ -9,7 +9,6 @@ are decrypted until the SA is released.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +24,7 @@ from ikectx.context import (
     IkeContext,
     PeerContext,
 )
-from ikectx.errors import BusyError, CharonError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, IkectxError, UnknownSaError
 from ikectx.keys import esp_keys
 from ikectx.name import SaName
 from ikectx.numbers import Status
@@ -46,7 +45,7 @@ from .host import CharonHost, Mover
 from .leaving import LIVING, Ender, Leaving, in_the_way, last_request
 from .obstacles import check_context, check_kernel, check_kind, check_told
 from .release import RELEASE
-from .runner import Runner
+from .runner import Runner, context_of
 from .thaw import THAW
 from .xfrm import KernelSa
 
@@ -302,9 +301,11 @@ class CharonSource:
         stop SAs that were still sending, because their packets were not counted while the agent was down."""
         for row in self._host.leaving.all():
             if not row.facts.sends_to or row.step:
-                continue  # the open step goes on, and does this itself
-            with contextlib.suppress(UnknownSaError):
-                self._end_sending(self._host.context(row.sa))
+                continue  # a step that is open goes on, and sees to it itself
+            try:
+                self._end_sending(context_of(row) if row.context else self._host.context(row.sa))
+            except IkectxError as error:
+                log.error("SA %s: ESP that goes on is not ended by the agent's start: %s", row.sa, error)
         self._host.away.restore()
         self._runner.resume(lambda sa, context: self._leaving(context))
 
