@@ -22,7 +22,7 @@ from ikectx.name import SaName
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
 from ikectx.store import SqliteStore
-from ikectx.tls import TlsConfig, certificate_names, tls_dial, tls_listen
+from ikectx.tls import TlsConfig, TlsStream, certificate_names, tls_dial, tls_listen
 from ikectx.transfer import Timing
 
 from . import hand_loop
@@ -92,6 +92,23 @@ def test_both_ends_learn_each_other_s_names(ca: Authority) -> None:
             assert await near.read() == b""
             near.close()
             near.close()
+
+    run(scenario())
+
+
+def test_a_message_waits_for_no_acknowledgement_of_the_one_before(ca: Authority) -> None:
+    a, b = ca.issue("a.example"), ca.issue("b.example")
+
+    async def scenario() -> None:
+        async with listening(b) as (port, accepted):
+            ends = [
+                await tls_dial(a, TIMING)(PeerConfig("b.example", "127.0.0.1", port)),
+                await accepted.get(),
+            ]
+            for end in ends:
+                assert isinstance(end, TlsStream)
+                assert end._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+                end.close()
 
     run(scenario())
 
