@@ -373,7 +373,7 @@ class Driver:
             case FindTransfer(role, transfer_id):
                 return store.find(role, transfer_id)
             case FindEpochs(sa):
-                return Epochs(store.known_epoch(sa), store.owned_epoch(sa))
+                return Epochs(*store.epochs(sa))
             case FindLatest(sa):
                 return store.latest(sa)
             case OwnedFrom(peer, mn_address):

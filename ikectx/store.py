@@ -383,20 +383,16 @@ class SqliteStore:
         """The newest transfers, newest first, without `context` and `final`."""
         return self._select("1", (), limit=limit, sealed=False)
 
-    def known_epoch(self, sa: SaName) -> int:
-        """The highest epoch of this SA that any transfer told us of; 0: none did."""
+    def epochs(self, sa: SaName) -> tuple[int, int]:
+        """The highest epoch of this SA that any transfer told us of, 0: none did; and the highest in which we
+        took it over from somebody, -1: we never did."""
+        owned = "CASE WHEN role = 'target' AND state = 'owned' THEN epoch END"
         with self._errors():
             found = self._db.execute(
-                "SELECT max(epoch) FROM journal WHERE spi_i = ? AND spi_r = ?", sa
+                f"SELECT max(epoch), max({owned}) FROM journal WHERE spi_i = ? AND spi_r = ?",  # noqa: S608
+                sa,
             ).fetchone()
-        return _epoch(found[0] or 0)
-
-    def owned_epoch(self, sa: SaName) -> int:
-        """The highest epoch in which we took this SA over from somebody; -1: we never did."""
-        taken = "spi_i = ? AND spi_r = ? AND role = 'target' AND state = 'owned'"
-        with self._errors():
-            found = self._db.execute(f"SELECT max(epoch) FROM journal WHERE {taken}", sa).fetchone()  # noqa: S608
-        return -1 if found[0] is None else _epoch(found[0])
+        return _epoch(found[0] or 0), -1 if found[1] is None else _epoch(found[1])
 
     def latest(self, sa: SaName) -> tuple[str, bytes] | None:
         """Role and ID of the newest transfer of this SA that is open, or has moved it."""
@@ -406,7 +402,11 @@ class SqliteStore:
                 " AND result IN ('', 'moved') ORDER BY number DESC LIMIT 1",
                 sa,
             ).fetchone()
-        return None if found is None else (str(found[0]), bytes(found[1]))
+        if found is None:
+            return None
+        if not isinstance(found[1], bytes):
+            raise StoreError("the journal holds a transfer ID that makes no sense")
+        return str(found[0]), found[1]
 
     def owned_from(self, peer: str, mn_address: str) -> bool:
         """Do we own, or did we take, anything that this peer pushed for this MN?"""

@@ -468,8 +468,8 @@ def test_a_damaged_row_is_a_store_error(column: str, value: object, strict: bool
         for ask in (
             store.open_transfers,
             store.history,
-            lambda: store.known_epoch(sa),
-            lambda: store.owned_epoch(sa),
+            lambda: store.epochs(sa),
+            lambda: store.latest(sa),
             lambda: store.owned_from("nsg", "198.51.100.7"),
             lambda: store.find("source", b"transfer"),
             lambda: store.prune(5.0),

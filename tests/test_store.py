@@ -329,13 +329,23 @@ def test_history_is_newest_first_and_without_secrets(place: Path, store: SqliteS
 
 
 def test_epochs_are_remembered_by_sa(store: SqliteStore) -> None:
-    assert store.known_epoch(SA) == 0
-    assert store.owned_epoch(SA) == -1
+    assert store.epochs(SA) == (0, -1)
     store.write(entry(1, epoch=3, result="moved", state="done"))
     store.write(entry(2, epoch=2, result="moved", state="owned", role="target"))
     store.write(entry(3, epoch=9, sa=(b"anotheri", b"anotherr")))
-    assert store.known_epoch(SA) == 3
-    assert store.owned_epoch(SA) == 2
+    assert store.epochs(SA) == (3, 2)
+
+
+def test_the_newest_transfer_of_an_sa_is_one_that_is_open_or_moved_it(store: SqliteStore) -> None:
+    assert store.latest(SA) is None
+    store.write(entry(1, state="thawing"))
+    first = store.latest(SA)
+    assert first is not None and first[0] == "source"
+    store.write(entry(2, result="moved", state="owned", role="target"))
+    store.write(entry(3, result="aborted", state="aborted", role="target"))
+    store.write(entry(1, state="thawing"))
+    newest = store.latest(SA)
+    assert newest is not None and newest[0] == "target" and newest != first
 
 
 def test_it_knows_what_it_took_from_whom(store: SqliteStore) -> None:

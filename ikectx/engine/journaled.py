@@ -203,7 +203,11 @@ class Run(Generic[_State, _Input, _Action]):
         Its end could not be journaled. To undo or thaw it once more would undo what came of the SA since.
         """
         entry = self.stored
-        latest = yield FindLatest(entry.sa)
+        try:
+            latest = yield FindLatest(entry.sa)
+        except StoreError as error:
+            log.error("transfer %s goes on as the journal has it: %s", entry.transfer_id.hex(), error)
+            return False
         return latest not in (None, (entry.role, entry.transfer_id))
 
     def forget(self, state: _State) -> Steps[None]:
