@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 from ikectx import trace
@@ -80,6 +77,8 @@ DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
+CHARON_THREADS = 2
+"""Threads that wait for charon at once, of the five or more that Python keeps for all work of this kind."""
 REKEY_AGAIN = 5.0
 """Seconds until charon is asked again for a rekey that it did not begin."""
 SAVE_AGAIN = 2.0
@@ -132,7 +131,7 @@ class CharonHost:
         self.coming: Ledger[TargetFacts] = Ledger(store, "target")
         self.own: Ledger[MobileFacts] = Ledger(store, "mobile")
         self.vici = CharonVici(config.vici)
-        self._charon = ThreadPoolExecutor(1, "charon")
+        self._asking = asyncio.Semaphore(CHARON_THREADS)
         self.listing = Listing(self.vici.read_sas, self.ask)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
@@ -205,7 +204,6 @@ class CharonHost:
         if self._saving is not None:
             self._saving.cancel()
         await asyncio.to_thread(self.vici.close)
-        self._charon.shutdown(wait=False)
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
@@ -398,12 +396,9 @@ class CharonHost:
     # Views.
 
     async def ask(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call `vici` in a thread that nothing else uses, so that other SAs can be frozen while charon hangs.
-
-        One thread is enough, because charon answers one request at a time.
-        """
-        work = partial(contextvars.copy_context().run, partial(call, *args, **kwargs))
-        return await asyncio.get_running_loop().run_in_executor(self._charon, work)
+        """Call `vici` in a thread, but never in so many that none is left for freezes while charon hangs."""
+        async with self._asking:
+            return await asyncio.to_thread(call, *args, **kwargs)
 
     async def views(self) -> list[SaView]:
         """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
