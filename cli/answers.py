@@ -13,7 +13,7 @@ import click
 from .requests import plain_address
 
 if TYPE_CHECKING:
-    from vici_bridge.vici import ControlClient
+    from vici_bridge.vici.client import ControlClient
 
     from .config import ControlConfig
 
@@ -59,14 +59,14 @@ class Setup(Generic[C]):
 
     def agent(self, timeout: float | None = 30.0) -> ControlClient:
         """A client of the agent; `timeout` in seconds for each answer."""
-        from vici_bridge.vici import ControlClient
+        from vici_bridge.vici.client import ControlClient
 
         return ControlClient(self.socket(), timeout=timeout, start=self._start)
 
     def ask(self, command: str, query: dict[str, Any] | None = None, timeout: float | None = 30.0) -> Any:
         """Send one request to the agent; returns its answer's JSON, None if it has none. Errors:
         IkectxError."""
-        from vici_bridge.vici import json_of
+        from vici_bridge.vici.client import json_of
 
         with self.agent(timeout) as agent:
             return json_of(agent.request(command, query))

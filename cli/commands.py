@@ -14,10 +14,18 @@ import click
 from ikectx.errors import IkectxError, UsageError
 
 from . import __version__
-from .answers import WORDS, Setup, an_address, json_option, serve_config_option, show_answer, show_json
+from .answers import (
+    WORDS,
+    Setup,
+    an_address,
+    json_option,
+    serve_config_option,
+    show_answer,
+    show_json,
+)
 
 if TYPE_CHECKING:
-    from vici_bridge.vici import ControlClient
+    from vici_bridge.vici.client import ControlClient
 
     from .config import Config
 
@@ -48,11 +56,11 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "lab":
-            from .lab import lab
+            from .lab.commands import lab
 
             return lab
         if cmd_name == "mobile":
-            from .mobile import mobile
+            from .mobile.commands import mobile
 
             return mobile
         return super().get_command(ctx, cmd_name)
@@ -91,7 +99,7 @@ def cli(ctx: click.Context, config: str | None, socket: str | None) -> None:
 def serve(setup: Setup[Config], config: str | None) -> int:
     """Run the agent of this gateway; it must start before charon."""
     loaded = setup.config(config)
-    from .daemon import run as run_agent
+    from .agent import run as run_agent
 
     return run_agent(loaded)
 
@@ -101,7 +109,7 @@ def serve(setup: Setup[Config], config: str | None) -> int:
 @click.pass_obj
 def list_(setup: Setup[Config], as_json: bool) -> None:
     """The IKE_SAs of this gateway, with their CHILD_SAs."""
-    from vici_bridge.vici import json_of
+    from vici_bridge.vici.client import json_of
 
     items: list[dict[str, Any]] = []
     with setup.agent() as agent:
@@ -154,7 +162,7 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
 @click.pass_obj
 def show(setup: Setup[Config], sa: str, secrets: bool, as_json: bool) -> None:
     """The whole context of one SA: its id, connection, an SPI in hexadecimal, or its peer."""
-    from vici_bridge.vici import json_of
+    from vici_bridge.vici.client import json_of
 
     with setup.agent() as agent:
         context = json_of(
@@ -170,7 +178,7 @@ def show(setup: Setup[Config], sa: str, secrets: bool, as_json: bool) -> None:
 
 def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
     """The agent's key and value for a person's name of an SA: the first way in which it names one SA."""
-    from vici_bridge.vici import json_of
+    from vici_bridge.vici.client import json_of
 
     items: list[dict[str, Any]] = []
     agent.stream("list-contexts", "list-context", None, lambda item: items.append(json_of(item)))
@@ -263,9 +271,9 @@ def pull(setup: Setup[Config], /, from_: str, mn: str, sa: str | None, dry_run: 
 
 def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bool, dry_run: bool) -> int:
     """Ask the agent for transfers, show them while they run, and their reports; returns the exit code."""
-    from vici_bridge.vici import json_of
+    from vici_bridge.vici.client import json_of
 
-    from . import collisions
+    from .lab import collisions
     from .progress import Progress
 
     with Progress(live=not as_json and sys.stdout.isatty()) as progress, setup.agent(timeout=None) as agent:
@@ -356,7 +364,7 @@ def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool)
 @click.pass_obj
 def history(setup: Setup[Config], limit: int, as_json: bool) -> None:
     """Transfers of the past, in both directions."""
-    from vici_bridge.vici import json_of
+    from vici_bridge.vici.client import json_of
 
     items: list[dict[str, Any]] = []
     with setup.agent() as agent:
@@ -409,8 +417,8 @@ def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> No
 @click.pass_obj
 def doctor(setup: Setup[Config], as_json: bool) -> int:
     """Check this gateway for frequent mistakes, and say what to write where."""
-    from .doctor import examine
-    from .doctor_world import World
+    from .doctor.checks import examine
+    from .doctor.world import World
 
     config = setup.config()
     findings = examine(World(config, config.control.socket))
@@ -418,7 +426,7 @@ def doctor(setup: Setup[Config], as_json: bool) -> int:
     if as_json:
         show_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
     else:
-        from .doctor import show_findings
+        from .doctor.checks import show_findings
 
         show_findings(findings)
     return 1 if failed else 0

@@ -12,10 +12,10 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import ConfigError
-from ikectx.transfer import OSEQ_JUMP
-from vici_bridge.allowed import Range, Rules
-from vici_bridge.proposals import Proposal
+from vici_bridge.policy.allowed import Range, Rules
+from vici_bridge.policy.proposals import Proposal
 
 from .toml_table import (
     ConfigFile,
@@ -36,7 +36,7 @@ from .toml_table import (
 )
 
 if TYPE_CHECKING:
-    from ikectx.context import Address
+    from ikectx.sa.context import Address
 
 DEFAULT_PATH = "/etc/ikectx/ikectx.toml"
 VARIABLE = "IKECTX_CONFIG"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from ipaddress import ip_network
 
 from ikectx.errors import UnknownSaError, UsageError
-from ikectx.name import SaName
-from vici_bridge.charon import SaView
-from vici_bridge.departures import Departure
+from ikectx.sa.name import SaName
+from vici_bridge.away.departures import Departure
+from vici_bridge.vici.views import SaView
 
 from .config import ConnectionConfig
 

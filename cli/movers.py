@@ -9,14 +9,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ikectx.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
+from ikectx.engine.ports import MoveReport
 from ikectx.errors import IkectxError, KernelError, LinkError, RefusedError
-from ikectx.ikev2 import RetransmitPolicy
-from ikectx.keys import Drawn, iv_length, prf_plus, sk_keys
 from ikectx.numbers import Prf, Protocol, Status
-from ikectx.ports import MoveReport
-from mobike_ext.asking import SaEnd
-from mobike_ext.exchange import COOKIE2_LENGTH, AddressNotice, AddressUpdate
+from ikectx.sa.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
+from ikectx.sa.keys import Drawn, iv_length, prf_plus, sk_keys
+from ikectx.wire.ikev2 import RetransmitPolicy
+from mobike_ext.address_update import COOKIE2_LENGTH, AddressNotice, AddressUpdate
 from mobike_ext.farewell import Farewell
 from mobike_ext.link import (
     SpiReport,
@@ -32,7 +31,8 @@ from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
 from mobike_ext.notify import UpdateSpi
 from mobike_ext.probe import MidProbe
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, IkeRekey
-from mobike_ext.rename import (
+from mobike_ext.requester import SaEnd
+from mobike_ext.spi_update import (
     AGENT_WAIT,
     FRESH_OCTETS,
     MIRROR_WAIT,
@@ -42,7 +42,7 @@ from mobike_ext.rename import (
     SpiUpdate,
     Unsupported,
 )
-from vici_bridge.names import Made, Told, Wish
+from vici_bridge.policy.new_names import Made, Told, Wish
 
 log = logging.getLogger("ikectx")
 
@@ -177,7 +177,7 @@ class _Talk:
 
 
 class MnRenamer:
-    """`vici_bridge.names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
+    """`vici_bridge.policy.new_names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
 
     The first exchange with the address also shows whether the mobile node knows UPDATE_SPI. If the IKE_SA
     itself needs other SPIs, the address is told after the SPIs, because a mobile node with ESP in user space

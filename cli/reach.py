@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ikectx.context import Address
+from ikectx.sa.context import Address
 
 PATIENCE = 2.0
 """Seconds to wait for an answer; a neighbour that is not there is given up by the kernel after three."""

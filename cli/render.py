@@ -14,8 +14,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
-from ikectx.context import Endpoint, Identity, IkeContext, ReplayState, Secret, TrafficSelector
 from ikectx.escape import escaped
+from ikectx.sa.context import Endpoint, Identity, IkeContext, ReplayState, Secret, TrafficSelector
 
 
 def dump(value: object, *, indent: int | None = None) -> str:
@@ -44,7 +44,7 @@ def context_json(context: IkeContext, *, secrets: bool = False) -> dict[str, Any
     if not secrets:
         shown["unknown"] = [{"fpt": fpt, "key": key, "octets": len(raw)} for fpt, key, raw in context.unknown]
         return shown
-    from ikectx.keys import child_keys, sk_keys, skeyseed
+    from ikectx.sa.keys import child_keys, sk_keys, skeyseed
 
     for generation, out in zip(context.generations, shown["generations"], strict=True):
         derived = _data(sk_keys(generation), secrets)

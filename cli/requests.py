@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from vici_bridge.requests import Keys, Kind
+from vici_bridge.vici.request_keys import Keys, Kind
 
 if TYPE_CHECKING:
-    from ikectx.context import Address
+    from ikectx.sa.context import Address
 
 _NAMES: dict[str, Kind] = {"ike": "text", "ike-id": "text", "spi": "text", "peer": "text", "all": "flag"}
 """The ways to name IKE_SAs (`views.chosen`)."""

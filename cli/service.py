@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ikectx import trace
+from ikectx.disk.store import SqliteStore, open_store
 from ikectx.errors import UsageError
 from ikectx.escape import Escaping
 from ikectx.log_limit import LogLimit
 from ikectx.mistakes import log_mistake
-from ikectx.store import SqliteStore, open_store
 
 log = logging.getLogger("ikectx")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ikectx.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ikectx.context import Address
+    from ikectx.sa.context import Address
 
 DEFAULT_PORT = 5091
 """Port of CXTP (RFC 4067, section 7)."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ikectx.errors import IkectxError, UnknownSaError, UsageError
-from ikectx.name import SaName
-from vici_bridge.charon import SaView
+from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost
+from vici_bridge.vici.views import SaView
 
 
 def chosen(

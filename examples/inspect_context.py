@@ -36,7 +36,7 @@ from ikectx import (
     decode_context,
     encode_context,
 )
-from ikectx.cxtp import Pctd
+from ikectx.wire.cxtp import Pctd
 
 
 def made_up() -> IkeContext:

@@ -13,8 +13,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .aio import Gateway
-    from .context import (
+    from ikectx.clock import Clock
+    from ikectx.disk.store import SqliteStore, open_store
+    from ikectx.engine.journaled import MobileConfig
+    from ikectx.engine.ports import ContextSink, ContextSource, MoveReport, Renamer, Store
+    from ikectx.engine.report import TransferEvent, TransferReport
+    from ikectx.errors import (
+        BusyError,
+        CharonError,
+        ConfigError,
+        IkectxError,
+        KernelError,
+        LinkError,
+        RefusedError,
+        StateError,
+        StoreError,
+        UnknownSaError,
+        UsageError,
+        WireError,
+    )
+    from ikectx.gateway import Gateway
+    from ikectx.net.links import Stream
+    from ikectx.net.tls import TlsConfig
+    from ikectx.numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
+    from ikectx.peer import PeerConfig
+    from ikectx.sa.context import (
         AuthRound,
         ChildContext,
         Endpoint,
@@ -30,34 +53,13 @@ if TYPE_CHECKING:
         Secret,
         TrafficSelector,
     )
-    from .cxtp import ContextDataBlock
-    from .engine.journaled import MobileConfig
-    from .errors import (
-        BusyError,
-        CharonError,
-        ConfigError,
-        IkectxError,
-        KernelError,
-        LinkError,
-        RefusedError,
-        StateError,
-        StoreError,
-        UnknownSaError,
-        UsageError,
-        WireError,
-    )
-    from .links import Stream
-    from .name import SaName
-    from .numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
-    from .peer import PeerConfig
-    from .ports import Clock, ContextSink, ContextSource, MoveReport, Renamer, Store, Verdict
-    from .profile import TransferHeader, decode_final, encode_final
-    from .profile import decode as decode_context
-    from .profile import encode as encode_context
-    from .report import TransferEvent, TransferReport
-    from .store import SqliteStore, open_store
-    from .tls import TlsConfig
-    from .transfer import Timing
+    from ikectx.sa.name import SaName
+    from ikectx.sa.verdict import Verdict
+    from ikectx.timing import Timing
+    from ikectx.wire.cxtp import ContextDataBlock
+    from ikectx.wire.profile import TransferHeader, decode_final, encode_final
+    from ikectx.wire.profile import decode as decode_context
+    from ikectx.wire.profile import encode as encode_context
 
 __all__ = [
     "AuthRound",
@@ -121,23 +123,77 @@ __all__ = [
     "open_store",
 ]
 
-_ROOMS = (
-    *("errors", "numbers", "name", "context", "ports", "cxtp", "profile", "transfer", "report"),
-    *("peer", "store", "links", "tls", "engine.journaled", "aio"),
-)
-"""Modules that are searched for public names, in this order, because the first ones are cheap to import."""
-_INSIDE = {"encode_context": "encode", "decode_context": "decode"}
-"""Public names that differ from those in the modules, which would say too little here."""
+_WHERE = {
+    "AuthRound": (".sa.context", "AuthRound"),
+    "BusyError": (".errors", "BusyError"),
+    "CharonError": (".errors", "CharonError"),
+    "ChildContext": (".sa.context", "ChildContext"),
+    "Clock": (".clock", "Clock"),
+    "ConfigError": (".errors", "ConfigError"),
+    "ContextDataBlock": (".wire.cxtp", "ContextDataBlock"),
+    "ContextSink": (".engine.ports", "ContextSink"),
+    "ContextSource": (".engine.ports", "ContextSource"),
+    "Encr": (".numbers", "Encr"),
+    "Endpoint": (".sa.context", "Endpoint"),
+    "FinalChild": (".sa.context", "FinalChild"),
+    "FinalState": (".sa.context", "FinalState"),
+    "Fpt": (".numbers", "Fpt"),
+    "Gateway": (".gateway", "Gateway"),
+    "IdType": (".numbers", "IdType"),
+    "Identity": (".sa.context", "Identity"),
+    "IkeContext": (".sa.context", "IkeContext"),
+    "IkeGeneration": (".sa.context", "IkeGeneration"),
+    "IkectxError": (".errors", "IkectxError"),
+    "Integ": (".numbers", "Integ"),
+    "KeMethod": (".numbers", "KeMethod"),
+    "KernelError": (".errors", "KernelError"),
+    "Lifetime": (".sa.context", "Lifetime"),
+    "LinkError": (".errors", "LinkError"),
+    "MobileConfig": (".engine.journaled", "MobileConfig"),
+    "Mode": (".numbers", "Mode"),
+    "MoveReport": (".engine.ports", "MoveReport"),
+    "PeerConfig": (".peer", "PeerConfig"),
+    "PeerContext": (".sa.context", "PeerContext"),
+    "PolicyContext": (".sa.context", "PolicyContext"),
+    "Prf": (".numbers", "Prf"),
+    "Protocol": (".numbers", "Protocol"),
+    "RefusedError": (".errors", "RefusedError"),
+    "Renamer": (".engine.ports", "Renamer"),
+    "ReplayState": (".sa.context", "ReplayState"),
+    "SaName": (".sa.name", "SaName"),
+    "Secret": (".sa.context", "Secret"),
+    "SqliteStore": (".disk.store", "SqliteStore"),
+    "StateError": (".errors", "StateError"),
+    "Status": (".numbers", "Status"),
+    "Store": (".engine.ports", "Store"),
+    "StoreError": (".errors", "StoreError"),
+    "Stream": (".net.links", "Stream"),
+    "Timing": (".timing", "Timing"),
+    "TlsConfig": (".net.tls", "TlsConfig"),
+    "TrafficSelector": (".sa.context", "TrafficSelector"),
+    "TransferEvent": (".engine.report", "TransferEvent"),
+    "TransferHeader": (".wire.profile", "TransferHeader"),
+    "TransferReport": (".engine.report", "TransferReport"),
+    "UnknownSaError": (".errors", "UnknownSaError"),
+    "UsageError": (".errors", "UsageError"),
+    "Verdict": (".sa.verdict", "Verdict"),
+    "WireError": (".errors", "WireError"),
+    "decode_context": (".wire.profile", "decode"),
+    "decode_final": (".wire.profile", "decode_final"),
+    "encode_context": (".wire.profile", "encode"),
+    "encode_final": (".wire.profile", "encode_final"),
+    "open_store": (".disk.store", "open_store"),
+}
+"""Public names: the module that has each of them, and what it is called there."""
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        for room in _ROOMS:
-            value: object = getattr(import_module(f".{room}", __name__), _INSIDE.get(name, name), None)
-            if value is not None:
-                globals()[name] = value
-                return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, inside = _WHERE[name]
+    value: object = getattr(import_module(module, __name__), inside)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

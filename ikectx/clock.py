@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 
 class MonotonicClock:
@@ -10,3 +11,9 @@ class MonotonicClock:
 
     def now(self) -> float:
         return time.monotonic()
+
+
+class Clock(Protocol):
+    """Monotonic seconds."""
+
+    def now(self) -> float: ...

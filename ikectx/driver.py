@@ -10,10 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from . import trace
-from .cxtp import Ctc, Ctd, Message, Pctd
-from .engine.core import Engine, Moment, Wanted
-from .engine.effects import (
+from ikectx.disk.store import SqliteStore
+from ikectx.engine.core import Engine, Moment, Wanted
+from ikectx.engine.effects import (
     Activate,
     Check,
     Delete,
@@ -44,12 +43,19 @@ from .engine.effects import (
     Thaw,
     Undo,
 )
-from .engine.outputs import Answer, Close, Connect, Effect, Handled, Journal, Output, Report, Send, Settled
-from .errors import IkectxError, LinkError, StateError
-from .links import Dial, Link, Links
-from .mistakes import log_mistake
-from .ports import (
-    Clock,
+from ikectx.engine.outputs import (
+    Answer,
+    Close,
+    Connect,
+    Effect,
+    Handled,
+    Journal,
+    Output,
+    Report,
+    Send,
+    Settled,
+)
+from ikectx.engine.ports import (
     ContextSink,
     ContextSource,
     cannot_send,
@@ -64,10 +70,16 @@ from .ports import (
     take_nothing,
     tell_later,
 )
-from .report import TransferEvent
-from .store import SqliteStore
-from .transfer import Timing
-from .whereabouts import Whereabouts
+from ikectx.engine.report import TransferEvent
+from ikectx.net.links import Dial, Link, Links
+from ikectx.wire.cxtp import Ctc, Ctd, Message, Pctd
+from ikectx.wire.whereabouts import Whereabouts
+
+from . import trace
+from .clock import Clock
+from .errors import IkectxError, LinkError, StateError
+from .mistakes import log_mistake
+from .timing import Timing
 
 log = logging.getLogger("ikectx.transfer")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
-from .context import Address, IkeContext
-from .cxtp import PORT
-from .identity import allows
+from ikectx.sa.context import Address, IkeContext
+from ikectx.wire.cxtp import PORT
+from ikectx.wire.identity import allows
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from functools import cache
 
 from cryptography.hazmat.primitives.asymmetric import ec, x448, x25519
 
-from ikectx.context import Secret
 from ikectx.errors import RefusedError, UsageError, WireError
 from ikectx.numbers import KeMethod, Status
+from ikectx.sa.context import Secret
 
 _CURVES: dict[KeMethod, Callable[[], ec.EllipticCurve]] = {
     KeMethod.ECP_192: ec.SECP192R1,

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from ikectx.context import Endpoint, IkeGeneration
 from ikectx.errors import UsageError
-from ikectx.ikev2 import RetransmitPolicy
 from ikectx.numbers import Exchange, Protocol
-from ikectx.payloads import DeletePayload
+from ikectx.sa.context import Endpoint, IkeGeneration
+from ikectx.wire.ikev2 import RetransmitPolicy
+from ikectx.wire.payloads import DeletePayload
 
-from .asking import Asking, Machine, SaEnd, Silent
+from .requester import Asking, Machine, SaEnd, Silent
 
 POLICY = RetransmitPolicy(0.5, 1.5, 9)
 """37 s in all, because a gateway that is taking the SA, or taking it back, answers only when it has it."""

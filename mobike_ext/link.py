@@ -13,22 +13,31 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ikectx.clock import MonotonicClock
-from ikectx.context import ChildContext, Endpoint, IkeGeneration
+from ikectx.clock import Clock, MonotonicClock
+from ikectx.engine.ports import MoveReport
 from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.numbers import Status
-from ikectx.ports import Clock, MoveReport
+from ikectx.sa.context import ChildContext, Endpoint, IkeGeneration
 
-from .answering import Asked, PeerSupports, SpiResponder
-from .asking import Machine, Silent
-from .exchange import AddressUpdate, PeerNatChanged, Refused
+from .address_update import AddressUpdate, PeerNatChanged, Refused
 from .farewell import Farewell
 from .naming import Renaming
 from .notify import Reason
+from .packet_io import RawLink, open_raw
 from .probe import MidProbe
-from .raw import RawLink, open_raw
-from .rekey import ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed, RekeyFailed, State
-from .rename import PeerRenamed, Renamed, RenameRefused, SpiUpdate, Unsupported
+from .rekey import (
+    ChildMade,
+    ChildRekey,
+    ChildRekeyed,
+    IkeMade,
+    IkeRekey,
+    IkeRekeyed,
+    RekeyFailed,
+    State,
+)
+from .requester import Machine, Silent
+from .responder import Asked, PeerSupports, SpiResponder
+from .spi_update import PeerRenamed, Renamed, RenameRefused, SpiUpdate, Unsupported
 
 log = logging.getLogger(__name__)
 

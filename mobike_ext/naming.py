@@ -17,12 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
-from ikectx.context import IkeContext, IkeGeneration
 from ikectx.errors import RefusedError, UsageError, WireError
-from ikectx.ikev2 import Message, Reassembly
-from ikectx.keys import seal_key
 from ikectx.numbers import Notify, Protocol
-from ikectx.payloads import NotifyPayload
+from ikectx.sa.context import IkeContext, IkeGeneration
+from ikectx.sa.keys import seal_key
+from ikectx.wire.ikev2 import Message, Reassembly
+from ikectx.wire.payloads import NotifyPayload
 
 from .notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported, usable_spi
 

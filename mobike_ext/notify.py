@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from ikectx.errors import UsageError, WireError
 from ikectx.numbers import Notify, OpenEnum, Protocol
-from ikectx.payloads import NotifyPayload
-from ikectx.wire import Reader, Writer
+from ikectx.wire.payloads import NotifyPayload
+from ikectx.wire.reader import Reader, Writer
 
 VERSION = 1
 FLAG_CHOOSE = 0x01

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ikectx.context import ChildContext, IkeGeneration, TrafficSelector
 from ikectx.errors import WireError
-from ikectx.ikev2 import Message
 from ikectx.numbers import Integ, KeMethod, Payload, Protocol
-from ikectx.payloads import Proposal, RawSelector, SaPayload, Transform, TransformType, TsPayload
+from ikectx.sa.context import ChildContext, IkeGeneration, TrafficSelector
+from ikectx.wire.ikev2 import Message
+from ikectx.wire.payloads import Proposal, RawSelector, SaPayload, Transform, TransformType, TsPayload
 
 from .notify import usable_spi
 

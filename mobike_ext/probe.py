@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ikectx.context import Endpoint, IkeGeneration
 from ikectx.errors import UsageError
-from ikectx.ikev2 import RetransmitPolicy
-from ikectx.keys import Drawn
 from ikectx.numbers import Exchange
+from ikectx.sa.context import Endpoint, IkeGeneration
+from ikectx.sa.keys import Drawn
+from ikectx.wire.ikev2 import RetransmitPolicy
 
-from .asking import Asking, Machine, SaEnd, Silent
+from .requester import Asking, Machine, SaEnd, Silent
 
 
 class State(Enum):

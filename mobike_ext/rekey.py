@@ -30,19 +30,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ikectx.context import (
-    NO_SECRET,
-    ChildContext,
-    IkeGeneration,
-    Lifetime,
-    ReplayState,
-    Secret,
-)
 from ikectx.errors import RefusedError, StateError, UsageError, WireError
-from ikectx.ikev2 import Message
-from ikectx.keys import Drawn, sk_keys
 from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
-from ikectx.payloads import (
+from ikectx.sa.context import NO_SECRET, ChildContext, IkeGeneration, Lifetime, ReplayState, Secret
+from ikectx.sa.keys import Drawn, sk_keys
+from ikectx.wire.ikev2 import Message
+from ikectx.wire.payloads import (
     AnyPayload,
     DeletePayload,
     KePayload,
@@ -54,9 +47,9 @@ from ikectx.payloads import (
 )
 
 from . import dh
-from .asking import Asking, Fresh, Requester, SaEnd, Silent
 from .notify import usable_spi
 from .offers import child_offer, chosen_of, ike_offer, narrowed
+from .requester import Asking, Fresh, Requester, SaEnd, Silent
 
 REKEY_OCTETS = 2048
 """Fresh random octets that a rekey needs."""

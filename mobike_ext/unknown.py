@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ikectx.context import Endpoint
 from ikectx.errors import WireError
-from ikectx.ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader
-from ikectx.name import SaName
 from ikectx.numbers import Payload
-from ikectx.proof import EXCHANGES, MAX_PROOF
 from ikectx.rates import RateLimit
-from ikectx.wire import Reader
+from ikectx.sa.context import Endpoint
+from ikectx.sa.name import SaName
+from ikectx.wire.ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader
+from ikectx.wire.packet_proof import EXCHANGES, MAX_PROOF
+from ikectx.wire.reader import Reader
 
 AGAIN = 1.0
 """Seconds between two questions about one SPI pair."""

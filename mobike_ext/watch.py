@@ -26,16 +26,16 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from ikectx import trace
-from ikectx.bypass import bypass
-from ikectx.context import Address, Endpoint
 from ikectx.errors import IkectxError, LinkError, WireError
-from ikectx.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
 from ikectx.mistakes import log_mistake
-from ikectx.name import SaName
+from ikectx.net.bypass import bypass
 from ikectx.numbers import Exchange, Payload
+from ikectx.sa.context import Address, Endpoint
+from ikectx.sa.name import SaName
+from ikectx.wire.ikev2 import IKE_PORT, NATT_PORT, add_marker, strip_marker
 
 from . import bpf
-from .raw import (
+from .packet_io import (
     FRAGMENT,
     IP4_HEADER,
     IP6_HEADER,

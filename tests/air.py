@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ikectx.context import Endpoint
 from ikectx.numbers import Protocol as Proto
-from mobike_ext.answering import Asked, PeerSupports, SpiResponder
-from mobike_ext.asking import EventT, Machine
+from ikectx.sa.context import Endpoint
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
+from mobike_ext.requester import EventT, Machine
+from mobike_ext.responder import Asked, PeerSupports, SpiResponder
 
 
 def events(machine: Machine[Any, Any, EventT]) -> list[EventT]:

@@ -8,20 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ikectx.context import Address, Endpoint, IkeContext
-from ikectx.cxtp import StatusBlock
 from ikectx.errors import BusyError
-from ikectx.mobility import Handover, MobileState, Mode, Outcome, Prepared
-from ikectx.name import SaName
+from ikectx.node.mobility import Handover, MobileState, Mode, Outcome, Prepared
 from ikectx.numbers import Fpt, Status
-from ikectx_cli.mobile_config import MobileFile, parse
-from ikectx_cli.mobile_handover import Handovers
-from ikectx_cli.mobile_notes import ASKED
-from ikectx_cli.mobile_report import Report
-from vici_bridge.charon import SaView, departing_view
-
-from .mobile_world import NEW, NSG, OLD, PSG, VIP, a_node_context
-from .test_deadlines import MemoryStore
+from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import StatusBlock
+from ikectx_cli.mobile.config import MobileFile, parse
+from ikectx_cli.mobile.handover import Handovers
+from ikectx_cli.mobile.notes import ASKED
+from ikectx_cli.mobile.report import Report
+from tests.mobile_world import NEW, NSG, OLD, PSG, VIP, a_node_context
+from tests.vici_bridge.test_deadlines import MemoryStore
+from vici_bridge.vici.views import SaView, departing_view
 
 CONFIG = """\
 [mobile]

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ikectx.tls import TlsConfig
+from ikectx.net.tls import TlsConfig
 
 
 class Authority:

@@ -13,8 +13,8 @@ import pytest
 
 from ikectx.errors import BusyError, UnknownSaError
 from ikectx_cli import commands
-from vici_bridge.control import ControlServer, Response
-from vici_bridge.vici_codec import Message, with_json
+from vici_bridge.vici.codec import Message, with_json
+from vici_bridge.vici.control import ControlServer, Response
 
 SA = {
     "ike_id": 7,

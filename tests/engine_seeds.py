@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from .engine_world import MODES, World
+from tests.engine_world import MODES, World
 
 _CHUNK = 250
 
@@ -30,7 +30,10 @@ def tried(seed: int) -> str:
 def some(first: int, count: int) -> dict[int, str]:
     """Those of these seeds that fail, and why."""
     logging.disable(logging.CRITICAL)
-    return {seed: why for seed in range(first, first + count) if (why := tried(seed))}
+    try:
+        return {seed: why for seed in range(first, first + count) if (why := tried(seed))}
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def all_of(first: int, count: int, jobs: int) -> Iterator[dict[int, str]]:

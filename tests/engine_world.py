@@ -19,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any
 
-from ikectx.context import Endpoint, FinalChild, FinalState, IkeContext
-from ikectx.cxtp import Ctaa
 from ikectx.engine.core import Arrive, Engine, EngineConfig, Moment, Pull, Show, Transfer, Wanted
 from ikectx.engine.effects import (
     Activate,
@@ -52,19 +50,32 @@ from ikectx.engine.effects import (
     Thaw,
     Undo,
 )
+from ikectx.engine.journal import JournalEntry
 from ikectx.engine.journaled import MobileConfig
-from ikectx.engine.outputs import Answer, Close, Connect, Effect, Journal, Output, Report, Send, Settled
+from ikectx.engine.outputs import (
+    Answer,
+    Close,
+    Connect,
+    Effect,
+    Journal,
+    Output,
+    Report,
+    Send,
+    Settled,
+)
+from ikectx.engine.ports import MoveReport
+from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, LinkError, StoreError, UnknownSaError
-from ikectx.journal import JournalEntry
-from ikectx.name import SaName
 from ikectx.numbers import Fpt, Status
 from ikectx.peer import PeerConfig
-from ikectx.ports import MoveReport, Verdict
-from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
-from ikectx.transfer import OSEQ_JUMP, Timing
-
-from .peers import a_context
-from .test_proof import request
+from ikectx.sa.context import Endpoint, FinalChild, FinalState, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
+from ikectx.timing import Timing
+from ikectx.wire.cxtp import Ctaa
+from ikectx.wire.tokens import Purpose, make_ctar, open_ctaa, token_key
+from tests.ikectx.wire.test_packet_proof import request
+from tests.peers import a_context
 
 TIMING = Timing(
     offer=3.0,

@@ -14,34 +14,26 @@ from ipaddress import ip_network
 from random import Random
 from typing import Any
 
-from ikectx.context import (
-    Address,
-    ChildContext,
-    Endpoint,
-    IkeContext,
-    IkeGeneration,
-    Secret,
-)
+from ikectx.engine.ports import MoveReport
 from ikectx.errors import KernelError, LinkError, RefusedError
-from ikectx.keys import esp_keys, sk_keys
-from ikectx.name import SaName
 from ikectx.numbers import Encr, Integ, Status
-from ikectx.ports import MoveReport
-from vici_bridge.away import Away
-from vici_bridge.charon import SaView, sa_views
-from vici_bridge.esp import KernelReplay
-from vici_bridge.follow import Follow
-from vici_bridge.ha import Attr, HaMessage, HaType, IkeId
+from ikectx.sa.context import Address, ChildContext, Endpoint, IkeContext, IkeGeneration, Secret
+from ikectx.sa.keys import esp_keys, sk_keys
+from ikectx.sa.name import SaName
+from tests.kernel_tables import KernelTables
+from tests.vici_bridge.test_deadlines import MemoryStore
+from vici_bridge.away.absences import Away
+from vici_bridge.away.follow import Follow
+from vici_bridge.effects.sink import CharonSink
+from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha.sa_state import read_child, read_generation
 from vici_bridge.host import CharonHost, HostConfig
-from vici_bridge.names import Made, Told, Wish
-from vici_bridge.relay import Relayed
-from vici_bridge.sa_state import read_child, read_generation
-from vici_bridge.sink import CharonSink
-from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
-from vici_bridge.xfrm_parts import Request
-
-from .kernel_tables import KernelTables
-from .test_deadlines import MemoryStore
+from vici_bridge.kernel.algorithms import KernelReplay
+from vici_bridge.kernel.relay import Relayed
+from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
+from vici_bridge.kernel.xfrm_parts import Request
+from vici_bridge.policy.new_names import Made, Told, Wish
+from vici_bridge.vici.views import SaView, sa_views
 
 OURS = Endpoint.of("203.0.113.9", 4500)
 

@@ -6,14 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ikectx import cookies
-from ikectx.context import Endpoint, Secret
-from ikectx.cxtp import Ctaa, Ctar, CtReq, StatusBlock
-from ikectx.errors import StateError, WireError
-from ikectx.mobility import Router
-from ikectx.numbers import Fpt, Status
-from ikectx.tokens import Purpose, TokenBlock, TokenError, find, seal_ctaa, token_key, verify
-from ikectx.transfer import (
+from ikectx.engine.tables import (
     SOURCE_FINAL,
     TARGET_FINAL,
     TARGET_OWNS,
@@ -28,11 +21,17 @@ from ikectx.transfer import (
     new_source,
     new_target,
 )
-
-from .peers import a_context
+from ikectx.errors import StateError, WireError
+from ikectx.node.mobility import Router
+from ikectx.numbers import Fpt, Status
+from ikectx.sa.context import Endpoint, Secret
+from ikectx.wire import cookies
+from ikectx.wire.cxtp import Ctaa, Ctar, CtReq, StatusBlock
+from ikectx.wire.tokens import Purpose, TokenBlock, TokenError, find, seal_ctaa, token_key, verify
+from tests.peers import a_context
 
 if TYPE_CHECKING:
-    from .handover_world import World
+    from tests.handover_world import World
 
 GENERATION = a_context().current
 SPIS = a_context().spis

@@ -1,9 +1,9 @@
 """A MN and two gateways joined by links that lose, duplicate and reorder; gateways are their tables alone.
 
 The MN is the real machine, its messages are real octets with real tokens. A gateway is its transfer tables
-(`ikectx.transfer`) and the least that has to stand around them: who may ask for what, what the MN is told.
-Steps (check, prepare, freeze, ...) last a while and fail now and then; agents crash and restart from the
-journal; somebody in between replays what he saw and forges what has no tag. Time moves by hand.
+(`ikectx.engine.tables`) and the least that has to stand around them: who may ask for what, what the MN is
+told. Steps (check, prepare, freeze, ...) last a while and fail now and then; agents crash and restart from
+the journal; somebody in between replays what he saw and forges what has no tag. Time moves by hand.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ikectx.context import Endpoint
-from ikectx.cxtp import Ctaa, StatusBlock
-from ikectx.mobility import Event, Handover, Limits, MobileState, Mode, Retry, Route
+from ikectx.node.mobility import Event, Handover, Limits, MobileState, Mode, Retry, Route
 from ikectx.numbers import Fpt, Status
-from ikectx.transfer import Timing
-
-from .handover_gateway import ATTACKER, GENERATION, MN, NEW, NSG, OLD, PSG, ROUTERS, UNIX, Gateway, Said
-from .peers import HandClock
+from ikectx.sa.context import Endpoint
+from ikectx.timing import Timing
+from ikectx.wire.cxtp import Ctaa, StatusBlock
+from tests.handover_gateway import ATTACKER, GENERATION, MN, NEW, NSG, OLD, PSG, ROUTERS, UNIX, Gateway, Said
+from tests.peers import HandClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class World:
 
 
 class Mobile:
-    """The MN with its agent: the machine of `ikectx.mobility`, and a move at some time."""
+    """The MN with its agent: the machine of `ikectx.node.mobility`, and a move at some time."""
 
     def __init__(self, world: World, mode: Mode, sequence: int, *, moves_after: float = 0.0) -> None:
         self.world = world

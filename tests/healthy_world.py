@@ -11,13 +11,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ikectx.context import Address
 from ikectx.errors import IkectxError
-from ikectx.flow import Flow
-from ikectx_cli import doctor
+from ikectx.net.five_tuple import Flow
+from ikectx.sa.context import Address
 from ikectx_cli.config import Config, PeerConfig
-from ikectx_cli.doctor import Finding
-from ikectx_cli.doctor_world import PeerAnswer, UdpOwner, World
+from ikectx_cli.doctor import checks as doctor
+from ikectx_cli.doctor.checks import Finding
+from ikectx_cli.doctor.world import PeerAnswer, UdpOwner, World
 from ikectx_cli.reach import Way
 from ikectx_cli.settings import Setting
 

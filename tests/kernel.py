@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ikectx.errors import KernelError, LinkError
-from ikectx.plain import open_socket
-from ikectx_cli.lab_boot import GUEST, Job, tidy
-from ikectx_cli.lab_guest import boot, means, ways
-from ikectx_cli.lab_net import has_kernel_esp, load_modules
+from ikectx.net.plain import open_socket
+from ikectx_cli.lab.boot import GUEST, Job, tidy
+from ikectx_cli.lab.guest import boot, means, ways
+from ikectx_cli.lab.net import has_kernel_esp, load_modules
 
 MARK = "kernel_esp"
 SLOW = "600"
@@ -29,7 +29,7 @@ SLOW = "600"
 
 def marked() -> list[str]:
     """The files that have such tests: an emulated machine takes a minute to collect all others."""
-    found = Path(__file__).parent.glob("test_*.py")
+    found = Path(__file__).parent.rglob("test_*.py")
     return sorted(str(path) for path in found if f"mark.{MARK}" in path.read_text())
 
 

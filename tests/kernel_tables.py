@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from ikectx.context import Address, ReplayState
 from ikectx.errors import StateError
-from vici_bridge.esp import fit_replay, merge_replay
-from vici_bridge.xfrm import KernelPolicy, KernelSa, Selector
-from vici_bridge.xfrm_parts import KernelUsage
+from ikectx.sa.context import Address, ReplayState
+from vici_bridge.kernel.algorithms import fit_replay, merge_replay
+from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, Selector
+from vici_bridge.kernel.xfrm_parts import KernelUsage
 
 
 class KernelTables:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vici_bridge.runner import Effect, Step
+from vici_bridge.effects.runner import Effect, Step
 
 
 class Killed(BaseException):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vici_bridge.listing import Listing
-from vici_bridge.vici_codec import serialize_message
+from vici_bridge.vici.codec import serialize_message
+from vici_bridge.vici.list_sas import Listing
 
 _T = TypeVar("_T")
 

@@ -6,8 +6,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ikectx.context import Endpoint, IkeGeneration, Secret
-from ikectx.ikev2 import (
+from ikectx.numbers import Encr, Notify, Prf
+from ikectx.sa.context import Endpoint, IkeGeneration, Secret
+from ikectx.sa.keys import iv_length, seal_key
+from ikectx.wire.ikev2 import (
     Message,
     RetransmitPolicy,
     add_marker,
@@ -16,14 +18,12 @@ from ikectx.ikev2 import (
     seal_message,
     strip_marker,
 )
-from ikectx.keys import iv_length, seal_key
-from ikectx.numbers import Encr, Notify, Prf
-from ikectx.payloads import AnyPayload, NotifyPayload
-from mobike_ext.asking import SaEnd
-from mobike_ext.exchange import AddressNotice
+from ikectx.wire.payloads import AnyPayload, NotifyPayload
+from mobike_ext.address_update import AddressNotice
 from mobike_ext.naming import Names
 from mobike_ext.notify import UpdateSpi
-from mobike_ext.rename import MIRROR_WAIT, PeerRequests, SpiUpdate
+from mobike_ext.requester import SaEnd
+from mobike_ext.spi_update import MIRROR_WAIT, PeerRequests, SpiUpdate
 
 NSG = Endpoint.of("192.0.2.20", 4500)
 MN = Endpoint.of("198.51.100.7", 4500)

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 
-from ikectx.context import Address, Endpoint, IkeContext
-from ikectx.cxtp import Ctaa, Ctar, CtReq, Message
-from ikectx.name import SaName
 from ikectx.numbers import Status
-from ikectx.tokens import Purpose, make_ctar, open_ctaa, token_key
-
-from .hand_loop import wall
-from .worlds import World
+from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import Ctaa, Ctar, CtReq, Message
+from ikectx.wire.tokens import Purpose, make_ctar, open_ctaa, token_key
+from tests.hand_loop import wall
+from tests.worlds import World
 
 AWAY = Endpoint.of("203.0.113.5", 4500)
 """Where the MN is after it has moved, as IKE sees it."""

@@ -16,27 +16,33 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import Address, Endpoint, IkeContext, IkeGeneration, ReplayState, TrafficSelector
 from ikectx.errors import CharonError
-from ikectx.keys import esp_keys, sk_keys
-from ikectx.name import SaName
-from vici_bridge import ha
-from vici_bridge import steps as steps_module
-from vici_bridge.chain import import_messages
-from vici_bridge.esp import KernelReplay, fit_replay
-from vici_bridge.ha import Attr, HaMessage, HaType
+from ikectx.sa.context import (
+    Address,
+    Endpoint,
+    IkeContext,
+    IkeGeneration,
+    ReplayState,
+    TrafficSelector,
+)
+from ikectx.sa.keys import esp_keys, sk_keys
+from ikectx.sa.name import SaName
+from tests.hand_loop import HandLoop
+from tests.kernel_tables import KernelTables
+from tests.listed import listing_of
+from tests.peers import a_context
+from tests.vici_bridge.test_deadlines import MemoryStore
+from vici_bridge.effects import steps as steps_module
+from vici_bridge.effects.mobile import CharonMobile
+from vici_bridge.ha import messages as ha
+from vici_bridge.ha.chain import import_messages
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
+from vici_bridge.ha.sa_state import read_child, read_generation
 from vici_bridge.host import CharonHost, HostConfig
-from vici_bridge.kernel import LATE
-from vici_bridge.mobile import CharonMobile
-from vici_bridge.sa_state import read_child, read_generation
-from vici_bridge.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
-from vici_bridge.xfrm_parts import Request
-
-from .hand_loop import HandLoop
-from .kernel_tables import KernelTables
-from .listed import listing_of
-from .peers import a_context
-from .test_deadlines import MemoryStore
+from vici_bridge.kernel.algorithms import KernelReplay, fit_replay
+from vici_bridge.kernel.kernel import LATE
+from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
+from vici_bridge.kernel.xfrm_parts import Request
 
 JUMP = 1000
 OLD, NEW = Endpoint.of("198.51.100.7", 4500), Endpoint.of("203.0.113.9", 4500)

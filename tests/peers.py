@@ -12,8 +12,16 @@ from typing import Any, Literal
 
 import pytest
 
-from ikectx.aio import Gateway
-from ikectx.context import (
+from ikectx.disk.store import SqliteStore
+from ikectx.engine.journal import JournalEntry
+from ikectx.engine.machine import Machine
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
+from ikectx.gateway import Gateway
+from ikectx.net.links import Dial, Stream
+from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import (
     Address,
     AuthRound,
     ChildContext,
@@ -30,16 +38,9 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.cxtp import Message, parse_message
-from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
-from ikectx.journal import JournalEntry
-from ikectx.links import Dial, Stream
-from ikectx.machine import Machine
-from ikectx.name import SaName
-from ikectx.numbers import Encr, Fpt, IdType, KeMethod, Prf, Status
-from ikectx.peer import PeerConfig
-from ikectx.ports import MoveReport, Verdict
-from ikectx.store import SqliteStore
+from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
+from ikectx.wire.cxtp import Message, parse_message
 
 
 class HandClock:

@@ -10,8 +10,8 @@ from typing import Any
 
 import cbor2
 
-from ikectx import cbor
-from ikectx.context import (
+from ikectx.numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf
+from ikectx.sa.context import (
     AuthRound,
     ChildContext,
     Endpoint,
@@ -27,9 +27,9 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.cxtp import MAX_BLOCK_DATA, ContextDataBlock
-from ikectx.numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf
-from ikectx.profile import TransferHeader, encode
+from ikectx.wire import cbor
+from ikectx.wire.cxtp import MAX_BLOCK_DATA, ContextDataBlock
+from ikectx.wire.profile import TransferHeader, encode
 
 TRANSFER = TransferHeader(bytes.fromhex("0123456789abcdef"))
 VECTORS = Path(__file__).parent / "vectors"

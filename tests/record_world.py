@@ -7,7 +7,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ikectx.context import (
+from ikectx.numbers import Encr, IdType, KeMethod, Prf
+from ikectx.sa.context import (
     ChildContext,
     Endpoint,
     Identity,
@@ -16,11 +17,10 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.name import SaName
-from ikectx.numbers import Encr, IdType, KeMethod, Prf
-from vici_bridge import ha
-from vici_bridge.ha import HaMessage, IkeId
-from vici_bridge.record import Record
+from ikectx.sa.name import SaName
+from vici_bridge.ha import messages as ha
+from vici_bridge.ha.messages import HaMessage, IkeId
+from vici_bridge.ha.record import Record
 
 VECTORS = Path(__file__).parent / "vectors"
 REAL = ("5.9.8_rekeys", "5.9.8_collisions", "5.9.8_resync", "5.9.8_taken", "6.0.6_rekeys")

@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 
-from ikectx.context import ChildContext, Endpoint, IkeGeneration, Secret
-from ikectx.ikev2 import Message, Reassembly, add_marker, seal_message, strip_marker
-from ikectx.keys import iv_length, seal_key
 from ikectx.numbers import Exchange, KeMethod, Notify, Protocol
-from ikectx.payloads import (
+from ikectx.sa.context import ChildContext, Endpoint, IkeGeneration, Secret
+from ikectx.sa.keys import iv_length, seal_key
+from ikectx.wire.ikev2 import Message, Reassembly, add_marker, seal_message, strip_marker
+from ikectx.wire.payloads import (
     AnyPayload,
     DeletePayload,
     KePayload,
@@ -19,13 +19,12 @@ from ikectx.payloads import (
     SaPayload,
     TsPayload,
 )
-from mobike_ext.asking import SaEnd
 from mobike_ext.dh import KeyPair, fresh_length
 from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, Event, IkeMade, IkeRekey, State
-
-from .air import Agent, Air, events
-from .mobile_ike import FAST, MN, NSG, SA
-from .peers import a_context
+from mobike_ext.requester import SaEnd
+from tests.air import Agent, Air, events
+from tests.mobile_ike import FAST, MN, NSG, SA
+from tests.peers import a_context
 
 PEERS = b"\xcf\0\0\2"
 """The SPI that the peer chooses."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ikectx import cbor
-from ikectx.context import (
+from ikectx.numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol
+from ikectx.sa.context import (
     Address,
     AuthRound,
     ChildContext,
@@ -24,8 +24,8 @@ from ikectx.context import (
     Secret,
     TrafficSelector,
 )
-from ikectx.numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol
-from ikectx.profile import TransferHeader
+from ikectx.wire import cbor
+from ikectx.wire.profile import TransferHeader
 
 
 def uints(bits: int) -> st.SearchStrategy[int]:

@@ -11,16 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ikectx.aio import Gateway
 from ikectx.engine.core import Engine
 from ikectx.engine.journaled import MobileConfig
-from ikectx.name import SaName
+from ikectx.engine.report import TransferEvent, TransferReport
+from ikectx.gateway import Gateway
 from ikectx.peer import PeerConfig
-from ikectx.report import TransferEvent, TransferReport
-from ikectx.transfer import Timing
-
-from .hand_loop import LoopClock, wall
-from .peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
+from ikectx.sa.name import SaName
+from ikectx.timing import Timing
+from tests.hand_loop import LoopClock, wall
+from tests.peers import CountedStore, Ether, Fuse, MemoryGateway, Network, a_context
 
 FAST = Timing(
     connect=0.2,

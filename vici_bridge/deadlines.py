@@ -13,10 +13,9 @@ import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
-from ikectx.name import SaName
-from ikectx.ports import Store
-
-from .charon import SaView
+from ikectx.engine.ports import Store
+from ikectx.sa.name import SaName
+from vici_bridge.vici.views import SaView
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,10 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable
 
+from ikectx.engine.ports import Store
 from ikectx.errors import KernelError, UnknownSaError
-from ikectx.name import SaName
-from ikectx.ports import Store
-
-from .message_ids import MessageIds
+from ikectx.sa.name import SaName
+from vici_bridge.kernel.message_ids import MessageIds
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from ikectx import trace
-from ikectx.context import Address, ChildContext, FinalState, Identity, IkeContext
+from ikectx.engine.ledger import Ledger, MobileFacts, SourceFacts, TargetFacts
+from ikectx.engine.ports import MoveReport, Store
 from ikectx.errors import (
     CharonError,
     IkectxError,
@@ -26,32 +27,31 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
-from ikectx.ledger import Ledger, MobileFacts, SourceFacts, TargetFacts
 from ikectx.mistakes import log_mistake
-from ikectx.name import SaName
-from ikectx.ports import MoveReport, Store
+from ikectx.sa.context import Address, ChildContext, FinalState, Identity, IkeContext
+from ikectx.sa.name import SaName
+from vici_bridge.away.absences import Away
+from vici_bridge.away.follow import Follow
+from vici_bridge.away.origins import Origins
+from vici_bridge.ha import messages as ha
+from vici_bridge.ha.chain import undo_messages
+from vici_bridge.ha.record import Change, MidChanged, Record
+from vici_bridge.ha.sockets import HaSocket, Unconfirmed
+from vici_bridge.ha.version import HaVersion
+from vici_bridge.kernel.kernel import Detour, Kernel, Mute
+from vici_bridge.kernel.route_events import RouteEvents
+from vici_bridge.kernel.xfrm import KernelSa
+from vici_bridge.policy.allowed import Rules
+from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
+from vici_bridge.policy.obstacles import check_context, check_kind, check_told
+from vici_bridge.vici.client import CharonVici, Message
+from vici_bridge.vici.list_sas import Listing
+from vici_bridge.vici.views import SaView
 
-from . import ha
-from .allowed import Rules
-from .away import Away
-from .chain import undo_messages
-from .charon import SaView
 from .deadlines import Deadline, Deadlines
 from .doubts import Doubts
-from .follow import Follow
-from .fresh import FreshKeys
-from .ha_version import HaVersion
-from .kernel import Detour, Kernel, Mute
-from .listing import Listing
-from .names import SPI_MAX, SPI_MIN
-from .obstacles import check_context, check_kind, check_told
-from .origins import Origins
-from .record import Change, MidChanged, Record
-from .route_events import RouteEvents
-from .sockets import HaSocket, Unconfirmed
+from .rekey_after_move import FreshKeys
 from .updown import Scripts
-from .vici import CharonVici, Message
-from .xfrm import KernelSa
 
 log = logging.getLogger(__name__)
 

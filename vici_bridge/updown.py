@@ -20,10 +20,9 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from ikectx import trace
-from ikectx.context import IkeContext
 from ikectx.errors import KernelError
-
-from .charon import ts_pairs, updown_environment
+from ikectx.sa.context import IkeContext
+from vici_bridge.vici.views import ts_pairs, updown_environment
 
 log = logging.getLogger(__name__)
 

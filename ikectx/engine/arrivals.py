@@ -18,25 +18,26 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from ipaddress import ip_address
 
-from .. import tokens
-from ..context import Address, Endpoint, IkeContext, Secret
-from ..cxtp import Blocks, Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
-from ..errors import BusyError, IkectxError, RefusedError, StateError, UnknownSaError, WireError
-from ..machine import Machine
-from ..name import SaName
-from ..numbers import Fpt, Status
-from ..peer import PeerConfig
-from ..rates import one_source
-from ..tokens import Purpose, TokenBlock, TokenError
-from ..transfer import SourceInput, SourceState, TargetState
+from ikectx.errors import BusyError, IkectxError, RefusedError, StateError, UnknownSaError, WireError
+from ikectx.numbers import Fpt, Status
+from ikectx.peer import PeerConfig
+from ikectx.rates import one_source
+from ikectx.sa.context import Address, Endpoint, IkeContext, Secret
+from ikectx.sa.name import SaName
+from ikectx.wire import tokens
+from ikectx.wire.cxtp import Blocks, Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
+from ikectx.wire.tokens import Purpose, TokenBlock, TokenError
+
 from .effects import Epochs, Export, Find, FindEpochs, NewNames, Recorded
 from .grants import UsedTokens
 from .inbox import Inbox, Inboxes
 from .journaled import MobileConfig, Parts
+from .machine import Machine
 from .new_gateway import Incoming
 from .old_gateway import Outgoing
 from .procedures import Opened, Steps, log
 from .requests import Request, Requests
+from .tables import SourceInput, SourceState, TargetState
 from .transfers import Transfers
 
 NAT_ANY = 1

@@ -23,29 +23,30 @@ from functools import partial
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from .. import proof
-from ..context import Address as IpAddress
-from ..context import Endpoint
-from ..cxtp import Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd
-from ..errors import IkectxError, LinkError, StateError, UsageError, WireError
-from ..journal import JournalEntry
-from ..mistakes import log_mistake
-from ..name import SaName
-from ..numbers import Status
-from ..peer import PeerConfig
-from ..report import TransferReport
-from ..transfer import TARGET_OWNS, SourceState, TargetState
-from ..whereabouts import Whereabouts, is_notice
+from ikectx.errors import IkectxError, LinkError, StateError, UsageError, WireError
+from ikectx.mistakes import log_mistake
+from ikectx.numbers import Status
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import Address as IpAddress
+from ikectx.sa.context import Endpoint
+from ikectx.sa.name import SaName
+from ikectx.wire import packet_proof as proof
+from ikectx.wire.cxtp import Ctar, Ctc, Ctd, Ctdr, CtReq, Message, Pctd
+from ikectx.wire.whereabouts import Whereabouts, is_notice
+
 from .arrivals import Arrivals
 from .grants import Grants, UsedTokens
 from .inbox import Inboxes, Mail
+from .journal import JournalEntry
 from .journaled import EngineConfig, Parts
 from .lines import Line, Lines
 from .notices import Notices
 from .old_gateway import Address, Outgoing
 from .outputs import Answer, Output, Settled
 from .procedures import Process, Scheduler, Steps, log
+from .report import TransferReport
 from .requests import Request, Requests
+from .tables import TARGET_OWNS, SourceState, TargetState
 from .transfers import Transfers
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace as changed
 
-from ..cxtp import Pctd
-from ..errors import IkectxError, LinkError, RefusedError, StateError
-from ..numbers import Status
-from ..profile import TransferHeader, encode
-from ..report import HINTS, TransferReport
+from ikectx.errors import IkectxError, LinkError, RefusedError, StateError
+from ikectx.numbers import Status
+from ikectx.wire.cxtp import Pctd
+from ikectx.wire.profile import TransferHeader, encode
+
 from .lines import reply_to
 from .old_gateway import Outgoing, offer_status, refusal_text
 from .procedures import Steps
+from .report import HINTS, TransferReport
 
 
 class DryRun(Outgoing):

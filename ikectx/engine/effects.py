@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..context import Address, FinalState, IkeContext
-from ..journal import JournalEntry, Role
-from ..name import SaName
-from ..peer import PeerConfig
-from ..ports import MoveReport
-from ..whereabouts import Whereabouts
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import Address, FinalState, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.wire.whereabouts import Whereabouts
+
+from .journal import JournalEntry, Role
+from .ports import MoveReport
 
 # -- at the gateway that serves the SA (`ports.ContextSource`) --------------------------------------------
 

@@ -11,10 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from hashlib import sha256
 
-from .. import proof, tokens
-from ..context import Address, IkeContext
-from ..cxtp import Ctc, CtReq
-from ..errors import (
+from ikectx.errors import (
     BusyError,
     IkectxError,
     LinkError,
@@ -23,19 +20,24 @@ from ..errors import (
     UnknownSaError,
     WireError,
 )
-from ..journal import JournalEntry
-from ..name import SaName
-from ..numbers import Fpt, Status
-from ..rates import Bucket
-from ..report import TransferReport
-from ..tokens import Purpose, TokenBlock, TokenError
-from ..transfer import SourceInput, SourceState
+from ikectx.numbers import Fpt, Status
+from ikectx.rates import Bucket
+from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.wire import packet_proof as proof
+from ikectx.wire import tokens
+from ikectx.wire.cxtp import Ctc, CtReq
+from ikectx.wire.tokens import Purpose, TokenBlock, TokenError
+
 from .effects import Delete, Find, FindTransfer, Get, Items, Put, Recorded
+from .journal import JournalEntry
 from .journaled import MobileConfig, Parts
 from .lines import Line
 from .old_gateway import Outgoing, check_expected
 from .procedures import Opened, Process, Steps, log
+from .report import TransferReport
 from .requests import named_sa, refuse_request
+from .tables import SourceInput, SourceState
 from .transfers import Allowed, Transfers
 
 MEMORY = 1024

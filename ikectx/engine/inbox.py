@@ -12,25 +12,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
-from ..context import Address, FinalState, IkeContext, Secret
-from ..cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
-from ..errors import IkectxError, LinkError, RefusedError, StoreError, WireError
-from ..journal import JournalEntry
-from ..mistakes import log_mistake
-from ..name import SaName
-from ..numbers import STATUS_TEXT, Status
-from ..peer import PeerConfig
-from ..profile import TransferHeader, decode
-from ..reasons import refusals
-from ..report import mn_label
-from ..transfer import TARGET_OWNS, TargetInput, TargetState, offer_fits
-from ..whole import decode_last, final_of
+from ikectx.errors import IkectxError, LinkError, RefusedError, StoreError, WireError
+from ikectx.mistakes import log_mistake
+from ikectx.numbers import STATUS_TEXT, Status
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import Address, FinalState, IkeContext, Secret
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
+from ikectx.wire.full_ctd import decode_last, final_of
+from ikectx.wire.profile import TransferHeader, decode
+from ikectx.wire.reasons import refusals
+
 from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
+from .journal import JournalEntry
 from .journaled import Parts
 from .lines import Line
 from .new_gateway import Dropped, Incoming, answer, doubt, refusal
 from .procedures import Event, Process, Steps, log
+from .report import mn_label
 from .requests import Request, Requests
+from .tables import TARGET_OWNS, TargetInput, TargetState, offer_fits
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
 """States in which the context came ahead of the mobile node: it is held, or will be after its check."""

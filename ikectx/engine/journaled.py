@@ -8,17 +8,19 @@ from dataclasses import replace as changed
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from ..errors import IkectxError, StateError, StoreError
-from ..journal import JournalEntry
-from ..machine import Machine
-from ..numbers import Status
-from ..peer import PeerConfig
-from ..report import TransferEvent, TransferReport
-from ..transfer import OSEQ_JUMP, Timing
+from ikectx.errors import IkectxError, StateError, StoreError
+from ikectx.numbers import Status
+from ikectx.peer import PeerConfig
+from ikectx.timing import Timing
+
 from .effects import FindLatest, Step, Write
+from .journal import JournalEntry
 from .lines import Lines
+from .machine import Machine
 from .outputs import Report
 from .procedures import Do, Pause, Scheduler, Steps, log
+from .report import TransferEvent, TransferReport
+from .tables import OSEQ_JUMP
 
 _State = TypeVar("_State", bound=StrEnum)
 _Input = TypeVar("_Input", bound=StrEnum)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import dataclass
 
-from ..context import Address
-from ..cxtp import Ctd, Ctdr, Message, Pctd
-from ..errors import LinkError
-from ..numbers import Fpt
-from ..peer import PeerConfig
+from ikectx.errors import LinkError
+from ikectx.numbers import Fpt
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import Address
+from ikectx.wire.cxtp import Ctd, Ctdr, Message, Pctd
+
 from .effects import Dial
 from .outputs import Close, Handled, Send
 from .procedures import Event, Process, Scheduler, Steps

@@ -8,16 +8,41 @@ from dataclasses import replace as changed
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Literal
 
-from ..context import Address, Endpoint, FinalState, IkeContext, Secret
-from ..cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
-from ..errors import IkectxError, LinkError, RefusedError, StateError
-from ..journal import JournalEntry
-from ..numbers import STATUS_TEXT, Fpt, Status
-from ..ports import MoveReport, Verdict
-from ..profile import TransferHeader, decode, decode_final, encode, encode_final, encode_verdicts
-from ..reasons import encode_reasons, refusals
-from ..relocate import relocate
-from ..transfer import (
+from ikectx.errors import IkectxError, LinkError, RefusedError, StateError
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext, Secret
+from ikectx.sa.relocate import relocate
+from ikectx.sa.verdict import Verdict
+from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ikectx.wire.profile import (
+    TransferHeader,
+    decode,
+    decode_final,
+    encode,
+    encode_final,
+    encode_verdicts,
+)
+from ikectx.wire.reasons import encode_reasons, refusals
+
+from .effects import (
+    Activate,
+    Check,
+    Move,
+    NoAnswer,
+    Prepare,
+    Prepared,
+    Settle,
+    StillHere,
+    Take,
+    Undo,
+    Write,
+)
+from .journal import JournalEntry
+from .journaled import Parts, Run
+from .lines import Line
+from .ports import MoveReport
+from .procedures import Gate, Steps, log
+from .tables import (
     TARGET_DURABLE,
     TARGET_OWNS,
     TargetAction,
@@ -27,10 +52,6 @@ from ..transfer import (
     first_failure,
     new_target,
 )
-from .effects import Activate, Check, Move, NoAnswer, Prepare, Prepared, Settle, StillHere, Take, Undo, Write
-from .journaled import Parts, Run
-from .lines import Line
-from .procedures import Gate, Steps, log
 
 if TYPE_CHECKING:
     from .requests import Request

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ..cxtp import ContextDataBlock, Ctd
-from ..errors import IkectxError, LinkError, WireError
-from ..numbers import Fpt, Status
-from ..peer import PeerConfig
-from ..whereabouts import NOBODY, What, Whereabouts, notice, parse_notice
+from ikectx.errors import IkectxError, LinkError, WireError
+from ikectx.numbers import Fpt, Status
+from ikectx.peer import PeerConfig
+from ikectx.wire.cxtp import ContextDataBlock, Ctd
+from ikectx.wire.whereabouts import NOBODY, What, Whereabouts, notice, parse_notice
+
 from .effects import Delete, Get, Hear, Items, Put
 from .journaled import Parts
 from .lines import Line, Question, reply_to

@@ -7,23 +7,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as changed
 from typing import Literal
 
-from ..context import FinalState, IkeContext, Secret
-from ..cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
-from ..errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError, WireError
-from ..journal import JournalEntry
-from ..name import SaName
-from ..numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
-from ..peer import PeerConfig
-from ..ports import Verdict
-from ..profile import TransferHeader, decode, decode_verdicts, encode, encode_final
-from ..reasons import with_reasons
-from ..report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
-from ..transfer import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
-from ..whole import decode_last, encode_whole
+from ikectx.errors import (
+    BusyError,
+    IkectxError,
+    LinkError,
+    RefusedError,
+    StateError,
+    UnknownSaError,
+    WireError,
+)
+from ikectx.numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import FinalState, IkeContext, Secret
+from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
+from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ikectx.wire.full_ctd import decode_last, encode_whole
+from ikectx.wire.profile import TransferHeader, decode, decode_verdicts, encode, encode_final
+from ikectx.wire.reasons import with_reasons
+
 from .effects import Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
+from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line, Question, Reply
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
+from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
+from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 
 Address = Literal["update", "keep", "mn"]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..cxtp import Message
-from ..errors import LinkError
-from ..journal import JournalEntry
-from ..peer import PeerConfig
-from ..report import TransferEvent
+from ikectx.errors import LinkError
+from ikectx.peer import PeerConfig
+from ikectx.wire.cxtp import Message
+
 from .effects import Step
+from .journal import JournalEntry
+from .report import TransferEvent
 
 
 @dataclass(frozen=True, slots=True)

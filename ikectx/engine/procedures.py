@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import IkectxError, LinkError
-from ..mistakes import log_mistake
+from ikectx.errors import IkectxError, LinkError
+from ikectx.mistakes import log_mistake
+
 from .effects import Dial, Step, Write
 from .outputs import Connect, Effect, Journal, Output
 

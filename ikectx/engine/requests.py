@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..context import Address, Endpoint, IkeContext
-from ..cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq, StatusBlock
-from ..errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
-from ..name import SaName
-from ..numbers import STATUS_TEXT, Fpt, Status
-from ..peer import PeerConfig
-from ..ports import Verdict
-from ..profile import TransferHeader
-from ..report import HINTS, TARGET_STANDS, Result, TransferReport, mn_label, target_phases
-from ..transfer import TargetState, first_failure
+from ikectx.errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
+from ikectx.wire.cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq, StatusBlock
+from ikectx.wire.profile import TransferHeader
+
 from .journaled import Parts
 from .lines import Line, Lost
 from .new_gateway import Incoming
 from .procedures import Event, Opened, Pause, Process, Steps, Turn
+from .report import HINTS, TARGET_STANDS, Result, TransferReport, mn_label, target_phases
+from .tables import TargetState, first_failure
 
 if TYPE_CHECKING:
     from .inbox import Inbox

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace as changed
 
-from ..context import IkeContext
-from ..cxtp import Ctc
-from ..errors import BusyError, IkectxError, StateError, UnknownSaError
-from ..mistakes import log_mistake
-from ..name import SaName
-from ..numbers import Status
-from ..peer import PeerConfig
-from ..report import TransferReport
-from ..transfer import SourceInput, SourceState
+from ikectx.errors import BusyError, IkectxError, StateError, UnknownSaError
+from ikectx.mistakes import log_mistake
+from ikectx.numbers import Status
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import IkeContext
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import Ctc
+
 from .dry_run import DryRun
 from .effects import Recorded
 from .journaled import Parts
 from .old_gateway import Address, Outgoing
 from .procedures import Cancelled, Gate, Opened, Pause, Steps, Turn, log
+from .report import TransferReport
+from .tables import SourceInput, SourceState
 
 CANCELLABLE = frozenset(
     {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli.lab_hosts import Lab, charon_of
-from ikectx_cli.lab_net import CHARONS
+from ikectx_cli.lab.hosts import Lab, charon_of
+from ikectx_cli.lab.net import CHARONS
 
 from .world import World
 

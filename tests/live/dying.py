@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ikectx_cli import mobile_agent, mobile_spis
-from ikectx_cli.mobile_config import load
-from vici_bridge.mobile import CharonMobile
+from ikectx_cli.mobile import agent as mobile_agent
+from ikectx_cli.mobile import spis as mobile_spis
+from ikectx_cli.mobile.config import load
+from vici_bridge.effects.mobile import CharonMobile
 
 
 def main(config: str, step: str) -> int:

@@ -16,15 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ikectx.context import Endpoint
+from ikectx.disk.store import open_store
 from ikectx.errors import IkectxError
-from ikectx.name import SaName
-from ikectx.store import open_store
-from ikectx_cli.mobile_config import load
-from vici_bridge import mobile
+from ikectx.sa.context import Endpoint
+from ikectx.sa.name import SaName
+from ikectx_cli.mobile.config import load
+from vici_bridge.effects import mobile
+from vici_bridge.effects.mobile import CharonMobile
+from vici_bridge.effects.runner import Step
 from vici_bridge.host import CharonHost, HostConfig
-from vici_bridge.mobile import CharonMobile
-from vici_bridge.runner import Step
 
 
 def dying(step: Step[Any], name: str) -> Step[Any]:

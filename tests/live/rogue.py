@@ -16,16 +16,23 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from ikectx.context import ChildContext, Endpoint, Identity, IkeContext, Lifetime, Secret, TrafficSelector
-from ikectx.cxtp import Ctdr, Pctd, StreamDecoder
 from ikectx.engine.old_gateway import offer_status
+from ikectx.net.tls import TlsConfig
 from ikectx.numbers import Encr, IdType, Integ, Mode
-from ikectx.profile import TransferHeader, encode
-from ikectx.tls import TlsConfig
-from ikectx_cli.lab_net import INNER, INNER_NET, OUTER
-from vici_bridge.charon import EXT_MOBIKE
-
-from ..peers import a_context
+from ikectx.sa.context import (
+    ChildContext,
+    Endpoint,
+    Identity,
+    IkeContext,
+    Lifetime,
+    Secret,
+    TrafficSelector,
+)
+from ikectx.wire.cxtp import Ctdr, Pctd, StreamDecoder
+from ikectx.wire.profile import TransferHeader, encode
+from ikectx_cli.lab.net import INNER, INNER_NET, OUTER
+from tests.peers import a_context
+from vici_bridge.vici.views import EXT_MOBIKE
 
 Attack = Callable[[IkeContext], IkeContext]
 

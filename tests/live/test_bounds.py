@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli import lab_attacker
-from ikectx_cli.lab_net import OUTER, PREFIX
+from ikectx_cli.lab import attacker as lab_attacker
+from ikectx_cli.lab.net import OUTER, PREFIX
 
 from .world import World, until
 

@@ -18,10 +18,10 @@ from ipaddress import ip_address
 
 import pytest
 
-from ikectx.context import Endpoint
-from ikectx.ikev2 import IkeHeader
-from ikectx_cli.lab_config import Tunnel
-from ikectx_cli.lab_net import ANNOUNCED, AWAY, OUTER
+from ikectx.sa.context import Endpoint
+from ikectx.wire.ikev2 import IkeHeader
+from ikectx_cli.lab.config import Tunnel
+from ikectx_cli.lab.net import ANNOUNCED, AWAY, OUTER
 from mobike_ext import watch
 from mobike_ext.unknown import Question
 from tests.netns import of_name

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from vici_bridge.ha_version import wire_version
+from vici_bridge.ha.version import wire_version
 
 from .world import World, spis, until
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from ikectx_cli.lab_fleet import Fleet
+from ikectx_cli.lab.fleet import Fleet
 
 from .test_collisions import take_in
 from .world import World, spis, until

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import vici
 
-from ikectx_cli.lab_net import OUTER
+from ikectx_cli.lab.net import OUTER
 
 from .world import World, spis, until
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli.lab_net import GATEWAYS
+from ikectx_cli.lab.net import GATEWAYS
 
 from .world import World, spis, tasks, until
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ikectx_cli.lab_emptying import drain
+from ikectx_cli.lab.emptying import drain
 
 pytestmark = pytest.mark.live
 

@@ -17,19 +17,26 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import ChildContext, Endpoint, IkeGeneration, ReplayState, Secret, TrafficSelector
+from ikectx.engine.ports import MoveReport
 from ikectx.errors import RefusedError
-from ikectx.keys import child_keys, iv_length, sk_keys
 from ikectx.numbers import Encr, Integ, KeMethod, Mode, Prf, Protocol
-from ikectx.ports import MoveReport
-from mobike_ext.asking import SaEnd
-from mobike_ext.exchange import AddressNotice
+from ikectx.sa.context import (
+    ChildContext,
+    Endpoint,
+    IkeGeneration,
+    ReplayState,
+    Secret,
+    TrafficSelector,
+)
+from ikectx.sa.keys import child_keys, iv_length, sk_keys
+from mobike_ext.address_update import AddressNotice
 from mobike_ext.link import run_rekey, run_spi_update
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
-from mobike_ext.rename import FRESH_OCTETS, SpiUpdate, Unsupported, ask, ask_peer
-from vici_bridge.mute import MARK, Mute
+from mobike_ext.requester import SaEnd
+from mobike_ext.spi_update import FRESH_OCTETS, SpiUpdate, Unsupported, ask, ask_peer
+from tests.netns import of_name
+from vici_bridge.kernel.mute import MARK, Mute
 
-from ..netns import of_name
 from .world import LOGGED, World, spis, until
 
 pytestmark = pytest.mark.live

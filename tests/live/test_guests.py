@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli import lab_guest
-from ikectx_cli.lab_boot import FOLDERS, GUEST, Job, sweep
+from ikectx_cli.lab import guest as lab_guest
+from ikectx_cli.lab.boot import FOLDERS, GUEST, Job, sweep
 
 pytestmark = [
     pytest.mark.live,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ikectx_cli.lab_net import ANNOUNCED, AWAY
+from ikectx_cli.lab.net import ANNOUNCED, AWAY
 
 from .test_by_packet import at_nsg, packets4
 from .test_mobile import asks, lives, mobile, settled, status

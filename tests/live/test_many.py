@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ikectx_cli.lab_fleet import Fleet
-from ikectx_cli.lab_net import OUTER
+from ikectx_cli.lab.fleet import Fleet
+from ikectx_cli.lab.net import OUTER
 
 from .world import World, spis, until
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from ikectx_cli.lab_config import Tunnel
-from ikectx_cli.lab_net import OUTER
-from vici_bridge.loud import LOUD
-from vici_bridge.readdress import READDRESS
-from vici_bridge.vici import ControlClient, json_of
+from ikectx_cli.lab.config import Tunnel
+from ikectx_cli.lab.net import OUTER
+from vici_bridge.effects.loud import LOUD
+from vici_bridge.effects.readdress import READDRESS
+from vici_bridge.vici.client import ControlClient, json_of
 
 from .world import Done, World, spis, tasks, until
 

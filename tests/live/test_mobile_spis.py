@@ -23,16 +23,16 @@ from typing import Any
 
 import pytest
 
-from ikectx.context import Endpoint
 from ikectx.numbers import Protocol
-from ikectx_cli.lab_net import OUTER
-from mobike_ext.asking import SaEnd
-from mobike_ext.exchange import AddressNotice
+from ikectx.sa.context import Endpoint
+from ikectx_cli.lab.net import OUTER
+from mobike_ext.address_update import AddressNotice
 from mobike_ext.link import run_spi_update
 from mobike_ext.naming import ask, ask_peer
-from mobike_ext.rename import Renamed, SpiUpdate
+from mobike_ext.requester import SaEnd
+from mobike_ext.spi_update import Renamed, SpiUpdate
+from tests.netns import of_name
 
-from ..netns import of_name
 from .test_collisions import agreed, lives_on, names_at_psg, other_at_nsg, others, served
 from .test_exchanges import _child, _endpoint, _generation
 from .test_mobile import afterwards, asks, hands_over, mobile, status, up

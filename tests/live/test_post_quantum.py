@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from ikectx_cli.lab_net import CHARONS
+from ikectx_cli.lab.net import CHARONS
 
 from .world import World, spis, until
 

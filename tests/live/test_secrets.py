@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli.lab_config import PSK
-from ikectx_cli.lab_net import GATEWAYS
+from ikectx_cli.lab.config import PSK
+from ikectx_cli.lab.net import GATEWAYS
 
 from .world import LOGGED, World, until
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ikectx_cli import lab_attacker
-from ikectx_cli.lab_config import Tunnel
+from ikectx_cli.lab import attacker as lab_attacker
+from ikectx_cli.lab.config import Tunnel
 
 from .test_mobile import hands_over, settled
 from .world import World, spis

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from ikectx import trace
-from ikectx_cli import lab_scenario
-from ikectx_cli.lab_hosts import TRACE
-from ikectx_cli.lab_net import GATEWAYS
-from ikectx_cli.lab_series import run_here
-from ikectx_cli.lab_timeline import picture
-from ikectx_cli.lab_trace import TimeLine
+from ikectx_cli.lab import scenario as lab_scenario
+from ikectx_cli.lab.hosts import TRACE
+from ikectx_cli.lab.net import GATEWAYS
+from ikectx_cli.lab.series import run_here
+from ikectx_cli.lab.timeline import picture
+from ikectx_cli.lab.trace import TimeLine
 
 from .world import World
 

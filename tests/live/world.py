@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import CharonError
-from ikectx_cli.lab_config import Tunnel
-from ikectx_cli.lab_hosts import Lab, agent_file
-from ikectx_cli.lab_net import CHARONS, GATEWAYS, INNER, OUTER, SECOND, SECOND_NET
-from vici_bridge.vici import ControlClient, json_of
+from ikectx_cli.lab.config import Tunnel
+from ikectx_cli.lab.hosts import Lab, agent_file
+from ikectx_cli.lab.net import CHARONS, GATEWAYS, INNER, OUTER, SECOND, SECOND_NET
+from vici_bridge.vici.client import ControlClient, json_of
 
 PATIENCE = 12.0
 """Seconds for something that charons do by themselves."""

@@ -1,0 +1,486 @@
+"""`ikectx serve`: the agent of one gateway, which joins library, bridge and mobile extension.
+
+One process owns the HA socket, the VICI connection, XFRM and the CXTP endpoint, and offers its functions on
+the control socket, as VICI commands. It makes no decisions about a transfer: `ikectx.engine.tables` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from ipaddress import ip_address
+from typing import Any, Literal
+
+from ikectx.disk.store import SqliteStore
+from ikectx.engine.journaled import MobileConfig
+from ikectx.engine.report import TransferEvent, TransferReport
+from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
+from ikectx.gateway import Gateway
+from ikectx.net.door import Door
+from ikectx.net.mn_udp import MnServer
+from ikectx.net.plain import plain_dial, plain_listen
+from ikectx.net.tls import TlsConfig
+from ikectx.peer import PeerConfig
+from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.timing import Timing
+from mobike_ext.naming import asks_for_names
+from mobike_ext.packet_hold import Held
+from mobike_ext.watch import Watcher
+from vici_bridge.effects.sink import CharonSink
+from vici_bridge.effects.source import CharonSource
+from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.kernel.mute import MARK
+from vici_bridge.kernel.spd_watch import SpdGuard
+from vici_bridge.vici.codec import Message, with_json
+from vici_bridge.vici.control import ControlServer, Response
+
+from . import __version__, service
+from .config import Config
+from .detours import find, names, need_ways
+from .movers import MnEnder, MnMover, MnRenamer, MnSettler
+from .render import context_json
+from .requests import GATEWAY, plain_address
+from .views import charon_json, chosen, sa_name, view_json
+
+log = logging.getLogger("ikectx")
+
+LEFT_QUIETLY = 10.0
+"""Seconds without an IKE request in either direction after which an SA that goes down counts as abandoned by
+its mobile node, not as deleted (charon gives up after 165 s of retransmissions)."""
+CALL_BACK_TRIES = 3
+"""Requests, for each of two message IDs, to a mobile node whose transfer is undone."""
+SETTLE_TRIES = 4
+"""Requests at most, for each of two message IDs, to a mobile node that is asked for the next one; it is
+waiting."""
+HOOK_PATIENCE = 5.0
+"""Seconds that charon waits in its updown script for a handover to let the SA go."""
+
+
+def run(config: Config) -> int:
+    """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
+    return service.run(config.state_dir, lambda store: Agent(config, store))
+
+
+def host_config(config: Config) -> HostConfig:
+    """The bridge's part of the configuration."""
+    return HostConfig(
+        addresses=config.gateway.addresses,
+        ha_local=config.charon.ha_local,
+        ha_remote=config.charon.ha_remote,
+        ha_port=config.charon.ha_port,
+        vici=config.charon.vici,
+        kernel_esp=config.charon.esp == "kernel",
+        updown={name: conn.updown for name, conn in config.connections.items() if conn.updown},
+        forward_via={peer.name: peer.forward_via for peer in config.peers},
+        announced=frozenset(name for name, conn in config.connections.items() if conn.announces),
+        agents=frozenset(name for name, conn in config.connections.items() if conn.agents),
+        oseq_jump=config.transfer.oseq_jump,
+        late=config.transfer.late_seconds,
+        collision=config.transfer.collision,
+        spi_min=config.charon.spi_min,
+        spi_max=config.charon.spi_max,
+        rekey_after=config.transfer.rekey_after,
+        rules={name: conn.rules for name, conn in config.connections.items()},
+        peers=frozenset(_addresses(peer.host for peer in config.peers)),
+    )
+
+
+def _addresses(hosts: Iterable[str]) -> Iterator[Address]:
+    """The hosts that are written as addresses, not as names."""
+    for host in hosts:
+        with contextlib.suppress(ValueError):
+            yield ip_address(host)
+
+
+class Agent:
+    """The objects of one gateway's agent, and its control commands."""
+
+    def __init__(self, config: Config, store: SqliteStore) -> None:
+        self._config = config
+        self._store = store
+        self._host = CharonHost(host_config(config), store)
+        addresses, timeout = config.gateway.addresses, config.transfer.mn_timeout
+        self._source = CharonSource(
+            self._host,
+            MnMover(addresses, CALL_BACK_TRIES, timeout, MARK),
+            MnEnder(CALL_BACK_TRIES, timeout, MARK),
+        )
+        self._sink = CharonSink(
+            self._host,
+            MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
+            MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
+            MnSettler(min(config.transfer.mn_tries, SETTLE_TRIES), timeout, MARK),
+            _ear,
+        )
+        self._peers = [
+            PeerConfig(
+                peer.name,
+                peer.host,
+                peer.port,
+                frozenset(peer.rights),
+                peer.identity,
+                sources=peer.connects_from,
+                connections=peer.connections,
+                identities=peer.identities,
+            )
+            for peer in config.peers
+        ]
+        timing = Timing(offer=config.transfer.prepare_timeout, predictive=config.transfer.predictive_seconds)
+        self._timing = timing
+        self._guard: SpdGuard | None = None
+        self._doors: list[Door] = []
+        self._mn_server: MnServer | None = None
+        self._watcher: Watcher | None = None
+        tls = dial = None
+        if config.transfer.transport == "ipsec":
+            self._guard = SpdGuard()
+            dial = plain_dial(timing, self._protocol, self._guard, self._listen)
+        else:
+            tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
+        self._gateway = Gateway(
+            config.name,
+            self._source,
+            self._sink,
+            store,
+            self._peers,
+            tls,
+            timing=timing,
+            dial=dial,
+            mobile=self._mobile(),
+            oseq_jump=config.transfer.oseq_jump,
+            durable=False,  # after a loss of power charon's and the kernel's SAs are lost as well
+            observer=self._observe,
+            hear=self._host.follow.hear,
+        )
+        self._host.origins.tell = self._gateway.tell
+        self._control = ControlServer(
+            str(config.control.socket),
+            {
+                "version": self.version,
+                "status": self.status,
+                "list-contexts": self.list_contexts,
+                "show-context": self.show_context,
+                "transfer": self.transfer,
+                "pull": self.pull,
+                "history": self.history,
+                "resync": self.resync,
+                "cancel": self.cancel,
+                "reclaim": self.reclaim,
+                "updown": self.updown,
+                "detours": self.detours,
+            },
+            streamed={
+                "list-contexts": "list-context",
+                "transfer": "transfer-progress",
+                "pull": "pull-progress",
+                "history": "history-entry",
+            },
+            events={"transfer-state"},
+            group=config.control.group,
+            takes=GATEWAY,
+        )
+        self._started = time.time()
+
+    async def start(self) -> None:
+        """Begin with the HA address, then the control socket, then peers, because charon may start at any
+        time."""
+        await self._host.open()
+        self._source.resume()
+        self._sink.resume()
+        await self._gateway.start(self._listen if self._guard is None else ())
+        if self._guard is not None:
+            self._doors = await plain_listen(
+                self._timing, self._protocol, self._guard, self._listen, self._peers, self._gateway.accept
+            )
+            for door in self._doors:
+                await door.start_serving()
+        if self._config.mobile is not None:
+            mobile = self._config.mobile
+            listen = [Endpoint(ip_address(item.host), item.port) for item in mobile.listen]
+            self._mn_server = MnServer(listen, self._gateway.ctar, mobile.rate, mobile.source_rate)
+            await self._mn_server.start()
+        if self._config.by_packet is not None:
+            bounds = self._config.by_packet
+            self._watcher = Watcher(
+                self._config.gateway.addresses,
+                self._is_here,
+                self._ask_for,
+                memory=bounds.memory,
+                rate=bounds.rate,
+                mark=MARK,
+            )
+            self._watcher.start()
+        await self._control.start()
+        log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
+
+    async def stop(self) -> None:
+        await self._control.close()
+        if self._watcher is not None:
+            await self._watcher.close()
+        if self._mn_server is not None:
+            await self._mn_server.close()
+        for door in self._doors:
+            door.close()
+        await self._gateway.stop()
+        if self._guard is not None:
+            self._guard.close()
+        await self._host.close()
+
+    def _mobile(self) -> MobileConfig | None:
+        found = self._config.mobile
+        return None if found is None else MobileConfig(found.rfc_token, found.clock_skew)
+
+    def _is_here(self, sa: SaName) -> bool:
+        return sa in self._host.record
+
+    async def _ask_for(self, datagrams: tuple[bytes, ...], local: Endpoint, remote: Endpoint) -> bool:
+        """An IKE message of an SA that is not here arrived: get the SA from one of [by_packet] ask."""
+        assert self._config.by_packet is not None
+        report = await self._gateway.packet(datagrams, local, remote, self._config.by_packet.ask)
+        if report is not None:
+            log.info("pulled by a packet from %s: %s, %s", remote, report.result, report.text)
+        return report is not None and report.result == "moved"
+
+    @property
+    def _plain_peers(self) -> frozenset[str]:
+        """Addresses of gateways that are reached through an IKE_SA of this charon."""
+        return frozenset(peer.host for peer in self._peers) if self._guard is not None else frozenset()
+
+    @property
+    def _listen(self) -> list[tuple[str, int]]:
+        return [(item.host, item.port) for item in self._config.transfer.listen]
+
+    @property
+    def _protocol(self) -> Literal["tcp", "sctp"]:
+        return "sctp" if self._config.transfer.protocol == "sctp" else "tcp"
+
+    def _observe(self, event: TransferEvent) -> None:
+        log.info(
+            "%s %s: %s with %s%s",
+            event.role,
+            event.transfer_id,
+            event.state,
+            event.peer,
+            f" ({event.detail})" if event.detail else "",
+        )
+        self._control.emit("transfer-state", _event_json(event))
+
+    # Control commands. Each item and answer has the whole as JSON under `json`.
+
+    async def version(self, request: Message) -> Message:
+        answer = {
+            "daemon": "ikectx",
+            "version": __version__,
+            "name": self._config.name,
+            "charon": self._host.ha_version.charon,
+        }
+        return with_json(answer, **answer)
+
+    async def status(self, request: Message) -> Message:
+        answer: dict[str, object] = {
+            "name": self._config.name,
+            "version": __version__,
+            "uptime": int(time.time() - self._started),
+            "charon": charon_json(self._host),
+            "sas": len(self._host.record.names()),
+            "esp": self._config.charon.esp,
+            "spis": self._config.charon.spi_max - self._config.charon.spi_min + 1,
+            **{key: value for key, value in self._gateway.status().items() if key != "name"},
+        }
+        answer["aside"] = [asdict(one) for one in self._store.aside()]
+        answer["detours"] = [row.to_json() for row in self._host.away.listing()]
+        if self._doors:
+            places = [door.address for door in self._doors]
+            answer["listening"] = [{"host": host, "port": port} for host, port in places]
+        return with_json(answer, name=self._config.name)
+
+    async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
+        for view in await self._host.views():
+            yield with_json(view_json(view, self._host.obstacle(view)), name=view.name)
+
+    async def show_context(self, request: Message) -> Message:
+        names = await self._select(request)
+        if len(names) != 1:
+            raise UnknownSaError(f"{len(names)} IKE_SAs match, one is to be shown")
+        # an SA that is only shown need not be idle
+        context = await self._source.export(names[0], away=True)
+        return with_json(context_json(context, secrets=request.get("secrets") == "yes"))
+
+    async def transfer(self, request: Message) -> AsyncIterator[Message]:
+        to = request.get("to", "")
+        if not to:
+            raise UsageError("transfer needs the name of the gateway it goes to (`to`)")
+        address = request.get("address", "update")
+        if address not in ("update", "keep"):
+            raise UsageError(f"address is update or keep, not {address!r}")
+        views = await self._host.views()
+        names = chosen(views, request, self._plain_peers)
+        no_detour = request.get("no-detour") == "yes"
+        if not no_detour and any(peer.name == to for peer in self._peers):
+            need_ways(views, names, to, self._host.away.way, self._config.connections)
+        queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
+        with self._host.away.without_detour(names if no_detour else ()):
+            work = asyncio.create_task(
+                self._gateway.transfer_all(
+                    names,
+                    to,
+                    address=address,
+                    dry_run=request.get("dry-run") == "yes",
+                    parallel=self._config.transfer.concurrency,
+                    progress=queue.put_nowait,
+                )
+            )
+            async for event in service.until_done(work, queue):
+                yield _event_json(event)
+            yield _reports(await work)
+
+    async def pull(self, request: Message) -> AsyncIterator[Message]:
+        from_ = request.get("from", "")
+        if not from_:
+            raise UsageError("pull needs the name of the gateway it comes from (`from`)")
+        try:
+            mn = plain_address(request.get("mn", ""))
+        except ValueError:
+            raise UsageError(f"mn is not an IP address: {request.get('mn', '')!r}") from None
+        queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
+        work = asyncio.create_task(
+            self._gateway.pull(
+                from_,
+                mn,
+                sa=sa_name(request.get("sa", "")),
+                dry_run=request.get("dry-run") == "yes",
+                progress=queue.put_nowait,
+            )
+        )
+        async for event in service.until_done(work, queue):
+            yield _event_json(event)
+        yield _reports([await work])
+
+    async def history(self, request: Message) -> AsyncIterator[Message]:
+        for entry in self._gateway.history(_number(request, "limit", 100, 1, 1_000_000_000)):
+            yield with_json(entry)
+
+    async def resync(self, request: Message) -> Message:
+        await self._host.resync()
+        return {}
+
+    async def cancel(self, request: Message) -> Message:
+        if not self._gateway.cancel(request.get("transfer", "")):
+            raise StateError(
+                "that transfer cannot be cancelled any more",
+                hint="`ikectx status` shows what is open; once let go, only the other gateway decides",
+            )
+        return {}
+
+    async def reclaim(self, request: Message) -> Message:
+        report = await self._gateway.reclaim(request.get("transfer", ""))
+        return with_json(report.to_json())
+
+    async def detours(self, request: Message) -> Message:
+        """The SAs that left this gateway; with `end`, nothing is sent on any more for the SA of that name.
+
+        `behind`: blocks for SAs that came here and may end.
+        """
+        away, name = self._host.away, request.get("end", "")
+        unblock = request.get("unblock") == "yes"
+        came = away.behind.end(name) if name and unblock else 0
+        if name and (not came or any(names(row, name) for row in away.listing())):
+            away.end(find(away.listing(), name), unblock=unblock)
+        behind = [block.to_json() for block in away.behind.listing()]
+        return with_json({"detours": [row.to_json() for row in away.listing()], "behind": behind})
+
+    async def updown(self, request: Message) -> Message:
+        """The updown hook's message. An SA of a connection with `handover_to` is handed over when its mobile
+        node leaves.
+
+        charon waits for the hook, the hook for this answer: it is sent when the SA has been let go, or the
+        transfer has failed, so that the ESP SAs can still be read until then.
+        """
+        if request.get("verb") != "down":
+            return {"action": "none"}
+        reqid = _number(request, "reqid", 0, 0, 0xFFFFFFFF)
+        handed = {name: to for name, one in self._config.connections.items() if (to := one.handover_to)}
+        # the hook knows only the child's name (PLUTO_CONNECTION), and connections are the IKE_SA's
+        found = self._source.departing_by_reqid(reqid, handed)
+        if found is None or found[0] in self._source.departing:
+            # a child alone, whose IKE_SA lives on, or the second of several selector pairs
+            return {"action": "none"}
+        sa, context, quiet = found
+        name, to = context.connection, handed[context.connection]
+        if quiet < LEFT_QUIETLY:
+            log.info(
+                "an SA of %s went down %.0f s after its last IKE request: deleted on purpose", name, quiet
+            )
+            return {"action": "none", "reason": "the SA was deleted on purpose"}
+        self._source.departing.add(sa)
+        left = asyncio.Event()
+        self._host.spawn(self._hand_over(sa, to, left))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(left.wait(), HOOK_PATIENCE)
+        return {"action": "transfer", "to": to}
+
+    async def _hand_over(self, sa: SaName, to: str, left: asyncio.Event) -> None:
+        def seen(event: TransferEvent) -> None:
+            if event.state.upper() in ("RELEASED", "KEPT", "REFUSED", "LOST"):
+                left.set()
+
+        try:
+            report = await self._gateway.transfer(sa, to, progress=seen)
+            log.info("handover to %s: %s, %s", to, report.result, report.text)
+        except IkectxError as error:
+            log.warning("handover to %s: %s", to, error)
+        finally:
+            left.set()
+            self._source.departing.discard(sa)
+
+    async def _select(self, request: Message) -> list[SaName]:
+        """The SAs that the request names. Errors: UnknownSaError, UsageError."""
+        return chosen(await self._host.views(), request, self._plain_peers)
+
+
+def _ear(here: IkeContext) -> Held:
+    """Records requests of an SA's mobile node while the SA is mute, except those that charon cannot
+    answer."""
+    skip = partial(asks_for_names, here.current)
+    return Held(here.spis, here.local, here.remote, mark=MARK, skip=skip)
+
+
+def _reports(reports: Sequence[TransferReport]) -> Response:
+    return Response(
+        with_json(
+            {"reports": [report.to_json() for report in reports]},
+            moved=sum(report.result == "moved" for report in reports),
+            total=len(reports),
+        )
+    )
+
+
+def _event_json(event: TransferEvent) -> Message:
+    flat: dict[str, Any] = {
+        "transfer": event.transfer_id,
+        "role": event.role,
+        "peer": event.peer,
+        "phase": event.state,
+        "mn": event.mn,
+        "ms": round(event.ms, 1),
+        "detail": event.detail,
+    }
+    report = event.report.to_json() if event.report is not None else None
+    return with_json({**flat, "sa": [part.hex() for part in event.sa], "report": report}, **flat)
+
+
+def _number(request: Message, key: str, default: int, low: int, high: int) -> int:
+    """A number of a request. Errors: UsageError, also for one that is not in low..high."""
+    try:
+        number = int(request.get(key) or default)
+    except ValueError:
+        raise UsageError(f"{key} is not a number: {str(request.get(key))[:40]!r}") from None
+    if not low <= number <= high:
+        raise UsageError(f"{key} must be a number from {low} to {high}")
+    return number

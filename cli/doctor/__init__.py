@@ -1,0 +1,1 @@
+"""`ikectx doctor`: what would keep this gateway from moving SAs."""

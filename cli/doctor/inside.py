@@ -1,0 +1,94 @@
+"""`doctor` on the inside: the way of packets for a mobile node that has moved, and the use of its address.
+
+Its inner address is still routed to the gateway that it has left. That gateway sends its packets on to the
+other one's inner address (`forward_via`), which the kernel can do only for an address on a network that both
+are on. Without that address the network inside has to follow by itself.
+
+charon frees the virtual IP of an SA that has left, as it does when a mobile node disconnects, and assigns it
+to another one as soon as its pool has no other address left (5.9.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..config import PeerConfig
+from .world import World
+
+Outcome = tuple[str, str] | tuple[str, str, str]
+
+SECTION = "see `How the network inside follows` in the README"
+
+
+def inside(world: World) -> Iterator[Outcome]:
+    """Each peer's `forward_via`; for peers without one, whether scripts announce the way to the network."""
+    outer = {world.device_of(str(address)) for address in world.config.gateway.addresses} - {""}
+    for peer in world.config.peers:
+        yield from _ways(world, peer, outer) if peer.forward_via else _no_way(world, peer)
+
+
+def _no_way(world: World, peer: PeerConfig) -> Iterator[Outcome]:
+    ours = world.config.connections
+    announced = sorted(name for name, conn in ours.items() if conn.announces)
+    names = sorted({str(conn.get("name")) for conn in world.charon("conns")} - set(announced))
+    if not names:
+        yield "ok", f"{peer.name} has no forward_via, and the scripts of {', '.join(announced)} announce"
+        return
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    yield (
+        "warn",
+        f"{peer.name} has no forward_via: SAs of {shown} are not moved there, since packets for their mobile "
+        "nodes would be dropped here",
+        f'write the inner address of {peer.name} in its [[peer]], forward_via = ["…"]; or, where an updown '
+        "script has the network inside follow, announces = true in [connections.NAME]; or move with "
+        f"--no-detour: {SECTION}",
+    )
+
+
+def _ways(world: World, peer: PeerConfig, outer: set[str]) -> Iterator[Outcome]:
+    for address in peer.forward_via:
+        key, way = f"{peer.name}: forward_via {address}", world.way_to(address)
+        if way.local:
+            yield "fail", f"{key} is an address of this gateway", f"write the inner address of {peer.name}"
+        elif not way.direct:
+            why = "is behind a router" if way.device else "cannot be reached: no route leads there"
+            yield (
+                "fail",
+                f"{key} {why}",
+                "a detour needs an address on a network that both gateways are on (a tunnel will do)",
+            )
+        elif way.device in outer:
+            yield (
+                "warn",
+                f"{key} is reached by {way.device}, where mobile nodes come from: packets for those that "
+                "moved go there in the clear",
+                "name an address on a network that only gateways and servers are on",
+            )
+        elif (there := world.is_there(address)) is None:
+            yield "note", f"{key} did not answer, and may be there all the same (ICMP filtered?)"
+        elif there:
+            yield "ok", f"{key} answers by {way.device}"
+        else:
+            yield (
+                "fail",
+                f"{key} does not answer: packets for mobile nodes that moved there would be lost",
+                f"is {peer.name} up, and its inner interface? is the address right?",
+            )
+
+
+def pools(world: World) -> Iterator[Outcome]:
+    """Pools in which charon will soon assign addresses again that mobile nodes have taken along."""
+    for name, pool in world.charon("pools").items():
+        size, given = int(pool.get("size", 0)), int(pool.get("online", 0)) + int(pool.get("offline", 0))
+        found = f"pool {name} (from {pool.get('base', '?')}): {given} of {size} addresses were given out"
+        fix = (
+            "charon gives an address again when it has no other left, also that of a mobile node that moved: "
+            "make the pool so large that it never fills, or have one place assign addresses for all gateways "
+            "(RADIUS, or the plugin attr-sql with one database); and no two gateways may have the same range"
+        )
+        if given >= size:
+            yield "warn", f"{found}: the next mobile node may get one that another still uses elsewhere", fix
+        elif given * 4 >= size * 3:
+            yield "note", found, fix
+        else:
+            yield "ok", found

@@ -1,0 +1,390 @@
+"""The world of `doctor`: processes, sockets, files, the kernel, charon, the agent, the peers.
+
+Every method returns what it found, or None if that cannot be known; none makes a lasting change (the kernel
+is tried in a network namespace of its own).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import IkectxError, LinkError
+from ikectx.net.five_tuple import Flow, Transport
+from ikectx.sa.context import Address, Endpoint
+from ikectx.wire.cxtp import PORT
+
+from .. import reach
+from ..config import Config, PeerConfig
+from ..settings import Setting, load
+
+CONF = "/etc/strongswan.conf"
+SWANCTL = "/etc/swanctl/swanctl.conf"
+SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROBE_SECONDS = 20
+CONNECT_SECONDS = 5
+SOME_PORT = 49152
+"""Stands for the ephemeral port of the side that dials."""
+
+
+@dataclass(frozen=True, slots=True)
+class UdpOwner:
+    """The owner of a UDP socket; pid 0: it could not be found out (no root, or another PID namespace)."""
+
+    pid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswer:
+    """The result of connecting to a peer: the names that it proved, or the error and where it happened."""
+
+    names: frozenset[str] = frozenset()
+    not_before: float | None = None
+    failed: str = ""
+    refused: bool = False
+
+
+def _address(host: str) -> Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+class World:
+    """This machine, with the paths and addresses of the configuration."""
+
+    def __init__(self, config: Config, control: str) -> None:
+        self.config = config
+        self.control = control
+        self._asked: dict[str, Any] = {}
+
+    # -- charon and the agent
+
+    def charon(self, what: str) -> Any:
+        """`version`, `stats`, `conns` or `pools` over VICI. Errors: IkectxError."""
+        from vici_bridge.vici.client import CharonVici
+
+        if what not in self._asked:
+            client = CharonVici(self.config.charon.vici, timeout=5)
+            calls: dict[str, Callable[[], Any]] = {
+                "version": client.version,
+                "stats": client.stats,
+                "conns": client.list_conns,
+                "pools": client.get_pools,
+            }
+            try:
+                self._asked[what] = calls[what]()
+            except IkectxError as error:
+                self._asked[what] = error
+            finally:
+                client.close()
+        answer = self._asked[what]
+        if isinstance(answer, IkectxError):
+            raise answer
+        return answer
+
+    def agent(self, command: str) -> Any:
+        """The JSON of an agent's command; `list-contexts` gives a list. Errors: IkectxError."""
+        from vici_bridge.vici.client import ControlClient, json_of
+
+        with ControlClient(self.control, timeout=5) as client:
+            if command == "list-contexts":
+                items: list[Any] = []
+                client.stream(command, "list-context", None, lambda item: items.append(json_of(item)))
+                return items
+            return json_of(client.request(command))
+
+    def pid_behind(self, path: str) -> int | None:
+        """The process that listens on a unix socket."""
+        try:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(2)
+                sock.connect(path)
+                raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError:
+            return None
+        pid: int = struct.unpack("3i", raw)[0]
+        return pid or None
+
+    def agent_pid(self) -> int | None:
+        return self.pid_behind(self.control)
+
+    def charon_pid(self) -> int | None:
+        return self.pid_behind(self.config.charon.vici.removeprefix("unix://"))
+
+    def started(self, pid: int) -> int | None:
+        """The time at which a process started, in clock ticks since boot."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            return int(stat.rpartition(")")[2].split()[19])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def capabilities(self, pid: int | None) -> int | None:
+        """The effective capabilities of a process, or of this one."""
+        try:
+            for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
+                if line.startswith("CapEff:"):
+                    return int(line.split()[1], 16)
+        except (OSError, ValueError, IndexError):
+            pass
+        return None
+
+    # -- files
+
+    def settings(self, which: str) -> dict[str, Setting] | None:
+        """All settings of `strongswan.conf` or `swanctl.conf`, as charon reads them (its environment and
+        root)."""
+        pid = self.charon_pid()
+        variable, path = {
+            "strongswan.conf": ("STRONGSWAN_CONF", CONF),
+            "swanctl.conf": ("SWANCTL_DIR", SWANCTL),
+        }[which]
+        value = self._environment(pid).get(variable) or os.environ.get(variable)
+        if value:
+            path = value if which == "strongswan.conf" else os.path.join(value, "swanctl.conf")
+        for root in [f"/proc/{pid}/root"] * bool(pid) + [""]:
+            try:
+                return load(path, root)
+            except OSError:
+                continue
+        return None
+
+    @staticmethod
+    def _environment(pid: int | None) -> dict[str, str]:
+        try:
+            raw = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return {}
+        pairs = (item.decode("utf-8", "replace").partition("=") for item in raw.split(b"\0"))
+        return {name: value for name, _, value in pairs}
+
+    def now(self) -> float:
+        return time.time()
+
+    # -- network
+
+    def udp_owner(self, address: str, port: int) -> UdpOwner | None:
+        """The process that has bound address:port (or the port on every address); None: nobody."""
+        for inode in self._udp_inodes(address, port):
+            for pid in self._pids():
+                if self._has_inode(pid, inode):
+                    return UdpOwner(pid, self._name(pid))
+            return UdpOwner(0, "a process that cannot be seen")
+        return None
+
+    @staticmethod
+    def _udp_inodes(address: str, port: int) -> Iterator[str]:
+        wanted = ip_address(address)
+        table = "/proc/net/udp" if wanted.version == 4 else "/proc/net/udp6"
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            return
+        for line in lines:
+            fields = line.split()
+            host, _, hexport = fields[1].partition(":")
+            words = [bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8)]
+            bound = ip_address(b"".join(words))
+            if int(hexport, 16) == port and (bound == wanted or bound.is_unspecified):
+                yield fields[9]
+
+    @staticmethod
+    def _pids() -> Iterator[int]:
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                yield int(name)
+
+    @staticmethod
+    def _has_inode(pid: int, inode: str) -> bool:
+        try:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                return any(os.readlink(entry.path) == f"socket:[{inode}]" for entry in entries)
+        except OSError:
+            return False
+
+    @staticmethod
+    def _name(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/comm").read_text().strip()
+        except OSError:
+            return "?"
+
+    def is_local(self, address: str) -> bool:
+        """Whether this machine has the address."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.bind((address, 0))
+        except OSError:
+            return False
+        return True
+
+    def device_of(self, address: str) -> str:
+        """The interface that has the address; empty if none has."""
+        return reach.device_of(ip_address(address))
+
+    def way_to(self, address: Address) -> reach.Way:
+        """The way by which packets for the address leave this machine."""
+        return reach.way_to(address)
+
+    def is_there(self, address: Address) -> bool | None:
+        """Whether a machine with that address answers; None: not known. Takes up to two seconds."""
+        return reach.answers(address)
+
+    def connect(self, peer: PeerConfig) -> PeerAnswer:
+        """Connect to a peer by TLS with our certificate, as a transfer would; nothing is sent on it."""
+        from ikectx.net.neighbours import is_address, own_address
+        from ikectx.net.tls import TlsConfig, certificate_names
+
+        transfer = self.config.transfer
+        version = ip_address(peer.host).version if is_address(peer.host) else 4
+        own = own_address([(item.host, item.port) for item in transfer.listen], version)
+        source = None if own is None else (str(own), 0)  # as a transfer, because the peer checks the source
+        try:
+            context = TlsConfig(transfer.certificate, transfer.key, transfer.ca).context(server=False)
+            with (
+                socket.create_connection((peer.host, peer.port), CONNECT_SECONDS, source) as raw,
+                context.wrap_socket(raw) as sock,
+            ):
+                certificate = sock.getpeercert()
+                names = certificate_names(certificate)
+                since = str((certificate or {}).get("notBefore", ""))
+                not_before = ssl.cert_time_to_seconds(since) if since else None
+                # With TLS 1.3 a server's verdict on our certificate comes after the handshake.
+                sock.settimeout(1)
+                try:
+                    refused = sock.recv(1) == b""
+                except TimeoutError:
+                    refused = False
+                return PeerAnswer(names, not_before, refused=refused)
+        except IkectxError as error:
+            return PeerAnswer(failed=str(error))
+        except ssl.SSLError as error:
+            text = error.reason or str(error)
+            return PeerAnswer(failed=f"TLS: {text.replace('_', ' ').lower()}")
+        except OSError as error:
+            return PeerAnswer(failed=error.strerror or str(error))
+
+    def connect_plainly(self, peer: PeerConfig) -> PeerAnswer:
+        """Connect to a peer as with `transport = "ipsec"`.
+
+        Errors: LinkError if the kernel does not protect the connection, KernelError if that is not known.
+        """
+        last = PeerAnswer(failed="the name has no address")
+        for address in self.addresses(peer.host):
+            flow = self.flows(address, peer.port)[0]
+            self.check_protection(flow)
+            last = self._try(flow)
+            if not last.failed:
+                break
+        return last
+
+    @staticmethod
+    def _try(flow: Flow) -> PeerAnswer:
+        family = socket.AF_INET if flow.remote.address.version == 4 else socket.AF_INET6
+        number = socket.IPPROTO_SCTP if flow.protocol == "sctp" else socket.IPPROTO_TCP
+        try:
+            with socket.socket(family, socket.SOCK_STREAM, number) as sock:
+                sock.settimeout(CONNECT_SECONDS)
+                sock.bind((str(flow.local.address), 0))
+                sock.connect((str(flow.remote.address), flow.remote.port))
+                sock.settimeout(1)
+                try:
+                    return PeerAnswer(refused=sock.recv(1) == b"")
+                except TimeoutError:
+                    return PeerAnswer()
+        except OSError as error:
+            return PeerAnswer(failed=error.strerror or str(error))
+
+    def addresses(self, host: str) -> list[str]:
+        """The addresses of a name. Errors: LinkError."""
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise LinkError(f"{host}: {error.strerror or error}") from None
+        return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
+
+    def flows(self, address: str, port: int) -> tuple[Flow, Flow]:
+        """A connection of ours to a peer, and one of its to us; the dialling side's port stands for any.
+
+        Errors: LinkError.
+        """
+        remote = ip_address(address)
+        transfer = self.config.transfer
+        own = [(here, listen.port) for listen in transfer.listen if (here := _address(listen.host))]
+        local, own_port = next(
+            ((here, number) for here, number in own if here.version == remote.version and int(here)),
+            (None, own[0][1] if own else PORT),
+        )
+        if local is None:
+            family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    probe.connect((address, 9))
+                    local = ip_address(probe.getsockname()[0])
+            except OSError as error:
+                raise LinkError(f"there is no way to {address}: {error.strerror}") from None
+        protocol: Transport = "sctp" if transfer.protocol == "sctp" else "tcp"
+        return (
+            Flow(Endpoint(local, SOME_PORT), Endpoint(remote, port), protocol),
+            Flow(Endpoint(local, own_port), Endpoint(remote, SOME_PORT), protocol),
+        )
+
+    def check_protection(self, flow: Flow) -> None:
+        """Errors: LinkError unless the kernel protects the flow now; KernelError if that cannot be asked."""
+        from vici_bridge.kernel.spd_watch import SpdGuard
+
+        with SpdGuard() as guard:
+            guard.protection(flow)
+
+    # -- tools and the kernel
+
+    def notes_right(self) -> bool | None:
+        """Whether the kernel notes message IDs as they leave, tried now; None: there are no rules for it.
+
+        Errors: KernelError if it cannot be tried.
+        """
+        from vici_bridge.kernel.message_ids import MessageIds
+
+        with closing(MessageIds()) as noted:
+            return noted.right()
+
+    def tool(self, name: str) -> str | None:
+        """The path of a program."""
+        return shutil.which(name, path=os.environ.get("PATH", "") + ":" + SEARCH)
+
+    def probe(self, *command: str) -> tuple[bool | None, str]:
+        """Try a command in a network namespace of its own: whether it worked (None: not tried), and its
+        output."""
+        if os.geteuid() != 0:
+            return None, "only root can try it"
+        try:
+            done = subprocess.run(
+                ["unshare", "-n", "--", *command],
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
+                check=False,
+                env={**os.environ, "PATH": os.environ.get("PATH", "") + ":" + SEARCH, "LC_ALL": "C"},
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            return None, str(error)
+        said = (done.stderr or done.stdout).strip().splitlines()
+        return done.returncode == 0, said[-1] if said else f"exit code {done.returncode}"
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(path)

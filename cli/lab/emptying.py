@@ -1,0 +1,136 @@
+"""A gateway is drained: every SA it serves moves to another one by one `transfer --all`, and what that takes.
+
+    python -m ikectx_cli.lab.emptying RESULT SIZE ESP
+
+is one drain on this machine, which a guest runs for `ikectx lab bench --drain`; its JSON goes to RESULT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import CharonError, IkectxError
+
+from . import guest as lab_guest
+from .boot import CLOCK, GUEST, tidy
+from .config import Tunnel
+from .fleet import Fleet
+from .hosts import Lab
+from .machine import here, host
+from .net import GATEWAYS, INNER
+from .traffic import Probe
+from .usage import clock_stands_still, cpu, memory_kib, spent_ms
+
+DELAY_MS = 20.0
+AFTER = 2.0
+"""Seconds for which the probe goes on behind the last SA."""
+
+MEMORY_MIB = 3072
+"""Of a guest: charon's logs of a thousand SAs are in it, too."""
+
+Say = Callable[[str], None]
+
+
+def run(size: int, guest: str, clock: str, *, libipsec: bool, say: Say) -> dict[str, Any]:
+    """`drain` in a guest of `lab_guest.WAYS` (or auto), and on what machine that was. Raises IkectxError.
+
+    ESP in user space needs no other kernel than this machine's.
+    """
+    words = [str(size), "libipsec" if libipsec else "kernel"]
+    found = lab_guest.result(
+        __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
+    )
+    return {**found, "host": host()}
+
+
+def drain(size: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
+    """Drains psg of `size` SAs, none of which collides with one at nsg; one of them has traffic meanwhile.
+
+    Raises IkectxError when the lab does not come up, or not every SA moves.
+    """
+    lab = Lab.new(delay_ms=DELAY_MS)
+    try:
+        say("network and daemons")
+        lab.up(Tunnel(libipsec=libipsec))
+        say(f"{size} mobile nodes connect to psg")
+        # what the agents hold before there are SAs: they have read their files and listened to charon
+        idle = memory_kib(lab)
+        with Fleet(lab, size).at_psg() as fleet:
+            return _drained(lab, fleet, idle, say)
+    finally:
+        lab.down()
+
+
+def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str, Any]:
+    near, far = fleet.inner(0), INNER["srv"][4]
+    probe = Probe(lab, {"mn": [(near, far)], "srv": [(far, near)]}, "mn")
+    probe.launch()
+    probe.begin()
+    time.sleep(0.5)
+    say(f"psg moves all {fleet.size} to nsg")
+    used, began = cpu(lab), time.monotonic()
+    fleet.move("psg", "nsg")
+    seconds = time.monotonic() - began
+    spent = spent_ms(used, cpu(lab), clock_stands_still=clock_stands_still())
+    held = memory_kib(lab)
+    time.sleep(AFTER)
+    traffic = probe.stop()
+    serves = {host: len(lab.list_sas(host)) for host in GATEWAYS}
+    if serves != {"psg": 0, "nsg": fleet.size}:
+        raise CharonError(f"after the drain psg serves {serves['psg']} SAs, nsg {serves['nsg']}")
+    return summary(
+        fleet.size,
+        seconds,
+        {host: spent[host] for host in GATEWAYS},
+        {host: held[host] - idle[host] for host in GATEWAYS},
+        {
+            "lost": traffic.lost,
+            "causes": traffic.as_json()["causes"],
+            "sent": traffic.up.sent + traffic.down.sent,
+            "gap_ms": traffic.gap_ms,
+            "interval_ms": traffic.interval_ms,
+            "recovered": traffic.recovered,
+            "esp": "libipsec" if lab.tunnel.libipsec else "kernel",
+            "strongswan": lab.strongswan(),
+            "guest": os.environ.get(GUEST, "host"),
+            "clock": os.environ.get(CLOCK, "real"),
+            "machine": here(clock_stands_still=clock_stands_still()),
+        },
+    )
+
+
+def summary(
+    size: int,
+    seconds: float,
+    cpu_ms: dict[str, float | None],
+    memory_kib: dict[str, int],
+    rest: dict[str, Any],
+) -> dict[str, Any]:
+    """What is told of a drain: totals to figures for one SA. `memory_kib`: what each agent has grown by."""
+    return {
+        "sas": size,
+        "seconds": round(seconds, 2),
+        "sas_per_second": round(size / seconds, 1) if seconds else None,
+        "cpu_ms_per_sa": {
+            host: None if used is None else round(used / size, 1) for host, used in cpu_ms.items()
+        },
+        "memory_kib_per_sa": round(sum(memory_kib.values()) / size, 1),
+        "memory_kib": memory_kib,
+        **rest,
+    }
+
+
+if __name__ == "__main__":
+    with tidy():
+        try:
+            found = drain(int(sys.argv[2]), libipsec=sys.argv[3] == "libipsec", say=print)
+        except (IkectxError, KeyboardInterrupt) as problem:
+            print(f"{problem or 'told to end'}", file=sys.stderr, flush=True)
+            sys.exit(1)
+    Path(sys.argv[1]).write_text(json.dumps(found))

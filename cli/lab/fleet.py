@@ -1,0 +1,173 @@
+"""Many mobile nodes, all of them in the one charon of host `mn`: each has an outer address of its own there.
+
+CXTP names a mobile node by that address, so those of different ones move at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+from ikectx.errors import CharonError
+from vici_bridge.vici.client import ControlClient, json_of
+
+from .hosts import Lab
+from .net import INNER, INNER_NET, OUTER
+
+_FIRST = {"outer": ip_address("10.32.0.0"), "inner": ip_address("10.48.0.0")}
+_PREFIX = 16
+MOST = 20_000
+"""Mobile nodes for which there are addresses, and memory on an ordinary machine."""
+_AT_ONCE = 16
+"""Set-ups at a time: charon asks for cookies when more than 30 are half-open."""
+_TOLD_AT_ONCE = 50
+"""Changes of addresses that charon's netlink socket can hold; of a thousand at once it hears some 270."""
+_PATIENCE = 60.0
+"""Seconds in which the next few of them must be up or gone."""
+_LONG = 1800.0
+"""Seconds for a command about all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """`size` mobile nodes, named by their numbers. Methods raise CharonError when something does not come."""
+
+    lab: Lab
+    size: int
+
+    @staticmethod
+    def outer(number: int) -> str:
+        return str(_FIRST["outer"] + number + 1)
+
+    @staticmethod
+    def inner(number: int) -> str:
+        """The virtual IP."""
+        return str(_FIRST["inner"] + number + 1)
+
+    @staticmethod
+    def identity(number: int) -> str:
+        return f"n{number}.example"
+
+    @contextmanager
+    def at_psg(self) -> Iterator[Fleet]:
+        """Their addresses are there, and each has an IKE_SA with a CHILD_SA at psg; in the end nothing is."""
+        routes = [
+            ("core", f"{_FIRST['outer']}/{_PREFIX}", OUTER["mn"][4]),
+            ("srv", f"{_FIRST['inner']}/{_PREFIX}", INNER["psg"][4]),
+        ]
+        for host, net, way in routes:
+            self._must(host, "ip", "route", "add", net, "via", way)
+        self._addresses("add")
+        try:
+            self._connect()
+            yield self
+        finally:
+            self._forget()
+            self._addresses("del")
+            for host, net, way in routes:
+                self._must(host, "ip", "route", "del", net, "via", way)
+
+    def _must(self, host: str, *argv: str) -> None:
+        done = self.lab.command(host, argv)
+        if done.returncode != 0:
+            raise CharonError(f"{host}: {' '.join(argv)}: {(done.stdout + done.stderr).strip()[-600:]}")
+
+    def _until(self, true: Callable[[], object], what: str) -> None:
+        limit = time.monotonic() + _PATIENCE
+        while not true():
+            if time.monotonic() > limit:
+                raise CharonError(f"not within {_PATIENCE:.0f} s: {what}")
+            time.sleep(0.05)
+
+    def _addresses(self, verb: str) -> None:
+        batch, log = self.lab.work / "mn" / "fleet.batch", self.lab.work / "mn" / "charon.log"
+        word = {"add": "appeared on", "del": "disappeared from"}[verb]
+        for first in range(0, self.size, _TOLD_AT_ONCE):
+            numbers = range(first, min(first + _TOLD_AT_ONCE, self.size))
+            batch.write_text("".join(f"address {verb} {self.outer(one)}/32 dev eth0\n" for one in numbers))
+            seen = log.stat().st_size
+            self._must("mn", "ip", "-batch", str(batch))
+            last = f"{self.outer(numbers[-1])} {word} eth0".encode()
+
+            def heard(last: bytes = last, seen: int = seen) -> bool:
+                with log.open("rb") as file:
+                    file.seek(seen)
+                    return last in file.read()
+
+            self._until(heard, f"mn's charon has heard: {last.decode()}")
+
+    def _connect(self) -> None:
+        gateway = f"pools {{ inner {{ addrs = {_FIRST['inner']}/{_PREFIX} }} }}\n"
+        gateway += "connections { mn { pools = inner\n remote { id = %any } } }\n"
+        sections = "\n".join(map(self._connection, range(self.size)))
+        mobile = "connections {\n" + sections + "\n}\n"
+        self.lab.reload(self.lab.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
+        charon = self.lab.vici("mn")
+        for first in range(0, self.size, _AT_ONCE):
+            last = min(first + _AT_ONCE, self.size)
+            for number in range(first, last):
+                # not waited for: each that waits has one of charon's sixteen threads
+                charon.request("initiate", {"ike": f"n{number}", "child": "net", "timeout": "-1"})
+            self._until(lambda last=last: self._up() == last, f"{last} are up")  # type: ignore[misc]
+        if "psg" in self.lab.agent_hosts:
+            # it hears of them when charon has them up
+            self._until(lambda: self._known() == self.size, f"psg's agent knows {self.size}")
+
+    def _connection(self, number: int) -> str:
+        return f"""  n{number} {{
+    version = 2
+    proposals = aes128gcm16-prfsha256-x25519
+    remote_addrs = {OUTER["psg"][4]}
+    local_addrs = {self.outer(number)}
+    vips = {self.inner(number)}
+    local {{ auth = psk
+      id = {self.identity(number)} }}
+    remote {{ auth = psk
+      id = psg.example }}
+    children {{ net {{ remote_ts = {INNER_NET[4]}
+      esp_proposals = aes128gcm16 }} }}
+  }}"""
+
+    def _up(self) -> int:
+        told = self.lab.vici("psg").stats()["ikesas"]
+        return int(told["total"]) - int(told["half-open"])
+
+    def _known(self) -> int:
+        with ControlClient(str(self.lab.work / "psg" / "ikectx.vici"), timeout=_PATIENCE) as agent:
+            return int(json_of(agent.request("status"))["sas"])
+
+    def _forget(self) -> None:
+        """mn's charon drops them at once, whatever the other side answers."""
+        for sa in self.lab.list_sas("mn"):
+            with contextlib.suppress(CharonError):
+                self.lab.vici("mn").request(
+                    "terminate", {"ike-id": sa["uniqueid"], "force": "yes", "timeout": "-1"}
+                )
+        self._until(lambda: not self.lab.list_sas("mn"), "mn has no SA")
+
+    def move(self, source: str, to: str) -> list[dict[str, Any]]:
+        """`ikectx transfer --all`, and its reports: every SA must move."""
+        words = ["ikectx", "transfer", "--to", to, "--all", "--json"]
+        done = self.lab.command(source, words, timeout=_LONG)
+        try:
+            reports: list[dict[str, Any]] = json.loads(done.stdout)["reports"]
+        except (ValueError, KeyError):
+            reports = []
+        stayed = [report for report in reports if report["result"] != "moved"]
+        if done.returncode or stayed or len(reports) != self.size:
+            told = stayed[0].get("text", "") if stayed else (done.stdout + done.stderr).strip()[-600:]
+            moved = len(reports) - len(stayed)
+            raise CharonError(f"{moved} of {self.size} moved, transfer ended with {done.returncode}: {told}")
+        return reports
+
+    def ping(self) -> None:
+        """The server answers each of them."""
+        inner = "\\n".join(map(self.inner, range(self.size)))
+        ping = f"ping -q -c 1 -W 2 -I @ {INNER['srv'][4]}"
+        self._must("mn", "sh", "-c", f"printf '{inner}\\n' | xargs -P {_AT_ONCE} -I @ {ping}")

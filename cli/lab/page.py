@@ -1,0 +1,504 @@
+"""The page and the picture of `ikectx lab bench`: a summary of `lab_bench` in, Markdown and SVG out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from . import damage as lab_damage
+from .bench import COLLISIONS, MODES, PARTS, place
+
+Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
+
+MOBIARCH = (
+    ("MobiArch'08: IKEv1 main mode, anew", 1500, 11, 2182),
+    ("MobiArch'08: IKEv1 aggressive mode, anew", 1300, 8, 1896),
+    ("MobiArch'08: IKEv1 with context transfer", 20, 1, 106),
+)
+"""Delay, messages and octets on the MN's side as measured in MobiArch'08 (racoon, UDP 50 ms apart)."""
+
+CLOCKS = ("real", "virtual")
+"""The parts with the kernel's ESP, which stand side by side."""
+
+UNKNOWN = "–"
+
+
+def page(summary: Mapping[str, Any], image: str = "") -> str:
+    """The Markdown page docs/benchmarks.md. `image`: the file that holds the `picture`, if it is shown."""
+    command = str(summary["command"])
+    made = "commands" if "\n" in command else "command"
+    parts = [
+        "# Benchmarks",
+        f"Made by the {made} below; strongSwan {summary['strongswan']}.",
+        f"```\n{command}\n```",
+        *_failed(summary),
+        *_machines(summary),
+        *_gaps(summary, image),
+        *_ways(summary),
+        *_lost(summary),
+        *_messages(summary),
+        *_cpu(summary),
+        *_drains(summary["drains"]),
+        *_attacks(summary.get("attacks", ())),
+        *_collisions(summary),
+        *_phases(summary),
+        *_mobiarch(summary),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def scenarios(summary: Mapping[str, Any], part: str) -> Rows:
+    """The rows of a part of `PARTS`; none where it was not run."""
+    found: Rows = summary["parts"].get(part, {}).get("scenarios", {})
+    return found
+
+
+def _moves(summary: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
+    """Scenarios but those of collisions, each with its rows by part, in the order they came."""
+    found: dict[str, dict[str, Row]] = {}
+    for part in CLOCKS:
+        for name, one in scenarios(summary, part).items():
+            if name not in COLLISIONS:
+                found.setdefault(name, {})[part] = one
+    return found
+
+
+# -- cells --------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    lines += ["| " + " | ".join(_cell(cell) for cell in one) + " |" for one in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.1f}"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return UNKNOWN if value is None else str(value)
+
+
+def two(directions: Mapping[str, float] | None) -> str:
+    """Figures of both directions, up first."""
+    if directions is None:
+        return UNKNOWN
+    return " / ".join(_cell(directions.get(name)) for name in ("up", "down"))
+
+
+def trips(directions: Mapping[str, float] | None, round_trip_ms: float) -> str:
+    """The same in round trips. Unknown on a link that has no delay to speak of."""
+    if directions is None or round_trip_ms < 1:
+        return UNKNOWN
+    return " / ".join(f"{directions[name] / round_trip_ms:.1f}" for name in ("up", "down"))
+
+
+def times(ratio: float | None) -> str:
+    return UNKNOWN if ratio is None else f"{ratio:.1f}"
+
+
+def _by_host(figures: Mapping[str, float | None] | None, hosts: Sequence[str]) -> list[object]:
+    return [(figures or {}).get(host) for host in hosts]
+
+
+# -- sections -----------------------------------------------------------------------------------
+
+
+def _failed(summary: Mapping[str, Any]) -> Iterable[str]:
+    """The warning above figures of runs that did not do what their scenario asks for."""
+    failed = [
+        f"{name}, {PARTS[part]} ({one['runs'] - one['ok']} of {one['runs']} runs)"
+        for part, found in summary["parts"].items()
+        for name, one in found["scenarios"].items()
+        if one["ok"] < one["runs"]
+    ]
+    if failed:
+        yield f"**Not every run did what its scenario asks for**; all are counted: {', '.join(failed)}."
+
+
+def _machines(summary: Mapping[str, Any]) -> Iterable[str]:
+    """What machine each part was, and what its kernel costs."""
+    places: list[tuple[str, Mapping[str, Any]]] = [
+        (PARTS[part], found["machine"]) for part, found in summary["parts"].items()
+    ]
+    told = [place(machine) for _name, machine in places]
+    for what in ("drains", "attacks"):
+        for one in summary.get(what, ()):
+            if place(one["machine"]) not in told:
+                places.append((what, one["machine"]))
+                told.append(place(one["machine"]))
+    if not places:
+        return
+    yield "## The machine"
+    yield table(
+        (
+            *("", "CPU", "cores", "scheduled", "kernel", "guest", "its kernel", "its CPUs", "clock", "ESP"),
+            *("a system call, µs", "a turn of another thread, µs"),
+        ),
+        (
+            (
+                *(name, one["cpu"], one["cores"], one["scheduled"], one["kernel"]),
+                *(
+                    ("none", "", "")
+                    if one["guest"] == "host"
+                    else (one["guest"], one["guest_kernel"], one["guest_cpus"])
+                ),
+                *(one["clock"], one["esp"], one["syscall_us"], one["thread_us"]),
+            )
+            for name, one in places
+        ),
+    )
+    yield (
+        "`uml` is User-Mode Linux, a kernel that is a program: what a process computes takes as long as on "
+        "the machine itself, what it asks the kernel for takes as long as the last two columns say "
+        "(measured at the beginning of the runs). Agents and charons ask often and hand over between "
+        "threads, so that their part of a gap is longer there than on a machine whose own kernel has ESP. "
+        "In *virtual time* the clock stands still while any program runs, and jumps to the next timer while "
+        "all wait: round trips, timers and pauses are left, exact and the same in every run. A real machine "
+        "is between the two."
+    )
+
+
+def _gaps(summary: Mapping[str, Any], image: str) -> Iterable[str]:
+    """The gaps of our way, by both clocks."""
+    found = _moves(summary)
+    if not found:
+        return
+    shown = [part for part in CLOCKS if any(part in rows for rows in found.values())]
+    yield "## Gaps in the traffic"
+    yield table(
+        (
+            "scenario",
+            *(
+                f"{PARTS[part]}: {what}"
+                for part in shown
+                for what in ("longest gap, each run, ms", *_GAP_COLUMNS)
+            ),
+        ),
+        (
+            (
+                name,
+                *(cell for part in shown for cell in _gap_cells(rows.get(part))),
+            )
+            for name, rows in found.items()
+        ),
+    )
+    yield (
+        "Times in ms, up (from the MN) and down (to it) apart, medians of the runs; the probe sends every 5 "
+        "ms in both directions through the tunnel, so that 5 ms are no gap. The access link has a delay of "
+        "20 ms one way. *link dark*: where the MN changes its access network, how long the link itself "
+        "carries nothing. It is measured in the same run, by a probe in clear between the MN's outer "
+        "addresses and nSG, in a change of its own without a tunnel; the new link's neighbours have to be "
+        "asked for both times. *beyond*: the gap less that, which is what the handover adds; also in round "
+        "trips through the tunnel. Where the MN stays where it is (`handover`, `pull`), its link is never "
+        "dark."
+    )
+    if image:
+        yield f"![Gaps]({image})"
+
+
+_GAP_COLUMNS = ("median", "link dark", "beyond", "in round trips")
+
+
+def _gap_cells(one: Row | None) -> Sequence[object]:
+    if one is None:
+        return [""] * (1 + len(_GAP_COLUMNS))
+    beyond = one["beyond_ms"]
+    return [
+        one["gaps"],
+        two(one["gap_ms"]),
+        two(one["dark_ms"]),
+        two(beyond),
+        trips(beyond, one["round_trip_ms"]),
+    ]
+
+
+def _ways(summary: Mapping[str, Any]) -> Iterable[str]:
+    """Ours against connecting anew."""
+    found = {
+        name: rows for name, rows in _moves(summary).items() if any(one["ways"] for one in rows.values())
+    }
+    if not found:
+        return
+    shown = [part for part in CLOCKS if any(part in rows for rows in found.values())]
+    yield "## Against the ways of today, in the same run"
+    columns = ("gap", "beyond the dark time", "times ours", "times ours beyond")
+    yield table(
+        ("scenario", "way", *(f"{PARTS[part]}: {what}" for part in shown for what in columns)),
+        (
+            (name, label, *(cell for part in shown for cell in _way_cells(rows.get(part), way)))
+            for name, rows in found.items()
+            for label, way in [
+                ("ikectx", ""),
+                *((f"anew, {way}", way) for way in _names(one["ways"] for one in rows.values())),
+            ]
+        ),
+    )
+    yield (
+        "*anew* is what an MN does today: it sets up a tunnel with nSG from scratch (IKE_SA_INIT, "
+        "IKE_AUTH), with the same probes over the same links; where it moves, after the same change of its "
+        "access network, else after it has deleted its tunnel with pSG. *times ours*: how many times as "
+        "long as ours it takes, by the slower direction, within each run (median); below 1 it is faster "
+        "than ours."
+    )
+
+
+def _way_cells(one: Row | None, way: str) -> Sequence[object]:
+    if one is None or (way and way not in one["ways"]):
+        return [""] * 4
+    if not way:
+        return [two(one["gap_ms"]), two(one["beyond_ms"]), "", ""]
+    found = one["ways"][way]
+    ratios = times(found["ratio"]), times(found["ratio_beyond"])
+    return [two(found["gap_ms"]), two(found["beyond_ms"]), *ratios]
+
+
+def _names(found: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(name for one in found for name in one))
+
+
+def _lost(summary: Mapping[str, Any]) -> Iterable[str]:
+    """Lost packets of each run, and where they went."""
+    found = _moves(summary)
+    if not found:
+        return
+    yield "## Where each lost packet went"
+    yield table(
+        ("scenario", "clock", "lost, each run", "median", "of", "where, all runs"),
+        (
+            (name, part, one["lost"], one["lost_median"], one["sent"], _causes(one["causes"]))
+            for name, rows in found.items()
+            for part, one in rows.items()
+        ),
+    )
+    yield (
+        "`EPERM` and `ENETUNREACH` at the mobile node are its own: charon there puts a drop policy in place "
+        "of the old one and takes its virtual IP away and back while it moves its SAs (`IpInAddrErrors`, "
+        "`Ip6InAddrErrors`: packets that came meanwhile). No product at the gateways can avoid them. Where "
+        "the MN changes its network, packets to the old address and from it are lost until nSG serves."
+    )
+
+
+def _causes(causes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in causes.items()) or "none lost"
+
+
+def _messages(summary: Mapping[str, Any]) -> Iterable[str]:
+    """What is sent for a handover; the same by every clock."""
+    found = _moves(summary)
+    if not found:
+        return
+    yield "## Messages"
+    yield table(
+        ("scenario", "way", "on the air: messages", "octets", "between gateways: messages", "octets"),
+        (
+            line
+            for name, rows in found.items()
+            for one in [next(iter(rows.values()))]
+            for line in [
+                (
+                    *(name, "ikectx", one["air_messages"], one["air_octets"]),
+                    *(one["gateway_messages"], one["gateway_octets"]),
+                ),
+                *(
+                    (name, f"anew, {way}", theirs["messages"], theirs["octets"], "", "")
+                    for way, theirs in one["ways"].items()
+                ),
+            ]
+        ),
+    )
+    yield "Octets on the air are those of whole IP packets; CXTP's are those of its messages, without TLS."
+
+
+def _cpu(summary: Mapping[str, Any]) -> Iterable[str]:
+    """CPU time of the agents for one transfer."""
+    shown = [part for part in ("native", "real") if any(map(_used, scenarios(summary, part).values()))]
+    if not shown:
+        return
+    hosts = ("mn", "psg", "nsg")
+    names = _names(scenarios(summary, part) for part in shown)
+    yield "## CPU time of each agent for one transfer, ms"
+    yield table(
+        ("scenario", *(f"{PARTS[part]}: {host}" for part in shown for host in hosts)),
+        (
+            (
+                name,
+                *(
+                    cell
+                    for part in shown
+                    for cell in _by_host(scenarios(summary, part).get(name, {}).get("cpu_ms"), hosts)
+                ),
+            )
+            for name in names
+            if name not in COLLISIONS
+        ),
+    )
+    yield (
+        "User and system time of the agent's process, all its threads, from the request until the transfer "
+        "has ended at all hosts; medians of the runs. User-Mode Linux counts ticks of 10 ms in which the "
+        "process is at work, which is a sample. Natively ESP is in user space, and a mobile node's "
+        "CHILD_SAs are rekeyed behind the move, which the agents hear of; the access link has no delay there "
+        "where the machine's kernel has no netem."
+    )
+
+
+def _used(one: Row) -> bool:
+    return one["cpu_ms"] is not None and any(used is not None for used in one["cpu_ms"].values())
+
+
+def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """A gateway whose SAs all move at once."""
+    if not drains:
+        return
+    yield "## A gateway is drained: all its SAs move by one `transfer --all`"
+    yield table(
+        (
+            *("SAs", "guest", "clock", "ESP", "seconds", "SAs a second"),
+            *("CPU ms for each SA: psg", "nsg", "memory KiB for each SA, both agents"),
+            *("lost by one of them", "longest gap up / down, ms"),
+        ),
+        (
+            (
+                *(one["sas"], one["machine"]["guest"], one["machine"]["clock"], one["machine"]["esp"]),
+                *(one["seconds"], one["sas"] / one["seconds"] if one["seconds"] else None),
+                *_by_host(one["cpu_ms_per_sa"], ("psg", "nsg")),
+                *(one["memory_kib_per_sa"], f"{one['lost']} of {one['sent']}", two(one["gap_ms"])),
+            )
+            for one in drains
+        ),
+    )
+    yield (
+        "No name collides. CPU and memory are those of the agents; memory is what their resident sets have "
+        "grown by since before the SAs came up. One of the mobile nodes has traffic in both directions all "
+        "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
+        "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "
+        "before that rekey. The gateways' charons have their default settings there; the drain in a guest "
+        "ran with `kernel-netlink.roam_events = no`, when detours still stood in a table of their own."
+    )
+
+
+def _attacks(attacks: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """What attacks cost the gateways, and a mobile node."""
+    for number, (head, rows, words) in enumerate(lab_damage.page(attacks)):
+        if number == 0:
+            yield "## Under attack"
+        yield table(head, rows)
+        yield words
+
+
+def _collisions(summary: Mapping[str, Any]) -> Iterable[str]:
+    """The section about SPIs that are taken at nSG."""
+    rows = scenarios(summary, "real")
+    found = {name: rows[name] for name in COLLISIONS if name in rows}
+    if not found:
+        return
+    yield "## SPIs that are taken at nSG"
+    yield table(
+        (
+            *("scenario", "mn lost, each run", "median", "longest gap up / down, ms", "mn2 lost, each run"),
+            *("air: messages", "octets"),
+        ),
+        (
+            (
+                *(name, one["lost"], one["lost_median"], two(one["gap_ms"]), one["others_lost"]),
+                *(one["air_messages"], one["air_octets"]),
+            )
+            for name, one in found.items()
+        ),
+    )
+    yield (
+        "nSG serves another mobile node, mn2, under names that mn's SA has at pSG: the inbound ESP SPI, the "
+        "outbound one (both behind one NAT), both IKE SPIs, all of them. mn is a stock charon, which nSG "
+        "rekeys, but in `collision-agent` (UPDATE_SPI) and `collision-reactive` (new SPIs in the CTAA, "
+        "after a change of the access network). Where the outbound SPI is taken, nSG can only send under the "
+        "new one, which the MN knows when it has answered; until then pSG goes on sending under the old one, "
+        "where the MN is still at its old place."
+    )
+
+
+def _phases(summary: Mapping[str, Any]) -> Iterable[str]:
+    """Where the time goes, at the gateway that tells."""
+    found = [(name, part, one) for name, rows in _moves(summary).items() for part, one in rows.items()]
+    if not found:
+        return
+    phases = _names(one["phases_ms"] for _name, _part, one in found)
+    yield "## Where the time goes (median ms, pSG's view)"
+    yield table(
+        ("scenario", "clock", *phases),
+        ((name, part, *(one["phases_ms"].get(phase) for phase in phases)) for name, part, one in found),
+    )
+    yield (
+        "`confirm` is what nSG does between CTD and CTDR: take, the exchange with the mobile node, "
+        "activation. With push and pull, traffic flows in all phases. The phases of a pull are nSG's. "
+        "[timeline.md](timeline.md) shows what waits for what."
+    )
+
+
+def _mobiarch(summary: Mapping[str, Any]) -> Iterable[str]:
+    """The table of MobiArch'08 with every way to connect anew that was measured, then every mode."""
+    real, virtual = scenarios(summary, "real"), scenarios(summary, "virtual")
+    lines: list[Sequence[object]] = [(*one, "") for one in MOBIARCH]
+    for name in (name for name in MODES if name in real):
+        for way, found in real[name]["ways"].items():
+            there = virtual.get(name, {}).get("ways", {}).get(way, {}).get("interruption_ms", "")
+            label = f"IKEv2 anew, {way} ({name})"
+            lines.append((label, found["interruption_ms"], found["messages"], found["octets"], there))
+    for name, label in MODES.items():
+        if name in real:
+            one = real[name]
+            there = _longest(virtual[name]) if name in virtual else ""
+            lines.append((label, _longest(one), one["air_messages"], one["air_octets"], there))
+    if not any(name in real for name in MODES):
+        return
+    yield "## The table of MobiArch'08, with IKEv2"
+    yield table(("way", "delay ms", "messages, MN side", "octets", "virtual time: delay ms"), lines)
+    yield (
+        "The first three rows are as published in MobiArch'08 (IKEv1 by racoon, Mobile IPv6, UDP packets 50 "
+        "ms apart, without the delay of Mobile IPv6 itself) and not made by the commands above: other "
+        "machines, another link. The rest are these runs': the longest gap of the probe in either "
+        "direction, with the change of the access network in it where the MN moves, and all IKE and CXTP "
+        "messages on the MN's links."
+    )
+
+
+def _longest(one: Row) -> float:
+    return float(max(one["gap_ms"].values()))
+
+
+# -- picture ------------------------------------------------------------------------------------
+
+BAR = 460
+LINE = 26
+
+
+def picture(summary: Mapping[str, Any]) -> str:
+    """The gaps as an SVG bar chart, one bar a way and scenario; the part that is the dark link's is light."""
+    bars: list[tuple[str, float, float]] = []
+    for name, rows in _moves(summary).items():
+        one = next(iter(rows.values()))
+        ways = {"ikectx": one, **{f"anew, {way}": found for way, found in one["ways"].items()}}
+        for way, found in ways.items():
+            dark = max((found["dark_ms"] or {"": 0.0}).values())
+            bars.append((f"{name}: {way}", _longest(found), dark))
+    longest = max((value for _, value, _ in bars), default=1.0) or 1.0
+    height = LINE * len(bars) + 40
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="930" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<text x="10" y="20" font-weight="bold">Longest gap in the traffic, ms (median)'
+        "; light: the link itself is dark</text>",
+    ]
+    for number, (label, value, dark) in enumerate(bars):
+        top = 34 + LINE * number
+        width, light = (max(1.0, BAR * part / longest) for part in (value, min(dark, value)))
+        colour = "#2a7a4b" if label.endswith(": ikectx") else "#9a9a9a"
+        out.append(f'<text x="360" y="{top + 14}" text-anchor="end">{label}</text>')
+        out.append(f'<rect x="370" y="{top}" width="{width:.1f}" height="18" fill="{colour}"/>')
+        if dark:
+            style = 'height="18" fill="#ffffff" fill-opacity="0.6"'
+            out.append(f'<rect x="370" y="{top}" width="{light:.1f}" {style}/>')
+        out.append(f'<text x="{376 + width:.1f}" y="{top + 14}">{value:.0f}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"

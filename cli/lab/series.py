@@ -1,0 +1,107 @@
+"""Runs scenarios one after the other on one lab, whose daemons go on as long as they can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ikectx.errors import IkectxError
+
+from .config import Tunnel
+from .hosts import Lab, save_logs
+from .report import Report
+from .run import Runner, Say
+from .scenario import Scenario
+
+
+def run_here(
+    scenarios: Iterable[Scenario],
+    *,
+    libipsec: bool,
+    say: Say,
+    done: Callable[[Report], None],
+    logs: Callable[[], Path] | None = None,
+    delay_ms: float | None = None,
+    traced: bool = False,
+) -> None:
+    """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
+
+    `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
+    the folder for what the daemons of the one under way have said. `traced`: with a time line of each
+    handover.
+    """
+    lab: Lab | None = None
+    clean = disturbed = False
+    try:
+        for scenario in scenarios:
+            started = time.monotonic()
+
+            def tell(words: str, name: str = scenario.name, started: float = started) -> None:
+                say(f"[{name} {time.monotonic() - started:5.1f} s] {words}")
+
+            wanted = scenario.delay_ms if delay_ms is None else delay_ms
+            tunnel = replace(scenario.tunnel, libipsec=libipsec)
+            if libipsec and scenario.kernel_only:
+                done(Report.skipped(scenario, "needs kernel ESP"))
+                continue
+            if lab is not None and lab.net.delay_ms != wanted:
+                lab.down()
+                lab = None
+            tell("daemons" if lab else "network and daemons")
+            try:
+                new = partial(Lab.new, delay_ms=wanted, traced=traced)
+                lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
+            except IkectxError as error:
+                done(Report.failed(scenario, str(error)))
+                if lab is not None:
+                    lab.down()
+                    lab = None
+                continue
+            report = Runner(lab, scenario, tell).run()
+            report.warnings += lab.warnings
+            clean = report.ok
+            disturbed = scenario.disturbs_network or not report.ok
+            tell("ok" if report.ok else f"FAILED: {report.why()}")
+            if logs is not None:
+                save_logs(lab, logs())
+            done(report)
+    finally:
+        if lab is not None:
+            lab.down()
+
+
+def _prepared(
+    lab: Lab | None,
+    new: Callable[[], Lab],
+    scenario: Scenario,
+    tunnel: Tunnel,
+    *,
+    clean: bool,
+    disturbed: bool,
+    say: Say,
+) -> Lab:
+    """A lab with this scenario's configuration: a new one, or the last one.
+
+    Its daemons go on where the last scenario left them `clean` and this one does not ask for fresh ones.
+    """
+    if lab is None:
+        lab = new()
+        try:
+            lab.up(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+        except BaseException:
+            lab.down()
+            raise
+        return lab
+    if disturbed:
+        lab.restore()
+    if clean and lab.agents == scenario.agents and not scenario.fresh:
+        if not (stays := lab.clear()):
+            lab.empty_logs()
+            lab.reload(tunnel, scenario.overrides)
+            return lab
+        say(f"daemons anew: {stays}")
+    lab.configure(tunnel, agents=scenario.agents, overrides=scenario.overrides)
+    return lab

@@ -1,0 +1,119 @@
+"""New SPIs at a mobile node: those of an answer, and whether a request for some can be granted."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+
+from ikectx.errors import IkectxError, WireError
+from ikectx.numbers import Fpt, Protocol
+from ikectx.sa.context import IkeContext
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import ContextDataBlock
+from ikectx.wire.spis import ESP, IKE, parse_new_spis
+from mobike_ext.notify import Reason
+from vici_bridge.host import CharonHost
+from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
+
+_DRAWS = 200
+
+
+def renames_of(blocks: Iterable[ContextDataBlock], context: IkeContext) -> dict[bytes, bytes]:
+    """Old to new SPIs on which the other end receives, from its answer (CTAA); empty: the old ones stay.
+
+    Errors: WireError for a list that is malformed, or names SPIs that the SA here does not have.
+    """
+    current = context.current
+    ours = {
+        ESP: {child.spi_out for child in context.children},
+        IKE: {current.spi_r if current.initiator else current.spi_i},
+    }
+    found: dict[bytes, bytes] = {}
+    for block in blocks:
+        if block.fpt is not Fpt.NEW_SPIS:
+            continue
+        for one in parse_new_spis(block.data):
+            if one.old not in ours.get(one.protocol, ()):
+                raise WireError(f"NEW_SPIS: the SA has no SPI {one.old.hex()} of protocol {one.protocol}")
+            if found.setdefault(one.old, one.new) != one.new:
+                raise WireError(f"NEW_SPIS: two new names for {one.old.hex()}")
+    if len(set(found.values())) < len(found):
+        raise WireError("NEW_SPIS: one new name for two SPIs")
+    return found
+
+
+class MobileNames:
+    """`mobike_ext.naming.Names` of one SA at a mobile node."""
+
+    def __init__(self, host: CharonHost, sa: SaName) -> None:
+        self._host = host
+        self._sa = sa
+        self._reserved: dict[bytes, bytes] = {}
+
+    def _context(self) -> IkeContext | None:
+        try:
+            return self._host.record.context(self._sa)
+        except IkectxError:
+            return None
+
+    def known(self, protocol: Protocol, spi: bytes, inbound: bool) -> bool:
+        context = self._context()
+        if context is None:
+            return False
+        if protocol is Protocol.IKE:
+            return spi == self._sa[0 if inbound == context.current.initiator else 1]
+        return any(
+            (child.protocol, child.spi_in if inbound else child.spi_out) == (protocol, spi)
+            for child in context.children
+        )
+
+    def usable(self, protocol: Protocol, old: bytes, new: bytes) -> bool:
+        context = self._context()
+        if context is None:
+            return False
+        if protocol is Protocol.IKE:
+            return new not in self._sa
+        others = {child.spi_out for one in self._every() for child in one.children}
+        kernel = self._host.kernel
+        return new not in others and (kernel is None or kernel.get_sa(context.remote.address, new) is None)
+
+    def reserve(self, protocol: Protocol, old: bytes) -> bytes | None:
+        if old not in self._reserved:
+            drawn = self._ike_spi() if protocol is Protocol.IKE else self._esp_spi()
+            if drawn is None:
+                return None
+            self._reserved[old] = drawn
+        return self._reserved[old]
+
+    def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> Reason | None:
+        """None: a rekey under way is charon's, and begins anew."""
+        return None
+
+    def _every(self) -> list[IkeContext]:
+        found: list[IkeContext] = []
+        for name in self._host.record.names():
+            try:
+                found.append(self._host.record.context(name))
+            except IkectxError:
+                continue
+        return found
+
+    def _ike_spi(self) -> bytes:
+        used = {spi for name in self._host.record.names() for spi in name}
+        while (drawn := secrets.token_bytes(8)) in used or drawn == bytes(8):
+            pass
+        return drawn
+
+    def _esp_spi(self) -> bytes | None:
+        """One of charon's own range that no SA here has; charon draws at random, too, so a collision has
+        2^-28."""
+        context = self._context()
+        if context is None:
+            return None
+        used = {child.spi_in for one in self._every() for child in one.children} | {*self._reserved.values()}
+        kernel = self._host.kernel
+        for _ in range(_DRAWS):
+            drawn = (SPI_MIN + secrets.randbelow(SPI_MAX - SPI_MIN + 1)).to_bytes(4)
+            if drawn not in used and (kernel is None or kernel.get_sa(context.local.address, drawn) is None):
+                return drawn
+        return None

@@ -1,0 +1,469 @@
+"""UPDATE_SPI at a mobile node: a gateway to which the SA was pushed asks for other SPIs.
+
+    nSG -> MN   INFORMATIONAL  N(UPDATE_SA_ADDRESSES)..., N(UPDATE_SPI)+    charon answers, without the notify
+    MN -> nSG   INFORMATIONAL  N(UPDATE_SPI)+, the same from this side      the agent; the SA is passive
+    nSG -> MN                  N(UPDATE_SPI)+                               both ends have the new SPIs
+
+charon does not know the notify, and the agent cannot intercept its messages. So the agent receives a copy of
+each request, lets charon answer, and asks for the same the other way round (`naming.mirrored`), in time: the
+new gateway waits 8 s if it knows of an agent here, else 500 ms, and then rekeys, which shows in charon's
+message IDs. Meanwhile charon is passive; an exchange of its own that was in flight begins anew after it,
+because its message ID is used here (the new gateway has not answered it and never will).
+
+Each request is noted before it is sent. An agent that starts anew sends it again, octet for octet, and gets
+the same answer (the new gateway repeats it for 60 s).
+
+If a handover has made the SA passive already, the agent answers in place of charon (`SpiWatch.answering`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ikectx.engine.ports import Store
+from ikectx.errors import (
+    CharonError,
+    IkectxError,
+    KernelError,
+    LinkError,
+    StoreError,
+    UsageError,
+    WireError,
+)
+from ikectx.mistakes import log_mistake
+from ikectx.numbers import Protocol
+from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.sa.keys import Drawn, iv_length
+from ikectx.sa.name import SaName
+from ikectx.wire.ikev2 import RetransmitPolicy
+from mobike_ext.link import run_spi_update, serve_updates
+from mobike_ext.naming import mirrored
+from mobike_ext.notify import Reason, UpdateSpi
+from mobike_ext.requester import SaEnd
+from mobike_ext.responder import Asked, Role, SpiResponder
+from mobike_ext.spi_update import FRESH_OCTETS, Renamed, SpiUpdate
+from vici_bridge.effects.mobile import AGAIN, CharonMobile
+from vici_bridge.ha.record import Change
+from vici_bridge.host import CharonHost
+from vici_bridge.kernel.mute import MARK
+from vici_bridge.vici.views import SaView
+
+from .farewell import Farewells
+from .names import MobileNames
+
+log = logging.getLogger("ikectx")
+
+IN_TIME = 6.0
+"""Seconds within which the request must be sent: less than a gateway waits that knows of this agent."""
+POLICY = RetransmitPolicy(0.25, 1.3, 6)
+"""3.2 s in all: if the new gateway has given up waiting by then, its rekeys must find charon active."""
+SETTLE = 0.2
+"""Seconds from a change of the SAs until the sockets that listen are changed, too."""
+_DATAGRAMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A request of this node's own, with everything that its octets depend on. It has fresh octets: not for
+    logs.
+
+    Without `asks` it is empty, and only uses up its message ID.
+    """
+
+    message_id: int
+    local: Endpoint
+    remote: Endpoint
+    asks: tuple[UpdateSpi, ...]
+    iv: bytes
+    fresh: bytes
+
+    def dumps(self) -> bytes:
+        """The stored form."""
+        value = {
+            "id": self.message_id,
+            "ends": [[str(end.address), end.port] for end in (self.local, self.remote)],
+            "asks": [[int(one.protocol), one.old.hex(), one.new.hex(), one.choose] for one in self.asks],
+            "iv": self.iv.hex(),
+            "fresh": self.fresh.hex(),
+        }
+        return json.dumps(value).encode()
+
+    @classmethod
+    def loads(cls, data: bytes) -> Mirror:
+        """Errors: StoreError."""
+        try:
+            value: Any = json.loads(data)
+            local, remote = (Endpoint.of(address, int(port)) for address, port in value["ends"])
+            asks = tuple(
+                UpdateSpi(Protocol(protocol), bytes.fromhex(old), bytes.fromhex(new), choose=bool(choose))
+                for protocol, old, new, choose in value["asks"]
+            )
+            iv, fresh = bytes.fromhex(value["iv"]), bytes.fromhex(value["fresh"])
+            return cls(int(value["id"]), local, remote, asks, iv, fresh)
+        except (ValueError, TypeError, KeyError, UsageError, OverflowError, RecursionError):
+            raise StoreError("the note of a mobile node's UPDATE_SPI cannot be read") from None
+
+    def machine(self, context: IkeContext) -> SpiUpdate:
+        """The machine for this request, the same each time."""
+        return SpiUpdate(
+            SaEnd(context.current, self.message_id, self.local, self.remote, POLICY),
+            self.asks,
+            iv=Drawn.of(self.iv),
+            fresh=self.fresh,
+        )
+
+
+class SpiWatch:
+    """Receives gateways' requests, for each of charon's SAs, from `start` to `close`.
+
+    `lock`: held while an SA is passive. `farewells`: deletes at gateways an SA that is ended here meanwhile.
+    `allowed` False: no SPI is ever changed.
+    """
+
+    def __init__(
+        self,
+        host: CharonHost,
+        mobile: CharonMobile,
+        store: Store,
+        lock: asyncio.Lock,
+        farewells: Farewells | None = None,
+        *,
+        allowed: bool = True,
+    ) -> None:
+        self._host = host
+        self._mobile = mobile
+        self._store = store
+        self._lock = lock
+        self._farewells = farewells
+        self._allowed = allowed
+        self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
+        self._soon: asyncio.TimerHandle | None = None
+        self._work: set[asyncio.Task[None]] = set()
+        self.renamed = 0
+        """Requests that were granted."""
+
+    @property
+    def watched(self) -> int:
+        """Number of IKE_SAs that are listened to."""
+        return sum(not task.done() for _, task in self._ears.values())
+
+    # What is listened to.
+
+    def start(self) -> None:
+        """Begin to listen, now and whenever SAs or addresses change."""
+        if self._allowed:
+            self._host.on_change = self.changed
+            self._look()
+
+    def changed(self, change: Change | None = None) -> None:
+        """SAs or addresses may have changed."""
+        del change
+        if self._soon is None and self._allowed:
+            self._look_in(SETTLE)
+
+    def _look_in(self, seconds: float) -> None:
+        self._soon = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        self._soon = None
+        self._spawn(self._listen_to_all())
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, IkectxError):
+                log.error("SPIs of an SA were not changed: %s", error)
+            else:
+                log_mistake(log, "changing SPIs of an SA", error)
+
+    async def close(self) -> None:
+        """Stop; an exchange under way ends with the SA active, its note left."""
+        self._host.on_change = None
+        if self._soon is not None:
+            self._soon.cancel()
+        tasks = [*self._work, *(task for _, task in self._ears.values())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._ears.clear()
+
+    async def _listen_to_all(self) -> None:
+        try:
+            views = await self._host.views()
+        except (CharonError, WireError):
+            if self._soon is None:
+                self._look_in(AGAIN)
+            return
+        known = set(self._host.record.names())
+        wanted = {view.spis: view.local for view in views if view.spis in known}
+        for sa, (local, task) in list(self._ears.items()):
+            if wanted.get(sa) != local or task.done():
+                task.cancel()
+                del self._ears[sa]
+        for sa, local in wanted.items():
+            if sa not in self._ears:
+                self._ears[sa] = (local, asyncio.create_task(self._listen(sa, local)))
+
+    async def _listen(self, sa: SaName, local: Endpoint) -> None:
+        try:
+            context = self._mobile.recorded(sa)
+            machine = SpiResponder(
+                context.current,
+                context.mid_responder,
+                local,
+                MobileNames(self._host, sa),
+                role=Role.WATCH,
+            )
+
+            async def asked(event: Asked) -> Reason | None:
+                if self._lock.locked():
+                    # charon is passive and does not answer, so the request will be repeated
+                    machine.expected_id = event.message_id
+                else:
+                    self._asked(sa, event)
+                return None
+
+            await serve_updates(machine, asked, mark=MARK)
+        except IkectxError as error:
+            log.warning("requests of gateways at %s are not received: %s", local, error)
+
+    # One request.
+
+    def _asked(self, sa: SaName, event: Asked) -> None:
+        if event.pairs:
+            self._spawn(self._ask_back(sa, event, time.monotonic()))
+        elif event.reasons:
+            names = ", ".join(sorted({reason.name for reason in event.reasons}))
+            log.info("%s asked for other SPIs, which is not granted: %s", event.source, names)
+
+    async def _ask_back(self, sa: SaName, event: Asked, heard: float) -> None:
+        """Ask the gateway for the same SPIs; its own request is answered by charon."""
+        while not await self._answered(sa, event):
+            if time.monotonic() > heard + IN_TIME:
+                log.warning("%s asked for other SPIs, but charon did not answer in time", event.source)
+                return
+            await asyncio.sleep(0.005)
+        async with self._lock:
+            if not await self._answered(sa, event):
+                return  # a handover was faster
+            # an exchange in flight is charon's own, in most cases a rekey because of the new address
+            await self._mobile.quiet(sa, anything=True, patience=0.0)
+            try:
+                if time.monotonic() > heard + IN_TIME + SETTLE:
+                    log.warning("%s asked for other SPIs, but charon took too long", event.source)
+                    return
+                if await self._mobile.next_request(sa) > event.message_id + 1:
+                    log.info("%s asked for other SPIs, and does not wait for them any more", event.source)
+                    return
+                # if the SPIs come without the address, it has asked from there, too
+                note = await self._note(sa, event.source, mirrored(event.pairs))
+                await self._say(sa, note)
+            finally:
+                try:
+                    await self._mobile.loud(sa)
+                except IkectxError:
+                    self._mobile.loud_later(sa, self._lock)
+                    raise
+                await self._leave(sa, event)
+
+    async def _leave(self, sa: SaName, event: Asked) -> None:
+        """The SA was ended here while it was passive: delete it at its gateway, too."""
+        ike = {one.old: one.new for one in event.pairs if one.protocol is Protocol.IKE}
+        new = sa.renamed(ike)
+        if self._farewells is None or sa not in self._ears or not await self._farewells.ended(sa, new):
+            return
+        context, local = self._mobile.recorded(sa), self._ears[sa][0]
+        # the gateway may or may not have received the last request about SPIs, or of charon before it
+        after = context.mid_initiator
+        under = [(context.current, tuple(range(max(0, after - 1), after + 2)))]
+        if new != sa:
+            under.append((replace(context.current, spi_i=new[0], spi_r=new[1]), (0,)))
+        gateways = {event.source, context.remote}
+        await self._farewells.say(
+            (sa, new), [(keys, local, to, ids) for to in gateways for keys, ids in under]
+        )
+
+    async def _answered(self, sa: SaName, event: Asked) -> bool:
+        """Whether charon has answered the request, and uses the address in it."""
+        if self._mobile.recorded(sa).mid_responder <= event.message_id:
+            return False
+        view = await self._host.view(sa)
+        return view is not None and (not event.moves or view.remote == event.source)
+
+    async def _note(self, sa: SaName, remote: Endpoint, asks: tuple[UpdateSpi, ...]) -> Mirror:
+        """Note the request that will be sent; the SA is passive."""
+        context, view = self._mobile.recorded(sa), await self._host.view(sa)
+        if view is None:
+            raise CharonError("charon has lost the SA meanwhile")
+        # charon reports the ID after the last one used; a request that is in flight has it, unanswered
+        used = await self._in_flight(sa)
+        note = self._mirror(context, context.mid_initiator - used, view.local, remote, asks)
+        self._host.own.note(sa, mirror=note.dumps())
+        return note
+
+    @staticmethod
+    def _mirror(
+        context: IkeContext, message_id: int, local: Endpoint, remote: Endpoint, asks: tuple[UpdateSpi, ...]
+    ) -> Mirror:
+        octets = _DATAGRAMS * iv_length(context.current.encr)
+        return Mirror(
+            message_id, local, remote, asks, secrets.token_bytes(octets), secrets.token_bytes(FRESH_OCTETS)
+        )
+
+    async def _in_flight(self, sa: SaName) -> bool:
+        listed = await self._host.ask(self._host.vici.list_sas)
+        name = (sa.spi_i.hex(), sa.spi_r.hex())
+        found = (one for one in listed if (one.get("initiator-spi"), one.get("responder-spi")) == name)
+        return any(one.get("tasks-active") for one in found)
+
+    async def _say(self, sa: SaName, note: Mirror) -> None:
+        """Send the request, and apply the answer. The SA is passive, also at the end. Errors: IkectxError."""
+        mobile = self._mobile
+        context = mobile.recorded(sa)
+        ours = {one.old: one.new for one in note.asks if one.protocol is Protocol.ESP and not one.choose}
+        try:
+            mobile.hear(note.local, ours)
+        except KernelError as error:
+            log.warning("packets under new SPIs will be lost until charon has them: %s", error)
+        try:
+            report = await run_spi_update(note.machine(context), mark=MARK)
+        except (LinkError, KernelError) as error:
+            # charon's request in flight with that ID stays as it is: see `CharonMobile.renumber`
+            log.warning("%s did not answer the request for other SPIs: %s", note.remote, error)
+        else:
+            # at once, because charon's own exchange is about a child that may be gone soon
+            await mobile.count(sa, initiator=note.message_id + report.move.requests)
+            if not note.asks:
+                log.debug("%s has had request %d of this node", note.remote, note.message_id)
+            elif isinstance(report.outcome, Renamed):
+                renames = {one.old: one.new for one in report.outcome.pairs}
+                await mobile.readdress(context, note.local, note.remote, renames)
+                self.renamed += 1
+                told = ", ".join(f"{old.hex()} -> {new.hex()}" for old, new in renames.items())
+                log.info("%s: new SPIs, as %s asked: %s", context.connection, note.remote, told)
+            else:
+                log.warning("%s asked for other SPIs, then refused them", note.remote)
+        self._host.own.note(sa, mirror=b"")
+
+    # A handover.
+
+    async def fill(self, sa: SaName, local: Endpoint, remote: Endpoint, message_id: int) -> int:
+        """Use up a message ID with the gateway at `remote`; returns the next one, the same if it does not
+        answer.
+
+        For `CharonMobile.renumber`. The SA is passive; the request is empty.
+        """
+        context = self._mobile.recorded(sa)
+        note = self._mirror(context, message_id, local, remote, ())
+        self._host.own.note(sa, mirror=note.dumps())
+        try:
+            message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
+            await self._mobile.count(sa, initiator=message_id)
+        except (LinkError, KernelError) as error:
+            log.warning("%s does not answer: %s", remote, error)
+        self._host.own.note(sa, mirror=b"")
+        return message_id
+
+    @contextlib.asynccontextmanager
+    async def answering(
+        self, sa: SaName, local: Endpoint, gateway: Collection[Address]
+    ) -> AsyncIterator[asyncio.Future[IkeContext]]:
+        """While `sa` is passive: answer the gateway's requests at `local` for addresses and SPIs, and apply
+        them.
+
+        The future is the SA after that. The request is authentic and new, so this gateway serves the SA,
+        whatever its answer to the CTAR. No other task may change the SA meanwhile.
+        """
+        context = self._mobile.recorded(sa)
+        moved: asyncio.Future[IkeContext] = asyncio.get_running_loop().create_future()
+        machine = _Answering(
+            gateway,
+            context.current,
+            context.mid_responder,
+            local,
+            MobileNames(self._host, sa),
+            conditions=context.conditions,
+        )
+
+        async def asked(event: Asked) -> Reason | None:
+            if moved.done():
+                return Reason.BUSY  # in a moment charon answers, and this node asks for the same
+            if event.moves or event.pairs:
+                renames = {one.old: one.new for one in event.pairs}
+                peers = [Endpoint(address, event.source.port) for address in gateway]
+                after = await self._mobile.readdress(context, local, event.source, renames, peers)
+                self.renamed += bool(renames)
+                moved.set_result(after)
+            return None
+
+        task = asyncio.create_task(serve_updates(machine, asked, mark=MARK))
+        try:
+            yield moved
+        finally:
+            if machine.retired:
+                self._spawn(_to_its_end(task))  # for the old SPIs, which charon no longer knows
+            else:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                if machine.answered:
+                    await self._mobile.count(sa, responder=machine.expected_id)
+
+    # After a start.
+
+    async def resume(self) -> None:
+        """Send again the requests of an earlier agent that may be unanswered. Raises nothing.
+
+        Call it before `CharonMobile.resume`, which makes the SA active again.
+        """
+        for row in self._host.own.all():
+            if not row.facts.mirror:
+                continue
+            sa = row.sa
+            view = await self._view(sa)
+            try:
+                if view is not None and view.state == "PASSIVE":
+                    async with self._lock:
+                        await self._say(sa, Mirror.loads(row.facts.mirror))
+                else:
+                    self._host.own.note(sa, mirror=b"")
+            except IkectxError as error:
+                log.warning("SPIs that were being changed when the agent ended: %s", error)
+                self._host.own.note(sa, mirror=b"")
+
+    async def _view(self, sa: SaName) -> SaView | None:
+        """charon's view, as soon as it answers."""
+        while True:
+            try:
+                return await self._host.view(sa)
+            except (CharonError, WireError) as error:
+                log.debug("SPIs that were being changed wait for charon: %s", error)
+                await asyncio.sleep(AGAIN)
+
+
+class _Answering(SpiResponder):
+    """Answers only one gateway."""
+
+    def __init__(self, gateway: Collection[Address], *parts: Any, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self._gateway = gateway
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        if source.address in self._gateway:
+            super().receive(datagram, source, now)
+
+
+async def _to_its_end(task: asyncio.Task[None]) -> None:
+    await task

@@ -1,0 +1,1 @@
+"""What an agent keeps on disk: journal and ledger in SQLite, every secret value sealed."""

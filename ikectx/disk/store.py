@@ -1,0 +1,597 @@
+"""Journal and escrow on disk: SQLite, every secret value sealed (I/O).
+
+One directory (0700) holds
+
+- `state.db`: the tables below, write-ahead log, 0600;
+- `state.key`: 32 octets, 0600, made once; without it the database is noise;
+- `state.lock`: locked by the one agent that may use the directory.
+
+Values, contexts and final states are sealed with AES-256-GCM (nonce 12 octets, random), with table
+and key as additional data, so that a sealed value cannot be moved to another row. Names of
+items, SPIs, identities and states are in the clear: they are what `history` shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import secrets
+import sqlite3
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ikectx.engine.journal import JournalEntry, Role
+from ikectx.engine.ledger import NOTES, dumps, from_notes
+from ikectx.errors import StoreError
+from ikectx.numbers import Status
+from ikectx.sa.name import SaName
+
+from .schema import PLACES, SCHEMA, SINCE_2, TABLES
+from .seal import KEY_SIZE, Sealer
+
+log = logging.getLogger(__name__)
+
+HISTORY = 90 * 86400
+"""Seconds that an ended transfer is remembered. While it is, no late message can revive it."""
+CHECKPOINT = 500
+"""Writes between two checkpoints of the log."""
+ABORTED = 1000
+"""Transfers of one peer to here that came to nothing and are remembered: it offers as many as it likes."""
+LOG_PAGES = 4000
+"""Pages of 4 KiB in the write-ahead log at which it is emptied even in the middle of a transfer."""
+LOG_SIZE = 4 * 1024 * 1024
+"""Octets that the file of the log keeps when it has been emptied."""
+SPARE_PAGES = 256
+"""Empty pages that the database keeps; the disk gets back what is more, when something is deleted."""
+_CHECK = b"ikectx store"
+_INCREMENTAL = 2
+"""SQLite's auto_vacuum that gives empty pages back when it is told to."""
+
+_KEPT_ASIDE = 1000
+"""Rows of `aside`, at most: the oldest go."""
+
+_COLUMNS = (
+    "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
+    " started, updated, detail, result, status, phases, moved"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Something that could not be read. `place`: the table and kind it stood in; `at`: seconds since 1970."""
+
+    place: str
+    key: str
+    why: str
+    at: float
+
+
+class SqliteStore:
+    """`ports.Store` and the journal of transfers in one database.
+
+    Not for use by two agents at once: `open_store` sees to that. Every method raises StoreError when the
+    disk or the database will not do it.
+    """
+
+    def __init__(self, path: Path | str, key: bytes, *, lock: int | None = None) -> None:
+        """`path` may be ":memory:"; `lock`: a file descriptor to close with the store."""
+        self._sealer = Sealer(key)
+        self._lock = lock
+        self._path = str(path)
+        self._durable: bool | None = None
+        self._written = 0
+        self._waiting: dict[tuple[str, str], bytes | None] = {}
+        """Rows of the ledger that are to be written with whatever is written next."""
+        try:
+            self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1.0)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path} does not open: {error}") from None
+        try:
+            with self._errors():
+                self._set_up(Path(path).name)
+        except StoreError:
+            self._db.close()
+            raise
+
+    def _set_up(self, name: str) -> None:
+        run = self._db.execute
+        version = run("PRAGMA user_version").fetchone()[0]
+        if version in (0, SCHEMA) and run("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+            run(f"PRAGMA auto_vacuum = {_INCREMENTAL}")
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: then the file only grows
+                run("VACUUM")  # without it the setting counts for new files only
+        run("PRAGMA journal_mode = WAL")
+        # not in the middle of a transfer, as long as one ends now and then: see `checkpoint`
+        run(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
+        run(f"PRAGMA journal_size_limit = {LOG_SIZE}")
+        run("PRAGMA secure_delete = ON")
+        if version == 0:
+            run("BEGIN IMMEDIATE")
+            for statement in TABLES.split(";\n"):
+                run(statement)
+            run("INSERT INTO meta VALUES ('check', ?)", (self._sealer.seal("meta|check", _CHECK),))
+            run(f"PRAGMA user_version = {SCHEMA}")
+            run("COMMIT")
+        elif version not in (1, SCHEMA):
+            raise StoreError(f"{name} has schema {version}, this version knows {SCHEMA}")
+        row = run("SELECT value FROM meta WHERE name = 'check'").fetchone()
+        if row is None or self._sealer.open("meta|check", row[0]) != _CHECK:
+            raise StoreError(f"{name} is not a store of this program")
+        if version == 1:
+            self._migrate()
+
+    def _migrate(self) -> None:
+        """From schema 1 to 2, all of it or nothing: notes about SAs that move become rows of the ledger."""
+        with self._transaction():
+            for statement in SINCE_2:
+                self._db.execute(statement)
+            notes = [(kind, key, value) for kind in NOTES for key, value in self.items(kind)]
+            rows, bad = from_notes(notes)
+            for kind, key, why in bad:
+                self.set_aside(f"items|{kind}", key, why)
+            for role, made in rows:
+                self._put_row(role, made.sa.key, dumps(made))
+            for kind in NOTES:
+                self._db.execute("DELETE FROM items WHERE kind = ?", (kind,))
+            # the record of charon's SAs was kept under SPIs with a colon between them
+            for key, value in self.items("record"):
+                self._db.execute("DELETE FROM items WHERE kind = 'record' AND key = ?", (key,))
+                self._put_item("record", key.replace(":", ""), value)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+        log.info("the store of an older version was taken over, with %d SAs that move", len(rows))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of the block or nothing of it. Errors: StoreError."""
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:  # SQLite has ended it already where the disk is full
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OverflowError) as error:
+            raise StoreError(
+                f"the journal cannot be used: {error}", hint="check disk space and state.db"
+            ) from None
+
+    def close(self) -> None:
+        """Give database and lock back; closing twice is harmless."""
+        with contextlib.suppress(StoreError):
+            self._flush()
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- ports.Store -------------------------------------------------------------------------------------
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Keep `value`, replacing what was there. Survives the process, not the power: nor does any SA."""
+        with self._errors():
+            self._sync(False)
+            self._put_item(kind, key, value)
+
+    def _put_item(self, kind: str, key: str, value: bytes) -> None:
+        sealed = self._sealer.seal(f"items|{kind}|{key}", value)
+        self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?)", (kind, key, sealed))
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        """The value, None when there is none."""
+        with self._errors():
+            found = self._db.execute(
+                "SELECT value FROM items WHERE kind = ? AND key = ?", (kind, key)
+            ).fetchone()
+        return None if found is None else self._sealer.open(f"items|{kind}|{key}", found[0])
+
+    def delete(self, kind: str, key: str) -> None:
+        """Forget it; it need not exist."""
+        with self._errors():
+            self._sync(False)
+            self._db.execute("DELETE FROM items WHERE kind = ? AND key = ?", (kind, key))
+            if self._db.execute("PRAGMA freelist_count").fetchone()[0] > SPARE_PAGES:
+                # `execute` ends the statement after its first step, which gives back one page
+                self._db.executescript("PRAGMA incremental_vacuum(16)")
+
+    def items(self, kind: str) -> Sequence[tuple[str, bytes]]:
+        """All (key, value) of a kind, by key."""
+        with self._errors():
+            rows = self._db.execute(
+                "SELECT key, value FROM items WHERE kind = ? ORDER BY key", (kind,)
+            ).fetchall()
+        return self._opened(f"items|{kind}", rows)
+
+    def _opened(self, place: str, rows: Iterable[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+        """What opens of these; the rest is set aside, because one damaged value must not stop an agent."""
+        found = []
+        for key, sealed in rows:
+            try:
+                found.append((key, self._sealer.open(f"{place}|{key}", sealed)))
+            except StoreError as error:
+                self.set_aside(place, key, str(error))
+        return found
+
+    # -- the ledger --------------------------------------------------------------------------------------
+
+    def rows(self, role: str) -> Sequence[tuple[str, bytes]]:
+        """All (key, row) of a role, by key."""
+        self._flush()
+        with self._errors():
+            rows = self._db.execute(
+                "SELECT key, row FROM ledger WHERE role = ? ORDER BY key", (role,)
+            ).fetchall()
+        return self._opened(f"ledger|{role}", rows)
+
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        """See `ikectx.engine.ports.Store`. `soon`: with the next row, or with the journal's next entry."""
+        before = dict(self._waiting)
+        self._waiting[role, key] = row
+        if not soon:
+            try:
+                with self._errors():
+                    self._sync(False)
+                self._flush()
+            except StoreError:
+                self._waiting = before
+                raise
+
+    def _flush(self) -> None:
+        """Write what waits; where that fails it goes on waiting."""
+        if len(self._waiting) > 1:
+            with self._transaction():
+                self._write_rows()
+        elif self._waiting:
+            with self._errors():
+                self._write_rows()
+        self._waiting.clear()
+
+    def _write_rows(self) -> None:
+        for (role, key), row in self._waiting.items():
+            if row is None:
+                self._db.execute("DELETE FROM ledger WHERE role = ? AND key = ?", (role, key))
+            else:
+                self._put_row(role, key, row)
+
+    def _put_row(self, role: str, key: str, row: bytes) -> None:
+        sealed = self._sealer.seal(f"ledger|{role}|{key}", row)
+        self._db.execute("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?)", (role, key, sealed))
+
+    # -- what cannot be read -----------------------------------------------------------------------------
+
+    def set_aside(self, place: str, key: str, why: str) -> None:
+        """See `ikectx.engine.ports.Store`."""
+        table, _, kind = place.partition("|")
+        select, delete = PLACES[table]
+        with self._errors():
+            found = self._db.execute(select, (kind, key)).fetchone()
+            if found is not None:
+                self._put_aside(place, key, found[0], why)
+            self._db.execute(delete, (kind, key))
+
+    def _put_aside(self, place: str, key: str, value: bytes, why: str) -> None:
+        log.error("%s of %s cannot be used and was set aside in the store: %s", place, key, why)
+        self._db.execute(
+            "INSERT INTO aside (place, key, value, why, at) VALUES (?, ?, ?, ?, ?)",
+            (place, key, value, why, time.time()),
+        )
+        self._db.execute(
+            "DELETE FROM aside WHERE number <= (SELECT max(number) FROM aside) - ?", (_KEPT_ASIDE,)
+        )
+
+    def aside(self) -> list[Aside]:
+        """All that was set aside, the newest first."""
+        with self._errors():
+            rows = self._db.execute("SELECT place, key, why, at FROM aside ORDER BY number DESC").fetchall()
+        return [Aside(*row) for row in rows]
+
+    def _sync(self, durable: bool) -> None:
+        self._written += 1
+        if self._durable is not durable:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        """Has the write-ahead log grown long?"""
+        return self._written > CHECKPOINT
+
+    def checkpoint(self, now: float | None = None) -> None:
+        """Move the log into the database. Slow (it syncs), but writers go on: for another thread.
+
+        With `now` (seconds since 1970) the journal is pruned before, see `prune`. Errors: StoreError.
+        """
+        self._written = 0
+        with self._errors(), contextlib.closing(sqlite3.connect(self._path, timeout=1.0)) as other:
+            if now is not None:
+                other.execute("PRAGMA secure_delete = ON")
+                _prune(other, now - HISTORY)
+                other.commit()
+            other.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    # -- the journal -------------------------------------------------------------------------------------
+
+    def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
+        """Put the entry where (transfer_id, role) is; the moment of the first write stays its `started`.
+
+        Rows of the ledger that were to be written soon are written in the same transaction.
+
+        `durable`: on the disk itself when this returns; else it survives the process, not the power.
+        """
+        place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
+        context, final = (
+            None if value is None else self._sealer.seal(f"{place}|{name}", value)
+            for name, value in (("context", entry.context), ("final", entry.final))
+        )
+        row = (
+            *(
+                entry.transfer_id,
+                entry.role,
+                entry.peer,
+                entry.sa[0],
+                entry.sa[1],
+                entry.mn,
+                entry.mn_address,
+            ),
+            *(entry.state, entry.epoch, context, final, entry.started, entry.updated, entry.detail),
+            *(entry.result, int(entry.status), json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))),
+        )
+        rows = bool(self._waiting)
+        with self._errors():
+            self._sync(durable)
+        with self._transaction() if rows else self._errors():
+            self._write_rows()
+            self._db.execute(
+                f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
+                " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
+                " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
+                " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
+                " status = excluded.status, phases = excluded.phases, moved = excluded.moved",
+                row,
+            )
+        if rows:
+            self._waiting.clear()
+
+    def find(self, role: Role, transfer_id: bytes) -> JournalEntry | None:
+        """That transfer, open or ended."""
+        return next(iter(self._select("role = ? AND transfer_id = ?", (role, transfer_id))), None)
+
+    def open_transfers(self) -> list[JournalEntry]:
+        """All that have no result yet, oldest first."""
+        return self._select("result = ''", ())[::-1]
+
+    def history(self, limit: int = 100) -> list[JournalEntry]:
+        """The newest transfers, newest first, without `context` and `final`."""
+        return self._select("1", (), limit=limit, sealed=False)
+
+    def epochs(self, sa: SaName) -> tuple[int, int]:
+        """The highest epoch of this SA that any transfer told us of, 0: none did; and the highest in which we
+        took it over from somebody, -1: we never did."""
+        owned = "CASE WHEN role = 'target' AND state = 'owned' THEN epoch END"
+        with self._errors():
+            found = self._db.execute(
+                f"SELECT max(epoch), max({owned}) FROM journal WHERE spi_i = ? AND spi_r = ?",  # noqa: S608
+                sa,
+            ).fetchone()
+        return _epoch(found[0] or 0), -1 if found[1] is None else _epoch(found[1])
+
+    def latest(self, sa: SaName) -> tuple[str, bytes] | None:
+        """Role and ID of the newest transfer of this SA that is open, or has moved it."""
+        with self._errors():
+            found = self._db.execute(
+                "SELECT role, transfer_id FROM journal WHERE spi_i = ? AND spi_r = ?"
+                " AND result IN ('', 'moved') ORDER BY number DESC LIMIT 1",
+                sa,
+            ).fetchone()
+        if found is None:
+            return None
+        if not isinstance(found[1], bytes):
+            raise StoreError("the journal holds a transfer ID that makes no sense")
+        return str(found[0]), found[1]
+
+    def owned_from(self, peer: str, mn_address: str) -> bool:
+        """Do we own, or did we take, anything that this peer pushed for this MN?"""
+        took = "role = 'target' AND peer = ? AND mn_address = ? AND state NOT IN ('prepared', 'aborted')"
+        return bool(self._select(took, (peer, mn_address), limit=1, sealed=False))
+
+    def prune(self, before: float) -> int:
+        """Forget ended transfers last touched before `before` (seconds since 1970); how many went.
+
+        And those to here that came to nothing, but for the last `ABORTED` of each peer.
+        """
+        with self._errors():
+            return _prune(self._db, before)
+
+    def _select(
+        self, where: str, values: tuple[object, ...], *, limit: int = -1, sealed: bool = True
+    ) -> list[JournalEntry]:
+        with self._errors():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM journal WHERE {where} ORDER BY number DESC LIMIT ?",  # noqa: S608
+                (*values, limit),
+            ).fetchall()
+        return [entry for row in rows if (entry := self._entry(row, sealed)) is not None]
+
+    def _entry(self, row: tuple[object, ...], sealed: bool) -> JournalEntry | None:
+        """None: it cannot be read, and was set aside."""
+        try:
+            return self._parse(row, sealed)
+        except (StoreError, ValueError, TypeError, RecursionError) as error:
+            why = str(error) if isinstance(error, StoreError) else f"it makes no sense: {error}"
+        ident, role = row[0], row[1]
+        key = ident.hex() if isinstance(ident, bytes) else repr(ident)
+        with self._transaction():
+            self._put_aside(f"journal|{role}", key, json.dumps([_text(value) for value in row]).encode(), why)
+            self._db.execute("DELETE FROM journal WHERE transfer_id IS ? AND role IS ?", (ident, role))
+        return None
+
+    def _parse(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
+        # sqlite gives what was put in; `Any` ends here
+        (ident, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final, *rest) = row
+        started, updated, detail, result, status, phases, moved = rest
+        entry = JournalEntry(
+            transfer_id=_octets(ident),
+            role="source" if role == "source" else "target",
+            peer=str(peer),
+            sa=SaName(_octets(spi_i), _octets(spi_r)),
+            mn=str(mn),
+            mn_address=str(mn_address),
+            state=str(state),
+            epoch=int(str(epoch)),
+            started=float(str(started)),
+            updated=float(str(updated)),
+            detail=str(detail),
+            result=str(result),
+            status=Status(int(str(status))),
+            phases=_numbers(str(phases)),
+            moved=_numbers(str(moved)),
+        )
+        if not (math.isfinite(entry.started) and math.isfinite(entry.updated)):
+            raise ValueError("a time that is none")
+        if not sealed:
+            return entry
+        place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
+        return replace(
+            entry,
+            context=None if context is None else self._sealer.open(f"{place}|context", _octets(context)),
+            final=None if final is None else self._sealer.open(f"{place}|final", _octets(final)),
+        )
+
+
+def _prune(db: sqlite3.Connection, before: float) -> int:
+    old = db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
+    many = db.execute(
+        "DELETE FROM journal WHERE number IN (SELECT number FROM (SELECT number,"
+        " row_number() OVER (PARTITION BY peer ORDER BY number DESC) AS place"
+        " FROM journal WHERE role = 'target' AND result = 'aborted') WHERE place > ?)",
+        (ABORTED,),
+    )
+    return old.rowcount + many.rowcount
+
+
+def _epoch(value: object) -> int:
+    """Errors: StoreError."""
+    if not isinstance(value, int):
+        raise StoreError("the journal holds an epoch that makes no sense")
+    return value
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    """A JSON object of numbers. Errors: ValueError, RecursionError."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(one, int | float) for one in found.values()):
+        raise ValueError("an object of numbers is wanted")
+    return found
+
+
+def _text(value: object) -> object:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def _octets(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} instead of octets")
+    return value
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+
+def open_store(directory: Path | str, *, now: float | None = None) -> SqliteStore:
+    """The store in `directory`, made when it is not there.
+
+    With `now` (seconds since 1970) what is older than HISTORY is forgotten.
+
+    Errors: StoreError when another agent uses it, when files are readable by others, when key and
+    database do not belong together, or when the disk does not let us.
+    """
+    place = Path(directory)
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _private(place)
+        lock = _lock(place / "state.lock")
+    except OSError as error:
+        raise StoreError(f"{place}: {error.strerror}") from None
+    try:
+        database = place / "state.db"
+        key = _key(place / "state.key", may_make=not database.exists())
+        # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+        _private(database)
+        store = SqliteStore(database, key, lock=lock)
+        if now is not None:
+            store.prune(now - HISTORY)
+        return store
+    except OSError as error:
+        os.close(lock)
+        raise StoreError(f"{place}: {error.strerror}") from None
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _private(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        only = "700" if path.is_dir() else "600"
+        raise StoreError(f"{path} has mode {mode:o}: others can get at it", hint=f"chmod {only} {path}")
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError(
+            f"another agent uses {path.parent}",
+            hint="stop it, or give this one a `state` directory of its own",
+        ) from None
+    return descriptor
+
+
+def _key(path: Path, *, may_make: bool) -> bytes:
+    if may_make and not path.exists():
+        # whole or not at all: a crash must not leave a short key behind
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(KEY_SIZE))
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(fresh, path)  # fails where a key is: never overwrite one
+        os.unlink(fresh)
+    try:
+        _private(path)
+        key = path.read_bytes()
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path} is gone, and without it state.db cannot be read",
+            hint="restore state.key from a backup, or move state.db away to start anew",
+        ) from None
+    if len(key) != KEY_SIZE:
+        raise StoreError(
+            f"{path} has {len(key)} octets instead of {KEY_SIZE}", hint="restore it from a backup"
+        )
+    return key

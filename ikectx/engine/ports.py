@@ -1,0 +1,297 @@
+"""The IKE daemon, the store and the clock as the engine sees them: protocols, no I/O.
+
+`vici_bridge` implements source and sink for charon; integrators implement them for an IKE daemon of their
+own; tests implement them with dictionaries. All of them raise only `ikectx.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ikectx.errors import RefusedError
+from ikectx.numbers import Status
+from ikectx.sa.context import Address, FinalState, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
+from ikectx.wire.cxtp import ContextDataBlock
+
+
+@dataclass(frozen=True, slots=True)
+class MoveReport:
+    """Cost of the exchange with the mobile node: messages and octets (UDP payload) on the wire, ms."""
+
+    messages: int = 0
+    octets: int = 0
+    retransmissions: int = 0
+    requests: int = 0
+    """Message IDs that requests of ours have used."""
+    answered: int = 0
+    """Message IDs of requests of the mobile node that were answered by the agent, not by charon."""
+    proven_by_traffic: bool = False
+
+    def __add__(self, other: MoveReport) -> MoveReport:
+        """The sum of both; proof by traffic counts if one of them has it."""
+        return MoveReport(
+            messages=self.messages + other.messages,
+            octets=self.octets + other.octets,
+            retransmissions=self.retransmissions + other.retransmissions,
+            requests=self.requests + other.requests,
+            answered=self.answered + other.answered,
+            proven_by_traffic=self.proven_by_traffic or other.proven_by_traffic,
+        )
+
+
+SENDING_SECONDS = 10.0
+"""Seconds for which a mobile node receives under old SPIs, at most (UPDATE_SPI)."""
+SENDING_PACKETS = 1 << 23
+"""Packets of each CHILD_SA. The other gateway starts, under the same keys, at a number twice as far ahead."""
+
+
+class ContextSource(Protocol):
+    """The gateway that serves an IKE_SA now (old gateway)."""
+
+    async def find(self, mn: Address) -> Sequence[SaName]:
+        """The IKE_SAs served here whose mobile node has this outer address. Errors: CharonError."""
+
+    def recorded(self, sa: SaName) -> IkeContext:
+        """The SA as it was last recorded: its keys are right; counters, addresses and message IDs may be old.
+
+        It must ask neither charon nor the kernel and cost next to nothing, because strangers can cause this
+        call. Errors: UnknownSaError, RefusedError for an SA that cannot be moved.
+        """
+
+    async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
+        """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError.
+
+        If `away`, the mobile node has proven that it is elsewhere. Then ignore an unanswered liveness check
+        or address update, which does not make the SA busy, because the mobile node has left and will not
+        answer. The returned context is marked `unsure`.
+        """
+
+    async def freeze(
+        self,
+        context: IkeContext,
+        to: str,
+        *,
+        away: bool = False,
+        sending: bool = False,
+        renaming: bool = False,
+    ) -> FinalState:
+        """Let go of the SA: after this call the gateway sends neither IKE nor ESP for it.
+
+        Inbound ESP is still decrypted. `to` is the name of the gateway that gets the SA: packets for the
+        mobile node that still arrive may be sent on there. `sending`: ESP is still sent, under the old SPIs,
+        for `SENDING_SECONDS`, `SENDING_PACKETS` or until `release`, because the other gateway has other SPIs
+        and cannot send before the mobile node knows them. `renaming`: the other gateway gives CHILD_SAs other
+        SPIs, which the mobile node may have when the freeze is undone. `away`: as for `export`. Errors:
+        BusyError if the SA changed since `context` was exported or has an exchange in flight; nothing is
+        frozen then.
+        """
+
+    async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
+        """Undo `freeze` and serve the SA again; outbound sequence numbers jump. Idempotent; works after a
+        crash.
+
+        If the freeze was called with `renaming`, the CHILD_SAs are rekeyed, because the mobile node may have
+        dropped the old ones. Also called where nothing was frozen and the other gateway had prepared the SA,
+        because it may have sent packets under the same keys. Errors: UnknownSaError where the SA was lost
+        while it was frozen: no trace of it is left then, and nobody serves it.
+        """
+
+    async def release(self, context: IkeContext) -> None:
+        """Delete the SA silently, keep decrypting late packets for a while. Idempotent."""
+
+
+class ContextSink(Protocol):
+    """The gateway that is to serve the SA (new gateway)."""
+
+    async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
+        """Reasons against taking the SA; changes nothing. Empty, or all OK: none.
+
+        `keep_address`: the gateway's address moves along, so the mobile node is not told a new one.
+        """
+
+    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
+        """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
+
+    async def take(self, context: IkeContext, final: FinalState) -> None:
+        """Own the SA: set the final counters, bring routes and updown up. ESP flows through here from now on.
+
+        May be called again after a crash, as may the next two: outbound numbers are only ever raised.
+        """
+
+    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
+        """Tell the mobile node the gateway's new address. Errors: LinkError (silent), RefusedError."""
+
+    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
+        """Set the message IDs; charon does IKE for the SA from now on."""
+
+    async def undo(self, context: IkeContext) -> None:
+        """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
+
+
+class Renamer(Protocol):
+    """Optional: a sink that can change SPIs that are already in use. If the mobile node is waiting for a
+    CTAA, the new SPIs are sent in it, not by `move_peer`."""
+
+    def tell_later(self, context: IkeContext, later: bool) -> None:
+        """Called before `check` and `prepare`: True if the mobile node waits for an answer with the new
+        SPIs."""
+
+    def must_tell(self, context: IkeContext) -> bool:
+        """True if the SA has new SPIs and no answer will tell them to the mobile node, so that `move_peer`
+        must."""
+
+    def renames(self, context: IkeContext) -> bool:
+        """True if CHILD_SAs of the prepared SA have SPIs here that the mobile node does not know."""
+
+    def cannot_send(self, context: IkeContext) -> bool:
+        """True if the mobile node does not know the outbound SPIs of the prepared SA, until `move_peer` tells
+        it."""
+
+    def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
+        """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), called once the SA is active; empty: SPIs are
+        unchanged."""
+
+
+def tell_later(sink: ContextSink, context: IkeContext, later: bool) -> None:
+    """Call it if `sink` is a `Renamer`."""
+    call = getattr(sink, "tell_later", None)
+    if call is not None:
+        call(context, later)
+
+
+def must_tell(sink: ContextSink, context: IkeContext) -> bool:
+    """Of `sink`; False if it is no `Renamer`."""
+    call = getattr(sink, "must_tell", None)
+    return call is not None and bool(call(context))
+
+
+def renames(sink: ContextSink, context: IkeContext) -> bool:
+    """Of `sink`; False if it is no `Renamer`."""
+    call = getattr(sink, "renames", None)
+    return call is not None and bool(call(context))
+
+
+def cannot_send(sink: ContextSink, context: IkeContext) -> bool:
+    """Of `sink`; False if it is no `Renamer`."""
+    call = getattr(sink, "cannot_send", None)
+    return call is not None and bool(call(context))
+
+
+def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock, ...]:
+    """Of `sink`; empty if it is no `Renamer`."""
+    call = getattr(sink, "new_names", None)
+    return () if call is None else tuple(call(context))
+
+
+class Follower(Protocol):
+    """Optional: a source and a sink that send packets on to the gateway that has an SA (`whereabouts`)."""
+
+    def came_from(self, context: IkeContext, peer: str) -> None:
+        """Called before and with `take`: `peer` gives the SA, and is to be told later where the SA is."""
+
+    def hands_over(self, sa: SaName) -> None:
+        """Called before `freeze`: the SA goes to a gateway that has no part of it yet, and that may send
+        packets for it here."""
+
+    def not_taken(self, sa: SaName) -> None:
+        """Called before `thaw`: the other gateway refused the SA before it did anything for it.
+
+        So the mobile node's routes are left as they are, and the mobile node is not asked where it is,
+        because the other gateway has neither attracted its packets nor spoken to it.
+        """
+
+    def stays(self, sa: SaName) -> None:
+        """The SA was to leave, and is still served here: the gateways that it came from are to be told so."""
+
+
+def come_from(sink: ContextSink, context: IkeContext, peer: str) -> None:
+    """To `sink`, if it is a `Follower`."""
+    call = getattr(sink, "came_from", None)
+    if call is not None:
+        call(context, peer)
+
+
+def hand_over(source: ContextSource, sa: SaName) -> None:
+    """To `source`, if it is a `Follower`."""
+    call = getattr(source, "hands_over", None)
+    if call is not None:
+        call(sa)
+
+
+def take_nothing(source: ContextSource, sa: SaName) -> None:
+    """To `source`, if it is a `Follower`: see `Follower.not_taken`."""
+    call = getattr(source, "not_taken", None)
+    if call is not None:
+        call(sa)
+
+
+def stay(source: ContextSource, sa: SaName) -> None:
+    """To `source`, if it is a `Follower`."""
+    call = getattr(source, "stays", None)
+    if call is not None:
+        call(sa)
+
+
+class Witness(Protocol):
+    """Optional: a sink that can find out whether an SA is at this gateway although no journal has it."""
+
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
+        """The parts of that SA that charon or the kernel has, in words; empty: none. Changes nothing.
+
+        `mn`: the outer address by which the other gateway knows the mobile node; `who`: its identity, empty
+        if that is not known. The SA may have other SPIs here. Errors: CharonError, KernelError, WireError if
+        one of them cannot be asked.
+        """
+
+
+async def still_here(sink: ContextSink, final: FinalState, mn: Address, who: str) -> str:
+    """Of `sink`; empty if it cannot say. Errors: as `Witness.still_here`."""
+    call: Callable[[FinalState, Address, str], Awaitable[str]] | None = getattr(sink, "still_here", None)
+    return "" if call is None else await call(final, mn, who)
+
+
+class Settler(Protocol):
+    """Optional: a sink that can ask the mobile node for the next message ID."""
+
+    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
+        """`final` without `unsure`, by an empty request to the mobile node (RFC 7296, 1.4) between `take` and
+        `activate`. May be called again after a crash. Errors: LinkError (silent)."""
+
+
+async def settle(sink: ContextSink, context: IkeContext, final: FinalState) -> FinalState:
+    """By `sink`. Errors: also RefusedError with NOT_COVERED, if it is no `Settler`."""
+    call: Callable[[IkeContext, FinalState], Awaitable[FinalState]] | None = getattr(sink, "settle", None)
+    if call is None:
+        raise RefusedError(
+            "the other gateway does not know its next message ID, and this one cannot ask the MN",
+            status=Status.NOT_COVERED,
+        )
+    return await call(context, final)
+
+
+class Store(Protocol):
+    """A durable store, encrypted at rest. Keys are text, values octets."""
+
+    def put(self, kind: str, key: str, value: bytes) -> None: ...
+
+    def get(self, kind: str, key: str) -> bytes | None: ...
+
+    def delete(self, kind: str, key: str) -> None: ...
+
+    def items(self, kind: str) -> Sequence[tuple[str, bytes]]: ...
+
+    def rows(self, role: str) -> Sequence[tuple[str, bytes]]:
+        """The ledger's rows of that role, by the key of the SA's name (`ikectx.engine.ledger`)."""
+
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        """Keep a row of the ledger; None: forget it. `soon`: together with what is written next."""
+
+    def set_aside(self, place: str, key: str, why: str) -> None:
+        """Take out of `place` what cannot be read, keep it for people to look at, and say so.
+
+        `place`: "items|KIND" or "ledger|ROLE".
+        """

@@ -1,0 +1,289 @@
+"""Reports and events of a transfer for callers, and the words for each state. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from ikectx.errors import IkectxError, LinkError
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.sa.context import IkeContext
+from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
+
+from .tables import SourceState, TargetState
+
+if TYPE_CHECKING:
+    from .journal import Role
+
+Result = Literal["moved", "kept", "refused", "lost", "in-doubt"]
+
+_S, _T = SourceState, TargetState
+
+SOURCE_STANDS: Mapping[SourceState, tuple[Result, str, str]] = {
+    _S.NEW: ("kept", "serves the MN", "knows nothing of it"),
+    _S.OFFERED: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
+    _S.ANNOUNCED: ("kept", "serves the MN", "may hold it, and drops that by itself"),
+    _S.AWAITING: (
+        "kept",
+        "serves the MN until it arrives elsewhere",
+        "holds it, and drops that by itself",
+    ),
+    _S.FREEZING: ("kept", "serves the MN", "may have it prepared, and drops that by itself"),
+    _S.RELEASED: (
+        "in-doubt",
+        "has let go and serves it no more",
+        "may own it, or still be undoing it",
+    ),
+    _S.CLEANING: ("moved", "has let go; its clean-up is not finished", "serves the MN"),
+    _S.THAWING: ("in-doubt", "owns the SA but could not start serving it again", "does not own it"),
+    _S.DONE: ("moved", "has let go", "serves the MN"),
+    _S.KEPT: ("kept", "serves the MN", "does not own it"),
+    _S.REFUSED: ("refused", "serves the MN", "does not own it"),
+    _S.LOST: ("lost", "does not serve the MN: its charon has the SA no more", "does not own it"),
+}
+"""For each state of the source: the result, the state of the SA at the source, and at the target."""
+
+TARGET_STANDS: Mapping[TargetState, tuple[Result, str, str]] = {
+    _T.NEW: ("kept", "knows nothing of it", "serves the MN"),
+    _T.ANNOUNCED: ("kept", "is checking it", "serves the MN"),
+    _T.HELD: ("kept", "holds it until the MN arrives", "serves the MN"),
+    _T.INSTALLING: ("in-doubt", "is preparing it", "serves the MN"),
+    _T.ADMITTING: ("in-doubt", "is checking it", "has let go, and takes it back when told no"),
+    _T.RECEIVING: ("in-doubt", "is preparing it", "has let go, and takes it back when told no"),
+    _T.CHECKING: ("in-doubt", "is checking it", "serves the MN"),
+    _T.PREPARING: ("in-doubt", "is preparing it", "serves the MN"),
+    _T.PREPARED: ("in-doubt", "has it prepared", "serves the MN, or has let go by now"),
+    _T.OWNING: ("in-doubt", "owns it and is taking it over", "has let go"),
+    _T.MOVING: ("in-doubt", "owns it and is telling the MN", "has let go"),
+    _T.ACTIVATING: ("in-doubt", "owns it and is activating it", "has let go"),
+    _T.UNDOING: (
+        "in-doubt",
+        "could not yet clear away what it had prepared",
+        "waits for that, or serves",
+    ),
+    _T.OWNED: ("moved", "serves the MN", "has let go"),
+    _T.ABORTED: ("kept", "does not own it", "serves the MN"),
+}
+"""For each state of the target: the result, the state of the SA at the target (here), and at the source."""
+
+_SOURCE_PHASES: Mapping[SourceState, str] = {
+    SourceState.NEW: "export",
+    SourceState.OFFERED: "prepare",
+    SourceState.ANNOUNCED: "announce",
+    SourceState.AWAITING: "await",
+    SourceState.FREEZING: "freeze",
+    SourceState.RELEASED: "confirm",
+    SourceState.CLEANING: "release",
+    SourceState.THAWING: "thaw",
+}
+
+_TARGET_PHASES: Mapping[TargetState, str] = {
+    TargetState.ANNOUNCED: "check",
+    TargetState.HELD: "hold",
+    TargetState.INSTALLING: "prepare",
+    TargetState.CHECKING: "check",
+    TargetState.PREPARING: "prepare",
+    TargetState.PREPARED: "wait",
+    TargetState.ADMITTING: "check",
+    TargetState.RECEIVING: "prepare",
+    TargetState.OWNING: "take",
+    TargetState.MOVING: "move",
+    TargetState.ACTIVATING: "activate",
+    TargetState.UNDOING: "undo",
+}
+
+HINTS: Mapping[Status, str] = {
+    Status.FAILED: "read the other gateway's log and its `history`",
+    Status.MALFORMED: "run the same version at both gateways",
+    Status.NOT_ALLOWED: "change what is not allowed in the other gateway's configuration: the right `push` "
+    "and whose SAs this gateway may bring ([[peer]]), [connections.NAME], or its connection in swanctl.conf",
+    Status.NO_CONNECTION: "load a connection of that name at the other gateway",
+    Status.NO_CHILD: "add the child to the connection at the other gateway",
+    Status.IKE_SPI_IN_USE: "the other gateway has an SA of that name: look there for a leftover with `list`",
+    Status.ESP_SPI_IN_USE: "wait for a rekey of the child, which picks a new SPI, then try again",
+    Status.VIP_IN_USE: "pools of two gateways must not overlap, nor fill: charon then gives away an address "
+    "that a node took along when it moved; use larger pools, or one place that assigns for all gateways",
+    Status.SELECTORS_OVERLAP: "end the SA at the other gateway that has these traffic selectors",
+    Status.ALGORITHM: "load the algorithm at the other gateway, or rekey with another proposal",
+    Status.PROPOSAL: "align the proposals of the connection at both gateways",
+    Status.NO_ADDRESS: "give the other gateway an address of the MN's family",
+    Status.CHARON: "look at charon at the other gateway: `doctor` there tells more",
+    Status.KERNEL: "look at the kernel at the other gateway: `doctor` there tells more",
+    Status.UNREACHABLE: "check address, port, firewall and certificates: `doctor` tells more",
+    Status.PEER_SILENT: "check that the MN can reach the other gateway's address (UDP 500 and 4500)",
+    Status.PEER_REFUSED: "check that the MN speaks MOBIKE and accepts the other gateway's address",
+    Status.UNKNOWN_TRANSFER: "try again: the other gateway was restarted or had waited too long",
+    Status.BUSY: "try again when the exchange or the other transfer is over",
+    Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else. Where "
+    "this gateway serves the SA and has lost its store, rekey the IKE_SA (`swanctl --rekey --ike`): the "
+    "other gateway counts owners by SPIs, and those of a rekeyed SA are new",
+    Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
+    Status.AMBIGUOUS: "name the SA by its SPIs: `list` at the other gateway shows them",
+    Status.IN_DOUBT: "the other gateway's agent has lost its notes (state.db was moved away, or restored "
+    "from an old backup), so this gateway does not serve the SA before it is known that the other one does "
+    "not. Look with `swanctl --list-sas` there: if it serves the MN, leave both as they are, or end the SA "
+    "there and let the MN connect anew. If it does not, end the SA there; this gateway asks again and then "
+    "serves the MN",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """How a transfer ended at the source; holds no secrets.
+
+    `text` says what happened, `hint` what to do, `state_here` and `state_there` describe each gateway's side.
+    `phases_ms`: export, connect, prepare (PCTD to CTDR), freeze, confirm (CTD to CTDR: the target took, moved
+    and activated), release or thaw. `cxtp_octets` counts CXTP messages both ways without TLS.
+    """
+
+    transfer_id: str
+    sa: SaName
+    mn: str
+    mn_address: str
+    from_: str
+    to: str
+    result: Result
+    status: Status
+    text: str = ""
+    hint: str = ""
+    state_here: str = ""
+    state_there: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+    phases_ms: Mapping[str, float] = field(default_factory=dict)
+    cxtp_messages: int = 0
+    cxtp_octets: int = 0
+    attempts: int = 1
+    epoch: int = 0
+    address: str = "update"
+    dry_run: bool = False
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain JSON values."""
+        return {
+            "transfer_id": self.transfer_id,
+            "sa": sa_json(self.sa),
+            "mn": self.mn,
+            "mn_address": self.mn_address,
+            "from": self.from_,
+            "to": self.to,
+            "result": self.result,
+            "status": status_json(self.status),
+            "text": self.text,
+            "hint": self.hint,
+            "state_here": self.state_here,
+            "state_there": self.state_there,
+            "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
+            "phases_ms": dict(self.phases_ms),
+            "cxtp_messages": self.cxtp_messages,
+            "cxtp_octets": self.cxtp_octets,
+            "attempts": self.attempts,
+            "epoch": self.epoch,
+            "address": self.address,
+            "dry_run": self.dry_run,
+            "exit_code": self.exit_code,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEvent:
+    """A transfer entered `state` (or ended: `report`, source only); `ms` since it began."""
+
+    transfer_id: str
+    role: Role
+    peer: str
+    sa: SaName
+    mn: str
+    state: str
+    ms: float
+    detail: str = ""
+    report: TransferReport | None = None
+
+
+def source_phases(spent: Mapping[str, float], connect: float) -> dict[str, float]:
+    """Milliseconds by phase, in their order, from those by state; `connect` is no part of `prepare`."""
+    found: dict[str, float] = {}
+    for state, name in _SOURCE_PHASES.items():
+        if state not in spent:
+            continue
+        took = spent[state]
+        if name == "prepare" and connect:
+            found["connect"] = round(connect, 3)
+            took = round(max(0.0, took - connect), 3)
+        found[name] = took
+    return found
+
+
+def target_phases(spent: Mapping[str, float], request: float | None) -> dict[str, float]:
+    """The same at the target; `request`: from the CT-Req to the message that answered it, None: not
+    requested."""
+    found = {} if request is None else {"request": round(request, 3)}
+    for state, name in _TARGET_PHASES.items():
+        if state in spent:
+            found[name] = round(found.get(name, 0.0) + spent[state], 3)
+    return found
+
+
+class Words(NamedTuple):
+    """What happened, what to do, and the exit code of a command that ends so."""
+
+    text: str = ""
+    hint: str = ""
+    exit_code: int = 0
+
+
+def source_words(
+    state: SourceState,
+    error: IkectxError | None,
+    clean_up: IkectxError | None,
+    *,
+    mn: str,
+    peer: str,
+    ident: str,
+) -> Words:
+    """The words for a transfer in `state` at its source.
+
+    `error`: why it does not go on; `clean_up`: the error of a clean-up that is repeated. `ident`: its ID.
+    """
+    result = SOURCE_STANDS[state][0]
+    text, hint, exit_code = "", "", 0
+    error = clean_up or error
+    if result == "moved":
+        text = f"{peer} serves {mn} now"
+        if clean_up is not None:
+            text += f"; the clean-up here failed, it is tried again: {clean_up}"
+    elif error is not None:
+        text, hint, exit_code = str(error), error.hint or HINTS.get(error.status, ""), error.exit_code
+    if result == "in-doubt":
+        exit_code = exit_code or LinkError.exit_code
+        if state is SourceState.RELEASED and error is not None and error.status is Status.IN_DOUBT:
+            return Words(text, f"{hint} (`ikectx reclaim {ident}` does so at once)", exit_code)
+        hint = (
+            f"bring {peer} back: this gateway goes on asking it. If it has lost the SA for"
+            f" good, `ikectx reclaim {ident}` serves it here again"
+            if state is SourceState.RELEASED
+            else "look at charon and the kernel here: it is tried again until it works"
+        )
+    return Words(text, hint, exit_code)
+
+
+def mn_label(context: IkeContext) -> str:
+    """The mobile node as people know it: its EAP identity if it has one, else its IKE identity."""
+    return str(context.remote_eap_id or context.remote_id)
+
+
+def sa_json(sa: SaName) -> dict[str, str]:
+    """An IKE_SA's name in hexadecimal."""
+    return {"spi_i": sa.spi_i.hex(), "spi_r": sa.spi_r.hex()}
+
+
+def status_json(status: Status) -> dict[str, object]:
+    """Number, name and words of a status."""
+    return {"code": int(status), "name": status.name, "text": STATUS_TEXT.get(status, "not known here")}
+
+
+def verdict_json(verdict: Verdict) -> dict[str, object]:
+    """One verdict as plain JSON values."""
+    return {"context": Fpt(verdict.fpt).name, "status": status_json(verdict.status), "detail": verdict.detail}

@@ -1,0 +1,407 @@
+"""A gateway that hands its SAs to others and takes theirs: the asyncio endpoint of the engine (I/O).
+
+    store = open_store("/var/lib/ikectx", now=time.time())
+    gateway = Gateway("psg", source, sink, store, [PeerConfig("nsg", "192.0.2.2")], TlsConfig(cert, key, ca))
+    await gateway.start([("192.0.2.1", 5091)])
+    report = await gateway.transfer(SaName(spi_i, spi_r), "nsg")
+
+`source` and `sink` implement the protocols of `ports`. All decisions are made by the tables in `transfer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from ikectx.disk.store import SqliteStore
+from ikectx.engine.core import Arrive, Engine, Pull, Reclaim, Show, Tell, Transfer
+from ikectx.engine.journal import JournalEntry
+from ikectx.engine.journaled import EngineConfig, MobileConfig
+from ikectx.engine.old_gateway import Address
+from ikectx.engine.ports import ContextSink, ContextSource
+from ikectx.engine.report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
+from ikectx.engine.tables import OSEQ_JUMP, SourceState
+from ikectx.net.door import Door
+from ikectx.net.links import Dial, Links, Stream
+from ikectx.net.tls import TlsConfig, tls_dial, tls_listen
+from ikectx.sa.context import Address as IpAddress
+from ikectx.sa.context import Endpoint
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import Ctar
+from ikectx.wire.whereabouts import Whereabouts
+
+from .clock import Clock, MonotonicClock
+from .driver import Driver, HearOf, Observer
+from .errors import ConfigError, IkectxError, StateError, UnknownSaError, WireError
+from .peer import PeerConfig
+from .timing import Timing
+
+log = logging.getLogger("ikectx.gateway")
+
+
+class Gateway:
+    """One gateway: its peers, its transfers in both directions, its journal."""
+
+    def __init__(
+        self,
+        name: str,
+        source: ContextSource,
+        sink: ContextSink,
+        store: SqliteStore,
+        peers: Sequence[PeerConfig],
+        tls: TlsConfig | None = None,
+        *,
+        timing: Timing | None = None,
+        oseq_jump: int = OSEQ_JUMP,
+        busy_attempts: int = 5,
+        durable: bool = True,
+        clock: Clock | None = None,
+        wall: Callable[[], float] = time.time,
+        observer: Observer | None = None,
+        dial: Dial | None = None,
+        mobile: MobileConfig | None = None,
+        hear: HearOf | None = None,
+    ) -> None:
+        """`oseq_jump`: that of the sinks (packets), at most `transfer.OSEQ_JUMP`.
+
+        `observer` is called at every change of state of every transfer.
+
+        `durable`: the journal is synced to the disk before an SA is let go or taken. That delays the mobile
+        node by one sync on each side, and is needed only if SAs outlive a loss of power; those of charon do
+        not.
+
+        `dial` replaces TLS (other transports, tests); the other side then gives its streams to `accept`.
+
+        `mobile`: mobile nodes may ask for their handover themselves. Without it their CTARs, and CT-Reqs with
+        their tokens, are refused.
+
+        `hear` is called with the whereabouts of SAs that went to a peer, whenever that peer reports them (see
+        `whereabouts`).
+
+        Errors: ConfigError.
+        """
+        if busy_attempts < 1:
+            raise ConfigError(f"busy_attempts is {busy_attempts}: a transfer is tried at least once")
+        if not 0 < oseq_jump <= OSEQ_JUMP:
+            raise ConfigError(
+                f"oseq_jump is {oseq_jump}: a gateway that takes an SA back counts on 1 to {OSEQ_JUMP}"
+            )
+        self.name = name
+        self._peers = {peer.name: peer for peer in peers}
+        self._certified = {peer.certified: peer for peer in peers}
+        if not len(peers) == len(self._peers) == len(self._certified):
+            raise ConfigError("two peers have one name", hint="each peer needs names of its own")
+        self._timing = timing or Timing()
+        self._store = store
+        self._tls = tls
+        self._dial = dial
+        self._doors: list[Door] = []
+        self._listening: list[tuple[str, int]] = []
+        config = EngineConfig(
+            name,
+            tuple(peers),
+            self._timing,
+            oseq_jump=oseq_jump,
+            busy_attempts=busy_attempts,
+            durable=durable,
+            mobile=mobile,
+        )
+        self._driver = Driver(
+            Engine(config, secrets.token_bytes),
+            source,
+            sink,
+            store,
+            clock or MonotonicClock(),
+            wall,
+            observer,
+            hear,
+        )
+
+    # -- life --------------------------------------------------------------------------------------------
+
+    async def start(self, listen: Sequence[tuple[str, int]] = ()) -> None:
+        """Recover the transfers that the journal has open, then listen on these addresses and ports.
+
+        Errors: LinkError if a port is not available, ConfigError for unusable certificates, StoreError.
+        """
+        if self._driver.links is not None:
+            raise StateError("the gateway runs already")
+        if self._tls is None and (listen or self._dial is None):
+            raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
+        driver = self._driver
+        driver.connect(self._dial or tls_dial(_given(self._tls), self._timing, listen))
+        try:
+            if listen:
+                peers = list(self._peers.values())
+                self._doors = await tls_listen(_given(self._tls), self._timing, listen, self.accept, peers)
+            for line in await self.recover():
+                log.info("recovered: %s", line)
+            driver.engine.start(driver.now())
+            driver.pump()
+            for door in self._doors:
+                await door.start_serving()
+                self._listening.append(door.address)
+        except BaseException:
+            await self.stop()
+            raise
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Addresses that it listens on; with the port that the system chose for port 0."""
+        return list(self._listening)
+
+    async def stop(self) -> None:
+        """Cancel transfers that still serve the SA, wait a little, close. Open ones stay in the journal."""
+        for door in self._doors:
+            door.close()
+        self._doors, self._listening = [], []
+        await self._driver.stop()
+
+    async def recover(self) -> list[str]:
+        """Go on with the transfers that the journal has open, in the background; one line for each. `start`
+        calls it."""
+        lines = []
+        for entry in self._store.open_transfers():
+            what = f"{entry.transfer_id.hex()} ({entry.role}, {entry.mn}, {entry.state})"
+            try:
+                said = self._driver.engine.restore(self._driver.now(), entry)
+            except (WireError, ValueError) as error:
+                log.error("transfer %s cannot be taken up: %s", entry.transfer_id.hex(), error)
+                said = f"cannot be taken up: {error}"
+            if said:
+                lines.append(f"{what}: {said}")
+        self._driver.pump()
+        return lines
+
+    def _running(self) -> Links:
+        if self._driver.links is None:
+            raise StateError("the gateway does not run")
+        return self._driver.links
+
+    # -- outgoing ----------------------------------------------------------------------------------------
+
+    async def transfer(
+        self,
+        sa: SaName,
+        to: str,
+        *,
+        address: Address = "update",
+        dry_run: bool = False,
+        progress: Observer | None = None,
+    ) -> TransferReport:
+        """Move one IKE_SA to the peer `to`; returns the report.
+
+        `address` "keep": the gateway's address moves along, and the mobile node is not told one. `dry_run`:
+        all checks at both ends are made, nothing is changed. If the SA is busy, `busy_attempts` tries are
+        made.
+
+        Errors: UsageError (no such peer), UnknownSaError, BusyError (it is being moved), StateError (not
+        started); everything else is in the report. A call that is cancelled cancels a transfer that has not
+        let go.
+        """
+        self._running()
+        report: TransferReport = await self._driver.ask(Transfer(SaName(*sa), to, address, dry_run), progress)
+        return report
+
+    async def transfer_all(
+        self,
+        sas: Iterable[SaName],
+        to: str,
+        *,
+        address: Address = "update",
+        dry_run: bool = False,
+        parallel: int = 8,
+        progress: Observer | None = None,
+    ) -> list[TransferReport]:
+        """Move several SAs, `parallel` at a time; reports in the order of `sas`.
+
+        An error about one SA becomes its report. Errors: UsageError, StateError.
+        """
+        self._peer(to)
+        self._running()
+        limit = asyncio.Semaphore(max(1, parallel))
+
+        async def one(sa: SaName) -> TransferReport:
+            async with limit:
+                try:
+                    return await self.transfer(sa, to, address=address, dry_run=dry_run, progress=progress)
+                except IkectxError as error:
+                    return self._never_began(sa, to, error, address, dry_run)
+
+        return list(await asyncio.gather(*(one(sa) for sa in dict.fromkeys(sas))))
+
+    def _never_began(
+        self, sa: SaName, to: str, error: IkectxError, address: Address, dry_run: bool
+    ) -> TransferReport:
+        _, here, there = SOURCE_STANDS[SourceState.NEW]
+        unknown = isinstance(error, UnknownSaError)
+        return TransferReport(
+            transfer_id="",
+            sa=sa,
+            mn="",
+            mn_address="",
+            from_=self.name,
+            to=to,
+            result="refused" if unknown else "kept",
+            status=error.status,
+            text=str(error),
+            hint=error.hint,
+            state_here=f"{self.name} {'has no such SA' if unknown else here}",
+            state_there=f"{to} {there}",
+            address=address,
+            dry_run=dry_run,
+            exit_code=error.exit_code,
+        )
+
+    def cancel(self, transfer_id: str) -> bool:
+        """Stop a transfer of this gateway. True: the SA is kept; False: it has been let go, or is unknown."""
+        cancelled = self._driver.engine.cancel(self._driver.now(), transfer_id)
+        self._driver.pump()
+        return cancelled
+
+    async def reclaim(self, transfer_id: str) -> TransferReport:
+        """Serve the SA of a transfer in doubt here again, whatever the peer says, because the operator
+        decides so.
+
+        If the peer owns it all the same, both gateways serve it. Errors: StateError unless it is in doubt.
+        """
+        report: TransferReport = await self._driver.ask(Reclaim(transfer_id))
+        return report
+
+    # -- asking others -----------------------------------------------------------------------------------
+
+    async def pull(
+        self,
+        from_: str,
+        mn: IpAddress,
+        *,
+        sa: SaName | None = None,
+        dry_run: bool = False,
+        progress: Observer | None = None,
+    ) -> TransferReport:
+        """Have the SA of the mobile node at that outer address moved here from the peer `from_`; returns the
+        report.
+
+        `sa` names the SA if the mobile node has several. The peer must have granted the right `pull`, and
+        moves the SA as by `transfer` there. It is asked again for `Timing.request` seconds while the SA is
+        busy.
+
+        Errors: UsageError (no such peer), StateError (not started); everything else is in the report, as this
+        gateway sees it.
+        """
+        self._peer(from_)
+        self._running()
+        report: TransferReport = await self._driver.ask(
+            Pull(from_, mn, None if sa is None else SaName(*sa), dry_run), progress
+        )
+        return report
+
+    async def ctar(self, message: Ctar, source: Endpoint) -> bytes | None:
+        """Handle a CTAR that a mobile node sent from that UDP endpoint. Returns the CTAA, or None for no
+        answer.
+
+        Returns when the handover is over. Copies get None until then, and afterwards the same CTAA, until
+        their token expires. Errors: StateError (not started, or no `mobile` was given).
+        """
+        self._running()
+        answer: bytes | None = await self._driver.ask(Arrive(message, source))
+        return answer
+
+    async def packet(
+        self,
+        datagrams: bytes | Sequence[bytes],
+        local: Endpoint,
+        remote: Endpoint,
+        ask: Sequence[str],
+    ) -> TransferReport | None:
+        """An IKE message of an SA that is not here came from `remote`: fetch the SA from the gateway that has
+        it.
+
+        `datagrams`: the message from the IKE header on, or all its fragments. The peers of `ask` are asked in
+        this order, and must have granted the right `packet`. None: none of them has the SA, or the message is
+        of no use. This method has no rate limit: see `mobike_ext.watch`.
+
+        Errors: UsageError (no such peer, no message), StateError.
+        """
+        self._running()
+        parts = (datagrams,) if isinstance(datagrams, bytes) else tuple(datagrams)
+        report: TransferReport | None = await self._driver.ask(Show(parts, local, remote, tuple(ask)))
+        return report
+
+    def tell(self, peer: str, news: Whereabouts) -> None:
+        """Tell the peer that gave an SA where the SA is now, until it has confirmed that. Errors:
+        StoreError."""
+        _, told = self._driver.begin(Tell(peer, news))
+        told.result()
+
+    def _peer(self, name: str) -> PeerConfig:
+        return self._driver.engine.peer(name)
+
+    # -- incoming ----------------------------------------------------------------------------------------
+
+    async def accept(self, stream: Stream) -> None:
+        """Serve a connection that a peer has opened, until it ends."""
+        peer = next((self._certified[name] for name in stream.names if name in self._certified), None)
+        links = self._driver.links
+        if peer is None or links is None:
+            shown = ", ".join(sorted(stream.names)) or "no name"
+            log.warning("refused a connection from %s: its certificate says %s", stream.label, shown)
+            stream.close()
+            return
+        await links.serve(stream, peer)
+
+    # -- what operators read -----------------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """Peers and open transfers, as plain JSON values."""
+        return {
+            "name": self.name,
+            "listening": [{"host": host, "port": port} for host, port in self._listening],
+            "peers": [
+                {
+                    "name": peer.name,
+                    "host": peer.host,
+                    "port": peer.port,
+                    "rights": sorted(peer.rights),
+                    "connected": self._driver.links is not None and self._driver.links.connected(peer.name),
+                }
+                for peer in self._peers.values()
+            ],
+            "transfers": [_entry_json(entry) for entry in self._store.open_transfers()],
+        }
+
+    def history(self, limit: int = 100) -> list[dict[str, object]]:
+        """The journal, newest first, as plain JSON values."""
+        return [_entry_json(entry) for entry in self._store.history(limit)]
+
+
+def _given(tls: TlsConfig | None) -> TlsConfig:
+    if tls is None:
+        raise ConfigError("no TLS configuration")
+    return tls
+
+
+def _entry_json(entry: JournalEntry) -> dict[str, object]:
+    return {
+        "transfer_id": entry.transfer_id.hex(),
+        "role": entry.role,
+        "peer": entry.peer,
+        "sa": sa_json(entry.sa),
+        "mn": entry.mn,
+        "mn_address": entry.mn_address,
+        "state": entry.state,
+        "epoch": entry.epoch,
+        "result": entry.result,
+        "status": status_json(entry.status),
+        "detail": entry.detail,
+        "started": entry.started,
+        "updated": entry.updated,
+        "phases_ms": dict(entry.phases),
+        "air": dict(entry.moved),
+    }
+
+
+__all__ = ["Gateway", "MobileConfig", "MonotonicClock", "TransferEvent"]

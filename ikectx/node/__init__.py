@@ -1,0 +1,1 @@
+"""The mobile node's side of a handover, without I/O."""

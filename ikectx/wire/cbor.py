@@ -1,0 +1,219 @@
+"""The CBOR subset of the context profiles, and readers that check decoded values.
+
+Unsigned and negative integers of at most 64 bits, octet strings, UTF-8 text, arrays, maps with unsigned keys
+in ascending order, false, true, null. Definite lengths, shortest heads, no tags, no floats (RFC 8949, 4.2.1).
+`scan` checks that before cbor2 sees an octet, so what cbor2 does with tags, depth or duplicate keys cannot
+matter. So there is one encoding for each value. Errors name places, never values: those may be keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import cbor2
+
+from ikectx.errors import WireError
+
+from .reader import Reader
+
+T = TypeVar("T")
+D = TypeVar("D")
+Read = Callable[[Any, str], T]
+"""Takes a decoded value and the name of its place; Errors: WireError."""
+
+MAX_DEPTH = 8
+MAX_KEY = 0xFFFF
+MAX_ITEMS, MAX_TEXT, MAX_OCTETS = 1024, 512, 16384
+
+_UINT, _NEGATIVE, _OCTETS, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
+_MIN_OF_SIZE = {1: 24, 2: 1 << 8, 4: 1 << 16, 8: 1 << 32}
+
+
+def _head(reader: Reader) -> tuple[int, int]:
+    """Major type and argument of the next item."""
+    first = reader.u8("CBOR item")
+    major, info = first >> 5, first & 0x1F
+    if info < 24:
+        return major, info
+    if info > 27 or major == _SIMPLE:
+        raise reader.fail("a CBOR float, long simple value or indefinite length")
+    size = 1 << (info - 24)
+    value = int.from_bytes(reader.octets(size, "CBOR head"))
+    if value < _MIN_OF_SIZE[size]:
+        raise reader.fail("a CBOR head that is not the shortest")
+    return major, value
+
+
+def _skip(reader: Reader, depth: int) -> None:
+    """Check the next item and go behind it."""
+    major, value = _head(reader)
+    if major in (_UINT, _NEGATIVE):
+        return
+    if major == _OCTETS:
+        reader.octets(value, "CBOR octet string")
+    elif major == _TEXT:
+        try:
+            reader.octets(value, "CBOR text").decode()
+        except UnicodeDecodeError:
+            raise reader.fail("CBOR text that is not UTF-8") from None
+    elif major in (_ARRAY, _MAP):
+        if depth >= MAX_DEPTH:
+            raise reader.fail(f"CBOR nested deeper than {MAX_DEPTH}")
+        if value > reader.left:
+            raise reader.fail(f"a CBOR container of {value} items")
+        last = -1
+        for _ in range(value):
+            if major == _MAP:
+                kind, key = _head(reader)
+                if kind != _UINT or key > MAX_KEY or key <= last:
+                    raise reader.fail(f"a CBOR map key that is no ascending number up to {MAX_KEY}")
+                last = key
+            _skip(reader, depth + 1)
+    elif major == _TAG or value not in (20, 21, 22):
+        raise reader.fail("a CBOR tag or simple value")
+
+
+def scan(data: bytes, what: str = "CBOR") -> int:
+    """The length of the item that `data` begins with. Errors: WireError."""
+    reader = Reader(data, what)
+    _skip(reader, 0)
+    return reader.pos
+
+
+def loads(data: bytes, what: str = "CBOR", *, padding: int = 0) -> Any:
+    """The value of the one item in `data`, followed by at most `padding` zero octets. Errors: WireError."""
+    end = scan(data, what)
+    tail = data[end:]
+    if len(tail) > padding or any(tail):
+        raise WireError(f"{what}: {len(tail)} octets after the CBOR item that are no padding")
+    try:
+        return cbor2.loads(data[:end])
+    except cbor2.CBORDecodeError:  # pragma: no cover: `scan` is the stricter one
+        raise WireError(f"{what}: CBOR that does not parse") from None
+
+
+def dumps(value: Any, what: str = "CBOR") -> bytes:
+    """`value` in its one encoding. Errors: WireError where the subset has none."""
+    try:
+        data = bytes(cbor2.dumps(value, canonical=True))
+    except (cbor2.CBOREncodeError, UnicodeError):
+        raise WireError(f"{what}: a value that has no encoding") from None
+    if scan(data, what) != len(data):  # pragma: no cover: cbor2 writes one item
+        raise WireError(f"{what}: more than one item")
+    return data
+
+
+# Readers: each checks a decoded value, says where it stood when it is wrong, and gives it back.
+
+
+def uint(bits: int) -> Read[int]:
+    """An unsigned number of at most `bits` bits."""
+
+    def read(value: Any, where: str) -> int:
+        if type(value) is not int or not 0 <= value < 1 << bits:
+            raise WireError(f"{where}: not an unsigned number of {bits} bits")
+        return value
+
+    return read
+
+
+u8, u16, u32, u64 = uint(8), uint(16), uint(32), uint(64)
+
+
+def boolean(value: Any, where: str) -> bool:
+    """true or false."""
+    if type(value) is not bool:
+        raise WireError(f"{where}: not a boolean")
+    return value
+
+
+def text(value: Any, where: str) -> str:
+    """A text of at most MAX_TEXT characters."""
+    if type(value) is not str or len(value) > MAX_TEXT:
+        raise WireError(f"{where}: not a text of at most {MAX_TEXT} characters")
+    return value
+
+
+def octets(*sizes: int, most: int = MAX_OCTETS) -> Read[bytes]:
+    """Octets of one of these sizes; without sizes: of any up to `most`."""
+
+    def read(value: Any, where: str) -> bytes:
+        if type(value) is not bytes or len(value) > most or (sizes and len(value) not in sizes):
+            raise WireError(f"{where}: not an octet string of the right size")
+        return value
+
+    return read
+
+
+def array(read: Read[T], *, most: int = MAX_ITEMS) -> Read[tuple[T, ...]]:
+    """At most `most` of the same kind."""
+
+    def read_all(value: Any, where: str) -> tuple[T, ...]:
+        if type(value) is not list or len(value) > most:
+            raise WireError(f"{where}: not an array of at most {most} items")
+        return tuple(read(item, f"{where}[{n}]") for n, item in enumerate(value))
+
+    return read_all
+
+
+def row(reads: Sequence[Read[Any]], defaults: Sequence[Any] = ()) -> Read[list[Any]]:
+    """An array whose places have meanings; `defaults` fill the end where it is left out."""
+    least = len(reads) - len(defaults)
+
+    def read_row(value: Any, where: str) -> list[Any]:
+        if type(value) is not list or not least <= len(value) <= len(reads):
+            raise WireError(f"{where}: not an array of {least} to {len(reads)} items")
+        places = enumerate(zip(reads, value, strict=False))
+        found = [read(item, f"{where}[{n}]") for n, (read, item) in places]
+        return found + list(defaults[len(value) - least :])
+
+    return read_row
+
+
+def trim(values: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:
+    """The values for `row` to read, without the defaults at their end."""
+    least, end = len(values) - len(defaults), len(values)
+    while end > least and values[end - 1] == defaults[end - 1 - least]:
+        end -= 1
+    return list(values[:end])
+
+
+def build(make: Callable[..., T], where: str, *args: Any, **named: Any) -> T:
+    """A dataclass whose invariants the foreign values may break."""
+    try:
+        return make(*args, **named)
+    except ValueError as error:
+        raise WireError(f"{where}: {error}") from None
+
+
+class MapReader:
+    """A decoded map: `take` and `need` read known keys, `rest` returns the unknown ones."""
+
+    __slots__ = ("_left", "_where")
+
+    def __init__(self, value: Any, where: str) -> None:
+        if type(value) is not dict:
+            raise WireError(f"{where}: not a map")
+        self._left: dict[int, Any] = dict(value)
+        self._where = where
+
+    def need(self, key: int, read: Read[T]) -> T:
+        """The value of a key that must be there."""
+        if key not in self._left:
+            raise WireError(f"{self._where}: key {key} is missing")
+        return read(self._left.pop(key), f"{self._where}: key {key}")
+
+    def take(self, key: int, read: Read[T], default: D) -> T | D:
+        """The value of a key, or `default` if it is left out."""
+        return self.need(key, read) if key in self._left else default
+
+    def rest(self) -> list[tuple[int, bytes]]:
+        """(key, CBOR) of the keys that were not read."""
+        return [(key, dumps(value, self._where)) for key, value in sorted(self._left.items())]
+
+
+def put(out: dict[int, Any], key: int, value: Any, default: Any = None) -> None:
+    """Set a key of a map that is to be encoded, unless it has its default."""
+    if value != default:
+        out[key] = value

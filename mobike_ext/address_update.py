@@ -1,0 +1,265 @@
+"""The gateway's address update (RFC 4555) as a sans-IO machine: one INFORMATIONAL exchange with the mobile
+node.
+
+The new gateway sends, from its own address and under the SA's own keys and message ID,
+N(UPDATE_SA_ADDRESSES), both N(NAT_DETECTION_*), N(COOKIE2) and its further addresses, which replace those of
+the old gateway (N(ADDITIONAL_IP*_ADDRESS) or N(NO_ADDITIONAL_ADDRESSES), RFC 4555, 3.6). A stock peer moves
+its IKE_SA and CHILD_SAs to the address that the request came from and echoes COOKIE2. charon at the new
+gateway has the SA PASSIVE meanwhile and answers nothing. Requests of the mobile node that arrive now stay
+unanswered, too: the mobile node retransmits them, and charon answers after its activation, because an answer
+of this machine would use up message IDs that only charon can serve. They are counted.
+
+Return routability (RFC 4555, 3.7): an answer that counts (see `asking`) echoes COOKIE2, 16 fresh octets.
+
+`AddressPart` is the part of this that is used in a request with more content, see `rename`.
+
+NAT detection. The mobile node decides about UDP encapsulation by our hashes: if both match it switches it
+off, unless its own configuration forces it. So true hashes are sent, except if the *gateway's* configuration
+forced the encapsulation (charon's condition NAT_FAKE): then the source hash is one that cannot match, as
+charon sent it in IKE_SA_INIT.
+
+Verbs: `receive`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is seconds, monotonic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from ipaddress import IPv4Address
+
+from ikectx.errors import UsageError
+from ikectx.numbers import Exchange, Notify
+from ikectx.sa.context import Address, Endpoint
+from ikectx.sa.keys import Drawn
+from ikectx.sa.name import SaName
+from ikectx.wire.ikev2 import Message, nat_detection_hash
+from ikectx.wire.payloads import NotifyPayload
+
+from .requester import Asking, Requester, SaEnd, Silent
+
+COOKIE2_LENGTH = 16
+"""RFC 4555, 4.2.5 allows 8 to 64."""
+
+_NOWHERE = Endpoint(IPv4Address(0), 0)
+"""No packet comes from here, so its hash tells the peer of a NAT."""
+
+
+class Condition(IntEnum):
+    """charon's condition bits about NAT (ike_condition_t, 5.9.8 to 6.0.x), as in `IkeContext.conditions`."""
+
+    NAT_ANY = 1 << 0
+    NAT_HERE = 1 << 1
+    NAT_THERE = 1 << 2
+    NAT_FAKE = 1 << 3
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The mobile node uses our address now: it has answered, with our cookie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The mobile node refused. `notify` is its error; COOKIE2 means that the answer lacks our cookie."""
+
+    notify: Notify
+
+
+@dataclass(frozen=True, slots=True)
+class PeerNatChanged:
+    """The NATs on the new path differ from those on the old one.
+
+    `conditions`: charon's bits for the SA from now on (only the four of `Condition` differ).
+    """
+
+    conditions: int
+    nat_here: bool
+    nat_there: bool
+
+
+Event = Moved | Refused | Silent | PeerNatChanged
+
+
+# --- the address part ----------------------------------------------------------------------------------
+
+
+def nat_detection(
+    spis: SaName, local: Endpoint, remote: Endpoint, conditions: int = 0
+) -> list[NotifyPayload]:
+    """Both N(NAT_DETECTION_*) of a message from `local` to `remote`, see this module's docstring."""
+    source = _NOWHERE if conditions & Condition.NAT_FAKE else local
+    return [
+        NotifyPayload(Notify.NAT_DETECTION_SOURCE_IP, nat_detection_hash(*spis, source)),
+        NotifyPayload(Notify.NAT_DETECTION_DESTINATION_IP, nat_detection_hash(*spis, remote)),
+    ]
+
+
+def nat_conditions(
+    message: Message, spis: SaName, local: Endpoint, source: Endpoint, conditions: int = 0
+) -> int:
+    """`conditions` after the NAT detection (RFC 7296, 2.23) of a message that came from `source`, as charon
+    evaluates it; unchanged if the message has none."""
+    theirs = message.notifies(Notify.NAT_DETECTION_SOURCE_IP)
+    ours = message.notifies(Notify.NAT_DETECTION_DESTINATION_IP)
+    if not theirs or not ours:
+        return conditions
+    there = nat_detection_hash(*spis, source) not in [n.data for n in theirs]
+    here = nat_detection_hash(*spis, local) not in [n.data for n in ours]
+    fake = conditions & Condition.NAT_FAKE
+    new = conditions & ~(Condition.NAT_ANY | Condition.NAT_HERE | Condition.NAT_THERE)
+    new |= (Condition.NAT_HERE if here else 0) | (Condition.NAT_THERE if there else 0)
+    return new | (Condition.NAT_ANY if here or there or fake else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AddressNotice:
+    """The content of an address update, besides the address itself.
+
+    cookie2: 16 fresh random octets. conditions: charon's bits of the SA. additional: the new gateway's
+    further addresses, so that the mobile node does not try the old gateway's when its path to the new one
+    fails; None: none are sent, and it keeps those it has. Errors: UsageError.
+    """
+
+    cookie2: bytes
+    conditions: int = 0
+    additional: Sequence[Address] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.cookie2) != COOKIE2_LENGTH:
+            raise UsageError(f"COOKIE2 has {COOKIE2_LENGTH} octets here, not {len(self.cookie2)}")
+
+
+class AddressPart:
+    """The gateway's address in a request, and the evaluation of the answer to it."""
+
+    def __init__(self, end: SaEnd, notice: AddressNotice) -> None:
+        self._spis = end.generation.spis
+        self._local = end.local
+        self._remote = end.remote
+        self._cookie2 = notice.cookie2
+        self._conditions = notice.conditions
+        self._additional = notice.additional
+
+    def payloads(self) -> list[NotifyPayload]:
+        """The payloads, in the order in which they are sent."""
+        return [
+            NotifyPayload(Notify.UPDATE_SA_ADDRESSES),
+            *nat_detection(self._spis, self._local, self._remote, self._conditions),
+            NotifyPayload(Notify.COOKIE2, self._cookie2),
+            *self._further(),
+        ]
+
+    def _further(self) -> list[NotifyPayload]:
+        if self._additional is None:
+            return []
+        kinds = {4: Notify.ADDITIONAL_IP4_ADDRESS, 6: Notify.ADDITIONAL_IP6_ADDRESS}
+        further = [one for one in self._additional if one != self._local.address]
+        said = [NotifyPayload(kinds[one.version], one.packed) for one in further]
+        return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
+
+    def refusal(self, answer: Message) -> Refused | None:
+        """Why the answer does not accept the address; None: it does."""
+        if answer.error is not None:
+            return Refused(answer.error.notify)
+        if [n.data for n in answer.notifies(Notify.COOKIE2)] != [self._cookie2]:
+            return Refused(Notify.COOKIE2)
+        return None
+
+    def nat_change(self, answer: Message) -> list[PeerNatChanged]:
+        """Whether the answer's NAT detection changes the conditions."""
+        before = self._conditions
+        new = nat_conditions(answer, self._spis, self._local, self._remote, before)
+        if new == before:
+            return []
+        return [PeerNatChanged(new, bool(new & Condition.NAT_HERE), bool(new & Condition.NAT_THERE))]
+
+
+# --- the machine -------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    """NEW: nothing was sent. WAITING: for the answer. The rest are final."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    MOVED = "moved"
+    REFUSED = "refused"
+    SILENT = "silent"
+
+
+class Input(Enum):
+    """Inputs of the machine."""
+
+    START = "the first sending"
+    ACCEPT = "an answer that accepts"
+    REJECT = "an answer with an error, or without our cookie"
+    GIVE_UP = "the last timer"
+
+
+TABLE: dict[tuple[State, Input], State] = {
+    (State.NEW, Input.START): State.WAITING,
+    (State.NEW, Input.ACCEPT): State.NEW,
+    (State.NEW, Input.REJECT): State.NEW,
+    (State.NEW, Input.GIVE_UP): State.NEW,
+    (State.WAITING, Input.START): State.WAITING,
+    (State.WAITING, Input.ACCEPT): State.MOVED,
+    (State.WAITING, Input.REJECT): State.REFUSED,
+    (State.WAITING, Input.GIVE_UP): State.SILENT,
+    (State.MOVED, Input.START): State.MOVED,
+    (State.MOVED, Input.ACCEPT): State.MOVED,
+    (State.MOVED, Input.REJECT): State.MOVED,
+    (State.MOVED, Input.GIVE_UP): State.MOVED,
+    (State.REFUSED, Input.START): State.REFUSED,
+    (State.REFUSED, Input.ACCEPT): State.REFUSED,
+    (State.REFUSED, Input.REJECT): State.REFUSED,
+    (State.REFUSED, Input.GIVE_UP): State.REFUSED,
+    (State.SILENT, Input.START): State.SILENT,
+    (State.SILENT, Input.ACCEPT): State.SILENT,
+    (State.SILENT, Input.REJECT): State.SILENT,
+    (State.SILENT, Input.GIVE_UP): State.SILENT,
+}
+"""A final state is never left: duplicates of the answer change nothing."""
+
+
+class AddressUpdate(Requester[State, Input, Event]):
+    """Tells the mobile node that its gateway is at `end.local` now.
+
+    iv: `keys.iv_length` fresh random octets, `Drawn` if they may be used again after a crash.
+    """
+
+    def __init__(self, end: SaEnd, notice: AddressNotice, iv: bytes | Drawn) -> None:
+        super().__init__(Asking(end), TABLE, State.NEW)
+        self._part = AddressPart(end, notice)
+        if len(iv) != self._asking.iv_length:
+            raise UsageError(f"an IV of {self._asking.iv_length} octets is needed, not {len(iv)}")
+        self._request = self._asking.seal(Exchange.INFORMATIONAL, self._part.payloads(), iv)
+
+    def traffic_seen(self) -> None:
+        """ESP of this SA has arrived at `local`: the mobile node seems to have moved, so it is asked twice as
+        often.
+
+        That proves nothing, because ESP does not protect the outer addresses: an attacker on the mobile
+        node's path to the old gateway can send its packets here instead. Only an answer with our cookie is a
+        proof.
+        """
+        if self.state is State.WAITING:
+            self._asking.insist()
+
+    def _begin(self) -> None:
+        self._asking.ask(Exchange.INFORMATIONAL, self._request)
+        self._enter(Input.START)
+
+    def _answered(self, message: Message, now: float) -> None:
+        del now  # an answer starts no timer
+        refusal = self._part.refusal(message)
+        if refusal is not None:
+            self._enter(Input.REJECT, refusal)
+        else:
+            self._enter(Input.ACCEPT, *self._part.nat_change(message), Moved())
+
+    def _unanswered(self) -> None:
+        self._enter(Input.GIVE_UP, Silent(self._asking.sent))

@@ -1,0 +1,394 @@
+"""Answers a peer's request to change SPIs: one INFORMATIONAL request under SK, sans-IO.
+
+    LISTENING --request--> ASKED --answer()--> ANSWERED      duplicates get the same octets again
+                                          `--> RETIRED       the same, if the IKE_SA has other SPIs now
+
+The peer's request arrives at `local`, perhaps from an unknown address. The machine opens it, decides with the
+caller's `Names` (all of it or nothing), and reports it to the caller with `Asked`. The caller does everything
+that must be done *before* the answer leaves (install the SAs it will receive on, move addresses), and calls
+`answer`. Copies of the request, before and after that, never change the SPIs twice. Its message ID must be
+the next one expected, so a replayed or late one is ignored.
+
+Requests without UPDATE_SPI or UPDATE_SA_ADDRESSES (dead peer detection, Delete, CREATE_CHILD_SA) are left to
+charon, which has the SA PASSIVE meanwhile and answers their retransmissions later. They are counted.
+
+As a `Role.WATCH` charon is not PASSIVE and answers for itself, without the notify that it does not know:
+the machine only reports what it sees in a copy, and the agent may begin an exchange of its own
+(`naming.mirrored`).
+
+Verbs: `receive`, `answer`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from enum import Enum
+from ipaddress import ip_address
+
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import StateError, WireError
+from ikectx.numbers import Exchange, Notify, Payload, Protocol
+from ikectx.sa.context import Address, Endpoint, IkeGeneration
+from ikectx.sa.keys import Drawn, seal_key, sk_keys
+from ikectx.wire.ikev2 import IkeHeader, Message, Reassembly, add_marker, seal_fragments, strip_marker
+from ikectx.wire.payloads import AnyPayload, NotifyPayload
+
+from .address_update import nat_conditions, nat_detection
+from .naming import Decision, Names, Renaming, asked_for, decide, supported_by
+from .notify import Reason, UpdateSpiSupported
+
+KEEP = 60.0
+"""Seconds for which the old SPIs of a renamed IKE_SA answer retransmissions of the renaming request."""
+RATE = 1.0
+"""Exchanges per second and IKE_SA; more are refused as busy."""
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request of the peer. Call `answer`, at best within the peer's retransmission time (500 ms).
+
+    source: where it came from, and the answer goes. moves: it has UPDATE_SA_ADDRESSES, so the peer is at
+    `source` now; then `conditions` are charon's bits of the SA from now on, and `additional` the peer's
+    further addresses (None: the request has none). pairs: the SPIs to change, empty if `reasons` refuse it.
+    message_id: of the request.
+    """
+
+    source: Endpoint
+    moves: bool
+    pairs: tuple[Renaming, ...]
+    reasons: tuple[Reason, ...] = ()
+    conditions: int = 0
+    additional: tuple[Address, ...] | None = None
+    message_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSupports:
+    """The peer announced UPDATE_SPI, which is to be kept in the context (`IkeContext.update_spi`)."""
+
+    version: int
+
+
+Event = Asked | PeerSupports
+
+
+# --- the machine -------------------------------------------------------------------------------------
+
+
+class State(Enum):
+    """LISTENING: no request. ASKED: the caller must answer. CLOSED: final. The others: see above."""
+
+    LISTENING = "listening"
+    ASKED = "asked"
+    ANSWERED = "answered"
+    RETIRED = "retired"
+    CLOSED = "closed"
+
+
+class Input(Enum):
+    """Inputs of the machine."""
+
+    REQUEST = "the next request of the peer"
+    DUPLICATE = "the last request again"
+    ANSWER = "the caller's answer"
+    ANSWER_IKE = "the caller's answer, and the IKE_SA has another name now"
+    ELSEWHERE = "charon answers it"
+    EXPIRE = "the old SPIs have been kept long enough"
+
+
+class Action(Enum):
+    """Actions of the machine."""
+
+    NOTHING = "nothing"
+    TELL = "tell the caller"
+    SEND = "seal and send the answer"
+    RESEND = "send the same octets again"
+
+
+_N, _T, _S, _R = Action.NOTHING, Action.TELL, Action.SEND, Action.RESEND
+
+TABLE: dict[tuple[State, Input], tuple[State, Action]] = {
+    (State.LISTENING, Input.REQUEST): (State.ASKED, _T),
+    (State.LISTENING, Input.DUPLICATE): (State.LISTENING, _N),
+    (State.LISTENING, Input.ANSWER): (State.LISTENING, _N),
+    (State.LISTENING, Input.ANSWER_IKE): (State.LISTENING, _N),
+    (State.LISTENING, Input.ELSEWHERE): (State.LISTENING, _N),
+    (State.LISTENING, Input.EXPIRE): (State.LISTENING, _N),
+    (State.ASKED, Input.REQUEST): (State.ASKED, _N),
+    (State.ASKED, Input.DUPLICATE): (State.ASKED, _N),
+    (State.ASKED, Input.ANSWER): (State.ANSWERED, _S),
+    (State.ASKED, Input.ANSWER_IKE): (State.RETIRED, _S),
+    (State.ASKED, Input.ELSEWHERE): (State.LISTENING, _N),
+    (State.ASKED, Input.EXPIRE): (State.ASKED, _N),
+    (State.ANSWERED, Input.REQUEST): (State.ASKED, _T),
+    (State.ANSWERED, Input.DUPLICATE): (State.ANSWERED, _R),
+    (State.ANSWERED, Input.ANSWER): (State.ANSWERED, _N),
+    (State.ANSWERED, Input.ANSWER_IKE): (State.ANSWERED, _N),
+    (State.ANSWERED, Input.ELSEWHERE): (State.ANSWERED, _N),
+    (State.ANSWERED, Input.EXPIRE): (State.ANSWERED, _N),
+    (State.RETIRED, Input.REQUEST): (State.RETIRED, _N),
+    (State.RETIRED, Input.DUPLICATE): (State.RETIRED, _R),
+    (State.RETIRED, Input.ANSWER): (State.RETIRED, _N),
+    (State.RETIRED, Input.ANSWER_IKE): (State.RETIRED, _N),
+    (State.RETIRED, Input.ELSEWHERE): (State.RETIRED, _N),
+    (State.RETIRED, Input.EXPIRE): (State.CLOSED, _N),
+    (State.CLOSED, Input.REQUEST): (State.CLOSED, _N),
+    (State.CLOSED, Input.DUPLICATE): (State.CLOSED, _N),
+    (State.CLOSED, Input.ANSWER): (State.CLOSED, _N),
+    (State.CLOSED, Input.ANSWER_IKE): (State.CLOSED, _N),
+    (State.CLOSED, Input.ELSEWHERE): (State.CLOSED, _N),
+    (State.CLOSED, Input.EXPIRE): (State.CLOSED, _N),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """The request that is being answered."""
+
+    message: Message
+    source: Endpoint
+    decision: Decision
+    moves: bool
+
+
+class Role(Enum):
+    """The requests that a `SpiResponder` answers."""
+
+    ALL = "those about SPIs, addresses or both"
+    SPIS = "those about SPIs alone; the others are charon's"
+    WATCH = "none: charon answers, and this machine only reports"
+
+
+class SpiResponder:
+    """Answers the peer's UPDATE_SPI, and UPDATE_SA_ADDRESSES with or without it.
+
+    expected_id: message ID of the peer's next request (`mid_responder`); with `Role.WATCH` any that is
+    higher than those seen. local: where the peer's requests arrive. conditions: charon's bits of the SA.
+    `limit`: octets of the largest answer, see `ikev2.seal_fragments`.
+    """
+
+    def __init__(
+        self,
+        generation: IkeGeneration,
+        expected_id: int,
+        local: Endpoint,
+        names: Names,
+        *,
+        conditions: int = 0,
+        limit: int | None = None,
+        role: Role = Role.ALL,
+    ) -> None:
+        self.local = local
+        self.spis = generation.spis
+        self.state = State.LISTENING
+        self.expected_id = expected_id
+        self.answering = role is not Role.WATCH
+        self.ignored = 0
+        """Datagrams that were no request for this machine: forged, damaged, late, another SA's, or a
+        response."""
+        self.others = 0
+        """Requests with the expected message ID that are charon's to answer."""
+        self.answered = 0
+        self.messages = self.octets = 0
+        self._initiator = generation.initiator
+        self._names = names
+        self._conditions = conditions
+        self._limit = limit
+        self._addresses = role is not Role.SPIS
+        self._last_time: float | None = None
+        self._expires: float | None = None
+        self._open: _Open | None = None
+        self._arrived: list[bytes] = []
+        """Datagrams of the request that is arriving."""
+        self._last: list[bytes] = []
+        """Datagrams of the request that was answered last, with `_answer`."""
+        self._answer: list[bytes] = []
+        self._send: list[tuple[bytes, Endpoint]] = []
+        self._events: deque[Event] = deque()
+        keys = sk_keys(generation)
+        self._key = seal_key(generation, by_initiator=generation.initiator, keys=keys)
+        self._incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator, keys=keys))
+
+    @property
+    def report(self) -> MoveReport:
+        """The cost so far; `answered` counts the peer's message IDs used up here."""
+        return MoveReport(messages=self.messages, octets=self.octets, answered=self.answered)
+
+    @property
+    def retired(self) -> bool:
+        """The IKE_SA has other SPIs now."""
+        return self.state in (State.RETIRED, State.CLOSED)
+
+    @property
+    def done(self) -> bool:
+        """This SA's old SPIs need no more answers."""
+        return self.state is State.CLOSED
+
+    def next_event(self) -> Event | None:
+        """The next event, oldest first."""
+        return self._events.popleft() if self._events else None
+
+    def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
+        """UDP payloads (marker included) to send now, each with its destination."""
+        del now
+        send, self._send = self._send, []
+        self._count(*(datagram for datagram, _ in send))
+        return send
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` is due; None: never."""
+        return self._expires
+
+    def handle_timer(self, now: float) -> None:
+        """Time has passed."""
+        if self._expires is not None and now >= self._expires:
+            self._expires = None
+            self._enter(Input.EXPIRE)
+            self._answer, self._last = [], []
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        """Take a UDP payload that came to `local`. Never raises: a payload that is no request here is
+        counted."""
+        try:
+            octets = strip_marker(datagram, self.local, source)
+            message = self._request(octets, source)
+        except WireError:
+            self.ignored += 1
+            return
+        if message is None:
+            return
+        if not self._ours(message):
+            self.others += 1
+            self._arrived = []
+            if not self.answering:
+                self._seen(message)
+            return
+        _, action = self._enter(Input.REQUEST)
+        if action is not Action.TELL:
+            self.ignored += 1
+            return
+        self._answer = []  # the peer has it
+        self._count(*(add_marker(one, self.local, source) for one in self._arrived))
+        self._tell(message, source, now)
+
+    def answer(self, fresh: bytes | Drawn, now: float, refusal: Reason | None = None) -> None:
+        """Answer the last `Asked` request. `fresh`: random octets, an IV for each datagram.
+
+        `refusal`: the change cannot be made after all. Errors: StateError if there is no request.
+        """
+        if self._open is None:
+            raise StateError("no request of the peer waits for an answer")
+        request, self._open = self._open, None
+        decision = request.decision if refusal is None else request.decision.refused(refusal)
+        head = replace(request.message.header, initiator=self._initiator, response=True)
+        payloads: list[AnyPayload] = [*decision.payloads()]
+        if supported_by(request.message):
+            payloads.append(UpdateSpiSupported().serialize())
+        if request.moves:
+            payloads += nat_detection(self.spis, self.local, request.source, self._conditions)
+        payloads += request.message.notifies(Notify.COOKIE2)
+        sealed = seal_fragments(self._key, head, payloads, fresh, self._limit)
+        self._answer = [add_marker(one, self.local, request.source) for one in sealed]
+        self._last, self._arrived = self._arrived, []
+        self._send += [(one, request.source) for one in self._answer]
+        self.answered += 1
+        self.expected_id += 1
+        retired = any(one.protocol is Protocol.IKE for one in decision.pairs)
+        self._enter(Input.ANSWER_IKE if retired else Input.ANSWER)
+        if retired:
+            self._expires = now + KEEP
+
+    def _request(self, octets: bytes, source: Endpoint) -> Message | None:
+        """The authentic new request that `octets` complete; None: more fragments are missing, or a
+        duplicate."""
+        header = IkeHeader.parse(octets)
+        if (header.spi_i, header.spi_r) != self.spis or header.initiator == self._initiator:
+            raise WireError("another SA's, or our own message")
+        if header.response:
+            raise WireError("a response")
+        last = self.expected_id - 1
+        if self.answering and header.message_id == last and octets in self._last:
+            # the first fragment represents a fragmented request (RFC 7383, 2.6.1)
+            first = header.next_payload != Payload.SKF or octets[32:34] == b"\0\1"
+            if first and self._enter(Input.DUPLICATE)[1] is Action.RESEND:
+                self._send += [(one, source) for one in self._answer]
+            return None
+        current = header.message_id == self.expected_id
+        if not (current if self.answering else header.message_id >= self.expected_id):
+            raise WireError("a late request, or one from the future")
+        if self.state is State.ASKED:
+            return None
+        message = self._incoming.add(octets)
+        if octets not in self._arrived:
+            self._arrived.append(octets)
+        if message is not None and message.critical is not None:
+            raise WireError("a critical payload that is not known here")
+        return message
+
+    def _ours(self, message: Message) -> bool:
+        """Whether the request is for this machine, not for charon."""
+        if message.header.exchange != Exchange.INFORMATIONAL:
+            return False
+        if any(payload.type in (Payload.DELETE, Payload.CP) for payload in message.payloads):
+            return False
+        if message.notifies(Notify.UPDATE_SA_ADDRESSES):
+            return self._addresses
+        return bool(message.notifies(Notify.UPDATE_SPI) or message.notifies(Notify.UPDATE_SPI_SUPPORTED))
+
+    def _tell(self, message: Message, source: Endpoint, now: float) -> None:
+        version = supported_by(message)
+        if version:
+            self._events.append(PeerSupports(version))
+        asked = asked_for(message)
+        moves = bool(message.notifies(Notify.UPDATE_SA_ADDRESSES))
+        if asked and self._last_time is not None and now - self._last_time < 1 / RATE:
+            decision = Decision(asked).refused(Reason.BUSY)
+        else:
+            decision = decide(asked, self._names)
+        if asked:
+            self._last_time = now
+        if moves:
+            self._conditions = nat_conditions(message, self.spis, self.local, source, self._conditions)
+        self._events.append(
+            Asked(
+                source,
+                moves,
+                decision.pairs,
+                decision.reasons,
+                self._conditions,
+                _further(message) if moves else None,
+                message.header.message_id,
+            )
+        )
+        if self.answering:
+            self._open = _Open(message, source, decision, moves)
+        else:
+            self._seen(message)
+
+    def _seen(self, message: Message) -> None:
+        """Count a request that charon answers."""
+        self.expected_id = message.header.message_id + 1
+        self._enter(Input.ELSEWHERE)
+        self._arrived = []
+
+    def _enter(self, what: Input) -> tuple[State, Action]:
+        entered = TABLE[self.state, what]
+        self.state = entered[0]
+        return entered
+
+    def _count(self, *datagrams: bytes) -> None:
+        self.messages += len(datagrams)
+        self.octets += sum(map(len, datagrams))
+
+
+def _further(message: Message) -> tuple[Address, ...] | None:
+    """The peer's further addresses (RFC 4555, 3.6); None: the message has none."""
+    kinds = {Notify.ADDITIONAL_IP4_ADDRESS: 4, Notify.ADDITIONAL_IP6_ADDRESS: 16}
+    told = [p for p in message.payloads if isinstance(p, NotifyPayload) and p.notify in kinds]
+    if not told and not message.notifies(Notify.NO_ADDITIONAL_ADDRESSES):
+        return None
+    return tuple(ip_address(p.data) for p in told if len(p.data) == kinds[p.notify])

@@ -1,0 +1,191 @@
+"""What a peer may send to a gateway: messages out of turn, of other transfers, that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ikectx.disk.store import SqliteStore
+from ikectx.engine.old_gateway import offer_status
+from ikectx.gateway import Gateway
+from ikectx.net.links import Stream
+from ikectx.numbers import Status
+from ikectx.peer import PeerConfig
+from ikectx.timing import Timing
+from ikectx.wire.cxtp import Ctaa, Ctc, Ctd, Ctdr, CtReq, Message, Pctd, parse_message
+from ikectx.wire.full_ctd import encode_whole, final_of
+from ikectx.wire.profile import TransferHeader, encode, encode_final
+from tests.hand_loop import run
+from tests.peers import Ether, MemoryGateway, Network, a_context
+from tests.worlds import KEY
+
+TIMING = Timing(offer=1.0, stop=0.3)
+MN = a_context().remote.address
+
+
+class Stranger:
+    """A peer of b that sends what it likes."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    async def ask(self, message: Message) -> Ctdr:
+        await self._stream.write(message.serialize())
+        answer = parse_message(await self._stream.read())
+        assert isinstance(answer, Ctdr)
+        return answer
+
+    async def send(self, message: Message) -> None:
+        await self._stream.write(message.serialize())
+
+    async def closed(self) -> bool:
+        return await self._stream.read() == b""
+
+
+@asynccontextmanager
+async def strangers(
+    folder: Path, *names: str
+) -> AsyncIterator[tuple[MemoryGateway, Gateway, list[Stranger]]]:
+    network = Network()
+    daemon = MemoryGateway("b", Ether())
+    store = SqliteStore(folder / "b.db", KEY)
+    peers = [PeerConfig(name, name) for name in names]
+    gateway = Gateway("b", daemon, daemon, store, peers, timing=TIMING, dial=network.dial_from("b"))
+    await gateway.start()
+    network.up["b"] = gateway
+    yield daemon, gateway, [Stranger(await network.dial_from(name)(PeerConfig("b", "b"))) for name in names]
+    await gateway.stop()
+    await network.close()
+    store.close()
+
+
+def first(answer: Ctdr) -> Status:
+    return next((block.status for block in answer.statuses if block.status is not Status.OK), Status.OK)
+
+
+def offer(ident: bytes, number: int = 1, **header: str) -> Pctd:
+    context = a_context(number)
+    return Pctd(context.remote.address, encode(context, transfer=TransferHeader(ident, **header)))  # type: ignore[arg-type]
+
+
+def letting_go(ident: bytes, number: int = 1, epoch: int = 1) -> Ctd:
+    context = a_context(number)
+    final = replace(final_of(context), epoch=epoch)
+    return Ctd(context.remote.address, encode_final(final, ident))
+
+
+def test_a_peer_s_bad_messages_touch_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
+            # blocks that are missing, or another MN's
+            assert first(await a.ask(Pctd(MN))) is Status.MALFORMED
+            assert first(await a.ask(replace(offer(b"12345678"), mn=MN + 1))) is Status.MALFORMED
+            assert first(await a.ask(Ctd(MN))) is Status.MALFORMED
+            # what asks for nothing, or makes no sense here
+            await a.send(CtReq(MN, 1))
+            await a.send(Ctaa(MN))
+            await a.send(Ctc(MN))
+            assert daemon.calls == []
+            assert gateway.history() == []
+
+    run(scenario())
+
+
+def test_a_ctd_nobody_announced_is_refused_for_good(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", "c") as (daemon, gateway, (a, c)):
+            ident = b"12345678"
+            assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            # its PCTD comes late: the source serves again by now
+            assert first(await a.ask(offer(ident))) is Status.UNKNOWN_TRANSFER
+            assert first(await a.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert daemon.calls == ["look", "look"]  # for each peer once
+            assert gateway.history() == []
+
+    run(scenario())
+
+
+def test_b4_a_whole_ctd_that_nobody_asked_for_is_in_doubt_where_charon_has_the_sa(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
+            context = replace(a_context(), epoch=1)
+            daemon.served[context.spis] = context
+            header = TransferHeader(b"12345678", address="mn")
+            ctd = Ctd(MN, encode_whole(context, final_of(context), transfer=header))
+            answer = await a.ask(ctd)
+            assert first(answer) is Status.IN_DOUBT
+            assert answer.complete  # to an older gateway that is neither yes nor no
+            assert offer_status(answer)[0] is Status.IN_DOUBT
+            assert offer_status(answer)[1][0].detail == "charon has it"
+            assert gateway.history() == []
+            del daemon.served[context.spis]
+            assert first(await a.ask(ctd)) is Status.UNKNOWN_TRANSFER
+
+    run(scenario())
+
+
+def test_only_the_source_lets_go(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", "c") as (daemon, _, (a, c)):
+            ident = b"12345678"
+            assert first(await a.ask(offer(ident))) is Status.OK
+            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert first(await c.ask(offer(b"87654321"))) is Status.BUSY
+            await c.send(Ctc(MN))
+            assert daemon.calls == ["check", "prepare"]
+            # twice the same question, twice the same answer, one preparation
+            assert first(await a.ask(offer(ident))) is Status.OK
+            assert first(await a.ask(letting_go(ident))) is Status.OK
+            assert first(await a.ask(letting_go(ident))) is Status.OK
+            assert first(await a.ask(offer(ident))) is Status.OK
+            assert daemon.calls == ["check", "prepare", "take", "move", "activate"]
+            # what is owned is nobody's to cancel, and no stranger's to ask about
+            await a.send(Ctc(MN))
+            assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
+            assert a_context().spis in daemon.served
+
+    run(scenario())
+
+
+def test_a_ctd_that_does_not_fit_its_pctd_undoes_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
+            await a.ask(offer(b"12345678"))
+            assert first(await a.ask(letting_go(b"12345678", epoch=2))) is Status.STALE_EPOCH
+            assert daemon.calls == ["check", "prepare", "undo"]
+            await a.ask(offer(b"23456789"))
+            assert first(await a.ask(letting_go(b"23456789", number=2))) is Status.UNKNOWN_SA
+            assert daemon.passive == {}
+            await a.ask(offer(b"34567890"))
+            assert first(await a.ask(Ctd(MN))) is Status.MALFORMED
+            assert daemon.passive == {}
+            assert first(await a.ask(letting_go(b"34567890"))) is Status.UNKNOWN_TRANSFER
+
+    run(scenario())
+
+
+def test_a_new_offer_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
+            assert first(await a.ask(offer(b"12345678"))) is Status.OK
+            assert first(await a.ask(offer(b"23456789"))) is Status.OK
+            assert daemon.calls == ["check", "prepare", "undo", "check", "prepare"]
+            assert first(await a.ask(letting_go(b"12345678"))) is Status.UNKNOWN_TRANSFER
+            assert first(await a.ask(letting_go(b"23456789"))) is Status.OK
+
+    run(scenario())
+
+
+def test_a_damaged_ctd_for_what_is_owned_gets_no_answer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, _, (a,)):
+            await a.ask(offer(b"12345678"))
+            await a.ask(letting_go(b"12345678"))
+            await a.send(Ctd(MN))
+            assert await a.closed()  # "no" would let the source serve it as well
+            assert a_context().spis in daemon.served
+
+    run(scenario())

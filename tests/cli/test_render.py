@@ -1,0 +1,173 @@
+"""What people and programs see: JSON without secrets, tables, times."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+
+import pytest
+
+from ikectx.errors import RefusedError
+from ikectx.numbers import Encr, IdType, Integ, Prf
+from ikectx.sa.context import (
+    ChildContext,
+    Endpoint,
+    Identity,
+    IkeContext,
+    IkeGeneration,
+    ReplayState,
+    Secret,
+    TrafficSelector,
+)
+from ikectx_cli import commands, render
+from ikectx_cli.doctor.checks import Finding, show_findings
+from ikectx_cli.mobile.commands import show_report
+from ikectx_cli.progress import Progress, show_history, show_reports
+from tests.control_agent import REFUSED, REPORT
+
+
+def context() -> IkeContext:
+    selector = TrafficSelector(ip_address("10.0.0.0"), ip_address("10.0.0.255"))
+    generation = IkeGeneration(
+        b"\x11" * 8,
+        b"\x22" * 8,
+        False,
+        bytes(16),
+        bytes(16),
+        Secret(b"\xab\xcd" * 16),
+        Prf.HMAC_SHA2_256,
+        Encr.AES_GCM_16,
+        256,
+    )
+    child = ChildContext(
+        "net",
+        0,
+        False,
+        b"\xc0\xff\xee\x00",
+        b"\xde\xad\xbe\xef",
+        bytes(16),
+        bytes(16),
+        Encr.AES_CBC,
+        (selector,),
+        (selector,),
+        encr_bits=128,
+        integ=Integ.HMAC_SHA2_256_128,
+        secret=Secret(b"\xee\xff" * 16),
+        inbound=ReplayState(9, 32, 7),
+    )
+    return IkeContext(
+        "home",
+        (generation,),
+        Identity(IdType.FQDN, b"gw.example.org"),
+        Identity(IdType.RFC822_ADDR, b"mn@example.org"),
+        Endpoint.of("192.0.2.1", 4500),
+        Endpoint.of("2001:db8::5".replace("2001:db8::5", "203.0.113.5"), 4500),
+        (child,),
+        unknown=((0xFF01, 99, b"\x41\xab\xcd"),),
+    )
+
+
+def test_context_json_redacts_unless_asked() -> None:
+    shown = render.context_json(context())
+    text = render.dump(shown)
+    assert "abcd" * 3 not in text and "eeff" * 3 not in text and "keys" not in text
+    assert shown["generations"][0]["secret"] == "<secret, 32 octets>"
+    assert shown["unknown"] == [{"fpt": 0xFF01, "key": 99, "octets": 3}]
+    assert shown["children"][0]["local_ts"] == ["10.0.0.0/24"]
+    assert shown["children"][0]["inbound"]["bitmap"] == "0x7"
+    assert (shown["spi_i"], shown["local"]) == ("11" * 8, "192.0.2.1:4500")
+    full = render.context_json(context(), secrets=True)
+    assert full["generations"][0]["secret"] == "abcd" * 16
+    assert len(full["generations"][0]["keys"]["sk_d"]) == 64
+    assert len(full["children"][0]["keys"]["integ_i"]) == 64
+    assert "<secret" not in render.dump(full)
+    assert "mn@example.org" in render.tree(full)
+
+
+def test_dump_refuses_secrets() -> None:
+    with pytest.raises(TypeError, match="secret"):
+        render.dump({"a": [Secret(b"x")]})
+    with pytest.raises(TypeError):
+        render.dump(object())
+    assert json.loads(render.dump({"a": ip_address("10.0.0.1")})) == {"a": "10.0.0.1"}
+
+
+def test_texts() -> None:
+    assert [render.duration(value) for value in (None, 5, 119.9, 600, 12000, 200000, -30, True)] == [
+        "-",
+        "5 s",
+        "119 s",
+        "10 min",
+        "3 h 20 min",
+        "2 d 7 h",
+        "-30 s",
+        "-",
+    ]
+    assert (
+        render.when(None) == "-"
+        and render.when(1e30) == "-"
+        and render.when(1700000000).startswith("2023-11-1")
+    )
+    first, last = ip_address("10.0.0.1"), ip_address("10.0.0.9")
+    assert render.selector_text(TrafficSelector(first, last)) == "10.0.0.1-10.0.0.9"
+    assert render.selector_text(TrafficSelector(last, first)) == "10.0.0.9-10.0.0.1"
+    assert (
+        render.selector_text(TrafficSelector(first, first, 17, 53, 53, True)) == "10.0.0.1/32[17/53] dynamic"
+    )
+    assert render.selector_text(TrafficSelector(first, first, 6, 1, 9)) == "10.0.0.1/32[6/1-9]"
+    assert render.selector_text(TrafficSelector(first, first, 6)) == "10.0.0.1/32[6]"
+
+
+def test_a_peers_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    render.table(("peer",), [("\x1b[2Jgone\n",)])
+    assert capsys.readouterr().out == "peer\n\\x1b[2Jgone\\x0a\n"
+
+
+FROM_OUTSIDE = "\x1b[2Jgone"
+
+
+def test_a_report_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the other gateway writes of its verdicts, and what an MN calls itself, are foreign."""
+    verdict = {"context": FROM_OUTSIDE, "status": {"code": 1, "text": FROM_OUTSIDE}, "detail": FROM_OUTSIDE}
+    keys = ("mn", "transfer_id", "result", "text", "hint", "state_here", "state_there")
+    show_reports([{**REFUSED, **dict.fromkeys(keys, FROM_OUTSIDE), "verdicts": [verdict]}])
+    show_history([{"role": FROM_OUTSIDE, "peer": FROM_OUTSIDE, "detail": FROM_OUTSIDE}])
+    print(render.tree({FROM_OUTSIDE: FROM_OUTSIDE, "a": {FROM_OUTSIDE: 1}, "b": [{FROM_OUTSIDE: 1}]}))
+    show_report({"connection": FROM_OUTSIDE, "detail": FROM_OUTSIDE, "hint": FROM_OUTSIDE, "exit_code": 1})
+    show_findings([Finding(FROM_OUTSIDE, "fail", FROM_OUTSIDE, FROM_OUTSIDE)])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.count("\\x1b[2Jgone") > 15
+
+
+def test_an_error_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RefusedError(f"nsg: {FROM_OUTSIDE}\nsecond line", hint=FROM_OUTSIDE)
+
+    monkeypatch.setattr(commands.cli, "main", refused)
+    assert commands.run(["status"]) == 4
+    assert capsys.readouterr().err == "ikectx: nsg: \\x1b[2Jgone\nsecond line\nikectx: \\x1b[2Jgone\n"
+
+
+def test_progress_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with Progress(live=True) as progress:
+        progress.event({"transfer": "1", "phase": FROM_OUTSIDE, "mn": FROM_OUTSIDE, "detail": FROM_OUTSIDE})
+        texts = [str(cell) for column in progress._table().columns for cell in column.cells]
+    assert sum("\\x1b[2Jgone" in text for text in texts) == 3
+    assert not any("\x1b" in text for text in texts)
+
+
+def test_tables_and_progress_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    render.table(("mn", "result"), [("[red]x", "moved")], styles={"moved": "green"})
+    assert "[red]x" in capsys.readouterr().out
+    with Progress(live=True) as progress:
+        for number in range(25):
+            progress.event({"transfer": str(number), "phase": "offered", "mn": "a", "ms": 1.0})
+        progress.event({"transfer": "1", "phase": "done", "report": REPORT})
+        progress.event(None)

@@ -1,0 +1,52 @@
+"""What a raw socket hears is never lost, whenever the process gets a CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+
+from ikectx.sa.context import Endpoint
+from mobike_ext.packet_io import RawLink, udp_datagram
+
+HERE, THERE = Endpoint.of("192.0.2.1", 4500), Endpoint.of("198.51.100.7", 4500)
+
+
+def packet(payload: bytes) -> bytes:
+    """An IPv4 packet from THERE to HERE, as a raw socket gives it."""
+    udp = udp_datagram(THERE, HERE, payload)
+    head = bytes([0x45, 0, 0, 20 + len(udp), 0, 0, 0, 0, 64, socket.IPPROTO_UDP, 0, 0])
+    return head + THERE.address.packed + HERE.address.packed + udp
+
+
+def test_a_datagram_that_comes_together_with_the_end_of_the_time_is_not_lost() -> None:
+    """A mobile node's agent that had no CPU for a quarter of a second did not hear its gateway's request."""
+
+    async def scenario() -> None:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        near.setblocking(False)
+        with far, RawLink(near, HERE, None) as link:
+            waiting = asyncio.create_task(link.receive(0.02))
+            await asyncio.sleep(0)
+            far.send(packet(b"request"))
+            time.sleep(0.05)
+            heard = [await waiting, await link.receive(0.0)]
+            assert [one for one in heard if one] == [(b"request", THERE)]
+
+    asyncio.run(scenario())
+
+
+def test_the_time_ends_without_a_datagram() -> None:
+    async def scenario() -> None:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        near.setblocking(False)
+        with far, RawLink(near, HERE, None) as link:
+            assert await link.receive(0.01) is None
+            far.send(packet(b"one") + b"padding")
+            far.send(packet(b"two"))
+            assert [await link.receive(1), await link.receive(1)] == [(b"one", THERE), (b"two", THERE)]
+            waiting = asyncio.create_task(link.receive(60))
+            await asyncio.sleep(0)
+            waiting.cancel()
+
+    asyncio.run(scenario())

@@ -1,0 +1,433 @@
+"""SAs that left a gateway: nothing of theirs leaves it in the clear, whenever an agent dies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ikectx.errors import KernelError, UnknownSaError
+from ikectx.sa.context import IkeContext
+from tests.kernel_tables import KernelTables
+from tests.vici_bridge.test_deadlines import MemoryStore
+from tests.vici_bridge.vici.test_views import context, selector
+from vici_bridge.away.absences import KIND, Away, pairs_of
+from vici_bridge.away.departures import OURS, News, Stage
+from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, Selector, Template
+
+IN, OUT = 3, 2
+"""Devices: towards the other gateways, and the default route's."""
+WAYS = {"nsg": (ip_address("10.3.0.3"),), "third": (ip_address("10.3.0.4"),)}
+MN = "10.4.0.10/32"
+
+
+class Died(BaseException):
+    """The agent was killed."""
+
+
+class Fuse:
+    """Counts what an agent does; it dies at one of these steps."""
+
+    def __init__(self) -> None:
+        self.left = -1
+
+    def step(self) -> None:
+        if self.left == 0:
+            raise Died
+        self.left -= 1
+
+
+class Routes:
+    """Those of the kernel by way of other gateways."""
+
+    def __init__(self, fuse: Fuse) -> None:
+        self.fuse = fuse
+        self.leads: dict[str, Any] = {}
+        self.shut_up: set[str] = set()
+        self.default = OUT
+        self.link = IN
+        """0: the device towards the other gateways is down."""
+
+    def device_to(self, prefix: str, via: Sequence[Any]) -> int:
+        return self.link if via else 0
+
+    def device_now(self, prefix: str) -> int:
+        return self.default
+
+    def add(self, prefixes: Iterable[str], via: Sequence[Any]) -> list[Any]:
+        self.fuse.step()
+        if not self.link:
+            raise KernelError("unreachable", errno=101)
+        self.leads.update((prefix, via[0]) for prefix in prefixes)
+        return []
+
+    def remove(self, prefixes: Iterable[Any]) -> None:
+        for prefix in prefixes:
+            self.fuse.step()
+            self.leads.pop(str(prefix), None)
+
+    def shut(self, prefixes: Iterable[str]) -> list[Any]:
+        self.fuse.step()
+        self.shut_up |= set(prefixes)
+        return []
+
+    def open_up(self, prefixes: Iterable[Any]) -> None:
+        self.shut_up -= set(map(str, prefixes))
+
+    def forget_old_table(self) -> None: ...
+
+    def listing(self, *, shut: bool = False) -> list[Any]:
+        return [ip_network(prefix) for prefix in (self.shut_up if shut else self.leads)]
+
+
+class Store(MemoryStore):
+    def __init__(self, fuse: Fuse) -> None:
+        super().__init__()
+        self.fuse = fuse
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        self.fuse.step()
+        super().put(kind, key, value)
+
+    def delete(self, kind: str, key: str) -> None:
+        self.fuse.step()
+        super().delete(kind, key)
+
+
+class Gateway:
+    """pSG: its kernel and its store stay, its agent may be another."""
+
+    def __init__(self, *, kernel: bool = True) -> None:
+        self.fuse = Fuse()
+        self.kernel = KernelTables(self.fuse.step)
+        self.user_space = not kernel
+        self.routes = Routes(self.fuse)
+        self.store = Store(self.fuse)
+        self.wall = itertools.count(1e9)
+        self.away: Away
+        self.begin()
+
+    def begin(self) -> None:
+        """An agent starts."""
+        self.fuse.left = -1
+        kernel: Any = None if self.user_space else self.kernel
+        routes: Any = self.routes
+        self.away = Away(self.store, kernel, routes, WAYS, wall=lambda: next(self.wall))
+        self.away.load()
+        self.away.restore()
+
+    def protect(self, here: IkeContext, *more: str) -> list[KernelPolicy]:
+        """charon's policies for an SA."""
+        made = []
+        for theirs in (MN, *more):
+            selectors = Selector.between(ip_network("10.3.0.0/24"), ip_network(theirs))
+            template = Template(here.local.address, here.remote.address, reqid=1)
+            made.append(KernelPolicy("out", selectors, 370000, templates=(template,)))
+        for policy in made:
+            self.kernel.policies[policy.direction, policy.selector, policy.mark] = policy
+        return made
+
+    def packet(self, to: str = "10.4.0.10", device: int = IN) -> str:
+        """What becomes of one from a server to the mobile node."""
+        leads = [via for prefix, via in self.routes.leads.items() if ip_address(to) in ip_network(prefix)]
+        if not leads and any(ip_address(to) in ip_network(one) for one in self.routes.shut_up):
+            return "dropped"
+        inside = device
+        device = inside if leads and self.routes.link else self.routes.default
+        found = [
+            one
+            for one in self.kernel.policies.values()
+            if ip_address(to) in one.destination and one.selector.ifindex in (0, device)
+        ]
+        best = min(found, key=lambda one: one.priority, default=None)
+        if best is not None and best.action != ALLOW:
+            return "dropped"
+        if best is not None and best.templates:
+            return "protected"
+        return f"sent on to {leads[0]}" if leads and device == inside else "in the clear"
+
+
+def serves(gateway: Gateway, here: IkeContext) -> None:
+    gateway.away.serves(here.spis, str(here.remote_id), pairs_of(here))
+
+
+def left(gateway: Gateway, here: IkeContext | None = None, to: str = "nsg") -> IkeContext:
+    """An SA that has left, to the end."""
+    here = here or context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, to, policies)
+    for policy in policies:
+        gateway.kernel.delete_policy(policy)
+    gateway.away.left(here.spis)
+    return here
+
+
+def test_packets_go_to_where_the_sa_is_and_nowhere_else() -> None:
+    gateway = Gateway()
+    here = left(gateway)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()  # the device went down and came up
+    assert gateway.packet() == "dropped"
+    gateway.kernel.policies.clear()  # charon's starter flushes the SPD
+    gateway.away.restore()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.protect(here)  # it connects anew, and no agent has heard of that
+    assert gateway.packet() == "protected"
+    serves(gateway, here)
+    assert gateway.packet() == "protected"
+    assert gateway.away.listing() == []
+    assert gateway.routes.leads == {}
+    assert [one for one in gateway.kernel.policies.values() if one.selector.user == OURS] == []
+
+
+def test_without_a_way_packets_are_dropped_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    gateway = Gateway()
+    left(gateway, to="unknown")
+    assert gateway.packet() == "dropped"
+    assert "forward_via" in caplog.text
+    caplog.clear()
+    announcing = Gateway()
+    announcing.away._announced = {context().connection}
+    left(announcing, to="unknown")
+    assert announcing.packet() == "dropped"
+    assert "forward_via" not in caplog.text, "the network leads its packets there"
+    other = Gateway()
+    other.routes.link = 0
+    left(other)
+    assert other.packet() == "dropped"
+    other.routes.link = IN
+    other.away.restore()
+    assert other.packet() == "sent on to 10.3.0.3"
+
+
+def test_a_link_that_goes_and_comes() -> None:
+    gateway = Gateway()
+    left(gateway)
+    gateway.routes.link = 0
+    gateway.routes.leads.clear()
+    gateway.away.look_again()
+    assert gateway.packet() == "dropped"
+    assert gateway.away.listing()[0].to_json()["prefixes"] == []
+    gateway.routes.link = IN + 4  # made anew, it has another number
+    gateway.away.look_again()
+    assert gateway.packet(device=IN + 4) == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()
+    assert gateway.packet(device=IN + 4) == "dropped"
+    gateway.away.look_again()
+    assert gateway.packet(device=IN + 4) == "sent on to 10.3.0.3"
+    assert gateway.packet(device=IN) == "dropped", "nothing is left for the device that has gone"
+
+
+def test_one_device_for_all() -> None:
+    """Inside and outside are one network: a policy by device would let packets leave by the default route."""
+    gateway = Gateway()
+    gateway.routes.default = IN
+    here = left(gateway)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.away.end(here.spis, unblock=False)
+    assert gateway.packet() == "dropped"
+    gateway.away.comes(here)
+    gateway.protect(here)
+    gateway.away.opens(here)
+    assert gateway.packet() == "protected"
+    serves(gateway, here)
+    assert gateway.routes.shut_up == set()
+
+
+def test_what_is_taken_back_is_as_it_was() -> None:
+    gateway = Gateway()
+    here = context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, "nsg", policies)
+    gateway.kernel.delete_policy(policies[0])
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.kernel.replace_policy(policies[0])
+    gateway.away.back(here.spis)
+    gateway.away.back(here.spis)
+    assert gateway.packet() == "protected"
+    assert list(gateway.kernel.policies.values()) == policies
+    assert (gateway.routes.leads, gateway.store.items(KIND)) == ({}, [])
+
+
+def test_an_sa_that_comes_back_is_sent_on_to_nobody() -> None:
+    """The gateway that has it sends its packets here as soon as it has let go: no loop at any moment."""
+    gateway = Gateway()
+    here = left(gateway)
+    gateway.away.comes(here)
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "dropped"
+    gateway.away.stays(here)
+    assert gateway.packet() == "dropped", "it may be on its way still"
+    assert gateway.away.hear("third", here.spis, 1, News.HERE, "") is None, "it was not given to that one"
+    assert gateway.away.hear("nsg", here.spis, 7, News.HERE, "") is None
+    assert gateway.packet() == "dropped"
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.away.comes(here)
+    gateway.protect(here)
+    serves(gateway, here)
+    assert gateway.packet() == "protected"
+    assert gateway.away.listing() == []
+
+
+def test_two_that_share_an_address_do_not_end_each_other() -> None:
+    """An MN moved, connected here again with the same address while no agent ran, and moved again."""
+    gateway = Gateway()
+    first = left(gateway)
+    generation = replace(first.generations[0], spi_i=b"another.")
+    second = left(gateway, replace(first, generations=(generation,)), to="third")
+    assert gateway.packet() == "sent on to 10.3.0.4"
+    gateway.away.end(second.spis, unblock=True)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.away.end(first.spis, unblock=False)
+    assert gateway.packet() == "dropped"
+    assert [row.stage for row in gateway.away.listing()] == [Stage.ENDED]
+    gateway.away.end(first.spis, unblock=True)
+    assert gateway.packet() == "in the clear"
+    with pytest.raises(UnknownSaError):
+        gateway.away.end(first.spis, unblock=True)
+
+
+def test_it_goes_on_from_there(caplog: pytest.LogCaptureFixture) -> None:
+    gateway = Gateway()
+    here = left(gateway)
+    gateway.away.hear("nsg", here.spis, 1, News.MOVED, "third")
+    assert gateway.packet() == "sent on to 10.3.0.4"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.4"
+    gateway.away.hear("nsg", here.spis, 1, News.MOVED, "far")
+    assert gateway.packet() == "sent on to 10.3.0.3", (
+        "to a gateway we know no way to, by the one we gave it to"
+    )
+    assert gateway.away.listing()[0].at == "far"
+    assert gateway.away.hear("third", here.spis, 1, News.ENDS, "") is None
+    assert "third reports on" in caplog.text
+    gateway.away.hear("nsg", here.spis, 1, News.ENDS, "")
+    assert gateway.packet() == "dropped"
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
+    assert gateway.packet() == "sent on to 10.3.0.3", "the mobile node came back there"
+    gateway.away.end(here.spis, unblock=False)
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
+    assert gateway.packet() == "dropped", "the operator has the last word"
+
+
+def test_who_has_nothing_of_it_yet_may_send_its_packets_here() -> None:
+    gateway = Gateway()
+    here = context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, "nsg", policies, unprepared=True)
+    gateway.kernel.delete_policy(policies[0])
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "dropped"
+    gateway.away.left(here.spis)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+
+
+def test_a_route_of_an_older_agent_stays(caplog: pytest.LogCaptureFixture) -> None:
+    gateway = Gateway()
+    gateway.store.put(KIND, context().spis[0].hex() + context().spis[1].hex(), b'["10.4.0.10/32"]')
+    gateway.store.put(KIND, "else", b"unreadable")
+    gateway.routes.leads[MN] = "10.3.0.3"
+    gateway.begin()
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    assert "cannot be read" in caplog.text
+    (row,) = gateway.away.listing()
+    assert row.to_json()["at"] == ""
+    gateway.away.end(row.sa, unblock=True)
+    assert gateway.routes.leads == {}
+
+
+def test_esp_in_user_space() -> None:
+    gateway = Gateway(kernel=False)
+    here = context()
+    gateway.away.leave(here, "nsg", ())
+    gateway.away.left(here.spis)
+    assert gateway.packet() == "sent on to 10.3.0.3"
+    gateway.routes.leads.clear()
+    assert gateway.packet() == "dropped"
+    gateway.away.comes(here)
+    gateway.away.opens(here)
+    assert gateway.routes.shut_up == set()
+    gateway.away.stays(here)
+    assert gateway.routes.shut_up == {MN}
+    gateway.away.hear("nsg", here.spis, 1, News.HERE, "")
+    gateway.away.end(here.spis, unblock=False)
+    assert gateway.packet() == "dropped"
+    serves(gateway, here)
+    assert (gateway.routes.shut_up, gateway.routes.leads) == (set(), {})
+
+
+def leave(gateway: Gateway, here: IkeContext, policies: Sequence[KernelPolicy]) -> None:
+    gateway.away.leave(here, "nsg", policies)
+    for policy in policies:
+        gateway.kernel.delete_policy(policy)
+    gateway.away.left(here.spis)
+
+
+STEPS: dict[str, Callable[[Gateway, IkeContext], Any]] = {
+    "leaves": lambda gateway, here: leave(gateway, here, gateway.protect(here)),
+    "is ended": lambda gateway, here: [gateway.away.end(here.spis, unblock=False)],
+    "comes, and stays": lambda gateway, here: [gateway.away.comes(here), gateway.away.stays(here)],
+    "moves on": lambda gateway, here: [gateway.away.hear("nsg", here.spis, 1, News.MOVED, "third")],
+}
+
+
+@pytest.mark.parametrize("what", STEPS)
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "user space"])
+def test_killed_between_any_two_steps(what: str, kernel: bool) -> None:
+    """Whenever the agent dies, no packet leaves in the clear: not then, nor after the next one's start."""
+    died = 0
+    for at in range(40):
+        gateway = Gateway(kernel=kernel)
+        here = context()
+        if what != "leaves":
+            left(gateway)
+        gateway.fuse.left = at
+        try:
+            STEPS[what](gateway, here)
+        except Died:
+            died += 1
+        else:
+            break
+        if kernel or what != "leaves":
+            assert gateway.packet() != "in the clear", at
+        gateway.begin()
+        if kernel or gateway.away.listing():
+            assert gateway.packet() != "in the clear", at
+    assert 1 < died < 40
+
+
+def test_several_prefixes_end_one_by_one() -> None:
+    gateway = Gateway()
+    here = context()
+    child = here.children[0]
+    two = replace(
+        here, children=(replace(child, remote_ts=(selector("10.4.0.10"), selector("10.4.1.0-10.4.1.255"))),)
+    )
+    policies = gateway.protect(two, "10.4.1.0/24")
+    leave(gateway, two, policies)
+    assert gateway.packet("10.4.1.9") == "sent on to 10.3.0.3"
+    serves(gateway, here)
+    assert gateway.packet("10.4.1.9") == "sent on to 10.3.0.3"
+    assert gateway.routes.leads == {"10.4.1.0/24": ip_address("10.3.0.3")}
+    serves(gateway, two)
+    assert gateway.away.listing() == []
+
+
+def test_looking_again_changes_nothing_where_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = Gateway()
+    left(gateway)
+    monkeypatch.setattr(gateway.away, "_change", lambda *_: pytest.fail("changed"))
+    gateway.away.look_again()

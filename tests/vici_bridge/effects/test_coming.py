@@ -1,0 +1,282 @@
+"""prepare, take, activate and undo: agents that are killed anywhere, and what keeps nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import RefusedError
+from ikectx.sa.context import IkeContext
+from tests.across.test_go_on import run
+from tests.gateway_world import Place
+from tests.killing import Assassin, Killed, names, places
+from tests.vici_bridge.effects.test_sink import a_context, final_of, place, rival
+from tests.worlds import until
+from vici_bridge.effects import runner as runner_module
+from vici_bridge.effects import sink as sink_module
+from vici_bridge.effects.activate import ACTIVATE
+from vici_bridge.effects.prepare import PREPARE
+from vici_bridge.effects.take import TAKE
+from vici_bridge.effects.undo import UNDO
+
+STEPS = {"prepare": PREPARE, "take": TAKE, "activate": ACTIVATE, "undo": UNDO}
+
+
+@dataclass
+class Gateway:
+    """nSG, whose agent may be another. `variant`: which SPIs of the SA are taken here, or none."""
+
+    variant: str
+    here: Place = field(init=False)
+    context: IkeContext = field(init=False)
+    scripts: list[str] = field(default_factory=list)
+    report: MoveReport = field(default_factory=MoveReport)
+
+    def __post_init__(self) -> None:
+        self.here = place(late=0)
+        self.context = a_context(1)
+        self.here.mobiles.add(self.context)
+        if self.variant:
+            other = rival(self.context, self.variant, shared=self.variant == "outbound")
+            self.here.mobiles.add(other)
+            self.here.charon.serve(other)
+        self.begin()
+
+    def begin(self) -> None:
+        """An agent starts."""
+        self.stop()
+        self.here.begin()
+
+        async def script(context: IkeContext, *, up: bool, reqids: Any, unique_id: int) -> None:
+            assert reqids and unique_id
+            self.scripts.append("up" if up else "down")
+
+        self.here.host.updown = script  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        if hasattr(self.here, "host"):
+            for task in list(self.here.host._tasks):
+                task.cancel()
+
+    async def do(self, step: str) -> None:
+        """What the engine does in this state, and what it writes behind it."""
+        sink, context, final = self.here.sink, self.context, final_of(self.context)
+        match step:
+            case "prepare":
+                await sink.prepare(context, False)
+            case "take":
+                await sink.take(context, final)
+            case "move":
+                self.report = await sink.move_peer(context, final)
+            case "activate":
+                await sink.activate(context, final, self.report)
+            case "undo":
+                await sink.undo(context)
+        self.here.store.flush()
+
+
+@asynccontextmanager
+async def gateway(variant: str) -> AsyncIterator[Gateway]:
+    there = Gateway(variant)
+    yield there
+    there.stop()
+
+
+WAY = ["prepare", "take", "move", "activate"]
+
+
+async def killed(
+    step: str, variant: str, upto: str, effect: str, after: bool, patch: pytest.MonkeyPatch
+) -> list[str]:
+    """One agent is killed there, the next one does what the journal says. Gives what was done."""
+    steps = [*WAY[: WAY.index(upto) + 1], "undo"] if step == "undo" else WAY
+    async with gateway(variant) as there:
+        assassin = Assassin(effect, after)
+        patch.setattr(sink_module, step.upper(), assassin.waits_in(STEPS[step]))
+        for one in steps:
+            try:
+                await there.do(one)
+            except Killed:
+                patch.setattr(sink_module, step.upper(), STEPS[step])
+                there.begin()
+                there.here.sink.resume()
+                if one == "prepare":
+                    # what was only prepared is undone by an agent that starts, and tried anew
+                    await there.do("undo")
+                await there.do(one)
+        assert assassin.struck is bool(effect)
+        host = there.here.host
+        await until(lambda: not [row for row in host.coming.all() if row.later or row.facts.relay])
+        if step == "undo":
+            assert there.context.spis not in [sa.generation.spis for sa in there.here.charon.sas.values()]
+            del there.here.mobiles.have[str(there.context.remote_id)]
+            assert host.coming.all() == []
+            if upto != "prepare":
+                twice = effect == "script down" and after
+                drew = there.scripts.count("up")
+                assert there.scripts == ["up"] * drew + ["down"] * (drew + twice)
+        else:
+            again = effect == "script up" and after
+            assert there.scripts == ["up"] * (1 + again)
+        there.here.sound()
+        assert host.expected == set()
+        assert there.here.relay.now == set()
+        return list(assassin.ran)
+
+
+VARIANTS = [
+    *((step, variant, "activate") for step in ("prepare", "take", "activate") for variant in ("", "inbound")),
+    ("activate", "outbound", "activate"),
+    ("prepare", "ike", "activate"),
+    *(("undo", variant, upto) for variant in ("", "inbound", "outbound") for upto in ("prepare", "take")),
+]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left for later is tried soon."""
+    monkeypatch.setattr(runner_module, "AGAIN", (0.01, 0.01))
+
+
+@pytest.mark.parametrize(("step", "variant", "upto"), VARIANTS)
+def test_an_agent_may_be_killed_anywhere(
+    step: str, variant: str, upto: str, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    real = sink_module.CharonSink.undo
+
+    async def scenario() -> None:
+        ran = await killed(step, variant, upto, "", False, monkeypatch)
+        for effect, after in places(ran):
+            with monkeypatch.context() as patch:
+                if step == "prepare":
+                    patch.setattr(sink_module.CharonSink, "undo", _dies_once(real))
+                await killed(step, variant, upto, effect, after, patch)
+
+    run(scenario())
+
+
+def _dies_once(real: Any) -> Any:
+    """In an agent that is dead nothing is undone."""
+    calls: list[int] = []
+
+    async def undo(self: Any, context: IkeContext) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise Killed
+        await real(self, context)
+
+    return undo
+
+
+def test_each_effect_has_its_killed_agent(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    async def scenario() -> None:
+        ran: dict[str, set[str]] = {step: set() for step in STEPS}
+        for step, variant, upto in VARIANTS:
+            ran[step] |= set(await killed(step, variant, upto, "", False, monkeypatch))
+        assert ran == {step: names(STEPS[step]) for step in STEPS}
+
+    run(scenario())
+
+
+def test_a_script_that_hangs_does_not_keep_an_undo_waiting(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """The other gateway waits for its end, and nobody serves the SA until then."""
+    effects = tuple(
+        runner_module.replace(one, limit=0.02) if one.name == "script down" else one for one in UNDO.effects
+    )
+    monkeypatch.setattr(sink_module, "UNDO", runner_module.replace(UNDO, effects=effects))
+
+    async def scenario() -> None:
+        async with gateway("") as there:
+            await there.do("prepare")
+            await there.do("take")
+            calls: list[bool] = []
+
+            async def script(context: IkeContext, *, up: bool, **_: Any) -> None:
+                calls.append(up)
+                if len(calls) < 2:
+                    await asyncio.sleep(3600)
+
+            there.here.host.updown = script  # type: ignore[method-assign]
+            async with asyncio.timeout(5):
+                await there.do("undo")
+            assert there.here.charon.sas == {}
+            await until(lambda: not there.here.host.coming.all())
+            assert calls == [False, False]
+
+    run(scenario())
+
+
+def test_what_could_not_be_planned_deletes_no_sa_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with gateway("ike") as there:
+            monkeypatch.setattr(there.here.sink._renames, "plan", refused)
+            before = dict(there.here.charon.sas)
+            with pytest.raises(RefusedError):
+                await there.do("prepare")
+            await there.do("undo")
+            assert there.here.charon.sas == before
+            assert there.here.host.coming.all() == []
+
+    run(scenario())
+
+
+def refused(*_: Any, **__: Any) -> None:
+    raise RefusedError("no free SPI is left")
+
+
+def test_b7_the_script_says_up_once_though_take_was_interrupted() -> None:
+    async def scenario() -> None:
+        async with gateway("") as there:
+            await there.do("prepare")
+            await there.do("take")
+            there.begin()  # the journal still says that it is being taken
+            await there.do("take")
+            await there.do("move")
+            await there.do("activate")
+            assert there.scripts == ["up"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_b19_the_mn_says_which_id_is_next_after_a_rekey_that_was_cut_off(used: int) -> None:
+    """The next agent asked under an ID that was used for the end of the rekey, or charon did."""
+
+    async def scenario() -> None:
+        async with gateway("inbound") as there:
+            mobiles, asked = there.here.mobiles, []
+            mobiles.stock.add(str(there.context.remote_id))
+
+            async def cut_off(here: IkeContext, wish: Any, arrived: Any, made: Any) -> Any:
+                async def last(now: IkeContext, **how: Any) -> None:
+                    await made(now, **how, unfinished=True)
+                    raise Killed
+
+                return await mobiles.rename(here, wish, arrived, last)
+
+            async def settler(here: IkeContext, final: Any) -> int:
+                asked.append(final.mid_initiator)
+                return int(final.mid_initiator) + used
+
+            there.here.sink._renamer = cut_off
+            await there.do("prepare")
+            await there.do("take")
+            with pytest.raises(Killed):
+                await there.do("move")
+            there.begin()
+            there.here.sink._settler = settler
+            await there.do("move")
+            await there.do("activate")
+            assert len(asked) == 1
+            (sa,) = [one for one in there.here.charon.sas.values() if one.mids[0]]
+            assert sa.mids[0] == asked[0] + used
+
+    run(scenario())

@@ -1,0 +1,427 @@
+"""freeze, thaw, release: what must happen once, what keeps no SA waiting, agents that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import BusyError, KernelError, LinkError, UnknownSaError
+from ikectx.sa.context import Endpoint, FinalState, IkeContext
+from ikectx.sa.relocate import relocate
+from tests.across.test_go_on import outbound, run, sends, served
+from tests.gateway_world import Place
+from tests.killing import Assassin, Killed, names, places
+from tests.worlds import until
+from vici_bridge.effects import runner as runner_module
+from vici_bridge.effects import source as source_module
+from vici_bridge.effects import thaw as thaw_module
+from vici_bridge.effects.freeze import FREEZE
+from vici_bridge.effects.release import RELEASE
+from vici_bridge.effects.source import CharonSource
+from vici_bridge.effects.thaw import THAW
+
+JUMP = 2000
+
+
+@dataclass
+class Gateway:
+    """pSG with one SA, whose agent may be another. `mn`: answers when it is called back."""
+
+    here: Place
+    context: IkeContext
+    scripts: list[str] = field(default_factory=list)
+    called: list[int] = field(default_factory=list)
+    rekeyed: list[int] = field(default_factory=list)
+    deleted: int = 0
+    mn: bool = True
+    source: CharonSource = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.here.charon.rekey = lambda *, child_id: self.rekeyed.append(child_id)  # type: ignore[attr-defined]
+        self.begin()
+
+    def begin(self) -> None:
+        """An agent starts."""
+        for task in list(self.here.host._tasks):
+            task.cancel()
+        self.here.begin()
+
+        async def script(context: IkeContext, *, up: bool, reqids: Any, unique_id: int) -> None:
+            assert reqids and unique_id
+            self.scripts.append("up" if up else "down")
+
+        self.here.host.updown = script  # type: ignore[method-assign]
+        self.source = CharonSource(self.here.host, self._mover, self._ender)
+
+    async def _mover(self, here: IkeContext, final: FinalState, arrived: object) -> MoveReport:
+        assert here.spis in self.here.mute.muted, "charon would speak beside the agent"
+        self.called.append(final.mid_initiator)
+        if not self.mn:
+            raise LinkError("silent")
+        return MoveReport(messages=2, requests=1)
+
+    async def _ender(self, here: IkeContext, ids: object) -> bool:
+        assert here.spis in self.here.mute.muted, "charon would speak beside the agent"
+        self.deleted += 1
+        return True
+
+    @property
+    def number(self) -> int:
+        """The last outbound sequence number."""
+        return outbound(self.here, self.context).replay.oseq
+
+    def end(self) -> None:
+        """Somebody has charon delete the SA; its Delete stays without an answer."""
+        (sa,) = self.here.charon.sas.values()
+        sa.state, sa.view = "DELETING", None
+
+
+@asynccontextmanager
+async def gateway() -> AsyncIterator[Gateway]:
+    async with served() as (here, _, context):
+        there = Gateway(here, context)
+        yield there
+        for task in list(there.here.host._tasks):
+            task.cancel()
+
+
+# --- killed agents ----------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "freeze": ["plain", "sending"],
+    "thaw": ["plain", "renaming", "sending", "ended", "early"],
+    "release": ["plain", "sending", "ended"],
+}
+STEPS = {"freeze": FREEZE, "thaw": THAW, "release": RELEASE}
+
+
+async def walk(there: Gateway, step: str, variant: str) -> None:
+    """Up to the step, and the step itself."""
+    how = {"sending": variant == "sending", "renaming": variant == "renaming"}
+    if variant == "early":
+        there.here.host.leaving.note(there.context.spis, policies=())
+    else:
+        await there.source.freeze(there.context, "nsg", **how)
+    there.here.store.flush()  # as the journal does it
+    if variant == "ended":
+        there.end()
+    if step != "freeze":
+        await once_more(there, step)
+
+
+async def once_more(there: Gateway, step: str) -> None:
+    """What the engine does in that state, also after a start."""
+    if step == "release":
+        await there.source.release(there.context)
+    else:
+        await there.source.thaw(there.context, JUMP)
+
+
+async def killed(step: str, variant: str, effect: str, after: bool, patch: pytest.MonkeyPatch) -> list[str]:
+    """One agent is killed there, the next one does the step again. Gives the effects that were done."""
+    async with gateway() as there:
+        began = there.number
+        assassin = Assassin(effect, after)
+        patch.setattr(source_module, step.upper(), assassin.waits_in(STEPS[step]))
+        try:
+            await walk(there, step, variant)
+            assert not effect, f"nobody was killed at {effect}"
+        except Killed:
+            patch.setattr(source_module, step.upper(), STEPS[step])
+            there.begin()
+            there.source.resume()
+            await once_more(there, step)
+        ran = list(assassin.ran)
+        if step == "freeze" and not effect:
+            await once_more(there, step)
+        await until(lambda: not there.here.host.leaving.all())
+        assert there.here.mute.muted == set()
+        if step == "release" or variant == "ended":
+            assert there.here.charon.sas == {}
+            twice = effect.startswith("script") and after
+            assert there.scripts.count("down") == 1 + twice
+            assert there.scripts.count("up") == 0
+            assert (there.deleted >= 1) is (step == "thaw")
+        else:
+            assert sends(there.here, there.context)
+            # numbers were used up once, whatever was done again (the packet just sent is one)
+            jumps = {JUMP}
+            if variant == "sending":
+                jumps = {4 * source_module.SENDING_PACKETS} | (jumps if step == "freeze" else set())
+            assert there.number - began - 1 in jumps
+            asked = variant != "early" and (step == "thaw" or not effect)
+            if asked:
+                assert there.called
+                assert there.scripts[-2:] == ["down", "up"]
+            assert bool(there.rekeyed) is (variant == "renaming")
+        return ran
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left for later is tried soon."""
+    monkeypatch.setattr(runner_module, "AGAIN", (0.01, 0.01))
+
+
+@pytest.mark.parametrize(("step", "variant"), [(step, one) for step in VARIANTS for one in VARIANTS[step]])
+def test_an_agent_may_be_killed_anywhere(
+    step: str, variant: str, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    # in an agent that is dead nothing is undone
+    async def dead(self: CharonSource, context: IkeContext, jump: int) -> bool:
+        raise Killed
+
+    real = CharonSource._take_back
+
+    async def scenario() -> None:
+        ran = await killed(step, variant, "", False, monkeypatch)
+        for effect, after in places(ran):
+            with monkeypatch.context() as patch:
+                if step == "freeze":
+                    patch.setattr(CharonSource, "_take_back", _dies_once(dead, real))
+                await killed(step, variant, effect, after, patch)
+
+    run(scenario())
+
+
+def _dies_once(dead: Any, real: Any) -> Any:
+    calls: list[int] = []
+
+    async def take_back(self: CharonSource, context: IkeContext, jump: int) -> bool:
+        calls.append(1)
+        return bool(await (dead if len(calls) == 1 else real)(self, context, jump))
+
+    return take_back
+
+
+def test_each_effect_has_its_killed_agent(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    async def scenario() -> None:
+        for step, variants in VARIANTS.items():
+            ran: set[str] = set()
+            for variant in variants:
+                ran |= set(await killed(step, variant, "", False, monkeypatch))
+            assert ran == names(STEPS[step])
+
+    run(scenario())
+
+
+# --- single bugs ------------------------------------------------------------------------------------------
+
+
+def test_b1_a_silent_mn_does_not_keep_an_sa_mute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took longer than a step may, was begun anew each time, and used up numbers each time."""
+    monkeypatch.setattr(thaw_module, "CALL_BACK", 0.2)
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            tried: list[int] = []
+
+            async def hangs(here: IkeContext, final: FinalState, arrived: object) -> MoveReport:
+                tried.append(final.mid_initiator)
+                await asyncio.sleep(3600)
+                raise AssertionError
+
+            there.source._mover = hangs
+            final = await there.source.freeze(there.context, "nsg", renaming=True)
+            began = there.number
+            async with asyncio.timeout(5):
+                await there.source.thaw(there.context, JUMP)
+            assert there.number == began + JUMP
+            assert there.here.mute.muted == set()
+            assert sends(there.here, there.context)
+            # each message ID that can be the next one had its turn
+            assert tried == [final.mid_initiator + n for n in range(5)]
+
+    run(scenario())
+
+
+def test_b1_a_thaw_that_is_cut_off_goes_on_where_it_was() -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg")
+            began = there.number
+            hanging = asyncio.Event()
+
+            async def script(*_: Any, **__: Any) -> None:
+                hanging.set()
+                await asyncio.sleep(3600)
+
+            there.here.host.updown = script  # type: ignore[method-assign]
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05):  # the engine's limit of a step
+                        await there.source.thaw(there.context, JUMP)
+                if hanging.is_set():
+                    break
+            async with asyncio.timeout(5):
+                await there.source.thaw(there.context, JUMP)
+            assert there.number == began + JUMP
+            assert there.here.mute.muted == set()
+            assert there.here.host.leaving.of(there.context.spis).later == ("script anew",)
+
+    run(scenario())
+
+
+def test_b1_a_script_that_hangs_is_called_again_in_the_background(
+    monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    slow = [replace(one, limit=0.02) if one.name.startswith("script") else one for one in RELEASE.effects]
+    monkeypatch.setattr(source_module, "RELEASE", replace(RELEASE, effects=tuple(slow)))
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            calls: list[bool] = []
+
+            async def script(context: IkeContext, *, up: bool, **_: Any) -> None:
+                calls.append(up)
+                if len(calls) < 2:
+                    await asyncio.sleep(3600)
+
+            await there.source.freeze(there.context, "nsg")
+            there.here.host.updown = script  # type: ignore[method-assign]
+            async with asyncio.timeout(5):
+                await there.source.release(there.context)
+            assert there.here.charon.sas == {}
+            await until(lambda: not there.here.host.leaving.all())
+            assert calls == [False, False]
+
+    run(scenario())
+
+
+def test_what_was_left_for_later_is_done_by_the_next_agent(quick: None) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+
+            async def cannot(*_: Any, **__: Any) -> None:
+                raise KernelError("the updown script cannot be started")
+
+            await there.source.freeze(there.context, "nsg")
+            there.here.host.updown = cannot  # type: ignore[method-assign]
+            await there.source.release(there.context)
+            assert there.scripts == []
+            there.here.store.flush()
+            there.begin()
+            there.source.resume()
+            await until(lambda: not there.here.host.leaving.all())
+            assert there.scripts == ["down"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("dies", ["exception", "agent"])
+def test_b7_the_script_says_down_once_though_release_was_interrupted(dies: str) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg")
+            delete = there.here.host.delete
+
+            async def interrupted(*args: Any) -> None:
+                await delete(*args)
+                raise KernelError("interrupted")
+
+            there.here.host.delete = interrupted  # type: ignore[method-assign]
+            with pytest.raises(KernelError):
+                await there.source.release(there.context)
+            assert there.here.charon.sas == {}
+            there.here.host.delete = delete  # type: ignore[method-assign]
+            if dies == "agent":
+                there.begin()
+            await there.source.release(there.context)
+            await there.source.release(there.context)
+            assert there.scripts == ["down"]
+
+    run(scenario())
+
+
+def test_b9_an_sa_that_charon_lost_is_told_as_lost() -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg")
+            there.here.charon.sas.clear()
+            with pytest.raises(UnknownSaError, match="while it was frozen"):
+                await there.source.thaw(there.context, JUMP)
+            assert there.here.mute.muted == set()
+            assert there.here.host.leaving.all() == []
+            assert there.called == there.scripts == []
+
+    run(scenario())
+
+
+def test_b12_an_exchange_that_begins_while_ids_are_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            kept_back = 0
+            catch_up = there.here.host.catch_up
+
+            async def begins(sa: Any) -> None:
+                nonlocal kept_back
+                kept_back = 1
+                await catch_up(sa)
+
+            there.here.host.catch_up = begins  # type: ignore[method-assign]
+            there.here.mute.counters = lambda spis: (0, kept_back)  # type: ignore[method-assign]
+            with pytest.raises(BusyError, match="while it was being frozen"):
+                await there.source.freeze(there.context, "nsg")
+            assert sends(there.here, there.context)
+            assert there.here.mute.muted == set()
+
+    run(scenario())
+
+
+def test_b2_what_was_only_prepared_elsewhere_makes_numbers_jump() -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            began = there.number
+            await there.source.thaw(there.context, JUMP)
+            assert there.number == began + JUMP
+            assert sends(there.here, there.context)
+            assert there.called == there.scripts == []
+            # also where charon was busy just then
+            there.here.host.catch_up = busy  # type: ignore[method-assign]
+            began = there.number
+            with pytest.raises(BusyError):
+                await there.source.freeze(there.context, "nsg")
+            assert there.number >= began + 2 * source_module.OSEQ_JUMP
+
+    run(scenario())
+
+
+async def busy(sa: object) -> None:
+    raise BusyError("charon began an exchange")
+
+
+def test_b6_an_agent_that_starts_ends_esp_at_the_addresses_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg", sending=True)
+            there.here.store.flush()
+            there.begin()
+            old = relocate(there.context, remote=Endpoint.of("198.51.100.200", 4500))
+            monkeypatch.setattr(there.here.host, "context", lambda sa: old)  # the MN has moved since
+            there.source.resume()
+            assert not sends(there.here, there.context)
+            assert there.here.host.leaving.of(there.context.spis).facts.policies
+
+    run(scenario())
+
+
+def test_b6_what_cannot_be_ended_keeps_no_agent_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg", sending=True)
+            there.here.store.flush()
+            there.begin()
+
+            def cannot(*_: Any, **__: Any) -> None:
+                raise KernelError("unreachable", errno=101)
+
+            monkeypatch.setattr(there.here.host.away, "leave", cannot)
+            there.source.resume()
+
+    run(scenario())

@@ -1,0 +1,98 @@
+"""pSG's side, where it can be tried without a charon."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from ipaddress import ip_address
+from types import SimpleNamespace
+from typing import Any
+
+from ikectx.sa.context import Address
+from ikectx.sa.name import SaName
+from tests.across.test_go_on import served
+from tests.peers import a_context
+from tests.vici_bridge.vici.test_views import VIEW
+from vici_bridge.effects.source import CharonSource
+from vici_bridge.vici.views import SaView, sa_view
+
+
+def test_sas_are_found_by_the_address_of_their_mn() -> None:
+    active = replace(sa_view("mn", {**VIEW, "tasks-active": []}), state="ESTABLISHED")
+    prepared = replace(active, spi_i=bytes(8), state="PASSIVE")
+
+    async def views() -> list[Any]:
+        return [active, prepared]
+
+    source = CharonSource(SimpleNamespace(views=views, leaving=None, spawn=None), None)  # type: ignore[arg-type]
+    assert asyncio.run(source.find(active.remote.address)) == [active.spis]
+    assert asyncio.run(source.find(ip_address("203.0.113.99"))) == []
+
+
+def test_virtual_ips_are_those_that_charon_lists() -> None:
+    """After an IKE rekey a resync tells none of them, and the other gateway would refuse the selectors."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            (view,) = here.charon.views()
+
+            async def listed(sa: SaName) -> SaView:
+                return replace(view, remote_vips=(ip_address("10.3.9.9"),))
+
+            here.host.view = listed  # type: ignore[method-assign]
+            assert (await source.export(context.spis)).remote_vips == (ip_address("10.3.9.9"),)
+
+    asyncio.run(scenario())
+
+
+class CountedKernel:
+    """Inbound SAs by SPI, each with a request id; counts what it is asked."""
+
+    def __init__(self, reqids: dict[bytes, int]) -> None:
+        self.reqids = reqids
+        self.asked = 0
+
+    def get_sa(self, destination: Address, spi: bytes, proto: int = 50) -> Any:
+        self.asked += 1
+        return SimpleNamespace(reqid=self.reqids[spi]) if spi in self.reqids else None
+
+
+def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_matters() -> None:
+    contexts = {(one := a_context(number)).spis: one for number in range(1, 101)}
+    spis = [context.children[0].spi_in for context in contexts.values()]
+    kernel = CountedKernel({spi: number for number, spi in enumerate(spis, 1)})
+    departed = {sa: (context, 60.0) for sa, context in contexts.items()}
+    config = SimpleNamespace(addresses=(a_context().local.address,))
+    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config, leaving=None, spawn=None)
+    source = CharonSource(host, None)  # type: ignore[arg-type]
+    # charon stops, and asks its script for all of them
+    for reqid in range(1, 101):
+        assert source.departing_by_reqid(reqid, ()) is None
+    assert kernel.asked == 0
+    for reqid, (sa, context) in enumerate(contexts.items(), 1):
+        assert source.departing_by_reqid(reqid, {"home"}) == (sa, context, 60.0)
+    assert source.departing_by_reqid(101, {"home"}) is None
+    assert kernel.asked == 100
+
+
+def test_b16_nothing_is_exported_that_the_other_gateway_does_not_apply() -> None:
+    """charon there makes its own policies, and holds the SA against its own connection."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            assert context.policies == ()
+            assert context.peer is not None
+            assert [auth.method for auth in context.peer.remote_auth] == ["psk"]
+            assert context.peer.children == ("rw",)
+            assert (context.peer.local_auth, context.peer.proposals, context.peer.pools) == ((), (), ())
+            # one figure for both directions: the one that is nearer to its limit
+            (child,) = context.children
+            for name, packets in (
+                ((context.local.address, child.spi_in), 70),
+                ((context.remote.address, child.spi_out), 90),
+            ):
+                here.sad.count_on(here.sad.sas[name], packets * 100, packets)
+            used = (await source.export(context.spis)).children[0].lifetime
+            assert (used.bytes_used, used.packets_used) == (9000, 90)
+
+    asyncio.run(scenario())

@@ -1,0 +1,44 @@
+"""The socket to charon's HA plugin: what is lost there is told to nobody but us."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+
+import pytest
+
+from vici_bridge.ha import sockets
+from vici_bridge.ha.sockets import HaSocket
+
+
+@pytest.mark.parametrize("messages, lost", [(3, False), (200, True)])
+def test_messages_that_found_the_buffer_full_are_counted_once(
+    messages: int, lost: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # with and without root
+    monkeypatch.setattr(sockets, "_BUFFER", 8192)
+    monkeypatch.setattr(sockets, "_SO_RCVBUFFORCE", socket.SO_RCVBUF)
+    heard: list[bytes] = []
+
+    async def scenario() -> None:
+        charon = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        charon.bind(("127.0.0.1", 0))
+        port = charon.getsockname()[1]
+        agent = HaSocket("127.0.0.2", "127.0.0.1", heard.append, port)
+        await agent.open()
+        charon.connect(("127.0.0.2", port))
+        for _ in range(messages):
+            charon.send(bytes(160))  # while the agent has no time to read
+        await asyncio.sleep(0.05)
+        charon.send(b"one more")
+        await asyncio.sleep(0.05)
+        agent.close()
+        charon.close()
+
+    with caplog.at_level(logging.ERROR, logger="vici_bridge.ha.sockets"):
+        asyncio.run(scenario())
+    told = [int(number) for number in re.findall(r"(\d+) messages of charon's", caplog.text)]
+    assert told == [messages + 1 - len(heard)] * lost
+    assert heard[-1] == b"one more"

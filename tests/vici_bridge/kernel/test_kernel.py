@@ -1,0 +1,516 @@
+"""The live kernel without ESP: netlink, policies, nftables, routes. With ESP: test_kernel_esp.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from ikectx.errors import KernelError, UsageError
+from ikectx.numbers import Encr, Integ
+from ikectx.sa.context import ReplayState
+from ikectx.sa.name import SaName
+from tests.netns import Namespace, namespaces
+from vici_bridge.kernel import netlink
+from vici_bridge.kernel import xfrm_wire as wire
+from vici_bridge.kernel.algorithms import KernelReplay
+from vici_bridge.kernel.kernel import Detour, Kernel, Mute
+from vici_bridge.kernel.mute import Muted
+from vici_bridge.kernel.xfrm import (
+    BLOCK,
+    STATE_ESN,
+    KernelPolicy,
+    KernelSa,
+    Mark,
+    Request,
+    Selector,
+    Template,
+)
+
+SPIS = SaName(bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718"))
+OTHER = SaName(SPIS[0], bytes.fromhex("1112131415161719"))
+
+
+@pytest.fixture
+def space() -> Iterator[Namespace]:
+    """A namespace of its own, entered for the whole test."""
+    with namespaces(1) as (made,), made.entered():
+        yield made
+
+
+@pytest.fixture
+def kernel(space: Namespace) -> Iterator[Kernel]:
+    with Kernel() as made:
+        yield made
+
+
+# The netlink socket.
+
+
+def test_refusals_name_what_was_asked(kernel: Kernel) -> None:
+    policy = KernelPolicy("in", Selector.between(ip_network("10.0.0.0/8"), ip_network("10.1.0.0/16")))
+    kernel.batch([policy.add()])
+    with pytest.raises(KernelError, match=r"add policy in 10.0.0.0/8 -> 10.1.0.0/16") as caught:
+        kernel.batch([policy.add()])
+    assert caught.value.errno == errno.EEXIST
+
+
+def test_answers_are_matched_by_number() -> None:
+    def message(kind: int, number: int, body: bytes, flags: int = 0) -> bytes:
+        return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body + bytes(-len(body) % 4)
+
+    waiting = {5: netlink.Outcome(), 6: netlink.Outcome(), 7: netlink.Outcome()}
+    first, second, third = waiting.values()
+    words = struct.pack("=HH", 4 + 9, 1) + b"no luck.\0" + bytes(3)
+    data = (
+        message(16, 4, b"late answer to an earlier one")
+        + message(16, 5, b"body")
+        + message(2, 5, struct.pack("=i", 0) + bytes(16), 0x100)
+        + message(2, 6, struct.pack("=i", -errno.EINVAL) + bytes(16) + words, 0x300)
+        + message(16, 7, b"part", 0x10)
+        + message(3, 7, struct.pack("=i", 0))
+        + b"\1\2\3"
+    )
+    netlink.Netlink._sort(data, waiting)
+    assert not waiting
+    assert (first.errno, [a[16:] for a in first.answers]) == (0, [b"body"])
+    assert (second.errno, second.text) == (errno.EINVAL, "no luck.")
+    assert third.torn
+    netlink.Netlink._sort(struct.pack("=IHHII", 8, 2, 0, 5, 0), {5: netlink.Outcome()})
+
+
+def test_many_at_once(kernel: Kernel) -> None:
+    """More than fits one batch: all are answered."""
+    policies = [
+        KernelPolicy(
+            "out", Selector.between(ip_network("10.0.0.0/8"), ip_network(f"10.1.{n // 250}.{n % 250}/32"))
+        )
+        for n in range(600)
+    ]
+    kernel.batch([policy.add() for policy in policies])
+    found = kernel.dump_policies()
+    assert {str(policy) for policy in found} == {str(policy) for policy in policies}
+    with pytest.raises(KernelError):
+        kernel.batch([policies[0].add(), policies[1].delete()])
+    assert len(kernel.dump_policies()) == 599
+
+
+def test_policies_of_other_requests_are_not_read(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = ip_address("192.0.2.1"), ip_address("198.51.100.7")
+    policies = [
+        KernelPolicy(
+            way,
+            Selector.between(ip_network("10.3.0.0/24"), ip_network(f"10.48.{n // 250}.{n % 250}/32")),
+            templates=(Template(*ends, reqid=0x10000 + n),),
+        )
+        for n in range(300)
+        for way in ("out", "in", "fwd")
+    ]
+    kernel.batch([policy.add() for policy in policies])
+    reads: list[bytes] = []
+    parse = KernelPolicy.parse
+
+    def counted(octets: bytes) -> KernelPolicy:
+        reads.append(octets)
+        return parse(octets)
+
+    monkeypatch.setattr(KernelPolicy, "parse", counted)
+    found = kernel.policies_about({0x10007, 0x100FF})
+    assert sorted(str(one) for one in found) == sorted(map(str, (*policies[21:24], *policies[765:768])))
+    assert len(reads) == 6
+    assert kernel.policies_about(()) == kernel.policies_about({0x12345}) == []
+    assert len(reads) == 6
+
+
+# Policies need no ESP.
+
+V4 = (ip_address("192.0.2.1"), ip_address("192.0.2.2"))
+V6 = (ip_address("2001:db8::1"), ip_address("2001:db8::2"))
+
+
+@pytest.mark.parametrize("addresses", [V4, V6])
+@pytest.mark.parametrize("direction", ["in", "out", "fwd"])
+def test_policy_there_and_back(kernel: Kernel, addresses: tuple[object, ...], direction: str) -> None:
+    source, destination = addresses
+    inner = ("10.9.0.5/32", "10.1.0.0/16") if addresses is V4 else ("fd00:9::5/128", "fd00:1::/64")
+    policy = KernelPolicy(
+        direction,
+        replace(
+            Selector.between(ip_network(inner[0]), ip_network(inner[1]), 17),
+            destination_port=53,
+            destination_mask=0xFFFF,
+        ),
+        priority=371327,
+        templates=(Template(source, destination, reqid=7),),  # type: ignore[arg-type]
+        mark=Mark(3, 0xFF),
+        if_id=9,
+    )
+    kernel.batch([policy.add()])
+    (found,) = kernel.dump_policies()
+    assert replace(found, index=0, usage=policy.usage) == policy
+    assert found.usage.add_time > 0
+
+    kernel.replace_policy(found.blocking())
+    (blocked,) = kernel.dump_policies()
+    assert blocked.action == BLOCK
+    kernel.replace_policy(KernelPolicy.parse(found.raw))
+    (again,) = kernel.dump_policies()
+    assert replace(again, index=0, usage=policy.usage) == policy
+
+    assert kernel.delete_policy(found)
+    assert not kernel.delete_policy(found)
+    assert kernel.dump_policies() == []
+
+
+def test_socket_policies_are_left_out(kernel: Kernel) -> None:
+    """charon's own sockets have bypass policies; nobody but the socket can delete them."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        nowhere = ip_address("0.0.0.0")
+        bypass = KernelPolicy("in", Selector(nowhere, 0, nowhere, 0))
+        sock.setsockopt(socket.IPPROTO_IP, 17, bypass.raw[16 : 16 + 168])
+        assert kernel.dump_policies() == []
+
+
+def test_no_sa_is_none(kernel: Kernel) -> None:
+    assert kernel.get_sa(V4[0], bytes.fromhex("c0ffee00")) is None
+    assert kernel.get_sa(V6[0], bytes.fromhex("c0ffee00")) is None
+    assert kernel.dump_sas() == []
+    sa = KernelSa(*V4, bytes.fromhex("c0ffee00"))
+    assert not kernel.delete_sa(sa)
+    with pytest.raises(KernelError) as caught:
+        kernel.get_replay(sa)
+    assert caught.value.errno == errno.ESRCH
+    assert kernel.restore_inbound(kernel.snapshot_inbound([sa]), 5) == 0
+    assert kernel.drop_late([sa]) == 0
+
+
+def test_probe_of_unknown_transforms(kernel: Kernel) -> None:
+    assert not kernel.supports(Encr.CAMELLIA_CTR, 128, Integ.HMAC_SHA1_96)
+    assert not kernel.supports(Encr.AES_CBC, 129, Integ.HMAC_SHA1_96)
+    assert not kernel.supports(Encr.AES_CBC, 128, Integ.NONE)
+    assert not kernel.supports(Encr.AES_CBC, 128, Integ(99))
+    assert kernel.dump_sas() == []
+
+
+class Answering:
+    """An XFRM socket with one SA, made by an older or newer kernel; `deaf`: counters are not taken."""
+
+    def __init__(self, sa: KernelSa, *others: bytes, deaf: bool = False) -> None:
+        self.sa = sa
+        self.others = others
+        self.deaf = deaf
+
+    def ask(self, request: Request) -> list[bytes]:
+        message = request.message.reveal()
+        match struct.unpack_from("=H", message, 4)[0]:
+            case wire.GETSA:
+                return [*self.others, self.sa.add().message.reveal()]
+            case wire.GETAE:
+                return [self.sa.set_replay(self.sa.replay).message.reveal()]
+            case wire.NEWAE if not self.deaf:
+                self.sa = replace(self.sa, replay=self.sa.parse_replay(message)[0])
+        return []
+
+
+ESN_OUT = KernelSa(
+    ip_address("192.0.2.1"),
+    ip_address("192.0.2.2"),
+    b"esn!",
+    flags=STATE_ESN,
+    replay=KernelReplay(oseq=7, esn=True, words=0),
+    extra=((33, b"\x02"),),
+)
+INBOUND = replace(ESN_OUT, flags=0, replay=KernelReplay(seq=9, window=32, bitmap=1), extra=((33, b"\x01"),))
+
+
+@pytest.mark.parametrize(
+    ("sa", "state"), [(ESN_OUT, ReplayState(5 << 32, esn=True)), (INBOUND, ReplayState(40, 32, 5))]
+)
+def test_counters_are_read_back(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, sa: KernelSa, state: ReplayState
+) -> None:
+    monkeypatch.setattr(kernel, "_xfrm", Answering(sa))
+    kernel.set_replay(sa, state)
+    assert kernel.get_replay(sa)[0].seq == state.seq
+    monkeypatch.setattr(kernel, "_xfrm", Answering(sa, deaf=True))
+    with pytest.raises(KernelError, match=f"took no notice .*{sa.spi.hex()}"):
+        kernel.set_replay(sa, state)
+
+
+def test_an_sa_that_cannot_be_read_hides_no_other(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = bytearray(replace(ESN_OUT, spi=bytes.fromhex("5712a79e")).add().message.reveal())
+    struct.pack_into("=H", strange, 16 + 212, 99)  # the address family
+    monkeypatch.setattr(kernel, "_xfrm", Answering(ESN_OUT, bytes(strange), bytes(strange[:40])))
+    for _ in range(2):
+        assert [sa.spi for sa in kernel.dump_sas()] == [ESN_OUT.spi]
+    assert kernel.late_sas() == []
+    # one that is asked for is the kernel's matter, not that of a context from another gateway
+    with pytest.raises(KernelError, match=r"5712a79e to 192.0.2.2 cannot be read: address family 99"):
+        kernel.get_sa(ESN_OUT.destination, bytes.fromhex("5712a79e"))
+    assert caplog.text.count("5712a79e is left out: address family 99") == 1
+
+
+@pytest.mark.usefixtures("as_root")
+def test_refused_without_rights() -> None:
+    """Reading the SAD without CAP_NET_ADMIN: EPERM becomes a hint."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover - another process
+        answer = "nothing raised"
+        try:
+            os.setresuid(65534, 65534, 65534)
+            Kernel().dump_sas()
+        except KernelError as error:
+            answer = f"{error.errno} {error.hint}"
+        finally:
+            os.write(write, answer.encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 200).decode().startswith(f"{errno.EPERM} the agent needs CAP_NET_ADMIN")
+
+
+# nftables.
+
+
+class Udp:
+    """A bound UDP socket that says whether a datagram got through."""
+
+    def __init__(self, address: str, port: int) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.bind((address, port))
+        self.sock.settimeout(0.15)
+
+    def reaches(self, other: Udp, data: bytes) -> bool:
+        try:
+            self.sock.sendto(data, other.sock.getsockname())
+        except PermissionError:
+            return False
+        try:
+            while other.sock.recv(100) != data:
+                continue
+        except TimeoutError:
+            return False
+        return True
+
+
+IKE = SPIS[0] + SPIS[1] + b"\x2e\x20\x25\x08" + bytes(12)
+STRANGER = OTHER[0] + OTHER[1] + b"\x2e\x20\x25\x08" + bytes(12)
+MARKER = bytes(4)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_mute(space: Namespace, host: str) -> None:
+    mute = Mute()
+    natted, gateway, gateway_natt = Udp(host, 40123), Udp(host, 500), Udp(host, 4500)
+    mute.unmute(SPIS)
+    assert mute.listing() == []
+
+    mute.mute_in(SPIS)
+    mute.mute_in(SPIS)
+    assert not natted.reaches(gateway, IKE)
+    assert not natted.reaches(gateway_natt, MARKER + IKE)
+    assert natted.reaches(gateway, STRANGER)
+    assert natted.reaches(gateway_natt, MARKER + STRANGER)
+    assert natted.reaches(gateway_natt, b"\xc0\xff\xee\x01" + IKE), "ESP in UDP flows on"
+    assert gateway.reaches(natted, IKE)
+    assert gateway_natt.reaches(natted, MARKER + IKE)
+    assert mute.counters(SPIS) == (2, 0)
+
+    mute.mute_out(SPIS)
+    assert not gateway.reaches(natted, IKE)
+    assert not gateway_natt.reaches(natted, MARKER + IKE)
+    assert gateway_natt.reaches(natted, MARKER + STRANGER)
+    assert gateway_natt.reaches(natted, b"\xc0\xff\xee\x01" + IKE)
+    assert mute.counters(SPIS) == (2, 2)
+    assert mute.counters(OTHER) == (0, 0)
+    assert sorted(mute.listing(), key=str) == [Muted(SPIS, "in", 2), Muted(SPIS, "out", 2)]
+
+    mute.mute_in(OTHER)
+    mute.unmute(SPIS)
+    mute.unmute(SPIS)
+    assert natted.reaches(gateway, IKE)
+    assert gateway_natt.reaches(natted, MARKER + IKE)
+    assert not natted.reaches(gateway, STRANGER)
+    assert mute.counters(SPIS) == (0, 0)
+    mute.close()
+    assert not natted.reaches(gateway, STRANGER), "what is muted stays so"
+    Mute().unmute(OTHER)
+    assert natted.reaches(gateway, STRANGER)
+    Mute().close()
+    assert space.run("nft list tables") == ""
+
+
+def test_mute_outlives_its_maker_and_a_flush(space: Namespace) -> None:
+    Mute().mute_in(SPIS)
+    assert [entry.spis for entry in Mute().listing()] == [SPIS]
+    peer, gateway = Udp("127.0.0.1", 40123), Udp("127.0.0.1", 500)
+    mute = Mute()
+    for flush in ("nft flush ruleset", "nft flush table inet ikectx", "nft flush set inet ikectx muted_in"):
+        space.run(flush)
+        assert peer.reaches(gateway, IKE)
+        mute.mute_in(SPIS)
+        assert not peer.reaches(gateway, IKE)
+    assert mute.counters(SPIS) == (1, 0)
+    for _ in range(2):
+        mute.unmute(SPIS)
+        mute.close()
+    assert space.run("nft list tables") == ""
+
+
+def test_mute_other_ports(space: Namespace) -> None:
+    Mute(ports=(4510, 4511)).mute_in(SPIS)
+    peer, gateway = Udp("127.0.0.1", 40123), Udp("127.0.0.1", 4511)
+    assert not peer.reaches(gateway, IKE)
+    assert peer.reaches(Udp("127.0.0.1", 500), IKE)
+    mute = Mute()
+    mute.prepare()
+    began = time.perf_counter()
+    pairs = [SaName(struct.pack(">Q", n), SPIS.spi_r) for n in range(500)]
+    for pair in pairs:
+        mute.mute_in(pair)
+    assert {entry.spis for entry in mute.listing()} == {*pairs, SPIS}
+    assert time.perf_counter() - began < 5
+    with pytest.raises(UsageError):
+        Mute(ports=())
+    with pytest.raises(UsageError):
+        Mute().mute_in(SaName(b"short", SPIS.spi_r))
+
+
+def test_mute_without_nft(space: Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    with pytest.raises(KernelError) as caught:
+        Mute().mute_in(SPIS)
+    assert "nftables" in caught.value.hint
+    broken = tmp_path / "nft"
+    broken.write_text("#!/bin/sh\necho '/dev/stdin:1:1-2: Error: Could not process rule' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: str(broken))
+    with pytest.raises(KernelError, match="Could not process rule"):
+        Mute().mute_in(SPIS)
+    broken.write_text("#!/bin/nowhere\n")
+    with pytest.raises(KernelError, match="did not run"):
+        Mute().prepare()
+    monkeypatch.undo()
+    space.run(
+        "nft add table inet ikectx",
+        "nft add set inet ikectx muted_in {type inet_service;elements={7};}",
+    )
+    with pytest.raises(KernelError, match="not ours"):
+        Mute().listing()
+
+
+# Routes.
+
+
+@pytest.fixture
+def inner(space: Namespace) -> Namespace:
+    """pSG's inner side: 10.1.0.1 and fd00:1::1; nSG would be 10.1.0.2 and fd00:1::2."""
+    space.ip(
+        "link add inner type veth peer name far",
+        "link set inner up",
+        "link set far up",
+        "address add 10.1.0.1/24 dev inner",
+        "address add fd00:1::1/64 dev inner nodad",
+    )
+    return space
+
+
+VIA = ("fd00:1::2", "10.1.0.2")
+
+
+def test_detour(inner: Namespace) -> None:
+    detour = Detour()
+    detour.remove(["10.9.0.5/32"])
+    assert detour.add(["10.9.0.5/32", ip_network("10.9.4.0/22"), "fd00:9::5/128"], VIA) == []
+    assert detour.add(["10.9.0.5/32"], [ip_address("10.1.0.2")]) == []
+    assert "via 10.1.0.2 dev inner" in inner.run("ip route get 10.9.0.5")
+    assert "via 10.1.0.2 dev inner" in inner.run("ip route get 10.9.7.1")
+    assert "via fd00:1::2 dev inner" in inner.run("ip route get fd00:9::5")
+    assert {str(net) for net in Detour().listing()} == {"10.9.0.5/32", "10.9.4.0/22", "fd00:9::5/128"}
+
+    detour.remove(["10.9.0.5/32", "10.66.0.0/16"])
+    assert {str(net) for net in detour.listing()} == {"10.9.4.0/22", "fd00:9::5/128"}
+    detour.remove(["10.9.4.0/22"])
+    Detour().remove(["10.9.4.0/22", "fd00:9::5/128"])
+    assert detour.listing() == []
+
+
+def test_detour_touches_no_other_route_of_its_table(inner: Namespace) -> None:
+    """Not even where this host has the mobile node's address itself."""
+    inner.ip("route add 10.9.0.9/32 via 10.1.0.9 table local")
+    before = inner.run("ip route show table local", "ip -6 route show table local")
+    detour = Detour()
+    addresses = ["10.1.0.1/32", "fd00:1::1/128", "10.9.0.9/32"]
+    for change in (detour.add, lambda prefixes, _: detour.shut(prefixes)):
+        change(addresses, VIA)
+        assert "dev lo" in inner.run("ip route get 10.1.0.1")
+        assert "dev lo" in inner.run("ip route get fd00:1::1")
+        assert "via 10.1.0.9" in inner.run("ip route get 10.9.0.9")
+    for undo in (detour.remove, detour.open_up, detour.remove, detour.open_up):
+        undo(addresses)
+    assert inner.run("ip route show table local", "ip -6 route show table local") == before
+
+
+def test_detour_changes_no_route_that_charon_heeds(inner: Namespace) -> None:
+    """charon passes over what it is told of table `local` (struct rtmsg, 255), and over nothing else."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, netlink.ROUTE) as events:
+        events.bind((0, 0))
+        for group in (7, 8, 11, 19):  # routes and rules of IPv4 and IPv6
+            events.setsockopt(270, 1, group)
+        detour = Detour()
+        detour.add(["10.9.0.5/32", "fd00:9::5/128"], VIA)
+        detour.shut(["10.9.0.5/32", "fd00:9::5/128"])
+        detour.remove(["10.9.0.5/32", "fd00:9::5/128"])
+        detour.open_up(["10.9.0.5/32", "fd00:9::5/128"])
+        told: list[tuple[int, int]] = []
+        while select.select([events], [], [], 0.2)[0]:
+            data = events.recv(1 << 16)
+            told.append((struct.unpack_from("=H", data, 4)[0], data[20]))
+    assert [kind for kind, _ in told].count(24) == [kind for kind, _ in told].count(25) == 4
+    assert set(told) == {(24, 255), (25, 255)}
+
+
+def test_the_table_of_an_older_agent_is_asked_no_more(inner: Namespace) -> None:
+    for six in ("", "-6 "):
+        inner.run(f"ip {six}rule add pref 210 lookup 4067")
+    for _ in range(2):
+        Detour().forget_old_table()
+    assert inner.run("ip rule", "ip -6 rule").count("4067") == 0
+
+
+def test_detour_leaves_out(inner: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    detour = Detour()
+    skipped = detour.add(["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.9.0.5/32"], VIA)
+    assert [str(net) for net in skipped] == ["0.0.0.0/0", "::/0", "10.0.0.0/8"]
+    assert "everything" in caplog.text
+    assert "is inside" in caplog.text
+    assert [str(net) for net in detour.listing()] == ["10.9.0.5/32"]
+    detour.remove(["0.0.0.0/0", "10.9.0.5/32"])
+    assert [str(net) for net in detour.add(["fd00:9::5/128"], ["10.1.0.2"])] == ["fd00:9::5/128"]
+    assert detour.add(["10.9.0.5/32"], ["fd00:1::2"]) == []
+    assert "via inet6 fd00:1::2" in inner.run("ip route get 10.9.0.5")
+    with pytest.raises(KernelError, match=r"route 10.9.0.6/32 via 203.0.113.9") as caught:
+        detour.add(["10.9.0.6/32"], ["203.0.113.9"])
+    assert caught.value.errno in (errno.ENETUNREACH, errno.EINVAL)
+
+
+def test_which_way_an_sa_leads(inner: Namespace, kernel: Kernel) -> None:
+    here, there = ip_address("10.1.0.1"), ip_address("10.1.0.2")
+    assert kernel.is_outbound(KernelSa(here, there, b"abcd"))
+    assert not kernel.is_outbound(KernelSa(there, here, b"abcd"))
+    assert kernel.is_outbound(KernelSa(ip_address("fd00:1::1"), ip_address("fd00:1::2"), b"abcd"))
+    assert not kernel.is_outbound(KernelSa(ip_address("fd00:1::2"), ip_address("fd00:1::1"), b"abcd"))
+    assert kernel.is_outbound(KernelSa(here, ip_address("203.0.113.9"), b"abcd"))
+    # what it did counts more than where it leads
+    assert not kernel.is_outbound(KernelSa(here, there, b"abcd", replay=KernelReplay(seq=4)))

@@ -1,0 +1,102 @@
+"""Deadlines: the earlier of two, durable, dropped when charon is early enough itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ikectx.sa.name import SaName
+from tests.vici_bridge.vici.test_views import VIEW
+from vici_bridge.deadlines import Deadlines
+from vici_bridge.vici.views import sa_view
+
+
+class MemoryStore:
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, str], bytes] = {}
+        self.waiting: dict[tuple[str, str], bytes | None] = {}
+        self.aside: list[tuple[str, str, str]] = []
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        self.values[kind, key] = value
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        return self.values.get((kind, key))
+
+    def delete(self, kind: str, key: str) -> None:
+        self.values.pop((kind, key), None)
+
+    def items(self, kind: str) -> list[tuple[str, bytes]]:
+        return [(key, value) for (k, key), value in self.values.items() if k == kind]
+
+    def rows(self, role: str) -> list[tuple[str, bytes]]:
+        return self.items(f"ledger {role}")
+
+    def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
+        self.waiting[f"ledger {role}", key] = row
+        if not soon:
+            self.flush()
+
+    def flush(self) -> None:
+        """What was to be written soon is written: by the next row, or with the journal."""
+        for place, row in self.waiting.items():
+            if row is None:
+                self.values.pop(place, None)
+            else:
+                self.values[place] = row
+        self.waiting.clear()
+
+    def set_aside(self, place: str, key: str, why: str) -> None:
+        self.values.pop((place.replace("items|", "").replace("|", " "), key), None)
+        self.aside.append((place, key, why))
+
+
+SA = sa_view("mn", {**VIEW, "tasks-active": []})
+
+
+def test_the_earlier_deadline_stays_and_survives_a_restart() -> None:
+    store = MemoryStore()
+    deadlines = Deadlines(store)
+    deadlines.keep(SA.spis, None, 500.0)
+    deadlines.keep(SA.spis, None, 900.0)
+    assert Deadlines(store).next_due() == 500.0
+
+
+def test_b8_a_due_deadline_is_returned_until_charon_was_asked() -> None:
+    deadlines = Deadlines(MemoryStore())
+    deadlines.keep(SA.spis, None, 500.0)
+    assert deadlines.settle([SA], 499.0) == []
+    ((entry, view),) = deadlines.settle([SA], 501.0)
+    assert view is SA and entry.child == ""
+    deadlines.later(entry, 506.0)  # charon could not be asked
+    assert deadlines.settle([SA], 505.0) == []
+    ((entry, _),) = deadlines.settle([SA], 507.0)
+    deadlines.asked(entry)
+    assert deadlines.next_due() is None
+
+
+def test_a_deadline_is_dropped_where_charon_rekeys_before_it() -> None:
+    deadlines = Deadlines(MemoryStore())
+    deadlines.keep(SA.spis, None, 500.0)
+    assert deadlines.settle([replace(SA, rekey=100)], 300.0) == []
+    assert deadlines.next_due() is None
+
+
+def test_deadlines_of_what_is_gone_are_forgotten() -> None:
+    deadlines = Deadlines(MemoryStore())
+    deadlines.keep(SA.spis, b"\x01\x02\x03\x04", 500.0)
+    deadlines.keep(SaName(bytes(8), bytes(8)), None, 500.0)
+    assert deadlines.settle([SA], 600.0) == []
+    assert deadlines.next_due() is None
+
+
+def test_a_child_has_a_deadline_of_its_own() -> None:
+    deadlines = Deadlines(MemoryStore())
+    deadlines.keep(SA.spis, SA.children[0].spi_in, 500.0)
+    ((entry, _),) = deadlines.settle([SA], 501.0)
+    assert entry.child == "c1234567"
+
+
+def test_an_activation_notes_the_timers_of_all_others() -> None:
+    deadlines = Deadlines(MemoryStore())
+    deadlines.before_toggle([SA, replace(SA, state="PASSIVE", spi_i=bytes(8))], 1000.0)
+    assert deadlines.next_due() == 1000.0 + 13012

@@ -1,0 +1,130 @@
+"""The updown script that the agent runs for SAs that charon did not set up: what it gets, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ikectx.errors import KernelError
+from ikectx.numbers import IdType
+from ikectx.sa.context import Identity, IkeContext
+from tests.peers import a_context
+from vici_bridge import updown
+from vici_bridge.updown import run_updown
+
+
+def call(script: str, context: IkeContext | None = None) -> None:
+    asyncio.run(_run(script, context))
+
+
+async def _run(script: str, context: IkeContext | None = None) -> None:
+    await run_updown(script, context or a_context(), up=True, interface="eth0", reqids={}, unique_id=1)
+
+
+def test_b5_an_identity_with_a_nul_octet_is_no_error(tmp_path: Path) -> None:
+    odd = replace(a_context(), remote_id=Identity(IdType.FQDN, b"a\0b"))
+    call(f'echo "$PLUTO_PEER_ID" > {tmp_path}/id', odd)
+    assert (tmp_path / "id").read_text() == "a\\x00b\n"
+
+
+def test_b5_what_cannot_stand_in_an_environment_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    odd = replace(a_context(), children=(replace(a_context().children[0], name="a\0b"),))
+    call("true", odd)
+    assert "cannot be run" in caplog.text
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENOMEM, errno.EAGAIN])
+def test_a_script_that_cannot_be_started_is_an_error(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a warning: an SA was owned whose packets nobody led here."""
+
+    async def none(*_: object, **more: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(asyncio, "create_subprocess_shell", none)
+    with pytest.raises(KernelError, match="the updown script true cannot be started") as caught:
+        call("true")
+    assert caught.value.errno == error and "LimitNOFILE" in caught.value.hint
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", none)
+    with pytest.raises(KernelError, match=r"ip route get.* cannot be started"):
+        asyncio.run(updown.outgoing_interface(a_context()))
+
+
+def test_without_ip_no_interface_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert asyncio.run(updown.outgoing_interface(a_context())) == ""
+
+
+def test_b24_the_umask_is_charons_not_the_agents(tmp_path: Path) -> None:
+    before = os.umask(0o077)  # as `service.run` sets it
+    try:
+        call(f"echo > {tmp_path}/state")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o644
+
+
+def gone(pid: int) -> bool:
+    """Within a second: a killed process is a zombie until its parent has asked for it."""
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+SCRIPT = "sleep 30 & echo $! > {0}/started; echo $$ > {0}/shell; wait; echo $PLUTO_VERB >> {0}/done"
+
+
+async def _started(folder: Path) -> list[int]:
+    while not (folder / "shell").exists() or not (folder / "shell").read_text().endswith("\n"):
+        await asyncio.sleep(0.01)
+    return [int((folder / name).read_text()) for name in ("started", "shell")]
+
+
+def test_b32_a_script_ends_with_the_step_that_ran_it(tmp_path: Path) -> None:
+    async def scenario() -> list[int]:
+        step = asyncio.create_task(_run(SCRIPT.format(tmp_path)))
+        pids = await _started(tmp_path)
+        step.cancel()  # the limit of the step, or the agent stops
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        return pids
+
+    assert all(gone(pid) for pid in asyncio.run(scenario()))
+    assert not (tmp_path / "done").exists()
+
+
+def test_b32_a_script_ends_with_a_step_that_ends_while_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio was still connecting its pipes, and ended the shell alone."""
+    start = asyncio.create_subprocess_shell
+
+    async def slowly(*words: Any, **more: Any) -> asyncio.subprocess.Process:
+        process = await start(*words, **more)
+        await asyncio.sleep(0.5)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_shell", slowly)
+    test_b32_a_script_ends_with_the_step_that_ran_it(tmp_path)
+
+
+def test_b32_what_a_script_has_started_ends_with_it_when_it_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(updown, "TIMEOUT", 0.5)
+    call(SCRIPT.format(tmp_path))
+    assert "was ended" in caplog.text
+    assert all(gone(int((tmp_path / name).read_text())) for name in ("started", "shell"))

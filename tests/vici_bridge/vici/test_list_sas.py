@@ -1,0 +1,151 @@
+"""How often charon is asked for how much: counted, since time tells little."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+
+from ikectx.errors import CharonError
+from vici_bridge.vici import list_sas as listing_module
+from vici_bridge.vici.codec import Message, parse_message, serialize_message
+from vici_bridge.vici.list_sas import Listing
+from vici_bridge.vici.views import SaView
+
+_T = TypeVar("_T")
+
+SPIS = [(bytes([number]) * 8, b"\x99" * 7 + bytes([number])) for number in range(1, 6)]
+
+
+class Charon:
+    """`list-sas` of five SAs; `gate`, where it is not open, keeps the answer back."""
+
+    def __init__(self) -> None:
+        self.asked: list[int | None] = []
+        self.sas = {number: spis for number, spis in enumerate(SPIS, 1)}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: CharonError | None = None
+
+    def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
+        self.asked.append(ike_id)
+        told = [_message(number, *spis) for number, spis in self.sas.items() if ike_id in (None, number)]
+        assert self.gate.wait(5)
+        if self.error is not None:
+            raise self.error
+        return [read(octets) for octets in told]
+
+
+def _message(number: int, spi_i: bytes, spi_r: bytes) -> bytes:
+    sa = {
+        "uniqueid": str(number),
+        "state": "ESTABLISHED",
+        "initiator-spi": spi_i.hex(),
+        "responder-spi": spi_r.hex(),
+        "local-host": "192.0.2.1",
+        "remote-host": "198.51.100.7",
+    }
+    return serialize_message({"mn": sa})
+
+
+def test_one_sa_is_asked_for_by_its_id_as_soon_as_that_is_known() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        for _ in range(3):
+            view = await listing.view(SPIS[2])
+            assert view is not None and (view.spis, view.unique_id) == (SPIS[2], 3)
+        assert charon.asked == [None, 3, 3]
+        charon.asked.clear()
+        await listing.views()
+        assert [await listing.view(spis) is not None for spis in SPIS] == [True] * 5
+        assert charon.asked == [None, 1, 2, 3, 4, 5]
+
+    asyncio.run(scenario())
+
+
+def test_only_what_is_said_in_other_octets_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[bytes] = []
+
+    def counted(octets: bytes, **options: bool) -> Message:
+        reads.append(octets)
+        return parse_message(octets, **options)
+
+    async def scenario() -> None:
+        charon = Charon()
+        monkeypatch.setattr(listing_module, "parse_message", counted)
+        listing = Listing(charon.read_sas)
+        first = await listing.views()
+        assert [view.spis for view in first] == SPIS and len(reads) == 5
+        charon.sas[2] = (SPIS[1][0], bytes(8))
+        charon.sas.pop(4)
+        second = await listing.views()
+        assert [view.spis for view in second] == [SPIS[0], charon.sas[2], SPIS[2], SPIS[4]]
+        assert len(reads) == 6
+        # one that is looked for costs nothing but its own reading; what is gone is not remembered
+        assert await listing.view(SPIS[3]) is None and len(reads) == 6
+        charon.sas[4] = SPIS[3]
+        assert await listing.view(SPIS[3]) is not None and len(reads) == 7
+        await listing.views()
+        assert len(reads) == 8
+
+    asyncio.run(scenario())
+
+
+def test_an_id_that_is_gone_or_another_sas_is_not_believed() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        await listing.views()
+        charon.sas = {1: SPIS[3], 7: SPIS[0]}  # a charon that began anew
+        view = await listing.view(SPIS[0])
+        assert view is not None and view.unique_id == 7
+        assert await listing.view(SPIS[1]) is None
+        charon.asked.clear()
+        assert await listing.view(SPIS[1]) is None
+        assert charon.asked == [None]
+
+    asyncio.run(scenario())
+
+
+def test_many_who_want_all_share_a_listing_that_begins_after_they_asked() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        charon.gate.clear()
+        listing = Listing(charon.read_sas)
+        first = asyncio.create_task(listing.views())
+        while not charon.asked:
+            await asyncio.sleep(0.001)
+        del charon.sas[1]  # after what the first gets was read
+        later = [asyncio.create_task(listing.views()) for _ in range(50)]
+        await asyncio.sleep(0)
+        charon.gate.set()
+        assert len(await first) == 5
+        assert [len(await one) for one in later] == [4] * 50
+        assert len(charon.asked) == 2
+        one, two = await asyncio.gather(listing.views(), listing.views())
+        assert one == two and one is not two
+
+    asyncio.run(scenario())
+
+
+def test_an_error_is_everybodys_and_the_next_listing_goes_on() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        charon.error = CharonError("away")
+        listing = Listing(charon.read_sas)
+        gone = asyncio.create_task(listing.views())
+        waiting = [asyncio.create_task(listing.views()) for _ in range(3)]
+        await asyncio.sleep(0)
+        gone.cancel()
+        for task in waiting:
+            with pytest.raises(CharonError, match="away"):
+                await task
+        charon.error = None
+        found: list[SaView] = await listing.views()
+        assert len(found) == 5
+
+    asyncio.run(scenario())

@@ -1,0 +1,454 @@
+"""`Away`: the SAs that left this gateway, and what the kernel does with packets for their mobile nodes. I/O.
+
+Behind each SA that left there are policies that drop the packets that the SA protected, of the lowest
+priority there is. Before them, as long as another gateway has the SA, are policies that let these packets
+leave by the device towards that gateway, and a route that leads them there. Forwarded packets are routed
+first and then looked up in the SPD with their device, so if the route vanishes, the block remains. The
+policies that charon installs for the same packets precede both. With ESP in user space, which has no
+policies, an unreachable route behind the detour is the block.
+
+The store is written first when packets are blocked or sent on, and last when that ends. `restore` puts into
+the kernel what the store has, after a crash at any moment, a reboot, or a flush of the SPD by others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from ipaddress import ip_network
+
+from ikectx.engine.ports import Store
+from ikectx.errors import KernelError, StoreError, UnknownSaError
+from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.name import SaName
+from vici_bridge.kernel.detour import Detour
+from vici_bridge.kernel.kernel import Kernel
+from vici_bridge.kernel.xfrm import KernelPolicy
+from vici_bridge.kernel.xfrm_parts import Network
+from vici_bridge.vici.views import SaView, prefixes
+
+from .behind import Behind
+from .departures import OURS, SENT_ON, Departure, News, Stage, allow_of, block_of, detourable, within
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[Sequence[Network], Sequence[Network]]
+"""The networks of this side and of the mobile node, of one CHILD_SA."""
+Ways = dict[tuple[str, int], int]
+"""Devices by gateway and IP version, 0: there is no way."""
+_LETTING_GO = (Stage.LEAVING, Stage.HANDED)
+KIND = "detour"
+"""Kind of store entry, by the name that the SA had when it left: a `Departure`."""
+
+
+class Away:
+    """All departures of one gateway; those in the store are there after `load`.
+
+    `kernel` is None if ESP is in user space. `ways`: by peer name, the inner addresses of that gateway.
+    `announced`: connections for whose mobile nodes the network inside follows by itself.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        kernel: Kernel | None,
+        detour: Detour,
+        ways: Mapping[str, Sequence[Address]],
+        wall: Callable[[], float] = time.time,
+        announced: Collection[str] = (),
+    ) -> None:
+        self._store = store
+        self._kernel = kernel
+        self._detour = detour
+        self._ways = ways
+        self._wall = wall
+        self._rows: dict[str, Departure] = {}
+        self._named: defaultdict[str, set[str]] = defaultdict(set)
+        """Keys of rows by mobile nodes and prefixes, because rows are looked up by them. There may be
+        thousands."""
+        self._direct: Counter[SaName] = Counter()
+        self._announced = announced
+        self._found: set[SaName] = set()
+        """SAs that are leaving, whose packets the network inside leads to the new gateway by itself."""
+        self.behind = Behind(store, kernel)
+
+    def load(self) -> None:
+        """Read the store; a row that cannot be read is logged and left there."""
+        self.behind.load()
+        for key, raw in self._store.items(KIND):
+            try:
+                self._enter(Departure.loads(key, raw))
+            except StoreError as error:
+                log.error("%s (%s)", error, error.hint or "it is left as it is")
+
+    def listing(self) -> list[Departure]:
+        """All departures, oldest first."""
+        return sorted(self._rows.values(), key=lambda row: row.since)
+
+    def way(self, prefix: str, to: str) -> int:
+        """Index of the device by which packets for `prefix` get to that peer now; 0: there is no way."""
+        return self._detour.device_to(prefix, self._ways.get(to, ()))
+
+    @contextlib.contextmanager
+    def without_detour(self, sas: Iterable[SaName]) -> Iterator[None]:
+        """Packets of these SAs are not sent on if they leave within this block, because the operator wants
+        so."""
+        names = list(sas)
+        self._direct.update(names)
+        try:
+            yield
+        finally:
+            self._direct.subtract(names)
+
+    # An SA leaves, or is taken back.
+
+    def leave(
+        self, context: IkeContext, to: str, policies: Iterable[KernelPolicy], *, unprepared: bool = False
+    ) -> None:
+        """The SA goes to the peer `to`: block the packets that `policies` protect, and send them on if
+        possible.
+
+        The policies may be taken out of the kernel afterwards. `unprepared`: the peer has no part of the SA
+        yet, and may itself send its packets here. Errors: KernelError, StoreError.
+        """
+        remote = prefixes(ts for child in context.children for ts in child.remote_ts)
+        row = Departure(
+            sa=context.spis,
+            mn=str(context.remote_id),
+            peer=to,
+            at=to,
+            epoch=context.epoch + 1,
+            since=self._wall(),
+            stage=Stage.HANDED if unprepared else Stage.LEAVING,
+            prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
+            blocks=tuple(block_of(policy) for policy in policies),
+        )
+        row = self._led(row)
+        if context.connection in self._announced:
+            self._found.add(context.spis)
+        row = replace(row, closed=tuple(remote) if self._kernel is None else self._one_armed(row))
+        self._keep(row)
+        self._shut(row)
+        self._send_on(row)
+
+    def _one_armed(self, row: Departure) -> tuple[str, ...]:
+        """Prefixes whose packets would leave by the same device without the detour.
+
+        No policy can tell these packets from others there, so an unreachable route is their block, as if ESP
+        were in user space.
+        """
+        allowed = {policy.selector.ifindex for policy in row.allows}
+        return tuple(prefix for prefix in row.led if self._detour.device_now(prefix) in allowed)
+
+    def back(self, sa: SaName) -> None:
+        """The SA is served here again as before: end its detour and its block. Idempotent."""
+        row = self._rows.get(sa.key)
+        self._found.discard(sa)
+        if row is not None and (row.stage in _LETTING_GO or not row.peer):
+            self._change(row, None)
+
+    def left(self, sa: SaName) -> Departure | None:
+        """The other gateway serves the SA: send its packets on, and log that. Idempotent.
+
+        Returns the departure, None if there is none. Errors: KernelError, StoreError.
+        """
+        row = self._rows.get(sa.key)
+        if row is None or row.stage not in _LETTING_GO:
+            return row
+        now = row.told(News.LEFT)
+        if row.stage is Stage.LEAVING:
+            self._keep(now)  # the kernel has the right routes and policies already
+        else:
+            self._change(row, now)
+        row = self._rows[row.key]
+        found = sa in self._found
+        self._found.discard(sa)
+        if not row.prefixes or (found and not row.sent_on):
+            log.info("%s: its packets are not sent on to %s", row.mn, row.at)
+        elif row.sent_on:
+            places = " or ".join(map(str, row.via))
+            log.info("%s: packets for it are sent on by way of %s (%s)", row.mn, row.at, places)
+        else:
+            log.warning(
+                "%s: there is no way to %s, packets for it that arrive here are dropped: set forward_via for "
+                "that peer, or have the network announce the way there",
+                row.mn,
+                row.at,
+            )
+        return row
+
+    def hear(self, peer: str, sa: SaName, epoch: int, news: News, to: str) -> Departure | None:
+        """Take in the peer's notice about an SA that was given to it, `to` with MOVED. None: it has no say in
+        it.
+
+        Errors: KernelError, StoreError.
+        """
+        row = self._rows.get(sa.key)
+        if row is None or row.epoch != epoch:
+            return None
+        if row.peer != peer:
+            log.warning("%s reports on an SA of %s, which was given to %s", peer, row.mn, row.peer or "?")
+            return None
+        at = {News.HERE: peer, News.MOVED: to}.get(news, row.at)
+        self._change(row, replace(row.told(news), at=at))
+        return self._rows[row.key]
+
+    # It comes back, or its address is used here again.
+
+    def comes(self, context: IkeContext) -> None:
+        """The SA is about to be taken in here, so the gateway that has it may send its packets to us."""
+        for row in self._rows_of(context):
+            self._change(row, row.told(News.COMES))
+
+    def awaits(self, context: IkeContext, reqids: Collection[int]) -> None:
+        """The SA is prepared here, with policies of these reqids, so the gateway that has it may send packets
+        here.
+
+        Such packets must never leave in the clear, even if the SA is not taken in the end. Idempotent.
+        """
+        try:
+            outside = self._detour.device_now(str(context.remote.address))
+        except KernelError as error:
+            log.error("the way to %s is not known: %s", context.remote.address, error)
+            outside = 0
+        self.behind.stand(context, reqids, outside)
+
+    def opens(self, context: IkeContext) -> None:
+        """charon leads packets to the SA now, also with ESP in user space: remove any block in front of
+        it."""
+        for row in self._rows_of(context):
+            self._detour.open_up(row.closed)
+
+    def stays(self, context: IkeContext) -> None:
+        """The SA is not taken in after all; the gateway that has it will report that."""
+        for row in self._rows_of(context):
+            if row.stage is Stage.COMING:
+                self._change(row, row.told(News.STAYS))
+
+    def serves(self, sa: SaName, who: str, children: Iterable[Pair]) -> list[Departure]:
+        """The mobile node `who` has an SA here with these networks of both sides.
+
+        Departures of the same node, or for the same addresses, end; returns those of which nothing is left.
+        Errors: KernelError, StoreError.
+        """
+        used, over = list(children), []
+        self.behind.serves(who, used)
+        for row in self._candidates(who, (str(network) for _, remote in used for network in remote)):
+            if row.sa == sa and row.stage in _LETTING_GO:
+                continue  # it is served here, too, under its old name
+            left = row.without(who, used)
+            if left != row:
+                log.info("%s is here again: its packets are not sent on any more", who)
+                self._change(row, None if left.empty else left)
+                over += [row] if left.empty else []
+        return over
+
+    # The operator.
+
+    def end(self, sa: SaName, *, unblock: bool) -> Departure:
+        """Send nothing on any more for that SA; with `unblock` also remove its block. Returns the departure.
+
+        Errors: UnknownSaError.
+        """
+        row = self._rows.get(sa.key)
+        if row is None:
+            raise UnknownSaError(
+                f"no SA {sa} has left this gateway",
+                hint="`ikectx detours` lists those that have",
+            )
+        # without prefixes no notice of the other gateway can begin the detour again
+        self._change(row, None if unblock else replace(row.told(News.ENDS), prefixes=()))
+        return row
+
+    # The kernel.
+
+    def restore(self) -> None:
+        """Put into the kernel what the store has, and remove the rest. Failures are logged."""
+        self.behind.restore()
+        rows = self.listing()
+        try:
+            if self._kernel is not None:
+                wanted = {policy.raw for row in rows for policy in (*row.blocks, *row.allows)}
+                for policy in self._kernel.dump_policies():
+                    if policy.selector.user == OURS and replace(policy, index=0).raw not in wanted:
+                        self._kernel.delete_policy(policy)
+            self._detour.forget_old_table()
+            sent = {prefix for row in rows for prefix in row.sent_on}
+            self._detour.remove([net for net in self._detour.listing() if str(net) not in sent])
+            closed = {prefix for row in rows for prefix in row.closed}
+            self._detour.open_up([net for net in self._detour.listing(shut=True) if str(net) not in closed])
+        except KernelError as error:
+            log.error("what an agent before this one left in the kernel stays there: %s", error)
+        ways: Ways = {}
+        for row in rows:
+            try:
+                self._shut(row)
+                now = self._led(row, ways) if row.peer else row
+                if now != row:
+                    self._change(row, now)
+                else:
+                    self._send_on(row)
+            except (KernelError, StoreError) as error:
+                log.error("packets for %s, which is at %s, cannot be sent on: %s", row.mn, row.at, error)
+
+    def look_again(self) -> None:
+        """Devices or addresses changed, or somebody removed our routes: adapt the detours."""
+        ways: Ways = {}
+        last: dict[str, tuple[Address, ...]] = {}
+        for row in self.listing():
+            if row.peer and row.stage in SENT_ON:
+                now = self._led(row, ways)
+                last.update((prefix, now.via) for prefix in now.sent_on)
+                if now != row:
+                    log.info("%s: packets for it are sent on by another way, or by none", row.mn)
+                    try:
+                        self._change(row, now)
+                    except (KernelError, StoreError) as error:
+                        log.error("packets for %s are not sent on: %s", row.mn, error)
+        for via in set(last.values()):
+            self._add([prefix for prefix, by in last.items() if by == via], via)
+
+    def _led(self, row: Departure, known: Ways | None = None) -> Departure:
+        """The departure with the present way to the gateway that has the SA, and the policies for that way.
+
+        If there is no way to that gateway, packets go to the one that the SA was given to. `known`: ways that
+        were found just now for other departures.
+        """
+        known = {} if known is None else known
+        if row.stage not in SENT_ON:
+            return replace(row, led=(), via=(), allows=())
+        led: dict[Network, int] = {}
+        via: tuple[Address, ...] = ()
+        for name in dict.fromkeys((row.at, row.peer)):
+            ways = {network: self._way(network, name, known) for network in map(ip_network, row.prefixes)}
+            if any(ways.values()):
+                led, via = {network: way for network, way in ways.items() if way}, tuple(self._ways[name])
+                break
+        allows = {
+            allow_of(block, device).raw: allow_of(block, device)
+            for block in row.blocks
+            for network, device in led.items()
+            if within(block.destination, network) and block.selector.ifindex in (0, device)
+        }
+        texts = tuple(prefix for prefix in row.prefixes if ip_network(prefix) in led)
+        return replace(row, led=texts, via=via, allows=tuple(allows.values()))
+
+    def _way(self, network: Network, name: str, known: Ways) -> int:
+        """As `way`, but asked once for each gateway and IP version, unless it depends on the network."""
+        if any(gateway in network for gateway in self._ways.get(name, ())):
+            return 0
+        if (name, network.version) not in known:
+            known[name, network.version] = self.way(str(network), name)
+        return known[name, network.version]
+
+    def _rows_of(self, context: IkeContext) -> list[Departure]:
+        """The departures that have an address of the SA."""
+        remote = prefixes(ts for child in context.children for ts in child.remote_ts)
+        used: list[Pair] = [((), _networks(remote))]
+        who = str(context.remote_id)
+        candidates = self._candidates(who, remote)
+        own = self._rows.get(context.spis.key)
+        return [
+            row
+            for row in ([own] if own is not None and own not in candidates else []) + candidates
+            if row.sa == context.spis
+            or (row.mn == who and (not row.prefixes or row.without(who, used).prefixes != row.prefixes))
+        ]
+
+    def _candidates(self, who: str, texts: Iterable[str]) -> list[Departure]:
+        """Departures of that mobile node, or of one of these prefixes exactly."""
+        keys = set(self._named.get(who, ())).union(*(self._named.get(text, ()) for text in texts))
+        return [self._rows[key] for key in sorted(keys)]
+
+    def _keep(self, row: Departure) -> None:
+        self._store.put(KIND, row.key, row.dumps())
+        self._leave_out(row.key)
+        self._enter(row)
+
+    def _enter(self, row: Departure) -> None:
+        self._rows[row.key] = row
+        for name in row.names:
+            self._named[name].add(row.key)
+
+    def _leave_out(self, key: str) -> None:
+        row = self._rows.pop(key, None)
+        for name in row.names if row is not None else ():
+            self._named[name].discard(key)
+            if not self._named[name]:
+                del self._named[name]
+
+    def _change(self, row: Departure, now: Departure | None) -> None:
+        """Change store and kernel to `now`, None: remove the departure. Errors: KernelError, StoreError."""
+        if now is not None:
+            now = self._led(now) if now.peer else now
+            self._keep(now)
+            self._shut(now)
+        else:
+            self._leave_out(row.key)
+        others = self._candidates(row.mn, row.names)
+        wanted = {prefix for other in others for prefix in other.sent_on}
+        self._detour.remove(sorted(set(row.sent_on) - wanted))
+        # if two departures have the same address, the later one leads its packets
+        for other in sorted(others, key=lambda one: one.since):
+            if other is now or set(other.sent_on) & set(row.sent_on):
+                self._send_on(other)
+        if self._kernel is not None:
+            kept = {policy.raw for other in others for policy in (*other.blocks, *other.allows)}
+            for policy in (*row.allows, *row.blocks):
+                if policy.raw not in kept:
+                    self._kernel.delete_policy(policy)
+        closed = set(row.closed) - {prefix for other in others for prefix in other.closed}
+        if closed:
+            self._detour.open_up(sorted(closed))
+        if now is None:
+            self._store.delete(KIND, row.key)
+
+    def _shut(self, row: Departure) -> None:
+        for policy in row.blocks if self._kernel is not None else ():
+            self._kernel.replace_policy(policy)  # type: ignore[union-attr]
+        if row.closed:
+            self._detour.shut(row.closed)
+
+    def _send_on(self, row: Departure) -> None:
+        if not row.sent_on or not row.via:
+            return
+        if self._kernel is not None:
+            for policy in row.allows:
+                self._kernel.replace_policy(policy)
+        self._add(row.sent_on, row.via)
+
+    def _add(self, texts: Sequence[str], via: Sequence[Address]) -> None:
+        if texts and via:
+            try:
+                self._detour.add(texts, via)
+            except KernelError as error:
+                log.warning("packets for %s are not sent on: %s", ", ".join(texts[:3]), error)
+
+
+def pairs_of(context: IkeContext) -> list[Pair]:
+    """The networks of both sides, for each CHILD_SA."""
+    return [
+        (_networks(prefixes(child.local_ts)), _networks(prefixes(child.remote_ts)))
+        for child in context.children
+    ]
+
+
+def pairs_in(view: SaView) -> list[Pair]:
+    """The same, from charon's listing."""
+    installed = [child for child in view.children if child.state == "INSTALLED"]
+    return [(_networks(child.local_ts), _networks(child.remote_ts)) for child in installed]
+
+
+def _networks(texts: Iterable[str]) -> list[Network]:
+    """Of prefixes, or of selectors as VICI writes them; ranges that are no prefix are left out."""
+    found: list[Network] = []
+    for text in texts:
+        try:
+            found.append(ip_network(text.split("[", 1)[0].split("|", 1)[0]))
+        except ValueError:
+            continue
+    return found

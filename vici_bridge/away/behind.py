@@ -1,0 +1,213 @@
+"""`Behind`: block policies behind SAs that came from another gateway, for the time after their end. I/O.
+
+The gateway that gave an SA sends its packets on to here until it was told that the SA is gone, and the
+network may send them here, too. When the mobile node ends its SA, charon removes the policies, so packets
+that still arrive would leave in the clear. So each outbound policy of such an SA has a block policy behind it
+that drops the same packets, of the least priority there is, so that it matters only if there is no other. It
+remains until another mobile node has the address here, or the operator removes it (`ikectx detours --end NAME
+--unblock`). There is no block behind a policy for everything (as of a route-based VPN without marks), because
+it would cut the gateway off, nor behind one for the mobile node's outer address (transport mode), because the
+old gateway does not send such packets on.
+
+A block is there already when an SA is only prepared, because from then on the gateway that has it may send
+its packets here. If the SA is not taken in the end, that gateway is told so after the SA's policies were
+removed here, and goes on sending until then. This block drops only packets that would leave by the device
+towards the mobile node's outer address, because the way to the gateway that serves it may lead through here.
+
+With ESP in user space there are no policies, and so no blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ikectx.engine.ports import Store
+from ikectx.errors import KernelError, StoreError, WireError
+from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.name import SaName
+from vici_bridge.kernel.kernel import Kernel
+from vici_bridge.kernel.xfrm import KernelPolicy
+from vici_bridge.kernel.xfrm_parts import Network
+
+from .departures import block_of, within
+
+log = logging.getLogger(__name__)
+
+BEHIND = int.from_bytes(b"IKEB")
+"""The `user` of these policies' selectors, as `departures.OURS` is that of departures."""
+
+KIND = "behind"
+"""Kind of store entry, by a digest of the policy: a `Block`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block behind the SA `sa` (its name when it came) of the mobile node `mn`."""
+
+    sa: SaName
+    mn: str
+    policy: KernelPolicy
+
+    @property
+    def key(self) -> str:
+        """Its key in the store. There is one block for the same packets, whichever SA they were of."""
+        return hashlib.sha256(self.policy.raw).hexdigest()[:32]
+
+    def dumps(self) -> bytes:
+        """The stored form."""
+        value = {"sa": [part.hex() for part in self.sa], "mn": self.mn, "policy": self.policy.raw.hex()}
+        return json.dumps(value).encode()
+
+    @classmethod
+    def loads(cls, key: str, raw: bytes) -> Block:
+        """Read what `dumps` wrote. Errors: StoreError."""
+        try:
+            found: Any = json.loads(raw)
+            first, second = found["sa"]
+            policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
+            return cls(SaName(bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
+        except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
+            raise StoreError(f"the block {key} cannot be read: {error}") from None
+
+    def to_json(self) -> dict[str, object]:
+        """For operators, as plain JSON values."""
+        blocked = f"{self.policy.source} -> {self.policy.destination}"
+        return {"sa": [part.hex() for part in self.sa], "mn": self.mn, "blocked": blocked}
+
+
+class Behind:
+    """All these blocks at one gateway; those in the store are there after `load`.
+
+    `kernel` is None if ESP is in user space.
+    """
+
+    def __init__(self, store: Store, kernel: Kernel | None) -> None:
+        self._store = store
+        self._kernel = kernel
+        self._blocks: dict[str, Block] = {}
+        self._to: defaultdict[Network, set[str]] = defaultdict(set)
+        """Keys by the mobile node's network."""
+
+    def load(self) -> None:
+        """Read the store; a row that cannot be read is logged and left there."""
+        for key, raw in self._store.items(KIND):
+            try:
+                self._enter(Block.loads(key, raw))
+            except StoreError as error:
+                log.error("%s", error)
+
+    def listing(self) -> list[Block]:
+        """All blocks."""
+        return list(self._blocks.values())
+
+    def stand(self, context: IkeContext, reqids: Collection[int], device: int = 0) -> None:
+        """The SA came, with policies of these reqids: put blocks behind them. Idempotent; failures are
+        logged.
+
+        It raises nothing, because the SA serves already. `device`: drop only packets that would leave by the
+        device of that index; 0: all of them.
+        """
+        if self._kernel is None:
+            return
+        try:
+            for policy in self._kernel.policies_about(reqids):
+                if policy.direction == "out" and not _too_wide(policy, context.remote.address):
+                    block = block_of(policy)
+                    selector = replace(block.selector, user=BEHIND, ifindex=device)
+                    self._stand(
+                        Block(context.spis, str(context.remote_id), replace(block, selector=selector))
+                    )
+        except (KernelError, StoreError, WireError) as error:
+            log.error(
+                "packets for %s may leave in the clear when its SA ends here: %s", context.remote_id, error
+            )
+
+    def serves(self, who: str, children: Iterable[tuple[Sequence[Network], Sequence[Network]]]) -> None:
+        """The mobile node `who` has an SA here with these networks of both sides.
+
+        Blocks for these networks that were another node's end. Its own remain, because the gateway that gave
+        its SA may still send packets for it here. Errors: KernelError, StoreError.
+        """
+        for local, remote in children:
+            for network in remote:
+                for key in list(self._to.get(network, ())):
+                    block = self._blocks[key]
+                    if block.mn != who and any(within(block.policy.source, ours) for ours in local):
+                        self._remove(block)
+
+    def end(self, name: str) -> int:
+        """Remove the blocks of an SA (SPIi:SPIr) or a mobile node. Returns their number.
+
+        Errors: KernelError, StoreError.
+        """
+        found = [
+            block
+            for block in self._blocks.values()
+            if name in (block.mn, ":".join(part.hex() for part in block.sa))
+        ]
+        for block in found:
+            self._remove(block)
+        return len(found)
+
+    def restore(self) -> None:
+        """Put into the kernel what the store has, and remove the rest. Failures are logged."""
+        if self._kernel is None:
+            return
+        try:
+            wanted = {block.policy.raw for block in self._blocks.values()}
+            for policy in self._kernel.dump_policies():
+                if policy.selector.user == BEHIND and replace(policy, index=0).raw not in wanted:
+                    self._kernel.delete_policy(policy)
+            for block in self._blocks.values():
+                self._kernel.replace_policy(block.policy)
+        except KernelError as error:
+            log.error("packets for mobile nodes may leave in the clear when their SAs end: %s", error)
+
+    def _stand(self, block: Block) -> None:
+        """Install the block in place of narrower ones for the same packets, unless a wider one is there."""
+        device = block.policy.selector.ifindex
+        others = [self._blocks[key] for key in self._to.get(block.policy.destination, ())]
+        same = [other for other in others if _but_for_device(other.policy) == _but_for_device(block.policy)]
+        if device and any(not other.policy.selector.ifindex for other in same):
+            return
+        self._put(block)
+        for other in same:
+            if not device and other.policy.selector.ifindex:
+                self._remove(other)
+
+    def _put(self, block: Block) -> None:
+        assert self._kernel is not None
+        self._store.put(KIND, block.key, block.dumps())
+        self._enter(block)
+        self._kernel.replace_policy(block.policy)
+
+    def _enter(self, block: Block) -> None:
+        self._blocks[block.key] = block
+        self._to[block.policy.destination].add(block.key)
+
+    def _remove(self, block: Block) -> None:
+        del self._blocks[block.key]
+        network = block.policy.destination
+        self._to[network].discard(block.key)
+        if not self._to[network]:
+            del self._to[network]
+        if self._kernel is not None:
+            self._kernel.delete_policy(block.policy)
+        self._store.delete(KIND, block.key)
+
+
+def _too_wide(policy: KernelPolicy, outer: Address) -> bool:
+    """Whether it would drop more than the SA's packets: all packets, or all for the outer address."""
+    if policy.mark is not None or policy.if_id:
+        return False
+    return not policy.destination.prefixlen or outer in policy.destination
+
+
+def _but_for_device(policy: KernelPolicy) -> KernelPolicy:
+    return replace(policy, selector=replace(policy.selector, ifindex=0))

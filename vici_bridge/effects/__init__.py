@@ -1,0 +1,1 @@
+"""What each step of a transfer does to charon and the kernel, at both gateways and at a mobile node."""

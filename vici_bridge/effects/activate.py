@@ -1,0 +1,184 @@
+"""Activate: charon does IKE for the SA from now on, after the mobile node was told.
+
+1. Repeat steps of `take`, for an agent that began anew, and if packets could not be led here before.
+2. Give charon the message IDs, and make it active by the toggle. It is still muted.
+3. Note what follows from serving the SA: lifetimes, limits, the SPIs for an answer, gateways to notify,
+   blocks for its end. Then mark the row "active": message IDs are not set back after that.
+4. Unmute charon, and give it the mobile node's requests from the time before.
+5. Delete the plan of new names: once it is gone, undo must not remove an SA with this name. The SA serves
+   without it, so an error is only logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from ikectx import trace
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import CharonError, KernelError, WireError
+from ikectx.sa.context import FinalState, IkeContext
+from ikectx.wire.spis import ESP, IKE, NewSpi, serialize_new_spis
+from vici_bridge.ha import messages as ha
+from vici_bridge.host import CharonHost
+from vici_bridge.policy.new_names import Plan, own_spi
+
+from .coming import SCRIPT_LIMIT, Coming, now
+from .renames import INSTALL_TIMEOUT
+from .runner import Effect, Facts, Step
+from .take import converge, leads_here, open_way, script_up, will_lead
+
+log = logging.getLogger(__name__)
+
+
+def _inactive(work: Coming) -> bool:
+    return work.facts.stage == "installing"
+
+
+def _leads(work: Coming) -> bool:
+    return _inactive(work) and leads_here(work)
+
+
+async def _look(work: Coming) -> Facts:
+    await work.view()
+    return will_lead(work)
+
+
+async def _message_ids(work: Coming) -> None:
+    host, shape = work.host, work.shape
+    version, ike = await host.version(), ha.IkeId.of(shape.current)
+    assert work.final is not None
+    mids = [
+        ha.ike_mid(version, ike, initiator=initiator, mid=mid)
+        for initiator, mid in zip(
+            (True, False), _mids(work.here, work.plan, work.final, work.report), strict=True
+        )
+    ]
+    await host.send(mids)
+    for message in mids:
+        host.record.feed(message)
+
+
+def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:
+    """Message IDs of our next request and of the one that we expect."""
+    if plan is not None and plan.told is not None:
+        return plan.told.mid_initiator, plan.told.mid_responder
+    if plan is not None and plan.ike:
+        return 0, 0
+    return final.mid_initiator + report.requests, final.mid_responder + report.answered
+
+
+async def _toggle(work: Coming) -> None:
+    view = await work.view()
+    if view.state == "PASSIVE":
+        await work.host.activate_segment()
+        await _established(work.host, work.shape)
+    work.looks.came(view)  # its names may have changed since it was taken in
+
+
+@trace.spanned("charon activates")
+async def _established(host: CharonHost, here: IkeContext) -> None:
+    end = time.monotonic() + INSTALL_TIMEOUT
+    while True:
+        view = await host.view(here.spis)
+        if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
+            return
+        if time.monotonic() > end:
+            raise CharonError(
+                "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
+            )
+        await asyncio.sleep(0.01)
+
+
+async def _note(work: Coming) -> Facts:
+    host, here, shape = work.host, work.here, work.shape
+    _note_lifetimes(host, shape)
+    _count_on(host, shape, here)
+    if host.config.rekey_after:
+        host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
+    host.save()
+    host.origins.serves(work.context, shape.spis)
+    host.follow.serves(shape.spis, here)
+    view = work.listed or await work.view()
+    host.away.behind.stand(here, {child.reqid for child in view.children})
+    return {"stage": "active", **_names(here, work.plan)}
+
+
+def _names(here: IkeContext, plan: Plan | None) -> Facts:
+    """The SPIs for an answer to the mobile node, if it was not asked otherwise."""
+    if plan is None or plan.told is not None:
+        return {}
+    spis = [NewSpi(ESP, child.spi_in, child.new_in) for child in plan.children]
+    if plan.ike:
+        spis.append(NewSpi(IKE, own_spi(here.current), plan.ike))
+    return {"new_names": serialize_new_spis(spis), "named": now()}
+
+
+def _note_lifetimes(host: CharonHost, here: IkeContext) -> None:
+    """Keep original deadlines that may come before charon's new timers."""
+    wall = time.time()
+    left = [seconds for seconds in (here.lifetime.rekey, here.lifetime.reauth) if seconds is not None]
+    if left:
+        host.deadlines.keep(here.spis, None, wall + min(left))
+    for child in here.children:
+        soft, hard = child.lifetime.rekey, child.lifetime.hard
+        if soft is not None or hard is not None:
+            # without a soft lifetime the rekey is due at nine tenths of the hard one
+            due = float(soft) if soft is not None else 0.9 * float(hard or 0)
+            host.deadlines.keep(here.spis, child.spi_in, wall + due)
+
+
+def _count_on(host: CharonHost, shape: IkeContext, here: IkeContext) -> None:
+    """Let limits of octets and packets go on from their present values. Not before charon is active, because
+    a limit that is reached makes it begin a rekey, which would be muted."""
+    kernel = host.kernel
+    for child, given in zip(shape.children, here.children, strict=True):
+        used = given.lifetime
+        rekeyed = (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r)
+        if kernel is None or rekeyed or not (used.bytes_used or used.packets_used):
+            continue
+        try:
+            for sa in host.kernel_pair(shape, child):
+                if sa is not None:
+                    kernel.count_on(sa, used.bytes_used, used.packets_used)
+        except (KernelError, WireError) as error:
+            log.warning("octets and packets of CHILD_SA %s are counted anew: %s", child.name, error)
+
+
+async def speak(work: Coming) -> None:
+    """Unmute the SA, whichever of its names charon has it under."""
+    for shape in work.renames.names(work.here):
+        await asyncio.to_thread(work.host.mute.unmute, shape.spis)
+        work.host.expected.discard(shape.spis)
+
+
+async def _deliver(work: Coming) -> None:
+    ear = work.memory.ears.pop(work.sa, None)
+    if ear is not None and await ear.deliver():
+        log.debug("%s: charon has what the MN asked meanwhile", work.here.remote_id)
+
+
+async def _forget(work: Coming) -> Facts:
+    if work.sa in work.memory.asked:
+        work.host.note_update_spi(work.here.remote_id)  # the mobile node has an agent, which knows UPDATE_SPI
+    work.renames.forget(work.here)
+    return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "unique_id": 0}
+
+
+ACTIVATE: Step[Coming] = Step(
+    "activate",
+    (
+        Effect("new names", converge, when=_inactive),
+        Effect("charon has it", _look, when=_leads),
+        Effect("way", open_way, when=_leads),
+        Effect("script up", script_up, when=_leads, limit=SCRIPT_LIMIT + 5.0),
+        Effect("message IDs", _message_ids, when=_inactive),
+        Effect("charon is active", _toggle, when=_inactive),
+        Effect("what follows is noted", _note, when=_inactive),
+        Effect("charon speaks", speak),
+        Effect("what was kept is heard", _deliver, needed=False),
+        # written together with the journal's next state, which says that the SA is owned
+        Effect("names are over", _forget, needed=False, soon=True),
+    ),
+)

@@ -1,0 +1,137 @@
+"""`Coming`: an SA that this gateway takes in, for the steps prepare, take, activate and undo.
+
+`context` has the other gateway's names of the SA, `here` this gateway's address, and `shape` is the SA in
+charon: under other SPIs if its own are taken here (`renames`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ikectx.engine.ledger import Drawn, TargetFacts
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import CharonError
+from ikectx.sa.context import FinalState, IkeContext
+from ikectx.sa.name import SaName
+from vici_bridge.host import CharonHost
+from vici_bridge.policy.new_names import Plan, Taken
+from vici_bridge.vici.views import SaView
+
+from .looks import Looks, Seen
+from .renames import Renames
+from .runner import Facts
+
+SCRIPT_LIMIT = 25.0
+"""Seconds for the calls of the updown script for one SA."""
+
+
+class Ear(Protocol):
+    """Records the mobile node's messages while charon may not receive them (`mobike_ext.packet_hold`)."""
+
+    async def deliver(self) -> int:
+        """Give charon the recorded messages."""
+
+    def close(self) -> None: ...
+
+
+Listen = Callable[[IkeContext], Ear]
+"""Begin to record messages of the mobile node of a context, as it is here. Errors: LinkError."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """Facts about SAs that come which the process keeps in memory; nothing depends on them after a crash.
+
+    ears: recorders of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that
+    it waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
+    """
+
+    ears: dict[SaName, Ear] = field(default_factory=dict)
+    asked: set[SaName] = field(default_factory=set)
+    seen: set[SaName] = field(default_factory=set)
+    givers: dict[SaName, str] = field(default_factory=dict)
+
+    def forget(self, sa: SaName) -> None:
+        """The SA has been taken in, or will not come."""
+        ear = self.ears.pop(sa, None)
+        if ear is not None:
+            ear.close()
+        self.asked.discard(sa)
+        self.seen.discard(sa)
+        self.givers.pop(sa, None)
+
+
+@dataclass(slots=True)
+class Coming:
+    """One SA in one step.
+
+    look, taken: charon's state, and the names that are taken, when it is prepared. final, report: the other
+    gateway's final state, and the cost of the exchange with the mobile node. activates: this is the last
+    step. listed: charon's last view of it. gone: the SA in charon before that was undone. drawn_before: the
+    progress of the updown script when this step began.
+    """
+
+    host: CharonHost
+    renames: Renames
+    looks: Looks
+    memory: Memory
+    sa: SaName
+    context: IkeContext
+    here: IkeContext
+    look: Seen | None = None
+    taken: Taken = field(default_factory=Taken)
+    final: FinalState | None = None
+    report: MoveReport = field(default_factory=MoveReport)
+    activates: bool = False
+    listed: SaView | None = None
+    gone: IkeContext | None = None
+    drawn_before: Drawn = "begun"
+
+    @property
+    def facts(self) -> TargetFacts:
+        """The facts in its row."""
+        return self.host.coming.of(self.sa).facts
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of its names here, None: its own."""
+        return self.renames.plan_of(self.here)
+
+    @property
+    def shape(self) -> IkeContext:
+        """The SA in charon."""
+        return self.renames.shape(self.here)
+
+    @property
+    def kept(self) -> IkeContext:
+        """See `runner.Work`."""
+        return self.gone or self.shape
+
+    async def view(self) -> SaView:
+        """charon's view of it. Errors: CharonError, if charon no longer has it."""
+        view = await self.host.view(self.shape.spis)
+        if view is None:
+            raise CharonError("charon lost the prepared SA")
+        self.listed = view
+        return view
+
+    async def script(self, *, up: bool) -> None:
+        """Run the connection's updown script, if one is configured. Errors: KernelError."""
+        facts = self.facts
+        await self.host.updown(
+            self.gone or self.shape, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id
+        )
+
+
+def numbers_of(view: SaView) -> Facts:
+    """Facts for the updown script."""
+    reqids = tuple((child.spi_in, child.reqid) for child in view.children)
+    return {"unique_id": view.unique_id, "reqids": reqids}
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())

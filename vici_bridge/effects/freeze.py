@@ -1,0 +1,196 @@
+"""Freeze: the old gateway lets an SA go without losing a packet, below charon, which can freeze only
+segments.
+
+1. Mute the mobile node's messages to charon, so that no new exchange begins.
+2. Wait until charon has ended an exchange that is under way, if there is one.
+3. Mute charon's messages to the mobile node.
+4. Verify that charon has the SA as it was exported. Then read its message IDs, and last of all the counter of
+   muted messages, because it must include everything that charon began until then.
+5. Note the outbound policies, send packets for the mobile node on to the other gateway or block them, and
+   remove the policies. Inbound SAs stay, so that late packets are decrypted until the SA is released. If the
+   other gateway cannot send yet, ESP is sent on instead, and counted.
+6. Read the counters, which no longer change. With them the SA is let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+
+from ikectx import trace
+from ikectx.errors import BusyError
+from ikectx.sa.context import FinalChild, FinalState, IkeContext
+from vici_bridge.vici.views import SaView
+
+from .leaving import LIVING, Leaving, in_the_way, last_request, outbound_of
+from .runner import Effect, Facts, Step, with_context
+
+IDLE_TIMEOUT = 3.0
+"""Seconds to wait for charon to finish an exchange that is under way at the freeze."""
+
+
+@dataclass(slots=True)
+class Freezing(Leaving):
+    """known: the SA with the message IDs that were found. final: its ESP SAs as they were left."""
+
+    known: IkeContext | None = None
+    final: tuple[FinalChild, ...] = ()
+
+    def result(self) -> FinalState:
+        """The final state for the other gateway."""
+        assert self.known is not None
+        return FinalState(
+            spi_i=self.sa.spi_i,
+            spi_r=self.sa.spi_r,
+            # the mobile node that charon gave up never received the last request, so its ID is still the next
+            # one
+            mid_initiator=max(self.known.mid_initiator - self.departing, 0),
+            mid_responder=self.known.mid_responder,
+            epoch=self.context.epoch + 1,
+            children=self.final,
+            unsure=self.known.unsure,
+        )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether ESP goes on while the SA is frozen."""
+        return self.sending and self.host.kernel is not None
+
+
+async def _hear_nothing(work: Freezing) -> None:
+    await asyncio.to_thread(work.host.mute.mute_in, work.sa)
+
+
+@trace.spanned("charon idle")
+async def _wait(work: Freezing) -> None:
+    """If `away`, an exchange that waits for the absent mobile node may be open, if a second look finds it,
+    too."""
+    end = time.monotonic() + IDLE_TIMEOUT
+    before: tuple[str, ...] = ()
+    while True:
+        view = await _same(work)
+        if not view.tasks or (view.tasks == before and not in_the_way(view, work.away)):
+            return
+        before = view.tasks
+        if time.monotonic() > end:
+            raise BusyError(f"an exchange is in flight: {', '.join(view.tasks)}")
+        await asyncio.sleep(0.05)
+
+
+async def _say_nothing(work: Freezing) -> None:
+    await asyncio.to_thread(work.host.mute.mute_out, work.sa)
+
+
+async def _find_ids(work: Freezing) -> None:
+    """Find the message IDs. charon reports the next one over HA when it sends a request, not when that is
+    answered. With the SA muted no answer arrives any more, so the mobile node expects that ID or the one
+    before it."""
+    host = work.host
+    view = await _same(work)
+    await host.catch_up(work.sa)
+    known = host.context(work.sa)
+    unsure = bool(work.away and view.tasks)
+    _, dropped = await asyncio.to_thread(host.mute.counters, work.sa)
+    if in_the_way(view, work.away) or (dropped and not unsure):
+        raise BusyError("charon began an exchange while it was being frozen")
+    work.known = replace(known, mid_initiator=last_request(known), unsure=True) if unsure else known
+
+
+async def _go_on(work: Freezing) -> Facts:
+    """An agent that starts needs the SA's addresses of now to end it; the record has those of then."""
+    leaving = work.host.leaving
+    leaving.hold(with_context(leaving.of(work.sa), work.context))
+    return {"sends_to": work.to}
+
+
+async def _note_policies(work: Freezing) -> Facts:
+    return {"policies": tuple(policy.raw for policy in outbound_of(work.host, work.context)[1])}
+
+
+async def _stop(work: Freezing) -> None:
+    stop(work)
+
+
+@trace.spanned("stop outbound")
+def stop(work: Leaving) -> None:
+    """Stop ESP: packets for the mobile node go to the new gateway if a way is known, else they are
+    blocked."""
+    host = work.host
+    if host.kernel is None:
+        host.away.leave(work.context, work.to, (), unprepared=work.unprepared)
+        return
+    every, ours = outbound_of(host, work.context)
+    host.away.leave(work.context, work.to, every, unprepared=work.unprepared)
+    for policy in ours:
+        host.kernel.delete_policy(policy)
+
+
+def goes_on_still(work: Leaving) -> bool:
+    """Whether ESP of a frozen SA is still sent."""
+    return bool(work.facts.sends_to) and work.facts.policies is None
+
+
+def stop_at_last(work: Leaving) -> None:
+    """Stop the ESP that is still sent, as any other freeze has done before."""
+    work.to = work.facts.sends_to
+    if work.host.kernel is not None:
+        ours = outbound_of(work.host, work.context)[1]
+        work.host.leaving.note(work.sa, policies=tuple(policy.raw for policy in ours))
+    stop(work)
+
+
+async def _read_counters(work: Freezing) -> Facts:
+    host, final = work.host, []
+    for child in work.context.children:
+        inbound, outbound = child.inbound, child.outbound
+        if host.kernel is not None:
+            sa_in, sa_out = host.kernel_pair(work.context, child)
+            if sa_in is None or sa_out is None:
+                raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
+            inbound = host.kernel.get_replay(sa_in, outbound=False)[0]
+            outbound = host.kernel.get_replay(sa_out, outbound=True)[0]
+        final.append(FinalChild(child.spi_in, inbound, outbound))
+    assert work.known is not None
+    work.final = tuple(final)
+    return {
+        "renaming": work.renaming,
+        "request": work.known.mid_initiator,
+        "unsure": work.known.unsure,
+        "counters": tuple((child.spi_in, child.outbound.seq) for child in final),
+    }
+
+
+async def _same(work: Freezing) -> SaView:
+    """The SA's view, if it is still as it was exported. Errors: BusyError."""
+    view, context = await work.look(), work.context
+    if view is None:
+        raise BusyError("the IKE_SA was rekeyed or deleted meanwhile")
+    if view.state != "ESTABLISHED":
+        raise BusyError(f"the IKE_SA is {view.state} now")
+    if (view.local, view.remote) != (context.local, context.remote):
+        raise BusyError("the MN moved meanwhile")
+    living = {(child.spi_in, child.spi_out) for child in view.children if child.state in LIVING}
+    if living != {(child.spi_in, child.spi_out) for child in context.children}:
+        raise BusyError("a CHILD_SA was rekeyed, made or deleted meanwhile")
+    return view
+
+
+FREEZE: Step[Freezing] = Step(
+    "freeze",
+    (
+        Effect("charon hears nothing", _hear_nothing),
+        Effect("charon ends its exchange", _wait),
+        Effect("charon says nothing", _say_nothing),
+        Effect("message IDs", _find_ids),
+        Effect("ESP goes on", _go_on, when=lambda work: work.goes_on),
+        Effect(
+            "policies are noted",
+            _note_policies,
+            when=lambda work: not work.goes_on and work.host.kernel is not None,
+        ),
+        Effect("ESP stops", _stop, when=lambda work: not work.goes_on),
+        # written together with the journal's next state, which says that the SA was let go
+        Effect("counters", _read_counters, soon=True),
+    ),
+)

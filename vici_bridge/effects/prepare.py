@@ -1,0 +1,141 @@
+"""Prepare: an SA that comes is installed in charon and the kernel, and not owned yet.
+
+1. Plan and store its names before anything is installed, so that an undo knows which SAs are its own.
+2. Mute charon's messages for it, because the toggle that activates one SA activates all that are PASSIVE.
+3. Release the SPIs that were reserved for charon, and install the SA in charon and the kernel, PASSIVE.
+4. Write sequence numbers and windows into the kernel at once, because a packet that leaves must have a number
+   that the other gateway has not used.
+5. Block packets that the other gateway sends on here from leaving in the clear, add the SA to the record, and
+   receive packets under the SPIs that the mobile node will be told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+from ikectx import trace
+from ikectx.errors import CharonError, KernelError
+from ikectx.sa.context import IkeContext
+from vici_bridge.ha.chain import import_messages
+from vici_bridge.host import CharonHost
+from vici_bridge.policy.new_names import clash
+from vici_bridge.vici.views import SaView
+
+from .coming import Coming, numbers_of
+from .renames import INSTALL_TIMEOUT
+from .runner import Effect, Facts, Step
+
+
+async def _plan(work: Coming) -> Facts:
+    host, here = work.host, work.here
+    if host.kernel is not None:
+        # SAs that were restored for late packets of this SA are removed
+        clashes = clash(here, work.taken)
+        ours = {child.spi_in for child in here.children}
+        ours -= {here.children[place].spi_in for place in clashes.inbound}
+        host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
+    host.away.comes(here)
+    await work.renames.end_relay(work.sa, 0.0)
+    work.renames.forget(here, undone=True)
+    work.renames.plan(here, work.taken, told_later=work.sa in work.memory.asked)
+    return {"stage": "installing", "since": 0, "drawn": "", "new_names": b"", "named": 0}
+
+
+async def _mute(work: Coming) -> None:
+    name = work.shape.spis
+    work.host.expected.add(name)
+    await asyncio.to_thread(work.host.mute.mute_in, name)
+    await asyncio.to_thread(work.host.mute.mute_out, name)
+
+
+async def _import(work: Coming) -> Facts:
+    host, shape = work.host, work.shape
+    assert work.look is not None
+    messages = import_messages(shape, work.look.version)
+    if work.plan is not None:
+        work.renames.ready(work.here, work.plan)
+    await host.send(messages)
+    view = await _installed(host, shape)
+    write_replay(host, shape, work.here)
+    work.looks.came(view)
+    return numbers_of(view)
+
+
+@trace.spanned("charon installs")
+async def _installed(host: CharonHost, here: IkeContext) -> SaView:
+    """Wait until charon lists the SA with its children, and the kernel has their ESP SAs.
+
+    It is PASSIVE, or ESTABLISHED already by the toggle of another SA.
+    """
+    end = time.monotonic() + INSTALL_TIMEOUT
+    pause = 0.01
+    while True:
+        view = await host.view(here.spis)
+        listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
+        wanted = {(child.spi_in, child.spi_out) for child in here.children}
+        if view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:
+            pairs = [host.kernel_pair(here, child) for child in here.children]
+            if host.kernel is None or all(a is not None and b is not None for a, b in pairs):
+                return view
+        if time.monotonic() > end:
+            seen = "nothing" if view is None else f"{view.state} with {len(listed)} CHILD_SAs"
+            raise CharonError(
+                f"charon did not install the SA: wanted PASSIVE with {len(wanted)} CHILD_SAs, saw {seen}",
+                hint="see charon's log (the ha plugin logs why at level 1)",
+            )
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+@trace.spanned("counters")
+def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> None:
+    """Write sequence numbers and windows into the kernel before a packet leaves; children in the same order.
+
+    Outbound numbers go on after a jump, never back; inbound windows are joined with those of packets received
+    here.
+    """
+    kernel, jump = host.kernel, host.config.oseq_jump
+    if kernel is None:
+        return
+    for child, given in zip(shape.children, counters.children, strict=True):
+        inbound, outbound = host.kernel_pair(shape, child)
+        if inbound is None or outbound is None:
+            raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
+        if (child.nonce_i, child.nonce_r) != (given.nonce_i, given.nonce_r):
+            continue  # rekeyed here: other keys, numbers of their own
+        if child.spi_in == given.spi_in:
+            kernel.set_replay(inbound, given.inbound, outbound=False)
+        sent = given.outbound
+        ahead, _ = kernel.get_replay(outbound, outbound=True)
+        if sent.seq + jump > ahead.seq:
+            kernel.set_replay(outbound, replace(sent, seq=sent.seq + jump), outbound=True)
+
+
+async def _block(work: Coming) -> None:
+    work.host.away.awaits(work.here, {reqid for _, reqid in work.facts.reqids})
+
+
+async def _learn(work: Coming) -> None:
+    assert work.look is not None
+    work.host.record.learn(work.shape, work.look.version)
+    work.host.save()
+
+
+async def _hold(work: Coming) -> None:
+    if work.plan is not None:
+        work.renames.hold(work.here, work.plan)
+
+
+PREPARE: Step[Coming] = Step(
+    "prepare",
+    (
+        Effect("names are planned", _plan),
+        Effect("charon says nothing", _mute),
+        Effect("import", _import, soon=True),
+        Effect("packets are blocked", _block),
+        Effect("record", _learn),
+        Effect("new names are heard", _hold),
+    ),
+)

@@ -1,0 +1,377 @@
+"""`CharonSink`: the new gateway's side. Installs an SA in charon and the kernel, owns it, and activates it.
+
+The order is the one that the ha plugin needs: checks, IKE_ADD(s), IKE_UPDATE, CHILD_ADDs while PASSIVE,
+replay state into the kernel, then (when the other side has let go) final counters, routes and updown, the
+exchange with the mobile node, message IDs, and the segment toggle. Each step is verified, not assumed.
+
+The toggle activates every PASSIVE SA, also those that are not ours yet or whose mobile node is just being
+asked. So an SA is muted before charon has it, until all of this is done: charon neither receives nor sends
+anything.
+
+An SA whose SPIs are taken here is installed under others (`renames`), and the mobile node is told them
+together with the address. The methods' `context` has the other gateway's SPIs; `shape` is the SA in charon.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ikectx.engine.ports import MoveReport
+from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
+from ikectx.sa.name import SaName
+from ikectx.sa.relocate import relocate
+from ikectx.sa.verdict import Verdict
+from ikectx.wire.cxtp import ContextDataBlock
+from vici_bridge.host import ESP as ESP_PROTOCOL
+from vici_bridge.host import CharonHost, Mover, Settler
+from vici_bridge.kernel.xfrm_parts import INET as AF_INET
+from vici_bridge.kernel.xfrm_parts import INET6 as AF_INET6
+from vici_bridge.policy.checks import check_esp_spis, check_ike_spis, still_here
+from vici_bridge.policy.new_names import (
+    Clash,
+    Plan,
+    Renamer,
+    Taken,
+    Told,
+    Wish,
+    clash,
+    without_exchange,
+)
+from vici_bridge.vici.views import SaView
+
+from .activate import ACTIVATE
+from .coming import Coming, Listen, Memory
+from .looks import Looks, Seen, objections
+from .prepare import PREPARE
+from .renames import Renames
+from .runner import Runner
+from .take import TAKE
+from .undo import UNDO
+
+log = logging.getLogger(__name__)
+
+_IMPORTED_FOR = 600.0
+"""Seconds in which an agent that was killed at that moment comes back, and activates again; and in which a
+mobile node asks again for its SA's new SPIs."""
+_SWEEP = 60
+"""Seconds between two searches for notes that are older than that."""
+
+
+class CharonSink:
+    """A `ContextSink` on a running charon."""
+
+    def __init__(
+        self,
+        host: CharonHost,
+        mover: Mover,
+        renamer: Renamer | None = None,
+        settler: Settler | None = None,
+        listen: Listen | None = None,
+    ) -> None:
+        """`mover`, `renamer`, `settler` must reach the mobile node while the SA is muted, by the mark
+        `mute.MARK`.
+
+        Without `renamer` an SA whose SPIs are taken is refused, unless the mobile node is told in an answer;
+        without `settler` one whose next message ID is not known. Requests of the mobile node while its SA is
+        muted are lost without `listen`, and repeated after seconds.
+        """
+        self._host = host
+        self._mover = mover
+        self._renamer = renamer
+        self._settler = settler
+        self._listen = listen
+        self._memory = Memory()
+        self._renames = Renames(host)
+        self._renames.load()
+        self._looks = Looks(host)
+        self._runner: Runner[Coming] = Runner(host.coming, host.spawn, PREPARE, TAKE, ACTIVATE, UNDO)
+        self._swept = 0
+
+    def resume(self) -> None:
+        """After a start: finish work that an agent before this one left open."""
+        self._renames.resume()
+        self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
+
+    def came_from(self, context: IkeContext, peer: str) -> None:
+        """See `ikectx.engine.ports.Follower`."""
+        self._memory.givers[context.spis] = peer
+
+    def _here(self, context: IkeContext) -> IkeContext:
+        """The context at this gateway, with our outer address instead of the other's."""
+        address = self._host.address_for(context)
+        return relocate(context, local=Endpoint(address, context.local.port))
+
+    def _coming(
+        self, context: IkeContext, here: IkeContext | None = None, sa: SaName | None = None, **more: Any
+    ) -> Coming:
+        here = here or self._here(context)
+        sa = sa or context.spis
+        return Coming(self._host, self._renames, self._looks, self._memory, sa, context, here, **more)
+
+    async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
+        """See `ContextSink.check`: every reason is listed, not only the first."""
+        async with self._looks.look() as seen:
+            return self._judge(context, keep_address, seen)[0]
+
+    def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
+        """All reasons against the SA, and the names that are taken."""
+        host = self._host
+        try:
+            here = self._here(context)
+        except IkectxError as error:
+            return [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
+        taken = self._renames.taken(here, seen.views)
+        spis = self._check_spis(context, here, taken, seen.views)
+        verdicts = objections(context, here, seen, host.config, spis, keep_address=keep_address)
+        if host.kernel is not None:
+            family = AF_INET6 if here.local.address.version == 6 else AF_INET
+            for child in here.children:
+                if not host.kernel.supports(child.encr, child.encr_bits, child.integ, family):
+                    verdicts.append(
+                        Verdict(
+                            Fpt.SAD,
+                            Status.ALGORITHM,
+                            f"the kernel cannot do {child.encr.name}/{child.encr_bits} {child.integ.name}",
+                        )
+                    )
+        return verdicts, taken
+
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
+        """See `ikectx.engine.ports.Witness`."""
+        host, kernel = self._host, self._host.kernel
+        views = await host.views()
+        esp: list[bytes] = []
+        if kernel is not None:
+            late = {sa.spi for sa in kernel.late_sas()}
+            theirs = [child.spi_in for child in final.children if child.spi_in not in late]
+            esp = [
+                spi
+                for spi in theirs
+                if any(
+                    kernel.get_sa(address, spi, ESP_PROTOCOL) is not None for address in host.config.addresses
+                )
+            ]
+        return still_here(final, mn, views, host.record.names(), esp, who)
+
+    def _check_spis(
+        self, context: IkeContext, here: IkeContext, taken: Taken, views: Sequence[SaView]
+    ) -> list[Verdict]:
+        """SPIs that are taken and cannot be replaced."""
+        reason = self._unresolvable(context, here, clash(here, taken))
+        if not reason:
+            return []
+        verdicts = [*check_ike_spis(here, taken, views), *check_esp_spis(here, taken)]
+        return [replace(one, detail=f"{one.detail}; {reason}") for one in verdicts]
+
+    def _unresolvable(self, context: IkeContext, here: IkeContext, found: Clash) -> str:
+        """Why taken SPIs prevent the import; empty: they do not."""
+        if not found:
+            return ""
+        if self._host.config.collision == "refuse":
+            return "transfer.collision is refuse here"
+        if context.spis in self._memory.asked:
+            return without_exchange(here, found)
+        if self._renamer is None:
+            return "nobody here can ask the MN for other SPIs"
+        return ""
+
+    def tell_later(self, context: IkeContext, later: bool = True) -> None:
+        """Called before `check` and `prepare`; `later`: the mobile node moves by itself and waits for an
+        answer.
+
+        The answer will have the new SPIs: see `new_names`. `move_peer` is then not called.
+        """
+        if later:
+            self._memory.asked.add(context.spis)
+        else:
+            self._memory.asked.discard(context.spis)
+
+    def must_tell(self, context: IkeContext) -> bool:
+        """True if the SA has new SPIs that no answer tells the mobile node, so that `move_peer` must."""
+        plan = self._renames.plan_of(self._here(context))
+        return plan is not None and not plan.later
+
+    def renames(self, context: IkeContext) -> bool:
+        """See `ikectx.engine.ports.Renamer`."""
+        plan = self._renames.plan_of(self._here(context))
+        return plan is not None and bool(plan.children)
+
+    def cannot_send(self, context: IkeContext) -> bool:
+        """See `ikectx.engine.ports.Renamer`."""
+        return self._renames.others_send(self._here(context))
+
+    def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
+        """The SPIs of the SA here that the mobile node does not know yet, as a block of a CTAA; empty: no
+        change."""
+        names = self._host.coming.of(context.spis).facts.new_names
+        return (ContextDataBlock(Fpt.NEW_SPIS, names),) if names else ()
+
+    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
+        """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
+        async with self._looks.look() as seen, self._host.import_lock:
+            verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
+            bad = [v for v in verdicts if v.status is not Status.OK]
+            if bad:
+                raise RefusedError(
+                    f"{STATUS_TEXT.get(bad[0].status, '')}: {bad[0].detail}", status=bad[0].status
+                )
+            try:
+                await self._runner.run(PREPARE, self._coming(context, look=seen, taken=taken))
+            except BaseException:
+                await self.undo(context)
+                raise
+
+    async def take(self, context: IkeContext, final: FinalState) -> None:
+        """See `ContextSink.take`."""
+        await self._runner.run(TAKE, self._coming(context, final=final))
+
+    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
+        """See `ikectx.engine.ports.Settler`."""
+        if self._settler is None:
+            raise RefusedError(
+                "nobody here can ask the MN for the next message ID", status=Status.NOT_COVERED
+            )
+        return replace(final, mid_initiator=await self._settler(self._here(context), final), unsure=False)
+
+    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
+        """See `ContextSink.move_peer`. There is nothing to tell if the gateway's address and all SPIs
+        stay."""
+        here = self._here(context)
+        plan = self._renames.plan_of(here)
+        if plan is None and here.local == context.local:
+            return MoveReport()
+        self._hear(context, here)
+        if plan is not None:
+            return await self._rename(context, here, plan, final)
+        if context.spis not in self._memory.seen and await self._host.view(here.spis) is None:
+            raise CharonError("charon lost the prepared SA meanwhile")  # before the MN is told
+        base = self._received(here)
+        return await self._mover(here, final, lambda: self._received(here) > base)
+
+    def _hear(self, context: IkeContext, here: IkeContext) -> None:
+        before = self._memory.ears.pop(context.spis, None)
+        if before is not None:
+            before.close()
+        if self._listen is None:
+            return
+        try:
+            self._memory.ears[context.spis] = self._listen(here)
+        except (LinkError, KernelError) as error:
+            log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
+
+    async def _rename(
+        self, context: IkeContext, here: IkeContext, plan: Plan, final: FinalState
+    ) -> MoveReport:
+        """Tell the mobile node new SPIs and our address, by UPDATE_SPI or, if it does not know that, by
+        rekeys."""
+        host = self._host
+        if context.spis not in self._memory.seen:
+            # an agent before this one may have stopped in the middle
+            await self._renames.converge(here)
+            plan = await self._finished(here, plan)
+        left, ike = plan.left(here), plan.ike_left(here)
+        moves = here.local != context.local and not plan.moved
+        if not left and not ike and not moves:
+            return plan.report
+        if self._renamer is None:
+            raise RefusedError("nobody here can ask the MN for other SPIs", status=Status.ESP_SPI_IN_USE)
+        start = plan.told or replace(
+            here, mid_initiator=final.mid_initiator, mid_responder=final.mid_responder
+        )
+        wish = Wish(
+            children=tuple((child.spi_in, child.new_in) for child in left),
+            ike=ike,
+            addresses=moves,
+            update=host.config.collision == "update" and plan.how != "rekey",
+            rekey=True,
+            seed=plan.seed,
+            agent=host.has_agent(context),
+        )
+        base = self._renames.arrived(here)
+        if moves:
+            await self._renames.relay_old(here, context.local.address)
+
+        async def made(
+            now: IkeContext, *, moved: bool, how: str, report: MoveReport, unfinished: bool = False
+        ) -> None:
+            moved, report = moved or plan.moved, plan.report + report
+            await self._renames.become(here, now, moved=moved, how=how, report=report, unfinished=unfinished)
+
+        told: Told = await self._renamer(
+            start,
+            wish,
+            lambda: self._renames.arrived(here) > base,
+            made,
+        )
+        if told.supports:
+            host.note_update_spi(here.remote_id)
+        return plan.report + told.report
+
+    async def _finished(self, here: IkeContext, plan: Plan) -> Plan:
+        """The plan with our next message ID made certain: the mobile node is asked, if a rekey was cut off.
+
+        Its last messages may have been sent under that ID, and then the mobile node takes another one for a
+        copy.
+        """
+        if not plan.unfinished or plan.told is None or self._settler is None:
+            return plan
+        told = plan.told
+        last = FinalState(*told.spis, told.mid_initiator, told.mid_responder, told.epoch)
+        told = replace(told, mid_initiator=await self._settler(told, last))
+        plan = replace(plan, told=told, unfinished=False)
+        self._renames.save(here, plan)
+        return plan
+
+    def _received(self, here: IkeContext) -> int:
+        """ESP packets that arrived here on the SA's children."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return 0
+        total = 0
+        for child in here.children:
+            inbound, _ = self._host.kernel_pair(here, child)
+            if inbound is not None:
+                total += kernel.get_replay(inbound, outbound=False)[1].packets
+        return total
+
+    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
+        """See `ContextSink.activate`."""
+        if self._host.coming.of(context.spis).facts.stage == "imported":
+            return  # message IDs have advanced since
+        work = self._coming(context, final=final, report=report, activates=True)
+        await self._runner.run(ACTIVATE, work)
+        self._memory.forget(context.spis)
+        self._sweep(int(time.time()))
+
+    def _sweep(self, now: int) -> None:
+        """Forget rows that nobody will ask for any more; not for each of a thousand SAs."""
+        if now < self._swept + _SWEEP:
+            return
+        self._swept = now
+        for row in self._host.coming.all():
+            known = row.facts
+            if known.stage == "imported" and now - known.since > _IMPORTED_FOR and known.relay is None:
+                self._host.coming.drop(row.sa)
+
+    async def undo(self, context: IkeContext) -> None:
+        """See `ContextSink.undo`."""
+        work = self._coming(context)
+        if work.plan is not None and work.plan.told is not None:
+            log.warning(
+                "%s: the MN has new SPIs of ours already; it may have to connect anew", work.here.remote_id
+            )
+        self._memory.forget(context.spis)
+        if work.facts.stage in ("installing", "active"):
+            await self._runner.run(UNDO, work)
+            return
+        # we installed no part of it, so an SA of that name is another one
+        self._renames.forget(work.here, undone=True)
+        if work.facts.stage == "":
+            self._host.away.stays(work.here)
+            self._host.coming.drop(context.spis, soon=True)

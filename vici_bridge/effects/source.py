@@ -1,0 +1,319 @@
+"""`CharonSource`: the old gateway's side. Exports an SA, lets it go without losing a packet, or takes it
+back.
+
+An SA is let go below charon, because charon can freeze only whole segments: nftables mutes the IKE messages
+of this one SA, and the outbound policies are removed from the kernel. Inbound SAs stay, so that late packets
+are decrypted until the SA is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS
+from ikectx.engine.tables import OSEQ_JUMP
+from ikectx.errors import BusyError, CharonError, IkectxError, UnknownSaError
+from ikectx.numbers import Status
+from ikectx.sa.context import Address, ChildContext, FinalChild, FinalState, IkeContext, PeerContext
+from ikectx.sa.keys import esp_keys
+from ikectx.sa.name import SaName
+from ikectx.sa.relocate import relocate
+from vici_bridge.host import CharonHost, Mover
+from vici_bridge.kernel.xfrm import KernelSa
+from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_told
+from vici_bridge.vici.views import (
+    ChildView,
+    SaView,
+    child_lifetime,
+    departing_view,
+    ike_lifetime,
+    peer_context,
+)
+
+from .freeze import FREEZE, Freezing, goes_on_still, stop_at_last
+from .leaving import LIVING, Ender, Leaving, in_the_way, last_request
+from .release import RELEASE
+from .runner import Runner, context_of
+from .thaw import THAW
+
+log = logging.getLogger(__name__)
+
+_LOOK = 0.1
+"""Seconds between two checks how much ESP the SA has sent."""
+_LEAVING = ("REKEYED", "DELETING", "DELETED")
+
+
+class CharonSource:
+    """A `ContextSource` on a running charon."""
+
+    def __init__(self, host: CharonHost, mover: Mover, ender: Ender | None = None) -> None:
+        """`mover` and `ender` must reach the mobile node while the SA is muted, by the mark `mute.MARK`."""
+        self._host = host
+        self._mover = mover
+        self._ender = ender
+        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, FREEZE, THAW, RELEASE)
+        self.departing: set[SaName] = set()
+        """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
+        self._reqids: dict[SaName, frozenset[int]] = {}
+        """reqids of the CHILD_SAs of SAs that charon is destroying."""
+        self._handed: set[SaName] = set()
+        """SAs that go to a gateway which has no part of them yet."""
+        self._sending: set[SaName] = set()
+        """SAs whose ESP is still sent and counted although they are frozen."""
+
+    async def _view(self, sa: SaName) -> SaView | None:
+        if sa in self.departing:
+            return departing_view(self._host.context(sa))
+        return await self._host.view(sa)
+
+    def departing_by_reqid(
+        self, reqid: int, connections: Collection[str]
+    ) -> tuple[SaName, IkeContext, float] | None:
+        """The IKE_SA whose CHILD_SA has that reqid, its context, and the seconds since its last IKE request.
+
+        charon gives its updown script the reqid, and has reported the SA's deletion over HA by then. Only SAs
+        of `connections` are considered, each once in the kernel, because a charon that stops calls the script
+        for thousands, and waits for each answer.
+        """
+        departed = self._host.departed()
+        self._reqids = {sa: known for sa, known in self._reqids.items() if sa in departed}
+        for name, (context, quiet) in departed.items():
+            if context.connection not in connections:
+                continue
+            if name not in self._reqids:
+                self._reqids[name] = self._reqids_of(context)
+            if reqid in self._reqids[name]:
+                return name, context, quiet
+        return None
+
+    def _reqids_of(self, context: IkeContext) -> frozenset[int]:
+        kernel, ours = self._host.kernel, {context.local.address, *self._host.config.addresses}
+        if kernel is None:
+            return frozenset()
+        names = [(address, child.spi_in) for child in context.children for address in ours]
+        found = (kernel.get_sa(*name) for name in names)
+        return frozenset(sa.reqid for sa in found if sa is not None)
+
+    async def find(self, mn: Address) -> list[SaName]:
+        """See `ContextSource.find`. SAs that are PASSIVE, or being made or deleted, do not count as
+        served."""
+        views = await self._host.views()
+        return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
+
+    def recorded(self, sa: SaName) -> IkeContext:
+        """See `ContextSource.recorded`. Uses only the HA messages of charon."""
+        return self._host.context(sa)
+
+    async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
+        """See `ContextSource.export`. Keys are derived and compared with those in the kernel."""
+        host = self._host
+        view = await self._view(sa)
+        host.ha_version.check()
+        if view is not None:
+            check_kind(view)
+        await host.catch_up(sa)
+        if view is None:
+            raise UnknownSaError(f"charon has no IKE_SA {sa}")
+        _refuse_busy(view, away)
+        context = relocate(host.context(sa), local=view.local, remote=view.remote)
+        if not host.config.mobile_node:
+            check_context(context)
+        check_told(view, context)
+        if away and view.tasks:
+            context = replace(context, mid_initiator=last_request(context), unsure=True)
+        # a resync after an IKE rekey reports no virtual IPs (5.9.8, 6.0.6); the new gateway needs them for
+        # selectors
+        vips = view.remote_vips or context.remote_vips
+        context = replace(context, lifetime=ike_lifetime(view), remote_vips=vips)
+        living = {child.spi_in: child for child in view.children if child.state in LIVING}
+        children = []
+        for child in context.children:
+            seen = living.get(child.spi_in)
+            if seen is not None:
+                children.append(self._measured(context, child, seen))
+        context = replace(context, children=tuple(children))
+        conn = (await host.connections()).get(context.connection)
+        peer = None if conn is None else _admitted(context, peer_context(context.connection, conn))
+        return replace(context, peer=peer, update_spi=host.has_agent(context))
+
+    def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
+        """The child with the values that only the kernel has: counters, windows, limits."""
+        kernel = self._host.kernel
+        lifetime = child_lifetime(view)
+        if kernel is None:
+            return replace(child, lifetime=lifetime)
+        inbound, outbound = self._host.kernel_pair(context, child)
+        if inbound is None or outbound is None:
+            raise BusyError(f"the kernel does not hold both ESP SAs of CHILD_SA {child.name} now")
+        for kept in (inbound, outbound):
+            check_kernel(child.name, kept)
+        self._compare_keys(context, child, inbound, outbound)
+        state_in, used_in = kernel.get_replay(inbound, outbound=False)
+        state_out, used_out = kernel.get_replay(outbound, outbound=True)
+        limits = inbound.limits
+        return replace(
+            child,
+            inbound=state_in,
+            outbound=state_out,
+            lifetime=replace(
+                lifetime,
+                bytes_limit=limits.hard_bytes,
+                packets_limit=limits.hard_packets,
+                # one figure for both, because either SA has the CHILD_SA rekeyed when it reaches its limit
+                bytes_used=max(used_in.bytes, used_out.bytes),
+                packets_used=max(used_in.packets, used_out.packets),
+            ),
+        )
+
+    @staticmethod
+    def _compare_keys(
+        context: IkeContext, child: ChildContext, inbound: KernelSa, outbound: KernelSa
+    ) -> None:
+        derived = esp_keys(context.generations[child.generation], child)
+        for sa, (encr, integ), way in ((inbound, derived[0], "inbound"), (outbound, derived[1], "outbound")):
+            if sa.encr_key != encr or sa.auth_key != integ:
+                raise CharonError(
+                    f"the kernel's {way} keys of CHILD_SA {child.name} are not those of its IKE_SA",
+                    hint="the SA uses something the ha plugin does not tell (a PPK, for example) and "
+                    "cannot be moved; rekey it without, or let the MN connect anew",
+                    status=Status.NOT_COVERED,
+                )
+
+    async def freeze(
+        self,
+        context: IkeContext,
+        to: str = "",
+        *,
+        away: bool = False,
+        sending: bool = False,
+        renaming: bool = False,
+    ) -> FinalState:
+        """See `ContextSource.freeze`. `to` names the peer whose inner addresses get packets for the mobile
+        node.
+
+        charon reports the next message ID over HA when it sends a request, not when that is answered. With
+        the SA muted no answer arrives any more, so the mobile node expects that ID or the one before it.
+        """
+        work = Freezing(
+            self._host,
+            context,
+            self._mover,
+            partial(self._view, context.spis),
+            to=to,
+            away=away,
+            sending=sending,
+            renaming=renaming,
+            unprepared=context.spis in self._handed,
+            departing=context.spis in self.departing,
+        )
+        self._handed.discard(context.spis)
+        try:
+            await self._runner.run(FREEZE, work)
+        except BaseException:
+            # packets may have left through the other gateway since it prepared the SA
+            await self._take_back(context, 0 if work.unprepared else 2 * OSEQ_JUMP)
+            raise
+        if work.goes_on:
+            self._sending.add(context.spis)
+            self._host.spawn(self._go_on(context, work.final))
+        return work.result()
+
+    async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
+        """Let ESP leave until the other gateway sends it, or until a limit of time or packets is reached."""
+        end = time.monotonic() + SENDING_SECONDS
+        start = {child.spi_in: child.outbound.seq for child in final}
+        while context.spis in self._sending:
+            if time.monotonic() > end or self._sent(context, start) >= SENDING_PACKETS:
+                log.warning("%s: no more ESP from here, the MN has not been told yet", context.connection)
+                self._end_sending(context)
+            await asyncio.sleep(_LOOK)
+
+    def _sent(self, context: IkeContext, start: Mapping[bytes, int]) -> int:
+        """The largest number of packets that a CHILD_SA has sent since `start`."""
+        kernel = self._host.kernel
+        sent = [0]
+        for child in context.children if kernel is not None else ():
+            _, outbound = self._host.kernel_pair(context, child)
+            if kernel is not None and outbound is not None:
+                state, _ = kernel.get_replay(outbound, outbound=True)
+                sent.append(state.seq - start[child.spi_in])
+        return max(sent)
+
+    def _end_sending(self, context: IkeContext) -> None:
+        """Stop the ESP that goes on, unless that was done; then its policies are noted."""
+        self._sending.discard(context.spis)
+        work = self._leaving(context)
+        if goes_on_still(work):
+            stop_at_last(work)
+
+    def _leaving(self, context: IkeContext, view: SaView | None = None, *, jump: int = 0) -> Leaving:
+        look = partial(self._view, context.spis)
+        return Leaving(self._host, context, self._mover, look, self._ender, view, jump=jump)
+
+    async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
+        """See `ContextSource.thaw`."""
+        if await self._take_back(context, oseq_jump):
+            raise UnknownSaError(
+                f"charon has lost the IKE_SA {context.spis} while it was frozen",
+                hint="nobody serves the MN; it connects anew when it notices",
+            )
+
+    async def _take_back(self, context: IkeContext, oseq_jump: int) -> bool:
+        """Thaw; returns whether charon has lost the SA while the other gateway had it."""
+        self._sending.discard(context.spis)
+        work = self._leaving(context, await self._host.view(context.spis), jump=oseq_jump)
+        facts = work.facts
+        await self._runner.run(THAW, work)
+        return work.view is None and facts.request is not None and not facts.ended
+
+    async def release(self, context: IkeContext) -> None:
+        """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
+        self._sending.discard(context.spis)
+        await self._runner.run(RELEASE, self._leaving(context, await self._host.view(context.spis)))
+
+    def hands_over(self, sa: SaName) -> None:
+        """See `ikectx.engine.ports.Follower`."""
+        self._handed.add(sa)
+
+    def not_taken(self, sa: SaName) -> None:
+        """See `ikectx.engine.ports.Follower`."""
+        self._host.leaving.note(sa, request=None)
+
+    def stays(self, sa: SaName) -> None:
+        """See `ikectx.engine.ports.Follower`."""
+        self._host.origins.stays(sa)
+
+    def resume(self) -> None:
+        """After a restart: restore blocks and detours of SAs that left, whatever the kernel still has, and
+        stop SAs that were still sending, because their packets were not counted while the agent was down."""
+        for row in self._host.leaving.all():
+            if not row.facts.sends_to or row.step:
+                continue  # a step that is open goes on, and sees to it itself
+            try:
+                self._end_sending(context_of(row) if row.context else self._host.context(row.sa))
+            except IkectxError as error:
+                log.error("SA %s: ESP that goes on is not ended by the agent's start: %s", row.sa, error)
+        self._host.away.restore()
+        self._runner.resume(lambda sa, context: self._leaving(context))
+
+
+def _refuse_busy(view: SaView, away: bool) -> None:
+    if view.state != "ESTABLISHED":
+        raise BusyError(f"the IKE_SA {view.name} is {view.state}, not ESTABLISHED")
+    if in_the_way(view, away):
+        raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {', '.join(view.tasks)}")
+    for child in view.children:
+        if child.state not in (*LIVING, *_LEAVING):
+            raise BusyError(f"the CHILD_SA {child.name} is {child.state}")
+
+
+def _admitted(context: IkeContext, peer: PeerContext) -> PeerContext:
+    """The part of the PAD entry that the new gateway checks: how the mobile node was authenticated."""
+    names = tuple(dict.fromkeys(child.name for child in context.children))
+    return PeerContext(peer.connection, remote_auth=peer.remote_auth, children=names)

@@ -1,0 +1,404 @@
+"""`MoveSteps`: the steps by which a mobile node's SA gets other addresses or SPIs, each seen done. I/O.
+
+    guard           keep outbound packets on the old SAs, or hold them back if those must be deleted first
+    clear the way   delete old pairs that cannot exist beside the new ones, after noting their numbers
+    add             IKE_UPDATE, CHILD_ADD
+    raise           set keys, sequence numbers and windows of the new pairs; then remove the guards
+    delete old      CHILD_DELETE
+    rename          change the IKE_SA's own SPIs, if that is needed, too
+
+`readdress` calls them in this order, and goes on where an agent before this one stopped: the SA's row of the
+ledger, charon and the kernel show where that was, and `moves.Move` has what they no longer show.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ikectx import trace
+from ikectx.errors import CharonError, KernelError, UnknownSaError
+from ikectx.sa.context import Address, ChildContext, Endpoint, IkeContext, ReplayState
+from ikectx.sa.keys import esp_keys
+from ikectx.sa.name import SaName
+from vici_bridge.ha import messages as ha
+from vici_bridge.ha.chain import reshape
+from vici_bridge.host import ESP, CharonHost
+from vici_bridge.kernel.algorithms import KernelReplay
+from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel
+from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
+from vici_bridge.vici.views import SaView
+
+from .mobile_move import ChildMove, Move, guards_of, leads
+
+LINGER = 0.5
+"""Seconds for which an old inbound SA may stay beside the new one; charon is passive meanwhile."""
+HEARD = 10
+"""Seconds for which the kernel decrypts under an SPI that charon does not have yet, or any more."""
+PATIENCE = 8.0
+"""Seconds for charon to carry out an order."""
+
+
+class MoveSteps:
+    """The steps on one charon and its kernel."""
+
+    def __init__(self, host: CharonHost) -> None:
+        self._host = host
+
+    async def add_pairs(self, sa: SaName, move: Move, view: SaView) -> SaView:
+        """Delete old pairs that the new ones could not stand beside; add the new ones, and the addresses."""
+        move, away = await self._clear_the_way(sa, move, view)
+        return await self._add(sa, move, view, away)
+
+    async def end_old_pairs(self, sa: SaName, move: Move, view: SaView) -> None:
+        """Delete the old pairs, as soon as the other end has changed over, and record what is left."""
+        host = self._host
+        still = await self._linger(move)
+        view = await self._delete_old(sa, move, view, still)
+        after = move.after(host.record.context(sa))
+        listed = {child.spi_in for child in view.children}
+        # charon does not report children that end while it is passive
+        kept = tuple(child for child in after.children if child.spi_in in listed)
+        peers = move.peers or (move.remote,)
+        host.record.moved(sa, replace(after, children=kept, peer_addresses=peers))
+        host.save()
+
+    async def rename_ike(self, sa: SaName, move: Move, name: SaName) -> None:
+        """Change the IKE_SA's SPIs: its keys are derived anew, its children keep theirs (see `chain`).
+
+        The record has the new name beside the old one before charon does, so that it is known after a crash.
+        """
+        host = self._host
+        version = await host.version()
+        view = await host.view(sa)
+        if view is not None:
+            before = host.record.context(sa)
+            add, *updates = reshape(before, move.with_new_name(before), version)
+            host.record.feed(add)
+            host.save()
+            if view.rekey is not None:
+                host.deadlines.keep(name, None, time.time() + view.rekey)
+            await host.send([add, *updates])
+        else:
+            updates = self._updates(sa, move, version)
+            await host.send(updates)
+        await self._appears(name)
+        await self.until(name, "rename the SA", lambda view: view.state == "PASSIVE")
+        for message in updates:
+            host.record.feed(message)
+        host.save()
+
+    def _updates(self, sa: SaName, move: Move, version: int) -> list[ha.HaMessage]:
+        """The messages after the IKE_ADD of a new name; none if the record has everything."""
+        if sa not in self._host.record:
+            return []
+        before = self._host.record.context(sa)
+        return reshape(before, move.with_new_name(before), version)[1:]
+
+    async def present_name(self, sa: SaName, move: Move) -> SaName:
+        """charon's present name of the SA."""
+        if move.ike is not None and await self._host.view(sa) is None:
+            return move.ike
+        return sa
+
+    def _pair(
+        self, end: tuple[Endpoint, Endpoint], spis: tuple[bytes, bytes]
+    ) -> tuple[KernelSa | None, KernelSa | None]:
+        """(inbound, outbound) SA of these names between (local, remote), None where it is not there."""
+        kernel = self._host.kernel
+        assert kernel is not None
+        local, remote = end
+        inbound = kernel.get_sa(local.address, spis[0], ESP)
+        outbound = kernel.get_sa(remote.address, spis[1], ESP)
+        return (
+            inbound if leads(inbound, remote, local) else None,
+            outbound if leads(outbound, local, remote) else None,
+        )
+
+    def _old(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
+        return self._pair((move.old_local, move.old_remote), (child.old_in, child.old_out))
+
+    def _new(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
+        return self._pair((move.local, move.remote), (child.new_in, child.new_out))
+
+    def guard(self, sa: SaName, move: Move, view: SaView) -> Move:
+        """Guard outbound packets: keep them on the old SAs, or hold them back if these must be deleted
+        first."""
+        kernel = self._host.kernel
+        if kernel is None or any(child.new_in_view(view) for child in move.children):
+            return move  # guards came before the first new pair, and are left as they are
+        if not move.guards:
+            policies = kernel.dump_policies()
+            guards: list[KernelPolicy] = []
+            for child in move.children:
+                _, outbound = self._old(move, child)
+                for policy in _policies_to(policies, outbound):
+                    # if no address changes, only the SPI tells the old SA from the new one
+                    spi = outbound.spi if outbound is not None else bytes(4)
+                    held = tuple(replace(template, spi=spi) for template in policy.templates)
+                    guards += guards_of(replace(policy, templates=held), block=not move.beside(child))
+            move = replace(move, guards=tuple(guard.raw for guard in guards))
+            self.save(sa, move)
+        for raw in move.guards:
+            kernel.replace_policy(KernelPolicy.parse(raw))
+        return move
+
+    def drop_guards(self, move: Move) -> None:
+        if self._host.kernel is not None:
+            for raw in move.guards:
+                self._host.kernel.delete_policy(KernelPolicy.parse(raw))
+
+    async def _clear_the_way(self, sa: SaName, move: Move, view: SaView) -> tuple[Move, list[ha.HaMessage]]:
+        """Deletions of old pairs that cannot exist beside the new ones, after their numbers were noted."""
+        in_the_way = [child for child in move.children if not move.beside(child) and child.old_in_view(view)]
+        for child in in_the_way:
+            move = self._note_numbers(sa, move, child)
+        version, ike = await self._host.version(), self.ike_id(sa)
+        return move, [ha.child_delete(version, ike, child.old_in) for child in in_the_way]
+
+    def _note_numbers(self, sa: SaName, move: Move, child: ChildMove) -> Move:
+        """Note what the old pair has sent and received, while it can still be read."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return move
+        inbound, outbound = self._old(move, child)
+        noted = move.child(child.old_in) or child
+        if outbound is not None:
+            sent = kernel.get_replay(outbound, outbound=True)[0].seq
+            noted = replace(noted, sent=max(sent, noted.sent or 0))
+        if inbound is not None:
+            noted = replace(noted, received=kernel.get_replay(inbound, outbound=False)[0])
+        move = move.with_child(noted)
+        self.save(sa, move)
+        return move
+
+    def hear(self, local: Address, spis: Mapping[bytes, bytes]) -> None:
+        """Decrypt under these new inbound SPIs (old to new), too, for `HEARD` seconds. Errors: KernelError.
+
+        The other end uses them as soon as it has agreed, and charon has them only some time after that.
+        """
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        ours = []
+        for old, new in spis.items():
+            sa = kernel.get_sa(local, old, ESP)
+            if sa is not None:
+                ours.append(replace(sa, spi=new, replay=replace(sa.replay, oseq=0, seq=0, bitmap=0)))
+        kernel.restore_inbound(InboundSnapshot(tuple(ours), ()), HEARD)
+
+    def _give_way(self, move: Move, children: Sequence[ChildMove]) -> dict[bytes, ReplayState]:
+        """Remove the SAs of `hear`, because charon adds and never replaces. Returns what each received, by
+        SPI."""
+        kernel = self._host.kernel
+        received: dict[bytes, ReplayState] = {}
+        for child in children if kernel is not None else ():
+            assert kernel is not None
+            ours = kernel.get_sa(move.local.address, child.new_in, ESP)
+            if ours is not None and ours.sequence == LATE and child.new_in != child.old_in:
+                received[child.new_in] = kernel.get_replay(ours, outbound=False)[0]
+                kernel.delete_sa(ours)
+        return received
+
+    @trace.spanned("add pair")
+    async def _add(self, sa: SaName, move: Move, view: SaView, messages: list[ha.HaMessage]) -> SaView:
+        """After `messages`, the IKE_SA's addresses, and the new pairs that are not there yet.
+
+        charon takes one message after the other, and until the last of them packets are lost.
+        """
+        host = self._host
+        version, ike = await host.version(), self.ike_id(sa)
+        if (view.local, view.remote) != (move.local, move.remote):
+            peers = move.peers or (move.remote,)
+            messages.append(
+                ha.ike_update(version, ike, local=move.local, remote=move.remote, peer_addresses=peers)
+            )
+        after = move.after(host.record.context(sa))
+        lacking = [child for child in move.children if not child.new_in_view(view)]
+        for child in lacking:
+            messages.append(ha.child_add(version, ike, _child(after, child)))
+        received = self._give_way(move, lacking)
+        if messages:
+            await host.send(messages)
+
+        def there(view: SaView) -> bool:
+            listed = all(child.new_in_view(view) for child in move.children)
+            if not listed or (view.local, view.remote) != (move.local, move.remote):
+                return False
+            return host.kernel is None or all(None not in self._new(move, child) for child in move.children)
+
+        view = await self.until(sa, "add the CHILD_SAs at the new addresses", there)
+        for child in lacking if host.kernel is not None and received else ():
+            inbound, _ = self._new(move, child)
+            if inbound is not None and child.new_in in received and host.kernel is not None:
+                host.kernel.set_replay(inbound, received[child.new_in], outbound=False)
+        return view
+
+    def raise_numbers(self, sa: SaName, move: Move) -> Move:
+        """Set the new pairs' keys, numbers and windows from those of the old ones."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return move
+        context = self._host.record.context(sa)
+        for child in move.children:
+            move = self._note_numbers(sa, move, child)
+            noted = move.child(child.old_in)
+            assert noted is not None
+            self._right_keys(kernel, context, move, noted)
+            inbound, outbound = self._new(move, noted)
+            if inbound is None or outbound is None:
+                raise KernelError(f"an ESP SA of {child.new_in.hex()} has gone")
+            if noted.received is not None:
+                kernel.set_replay(inbound, noted.received, outbound=False)
+            if noted.sent is not None:
+                ahead, _ = kernel.get_replay(outbound, outbound=True)
+                if noted.sent + self._host.config.oseq_jump > ahead.seq:
+                    raised = replace(ahead, seq=noted.sent + self._host.config.oseq_jump)
+                    kernel.set_replay(outbound, raised, outbound=True)
+        return move
+
+    def _right_keys(self, kernel: Kernel, context: IkeContext, move: Move, child: ChildMove) -> None:
+        """Correct the keys of an older child, because charon derives them from the IKE_SA's present SK_d.
+
+        XFRM_MSG_UPDSA would answer 0 and leave the key unchanged, so the SAs are deleted and added.
+        """
+        old = next(one for one in context.children if one.spi_in in (child.old_in, child.new_in))
+        derived = esp_keys(context.generations[old.generation], old)
+        for sa, (encr, integ) in zip(self._new(move, child), derived, strict=True):
+            if sa is not None and (sa.encr_key, sa.auth_key) != (encr, integ):
+                fresh = KernelReplay(window=sa.replay.window, esn=sa.replay.esn, words=sa.replay.words)
+                kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
+
+    @trace.spanned("old pair lingers")
+    async def _linger(self, move: Move) -> list[ChildMove]:
+        """Keep the old inbound SA until the first packet under the new SPI arrives, at most `LINGER` s.
+
+        Packets that were sent under the old SPI are still on their way. Returns the children that received
+        none under the new one: see `_late_packets`.
+        """
+        kernel = self._host.kernel
+        waits = [child for child in move.children if move.beside(child) and child.old_in != child.new_in]
+        end = time.monotonic() + LINGER
+        while kernel is not None and waits and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+            for child in list(waits):
+                inbound, _ = self._new(move, child)
+                if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
+                    waits.remove(child)
+        return waits
+
+    @trace.spanned("delete old pair")
+    async def _delete_old(self, sa: SaName, move: Move, view: SaView, still: Sequence[ChildMove]) -> SaView:
+        """Delete the old pairs that exist beside the new ones; charon deletes the older of two with one
+        name."""
+        host = self._host
+        version, ike = await host.version(), self.ike_id(sa)
+        old = [child for child in move.children if child.old_in_view(view)]
+        if old:
+            put_back = self._late_packets(move, [child for child in old if child in still])
+            await host.send(ha.child_delete(version, ike, child.old_in) for child in old)
+            view = await self.until(
+                sa,
+                "delete the CHILD_SAs at the old addresses",
+                lambda view: (
+                    (put_back() and not any(child.old_in_view(view) for child in old))
+                    or not all(child.new_in_view(view) for child in move.children)
+                ),
+            )
+        if not all(child.new_in_view(view) for child in move.children):
+            raise CharonError("charon deleted a CHILD_SA at the new addresses instead of the old one")
+        return view
+
+    def _late_packets(self, move: Move, renamed: Sequence[ChildMove]) -> Callable[[], bool]:
+        """A function that restores inbound SAs under old SPIs when charon has removed them, and then returns
+        True.
+
+        The gateway from which the SA comes may use them until it is told that the move is complete. They end
+        with the first packet under the new SPIs, or by themselves after `HEARD`.
+        """
+        kernel = self._host.kernel
+        if kernel is None or not renamed:
+            return lambda: True
+        inbound = [self._old(move, child)[0] for child in renamed]
+        snapshot = kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
+        done = False
+
+        def put_back() -> bool:
+            nonlocal done
+            if not done and all(self._old(move, child)[0] is None for child in renamed):
+                kernel.restore_inbound(snapshot, HEARD)
+                for child in renamed:
+                    self._host.spawn(self._end_late(kernel, move, child))
+                done = True
+            return done
+
+        return put_back
+
+    async def _end_late(self, kernel: Kernel, move: Move, child: ChildMove) -> None:
+        end = time.monotonic() + HEARD
+        while time.monotonic() < end:
+            await asyncio.sleep(0.05)
+            inbound, _ = self._new(move, child)
+            if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
+                break
+        old, _ = self._old(move, child)
+        if old is not None and old.sequence == LATE:
+            kernel.delete_sa(old)
+
+    def ike_id(self, sa: SaName) -> ha.IkeId:
+        return ha.IkeId.of(self._host.record.context(sa).current)
+
+    async def seen(self, sa: SaName) -> SaView:
+        view = await self._host.view(sa)
+        if view is None:
+            raise UnknownSaError(f"charon has no IKE_SA {sa}")
+        return view
+
+    async def _appears(self, sa: SaName) -> None:
+        """Wait for a new name, which charon does not list at once, as it does not the old one any more."""
+        end = time.monotonic() + PATIENCE
+        while await self._host.view(sa) is None:
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(0.005)
+
+    @trace.spanned("charon follows")
+    async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
+        """The view as soon as `done` accepts it. Errors: CharonError, UnknownSaError."""
+        end = time.monotonic() + PATIENCE
+        pause = 0.001
+        while True:
+            view = await self.seen(sa)
+            if done(view):
+                return view
+            if time.monotonic() > end:
+                raise CharonError(
+                    f"charon did not {what}: the SA is {view.state} with {len(view.children)} CHILD_SAs",
+                    hint="see charon's log (the ha plugin logs why at level 1)",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def save(self, sa: SaName, move: Move) -> None:
+        self._host.own.note(sa, move=move.dumps())
+
+
+def _child(after: IkeContext, child: ChildMove) -> ChildContext:
+    return next(one for one in after.children if one.spi_in == child.new_in)
+
+
+def _policies_to(policies: list[KernelPolicy], outbound: KernelSa | None) -> list[KernelPolicy]:
+    if outbound is None:
+        return []
+    return [
+        policy
+        for policy in policies
+        if policy.direction == "out"
+        and policy.if_id == outbound.if_id
+        and any(
+            template.reqid == outbound.reqid and template.destination == outbound.destination
+            for template in policy.templates
+        )
+    ]

@@ -1,0 +1,206 @@
+"""Thaw: the old gateway serves an SA again that it was letting go.
+
+1. Note charon's view of the SA, and the outbound sequence numbers from which it goes on. This is done once,
+   because a thaw that begins anew must not use up numbers again.
+2. Raise the numbers, then restore the outbound policies, then end the detour of packets for the mobile node.
+   From here on ESP is served.
+3. If somebody ended the SA here while it was leaving, delete it at the mobile node and in charon.
+4. If the other gateway may have begun to serve, run the updown script, to attract the mobile node's packets
+   here again, and call the mobile node back. Neither may delay the SA: a script that hangs is called again
+   later, and a silent mobile node is given up.
+5. Unmute charon. It had to wait for 4., because it would use message IDs that the mobile node has received.
+6. Rekey CHILD_SAs that the mobile node may have under other SPIs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from ikectx import trace
+from ikectx.engine.ports import SENDING_PACKETS
+from ikectx.errors import CharonError, LinkError, RefusedError
+from ikectx.sa.context import FinalState
+from vici_bridge.ha import messages as ha
+from vici_bridge.kernel.xfrm import KernelPolicy
+
+from .leaving import LIVING, SCRIPT_LIMIT, Leaving
+from .runner import Effect, Facts, Step
+
+log = logging.getLogger(__name__)
+
+CALL_BACK = 40.0
+"""Seconds in which the mobile node is called back, under all message IDs that can be the next one."""
+
+
+async def _look(work: Leaving) -> Facts | None:
+    view, facts = work.view, work.facts
+    if view is None:
+        return None
+    found = work.seen(view)
+    found["ended"] = facts.ended or (view.state == "DELETING" and facts.request is not None)
+    if facts.numbers is None:
+        found["numbers"] = _numbers(work)
+    return found
+
+
+def _numbers(work: Leaving) -> tuple[tuple[bytes, int], ...]:
+    """The numbers from which outbound SAs go on, because the other gateway may have sent under the same
+    keys."""
+    host, jump = work.host, work.jump
+    if work.facts.sends_to:
+        jump = max(jump, 4 * SENDING_PACKETS)  # then the other gateway began twice as far ahead
+    found = []
+    for child in work.context.children if host.kernel is not None and jump else ():
+        _, outbound = host.kernel_pair(work.context, child)
+        if outbound is not None and host.kernel is not None:
+            state, _ = host.kernel.get_replay(outbound, outbound=True)
+            top = (1 << (64 if child.esn else 32)) - 1
+            found.append((child.spi_out, min(state.seq + jump, top)))
+    return tuple(found)
+
+
+async def _raise_numbers(work: Leaving) -> None:
+    kernel, numbers = work.host.kernel, dict(work.facts.numbers or ())
+    for child in work.context.children if kernel is not None else ():
+        _, outbound = work.host.kernel_pair(work.context, child)
+        if outbound is not None and child.spi_out in numbers and kernel is not None:
+            state, _ = kernel.get_replay(outbound, outbound=True)
+            if state.seq < numbers[child.spi_out]:
+                kernel.set_replay(outbound, replace(state, seq=numbers[child.spi_out]), outbound=True)
+
+
+async def _put_back_policies(work: Leaving) -> None:
+    if work.host.kernel is not None:
+        for raw in work.facts.policies or ():
+            work.host.kernel.replace_policy(KernelPolicy.parse(raw))
+
+
+async def _end_detour(work: Leaving) -> None:
+    work.host.away.back(work.sa)
+
+
+async def _delete_at_mn(work: Leaving) -> None:
+    """charon's Delete has the message ID that was given away, which the other gateway may have used, and the
+    one after it. So the agent sends the Delete, under each ID that can be the next."""
+    context, mid = work.context, work.facts.request or 0
+    log.warning("%s was ended here while it was to leave: its MN is told", context.connection)
+    if work.ender is None or not await work.ender(context, (mid, mid + 1, mid + 2)):
+        log.warning("%s: the MN at %s did not answer the Delete", context.connection, context.remote)
+
+
+async def _drop(work: Leaving) -> None:
+    await work.host.delete(work.context)
+
+
+async def _gone(work: Leaving) -> bool:
+    return await work.host.view(work.sa) is None
+
+
+async def _script_down(work: Leaving) -> None:
+    await work.script(up=False)
+
+
+async def _script_anew(work: Leaving) -> None:
+    """The other gateway's script may have attracted the mobile node's packets, which it no longer accepts."""
+    await work.script(up=False)
+    await work.script(up=True)
+
+
+@trace.spanned("call back")
+async def _call_back(work: Leaving) -> None:
+    """The mobile node may have received the other gateway's request, although its answer was lost: call it
+    back.
+
+    That request had the message ID that was given away. A mobile node that has received it takes a request
+    with that ID for a copy and answers to the other gateway; then the next ID is the right one, for charon,
+    too.
+    """
+    host, context, facts = work.host, work.context, work.facts
+    mid, ids = facts.request or 0, 3 if facts.unsure else 2
+    if facts.renaming:
+        # CREATE_CHILD_SA and INFORMATIONAL D for each child, and one request to begin with
+        ids += 1 + 2 * len(context.children)
+    for used in range(1, ids + 1):
+        final = FinalState(*work.sa, mid + used - 1, context.mid_responder, context.epoch + 1)
+        try:
+            async with asyncio.timeout(CALL_BACK / ids):
+                await work.mover(context, final, lambda: False)
+        except RefusedError as error:
+            log.warning("%s: %s", context.connection, error)
+        except (LinkError, TimeoutError):
+            continue
+        ike = ha.IkeId.of(context.current)
+        message = ha.ike_mid(await host.version(), ike, initiator=True, mid=mid + used)
+        await host.send([message])
+        host.record.feed(message)
+        host.save()
+        return
+    log.warning("%s: the MN at %s is silent here, too", context.connection, context.remote)
+
+
+async def _speak(work: Leaving) -> None:
+    await asyncio.to_thread(work.host.mute.unmute, work.sa)
+
+
+async def _renew(work: Leaving) -> None:
+    """If the mobile node has another child it answers CHILD_SA_NOT_FOUND, and charon makes a new one
+    (child_rekey, strongSwan 5.9.8, 6.0.6)."""
+    view = await work.host.view(work.sa)
+    for child in view.children if view is not None else ():
+        if child.state in LIVING:
+            log.info(
+                "%s: CHILD_SA %s is rekeyed: the MN may have other SPIs", work.context.connection, child.name
+            )
+            try:
+                await work.host.ask(work.host.vici.rekey, child_id=child.unique_id)
+            except CharonError as error:
+                log.warning(
+                    "CHILD_SA %s of %s is not rekeyed: %s", child.name, work.context.connection, error
+                )
+
+
+def _served(work: Leaving) -> bool:
+    """Whether charon has the SA, and the other gateway may have asked for it."""
+    return work.view is not None and work.facts.request is not None and not work.facts.ended
+
+
+def _ended(work: Leaving) -> bool:
+    return work.facts.ended
+
+
+THAW: Step[Leaving] = Step(
+    "thaw",
+    (
+        Effect("look", _look),
+        Effect("numbers", _raise_numbers),
+        Effect("policies", _put_back_policies),
+        Effect("detour", _end_detour),
+        Effect("delete at the MN", _delete_at_mn, when=_ended, needed=False, once=True),
+        Effect("delete in charon", _drop, when=_ended, probe=_gone),
+        Effect(
+            "script of what was ended",
+            _script_down,
+            when=_ended,
+            limit=SCRIPT_LIMIT,
+            needed=False,
+            once=True,
+            later=True,
+        ),
+        Effect(
+            "script anew", _script_anew, when=_served, limit=SCRIPT_LIMIT, needed=False, once=True, later=True
+        ),
+        Effect("call back", _call_back, when=_served, limit=CALL_BACK + 5.0, needed=False, once=True),
+        Effect("charon speaks", _speak),
+        Effect(
+            "rekey",
+            _renew,
+            when=lambda work: _served(work) and work.facts.renaming,
+            needed=False,
+            once=True,
+            later=True,
+        ),
+    ),
+    ends=True,
+)

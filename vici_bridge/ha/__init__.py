@@ -1,0 +1,1 @@
+"""charon's ha plugin: messages, what they tell of an SA, and how SAs are told to charon."""

@@ -1,0 +1,1 @@
+"""What is told to the kernel: XFRM, nftables, routes and addresses."""

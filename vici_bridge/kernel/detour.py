@@ -1,0 +1,321 @@
+"""`Detour`: routes packets for a mobile node that left on to the gateway that serves it now. I/O.
+
+The routes are in the kernel's table `local`, which is consulted before all others, also before strongSwan's.
+They have a protocol number and metrics of their own, so that no other route is touched, and all of ours can
+be found and removed. A table of our own would serve the packets as well, but charon (5.9.8 to 6.1.0,
+kernel-netlink) looks for the best path of each of its IKE_SAs whenever a route changes in any table but
+`local` and its own: with a thousand SAs, moving one would cost a thousand look-ups.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any
+
+from pyroute2.netlink.exceptions import NetlinkDecodeError
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from ikectx.errors import KernelError
+from ikectx.sa.context import Address, Secret
+
+from .netlink import ROUTE, Netlink, failure
+from .xfrm_parts import INET, INET6, Network, Request, family_of
+
+log = logging.getLogger(__name__)
+
+TABLE = 255
+"""RT_TABLE_LOCAL."""
+PROTOCOL = 91
+"""Protocol number of our routes; Linux leaves numbers from 5 on to routing daemons."""
+
+_OLD_TABLE, _OLD_PRIORITY = 4067, 210
+"""The table in which earlier agents kept the routes, and the rule that leads there."""
+_NEWROUTE, _DELROUTE, _GETROUTE, _DELRULE = 24, 25, 26, 33
+_REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
+_UNICAST, _LOCAL, _UNREACHABLE = 1, 2, 7
+_METRIC = 1024
+"""Metric of our routes: behind the kernel's own for an address of this host, which has 0."""
+_BEHIND = 1 << 20
+"""Metric of the unreachable routes: behind every route that leads somewhere."""
+
+
+class Detour:
+    """Routes by way of another gateway, in the network namespace this object was made in.
+
+    Calls take some 100 us; threads may share it. Routes stay when the agent ends.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._route = Netlink(ROUTE, "routes")
+
+    def close(self) -> None:
+        self._route.close()
+
+    @property
+    def port(self) -> int:
+        """The netlink port by which routes are changed here."""
+        return self._route.port
+
+    def add(self, prefixes: Iterable[str | Network], via: Sequence[str | Address]) -> list[Network]:
+        """Route `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
+
+        Returns those left out, each with a line in the log: a prefix of length 0 (all packets would be sent
+        there), one that contains the gateway itself, one without a gateway of a fitting family. Idempotent.
+        Errors: KernelError (the gateway's inner address is not reachable, for one).
+        """
+        gateways = [ip_address(str(address)) for address in via]
+        skipped: list[Network] = []
+        routes: list[Request] = []
+        for prefix in map(_network, prefixes):
+            gateway = _gateway(prefix, gateways)
+            why = _unfit(prefix, gateway)
+            if why or gateway is None:
+                log.warning("packets for %s are not sent on to another gateway: %s", prefix, why)
+                skipped.append(prefix)
+                continue
+            routes.append(_route_request(_NEWROUTE, prefix, gateway))
+        self._make(routes)
+        return skipped
+
+    def remove(self, prefixes: Iterable[str | Network]) -> None:
+        """Undo `add` for these prefixes, whatever their gateway. Idempotent. Errors: KernelError."""
+        wanted = [prefix for prefix in map(_network, prefixes) if prefix.prefixlen]
+        with self._lock:
+            self._delete(wanted)
+
+    def shut(self, prefixes: Iterable[str | Network]) -> list[Network]:
+        """Make `prefixes` unreachable if `add` leads them nowhere. Returns those left out: all addresses.
+
+        Idempotent. Errors: KernelError.
+        """
+        wanted = list(map(_network, prefixes))
+        skipped = [prefix for prefix in wanted if not prefix.prefixlen]
+        for prefix in skipped:
+            log.warning("packets for %s may leave in the clear: a block for them would block all", prefix)
+        kept = [prefix for prefix in wanted if prefix.prefixlen]
+        self._make([_route_request(_NEWROUTE, prefix, None, shut=True) for prefix in kept])
+        return skipped
+
+    def open_up(self, prefixes: Iterable[str | Network]) -> None:
+        """Undo `shut` for these prefixes. Idempotent. Errors: KernelError."""
+        wanted = [prefix for prefix in map(_network, prefixes) if prefix.prefixlen]
+        with self._lock:
+            self._delete(wanted, shut=True)
+
+    def forget_old_table(self) -> None:
+        """Remove the rule for the table that an older agent used, and its routes. Errors: KernelError.
+
+        No other function finds them.
+        """
+        with self._lock:
+            for family in (INET, INET6):
+                request = _message(
+                    fibmsg,
+                    _DELRULE,
+                    _REQUEST | _ACK,
+                    {"family": family, "action": 1},
+                    [("FRA_PRIORITY", _OLD_PRIORITY), ("FRA_TABLE", _OLD_TABLE)],
+                    what=f"remove the rule that leads to routing table {_OLD_TABLE}",
+                )
+                outcome = self._route.transact([request])[0]
+                if outcome.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT):
+                    raise failure(request, outcome)
+
+    def listing(self, *, shut: bool = False) -> list[Network]:
+        """All prefixes that are sent on, or those that are shut. Errors: KernelError."""
+        with self._lock:
+            return self._listing(shut=shut)
+
+    def device_to(self, prefix: str | Network, via: Sequence[str | Address]) -> int:
+        """Index of the device by which `add` would send packets for `prefix` on; 0: there is no way."""
+        gateway = _gateway(_network(prefix), [ip_address(str(address)) for address in via])
+        if gateway is None or _unfit(_network(prefix), gateway):
+            return 0
+        device, direct = self._way_to(gateway)
+        return device if direct else 0
+
+    def device_now(self, prefix: str | Network) -> int:
+        """Index of the device by which packets for `prefix` leave at present; 0: there is no way."""
+        return self._way_to(_network(prefix).network_address)[0]
+
+    def _way_to(self, address: Address) -> tuple[int, bool]:
+        """The device towards an address, and whether it is on that link itself."""
+        request = _message(
+            rtmsg,
+            _GETROUTE,
+            _REQUEST | _ACK,
+            {"family": family_of(address), "dst_len": address.max_prefixlen},
+            [("RTA_DST", str(address))],
+            what=f"find the way to {address}",
+        )
+        outcome = self._route.transact([request])[0]
+        if not outcome.answers:
+            return 0, False
+        answer = _decoded(outcome.answers[0])
+        if answer["type"] != _UNICAST:
+            return 0, False
+        return int(answer.get_attr("RTA_OIF") or 0), answer.get_attr("RTA_GATEWAY") is None
+
+    def _make(self, routes: Sequence[Request]) -> None:
+        with self._lock:
+            for request, outcome in zip(routes, self._route.transact(routes), strict=True):
+                if outcome.errno not in (0, errno.EEXIST):
+                    raise failure(request, outcome)
+
+    def _delete(self, prefixes: Sequence[Network], *, shut: bool = False) -> None:
+        requests = [_route_request(_DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
+        for request, outcome in zip(requests, self._route.transact(requests), strict=True):
+            if outcome.errno not in (0, errno.ESRCH):
+                raise failure(request, outcome)
+
+    def _listing(self, *, shut: bool = False) -> list[Network]:
+        found: list[Network] = []
+        for family in (INET, INET6):
+            request = _message(
+                rtmsg,
+                _GETROUTE,
+                _REQUEST | _DUMP,
+                {"family": family, "proto": PROTOCOL},
+                [("RTA_TABLE", TABLE)],
+                what="list the detours",
+            )
+            try:
+                answers = self._route.ask(request)
+            except KernelError as error:
+                # the answer of strict listings if the table was never made
+                if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT):
+                    continue
+                raise
+            for answer in answers:
+                message = _decoded(answer)
+                wanted = _UNREACHABLE if shut else _UNICAST
+                table, maker = message.get_attr("RTA_TABLE"), message["proto"]
+                ours = (table, maker, message["family"]) == (TABLE, PROTOCOL, family)
+                if ours and message["type"] == wanted:
+                    destination = message.get_attr("RTA_DST") or ("0.0.0.0" if family == INET else "::")  # noqa: S104
+                    found.append(_network(f"{destination}/{message['dst_len']}"))
+        return found
+
+
+def _route_request(number: int, prefix: Network, gateway: Address | None, *, shut: bool = False) -> Request:
+    attributes: list[tuple[str, Any]] = [
+        ("RTA_TABLE", TABLE),
+        ("RTA_DST", str(prefix.network_address)),
+        ("RTA_PRIORITY", _BEHIND if shut else _METRIC),
+    ]
+    if gateway is not None and family_of(gateway) == _family(prefix):
+        attributes.append(("RTA_GATEWAY", str(gateway)))
+    elif gateway is not None:
+        attributes.append(("RTA_VIA", {"family": family_of(gateway), "addr": str(gateway)}))
+    new = number == _NEWROUTE
+    fields = {"family": _family(prefix), "dst_len": prefix.prefixlen, "proto": PROTOCOL}
+    fields |= {"type": _UNREACHABLE if shut else _UNICAST}
+    if not new:
+        fields |= {"scope": 255}  # RT_SCOPE_NOWHERE: whatever its scope is
+    flags = _REQUEST | _ACK | (_CREATE | _REPLACE if new else 0)
+    where = "nowhere" if shut else f"via {gateway}"
+    what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
+    return _message(rtmsg, number, flags, fields, attributes, what=what)
+
+
+def is_local(route: Netlink, address: Address) -> bool:
+    """Whether `address` is one of this host. Errors: KernelError where the kernel cannot be asked."""
+    request = _message(
+        rtmsg,
+        _GETROUTE,
+        _REQUEST | _ACK,
+        {"family": family_of(address), "dst_len": address.max_prefixlen},
+        [("RTA_DST", str(address))],
+        what=f"find the way to {address}",
+    )
+    outcome = route.transact([request])[0]
+    return bool(outcome.answers) and _decoded(outcome.answers[0])["type"] == _LOCAL
+
+
+def way_to(route: Netlink, source: Address, destination: Address) -> tuple[bool, int]:
+    """Whether packets between these two stay on this host, and the device they leave by (0: no way there).
+
+    Errors: KernelError.
+    """
+    request = _message(
+        rtmsg,
+        _GETROUTE,
+        _REQUEST | _ACK,
+        {
+            "family": family_of(destination),
+            "dst_len": destination.max_prefixlen,
+            "src_len": source.max_prefixlen,
+        },
+        [("RTA_DST", str(destination)), ("RTA_SRC", str(source))],
+        what=f"find the way to {destination}",
+    )
+    outcome = route.transact([request])[0]
+    if not outcome.answers:
+        return False, 0
+    answer = _decoded(outcome.answers[0])
+    return answer["type"] == _LOCAL, int(answer.get_attr("RTA_OIF") or 0)
+
+
+def _message(
+    kind: Any,
+    number: int,
+    flags: int,
+    fields: dict[str, int],
+    attributes: list[tuple[str, Any]],
+    *,
+    what: str,
+) -> Request:
+    message = kind()
+    message.update(fields)
+    message["attrs"] = [list(pair) for pair in attributes]
+    message["header"] = {"type": number, "flags": flags}
+    message.encode()
+    return Request(Secret(bytes(message.data)), what)
+
+
+def _decoded(answer: bytes) -> Any:
+    """Errors: KernelError."""
+    message = rtmsg(answer)
+    try:
+        message.decode()
+        # pyroute2 decodes an attribute when it is read, so all are read here, to report a malformed one here
+        dict(message["attrs"])
+    except _UNREADABLE:
+        raise KernelError("the kernel's answer about a route cannot be read") from None
+    return message
+
+
+_UNREADABLE = (NetlinkDecodeError, struct.error, KeyError, IndexError, TypeError, ValueError, OSError)
+"""Exceptions of pyroute2 for an answer that is truncated, or has something it does not know."""
+
+
+def _network(prefix: str | Network) -> Network:
+    return ip_network(str(prefix), strict=False)
+
+
+def _family(prefix: Network) -> int:
+    return INET if isinstance(prefix, IPv4Network) else INET6
+
+
+def _gateway(prefix: Network, gateways: Sequence[Address]) -> Address | None:
+    same = next((gateway for gateway in gateways if family_of(gateway) == _family(prefix)), None)
+    if same is None and isinstance(prefix, IPv4Network):
+        return next((gateway for gateway in gateways if not isinstance(gateway, IPv4Address)), None)
+    return same
+
+
+def _unfit(prefix: IPv4Network | IPv6Network, gateway: Address | None) -> str:
+    if prefix.prefixlen == 0:
+        return "that would be everything"
+    if gateway is None:
+        return "no inner address of its family is known for that gateway"
+    if gateway in prefix:
+        return f"the gateway {gateway} is inside"
+    return ""

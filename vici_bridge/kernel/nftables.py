@@ -1,0 +1,216 @@
+"""One table of nftables: made by the `nft` program, its sets and maps changed and read over netlink. I/O.
+
+The program makes a table once. Elements are added, removed and read over netlink, because that is done while
+an SA is frozen, and a process takes some hundred times as long as a message.
+
+Netlink: linux/netfilter/nf_tables.h, nfnetlink.h (uapi). Errors: KernelError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ikectx import trace
+from ikectx.errors import KernelError
+from ikectx.sa.context import Secret
+
+from .netlink import NETFILTER, Netlink, Outcome, failure
+from .xfrm_parts import Request
+
+PLAIN = "@th,64,64 . @th,128,64"
+"""Both SPIs of an IKE header behind a UDP header (RFC 7296, 3.1)."""
+MARKED = "@th,64,32 0 @th,96,64 . @th,160,64"
+"""As `PLAIN`, behind four zero octets (RFC 3948, 2.2); the test for them is part of it."""
+
+_INET = 1
+_TIMEOUT = 30.0
+_SUBSYSTEM = 10
+_DELTABLE, _GETCHAIN, _NEWSETELEM, _GETSETELEM, _DELSETELEM = 2, 4, 12, 13, 14
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
+_NESTED = 0x8000
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """An element of a set or map. `data`: the map's value, as in the packet; `packets`: its counter."""
+
+    key: bytes
+    data: bytes
+    packets: int
+
+
+class Table:
+    """`inet NAME`, in the network namespace that it is first used in. Not thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._socket: Netlink | None = None
+
+    def close(self) -> None:
+        """Close the socket; the table stays."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def rules(self, chain: str) -> int:
+        """Number of the chain's rules; 0 if there is no chain."""
+        body = _text(1, self.name) + _text(3, chain)
+        request = Request(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
+        with self._ours():
+            for answer in self._outcome(request).answers:
+                return int.from_bytes(dict(_attributes(answer[20:])).get(6, b""))
+        return 0
+
+    def elements(self, name: str, key: bytes | None = None) -> list[Element]:
+        """The element of that key, or all. Empty if there is no such set."""
+        body = _text(1, self.name) + _text(2, name)
+        flags = _DUMP if key is None else _ACK
+        if key is not None:
+            body += _list_of(key)
+        request = Request(Secret(_message(_GETSETELEM, _REQUEST | flags, body)), f"look into set {name}")
+        with self._ours():
+            answers = self._transact(request, absent_ok=True)
+            return [element for answer in answers for element in _read_elements(answer)]
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """While an answer is read: an element that this program does not make becomes a KernelError."""
+        try:
+            yield
+        except (struct.error, IndexError, KeyError):
+            raise KernelError(
+                f"nftables' table inet {self.name} holds something that is not ours",
+                hint=f"look at `nft list table inet {self.name}`",
+            ) from None
+
+    def add(self, name: str, key: bytes) -> None:
+        """Add the key to the set; it may be there."""
+        message = self._change(_NEWSETELEM, _ACK | _CREATE, name, key)
+        self._transact(Request(Secret(_batch(message)), f"put {key.hex()} into set {name}"))
+
+    def remove(self, names: Sequence[str], key: bytes) -> None:
+        """Remove the key from those of these sets that have it."""
+        last = names[-1]
+        both = b"".join(self._change(_DELSETELEM, _ACK if name == last else 0, name, key) for name in names)
+        each = [self._change(_DELSETELEM, _ACK, name, key) for name in names]
+        what = f"take {key.hex()} out of sets {', '.join(names)}"
+        # a deletion takes some milliseconds in the kernel: one for all sets, unless the key is missing in one
+        for messages in (both, *each):
+            done = self._outcome(Request(Secret(_batch(messages)), what))
+            if done.errno not in (0, errno.ENOENT):
+                raise failure(Request(Secret(), what), done)
+            if messages is both and done.errno == 0:
+                break
+
+    def drop(self) -> None:
+        """Delete the table, if it is there."""
+        message = _message(_DELTABLE, _REQUEST | _ACK, _text(1, self.name))
+        self._transact(Request(Secret(_batch(message)), f"delete table {self.name}"), absent_ok=True)
+
+    def _change(self, number: int, flags: int, name: str, key: bytes) -> bytes:
+        """A part of a transaction. A refusal is always reported."""
+        body = _text(1, self.name) + _text(2, name) + _list_of(key)
+        return _message(number, _REQUEST | flags, body)
+
+    def _transact(self, request: Request, *, absent_ok: bool = False) -> list[bytes]:
+        outcome = self._outcome(request)
+        if outcome.errno and not (absent_ok and outcome.errno == errno.ENOENT):
+            raise failure(request, outcome)
+        return outcome.answers
+
+    def _outcome(self, request: Request) -> Outcome:
+        if self._socket is None:
+            self._socket = Netlink(NETFILTER, "nftables")
+        return self._socket.transact([request])[0]
+
+
+@trace.spanned("nft", "call")
+def run_nft(script: str) -> None:
+    """Run one transaction. Errors: KernelError."""
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    program = shutil.which("nft", path=path)
+    if program is None:
+        raise KernelError("the nft program is missing", hint="install the package nftables")
+    try:
+        done = subprocess.run(
+            [program, "-f", "-"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"nft did not run: {error}") from None
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "rror" in line), "no reason given")
+        raise KernelError(
+            f"nft refused: {reason.strip()}",
+            hint="the agent needs CAP_NET_ADMIN, and the kernel nf_tables (modprobe nf_tables)",
+        )
+
+
+# Messages.
+
+
+def _attribute(number: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), number) + value + bytes(-len(value) % 4)
+
+
+def _text(number: int, text: str) -> bytes:
+    return _attribute(number, text.encode() + b"\0")
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 4 <= len(data):
+        length, number = struct.unpack_from("=HH", data, at)
+        if length < 4 or at + length > len(data):
+            raise IndexError(length)
+        yield number & 0x3FFF, data[at + 4 : at + length]
+        at += (length + 3) & ~3
+
+
+def _message(number: int, flags: int, body: bytes, *, batch_mark: bool = False) -> bytes:
+    kind = number if batch_mark else _SUBSYSTEM << 8 | number
+    family, resource = (0, _SUBSYSTEM) if batch_mark else (_INET, 0)
+    head = struct.pack("=IHHII", 20 + len(body), kind, flags, 0, 0)
+    return head + bytes((family, 0)) + resource.to_bytes(2) + body
+
+
+def _batch(message: bytes) -> bytes:
+    """A transaction with one change."""
+    begin = _message(_BATCH_BEGIN, _REQUEST, b"", batch_mark=True)
+    end = _message(_BATCH_END, _REQUEST, b"", batch_mark=True)
+    return begin + message + end
+
+
+def _list_of(key: bytes) -> bytes:
+    """A list of one element."""
+    return _attribute(3 | _NESTED, _attribute(1 | _NESTED, _attribute(1 | _NESTED, _attribute(1, key))))
+
+
+def _value(part: bytes) -> bytes:
+    return dict(_attributes(part)).get(1, b"")
+
+
+def _read_elements(answer: bytes) -> Iterator[Element]:
+    """Each element in an answer. Errors: struct.error, IndexError, KeyError (one without a key)."""
+    for number, elements in _attributes(answer[20:]):
+        if number != 3:
+            continue
+        for _, element in _attributes(elements):
+            parts = dict(_attributes(element))
+            # one counter: the element's expression, or the only one of a list
+            counter = parts.get(7) or _value(parts.get(11, b""))
+            told = dict(_attributes(dict(_attributes(counter)).get(2, b"")))
+            yield Element(_value(parts[1]), _value(parts.get(2, b"")), int.from_bytes(told.get(2, b"")))

@@ -1,0 +1,1 @@
+"""What may move, what may come in, and under which names."""

@@ -1,0 +1,62 @@
+"""Compares an SA that comes in with this gateway's configuration: that of charon, and ikectx.toml.
+
+The names of protocols and ports in charon's traffic selectors are looked up in this host's /etc/protocols and
+/etc/services, because charon took them from there (I/O).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from ikectx.errors import WireError
+from ikectx.numbers import Fpt, Status
+from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.verdict import Verdict
+
+from .allowed import AllowedConnection, Rules, Surroundings, inside_of, pool_ranges
+from .claims import check_policy
+
+View = Mapping[str, Any]
+
+
+class Config(Protocol):
+    """The part of a gateway's configuration that is needed here (`host.HostConfig`)."""
+
+    @property
+    def addresses(self) -> tuple[Address, ...]: ...
+
+    @property
+    def rules(self) -> Mapping[str, Rules]:
+        """By the connection's name."""
+
+    @property
+    def peers(self) -> frozenset[Address]:
+        """Addresses of other gateways, outer and inner."""
+
+    @property
+    def forward_via(self) -> Mapping[str, Sequence[Address]]: ...
+
+
+def numbered(name: str, protocol: str) -> int:
+    """Number of a protocol (`protocol` empty), or of a port of that protocol. Errors: OSError."""
+    return socket.getservbyname(name, protocol) if protocol else socket.getprotobyname(name)
+
+
+def admit(
+    here: IkeContext, connections: Mapping[str, View], pools: Mapping[str, View], config: Config
+) -> list[Verdict]:
+    """The refusals by its connection here; none if it has no connection here, see `check_names`."""
+    if here.connection not in connections:
+        return []
+    try:
+        known = {name: AllowedConnection.read(name, view, numbered) for name, view in connections.items()}
+        ranges = pool_ranges(pools)
+    except WireError as error:
+        why = f"what this gateway allows cannot be told: {error}"
+        return [Verdict(Fpt.PAD, Status.NOT_ALLOWED, why)]
+    inner = {address for addresses in config.forward_via.values() for address in addresses}
+    place = Surroundings(frozenset(config.addresses), config.peers | inner, inside_of(known.values()))
+    rules = config.rules.get(here.connection, Rules())
+    return check_policy(here, known[here.connection], rules, ranges, place)

@@ -1,0 +1,103 @@
+"""`Listing`: charon's IKE_SAs as views, fast enough for a gateway with thousands of SAs. I/O.
+
+A transfer asks several times for the state of its SA, and charon's `list-sas` reports all of them: to parse a
+thousand takes a tenth of a second. So one SA is asked for by its unique ID once that is known, else it is
+searched in octets that are not parsed. Callers that want all SAs while a listing is under way share the next
+one. An SA that charon reports with the same octets as last time (which contain its age in seconds) is not
+parsed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from ikectx.sa.name import SaName
+
+from .codec import parse_message
+from .views import SaView, sa_views
+
+
+class _Reader(Protocol):
+    def __call__(self, octets: bytes, /) -> SaView | None: ...
+
+
+class _Ask(Protocol):
+    """`CharonVici.read_sas`."""
+
+    def __call__(self, read: _Reader, *, ike_id: int | None = None) -> list[SaView | None]: ...
+
+
+class _Run(Protocol):
+    """`asyncio.to_thread`, or the like."""
+
+    async def __call__(
+        self, call: _Ask, read: _Reader, /, *, ike_id: int | None = None
+    ) -> list[SaView | None]: ...
+
+
+class Listing:
+    """`ask`: called in other threads (by `run`), one call at a time or several."""
+
+    def __init__(self, ask: _Ask, run: _Run | None = None) -> None:
+        self._ask = ask
+        self._run = run or asyncio.to_thread
+        self._ids: dict[SaName, int] = {}
+        """Unique IDs that charon reported last. It never uses one again while it runs (5.9.8, 6.0.6)."""
+        self._read: dict[bytes, SaView | None] = {}
+        """charon's last message about each SA, and its view."""
+        self._turn = asyncio.Lock()
+        self._next: asyncio.Task[list[SaView]] | None = None
+        """The listing that has not begun yet."""
+
+    async def views(self) -> list[SaView]:
+        """All IKEv2 SAs, as of this call or later. Errors: CharonError, WireError."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._all())
+            self._next.add_done_callback(_heard)
+        return list(await asyncio.shield(self._next))
+
+    async def _all(self) -> list[SaView]:
+        async with self._turn:
+            self._next = None  # a listing that has begun is too old for later callers
+            before, now = self._read, dict[bytes, SaView | None]()
+
+            def read(octets: bytes) -> SaView | None:
+                now[octets] = view = before[octets] if octets in before else _view(octets)
+                return view
+
+            views = await self._asked(read)
+            self._read = now
+        self._ids = {view.spis: view.unique_id for view in reversed(views)}
+        return views
+
+    async def view(self, sa: SaName) -> SaView | None:
+        """One of charon's SAs by its SPIs. Errors: as `views`."""
+        known = self._ids.get(sa)
+        found = [] if known is None else await self._asked(_view, known)
+        if not any(view.spis == sa for view in found):
+            wanted = sa[0].hex().encode()
+            found = await self._asked(lambda octets: _view(octets) if wanted in octets else None)
+        for view in found:
+            if view.spis == sa:
+                self._ids[sa] = view.unique_id
+                return view
+        self._ids.pop(sa, None)
+        return None
+
+    async def _asked(self, read: _Reader, ike_id: int | None = None) -> list[SaView]:
+        found = await self._run(self._ask, read, ike_id=ike_id)
+        return [view for view in found if view is not None]
+
+
+def _view(octets: bytes) -> SaView | None:
+    """From charon's message about one SA; None for one of IKEv1. Errors: WireError."""
+    told = parse_message(octets, foreign=True)
+    return next(iter(sa_views([{**body, "name": name} for name, body in told.items()])), None)
+
+
+def _heard(listing: asyncio.Task[list[SaView]]) -> None:
+    """Fetch the error of a listing that nobody waits for any more, because asyncio would complain
+    otherwise."""
+    if not listing.cancelled():
+        listing.exception()

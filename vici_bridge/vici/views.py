@@ -1,0 +1,454 @@
+"""Pure mapping between charon's views (VICI dictionaries) and the context. No I/O.
+
+Sources: strongSwan's VICI documentation (`list-sas`, `list-conns`, `get-algorithms`) and what
+charon 5.9.8 and 6.0 send; the environment of updown scripts as charon's updown plugin sets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+    summarize_address_range,
+)
+from typing import Any
+
+from ikectx.errors import WireError
+from ikectx.sa.context import (
+    Address,
+    AuthRound,
+    ChildContext,
+    Endpoint,
+    IkeContext,
+    Lifetime,
+    PeerContext,
+    TrafficSelector,
+)
+from ikectx.sa.name import SaName
+from ikectx.sa.relocate import same_host
+
+from .answers import sections
+
+View = Mapping[str, Any]
+
+_REMEMBERED = 1 << 16
+"""Addresses and selectors that are cached, because every listing of charon's has the same thousands."""
+
+# charon's condition bits (ike_condition_t): NAT on our side, on the peer's, pretended.
+COND_NAT_HERE = 1 << 1
+COND_NAT_THERE = 1 << 2
+COND_NAT_FAKE = 1 << 3
+COND_EAP_AUTHENTICATED = 1 << 4
+COND_NAT_ANY = 1 << 0
+
+EXT_MOBIKE = 1 << 1
+"""charon's extension bit (ike_extension_t): both sides negotiated MOBIKE."""
+
+_ANY = {"%any": "0.0.0.0", "%any6": "::"}  # noqa: S104  not an address to listen on
+
+
+@dataclass(frozen=True, slots=True)
+class ChildView:
+    """A CHILD_SA as `list-sas` shows it. Times in seconds left, None: no timer."""
+
+    name: str
+    unique_id: int
+    reqid: int
+    state: str
+    spi_in: bytes
+    spi_out: bytes
+    encap: bool
+    rekey: int | None
+    life: int | None
+    remote_ts: tuple[str, ...]
+    local_ts: tuple[str, ...]
+    protocol: str = "ESP"
+    per_cpu: bool = False
+    """Its connection asks for an SA for each CPU (strongSwan 6.0.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaView:
+    """An IKE_SA as `list-sas` shows it; `tasks` are those active, queued or passive."""
+
+    name: str
+    unique_id: int
+    state: str
+    spi_i: bytes
+    spi_r: bytes
+    initiator: bool
+    local: Endpoint
+    remote: Endpoint
+    local_id: str
+    remote_id: str
+    remote_eap_id: str
+    local_vips: tuple[Address, ...]
+    remote_vips: tuple[Address, ...]
+    rekey: int | None
+    reauth: int | None
+    established: int | None
+    tasks: tuple[str, ...]
+    children: tuple[ChildView, ...]
+    algorithms: tuple[str, ...] = ()
+    ppk: bool = False
+    """It was set up with a postquantum preshared key (RFC 8784)."""
+
+    @property
+    def spis(self) -> SaName:
+        return SaName(self.spi_i, self.spi_r)
+
+
+def _text(view: View, key: str) -> str:
+    value = view.get(key, "")
+    return value if isinstance(value, str) else ""
+
+
+def _list(view: View, key: str) -> tuple[str, ...]:
+    value = view.get(key, ())
+    if isinstance(value, str):
+        return (value,) if value else ()
+    return tuple(str(item) for item in value)
+
+
+def _seconds(view: View, key: str) -> int | None:
+    text = _text(view, key)
+    try:
+        return int(text) if text else None
+    except ValueError:
+        raise WireError(f"charon's {key} is not a number: {text[:40]!r}") from None
+
+
+def _octets(view: View, key: str, size: int) -> bytes:
+    """A hexadecimal SPI; charon writes leading zeros, but a missing SPI is all zero."""
+    text = _text(view, key)
+    try:
+        raw = bytes.fromhex(text.rjust(2 * size, "0"))
+    except ValueError:
+        raise WireError(f"charon's {key} is not hexadecimal: {text[:40]!r}") from None
+    if len(raw) != size:
+        raise WireError(f"charon's {key} has {len(raw)} octets instead of {size}")
+    return raw
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _address(text: str) -> Address:
+    """Errors: ValueError."""
+    return ip_address(text)
+
+
+def _addresses(items: Iterable[str]) -> tuple[Address, ...]:
+    try:
+        return tuple(_address(item) for item in items)
+    except ValueError as error:
+        raise WireError(f"charon names an address that is none: {error}") from None
+
+
+def _endpoint(view: View, side: str) -> Endpoint:
+    host = _text(view, f"{side}-host")
+    # an SA that is just being set up, or taken in, has no addresses yet
+    host = _ANY.get(host) or host.split("%", 1)[0]
+    try:
+        return Endpoint(_address(host), int(_text(view, f"{side}-port") or 500))
+    except ValueError as error:
+        raise WireError(f"charon's {side}-host or {side}-port is wrong: {error}") from None
+
+
+def child_view(view: View) -> ChildView:
+    """One entry of `child-sas`. Errors: WireError."""
+    return ChildView(
+        name=_text(view, "name"),
+        unique_id=_seconds(view, "uniqueid") or 0,
+        reqid=_seconds(view, "reqid") or 0,
+        state=_text(view, "state"),
+        spi_in=_octets(view, "spi-in", 4),
+        spi_out=_octets(view, "spi-out", 4),
+        encap=_text(view, "encap") == "yes",
+        rekey=_seconds(view, "rekey-time"),
+        life=_seconds(view, "life-time"),
+        remote_ts=_list(view, "remote-ts"),
+        local_ts=_list(view, "local-ts"),
+        protocol=_text(view, "protocol") or "ESP",
+        per_cpu=_text(view, "per-cpu-sas") == "yes" or bool(_text(view, "cpu")),
+    )
+
+
+def sa_view(name: str, view: View) -> SaView:
+    """One IKE_SA of `list-sas`. Errors: WireError."""
+    children = sections(view, "child-sas")
+    tasks = tuple(
+        task for kind in ("tasks-active", "tasks-queued", "tasks-passive") for task in _list(view, kind)
+    )
+    algorithms = tuple(
+        _text(view, key)
+        for key in ("encr-alg", "encr-keysize", "integ-alg", "prf-alg", "dh-group")
+        if _text(view, key)
+    )
+    return SaView(
+        name=name,
+        unique_id=_seconds(view, "uniqueid") or 0,
+        state=_text(view, "state"),
+        spi_i=_octets(view, "initiator-spi", 8),
+        spi_r=_octets(view, "responder-spi", 8),
+        initiator=_text(view, "initiator") == "yes",
+        local=_endpoint(view, "local"),
+        remote=_endpoint(view, "remote"),
+        local_id=_text(view, "local-id"),
+        remote_id=_text(view, "remote-id"),
+        remote_eap_id=_text(view, "remote-eap-id"),
+        local_vips=_addresses(_list(view, "local-vips")),
+        remote_vips=_addresses(_list(view, "remote-vips")),
+        rekey=_seconds(view, "rekey-time"),
+        reauth=_seconds(view, "reauth-time"),
+        established=_seconds(view, "established"),
+        tasks=tasks,
+        children=tuple(child_view(child) for child in children.values()),
+        algorithms=algorithms,
+        ppk=_text(view, "ppk") == "yes",
+    )
+
+
+def sa_views(listed: Iterable[View]) -> list[SaView]:
+    """All of a `list-sas` answer, each with its connection under `name`. IKEv1 SAs are left out."""
+    return [sa_view(_text(view, "name"), view) for view in listed if _text(view, "version") != "1"]
+
+
+def departing_view(context: IkeContext) -> SaView:
+    """The view of an SA that charon is destroying and so does not list, made from the record."""
+    children = tuple(
+        ChildView(child.name, 0, 0, "INSTALLED", child.spi_in, child.spi_out, False, None, None, (), ())
+        for child in context.children
+    )
+    return SaView(
+        name=context.connection,
+        unique_id=0,
+        state="ESTABLISHED",
+        spi_i=context.spis[0],
+        spi_r=context.spis[1],
+        initiator=context.current.initiator,
+        local=context.local,
+        remote=context.remote,
+        local_id=str(context.local_id),
+        remote_id=str(context.remote_id),
+        remote_eap_id=str(context.remote_eap_id or ""),
+        local_vips=context.local_vips,
+        remote_vips=context.remote_vips,
+        rekey=None,
+        reauth=None,
+        established=None,
+        tasks=(),
+        children=children,
+    )
+
+
+_AUTH_CLASS = {
+    "pre-shared key": "psk",
+    "public key": "pubkey",
+    "any": "any",
+    "EAP": "eap",
+    "XAuth": "xauth",
+}
+
+
+def _auth_rounds(view: View, side: str) -> tuple[AuthRound, ...]:
+    rounds = []
+    for key in sorted(key for key in view if key.startswith(f"{side}-") and isinstance(view[key], Mapping)):
+        entry = view[key]
+        kind = _text(entry, "class")
+        method = _AUTH_CLASS.get(kind, kind.lower() or "any")
+        if method == "eap":
+            method = _text(entry, "eap-type").lower().replace("_", "-") or "eap"
+            method = method if method.startswith("eap") else f"eap-{method}"
+        rounds.append(
+            AuthRound(
+                method, _text(entry, "id"), _text(entry, "eap_id"), tuple(sorted(_list(entry, "groups")))
+            )
+        )
+    return tuple(rounds)
+
+
+def peer_context(name: str, view: View) -> PeerContext:
+    """The PAD entry from one connection of `list-conns`."""
+    return PeerContext(
+        connection=name,
+        local_auth=_auth_rounds(view, "local"),
+        remote_auth=_auth_rounds(view, "remote"),
+        children=tuple(sections(view, "children")),
+        proposals=_list(view, "proposals"),
+        pools=_list(view, "pools"),
+    )
+
+
+def ike_lifetime(view: SaView) -> Lifetime:
+    """Remaining lifetime of the IKE_SA by charon's own timers; 0 if one is overdue (charon shows less)."""
+    return Lifetime(rekey=_left(view.rekey), reauth=_left(view.reauth))
+
+
+def child_lifetime(view: ChildView) -> Lifetime:
+    """The same of a CHILD_SA."""
+    return Lifetime(rekey=_left(view.rekey), hard=_left(view.life))
+
+
+def _left(seconds: int | None) -> int | None:
+    return None if seconds is None else max(0, seconds)
+
+
+def missing_algorithms(context: IkeContext, algorithms: Mapping[str, View]) -> list[str]:
+    """Transforms of the IKE_SA that the charon of a `get-algorithms` answer has not loaded.
+
+    An answer without the section (older charons) counts as if all were loaded.
+    """
+    lacking = []
+    now = context.current
+    wanted = (
+        ("prf", f"PRF_{now.prf.name}"),
+        ("integrity", now.integ.name if now.integ else ""),
+    )
+    for section, name in wanted:
+        loaded = _loaded(algorithms, section)
+        if loaded and name and not any(_squash(name) == _squash(have) for have in loaded):
+            lacking.append(name)
+    loaded = {**_loaded(algorithms, "aead"), **_loaded(algorithms, "encryption")}
+    if loaded and not any(_squash(now.encr.name) == _squash(have) for have in loaded):
+        lacking.append(now.encr.name)
+    return lacking
+
+
+def _loaded(algorithms: Mapping[str, View], kind: str) -> View:
+    """Errors: WireError."""
+    found = algorithms.get(kind) or {}
+    if not isinstance(found, Mapping):
+        raise WireError(f"charon's {kind} algorithms are no section")
+    return found
+
+
+def _squash(name: str) -> str:
+    """A form in which 3DES_CBC, PRF_AES128_XCBC and the like are equal whatever the naming style."""
+    for prefix in ("PRF_", "AUTH_", "ENCR_"):
+        name = name.removeprefix(prefix)
+    return name.replace("_", "").replace("DES3", "3DESCBC").upper()
+
+
+def prefixes(selectors: Iterable[TrafficSelector]) -> list[str]:
+    """The selectors' addresses as CIDR prefixes, without duplicates, in order. A selector that ends before it
+    begins has none, because it has no address (and is refused: see `policy`)."""
+    seen: dict[str, None] = {}
+    for selector in selectors:
+        seen.update((str(net), None) for net in _summary(selector.start, selector.end))
+    return list(seen)
+
+
+def _summary(start: Address, end: Address) -> Iterable[IPv4Network | IPv6Network]:
+    if int(end) < int(start):
+        return ()
+    if isinstance(start, IPv4Address):
+        return summarize_address_range(start, IPv4Address(int(end)))
+    return summarize_address_range(start, IPv6Address(int(end)))
+
+
+def overlap(a: Iterable[str], b: Iterable[str]) -> bool:
+    """Whether two sets of selectors, as text of VICI or as prefixes, share an address.
+
+    VICI writes "10.1.0.0/16[tcp/80]" or "10.0.0.1..10.0.0.9". Protocol and port are ignored on purpose,
+    because SAs that differ only there are rare, and refusing them is safe.
+    """
+    ranges_b = [_range(text) for text in b]
+    for text in a:
+        version, low, high = _range(text)
+        for other_version, other_low, other_high in ranges_b:
+            if version == other_version and low <= other_high and other_low <= high:
+                return True
+    return False
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _range(text: str) -> tuple[int, int, int]:
+    """IP version, first and last address."""
+    plain = text.split("[", 1)[0].strip()
+    try:
+        if ".." in plain:
+            first, last = map(ip_address, plain.split("..", 1))
+        else:
+            net = ip_network(plain, strict=False)
+            first, last = net.network_address, net.broadcast_address
+    except ValueError:
+        raise WireError(f"charon's traffic selector {text[:60]!r} cannot be read") from None
+    return first.version, int(first), int(last)
+
+
+def _client(selector: TrafficSelector) -> str:
+    """The selector as "network/prefix", the next larger subnet where it is no prefix (as charon does)."""
+    length = selector.start.max_prefixlen - (int(selector.start) ^ int(selector.end)).bit_length()
+    return str(ip_network(f"{selector.start}/{length}", strict=False))
+
+
+def _port(selector: TrafficSelector) -> str:
+    if selector.start_port == selector.end_port or (selector.start_port, selector.end_port) == (0, 65535):
+        return str(selector.start_port)
+    return f"{selector.start_port}:{selector.end_port}"
+
+
+def updown_environment(
+    context: IkeContext,
+    child: ChildContext,
+    local_ts: TrafficSelector,
+    remote_ts: TrafficSelector,
+    *,
+    up: bool,
+    interface: str,
+    reqid: int,
+    unique_id: int,
+) -> dict[str, str]:
+    """The PLUTO_* environment charon's updown plugin gives for one selector pair (strongSwan 5.9, 6.0)."""
+    v6 = local_ts.start.version == 6
+    host = same_host(local_ts, context.local.address)
+    env = {
+        "PLUTO_VERSION": "1.1",
+        "PLUTO_VERB": f"{'up' if up else 'down'}-{'host' if host else 'client'}{'-v6' if v6 else ''}",
+        "PLUTO_CONNECTION": child.name,
+        "PLUTO_INTERFACE": interface or "unknown",
+        "PLUTO_REQID": str(reqid),
+        "PLUTO_PROTO": "esp",
+        "PLUTO_UNIQUEID": str(unique_id),
+        "PLUTO_ME": str(context.local.address),
+        "PLUTO_MY_ID": str(context.local_id),
+        "PLUTO_MY_CLIENT": _client(local_ts),
+        "PLUTO_MY_PORT": _port(local_ts),
+        "PLUTO_MY_PROTOCOL": str(local_ts.protocol),
+        "PLUTO_PEER": str(context.remote.address),
+        "PLUTO_PEER_ID": str(context.remote_id),
+        "PLUTO_PEER_CLIENT": _client(remote_ts),
+        "PLUTO_PEER_PORT": _port(remote_ts),
+        "PLUTO_PEER_PROTOCOL": str(remote_ts.protocol),
+    }
+    if context.conditions & COND_EAP_AUTHENTICATED and context.remote_eap_id:
+        env["PLUTO_XAUTH_ID"] = str(context.remote_eap_id)
+    for side, vips in (("MY", context.local_vips), ("PEER", context.remote_vips)):
+        count = {4: 0, 6: 0}
+        for vip in vips:
+            count[vip.version] += 1
+            env[f"PLUTO_{side}_SOURCEIP{vip.version}_{count[vip.version]}"] = str(vip)
+        if vips:
+            env[f"PLUTO_{side}_SOURCEIP"] = str(vips[0])
+    if context.conditions & (COND_NAT_HERE | COND_NAT_THERE | COND_NAT_FAKE | COND_NAT_ANY):
+        env["PLUTO_UDP_ENC"] = str(context.remote.port)
+    if child.ipcomp:
+        env["PLUTO_IPCOMP"] = "1"
+    return env
+
+
+def ts_pairs(child: ChildContext) -> list[tuple[TrafficSelector, TrafficSelector]]:
+    """The selector pairs charon installs policies for: same family, compatible protocol."""
+    return [
+        (mine, theirs)
+        for mine in child.local_ts
+        for theirs in child.remote_ts
+        if mine.start.version == theirs.start.version
+        and (mine.protocol == theirs.protocol or not mine.protocol or not theirs.protocol)
+    ]
