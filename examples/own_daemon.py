@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Move an IKE_SA between two IKE daemons of your own, without charon.
 
-`TinyDaemon` is all an IKE daemon must offer: eleven methods, called in the order in which they stand. Here
+`TinyDaemon` is all an IKE daemon must offer: twelve methods, called in the order in which they stand. Here
 it keeps its SAs in a dictionary. Two of them, each behind a `Gateway`, hand over one SA on loopback: TLS 1.3,
 certificates on both sides, journals on disk.
 """
@@ -25,6 +25,8 @@ from cryptography.x509.oid import NameOID
 from inspect_context import made_up
 
 from ikectx import (
+    ContextSink,
+    ContextSource,
     Endpoint,
     FinalChild,
     FinalState,
@@ -45,8 +47,8 @@ from ikectx import (
 OSEQ_JUMP = 1 << 20
 
 
-class TinyDaemon:
-    """Implements `ikectx.ContextSource` and `ikectx.ContextSink`.
+class TinyDaemon(ContextSource, ContextSink):
+    """Implements the steps of both; what it can do without has defaults there.
 
     Every method may be called again after a crash of the agent: each must lead to the same end.
     """
@@ -79,8 +81,19 @@ class TinyDaemon:
         """
         return self.recorded(sa)
 
-    async def freeze(self, context: IkeContext, to: str, *, away: bool = False) -> FinalState:
-        """Send nothing for it any more, neither IKE nor ESP; say what the last numbers were."""
+    async def freeze(
+        self,
+        context: IkeContext,
+        to: str,
+        *,
+        away: bool = False,
+        sending: bool = False,
+        renaming: bool = False,
+    ) -> FinalState:
+        """Send nothing for it any more, neither IKE nor ESP; say what the last numbers were.
+
+        `sending` and `renaming` are for gateways that change SPIs, which this one does not.
+        """
         now = self.frozen[context.spis] = self.serving.pop(context.spis)
         children = tuple(FinalChild(child.spi_in, child.inbound, child.outbound) for child in now.children)
         return FinalState(*now.spis, now.mid_initiator, now.mid_responder, now.epoch + 1, children)

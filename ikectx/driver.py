@@ -55,21 +55,7 @@ from ikectx.engine.outputs import (
     Send,
     Settled,
 )
-from ikectx.engine.ports import (
-    ContextSink,
-    ContextSource,
-    cannot_send,
-    come_from,
-    hand_over,
-    must_tell,
-    new_names,
-    renames,
-    settle,
-    stay,
-    still_here,
-    take_nothing,
-    tell_later,
-)
+from ikectx.engine.ports import ContextSink, ContextSource
 from ikectx.engine.report import TransferEvent
 from ikectx.net.links import Dial, Link, Links
 from ikectx.wire.cxtp import Ctc, Ctd, Message, Pctd
@@ -332,34 +318,32 @@ class Driver:
             case Export(sa, away):
                 return await source.export(sa, away=away)
             case Freeze(context, to, away, sending, renaming, unannounced):
-                # not said where it is not wanted: sources of integrators may not know it
-                how = {word: True for word, said in (("sending", sending), ("renaming", renaming)) if said}
                 if unannounced:
-                    hand_over(source, context.spis)
-                return await source.freeze(context, to, away=away, **how)
+                    source.hands_over(context.spis)
+                return await source.freeze(context, to, away=away, sending=sending, renaming=renaming)
             case Thaw(context, jump, untouched):
                 if untouched:
-                    take_nothing(source, context.spis)
+                    source.not_taken(context.spis)
                 await source.thaw(context, jump)
             case Release(context):
                 await source.release(context)
             case Check(context, keep, answers):
                 if answers is not None:
-                    tell_later(sink, context, answers)
+                    sink.tell_later(context, answers)
                 return tuple(await sink.check(context, keep))
             case StillHere(final, mn, who):
-                return await still_here(sink, final, mn, who)
+                return await sink.still_here(final, mn, who)
             case Prepare(context, keep, answers):
-                tell_later(sink, context, answers)
+                sink.tell_later(context, answers)
                 await sink.prepare(context, keep)
-                return Prepared(renames(sink, context), cannot_send(sink, context))
+                return Prepared(sink.renames(context), sink.cannot_send(context))
             case Take(context, final, given_by):
-                come_from(sink, context, given_by)
+                sink.came_from(context, given_by)
                 await sink.take(context, final)
             case Settle(context, final):
-                return await settle(sink, context, final)
+                return await sink.settle(context, final)
             case Move(context, final, always):
-                if not always and not must_tell(sink, context):
+                if not always and not sink.must_tell(context):
                     return None
                 return await sink.move_peer(context, final)
             case Activate(context, final, report):
@@ -374,11 +358,11 @@ class Driver:
             case Recorded(sa):
                 return self._source.recorded(sa)
             case Stay(sa):
-                stay(self._source, sa)
+                self._source.stays(sa)
             case NewNames(context):
-                return new_names(self._sink, context)
+                return tuple(self._sink.new_names(context))
             case NoAnswer(context):
-                tell_later(self._sink, context, False)
+                self._sink.tell_later(context, False)
             case Hear(peer, news):
                 if self.hear is not None:
                     self.hear(peer, news)

@@ -35,7 +35,7 @@ from ikectx.wire.whereabouts import Whereabouts
 
 from .clock import Clock, MonotonicClock
 from .driver import Driver, HearOf, Observer
-from .errors import ConfigError, IkectxError, StateError, UnknownSaError, WireError
+from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
 from .peer import PeerConfig
 from .timing import Timing
 
@@ -81,8 +81,14 @@ class Gateway:
         `hear` is called with the whereabouts of SAs that went to a peer, whenever that peer reports them (see
         `whereabouts`).
 
-        Errors: ConfigError.
+        Errors: ConfigError; UsageError for a source or sink that lacks a method of its class.
         """
+        for given, port in ((source, ContextSource), (sink, ContextSink)):
+            if not isinstance(given, port):
+                raise UsageError(
+                    f"{type(given).__name__} lacks methods of {port.__name__}",
+                    hint=f"inherit from ikectx.{port.__name__}, which has those that a daemon can do without",
+                )
         if busy_attempts < 1:
             raise ConfigError(f"busy_attempts is {busy_attempts}: a transfer is tried at least once")
         if not 0 < oseq_jump <= OSEQ_JUMP:

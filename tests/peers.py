@@ -15,7 +15,7 @@ import pytest
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.machine import Machine
-from ikectx.engine.ports import MoveReport
+from ikectx.engine.ports import ContextSink, ContextSource, MoveReport
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
 from ikectx.gateway import Gateway
 from ikectx.net.links import Dial, Stream
@@ -182,7 +182,7 @@ class Ether:
         self.senders.setdefault(sa, set()).discard(name)
 
 
-class MemoryGateway:
+class MemoryGateway(ContextSource, ContextSink):
     """`ContextSource` and `ContextSink` in dictionaries; survives its agent as charon and kernel do.
 
     `fail[step]`: errors to raise, one a call; "after:step" raises when the step has taken effect.

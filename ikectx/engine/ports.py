@@ -6,9 +6,10 @@ own; tests implement them with dictionaries. All of them raise only `ikectx.erro
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ikectx.errors import RefusedError
 from ikectx.numbers import Status
@@ -49,12 +50,18 @@ SENDING_PACKETS = 1 << 23
 """Packets of each CHILD_SA. The other gateway starts, under the same keys, at a number twice as far ahead."""
 
 
+@runtime_checkable
 class ContextSource(Protocol):
-    """The gateway that serves an IKE_SA now (old gateway)."""
+    """The gateway that serves an IKE_SA now (old gateway).
 
+    Inherit from it: what a daemon can do without has a default here, which does nothing.
+    """
+
+    @abstractmethod
     async def find(self, mn: Address) -> Sequence[SaName]:
         """The IKE_SAs served here whose mobile node has this outer address. Errors: CharonError."""
 
+    @abstractmethod
     def recorded(self, sa: SaName) -> IkeContext:
         """The SA as it was last recorded: its keys are right; counters, addresses and message IDs may be old.
 
@@ -62,6 +69,7 @@ class ContextSource(Protocol):
         call. Errors: UnknownSaError, RefusedError for an SA that cannot be moved.
         """
 
+    @abstractmethod
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """The context as it is now. Errors: UnknownSaError, BusyError, CharonError, KernelError.
 
@@ -70,6 +78,7 @@ class ContextSource(Protocol):
         answer. The returned context is marked `unsure`.
         """
 
+    @abstractmethod
     async def freeze(
         self,
         context: IkeContext,
@@ -90,6 +99,7 @@ class ContextSource(Protocol):
         frozen then.
         """
 
+    @abstractmethod
     async def thaw(self, context: IkeContext, oseq_jump: int) -> None:
         """Undo `freeze` and serve the SA again; outbound sequence numbers jump. Idempotent; works after a
         crash.
@@ -100,102 +110,16 @@ class ContextSource(Protocol):
         while it was frozen: no trace of it is left then, and nobody serves it.
         """
 
+    @abstractmethod
     async def release(self, context: IkeContext) -> None:
         """Delete the SA silently, keep decrypting late packets for a while. Idempotent."""
 
-
-class ContextSink(Protocol):
-    """The gateway that is to serve the SA (new gateway)."""
-
-    async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
-        """Reasons against taking the SA; changes nothing. Empty, or all OK: none.
-
-        `keep_address`: the gateway's address moves along, so the mobile node is not told a new one.
-        """
-
-    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
-        """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
-
-    async def take(self, context: IkeContext, final: FinalState) -> None:
-        """Own the SA: set the final counters, bring routes and updown up. ESP flows through here from now on.
-
-        May be called again after a crash, as may the next two: outbound numbers are only ever raised.
-        """
-
-    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
-        """Tell the mobile node the gateway's new address. Errors: LinkError (silent), RefusedError."""
-
-    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
-        """Set the message IDs; charon does IKE for the SA from now on."""
-
-    async def undo(self, context: IkeContext) -> None:
-        """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
-
-
-class Renamer(Protocol):
-    """Optional: a sink that can change SPIs that are already in use. If the mobile node is waiting for a
-    CTAA, the new SPIs are sent in it, not by `move_peer`."""
-
-    def tell_later(self, context: IkeContext, later: bool) -> None:
-        """Called before `check` and `prepare`: True if the mobile node waits for an answer with the new
-        SPIs."""
-
-    def must_tell(self, context: IkeContext) -> bool:
-        """True if the SA has new SPIs and no answer will tell them to the mobile node, so that `move_peer`
-        must."""
-
-    def renames(self, context: IkeContext) -> bool:
-        """True if CHILD_SAs of the prepared SA have SPIs here that the mobile node does not know."""
-
-    def cannot_send(self, context: IkeContext) -> bool:
-        """True if the mobile node does not know the outbound SPIs of the prepared SA, until `move_peer` tells
-        it."""
-
-    def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
-        """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), called once the SA is active; empty: SPIs are
-        unchanged."""
-
-
-def tell_later(sink: ContextSink, context: IkeContext, later: bool) -> None:
-    """Call it if `sink` is a `Renamer`."""
-    call = getattr(sink, "tell_later", None)
-    if call is not None:
-        call(context, later)
-
-
-def must_tell(sink: ContextSink, context: IkeContext) -> bool:
-    """Of `sink`; False if it is no `Renamer`."""
-    call = getattr(sink, "must_tell", None)
-    return call is not None and bool(call(context))
-
-
-def renames(sink: ContextSink, context: IkeContext) -> bool:
-    """Of `sink`; False if it is no `Renamer`."""
-    call = getattr(sink, "renames", None)
-    return call is not None and bool(call(context))
-
-
-def cannot_send(sink: ContextSink, context: IkeContext) -> bool:
-    """Of `sink`; False if it is no `Renamer`."""
-    call = getattr(sink, "cannot_send", None)
-    return call is not None and bool(call(context))
-
-
-def new_names(sink: ContextSink, context: IkeContext) -> tuple[ContextDataBlock, ...]:
-    """Of `sink`; empty if it is no `Renamer`."""
-    call = getattr(sink, "new_names", None)
-    return () if call is None else tuple(call(context))
-
-
-class Follower(Protocol):
-    """Optional: a source and a sink that send packets on to the gateway that has an SA (`whereabouts`)."""
-
-    def came_from(self, context: IkeContext, peer: str) -> None:
-        """Called before and with `take`: `peer` gives the SA, and is to be told later where the SA is."""
+    # A source that sends packets on to the gateway that has an SA now (`ikectx.wire.whereabouts`):
 
     def hands_over(self, sa: SaName) -> None:
         """Called before `freeze`: the SA goes to a gateway that has no part of it yet, and that may send
         packets for it here."""
+        return None
 
     def not_taken(self, sa: SaName) -> None:
         """Called before `thaw`: the other gateway refused the SA before it did anything for it.
@@ -203,74 +127,105 @@ class Follower(Protocol):
         So the mobile node's routes are left as they are, and the mobile node is not asked where it is,
         because the other gateway has neither attracted its packets nor spoken to it.
         """
+        return None
 
     def stays(self, sa: SaName) -> None:
         """The SA was to leave, and is still served here: the gateways that it came from are to be told so."""
+        return None
 
 
-def come_from(sink: ContextSink, context: IkeContext, peer: str) -> None:
-    """To `sink`, if it is a `Follower`."""
-    call = getattr(sink, "came_from", None)
-    if call is not None:
-        call(context, peer)
+@runtime_checkable
+class ContextSink(Protocol):
+    """The gateway that is to serve the SA (new gateway).
 
+    Inherit from it: what a daemon can do without has a default here. The defaults are those of a daemon that
+    never changes SPIs, and cannot ask the mobile node anything.
+    """
 
-def hand_over(source: ContextSource, sa: SaName) -> None:
-    """To `source`, if it is a `Follower`."""
-    call = getattr(source, "hands_over", None)
-    if call is not None:
-        call(sa)
+    @abstractmethod
+    async def check(self, context: IkeContext, keep_address: bool) -> Sequence[Verdict]:
+        """Reasons against taking the SA; changes nothing. Empty, or all OK: none.
 
+        `keep_address`: the gateway's address moves along, so the mobile node is not told a new one.
+        """
 
-def take_nothing(source: ContextSource, sa: SaName) -> None:
-    """To `source`, if it is a `Follower`: see `Follower.not_taken`."""
-    call = getattr(source, "not_taken", None)
-    if call is not None:
-        call(sa)
+    @abstractmethod
+    async def prepare(self, context: IkeContext, keep_address: bool) -> None:
+        """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""
 
+    @abstractmethod
+    async def take(self, context: IkeContext, final: FinalState) -> None:
+        """Own the SA: set the final counters, bring routes and updown up. ESP flows through here from now on.
 
-def stay(source: ContextSource, sa: SaName) -> None:
-    """To `source`, if it is a `Follower`."""
-    call = getattr(source, "stays", None)
-    if call is not None:
-        call(sa)
+        May be called again after a crash, as may the next two: outbound numbers are only ever raised.
+        """
 
+    @abstractmethod
+    async def move_peer(self, context: IkeContext, final: FinalState) -> MoveReport:
+        """Tell the mobile node the gateway's new address. Errors: LinkError (silent), RefusedError."""
 
-class Witness(Protocol):
-    """Optional: a sink that can find out whether an SA is at this gateway although no journal has it."""
+    @abstractmethod
+    async def activate(self, context: IkeContext, final: FinalState, report: MoveReport) -> None:
+        """Set the message IDs; charon does IKE for the SA from now on."""
+
+    @abstractmethod
+    async def undo(self, context: IkeContext) -> None:
+        """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
+
+    def came_from(self, context: IkeContext, peer: str) -> None:
+        """Called before and with `take`: `peer` gives the SA, and is to be told later where the SA is."""
+        return None
+
+    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
+        """`final` without `unsure`, by an empty request to the mobile node (RFC 7296, 1.4) between `take` and
+        `activate`. May be called again after a crash. Errors: LinkError (silent); RefusedError with
+        NOT_COVERED where this gateway cannot ask, which is the default."""
+        raise RefusedError(
+            "the other gateway does not know its next message ID, and this one cannot ask the MN",
+            status=Status.NOT_COVERED,
+        )
 
     async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
-        """The parts of that SA that charon or the kernel has, in words; empty: none. Changes nothing.
+        """The parts of an SA that no journal has, but charon or the kernel has, in words; empty: none, or
+        this gateway cannot say. Changes nothing.
 
         `mn`: the outer address by which the other gateway knows the mobile node; `who`: its identity, empty
         if that is not known. The SA may have other SPIs here. Errors: CharonError, KernelError, WireError if
         one of them cannot be asked.
         """
+        return ""
+
+    # A sink that can change SPIs that are already in use. If the mobile node waits for a CTAA, the new SPIs
+    # are sent in it, not by `move_peer`.
+
+    def tell_later(self, context: IkeContext, later: bool) -> None:
+        """Called before `check` and `prepare`: True if the mobile node waits for an answer with the new
+        SPIs."""
+        return None
+
+    def must_tell(self, context: IkeContext) -> bool:
+        """True if the SA has new SPIs and no answer will tell them to the mobile node, so that `move_peer`
+        must."""
+        return False
+
+    def renames(self, context: IkeContext) -> bool:
+        """True if CHILD_SAs of the prepared SA have SPIs here that the mobile node does not know."""
+        return False
+
+    def cannot_send(self, context: IkeContext) -> bool:
+        """True if the mobile node does not know the outbound SPIs of the prepared SA, until `move_peer` tells
+        it."""
+        return False
+
+    def new_names(self, context: IkeContext) -> Sequence[ContextDataBlock]:
+        """Blocks for the answer (CTAA, `Fpt.NEW_SPIS`), called once the SA is active; empty: SPIs are
+        unchanged."""
+        return ()
 
 
-async def still_here(sink: ContextSink, final: FinalState, mn: Address, who: str) -> str:
-    """Of `sink`; empty if it cannot say. Errors: as `Witness.still_here`."""
-    call: Callable[[FinalState, Address, str], Awaitable[str]] | None = getattr(sink, "still_here", None)
-    return "" if call is None else await call(final, mn, who)
-
-
-class Settler(Protocol):
-    """Optional: a sink that can ask the mobile node for the next message ID."""
-
-    async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
-        """`final` without `unsure`, by an empty request to the mobile node (RFC 7296, 1.4) between `take` and
-        `activate`. May be called again after a crash. Errors: LinkError (silent)."""
-
-
-async def settle(sink: ContextSink, context: IkeContext, final: FinalState) -> FinalState:
-    """By `sink`. Errors: also RefusedError with NOT_COVERED, if it is no `Settler`."""
-    call: Callable[[IkeContext, FinalState], Awaitable[FinalState]] | None = getattr(sink, "settle", None)
-    if call is None:
-        raise RefusedError(
-            "the other gateway does not know its next message ID, and this one cannot ask the MN",
-            status=Status.NOT_COVERED,
-        )
-    return await call(context, final)
+Renamer = ContextSink
+"""A sink that can change SPIs, as a public name of its own: until those methods were part of `ContextSink`,
+it was a protocol apart."""
 
 
 class Store(Protocol):

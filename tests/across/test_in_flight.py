@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ikectx.engine.ports import settle
+from ikectx.engine.ports import ContextSink
 from ikectx.engine.report import TransferReport
 from ikectx.errors import LinkError, RefusedError
 from ikectx.numbers import Status
@@ -23,7 +23,7 @@ from tests.gateway_world import OURS, Mobiles, Place
 from tests.hand_loop import run
 from tests.ikectx.wire.test_packet_proof import request
 from tests.mobile_nodes import MobileNode, serve
-from tests.peers import a_context
+from tests.peers import Ether, MemoryGateway, a_context
 from tests.profile_samples import TRANSFER
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.worlds import ALL, World, until, world
@@ -103,8 +103,9 @@ def test_by_packet_a_silent_mn_stays_at_psg() -> None:
 def test_a_gateway_that_cannot_ask_takes_nothing_that_is_not_certain() -> None:
     async def scenario() -> None:
         context = a_context()
+        unsure = final_of(replace(context, unsure=True))
         with pytest.raises(RefusedError) as caught:
-            await settle(object(), context, final_of(replace(context, unsure=True)))  # type: ignore[arg-type]
+            await ContextSink.settle(MemoryGateway("b", Ether()), context, unsure)
         assert caught.value.status is Status.NOT_COVERED
 
     run(scenario())

@@ -503,3 +503,17 @@ def test_b30_a_transfer_is_tried_at_least_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least once"):
         Gateway("a", daemon, daemon, store, [], busy_attempts=0)
     store.close()
+
+
+def test_a_daemon_that_lacks_methods_is_refused_at_once_and_told_where_they_are(tmp_path: Path) -> None:
+    class Partly:
+        async def find(self, mn: object) -> tuple[SaName, ...]:
+            return ()
+
+    whole = MemoryGateway("a", Ether())
+    store = CountedStore(tmp_path / "a.db", KEY)
+    for source, sink, name in ((Partly(), whole, "ContextSource"), (whole, Partly(), "ContextSink")):
+        with pytest.raises(UsageError, match=f"Partly lacks methods of {name}") as caught:
+            Gateway("a", source, sink, store, [])  # type: ignore[arg-type]
+        assert caught.value.hint.startswith(f"inherit from ikectx.{name}")
+    store.close()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ikectx.engine.ports import MoveReport
+from ikectx.engine.ports import ContextSink, MoveReport
 from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
@@ -63,7 +63,7 @@ _SWEEP = 60
 """Seconds between two searches for notes that are older than that."""
 
 
-class CharonSink:
+class CharonSink(ContextSink):
     """A `ContextSink` on a running charon."""
 
     def __init__(
@@ -99,7 +99,7 @@ class CharonSink:
         self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
 
     def came_from(self, context: IkeContext, peer: str) -> None:
-        """See `ikectx.engine.ports.Follower`."""
+        """See `ContextSink.came_from`."""
         self._memory.givers[context.spis] = peer
 
     def _here(self, context: IkeContext) -> IkeContext:
@@ -143,7 +143,7 @@ class CharonSink:
         return verdicts, taken
 
     async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
-        """See `ikectx.engine.ports.Witness`."""
+        """See `ContextSink.still_here`."""
         host, kernel = self._host, self._host.kernel
         views = await host.views()
         esp: list[bytes] = []
@@ -198,12 +198,12 @@ class CharonSink:
         return plan is not None and not plan.later
 
     def renames(self, context: IkeContext) -> bool:
-        """See `ikectx.engine.ports.Renamer`."""
+        """See `ContextSink.renames`."""
         plan = self._renames.plan_of(self._here(context))
         return plan is not None and bool(plan.children)
 
     def cannot_send(self, context: IkeContext) -> bool:
-        """See `ikectx.engine.ports.Renamer`."""
+        """See `ContextSink.cannot_send`."""
         return self._renames.others_send(self._here(context))
 
     def new_names(self, context: IkeContext) -> tuple[ContextDataBlock, ...]:
@@ -232,7 +232,7 @@ class CharonSink:
         await self._runner.run(TAKE, self._coming(context, final=final))
 
     async def settle(self, context: IkeContext, final: FinalState) -> FinalState:
-        """See `ikectx.engine.ports.Settler`."""
+        """See `ContextSink.settle`."""
         if self._settler is None:
             raise RefusedError(
                 "nobody here can ask the MN for the next message ID", status=Status.NOT_COVERED

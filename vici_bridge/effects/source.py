@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS
+from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, UnknownSaError
 from ikectx.numbers import Status
@@ -49,7 +49,7 @@ _LOOK = 0.1
 _LEAVING = ("REKEYED", "DELETING", "DELETED")
 
 
-class CharonSource:
+class CharonSource(ContextSource):
     """A `ContextSource` on a running charon."""
 
     def __init__(self, host: CharonHost, mover: Mover, ender: Ender | None = None) -> None:
@@ -278,15 +278,15 @@ class CharonSource:
         await self._runner.run(RELEASE, self._leaving(context, await self._host.view(context.spis)))
 
     def hands_over(self, sa: SaName) -> None:
-        """See `ikectx.engine.ports.Follower`."""
+        """See `ContextSource.hands_over`."""
         self._handed.add(sa)
 
     def not_taken(self, sa: SaName) -> None:
-        """See `ikectx.engine.ports.Follower`."""
+        """See `ContextSource.not_taken`."""
         self._host.leaving.note(sa, request=None)
 
     def stays(self, sa: SaName) -> None:
-        """See `ikectx.engine.ports.Follower`."""
+        """See `ContextSource.stays`."""
         self._host.origins.stays(sa)
 
     def resume(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ikectx.engine.ports import MoveReport
+import ikectx
+from ikectx.engine.ports import ContextSink, MoveReport
+from tests.peers import Ether, MemoryGateway, a_context
 
 
 def test_reports_of_two_exchanges_sum_in_every_field() -> None:
@@ -20,3 +22,13 @@ def test_one_exchange_that_traffic_proved_proves_the_sum() -> None:
     for pair in ((proven, MoveReport()), (MoveReport(), proven), (proven, proven)):
         assert (pair[0] + pair[1]).proven_by_traffic is True
     assert (MoveReport() + MoveReport()).proven_by_traffic is False
+
+
+def test_a_sink_that_says_nothing_of_it_never_changes_spis() -> None:
+    plain, context = MemoryGateway("b", Ether()), a_context()
+    ContextSink.tell_later(plain, context, True)
+    assert not ContextSink.must_tell(plain, context)
+    assert not ContextSink.renames(plain, context)
+    assert not ContextSink.cannot_send(plain, context)
+    assert ContextSink.new_names(plain, context) == ()
+    assert ikectx.Renamer is ContextSink
