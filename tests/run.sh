@@ -99,7 +99,7 @@ step_kernel() { # what needs a kernel with ESP: here where it has it, else in a 
     local where status began=$SECONDS
     say kernel
     rm -f "$results/kernel.xml" "$results/kernel.where"
-    within 900 .venv/bin/python tests/kernel.py "$results"
+    within 900 .venv/bin/python -m tests.kernel "$results"
     status=$?
     where=$(cat "$results/kernel.where" 2> /dev/null || echo "no kernel with ESP could be had")
     count kernel "$where" "$results/kernel.xml" $status $((SECONDS - began))
