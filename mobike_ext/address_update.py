@@ -81,7 +81,7 @@ class PeerNatChanged:
     nat_there: bool
 
 
-Event = Moved | Refused | Silent | PeerNatChanged
+AddressUpdateEvent = Moved | Refused | Silent | PeerNatChanged
 
 
 # --- the address part ----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class AddressPart:
 # --- the machine -------------------------------------------------------------------------------------
 
 
-class State(Enum):
+class AddressUpdateState(Enum):
     """NEW: nothing was sent. WAITING: for the answer. The rest are final."""
 
     NEW = "new"
@@ -191,7 +191,7 @@ class State(Enum):
     SILENT = "silent"
 
 
-class Input(Enum):
+class AddressUpdateInput(Enum):
     """Inputs of the machine."""
 
     START = "the first sending"
@@ -200,39 +200,39 @@ class Input(Enum):
     GIVE_UP = "the last timer"
 
 
-TABLE: dict[tuple[State, Input], State] = {
-    (State.NEW, Input.START): State.WAITING,
-    (State.NEW, Input.ACCEPT): State.NEW,
-    (State.NEW, Input.REJECT): State.NEW,
-    (State.NEW, Input.GIVE_UP): State.NEW,
-    (State.WAITING, Input.START): State.WAITING,
-    (State.WAITING, Input.ACCEPT): State.MOVED,
-    (State.WAITING, Input.REJECT): State.REFUSED,
-    (State.WAITING, Input.GIVE_UP): State.SILENT,
-    (State.MOVED, Input.START): State.MOVED,
-    (State.MOVED, Input.ACCEPT): State.MOVED,
-    (State.MOVED, Input.REJECT): State.MOVED,
-    (State.MOVED, Input.GIVE_UP): State.MOVED,
-    (State.REFUSED, Input.START): State.REFUSED,
-    (State.REFUSED, Input.ACCEPT): State.REFUSED,
-    (State.REFUSED, Input.REJECT): State.REFUSED,
-    (State.REFUSED, Input.GIVE_UP): State.REFUSED,
-    (State.SILENT, Input.START): State.SILENT,
-    (State.SILENT, Input.ACCEPT): State.SILENT,
-    (State.SILENT, Input.REJECT): State.SILENT,
-    (State.SILENT, Input.GIVE_UP): State.SILENT,
+TABLE: dict[tuple[AddressUpdateState, AddressUpdateInput], AddressUpdateState] = {
+    (AddressUpdateState.NEW, AddressUpdateInput.START): AddressUpdateState.WAITING,
+    (AddressUpdateState.NEW, AddressUpdateInput.ACCEPT): AddressUpdateState.NEW,
+    (AddressUpdateState.NEW, AddressUpdateInput.REJECT): AddressUpdateState.NEW,
+    (AddressUpdateState.NEW, AddressUpdateInput.GIVE_UP): AddressUpdateState.NEW,
+    (AddressUpdateState.WAITING, AddressUpdateInput.START): AddressUpdateState.WAITING,
+    (AddressUpdateState.WAITING, AddressUpdateInput.ACCEPT): AddressUpdateState.MOVED,
+    (AddressUpdateState.WAITING, AddressUpdateInput.REJECT): AddressUpdateState.REFUSED,
+    (AddressUpdateState.WAITING, AddressUpdateInput.GIVE_UP): AddressUpdateState.SILENT,
+    (AddressUpdateState.MOVED, AddressUpdateInput.START): AddressUpdateState.MOVED,
+    (AddressUpdateState.MOVED, AddressUpdateInput.ACCEPT): AddressUpdateState.MOVED,
+    (AddressUpdateState.MOVED, AddressUpdateInput.REJECT): AddressUpdateState.MOVED,
+    (AddressUpdateState.MOVED, AddressUpdateInput.GIVE_UP): AddressUpdateState.MOVED,
+    (AddressUpdateState.REFUSED, AddressUpdateInput.START): AddressUpdateState.REFUSED,
+    (AddressUpdateState.REFUSED, AddressUpdateInput.ACCEPT): AddressUpdateState.REFUSED,
+    (AddressUpdateState.REFUSED, AddressUpdateInput.REJECT): AddressUpdateState.REFUSED,
+    (AddressUpdateState.REFUSED, AddressUpdateInput.GIVE_UP): AddressUpdateState.REFUSED,
+    (AddressUpdateState.SILENT, AddressUpdateInput.START): AddressUpdateState.SILENT,
+    (AddressUpdateState.SILENT, AddressUpdateInput.ACCEPT): AddressUpdateState.SILENT,
+    (AddressUpdateState.SILENT, AddressUpdateInput.REJECT): AddressUpdateState.SILENT,
+    (AddressUpdateState.SILENT, AddressUpdateInput.GIVE_UP): AddressUpdateState.SILENT,
 }
 """A final state is never left: duplicates of the answer change nothing."""
 
 
-class AddressUpdate(Requester[State, Input, Event]):
+class AddressUpdate(Requester[AddressUpdateState, AddressUpdateInput, AddressUpdateEvent]):
     """Tells the mobile node that its gateway is at `end.local` now.
 
     iv: `keys.iv_length` fresh random octets, `Drawn` if they may be used again after a crash.
     """
 
     def __init__(self, end: SaEnd, notice: AddressNotice, iv: bytes | Drawn) -> None:
-        super().__init__(Asking(end), TABLE, State.NEW)
+        super().__init__(Asking(end), TABLE, AddressUpdateState.NEW)
         self._part = AddressPart(end, notice)
         if len(iv) != self._asking.iv_length:
             raise UsageError(f"an IV of {self._asking.iv_length} octets is needed, not {len(iv)}")
@@ -246,20 +246,20 @@ class AddressUpdate(Requester[State, Input, Event]):
         node's path to the old gateway can send its packets here instead. Only an answer with our cookie is a
         proof.
         """
-        if self.state is State.WAITING:
+        if self.state is AddressUpdateState.WAITING:
             self._asking.insist()
 
     def _begin(self) -> None:
         self._asking.ask(Exchange.INFORMATIONAL, self._request)
-        self._enter(Input.START)
+        self._enter(AddressUpdateInput.START)
 
     def _answered(self, message: Message, now: float) -> None:
         del now  # an answer starts no timer
         refusal = self._part.refusal(message)
         if refusal is not None:
-            self._enter(Input.REJECT, refusal)
+            self._enter(AddressUpdateInput.REJECT, refusal)
         else:
-            self._enter(Input.ACCEPT, *self._part.nat_change(message), Moved())
+            self._enter(AddressUpdateInput.ACCEPT, *self._part.nat_change(message), Moved())
 
     def _unanswered(self) -> None:
-        self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+        self._enter(AddressUpdateInput.GIVE_UP, Silent(self._asking.sent))

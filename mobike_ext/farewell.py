@@ -22,13 +22,13 @@ from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.wire.ikev2 import RetransmitPolicy
 from ikectx.wire.payloads import DeletePayload
 
-from .requester import Asking, Machine, SaEnd, Silent
+from .requester import Asking, RequesterMachine, SaEnd, Silent
 
 POLICY = RetransmitPolicy(0.5, 1.5, 9)
 """37 s in all, because a gateway that is taking the SA, or taking it back, answers only when it has it."""
 
 
-class State(Enum):
+class FarewellState(Enum):
     """NEW: nothing was sent. WAITING: for an answer. The rest are final; SILENT: the peer may not have the
     SA."""
 
@@ -38,7 +38,7 @@ class State(Enum):
     SILENT = "silent"
 
 
-class Input(Enum):
+class FarewellInput(Enum):
     """Inputs of the machine. GIVE_UP: of the last request that waits."""
 
     START = "start"
@@ -46,15 +46,15 @@ class Input(Enum):
     GIVE_UP = "give up"
 
 
-TABLE: dict[tuple[State, Input], State] = {
-    (State.NEW, Input.START): State.WAITING,
-    (State.WAITING, Input.ANSWER): State.DELETED,
-    (State.WAITING, Input.GIVE_UP): State.SILENT,
+TABLE: dict[tuple[FarewellState, FarewellInput], FarewellState] = {
+    (FarewellState.NEW, FarewellInput.START): FarewellState.WAITING,
+    (FarewellState.WAITING, FarewellInput.ANSWER): FarewellState.DELETED,
+    (FarewellState.WAITING, FarewellInput.GIVE_UP): FarewellState.SILENT,
 }
 """A missing pair changes nothing."""
 
 
-class Farewell(Machine[State, Input, Silent]):
+class Farewell(RequesterMachine[FarewellState, FarewellInput, Silent]):
     """Deletes the IKE_SA of `generation` at `remote`.
 
     message_ids: our next request may have one of these. iv: random, `keys.iv_length` octets for each of them.
@@ -74,7 +74,7 @@ class Farewell(Machine[State, Input, Silent]):
         self._asks = [Asking(SaEnd(generation, number, local, remote, policy)) for number in message_ids]
         if not self._asks:
             raise UsageError("a Delete has a message ID")
-        super().__init__(self._asks[0], TABLE, State.NEW)
+        super().__init__(self._asks[0], TABLE, FarewellState.NEW)
         size = self._asks[0].iv_length
         if len(iv) != size * len(self._asks):
             raise UsageError(f"{size} octets for an IV are needed for each message ID")
@@ -90,10 +90,10 @@ class Farewell(Machine[State, Input, Silent]):
         return sum(ask.requests + ask.retransmissions for ask in self._asks)
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        if self.state is State.NEW:
+        if self.state is FarewellState.NEW:
             for ask, request in zip(self._asks, self._requests, strict=True):
                 ask.ask(Exchange.INFORMATIONAL, request)
-            self._enter(Input.START)
+            self._enter(FarewellInput.START)
         return [] if self.done else [one for ask in self._asks for one in ask.to_send(now)]
 
     def next_timer(self) -> float | None:
@@ -103,11 +103,11 @@ class Farewell(Machine[State, Input, Silent]):
     def handle_timer(self, now: float) -> None:
         for ask in self._asks:
             ask.handle_timer(now)
-        if self.state is State.WAITING and not any(ask.waits for ask in self._asks):
-            self._enter(Input.GIVE_UP, Silent(self.sent))
+        if self.state is FarewellState.WAITING and not any(ask.waits for ask in self._asks):
+            self._enter(FarewellInput.GIVE_UP, Silent(self.sent))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         del now
         waiting = [] if self.done else [ask for ask in self._asks if ask.waits]
         if any(ask.receive(datagram, source) is not None for ask in waiting):
-            self._enter(Input.ANSWER)
+            self._enter(FarewellInput.ANSWER)

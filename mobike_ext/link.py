@@ -33,9 +33,9 @@ from .rekey import (
     IkeRekey,
     IkeRekeyed,
     RekeyFailed,
-    State,
+    RekeyState,
 )
-from .requester import Machine, Silent
+from .requester import RequesterMachine, Silent
 from .responder import Asked, PeerSupports, SpiResponder
 from .spi_update import PeerRenamed, Renamed, RenameRefused, SpiUpdate, Unsupported
 
@@ -48,7 +48,7 @@ _ANSWER_OCTETS = 256
 
 
 async def _run(
-    machine: Machine[Any, Any, Any],
+    machine: RequesterMachine[Any, Any, Any],
     clock: Clock,
     mark: int,
     heard: Callable[[], Awaitable[bool]] | None = None,
@@ -223,7 +223,7 @@ async def run_rekey(
     trouble: list[BaseException] = []
 
     async def step() -> None:
-        if machine.state is not State.MADE:
+        if machine.state is not RekeyState.MADE:
             return
         event = machine.next_event()
         try:

@@ -25,10 +25,10 @@ from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.sa.keys import Drawn
 from ikectx.wire.ikev2 import RetransmitPolicy
 
-from .requester import Asking, Machine, SaEnd, Silent
+from .requester import Asking, RequesterMachine, SaEnd, Silent
 
 
-class State(Enum):
+class ProbeState(Enum):
     """NEW: nothing was sent. FIRST: m was sent. BOTH: m + 1 was sent, too. SECOND: m was answered, m + 1
     waits. The rest are final."""
 
@@ -40,7 +40,7 @@ class State(Enum):
     SILENT = "silent"
 
 
-class Input(Enum):
+class ProbeInput(Enum):
     """Inputs of the machine. LATER: it is time for m + 1. GIVE_UP: of the last request that waits."""
 
     START = "start"
@@ -50,8 +50,8 @@ class Input(Enum):
     GIVE_UP = "give up"
 
 
-_S, _I = State, Input
-TABLE: dict[tuple[State, Input], State] = {
+_S, _I = ProbeState, ProbeInput
+TABLE: dict[tuple[ProbeState, ProbeInput], ProbeState] = {
     (_S.NEW, _I.START): _S.FIRST,
     (_S.FIRST, _I.LATER): _S.BOTH,
     (_S.FIRST, _I.ANSWER_FIRST): _S.SETTLED,
@@ -67,7 +67,7 @@ ALONE = 2
 """Sendings of m before m + 1 is sent, too."""
 
 
-class MidProbe(Machine[State, Input, Silent]):
+class MidProbe(RequesterMachine[ProbeState, ProbeInput, Silent]):
     """Finds the message ID after `message_id` (m) that the mobile node at `remote` expects of us.
 
     ivs: for m and for m + 1, each of `keys.iv_length(generation.encr)` octets. local: the address for
@@ -86,7 +86,7 @@ class MidProbe(Machine[State, Input, Silent]):
     ) -> None:
         policy = policy or RetransmitPolicy()
         self._asks = [Asking(SaEnd(generation, message_id + n, local, remote, policy)) for n in (0, 1)]
-        super().__init__(self._asks[0], TABLE, State.NEW)
+        super().__init__(self._asks[0], TABLE, ProbeState.NEW)
         self.next_id = message_id
         """The message ID of our next request, once it is found."""
         self._alone = sum(policy.wait(sent) for sent in range(1, min(ALONE, policy.tries) + 1))
@@ -101,9 +101,9 @@ class MidProbe(Machine[State, Input, Silent]):
         return sum(ask.requests + ask.retransmissions for ask in self._asks)
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        if self.state is State.NEW:
+        if self.state is ProbeState.NEW:
             self._ask(0)
-            self._enter(Input.START)
+            self._enter(ProbeInput.START)
             self._later(now + self._alone, self._ask_both)
         return [] if self.done else [one for ask in self._asks for one in ask.to_send(now)]
 
@@ -115,14 +115,14 @@ class MidProbe(Machine[State, Input, Silent]):
         for ask in self._asks:
             ask.handle_timer(now)
         self._wake(now)
-        if self.state is not State.FIRST and not any(ask.waits for ask in self._asks):
-            self._enter(Input.GIVE_UP, Silent(self.sent))
+        if self.state is not ProbeState.FIRST and not any(ask.waits for ask in self._asks):
+            self._enter(ProbeInput.GIVE_UP, Silent(self.sent))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         del now
         if self.done:
             return  # an answer to m after the one to m + 1 has no new information
-        for ask, what in zip(self._asks, (Input.ANSWER_FIRST, Input.ANSWER_SECOND), strict=True):
+        for ask, what in zip(self._asks, (ProbeInput.ANSWER_FIRST, ProbeInput.ANSWER_SECOND), strict=True):
             if ask.waits and ask.receive(datagram, source) is not None:
                 self._enter(what)
                 self.next_id = ask.message_id
@@ -133,4 +133,4 @@ class MidProbe(Machine[State, Input, Silent]):
 
     def _ask_both(self) -> None:
         self._ask(1)
-        self._enter(Input.LATER)
+        self._enter(ProbeInput.LATER)

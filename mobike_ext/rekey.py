@@ -110,13 +110,13 @@ class IkeMade:
     generation: IkeGeneration
 
 
-Event = ChildMade | IkeMade | ChildRekeyed | IkeRekeyed | RekeyFailed | Silent
+RekeyEvent = ChildMade | IkeMade | ChildRekeyed | IkeRekeyed | RekeyFailed | Silent
 
 
 # --- the table ---------------------------------------------------------------------------------------
 
 
-class State(Enum):
+class RekeyState(Enum):
     """NEW: nothing was sent. ASKING: for the new SA. PAUSED: until the next try. MADE: the caller installs
     it.
 
@@ -134,7 +134,7 @@ class State(Enum):
     SILENT = "silent"
 
 
-class Input(Enum):
+class RekeyInput(Enum):
     """Inputs of the machine."""
 
     START = "the first sending"
@@ -150,9 +150,9 @@ class Input(Enum):
     GIVE_UP = "the last retransmission timer"
 
 
-_S, _I = State, Input
+_S, _I = RekeyState, RekeyInput
 
-TABLE: dict[tuple[State, Input], State] = {
+TABLE: dict[tuple[RekeyState, RekeyInput], RekeyState] = {
     (_S.NEW, _I.START): _S.ASKING,
     (_S.ASKING, _I.MADE): _S.MADE,
     (_S.ASKING, _I.BUSY): _S.PAUSED,
@@ -173,7 +173,7 @@ TABLE: dict[tuple[State, Input], State] = {
 # --- the machine -------------------------------------------------------------------------------------
 
 
-class _Rekey(Requester[State, Input, Event]):
+class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
     """The common part of both rekeys. A subclass defines the request, the result of an answer, and the
     Delete.
 
@@ -192,7 +192,7 @@ class _Rekey(Requester[State, Input, Event]):
             raise UsageError(f"an SPI of {protocol.name} cannot be {new_spi.hex()}")
         if len(fresh) < REKEY_OCTETS:
             raise UsageError(f"{REKEY_OCTETS} fresh octets are needed, not {len(fresh)}")
-        super().__init__(Asking(end), TABLE, State.NEW)
+        super().__init__(Asking(end), TABLE, RekeyState.NEW)
         self.generation = end.generation
         self._new_spi = new_spi
         self._fresh = Fresh(fresh)
@@ -232,10 +232,10 @@ class _Rekey(Requester[State, Input, Event]):
 
     def installed(self) -> None:
         """After `ChildMade` or `IkeMade`: the new SA can be used here; the old one is deleted now."""
-        if self.state is not State.MADE:
+        if self.state is not RekeyState.MADE:
             raise StateError("no new SA waits to be installed")
         self._send(Exchange.INFORMATIONAL, [self._old()], self._old_ivs)
-        self._enter(Input.INSTALLED)
+        self._enter(RekeyInput.INSTALLED)
 
     def skip(self, count: int) -> None:
         """After `ChildMade` or `IkeMade`: other requests have used so many message IDs meanwhile."""
@@ -247,37 +247,37 @@ class _Rekey(Requester[State, Input, Event]):
         A new IKE_SA cannot be given back (StateError): the peer has moved its children to it.
         """
         useless = self._useless()
-        if self.state is not State.MADE or useless is None:
+        if self.state is not RekeyState.MADE or useless is None:
             raise StateError("no new CHILD_SA waits to be installed")
         self._result = RekeyFailed(Notify.TEMPORARY_FAILURE, why)
         self._send(Exchange.INFORMATIONAL, [useless], self._useless_ivs)
-        self._enter(Input.ABANDON)
+        self._enter(RekeyInput.ABANDON)
 
     # steps
 
     def _begin(self) -> None:
         self._ask()
-        self._enter(Input.START)
+        self._enter(RekeyInput.START)
 
     def _go_on(self) -> None:
         self._ask()
-        self._enter(Input.PAUSE_OVER)
+        self._enter(RekeyInput.PAUSE_OVER)
 
     def _unanswered(self) -> None:
-        if self.state is State.ASKING:
-            self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+        if self.state is RekeyState.ASKING:
+            self._enter(RekeyInput.GIVE_UP, Silent(self._asking.sent))
         else:
-            self._tell_result(Input.GIVE_UP)
+            self._tell_result(RekeyInput.GIVE_UP)
 
     def _answered(self, message: Message, now: float) -> None:
-        if self.state is not State.ASKING:
-            self._tell_result(Input.DELETED, deleted=message.error is None)
+        if self.state is not RekeyState.ASKING:
+            self._tell_result(RekeyInput.DELETED, deleted=message.error is None)
         elif message.error is not None:
             self._refused(message.error, now)
         else:
             self._use(message)
 
-    def _tell_result(self, what: Input, *, deleted: bool = False) -> None:
+    def _tell_result(self, what: RekeyInput, *, deleted: bool = False) -> None:
         """The exchange with the Delete has ended, and with it the rekey."""
         result = self._result
         if isinstance(result, ChildRekeyed | IkeRekeyed):
@@ -297,7 +297,7 @@ class _Rekey(Requester[State, Input, Event]):
     def _refused(self, error: NotifyPayload, now: float) -> None:
         other: KeMethod | None = None
         if error.notify == Notify.TEMPORARY_FAILURE and self._pauses:
-            self._enter(Input.BUSY)
+            self._enter(RekeyInput.BUSY)
             self._later(now + self._pauses.pop(0), self._go_on)
             return
         if error.notify == Notify.INVALID_KE_PAYLOAD and len(error.data) == 2:
@@ -306,12 +306,12 @@ class _Rekey(Requester[State, Input, Event]):
             other = self._otherwise()
         spent = len(self._tried) == MOST_METHODS
         if other is None or other in self._tried or spent or not dh.known(other):
-            self._enter(Input.ERROR, RekeyFailed(error.notify))
+            self._enter(RekeyInput.ERROR, RekeyFailed(error.notify))
             return
         self._ke, self._pair = other, self._key_pair(other)
         self._tried.add(other)
         self._ask()
-        self._enter(Input.AGAIN)
+        self._enter(RekeyInput.AGAIN)
 
     def _use(self, message: Message) -> None:
         try:
@@ -320,13 +320,13 @@ class _Rekey(Requester[State, Input, Event]):
             self._result = RekeyFailed(Notify.INVALID_SYNTAX, str(error))
             useless = self._useless()
             if useless is None:
-                self._enter(Input.ERROR, self._result)
+                self._enter(RekeyInput.ERROR, self._result)
             else:
                 self._send(Exchange.INFORMATIONAL, [useless], self._useless_ivs)
-                self._enter(Input.USELESS)
+                self._enter(RekeyInput.USELESS)
             return
         made = ChildMade(result.child) if isinstance(result, ChildRekeyed) else IkeMade(result.generation)
-        self._enter(Input.MADE, made)
+        self._enter(RekeyInput.MADE, made)
 
     def _key_pair(self, method: KeMethod) -> dh.KeyPair | None:
         if method is KeMethod.NONE:

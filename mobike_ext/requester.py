@@ -236,7 +236,7 @@ class Silent:
     sent: int
 
 
-class Machine(ABC, Generic[StateT, InputT, EventT]):
+class RequesterMachine(ABC, Generic[StateT, InputT, EventT]):
     """A machine that `link` runs: sends requests to the mobile node at `remote` from `local`, under the SA
     `spis`.
 
@@ -300,7 +300,7 @@ class Machine(ABC, Generic[StateT, InputT, EventT]):
             self._then()
 
 
-class Requester(Machine[StateT, InputT, EventT]):
+class Requester(RequesterMachine[StateT, InputT, EventT]):
     """A machine with one request after the other. A subclass makes the requests and judges the answers."""
 
     def __init__(self, asking: Asking, table: Mapping[tuple[StateT, InputT], StateT], new: StateT) -> None:

@@ -12,8 +12,8 @@ the next one expected, so a replayed or late one is ignored.
 Requests without UPDATE_SPI or UPDATE_SA_ADDRESSES (dead peer detection, Delete, CREATE_CHILD_SA) are left to
 charon, which has the SA PASSIVE meanwhile and answers their retransmissions later. They are counted.
 
-As a `Role.WATCH` charon is not PASSIVE and answers for itself, without the notify that it does not know:
-the machine only reports what it sees in a copy, and the agent may begin an exchange of its own
+As a `ResponderRole.WATCH` charon is not PASSIVE and answers for itself, without the notify that it does not
+know: the machine only reports what it sees in a copy, and the agent may begin an exchange of its own
 (`naming.mirrored`).
 
 Verbs: `receive`, `answer`, `to_send`, `next_timer`, `handle_timer`, `next_event`; `now` is monotonic seconds.
@@ -73,13 +73,13 @@ class PeerSupports:
     version: int
 
 
-Event = Asked | PeerSupports
+ResponderEvent = Asked | PeerSupports
 
 
 # --- the machine -------------------------------------------------------------------------------------
 
 
-class State(Enum):
+class ResponderState(Enum):
     """LISTENING: no request. ASKED: the caller must answer. CLOSED: final. The others: see above."""
 
     LISTENING = "listening"
@@ -89,7 +89,7 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Input(Enum):
+class ResponderInput(Enum):
     """Inputs of the machine."""
 
     REQUEST = "the next request of the peer"
@@ -111,37 +111,37 @@ class Action(Enum):
 
 _N, _T, _S, _R = Action.NOTHING, Action.TELL, Action.SEND, Action.RESEND
 
-TABLE: dict[tuple[State, Input], tuple[State, Action]] = {
-    (State.LISTENING, Input.REQUEST): (State.ASKED, _T),
-    (State.LISTENING, Input.DUPLICATE): (State.LISTENING, _N),
-    (State.LISTENING, Input.ANSWER): (State.LISTENING, _N),
-    (State.LISTENING, Input.ANSWER_IKE): (State.LISTENING, _N),
-    (State.LISTENING, Input.ELSEWHERE): (State.LISTENING, _N),
-    (State.LISTENING, Input.EXPIRE): (State.LISTENING, _N),
-    (State.ASKED, Input.REQUEST): (State.ASKED, _N),
-    (State.ASKED, Input.DUPLICATE): (State.ASKED, _N),
-    (State.ASKED, Input.ANSWER): (State.ANSWERED, _S),
-    (State.ASKED, Input.ANSWER_IKE): (State.RETIRED, _S),
-    (State.ASKED, Input.ELSEWHERE): (State.LISTENING, _N),
-    (State.ASKED, Input.EXPIRE): (State.ASKED, _N),
-    (State.ANSWERED, Input.REQUEST): (State.ASKED, _T),
-    (State.ANSWERED, Input.DUPLICATE): (State.ANSWERED, _R),
-    (State.ANSWERED, Input.ANSWER): (State.ANSWERED, _N),
-    (State.ANSWERED, Input.ANSWER_IKE): (State.ANSWERED, _N),
-    (State.ANSWERED, Input.ELSEWHERE): (State.ANSWERED, _N),
-    (State.ANSWERED, Input.EXPIRE): (State.ANSWERED, _N),
-    (State.RETIRED, Input.REQUEST): (State.RETIRED, _N),
-    (State.RETIRED, Input.DUPLICATE): (State.RETIRED, _R),
-    (State.RETIRED, Input.ANSWER): (State.RETIRED, _N),
-    (State.RETIRED, Input.ANSWER_IKE): (State.RETIRED, _N),
-    (State.RETIRED, Input.ELSEWHERE): (State.RETIRED, _N),
-    (State.RETIRED, Input.EXPIRE): (State.CLOSED, _N),
-    (State.CLOSED, Input.REQUEST): (State.CLOSED, _N),
-    (State.CLOSED, Input.DUPLICATE): (State.CLOSED, _N),
-    (State.CLOSED, Input.ANSWER): (State.CLOSED, _N),
-    (State.CLOSED, Input.ANSWER_IKE): (State.CLOSED, _N),
-    (State.CLOSED, Input.ELSEWHERE): (State.CLOSED, _N),
-    (State.CLOSED, Input.EXPIRE): (State.CLOSED, _N),
+TABLE: dict[tuple[ResponderState, ResponderInput], tuple[ResponderState, Action]] = {
+    (ResponderState.LISTENING, ResponderInput.REQUEST): (ResponderState.ASKED, _T),
+    (ResponderState.LISTENING, ResponderInput.DUPLICATE): (ResponderState.LISTENING, _N),
+    (ResponderState.LISTENING, ResponderInput.ANSWER): (ResponderState.LISTENING, _N),
+    (ResponderState.LISTENING, ResponderInput.ANSWER_IKE): (ResponderState.LISTENING, _N),
+    (ResponderState.LISTENING, ResponderInput.ELSEWHERE): (ResponderState.LISTENING, _N),
+    (ResponderState.LISTENING, ResponderInput.EXPIRE): (ResponderState.LISTENING, _N),
+    (ResponderState.ASKED, ResponderInput.REQUEST): (ResponderState.ASKED, _N),
+    (ResponderState.ASKED, ResponderInput.DUPLICATE): (ResponderState.ASKED, _N),
+    (ResponderState.ASKED, ResponderInput.ANSWER): (ResponderState.ANSWERED, _S),
+    (ResponderState.ASKED, ResponderInput.ANSWER_IKE): (ResponderState.RETIRED, _S),
+    (ResponderState.ASKED, ResponderInput.ELSEWHERE): (ResponderState.LISTENING, _N),
+    (ResponderState.ASKED, ResponderInput.EXPIRE): (ResponderState.ASKED, _N),
+    (ResponderState.ANSWERED, ResponderInput.REQUEST): (ResponderState.ASKED, _T),
+    (ResponderState.ANSWERED, ResponderInput.DUPLICATE): (ResponderState.ANSWERED, _R),
+    (ResponderState.ANSWERED, ResponderInput.ANSWER): (ResponderState.ANSWERED, _N),
+    (ResponderState.ANSWERED, ResponderInput.ANSWER_IKE): (ResponderState.ANSWERED, _N),
+    (ResponderState.ANSWERED, ResponderInput.ELSEWHERE): (ResponderState.ANSWERED, _N),
+    (ResponderState.ANSWERED, ResponderInput.EXPIRE): (ResponderState.ANSWERED, _N),
+    (ResponderState.RETIRED, ResponderInput.REQUEST): (ResponderState.RETIRED, _N),
+    (ResponderState.RETIRED, ResponderInput.DUPLICATE): (ResponderState.RETIRED, _R),
+    (ResponderState.RETIRED, ResponderInput.ANSWER): (ResponderState.RETIRED, _N),
+    (ResponderState.RETIRED, ResponderInput.ANSWER_IKE): (ResponderState.RETIRED, _N),
+    (ResponderState.RETIRED, ResponderInput.ELSEWHERE): (ResponderState.RETIRED, _N),
+    (ResponderState.RETIRED, ResponderInput.EXPIRE): (ResponderState.CLOSED, _N),
+    (ResponderState.CLOSED, ResponderInput.REQUEST): (ResponderState.CLOSED, _N),
+    (ResponderState.CLOSED, ResponderInput.DUPLICATE): (ResponderState.CLOSED, _N),
+    (ResponderState.CLOSED, ResponderInput.ANSWER): (ResponderState.CLOSED, _N),
+    (ResponderState.CLOSED, ResponderInput.ANSWER_IKE): (ResponderState.CLOSED, _N),
+    (ResponderState.CLOSED, ResponderInput.ELSEWHERE): (ResponderState.CLOSED, _N),
+    (ResponderState.CLOSED, ResponderInput.EXPIRE): (ResponderState.CLOSED, _N),
 }
 
 
@@ -155,7 +155,7 @@ class _Open:
     moves: bool
 
 
-class Role(Enum):
+class ResponderRole(Enum):
     """The requests that a `SpiResponder` answers."""
 
     ALL = "those about SPIs, addresses or both"
@@ -166,8 +166,8 @@ class Role(Enum):
 class SpiResponder:
     """Answers the peer's UPDATE_SPI, and UPDATE_SA_ADDRESSES with or without it.
 
-    expected_id: message ID of the peer's next request (`mid_responder`); with `Role.WATCH` any that is
-    higher than those seen. local: where the peer's requests arrive. conditions: charon's bits of the SA.
+    expected_id: message ID of the peer's next request (`mid_responder`); with `ResponderRole.WATCH` any that
+    is higher than those seen. local: where the peer's requests arrive. conditions: charon's bits of the SA.
     `limit`: octets of the largest answer, see `ikev2.seal_fragments`.
     """
 
@@ -180,13 +180,13 @@ class SpiResponder:
         *,
         conditions: int = 0,
         limit: int | None = None,
-        role: Role = Role.ALL,
+        role: ResponderRole = ResponderRole.ALL,
     ) -> None:
         self.local = local
         self.spis = generation.spis
-        self.state = State.LISTENING
+        self.state = ResponderState.LISTENING
         self.expected_id = expected_id
-        self.answering = role is not Role.WATCH
+        self.answering = role is not ResponderRole.WATCH
         self.ignored = 0
         """Datagrams that were no request for this machine: forged, damaged, late, another SA's, or a
         response."""
@@ -198,7 +198,7 @@ class SpiResponder:
         self._names = names
         self._conditions = conditions
         self._limit = limit
-        self._addresses = role is not Role.SPIS
+        self._addresses = role is not ResponderRole.SPIS
         self._last_time: float | None = None
         self._expires: float | None = None
         self._open: _Open | None = None
@@ -208,7 +208,7 @@ class SpiResponder:
         """Datagrams of the request that was answered last, with `_answer`."""
         self._answer: list[bytes] = []
         self._send: list[tuple[bytes, Endpoint]] = []
-        self._events: deque[Event] = deque()
+        self._events: deque[ResponderEvent] = deque()
         keys = sk_keys(generation)
         self._key = seal_key(generation, by_initiator=generation.initiator, keys=keys)
         self._incoming = Reassembly(seal_key(generation, by_initiator=not generation.initiator, keys=keys))
@@ -221,14 +221,14 @@ class SpiResponder:
     @property
     def retired(self) -> bool:
         """The IKE_SA has other SPIs now."""
-        return self.state in (State.RETIRED, State.CLOSED)
+        return self.state in (ResponderState.RETIRED, ResponderState.CLOSED)
 
     @property
     def done(self) -> bool:
         """This SA's old SPIs need no more answers."""
-        return self.state is State.CLOSED
+        return self.state is ResponderState.CLOSED
 
-    def next_event(self) -> Event | None:
+    def next_event(self) -> ResponderEvent | None:
         """The next event, oldest first."""
         return self._events.popleft() if self._events else None
 
@@ -247,7 +247,7 @@ class SpiResponder:
         """Time has passed."""
         if self._expires is not None and now >= self._expires:
             self._expires = None
-            self._enter(Input.EXPIRE)
+            self._enter(ResponderInput.EXPIRE)
             self._answer, self._last = [], []
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
@@ -267,7 +267,7 @@ class SpiResponder:
             if not self.answering:
                 self._seen(message)
             return
-        _, action = self._enter(Input.REQUEST)
+        _, action = self._enter(ResponderInput.REQUEST)
         if action is not Action.TELL:
             self.ignored += 1
             return
@@ -298,7 +298,7 @@ class SpiResponder:
         self.answered += 1
         self.expected_id += 1
         retired = any(one.protocol is Protocol.IKE for one in decision.pairs)
-        self._enter(Input.ANSWER_IKE if retired else Input.ANSWER)
+        self._enter(ResponderInput.ANSWER_IKE if retired else ResponderInput.ANSWER)
         if retired:
             self._expires = now + KEEP
 
@@ -314,13 +314,13 @@ class SpiResponder:
         if self.answering and header.message_id == last and octets in self._last:
             # the first fragment represents a fragmented request (RFC 7383, 2.6.1)
             first = header.next_payload != Payload.SKF or octets[32:34] == b"\0\1"
-            if first and self._enter(Input.DUPLICATE)[1] is Action.RESEND:
+            if first and self._enter(ResponderInput.DUPLICATE)[1] is Action.RESEND:
                 self._send += [(one, source) for one in self._answer]
             return None
         current = header.message_id == self.expected_id
         if not (current if self.answering else header.message_id >= self.expected_id):
             raise WireError("a late request, or one from the future")
-        if self.state is State.ASKED:
+        if self.state is ResponderState.ASKED:
             return None
         message = self._incoming.add(octets)
         if octets not in self._arrived:
@@ -372,10 +372,10 @@ class SpiResponder:
     def _seen(self, message: Message) -> None:
         """Count a request that charon answers."""
         self.expected_id = message.header.message_id + 1
-        self._enter(Input.ELSEWHERE)
+        self._enter(ResponderInput.ELSEWHERE)
         self._arrived = []
 
-    def _enter(self, what: Input) -> tuple[State, Action]:
+    def _enter(self, what: ResponderInput) -> tuple[ResponderState, Action]:
         entered = TABLE[self.state, what]
         self.state = entered[0]
         return entered

@@ -46,7 +46,7 @@ from .naming import (
 )
 from .notify import Reason, UpdateSpi, UpdateSpiSupported
 from .requester import Asking, Fresh, Requester, SaEnd, Silent, is_request
-from .responder import Asked, PeerSupports, Role, SpiResponder
+from .responder import Asked, PeerSupports, ResponderRole, SpiResponder
 
 MIRROR_WAIT = 0.5
 """Seconds in which an agent that is not known yet may begin an exchange of its own."""
@@ -92,7 +92,7 @@ class PeerRenamed:
     pairs: tuple[Renaming, ...]
 
 
-Event = (
+SpiUpdateEvent = (
     Moved
     | Refused
     | Silent
@@ -108,7 +108,7 @@ Event = (
 # --- the machine -------------------------------------------------------------------------------------
 
 
-class State(Enum):
+class SpiUpdateState(Enum):
     """NEW: nothing was sent. WAITING: for the answer, AGAIN: to the retry. PAUSED: until the retry.
 
     AGREED: the peer asked for the same and got it, our own answer is still to come. MIRROR: for the peer's
@@ -128,7 +128,7 @@ class State(Enum):
     SILENT = "silent"
 
 
-class Input(Enum):
+class SpiUpdateInput(Enum):
     """Inputs of the machine."""
 
     START = "the first sending"
@@ -145,9 +145,9 @@ class Input(Enum):
     GIVE_UP = "the last retransmission timer"
 
 
-_S, _I = State, Input
+_S, _I = SpiUpdateState, SpiUpdateInput
 
-TABLE: dict[tuple[State, Input], State] = {
+TABLE: dict[tuple[SpiUpdateState, SpiUpdateInput], SpiUpdateState] = {
     (_S.NEW, _I.START): _S.WAITING,
     (_S.WAITING, _I.ACCEPT): _S.RENAMED,
     (_S.WAITING, _I.DENY): _S.REFUSED,
@@ -183,8 +183,14 @@ TABLE: dict[tuple[State, Input], State] = {
 }
 """A missing pair changes nothing; a final state is never left."""
 
-_OUR_REQUEST = (State.WAITING, State.AGREED, State.AGAIN)
-_OPEN = (State.WAITING, State.AGREED, State.PAUSED, State.AGAIN, State.MIRROR)
+_OUR_REQUEST = (SpiUpdateState.WAITING, SpiUpdateState.AGREED, SpiUpdateState.AGAIN)
+_OPEN = (
+    SpiUpdateState.WAITING,
+    SpiUpdateState.AGREED,
+    SpiUpdateState.PAUSED,
+    SpiUpdateState.AGAIN,
+    SpiUpdateState.MIRROR,
+)
 
 
 class _Ours:
@@ -210,7 +216,7 @@ class _Ours:
 
     def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> Reason | None:
         if self._update.wanted(protocol, spi, inbound) is not None:
-            open_ = (*_OPEN, State.RENAMED)
+            open_ = (*_OPEN, SpiUpdateState.RENAMED)
             return None if self._update.state in open_ else Reason.BUSY
         both = protocol is Protocol.IKE and any(one.protocol is Protocol.IKE for one in self._update.asked)
         if self._names is None or (both and self._update.initiator):
@@ -232,7 +238,7 @@ class PeerRequests:
     names: Names | None = None
 
 
-class SpiUpdate(Requester[State, Input, Event]):
+class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
     """Asks the peer for new SPIs, and with `address` tells it that this gateway is at `end.local` now.
 
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
@@ -259,7 +265,7 @@ class SpiUpdate(Requester[State, Input, Event]):
             raise UsageError(f"{FRESH_OCTETS} fresh octets are needed, not {len(fresh)}")
         if any(one.choose and one.new for one in renames):
             raise UsageError("the peer chooses its own SPI")
-        super().__init__(Asking(end), TABLE, State.NEW)
+        super().__init__(Asking(end), TABLE, SpiUpdateState.NEW)
         self.initiator = end.generation.initiator
         self.asked = tuple(renames)
         self._part = None if address is None else AddressPart(end, address)
@@ -271,7 +277,12 @@ class SpiUpdate(Requester[State, Input, Event]):
         if meanwhile is not None:
             names = _Ours(self, meanwhile.names)
             self._responder = SpiResponder(
-                end.generation, meanwhile.expected_id, end.local, names, limit=end.limit, role=Role.SPIS
+                end.generation,
+                meanwhile.expected_id,
+                end.local,
+                names,
+                limit=end.limit,
+                role=ResponderRole.SPIS,
             )
         said = [] if self._part is None else self._part.payloads()
         said += [one.serialize() for one in self.asked]
@@ -328,7 +339,7 @@ class SpiUpdate(Requester[State, Input, Event]):
             return
         self._asking.prove()
         pairs = tuple(Renaming(one.protocol, True, one.old, one.new) for one in self.asked)
-        self._enter(Input.PROOF, Renamed(pairs, proven_by_traffic=True))
+        self._enter(SpiUpdateInput.PROOF, Renamed(pairs, proven_by_traffic=True))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         if self._responder is not None and is_request(datagram, self.local, source):
@@ -341,7 +352,7 @@ class SpiUpdate(Requester[State, Input, Event]):
 
     def _begin(self) -> None:
         self._asking.ask(Exchange.INFORMATIONAL, self._request)
-        self._enter(Input.START)
+        self._enter(SpiUpdateInput.START)
 
     def _ask_again(self) -> None:
         self._part = None  # the peer has accepted the address already
@@ -349,31 +360,31 @@ class SpiUpdate(Requester[State, Input, Event]):
         self._asking.ask(
             Exchange.INFORMATIONAL, self._asking.seal(Exchange.INFORMATIONAL, said, self._again_iv)
         )
-        self._enter(Input.PAUSE_OVER)
+        self._enter(SpiUpdateInput.PAUSE_OVER)
 
     def _unanswered(self) -> None:
-        if self.state is State.AGREED:
-            self._enter(Input.GIVE_UP, *self._moved(), Renamed(self._mirrored))
+        if self.state is SpiUpdateState.AGREED:
+            self._enter(SpiUpdateInput.GIVE_UP, *self._moved(), Renamed(self._mirrored))
         else:
-            self._enter(Input.GIVE_UP, Silent(self._asking.sent))
+            self._enter(SpiUpdateInput.GIVE_UP, Silent(self._asking.sent))
 
     def _answered(self, message: Message, now: float) -> None:
         what, events = self._judge(message)
         self._enter(what, *events)
-        if self.state is State.PAUSED:
+        if self.state is SpiUpdateState.PAUSED:
             self._later(now + BUSY_PAUSE, self._ask_again)
-        elif self.state is State.MIRROR:
-            self._later(now + self._patience, lambda: self._enter(Input.LATE, Unsupported()))
+        elif self.state is SpiUpdateState.MIRROR:
+            self._later(now + self._patience, lambda: self._enter(SpiUpdateInput.LATE, Unsupported()))
 
-    def _judge(self, message: Message) -> tuple[Input, list[Event]]:
+    def _judge(self, message: Message) -> tuple[SpiUpdateInput, list[SpiUpdateEvent]]:
         """The input that an answer means, and the events."""
-        events: list[Event] = []
+        events: list[SpiUpdateEvent] = []
         if supported_by(message):
             events.append(PeerSupports(supported_by(message)))
         if self._part is not None:
             refusal = self._part.refusal(message)
             if refusal is not None:
-                return Input.REJECT, [*events, refusal]
+                return SpiUpdateInput.REJECT, [*events, refusal]
             events += [*self._part.nat_change(message), *self._moved()]
         decision: Decision | None = None
         error = None if message.error is None else message.error.notify
@@ -382,24 +393,24 @@ class SpiUpdate(Requester[State, Input, Event]):
                 decision = answered(self.asked, message)
             except WireError:
                 error = Notify.INVALID_SYNTAX
-        if self.state is State.AGREED:
-            return Input.ACCEPT, [*events, Renamed(self._mirrored)]
+        if self.state is SpiUpdateState.AGREED:
+            return SpiUpdateInput.ACCEPT, [*events, Renamed(self._mirrored)]
         if error is not None:
-            return Input.DENY, [*events, RenameRefused((), error)]
+            return SpiUpdateInput.DENY, [*events, RenameRefused((), error)]
         if not self.asked:
-            return Input.ACCEPT, [*events, Renamed(())]
+            return SpiUpdateInput.ACCEPT, [*events, Renamed(())]
         if decision is None:
             if self._responder is not None:
-                return Input.PLAIN_YET, events
-            return Input.PLAIN, [*events, Unsupported()]
+                return SpiUpdateInput.PLAIN_YET, events
+            return SpiUpdateInput.PLAIN, [*events, Unsupported()]
         if not decision.reasons:
-            return Input.ACCEPT, [*events, Renamed(decision.pairs)]
+            return SpiUpdateInput.ACCEPT, [*events, Renamed(decision.pairs)]
         refused = RenameRefused(decision.reasons)
         if set(decision.reasons) != {Reason.BUSY} or self._gone():
-            return Input.DENY, [*events, refused]
-        return Input.BUSY, [*events, refused] if self.state is State.AGAIN else events
+            return SpiUpdateInput.DENY, [*events, refused]
+        return SpiUpdateInput.BUSY, [*events, refused] if self.state is SpiUpdateState.AGAIN else events
 
-    def _moved(self) -> list[Event]:
+    def _moved(self) -> list[SpiUpdateEvent]:
         return [] if self._part is None else [Moved()]
 
     def _gone(self) -> bool:
@@ -426,10 +437,10 @@ class SpiUpdate(Requester[State, Input, Event]):
                 self._events.append(PeerRenamed(event.pairs))
             elif self.state in _OPEN:
                 self._mirrored = self._in_order(ours)
-                told: list[Event] = []
-                if self.state not in (State.WAITING, State.AGAIN):
+                told: list[SpiUpdateEvent] = []
+                if self.state not in (SpiUpdateState.WAITING, SpiUpdateState.AGAIN):
                     told = [Renamed(self._mirrored)]
-                self._enter(Input.MIRRORED, *told)
+                self._enter(SpiUpdateInput.MIRRORED, *told)
 
     def _in_order(self, pairs: list[Renaming]) -> tuple[Renaming, ...]:
         """The pairs in the order in which we asked for them."""
@@ -440,7 +451,6 @@ class SpiUpdate(Requester[State, Input, Event]):
 __all__ = [
     "MOST",
     "Asked",
-    "Event",
     "Names",
     "PeerRenamed",
     "PeerSupports",
@@ -449,6 +459,7 @@ __all__ = [
     "Renaming",
     "SpiResponder",
     "SpiUpdate",
+    "SpiUpdateEvent",
     "Unsupported",
     "ask",
     "ask_peer",

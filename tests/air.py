@@ -17,11 +17,11 @@ from ikectx.numbers import Protocol as Proto
 from ikectx.sa.context import Endpoint
 from mobike_ext.naming import Renaming
 from mobike_ext.notify import Reason
-from mobike_ext.requester import EventT, Machine
+from mobike_ext.requester import EventT, RequesterMachine
 from mobike_ext.responder import Asked, PeerSupports, SpiResponder
 
 
-def events(machine: Machine[Any, Any, EventT]) -> list[EventT]:
+def events(machine: RequesterMachine[Any, Any, EventT]) -> list[EventT]:
     """All that has happened and was not asked for yet."""
     found: list[EventT] = []
     while (event := machine.next_event()) is not None:

@@ -20,7 +20,7 @@ from ikectx.wire.payloads import (
     TsPayload,
 )
 from mobike_ext.dh import KeyPair, fresh_length
-from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, Event, IkeMade, IkeRekey, State
+from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, IkeMade, IkeRekey, RekeyEvent, RekeyState
 from mobike_ext.requester import SaEnd
 from tests.air import Agent, Air, events
 from tests.mobile_ike import FAST, MN, NSG, SA
@@ -111,7 +111,7 @@ class Caller(Agent):
         self.machine: ChildRekey | IkeRekey = machine
 
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
-        if self.machine.state is State.MADE:
+        if self.machine.state is RekeyState.MADE:
             self.machine.installed()
         return self.machine.to_send(now)
 
@@ -138,12 +138,12 @@ def _options() -> dict[str, object]:
     return {"fresh": secrets.token_bytes(REKEY_OCTETS)}
 
 
-def results(machine: ChildRekey | IkeRekey) -> list[Event]:
+def results(machine: ChildRekey | IkeRekey) -> list[RekeyEvent]:
     """How it ended; what was made on the way is left out."""
     return [event for event in events(machine) if not isinstance(event, ChildMade | IkeMade)]
 
 
-def run(machine: ChildRekey | IkeRekey, peer: Peer) -> Event:
+def run(machine: ChildRekey | IkeRekey, peer: Peer) -> RekeyEvent:
     """The one result of a rekey on a good link."""
     Air().run(Caller(machine), peer)
     assert machine.done

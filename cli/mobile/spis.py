@@ -48,7 +48,7 @@ from mobike_ext.link import run_spi_update, serve_updates
 from mobike_ext.naming import mirrored
 from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.requester import SaEnd
-from mobike_ext.responder import Asked, Role, SpiResponder
+from mobike_ext.responder import Asked, ResponderRole, SpiResponder
 from mobike_ext.spi_update import FRESH_OCTETS, Renamed, SpiUpdate
 from vici_bridge.effects.mobile import AGAIN, CharonMobile
 from vici_bridge.ha.record import Change
@@ -225,7 +225,7 @@ class SpiWatch:
                 context.mid_responder,
                 local,
                 MobileNames(self._host, sa),
-                role=Role.WATCH,
+                role=ResponderRole.WATCH,
             )
 
             async def asked(event: Asked) -> Reason | None:

@@ -21,12 +21,12 @@ from mobike_ext.address_update import (
     TABLE,
     AddressNotice,
     AddressUpdate,
+    AddressUpdateInput,
+    AddressUpdateState,
     Condition,
-    Input,
     Moved,
     PeerNatChanged,
     Refused,
-    State,
 )
 from mobike_ext.requester import SaEnd, Silent
 from tests.air import events
@@ -156,7 +156,7 @@ def test_silence() -> None:
     # too late: the transfer may have been undone already
     machine.receive(Node().accept(datagram), MN, 100)
     assert events(machine) == []
-    assert machine.state is State.SILENT
+    assert machine.state is AddressUpdateState.SILENT
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_refusals(notify: Notify) -> None:
     machine, request, _ = started()
     machine.receive(Node().answer(request, [NotifyPayload(notify), *request.notifies(Notify.COOKIE2)]), MN, 0)
     assert events(machine) == [Refused(notify)]
-    assert machine.state is State.REFUSED
+    assert machine.state is AddressUpdateState.REFUSED
 
 
 @pytest.mark.parametrize("cookies", [[], [bytes(16)], [COOKIE, COOKIE]])
@@ -181,7 +181,7 @@ def test_b17_traffic_proves_nothing_but_the_mobile_node_is_asked_longer() -> Non
     machine, _, datagram = started()
     sent = 1
     machine.traffic_seen()
-    assert (machine.state, events(machine)) == (State.WAITING, [])
+    assert (machine.state, events(machine)) == (AddressUpdateState.WAITING, [])
     while (due := machine.next_timer()) is not None:
         machine.handle_timer(due)
         machine.traffic_seen()
@@ -202,7 +202,7 @@ def test_b17_traffic_proves_nothing_but_the_mobile_node_is_asked_longer() -> Non
 def test_traffic_before_anything_was_sent_changes_nothing() -> None:
     machine = update()
     machine.traffic_seen()
-    assert (machine.state, events(machine), machine.report.requests) == (State.NEW, [], 0)
+    assert (machine.state, events(machine), machine.report.requests) == (AddressUpdateState.NEW, [], 0)
 
 
 @pytest.mark.parametrize("case", CHARON, ids=lambda c: c["label"])
@@ -242,7 +242,7 @@ def test_what_does_not_count_as_an_answer() -> None:
     ):
         machine.receive(octets, MN, 0)
     assert machine.ignored == 2 + 9
-    assert machine.state is State.WAITING
+    assert machine.state is AddressUpdateState.WAITING
     machine.receive(good, MN, 0)
     assert events(machine) == [Moved()]
 
@@ -253,7 +253,7 @@ def test_an_unauthenticated_error_does_not_end_it() -> None:
     first, body = serialize_payloads([NotifyPayload(Notify.INVALID_IKE_SPI)])
     clear = replace(head, next_payload=first, length=28 + len(body)).serialize() + body
     machine.receive(bytes(4) + clear, MN, 0)
-    assert (machine.ignored, machine.state) == (1, State.WAITING)
+    assert (machine.ignored, machine.state) == (1, AddressUpdateState.WAITING)
 
 
 def test_requests_of_the_mobile_node_wait_for_charon() -> None:
@@ -269,7 +269,7 @@ def test_requests_of_the_mobile_node_wait_for_charon() -> None:
 def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
     machine, _, _ = started()
     machine.receive(bytes(4) + octets if marked else octets, MN, 0)
-    assert machine.state is State.WAITING
+    assert machine.state is AddressUpdateState.WAITING
 
 
 # --- NAT ---------------------------------------------------------------------------------------------------
@@ -323,14 +323,14 @@ def test_an_answer_without_nat_detection_says_nothing_about_it() -> None:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("what", Input)
-def test_every_cell_of_the_table(state: State, what: Input) -> None:
+@pytest.mark.parametrize("state", AddressUpdateState)
+@pytest.mark.parametrize("what", AddressUpdateInput)
+def test_every_cell_of_the_table(state: AddressUpdateState, what: AddressUpdateInput) -> None:
     expected = {
-        (State.NEW, Input.START): State.WAITING,
-        (State.WAITING, Input.ACCEPT): State.MOVED,
-        (State.WAITING, Input.REJECT): State.REFUSED,
-        (State.WAITING, Input.GIVE_UP): State.SILENT,
+        (AddressUpdateState.NEW, AddressUpdateInput.START): AddressUpdateState.WAITING,
+        (AddressUpdateState.WAITING, AddressUpdateInput.ACCEPT): AddressUpdateState.MOVED,
+        (AddressUpdateState.WAITING, AddressUpdateInput.REJECT): AddressUpdateState.REFUSED,
+        (AddressUpdateState.WAITING, AddressUpdateInput.GIVE_UP): AddressUpdateState.SILENT,
     }
     assert TABLE[state, what] is expected.get((state, what), state)
 

@@ -18,7 +18,7 @@ from ikectx.sa.name import SaName
 from ikectx.wire.ikev2 import IkeHeader, Reassembly, add_marker, seal_message, strip_marker
 from ikectx.wire.payloads import DeletePayload
 from ikectx_cli.mobile.farewell import AFTER_END, LOOK, TOLD, Farewells
-from mobike_ext.farewell import TABLE, Farewell, Input, State
+from mobike_ext.farewell import TABLE, Farewell, FarewellInput, FarewellState
 from mobike_ext.requester import Silent
 from tests import hand_loop
 from tests.asking_node import World
@@ -34,8 +34,12 @@ def farewell(*ids: int) -> Farewell:
 
 
 def test_every_cell_of_the_table() -> None:
-    assert set(TABLE) <= {(state, what) for state in State for what in Input}
-    assert {to for to in TABLE.values()} == {State.WAITING, State.DELETED, State.SILENT}
+    assert set(TABLE) <= {(state, what) for state in FarewellState for what in FarewellInput}
+    assert {to for to in TABLE.values()} == {
+        FarewellState.WAITING,
+        FarewellState.DELETED,
+        FarewellState.SILENT,
+    }
 
 
 def opened(datagram: bytes) -> Any:
@@ -69,9 +73,9 @@ def test_an_answer_to_any_of_them() -> None:
         machine.receive(answer(message_id, by_gateway=False), NSG, 0.1)
         machine.receive(answer(message_id)[:-1] + b"?", NSG, 0.1)
         machine.receive(answer(message_id), PSG, 0.1)
-        assert machine.state is State.WAITING
+        assert machine.state is FarewellState.WAITING
         machine.receive(answer(message_id), NSG, 0.1)
-        assert (machine.state, machine.next_timer()) == (State.DELETED, None)
+        assert (machine.state, machine.next_timer()) == (FarewellState.DELETED, None)
         assert machine.to_send(1.0) == []
 
 
@@ -82,7 +86,7 @@ def test_silence() -> None:
         now = due
         machine.handle_timer(now)
         sent += len(machine.to_send(now))
-    assert (machine.state, machine.next_event()) == (State.SILENT, Silent(sent))
+    assert (machine.state, machine.next_event()) == (FarewellState.SILENT, Silent(sent))
     assert 30 < now < 45
 
 

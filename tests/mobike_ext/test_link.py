@@ -27,7 +27,7 @@ from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.packet_io import bpf_program, open_raw, udp_datagram
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.requester import SaEnd
-from mobike_ext.responder import Asked, Role, SpiResponder
+from mobike_ext.responder import Asked, ResponderRole, SpiResponder
 from mobike_ext.spi_update import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
 from tests.air import Names
 from tests.air import Node as Agent
@@ -335,7 +335,7 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
 def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as udp, bound(Endpoint.of("127.0.0.7", 0)) as charon:
         gateway, node = endpoint(udp), endpoint(charon)
-        for role in (Role.ALL, Role.WATCH):
+        for role in (ResponderRole.ALL, ResponderRole.WATCH):
             agent = mobile_agent(node, role=role).machine
             machine = spi_update(gateway, node)
             heard: list[Asked] = []
@@ -352,7 +352,7 @@ def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
             with served(udp, machine):
                 asyncio.run(asyncio.wait_for(serve(), 20))
             assert len(heard) == 1
-            assert machine.state.value == ("paused" if role is Role.ALL else "waiting")
+            assert machine.state.value == ("paused" if role is ResponderRole.ALL else "waiting")
 
 
 @root

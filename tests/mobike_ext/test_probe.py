@@ -13,7 +13,7 @@ from ikectx.errors import UsageError
 from ikectx.numbers import Exchange
 from ikectx.sa.context import Endpoint
 from ikectx.wire.ikev2 import IkeHeader, RetransmitPolicy, add_marker, seal_message, strip_marker
-from mobike_ext.probe import TABLE, Input, MidProbe, State
+from mobike_ext.probe import TABLE, MidProbe, ProbeInput, ProbeState
 from mobike_ext.requester import Silent
 from tests.mobile_ike import MN, NSG, SA, Node
 
@@ -71,7 +71,7 @@ def walk(machine: MidProbe, node: Mobile, lost: Callable[[], bool] = lambda: Fal
 def test_the_mn_never_had_the_request(strict: bool) -> None:
     machine, node = probe(), Mobile(M, strict=strict)
     assert walk(machine, node) == 0
-    assert (machine.state, machine.next_id, machine.sent) == (State.SETTLED, M + 1, 1)
+    assert (machine.state, machine.next_id, machine.sent) == (ProbeState.SETTLED, M + 1, 1)
     assert node.expects == M + 1
 
 
@@ -95,7 +95,7 @@ def test_the_mn_had_it_and_repeats_its_answer_for_the_same_octets_only() -> None
 def test_silence() -> None:
     machine = probe()
     walk(machine, Mobile(M, strict=True), lambda: True)
-    assert machine.state is State.SILENT
+    assert machine.state is ProbeState.SILENT
     assert machine.next_event() == Silent(8)
     assert machine.next_event() is None
 
@@ -112,7 +112,7 @@ def test_what_it_finds_is_what_the_mn_expects(ahead: int, strict: bool, losses: 
             node.hears(datagram[0])
     queue = list(losses)
     walk(machine, node, lambda: bool(queue) and queue.pop(0))
-    if machine.state is State.SETTLED:
+    if machine.state is ProbeState.SETTLED:
         assert machine.next_id == node.expects
     else:
         assert any(losses)
@@ -130,40 +130,40 @@ def test_what_is_no_answer() -> None:
         (answer, Endpoint.of("198.51.100.8", 4500)),
     ):
         machine.receive(wrong, source, 0.0)
-        assert machine.state is State.FIRST
+        assert machine.state is ProbeState.FIRST
     machine.receive(answer, MN, 0.0)
     machine.receive(answer, MN, 0.0)
     assert machine.next_id == M + 1
     assert machine.next_timer() is None
     machine.handle_timer(99.0)
-    assert machine.state is State.SETTLED
+    assert machine.state is ProbeState.SETTLED
 
 
 def test_a_late_answer_to_the_first_request_does_not_take_the_second_one_back() -> None:
     machine, node = probe(), Mobile(M, strict=False)
     ((first, _),) = machine.to_send(0.0)
     late = node.hears(first)
-    while machine.state is State.FIRST:
+    while machine.state is ProbeState.FIRST:
         machine.handle_timer(machine.next_timer() or 0.0)
     second = node.hears(machine.to_send(9.0)[-1][0])
     assert late is not None
     assert second is not None
     machine.receive(second, MN, 9.1)
     machine.receive(late, MN, 9.2)
-    assert (machine.state, machine.next_id) == (State.SETTLED, M + 2)
+    assert (machine.state, machine.next_id) == (ProbeState.SETTLED, M + 2)
 
 
-@pytest.mark.parametrize(("state", "what"), list(product(State, Input)))
-def test_every_cell_of_the_table(state: State, what: Input) -> None:
+@pytest.mark.parametrize(("state", "what"), list(product(ProbeState, ProbeInput)))
+def test_every_cell_of_the_table(state: ProbeState, what: ProbeInput) -> None:
     expected = {
-        (State.NEW, Input.START): State.FIRST,
-        (State.FIRST, Input.LATER): State.BOTH,
-        (State.FIRST, Input.ANSWER_FIRST): State.SETTLED,
-        (State.BOTH, Input.ANSWER_FIRST): State.SECOND,
-        (State.BOTH, Input.ANSWER_SECOND): State.SETTLED,
-        (State.BOTH, Input.GIVE_UP): State.SILENT,
-        (State.SECOND, Input.ANSWER_SECOND): State.SETTLED,
-        (State.SECOND, Input.GIVE_UP): State.SILENT,
+        (ProbeState.NEW, ProbeInput.START): ProbeState.FIRST,
+        (ProbeState.FIRST, ProbeInput.LATER): ProbeState.BOTH,
+        (ProbeState.FIRST, ProbeInput.ANSWER_FIRST): ProbeState.SETTLED,
+        (ProbeState.BOTH, ProbeInput.ANSWER_FIRST): ProbeState.SECOND,
+        (ProbeState.BOTH, ProbeInput.ANSWER_SECOND): ProbeState.SETTLED,
+        (ProbeState.BOTH, ProbeInput.GIVE_UP): ProbeState.SILENT,
+        (ProbeState.SECOND, ProbeInput.ANSWER_SECOND): ProbeState.SETTLED,
+        (ProbeState.SECOND, ProbeInput.GIVE_UP): ProbeState.SILENT,
     }
     assert TABLE.get((state, what), state) is expected.get((state, what), state)
 
@@ -179,5 +179,5 @@ def test_before_and_after_nothing_is_due() -> None:
     machine = probe()
     assert machine.next_timer() is None
     machine.handle_timer(50.0)
-    assert machine.state is State.NEW
+    assert machine.state is ProbeState.NEW
     assert strip_marker(machine.to_send(0.0)[0][0], NSG, MN)[:8] == SA.spi_i

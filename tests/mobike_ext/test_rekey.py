@@ -38,9 +38,9 @@ from mobike_ext.rekey import (
     IkeMade,
     IkeRekey,
     IkeRekeyed,
-    Input,
     RekeyFailed,
-    State,
+    RekeyInput,
+    RekeyState,
 )
 from mobike_ext.requester import Silent
 from tests.air import Air
@@ -253,7 +253,7 @@ def test_the_old_sa_stays_until_the_new_one_is_installed(make: Callable[[], Chil
     with pytest.raises(StateError):
         machine.installed()
     air.run(machine, peer, until=100)
-    assert (machine.state, machine.next_timer(), len(peer.requests)) == (State.MADE, None, 1)
+    assert (machine.state, machine.next_timer(), len(peer.requests)) == (RekeyState.MADE, None, 1)
     made = machine.next_event()
     machine.installed()
     air.run(machine, peer, until=1)
@@ -311,7 +311,7 @@ def test_message_ids_are_skipped_between_answer_and_delete_only(
         machine.skip(1)
     air.run(machine, peer, until=1)
     assert peer.requests[1].header.message_id == 10
-    assert machine.state is State.DONE
+    assert machine.state is RekeyState.DONE
 
 
 # --- links, limits, arguments ------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
     machine = child_rekey()
     machine.to_send(0)
     machine.receive(bytes(4) + octets if marked else octets, MN, 0)
-    assert (machine.state, machine.ignored) == (State.ASKING, 1)
+    assert (machine.state, machine.ignored) == (RekeyState.ASKING, 1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -400,22 +400,22 @@ def test_what_else_is_refused() -> None:
         ike_rekey(SA)  # nobody knows with which method it was made
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("what", Input)
-def test_every_cell_of_the_table(state: State, what: Input) -> None:
+@pytest.mark.parametrize("state", RekeyState)
+@pytest.mark.parametrize("what", RekeyInput)
+def test_every_cell_of_the_table(state: RekeyState, what: RekeyInput) -> None:
     expected = {
-        (State.NEW, Input.START): State.ASKING,
-        (State.ASKING, Input.MADE): State.MADE,
-        (State.ASKING, Input.BUSY): State.PAUSED,
-        (State.ASKING, Input.ERROR): State.FAILED,
-        (State.ASKING, Input.USELESS): State.DISCARDING,
-        (State.ASKING, Input.GIVE_UP): State.SILENT,
-        (State.PAUSED, Input.PAUSE_OVER): State.ASKING,
-        (State.MADE, Input.INSTALLED): State.DELETING,
-        (State.MADE, Input.ABANDON): State.DISCARDING,
-        (State.DELETING, Input.DELETED): State.DONE,
-        (State.DELETING, Input.GIVE_UP): State.DONE,
-        (State.DISCARDING, Input.DELETED): State.FAILED,
-        (State.DISCARDING, Input.GIVE_UP): State.FAILED,
+        (RekeyState.NEW, RekeyInput.START): RekeyState.ASKING,
+        (RekeyState.ASKING, RekeyInput.MADE): RekeyState.MADE,
+        (RekeyState.ASKING, RekeyInput.BUSY): RekeyState.PAUSED,
+        (RekeyState.ASKING, RekeyInput.ERROR): RekeyState.FAILED,
+        (RekeyState.ASKING, RekeyInput.USELESS): RekeyState.DISCARDING,
+        (RekeyState.ASKING, RekeyInput.GIVE_UP): RekeyState.SILENT,
+        (RekeyState.PAUSED, RekeyInput.PAUSE_OVER): RekeyState.ASKING,
+        (RekeyState.MADE, RekeyInput.INSTALLED): RekeyState.DELETING,
+        (RekeyState.MADE, RekeyInput.ABANDON): RekeyState.DISCARDING,
+        (RekeyState.DELETING, RekeyInput.DELETED): RekeyState.DONE,
+        (RekeyState.DELETING, RekeyInput.GIVE_UP): RekeyState.DONE,
+        (RekeyState.DISCARDING, RekeyInput.DELETED): RekeyState.FAILED,
+        (RekeyState.DISCARDING, RekeyInput.GIVE_UP): RekeyState.FAILED,
     }
     assert TABLE.get((state, what), state) is expected.get((state, what), state)

@@ -31,7 +31,7 @@ from mobike_ext.rekey import (
     IkeRekey,
     IkeRekeyed,
     RekeyFailed,
-    State,
+    RekeyState,
 )
 from mobike_ext.requester import Silent
 from tests.air import Air
@@ -79,7 +79,7 @@ def wants(method: KeMethod) -> NotifyPayload:
 def test_errors_end_it(notify: Notify, make: Callable[[], ChildRekey | IkeRekey]) -> None:
     machine, peer = make(), Peer(errors=(NotifyPayload(notify),))
     assert run(machine, peer) == RekeyFailed(notify)
-    assert (machine.state, machine.report.requests, len(peer.requests)) == (State.FAILED, 1, 1)
+    assert (machine.state, machine.report.requests, len(peer.requests)) == (RekeyState.FAILED, 1, 1)
 
 
 @pytest.mark.parametrize("make", [child_rekey, ike_rekey])
@@ -94,11 +94,11 @@ def test_patience(make: Callable[[], ChildRekey | IkeRekey]) -> None:
 def test_the_pauses() -> None:
     machine, peer, air = child_rekey(), Peer(errors=(TEMPORARY,)), Air()
     air.run(Caller(machine), peer, until=0.5)
-    assert machine.state is State.PAUSED
+    assert machine.state is RekeyState.PAUSED
     assert machine.next_timer() == pytest.approx(0.02 + PAUSES[0])
     assert machine.to_send(0.6) == []
     machine.handle_timer(0.7)
-    assert machine.state is State.PAUSED
+    assert machine.state is RekeyState.PAUSED
 
 
 @pytest.mark.parametrize("make", [lambda: child_rekey(PFS), ike_rekey])
@@ -154,7 +154,7 @@ def test_silence(make: Callable[[], ChildRekey | IkeRekey]) -> None:
     machine = make()
     Air().run(machine)
     assert results(machine) == [Silent(3)]
-    assert (machine.state, machine.report.requests) == (State.SILENT, 1)
+    assert (machine.state, machine.report.requests) == (RekeyState.SILENT, 1)
 
 
 @pytest.mark.parametrize("make", [child_rekey, ike_rekey])
@@ -228,7 +228,7 @@ def test_a_child_that_is_of_no_use_is_deleted_again(twist: Twist) -> None:
     assert event.notify is Notify.INVALID_SYNTAX
     assert event.why
     assert peer.requests[1].payloads == (DeletePayload(ESP, (NEW,)),)
-    assert (machine.state, machine.report.requests) == (State.FAILED, 2)
+    assert (machine.state, machine.report.requests) == (RekeyState.FAILED, 2)
 
 
 @pytest.mark.parametrize("twist", USELESS)

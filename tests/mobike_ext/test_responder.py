@@ -27,7 +27,16 @@ from ikectx.wire.payloads import AnyPayload, DeletePayload, NotifyPayload, RawPa
 from mobike_ext.address_update import Condition
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
-from mobike_ext.responder import TABLE, Action, Asked, Input, PeerSupports, Role, SpiResponder, State
+from mobike_ext.responder import (
+    TABLE,
+    Action,
+    Asked,
+    PeerSupports,
+    ResponderInput,
+    ResponderRole,
+    ResponderState,
+    SpiResponder,
+)
 from tests.air import Names
 from tests.mobile_ike import COOKIE, MN, NSG, SA
 
@@ -101,7 +110,7 @@ def test_a_request_is_told_and_answered() -> None:
         ask(ESP, THEIRS, NEW).serialize(),
         UpdateSpi(ESP, OURS, chosen, choose=True).serialize(),
     )
-    assert (machine.state, machine.expected_id, machine.report.answered) == (State.ANSWERED, 8, 1)
+    assert (machine.state, machine.expected_id, machine.report.answered) == (ResponderState.ANSWERED, 8, 1)
     assert (machine.report.messages, machine.report.requests) == (2, 0)
 
 
@@ -276,14 +285,14 @@ def test_old_spis_answer_for_a_minute_and_nothing_else() -> None:
     assert event.pairs == (Renaming(IKE, False, SA.spi_r, b"newnamed"),)
     machine.answer(IV, 100)
     first = machine.to_send(100)
-    assert (machine.state, machine.retired, machine.next_timer()) == (State.RETIRED, True, 160)
+    assert (machine.state, machine.retired, machine.next_timer()) == (ResponderState.RETIRED, True, 160)
     machine.receive(request(*ASK, message_id=8)[0], NSG, 110)
     assert (machine.next_event(), machine.to_send(110)) == (None, [])
     machine.handle_timer(159)
     machine.receive(datagrams[0], NSG, 159)
     assert machine.to_send(159) == first
     machine.handle_timer(160)
-    assert (machine.state, machine.done, machine.next_timer()) == (State.CLOSED, True, None)
+    assert (machine.state, machine.done, machine.next_timer()) == (ResponderState.CLOSED, True, None)
     machine.receive(datagrams[0], NSG, 161)
     assert machine.to_send(161) == []
 
@@ -330,7 +339,7 @@ def test_what_is_left_to_charon() -> None:
 
 
 def test_addresses_may_be_left_to_charon() -> None:
-    machine = responder(role=Role.SPIS)
+    machine = responder(role=ResponderRole.SPIS)
     machine.receive(request(NotifyPayload(Notify.UPDATE_SA_ADDRESSES), *ASK)[0], NSG, 0)
     assert (machine.others, machine.next_event()) == (1, None)
     asked(machine, BOTH)
@@ -361,7 +370,7 @@ def test_what_is_no_request_to_us() -> None:
 
 
 def test_a_machine_that_only_watches() -> None:
-    machine = responder(role=Role.WATCH)
+    machine = responder(role=ResponderRole.WATCH)
     event = asked(machine, BOTH)
     assert event.pairs[0] == Renaming(ESP, False, THEIRS, NEW)
     with pytest.raises(StateError):
@@ -378,18 +387,18 @@ def test_a_machine_that_only_watches() -> None:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("what", Input)
-def test_every_cell_of_the_table(state: State, what: Input) -> None:
+@pytest.mark.parametrize("state", ResponderState)
+@pytest.mark.parametrize("what", ResponderInput)
+def test_every_cell_of_the_table(state: ResponderState, what: ResponderInput) -> None:
     expected = {
-        (State.LISTENING, Input.REQUEST): (State.ASKED, Action.TELL),
-        (State.ASKED, Input.ANSWER): (State.ANSWERED, Action.SEND),
-        (State.ASKED, Input.ANSWER_IKE): (State.RETIRED, Action.SEND),
-        (State.ASKED, Input.ELSEWHERE): (State.LISTENING, Action.NOTHING),
-        (State.ANSWERED, Input.REQUEST): (State.ASKED, Action.TELL),
-        (State.ANSWERED, Input.DUPLICATE): (State.ANSWERED, Action.RESEND),
-        (State.RETIRED, Input.DUPLICATE): (State.RETIRED, Action.RESEND),
-        (State.RETIRED, Input.EXPIRE): (State.CLOSED, Action.NOTHING),
+        (ResponderState.LISTENING, ResponderInput.REQUEST): (ResponderState.ASKED, Action.TELL),
+        (ResponderState.ASKED, ResponderInput.ANSWER): (ResponderState.ANSWERED, Action.SEND),
+        (ResponderState.ASKED, ResponderInput.ANSWER_IKE): (ResponderState.RETIRED, Action.SEND),
+        (ResponderState.ASKED, ResponderInput.ELSEWHERE): (ResponderState.LISTENING, Action.NOTHING),
+        (ResponderState.ANSWERED, ResponderInput.REQUEST): (ResponderState.ASKED, Action.TELL),
+        (ResponderState.ANSWERED, ResponderInput.DUPLICATE): (ResponderState.ANSWERED, Action.RESEND),
+        (ResponderState.RETIRED, ResponderInput.DUPLICATE): (ResponderState.RETIRED, Action.RESEND),
+        (ResponderState.RETIRED, ResponderInput.EXPIRE): (ResponderState.CLOSED, Action.NOTHING),
     }
     assert TABLE[state, what] == expected.get((state, what), (state, Action.NOTHING))
 
@@ -399,7 +408,7 @@ def test_every_cell_of_the_table(state: State, what: Input) -> None:
 def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
     machine = responder()
     machine.receive(bytes(4) + octets if marked else octets, NSG, 0)
-    assert (machine.state, machine.ignored) == (State.LISTENING, 1)
+    assert (machine.state, machine.ignored) == (ResponderState.LISTENING, 1)
 
 
 @settings(max_examples=200, deadline=None)

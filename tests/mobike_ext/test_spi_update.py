@@ -19,18 +19,18 @@ from mobike_ext.address_update import AddressNotice, Condition, Moved, PeerNatCh
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer, mirrored, renamed_ike
 from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 from mobike_ext.requester import SaEnd, Silent
-from mobike_ext.responder import PeerSupports, Role, SpiResponder
+from mobike_ext.responder import PeerSupports, ResponderRole, SpiResponder
 from mobike_ext.spi_update import (
     BUSY_PAUSE,
     FRESH_OCTETS,
     MIRROR_WAIT,
     TABLE,
-    Input,
     PeerRenamed,
     Renamed,
     RenameRefused,
     SpiUpdate,
-    State,
+    SpiUpdateInput,
+    SpiUpdateState,
     Unsupported,
 )
 from tests.air import Air, Names, events
@@ -97,7 +97,7 @@ def test_one_round_trip_moves_addresses_and_names() -> None:
     machine, node, air = update(), agent(), Air()
     air.run(machine, node)
     assert events(machine) == [Moved(), Renamed(pairs_of(node.names))]
-    assert (machine.state, machine.done, machine.next_timer()) == (State.RENAMED, True, None)
+    assert (machine.state, machine.done, machine.next_timer()) == (SpiUpdateState.RENAMED, True, None)
     assert node.names.sas >= {(ESP, False, NEW), (ESP, True, node.names.reserved[THEIRS])}
     assert node.asked[0].moves
     report = machine.report
@@ -195,7 +195,7 @@ def test_a_stock_peer() -> None:
     machine = update()
     answer(machine)
     assert events(machine) == [Moved(), Unsupported()]
-    assert machine.state is State.UNSUPPORTED
+    assert machine.state is SpiUpdateState.UNSUPPORTED
 
 
 def test_a_refusal_leaves_the_address_moved() -> None:
@@ -209,7 +209,7 @@ def test_the_address_itself_is_refused() -> None:
     machine = update()
     answer(machine, NotifyPayload(Notify.UNACCEPTABLE_ADDRESSES))
     assert events(machine) == [Refused(Notify.UNACCEPTABLE_ADDRESSES)]
-    assert machine.state is State.REJECTED
+    assert machine.state is SpiUpdateState.REJECTED
     machine = update()
     answer(machine, *(one.serialize() for one in MINE), addresses=False)
     assert events(machine) == [Refused(Notify.COOKIE2)]
@@ -234,7 +234,7 @@ def test_silence() -> None:
     machine = update()
     Air().run(machine)
     assert events(machine) == [Silent(3)]
-    assert (machine.state, machine.report.requests) == (State.SILENT, 1)
+    assert (machine.state, machine.report.requests) == (SpiUpdateState.SILENT, 1)
 
 
 # --- busy --------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_busy_is_tried_again_once() -> None:
     world = node_names(objections={OURS: Reason.BUSY})
     machine, node, air = update(), agent(world), Air()
     air.run(machine, node, until=1)
-    assert (machine.state, events(machine)) == (State.PAUSED, [Moved()])
+    assert (machine.state, events(machine)) == (SpiUpdateState.PAUSED, [Moved()])
     world.objections.clear()
     air.run(machine, node, until=1)
     assert events(machine) == [Renamed(pairs_of(world))]
@@ -257,15 +257,15 @@ def test_busy_twice_is_a_refusal() -> None:
     machine, node = update(), agent(node_names(objections={OURS: Reason.BUSY}))
     Air().run(machine, node)
     assert events(machine) == [Moved(), RenameRefused((Reason.BUSY, Reason.BUSY))]
-    assert (machine.state, len(node.asked)) == (State.REFUSED, 2)
+    assert (machine.state, len(node.asked)) == (SpiUpdateState.REFUSED, 2)
 
 
 def test_traffic_ends_the_pause() -> None:
     machine, node = update(MINE), agent(node_names(objections={OURS: Reason.BUSY}))
     Air().run(machine, node, until=1)
-    assert (machine.state, machine.next_timer() is None) == (State.PAUSED, False)
+    assert (machine.state, machine.next_timer() is None) == (SpiUpdateState.PAUSED, False)
     machine.traffic_seen()
-    assert (machine.state, machine.next_timer()) == (State.RENAMED, None)
+    assert (machine.state, machine.next_timer()) == (SpiUpdateState.RENAMED, None)
     machine.handle_timer(60)
     assert (machine.to_send(60), machine.report.requests) == ([], 1)
 
@@ -282,7 +282,7 @@ def test_a_caller_that_cannot_do_it_now() -> None:
 def test_traffic_under_the_new_name_is_as_good_as_an_answer() -> None:
     machine = update(MINE, address=None)
     machine.traffic_seen()
-    assert machine.state is State.NEW
+    assert machine.state is SpiUpdateState.NEW
     machine.to_send(0)
     machine.traffic_seen()
     assert events(machine) == [Renamed((Renaming(ESP, True, OURS, NEW),), True)]
@@ -296,7 +296,7 @@ def test_b17_traffic_does_not_tell_that_the_address_was_heard() -> None:
     machine = update(MINE)
     machine.to_send(0)
     machine.traffic_seen()
-    assert (machine.state, events(machine)) == (State.WAITING, [])
+    assert (machine.state, events(machine)) == (SpiUpdateState.WAITING, [])
 
 
 @pytest.mark.parametrize("renames", [BOTH, (ask(IKE, SA.spi_r, b"newnamed"),)])
@@ -304,7 +304,7 @@ def test_traffic_does_not_tell_what_was_chosen(renames: tuple[UpdateSpi, ...]) -
     machine = update(renames)
     machine.to_send(0)
     machine.traffic_seen()
-    assert (machine.state, events(machine)) == (State.WAITING, [])
+    assert (machine.state, events(machine)) == (SpiUpdateState.WAITING, [])
 
 
 # --- the peer's own request --------------------------------------------------------------------------------
@@ -315,12 +315,12 @@ def test_an_agent_beside_a_charon_that_does_not_know() -> None:
     # MN -> nSG  HDR(3), SK { N(UPDATE_SPI, R), N(UPDATE_SPI) };  nSG -> MN  the same, both new SPIs in it
     machine = update(expected_id=3)
     world = node_names()
-    watcher = SpiResponder(NODE_SA, 7, MN, world, role=Role.WATCH)
+    watcher = SpiResponder(NODE_SA, 7, MN, world, role=ResponderRole.WATCH)
     [(datagram, _)] = machine.to_send(0)
     watcher.receive(datagram, NSG, 0.01)
     answer_of_charon = Node().accept(datagram)
     machine.receive(answer_of_charon, MN, 0.02)
-    assert (machine.state, machine.next_timer()) == (State.MIRROR, 0.02 + MIRROR_WAIT)
+    assert (machine.state, machine.next_timer()) == (SpiUpdateState.MIRROR, 0.02 + MIRROR_WAIT)
     event = watcher.next_event()
     assert event is not None
     theirs = from_node(mirrored(event.pairs))  # type: ignore[union-attr]
@@ -341,16 +341,16 @@ def test_an_agent_that_is_known_of_is_waited_for() -> None:
     machine = update(expected_id=3, patience=11.0)
     answer(machine)
     machine.handle_timer(10.9)
-    assert (machine.state, machine.next_timer()) == (State.MIRROR, 11.0)
+    assert (machine.state, machine.next_timer()) == (SpiUpdateState.MIRROR, 11.0)
     theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")))
     air = Air()
     air.now = 10.9
     air.run(theirs, machine, until=11)
-    assert machine.state is State.RENAMED
+    assert machine.state is SpiUpdateState.RENAMED
     silent = update(expected_id=3, patience=11.0)
     answer(silent)
     silent.handle_timer(11.0)
-    assert silent.state is State.UNSUPPORTED
+    assert silent.state is SpiUpdateState.UNSUPPORTED
 
 
 def test_an_agent_that_does_not_come() -> None:
@@ -358,7 +358,7 @@ def test_an_agent_that_does_not_come() -> None:
     answer(machine)
     assert events(machine) == [Moved()] if machine.done else True
     machine.handle_timer(MIRROR_WAIT - 0.01)
-    assert machine.state is State.MIRROR
+    assert machine.state is SpiUpdateState.MIRROR
     machine.handle_timer(MIRROR_WAIT)
     assert events(machine)[-1] == Unsupported()
     # too late: another way is taken already
@@ -367,7 +367,7 @@ def test_an_agent_that_does_not_come() -> None:
     )
     Air().run(theirs, machine, until=1)
     assert events(machine) == []
-    assert theirs.state is State.PAUSED
+    assert theirs.state is SpiUpdateState.PAUSED
 
 
 def test_the_agents_request_may_be_faster_than_charons_answer() -> None:
@@ -375,7 +375,7 @@ def test_the_agents_request_may_be_faster_than_charons_answer() -> None:
     [(datagram, _)] = machine.to_send(0)
     theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")))
     Air().run(theirs, machine, until=0.5)
-    assert (machine.state, events(machine)) == (State.AGREED, [])
+    assert (machine.state, events(machine)) == (SpiUpdateState.AGREED, [])
     machine.receive(Node().accept(datagram), MN, 0.6)
     pairs = (Renaming(ESP, True, OURS, NEW), Renaming(ESP, False, THEIRS, b"\xcf\0\0\1"))
     assert events(machine) == [Moved(), Renamed(pairs)]
@@ -386,9 +386,9 @@ def test_an_agreement_without_charons_answer() -> None:
     machine.to_send(0)
     theirs = from_node((ask_peer(ESP, OURS), ask(ESP, THEIRS, b"\xcf\0\0\1")))
     air = Air()
-    air.drop = lambda source, datagram: source == NSG and machine.state is not State.AGREED
+    air.drop = lambda source, datagram: source == NSG and machine.state is not SpiUpdateState.AGREED
     air.run(theirs, machine, until=60)
-    assert machine.state is State.RENAMED
+    assert machine.state is SpiUpdateState.RENAMED
     assert [type(event) for event in events(machine)] == [Moved, Renamed]
 
 
@@ -397,8 +397,8 @@ def test_half_a_mirror_is_none() -> None:
     answer(machine)
     theirs = from_node((ask_peer(ESP, OURS),))
     Air().run(theirs, machine, until=0.3)
-    assert machine.state is State.MIRROR
-    assert theirs.state is State.PAUSED
+    assert machine.state is SpiUpdateState.MIRROR
+    assert theirs.state is SpiUpdateState.PAUSED
 
 
 def test_requests_of_the_peer_are_charons_where_nothing_is_expected() -> None:
@@ -477,11 +477,11 @@ def test_on_a_bad_link_both_ends_agree(
     Air(seed, loss=loss, double=0.3, delay=(0.0, 3.0)).run(machine, node, until=100)
     assert len(node.asked) <= 1  # renamed at most once, whatever the link did
     told = [type(event) for event in events(machine)]
-    if machine.state is State.RENAMED:
+    if machine.state is SpiUpdateState.RENAMED:
         assert told == [Moved, Renamed]
         assert world.sas != before
     else:
-        assert (machine.state, told) == (State.SILENT, [Silent])
+        assert (machine.state, told) == (SpiUpdateState.SILENT, [Silent])
 
 
 @settings(max_examples=150, deadline=None)
@@ -497,7 +497,7 @@ def test_on_a_bad_link_both_may_ask(seed: int, loss: float, late: float) -> None
         for event in events(one):
             if isinstance(event, Renamed):
                 assert {(p.old, p.new) for p in event.pairs} == pairs
-        assert one.state in (State.RENAMED, State.SILENT)
+        assert one.state in (SpiUpdateState.RENAMED, SpiUpdateState.SILENT)
         assert one.report.answered <= 1
 
 
@@ -512,45 +512,53 @@ def test_damage_changes_nothing(damage: list[tuple[int, int]]) -> None:
         bad[place % len(bad)] ^= change
     if bytes(bad) != good:
         machine.receive(bytes(bad), MN, 0)
-        assert machine.state is State.WAITING
+        assert machine.state is SpiUpdateState.WAITING
     machine.receive(good, MN, 0)
-    assert machine.state is State.MIRROR
+    assert machine.state is SpiUpdateState.MIRROR
 
 
 # --- the table ---------------------------------------------------------------------------------------------
 
-ENDS = (State.RENAMED, State.REFUSED, State.REJECTED, State.UNSUPPORTED, State.SILENT)
+ENDS = (
+    SpiUpdateState.RENAMED,
+    SpiUpdateState.REFUSED,
+    SpiUpdateState.REJECTED,
+    SpiUpdateState.UNSUPPORTED,
+    SpiUpdateState.SILENT,
+)
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("what", Input)
-def test_every_cell_of_the_table(state: State, what: Input) -> None:
+@pytest.mark.parametrize("state", SpiUpdateState)
+@pytest.mark.parametrize("what", SpiUpdateInput)
+def test_every_cell_of_the_table(state: SpiUpdateState, what: SpiUpdateInput) -> None:
     asking = {
-        Input.ACCEPT: State.RENAMED,
-        Input.DENY: State.REFUSED,
-        Input.PLAIN: State.UNSUPPORTED,
-        Input.PLAIN_YET: State.MIRROR,
-        Input.MIRRORED: State.AGREED,
-        Input.PROOF: State.RENAMED,
-        Input.GIVE_UP: State.SILENT,
+        SpiUpdateInput.ACCEPT: SpiUpdateState.RENAMED,
+        SpiUpdateInput.DENY: SpiUpdateState.REFUSED,
+        SpiUpdateInput.PLAIN: SpiUpdateState.UNSUPPORTED,
+        SpiUpdateInput.PLAIN_YET: SpiUpdateState.MIRROR,
+        SpiUpdateInput.MIRRORED: SpiUpdateState.AGREED,
+        SpiUpdateInput.PROOF: SpiUpdateState.RENAMED,
+        SpiUpdateInput.GIVE_UP: SpiUpdateState.SILENT,
     }
     agreed = (
-        Input.ACCEPT,
-        Input.DENY,
-        Input.BUSY,
-        Input.PLAIN,
-        Input.PLAIN_YET,
-        Input.PROOF,
-        Input.GIVE_UP,
+        SpiUpdateInput.ACCEPT,
+        SpiUpdateInput.DENY,
+        SpiUpdateInput.BUSY,
+        SpiUpdateInput.PLAIN,
+        SpiUpdateInput.PLAIN_YET,
+        SpiUpdateInput.PROOF,
+        SpiUpdateInput.GIVE_UP,
     )
-    settled = {Input.MIRRORED: State.RENAMED, Input.PROOF: State.RENAMED}
-    expected: dict[State, dict[Input, State]] = {
-        State.NEW: {Input.START: State.WAITING},
-        State.WAITING: asking | {Input.BUSY: State.PAUSED, Input.REJECT: State.REJECTED},
-        State.AGAIN: asking | {Input.BUSY: State.REFUSED},
-        State.AGREED: dict.fromkeys(agreed, State.RENAMED) | {Input.REJECT: State.REJECTED},
-        State.PAUSED: settled | {Input.PAUSE_OVER: State.AGAIN},
-        State.MIRROR: settled | {Input.LATE: State.UNSUPPORTED},
+    settled = {SpiUpdateInput.MIRRORED: SpiUpdateState.RENAMED, SpiUpdateInput.PROOF: SpiUpdateState.RENAMED}
+    expected: dict[SpiUpdateState, dict[SpiUpdateInput, SpiUpdateState]] = {
+        SpiUpdateState.NEW: {SpiUpdateInput.START: SpiUpdateState.WAITING},
+        SpiUpdateState.WAITING: asking
+        | {SpiUpdateInput.BUSY: SpiUpdateState.PAUSED, SpiUpdateInput.REJECT: SpiUpdateState.REJECTED},
+        SpiUpdateState.AGAIN: asking | {SpiUpdateInput.BUSY: SpiUpdateState.REFUSED},
+        SpiUpdateState.AGREED: dict.fromkeys(agreed, SpiUpdateState.RENAMED)
+        | {SpiUpdateInput.REJECT: SpiUpdateState.REJECTED},
+        SpiUpdateState.PAUSED: settled | {SpiUpdateInput.PAUSE_OVER: SpiUpdateState.AGAIN},
+        SpiUpdateState.MIRROR: settled | {SpiUpdateInput.LATE: SpiUpdateState.UNSUPPORTED},
     }
     assert TABLE.get((state, what), state) is expected.get(state, {}).get(what, state)
     assert state not in ENDS or (state, what) not in TABLE
