@@ -25,6 +25,7 @@ from .algorithms import CIPHERS, INTEGRITY, KernelReplay, fit_replay, known, mer
 from .detour import Detour, is_local
 from .mute import Mute
 from .netlink import ROUTE, XFRM, Netlink, failure
+from .spd_index import SpdIndex
 from .xfrm import KernelPolicy, KernelSa, dump_policies, dump_sas, policies_of
 from .xfrm_parts import ESP, INET, INET6, TRANSPORT, KernelLimits, KernelUsage, Mark, Request
 
@@ -59,11 +60,13 @@ class Kernel:
     def __init__(self) -> None:
         self._xfrm = Netlink(XFRM, "XFRM")
         self._route = Netlink(ROUTE, "routes")
+        self._spd = SpdIndex(self._xfrm)
         self._can: dict[tuple[Encr, int, Integ, int], bool] = {}
         self._unreadable: set[bytes] = set()
         """SPIs of SAs that were logged because they do not parse."""
 
     def close(self) -> None:
+        self._spd.close()
         self._xfrm.close()
         self._route.close()
 
@@ -116,19 +119,12 @@ class Kernel:
         return _policies(self._xfrm.ask(dump_policies()))
 
     def policies_about(self, reqids: Collection[int]) -> list[KernelPolicy]:
-        """The policies with a template for one of these reqids. An SA may be frozen meanwhile, so this is
-        fast.
+        """The present policies with a template for one of these reqids, see `SpdIndex`. An SA may be frozen
+        meanwhile, so only the first of these calls dumps the SPD, and one after events were lost.
 
-        The kernel finds a policy by its selector only, so all are dumped; but policies of other reqids are
-        not parsed, which would take some 50 us each. Errors: KernelError, WireError.
+        Errors: KernelError, WireError.
         """
-        named = [reqid.to_bytes(4, sys.byteorder) for reqid in reqids]
-        answers = self._xfrm.ask(dump_policies()) if named else []
-        return [
-            policy
-            for policy in _policies([one for one in answers if any(reqid in one for reqid in named)])
-            if any(template.reqid in reqids for template in policy.templates)
-        ]
+        return self._spd.about(reqids)
 
     # Counters.
 

@@ -16,7 +16,6 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Self
 from ikectx.errors import IkectxError, LinkError
 from ikectx.net.five_tuple import Flow
 
+from . import xfrm_wire as wire
 from .detour import way_to
 from .netlink import ROUTE, XFRM, Netlink
 from .spd_lookup import Protection, check_sas, find_sas, may_concern, protection, socket_policies
@@ -203,7 +203,7 @@ class SpdGuard:
                 )
                 return
             if port == 0:  # from the kernel
-                messages = _messages(data)
+                messages = wire.messages(data)
                 stale |= {held for held in self._held if any(may_concern(one, held.flow) for one in messages)}
         for held in stale:
             self._again(held)
@@ -237,17 +237,3 @@ class SpdGuard:
             with contextlib.suppress(RuntimeError, ValueError):
                 asyncio.get_running_loop().remove_reader(events.fileno())
             events.close()
-
-
-def _messages(data: bytes) -> list[bytes]:
-    """The netlink messages of a datagram. One that cannot be parsed counts as a change for all
-    connections."""
-    found: list[bytes] = []
-    at = 0
-    while at < len(data):
-        (length,) = struct.unpack_from("=I", data, at) if at + 16 <= len(data) else (0,)
-        if length < 16 or at + length > len(data):
-            return [*found, b""]
-        found.append(data[at : at + length])
-        at += (length + 3) & ~3
-    return found

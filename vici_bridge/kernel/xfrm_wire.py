@@ -307,3 +307,16 @@ def other_attributes(message: Any) -> tuple[tuple[int, bytes], ...]:
             length, number = struct.unpack_from("=HH", cell.data, cell.offset)
             found.append((number, bytes(cell.data[cell.offset + 4 : cell.offset + length])))
     return tuple(found)
+
+
+def messages(data: bytes) -> list[bytes]:
+    """The netlink messages of a datagram, with their headers; an empty one in place of what is cut short."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("=I", data, at) if at + 16 <= len(data) else (0,)
+        if length < 16 or at + length > len(data):
+            return [*found, b""]
+        found.append(data[at : at + length])
+        at += (length + 3) & ~3
+    return found

@@ -104,33 +104,6 @@ def test_many_at_once(kernel: Kernel) -> None:
     assert len(kernel.dump_policies()) == 599
 
 
-def test_policies_of_other_requests_are_not_read(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = ip_address("192.0.2.1"), ip_address("198.51.100.7")
-    policies = [
-        KernelPolicy(
-            way,
-            Selector.between(ip_network("10.3.0.0/24"), ip_network(f"10.48.{n // 250}.{n % 250}/32")),
-            templates=(Template(*ends, reqid=0x10000 + n),),
-        )
-        for n in range(300)
-        for way in ("out", "in", "fwd")
-    ]
-    kernel.batch([policy.add() for policy in policies])
-    reads: list[bytes] = []
-    parse = KernelPolicy.parse
-
-    def counted(octets: bytes) -> KernelPolicy:
-        reads.append(octets)
-        return parse(octets)
-
-    monkeypatch.setattr(KernelPolicy, "parse", counted)
-    found = kernel.policies_about({0x10007, 0x100FF})
-    assert sorted(str(one) for one in found) == sorted(map(str, (*policies[21:24], *policies[765:768])))
-    assert len(reads) == 6
-    assert kernel.policies_about(()) == kernel.policies_about({0x12345}) == []
-    assert len(reads) == 6
-
-
 # Policies need no ESP.
 
 V4 = (ip_address("192.0.2.1"), ip_address("192.0.2.2"))
