@@ -6,9 +6,10 @@ segments.
 3. Mute charon's messages to the mobile node.
 4. Verify that charon has the SA as it was exported. Then read its message IDs, and last of all the counter of
    muted messages, because it must include everything that charon began until then.
-5. Note the outbound policies, send packets for the mobile node on to the other gateway or block them, and
-   remove the policies. Inbound SAs stay, so that late packets are decrypted until the SA is released. If the
-   other gateway cannot send yet, ESP is sent on instead, and counted.
+5. Note the outbound policies. If the other gateway is prepared, verify that it would go on at numbers that
+   were not used here. Then send packets for the mobile node on to it or block them, and remove the policies.
+   Inbound SAs stay, so that late packets are decrypted until the SA is released. If the other gateway cannot
+   send yet, ESP is sent on instead, and counted.
 6. Read the counters, which no longer change. With them the SA is let go.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from ikectx import trace
 from ikectx.errors import BusyError
-from ikectx.sa.context import FinalChild, FinalState, IkeContext
+from ikectx.sa.context import ChildContext, FinalChild, FinalState, IkeContext, ReplayState
 from vici_bridge.vici.views import SaView
 
 from .leaving import LIVING, Leaving, in_the_way, last_request, outbound_of
@@ -109,7 +110,40 @@ async def _note_policies(work: Freezing) -> Facts:
 
 
 async def _stop(work: Freezing) -> None:
+    if not work.unprepared:
+        _check_sent(work)
     stop(work)
+
+
+def _check_sent(work: Freezing) -> None:
+    """The other gateway goes on at the exported numbers and the jump as soon as packets are sent on to it,
+    which is before it has the counters of the freeze. A quarter of the jump is left for the packets of the
+    milliseconds until ESP has stopped. Errors: BusyError, KernelError."""
+    jump = work.host.config.oseq_jump
+    for child, _, outbound in _replay_states(work):
+        sent = outbound.seq - child.outbound.seq
+        if work.host.kernel is not None and sent >= jump - jump // 4:
+            raise BusyError(
+                f"{sent} packets left by CHILD_SA {child.name} since it was exported, and the other gateway "
+                f"goes on {jump} after that: it must be exported anew",
+                hint="a larger `oseq_jump` at all gateways, if that comes again",
+            )
+
+
+def _replay_states(work: Freezing) -> list[tuple[ChildContext, ReplayState, ReplayState]]:
+    """The kernel's present state of each CHILD_SA, inbound and outbound. With ESP in user space, where nobody
+    can read it, the exported one. Errors: BusyError, KernelError."""
+    host, found = work.host, []
+    for child in work.context.children:
+        inbound, outbound = child.inbound, child.outbound
+        if host.kernel is not None:
+            sa_in, sa_out = host.kernel_pair(work.context, child)
+            if sa_in is None or sa_out is None:
+                raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
+            inbound = host.kernel.get_replay(sa_in, outbound=False)[0]
+            outbound = host.kernel.get_replay(sa_out, outbound=True)[0]
+        found.append((child, inbound, outbound))
+    return found
 
 
 @trace.spanned("stop outbound")
@@ -141,23 +175,15 @@ def stop_at_last(work: Leaving) -> None:
 
 
 async def _read_counters(work: Freezing) -> Facts:
-    host, final = work.host, []
-    for child in work.context.children:
-        inbound, outbound = child.inbound, child.outbound
-        if host.kernel is not None:
-            sa_in, sa_out = host.kernel_pair(work.context, child)
-            if sa_in is None or sa_out is None:
-                raise BusyError(f"CHILD_SA {child.name} went away while it was being frozen")
-            inbound = host.kernel.get_replay(sa_in, outbound=False)[0]
-            outbound = host.kernel.get_replay(sa_out, outbound=True)[0]
-        final.append(FinalChild(child.spi_in, inbound, outbound))
+    work.final = tuple(
+        FinalChild(child.spi_in, inbound, outbound) for child, inbound, outbound in _replay_states(work)
+    )
     assert work.known is not None
-    work.final = tuple(final)
     return {
         "renaming": work.renaming,
         "request": work.known.mid_initiator,
         "unsure": work.known.unsure,
-        "counters": tuple((child.spi_in, child.outbound.seq) for child in final),
+        "counters": tuple((child.spi_in, child.outbound.seq) for child in work.final),
     }
 
 

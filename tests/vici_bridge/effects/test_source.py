@@ -8,12 +8,17 @@ from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any
 
-from ikectx.sa.context import Address
+import pytest
+
+from ikectx.errors import BusyError
+from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from tests.across.test_go_on import served
+from tests.gateway_world import Place
 from tests.peers import a_context
 from tests.vici_bridge.vici.test_views import VIEW
 from vici_bridge.effects.source import CharonSource
+from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.vici.views import SaView, sa_view
 
 
@@ -94,5 +99,57 @@ def test_b16_nothing_is_exported_that_the_other_gateway_does_not_apply() -> None
                 here.sad.count_on(here.sad.sas[name], packets * 100, packets)
             used = (await source.export(context.spis)).children[0].lifetime
             assert (used.bytes_used, used.packets_used) == (9000, 90)
+
+    asyncio.run(scenario())
+
+
+def far_ahead(here: Place, context: IkeContext, packets: int) -> KernelSa:
+    """So many packets have left by the SA since it was exported."""
+    (child,) = context.children
+    _, sa = here.host.kernel_pair(context, child)
+    assert sa is not None
+    sent = replace(sa.replay, oseq=child.outbound.seq + packets)
+    here.sad.sas[sa.destination, sa.spi] = replace(sa, replay=sent)
+    return sa
+
+
+def test_an_export_that_is_too_old_is_not_frozen_and_nothing_is_sent_on() -> None:
+    """The other gateway is prepared to go on at the exported numbers and the jump: packets that were sent on
+    to it would leave under numbers that were used here."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            jump = here.host.config.oseq_jump
+            far_ahead(here, context, jump)
+            left: list[SaName] = []
+            leave = here.host.away.leave
+
+            def counted(context: IkeContext, *more: Any, **other: Any) -> Any:
+                left.append(context.spis)
+                return leave(context, *more, **other)
+
+            here.host.away.leave = counted  # type: ignore[method-assign]
+            with pytest.raises(BusyError, match=f"{jump} packets .* since it was exported") as caught:
+                await source.freeze(context, "nsg")
+            assert "oseq_jump" in caught.value.hint
+            assert left == []
+            assert here.sad.send(context.remote_vips[0]) == context.children[0].spi_out
+            assert not here.host.leaving.all()
+            # exported anew it can go
+            assert (await source.freeze(await source.export(context.spis), "nsg")).children
+            assert left == [context.spis]
+
+    asyncio.run(scenario())
+
+
+def test_an_sa_that_nobody_is_prepared_for_goes_however_much_was_sent() -> None:
+    """Then the other gateway gets the numbers of the freeze, before it sends anything."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            sa = far_ahead(here, context, here.host.config.oseq_jump)
+            source.hands_over(context.spis)
+            final = await source.freeze(context, "nsg")
+            assert final.children[0].outbound.seq == here.sad.sas[sa.destination, sa.spi].replay.oseq
 
     asyncio.run(scenario())
