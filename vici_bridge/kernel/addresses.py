@@ -64,7 +64,8 @@ class OuterAddresses:
         `among`: only these addresses are possible, in the order of preference; `avoid`: addresses that are
         not, such as virtual IPs. Errors: KernelError.
         """
-        usable = [one for one in self._usable(remote.version) if one not in avoid]
+        # Linux lists and announces an address before it routes to it: a socket bound in between fails
+        usable = [one for one in self._usable(remote.version) if one not in avoid and self.is_local(one)]
         if among:
             usable = [one for one in among if one in usable]
         elif (chosen := _chosen_source(remote)) in usable:

@@ -81,6 +81,17 @@ def test_only_some_addresses_will_do(node: Namespace) -> None:
     addresses.close()
 
 
+def test_an_address_that_the_kernel_does_not_route_to_yet(node: Namespace) -> None:
+    # as in the moment between RTM_NEWADDR and the route of the address (__inet_insert_ifa)
+    node.ip(f"route del table local local {OUT} dev one")
+    addresses = of(node)
+    with node.entered():
+        assert addresses.towards(FAR) != OUT
+        node.ip(f"route add table local local {OUT} dev one")
+        assert addresses.towards(FAR) == OUT
+    addresses.close()
+
+
 def test_no_way(node: Namespace) -> None:
     node.run("ip route del default", "ip -6 route del default")
     addresses = of(node)
