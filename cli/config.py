@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import ConfigError
 from vici_bridge.policy.allowed import Range, Rules
-from vici_bridge.policy.proposals import Proposal
+from vici_bridge.policy.proposals import ConfiguredProposal
 
 from .toml_table import (
     ConfigFile,
@@ -124,8 +124,8 @@ class ConnectionConfig:
     agents: bool = False
     local_ids: tuple[str, ...] = ()
     virtual_ips: tuple[Range, ...] = ()
-    ike_proposals: tuple[Proposal, ...] = ()
-    esp_proposals: tuple[Proposal, ...] = ()
+    ike_proposals: tuple[ConfiguredProposal, ...] = ()
+    esp_proposals: tuple[ConfiguredProposal, ...] = ()
 
     @property
     def rules(self) -> Rules:
@@ -354,8 +354,8 @@ def _a_range(value: Any) -> Range:
         ) from None
 
 
-def _a_proposal(value: Any) -> Proposal:
-    return Proposal.parse(a_text(value))
+def _a_proposal(value: Any) -> ConfiguredProposal:
+    return ConfiguredProposal.parse(a_text(value))
 
 
 def _peer(table: Table) -> PeerConfig:

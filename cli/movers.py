@@ -13,7 +13,7 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import IkectxError, KernelError, LinkError, RefusedError
 from ikectx.numbers import Prf, Protocol, Status
 from ikectx.sa.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
-from ikectx.sa.keys import Drawn, iv_length, prf_plus, sk_keys
+from ikectx.sa.keys import DrawnIvs, iv_length, prf_plus, sk_keys
 from ikectx.wire.ikev2 import RetransmitPolicy
 from mobike_ext.address_update import COOKIE2_LENGTH, AddressNotice, AddressUpdate
 from mobike_ext.farewell import Farewell
@@ -72,7 +72,7 @@ class MnMover:
             AddressNotice(
                 self._derived(here, final, b"cookie2", COOKIE2_LENGTH), here.conditions, self._addresses
             ),
-            Drawn.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
+            DrawnIvs.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
         )
         report = await run_address_update(machine, heard=heard, mark=self._mark)
         _warn_of_nat(report)
@@ -83,7 +83,7 @@ class MnMover:
         now = here.current
         seed = b"ikectx address update " + label + final.mid_initiator.to_bytes(4) + _path(here)
         # The rest of the request (`additional`) comes from the configuration. The IV depends on it, too
-        # (`keys.Drawn`); the cookie does not, because the mobile node would answer from its cache.
+        # (`keys.DrawnIvs`); the cookie does not, because the mobile node would answer from its cache.
         return prf_plus(now.prf, sk_keys(now).sk_d.reveal(), seed, length)
 
 
@@ -118,7 +118,7 @@ class MnSettler:
             seed += end.address.packed + end.port.to_bytes(2)
         sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
         first, second = (
-            Drawn.of(prf_plus(now.prf, sk_d, seed + (final.mid_initiator + used).to_bytes(4), size))
+            DrawnIvs.of(prf_plus(now.prf, sk_d, seed + (final.mid_initiator + used).to_bytes(4), size))
             for used in (0, 1)
         )
         machine = MidProbe(
@@ -154,7 +154,7 @@ class _Talk:
         from the seed.
 
         `label` must contain the request's content besides the message ID. The IVs made of them also depend on
-        all else in the message (`keys.Drawn`).
+        all else in the message (`keys.DrawnIvs`).
         """
         # in parts, because prf+ ends after 255 blocks
         out = b""
@@ -225,7 +225,7 @@ class MnRenamer:
             machine = SpiUpdate(
                 _end(now, self._policy),
                 asks,
-                iv=Drawn.of(talk.fresh(label + b" iv", 8 * iv_length(now.current.encr))),
+                iv=DrawnIvs.of(talk.fresh(label + b" iv", 8 * iv_length(now.current.encr))),
                 fresh=talk.fresh(label + b" fresh", FRESH_OCTETS),
                 address=notice if addresses else None,
                 meanwhile=PeerRequests(now.mid_responder, patience),
@@ -333,7 +333,7 @@ class MnRenamer:
         machine = AddressUpdate(
             _end(now, self._policy),
             AddressNotice(talk.cookie(b"ikectx address"), now.conditions, self._addresses),
-            Drawn.of(talk.fresh(b"ikectx address iv", iv_length(now.current.encr))),
+            DrawnIvs.of(talk.fresh(b"ikectx address iv", iv_length(now.current.encr))),
         )
         try:
             report = await run_address_update(machine, mark=self._mark)

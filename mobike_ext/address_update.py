@@ -31,9 +31,9 @@ from ipaddress import IPv4Address
 from ikectx.errors import UsageError
 from ikectx.numbers import Exchange, Notify
 from ikectx.sa.context import Address, Endpoint
-from ikectx.sa.keys import Drawn
+from ikectx.sa.keys import DrawnIvs
 from ikectx.sa.name import SaName
-from ikectx.wire.ikev2 import Message, nat_detection_hash
+from ikectx.wire.ikev2 import IkeMessage, nat_detection_hash
 from ikectx.wire.payloads import NotifyPayload
 
 from .requester import Asking, Requester, SaEnd, Silent
@@ -99,7 +99,7 @@ def nat_detection(
 
 
 def nat_conditions(
-    message: Message, spis: SaName, local: Endpoint, source: Endpoint, conditions: int = 0
+    message: IkeMessage, spis: SaName, local: Endpoint, source: Endpoint, conditions: int = 0
 ) -> int:
     """`conditions` after the NAT detection (RFC 7296, 2.23) of a message that came from `source`, as charon
     evaluates it; unchanged if the message has none."""
@@ -161,7 +161,7 @@ class AddressPart:
         said = [NotifyPayload(kinds[one.version], one.packed) for one in further]
         return said or [NotifyPayload(Notify.NO_ADDITIONAL_ADDRESSES)]
 
-    def refusal(self, answer: Message) -> Refused | None:
+    def refusal(self, answer: IkeMessage) -> Refused | None:
         """Why the answer does not accept the address; None: it does."""
         if answer.error is not None:
             return Refused(answer.error.notify)
@@ -169,7 +169,7 @@ class AddressPart:
             return Refused(Notify.COOKIE2)
         return None
 
-    def nat_change(self, answer: Message) -> list[PeerNatChanged]:
+    def nat_change(self, answer: IkeMessage) -> list[PeerNatChanged]:
         """Whether the answer's NAT detection changes the conditions."""
         before = self._conditions
         new = nat_conditions(answer, self._spis, self._local, self._remote, before)
@@ -228,10 +228,10 @@ TABLE: dict[tuple[AddressUpdateState, AddressUpdateInput], AddressUpdateState] =
 class AddressUpdate(Requester[AddressUpdateState, AddressUpdateInput, AddressUpdateEvent]):
     """Tells the mobile node that its gateway is at `end.local` now.
 
-    iv: `keys.iv_length` fresh random octets, `Drawn` if they may be used again after a crash.
+    iv: `keys.iv_length` fresh random octets, `DrawnIvs` if they may be used again after a crash.
     """
 
-    def __init__(self, end: SaEnd, notice: AddressNotice, iv: bytes | Drawn) -> None:
+    def __init__(self, end: SaEnd, notice: AddressNotice, iv: bytes | DrawnIvs) -> None:
         super().__init__(Asking(end), TABLE, AddressUpdateState.NEW)
         self._part = AddressPart(end, notice)
         if len(iv) != self._asking.iv_length:
@@ -253,7 +253,7 @@ class AddressUpdate(Requester[AddressUpdateState, AddressUpdateInput, AddressUpd
         self._asking.ask(Exchange.INFORMATIONAL, self._request)
         self._enter(AddressUpdateInput.START)
 
-    def _answered(self, message: Message, now: float) -> None:
+    def _answered(self, message: IkeMessage, now: float) -> None:
         del now  # an answer starts no timer
         refusal = self._part.refusal(message)
         if refusal is not None:

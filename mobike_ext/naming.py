@@ -21,7 +21,7 @@ from ikectx.errors import RefusedError, UsageError, WireError
 from ikectx.numbers import Notify, Protocol
 from ikectx.sa.context import IkeContext, IkeGeneration
 from ikectx.sa.keys import seal_key
-from ikectx.wire.ikev2 import Message, Reassembly
+from ikectx.wire.ikev2 import IkeMessage, Reassembly
 from ikectx.wire.payloads import NotifyPayload
 
 from .notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported, usable_spi
@@ -98,7 +98,7 @@ class Decision:
         return [replace(one, new=pair.new).serialize() for one, pair in made]
 
 
-def asked_for(message: Message) -> tuple[UpdateSpi, ...]:
+def asked_for(message: IkeMessage) -> tuple[UpdateSpi, ...]:
     """All UPDATE_SPI of a request. If one is malformed, the request counts as one without any.
 
     So a later version gets the answer of a peer that does not know the notify.
@@ -147,7 +147,7 @@ def _objection(one: UpdateSpi, names: Names) -> Reason | None:
 # --- the side that asks --------------------------------------------------------------------------------
 
 
-def answered(asked: Sequence[UpdateSpi], message: Message) -> Decision | None:
+def answered(asked: Sequence[UpdateSpi], message: IkeMessage) -> Decision | None:
     """The answer to `asked`, as we see it; None: it has no such notify. WireError: it is malformed."""
     kinds = (Notify.UPDATE_SPI, Notify.UPDATE_SPI_REFUSED)
     found = [p for p in message.payloads if isinstance(p, NotifyPayload) and p.notify in kinds]
@@ -181,7 +181,7 @@ def asks_for_names(generation: IkeGeneration, datagram: bytes) -> bool:
     return message is not None and not message.header.response and bool(message.notifies(Notify.UPDATE_SPI))
 
 
-def supported_by(message: Message) -> int:
+def supported_by(message: IkeMessage) -> int:
     """The version of N(UPDATE_SPI_SUPPORTED) in a message, 0 without one that can be read."""
     for notify in message.notifies(Notify.UPDATE_SPI_SUPPORTED):
         try:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from ikectx.errors import WireError
 from ikectx.numbers import Integ, KeMethod, Payload, Protocol
 from ikectx.sa.context import ChildContext, IkeGeneration, TrafficSelector
-from ikectx.wire.ikev2 import Message
+from ikectx.wire.ikev2 import IkeMessage
 from ikectx.wire.payloads import Proposal, RawSelector, SaPayload, Transform, TransformType, TsPayload
 
 from .notify import usable_spi
@@ -38,7 +38,7 @@ def ike_offer(generation: IkeGeneration, ke: KeMethod, spi: bytes) -> Proposal:
     return Proposal(1, Protocol.IKE, tuple(transforms), spi)
 
 
-def chosen_of(message: Message, offered: Proposal) -> Proposal:
+def chosen_of(message: IkeMessage, offered: Proposal) -> Proposal:
     """The one proposal of an answer, which must be `offered` but for its SPI."""
     found = [p for p in message.payloads if isinstance(p, SaPayload)]
     if len(found) != 1 or len(found[0].proposals) != 1:
@@ -58,7 +58,7 @@ def _kinds(proposal: Proposal) -> list[tuple[int, int, int]]:
 
 
 def narrowed(
-    message: Message, kind: Payload, offered: tuple[TrafficSelector, ...]
+    message: IkeMessage, kind: Payload, offered: tuple[TrafficSelector, ...]
 ) -> tuple[TrafficSelector, ...]:
     """The answer's selectors: those offered, or parts of them (RFC 7296, 2.9)."""
     found = [p.selectors for p in message.payloads if isinstance(p, TsPayload) and p.type == kind]

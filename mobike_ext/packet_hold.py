@@ -26,7 +26,7 @@ from ikectx.sa.name import SaName
 from ikectx.wire.ikev2 import IkeHeader, strip_marker
 
 from .packet_io import open_raw
-from .unknown import Question
+from .unknown import UnknownMessage
 from .watch import deliver
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Held:
         finally:
             self.close()
         for source, datagrams in questions.items():
-            question = Question(self._spis, tuple(datagrams), self._local, source)
+            question = UnknownMessage(self._spis, tuple(datagrams), self._local, source)
             try:
                 await asyncio.to_thread(deliver, question, mark=self._mark)
             except OSError as error:  # a firewall of this host: the mobile node will send it again

@@ -22,7 +22,7 @@ from enum import Enum
 from ikectx.errors import UsageError
 from ikectx.numbers import Exchange
 from ikectx.sa.context import Endpoint, IkeGeneration
-from ikectx.sa.keys import Drawn
+from ikectx.sa.keys import DrawnIvs
 from ikectx.wire.ikev2 import RetransmitPolicy
 
 from .requester import Asking, RequesterMachine, SaEnd, Silent
@@ -81,7 +81,7 @@ class MidProbe(RequesterMachine[ProbeState, ProbeInput, Silent]):
         local: Endpoint,
         remote: Endpoint,
         *,
-        ivs: tuple[bytes | Drawn, bytes | Drawn],
+        ivs: tuple[bytes | DrawnIvs, bytes | DrawnIvs],
         policy: RetransmitPolicy | None = None,
     ) -> None:
         policy = policy or RetransmitPolicy()

@@ -33,8 +33,8 @@ from enum import Enum
 from ikectx.errors import RefusedError, StateError, UsageError, WireError
 from ikectx.numbers import Exchange, KeMethod, Mode, Notify, Payload, Protocol, Status
 from ikectx.sa.context import NO_SECRET, ChildContext, IkeGeneration, Lifetime, ReplayState, Secret
-from ikectx.sa.keys import Drawn, sk_keys
-from ikectx.wire.ikev2 import Message
+from ikectx.sa.keys import DrawnIvs, sk_keys
+from ikectx.wire.ikev2 import IkeMessage
 from ikectx.wire.payloads import (
     AnyPayload,
     DeletePayload,
@@ -213,7 +213,7 @@ class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
         """The payloads of the CREATE_CHILD_SA request."""
 
     @abstractmethod
-    def _made(self, message: Message) -> ChildRekeyed | IkeRekeyed:
+    def _made(self, message: IkeMessage) -> ChildRekeyed | IkeRekeyed:
         """The result of the answer, deleted: False. WireError: it cannot be used."""
 
     @abstractmethod
@@ -269,7 +269,7 @@ class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
         else:
             self._tell_result(RekeyInput.GIVE_UP)
 
-    def _answered(self, message: Message, now: float) -> None:
+    def _answered(self, message: IkeMessage, now: float) -> None:
         if self.state is not RekeyState.ASKING:
             self._tell_result(RekeyInput.DELETED, deleted=message.error is None)
         elif message.error is not None:
@@ -287,11 +287,11 @@ class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
     def _ask(self) -> None:
         self._send(Exchange.CREATE_CHILD_SA, self._wanted(), self._ivs())
 
-    def _ivs(self) -> Drawn:
+    def _ivs(self) -> DrawnIvs:
         """IVs for the datagrams of one request."""
-        return Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
+        return DrawnIvs.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
 
-    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: Drawn) -> None:
+    def _send(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: DrawnIvs) -> None:
         self._asking.ask(exchange, self._asking.seal(exchange, payloads, ivs))
 
     def _refused(self, error: NotifyPayload, now: float) -> None:
@@ -313,7 +313,7 @@ class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
         self._ask()
         self._enter(RekeyInput.AGAIN)
 
-    def _use(self, message: Message) -> None:
+    def _use(self, message: IkeMessage) -> None:
         try:
             self._result = result = self._made(message)
         except WireError as error:
@@ -336,7 +336,7 @@ class _Rekey(Requester[RekeyState, RekeyInput, RekeyEvent]):
     def _ke_payloads(self) -> list[AnyPayload]:
         return [] if self._pair is None else [KePayload(self._ke, self._pair.public)]
 
-    def _keys(self, message: Message) -> tuple[bytes, Secret]:
+    def _keys(self, message: IkeMessage) -> tuple[bytes, Secret]:
         """(the peer's nonce, g^ir)."""
         nonces = [p.nonce for p in message.payloads if isinstance(p, NoncePayload)]
         if len(nonces) != 1:
@@ -404,7 +404,7 @@ class ChildRekey(_Rekey):
             return self.generation.ke
         return None
 
-    def _made(self, message: Message) -> ChildRekeyed:
+    def _made(self, message: IkeMessage) -> ChildRekeyed:
         child = self.child
         chosen = chosen_of(message, self._offered())
         nonce, secret = self._keys(message)
@@ -464,7 +464,7 @@ class IkeRekey(_Rekey):
     def _wanted(self) -> list[AnyPayload]:
         return [SaPayload((self._offered(),)), NoncePayload(self._nonce), *self._ke_payloads()]
 
-    def _made(self, message: Message) -> IkeRekeyed:
+    def _made(self, message: IkeMessage) -> IkeRekeyed:
         old = self.generation
         chosen = chosen_of(message, self._offered())
         nonce, secret = self._keys(message)

@@ -22,10 +22,10 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import StateError, UsageError, WireError
 from ikectx.numbers import Exchange
 from ikectx.sa.context import Endpoint, IkeGeneration
-from ikectx.sa.keys import Drawn, iv_length, seal_key, sk_keys
+from ikectx.sa.keys import DrawnIvs, iv_length, seal_key, sk_keys
 from ikectx.wire.ikev2 import (
     IkeHeader,
-    Message,
+    IkeMessage,
     Reassembly,
     RequestWindow,
     RetransmitPolicy,
@@ -138,7 +138,7 @@ class Asking:
             proven_by_traffic=self._proven,
         )
 
-    def seal(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes | Drawn) -> list[bytes]:
+    def seal(self, exchange: Exchange, payloads: Sequence[AnyPayload], ivs: bytes | DrawnIvs) -> list[bytes]:
         """The UDP payloads of the next request. `ivs`: see `ikev2.seal_fragments`."""
         header = IkeHeader(*self.spis, exchange, self.message_id, self.initiator, response=False)
         sealed = seal_fragments(self._key, header, payloads, ivs, self._limit)
@@ -182,7 +182,7 @@ class Asking:
         self._proven = True
         self._window.response(self.message_id)
 
-    def receive(self, datagram: bytes, source: Endpoint) -> Message | None:
+    def receive(self, datagram: bytes, source: Endpoint) -> IkeMessage | None:
         """The answer in `datagram`, if it is an authentic one to the request that waits."""
         try:
             message = self._answer(datagram, source)
@@ -195,7 +195,7 @@ class Asking:
         self.count(datagram)
         return message
 
-    def _answer(self, datagram: bytes, source: Endpoint) -> Message | None:
+    def _answer(self, datagram: bytes, source: Endpoint) -> IkeMessage | None:
         octets = strip_marker(datagram, self.local, self.remote)
         header = IkeHeader.parse(octets)
         if (header.spi_i, header.spi_r) != self.spis or header.initiator == self.initiator:
@@ -312,7 +312,7 @@ class Requester(RequesterMachine[StateT, InputT, EventT]):
         """Send the first request, and leave the state `new`."""
 
     @abstractmethod
-    def _answered(self, message: Message, now: float) -> None:
+    def _answered(self, message: IkeMessage, now: float) -> None:
         """Handle an authentic answer to the request that waited."""
 
     @abstractmethod

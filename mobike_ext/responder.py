@@ -30,8 +30,8 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import StateError, WireError
 from ikectx.numbers import Exchange, Notify, Payload, Protocol
 from ikectx.sa.context import Address, Endpoint, IkeGeneration
-from ikectx.sa.keys import Drawn, seal_key, sk_keys
-from ikectx.wire.ikev2 import IkeHeader, Message, Reassembly, add_marker, seal_fragments, strip_marker
+from ikectx.sa.keys import DrawnIvs, seal_key, sk_keys
+from ikectx.wire.ikev2 import IkeHeader, IkeMessage, Reassembly, add_marker, seal_fragments, strip_marker
 from ikectx.wire.payloads import AnyPayload, NotifyPayload
 
 from .address_update import nat_conditions, nat_detection
@@ -149,7 +149,7 @@ TABLE: dict[tuple[ResponderState, ResponderInput], tuple[ResponderState, Action]
 class _Open:
     """The request that is being answered."""
 
-    message: Message
+    message: IkeMessage
     source: Endpoint
     decision: Decision
     moves: bool
@@ -275,7 +275,7 @@ class SpiResponder:
         self._count(*(add_marker(one, self.local, source) for one in self._arrived))
         self._tell(message, source, now)
 
-    def answer(self, fresh: bytes | Drawn, now: float, refusal: Reason | None = None) -> None:
+    def answer(self, fresh: bytes | DrawnIvs, now: float, refusal: Reason | None = None) -> None:
         """Answer the last `Asked` request. `fresh`: random octets, an IV for each datagram.
 
         `refusal`: the change cannot be made after all. Errors: StateError if there is no request.
@@ -302,7 +302,7 @@ class SpiResponder:
         if retired:
             self._expires = now + KEEP
 
-    def _request(self, octets: bytes, source: Endpoint) -> Message | None:
+    def _request(self, octets: bytes, source: Endpoint) -> IkeMessage | None:
         """The authentic new request that `octets` complete; None: more fragments are missing, or a
         duplicate."""
         header = IkeHeader.parse(octets)
@@ -329,7 +329,7 @@ class SpiResponder:
             raise WireError("a critical payload that is not known here")
         return message
 
-    def _ours(self, message: Message) -> bool:
+    def _ours(self, message: IkeMessage) -> bool:
         """Whether the request is for this machine, not for charon."""
         if message.header.exchange != Exchange.INFORMATIONAL:
             return False
@@ -339,7 +339,7 @@ class SpiResponder:
             return self._addresses
         return bool(message.notifies(Notify.UPDATE_SPI) or message.notifies(Notify.UPDATE_SPI_SUPPORTED))
 
-    def _tell(self, message: Message, source: Endpoint, now: float) -> None:
+    def _tell(self, message: IkeMessage, source: Endpoint, now: float) -> None:
         version = supported_by(message)
         if version:
             self._events.append(PeerSupports(version))
@@ -369,7 +369,7 @@ class SpiResponder:
         else:
             self._seen(message)
 
-    def _seen(self, message: Message) -> None:
+    def _seen(self, message: IkeMessage) -> None:
         """Count a request that charon answers."""
         self.expected_id = message.header.message_id + 1
         self._enter(ResponderInput.ELSEWHERE)
@@ -385,7 +385,7 @@ class SpiResponder:
         self.octets += sum(map(len, datagrams))
 
 
-def _further(message: Message) -> tuple[Address, ...] | None:
+def _further(message: IkeMessage) -> tuple[Address, ...] | None:
     """The peer's further addresses (RFC 4555, 3.6); None: the message has none."""
     kinds = {Notify.ADDITIONAL_IP4_ADDRESS: 4, Notify.ADDITIONAL_IP6_ADDRESS: 16}
     told = [p for p in message.payloads if isinstance(p, NotifyPayload) and p.notify in kinds]

@@ -26,8 +26,8 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import UsageError, WireError
 from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.sa.context import Endpoint
-from ikectx.sa.keys import Drawn
-from ikectx.wire.ikev2 import Message
+from ikectx.sa.keys import DrawnIvs
+from ikectx.wire.ikev2 import IkeMessage
 
 from .address_update import AddressNotice, AddressPart, Moved, PeerNatChanged, Refused
 from .naming import (
@@ -242,7 +242,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
     """Asks the peer for new SPIs, and with `address` tells it that this gateway is at `end.local` now.
 
     renames: see `naming.ask`, `naming.ask_peer`; none: the address alone. iv: an IV for each datagram of the
-    first request, `Drawn` if the octets may be used again after a crash. fresh: `FRESH_OCTETS`, random.
+    first request, `DrawnIvs` if the octets may be used again after a crash. fresh: `FRESH_OCTETS`, random.
     meanwhile: None: the peer's own requests are left to charon. announce: announce UPDATE_SPI, too.
 
     When it is done, duplicates of the peer's request are still answered.
@@ -253,7 +253,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
         end: SaEnd,
         renames: Sequence[UpdateSpi],
         *,
-        iv: bytes | Drawn,
+        iv: bytes | DrawnIvs,
         fresh: bytes,
         address: AddressNotice | None = None,
         meanwhile: PeerRequests | None = None,
@@ -270,7 +270,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
         self.asked = tuple(renames)
         self._part = None if address is None else AddressPart(end, address)
         self._fresh = Fresh(fresh)
-        self._again_iv = Drawn.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
+        self._again_iv = DrawnIvs.of(self._fresh.take(_DATAGRAMS * self._asking.iv_length))
         self._mirrored: tuple[Renaming, ...] = ()
         self._patience = 0.0 if meanwhile is None else meanwhile.patience
         self._responder: SpiResponder | None = None
@@ -368,7 +368,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
         else:
             self._enter(SpiUpdateInput.GIVE_UP, Silent(self._asking.sent))
 
-    def _answered(self, message: Message, now: float) -> None:
+    def _answered(self, message: IkeMessage, now: float) -> None:
         what, events = self._judge(message)
         self._enter(what, *events)
         if self.state is SpiUpdateState.PAUSED:
@@ -376,7 +376,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
         elif self.state is SpiUpdateState.MIRROR:
             self._later(now + self._patience, lambda: self._enter(SpiUpdateInput.LATE, Unsupported()))
 
-    def _judge(self, message: Message) -> tuple[SpiUpdateInput, list[SpiUpdateEvent]]:
+    def _judge(self, message: IkeMessage) -> tuple[SpiUpdateInput, list[SpiUpdateEvent]]:
         """The input that an answer means, and the events."""
         events: list[SpiUpdateEvent] = []
         if supported_by(message):
@@ -430,7 +430,7 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
                 continue  # unanswered: an honest peer does not send so many requests
             ours = [one for one in event.pairs if self.wanted(one.protocol, one.old, one.inbound)]
             refusal = Reason.BUSY if ours and len(ours) != len(self.asked) else None
-            responder.answer(Drawn.of(self._fresh.take(size)), now, refusal)
+            responder.answer(DrawnIvs.of(self._fresh.take(size)), now, refusal)
             if refusal is not None or not event.pairs:
                 continue
             if not ours:

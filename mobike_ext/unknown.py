@@ -30,7 +30,7 @@ MAX_HELD = 1 << 18
 _ZERO = bytes(8)
 
 
-class Dropped(Enum):
+class NotAsked(Enum):
     """Why a datagram led to no question."""
 
     NO_REQUEST = "no sealed request that an MN with an SA could send"
@@ -40,7 +40,7 @@ class Dropped(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class UnknownMessage:
     """A whole message (or all its fragments, in order) that `remote` sent to `local`, of an unknown SA."""
 
     spis: SaName
@@ -62,7 +62,7 @@ class _Partial:
     octets: int = 0
 
 
-class Unknown:
+class UnknownSas:
     """Remembers SPI pairs that are not known here.
 
     memory: pairs remembered, the least recently seen is forgotten first. rate: questions per second in all;
@@ -70,7 +70,7 @@ class Unknown:
     """
 
     def __init__(self, draw: Callable[[], float], *, memory: int = 1024, rate: float = 10.0) -> None:
-        self.dropped: Counter[Dropped] = Counter()
+        self.dropped: Counter[NotAsked] = Counter()
         self.held = 0
         """Octets of fragments that wait for the others."""
         self._memory = memory
@@ -82,7 +82,9 @@ class Unknown:
         """SPI pairs remembered."""
         return len(self._asked.keys() | self._partial.keys())
 
-    def receive(self, datagram: bytes, local: Endpoint, remote: Endpoint, now: float) -> Question | None:
+    def receive(
+        self, datagram: bytes, local: Endpoint, remote: Endpoint, now: float
+    ) -> UnknownMessage | None:
         """Take an IKE message (no marker) for an SA that is not here; returns the question to ask, if any.
 
         `now` is seconds, monotonic.
@@ -90,30 +92,30 @@ class Unknown:
         name = SaName(datagram[:8], datagram[8:16])
         # comes first, so that a storm of one SA costs no more than this
         if now - self._asked.get(name, -AGAIN) < AGAIN:
-            return self._drop(Dropped.ASKED)
+            return self._drop(NotAsked.ASKED)
         part = _part(datagram)
         if part is None:
-            return self._drop(Dropped.NO_REQUEST)
+            return self._drop(NotAsked.NO_REQUEST)
         header, number, total = part
         of = (local, remote, int(header.exchange), header.message_id, total)
         datagrams = self._gather(name, of, number, datagram) if total > 1 else (datagram,)
         if datagrams is None:
-            return self._drop(Dropped.PART)
+            return self._drop(NotAsked.PART)
         if not self._limit.allows(remote.address, now):
-            return self._drop(Dropped.RATE)
+            return self._drop(NotAsked.RATE)
         self._forget_parts(name)
         self._asked[name] = now
         self._asked.move_to_end(name)
         if len(self._asked) > self._memory:
             self._asked.popitem(last=False)
-        return Question(name, datagrams, local, remote)
+        return UnknownMessage(name, datagrams, local, remote)
 
     def forget(self, name: SaName) -> None:
         """The SA is here now. If it leaves again, its next message is a question at once."""
         self._asked.pop(name, None)
         self._forget_parts(name)
 
-    def _drop(self, why: Dropped) -> Question | None:
+    def _drop(self, why: NotAsked) -> UnknownMessage | None:
         self.dropped[why] += 1
         return None
 

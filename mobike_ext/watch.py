@@ -5,7 +5,7 @@ A packet socket receives them below the firewall and beside charon, which owns t
 silently (strongSwan 5.9.8: an alert inside, no notify on the wire). A filter in the kernel passes
 INFORMATIONAL and CREATE_CHILD_SA requests to our addresses only, so ESP, responses and other traffic never
 wake the agent. The packets that it passes are limited here: so many datagrams are read in a tenth of a
-second, the rest of a flood stays in the kernel, which drops packets when its buffer is full. `Unknown`
+second, the rest of a flood stays in the kernel, which drops packets when its buffer is full. `UnknownSas`
 decides about questions.
 
 If another gateway gave the SA, charon has it, but not the request that the mobile node waits for an answer
@@ -46,7 +46,7 @@ from .packet_io import (
     udp_datagram,
     udp_in,
 )
-from .unknown import Question, Unknown
+from .unknown import UnknownMessage, UnknownSas
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Watcher:
         mark: int = 0,
     ) -> None:
         """`mark`: see `deliver`."""
-        self.unknown = Unknown(random.SystemRandom().random, memory=memory, rate=rate)
+        self.unknown = UnknownSas(random.SystemRandom().random, memory=memory, rate=rate)
         self._addresses = addresses
         self._known = known
         self._ask = ask
@@ -162,7 +162,7 @@ class Watcher:
             self._asking[name] = task
             task.add_done_callback(lambda _: self._asking.pop(name, None))
 
-    async def _inquire(self, question: Question) -> None:
+    async def _inquire(self, question: UnknownMessage) -> None:
         what = f"{question.spis} from {question.remote}"
         with trace.span("others may answer", "part"):
             await asyncio.sleep(self._grace)
@@ -197,7 +197,7 @@ def parse_packet(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
         return None
 
 
-def deliver(question: Question, *, mark: int = 0) -> None:
+def deliver(question: UnknownMessage, *, mark: int = 0) -> None:
     """Send the mobile node's datagrams once more, from its address to ours, inside this host. Errors:
     OSError.
 
@@ -248,7 +248,7 @@ here."""
 
 
 def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
-    """Passes IP packets (from the IP header on) that `Unknown` may need; all others are dropped.
+    """Passes IP packets (from the IP header on) that `UnknownSas` may need; all others are dropped.
 
     They are UDP in one IP fragment to one of the addresses and port 500 or 4500, there with a non-ESP marker
     unless they come from port 500; IKEv2, both SPIs not zero, SK or SKF first, INFORMATIONAL or

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import BusyError
-from ikectx.node.mobility import Handover, MobileState, Mode, Outcome, Prepared
+from ikectx.node.mobility import Handover, HandoverMode, HandoverOutcome, HandoverPrepared, MobileState
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
@@ -154,25 +154,25 @@ class Gateways:
         *,
         moves: Awaitable[Endpoint | None] | None = None,
         progress: Callable[..., None],
-    ) -> Outcome:
+    ) -> HandoverOutcome:
         self.machine = machine
         if self.fails is not None:
             raise self.fails
-        if machine.mode is Mode.PREDICTIVE:
+        if machine.mode is HandoverMode.PREDICTIVE:
             assert moves is not None
             progress(MobileState.ANNOUNCING, None)
             if not self.prepares:
                 machine.state = MobileState.REFUSED
                 moves.close()  # type: ignore[attr-defined]
-                return Outcome(MobileState.REFUSED, (StatusBlock(Fpt.IKEV2_SA, Status.NOT_ALLOWED),))
-            progress(MobileState.PREPARED, Prepared(None))  # type: ignore[arg-type]
+                return HandoverOutcome(MobileState.REFUSED, (StatusBlock(Fpt.IKEV2_SA, Status.NOT_ALLOWED),))
+            progress(MobileState.PREPARED, HandoverPrepared(None))  # type: ignore[arg-type]
             care_of = await moves
             machine.moved(care_of, 0.0)
         progress(MobileState.ARRIVING, None)
         asked = bool(self.store.items(ASKED))
         self.seen.append((machine.mode.value, self.mobile.state, asked))
         machine.state = self.state
-        return Outcome(
+        return HandoverOutcome(
             self.state,
             self.statuses,
             in_doubt=self.in_doubt,

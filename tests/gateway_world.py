@@ -29,9 +29,9 @@ from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
 from vici_bridge.ha.sa_state import read_child, read_generation
 from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay
-from vici_bridge.kernel.relay import Relayed
+from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
-from vici_bridge.kernel.xfrm_parts import Request
+from vici_bridge.kernel.xfrm_parts import XfrmRequest
 from vici_bridge.policy.new_names import Made, Told, Wish
 from vici_bridge.vici.views import SaView, sa_views
 
@@ -68,7 +68,7 @@ class Sad(KernelTables):
         self.step()
         return self.sas.pop((sa.destination, sa.spi), None) is not None
 
-    def batch(self, requests: Sequence[Request]) -> None:
+    def batch(self, requests: Sequence[XfrmRequest]) -> None:
         self.step()
         for request in requests:
             if request.what.startswith("delete"):
@@ -371,14 +371,14 @@ class Relay:
     """nftables' other use: packets under old SPIs go back to the other gateway."""
 
     def __init__(self) -> None:
-        self.now: set[Relayed] = set()
-        self.ever: set[Relayed] = set()
+        self.now: set[RelayRule] = set()
+        self.ever: set[RelayRule] = set()
 
-    def add(self, one: Relayed) -> None:
+    def add(self, one: RelayRule) -> None:
         self.now.add(one)
         self.ever.add(one)
 
-    def remove(self, one: Relayed) -> None:
+    def remove(self, one: RelayRule) -> None:
         self.now.discard(one)
 
 

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ikectx.node.mobility import Event, Handover, Limits, MobileState, Mode, Retry, Route
+from ikectx.node.mobility import Handover, HandoverEvent, HandoverMode, Limits, MobileState, Retry, Route
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Endpoint
 from ikectx.timing import Timing
@@ -113,28 +113,28 @@ class World:
 class Mobile:
     """The MN with its agent: the machine of `ikectx.node.mobility`, and a move at some time."""
 
-    def __init__(self, world: World, mode: Mode, sequence: int, *, moves_after: float = 0.0) -> None:
+    def __init__(self, world: World, mode: HandoverMode, sequence: int, *, moves_after: float = 0.0) -> None:
         self.world = world
-        self.at = NEW if mode is Mode.REACTIVE else OLD
-        self.events: list[Event] = []
+        self.at = NEW if mode is HandoverMode.REACTIVE else OLD
+        self.events: list[HandoverEvent] = []
         self.machine = Handover(
             GENERATION,
             mode,
             Route(MN, PSG, NSG),
             sequence=sequence,
             unix=UNIX,
-            care_of=NEW if mode is Mode.REACTIVE else None,
+            care_of=NEW if mode is HandoverMode.REACTIVE else None,
             limits=Limits(Retry(2, 15, 60), hold=50),
         )
         world.mobile = self
-        if mode is not Mode.REACTIVE:
+        if mode is not HandoverMode.REACTIVE:
             world.later(moves_after, self._move)
         self._poke()
 
     def _move(self) -> None:
         machine = self.machine
         if not machine.done and not (
-            machine.mode is Mode.PREDICTIVE and machine.state is MobileState.ANNOUNCING
+            machine.mode is HandoverMode.PREDICTIVE and machine.state is MobileState.ANNOUNCING
         ):
             self.at = NEW
             machine.moved(NEW, self.world.clock.now())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vici_bridge.effects.runner import Effect, Step
+from vici_bridge.effects.runner import LedgerStep, StepEffect
 
 
 class Killed(BaseException):
@@ -25,11 +25,11 @@ class Assassin:
     ran: list[str] = field(default_factory=list)
     struck: bool = False
 
-    def waits_in(self, step: Step[Any]) -> Step[Any]:
+    def waits_in(self, step: LedgerStep[Any]) -> LedgerStep[Any]:
         """The same step, in which it waits."""
         return replace(step, effects=tuple(self._watched(effect) for effect in step.effects))
 
-    def _watched(self, effect: Effect[Any]) -> Effect[Any]:
+    def _watched(self, effect: StepEffect[Any]) -> StepEffect[Any]:
         async def do(work: Any) -> Any:
             self.ran.append(effect.name)
             strikes = effect.name == self.effect and not self.struck
@@ -53,7 +53,7 @@ def places(ran: list[str]) -> Places:
     return [(name, after) for name in dict.fromkeys(ran) for after in (False, True)]
 
 
-def names(step: Step[Any]) -> set[str]:
+def names(step: LedgerStep[Any]) -> set[str]:
     """Of all its effects."""
     return {effect.name for effect in step.effects}
 

@@ -10,7 +10,7 @@ from ikectx.numbers import Encr, Notify, Prf
 from ikectx.sa.context import Endpoint, IkeGeneration, Secret
 from ikectx.sa.keys import iv_length, seal_key
 from ikectx.wire.ikev2 import (
-    Message,
+    IkeMessage,
     RetransmitPolicy,
     add_marker,
     nat_detection_hash,
@@ -71,7 +71,7 @@ class Node:
         self.inbound = seal_key(generation, by_initiator=generation.initiator)
         self.outbound = seal_key(generation, by_initiator=not generation.initiator)
 
-    def read(self, datagram: bytes, gateway: Endpoint = NSG) -> Message:
+    def read(self, datagram: bytes, gateway: Endpoint = NSG) -> IkeMessage:
         return open_message(self.inbound, strip_marker(datagram, gateway, self.me))
 
     def nat_detection(self, gateway: Endpoint, *, here: Endpoint | None = None) -> list[AnyPayload]:
@@ -82,7 +82,7 @@ class Node:
         ]
 
     def answer(
-        self, request: Message, payloads: list[AnyPayload], gateway: Endpoint = NSG, **header: object
+        self, request: IkeMessage, payloads: list[AnyPayload], gateway: Endpoint = NSG, **header: object
     ) -> bytes:
         head = replace(request.header, initiator=not request.header.initiator, response=True, **header)  # type: ignore[arg-type]
         iv = secrets.token_bytes(iv_length(self.generation.encr))

@@ -42,7 +42,7 @@ from vici_bridge.host import CharonHost, HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay, fit_replay
 from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
-from vici_bridge.kernel.xfrm_parts import Request
+from vici_bridge.kernel.xfrm_parts import XfrmRequest
 
 JUMP = 1000
 OLD, NEW = Endpoint.of("198.51.100.7", 4500), Endpoint.of("203.0.113.9", 4500)
@@ -95,7 +95,7 @@ class Kernel(KernelTables):
         self.send()
         return found
 
-    def batch(self, requests: Sequence[Request]) -> None:
+    def batch(self, requests: Sequence[XfrmRequest]) -> None:
         """As `_right_keys` uses it: an SA out, and in again with other keys."""
         self.step()
         kinds = [request.what.split()[0] for request in requests]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ikectx.numbers import Exchange, KeMethod, Notify, Protocol
 from ikectx.sa.context import ChildContext, Endpoint, IkeGeneration, Secret
 from ikectx.sa.keys import iv_length, seal_key
-from ikectx.wire.ikev2 import Message, Reassembly, add_marker, seal_message, strip_marker
+from ikectx.wire.ikev2 import IkeMessage, Reassembly, add_marker, seal_message, strip_marker
 from ikectx.wire.payloads import (
     AnyPayload,
     DeletePayload,
@@ -47,7 +47,7 @@ class Peer:
         self.generation = generation
         self.errors = list(errors)
         self.twist: Twist = lambda payloads: payloads
-        self.requests: list[Message] = []
+        self.requests: list[IkeMessage] = []
         self.secret = Secret()
         self.nonce = secrets.token_bytes(24)
         self.expected = 7
@@ -81,7 +81,7 @@ class Peer:
         self._last = datagram, answer
         self._send.append((answer, source))
 
-    def _answer(self, request: Message) -> list[AnyPayload]:
+    def _answer(self, request: IkeMessage) -> list[AnyPayload]:
         if request.header.exchange is Exchange.INFORMATIONAL:
             [delete] = [p for p in request.payloads if isinstance(p, DeletePayload)]
             return [DeletePayload(delete.protocol, (CHILD.spi_out,))] if delete.spis else []
@@ -151,6 +151,6 @@ def run(machine: ChildRekey | IkeRekey, peer: Peer) -> RekeyEvent:
     return event
 
 
-def of(message: Message, kind: type) -> list[AnyPayload]:
+def of(message: IkeMessage, kind: type) -> list[AnyPayload]:
     """Its payloads of one kind."""
     return [payload for payload in message.payloads if isinstance(payload, kind)]

@@ -35,7 +35,7 @@ from vici_bridge.away.follow import Follow
 from vici_bridge.away.origins import Origins
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import undo_messages
-from vici_bridge.ha.record import Change, MidChanged, Record
+from vici_bridge.ha.record import MidChanged, Record, RecordChange
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.kernel import Detour, Kernel, Mute
@@ -147,7 +147,7 @@ class CharonHost:
         self.scripts = Scripts(config.updown)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import, so that two imports never race for an SPI."""
-        self.on_change: Callable[[Change], None] | None = None
+        self.on_change: Callable[[RecordChange], None] | None = None
         self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
         self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
@@ -244,7 +244,7 @@ class CharonHost:
         self._keep_departed(message)
         self._fed(self.record.feed(message))
 
-    def _fed(self, change: Change) -> None:
+    def _fed(self, change: RecordChange) -> None:
         self.save_soon()
         match change:
             case MidChanged(name, initiator):

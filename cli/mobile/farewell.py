@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ikectx.errors import CharonError, IkectxError, UnknownSaError, WireError
-from ikectx.node.mobility import Outcome
+from ikectx.node.mobility import HandoverOutcome
 from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.sa.keys import iv_length
 from ikectx.sa.name import SaName
@@ -64,7 +64,7 @@ class Farewells:
             await asyncio.sleep(LOOK / 4)
         return True
 
-    async def unless_ended(self, run: Run, asking: Awaitable[Outcome]) -> Outcome:
+    async def unless_ended(self, run: Run, asking: Awaitable[HandoverOutcome]) -> HandoverOutcome:
         """The gateways' answer. They have `AFTER_END` seconds for it once the SA was ended here."""
         task = asyncio.ensure_future(asking)
         try:

@@ -38,13 +38,13 @@ from ikectx.errors import (
 )
 from ikectx.net.mn_udp import run_handover
 from ikectx.node.mobility import (
-    Event,
     Handover,
+    HandoverEvent,
+    HandoverMode,
+    HandoverOutcome,
+    HandoverPrepared,
     Limits,
     MobileState,
-    Mode,
-    Outcome,
-    Prepared,
     Retry,
     Route,
     Router,
@@ -69,7 +69,7 @@ log = logging.getLogger("ikectx")
 LOOKING = 0.5
 """Seconds in which charon may finish an exchange, before a handover goes on beside it (or gives up)."""
 
-Runner = Callable[..., Awaitable[Outcome]]
+Runner = Callable[..., Awaitable[HandoverOutcome]]
 """`ikectx.net.mn_udp.run_handover`, or a stand-in."""
 Answering = Callable[
     [SaName, Endpoint, Collection[Address]], AbstractAsyncContextManager[asyncio.Future[IkeContext]]
@@ -141,7 +141,7 @@ class Handovers:
             await self.cancel()
         if self._moving:
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
-        run = await self._begin(to, sa, Mode.PREDICTIVE, None, tell)
+        run = await self._begin(to, sa, HandoverMode.PREDICTIVE, None, tell)
         if isinstance(run, Report):
             return run
         loop = asyncio.get_running_loop()
@@ -229,7 +229,7 @@ class Handovers:
     ) -> Report:
         """Complete the handover from the new place, where the node has the address `own`."""
         async with self.lock:
-            run = await self._begin(to, sa, Mode.REACTIVE, own, tell)
+            run = await self._begin(to, sa, HandoverMode.REACTIVE, own, tell)
             if isinstance(run, Report):
                 return run
             run.report.announced = announced
@@ -252,7 +252,7 @@ class Handovers:
         )
 
     async def _begin(
-        self, to: str, sa: SaName | None, mode: Mode, own: Address | None, tell: Progress
+        self, to: str, sa: SaName | None, mode: HandoverMode, own: Address | None, tell: Progress
     ) -> Run | Report:
         """The handover to run; a report if there is nothing to do."""
         config = self._config
@@ -421,9 +421,9 @@ class Handovers:
             run.named = named is not None
             said.set_result(found)
 
-    def _observer(self, run: Run) -> Callable[[MobileState, Event | None], None]:
-        def told(state: MobileState, event: Event | None) -> None:
-            if isinstance(event, Prepared):
+    def _observer(self, run: Run) -> Callable[[MobileState, HandoverEvent | None], None]:
+        def told(state: MobileState, event: HandoverEvent | None) -> None:
+            if isinstance(event, HandoverPrepared):
                 run.report.result, run.report.announced = "announced", True
                 run.until = asyncio.get_running_loop().time() + self._config.mobile.predictive
                 run.phase("announced", f"{run.psg.name} has sent the context to {run.nsg.name}")
@@ -441,7 +441,7 @@ class Handovers:
         report.messages, report.octets = outcome.messages, outcome.octets
         report.retransmissions = outcome.retransmissions
 
-    async def _outcome(self, run: Run) -> Outcome:
+    async def _outcome(self, run: Run) -> HandoverOutcome:
         """The new gateway's answer, or the IKE request that it sends before an answer."""
         asking = asyncio.ensure_future(
             self._unless_ended(run, self._run(run.machine, progress=self._observer(run)))
@@ -461,10 +461,10 @@ class Handovers:
         finally:
             asking.cancel()
 
-    async def _unless_ended(self, run: Run, asking: Awaitable[Outcome]) -> Outcome:
+    async def _unless_ended(self, run: Run, asking: Awaitable[HandoverOutcome]) -> HandoverOutcome:
         return await (asking if self._farewells is None else self._farewells.unless_ended(run, asking))
 
-    async def _end(self, run: Run, outcome: Outcome) -> None:
+    async def _end(self, run: Run, outcome: HandoverOutcome) -> None:
         """Apply the answer, or its absence, to the SA."""
         report = run.report
         self._count(run)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ikectx.errors import IkectxError, LinkError, RefusedError, UnknownSaError
-from ikectx.node.mobility import MobileState, Outcome
+from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.sa.context import Address, Endpoint
 from ikectx.sa.name import SaName
@@ -54,7 +54,7 @@ class Report:
         """The old gateway serves the SA, because the new one cannot at the address that the node has now."""
         return self.result == "refused" and self.serves == self.from_ and self.status in _OF_ONE_ADDRESS
 
-    def failed(self, outcome: Outcome, *, arrived: bool) -> None:
+    def failed(self, outcome: HandoverOutcome, *, arrived: bool) -> None:
         """No gateway took the SA, as far as is known. `arrived`: the new gateway was asked; else the old
         one."""
         self.detail = outcome.text

@@ -41,7 +41,7 @@ from ikectx.errors import (
 from ikectx.mistakes import log_mistake
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Address, Endpoint, IkeContext
-from ikectx.sa.keys import Drawn, iv_length
+from ikectx.sa.keys import DrawnIvs, iv_length
 from ikectx.sa.name import SaName
 from ikectx.wire.ikev2 import RetransmitPolicy
 from mobike_ext.link import run_spi_update, serve_updates
@@ -51,7 +51,7 @@ from mobike_ext.requester import SaEnd
 from mobike_ext.responder import Asked, ResponderRole, SpiResponder
 from mobike_ext.spi_update import FRESH_OCTETS, Renamed, SpiUpdate
 from vici_bridge.effects.mobile import AGAIN, CharonMobile
-from vici_bridge.ha.record import Change
+from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.vici.views import SaView
@@ -116,7 +116,7 @@ class Mirror:
         return SpiUpdate(
             SaEnd(context.current, self.message_id, self.local, self.remote, POLICY),
             self.asks,
-            iv=Drawn.of(self.iv),
+            iv=DrawnIvs.of(self.iv),
             fresh=self.fresh,
         )
 
@@ -163,7 +163,7 @@ class SpiWatch:
             self._host.on_change = self.changed
             self._look()
 
-    def changed(self, change: Change | None = None) -> None:
+    def changed(self, change: RecordChange | None = None) -> None:
         """SAs or addresses may have changed."""
         del change
         if self._soon is None and self._allowed:

@@ -300,7 +300,7 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class Dial:
+class OpenLink:
     """Have an open link to the peer. Outcome: the link's number, after `Engine.link_up` was called for it.
 
     `until`: no longer than that, because others may be dialling before it; None: as long as it takes.
@@ -347,6 +347,6 @@ Step = (
     | Get
     | Delete
     | Items
-    | Dial
+    | OpenLink
     | Hear
 )

@@ -17,7 +17,7 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address
 from ikectx.wire.cxtp import Ctd, Ctdr, Message, Pctd
 
-from .effects import Dial
+from .effects import OpenLink
 from .outputs import Close, Handled, Send
 from .procedures import Event, Process, Scheduler, Steps
 
@@ -150,7 +150,7 @@ class Lines:
 
     def get(self, peer: PeerConfig, until: float | None = None) -> Steps[Line]:
         """An open line to the peer, by that time. Errors: LinkError."""
-        number: int = yield Dial(peer, until)
+        number: int = yield OpenLink(peer, until)
         line = self._open.get(number)
         if line is None or line.error is not None:
             raise LinkError(f"the connection to {peer.name} was closed as soon as it was there")

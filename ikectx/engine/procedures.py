@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from ikectx.errors import IkectxError, LinkError
 from ikectx.mistakes import log_mistake
 
-from .effects import Dial, Step, Write
+from .effects import OpenLink, Step, Write
 from .outputs import Connect, Effect, Journal, Output
 
 log = logging.getLogger("ikectx.transfer")
@@ -258,7 +258,7 @@ class Scheduler:
         match step:
             case Write(entry, durable):
                 self.outputs.append(Journal(number, entry, durable))
-            case Dial(peer, until):
+            case OpenLink(peer, until):
                 self.outputs.append(Connect(number, peer))
                 late = LinkError(f"{peer.name} could not be reached in time", hint="see its log")
                 self._limited(process, until, None, late)

@@ -81,7 +81,7 @@ def keep_alive(sock: Any, seconds: float) -> None:
             sock.setsockopt(level, name, value)
 
 
-Arrival = Callable[["Link", Message], Awaitable[None]]
+ArrivalHandler = Callable[["Link", Message], Awaitable[None]]
 _numbers = itertools.count(1)
 
 
@@ -91,7 +91,7 @@ class Link:
     `arrived` is called, in order, with every message but the CTDRs that were asked for.
     """
 
-    def __init__(self, stream: Stream, peer: PeerConfig, arrived: Arrival) -> None:
+    def __init__(self, stream: Stream, peer: PeerConfig, arrived: ArrivalHandler) -> None:
         self.number = next(_numbers)
         """By which the engine knows it."""
         self.peer = peer
@@ -237,7 +237,7 @@ class Links:
         self,
         dial: Dial,
         timing: Timing,
-        arrived: Arrival,
+        arrived: ArrivalHandler,
         opened: Callable[[Link, bool], None] = lambda link, accepted: None,
         unused: Callable[[str], float] = lambda name: math.inf,
     ) -> None:

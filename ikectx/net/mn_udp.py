@@ -24,7 +24,7 @@ from ikectx import trace
 from ikectx.clock import Clock, MonotonicClock
 from ikectx.errors import IkectxError, LinkError, UsageError, WireError
 from ikectx.mistakes import log_mistake
-from ikectx.node.mobility import Event, Handover, MobileState, Mode, Outcome
+from ikectx.node.mobility import Handover, HandoverEvent, HandoverMode, HandoverOutcome, MobileState
 from ikectx.rates import Bucket, RateLimit
 from ikectx.sa.context import Address, Endpoint
 from ikectx.wire import cookies
@@ -291,7 +291,7 @@ def _hint(error: OSError) -> str:
 
 # --- the MN's end ------------------------------------------------------------------------------------------
 
-Progress = Callable[[MobileState, Event | None], None]
+Progress = Callable[[MobileState, HandoverEvent | None], None]
 """Called with each event, and at each change of state without one."""
 
 
@@ -303,7 +303,7 @@ async def run_handover(
     progress: Progress | None = None,
     clock: Clock | None = None,
     protect: Protect = bypass,
-) -> Outcome:
+) -> HandoverOutcome:
     """Run `handover` to its end.
 
     bind: the address that the first CTAR leaves from; None: the care-of address if `handover` is reactive,
@@ -313,7 +313,7 @@ async def run_handover(
     says if it is in doubt. Errors: LinkError if there is no socket to send from; UsageError; any error of
     `moves`.
     """
-    if handover.mode is not Mode.REACTIVE and moves is None:
+    if handover.mode is not HandoverMode.REACTIVE and moves is None:
         raise UsageError("a predictive handover must be told when the MN has moved")
     run = _Run(handover, progress or (lambda state, event: None), clock or MonotonicClock(), protect)
     try:
@@ -336,7 +336,7 @@ class _Run:
         self._to: Endpoint | None = None
         self._told = MobileState.NEW
 
-    async def run(self, bind: Address | None, moves: Awaitable[Endpoint | None] | None) -> Outcome:
+    async def run(self, bind: Address | None, moves: Awaitable[Endpoint | None] | None) -> HandoverOutcome:
         handover = self._handover
         moving = None if moves is None else asyncio.ensure_future(moves)
         if moving is not None:

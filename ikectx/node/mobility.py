@@ -42,7 +42,7 @@ from ikectx.wire.cxtp import ContextDataBlock, Ctaa, Ctar, StatusBlock
 from ikectx.wire.tokens import MAX_LIFETIME, Purpose, expected_by, make_ctar, open_ctaa, token_key
 
 
-class Mode(StrEnum):
+class HandoverMode(StrEnum):
     """How the mobile node hands over. AUTO: predictive if possible, else reactive."""
 
     PREDICTIVE = "predictive"
@@ -212,7 +212,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class HandoverPrepared:
     """The old gateway has sent the context ahead: the mobile node may move."""
 
     ctaa: Ctaa
@@ -234,7 +234,7 @@ class Activated:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class HandoverRefused:
     """A gateway refused. `authentic`: its tag was right. `in_doubt`: anybody may have sent it, see above."""
 
     statuses: tuple[StatusBlock, ...]
@@ -252,15 +252,15 @@ class GaveUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
+class HandoverCancelled:
     """`cancel` before the arrival: the SA is where it was, and the gateways forget what was prepared."""
 
 
-Event = Prepared | Unprepared | Activated | Refused | GaveUp | Cancelled
+HandoverEvent = HandoverPrepared | Unprepared | Activated | HandoverRefused | GaveUp | HandoverCancelled
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class HandoverOutcome:
     """How a handover ended. `state` is one of `MOBILE_FINAL`.
 
     in_doubt: the new gateway may own the SA all the same (never for ACTIVATED). announced: the old gateway
@@ -311,7 +311,7 @@ class Handover:
     def __init__(
         self,
         generation: IkeGeneration,
-        mode: Mode,
+        mode: HandoverMode,
         route: Route,
         *,
         sequence: int,
@@ -337,7 +337,7 @@ class Handover:
         self._retry = limits.retry
         self._lifetime = limits.lifetime
         self._hold = limits.hold
-        self._events: deque[Event] = deque()
+        self._events: deque[HandoverEvent] = deque()
         self._octets = b""
         self._cookies = 0
         """Cookies that were asked for since the last sending by timer."""
@@ -347,7 +347,7 @@ class Handover:
         self._deadline: float | None = None
         self._untagged_after = 0
         """The sending (1 is the first) after which a refusal without a tag came."""
-        self._outcome = Outcome(MobileState.NEW)
+        self._outcome = HandoverOutcome(MobileState.NEW)
 
     @property
     def done(self) -> bool:
@@ -360,7 +360,7 @@ class Handover:
         return self._care_of
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> HandoverOutcome:
         """The result, or the progress so far."""
         return replace(self._outcome, state=self.state)
 
@@ -369,7 +369,7 @@ class Handover:
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
         """UDP payloads to send now, each with its destination."""
         if self.state is MobileState.NEW:
-            if self.mode is Mode.REACTIVE:
+            if self.mode is HandoverMode.REACTIVE:
                 self.moved(self._care_of, now)
             else:
                 self._enter(MobileInput.ANNOUNCE)
@@ -400,7 +400,7 @@ class Handover:
         if waiting and self._deadline is not None and now < self._deadline:
             self._enter(MobileInput.RESEND)
             self._send_now, self._cookies = True, 0
-        elif self.state is MobileState.ARRIVING or self.mode is not Mode.AUTO:
+        elif self.state is MobileState.ARRIVING or self.mode is not HandoverMode.AUTO:
             self._give_up(MobileInput.GIVE_UP)
         else:
             self._fall_back(())
@@ -429,14 +429,14 @@ class Handover:
             self._refuse(failed, authentic)
         elif self.state is MobileState.ANNOUNCING:
             self._know(announced=True)
-            self._enter(MobileInput.ACCEPT, Prepared(ctaa))
+            self._enter(MobileInput.ACCEPT, HandoverPrepared(ctaa))
             self._due = now + self._hold
         else:
             expected = expected_by(ctaa)
             self._know(statuses=ctaa.statuses, blocks=ctaa.blocks, authentic=True, expected=expected)
             self._enter(MobileInput.ACCEPT, Activated(ctaa))
 
-    def next_event(self) -> Event | None:
+    def next_event(self) -> HandoverEvent | None:
         """The next event, oldest first."""
         return self._events.popleft() if self._events else None
 
@@ -457,7 +457,7 @@ class Handover:
         if self.state is MobileState.ARRIVING:
             self._give_up(MobileInput.CANCEL)
         elif not self.done:
-            self._enter(MobileInput.CANCEL, Cancelled())
+            self._enter(MobileInput.CANCEL, HandoverCancelled())
 
     # inside
 
@@ -512,12 +512,12 @@ class Handover:
         return True
 
     def _refuse(self, failed: tuple[StatusBlock, ...], authentic: bool) -> None:
-        if self.state is MobileState.ANNOUNCING and self.mode is Mode.AUTO:
+        if self.state is MobileState.ANNOUNCING and self.mode is HandoverMode.AUTO:
             self._fall_back(failed)
             return
         in_doubt = self.state is MobileState.ARRIVING and not authentic
         self._know(statuses=failed, in_doubt=in_doubt, authentic=authentic)
-        self._enter(MobileInput.REJECT, Refused(failed, authentic, in_doubt))
+        self._enter(MobileInput.REJECT, HandoverRefused(failed, authentic, in_doubt))
 
     def _fall_back(self, failed: tuple[StatusBlock, ...]) -> None:
         self._know(announced=False)
@@ -539,7 +539,7 @@ class Handover:
             retransmissions=seen.retransmissions + again,
         )
 
-    def _enter(self, what: MobileInput, *events: Event) -> None:
+    def _enter(self, what: MobileInput, *events: HandoverEvent) -> None:
         new = MOBILE_TABLE[self.state, what]
         if new is not self.state:
             self._events.extend(events)
@@ -558,16 +558,16 @@ __all__ = [
     "MOBILE_FINAL",
     "MOBILE_TABLE",
     "Activated",
-    "Cancelled",
-    "Event",
     "GaveUp",
     "Handover",
+    "HandoverCancelled",
+    "HandoverEvent",
+    "HandoverMode",
+    "HandoverOutcome",
+    "HandoverPrepared",
+    "HandoverRefused",
     "MobileInput",
     "MobileState",
-    "Mode",
-    "Outcome",
-    "Prepared",
-    "Refused",
     "Retry",
     "Router",
     "Unprepared",

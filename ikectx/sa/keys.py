@@ -21,7 +21,7 @@ as an argument; `iv_length` says how many.
 
 An agent that was killed in the middle of an exchange builds its message again from the same octets, because
 the MN may have answered the first one. Its configuration may be another one by then, so the text may be, too.
-Such octets are handed over as `Drawn`, and `synthetic_ivs` makes the IVs of them and of all that is sealed
+Such octets are handed over as `DrawnIvs`, and `synthetic_ivs` makes the IVs of them and of all that is sealed
 (as SIV does, RFC 5297): the same message is the same on the wire, and another message has another IV.
 """
 
@@ -347,20 +347,20 @@ def iv_length(encr: Encr) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnIvs:
     """Octets in place of IVs, for a message that may be built again after a crash: see `synthetic_ivs`."""
 
     octets: Secret
 
     @classmethod
-    def of(cls, octets: bytes) -> Drawn:
+    def of(cls, octets: bytes) -> DrawnIvs:
         return cls(Secret(octets))
 
     def __len__(self) -> int:
         return len(self.octets)
 
 
-def synthetic_ivs(key: SealKey, drawn: Drawn, text: bytes) -> bytes:
+def synthetic_ivs(key: SealKey, drawn: DrawnIvs, text: bytes) -> bytes:
     """As many octets of IV as were drawn, different for each `text`; unpredictable without the key.
 
     `text`: all that is sealed with them, and what is in the clear in front of it, because an AEAD
@@ -487,7 +487,7 @@ def _aead_parts(key: SealKey, iv: bytes) -> tuple[bytes, bytes, int]:
 
 __all__ = [
     "ChildKeys",
-    "Drawn",
+    "DrawnIvs",
     "EspKeys",
     "SealKey",
     "SkKeys",

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from ikectx.errors import StateError, UsageError, WireError
 from ikectx.numbers import Exchange, Notify, Payload
 from ikectx.sa.context import Endpoint
-from ikectx.sa.keys import Drawn, SealKey, iv_length, open_, seal, sealed_length, synthetic_ivs
+from ikectx.sa.keys import DrawnIvs, SealKey, iv_length, open_, seal, sealed_length, synthetic_ivs
 
 from .payloads import AnyPayload, NotifyPayload, RawPayload, parse_payloads, serialize_payloads
 from .reader import Reader, Writer
@@ -113,7 +113,7 @@ EXCHANGES: dict[Exchange, ExchangeRule] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class IkeMessage:
     """A whole message in the clear: one that was opened, or is to be sealed."""
 
     header: IkeHeader
@@ -161,21 +161,21 @@ def seal_fragments(
     key: SealKey,
     header: IkeHeader,
     payloads: Iterable[AnyPayload],
-    ivs: bytes | Drawn,
+    ivs: bytes | DrawnIvs,
     limit: int | None = None,
 ) -> list[bytes]:
     """The datagrams (no marker) of one message: one in SK, or SKF fragments (RFC 7383, 2.5).
 
     `limit`: octets of the largest datagram, None: no fragments, which only a peer that
     announced IKEV2_FRAGMENTATION_SUPPORTED understands. `ivs`: a fresh `keys.iv_length` for each datagram,
-    one behind the other; what is left over is not used. `Drawn`: the same arguments give the same datagrams,
-    and any other message has other IVs. Errors: UsageError for too few of them or a limit
+    one behind the other; what is left over is not used. `DrawnIvs`: the same arguments give the same
+    datagrams, and any other message has other IVs. Errors: UsageError for too few of them or a limit
     that leaves no room; WireError for a message of more than `MAX_FRAGMENTS`.
     """
     size = iv_length(key.encr)
     listed = list(payloads)
     first, inner = serialize_payloads(listed)
-    if isinstance(ivs, Drawn):
+    if isinstance(ivs, DrawnIvs):
         text = header.serialize() + bytes([first]) + (limit or 0).to_bytes(4) + inner
         ivs = synthetic_ivs(key, ivs, text)
     if limit is None or HEADER_LENGTH + 4 + sealed_length(key, len(inner)) <= limit:
@@ -231,13 +231,13 @@ def _sealed(datagram: bytes) -> _Sealed:
     return _Sealed(header, first, head, reader.rest(), number, total)
 
 
-def open_message(key: SealKey, datagram: bytes) -> Message:
+def open_message(key: SealKey, datagram: bytes) -> IkeMessage:
     """A whole message sealed in SK, opened and checked against the table. WireError for anything else."""
     sealed = _sealed(datagram)
     if sealed.header.next_payload == Payload.SKF:
         raise WireError("sealed message: a fragment of one")
     inner = open_(key, sealed.head, sealed.body)
-    message = Message(sealed.header, parse_payloads(sealed.first, inner))
+    message = IkeMessage(sealed.header, parse_payloads(sealed.first, inner))
     message.check()
     return message
 
@@ -254,7 +254,7 @@ class Reassembly:
         self._parts: dict[int, bytes] = {}
         self._first = Payload.NONE
 
-    def add(self, datagram: bytes) -> Message | None:
+    def add(self, datagram: bytes) -> IkeMessage | None:
         """The message, once it is complete. A fragment that does not open changes nothing (WireError)."""
         sealed = _sealed(datagram)
         if sealed.header.next_payload == Payload.SK:
@@ -273,7 +273,7 @@ class Reassembly:
             return None
         whole = b"".join(self._parts[n] for n in range(1, self._total + 1))
         self._of = None
-        message = Message(sealed.header, parse_payloads(self._first, whole))
+        message = IkeMessage(sealed.header, parse_payloads(self._first, whole))
         message.check()
         return message
 

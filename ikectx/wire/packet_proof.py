@@ -23,7 +23,7 @@ from ikectx.sa.keys import seal_key
 from ikectx.sa.name import SaName
 
 from .cxtp import MAX_BLOCK_DATA, ContextDataBlock
-from .ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader, Message, Reassembly
+from .ikev2 import HEADER_LENGTH, MAX_FRAGMENTS, IkeHeader, IkeMessage, Reassembly
 from .reader import Reader, Writer
 
 EXCHANGES = frozenset({Exchange.INFORMATIONAL, Exchange.CREATE_CHILD_SA})
@@ -142,10 +142,10 @@ def _header(context: IkeContext, datagram: bytes) -> IkeHeader:
     return header
 
 
-def _open(context: IkeContext, datagrams: Sequence[bytes]) -> Message:
+def _open(context: IkeContext, datagrams: Sequence[bytes]) -> IkeMessage:
     now = context.current
     whole = Reassembly(seal_key(now, by_initiator=not now.initiator))
-    message: Message | None = None
+    message: IkeMessage | None = None
     for datagram in datagrams:
         if message is not None:
             raise ProofError("more datagrams than the message has")

@@ -12,7 +12,7 @@ import pytest
 
 from ikectx.engine.arrivals import AT_ONCE
 from ikectx.engine.journaled import MobileConfig
-from ikectx.node.mobility import Handover, MobileState, Mode, Route, Router
+from ikectx.node.mobility import Handover, HandoverMode, MobileState, Route, Router
 from ikectx.sa.context import Endpoint, Secret
 from ikectx.sa.name import SaName
 from ikectx.timing import Timing
@@ -71,8 +71,8 @@ def accepted(octets: bytes | None, purpose: Purpose) -> bool:
     return open_ctaa(KEY, ctaa, SEQUENCE, purpose=purpose) and not ctaa.statuses
 
 
-@pytest.mark.parametrize("mode", [Mode.PREDICTIVE, Mode.REACTIVE])
-def test_a_handover_by_the_mn(mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [HandoverMode.PREDICTIVE, HandoverMode.REACTIVE])
+def test_a_handover_by_the_mn(mode: HandoverMode) -> None:
     """The machine of the MN and two real agents."""
 
     async def scenario() -> None:
@@ -84,7 +84,7 @@ def test_a_handover_by_the_mn(mode: Mode) -> None:
                 Route(MN, A, B),
                 sequence=SEQUENCE,
                 unix=wall(),
-                care_of=care_of if mode is Mode.REACTIVE else None,
+                care_of=care_of if mode is HandoverMode.REACTIVE else None,
             )
             while not machine.done:
                 for octets, to in machine.to_send(0):
@@ -96,7 +96,7 @@ def test_a_handover_by_the_mn(mode: Mode) -> None:
                     machine.moved(care_of, 0)
             await until_settled(w)
             assert machine.outcome.state is MobileState.ACTIVATED
-            assert machine.outcome.announced == (mode is Mode.PREDICTIVE)
+            assert machine.outcome.announced == (mode is HandoverMode.PREDICTIVE)
             assert w.owner(sa) == "b"
             assert w.b.daemon.served[sa].remote.address == NEW.address
             assert w.b.daemon.moves == []

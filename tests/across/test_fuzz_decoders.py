@@ -69,15 +69,15 @@ from tests.vici_bridge.vici.test_views import VIEW
 from vici_bridge.away.behind import Block
 from vici_bridge.away.departures import Departure
 from vici_bridge.away.origins import Origin
-from vici_bridge.effects.mobile_move import ChildMove, Move
+from vici_bridge.effects.mobile_move import ChildMove, MobileMove
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
 from vici_bridge.kernel import detour, nftables, route_events
-from vici_bridge.kernel.netlink import Netlink, Outcome
+from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
 from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
 from vici_bridge.policy.new_names import Plan
-from vici_bridge.policy.proposals import Proposal
+from vici_bridge.policy.proposals import ConfiguredProposal
 from vici_bridge.vici.codec import Deframer, Packet, PacketType, json_of, serialize_message, with_json
 from vici_bridge.vici.codec import parse_message as parse_vici
 from vici_bridge.vici.views import missing_algorithms, peer_context, sa_views
@@ -224,18 +224,18 @@ def vici_packets(octets: bytes) -> None:
             json_of(packet.message)
 
 
-def table(octets: bytes) -> nftables.Table:
+def table(octets: bytes) -> nftables.NftTable:
     """As if the kernel had answered so."""
 
-    class Answered(nftables.Table):
-        def _outcome(self, request: Any) -> Outcome:
-            return Outcome(0, "", [octets])
+    class Answered(nftables.NftTable):
+        def _outcome(self, request: Any) -> NetlinkOutcome:
+            return NetlinkOutcome(0, "", [octets])
 
     return Answered("ikectx")
 
 
 def netlink_datagram(octets: bytes) -> None:
-    Netlink._sort(octets, {1: Outcome(), 2: Outcome()})
+    Netlink._sort(octets, {1: NetlinkOutcome(), 2: NetlinkOutcome()})
 
 
 def bench_file(octets: bytes) -> None:
@@ -360,7 +360,7 @@ def test_damaged_trees_of_charon_are_wire_errors(name: str, data: st.DataObject)
 @given(st.text(max_size=40) | st.from_regex(r"[a-z0-9-]{0,40}"))
 def test_a_proposal_is_one_or_a_value_error(text: str) -> None:
     try:
-        Proposal.parse(text)
+        ConfiguredProposal.parse(text)
     except ValueError as error:  # whoever reads a configuration names file and key
         assert str(error)
 
@@ -517,7 +517,7 @@ def test_a_damaged_item_is_a_store_error(value: object, check: object) -> None:
 SPIS = SaName(b"initiato", b"responde")
 ENDS = Endpoint(MN, 4500), Endpoint(NSG, 4500)
 ORIGIN = Origin("psg", SPIS, 3, SPIS, "mn.example", ("10.4.0.10/32",), 1e9)
-MOVE = Move(
+MOVE = MobileMove(
     *ENDS, *ENDS, (ChildMove(b"abcd", b"efgh", b"ijkl", b"mnop", 7, 99, ReplayState(9, 64, 5)),), ENDS
 )
 MIRROR = Mirror(7, *ENDS, (UpdateSpi(Protocol.ESP, b"\xc9\0\0\1", b"\xc9\0\0\2"),), b"i" * 64, b"f" * 512)
@@ -527,7 +527,7 @@ NOTES: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
     "departure": (DEPARTURE.dumps(), lambda raw: Departure.loads("k", raw)),
     "origin": (ORIGIN.dumps(), lambda raw: Origin.loads("k", raw)),
     "block": (Block(SPIS, "mn.example", BLOCKING).dumps(), lambda raw: Block.loads("k", raw)),
-    "move": (MOVE.dumps(), Move.loads),
+    "move": (MOVE.dumps(), MobileMove.loads),
     "UPDATE_SPI": (MIRROR.dumps(), Mirror.loads),
     "plan": (PLAN.dumps(), Plan.loads),
 }

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from ikectx.engine.tables import SOURCE_FINAL, TARGET_FINAL, TARGET_OWNS
-from ikectx.node.mobility import MobileState, Mode
+from ikectx.node.mobility import HandoverMode, MobileState
 from tests.handover_world import Mobile, Stock, Weather, World
 
 FINE = Weather()
@@ -53,8 +53,8 @@ def agrees(mobile: Mobile, owner: str, log: list[str]) -> None:
 
 
 @pytest.mark.parametrize("weather", WEATHERS)
-@pytest.mark.parametrize("mode", list(Mode))
-def test_one_owner_and_the_mn_knows_or_doubts(mode: Mode, weather: str) -> None:
+@pytest.mark.parametrize("mode", list(HandoverMode))
+def test_one_owner_and_the_mn_knows_or_doubts(mode: HandoverMode, weather: str) -> None:
     ends: Counter[tuple[MobileState, bool]] = Counter()
     for seed in SEEDS:
         world = World(seed, WEATHERS[weather])
@@ -68,7 +68,7 @@ def test_one_owner_and_the_mn_knows_or_doubts(mode: Mode, weather: str) -> None:
         assert len(moved) == (owner == "nsg"), world.log  # no replay ever moved it again
         ends[mobile.machine.state, mobile.machine.outcome.in_doubt] += 1
     if weather == "fine":
-        late = {(MobileState.SILENT, False)} if mode is Mode.PREDICTIVE else set()
+        late = {(MobileState.SILENT, False)} if mode is HandoverMode.PREDICTIVE else set()
         assert set(ends) <= {(MobileState.ACTIVATED, False), *late}, ends
     # it is worth doing: many get there (gateways send an offer once: where it is lost, they keep the SA)
     least = {"fine": 0.6, "attacked": 0.4, "loaded": 0.4}.get(weather, 0.1)

@@ -23,11 +23,11 @@ from ikectx.sa.name import SaName
 from ikectx_cli.mobile.config import load
 from vici_bridge.effects import mobile
 from vici_bridge.effects.mobile import CharonMobile
-from vici_bridge.effects.runner import Step
+from vici_bridge.effects.runner import LedgerStep
 from vici_bridge.host import CharonHost, HostConfig
 
 
-def dying(step: Step[Any], name: str) -> Step[Any]:
+def dying(step: LedgerStep[Any], name: str) -> LedgerStep[Any]:
     """The step, in which the process dies before the effect of that name."""
 
     async def die(work: Any) -> None:

@@ -23,7 +23,7 @@ from ikectx.wire.ikev2 import IkeHeader
 from ikectx_cli.lab.config import Tunnel
 from ikectx_cli.lab.net import ANNOUNCED, AWAY, OUTER
 from mobike_ext import watch
-from mobike_ext.unknown import Question
+from mobike_ext.unknown import UnknownMessage
 from tests.netns import of_name
 
 from .world import World, spis, until
@@ -71,7 +71,7 @@ def moves(world: World, host: str) -> list[str]:
     return [line for line in lines.splitlines() if '"moved"' in line]
 
 
-def hear(world: World, host: str, act: Callable[[], object], addresses: list[str]) -> Question:
+def hear(world: World, host: str, act: Callable[[], object], addresses: list[str]) -> UnknownMessage:
     """The first IKE request that comes to `host` for one of the addresses after `act`."""
     with of_name(world.lab.net.namespace(host)).entered():
         ear = watch.open_ear([ip_address(address) for address in addresses])
@@ -87,13 +87,15 @@ def hear(world: World, host: str, act: Callable[[], object], addresses: list[str
             found = watch.parse_packet(packet)
             if found is not None and sender[2] in (socket.PACKET_HOST, socket.PACKET_OUTGOING):
                 datagram, local, remote = found
-                return Question((datagram[:8], datagram[8:16]), (datagram,), local, remote)
+                return UnknownMessage((datagram[:8], datagram[8:16]), (datagram,), local, remote)
     raise AssertionError(f"{host} heard no request")
 
 
-def replay(world: World, host: str, heard: Question, *, at: str, source: Endpoint | None = None) -> None:
+def replay(
+    world: World, host: str, heard: UnknownMessage, *, at: str, source: Endpoint | None = None
+) -> None:
     """A stranger sends the same request to `host`."""
-    again = Question(
+    again = UnknownMessage(
         heard.spis, heard.datagrams, Endpoint(ip_address(at), heard.local.port), source or heard.remote
     )
     with of_name(world.lab.net.namespace(host)).entered():
@@ -158,7 +160,9 @@ def test_a_forged_request_moves_nothing(packets4: World) -> None:
     context = world.context("psg")
     for mid in range(header.message_id, header.message_id + 4):
         forged = datagram[:20] + mid.to_bytes(4) + datagram[24:]
-        replay(world, "nsg", Question(heard.spis, (forged,), heard.local, heard.remote), at=ANNOUNCED[4])
+        replay(
+            world, "nsg", UnknownMessage(heard.spis, (forged,), heard.local, heard.remote), at=ANNOUNCED[4]
+        )
         time.sleep(1.1)
     until(lambda: "does not open" in world.log("psg", "agent.out"), "pSG has tried to open it")
     assert world.context("psg")["generations"] == context["generations"]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ikectx.errors import UsageError
 from ikectx.numbers import Encr, Exchange, Integ, Notify
 from ikectx.sa.context import Endpoint, IkeGeneration
-from ikectx.sa.keys import Drawn, iv_length
-from ikectx.wire.ikev2 import IkeHeader, Message, add_marker, nat_detection_hash, seal_message
+from ikectx.sa.keys import DrawnIvs, iv_length
+from ikectx.wire.ikev2 import IkeHeader, IkeMessage, add_marker, nat_detection_hash, seal_message
 from ikectx.wire.payloads import AnyPayload, NotifyPayload, serialize_payloads
 from mobike_ext.address_update import (
     TABLE,
@@ -40,7 +40,7 @@ def update(generation: IkeGeneration = SA, iv: bytes | None = None, **notice: ob
     return AddressUpdate(end, said, secrets.token_bytes(iv_length(generation.encr)) if iv is None else iv)
 
 
-def started(**changes: object) -> tuple[AddressUpdate, Message, bytes]:
+def started(**changes: object) -> tuple[AddressUpdate, IkeMessage, bytes]:
     machine = update(SA, **changes)
     [(datagram, destination)] = machine.to_send(0)
     assert destination == MN
@@ -56,7 +56,7 @@ def test_b3_the_iv_depends_on_all_that_is_encrypted(encr: Encr, bits: int, integ
     size = iv_length(encr)
 
     def sent(**changes: Any) -> bytes:
-        [(datagram, _)] = update(sa, **({"iv": Drawn.of(bytes(size))} | changes)).to_send(0)
+        [(datagram, _)] = update(sa, **({"iv": DrawnIvs.of(bytes(size))} | changes)).to_send(0)
         return datagram[4 + 28 + 4 :]
 
     others = [
@@ -64,7 +64,7 @@ def test_b3_the_iv_depends_on_all_that_is_encrypted(encr: Encr, bits: int, integ
         sent(additional=(ip_address("203.0.113.1"),)),
         sent(conditions=Condition.NAT_FAKE),
         sent(cookie2=bytes(16)),
-        sent(iv=Drawn.of(bytes(size - 1) + b"\1")),
+        sent(iv=DrawnIvs.of(bytes(size - 1) + b"\1")),
     ]
     assert sent() == sent()  # built again after a crash: the same octets
     assert len({one[:size] for one in (sent(), *others)}) == 6

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import CharonError, UnknownSaError, UsageError
-from ikectx.node.mobility import Handover, MobileState, Outcome
+from ikectx.node.mobility import Handover, HandoverOutcome, MobileState
 from ikectx.numbers import Exchange, Protocol
 from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.keys import iv_length, seal_key
@@ -140,7 +140,7 @@ class Ends:
         """The SA is ended while nsg is asked, which says so after as many seconds."""
         run = self.w.gateways.__call__
 
-        async def asked(machine: Handover, *args: Any, **more: Any) -> Outcome:
+        async def asked(machine: Handover, *args: Any, **more: Any) -> HandoverOutcome:
             found = await run(machine, *args, **more)
             assert self.w.mobile.state == "PASSIVE"
             self.gone = True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ikectx.errors import UsageError, WireError
 from ikectx.numbers import Exchange, Notify, Protocol
 from ikectx.sa.keys import child_keys, sk_keys, skeyseed
-from ikectx.wire.ikev2 import IkeHeader, Message
+from ikectx.wire.ikev2 import IkeHeader, IkeMessage
 from ikectx.wire.payloads import NotifyPayload
 from mobike_ext.naming import (
     MOST,
@@ -47,8 +47,8 @@ def names(**changes: object) -> Names:
     return Names(sas | {(IKE, True, b"initiatr")}, **changes)  # type: ignore[arg-type]
 
 
-def message(*payloads: NotifyPayload) -> Message:
-    return Message(HEADER, payloads)
+def message(*payloads: NotifyPayload) -> IkeMessage:
+    return IkeMessage(HEADER, payloads)
 
 
 # --- the side that is asked ----------------------------------------------------------------------------

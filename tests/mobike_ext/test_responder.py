@@ -16,7 +16,7 @@ from ikectx.sa.context import Endpoint
 from ikectx.sa.keys import seal_key
 from ikectx.wire.ikev2 import (
     IkeHeader,
-    Message,
+    IkeMessage,
     add_marker,
     nat_detection_hash,
     open_message,
@@ -84,7 +84,7 @@ def asked(machine: SpiResponder, datagrams: list[bytes], now: float = 0.0, sourc
     return told(machine)
 
 
-def read(machine: SpiResponder, to: Endpoint = NSG) -> Message:
+def read(machine: SpiResponder, to: Endpoint = NSG) -> IkeMessage:
     [(datagram, where)] = machine.to_send(0)
     assert where == to
     return open_message(FROM_NODE, strip(datagram, MN, to))

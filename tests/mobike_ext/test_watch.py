@@ -23,7 +23,7 @@ from ikectx.wire.ikev2 import HEADER_LENGTH, IkeHeader, add_marker
 from ikectx.wire.reader import Writer
 from mobike_ext import unknown, watch
 from mobike_ext.packet_io import udp_datagram
-from mobike_ext.unknown import Dropped, Question, Unknown
+from mobike_ext.unknown import NotAsked, UnknownMessage, UnknownSas
 from tests.bpf_machine import passes
 from tests.netns import namespaces
 from tests.worlds import until
@@ -59,9 +59,9 @@ def part(number: int, total: int, name: tuple[bytes, bytes] = NAME, size: int = 
     return head + Writer().u32(8 + size).u16(number).u16(total).octets(bytes([number]) * size).done()
 
 
-def memory(**more: float) -> Unknown:
+def memory(**more: float) -> UnknownSas:
     """One that never rolls the dice against anybody."""
-    return Unknown(lambda: 0.0, **more)  # type: ignore[arg-type]
+    return UnknownSas(lambda: 0.0, **more)  # type: ignore[arg-type]
 
 
 def pair(number: int) -> tuple[bytes, bytes]:
@@ -73,16 +73,16 @@ def pair(number: int) -> tuple[bytes, bytes]:
 
 def test_a_probe_is_a_question() -> None:
     core = memory()
-    assert core.receive(probe(), US, MN, 5.0) == Question(NAME, (probe(),), US, MN)
+    assert core.receive(probe(), US, MN, 5.0) == UnknownMessage(NAME, (probe(),), US, MN)
     rekey = probe(pair(1), exchange=Exchange.CREATE_CHILD_SA, initiator=False)
-    assert core.receive(rekey, US, MN, 5.0) == Question(pair(1), (rekey,), US, MN)
+    assert core.receive(rekey, US, MN, 5.0) == UnknownMessage(pair(1), (rekey,), US, MN)
 
 
 def test_one_question_for_an_spi_pair_and_second() -> None:
     core = memory()
     asked = [n for n in range(300) if core.receive(probe(), US, MN, 100 + n / 100) is not None]
     assert asked == [0, 100, 200]
-    assert core.dropped[Dropped.ASKED] == 297
+    assert core.dropped[NotAsked.ASKED] == 297
     # whoever else names the SPIs has no question of their own, whatever they send
     assert core.receive(probe(message_id=9), US, Endpoint.of("203.0.113.1", 4500), 102.99) is None
 
@@ -119,7 +119,7 @@ WRONG: dict[str, Callable[[], bytes]] = {
 def test_anything_else_is_none(what: str) -> None:
     core = memory()
     assert core.receive(WRONG[what](), US, MN, 1.0) is None
-    assert core.dropped == {Dropped.NO_REQUEST: 1}
+    assert core.dropped == {NotAsked.NO_REQUEST: 1}
     assert len(core) == 0
 
 
@@ -136,14 +136,14 @@ def test_fragments_are_gathered() -> None:
     assert core.receive(parts[1], US, MN, 1.0) is None
     assert core.receive(parts[2], US, MN, 1.0) is None
     assert core.held == len(parts[1]) + len(parts[2])
-    assert core.receive(parts[0], US, MN, 1.0) == Question(NAME, tuple(parts), US, MN)
+    assert core.receive(parts[0], US, MN, 1.0) == UnknownMessage(NAME, tuple(parts), US, MN)
     assert core.held == 0
     assert core.receive(parts[0], US, MN, 1.5) is None
-    assert core.dropped == {Dropped.PART: 3, Dropped.ASKED: 1}
+    assert core.dropped == {NotAsked.PART: 3, NotAsked.ASKED: 1}
 
 
 def test_one_fragment_may_be_all() -> None:
-    assert memory().receive(part(1, 1), US, MN, 1.0) == Question(NAME, (part(1, 1),), US, MN)
+    assert memory().receive(part(1, 1), US, MN, 1.0) == UnknownMessage(NAME, (part(1, 1),), US, MN)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_one_fragment_may_be_all() -> None:
         lambda core: core.receive(part(2, 2), Endpoint.of("10.9.9.2", 4500), MN, 1.0),
     ],
 )
-def test_fragments_of_different_messages_are_not_mixed(other: Callable[[Unknown], object]) -> None:
+def test_fragments_of_different_messages_are_not_mixed(other: Callable[[UnknownSas], object]) -> None:
     core = memory()
     assert core.receive(part(1, 2), US, MN, 1.0) is None
     assert other(core) is None
@@ -196,7 +196,7 @@ def test_questions_are_bounded_in_all_and_for_a_source() -> None:
         core.receive(probe(pair(1 + n)), US, sources[n % 200], n / 1000) is not None for n in range(10000)
     )
     assert 100 <= asked <= 130  # 10 s of them, and what the full bucket held
-    assert core.dropped[Dropped.RATE] == 10000 - asked
+    assert core.dropped[NotAsked.RATE] == 10000 - asked
     core = memory(rate=10.0)
     asked = sum(core.receive(probe(pair(1 + n)), US, MN, n / 1000) is not None for n in range(10000))
     assert 50 <= asked <= 65
@@ -509,7 +509,7 @@ def test_a_flood_is_not_read() -> None:
 def test_the_mns_address_need_not_be_ours_to_send_from(ends: tuple[Endpoint, Endpoint]) -> None:
     us, mn = ends
     with host(), udp(us) as charon:
-        watch.deliver(Question(NAME, (probe(),), us, mn))
+        watch.deliver(UnknownMessage(NAME, (probe(),), us, mn))
         data, source = charon.recvfrom(2000)
         assert (data, source[:2]) == (bytes(4) + probe(), (str(mn.address), mn.port))
 

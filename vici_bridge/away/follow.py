@@ -11,7 +11,7 @@ from ikectx.errors import KernelError, RefusedError, StoreError, UnknownSaError
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.whereabouts import What, Whereabouts
-from vici_bridge.ha.record import Change, ChildAdded, Deleted, Record, Rekeyed, Updated
+from vici_bridge.ha.record import ChildAdded, Deleted, Record, RecordChange, Rekeyed, Updated
 from vici_bridge.vici.views import SaView
 
 from .absences import Away, pairs_in, pairs_of
@@ -58,7 +58,7 @@ class Follow:
         for departure in self._away.serves(sa, who, pairs_of(context)):
             self._origins.back(departure, who, sa)
 
-    def heed(self, change: Change) -> None:
+    def heed(self, change: RecordChange) -> None:
         """Take in charon's report of a change. Raises nothing."""
         match change:
             case ChildAdded(name) | Updated(name):

@@ -26,7 +26,7 @@ from vici_bridge.policy.new_names import Plan, own_spi
 
 from .coming import SCRIPT_LIMIT, Coming, now
 from .renames import INSTALL_TIMEOUT
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 from .take import converge, leads_here, open_way, script_up, will_lead
 
 log = logging.getLogger(__name__)
@@ -166,19 +166,19 @@ async def _forget(work: Coming) -> Facts:
     return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "unique_id": 0}
 
 
-ACTIVATE: Step[Coming] = Step(
+ACTIVATE: LedgerStep[Coming] = LedgerStep(
     "activate",
     (
-        Effect("new names", converge, when=_inactive),
-        Effect("charon has it", _look, when=_leads),
-        Effect("way", open_way, when=_leads),
-        Effect("script up", script_up, when=_leads, limit=SCRIPT_LIMIT + 5.0),
-        Effect("message IDs", _message_ids, when=_inactive),
-        Effect("charon is active", _toggle, when=_inactive),
-        Effect("what follows is noted", _note, when=_inactive),
-        Effect("charon speaks", speak),
-        Effect("what was kept is heard", _deliver, needed=False),
+        StepEffect("new names", converge, when=_inactive),
+        StepEffect("charon has it", _look, when=_leads),
+        StepEffect("way", open_way, when=_leads),
+        StepEffect("script up", script_up, when=_leads, limit=SCRIPT_LIMIT + 5.0),
+        StepEffect("message IDs", _message_ids, when=_inactive),
+        StepEffect("charon is active", _toggle, when=_inactive),
+        StepEffect("what follows is noted", _note, when=_inactive),
+        StepEffect("charon speaks", speak),
+        StepEffect("what was kept is heard", _deliver, needed=False),
         # written together with the journal's next state, which says that the SA is owned
-        Effect("names are over", _forget, needed=False, soon=True),
+        StepEffect("names are over", _forget, needed=False, soon=True),
     ),
 )

@@ -25,7 +25,7 @@ from ikectx.sa.context import ChildContext, FinalChild, FinalState, IkeContext, 
 from vici_bridge.vici.views import SaView
 
 from .leaving import LIVING, Leaving, in_the_way, last_request, outbound_of
-from .runner import Effect, Facts, Step, with_context
+from .runner import Facts, LedgerStep, StepEffect, with_context
 
 IDLE_TIMEOUT = 3.0
 """Seconds to wait for charon to finish an exchange that is under way at the freeze."""
@@ -202,21 +202,21 @@ async def _same(work: Freezing) -> SaView:
     return view
 
 
-FREEZE: Step[Freezing] = Step(
+FREEZE: LedgerStep[Freezing] = LedgerStep(
     "freeze",
     (
-        Effect("charon hears nothing", _hear_nothing),
-        Effect("charon ends its exchange", _wait),
-        Effect("charon says nothing", _say_nothing),
-        Effect("message IDs", _find_ids),
-        Effect("ESP goes on", _go_on, when=lambda work: work.goes_on),
-        Effect(
+        StepEffect("charon hears nothing", _hear_nothing),
+        StepEffect("charon ends its exchange", _wait),
+        StepEffect("charon says nothing", _say_nothing),
+        StepEffect("message IDs", _find_ids),
+        StepEffect("ESP goes on", _go_on, when=lambda work: work.goes_on),
+        StepEffect(
             "policies are noted",
             _note_policies,
             when=lambda work: not work.goes_on and work.host.kernel is not None,
         ),
-        Effect("ESP stops", _stop, when=lambda work: not work.goes_on),
+        StepEffect("ESP stops", _stop, when=lambda work: not work.goes_on),
         # written together with the journal's next state, which says that the SA was let go
-        Effect("counters", _read_counters, soon=True),
+        StepEffect("counters", _read_counters, soon=True),
     ),
 )

@@ -13,7 +13,7 @@ import contextlib
 from ikectx.errors import UnknownSaError
 
 from .moving import Moving
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 
 async def activate(work: Moving) -> Facts:
@@ -38,11 +38,11 @@ async def rekey_children(work: Moving) -> None:
             await work.host.ask(work.host.vici.rekey, child_id=child.unique_id)
 
 
-LOUD: Step[Moving] = Step(
+LOUD: LedgerStep[Moving] = LedgerStep(
     "loud",
     (
-        Effect("charon is active", activate),
-        Effect("children are rekeyed", rekey_children, when=lambda work: work.rekeys),
+        StepEffect("charon is active", activate),
+        StepEffect("children are rekeyed", rekey_children, when=lambda work: work.rekeys),
     ),
     ends=True,
     journaled=False,

@@ -45,7 +45,7 @@ from vici_bridge.policy.obstacles import check_kind, check_told
 from vici_bridge.vici.views import SaView
 
 from .loud import LOUD, activate, rekey_children
-from .mobile_move import LIVING, Move, plan_move
+from .mobile_move import LIVING, MobileMove, plan_move
 from .moving import Moving
 from .quiet import QUIET, in_the_way
 from .readdress import READDRESS
@@ -224,7 +224,7 @@ class CharonMobile:
         if view.state != "PASSIVE":
             raise StateError(f"the IKE_SA {view.name} is {view.state}, not PASSIVE")
         saved = host.own.of(sa).facts.move
-        move = Move.loads(saved) if saved else None
+        move = MobileMove.loads(saved) if saved else None
         if move is None:
             now = context_at(host.record.context(sa), view)
             living = [child.spi_in for child in view.children if child.state in LIVING]
@@ -328,7 +328,7 @@ class CharonMobile:
         name = sa
         try:
             if saved:
-                name, failed = await self._end_move(sa, Move.loads(saved))
+                name, failed = await self._end_move(sa, MobileMove.loads(saved))
         except (CharonError, WireError):
             raise  # charon cannot be asked: the caller tries again
         except IkectxError as error:  # a note that cannot be read must not keep the SA passive
@@ -341,7 +341,7 @@ class CharonMobile:
         if failed is not None:
             raise failed
 
-    async def _end_move(self, sa: SaName, move: Move) -> tuple[SaName, IkectxError | None]:
+    async def _end_move(self, sa: SaName, move: MobileMove) -> tuple[SaName, IkectxError | None]:
         """The SA's name afterwards, and the reason if a CHILD_SA could not be moved."""
         failed: IkectxError | None = None
         name = await self.steps.present_name(sa, move)
@@ -421,11 +421,11 @@ class CharonMobile:
         on."""
         host = self._host
         saved = host.own.of(sa).facts.move
-        move: Move | None = None
+        move: MobileMove | None = None
         name = sa
         try:
             if saved:
-                move = Move.loads(saved)
+                move = MobileMove.loads(saved)
                 name = await self.steps.present_name(sa, move)
             if await host.view(name) is None:
                 if move is not None:
@@ -445,7 +445,7 @@ class CharonMobile:
         except IkectxError as error:
             log.error("the IKE_SA %s: %s", sa, error)
 
-    def _note_lifetimes(self, sa: SaName, move: Move, view: SaView) -> None:
+    def _note_lifetimes(self, sa: SaName, move: MobileMove, view: SaView) -> None:
         """Keep the lifetimes of the old pairs, because charon begins those of the new pairs anew."""
         wall = time.time()
         for listed in view.children:

@@ -1,7 +1,7 @@
 """The notes of a mobile node's agent about an SA whose outer addresses it changes. Pure.
 
-`Move` is the note of an open step in the store: with it an agent that starts anew completes the step of the
-one before it. `guards_of` makes the policies that hold outbound packets meanwhile.
+`MobileMove` is the note of an open step in the store: with it an agent that starts anew completes the step of
+the one before it. `guards_of` makes the policies that hold outbound packets meanwhile.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ChildMove:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class MobileMove:
     """An IKE_SA on the move from `old_local`, `old_remote` to `local`, `remote`.
 
     `peers`: addresses where charon may find the new gateway later on (MOBIKE); none: `remote`. `guards`:
@@ -100,7 +100,7 @@ class Move:
         found += [child for child in self.children if spi_in == child.new_in]
         return found[0] if found else None
 
-    def with_child(self, changed: ChildMove) -> Move:
+    def with_child(self, changed: ChildMove) -> MobileMove:
         """The same move with one child's note changed."""
         children = tuple(changed if one.old_in == changed.old_in else one for one in self.children)
         return replace(self, children=children)
@@ -148,7 +148,7 @@ class Move:
         ).encode()
 
     @classmethod
-    def loads(cls, data: bytes) -> Move:
+    def loads(cls, data: bytes) -> MobileMove:
         """Errors: StoreError."""
         try:
             value: Any = json.loads(data)
@@ -201,11 +201,11 @@ def plan_move(
     remote: Endpoint,
     renames: Mapping[bytes, bytes],
     peers: Sequence[Endpoint] = (),
-) -> Move:
+) -> MobileMove:
     """The move of `context` to other addresses, with SPIs replaced as `renames` says (old to new).
 
-    SPIs of 4 octets are children's, those of 8 the IKE_SA's. `listed`: charon's children. `peers`: `Move`'s.
-    Errors: UsageError for SPIs that are none of this SA's, or change their size.
+    SPIs of 4 octets are children's, those of 8 the IKE_SA's. `listed`: charon's children. `peers`: as
+    `MobileMove` has them. Errors: UsageError for SPIs that are none of this SA's, or change their size.
     """
     spis = {spi for child in context.children for spi in (child.spi_in, child.spi_out)} | {*context.spis}
     for old, new in renames.items():
@@ -228,7 +228,7 @@ def plan_move(
         for child in context.children
         if not stays or child.spi_in in rekeying or child.spi_in in renames or child.spi_out in renames
     )
-    return Move(context.local, context.remote, local, remote, children, tuple(peers), ike=ike)
+    return MobileMove(context.local, context.remote, local, remote, children, tuple(peers), ike=ike)
 
 
 def leads(sa: KernelSa | None, source: Endpoint, destination: Endpoint) -> bool:

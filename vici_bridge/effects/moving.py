@@ -10,7 +10,7 @@ from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost
 from vici_bridge.vici.views import SaView
 
-from .mobile_move import Move
+from .mobile_move import MobileMove
 from .steps import MoveSteps
 
 
@@ -44,9 +44,9 @@ class Moving:
         return self.host.own.of(self.sa).facts
 
     @property
-    def move(self) -> Move:
+    def move(self) -> MobileMove:
         """Its change of addresses or SPIs. Errors: StoreError."""
-        return Move.loads(self.facts.move)
+        return MobileMove.loads(self.facts.move)
 
     async def seen(self) -> SaView:
         """charon's view of it under its old name. Errors: CharonError, UnknownSaError."""

@@ -25,7 +25,7 @@ from vici_bridge.vici.views import SaView
 
 from .coming import Coming, numbers_of
 from .renames import INSTALL_TIMEOUT
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 
 async def _plan(work: Coming) -> Facts:
@@ -128,14 +128,14 @@ async def _hold(work: Coming) -> None:
         work.renames.hold(work.here, work.plan)
 
 
-PREPARE: Step[Coming] = Step(
+PREPARE: LedgerStep[Coming] = LedgerStep(
     "prepare",
     (
-        Effect("names are planned", _plan),
-        Effect("charon says nothing", _mute),
-        Effect("import", _import, soon=True),
-        Effect("packets are blocked", _block),
-        Effect("record", _learn),
-        Effect("new names are heard", _hold),
+        StepEffect("names are planned", _plan),
+        StepEffect("charon says nothing", _mute),
+        StepEffect("import", _import, soon=True),
+        StepEffect("packets are blocked", _block),
+        StepEffect("record", _learn),
+        StepEffect("new names are heard", _hold),
     ),
 )

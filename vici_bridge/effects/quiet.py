@@ -16,7 +16,7 @@ from vici_bridge.vici.views import SaView
 
 from .leaving import ABOUT_ADDRESSES
 from .moving import Moving
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 PATIENCE = 60.0
 """Seconds for charon to end its exchange; `CharonMobile.quiet` allows less."""
@@ -55,11 +55,11 @@ async def _pause(work: Moving) -> None:
         raise BusyError(f"charon began an exchange meanwhile: {', '.join(view.tasks)}")
 
 
-QUIET: Step[Moving] = Step(
+QUIET: LedgerStep[Moving] = LedgerStep(
     "quiet",
     (
-        Effect("charon ends its exchange", _wait, limit=PATIENCE),
-        Effect("passive is noted", _note),
-        Effect("charon is passive", _pause),
+        StepEffect("charon ends its exchange", _wait, limit=PATIENCE),
+        StepEffect("passive is noted", _note),
+        StepEffect("charon is passive", _pause),
     ),
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .moving import Moving
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 
 async def _guard(work: Moving) -> None:
@@ -54,16 +54,16 @@ def _old_name(work: Moving) -> bool:
     return work.view is not None
 
 
-READDRESS: Step[Moving] = Step(
+READDRESS: LedgerStep[Moving] = LedgerStep(
     "readdress",
     (
-        Effect("guards", _guard, when=_old_name),
-        Effect("new pairs", _add, when=_old_name),
-        Effect("numbers", _raise, when=_old_name),
-        Effect("guards go", _let_go, when=_old_name),
-        Effect("old pairs go", _end_old, when=_old_name),
-        Effect("IKE_SA's name", _rename),
-        Effect("all is done", _done),
+        StepEffect("guards", _guard, when=_old_name),
+        StepEffect("new pairs", _add, when=_old_name),
+        StepEffect("numbers", _raise, when=_old_name),
+        StepEffect("guards go", _let_go, when=_old_name),
+        StepEffect("old pairs go", _end_old, when=_old_name),
+        StepEffect("IKE_SA's name", _rename),
+        StepEffect("all is done", _done),
     ),
     anew=True,
 )

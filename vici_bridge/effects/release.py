@@ -16,7 +16,7 @@ import logging
 
 from .freeze import goes_on_still, stop_at_last
 from .leaving import SCRIPT_LIMIT, Leaving
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +58,19 @@ async def _script(work: Leaving) -> None:
     await work.script(up=False)
 
 
-RELEASE: Step[Leaving] = Step(
+RELEASE: LedgerStep[Leaving] = LedgerStep(
     "release",
     (
-        Effect("look", _look),
-        Effect(
+        StepEffect("look", _look),
+        StepEffect(
             "ESP stops",
             _stop_sending,
             when=lambda work: work.view is not None and goes_on_still(work),
         ),
-        Effect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),
-        Effect("rules", _forget_rules),
-        Effect("departure", _tell),
-        Effect(
+        StepEffect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),
+        StepEffect("rules", _forget_rules),
+        StepEffect("departure", _tell),
+        StepEffect(
             "script",
             _script,
             when=lambda work: work.facts.unique_id != 0,

@@ -30,7 +30,7 @@ from ikectx.sa.name import SaName
 from vici_bridge.ha.chain import leftovers, reshape, settle
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.kernel import LATE, Kernel
-from vici_bridge.kernel.relay import Relay, Relayed
+from vici_bridge.kernel.relay import Relay, RelayRule
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.policy.new_names import (
     SEED_OCTETS,
@@ -574,8 +574,8 @@ class Renames:
             self._plans[row.sa] = (plan, Taken(frozenset(esp), frozenset({plan.ike} if plan.ike else ())))
 
 
-def _relayed(relay: ledger.Relayed | None) -> list[Relayed]:
-    return [] if relay is None else [Relayed(relay.mn, spi, relay.to) for spi in relay.spis]
+def _relayed(relay: ledger.Relayed | None) -> list[RelayRule]:
+    return [] if relay is None else [RelayRule(relay.mn, spi, relay.to) for spi in relay.spis]
 
 
 def _between(low: int, high: int) -> int:

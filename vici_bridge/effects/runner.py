@@ -68,7 +68,7 @@ def _always(work: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Effect(Generic[W]):
+class StepEffect(Generic[W]):
     """One change of charon, the kernel, the store or the mobile node within a step.
 
     do: carries it out, and returns facts to keep, None: nothing. when: whether it is needed for this SA.
@@ -102,13 +102,13 @@ def context_of(row: Row[Any]) -> IkeContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Step(Generic[W]):
+class LedgerStep(Generic[W]):
     """A step by its name. ends: the SA's row is dropped at its end. journaled: that is written together with
     the journal's next state. anew: if it begins again it does all of its effects, because each checks the
     state of charon and the kernel, and earlier changes may have been lost."""
 
     name: str
-    effects: tuple[Effect[W], ...]
+    effects: tuple[StepEffect[W], ...]
     ends: bool = False
     journaled: bool = True
     anew: bool = False
@@ -118,7 +118,7 @@ class Runner(Generic[W]):
     """Runs steps on the rows of one role. `spawn` runs a coroutine in the background."""
 
     def __init__(
-        self, ledger: Ledger[Any], spawn: Callable[[Coroutine[Any, Any, None]], None], *steps: Step[W]
+        self, ledger: Ledger[Any], spawn: Callable[[Coroutine[Any, Any, None]], None], *steps: LedgerStep[W]
     ) -> None:
         self._ledger = ledger
         self._spawn = spawn
@@ -129,7 +129,7 @@ class Runner(Generic[W]):
         self._cut: set[tuple[SaName, str]] = set()
         """Effects that were cut off because the time of the whole step was over."""
 
-    async def run(self, step: Step[W], work: W) -> None:
+    async def run(self, step: LedgerStep[W], work: W) -> None:
         """Carry out the rest of the step. Errors: those of effects that the step needs."""
         self._waiting.pop(work.sa, None)
         row = self._ledger.of(work.sa)
@@ -171,7 +171,7 @@ class Runner(Generic[W]):
         self._waiting[work.sa] = turn = object()
         self._spawn(self._try_again([self._effects[name] for name in names], work, turn, ends))
 
-    async def _do(self, effect: Effect[W], work: W) -> None:
+    async def _do(self, effect: StepEffect[W], work: W) -> None:
         row = self._ledger.of(work.sa)
         begun = row.begun == effect.name
         if begun and effect.probe is not None and await effect.probe(work):
@@ -196,14 +196,14 @@ class Runner(Generic[W]):
         else:
             self._done(effect, work, facts)
 
-    async def _limited(self, effect: Effect[W], work: W) -> Facts | None:
+    async def _limited(self, effect: StepEffect[W], work: W) -> Facts | None:
         try:
             async with asyncio.timeout(effect.limit):
                 return await effect.do(work)
         except TimeoutError:
             raise StateError(f"{effect.name} did not end within {effect.limit:g} s") from None
 
-    def _done(self, effect: Effect[W], work: W, facts: Facts | None) -> None:
+    def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> None:
         row = self._ledger.of(work.sa)
         row = replace(row, begun="", done=(*row.done, effect.name))
         if facts:
@@ -213,7 +213,7 @@ class Runner(Generic[W]):
         else:
             self._ledger.hold(row)
 
-    def _leave(self, effect: Effect[W], work: W, error: IkectxError) -> None:
+    def _leave(self, effect: StepEffect[W], work: W, error: IkectxError) -> None:
         row = self._ledger.of(work.sa)
         later = (*row.later, effect.name) if effect.later else row.later
         log.warning(
@@ -227,7 +227,7 @@ class Runner(Generic[W]):
         )
         self._ledger.put(replace(row, begun="", done=(*row.done, effect.name), later=later))
 
-    async def _try_again(self, effects: Sequence[Effect[W]], work: W, turn: object, ends: bool) -> None:
+    async def _try_again(self, effects: Sequence[StepEffect[W]], work: W, turn: object, ends: bool) -> None:
         """Try the effects that were left for later again, in the background."""
         for effect in effects:
             for wait in AGAIN:

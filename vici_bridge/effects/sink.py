@@ -36,7 +36,7 @@ from vici_bridge.policy.checks import check_esp_spis, check_ike_spis, still_here
 from vici_bridge.policy.new_names import (
     Clash,
     Plan,
-    Renamer,
+    SpiRenamer,
     Taken,
     Told,
     Wish,
@@ -70,7 +70,7 @@ class CharonSink(ContextSink):
         self,
         host: CharonHost,
         mover: Mover,
-        renamer: Renamer | None = None,
+        renamer: SpiRenamer | None = None,
         settler: Settler | None = None,
         listen: Listen | None = None,
     ) -> None:

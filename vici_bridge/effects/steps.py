@@ -31,7 +31,7 @@ from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
 from vici_bridge.vici.views import SaView
 
-from .mobile_move import ChildMove, Move, guards_of, leads
+from .mobile_move import ChildMove, MobileMove, guards_of, leads
 
 LINGER = 0.5
 """Seconds for which an old inbound SA may stay beside the new one; charon is passive meanwhile."""
@@ -47,12 +47,12 @@ class MoveSteps:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
 
-    async def add_pairs(self, sa: SaName, move: Move, view: SaView) -> SaView:
+    async def add_pairs(self, sa: SaName, move: MobileMove, view: SaView) -> SaView:
         """Delete old pairs that the new ones could not stand beside; add the new ones, and the addresses."""
         move, away = await self._clear_the_way(sa, move, view)
         return await self._add(sa, move, view, away)
 
-    async def end_old_pairs(self, sa: SaName, move: Move, view: SaView) -> None:
+    async def end_old_pairs(self, sa: SaName, move: MobileMove, view: SaView) -> None:
         """Delete the old pairs, as soon as the other end has changed over, and record what is left."""
         host = self._host
         still = await self._linger(move)
@@ -65,7 +65,7 @@ class MoveSteps:
         host.record.moved(sa, replace(after, children=kept, peer_addresses=peers))
         host.save()
 
-    async def rename_ike(self, sa: SaName, move: Move, name: SaName) -> None:
+    async def rename_ike(self, sa: SaName, move: MobileMove, name: SaName) -> None:
         """Change the IKE_SA's SPIs: its keys are derived anew, its children keep theirs (see `chain`).
 
         The record has the new name beside the old one before charon does, so that it is known after a crash.
@@ -90,14 +90,14 @@ class MoveSteps:
             host.record.feed(message)
         host.save()
 
-    def _updates(self, sa: SaName, move: Move, version: int) -> list[ha.HaMessage]:
+    def _updates(self, sa: SaName, move: MobileMove, version: int) -> list[ha.HaMessage]:
         """The messages after the IKE_ADD of a new name; none if the record has everything."""
         if sa not in self._host.record:
             return []
         before = self._host.record.context(sa)
         return reshape(before, move.with_new_name(before), version)[1:]
 
-    async def present_name(self, sa: SaName, move: Move) -> SaName:
+    async def present_name(self, sa: SaName, move: MobileMove) -> SaName:
         """charon's present name of the SA."""
         if move.ike is not None and await self._host.view(sa) is None:
             return move.ike
@@ -117,13 +117,13 @@ class MoveSteps:
             outbound if leads(outbound, local, remote) else None,
         )
 
-    def _old(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
+    def _old(self, move: MobileMove, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
         return self._pair((move.old_local, move.old_remote), (child.old_in, child.old_out))
 
-    def _new(self, move: Move, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
+    def _new(self, move: MobileMove, child: ChildMove) -> tuple[KernelSa | None, KernelSa | None]:
         return self._pair((move.local, move.remote), (child.new_in, child.new_out))
 
-    def guard(self, sa: SaName, move: Move, view: SaView) -> Move:
+    def guard(self, sa: SaName, move: MobileMove, view: SaView) -> MobileMove:
         """Guard outbound packets: keep them on the old SAs, or hold them back if these must be deleted
         first."""
         kernel = self._host.kernel
@@ -145,12 +145,14 @@ class MoveSteps:
             kernel.replace_policy(KernelPolicy.parse(raw))
         return move
 
-    def drop_guards(self, move: Move) -> None:
+    def drop_guards(self, move: MobileMove) -> None:
         if self._host.kernel is not None:
             for raw in move.guards:
                 self._host.kernel.delete_policy(KernelPolicy.parse(raw))
 
-    async def _clear_the_way(self, sa: SaName, move: Move, view: SaView) -> tuple[Move, list[ha.HaMessage]]:
+    async def _clear_the_way(
+        self, sa: SaName, move: MobileMove, view: SaView
+    ) -> tuple[MobileMove, list[ha.HaMessage]]:
         """Deletions of old pairs that cannot exist beside the new ones, after their numbers were noted."""
         in_the_way = [child for child in move.children if not move.beside(child) and child.old_in_view(view)]
         for child in in_the_way:
@@ -158,7 +160,7 @@ class MoveSteps:
         version, ike = await self._host.version(), self.ike_id(sa)
         return move, [ha.child_delete(version, ike, child.old_in) for child in in_the_way]
 
-    def _note_numbers(self, sa: SaName, move: Move, child: ChildMove) -> Move:
+    def _note_numbers(self, sa: SaName, move: MobileMove, child: ChildMove) -> MobileMove:
         """Note what the old pair has sent and received, while it can still be read."""
         kernel = self._host.kernel
         if kernel is None:
@@ -189,7 +191,7 @@ class MoveSteps:
                 ours.append(replace(sa, spi=new, replay=replace(sa.replay, oseq=0, seq=0, bitmap=0)))
         kernel.restore_inbound(InboundSnapshot(tuple(ours), ()), HEARD)
 
-    def _give_way(self, move: Move, children: Sequence[ChildMove]) -> dict[bytes, ReplayState]:
+    def _give_way(self, move: MobileMove, children: Sequence[ChildMove]) -> dict[bytes, ReplayState]:
         """Remove the SAs of `hear`, because charon adds and never replaces. Returns what each received, by
         SPI."""
         kernel = self._host.kernel
@@ -203,7 +205,7 @@ class MoveSteps:
         return received
 
     @trace.spanned("add pair")
-    async def _add(self, sa: SaName, move: Move, view: SaView, messages: list[ha.HaMessage]) -> SaView:
+    async def _add(self, sa: SaName, move: MobileMove, view: SaView, messages: list[ha.HaMessage]) -> SaView:
         """After `messages`, the IKE_SA's addresses, and the new pairs that are not there yet.
 
         charon takes one message after the other, and until the last of them packets are lost.
@@ -236,7 +238,7 @@ class MoveSteps:
                 host.kernel.set_replay(inbound, received[child.new_in], outbound=False)
         return view
 
-    def raise_numbers(self, sa: SaName, move: Move) -> Move:
+    def raise_numbers(self, sa: SaName, move: MobileMove) -> MobileMove:
         """Set the new pairs' keys, numbers and windows from those of the old ones."""
         kernel = self._host.kernel
         if kernel is None:
@@ -259,7 +261,7 @@ class MoveSteps:
                     kernel.set_replay(outbound, raised, outbound=True)
         return move
 
-    def _right_keys(self, kernel: Kernel, context: IkeContext, move: Move, child: ChildMove) -> None:
+    def _right_keys(self, kernel: Kernel, context: IkeContext, move: MobileMove, child: ChildMove) -> None:
         """Correct the keys of an older child, because charon derives them from the IKE_SA's present SK_d.
 
         XFRM_MSG_UPDSA would answer 0 and leave the key unchanged, so the SAs are deleted and added.
@@ -272,7 +274,7 @@ class MoveSteps:
                 kernel.batch([sa.delete(), replace(sa, encr_key=encr, auth_key=integ, replay=fresh).add()])
 
     @trace.spanned("old pair lingers")
-    async def _linger(self, move: Move) -> list[ChildMove]:
+    async def _linger(self, move: MobileMove) -> list[ChildMove]:
         """Keep the old inbound SA until the first packet under the new SPI arrives, at most `LINGER` s.
 
         Packets that were sent under the old SPI are still on their way. Returns the children that received
@@ -290,7 +292,9 @@ class MoveSteps:
         return waits
 
     @trace.spanned("delete old pair")
-    async def _delete_old(self, sa: SaName, move: Move, view: SaView, still: Sequence[ChildMove]) -> SaView:
+    async def _delete_old(
+        self, sa: SaName, move: MobileMove, view: SaView, still: Sequence[ChildMove]
+    ) -> SaView:
         """Delete the old pairs that exist beside the new ones; charon deletes the older of two with one
         name."""
         host = self._host
@@ -311,7 +315,7 @@ class MoveSteps:
             raise CharonError("charon deleted a CHILD_SA at the new addresses instead of the old one")
         return view
 
-    def _late_packets(self, move: Move, renamed: Sequence[ChildMove]) -> Callable[[], bool]:
+    def _late_packets(self, move: MobileMove, renamed: Sequence[ChildMove]) -> Callable[[], bool]:
         """A function that restores inbound SAs under old SPIs when charon has removed them, and then returns
         True.
 
@@ -336,7 +340,7 @@ class MoveSteps:
 
         return put_back
 
-    async def _end_late(self, kernel: Kernel, move: Move, child: ChildMove) -> None:
+    async def _end_late(self, kernel: Kernel, move: MobileMove, child: ChildMove) -> None:
         end = time.monotonic() + HEARD
         while time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -381,7 +385,7 @@ class MoveSteps:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
-    def save(self, sa: SaName, move: Move) -> None:
+    def save(self, sa: SaName, move: MobileMove) -> None:
         self._host.own.note(sa, move=move.dumps())
 
 

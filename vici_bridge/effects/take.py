@@ -20,7 +20,7 @@ from vici_bridge.updown import NotStarted
 
 from .coming import SCRIPT_LIMIT, Coming, numbers_of
 from .prepare import write_replay
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 log = logging.getLogger(__name__)
 
@@ -91,14 +91,14 @@ async def script_up(work: Coming) -> Facts:
     return {"drawn": "done"}
 
 
-TAKE: Step[Coming] = Step(
+TAKE: LedgerStep[Coming] = LedgerStep(
     "take",
     (
-        Effect("new names", converge),
-        Effect("numbers", _numbers),
-        Effect("charon has it", _look),
-        Effect("origin", _origin),
-        Effect("way", open_way, when=leads_here),
-        Effect("script up", script_up, when=leads_here, limit=SCRIPT_LIMIT + 5.0),
+        StepEffect("new names", converge),
+        StepEffect("numbers", _numbers),
+        StepEffect("charon has it", _look),
+        StepEffect("origin", _origin),
+        StepEffect("way", open_way, when=leads_here),
+        StepEffect("script up", script_up, when=leads_here, limit=SCRIPT_LIMIT + 5.0),
     ),
 )

@@ -26,7 +26,7 @@ from vici_bridge.ha import messages as ha
 from vici_bridge.kernel.xfrm import KernelPolicy
 
 from .leaving import LIVING, SCRIPT_LIMIT, Leaving
-from .runner import Effect, Facts, Step
+from .runner import Facts, LedgerStep, StepEffect
 
 log = logging.getLogger(__name__)
 
@@ -170,16 +170,16 @@ def _ended(work: Leaving) -> bool:
     return work.facts.ended
 
 
-THAW: Step[Leaving] = Step(
+THAW: LedgerStep[Leaving] = LedgerStep(
     "thaw",
     (
-        Effect("look", _look),
-        Effect("numbers", _raise_numbers),
-        Effect("policies", _put_back_policies),
-        Effect("detour", _end_detour),
-        Effect("delete at the MN", _delete_at_mn, when=_ended, needed=False, once=True),
-        Effect("delete in charon", _drop, when=_ended, probe=_gone),
-        Effect(
+        StepEffect("look", _look),
+        StepEffect("numbers", _raise_numbers),
+        StepEffect("policies", _put_back_policies),
+        StepEffect("detour", _end_detour),
+        StepEffect("delete at the MN", _delete_at_mn, when=_ended, needed=False, once=True),
+        StepEffect("delete in charon", _drop, when=_ended, probe=_gone),
+        StepEffect(
             "script of what was ended",
             _script_down,
             when=_ended,
@@ -188,12 +188,12 @@ THAW: Step[Leaving] = Step(
             once=True,
             later=True,
         ),
-        Effect(
+        StepEffect(
             "script anew", _script_anew, when=_served, limit=SCRIPT_LIMIT, needed=False, once=True, later=True
         ),
-        Effect("call back", _call_back, when=_served, limit=CALL_BACK + 5.0, needed=False, once=True),
-        Effect("charon speaks", _speak),
-        Effect(
+        StepEffect("call back", _call_back, when=_served, limit=CALL_BACK + 5.0, needed=False, once=True),
+        StepEffect("charon speaks", _speak),
+        StepEffect(
             "rekey",
             _renew,
             when=lambda work: _served(work) and work.facts.renaming,

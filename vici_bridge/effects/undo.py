@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from .activate import speak
 from .coming import SCRIPT_LIMIT, Coming
-from .runner import Effect, Step
+from .runner import LedgerStep, StepEffect
 
 
 async def _drop(work: Coming) -> None:
@@ -45,14 +45,14 @@ async def _forget(work: Coming) -> None:
     work.renames.forget(work.here, undone=True)
 
 
-UNDO: Step[Coming] = Step(
+UNDO: LedgerStep[Coming] = LedgerStep(
     "undo",
     (
-        Effect("delete in charon", _drop),
-        Effect("rules", speak),
-        Effect("relay", _end_relay),
-        Effect("departures", _stay),
-        Effect(
+        StepEffect("delete in charon", _drop),
+        StepEffect("rules", speak),
+        StepEffect("relay", _end_relay),
+        StepEffect("departures", _stay),
+        StepEffect(
             "script down",
             _script_down,
             when=lambda work: work.facts.drawn != "",
@@ -61,7 +61,7 @@ UNDO: Step[Coming] = Step(
             once=True,
             later=True,
         ),
-        Effect("names are given back", _forget),
+        StepEffect("names are given back", _forget),
     ),
     ends=True,
 )

@@ -49,33 +49,33 @@ _NO_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class RecordChange:
     """The effect of a message on the record."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ignored(Change):
+class Ignored(RecordChange):
     """No effect, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Added(Change):
+class Added(RecordChange):
     """Keys of a new IKE_SA arrived; it is not up yet."""
 
     sa: SaName
 
 
 @dataclass(frozen=True, slots=True)
-class Updated(Change):
+class Updated(RecordChange):
     """Identities, addresses, connection or virtual IPs arrived: the IKE_SA is up."""
 
     sa: SaName
 
 
 @dataclass(frozen=True, slots=True)
-class Rekeying(Change):
+class Rekeying(RecordChange):
     """`new` has keys and may come to replace `old`."""
 
     old: SaName
@@ -83,7 +83,7 @@ class Rekeying(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Rekeyed(Change):
+class Rekeyed(RecordChange):
     """`new` is up in the place of `old` and has its children."""
 
     old: SaName
@@ -91,14 +91,14 @@ class Rekeyed(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Deleted(Change):
+class Deleted(RecordChange):
     """The IKE_SA is gone with its children."""
 
     sa: SaName
 
 
 @dataclass(frozen=True, slots=True)
-class ChildAdded(Change):
+class ChildAdded(RecordChange):
     """A CHILD_SA, named by its inbound SPI, was added (a rekeyed one lives beside its old one)."""
 
     sa: SaName
@@ -106,7 +106,7 @@ class ChildAdded(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class ChildDeleted(Change):
+class ChildDeleted(RecordChange):
     """A CHILD_SA is gone."""
 
     sa: SaName
@@ -114,7 +114,7 @@ class ChildDeleted(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class MidChanged(Change):
+class MidChanged(RecordChange):
     """Next message ID: `initiator` of charon's requests, else of those it expects."""
 
     sa: SaName
@@ -136,7 +136,7 @@ class Record:
         """For an old IKE_SA those that have keys to replace it and are not up."""
         self._born: dict[SaName, int] = {}
         self._count = 0
-        self._handlers: dict[HaType, Callable[[HaMessage, SaName], Change]] = {
+        self._handlers: dict[HaType, Callable[[HaMessage, SaName], RecordChange]] = {
             HaType.IKE_ADD: self._ike_add,
             HaType.IKE_UPDATE: self._ike_update,
             HaType.IKE_MID_INITIATOR: self._ike_mid,
@@ -148,7 +148,7 @@ class Record:
 
     # --- the stream in -----------------------------------------------------------------------------
 
-    def feed(self, message: HaMessage) -> Change:
+    def feed(self, message: HaMessage) -> RecordChange:
         """Take one message, sent by charon or to it. Raises nothing: a message without sense is Ignored."""
         handler = self._handlers.get(message.type)
         if handler is None:
@@ -166,7 +166,7 @@ class Record:
             self._put(ike.spis, replace(sa, version=message.version))
         return change
 
-    def _ike_add(self, message: HaMessage, name: SaName) -> Change:
+    def _ike_add(self, message: HaMessage, name: SaName) -> RecordChange:
         known = self._sas.get(name)
         same_nonces = known is not None and (
             (known.current.nonce_i, known.current.nonce_r)
@@ -190,7 +190,7 @@ class Record:
         self._put(name, sa, new=True)
         return Added(name)
 
-    def _ike_update(self, message: HaMessage, name: SaName) -> Change:
+    def _ike_update(self, message: HaMessage, name: SaName) -> RecordChange:
         sa = self._sas.get(name)
         if sa is None:
             return Ignored("IKE_UPDATE for an unknown IKE_SA")
@@ -210,7 +210,7 @@ class Record:
         self._put(name, sa, new=True)
         return Rekeyed(old_name, name)
 
-    def _ike_mid(self, message: HaMessage, name: SaName) -> Change:
+    def _ike_mid(self, message: HaMessage, name: SaName) -> RecordChange:
         sa = self._sas.get(name)
         if sa is None:
             return Ignored("message ID of an unknown IKE_SA")
@@ -220,7 +220,7 @@ class Record:
         self._put(name, replace(sa, mid_initiator=mid) if initiator else replace(sa, mid_responder=mid))
         return MidChanged(name, initiator, mid)
 
-    def _ike_delete(self, message: HaMessage, name: SaName) -> Change:
+    def _ike_delete(self, message: HaMessage, name: SaName) -> RecordChange:
         sa = self._sas.get(name)
         if sa is None:
             return Ignored("IKE_DELETE for an unknown IKE_SA")
@@ -231,7 +231,7 @@ class Record:
         self._drop(name)
         return Deleted(name)
 
-    def _child_add(self, message: HaMessage, name: SaName) -> Change:
+    def _child_add(self, message: HaMessage, name: SaName) -> RecordChange:
         sa = self._sas.get(name)
         if sa is None:
             return Ignored("CHILD_ADD for an unknown IKE_SA")
@@ -249,7 +249,7 @@ class Record:
         self._put(name, sa)
         return ChildAdded(name, spi_in)
 
-    def _child_delete(self, message: HaMessage, name: SaName) -> Change:
+    def _child_delete(self, message: HaMessage, name: SaName) -> RecordChange:
         sa = self._sas.get(name)
         spi_in = message.need(Attr.INBOUND_SPI, bytes)
         if sa is None:

@@ -24,7 +24,7 @@ from ikectx.sa.context import Address, Secret
 from .changes import ADDRESSES, ROUTES, Changes
 from .detour import is_local, way_to
 from .netlink import ROUTE, Netlink
-from .xfrm_parts import Request, family_of
+from .xfrm_parts import XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class OuterAddresses:
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         header = struct.pack("=IHHII", 24, _GETADDR, _REQUEST | _DUMP, 0, 0)
         body = struct.pack("=BBBBI", family, 0, 0, 0, 0)
-        answers = self._route.ask(Request(Secret(header + body), "list this host's addresses"))
+        answers = self._route.ask(XfrmRequest(Secret(header + body), "list this host's addresses"))
         return [address for answer in answers if (address := _address(answer)) is not None]
 
     def watch(self, changed: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ class OuterAddresses:
             log.debug("charon is not told that addresses have changed: %s", error)
 
 
-def _route_message(number: int, flags: int, version: int, device: int) -> Request:
+def _route_message(number: int, flags: int, version: int, device: int) -> XfrmRequest:
     nowhere = IPv4Address(_NOWHERE[4]) if version == 4 else IPv6Address(_NOWHERE[6])
     message = rtmsg()
     message.update(
@@ -120,7 +120,7 @@ def _route_message(number: int, flags: int, version: int, device: int) -> Reques
     message["attrs"] = [list(pair) for pair in attributes]
     message["header"] = {"type": number, "flags": _REQUEST | _ACK | flags}
     message.encode()
-    return Request(Secret(bytes(message.data)), "have charon look at its ways")
+    return XfrmRequest(Secret(bytes(message.data)), "have charon look at its ways")
 
 
 def _chosen_source(remote: Address) -> Address | None:

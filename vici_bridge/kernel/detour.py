@@ -25,7 +25,7 @@ from ikectx.errors import KernelError
 from ikectx.sa.context import Address, Secret
 
 from .netlink import ROUTE, Netlink, failure
-from .xfrm_parts import INET, INET6, Network, Request, family_of
+from .xfrm_parts import INET, INET6, Network, XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Detour:
         """
         gateways = [ip_address(str(address)) for address in via]
         skipped: list[Network] = []
-        routes: list[Request] = []
+        routes: list[XfrmRequest] = []
         for prefix in map(_network, prefixes):
             gateway = _gateway(prefix, gateways)
             why = _unfit(prefix, gateway)
@@ -163,7 +163,7 @@ class Detour:
             return 0, False
         return int(answer.get_attr("RTA_OIF") or 0), answer.get_attr("RTA_GATEWAY") is None
 
-    def _make(self, routes: Sequence[Request]) -> None:
+    def _make(self, routes: Sequence[XfrmRequest]) -> None:
         with self._lock:
             for request, outcome in zip(routes, self._route.transact(routes), strict=True):
                 if outcome.errno not in (0, errno.EEXIST):
@@ -204,7 +204,9 @@ class Detour:
         return found
 
 
-def _route_request(number: int, prefix: Network, gateway: Address | None, *, shut: bool = False) -> Request:
+def _route_request(
+    number: int, prefix: Network, gateway: Address | None, *, shut: bool = False
+) -> XfrmRequest:
     attributes: list[tuple[str, Any]] = [
         ("RTA_TABLE", TABLE),
         ("RTA_DST", str(prefix.network_address)),
@@ -271,13 +273,13 @@ def _message(
     attributes: list[tuple[str, Any]],
     *,
     what: str,
-) -> Request:
+) -> XfrmRequest:
     message = kind()
     message.update(fields)
     message["attrs"] = [list(pair) for pair in attributes]
     message["header"] = {"type": number, "flags": flags}
     message.encode()
-    return Request(Secret(bytes(message.data)), what)
+    return XfrmRequest(Secret(bytes(message.data)), what)
 
 
 def _decoded(answer: bytes) -> Any:

@@ -27,7 +27,7 @@ from .mute import Mute
 from .netlink import ROUTE, XFRM, Netlink, failure
 from .spd_index import SpdIndex
 from .xfrm import KernelPolicy, KernelSa, dump_policies, dump_sas, policies_of
-from .xfrm_parts import ESP, INET, INET6, TRANSPORT, KernelLimits, KernelUsage, Mark, Request
+from .xfrm_parts import ESP, INET, INET6, TRANSPORT, KernelLimits, KernelUsage, Mark, XfrmRequest
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Kernel:
 
     # Changing.
 
-    def batch(self, requests: Sequence[Request]) -> None:
+    def batch(self, requests: Sequence[XfrmRequest]) -> None:
         """Several changes in one datagram, during which no other process changes SAs or policies.
 
         All are tried; the first refusal is raised. Packets may be processed in between.
@@ -251,7 +251,7 @@ class Kernel:
         """Delete the policy of that selector and direction; False: it was not there. Errors: KernelError."""
         return self._gone(policy.delete(), errno.ENOENT)
 
-    def _gone(self, request: Request, absent: int) -> bool:
+    def _gone(self, request: XfrmRequest, absent: int) -> bool:
         try:
             self._xfrm.ask(request)
         except KernelError as error:

@@ -29,7 +29,7 @@ from ikectx.errors import KernelError, UsageError
 from ikectx.sa.name import SaName
 
 from .mute import MARK
-from .nftables import Table, run_nft
+from .nftables import NftTable, run_nft
 
 TABLE = "ikectx_ids"
 _CHAIN = "output"
@@ -55,7 +55,7 @@ class MessageIds:
             raise UsageError(f"IKE ports {ports!r}")
         self._plain, self._marked = ports
         self._lock = threading.Lock()
-        self._table = Table(TABLE)
+        self._table = NftTable(TABLE)
 
     def prepare(self) -> bool:
         """Begin to note. False: messages that left before are not known, because they were not noted, or

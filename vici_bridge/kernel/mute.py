@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ikectx.errors import KernelError, UsageError
 from ikectx.sa.name import SaName
 
-from .nftables import MARKED, PLAIN, Table, run_nft
+from .nftables import MARKED, PLAIN, NftTable, run_nft
 
 TABLE = "ikectx"
 MARK = 0x494B45
@@ -47,7 +47,7 @@ class Mute:
             raise UsageError(f"IKE ports {ports!r}")
         self._ports = ", ".join(str(port) for port in ports)
         self._lock = threading.Lock()
-        self._table = Table(TABLE)
+        self._table = NftTable(TABLE)
 
     def prepare(self) -> None:
         """Make the table now, so that no freeze waits for it, and check whether nftables works at all."""

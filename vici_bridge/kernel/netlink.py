@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from ikectx import trace
 from ikectx.errors import KernelError
 
-from .xfrm_parts import Request
+from .xfrm_parts import XfrmRequest
 
 ROUTE = 0
 XFRM = 6
@@ -45,7 +45,7 @@ _HINTS = {
 
 
 @dataclass(slots=True)
-class Outcome:
+class NetlinkOutcome:
     """The result of one request: errno 0 or the kernel's, the kernel's text, the messages that it
     answered."""
 
@@ -56,7 +56,7 @@ class Outcome:
     """The kernel's list changed while it was read."""
 
 
-def failure(request: Request, outcome: Outcome) -> KernelError:
+def failure(request: XfrmRequest, outcome: NetlinkOutcome) -> KernelError:
     """The error for a request that was refused; it never holds the request itself."""
     words = f" ({outcome.text})" if outcome.text else ""
     return KernelError(
@@ -105,7 +105,7 @@ class Netlink:
         """Netlink's number of this socket, which notifications of its changes carry."""
         return int(self._socket.getsockname()[0])
 
-    def ask(self, request: Request) -> list[bytes]:
+    def ask(self, request: XfrmRequest) -> list[bytes]:
         """The answers to one request, without the acknowledgement. Errors: KernelError."""
         for _ in range(4):
             outcome = self.transact([request])[0]
@@ -115,24 +115,24 @@ class Netlink:
                 break
         return outcome.answers
 
-    def transact(self, requests: Sequence[Request]) -> list[Outcome]:
+    def transact(self, requests: Sequence[XfrmRequest]) -> list[NetlinkOutcome]:
         """Send all in one datagram and collect their results; the kernel goes on after a refusal.
 
         Errors: KernelError if the kernel cannot be asked at all.
         """
-        outcomes: list[Outcome] = []
+        outcomes: list[NetlinkOutcome] = []
         with self._lock, trace.span(f"netlink {self._name}", "call"):
             for start in range(0, len(requests), _BATCH):
                 outcomes += self._exchange(requests[start : start + _BATCH])
         return outcomes
 
-    def _exchange(self, requests: Sequence[Request]) -> list[Outcome]:
-        waiting: dict[int, Outcome] = {}
+    def _exchange(self, requests: Sequence[XfrmRequest]) -> list[NetlinkOutcome]:
+        waiting: dict[int, NetlinkOutcome] = {}
         datagram = bytearray()
         for request in requests:
             self._number = (self._number + 1) & 0xFFFFFFFF or 1
             datagram += _numbered(request.message.reveal(), self._number)
-            waiting[self._number] = Outcome()
+            waiting[self._number] = NetlinkOutcome()
         outcomes = list(waiting.values())
         try:
             self._socket.send(datagram)
@@ -156,7 +156,7 @@ class Netlink:
         return outcomes
 
     @staticmethod
-    def _sort(data: bytes, waiting: dict[int, Outcome]) -> None:
+    def _sort(data: bytes, waiting: dict[int, NetlinkOutcome]) -> None:
         """Assign each message of a datagram to the request it answers; others are left over from a
         timeout."""
         at = 0

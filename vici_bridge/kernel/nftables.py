@@ -21,8 +21,8 @@ from ikectx import trace
 from ikectx.errors import KernelError
 from ikectx.sa.context import Secret
 
-from .netlink import NETFILTER, Netlink, Outcome, failure
-from .xfrm_parts import Request
+from .netlink import NETFILTER, Netlink, NetlinkOutcome, failure
+from .xfrm_parts import XfrmRequest
 
 PLAIN = "@th,64,64 . @th,128,64"
 """Both SPIs of an IKE header behind a UDP header (RFC 7296, 3.1)."""
@@ -47,7 +47,7 @@ class Element:
     packets: int
 
 
-class Table:
+class NftTable:
     """`inet NAME`, in the network namespace that it is first used in. Not thread-safe."""
 
     def __init__(self, name: str) -> None:
@@ -63,7 +63,7 @@ class Table:
     def rules(self, chain: str) -> int:
         """Number of the chain's rules; 0 if there is no chain."""
         body = _text(1, self.name) + _text(3, chain)
-        request = Request(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
+        request = XfrmRequest(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
         with self._ours():
             for answer in self._outcome(request).answers:
                 return int.from_bytes(dict(_attributes(answer[20:])).get(6, b""))
@@ -75,7 +75,7 @@ class Table:
         flags = _DUMP if key is None else _ACK
         if key is not None:
             body += _list_of(key)
-        request = Request(Secret(_message(_GETSETELEM, _REQUEST | flags, body)), f"look into set {name}")
+        request = XfrmRequest(Secret(_message(_GETSETELEM, _REQUEST | flags, body)), f"look into set {name}")
         with self._ours():
             answers = self._transact(request, absent_ok=True)
             return [element for answer in answers for element in _read_elements(answer)]
@@ -94,7 +94,7 @@ class Table:
     def add(self, name: str, key: bytes) -> None:
         """Add the key to the set; it may be there."""
         message = self._change(_NEWSETELEM, _ACK | _CREATE, name, key)
-        self._transact(Request(Secret(_batch(message)), f"put {key.hex()} into set {name}"))
+        self._transact(XfrmRequest(Secret(_batch(message)), f"put {key.hex()} into set {name}"))
 
     def remove(self, names: Sequence[str], key: bytes) -> None:
         """Remove the key from those of these sets that have it."""
@@ -104,29 +104,29 @@ class Table:
         what = f"take {key.hex()} out of sets {', '.join(names)}"
         # a deletion takes some milliseconds in the kernel: one for all sets, unless the key is missing in one
         for messages in (both, *each):
-            done = self._outcome(Request(Secret(_batch(messages)), what))
+            done = self._outcome(XfrmRequest(Secret(_batch(messages)), what))
             if done.errno not in (0, errno.ENOENT):
-                raise failure(Request(Secret(), what), done)
+                raise failure(XfrmRequest(Secret(), what), done)
             if messages is both and done.errno == 0:
                 break
 
     def drop(self) -> None:
         """Delete the table, if it is there."""
         message = _message(_DELTABLE, _REQUEST | _ACK, _text(1, self.name))
-        self._transact(Request(Secret(_batch(message)), f"delete table {self.name}"), absent_ok=True)
+        self._transact(XfrmRequest(Secret(_batch(message)), f"delete table {self.name}"), absent_ok=True)
 
     def _change(self, number: int, flags: int, name: str, key: bytes) -> bytes:
         """A part of a transaction. A refusal is always reported."""
         body = _text(1, self.name) + _text(2, name) + _list_of(key)
         return _message(number, _REQUEST | flags, body)
 
-    def _transact(self, request: Request, *, absent_ok: bool = False) -> list[bytes]:
+    def _transact(self, request: XfrmRequest, *, absent_ok: bool = False) -> list[bytes]:
         outcome = self._outcome(request)
         if outcome.errno and not (absent_ok and outcome.errno == errno.ENOENT):
             raise failure(request, outcome)
         return outcome.answers
 
-    def _outcome(self, request: Request) -> Outcome:
+    def _outcome(self, request: XfrmRequest) -> NetlinkOutcome:
         if self._socket is None:
             self._socket = Netlink(NETFILTER, "nftables")
         return self._socket.transact([request])[0]

@@ -26,7 +26,7 @@ _HEAD = {4: "ip", 6: "ip6"}
 
 
 @dataclass(frozen=True, slots=True)
-class Relayed:
+class RelayRule:
     """Packets of `mn` under `spi` (4 octets) are sent on to `to`."""
 
     mn: Endpoint
@@ -45,19 +45,19 @@ class Relay:
         self._port = port
         self._lock = threading.Lock()
 
-    def add(self, one: Relayed) -> None:
+    def add(self, one: RelayRule) -> None:
         """Begin to send its packets on. Idempotent."""
         with self._lock:
             run_nft(self._table() + "".join(f"add element {part}\n" for part in self._elements(one)))
 
-    def remove(self, one: Relayed) -> None:
+    def remove(self, one: RelayRule) -> None:
         """Stop to send its packets on. Idempotent."""
         with self._lock:
             # deleting a missing element is an error, so it is added first, which has no effect if it is there
             lines = [f"add element {part}\ndelete element {part}\n" for part in self._elements(one)]
             run_nft(self._table() + "".join(lines))
 
-    def _elements(self, one: Relayed) -> list[str]:
+    def _elements(self, one: RelayRule) -> list[str]:
         version = one.mn.address.version
         spi = f"0x{one.spi.hex()}"
         return [

@@ -26,9 +26,9 @@ from .xfrm_parts import (
     ESP,
     INET,
     TUNNEL,
-    Request,
     Selector,
     Template,
+    XfrmRequest,
     family_of,
     network_of,
     packed,
@@ -48,7 +48,7 @@ _AUTHENTICATES_ONLY = ("cipher_null", "rfc4543")
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class FlowDirection:
     """One direction of a connection: the properties of its packets."""
 
     direction: str
@@ -63,12 +63,12 @@ class Way:
         return f"{self.direction} {ends}"
 
 
-def ways(flow: Flow) -> tuple[Way, Way]:
+def ways(flow: Flow) -> tuple[FlowDirection, FlowDirection]:
     """The outbound and the inbound direction."""
     here, there, protocol = flow.local, flow.remote, PROTOCOLS[flow.protocol]
     return (
-        Way("out", here.address, here.port, there.address, there.port, protocol),
-        Way("in", there.address, there.port, here.address, here.port, protocol),
+        FlowDirection("out", here.address, here.port, there.address, there.port, protocol),
+        FlowDirection("in", there.address, there.port, here.address, here.port, protocol),
     )
 
 
@@ -87,7 +87,7 @@ def protection(policies: Sequence[KernelPolicy], flow: Flow) -> Protection:
     return Protection(out, back)
 
 
-def _of_way(policies: Sequence[KernelPolicy], way: Way, flow: Flow) -> tuple[Template, ...] | None:
+def _of_way(policies: Sequence[KernelPolicy], way: FlowDirection, flow: Flow) -> tuple[Template, ...] | None:
     found = [policy for policy in policies if _may_match(policy, way)]
     asked = []
     for kind in sorted({0, *(policy.kind for policy in found)}):
@@ -114,7 +114,7 @@ def _advice(flow: Flow) -> str:
     )
 
 
-def _may_match(policy: KernelPolicy, way: Way) -> bool:
+def _may_match(policy: KernelPolicy, way: FlowDirection) -> bool:
     selector = policy.selector
     return (
         policy.direction == way.direction
@@ -196,7 +196,7 @@ def socket_policies(flow: Flow, found: Protection) -> list[bytes]:
     return values
 
 
-def find_sas(flow: Flow, template: Template, direction: str) -> Request:
+def find_sas(flow: Flow, template: Template, direction: str) -> XfrmRequest:
     """XFRM_MSG_GETSA for the ESP SAs between the ends of a template of that direction."""
     source, destination = flow.local.address, flow.remote.address
     if direction == "in":
@@ -208,7 +208,7 @@ def find_sas(flow: Flow, template: Template, direction: str) -> Request:
     flags = wire.F_REQUEST | wire.F_DUMP
     extra = [(_ADDRESS_FILTER, value), (_PROTO, bytes([ESP]))]
     data = wire.build(wire.usersa_id, wire.GETSA, flags, {}, extra=extra)
-    return Request(Secret(data), "list the SAs between the gateways")
+    return XfrmRequest(Secret(data), "list the SAs between the gateways")
 
 
 def check_sas(sas: Iterable[KernelSa], template: Template, flow: Flow) -> None:

@@ -39,9 +39,9 @@ from .xfrm_parts import (
     KernelUsage,
     Mark,
     Network,
-    Request,
     Selector,
     Template,
+    XfrmRequest,
     address_of,
     algo,
     algorithm_of,
@@ -73,9 +73,9 @@ __all__ = [
     "KernelSa",
     "KernelUsage",
     "Mark",
-    "Request",
     "Selector",
     "Template",
+    "XfrmRequest",
     "fit_replay",
     "merge_replay",
 ]
@@ -246,7 +246,7 @@ class KernelSa:
             {**dict(zip(names, state.long_head(), strict=True)), "words": state.ring()},
         )
 
-    def add(self) -> Request:
+    def add(self) -> XfrmRequest:
         """XFRM_MSG_NEWSA with its replay state; `usage` begins anew.
 
         Errors: WireError for a field that does not fit.
@@ -291,9 +291,9 @@ class KernelSa:
         }
         flags = wire.F_REQUEST | wire.F_ACK | wire.F_CREATE | wire.F_EXCL
         data = wire.build(wire.usersa_info, wire.NEWSA, flags, values, attributes, extra=self.extra)
-        return Request(Secret(data), f"add {self}")
+        return XfrmRequest(Secret(data), f"add {self}")
 
-    def reserve(self, low: int, high: int) -> Request:
+    def reserve(self, low: int, high: int) -> XfrmRequest:
         """XFRM_MSG_ALLOCSPI: hold a free SPI of low..high, 256 at least, for an inbound SA like this one.
 
         The answer is the SA with its SPI and without keys. It blocks `add` of that SPI, and is gone after
@@ -312,45 +312,45 @@ class KernelSa:
         }
         flags = wire.F_REQUEST | wire.F_ACK
         data = wire.build(wire.userspi_info, wire.ALLOCSPI, flags, values, self._lookup())
-        return Request(Secret(data), f"reserve an SPI of {low:#x}..{high:#x} to {self.destination}")
+        return XfrmRequest(Secret(data), f"reserve an SPI of {low:#x}..{high:#x} to {self.destination}")
 
-    def delete(self) -> Request:
+    def delete(self) -> XfrmRequest:
         """XFRM_MSG_DELSA."""
         flags = wire.F_REQUEST | wire.F_ACK
         data = wire.build(wire.usersa_id, wire.DELSA, flags, self._id(), self._lookup())
-        return Request(Secret(data), f"delete {self}")
+        return XfrmRequest(Secret(data), f"delete {self}")
 
-    def get(self) -> Request:
+    def get(self) -> XfrmRequest:
         """XFRM_MSG_GETSA for this SA (destination, SPI, protocol and mark count)."""
         flags = wire.F_REQUEST | wire.F_ACK
         data = wire.build(wire.usersa_id, wire.GETSA, flags, self._id(), self._lookup())
-        return Request(Secret(data), f"look for {self}")
+        return XfrmRequest(Secret(data), f"look for {self}")
 
-    def get_replay(self) -> Request:
+    def get_replay(self) -> XfrmRequest:
         """XFRM_MSG_GETAE: replay state and lifetimes."""
         values = {**self._id(), "saddr": packed(self.source), "flags": 2 | 4, "reqid": self.reqid}
         flags = wire.F_REQUEST | wire.F_ACK
         data = wire.build(wire.aevent_id, wire.GETAE, flags, values, self._lookup())
-        return Request(Secret(data), f"read the counters of {self}")
+        return XfrmRequest(Secret(data), f"read the counters of {self}")
 
-    def set_replay(self, state: KernelReplay) -> Request:
+    def set_replay(self, state: KernelReplay) -> XfrmRequest:
         """XFRM_MSG_NEWAE: both directions' counters in place. Form and size must be the installed SA's.
 
         The kernel ignores a state in the other form, and answers 0: read it back.
         """
         return self._new_ae(self._replay_attribute(state))
 
-    def set_usage(self, usage: KernelUsage) -> Request:
+    def set_usage(self, usage: KernelUsage) -> XfrmRequest:
         """XFRM_MSG_NEWAE: what counts towards the limits."""
         names = ("bytes", "packets", "add_time", "use_time")
         return self._new_ae(("XFRMA_LTIME_VAL", {name: getattr(usage, name) for name in names}))
 
-    def _new_ae(self, attribute: tuple[str, Any]) -> Request:
+    def _new_ae(self, attribute: tuple[str, Any]) -> XfrmRequest:
         values = {**self._id(), "saddr": packed(self.source), "reqid": self.reqid}
         flags = wire.F_REQUEST | wire.F_ACK | wire.F_REPLACE
         attributes = [*self._lookup(), attribute]
         data = wire.build(wire.aevent_id, wire.NEWAE, flags, values, attributes)
-        return Request(Secret(data), f"write the counters of {self}")
+        return XfrmRequest(Secret(data), f"write the counters of {self}")
 
     def parse_replay(self, data: bytes) -> tuple[KernelReplay, KernelUsage]:
         """The answer to `get_replay` for this SA. Errors: WireError."""
@@ -362,10 +362,10 @@ class KernelSa:
         )
 
 
-def dump_sas() -> Request:
+def dump_sas() -> XfrmRequest:
     """XFRM_MSG_GETSA for all SAs."""
     data = wire.build(wire.usersa_id, wire.GETSA, wire.F_REQUEST | wire.F_DUMP, {})
-    return Request(Secret(data), "list the SAs")
+    return XfrmRequest(Secret(data), "list the SAs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,26 +461,26 @@ class KernelPolicy:
             attributes.append(("XFRMA_IF_ID", {"number": self.if_id}))
         return attributes
 
-    def add(self) -> Request:
+    def add(self) -> XfrmRequest:
         """XFRM_MSG_NEWPOLICY; the kernel refuses it if the policy exists."""
-        return Request(Secret(self.raw), f"add {self}")
+        return XfrmRequest(Secret(self.raw), f"add {self}")
 
-    def put(self) -> Request:
+    def put(self) -> XfrmRequest:
         """XFRM_MSG_UPDPOLICY: add or replace the policy of the same selector and direction."""
-        return Request(Secret(self._put(wire.UPDPOLICY, wire.F_REPLACE)), f"replace {self}")
+        return XfrmRequest(Secret(self._put(wire.UPDPOLICY, wire.F_REPLACE)), f"replace {self}")
 
-    def delete(self) -> Request:
+    def delete(self) -> XfrmRequest:
         """XFRM_MSG_DELPOLICY by selector and direction (an index could name another policy by now)."""
         values = {**selector_values(self.selector), "dir": DIRECTIONS.index(self.direction)}
         flags = wire.F_REQUEST | wire.F_ACK
         data = wire.build(wire.userpolicy_id, wire.DELPOLICY, flags, values, self._lookup())
-        return Request(Secret(data), f"delete {self}")
+        return XfrmRequest(Secret(data), f"delete {self}")
 
 
-def dump_policies() -> Request:
+def dump_policies() -> XfrmRequest:
     """XFRM_MSG_GETPOLICY for all policies."""
     data = wire.build(wire.userpolicy_id, wire.GETPOLICY, wire.F_REQUEST | wire.F_DUMP, {})
-    return Request(Secret(data), "list the policies")
+    return XfrmRequest(Secret(data), "list the policies")
 
 
 def policies_of(policies: Iterable[KernelPolicy], sa: KernelSa, *directions: str) -> list[KernelPolicy]:

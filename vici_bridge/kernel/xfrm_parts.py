@@ -120,7 +120,7 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class XfrmRequest:
     """A message for the kernel, its sequence number still 0. `what` describes the request to an operator."""
 
     message: Secret

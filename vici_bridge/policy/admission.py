@@ -21,7 +21,7 @@ from .claims import check_policy
 View = Mapping[str, Any]
 
 
-class Config(Protocol):
+class AdmissionConfig(Protocol):
     """The part of a gateway's configuration that is needed here (`host.HostConfig`)."""
 
     @property
@@ -45,7 +45,7 @@ def numbered(name: str, protocol: str) -> int:
 
 
 def admit(
-    here: IkeContext, connections: Mapping[str, View], pools: Mapping[str, View], config: Config
+    here: IkeContext, connections: Mapping[str, View], pools: Mapping[str, View], config: AdmissionConfig
 ) -> list[Verdict]:
     """The refusals by its connection here; none if it has no connection here, see `check_names`."""
     if here.connection not in connections:

@@ -19,7 +19,7 @@ from ikectx.numbers import Mode
 from ikectx.sa.context import Address, TrafficSelector
 from vici_bridge.vici.answers import sections, texts
 
-from .proposals import Proposal
+from .proposals import ConfiguredProposal
 
 View = Mapping[str, Any]
 Lookup = Callable[[str, str], int]
@@ -191,8 +191,8 @@ class Rules:
 
     local_ids: tuple[str, ...] = ()
     virtual_ips: tuple[Range, ...] = ()
-    ike: tuple[Proposal, ...] = ()
-    esp: tuple[Proposal, ...] = ()
+    ike: tuple[ConfiguredProposal, ...] = ()
+    esp: tuple[ConfiguredProposal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from ikectx.sa.verdict import Verdict
 from ikectx.wire.identity import allows
 
 from .allowed import AllowedChild, AllowedConnection, AllowedSelector, Range, Rules, Surroundings
-from .proposals import Proposal, below_floor
+from .proposals import ConfiguredProposal, below_floor
 
 MAX_CHILDREN = 64
 MAX_OF_ONE_CHILD = 16
@@ -261,7 +261,7 @@ def _cipher(sa: IkeGeneration | ChildContext) -> str:
     return f"{sa.encr.name}/{sa.encr_bits}" if sa.encr_bits else sa.encr.name
 
 
-def _unproposed(proposals: Iterable[Proposal]) -> str:
+def _unproposed(proposals: Iterable[ConfiguredProposal]) -> str:
     return f"not among {_listed(proposals)}"
 
 

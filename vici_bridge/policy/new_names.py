@@ -341,7 +341,7 @@ class Told:
     supports: bool | None = None
 
 
-class Renamer(Interface):
+class SpiRenamer(Interface):
     """The exchanges that change an SA's SPIs at the mobile node, injected by the module that knows
     `mobike_ext`.
 

@@ -114,7 +114,7 @@ _BROKEN_INTEG = frozenset({Integ.HMAC_MD5_96, Integ(3), Integ(4), _MD5_128})
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class ConfiguredProposal:
     """One proposal; an SA uses one algorithm of each kind. Empty: no algorithm of that kind is named.
 
     `encr`: with the key's bits, 0 if the cipher has one size only. `esn`: empty means that extended sequence
@@ -129,7 +129,7 @@ class Proposal:
     esn: frozenset[bool] = frozenset()
 
     @classmethod
-    def parse(cls, text: str) -> Proposal:
+    def parse(cls, text: str) -> ConfiguredProposal:
         """As in `proposals` and `esp_proposals` of swanctl.conf: aes256-sha256-x25519.
 
         Additional key exchanges (ke1_mlkem768) are passed over, because they only add to the first. Errors:

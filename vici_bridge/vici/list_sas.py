@@ -18,28 +18,28 @@ from .codec import parse_message
 from .views import SaView, sa_views
 
 
-class _Reader(Protocol):
+class _ReadSa(Protocol):
     def __call__(self, octets: bytes, /) -> SaView | None: ...
 
 
 class _Ask(Protocol):
     """`CharonVici.read_sas`."""
 
-    def __call__(self, read: _Reader, *, ike_id: int | None = None) -> list[SaView | None]: ...
+    def __call__(self, read: _ReadSa, *, ike_id: int | None = None) -> list[SaView | None]: ...
 
 
-class _Run(Protocol):
+class _RunInThread(Protocol):
     """`asyncio.to_thread`, or the like."""
 
     async def __call__(
-        self, call: _Ask, read: _Reader, /, *, ike_id: int | None = None
+        self, call: _Ask, read: _ReadSa, /, *, ike_id: int | None = None
     ) -> list[SaView | None]: ...
 
 
 class Listing:
     """`ask`: called in other threads (by `run`), one call at a time or several."""
 
-    def __init__(self, ask: _Ask, run: _Run | None = None) -> None:
+    def __init__(self, ask: _Ask, run: _RunInThread | None = None) -> None:
         self._ask = ask
         self._run = run or asyncio.to_thread
         self._ids: dict[SaName, int] = {}
@@ -85,7 +85,7 @@ class Listing:
         self._ids.pop(sa, None)
         return None
 
-    async def _asked(self, read: _Reader, ike_id: int | None = None) -> list[SaView]:
+    async def _asked(self, read: _ReadSa, ike_id: int | None = None) -> list[SaView]:
         found = await self._run(self._ask, read, ike_id=ike_id)
         return [view for view in found if view is not None]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import BusyError, CharonError, ConfigError, LinkError, UnknownSaError
-from ikectx.node.mobility import Handover, MobileState, Outcome, Prepared
+from ikectx.node.mobility import Handover, HandoverOutcome, HandoverPrepared, MobileState
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Endpoint
 from ikectx.wire.cxtp import StatusBlock
@@ -122,7 +122,7 @@ def test_an_exchange_that_charon_begins_while_nsg_takes_the_sa() -> None:
         w.mobile.busy = ["IKE_MOBIKE"]
         run = w.gateways.__call__
 
-        async def and_then(*args: Any, **kwargs: Any) -> Outcome:
+        async def and_then(*args: Any, **kwargs: Any) -> HandoverOutcome:
             outcome = await run(*args, **kwargs)
             w.mobile.busy = ["CHILD_REKEY"]
             return outcome
@@ -270,11 +270,11 @@ def test_an_announcement_that_nobody_completes() -> None:
         w = World()
         late = asyncio.Event()
 
-        async def expires(machine: Handover, bind: Any, *, moves: Any, progress: Any) -> Outcome:
-            progress(MobileState.PREPARED, Prepared(None))  # type: ignore[arg-type]
+        async def expires(machine: Handover, bind: Any, *, moves: Any, progress: Any) -> HandoverOutcome:
+            progress(MobileState.PREPARED, HandoverPrepared(None))  # type: ignore[arg-type]
             await late.wait()
             moves.close()
-            return Outcome(MobileState.SILENT, announced=True)
+            return HandoverOutcome(MobileState.SILENT, announced=True)
 
         w.handovers._run = expires
         await w.handovers.announce("nsg")
@@ -346,7 +346,7 @@ def test_the_agent_ends_in_the_middle() -> None:
         w = World()
         stuck = asyncio.Event()
 
-        async def silent(machine: Handover, **_: Any) -> Outcome:
+        async def silent(machine: Handover, **_: Any) -> HandoverOutcome:
             stuck.set()
             await asyncio.Event().wait()
             raise AssertionError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import BusyError, WireError
-from ikectx.node.mobility import MobileState, Outcome
+from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import Fpt
 from ikectx.sa.context import IkeContext
 from ikectx.wire.cxtp import ContextDataBlock
@@ -60,7 +60,7 @@ def test_an_answer_that_makes_no_sense(bad: tuple[ContextDataBlock, ...]) -> Non
         w = HandoverWorld()
         run = w.gateways.__call__
 
-        async def with_blocks(*args: Any, **kwargs: Any) -> Outcome:
+        async def with_blocks(*args: Any, **kwargs: Any) -> HandoverOutcome:
             return replace(await run(*args, **kwargs), blocks=bad)
 
         w.handovers._run = with_blocks
@@ -84,7 +84,7 @@ def test_a_handover_with_new_spis(looks: bool) -> None:
         run = w.gateways.__call__
         asked: dict[str, Any] = {}
 
-        async def with_blocks(*args: Any, **kwargs: Any) -> Outcome:
+        async def with_blocks(*args: Any, **kwargs: Any) -> HandoverOutcome:
             return replace(await run(*args, **kwargs), blocks=told)
 
         async def quiet(sa: Any, **how: Any) -> None:
@@ -130,10 +130,10 @@ def test_a_handover_that_ends_by_ike(answers: bool) -> None:
                 moved.set_result(replace(w.mobile.context, local=NEW, remote=NSG))
             yield moved
 
-        async def silent(machine: Any, **_: Any) -> Outcome:
+        async def silent(machine: Any, **_: Any) -> HandoverOutcome:
             if answers:
                 await asyncio.Event().wait()
-            return Outcome(MobileState.SILENT, in_doubt=True)
+            return HandoverOutcome(MobileState.SILENT, in_doubt=True)
 
         monkeypatch = pytest.MonkeyPatch()
         monkeypatch.setattr(mobile_handover, "AFTER_IKE", 0.01)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ikectx.errors import LinkError
-from ikectx.node.mobility import MobileState, Outcome
+from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint
 from ikectx.wire.cxtp import StatusBlock
@@ -170,7 +170,7 @@ class Choosy:
         self._gateways = w.gateways
         w.handovers._run = self
 
-    async def __call__(self, machine: Any, *args: Any, **more: Any) -> Outcome:
+    async def __call__(self, machine: Any, *args: Any, **more: Any) -> HandoverOutcome:
         gateways = self._gateways
         moves, gateways.state = more.get("moves"), MobileState.ACTIVATED
 

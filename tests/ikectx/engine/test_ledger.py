@@ -36,7 +36,7 @@ from ikectx.sa.name import SaName
 from ikectx.wire import cbor
 from tests import peers
 from tests.ikectx.disk.test_store import entry
-from vici_bridge.effects.mobile_move import Move
+from vici_bridge.effects.mobile_move import MobileMove
 from vici_bridge.ha.record import Record
 from vici_bridge.policy.new_names import Plan
 
@@ -269,7 +269,7 @@ def check(store: SqliteStore, turn: str) -> None:
 
     mobile = Ledger[MobileFacts](store, "mobile")
     moving, asking = (peers.a_context(number).spis for number in (21, 22))
-    move = Move.loads(mobile.of(moving).facts.move)
+    move = MobileMove.loads(mobile.of(moving).facts.move)
     assert move.ike == SaName(b"otherini", b"otherres")
     assert mobile.of(moving).facts.quiet
     assert b"fresh" in mobile.of(asking).facts.mirror

@@ -15,7 +15,16 @@ from ikectx.errors import LinkError, UsageError, WireError
 from ikectx.net import bypass as bypass_room
 from ikectx.net.bypass import bypass
 from ikectx.net.mn_udp import MAX_AT_WORK, MnServer, run_handover
-from ikectx.node.mobility import Event, Handover, Limits, MobileState, Mode, Retry, Route, Router
+from ikectx.node.mobility import (
+    Handover,
+    HandoverEvent,
+    HandoverMode,
+    Limits,
+    MobileState,
+    Retry,
+    Route,
+    Router,
+)
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint
 from ikectx.wire import cookies
@@ -65,7 +74,7 @@ async def serving(
         await server.close()
 
 
-def handover(psg: Endpoint, nsg: Endpoint, mode: Mode, care_of: Endpoint | None = None) -> Handover:
+def handover(psg: Endpoint, nsg: Endpoint, mode: HandoverMode, care_of: Endpoint | None = None) -> Handover:
     mn: Address = ip_address("198.51.100.7" if psg.address.version == 4 else "2001:db8::7")
     return Handover(
         GENERATION,
@@ -79,7 +88,7 @@ def handover(psg: Endpoint, nsg: Endpoint, mode: Mode, care_of: Endpoint | None 
 
 
 def a_ctar() -> bytes:
-    machine = handover(Endpoint(HERE[4], 1), Endpoint(HERE[4], 2), Mode.REACTIVE)
+    machine = handover(Endpoint(HERE[4], 1), Endpoint(HERE[4], 2), HandoverMode.REACTIVE)
     return machine.to_send(0)[0][0]
 
 
@@ -119,17 +128,17 @@ def test_predictive_over_udp(version: int) -> None:
 
             return handle
 
-        told: list[tuple[MobileState, Event | None]] = []
+        told: list[tuple[MobileState, HandoverEvent | None]] = []
         move: asyncio.Future[Endpoint | None] = asyncio.get_running_loop().create_future()
 
-        def progress(state: MobileState, event: Event | None) -> None:
+        def progress(state: MobileState, event: HandoverEvent | None) -> None:
             told.append((state, event))
             if state is MobileState.PREPARED:
                 move.set_result(Endpoint(HERE[version], 4500))
 
         async with serving(at("psg"), at=here) as (_, psg), serving(at("nsg"), at=here) as (_, nsg):
             outcome = await run_handover(
-                handover(psg, nsg, Mode.PREDICTIVE),
+                handover(psg, nsg, HandoverMode.PREDICTIVE),
                 HERE[version],
                 moves=move,
                 progress=progress,
@@ -154,7 +163,7 @@ def test_lost_answers_are_asked_for_again() -> None:
         async with serving(deaf) as (server, nsg):
             # the care-of address is behind a NAT: not one of this machine's
             care_of = Endpoint.of("203.0.113.1", 4500)
-            machine = handover(Endpoint(HERE[4], 1), nsg, Mode.REACTIVE, care_of)
+            machine = handover(Endpoint(HERE[4], 1), nsg, HandoverMode.REACTIVE, care_of)
             outcome = await run_handover(machine, protect=no_protection)
             assert (outcome.state, outcome.retransmissions) == (MobileState.ACTIVATED, 2)
             assert len(set(map(repr, asked))) == 1
@@ -169,7 +178,7 @@ def test_nobody_there_leaves_doubt() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
             closed.bind(("127.0.0.1", 0))
             nobody = Endpoint(HERE[4], closed.getsockname()[1])
-        machine = handover(nobody, nobody, Mode.REACTIVE, Endpoint(HERE[4], 4500))
+        machine = handover(nobody, nobody, HandoverMode.REACTIVE, Endpoint(HERE[4], 4500))
         outcome = await run_handover(machine, protect=no_protection)
         assert (outcome.state, outcome.in_doubt) == (MobileState.SILENT, True)
 
@@ -187,7 +196,7 @@ def test_auto_moves_on_without_preparation() -> None:
             return Endpoint(HERE[4], 4500)
 
         async with serving(refuse) as (_, psg), serving() as (_, nsg):
-            machine = handover(psg, nsg, Mode.AUTO)
+            machine = handover(psg, nsg, HandoverMode.AUTO)
             outcome = await run_handover(machine, moves=move(), protect=no_protection)
         assert (outcome.state, outcome.announced) == (MobileState.ACTIVATED, False)
 
@@ -200,7 +209,7 @@ def test_cancelling_the_task_cancels_the_handover() -> None:
             return None
 
         async with serving(deaf) as (server, nsg):
-            machine = handover(Endpoint(HERE[4], 1), nsg, Mode.REACTIVE, Endpoint(HERE[4], 4500))
+            machine = handover(Endpoint(HERE[4], 1), nsg, HandoverMode.REACTIVE, Endpoint(HERE[4], 4500))
             task = asyncio.create_task(run_handover(machine, protect=no_protection))
             await until(lambda: server.counters.received > 0)
             task.cancel()
@@ -217,12 +226,12 @@ def test_trouble_of_the_move_ends_it() -> None:
             raise LinkError("the new network has no address")
 
         async with serving() as (_, psg):
-            machine = handover(psg, psg, Mode.AUTO)
+            machine = handover(psg, psg, HandoverMode.AUTO)
             with pytest.raises(LinkError, match="no address"):
                 await run_handover(machine, moves=move(), protect=no_protection)
             assert machine.outcome.state is MobileState.CANCELLED
             with pytest.raises(UsageError):
-                await run_handover(handover(psg, psg, Mode.AUTO), protect=no_protection)
+                await run_handover(handover(psg, psg, HandoverMode.AUTO), protect=no_protection)
 
     asyncio.run(run())
 
@@ -283,7 +292,7 @@ def test_an_mn_gets_through_beside_a_flood_from_forged_addresses() -> None:
             await flood(1)
             assert server.counters.asked > 200
             storm = asyncio.create_task(flood(1000))
-            machine = handover(Endpoint(HERE[4], 1), at, Mode.REACTIVE, Endpoint(HERE[4], 4500))
+            machine = handover(Endpoint(HERE[4], 1), at, HandoverMode.REACTIVE, Endpoint(HERE[4], 4500))
             outcome = await run_handover(machine, protect=no_protection)
             storm.cancel()
             # the CTAR, the question, the CTAR with the cookie, the CTAA: twice where a datagram was lost
@@ -379,7 +388,7 @@ def test_without_privileges_the_error_says_so() -> None:
         with pytest.raises(LinkError) as error:
             await server.start()
         assert "CAP_NET_ADMIN" in error.value.hint
-        machine = handover(Endpoint(HERE[4], 1), Endpoint(HERE[4], 2), Mode.REACTIVE)
+        machine = handover(Endpoint(HERE[4], 1), Endpoint(HERE[4], 2), HandoverMode.REACTIVE)
         with pytest.raises(LinkError) as error:
             await run_handover(machine, protect=denied)
         assert "CAP_NET_ADMIN" in error.value.hint

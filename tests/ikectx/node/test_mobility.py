@@ -15,16 +15,16 @@ from ikectx.node.mobility import (
     MOBILE_FINAL,
     MOBILE_TABLE,
     Activated,
-    Cancelled,
-    Event,
     GaveUp,
     Handover,
+    HandoverCancelled,
+    HandoverEvent,
+    HandoverMode,
+    HandoverPrepared,
+    HandoverRefused,
     Limits,
     MobileInput,
     MobileState,
-    Mode,
-    Prepared,
-    Refused,
     Retry,
     Route,
     Router,
@@ -54,8 +54,8 @@ S, I = MobileState, MobileInput  # noqa: E741
 ROUTE = Route(MN, PSG, NSG)
 
 
-def handover(mode: Mode = Mode.AUTO, route: Route = ROUTE, **more: object) -> Handover:
-    given: dict[str, object] = {"care_of": CARE_OF} if mode is Mode.REACTIVE else {}
+def handover(mode: HandoverMode = HandoverMode.AUTO, route: Route = ROUTE, **more: object) -> Handover:
+    given: dict[str, object] = {"care_of": CARE_OF} if mode is HandoverMode.REACTIVE else {}
     given |= {"sequence": SEQUENCE, "unix": UNIX} | more
     return Handover(GENERATION, mode, route, **given)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def answer(
     return seal_ctaa(KEY, MN, SEQUENCE, statuses, blocks, purpose=purpose).serialize()
 
 
-def events(machine: Handover) -> list[Event]:
+def events(machine: Handover) -> list[HandoverEvent]:
     return list(iter(machine.next_event, None))
 
 
@@ -77,7 +77,7 @@ def sent(machine: Handover, now: float) -> Ctar:
     return Ctar.parse(octets)
 
 
-def in_state(state: MobileState, mode: Mode = Mode.AUTO) -> Handover:
+def in_state(state: MobileState, mode: HandoverMode = HandoverMode.AUTO) -> Handover:
     """A machine in that state, at time 0, with its events read."""
     machine = handover(mode)
     if state is S.CANCELLED:
@@ -146,11 +146,13 @@ def drive(machine: Handover, what: MobileInput) -> None:
             machine.cancel()
 
 
-@pytest.mark.parametrize("mode", [Mode.PREDICTIVE, Mode.AUTO])
+@pytest.mark.parametrize("mode", [HandoverMode.PREDICTIVE, HandoverMode.AUTO])
 @pytest.mark.parametrize(("state", "what"), MOBILE_TABLE)
-def test_every_pair(state: MobileState, what: MobileInput, mode: Mode) -> None:
-    falls_back = mode is Mode.AUTO and state in (S.ANNOUNCING, S.PREPARED)
-    if (state is S.UNPREPARED and mode is Mode.PREDICTIVE) or (what is I.FALL_BACK and not falls_back):
+def test_every_pair(state: MobileState, what: MobileInput, mode: HandoverMode) -> None:
+    falls_back = mode is HandoverMode.AUTO and state in (S.ANNOUNCING, S.PREPARED)
+    if (state is S.UNPREPARED and mode is HandoverMode.PREDICTIVE) or (
+        what is I.FALL_BACK and not falls_back
+    ):
         assert MOBILE_TABLE[state, I.FALL_BACK] in (state, S.UNPREPARED)
         return  # does not happen
     taken = what
@@ -172,7 +174,7 @@ def test_every_pair(state: MobileState, what: MobileInput, mode: Mode) -> None:
 
 
 def test_predictive() -> None:
-    machine = handover(Mode.PREDICTIVE)
+    machine = handover(HandoverMode.PREDICTIVE)
     ((octets, to),) = machine.to_send(0)
     assert to == PSG.cxtp
     ctar = Ctar.parse(octets)
@@ -182,7 +184,7 @@ def test_predictive() -> None:
     assert token is not None
     assert (token.care_of, token.expiry, token.spis) == (None, int(UNIX) + 60, a_context().spis)
     machine.receive(answer(Purpose.ANNOUNCE), PSG.cxtp, 1)
-    assert [type(e) for e in events(machine)] == [Prepared]
+    assert [type(e) for e in events(machine)] == [HandoverPrepared]
     assert machine.to_send(1) == []
 
     machine.moved(CARE_OF, 10)
@@ -206,7 +208,7 @@ def test_predictive() -> None:
 
 
 def test_reactive_without_knowing_its_own_address() -> None:
-    machine = handover(Mode.REACTIVE, care_of=None)
+    machine = handover(HandoverMode.REACTIVE, care_of=None)
     ctar = sent(machine, 0)
     token = verify(KEY, ctar, purpose=Purpose.ARRIVE, psg="psg", nsg="nsg", now=UNIX, skew=0, rfc=False)
     assert token is not None
@@ -223,11 +225,11 @@ def test_any_failure_of_ours_is_a_refusal(fpt: Fpt) -> None:
     machine = in_state(S.ARRIVING)
     failed = (StatusBlock(fpt, Status.UNKNOWN_SA),)
     machine.receive(answer(Purpose.ARRIVE, (*MLD_FAILED, *failed)), NSG.cxtp, 1)
-    assert events(machine) == [Refused(failed, authentic=True, in_doubt=False)]
+    assert events(machine) == [HandoverRefused(failed, authentic=True, in_doubt=False)]
 
 
 def test_who_moves_before_the_answer_arrives_at_once() -> None:
-    machine = handover(Mode.PREDICTIVE)
+    machine = handover(HandoverMode.PREDICTIVE)
     machine.to_send(0)
     machine.moved(CARE_OF, 1)
     assert sent(machine, 1).router == PSG.address
@@ -239,13 +241,13 @@ def test_who_moves_before_the_answer_arrives_at_once() -> None:
     assert machine.state is S.ACTIVATED
 
 
-@pytest.mark.parametrize("mode", [Mode.PREDICTIVE, Mode.AUTO])
-def test_an_announcement_that_is_refused(mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [HandoverMode.PREDICTIVE, HandoverMode.AUTO])
+def test_an_announcement_that_is_refused(mode: HandoverMode) -> None:
     machine = handover(mode)
     machine.to_send(0)
     machine.receive(answer(Purpose.ANNOUNCE, BUSY), PSG.cxtp, 1)
-    if mode is Mode.PREDICTIVE:
-        assert events(machine) == [Refused(BUSY, authentic=True, in_doubt=False)]
+    if mode is HandoverMode.PREDICTIVE:
+        assert events(machine) == [HandoverRefused(BUSY, authentic=True, in_doubt=False)]
         assert "refused: the old gateway" in machine.outcome.text
     else:
         assert events(machine) == [Unprepared(BUSY)]
@@ -254,8 +256,8 @@ def test_an_announcement_that_is_refused(mode: Mode) -> None:
         assert sent(machine, 500).sequence == SEQUENCE
 
 
-@pytest.mark.parametrize("mode", [Mode.PREDICTIVE, Mode.AUTO])
-def test_what_was_prepared_expires(mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [HandoverMode.PREDICTIVE, HandoverMode.AUTO])
+def test_what_was_prepared_expires(mode: HandoverMode) -> None:
     machine = handover(mode, limits=Limits(hold=30.0))
     machine.to_send(0)
     machine.receive(answer(Purpose.ANNOUNCE), PSG.cxtp, 1)
@@ -264,13 +266,13 @@ def test_what_was_prepared_expires(mode: Mode) -> None:
     machine.handle_timer(30.9)
     assert machine.state is S.PREPARED
     machine.handle_timer(31)
-    expected: Event = Unprepared() if mode is Mode.AUTO else GaveUp(1, in_doubt=False)
+    expected: HandoverEvent = Unprepared() if mode is HandoverMode.AUTO else GaveUp(1, in_doubt=False)
     assert events(machine) == [expected]
     assert not machine.outcome.in_doubt
 
 
 def test_retransmissions_double_and_repeat_the_octets() -> None:
-    machine = handover(Mode.REACTIVE)
+    machine = handover(HandoverMode.REACTIVE)
     ((first, _),) = machine.to_send(0)
     times, now = [0.0], 0.0
     while (due := machine.next_timer()) is not None:
@@ -288,7 +290,7 @@ def test_retransmissions_double_and_repeat_the_octets() -> None:
 
 
 def test_an_announcement_without_answer_leaves_no_doubt() -> None:
-    machine = handover(Mode.PREDICTIVE, limits=Limits(Retry(1, 1, 3)))
+    machine = handover(HandoverMode.PREDICTIVE, limits=Limits(Retry(1, 1, 3)))
     for now in range(4):
         machine.handle_timer(now)
         machine.to_send(now)
@@ -299,13 +301,13 @@ def test_an_announcement_without_answer_leaves_no_doubt() -> None:
 def test_cancel() -> None:
     machine = in_state(S.PREPARED)
     machine.cancel()
-    assert events(machine) == [Cancelled()]
+    assert events(machine) == [HandoverCancelled()]
     assert "old gateway" in machine.outcome.text
     machine = in_state(S.ARRIVING)
     machine.cancel()
     assert events(machine) == [GaveUp(1, in_doubt=True)]
     # nothing had left yet
-    machine = handover(Mode.AUTO)
+    machine = handover(HandoverMode.AUTO)
     machine.moved(CARE_OF, 0)
     machine.cancel()
     assert events(machine) == [GaveUp(0, in_doubt=False)]
@@ -336,7 +338,7 @@ def test_a_refusal_without_tag_counts_when_two_sendings_got_it() -> None:
     machine.receive(Ctaa(ip_address("192.0.2.99"), BUSY).serialize(), NSG.cxtp, 2.2)
     assert machine.state is S.ARRIVING
     machine.receive(plain(), NSG.cxtp, 2.3)
-    assert events(machine) == [Refused(BUSY, authentic=False, in_doubt=True)]
+    assert events(machine) == [HandoverRefused(BUSY, authentic=False, in_doubt=True)]
     assert "without proof: which gateway" in machine.outcome.text
 
 
@@ -390,14 +392,14 @@ def test_noise_changes_nothing(datagrams: list[bytes], state: MobileState) -> No
 
 def test_gateways_of_another_family_are_named_by_the_token_alone() -> None:
     six = Router("nsg", ip_address("2001:db8::2"), Endpoint.of("2001:db8::2", 5091))
-    machine = handover(Mode.AUTO, Route(MN, PSG, six))
+    machine = handover(HandoverMode.AUTO, Route(MN, PSG, six))
     ((octets, to),) = machine.to_send(0)
     assert Ctar.parse(octets).router == ip_address("0.0.0.0")
     assert to == PSG.cxtp
     machine.moved(Endpoint.of("2001:db8::7"), 1)
     ((octets, to),) = machine.to_send(1)
     assert (Ctar.parse(octets).mn, Ctar.parse(octets).router, to) == (MN, PSG.address, six.cxtp)
-    six_mn = handover(Mode.AUTO, Route(ip_address("2001:db8::7"), PSG, NSG))
+    six_mn = handover(HandoverMode.AUTO, Route(ip_address("2001:db8::7"), PSG, NSG))
     assert sent(six_mn, 0).router == ip_address("::")
 
 
@@ -424,7 +426,7 @@ def a_question(cookie: bytes, mn: object = MN) -> bytes:
 
 
 def test_a_cookie_is_sent_back_at_once_and_kept() -> None:
-    machine = handover(Mode.REACTIVE)
+    machine = handover(HandoverMode.REACTIVE)
     first = sent(machine, 0.0)
     machine.receive(a_question(b"123456789abc"), NSG.cxtp, 0.1)
     again = sent(machine, 0.1)
@@ -443,7 +445,7 @@ def test_a_cookie_is_sent_back_at_once_and_kept() -> None:
 
 def test_questions_for_cookies_change_nothing_else() -> None:
     """Anybody on the way can ask, as often as they like."""
-    machine = handover(Mode.REACTIVE)
+    machine = handover(HandoverMode.REACTIVE)
     first = sent(machine, 0.0)
     for octets, source in (
         (a_question(b"123456789abc"), ELSEWHERE),
@@ -459,7 +461,7 @@ def test_questions_for_cookies_change_nothing_else() -> None:
     machine.handle_timer(2.0)
     assert sent(machine, 2.0).blocks[1:] == first.blocks
     # a new CTAR begins without
-    machine = handover(Mode.PREDICTIVE)
+    machine = handover(HandoverMode.PREDICTIVE)
     sent(machine, 0.0)
     machine.receive(a_question(b"123456789abc"), PSG.cxtp, 0.1)
     sent(machine, 0.1)

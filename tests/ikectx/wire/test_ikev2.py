@@ -19,7 +19,7 @@ from ikectx.numbers import Encr, Exchange, Integ, KeMethod, Notify, Payload, Pro
 from ikectx.sa.context import Endpoint, Secret, TrafficSelector
 from ikectx.sa.keys import SealKey, iv_length, seal, sealed_length
 from ikectx.wire import ikev2
-from ikectx.wire.ikev2 import IkeHeader, Message, RequestWindow, RetransmitPolicy
+from ikectx.wire.ikev2 import IkeHeader, IkeMessage, RequestWindow, RetransmitPolicy
 from ikectx.wire.payloads import (
     AnyPayload,
     DeletePayload,
@@ -204,14 +204,14 @@ def test_nothing_stands_in_front_of_sk() -> None:
 
 
 def test_lookups_in_a_message() -> None:
-    message = Message(HEADER, (*INSIDE, NotifyPayload(Notify.UNACCEPTABLE_ADDRESSES)))
+    message = IkeMessage(HEADER, (*INSIDE, NotifyPayload(Notify.UNACCEPTABLE_ADDRESSES)))
     assert message.notifies(Notify.COOKIE2) == [INSIDE[1]]
     assert message.error == NotifyPayload(Notify.UNACCEPTABLE_ADDRESSES)
-    assert Message(HEADER, INSIDE).error is None
-    assert Message(HEADER, (RawPayload(Payload(200), b""),)).critical is None
-    assert Message(HEADER, (RawPayload(Payload.VENDOR, b"", critical=True),)).critical is None
+    assert IkeMessage(HEADER, INSIDE).error is None
+    assert IkeMessage(HEADER, (RawPayload(Payload(200), b""),)).critical is None
+    assert IkeMessage(HEADER, (RawPayload(Payload.VENDOR, b"", critical=True),)).critical is None
     unknown = RawPayload(Payload(200), b"", critical=True)
-    assert Message(HEADER, (unknown,)).critical == unknown
+    assert IkeMessage(HEADER, (unknown,)).critical == unknown
 
 
 @pytest.mark.parametrize("exchange", list(ikev2.EXCHANGES))
@@ -221,13 +221,13 @@ def test_every_cell_of_the_table_of_exchanges(exchange: Exchange, response: bool
     allowed = rule.response if response else rule.request
     header = replace(HEADER, exchange=exchange, response=response)
     for kind in Payload:
-        message = Message(header, (RawPayload(kind, b""),))
+        message = IkeMessage(header, (RawPayload(kind, b""),))
         if kind in allowed:
             message.check()
         else:
             with pytest.raises(WireError):
                 message.check()
-    Message(header, (RawPayload(Payload(200), b""),)).check()
+    IkeMessage(header, (RawPayload(Payload(200), b""),)).check()
 
 
 def test_an_unknown_exchange_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 from ikectx.errors import StoreError, UsageError
 from ikectx.sa.context import Endpoint, ReplayState
 from tests.mobile_world import NEW, NSG, OLD, PSG, a_node_context
-from vici_bridge.effects.mobile_move import ChildMove, Move, guards_of, leads, plan_move
+from vici_bridge.effects.mobile_move import ChildMove, MobileMove, guards_of, leads, plan_move
 from vici_bridge.kernel.xfrm import (
     ALLOW,
     BLOCK,
@@ -24,7 +24,7 @@ from vici_bridge.kernel.xfrm import (
 
 
 def test_a_note_comes_back_as_it_was() -> None:
-    move = Move(
+    move = MobileMove(
         OLD,
         PSG,
         NEW,
@@ -38,10 +38,10 @@ def test_a_note_comes_back_as_it_was() -> None:
         (b"12345678", b"abcdefgh"),
         True,
     )
-    assert Move.loads(move.dumps()) == move
+    assert MobileMove.loads(move.dumps()) == move
     for raw in (b"", b"{}", b"[]", move.dumps()[:-1], move.dumps().replace(b"ends", b"end")):
         with pytest.raises(StoreError):
-            Move.loads(raw)
+            MobileMove.loads(raw)
 
 
 def test_renames_must_be_of_this_sa() -> None:

@@ -17,7 +17,7 @@ from tests.peers import a_context
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.worlds import until
 from vici_bridge.effects import runner as runner_module
-from vici_bridge.effects.runner import Effect, Runner, Step
+from vici_bridge.effects.runner import LedgerStep, Runner, StepEffect
 
 SA = a_context().spis
 
@@ -34,7 +34,7 @@ class Work:
 class Bench:
     """A runner on a store in memory, whose agent may be another."""
 
-    def __init__(self, *steps: Step[Work]) -> None:
+    def __init__(self, *steps: LedgerStep[Work]) -> None:
         self.store = MemoryStore()
         self.steps = steps
         self.tasks: list[asyncio.Task[None]] = []
@@ -49,14 +49,14 @@ class Bench:
         self.tasks.append(asyncio.get_running_loop().create_task(work))
 
 
-def effect(name: str, *, error: Exception | None = None, facts: Any = None, **how: Any) -> Effect[Work]:
+def effect(name: str, *, error: Exception | None = None, facts: Any = None, **how: Any) -> StepEffect[Work]:
     async def do(work: Work) -> Any:
         work.did.append(name)
         if error is not None:
             raise error
         return facts
 
-    return Effect(name, do, **how)
+    return StepEffect(name, do, **how)
 
 
 def test_what_is_done_is_not_done_again() -> None:
@@ -68,7 +68,7 @@ def test_what_is_done_is_not_done_again() -> None:
             if failing:
                 raise failing.pop()
 
-        step = Step("step", (effect("a"), Effect("b", fails_once), effect("c")))
+        step = LedgerStep("step", (effect("a"), StepEffect("b", fails_once), effect("c")))
         bench, work = Bench(step), Work()
         with pytest.raises(KernelError):
             await bench.runner.run(step, work)
@@ -87,7 +87,7 @@ def test_facts_are_on_the_disk_before_the_next_effect() -> None:
         async def looks(work: Work) -> None:
             kept.append(Ledger[SourceFacts](bench.store, "source").of(SA).facts.request or 0)
 
-        step = Step("step", (effect("a", facts={"request": 7}), Effect("b", looks)), ends=True)
+        step = LedgerStep("step", (effect("a", facts={"request": 7}), StepEffect("b", looks)), ends=True)
         bench = Bench(step)
         await bench.runner.run(step, Work())
         assert kept == [7]
@@ -105,7 +105,7 @@ def test_a_probe_tells_whether_what_had_begun_is_done(done: bool) -> None:
             return done
 
         once = effect("once", once=True, probe=probe)
-        step = Step("step", (once, effect("after")))
+        step = LedgerStep("step", (once, effect("after")))
         bench, work = Bench(step), Work()
         row = bench.ledger.of(SA)
         bench.ledger.put(runner_module.replace(row, step="step", begun="once"))
@@ -121,7 +121,7 @@ def test_each_effect_has_its_own_time() -> None:
         async def hangs(work: Work) -> None:
             await asyncio.sleep(3600)
 
-        step = Step("step", (Effect("hangs", hangs, limit=0.01),))
+        step = LedgerStep("step", (StepEffect("hangs", hangs, limit=0.01),))
         with pytest.raises(StateError, match=r"hangs did not end within 0\.01 s"):
             await Bench(step).runner.run(step, Work())
 
@@ -134,7 +134,7 @@ def test_what_is_not_needed_stands_in_nobodys_way(monkeypatch: pytest.MonkeyPatc
     async def scenario() -> None:
         idle = effect("idle", error=KernelError("by hand"), needed=False, later=True)
         given_up = effect("given up", error=KernelError("by hand"), needed=False)
-        step = Step("step", (idle, given_up, effect("after")), ends=True)
+        step = LedgerStep("step", (idle, given_up, effect("after")), ends=True)
         bench, work = Bench(step), Work()
         await bench.runner.run(step, work)
         assert work.did == ["idle", "given up", "after"]
@@ -150,7 +150,7 @@ def test_a_newer_step_ends_what_was_left_for_later(monkeypatch: pytest.MonkeyPat
 
     async def scenario() -> None:
         idle = effect("idle", error=KernelError("by hand"), needed=False, later=True)
-        first, second = Step("first", (idle,), ends=True), Step("second", (effect("a"),))
+        first, second = LedgerStep("first", (idle,), ends=True), LedgerStep("second", (effect("a"),))
         bench, work = Bench(first, second), Work()
         await bench.runner.run(first, work)
         await bench.runner.run(second, work)
@@ -164,7 +164,7 @@ def test_a_newer_step_ends_what_was_left_for_later(monkeypatch: pytest.MonkeyPat
 def test_an_effect_that_is_not_known_any_more_is_told(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         idle = effect("idle", error=KernelError("by hand"), needed=False, later=True)
-        step = Step("step", (idle,), ends=True)
+        step = LedgerStep("step", (idle,), ends=True)
         bench = Bench(step)
         await bench.runner.run(step, Work())
         bench.store.flush()
@@ -180,7 +180,7 @@ def test_an_effect_that_is_not_known_any_more_is_told(caplog: pytest.LogCaptureF
 
 def test_a_step_without_a_store_does_not_begin_what_it_must_note(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        step = Step("step", (effect("once", once=True),))
+        step = LedgerStep("step", (effect("once", once=True),))
         bench, work = Bench(step), Work()
 
         def full(*_: Any, **__: Any) -> None:

@@ -24,7 +24,7 @@ from tests.worlds import until
 from vici_bridge.effects import prepare as prepare_module
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import sink as sink_module
-from vici_bridge.kernel.relay import Relayed
+from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.vici.views import EXT_MOBIKE
 
 LOW, HIGH = 0xC0000000, 0xC0000FFF
@@ -303,7 +303,7 @@ def test_what_is_sent_under_an_old_spi_goes_to_the_other_gateway_meanwhile() -> 
         here.charon.serve(rival(context, "inbound"))
         here.mobiles.stock.add(str(context.remote_id))
         await move(here, context)
-        wanted = Relayed(context.remote, context.children[0].spi_in, context.local.address)
+        wanted = RelayRule(context.remote, context.children[0].spi_in, context.local.address)
         assert here.relay.ever == {wanted}
         await until(lambda: not here.relay.now)
         assert here.host.coming.of(context.spis).facts.relay is None

@@ -32,7 +32,7 @@ from tests.record_world import (
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.messages import HaMessage
-from vici_bridge.ha.record import Change, Deleted, Record, Rekeyed
+from vici_bridge.ha.record import Deleted, Record, RecordChange, Rekeyed
 
 # --- at rest ------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def test_any_order(messages: list[HaMessage]) -> None:
     """Lost, repeated and disordered datagrams never raise, and what is known stays whole and storable."""
     record = Record()
     for message in messages:
-        change: Change = record.feed(message)
+        change: RecordChange = record.feed(message)
         assert repr(change)
         for name in record.names():
             context = record.context(name)

@@ -68,7 +68,7 @@ def test_answers_are_matched_by_number() -> None:
     def message(kind: int, number: int, body: bytes, flags: int = 0) -> bytes:
         return struct.pack("=IHHII", 16 + len(body), kind, flags, number, 0) + body + bytes(-len(body) % 4)
 
-    waiting = {5: netlink.Outcome(), 6: netlink.Outcome(), 7: netlink.Outcome()}
+    waiting = {5: netlink.NetlinkOutcome(), 6: netlink.NetlinkOutcome(), 7: netlink.NetlinkOutcome()}
     first, second, third = waiting.values()
     words = struct.pack("=HH", 4 + 9, 1) + b"no luck.\0" + bytes(3)
     data = (
@@ -85,7 +85,7 @@ def test_answers_are_matched_by_number() -> None:
     assert (first.errno, [a[16:] for a in first.answers]) == (0, [b"body"])
     assert (second.errno, second.text) == (errno.EINVAL, "no luck.")
     assert third.torn
-    netlink.Netlink._sort(struct.pack("=IHHII", 8, 2, 0, 5, 0), {5: netlink.Outcome()})
+    netlink.Netlink._sort(struct.pack("=IHHII", 8, 2, 0, 5, 0), {5: netlink.NetlinkOutcome()})
 
 
 def test_many_at_once(kernel: Kernel) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from ikectx.sa.context import Endpoint
 from tests.netns import Namespace, namespaces
-from vici_bridge.kernel.relay import Relay, Relayed
+from vici_bridge.kernel.relay import Relay, RelayRule
 
 SPI = bytes.fromhex("c1234567")
 OTHER = bytes.fromhex("c7654321")
@@ -76,7 +76,7 @@ def test_only_what_it_is_told(line: tuple[Namespace, Namespace, Namespace], vers
     stranger = udp(mn, MN[version], 4501)
     to = (NSG[version], 4500)
     relay = Relay()
-    one = Relayed(Endpoint.of(MN[version], 4500), SPI, ip_address(PSG[version]))
+    one = RelayRule(Endpoint.of(MN[version], 4500), SPI, ip_address(PSG[version]))
     packet = SPI + bytes(20)
     with nsg.entered():
         relay.add(one)
@@ -113,7 +113,7 @@ def test_without_udp(line: tuple[Namespace, Namespace, Namespace], version: int)
         sender = socket.socket(family, socket.SOCK_RAW, 50)
     relay = Relay()
     with nsg.entered():
-        relay.add(Relayed(Endpoint.of(MN[version], 4500), SPI, ip_address(PSG[version])))
+        relay.add(RelayRule(Endpoint.of(MN[version], 4500), SPI, ip_address(PSG[version])))
     for _ in range(8):
         for spi in (OTHER, SPI):
             sender.sendto(spi + bytes(20), (NSG[version], 0))

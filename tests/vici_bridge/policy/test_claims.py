@@ -50,7 +50,7 @@ from vici_bridge.policy.claims import (
     check_traffic,
     check_virtual_ips,
 )
-from vici_bridge.policy.proposals import Proposal
+from vici_bridge.policy.proposals import ConfiguredProposal
 
 # What charon 5.9.8 answered to list-conns for the connection of the attack, shortened.
 CONNECTION: dict[str, Any] = {
@@ -454,8 +454,11 @@ def test_the_floor_of_the_prf_and_of_ancestors() -> None:
 
 def test_the_operators_proposals_are_the_measure_in_both_directions() -> None:
     weak = with_child(encr=Encr.DES3, encr_bits=0, integ=Integ.HMAC_SHA1_96)
-    assert reasons(check_algorithms(weak, Rules(esp=(Proposal.parse("3des-sha1"),)))) == []
-    only = Rules(ike=(Proposal.parse("aes256-sha256-x25519"),), esp=(Proposal.parse("aes256gcm16"),))
+    assert reasons(check_algorithms(weak, Rules(esp=(ConfiguredProposal.parse("3des-sha1"),)))) == []
+    only = Rules(
+        ike=(ConfiguredProposal.parse("aes256-sha256-x25519"),),
+        esp=(ConfiguredProposal.parse("aes256gcm16"),),
+    )
     found = reasons(check_algorithms(context(), only))
     assert ["aes256-sha256-x25519" in found[0], "aes256gcm16" in found[1]] == [True, True]
 
@@ -478,7 +481,7 @@ def test_the_operators_proposals_are_the_measure_in_both_directions() -> None:
     ],
 )
 def test_proposals_of_children(text: str, changes: dict[str, Any], fits: bool) -> None:
-    assert Proposal.parse(text).has_esp(with_child(**changes).children[0]) is fits
+    assert ConfiguredProposal.parse(text).has_esp(with_child(**changes).children[0]) is fits
 
 
 @pytest.mark.parametrize(
@@ -492,17 +495,17 @@ def test_proposals_of_children(text: str, changes: dict[str, Any], fits: bool) -
     ],
 )
 def test_proposals_of_the_ike_sa(text: str, fits: bool) -> None:
-    assert Proposal.parse(text).has_ike(context().current) is fits
+    assert ConfiguredProposal.parse(text).has_ike(context().current) is fits
 
 
 def test_the_prf_is_that_of_the_integrity_algorithm() -> None:
-    assert Proposal.parse("aes128-sha384-modp3072").prf == {Prf.HMAC_SHA2_384}
+    assert ConfiguredProposal.parse("aes128-sha384-modp3072").prf == {Prf.HMAC_SHA2_384}
 
 
 @pytest.mark.parametrize("text", ["default", "aes128-sha3", "sha256-x25519", "", "aes128gcm16-ke1_rot13"])
 def test_no_proposal(text: str) -> None:
     with pytest.raises(ValueError, match="is no proposal"):
-        Proposal.parse(text)
+        ConfiguredProposal.parse(text)
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 255])
@@ -587,7 +590,7 @@ def test_admission_joins_what_charon_tells_with_the_configuration() -> None:
     assert admit(context(connection="other"), known, POOLS, config()) == []  # `check_names` refuses it
     inner = {"psg": (ip_address("10.4.0.10"),)}
     assert len(reasons(admit(context(), known, POOLS, config(forward_via=inner)))) == 2
-    rules = {"mn": Rules(esp=(Proposal.parse("aes256gcm16"),))}
+    rules = {"mn": Rules(esp=(ConfiguredProposal.parse("aes256gcm16"),))}
     refused(admit(context(), known, POOLS, config(rules=rules)), "aes256gcm16")
 
 
