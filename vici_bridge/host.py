@@ -79,6 +79,8 @@ END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
 CHARON_THREADS = 2
 """Threads that wait for charon at once, of the five or more that Python keeps for all work of this kind."""
+MOMENT = 0.1
+"""Seconds for which charon's answer will do for a caller that looks again before it depends on it."""
 REKEY_AGAIN = 5.0
 """Seconds until charon is asked again for a rekey that it did not begin."""
 SAVE_AGAIN = 2.0
@@ -425,6 +427,11 @@ class CharonHost:
     async def view(self, sa: SaName) -> SaView | None:
         """One of charon's SAs by its SPIs."""
         return await self.listing.view(sa)
+
+    async def recent_view(self, sa: SaName) -> SaView | None:
+        """The same, for a caller that will look again before it changes anything: what somebody listed within
+        the last `MOMENT` will do."""
+        return self.listing.recent(sa, MOMENT) or await self.view(sa)
 
     async def connections(self) -> dict[str, Message]:
         """charon's loaded connections by name."""

@@ -30,6 +30,9 @@ from .runner import Facts, LedgerStep, StepEffect, with_context
 IDLE_TIMEOUT = 3.0
 """Seconds to wait for charon to finish an exchange that is under way at the freeze."""
 
+QUIET = 1.0
+"""Seconds after the last IKE request for which charon may still be in its exchange."""
+
 
 @dataclass(slots=True)
 class Freezing(Leaving):
@@ -67,6 +70,8 @@ async def _hear_nothing(work: Freezing) -> None:
 async def _wait(work: Freezing) -> None:
     """If `away`, an exchange that waits for the absent mobile node may be open, if a second look finds it,
     too."""
+    if not work.away and work.host.quiet(work.sa) > QUIET:
+        return  # it was idle when it was exported; if an exchange began since, the next look finds that
     end = time.monotonic() + IDLE_TIMEOUT
     before: tuple[str, ...] = ()
     while True:

@@ -4,10 +4,12 @@ An SA may come in only if no SA here has its names, addresses or networks. With 
 tenth of a second to answer, and the answer as long to parse. Names are compared and taken by one SA after the
 other, because two may want the same. So an SA that waits for its turn asks before it, those that ask at the
 same time share the answer (`Listing`), and SAs that came in between that answer and the turn are added to it.
+What the check of an SA has found is not asked again by its `prepare`, which follows in a push at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +17,9 @@ from dataclasses import dataclass, replace
 from ikectx import trace
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import IkeContext
+from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import MOMENT, CharonHost, HostConfig
 from vici_bridge.policy.admission import admit
 from vici_bridge.policy.checks import (
     check_address,
@@ -54,31 +57,54 @@ class Looks:
         self._host = host
         self._came: list[SaView] = []
         self._open = 0
+        self._checked: dict[SaName, tuple[Seen, asyncio.TimerHandle]] = {}
+        """Looks of SAs that were just checked, each counted as open."""
 
     @contextlib.asynccontextmanager
-    async def look(self) -> AsyncIterator[Seen]:
+    async def look(self, prepared: SaName | None = None) -> AsyncIterator[Seen]:
         """charon's state. Until the end of this context `now` adds the SAs that came in since.
 
-        Errors: CharonError, WireError.
+        `prepared`: an SA for which an answer of the last `MOMENT` that was kept for it will do. Errors:
+        CharonError, WireError.
         """
         host, came = self._host, len(self._came)
         self._open += 1
         try:
-            with trace.span("look", "part"):
-                seen = Seen(
-                    await host.version(),
-                    tuple(await host.views()),
-                    await host.connections(),
-                    await host.ask(host.vici.get_pools, True),
-                    await host.ask(host.vici.algorithms),
-                    came,
-                    host.listening(),
-                )
+            kept = self._checked.get(prepared) if prepared is not None else None
+            if kept is not None and prepared is not None:
+                seen = kept[0]
+                self._drop(prepared)
+            else:
+                with trace.span("look", "part"):
+                    seen = Seen(
+                        await host.version(),
+                        tuple(await host.views()),
+                        await host.connections(),
+                        await host.ask(host.vici.get_pools, True),
+                        await host.ask(host.vici.algorithms),
+                        came,
+                        host.listening(),
+                    )
             yield seen
         finally:
-            self._open -= 1
-            if not self._open:
-                self._came.clear()
+            self._close()
+
+    def keep(self, sa: SaName, seen: Seen) -> None:
+        """Keep this look, which is open, for the `look` by which that SA is prepared."""
+        self._drop(sa)
+        self._open += 1
+        self._checked[sa] = seen, asyncio.get_running_loop().call_later(MOMENT, self._drop, sa)
+
+    def _drop(self, sa: SaName) -> None:
+        kept = self._checked.pop(sa, None)
+        if kept is not None:
+            kept[1].cancel()
+            self._close()
+
+    def _close(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._came.clear()
 
     def came(self, view: SaView) -> None:
         """This SA came in, or has other names than before; earlier looks do not have that."""

@@ -73,6 +73,9 @@ class _MobileSource(CharonSource):
         state = "ESTABLISHED" if view.state == "PASSIVE" else view.state
         return replace(view, state=state, tasks=in_the_way(view, unanswered=True))
 
+    async def _recent_view(self, sa: SaName) -> SaView | None:
+        return await self._view(sa)
+
 
 async def _nobody(here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
     raise StateError("a mobile node asks nobody to move")

@@ -117,7 +117,10 @@ class CharonSink(ContextSink):
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
         async with self._looks.look() as seen:
-            return self._judge(context, keep_address, seen)[0]
+            verdicts, _ = self._judge(context, keep_address, seen)
+            if all(verdict.status is Status.OK for verdict in verdicts):
+                self._looks.keep(context.spis, seen)
+            return verdicts
 
     def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
         """All reasons against the SA, and the names that are taken."""
@@ -214,7 +217,7 @@ class CharonSink(ContextSink):
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
-        async with self._looks.look() as seen, self._host.import_lock:
+        async with self._looks.look(context.spis) as seen, self._host.import_lock:
             verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:

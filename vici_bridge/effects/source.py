@@ -72,6 +72,10 @@ class CharonSource(ContextSource):
             return departing_view(self._host.context(sa))
         return await self._host.view(sa)
 
+    async def _recent_view(self, sa: SaName) -> SaView | None:
+        """The view for an export, since a freeze compares the export with charon's present state."""
+        return await (self._view(sa) if sa in self.departing else self._host.recent_view(sa))
+
     def departing_by_reqid(
         self, reqid: int, connections: Collection[str]
     ) -> tuple[SaName, IkeContext, float] | None:
@@ -113,7 +117,7 @@ class CharonSource(ContextSource):
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
         """See `ContextSource.export`. Keys are derived and compared with those in the kernel."""
         host = self._host
-        view = await self._view(sa)
+        view = await self._recent_view(sa)
         host.ha_version.check()
         if view is not None:
             check_kind(view)

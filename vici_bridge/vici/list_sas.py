@@ -46,6 +46,8 @@ class Listing:
         """Unique IDs that charon reported last. It never uses one again while it runs (5.9.8, 6.0.6)."""
         self._read: dict[bytes, SaView | None] = {}
         """charon's last message about each SA, and its view."""
+        self._asked_at = float("-inf")
+        """The loop's time when the last listing of all began."""
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
@@ -61,15 +63,22 @@ class Listing:
         async with self._turn:
             self._next = None  # a listing that has begun is too old for later callers
             before, now = self._read, dict[bytes, SaView | None]()
+            asked_at = asyncio.get_running_loop().time()
 
             def read(octets: bytes) -> SaView | None:
                 now[octets] = view = before[octets] if octets in before else _view(octets)
                 return view
 
             views = await self._asked(read)
-            self._read = now
+            self._read, self._asked_at = now, asked_at
         self._ids = {view.spis: view.unique_id for view in reversed(views)}
         return views
+
+    def recent(self, sa: SaName, seconds: float) -> SaView | None:
+        """One of charon's SAs, if a listing of all that began so many seconds ago at most has it."""
+        if asyncio.get_running_loop().time() - self._asked_at > seconds:
+            return None
+        return next((view for view in self._read.values() if view is not None and view.spis == sa), None)
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of charon's SAs by its SPIs. Errors: as `views`."""

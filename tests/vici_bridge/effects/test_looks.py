@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from ikectx.sa.name import SaName
+from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
+from vici_bridge.effects import looks as looks_module
 from vici_bridge.effects.looks import Looks
 from vici_bridge.vici.views import SaView
 
@@ -98,6 +101,86 @@ def test_each_sees_what_came_since_its_own_look() -> None:
                 looks.came(two)
                 assert looks.now(late).views == (*late.views, two)
             assert looks.now(early).views == (*early.views, one, two)
+
+    run(scenario())
+
+
+def listings(here: Place) -> list[str]:
+    """A word for each time that charon is asked for an SA, or for all."""
+    asked: list[str] = []
+    one, every = here.host.view, here.host.views
+
+    async def view(sa: SaName) -> SaView | None:
+        asked.append("one")
+        return await one(sa)
+
+    async def views() -> list[SaView]:
+        asked.append("all")
+        return await every()
+
+    here.host.view = view  # type: ignore[method-assign]
+    here.host.views = views  # type: ignore[method-assign]
+    return asked
+
+
+def test_how_often_charon_is_asked_for_its_sas_in_one_transfer() -> None:
+    """Each look that is left finds a change of charon that nothing else tells; the SPD is not dumped."""
+
+    async def scenario() -> None:
+        async with served() as (old, source, _):
+            new = place()
+            at_old, at_new = listings(old), listings(new)
+            (sa,) = old.charon.views()
+            context = await source.export(sa.spis)
+            new.mobiles.add(context)
+            assert await new.sink.check(context, False) == []
+            await new.sink.prepare(context, False)
+            assert at_new == ["all", "one"], "what the check found is not asked for again; charon installs"
+            final = await source.freeze(context, "nsg")
+            assert at_old == ["one", "one"], "export; charon is mute and has the SA as it was exported"
+            await new.sink.take(context, final)
+            report = await new.sink.move_peer(context, final)
+            await new.sink.activate(context, final, report)
+            assert at_new[2:] == ["one", "one", "all", "one"], (
+                "it has it still; PASSIVE, none half-open, active"
+            )
+            await source.release(context)
+            assert at_old[2:] == ["one", "one"], "nobody ended it meanwhile; it is deleted"
+            new.sound()
+
+    run(scenario())
+
+
+def test_what_a_check_found_is_asked_for_again_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks_module, "MOMENT", 0.02)
+
+    async def scenario() -> None:
+        here, first = place(), a_context(1)
+        here.mobiles.add(first)
+        asked = listings(here)
+        await here.sink.check(first, False)
+        await asyncio.sleep(0.05)
+        assert (here.sink._looks._checked, here.sink._looks._open) == ({}, 0)
+        await here.sink.prepare(first, False)
+        assert asked.count("all") == 2
+
+    run(scenario())
+
+
+def test_an_sa_that_came_between_a_check_and_its_prepare_is_seen() -> None:
+    async def scenario() -> None:
+        here, first = place(), a_context(1)
+        second = rival(first, "responder")
+        for one in (first, second):
+            here.mobiles.add(one)
+        assert await here.sink.check(second, False) == []
+        await here.sink.prepare(first, False)
+        asked = listings(here)
+        await here.sink.prepare(second, False)
+        assert "all" not in asked
+        plan = here.sink._renames.plan_of(here.sink._here(second))
+        assert plan is not None and plan.ike
+        assert here.charon.offences == []
 
     run(scenario())
 

@@ -67,6 +67,22 @@ def test_one_sa_is_asked_for_by_its_id_as_soon_as_that_is_known() -> None:
     asyncio.run(scenario())
 
 
+def test_a_recent_listing_of_all_tells_of_one() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        assert listing.recent(SPIS[0], 60.0) is None
+        await listing.views()
+        found = [listing.recent(spis, 60.0) for spis in SPIS]
+        assert [view and view.spis for view in found] == SPIS
+        assert listing.recent((bytes(8), bytes(8)), 60.0) is None
+        await asyncio.sleep(0.02)
+        assert listing.recent(SPIS[0], 0.01) is None
+        assert charon.asked == [None]
+
+    asyncio.run(scenario())
+
+
 def test_only_what_is_said_in_other_octets_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[bytes] = []
 
