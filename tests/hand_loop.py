@@ -47,8 +47,8 @@ class HandLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._thread_ended)
         return future
 
-    async def shutdown_default_executor(self) -> None:
-        """Waits for its threads, which a loop that jumps must not take for nothing."""
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Waits for its threads, which a loop that jumps must not take for nothing; without limit."""
         self.threads += 1
         await super().shutdown_default_executor()
         self.threads -= 1
