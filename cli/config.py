@@ -20,7 +20,7 @@ from vici_bridge.policy.proposals import ConfiguredProposal
 from .toml_table import (
     ConfigFile,
     HostPort,
-    Table,
+    TomlTable,
     a_file,
     a_name,
     a_number,
@@ -134,7 +134,7 @@ class ConnectionConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MobileConfig:
+class MobileSection:
     """[mobile]: where mobile nodes ask for a handover (CTAR, UDP), and how often they may.
 
     `rate`, `source_rate`: requests per second, in all and from one address. `rfc_token`: the 32-bit token of
@@ -161,7 +161,7 @@ class ByPacketConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerConfig:
+class PeerSection:
     """[[peer]]: another gateway. `rights` are what it may do here: push SAs to us, pull ours.
 
     `identity` is the name that its certificate must have (a DNS name, or the CN), by default `name`.
@@ -199,12 +199,12 @@ class Config:
     transfer: TransferConfig
     control: ControlConfig = ControlConfig()
     charon: CharonConfig = CharonConfig()
-    mobile: MobileConfig | None = None
+    mobile: MobileSection | None = None
     by_packet: ByPacketConfig | None = None
     connections: Mapping[str, ConnectionConfig] = field(default_factory=dict)
-    peers: tuple[PeerConfig, ...] = ()
+    peers: tuple[PeerSection, ...] = ()
 
-    def peer(self, name: str) -> PeerConfig:
+    def peer(self, name: str) -> PeerSection:
         """The peer of that name. Errors: ConfigError, with the names there are."""
         for peer in self.peers:
             if peer.name == name:
@@ -213,7 +213,7 @@ class Config:
         raise ConfigError(f"{self.path} has no [[peer]] named {name!r}", hint=f"known peers: {known}")
 
 
-def _checked(root: Table, path: Path) -> Config:
+def _checked(root: TomlTable, path: Path) -> Config:
     file = a_file(path)
     root.only(
         "name",
@@ -244,7 +244,7 @@ def _checked(root: Table, path: Path) -> Config:
     return config
 
 
-def control(table: Table, default: ControlConfig = ControlConfig()) -> ControlConfig:
+def control(table: TomlTable, default: ControlConfig = ControlConfig()) -> ControlConfig:
     """[control]."""
     table.only(*ControlConfig.__slots__)
     return ControlConfig(
@@ -253,7 +253,7 @@ def control(table: Table, default: ControlConfig = ControlConfig()) -> ControlCo
     )
 
 
-def charon(table: Table) -> CharonConfig:
+def charon(table: TomlTable) -> CharonConfig:
     """[charon]."""
     table.only(*CharonConfig.__slots__)
     default = CharonConfig()
@@ -276,12 +276,12 @@ def charon(table: Table) -> CharonConfig:
     return found
 
 
-def _gateway(table: Table) -> GatewayConfig:
+def _gateway(table: TomlTable) -> GatewayConfig:
     table.only(*GatewayConfig.__slots__)
     return GatewayConfig(table.several("addresses", an_address))
 
 
-def _transfer(table: Table, file: Callable[[Any], Path]) -> TransferConfig:
+def _transfer(table: TomlTable, file: Callable[[Any], Path]) -> TransferConfig:
     table.only(*TransferConfig.__slots__)
     default = TransferConfig((), Path(), Path(), Path())
     transport = table.value("transport", one_of("tls", "ipsec"), default.transport)
@@ -308,10 +308,10 @@ def _transfer(table: Table, file: Callable[[Any], Path]) -> TransferConfig:
     return found
 
 
-def _mobile(table: Table) -> MobileConfig:
-    table.only(*MobileConfig.__slots__)
-    default = MobileConfig(())
-    return MobileConfig(
+def _mobile(table: TomlTable) -> MobileSection:
+    table.only(*MobileSection.__slots__)
+    default = MobileSection(())
+    return MobileSection(
         listen=table.several("listen", an_endpoint()),
         rate=table.value("rate", a_number(0.1, 100_000), default.rate),
         source_rate=table.value("source_rate", a_number(0.1, 100_000), default.source_rate),
@@ -320,7 +320,7 @@ def _mobile(table: Table) -> MobileConfig:
     )
 
 
-def _by_packet(table: Table) -> ByPacketConfig:
+def _by_packet(table: TomlTable) -> ByPacketConfig:
     table.only(*ByPacketConfig.__slots__)
     default = ByPacketConfig(())
     return ByPacketConfig(
@@ -330,7 +330,7 @@ def _by_packet(table: Table) -> ByPacketConfig:
     )
 
 
-def _connection(name: str, table: Table) -> ConnectionConfig:
+def _connection(name: str, table: TomlTable) -> ConnectionConfig:
     table.only(*(key for key in ConnectionConfig.__slots__ if key != "name"))
     return ConnectionConfig(
         name=name,
@@ -358,10 +358,10 @@ def _a_proposal(value: Any) -> ConfiguredProposal:
     return ConfiguredProposal.parse(a_text(value))
 
 
-def _peer(table: Table) -> PeerConfig:
-    table.only(*PeerConfig.__slots__)
+def _peer(table: TomlTable) -> PeerSection:
+    table.only(*PeerSection.__slots__)
     name = table.value("name", a_name)
-    return PeerConfig(
+    return PeerSection(
         name=name,
         address=table.value("address", an_endpoint(names=True)),
         identity=table.value("identity", a_text, name),
@@ -382,7 +382,7 @@ def _a_network(value: Any) -> IPv4Network | IPv6Network:
         ) from None
 
 
-def _agree(root: Table, config: Config) -> None:
+def _agree(root: TomlTable, config: Config) -> None:
     """Checks that need the whole file."""
     names = [peer.name for peer in config.peers]
     for peer, table in zip(config.peers, root.tables("peer"), strict=True):

@@ -34,7 +34,7 @@ _GONE = {"FAILED", "INCOMPLETE"}
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class PacketWay:
     """The way of packets for an address. `device`: empty if there is no way. `direct`: without a router."""
 
     device: str = ""
@@ -42,14 +42,14 @@ class Way:
     local: bool = False
 
 
-def way_to(address: Address) -> Way:
+def way_to(address: Address) -> PacketWay:
     """The kernel's way to an address; no way if the kernel or `ip` does not answer."""
     found = _ip("route", "get", str(address), version=address.version)
     if not found:
-        return Way()
+        return PacketWay()
     route = found[0]
     local = route.get("type") == "local" or route.get("dev") == "lo"
-    return Way(str(route.get("dev", "")), not local and not {"gateway", "via"} & set(route), local)
+    return PacketWay(str(route.get("dev", "")), not local and not {"gateway", "via"} & set(route), local)
 
 
 def device_of(address: Address) -> str:

@@ -42,12 +42,12 @@ def load(path: str, root: str = "") -> dict[str, Setting]:
     `root` is put before every absolute path: where another process has its root. Errors: OSError for
     `path` itself; included files that cannot be read are left out.
     """
-    reader = _Reader(root)
+    reader = _SettingsReader(root)
     reader.read(path, [], 0)
     return reader.settings
 
 
-class _Reader:
+class _SettingsReader:
     def __init__(self, root: str) -> None:
         self._root = root
         self.settings: dict[str, Setting] = {}

@@ -1,7 +1,7 @@
 """Reads a TOML configuration so that every mistake is one `ConfigError` with file, line and key.
 
-A `ConfigFile` finds, reads and checks one. `value` and `several` of its `Table` take a kind: a function that
-returns the value or raises ValueError with the requirement.
+A `ConfigFile` finds, reads and checks one. `value` and `several` of its `TomlTable` take a kind: a function
+that returns the value or raises ValueError with the requirement.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ConfigFile(Generic[T]):
 
     variable: str
     default: str
-    check: Callable[[Table, Path], T]
+    check: Callable[[TomlTable, Path], T]
 
     def path(self, given: str | None) -> Path:
         """The file to read: the given one, that of the environment, or the default."""
@@ -91,7 +91,7 @@ def text_of(path: Path, most: int) -> str:
     return octets.decode().replace("\r\n", "\n")
 
 
-def read_table(text: str, path: Path) -> Table:
+def read_table(text: str, path: Path) -> TomlTable:
     """The text as a table; `path` is for messages. Errors: ConfigError."""
     try:
         data = tomllib.loads(text)
@@ -101,11 +101,11 @@ def read_table(text: str, path: Path) -> Table:
         raise ConfigError(f"{path}:{line}: not TOML: {str(error).split(' (at ')[0]}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not TOML: nested too deeply") from None
-    return Table(data, (), _Source(path, _scan(text)))
+    return TomlTable(data, (), _TomlSource(path, _scan(text)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _TomlSource:
     path: Path
     lines: Mapping[tuple[str, ...], int]
 
@@ -142,10 +142,10 @@ def _parts(dotted: str) -> tuple[str, ...]:
     return tuple(part[1] or part[2] or part[0].strip("\"'") for part in _PART.finditer(dotted))
 
 
-class Table:
+class TomlTable:
     """A table of the file that knows its position."""
 
-    def __init__(self, data: dict[str, Any], where: tuple[str, ...], source: _Source) -> None:
+    def __init__(self, data: dict[str, Any], where: tuple[str, ...], source: _TomlSource) -> None:
         self._data = data
         self._where = where
         self._source = source
@@ -185,17 +185,17 @@ class Table:
 
         return self.value(key, kinds, default)
 
-    def table(self, key: str) -> Table:
+    def table(self, key: str) -> TomlTable:
         """A table below; an empty one if there is none."""
-        return Table(self.value(key, _table, {}), (*self._where, key), self._source)
+        return TomlTable(self.value(key, _table, {}), (*self._where, key), self._source)
 
-    def tables(self, key: str) -> list[Table]:
+    def tables(self, key: str) -> list[TomlTable]:
         """An array of tables, [[key]]."""
         none: list[dict[str, Any]] = []
         items = self.value(key, _tables, none)
-        return [Table(item, (*self._where, key, str(n)), self._source) for n, item in enumerate(items)]
+        return [TomlTable(item, (*self._where, key, str(n)), self._source) for n, item in enumerate(items)]
 
-    def named(self, key: str) -> list[tuple[str, Table]]:
+    def named(self, key: str) -> list[tuple[str, TomlTable]]:
         """Tables with names that the file chooses, [key.NAME]."""
         outer = self.table(key)
         return [(name, outer.table(name)) for name in outer._data]

@@ -17,7 +17,7 @@ from ikectx.wire.cxtp import StatusBlock
 from ikectx_cli.mobile.config import MobileFile, parse
 from ikectx_cli.mobile.handover import Handovers
 from ikectx_cli.mobile.notes import ASKED
-from ikectx_cli.mobile.report import Report
+from ikectx_cli.mobile.report import MobileReport
 from tests.mobile_world import NEW, NSG, OLD, PSG, VIP, a_node_context
 from tests.vici_bridge.test_deadlines import MemoryStore
 from vici_bridge.vici.views import SaView, departing_view
@@ -201,7 +201,7 @@ class World:
             self.gateways,
         )
 
-    async def arrive(self, to: str = "nsg", **more: Any) -> Report:
+    async def arrive(self, to: str = "nsg", **more: Any) -> MobileReport:
         return await self.handovers.arrive(to, tell=lambda item: self.told.append(dict(item)), **more)
 
     def steps(self) -> list[str]:

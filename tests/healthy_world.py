@@ -14,11 +14,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ikectx.errors import IkectxError
 from ikectx.net.five_tuple import Flow
 from ikectx.sa.context import Address
-from ikectx_cli.config import Config, PeerConfig
+from ikectx_cli.config import Config, PeerSection
 from ikectx_cli.doctor import checks as doctor
 from ikectx_cli.doctor.checks import Finding
 from ikectx_cli.doctor.world import PeerAnswer, UdpOwner, World
-from ikectx_cli.reach import Way
+from ikectx_cli.reach import PacketWay
 from ikectx_cli.settings import Setting
 
 VIA = 'forward_via = ["10.0.0.3"]\n'
@@ -121,7 +121,7 @@ class Fake(World):
         self.foreign: set[str] = set()
         self.peer = PeerAnswer(frozenset({"nsg"}), 0.0)
         self.tools = {"ip", "nft"}
-        self.way = Way("lan0", direct=True)
+        self.way = PacketWay("lan0", direct=True)
         self.there: bool | None = True
         self.trials: dict[str, tuple[bool | None, str]] = {}
         self.notes: bool | IkectxError | None = True
@@ -167,13 +167,13 @@ class Fake(World):
     def device_of(self, address: str) -> str:
         return "wan0"
 
-    def way_to(self, address: Address) -> Way:
+    def way_to(self, address: Address) -> PacketWay:
         return self.way
 
     def is_there(self, address: Address) -> bool | None:
         return self.there
 
-    def connect(self, peer: PeerConfig) -> PeerAnswer:
+    def connect(self, peer: PeerSection) -> PeerAnswer:
         return self.peer
 
     def tool(self, name: str) -> str | None:

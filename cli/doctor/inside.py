@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..config import PeerConfig
+from ..config import PeerSection
 from .world import World
 
 Outcome = tuple[str, str] | tuple[str, str, str]
@@ -27,7 +27,7 @@ def inside(world: World) -> Iterator[Outcome]:
         yield from _ways(world, peer, outer) if peer.forward_via else _no_way(world, peer)
 
 
-def _no_way(world: World, peer: PeerConfig) -> Iterator[Outcome]:
+def _no_way(world: World, peer: PeerSection) -> Iterator[Outcome]:
     ours = world.config.connections
     announced = sorted(name for name, conn in ours.items() if conn.announces)
     names = sorted({str(conn.get("name")) for conn in world.charon("conns")} - set(announced))
@@ -45,7 +45,7 @@ def _no_way(world: World, peer: PeerConfig) -> Iterator[Outcome]:
     )
 
 
-def _ways(world: World, peer: PeerConfig, outer: set[str]) -> Iterator[Outcome]:
+def _ways(world: World, peer: PeerSection, outer: set[str]) -> Iterator[Outcome]:
     for address in peer.forward_via:
         key, way = f"{peer.name}: forward_via {address}", world.way_to(address)
         if way.local:

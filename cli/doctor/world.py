@@ -26,7 +26,7 @@ from ikectx.sa.context import Address, Endpoint
 from ikectx.wire.cxtp import PORT
 
 from .. import reach
-from ..config import Config, PeerConfig
+from ..config import Config, PeerSection
 from ..settings import Setting, load
 
 CONF = "/etc/strongswan.conf"
@@ -237,7 +237,7 @@ class World:
         """The interface that has the address; empty if none has."""
         return reach.device_of(ip_address(address))
 
-    def way_to(self, address: Address) -> reach.Way:
+    def way_to(self, address: Address) -> reach.PacketWay:
         """The way by which packets for the address leave this machine."""
         return reach.way_to(address)
 
@@ -245,7 +245,7 @@ class World:
         """Whether a machine with that address answers; None: not known. Takes up to two seconds."""
         return reach.answers(address)
 
-    def connect(self, peer: PeerConfig) -> PeerAnswer:
+    def connect(self, peer: PeerSection) -> PeerAnswer:
         """Connect to a peer by TLS with our certificate, as a transfer would; nothing is sent on it."""
         from ikectx.net.neighbours import is_address, own_address
         from ikectx.net.tls import TlsConfig, certificate_names
@@ -279,7 +279,7 @@ class World:
         except OSError as error:
             return PeerAnswer(failed=error.strerror or str(error))
 
-    def connect_plainly(self, peer: PeerConfig) -> PeerAnswer:
+    def connect_plainly(self, peer: PeerSection) -> PeerAnswer:
         """Connect to a peer as with `transport = "ipsec"`.
 
         Errors: LinkError if the kernel does not protect the connection, KernelError if that is not known.

@@ -94,7 +94,7 @@ class Siege:
         self._settle("psg", set())
         self._say("beside no attack")
         self._rounds("none")
-        with Watch(lab) as watch:
+        with AttackWatch(lab) as watch:
             order = lab_attacker.Order(kind, rate, seconds, str(lab.work), self._spis(), KINDS[kind].most)
             self._say(f"attack: {KINDS[kind].what}, {rate:g} a second for {seconds:g} s")
             with self._attacking(order) as attacker:
@@ -234,7 +234,7 @@ class Siege:
 _TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
 
 
-class Watch:
+class AttackWatch:
     """Looks at the gateways' agents all the time, and asks them for their status once a second."""
 
     def __init__(self, lab: Lab) -> None:
@@ -246,7 +246,7 @@ class Watch:
         self.samples: dict[str, list[Sample]] = {host: [] for host in HOSTS}
         self.answers_ms: list[float] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> AttackWatch:
         for thread in self._threads:
             thread.start()
         time.sleep(2 * EVERY)

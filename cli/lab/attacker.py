@@ -39,7 +39,7 @@ from ikectx.wire.tokens import Purpose, make_ctar
 
 from .config import CXTP_PORT, Tunnel
 from .net import GATEWAYS, INNER, OUTER
-from .twin import FRESH_OCTETS, Names, twin
+from .twin import FRESH_OCTETS, TwinNames, twin
 
 TAKEN = 4096
 """Datagrams, or messages, made in advance and sent again and again."""
@@ -349,7 +349,7 @@ async def links(order: Order, stop: asyncio.Event) -> Counter[str]:
 
 def offered(order: Order) -> IkeContext:
     """An SA that nsg's connection for mn allows: one more of that mobile node, at another outer address."""
-    made = twin(Tunnel(), "ike", Names(*order.spis, "", ""), secrets.token_bytes(FRESH_OCTETS))["nsg"]
+    made = twin(Tunnel(), "ike", TwinNames(*order.spis, "", ""), secrets.token_bytes(FRESH_OCTETS))["nsg"]
     generation = replace(made.current, spi_i=secrets.token_bytes(8), spi_r=secrets.token_bytes(8))
     vip = ip_address(INNER["mn"][4])
     return replace(

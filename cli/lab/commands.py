@@ -311,7 +311,7 @@ def run(
         _traces_to(picture, len(wanted))
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
-    request = lab_start.Request(
+    request = lab_start.RunRequest(
         tuple(wanted), esp, guest, clock, str(root), cpus or 0, jobs, delay, logs, brief, picture is not None
     )
     single = len(wanted) == 1 and not every
@@ -452,7 +452,7 @@ def bench(
     else:
         default = lab_bench.NATIVE if esp == "libipsec" else lab_bench.SCENARIOS
         wanted = tuple(name for name in names or default for _ in range(runs))
-        request = lab_start.Request(wanted, esp=esp, guest=guest, clock=clock)
+        request = lab_start.RunRequest(wanted, esp=esp, guest=guest, clock=clock)
         with tidy():
             reports = lab_start.run(request, _say)
         words = ["ikectx lab bench", f"--runs {runs}", *options, *names]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class AttackKind:
     """An attack. `rate`: datagrams, connections or messages a second where none is asked for. `most`:
     connections that it holds at a time, to each gateway."""
 
@@ -25,18 +25,18 @@ class Kind:
 
 
 KINDS = {
-    "ctar-random": Kind("forged CTARs for SPIs that nobody has, from addresses that nobody has", 5000),
-    "ctar-known": Kind("forged CTARs with the SPIs of the mobile node's SA, from such addresses", 5000),
-    "ctar-mn": Kind("the same from the mobile node's own address", 5000),
-    "ctar-cookie": Kind(
+    "ctar-random": AttackKind("forged CTARs for SPIs that nobody has, from addresses that nobody has", 5000),
+    "ctar-known": AttackKind("forged CTARs with the SPIs of the mobile node's SA, from such addresses", 5000),
+    "ctar-mn": AttackKind("the same from the mobile node's own address", 5000),
+    "ctar-cookie": AttackKind(
         "the same from 32 addresses of the attacker's, which returns the cookies it gets", 1000
     ),
-    "garbage": Kind("datagrams that are no CTAR, from addresses that nobody has", 5000),
-    "half-open": Kind("TCP connections on which nothing is sent, from 32 addresses", 500, 1500),
-    "links": Kind(
+    "garbage": AttackKind("datagrams that are no CTAR, from addresses that nobody has", 5000),
+    "half-open": AttackKind("TCP connections on which nothing is sent, from 32 addresses", 500, 1500),
+    "links": AttackKind(
         "TLS connections of a peer with a certificate of its own, on which nothing is sent", 50, 1000
     ),
-    "flood": Kind("offers, contexts and requests of such a peer on one connection", 1000),
+    "flood": AttackKind("offers, contexts and requests of such a peer on one connection", 1000),
 }
 
 HOSTS = ("psg", "nsg")

@@ -26,7 +26,7 @@ PAUSES = (0.001, 0.1)
 """Seconds: the first pause, and the longest, to which pauses grow while nothing else happens."""
 
 
-class Watch:
+class DrainWatch:
     """Tells by how much is read, and when, whether the one who writes spins."""
 
     def __init__(self, now: float) -> None:
@@ -47,7 +47,7 @@ class Watch:
 
 
 def main() -> None:
-    watch = Watch(time.monotonic())
+    watch = DrainWatch(time.monotonic())
     while octets := os.read(0, PIPE):
         if pause := watch.read(len(octets), time.monotonic()):
             time.sleep(pause)

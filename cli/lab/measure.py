@@ -205,7 +205,7 @@ _NO_SPI = "0x00000000"
 
 
 @dataclass(frozen=True, slots=True)
-class KernelSa:
+class MeasuredSa:
     """One ESP SA as `ip xfrm state` shows it; of its keys only a digest."""
 
     src: str
@@ -215,16 +215,16 @@ class KernelSa:
     keys: str
 
 
-def kernel_sas(text: str, salt: bytes) -> list[KernelSa]:
+def kernel_sas(text: str, salt: bytes) -> list[MeasuredSa]:
     """Parses `ip xfrm state`. Keys are hashed at once, with a salt of the run, and kept nowhere."""
-    found: list[KernelSa] = []
+    found: list[MeasuredSa] = []
     src = dst = spi = mode = ""
     digest = hashlib.sha256(salt)
     for line in [*text.splitlines(), "src - dst -"]:
         words = line.split()
         if words[:1] == ["src"] and words[2:3] == ["dst"] and not line[:1].isspace():
             if spi and mode:
-                found.append(KernelSa(src, dst, spi, mode, digest.hexdigest()[:16]))
+                found.append(MeasuredSa(src, dst, spi, mode, digest.hexdigest()[:16]))
             src, dst, spi, mode = words[1], words[3], "", ""
             digest = hashlib.sha256(salt)
         elif words[:1] == ["proto"]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Report:
+class ScenarioReport:
     """One scenario's outcome. None stands for what the scenario does not measure."""
 
     scenario: str
@@ -47,11 +47,11 @@ class Report:
     seconds: float = 0.0
 
     @classmethod
-    def skipped(cls, scenario: Scenario, why: str) -> Report:
+    def skipped(cls, scenario: Scenario, why: str) -> ScenarioReport:
         return cls(scenario.name, scenario.description, ok=True, skipped_because=why)
 
     @classmethod
-    def failed(cls, scenario: Scenario, why: str) -> Report:
+    def failed(cls, scenario: Scenario, why: str) -> ScenarioReport:
         return cls(scenario.name, scenario.description, error=why)
 
     # -- filling ----------------------------------------------------------------------------

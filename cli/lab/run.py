@@ -1,4 +1,4 @@
-"""Runs a scenario on a lab: verbs, commands, checks; gives a `Report`."""
+"""Runs a scenario on a lab: verbs, commands, checks; gives a `ScenarioReport`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .hosts import Lab
 from .measure import Reports, Snapshot, Traffic, air, dark, snapshot
 from .net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .qemu import emulated
-from .report import Report
+from .report import ScenarioReport
 from .scenario import Command, Scenario
 from .trace import Tracing
-from .traffic import Clear, Probe, Watch, link_paths
-from .twin import FRESH_OCTETS, Names, lines, twin
+from .traffic import Clear, Probe, TrafficWatch, link_paths
+from .twin import FRESH_OCTETS, TwinNames, lines, twin
 from .usage import Used, clock_stands_still, cpu, spent_ms
 
 SETTLE = 30.0
@@ -48,7 +48,7 @@ class StepError(IkectxError):
     """A step did not do what it should."""
 
 
-class Runner:
+class ScenarioRunner:
     """One scenario on one lab that is up. `run` never raises for what the scenario does."""
 
     def __init__(self, lab: Lab, scenario: Scenario, say: Say) -> None:
@@ -57,7 +57,7 @@ class Runner:
         self._say = say
         self._salt = os.urandom(16)
         self._serves: dict[str, str] = {}
-        self._watch: Watch | None = None
+        self._watch: TrafficWatch | None = None
         self._used: Used = {}
         self._clear: Clear | None = None
         self._began_ns = 0
@@ -67,7 +67,7 @@ class Runner:
         self._cut = False
         self._tracing = Tracing(lab, scenario.name)
         self._arriving: list[subprocess.Popen[str]] = []
-        self.report = Report(
+        self.report = ScenarioReport(
             scenario.name, scenario.description, "libipsec" if lab.tunnel.libipsec else "kernel"
         )
 
@@ -76,7 +76,7 @@ class Runner:
         """The gateway that serves mn."""
         return self._serves.get("mn", "psg")
 
-    def run(self) -> Report:
+    def run(self) -> ScenarioReport:
         """All steps, up to the first that fails; then all checks."""
         report, began = self.report, time.monotonic()
         try:
@@ -199,7 +199,7 @@ class Runner:
         return (emulated() and self._scenario.slow_interval_ms) or self._scenario.interval_ms
 
     def _start_traffic(self) -> None:
-        self._watch = Watch(self._lab)
+        self._watch = TrafficWatch(self._lab)
         mobiles = [name for name in self._lab.tunnel.mobiles if name in self._serves]
         self._watch.start(mobiles, self._interval_ms)
         self._began_ns = time.time_ns()
@@ -425,7 +425,7 @@ class Runner:
         lab = self._lab
         (sa,) = self._sas("psg", "mn")
         (child,) = sa["child-sas"].values()
-        taken = Names(sa["initiator-spi"], sa["responder-spi"], child["spi-in"], child["spi-out"])
+        taken = TwinNames(sa["initiator-spi"], sa["responder-spi"], child["spi-in"], child["spi-out"])
         version = lab.tunnel.inner
         inner = f"{INNER['mn2'][version]}/{HOST_BITS[version]}"
         lab.command("mn2", ["ip", "addr", "replace", inner, "dev", "lo"])

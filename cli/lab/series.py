@@ -12,8 +12,8 @@ from ikectx.errors import IkectxError
 
 from .config import Tunnel
 from .hosts import Lab, save_logs
-from .report import Report
-from .run import Runner, Say
+from .report import ScenarioReport
+from .run import Say, ScenarioRunner
 from .scenario import Scenario
 
 
@@ -22,7 +22,7 @@ def run_here(
     *,
     libipsec: bool,
     say: Say,
-    done: Callable[[Report], None],
+    done: Callable[[ScenarioReport], None],
     logs: Callable[[], Path] | None = None,
     delay_ms: float | None = None,
     traced: bool = False,
@@ -45,7 +45,7 @@ def run_here(
             wanted = scenario.delay_ms if delay_ms is None else delay_ms
             tunnel = replace(scenario.tunnel, libipsec=libipsec)
             if libipsec and scenario.kernel_only:
-                done(Report.skipped(scenario, "needs kernel ESP"))
+                done(ScenarioReport.skipped(scenario, "needs kernel ESP"))
                 continue
             if lab is not None and lab.net.delay_ms != wanted:
                 lab.down()
@@ -55,12 +55,12 @@ def run_here(
                 new = partial(Lab.new, delay_ms=wanted, traced=traced)
                 lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
-                done(Report.failed(scenario, str(error)))
+                done(ScenarioReport.failed(scenario, str(error)))
                 if lab is not None:
                     lab.down()
                     lab = None
                 continue
-            report = Runner(lab, scenario, tell).run()
+            report = ScenarioRunner(lab, scenario, tell).run()
             report.warnings += lab.warnings
             clean = report.ok
             disturbed = scenario.disturbs_network or not report.ok

@@ -35,7 +35,7 @@ from . import (
     scenario as lab_scenario,
 )
 from .boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
-from .report import Report
+from .report import ScenarioReport
 from .series import run_here
 from .usage import clock_stands_still
 
@@ -48,7 +48,7 @@ UNFINISHED = "did not run to its end"
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RunRequest:
     """What to run and how: `names` with one entry for each run; ESP by the kernel, or by charon (libipsec).
 
     `guest` is one of `lab_guest.WAYS`, or auto. `clock`, `root` and `cpus` are those of `Job`; `jobs` is how
@@ -86,7 +86,7 @@ class Share:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path, request: Request) -> Share:
+    def make(cls, folder: Path, request: RunRequest) -> Share:
         """Lays a run out in an empty folder."""
         share = cls(folder)
         for name in ("queue", "taken", "reports", "logs", "packages"):
@@ -98,9 +98,9 @@ class Share:
         (folder / "request.json").write_text(json.dumps(asdict(request)))
         return share
 
-    def request(self) -> Request:
+    def request(self) -> RunRequest:
         told = json.loads((self.folder / "request.json").read_text())
-        return Request(**{**told, "names": tuple(told["names"])})
+        return RunRequest(**{**told, "names": tuple(told["names"])})
 
     def waiting(self) -> bool:
         """Whether there are scenarios that no guest has taken."""
@@ -137,7 +137,7 @@ class Share:
         return {int(path.name): json.loads(path.read_text()) for path in paths}
 
 
-def check(request: Request) -> None:
+def check(request: RunRequest) -> None:
     """Raises UsageError for what no machine can do, and for scenarios that do not exist."""
     for name in dict.fromkeys(request.names):
         lab_scenario.load(name)
@@ -146,19 +146,19 @@ def check(request: Request) -> None:
         lab_guest.python(Path(request.root))
 
 
-def _guest_of(request: Request) -> str:
+def _guest_of(request: RunRequest) -> str:
     """ESP in user space needs no other kernel than this machine's."""
     return "host" if request.esp == "libipsec" and request.guest == "auto" else request.guest
 
 
-def guests(request: Request) -> tuple[str, ...]:
+def guests(request: RunRequest) -> tuple[str, ...]:
     """The ways to run it (of `lab_guest.WAYS`), best first. Raises KernelError."""
     if request.esp == "libipsec" and _guest_of(request) == "host":
         return ("host",)
     return lab_guest.ways(request.guest, _job(request), lab_guest.means(request.clock))
 
 
-def _job(request: Request, argv: Sequence[str] = (), share: Share | None = None) -> Job:
+def _job(request: RunRequest, argv: Sequence[str] = (), share: Share | None = None) -> Job:
     """The job of a guest of a run."""
     root = Path(request.root)
     environment = {name: value for name, value in os.environ.items() if name.startswith("IKECTX_LAB_")}
@@ -176,7 +176,9 @@ def _job(request: Request, argv: Sequence[str] = (), share: Share | None = None)
     )
 
 
-def run(request: Request, say: Say, found: dict[int, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+def run(
+    request: RunRequest, say: Say, found: dict[int, dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
     """Runs the scenarios; returns their reports as JSON values, in the order of the request.
 
     `found` gets them as well, by their number, also where something ends this before all have run. Raises
@@ -201,7 +203,7 @@ def run(request: Request, say: Say, found: dict[int, dict[str, Any]] | None = No
 
 
 async def _side_by_side(
-    request: Request, ways: Sequence[str], share: Share, interpreter: str, say: Say
+    request: RunRequest, ways: Sequence[str], share: Share, interpreter: str, say: Say
 ) -> None:
     count = min(request.jobs, len(request.names))
     if ways[0] != "host":
@@ -219,7 +221,7 @@ async def _side_by_side(
 
 
 async def _guest(
-    number: int, request: Request, ways: Sequence[str], share: Share, interpreter: str, say: Say
+    number: int, request: RunRequest, ways: Sequence[str], share: Share, interpreter: str, say: Say
 ) -> None:
     """Boots guests, one after the other, until no scenario is left: one that dies costs what it ran."""
     prefix = f"guest {number} " if request.jobs > 1 else ""
@@ -249,11 +251,15 @@ async def _guest(
             raise KernelError(why)
         for one in open_runs:
             say(f"{prefix}[{request.label(one)}] FAILED: {why}")
-            share.put(one, _told(request, one, Report(request.names[one], error=why), ways[0]))
+            share.put(one, _told(request, one, ScenarioReport(request.names[one], error=why), ways[0]))
 
 
 def _told(
-    request: Request, number: int, report: Report, guest: str, machine: Mapping[str, Any] | None = None
+    request: RunRequest,
+    number: int,
+    report: ScenarioReport,
+    guest: str,
+    machine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A report as JSON, with where it ran (`lab_machine.here`, where it came to run)."""
     told = {**report.as_json(), "guest": guest, "clock": request.clock}
@@ -262,10 +268,10 @@ def _told(
     return {**told, "run": which} if (which := request.run(number)) else told
 
 
-def complete(request: Request, found: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def complete(request: RunRequest, found: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """All reports of a run that was ended: what had not come to its end has failed."""
     return [
-        found.get(number) or _told(request, number, Report(name, error=UNFINISHED), request.guest)
+        found.get(number) or _told(request, number, ScenarioReport(name, error=UNFINISHED), request.guest)
         for number, name in enumerate(request.names)
     ]
 
@@ -308,7 +314,7 @@ def inside(share: Share, guest: int) -> None:
             scenario = lab_scenario.load(request.names[current])
             yield scenario.brief(slow=lab_qemu.emulated()) if request.brief else scenario
 
-    def done(report: Report) -> None:
+    def done(report: ScenarioReport) -> None:
         os.sync()  # its logs
         share.put(current, _told(request, current, report, os.environ.get(GUEST, "host"), machine))
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 
-from .trace import CXTP, HOSTS, IKE, TLS, Arrow, Flow, Span, TimeLine
+from .trace import CXTP, HOSTS, IKE, TLS, Arrow, ProbeFlow, Span, TimeLine
 
 WIDTH = 1200
 LEFT, RIGHT = 96, 24
@@ -262,7 +262,7 @@ def _legend(canvas: Canvas, line: TimeLine, y: float, *, dark: bool) -> float:
     return y + 12
 
 
-def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: Flow, dark: float) -> float:
+def _flow(canvas: Canvas, axis: Axis, y: float, name: str, flow: ProbeFlow, dark: float) -> float:
     """One direction of the traffic; the bottom of its track. `dark`: ms that are the link's own."""
     canvas.texts.append(Text(LEFT - 8, y + 12, name.partition(":")[0], 10, "end", GREY))
     canvas.line((LEFT, y + 16), (WIDTH - RIGHT, y + 16), "#ccd")

@@ -63,7 +63,7 @@ class Arrow:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LinkChange:
     """The scenario changed a link of the mobile node's: when it began to, and when it had."""
 
     what: str
@@ -72,7 +72,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class ProbeFlow:
     """One direction of the tunnel's probe: when its packets arrived, when those were sent that did not.
 
     `last` and `first`: the arrivals before and after the longest gap, None where there is no gap.
@@ -100,9 +100,9 @@ class TimeLine:
     """When the last step, message or gap of the handover had ended."""
     spans: tuple[Span, ...] = ()
     arrows: tuple[Arrow, ...] = ()
-    changes: tuple[Change, ...] = ()
-    up: Flow = field(default_factory=Flow)
-    down: Flow = field(default_factory=Flow)
+    changes: tuple[LinkChange, ...] = ()
+    up: ProbeFlow = field(default_factory=ProbeFlow)
+    down: ProbeFlow = field(default_factory=ProbeFlow)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; milliseconds with three decimals."""
@@ -121,8 +121,8 @@ class TimeLine:
     def from_json(cls, data: Mapping[str, Any]) -> TimeLine:
         """What `as_json` made."""
 
-        def flow(one: Mapping[str, Any]) -> Flow:
-            return Flow(tuple(one["arrived"]), tuple(one["lost"]), one["last"], one["first"])
+        def flow(one: Mapping[str, Any]) -> ProbeFlow:
+            return ProbeFlow(tuple(one["arrived"]), tuple(one["lost"]), one["last"], one["first"])
 
         return cls(
             data["name"],
@@ -130,7 +130,7 @@ class TimeLine:
             data["end"],
             tuple(Span(**one) for one in data["spans"]),
             tuple(Arrow(**one) for one in data["arrows"]),
-            tuple(Change(**one) for one in data["changes"]),
+            tuple(LinkChange(**one) for one in data["changes"]),
             flow(data["up"]),
             flow(data["down"]),
         )
@@ -316,7 +316,7 @@ def _host_at(address: str) -> str:
 
 def flow(
     sent: Iterable[Sequence[int]], received: Iterable[Sequence[int]], window: Window, interval_ms: float
-) -> Flow:
+) -> ProbeFlow:
     """One direction of the probe in the window and a little around it.
 
     `sent`: [number, ns, errno] at one end; `received`: [number, ns] at the other.
@@ -338,7 +338,7 @@ def flow(
         before, after = max(pairs, key=lambda pair: pair[1] - pair[0])
         if (after - before) / 1e6 >= UNEVEN * interval_ms:
             last, first = window.ms(before), window.ms(after)
-    return Flow(tuple(window.ms(stamp) for stamp in stamps), tuple(lost), last, first)
+    return ProbeFlow(tuple(window.ms(stamp) for stamp in stamps), tuple(lost), last, first)
 
 
 def time_line(
@@ -352,8 +352,8 @@ def time_line(
 ) -> TimeLine:
     """Everything of one handover.
 
-    `notes`: of the agents; `captures`: IKE and CXTP; `solicits`: see `neighbours`; `changes`: see `Change`;
-    `ends`: what the probe noted at `mn` and `srv`.
+    `notes`: of the agents; `captures`: IKE and CXTP; `solicits`: see `neighbours`; `changes`: see
+    `LinkChange`; `ends`: what the probe noted at `mn` and `srv`.
     """
     asked = neighbours(solicits.get("mn", ()), window) + neighbours(
         solicits.get("core", ()), window, "router's "
@@ -365,7 +365,7 @@ def time_line(
         )
     )
     moved = tuple(
-        Change(what, window.ms(begin), window.ms(end))
+        LinkChange(what, window.ms(begin), window.ms(end))
         for what, begin, end in changes
         if window.begin <= begin <= window.end
     )

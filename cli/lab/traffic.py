@@ -159,7 +159,7 @@ class Clear:
         return self._lab.work / host / "clear.json"
 
 
-class Watch:
+class TrafficWatch:
     """Everything that is measured of traffic at one time, from `start` to `stop`."""
 
     def __init__(self, lab: Lab) -> None:

@@ -48,7 +48,7 @@ _EXTENSIONS = 1 << 0 | 1 << 1 | 1 << 11 | 1 << 12 | 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class TwinNames:
     """Names of an IKE_SA and its CHILD_SA as the gateway sees them, in hexadecimal as VICI has them."""
 
     spi_i: str
@@ -57,7 +57,7 @@ class Names:
     spi_out: str
 
 
-def twin(tunnel: Tunnel, kind: str, taken: Names, fresh: bytes) -> dict[str, IkeContext]:
+def twin(tunnel: Tunnel, kind: str, taken: TwinNames, fresh: bytes) -> dict[str, IkeContext]:
     """The SA at its two ends, `nsg` and `mn2`: the names of `kind` are those `taken`, the others random."""
     rest = memoryview(fresh)
 

@@ -32,7 +32,7 @@ from ..views import charon_json
 from .config import MobileFile
 from .farewell import Farewells, Told
 from .handover import Handovers
-from .report import Report
+from .report import MobileReport
 from .spis import SpiWatch
 
 log = logging.getLogger("ikectx")
@@ -117,7 +117,7 @@ class MobileAgent:
             group=config.control.group,
             takes=MOBILE,
         )
-        self._work: set[asyncio.Task[Report]] = set()
+        self._work: set[asyncio.Task[MobileReport]] = set()
         self._started = time.time()
 
     async def start(self) -> None:
@@ -284,7 +284,7 @@ class MobileAgent:
         work.add_done_callback(self._work.discard)
         async for item in service.until_done(work, items):
             yield with_json(item, **{key: str(value) for key, value in item.items()})
-        report: Report = await work
+        report: MobileReport = await work
         answer = report.to_json()
         flat = {key: str(answer[key]) for key in ("result", "exit_code", "from", "to")}
         yield Response(with_json(answer, **flat))

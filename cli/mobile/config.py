@@ -15,7 +15,7 @@ from ..config import CharonConfig, ControlConfig, charon, control
 from ..toml_table import (
     ConfigFile,
     HostPort,
-    Table,
+    TomlTable,
     a_file,
     a_name,
     an_address,
@@ -99,7 +99,7 @@ class MobileFile:
         return next((gateway for gateway in self.gateways if address in gateway.addresses), None)
 
 
-def _checked(root: Table, path: Path) -> MobileFile:
+def _checked(root: TomlTable, path: Path) -> MobileFile:
     root.only("state_dir", "control", "charon", "mobile", "gateway")
     config = MobileFile(
         path=path,
@@ -113,7 +113,7 @@ def _checked(root: Table, path: Path) -> MobileFile:
     return config
 
 
-def _mobile(table: Table) -> MobileNodeConfig:
+def _mobile(table: TomlTable) -> MobileNodeConfig:
     table.only(*MobileNodeConfig.__slots__)
     default = MobileNodeConfig()
     found = MobileNodeConfig(
@@ -131,7 +131,7 @@ def _mobile(table: Table) -> MobileNodeConfig:
     return found
 
 
-def _gateway(table: Table) -> GatewayEntry:
+def _gateway(table: TomlTable) -> GatewayEntry:
     table.only("name", "address", "cxtp")
     gateway = GatewayEntry(
         name=table.value("name", a_name),
@@ -144,7 +144,7 @@ def _gateway(table: Table) -> GatewayEntry:
     return gateway
 
 
-def _agree(root: Table, config: MobileFile) -> None:
+def _agree(root: TomlTable, config: MobileFile) -> None:
     """Checks that need the whole file."""
     names = [gateway.name for gateway in config.gateways]
     every = [address for gateway in config.gateways for address in gateway.addresses]

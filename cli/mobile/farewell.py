@@ -24,7 +24,7 @@ from mobike_ext.link import run_farewell
 from vici_bridge.effects.mobile import CharonMobile
 from vici_bridge.kernel.mute import MARK
 
-from .run import Run
+from .run import HandoverRun
 
 log = logging.getLogger("ikectx")
 
@@ -64,7 +64,7 @@ class Farewells:
             await asyncio.sleep(LOOK / 4)
         return True
 
-    async def unless_ended(self, run: Run, asking: Awaitable[HandoverOutcome]) -> HandoverOutcome:
+    async def unless_ended(self, run: HandoverRun, asking: Awaitable[HandoverOutcome]) -> HandoverOutcome:
         """The gateways' answer. They have `AFTER_END` seconds for it once the SA was ended here."""
         task = asyncio.ensure_future(asking)
         try:
@@ -79,7 +79,7 @@ class Farewells:
                 await asyncio.gather(task, return_exceptions=True)
         return run.machine.outcome if task.cancelled() else task.result()
 
-    async def leave(self, run: Run) -> bool:
+    async def leave(self, run: HandoverRun) -> bool:
         """After a handover: whether the SA was ended here during it; then it is deleted at the gateways."""
         report = run.report
         if not run.was_held and report.serves == run.psg.name:
@@ -91,7 +91,7 @@ class Farewells:
         report.ended(gateways[0] if gateways else "")
         return True
 
-    def _deletes(self, run: Run) -> list[Told]:
+    def _deletes(self, run: HandoverRun) -> list[Told]:
         """The Deletes: at the gateway that serves the SA; if that is not known, at both."""
         report, before = run.report, run.by_ike or run.context
         generation = replace(before.current, spi_i=run.now[0], spi_r=run.now[1])

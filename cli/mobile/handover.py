@@ -59,9 +59,9 @@ from .config import GatewayEntry, MobileFile
 from .farewell import Farewells
 from .names import renames_of
 from .notes import Notes
-from .place import Place
-from .report import Report
-from .run import Progress, Run
+from .place import LocalPlace
+from .report import MobileReport
+from .run import HandoverRun, Progress
 from .search import Search
 
 log = logging.getLogger("ikectx")
@@ -122,14 +122,14 @@ class Handovers:
         self.lock = asyncio.Lock()
         """Held while an SA is passive, by a handover or for a moment by other tasks."""
         self._moving = False
-        self._pending: Run | None = None
+        self._pending: HandoverRun | None = None
         """An announced move."""
 
     # What may be asked.
 
     async def announce(
         self, to: str, sa: SaName | None = None, *, tell: Progress = lambda item: None
-    ) -> Report:
+    ) -> MobileReport:
         """Have the old gateway send the context ahead, and return when that has succeeded or failed.
 
         `arrive` or `addresses_changed` complete the move. Errors: those of `arrive`.
@@ -142,7 +142,7 @@ class Handovers:
         if self._moving:
             raise BusyError("another handover is under way", hint="see `ikectx mobile status`")
         run = await self._begin(to, sa, HandoverMode.PREDICTIVE, None, tell)
-        if isinstance(run, Report):
+        if isinstance(run, MobileReport):
             return run
         loop = asyncio.get_running_loop()
         run.moved, run.prepared = loop.create_future(), loop.create_future()
@@ -161,7 +161,7 @@ class Handovers:
         address: Address | None = None,
         anew: bool = False,
         tell: Progress = lambda item: None,
-    ) -> Report:
+    ) -> MobileReport:
         """Move to gateway `to` now, from the local `address` (None: as packets are routed).
 
         An announced move to it is completed, unless `anew`; else the new gateway is asked to get the SA from
@@ -226,11 +226,11 @@ class Handovers:
 
     async def _reactive(
         self, to: str, sa: SaName | None, own: Address | None, tell: Progress, *, announced: bool = False
-    ) -> Report:
+    ) -> MobileReport:
         """Complete the handover from the new place, where the node has the address `own`."""
         async with self.lock:
             run = await self._begin(to, sa, HandoverMode.REACTIVE, own, tell)
-            if isinstance(run, Report):
+            if isinstance(run, MobileReport):
                 return run
             run.report.announced = announced
             async with self._made_loud(run):
@@ -253,7 +253,7 @@ class Handovers:
 
     async def _begin(
         self, to: str, sa: SaName | None, mode: HandoverMode, own: Address | None, tell: Progress
-    ) -> Run | Report:
+    ) -> HandoverRun | MobileReport:
         """The handover to run; a report if there is nothing to do."""
         config = self._config
         nsg = config.gateway(to)
@@ -264,7 +264,7 @@ class Handovers:
                 f"the IKE_SA {view.name} is served by {view.remote.address}, which is no [[gateway]] here",
                 hint=f"add it to {config.path}, by the name it has among the gateways",
             )
-        report = Report(
+        report = MobileReport(
             "silent",
             psg.name,
             nsg.name,
@@ -300,7 +300,7 @@ class Handovers:
             ),
             expects=context.mid_responder,
         )
-        return Run(view.spis, psg, nsg, context, report, machine, tell, now=view.spis)
+        return HandoverRun(view.spis, psg, nsg, context, report, machine, tell, now=view.spis)
 
     async def _select(self, sa: SaName | None) -> SaView:
         """The named SA, or the only one. Errors: UnknownSaError."""
@@ -320,7 +320,7 @@ class Handovers:
             )
         return views[0]
 
-    async def _hold(self, run: Run) -> None:
+    async def _hold(self, run: HandoverRun) -> None:
         """Make the SA passive, unless charon is looking for its gateway: then later."""
         try:
             await self._mobile.quiet(run.sa, patience=LOOKING)
@@ -336,10 +336,10 @@ class Handovers:
         run.machine.expects = await self._mobile.next_request(run.sa)
         run.phase("held" if run.held else "looking")
 
-    def _note_asked(self, run: Run) -> None:
+    def _note_asked(self, run: HandoverRun) -> None:
         self.notes.asked(run.sa, to=run.nsg.name, from_=run.psg.name, connection=run.report.connection)
 
-    async def _predictive(self, run: Run) -> Report:
+    async def _predictive(self, run: HandoverRun) -> MobileReport:
         """Run from the announcement to the report; the lock is held from the arrival on."""
         before = run.context
         old = before.local.address
@@ -367,7 +367,7 @@ class Handovers:
             if self._pending is run:
                 self._pending = None
 
-    async def _elsewhere(self, run: Run, place: Place) -> Report:
+    async def _elsewhere(self, run: HandoverRun, place: LocalPlace) -> MobileReport:
         """The new gateway has refused the SA at this address: ask anew from each further one that there is.
 
         A token names one address and is valid once, so that is another handover, with a sequence number of
@@ -391,7 +391,9 @@ class Handovers:
                 break
         return report
 
-    async def _next_place(self, run: Run, place: Place, until: float | None = None) -> Address | None:
+    async def _next_place(
+        self, run: HandoverRun, place: LocalPlace, until: float | None = None
+    ) -> Address | None:
         """The address that the node has at its new place, found or given; None: none was known by `until`.
 
         Without `until` the search begins only after a change, because the announcement comes before that.
@@ -410,7 +412,7 @@ class Handovers:
         finally:
             looking.cancel()
 
-    async def _complete(self, run: Run, address: Address | None) -> None:
+    async def _complete(self, run: HandoverRun, address: Address | None) -> None:
         """The node was reported to be at its new place. Errors: ConfigError, LinkError."""
         said, named = run.moved, self._search.named(run.nsg, address)
         assert said is not None
@@ -421,7 +423,7 @@ class Handovers:
             run.named = named is not None
             said.set_result(found)
 
-    def _observer(self, run: Run) -> Callable[[MobileState, HandoverEvent | None], None]:
+    def _observer(self, run: HandoverRun) -> Callable[[MobileState, HandoverEvent | None], None]:
         def told(state: MobileState, event: HandoverEvent | None) -> None:
             if isinstance(event, HandoverPrepared):
                 run.report.result, run.report.announced = "announced", True
@@ -436,12 +438,12 @@ class Handovers:
 
         return told
 
-    def _count(self, run: Run) -> None:
+    def _count(self, run: HandoverRun) -> None:
         outcome, report = run.machine.outcome, run.report
         report.messages, report.octets = outcome.messages, outcome.octets
         report.retransmissions = outcome.retransmissions
 
-    async def _outcome(self, run: Run) -> HandoverOutcome:
+    async def _outcome(self, run: HandoverRun) -> HandoverOutcome:
         """The new gateway's answer, or the IKE request that it sends before an answer."""
         asking = asyncio.ensure_future(
             self._unless_ended(run, self._run(run.machine, progress=self._observer(run)))
@@ -461,10 +463,10 @@ class Handovers:
         finally:
             asking.cancel()
 
-    async def _unless_ended(self, run: Run, asking: Awaitable[HandoverOutcome]) -> HandoverOutcome:
+    async def _unless_ended(self, run: HandoverRun, asking: Awaitable[HandoverOutcome]) -> HandoverOutcome:
         return await (asking if self._farewells is None else self._farewells.unless_ended(run, asking))
 
-    async def _end(self, run: Run, outcome: HandoverOutcome) -> None:
+    async def _end(self, run: HandoverRun, outcome: HandoverOutcome) -> None:
         """Apply the answer, or its absence, to the SA."""
         report = run.report
         self._count(run)
@@ -513,7 +515,7 @@ class Handovers:
         run.phase("readdressed")
 
     @contextlib.asynccontextmanager
-    async def _made_loud(self, run: Run) -> Any:
+    async def _made_loud(self, run: HandoverRun) -> Any:
         """Make the SA active after the handover, whatever its result, unless it is gone everywhere."""
         gone: UnknownSaError | None = None
         try:
@@ -539,7 +541,7 @@ class Handovers:
         if gone is not None:
             raise gone
 
-    async def _after(self, run: Run) -> None:
+    async def _after(self, run: HandoverRun) -> None:
         """The SA is active again: make charon check its gateway's address, and see that it knows it."""
         if run.asks and run.report.new is not None:
             self._outside.nudge(run.report.new[1].address)
@@ -550,7 +552,7 @@ class Handovers:
         elif run.report.new is not None and not run.report.exit_code:
             await self._see_moved(run, run.report.new[1])
 
-    async def _see_moved(self, run: Run, remote: Endpoint) -> None:
+    async def _see_moved(self, run: HandoverRun, remote: Endpoint) -> None:
         """See that charon knows its gateway's address by now, or its next request would go to the old one."""
         try:
             if any(v.spis == run.now and v.remote == remote for v in await self._outside.views()):
@@ -561,7 +563,7 @@ class Handovers:
         run.report.exit_code, run.report.status = CharonError.exit_code, Status.CHARON
         run.report.detail, run.report.hint = trouble, "see charon's log; connect anew if nothing else helps"
 
-    def _finished(self, run: Run) -> Report:
+    def _finished(self, run: HandoverRun) -> MobileReport:
         report = run.report
         if report.serves is not None:
             self.notes.answered(run.sa)

@@ -25,7 +25,7 @@ Towards = Callable[[Address, Collection[Address]], Address | None]
 """(address of the gateway, local addresses to avoid) -> local address that leads there."""
 
 
-class Place:
+class LocalPlace:
     """The search for the local address from which one gateway is reached.
 
     gateway: its addresses. version: the SA's IP version, 4 or 6. avoid: local addresses that are not usable

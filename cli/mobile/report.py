@@ -19,7 +19,7 @@ _OF_ONE_ADDRESS = frozenset(
 
 
 @dataclass(slots=True)
-class Report:
+class MobileReport:
     """The report of a handover. `result`: moved, announced, already, refused, silent, cancelled, failed.
 
     `serves`: the gateway that serves the SA now, None if that is not known. `renamed`: SPIs that the new

@@ -13,7 +13,7 @@ from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 
 from .config import GatewayEntry
-from .report import Report
+from .report import MobileReport
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -22,14 +22,14 @@ _NAMELESS = SaName(b"", b"")
 
 
 @dataclass(slots=True)
-class Run:
+class HandoverRun:
     """The state of one handover."""
 
     sa: SaName
     psg: GatewayEntry
     nsg: GatewayEntry
     context: IkeContext
-    report: Report
+    report: MobileReport
     machine: Handover
     tell: Progress
     held: bool = False
@@ -43,7 +43,7 @@ class Run:
     prepared: asyncio.Future[None] | None = None
     until: float = 0.0
     """End of the announcement's time, by the loop's clock."""
-    task: asyncio.Task[Report] | None = None
+    task: asyncio.Task[MobileReport] | None = None
     since: float = field(default_factory=time.monotonic)
     now: SaName = _NAMELESS
     """The SA's last name: `sa`, unless its IKE SPIs were taken at the new gateway."""

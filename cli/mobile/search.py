@@ -11,7 +11,7 @@ from ikectx.errors import ConfigError, LinkError
 from ikectx.sa.context import Address
 
 from .config import GatewayEntry, MobileFile
-from .place import OTHER_KIND, Place
+from .place import OTHER_KIND, LocalPlace
 
 
 class Leads(Protocol):
@@ -46,7 +46,7 @@ class Search:
 
     def place(
         self, gateway: GatewayEntry, version: int, vips: Sequence[Address], left: Address | None = None
-    ) -> Place:
+    ) -> LocalPlace:
         """The search from which `gateway` is reached, for an SA of that IP version; `left`: the old
         address."""
         among = self._config.mobile.addresses
@@ -54,9 +54,11 @@ class Search:
         def towards(remote: Address, avoid: Collection[Address]) -> Address | None:
             return self._leads(remote, avoid=tuple(avoid), among=among)
 
-        return Place(towards, gateway.addresses, version, avoid=vips, left=left)
+        return LocalPlace(towards, gateway.addresses, version, avoid=vips, left=left)
 
-    async def find(self, place: Place, until: float | None = None, *, at_once: bool = True) -> Address | None:
+    async def find(
+        self, place: LocalPlace, until: float | None = None, *, at_once: bool = True
+    ) -> Address | None:
         """The node's address, as soon as it has one; None: there was none by `until`.
 
         Without `at_once` the search begins only after a change.
@@ -74,7 +76,7 @@ class Search:
                 async with asyncio.timeout_at(until if place.due is None else place.due):
                     await self._changed.wait()
 
-    async def arrived(self, place: Place, gateway: GatewayEntry) -> Address:
+    async def arrived(self, place: LocalPlace, gateway: GatewayEntry) -> Address:
         """The address of a node that has arrived; it may come in a moment. Errors: LinkError."""
         found = await self.find(place, asyncio.get_running_loop().time() + OTHER_KIND)
         if found is None:

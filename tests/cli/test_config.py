@@ -19,8 +19,8 @@ from ikectx_cli.config import (
     Config,
     ControlConfig,
     GatewayConfig,
-    MobileConfig,
-    PeerConfig,
+    MobileSection,
+    PeerSection,
     TransferConfig,
     config_path,
     load,
@@ -154,7 +154,7 @@ def test_mobile_nodes_and_packets_are_served_only_where_the_file_says_so() -> No
         '[by_packet]\nask = ["third", "nsg"]\n',
         PATH,
     )
-    assert config.mobile == MobileConfig((HostPort("2001:db8::1"),), source_rate=0.5, rfc_token=True)
+    assert config.mobile == MobileSection((HostPort("2001:db8::1"),), source_rate=0.5, rfc_token=True)
     assert config.by_packet == ByPacketConfig(("third", "nsg"))
     with pytest.raises(ConfigError, match=r"by_packet.ask 'fourth' is not a \[\[peer\]\]"):
         parse(FULL + '[by_packet]\nask = "fourth"\n', PATH)
@@ -308,9 +308,9 @@ def test_the_sample_shows_every_key_with_its_default() -> None:
         CharonConfig,
         GatewayConfig,
         TransferConfig,
-        MobileConfig,
+        MobileSection,
         ByPacketConfig,
-        PeerConfig,
+        PeerSection,
     ):
         assert all(f"{key} = " in text for key in kind.__slots__), kind
 

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx_cli import reach
-from ikectx_cli.reach import Way
+from ikectx_cli.reach import PacketWay
 from tests.netns import namespaces
 
 NONCE = bytes(range(16))
@@ -40,7 +40,7 @@ def test_what_the_neighbour_table_says(states: list[str], there: bool | None) ->
 
 def test_this_machine() -> None:
     loopback = ip_address("127.0.0.1")
-    assert reach.way_to(loopback) == Way("lo", local=True)
+    assert reach.way_to(loopback) == PacketWay("lo", local=True)
     assert reach.device_of(loopback) == "lo" and reach.device_of(ip_address("192.0.2.77")) == ""
 
 
@@ -57,10 +57,10 @@ def test_a_machine_that_is_there_and_one_that_is_not(version: int) -> None:
         beyond = "10.78.0.0/24" if version == 4 else "fd78::/64"
         one.ip(f"route add {beyond} via {there}")
         with one.entered():
-            assert reach.way_to(there) == Way("lan0", direct=True)
+            assert reach.way_to(there) == PacketWay("lan0", direct=True)
             assert reach.way_to(here).local and reach.device_of(here) == "lan0"
-            assert reach.way_to(ip_address("10.78.0.9" if version == 4 else "fd78::9")) == Way("lan0")
-            assert reach.way_to(ip_address("10.79.0.9" if version == 4 else "fd79::9")) == Way()
+            assert reach.way_to(ip_address("10.78.0.9" if version == 4 else "fd78::9")) == PacketWay("lan0")
+            assert reach.way_to(ip_address("10.79.0.9" if version == 4 else "fd79::9")) == PacketWay()
             assert reach.answers(there) is True
             began = time.monotonic()
             assert reach.answers(nobody) is False

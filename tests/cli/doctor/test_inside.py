@@ -8,7 +8,7 @@ import pytest
 
 from ikectx_cli.config import parse
 from ikectx_cli.doctor import checks as doctor
-from ikectx_cli.reach import Way
+from ikectx_cli.reach import PacketWay
 from tests.healthy_world import TOML, VIA, Fake, Pki, only
 
 
@@ -27,16 +27,16 @@ def test_a_peer_whose_inner_address_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "there", "level", "found"),
     [
-        (Way("lo", local=True), True, "fail", "is an address of this gateway"),
-        (Way(), None, "fail", "no route leads there"),
-        (Way("lan0"), True, "fail", "is behind a router"),
-        (Way("wan0", direct=True), True, "warn", "go there in the clear"),
-        (Way("lan0", direct=True), False, "fail", "does not answer"),
-        (Way("lan0", direct=True), None, "note", "may be there all the same"),
+        (PacketWay("lo", local=True), True, "fail", "is an address of this gateway"),
+        (PacketWay(), None, "fail", "no route leads there"),
+        (PacketWay("lan0"), True, "fail", "is behind a router"),
+        (PacketWay("wan0", direct=True), True, "warn", "go there in the clear"),
+        (PacketWay("lan0", direct=True), False, "fail", "does not answer"),
+        (PacketWay("lan0", direct=True), None, "note", "may be there all the same"),
     ],
 )
 def test_an_inner_address_that_will_not_do(
-    tmp_path: Path, way: Way, there: bool | None, level: str, found: str
+    tmp_path: Path, way: PacketWay, there: bool | None, level: str, found: str
 ) -> None:
     world = a_world(tmp_path)
     world.way, world.there = way, there

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.errors import CharonError, LinkError
-from ikectx_cli.config import PeerConfig, parse
+from ikectx_cli.config import PeerSection, parse
 from ikectx_cli.doctor.world import PeerAnswer, World
 from ikectx_cli.settings import load
 from ikectx_cli.toml_table import HostPort
@@ -126,19 +126,19 @@ def tls_server(folder: Path, *, refuse: bool) -> Iterator[HostPort]:
 @pytest.mark.parametrize("refuse", [False, True])
 def test_connecting_to_a_peer(real: World, tmp_path: Path, refuse: bool) -> None:
     with tls_server(tmp_path, refuse=refuse) as place:
-        answer = real.connect(PeerConfig("psg", place, "psg"))
+        answer = real.connect(PeerSection("psg", place, "psg"))
     assert (answer.failed, answer.names, answer.refused) == ("", {"psg"}, refuse)
     assert answer.not_before is not None and answer.not_before > 1e9
-    assert real.connect(PeerConfig("psg", place, "psg")).failed == "Connection refused"
+    assert real.connect(PeerSection("psg", place, "psg")).failed == "Connection refused"
 
 
 def test_connecting_to_a_stranger(real: World, tmp_path: Path) -> None:
     (tmp_path / "stranger").mkdir()
     Pki().write(tmp_path / "stranger")
     with tls_server(tmp_path / "stranger", refuse=False) as place:
-        assert "certificate verify failed" in real.connect(PeerConfig("psg", place, "psg")).failed
+        assert "certificate verify failed" in real.connect(PeerSection("psg", place, "psg")).failed
     (tmp_path / "own.key").write_text("no PEM")
-    assert "own.pem" in real.connect(PeerConfig("psg", place, "psg")).failed
+    assert "own.pem" in real.connect(PeerSection("psg", place, "psg")).failed
 
 
 def test_the_real_world_s_plain_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

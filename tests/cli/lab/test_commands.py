@@ -10,7 +10,7 @@ import pytest
 
 from ikectx_cli import commands
 from ikectx_cli.lab import commands as lab
-from ikectx_cli.lab.report import Report
+from ikectx_cli.lab.report import ScenarioReport
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,11 @@ def test_time_lines_are_drawn(
         return [_report(request, number) for number in range(len(request.names))]
 
     def _report(request: lab.lab_start.Request, number: int) -> dict[str, Any]:
-        told = {**Report(request.names[number], ok=True).as_json(), "guest": "uml", "clock": "virtual"}
+        told = {
+            **ScenarioReport(request.names[number], ok=True).as_json(),
+            "guest": "uml",
+            "clock": "virtual",
+        }
         return {**told, "trace": [LINE]} | ({"run": which} if (which := request.run(number)) else {})
 
     monkeypatch.setattr(lab.lab_start, "run", run)
@@ -131,7 +135,7 @@ def test_a_run_without_a_handover_has_no_time_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        lab.lab_start, "run", lambda _request, _say, _found: [Report("left", ok=True).as_json()]
+        lab.lab_start, "run", lambda _request, _say, _found: [ScenarioReport("left", ok=True).as_json()]
     )
     monkeypatch.chdir(tmp_path)
     assert commands.run(["lab", "run", "left", "--trace"]) == 2

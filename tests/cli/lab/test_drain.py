@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 from ikectx_cli.lab import drain as lab_drain
-from ikectx_cli.lab.drain import PIPE, SPINNING, Watch
+from ikectx_cli.lab.drain import PIPE, SPINNING, DrainWatch
 
 
-def spin(watch: Watch, now: float) -> tuple[float, float]:
+def spin(watch: DrainWatch, now: float) -> tuple[float, float]:
     """Reads at one point in time until there is a pause; gives the pause and its end."""
     for _ in range(SPINNING // PIPE):
         assert watch.read(PIPE, now) == 0
@@ -19,7 +19,7 @@ def spin(watch: Watch, now: float) -> tuple[float, float]:
 
 def test_one_that_spins_is_held_up_longer_and_longer() -> None:
     now, pauses = 5.0, []
-    watch = Watch(now)
+    watch = DrainWatch(now)
     for _ in range(9):
         pause, now = spin(watch, now)
         pauses.append(pause)
@@ -28,7 +28,7 @@ def test_one_that_spins_is_held_up_longer_and_longer() -> None:
 
 
 def test_one_that_works_is_not_held_up() -> None:
-    watch = Watch(0.0)
+    watch = DrainWatch(0.0)
     assert not any(watch.read(SPINNING // 2, 0.01 * number) for number in range(100))
 
 

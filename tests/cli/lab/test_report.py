@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ikectx_cli.lab.config import Tunnel
 from ikectx_cli.lab.measure import Direction, Traffic
-from ikectx_cli.lab.report import Report, label, repeated, summary, tables
+from ikectx_cli.lab.report import ScenarioReport, label, repeated, summary, tables
 from ikectx_cli.lab.scenario import Scenario
 
 KEYS = {"scenario", "ok", "esp", "strongswan", "same_spis", "same_keys", "traffic", "air", "gateways"}
@@ -33,15 +33,15 @@ def traffic(gap: float, *, lost: int = 0, recovered: bool = True, down: float = 
     return Traffic(one, Direction(100, {}, 0, 0, down, True, transit_ms=20.0))
 
 
-def moved(gap: float = 20.0, *, lost: int = 2) -> Report:
-    report = Report("handover", "a move", "kernel", strongswan="5.9.8")
+def moved(gap: float = 20.0, *, lost: int = 2) -> ScenarioReport:
+    report = ScenarioReport("handover", "a move", "kernel", strongswan="5.9.8")
     report.add_traffic(traffic(gap, lost=lost), AIR, 0)
     report.add_transfer([MOVE])
     report.add_proof(True, True)
     return report
 
 
-def shown(report: Report) -> str:
+def shown(report: ScenarioReport) -> str:
     out = io.StringIO()
     console = Console(width=200, file=out)
     for part in tables(report.as_json()):
@@ -82,8 +82,8 @@ def test_where_the_node_stays_its_link_is_never_dark() -> None:
     assert "link dark" not in shown(report) and "7.5 / 0.1" in shown(report)
 
 
-def away(gap: float, down: float) -> Report:
-    report = Report("predictive", "a node that moves", "kernel", strongswan="5.9.8")
+def away(gap: float, down: float) -> ScenarioReport:
+    report = ScenarioReport("predictive", "a node that moves", "kernel", strongswan="5.9.8")
     report.add_traffic(traffic(gap, lost=2, down=down), AIR, 0)
     report.add_transfer([MOVE])
     report.add_proof(True, True)
@@ -159,7 +159,7 @@ def test_a_packet_in_the_clear_fails_a_move() -> None:
 
 
 def test_one_bad_proof_among_many_decides() -> None:
-    report = Report("ten", esp="kernel")
+    report = ScenarioReport("ten", esp="kernel")
     for good in (True, False, True):
         report.add_transfer([MOVE])
         report.add_proof(good, good)
@@ -169,7 +169,7 @@ def test_one_bad_proof_among_many_decides() -> None:
 
 
 def test_with_user_space_esp_keys_are_not_seen_and_the_peer_rekeys() -> None:
-    report = Report("handover", esp="libipsec")
+    report = ScenarioReport("handover", esp="libipsec")
     report.add_transfer([MOVE])
     report.add_proof(True, None)
     report.add_traffic(traffic(4000.0, lost=80), {**AIR, "messages": 5}, 0)
@@ -199,7 +199,10 @@ def test_limits_on_messages() -> None:
 
 
 def test_a_scenario_that_could_not_run() -> None:
-    failed, skipped = Report.failed(scenario(), "no kernel"), Report.skipped(scenario(), "needs kernel ESP")
+    failed, skipped = (
+        ScenarioReport.failed(scenario(), "no kernel"),
+        ScenarioReport.skipped(scenario(), "needs kernel ESP"),
+    )
     assert not failed.ok and failed.as_json()["error"] == "no kernel"
     assert skipped.ok and skipped.as_json()["skipped"] == "needs kernel ESP"
     assert "no kernel" in shown(failed) and "needs kernel ESP" in shown(skipped)
@@ -207,11 +210,11 @@ def test_a_scenario_that_could_not_run() -> None:
 
 def test_which_of_many_runs_failed() -> None:
     told = [
-        {**Report(name, ok=number != 2).as_json(), "run": number}
+        {**ScenarioReport(name, ok=number != 2).as_json(), "run": number}
         for name in ("pull", "left")
         for number in (1, 2, 3)
         if name == "pull" or number != 2
     ]
     assert repeated(told) == ["pull: 1 of 3 runs failed (2)"]
-    assert repeated([Report("pull").as_json()]) == []
-    assert [label(told[1]), label(Report("pull").as_json())] == ["pull-2", "pull"]
+    assert repeated([ScenarioReport("pull").as_json()]) == []
+    assert [label(told[1]), label(ScenarioReport("pull").as_json())] == ["pull-2", "pull"]

@@ -39,7 +39,7 @@ def test_what_wants_fresh_daemons_comes_when_they_are(tmp_path: Path) -> None:
 
 
 def test_every_verb_can_be_done() -> None:
-    assert all(callable(getattr(lab_run.Runner, f"_do_{verb}")) for verb in VERBS)
+    assert all(callable(getattr(lab_run.ScenarioRunner, f"_do_{verb}")) for verb in VERBS)
 
 
 def test_a_scenario_stands_on_its_base(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from ikectx.errors import KernelError, UsageError
 from ikectx_cli.lab import start as lab_start
 from ikectx_cli.lab.boot import Job
 from ikectx_cli.lab.commands import lab
-from ikectx_cli.lab.report import Report
-from ikectx_cli.lab.start import Request, Share
+from ikectx_cli.lab.report import ScenarioReport
+from ikectx_cli.lab.start import RunRequest, Share
 
 NAMES = ("handover", "pull", "left")
 
@@ -26,7 +26,7 @@ class Guests:
 
     def __init__(self, *ran: int, end: BaseException | int = 0) -> None:
         self.ran, self.end = list(ran), end
-        self.requests: list[Request] = []
+        self.requests: list[RunRequest] = []
         self.jobs: list[Job] = []
 
     async def boot(
@@ -44,7 +44,9 @@ class Guests:
             if left == 0:
                 break
             left -= 1
-            share.put(number, {**Report(request.names[number], ok=True).as_json(), "guest": guests[0]})
+            share.put(
+                number, {**ScenarioReport(request.names[number], ok=True).as_json(), "guest": guests[0]}
+            )
             if request.logs:
                 (share.folder / "logs" / request.label(number)).mkdir(parents=True)
         else:
@@ -72,7 +74,7 @@ def silent(_line: str) -> None: ...
 def test_a_run_in_a_guest(machine: Any, tmp_path: Path) -> None:
     guests = machine(Guests(3))
     found: dict[int, dict[str, Any]] = {}
-    request = Request(NAMES, clock="virtual", delay_ms=3.0, logs=str(tmp_path / "logs"), brief=True)
+    request = RunRequest(NAMES, clock="virtual", delay_ms=3.0, logs=str(tmp_path / "logs"), brief=True)
     reports = lab_start.run(request, silent, found)
     assert [report["scenario"] for report in reports] == list(NAMES)
     assert [found[number] for number in range(3)] == reports
@@ -85,14 +87,14 @@ def test_a_run_in_a_guest(machine: Any, tmp_path: Path) -> None:
 def test_guests_side_by_side_share_the_scenarios(machine: Any) -> None:
     guests = machine(Guests(3, 3))
     said: list[str] = []
-    reports = lab_start.run(Request(NAMES, jobs=2), said.append)
+    reports = lab_start.run(RunRequest(NAMES, jobs=2), said.append)
     assert [report["scenario"] for report in reports] == list(NAMES)
     assert [job.argv[-1] for job in guests.jobs] == ["1", "2"]
     assert "guest 1 [handover] running" in said
 
 
 def test_each_scenario_is_taken_once(tmp_path: Path) -> None:
-    share = Share.make(tmp_path, Request(NAMES))
+    share = Share.make(tmp_path, RunRequest(NAMES))
     one, other = share.take(1), share.take(2)
     assert [next(one), next(other), next(one)] == [0, 1, 2]
     assert not share.waiting()
@@ -101,7 +103,7 @@ def test_each_scenario_is_taken_once(tmp_path: Path) -> None:
 
 
 def test_what_is_in_the_folder_of_a_run(tmp_path: Path) -> None:
-    request = Request(NAMES, root="/srv/trixie", jobs=2)
+    request = RunRequest(NAMES, root="/srv/trixie", jobs=2)
     share = Share.make(tmp_path, request)
     assert share.request() == request
     assert (tmp_path / "packages" / "ikectx_cli" / "lab" / "start.py").exists()
@@ -113,7 +115,7 @@ def test_what_is_in_the_folder_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ran", [1, 2])
 def test_a_guest_that_dies_costs_the_scenario_it_ran(machine: Any, ran: int) -> None:
     machine(Guests(ran, 3, end=KernelError("the UML guest ended before its job did")))
-    reports = lab_start.run(Request(NAMES), silent)
+    reports = lab_start.run(RunRequest(NAMES), silent)
     assert [report["scenario"] for report in reports] == list(NAMES)
     assert [report["ok"] for report in reports] == [number != ran for number in range(3)]
     assert reports[ran]["error"] == "the UML guest ended before its job did"
@@ -130,7 +132,7 @@ def test_a_job_that_fails_before_its_first_scenario(machine: Any) -> None:
 
     machine(Broken())
     with pytest.raises(KernelError, match="guest uml ended with status 1: ModuleNotFoundError: cbor2"):
-        lab_start.run(Request(NAMES), silent)
+        lab_start.run(RunRequest(NAMES), silent)
 
 
 @pytest.mark.parametrize("ran", [0, 1, 2])
@@ -145,7 +147,7 @@ def test_what_did_not_run_has_failed(machine: Any, ran: int) -> None:
 
 
 def test_nothing_can_run(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(_request: Request) -> tuple[str, ...]:
+    def none(_request: RunRequest) -> tuple[str, ...]:
         raise KernelError("this kernel has no ESP")
 
     monkeypatch.setattr(lab_start, "guests", none)
@@ -155,7 +157,7 @@ def test_nothing_can_run(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_repeated_runs_have_numbers(machine: Any, tmp_path: Path) -> None:
-    request = Request(("pull", "pull", "left"), logs=str(tmp_path))
+    request = RunRequest(("pull", "pull", "left"), logs=str(tmp_path))
     assert [request.label(number) for number in range(3)] == ["pull-1", "pull-2", "left"]
     machine(Guests(1, 2, end=KernelError("it died")))
     reports = lab_start.run(request, silent)
@@ -164,6 +166,6 @@ def test_repeated_runs_have_numbers(machine: Any, tmp_path: Path) -> None:
 
 
 def test_esp_in_user_space_needs_no_guest() -> None:
-    assert lab_start.guests(Request(NAMES, "libipsec")) == ("host",)
+    assert lab_start.guests(RunRequest(NAMES, "libipsec")) == ("host",)
     with pytest.raises(UsageError, match="--guest host has no virtual time"):
-        lab_start.check(Request(NAMES, "libipsec", clock="virtual"))
+        lab_start.check(RunRequest(NAMES, "libipsec", clock="virtual"))

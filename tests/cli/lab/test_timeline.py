@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from ikectx_cli.lab.timeline import LEFT, RIGHT, WIDTH, Axis, Canvas, Rows, Text, draw, picture
-from ikectx_cli.lab.trace import CXTP, HOSTS, IKE, TLS, Arrow, Change, Flow, Span, TimeLine
+from ikectx_cli.lab.trace import CXTP, HOSTS, IKE, TLS, Arrow, LinkChange, ProbeFlow, Span, TimeLine
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -36,7 +36,7 @@ def push() -> TimeLine:
         Arrow("mn", "nsg", "INFORMATIONAL 0 response", IKE, 23.6, 43.6, 169),
         Arrow("nsg", "psg", "CTDR", TLS, 48.8, 48.8, 8),
     ]
-    flow = Flow(tuple(5.0 * n for n in range(11)))
+    flow = ProbeFlow(tuple(5.0 * n for n in range(11)))
     return TimeLine("handover: transfer psg nsg", 1, 50.0, tuple(spans), tuple(arrows), (), flow, flow)
 
 
@@ -65,16 +65,16 @@ def drawn(seed: int) -> TimeLine:
         arrows.append(
             Arrow(source, target, dice.choice(["CTAR", "IKE_AUTH 1 request"]), CXTP, sent, received, 1)
         )
-    gap = Flow((0.0, length / 2), (length / 4,), 0.0, length / 2)
+    gap = ProbeFlow((0.0, length / 2), (length / 4,), 0.0, length / 2)
     return TimeLine(
         f"drawn {seed}",
         1,
         length,
         tuple(sorted(spans, key=lambda one: one.begin)),
         tuple(sorted(arrows, key=lambda one: one.sent)),
-        tuple(Change("the network changes", length * share, length) for share in (0.2, 0.9)),
+        tuple(LinkChange("the network changes", length * share, length) for share in (0.2, 0.9)),
         gap,
-        Flow(),
+        ProbeFlow(),
     )
 
 
@@ -135,8 +135,8 @@ def test_what_is_lost_is_said_and_does_not_arrive() -> None:
 
 
 def test_the_links_own_darkness_is_part_of_the_gap() -> None:
-    gap = Flow((0.0, 60.0), (), 0.0, 60.0)
-    line = TimeLine("x", 1, 100.0, changes=(Change("mn moves", 1, 2),), up=gap, down=gap)
+    gap = ProbeFlow((0.0, 60.0), (), 0.0, 60.0)
+    line = TimeLine("x", 1, 100.0, changes=(LinkChange("mn moves", 1, 2),), up=gap, down=gap)
     text = picture([line], dark_ms={"up": 40.0, "down": 0.0})
     assert "60.0 ms without a packet from MN to server, 40.0 of them the link&#x27;s own" in text
     assert "60.0 ms without a packet from server to MN<" in text

@@ -21,8 +21,8 @@ from ikectx_cli.lab.trace import (
     IKE,
     TLS,
     Arrow,
-    Change,
-    Flow,
+    LinkChange,
+    ProbeFlow,
     Span,
     TimeLine,
     Tracing,
@@ -242,7 +242,7 @@ def whole() -> TimeLine:
 def test_a_time_line_ends_with_what_is_last() -> None:
     line = whole()
     assert line.end == 100.0 == line.down.first
-    assert (line.changes, line.up.first) == ((Change("relocate", 1, 2),), 70)
+    assert (line.changes, line.up.first) == ((LinkChange("relocate", 1, 2),), 70)
     assert [one.step for one in line.spans] == ["quiet", "freeze", "take"]
 
 
@@ -254,7 +254,7 @@ def test_a_number_that_was_sent_several_ways_is_lost_once() -> None:
 def test_json_and_back() -> None:
     line = whole()
     assert TimeLine.from_json(json.loads(json.dumps(line.as_json()))) == line
-    assert TimeLine.from_json(TimeLine("x", 1, 0.0, up=Flow((1.0,))).as_json()).up == Flow((1.0,))
+    assert TimeLine.from_json(TimeLine("x", 1, 0.0, up=ProbeFlow((1.0,))).as_json()).up == ProbeFlow((1.0,))
 
 
 # --- what a lab notes --------------------------------------------------------------------------------------

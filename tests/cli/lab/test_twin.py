@@ -12,9 +12,9 @@ from ikectx.sa.context import IkeContext
 from ikectx.sa.keys import esp_keys
 from ikectx_cli.lab import inject as lab_inject
 from ikectx_cli.lab.config import Tunnel
-from ikectx_cli.lab.twin import FRESH_OCTETS, KINDS, Names, lines, twin
+from ikectx_cli.lab.twin import FRESH_OCTETS, KINDS, TwinNames, lines, twin
 
-TAKEN = Names("11" * 8, "22" * 8, "c3333333", "c4444444")
+TAKEN = TwinNames("11" * 8, "22" * 8, "c3333333", "c4444444")
 FRESH = bytes(range(256)) * 2
 
 
@@ -48,7 +48,7 @@ def test_both_ends_fit_and_have_the_names(kind: str, version: int) -> None:
     ]
 
 
-def vars_of(taken: Names) -> tuple[str, ...]:
+def vars_of(taken: TwinNames) -> tuple[str, ...]:
     return taken.spi_i, taken.spi_r, taken.spi_in, taken.spi_out
 
 

@@ -14,7 +14,7 @@ from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint
 from ikectx.wire.cxtp import StatusBlock
-from ikectx_cli.mobile.place import OTHER_KIND, Place
+from ikectx_cli.mobile.place import OTHER_KIND, LocalPlace
 from tests.asking_node import World
 from tests.hand_loop import run
 from tests.mobile_world import NEW, NSG, OLD, PSG
@@ -36,7 +36,7 @@ class Ways:
 
 def test_the_sas_own_ip_version_at_once() -> None:
     ways = Ways()
-    place = Place(ways, [SIX, FOUR], 4)
+    place = LocalPlace(ways, [SIX, FOUR], 4)
     ways.ways = {SIX: [OWN6], FOUR: [OWN4]}
     assert (place.look(0.0), place.due) == (OWN4, None)
 
@@ -44,7 +44,7 @@ def test_the_sas_own_ip_version_at_once() -> None:
 @pytest.mark.parametrize("late", [0.012, 0.3])
 def test_another_ip_version_is_not_taken_while_the_own_one_may_come(late: float) -> None:
     ways = Ways()
-    place = Place(ways, [FOUR, SIX], 4)
+    place = LocalPlace(ways, [FOUR, SIX], 4)
     ways.ways = {SIX: [ULA]}
     assert (place.look(5.0), place.due) == (None, 5.0 + OTHER_KIND)
     ways.ways[FOUR] = [OWN4]
@@ -53,7 +53,7 @@ def test_another_ip_version_is_not_taken_while_the_own_one_may_come(late: float)
 
 def test_another_ip_version_where_there_is_no_own_one_for_long() -> None:
     ways = Ways()
-    place = Place(ways, [FOUR, SIX], 4)
+    place = LocalPlace(ways, [FOUR, SIX], 4)
     ways.ways = {SIX: [OWN6]}
     assert place.look(5.0) is None
     assert place.look(5.5) is None
@@ -63,18 +63,18 @@ def test_another_ip_version_where_there_is_no_own_one_for_long() -> None:
 
 def test_a_ula_comes_last_where_the_gateway_has_none() -> None:
     ways = Ways()
-    place = Place(ways, [SIX], 6)
+    place = LocalPlace(ways, [SIX], 6)
     ways.ways = {SIX: [ULA]}
     assert place.look(0.0) is None
     ways.ways = {SIX: [OWN6]}
     assert place.look(0.1) == OWN6
     ways.ways = {ip_address("fd02::2"): [ULA]}
-    assert Place(ways, [ip_address("fd02::2")], 6).look(0.0) == ULA
+    assert LocalPlace(ways, [ip_address("fd02::2")], 6).look(0.0) == ULA
 
 
 def test_as_long_as_packets_go_by_the_old_address_the_node_has_not_moved() -> None:
     ways = Ways()
-    place = Place(ways, [FOUR, SIX], 4, left=OLD.address)
+    place = LocalPlace(ways, [FOUR, SIX], 4, left=OLD.address)
     ways.ways = {FOUR: [OLD.address], SIX: [OWN6]}
     assert (place.look(0.0), place.due) == (None, None)
     ways.ways = {FOUR: [OWN4], SIX: [OWN6]}
@@ -83,7 +83,7 @@ def test_as_long_as_packets_go_by_the_old_address_the_node_has_not_moved() -> No
 
 def test_a_refused_address_is_not_taken_again() -> None:
     ways = Ways()
-    place = Place(ways, [FOUR, SIX], 4)
+    place = LocalPlace(ways, [FOUR, SIX], 4)
     ways.ways = {FOUR: [OWN4]}
     assert place.look(0.0) == OWN4
     place.refuse(OWN4)
