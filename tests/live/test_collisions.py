@@ -26,11 +26,11 @@ pytestmark = pytest.mark.live
 
 IMPORT = """
 import json, secrets, socket, sys, time
-from ikectx.context import ChildContext, Endpoint, Identity, IkeContext, IkeGeneration, Secret
-from ikectx.context import TrafficSelector
+from ikectx.sa.context import ChildContext, Endpoint, Identity, IkeContext, IkeGeneration, Secret
+from ikectx.sa.context import TrafficSelector
 from ikectx.numbers import Encr, IdType, KeMethod, Prf
 from ipaddress import ip_address
-from vici_bridge.chain import import_messages
+from vici_bridge.ha.chain import import_messages
 
 octets = secrets.token_bytes
 link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
