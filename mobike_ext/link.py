@@ -21,7 +21,6 @@ from ikectx.sa.context import ChildContext, Endpoint, IkeGeneration
 
 from .address_update import AddressUpdate, PeerNatChanged, Refused
 from .farewell import Farewell
-from .naming import Renaming
 from .notify import Reason
 from .packet_io import RawLink, open_raw
 from .probe import MidProbe
@@ -37,7 +36,7 @@ from .rekey import (
 )
 from .requester import RequesterMachine, Silent
 from .responder import Asked, PeerSupports, SpiResponder
-from .spi_update import PeerRenamed, Renamed, RenameRefused, SpiUpdate, Unsupported
+from .spi_update import Renamed, RenameRefused, SpiUpdate, Unsupported
 
 log = logging.getLogger(__name__)
 
@@ -156,17 +155,11 @@ async def run_farewell(machine: Farewell, *, clock: Clock | None = None, mark: i
 
 @dataclass(frozen=True, slots=True)
 class SpiReport:
-    """The result of an exchange that changes SPIs; the address update in it succeeded, if there was one.
-
-    peer_supports: the peer has announced UPDATE_SPI by now. peer_renamed: the peer's own requests that were
-    granted meanwhile, whatever the result of ours.
-    """
+    """The result of an exchange that changes SPIs; the address update in it succeeded, if there was one."""
 
     move: MoveReport
     outcome: Renamed | RenameRefused | Unsupported
     nat: PeerNatChanged | None = None
-    peer_supports: bool = False
-    peer_renamed: tuple[Renaming, ...] = ()
     peer_requests: int = 0
     ignored: int = 0
 
@@ -175,24 +168,18 @@ async def run_spi_update(
     machine: SpiUpdate,
     *,
     clock: Clock | None = None,
-    proven: Callable[[], Awaitable[bool]] | None = None,
     mark: int = 0,
 ) -> SpiReport:
-    """As `run_address_update`; `proven` must look at ESP under the new SPIs only.
+    """As `run_address_update`.
 
     Afterwards the peer may still repeat a request that was answered here: `keep_answering`.
     """
-    events = await _run(machine, clock or MonotonicClock(), mark, proven, machine.traffic_seen)
+    events = await _run(machine, clock or MonotonicClock(), mark)
     outcome = next(e for e in events if isinstance(e, Renamed | RenameRefused | Unsupported))
-    supports = isinstance(outcome, Renamed) and bool(outcome.pairs)
-    supports |= any(isinstance(event, PeerSupports) for event in events)
-    theirs = tuple(pair for event in events if isinstance(event, PeerRenamed) for pair in event.pairs)
     return SpiReport(
         machine.report,
         outcome,
         _nat(events),
-        peer_supports=supports,
-        peer_renamed=theirs,
         peer_requests=machine.peer_requests,
         ignored=machine.ignored,
     )
@@ -259,7 +246,6 @@ async def serve_updates(
     machine: SpiResponder,
     asked: Callable[[Asked], Awaitable[Reason | None]],
     *,
-    supports: Callable[[PeerSupports], None] = lambda event: None,
     clock: Clock | None = None,
     mark: int = 0,
     until: asyncio.Event | None = None,
@@ -279,7 +265,6 @@ async def serve_updates(
             machine.handle_timer(clock.now())
             while (event := machine.next_event()) is not None:
                 if isinstance(event, PeerSupports):
-                    supports(event)
                     continue
                 try:
                     refusal = await asked(event)

@@ -69,7 +69,6 @@ class Renamed:
     """Both ends use the new SPIs. `pairs`: ours, and those that the peer chose."""
 
     pairs: tuple[Renaming, ...]
-    proven_by_traffic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,6 @@ class SpiUpdateInput(Enum):
     PLAIN_YET = "an answer without the notify, after which the peer's own request may come"
     REJECT = "an answer with an error, or without our cookie"
     MIRRORED = "the peer's own request for the same, answered"
-    PROOF = "ESP from the peer under the new names"
     PAUSE_OVER = "the time to try again"
     LATE = "no request of the peer's own in time"
     GIVE_UP = "the last retransmission timer"
@@ -156,7 +154,6 @@ TABLE: dict[tuple[SpiUpdateState, SpiUpdateInput], SpiUpdateState] = {
     (_S.WAITING, _I.PLAIN_YET): _S.MIRROR,
     (_S.WAITING, _I.REJECT): _S.REJECTED,
     (_S.WAITING, _I.MIRRORED): _S.AGREED,
-    (_S.WAITING, _I.PROOF): _S.RENAMED,
     (_S.WAITING, _I.GIVE_UP): _S.SILENT,
     (_S.AGREED, _I.ACCEPT): _S.RENAMED,
     (_S.AGREED, _I.DENY): _S.RENAMED,
@@ -164,10 +161,8 @@ TABLE: dict[tuple[SpiUpdateState, SpiUpdateInput], SpiUpdateState] = {
     (_S.AGREED, _I.PLAIN): _S.RENAMED,
     (_S.AGREED, _I.PLAIN_YET): _S.RENAMED,
     (_S.AGREED, _I.REJECT): _S.REJECTED,
-    (_S.AGREED, _I.PROOF): _S.RENAMED,
     (_S.AGREED, _I.GIVE_UP): _S.RENAMED,
     (_S.PAUSED, _I.MIRRORED): _S.RENAMED,
-    (_S.PAUSED, _I.PROOF): _S.RENAMED,
     (_S.PAUSED, _I.PAUSE_OVER): _S.AGAIN,
     (_S.AGAIN, _I.ACCEPT): _S.RENAMED,
     (_S.AGAIN, _I.DENY): _S.REFUSED,
@@ -175,15 +170,12 @@ TABLE: dict[tuple[SpiUpdateState, SpiUpdateInput], SpiUpdateState] = {
     (_S.AGAIN, _I.PLAIN): _S.UNSUPPORTED,
     (_S.AGAIN, _I.PLAIN_YET): _S.MIRROR,
     (_S.AGAIN, _I.MIRRORED): _S.AGREED,
-    (_S.AGAIN, _I.PROOF): _S.RENAMED,
     (_S.AGAIN, _I.GIVE_UP): _S.SILENT,
     (_S.MIRROR, _I.MIRRORED): _S.RENAMED,
-    (_S.MIRROR, _I.PROOF): _S.RENAMED,
     (_S.MIRROR, _I.LATE): _S.UNSUPPORTED,
 }
 """A missing pair changes nothing; a final state is never left."""
 
-_OUR_REQUEST = (SpiUpdateState.WAITING, SpiUpdateState.AGREED, SpiUpdateState.AGAIN)
 _OPEN = (
     SpiUpdateState.WAITING,
     SpiUpdateState.AGREED,
@@ -325,21 +317,6 @@ class SpiUpdate(Requester[SpiUpdateState, SpiUpdateInput, SpiUpdateEvent]):
     def to_send(self, now: float) -> list[tuple[bytes, Endpoint]]:
         out = super().to_send(now)
         return out if self._responder is None else out + self._responder.to_send(now)
-
-    def traffic_seen(self) -> None:
-        """ESP of the peer has arrived at `local` under a *new* SPI, which replaces an answer.
-
-        It does not if the peer was to choose SPIs, because traffic does not show which; nor if it was told
-        our address, because ESP does not protect the outer addresses (see `exchange`).
-        """
-        esp = any(one.protocol is not Protocol.IKE for one in self.asked)
-        if self.state not in _OPEN or not esp or any(one.choose for one in self.asked):
-            return
-        if self._part is not None and self.state in _OUR_REQUEST:
-            return
-        self._asking.prove()
-        pairs = tuple(Renaming(one.protocol, True, one.old, one.new) for one in self.asked)
-        self._enter(SpiUpdateInput.PROOF, Renamed(pairs, proven_by_traffic=True))
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
         if self._responder is not None and is_request(datagram, self.local, source):

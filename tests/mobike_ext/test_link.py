@@ -220,25 +220,7 @@ def test_new_names(gateway_host: str, node_host: str, limit: int | None) -> None
         with served(udp, mobile_agent(node, limit=limit)):
             report = asyncio.run(link.run_spi_update(spi_update(gateway, node, limit=limit)))
         assert report.outcome == Renamed((PAIR,))
-        assert report.peer_supports
         assert (report.move.requests, report.move.messages > 2) == (1, limit is not None)
-
-
-@root
-def test_what_the_peer_renames_meanwhile_is_reported() -> None:
-    other, renamed = b"\xc2\0\0\7", b"\xcf\0\0\7"
-    with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
-        gateway, node = endpoint(charon), endpoint(udp)
-        names = Names({(Protocol.ESP, True, OURS), (Protocol.ESP, False, other)})
-        mine = spi_update(gateway, node, address=None, expected_id=3, names=names)
-        theirs = node_update(gateway, node, ask(Protocol.ESP, other, renamed))
-        mine.to_send(0)  # lost, while their request comes through
-        [(request, _)] = theirs.to_send(0)
-        mine.receive(request, node, 0)
-        with served(udp, mobile_agent(node)):
-            report = asyncio.run(link.run_spi_update(mine))
-        assert report.outcome == Renamed((PAIR,))
-        assert report.peer_renamed == (Renaming(Protocol.ESP, False, other, renamed),)
 
 
 @root
@@ -252,7 +234,7 @@ def test_new_names_refused_unknown_or_unanswered() -> None:
         assert report.outcome == RenameRefused((Reason.NOT_ALLOWED,))
         with mobile_node(udp, gateway):
             report = asyncio.run(link.run_spi_update(spi_update(gateway, node)))
-        assert (report.outcome, report.peer_supports) == (Unsupported(), False)
+        assert report.outcome == Unsupported()
         with mobile_node(udp, gateway, refuse=True), pytest.raises(RefusedError):
             asyncio.run(link.run_spi_update(spi_update(gateway, node)))
         with pytest.raises(LinkError) as caught:

@@ -260,51 +260,10 @@ def test_busy_twice_is_a_refusal() -> None:
     assert (machine.state, len(node.asked)) == (SpiUpdateState.REFUSED, 2)
 
 
-def test_traffic_ends_the_pause() -> None:
-    machine, node = update(MINE), agent(node_names(objections={OURS: Reason.BUSY}))
-    Air().run(machine, node, until=1)
-    assert (machine.state, machine.next_timer() is None) == (SpiUpdateState.PAUSED, False)
-    machine.traffic_seen()
-    assert (machine.state, machine.next_timer()) == (SpiUpdateState.RENAMED, None)
-    machine.handle_timer(60)
-    assert (machine.to_send(60), machine.report.requests) == ([], 1)
-
-
 def test_a_caller_that_cannot_do_it_now() -> None:
     machine, node = update(), agent(refusal=Reason.BUSY)
     Air().run(machine, node)
     assert events(machine)[-1] == RenameRefused((Reason.BUSY, Reason.BUSY))
-
-
-# --- traffic -----------------------------------------------------------------------------------------------
-
-
-def test_traffic_under_the_new_name_is_as_good_as_an_answer() -> None:
-    machine = update(MINE, address=None)
-    machine.traffic_seen()
-    assert machine.state is SpiUpdateState.NEW
-    machine.to_send(0)
-    machine.traffic_seen()
-    assert events(machine) == [Renamed((Renaming(ESP, True, OURS, NEW),), True)]
-    assert (machine.report.proven_by_traffic, machine.report.requests) == (True, 1)
-    answer_too_late = agent()
-    Air().run(machine, answer_too_late)
-    assert events(machine) == []
-
-
-def test_b17_traffic_does_not_tell_that_the_address_was_heard() -> None:
-    machine = update(MINE)
-    machine.to_send(0)
-    machine.traffic_seen()
-    assert (machine.state, events(machine)) == (SpiUpdateState.WAITING, [])
-
-
-@pytest.mark.parametrize("renames", [BOTH, (ask(IKE, SA.spi_r, b"newnamed"),)])
-def test_traffic_does_not_tell_what_was_chosen(renames: tuple[UpdateSpi, ...]) -> None:
-    machine = update(renames)
-    machine.to_send(0)
-    machine.traffic_seen()
-    assert (machine.state, events(machine)) == (SpiUpdateState.WAITING, [])
 
 
 # --- the peer's own request --------------------------------------------------------------------------------
@@ -537,7 +496,6 @@ def test_every_cell_of_the_table(state: SpiUpdateState, what: SpiUpdateInput) ->
         SpiUpdateInput.PLAIN: SpiUpdateState.UNSUPPORTED,
         SpiUpdateInput.PLAIN_YET: SpiUpdateState.MIRROR,
         SpiUpdateInput.MIRRORED: SpiUpdateState.AGREED,
-        SpiUpdateInput.PROOF: SpiUpdateState.RENAMED,
         SpiUpdateInput.GIVE_UP: SpiUpdateState.SILENT,
     }
     agreed = (
@@ -546,10 +504,9 @@ def test_every_cell_of_the_table(state: SpiUpdateState, what: SpiUpdateInput) ->
         SpiUpdateInput.BUSY,
         SpiUpdateInput.PLAIN,
         SpiUpdateInput.PLAIN_YET,
-        SpiUpdateInput.PROOF,
         SpiUpdateInput.GIVE_UP,
     )
-    settled = {SpiUpdateInput.MIRRORED: SpiUpdateState.RENAMED, SpiUpdateInput.PROOF: SpiUpdateState.RENAMED}
+    settled = {SpiUpdateInput.MIRRORED: SpiUpdateState.RENAMED}
     expected: dict[SpiUpdateState, dict[SpiUpdateInput, SpiUpdateState]] = {
         SpiUpdateState.NEW: {SpiUpdateInput.START: SpiUpdateState.WAITING},
         SpiUpdateState.WAITING: asking
