@@ -215,7 +215,7 @@ class Gateway:
 
     def _source_time(self, outgoing: Outgoing) -> None:
         was = outgoing.machine.state
-        self._source_does(outgoing, was, outgoing.machine.handle_timer(self.now))
+        self._source_does(outgoing, was, self._timed_out(outgoing.machine, _SI.TIMEOUT))
 
     def _target(self, incoming: Incoming, what: TargetInput) -> None:
         machine = incoming.machine
@@ -252,7 +252,12 @@ class Gateway:
 
     def _target_time(self, incoming: Incoming) -> None:
         was = incoming.machine.state
-        self._target_does(incoming, was, incoming.machine.handle_timer(self.now))
+        self._target_does(incoming, was, self._timed_out(incoming.machine, _TI.TIMEOUT))
+
+    def _timed_out(self, machine: Any, timeout: Any) -> tuple[Any, ...]:
+        """What the machine does now; nothing if it waits for something else since, or longer."""
+        due = machine.next_timer()
+        return () if due is None or self.now < due else machine.feed(timeout, self.now)
 
     def _timer(self, machine: Any, fire: Callable[[], None]) -> None:
         due = machine.next_timer()

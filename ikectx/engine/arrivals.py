@@ -161,7 +161,7 @@ class Arrival:
         self.until = until
         """When the CTAR may be forgotten, seconds since 1970."""
         self.machine: Machine[ArrivalState, ArrivalInput, ArrivalAction] = Machine(
-            ARRIVAL_TABLE, ARRIVAL_IGNORED, ArrivalState.NEW, 0.0, timers={}, timeout=ArrivalInput.BAD
+            ARRIVAL_TABLE, ARRIVAL_IGNORED, ArrivalState.NEW, 0.0, timers={}
         )
         self.answer: bytes | None = None
 

@@ -18,7 +18,7 @@ class Machine(Generic[_State, _Input, _Action]):
     """Interprets a transition table: current state, its timer, time spent per state.
 
     Times are seconds of any clock that only goes forward. `timers` has the seconds in a state after which
-    `timeout` is due (counted anew at every input that the table has for that state).
+    its timeout is to be fed (counted anew at every input that the table has for that state).
     """
 
     def __init__(
@@ -29,12 +29,10 @@ class Machine(Generic[_State, _Input, _Action]):
         now: float,
         *,
         timers: Mapping[_State, float],
-        timeout: _Input,
     ) -> None:
         self._table = table
         self._ignored = ignored
         self._timers = timers
-        self._timeout = timeout
         self._entered = now
         self._due = self._due_in(state, now)
         self.state = state
@@ -81,12 +79,5 @@ class Machine(Generic[_State, _Input, _Action]):
         return tuple(actions)
 
     def next_timer(self) -> float | None:
-        """When `handle_timer` is due."""
+        """When to feed the state's timeout; None: never."""
         return self._due
-
-    def handle_timer(self, now: float) -> tuple[_Action, ...]:
-        """Feed the timeout if it is due."""
-        if self._due is None or now < self._due:
-            return ()
-        self._due = None
-        return self.feed(self._timeout, now)

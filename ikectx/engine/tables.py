@@ -365,13 +365,13 @@ def new_source(now: float, timing: Timing, state: SourceState = SourceState.NEW)
         SourceState.AWAITING: timing.predictive,
         SourceState.RELEASED: timing.confirm,
     }
-    return Machine(SOURCE_TABLE, SOURCE_IGNORED, state, now, timers=timers, timeout=SourceInput.TIMEOUT)
+    return Machine(SOURCE_TABLE, SOURCE_IGNORED, state, now, timers=timers)
 
 
 def new_target(now: float, timing: Timing, state: TargetState = TargetState.NEW) -> TargetMachine:
     """A target machine; `state` is the journal's after a restart."""
     timers = {TargetState.PREPARED: timing.hold, TargetState.HELD: timing.predictive}
-    return Machine(TARGET_TABLE, TARGET_IGNORED, state, now, timers=timers, timeout=TargetInput.TIMEOUT)
+    return Machine(TARGET_TABLE, TARGET_IGNORED, state, now, timers=timers)
 
 
 # -- epochs ----------------------------------------------------------------------------------------------

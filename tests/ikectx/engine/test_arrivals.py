@@ -34,7 +34,7 @@ from tests.worlds import FAST, until, world
 
 @pytest.mark.parametrize(("state", "what"), list(product(ArrivalState, ArrivalInput)))
 def test_every_arrival_pair(state: ArrivalState, what: ArrivalInput) -> None:
-    machine = Machine(ARRIVAL_TABLE, ARRIVAL_IGNORED, state, 0.0, timers={}, timeout=ArrivalInput.BAD)
+    machine = Machine(ARRIVAL_TABLE, ARRIVAL_IGNORED, state, 0.0, timers={})
     check_pair(machine, ARRIVAL_TABLE, ARRIVAL_IGNORED, what)
 
 

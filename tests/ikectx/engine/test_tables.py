@@ -301,12 +301,10 @@ def test_a_timer_runs_only_where_something_is_waited_for() -> None:
     clock.forward(0.5)
     assert machine.feed(SI.OK, clock.now()) == (SA.SEND_PCTD,)
     assert machine.next_timer() == pytest.approx(2.5)
-    assert machine.handle_timer(2.4) == ()
     clock.forward(2.0)
-    assert machine.handle_timer(clock.now()) == (SA.SEND_CTC,)
+    assert machine.feed(SI.TIMEOUT, clock.now()) == (SA.SEND_CTC,)
     assert machine.state is S.KEPT
     assert machine.next_timer() is None
-    assert machine.handle_timer(100.0) == ()
     assert machine.phases(clock.now() + 1.0) == {S.NEW: 500.0, S.OFFERED: 2000.0, S.KEPT: 1000.0}
     assert machine.spent == {S.NEW: pytest.approx(0.5), S.OFFERED: pytest.approx(2.0)}
 
@@ -315,7 +313,7 @@ def test_a_released_source_sends_its_ctd_again_and_again() -> None:
     machine = new_source(0.0, Timing(confirm=5.0), S.RELEASED)
     for now in (5.0, 10.0, 15.0):
         assert machine.next_timer() == pytest.approx(now)
-        assert machine.handle_timer(now) == (SA.SEND_CTD,)
+        assert machine.feed(SI.TIMEOUT, now) == (SA.SEND_CTD,)
         assert machine.state is S.RELEASED
 
 
@@ -324,7 +322,8 @@ def test_a_prepared_target_does_not_wait_for_ever() -> None:
     for what in (TI.PCTD, TI.OK, TI.OK):
         machine.feed(what, 1.0)
     assert machine.state is T.PREPARED
-    assert machine.handle_timer(4.0) == (TA.SEND_CTC, TA.UNDO)
+    assert machine.next_timer() == pytest.approx(4.0)
+    assert machine.feed(TI.TIMEOUT, 4.0) == (TA.SEND_CTC, TA.UNDO)
 
 
 def test_what_an_mn_announced_is_kept_for_a_while_by_both() -> None:
@@ -332,7 +331,7 @@ def test_what_an_mn_announced_is_kept_for_a_while_by_both() -> None:
     source.feed(SI.ANNOUNCE, 0.0)
     source.feed(SI.ACCEPTED, 1.0)
     assert source.next_timer() == pytest.approx(9.0)
-    assert source.handle_timer(9.0) == (SA.SEND_CTC,)
+    assert source.feed(SI.TIMEOUT, 9.0) == (SA.SEND_CTC,)
     assert source.state is S.KEPT
     target = new_target(0.0, Timing(predictive=8.0, hold=3.0))
     target.feed(TI.ANNOUNCE, 0.0)
@@ -342,8 +341,8 @@ def test_what_an_mn_announced_is_kept_for_a_while_by_both() -> None:
     assert target.feed(TI.OK, 7.0) == (TA.REQUEST,)
     # asking again begins the wait anew
     assert target.feed(TI.ARRIVED, 9.0) == (TA.REQUEST,)
-    assert target.handle_timer(11.0) == ()
-    assert target.handle_timer(12.0) == (TA.SEND_CTC, TA.UNDO)
+    assert target.next_timer() == pytest.approx(12.0)
+    assert target.feed(TI.TIMEOUT, 12.0) == (TA.SEND_CTC, TA.UNDO)
 
 
 def test_back_off_doubles_to_its_limit() -> None:
