@@ -154,7 +154,9 @@ class CharonHost:
         self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._toggle: asyncio.Future[None] | None = None
+        self._toggle: asyncio.Future[list[SaView]] | None = None
+        self._activating: set[SaName | None] = set()
+        """SAs for which the next toggle is; None: for whichever is PASSIVE."""
         self._spoke: dict[SaName, float] = {}
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.expected: set[SaName] = set()
@@ -546,16 +548,21 @@ class CharonHost:
         raise NoAddressError(context.remote.address.version)
 
     @trace.spanned("activate segment")
-    async def activate_segment(self) -> None:
+    async def activate_segment(self, sa: SaName | None = None) -> list[SaView]:
         """Make every PASSIVE SA ESTABLISHED: TAKE, then DROP. Calls close together share one toggle.
+
+        Returns charon's SAs as they were before it. `sa`: the SA that is to become active; if all for which
+        this was called are active already, nothing is done.
 
         Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys
         half-open ones, so this waits for a moment without any (2 s at most).
         """
         if self._toggle is None:
             self._toggle = asyncio.get_running_loop().create_future()
+            self._activating = set()
             self.spawn(self._toggle_soon(self._toggle))
-        await asyncio.shield(self._toggle)
+        self._activating.add(sa)
+        return await asyncio.shield(self._toggle)
 
     @trace.spanned("pause segment")
     async def pause_segment(self) -> None:
@@ -578,15 +585,16 @@ class CharonHost:
             views = await self.views()
         return views
 
-    async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
+    async def _toggle_soon(self, done: asyncio.Future[list[SaView]]) -> None:
         try:
             await asyncio.sleep(0.005)
             views = await self._none_half_open()
             self._toggle = None  # later calls wait for the next toggle
-            self.deadlines.before_toggle(views, time.time())
-            version = await self.version()
-            await self.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])
-            done.set_result(None)
+            if not self._activating <= {view.spis for view in views if view.state != "PASSIVE"}:
+                self.deadlines.before_toggle(views, time.time())
+                version = await self.version()
+                await self.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])
+            done.set_result(views)
         except IkectxError as error:
             self._toggle = None
             done.set_exception(error)

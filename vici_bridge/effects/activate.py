@@ -70,9 +70,12 @@ def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveRe
 
 
 async def _toggle(work: Coming) -> None:
-    view = await work.view()
+    name = work.shape.spis
+    views = await work.host.activate_segment(name)
+    # a listing that others waited for may have begun before the SA had this name
+    view = next((view for view in views if view.spis == name), None) or await work.view()
+    work.listed = view
     if view.state == "PASSIVE":
-        await work.host.activate_segment()
         await _established(work.host, work.shape)
     work.looks.came(view)  # its names may have changed since it was taken in
 

@@ -13,6 +13,7 @@ from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
 from vici_bridge.effects import looks as looks_module
 from vici_bridge.effects.looks import Looks
+from vici_bridge.ha.messages import HaMessage, HaType
 from vici_bridge.vici.views import SaView
 
 
@@ -141,12 +142,41 @@ def test_how_often_charon_is_asked_for_its_sas_in_one_transfer() -> None:
             await new.sink.take(context, final)
             report = await new.sink.move_peer(context, final)
             await new.sink.activate(context, final, report)
-            assert at_new[2:] == ["one", "one", "all", "one"], (
-                "it has it still; PASSIVE, none half-open, active"
-            )
+            # charon still has it; it is PASSIVE, and no SA is half-open; it is active
+            assert at_new[2:] == ["one", "all", "one"]
             await source.release(context)
             assert at_old[2:] == ["one", "one"], "nobody ended it meanwhile; it is deleted"
             new.sound()
+
+    run(scenario())
+
+
+def test_an_sa_that_is_active_already_has_nothing_toggled() -> None:
+    """Between the two messages all SAs of charon would be PASSIVE."""
+
+    async def scenario() -> None:
+        here, first = place(), a_context(1)
+        second = a_context(2, mn="198.51.100.8")
+        for one in (first, second):
+            here.mobiles.add(one)
+            await here.sink.prepare(one, False)
+        sent: list[HaType] = []
+        hear = here.charon.hear
+
+        def heard(message: HaMessage) -> None:
+            sent.append(message.type)
+            hear(message)
+
+        here.charon.hear = heard  # type: ignore[method-assign]
+        for one in (first, second):
+            final = final_of(one)
+            await here.sink.take(one, final)
+            report = await here.sink.move_peer(one, final)
+            await here.sink.activate(one, final, report)
+        here.sound()
+        assert sent.count(HaType.SEGMENT_TAKE) == 1, "the first's activated both"
+        await here.host.activate_segment()
+        assert sent.count(HaType.SEGMENT_TAKE) == 2
 
     run(scenario())
 
