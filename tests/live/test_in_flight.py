@@ -88,7 +88,7 @@ def test_by_packet(packets4: World, had: bool) -> None:
     print(f"at nsg after {time.monotonic() - began:.1f} s")
     assert spis(world.one("mn")) == before
     assert world.one("nsg")["remote-host"] == AWAY[4]
-    assert "by its own word" in world.log("nsg", "agent.out")
+    assert "as its answer shows" in world.log("nsg", "agent.out")
     world.ping()
     for host in ("nsg", "mn"):
         world.rekey_child(host, "nsg")
