@@ -34,7 +34,8 @@ from mobike_ext.packet_hold import Held
 from mobike_ext.watch import Watcher
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import CharonHost
+from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.kernel.spd_watch import SpdGuard
 from vici_bridge.vici.codec import Message, with_json

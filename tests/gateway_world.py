@@ -27,7 +27,8 @@ from vici_bridge.away.follow import Follow
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
 from vici_bridge.ha.sa_state import read_child, read_generation
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import CharonHost
+from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template

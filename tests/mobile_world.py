@@ -38,7 +38,8 @@ from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.sa_state import read_child, read_generation
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import CharonHost
+from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay, fit_replay
 from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template

@@ -20,7 +20,8 @@ from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError,
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.effects.mobile import CharonMobile
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import CharonHost
+from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.addresses import OuterAddresses
 from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response

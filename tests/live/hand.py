@@ -24,7 +24,8 @@ from ikectx_cli.mobile.config import load
 from vici_bridge.effects import mobile
 from vici_bridge.effects.mobile import CharonMobile
 from vici_bridge.effects.runner import LedgerStep
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import CharonHost
+from vici_bridge.host_config import HostConfig
 
 
 def dying(step: LedgerStep[Any], name: str) -> LedgerStep[Any]:

@@ -29,7 +29,8 @@ from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha import sockets
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.messages import Attr, IkeId
-from vici_bridge.host import CharonHost, HostConfig
+from vici_bridge.host import CharonHost
+from vici_bridge.host_config import HostConfig
 from vici_bridge.vici.views import sa_views
 
 KEY = bytes(range(32))

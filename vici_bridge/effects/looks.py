@@ -19,7 +19,8 @@ from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from vici_bridge.host import MOMENT, CharonHost, HostConfig
+from vici_bridge.host import MOMENT, CharonHost
+from vici_bridge.host_config import HostConfig
 from vici_bridge.policy.admission import admit
 from vici_bridge.policy.checks import (
     check_address,

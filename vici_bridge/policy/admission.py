@@ -22,7 +22,7 @@ View = Mapping[str, Any]
 
 
 class AdmissionConfig(Protocol):
-    """The part of a gateway's configuration that is needed here (`host.HostConfig`)."""
+    """The part of a gateway's configuration that is needed here (`host_config.HostConfig`)."""
 
     @property
     def addresses(self) -> tuple[Address, ...]: ...

@@ -26,7 +26,7 @@ from ikectx.sa.context import (
 )
 from ikectx.sa.verdict import Verdict
 from tests.strategies import contexts
-from vici_bridge.host import HostConfig
+from vici_bridge.host_config import HostConfig
 from vici_bridge.policy.admission import admit
 from vici_bridge.policy.allowed import (
     AllowedConnection,

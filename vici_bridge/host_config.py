@@ -1,0 +1,46 @@
+"""The settings of an agent for its own host: the charon, the kernel and what both may do with SAs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ikectx.sa.context import Address
+from vici_bridge.policy.allowed import Rules
+from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """The agent's settings for its own host.
+
+    `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters cannot be read.
+    `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `announced`:
+    connections whose updown script leads packets for a mobile node to the gateway that serves it. `agents`:
+    connections whose mobile nodes have an agent. `oseq_jump`: packets; `late`: seconds for which late packets
+    are decrypted after letting go. `mobile_node`: charon is a mobile node's own, so its SAs are never muted
+    one by one. `collision`: how an SA whose SPIs are taken is treated: "update" (UPDATE_SPI, else a rekey),
+    "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own. `rekey_after`: an
+    SA that came here gets keys that the gateway before does not know. `rules`: by connection name, limits
+    that charon does not report; `peers`: gateways' addresses.
+    """
+
+    addresses: tuple[Address, ...]
+    ha_local: str = "127.0.0.2"
+    ha_remote: str = "127.0.0.1"
+    ha_port: int = 4510
+    vici: str = "unix:///run/charon.vici"
+    kernel_esp: bool = True
+    updown: Mapping[str, str] = field(default_factory=dict)
+    forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
+    announced: frozenset[str] = frozenset()
+    agents: frozenset[str] = frozenset()
+    oseq_jump: int = 65536
+    late: int = 5
+    mobile_node: bool = False
+    collision: str = "update"
+    spi_min: int = SPI_MIN
+    spi_max: int = SPI_MAX
+    rekey_after: bool = False
+    rules: Mapping[str, Rules] = field(default_factory=dict)
+    peers: frozenset[Address] = frozenset()
