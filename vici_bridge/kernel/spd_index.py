@@ -2,7 +2,7 @@
 
 The kernel finds a policy only by its selector, direction, mark and if_id, and policies with an SA's reqid may
 have others than charon gives them (an operator's own, or guards). A freeze must miss none, because ESP would
-go on by it. But to dump 5,000 policies takes 13 ms, and an SA that moves needs several looks while it is
+go on by it. But to dump 5,000 policies takes 3 to 13 ms, and an SA that moves needs several looks while it is
 frozen. So the SPD is dumped once. From then on the kernel's events are read before each look. They come
 before the answer to the request that caused them, so no change that was made before the look is missed.
 """

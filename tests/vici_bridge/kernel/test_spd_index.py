@@ -49,7 +49,7 @@ def dumps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     exchange = netlink.Netlink._exchange
 
-    def counted(self: netlink.Netlink, requests: list[netlink.Request]) -> list[netlink.Outcome]:
+    def counted(self: netlink.Netlink, requests: list[netlink.XfrmRequest]) -> list[netlink.NetlinkOutcome]:
         for request in requests:
             kind, flags = struct.unpack_from("=HH", request.message.reveal(), 4)
             if kind == wire.GETPOLICY and flags & wire.F_DUMP:
@@ -147,7 +147,7 @@ def test_a_flush_and_lost_events_lead_to_a_new_dump(
     assert len(kernel.policies_about({0x10003})) == 2
     assert len(dumps) == 2
     flush = struct.pack("=IHHII", 16, 0x1D, wire.F_REQUEST | wire.F_ACK, 0, 0)
-    kernel.batch([netlink.Request(wire.Secret(flush), "flush the policies")])
+    kernel.batch([netlink.XfrmRequest(wire.Secret(flush), "flush the policies")])
     assert kernel.policies_about({0x10003}) == []
     assert len(dumps) == 3
 
