@@ -10,7 +10,8 @@ from ikectx.wire.cxtp import Pctd
 from ikectx.wire.profile import TransferHeader, encode
 
 from .lines import reply_to
-from .old_gateway import Outgoing, offer_status, refusal_text
+from .offer_answer import offer_status, refusal_text
+from .old_gateway import Outgoing
 from .procedures import Steps
 from .report import HINTS, TransferReport
 

@@ -20,7 +20,7 @@ from .effects import Delete, Get, Hear, Items, Put
 from .journaled import Parts
 from .lines import Line, Question, reply_to
 from .new_gateway import answer, refusal
-from .old_gateway import offer_status
+from .offer_answer import offer_status
 from .procedures import Event, Process, Steps, log
 
 _KIND = "notice"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace as changed
 from typing import Literal
 
@@ -16,20 +16,20 @@ from ikectx.errors import (
     UnknownSaError,
     WireError,
 )
-from ikectx.numbers import STATUS_TEXT, UNTOUCHED, Fpt, Status
+from ikectx.numbers import UNTOUCHED, Fpt, Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
 from ikectx.wire.full_ctd import decode_last, encode_whole
-from ikectx.wire.profile import TransferHeader, decode, decode_verdicts, encode, encode_final
-from ikectx.wire.reasons import with_reasons
+from ikectx.wire.profile import TransferHeader, decode, encode, encode_final
 
 from .effects import Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
 from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line, Question, Reply
+from .offer_answer import offer_status, refusal_text
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
@@ -48,25 +48,6 @@ _INSTEAD: Mapping[SourceState, SourceInput] = {
     SourceState.RELEASED: SourceInput.FAILED,
 }
 """States that are entered only if the journal can be written, because the SA is let go in them."""
-
-
-def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
-    """The status of a CTDR: OK, IN_DOUBT, the first refusal, or MALFORMED if it says both yes and no, or
-    nothing."""
-    verdicts = with_reasons(decode_verdicts(answer.statuses), answer.blocks)
-    if any(verdict.status is Status.IN_DOUBT for verdict in verdicts):
-        return Status.IN_DOUBT, verdicts  # with S = 1, so that older gateways take it for neither yes nor no
-    failed = next((verdict.status for verdict in verdicts if verdict.status is not Status.OK), None)
-    if answer.complete == (failed is None):
-        return failed or Status.OK, verdicts
-    return Status.MALFORMED, verdicts
-
-
-def refusal_text(status: Status, verdicts: Sequence[Verdict]) -> str:
-    """A refusal in words: the text of its status, and the other gateway's own text."""
-    text = STATUS_TEXT.get(status, f"status {int(status)}")
-    words = next((verdict.detail for verdict in verdicts if verdict.status is status), "")
-    return text if words in ("", text) else f"{text}: {words}"
 
 
 def check_expected(state: IkeContext | FinalState, expects: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ikectx.engine import inbox
 from ikectx.engine.inbox import DENIED, Denied
 from ikectx.engine.journal import JournalEntry, Role
-from ikectx.engine.old_gateway import offer_status
+from ikectx.engine.offer_answer import offer_status
 from ikectx.errors import StoreError
 from ikectx.net.links import WINDOW
 from ikectx.numbers import Status

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ikectx.disk.store import SqliteStore
-from ikectx.engine.old_gateway import offer_status
+from ikectx.engine.offer_answer import offer_status
 from ikectx.gateway import Gateway
 from ikectx.net.links import Stream
 from ikectx.numbers import Status

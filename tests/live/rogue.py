@@ -16,7 +16,7 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from ikectx.engine.old_gateway import offer_status
+from ikectx.engine.offer_answer import offer_status
 from ikectx.net.tls import TlsConfig
 from ikectx.numbers import Encr, IdType, Integ, Mode
 from ikectx.sa.context import (

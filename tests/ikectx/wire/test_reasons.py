@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ikectx.engine.old_gateway import offer_status, refusal_text
+from ikectx.engine.offer_answer import offer_status, refusal_text
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import ContextDataBlock, Ctdr
