@@ -34,7 +34,7 @@ from .inbox import Inbox, Inboxes
 from .journaled import MobileConfig, Parts
 from .machine import Machine
 from .new_gateway import Incoming
-from .old_gateway import Outgoing
+from .old_gateway import Occasion, Outgoing
 from .procedures import Opened, Steps, log
 from .requests import Request, Requests
 from .tables import SourceInput, SourceState, TargetState
@@ -325,9 +325,7 @@ class Arrivals:
             peer,
             sa=sa,
             transfer_id=self._parts.fresh(8),
-            address="mn",
-            begins=SourceInput.ANNOUNCE,
-            sequence=message.sequence,
+            occasion=Occasion("mn", SourceInput.ANNOUNCE, sequence=message.sequence),
         )
 
         def proven(context: IkeContext) -> Steps[None]:

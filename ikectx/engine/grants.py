@@ -33,7 +33,7 @@ from .effects import Delete, Find, FindTransfer, Get, Items, Put, Recorded
 from .journal import JournalEntry
 from .journaled import MobileConfig, Parts
 from .lines import Line
-from .old_gateway import Outgoing, check_expected
+from .old_gateway import Occasion, Outgoing, check_expected
 from .procedures import Opened, Process, Steps, log
 from .report import TransferReport
 from .requests import named_sa, refuse_request
@@ -366,10 +366,7 @@ class Grants:
             line.peer,
             sa=sa,
             transfer_id=self._parts.fresh(8),
-            address="mn",
-            begins=SourceInput.REQUESTED,
-            link=line,
-            away=away,
+            occasion=Occasion("mn", SourceInput.REQUESTED, line, away=away),
         )
         run.asked(len(message.serialize()))
         return run

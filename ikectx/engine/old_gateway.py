@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Literal
 
@@ -71,14 +72,28 @@ class _Overrun(BusyError):
     """After the freeze the counters are beyond what was offered, so the whole context must be sent again."""
 
 
+@dataclass(frozen=True, slots=True)
+class Occasion:
+    """Why an SA is to move, and how that begins.
+
+    `begins`: OK to push the SA; ANNOUNCE if the mobile node said that it will go there; REQUESTED if it is at
+    the peer, which asked for the SA over `link`. `sequence`: that of the mobile node's CTAR. `away`: the
+    mobile node is at the peer and does not answer here.
+    """
+
+    address: Address = "update"
+    begins: SourceInput = SourceInput.OK
+    link: Line | None = None
+    sequence: int = 0
+    away: bool = False
+
+
 class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     """One attempt to move one IKE_SA to one peer. `go` walks it to its end, also after it was reported.
 
-    `begins`: OK to push the SA; ANNOUNCE if the mobile node said that it will go there; REQUESTED if it is at
-    the peer, which asked for the SA over `link`. `token`: algorithm and key by which the peer can check the
-    mobile node's arrival. `mid`: message ID of the request that the mobile node is known to send next.
-    `away`: the mobile node is at the peer and does not answer here; then `expects` is the ID of the next
-    request that it expects, None: not known.
+    `token`: algorithm and key by which the peer can check the mobile node's arrival. `mid`: message ID of the
+    request that the mobile node is known to send next. `expects`: if the mobile node is away, the ID of the
+    next request that it expects, None: not known.
     """
 
     reports = True
@@ -90,15 +105,10 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         *,
         sa: SaName,
         transfer_id: bytes,
-        address: Address = "update",
+        occasion: Occasion,
         ticket: int = 0,
         entry: JournalEntry | None = None,
-        begins: SourceInput = SourceInput.OK,
-        link: Line | None = None,
-        sequence: int = 0,
-        away: bool = False,
     ) -> None:
-        """`sequence`: that of the MN's CTAR."""
         state = SourceState.NEW if entry is None else SourceState(entry.state)
         machine = new_source(parts.now, parts.timing, state)
         super().__init__(
@@ -107,7 +117,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.peer = peer
         self.sa = sa
         self.transfer_id = transfer_id
-        self.address = address
+        self.address = occasion.address
         self.context: IkeContext | None = None
         self.mailbox: deque[object] = deque()
         """Signals nobody has looked at: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
@@ -119,18 +129,18 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """Open when nothing goes on any more."""
         self.awaited = Gate()
         """Open when the peer holds it and the MN may go, or when it has ended."""
-        self.link = link
+        self.link = occasion.link
         """The connection that its messages use."""
-        self.sequence = sequence
+        self.sequence = occasion.sequence
         self.mid: int | None = None
-        self.away = away
+        self.away = occasion.away
         self.expects: int | None = None
         self.asked_for: frozenset[Fpt] = frozenset()
         """Wishes of the peer beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
         self.told = False
         """True if the peer knows that the transfer ended, and why."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
-        self._begins = begins
+        self._begins = occasion.begins
         self._offered = entry is not None
         """Has the peer been told of it, as far as we know?"""
         self._asked: Question | None = None
@@ -166,9 +176,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             peer,
             sa=entry.sa,
             transfer_id=entry.transfer_id,
-            address=header.address,
+            occasion=Occasion(header.address, begins),
             entry=entry,
-            begins=begins,
         )
         run.context = context
         return run

@@ -16,7 +16,7 @@ from ikectx.wire.cxtp import Ctc
 from .dry_run import DryRun
 from .effects import Recorded
 from .journaled import Parts
-from .old_gateway import Address, Outgoing
+from .old_gateway import Address, Occasion, Outgoing
 from .procedures import Cancelled, Gate, Opened, Pause, Steps, Turn, log
 from .report import TransferReport
 from .tables import SourceInput, SourceState
@@ -139,7 +139,9 @@ class Transfers:
         """Move the SA; how it ended. Errors: UnknownSaError, BusyError (it is being moved)."""
         yield from self._turn(sa)
         if dry_run:
-            dry = DryRun(self._parts, peer, sa=sa, transfer_id=self._parts.fresh(8), address=address)
+            dry = DryRun(
+                self._parts, peer, sa=sa, transfer_id=self._parts.fresh(8), occasion=Occasion(address)
+            )
             return (yield from dry.ask_only())
         over = self._asked_for[sa] = Gate()
         attempts = self._parts.config.busy_attempts
@@ -161,7 +163,12 @@ class Transfers:
 
     def _attempt(self, peer: PeerConfig, sa: SaName, address: Address, ticket: int) -> Steps[TransferReport]:
         run = Outgoing(
-            self._parts, peer, sa=sa, transfer_id=self._parts.fresh(8), address=address, ticket=ticket
+            self._parts,
+            peer,
+            sa=sa,
+            transfer_id=self._parts.fresh(8),
+            occasion=Occasion(address),
+            ticket=ticket,
         )
         self._start(run, self._move(run))
         try:
