@@ -36,7 +36,7 @@ from .machine import Machine
 from .new_gateway import Incoming
 from .old_gateway import Occasion, Outgoing
 from .procedures import Opened, Steps, log
-from .requests import Request, Requests
+from .requests import Request, Requests, Sighting
 from .tables import SourceInput, SourceState, TargetState
 from .transfers import Transfers
 
@@ -368,7 +368,7 @@ class Arrivals:
         request = CtReq(message.mn, message.sequence, message.token, message.blocks)
         answers = token is not None
         ask = Request(
-            self._parts, peer, request, sa=sa, right="push", place=place, proves=proves, answers=answers
+            self._parts, peer, request, sa=sa, right="push", seen=Sighting(place, proves, answers=answers)
         )
         ahead = self._inboxes.held(peer.name, message.mn, sa)
         if ahead is not None and self._opens(ahead[1], arrival):

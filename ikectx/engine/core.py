@@ -45,7 +45,7 @@ from .old_gateway import Address, Outgoing
 from .outputs import Answer, Output, Settled
 from .procedures import Process, Scheduler, Steps, log
 from .report import TransferReport
-from .requests import Request, Requests
+from .requests import Request, Requests, Sighting
 from .tables import TARGET_OWNS, SourceState, TargetState
 from .transfers import Transfers
 
@@ -294,9 +294,11 @@ class Engine:
                 message,
                 sa=sa,
                 right="packet",
-                place=lambda context: remote,
-                proves=partial(proof.verify, datagrams=what.datagrams),
-                here=what.local,
+                seen=Sighting(
+                    lambda context: remote,
+                    proves=partial(proof.verify, datagrams=what.datagrams),
+                    here=what.local,
+                ),
             )
             yield from self.requests.run(one)
             report = one.report()

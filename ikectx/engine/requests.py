@@ -118,14 +118,27 @@ class _Over:
     run: Incoming
 
 
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """The mobile node was seen at this gateway, or somebody who pretends to be it.
+
+    `place`: where the MN of a context is now, or RefusedError. `proves`: raises RefusedError where what was
+    shown here, by somebody who may be anybody, is not of the MN of a context. `here`: where at this gateway
+    the MN came to, None: that is left to the sink. `answers`: the MN waits for an answer that can tell it new
+    names.
+    """
+
+    place: Callable[[IkeContext], Endpoint]
+    proves: Callable[[IkeContext], object] | None = None
+    here: Endpoint | None = None
+    answers: bool = False
+
+
 class Request:
     """One SA wanted of one peer, until it is here or is refused: what was asked, and what has come of it.
 
-    `sa` None: what the MN has. `right`: what we must be allowed to there. `place`: where the MN of a context
-    is now, or RefusedError; with it the SA comes in one CTD (or was sent ahead), because the MN is here; else
-    pSG pushes it. `proves`: raises RefusedError where what was shown here, by somebody who may be anybody, is
-    not of the MN of a context. `here`: where at this gateway the MN came to, None: that is left to the sink.
-    `answers`: the MN waits for an answer that can tell it new names.
+    `sa` None: what the MN has. `right`: what we must be allowed to there. `seen`: with it the SA comes in one
+    CTD (or was sent ahead), because the MN is here; else pSG pushes it.
     """
 
     def __init__(
@@ -136,10 +149,7 @@ class Request:
         *,
         sa: SaName | None,
         right: str,
-        place: Callable[[IkeContext], Endpoint] | None = None,
-        proves: Callable[[IkeContext], object] | None = None,
-        here: Endpoint | None = None,
-        answers: bool = False,
+        seen: Sighting | None = None,
         dry_run: bool = False,
         ticket: int = 0,
     ) -> None:
@@ -147,9 +157,9 @@ class Request:
         self.message = message
         self.sa = sa
         self.right = right
-        self.whole = place is not None
-        self.here = here
-        self.answers = answers
+        self.whole = seen is not None
+        self.here = None if seen is None else seen.here
+        self.answers = seen is not None and seen.answers
         self.dry_run = dry_run
         self.ticket = ticket
         self.endpoint: Endpoint | None = None
@@ -177,8 +187,8 @@ class Request:
         """Has the peer shown that it takes the request seriously: that the SA is busy, or the SA itself?"""
         self._dropped: Incoming | None = None
         """The transfer that is not wanted any more."""
-        self._place = place
-        self._proves = proves
+        self._place = None if seen is None else seen.place
+        self._proves = None if seen is None else seen.proves
         self._events: deque[object] = deque()
         self._process: Process | None = None
 
