@@ -31,9 +31,9 @@ from vici_bridge.kernel.xfrm import (
     KernelPolicy,
     KernelSa,
     Mark,
-    Request,
     Selector,
     Template,
+    XfrmRequest,
 )
 
 SPIS = SaName(bytes.fromhex("f102030405060708"), bytes.fromhex("1112131415161718"))
@@ -182,7 +182,7 @@ class Answering:
         self.others = others
         self.deaf = deaf
 
-    def ask(self, request: Request) -> list[bytes]:
+    def ask(self, request: XfrmRequest) -> list[bytes]:
         message = request.message.reveal()
         match struct.unpack_from("=H", message, 4)[0]:
             case wire.GETSA:
