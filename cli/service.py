@@ -52,10 +52,10 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         else "%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    limits = []
+    limits: list[tuple[logging.Handler, LogLimit]] = []
     for handler in logging.getLogger().handlers:
-        limits.append(LogLimit(handler, time.monotonic))
-        handler.addFilter(limits[-1])
+        limits.append((handler, LogLimit(handler, time.monotonic)))
+        handler.addFilter(limits[-1][1])
         handler.addFilter(Escaping())
     os.umask(0o077)
     if path := os.environ.get(trace.VARIABLE):
@@ -64,8 +64,9 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
     try:
         asyncio.run(_serve(state_dir, make))
     finally:
-        for limit in limits:
+        for handler, limit in limits:
             limit.end()
+            handler.removeFilter(limit)  # it counts no more, and would drop what is logged from now on
     return 0
 
 

@@ -217,3 +217,15 @@ def test_words_from_outside_forge_no_line_of_the_log(
     run(tmp_path, signal.SIGTERM)
     root.warning("%s is gone", "a\nERROR ikectx: forged\x1b[31m")
     assert "WARNING root: a\\x0aERROR ikectx: forged\\x1b[31m is gone" in capsys.readouterr().err
+
+
+def test_the_limit_of_the_log_ends_with_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.Logger("root")
+    monkeypatch.setattr(logging, "root", root)
+    monkeypatch.setattr(logging, "getLogger", lambda name=None: root)
+    run(tmp_path, signal.SIGTERM)
+    for _ in range(100):
+        root.warning("again")
+    assert capsys.readouterr().err.count("WARNING root: again") == 100
