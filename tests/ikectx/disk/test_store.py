@@ -388,7 +388,7 @@ def test_a_checkpoint_empties_the_log_while_others_write(place: Path, store: Sql
         checkpoint.result()
     assert not store.wants_checkpoint
     store.checkpoint()
-    assert log.stat().st_size > LOG_SIZE
+    assert log.stat().st_size >= LOG_SIZE  # given back already if the other wrote last
     for _ in range(10):
         store.put("record", "a", b"last")
     assert log.stat().st_size == LOG_SIZE  # written from its start again, and what was beyond given back
