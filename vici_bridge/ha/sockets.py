@@ -11,10 +11,10 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import cast
 
 from ikectx import trace
@@ -79,6 +79,8 @@ class HaSocket(asyncio.DatagramProtocol):
         self._port = port
         self._receive = receive
         self._sock: socket.socket | None = None
+        self._table: int | None = None
+        """Descriptor of the kernel's table of UDP sockets."""
         self._lost = 0
         self._transport: asyncio.DatagramTransport | None = None
         self._lock = asyncio.Lock()
@@ -103,6 +105,7 @@ class HaSocket(asyncio.DatagramProtocol):
                 else "check charon.ha_local in the configuration; both addresses must be local",
             ) from None
         self._sock = sock
+        self._queue()  # opens the table
         loop = asyncio.get_running_loop()
         await loop.create_datagram_endpoint(lambda: self, sock=sock)
 
@@ -136,6 +139,9 @@ class HaSocket(asyncio.DatagramProtocol):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+        if self._table is not None:
+            os.close(self._table)
+            self._table = None
 
     @trace.spanned("ha", "call")
     async def send(self, messages: Iterable[bytes]) -> None:
@@ -169,12 +175,24 @@ class HaSocket(asyncio.DatagramProtocol):
         raw = address.packed
         words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]
         key = f"{''.join(words)}:{self._port:04X}"
-        table = Path("/proc/self/net/udp6" if address.version == 6 else "/proc/self/net/udp")
-        for line in table.read_text().splitlines()[1:]:
+        for line in self._sockets(address.version).splitlines()[1:]:
             fields = line.split()
             if len(fields) > 4 and fields[1] == key:
                 return int(fields[4].split(":")[1], 16)
         return None
+
+    def _sockets(self, version: int) -> str:
+        """The kernel's table of UDP sockets.
+
+        It stays open, because an SA must be undone, and the status told, without a free descriptor, too.
+        """
+        if self._table is None:
+            name = "udp6" if version == 6 else "udp"
+            self._table = os.open(f"/proc/self/net/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        octets = b""
+        while more := os.pread(self._table, 1 << 16, len(octets)):
+            octets += more
+        return octets.decode()
 
     def listening(self) -> bool:
         """Whether charon's end of the link exists."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
+import resource
 import socket
 
 import pytest
@@ -42,3 +44,30 @@ def test_messages_that_found_the_buffer_full_are_counted_once(
     told = [int(number) for number in re.findall(r"(\d+) messages of charon's", caplog.text)]
     assert told == [messages + 1 - len(heard)] * lost
     assert heard[-1] == b"one more"
+
+
+def test_charon_is_found_without_a_free_descriptor() -> None:
+    async def scenario() -> None:
+        charon = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        charon.bind(("127.0.0.1", 0))
+        agent = HaSocket("127.0.0.2", "127.0.0.1", lambda _: None, charon.getsockname()[1])
+        await agent.open()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = []
+        try:
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1])
+            )
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    taken.append(os.dup(0))
+            assert agent.listening()
+            charon.close()
+            assert not agent.listening()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for one in taken:
+                os.close(one)
+            agent.close()
+
+    asyncio.run(scenario())
