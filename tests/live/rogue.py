@@ -11,6 +11,7 @@ import json
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -126,11 +127,16 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+PACE = 0.2
+"""Seconds between two connections: ten a second of one address are let in (`ikectx.net.door`)."""
+
+
 def offer(folder: Path, context: IkeContext, intent: str) -> Ctdr:
     """nsg's answer to one PCTD."""
     tls = TlsConfig(folder / "x509" / "own.pem", folder / "private" / "own.pem", folder / "x509ca" / "ca.pem")
     header = TransferHeader(secrets.token_bytes(8), intent, "keep" if intent == "keep" else "update")  # type: ignore[arg-type]
     message = Pctd(context.remote.address, encode(context, transfer=header)).serialize()
+    time.sleep(PACE)
     with (
         socket.create_connection((OUTER["nsg"][4], 5091), timeout=10) as raw,
         tls.context(server=False).wrap_socket(raw) as link,

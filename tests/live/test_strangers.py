@@ -60,7 +60,7 @@ def test_transfers_beside_forged_ctars_with_the_sa_s_spis(mobile: World) -> None
         for source, to in (("psg", "nsg"), ("nsg", "psg")) * 3:
             mobile.move(source, to)
             settled(mobile, to)
-    assert told["sent"] > 100
+    assert told["sent"] >= 20  # six moves may be over within a second
 
 
 def test_a_handover_after_forged_ctars_for_spis_that_nobody_has(mobile: World) -> None:
