@@ -5,6 +5,7 @@ Each way that this machine can boot is tried; without any, the tests say what is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -101,9 +102,12 @@ def children(of: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    return {
-        pid for pid in pids if (path := Path(f"/proc/{pid}/stat")).exists() and ") Z " not in path.read_text()
-    }
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it is gone, maybe since just now
+            if ") Z " not in Path(f"/proc/{pid}/stat").read_text():
+                found.add(pid)
+    return found
 
 
 def gone(pids: set[int], within: float) -> bool:
