@@ -34,7 +34,8 @@ from .inbox import Inbox, Inboxes
 from .journaled import MobileConfig, Parts
 from .machine import Machine
 from .new_gateway import Incoming
-from .old_gateway import Occasion, Outgoing
+from .occasion import Occasion
+from .old_gateway import Outgoing
 from .procedures import Opened, Steps, log
 from .requests import Request, Requests, Sighting
 from .tables import SourceInput, SourceState, TargetState

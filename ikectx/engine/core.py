@@ -41,7 +41,8 @@ from .journal import JournalEntry
 from .journaled import EngineConfig, Parts
 from .lines import Line, Lines
 from .notices import Notices
-from .old_gateway import Address, Outgoing
+from .occasion import Address
+from .old_gateway import Outgoing
 from .outputs import Answer, Output, Settled
 from .procedures import Process, Scheduler, Steps, log
 from .report import TransferReport

@@ -33,7 +33,8 @@ from .effects import Delete, Find, FindTransfer, Get, Items, Put, Recorded
 from .journal import JournalEntry
 from .journaled import MobileConfig, Parts
 from .lines import Line
-from .old_gateway import Occasion, Outgoing, check_expected
+from .occasion import Occasion, check_expected
+from .old_gateway import Outgoing
 from .procedures import Opened, Process, Steps, log
 from .report import TransferReport
 from .requests import named_sa, refuse_request

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import Literal
 
 from ikectx.errors import (
     BusyError,
@@ -30,12 +28,11 @@ from .effects import Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
 from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line, Question, Reply
+from .occasion import Occasion, check_expected
 from .offer_answer import offer_status, refusal_text
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
 from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
-
-Address = Literal["update", "keep", "mn"]
 
 _RESULTS: Mapping[SourceState, str] = {
     SourceState.DONE: "moved",
@@ -51,17 +48,6 @@ _INSTEAD: Mapping[SourceState, SourceInput] = {
 """States that are entered only if the journal can be written, because the SA is let go in them."""
 
 
-def check_expected(state: IkeContext | FinalState, expects: int) -> None:
-    """Check that the mobile node can expect this message ID of our next request. Errors: RefusedError."""
-    last = state.mid_initiator
-    if state.unsure and not 0 <= expects - last <= 1:
-        raise RefusedError(
-            f"the MN expects request {expects} next, which cannot be: request {last} has no answer yet",
-            status=Status.FAILED,
-            hint="the MN's agent may have missed messages of its charon: let the MN connect anew",
-        )
-
-
 _SERVED = frozenset({SourceState.KEPT, SourceState.REFUSED})
 """Ends in which this gateway serves the SA."""
 _PREPARED_THERE = frozenset({SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING})
@@ -70,22 +56,6 @@ _PREPARED_THERE = frozenset({SourceState.OFFERED, SourceState.ANNOUNCED, SourceS
 
 class _Overrun(BusyError):
     """After the freeze the counters are beyond what was offered, so the whole context must be sent again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Occasion:
-    """Why an SA is to move, and how that begins.
-
-    `begins`: OK to push the SA; ANNOUNCE if the mobile node said that it will go there; REQUESTED if it is at
-    the peer, which asked for the SA over `link`. `sequence`: that of the mobile node's CTAR. `away`: the
-    mobile node is at the peer and does not answer here.
-    """
-
-    address: Address = "update"
-    begins: SourceInput = SourceInput.OK
-    link: Line | None = None
-    sequence: int = 0
-    away: bool = False
 
 
 class Outgoing(Run[SourceState, SourceInput, SourceAction]):

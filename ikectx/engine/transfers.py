@@ -16,7 +16,8 @@ from ikectx.wire.cxtp import Ctc
 from .dry_run import DryRun
 from .effects import Recorded
 from .journaled import Parts
-from .old_gateway import Address, Occasion, Outgoing
+from .occasion import Address, Occasion
+from .old_gateway import Outgoing
 from .procedures import Cancelled, Gate, Opened, Pause, Steps, Turn, log
 from .report import TransferReport
 from .tables import SourceInput, SourceState
