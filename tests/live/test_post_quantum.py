@@ -27,7 +27,8 @@ def has_ml_kem(world: World, *hosts: str) -> bool:
 def capable(world: World) -> World:
     if not has_ml_kem(world, *CHARONS):
         pytest.skip(
-            f"needs ML-KEM, which strongSwan has from 6.0 on; found {world.lab.strongswan()}. To run it: "
+            f"needs charons that offer ML-KEM (RFC 9370), which strongSwan {world.lab.strongswan()} as it is "
+            "installed here does not: it takes 6.0 or later with a plugin for it (ml). To run it: "
             "IKECTX_LAB_CHARON=/path/to/charon-systemd tests/run.sh live"
         )
     return world
@@ -88,7 +89,7 @@ def test_a_gateway_with_an_older_charon_refuses(world: World) -> None:
     # PCTD -> CTDR with NOT_COVERED: nsg's charon has no way to be told of ADD_KES
     if not has_ml_kem(world, "mn", "psg") or has_ml_kem(world, "nsg"):
         pytest.skip(
-            "needs ML-KEM at mn and psg (strongSwan from 6.0 on), and a charon without it at nsg; found "
+            "needs charons that offer ML-KEM at mn and psg, and one that does not at nsg; here is strongSwan "
             f"{world.lab.strongswan()}. To run it: IKECTX_LAB_CHARON=/path/to/6/charon-systemd "
             "IKECTX_LAB_CHARON_NSG=/usr/sbin/charon-systemd tests/run.sh live"
         )
