@@ -45,8 +45,9 @@ from vici_bridge.vici.client import CharonVici, Message
 from vici_bridge.vici.list_sas import Listing
 from vici_bridge.vici.views import SaView
 
-from .deadlines import Deadline, Deadlines
+from .deadlines import Deadlines
 from .doubts import Doubts
+from .due_rekeys import DueRekeys
 from .host_config import HostConfig
 from .rekey_after_move import FreshKeys
 from .updown import Scripts
@@ -79,8 +80,6 @@ CHARON_THREADS = 2
 """Threads that wait for charon at once, of the five or more that Python keeps for all work of this kind."""
 MOMENT = 0.1
 """Seconds for which charon's answer will do for a caller that looks again before it depends on it."""
-REKEY_AGAIN = 5.0
-"""Seconds until charon is asked again for a rekey that it did not begin."""
 SAVE_AGAIN = 2.0
 """Seconds until a record that could not be stored is stored again."""
 
@@ -156,7 +155,7 @@ class CharonHost:
             loop.call_soon_threadsafe(self._charon_state, up)
 
         self.vici.listen(lambda event, message: None, on_state=state)
-        self.spawn(self._watch_deadlines())
+        self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
 
     async def close(self) -> None:
         """Stop listening and save. SAs, freezes and policies stay as they are."""
@@ -570,50 +569,5 @@ class CharonHost:
         """Make charon report its IKE_SAs again; it rekeys all CHILD_SAs of its segments, too."""
         await self.send([ha.resync(await self.version(), [1])])
 
-    async def _watch_deadlines(self) -> None:
-        """Ask charon for the rekeys that an original lifetime demands."""
-        while True:
-            due = self.deadlines.next_due()
-            wait = 0.5 if self.fresh else 3600.0 if due is None else due - time.time()
-            await asyncio.sleep(min(max(wait, 0.2), 1.0))
-            due = self.deadlines.next_due()
-            if not self.fresh and (due is None or due > time.time()):
-                continue
-            try:
-                await self._ask_rekeys()
-            except IkectxError as error:  # also a StoreError, because a full disk must not end this watch
-                log.warning("lifetimes cannot be watched now: %s", error)
-
-    async def _ask_rekeys(self) -> None:
-        views = await self.views()
-        trouble: IkectxError | None = None
-        for entry, view in self.deadlines.settle(views, time.time()):
-            try:
-                await self._ask_rekey(entry, view)
-                self.deadlines.asked(entry)
-            except (CharonError, WireError) as error:  # the other rekeys are asked for all the same
-                trouble = error
-                self.deadlines.later(entry, time.time() + REKEY_AGAIN)
-            except StoreError as error:
-                trouble = error
-        for what, number in self.fresh.due(views, time.time()):
-            log.info("asking for fresh keys: %s %d", what, number)
-            try:
-                if what == "ike":
-                    await self.ask(self.vici.rekey, ike_id=number)
-                else:
-                    await self.ask(self.vici.rekey, child_id=number)
-            except (CharonError, WireError) as error:  # asked again by `FreshKeys`
-                trouble = error
-        if trouble is not None:
-            raise trouble
-
-    async def _ask_rekey(self, entry: Deadline, view: SaView) -> None:
-        if entry.child:
-            ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
-            for child_id in ids:
-                log.info("the lifetime of CHILD_SA %s asks for a rekey now", entry.child)
-                await self.ask(self.vici.rekey, child_id=child_id)
-        else:
-            log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
-            await self.ask(self.vici.rekey, ike_id=view.unique_id)
+    async def _rekey(self, ike_id: int | None, child_id: int | None) -> None:
+        await self.ask(self.vici.rekey, ike_id=ike_id, child_id=child_id)

@@ -22,8 +22,10 @@ from tests.listed import listing_of
 from tests.peers import a_context
 from tests.record_world import stream
 from tests.worlds import until
+from vici_bridge import due_rekeys
 from vici_bridge import host as host_module
 from vici_bridge.deadlines import Deadlines
+from vici_bridge.due_rekeys import DueRekeys
 from vici_bridge.effects import freeze as freeze_module
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha import sockets
@@ -388,7 +390,7 @@ def test_a_thaw_after_a_refusal_that_came_first_leaves_routes_and_mn_alone(taken
 def test_b8_lifetimes_are_watched_on_after_an_error_and_none_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_module, "REKEY_AGAIN", 0.01)
+    monkeypatch.setattr(due_rekeys, "REKEY_AGAIN", 0.01)
 
     class Rekeying(Vici):
         asked: list[int]
@@ -417,7 +419,9 @@ def test_b8_lifetimes_are_watched_on_after_an_error_and_none_is_forgotten(
                 return Deadlines.settle(host.deadlines, *args)
 
             monkeypatch.setattr(host.deadlines, "settle", settle)
-            watcher = asyncio.create_task(host._watch_deadlines())
+            watcher = asyncio.create_task(
+                DueRekeys(host.deadlines, host.fresh, host.views, host._rekey).watch()
+            )
             async with asyncio.timeout(5):
                 await until(lambda: vici.asked == [1, 2, 1])
             assert host.deadlines.next_due() is None

@@ -1,0 +1,82 @@
+"""`DueRekeys`: asks charon for the rekeys that an original lifetime or a move demands (I/O: the clock)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from ikectx.errors import CharonError, IkectxError, StoreError, WireError
+from vici_bridge.vici.views import SaView
+
+from .deadlines import Deadline, Deadlines
+from .rekey_after_move import FreshKeys
+
+log = logging.getLogger(__name__)
+
+REKEY_AGAIN = 5.0
+"""Seconds until charon is asked again for a rekey that it did not begin."""
+
+Views = Callable[[], Awaitable[list[SaView]]]
+"""All IKEv2 SAs of charon. Errors: CharonError, WireError."""
+Rekey = Callable[[int | None, int | None], Awaitable[None]]
+"""Asks charon to rekey the IKE_SA, or the CHILD_SA, of that unique id. Errors: CharonError, WireError."""
+
+
+class DueRekeys:
+    """The watch over `deadlines`, and over the keys that are to be `fresh` after a move."""
+
+    def __init__(self, deadlines: Deadlines, fresh: FreshKeys, views: Views, rekey: Rekey) -> None:
+        self._deadlines = deadlines
+        self._fresh = fresh
+        self._views = views
+        self._rekey = rekey
+
+    async def watch(self) -> None:
+        """Ask charon for the rekeys that an original lifetime demands."""
+        while True:
+            due = self._deadlines.next_due()
+            wait = 0.5 if self._fresh else 3600.0 if due is None else due - time.time()
+            await asyncio.sleep(min(max(wait, 0.2), 1.0))
+            due = self._deadlines.next_due()
+            if not self._fresh and (due is None or due > time.time()):
+                continue
+            try:
+                await self._ask_rekeys()
+            except IkectxError as error:  # also a StoreError, because a full disk must not end this watch
+                log.warning("lifetimes cannot be watched now: %s", error)
+
+    async def _ask_rekeys(self) -> None:
+        views = await self._views()
+        trouble: IkectxError | None = None
+        for entry, view in self._deadlines.settle(views, time.time()):
+            try:
+                await self._ask_rekey(entry, view)
+                self._deadlines.asked(entry)
+            except (CharonError, WireError) as error:  # the other rekeys are asked for all the same
+                trouble = error
+                self._deadlines.later(entry, time.time() + REKEY_AGAIN)
+            except StoreError as error:
+                trouble = error
+        for what, number in self._fresh.due(views, time.time()):
+            log.info("asking for fresh keys: %s %d", what, number)
+            try:
+                if what == "ike":
+                    await self._rekey(number, None)
+                else:
+                    await self._rekey(None, number)
+            except (CharonError, WireError) as error:  # asked again by `FreshKeys`
+                trouble = error
+        if trouble is not None:
+            raise trouble
+
+    async def _ask_rekey(self, entry: Deadline, view: SaView) -> None:
+        if entry.child:
+            ids = [child.unique_id for child in view.children if child.spi_in.hex() == entry.child]
+            for child_id in ids:
+                log.info("the lifetime of CHILD_SA %s asks for a rekey now", entry.child)
+                await self._rekey(None, child_id)
+        else:
+            log.info("the lifetime of IKE_SA %s asks for a rekey now", view.name)
+            await self._rekey(view.unique_id, None)
