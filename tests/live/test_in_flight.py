@@ -171,9 +171,14 @@ def test_the_mobile_node_has_asked(mobile: World, had: bool) -> None:
 def test_both_have_asked(mobile: World) -> None:
     world = mobile
     up(world, mn=impatient("psg"), psg=impatient("mn"))
+    # Both ways at first: a request of psg's that arrives shows charon at the mobile node that the peer is
+    # alive, so it would never ask itself if psg happened to ask first.
+    world.block("mn", "psg")
+    world.block("psg", "mn")
+    until(lambda: waits(world, "mn") and waits(world, "psg"), "both have asked", 20.0)
+    world.unblock()
     with world.blocked("mn", "psg"):
-        until(lambda: waits(world, "mn") and waits(world, "psg"), "both have asked", 20.0)
-        time.sleep(1.0)
+        time.sleep(1.5)  # psg's request arrives, the answer does not
         done = asks(world, "handover", "--to", "nsg", "--json")
         assert (done.code, done.json["result"]) == (0, "moved"), done
         settled(world, "nsg")
