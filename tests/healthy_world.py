@@ -208,7 +208,7 @@ class Protected(Fake):
         if self.error is not None:
             raise self.error
 
-    def _try(self, flow: Flow) -> PeerAnswer:  # type: ignore[override]
+    def _dial(self, peer: PeerSection) -> PeerAnswer:
         return self.plain
 
 

@@ -6,6 +6,7 @@ is tried in a network namespace of its own).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -284,31 +285,41 @@ class World:
 
         Errors: LinkError if the kernel does not protect the connection, KernelError if that is not known.
         """
-        last = PeerAnswer(failed="the name has no address")
-        for address in self.addresses(peer.host):
-            flow = self.flows(address, peer.port)[0]
-            self.check_protection(flow)
-            last = self._try(flow)
-            if not last.failed:
-                break
-        return last
+        addresses = self.addresses(peer.host)
+        if not addresses:
+            return PeerAnswer(failed="the name has no address")
+        for address in addresses:
+            self.check_protection(self.flows(address, peer.port)[0])
+        return self._dial(peer)
 
-    @staticmethod
-    def _try(flow: Flow) -> PeerAnswer:
-        family = socket.AF_INET if flow.remote.address.version == 4 else socket.AF_INET6
-        number = socket.IPPROTO_SCTP if flow.protocol == "sctp" else socket.IPPROTO_TCP
-        try:
-            with socket.socket(family, socket.SOCK_STREAM, number) as sock:
-                sock.settimeout(CONNECT_SECONDS)
-                sock.bind((str(flow.local.address), 0))
-                sock.connect((str(flow.remote.address), flow.remote.port))
-                sock.settimeout(1)
-                try:
-                    return PeerAnswer(refused=sock.recv(1) == b"")
-                except TimeoutError:
-                    return PeerAnswer()
-        except OSError as error:
-            return PeerAnswer(failed=error.strerror or str(error))
+    def _dial(self, peer: PeerSection) -> PeerAnswer:
+        """Connect to a peer as a transfer would, through the kernel's IPsec."""
+        return asyncio.run(self._dialled(peer))
+
+    async def _dialled(self, peer: PeerSection) -> PeerAnswer:
+        from ikectx.net.plain import plain_dial
+        from ikectx.peer import PeerConfig
+        from ikectx.timing import Timing
+        from vici_bridge.kernel.spd_watch import SpdGuard
+
+        transfer = self.config.transfer
+        protocol: Transport = "sctp" if transfer.protocol == "sctp" else "tcp"
+        listen = [(item.host, item.port) for item in transfer.listen]
+        with SpdGuard() as guard:
+            dial = plain_dial(Timing(connect=CONNECT_SECONDS), protocol, guard, listen)
+            try:
+                stream = await dial(PeerConfig(peer.name, peer.host, peer.port))
+            except LinkError as error:
+                return PeerAnswer(failed=str(error).removeprefix(f"{peer.name} at {peer.host}:{peer.port}: "))
+            try:
+                async with asyncio.timeout(1):
+                    return PeerAnswer(refused=await stream.read() == b"")
+            except TimeoutError:
+                return PeerAnswer()
+            except LinkError as error:
+                return PeerAnswer(failed=str(error))
+            finally:
+                stream.close()
 
     def addresses(self, host: str) -> list[str]:
         """The addresses of a name. Errors: LinkError."""

@@ -33,6 +33,8 @@ log = logging.getLogger("ikectx.plain")
 
 CHUNK = 1 << 14
 """Octets that are sent between two calls of the guard; SCTP makes one message of them."""
+CONNECT_AGAIN = 0.05
+"""Seconds between two attempts to connect while the kernel has no SA for the connection yet."""
 _SCTP_RTOINFO = 0
 _SCTP_ASSOCINFO = 1
 _SCTP_NODELAY = 3
@@ -97,6 +99,23 @@ class PlainStream:
             hold.release()
             raise self._ended()
         self._hold = hold
+
+    async def connect(self, where: tuple[str, int]) -> None:
+        """Connect the socket, however long that takes. Errors: OSError; LinkError if the stream is closed."""
+        while not self._ready.closed:
+            code = self._sock.connect_ex(where)
+            if code == errno.EINPROGRESS:
+                await self._ready.writable()
+                if self._ready.closed:
+                    break
+                code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code == 0:
+                return
+            if code != errno.EAGAIN:
+                raise OSError(code, os.strerror(code))
+            # a socket with an IPsec policy of its own, whose SA is still being negotiated
+            await asyncio.sleep(CONNECT_AGAIN)
+        raise self._ended()
 
     def verify(self) -> None:
         """Errors: LinkError if the stream is closed or no longer protected; it is closed then."""
@@ -272,7 +291,7 @@ def plain_dial(
             flow = Flow(_endpoint(sock.getsockname()), Endpoint(address, peer.port), protocol)
             stream = PlainStream(sock, flow, peer, timing)
             await stream.guarded(protected)
-            await asyncio.get_running_loop().sock_connect(sock, (str(address), peer.port))
+            await stream.connect((str(address), peer.port))
             _tune(sock, protocol, timing.keepalive)
             stream.verify()
         except BaseException as error:

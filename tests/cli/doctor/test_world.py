@@ -20,6 +20,7 @@ from ikectx_cli.toml_table import HostPort
 from tests.healthy_world import IPSEC, TOML, Pki
 from tests.netns import namespaces
 from vici_bridge.kernel.message_ids import MessageIds
+from vici_bridge.kernel.spd_watch import SpdGuard
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,8 @@ def test_connecting_to_a_stranger(real: World, tmp_path: Path) -> None:
 
 
 def test_the_real_world_s_plain_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "check_protection", lambda self, flow: None)
+    monkeypatch.setattr(SpdGuard, "protection", lambda self, flow: None)
+    monkeypatch.setattr(SpdGuard, "_bind", lambda self, held, found: None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         listen = IPSEC.replace("192.0.2.1:5091", "0.0.0.0:5091").replace("198.51.100.1", f"127.0.0.1:{port}")

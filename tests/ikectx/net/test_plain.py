@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,8 +158,8 @@ def test_what_arrives_unprotected_is_refused(caplog: pytest.LogCaptureFixture) -
     async def scenario() -> None:
         async with listening() as ends:
             ends.far.error = GONE
-            near = await ends.dial(ends.peer)
             with pytest.raises(LinkError, match=r"reset|refused|closed"):
+                near = await ends.dial(ends.peer)
                 assert await near.read() != b""
                 raise LinkError("closed")
             assert ends.accepted.empty()
@@ -270,6 +272,54 @@ def test_closing_ends_a_read() -> None:
             near.close()
             with pytest.raises(LinkError, match="is closed"):
                 await reading
+
+    run(scenario())
+
+
+class _Negotiating(socket.socket):
+    """A socket for which the kernel has no SA yet: Linux 7.2 answers EAGAIN to a connect under its policy."""
+
+    attempts = 0
+
+    def connect_ex(self, address: Any) -> int:
+        self.attempts += 1
+        return errno.EAGAIN if self.attempts < 4 else super().connect_ex(address)
+
+
+def test_a_connection_waits_for_its_sa(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[_Negotiating] = []
+
+    def opened(family: int, protocol: str) -> socket.socket:
+        made.append(_Negotiating(family, socket.SOCK_STREAM))
+        made[-1].setblocking(False)
+        return made[-1]
+
+    async def scenario() -> None:
+        async with listening() as ends:
+            monkeypatch.setattr(plain, "open_socket", opened)
+            near, far = await ends.pair()
+            await near.write(b"first octets")
+            assert await far.read() == b"first octets"
+            assert [sock.attempts for sock in made] == [4]
+            near.close()
+            far.close()
+
+    monkeypatch.setattr(plain, "CONNECT_AGAIN", 0.001)
+    run(scenario())
+
+
+def test_a_connection_whose_sa_never_comes() -> None:
+    class Never(_Negotiating):
+        def connect_ex(self, address: Any) -> int:
+            return errno.EAGAIN
+
+    async def scenario() -> None:
+        dial = plain_dial(replace(TIMING, connect=0.05), "tcp", SayGuard())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plain, "open_socket", lambda family, protocol: Never(family, socket.SOCK_STREAM))
+            with pytest.raises(LinkError, match=r"did not answer within 0\.05 s") as told:
+                await dial(PSG)
+        assert "IPsec SA" in told.value.hint
 
     run(scenario())
 
