@@ -6,14 +6,14 @@ A line on standard input is a run: MAC MODE OUTPUT; OUTPUT.ready says that it ha
 SIGTERM, then writes OUTPUT: a list of {interface, from, to, protocol (number), packets}, empty where nothing
 left.
 
-eth0 is the outside. Whatever leaves there with a mobile node's inner address as its source or destination is
-in the clear, since of an ESP packet in tunnel mode only the outer addresses can be seen (mode `tunnel`).
-Where the mobile node's address is the outer one (mode `transport`), ESP, AH, IKE, CXTP and what ICMP tells
-about them are no such packets.
+eth0 and eth1 are the outside. Whatever leaves there with a mobile node's inner address as its source or
+destination is in the clear, since of an ESP packet in tunnel mode only the outer addresses can be seen (mode
+`tunnel`). Where the mobile node's address is the outer one (mode `transport`), ESP, AH, IKE, CXTP and what
+ICMP tells about them are no such packets.
 
-lan0 is the inside. Packets for an inner address may leave there only for the other gateway, whose link-layer
-address is MAC: that is the detour. Packets that come from an inner address are the mobile node's own and
-belong there.
+lan0 and lan1 are the inside. Packets for an inner address may leave there only for the other gateway, whose
+link-layer address is MAC: that is the detour. Packets that come from an inner address are the mobile node's
+own and belong there.
 
 A BPF program has the kernel drop everything else, so that nothing of a run's traffic wakes this process.
 Standard library only, for a fast start.
@@ -43,6 +43,9 @@ PREFIXES = {
 }
 """The first 16 bits of the mobile nodes' addresses by mode: of IPv4, of IPv6. Those of transport mode are the
 outer ones."""
+
+OUTSIDE, INSIDE = ("eth0", "eth1"), ("lan0", "lan1")
+"""A gateway's interfaces."""
 
 ESP, AH, UDP, ICMP, ICMPV6 = 50, 51, 17, 1, 58
 SPOKEN = (500, 4500, 5091)
@@ -127,7 +130,8 @@ def main() -> None:
 
 
 def run(gateway: bytes, mode: str, output: str) -> None:
-    links = [_listener("eth0", program(mode, None)), _listener("lan0", program(mode, gateway))]
+    links = [_listener(name, program(mode, None)) for name in OUTSIDE]
+    links += [_listener(name, program(mode, gateway)) for name in INSIDE]
     stopping, wake = os.pipe()
     signal.signal(signal.SIGTERM, lambda _number, _frame: os.write(wake, b"x") and None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,59 +15,29 @@ import click
 
 from ikectx.errors import KernelError, UsageError
 
-from ..answers import a_number, json_option, show_json
-from ..toml_table import text_of
+from ..answers import json_option, show_json
 from . import guest as lab_guest
-from . import machine as lab_machine
 from . import scenario as lab_scenario
 from . import start as lab_start
+from .bench_command import bench
 from .boot import Job, tidy
 from .config import Tunnel
-from .damage import KINDS
-from .fleet import MOST
 from .hosts import DEFAULT_NAME, Lab, names, sweep
 from .net import HOSTS, has_kernel_esp, load_modules
+from .options import (
+    MOST_RUNS,
+    clock_option,
+    cpus_option,
+    esp_option,
+    guest_option,
+    milliseconds,
+    root_option,
+    say,
+    write,
+)
 
-MOST_OCTETS = 64 << 20
-"""Of a file for --from; those of this project have some 100 KiB."""
-MOST_RUNS = 10_000
-"""Runs of one scenario."""
 MOST_SPIS = 1 << 64
 """IKE SPIs that there are."""
-
-guest_option = click.option(
-    "--guest",
-    type=click.Choice(["auto", *lab_guest.WAYS]),
-    default="auto",
-    show_default=True,
-    help="The kernel: this machine's (host), User-Mode Linux, or QEMU; auto: the first of them with ESP.",
-)
-clock_option = click.option(
-    "--time",
-    "clock",
-    type=click.Choice(lab_guest.CLOCKS),
-    default="real",
-    show_default=True,
-    help="virtual: time stands still while a program runs and jumps while all wait (UML, one CPU).",
-)
-root_option = click.option(
-    "--root",
-    metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
-    default="/",
-    help="Run on the installation in this folder (UML); nothing is written there.",
-)
-cpus_option = click.option(
-    "--cpus", type=click.IntRange(1, 8), help="CPUs of the guest.  [default: 1, with KVM up to 4]"
-)
-
-esp_option = click.option(
-    "--esp",
-    type=click.Choice(["kernel", "libipsec"]),
-    default="kernel",
-    show_default=True,
-    help="Where ESP is done: the guest's kernel, or charon (then auto is this machine).",
-)
 
 
 def _a_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -75,13 +45,6 @@ def _a_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,15}", value):
         what = "is not 1 to 16 small letters, digits and hyphens"
         raise click.BadParameter(f"{value!r} {what}", ctx, param)
-    return value
-
-
-def _milliseconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """A delay. Errors: click.BadParameter, also for nan."""
-    if value is not None and not 0 <= value <= 10_000:
-        raise click.BadParameter(f"{value:g} is not from 0 to 10000 ms", ctx, param)
     return value
 
 
@@ -108,8 +71,15 @@ def lab() -> None:
     "--delay",
     default=20.0,
     show_default=True,
-    callback=_milliseconds,
+    callback=milliseconds,
     help="One-way delay of the access link in ms.",
+)
+@click.option(
+    "--gateway-delay",
+    default=1.0,
+    show_default=True,
+    callback=milliseconds,
+    help="One-way delay between the gateways in ms.",
 )
 @click.option(
     "--esp",
@@ -132,7 +102,15 @@ def lab() -> None:
 @click.option("--connect/--no-connect", default=False, help="Also connect the mobile node to psg.")
 @json_option
 def up(
-    name: str, delay: float, esp: str, auth: str, family: str, agents: bool, connect: bool, as_json: bool
+    name: str,
+    delay: float,
+    gateway_delay: float,
+    esp: str,
+    auth: str,
+    family: str,
+    agents: bool,
+    connect: bool,
+    as_json: bool,
 ) -> None:
     """Bring a lab up and leave it standing."""
     if esp != "libipsec":
@@ -141,7 +119,7 @@ def up(
             hint = "--esp libipsec, or in a guest: ikectx lab guest -- sh -c 'ikectx lab up && ...'"
             raise KernelError("this kernel has no ESP", hint=hint)
     sweep()
-    made = Lab.new(name, delay_ms=delay)
+    made = Lab.new(name, delay_ms=delay, gateway_delay_ms=gateway_delay)
     with tidy():
         try:
             tunnel = Tunnel(auth=auth, family=int(family), inner=int(family), libipsec=esp == "libipsec")
@@ -214,7 +192,7 @@ def guest(
     if memory is not None:
         job = replace(job, memory_mib=memory)
     with tidy():
-        click.get_current_context().exit(lab_guest.run_job(guest, job, _through, _say))
+        click.get_current_context().exit(lab_guest.run_job(guest, job, _through, say))
 
 
 def _through(line: bytes) -> None:
@@ -251,8 +229,14 @@ def scenarios(as_json: bool) -> None:
 @click.option(
     "--delay",
     type=float,
-    callback=_milliseconds,
+    callback=milliseconds,
     help="One-way delay of the access link in ms, instead of the scenario's.",
+)
+@click.option(
+    "--gateway-delay",
+    type=float,
+    callback=milliseconds,
+    help="One-way delay between the gateways in ms, instead of the scenario's.",
 )
 @click.option(
     "--repeat",
@@ -294,6 +278,7 @@ def run(
     jobs: int,
     esp: str,
     delay: float | None,
+    gateway_delay: float | None,
     repeat: int,
     brief: bool,
     logs: str,
@@ -312,13 +297,24 @@ def run(
     if not wanted:
         raise UsageError("which scenario?", hint="ikectx lab scenarios lists them; --all runs them all")
     request = lab_start.RunRequest(
-        tuple(wanted), esp, guest, clock, str(root), cpus or 0, jobs, delay, logs, brief, picture is not None
+        tuple(wanted),
+        esp,
+        guest,
+        clock,
+        str(root),
+        cpus or 0,
+        jobs,
+        delay,
+        gateway_delay,
+        logs,
+        brief,
+        picture is not None,
     )
     single = len(wanted) == 1 and not every
     found: dict[int, dict[str, Any]] = {}
     try:
         with tidy():
-            reports = lab_start.run(request, (lambda _line: None) if quiet else _say, found)
+            reports = lab_start.run(request, (lambda _line: None) if quiet else say, found)
     except (KeyboardInterrupt, KernelError) as error:
         if found or isinstance(error, KeyboardInterrupt):
             _tell(lab_start.complete(request, found), as_json, single=single)
@@ -343,7 +339,7 @@ def _draw(reports: Sequence[dict[str, Any]], where: str) -> None:
         path = Path(where) if where.endswith(".svg") else Path(where, f"{report['scenario']}{again}.svg")
         there = f"{report['guest']}, {report['clock']} time, strongSwan {report['strongswan']}"
         lines = [TimeLine.from_json(line) for line in report["trace"]]
-        _write(path, picture(lines, there, (report.get("traffic") or {}).get("dark_ms")))
+        write(path, picture(lines, there, (report.get("traffic") or {}).get("dark_ms")))
 
 
 def _traces_to(where: str, runs: int) -> None:
@@ -361,191 +357,6 @@ def _tell(reports: Sequence[dict[str, Any]], as_json: bool, *, single: bool) -> 
         click.echo(json.dumps(reports[0] if single else reports, indent=2))
     else:
         lab_start.show(reports)
-
-
-@lab.command(short_help="Run scenarios several times; print medians.")
-@click.option(
-    "--runs", type=click.IntRange(1, MOST_RUNS), default=5, show_default=True, help="Runs of each scenario."
-)
-@guest_option
-@clock_option
-@esp_option
-@click.option(
-    "--drain",
-    type=click.IntRange(1, MOST),
-    metavar="N",
-    help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
-)
-@click.option(
-    "--attack",
-    type=click.Choice(tuple(KINDS)),
-    help="No scenarios: attack the gateways, and measure what that does to them and to a mobile node.",
-)
-@click.option(
-    "--rate",
-    type=click.FloatRange(0.1, 1_000_000),
-    callback=a_number,
-    help="Of --attack: datagrams, connections or messages a second.  [default: as the attack has it]",
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(5, 86_400),
-    callback=a_number,
-    help="Of --attack: for how long.  [default: 60]",
-)
-@click.option(
-    "--from",
-    "files",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Run nothing: take what --json printed before; several files are put together.",
-)
-@click.option(
-    "--page",
-    "target",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the page there, in Markdown, and a picture beside it, in SVG.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.argument("names", nargs=-1, metavar="[SCENARIO...]")
-def bench(
-    runs: int,
-    guest: str,
-    clock: str,
-    esp: str,
-    drain: int | None,
-    attack: str | None,
-    rate: float | None,
-    seconds: float | None,
-    files: tuple[Path, ...],
-    target: Path | None,
-    as_json: bool,
-    names: tuple[str, ...],
-) -> None:
-    """Run the handover scenarios several times, a drain, or an attack; print medians, ratios and losses."""
-    from . import bench as lab_bench
-    from . import page as lab_page
-
-    _bench_options(
-        files=files, names=names, drain=drain, attack=attack, clock=clock, of_attack=(rate, seconds)
-    )
-    if target is not None and not (target.name and os.path.isdir(target.absolute().parent)):
-        raise UsageError(f"--page {target}: there is no such folder")
-    picture = target.with_suffix(".svg") if target is not None else None
-    ok, found = True, dict[str, Any]()
-    options = [f"--guest {guest}"] if guest != "auto" else []
-    options += [
-        *(["--time virtual"] if clock == "virtual" else []),
-        *(["--esp libipsec"] if esp != "kernel" else []),
-    ]
-    if files:
-        summary = _saved(files, target)
-    elif drain:
-        command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
-        found |= {"command": command, **_emptied(drain, guest, clock, esp)}
-        summary = lab_bench.drained(found)
-    elif attack:
-        _attacked(attack, rate, seconds, guest, esp, options, as_json=as_json)
-        return
-    else:
-        default = lab_bench.NATIVE if esp == "libipsec" else lab_bench.SCENARIOS
-        wanted = tuple(name for name in names or default for _ in range(runs))
-        request = lab_start.RunRequest(wanted, esp=esp, guest=guest, clock=clock)
-        with tidy():
-            reports = lab_start.run(request, _say)
-        words = ["ikectx lab bench", f"--runs {runs}", *options, *names]
-        summary = lab_bench.summarise(reports, lab_machine.host(), " ".join(words))
-        ok = all(report["ok"] for report in reports)
-    told = found if drain else summary
-    click.echo(json.dumps(told, indent=2) if as_json else lab_page.page(summary), nl=as_json)
-    if target is not None and picture is not None:
-        _write(picture, lab_page.picture(summary))
-        _write(target, lab_page.page(summary, picture.name))
-    if not ok:
-        click.get_current_context().exit(1)
-
-
-def _bench_options(
-    *,
-    files: Sequence[Path],
-    names: Sequence[str],
-    drain: int | None,
-    attack: str | None,
-    clock: str,
-    of_attack: Sequence[float | None],
-) -> None:
-    """Errors: UsageError for options of `bench` that do not go together."""
-    if files and (names or drain or attack):
-        without = "it goes without scenarios, --drain and --attack"
-        raise UsageError(f"--from takes what has run already: {without}")
-    if drain and (names or attack):
-        raise UsageError("--drain has SAs of its own: it goes without scenarios and without --attack")
-    if attack and names:
-        raise UsageError("--attack has moves of its own: it goes without scenarios")
-    if attack and clock == "virtual":
-        raise UsageError(
-            "--attack needs --time real", hint="no flood costs anything while the clock stands still"
-        )
-    if not attack and any(one is not None for one in of_attack):
-        raise UsageError("--rate and --seconds are of --attack")
-
-
-def _attacked(
-    kind: str,
-    rate: float | None,
-    seconds: float | None,
-    guest: str,
-    esp: str,
-    options: Sequence[str],
-    *,
-    as_json: bool,
-) -> None:
-    """Runs an attack and prints its report. Raises IkectxError."""
-    from . import attack as lab_attack
-    from . import damage as lab_damage
-
-    rate, seconds = rate or KINDS[kind].rate, seconds or 60.0
-    words = [*options, f"--attack {kind}", f"--rate {rate:g}", f"--seconds {seconds:g}"]
-    with tidy():
-        found = lab_attack.run(kind, rate, seconds, guest, libipsec=esp == "libipsec", say=_say)
-    told = {"command": " ".join(["ikectx lab bench", *words]), **found}
-    if as_json:
-        click.echo(json.dumps(told, indent=2))
-    else:
-        lab_start.print_all(lab_damage.tables(told))
-
-
-def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
-    """What a drain took. Raises IkectxError."""
-    from . import emptying as lab_emptying
-
-    with tidy():
-        return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=_say)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
-
-
-def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
-    """One summary of the files'. Errors: UsageError."""
-    from . import bench as lab_bench
-
-    found: dict[str, dict[str, Any]] = {}
-    for file in files:
-        try:
-            found[str(file)] = lab_bench.read(text_of(file, MOST_OCTETS), str(file))
-        except OSError as error:
-            raise UsageError(f"{file}: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: not UTF-8 at octet {error.start}") from None
-    words = [f"--from {file}" for file in found] + ([] if target is None else [f"--page {target}"])
-    return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))
 
 
 @lab.command(short_help="Expected SPI collisions, and a simulation.")
@@ -591,5 +402,4 @@ def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int,
         click.echo("  ".join(cells).rstrip())
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
+lab.add_command(bench)

@@ -79,7 +79,14 @@ class Lab:
     # -- life -------------------------------------------------------------------------------
 
     @classmethod
-    def new(cls, name: str | None = None, *, delay_ms: float = 20.0, traced: bool = False) -> Lab:
+    def new(
+        cls,
+        name: str | None = None,
+        *,
+        delay_ms: float = 20.0,
+        gateway_delay_ms: float = 1.0,
+        traced: bool = False,
+    ) -> Lab:
         """A lab that is not up yet; without a name it gets one. Raises StateError when it exists."""
         name = name or secrets.token_hex(3)
         work = ROOT / f"ikl-{name}"
@@ -87,13 +94,14 @@ class Lab:
             work.mkdir(mode=0o755)
         except FileExistsError:
             raise StateError(f"a lab named {name} is there already", hint="ikectx lab down") from None
-        return cls(name, work, Net(f"ikl-{name}", delay_ms), traced=traced)
+        return cls(name, work, Net(f"ikl-{name}", delay_ms, gateway_delay_ms), traced=traced)
 
     @classmethod
     def find(cls, name: str) -> Lab:
         """The lab of that name that this user brought up. Raises UsageError."""
         state, work = read_state(ROOT / f"ikl-{name}"), ROOT / f"ikl-{name}"
-        return cls(name, work, Net(f"ikl-{name}", state["delay_ms"]), state["tunnel"], state["agents"])
+        net = Net(f"ikl-{name}", state["delay_ms"], state["gateway_delay_ms"])
+        return cls(name, work, net, state["tunnel"], state["agents"])
 
     def up(
         self,
@@ -268,6 +276,7 @@ class Lab:
         self.tunnel, self.agents = tunnel, agents
         state = {
             "delay_ms": self.net.delay_ms,
+            "gateway_delay_ms": self.net.gateway_delay_ms,
             "agents": agents,
             "tunnel": asdict(tunnel),
             "owner": os.getpid(),

@@ -4,6 +4,10 @@
     mn2 ---  |              +--- srv (a bridge in srv's namespace: the inner network)
              +------ nsg ---+
 
+The gateways have a second link to the core (eth1) and to the inner network (lan1), which carry nothing but
+what they send to each other: with a delay of their own, which no packet between a mobile node, a gateway and
+the server meets.
+
 `mn` has two access networks: eth0 is up, eth1 waits until a scenario has it relocate. `mn2` is there for
 scenarios in which nsg already serves somebody.
 
@@ -61,11 +65,14 @@ CORE_AWAY = {4: "10.5.0.1", 6: "fd05::1"}
 LINKS = {
     "mn": ("to-mn", "to-mn-new"),
     "mn2": ("to-mn2",),
-    "psg": ("to-psg",),
-    "nsg": ("to-nsg",),
+    "psg": ("to-psg", "to-psg-nsg"),
+    "nsg": ("to-nsg", "to-nsg-psg"),
     "away": ("to-mn-new",),
 }
 """The core's ends of a host's links; `away` stands for the second access network of `mn` alone."""
+
+BETWEEN_LINKS = ("to-psg-nsg", "to-nsg-psg")
+"""The far ends, at the core and at the inner network, of the gateways' links to each other."""
 
 NAT = "10.9.0.1"
 NAT_PORT = {"mn": 4501, "mn2": 4502}
@@ -89,6 +96,12 @@ mn2, which is served by nsg from the beginning, has a host route to nsg."""
 
 LAN_MAC = {"psg": "02:49:4b:45:00:02", "nsg": "02:49:4b:45:00:03"}
 """Link-layer addresses of the gateways on the inner network, fixed, so that a capture knows who is who."""
+
+BETWEEN_MAC = "02:49:4b:45:00:01"
+"""Link-layer address of the core's ends of the gateways' eth1, fixed, for its link-local address."""
+
+BETWEEN = "fe80::49:4bff:fe45:1"
+"""The link-local address that follows from it: by it a gateway reaches the other one with IPv6."""
 
 SECOND = {4: "10.6.0.10", 6: "fd06::10"}
 """A second address of the server, in a network of its own, for a second CHILD_SA."""
@@ -142,10 +155,15 @@ def load_modules() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """The namespaces of one lab. `prefix` makes their names unique on this machine."""
+    """The namespaces of one lab. `prefix` makes their names unique on this machine.
+
+    `delay_ms`: one way, between a mobile node and the core. `gateway_delay_ms`: one way, between the
+    gateways, outside and inside.
+    """
 
     prefix: str
     delay_ms: float = 20.0
+    gateway_delay_ms: float = 1.0
 
     def namespace(self, host: str) -> str:
         return f"{self.prefix}-{host}"
@@ -169,6 +187,10 @@ class Net:
             f" type veth peer name to-{host} netns {ns['srv']}"
             for host in GATEWAYS
         ]
+        for host, other in (GATEWAYS, GATEWAYS[::-1]):
+            here, far = ns[host], f"type veth peer name to-{host}-{other}"
+            links.append(f"link add name eth1 netns {here} {far} address {BETWEEN_MAC} netns {ns['core']}")
+            links.append(f"link add name lan1 netns {here} {far} netns {ns['srv']}")
         run(["ip", "-batch", "-"], text="\n".join(links) + "\n")
         for host in HOSTS:
             run([*self.enter(host), "sh", "-c", _SYSCTLS, "sh", "1" if host in ROUTERS else "0"])
@@ -179,9 +201,10 @@ class Net:
     def _wait_for_links(self) -> None:
         """Until every link carries packets: the kernel makes it so up to a second after both ends are up, and
         drops what is sent before. Never raises; what follows tells what a link lacks."""
-        waiting = {host: ["eth0"] * (host in OUTER) + ["lan0"] * (host in GATEWAYS) for host in HOSTS}
-        waiting["core"] = [f"to-{host}" for host in OUTER]
-        waiting["srv"] = [*(f"to-{host}" for host in GATEWAYS), "br0"]
+        waiting = {host: ["eth0"] * (host in OUTER) for host in HOSTS}
+        waiting |= {host: ["eth0", "eth1", "lan0", "lan1"] for host in GATEWAYS}
+        waiting["core"] = [*(f"to-{host}" for host in OUTER), *BETWEEN_LINKS]
+        waiting["srv"] = [*(f"to-{host}" for host in GATEWAYS), *BETWEEN_LINKS, "br0"]
         limit = time.monotonic() + LINKS_UP
         for host, links in waiting.items():
             words = ["ip", "-n", self.namespace(host), "-o", "link", "show", "up"]
@@ -206,6 +229,7 @@ class Net:
             lines += [_address(v, f"{SHARED[v]}/{HOST_BITS[v]}", "lo") for v in (4, 6)]
             lines += [_address(v, f"{INNER[host][v]}/{PREFIX[v]}", "lan0") for v in (4, 6)]
             lines += [f"route add {SECOND_NET[v]} via {INNER['srv'][v]}" for v in (4, 6)]
+            lines += _to_other(host)
             # where the inner link fails, what mobile nodes send must not take the default route, outside
             inside = (*INNER_NET.values(), *SECOND_NET.values())
             lines += [f"route add unreachable {net} metric {BEHIND}" for net in inside]
@@ -213,12 +237,13 @@ class Net:
             for far in OUTER:
                 lines.append(f"link set to-{far} up")
                 lines += [_address(v, f"{CORE[far][v]}/{PREFIX[v]}", f"to-{far}") for v in (4, 6)]
-            lines.append("link set to-mn-new up")
+            lines += [f"link set {device} up" for device in ("to-mn-new", *BETWEEN_LINKS)]
             lines += [_address(v, f"{CORE_AWAY[v]}/{PREFIX[v]}", "to-mn-new") for v in (4, 6)]
             lines += [f"route add {SHARED[v]}/{HOST_BITS[v]} via {OUTER['psg'][v]}" for v in (4, 6)]
         if host == "srv":
             lines.append("link add name br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0")
-            lines += [f"link set to-{far} master br0 up" for far in GATEWAYS] + ["link set br0 up"]
+            ports = (*(f"to-{far}" for far in GATEWAYS), *BETWEEN_LINKS)
+            lines += [f"link set {port} master br0 up" for port in ports] + ["link set br0 up"]
             lines += [_address(v, f"{INNER['srv'][v]}/{PREFIX[v]}", "br0") for v in (4, 6)]
             lines += [_address(v, f"{SECOND[v]}/{PREFIX[v]}", "br0") for v in (4, 6)]
             lines += [f"route add {POOL[v]} via {INNER['psg'][v]}" for v in (4, 6)]
@@ -226,16 +251,19 @@ class Net:
         return lines
 
     def _delay(self) -> list[str]:
-        if self.delay_ms <= 0:
-            return []
         access = [("mn", "eth0"), ("mn", "eth1"), ("mn2", "eth0")]
         access += [("core", device) for host in MOBILES for device in LINKS[host]]
-        for host, device in access:
+        between = [(host, device) for host in GATEWAYS for device in ("eth1", "lan1")]
+        wanted = [(*end, self.delay_ms) for end in access] + [
+            (*end, self.gateway_delay_ms) for end in between
+        ]
+        for host, device, delay in wanted:
             words = ["tc", "-n", self.namespace(host), "qdisc", "replace", "dev", device, "root", "netem"]
-            done = run([*words, "delay", f"{self.delay_ms}ms", "limit", "10000"], check=False)
-            if done.returncode != 0:
+            if delay > 0 and run([*words, "delay", f"{delay}ms", "limit", "10000"], check=False).returncode:
+                asked = f"{self.delay_ms:g} ms and {self.gateway_delay_ms:g} ms"
                 return [
-                    f"this kernel has no netem: the access link has no delay (asked for {self.delay_ms} ms)"
+                    "this kernel has no netem: the access link and the way between the gateways have no"
+                    f" delay (asked for {asked})"
                 ]
         return []
 
@@ -396,7 +424,7 @@ for d in /proc/sys/net/ipv6/conf/*; do put 0 ipv6/conf/${d##*/}/accept_dad; done
 for d in /proc/sys/net/ipv4/conf/*; do
   d=${d##*/}; put 0 ipv4/conf/$d/rp_filter; put 0 ipv4/conf/$d/send_redirects
 done
-put 1 ipv4/conf/all/promote_secondaries; put $router ipv4/ip_forward
+put 1 ipv4/conf/lan1/arp_ignore; put 1 ipv4/conf/all/promote_secondaries; put $router ipv4/ip_forward
 put 0 ipv4/icmp_ratelimit; put 0 ipv6/icmp/ratelimit
 """
 
@@ -408,6 +436,18 @@ def _address(version: int, address: str, device: str) -> str:
 def _batch(lines: Sequence[str]) -> str:
     """A shell command that has iproute2 do all of this."""
     return "ip -batch - <<'E'\n" + "\n".join(lines) + "\nE"
+
+
+def _to_other(host: str) -> list[str]:
+    """The links of a gateway that carry what it sends to the other one. lan1 does not answer for lan0."""
+    other = next(gateway for gateway in GATEWAYS if gateway != host)
+    lines = ["link set eth1 up", "link set lan1 up"]
+    for version, router in ((4, CORE[host][4]), (6, BETWEEN)):
+        way = f"via {router} dev eth1 onlink src {OUTER[host][version]}"
+        lines.append(f"route add {OUTER[other][version]}/{HOST_BITS[version]} {way}")
+        way = f"dev lan1 src {INNER[host][version]}"
+        lines.append(f"route add {INNER[other][version]}/{HOST_BITS[version]} {way}")
+    return lines
 
 
 def _default(router: str) -> str:

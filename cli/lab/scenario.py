@@ -5,6 +5,8 @@ HOST.strongswan adds strongswan.conf text.
     base = "move"                 # take over everything of another scenario, then what stands here
     fresh = false                 # start the daemons anew, even after a scenario that went well
     kernel_only = false           # skip with --esp libipsec
+    delay_ms = 20                 # of the access link, one way
+    gateway_delay_ms = 1          # between the gateways, one way
     interval_ms = 5               # of the probe's datagrams, each way
     slow_interval_ms = 20         # the same on an emulated CPU, which feels every packet (else interval_ms)
     late_address_ms = 0           # mn's new link has other addresses for so long before its IPv4 address
@@ -157,6 +159,7 @@ class Scenario:
     tunnel: Tunnel = field(default_factory=Tunnel)
     agents: bool = True
     delay_ms: float = 20.0
+    gateway_delay_ms: float = 1.0
     late_address_ms: float = 0.0
     interval_ms: float = 5.0
     slow_interval_ms: float = 0.0
@@ -282,6 +285,7 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "description": str(keys.pop("description", "")),
         "agents": bool(keys.pop("agents", True)),
         "delay_ms": float(keys.pop("delay_ms", 20.0)),
+        "gateway_delay_ms": float(keys.pop("gateway_delay_ms", 1.0)),
         "late_address_ms": float(keys.pop("late_address_ms", 0.0)),
         "interval_ms": float(keys.pop("interval_ms", 5.0)),
         "slow_interval_ms": float(keys.pop("slow_interval_ms", 0.0)),

@@ -25,12 +25,14 @@ def run_here(
     done: Callable[[ScenarioReport], None],
     logs: Callable[[], Path] | None = None,
     delay_ms: float | None = None,
+    gateway_delay_ms: float | None = None,
     traced: bool = False,
 ) -> None:
     """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
 
     `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
-    the folder for what the daemons of the one under way have said. `traced`: with a time line of each
+    the folder for what the daemons of the one under way have said. `delay_ms`, `gateway_delay_ms`: instead of
+    the scenario's. `traced`: with a time line of each
     handover.
     """
     lab: Lab | None = None
@@ -42,17 +44,20 @@ def run_here(
             def tell(words: str, name: str = scenario.name, started: float = started) -> None:
                 say(f"[{name} {time.monotonic() - started:5.1f} s] {words}")
 
-            wanted = scenario.delay_ms if delay_ms is None else delay_ms
+            wanted = (
+                scenario.delay_ms if delay_ms is None else delay_ms,
+                scenario.gateway_delay_ms if gateway_delay_ms is None else gateway_delay_ms,
+            )
             tunnel = replace(scenario.tunnel, libipsec=libipsec)
             if libipsec and scenario.kernel_only:
                 done(ScenarioReport.skipped(scenario, "needs kernel ESP"))
                 continue
-            if lab is not None and lab.net.delay_ms != wanted:
+            if lab is not None and (lab.net.delay_ms, lab.net.gateway_delay_ms) != wanted:
                 lab.down()
                 lab = None
             tell("daemons" if lab else "network and daemons")
             try:
-                new = partial(Lab.new, delay_ms=wanted, traced=traced)
+                new = partial(Lab.new, delay_ms=wanted[0], gateway_delay_ms=wanted[1], traced=traced)
                 lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
                 done(ScenarioReport.failed(scenario, str(error)))

@@ -64,6 +64,7 @@ class RunRequest:
     cpus: int = 0
     jobs: int = 1
     delay_ms: float | None = None
+    gateway_delay_ms: float | None = None
     logs: str = ""
     brief: bool = False
     trace: bool = False
@@ -325,6 +326,7 @@ def inside(share: Share, guest: int) -> None:
         done=done,
         logs=(lambda: share.folder / "logs" / request.label(current)) if request.logs else None,
         delay_ms=request.delay_ms,
+        gateway_delay_ms=request.gateway_delay_ms,
         traced=request.trace,
     )
 

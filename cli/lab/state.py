@@ -25,7 +25,10 @@ LONGEST_STATE = 1 << 16
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`delay_ms`, `tunnel`, `agents`, `owner` (a process), and whether to `keep` it. Raises UsageError."""
+    """`delay_ms`, `gateway_delay_ms`, `tunnel`, `agents`, `owner` (a process), and whether to `keep` it.
+
+    Raises UsageError.
+    """
     path = folder / "lab.json"
     try:
         _only_ours(folder.lstat(), folder)
@@ -42,13 +45,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(octets)
         tunnel = _tunnel(state["tunnel"])
-        delay, agents, owner, keep = (state[key] for key in ("delay_ms", "agents", "owner", "keep"))
-        good = isinstance(delay, int | float) and isinstance(owner, int) and 0 <= delay <= 10_000
-        if not (good and isinstance(agents, bool) and isinstance(keep, bool) and owner > 0):
+        delays = {key: state[key] for key in ("delay_ms", "gateway_delay_ms")}
+        agents, owner, keep = (state[key] for key in ("agents", "owner", "keep"))
+        good = all(isinstance(one, int | float) and 0 <= one <= 10_000 for one in delays.values())
+        if not (
+            good
+            and isinstance(owner, int)
+            and isinstance(agents, bool)
+            and isinstance(keep, bool)
+            and owner > 0
+        ):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UsageError(f"{path} is damaged", hint=_REMOVE.format(folder)) from None
-    return {"delay_ms": delay, "tunnel": tunnel, "agents": agents, "owner": owner, "keep": keep}
+    return {**delays, "tunnel": tunnel, "agents": agents, "owner": owner, "keep": keep}
 
 
 _REMOVE = "ip netns shows what is left of it; then rm -r {}"

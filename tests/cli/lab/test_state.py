@@ -25,6 +25,7 @@ from ikectx_cli.lab.state import read_state, write_state
 
 GOOD: dict[str, Any] = {
     "delay_ms": 20.0,
+    "gateway_delay_ms": 1.0,
     "tunnel": asdict(Tunnel()),
     "agents": True,
     "owner": 1,

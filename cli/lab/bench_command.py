@@ -1,0 +1,203 @@
+"""`ikectx lab bench`: what a person may write, and what is run for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ikectx.errors import UsageError
+
+from ..answers import a_number
+from ..toml_table import text_of
+from . import machine as lab_machine
+from . import start as lab_start
+from .boot import tidy
+from .damage import KINDS
+from .fleet import MOST
+from .options import MOST_RUNS, clock_option, esp_option, guest_option, say, write
+
+MOST_OCTETS = 64 << 20
+"""Of a file for --from; those of this project have some 100 KiB."""
+
+
+@click.command(short_help="Run scenarios several times; print medians.")
+@click.option(
+    "--runs", type=click.IntRange(1, MOST_RUNS), default=5, show_default=True, help="Runs of each scenario."
+)
+@guest_option
+@clock_option
+@esp_option
+@click.option(
+    "--drain",
+    type=click.IntRange(1, MOST),
+    metavar="N",
+    help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
+)
+@click.option(
+    "--attack",
+    type=click.Choice(tuple(KINDS)),
+    help="No scenarios: attack the gateways, and measure what that does to them and to a mobile node.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0.1, 1_000_000),
+    callback=a_number,
+    help="Of --attack: datagrams, connections or messages a second.  [default: as the attack has it]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(5, 86_400),
+    callback=a_number,
+    help="Of --attack: for how long.  [default: 60]",
+)
+@click.option(
+    "--from",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Run nothing: take what --json printed before; several files are put together.",
+)
+@click.option(
+    "--page",
+    "target",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the page there, in Markdown, and a picture beside it, in SVG.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.argument("names", nargs=-1, metavar="[SCENARIO...]")
+def bench(
+    runs: int,
+    guest: str,
+    clock: str,
+    esp: str,
+    drain: int | None,
+    attack: str | None,
+    rate: float | None,
+    seconds: float | None,
+    files: tuple[Path, ...],
+    target: Path | None,
+    as_json: bool,
+    names: tuple[str, ...],
+) -> None:
+    """Run the handover scenarios several times, a drain, or an attack; print medians, ratios and losses."""
+    from . import bench as lab_bench
+    from . import page as lab_page
+
+    _bench_options(
+        files=files, names=names, drain=drain, attack=attack, clock=clock, of_attack=(rate, seconds)
+    )
+    if target is not None and not (target.name and os.path.isdir(target.absolute().parent)):
+        raise UsageError(f"--page {target}: there is no such folder")
+    picture = target.with_suffix(".svg") if target is not None else None
+    ok, found = True, dict[str, Any]()
+    options = [f"--guest {guest}"] if guest != "auto" else []
+    options += [
+        *(["--time virtual"] if clock == "virtual" else []),
+        *(["--esp libipsec"] if esp != "kernel" else []),
+    ]
+    if files:
+        summary = _saved(files, target)
+    elif drain:
+        command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
+        found |= {"command": command, **_emptied(drain, guest, clock, esp)}
+        summary = lab_bench.drained(found)
+    elif attack:
+        _attacked(attack, rate, seconds, guest, esp, options, as_json=as_json)
+        return
+    else:
+        default = lab_bench.NATIVE if esp == "libipsec" else lab_bench.SCENARIOS
+        wanted = tuple(name for name in names or default for _ in range(runs))
+        request = lab_start.RunRequest(wanted, esp=esp, guest=guest, clock=clock)
+        with tidy():
+            reports = lab_start.run(request, say)
+        words = ["ikectx lab bench", f"--runs {runs}", *options, *names]
+        summary = lab_bench.summarise(reports, lab_machine.host(), " ".join(words))
+        ok = all(report["ok"] for report in reports)
+    told = found if drain else summary
+    click.echo(json.dumps(told, indent=2) if as_json else lab_page.page(summary), nl=as_json)
+    if target is not None and picture is not None:
+        write(picture, lab_page.picture(summary))
+        write(target, lab_page.page(summary, picture.name))
+    if not ok:
+        click.get_current_context().exit(1)
+
+
+def _bench_options(
+    *,
+    files: Sequence[Path],
+    names: Sequence[str],
+    drain: int | None,
+    attack: str | None,
+    clock: str,
+    of_attack: Sequence[float | None],
+) -> None:
+    """Errors: UsageError for options of `bench` that do not go together."""
+    if files and (names or drain or attack):
+        without = "it goes without scenarios, --drain and --attack"
+        raise UsageError(f"--from takes what has run already: {without}")
+    if drain and (names or attack):
+        raise UsageError("--drain has SAs of its own: it goes without scenarios and without --attack")
+    if attack and names:
+        raise UsageError("--attack has moves of its own: it goes without scenarios")
+    if attack and clock == "virtual":
+        raise UsageError(
+            "--attack needs --time real", hint="no flood costs anything while the clock stands still"
+        )
+    if not attack and any(one is not None for one in of_attack):
+        raise UsageError("--rate and --seconds are of --attack")
+
+
+def _attacked(
+    kind: str,
+    rate: float | None,
+    seconds: float | None,
+    guest: str,
+    esp: str,
+    options: Sequence[str],
+    *,
+    as_json: bool,
+) -> None:
+    """Runs an attack and prints its report. Raises IkectxError."""
+    from . import attack as lab_attack
+    from . import damage as lab_damage
+
+    rate, seconds = rate or KINDS[kind].rate, seconds or 60.0
+    words = [*options, f"--attack {kind}", f"--rate {rate:g}", f"--seconds {seconds:g}"]
+    with tidy():
+        found = lab_attack.run(kind, rate, seconds, guest, libipsec=esp == "libipsec", say=say)
+    told = {"command": " ".join(["ikectx lab bench", *words]), **found}
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    else:
+        lab_start.print_all(lab_damage.tables(told))
+
+
+def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+    """What a drain took. Raises IkectxError."""
+    from . import emptying as lab_emptying
+
+    with tidy():
+        return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=say)
+
+
+def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
+    """One summary of the files'. Errors: UsageError."""
+    from . import bench as lab_bench
+
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        try:
+            found[str(file)] = lab_bench.read(text_of(file, MOST_OCTETS), str(file))
+        except OSError as error:
+            raise UsageError(f"{file}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file}: not UTF-8 at octet {error.start}") from None
+    words = [f"--from {file}" for file in found] + ([] if target is None else [f"--page {target}"])
+    return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))

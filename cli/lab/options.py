@@ -1,0 +1,66 @@
+"""What several commands of `ikectx lab` have in common: options, and how they say and write something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ikectx.errors import UsageError
+
+from . import guest as lab_guest
+
+MOST_RUNS = 10_000
+"""Runs of one scenario."""
+
+guest_option = click.option(
+    "--guest",
+    type=click.Choice(["auto", *lab_guest.WAYS]),
+    default="auto",
+    show_default=True,
+    help="The kernel: this machine's (host), User-Mode Linux, or QEMU; auto: the first of them with ESP.",
+)
+clock_option = click.option(
+    "--time",
+    "clock",
+    type=click.Choice(lab_guest.CLOCKS),
+    default="real",
+    show_default=True,
+    help="virtual: time stands still while a program runs and jumps while all wait (UML, one CPU).",
+)
+root_option = click.option(
+    "--root",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True, resolve_path=True),
+    default="/",
+    help="Run on the installation in this folder (UML); nothing is written there.",
+)
+cpus_option = click.option(
+    "--cpus", type=click.IntRange(1, 8), help="CPUs of the guest.  [default: 1, with KVM up to 4]"
+)
+
+esp_option = click.option(
+    "--esp",
+    type=click.Choice(["kernel", "libipsec"]),
+    default="kernel",
+    show_default=True,
+    help="Where ESP is done: the guest's kernel, or charon (then auto is this machine).",
+)
+
+
+def milliseconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """A delay. Errors: click.BadParameter, also for nan."""
+    if value is not None and not 0 <= value <= 10_000:
+        raise click.BadParameter(f"{value:g} is not from 0 to 10000 ms", ctx, param)
+    return value
+
+
+def write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+
+
+def say(line: str) -> None:
+    click.echo(line, err=True)
