@@ -40,6 +40,30 @@ cache() { # the folder for what is made once for all checkouts of this user
     echo "${XDG_CACHE_HOME:-$HOME/.cache}/ikectx"
 }
 
+unpack() { # unpack PACKAGE...: those, and what they need and this machine lacks, into a folder, not installed
+    # for packages that conflict with others here; the lab finds the folder (`cli/lab/daemons.py`)
+    local folder wanted stamp status=0
+    folder=$(cache)/unpacked
+    stamp="$* of $(. /etc/os-release && echo "${VERSION_CODENAME:-}")"
+    [ "$(cat "$folder/stamp" 2> /dev/null)" != "$stamp" ] || return 0
+    command -v apt-get > /dev/null || die "no apt-get here: $*"
+    say "unpacking $*"
+    mkdir -p build
+    [ $updated = yes ] || apt-get -q -o DPkg::Lock::Timeout=600 update > build/apt.log 2>&1 || say "apt-get update failed, trying without"
+    updated=yes
+    # new ones only: what is here in an older version fits
+    mapfile -t wanted < <(apt-get -s --no-install-recommends install "$@" | awk '$1 == "Inst" && $3 !~ /^\[/ { print $2 }')
+    rm -rf "$folder.new"
+    mkdir -p "$folder.new/debs"
+    (cd "$folder.new/debs" && apt-get -q -o APT::Sandbox::User=root download "${wanted[@]}") >> build/apt.log 2>&1 || status=$?
+    [ $status = 0 ] || { tail -20 build/apt.log >&2; die "apt-get could not fetch ${wanted[*]}, see build/apt.log"; }
+    find "$folder.new/debs" -name '*.deb' -exec dpkg -x {} "$folder.new" \;
+    rm -r "$folder.new/debs"
+    echo "$stamp" > "$folder.new/stamp"
+    rm -rf "$folder"
+    mv "$folder.new" "$folder"
+}
+
 mirror() { # the Debian archive that this machine's apt uses; fails where there is none
     local suite
     suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")

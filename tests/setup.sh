@@ -27,8 +27,10 @@ PACKAGES=(
     iproute2 iputils-ping nftables kmod tcpdump
 )
 # tshark checks the Wireshark dissector in examples/, bird2 runs the configuration in examples/bird in the lab,
-# netbase names protocols and ports, and charon shows these names where it finds them.
-TEST_PACKAGES=(tshark bird2 netbase)
+# netbase names protocols and ports, and charon shows these names where it finds them. iperf3 is TCP traffic.
+TEST_PACKAGES=(tshark bird2 netbase iperf3)
+# Other IKE daemons, as mobile nodes of the lab. They are not installed: libreswan and strongSwan conflict.
+PEERS=(libreswan openiked)
 # Make the new machines of tests/roots.sh.
 ROOT_PACKAGES=(debootstrap debian-archive-keyring)
 # For a kernel without ESP where no User-Mode Linux is to be had: Debian's own kernel in a virtual machine.
@@ -83,7 +85,10 @@ make_venv() {
 }
 
 install "${PACKAGES[@]}"
-[ $extra = lab ] || install "${TEST_PACKAGES[@]}"
+if [ $extra = dev ]; then
+    install "${TEST_PACKAGES[@]}"
+    unpack "${PEERS[@]}"
+fi
 if [ $guests = yes ]; then
     if [ $extra = dev ]; then
         install "${ROOT_PACKAGES[@]}"

@@ -50,6 +50,7 @@ class Tunnel:
     other about IKE messages for SAs they do not know. `second`: there is another mobile node, mn2, with a
     connection of its own, whose charon hears of SAs by the HA plugin, too. `nat`: the mobile nodes share one
     address. `transfer`: further settings of [transfer] in the gateways' ikectx.toml.
+    `daemon`: the IKE daemon of mn, charon or one of `daemons.KINDS`.
     `inside`: how the inner network finds a mobile node that has moved. static: not at all, everything for its
     inner address goes on to psg. announce: the gateways' updown scripts tell the server. bird: the updown
     script of examples/bird has BIRD announce a host route by BGP. `forward_via`: whether the gateways know
@@ -68,6 +69,7 @@ class Tunnel:
     mode: str = "tunnel"
     children: int = 1
     libipsec: bool = False
+    daemon: str = "charon"
     mobile: bool = False
     by_packet: bool = False
     second: bool = False
@@ -87,7 +89,17 @@ class Tunnel:
     @property
     def charons(self) -> tuple[str, ...]:
         """The hosts with a charon."""
+        return tuple(host for host in self.hosts if host not in self.others)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts with an IKE daemon."""
         return (*self.mobiles, *GATEWAYS)
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """The hosts with another IKE daemon than charon, and its kind."""
+        return {} if self.daemon == "charon" else {"mn": self.daemon}
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -104,7 +116,17 @@ class Tunnel:
 
     def same_daemons(self, other: Tunnel) -> bool:
         """Whether daemons that run with this one's files can go on with the other's, reloaded."""
-        names = ("libipsec", "shared", "mobile", "by_packet", "second", "forward_via", "rogue", "transfer")
+        names = (
+            "daemon",
+            "libipsec",
+            "shared",
+            "mobile",
+            "by_packet",
+            "second",
+            "forward_via",
+            "rogue",
+            "transfer",
+        )
         return all(getattr(self, name) == getattr(other, name) for name in names) and (
             self.plain == other.plain
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import re
 import secrets
@@ -12,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,17 @@ from vici_bridge.vici.client import CharonVici, ControlClient, json_of
 
 from . import announce as lab_announce
 from . import bird as lab_bird
+from . import daemons as lab_daemons
 from . import drain as lab_drain
 from . import inject as lab_inject
 from .boot import virtual_time
 from .config import Tunnel, write_all
+from .daemons import as_its_own_machine, charon_of
 from .net import GATEWAYS, HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
 from .state import read_state, states, write_state
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
-CHARON = "/usr/sbin/charon-systemd"
-"""The installed charon; IKECTX_LAB_CHARON names another, IKECTX_LAB_CHARON_NSG one for that host only."""
-
 DETOUR = f"table local proto {detour.PROTOCOL}"
 """How `ip route` finds what an agent keeps of routes by way of another gateway."""
 
@@ -128,7 +126,7 @@ class Lab:
         self.stop_daemons()
         self._save(tunnel, agents)
         self._write(tunnel, overrides or {})
-        self._start(tunnel.charons)
+        self._start(tunnel.hosts)
 
     @property
     def agent_hosts(self) -> tuple[str, ...]:
@@ -142,9 +140,9 @@ class Lab:
         for host in agents:
             self.wait_agent(host)
         for host in hosts:
-            self.start_charon(host, wait=False)
+            self.start_daemon(host, wait=False)
         for host in hosts:
-            self.wait_charon(host)
+            self.wait_daemon(host)
 
     def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
         """Gives running charons another configuration. SAs stay where no daemon of the host starts anew.
@@ -178,6 +176,8 @@ class Lab:
 
     def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
         write_all(self.work, tunnel, overrides)
+        for host, kind in tunnel.others.items():
+            lab_daemons.write(kind, self.work / host, tunnel)
         extras = tunnel.nat, tunnel.family if tunnel.by_packet else None
         if extras != self._extras:
             self.net.translate(on=extras[0])
@@ -224,6 +224,8 @@ class Lab:
         Returns what stays, or what is not there to begin with; nothing where it is done.
         """
         charons = self.tunnel.charons
+        if self.tunnel.others:
+            return "not every host has charon"
         wanted = {(host, "charon") for host in charons} | {(host, "agent") for host in self.agent_hosts}
         for host, name in sorted(wanted):
             if (host, name) not in self.started or self.started[host, name].poll() is not None:
@@ -303,12 +305,30 @@ class Lab:
         """Starts a host's agent; before charon, since whoever holds its HA address receives keys."""
         words = ["mobile", "serve"] if host in MOBILES else ["serve"]
         words = [str(self.work / "bin" / "ikectx"), *words, "--config", str(agent_file(self.work, host))]
-        self.spawn(host, "agent", [*_as_its_own_machine(host), *words])
+        self.spawn(host, "agent", [*as_its_own_machine(host), *words])
         if wait:
             self.wait_agent(host)
 
     def wait_agent(self, host: str) -> None:
         self._wait_file(host, "agent", self.work / host / "ikectx.vici")
+
+    def start_daemon(self, host: str, *, wait: bool = True) -> None:
+        """Starts the IKE daemon of a host."""
+        if host in self.tunnel.others:
+            words = lab_daemons.words(self.tunnel.others[host], self.work / host)
+            self.spawn(host, self.tunnel.others[host], [*as_its_own_machine(host), *words])
+        else:
+            self.start_charon(host, wait=False)
+        if wait:
+            self.wait_daemon(host)
+
+    def wait_daemon(self, host: str) -> None:
+        """Waits until the IKE daemon of a host can be told something. Raises CharonError."""
+        if host in self.tunnel.others:
+            kind = self.tunnel.others[host]
+            self._wait_file(host, kind, lab_daemons.KINDS[kind].socket(self.work / host))
+        else:
+            self.wait_charon(host)
 
     def start_charon(self, host: str, *, wait: bool = True) -> None:
         """Starts a charon with a private /run, for the fixed path of the HA plugin's FIFO, and loads it."""
@@ -321,7 +341,7 @@ class Lab:
             shutil.copy2(source, binary)
         (self.work / host / "charon.vici").unlink(missing_ok=True)
         words = [
-            *_as_its_own_machine(host),
+            *as_its_own_machine(host),
             "unshare",
             "-m",
             "sh",
@@ -375,7 +395,8 @@ class Lab:
 
     def stop_daemons(self, hosts: Collection[str] = HOSTS) -> None:
         """Ends charons and agents and clears what they left in the kernel."""
-        pairs = [pair for pair in self.started if pair[1] in ("charon", "agent") and pair[0] in hosts]
+        kinds = ("charon", "agent", *lab_daemons.KINDS)
+        pairs = [pair for pair in self.started if pair[1] in kinds and pair[0] in hosts]
         for pair in pairs:
             self.started[pair].terminate()
         for pair in pairs:
@@ -463,6 +484,9 @@ class Lab:
     def connect(self, gateway: str = "psg", mobile: str = "mn") -> None:
         """Brings the tunnel up to a gateway, from the side the tunnel names. Raises CharonError."""
         host, peer = (mobile, gateway) if self.tunnel.initiator == "mn" else (gateway, mobile)
+        if host in self.tunnel.others:
+            self.tell(host, lab_daemons.KINDS[self.tunnel.others[host]].up(self.work / host, gateway))
+            return
         for number in range(1, self.tunnel.children + 1):
             child = "net" if number == 1 else f"net{number}"
             try:
@@ -479,14 +503,17 @@ class Lab:
         return self._vici[host]
 
     def list_sas(self, host: str) -> list[dict[str, Any]]:
-        """charon's IKE_SAs; each has `child-sas`, empty or not."""
+        """charon's IKE_SAs; each has `child-sas`, empty or not. Another daemon's: see `daemons.listed`."""
+        if host in self.tunnel.others:
+            states = self.command(host, ["ip", "xfrm", "state", "list", "nokeys"]).stdout
+            return lab_daemons.listed(self.tunnel.others[host], states)
         return [{"child-sas": {}, **sa} for sa in self.vici(host).list_sas()]
 
     def strongswan(self) -> str:
         """The version of the running charons; by host where they differ. Raises CharonError."""
         found = {host: str(self.vici(host).version().get("version", "")) for host in self.tunnel.charons}
         if len(set(found.values())) == 1:
-            return found["mn"]
+            return next(iter(found.values()))
         return ", ".join(f"{host} {version}" for host, version in found.items())
 
     def initiate(self, host: str, peer: str, child: str) -> None:
@@ -494,6 +521,14 @@ class Lab:
         self.vici(host).request(
             "initiate", {"ike": peer, "child": child, "timeout": "60000", "loglevel": "-1"}
         )
+
+    def tell(self, host: str, commands: Iterable[Sequence[str]]) -> None:
+        """Runs commands that tell a daemon what to do. Raises CharonError for the first that fails."""
+        for argv in commands:
+            done = self.command(host, argv)
+            if done.returncode != 0:
+                said = (done.stdout + done.stderr).strip()[-400:]
+                raise CharonError(f"{host}: {argv[-1]}: exit {done.returncode}: {said}")
 
     def inject(self, host: str, text: str) -> None:
         """Gives the charon of a host messages of its HA plugin: see `lab_inject`. Raises KernelError."""
@@ -519,7 +554,7 @@ class Lab:
 
 def save_logs(lab: Lab, folder: Path) -> None:
     """Copies logs, configurations and measurements; neither keys nor the agents' stores."""
-    for host in (*lab.tunnel.charons, "srv"):
+    for host in (*lab.tunnel.hosts, "srv"):
         target = folder / host
         target.mkdir(parents=True, exist_ok=True)
         for path in (lab.work / host).glob("*"):
@@ -527,34 +562,9 @@ def save_logs(lab: Lab, folder: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def _as_its_own_machine(host: str) -> list[str]:
-    """A mobile node stands for a machine of its own: on CPUs shared with the gateways its daemons go before
-    them, or it would be their work that stretches the change of its policies under traffic."""
-    return ["chrt", "-r", "1"] if host in MOBILES and realtime_works() else []
-
-
 def agent_file(work: Path, host: str) -> Path:
     """What the agent of that host reads."""
     return work / host / ("mobile.toml" if host in MOBILES else "ikectx.toml")
-
-
-def charon_of(host: str) -> str:
-    """The charon that host runs: $IKECTX_LAB_CHARON_HOST (MN, PSG, ...), $IKECTX_LAB_CHARON, or `CHARON`."""
-    own = os.environ.get(f"IKECTX_LAB_CHARON_{host.upper()}")
-    return own or os.environ.get("IKECTX_LAB_CHARON") or CHARON
-
-
-@functools.cache
-def realtime_works() -> bool:
-    """Whether real-time priorities are wanted, and this machine lets root use them; a container may not.
-
-    In virtual time nobody waits for a CPU.
-    """
-    return (
-        not virtual_time()
-        and shutil.which("chrt") is not None
-        and run(["chrt", "-r", "1", "true"], check=False).returncode == 0
-    )
 
 
 def names(*, kept: bool = False) -> list[str]:

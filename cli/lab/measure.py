@@ -248,6 +248,7 @@ class Snapshot:
 def snapshot(lab: Lab, host: str, salt: bytes, mobile: str = "mn") -> Snapshot:
     """A host's SAs: IKE from its charon, ESP from its kernel (with libipsec from charon, without keys).
 
+    Another daemon than charon tells nobody the SPIs of its IKE_SA.
     Where two mobile nodes take part, only those of the one are looked at.
     """
     sas = lab.list_sas(host)
@@ -255,7 +256,9 @@ def snapshot(lab: Lab, host: str, salt: bytes, mobile: str = "mn") -> Snapshot:
         sas = [sa for sa in sas if sa["name"] == mobile]
     # just after a rekey the old IKE_SA is still listed
     ike = frozenset(
-        (str(sa["initiator-spi"]), str(sa["responder-spi"])) for sa in sas if sa["state"] == "ESTABLISHED"
+        (str(sa["initiator-spi"]), str(sa["responder-spi"]))
+        for sa in sas
+        if sa["state"] == "ESTABLISHED" and host not in lab.tunnel.others
     )
     children = [child for sa in sas for child in sa["child-sas"].values()]
     spis = frozenset(str(child[name]) for child in children for name in ("spi-in", "spi-out"))
@@ -272,11 +275,11 @@ def drop_counters(lab: Lab) -> dict[str, dict[str, int]]:
 
     Read through the process of the host's charon: programs take long to start on an emulated CPU.
     """
-    return {host: parse_counters(_net_files(lab, host)) for host in lab.tunnel.charons}
+    return {host: parse_counters(_net_files(lab, host)) for host in lab.tunnel.hosts}
 
 
 def _net_files(lab: Lab, host: str) -> str:
-    process = lab.started.get((host, "charon"))
+    process = lab.started.get((host, lab.tunnel.others.get(host, "charon")))
     if process is None:
         return ""
     paths = [Path(f"/proc/{process.pid}/net/{name}") for name in ("xfrm_stat", "snmp", "snmp6")]

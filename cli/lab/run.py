@@ -16,6 +16,8 @@ from vici_bridge.vici.client import ControlClient, json_of
 
 from .boot import virtual_time
 from .config import outer
+from .daemons import KINDS as DAEMONS
+from .daemons import Daemon
 from .hosts import Lab
 from .measure import Reports, Snapshot, Traffic, air, dark, snapshot
 from .net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
@@ -57,6 +59,7 @@ class ScenarioRunner:
         self._say = say
         self._salt = os.urandom(16)
         self._serves: dict[str, str] = {}
+        self._connected = "psg"
         self._watch: TrafficWatch | None = None
         self._used: Used = {}
         self._clear: Clear | None = None
@@ -158,10 +161,16 @@ class ScenarioRunner:
 
     def _do_connect(self, gateway: str = "psg", mobile: str = "mn") -> None:
         self._lab.connect(gateway, mobile)
+        self._connected = gateway
         self._serves[mobile] = gateway
         if self._clear is None:
             self._clear = Clear(self._lab)
             self._clear.start()
+
+    def _other(self, host: str) -> Daemon | None:
+        """The host's daemon if that is no charon."""
+        kind = self._lab.tunnel.others.get(host)
+        return None if kind is None else DAEMONS[kind]
 
     def _sas(self, host: str, mobile: str) -> list[dict[str, Any]]:
         """The IKE_SAs of one mobile node: a gateway has a connection of its name for it."""
@@ -171,7 +180,9 @@ class ScenarioRunner:
     def _do_terminate(self, host: str = "mn", mobile: str = "") -> None:
         host = self._host(host)
         mobile = mobile or (host if host in MOBILES else "mn")
-        for sa in self._sas(host, mobile):
+        if (daemon := self._other(host)) is not None:
+            self._lab.tell(host, daemon.down(self._lab.work / host, self._connected))
+        for sa in [] if daemon else self._sas(host, mobile):
             # one that was rekeyed is listed for a while, and may have gone; what counts is that none is left
             with contextlib.suppress(CharonError):
                 self._lab.vici(host).terminate(ike_id=int(sa["uniqueid"]), timeout_ms=20000)
@@ -369,7 +380,11 @@ class ScenarioRunner:
             self.report.add_proof(same, None)
             return
         expected = 2 * self._lab.tunnel.children
-        alive = len(after.esp) >= expected and len(there.esp) >= expected and after.ike == there.ike
+        alive = len(after.esp) >= expected and len(there.esp) >= expected
+        if self._lab.tunnel.others:  # it tells nobody the SPIs of its IKE_SA
+            alive = alive and (there.ike == gateway.ike or not kept)
+        else:
+            alive = alive and after.ike == there.ike
         if not kept:
             told = {key for _spi, key in mobile.keys}
             same = {key for _spi, key in after.keys | there.keys} <= told
@@ -394,9 +409,12 @@ class ScenarioRunner:
 
     def _do_rekey(self, host: str, what: str, mobile: str = "mn") -> None:
         host = self._host(host)
-        ends = (mobile, self._serves[mobile])
+        both = (mobile, self._serves[mobile])
+        ends = [end for end in both if what == "child" or self._other(end) is None]
         before = {end: self._names(end, what, mobile) for end in ends}
-        for sa in self._sas(host, mobile):
+        if (daemon := self._other(host)) is not None:
+            self._lab.tell(host, daemon.rekey(self._lab.work / host, self._connected, what))
+        for sa in [] if daemon else self._sas(host, mobile):
             if what == "ike":
                 self._lab.vici(host).rekey(ike_id=int(sa["uniqueid"]))
                 continue

@@ -51,6 +51,7 @@ from typing import Any
 from ikectx.errors import ConfigError, UsageError
 
 from .config import Tunnel
+from .daemons import KINDS as DAEMONS
 from .net import GATEWAYS, HOSTS, LINKS, MOBILES
 from .twin import KINDS
 
@@ -319,6 +320,13 @@ def _fit(source: Path, steps: Iterable[Step], tunnel: Tunnel) -> None:
     for step in steps:
         if isinstance(step, tuple) and step[0] == "handover" and not tunnel.mobile:
             raise ConfigError(f"{source}: steps: handover needs mobile = true in [tunnel]")
+        if (
+            isinstance(step, tuple)
+            and step[0] in ("charon", "roam")
+            and step[1:2] == ("mn",)
+            and tunnel.others
+        ):
+            raise ConfigError(f"{source}: steps: mn has no charon, but {tunnel.daemon}")
         if isinstance(step, tuple) and step[0] == "twin":
             needs = {"second": True, "nat": step[1] in ("outbound", "all")}
             for key in (key for key, needed in needs.items() if needed and not getattr(tunnel, key)):
@@ -339,6 +347,7 @@ def _tunnel(source: Path, keys: Mapping[str, Any]) -> Tunnel:
         "initiator": ("mn", "gateway"),
         "mode": ("tunnel", "transport"),
         "inside": ("static", "announce", "bird"),
+        "daemon": ("charon", *DAEMONS),
     }
     for key, values in {**allowed, "auth": ("psk", "cert", "eap")}.items():
         if keys.get(key, values[0]) not in values:

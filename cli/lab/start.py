@@ -35,6 +35,7 @@ from . import (
     scenario as lab_scenario,
 )
 from .boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
+from .daemons import UNPACKED, unpacked
 from .report import ScenarioReport
 from .series import run_here
 from .usage import clock_stands_still
@@ -164,6 +165,8 @@ def _job(request: RunRequest, argv: Sequence[str] = (), share: Share | None = No
     root = Path(request.root)
     environment = {name: value for name, value in os.environ.items() if name.startswith("IKECTX_LAB_")}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    if root == Path("/"):
+        environment[UNPACKED] = str(unpacked())
     if share is not None and root != Path("/"):
         environment["PYTHONPATH"] = str(share.folder / "packages")
     return Job(

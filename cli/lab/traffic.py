@@ -20,7 +20,8 @@ from ikectx.errors import CharonError, IkectxError
 from . import capture as lab_capture
 from . import clear as lab_clear
 from . import probe as lab_probe
-from .hosts import Lab, realtime_works
+from .daemons import realtime_works
+from .hosts import Lab
 from .measure import INTERVAL_MS, Traffic, direction, drop_counters, moved
 from .net import AWAY, GATEWAYS, INNER, LAN_MAC, OUTER
 

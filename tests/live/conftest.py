@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx_cli.lab.hosts import Lab, charon_of
+from ikectx_cli.lab.daemons import charon_of
+from ikectx_cli.lab.hosts import Lab
 from ikectx_cli.lab.net import CHARONS
 
 from .world import World
