@@ -342,6 +342,8 @@ class Socket:
             self.charon.step()
             self.charon.hear(HaMessage.parse(datagram))
 
+    def hear(self) -> None: ...
+
     def listening(self) -> bool:
         return True
 

@@ -365,6 +365,8 @@ class Socket:
             if self.charon.kernel is not None:
                 self.charon.kernel.send()
 
+    def hear(self) -> None: ...
+
     def listening(self) -> bool:
         return not self.charon.gone
 

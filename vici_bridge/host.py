@@ -256,14 +256,15 @@ class CharonHost:
     async def _reconcile(self) -> None:
         """After charon came (back): forget SAs that it no longer has."""
         await self._ask_version()
-        await self.settle()
+        self._ha.hear()
         mark = self.record.mark()
         views = await self.views()
         gone = self.record.retain({view.spis for view in views}, mark)
         for change in gone:
             self._spoke.pop(change.sa, None)
         self.save()
-        await self.settle()  # SAs that came up just now have been reported by now
+        await asyncio.sleep(0.001)
+        self._ha.hear()  # SAs that came up just now have been reported by now
         listed = {view.spis for view in views}
         self.doubts.keep(listed)
         for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
@@ -289,20 +290,14 @@ class CharonHost:
         row = self.coming.get(sa)
         return sa in self.expected or (row is not None and row.facts.stage in ("installing", "active"))
 
-    async def settle(self) -> None:
-        """Wait until HA datagrams that charon sent before its last VICI answer have been read."""
-        for _ in range(3):
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.001)
-
     @trace.spanned("catch up with charon")
     async def catch_up(self, sa: SaName) -> None:
-        """As `settle`, and add message IDs to the record that charon used and did not report to any agent.
+        """Read what charon has reported, and add message IDs to the record that it reported to no agent.
 
-        If that cannot be known, charon's HA messages are the only source. Errors: UnknownSaError if some of
+        If those cannot be known, charon's HA messages are the only source. Errors: UnknownSaError if some of
         them may be missing.
         """
-        await self.settle()
+        self._ha.hear()
         if sa not in self.record:
             return
         self.doubts.check(sa)

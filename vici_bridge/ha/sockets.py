@@ -33,6 +33,7 @@ _BUFFER = 4 * 1024 * 1024
 _QUEUE_LIMIT = 64 * 1024
 """Octets waiting at charon above which the sender pauses: a third of its default buffer."""
 _BATCH = 16
+_LONGEST = 65535
 
 
 UNCONFIRMED = 4 * 1024 * 1024
@@ -116,6 +117,19 @@ class HaSocket(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: tuple[str | object, int]) -> None:
         self._receive(data)
         self._look_for_losses()
+
+    def hear(self) -> None:
+        """Read the messages that are waiting now.
+
+        charon sends before it goes on, and the loopback interface delivers at once (strongSwan 5.9.8, 6.0.6).
+        So what charon had to tell before it answered over VICI is here, and nothing has to be waited for.
+        """
+        while self._sock is not None and self._transport is not None:
+            try:
+                data = self._sock.recv(_LONGEST)
+            except OSError:  # nothing to read any more; ECONNREFUSED: charon is not there (yet)
+                return
+            self.datagram_received(data, ("", 0))
 
     def _look_for_losses(self) -> None:
         """Log losses. Called only when there is something to read, because losses can only happen then."""

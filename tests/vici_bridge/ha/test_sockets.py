@@ -46,6 +46,28 @@ def test_messages_that_found_the_buffer_full_are_counted_once(
     assert heard[-1] == b"one more"
 
 
+def test_what_charon_has_sent_is_read_without_waiting() -> None:
+    heard: list[bytes] = []
+
+    async def scenario() -> None:
+        charon = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        charon.bind(("127.0.0.1", 0))
+        agent = HaSocket("127.0.0.2", "127.0.0.1", heard.append, charon.getsockname()[1])
+        agent.hear()  # before it is open, and
+        await agent.open()
+        agent.hear()  # while nothing has come
+        charon.connect(("127.0.0.2", charon.getsockname()[1]))
+        charon.send(b"one")
+        charon.send(b"two")
+        agent.hear()
+        assert heard == [b"one", b"two"]
+        agent.close()
+        agent.hear()
+        charon.close()
+
+    asyncio.run(scenario())
+
+
 def test_charon_is_found_without_a_free_descriptor() -> None:
     async def scenario() -> None:
         charon = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
