@@ -28,6 +28,8 @@ from .hosts import Lab
 from .net import GATEWAYS
 
 INTERVAL_MS = 5.0
+LATE_MS = 10.0
+"""A packet that took so much longer than the fastest is late: a detour takes less, a queue more."""
 ON_ITS_WAY = lab_probe.DRAIN / 2
 """Seconds that a datagram of the probe may take. Each end stops sending `DRAIN` before it stops listening, so
 that everything counts where both stop at the same time."""
@@ -40,7 +42,7 @@ class Direction:
     `refused` counts, by errno name, what the sender's kernel did not take; `in_flight` went out and never
     came. `longest_gap_ms` is the longest time between two arrivals that a punctual sender would have caused:
     the measured gap, less what the sender itself was late. `transit_ms`: the shortest time that one was under
-    way. `lost_at`: numbers and sending times (ns).
+    way; `late`: how many took `LATE_MS` more. `lost_at`: numbers and sending times (ns).
     """
 
     sent: int
@@ -51,6 +53,7 @@ class Direction:
     recovered: bool
     lost_at: Sequence[tuple[int, int]] = ()
     transit_ms: float = 0.0
+    late: int = 0
 
     @property
     def lost(self) -> int:
@@ -88,7 +91,8 @@ def direction(
     # the last tenth of a second may still be under way when the receiver stops
     recovered = bool(arrivals) and max(arrivals) >= tail - 100 / interval_ms
     flying = len(lost_at) - sum(refused.values())
-    shortest = min((arrivals[number] - sends[number][0] for number in in_order), default=0)
+    ways = [arrivals[number] - sends[number][0] for number in in_order]
+    shortest = min(ways, default=0)
     return Direction(
         len(sends),
         dict(sorted(refused.items())),
@@ -98,6 +102,7 @@ def direction(
         recovered,
         lost_at,
         shortest / 1e6,
+        sum(way > shortest + LATE_MS * 1e6 for way in ways),
     )
 
 
@@ -133,8 +138,11 @@ class Traffic:
         """The shortest way through the tunnel in one direction and in the other, together."""
         return round(self.up.transit_ms + self.down.transit_ms, 1)
 
-    def as_json(self, since_ns: int = 0) -> dict[str, Any]:
-        """The JSON of a report. With `since_ns`, each loss has its time in ms after that moment."""
+    def as_json(self, since_ns: int = 0, link_ns: int = 0) -> dict[str, Any]:
+        """The JSON of a report. With `since_ns`, each loss has its time in ms after that moment.
+
+        `link_ns`: when the mobile node had its new link: losses of what was sent after that are counted.
+        """
         both = {"up": self.up, "down": self.down}
         causes: Counter[str] = Counter()
         for name, one in both.items():
@@ -166,8 +174,12 @@ class Traffic:
                 "not_sent": dict(one.refused),
                 "lost_in_flight": one.in_flight,
                 "duplicates": one.duplicates,
+                "late": one.late,
                 "longest_gap_ms": one.longest_gap_ms,
             }
+            if link_ns:
+                after = [stamp for _number, stamp in one.lost_at if stamp >= link_ns]
+                result[name]["lost_after_link"] = len(after)
             if since_ns:
                 shown = one.lost_at[:50]
                 result[name]["lost_at_ms"] = [round((stamp - since_ns) / 1e6, 1) for _number, stamp in shown]

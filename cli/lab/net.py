@@ -277,13 +277,15 @@ class Net:
             lines = [line for line in self._addresses(host) if not line.startswith("link add")]
             run([*self.enter(host), "sh", "-c", script + "\n".join(lines) + "\nE"], check=False)
 
-    def relocate(self, host: str = "mn", *, late_ms: float = 0.0) -> subprocess.Popen[str] | None:
+    def relocate(
+        self, host: str = "mn", *, dark_ms: float = 0.0, late_ms: float = 0.0
+    ) -> subprocess.Popen[str] | None:
         """The mobile node leaves one access network and is in the other. Raises KernelError.
 
         The old addresses go first and together, before charon could look for its gateway by the second one.
-        The link stays: charon's virtual IP is on it. `late_ms`: what the new link has at first is a
-        link-local address, then a ULA, and only after so many milliseconds its IPv4 address; a process that
-        sees to that goes on when this returns.
+        The link stays: charon's virtual IP is on it. `dark_ms`: for so long it has neither. `late_ms`: what
+        the new link has at first is a link-local address, then a ULA, and only after so many milliseconds its
+        IPv4 address; a process that sees to that goes on when this returns.
         """
         shown = run([*self.enter(host), "ip", "-o", "addr", "show", "dev", "eth1", "scope", "global"])
         away = f" {AWAY[4]}/" in shown.stdout
@@ -292,8 +294,13 @@ class Net:
         gone = AWAY if away else OUTER[host]
         # nobody on the new link knows another, as where a mobile node comes for the first time
         run(["ip", "-n", self.namespace("core"), "neigh", "flush", "dev", LINKS[host][0 if away else 1]])
+        leaving = [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
         lines = [f"link set {new} up", f"neigh flush dev {new}"]
-        lines += [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
+        if dark_ms:
+            run([*self.enter(host), "ip", "-batch", "-"], text="\n".join(leaving) + "\n")
+            time.sleep(dark_ms / 1000)
+        else:
+            lines += leaving
         own = {v: _address(v, f"{there[v]}/{PREFIX[v]}", new) for v in (4, 6)}
         ways = {v: f"route replace default via {router[v]} dev {new}" for v in (4, 6)}
         if not late_ms:

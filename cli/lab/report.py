@@ -38,6 +38,8 @@ class ScenarioReport:
     ratio_beyond_dark: float | None = None
     dark_ms: dict[str, float] | None = None
     """How long mn's link is dark when it changes its access network. None: that was not measured."""
+    stays: dict[str, Any] | None = None
+    """The gaps when a stock mn relocates and its gateway stays the same: what its own charon takes."""
     transfers: list[dict[str, Any]] = field(default_factory=list)
     trace: list[dict[str, Any]] = field(default_factory=list)
     """A time line of each handover (`lab_trace.TimeLine.as_json`), where that was asked for."""
@@ -56,8 +58,8 @@ class ScenarioReport:
 
     # -- filling ----------------------------------------------------------------------------
 
-    def add_traffic(self, traffic: Traffic, air: dict[str, Any], since_ns: int) -> None:
-        self.traffic = traffic.as_json(since_ns)
+    def add_traffic(self, traffic: Traffic, air: dict[str, Any], since_ns: int, link_ns: int = 0) -> None:
+        self.traffic = traffic.as_json(since_ns, link_ns)
         self.air = air
 
     def add_cpu(self, used_ms: Mapping[str, float | None]) -> None:
@@ -153,6 +155,8 @@ class ScenarioReport:
             self._split(self.traffic, moved=scenario.relocates)
         for one in self.baseline:
             self._split(one, moved=one["relocated"])
+        if self.stays:
+            self._split(self.stays, moved=True)
         if self.baseline and self.traffic:
             gaps = [one["interruption_ms"] for one in self.baseline]
             self.ratio = _ratio(gaps, self.traffic["longest_gap_ms"])
@@ -204,6 +208,14 @@ class ScenarioReport:
             lost = self.traffic["lost"] - sum(count for cause, count in causes if cause.endswith(" at mn"))
             if lost > scenario.lost:
                 yield f"{lost} packets lost, allowed are {scenario.lost}"
+        if self.traffic and scenario.lost_down is not None:
+            lost = self.traffic["down"]["lost"]
+            if lost > scenario.lost_down:
+                yield f"{lost} packets to mn lost, allowed are {scenario.lost_down}"
+        if self.traffic and scenario.late is not None:
+            late = self.traffic["up"]["late"] + self.traffic["down"]["late"]
+            if late > scenario.late:
+                yield f"{late} packets came late, allowed are {scenario.late}"
         for mobile, one in self.others.items():
             if scenario.other_lost is not None and one["lost"] > scenario.other_lost:
                 yield f"{one['lost']} packets of {mobile} lost, allowed are {scenario.other_lost}"
@@ -246,6 +258,7 @@ class ScenarioReport:
             "skipped": self.skipped_because,
             "others": self.others,
             "mobile": self.mobile,
+            "stays": self.stays,
             "transfers": self.transfers if len(self.transfers) > 1 else [],
             "checks": self.checks,
             "trace": self.trace,

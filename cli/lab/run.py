@@ -20,7 +20,7 @@ from .daemons import KINDS as DAEMONS
 from .daemons import Daemon
 from .hosts import Lab
 from .measure import Reports, Snapshot, Traffic, air, dark, snapshot
-from .net import GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
+from .net import AWAY, GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
 from .qemu import emulated
 from .report import ScenarioReport
 from .scenario import Command, Scenario
@@ -64,6 +64,7 @@ class ScenarioRunner:
         self._used: Used = {}
         self._clear: Clear | None = None
         self._began_ns = 0
+        self._link_ns = 0
         self._before: tuple[Snapshot, Snapshot] | None = None
         self._children: set[str] = set()
         self._away = False
@@ -201,7 +202,7 @@ class ScenarioRunner:
             self._start_traffic()
             return
         traffic, notes = self._end_traffic()
-        self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns)
+        self.report.add_traffic(traffic.pop("mn"), air(notes, self._began_ns), self._began_ns, self._link_ns)
         self.report.others = {mobile: one.as_json(self._began_ns) for mobile, one in traffic.items()}
 
     @property
@@ -463,7 +464,10 @@ class ScenarioRunner:
 
     def _do_relocate(self) -> None:
         with self._tracing.change("mn changes its access network"):
-            arriving = self._lab.net.relocate(late_ms=self._scenario.late_address_ms)
+            arriving = self._lab.net.relocate(
+                dark_ms=self._scenario.dark_ms, late_ms=self._scenario.late_address_ms
+            )
+        self._link_ns = time.time_ns()
         if arriving is not None:
             self._arriving.append(arriving)
         self._away = not self._away
@@ -491,6 +495,35 @@ class ScenarioRunner:
             raise StepError(
                 "dark: between mn's new address and nsg nothing comes through, outside of the tunnel"
             )
+
+    def _do_stays(self) -> None:
+        """A stock mobile node changes its access network, and its gateway stays the one it has (MOBIKE)."""
+        self._start_over("psk")
+        self._do_relocate()
+        addresses = set(AWAY.values())
+        self._until(
+            lambda: any(sa["remote-host"] in addresses for sa in self._sas("psg", "mn")),
+            "psg has not heard of mn's new address",
+        )
+        time.sleep(1.0)
+        traffic, _notes = self._stop_traffic()
+        self.report.add_clear(self._unwatch())
+        self.report.stays = traffic["mn"].as_json()
+        self._do_terminate()
+
+    def _start_over(self, auth: str, *, relocates: bool = True) -> None:
+        """The mobile node has a tunnel with psg as of today, at its first place, under traffic."""
+        if any(self._sas(host, "mn") for host in ("mn", self._owner)):
+            self._do_terminate()
+        if relocates and self._away:
+            self._do_relocate()
+            self._lab.net.mend()
+        self.report.add_clear(self._unwatch())
+        self._lab.reload(self._lab.tunnel.of_today(auth), self._scenario.overrides)
+        self._do_connect("psg")
+        self._do_ping()
+        self._start_traffic()
+        time.sleep(0.5)
 
     def _do_cut(self, one: str, other: str) -> None:
         self._lab.net.cut(one, other)
@@ -541,17 +574,7 @@ class ScenarioRunner:
         the old tunnel without a word.
         """
         lab = self._lab
-        if any(self._sas(host, "mn") for host in ("mn", self._owner)):
-            self._do_terminate()
-        if where and self._away:
-            self._do_relocate()
-            lab.net.mend()
-        self.report.add_clear(self._unwatch())
-        lab.reload(lab.tunnel.of_today(kind), self._scenario.overrides)
-        self._do_connect("psg")
-        self._do_ping()
-        self._start_traffic()
-        time.sleep(0.5)
+        self._start_over(kind, relocates=bool(where))
         began = time.time_ns()
         if where:
             self._do_cut("away", "psg")

@@ -9,6 +9,7 @@ HOST.strongswan adds strongswan.conf text.
     gateway_delay_ms = 1          # between the gateways, one way
     interval_ms = 5               # of the probe's datagrams, each way
     slow_interval_ms = 20         # the same on an emulated CPU, which feels every packet (else interval_ms)
+    dark_ms = 0                   # mn has no link at all for so long, between its old and its new one
     late_address_ms = 0           # mn's new link has other addresses for so long before its IPv4 address
     agents = true                 # run `ikectx serve` on the gateways
     names = "kept"                # what a transfer may change: nothing, SPIs ("renamed"), keys too ("new")
@@ -25,6 +26,8 @@ HOST.strongswan adds strongswan.conf text.
     [tunnel.connection]           # swanctl.conf settings of the connection, at all hosts
     [tunnel.child]                # and of its children
     [limits]                      # what makes a scenario fail on kernel ESP
+    lost_down = 0                 # packets towards mn
+    late = 100                    # packets that were under way for `LATE_MS` longer than the fastest
     lost = 2                      # packets of the probe, both directions together (`Report.judge`)
     gap_ms = 200                  # the longest gap
     gateway_octets = 600          # of CXTP for one transfer
@@ -78,6 +81,7 @@ VERBS = {
     "twin": (1, 1, "KIND: mn2 has an SA with nsg that has names of mn's: inbound | outbound | ike | all"),
     "relocate": (0, 0, "mn leaves its access network and is in its other one"),
     "dark": (0, 0, "mn relocates without a tunnel, under a probe in clear: how long its link itself is dark"),
+    "stays": (0, 0, "mn, a stock one, relocates and stays at psg: what its own charon takes"),
     "cut": (2, 2, "HOST HOST: the core forwards nothing more between the two (away: mn's other network)"),
     "mend": (0, 0, "undoes every cut"),
     "ping": (0, 1, "[MOBILE]: the tunnel carries packets both ways"),
@@ -161,10 +165,13 @@ class Scenario:
     agents: bool = True
     delay_ms: float = 20.0
     gateway_delay_ms: float = 1.0
+    dark_ms: float = 0.0
     late_address_ms: float = 0.0
     interval_ms: float = 5.0
     slow_interval_ms: float = 0.0
     lost: int | None = None
+    lost_down: int | None = None
+    late: int | None = None
     gap_ms: float | None = None
     messages: int | None = None
     gateway_octets: int | None = None
@@ -204,10 +211,10 @@ class Scenario:
 RELOCATES = {"relocate", "handover", "follow"}
 """Verbs that put the mobile node into its other access network, under a tunnel that it has."""
 
-FIGURES = {"baseline", "dark"}
+FIGURES = {"baseline", "dark", "stays"}
 """Verbs that only figures need (`Scenario.brief`)."""
 
-MOVES = {"roam", "relocate", "handover", "follow", "cut", "dark"}
+MOVES = {"roam", "relocate", "handover", "follow", "cut", "dark", "stays"}
 """Words of steps after which addresses are not what they were."""
 
 
@@ -287,12 +294,15 @@ def _scenario(name: str, source: Path, keys: dict[str, Any], overrides: Mapping[
         "agents": bool(keys.pop("agents", True)),
         "delay_ms": float(keys.pop("delay_ms", 20.0)),
         "gateway_delay_ms": float(keys.pop("gateway_delay_ms", 1.0)),
+        "dark_ms": float(keys.pop("dark_ms", 0.0)),
         "late_address_ms": float(keys.pop("late_address_ms", 0.0)),
         "interval_ms": float(keys.pop("interval_ms", 5.0)),
         "slow_interval_ms": float(keys.pop("slow_interval_ms", 0.0)),
         "fresh": bool(keys.pop("fresh", False)),
         "kernel_only": bool(keys.pop("kernel_only", False)),
         "lost": limits.pop("lost", None),
+        "lost_down": limits.pop("lost_down", None),
+        "late": limits.pop("late", None),
         "gap_ms": limits.pop("gap_ms", None),
         "messages": limits.pop("messages", None),
         "gateway_octets": limits.pop("gateway_octets", None),

@@ -47,6 +47,20 @@ def test_what_was_not_sent_is_told_from_what_was_lost() -> None:
     assert [number for number, _ in one.lost_at] == [50, 51, 52, 60, 61]
 
 
+def test_what_a_queue_has_held_is_late_and_a_detour_is_not() -> None:
+    sent = sends(100)
+    held = arrivals(sent[:50]) + arrivals(sent[50:60], transit=100.0) + arrivals(sent[60:], transit=22.0)
+    assert direction(sent, held).late == 10
+
+
+def test_losses_after_the_new_link_is_there_are_counted_by_themselves() -> None:
+    sent = sends(100)
+    one = direction(sent, arrivals(sent, without={48, 49, 50, 51}))
+    told = Traffic(one, one).as_json(link_ns=sent[50][1])
+    assert (told["up"]["lost"], told["up"]["lost_after_link"]) == (4, 2)
+    assert "lost_after_link" not in Traffic(one, one).as_json()["down"]
+
+
 def test_a_late_sender_is_no_gap() -> None:
     sent = sends(100, late={n: 40 for n in range(50, 100)})
     assert direction(sent, arrivals(sent)).longest_gap_ms == 5.0

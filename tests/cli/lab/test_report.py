@@ -218,3 +218,13 @@ def test_which_of_many_runs_failed() -> None:
     assert repeated(told) == ["pull: 1 of 3 runs failed (2)"]
     assert repeated([ScenarioReport("pull").as_json()]) == []
     assert [label(told[1]), label(ScenarioReport("pull").as_json())] == ["pull-2", "pull"]
+
+
+def test_packets_to_the_mobile_node_and_late_ones_have_limits_of_their_own() -> None:
+    report = moved()
+    down = Direction(100, {}, 3, 0, 20.0, True, transit_ms=20.0, late=7)
+    report.add_traffic(Traffic(Direction(100, {}, 0, 0, 5.0, True, late=1), down), AIR, 0)
+    report.judge(scenario(lost_down=2, late=7))
+    assert not report.ok
+    assert "3 packets to mn lost, allowed are 2" in report.error
+    assert "8 packets came late, allowed are 7" in report.error
