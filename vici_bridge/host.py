@@ -107,7 +107,7 @@ class CharonHost:
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
-        self.scripts = Scripts(config.updown)
+        self.scripts = Scripts(config.updown, self.detour)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import, so that two imports never race for an SPI."""
         self.on_change: Callable[[RecordChange], None] | None = None

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import json
 import logging
 import os
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import Coroutine, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ikectx import trace
 from ikectx.errors import KernelError
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import Address, IkeContext
 from vici_bridge.vici.views import ts_pairs, updown_environment
 
 log = logging.getLogger(__name__)
@@ -32,7 +30,11 @@ UMASK = 0o022
 """charon's own umask, as systemd starts it; the agent's own makes files that nobody else can read."""
 
 
-_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+class Ways(Protocol):
+    """`vici_bridge.kernel.Detour`, as far as scripts need it."""
+
+    def device_name(self, destination: Address, source: Address) -> str:
+        """The device towards a destination, empty if there is no way. Errors: KernelError."""
 
 
 class NotStarted(KernelError):
@@ -42,10 +44,11 @@ class NotStarted(KernelError):
 
 
 class Scripts:
-    """The updown scripts of a gateway, by connection name."""
+    """The updown scripts of a gateway, by connection name; `ways`: those of its kernel."""
 
-    def __init__(self, scripts: Mapping[str, str]) -> None:
+    def __init__(self, scripts: Mapping[str, str], ways: Ways) -> None:
         self._scripts = scripts
+        self._ways = ways
 
     async def run(
         self, context: IkeContext, *, up: bool, reqids: Mapping[bytes, int], unique_id: int
@@ -56,23 +59,22 @@ class Scripts:
         """
         script = self._scripts.get(context.connection)
         if script:
-            interface = await outgoing_interface(context)
-            await run_updown(script, context, up=up, interface=interface, reqids=reqids, unique_id=unique_id)
+            await run_updown(
+                script,
+                context,
+                up=up,
+                interface=self._interface(context),
+                reqids=reqids,
+                unique_id=unique_id,
+            )
 
-
-@trace.spanned("ip route get", "call")
-async def outgoing_interface(context: IkeContext) -> str:
-    """The interface towards the mobile node, empty if there is none. Errors: NotStarted."""
-    command = ("ip", "-j", "route", "get", str(context.remote.address), "from", str(context.local.address))
-    try:
-        process = await _started(
-            asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
-        )
-        return str(json.loads(await _output(process))[0].get("dev", ""))
-    except (OSError, TimeoutError, ValueError, LookupError) as error:
-        if isinstance(error, OSError) and error.errno in _LACKING:
-            raise _cannot("`ip route get`", error) from None
-        return ""
+    def _interface(self, context: IkeContext) -> str:
+        """The interface towards the mobile node, empty if there is none."""
+        try:
+            return self._ways.device_name(context.remote.address, context.local.address)
+        except KernelError as error:
+            log.warning("the updown script is not told the interface: %s", error)
+            return ""
 
 
 def _cannot(what: str, error: OSError) -> NotStarted:

@@ -15,8 +15,6 @@ import cbor2
 
 from ikectx.errors import WireError
 
-from .reader import Reader
-
 T = TypeVar("T")
 D = TypeVar("D")
 Read = Callable[[Any, str], T]
@@ -30,55 +28,72 @@ _UINT, _NEGATIVE, _OCTETS, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
 _MIN_OF_SIZE = {1: 24, 2: 1 << 8, 4: 1 << 16, 8: 1 << 32}
 
 
-def _head(reader: Reader) -> tuple[int, int]:
-    """Major type and argument of the next item."""
-    first = reader.u8("CBOR item")
-    major, info = first >> 5, first & 0x1F
-    if info < 24:
-        return major, info
-    if info > 27 or major == _SIMPLE:
-        raise reader.fail("a CBOR float, long simple value or indefinite length")
-    size = 1 << (info - 24)
-    value = int.from_bytes(reader.octets(size, "CBOR head"))
-    if value < _MIN_OF_SIZE[size]:
-        raise reader.fail("a CBOR head that is not the shortest")
-    return major, value
+def scan(data: bytes, what: str = "CBOR") -> int:
+    """The length of the item that `data` begins with. Errors: WireError."""
+    return _skip(bytes(data), 0, 0, what)
 
 
-def _skip(reader: Reader, depth: int) -> None:
-    """Check the next item and go behind it."""
-    major, value = _head(reader)
-    if major in (_UINT, _NEGATIVE):
-        return
-    if major == _OCTETS:
-        reader.octets(value, "CBOR octet string")
-    elif major == _TEXT:
-        try:
-            reader.octets(value, "CBOR text").decode()
-        except UnicodeDecodeError:
-            raise reader.fail("CBOR text that is not UTF-8") from None
-    elif major in (_ARRAY, _MAP):
+def _skip(data: bytes, at: int, depth: int, what: str) -> int:
+    """Check the item that begins there, and return where it ends.
+
+    It works on numbers instead of a `Reader`, because all that is stored or sent is checked.
+    """
+    major, value, at = _head(data, at, what)
+    if major <= _NEGATIVE:
+        return at
+    if major <= _TEXT:
+        end = at + value
+        if end > len(data):
+            name = "text" if major == _TEXT else "octet string"
+            raise _fail(what, f"CBOR {name} needs {value} octets, {len(data) - at} are left,", at)
+        if major == _TEXT:
+            try:
+                data[at:end].decode()
+            except UnicodeDecodeError:
+                raise _fail(what, "CBOR text that is not UTF-8", end) from None
+        return end
+    if major <= _MAP:
         if depth >= MAX_DEPTH:
-            raise reader.fail(f"CBOR nested deeper than {MAX_DEPTH}")
-        if value > reader.left:
-            raise reader.fail(f"a CBOR container of {value} items")
+            raise _fail(what, f"CBOR nested deeper than {MAX_DEPTH}", at)
+        if value > len(data) - at:
+            raise _fail(what, f"a CBOR container of {value} items", at)
         last = -1
         for _ in range(value):
             if major == _MAP:
-                kind, key = _head(reader)
+                kind, key, at = _head(data, at, what)
                 if kind != _UINT or key > MAX_KEY or key <= last:
-                    raise reader.fail(f"a CBOR map key that is no ascending number up to {MAX_KEY}")
+                    raise _fail(what, f"a CBOR map key that is no ascending number up to {MAX_KEY}", at)
                 last = key
-            _skip(reader, depth + 1)
-    elif major == _TAG or value not in (20, 21, 22):
-        raise reader.fail("a CBOR tag or simple value")
+            at = _skip(data, at, depth + 1, what)
+        return at
+    if major == _TAG or value not in (20, 21, 22):
+        raise _fail(what, "a CBOR tag or simple value", at)
+    return at
 
 
-def scan(data: bytes, what: str = "CBOR") -> int:
-    """The length of the item that `data` begins with. Errors: WireError."""
-    reader = Reader(data, what)
-    _skip(reader, 0)
-    return reader.pos
+def _head(data: bytes, at: int, what: str) -> tuple[int, int, int]:
+    """Major type and argument of the item that begins there, and where the head ends."""
+    if at >= len(data):
+        raise _fail(what, "CBOR item needs 1 octets, 0 are left,", at)
+    first = data[at]
+    at += 1
+    major, info = first >> 5, first & 0x1F
+    if info < 24:
+        return major, info, at
+    if info > 27 or major == _SIMPLE:
+        raise _fail(what, "a CBOR float, long simple value or indefinite length", at)
+    size = 1 << (info - 24)
+    end = at + size
+    if end > len(data):
+        raise _fail(what, f"CBOR head needs {size} octets, {len(data) - at} are left,", at)
+    value = int.from_bytes(data[at:end])
+    if value < _MIN_OF_SIZE[size]:
+        raise _fail(what, "a CBOR head that is not the shortest", end)
+    return major, value, end
+
+
+def _fail(what: str, why: str, at: int) -> WireError:
+    return WireError(f"{what}: {why} at octet {at}")
 
 
 def loads(data: bytes, what: str = "CBOR", *, padding: int = 0) -> Any:

@@ -39,11 +39,12 @@ class Reader:
 
     def octets(self, count: int, name: str = "field") -> bytes:
         """The next `count` octets."""
-        if count < 0 or count > self.left:
-            raise self.fail(f"{name} needs {count} octets, {self.left} are left,")
         start = self._pos
-        self._pos += count
-        return self._data[start : self._pos]
+        end = start + count
+        if count < 0 or end > self._end:
+            raise self.fail(f"{name} needs {count} octets, {self.left} are left,")
+        self._pos = end
+        return self._data[start:end]
 
     def u8(self, name: str = "field") -> int:
         return self.octets(1, name)[0]
@@ -103,9 +104,10 @@ class Writer:
 
     def number(self, value: int, size: int, name: str = "field") -> Writer:
         """`value` as an unsigned number of `size` octets."""
-        if not 0 <= value < 1 << (8 * size):
-            raise WireError(f"{name} {value} does not fit in {size} octets")
-        self._out += value.to_bytes(size)
+        try:
+            self._out += value.to_bytes(size)
+        except OverflowError:
+            raise WireError(f"{name} {value} does not fit in {size} octets") from None
         return self
 
     def u8(self, value: int, name: str = "field") -> Writer:

@@ -14,10 +14,9 @@ import pytest
 
 from ikectx.errors import KernelError
 from ikectx.numbers import IdType
-from ikectx.sa.context import Identity, IkeContext
+from ikectx.sa.context import Address, Identity, IkeContext
 from tests.peers import a_context
-from vici_bridge import updown
-from vici_bridge.updown import run_updown
+from vici_bridge.updown import Scripts, run_updown
 
 
 def call(script: str, context: IkeContext | None = None) -> None:
@@ -51,14 +50,22 @@ def test_a_script_that_cannot_be_started_is_an_error(error: int, monkeypatch: py
     with pytest.raises(KernelError, match="the updown script true cannot be started") as caught:
         call("true")
     assert caught.value.errno == error and "LimitNOFILE" in caught.value.hint
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", none)
-    with pytest.raises(KernelError, match=r"ip route get.* cannot be started"):
-        asyncio.run(updown.outgoing_interface(a_context()))
 
 
-def test_without_ip_no_interface_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert asyncio.run(updown.outgoing_interface(a_context())) == ""
+@pytest.mark.parametrize(("name", "expected"), [("eth7", "eth7"), (None, "unknown")])
+def test_the_script_is_told_the_interface_if_the_kernel_knows_a_way(
+    name: str | None, expected: str, tmp_path: Path
+) -> None:
+    class Ways:
+        def device_name(self, destination: Address, source: Address) -> str:
+            assert (destination, source) == (a_context().remote.address, a_context().local.address)
+            if name is None:
+                raise KernelError("no netlink")
+            return name
+
+    scripts = Scripts({a_context().connection: f'echo "<$PLUTO_INTERFACE>" > {tmp_path}/told'}, Ways())
+    asyncio.run(scripts.run(a_context(), up=True, reqids={}, unique_id=1))
+    assert (tmp_path / "told").read_text() == f"<{expected}>\n"
 
 
 def test_b24_the_umask_is_charons_not_the_agents(tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_b32_a_script_ends_with_a_step_that_ends_while_it_is_started(
 def test_b32_what_a_script_has_started_ends_with_it_when_it_takes_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(updown, "TIMEOUT", 0.5)
+    monkeypatch.setattr("vici_bridge.updown.TIMEOUT", 0.5)
     call(SCRIPT.format(tmp_path))
     assert "was ended" in caplog.text
     assert all(gone(int((tmp_path / name).read_text())) for name in ("started", "shell"))

@@ -21,7 +21,7 @@ import builtins
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum, auto
+from enum import IntEnum, auto
 from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -70,7 +70,7 @@ class HaType(OpenEnum):
     IKE_IV = 12
 
 
-class Attr(Enum):
+class Attr(IntEnum):
     """Attributes by name; their numbers depend on the wire version (`TABLES`)."""
 
     IKE_ID = auto()
@@ -388,9 +388,10 @@ class HaMessage:
         if numbers is None:
             raise ValueError(f"HA wire version {self.version} is not known")
         for attr, value in self.attributes:
-            if attr not in numbers:
+            known = numbers.get(attr)
+            if known is None:
                 raise ValueError(f"{attr.name} is not in HA wire version {self.version}")
-            if not isinstance(value, numbers[attr][1].kind):
+            if not isinstance(value, known[1].kind):
                 raise ValueError(f"{attr.name} cannot be a {type(value).__name__}")
 
     @classmethod

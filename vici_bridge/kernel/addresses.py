@@ -16,20 +16,18 @@ import struct
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
-
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address, Secret
 
 from .changes import ADDRESSES, ROUTES, Changes
 from .detour import is_local, way_to
 from .netlink import ROUTE, Netlink
+from .routes import CREATE, DELROUTE, DUMP, NEWROUTE, REPLACE, REQUEST, UNICAST, Route
 from .xfrm_parts import XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
 
-_GETADDR, _NEWROUTE, _DELROUTE = 22, 24, 25
-_REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
+_GETADDR = 22
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _UNUSABLE = 0x04 | 0x08 | 0x20 | 0x40
 """IFA_F_OPTIMISTIC, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE (linux/if_addr.h)."""
@@ -80,7 +78,7 @@ class OuterAddresses:
     def _usable(self, version: int) -> list[Address]:
         """The addresses of this host that packets to other networks may come from."""
         family = socket.AF_INET if version == 4 else socket.AF_INET6
-        header = struct.pack("=IHHII", 24, _GETADDR, _REQUEST | _DUMP, 0, 0)
+        header = struct.pack("=IHHII", 24, _GETADDR, REQUEST | DUMP, 0, 0)
         body = struct.pack("=BBBBI", family, 0, 0, 0, 0)
         answers = self._route.ask(XfrmRequest(Secret(header + body), "list this host's addresses"))
         return [address for answer in answers if (address := _address(answer)) is not None]
@@ -97,7 +95,7 @@ class OuterAddresses:
         """
         try:
             _, device = way_to(self._route, self.towards(remote) or remote, remote)
-            for number, flags in ((_NEWROUTE, _CREATE | _REPLACE), (_DELROUTE, 0)):
+            for number, flags in ((NEWROUTE, CREATE | REPLACE), (DELROUTE, 0)):
                 self._route.ask(_route_message(number, flags, remote.version, device))
         except KernelError as error:
             log.debug("charon is not told that addresses have changed: %s", error)
@@ -105,22 +103,17 @@ class OuterAddresses:
 
 def _route_message(number: int, flags: int, version: int, device: int) -> XfrmRequest:
     nowhere = IPv4Address(_NOWHERE[4]) if version == 4 else IPv6Address(_NOWHERE[6])
-    message = rtmsg()
-    message.update(
-        {
-            "family": family_of(nowhere),
-            "dst_len": nowhere.max_prefixlen,
-            "table": 0,
-            "proto": 4,
-            "type": 1,
-            "scope": 253,
-        }
+    route = Route(
+        family_of(nowhere),
+        nowhere,
+        nowhere.max_prefixlen,
+        device=device,
+        table=_NUDGE_TABLE,
+        maker=4,
+        scope=253,
+        kind=UNICAST,
     )
-    attributes = [("RTA_DST", str(nowhere)), ("RTA_OIF", device), ("RTA_TABLE", _NUDGE_TABLE)]
-    message["attrs"] = [list(pair) for pair in attributes]
-    message["header"] = {"type": number, "flags": _REQUEST | _ACK | flags}
-    message.encode()
-    return XfrmRequest(Secret(bytes(message.data)), "have charon look at its ways")
+    return route.request(number, flags, "have charon look at its ways")
 
 
 def _chosen_source(remote: Address) -> Address | None:

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import errno
 import logging
-import struct
+import socket
 import threading
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Any
-
-from pyroute2.netlink.exceptions import NetlinkDecodeError
-from pyroute2.netlink.rtnl.fibmsg import fibmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from ikectx.errors import KernelError
-from ikectx.sa.context import Address, Secret
+from ikectx.sa.context import Address
 
+from . import routes
 from .netlink import ROUTE, Netlink, failure
+from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, Route
 from .xfrm_parts import INET, INET6, Network, XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
@@ -36,9 +33,6 @@ PROTOCOL = 91
 
 _OLD_TABLE, _OLD_PRIORITY = 4067, 210
 """The table in which earlier agents kept the routes, and the rule that leads there."""
-_NEWROUTE, _DELROUTE, _GETROUTE, _DELRULE = 24, 25, 26, 33
-_REQUEST, _ACK, _REPLACE, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
-_UNICAST, _LOCAL, _UNREACHABLE = 1, 2, 7
 _METRIC = 1024
 """Metric of our routes: behind the kernel's own for an address of this host, which has 0."""
 _BEHIND = 1 << 20
@@ -72,7 +66,7 @@ class Detour:
         """
         gateways = [ip_address(str(address)) for address in via]
         skipped: list[Network] = []
-        routes: list[XfrmRequest] = []
+        wanted: list[XfrmRequest] = []
         for prefix in map(_network, prefixes):
             gateway = _gateway(prefix, gateways)
             why = _unfit(prefix, gateway)
@@ -80,8 +74,8 @@ class Detour:
                 log.warning("packets for %s are not sent on to another gateway: %s", prefix, why)
                 skipped.append(prefix)
                 continue
-            routes.append(_route_request(_NEWROUTE, prefix, gateway))
-        self._make(routes)
+            wanted.append(_route_request(routes.NEWROUTE, prefix, gateway))
+        self._make(wanted)
         return skipped
 
     def remove(self, prefixes: Iterable[str | Network]) -> None:
@@ -100,7 +94,7 @@ class Detour:
         for prefix in skipped:
             log.warning("packets for %s may leave in the clear: a block for them would block all", prefix)
         kept = [prefix for prefix in wanted if prefix.prefixlen]
-        self._make([_route_request(_NEWROUTE, prefix, None, shut=True) for prefix in kept])
+        self._make([_route_request(routes.NEWROUTE, prefix, None, shut=True) for prefix in kept])
         return skipped
 
     def open_up(self, prefixes: Iterable[str | Network]) -> None:
@@ -116,14 +110,8 @@ class Detour:
         """
         with self._lock:
             for family in (INET, INET6):
-                request = _message(
-                    fibmsg,
-                    _DELRULE,
-                    _REQUEST | _ACK,
-                    {"family": family, "action": 1},
-                    [("FRA_PRIORITY", _OLD_PRIORITY), ("FRA_TABLE", _OLD_TABLE)],
-                    what=f"remove the rule that leads to routing table {_OLD_TABLE}",
-                )
+                what = f"remove the rule that leads to routing table {_OLD_TABLE}"
+                request = routes.rule_request(family, _OLD_PRIORITY, _OLD_TABLE, what)
                 outcome = self._route.transact([request])[0]
                 if outcome.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT):
                     raise failure(request, outcome)
@@ -145,32 +133,29 @@ class Detour:
         """Index of the device by which packets for `prefix` leave at present; 0: there is no way."""
         return self._way_to(_network(prefix).network_address)[0]
 
+    def device_name(self, destination: Address, source: Address) -> str:
+        """The device by which packets between these two leave at present; empty: there is no way."""
+        _, device = way_to(self._route, source, destination)
+        try:
+            return socket.if_indextoname(device) if device else ""
+        except OSError:  # it went away just now
+            return ""
+
     def _way_to(self, address: Address) -> tuple[int, bool]:
         """The device towards an address, and whether it is on that link itself."""
-        request = _message(
-            rtmsg,
-            _GETROUTE,
-            _REQUEST | _ACK,
-            {"family": family_of(address), "dst_len": address.max_prefixlen},
-            [("RTA_DST", str(address))],
-            what=f"find the way to {address}",
-        )
-        outcome = self._route.transact([request])[0]
-        if not outcome.answers:
+        way = ask_way(self._route, address)
+        if way is None or way.kind != UNICAST:
             return 0, False
-        answer = _decoded(outcome.answers[0])
-        if answer["type"] != _UNICAST:
-            return 0, False
-        return int(answer.get_attr("RTA_OIF") or 0), answer.get_attr("RTA_GATEWAY") is None
+        return way.device, way.gateway is None
 
-    def _make(self, routes: Sequence[XfrmRequest]) -> None:
+    def _make(self, wanted: Sequence[XfrmRequest]) -> None:
         with self._lock:
-            for request, outcome in zip(routes, self._route.transact(routes), strict=True):
+            for request, outcome in zip(wanted, self._route.transact(wanted), strict=True):
                 if outcome.errno not in (0, errno.EEXIST):
                     raise failure(request, outcome)
 
     def _delete(self, prefixes: Sequence[Network], *, shut: bool = False) -> None:
-        requests = [_route_request(_DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
+        requests = [_route_request(routes.DELROUTE, prefix, None, shut=shut) for prefix in prefixes]
         for request, outcome in zip(requests, self._route.transact(requests), strict=True):
             if outcome.errno not in (0, errno.ESRCH):
                 raise failure(request, outcome)
@@ -178,14 +163,8 @@ class Detour:
     def _listing(self, *, shut: bool = False) -> list[Network]:
         found: list[Network] = []
         for family in (INET, INET6):
-            request = _message(
-                rtmsg,
-                _GETROUTE,
-                _REQUEST | _DUMP,
-                {"family": family, "proto": PROTOCOL},
-                [("RTA_TABLE", TABLE)],
-                what="list the detours",
-            )
+            asked = Route(family, table=TABLE, maker=PROTOCOL)
+            request = asked.request(GETROUTE, routes.DUMP, "list the detours")
             try:
                 answers = self._route.ask(request)
             except KernelError as error:
@@ -194,51 +173,47 @@ class Detour:
                     continue
                 raise
             for answer in answers:
-                message = _decoded(answer)
-                wanted = _UNREACHABLE if shut else _UNICAST
-                table, maker = message.get_attr("RTA_TABLE"), message["proto"]
-                ours = (table, maker, message["family"]) == (TABLE, PROTOCOL, family)
-                if ours and message["type"] == wanted:
-                    destination = message.get_attr("RTA_DST") or ("0.0.0.0" if family == INET else "::")  # noqa: S104
-                    found.append(_network(f"{destination}/{message['dst_len']}"))
+                route = Route.parse(answer)
+                wanted = UNREACHABLE if shut else UNICAST
+                ours = (route.table, route.maker, route.family) == (TABLE, PROTOCOL, family)
+                if ours and route.kind == wanted:
+                    # a route for everything has no destination in the kernel's answer
+                    everything = "0.0.0.0" if family == INET else "::"  # noqa: S104
+                    found.append(_network(f"{route.destination or everything}/{route.length}"))
         return found
 
 
 def _route_request(
     number: int, prefix: Network, gateway: Address | None, *, shut: bool = False
 ) -> XfrmRequest:
-    attributes: list[tuple[str, Any]] = [
-        ("RTA_TABLE", TABLE),
-        ("RTA_DST", str(prefix.network_address)),
-        ("RTA_PRIORITY", _BEHIND if shut else _METRIC),
-    ]
-    if gateway is not None and family_of(gateway) == _family(prefix):
-        attributes.append(("RTA_GATEWAY", str(gateway)))
-    elif gateway is not None:
-        attributes.append(("RTA_VIA", {"family": family_of(gateway), "addr": str(gateway)}))
-    new = number == _NEWROUTE
-    fields = {"family": _family(prefix), "dst_len": prefix.prefixlen, "proto": PROTOCOL}
-    fields |= {"type": _UNREACHABLE if shut else _UNICAST}
-    if not new:
-        fields |= {"scope": 255}  # RT_SCOPE_NOWHERE: whatever its scope is
-    flags = _REQUEST | _ACK | (_CREATE | _REPLACE if new else 0)
+    new = number == routes.NEWROUTE
     where = "nowhere" if shut else f"via {gateway}"
     what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
-    return _message(rtmsg, number, flags, fields, attributes, what=what)
+    route = Route(
+        _family(prefix),
+        prefix.network_address,
+        prefix.prefixlen,
+        gateway=gateway,
+        metric=_BEHIND if shut else _METRIC,
+        table=TABLE,
+        maker=PROTOCOL,
+        scope=0 if new else 255,  # RT_SCOPE_NOWHERE: whatever its scope is
+        kind=UNREACHABLE if shut else UNICAST,
+    )
+    return route.request(number, routes.CREATE | routes.REPLACE if new else 0, what)
+
+
+def ask_way(route: Netlink, destination: Address, source: Address | None = None) -> Route | None:
+    """The way that packets between these two take at present, None: there is none. Errors: KernelError."""
+    wanted = Route(family_of(destination), destination, destination.max_prefixlen, source)
+    outcome = route.transact([wanted.request(GETROUTE, 0, f"find the way to {destination}")])[0]
+    return Route.parse(outcome.answers[0]) if outcome.answers else None
 
 
 def is_local(route: Netlink, address: Address) -> bool:
     """Whether `address` is one of this host. Errors: KernelError where the kernel cannot be asked."""
-    request = _message(
-        rtmsg,
-        _GETROUTE,
-        _REQUEST | _ACK,
-        {"family": family_of(address), "dst_len": address.max_prefixlen},
-        [("RTA_DST", str(address))],
-        what=f"find the way to {address}",
-    )
-    outcome = route.transact([request])[0]
-    return bool(outcome.answers) and _decoded(outcome.answers[0])["type"] == _LOCAL
+    way = ask_way(route, address)
+    return way is not None and way.kind == LOCAL
 
 
 def way_to(route: Netlink, source: Address, destination: Address) -> tuple[bool, int]:
@@ -246,56 +221,8 @@ def way_to(route: Netlink, source: Address, destination: Address) -> tuple[bool,
 
     Errors: KernelError.
     """
-    request = _message(
-        rtmsg,
-        _GETROUTE,
-        _REQUEST | _ACK,
-        {
-            "family": family_of(destination),
-            "dst_len": destination.max_prefixlen,
-            "src_len": source.max_prefixlen,
-        },
-        [("RTA_DST", str(destination)), ("RTA_SRC", str(source))],
-        what=f"find the way to {destination}",
-    )
-    outcome = route.transact([request])[0]
-    if not outcome.answers:
-        return False, 0
-    answer = _decoded(outcome.answers[0])
-    return answer["type"] == _LOCAL, int(answer.get_attr("RTA_OIF") or 0)
-
-
-def _message(
-    kind: Any,
-    number: int,
-    flags: int,
-    fields: dict[str, int],
-    attributes: list[tuple[str, Any]],
-    *,
-    what: str,
-) -> XfrmRequest:
-    message = kind()
-    message.update(fields)
-    message["attrs"] = [list(pair) for pair in attributes]
-    message["header"] = {"type": number, "flags": flags}
-    message.encode()
-    return XfrmRequest(Secret(bytes(message.data)), what)
-
-
-def _decoded(answer: bytes) -> Any:
-    """Errors: KernelError."""
-    message = rtmsg(answer)
-    try:
-        message.decode()
-        # pyroute2 decodes an attribute when it is read, so all are read here, to report a malformed one here
-        dict(message["attrs"])
-    except _UNREADABLE:
-        raise KernelError("the kernel's answer about a route cannot be read") from None
-    return message
-
-
-_UNREADABLE = (NetlinkDecodeError, struct.error, KeyError, IndexError, TypeError, ValueError, OSError)
-"""Exceptions of pyroute2 for an answer that is truncated, or has something it does not know."""
+    way = ask_way(route, destination, source)
+    return (False, 0) if way is None else (way.kind == LOCAL, way.device)
 
 
 def _network(prefix: str | Network) -> Network:
