@@ -2,15 +2,19 @@
 segments.
 
 1. Mute the mobile node's messages to charon, so that no new exchange begins.
-2. Wait until charon has ended an exchange that is under way, if there is one.
-3. Mute charon's messages to the mobile node.
-4. Verify that charon has the SA as it was exported. Then read its message IDs, and last of all the counter of
-   muted messages, because it must include everything that charon began until then.
-5. Note the outbound policies. If the other gateway is prepared, verify that it would go on at numbers that
+2. Wait until charon has ended an exchange that is under way, if there may be one.
+3. Note the outbound policies. If the other gateway is prepared, verify that it would go on at numbers that
    were not used here. Then send packets for the mobile node on to it or block them, and remove the policies.
    Inbound SAs stay, so that late packets are decrypted until the SA is released. If the other gateway cannot
-   send yet, ESP is sent on instead, and counted.
+   send yet, ESP is sent on instead, and counted. This comes before all that asks charon, because packets for a
+   mobile node that has left are lost until then.
+4. Mute charon's messages to the mobile node.
+5. Verify that charon has the SA as it was exported. Then read its message IDs, and last of all the counter of
+   muted messages, because it must include everything that charon began until then.
 6. Read the counters, which no longer change. With them the SA is let go.
+
+Muting takes two requests over netlink, which are quicker than a thread. charon is asked for the SA once,
+unless an exchange may be under way.
 """
 
 from __future__ import annotations
@@ -63,15 +67,15 @@ class Freezing(Leaving):
 
 
 async def _hear_nothing(work: Freezing) -> None:
-    await asyncio.to_thread(work.host.mute.mute_in, work.sa)
+    work.host.mute.mute_in(work.sa)
 
 
 @trace.spanned("charon idle")
 async def _wait(work: Freezing) -> None:
     """If `away`, an exchange that waits for the absent mobile node may be open, if a second look finds it,
-    too."""
-    if not work.away and work.host.quiet(work.sa) > QUIET:
-        return  # it was idle when it was exported; if an exchange began since, the next look finds that
+    too, or if it is older than `QUIET`."""
+    if work.host.quiet(work.sa) > QUIET:
+        return  # if an exchange began since, the next look finds that
     end = time.monotonic() + IDLE_TIMEOUT
     before: tuple[str, ...] = ()
     while True:
@@ -85,7 +89,7 @@ async def _wait(work: Freezing) -> None:
 
 
 async def _say_nothing(work: Freezing) -> None:
-    await asyncio.to_thread(work.host.mute.mute_out, work.sa)
+    work.host.mute.mute_out(work.sa)
 
 
 async def _find_ids(work: Freezing) -> None:
@@ -97,7 +101,7 @@ async def _find_ids(work: Freezing) -> None:
     await host.catch_up(work.sa)
     known = host.context(work.sa)
     unsure = bool(work.away and view.tasks)
-    _, dropped = await asyncio.to_thread(host.mute.counters, work.sa)
+    _, dropped = host.mute.counters(work.sa)
     if in_the_way(view, work.away) or (dropped and not unsure):
         raise BusyError("charon began an exchange while it was being frozen")
     work.known = replace(known, mid_initiator=last_request(known), unsure=True) if unsure else known
@@ -212,8 +216,6 @@ FREEZE: LedgerStep[Freezing] = LedgerStep(
     (
         StepEffect("charon hears nothing", _hear_nothing),
         StepEffect("charon ends its exchange", _wait),
-        StepEffect("charon says nothing", _say_nothing),
-        StepEffect("message IDs", _find_ids),
         StepEffect("ESP goes on", _go_on, when=lambda work: work.goes_on),
         StepEffect(
             "policies are noted",
@@ -221,6 +223,8 @@ FREEZE: LedgerStep[Freezing] = LedgerStep(
             when=lambda work: not work.goes_on and work.host.kernel is not None,
         ),
         StepEffect("ESP stops", _stop, when=lambda work: not work.goes_on),
+        StepEffect("charon says nothing", _say_nothing),
+        StepEffect("message IDs", _find_ids),
         # written together with the journal's next state, which says that the SA was let go
         StepEffect("counters", _read_counters, soon=True),
     ),
