@@ -6,8 +6,8 @@ segments.
 3. Note the outbound policies. If the other gateway is prepared, verify that it would go on at numbers that
    were not used here. Then send packets for the mobile node on to it or block them, and remove the policies.
    Inbound SAs stay, so that late packets are decrypted until the SA is released. If the other gateway cannot
-   send yet, ESP is sent on instead, and counted. This comes before all that asks charon, because packets for a
-   mobile node that has left are lost until then.
+   send yet, ESP is sent on instead, and counted. This comes before all that asks charon, because packets for
+   a mobile node that has left are lost until then.
 4. Mute charon's messages to the mobile node.
 5. Verify that charon has the SA as it was exported. Then read its message IDs, and last of all the counter of
    muted messages, because it must include everything that charon began until then.
