@@ -5,6 +5,8 @@
 #   tests/roots.sh bare SUITE                  makes the new machine where it is missing, prints its folder
 #   tests/roots.sh ready SUITE                 makes the one that is set up (for `ikectx lab run --root`), prints its folder;
 #                                              its opt/ikectx/charon runs its strongSwan here (for IKECTX_LAB_CHARON_NSG)
+#   tests/roots.sh machine SUITE COMMAND       makes the one in which systemd boots, on which COMMAND (a shell line) has run
+#                                              and whose /opt/wheels has this project's dependencies; prints its folder
 #   tests/roots.sh fresh SUITE OUT COMMAND...  runs a command in a copy of the new machine, in a copy of this checkout;
 #                                              what it writes is lost, but for build/tests, which is the folder OUT here
 #
@@ -19,6 +21,7 @@ NAME=roots
 
 SUITES=" bookworm trixie sid "
 DAYS=7 # after so many days a new sid is made, since that changes, and what nobody used is removed
+MACHINE_PACKAGES="systemd systemd-sysv systemd-container dbus iputils-ping tcpdump strongswan-pki"
 running= # the process of a command inside
 CHECKOUT=/root/ikectx # in a new machine
 READY=/opt/ikectx     # in one that is set up: its virtual environment is there
@@ -69,6 +72,38 @@ make_ready() { # make_ready SUITE: the one that is set up, and where it is
         find "$folder.new$READY" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
         charon_elsewhere "$folder" > "$folder.new$READY/charon"
         chmod 755 "$folder.new$READY/charon"
+        mv "$folder.new" "$folder"
+    fi
+    touch "$folder"
+    echo "$folder"
+}
+
+make_machine() { # make_machine SUITE COMMAND: the one in which systemd boots, and where it is
+    local suite=$1 command=$2 bare folder digest
+    bare=$(make_bare "$suite")
+    digest=$( (cat tests/roots.sh && dependencies && echo "$command") | sha256sum)
+    folder=$(cache)/machine-$suite-${digest:0:16}
+    if [ ! -d "$folder" ] || [ "$bare" -nt "$folder" ]; then
+        say "setting up with systemd: $suite"
+        rm -rf --one-file-system "$folder" "$folder.new"
+        old "$(cache)/machine-$suite-"*
+        cp -a "$bare" "$folder.new"
+        mkdir -p build
+        dependencies > "$folder.new/root/dependencies"
+        inside "$suite" "$folder.new" /root build bash -euc '
+            printf "#!/bin/sh\nexit 101\n" > /usr/sbin/policy-rc.d && chmod 755 /usr/sbin/policy-rc.d
+            echo "APT::Get::Assume-Yes true;" > /etc/apt/apt.conf.d/unattended
+            export DEBIAN_FRONTEND=noninteractive
+            apt-get -q update
+            eval "$2"
+            apt-get -q --no-install-recommends install $1
+            python3 -m venv /root/venv
+            python3 -c "import json; print(*json.load(open(\"dependencies\"))[0], \"setuptools>=77\", \"wheel\", sep=chr(10))" \
+                > requirements
+            /root/venv/bin/pip download -q --disable-pip-version-check -d /opt/wheels -r requirements
+            rm -rf /root/venv /usr/sbin/policy-rc.d' - "$MACHINE_PACKAGES" "$command" > "build/machine-$suite.log" 2>&1 \
+            || { tail -5 "build/machine-$suite.log" >&2; die "see build/machine-$suite.log"; }
+        rm -rf "$folder.new/root/build"
         mv "$folder.new" "$folder"
     fi
     touch "$folder"
@@ -153,8 +188,8 @@ fresh() { # fresh SUITE OUT COMMAND...
 }
 
 case ${1:-} in
-    bare | ready | fresh) [[ $SUITES == *" ${2:-} "* ]] || die "which of$SUITES?" ;;
-    *) die "what? One of: bare, ready, fresh" ;;
+    bare | ready | machine | fresh) [[ $SUITES == *" ${2:-} "* ]] || die "which of$SUITES?" ;;
+    *) die "what? One of: bare, ready, machine, fresh" ;;
 esac
 trap '[ -z "$running" ] || kill -KILL "$running" 2> /dev/null; exit 143' TERM INT
 [ "$(id -u)" = 0 ] || die "debootstrap and chroot need root: sudo $0 $*"
@@ -162,5 +197,6 @@ alone "$2"
 case $1 in
     bare) make_bare "$2" ;;
     ready) make_ready "$2" ;;
+    machine) make_machine "$2" "${3:?}" ;;
     fresh) fresh "${@:2}" ;;
 esac

@@ -10,6 +10,7 @@
 #   virtual                               scenarios in a guest in virtual time: those that wait long, and the chief ones
 #   new-12 new-13                         README's two commands in a new Debian 12 and 13, from nothing; on 13 live, too
 #   scenarios-13                          a choice of scenarios on Debian 13, in guests
+#   readme                                README's commands on three machines that a systemd has booted, in a guest
 #   mixed                                 two versions of strongSwan: another one at nsg than at psg and mn
 #   all-13 all-sid                        every scenario on Debian 13, and on sid: only when they are named
 #
@@ -21,7 +22,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 HERE=(format lint types floors unit)
 # Side by side: what needs charons waits for them half of its time. Three lanes fill two processors.
-LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "new-13")
+LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "new-13 readme")
 STEPS=(${LANES[*]} all-13 all-sid)
 # These wait for a time limit, a minute some of them: they run in virtual time only.
 PATIENT=(inside-agents-killed inside-stays inside-terminated left lifetime move-life silent-mn)
@@ -149,6 +150,15 @@ step_mixed() {
 mixed() { # mixed STEP SUITE ROOT: nsg's charon is that of the other installation
     IKECTX_LAB_CHARON_NSG=$3/opt/ikectx/charon \
         scenarios "$1" "nsg with the strongSwan of $2, else on this Debian" handover move-ten-times --guest uml
+}
+
+step_readme() {
+    local began=$SECONDS
+    say readme
+    rm -f "$results/readme.xml"
+    within 900 .venv/bin/python -m tests.readme "$results"
+    count readme "three machines with systemd in a UML guest; ${results#"$root"/}/readme.log" "$results/readme.xml" \
+        $? $((SECONDS - began))
 }
 
 step_new-12() { new new-12 bookworm "${HERE[@]}"; }
