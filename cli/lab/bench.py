@@ -1,7 +1,7 @@
 """`ikectx lab bench`: several runs of the handover scenarios, and drains and attacks, as medians and ratios.
 
     reports of runs -> summarise --+-> a summary (what --json prints) -> merge -> lab_page
-    a drain -> drained ------------+
+    a drain, attack .. -> alone ---+
     what --json printed before -> read ---------------------------------^
 
 Every ratio is taken within one run (the move against the same tunnel's ways of today over the same links),
@@ -18,6 +18,7 @@ from typing import Any
 
 from ikectx.errors import UsageError
 
+from . import aims as lab_aims
 from . import damage as lab_damage
 from .report import longer
 
@@ -51,6 +52,10 @@ PARTS = {
 }
 """Kinds of runs that stand side by side: with the kernel's ESP by a real clock, or a virtual one; or with ESP
 by charon, which needs no guest."""
+
+
+ALONE = ("drains", "attacks", "handovers")
+"""What a summary has beside scenarios' rows: lists of what ran by an option of its own."""
 
 
 def by_scenario(reports: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -161,34 +166,20 @@ def summarise(
         "command": command,
         "strongswan": first.get("strongswan", ""),
         "parts": {part: {"machine": machine(runs, host), "scenarios": rows}} if rows else {},
-        "drains": [],
-        "attacks": [],
+        **{name: [] for name in ALONE},
     }
 
 
-def attacked(attack: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of one attack, as --attack prints it."""
+def alone(what: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of one of `ALONE` (`what`), as its option prints it."""
     own = ("command", "strongswan", "guest", "clock", "esp", "machine", "host")
-    told = {key: value for key, value in attack.items() if key not in own}
+    told = {key: value for key, value in found.items() if key not in own}
     return {
-        "command": attack["command"],
-        "strongswan": attack["strongswan"],
+        "command": found["command"],
+        "strongswan": found["strongswan"],
         "parts": {},
-        "drains": [],
-        "attacks": [{**told, "machine": machine([attack], attack["host"])}],
-    }
-
-
-def drained(drain: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of one drain, as --drain prints it."""
-    own = ("command", "strongswan", "guest", "clock", "esp", "machine", "host")
-    told = {key: value for key, value in drain.items() if key not in own}
-    return {
-        "command": drain["command"],
-        "strongswan": drain["strongswan"],
-        "parts": {},
-        "drains": [{**told, "machine": machine([drain], drain["host"])}],
-        "attacks": [],
+        **{name: [] for name in ALONE},
+        what: [{**told, "machine": machine([found], found["host"])}],
     }
 
 
@@ -292,14 +283,21 @@ def read(text: str, file: str) -> dict[str, Any]:
         check(summary, {**_OF_DRAIN, **_DRAIN}, "the drain")
         check(summary["machine"], _HERE, "the drain.machine")
         check(summary["host"], _HOST, "the drain.host")
-        return drained(summary)
+        return alone("drains", summary)
     if "attack" in summary:
         check(summary, _OF_DRAIN, "the attack")
         check(summary["machine"], _HERE, "the attack.machine")
         check(summary["host"], _HOST, "the attack.host")
         if why := lab_damage.wrong(summary):
             raise wrong(why)
-        return attacked(summary)
+        return alone("attacks", summary)
+    if "modes" in summary:
+        check(summary, _OF_DRAIN, "the judgement")
+        check(summary["machine"], _HERE, "the judgement.machine")
+        check(summary["host"], _HOST, "the judgement.host")
+        if why := lab_aims.wrong(summary["modes"]):
+            raise wrong(why)
+        return alone("handovers", summary)
     check(summary, {"command": "text", "strongswan": "text", "parts": "objects by name"}, "the result")
     for name, part in summary["parts"].items():
         if name not in PARTS:
@@ -321,6 +319,12 @@ def read(text: str, file: str) -> dict[str, Any]:
         if why := lab_damage.wrong(one, where=f"attacks.{number}"):
             raise wrong(why)
         check(one.get("machine"), _MACHINE, f"attacks.{number}.machine")
+    if not isinstance(handovers := summary.get("handovers", []), list):
+        raise wrong("handovers must be a list")
+    for number, one in enumerate(handovers):
+        if why := lab_aims.wrong(one.get("modes"), f"handovers.{number}"):
+            raise wrong(why)
+        check(one.get("machine"), _MACHINE, f"handovers.{number}.machine")
     return summary
 
 
@@ -334,7 +338,7 @@ def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str,
 
     Errors: UsageError where they do not go together: another strongSwan, another machine, a scenario twice.
     """
-    merged: dict[str, Any] = {"command": "", "parts": {}, "drains": [], "attacks": []}
+    merged: dict[str, Any] = {"command": "", "parts": {}, **{name: [] for name in ALONE}}
     came: dict[tuple[str, str], str] = {}
     for file, summary in summaries.items():
         first = next(iter(summaries))
@@ -351,8 +355,8 @@ def merge(summaries: Mapping[str, Mapping[str, Any]], command: str) -> dict[str,
                     raise UsageError(f"{scenario} is in {came[name, scenario]} and in {file}")
                 came[name, scenario] = file
                 own["scenarios"][scenario] = one
-        merged["drains"] += summary["drains"]
-        merged["attacks"] += summary.get("attacks", [])
+        for what in ALONE:
+            merged[what] += summary.get(what, [])
     merged["drains"].sort(key=lambda one: (one["machine"]["esp"], one["sas"]))
     ran = [f"{summary['command']} --json > {file}" for file, summary in summaries.items()]
     return {**merged, "command": "\n".join([*ran, command])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ikectx.errors import UsageError
 
 from ..answers import a_number
 from ..toml_table import text_of
+from . import aims as lab_aims
 from . import machine as lab_machine
 from . import start as lab_start
 from .boot import tidy
@@ -37,6 +38,11 @@ MOST_OCTETS = 64 << 20
     type=click.IntRange(1, MOST),
     metavar="N",
     help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
+)
+@click.option(
+    "--handovers",
+    is_flag=True,
+    help="No scenarios by name: every mode of a handover, beside what it must reach.",
 )
 @click.option(
     "--attack",
@@ -78,6 +84,7 @@ def bench(
     clock: str,
     esp: str,
     drain: int | None,
+    handovers: bool,
     attack: str | None,
     rate: float | None,
     seconds: float | None,
@@ -86,12 +93,19 @@ def bench(
     as_json: bool,
     names: tuple[str, ...],
 ) -> None:
-    """Run the handover scenarios several times, a drain, or an attack; print medians, ratios and losses."""
+    """Run the handover scenarios several times, a drain, or an attack; print medians, ratios and losses.
+
+    With --handovers: a row for each mode, and exit code 1 where one does not reach what it must.
+    """
     from . import bench as lab_bench
     from . import page as lab_page
 
     _bench_options(
-        files=files, names=names, drain=drain, attack=attack, clock=clock, of_attack=(rate, seconds)
+        files=files,
+        names=names,
+        alone={"--drain": bool(drain), "--attack": bool(attack), "--handovers": handovers},
+        clock=clock,
+        of_attack=(rate, seconds),
     )
     if target is not None and not (target.name and os.path.isdir(target.absolute().parent)):
         raise UsageError(f"--page {target}: there is no such folder")
@@ -107,7 +121,12 @@ def bench(
     elif drain:
         command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
         found |= {"command": command, **_emptied(drain, guest, clock, esp)}
-        summary = lab_bench.drained(found)
+        summary = lab_bench.alone("drains", found)
+    elif handovers:
+        words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
+        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp)}
+        summary = lab_bench.alone("handovers", found)
+        ok = all(row["reached"] for row in found["modes"])
     elif attack:
         _attacked(attack, rate, seconds, guest, esp, options, as_json=as_json)
         return
@@ -120,8 +139,11 @@ def bench(
         words = ["ikectx lab bench", f"--runs {runs}", *options, *names]
         summary = lab_bench.summarise(reports, lab_machine.host(), " ".join(words))
         ok = all(report["ok"] for report in reports)
-    told = found if drain else summary
-    click.echo(json.dumps(told, indent=2) if as_json else lab_page.page(summary), nl=as_json)
+    told = found or summary
+    if handovers and not as_json:
+        lab_start.print_all([lab_aims.shown(found["modes"])])
+    else:
+        click.echo(json.dumps(told, indent=2) if as_json else lab_page.page(summary), nl=as_json)
     if target is not None and picture is not None:
         write(picture, lab_page.picture(summary))
         write(target, lab_page.page(summary, picture.name))
@@ -133,19 +155,16 @@ def _bench_options(
     *,
     files: Sequence[Path],
     names: Sequence[str],
-    drain: int | None,
-    attack: str | None,
+    alone: Mapping[str, bool],
     clock: str,
     of_attack: Sequence[float | None],
 ) -> None:
-    """Errors: UsageError for options of `bench` that do not go together."""
-    if files and (names or drain or attack):
-        without = "it goes without scenarios, --drain and --attack"
-        raise UsageError(f"--from takes what has run already: {without}")
-    if drain and (names or attack):
-        raise UsageError("--drain has SAs of its own: it goes without scenarios and without --attack")
-    if attack and names:
-        raise UsageError("--attack has moves of its own: it goes without scenarios")
+    """Errors: UsageError for options of `bench` that do not go together; `alone` go with nothing else."""
+    chosen = [name for name, given in {"--from": bool(files), **alone}.items() if given]
+    if chosen and (names or len(chosen) > 1):
+        others = ", ".join(name for name in ("--from", *alone) if name != chosen[0])
+        raise UsageError(f"{chosen[0]} goes without scenarios, and without {others}")
+    attack = alone["--attack"]
     if attack and clock == "virtual":
         raise UsageError(
             "--attack needs --time real", hint="no flood costs anything while the clock stands still"
@@ -185,6 +204,19 @@ def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
 
     with tidy():
         return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=say)
+
+
+def _judged(runs: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+    """Every mode beside what it must reach. Raises IkectxError."""
+    wanted = tuple(name for name in lab_aims.SCENARIOS for _ in range(runs))
+    with tidy():
+        reports = lab_start.run(lab_start.RunRequest(wanted, esp=esp, guest=guest, clock=clock), say)
+    first = reports[0]
+    return {
+        **{key: first[key] for key in ("strongswan", "guest", "clock", "esp", "machine")},
+        "host": lab_machine.host(),
+        "modes": lab_aims.judged(reports),
+    }
 
 
 def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:

@@ -165,6 +165,11 @@ class Net:
     delay_ms: float = 20.0
     gateway_delay_ms: float = 1.0
 
+    @property
+    def gateways_round_trip_ms(self) -> float:
+        """Where this kernel has netem."""
+        return 2 * self.gateway_delay_ms
+
     def namespace(self, host: str) -> str:
         return f"{self.prefix}-{host}"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from . import aims as lab_aims
 from . import damage as lab_damage
-from .bench import COLLISIONS, MODES, PARTS, place
+from .bench import ALONE, COLLISIONS, MODES, PARTS, place
 
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
@@ -39,6 +40,7 @@ def page(summary: Mapping[str, Any], image: str = "") -> str:
         *_lost(summary),
         *_messages(summary),
         *_cpu(summary),
+        *_handovers(summary.get("handovers", ())),
         *_drains(summary["drains"]),
         *_attacks(summary.get("attacks", ())),
         *_collisions(summary),
@@ -125,7 +127,7 @@ def _machines(summary: Mapping[str, Any]) -> Iterable[str]:
         (PARTS[part], found["machine"]) for part, found in summary["parts"].items()
     ]
     told = [place(machine) for _name, machine in places]
-    for what in ("drains", "attacks"):
+    for what in ALONE:
         for one in summary.get(what, ()):
             if place(one["machine"]) not in told:
                 places.append((what, one["machine"]))
@@ -347,6 +349,32 @@ def _cpu(summary: Mapping[str, Any]) -> Iterable[str]:
 
 def _used(one: Row) -> bool:
     return one["cpu_ms"] is not None and any(used is not None for used in one["cpu_ms"].values())
+
+
+def _handovers(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Each mode beside what it must reach, by each clock."""
+    if not found:
+        return
+    yield "## What a handover must reach"
+    for one in found:
+        clock = {"virtual": "Virtual time", "real": "Real time"}[one["machine"]["clock"]]
+        runs = max(row["runs"] for row in one["modes"])
+        yield f"{clock}, {'one run' if runs == 1 else f'medians of {runs} runs'}:"
+        yield table(
+            (*lab_aims.COLUMNS, "reached"),
+            ([*lab_aims.cells(row, "<br>"), "yes" if row["reached"] else "no"] for row in one["modes"]),
+        )
+    yield (
+        "*up, down*: the longest gap beyond what the link itself was dark, in ms, with the probe's own "
+        "interval of 5 ms in it, beside what it must be (≤: reached, >: not). *lost*: packets of the probe; "
+        "*at gateways*: those that no counter of the mobile node's own kernel explains; *late*: 10 ms "
+        "longer under way than the fastest. *PSK, EAP, certificates*: how many times as long as ours "
+        "connecting anew takes, gap beyond dark against gap beyond dark, by the slower direction, in the "
+        "same run. The gateways are 1 ms from each other, one way. By packet the mobile node's own charon "
+        "takes what it takes where its gateway stays the same, which is measured in the same run, and the "
+        "aim is that and so much more. Where the server's packets go on to the old gateway, the first one "
+        "by the detour has a way that is 1 ms longer: a gap of 5 ms becomes one of 6."
+    )
 
 
 def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -41,6 +41,8 @@ class ScenarioReport:
     stays: dict[str, Any] | None = None
     """The gaps when a stock mn relocates and its gateway stays the same: what its own charon takes."""
     transfers: list[dict[str, Any]] = field(default_factory=list)
+    gateways_round_trip_ms: float = 0.0
+    """Between the gateways, as far as the lab has it take time."""
     trace: list[dict[str, Any]] = field(default_factory=list)
     """A time line of each handover (`lab_trace.TimeLine.as_json`), where that was asked for."""
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -259,6 +261,7 @@ class ScenarioReport:
             "others": self.others,
             "mobile": self.mobile,
             "stays": self.stays,
+            "gateways_round_trip_ms": self.gateways_round_trip_ms,
             "transfers": self.transfers if len(self.transfers) > 1 else [],
             "checks": self.checks,
             "trace": self.trace,

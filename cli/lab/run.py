@@ -19,8 +19,9 @@ from .config import outer
 from .daemons import KINDS as DAEMONS
 from .daemons import Daemon
 from .hosts import Lab
-from .measure import Reports, Snapshot, Traffic, air, dark, snapshot
+from .measure import Reports, Traffic, air, dark
 from .net import AWAY, GATEWAYS, HOST_BITS, INNER, MOBILES, OUTER, SHARED
+from .proof import Proof
 from .qemu import emulated
 from .report import ScenarioReport
 from .scenario import Command, Scenario
@@ -57,7 +58,6 @@ class ScenarioRunner:
         self._lab = lab
         self._scenario = scenario
         self._say = say
-        self._salt = os.urandom(16)
         self._serves: dict[str, str] = {}
         self._connected = "psg"
         self._watch: TrafficWatch | None = None
@@ -65,7 +65,7 @@ class ScenarioRunner:
         self._clear: Clear | None = None
         self._began_ns = 0
         self._link_ns = 0
-        self._before: tuple[Snapshot, Snapshot] | None = None
+        self._proof = Proof(lab, kept=scenario.names == "kept", new=scenario.names == "new")
         self._children: set[str] = set()
         self._away = False
         self._cut = False
@@ -85,6 +85,7 @@ class ScenarioRunner:
         report, began = self.report, time.monotonic()
         try:
             report.strongswan = self._lab.strongswan()
+            report.gateways_round_trip_ms = self._lab.net.gateways_round_trip_ms
             for step in self._scenario.steps:
                 self._say(
                     step.name or f"{step.host}: {step.run}" if isinstance(step, Command) else " ".join(step)
@@ -362,38 +363,14 @@ class ScenarioRunner:
 
     def _note(self, source: str) -> None:
         """Keeps what must be the same after a transfer."""
-        self._before = (self._snapshot("mn"), self._snapshot(source))
+        self._proof.note(source)
         self._children = self._names("mn", "child")
         self._tracing.asked()
 
-    def _snapshot(self, host: str) -> Snapshot:
-        return snapshot(self._lab, host, self._salt, "mn")
-
     def _settled(self) -> None:
         """Compares SPIs and keys after a transfer with those before, once traffic does not mind the work."""
-        if self._before is None:
-            return
-        (mobile, gateway), self._before = self._before, None
-        after, there = self._snapshot("mn"), self._snapshot(self._owner)
-        kept = self._scenario.names == "kept"
-        if self._lab.tunnel.libipsec:
-            same = after.ike == there.ike and (after.ike == mobile.ike or not kept)
-            self.report.add_proof(same, None)
-            return
-        expected = 2 * self._lab.tunnel.children
-        alive = len(after.esp) >= expected and len(there.esp) >= expected
-        if self._lab.tunnel.others:  # it tells nobody the SPIs of its IKE_SA
-            alive = alive and (there.ike == gateway.ike or not kept)
-        else:
-            alive = alive and after.ike == there.ike
-        if not kept:
-            told = {key for _spi, key in mobile.keys}
-            same = {key for _spi, key in after.keys | there.keys} <= told
-            self.report.add_proof(alive, alive and (same or self._scenario.names == "new"))
-            return
-        spis = alive and after.ike == mobile.ike and after.esp <= mobile.esp and there.esp <= gateway.esp
-        keys = spis and after.keys <= mobile.keys and there.keys <= gateway.keys and there.keys <= mobile.keys
-        self.report.add_proof(spis, keys)
+        if self._proof.noted:
+            self.report.add_proof(*self._proof.compare(self._owner))
 
     def _do_ping(self, mobile: str = "mn") -> None:
         tunnel, version = self._lab.tunnel, self._lab.tunnel.inner

@@ -15,7 +15,7 @@ from ikectx_cli.commands import run
 from ikectx_cli.lab import commands as lab
 from ikectx_cli.lab import emptying as lab_emptying
 from ikectx_cli.lab import scenario as lab_scenario
-from ikectx_cli.lab.bench import MODES, SCENARIOS, attacked, drained, merge, read, row, summarise
+from ikectx_cli.lab.bench import MODES, SCENARIOS, alone, merge, read, row, summarise
 from ikectx_cli.lab.measure import parse_counters
 from ikectx_cli.lab.page import page, picture
 
@@ -155,7 +155,9 @@ def test_real_and_virtual_time_stand_side_by_side() -> None:
 
 
 def test_the_page_says_what_machine_it_was() -> None:
-    text = page(merge({"a": summed(report(2, 10.0)), "b": drained(drain(esp="libipsec", guest="host"))}, "c"))
+    text = page(
+        merge({"a": summed(report(2, 10.0)), "b": alone("drains", drain(esp="libipsec", guest="host"))}, "c")
+    )
     assert (
         line(text, "The machine", "real time") == "| real time | Some CPU | 2 | like others, on 2 | 6.1.0 "
         "| uml | 7.2.13 | 1 | real | kernel | 15 | 120 |"
@@ -171,7 +173,9 @@ def test_cpu_time_natively_and_in_a_guest() -> None:
 
 
 def test_a_drain_is_told_with_what_one_sa_costs() -> None:
-    text = page(merge({"a": drained(drain()), "b": drained(drain(sas=1000, seconds=100.0))}, "c"))
+    text = page(
+        merge({"a": alone("drains", drain()), "b": alone("drains", drain(sas=1000, seconds=100.0))}, "c")
+    )
     start = "| 200 | uml | real | kernel | 14 | 14 | 48 | 58 | 40 | 3 of 6000 | 20 / 21 |"
     assert start in text and text.index(start) < text.index("| 1000 | uml | real | kernel | 100 | 10 |")
     assert "Gaps" not in text
@@ -209,7 +213,7 @@ def test_every_table_has_as_many_cells_in_each_row() -> None:
     virtual = report(0, 5.0, scenario="pull", clock="virtual", baseline=[])
     native = report(9, 7.0, esp="libipsec", guest="host", scenario="reactive")
     files = {"a": summed(report(2, 10.0), one), "b": summed(virtual), "c": summed(native)}
-    text = page(merge({**files, "d": drained(drain())}, "e"))
+    text = page(merge({**files, "d": alone("drains", drain())}, "e"))
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({row.count("|") for row in table.splitlines()}) == 1, table
 
@@ -283,7 +287,9 @@ def test_published_results_name_nothing_of_the_machine_they_are_from(file: str) 
     text = (ROOT / file).read_text()
     assert "/" not in text
     found = json.loads(text)
-    made = drained(found) if "sas" in found else attacked(found) if "attack" in found else found
+    made = (
+        alone("drains", found) if "sas" in found else alone("attacks", found) if "attack" in found else found
+    )
     assert read(text, file) == made
 
 
@@ -291,7 +297,7 @@ def test_what_json_prints_is_read_back_whole() -> None:
     away = report(9, 40.0, scenario="reactive", ratio=None, others={"mn2": {"lost": 3}})
     summary = summed(report(2, 10.0), away, command="ikectx lab bench --runs 1")
     assert read(json.dumps(summary), "x.json") == summary
-    assert read(json.dumps(drain()), "x.json") == drained(drain())
+    assert read(json.dumps(drain()), "x.json") == alone("drains", drain())
     one = merge({"x.json": summary}, "ikectx lab bench --from x.json")
     assert {**one, "command": summary["command"]} == summary
 
