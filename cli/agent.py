@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import MobileConfig
-from ikectx.engine.report import TransferEvent, TransferReport
+from ikectx.engine.report import TransferEvent, TransferReport, mn_label
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.gateway import Gateway
 from ikectx.net.door import Door
@@ -44,16 +44,15 @@ from vici_bridge.vici.control import ControlServer, Response
 from . import __version__, service
 from .config import Config
 from .detours import find, names, need_ways
+from .move_log import log_event
 from .movers import MnEnder, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .requests import GATEWAY, plain_address
+from .settings import left_quietly
 from .views import charon_json, chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
 
-LEFT_QUIETLY = 10.0
-"""Seconds without an IKE request in either direction after which an SA that goes down counts as abandoned by
-its mobile node, not as deleted (charon gives up after 165 s of retransmissions)."""
 CALL_BACK_TRIES = 3
 """Requests, for each of two message IDs, to a mobile node whose transfer is undone."""
 SETTLE_TRIES = 4
@@ -244,8 +243,6 @@ class Agent:
         """An IKE message of an SA that is not here arrived: get the SA from one of [by_packet] ask."""
         assert self._config.by_packet is not None
         report = await self._gateway.packet(datagrams, local, remote, self._config.by_packet.ask)
-        if report is not None:
-            log.info("pulled by a packet from %s: %s, %s", remote, report.result, report.text)
         return report is not None and report.result == "moved"
 
     @property
@@ -262,14 +259,7 @@ class Agent:
         return "sctp" if self._config.transfer.protocol == "sctp" else "tcp"
 
     def _observe(self, event: TransferEvent) -> None:
-        log.info(
-            "%s %s: %s with %s%s",
-            event.role,
-            event.transfer_id,
-            event.state,
-            event.peer,
-            f" ({event.detail})" if event.detail else "",
-        )
+        log_event(log, event, self._config.name)
         self._control.emit("transfer-state", _event_json(event))
 
     # Control commands. Each item and answer has the whole as JSON under `json`.
@@ -409,33 +399,35 @@ class Agent:
         handed = {name: to for name, one in self._config.connections.items() if (to := one.handover_to)}
         # the hook knows only the child's name (PLUTO_CONNECTION), and connections are the IKE_SA's
         found = self._source.departing_by_reqid(reqid, handed)
-        if found is None or found[0] in self._source.departing:
-            # a child alone, whose IKE_SA lives on, or the second of several selector pairs
+        if found is None:  # a child alone, whose IKE_SA lives on
+            return {"action": "none"}
+        least = await asyncio.to_thread(left_quietly, self._config.charon.vici)
+        if found[0] in self._source.departing:  # the second of several selector pairs
             return {"action": "none"}
         sa, context, quiet = found
         name, to = context.connection, handed[context.connection]
-        if quiet < LEFT_QUIETLY:
+        if quiet < least:
             log.info(
-                "an SA of %s went down %.0f s after its last IKE request: deleted on purpose", name, quiet
-            )
+                "an SA of %s (%s) went down %.0f s after its last IKE request: deleted on purpose",
+                mn_label(context), name, quiet,
+            )  # fmt: skip
             return {"action": "none", "reason": "the SA was deleted on purpose"}
         self._source.departing.add(sa)
         left = asyncio.Event()
-        self._host.spawn(self._hand_over(sa, to, left))
+        self._host.spawn(self._hand_over(sa, mn_label(context), to, left))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(left.wait(), HOOK_PATIENCE)
         return {"action": "transfer", "to": to}
 
-    async def _hand_over(self, sa: SaName, to: str, left: asyncio.Event) -> None:
+    async def _hand_over(self, sa: SaName, mn: str, to: str, left: asyncio.Event) -> None:
         def seen(event: TransferEvent) -> None:
             if event.state.upper() in ("RELEASED", "KEPT", "REFUSED", "LOST"):
                 left.set()
 
         try:
-            report = await self._gateway.transfer(sa, to, progress=seen)
-            log.info("handover to %s: %s, %s", to, report.result, report.text)
+            await self._gateway.transfer(sa, to, progress=seen)
         except IkectxError as error:
-            log.warning("handover to %s: %s", to, error)
+            log.warning("%s has gone silent, and its SA is not moved to %s: %s", mn, to, error)
         finally:
             left.set()
             self._source.departing.discard(sa)

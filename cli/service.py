@@ -45,13 +45,9 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         raise UsageError(
             f"IKECTX_LOG is no log level: {level!r}", hint="one of debug, info, warning, error, critical"
         )
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        if sys.stderr.isatty()
-        else "%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(log_format())
+    logging.basicConfig(level=level.upper(), handlers=[stream])
     limits: list[tuple[logging.Handler, LogLimit]] = []
     for handler in logging.getLogger().handlers:
         limits.append((handler, LogLimit(handler, time.monotonic)))
@@ -68,6 +64,35 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
             limit.end()
             handler.removeFilter(limit)  # it counts no more, and would drop what is logged from now on
     return 0
+
+
+class JournalFormatter(logging.Formatter):
+    """Begins each line with its priority in angle brackets, as systemd's journal reads it (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = next((number for least, number in _PRIORITIES if record.levelno >= least), 7)
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+
+
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+"""syslog's priorities by the least level of logging."""
+
+
+def log_format() -> logging.Formatter:
+    """The form of the log's lines on standard error: for the journal, for a terminal, or for a file."""
+    plain = "%(levelname)s %(name)s: %(message)s"
+    if _is_journal():
+        return JournalFormatter(plain)
+    return logging.Formatter(f"%(asctime)s {plain}" if sys.stderr.isatty() else plain)
+
+
+def _is_journal() -> bool:
+    """Whether standard error is the journal's stream, which systemd names in the environment."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> None:

@@ -1,9 +1,9 @@
-"""Reads strongSwan's settings files (strongswan.conf, swanctl.conf), to the extent that `doctor` needs.
+"""Reads strongSwan's settings files (strongswan.conf, swanctl.conf), as far as agent and `doctor` need them.
 
 The format: sections `name { ... }`, `key = value` up to the end of the line, `#` comments, quoted values, and
 `include PATTERN`, relative to the including file (man strongswan.conf, 5.9). Section references (`name :
 other { ... }`) and ~key deletions are skipped. A file that does not follow the format gives could be read,
-because this is for advice only.
+because none of this decides more than an advice, or how long a mobile node must have been silent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import contextlib
 import glob
 import os
 import re
+import socket
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 _TOKEN = re.compile(
     r"""
@@ -26,6 +30,12 @@ _TOKEN = re.compile(
 )
 
 MAX_DEPTH = 10
+CONF = "/etc/strongswan.conf"
+SWANCTL = "/etc/swanctl/swanctl.conf"
+
+LEFT_QUIETLY = 10.0
+"""Seconds without an IKE request in either direction after which an SA that goes down counts as abandoned by
+its mobile node, not as deleted; less if charon gives up earlier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,66 @@ def load(path: str, root: str = "") -> dict[str, Setting]:
     reader = _SettingsReader(root)
     reader.read(path, [], 0)
     return reader.settings
+
+
+def pid_behind(path: str) -> int | None:
+    """The process that listens on a unix socket."""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(2)
+            sock.connect(path)
+            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return None
+    pid: int = struct.unpack("3i", raw)[0]
+    return pid or None
+
+
+def of_charon(pid: int | None, which: str) -> dict[str, Setting] | None:
+    """All settings of `strongswan.conf` or `swanctl.conf`, as the charon with that pid reads them (by its
+    environment and root). None if they cannot be read."""
+    variable, path = {
+        "strongswan.conf": ("STRONGSWAN_CONF", CONF),
+        "swanctl.conf": ("SWANCTL_DIR", SWANCTL),
+    }[which]
+    value = _environment(pid).get(variable) or os.environ.get(variable)
+    if value:
+        path = value if which == "strongswan.conf" else os.path.join(value, "swanctl.conf")
+    for root in [f"/proc/{pid}/root"] * bool(pid) + [""]:
+        with contextlib.suppress(OSError):
+            return load(path, root)
+    return None
+
+
+def _environment(pid: int | None) -> dict[str, str]:
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (item.decode("utf-8", "replace").partition("=") for item in raw.split(b"\0"))
+    return {name: value for name, _, value in pairs}
+
+
+def give_up(settings: Mapping[str, Setting]) -> float:
+    """Seconds after which charon gives up a request that is not answered, at the least (5.9.8: 165)."""
+
+    def number(key: str, default: float) -> float:
+        for daemon in ("charon-systemd", "charon"):
+            with contextlib.suppress(KeyError, ValueError):
+                return float(settings[f"{daemon}.retransmit_{key}"].value)
+        return default
+
+    timeout, base, tries = number("timeout", 4.0), number("base", 1.8), int(number("tries", 5))
+    most = number("limit", 0) or float("inf")
+    whole = sum(min(timeout * base**each, most) for each in range(max(0, min(tries, 100)) + 1))
+    return whole * (1 - min(100.0, max(0.0, number("jitter", 0))) / 100)
+
+
+def left_quietly(vici: str) -> float:
+    """Seconds without an IKE request that show that a mobile node has gone: charon's patience, with some
+    allowance, or `LEFT_QUIETLY`. `vici`: charon's socket."""
+    settings = of_charon(pid_behind(vici.removeprefix("unix://")), "strongswan.conf")
+    return LEFT_QUIETLY if settings is None else min(LEFT_QUIETLY, 0.8 * give_up(settings))
 
 
 class _SettingsReader:

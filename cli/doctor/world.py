@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import ssl
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +27,8 @@ from ikectx.wire.cxtp import PORT
 
 from .. import reach
 from ..config import Config, PeerSection
-from ..settings import Setting, load
+from ..settings import Setting, of_charon, pid_behind
 
-CONF = "/etc/strongswan.conf"
-SWANCTL = "/etc/swanctl/swanctl.conf"
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS = 20
 CONNECT_SECONDS = 5
@@ -108,23 +105,11 @@ class World:
                 return items
             return json_of(client.request(command))
 
-    def pid_behind(self, path: str) -> int | None:
-        """The process that listens on a unix socket."""
-        try:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(2)
-                sock.connect(path)
-                raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError:
-            return None
-        pid: int = struct.unpack("3i", raw)[0]
-        return pid or None
-
     def agent_pid(self) -> int | None:
-        return self.pid_behind(self.control)
+        return pid_behind(self.control)
 
     def charon_pid(self) -> int | None:
-        return self.pid_behind(self.config.charon.vici.removeprefix("unix://"))
+        return pid_behind(self.config.charon.vici.removeprefix("unix://"))
 
     def started(self, pid: int) -> int | None:
         """The time at which a process started, in clock ticks since boot."""
@@ -149,29 +134,7 @@ class World:
     def settings(self, which: str) -> dict[str, Setting] | None:
         """All settings of `strongswan.conf` or `swanctl.conf`, as charon reads them (its environment and
         root)."""
-        pid = self.charon_pid()
-        variable, path = {
-            "strongswan.conf": ("STRONGSWAN_CONF", CONF),
-            "swanctl.conf": ("SWANCTL_DIR", SWANCTL),
-        }[which]
-        value = self._environment(pid).get(variable) or os.environ.get(variable)
-        if value:
-            path = value if which == "strongswan.conf" else os.path.join(value, "swanctl.conf")
-        for root in [f"/proc/{pid}/root"] * bool(pid) + [""]:
-            try:
-                return load(path, root)
-            except OSError:
-                continue
-        return None
-
-    @staticmethod
-    def _environment(pid: int | None) -> dict[str, str]:
-        try:
-            raw = Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:
-            return {}
-        pairs = (item.decode("utf-8", "replace").partition("=") for item in raw.split(b"\0"))
-        return {name: value for name, _, value in pairs}
+        return of_charon(self.charon_pid(), which)
 
     def now(self) -> float:
         return time.time()

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,3 +230,23 @@ def test_the_limit_of_the_log_ends_with_the_service(
     for _ in range(100):
         root.warning("again")
     assert capsys.readouterr().err.count("WARNING root: again") == 100
+
+
+def test_the_journal_gets_priorities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "journal").open("w+") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        found = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(service.log_format())
+        for level, text in ((logging.INFO, "well"), (logging.WARNING, "two\nlines"), (logging.ERROR, "bad")):
+            handler.emit(logging.LogRecord("a", level, "", 0, text, None, None))
+        stream.seek(0)
+        assert stream.read().splitlines() == [
+            "<6>INFO a: well",
+            "<4>WARNING a: two",
+            "<4>lines",
+            "<3>ERROR a: bad",
+        ]
+        monkeypatch.setenv("JOURNAL_STREAM", "0:0")
+        assert not isinstance(service.log_format(), service.JournalFormatter)

@@ -1,0 +1,34 @@
+"""How long charon waits for a mobile node, from its own settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ikectx_cli.settings import LEFT_QUIETLY, Setting, give_up, left_quietly
+
+
+def settings(**values: str) -> dict[str, Setting]:
+    return {f"charon.retransmit_{key}": Setting(value, "strongswan.conf") for key, value in values.items()}
+
+
+def test_when_charon_gives_up() -> None:
+    assert round(give_up({})) == 165
+    assert give_up(settings(tries="3", timeout="1.0", base="1.2")) == pytest.approx(5.368)
+    assert give_up(settings(tries="3", timeout="1", base="10", limit="5")) == 16
+    assert give_up(settings(tries="0", jitter="50")) == 2
+    assert round(give_up(settings(tries="many", timeout=""))) == 165
+    daemon = {"charon-systemd.retransmit_tries": Setting("0", ""), **settings(tries="5")}
+    assert give_up(daemon) == 4
+
+
+def test_less_than_charon_s_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "strongswan.conf"
+    monkeypatch.setenv("STRONGSWAN_CONF", str(file))
+    none = f"unix://{tmp_path}/charon.vici"
+    assert left_quietly(none) == LEFT_QUIETLY  # not known
+    file.write_text("charon {\n retransmit_tries = 3\n retransmit_timeout = 1\n retransmit_base = 1.2\n}\n")
+    assert left_quietly(none) == pytest.approx(0.8 * 5.368)
+    file.write_text("charon {\n}\n")
+    assert left_quietly(none) == LEFT_QUIETLY
