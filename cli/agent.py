@@ -77,6 +77,7 @@ def host_config(config: Config) -> HostConfig:
         vici=config.charon.vici,
         kernel_esp=config.charon.esp == "kernel",
         updown={name: conn.updown for name, conn in config.connections.items() if conn.updown},
+        host_access=frozenset(name for name, conn in config.connections.items() if conn.hostaccess),
         forward_via={peer.name: peer.forward_via for peer in config.peers},
         announced=frozenset(name for name, conn in config.connections.items() if conn.announces),
         agents=frozenset(name for name, conn in config.connections.items() if conn.agents),

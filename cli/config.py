@@ -112,6 +112,7 @@ class TransferConfig:
 class ConnectionConfig:
     """[connections.NAME]: properties of charon's connection NAME that VICI does not report.
 
+    `hostaccess`: its children have `hostaccess = yes`, which the updown script is told.
     `announces`: its updown script has the network send packets for a mobile node to the gateway that serves
     it, so that a move needs no detour. `agents`: its mobile nodes run `ikectx mobile serve`. `local_ids`,
     `virtual_ips`, `ike_proposals`, `esp_proposals`: what SAs that come in may have (`Rules`).
@@ -119,6 +120,7 @@ class ConnectionConfig:
 
     name: str
     updown: str | None = None
+    hostaccess: bool = False
     handover_to: str | None = None
     announces: bool = False
     agents: bool = False
@@ -335,6 +337,7 @@ def _connection(name: str, table: TomlTable) -> ConnectionConfig:
     return ConnectionConfig(
         name=name,
         updown=table.value("updown", a_text, None),
+        hostaccess=table.value("hostaccess", yes_or_no, False),
         handover_to=table.value("handover_to", a_name, None),
         announces=table.value("announces", yes_or_no, False),
         agents=table.value("agents", yes_or_no, False),

@@ -16,6 +16,8 @@ from vici_bridge.kernel.xfrm_parts import KernelUsage
 class KernelTables:
     """SAs by destination and SPI, as the kernel finds them; `step` comes before each change."""
 
+    marked = False
+
     def __init__(self, step: Callable[[], None] = lambda: None) -> None:
         self.step = step
         self.sas: dict[tuple[Address, bytes], KernelSa] = {}

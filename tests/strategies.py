@@ -22,6 +22,7 @@ from ikectx.sa.context import (
     PolicyContext,
     ReplayState,
     Secret,
+    Tags,
     TrafficSelector,
 )
 from ikectx.wire import cbor
@@ -53,6 +54,9 @@ ports = st.sampled_from([500, 4500]) | uints(16)
 endpoints = st.builds(Endpoint, addresses, ports)
 identities = st.builds(Identity, of(IdType, 8), st.binary(max_size=20))
 
+tags = st.just(Tags()) | st.builds(
+    Tags, st.tuples(uints(32), uints(32)), st.tuples(uints(32), uints(32)), uints(32), uints(32)
+)
 lifetimes = st.just(Lifetime()) | st.builds(
     Lifetime,
     *[st.none() | st.integers(-100, 1 << 40)] * 3,
@@ -147,6 +151,7 @@ def children(draw: st.DrawFn, chain: tuple[IkeGeneration, ...]) -> ChildContext:
         inbound=draw(replay_states()),
         outbound=draw(replay_states()),
         lifetime=draw(lifetimes),
+        tags=draw(tags),
     )
 
 

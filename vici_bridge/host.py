@@ -27,7 +27,7 @@ from ikectx.errors import (
     WireError,
 )
 from ikectx.mistakes import log_mistake
-from ikectx.sa.context import Address, ChildContext, FinalState, Identity, IkeContext
+from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalState, Identity, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.away.absences import Away
 from vici_bridge.away.follow import Follow
@@ -107,7 +107,7 @@ class CharonHost:
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
-        self.scripts = Scripts(config.updown, self.detour)
+        self.scripts = Scripts(config.updown, self.detour, config.host_access)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import, so that two imports never race for an SPI."""
         self.on_change: Callable[[RecordChange], None] | None = None
@@ -362,7 +362,13 @@ class CharonHost:
 
     async def views(self) -> list[SaView]:
         """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
-        return await self.listing.views()
+        views = await self.listing.views()
+        self._look_for_marks(views)
+        return views
+
+    def _look_for_marks(self, views: Iterable[SaView]) -> None:
+        if self.kernel is not None and not self.kernel.marked:
+            self.kernel.marked = any(child.tags is not NO_TAGS for view in views for child in view.children)
 
     def knows(self, view: SaView) -> bool:
         """Whether the record has all keys of the IKE_SA and its CHILD_SAs, and no doubtful message IDs."""
@@ -384,7 +390,10 @@ class CharonHost:
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of charon's SAs by its SPIs."""
-        return await self.listing.view(sa)
+        view = await self.listing.view(sa)
+        if view is not None:
+            self._look_for_marks([view])
+        return view
 
     async def recent_view(self, sa: SaName) -> SaView | None:
         """The same, for a caller that will look again before it changes anything: what somebody listed within

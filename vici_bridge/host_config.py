@@ -15,7 +15,8 @@ class HostConfig:
     """The agent's settings for its own host.
 
     `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters cannot be read.
-    `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `announced`:
+    `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `host_access`:
+    connections whose children have `hostaccess = yes`, for the updown script. `announced`:
     connections whose updown script leads packets for a mobile node to the gateway that serves it. `agents`:
     connections whose mobile nodes have an agent. `oseq_jump`: packets; `late`: seconds for which late packets
     are decrypted after letting go. `mobile_node`: charon is a mobile node's own, so its SAs are never muted
@@ -33,6 +34,7 @@ class HostConfig:
     kernel_esp: bool = True
     updown: Mapping[str, str] = field(default_factory=dict)
     forward_via: Mapping[str, Sequence[Address]] = field(default_factory=dict)
+    host_access: frozenset[str] = frozenset()
     announced: frozenset[str] = frozenset()
     agents: frozenset[str] = frozenset()
     oseq_jump: int = 65536

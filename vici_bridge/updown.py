@@ -14,13 +14,13 @@ import logging
 import os
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from typing import Any, Protocol
 
 from ikectx import trace
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address, IkeContext
-from vici_bridge.vici.views import ts_pairs, updown_environment
+from vici_bridge.vici.environment import ts_pairs, updown_environment
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,11 @@ class NotStarted(KernelError):
 class Scripts:
     """The updown scripts of a gateway, by connection name; `ways`: those of its kernel."""
 
-    def __init__(self, scripts: Mapping[str, str], ways: Ways) -> None:
+    def __init__(self, scripts: Mapping[str, str], ways: Ways, host_access: Collection[str] = ()) -> None:
+        """`host_access`: connections whose children have `hostaccess = yes`."""
         self._scripts = scripts
         self._ways = ways
+        self._host_access = host_access
 
     async def run(
         self, context: IkeContext, *, up: bool, reqids: Mapping[bytes, int], unique_id: int
@@ -66,6 +68,7 @@ class Scripts:
                 interface=self._interface(context),
                 reqids=reqids,
                 unique_id=unique_id,
+                host_access=context.connection in self._host_access,
             )
 
     def _interface(self, context: IkeContext) -> str:
@@ -89,7 +92,14 @@ def _cannot(what: str, error: OSError) -> NotStarted:
 
 @trace.spanned("updown")
 async def run_updown(
-    script: str, context: IkeContext, *, up: bool, interface: str, reqids: Mapping[bytes, int], unique_id: int
+    script: str,
+    context: IkeContext,
+    *,
+    up: bool,
+    interface: str,
+    reqids: Mapping[bytes, int],
+    unique_id: int,
+    host_access: bool = False,
 ) -> None:
     """Call the script once for each selector pair of each child. `reqids` by inbound SPI.
 
@@ -97,16 +107,16 @@ async def run_updown(
     """
     began = False
     for child in context.children:
-        for local_ts, remote_ts in ts_pairs(child):
+        for pair in ts_pairs(child):
             env = updown_environment(
                 context,
                 child,
-                local_ts,
-                remote_ts,
+                pair,
                 up=up,
                 interface=interface,
                 reqid=reqids.get(child.spi_in, 0),
                 unique_id=unique_id,
+                host_access=host_access,
             )
             try:
                 await _call(script, env)

@@ -22,7 +22,7 @@ from ipaddress import ip_address
 from typing import Any, Generic, Literal, TypeVar
 
 from ikectx.errors import StoreError, WireError
-from ikectx.sa.context import Address, Endpoint
+from ikectx.sa.context import Address, Endpoint, Tags
 from ikectx.sa.name import SaName
 from ikectx.wire import cbor
 
@@ -52,9 +52,10 @@ class SourceFacts:
     empty if it is not. request: message ID of our next request, given to the other gateway; None: the freeze
     was not complete. unsure: the request before that has no answer. renaming: the mobile node may be given
     other SPIs. ended: somebody had charon delete the SA while it left, and no Delete has left this host.
-    unique_id: that of charon, reqids: reqid of each CHILD_SA by inbound SPI (4 octets), for the updown
-    script. counters: the outbound sequence number of each CHILD_SA at the freeze, by inbound SPI. numbers:
-    those from which it goes on after a thaw, by outbound SPI; None: they are not determined yet.
+    unique_id: that of charon, reqids, tags: reqid, marks and if_ids of each CHILD_SA by inbound SPI (4
+    octets), for the updown script. counters: the outbound sequence number of each CHILD_SA at the freeze, by
+    inbound SPI. numbers: those from which it goes on after a thaw, by outbound SPI; None: they are not
+    determined yet.
     """
 
     policies: tuple[bytes, ...] | None = field(default=None, repr=False)
@@ -65,6 +66,7 @@ class SourceFacts:
     ended: bool = False
     unique_id: int = 0
     reqids: tuple[tuple[bytes, int], ...] = ()
+    tags: tuple[tuple[bytes, Tags], ...] = ()
     counters: tuple[tuple[bytes, int], ...] = ()
     numbers: tuple[tuple[bytes, int], ...] | None = None
 
@@ -88,8 +90,8 @@ class TargetFacts:
     guards: policies that keep outbound packets on the placeholder pair (`KernelPolicy.raw`). relay: packets
     that are sent on to the other gateway. drawn: whether the updown script is being called with "up"
     ("begun"), or has ended ("done"). new_names: block of the answer to the mobile node
-    (`spis.serialize_new_spis`), empty if it knows all names. named: when that was noted. reqids: reqid of
-    each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
+    (`spis.serialize_new_spis`), empty if it knows all names. named: when that was noted. reqids, tags: reqid,
+    marks and if_ids here of each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
     """
 
     stage: Stage = ""
@@ -101,6 +103,7 @@ class TargetFacts:
     new_names: bytes = b""
     named: int = 0
     reqids: tuple[tuple[bytes, int], ...] = ()
+    tags: tuple[tuple[bytes, Tags], ...] = ()
     unique_id: int = 0
 
 
@@ -153,6 +156,20 @@ _numbers = cbor.array(cbor.row((_SPI, cbor.u64)), most=MOST)
 
 def _pairs(value: Any, where: str) -> tuple[tuple[bytes, int], ...]:
     return tuple((spi, number) for spi, number in _numbers(value, where))
+
+
+_tag_rows = cbor.array(cbor.row((_SPI, *(cbor.u32,) * 6)), most=MOST)
+
+
+def _tags(value: Any, where: str) -> tuple[tuple[bytes, Tags], ...]:
+    return tuple(
+        (spi, Tags((mark_in, mask_in), (mark_out, mask_out), if_in, if_out))
+        for spi, mark_in, mask_in, mark_out, mask_out, if_in, if_out in _tag_rows(value, where)
+    )
+
+
+def _tagged(pairs: Iterable[tuple[bytes, Tags]]) -> list[list[object]]:
+    return [[spi, *tags.mark_in, *tags.mark_out, tags.if_id_in, tags.if_id_out] for spi, tags in pairs]
 
 
 def _blocks(value: Any, where: str) -> tuple[tuple[int, bytes], ...]:
@@ -212,6 +229,7 @@ _KEYS: Mapping[type, Mapping[str, _Fact]] = {
         "numbers": _Fact(8, _pairs, _listed),
         "reqids": _Fact(9, _pairs, _listed),
         "unique_id": _Fact(10, cbor.u64),
+        "tags": _Fact(11, _tags, _tagged),
     },
     TargetFacts: {
         "stage": _Fact(1, _stage),
@@ -224,6 +242,7 @@ _KEYS: Mapping[type, Mapping[str, _Fact]] = {
         "named": _Fact(8, cbor.u64),
         "reqids": _Fact(9, _pairs, _listed),
         "unique_id": _Fact(10, cbor.u64),
+        "tags": _Fact(11, _tags, _tagged),
     },
     MobileFacts: {
         "quiet": _Fact(1, cbor.boolean),

@@ -156,6 +156,53 @@ class ReplayState:
             raise ValueError("the bitmap is wider than the window")
 
 
+Mark = tuple[int, int]
+"""Value and mask of a packet mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """What the kernel of a gateway tells an SA's ESP SAs and policies from others of the same selectors by.
+
+    Marks, and the IDs of XFRM interfaces; zero: none. They come from the gateway's own connection and may
+    differ at the next gateway.
+    """
+
+    mark_in: Mark = (0, 0)
+    mark_out: Mark = (0, 0)
+    if_id_in: int = 0
+    if_id_out: int = 0
+
+    def __post_init__(self) -> None:
+        for number in (*self.mark_in, *self.mark_out, self.if_id_in, self.if_id_out):
+            if not 0 <= number < 1 << 32:
+                raise ValueError(f"mark or if_id {number} does not fit in 32 bits")
+
+    @property
+    def inbound(self) -> tuple[Mark, int]:
+        """(mark, if_id) of the policies for packets that arrive."""
+        return self.mark_in, self.if_id_in
+
+    @property
+    def outbound(self) -> tuple[Mark, int]:
+        """(mark, if_id) of the policies for packets that leave."""
+        return self.mark_out, self.if_id_out
+
+    def __str__(self) -> str:
+        """As swanctl.conf has them: mark_in=42 if_id_in=7."""
+        marks = (("mark_in", self.mark_in), ("mark_out", self.mark_out))
+        ids = (("if_id_in", self.if_id_in), ("if_id_out", self.if_id_out))
+        words = [
+            f"{name}={value:#x}" + ("" if mask == 0xFFFFFFFF else f"/{mask:#x}")
+            for name, (value, mask) in marks
+            if value or mask
+        ]
+        return " ".join([*words, *(f"{name}={number}" for name, number in ids if number)]) or "none"
+
+
+NO_TAGS = Tags()
+
+
 @dataclass(frozen=True, slots=True)
 class IkeGeneration:
     """One IKE_SA of a chain of rekeys: what its keys are derived from.
@@ -203,7 +250,7 @@ class ChildContext:
     `generation` is the index in `IkeContext.generations` of the IKE_SA whose SK_d its keys
     stem from. `initiator`: the gateway started the exchange that made it. spi_in: 4
     octets, chosen by the gateway; spi_out: chosen by the MN. `secret` is g^ir of a PFS
-    exchange, empty without. CPIs are 0 without IPComp.
+    exchange, empty without. CPIs are 0 without IPComp. `tags`: those of the gateway that has the SA.
     """
 
     name: str
@@ -231,6 +278,7 @@ class ChildContext:
     inbound: ReplayState = ReplayState()
     outbound: ReplayState = ReplayState()
     lifetime: Lifetime = Lifetime()
+    tags: Tags = NO_TAGS
 
     def __post_init__(self) -> None:
         if len(self.spi_in) != 4 or len(self.spi_out) != 4:

@@ -21,6 +21,7 @@ from ikectx.errors import WireError
 from ikectx.numbers import STATUS_TEXT, Encr, Fpt, Integ, KeMethod, Mode, Prf, Protocol, Status
 from ikectx.sa.context import (
     NO_SECRET,
+    NO_TAGS,
     Address,
     AuthRound,
     ChildContext,
@@ -252,6 +253,7 @@ def _child_out(child: ChildContext, context: IkeContext) -> dict[int, Any]:
     cbor.put(out, 16, entries.replay_out(child.inbound), [0])
     cbor.put(out, 17, entries.replay_out(child.outbound), [0])
     cbor.put(out, 18, entries.lifetime_out(child.lifetime), [])
+    cbor.put(out, 19, entries.tags_out(child.tags), [])
     return out
 
 
@@ -294,6 +296,7 @@ def _child(value: Any, where: str, number: int, parts: dict[str, Any]) -> tuple[
         inbound=entry.take(16, entries.replay, ReplayState()),
         outbound=entry.take(17, entries.replay, ReplayState()),
         lifetime=entry.take(18, entries.lifetime, Lifetime()),
+        tags=entry.take(19, entries.tags, NO_TAGS),
     )
     return child, _rest(entry, Fpt.SAD, number + 1)
 

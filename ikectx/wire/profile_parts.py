@@ -19,6 +19,7 @@ from ikectx.sa.context import (
     Lifetime,
     ReplayState,
     Secret,
+    Tags,
     TrafficSelector,
 )
 
@@ -127,6 +128,20 @@ def lifetime(value: Any, where: str) -> Lifetime:
 def lifetime_out(value: Lifetime) -> list[Any]:
     """See `lifetime`."""
     return cbor.trim([getattr(value, field.name) for field in fields(value)], _LIFETIME)
+
+
+_TAGS_ROW = cbor.row((cbor.u32,) * 6, (0,) * 6)
+
+
+def tags(value: Any, where: str) -> Tags:
+    """[if_id in, if_id out, mark in, its mask, mark out, its mask]."""
+    if_in, if_out, *marks = _TAGS_ROW(value, where)
+    return Tags((marks[0], marks[1]), (marks[2], marks[3]), if_in, if_out)
+
+
+def tags_out(value: Tags) -> list[Any]:
+    """See `tags`."""
+    return cbor.trim([value.if_id_in, value.if_id_out, *value.mark_in, *value.mark_out], (0,) * 6)
 
 
 _REPLAY = (0, 0, False, b"")

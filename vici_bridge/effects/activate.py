@@ -166,7 +166,7 @@ async def _forget(work: Coming) -> Facts:
     if work.sa in work.memory.asked:
         work.host.note_update_spi(work.here.remote_id)  # the mobile node has an agent, which knows UPDATE_SPI
     work.renames.forget(work.here)
-    return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "unique_id": 0}
+    return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "tags": (), "unique_id": 0}
 
 
 ACTIVATE: LedgerStep[Coming] = LedgerStep(

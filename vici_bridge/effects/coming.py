@@ -20,9 +20,9 @@ from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, Taken
 from vici_bridge.vici.views import SaView
 
+from .leaving import tagged
 from .looks import Looks, Seen
 from .renames import Renames
-from .runner import Facts
 
 SCRIPT_LIMIT = 25.0
 """Seconds for the calls of the updown script for one SA."""
@@ -121,15 +121,8 @@ class Coming:
     async def script(self, *, up: bool) -> None:
         """Run the connection's updown script, if one is configured. Errors: KernelError."""
         facts = self.facts
-        await self.host.updown(
-            self.gone or self.shape, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id
-        )
-
-
-def numbers_of(view: SaView) -> Facts:
-    """Facts for the updown script."""
-    reqids = tuple((child.spi_in, child.reqid) for child in view.children)
-    return {"unique_id": view.unique_id, "reqids": reqids}
+        context = tagged(self.gone or self.shape, dict(facts.tags))
+        await self.host.updown(context, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id)
 
 
 def now() -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ikectx.engine.ledger import SourceFacts
-from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.context import NO_TAGS, Address, IkeContext, Tags
 from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost, Mover
 from vici_bridge.kernel.xfrm import KernelPolicy
@@ -69,15 +69,29 @@ class Leaving:
 
     def seen(self, view: SaView) -> dict[str, object]:
         """Facts for the updown script, while charon still has them."""
-        return {
-            "unique_id": view.unique_id,
-            "reqids": tuple((child.spi_in, child.reqid) for child in view.children),
-        }
+        return numbers_of(view)
 
     async def script(self, *, up: bool) -> None:
         """Run the connection's updown script, if one is configured. Errors: KernelError."""
         facts = self.facts
-        await self.host.updown(self.context, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id)
+        context = tagged(self.context, dict(facts.tags))
+        await self.host.updown(context, up=up, reqids=dict(facts.reqids), unique_id=facts.unique_id)
+
+
+def numbers_of(view: SaView) -> dict[str, object]:
+    """Facts for the updown script, while charon has them."""
+    children = view.children
+    return {
+        "unique_id": view.unique_id,
+        "reqids": tuple((child.spi_in, child.reqid) for child in children),
+        "tags": tuple((child.spi_in, child.tags) for child in children if child.tags != NO_TAGS),
+    }
+
+
+def tagged(context: IkeContext, tags: Mapping[bytes, Tags]) -> IkeContext:
+    """The SA with the marks and if_ids that it has here."""
+    children = (replace(child, tags=tags.get(child.spi_in, NO_TAGS)) for child in context.children)
+    return replace(context, children=tuple(children))
 
 
 def in_the_way(view: SaView, away: bool) -> tuple[str, ...]:

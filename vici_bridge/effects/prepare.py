@@ -13,17 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ikectx import trace
-from ikectx.errors import CharonError, KernelError
+from ikectx.errors import CharonError, KernelError, RefusedError
+from ikectx.numbers import STATUS_TEXT
 from ikectx.sa.context import IkeContext
+from ikectx.sa.verdict import Verdict
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.host import CharonHost
+from vici_bridge.policy.checks import check_installed, check_selectors
 from vici_bridge.policy.new_names import clash
 from vici_bridge.vici.views import SaView
 
-from .coming import Coming, numbers_of
+from .coming import Coming
+from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 
@@ -57,10 +62,23 @@ async def _import(work: Coming) -> Facts:
     if work.plan is not None:
         work.renames.ready(work.here, work.plan)
     await host.send(messages)
-    view = await _installed(host, shape)
+    others = work.looks.now(work.look).views
+    try:
+        view = await _installed(host, shape)
+    except CharonError:
+        # charon installs no second policy under the same mark and if_id
+        _refuse(check_selectors(work.here, others, marked=True))
+        raise
+    _refuse(check_installed(view, others))
     write_replay(host, shape, work.here)
     work.looks.came(view)
     return numbers_of(view)
+
+
+def _refuse(verdicts: Iterable[Verdict]) -> None:
+    """Errors: RefusedError for the first."""
+    for verdict in verdicts:
+        raise RefusedError(f"{STATUS_TEXT[verdict.status]}: {verdict.detail}", status=verdict.status)
 
 
 @trace.spanned("charon installs")

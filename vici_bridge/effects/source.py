@@ -151,7 +151,7 @@ class CharonSource(ContextSource):
         kernel = self._host.kernel
         lifetime = child_lifetime(view)
         if kernel is None:
-            return replace(child, lifetime=lifetime)
+            return replace(child, lifetime=lifetime, tags=view.tags)
         inbound, outbound = self._host.kernel_pair(context, child)
         if inbound is None or outbound is None:
             raise BusyError(f"the kernel does not hold both ESP SAs of CHILD_SA {child.name} now")
@@ -165,6 +165,7 @@ class CharonSource(ContextSource):
             child,
             inbound=state_in,
             outbound=state_out,
+            tags=view.tags,
             lifetime=replace(
                 lifetime,
                 bytes_limit=limits.hard_bytes,

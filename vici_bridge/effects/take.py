@@ -18,7 +18,8 @@ from dataclasses import replace
 from ikectx.sa.context import IkeContext
 from vici_bridge.updown import NotStarted
 
-from .coming import SCRIPT_LIMIT, Coming, numbers_of
+from .coming import SCRIPT_LIMIT, Coming
+from .leaving import numbers_of
 from .prepare import write_replay
 from .runner import Facts, LedgerStep, StepEffect
 

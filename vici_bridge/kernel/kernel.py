@@ -26,7 +26,7 @@ from .detour import Detour, is_local
 from .mute import Mute
 from .netlink import ROUTE, XFRM, Netlink, failure
 from .spd_index import SpdIndex
-from .xfrm import KernelPolicy, KernelSa, dump_policies, dump_sas, policies_of
+from .xfrm import KernelPolicy, KernelSa, dump_policies, dump_sas, dump_sas_to, policies_of
 from .xfrm_parts import ESP, INET, INET6, TRANSPORT, KernelLimits, KernelUsage, Mark, XfrmRequest
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ LATE = int.from_bytes(b"LATE")
 
 _REPORT = "please report the versions of the kernel and of strongSwan"
 
+_MARKS = 1 << 16
+"""Marks that are remembered; if there are more they are looked for again."""
 _FEW = 4096
 """Ranges of at most so many SPIs are searched one by one."""
 _CANNOT = (errno.ENOSYS, errno.ENOENT, errno.EINVAL, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
@@ -61,6 +63,10 @@ class Kernel:
         self._xfrm = Netlink(XFRM, "XFRM")
         self._route = Netlink(ROUTE, "routes")
         self._spd = SpdIndex(self._xfrm)
+        self.marked = False
+        """Whether SAs here may have marks, so that some are found only by them."""
+        self._marks: dict[tuple[Address, bytes], Mark] = {}
+        """Marks of SAs that were found by their destination and SPI."""
         self._can: dict[tuple[Encr, int, Integ, int], bool] = {}
         self._unreadable: set[bytes] = set()
         """SPIs of SAs that were logged because they do not parse."""
@@ -101,8 +107,29 @@ class Kernel:
     def get_sa(
         self, destination: Address, spi: bytes, proto: int = ESP, mark: Mark | None = None
     ) -> KernelSa | None:
-        """One SA, None if there is none. Errors: KernelError, also for one that cannot be read."""
-        wanted = KernelSa(destination, destination, spi, proto, mark=mark)
+        """One SA, None if there is none. Errors: KernelError, also for one that cannot be read.
+
+        The kernel finds an SA with a mark only by a mark that matches it. `mark` None: it may have any.
+        """
+        asked = mark or self._marks.get((destination, spi))
+        found = self._found(KernelSa(destination, destination, spi, proto, mark=asked))
+        if found is None and mark is None and self.marked:
+            found = self._any_mark(destination, spi, proto)
+        return found
+
+    def _any_mark(self, destination: Address, spi: bytes, proto: int) -> KernelSa | None:
+        """One SA whose mark is not known, from all to that address."""
+        answers = self._xfrm.ask(dump_sas_to(destination))
+        for sa in self._readable(answer for answer in answers if spi in answer):
+            if (sa.destination, sa.spi, sa.proto) == (destination, spi, proto):
+                if sa.mark is not None:
+                    if len(self._marks) >= _MARKS:
+                        self._marks.clear()
+                    self._marks[destination, spi] = sa.mark
+                return sa
+        return None
+
+    def _found(self, wanted: KernelSa) -> KernelSa | None:
         try:
             answers = self._xfrm.ask(wanted.get())
         except KernelError as error:

@@ -368,6 +368,13 @@ def dump_sas() -> XfrmRequest:
     return XfrmRequest(Secret(data), "list the SAs")
 
 
+def dump_sas_to(destination: Address) -> XfrmRequest:
+    """XFRM_MSG_GETSA for all SAs to that address, whatever their marks."""
+    nowhere, bits = bytes(len(destination.packed)), destination.max_prefixlen
+    data = wire.dump_to(wire.GETSA, nowhere, destination.packed, family_of(destination), bits)
+    return XfrmRequest(Secret(data), f"list the SAs to {destination}")
+
+
 @dataclass(frozen=True, slots=True)
 class KernelPolicy:
     """One policy of the kernel's SPD. `direction`: one of `DIRECTIONS`. `priority`: smaller precedes.
@@ -484,7 +491,10 @@ def dump_policies() -> XfrmRequest:
 
 
 def policies_of(policies: Iterable[KernelPolicy], sa: KernelSa, *directions: str) -> list[KernelPolicy]:
-    """Those of `policies` whose templates ask for `sa` (its reqid, outer addresses and protocol)."""
+    """Those of `policies` whose templates ask for `sa` (its reqid, outer addresses and protocol).
+
+    Their marks may differ from the SA's: charon gives those of an inbound SA only to its policies.
+    """
     return [
         policy
         for policy in policies

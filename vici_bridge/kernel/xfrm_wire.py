@@ -38,6 +38,8 @@ UPDPOLICY = 0x19
 NEWAE = 0x1E
 GETAE = 0x1F
 
+_ADDRESS_FILTER = 26
+
 F_REQUEST = 0x1
 F_ACK = 0x4
 F_REPLACE = 0x100
@@ -286,6 +288,13 @@ def build(
         data += struct.pack("=HH", 4 + len(octets), kind_number) + octets + bytes(-len(octets) % 4)
     struct.pack_into("=I", data, 0, len(data))
     return bytes(data)
+
+
+def dump_to(number: int, source: bytes, destination: bytes, family: int, bits: int) -> bytes:
+    """A dump of the SAs to one address: a bare header and XFRMA_ADDRESS_FILTER (Linux 3.15)."""
+    body = source.ljust(16, b"\0") + destination.ljust(16, b"\0") + struct.pack("=HBB", family, 0, bits)
+    attribute = struct.pack("=HH", 4 + len(body), _ADDRESS_FILTER) + body
+    return struct.pack("=IHHII", HEADER + len(attribute), number, F_REQUEST | F_DUMP, 0, 0) + attribute
 
 
 def spi_of(data: bytes) -> bytes:

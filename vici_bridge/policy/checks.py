@@ -11,12 +11,13 @@ from ipaddress import ip_address
 from typing import Any
 
 from ikectx.numbers import Fpt, Status
-from ikectx.sa.context import Address, FinalState, IkeContext
+from ikectx.sa.context import NO_TAGS, Address, FinalState, IkeContext, Mark, Tags
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from vici_bridge.ha.record import uncovered
 from vici_bridge.vici.views import (
     EXT_MOBIKE,
+    ChildView,
     SaView,
     missing_algorithms,
     overlap,
@@ -27,6 +28,8 @@ from vici_bridge.vici.views import (
 from .new_names import Taken, clash, own_spi
 
 View = Mapping[str, Any]
+NONE = NO_TAGS.inbound
+"""No mark and no if_id."""
 
 
 def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
@@ -189,18 +192,51 @@ def _leases(pool: View) -> Iterable[View]:
     return leases.values() if isinstance(leases, Mapping) else ()
 
 
-def check_selectors(context: IkeContext, views: Iterable[SaView]) -> Iterator[Verdict]:
-    """Another SA whose selectors on both sides overlap would share or steal the policies."""
+def check_selectors(
+    context: IkeContext, views: Iterable[SaView], *, marked: bool = False
+) -> Iterator[Verdict]:
+    """Another SA whose selectors on both sides overlap would share or steal the policies, if the kernel does
+    not tell them apart by marks or if_ids.
+
+    The context has the marks and if_ids of another gateway. Here they may be unique to each SA (`%unique`).
+    So only those of SAs without any are certain; `marked`: those that are equal and may be others here.
+    """
     ours = [(child, prefixes(child.remote_ts), prefixes(child.local_ts)) for child in context.children]
     for view in views:
         for other in view.children:
             for child, remote, local in ours:
+                shared = _shared(child.tags, other.tags)
+                if not shared or (NONE in shared) == marked:
+                    continue
                 if overlap(remote, other.remote_ts) and overlap(local, other.local_ts):
-                    yield Verdict(
-                        Fpt.SPD,
-                        Status.SELECTORS_OVERLAP,
-                        f"{child.name} overlaps {other.name} of {view.remote_id} #{view.unique_id}",
-                    )
+                    yield _overlap(child.name, other, view)
+
+
+def check_installed(view: SaView, others: Iterable[SaView]) -> Iterator[Verdict]:
+    """The SA that was just installed, whose marks and if_ids are known now, against all others."""
+    tagged = [child for child in view.children if child.tags != NO_TAGS]
+    for other in others if tagged else ():
+        for theirs in other.children if other.spis != view.spis else ():
+            for child in tagged:
+                if (
+                    _shared(child.tags, theirs.tags)
+                    and overlap(child.remote_ts, theirs.remote_ts)
+                    and overlap(child.local_ts, theirs.local_ts)
+                ):
+                    yield _overlap(child.name, theirs, other)
+
+
+def _shared(one: Tags, two: Tags) -> set[tuple[Mark, int]]:
+    """The (mark, if_id) under which both have policies of one direction."""
+    pairs = ((one.inbound, two.inbound), (one.outbound, two.outbound))
+    return {ours for ours, theirs in pairs if ours == theirs}
+
+
+def _overlap(name: str, other: ChildView, view: SaView) -> Verdict:
+    tags = other.tags
+    same = "" if tags == NO_TAGS else f", with the same marks and if_ids ({tags})"
+    who = f"{other.name} of {view.remote_id} #{view.unique_id}"
+    return Verdict(Fpt.SPD, Status.SELECTORS_OVERLAP, f"{name} overlaps {who}{same}")
 
 
 def check_ike_algorithms(context: IkeContext, algorithms: Mapping[str, View]) -> Iterator[Verdict]:

@@ -22,17 +22,18 @@ from typing import Any
 
 from ikectx.errors import WireError
 from ikectx.sa.context import (
+    NO_TAGS,
     Address,
     AuthRound,
-    ChildContext,
     Endpoint,
     IkeContext,
     Lifetime,
+    Mark,
     PeerContext,
+    Tags,
     TrafficSelector,
 )
 from ikectx.sa.name import SaName
-from ikectx.sa.relocate import same_host
 
 from .answers import sections
 
@@ -72,6 +73,7 @@ class ChildView:
     protocol: str = "ESP"
     per_cpu: bool = False
     """Its connection asks for an SA for each CPU (strongSwan 6.0.2)."""
+    tags: Tags = NO_TAGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,32 @@ def _seconds(view: View, key: str) -> int | None:
         raise WireError(f"charon's {key} is not a number: {text[:40]!r}") from None
 
 
+def _hex(view: View, key: str, default: int = 0) -> int:
+    text = _text(view, key)
+    try:
+        return int(text, 16) if text else default
+    except ValueError:
+        raise WireError(f"charon's {key} is not hexadecimal: {text[:40]!r}") from None
+
+
+def _mark(view: View, way: str) -> Mark:
+    """charon leaves out a mark of zero, and a mask of all ones."""
+    if not _text(view, f"mark-{way}"):
+        return 0, 0
+    return _hex(view, f"mark-{way}"), _hex(view, f"mark-mask-{way}", 0xFFFFFFFF)
+
+
+def _tags(view: View) -> Tags:
+    if "mark-in" in view or "mark-out" in view or "if-id-in" in view or "if-id-out" in view:
+        try:
+            return Tags(
+                _mark(view, "in"), _mark(view, "out"), _hex(view, "if-id-in"), _hex(view, "if-id-out")
+            )
+        except ValueError as error:
+            raise WireError(f"charon's marks or if_ids: {error}") from None
+    return NO_TAGS
+
+
 def _octets(view: View, key: str, size: int) -> bytes:
     """A hexadecimal SPI; charon writes leading zeros, but a missing SPI is all zero."""
     text = _text(view, key)
@@ -176,6 +204,7 @@ def child_view(view: View) -> ChildView:
         local_ts=_list(view, "local-ts"),
         protocol=_text(view, "protocol") or "ESP",
         per_cpu=_text(view, "per-cpu-sas") == "yes" or bool(_text(view, "cpu")),
+        tags=_tags(view),
     )
 
 
@@ -380,75 +409,3 @@ def _range(text: str) -> tuple[int, int, int]:
     except ValueError:
         raise WireError(f"charon's traffic selector {text[:60]!r} cannot be read") from None
     return first.version, int(first), int(last)
-
-
-def _client(selector: TrafficSelector) -> str:
-    """The selector as "network/prefix", the next larger subnet where it is no prefix (as charon does)."""
-    length = selector.start.max_prefixlen - (int(selector.start) ^ int(selector.end)).bit_length()
-    return str(ip_network(f"{selector.start}/{length}", strict=False))
-
-
-def _port(selector: TrafficSelector) -> str:
-    if selector.start_port == selector.end_port or (selector.start_port, selector.end_port) == (0, 65535):
-        return str(selector.start_port)
-    return f"{selector.start_port}:{selector.end_port}"
-
-
-def updown_environment(
-    context: IkeContext,
-    child: ChildContext,
-    local_ts: TrafficSelector,
-    remote_ts: TrafficSelector,
-    *,
-    up: bool,
-    interface: str,
-    reqid: int,
-    unique_id: int,
-) -> dict[str, str]:
-    """The PLUTO_* environment charon's updown plugin gives for one selector pair (strongSwan 5.9, 6.0)."""
-    v6 = local_ts.start.version == 6
-    host = same_host(local_ts, context.local.address)
-    env = {
-        "PLUTO_VERSION": "1.1",
-        "PLUTO_VERB": f"{'up' if up else 'down'}-{'host' if host else 'client'}{'-v6' if v6 else ''}",
-        "PLUTO_CONNECTION": child.name,
-        "PLUTO_INTERFACE": interface or "unknown",
-        "PLUTO_REQID": str(reqid),
-        "PLUTO_PROTO": "esp",
-        "PLUTO_UNIQUEID": str(unique_id),
-        "PLUTO_ME": str(context.local.address),
-        "PLUTO_MY_ID": str(context.local_id),
-        "PLUTO_MY_CLIENT": _client(local_ts),
-        "PLUTO_MY_PORT": _port(local_ts),
-        "PLUTO_MY_PROTOCOL": str(local_ts.protocol),
-        "PLUTO_PEER": str(context.remote.address),
-        "PLUTO_PEER_ID": str(context.remote_id),
-        "PLUTO_PEER_CLIENT": _client(remote_ts),
-        "PLUTO_PEER_PORT": _port(remote_ts),
-        "PLUTO_PEER_PROTOCOL": str(remote_ts.protocol),
-    }
-    if context.conditions & COND_EAP_AUTHENTICATED and context.remote_eap_id:
-        env["PLUTO_XAUTH_ID"] = str(context.remote_eap_id)
-    for side, vips in (("MY", context.local_vips), ("PEER", context.remote_vips)):
-        count = {4: 0, 6: 0}
-        for vip in vips:
-            count[vip.version] += 1
-            env[f"PLUTO_{side}_SOURCEIP{vip.version}_{count[vip.version]}"] = str(vip)
-        if vips:
-            env[f"PLUTO_{side}_SOURCEIP"] = str(vips[0])
-    if context.conditions & (COND_NAT_HERE | COND_NAT_THERE | COND_NAT_FAKE | COND_NAT_ANY):
-        env["PLUTO_UDP_ENC"] = str(context.remote.port)
-    if child.ipcomp:
-        env["PLUTO_IPCOMP"] = "1"
-    return env
-
-
-def ts_pairs(child: ChildContext) -> list[tuple[TrafficSelector, TrafficSelector]]:
-    """The selector pairs charon installs policies for: same family, compatible protocol."""
-    return [
-        (mine, theirs)
-        for mine in child.local_ts
-        for theirs in child.remote_ts
-        if mine.start.version == theirs.start.version
-        and (mine.protocol == theirs.protocol or not mine.protocol or not theirs.protocol)
-    ]

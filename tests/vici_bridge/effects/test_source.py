@@ -51,6 +51,8 @@ def test_virtual_ips_are_those_that_charon_lists() -> None:
 
 
 class CountedKernel:
+    marked = False
+
     """Inbound SAs by SPI, each with a request id; counts what it is asked."""
 
     def __init__(self, reqids: dict[bytes, int]) -> None:

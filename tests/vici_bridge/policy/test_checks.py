@@ -15,6 +15,7 @@ from ikectx.sa.context import (
     FinalState,
     PeerContext,
     ReplayState,
+    Tags,
     TrafficSelector,
 )
 from ikectx.sa.relocate import relocate
@@ -24,6 +25,7 @@ from vici_bridge.policy.checks import (
     check_covered,
     check_esp_spis,
     check_ike_spis,
+    check_installed,
     check_names,
     check_numbers,
     check_selectors,
@@ -139,6 +141,35 @@ def test_selectors_are_read_once_however_many_sas_there_are(monkeypatch: pytest.
 
 def test_overlapping_selectors() -> None:
     assert statuses(check_selectors(context(), [sa_view("other", VIEW)])) == [Status.SELECTORS_OVERLAP]
+
+
+def tagged(view: SaView, **tags: object) -> SaView:
+    """The SA of `view` with marks or if_ids, and other SPIs."""
+    children = tuple(replace(child, tags=Tags(**tags)) for child in view.children)  # type: ignore[arg-type]
+    return replace(view, spi_i=b"other123", children=children)
+
+
+def test_selectors_clash_only_within_one_mark_and_if_id() -> None:
+    there = sa_view("other", VIEW)
+    assert statuses(check_selectors(context(), [tagged(there, if_id_in=43, if_id_out=43)])) == []
+    # only the inbound policies are told apart
+    one_way = tagged(there, mark_in=(42, 0xFFFFFFFF))
+    assert statuses(check_selectors(context(), [one_way])) == [Status.SELECTORS_OVERLAP]
+    child = replace(context().children[0], tags=Tags(if_id_in=43, if_id_out=43))
+    comes = replace(context(), children=(child,))
+    assert statuses(check_selectors(comes, [there])) == []
+    # equal numbers of another gateway mean nothing if they are unique to each SA
+    same = tagged(there, if_id_in=43, if_id_out=43)
+    assert statuses(check_selectors(comes, [same])) == []
+    assert statuses(check_selectors(comes, [same], marked=True)) == [Status.SELECTORS_OVERLAP]
+
+
+def test_an_installed_sa_is_compared_by_its_marks_and_if_ids_here() -> None:
+    ours = replace(tagged(sa_view("mn", VIEW), if_id_in=1, if_id_out=1), spi_i=b"ours1234")
+    there = sa_view("other", VIEW)
+    assert statuses(check_installed(ours, [ours, there, tagged(there, if_id_in=2, if_id_out=2)])) == []
+    (found,) = check_installed(ours, [tagged(there, if_id_in=1, if_id_out=2)])
+    assert found.status is Status.SELECTORS_OVERLAP and "if_id_in=1 if_id_out=2" in found.detail
 
 
 def test_b4_an_sa_that_another_gateway_let_go_is_found_under_any_of_its_names() -> None:

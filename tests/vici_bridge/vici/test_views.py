@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from ikectx.errors import WireError
 from ikectx.numbers import Encr, IdType, Prf
 from ikectx.sa.context import (
+    NO_TAGS,
     ChildContext,
     Endpoint,
     Identity,
@@ -17,6 +17,7 @@ from ikectx.sa.context import (
     IkeGeneration,
     Lifetime,
     Secret,
+    Tags,
     TrafficSelector,
 )
 from vici_bridge.vici.views import (
@@ -29,8 +30,6 @@ from vici_bridge.vici.views import (
     prefixes,
     sa_view,
     sa_views,
-    ts_pairs,
-    updown_environment,
 )
 
 # What charon 5.9.8 answered to list-sas for one IKE_SA, shortened; addresses are documentation's.
@@ -167,19 +166,16 @@ def test_overlap(a: str, b: str, expected: bool) -> None:
     assert overlap([a], [b]) is expected
 
 
-def test_the_updown_environment_is_charons() -> None:
-    here = replace(context(), conditions=1 << 2)
-    child = here.children[0]
-    ((mine, theirs),) = ts_pairs(child)
-    env = updown_environment(here, child, mine, theirs, up=True, interface="eth0", reqid=7, unique_id=3)
-    assert env["PLUTO_VERB"] == "up-client"
-    assert env["PLUTO_MY_CLIENT"] == "10.3.0.0/24" and env["PLUTO_PEER_CLIENT"] == "10.4.0.10/32"
-    assert env["PLUTO_PEER_SOURCEIP"] == env["PLUTO_PEER_SOURCEIP4_1"] == "10.4.0.10"
-    assert env["PLUTO_UDP_ENC"] == "41000" and env["PLUTO_MY_PORT"] == "0"
-    host = updown_environment(
-        here, child, selector("192.0.2.1"), theirs, up=False, interface="", reqid=7, unique_id=3
-    )
-    assert host["PLUTO_VERB"] == "down-host" and host["PLUTO_INTERFACE"] == "unknown"
+def test_marks_and_if_ids_are_read_as_charon_lists_them() -> None:
+    child = {**VIEW["child-sas"]["net-1"]}  # type: ignore[index]
+    assert child_view(child).tags == NO_TAGS
+    listed = {**child, "mark-in": "0000002a", "mark-out": "00000142", "mark-mask-out": "00000fff"}
+    assert child_view(listed).tags == Tags((42, 0xFFFFFFFF), (0x142, 0xFFF))
+    assert child_view({**child, "if-id-in": "0000000b"}).tags == Tags(if_id_in=11)
+    with pytest.raises(WireError):
+        child_view({**child, "mark-in": "1ffffffff"})
+    with pytest.raises(WireError):
+        child_view({**child, "if-id-out": "x"})
 
 
 def test_the_peer_entry_names_methods_as_people_do() -> None:
