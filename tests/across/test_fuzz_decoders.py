@@ -73,7 +73,7 @@ from vici_bridge.effects.mobile_move import ChildMove, MobileMove
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
-from vici_bridge.kernel import detour, nftables, route_events
+from vici_bridge.kernel import detour, nftables, route_events, routes
 from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
 from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
 from vici_bridge.policy.new_names import Plan
@@ -273,7 +273,7 @@ ROWS: dict[str, Row] = {
     "nftables set": Row(lambda octets: table(octets).elements("s"), (SETS,), (KernelError,)),
     "nftables chain": Row(lambda octets: table(octets).rules("c"), (CHAIN,), (KernelError,)),
     "netlink datagram": Row(netlink_datagram, SORTED, (KernelError,)),
-    "netlink route": Row(detour._decoded, (route(),), (KernelError,)),
+    "netlink route": Row(routes.Route.parse, (route(),), (KernelError,)),
     "netlink route event": Row(lambda octets: route_events.matters(octets, 7), (route(25), route(16)), ()),
     "summary of a bench": Row(bench_file, BENCH, (UsageError,)),
     "mobile.toml": Row(
