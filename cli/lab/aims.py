@@ -35,7 +35,7 @@ class Aim:
 
 
 @dataclass(frozen=True, slots=True)
-class Mode:
+class AimedMode:
     """A way to move an SA: the scenario that shows it, and what it must reach, by the name of the figure."""
 
     title: str
@@ -52,17 +52,17 @@ _STAYS = {"lost": Aim(0, 1), "lost_at_gateways": _NONE, "psk": _times(25, 18), "
 _FAST = {"up": Aim(5, 30), "lost_after_link": _NONE}
 
 MODES = (
-    Mode(
+    AimedMode(
         "predictive",
         "predictive",
         {**_FAST, "down": Aim(2, 40, ("rtt",)), "psk": _times(4, 3), "eap": _times(8, 5)},
     ),
-    Mode(
+    AimedMode(
         "predictive, downlink held",
         "predictive-held",
         {**_FAST, "lost_down": _NONE, "late": Aim(100, 100)},
     ),
-    Mode(
+    AimedMode(
         "reactive",
         "reactive",
         {
@@ -72,14 +72,14 @@ MODES = (
             "eap": _times(6, 4),
         },
     ),
-    Mode(
+    AimedMode(
         "by packet, stock MN",
         "by-packet",
         {"up": Aim(5, 60, ("stock",)), "down": Aim(5, 60, ("stock",)), "psk": _times(1, 1)},
     ),
-    Mode("push, stock MN", "handover", _STAYS),
-    Mode("pull, stock MN", "pull", _STAYS),
-    Mode("push, MN with agent", "handover-agent", {"lost": _NONE}),
+    AimedMode("push, stock MN", "handover", _STAYS),
+    AimedMode("pull, stock MN", "pull", _STAYS),
+    AimedMode("push, MN with agent", "handover-agent", {"lost": _NONE}),
 )
 
 SCENARIOS = tuple(mode.scenario for mode in MODES)
@@ -142,7 +142,7 @@ def judged(reports: Iterable[Run]) -> list[dict[str, Any]]:
     return [_row(mode, groups[mode.scenario]) for mode in MODES if mode.scenario in groups]
 
 
-def _row(mode: Mode, runs: Sequence[Run]) -> dict[str, Any]:
+def _row(mode: AimedMode, runs: Sequence[Run]) -> dict[str, Any]:
     virtual = runs[0].get("clock") == "virtual"
     each = [figures(run) for run in runs]
     found: dict[str, dict[str, Any]] = {}

@@ -273,7 +273,7 @@ ROWS: dict[str, Row] = {
     "nftables set": Row(lambda octets: table(octets).elements("s"), (SETS,), (KernelError,)),
     "nftables chain": Row(lambda octets: table(octets).rules("c"), (CHAIN,), (KernelError,)),
     "netlink datagram": Row(netlink_datagram, SORTED, (KernelError,)),
-    "netlink route": Row(routes.Route.parse, (route(),), (KernelError,)),
+    "netlink route": Row(routes.KernelRoute.parse, (route(),), (KernelError,)),
     "netlink route event": Row(lambda octets: route_events.matters(octets, 7), (route(25), route(16)), ()),
     "summary of a bench": Row(bench_file, BENCH, (UsageError,)),
     "mobile.toml": Row(

@@ -22,7 +22,7 @@ from ikectx.sa.context import Address, Secret
 from .changes import ADDRESSES, ROUTES, Changes
 from .detour import is_local, way_to
 from .netlink import ROUTE, Netlink
-from .routes import CREATE, DELROUTE, DUMP, NEWROUTE, REPLACE, REQUEST, UNICAST, Route
+from .routes import CREATE, DELROUTE, DUMP, NEWROUTE, REPLACE, REQUEST, UNICAST, KernelRoute
 from .xfrm_parts import XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class OuterAddresses:
 
 def _route_message(number: int, flags: int, version: int, device: int) -> XfrmRequest:
     nowhere = IPv4Address(_NOWHERE[4]) if version == 4 else IPv6Address(_NOWHERE[6])
-    route = Route(
+    route = KernelRoute(
         family_of(nowhere),
         nowhere,
         nowhere.max_prefixlen,

@@ -21,7 +21,7 @@ from ikectx.sa.context import Address
 
 from . import routes
 from .netlink import ROUTE, Netlink, failure
-from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, Route
+from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, KernelRoute
 from .xfrm_parts import INET, INET6, Network, XfrmRequest, family_of
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Detour:
         return self._route.port
 
     def add(self, prefixes: Iterable[str | Network], via: Sequence[str | Address]) -> list[Network]:
-        """Route `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
+        """KernelRoute `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
 
         Returns those left out, each with a line in the log: a prefix of length 0 (all packets would be sent
         there), one that contains the gateway itself, one without a gateway of a fitting family. Idempotent.
@@ -163,7 +163,7 @@ class Detour:
     def _listing(self, *, shut: bool = False) -> list[Network]:
         found: list[Network] = []
         for family in (INET, INET6):
-            asked = Route(family, table=TABLE, maker=PROTOCOL)
+            asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
             request = asked.request(GETROUTE, routes.DUMP, "list the detours")
             try:
                 answers = self._route.ask(request)
@@ -173,7 +173,7 @@ class Detour:
                     continue
                 raise
             for answer in answers:
-                route = Route.parse(answer)
+                route = KernelRoute.parse(answer)
                 wanted = UNREACHABLE if shut else UNICAST
                 ours = (route.table, route.maker, route.family) == (TABLE, PROTOCOL, family)
                 if ours and route.kind == wanted:
@@ -189,7 +189,7 @@ def _route_request(
     new = number == routes.NEWROUTE
     where = "nowhere" if shut else f"via {gateway}"
     what = f"route {prefix} {where}" if new else f"remove the route to {prefix}"
-    route = Route(
+    route = KernelRoute(
         _family(prefix),
         prefix.network_address,
         prefix.prefixlen,
@@ -203,11 +203,11 @@ def _route_request(
     return route.request(number, routes.CREATE | routes.REPLACE if new else 0, what)
 
 
-def ask_way(route: Netlink, destination: Address, source: Address | None = None) -> Route | None:
+def ask_way(route: Netlink, destination: Address, source: Address | None = None) -> KernelRoute | None:
     """The way that packets between these two take at present, None: there is none. Errors: KernelError."""
-    wanted = Route(family_of(destination), destination, destination.max_prefixlen, source)
+    wanted = KernelRoute(family_of(destination), destination, destination.max_prefixlen, source)
     outcome = route.transact([wanted.request(GETROUTE, 0, f"find the way to {destination}")])[0]
-    return Route.parse(outcome.answers[0]) if outcome.answers else None
+    return KernelRoute.parse(outcome.answers[0]) if outcome.answers else None
 
 
 def is_local(route: Netlink, address: Address) -> bool:

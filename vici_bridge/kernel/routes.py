@@ -29,7 +29,7 @@ rule's action instead of the type."""
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class KernelRoute:
     """A route, or a question about one. 0 and None: left out.
 
     kind: its type, such as `UNICAST`. maker: its protocol number. device: index of the device.
@@ -67,7 +67,7 @@ class Route:
         return XfrmRequest(Secret(_HEAD.pack(_HEAD.size + len(body), number, flags, 0, 0) + body), what)
 
     @classmethod
-    def parse(cls, answer: bytes) -> Route:
+    def parse(cls, answer: bytes) -> KernelRoute:
         """What the kernel says of a route."""
         try:
             family, length, _, _, table, maker, scope, kind, _ = _RTMSG.unpack_from(answer, _HEAD.size)
@@ -98,7 +98,7 @@ class Route:
 
 def rule_request(family: int, metric: int, table: int, what: str) -> XfrmRequest:
     """Removes the rule of that metric that leads to that table."""
-    return Route(family, metric=metric, table=table, kind=UNICAST).request(DELRULE, 0, what)
+    return KernelRoute(family, metric=metric, table=table, kind=UNICAST).request(DELRULE, 0, what)
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
