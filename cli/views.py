@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from ikectx.engine.hints import advice
 from ikectx.errors import IkectxError, UnknownSaError, UsageError
 from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost
@@ -62,7 +63,7 @@ def _child_spis(view: SaView) -> list[bytes]:
 
 def view_json(view: SaView, obstacle: IkectxError | None) -> dict[str, object]:
     """A view as plain data. `obstacle`: why the agent cannot move the SA, whatever its state."""
-    reason, hint = ("", "") if obstacle is None else (str(obstacle), obstacle.hint)
+    reason, hint = ("", "") if obstacle is None else (str(obstacle), obstacle.hint or advice(obstacle.status))
     if not reason and view.state != "ESTABLISHED":
         reason, hint = f"it is {view.state}", "only an ESTABLISHED IKE_SA is moved"
     return {

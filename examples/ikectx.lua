@@ -37,9 +37,14 @@ local STATUSES = {
   [0x00] = "OK", [0x01] = "BAD_CHECKSUM", [0x80] = "FAILED", [0x81] = "MALFORMED", [0x82] = "NOT_ALLOWED",
   [0x83] = "NO_CONNECTION", [0x84] = "NO_CHILD", [0x85] = "IKE_SPI_IN_USE", [0x86] = "ESP_SPI_IN_USE",
   [0x87] = "VIP_IN_USE", [0x88] = "SELECTORS_OVERLAP", [0x89] = "ALGORITHM", [0x8A] = "PROPOSAL",
-  [0x8B] = "NO_ADDRESS", [0x8C] = "CHARON", [0x8D] = "KERNEL", [0x8E] = "UNREACHABLE",
-  [0x8F] = "PEER_SILENT", [0x90] = "PEER_REFUSED", [0x91] = "UNKNOWN_SA", [0x92] = "UNKNOWN_TRANSFER",
-  [0x93] = "BUSY", [0x94] = "STALE_EPOCH", [0x95] = "NOT_COVERED",
+  [0x8B] = "NO_ADDRESS", [0x8C] = "CHARON", [0x8D] = "KERNEL", [0x8E] = "UNREACHABLE", [0x8F] = "PEER_SILENT",
+  [0x90] = "PEER_REFUSED", [0x91] = "UNKNOWN_SA", [0x92] = "UNKNOWN_TRANSFER", [0x93] = "BUSY",
+  [0x94] = "STALE_EPOCH", [0x95] = "NOT_COVERED", [0x96] = "AMBIGUOUS", [0x97] = "IN_DOUBT",
+  [0x98] = "NO_MOBIKE", [0x99] = "MN_STAYED", [0x9A] = "IDENTITY", [0x9B] = "AUTHENTICATION",
+  [0x9C] = "MN_ADDRESS", [0x9D] = "VIP_NOT_ALLOWED", [0x9E] = "SELECTORS", [0x9F] = "MODE",
+  [0xA0] = "LIFETIME", [0xA1] = "NUMBERS_SPENT", [0xA2] = "SPIS", [0xA3] = "TOO_MUCH", [0xA4] = "PPK",
+  [0xA5] = "NOT_ESP", [0xA6] = "LOCAL_VIP", [0xA7] = "KEY_EXCHANGES", [0xA8] = "PER_CPU",
+  [0xA9] = "OFFLOADED",
 }
 local ALGORITHMS = { [0] = "none", [1] = "HMAC_SHA1", [0xFF01] = "MN_TOKEN (HMAC-SHA-256)" }
 local PLACES = { [1] = "here", [2] = "moved", [3] = "ended", [4] = "end it" }

@@ -262,6 +262,24 @@ class Status(OpenEnum):
     NOT_COVERED = 0x95
     AMBIGUOUS = 0x96
     IN_DOUBT = 0x97
+    NO_MOBIKE = 0x98
+    MN_STAYED = 0x99
+    IDENTITY = 0x9A
+    AUTHENTICATION = 0x9B
+    MN_ADDRESS = 0x9C
+    VIP_NOT_ALLOWED = 0x9D
+    SELECTORS = 0x9E
+    MODE = 0x9F
+    LIFETIME = 0xA0
+    NUMBERS_SPENT = 0xA1
+    SPIS = 0xA2
+    TOO_MUCH = 0xA3
+    PPK = 0xA4
+    NOT_ESP = 0xA5
+    LOCAL_VIP = 0xA6
+    KEY_EXCHANGES = 0xA7
+    PER_CPU = 0xA8
+    OFFLOADED = 0xA9
 
 
 UNTOUCHED = frozenset(
@@ -271,6 +289,21 @@ UNTOUCHED = frozenset(
         Status.VIP_IN_USE,
         Status.SELECTORS_OVERLAP,
         Status.PROPOSAL,
+        Status.NO_MOBIKE,
+        Status.IDENTITY,
+        Status.AUTHENTICATION,
+        Status.MN_ADDRESS,
+        Status.VIP_NOT_ALLOWED,
+        Status.SELECTORS,
+        Status.MODE,
+        Status.LIFETIME,
+        Status.NUMBERS_SPENT,
+        Status.SPIS,
+        Status.TOO_MUCH,
+        Status.PPK,
+        Status.NOT_ESP,
+        Status.LOCAL_VIP,
+        Status.KEY_EXCHANGES,
     }
 )
 """With these a gateway refuses an SA only before it does anything for it."""
@@ -302,4 +335,22 @@ STATUS_TEXT: dict[Status, str] = {
     Status.NOT_COVERED: "the SA uses something that cannot be moved",
     Status.AMBIGUOUS: "several SAs answer to that name",
     Status.IN_DOUBT: "the other gateway knows no such transfer, but its charon or kernel has the SA",
+    Status.NO_MOBIKE: "the MN does not speak MOBIKE, so it cannot be told another gateway address",
+    Status.MN_STAYED: "the MN was told the other gateway's address, but goes on with the old one",
+    Status.IDENTITY: "the connection there is for other identities",
+    Status.AUTHENTICATION: "the connection there asks for another authentication of the MN",
+    Status.MN_ADDRESS: "the MN's outer address or port is none that an MN can have there",
+    Status.VIP_NOT_ALLOWED: "the virtual IP is none that may be assigned there",
+    Status.SELECTORS: "the connection there does not permit the SA's traffic selectors",
+    Status.MODE: "the connection there has another mode (tunnel, transport, BEET)",
+    Status.LIFETIME: "the SA lives longer than the connection there permits",
+    Status.NUMBERS_SPENT: "the SA has nearly used up its message IDs or sequence numbers",
+    Status.SPIS: "the SA's SPIs are reserved or not unique",
+    Status.TOO_MUCH: "the SA has more parts than a gateway takes",
+    Status.PPK: "the SA was set up with a postquantum preshared key (PPK)",
+    Status.NOT_ESP: "the SA has a CHILD_SA that is not ESP",
+    Status.LOCAL_VIP: "the gateway itself has a virtual IP in this SA",
+    Status.KEY_EXCHANGES: "charon there is too old for the SA's additional key exchanges",
+    Status.PER_CPU: "the SA has ESP SAs for single CPUs",
+    Status.OFFLOADED: "the SA is left to the network card",
 }

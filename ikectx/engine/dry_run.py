@@ -9,11 +9,12 @@ from ikectx.numbers import Status
 from ikectx.wire.cxtp import Pctd
 from ikectx.wire.profile import TransferHeader, encode
 
+from .hints import advice
 from .lines import reply_to
 from .offer_answer import offer_status, refusal_text
 from .old_gateway import Outgoing
 from .procedures import Steps
-from .report import HINTS, TransferReport
+from .report import TransferReport
 
 
 class DryRun(Outgoing):
@@ -55,4 +56,4 @@ class DryRun(Outgoing):
             return changed(report, text=f"{self.peer.name} would take it")
         text = f"{self.peer.name} would refuse: {refusal_text(status, self._verdicts)}"
         code = RefusedError.exit_code
-        return changed(report, result="refused", text=text, hint=HINTS.get(status, ""), exit_code=code)
+        return changed(report, result="refused", text=text, hint=advice(status), exit_code=code)

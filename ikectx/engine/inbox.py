@@ -24,6 +24,7 @@ from ikectx.wire.profile import TransferHeader, decode
 from ikectx.wire.reasons import refusals
 
 from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
+from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts
 from .lines import Line
@@ -31,7 +32,7 @@ from .new_gateway import Dropped, Incoming, answer, doubt, refusal
 from .procedures import Event, Process, Steps, log
 from .report import mn_label
 from .requests import Request, Requests
-from .tables import TARGET_OWNS, TargetInput, TargetState, offer_fits
+from .tables import TARGET_OWNS, TargetInput, TargetState, first_failure, offer_fits
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
 """States in which the context came ahead of the mobile node: it is held, or will be after its check."""
@@ -228,7 +229,8 @@ class Inbox:
             full = self._inboxes.full(self.peer, sum(8 + len(block.data) for block in message.blocks))
             status, why = (Status.BUSY, full) if full else (status, why)
         if status is not Status.OK:
-            log.warning("%s offered %s, which is refused: %s", line.label, mn_label(context), why)
+            todo = advice(status, refused_here=True)
+            log.warning("%s offered %s, which is refused: %s; %s", line.label, mn_label(context), why, todo)
             answer(line, message.mn, refusal(status, why))
             if wanted is not None:
                 wanted.refused_here(refusal(status, why))
@@ -305,7 +307,8 @@ class Inbox:
             log.warning("check for %s: %s", line.label, error)
             verdicts = refusal(error.status, str(error))
         if why := refusals(verdicts):
-            log.info("%s could not bring %s here: %s", line.label, mn_label(context), why)
+            todo = advice(first_failure(verdicts), refused_here=True)
+            log.info("%s could not bring %s here: %s; %s", line.label, mn_label(context), why, todo)
         answer(line, message.mn, verdicts)
         if wanted is not None:
             wanted.checked(context, verdicts)

@@ -37,6 +37,7 @@ from .effects import (
     Undo,
     Write,
 )
+from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line
@@ -260,9 +261,10 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
                 yield from self.again(self._tries - 1, "undo", error)
             else:
                 entry = self.stored
+                todo = f"; {error.hint}" if error.hint else ""
                 log.warning(
-                    "transfer %s of %s, from %s: %s: %s",
-                    *(entry.transfer_id.hex(), entry.mn, entry.peer, _STEPS[action], error),
+                    "transfer %s of %s, from %s: %s: %s%s",
+                    *(entry.transfer_id.hex(), entry.mn, entry.peer, _STEPS[action], error, todo),
                 )
                 self.blame(error)
             return TargetInput.FAILED
@@ -340,7 +342,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
                 # what is in use here may be this very SA, taken before the journal was lost
                 raise RefusedError(found, status=Status.IN_DOUBT)
             self._verdicts = verdicts
-            raise RefusedError(refusals(verdicts) or STATUS_TEXT.get(status, "refused"), status=status)
+            why = refusals(verdicts) or STATUS_TEXT.get(status, "refused")
+            raise RefusedError(why, status=status, hint=advice(status, refused_here=True))
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
         self._prepared = yield from self.step(Prepare(context, self.keep, self.answers))

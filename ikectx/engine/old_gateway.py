@@ -25,13 +25,14 @@ from ikectx.wire.full_ctd import decode_last, encode_whole
 from ikectx.wire.profile import TransferHeader, decode, encode, encode_final
 
 from .effects import Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
+from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line, Question, Reply
 from .occasion import Occasion, check_expected
 from .offer_answer import offer_status, refusal_text
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
-from .report import HINTS, SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
+from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 
 _RESULTS: Mapping[SourceState, str] = {
@@ -434,11 +435,11 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         text = f"{self.peer.name}: {refusal_text(status, self._verdicts)}"
         if status is Status.IN_DOUBT and self.machine.state is SourceState.RELEASED:
             log.error("transfer %s is in doubt, %s", self.transfer_id.hex(), text)
-            self.error = LinkError(text, status=status, hint=HINTS[status])
+            self.error = LinkError(text, status=status, hint=advice(status))
             if self.outcome is None:
                 self._settle()  # the operator decides, and need not wait for a time limit
             return SourceInput.DOUBTED
-        self.error = RefusedError(text, status=status, hint=HINTS.get(status, ""))
+        self.error = RefusedError(text, status=status, hint=advice(status))
         self.told = True
         return SourceInput.REJECTED
 

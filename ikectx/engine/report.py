@@ -12,6 +12,7 @@ from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 
+from .hints import advice
 from .tables import SourceState, TargetState
 
 if TYPE_CHECKING:
@@ -92,40 +93,6 @@ _TARGET_PHASES: Mapping[TargetState, str] = {
     TargetState.MOVING: "move",
     TargetState.ACTIVATING: "activate",
     TargetState.UNDOING: "undo",
-}
-
-HINTS: Mapping[Status, str] = {
-    Status.FAILED: "read the other gateway's log and its `history`",
-    Status.MALFORMED: "run the same version at both gateways",
-    Status.NOT_ALLOWED: "change what is not allowed in the other gateway's configuration: the right `push` "
-    "and whose SAs this gateway may bring ([[peer]]), [connections.NAME], or its connection in swanctl.conf",
-    Status.NO_CONNECTION: "load a connection of that name at the other gateway",
-    Status.NO_CHILD: "add the child to the connection at the other gateway",
-    Status.IKE_SPI_IN_USE: "the other gateway has an SA of that name: look there for a leftover with `list`",
-    Status.ESP_SPI_IN_USE: "wait for a rekey of the child, which picks a new SPI, then try again",
-    Status.VIP_IN_USE: "pools of two gateways must not overlap, nor fill: charon then gives away an address "
-    "that a node took along when it moved; use larger pools, or one place that assigns for all gateways",
-    Status.SELECTORS_OVERLAP: "end the SA at the other gateway that has these traffic selectors",
-    Status.ALGORITHM: "load the algorithm at the other gateway, or rekey with another proposal",
-    Status.PROPOSAL: "align the proposals of the connection at both gateways",
-    Status.NO_ADDRESS: "give the other gateway an address of the MN's family",
-    Status.CHARON: "look at charon at the other gateway: `doctor` there tells more",
-    Status.KERNEL: "look at the kernel at the other gateway: `doctor` there tells more",
-    Status.UNREACHABLE: "check address, port, firewall and certificates: `doctor` tells more",
-    Status.PEER_SILENT: "check that the MN can reach the other gateway's address (UDP 500 and 4500)",
-    Status.PEER_REFUSED: "check that the MN speaks MOBIKE and accepts the other gateway's address",
-    Status.UNKNOWN_TRANSFER: "try again: the other gateway was restarted or had waited too long",
-    Status.BUSY: "try again when the exchange or the other transfer is over",
-    Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else. Where "
-    "this gateway serves the SA and has lost its store, rekey the IKE_SA (`swanctl --rekey --ike`): the "
-    "other gateway counts owners by SPIs, and those of a rekeyed SA are new",
-    Status.NOT_COVERED: "this SA cannot be moved: see the limits in the documentation",
-    Status.AMBIGUOUS: "name the SA by its SPIs: `list` at the other gateway shows them",
-    Status.IN_DOUBT: "the other gateway's agent has lost its notes (state.db was moved away, or restored "
-    "from an old backup), so this gateway does not serve the SA before it is known that the other one does "
-    "not. Look with `swanctl --list-sas` there: if it serves the MN, leave both as they are, or end the SA "
-    "there and let the MN connect anew. If it does not, end the SA there; this gateway asks again and then "
-    "serves the MN",
 }
 
 
@@ -255,7 +222,7 @@ def source_words(
         if clean_up is not None:
             text += f"; the clean-up here failed, it is tried again: {clean_up}"
     elif error is not None:
-        text, hint, exit_code = str(error), error.hint or HINTS.get(error.status, ""), error.exit_code
+        text, hint, exit_code = str(error), error.hint or advice(error.status), error.exit_code
     if result == "in-doubt":
         exit_code = exit_code or LinkError.exit_code
         if state is SourceState.RELEASED and error is not None and error.status is Status.IN_DOUBT:

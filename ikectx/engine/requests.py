@@ -21,11 +21,12 @@ from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq, StatusBlock
 from ikectx.wire.profile import TransferHeader
 
+from .hints import advice
 from .journaled import Parts
 from .lines import Line, Lost
 from .new_gateway import Incoming
 from .procedures import Event, Opened, Pause, Process, Steps, Turn
-from .report import HINTS, TARGET_STANDS, Result, TransferReport, mn_label, target_phases
+from .report import TARGET_STANDS, Result, TransferReport, mn_label, target_phases
 from .tables import TargetState, first_failure
 
 if TYPE_CHECKING:
@@ -40,10 +41,6 @@ _CODES: Mapping[Status, int] = {
     Status.AMBIGUOUS: UnknownSaError.exit_code,
 }
 _NOT_ALLOWED = "give this gateway the right `{}` in the other gateway's configuration"
-_NOT_ALLOWED_HERE = (
-    "change what is not allowed in this gateway's configuration: whose SAs the other one may bring "
-    "([[peer]]), [connections.NAME], or the connection in swanctl.conf"
-)
 _WAITING = (TargetState.HELD, TargetState.PREPARED, TargetState.ABORTED)
 _BEFORE = (
     *(TargetState.ANNOUNCED, TargetState.INSTALLING),
@@ -451,10 +448,10 @@ class Request:
             text = f"{ours} would take it" if self.dry_run else f"{ours} serves {mn} now"
         elif error is not None:
             text, code = str(error), _CODES.get(status, error.exit_code)
-            hint = error.hint or HINTS.get(status, "")
-            if status is Status.NOT_ALLOWED:
-                came = run is not None or bool(self.verdicts)
-                hint = _NOT_ALLOWED_HERE if came else _NOT_ALLOWED.format(self.right)
+            came = run is not None or bool(self.verdicts)
+            hint = error.hint or advice(status, refused_here=came)
+            if status is Status.NOT_ALLOWED and not came:
+                hint = _NOT_ALLOWED.format(self.right)
         sa = context.spis if context is not None else self.sa
         return TransferReport(
             transfer_id="" if run is None else run.stored.transfer_id.hex(),

@@ -86,7 +86,7 @@ def test_a_resync_tells_of_additional_key_exchanges(capable: World) -> None:
 
 
 def test_a_gateway_with_an_older_charon_refuses(world: World) -> None:
-    # PCTD -> CTDR with NOT_COVERED: nsg's charon has no way to be told of ADD_KES
+    # PCTD -> CTDR with KEY_EXCHANGES: nsg's charon has no way to be told of ADD_KES
     if not has_ml_kem(world, "mn", "psg") or has_ml_kem(world, "nsg"):
         pytest.skip(
             "needs charons that offer ML-KEM at mn and psg, and one that does not at nsg; here is strongSwan "
@@ -98,7 +98,7 @@ def test_a_gateway_with_an_older_charon_refuses(world: World) -> None:
     done = world.transfer("psg", "nsg")
     assert done.code != 0
     assert done.report["result"] == "refused", done.out
-    assert done.report["status"]["name"] == "NOT_COVERED"
+    assert done.report["status"]["name"] == "KEY_EXCHANGES"
     assert "too old for additional key exchanges" in world.log("nsg", "agent.out")
     world.serves("psg")
     world.talks("psg")

@@ -155,11 +155,11 @@ def test_only_one_of_two_children_is_there(world: World) -> None:
 
 
 def test_the_connection_there_asks_for_another_way_to_authenticate(world: World) -> None:
-    # PCTD; CTDR NOT_ALLOWED: the MN came by its shared key, nsg wants a certificate of it
+    # PCTD; CTDR AUTHENTICATION: the MN came by its shared key, nsg wants a certificate of it
     world.up()
     world.edit("nsg", "remote {\n      auth = psk", "remote {\n      auth = pubkey")
     with untouched(world):
-        refused(world.transfer("psg", "nsg"), 4, "NOT_ALLOWED")
+        refused(world.transfer("psg", "nsg"), 4, "AUTHENTICATION")
 
 
 def test_the_virtual_ip_is_in_use_there(world: World) -> None:
@@ -290,7 +290,7 @@ def test_dry_run_says_all_that_speaks_against_it(world: World) -> None:
     with untouched(world):
         done = world.transfer("psg", "nsg", "--dry-run", "--all")
         assert done.code == 4, done
-        assert against(done.report) == {("PAD", "NOT_ALLOWED"), ("SAD", "NO_CHILD")}
+        assert against(done.report) == {("PAD", "AUTHENTICATION"), ("SAD", "NO_CHILD")}
         assert "would refuse" in done.report["text"]
 
 

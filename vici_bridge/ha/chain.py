@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ikectx.errors import CharonError
-from ikectx.numbers import Status
+from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.sa.context import ChildContext, IkeContext
 
 from .messages import Attr, HaMessage, IkeId, child_add, child_delete, ike_add, ike_delete, ike_update
@@ -25,11 +25,11 @@ from .record import mid_messages, uncovered
 def import_messages(context: IkeContext, version: int) -> list[HaMessage]:
     """The messages that make charon take the IKE_SA as PASSIVE. `context.local` is this gateway's address.
 
-    Errors: CharonError with NOT_COVERED, see `record.uncovered`.
+    Errors: CharonError with the status of `record.uncovered`.
     """
     reason = uncovered(context, version)
-    if reason:
-        raise CharonError(reason, status=Status.NOT_COVERED)
+    if reason is not Status.OK:
+        raise CharonError(STATUS_TEXT[reason], status=reason)
     return _walk(context, version, 0, None, context.children)
 
 

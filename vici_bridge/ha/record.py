@@ -40,7 +40,6 @@ from .sa_state import (
 COND_PPK = 1 << 13
 """charon's condition bit: SK_d was mixed with a postquantum preshared key, which no message contains."""
 
-PPK = "the IKE_SA was set up with a postquantum preshared key (PPK)"
 
 MAX_CHILDREN = 512
 """CHILD_SAs of one IKE_SA that are kept, because each message about it stores all of them anew."""
@@ -310,7 +309,8 @@ class Record:
         """The stream's data about an IKE_SA; addresses are those of its IKE_UPDATE, not the current ones.
 
         Counters, lifetimes, policies and peer are not in it. Children that charon replaced but still lists
-        are. UnknownSaError: not known, or known in part. RefusedError with NOT_COVERED: it cannot be moved.
+        are. UnknownSaError: not known, or known in part. RefusedError with NOT_ESP or NOT_COVERED: it
+        cannot be moved.
         """
         sa = self._sas.get(name)
         if sa is None:
@@ -331,7 +331,7 @@ class Record:
         if sa.alien:
             raise RefusedError(
                 f"IKE_SA {name} has a CHILD_SA that is AH, and only ESP can be moved",
-                status=Status.NOT_COVERED,
+                status=Status.NOT_ESP,
             )
         try:
             return self._context(sa, sa.connection, sa.local_id, sa.remote_id, sa.local, sa.remote)
@@ -479,19 +479,19 @@ class Record:
 # --- a context to messages -------------------------------------------------------------------------
 
 
-def uncovered(context: IkeContext, version: int) -> str:
-    """Why charon with that wire version cannot take the IKE_SA over the ha socket; empty: it can."""
+def uncovered(context: IkeContext, version: int) -> Status:
+    """Why charon with that wire version cannot take the IKE_SA over the ha socket; OK: it can."""
     if context.conditions & COND_PPK:
-        return PPK
+        return Status.PPK
     if context.local_vips:
-        return "the gateway itself has a virtual IP in this IKE_SA"
+        return Status.LOCAL_VIP
     if any(child.protocol is not Protocol.ESP for child in context.children):
-        return "a CHILD_SA is not ESP"
+        return Status.NOT_ESP
     additional = [bool(one.add_secret or one.add_kes) for one in context.generations]
     additional += [bool(one.add_secret or one.add_kes) for one in context.children]
     if version < 4 and any(additional):
-        return "charon here is too old for additional key exchanges (strongSwan 6.0.1)"
-    return ""
+        return Status.KEY_EXCHANGES
+    return Status.OK
 
 
 def mid_messages(context: IkeContext, version: int, final: FinalState | None = None) -> list[HaMessage]:

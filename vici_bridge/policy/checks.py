@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
 
-from ikectx.numbers import Fpt, Status
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import NO_TAGS, Address, FinalState, IkeContext, Mark, Tags
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
@@ -35,8 +35,8 @@ NONE = NO_TAGS.inbound
 def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
     """Features that the ha plugin (of that wire version) cannot move."""
     reason = uncovered(context, version)
-    if reason:
-        yield Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, reason)
+    if reason is not Status.OK:
+        yield Verdict(Fpt.IKEV2_SA, reason, STATUS_TEXT[reason])
 
 
 def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> Iterator[Verdict]:
@@ -51,11 +51,7 @@ def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> 
             f"{context.local.address} is to move along, but is not among gateway.addresses here",
         )
     elif not context.extensions & EXT_MOBIKE:
-        yield Verdict(
-            Fpt.IKEV2_SA,
-            Status.NOT_COVERED,
-            "the MN does not speak MOBIKE, so it cannot be told a new address (--address keep needs none)",
-        )
+        yield Verdict(Fpt.IKEV2_SA, Status.NO_MOBIKE, STATUS_TEXT[Status.NO_MOBIKE])
 
 
 def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterator[Verdict]:
@@ -80,7 +76,7 @@ def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterato
         if theirs and ours and theirs != ours and "any" not in ours:
             yield Verdict(
                 Fpt.PAD,
-                Status.NOT_ALLOWED,
+                Status.AUTHENTICATION,
                 f"the MN authenticated by {'+'.join(sorted(theirs))}, "
                 f"the connection here asks for {'+'.join(sorted(ours))}",
             )
@@ -154,8 +150,8 @@ def check_numbers(context: IkeContext, jump: int) -> Iterator[Verdict]:
         if not child.esn and child.outbound.seq + 4 * jump >= 1 << 32:
             yield Verdict(
                 Fpt.SAD,
-                Status.NOT_COVERED,
-                f"CHILD_SA {child.name} has used up its sequence numbers; rekey it first",
+                Status.NUMBERS_SPENT,
+                f"CHILD_SA {child.name} has used up its sequence numbers",
             )
 
 

@@ -6,7 +6,7 @@ applied to a context here: RFC 4301, 4.4.3 (which identity may have which select
 peer entry, its authentication methods) do not. Properties that a context does not show are not checked: the
 certificate, and so `cacerts` and `groups`, and the first of several authentication rounds.
 
-Each refusal is NOT_ALLOWED with its reason in words.
+Each check has a status of its own, and says its reason in words.
 """
 
 from __future__ import annotations
@@ -71,10 +71,6 @@ def check_policy(
     ]
 
 
-def _no(fpt: Fpt, why: str) -> Verdict:
-    return Verdict(fpt, Status.NOT_ALLOWED, why)
-
-
 # Who.
 
 
@@ -91,26 +87,35 @@ def check_identities(context: IkeContext, allowed: AllowedConnection, rules: Rul
         ("the gateway's identity", context.local_id),
     ):
         if identity is not None and _has_nul(identity):
-            yield _no(Fpt.PAD, f"{what} {identity} has a NUL octet, which no program can be given")
+            yield Verdict(
+                Fpt.PAD, Status.IDENTITY, f"{what} {identity} has a NUL octet, which no program can be given"
+            )
     wanted = allowed.remote[-1].id if allowed.remote else ""
     if not allows(wanted, context.remote_id):
-        yield _no(
+        yield Verdict(
             Fpt.PAD,
+            Status.IDENTITY,
             f"the mobile node's identity is {context.remote_id}, connection {allowed.name} asks for {wanted}",
         )
     eap = [each for each in allowed.remote[-1:] if each.eap]
     own = context.remote_eap_id or context.remote_id
     if eap and not allows(eap[-1].eap_id, own):
-        yield _no(
+        yield Verdict(
             Fpt.PAD,
+            Status.IDENTITY,
             f"the mobile node's EAP identity is {own}, connection {allowed.name} asks for {eap[-1].eap_id}",
         )
     if not eap and own != context.remote_id:
-        yield _no(Fpt.PAD, f"the SA has an EAP identity ({own}), connection {allowed.name} has no EAP")
+        yield Verdict(
+            Fpt.PAD,
+            Status.IDENTITY,
+            f"the SA has an EAP identity ({own}), connection {allowed.name} has no EAP",
+        )
     ours = (allowed.local[-1].id if allowed.local else "", *rules.local_ids)
     if not any(allows(each, context.local_id) for each in ours):
-        yield _no(
+        yield Verdict(
             Fpt.PAD,
+            Status.IDENTITY,
             f"the gateway's identity in the SA is {context.local_id}, here connection {allowed.name} has "
             f"{ours[0]}: name it in local_ids of [connections.{allowed.name}]",
         )
@@ -138,10 +143,14 @@ def check_outer(context: IkeContext, allowed: AllowedConnection, place: Surround
     )
     for holds, what in unfit:
         if holds:
-            yield _no(Fpt.IKEV2_SA, f"the mobile node's outer address {address} is {what}")
+            yield Verdict(
+                Fpt.IKEV2_SA, Status.MN_ADDRESS, f"the mobile node's outer address {address} is {what}"
+            )
             break
     if port < FIRST_FREE_PORT and port not in (*IKE_PORTS, allowed.remote_port):
-        yield _no(Fpt.IKEV2_SA, f"the mobile node's port {port} is none that IKE or a NAT uses")
+        yield Verdict(
+            Fpt.IKEV2_SA, Status.MN_ADDRESS, f"the mobile node's port {port} is none that IKE or a NAT uses"
+        )
 
 
 def check_virtual_ips(context: IkeContext, ranges: Iterable[Range], place: Surroundings) -> Iterator[Verdict]:
@@ -149,10 +158,13 @@ def check_virtual_ips(context: IkeContext, ranges: Iterable[Range], place: Surro
     given = tuple(ranges)
     for vip in context.remote_vips:
         if vip in place.own | place.peers:
-            yield _no(Fpt.IKEV2_SA, f"virtual IP {vip} is an address of a gateway")
+            yield Verdict(
+                Fpt.IKEV2_SA, Status.VIP_NOT_ALLOWED, f"virtual IP {vip} is an address of a gateway"
+            )
         elif not any(vip in each for each in given):
-            yield _no(
+            yield Verdict(
                 Fpt.IKEV2_SA,
+                Status.VIP_NOT_ALLOWED,
                 f"virtual IP {vip} is in no pool here ({_listed(given)}): name what mobile nodes may have in "
                 f"virtual_ips of [connections.{context.connection}]",
             )
@@ -178,7 +190,9 @@ def check_traffic(context: IkeContext, allowed: AllowedConnection, place: Surrou
                 continue
             why = _reaches_inside(selector, context, mine, place)
             if why:
-                yield _no(Fpt.SPD, f"{child.name}: the mobile node's {_shown(selector)} {why}")
+                yield Verdict(
+                    Fpt.SPD, Status.SELECTORS, f"{child.name}: the mobile node's {_shown(selector)} {why}"
+                )
 
 
 def _reaches_inside(
@@ -201,7 +215,9 @@ def _reaches_inside(
 
 def _outside(child: ChildContext, mine: AllowedChild, selector: TrafficSelector, side: str) -> Verdict:
     ours = _listed(each.text for each in (mine.local_ts if side == "local" else mine.remote_ts))
-    return _no(Fpt.SPD, f"{child.name}: {_shown(selector)} is not in its {side}_ts here ({ours})")
+    return Verdict(
+        Fpt.SPD, Status.SELECTORS, f"{child.name}: {_shown(selector)} is not in its {side}_ts here ({ours})"
+    )
 
 
 def _inside(selector: TrafficSelector, ours: Iterable[AllowedSelector], hosts: Iterable[Address]) -> bool:
@@ -239,7 +255,9 @@ def check_modes(context: IkeContext, allowed: AllowedConnection) -> Iterator[Ver
         mine = allowed.children.get(child.name)
         if mine is not None and child.mode not in mine.modes:
             wanted = _listed(sorted(mode.name for mode in mine.modes))
-            yield _no(Fpt.SAD, f"{child.name} is in mode {child.mode.name}, allowed here: {wanted}")
+            yield Verdict(
+                Fpt.SAD, Status.MODE, f"{child.name} is in mode {child.mode.name}, allowed here: {wanted}"
+            )
 
 
 def check_algorithms(context: IkeContext, rules: Rules) -> Iterator[Verdict]:
@@ -249,12 +267,16 @@ def check_algorithms(context: IkeContext, rules: Rules) -> Iterator[Verdict]:
         why = _unproposed(rules.ike) if rules.ike else below_floor(one.encr, one.integ, one.prf)
         if why and not any(each.has_ike(one) for each in rules.ike):
             has = f"{_cipher(one)}, {one.integ.name}, {one.prf.name}, {one.ke.name}"
-            yield _no(Fpt.IKEV2_SA, f"the IKE_SA has {has}: {why} (ike_proposals of {where})")
+            yield Verdict(
+                Fpt.IKEV2_SA, Status.PROPOSAL, f"the IKE_SA has {has}: {why} (ike_proposals of {where})"
+            )
     for child in context.children:
         why = _unproposed(rules.esp) if rules.esp else below_floor(child.encr, child.integ)
         if why and not any(each.has_esp(child) for each in rules.esp):
             has = f"{_cipher(child)}, {child.integ.name}, {child.ke.name}{', ESN' if child.esn else ''}"
-            yield _no(Fpt.SAD, f"{child.name} has {has}: {why} (esp_proposals of {where})")
+            yield Verdict(
+                Fpt.SAD, Status.PROPOSAL, f"{child.name} has {has}: {why} (esp_proposals of {where})"
+            )
 
 
 def _cipher(sa: IkeGeneration | ChildContext) -> str:
@@ -269,12 +291,14 @@ def check_spis(context: IkeContext) -> Iterator[Verdict]:
     """Reserved SPIs, and one SPI for two SAs of a direction."""
     for one in context.generations:
         if not any(one.spi_i) or not any(one.spi_r):
-            yield _no(Fpt.IKEV2_SA, "an IKE SPI is 0, which is that of no IKE_SA")
+            yield Verdict(Fpt.IKEV2_SA, Status.SPIS, "an IKE SPI is 0, which is that of no IKE_SA")
     for child in context.children:
         for way, spi in (("inbound", child.spi_in), ("outbound", child.spi_out)):
             if int.from_bytes(spi) <= RESERVED_ESP_SPIS:
-                yield _no(
-                    Fpt.SAD, f"{child.name}: {way} SPI {spi.hex()} is reserved (0 to {RESERVED_ESP_SPIS})"
+                yield Verdict(
+                    Fpt.SAD,
+                    Status.SPIS,
+                    f"{child.name}: {way} SPI {spi.hex()} is reserved (0 to {RESERVED_ESP_SPIS})",
                 )
     for way, spis in (
         ("inbound", Counter(child.spi_in for child in context.children)),
@@ -282,10 +306,10 @@ def check_spis(context: IkeContext) -> Iterator[Verdict]:
     ):
         for spi, count in spis.items():
             if count > 1:
-                yield _no(Fpt.SAD, f"{count} CHILD_SAs have the {way} SPI {spi.hex()}")
+                yield Verdict(Fpt.SAD, Status.SPIS, f"{count} CHILD_SAs have the {way} SPI {spi.hex()}")
     names = Counter((one.spi_i, one.spi_r) for one in context.generations)
     if any(count > 1 for count in names.values()):
-        yield _no(Fpt.IKEV2_SA, "an IKE_SA has the SPIs of the one that it was rekeyed from")
+        yield Verdict(Fpt.IKEV2_SA, Status.SPIS, "an IKE_SA has the SPIs of the one that it was rekeyed from")
 
 
 # How much.
@@ -295,8 +319,10 @@ def check_counters(context: IkeContext) -> Iterator[Verdict]:
     """Message IDs that are nearly used up."""
     for whose, number in (("our", context.mid_initiator), ("the MN's", context.mid_responder)):
         if number >= MID_END:
-            yield _no(
-                Fpt.IKEV2_SA, f"message ID {number} of {whose} next request is at the end: rekey the IKE_SA"
+            yield Verdict(
+                Fpt.IKEV2_SA,
+                Status.NUMBERS_SPENT,
+                f"message ID {number} of {whose} next request is at the end: rekey the IKE_SA",
             )
 
 
@@ -308,7 +334,7 @@ def check_lifetimes(context: IkeContext, allowed: AllowedConnection) -> Iterator
         ("its end", context.lifetime.hard, 0),
     ):
         if why := _beyond(left, most):
-            yield _no(Fpt.IKEV2_SA, f"the IKE_SA has {left} s until {what}, {why}")
+            yield Verdict(Fpt.IKEV2_SA, Status.LIFETIME, f"the IKE_SA has {left} s until {what}, {why}")
     for child in context.children:
         mine = allowed.children.get(child.name)
         limits = child.lifetime
@@ -317,10 +343,12 @@ def check_lifetimes(context: IkeContext, allowed: AllowedConnection) -> Iterator
             ("its end", limits.hard, 0),
         ):
             if why := _beyond(left, most):
-                yield _no(Fpt.SAD, f"{child.name} has {left} s until {what}, {why}")
+                yield Verdict(Fpt.SAD, Status.LIFETIME, f"{child.name} has {left} s until {what}, {why}")
         counts = (limits.bytes_limit, limits.packets_limit, limits.bytes_used, limits.packets_used)
         if any(count is not None and count < 0 for count in counts):
-            yield _no(Fpt.SAD, f"{child.name} has a negative limit or count of packets or octets")
+            yield Verdict(
+                Fpt.SAD, Status.LIFETIME, f"{child.name} has a negative limit or count of packets or octets"
+            )
 
 
 def _beyond(left: int | None, most: int) -> str:
@@ -335,14 +363,22 @@ def _beyond(left: int | None, most: int) -> str:
 def check_bounds(context: IkeContext) -> Iterator[Verdict]:
     """How many IKE_SAs of a chain, CHILD_SAs and selectors there are."""
     if len(context.generations) > MAX_GENERATIONS:
-        yield _no(
-            Fpt.IKEV2_SA, f"{len(context.generations)} IKE_SAs in a chain are more than {MAX_GENERATIONS}"
+        yield Verdict(
+            Fpt.IKEV2_SA,
+            Status.TOO_MUCH,
+            f"{len(context.generations)} IKE_SAs in a chain are more than {MAX_GENERATIONS}",
         )
     if len(context.children) > MAX_CHILDREN:
-        yield _no(Fpt.SAD, f"{len(context.children)} CHILD_SAs are more than {MAX_CHILDREN}")
+        yield Verdict(
+            Fpt.SAD, Status.TOO_MUCH, f"{len(context.children)} CHILD_SAs are more than {MAX_CHILDREN}"
+        )
     for name, count in Counter(child.name for child in context.children).items():
         if count > MAX_OF_ONE_CHILD:
-            yield _no(Fpt.SAD, f"{count} CHILD_SAs named {name} are more than {MAX_OF_ONE_CHILD}")
+            yield Verdict(
+                Fpt.SAD, Status.TOO_MUCH, f"{count} CHILD_SAs named {name} are more than {MAX_OF_ONE_CHILD}"
+            )
     most = max((max(len(child.local_ts), len(child.remote_ts)) for child in context.children), default=0)
     if most > MAX_SELECTORS:
-        yield _no(Fpt.SPD, f"{most} traffic selectors on one side are more than {MAX_SELECTORS}")
+        yield Verdict(
+            Fpt.SPD, Status.TOO_MUCH, f"{most} traffic selectors on one side are more than {MAX_SELECTORS}"
+        )

@@ -60,7 +60,7 @@ def test_an_mn_without_mobike_cannot_be_told_a_new_address() -> None:
     there = context()
     here = relocate(there, local=Endpoint.of("203.0.113.9", 4500))
     assert statuses(check_address(there, there, False)) == []
-    assert statuses(check_address(here, there, False)) == [Status.NOT_COVERED]
+    assert statuses(check_address(here, there, False)) == [Status.NO_MOBIKE]
     assert statuses(check_address(here, replace(there, extensions=EXT_MOBIKE), False)) == []
     assert statuses(check_address(here, there, True)) == [Status.NO_ADDRESS]
 
@@ -75,7 +75,7 @@ def test_the_peer_must_have_authenticated_as_the_connection_here_asks() -> None:
     here = replace(context(), peer=PeerContext("mn", remote_auth=(AuthRound("psk"),)))
     assert statuses(check_names(here, {"mn": CONN})) == []
     strict = {**CONN, "remote-1": {"class": "public key"}}
-    assert statuses(check_names(here, {"mn": strict})) == [Status.NOT_ALLOWED]
+    assert statuses(check_names(here, {"mn": strict})) == [Status.AUTHENTICATION]
 
 
 def test_ike_spis_as_a_pair_and_alone() -> None:
@@ -105,7 +105,7 @@ def test_sequence_numbers_must_be_left_for_the_jump() -> None:
     here = context()
     assert statuses(check_numbers(here, 65536)) == []
     worn = replace(here.children[0], outbound=ReplayState((1 << 32) - 65536))
-    assert statuses(check_numbers(replace(here, children=(worn,)), 65536)) == [Status.NOT_COVERED]
+    assert statuses(check_numbers(replace(here, children=(worn,)), 65536)) == [Status.NUMBERS_SPENT]
 
 
 def test_virtual_ips_used_or_leased() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from ikectx.numbers import Encr, IdType, Integ, KeMethod, Mode, Prf, Status
+from ikectx.numbers import UNTOUCHED, Encr, IdType, Integ, KeMethod, Mode, Prf, Status
 from ikectx.sa.context import (
     AuthRound,
     ChildContext,
@@ -146,9 +146,20 @@ def without_vip(outer: str, remote_ts: str) -> IkeContext:
     )
 
 
+OF_CLAIMS = {
+    *(Status.IDENTITY, Status.MN_ADDRESS, Status.VIP_NOT_ALLOWED, Status.SELECTORS, Status.MODE),
+    *(Status.PROPOSAL, Status.SPIS, Status.NUMBERS_SPENT, Status.LIFETIME, Status.TOO_MUCH),
+}
+"""The statuses of the checks; all of them are told before anything of an SA is installed."""
+
+
+def test_whoever_is_refused_by_a_claim_knows_that_nothing_was_sent() -> None:
+    assert OF_CLAIMS <= UNTOUCHED
+
+
 def reasons(verdicts: object) -> list[str]:
     found: list[Verdict] = list(verdicts)  # type: ignore[call-overload]
-    assert all(verdict.status is Status.NOT_ALLOWED for verdict in found)
+    assert {verdict.status for verdict in found} <= OF_CLAIMS | {Status.NOT_ALLOWED}
     return [verdict.detail for verdict in found]
 
 
@@ -628,4 +639,4 @@ def test_whatever_a_peer_sends_gets_reasons_and_raises_nothing(rogue: IkeContext
     verdicts = admit(rogue, {"other": CONNECTION, rogue.connection: named}, POOLS, config())
     assert verdicts, "nothing that is made up at random is what the connection allows"
     for verdict in verdicts:
-        assert verdict.status is Status.NOT_ALLOWED and verdict.detail
+        assert verdict.status in OF_CLAIMS and verdict.detail
