@@ -59,6 +59,13 @@ class Daemon(Protocol):
         """Rekey the IKE_SA ("ike") or its CHILD_SA ("child")."""
 
 
+def lacks(kind: str) -> str:
+    """Why this kernel cannot run a daemon of that kind; empty: it can."""
+    if kind == "openiked" and not Path("/proc/net/pfkey").exists():
+        return "OpenIKED needs PF_KEY in the kernel"
+    return ""
+
+
 def unpacked() -> Path:
     """The folder of the unpacked packages."""
     return Path(os.environ.get(UNPACKED) or cache() / "unpacked")
@@ -137,14 +144,15 @@ class Libreswan:
 
 
 class OpenIked:
-    """iked. As the initiator it never speaks MOBIKE. Its kernel interface is PF_KEY."""
+    """iked. As the initiator it speaks no MOBIKE. On Linux it uses PF_KEY, which has neither GCM nor SHA-2:
+    `Tunnel.esp` must be aes128-sha1."""
 
     program = "usr/sbin/iked"
 
     def files(self, tunnel: Tunnel) -> Mapping[str, str]:
         """A file for each gateway, to be loaded when its tunnel is wanted: iked sets up what it loads."""
         files = {
-            "iked.conf": "set passive\n",
+            "iked.conf": 'ikev2 "nothing" passive esp from 192.0.2.1 to 192.0.2.2 peer 192.0.2.3\n',
             "passwd": _entry("passwd", f"{USER}:x:990:990::/run/empty:/bin/false"),
         }
         files["group"] = _entry("group", f"{USER}:x:990:")
@@ -154,7 +162,8 @@ class OpenIked:
                 f'ikev2 "{gateway}" active esp',
                 f"from {INNER['mn'][tunnel.inner]} to {INNER_NET[tunnel.inner]}",
                 f"local {OUTER['mn'][tunnel.family]} peer {far}",
-                "ikesa enc aes-128-gcm prf hmac-sha2-256 group curve25519 childsa enc aes-128-gcm noesn",
+                "ikesa enc aes-128-gcm prf hmac-sha2-256 group curve25519",
+                "childsa enc aes-128 auth hmac-sha1 noesn",
                 f'srcid mn.example dstid {gateway}.example psk "{PSK}"',
             ]
             files[f"iked-{gateway}.conf"] = " ".join(words) + "\n"
@@ -176,7 +185,10 @@ class OpenIked:
         return [self._ikectl(folder, "load", f"/etc/iked-{gateway}.conf")]
 
     def down(self, folder: Path, gateway: str) -> Sequence[Sequence[str]]:
-        return [self._ikectl(folder, "load", "/etc/iked.conf"), self._ikectl(folder, "reset", "sa")]
+        return [
+            self._ikectl(folder, "load", "/etc/iked.conf"),
+            self._ikectl(folder, "reset", "id", f"FQDN/{gateway}.example"),
+        ]
 
     def rekey(self, folder: Path, gateway: str, what: str) -> Sequence[Sequence[str]]:
         raise CharonError("OpenIKED rekeys by itself only")
@@ -194,7 +206,10 @@ KINDS: Mapping[str, Daemon] = {"libreswan": Libreswan(), "openiked": OpenIked()}
 def write(kind: str, folder: Path, tunnel: Tunnel) -> None:
     """Writes what the daemon reads, for nobody else to read: iked insists on that."""
     etc = folder / "etc"
-    etc.mkdir(parents=True, exist_ok=True)
+    (etc / "iked" / "private").mkdir(parents=True, exist_ok=True)
+    key = etc / "iked" / "private" / "local.key"
+    key.touch(mode=0o600)
+    key.write_bytes((folder.parent / "pki" / "mn.key").read_bytes())  # iked wants one, whatever it uses
     (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
     for name, text in KINDS[kind].files(tunnel).items():
         path = etc / name

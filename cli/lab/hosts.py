@@ -486,6 +486,11 @@ class Lab:
         host, peer = (mobile, gateway) if self.tunnel.initiator == "mn" else (gateway, mobile)
         if host in self.tunnel.others:
             self.tell(host, lab_daemons.KINDS[self.tunnel.others[host]].up(self.work / host, gateway))
+            limit = time.monotonic() + CLEARED
+            while not self.list_sas(host):
+                if time.monotonic() > limit:
+                    raise CharonError(f"{host}: the tunnel did not come up")
+                time.sleep(0.1)
             return
         for number in range(1, self.tunnel.children + 1):
             child = "net" if number == 1 else f"net{number}"

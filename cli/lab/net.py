@@ -121,7 +121,7 @@ LINKS_UP = 5.0
 
 _MODULES = """
 veth bridge tun dummy af_packet sch_netem nf_tables nft_queue nft_ct nft_nat nft_chain_nat nfnetlink_queue
-xfrm_user xfrm_algo xfrm_interface esp4 esp6 xfrm4_tunnel xfrm6_tunnel ipcomp ipcomp6
+xfrm_user af_key xfrm_algo xfrm_interface esp4 esp6 xfrm4_tunnel xfrm6_tunnel ipcomp ipcomp6
 authenc authencesn echainiv seqiv ccm gcm cmac xcbc ctr cbc hmac chacha20poly1305
 aes_generic sha256_generic sha512_generic sha1_generic
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 from ikectx.errors import IkectxError
 
 from .config import Tunnel
+from .daemons import lacks
 from .hosts import Lab, save_logs
 from .report import ScenarioReport
 from .run import Say, ScenarioRunner
@@ -49,8 +50,9 @@ def run_here(
                 scenario.gateway_delay_ms if gateway_delay_ms is None else gateway_delay_ms,
             )
             tunnel = replace(scenario.tunnel, libipsec=libipsec)
-            if libipsec and scenario.kernel_only:
-                done(ScenarioReport.skipped(scenario, "needs kernel ESP"))
+            lacking = "needs kernel ESP" if libipsec and scenario.kernel_only else lacks(tunnel.daemon)
+            if lacking:
+                done(ScenarioReport.skipped(scenario, lacking))
                 continue
             if lab is not None and (lab.net.delay_ms, lab.net.gateway_delay_ms) != wanted:
                 lab.down()

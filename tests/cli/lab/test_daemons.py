@@ -9,7 +9,7 @@ import pytest
 
 from ikectx.errors import CharonError
 from ikectx_cli.lab import daemons
-from ikectx_cli.lab.config import PSK, Tunnel
+from ikectx_cli.lab.config import PSK, Tunnel, write_credentials
 
 STATES = """src 10.1.0.10 dst 10.2.1.2
 \tproto esp spi 0xc71042d4 reqid 16389 mode tunnel
@@ -23,8 +23,11 @@ src 10.1.0.10 dst 10.2.1.2
 
 @pytest.mark.parametrize("kind", daemons.KINDS)
 def test_what_a_daemon_reads_is_for_it_alone(tmp_path: Path, kind: str) -> None:
-    daemons.write(kind, tmp_path, Tunnel(daemon=kind))
-    secret = [path for path in (tmp_path / "etc").iterdir() if PSK in path.read_text()]
+    write_credentials(tmp_path)
+    daemons.write(kind, tmp_path / "mn", Tunnel(daemon=kind))
+    secret = [
+        path for path in (tmp_path / "mn" / "etc").iterdir() if path.is_file() and PSK in path.read_text()
+    ]
     assert secret
     assert {stat.S_IMODE(path.stat().st_mode) for path in secret} == {0o600}
 
