@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from .critical import paths
+from .critical import rows as critical_rows
+from .critical_chart import LANES
 from .report import longer
+from .trace import TimeLine
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -157,6 +161,7 @@ def _row(mode: AimedMode, runs: Sequence[Run]) -> dict[str, Any]:
         if aim is not None and limit is not None:
             reached = value is not None and (value >= limit if aim.least else value <= limit)
         found[name] = {"is": value, "aim": limit, "reached": reached}
+    lines = [TimeLine.from_json(one) for one in runs[0].get("trace", ())[:1]]
     wanted = [one["reached"] for one in found.values() if one["reached"] is not None]
     return {
         "mode": mode.title,
@@ -165,6 +170,7 @@ def _row(mode: AimedMode, runs: Sequence[Run]) -> dict[str, Any]:
         "ok": sum(bool(run["ok"]) for run in runs),
         "reached": all(wanted),
         "figures": found,
+        "path": {way: [leg.as_json() for leg in legs] for line in lines for way, legs in paths(line).items()},
     }
 
 
@@ -211,6 +217,20 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def shown_paths(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """What the first packet behind each gap waited for, or the whole move where there is no gap."""
+    from rich.table import Table
+
+    table = Table("mode", "way", "host", "step", padding=(0, 1, 0, 0))
+    for name in ("start", "end, ms"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        for number, line in enumerate(critical_rows(row.get("path", {}))):
+            table.add_row(row["mode"] if not number else "", *line)
+        table.add_section()
+    return table
+
+
 def wrong(modes: object, where: str = "the judgement") -> str:
     """What rows that were read from a file lack; empty: nothing."""
     if not isinstance(modes, list) or not all(isinstance(row, dict) for row in modes):
@@ -222,6 +242,8 @@ def wrong(modes: object, where: str = "the judgement") -> str:
             return f"{where}.modes.{number} must have mode, scenario, runs, ok, reached and figures"
         if not isinstance(row.get("reached"), bool) or not isinstance(found, dict):
             return f"{where}.modes.{number} must have reached and figures"
+        if any(not _is_leg(leg) for legs in row.get("path", {}).values() for leg in legs):
+            return f"{where}.modes.{number}.path must have legs"
         for name, figure in found.items():
             if not isinstance(figure, dict) or not all(
                 one is None or isinstance(one, int | float)
@@ -229,3 +251,11 @@ def wrong(modes: object, where: str = "the judgement") -> str:
             ):
                 return f"{where}.modes.{number}.figures.{name} must have is, aim and reached"
     return ""
+
+
+def _is_leg(leg: object) -> bool:
+    """Whether that is a `critical.Leg` as JSON."""
+    if not isinstance(leg, dict) or leg.get("host") not in LANES or leg.get("target") not in ("", *LANES):
+        return False
+    times = (leg.get("start_ms"), leg.get("end_ms"))
+    return isinstance(leg.get("step"), str) and all(isinstance(one, int | float) for one in times)

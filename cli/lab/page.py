@@ -8,6 +8,7 @@ from typing import Any
 from . import aims as lab_aims
 from . import damage as lab_damage
 from .bench import ALONE, COLLISIONS, MODES, PARTS, place
+from .critical import rows as critical_rows
 
 Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
@@ -40,7 +41,7 @@ def page(summary: Mapping[str, Any], image: str = "") -> str:
         *_lost(summary),
         *_messages(summary),
         *_cpu(summary),
-        *_handovers(summary.get("handovers", ())),
+        *_handovers(summary.get("handovers", ()), image),
         *_drains(summary["drains"]),
         *_attacks(summary.get("attacks", ())),
         *_collisions(summary),
@@ -351,7 +352,7 @@ def _used(one: Row) -> bool:
     return one["cpu_ms"] is not None and any(used is not None for used in one["cpu_ms"].values())
 
 
-def _handovers(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _handovers(found: Sequence[Mapping[str, Any]], image: str) -> Iterable[str]:
     """Each mode beside what it must reach, by each clock."""
     if not found:
         return
@@ -375,6 +376,32 @@ def _handovers(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "aim is that and so much more. Where the server's packets go on to the old gateway, the first one "
         "by the detour has a way that is 1 ms longer: a gap of 5 ms becomes one of 6."
     )
+    rows = [row for one in found for row in one["modes"] if row.get("path")]
+    if not rows:
+        return
+    yield "### What packets wait for"
+    if image:
+        yield f"![Critical paths]({paths_image(image)})"
+    yield table(
+        ("mode", "way", "host", "step", "start, ms", "end, ms"), (line for row in rows for line in _path(row))
+    )
+    yield (
+        "In virtual time, from the moment at which the mobile node's link changed or the move was asked for: "
+        "what the first packet behind the gap waited for, up and down; without a gap, what the whole move "
+        "waited for while packets flowed. A line from host to host is a message. `waits`: nothing that is "
+        "traced; before the first packet that is also the probe's interval."
+    )
+
+
+def paths_image(image: str) -> str:
+    """The file of the picture of critical paths, beside the page's other one."""
+    return image.removesuffix(".svg") + "-paths.svg"
+
+
+def _path(row: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+    """The critical path of a mode, as lines of a table."""
+    for number, line in enumerate(critical_rows(row.get("path", {}))):
+        yield [row["mode"] if not number else "", *line]
 
 
 def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -75,13 +75,15 @@ class LinkChange:
 class ProbeFlow:
     """One direction of the tunnel's probe: when its packets arrived, when those were sent that did not.
 
-    `last` and `first`: the arrivals before and after the longest gap, None where there is no gap.
+    `last` and `first`: the arrivals before and after the longest gap, None where there is no gap. `transit`:
+    how long the first packet behind it was under way.
     """
 
     arrived: tuple[float, ...] = ()
     lost: tuple[float, ...] = ()
     last: float | None = None
     first: float | None = None
+    transit: float | None = None
 
     @property
     def gap(self) -> float | None:
@@ -122,7 +124,8 @@ class TimeLine:
         """What `as_json` made."""
 
         def flow(one: Mapping[str, Any]) -> ProbeFlow:
-            return ProbeFlow(tuple(one["arrived"]), tuple(one["lost"]), one["last"], one["first"])
+            edges = (one["last"], one["first"], one["transit"])
+            return ProbeFlow(tuple(one["arrived"]), tuple(one["lost"]), *edges)
 
         return cls(
             data["name"],
@@ -315,7 +318,7 @@ def _host_at(address: str) -> str:
 
 
 def flow(
-    sent: Iterable[Sequence[int]], received: Iterable[Sequence[int]], window: Window, interval_ms: float
+    sent: Sequence[Sequence[int]], received: Iterable[Sequence[int]], window: Window, interval_ms: float
 ) -> ProbeFlow:
     """One direction of the probe in the window and a little around it.
 
@@ -330,7 +333,7 @@ def flow(
     # a number may have been sent several ways
     missing = {number: window.ms(stamp) for number, stamp, _error in sent if number not in arrivals}
     lost = [ms for ms in missing.values() if window.ms(first_ns) <= ms <= window.ms(last_ns)]
-    last = first = None
+    last = first = transit = None
     # a gap may have begun before the window, or go on after it
     every = sorted(arrivals.values())
     pairs = [pair for pair in itertools.pairwise(every) if pair[1] > window.begin and pair[0] < window.end]
@@ -338,7 +341,10 @@ def flow(
         before, after = max(pairs, key=lambda pair: pair[1] - pair[0])
         if (after - before) / 1e6 >= UNEVEN * interval_ms:
             last, first = window.ms(before), window.ms(after)
-    return ProbeFlow(tuple(window.ms(stamp) for stamp in stamps), tuple(lost), last, first)
+            stamps_sent = {number: stamp for number, stamp, _error in sent}
+            number = next(number for number, stamp in arrivals.items() if stamp == after)
+            transit = (after - stamps_sent[number]) / 1e6 if number in stamps_sent else None
+    return ProbeFlow(tuple(window.ms(stamp) for stamp in stamps), tuple(lost), last, first, transit)
 
 
 def time_line(

@@ -86,7 +86,10 @@ LINE = {
     "spans": [
         {"host": "psg", "step": "freeze", "kind": "step", "begin": 0, "end": 1, "of": "", "failed": ""}
     ],
-    **{way: {"arrived": [], "lost": [], "last": None, "first": None, "gap": None} for way in ("up", "down")},
+    **{
+        way: {"arrived": [], "lost": [], "last": None, "first": None, "gap": None, "transit": None}
+        for way in ("up", "down")
+    },
 }
 
 
