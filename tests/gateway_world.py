@@ -153,27 +153,27 @@ class Charon:
 
     # VICI
 
-    def version(self) -> dict[str, str]:
+    async def version(self) -> dict[str, str]:
         return {"version": "5.9.8"}
 
-    def list_conns(self) -> list[dict[str, Any]]:
+    async def connections(self) -> dict[str, Any]:
         child = {"mode": "TUNNEL", "local-ts": ["10.1.0.0/16"], "remote-ts": ["dynamic"]}
-        return [
-            {
+        return {
+            "home": {
                 "name": "home",
                 "children": {"rw": child},
                 "local-1": {"class": "public key", "id": "gw.example"},
                 "remote-1": {"class": "pre-shared key", "id": "*.example"},
             }
-        ]
+        }
 
-    def get_pools(self, leases: bool = False) -> dict[str, Any]:
+    async def pools(self) -> dict[str, Any]:
         return {"mobile": {"base": "10.3.0.1", "size": "65534"}}
 
-    def algorithms(self) -> dict[str, Any]:
+    async def algorithms(self) -> dict[str, Any]:
         return {}
 
-    def close(self) -> None: ...
+    async def close(self) -> None: ...
 
     def views(self) -> list[SaView]:
         """What list-sas shows; kept, since a thousand SAs are looked at a thousand times."""

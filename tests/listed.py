@@ -1,4 +1,4 @@
-"""`CharonVici.read_sas`, in worlds without charon."""
+"""`Charon.read_sas`, in worlds without charon."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from vici_bridge.vici.list_sas import Listing
 _T = TypeVar("_T")
 
 
+async def read_sas(
+    sas: list[dict[str, Any]], read: Callable[[bytes], _T], *, ike_id: int | None = None
+) -> list[_T]:
+    """`Charon.read_sas`, of these SAs."""
+    return [
+        read(serialize_message({sa["name"]: {key: value for key, value in sa.items() if key != "name"}}))
+        for sa in sas
+        if ike_id is None or sa["uniqueid"] == str(ike_id)
+    ]
+
+
 def listing_of(list_sas: Callable[[], list[dict[str, Any]]]) -> Listing:
-    """A listing of what `list_sas` gives then, as `CharonVici.list_sas` would."""
+    """A listing of what `list_sas` gives then, as `Charon` would."""
 
-    def read_sas(read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
-        return [
-            read(serialize_message({sa["name"]: {key: value for key, value in sa.items() if key != "name"}}))
-            for sa in list_sas()
-            if ike_id is None or sa["uniqueid"] == str(ike_id)
-        ]
+    async def ask(read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
+        return await read_sas(list_sas(), read, ike_id=ike_id)
 
-    return Listing(read_sas)
+    return Listing(ask)

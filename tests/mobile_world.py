@@ -29,7 +29,7 @@ from ikectx.sa.keys import esp_keys, sk_keys
 from ikectx.sa.name import SaName
 from tests.hand_loop import HandLoop
 from tests.kernel_tables import KernelTables
-from tests.listed import listing_of
+from tests.listed import listing_of, read_sas
 from tests.peers import a_context
 from tests.vici_bridge.test_deadlines import MemoryStore
 from vici_bridge.effects import steps as steps_module
@@ -250,7 +250,7 @@ class Charon:
 
     # VICI.
 
-    def version(self) -> dict[str, str]:
+    async def version(self) -> dict[str, str]:
         return {"version": "5.9.8"}
 
     def list_sas(self) -> list[dict[str, Any]]:
@@ -287,12 +287,15 @@ class Charon:
         }
         return [view]
 
-    def list_conns(self) -> list[dict[str, Any]]:
-        return []
+    async def read_sas(self, read: Callable[[bytes], Any], *, ike_id: int | None = None) -> list[Any]:
+        return await read_sas(self.list_sas(), read, ike_id=ike_id)
 
-    def close(self) -> None: ...
+    async def connections(self) -> dict[str, Any]:
+        return {}
 
-    def rekey(self, *, ike_id: int | None = None, child_id: int | None = None) -> int:
+    async def close(self) -> None: ...
+
+    async def rekey(self, *, ike_id: int | None = None, child_id: int | None = None) -> int:
         self.rekeyed.append(f"child {child_id}" if child_id is not None else f"ike {ike_id}")
         return 1
 
@@ -497,7 +500,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         await sleep(seconds / 100)
 
     monkeypatch.setattr(asyncio, "to_thread", at_once)
-    monkeypatch.setattr(CharonHost, "ask", lambda self, *args, **kwargs: at_once(*args, **kwargs))
     monkeypatch.setattr(asyncio, "sleep", shortly)
     monkeypatch.setattr(steps_module, "PATIENCE", 0.05)
     monkeypatch.setattr(steps_module, "LINGER", 0.0)

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from ikectx import trace
 from ikectx.engine.ledger import Ledger, MobileFacts, SourceFacts, TargetFacts
@@ -41,7 +40,8 @@ from vici_bridge.kernel.kernel import Detour, Kernel, Mute
 from vici_bridge.kernel.route_events import RouteEvents
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.policy.obstacles import check_context, check_kind, check_told
-from vici_bridge.vici.client import CharonVici, Message
+from vici_bridge.vici.charon import Charon
+from vici_bridge.vici.codec import Message
 from vici_bridge.vici.list_sas import Listing
 from vici_bridge.vici.views import SaView
 
@@ -53,9 +53,6 @@ from .rekey_after_move import FreshKeys
 from .updown import Scripts
 
 log = logging.getLogger(__name__)
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 Settler = Callable[[IkeContext, FinalState], Awaitable[int]]
 """Asks the mobile node of a context, as it is here, for our next message ID. Errors: LinkError (silent)."""
@@ -76,8 +73,6 @@ DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
-CHARON_THREADS = 2
-"""Threads that wait for charon at once, of the five or more that Python keeps for all work of this kind."""
 MOMENT = 0.1
 """Seconds for which charon's answer will do for a caller that looks again before it depends on it."""
 SAVE_AGAIN = 2.0
@@ -93,9 +88,8 @@ class CharonHost:
         self.leaving: Ledger[SourceFacts] = Ledger(store, "source")
         self.coming: Ledger[TargetFacts] = Ledger(store, "target")
         self.own: Ledger[MobileFacts] = Ledger(store, "mobile")
-        self.vici = CharonVici(config.vici)
-        self._asking = asyncio.Semaphore(CHARON_THREADS)
-        self.listing = Listing(self.vici.read_sas, self.ask)
+        self.vici = Charon(config.vici)
+        self.listing = Listing(self.vici.read_sas)
         self.kernel = Kernel() if config.kernel_esp else None
         self.mute = Mute()
         self.doubts = Doubts(store)
@@ -149,12 +143,7 @@ class CharonHost:
         # a mobile node whose gateway takes its messages for old ones connects anew, so only a gateway needs
         # this
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
-        loop = asyncio.get_running_loop()
-
-        def state(up: bool) -> None:
-            loop.call_soon_threadsafe(self._charon_state, up)
-
-        self.vici.listen(lambda event, message: None, on_state=state)
+        self.vici.watch(self._charon_state)
         self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
 
     async def close(self) -> None:
@@ -168,7 +157,7 @@ class CharonHost:
         self.save()
         if self._saving is not None:
             self._saving.cancel()
-        await asyncio.to_thread(self.vici.close)
+        await self.vici.close()
         if self.kernel is not None:
             self.kernel.close()
         self.detour.close()
@@ -312,7 +301,7 @@ class CharonHost:
                 self._fed(self.record.feed(ha.ike_mid(version, ike, initiator=initiator, mid=noted)))
 
     async def _ask_version(self) -> None:
-        answer = await self.ask(self.vici.version)
+        answer = await self.vici.version()
         self.ha_version.told(str(answer.get("version", "")))
 
     async def version(self) -> int:
@@ -355,11 +344,6 @@ class CharonHost:
 
     # Views.
 
-    async def ask(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call `vici` in a thread, but never in so many that none is left for freezes while charon hangs."""
-        async with self._asking:
-            return await asyncio.to_thread(call, *args, **kwargs)
-
     async def views(self) -> list[SaView]:
         """All IKEv2 SAs of charon. Errors: CharonError, WireError."""
         views = await self.listing.views()
@@ -400,9 +384,9 @@ class CharonHost:
         the last `MOMENT` will do."""
         return self.listing.recent(sa, MOMENT) or await self.view(sa)
 
-    async def connections(self) -> dict[str, Message]:
+    async def connections(self) -> Mapping[str, Message]:
         """charon's loaded connections by name."""
-        return {str(conn["name"]): conn for conn in await self.ask(self.vici.list_conns)}
+        return await self.vici.connections()
 
     def kernel_pair(
         self, context: IkeContext, child: ChildContext
@@ -474,7 +458,7 @@ class CharonHost:
                 log.warning(
                     "%s: ended at the gateway that gave its SA, while that left: deleted here", view.name
                 )
-                await self.ask(self.vici.terminate, ike_id=view.unique_id, timeout_ms=END_PATIENCE)
+                await self.vici.terminate(view.unique_id, END_PATIENCE)
         except (CharonError, WireError) as error:
             log.error("an SA that was ended at the gateway that gave it is not deleted here: %s", error)
 
@@ -574,4 +558,4 @@ class CharonHost:
         await self.send([ha.resync(await self.version(), [1])])
 
     async def _rekey(self, ike_id: int | None, child_id: int | None) -> None:
-        await self.ask(self.vici.rekey, ike_id=ike_id, child_id=child_id)
+        await self.vici.rekey(ike_id=ike_id, child_id=child_id)

@@ -54,6 +54,7 @@ from vici_bridge.effects.mobile import AGAIN, CharonMobile
 from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.mute import MARK
+from vici_bridge.vici.codec import parse_message
 from vici_bridge.vici.views import SaView
 
 from .farewell import Farewells
@@ -324,9 +325,10 @@ class SpiWatch:
         )
 
     async def _in_flight(self, sa: SaName) -> bool:
-        listed = await self._host.ask(self._host.vici.list_sas)
+        trees = await self._host.vici.read_sas(lambda octets: parse_message(octets, foreign=True))
         name = (sa.spi_i.hex(), sa.spi_r.hex())
-        found = (one for one in listed if (one.get("initiator-spi"), one.get("responder-spi")) == name)
+        found = [one for tree in trees for one in tree.values()]
+        found = [one for one in found if (one.get("initiator-spi"), one.get("responder-spi")) == name]
         return any(one.get("tasks-active") for one in found)
 
     async def _say(self, sa: SaName, note: Mirror) -> None:

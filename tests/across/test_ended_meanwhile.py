@@ -97,13 +97,18 @@ def test_only_who_gave_an_sa_may_have_it_ended() -> None:
 def test_charon_is_asked_to_delete_what_it_serves() -> None:
     async def scenario() -> None:
         async with served() as (here, _, context):
-            asked: list[dict[str, Any]] = []
-            here.host.vici.terminate = lambda **query: asked.append(query) or 1  # type: ignore[method-assign,func-returns-value]
+            asked: list[int] = []
+
+            async def terminate(ike_id: int, timeout_ms: int) -> int:
+                asked.append(ike_id)
+                return 1
+
+            here.host.vici.terminate = terminate  # type: ignore[method-assign]
             here.host.end(context.spis)
             here.host.end((b"unknown.", b"unknown."))
             await until(lambda: asked)
             view = await here.host.view(context.spis)
             assert view is not None
-            assert [query["ike_id"] for query in asked] == [view.unique_id]
+            assert asked == [view.unique_id]
 
     run(scenario())

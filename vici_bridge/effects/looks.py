@@ -31,7 +31,7 @@ from vici_bridge.policy.checks import (
     check_selectors,
     check_vips,
 )
-from vici_bridge.vici.client import Message
+from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
 
 
@@ -81,8 +81,8 @@ class Looks:
                         await host.version(),
                         tuple(await host.views()),
                         await host.connections(),
-                        await host.ask(host.vici.get_pools, True),
-                        await host.ask(host.vici.algorithms),
+                        await host.vici.pools(),
+                        await host.vici.algorithms(),
                         came,
                         host.listening(),
                     )

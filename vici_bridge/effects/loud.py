@@ -35,7 +35,7 @@ async def rekey_children(work: Moving) -> None:
     view = await work.host.view(work.name)
     for child in view.children if view is not None else ():
         if child.state == "INSTALLED":
-            await work.host.ask(work.host.vici.rekey, child_id=child.unique_id)
+            await work.host.vici.rekey(child_id=child.unique_id)
 
 
 LOUD: LedgerStep[Moving] = LedgerStep(

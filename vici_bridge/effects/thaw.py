@@ -154,7 +154,7 @@ async def _renew(work: Leaving) -> None:
                 "%s: CHILD_SA %s is rekeyed: the MN may have other SPIs", work.context.connection, child.name
             )
             try:
-                await work.host.ask(work.host.vici.rekey, child_id=child.unique_id)
+                await work.host.vici.rekey(child_id=child.unique_id)
             except CharonError as error:
                 log.warning(
                     "CHILD_SA %s of %s is not rekeyed: %s", child.name, work.context.connection, error

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,17 +28,13 @@ from vici.protocol import Transport
 
 from ikectx import trace
 from ikectx.errors import CharonError, ConfigError, IkectxError, LinkError, WireError
-from ikectx.mistakes import log_mistake
 from ikectx.numbers import Status
 
 from .codec import LONGEST_PATH, Message, json_of, parse_message, with_json
 
-__all__ = ["EVENTS", "CharonVici", "ControlClient", "Message", "RemoteError", "json_of", "with_json"]
+__all__ = ["CharonVici", "ControlClient", "Message", "RemoteError", "json_of", "with_json"]
 
 log = logging.getLogger(__name__)
-
-EVENTS = ("ike-updown", "child-updown", "ike-rekey", "child-rekey", "ike-update")
-"""The events that `CharonVici.listen` registers for by default; an older charon may lack some."""
 
 _GARBAGE = (DeserializationException, struct.error, UnicodeError, KeyError, IndexError, TypeError, ValueError)
 
@@ -60,11 +56,6 @@ class _TimedSocket:
     def arm(self) -> None:
         """Start the clock for one request and its answer."""
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
-
-    def endless(self) -> None:
-        """From now on reading may take for ever, which is for events. `shutdown` ends it."""
-        self._seconds = None
-        self._deadline = None
 
     def _left(self) -> float | None:
         if self._deadline is None:
@@ -121,7 +112,7 @@ def _connect(path: str, seconds: float | None) -> _TimedSocket:
     return timed
 
 
-def _path_of(uri: str) -> str:
+def path_of(uri: str) -> str:
     """The path in `unix:///run/charon.vici`, or `uri` itself when it is a path. Errors: ConfigError."""
     path = uri.removeprefix("unix://")
     if "://" in path or not path or "\0" in path:
@@ -143,7 +134,7 @@ def as_text(value: Any) -> Any:
 
 
 class CharonVici:
-    """charon's VICI socket for an agent. Thread-safe and synchronous: call it by `CharonHost.ask`.
+    """charon's VICI socket for a command: thread-safe and synchronous. An agent uses `charon.Charon`.
 
     One connection serves all requests, one at a time; it is made at the first request and again after charon
     restarted. `timeout`: seconds that a request may take. All methods raise CharonError if charon does not
@@ -151,12 +142,11 @@ class CharonVici:
     """
 
     def __init__(self, uri: str = "unix:///run/charon.vici", *, timeout: float = 10.0) -> None:
-        self._path = _path_of(uri)
+        self._path = path_of(uri)
         self._timeout = timeout
         self._lock = threading.Lock()
         self._sock: _TimedSocket | None = None
         self._session: Session | None = None
-        self._listeners: list[_Listener] = []
 
     def version(self) -> Message:
         """`daemon`, `version`, `sysname`, `release`, `machine`."""
@@ -165,10 +155,6 @@ class CharonVici:
     def stats(self) -> Message:
         """`uptime`, `plugins` (a list), `ikesas`, queues and workers."""
         return self.request("stats")
-
-    def algorithms(self) -> dict[str, dict[str, str]]:
-        """Kinds (`encryption`, `aead`, `prf`, ...) to {algorithm: plugin}."""
-        return self.request("get-algorithms")
 
     def list_sas(
         self, ike: str | None = None, ike_id: int | None = None, *, noblock: bool = False
@@ -179,14 +165,6 @@ class CharonVici:
         """
         query = {"ike": ike, "ike-id": ike_id, "noblock": "yes" if noblock else None}
         return self._named(self.stream("list-sas", "list-sa", query))
-
-    def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
-        """The results of `read` for the message about each IKE_SA: {connection: {...}} as octets.
-
-        To look at the octets of one costs a tenth of parsing them. A WireError of `read` is passed on.
-        """
-        with self._lock, self._mapped("list-sas"):
-            return self._items("list-sas", "list-sa", {"ike-id": ike_id}, read)
 
     def list_conns(self, ike: str | None = None) -> list[Message]:
         """Loaded connections as charon's `list-conn` gives them, each with its `name`."""
@@ -201,7 +179,7 @@ class CharonVici:
         answer = self.request(
             "rekey", {"ike-id": ike_id, "child-id": child_id, "reauth": "yes" if reauth else None}
         )
-        return _count(answer, "matches")
+        return count(answer, "matches")
 
     def terminate(
         self,
@@ -222,7 +200,7 @@ class CharonVici:
             "timeout": timeout_ms,
             "loglevel": "-1",
         }
-        return _count(self.request("terminate", query), "terminated")
+        return count(self.request("terminate", query), "terminated")
 
     def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
         """Any command that is answered by one message. None values are left out."""
@@ -264,28 +242,8 @@ class CharonVici:
         if octets[:1] != bytes([PackagePacket.EVENT_CONFIRM]):
             raise SessionException(f"an answer of type {octets[:1].hex()}")
 
-    def listen(
-        self,
-        callback: Callable[[str, Message], None],
-        events: Collection[str] = EVENTS,
-        *,
-        on_state: Callable[[bool], None] | None = None,
-    ) -> None:
-        """Call `callback(event, message)` from a thread of its own for every event, until `close`.
-
-        Keeps trying while charon does not run; `on_state` is called with True when listening has begun
-        (earlier events were missed) and with False when the connection is lost. Both must be quick and
-        thread-safe (`loop.call_soon_threadsafe`). Events that this charon does not know are left out.
-        """
-        listener = _Listener(self._path, self._timeout, callback, tuple(events), on_state)
-        self._listeners.append(listener)
-        listener.start()
-
     def close(self) -> None:
-        """Ends the connection and the listening threads."""
-        for listener in self._listeners:
-            listener.stop()
-        self._listeners.clear()
+        """End the connection."""
         with self._lock:
             self._drop()
 
@@ -320,7 +278,7 @@ class CharonVici:
             raise CharonError(f"charon does not know the command {command}") from None
         except OSError as error:
             self._drop()
-            raise _away(self._path, error) from None
+            raise away(self._path, error) from None
         except (WireError, *_GARBAGE) as error:
             self._drop()
             raise WireError(f"charon's answer to {command} does not parse: {error}") from None
@@ -335,104 +293,6 @@ class CharonVici:
         ]
 
 
-class _Listener(threading.Thread):
-    """One thread, one session, events only; connects again with a growing pause."""
-
-    PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
-
-    def __init__(
-        self,
-        path: str,
-        timeout: float,
-        callback: Callable[[str, Message], None],
-        events: tuple[str, ...],
-        on_state: Callable[[bool], None] | None,
-    ) -> None:
-        super().__init__(name="vici-events", daemon=True)
-        self._path = path
-        self._timeout = timeout
-        self._callback = callback
-        self._events = events
-        self._on_state = on_state
-        self._stopping = threading.Event()
-        self._sock: _TimedSocket | None = None
-
-    def stop(self) -> None:
-        self._stopping.set()
-        sock = self._sock
-        if sock is not None:
-            sock.shutdown()
-        if self is not threading.current_thread():
-            self.join(2)
-
-    def run(self) -> None:
-        failures = 0
-        while not self._stopping.is_set():
-            heard = False
-            try:
-                heard = self._listen()
-            except (OSError, SessionException, *_GARBAGE) as error:
-                log.debug("charon's events: %s", error)
-            failures = 0 if heard else failures + 1
-            self._stopping.wait(self.PAUSES[min(failures, len(self.PAUSES) - 1)])
-
-    def _listen(self) -> bool:
-        """Listen until the connection ends; returns whether it had come up."""
-        self._sock = sock = _connect(self._path, self._timeout)
-        try:
-            known = self._known(sock)
-            if not known or self._stopping.is_set():
-                return False
-            return self._hear(sock, known)
-        finally:
-            sock.close()
-
-    def _known(self, sock: _TimedSocket) -> list[str]:
-        """The events that this charon has, because registering an unknown one ends the package's listen."""
-        transport = Transport(sock)
-        known = []
-        for event in self._events:
-            transport.send(PackagePacket.register_event(event))
-            while (answer := PackagePacket.parse(transport.receive())).response_type == PackagePacket.EVENT:
-                pass
-            if answer.response_type == PackagePacket.EVENT_CONFIRM:
-                known.append(event)
-            else:
-                log.info("this charon has no event %s", event)
-        return known
-
-    def _hear(self, sock: _TimedSocket, known: list[str]) -> bool:
-        transport = Transport(sock)
-        sock.endless()
-        self._tell(True)
-        try:
-            while not self._stopping.is_set():
-                packet = PackagePacket.parse(transport.receive())
-                if packet.response_type == PackagePacket.EVENT:
-                    name, body = packet.event_type.decode(), PackageMessage.deserialize(packet.payload)
-                    self._deliver(name, as_text(body))
-        except (OSError, *_GARBAGE) as error:
-            if not self._stopping.is_set():
-                log.info("charon's events stopped: %s", error)
-        finally:
-            self._tell(False)
-        return True
-
-    def _deliver(self, name: str, message: Message) -> None:
-        """A callback's failure must not end the listening."""
-        try:
-            self._callback(name, message)
-        except Exception as error:
-            log_mistake(log, f"charon's event {name}", error)
-
-    def _tell(self, up: bool) -> None:
-        if self._on_state is not None:
-            try:
-                self._on_state(up)
-            except Exception as error:
-                log_mistake(log, "charon's coming or going", error)
-
-
 class RemoteError(IkectxError):
     """An error of the agent that came over the control socket, with its exit code and status."""
 
@@ -443,7 +303,7 @@ class RemoteError(IkectxError):
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> RemoteError:
         """From an answer whose `success` is not "yes"."""
-        code, status = _count(answer, "exit"), _count(answer, "status")
+        code, status = count(answer, "exit"), count(answer, "status")
         return cls(
             str(answer.get("errmsg") or "the agent gave no reason"),
             hint=str(answer.get("hint", "")),
@@ -467,7 +327,7 @@ class ControlClient:
         timeout: float | None = 30.0,
         start: str = "systemctl start ikectx, or ikectx serve",
     ) -> None:
-        self._path = _path_of(path)
+        self._path = path_of(path)
         self._timeout = timeout
         self._start = start
         self._sock: _TimedSocket | None = None
@@ -547,14 +407,14 @@ def _clean(message: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (message or {}).items() if value is not None}
 
 
-def _count(answer: Mapping[str, Any], key: str) -> int:
+def count(answer: Mapping[str, Any], key: str) -> int:
     try:
         return int(answer.get(key, 0))
     except (TypeError, ValueError):
         return 0
 
 
-def _away(path: str, error: OSError) -> CharonError:
+def away(path: str, error: OSError) -> CharonError:
     if isinstance(error, TimeoutError):
         return CharonError(f"charon did not answer in time on {path}")
     return CharonError(

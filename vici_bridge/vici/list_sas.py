@@ -23,31 +23,21 @@ class _ReadSa(Protocol):
 
 
 class _Ask(Protocol):
-    """`CharonVici.read_sas`."""
+    """`Charon.read_sas`."""
 
-    def __call__(self, read: _ReadSa, *, ike_id: int | None = None) -> list[SaView | None]: ...
-
-
-class _RunInThread(Protocol):
-    """`asyncio.to_thread`, or the like."""
-
-    async def __call__(
-        self, call: _Ask, read: _ReadSa, /, *, ike_id: int | None = None
-    ) -> list[SaView | None]: ...
+    async def __call__(self, read: _ReadSa, *, ike_id: int | None = None) -> list[SaView | None]: ...
 
 
 class Listing:
-    """`ask`: called in other threads (by `run`), one call at a time or several."""
+    """charon's IKE_SAs, as `ask` tells them."""
 
-    def __init__(self, ask: _Ask, run: _RunInThread | None = None) -> None:
+    def __init__(self, ask: _Ask) -> None:
         self._ask = ask
-        self._run = run or asyncio.to_thread
-        self._ids: dict[SaName, int] = {}
-        """Unique IDs that charon reported last. It never uses one again while it runs (5.9.8, 6.0.6)."""
         self._read: dict[bytes, SaView | None] = {}
         """charon's last message about each SA, and its view."""
-        self._asked_at = float("-inf")
-        """The loop's time when the last listing of all began."""
+        self._seen: dict[SaName, tuple[float, SaView]] = {}
+        """Each SA's last view, and the loop's time when it was asked for. charon never uses a unique ID again
+        while it runs (5.9.8, 6.0.6)."""
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
@@ -70,32 +60,32 @@ class Listing:
                 return view
 
             views = await self._asked(read)
-            self._read, self._asked_at = now, asked_at
-        self._ids = {view.spis: view.unique_id for view in reversed(views)}
+            self._read = now
+        self._seen = {view.spis: (asked_at, view) for view in reversed(views)}
         return views
 
     def recent(self, sa: SaName, seconds: float) -> SaView | None:
-        """One of charon's SAs, if a listing of all that began so many seconds ago at most has it."""
-        if asyncio.get_running_loop().time() - self._asked_at > seconds:
-            return None
-        return next((view for view in self._read.values() if view is not None and view.spis == sa), None)
+        """One of charon's SAs, if it was asked for so many seconds ago at most, alone or with all."""
+        asked_at, view = self._seen.get(sa, (float("-inf"), None))
+        return view if asyncio.get_running_loop().time() - asked_at <= seconds else None
 
     async def view(self, sa: SaName) -> SaView | None:
         """One of charon's SAs by its SPIs. Errors: as `views`."""
-        known = self._ids.get(sa)
-        found = [] if known is None else await self._asked(_view, known)
+        asked_at = asyncio.get_running_loop().time()
+        _, known = self._seen.get(sa, (0.0, None))
+        found = [] if known is None else await self._asked(_view, known.unique_id)
         if not any(view.spis == sa for view in found):
             wanted = sa[0].hex().encode()
             found = await self._asked(lambda octets: _view(octets) if wanted in octets else None)
         for view in found:
             if view.spis == sa:
-                self._ids[sa] = view.unique_id
+                self._seen[sa] = asked_at, view
                 return view
-        self._ids.pop(sa, None)
+        self._seen.pop(sa, None)
         return None
 
     async def _asked(self, read: _ReadSa, ike_id: int | None = None) -> list[SaView]:
-        found = await self._run(self._ask, read, ike_id=ike_id)
+        found = await self._ask(read, ike_id=ike_id)
         return [view for view in found if view is not None]
 
 

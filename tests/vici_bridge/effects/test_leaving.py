@@ -43,7 +43,10 @@ class Gateway:
     source: CharonSource = field(init=False)
 
     def __post_init__(self) -> None:
-        self.here.charon.rekey = lambda *, child_id: self.rekeyed.append(child_id)  # type: ignore[attr-defined]
+        async def rekey(*, child_id: int) -> None:
+            self.rekeyed.append(child_id)
+
+        self.here.charon.rekey = rekey  # type: ignore[attr-defined]
         self.begin()
 
     def begin(self) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ikectx.errors import CharonError, ConfigError, WireError
 from ikectx.numbers import Status
 from vici_bridge.vici.client import CharonVici, RemoteError
-from vici_bridge.vici.codec import Deframer, Packet, PacketType, parse_message, serialize_message
+from vici_bridge.vici.codec import Deframer, Packet, PacketType, serialize_message
 
 
 class StandIn:
@@ -120,26 +120,6 @@ def test_charon_calls(charon: StandIn) -> None:
     client.close()
 
 
-def test_sas_are_read_as_the_caller_likes(tmp_path: Path) -> None:
-    def three(packet: Packet) -> bytes:
-        if packet.name != "list-sas" or packet.type is not PacketType.CMD_REQUEST:
-            return like_charon(packet)
-        sas = [{"mn": {"uniqueid": str(number), "initiator-spi": f"{number:016x}"}} for number in (1, 2, 3)]
-        items = (Packet(PacketType.EVENT, "list-sa", serialize_message(sa)).framed() for sa in sas)
-        return b"".join(items) + response()
-
-    charon = StandIn(tmp_path / "charon.vici", three)
-    client = CharonVici(charon.path)
-    told = client.read_sas(bytes)
-    assert [parse_message(octets)["mn"]["uniqueid"] for octets in told] == ["1", "2", "3"]
-    assert client.read_sas(lambda octets: b"0000000000000002" in octets) == [False, True, False]
-    with pytest.raises(WireError):
-        client.read_sas(lambda octets: parse_message(octets[1:]))
-    assert client.version()["daemon"] == "charon-systemd"
-    client.close()
-    charon.close()
-
-
 def test_an_item_of_nonsense_leaves_nothing_for_the_next_answer(tmp_path: Path) -> None:
     def spoilt(packet: Packet) -> bytes:
         if packet.name != "list-sas" or packet.type is not PacketType.CMD_REQUEST:
@@ -216,30 +196,6 @@ def test_charon_stops_in_the_middle_of_a_packet(tmp_path: Path) -> None:
         CharonVici(stand_in.path, timeout=0.3).version()
     assert time.monotonic() - started < 3
     stand_in.close()
-
-
-def test_charon_events_and_restart(charon: StandIn) -> None:
-    client = CharonVici(charon.path)
-    events: list[tuple[str, dict[str, Any]]] = []
-    states: list[bool] = []
-
-    def handle(name: str, message: dict[str, Any]) -> None:
-        events.append((name, message))
-        raise ValueError("a callback that fails")
-
-    client.listen(handle, on_state=states.append)
-    wait_for(lambda: states == [True])
-    body = serialize_message({"up": "yes"})
-    charon.conns[0].sendall(Packet(PacketType.EVENT, "ike-updown", body).framed())
-    wait_for(lambda: events == [("ike-updown", {"up": "yes"})])
-    charon.close()
-    wait_for(lambda: states == [True, False])
-    charon.open()
-    wait_for(lambda: states == [True, False, True])
-    charon.conns[0].sendall(Packet(PacketType.EVENT, "child-updown", b"").framed())
-    wait_for(lambda: len(events) == 2)
-    client.close()
-    wait_for(lambda: states[-1] is False)
 
 
 def test_uri() -> None:

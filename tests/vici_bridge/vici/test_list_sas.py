@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,14 +25,14 @@ class Charon:
     def __init__(self) -> None:
         self.asked: list[int | None] = []
         self.sas = {number: spis for number, spis in enumerate(SPIS, 1)}
-        self.gate = threading.Event()
+        self.gate = asyncio.Event()
         self.gate.set()
         self.error: CharonError | None = None
 
-    def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
+    async def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
         self.asked.append(ike_id)
         told = [_message(number, *spis) for number, spis in self.sas.items() if ike_id in (None, number)]
-        assert self.gate.wait(5)
+        await self.gate.wait()
         if self.error is not None:
             raise self.error
         return [read(octets) for octets in told]

@@ -1,0 +1,197 @@
+"""VICI on the event loop: round trips are counted, and what does not come whole ends the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ikectx.errors import CharonError, WireError
+from tests.vici_bridge.vici.test_client import StandIn, like_charon, response
+from vici_bridge.vici.charon import Charon
+from vici_bridge.vici.codec import Packet, PacketType, parse_message, serialize_message
+
+SAS = [{"mn": {"uniqueid": str(number), "initiator-spi": f"{number:016x}"}} for number in (1, 2, 3)]
+
+
+class Telling:
+    """A charon with three SAs and a connection, which notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[PacketType, str]] = []
+        self.pool = {"mobile": {"size": "9"}}
+
+    def __call__(self, packet: Packet) -> bytes | None:
+        self.heard.append((packet.type, packet.name))
+        if packet.type is PacketType.CMD_REQUEST:
+            match packet.name:
+                case "list-sas":
+                    wanted = packet.message.get("ike-id")
+                    sas = [sa for sa in SAS if wanted in (None, sa["mn"]["uniqueid"])]
+                    return _events("list-sa", sas) + response()
+                case "list-conns":
+                    return _events("list-conn", [{"home": {"version": "IKEv2"}}]) + response()
+                case "get-pools":
+                    return response(**self.pool)
+                case "stats":
+                    return response(ikesas={"total": "7", "half-open": "2"})
+        return like_charon(packet)
+
+
+def _events(name: str, trees: list[dict[str, Any]]) -> bytes:
+    return b"".join(Packet(PacketType.EVENT, name, serialize_message(tree)).framed() for tree in trees)
+
+
+@pytest.fixture
+def telling(tmp_path: Path) -> Iterator[tuple[Telling, StandIn]]:
+    answers = Telling()
+    stand_in = StandIn(tmp_path / "charon.vici", answers)
+    yield answers, stand_in
+    stand_in.close()
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_a_listing_is_one_round_trip_once_the_event_is_registered(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        answers, stand_in = telling
+        charon = Charon("unix://" + stand_in.path)
+        told = await charon.read_sas(bytes)
+        assert [parse_message(octets)["mn"]["uniqueid"] for octets in told] == ["1", "2", "3"]
+        assert [kind.name for kind, _ in answers.heard] == ["EVENT_REGISTER", "CMD_REQUEST"]
+        answers.heard.clear()
+        assert await charon.read_sas(lambda octets: b"0000000000000002" in octets) == [False, True, False]
+        assert len(await charon.read_sas(bytes, ike_id=2)) == 1
+        assert answers.heard == [(PacketType.CMD_REQUEST, "list-sas")] * 2
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_with_the_same_octets_is_not_parsed_again(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        answers, stand_in = telling
+        charon = Charon(stand_in.path)
+        pools, connections = await charon.pools(), await charon.connections()
+        assert connections == {"home": {"version": "IKEv2", "name": "home"}}
+        assert await charon.pools() is pools and await charon.connections() is connections
+        answers.pool = {"mobile": {"size": "8"}}
+        assert (await charon.pools())["mobile"]["size"] == "8"
+        assert await charon.half_open() == 2
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+def test_many_who_ask_at_once_get_their_own_answers(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        charon = Charon(telling[1].path)
+        asked = [charon.read_sas(bytes, ike_id=1 + number % 3) for number in range(30)]
+        told = await asyncio.gather(*asked)
+        ids = [parse_message(octets)["mn"]["uniqueid"] for (octets,) in told]
+        assert ids == [str(1 + number % 3) for number in range(30)]
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_keeps_the_connection(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        _, stand_in = telling
+        charon = Charon(stand_in.path)
+        with pytest.raises(CharonError, match="refused terminate: no matching"):
+            await charon.terminate(9, 1000)
+        with pytest.raises(CharonError, match="does not know the command nonsense"):
+            await charon.request("nonsense")
+        assert await charon.rekey(ike_id=3) == 1
+        assert len(stand_in.conns) == 1
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_the_caller_cannot_read_leaves_nothing_for_the_next_answer(
+    telling: tuple[Telling, StandIn],
+) -> None:
+    async def scenario() -> None:
+        charon = Charon(telling[1].path)
+        with pytest.raises(WireError, match="answer to list-sas does not parse"):
+            await charon.read_sas(lambda octets: parse_message(octets[1:]))
+        assert (await charon.version())["daemon"] == "charon-systemd"
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "octets", ["00000000", "ffffffff", "000000020900", "0000000201ff", "00000004070a6100"]
+)
+def test_nonsense_is_an_error_of_the_request(tmp_path: Path, octets: str) -> None:
+    async def scenario() -> None:
+        stand_in = StandIn(tmp_path / "c", lambda packet: bytes.fromhex(octets))
+        charon = Charon(stand_in.path, timeout=0.3)
+        with pytest.raises((WireError, CharonError)):
+            await charon.version()
+        await charon.close()
+        stand_in.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        stand_in = StandIn(tmp_path / "c", lambda packet: b"\0\0\0\x10\x01")
+        charon = Charon(stand_in.path, timeout=0.3)
+        started = time.monotonic()
+        with pytest.raises(CharonError, match="in time"):
+            await charon.version()
+        assert time.monotonic() - started < 3
+        await charon.close()
+        stand_in.close()
+
+    asyncio.run(scenario())
+
+
+def test_who_does_not_wait_any_longer_leaves_the_answer_to_nobody(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        silent = True
+        stand_in = StandIn(tmp_path / "c", lambda packet: b"" if silent else like_charon(packet))
+        charon = Charon(stand_in.path)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await charon.version()
+        silent = False
+        assert (await charon.version())["version"] == "5.9.8"
+        assert len(stand_in.conns) == 2
+        await charon.close()
+        stand_in.close()
+
+    asyncio.run(scenario())
+
+
+def test_charon_comes_and_goes(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        _, stand_in = telling
+        charon = Charon(stand_in.path)
+        states: list[bool] = []
+        charon.watch(states.append)
+        await soon(lambda: states == [True])
+        await charon.version()
+        stand_in.close()
+        await soon(lambda: states == [True, False])
+        with pytest.raises(CharonError, match="cannot be used"):
+            await charon.version()
+        stand_in.open()
+        await soon(lambda: states == [True, False, True])
+        assert (await charon.version())["version"] == "5.9.8"
+        await charon.close()
+
+    asyncio.run(scenario())
