@@ -1,0 +1,1 @@
+"""A model of one transfer for the model checker spin: `python -m tests.model`."""
