@@ -135,7 +135,10 @@ step_scenarios() {
     scenarios scenarios "on this Debian" "${names[@]}" --jobs 2
 }
 
-step_virtual() { scenarios virtual "on this Debian" "${PATIENT[@]}" "${EXACT[@]}" --time virtual; }
+step_virtual() { # traced, since what is on the critical path of a handover is counted there (path.json)
+    mkdir -p "$results/virtual.pictures"
+    scenarios virtual "on this Debian" "${PATIENT[@]}" "${EXACT[@]}" --time virtual --trace "$results/virtual.pictures"
+}
 
 step_scenarios-13() { on_root trixie scenarios scenarios-13 "on Debian 13" "${CHOICE_13[@]}" --jobs 2 --root; }
 step_all-13() { on_root trixie scenarios all-13 "on Debian 13" --all --jobs 2 --root; }

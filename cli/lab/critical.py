@@ -8,18 +8,20 @@ for. Calls of charon and the kernel are counted (`counts`), not told one by one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .trace import TLS, TimeLine
+from .trace import TimeLine
 
 UNSEEN = 1.0
 """Milliseconds in which nothing that is traced happens, from which on that is a row of its own."""
 SAME = 0.05
 """Milliseconds that two moments may differ by and be the same."""
 
-FIRST = "first packet"
+FIRST, WAITS = "first packet", "waits"
+JOURNAL = "journal"
+"""A call that is no question to charon or the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,9 @@ def paths(line: TimeLine) -> dict[str, list[Leg]]:
 def _before(line: TimeLine, host: str, moment: float) -> list[Leg]:
     """What a host waited for until a moment, in order."""
     floor = line.changes[0].begin if line.changes else 0.0
+    steps = {span.step for span in line.spans if span.kind == "step"}
     every = [Leg(span.host, span.step, span.begin, span.end) for span in line.spans if span.kind != "call"]
+    every = [leg for leg in every if leg.end - leg.begin > SAME or leg.step in steps]
     every += [
         Leg(arrow.source, arrow.message, arrow.sent, arrow.received, arrow.target)
         for arrow in line.arrows
@@ -70,13 +74,13 @@ def _before(line: TimeLine, host: str, moment: float) -> list[Leg]:
         # of a step and its last part, which end together, the step
         leg = min((one for one in ended if one.end >= latest - SAME), key=lambda one: one.begin)
         if moment - leg.end >= UNSEEN:
-            found.append(Leg(host, "waits", leg.end, moment))
+            found.append(Leg(host, WAITS, leg.end, moment))
         found.append(leg)
         host, moment = leg.host, leg.begin
         if moment <= floor:
             break
     if line.changes and moment - floor >= UNSEEN:
-        found.append(Leg(host, "waits", floor, moment))
+        found.append(Leg(host, WAITS, floor, moment))
     return found[::-1]
 
 
@@ -95,35 +99,42 @@ def rows(found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str, str, st
     return lines
 
 
-def counts(line: TimeLine) -> dict[str, Any]:
-    """Of one handover: messages by kind and way, and calls of charon and the kernel by step of each host.
-
-    Calls count for the step in which they begin, those outside of all steps for none (``).
-    """
-    messages: Counter[str] = Counter()
-    for arrow in line.arrows:
-        kind = "gateways" if arrow.over == TLS else "air"
-        messages[f"{kind}: {arrow.source} > {arrow.target} {arrow.message}"] += 1
-    steps = [span for span in line.spans if span.kind == "step"]
-    calls: dict[str, Counter[str]] = {}
-    for call in (span for span in line.spans if span.kind == "call"):
-        holder = [
-            step
-            for step in steps
-            if step.host == call.host and step.begin <= call.begin and call.end <= step.end
-        ]
-        name = max(holder, key=lambda step: step.begin).step if holder else ""
-        calls.setdefault(f"{call.host} {name}".strip(), Counter())[call.step.split(" ")[0]] += 1
-    return {
-        "messages": dict(sorted(messages.items())),
-        "calls": {name: dict(sorted(found.items())) for name, found in sorted(calls.items())},
-    }
-
-
-def round_trips(legs: Sequence[Leg]) -> Counter[str]:
-    """How many messages of the path went between each pair of kinds of hosts: `air` and `gateways`."""
-    found: Counter[str] = Counter()
+def counts(line: TimeLine) -> dict[str, dict[str, int]]:
+    """What the critical path consists of, in numbers: of each step with its host, the calls of charon and the
+    kernel in it, by kind; of each message, how often it went (`times`)."""
+    found: dict[str, Counter[str]] = {}
+    legs = dict.fromkeys(leg for legs in paths(line).values() for leg in legs)
     for leg in legs:
         if leg.target and leg.step != FIRST:
-            found["air" if "mn" in (leg.host, leg.target) else "gateways"] += 1
+            found.setdefault(f"{leg.host} > {leg.target} {leg.step}", Counter())["times"] += 1
+    spans = [span for span in line.spans if span.kind != "call"]
+    for call in (span for span in line.spans if span.kind == "call" and span.step != JOURNAL):
+        around = [
+            one for one in spans if one.host == call.host and one.begin <= call.begin and call.end <= one.end
+        ]
+        # of steps that hold it, the innermost that is on the path
+        on_path = [one for one in around if Leg(one.host, one.step, one.begin, one.end) in legs]
+        if on_path:
+            inner = max(on_path, key=lambda one: (one.begin, -one.end))
+            found.setdefault(f"{call.host} {inner.step}", Counter())[call.step.split(" ")[0]] += 1
+    return {name: dict(sorted(one.items())) for name, one in sorted(found.items())}
+
+
+def more(now: Mapping[str, Mapping[str, int]], allowed: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    """What a critical path has that it is not to have. `allowed`: `counts` of one that is as it should be."""
+    for name, found in now.items():
+        for what, count in found.items():
+            most = allowed.get(name, {}).get(what, 0)
+            if count > most:
+                words = "messages" if what == "times" else f"calls of {what}"
+                yield f"critical path: {name}: {count} {words}, allowed are {most}"
+
+
+def most(runs: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Of several runs' `counts`, the largest numbers: polls of a daemon come now and then too early."""
+    found: dict[str, dict[str, int]] = {}
+    for run in runs:
+        for name, one in run.items():
+            own = found.setdefault(name, {})
+            own.update({what: max(count, own.get(what, 0)) for what, count in one.items()})
     return found

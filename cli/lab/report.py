@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .critical import counts, more
+from .trace import TimeLine
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -165,6 +168,8 @@ class ScenarioReport:
             beyond = [longer(one["beyond_dark_ms"]) for one in self.baseline]
             self.ratio_beyond_dark = _ratio(beyond, longer(self.traffic["beyond_dark_ms"]))
         complaints = list(self._complaints(scenario, stolen and not scenario.tunnel.mobile))
+        if scenario.path is not None and not stolen and self.trace:
+            complaints += more(counts(TimeLine.from_json(self.trace[0])), scenario.path)
         self.ok = not self.error and not complaints
         self.error = self.error or "; ".join(complaints)
 

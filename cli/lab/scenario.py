@@ -1,5 +1,6 @@
 """Scenarios: folders of data. `scenario.toml` says what to do; HOST.conf adds swanctl.conf text to a host,
-HOST.strongswan adds strongswan.conf text.
+HOST.strongswan adds strongswan.conf text. path.json has `critical.counts` of its handover, in virtual time: a
+run that is traced then fails where its critical path has more (`python -m tests.paths` writes these files).
 
     description = "one line"
     base = "move"                 # take over everything of another scenario, then what stands here
@@ -42,6 +43,7 @@ expression its output must hold, `reject` one it must not; `count` says how ofte
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import shlex
@@ -180,6 +182,7 @@ class Scenario:
     kernel_only: bool = False
     fresh: bool = False
     overrides: Mapping[str, str] = field(default_factory=dict)
+    path: Mapping[str, Mapping[str, int]] | None = None
 
     def brief(self, *, slow: bool) -> Scenario:
         """What it tests, without what only figures need: the ways of today; on a `slow` CPU, a fine probe.
@@ -246,7 +249,9 @@ def load(name: str, folder: Path = FOLDER) -> Scenario:
     if not source.exists():
         raise UsageError(f"no scenario {name}", hint=f"there are: {', '.join(names(folder)) or 'none'}")
     merged, overrides = _merged(name, folder, ())
-    return _scenario(name, source, merged, overrides)
+    found = _scenario(name, source, merged, overrides)
+    counted = source.parent / "path.json"
+    return dataclasses.replace(found, path=json.loads(counted.read_text())) if counted.exists() else found
 
 
 def _merged(name: str, folder: Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:

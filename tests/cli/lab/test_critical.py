@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+import pytest
+
 from ikectx_cli.lab import critical, critical_chart
-from ikectx_cli.lab.critical import Leg, counts, paths, round_trips, rows
+from ikectx_cli.lab.critical import Leg, counts, more, most, paths, rows
+from ikectx_cli.lab.report import ScenarioReport
+from ikectx_cli.lab.scenario import Scenario
 from ikectx_cli.lab.trace import CXTP, TLS, Arrow, LinkChange, ProbeFlow, Span, TimeLine
 
 STEPS = (
@@ -57,15 +61,38 @@ def test_where_no_packet_waits_it_is_that_of_the_whole_move() -> None:
     assert list(found) == ["done"] and found["done"][-1] == Leg("psg", "release", 60, 90)
 
 
-def test_messages_on_the_path_and_calls_of_each_step_are_counted() -> None:
-    assert round_trips(paths(MOVED)["up"]) == {"air": 2}
-    found = counts(MOVED)
-    assert found["messages"] == {
-        "air: mn > nsg CTAR": 2,
-        "air: nsg > mn CTAA": 1,
-        "gateways: nsg > psg CTDR": 1,
+def test_messages_on_the_path_and_calls_meanwhile_are_counted() -> None:
+    assert counts(MOVED) == {
+        "mn > nsg CTAR": {"times": 1},
+        "mn quiet": {"vici": 1},
+        "nsg > mn CTAA": {"times": 1},
+        "nsg prepare": {"netlink": 2},
     }
-    assert found["calls"] == {"mn quiet": {"vici": 1}, "nsg": {"journal": 1}, "nsg prepare": {"netlink": 2}}
+
+
+def test_what_is_more_than_allowed_is_named_with_its_step() -> None:
+    allowed = counts(MOVED)
+    assert list(more(counts(MOVED), allowed)) == []
+    now = {**allowed, "nsg prepare": {"netlink": 3, "vici": 1}, "nsg > psg CT-Req": {"times": 1}}
+    assert list(more(now, allowed)) == [
+        "critical path: nsg prepare: 3 calls of netlink, allowed are 2",
+        "critical path: nsg prepare: 1 calls of vici, allowed are 0",
+        "critical path: nsg > psg CT-Req: 1 messages, allowed are 0",
+    ]
+    assert most([allowed, now])["nsg prepare"] == {"netlink": 3, "vici": 1}
+
+
+@pytest.mark.parametrize(
+    ("stolen", "traced", "ok"), [(False, True, False), (True, True, True), (False, False, True)]
+)
+def test_a_run_in_virtual_time_fails_with_the_step_that_does_more(
+    stolen: bool, traced: bool, ok: bool
+) -> None:
+    path = {**counts(MOVED), "nsg prepare": {"netlink": 1}}
+    scenario = Scenario("x", "", (), path=path)
+    report = ScenarioReport("x", trace=[MOVED.as_json()] if traced else [])
+    report.judge(scenario, stolen=stolen)
+    assert report.ok == ok and ("nsg prepare: 2 calls of netlink" in report.error) != ok
 
 
 def test_a_table_and_a_picture() -> None:
