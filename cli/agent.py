@@ -261,7 +261,8 @@ class Agent:
 
     def _observe(self, event: TransferEvent) -> None:
         log_event(log, event, self._config.name)
-        self._control.emit("transfer-state", _event_json(event))
+        if self._control.heard("transfer-state"):
+            self._control.emit("transfer-state", _event_json(event))
 
     # Control commands. Each item and answer has the whole as JSON under `json`.
 

@@ -58,6 +58,9 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         trace.begin(path)
         log.warning("when each step begins and ends is written to %s", path)
     try:
+        if sys.version_info < (3, 12):
+            # as later versions do; else each updown script takes a thread that waits for its end
+            asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
         asyncio.run(_serve(state_dir, make))
     finally:
         for handler, limit in limits:

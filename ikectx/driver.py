@@ -66,6 +66,7 @@ from .clock import Clock
 from .errors import IkectxError, LinkError, StateError
 from .mistakes import log_mistake
 from .timing import Timing
+from .within import within
 
 log = logging.getLogger("ikectx.transfer")
 
@@ -299,8 +300,7 @@ class Driver:
         name = output.step.NAME
         try:
             with trace.about(output.of), trace.span(name):
-                async with asyncio.timeout(self._timing.step):
-                    outcome = await self._perform(output.step)
+                outcome = await within(self._timing.step, self._perform(output.step))
         except IkectxError as error:
             outcome = error
         except TimeoutError:

@@ -14,14 +14,11 @@ items, SPIs, identities and states are in the clear: they are what `history` sho
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
 import os
-import secrets
 import sqlite3
-import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,8 +31,9 @@ from ikectx.errors import StoreError
 from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 
+from .files import key_of, lock_of, private
 from .schema import PLACES, SCHEMA, SINCE_2, TABLES
-from .seal import KEY_SIZE, Sealer
+from .seal import Sealer
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +88,8 @@ class SqliteStore:
         self._written = 0
         self._waiting: dict[tuple[str, str], bytes | None] = {}
         """Rows of the ledger that are to be written with whatever is written next."""
+        self._sealed: dict[tuple[bytes, Role], tuple[bytes | None, bytes | None]] = {}
+        """Context and final state that the journal has of transfers that are open, by ID and role."""
         try:
             self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1.0)
         except sqlite3.Error as error:
@@ -308,7 +308,8 @@ class SqliteStore:
     def _sync(self, durable: bool) -> None:
         self._written += 1
         if self._durable is not durable:
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            with self._errors():
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
 
     @property
@@ -338,39 +339,54 @@ class SqliteStore:
 
         `durable`: on the disk itself when this returns; else it survives the process, not the power.
         """
+        self._sync(durable)
+        rows = bool(self._waiting)
+        with self._transaction() if rows else self._errors():
+            self._write_rows()
+            self._write_entry(entry)
+        if rows:
+            self._waiting.clear()
+        ident = entry.transfer_id, entry.role
+        if entry.result:
+            self._sealed.pop(ident, None)
+        else:
+            self._sealed[ident] = entry.context, entry.final
+
+    def _write_entry(self, entry: JournalEntry) -> None:
+        """Context and final state are written only where they are others than before: an SA that moves goes
+        through a dozen states, and they stay the same in most of them."""
+        ident = entry.transfer_id, entry.role
+        numbers = json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))
+        state = (
+            *(entry.state, entry.epoch, entry.updated, entry.detail, entry.result, int(entry.status)),
+            *numbers,
+        )
+        if self._sealed.get(ident) == (entry.context, entry.final):
+            done = self._db.execute(
+                "UPDATE journal SET state = ?, epoch = ?, updated = ?, detail = ?, result = ?, status = ?,"
+                " phases = ?, moved = ? WHERE transfer_id = ? AND role = ?",
+                (*state, *ident),
+            )
+            if done.rowcount:
+                return
         place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
         context, final = (
             None if value is None else self._sealer.seal(f"{place}|{name}", value)
             for name, value in (("context", entry.context), ("final", entry.final))
         )
         row = (
-            *(
-                entry.transfer_id,
-                entry.role,
-                entry.peer,
-                entry.sa[0],
-                entry.sa[1],
-                entry.mn,
-                entry.mn_address,
-            ),
-            *(entry.state, entry.epoch, context, final, entry.started, entry.updated, entry.detail),
-            *(entry.result, int(entry.status), json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))),
+            *(*ident, entry.peer, *entry.sa, entry.mn, entry.mn_address, entry.state, entry.epoch),
+            *(context, final, entry.started, entry.updated, entry.detail, entry.result, int(entry.status)),
+            *numbers,
         )
-        rows = bool(self._waiting)
-        with self._errors():
-            self._sync(durable)
-        with self._transaction() if rows else self._errors():
-            self._write_rows()
-            self._db.execute(
-                f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
-                " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
-                " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
-                " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
-                " status = excluded.status, phases = excluded.phases, moved = excluded.moved",
-                row,
-            )
-        if rows:
-            self._waiting.clear()
+        self._db.execute(
+            f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
+            " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
+            " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
+            " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
+            " status = excluded.status, phases = excluded.phases, moved = excluded.moved",
+            row,
+        )
 
     def find(self, role: Role, transfer_id: bytes) -> JournalEntry | None:
         """That transfer, open or ended."""
@@ -528,16 +544,16 @@ def open_store(directory: Path | str, *, now: float | None = None) -> SqliteStor
     place = Path(directory)
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _private(place)
-        lock = _lock(place / "state.lock")
+        private(place)
+        lock = lock_of(place / "state.lock")
     except OSError as error:
         raise StoreError(f"{place}: {error.strerror}") from None
     try:
         database = place / "state.db"
-        key = _key(place / "state.key", may_make=not database.exists())
+        key = key_of(place / "state.key", may_make=not database.exists())
         # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
         os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
-        _private(database)
+        private(database)
         store = SqliteStore(database, key, lock=lock)
         if now is not None:
             store.prune(now - HISTORY)
@@ -548,50 +564,3 @@ def open_store(directory: Path | str, *, now: float | None = None) -> SqliteStor
     except BaseException:
         os.close(lock)
         raise
-
-
-def _private(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        only = "700" if path.is_dir() else "600"
-        raise StoreError(f"{path} has mode {mode:o}: others can get at it", hint=f"chmod {only} {path}")
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StoreError(
-            f"another agent uses {path.parent}",
-            hint="stop it, or give this one a `state` directory of its own",
-        ) from None
-    return descriptor
-
-
-def _key(path: Path, *, may_make: bool) -> bytes:
-    if may_make and not path.exists():
-        # whole or not at all: a crash must not leave a short key behind
-        fresh = path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(KEY_SIZE))
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(fresh, path)  # fails where a key is: never overwrite one
-        os.unlink(fresh)
-    try:
-        _private(path)
-        key = path.read_bytes()
-    except FileNotFoundError:
-        raise StoreError(
-            f"{path} is gone, and without it state.db cannot be read",
-            hint="restore state.key from a backup, or move state.db away to start anew",
-        ) from None
-    if len(key) != KEY_SIZE:
-        raise StoreError(
-            f"{path} has {len(key)} octets instead of {KEY_SIZE}", hint="restore it from a backup"
-        )
-    return key

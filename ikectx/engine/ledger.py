@@ -250,21 +250,25 @@ _KEYS: Mapping[type, Mapping[str, _Fact]] = {
         "mirror": _Fact(3, _blob),
     },
 }
+_LAYOUT: Mapping[type, Sequence[tuple[str, object, _Fact]]] = {
+    kind: [(name, getattr(kind(), name), fact) for name, fact in facts.items()]
+    for kind, facts in _KEYS.items()
+}
+"""Each fact with its default."""
 FACTS: Mapping[Role, type] = {"source": SourceFacts, "target": TargetFacts, "mobile": MobileFacts}
 """The facts in a row of each role."""
 
 
 def dumps(row: Row[Any]) -> bytes:
     """The row as octets: for an encrypted store only. A fact with its default is left out."""
-    kind = type(row.facts)
-    blank, facts = kind(), {}
-    for name, fact in _KEYS[kind].items():
+    facts = {}
+    for name, default, fact in _LAYOUT[type(row.facts)]:
         value = getattr(row.facts, name)
-        if value != getattr(blank, name):
+        if value != default:
             facts[fact.key] = fact.write(value)
     head = [FORMAT, row.sa.octets, row.transfer_id, row.step, list(row.done), row.begun, list(row.later)]
     head.append([[fpt, octets] for fpt, octets in row.context])
-    return cbor.dumps([*head, facts], "a row of the ledger")
+    return cbor.dumps([*head, facts], "a row of the ledger", own=True)
 
 
 def loads(role: Role, data: bytes) -> Row[Any]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -181,7 +182,7 @@ def test_the_mn_is_called_under_whatever_id_comes_next(used: int) -> None:
                 return MoveReport(messages=2, requests=1)
 
             source._mover = mover
-            here.charon.rekey = lambda *, child_id: None  # type: ignore[attr-defined]
+            here.charon.rekey = AsyncMock()  # type: ignore[attr-defined]
             final = await source.freeze(context, "nsg", renaming=True)
             await source.thaw(context, 2000)
             assert tried == [final.mid_initiator + n for n in range(used + 1)]
@@ -233,7 +234,11 @@ def test_children_that_the_mn_may_have_under_other_names_are_rekeyed(renaming: b
         async with served() as (here, source, context):
             source._mover = called_back
             rekeyed: list[int] = []
-            here.charon.rekey = lambda *, child_id: rekeyed.append(child_id)  # type: ignore[attr-defined]
+
+            async def rekey(*, child_id: int) -> None:
+                rekeyed.append(child_id)
+
+            here.charon.rekey = rekey  # type: ignore[attr-defined]
             await source.freeze(context, "nsg", renaming=renaming)
             assert rekeyed == []
             await source.thaw(context, 2000)

@@ -34,6 +34,7 @@ from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.profile import TransferHeader, decode, encode
+from ikectx.within import within
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class StepEffect(Generic[W]):
     """
 
     name: str
-    do: Callable[[W], Awaitable[Facts | None]]
+    do: Callable[[W], Coroutine[Any, Any, Facts | None]]
     when: Callable[[W], bool] = _always
     probe: Callable[[W], Awaitable[bool]] | None = None
     limit: float = LIMIT
@@ -198,8 +199,7 @@ class Runner(Generic[W]):
 
     async def _limited(self, effect: StepEffect[W], work: W) -> Facts | None:
         try:
-            async with asyncio.timeout(effect.limit):
-                return await effect.do(work)
+            return await within(effect.limit, effect.do(work))
         except TimeoutError:
             raise StateError(f"{effect.name} did not end within {effect.limit:g} s") from None
 

@@ -166,7 +166,7 @@ class Body:
 
     kind: type[Value]
     read: Callable[[Reader, str], Value]
-    write: Callable[[Writer, Any, str], object]
+    write: Callable[[Any, str], bytes]
 
 
 def _flag(reader: Reader, name: str) -> bool:
@@ -187,8 +187,8 @@ def _read_ike_id(reader: Reader, name: str) -> IkeId:
     return IkeId(spi_i, spi_r, _flag(reader, name), version)
 
 
-def _write_ike_id(writer: Writer, value: IkeId, name: str) -> None:
-    writer.u8(value.version, name).octets(value.spi_i).octets(value.spi_r).u8(value.initiator)
+def _write_ike_id(value: IkeId, name: str) -> bytes:
+    return _u8(value.version, name) + value.spi_i + value.spi_r + (b"\1" if value.initiator else b"\0")
 
 
 def _read_identity(reader: Reader, name: str) -> Identity:
@@ -196,8 +196,8 @@ def _read_identity(reader: Reader, name: str) -> Identity:
     return Identity(kind, reader.octets(reader.u8(name), name))
 
 
-def _write_identity(writer: Writer, value: Identity, name: str) -> None:
-    writer.u8(value.type, name).u8(len(value.data), f"length of {name}").octets(value.data)
+def _write_identity(value: Identity, name: str) -> bytes:
+    return _u8(value.type, name) + _u8(len(value.data), f"length of {name}") + value.data
 
 
 def _read_host(reader: Reader, name: str) -> Endpoint:
@@ -207,9 +207,9 @@ def _read_host(reader: Reader, name: str) -> Endpoint:
     return Endpoint(_address(reader, 4 if family == _AF_INET else 16, name), port)
 
 
-def _write_host(writer: Writer, value: Endpoint, name: str) -> None:
+def _write_host(value: Endpoint, name: str) -> bytes:
     family = _AF_INET if value.address.version == 4 else _AF_INET6
-    writer.u16(value.port, name).u8(family).octets(value.address.packed)
+    return _u16(value.port, name) + family.to_bytes() + value.address.packed
 
 
 def _read_selector(reader: Reader, name: str) -> TrafficSelector:
@@ -222,18 +222,19 @@ def _read_selector(reader: Reader, name: str) -> TrafficSelector:
     return TrafficSelector(start, end, protocol, start_port, end_port, dynamic)
 
 
-def _write_selector(writer: Writer, value: TrafficSelector, name: str) -> None:
-    writer.u8(_TS_IPV4 if value.start.version == 4 else _TS_IPV6).u8(value.protocol, name)
-    writer.u16(value.start_port, name).u16(value.end_port, name).u8(value.dynamic)
-    writer.octets(value.start.packed).octets(value.end.packed)
+def _write_selector(value: TrafficSelector, name: str) -> bytes:
+    kind = _TS_IPV4 if value.start.version == 4 else _TS_IPV6
+    head = kind.to_bytes() + _u8(value.protocol, name) + _u16(value.start_port, name)
+    head += _u16(value.end_port, name) + (b"\1" if value.dynamic else b"\0")
+    return head + value.start.packed + value.end.packed
 
 
 def _read_chunk(reader: Reader, name: str) -> bytes:
     return reader.octets(reader.u16(name), name)
 
 
-def _write_chunk(writer: Writer, value: bytes, name: str) -> None:
-    writer.u16(len(value), f"length of {name}").octets(value)
+def _write_chunk(value: bytes, name: str) -> bytes:
+    return _u16(len(value), f"length of {name}") + value
 
 
 def _turn(raw: bytes) -> bytes:
@@ -241,31 +242,50 @@ def _turn(raw: bytes) -> bytes:
     return raw[::-1] if sys.byteorder == "little" else raw
 
 
-def _write_spi(writer: Writer, value: bytes, name: str) -> None:
+def _write_spi(value: bytes, name: str) -> bytes:
     if len(value) != 4:
         raise WireError(f"{name} has {len(value)} octets, not 4")
-    writer.octets(_turn(value))
+    return _turn(value)
+
+
+def _write_text(value: str, name: str) -> bytes:
+    return Writer().cstring(value, name).done()
+
+
+def _number(size: int) -> Callable[[int, str], bytes]:
+    """Writes an unsigned number of so many octets. Errors: WireError if it does not fit."""
+
+    def write(value: int, name: str) -> bytes:
+        try:
+            return value.to_bytes(size)
+        except OverflowError:
+            raise WireError(f"{name} {value} does not fit in {size} octets") from None
+
+    return write
+
+
+_u8, _u16, _u32 = _number(1), _number(2), _number(4)
 
 
 _IKE_ID = Body(IkeId, _read_ike_id, _write_ike_id)
 _ID = Body(Identity, _read_identity, _write_identity)
 _HOST = Body(Endpoint, _read_host, _write_host)
 _TS = Body(TrafficSelector, _read_selector, _write_selector)
-_TEXT = Body(str, Reader.cstring, Writer.cstring)
-_U8 = Body(int, Reader.u8, Writer.u8)
-_U16 = Body(int, Reader.u16, Writer.u16)
-_U32 = Body(int, Reader.u32, Writer.u32)
+_TEXT = Body(str, Reader.cstring, _write_text)
+_U8 = Body(int, Reader.u8, _u8)
+_U16 = Body(int, Reader.u16, _u16)
+_U32 = Body(int, Reader.u32, _u32)
 _CHUNK = Body(bytes, _read_chunk, _write_chunk)
 _SECRET = Body(
     Secret,
     lambda reader, name: Secret(_read_chunk(reader, name)),
-    lambda writer, value, name: _write_chunk(writer, value.reveal(), name),
+    lambda value, name: _write_chunk(value.reveal(), name),
 )
 _SPI = Body(bytes, lambda reader, name: _turn(reader.octets(4, name)), _write_spi)
 _CPI = Body(
     int,
     lambda reader, name: int.from_bytes(_turn(reader.octets(2, name))),
-    lambda writer, value, name: writer.octets(_turn(Writer().u16(value, name).done())),
+    lambda value, name: _turn(_u16(value, name)),
 )
 
 Table = Mapping[int, tuple[Attr, Body]]
@@ -414,14 +434,15 @@ class HaMessage:
     def serialize(self, limit: int = BUFLEN) -> bytes:
         """The datagram; WireError if a value does not fit its field or the whole is over `limit` octets."""
         numbers = _NUMBERS[self.version]
-        writer = Writer().u8(self.version).u8(self.type, "type")
+        parts = [_u8(self.version, "version"), _u8(self.type, "type")]
         for attr, value in self.attributes:
             number, body = numbers[attr]
-            writer.u8(number)
-            body.write(writer, value, attr.name)
-        if len(writer) > limit:
-            raise WireError(f"HA message of {len(writer)} octets, charon reads at most {limit}")
-        return writer.done()
+            parts.append(number.to_bytes())
+            parts.append(body.write(value, attr.name))
+        octets = b"".join(parts)
+        if len(octets) > limit:
+            raise WireError(f"HA message of {len(octets)} octets, charon reads at most {limit}")
+        return octets
 
     def get(self, attr: Attr) -> Value | None:
         """The last value of an attribute, which is the one that charon uses; None if there is none."""

@@ -515,7 +515,8 @@ def mid_messages(context: IkeContext, version: int, final: FinalState | None = N
 def _freeze(sa: SaState) -> bytes:
     datagrams = [message.serialize(_NO_LIMIT) for message in messages_of(sa)]
     order = [child.spi_in for child in sa.children]
-    return cbor.dumps([_FORMAT, datagrams, list(sa.replaces or ()), sa.leaving, list(sa.alien), order])
+    made = [_FORMAT, datagrams, list(sa.replaces or ()), sa.leaving, list(sa.alien), order]
+    return cbor.dumps(made, "record", own=True)
 
 
 def _octets(value: object, where: str) -> tuple[bytes, ...]:

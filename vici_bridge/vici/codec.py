@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Any
 
 from ikectx.errors import WireError
-from ikectx.wire.reader import Reader, Writer
+from ikectx.wire.reader import Reader
 
 Message = dict[str, Any]
 """A section: each value is text, a list of texts, or another section."""
@@ -87,17 +87,18 @@ class Packet:
 
     def serialize(self) -> bytes:
         """Without the length in front; see `framed`."""
-        writer = Writer().u8(self.type)
-        if self.type in NAMED:
-            _write_name(writer, self.name)
-        return writer.octets(self.body).done()
+        if self.type not in NAMED:
+            return bytes((self.type,)) + self.body
+        out = bytearray()
+        _write_name(out, self.type, self.name)
+        return bytes(out) + self.body
 
     def framed(self, limit: int = MAX_PACKET) -> bytes:
         """With the length in front, as it travels. Errors: WireError for more than `limit` octets."""
         data = self.serialize()
         if len(data) > limit:
             raise WireError(f"a VICI packet of {len(data)} octets, {limit} is the limit")
-        return Writer().u32(len(data)).octets(data).done()
+        return len(data).to_bytes(HEADER) + data
 
     @property
     def message(self) -> Message:
@@ -117,15 +118,16 @@ class Deframer:
         """The packets that `data` completes. Errors: WireError; the stream is unusable after it."""
         self._buffer += data
         packets: list[Packet] = []
-        while len(self._buffer) >= HEADER:
-            reader = Reader(bytes(self._buffer[:HEADER]), "VICI length")
-            length = reader.u32()
+        at = 0
+        while len(self._buffer) - at >= HEADER:
+            length = int.from_bytes(self._buffer[at : at + HEADER])
             if not 1 <= length <= MAX_PACKET:
-                raise reader.fail(f"{length} octets are not in 1..{MAX_PACKET}")
-            if len(self._buffer) < HEADER + length:
+                raise WireError(f"VICI length: {length} octets are not in 1..{MAX_PACKET}")
+            if len(self._buffer) - at < HEADER + length:
                 break
-            packets.append(Packet.parse(bytes(self._buffer[HEADER : HEADER + length])))
-            del self._buffer[: HEADER + length]
+            packets.append(Packet.parse(bytes(self._buffer[at + HEADER : at + HEADER + length])))
+            at += HEADER + length
+        del self._buffer[:at]
         return packets
 
     @property
@@ -209,9 +211,9 @@ def serialize_message(message: Mapping[str, Any]) -> bytes:
     Errors: WireError for a name over 255 octets, a value over 65535, sections too deep,
     or a value of a type that has no place in VICI (a `Secret` above all).
     """
-    writer = Writer()
-    _write_section(writer, message, 0)
-    return writer.done()
+    out = bytearray()
+    _write_section(out, message, 0)
+    return bytes(out)
 
 
 def _read_name(reader: Reader) -> str:
@@ -228,16 +230,23 @@ def _text(reader: Reader, data: bytes) -> str:
         raise reader.fail("text that is not UTF-8") from None
 
 
-def _write_name(writer: Writer, name: str) -> None:
+def _write_name(out: bytearray, kind: int, name: str) -> None:
     data = _encode(name)
     if not data:
         raise WireError("a VICI name is empty")
-    writer.u8(len(data), "length of a VICI name").octets(data)
+    if len(data) > 255:
+        raise WireError(f"length of a VICI name {len(data)} does not fit in 1 octets")
+    out.append(kind)
+    out.append(len(data))
+    out += data
 
 
-def _write_value(writer: Writer, value: object) -> None:
-    data = _encode(_flat(value))
-    writer.u16(len(data), "length of a VICI value").octets(data)
+def _write_value(out: bytearray, value: object) -> None:
+    data = _encode(value if type(value) is str else _flat(value))
+    if len(data) > MAX_VALUE:
+        raise WireError(f"length of a VICI value {len(data)} does not fit in 2 octets")
+    out += len(data).to_bytes(2)
+    out += data
 
 
 def _encode(text: str) -> bytes:
@@ -257,28 +266,28 @@ def _flat(value: object) -> str:
     raise WireError(f"a {type(value).__name__} cannot be a VICI value")
 
 
-def _write_section(writer: Writer, section: Mapping[str, Any], depth: int) -> None:
+def _write_section(out: bytearray, section: Mapping[str, Any], depth: int) -> None:
     if depth > MAX_DEPTH:
         raise WireError("VICI sections are nested too deeply")
     for name, value in section.items():
-        if value is None:
+        if type(value) is str:
+            _write_name(out, _KEY_VALUE, name)
+            _write_value(out, value)
+        elif value is None:
             continue
-        if isinstance(value, Mapping):
-            writer.u8(_SECTION_START)
-            _write_name(writer, name)
-            _write_section(writer, value, depth + 1)
-            writer.u8(_SECTION_END)
+        elif isinstance(value, Mapping):
+            _write_name(out, _SECTION_START, name)
+            _write_section(out, value, depth + 1)
+            out.append(_SECTION_END)
         elif isinstance(value, list | tuple):
-            writer.u8(_LIST_START)
-            _write_name(writer, name)
+            _write_name(out, _LIST_START, name)
             for item in value:
-                writer.u8(_LIST_ITEM)
-                _write_value(writer, item)
-            writer.u8(_LIST_END)
+                out.append(_LIST_ITEM)
+                _write_value(out, item)
+            out.append(_LIST_END)
         else:
-            writer.u8(_KEY_VALUE)
-            _write_name(writer, name)
-            _write_value(writer, value)
+            _write_name(out, _KEY_VALUE, name)
+            _write_value(out, value)
 
 
 def with_json(obj: object, **flat: Any) -> Message:

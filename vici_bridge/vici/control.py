@@ -187,12 +187,16 @@ class ControlServer:
 
     def emit(self, event: str, message: Mapping[str, Any]) -> None:
         """Send an event to every client that registered for it. Call it in the loop's thread."""
-        if not any(event in client.events for client in self._clients):
+        if not self.heard(event):
             return
         packet = Packet(PacketType.EVENT, event, serialize_message(message))
         for client in list(self._clients):
             if event in client.events:
                 client.send(packet)
+
+    def heard(self, event: str) -> bool:
+        """Whether a client registered for that event."""
+        return any(event in client.events for client in self._clients)
 
     # -- the socket in the file system
 
