@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ IP4_HEADER, IP6_HEADER, UDP_HEADER = 20, 40, 8
 """Octets; options and extension headers come on top."""
 FRAGMENT = 0x3FFF
 """More fragments, and the offset: zero in a whole IPv4 packet."""
+_IDLE = 2.0
+"""Seconds after which a packet socket that nobody uses is closed."""
 _DRAINED = 1024
 """Reads at most, because a socket that is being flooded is never empty."""
 MAX_DATAGRAM = 65535
@@ -64,7 +67,8 @@ class RawLink:
         """Receive no more; idempotent."""
         self._raw.close()
         if self._ear is not None:
-            self._ear.close()
+            _idle.keep(self._local.address.version, self._ear)
+            self._ear = None
 
     def send(self, payload: bytes, to: Endpoint | None = None) -> None:
         """Send one UDP datagram, to the peer unless `to` is given. Errors: OSError."""
@@ -159,7 +163,7 @@ def open_raw(
         bypass(raw)
         if mark:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-            ear = packet_socket(local.address.version, bpf_program(local, remote, spis, below=True))
+            ear = _idle.take(local.address.version, bpf_program(local, remote, spis, below=True))
             bpf.attach(raw, [(bpf.RET, 0, 0, 0)])
         raw.bind((str(local.address), 0))
     except OSError as error:
@@ -247,6 +251,57 @@ def bpf_program(
     for load, offset, value in checks:
         lines += [(load, offset), (bpf.JEQ, value, "", "drop")]
     return bpf.assemble([*lines, (bpf.RET, MAX_DATAGRAM), "drop", (bpf.RET, 0)])
+
+
+class _Idle:
+    """Packet sockets that nobody uses now, for those who want one next.
+
+    To close one keeps its thread waiting until no CPU may still use it (`synchronize_net`), which takes ten
+    milliseconds: the event loop would stand still for that, twice for each SA. So the next SA gets it with
+    another filter, and one that nobody has wanted for a while is closed by a thread.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[tuple[int, str], list[socket.socket]] = {}
+        """By IP version and network namespace, to which a socket belongs for ever."""
+
+    def take(self, version: int, program: list[bpf.Instruction]) -> socket.socket:
+        """One that receives by that filter. Errors: OSError."""
+        idle = self._sockets.get(_place(version))
+        if not idle:
+            return packet_socket(version, program)
+        ear = idle.pop()
+        bpf.attach(ear, program)
+        return ear
+
+    def keep(self, version: int, ear: socket.socket) -> None:
+        """Nobody uses it any more."""
+        try:
+            loop = asyncio.get_running_loop()
+            bpf.attach(ear, [(bpf.RET, 0, 0, 0)])
+            for _ in range(_DRAINED):
+                ear.recv(1)
+        except BlockingIOError:
+            place = _place(version)
+            self._sockets.setdefault(place, []).append(ear)
+            loop.call_later(_IDLE, self._end, place, ear)
+        except (OSError, RuntimeError):  # it cannot be used again, or there is no loop to keep it for
+            ear.close()
+        else:
+            ear.close()
+
+    def _end(self, place: tuple[int, str], ear: socket.socket) -> None:
+        idle = self._sockets[place]
+        if ear in idle:
+            idle.remove(ear)
+            asyncio.get_running_loop().run_in_executor(None, ear.close)
+
+
+_idle = _Idle()
+
+
+def _place(version: int) -> tuple[int, str]:
+    return version, os.readlink("/proc/thread-self/ns/net")
 
 
 def packet_socket(version: int, program: list[bpf.Instruction]) -> socket.socket:
