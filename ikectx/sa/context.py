@@ -14,10 +14,10 @@ import hmac
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from ikectx.escape import escaped
 from ikectx.numbers import Encr, IdType, Integ, KeMethod, Mode, Prf, Protocol
 
 from .name import SaName
+from .printed import printed
 
 Address = IPv4Address | IPv6Address
 
@@ -86,14 +86,8 @@ class Identity:
     data: bytes
 
     def __str__(self) -> str:
-        """For people: text is escaped, because it is what a peer or a mobile node calls itself."""
-        if self.type in (IdType.IPV4_ADDR, IdType.IPV6_ADDR) and len(self.data) in (4, 16):
-            return str(ip_address(self.data))
-        if self.type in (IdType.FQDN, IdType.RFC822_ADDR):
-            return escaped(self.data.decode("utf-8", "backslashreplace"))
-        if self.type is IdType.ANY:
-            return "%any"
-        return f"{self.type.name.lower()}:{self.data.hex()}"
+        """As strongSwan prints it, in printable ASCII (`ikectx.sa.printed`)."""
+        return printed(self.type, self.data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from ipaddress import ip_address, ip_network
 from ikectx.errors import WireError
 from ikectx.numbers import IdType
 from ikectx.sa.context import Identity
+from ikectx.sa.printed import RDN_NAMES
 
 from .reader import Reader
 
@@ -22,41 +23,6 @@ ANY = ("%any", "%any6", "*", "")
 _TEXT = (IdType.FQDN, IdType.RFC822_ADDR)
 _ADDRESS = {IdType.IPV4_ADDR: 4, IdType.IPV6_ADDR: 6}
 _SEQUENCE, _SET, _OID, _PRINTABLE, _IA5 = 0x30, 0x31, 0x06, 0x13, 0x16
-
-_RDN_NAMES = {
-    bytes((0x55, 4, number)): name
-    for number, name in {
-        3: "CN",
-        4: "SN",
-        5: "serialNumber",
-        6: "C",
-        7: "L",
-        8: "ST",
-        9: "STREET",
-        10: "O",
-        11: "OU",
-        12: "T",
-        13: "D",
-        16: "postalAddress",
-        17: "postalCode",
-        41: "N",
-        42: "G",
-        43: "I",
-        45: "ID",
-        46: "dnQualifier",
-        54: "dmdName",
-        65: "pseudonym",
-        72: "role",
-        97: "organizationIdentifier",
-    }.items()
-} | {
-    bytes.fromhex("0992268993f22c640101"): "UID",
-    bytes.fromhex("0992268993f22c640119"): "DC",
-    bytes.fromhex("2a864886f70d010901"): "E",
-    bytes.fromhex("2a864886f70d010902"): "unstructuredName",
-    bytes.fromhex("2a864886f70d010908"): "unstructuredAddress",
-}
-"""The names by which strongSwan prints the attribute types of a DN."""
 
 
 def allows(pattern: str, identity: Identity) -> bool:
@@ -187,7 +153,7 @@ def _dn_parts(octets: bytes) -> list[tuple[str, str, bool]] | None:
     parts = []
     try:
         for oid, kind, data in _rdns(octets):
-            name, value = _RDN_NAMES.get(oid, oid.hex(":")), _printed(data)
+            name, value = RDN_NAMES.get(oid, oid.hex(":")), _printed(data)
             if value is None:
                 return None
             parts.append((name, value, kind == _PRINTABLE or (kind == _IA5 and name == "E")))

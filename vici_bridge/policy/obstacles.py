@@ -10,6 +10,8 @@ CPUs (6.0.2 and later) not at all, and of a PPK only that there is one.
 
 from __future__ import annotations
 
+import re
+
 from ikectx.errors import RefusedError, UnknownSaError
 from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.sa.context import IkeContext
@@ -21,6 +23,11 @@ from vici_bridge.vici.views import SaView
 RESYNC = "rekey it, or `ikectx resync`, after which charon rekeys all CHILD_SAs"
 
 
+LONGEST_ID = 255
+"""Octets of an identity in charon's HA messages, whose length has one octet; charon lets it wrap."""
+_RDN = re.compile(r"(?:^|, )([A-Za-z]+|[0-9a-f:]+)=")
+
+
 def _refused(status: Status, reason: str = "") -> RefusedError:
     return RefusedError(reason or STATUS_TEXT[status], status=status)
 
@@ -29,6 +36,15 @@ def check_kind(view: SaView) -> None:
     """Check charon's listing. Errors: RefusedError."""
     if view.ppk:
         raise _refused(Status.PPK)
+    for whose, text in (("MN's", view.remote_id), ("gateway's", view.local_id), ("EAP", view.remote_eap_id)):
+        if octets_of(text) > LONGEST_ID:
+            raise RefusedError(
+                f"the {whose} identity has more than {LONGEST_ID} octets, which charon's HA messages cannot "
+                "express",
+                hint="no SA of that identity can be moved, whatever is tried: give its owner a shorter one "
+                "(a DN with fewer or shorter parts, or a subjectAltName as its id)",
+                status=Status.NOT_COVERED,
+            )
     for child in view.children:
         if child.protocol != "ESP":
             raise _refused(
@@ -36,6 +52,18 @@ def check_kind(view: SaView) -> None:
             )
         if child.per_cpu:
             raise _refused(Status.PER_CPU, f"CHILD_SA {child.name} has SAs for single CPUs (per_cpu_sas)")
+
+
+def octets_of(text: str) -> int:
+    """Octets of an identity that charon prints so. A DN in DER has eleven for each part beside its value, and
+    more for rarer attribute types."""
+    parts = _RDN.split(text)
+    if len(parts) == 1:
+        return len(text)
+    values, names = parts[2::2], parts[1::2]
+    longer = {"E": 6, "UID": 7, "DC": 7}
+    size = sum(11 + longer.get(name, 0) + len(value) for name, value in zip(names, values, strict=True))
+    return size + (4 if size > 255 else 3 if size > 127 else 2)
 
 
 def check_context(context: IkeContext) -> None:

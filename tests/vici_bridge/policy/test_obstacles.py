@@ -9,22 +9,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.hints import advice
 from ikectx.errors import CharonError, IkectxError, RefusedError, UnknownSaError
-from ikectx.numbers import Status
+from ikectx.numbers import IdType, Status
 from ikectx.sa.context import IkeContext
+from ikectx.sa.printed import printed
 from tests.peers import a_context
 from tests.vici_bridge.kernel.test_xfrm import GCM
 from tests.vici_bridge.test_host import KEY, Vici, hear, host_of, nobody
+from tests.vici_bridge.vici.test_views import VIEW
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.record import COND_PPK
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.xfrm import KernelSa
-from vici_bridge.policy.obstacles import check_kernel
+from vici_bridge.policy.obstacles import check_kernel, check_kind, octets_of
+from vici_bridge.vici.views import sa_view
 
 
 class Listing(Vici):
@@ -203,3 +208,27 @@ def test_a_wire_version_of_the_future_is_told_as_such(caplog: pytest.LogCaptureF
             assert "came up while" not in caplog.text, "a resync would not help"
 
     asyncio.run(scenario())
+
+
+def test_the_length_of_an_identity_is_known_from_its_text() -> None:
+    """charon's listing has no octets, and its HA message about a longer identity cannot be read."""
+    ou = NameOID.ORGANIZATIONAL_UNIT_NAME
+    parts = [
+        (NameOID.COUNTRY_NAME, "CH"),
+        (NameOID.COMMON_NAME, "zoë, Außendienst"),
+        (NameOID.EMAIL_ADDRESS, "a@b"),
+    ]
+    for several in (0, 3, 6, 7, 8, 12):
+        names = [*parts, *[(ou, f"Amt für {number}") for number in range(several)]]
+        octets = x509.Name([x509.NameAttribute(oid, value) for oid, value in names]).public_bytes()
+        assert octets_of(printed(IdType.DER_ASN1_DN, octets)) == len(octets)
+    assert octets_of("a" * 255) == 255
+
+
+def test_an_identity_that_ha_cannot_express_is_named() -> None:
+    view = sa_view(
+        "mn", {**VIEW, "remote-id": "C=CH, " + ", ".join(f"OU=Aussenstelle {i}" for i in range(12))}
+    )
+    with pytest.raises(RefusedError, match="more than 255 octets") as caught:
+        check_kind(view)
+    assert "resync" not in caught.value.hint
