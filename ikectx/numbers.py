@@ -287,7 +287,6 @@ UNTOUCHED = frozenset(
         Status.NO_CONNECTION,
         Status.NO_CHILD,
         Status.VIP_IN_USE,
-        Status.SELECTORS_OVERLAP,
         Status.PROPOSAL,
         Status.NO_MOBIKE,
         Status.IDENTITY,
@@ -306,7 +305,8 @@ UNTOUCHED = frozenset(
         Status.KEY_EXCHANGES,
     }
 )
-"""With these a gateway refuses an SA only before it does anything for it."""
+"""With these a gateway refuses an SA only before it does anything for it. An overlap of selectors may be seen
+only when charon has installed the SA, because its marks and if_ids are known then."""
 
 STATUS_TEXT: dict[Status, str] = {
     Status.OK: "fine",
