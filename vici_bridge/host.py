@@ -117,6 +117,7 @@ class CharonHost:
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in. They may be muted before charon lists them."""
         self.charon_up = False
+        self._closing = False
         self._unconfirmed = Unconfirmed(config.ha_remote, config.ha_port)
 
     async def open(self) -> None:
@@ -148,6 +149,7 @@ class CharonHost:
 
     async def close(self) -> None:
         """Stop listening and save. SAs, freezes and policies stay as they are."""
+        self._closing = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -235,6 +237,8 @@ class CharonHost:
             self._saving = asyncio.get_running_loop().call_later(SAVE_AGAIN, self.save)
 
     def _charon_state(self, up: bool) -> None:
+        if self._closing:  # this agent has ended the connection, or goes on without its store
+            return
         self.charon_up = up
         self._unconfirmed.begin()
         if up:

@@ -73,8 +73,8 @@ StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/console
 """
-SECONDS = 420
-"""After which the guest is given up. A walk takes about a hundred."""
+SECONDS = 900
+"""After which the guest is given up. A walk takes some 150 on two busy CPUs."""
 
 
 def main(results: Path) -> int:
@@ -140,7 +140,7 @@ async def walk(shared: Path, root: Path) -> int:
         path.chmod(0o700)
     job = Job(("true",), memory_mib=3072)
     words = [*command_line(kernel, job, shared), "systemd.show_status=no", "systemd.log_target=null"]
-    boot = Boot(f"the UML guest ({kernel})", words, marks, environment=dict(os.environ))
+    boot = Boot(f"the UML guest ({kernel})", words, marks, patience=300, environment=dict(os.environ))
 
     def tell(line: bytes) -> None:
         sys.stdout.buffer.write(line)

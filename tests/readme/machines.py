@@ -77,17 +77,28 @@ class Machine:
         place.write_text(text)
         place.chmod(mode)
 
+    def read(self, path: str) -> str:
+        return (self.files / path.lstrip("/")).read_text()
+
+    def append(self, path: str, text: str) -> None:
+        self.write(path, self.read(path) + "\n" + text)
+
     def boot(self) -> None:
         """Start it and wait until its systemd has started all units. Errors: WrongError."""
         wires = [f"--network-interface={wire}" for wire in self.wires()]
         words = ["systemd-nspawn", "--quiet", "--boot", "--console=pipe", f"--machine={self.name}", *wires]
         with Path(f"/shared/journals/{self.name}.console").open("ab") as console:
             self.process = subprocess.Popen(
-                [*words, f"--directory={self.files}"],
+                [*words, "--bind-ro=/shared/origin", f"--directory={self.files}"],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
             )
+        self.wait()
+
+    def reboot(self) -> None:
+        """Errors: WrongError."""
+        self.run("systemctl reboot", check=False)
         self.wait()
 
     def wires(self) -> list[str]:
@@ -186,7 +197,8 @@ def addresses(machine: Machine) -> None:
         wires[f"{machine.name}-in"] = f"Address={INNER[machine.name]}/24\n"
         machine.write("/etc/sysctl.d/forward.conf", "net.ipv4.ip_forward = 1\n")
     for wire, text in wires.items():
-        machine.write(f"/etc/systemd/network/{wire}.network", f"[Match]\nName={wire}\n[Network]\n{text}")
+        text = f"[Match]\nName={wire}\n[Network]\nIPv6AcceptRA=no\nLinkLocalAddressing=no\n{text}"
+        machine.write(f"/etc/systemd/network/{wire}.network", text)
     machine.write("/etc/hostname", f"{machine.name}\n")
     machine.write("/etc/machine-id", "")
     shell(f"systemctl -q --root={machine.files} enable systemd-networkd", log=machine.log)

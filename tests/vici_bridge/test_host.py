@@ -197,6 +197,18 @@ def test_what_is_told_while_charon_is_down_is_bounded_and_given_back(
         asyncio.run(scenario())
 
 
+def test_an_agent_that_stops_does_not_miss_charon(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with host_of(Vici(), SqliteStore(":memory:", KEY)) as host:
+            await host.close()
+            host._charon_state(False)
+            host._charon_state(True)
+            assert not host._tasks
+
+    asyncio.run(scenario())
+    assert "not reachable" not in caplog.text
+
+
 def test_a_mistake_in_the_background_is_logged_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
     async def fails(error: Exception) -> None:
         raise error

@@ -63,3 +63,11 @@ def test_peers_known_by_address(protected: Protected, tmp_path: Path) -> None:
     only(world, "protection", "fail", "198.51.100.1 is the address of nsg and of third")
     text = IPSEC.replace("198.51.100.1", "nowhere.invalid")
     unprotected(Protected(parse(text, tmp_path / "ikectx.toml")), "fail", "nowhere.invalid")
+
+
+def test_the_sa_between_the_gateways_is_not_to_be_moved(protected: Protected) -> None:
+    gateways = {"name": "gateways", "known": False, "remote": "198.51.100.1:4500"}
+    protected.answers["list-contexts"].append(gateways)
+    assert not bad(protected)
+    protected.answers["list-contexts"].append({**gateways, "name": "home", "remote": "203.0.113.7:4500"})
+    only(protected, "order", "warn", "1 SAs cannot be moved (home)")
