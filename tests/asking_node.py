@@ -20,6 +20,7 @@ from ikectx_cli.mobile.notes import ASKED
 from ikectx_cli.mobile.report import MobileReport
 from tests.mobile_world import NEW, NSG, OLD, PSG, VIP, a_node_context
 from tests.vici_bridge.test_deadlines import MemoryStore
+from vici_bridge.effects.mobile import Applied, CharonMobile
 from vici_bridge.vici.views import SaView, departing_view
 
 CONFIG = """\
@@ -47,6 +48,7 @@ class Mobile:
         self.busy: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.others: list[SaView] = []
+        self.went: list[tuple[Endpoint, Endpoint]] = []
 
     def _do(self, what: str) -> None:
         self.did.append(what)
@@ -68,6 +70,21 @@ class Mobile:
         self._do("export")
         return replace(self.context, local=self.local, remote=self.remote)
 
+    def known(self, view: SaView) -> IkeContext:
+        return replace(self.context, local=self.local, remote=self.remote)
+
+    async def ahead(self, context: IkeContext, local: Endpoint, remote: Endpoint) -> None:
+        self.went.append((local, remote))
+
+    async def home(self, sa: SaName) -> None:
+        self.did.append("home")
+
+    async def rekey(self, sa: SaName) -> None:
+        self._do("rekey")
+
+    async def apply(self, *args: Any, **more: Any) -> Applied:
+        return await CharonMobile.apply(self, *args, **more)  # type: ignore[arg-type]
+
     def recorded(self, sa: SaName) -> IkeContext:
         return self.context
 
@@ -85,6 +102,7 @@ class Mobile:
     async def quiet(
         self, sa: SaName, *, unanswered: bool = False, anything: bool = False, patience: float = 3.0
     ) -> None:
+        await asyncio.sleep(0)  # until charon answers
         self._do("quiet")
         if self.busy and not (unanswered and self.busy == ["IKE_MOBIKE"]):
             raise BusyError(f"in flight: {self.busy}")
@@ -117,9 +135,17 @@ class Outside:
         self.mobile = mobile
         self.ways: dict[Address, Address] = {NSG.address: NEW.address, PSG.address: OLD.address}
         self.nudged: list[Address] = []
+        self.told: list[SaView] | None = None
+        self.addresses = [OLD.address, NEW.address]
 
     async def views(self) -> list[SaView]:
         return await self.mobile.views()
+
+    def known(self) -> list[SaView] | None:
+        return self.told
+
+    def has(self, address: Address) -> bool:
+        return address in self.addresses
 
     def towards(
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
@@ -205,7 +231,7 @@ class World:
         return await self.handovers.arrive(to, tell=lambda item: self.told.append(dict(item)), **more)
 
     def steps(self) -> list[str]:
-        return [step for step in self.mobile.did if step != "export"]
+        return [step for step in self.mobile.did if step not in ("export", "home")]
 
 
 def do(work: Coroutine[Any, Any, Any]) -> Any:

@@ -42,6 +42,7 @@ from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay, fit_replay
 from vici_bridge.kernel.kernel import LATE
+from vici_bridge.kernel.rewrite import NewPlace
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.kernel.xfrm_parts import XfrmRequest
 
@@ -75,11 +76,12 @@ class Kernel(KernelTables):
         super().__init__(step)
         self.used: set[tuple[bytes, int]] = set()
         self.sent: list[tuple[int, Address, int]] = []
-        """(request id, destination, number) of each packet."""
+        """(request id, destination on the wire, number) of each packet."""
         self.flows: set[Selector] = set()
         self.heard: list[bytes] = []
         """SPIs by which the agent has had the kernel decrypt, beside charon's."""
         self.lost = 0
+        self.place: NewPlace | None = None
 
     # What an agent asks.
 
@@ -150,7 +152,10 @@ class Kernel(KernelTables):
         used = (sa.encr_key.reveal(), number)
         assert used not in self.used, f"number {number} went out twice under one key"
         self.used.add(used)
-        self.sent.append((sa.reqid, sa.destination, number))
+        wire = sa.destination
+        if self.place is not None and (sa.source, wire) == (self.place.old_local, self.place.old_remote):
+            wire = self.place.remote
+        self.sent.append((sa.reqid, wire, number))
 
 
 def _reqid(child: Any) -> int:
@@ -349,6 +354,30 @@ class Charon:
         self._policies()
 
 
+class Rewrite:
+    """Packets of the old pair go by other addresses; what is rewritten outlives the agent."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    @property
+    def place(self) -> NewPlace | None:
+        return self.kernel.place
+
+    def begin(self, place: NewPlace) -> bool:
+        self.kernel.step()
+        self.kernel.place = place
+        self.kernel.send()
+        return True
+
+    def end(self) -> None:
+        self.kernel.step()
+        self.kernel.place = None
+        self.kernel.send()
+
+    def close(self) -> None: ...
+
+
 class Socket:
     """The HA socket."""
 
@@ -423,6 +452,9 @@ class Node:
         self.host = CharonHost(config, self.store)
         self.host.detour.close()
         self.host.kernel = self.kernel  # type: ignore[assignment]
+        if self.kernel is not None:
+            self.host.rewrite = Rewrite(self.kernel)  # type: ignore[assignment]
+            self.kernel.place = None  # `CharonHost.open` ends what an earlier agent has left
         self.host.vici = self.charon  # type: ignore[assignment]
         self.host.listing = listing_of(lambda: self.charon.list_sas())
         self.socket = Socket(self.charon, self._step)
@@ -508,8 +540,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def a_move(
     node: Node, local: Endpoint = NEW, remote: Endpoint = NSG, renames: dict[bytes, bytes] | None = None
 ) -> IkeContext:
-    await node.mobile.quiet(node.sa)
     context = await node.mobile.export(node.sa)
+    await node.mobile.ahead(context, local, remote)
+    await node.mobile.quiet(node.sa)
     after = await node.mobile.readdress(context, local, remote, renames or {})
     await node.mobile.loud(node.sa)
     return after
@@ -524,6 +557,7 @@ def at(node: Node, local: Endpoint, remote: Endpoint) -> None:
     assert len(charon.children) == len(node.context.children)
     assert not node.store.rows("mobile")
     if node.kernel is not None:
+        assert node.kernel.place is None
         # beside those that the kernel drops by itself
         ends = {(sa.source, sa.destination) for sa in node.kernel.sas.values() if sa.sequence != LATE}
         assert ends == {(local.address, remote.address), (remote.address, local.address)}

@@ -37,6 +37,7 @@ from vici_bridge.ha.record import MidChanged, Record, RecordChange
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.kernel import Detour, Kernel, Mute
+from vici_bridge.kernel.rewrite import Rewrite
 from vici_bridge.kernel.route_events import RouteEvents
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.policy.obstacles import check_context, check_kind, check_told
@@ -91,6 +92,8 @@ class CharonHost:
         self.vici = Charon(config.vici)
         self.listing = Listing(self.vici.read_sas)
         self.kernel = Kernel() if config.kernel_esp else None
+        self.rewrite = Rewrite() if config.mobile_node and config.kernel_esp else None
+        """The ESP of a mobile node that has moved."""
         self.mute = Mute()
         self.doubts = Doubts(store)
         self.detour = Detour()
@@ -104,7 +107,9 @@ class CharonHost:
         self.scripts = Scripts(config.updown, self.detour, config.host_access)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import, so that two imports never race for an SPI."""
-        self.on_change: Callable[[RecordChange], None] | None = None
+        self.on_change: Callable[[RecordChange | None], None] | None = None
+        """Called when the record has changed; None: charon has come, and it may have SAs that it had
+        before."""
         self._ha = HaSocket(config.ha_local, config.ha_remote, self._hear, config.ha_port)
         self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
@@ -141,6 +146,11 @@ class CharonHost:
         except KernelError as error:
             # every transfer will report the same again
             log.error("no SA can be moved from here or to here: %s (%s)", error, error.hint)
+        try:
+            if self.rewrite is not None:
+                await asyncio.to_thread(self.rewrite.prepare)
+        except KernelError as error:
+            log.warning("after a move ESP will wait for the new gateway's answer: %s (%s)", error, error.hint)
         # a mobile node whose gateway takes its messages for old ones connects anew, so only a gateway needs
         # this
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
@@ -162,6 +172,8 @@ class CharonHost:
         await self.vici.close()
         if self.kernel is not None:
             self.kernel.close()
+        if self.rewrite is not None:
+            self.rewrite.close()
         self.detour.close()
         self.doubts.close()
         if not self.config.mobile_node:
@@ -267,6 +279,8 @@ class CharonHost:
             with contextlib.suppress(UnknownSaError, RefusedError, CharonError):
                 await self.catch_up(sa)
         self.follow.look(views)
+        if self.on_change is not None:
+            self.on_change(None)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
         known = len(self.record.names())
         log.info("charon %s: %d IKE_SAs known, %d forgotten", self.ha_version.charon, known, len(gone))
@@ -319,6 +333,10 @@ class CharonHost:
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
         """Orders to charon, in order, paced. Errors: CharonError."""
         await self._ha.send([message.serialize() for message in messages])
+
+    def hear(self) -> None:
+        """Take what charon has reported by now."""
+        self._ha.hear()
 
     def listening(self) -> bool:
         """Whether charon's end of the HA link exists."""

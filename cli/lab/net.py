@@ -263,14 +263,19 @@ class Net:
             (*end, self.gateway_delay_ms) for end in between
         ]
         for host, device, delay in wanted:
-            words = ["tc", "-n", self.namespace(host), "qdisc", "replace", "dev", device, "root", "netem"]
-            if delay > 0 and run([*words, "delay", f"{delay}ms", "limit", "10000"], check=False).returncode:
+            if not self._delay_by(host, device, delay):
                 asked = f"{self.delay_ms:g} ms and {self.gateway_delay_ms:g} ms"
                 return [
                     "this kernel has no netem: the access link and the way between the gateways have no"
                     f" delay (asked for {asked})"
                 ]
         return []
+
+    def _delay_by(self, host: str, device: str, delay: float) -> bool:
+        """False: this kernel cannot do that."""
+        words = ["tc", "-n", self.namespace(host), "qdisc", "replace", "dev", device, "root", "netem"]
+        words += ["delay", f"{delay}ms", "limit", "10000"]
+        return delay <= 0 or run(words, check=False).returncode == 0
 
     def restore(self) -> None:
         """Puts back what a scenario may have changed: addresses, routes, filters (not the gateways')."""
@@ -297,8 +302,7 @@ class Net:
         new, old = ("eth0", "eth1") if away else ("eth1", "eth0")
         there, router = (OUTER[host], CORE[host]) if away else (AWAY, CORE_AWAY)
         gone = AWAY if away else OUTER[host]
-        # nobody on the new link knows another, as where a mobile node comes for the first time
-        run(["ip", "-n", self.namespace("core"), "neigh", "flush", "dev", LINKS[host][0 if away else 1]])
+        self._leave_link(host, gone, there)
         leaving = [f"addr del {gone[v]}/{PREFIX[v]} dev {old}" for v in (6, 4)]
         lines = [f"link set {new} up", f"neigh flush dev {new}"]
         if dark_ms:
@@ -321,6 +325,18 @@ class Net:
         if arriving.stdout.readline() != "left\n":
             raise KernelError(f"{host} could not leave its access network")
         return arriving
+
+    def _leave_link(self, host: str, gone: Mapping[int, str], there: Mapping[int, str]) -> None:
+        """Nobody on the new link knows another, as where a mobile node comes for the first time; and what is
+        under way by the old one does not arrive, as where its radio is elsewhere."""
+        left, reached = LINKS[host] if gone is not AWAY else reversed(LINKS[host])
+        core = [f"neigh flush dev {reached}"]
+        core += [f"route del blackhole {there[v]}/{HOST_BITS[v]}" for v in (4, 6)]
+        core += [f"route replace blackhole {gone[v]}/{HOST_BITS[v]}" for v in (4, 6)]
+        words = ["ip", "-n", self.namespace("core"), "-force", "-batch", "-"]
+        run(words, text="\n".join(core) + "\n", check=False)
+        run(["tc", "-n", self.namespace("core"), "qdisc", "del", "dev", left, "root"], check=False)
+        self._delay_by("core", left, self.delay_ms)
 
     def unplug(self) -> None:
         """Nothing is under way to mn by its second access network, which it has left."""

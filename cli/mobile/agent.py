@@ -20,9 +20,11 @@ from ikectx.errors import CharonError, IkectxError, KernelError, UnknownSaError,
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.effects.mobile import CharonMobile
+from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.addresses import OuterAddresses
+from vici_bridge.ready import Ready
 from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response
 from vici_bridge.vici.views import SaView
@@ -49,12 +51,19 @@ def run(config: MobileFile) -> int:
 class _Outside:
     """`mobile_handover.Outside` on this host."""
 
-    def __init__(self, host: CharonHost, addresses: OuterAddresses) -> None:
+    def __init__(self, host: CharonHost, addresses: OuterAddresses, ready: Ready) -> None:
         self._host = host
         self._addresses = addresses
+        self._ready = ready
 
     async def views(self) -> list[SaView]:
         return await self._host.views()
+
+    def known(self) -> list[SaView] | None:
+        return self._ready.views()
+
+    def has(self, address: Address) -> bool:
+        return self._addresses.is_local(address)
 
     def towards(
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
@@ -86,11 +95,12 @@ class MobileAgent:
             store,
         )
         self._addresses = OuterAddresses()
+        self._ready = Ready(self._host)
         self._mobile = CharonMobile(self._host)
         self._farewells = Farewells(self._mobile)
         self.handovers = Handovers(
             config,
-            _Outside(self._host, self._addresses),
+            _Outside(self._host, self._addresses, self._ready),
             self._mobile,
             store,
             farewells=self._farewells,
@@ -123,6 +133,7 @@ class MobileAgent:
 
     async def start(self) -> None:
         """Begin with the HA address, because charon may start at any time. Errors: IkectxError."""
+        self._host.on_change = self._sas_changed
         await self._host.open()
         passive = self._mobile.left_passive()
         try:
@@ -191,6 +202,10 @@ class MobileAgent:
                 await self.handovers.arrive(asked["to"], sa)
             except IkectxError as error:
                 log.warning("handover to %s: %s", asked["to"], error)
+
+    def _sas_changed(self, change: RecordChange | None) -> None:
+        self._ready.changed(change)
+        self._spis.changed(change)
 
     @trace.spanned("addresses changed")
     def _addresses_changed(self) -> None:

@@ -70,7 +70,7 @@ class Farewells:
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=LOOK)
-                if not task.done() and run.held and await self.ended(run.sa, run.now):
+                if not task.done() and run.was_held and await self.ended(run.sa, run.now):
                     await asyncio.wait({task}, timeout=AFTER_END)
                     break
         finally:

@@ -3,13 +3,17 @@
 It joins the machine (`ikectx.node.mobility`), its sockets (`ikectx.net.mn_udp`) and the SA's side
 (`vici_bridge.effects.mobile`):
 
-    reactive     quiet · CTAR to the new gateway .. CTAA · readdress · loud
+    reactive     ahead · CTAR to the new gateway .. CTAA · readdress · loud
+                         quiet (beside)
     predictive   CTAR to the old gateway .. CTAA; then, at the new place: as above, same sequence number;
                  if refused there for a reason that another address can cure: as above, at each further one
 
 Without an authentic grant the SA is not changed: it is active again as it was. If charon is just looking for
 its gateway by itself (MOBIKE), the SA stays active until the new gateway has it, so that the request goes on.
-"""
+
+The SA becomes passive beside the request if nothing can come to charon by the old address any more, and
+charon has no exchange under way; else before it. Otherwise the request could not say which message IDs are
+used."""
 
 from __future__ import annotations
 
@@ -17,12 +21,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from ipaddress import ip_address
 from typing import Any, Protocol
 
 from ikectx.engine.ports import Store
@@ -31,12 +33,11 @@ from ikectx.errors import (
     CharonError,
     ConfigError,
     IkectxError,
-    LinkError,
-    StateError,
     UnknownSaError,
     WireError,
 )
 from ikectx.net.mn_udp import run_handover
+from ikectx.node.agreement import agreed
 from ikectx.node.mobility import (
     Handover,
     HandoverEvent,
@@ -47,7 +48,6 @@ from ikectx.node.mobility import (
     MobileState,
     Retry,
     Route,
-    Router,
 )
 from ikectx.numbers import Status
 from ikectx.sa.context import Address, Endpoint, IkeContext
@@ -55,10 +55,10 @@ from ikectx.sa.name import SaName
 from vici_bridge.effects.mobile import CharonMobile, EndedUnheardError
 from vici_bridge.vici.views import SaView
 
-from .config import GatewayEntry, MobileFile
+from .config import MobileFile
 from .farewell import Farewells
-from .names import renames_of
 from .notes import Notes
+from .parties import is_idle, router_of, sa_of
 from .place import LocalPlace
 from .report import MobileReport
 from .run import HandoverRun, Progress
@@ -87,6 +87,12 @@ class Outside(Protocol):
     `OuterAddresses`)."""
 
     async def views(self) -> list[SaView]: ...
+
+    def known(self) -> list[SaView] | None:
+        """The same without asking charon; None: it must be asked."""
+
+    def has(self, address: Address) -> bool:
+        """Whether this host has the address."""
 
     def towards(
         self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
@@ -234,8 +240,8 @@ class Handovers:
                 return run
             run.report.announced = announced
             async with self._made_loud(run):
-                await self._hold(run)
-                self._note_asked(run)
+                assert run.machine.care_of is not None
+                await self._leave(run, run.machine.care_of)
                 await self._end(run, await self._outcome(run))
             return self._finished(run)
 
@@ -244,7 +250,7 @@ class Handovers:
 
         The lock is not held, because charon answers its gateway while a link comes up.
         """
-        nsg, view = self._config.gateway(to), await self._select(sa)
+        nsg, (view, _) = self._config.gateway(to), await self._select(sa)
         if address is not None or self._config.gateway_at(view.remote.address) in (None, nsg):
             return self._search.named(nsg, address)
         return await self._search.arrived(
@@ -257,7 +263,7 @@ class Handovers:
         """The handover to run; a report if there is nothing to do."""
         config = self._config
         nsg = config.gateway(to)
-        view = await self._select(sa)
+        view, idle = await self._select(sa)
         psg = config.gateway_at(view.remote.address)
         if psg is None:
             raise ConfigError(
@@ -279,7 +285,7 @@ class Handovers:
         if psg is nsg:
             report.result, report.detail = "already", f"{nsg.name} serves it already"
             return report
-        context = await self._mobile.export(view.spis)
+        context = self._mobile.known(view) if idle else await self._mobile.export(view.spis)
         version = own.version if own is not None else view.local.address.version
         settings = config.mobile
         machine = Handover(
@@ -287,8 +293,8 @@ class Handovers:
             mode,
             Route(
                 context.local.address,
-                await _router(psg, context.local.address.version),
-                await _router(nsg, version),
+                await router_of(psg, context.local.address.version),
+                await router_of(nsg, version),
             ),
             sequence=secrets.randbits(32),
             unix=time.time() - time.monotonic(),
@@ -302,23 +308,27 @@ class Handovers:
         )
         return HandoverRun(view.spis, psg, nsg, context, report, machine, tell, now=view.spis)
 
-    async def _select(self, sa: SaName | None) -> SaView:
-        """The named SA, or the only one. Errors: UnknownSaError."""
-        views = await self._outside.views()
+    async def _select(self, sa: SaName | None) -> tuple[SaView, bool]:
+        """The named SA, or the only one, and whether it is known to be idle. Errors: UnknownSaError."""
+        known = self._outside.known()
+        views = await self._outside.views() if known is None else known
         self.notes.only([view.spis for view in views])
-        views = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
-        if sa is not None:
-            views = [view for view in views if view.spis == sa]
-        elif len(views) > 1:
-            # other SAs may lead to gateways that are not in this configuration
-            views = [view for view in views if self._config.gateway_at(view.remote.address) is not None]
-        if len(views) != 1:
-            what = "no IKE_SA" if not views else f"{len(views)} IKE_SAs: say which"
-            raise UnknownSaError(
-                f"there is {what}" if not views else f"there are {what}",
-                hint="`swanctl --initiate` sets one up" if not views else "see --ike and --ike-id",
-            )
-        return views[0]
+        view = sa_of(views, sa, self._config)
+        return view, known is not None and is_idle(view)
+
+    async def _leave(self, run: HandoverRun, here: Endpoint) -> None:
+        """The node is `here` now: its packets go on to the new gateway, and charon becomes passive."""
+        sa, old = run.sa, run.context.local.address
+        gone = not self._outside.has(old)
+        if gone or run.machine.outcome.announced:
+            # else the old way may carry packets until the new gateway has the SA
+            await self._mobile.ahead(run.context, here, run.beyond(here))
+        if gone and any(view.spis == sa and is_idle(view) for view in self._outside.known() or ()):
+            run.machine.expects = self._mobile.recorded(sa).mid_responder
+            run.holding = asyncio.create_task(self._hold(run))
+        else:
+            await self._hold(run)
+        self._note_asked(run)
 
     async def _hold(self, run: HandoverRun) -> None:
         """Make the SA passive, unless charon is looking for its gateway: then later."""
@@ -329,12 +339,26 @@ class Handovers:
             run.was_held = True  # for a moment, in which a user of the node has ended it
             raise
         except BusyError:
-            if not await self._mobile.only_addresses(run.sa):
+            if run.holding is None and not await self._mobile.only_addresses(run.sa):
                 raise
         # a passive charon receives nothing; one that looks for its gateway receives nothing of the old one
         # either
-        run.machine.expects = await self._mobile.next_request(run.sa)
+        expects = await self._mobile.next_request(run.sa)
+        if run.holding is None:
+            run.machine.expects = expects
+        elif run.held and run.machine.expects != expects:
+            run.heard_more = True
         run.phase("held" if run.held else "looking")
+
+    async def _held(self, run: HandoverRun) -> None:
+        """Wait until the SA is passive, if that goes on beside the request. Raises nothing."""
+        if run.holding is None:
+            return
+        await asyncio.wait({run.holding})
+        if not run.holding.cancelled() and (error := run.holding.exception()) is not None:
+            if not isinstance(error, IkectxError):
+                raise error
+            log.warning("%s was not made passive: %s", run.report.connection, error)
 
     def _note_asked(self, run: HandoverRun) -> None:
         self.notes.asked(run.sa, to=run.nsg.name, from_=run.psg.name, connection=run.report.connection)
@@ -354,9 +378,8 @@ class Handovers:
                     await stack.enter_async_context(self._made_loud(run))
                     run.since = time.monotonic()
                     run.at = Endpoint(address, before.local.port)
-                    await self._hold(run)
-                    self._note_asked(run)
-                    run.machine.nsg = await _router(run.nsg, address.version)
+                    run.machine.nsg = await router_of(run.nsg, address.version)
+                    await self._leave(run, run.at)
                     return run.at
 
                 asking = self._run(run.machine, old, moves=moves(), progress=self._observer(run))
@@ -449,9 +472,11 @@ class Handovers:
             self._unless_ended(run, self._run(run.machine, progress=self._observer(run)))
         )
         care_of = run.machine.care_of
-        if self.answering is None or not run.held or care_of is None:
-            return await asking
         try:
+            if run.holding is not None:
+                await asyncio.wait({asking, run.holding}, return_when=asyncio.FIRST_COMPLETED)
+            if self.answering is None or not run.held or care_of is None:
+                return await asking
             async with self.answering(run.sa, care_of, run.nsg.addresses) as moved:
                 waiting: set[asyncio.Future[Any]] = {asking, moved}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -471,6 +496,7 @@ class Handovers:
         report = run.report
         self._count(run)
         run.phase("asked")
+        await self._held(run)
         if run.by_ike is not None:
             log.info("%s has moved the SA by IKE", run.nsg.name)
             report.result, report.serves = "moved", run.nsg.name
@@ -483,35 +509,20 @@ class Handovers:
         report.result, report.serves = "moved", run.nsg.name
         care_of = run.machine.care_of
         assert care_of is not None
-        remote_address = run.nsg.address(care_of.address.version)
-        if remote_address is None:
-            raise StateError(f"{run.nsg.name} has no address of the family of {care_of.address}")
-        remote = Endpoint(remote_address, run.context.remote.port)
+        remote = run.beyond(care_of)
         report.new = (care_of, remote)
-        peers = [Endpoint(address, remote.port) for address in run.nsg.addresses]
         try:
-            renames = renames_of(outcome.blocks, self._mobile.recorded(run.sa))
+            recorded = self._mobile.recorded(run.sa)
+            agreement, run.now = agreed(outcome, recorded, care_of, remote, run.nsg.addresses)
         except (WireError, UnknownSaError) as error:
             report.unusable(error)
             return
-        report.renamed = len(renames)
-        run.now = run.sa.renamed(renames)
-        try:
-            if not run.held:
-                # charon's open request uses the old SPIs and will get no answer, so silence it
-                await self._mobile.quiet(run.sa, unanswered=True, anything=run.now != run.sa)
-                run.held = run.was_held = True
-            if outcome.expected is not None and run.now == run.sa:  # under new SPIs both ends begin at 0
-                fill = self.fill and partial(self.fill, run.sa, care_of, remote)
-                run.asks = await self._mobile.renumber(run.sa, outcome.expected, fill)
-            await self._mobile.readdress(run.context, care_of, remote, renames, peers)
-        except BusyError as error:
-            log.warning("%s; charon goes on with it at %s", error, run.nsg.name)
-            await self._mobile.redirect(run.sa, care_of, remote, peers)
-        except UnknownSaError as error:
-            log.warning("%s: it was ended here, it seems", error)
-        except IkectxError as error:  # `loud` tries again, and has charon rekey the rest
-            log.error("the SA's addresses: %s", error)
+        report.renamed = len(agreement.renames)
+        fill = self.fill and partial(self.fill, run.sa, care_of, remote)
+        applied = await self._mobile.apply(run.context, agreement, passive=run.held, fill=fill)
+        run.asks = applied.asks
+        run.held = applied.passive
+        run.was_held |= applied.passive
         run.phase("readdressed")
 
     @contextlib.asynccontextmanager
@@ -523,6 +534,7 @@ class Handovers:
         except UnknownSaError as error:
             gone = error
         finally:
+            await self._held(run)
             if run.held:
                 run.held = False
                 try:
@@ -533,6 +545,8 @@ class Handovers:
                     run.report.detail = f"{run.report.detail}; {error}".strip("; ")
                     run.report.hint = run.report.hint or error.hint
                     self._mobile.loud_later(run.sa, self.lock)
+            else:
+                await self._mobile.home(run.sa)
             if self._farewells is not None and await self._farewells.leave(run):
                 self.notes.answered(run.sa)
                 gone = None  # the report has that
@@ -551,6 +565,9 @@ class Handovers:
                 self.notes.answered(run.sa)
         elif run.report.new is not None and not run.report.exit_code:
             await self._see_moved(run, run.report.new[1])
+            if run.heard_more and run.now == run.sa:
+                # the new gateway would use a message ID that charon has had: both begin anew
+                await self._mobile.rekey(run.sa)
 
     async def _see_moved(self, run: HandoverRun, remote: Endpoint) -> None:
         """See that charon knows its gateway's address by now, or its next request would go to the old one."""
@@ -576,22 +593,3 @@ class Handovers:
             f" ({report.detail})" if report.detail else "",
         )
         return report
-
-
-async def _router(gateway: GatewayEntry, version: int) -> Router:
-    """The gateway for CXTP, preferably by that IP version. Errors: LinkError for an unknown name."""
-    where = gateway.ask(version)
-    address = gateway.address(version) or gateway.addresses[0]
-    try:
-        return Router(gateway.name, address, Endpoint(ip_address(where.host), where.port))
-    except ValueError:
-        pass
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(
-            where.host, where.port, type=socket.SOCK_DGRAM, flags=socket.AI_ADDRCONFIG
-        )
-    except OSError as error:
-        raise LinkError(f"{where.host} cannot be found: {error.strerror}") from None
-    every = [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    best = next((one for one in every if one.version == version), every[0])
-    return Router(gateway.name, address, Endpoint(best, where.port))

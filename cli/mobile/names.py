@@ -1,45 +1,18 @@
-"""New SPIs at a mobile node: those of an answer, and whether a request for some can be granted."""
+"""New SPIs at a mobile node: whether a request for some can be granted."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 
-from ikectx.errors import IkectxError, WireError
-from ikectx.numbers import Fpt, Protocol
+from ikectx.errors import IkectxError
+from ikectx.numbers import Protocol
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
-from ikectx.wire.cxtp import ContextDataBlock
-from ikectx.wire.spis import ESP, IKE, parse_new_spis
 from mobike_ext.notify import Reason
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
 
 _DRAWS = 200
-
-
-def renames_of(blocks: Iterable[ContextDataBlock], context: IkeContext) -> dict[bytes, bytes]:
-    """Old to new SPIs on which the other end receives, from its answer (CTAA); empty: the old ones stay.
-
-    Errors: WireError for a list that is malformed, or names SPIs that the SA here does not have.
-    """
-    current = context.current
-    ours = {
-        ESP: {child.spi_out for child in context.children},
-        IKE: {current.spi_r if current.initiator else current.spi_i},
-    }
-    found: dict[bytes, bytes] = {}
-    for block in blocks:
-        if block.fpt is not Fpt.NEW_SPIS:
-            continue
-        for one in parse_new_spis(block.data):
-            if one.old not in ours.get(one.protocol, ()):
-                raise WireError(f"NEW_SPIS: the SA has no SPI {one.old.hex()} of protocol {one.protocol}")
-            if found.setdefault(one.old, one.new) != one.new:
-                raise WireError(f"NEW_SPIS: two new names for {one.old.hex()}")
-    if len(set(found.values())) < len(found):
-        raise WireError("NEW_SPIS: one new name for two SPIs")
-    return found
 
 
 class MobileNames:

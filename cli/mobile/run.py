@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ikectx.errors import StateError
 from ikectx.node.mobility import Handover
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
@@ -34,6 +35,10 @@ class HandoverRun:
     tell: Progress
     held: bool = False
     """True if the SA is passive because of this handover."""
+    holding: asyncio.Task[None] | None = None
+    """Makes it passive, beside the request to the new gateway."""
+    heard_more: bool = False
+    """True if charon has had a request of the old gateway that the new one was not told of."""
     moved: asyncio.Future[Address] | None = None
     """Predictive: the new local address, if the node was reported to be at its new place."""
     at: Endpoint | None = None
@@ -54,6 +59,13 @@ class HandoverRun:
     asks: bool = False
     """True if charon has sent the old gateway a request without an answer, which it should send the new
     one."""
+
+    def beyond(self, here: Endpoint) -> Endpoint:
+        """The new gateway's endpoint for an SA that is `here`. Errors: StateError."""
+        address = self.nsg.address(here.address.version)
+        if address is None:
+            raise StateError(f"{self.nsg.name} has no address of the family of {here.address}")
+        return Endpoint(address, self.context.remote.port)
 
     def phase(self, name: str, detail: str = "") -> None:
         """Note that a step has ended."""

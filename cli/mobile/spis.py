@@ -147,6 +147,7 @@ class SpiWatch:
         self._allowed = allowed
         self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
         self._soon: asyncio.TimerHandle | None = None
+        self._started = False
         self._work: set[asyncio.Task[None]] = set()
         self.renamed = 0
         """Requests that were granted."""
@@ -159,15 +160,15 @@ class SpiWatch:
     # What is listened to.
 
     def start(self) -> None:
-        """Begin to listen, now and whenever SAs or addresses change."""
+        """Begin to listen, now and whenever `changed` is called."""
+        self._started = True
         if self._allowed:
-            self._host.on_change = self.changed
             self._look()
 
     def changed(self, change: RecordChange | None = None) -> None:
         """SAs or addresses may have changed."""
         del change
-        if self._soon is None and self._allowed:
+        if self._soon is None and self._allowed and self._started:
             self._look_in(SETTLE)
 
     def _look_in(self, seconds: float) -> None:
@@ -192,7 +193,7 @@ class SpiWatch:
 
     async def close(self) -> None:
         """Stop; an exchange under way ends with the SA active, its note left."""
-        self._host.on_change = None
+        self._started = False
         if self._soon is not None:
             self._soon.cancel()
         tasks = [*self._work, *(task for _, task in self._ears.values())]

@@ -1,8 +1,9 @@
 """Loud: a mobile node's SA becomes active again, at its present addresses and under its present name.
 
-1. Make charon active, and verify that it is. If the SA has gone, others were made passive with it. Then the
+1. Rewrite no packets any more (`ahead`): what could be given new addresses has them.
+2. Make charon active, and verify that it is. If the SA has gone, others were made passive with it. Then the
    row says that nothing is open any more.
-2. Have charon rekey the children, if one could not be moved, or because ESP in user space began its sequence
+3. Have charon rekey the children, if one could not be moved, or because ESP in user space began its sequence
    numbers anew, under keys that were used.
 """
 
@@ -12,6 +13,7 @@ import contextlib
 
 from ikectx.errors import UnknownSaError
 
+from .ahead import go_home
 from .moving import Moving
 from .runner import Facts, LedgerStep, StepEffect
 
@@ -41,6 +43,7 @@ async def rekey_children(work: Moving) -> None:
 LOUD: LedgerStep[Moving] = LedgerStep(
     "loud",
     (
+        StepEffect("ESP goes by its SAs", go_home, limit=5.0, needed=False),
         StepEffect("charon is active", activate),
         StepEffect("children are rekeyed", rekey_children, when=lambda work: work.rekeys),
     ),

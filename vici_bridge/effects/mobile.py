@@ -1,6 +1,7 @@
 """`CharonMobile`: the mobile node's side of a handover, beside a stock charon. I/O.
 
     context = await mobile.export(sa)
+    await mobile.ahead(context, local, remote)            # ESP goes by the new addresses already
     await mobile.quiet(sa)                                # PASSIVE: charon sends and accepts nothing
     ...                                                   # the new gateway confirms that it serves the SA
     context = await mobile.readdress(context, local, remote)
@@ -27,30 +28,38 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from ikectx import trace
 from ikectx.engine.ledger import MobileFacts
-from ikectx.engine.ports import MoveReport
-from ikectx.errors import CharonError, IkectxError, StateError, StoreError, UnknownSaError, WireError
+from ikectx.errors import (
+    BusyError,
+    CharonError,
+    IkectxError,
+    StateError,
+    StoreError,
+    UnknownSaError,
+    WireError,
+)
+from ikectx.node.agreement import Agreement
 from ikectx.numbers import Status
-from ikectx.sa.context import Endpoint, FinalState, IkeContext
+from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
 from vici_bridge.ha import messages as ha
 from vici_bridge.host import CharonHost
-from vici_bridge.policy.obstacles import check_kind, check_told
+from vici_bridge.policy.obstacles import check_kernel, check_kind, check_told
 from vici_bridge.vici.views import SaView
 
+from .ahead import AHEAD, HOME
 from .loud import LOUD, activate, rekey_children
 from .mobile_move import LIVING, MobileMove, plan_move
 from .moving import Moving
 from .quiet import QUIET, in_the_way
 from .readdress import READDRESS
 from .runner import Runner
-from .source import CharonSource
 from .steps import MoveSteps
 
 log = logging.getLogger(__name__)
@@ -63,22 +72,13 @@ AGAIN = 1.0
 NO_RENAMES: Mapping[bytes, bytes] = MappingProxyType({})
 
 
-class _MobileSource(CharonSource):
-    """Exports as a gateway's, but also SAs that are PASSIVE, and while charon looks for its gateway."""
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """After `CharonMobile.apply`. `passive`: the SA is, and `loud` must follow. `asks`: charon has a request
+    without an answer, which it should send to the new gateway."""
 
-    async def _view(self, sa: SaName) -> SaView | None:
-        view = await self._host.view(sa)
-        if view is None:
-            return None
-        state = "ESTABLISHED" if view.state == "PASSIVE" else view.state
-        return replace(view, state=state, tasks=in_the_way(view, unanswered=True))
-
-    async def _recent_view(self, sa: SaName) -> SaView | None:
-        return await self._view(sa)
-
-
-async def _nobody(here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
-    raise StateError("a mobile node asks nobody to move")
+    passive: bool
+    asks: bool
 
 
 class EndedUnheardError(UnknownSaError):
@@ -90,16 +90,44 @@ class CharonMobile:
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
-        self._source = _MobileSource(host, _nobody)
         self.steps = MoveSteps(host)
-        self._runner: Runner[Moving] = Runner(host.own, host.spawn, QUIET, READDRESS, LOUD)
+        self._runner: Runner[Moving] = Runner(host.own, host.spawn, AHEAD, HOME, QUIET, READDRESS, LOUD)
 
-    @trace.spanned("export", "step")
     async def export(self, sa: SaName) -> IkeContext:
-        """The context as it is now, "local" being this mobile node. Errors: as `ContextSource.export`."""
-        context = await self._source.export(sa)
+        """The context as it is now, "local" being this mobile node. Errors: as `known`, and CharonError."""
         view = await self.steps.seen(sa)
-        return replace(context, local_vips=view.local_vips)
+        await self._host.catch_up(sa)
+        return self.known(view)
+
+    def known(self, view: SaView) -> IkeContext:
+        """The context of an SA that charon lists so, without counters. Errors: UnknownSaError if charon has
+        not reported all of it; RefusedError, CharonError if it cannot be given other addresses."""
+        host = self._host
+        host.ha_version.check()
+        check_kind(view)
+        context = host.record.context(view.spis)
+        self._check(context, view)
+        return replace(context_at(context, view), local_vips=view.local_vips)
+
+    async def ahead(self, context: IkeContext, local: Endpoint, remote: Endpoint) -> None:
+        """Have the ESP of this SA, as `known`, leave to `remote` from `local`, and come from there, before
+        charon has these addresses. `readdress`, `loud` and `home` end that. Not done where it cannot be; a
+        failure is logged."""
+        rewrite, sa = self._host.rewrite, context.spis
+        if rewrite is None:
+            return
+        try:
+            place = self.steps.new_place(context, local, remote)
+            await self._runner.run(AHEAD, self._moving(sa, place=place))
+        except IkectxError as error:
+            log.warning("the ESP of %s waits for the new gateway's answer: %s", context.connection, error)
+
+    async def home(self, sa: SaName) -> None:
+        """End `ahead`, where `loud` does not: the SA was not made passive."""
+        rewrite = self._host.rewrite
+        if rewrite is not None and rewrite.place is not None:
+            await self._runner.run(HOME, self._moving(sa))
+            self._host.own.note(sa, soon=True)
 
     async def only_addresses(self, sa: SaName) -> bool:
         """Whether charon's only open exchange is the search for its gateway, as after a change of its
@@ -196,13 +224,46 @@ class CharonMobile:
             _, outbound = self._host.kernel_pair(context_at(context, view), child)
             if kernel is None or outbound is None:
                 continue
+            check_kernel(child.name, outbound)
             sent, _ = kernel.get_replay(outbound, outbound=True)
-            if not child.esn and sent.seq + 2 * self._host.config.oseq_jump >= 1 << 32:
+            if not child.esn and sent.seq + 3 * self._host.config.oseq_jump >= 1 << 32:
                 raise CharonError(
                     f"CHILD_SA {child.name} has used up its sequence numbers",
                     hint="rekey it first",
                     status=Status.NOT_COVERED,
                 )
+
+    async def apply(
+        self,
+        context: IkeContext,
+        agreement: Agreement,
+        *,
+        passive: bool,
+        fill: Callable[[int], Awaitable[int]] | None = None,
+    ) -> Applied:
+        """Give the SA, which the new gateway serves now, what was agreed. `passive`: it is so by `quiet`.
+
+        `fill`: see `renumber`. An error is logged: `loud` tries again, and has charon rekey what is left.
+        """
+        sa, passive_now, asks = context.spis, passive, False
+        local, remote, peers = agreement.local, agreement.remote, agreement.peers
+        try:
+            if not passive:
+                # charon's open request uses the old SPIs and will get no answer, so silence it
+                named_anew = sa.renamed(agreement.renames) != sa
+                await self.quiet(sa, unanswered=True, anything=named_anew)
+                passive_now = True
+            if agreement.expected is not None:
+                asks = await self.renumber(sa, agreement.expected, fill)
+            await self.readdress(context, local, remote, agreement.renames, peers)
+        except BusyError as error:
+            log.warning("%s; charon goes on with it at %s", error, remote)
+            await self.redirect(sa, local, remote, peers)
+        except UnknownSaError as error:
+            log.warning("%s: it was ended here, it seems", error)
+        except IkectxError as error:
+            log.error("the SA's addresses: %s", error)
+        return Applied(passive_now, asks)
 
     @trace.spanned("readdress", "step")
     async def readdress(
@@ -295,6 +356,14 @@ class CharonMobile:
                 return False  # charon may repeat it by itself
         await self.count(sa, initiator=expected)
         return bool(view.tasks)
+
+    async def rekey(self, sa: SaName) -> None:
+        """Have charon rekey the IKE_SA, which begins new message IDs. Raises nothing."""
+        try:
+            view = await self.steps.seen(sa)
+            await self._host.vici.rekey(ike_id=view.unique_id)
+        except (CharonError, UnknownSaError, WireError) as error:
+            log.error("the IKE_SA %s is not rekeyed: %s", sa, error)
 
     async def redirect(
         self, sa: SaName, local: Endpoint, remote: Endpoint, peers: Sequence[Endpoint] = ()

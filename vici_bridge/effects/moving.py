@@ -8,6 +8,7 @@ from ikectx.engine.ledger import MobileFacts
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost
+from vici_bridge.kernel.rewrite import NewPlace
 from vici_bridge.vici.views import SaView
 
 from .mobile_move import MobileMove
@@ -20,7 +21,7 @@ class Moving:
 
     name: its present name. view: charon's view of it under its old name, None: charon does not have it.
     unanswered, anything, patience: see `CharonMobile.quiet`. rekeys: its children are to be rekeyed when it
-    is active.
+    is active. place: where its ESP goes ahead of its SAs.
     """
 
     host: CharonHost
@@ -32,6 +33,7 @@ class Moving:
     anything: bool = False
     patience: float = 0.0
     rekeys: bool = False
+    place: NewPlace | None = None
 
     @property
     def kept(self) -> IkeContext:

@@ -6,14 +6,17 @@
    IKE_UPDATE and CHILD_ADD.
 3. Set keys, sequence numbers and windows of the new pairs from those of the old ones, numbers beyond all that
    were used. Only then remove the guards.
-4. Delete the old pairs, as soon as the other end sends by the new ones.
-5. Change the IKE_SA's own SPIs last of all, because until then it is found under the old ones.
+4. End the rewriting of packets (`ahead`), so that the new pairs get theirs, and tell them what the old ones
+   have received until then.
+5. Delete the old pairs, as soon as the other end sends by the new ones.
+6. Change the IKE_SA's own SPIs last of all, because until then it is found under the old ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from .ahead import go_home
 from .moving import Moving
 from .runner import Facts, LedgerStep, StepEffect
 
@@ -35,6 +38,11 @@ async def _let_go(work: Moving) -> Facts:
     return {"move": replace(work.move, guards=()).dumps()}
 
 
+async def _by_new_pairs(work: Moving) -> None:
+    await go_home(work)
+    work.steps.join_windows(work.move)
+
+
 async def _end_old(work: Moving) -> None:
     await work.steps.end_old_pairs(work.sa, work.move, await work.seen())
 
@@ -54,6 +62,11 @@ def _old_name(work: Moving) -> bool:
     return work.view is not None
 
 
+def _ahead(work: Moving) -> bool:
+    rewrite = work.host.rewrite
+    return _old_name(work) and rewrite is not None and rewrite.place is not None
+
+
 READDRESS: LedgerStep[Moving] = LedgerStep(
     "readdress",
     (
@@ -61,6 +74,7 @@ READDRESS: LedgerStep[Moving] = LedgerStep(
         StepEffect("new pairs", _add, when=_old_name),
         StepEffect("numbers", _raise, when=_old_name),
         StepEffect("guards go", _let_go, when=_old_name),
+        StepEffect("packets by the new pairs", _by_new_pairs, when=_ahead),
         StepEffect("old pairs go", _end_old, when=_old_name),
         StepEffect("IKE_SA's name", _rename),
         StepEffect("all is done", _done),

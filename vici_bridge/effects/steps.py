@@ -28,7 +28,9 @@ from vici_bridge.ha.chain import reshape
 from vici_bridge.host import ESP, CharonHost
 from vici_bridge.kernel.algorithms import KernelReplay
 from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel
+from vici_bridge.kernel.rewrite import EspPair, NewPlace
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
+from vici_bridge.kernel.xfrm_parts import TUNNEL
 from vici_bridge.vici.views import SaView
 
 from .mobile_move import ChildMove, MobileMove, guards_of, leads
@@ -260,6 +262,46 @@ class MoveSteps:
                     raised = replace(ahead, seq=noted.sent + self._host.config.oseq_jump)
                     kernel.set_replay(outbound, raised, outbound=True)
         return move
+
+    def join_windows(self, move: MobileMove) -> None:
+        """Tell the new inbound SAs what the old ones have received since `raise_numbers`."""
+        kernel = self._host.kernel
+        for child in move.children if kernel is not None else ():
+            assert kernel is not None
+            (old, _), (new, _) = self._old(move, child), self._new(move, child)
+            if old is not None and new is not None:
+                kernel.set_replay(new, kernel.get_replay(old, outbound=False)[0], outbound=False)
+
+    def jump(self, place: NewPlace) -> None:
+        """Raise the sequence numbers of its outbound SAs by the jump. Packets that leave meanwhile do not
+        matter: they are fewer. Errors: KernelError."""
+        kernel = self._host.kernel
+        for pair in place.pairs if kernel is not None else ():
+            assert kernel is not None
+            sa = kernel.get_sa(place.old_remote, pair.spi_out, ESP)
+            if sa is not None:
+                sent, _ = kernel.get_replay(sa, outbound=True)
+                raised = replace(sent, seq=sent.seq + self._host.config.oseq_jump)
+                kernel.set_replay(sa, raised, outbound=True)
+
+    def new_place(self, context: IkeContext, local: Endpoint, remote: Endpoint) -> NewPlace | None:
+        """For the ESP of an SA that is at `context`'s addresses, and goes ahead to others; None: it cannot.
+
+        Only outer addresses of one IP version are rewritten, and only tunnel mode does not depend on them.
+        """
+        ends = (context.local.address, context.remote.address, local.address, remote.address)
+        pairs = []
+        for child in self._host.record.context(context.spis).children:
+            inbound, outbound = self._host.kernel_pair(context, child)
+            if inbound is None or outbound is None:
+                continue
+            if outbound.mode != TUNNEL:
+                return None
+            port = outbound.encap.source_port if outbound.encap is not None else 0
+            pairs.append(EspPair(child.spi_in, child.spi_out, port))
+        if not pairs or len({end.version for end in ends}) > 1:
+            return None
+        return NewPlace(*ends, tuple(pairs))
 
     def _right_keys(self, kernel: Kernel, context: IkeContext, move: MobileMove, child: ChildMove) -> None:
         """Correct the keys of an older child, because charon derives them from the IKE_SA's present SK_d.

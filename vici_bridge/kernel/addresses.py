@@ -84,7 +84,7 @@ class OuterAddresses:
         return [address for answer in answers if (address := _address(answer)) is not None]
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call `changed` whenever addresses or routes have changed and settled. Errors: KernelError."""
+        """Call `changed` at once whenever addresses or routes have changed. Errors: KernelError."""
         self._changes = Changes(ADDRESSES | ROUTES, changed)
 
     def nudge(self, remote: Address) -> None:

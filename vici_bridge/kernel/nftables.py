@@ -110,14 +110,28 @@ class NftTable:
             if messages is both and done.errno == 0:
                 break
 
+    def put(self, elements: Sequence[tuple[str, bytes, bytes]]) -> None:
+        """Add elements to maps (name, key, value), all at once; the same may be there."""
+        last = len(elements) - 1
+        messages = (
+            self._change(_NEWSETELEM, _CREATE | (_ACK if number == last else 0), name, key, value)
+            for number, (name, key, value) in enumerate(elements)
+        )
+        self._transact(XfrmRequest(Secret(_batch(b"".join(messages))), f"fill maps of table {self.name}"))
+
+    def empty(self, names: Sequence[str]) -> None:
+        """Remove all elements from these sets or maps, all at once."""
+        messages = (self._change(_DELSETELEM, _ACK if name == names[-1] else 0, name, b"") for name in names)
+        self._transact(XfrmRequest(Secret(_batch(b"".join(messages))), f"empty maps of table {self.name}"))
+
     def drop(self) -> None:
         """Delete the table, if it is there."""
         message = _message(_DELTABLE, _REQUEST | _ACK, _text(1, self.name))
         self._transact(XfrmRequest(Secret(_batch(message)), f"delete table {self.name}"), absent_ok=True)
 
-    def _change(self, number: int, flags: int, name: str, key: bytes) -> bytes:
-        """A part of a transaction. A refusal is always reported."""
-        body = _text(1, self.name) + _text(2, name) + _list_of(key)
+    def _change(self, number: int, flags: int, name: str, key: bytes, value: bytes = b"") -> bytes:
+        """A part of a transaction; without a key it is about all elements. A refusal is always reported."""
+        body = _text(1, self.name) + _text(2, name) + (_list_of(key, value) if key else b"")
         return _message(number, _REQUEST | flags, body)
 
     def _transact(self, request: XfrmRequest, *, absent_ok: bool = False) -> list[bytes]:
@@ -194,9 +208,12 @@ def _batch(message: bytes) -> bytes:
     return begin + message + end
 
 
-def _list_of(key: bytes) -> bytes:
+def _list_of(key: bytes, value: bytes = b"") -> bytes:
     """A list of one element."""
-    return _attribute(3 | _NESTED, _attribute(1 | _NESTED, _attribute(1 | _NESTED, _attribute(1, key))))
+    element = _attribute(1 | _NESTED, _attribute(1, key))
+    if value:
+        element += _attribute(2 | _NESTED, _attribute(1, value))
+    return _attribute(3 | _NESTED, _attribute(1 | _NESTED, element))
 
 
 def _value(part: bytes) -> bytes:

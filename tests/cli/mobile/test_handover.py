@@ -44,6 +44,70 @@ def test_reactive() -> None:
     do(scenario())
 
 
+async def at_a_new_place() -> World:
+    """charon is known to be idle, and the old address is gone."""
+    w = World()
+    w.outside.told = await w.mobile.views()
+    w.outside.addresses = [NEW.address]
+    return w
+
+
+def test_the_new_gateway_is_asked_before_charon_is_passive() -> None:
+    async def scenario() -> None:
+        w = await at_a_new_place()
+        report = await w.arrive()
+        assert (report.result, report.exit_code) == ("moved", 0)
+        assert w.gateways.seen == [("reactive", "ESTABLISHED", True)]
+        assert w.mobile.went == [(NEW, NSG)]
+        assert w.steps() == ["quiet", "readdress", "loud"]
+        machine = w.gateways.machine
+        assert machine is not None and machine.expects == w.mobile.context.mid_responder
+
+    do(scenario())
+
+
+def test_an_exchange_that_begins_just_then_goes_on_with_the_new_gateway() -> None:
+    async def scenario() -> None:
+        w = await at_a_new_place()
+        w.mobile.busy = ["CHILD_REKEY"]
+        report = await w.arrive()
+        assert (report.result, report.exit_code) == ("moved", 0)
+        assert w.steps() == ["quiet", "quiet", "redirect"]
+        assert w.mobile.did[-1] == "home"
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_request_that_charon_had_at_the_last_moment(serves: bool) -> None:
+    """The new gateway would use its message ID again, which charon ignores."""
+
+    async def scenario() -> None:
+        w = await at_a_new_place()
+        before = w.mobile.context.mid_responder
+
+        async def next_request(sa: Any) -> int:
+            return before + 1
+
+        w.mobile.next_request = next_request  # type: ignore[method-assign]
+        w.gateways.state = MobileState.ACTIVATED if serves else MobileState.REFUSED
+        await w.arrive()
+        assert w.steps() == ["quiet", "readdress", "loud", "rekey"] if serves else ["quiet", "loud"]
+
+    do(scenario())
+
+
+def test_what_the_old_way_still_carries_is_not_sent_ahead() -> None:
+    async def scenario() -> None:
+        w = World()
+        w.outside.told = await w.mobile.views()
+        await w.arrive()
+        assert w.mobile.went == []
+        assert w.gateways.seen == [("reactive", "PASSIVE", True)]
+
+    do(scenario())
+
+
 def test_an_address_that_was_given() -> None:
     async def scenario() -> None:
         w = World()

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from ikectx.errors import BusyError, WireError
+from ikectx.node.agreement import renames_of
 from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import Fpt
 from ikectx.sa.context import IkeContext
 from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.spis import AH, ESP, IKE, NewSpi, serialize_new_spis
 from ikectx_cli.mobile import handover as mobile_handover
-from ikectx_cli.mobile.names import renames_of
 from tests.asking_node import World as HandoverWorld
 from tests.mobile_world import NEW, NSG, a_node_context, do
 

@@ -109,6 +109,7 @@ class Watched:
         node.begin()
         self.lock = asyncio.Lock()
         self.watch = SpiWatch(node.host, node.mobile, node.store, self.lock)
+        node.host.on_change = self.watch.changed
 
     def _count(self, *, initiator: int, responder: int) -> None:
         from vici_bridge.ha import messages as ha
@@ -489,7 +490,6 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
             await asyncio.sleep(1)
         assert heard == [(w.node.sa, OLD, 5)]
         w.node.charon.local = NEW
-        assert w.node.host.on_change is not None
         w.watch.changed()
         await asyncio.sleep(1)
         assert [local for _, local, _ in heard] == [OLD, NEW]
@@ -499,7 +499,10 @@ def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         await asyncio.sleep(1)
         assert ended == [OLD, NEW]
         await w.watch.close()
-        assert w.node.host.on_change is None
+        w.node.charon.gone = False
+        w.watch.changed()
+        await asyncio.sleep(1)
+        assert w.watch.watched == 0
 
     do(scenario())
 
@@ -559,7 +562,9 @@ def test_policy() -> None:
         node = Node(CONTEXT)
         watch = SpiWatch(node.host, node.mobile, node.store, asyncio.Lock(), allowed=False)
         watch.start()
-        assert node.host.on_change is None
+        watch.changed()
+        await asyncio.sleep(1)
+        assert watch.watched == 0
         await watch.close()
 
     do(scenario())

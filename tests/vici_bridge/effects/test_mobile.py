@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ikectx.errors import BusyError, CharonError, StateError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, KernelError, StateError, UnknownSaError
 from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint, ReplayState
 from ikectx.sa.keys import esp_keys
@@ -22,6 +22,7 @@ from vici_bridge.ha import messages as ha
 from vici_bridge.ha.messages import HaType
 from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.xfrm import KernelSa
+from vici_bridge.kernel.xfrm_parts import TRANSPORT
 
 __all__ = ["quick"]
 
@@ -33,7 +34,6 @@ def test_it_exports_what_only_the_mobile_node_has() -> None:
         assert (context.local, context.remote) == (OLD, PSG)
         assert context.local_vips == (VIP,)
         assert context.current.initiator
-        assert context.children[0].outbound.seq >= 500
         await node.mobile.quiet(node.sa)
         passive = await node.mobile.export(node.sa)
         assert (passive.spis, passive.local_vips) == (context.spis, context.local_vips)
@@ -56,6 +56,56 @@ def test_a_move_beside_the_old_pair_loses_nothing() -> None:
         assert node.socket.heard.index(HaType.CHILD_ADD) < node.socket.heard.index(HaType.CHILD_DELETE)
         assert node.charon.rekeyed == []
         assert node.charon.peers == (NSG,)
+
+    do(scenario())
+
+
+def test_packets_go_by_the_new_place_before_anything_else_does() -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context(children=2))
+        kernel = node.kernel
+        assert kernel is not None
+        context = await node.mobile.export(node.sa)
+        kernel.send()
+        before = len(kernel.sent)
+        await node.mobile.ahead(context, NEW, NSG)
+        assert kernel.place is not None and len(kernel.place.pairs) == 2
+        kernel.send()
+        numbers: dict[int, int] = {reqid: number for reqid, _, number in kernel.sent[:before]}
+        for reqid, destination, number in kernel.sent[before:]:
+            if destination == NSG.address:
+                assert number > numbers[reqid] + JUMP  # below that everything is old for the new gateway
+        assert kernel.sent[-1][1] == NSG.address
+        assert HaType.IKE_UPDATE not in node.socket.heard
+        await node.mobile.quiet(node.sa)
+        mark = len(kernel.sent)
+        await node.mobile.readdress(context, NEW, NSG)
+        await node.mobile.loud(node.sa)
+        assert {destination for _, destination, _ in kernel.sent[mark:]} == {NSG.address}
+        assert kernel.lost == 0
+        at(node, NEW, NSG)
+
+    do(scenario())
+
+
+@pytest.mark.parametrize("why", ["versions", "transport", "no kernel", "no children", "kernel"])
+def test_packets_wait_where_they_cannot_go_ahead(why: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        node = Node(a_node_context(children=0 if why == "no children" else 1), kernel=why != "no kernel")
+        context = await node.mobile.export(node.sa)
+        local = Endpoint.of("2001:db8::9", 4500) if why == "versions" else NEW
+        kernel = node.kernel
+        if kernel is not None and why == "transport":
+            kernel.sas = {name: replace(sa, mode=TRANSPORT) for name, sa in kernel.sas.items()}
+        if kernel is not None and why == "kernel":
+            kernel.set_replay = refuses  # type: ignore[method-assign]
+        await node.mobile.ahead(context, local, NSG)
+        await node.mobile.home(node.sa)
+        assert kernel is None or kernel.place is None
+        assert ("waits for the new gateway" in caplog.text) is (why == "kernel")
+
+    def refuses(*args: Any, **more: Any) -> None:
+        raise KernelError("not now")
 
     do(scenario())
 

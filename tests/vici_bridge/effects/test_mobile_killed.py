@@ -1,4 +1,4 @@
-"""A mobile node's agent that is killed before or after any effect of quiet, readdress and loud."""
+"""A mobile node's agent that is killed before or after any effect of ahead, quiet, readdress and loud."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import pytest
 
 from tests.across.test_mobile_crashes import SHAPES
 from tests.killing import Assassin, Killed, names, places
-from tests.mobile_world import OLD, PSG, Node, a_move, a_node_context, at, do, quick
+from tests.mobile_world import NEW, NSG, OLD, PSG, Node, a_move, a_node_context, at, do, quick
 from vici_bridge.effects import mobile as mobile_module
+from vici_bridge.effects.ahead import AHEAD, HOME
 from vici_bridge.effects.loud import LOUD
 from vici_bridge.effects.quiet import QUIET
 from vici_bridge.effects.readdress import READDRESS
 
 __all__ = ["quick"]
 
-STEPS = {"quiet": QUIET, "readdress": READDRESS, "loud": LOUD}
+STEPS = {"ahead": AHEAD, "quiet": QUIET, "readdress": READDRESS, "loud": LOUD}
 
 
 async def killed(
@@ -54,6 +55,26 @@ def test_an_agent_may_be_killed_anywhere(step: str, shape: str, monkeypatch: pyt
     async def scenario() -> None:
         for effect, after in places(await killed(step, shape, "", False, True, monkeypatch)):
             await killed(step, shape, effect, after, True, monkeypatch)
+
+    do(scenario())
+
+
+def test_the_way_back_from_a_place_that_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        for effect in ("", *names(HOME)):
+            for after in (False, True):
+                node = Node(a_node_context(children=2))
+                assassin = Assassin(effect, after)
+                monkeypatch.setattr(mobile_module, "HOME", assassin.waits_in(HOME))
+                await node.mobile.ahead(await node.mobile.export(node.sa), NEW, NSG)
+                try:
+                    await node.mobile.home(node.sa)
+                    assert not effect
+                except Killed:
+                    node.begin()
+                    await node.mobile.resume()
+                at(node, OLD, PSG)
+                assert node.kernel is not None and node.kernel.lost == 0
 
     do(scenario())
 

@@ -102,7 +102,7 @@ def test_no_way(node: Namespace) -> None:
     addresses.close()
 
 
-def test_changes_are_noticed_once_they_have_settled(node: Namespace) -> None:
+def test_changes_are_noticed_at_once(node: Namespace) -> None:
     async def scenario() -> None:
         addresses = of(node)
         calls: list[None] = []
@@ -112,8 +112,6 @@ def test_changes_are_noticed_once_they_have_settled(node: Namespace) -> None:
         assert calls == []
         node.ip("addr add 192.0.2.8/24 dev one", f"addr del {OTHER}/24 dev two")
         await until(lambda: calls)
-        await asyncio.sleep(0.3)
-        assert len(calls) <= 2
         addresses.close()
 
     asyncio.run(scenario())

@@ -1,0 +1,55 @@
+"""Whom a handover is about: the SA that moves, and where the gateways take CTARs. I/O."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
+
+from ikectx.errors import LinkError, UnknownSaError
+from ikectx.node.mobility import Router
+from ikectx.sa.context import Endpoint
+from ikectx.sa.name import SaName
+from vici_bridge.vici.views import SaView
+
+from .config import GatewayEntry, MobileFile
+
+
+async def router_of(gateway: GatewayEntry, version: int) -> Router:
+    """The gateway for CXTP, preferably by that IP version. Errors: LinkError for an unknown name."""
+    where = gateway.ask(version)
+    address = gateway.address(version) or gateway.addresses[0]
+    try:
+        return Router(gateway.name, address, Endpoint(ip_address(where.host), where.port))
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            where.host, where.port, type=socket.SOCK_DGRAM, flags=socket.AI_ADDRCONFIG
+        )
+    except OSError as error:
+        raise LinkError(f"{where.host} cannot be found: {error.strerror}") from None
+    every = [ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    best = next((one for one in every if one.version == version), every[0])
+    return Router(gateway.name, address, Endpoint(best, where.port))
+
+
+def sa_of(views: Sequence[SaView], sa: SaName | None, config: MobileFile) -> SaView:
+    """The named SA among charon's, or the only one that may move. Errors: UnknownSaError."""
+    found = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
+    if sa is not None:
+        found = [view for view in found if view.spis == sa]
+    elif len(found) > 1:
+        # other SAs may lead to gateways that are not in this configuration
+        found = [view for view in found if config.gateway_at(view.remote.address) is not None]
+    if len(found) != 1:
+        what = "is no IKE_SA" if not found else f"are {len(found)} IKE_SAs: say which"
+        hint = "`swanctl --initiate` sets one up" if not found else "see --ike and --ike-id"
+        raise UnknownSaError(f"there {what}", hint=hint)
+    return found[0]
+
+
+def is_idle(view: SaView) -> bool:
+    """Whether it is up, and charon has no exchange under way."""
+    return view.state == "ESTABLISHED" and not view.tasks

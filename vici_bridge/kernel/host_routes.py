@@ -1,0 +1,85 @@
+"""`HostRoutes`: addresses that are this host's only by a route of the agent's in the table `local`. I/O."""
+
+from __future__ import annotations
+
+import errno
+
+from ikectx.errors import KernelError
+from ikectx.sa.context import Address
+
+from . import routes
+from .detour import PROTOCOL, TABLE, ask_way, is_local
+from .netlink import ROUTE, Netlink, failure
+from .routes import GETROUTE, LOCAL, KernelRoute
+from .xfrm_parts import INET, INET6, XfrmRequest, family_of
+
+_METRIC = 1024
+"""Behind the kernel's own route for an address of this host, which has 0."""
+_HOST, _NOWHERE = 254, 255
+"""Scopes (linux/rtnetlink.h): of an address of this host, and whichever it is."""
+_LOOPBACK = 1
+"""Index of `lo`, in each network namespace."""
+
+
+class HostRoutes:
+    """In the network namespace that this object was made in. Routes stay when the agent ends. Errors:
+    KernelError."""
+
+    def __init__(self) -> None:
+        self._route = Netlink(ROUTE, "routes")
+
+    def close(self) -> None:
+        self._route.close()
+
+    def is_own(self, address: Address) -> bool:
+        """Whether the address is one of this host, for whichever reason."""
+        return is_local(self._route, address)
+
+    def is_neighbours(self, address: Address) -> bool:
+        """Whether the address belongs to a link of this host, so that somebody else there may have it."""
+        way = ask_way(self._route, address)
+        return way is not None and way.gateway is None
+
+    def add(self, address: Address) -> None:
+        """Make it one of this host."""
+        self._route.ask(_request(routes.NEWROUTE, address))
+
+    def remove(self, address: Address) -> None:
+        """Undo `add`. Idempotent."""
+        request = _request(routes.DELROUTE, address)
+        outcome = self._route.transact([request])[0]
+        if outcome.errno not in (0, errno.ESRCH):
+            raise failure(request, outcome)
+
+    def clear(self) -> None:
+        """Undo each `add`, also of an agent before this one."""
+        for family in (INET, INET6):
+            asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
+            request = asked.request(GETROUTE, routes.DUMP, "list addresses of the agent's")
+            try:
+                answers = self._route.ask(request)
+            except KernelError as error:
+                if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT):
+                    continue  # there is no IPv6
+                raise
+            for route in map(KernelRoute.parse, answers):
+                ours = (route.table, route.maker, route.kind) == (TABLE, PROTOCOL, LOCAL)
+                if ours and route.destination is not None:
+                    self.remove(route.destination)
+
+
+def _request(number: int, address: Address) -> XfrmRequest:
+    new = number == routes.NEWROUTE
+    route = KernelRoute(
+        family_of(address),
+        address,
+        address.max_prefixlen,
+        device=_LOOPBACK,
+        metric=_METRIC,
+        table=TABLE,
+        maker=PROTOCOL,
+        scope=_HOST if new else _NOWHERE,
+        kind=LOCAL,
+    )
+    what = f"{'make' if new else 'end making'} {address} an address of this host"
+    return route.request(number, routes.CREATE | routes.REPLACE if new else 0, what)
