@@ -116,6 +116,9 @@ HOST_BITS = {4: 32, 6: 128}
 BEHIND = 1 << 20
 """Metric of a route that counts only where there is no other."""
 
+MTU = 1500
+"""Of each link outside, in octets."""
+
 LINKS_UP = 5.0
 """Seconds in which the links of a new network must carry packets."""
 
@@ -223,7 +226,7 @@ class Net:
     def _addresses(self, host: str) -> list[str]:
         lines = ["link set lo up"]
         if host in OUTER:
-            lines.append("link set eth0 up")
+            lines.append(f"link set eth0 mtu {MTU} up")
             for version in (4, 6):
                 address = f"{OUTER[host][version]}/{PREFIX[version]}"
                 lines += [_address(version, address, "eth0"), _default(CORE[host][version])]
@@ -240,7 +243,7 @@ class Net:
             lines += [f"route add unreachable {net} metric {BEHIND}" for net in inside]
         if host == "core":
             for far in OUTER:
-                lines.append(f"link set to-{far} up")
+                lines.append(f"link set to-{far} mtu {MTU} up")
                 lines += [_address(v, f"{CORE[far][v]}/{PREFIX[v]}", f"to-{far}") for v in (4, 6)]
             lines += [f"link set {device} up" for device in ("to-mn-new", *BETWEEN_LINKS)]
             lines += [_address(v, f"{CORE_AWAY[v]}/{PREFIX[v]}", "to-mn-new") for v in (4, 6)]
