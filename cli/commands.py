@@ -416,20 +416,25 @@ def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> No
 @json_option
 @click.pass_obj
 def doctor(setup: Setup[Config], as_json: bool) -> int:
-    """Check this gateway for frequent mistakes, and say what to write where."""
-    from .doctor.checks import examine
+    """Check this machine for frequent mistakes, and say what to write where.
+
+    It is a gateway, or a mobile node if it only has /etc/ikectx/mobile.toml (`ikectx mobile doctor`).
+    """
+    from .config import config_path
+    from .doctor.checks import CHECKS, FOR_ROOT
+    from .doctor.elsewhere import before, nothing_yet
+    from .doctor.findings import concluded, examine
     from .doctor.world import World
+    from .mobile.commands import diagnose
+    from .mobile.config import config_path as mobile_path
 
+    path = config_path(setup.given[0])
+    if setup.given[0] is None and not path.exists():
+        if mobile_path(None).exists():
+            return diagnose(mobile_path(None), setup.given[1], as_json)
+        return concluded(before(World(nothing_yet(path), "")), as_json)
     config = setup.config()
-    findings = examine(World(config, config.control.socket))
-    failed = sum(finding.level == "fail" for finding in findings)
-    if as_json:
-        show_json({"ok": not failed, "findings": [finding.to_json() for finding in findings]})
-    else:
-        from .doctor.checks import show_findings
-
-        show_findings(findings)
-    return 1 if failed else 0
+    return concluded(examine(World(config, config.control.socket), CHECKS, FOR_ROOT), as_json)
 
 
 @cli.command(

@@ -15,8 +15,8 @@ from ikectx.errors import IkectxError
 from ikectx.net.five_tuple import Flow
 from ikectx.sa.context import Address
 from ikectx_cli.config import Config, PeerSection
-from ikectx_cli.doctor import checks as doctor
-from ikectx_cli.doctor.checks import Finding
+from ikectx_cli.doctor.checks import CHECKS, FOR_ROOT
+from ikectx_cli.doctor.findings import Finding, examine
 from ikectx_cli.doctor.world import PeerAnswer, UdpOwner, World
 from ikectx_cli.reach import PacketWay
 from ikectx_cli.settings import Setting
@@ -119,7 +119,8 @@ class Fake(World):
         self.caps: int | None = 1 << 12 | 1 << 13
         self.owners = {"127.0.0.2": UdpOwner(10, "ikectx"), "127.0.0.1": UdpOwner(20, "charon")}
         self.foreign: set[str] = set()
-        self.peer = PeerAnswer(frozenset({"nsg"}), 0.0)
+        self.root = True
+        self.peer = PeerAnswer(frozenset({"nsg"}), 0.0, 9e12)
         self.tools = {"ip", "nft"}
         self.way = PacketWay("lan0", direct=True)
         self.there: bool | None = True
@@ -138,6 +139,9 @@ class Fake(World):
 
     def agent(self, command: str) -> Any:
         return self._get(command)
+
+    def is_root(self) -> bool:
+        return self.root
 
     def agent_pid(self) -> int | None:
         return self.pids["agent"]
@@ -213,7 +217,7 @@ class Protected(Fake):
 
 
 def bad(world: World) -> list[Finding]:
-    return [finding for finding in doctor.examine(world) if finding.level != "ok"]
+    return [finding for finding in examine(world, CHECKS, FOR_ROOT) if finding.level != "ok"]
 
 
 def only(world: World, check: str, level: str, found: str) -> Finding:

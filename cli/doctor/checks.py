@@ -1,76 +1,46 @@
 """`ikectx doctor`: frequent mistakes of operators, each as one check that says what to write where.
 
-A check is a function of the `World` that yields findings; `CHECKS` is the list. Levels: ok; note (worth
-knowing); warn (something will not work as expected); fail (nothing can be moved, or not safely).
+`CHECKS` is the list of those for a gateway; `findings` says what a check is.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ikectx.errors import IkectxError, KernelError
+from ikectx.errors import KernelError
 from vici_bridge.ha.version import UPGRADE, wire_version
 
+from ..settings import Setting
+from .certificates import certificates, expiry
+from .findings import Checks, Outcome
 from .inside import inside, pools
 from .ipsec import protection, reach
 from .world import World
 
 NET_ADMIN, NET_RAW = 12, 13
-DAY = 86400
-EXPIRY_DAYS = 14
-LEVELS = ("ok", "note", "warn", "fail")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of one check, and what to do about it."""
-
-    check: str
-    level: str
-    found: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, str]:
-        return asdict(self)
-
-
-Outcome = tuple[str, str] | tuple[str, str, str]
-"""(level, result) or (level, result, what to do)."""
-
-Check = Callable[[World], Iterator[Outcome]]
-
-
-def examine(world: World) -> list[Finding]:
-    """Run every check; one that cannot run yields the reason, and the others go on."""
-    findings: list[Finding] = []
-    reasons: dict[str, str] = {}
-    for name, check in CHECKS:
-        try:
-            findings += [Finding(name, *outcome) for outcome in check(world)]
-        except IkectxError as error:
-            first = reasons.setdefault(str(error), name)
-            if first == name:
-                findings.append(Finding(name, "fail", str(error), error.hint))
-            else:
-                findings.append(Finding(name, "note", f"not checked, because of {first}"))
-        except OSError as error:
-            findings.append(Finding(name, "warn", f"could not be checked: {error}"))
-    return findings
 
 
 def ha_snippet(world: World) -> str:
-    """The part of strongswan.conf that the ha plugin needs."""
+    """The part of strongswan.conf that the ha plugin needs, to be pasted."""
     charon = world.config.charon
     return (
-        "in strongswan.conf (Debian: /etc/strongswan.d/charon/ha.conf), then restart strongSwan: "
-        f"charon.plugins.ha {{ load = yes, local = {charon.ha_remote}, remote = {charon.ha_local}, "
-        f"monitor = no, resync = no, segment_count = {charon.segments} }} (one setting a line)"
+        "write into /etc/strongswan.d/charon/ha.conf (it is charon.plugins in strongswan.conf):\n"
+        "ha {\n"
+        "    load = yes\n"
+        f"    local = {charon.ha_remote}\n"
+        f"    remote = {charon.ha_local}\n"
+        "    monitor = no\n"
+        "    resync = no\n"
+        f"    segment_count = {charon.segments}\n"
+        "}\n"
+        f"then {RESTART}"
     )
+
+
+RESTART = "start the agent if it does not run yet, and after it: systemctl restart strongswan"
 
 
 def charon_runs(world: World) -> Iterator[Outcome]:
@@ -83,8 +53,15 @@ def charon_runs(world: World) -> Iterator[Outcome]:
 def ha_plugin(world: World) -> Iterator[Outcome]:
     plugins = world.charon("stats").get("plugins", [])
     if "ha" not in plugins:
-        install = "install it (Debian: libcharon-extra-plugins) and write "
-        yield "fail", "charon has not loaded the ha plugin", install + ha_snippet(world)
+        settings = world.settings("strongswan.conf")
+        if settings and not list(_wrong_settings(world, settings)) and _yes(_ha(settings, "load", "no")):
+            found = (
+                "charon has not loaded the ha plugin, which strongswan.conf names: it has not been restarted"
+            )
+            yield "fail", found, f"{RESTART}. If that does not help: apt-get install libcharon-extra-plugins"
+        else:
+            fix = f"apt-get install libcharon-extra-plugins (Debian), and {ha_snippet(world)}"
+            yield "fail", "charon has not loaded the ha plugin", fix
         return
     yield "ok", "charon has loaded the ha plugin"
     charon = world.config.charon
@@ -98,46 +75,42 @@ def ha_settings(world: World) -> Iterator[Outcome]:
     if settings is None:
         yield "note", "strongswan.conf cannot be read, so its ha section is not checked"
         return
-    try:
-        daemon = world.charon("version").get("daemon", "charon-systemd")
-    except IkectxError:
-        daemon = "charon-systemd"
+    wrong = list(_wrong_settings(world, settings))
+    yield from wrong or [("ok", "strongswan.conf agrees with the configuration")]
+
+
+def _ha(settings: Mapping[str, Setting], key: str, default: str) -> str:
+    """A setting of the ha plugin."""
+    for name in ("charon-systemd", "charon"):
+        setting = settings.get(f"{name}.plugins.ha.{key}")
+        if setting is not None and setting.value:
+            return setting.value
+    return default
+
+
+def _wrong_settings(world: World, settings: Mapping[str, Setting]) -> Iterator[Outcome]:
     charon = world.config.charon
-
-    def value(key: str, default: str) -> str:
-        for name in (daemon, "charon"):
-            setting = settings.get(f"{name}.plugins.ha.{key}")
-            if setting is not None and setting.value:
-                return setting.value
-        return default
-
-    wrong = False
     for key, default, wanted, why in (
         ("local", "", charon.ha_remote, "charon's own address, [charon] ha_remote"),
         ("remote", "", charon.ha_local, "the agent's address, [charon] ha_local"),
         ("monitor", "yes", "no", "charon would take over SAs by itself when the agent is silent"),
         ("segment_count", "1", str(charon.segments), "[charon] segments"),
     ):
-        found = value(key, default)
+        found = _ha(settings, key, default)
         if _yes(found) if wanted == "no" else found != wanted:
-            wrong = True
             yield (
                 "fail",
                 f"charon.plugins.ha.{key} is {found or 'not set'}, not {wanted} ({why})",
                 ha_snippet(world),
             )
-    if _yes(value("resync", "yes")):
-        wrong = True
+    if _yes(_ha(settings, "resync", "yes")):
         yield (
             "warn",
             "charon.plugins.ha.resync is on: charon asks for a resync at each start",
             ha_snippet(world),
         )
-    if value("secret", ""):
-        wrong = True
+    if _ha(settings, "secret", ""):
         yield "fail", "charon.plugins.ha.secret is set: the agent cannot read its messages", "remove it"
-    if not wrong:
-        yield "ok", "strongswan.conf agrees with the configuration"
 
 
 def _yes(value: str) -> bool:
@@ -214,18 +187,27 @@ def order(world: World) -> Iterator[Outcome]:
     unknown = [sa for sa in _mobile_nodes(world) if sa.get("known") is False]
     if not unknown:
         yield "ok", "the agent knows the keys of all SAs"
+    unnoted = [sa for sa in unknown if "message IDs" in str(sa.get("reason"))]
+    if unnoted:
+        yield "warn", f"{_those(unnoted)}: {unnoted[0]['reason']}", str(unnoted[0].get("hint", ""))
+    unknown = [sa for sa in unknown if sa not in unnoted]
+    if not unknown:
         return
     agent, charon = world.agent_pid(), world.charon_pid()
     times = (world.started(charon) if charon else None, world.started(agent) if agent else None)
     before = times[0] is not None and times[1] is not None and times[0] < times[1]
-    names = ", ".join(str(sa.get("name")) for sa in unknown[:5])
     why = "charon started before the agent" if before else "they came up while the agent was away"
     yield (
         "warn",
-        f"{len(unknown)} SAs cannot be moved ({names}): {why}",
+        f"{_those(unknown)}: {why}",
         "start the agent before charon (Before=strongswan.service in its unit); "
         "`ikectx resync` fetches these now, and rekeys every CHILD_SA for it",
     )
+
+
+def _those(sas: Sequence[Mapping[str, Any]]) -> str:
+    names = ", ".join(str(sa.get("name")) for sa in sas[:5])
+    return f"{len(sas)} SAs cannot be moved ({names})"
 
 
 def capabilities(world: World) -> Iterator[Outcome]:
@@ -273,124 +255,6 @@ def secret_files(world: World) -> Iterator[Outcome]:
         yield "ok", "no other user can read the keys"
 
 
-def certificates(world: World) -> Iterator[Outcome]:
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-
-    transfer = world.config.transfer
-    if transfer.transport != "tls":
-        yield "ok", 'not needed with transport = "ipsec"'
-        return
-    missing = False
-    data: dict[str, bytes] = {}
-    for key, path in (("certificate", transfer.certificate), ("key", transfer.key), ("ca", transfer.ca)):
-        try:
-            data[key] = Path(path).read_bytes()
-        except OSError as error:
-            missing = True
-            yield (
-                "fail",
-                f"[transfer] {key}: {path}: {error.strerror}",
-                "see `TLS certificates` in the README",
-            )
-    if missing:
-        return
-    try:
-        own = x509.load_pem_x509_certificates(data["certificate"])[0]
-        cas = x509.load_pem_x509_certificates(data["ca"])
-        private = load_pem_private_key(data["key"], None)
-    except (ValueError, TypeError) as error:
-        yield (
-            "fail",
-            f"not PEM, or a key with a passphrase: {error}",
-            "give PEM files, and a key without passphrase",
-        )
-        return
-    raw = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if private.public_key().public_bytes(*raw) != own.public_key().public_bytes(*raw):
-        yield (
-            "fail",
-            f"{transfer.key} is not the key of {transfer.certificate}",
-            "give the key that belongs to it",
-        )
-    names = _names(own)
-    if world.config.name.lower() not in names:
-        yield (
-            "note",
-            f"the certificate holds {', '.join(sorted(names)) or 'no name'}, not {world.config.name!r}",
-            'the peers need `identity = "…"` with one of these names in their [[peer]] for this gateway',
-        )
-    yield from _validity(world, own)
-    yield from _usage(own)
-    if not any(_issued(own, ca) for ca in cas):
-        chain = x509.load_pem_x509_certificates(data["certificate"])[1:]
-        if not chain:
-            yield (
-                "fail",
-                f"{transfer.certificate} was not issued by a CA in {transfer.ca}",
-                "give the CA of the gateways; intermediate ones go into the certificate file",
-            )
-
-
-def _names(certificate: Any) -> frozenset[str]:
-    """dNSNames, else the CN; lower case. Peers are identified by the same rule."""
-    from cryptography import x509
-    from cryptography.x509.oid import NameOID
-
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        dns = names.get_values_for_type(x509.DNSName)
-    except (x509.ExtensionNotFound, ValueError):
-        dns = []
-    if not dns:
-        dns = [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    return frozenset(name.lower() for name in dns)
-
-
-def _validity(world: World, own: Any) -> Iterator[Outcome]:
-    now = world.now()
-    begins, ends = own.not_valid_before_utc.timestamp(), own.not_valid_after_utc.timestamp()
-    if now < begins:
-        yield "fail", "the own certificate is not valid yet", "set the clock, or wait"
-    elif now > ends:
-        yield "fail", f"the own certificate expired {(now - ends) / DAY:.0f} days ago", "renew it"
-    elif ends - now < EXPIRY_DAYS * DAY:
-        yield "warn", f"the own certificate expires in {(ends - now) / DAY:.1f} days", "renew it"
-    else:
-        yield "ok", f"the own certificate is valid for {(ends - now) / DAY:.0f} days"
-
-
-def _usage(own: Any) -> Iterator[Outcome]:
-    from cryptography import x509
-    from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
-
-    try:
-        usages = set(own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except x509.ExtensionNotFound:
-        return
-    lacking = [
-        name
-        for name, oid in (("serverAuth", Usage.SERVER_AUTH), ("clientAuth", Usage.CLIENT_AUTH))
-        if oid not in usages
-    ]
-    if lacking and Usage.ANY_EXTENDED_KEY_USAGE not in usages:
-        yield (
-            "fail",
-            f"the own certificate is not for {' and '.join(lacking)}",
-            "issue it with both extended key usages: a gateway is client and server",
-        )
-
-
-def _issued(certificate: Any, ca: Any) -> bool:
-    from cryptography.exceptions import InvalidSignature
-
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
 def clock(world: World) -> Iterator[Outcome]:
     now = world.now()
     try:
@@ -407,13 +271,16 @@ def clock(world: World) -> Iterator[Outcome]:
         yield "ok", "the clock seems right"
 
 
-def kernel(world: World) -> Iterator[Outcome]:
+def esp(world: World) -> Iterator[Outcome]:
     if world.config.charon.kernel_esp:
-        yield from _esp(world)
+        yield from _kernel_esp(world)
     elif world.exists("/dev/net/tun"):
         yield "note", "user-space ESP: sequence numbers cannot be carried over (see the limits in the README)"
     else:
         yield "fail", "/dev/net/tun is missing, which user-space ESP needs", "modprobe tun"
+
+
+def nftables(world: World) -> Iterator[Outcome]:
     if world.tool("nft") is None:
         why = "a transfer mutes IKE messages with it"
         yield "fail", f"the program nft is missing: {why}", "apt-get install nftables"
@@ -427,7 +294,7 @@ def kernel(world: World) -> Iterator[Outcome]:
         yield "fail", f"nftables does not work: {said}", "modprobe nf_tables"
 
 
-def _esp(world: World) -> Iterator[Outcome]:
+def _kernel_esp(world: World) -> Iterator[Outcome]:
     if world.tool("ip") is None:
         yield "fail", "the program ip is missing", "apt-get install iproute2"
         return
@@ -529,6 +396,9 @@ def peers(world: World) -> Iterator[Outcome]:
             )
         else:
             yield "ok", f"{who} is reached and proves to be {peer.identity}"
+            found = expiry(world, f"the certificate of {peer.name}", answer.not_after or float("inf"))
+            if found[0] != "ok":
+                yield found
 
 
 def connections(world: World) -> Iterator[Outcome]:
@@ -560,7 +430,7 @@ def connections(world: World) -> Iterator[Outcome]:
         yield "ok", f"{len(known)} connections"
 
 
-CHECKS: Sequence[tuple[str, Check]] = (
+CHECKS: Checks = (
     ("charon", charon_runs),
     ("ha plugin", ha_plugin),
     ("ha settings", ha_settings),
@@ -573,7 +443,8 @@ CHECKS: Sequence[tuple[str, Check]] = (
     ("secret files", secret_files),
     ("certificates", certificates),
     ("clock", clock),
-    ("kernel", kernel),
+    ("kernel", esp),
+    ("kernel", nftables),
     ("message ids", message_ids),
     ("addresses", addresses),
     ("protection", protection),
@@ -583,18 +454,8 @@ CHECKS: Sequence[tuple[str, Check]] = (
     ("pools", pools),
 )
 
-
-def show_findings(findings: Sequence[Finding]) -> None:
-    """Print a table, then what to do, then one closing line."""
-    from ..render import say, table
-
-    styles = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
-    table(("check", "", "found"), [(item.check, item.level, item.found) for item in findings], styles=styles)
-    told = [item for item in findings if item.fix and item.level != "ok"]
-    for fix in dict.fromkeys(item.fix for item in told):
-        for item in told:
-            if item.fix == fix:
-                say(f"{item.level} {item.check}: {item.found}")
-        say(f"    {fix}")
-    counts = {level: sum(item.level == level for item in findings) for level in LEVELS}
-    print(", ".join(f"{count} {level}" for level, count in counts.items()))
+FOR_ROOT = (
+    *("charon", "ha plugin", "ha settings", "ha socket", "ha version", "secret files", "certificates"),
+    *("kernel", "message ids", "protection", "peers", "inside", "connections", "pools"),
+)
+"""Those that only root can run: they ask charon and the kernel, or read keys."""

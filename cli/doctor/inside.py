@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..config import PeerSection
+from .findings import Outcome
 from .world import World
-
-Outcome = tuple[str, str] | tuple[str, str, str]
 
 SECTION = "see `How the network inside follows` in the README"
 

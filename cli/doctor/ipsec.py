@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from ikectx.errors import IkectxError, KernelError, LinkError
 
+from .findings import Outcome
 from .world import World
-
-Outcome = tuple[str, str] | tuple[str, str, str]
 
 
 def protection(world: World) -> Iterator[Outcome]:

@@ -50,6 +50,7 @@ class PeerAnswer:
 
     names: frozenset[str] = frozenset()
     not_before: float | None = None
+    not_after: float | None = None
     failed: str = ""
     refused: bool = False
 
@@ -68,6 +69,9 @@ class World:
         self.config = config
         self.control = control
         self._asked: dict[str, Any] = {}
+
+    def is_root(self) -> bool:
+        return os.geteuid() == 0
 
     # -- charon and the agent
 
@@ -226,15 +230,16 @@ class World:
             ):
                 certificate = sock.getpeercert()
                 names = certificate_names(certificate)
-                since = str((certificate or {}).get("notBefore", ""))
+                since, until = (str((certificate or {}).get(key, "")) for key in ("notBefore", "notAfter"))
                 not_before = ssl.cert_time_to_seconds(since) if since else None
+                not_after = ssl.cert_time_to_seconds(until) if until else None
                 # With TLS 1.3 a server's verdict on our certificate comes after the handshake.
                 sock.settimeout(1)
                 try:
                     refused = sock.recv(1) == b""
                 except TimeoutError:
                     refused = False
-                return PeerAnswer(names, not_before, refused=refused)
+                return PeerAnswer(names, not_before, not_after, refused=refused)
         except IkectxError as error:
             return PeerAnswer(failed=str(error))
         except ssl.SSLError as error:
@@ -344,7 +349,7 @@ class World:
     def probe(self, *command: str) -> tuple[bool | None, str]:
         """Try a command in a network namespace of its own: whether it worked (None: not tried), and its
         output."""
-        if os.geteuid() != 0:
+        if not self.is_root():
             return None, "only root can try it"
         try:
             done = subprocess.run(

@@ -19,6 +19,8 @@ from ..answers import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .config import MobileFile
 
 PATIENCE = 4000.0
@@ -211,3 +213,24 @@ def cancel(setup: Setup[MobileFile], as_json: bool) -> None:
         show_json(answer)
     else:
         click.echo("cancelled" if answer.get("cancelled") else "nothing was announced")
+
+
+@mobile.command(short_help="Check this mobile node, and say what to write where.")
+@json_option
+@click.pass_obj
+def doctor(setup: Setup[MobileFile], as_json: bool) -> int:
+    """Check this mobile node for frequent mistakes, and say what to write where."""
+    from .config import config_path
+
+    return diagnose(config_path(setup.given[0]), setup.given[1], as_json)
+
+
+def diagnose(path: Path, socket: str | None, as_json: bool) -> int:
+    """Check a mobile node and print what was found; returns the exit code. Errors: ConfigError."""
+    from ..doctor.elsewhere import of_mobile_node, on_mobile_node
+    from ..doctor.findings import concluded
+    from ..doctor.world import World
+    from .config import load
+
+    file = load(path)
+    return concluded(on_mobile_node(World(of_mobile_node(file), socket or file.control.socket)), as_json)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ikectx.errors import CharonError, KernelError, LinkError
 from ikectx_cli import commands
 from ikectx_cli.config import parse
-from ikectx_cli.doctor import checks as doctor
-from ikectx_cli.doctor.checks import Finding
+from ikectx_cli.doctor.checks import CHECKS, FOR_ROOT
+from ikectx_cli.doctor.findings import Finding, examine
 from ikectx_cli.doctor.world import PeerAnswer, UdpOwner
 from ikectx_cli.settings import load
 from tests.healthy_world import CHARON, HA, TOML, Fake, Pki, bad, only
@@ -35,9 +36,9 @@ def world(tmp_path: Path, pki: Pki) -> Fake:
 
 
 def test_all_is_well(world: Fake) -> None:
-    findings = doctor.examine(world)
+    findings = examine(world, CHECKS)
     assert {finding.level for finding in findings} == {"ok"}
-    assert {finding.check for finding in findings} == {name for name, _ in doctor.CHECKS} - {
+    assert {finding.check for finding in findings} == {name for name, _ in CHECKS} - {
         "kinds",
         "pools",
         "protection",
@@ -57,7 +58,12 @@ def test_charon_is_away(world: Fake) -> None:
 def test_ha_plugin_missing_or_deaf(world: Fake) -> None:
     world.answers["stats"] = {"plugins": ["vici"]}
     fix = only(world, "ha plugin", "fail", "not loaded the ha plugin").fix
-    assert "libcharon-extra-plugins" in fix and "local = 127.0.0.1, remote = 127.0.0.2, monitor = no" in fix
+    assert "libcharon-extra-plugins" in fix
+    assert "\n    local = 127.0.0.1\n    remote = 127.0.0.2\n    monitor = no\n" in fix
+    assert world.ha is not None
+    world.ha["load"] = "yes"
+    fix = only(world, "ha plugin", "fail", "it has not been restarted").fix
+    assert "after it: systemctl restart strongswan" in fix and "local =" not in fix
     world.answers["stats"] = {"plugins": ["ha"]}
     del world.owners["127.0.0.1"]
     only(world, "ha plugin", "fail", "does not listen on 127.0.0.1:4510")
@@ -158,6 +164,13 @@ def test_charon_started_before_the_agent(world: Fake) -> None:
     assert "Before=strongswan.service" in only(world, "order", "warn", "charon started before").fix
 
 
+def test_message_ids_that_nobody_noted(world: Fake) -> None:
+    unnoted = {"name": "home", "known": False, "reason": "its message IDs are not known", "hint": "resync"}
+    world.answers["list-contexts"] = [unnoted]
+    finding = only(world, "order", "warn", "1 SAs cannot be moved (home): its message IDs are not known")
+    assert finding.fix == "resync"
+
+
 def test_capabilities(world: Fake) -> None:
     world.caps = 1 << 12
     only(world, "capabilities", "fail", "the agent has no CAP_NET_RAW")
@@ -178,7 +191,7 @@ def test_secret_files(world: Fake) -> None:
 @pytest.mark.parametrize(
     "options, level, found",
     [
-        ({"days": 3}, "warn", "expires in 3.0 days"),
+        ({"days": 29}, "warn", "expires in 29.0 days"),
         ({"days": -2, "since": 9}, "fail", "expired 2 days ago"),
         ({"since": -2}, "fail", "not valid yet"),
         ({"name": "gw7"}, "note", "holds gw7, not 'psg'"),
@@ -258,11 +271,29 @@ def test_addresses(world: Fake) -> None:
         (PeerAnswer(frozenset(), 0.0), "certificate for nobody", "identity"),
         (PeerAnswer(frozenset({"nsg"}), 0.0, refused=True), "does not accept us", 'name = "psg"'),
         (PeerAnswer(frozenset({"nsg"}), 9e12), "not valid yet", "clock"),
+        (PeerAnswer(frozenset({"nsg"}), 0.0, 1.0), "the certificate of nsg expired", "renew it"),
     ],
 )
 def test_peers(world: Fake, answer: PeerAnswer, found: str, fix: str) -> None:
     world.peer = answer
     assert fix in only(world, "peers", "fail", found).fix
+
+
+def test_certificates_of_others_that_expire(world: Fake) -> None:
+    world.peer = PeerAnswer(frozenset({"nsg"}), 0.0, world.time + 20 * 86400)
+    only(world, "peers", "warn", "the certificate of nsg expires in 20.0 days")
+    world.peer = PeerAnswer(frozenset({"nsg"}), 0.0, 9e12)
+    world.time = x509.load_pem_x509_certificate(
+        world.config.transfer.ca.read_bytes()
+    ).not_valid_after_utc.timestamp()
+    assert ("certificates", "warn") in {(item.check, item.level) for item in bad(world)}
+
+
+def test_without_root(world: Fake) -> None:
+    world.root = False
+    findings = {finding.check: finding for finding in examine(world, CHECKS, FOR_ROOT)}
+    assert not set(FOR_ROOT) & set(findings) and findings["agent"].level == "ok"
+    assert findings["rights"].level == "warn" and "charon, ha plugin" in findings["rights"].found
 
 
 def test_no_peers(world: Fake, tmp_path: Path) -> None:
@@ -288,11 +319,15 @@ def test_the_command(
     assert capsys.readouterr().out.splitlines()[-1].endswith("0 note, 0 warn, 0 fail")
     world.answers["stats"] = {"plugins": []}
     assert commands.run(args) == 1
-    assert "fail ha plugin: charon has not loaded the ha plugin\n    install it" in capsys.readouterr().out
+    assert (
+        "fail ha plugin: charon has not loaded the ha plugin\n    apt-get install" in capsys.readouterr().out
+    )
     assert world.ha is not None
     world.ha = {"monitor": "yes"}
     commands.run(args)
-    assert capsys.readouterr().out.count("    in strongswan.conf") == 1
+    assert (
+        capsys.readouterr().out.count("\n    ha {\n        load = yes\n") == 2
+    )  # one with how to install it
     world.ha = dict(HA)
     assert commands.run([*args, "--json"]) == 1
     value = json.loads(capsys.readouterr().out)

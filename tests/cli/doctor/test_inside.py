@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ikectx_cli.config import parse
-from ikectx_cli.doctor import checks as doctor
+from ikectx_cli.doctor.checks import CHECKS
+from ikectx_cli.doctor.findings import examine
 from ikectx_cli.reach import PacketWay
 from tests.healthy_world import TOML, VIA, Fake, Pki, only
 
@@ -20,7 +21,7 @@ def a_world(folder: Path, text: str = TOML) -> Fake:
 
 
 def test_a_peer_whose_inner_address_answers(tmp_path: Path) -> None:
-    found = {finding.check: finding.found for finding in doctor.examine(a_world(tmp_path))}
+    found = {finding.check: finding.found for finding in examine(a_world(tmp_path), CHECKS)}
     assert found["inside"] == "nsg: forward_via 10.0.0.3 answers by lan0"
 
 
@@ -53,7 +54,7 @@ def test_a_peer_without_an_inner_address(tmp_path: Path) -> None:
 
 def test_a_peer_without_an_inner_address_where_scripts_announce(tmp_path: Path) -> None:
     world = a_world(tmp_path, TOML.replace(VIA, "").replace('/updown"\n', '/updown"\nannounces = true\n'))
-    found = {finding.check: (finding.level, finding.found) for finding in doctor.examine(world)}
+    found = {finding.check: (finding.level, finding.found) for finding in examine(world, CHECKS)}
     assert found["inside"] == ("ok", "nsg has no forward_via, and the scripts of home announce")
 
 
@@ -64,6 +65,6 @@ def test_a_pool_that_fills(tmp_path: Path, online: int, offline: int, level: str
     world = a_world(tmp_path)
     pool = {"base": "10.9.0.0", "size": "254", "online": str(online), "offline": str(offline)}
     world.answers["pools"] = {"rw": pool}
-    (finding,) = (finding for finding in doctor.examine(world) if finding.check == "pools")
+    (finding,) = (finding for finding in examine(world, CHECKS) if finding.check == "pools")
     assert finding.level == level and f"{online + offline} of 254 addresses" in finding.found
     assert ("never fills" in finding.fix) == (level != "ok")

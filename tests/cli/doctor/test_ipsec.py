@@ -8,8 +8,8 @@ import pytest
 
 from ikectx.errors import KernelError, LinkError
 from ikectx_cli.config import parse
-from ikectx_cli.doctor import checks as doctor
-from ikectx_cli.doctor.checks import Finding
+from ikectx_cli.doctor.checks import CHECKS
+from ikectx_cli.doctor.findings import Finding, examine
 from ikectx_cli.doctor.world import PeerAnswer
 from tests.healthy_world import IPSEC, VIA, Protected, bad, only
 
@@ -23,7 +23,7 @@ def protected(tmp_path: Path) -> Protected:
 
 
 def test_protected_by_ipsec(protected: Protected) -> None:
-    findings = doctor.examine(protected)
+    findings = examine(protected, CHECKS)
     assert {finding.level for finding in findings} == {"ok"}
     assert protected.protected[:2] == [
         "tcp between 192.0.2.1:49152 and 198.51.100.1:5091",
