@@ -145,6 +145,8 @@ class Walk:
 
     def configured(self) -> None:
         """Steps 2 to 5."""
+        if "cp /opt/ikectx/examples/config/ikectx.toml" not in self.psg.run("! ikectx doctor"):
+            raise WrongError("doctor does not say what comes first")
         ha, certificates, toml, start = (self.page.take(FIVE, at) for at in (1, 2, 3, 4))
         shell("mkdir -p /tls && cd /tls\n" + certificates, log=self.log)
         for machine in self.gateways:
@@ -156,9 +158,9 @@ class Walk:
         self.nsg.run(start)
         self.healthy()
 
-    def healthy(self) -> None:
-        """`ikectx doctor` finds nothing wrong on either gateway."""
-        for machine in self.gateways:
+    def healthy(self, *machines: Machine) -> None:
+        """`ikectx doctor` finds nothing wrong; without machines: on either gateway."""
+        for machine in machines or self.gateways:
             found = json.loads(machine.run("ikectx doctor --json"))["findings"]
             if wrong := [one for one in found if one["level"] != "ok"]:
                 raise WrongError(f"doctor on {machine.name}: {json.dumps(wrong, indent=1)}")
@@ -238,6 +240,7 @@ class Walk:
         self.mn.write("/etc/ikectx/mobile.toml", re.sub(r', "2001:[^"]*"', "", example))
         self.mn.run(self.page.take(HANDOVERS, 1))
         self.connect()
+        self.healthy(self.mn)
         now, soon = self.page.take(HANDOVERS, 2).strip().splitlines()
         self.under_traffic(lambda: self.mn.run(now))
         self.serves(self.nsg)
