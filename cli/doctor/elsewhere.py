@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from ..config import Config, GatewayConfig, TransferConfig
-from ..mobile.config import MobileFile
 from .checks import (
     FOR_ROOT,
     capabilities,
@@ -31,12 +29,6 @@ def nothing_yet(path: Path) -> Config:
     """A configuration with nothing but defaults, and without other gateways."""
     nothing = TransferConfig((), Path(), Path(), Path(), transport="ipsec")
     return Config(path, "", Path("/var/lib/ikectx"), GatewayConfig(()), nothing)
-
-
-def of_mobile_node(file: MobileFile) -> Config:
-    """What gateways and mobile nodes have in common."""
-    nothing = nothing_yet(file.path)
-    return replace(nothing, state_dir=file.state_dir, charon=file.charon, control=file.control)
 
 
 def before(world: World) -> list[Finding]:

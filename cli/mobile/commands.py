@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -227,10 +228,11 @@ def doctor(setup: Setup[MobileFile], as_json: bool) -> int:
 
 def diagnose(path: Path, socket: str | None, as_json: bool) -> int:
     """Check a mobile node and print what was found; returns the exit code. Errors: ConfigError."""
-    from ..doctor.elsewhere import of_mobile_node, on_mobile_node
+    from ..doctor.elsewhere import nothing_yet, on_mobile_node
     from ..doctor.findings import concluded
     from ..doctor.world import World
     from .config import load
 
     file = load(path)
-    return concluded(on_mobile_node(World(of_mobile_node(file), socket or file.control.socket)), as_json)
+    config = replace(nothing_yet(path), state_dir=file.state_dir, charon=file.charon, control=file.control)
+    return concluded(on_mobile_node(World(config, socket or file.control.socket)), as_json)

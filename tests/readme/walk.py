@@ -130,8 +130,9 @@ class Walk:
             self.mn.run(
                 f"sed -i 's/remote_addrs = .*/remote_addrs = {remote}/' /etc/swanctl/conf.d/home.conf"
             )
-        self.mn.run("swanctl --load-all -q && swanctl --terminate --ike home --force || true")
-        self.mn.run("swanctl --initiate --child net")
+        self.mn.run("swanctl --load-all --noprompt")
+        self.mn.run("swanctl --terminate --ike home --force || true")
+        self.mn.run("swanctl --initiate --child net --timeout 30")
         self.answers()
 
     def answers(self, count: int = 5, most_lost: int = 0) -> None:

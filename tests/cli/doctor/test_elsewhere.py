@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from ikectx_cli import commands
 from ikectx_cli.config import parse
 from ikectx_cli.doctor import elsewhere
-from ikectx_cli.mobile.config import parse as parse_mobile
 from tests.healthy_world import CHARON, TOML, Fake
 
 MOBILE = (
@@ -34,9 +34,8 @@ def test_before_there_is_a_configuration(world: Fake) -> None:
 
 def test_on_a_mobile_node(world: Fake, tmp_path: Path) -> None:
     (tmp_path / "state").mkdir(mode=0o700)
-    file = parse_mobile(f'state_dir = "{tmp_path}/state"\n' + MOBILE, tmp_path / "mobile.toml")
     (tmp_path / "mobile.toml").write_text(MOBILE)
-    world.config = elsewhere.of_mobile_node(file)
+    world.config = replace(elsewhere.nothing_yet(tmp_path / "mobile.toml"), state_dir=tmp_path / "state")
     gateways = [{"name": "psg", "192.0.2.1": "from 203.0.113.7"}]
     world.answers["status"] = {"version": "1", "charon": CHARON, "sas": [SA], "gateways": gateways}
     assert {finding.level for finding in elsewhere.on_mobile_node(world)} == {"ok"}
