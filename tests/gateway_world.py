@@ -153,6 +153,9 @@ class Charon:
 
     # VICI
 
+    async def half_open(self) -> int:
+        return 0
+
     async def version(self) -> dict[str, str]:
         return {"version": "5.9.8"}
 

@@ -44,6 +44,8 @@ class Deadlines:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._entries: dict[str, Deadline] = {}
+        self._seen: set[SaName] = set()
+        """SAs whose timers were noted. Later toggles start them anew, so that they tell nothing more."""
         for key, value in store.items(_KIND):
             try:
                 self._entries[key] = Deadline(**json.loads(value))
@@ -62,9 +64,20 @@ class Deadlines:
     def before_toggle(self, views: Iterable[SaView], wall: float) -> None:
         """Keep every IKE_SA's own timer as a deadline, because the activation is about to start it anew."""
         for view in views:
+            if view.state not in ("ESTABLISHED", "REKEYING"):
+                continue
+            self._seen.add(view.spis)
             left = [seconds for seconds in (view.rekey, view.reauth) if seconds is not None]
-            if left and view.state in ("ESTABLISHED", "REKEYING"):
+            if left:
                 self.keep(view.spis, None, wall + min(left))
+
+    def has_seen(self, served: Iterable[SaName]) -> bool:
+        """Whether the timers of all these SAs were noted since they came up."""
+        return self._seen.issuperset(served)
+
+    def gone(self, sa: SaName) -> None:
+        """charon no longer has the SA."""
+        self._seen.discard(sa)
 
     def settle(self, views: Iterable[SaView], wall: float) -> list[tuple[Deadline, SaView]]:
         """Drop deadlines of SAs that are gone, or that charon rekeys early enough itself; return those due

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any
 
 from ikectx import trace
 from ikectx.engine.ledger import Ledger, MobileFacts, SourceFacts, TargetFacts
@@ -51,6 +52,7 @@ from .doubts import Doubts
 from .due_rekeys import DueRekeys
 from .host_config import HostConfig
 from .rekey_after_move import FreshKeys
+from .segments import Segments
 from .updown import Scripts
 
 log = logging.getLogger(__name__)
@@ -114,9 +116,7 @@ class CharonHost:
         self.ha_version = HaVersion()
         self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._toggle: asyncio.Future[list[SaView]] | None = None
-        self._activating: set[SaName | None] = set()
-        """SAs for which the next toggle is; None: for whichever is PASSIVE."""
+        self.segments = Segments(self)
         self._spoke: dict[SaName, float] = {}
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.expected: set[SaName] = set()
@@ -179,9 +179,8 @@ class CharonHost:
         if not self.config.mobile_node:
             await asyncio.to_thread(self.mute.close)
 
-    def spawn(self, work: object) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine in the background until it ends or the agent does."""
-        assert asyncio.iscoroutine(work)
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -243,6 +242,7 @@ class CharonHost:
                 if name not in self.record:  # deleted, moved away, or rekeyed: no other event removes them
                     self._spoke.pop(name, None)
                     self.doubts.gone(name)
+                    self.deadlines.gone(name)
         except StoreError as error:
             log.error("the record of charon's SAs is not stored: %s", error)
             self.record.dirty |= names
@@ -467,6 +467,7 @@ class CharonHost:
                 )
             await asyncio.sleep(0.01)
         self.record.forget(context.spis)
+        self.segments.gone(context.spis)
         self.save_soon()
 
     def end(self, sa: SaName) -> None:
@@ -518,62 +519,13 @@ class CharonHost:
                 return address
         raise NoAddressError(context.remote.address.version)
 
-    @trace.spanned("activate segment")
-    async def activate_segment(self, sa: SaName | None = None) -> list[SaView]:
-        """Make every PASSIVE SA ESTABLISHED: TAKE, then DROP. Calls close together share one toggle.
+    def served(self) -> list[SaName]:
+        """SAs that charon reported and that are not just being taken in."""
+        return [sa for sa in self.record.names() if not self.importing(sa)]
 
-        Returns charon's SAs as they were before it. `sa`: the SA that is to become active; if all for which
-        this was called are active already, nothing is done.
-
-        Between the two all SAs are PASSIVE for some milliseconds, and charon 6.0.1 and later destroys
-        half-open ones, so this waits for a moment without any (2 s at most).
-        """
-        if self._toggle is None:
-            self._toggle = asyncio.get_running_loop().create_future()
-            self._activating = set()
-            self.spawn(self._toggle_soon(self._toggle))
-        self._activating.add(sa)
-        return await asyncio.shield(self._toggle)
-
-    @trace.spanned("pause segment")
-    async def pause_segment(self) -> None:
-        """Make every ESTABLISHED SA PASSIVE, until `activate_segment`: DROP, then TAKE. Errors: CharonError.
-
-        charon's segments are not active when it starts, and the TAKE of one that is not active does nothing.
-        Half-open SAs are waited for as in `activate_segment`.
-        """
-        await self._none_half_open()
-        version = await self.version()
-        await self.send([ha.segment_drop(version, 0), ha.segment_take(version, 0)])
-
-    async def _none_half_open(self) -> list[SaView]:
-        """charon's SAs, as soon as none of them is half-open, but after 2 s at most."""
-        views = await self.views()
-        for _ in range(20):
-            if not any(view.state == "CONNECTING" for view in views):
-                break
-            await asyncio.sleep(0.1)
-            views = await self.views()
-        return views
-
-    async def _toggle_soon(self, done: asyncio.Future[list[SaView]]) -> None:
-        try:
-            await asyncio.sleep(0.005)
-            views = await self._none_half_open()
-            self._toggle = None  # later calls wait for the next toggle
-            if not self._activating <= {view.spis for view in views if view.state != "PASSIVE"}:
-                self.deadlines.before_toggle(views, time.time())
-                version = await self.version()
-                await self.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])
-            done.set_result(views)
-        except IkectxError as error:
-            self._toggle = None
-            done.set_exception(error)
-        except BaseException:
-            # callers must not wait for ever
-            self._toggle = None
-            done.cancel()
-            raise
+    async def half_open(self) -> int:
+        """SAs that charon is setting up. Errors: CharonError, WireError."""
+        return await self.vici.half_open()
 
     async def resync(self) -> None:
         """Make charon report its IKE_SAs again; it rekeys all CHILD_SAs of its segments, too."""

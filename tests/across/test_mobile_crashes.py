@@ -130,7 +130,7 @@ def test_b13_an_sa_that_could_not_be_made_active_is_tried_again() -> None:
     async def scenario() -> None:
         node = Node(a_node_context())
         await node.mobile.quiet(node.sa)
-        real = node.host.activate_segment
+        real = node.host.segments.activate
         tries = 0
 
         async def refuses() -> None:
@@ -140,7 +140,7 @@ def test_b13_an_sa_that_could_not_be_made_active_is_tried_again() -> None:
                 raise CharonError("charon did not activate the SA")
             await real()
 
-        node.host.activate_segment = refuses  # type: ignore[method-assign]
+        node.host.segments.activate = refuses  # type: ignore[method-assign]
         with pytest.raises(CharonError):
             await node.mobile.loud(node.sa)
         node.mobile.loud_later(node.sa, asyncio.Lock())

@@ -23,6 +23,7 @@ from ikectx.wire.spis import ESP, IKE, NewSpi, serialize_new_spis
 from vici_bridge.ha import messages as ha
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, own_spi
+from vici_bridge.vici.views import SaView
 
 from .coming import SCRIPT_LIMIT, Coming, now
 from .renames import INSTALL_TIMEOUT
@@ -70,23 +71,19 @@ def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveRe
 
 
 async def _toggle(work: Coming) -> None:
-    name = work.shape.spis
-    views = await work.host.activate_segment(name)
-    # a listing that others waited for may have begun before the SA had this name
-    view = next((view for view in views if view.spis == name), None) or await work.view()
-    work.listed = view
-    if view.state == "PASSIVE":
-        await _established(work.host, work.shape)
+    await work.host.segments.activate(work.shape.spis)
+    work.listed = view = await _established(work.host, work.shape)
+    work.host.deadlines.before_toggle([view], time.time())  # the next one starts its timers anew
     work.looks.came(view)  # its names may have changed since it was taken in
 
 
 @trace.spanned("charon activates")
-async def _established(host: CharonHost, here: IkeContext) -> None:
+async def _established(host: CharonHost, here: IkeContext) -> SaView:
     end = time.monotonic() + INSTALL_TIMEOUT
     while True:
         view = await host.view(here.spis)
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
-            return
+            return view
         if time.monotonic() > end:
             raise CharonError(
                 "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"

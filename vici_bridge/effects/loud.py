@@ -23,7 +23,7 @@ async def activate(work: Moving) -> Facts:
     host = work.host
     there = await host.view(work.name) is not None
     if there or host.listening():
-        await host.activate_segment()
+        await host.segments.activate()
     if there:
         with contextlib.suppress(UnknownSaError):
             await work.steps.until(

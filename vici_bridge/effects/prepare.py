@@ -72,6 +72,7 @@ async def _import(work: Coming) -> Facts:
     _refuse(check_installed(view, others))
     write_replay(host, shape, work.here)
     work.looks.came(view)
+    host.segments.came(view.spis)
     return numbers_of(view)
 
 

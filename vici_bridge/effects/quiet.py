@@ -49,7 +49,7 @@ async def _note(work: Moving) -> Facts:
 
 
 async def _pause(work: Moving) -> None:
-    await work.host.pause_segment()
+    await work.host.segments.pause()
     view = await work.steps.until(work.sa, "make the SA passive", lambda view: view.state == "PASSIVE")
     if not _idle(work, view):
         raise BusyError(f"charon began an exchange meanwhile: {', '.join(view.tasks)}")

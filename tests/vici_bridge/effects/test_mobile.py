@@ -313,13 +313,13 @@ def test_an_exchange_in_flight() -> None:
 def test_one_that_is_ended_in_the_moment_it_becomes_passive(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         node = Node(a_node_context())
-        pause = node.host.pause_segment
+        pause = node.host.segments.pause
 
         async def paused() -> None:
             await pause()
             node.charon.gone = True
 
-        monkeypatch.setattr(node.host, "pause_segment", paused)
+        monkeypatch.setattr(node.host.segments, "pause", paused)
         with pytest.raises(EndedUnheardError):
             await node.mobile.quiet(node.sa)
         with pytest.raises(UnknownSaError) as gone:
@@ -334,14 +334,14 @@ def test_one_that_is_replaced_in_the_moment_it_becomes_passive(monkeypatch: pyte
 
     async def scenario() -> None:
         node = Node(a_node_context())
-        pause, context = node.host.pause_segment, node.charon.context
+        pause, context = node.host.segments.pause, node.charon.context
 
         async def paused() -> None:
             await pause()
             new = replace(context.current, spi_i=b"newnewne", spi_r=b"newnewer")
             node.charon.context = replace(context, generations=(new,))
 
-        monkeypatch.setattr(node.host, "pause_segment", paused)
+        monkeypatch.setattr(node.host.segments, "pause", paused)
         with pytest.raises(EndedUnheardError):
             await node.mobile.quiet(node.sa)
         assert (node.charon.active, node.charon.state) == (True, "ESTABLISHED")
