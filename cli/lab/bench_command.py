@@ -45,6 +45,13 @@ MOST_OCTETS = 64 << 20
     help="No scenarios by name: every mode of a handover, beside what it must reach.",
 )
 @click.option(
+    "--others",
+    "crowd",
+    type=click.IntRange(0, MOST // 2),
+    default=0,
+    help="Of --handovers: with so many other SAs at each gateway.",
+)
+@click.option(
     "--attack",
     type=click.Choice(tuple(KINDS)),
     help="No scenarios: attack the gateways, and measure what that does to them and to a mobile node.",
@@ -85,6 +92,7 @@ def bench(
     esp: str,
     drain: int | None,
     handovers: bool,
+    crowd: int,
     attack: str | None,
     rate: float | None,
     seconds: float | None,
@@ -125,7 +133,8 @@ def bench(
         summary = lab_bench.alone("drains", found)
     elif handovers:
         words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
-        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp)}
+        words += [f"--others {crowd}"] if crowd else []
+        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp, crowd)}
         summary = lab_bench.alone("handovers", found)
         ok = all(row["reached"] for row in found["modes"])
     elif attack:
@@ -210,17 +219,20 @@ def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
         return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=say)
 
 
-def _judged(runs: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+def _judged(runs: int, guest: str, clock: str, esp: str, crowd: int) -> dict[str, Any]:
     """Every mode beside what it must reach. Raises IkectxError."""
     wanted = tuple(name for name in lab_aims.SCENARIOS for _ in range(runs))
     # a trace costs system calls, and so nothing while the clock stands still
-    request = lab_start.RunRequest(wanted, esp=esp, guest=guest, clock=clock, trace=clock == "virtual")
+    request = lab_start.RunRequest(
+        wanted, esp=esp, guest=guest, clock=clock, crowd=crowd, trace=clock == "virtual"
+    )
     with tidy():
         reports = lab_start.run(request, say)
     first = reports[0]
     return {
         **{key: first[key] for key in ("strongswan", "guest", "clock", "esp", "machine")},
         "host": lab_machine.host(),
+        "crowd": crowd,
         "modes": lab_aims.judged(reports),
     }
 

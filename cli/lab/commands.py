@@ -22,6 +22,7 @@ from . import start as lab_start
 from .bench_command import bench
 from .boot import Job, tidy
 from .config import Tunnel
+from .fleet import MOST
 from .hosts import DEFAULT_NAME, Lab, names, sweep
 from .net import HOSTS, has_kernel_esp, load_modules
 from .options import (
@@ -239,6 +240,14 @@ def scenarios(as_json: bool) -> None:
     help="One-way delay between the gateways in ms, instead of the scenario's.",
 )
 @click.option(
+    "--others",
+    "crowd",
+    type=click.IntRange(0, MOST // 2),
+    default=0,
+    show_default=True,
+    help="So many other SAs at each gateway.",
+)
+@click.option(
     "--repeat",
     type=click.IntRange(1, MOST_RUNS),
     default=1,
@@ -279,6 +288,7 @@ def run(
     esp: str,
     delay: float | None,
     gateway_delay: float | None,
+    crowd: int,
     repeat: int,
     brief: bool,
     logs: str,
@@ -306,6 +316,7 @@ def run(
         jobs,
         delay,
         gateway_delay,
+        crowd,
         logs,
         brief,
         picture is not None,

@@ -61,7 +61,7 @@ def drain(size: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
         say(f"{size} mobile nodes connect to psg")
         # what the agents hold before there are SAs: they have read their files and listened to charon
         idle = memory_kib(lab)
-        with Fleet(lab, size).at_psg() as fleet:
+        with Fleet(lab, size).connected() as fleet:
             return _drained(lab, fleet, idle, say)
     finally:
         lab.down()

@@ -1,4 +1,4 @@
-"""Many mobile nodes, all of them in the one charon of host `mn`: each has an outer address of its own there.
+"""Many mobile nodes, all of them in the charon of one host: each has an outer address of its own there.
 
 CXTP names a mobile node by that address, so those of different ones move at once.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -36,33 +36,36 @@ _LONG = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`size` mobile nodes, named by their numbers. Methods raise CharonError when something does not come."""
+    """`size` mobile nodes, named by their numbers, in the charon of `host`, served by `gateway`.
+
+    `first`: where their addresses begin. Methods raise CharonError when something does not come.
+    """
 
     lab: Lab
     size: int
+    host: str = "mn"
+    gateway: str = "psg"
+    first: int = 0
 
-    @staticmethod
-    def outer(number: int) -> str:
-        return str(_FIRST["outer"] + number + 1)
+    def outer(self, number: int) -> str:
+        return str(_FIRST["outer"] + self.first + number + 1)
 
-    @staticmethod
-    def inner(number: int) -> str:
+    def inner(self, number: int) -> str:
         """The virtual IP."""
-        return str(_FIRST["inner"] + number + 1)
+        return str(_FIRST["inner"] + self.first + number + 1)
 
-    @staticmethod
-    def identity(number: int) -> str:
-        return f"n{number}.example"
+    def identity(self, number: int) -> str:
+        return f"n{self.first + number}.example"
 
     @contextmanager
-    def at_psg(self) -> Iterator[Fleet]:
-        """Their addresses are there, and each has an IKE_SA with a CHILD_SA at psg; in the end nothing is."""
+    def connected(self) -> Iterator[Fleet]:
+        """Their addresses are there, and each has an IKE_SA with a CHILD_SA; in the end nothing is."""
         routes = [
-            ("core", f"{_FIRST['outer']}/{_PREFIX}", OUTER["mn"][4]),
-            ("srv", f"{_FIRST['inner']}/{_PREFIX}", INNER["psg"][4]),
+            ("core", f"{_FIRST['outer']}/{_PREFIX}", OUTER[self.host][4]),
+            ("srv", f"{_FIRST['inner']}/{_PREFIX}", INNER[self.gateway][4]),
         ]
         for host, net, way in routes:
-            self._must(host, "ip", "route", "add", net, "via", way)
+            self._must(host, "ip", "route", "replace", net, "via", way)
         self._addresses("add")
         try:
             self._connect()
@@ -71,7 +74,7 @@ class Fleet:
             self._forget()
             self._addresses("del")
             for host, net, way in routes:
-                self._must(host, "ip", "route", "del", net, "via", way)
+                self.lab.command(host, ["ip", "route", "del", net, "via", way])
 
     def _must(self, host: str, *argv: str) -> None:
         done = self.lab.command(host, argv)
@@ -86,13 +89,14 @@ class Fleet:
             time.sleep(0.05)
 
     def _addresses(self, verb: str) -> None:
-        batch, log = self.lab.work / "mn" / "fleet.batch", self.lab.work / "mn" / "charon.log"
+        folder = self.lab.work / self.host
+        batch, log = folder / "fleet.batch", folder / "charon.log"
         word = {"add": "appeared on", "del": "disappeared from"}[verb]
         for first in range(0, self.size, _TOLD_AT_ONCE):
             numbers = range(first, min(first + _TOLD_AT_ONCE, self.size))
             batch.write_text("".join(f"address {verb} {self.outer(one)}/32 dev eth0\n" for one in numbers))
             seen = log.stat().st_size
-            self._must("mn", "ip", "-batch", str(batch))
+            self._must(self.host, "ip", "-batch", str(batch))
             last = f"{self.outer(numbers[-1])} {word} eth0".encode()
 
             def heard(last: bytes = last, seen: int = seen) -> bool:
@@ -100,56 +104,57 @@ class Fleet:
                     file.seek(seen)
                     return last in file.read()
 
-            self._until(heard, f"mn's charon has heard: {last.decode()}")
+            self._until(heard, f"{self.host}'s charon has heard: {last.decode()}")
 
     def _connect(self) -> None:
         gateway = f"pools {{ inner {{ addrs = {_FIRST['inner']}/{_PREFIX} }} }}\n"
-        gateway += "connections { mn { pools = inner\n remote { id = %any } } }\n"
+        gateway += f"connections {{ {self.host} {{ pools = inner\n remote {{ id = %any }} }} }}\n"
         sections = "\n".join(map(self._connection, range(self.size)))
         mobile = "connections {\n" + sections + "\n}\n"
-        self.lab.reload(self.lab.tunnel, {"mn": mobile, "psg": gateway, "nsg": gateway})
-        charon = self.lab.vici("mn")
+        self.lab.reload(self.lab.tunnel, {self.host: mobile, "psg": gateway, "nsg": gateway})
+        charon, before = self.lab.vici(self.host), self._up()
         for first in range(0, self.size, _AT_ONCE):
             last = min(first + _AT_ONCE, self.size)
             for number in range(first, last):
                 # not waited for: each that waits has one of charon's sixteen threads
-                charon.request("initiate", {"ike": f"n{number}", "child": "net", "timeout": "-1"})
-            self._until(lambda last=last: self._up() == last, f"{last} are up")  # type: ignore[misc]
-        if "psg" in self.lab.agent_hosts:
+                charon.request(
+                    "initiate", {"ike": f"n{self.first + number}", "child": "net", "timeout": "-1"}
+                )
+            self._until(lambda last=last: self._up() == before + last, f"{last} are up")  # type: ignore[misc]
+        if self.gateway in self.lab.agent_hosts:
             # it hears of them when charon has them up
-            self._until(lambda: self._known() == self.size, f"psg's agent knows {self.size}")
+            self._until(lambda: self._known() == before + self.size, f"the agent knows {self.size}")
 
     def _connection(self, number: int) -> str:
-        return f"""  n{number} {{
+        return f"""  n{self.first + number} {{
     version = 2
     proposals = aes128gcm16-prfsha256-x25519
-    remote_addrs = {OUTER["psg"][4]}
+    remote_addrs = {OUTER[self.gateway][4]}
     local_addrs = {self.outer(number)}
     vips = {self.inner(number)}
     local {{ auth = psk
       id = {self.identity(number)} }}
     remote {{ auth = psk
-      id = psg.example }}
+      id = {self.gateway}.example }}
     children {{ net {{ remote_ts = {INNER_NET[4]}
       esp_proposals = aes128gcm16 }} }}
   }}"""
 
     def _up(self) -> int:
-        told = self.lab.vici("psg").stats()["ikesas"]
+        told = self.lab.vici(self.gateway).stats()["ikesas"]
         return int(told["total"]) - int(told["half-open"])
 
     def _known(self) -> int:
-        with ControlClient(str(self.lab.work / "psg" / "ikectx.vici"), timeout=_PATIENCE) as agent:
+        with ControlClient(str(self.lab.work / self.gateway / "ikectx.vici"), timeout=_PATIENCE) as agent:
             return int(json_of(agent.request("status"))["sas"])
 
     def _forget(self) -> None:
-        """mn's charon drops them at once, whatever the other side answers."""
-        for sa in self.lab.list_sas("mn"):
+        """The host's charon drops them at once, whatever the other side answers."""
+        charon = self.lab.vici(self.host)
+        for sa in self.lab.list_sas(self.host):
             with contextlib.suppress(CharonError):
-                self.lab.vici("mn").request(
-                    "terminate", {"ike-id": sa["uniqueid"], "force": "yes", "timeout": "-1"}
-                )
-        self._until(lambda: not self.lab.list_sas("mn"), "mn has no SA")
+                charon.request("terminate", {"ike-id": sa["uniqueid"], "force": "yes", "timeout": "-1"})
+        self._until(lambda: not self.lab.list_sas(self.host), f"{self.host} has no SA")
 
     def move(self, source: str, to: str) -> list[dict[str, Any]]:
         """`ikectx transfer --all`, and its reports: every SA must move."""
@@ -170,4 +175,19 @@ class Fleet:
         """The server answers each of them."""
         inner = "\\n".join(map(self.inner, range(self.size)))
         ping = f"ping -q -c 1 -W 2 -I @ {INNER['srv'][4]}"
-        self._must("mn", "sh", "-c", f"printf '{inner}\\n' | xargs -P {_AT_ONCE} -I @ {ping}")
+        self._must(self.host, "sh", "-c", f"printf '{inner}\\n' | xargs -P {_AT_ONCE} -I @ {ping}")
+
+
+@contextmanager
+def crowd(lab: Lab, size: int, overrides: Mapping[str, str]) -> Iterator[None]:
+    """`size` SAs at each gateway, of mobile nodes nothing else is asked of. The lab's tunnel has `second`.
+
+    They are in the charon of mn2; `overrides`: the scenario's, in force again when this begins.
+    """
+    if not size:
+        yield
+        return
+    first = Fleet(lab, size, "mn2", "psg")
+    with first.connected(), Fleet(lab, size, "mn2", "nsg", size).connected():
+        lab.reload(lab.tunnel, overrides)
+        yield

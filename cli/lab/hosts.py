@@ -507,12 +507,13 @@ class Lab:
             self._vici[host] = CharonVici(f"unix://{self.work}/{host}/charon.vici", timeout=180.0)
         return self._vici[host]
 
-    def list_sas(self, host: str) -> list[dict[str, Any]]:
-        """charon's IKE_SAs; each has `child-sas`, empty or not. Another daemon's: see `daemons.listed`."""
+    def list_sas(self, host: str, ike: str | None = None) -> list[dict[str, Any]]:
+        """charon's IKE_SAs, of one connection (`ike`) or all; each has `child-sas`, empty or not. Another
+        daemon's: see `daemons.listed`."""
         if host in self.tunnel.others:
             states = self.command(host, ["ip", "xfrm", "state", "list", "nokeys"]).stdout
             return lab_daemons.listed(self.tunnel.others[host], states)
-        return [{"child-sas": {}, **sa} for sa in self.vici(host).list_sas()]
+        return [{"child-sas": {}, **sa} for sa in self.vici(host).list_sas(ike)]
 
     def strongswan(self) -> str:
         """The version of the running charons; by host where they differ. Raises CharonError."""

@@ -263,9 +263,7 @@ def snapshot(lab: Lab, host: str, salt: bytes, mobile: str = "mn") -> Snapshot:
     Another daemon than charon tells nobody the SPIs of its IKE_SA.
     Where two mobile nodes take part, only those of the one are looked at.
     """
-    sas = lab.list_sas(host)
-    if lab.tunnel.second and host in GATEWAYS:
-        sas = [sa for sa in sas if sa["name"] == mobile]
+    sas = lab.list_sas(host, mobile if lab.tunnel.second and host in GATEWAYS else None)
     # just after a rekey the old IKE_SA is still listed
     ike = frozenset(
         (str(sa["initiator-spi"]), str(sa["responder-spi"]))

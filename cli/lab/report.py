@@ -44,6 +44,8 @@ class ScenarioReport:
     stays: dict[str, Any] | None = None
     """The gaps when a stock mn relocates and its gateway stays the same: what its own charon takes."""
     transfers: list[dict[str, Any]] = field(default_factory=list)
+    crowd: int = 0
+    """Other SAs at each gateway."""
     gateways_round_trip_ms: float = 0.0
     """Between the gateways, as far as the lab has it take time."""
     trace: list[dict[str, Any]] = field(default_factory=list)
@@ -266,6 +268,7 @@ class ScenarioReport:
             "others": self.others,
             "mobile": self.mobile,
             "stays": self.stays,
+            "crowd": self.crowd,
             "gateways_round_trip_ms": self.gateways_round_trip_ms,
             "transfers": self.transfers if len(self.transfers) > 1 else [],
             "checks": self.checks,

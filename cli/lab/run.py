@@ -176,8 +176,7 @@ class ScenarioRunner:
 
     def _sas(self, host: str, mobile: str) -> list[dict[str, Any]]:
         """The IKE_SAs of one mobile node: a gateway has a connection of its name for it."""
-        sas = self._lab.list_sas(host)
-        return [sa for sa in sas if sa["name"] == mobile] if host in GATEWAYS else sas
+        return self._lab.list_sas(host, mobile if host in GATEWAYS else None)
 
     def _do_terminate(self, host: str = "mn", mobile: str = "") -> None:
         host = self._host(host)

@@ -12,6 +12,7 @@ from ikectx.errors import IkectxError
 
 from .config import Tunnel
 from .daemons import lacks
+from .fleet import crowd as others
 from .hosts import Lab, save_logs
 from .report import ScenarioReport
 from .run import Say, ScenarioRunner
@@ -27,13 +28,14 @@ def run_here(
     logs: Callable[[], Path] | None = None,
     delay_ms: float | None = None,
     gateway_delay_ms: float | None = None,
+    crowd: int = 0,
     traced: bool = False,
 ) -> None:
     """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
 
     `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
     the folder for what the daemons of the one under way have said. `delay_ms`, `gateway_delay_ms`: instead of
-    the scenario's. `traced`: with a time line of each
+    the scenario's. `crowd`: so many other SAs at each gateway. `traced`: with a time line of each
     handover.
     """
     lab: Lab | None = None
@@ -49,7 +51,7 @@ def run_here(
                 scenario.delay_ms if delay_ms is None else delay_ms,
                 scenario.gateway_delay_ms if gateway_delay_ms is None else gateway_delay_ms,
             )
-            tunnel = replace(scenario.tunnel, libipsec=libipsec)
+            tunnel = replace(scenario.tunnel, libipsec=libipsec, second=scenario.tunnel.second or crowd > 0)
             lacking = "needs kernel ESP" if libipsec and scenario.kernel_only else lacks(tunnel.daemon)
             if lacking:
                 done(ScenarioReport.skipped(scenario, lacking))
@@ -67,7 +69,13 @@ def run_here(
                     lab.down()
                     lab = None
                 continue
-            report = ScenarioRunner(lab, scenario, tell).run()
+            try:
+                tell(f"{crowd} other SAs at each gateway" if crowd else "steps")
+                with others(lab, crowd, scenario.overrides):
+                    report = ScenarioRunner(lab, scenario, tell).run()
+            except IkectxError as error:
+                report = ScenarioReport.failed(scenario, f"other SAs: {error}")
+            report.crowd = crowd
             report.warnings += lab.warnings
             clean = report.ok
             disturbed = scenario.disturbs_network or not report.ok

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +48,15 @@ Say = Callable[[str], None]
 UNFINISHED = "did not run to its end"
 
 
+MANY, CROWDED_MIB = 200, 3072
+"""From how many other SAs on a guest has more memory, and how much: charon's logs of them are in it, too."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunRequest:
     """What to run and how: `names` with one entry for each run; ESP by the kernel, or by charon (libipsec).
 
+    `crowd`: other SAs at each gateway.
     `guest` is one of `lab_guest.WAYS`, or auto. `clock`, `root` and `cpus` are those of `Job`; `jobs` is how
     many guests run side by side. `brief`: without what only figures need (`Scenario.brief`). `trace`: with a
     time line of each handover.
@@ -66,6 +71,7 @@ class RunRequest:
     jobs: int = 1
     delay_ms: float | None = None
     gateway_delay_ms: float | None = None
+    crowd: int = 0
     logs: str = ""
     brief: bool = False
     trace: bool = False
@@ -169,7 +175,7 @@ def _job(request: RunRequest, argv: Sequence[str] = (), share: Share | None = No
         environment[UNPACKED] = str(unpacked())
     if share is not None and root != Path("/"):
         environment["PYTHONPATH"] = str(share.folder / "packages")
-    return Job(
+    job = Job(
         tuple(argv),
         folder=CHECKOUT,
         shared=share.folder if share else None,
@@ -178,6 +184,7 @@ def _job(request: RunRequest, argv: Sequence[str] = (), share: Share | None = No
         clock=request.clock,
         cpus=request.cpus,
     )
+    return replace(job, memory_mib=CROWDED_MIB) if request.crowd > MANY else job
 
 
 def run(
@@ -330,6 +337,7 @@ def inside(share: Share, guest: int) -> None:
         logs=(lambda: share.folder / "logs" / request.label(current)) if request.logs else None,
         delay_ms=request.delay_ms,
         gateway_delay_ms=request.gateway_delay_ms,
+        crowd=request.crowd,
         traced=request.trace,
     )
 

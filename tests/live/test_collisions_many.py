@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(120 + 2 * COUNT)]
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[Fleet]:
-    with Fleet(world.lab, COUNT).at_psg() as fleet:
+    with Fleet(world.lab, COUNT).connected() as fleet:
         yield fleet
 
 

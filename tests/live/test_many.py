@@ -18,7 +18,7 @@ COUNT = 10
 
 @pytest.fixture
 def fleet(world: World) -> Iterator[Fleet]:
-    with Fleet(world.lab, COUNT).at_psg() as fleet:
+    with Fleet(world.lab, COUNT).connected() as fleet:
         yield fleet
 
 
