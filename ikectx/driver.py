@@ -28,11 +28,12 @@ from ikectx.engine.effects import (
     Items,
     Move,
     NewNames,
-    NoAnswer,
+    NotComing,
     OwnedFrom,
     Prepare,
     Prepared,
     Put,
+    Ready,
     Recorded,
     Release,
     Settle,
@@ -75,7 +76,7 @@ HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
 
 _AT_ONCE = (
-    *(Recorded, Stay, NewNames, NoAnswer, Hear),
+    *(Recorded, Stay, NewNames, NotComing, Hear),
     *(FindTransfer, FindEpochs, FindLatest, OwnedFrom, Put, Get, Delete, Items),
 )
 """Steps that wait for nobody."""
@@ -333,6 +334,8 @@ class Driver:
                 return tuple(await sink.check(context, keep))
             case StillHere(final, mn, who):
                 return await sink.still_here(final, mn, who)
+            case Ready(context, keep):
+                await sink.ready(context, keep)
             case Prepare(context, keep, answers):
                 sink.tell_later(context, answers)
                 await sink.prepare(context, keep)
@@ -361,8 +364,8 @@ class Driver:
                 self._source.stays(sa)
             case NewNames(context):
                 return tuple(self._sink.new_names(context))
-            case NoAnswer(context):
-                self._sink.tell_later(context, False)
+            case NotComing(context):
+                self._sink.not_coming(context)
             case Hear(peer, news):
                 if self.hear is not None:
                     self.hear(peer, news)

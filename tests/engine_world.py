@@ -36,11 +36,12 @@ from ikectx.engine.effects import (
     Items,
     Move,
     NewNames,
-    NoAnswer,
+    NotComing,
     OwnedFrom,
     Prepare,
     Prepared,
     Put,
+    Ready,
     Recorded,
     Release,
     Stay,
@@ -219,6 +220,8 @@ class Box:
                 return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE if taken else Status.OK)]
             case StillHere(final):
                 return "charon has it" if (final.spi_i, final.spi_r) in self.sas else ""
+            case Ready():
+                return None
             case Prepare(context):
                 if context.spis in self.sas:
                     raise CharonError("there is one of that name")
@@ -247,7 +250,7 @@ class Box:
                 if here is not None and here.state in ("prepared", "taken", "served"):
                     del self.sas[context.spis]
                 return None
-            case Stay() | NewNames() | NoAnswer() | Hear():
+            case Stay() | NewNames() | NotComing() | Hear():
                 return ()
         raise CharonError(f"nobody does {step}")
 
@@ -455,7 +458,7 @@ class Side:
         if isinstance(step, FindTransfer | FindEpochs | FindLatest | OwnedFrom | Put | Get | Delete | Items):
             self.done(effect, self.disk.do(step))
             return
-        if isinstance(step, Recorded | Stay | NewNames | NoAnswer | Hear):
+        if isinstance(step, Recorded | Stay | NewNames | NotComing | Hear):
             try:
                 self.done(effect, self.box.do(step))
             except IkectxError as error:

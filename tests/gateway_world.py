@@ -30,6 +30,7 @@ from vici_bridge.ha.sa_state import read_child, read_generation
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay
+from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.kernel.xfrm_parts import XfrmRequest
@@ -79,6 +80,8 @@ class Sad(KernelTables):
                     for name, sa in self.sas.items()
                     if (str(name[0]), name[1].hex()) != (address, spi)
                 }
+            elif " policy " in request.what:
+                self.replace_policy(KernelPolicy.parse(request.message.reveal()))
             else:
                 self.add(KernelSa.parse(request.message.reveal()))
 
@@ -90,7 +93,7 @@ class Sad(KernelTables):
         self.restored += [sa.spi for sa in sas if (sa.destination, sa.spi) not in self.sas]
 
     def late_sas(self) -> list[KernelSa]:
-        return []
+        return [sa for sa in self.sas.values() if sa.sequence == LATE]
 
     def drop_late(self, sas: Iterable[KernelSa]) -> int:
         return 0
@@ -113,7 +116,7 @@ class Sad(KernelTables):
             return None
         (template,) = best.templates
         sa = self.sas.get((template.destination, template.spi))
-        if sa is None:
+        if sa is None or (sa.reqid and sa.reqid != template.reqid):
             return None
         number = sa.replay.oseq + 1
         used = (sa.encr_key.reveal(), number)
@@ -301,6 +304,9 @@ class Charon:
         selector = Selector.between(ip_network(f"{ours.start}/16"), ip_network(f"{theirs.start}/32"))
         template = Template(sa.local.address, sa.remote.address, reqid=_reqid(child), spi=child.spi_out)
         self.sad.policies["out", selector, None] = KernelPolicy("out", selector, 5000, templates=(template,))
+        inward = Selector.between(ip_network(f"{theirs.start}/32"), ip_network(f"{ours.start}/16"))
+        template = Template(sa.remote.address, sa.local.address, reqid=_reqid(child))
+        self.sad.policies["in", inward, None] = KernelPolicy("in", inward, 5000, templates=(template,))
 
     def _drop_child(self, sa: Sa, child: ChildContext) -> None:
         sa.children.remove(child)
@@ -316,7 +322,8 @@ class Charon:
                 # charon deletes by selector: the agent's own policies have its user in theirs
                 if key[2] is not None
                 or policy.selector.user
-                or child.remote_ts[0].start not in policy.destination
+                or child.remote_ts[0].start
+                not in (policy.destination if policy.direction == "out" else policy.source)
             }
 
     def serve(self, context: IkeContext) -> Sa:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ikectx.errors import StateError
 from ikectx.sa.context import Address, ReplayState
-from vici_bridge.kernel.algorithms import fit_replay, merge_replay
+from vici_bridge.kernel.algorithms import KernelReplay, fit_replay, merge_replay
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, Selector
 from vici_bridge.kernel.xfrm_parts import KernelUsage
 
@@ -44,6 +44,11 @@ class KernelTables:
             joined = fit_replay(merge_replay(now.replay.inbound, fit_replay(state, window)), window)
             after = replace(now.replay, seq=joined.seq, bitmap=joined.bitmap)
         self.sas[sa.destination, sa.spi] = replace(now, replay=after)
+
+    def take_out(self, sas: Sequence[KernelSa]) -> list[KernelReplay | None]:
+        self.step()
+        gone = [self.sas.pop((sa.destination, sa.spi), None) for sa in sas]
+        return [None if sa is None else sa.replay for sa in gone]
 
     def count_on(self, sa: KernelSa, octets: int, packets: int) -> None:
         self.step()

@@ -458,14 +458,15 @@ class CharonHost:
             if meanwhile():
                 break
             await asyncio.sleep(0.0005)
-        end = time.monotonic() + DELETE_PATIENCE
+        end, pause = time.monotonic() + DELETE_PATIENCE, 0.001
         while await self.view(context.spis) is not None:
             if time.monotonic() > end:
                 raise CharonError(
                     f"charon still lists the IKE_SA {context.connection} after it was told to drop it",
                     hint="see charon's log; `swanctl --terminate` would tell the MN",
                 )
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
         self.record.forget(context.spis)
         self.segments.gone(context.spis)
         self.save_soon()

@@ -19,11 +19,12 @@ class HostConfig:
     connections whose children have `hostaccess = yes`, for the updown script. `announced`:
     connections whose updown script leads packets for a mobile node to the gateway that serves it. `agents`:
     connections whose mobile nodes have an agent. `oseq_jump`: packets; `late`: seconds for which late packets
-    are decrypted after letting go. `mobile_node`: charon is a mobile node's own, so its SAs are never muted
-    one by one. `collision`: how an SA whose SPIs are taken is treated: "update" (UPDATE_SPI, else a rekey),
-    "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own. `rekey_after`: an
-    SA that came here gets keys that the gateway before does not know. `rules`: by connection name, limits
-    that charon does not report; `peers`: gateways' addresses.
+    are decrypted after letting go; `early`: seconds after which the kernel drops what was installed for a
+    mobile node that has announced itself. `mobile_node`: charon is a mobile node's own, so its SAs are never
+    muted one by one. `collision`: how an SA whose SPIs are taken is treated: "update" (UPDATE_SPI, else a
+    rekey), "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
+    `rekey_after`: an SA that came here gets keys that the gateway before does not know. `rules`: by
+    connection name, limits that charon does not report; `peers`: gateways' addresses.
     """
 
     addresses: tuple[Address, ...]
@@ -39,6 +40,7 @@ class HostConfig:
     agents: frozenset[str] = frozenset()
     oseq_jump: int = 65536
     late: int = 5
+    early: int = 120
     mobile_node: bool = False
     collision: str = "update"
     spi_min: int = SPI_MIN

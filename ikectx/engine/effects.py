@@ -129,6 +129,15 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """Have as much of the SA installed as can be before its mobile node arrives. Outcome: None."""
+
+    NAME: ClassVar[str] = "get ready"
+    context: IkeContext
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What the other gateway must know of an SA that was installed.
 
@@ -191,10 +200,10 @@ class Undo:
 
 
 @dataclass(frozen=True, slots=True)
-class NoAnswer:
-    """No answer will tell the mobile node of that SA anything any more. Outcome: None."""
+class NotComing:
+    """The SA does not come, and no answer will tell its mobile node of it any more. Outcome: None."""
 
-    NAME: ClassVar[str] = "forget the answer"
+    NAME: ClassVar[str] = "forget the SA"
     context: IkeContext
 
 
@@ -331,13 +340,14 @@ Step = (
     | Check
     | StillHere
     | Prepare
+    | Ready
     | Take
     | Settle
     | Move
     | Activate
     | Undo
     | NewNames
-    | NoAnswer
+    | NotComing
     | Write
     | FindTransfer
     | FindEpochs

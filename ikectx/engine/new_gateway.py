@@ -28,9 +28,10 @@ from .effects import (
     Activate,
     Check,
     Move,
-    NoAnswer,
+    NotComing,
     Prepare,
     Prepared,
+    Ready,
     Settle,
     StillHere,
     Take,
@@ -229,9 +230,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         if self.ended and not self.over.open:
             self.token = None
             if self.context is not None and not ended and self.machine.state is TargetState.ABORTED:
-                # no answer will tell the MN anything any more: whatever was prepared for that is forgotten
+                # whatever was got ready for it, and for the answer to its MN, is forgotten
                 try:
-                    yield NoAnswer(self.context)
+                    yield NotComing(self.context)
                 except IkectxError as error:
                     log.error("transfer %s: %s", self.stored.transfer_id.hex(), error)
             if self.request is not None:
@@ -344,6 +345,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             self._verdicts = verdicts
             why = refusals(verdicts) or STATUS_TEXT.get(status, "refused")
             raise RefusedError(why, status=status, hint=advice(status, refused_here=True))
+        if self.machine.state is TargetState.ANNOUNCED:
+            yield from self.step(Ready(context, self.keep))
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
         self._prepared = yield from self.step(Prepare(context, self.keep, self.answers))

@@ -149,6 +149,18 @@ class ContextSink(Protocol):
         `keep_address`: the gateway's address moves along, so the mobile node is not told a new one.
         """
 
+    async def ready(self, context: IkeContext, keep_address: bool) -> None:
+        """The mobile node has announced that it will come: install what can be before its address is known.
+
+        Nothing is sent under the SA's keys. Called after `check`; `prepare` follows, or `not_coming`. What
+        fails here is left to `prepare`.
+        """
+        return None
+
+    def not_coming(self, context: IkeContext) -> None:
+        """The SA does not come: forget what `ready` and `tell_later` prepared."""
+        self.tell_later(context, False)
+
     @abstractmethod
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """Install without owning: PASSIVE in charon, SAs and policies in the kernel. All or nothing."""

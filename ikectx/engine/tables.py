@@ -234,12 +234,14 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.CHECKING, _TI.OK): (_T.PREPARING, _TA.PREPARE),
     (_T.CHECKING, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
     (_T.CHECKING, _TI.RESTART): (_T.ABORTED,),
-    # held: nothing is installed before the mobile node arrives, because its new address is not known
+    # held: its ESP may be ready, but charon has no part of it before the mobile node arrives, because its new
+    # address is not known
     (_T.NEW, _TI.ANNOUNCE): (_T.ANNOUNCED, _TA.CHECK),
     (_T.ANNOUNCED, _TI.OK): (_T.HELD, _TA.ANSWER),
     (_T.ANNOUNCED, _TI.FAILED): (_T.ABORTED, _TA.ANSWER),
-    (_T.ANNOUNCED, _TI.RESTART): (_T.ABORTED,),
-    (_T.HELD, _TI.ARRIVED): (_T.INSTALLING, _TA.PREPARE),
+    (_T.ANNOUNCED, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
+    # the source lets go while charon is given the SA: packets for the mobile node are lost until then
+    (_T.HELD, _TI.ARRIVED): (_T.INSTALLING, _TA.REQUEST, _TA.PREPARE),
     (_T.HELD, _TI.ANNOUNCE): (_T.HELD, _TA.ANSWER),
     (_T.HELD, _TI.CTC): (_T.ABORTED,),
     (_T.HELD, _TI.TIMEOUT): (_T.ABORTED, _TA.SEND_CTC),
@@ -248,7 +250,7 @@ TARGET_TABLE: Mapping[tuple[TargetState, TargetInput], tuple[TargetState, *tuple
     (_T.HELD, _TI.CTD): (_T.ABORTED, _TA.ANSWER),
     (_T.HELD, _TI.MISFIT): (_T.ABORTED, _TA.ANSWER),
     (_T.HELD, _TI.WHOLE): (_T.ABORTED, _TA.ANSWER),
-    (_T.INSTALLING, _TI.OK): (_T.PREPARED, _TA.REQUEST),
+    (_T.INSTALLING, _TI.OK): (_T.PREPARED,),
     (_T.INSTALLING, _TI.FAILED): (_T.UNDOING, _TA.SEND_CTC, _TA.UNDO),
     (_T.INSTALLING, _TI.RESTART): (_T.UNDOING, _TA.UNDO),
     # the source has let go: either take the SA or refuse it

@@ -20,6 +20,7 @@ from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, Taken
 from vici_bridge.vici.views import SaView
 
+from .early import Early
 from .leaving import tagged
 from .looks import Looks, Seen
 from .renames import Renames
@@ -78,6 +79,7 @@ class Coming:
     renames: Renames
     looks: Looks
     memory: Memory
+    early: Early
     sa: SaName
     context: IkeContext
     here: IkeContext

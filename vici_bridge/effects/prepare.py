@@ -3,6 +3,7 @@
 1. Plan and store its names before anything is installed, so that an undo knows which SAs are its own.
 2. Mute charon's messages for it, because the toggle that activates one SA activates all that are PASSIVE.
 3. Release the SPIs that were reserved for charon, and install the SA in charon and the kernel, PASSIVE.
+   If the pair of a mobile node that had announced itself is in the kernel (`early`), it ends at that moment.
 4. Write sequence numbers and windows into the kernel at once, because a packet that leaves must have a number
    that the other gateway has not used.
 5. Block packets that the other gateway sends on here from leaving in the clear, add the SA to the record, and
@@ -28,6 +29,7 @@ from vici_bridge.policy.new_names import clash
 from vici_bridge.vici.views import SaView
 
 from .coming import Coming
+from .early import is_early
 from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
@@ -40,7 +42,8 @@ async def _plan(work: Coming) -> Facts:
         clashes = clash(here, work.taken)
         ours = {child.spi_in for child in here.children}
         ours -= {here.children[place].spi_in for place in clashes.inbound}
-        host.kernel.drop_late([sa for sa in host.kernel.late_sas() if sa.spi in ours])
+        late = host.kernel.late_sas()
+        host.kernel.drop_late([sa for sa in late if sa.spi in ours and not is_early(sa)])
     host.away.comes(here)
     await work.renames.end_relay(work.sa, 0.0)
     work.renames.forget(here, undone=True)
@@ -61,6 +64,7 @@ async def _import(work: Coming) -> Facts:
     messages = import_messages(shape, work.look.version)
     if work.plan is not None:
         work.renames.ready(work.here, work.plan)
+    work.early.give_way(work.sa)
     await host.send(messages)
     others = work.looks.now(work.look).views
     try:
@@ -71,6 +75,8 @@ async def _import(work: Coming) -> Facts:
         raise
     _refuse(check_installed(view, others))
     write_replay(host, shape, work.here)
+    work.early.number(work.sa, shape)
+    work.early.go_on(work.sa, shape)
     work.looks.came(view)
     host.segments.came(view.spis)
     return numbers_of(view)

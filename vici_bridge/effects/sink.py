@@ -14,6 +14,7 @@ together with the address. The methods' `context` has the other gateway's SPIs; 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from ikectx.engine.ports import ContextSink, MoveReport
-from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError
+from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, WireError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
@@ -30,6 +31,7 @@ from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import ContextDataBlock
 from vici_bridge.host import ESP as ESP_PROTOCOL
 from vici_bridge.host import CharonHost, Mover, Settler
+from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.kernel.xfrm_parts import INET as AF_INET
 from vici_bridge.kernel.xfrm_parts import INET6 as AF_INET6
 from vici_bridge.policy.checks import check_esp_spis, check_ike_spis, still_here
@@ -47,6 +49,7 @@ from vici_bridge.vici.views import SaView
 
 from .activate import ACTIVATE
 from .coming import Coming, Listen, Memory
+from .early import Early
 from .looks import Looks, Seen, objections
 from .prepare import PREPARE
 from .renames import Renames
@@ -90,11 +93,13 @@ class CharonSink(ContextSink):
         self._renames = Renames(host)
         self._renames.load()
         self._looks = Looks(host)
+        self._early = Early(host)
         self._runner: Runner[Coming] = Runner(host.coming, host.spawn, PREPARE, TAKE, ACTIVATE, UNDO)
         self._swept = 0
 
     def resume(self) -> None:
         """After a start: finish work that an agent before this one left open."""
+        self._early.sweep()
         self._renames.resume()
         self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
 
@@ -112,7 +117,9 @@ class CharonSink(ContextSink):
     ) -> Coming:
         here = here or self._here(context)
         sa = sa or context.spis
-        return Coming(self._host, self._renames, self._looks, self._memory, sa, context, here, **more)
+        return Coming(
+            self._host, self._renames, self._looks, self._memory, self._early, sa, context, here, **more
+        )
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
@@ -215,8 +222,44 @@ class CharonSink(ContextSink):
         names = self._host.coming.of(context.spis).facts.new_names
         return (ContextDataBlock(Fpt.NEW_SPIS, names),) if names else ()
 
+    async def ready(self, context: IkeContext, keep_address: bool) -> None:
+        """See `ContextSink.ready`. charon has the SA for a moment. An SA that is PASSIVE for long would be
+        activated together with others, and given up because its mobile node does not answer."""
+        hushed: list[KernelPolicy] = []
+        try:
+            hushed = self._early.hush(self._here(context)) if self._host.kernel is not None else []
+            if not hushed:
+                return
+            await self.prepare(context, keep_address)
+            work = self._coming(context)
+            copies = () if work.plan is not None else self._early.read(work.here)
+            await self._runner.run(UNDO, work)
+            self._early.speak(hushed)
+            self._early.wait(context.spis, copies)
+        except (CharonError, KernelError, RefusedError, WireError) as error:
+            self._early.end(context.spis)
+            log.warning("%s is installed when its MN arrives, not before: %s", context.connection, error)
+            with contextlib.suppress(KernelError):
+                self._early.speak(hushed)
+
+    def not_coming(self, context: IkeContext) -> None:
+        """See `ContextSink.not_coming`."""
+        self.tell_later(context, False)
+        self._early.end(context.spis)
+
+    def _lead(self, context: IkeContext) -> None:
+        """Send what comes for the mobile node to where it is now, before charon is asked for anything."""
+        if context.spis not in self._early:
+            return
+        try:
+            self._early.lead(self._here(context))
+        except IkectxError as error:
+            log.warning("%s: its ESP waits for charon: %s", context.connection, error)
+            self._early.end(context.spis)
+
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
+        self._lead(context)
         async with self._looks.look(context.spis) as seen, self._host.import_lock:
             verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
             bad = [v for v in verdicts if v.status is not Status.OK]
@@ -350,6 +393,7 @@ class CharonSink(ContextSink):
         work = self._coming(context, final=final, report=report, activates=True)
         await self._runner.run(ACTIVATE, work)
         self._memory.forget(context.spis)
+        self._early.end(context.spis)
         self._sweep(int(time.time()))
 
     def _sweep(self, now: int) -> None:
@@ -372,7 +416,9 @@ class CharonSink(ContextSink):
         self._memory.forget(context.spis)
         if work.facts.stage in ("installing", "active"):
             await self._runner.run(UNDO, work)
+            self._early.end(context.spis)
             return
+        self._early.end(context.spis)
         # we installed no part of it, so an SA of that name is another one
         self._renames.forget(work.here, undone=True)
         if work.facts.stage == "":

@@ -243,6 +243,20 @@ class Kernel:
             if outcome.errno:
                 raise failure(request, outcome)
 
+    def take_out(self, sas: Sequence[KernelSa]) -> list[KernelReplay | None]:
+        """Delete SAs and return the last counters of each, None for one that was not there. Errors:
+        KernelError, WireError.
+
+        It is one datagram, so that next to no packet can come between a reading and its deletion.
+        """
+        outcomes = self._xfrm.transact([one for sa in sas for one in (sa.get_replay(), sa.delete())])
+        found: list[KernelReplay | None] = []
+        for sa, counters, deleted in zip(sas, outcomes[::2], outcomes[1::2], strict=True):
+            if deleted.errno not in (0, errno.ESRCH):
+                raise failure(sa.delete(), deleted)
+            found.append(sa.parse_replay(counters.answers[0])[0] if counters.answers else None)
+        return found
+
     def delete_sa(self, sa: KernelSa) -> bool:
         """Delete an SA; False: it was not there. Errors: KernelError."""
         return self._gone(sa.delete(), errno.ESRCH)

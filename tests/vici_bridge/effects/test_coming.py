@@ -12,7 +12,8 @@ import pytest
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import RefusedError
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import Endpoint, IkeContext
+from ikectx.sa.relocate import relocate
 from tests.across.test_go_on import run
 from tests.gateway_world import Place
 from tests.killing import Assassin, Killed, names, places
@@ -21,6 +22,7 @@ from tests.worlds import until
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import sink as sink_module
 from vici_bridge.effects.activate import ACTIVATE
+from vici_bridge.effects.early import EARLY, is_early
 from vici_bridge.effects.prepare import PREPARE
 from vici_bridge.effects.take import TAKE
 from vici_bridge.effects.undo import UNDO
@@ -42,7 +44,7 @@ class Gateway:
         self.here = place(late=0)
         self.context = a_context(1)
         self.here.mobiles.add(self.context)
-        if self.variant:
+        if self.variant and self.variant != "early":
             other = rival(self.context, self.variant, shared=self.variant == "outbound")
             self.here.mobiles.add(other)
             self.here.charon.serve(other)
@@ -69,6 +71,10 @@ class Gateway:
         sink, context, final = self.here.sink, self.context, final_of(self.context)
         match step:
             case "prepare":
+                if self.variant == "early":
+                    await sink.ready(context, False)
+                    self.context = context = relocate(context, remote=Endpoint.of("198.51.100.77", 4500))
+                    self.here.mobiles.add(context)
                 await sink.prepare(context, False)
             case "take":
                 await sink.take(context, final)
@@ -125,6 +131,8 @@ async def killed(
             again = effect == "script up" and after
             assert there.scripts == ["up"] * (1 + again)
         there.here.sound()
+        assert not [one for one in there.here.sad.dump_policies() if one.selector.user == EARLY]
+        assert not [sa for sa in there.here.sad.sas.values() if is_early(sa)]
         assert host.expected == set()
         assert there.here.relay.now == set()
         return list(assassin.ran)
@@ -134,7 +142,12 @@ VARIANTS = [
     *((step, variant, "activate") for step in ("prepare", "take", "activate") for variant in ("", "inbound")),
     ("activate", "outbound", "activate"),
     ("prepare", "ike", "activate"),
-    *(("undo", variant, upto) for variant in ("", "inbound", "outbound") for upto in ("prepare", "take")),
+    *((step, "early", "activate") for step in ("prepare", "take", "activate")),
+    *(
+        ("undo", variant, upto)
+        for variant in ("", "inbound", "outbound", "early")
+        for upto in ("prepare", "take")
+    ),
 ]
 
 

@@ -1,0 +1,128 @@
+"""Early ESP: ready before the mobile node comes, sent to where it is, and handed over to charon."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from ikectx.sa.context import Endpoint, IkeContext, ReplayState
+from ikectx.sa.relocate import relocate
+from tests.across.test_go_on import run
+from tests.vici_bridge.effects.test_coming import Gateway, gateway
+from tests.vici_bridge.effects.test_sink import final_of
+from vici_bridge.effects.early import EARLY, MARGIN, is_early
+from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
+
+NEW = Endpoint.of("198.51.100.77", 4500)
+
+
+@asynccontextmanager
+async def announced() -> AsyncIterator[tuple[Gateway, IkeContext]]:
+    async with gateway("") as there:
+        await there.here.sink.ready(there.context, False)
+        yield there, relocate(there.context, remote=NEW)
+
+
+def early(there: Gateway) -> tuple[list[KernelSa], list[KernelPolicy]]:
+    sad = there.here.sad
+    sas = [sa for sa in sad.sas.values() if is_early(sa)]
+    return sas, [one for one in sad.dump_policies() if one.selector.user == EARLY]
+
+
+def test_who_has_announced_itself_is_heard_and_nothing_is_sent() -> None:
+    async def scenario() -> None:
+        async with announced() as (there, _):
+            (child,) = there.context.children
+            sas, policies = early(there)
+            assert [sa.spi for sa in sas] == [child.spi_in]
+            # what the old gateway has decrypted is not decrypted here once more
+            jump = there.here.host.config.oseq_jump
+            replay = sas[0].replay
+            assert (replay.seq, replay.bitmap) == (child.inbound.seq + jump, (1 << replay.window) - 1)
+            assert [one.direction for one in policies] == ["in"]
+            # what the old gateway has decrypted comes in the clear
+            assert all(template.optional for one in policies for template in one.templates)
+            assert there.here.charon.sas == {}
+            assert there.here.mute.muted == set()
+            assert there.here.host.coming.all() == []
+            assert all(sa.limits.hard_add for sa in sas)
+            assert all(one.limits.hard_add for one in policies)
+
+    run(scenario())
+
+
+def test_its_packets_are_led_to_it_before_charon_is_asked_and_no_number_leaves_twice() -> None:
+    """A packet leaves before each step of charon and the kernel."""
+
+    async def scenario() -> None:
+        async with announced() as (there, context):
+            here, (child,) = there.here, context.children
+            inner = child.remote_ts[0].start
+            sent: list[bytes | None] = []
+
+            def packet() -> None:
+                if any(one.direction == "out" for one in here.sad.policies.values()):
+                    here.sad.step = lambda: None
+                    sent.append(here.sad.send(inner))
+                    here.sad.step = packet
+
+            views = here.charon.views
+
+            def asked() -> list[object]:
+                packet()
+                return views()  # type: ignore[return-value]
+
+            here.sad.step = here.charon.step = packet
+            here.charon.views = asked  # type: ignore[method-assign,assignment]
+            await here.sink.prepare(context, False)
+            here.charon.views = views  # type: ignore[method-assign]
+            outbound = here.sad.sas[NEW.address, child.spi_out]
+            assert not is_early(outbound)
+            jump = here.host.config.oseq_jump
+            assert outbound.replay.oseq > child.outbound.seq + jump + MARGIN
+            led = sent[sent.index(child.spi_out) :]
+            assert led[-1] == child.spi_out
+            assert None in led, "held while charon changes"
+            await here.sink.take(context, final_of(context))
+            report = await here.sink.move_peer(context, final_of(context))
+            await here.sink.activate(context, final_of(context), report)
+            assert early(there) == ([], [])
+            assert here.sad.send(inner) == child.spi_out
+
+    run(scenario())
+
+
+def test_who_does_not_come_leaves_nothing() -> None:
+    async def scenario() -> None:
+        async with announced() as (there, _):
+            there.here.sink.not_coming(there.context)
+            assert early(there) == ([], [])
+            assert there.here.sad.sas == {}
+
+    run(scenario())
+
+
+def test_an_agent_that_starts_removes_what_was_ready() -> None:
+    async def scenario() -> None:
+        async with announced() as (there, context):
+            there.here.sink._lead(context)
+            assert early(there) != ([], [])
+            there.begin()
+            there.here.sink.resume()
+            assert early(there) == ([], [])
+
+    run(scenario())
+
+
+def test_numbers_that_were_heard_early_are_not_heard_again() -> None:
+    async def scenario() -> None:
+        async with announced() as (there, context):
+            here, (child,) = there.here, context.children
+            inbound = next(sa for sa in early(there)[0] if sa.spi == child.spi_in)
+            heard = inbound.replay.seq + 7
+            there.here.sad.set_replay(inbound, ReplayState(heard, 32, 1), outbound=False)
+            await here.sink.prepare(context, False)
+            now = here.sad.sas[inbound.destination, child.spi_in]
+            assert not is_early(now) and now.replay.seq == heard
+
+    run(scenario())

@@ -1,0 +1,283 @@
+"""`Early`: ESP of an SA whose mobile node has announced itself, in the kernel before charon has the SA. I/O.
+
+    hush      charon has the SA for a moment, because only it knows which ESP SAs and policies it makes of it:
+              nothing may leave by them meanwhile
+    read      copies of these
+    wait      the mobile node has not come: decrypt its packets, wherever it sends them from
+    lead      it has come: send to its new address, too
+    give_way  charon is about to get the SA: its packets are held, the pair is deleted, its numbers are kept
+    go_on     charon's pair has these numbers: held packets leave, and all others
+    end       nothing of it is left
+
+An inbound SA in tunnel mode does not look at the outer source address (Linux 6.1, 7.2), so the pair that was
+made for the mobile node's old address takes packets from its new one. Only the outbound SA needs that
+address. The policies stand beside charon's because of the `user` of their selectors, as blocks do
+(`vici_bridge.away.departures`), and have a reqid that charon never gives.
+
+While the old gateway serves the SA, packets that it has decrypted must not be decrypted here once more, if
+somebody sends copies. So the window begins `oseq_jump` above the exported number, as if all below had been
+received: a mobile node's agent leaves out as many numbers when it moves.
+
+Nothing of this is stored. The kernel drops it after `HostConfig.early` seconds, agent or not, and an agent
+that starts removes what one before it has left (`Early.sweep`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ikectx.errors import KernelError, WireError
+from ikectx.sa.context import IkeContext, ReplayState
+from ikectx.sa.name import SaName
+from vici_bridge.away.absences import pairs_of
+from vici_bridge.host import CharonHost
+from vici_bridge.kernel.kernel import LATE
+from vici_bridge.kernel.xfrm import BLOCK, KernelPolicy, KernelSa, policies_of
+from vici_bridge.kernel.xfrm_parts import TUNNEL, KernelLimits, Selector, XfrmRequest
+
+log = logging.getLogger(__name__)
+
+EARLY = int.from_bytes(b"IKEE")
+"""The `user` of these policies' selectors, as `departures.OURS` is that of departures."""
+REQIDS = 0x494B0000
+"""The reqid that no SA has: packets of a policy that asks for it wait, up to 100 (net.core.xfrm_larval_drop).
+Those that follow, up to `REQIDS` | 0xFFFF, are of early pairs; charon counts from 1."""
+HUSHED = 15
+"""Seconds after which the kernel lets packets pass again, if an agent died at that moment."""
+MARGIN = 1024
+"""Outbound numbers left out when charon's pair goes on, because a packet may be on its way on another CPU."""
+
+
+def is_early(sa: KernelSa) -> bool:
+    """Whether the kernel's SA is one of these."""
+    return sa.sequence == LATE and sa.reqid >> 16 == REQIDS >> 16
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyChild:
+    """One CHILD_SA: its pair, its policies, and the number below which nothing is decrypted (`floor`)."""
+
+    inbound: KernelSa
+    outbound: KernelSa
+    inward: tuple[KernelPolicy, ...]
+    outward: tuple[KernelPolicy, ...]
+    floor: int
+    sent: int | None = None
+    received: ReplayState | None = None
+
+
+class Early:
+    """All early pairs of one gateway, by the SA's name."""
+
+    def __init__(self, host: CharonHost) -> None:
+        self._host = host
+        self._known: dict[SaName, tuple[EarlyChild, ...]] = {}
+        self._reqids = itertools.cycle(range(REQIDS + 1, REQIDS + 0x10000))
+
+    def __contains__(self, sa: SaName) -> bool:
+        return sa in self._known
+
+    def hush(self, here: IkeContext) -> list[KernelPolicy]:
+        """Drop packets for the mobile node for `HUSHED` seconds, or until `speak`. None: it cannot be done
+        for this SA.
+
+        The old gateway serves it, with lower sequence numbers than a packet would have that left here.
+        Errors: KernelError.
+        """
+        kernel, outer = self._host.kernel, (here.local.address, here.remote.address)
+        found = [
+            KernelPolicy(
+                "out",
+                replace(Selector.between(ours, theirs), user=EARLY),
+                action=BLOCK,
+                limits=KernelLimits(hard_add=HUSHED),
+            )
+            for local, remote in pairs_of(here)
+            for ours in local
+            for theirs in remote
+            if ours.version == theirs.version
+            and theirs.prefixlen
+            and not any(address in theirs for address in outer)
+        ]
+        if kernel is not None and found:
+            kernel.batch([policy.put() for policy in found])
+        return found
+
+    def speak(self, hushed: Iterable[KernelPolicy]) -> None:
+        """End `hush`. Errors: KernelError."""
+        for policy in hushed if self._host.kernel is not None else ():
+            self._host.kernel.delete_policy(policy)  # type: ignore[union-attr]
+
+    def read(self, here: IkeContext) -> tuple[EarlyChild, ...]:
+        """Copies of what charon has installed; none if this SA is not one that can be early.
+
+        With ESP in UDP the kernel would tell charon of the new address. Errors: KernelError, WireError.
+        """
+        kernel, found = self._host.kernel, list[EarlyChild]()
+        if kernel is None:
+            return ()
+        for child in here.children:
+            inbound, outbound = self._host.kernel_pair(here, child)
+            if inbound is None or outbound is None or _unfit(inbound) or _unfit(outbound):
+                return ()
+            floor = child.inbound.seq + self._host.config.oseq_jump
+            if floor >> (63 if inbound.esn else 31):
+                return ()
+            policies = kernel.policies_about({inbound.reqid, outbound.reqid})
+            inward = policies_of(policies, inbound, "in", "fwd")
+            outward = policies_of(policies, outbound, "out")
+            if not inward or not outward:
+                return ()
+            reqid, limits = next(self._reqids), KernelLimits(hard_add=self._host.config.early)
+            seen = replace(inbound.replay, seq=floor, bitmap=(1 << inbound.replay.window) - 1)
+            found.append(
+                EarlyChild(
+                    replace(inbound, reqid=reqid, limits=limits, sequence=LATE, replay=seen),
+                    replace(outbound, reqid=reqid, limits=limits, sequence=LATE),
+                    # charon's own precede, as soon as they are there
+                    tuple(_beside(one, reqid, limits, one.priority + 1) for one in inward),
+                    tuple(_beside(one, reqid, limits, max(one.priority - 1, 0)) for one in outward),
+                    floor,
+                )
+            )
+        return tuple(found)
+
+    def wait(self, sa: SaName, children: tuple[EarlyChild, ...]) -> None:
+        """Decrypt packets of the mobile node. Packets of its addresses that come in the clear, because the
+        old gateway has decrypted them, pass as before. Errors: KernelError."""
+        kernel = self._host.kernel
+        if kernel is None or not children:
+            return
+        self.end(sa)
+        self._known[sa] = children
+        requests = [child.inbound.add() for child in children]
+        for child in children:
+            requests += [_optional(policy).put() for policy in child.inward]
+        kernel.batch(requests)
+
+    def lead(self, here: IkeContext) -> None:
+        """The mobile node is at `here.remote` now. Errors: KernelError."""
+        kernel, children = self._host.kernel, self._known.get(here.spis, ())
+        if kernel is None or not children:
+            return
+        to = here.remote.address
+        children = tuple(
+            replace(child, outbound=replace(child.outbound, destination=to)) for child in children
+        )
+        self._known[here.spis] = children
+        requests: list[XfrmRequest] = []
+        for child in children:
+            requests.append(child.outbound.add())
+            requests += [_to(policy, child.outbound).put() for policy in child.outward]
+            requests += [policy.put() for policy in child.inward]
+        kernel.batch(requests)
+
+    def give_way(self, sa: SaName) -> None:
+        """Hold its packets and delete the pair, just before charon adds its own. Errors: KernelError."""
+        kernel, children = self._host.kernel, self._known.get(sa, ())
+        if kernel is None or not children:
+            return
+        kernel.batch([_held(policy).put() for child in children for policy in child.outward])
+        last = kernel.take_out([one for child in children for one in (child.inbound, child.outbound)])
+        found = []
+        for child, incoming, outgoing in zip(children, last[::2], last[1::2], strict=True):
+            received = None if incoming is None or incoming.seq <= child.floor else incoming.inbound
+            sent = child.sent if outgoing is None else outgoing.oseq + MARGIN
+            found.append(replace(child, sent=sent, received=received or child.received))
+        self._known[sa] = tuple(found)
+
+    def number(self, sa: SaName, shape: IkeContext) -> None:
+        """Have charon's pair, which may have other SPIs, go on where this one stopped. Errors: KernelError,
+        StateError."""
+        kernel = self._host.kernel
+        for child, one in zip(shape.children, self._known.get(sa, ()), strict=False):
+            inbound, outbound = self._host.kernel_pair(shape, child)
+            if kernel is None or inbound is None or outbound is None:
+                raise KernelError(f"an ESP SA of CHILD_SA {child.name} has gone")
+            if one.received is not None and child.spi_in == one.inbound.spi:
+                kernel.set_replay(inbound, one.received, outbound=False)
+            if one.sent is not None:
+                ahead, _ = kernel.get_replay(outbound, outbound=True)
+                if one.sent > ahead.seq:
+                    kernel.set_replay(outbound, replace(ahead, seq=one.sent), outbound=True)
+
+    def go_on(self, sa: SaName, shape: IkeContext) -> None:
+        """Let packets leave by charon's pair, those that were held first. Errors: KernelError."""
+        kernel, requests = self._host.kernel, list[XfrmRequest]()
+        for child, one in zip(shape.children, self._known.get(sa, ()), strict=False):
+            _, outbound = self._host.kernel_pair(shape, child)
+            if outbound is not None:
+                requests += [_to(policy, outbound).put() for policy in one.outward]
+        if kernel is not None and requests:
+            kernel.batch(requests)
+
+    def end(self, sa: SaName) -> None:
+        """Remove what there is of it. Raises nothing: what stays ends by itself."""
+        children = self._known.pop(sa, ())
+        try:
+            self._remove(
+                [one for child in children for one in (child.outbound, child.inbound)],
+                [policy for child in children for policy in (*child.outward, *child.inward)],
+            )
+        except (KernelError, WireError) as error:
+            log.warning("early ESP of %s stays for up to %d s: %s", sa, self._host.config.early, error)
+
+    def sweep(self) -> None:
+        """Remove what an agent before this one has left. Raises nothing."""
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        try:
+            old = [policy for policy in kernel.dump_policies() if policy.selector.user == EARLY]
+            self._remove([sa for sa in kernel.late_sas() if is_early(sa)], old)
+        except (KernelError, WireError) as error:
+            log.warning("early ESP that an agent before this one left stays: %s", error)
+
+    def _remove(self, sas: Iterable[KernelSa], policies: Iterable[KernelPolicy]) -> None:
+        kernel = self._host.kernel
+        if kernel is None:
+            return
+        for sa in sas:
+            now = kernel.get_sa(sa.destination, sa.spi, sa.proto, sa.mark)
+            if now is not None and is_early(now):
+                kernel.delete_sa(now)
+        for policy in policies:
+            kernel.delete_policy(policy)
+
+
+def _unfit(sa: KernelSa) -> bool:
+    return sa.mode != TUNNEL or sa.encap is not None or sa.offloaded or sa.cpu is not None
+
+
+def _beside(policy: KernelPolicy, reqid: int, limits: KernelLimits, priority: int) -> KernelPolicy:
+    """The policy under another name, for SAs of that reqid."""
+    return replace(
+        policy,
+        selector=replace(policy.selector, user=EARLY),
+        templates=tuple(replace(template, reqid=reqid) for template in policy.templates),
+        priority=min(priority, 0xFFFFFFFF),
+        limits=limits,
+        index=0,
+    )
+
+
+def _optional(policy: KernelPolicy) -> KernelPolicy:
+    return replace(policy, templates=tuple(replace(one, optional=1) for one in policy.templates))
+
+
+def _held(policy: KernelPolicy) -> KernelPolicy:
+    return replace(policy, templates=tuple(replace(one, reqid=REQIDS) for one in policy.templates))
+
+
+def _to(policy: KernelPolicy, sa: KernelSa) -> KernelPolicy:
+    """The policy with templates for that SA."""
+    return replace(
+        policy,
+        templates=tuple(
+            replace(one, reqid=sa.reqid, source=sa.source, destination=sa.destination)
+            for one in policy.templates
+        ),
+    )
