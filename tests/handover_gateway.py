@@ -294,7 +294,9 @@ class Gateway:
             case Cancel():
                 if said.tid in self.outgoing:
                     outgoing = self.outgoing[said.tid]
-                    if outgoing.machine.state is not _S.NEW:
+                    if outgoing.machine.state is _S.FREEZING:  # the present step ends first
+                        self._later(0.1, lambda: self.hear(said, sender))
+                    elif outgoing.machine.state is not _S.NEW:
                         self._source(outgoing, _SI.CTC)
                 elif said.tid in self.incoming:
                     self._target(self.incoming[said.tid], _TI.CTC)
@@ -332,7 +334,9 @@ class Gateway:
                 incoming.key = token_key(GENERATION, incoming.sequence)
                 self.used[incoming.sequence, Purpose.ARRIVE] = asked.seen
             self.pending.clear()
-        self._takes(incoming, _TI.WHOLE if said.whole else _TI.CTD)
+        if not self._takes(incoming, _TI.WHOLE if said.whole else _TI.CTD):
+            if incoming.machine.state is _T.INSTALLING:  # an inbox keeps what comes while a step is under way
+                self._later(0.1, lambda: self._hear_let_go(said))
 
     def _asked(self) -> Pending | None:
         for pending in self.pending.values():
@@ -436,9 +440,9 @@ class Gateway:
             self._ask(seen.octets, Pending(ask, seen, self.now + self.world.timing.request))
 
     def _request(self, incoming: Incoming) -> None:
-        """PREPARED, and the MN is here: pSG is asked until it lets go."""
+        """The MN is here: pSG is asked until it lets go."""
         seen = incoming.arrived
-        if seen is None or incoming.machine.state is not _T.PREPARED:
+        if seen is None or incoming.machine.state not in (_T.INSTALLING, _T.PREPARED):
             return
         ctar = Ctar.parse(seen.octets)
         self._say(Ask(CtReq(ctar.mn, ctar.sequence, ctar.token, ctar.blocks)))
