@@ -334,9 +334,10 @@ class Gateway:
                 incoming.key = token_key(GENERATION, incoming.sequence)
                 self.used[incoming.sequence, Purpose.ARRIVE] = asked.seen
             self.pending.clear()
-        if not self._takes(incoming, _TI.WHOLE if said.whole else _TI.CTD):
-            if incoming.machine.state is _T.INSTALLING:  # an inbox keeps what comes while a step is under way
-                self._later(0.1, lambda: self._hear_let_go(said))
+        # an inbox keeps what comes while a step is under way
+        kept = incoming.machine.state is _T.INSTALLING
+        if not self._takes(incoming, _TI.WHOLE if said.whole else _TI.CTD) and kept:
+            self._later(0.1, lambda: self._hear_let_go(said))
 
     def _asked(self) -> Pending | None:
         for pending in self.pending.values():
