@@ -115,7 +115,7 @@ def test_the_script(tmp_path: Path) -> None:
 
 
 def test_the_unit_runs_the_mobile_nodes_agent_before_charon() -> None:
-    unit = configparser.ConfigParser(interpolation=None)
+    unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str  # type: ignore[assignment, method-assign]
     unit.read(EXAMPLES / "systemd" / "ikectx-mobile.service")
     assert unit["Unit"]["Before"] == "strongswan.service"
