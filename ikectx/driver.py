@@ -24,6 +24,7 @@ from ikectx.engine.effects import (
     FindTransfer,
     Freeze,
     Get,
+    GetReady,
     Hear,
     Items,
     Move,
@@ -33,7 +34,6 @@ from ikectx.engine.effects import (
     Prepare,
     Prepared,
     Put,
-    Ready,
     Recorded,
     Release,
     Settle,
@@ -334,7 +334,7 @@ class Driver:
                 return tuple(await sink.check(context, keep))
             case StillHere(final, mn, who):
                 return await sink.still_here(final, mn, who)
-            case Ready(context, keep):
+            case GetReady(context, keep):
                 await sink.ready(context, keep)
             case Prepare(context, keep, answers):
                 sink.tell_later(context, answers)

@@ -32,6 +32,7 @@ from ikectx.engine.effects import (
     FindTransfer,
     Freeze,
     Get,
+    GetReady,
     Hear,
     Items,
     Move,
@@ -41,7 +42,6 @@ from ikectx.engine.effects import (
     Prepare,
     Prepared,
     Put,
-    Ready,
     Recorded,
     Release,
     Stay,
@@ -220,7 +220,7 @@ class Box:
                 return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE if taken else Status.OK)]
             case StillHere(final):
                 return "charon has it" if (final.spi_i, final.spi_r) in self.sas else ""
-            case Ready():
+            case GetReady():
                 return None
             case Prepare(context):
                 if context.spis in self.sas:

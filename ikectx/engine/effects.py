@@ -129,7 +129,7 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class GetReady:
     """Have as much of the SA installed as can be before its mobile node arrives. Outcome: None."""
 
     NAME: ClassVar[str] = "get ready"
@@ -340,7 +340,7 @@ Step = (
     | Check
     | StillHere
     | Prepare
-    | Ready
+    | GetReady
     | Take
     | Settle
     | Move

@@ -27,11 +27,11 @@ from ikectx.wire.reasons import encode_reasons, refusals
 from .effects import (
     Activate,
     Check,
+    GetReady,
     Move,
     NotComing,
     Prepare,
     Prepared,
-    Ready,
     Settle,
     StillHere,
     Take,
@@ -346,7 +346,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             why = refusals(verdicts) or STATUS_TEXT.get(status, "refused")
             raise RefusedError(why, status=status, hint=advice(status, refused_here=True))
         if self.machine.state is TargetState.ANNOUNCED:
-            yield from self.step(Ready(context, self.keep))
+            yield from self.step(GetReady(context, self.keep))
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
         self._prepared = yield from self.step(Prepare(context, self.keep, self.answers))
