@@ -98,7 +98,7 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
             )
         )
     headers = ("mobile node", "result", "time", "phases in ms", "octets", "transfer")
-    render.table(headers, rows, styles=RESULT_STYLES)
+    render.table(headers, rows, styles=RESULT_STYLES, wraps="phases in ms")
     for report in reports:
         against = [
             verdict for verdict in report.get("verdicts") or () if verdict.get("status", {}).get("code")
@@ -134,7 +134,10 @@ def show_history(items: Sequence[Mapping[str, Any]]) -> None:
         for item in items
     ]
     render.table(
-        ("when", "role", "with", "mobile node", "result", "detail", "transfer"), rows, styles=RESULT_STYLES
+        ("when", "role", "with", "mobile node", "result", "detail", "transfer"),
+        rows,
+        styles=RESULT_STYLES,
+        wraps="detail",
     )
 
 

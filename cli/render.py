@@ -124,11 +124,17 @@ def when(seconds: object) -> str:
 
 
 def table(
-    headers: Sequence[str], rows: Iterable[Sequence[object]], *, styles: Mapping[str, str] | None = None
+    headers: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    styles: Mapping[str, str] | None = None,
+    wraps: str = "",
 ) -> None:
     """A table on standard output: with lines and colours on a terminal, else columns that never wrap.
 
-    `styles`: colour of a cell by its text.
+    A terminal that is too narrow for the columns gets a paragraph for each row, in which each value stands
+    after its header. `styles`: colour of a cell by its text. `wraps`: the header of a column of prose, which
+    may take several lines in the table.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
@@ -138,10 +144,47 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(*headers, header_style="bold")
+    console = Console()
+    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+    needed = sum(
+        min(width, PROSE) if header == wraps else width for header, width in zip(headers, widths, strict=True)
+    )
+    if needed + 3 * len(headers) + 1 > console.width:
+        for row in cells:
+            lines = paragraph(headers, row, console.width)
+            text = Text("\n".join(lines))
+            for header, cell in zip(headers, row, strict=True):
+                if style := (styles or {}).get(cell):
+                    text.highlight_words([f"{header} {cell}"], style)
+            console.print(text, soft_wrap=True)
+        return
+    out = Table(header_style="bold")
+    for header in headers:
+        out.add_column(header, no_wrap=header != wraps, overflow="fold")
     for row in cells:
         out.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in row))
-    Console().print(out)
+    console.print(out)
+
+
+PROSE = 24
+"""Characters that a line of a column of prose must have at the least."""
+
+
+def paragraph(headers: Sequence[str], row: Sequence[str], width: int) -> list[str]:
+    """A row as lines of at most `width`: each value after its header, those without a value left out."""
+    from textwrap import wrap
+
+    lines: list[str] = []
+    for header, value in zip(headers, row, strict=True):
+        if value == "-":
+            continue
+        part = f"{header} {value}".strip()
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            indentation = "    " if lines else ""
+            lines += wrap(part, width, initial_indent=indentation, subsequent_indent="        ")
+    return lines
 
 
 def columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -69,7 +69,12 @@ def show_findings(findings: Sequence[Finding]) -> None:
     from ..render import printable, say, table
 
     styles = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
-    table(("check", "", "found"), [(item.check, item.level, item.found) for item in findings], styles=styles)
+    table(
+        ("check", "", "found"),
+        [(item.check, item.level, item.found) for item in findings],
+        styles=styles,
+        wraps="found",
+    )
     told = [item for item in findings if item.fix and item.level != "ok"]
     for fix in dict.fromkeys(item.fix for item in told):
         for item in told:

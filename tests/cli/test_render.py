@@ -20,7 +20,7 @@ from ikectx.sa.context import (
     TrafficSelector,
 )
 from ikectx_cli import commands, render
-from ikectx_cli.doctor.checks import Finding, show_findings
+from ikectx_cli.doctor.findings import Finding, show_findings
 from ikectx_cli.mobile.commands import show_report
 from ikectx_cli.progress import Progress, show_history, show_reports
 from tests.control_agent import REFUSED, REPORT
@@ -171,3 +171,31 @@ def test_tables_and_progress_on_a_terminal(
             progress.event({"transfer": str(number), "phase": "offered", "mn": "a", "ms": 1.0})
         progress.event({"transfer": "1", "phase": "done", "report": REPORT})
         progress.event(None)
+
+
+def test_a_terminal_that_is_too_narrow_for_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    headers = ("id", "peer", "SPIs", "children", "movable")
+    row = (1, "mn@example.org", "a" * 33, ["net", "a-child-with-a-longer-name"], False)
+    render.table(headers, [row], styles={"no": "yellow"})
+    assert capsys.readouterr().out.splitlines() == [
+        f"id 1  peer mn@example.org  SPIs {'a' * 33}",
+        "    children net, a-child-with-a-longer-name  movable no",
+    ]
+    render.table(headers, [(*row[:3], None, True)])
+    assert "┃" in capsys.readouterr().out
+    prose = "as many words as there are, of which each has its place in the column of the table"
+    render.table(("check", "found"), [("kernel", prose)], wraps="found")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "┃" in lines[1] and len(lines) == 6
+
+
+def test_paragraphs_heed_the_width() -> None:
+    words = " ".join(["word"] * 30)
+    assert max(map(len, render.paragraph(("a", "b"), ("1", words), 40))) <= 40
+    assert render.paragraph(("a", "b"), ("-", "2"), 40) == ["b 2"]
