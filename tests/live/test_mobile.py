@@ -201,7 +201,12 @@ def test_the_children_get_the_new_addresses_and_nothing_else(mobile: World, hand
     assert hand("export")["children"] == before["children"]
 
 
-@pytest.mark.parametrize("step", [effect.name for effect in (*READDRESS.effects, *LOUD.effects[:1])])
+IN_THE_KERNEL = "packets by the new pairs"
+"""An effect that is not needed where ESP is in user space: no packet of such an SA goes ahead."""
+STEPS = [effect.name for effect in (*READDRESS.effects, *LOUD.effects[:2]) if effect.name != IN_THE_KERNEL]
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("local", [NEW, OUTER["mn"][4]])
 def test_an_agent_that_dies_in_between(mobile: World, hand: Hand, step: str, local: str) -> None:
     # no message until the next agent has ended the step; then MN -> nsg CREATE_CHILD_SA, which nobody answers
