@@ -1,13 +1,13 @@
 """Readdress: a mobile node's SA gets other addresses or SPIs while it is PASSIVE.
 
 1. Install guard policies: they keep outbound packets on the old SAs, or hold them back if these must be
-   deleted first.
+   deleted first, and let inbound packets come by either pair, because charon's policies want the new one.
 2. Delete old pairs that cannot exist beside the new ones, after noting their numbers; install the new ones by
    IKE_UPDATE and CHILD_ADD.
 3. Set keys, sequence numbers and windows of the new pairs from those of the old ones, numbers beyond all that
-   were used. Only then remove the guards.
+   were used. Only then remove the outbound guards.
 4. End the rewriting of packets (`ahead`), so that the new pairs get theirs, and tell them what the old ones
-   have received until then.
+   have received until then. Remove the inbound guards.
 5. Delete the old pairs, as soon as the other end sends by the new ones.
 6. Change the IKE_SA's own SPIs last of all, because until then it is found under the old ones.
 """
@@ -34,13 +34,13 @@ async def _raise(work: Moving) -> None:
 
 
 async def _let_go(work: Moving) -> Facts:
-    work.steps.drop_guards(work.move)
-    return {"move": replace(work.move, guards=()).dumps()}
+    return {"move": work.steps.drop_guards(work.move, "out").dumps()}
 
 
-async def _by_new_pairs(work: Moving) -> None:
+async def _by_new_pairs(work: Moving) -> Facts:
     await go_home(work)
     work.steps.join_windows(work.move)
+    return {"move": work.steps.drop_guards(work.move).dumps()}
 
 
 async def _end_old(work: Moving) -> None:
@@ -62,11 +62,6 @@ def _old_name(work: Moving) -> bool:
     return work.view is not None
 
 
-def _ahead(work: Moving) -> bool:
-    rewrite = work.host.rewrite
-    return _old_name(work) and rewrite is not None and rewrite.place is not None
-
-
 READDRESS: LedgerStep[Moving] = LedgerStep(
     "readdress",
     (
@@ -74,7 +69,7 @@ READDRESS: LedgerStep[Moving] = LedgerStep(
         StepEffect("new pairs", _add, when=_old_name),
         StepEffect("numbers", _raise, when=_old_name),
         StepEffect("guards go", _let_go, when=_old_name),
-        StepEffect("packets by the new pairs", _by_new_pairs, when=_ahead),
+        StepEffect("packets by the new pairs", _by_new_pairs, when=_old_name),
         StepEffect("old pairs go", _end_old, when=_old_name),
         StepEffect("IKE_SA's name", _rename),
         StepEffect("all is done", _done),

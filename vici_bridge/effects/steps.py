@@ -1,11 +1,11 @@
 """`MoveSteps`: the steps by which a mobile node's SA gets other addresses or SPIs, each seen done. I/O.
 
-    guard           keep outbound packets on the old SAs, or hold them back if those must be deleted first
-    clear the way   delete old pairs that cannot exist beside the new ones, after noting their numbers
-    add             IKE_UPDATE, CHILD_ADD
-    raise           set keys, sequence numbers and windows of the new pairs; then remove the guards
-    delete old      CHILD_DELETE
-    rename          change the IKE_SA's own SPIs, if that is needed, too
+    guard           keep outbound packets on the old SAs, or hold them back if those must be deleted first,
+                    and let inbound ones come by either pair clear the way   delete old pairs that cannot
+                    exist beside the new ones, after noting their numbers add             IKE_UPDATE,
+                    CHILD_ADD raise           set keys, sequence numbers and windows of the new pairs; then
+                    remove the guards delete old      CHILD_DELETE rename          change the IKE_SA's own
+                    SPIs, if that is needed, too
 
 `readdress` calls them in this order, and goes on where an agent before this one stopped: the SA's row of the
 ledger, charon and the kernel show where that was, and `moves.Move` has what they no longer show.
@@ -29,7 +29,7 @@ from vici_bridge.host import ESP, CharonHost
 from vici_bridge.kernel.algorithms import KernelReplay
 from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel
 from vici_bridge.kernel.rewrite import EspPair, NewPlace
-from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
+from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.kernel.xfrm_parts import TUNNEL
 from vici_bridge.vici.views import SaView
 
@@ -126,8 +126,8 @@ class MoveSteps:
         return self._pair((move.local, move.remote), (child.new_in, child.new_out))
 
     def guard(self, sa: SaName, move: MobileMove, view: SaView) -> MobileMove:
-        """Guard outbound packets: keep them on the old SAs, or hold them back if these must be deleted
-        first."""
+        """Guard packets: outbound ones stay on the old SAs, or are held back if these must be deleted first;
+        inbound ones may come by either pair."""
         kernel = self._host.kernel
         if kernel is None or any(child.new_in_view(view) for child in move.children):
             return move  # guards came before the first new pair, and are left as they are
@@ -135,7 +135,8 @@ class MoveSteps:
             policies = kernel.dump_policies()
             guards: list[KernelPolicy] = []
             for child in move.children:
-                _, outbound = self._old(move, child)
+                inbound, outbound = self._old(move, child)
+                guards += _either_pair(policies, inbound)
                 for policy in _policies_to(policies, outbound):
                     # if no address changes, only the SPI tells the old SA from the new one
                     spi = outbound.spi if outbound is not None else bytes(4)
@@ -147,10 +148,16 @@ class MoveSteps:
             kernel.replace_policy(KernelPolicy.parse(raw))
         return move
 
-    def drop_guards(self, move: MobileMove) -> None:
-        if self._host.kernel is not None:
-            for raw in move.guards:
-                self._host.kernel.delete_policy(KernelPolicy.parse(raw))
+    def drop_guards(self, move: MobileMove, *directions: str) -> MobileMove:
+        """Remove the guards of these directions; none: of all."""
+        kept = []
+        for raw in move.guards:
+            policy = KernelPolicy.parse(raw)
+            if directions and policy.direction not in directions:
+                kept.append(raw)
+            elif self._host.kernel is not None:
+                self._host.kernel.delete_policy(policy)
+        return replace(move, guards=tuple(kept))
 
     async def _clear_the_way(
         self, sa: SaName, move: MobileMove, view: SaView
@@ -433,6 +440,18 @@ class MoveSteps:
 
 def _child(after: IkeContext, child: ChildMove) -> ChildContext:
     return next(one for one in after.children if one.spi_in == child.new_in)
+
+
+def _either_pair(policies: list[KernelPolicy], inbound: KernelSa | None) -> list[KernelPolicy]:
+    """Guards by which packets may come by any pair of the SA's reqid: of a template without a source the
+    kernel compares no address."""
+    if inbound is None or inbound.mode != TUNNEL:
+        return []
+    guards: list[KernelPolicy] = []
+    for policy in policies_of(policies, inbound, "in", "fwd"):
+        open_to = tuple(replace(one, source=type(one.source)(0)) for one in policy.templates)
+        guards += guards_of(replace(policy, templates=open_to), block=False)
+    return guards
 
 
 def _policies_to(policies: list[KernelPolicy], outbound: KernelSa | None) -> list[KernelPolicy]:

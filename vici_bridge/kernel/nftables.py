@@ -120,9 +120,10 @@ class NftTable:
         self._transact(XfrmRequest(Secret(_batch(b"".join(messages))), f"fill maps of table {self.name}"))
 
     def empty(self, names: Sequence[str]) -> None:
-        """Remove all elements from these sets or maps, all at once."""
+        """Remove all elements from these sets or maps, all at once. If they are gone, that is the same."""
         messages = (self._change(_DELSETELEM, _ACK if name == names[-1] else 0, name, b"") for name in names)
-        self._transact(XfrmRequest(Secret(_batch(b"".join(messages))), f"empty maps of table {self.name}"))
+        request = XfrmRequest(Secret(_batch(b"".join(messages))), f"empty maps of table {self.name}")
+        self._transact(request, absent_ok=True)
 
     def drop(self) -> None:
         """Delete the table, if it is there."""

@@ -15,12 +15,14 @@ the connection that it knows."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ikectx import trace
+from ikectx.errors import KernelError
 from ikectx.sa.context import Address
 
 from .host_routes import HostRoutes
@@ -93,8 +95,14 @@ class Rewrite:
             if away and self._routes.is_neighbours(place.old_local):
                 log.info("%s may be somebody else's here: ESP waits for the new gateway", place.old_local)
                 return False
+            try:
+                self._table.put([*_elements(place)])
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                run_nft(_script())  # somebody has flushed the firewall
+                self._table.put([*_elements(place)])
             self.place = place
-            self._table.put([*_elements(place)])
             if away:
                 self._routes.add(place.old_local)
             return True

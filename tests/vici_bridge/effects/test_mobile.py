@@ -14,14 +14,28 @@ from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint, ReplayState
 from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
-from tests.mobile_world import JUMP, NEW, NSG, OLD, PSG, VIP, Node, a_move, a_node_context, at, do, quick
+from tests.mobile_world import (
+    JUMP,
+    NEW,
+    NSG,
+    OLD,
+    PSG,
+    VIP,
+    Kernel,
+    Node,
+    a_move,
+    a_node_context,
+    at,
+    do,
+    quick,
+)
 from tests.peers import HandClock
 from vici_bridge.effects import steps as steps_module
 from vici_bridge.effects.mobile import EndedUnheardError
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.messages import HaType
 from vici_bridge.kernel.kernel import LATE
-from vici_bridge.kernel.xfrm import KernelSa
+from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
 from vici_bridge.kernel.xfrm_parts import TRANSPORT
 
 __all__ = ["quick"]
@@ -60,7 +74,22 @@ def test_a_move_beside_the_old_pair_loses_nothing() -> None:
     do(scenario())
 
 
-def test_packets_go_by_the_new_place_before_anything_else_does() -> None:
+def kernel_policies(kernel: Kernel) -> tuple[KernelPolicy, KernelPolicy]:
+    """An inbound policy as charon has it for the first outbound one, and that."""
+    out = next(policy for policy in kernel.policies.values() if policy.direction == "out")
+    sel, (template,) = out.selector, out.templates
+    turned = replace(
+        sel,
+        source=sel.destination,
+        source_prefix=sel.destination_prefix,
+        destination=sel.source,
+        destination_prefix=sel.source_prefix,
+    )
+    back = replace(template, source=template.destination, destination=template.source)
+    return replace(out, direction="in", selector=turned, templates=(back,)), out
+
+
+def test_packets_go_by_the_new_place_before_anything_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         node = Node(a_node_context(children=2))
         kernel = node.kernel
@@ -79,7 +108,22 @@ def test_packets_go_by_the_new_place_before_anything_else_does() -> None:
         assert HaType.IKE_UPDATE not in node.socket.heard
         await node.mobile.quiet(node.sa)
         mark = len(kernel.sent)
+        (inbound, outbound), seen = kernel_policies(kernel), []
+        end = node.host.rewrite.end  # type: ignore[union-attr]
+
+        def ends() -> None:
+            # charon's policies want the new pair by now, and packets still come by the old one
+            guards = [policy for policy in kernel.policies.values() if policy.mark is not None]
+            seen.append({(policy.direction, int(policy.templates[0].source)) for policy in guards})
+            end()
+
+        monkeypatch.setattr(node.host.rewrite, "end", ends)
+        for policy in (inbound, replace(inbound, direction="fwd")):
+            kernel.replace_policy(policy)
         await node.mobile.readdress(context, NEW, NSG)
+        assert seen == [{("in", 0), ("fwd", 0)}] and outbound.direction == "out"
+        for policy in (inbound, replace(inbound, direction="fwd")):
+            kernel.delete_policy(policy)
         await node.mobile.loud(node.sa)
         assert {destination for _, destination, _ in kernel.sent[mark:]} == {NSG.address}
         assert kernel.lost == 0

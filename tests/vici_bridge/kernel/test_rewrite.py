@@ -178,15 +178,39 @@ def test_one_place_after_the_other_and_what_an_earlier_agent_left(line: tuple[Na
     again.close()
 
 
-def test_without_its_table_nothing_is_rewritten(line: tuple[Namespace, Namespace]) -> None:
-    mn, _ = line
+def test_somebody_flushes_the_firewall(
+    line: tuple[Namespace, Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mn, nsg = line
     rewrite = of(mn)
-    mn.run("nft delete table inet ikectx_esp")
+    mn.run("nft flush ruleset")
+    assert begins(rewrite, mn, place(4))
+    near, far = esp(mn, OLD[4]), esp(nsg, NSG[4])
+    near.sendto(OUT + b"1234", (PSG[4], 0))
+    assert hears(far) == (OUT + b"1234", NEW[4])
+    mn.run("nft flush ruleset")
+    with mn.entered():
+        rewrite.end()
+    assert rewrite.place is None
+    assert OLD[4] not in mn.run("ip route show table local")
+
+    def missing(script: str) -> None:
+        raise KernelError("the nft program is missing")
+
+    monkeypatch.setattr("vici_bridge.kernel.rewrite.run_nft", missing)
     with pytest.raises(KernelError):
         begins(rewrite, mn, place(4))
+    assert rewrite.place is None
     assert OLD[4] not in mn.run("ip route show table local")
+    for sock in (near, far):
+        sock.close()
     rewrite.close()
+
+
+def test_before_its_table_is_made_nothing_is_rewritten(line: tuple[Namespace, Namespace]) -> None:
+    mn, _ = line
     with mn.entered():
         unprepared = Rewrite()
         assert not unprepared.begin(place(4))
+        unprepared.end()
     unprepared.close()
