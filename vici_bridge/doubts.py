@@ -44,6 +44,14 @@ class Doubts:
         for sa in before:
             self._store.put(_DOUBT, sa.key, b"")
 
+    async def again(self) -> bool:
+        """Make the kernel note message IDs again, if somebody has removed its rules. Returns whether they
+        were there.
+
+        No SA is in doubt by that, because charon reports to this agent meanwhile. Errors: KernelError.
+        """
+        return await asyncio.to_thread(self.noted.prepare)
+
     def close(self) -> None:
         """Stop; the kernel goes on noting."""
         self.noted.close()

@@ -52,6 +52,7 @@ from .doubts import Doubts
 from .due_rekeys import DueRekeys
 from .host_config import HostConfig
 from .rekey_after_move import FreshKeys
+from .reloads import Reloads
 from .segments import Segments
 from .updown import Scripts
 
@@ -101,6 +102,7 @@ class CharonHost:
         self.detour = Detour()
         self.away = Away(store, self.kernel, self.detour, config.forward_via, announced=config.announced)
         self.origins = Origins(store)
+        self._reloads = Reloads(self.mute, self.doubts, self.spawn)
         self._routes: RouteEvents | None = None
         self.record = Record()
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
@@ -154,6 +156,8 @@ class CharonHost:
         # a mobile node whose gateway takes its messages for old ones connects anew, so only a gateway needs
         # this
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
+        if not self.config.mobile_node:
+            self._reloads.watch()
         self.vici.watch(self._charon_state)
         self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
 
@@ -164,6 +168,7 @@ class CharonHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
+        self._reloads.close()
         if self._routes is not None:
             self._routes.close()
         self.save()

@@ -335,7 +335,7 @@ def message_ids(world: World) -> Iterator[Outcome]:
     elif world.agent_pid() is not None:
         yield (
             "warn",
-            "message IDs that leave are not noted: `nft flush ruleset` removes the rules",
+            "message IDs that leave are not noted: somebody has removed the rules",
             restart,
         )
     else:

@@ -79,6 +79,11 @@ class MessageIds:
                 hint="please report the versions of `nft --version` and of the kernel",
             )
 
+    @property
+    def port(self) -> int:
+        """See `NftTable.port`."""
+        return self._table.port
+
     def right(self) -> bool | None:
         """Whether the present rules note messages that leave, tried now; None: there are no rules."""
         with self._lock:

@@ -48,12 +48,31 @@ class Mute:
         self._ports = ", ".join(str(port) for port in ports)
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
+        self._muted: dict[str, set[SaName]] = {direction: set() for direction in _SIDES}
+        """SAs that are muted now, in case somebody empties the table."""
 
-    def prepare(self) -> None:
-        """Make the table now, so that no freeze waits for it, and check whether nftables works at all."""
+    @property
+    def port(self) -> int:
+        """See `NftTable.port`."""
+        return self._table.port
+
+    def prepare(self) -> bool:
+        """Make the table now, so that no freeze waits for it, and check whether nftables works at all.
+
+        Called again after somebody may have removed it, or elements of it. Returns whether all was there.
+        """
         with self._lock:
-            if not all(self._stands(direction) for direction in _SIDES):
+            stood = all(self._stands(direction) for direction in _SIDES)
+            if not stood:
                 self._build()
+            there = self._listing()
+            for direction, muted in self._muted.items():
+                held = {one.spis for one in there if one.direction == direction}
+                for spis in muted - held:
+                    stood = False
+                    self._table.add(_SIDES[direction][0], spis.octets)
+                muted.update(held)
+            return stood
 
     def close(self) -> None:
         """Stop. Muted SAs stay muted; a table without any is deleted."""
@@ -80,6 +99,8 @@ class Mute:
     def unmute(self, spis: SaName) -> None:
         """Let both directions pass."""
         with self._lock:
+            for muted in self._muted.values():
+                muted.discard(spis)
             self._table.remove([name for name, _, _ in _SIDES.values()], spis.octets)
 
     def listing(self) -> list[Muted]:
@@ -96,6 +117,7 @@ class Mute:
             if not self._stands(direction):
                 self._build()
             self._table.add(name, key)
+            self._muted[direction].add(spis)
 
     def _count(self, direction: str, spis: SaName) -> int:
         return sum(entry.packets for entry in self._elements(direction, spis) if entry.spis == spis)

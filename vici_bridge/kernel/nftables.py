@@ -54,6 +54,11 @@ class NftTable:
         self.name = name
         self._socket: Netlink | None = None
 
+    @property
+    def port(self) -> int:
+        """Netlink's number of the socket, which events of its changes carry; 0: it is not open."""
+        return 0 if self._socket is None else self._socket.port
+
     def close(self) -> None:
         """Close the socket; the table stays."""
         if self._socket is not None:

@@ -1,0 +1,60 @@
+"""`Reloads`: a reloaded firewall (`nft flush ruleset`) removes the tables of the agent: they are made again.
+
+SAs that were muted are muted again. Until then, some hundredths of a second, the kernel notes no message
+IDs; charon reports those to the agent, so no SA is in doubt by that. I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from ikectx.errors import KernelError
+from vici_bridge.doubts import Doubts
+from vici_bridge.kernel import message_ids, mute
+from vici_bridge.kernel.nft_events import NftEvents
+
+log = logging.getLogger(__name__)
+
+
+class Reloads:
+    """`spawn` runs a coroutine in the background."""
+
+    def __init__(
+        self, muted: mute.Mute, doubts: Doubts, spawn: Callable[[Coroutine[Any, Any, None]], None]
+    ) -> None:
+        self._mute = muted
+        self._doubts = doubts
+        self._spawn = spawn
+        self._turn = asyncio.Lock()
+        self._events: NftEvents | None = None
+
+    def watch(self) -> None:
+        """From now on. If the kernel does not let the agent listen, that is logged."""
+        try:
+            self._events = NftEvents((mute.TABLE, message_ids.TABLE), self._ports, self._removed)
+        except KernelError as error:
+            log.warning("a reload of the firewall will be noticed only by the next freeze: %s", error)
+
+    def close(self) -> None:
+        """Stop."""
+        if self._events is not None:
+            self._events.close()
+
+    def _ports(self) -> tuple[int, ...]:
+        return (self._mute.port, self._doubts.noted.port)
+
+    def _removed(self) -> None:
+        self._spawn(self._make_again())
+
+    async def _make_again(self) -> None:
+        async with self._turn:
+            try:
+                stood = await asyncio.to_thread(self._mute.prepare)
+                stood &= await self._doubts.again()
+                if not stood:
+                    log.warning("somebody removed nftables rules of this agent (a reload?): they are back")
+            except KernelError as error:
+                log.error("nftables rules of this agent were removed and cannot be made again: %s", error)
