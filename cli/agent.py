@@ -64,7 +64,7 @@ HOOK_PATIENCE = 5.0
 
 def run(config: Config) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
-    return service.run(config.state_dir, lambda store: Agent(config, store))
+    return service.run(config.state_dir, lambda store: Agent(config, store), config.state_key)
 
 
 def host_config(config: Config) -> HostConfig:
@@ -171,6 +171,7 @@ class Agent:
                 "pull": self.pull,
                 "history": self.history,
                 "resync": self.resync,
+                "rotate-key": self.rotate_key,
                 "cancel": self.cancel,
                 "reclaim": self.reclaim,
                 "updown": self.updown,
@@ -362,6 +363,9 @@ class Agent:
     async def resync(self, request: Message) -> Message:
         await self._host.resync()
         return {}
+
+    async def rotate_key(self, request: Message) -> Message:
+        return service.rotate(self._store, self._config.state_dir, self._config.state_key, request)
 
     async def cancel(self, request: Message) -> Message:
         if not self._gateway.cancel(request.get("transfer", "")):

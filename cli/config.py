@@ -197,6 +197,7 @@ class Config:
     path: Path
     name: str
     state_dir: Path
+    state_key: Path | None
     gateway: GatewayConfig
     transfer: TransferConfig
     control: ControlConfig = ControlConfig()
@@ -220,6 +221,7 @@ def _checked(root: TomlTable, path: Path) -> Config:
     root.only(
         "name",
         "state_dir",
+        "state_key",
         "control",
         "charon",
         "gateway",
@@ -233,6 +235,7 @@ def _checked(root: TomlTable, path: Path) -> Config:
         path=path,
         name=root.value("name", a_name),
         state_dir=root.value("state_dir", file, Path("/var/lib/ikectx")),
+        state_key=root.value("state_key", file, None),
         control=control(root.table("control")),
         charon=charon(root.table("charon")),
         gateway=_gateway(root.table("gateway")),

@@ -24,6 +24,7 @@ GATEWAY: Mapping[str, Keys] = {
     "pull": {"from": "text", "mn": "text", "sa": "text", "dry-run": "flag"},
     "history": {"limit": "text"},
     "resync": {},
+    "rotate-key": {"key": "text"},
     "cancel": {"transfer": "text"},
     "reclaim": {"transfer": "text"},
     # everything that charon passes to its script, in any version
@@ -40,6 +41,7 @@ MOBILE: Mapping[str, Keys] = {
     },
     "cancel": {},
     "resync": {},
+    "rotate-key": {"key": "text"},
 }
 
 

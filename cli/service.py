@@ -18,13 +18,20 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ikectx import trace
-from ikectx.disk.store import SqliteStore, open_store
+from ikectx.disk.place import open_store, rotate_key
+from ikectx.disk.store import SqliteStore
 from ikectx.errors import UsageError
 from ikectx.escape import Escaping
 from ikectx.log_limit import LogLimit
 from ikectx.mistakes import log_mistake
+from vici_bridge.vici.codec import Message, with_json
+
+from .memory import protect_memory
 
 log = logging.getLogger("ikectx")
+
+CREDENTIAL = "ikectx.state-key"
+"""The store's key as a credential of systemd (LoadCredential=, LoadCredentialEncrypted=)."""
 
 T = TypeVar("T")
 
@@ -38,8 +45,11 @@ class Service(Protocol):
     async def stop(self) -> None: ...
 
 
-def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
-    """Run the service from `make` until SIGTERM or SIGINT. Errors: IkectxError if it cannot start."""
+def run(state_dir: Path, make: Callable[[SqliteStore], Service], state_key: Path | None = None) -> int:
+    """Run the service from `make` until SIGTERM or SIGINT. Errors: IkectxError if it cannot start.
+
+    `state_key`: as for `key_file`.
+    """
     level = os.environ.get("IKECTX_LOG") or "info"
     if level.upper() not in logging.getLevelNamesMapping():
         raise UsageError(
@@ -54,6 +64,7 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         handler.addFilter(limits[-1][1])
         handler.addFilter(Escaping())
     os.umask(0o077)
+    protect_memory()
     if path := os.environ.get(trace.VARIABLE):
         trace.begin(path)
         log.warning("when each step begins and ends is written to %s", path)
@@ -61,7 +72,7 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service]) -> int:
         if sys.version_info < (3, 12):
             # as later versions do; else each updown script takes a thread that waits for its end
             asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
-        asyncio.run(_serve(state_dir, make))
+        asyncio.run(_serve(state_dir, make, key_file(state_key)))
     finally:
         for handler, limit in limits:
             limit.end()
@@ -98,8 +109,31 @@ def _is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service]) -> None:
-    store = open_store(state_dir, now=time.time())
+def key_file(configured: Path | None) -> Path | None:
+    """Where the store's key is: as configured, else systemd's credential; None: in the store's directory."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if configured is None and folder:
+        given = Path(folder) / CREDENTIAL
+        return given if given.exists() else None
+    return configured
+
+
+def rotate(store: SqliteStore, state_dir: Path, state_key: Path | None, request: Message) -> Message:
+    """`rotate-key`: seal the store with another key. Errors: StoreError, UsageError."""
+    given = request.get("key", "")
+    present = key_file(state_key)
+    if present is not None and not given:
+        raise UsageError(
+            f"the store's key comes from {present}, so the agent cannot make another one",
+            hint="make 32 octets, say with `head -c 32 /dev/urandom`, and name their file with --key",
+        )
+    many = rotate_key(store, state_dir, Path(given) if given else None)
+    log.warning("the store has another key now: %d values were sealed anew", many)
+    return with_json({"sealed": many, "key": given or str(state_dir / "state.key")})
+
+
+async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service], state_key: Path | None) -> None:
+    store = open_store(state_dir, now=time.time(), key_file=state_key)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_mistake)

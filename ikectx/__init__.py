@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ikectx.clock import Clock
-    from ikectx.disk.store import SqliteStore, open_store
+    from ikectx.disk.place import open_store
+    from ikectx.disk.store import SqliteStore
     from ikectx.engine.journaled import MobileConfig
     from ikectx.engine.ports import ContextSink, ContextSource, MoveReport, Renamer, Store
     from ikectx.engine.report import TransferEvent, TransferReport
@@ -182,7 +183,7 @@ _WHERE = {
     "decode_final": (".wire.profile", "decode_final"),
     "encode_context": (".wire.profile", "encode"),
     "encode_final": (".wire.profile", "encode_final"),
-    "open_store": (".disk.store", "open_store"),
+    "open_store": (".disk.place", "open_store"),
 }
 """Public names: the module that has each of them, and what it is called there."""
 

@@ -45,7 +45,7 @@ WHATS = ("arrive", "announce")
 
 def run(config: MobileFile) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
-    return service.run(config.state_dir, lambda store: MobileAgent(config, store))
+    return service.run(config.state_dir, lambda store: MobileAgent(config, store), config.state_key)
 
 
 class _Outside:
@@ -123,6 +123,7 @@ class MobileAgent:
                 "handover": self.handover,
                 "cancel": self.cancel,
                 "resync": self.resync,
+                "rotate-key": self.rotate_key,
             },
             streamed={"handover": "handover-progress"},
             group=config.control.group,
@@ -308,6 +309,9 @@ class MobileAgent:
     async def cancel(self, request: Message) -> Message:
         found = await self.handovers.cancel()
         return with_json({"cancelled": found}, cancelled=found)
+
+    async def rotate_key(self, request: Message) -> Message:
+        return service.rotate(self._store, self._config.state_dir, self._config.state_key, request)
 
     async def resync(self, request: Message) -> Message:
         await self._host.resync()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -236,3 +237,24 @@ def diagnose(path: Path, socket: str | None, as_json: bool) -> int:
     file = load(path)
     config = replace(nothing_yet(path), state_dir=file.state_dir, charon=file.charon, control=file.control)
     return concluded(on_mobile_node(World(config, socket or file.control.socket)), as_json)
+
+
+@mobile.command("rotate-key", short_help="Seal the agent's store with another key.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+    help="A file with the key from now on, 32 octets; default: the agent makes one in its state_dir.",
+)
+@json_option
+@click.pass_obj
+def rotate_key(setup: Setup[MobileFile], key: Path | None, as_json: bool) -> None:
+    """Seal everything that the agent keeps on disk with another key, while it runs. It is all or nothing.
+
+    With --key the agent needs that key at its next start: name its file as state_key in the configuration,
+    or give it to systemd as the credential ikectx.state-key.
+    """
+    answer = setup.ask("rotate-key", {"key": None if key is None else str(key)}) or {}
+    if as_json:
+        show_json(answer)
+    else:
+        click.echo(f"{answer.get('sealed')} values are sealed with another key: {answer.get('key')}")

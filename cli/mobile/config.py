@@ -81,6 +81,7 @@ class MobileFile:
 
     path: Path
     state_dir: Path
+    state_key: Path | None
     gateways: tuple[GatewayEntry, ...]
     control: ControlConfig
     charon: CharonConfig
@@ -100,10 +101,11 @@ class MobileFile:
 
 
 def _checked(root: TomlTable, path: Path) -> MobileFile:
-    root.only("state_dir", "control", "charon", "mobile", "gateway")
+    root.only("state_dir", "state_key", "control", "charon", "mobile", "gateway")
     config = MobileFile(
         path=path,
         state_dir=root.value("state_dir", a_file(path), Path("/var/lib/ikectx")),
+        state_key=root.value("state_key", a_file(path), None),
         gateways=tuple(_gateway(table) for table in root.tables("gateway")),
         control=control(root.table("control")),
         charon=charon(root.table("charon")),

@@ -43,3 +43,28 @@ PLACES = {
     ),
 }
 """By table: how one row is read, and how it is taken out."""
+SEALED = (
+    (
+        "SELECT 'meta|' || name, value, name FROM meta",
+        "UPDATE meta SET value = ? WHERE name = ?",
+    ),
+    (
+        "SELECT 'items|' || kind || '|' || key, value, kind, key FROM items",
+        "UPDATE items SET value = ? WHERE kind = ? AND key = ?",
+    ),
+    (
+        "SELECT 'ledger|' || role || '|' || key, row, role, key FROM ledger",
+        "UPDATE ledger SET row = ? WHERE role = ? AND key = ?",
+    ),
+    (
+        "SELECT 'journal|' || role || '|' || lower(hex(transfer_id)) || '|context', context, number"
+        " FROM journal WHERE context IS NOT NULL",
+        "UPDATE journal SET context = ? WHERE number = ?",
+    ),
+    (
+        "SELECT 'journal|' || role || '|' || lower(hex(transfer_id)) || '|final', final, number"
+        " FROM journal WHERE final IS NOT NULL",
+        "UPDATE journal SET final = ? WHERE number = ?",
+    ),
+)
+"""Sealed values: their place, the value and the row's key; and how one is replaced."""

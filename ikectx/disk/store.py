@@ -1,11 +1,5 @@
 """Journal and escrow on disk: SQLite, every secret value sealed (I/O).
 
-One directory (0700) holds
-
-- `state.db`: the tables below, write-ahead log, 0600;
-- `state.key`: 32 octets, 0600, made once; without it the database is noise;
-- `state.lock`: locked by the one agent that may use the directory.
-
 Values, contexts and final states are sealed with AES-256-GCM (nonce 12 octets, random), with table
 and key as additional data, so that a sealed value cannot be moved to another row. Names of
 items, SPIs, identities and states are in the clear: they are what `history` shows.
@@ -31,8 +25,7 @@ from ikectx.errors import StoreError
 from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 
-from .files import key_of, lock_of, private
-from .schema import PLACES, SCHEMA, SINCE_2, TABLES
+from .schema import PLACES, SCHEMA, SEALED, SINCE_2, TABLES
 from .seal import Sealer
 
 log = logging.getLogger(__name__)
@@ -178,6 +171,24 @@ class SqliteStore:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def rekey(self, key: bytes) -> int:
+        """Seal every value with `key` from now on, all or none; returns how many. Errors: StoreError.
+
+        A value that does not open is left as it is, and set aside when it is read.
+        """
+        self._flush()
+        fresh, many = Sealer(key), 0
+        with self._transaction():
+            for select, update in SEALED:
+                for place, sealed, *row in self._db.execute(select).fetchall():
+                    with contextlib.suppress(StoreError):
+                        value = fresh.seal(place, self._sealer.open(place, sealed))
+                        self._db.execute(update, (value, *row))
+                        many += 1
+        self._sealer = fresh
+        self.checkpoint()  # what was sealed with the old key leaves the log
+        return many
 
     def __enter__(self) -> Self:
         return self
@@ -530,37 +541,11 @@ def _octets(value: object) -> bytes:
     return value
 
 
-# -- files -----------------------------------------------------------------------------------------------
-
-
-def open_store(directory: Path | str, *, now: float | None = None) -> SqliteStore:
-    """The store in `directory`, made when it is not there.
-
-    With `now` (seconds since 1970) what is older than HISTORY is forgotten.
-
-    Errors: StoreError when another agent uses it, when files are readable by others, when key and
-    database do not belong together, or when the disk does not let us.
-    """
-    place = Path(directory)
+def opens(path: Path, key: bytes) -> bool:
+    """Whether the database at `path` is sealed with `key`."""
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private(place)
-        lock = lock_of(place / "state.lock")
-    except OSError as error:
-        raise StoreError(f"{place}: {error.strerror}") from None
-    try:
-        database = place / "state.db"
-        key = key_of(place / "state.key", may_make=not database.exists())
-        # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
-        os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
-        private(database)
-        store = SqliteStore(database, key, lock=lock)
-        if now is not None:
-            store.prune(now - HISTORY)
-        return store
-    except OSError as error:
-        os.close(lock)
-        raise StoreError(f"{place}: {error.strerror}") from None
-    except BaseException:
-        os.close(lock)
-        raise
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            row = db.execute("SELECT value FROM meta WHERE name = 'check'").fetchone()
+            return row is not None and Sealer(key).open("meta|check", row[0]) == _CHECK
+    except (sqlite3.Error, StoreError):
+        return False

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ikectx.disk.store import open_store
+from ikectx.disk.place import open_store
 from ikectx.errors import IkectxError
 from ikectx.sa.context import Endpoint
 from ikectx.sa.name import SaName

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ikectx.disk.place import open_store
 from ikectx.disk.store import (
     ABORTED,
     CHECKPOINT,
@@ -22,7 +23,6 @@ from ikectx.disk.store import (
     SPARE_PAGES,
     Sealer,
     SqliteStore,
-    open_store,
 )
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.ledger import Ledger, TargetFacts

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ikectx.disk.place import open_store
 from ikectx.disk.schema import SCHEMA
-from ikectx.disk.store import SqliteStore, open_store
+from ikectx.disk.store import SqliteStore
 from ikectx.engine.ledger import (
     FACTS,
     Ledger,

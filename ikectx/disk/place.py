@@ -1,0 +1,169 @@
+"""The directory of a store: who may use it, the key of its database, and another key instead (I/O).
+
+One directory (0700) holds
+
+- `state.db`: the database, 0600 (`store`);
+- `state.key`: the database's key, 32 octets, 0600, made once; not there if the key comes from elsewhere;
+- `state.key.new`: the next key, while the database is sealed anew;
+- `state.lock`: locked by the one agent that may use the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from ikectx.errors import StoreError
+
+from .seal import KEY_SIZE
+from .store import HISTORY, SqliteStore, opens
+
+_KEY = "state.key"
+_NEW = "state.key.new"
+
+
+def open_store(
+    directory: Path | str, *, now: float | None = None, key_file: Path | None = None
+) -> SqliteStore:
+    """The store in `directory`, made when it is not there.
+
+    With `now` (seconds since 1970) what is older than HISTORY is forgotten. `key_file`: where the database's
+    key is, 32 octets; None: in the directory, made with it.
+
+    Errors: StoreError when another agent uses it, when files are readable by others, when key and
+    database do not belong together, or when the disk does not let us.
+    """
+    place = Path(directory)
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _private(place)
+        lock = _lock(place / "state.lock")
+    except OSError as error:
+        raise StoreError(f"{place}: {error.strerror}") from None
+    try:
+        database = place / "state.db"
+        if key_file is not None:
+            key = read_key(key_file)
+        else:
+            _end_rotation(place)
+            key = _own_key(place / _KEY, may_make=not database.exists())
+        # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
+        os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+        _private(database)
+        store = SqliteStore(database, key, lock=lock)
+        if now is not None:
+            store.prune(now - HISTORY)
+        return store
+    except OSError as error:
+        os.close(lock)
+        raise StoreError(f"{place}: {error.strerror}") from None
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def rotate_key(store: SqliteStore, directory: Path, key_file: Path | None = None) -> int:
+    """Seal everything in the store anew; returns how many values.
+
+    `key_file`: the key from now on, which its owner has made; None: a fresh one, in the directory. It is all
+    or nothing, also after a crash: the new key is on the disk before the database needs it, and the old one
+    until then. Errors: StoreError; the store then has its old key.
+    """
+    try:
+        if key_file is not None:
+            many = store.rekey(read_key(key_file))
+            (directory / _KEY).unlink(missing_ok=True)
+        else:
+            fresh = directory / _NEW
+            fresh.unlink(missing_ok=True)
+            _write_key(fresh)
+            many = store.rekey(fresh.read_bytes())
+            fresh.replace(directory / _KEY)
+        _sync(directory)
+    except OSError as error:
+        raise StoreError(f"{error.filename or directory}: {error.strerror}") from None
+    return many
+
+
+def read_key(path: Path) -> bytes:
+    """A key of the store. Errors: StoreError when it is not there, readable by others, or of another size."""
+    try:
+        _private(path)
+        key = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}, the store's key: {error.strerror}") from None
+    if len(key) != KEY_SIZE:
+        raise StoreError(
+            f"{path} has {len(key)} octets instead of {KEY_SIZE}", hint="restore it from a backup"
+        )
+    return key
+
+
+def _private(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        only = "700" if path.is_dir() else "600"
+        raise StoreError(f"{path} has mode {mode:o}: others can get at it", hint=f"chmod {only} {path}")
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError(
+            f"another agent uses {path.parent}",
+            hint="stop it, or give this one a `state` directory of its own",
+        ) from None
+    return descriptor
+
+
+def _own_key(path: Path, *, may_make: bool) -> bytes:
+    if may_make and not path.exists():
+        # whole or not at all: a crash must not leave a short key behind
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        _write_key(fresh)
+        os.link(fresh, path)  # fails where a key is: never overwrite one
+        os.unlink(fresh)
+    if not path.exists():
+        raise StoreError(
+            f"{path} is gone, and without it state.db cannot be read",
+            hint="restore state.key from a backup, name the key that is used instead (state_key), or move "
+            "state.db away to start anew",
+        )
+    return read_key(path)
+
+
+def _write_key(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(KEY_SIZE))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_rotation(place: Path) -> None:
+    """After a crash in `rotate_key`: the key that the database is sealed with is the key."""
+    fresh = place / _NEW
+    if not fresh.exists():
+        return
+    with contextlib.suppress(StoreError):
+        if opens(place / "state.db", read_key(fresh)):
+            fresh.replace(place / _KEY)
+            _sync(place)
+            return
+    fresh.unlink()
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

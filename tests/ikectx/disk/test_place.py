@@ -1,0 +1,132 @@
+"""The store's directory: its key from elsewhere, and another key instead."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ikectx.disk.place import open_store, rotate_key
+from ikectx.disk.store import SqliteStore, opens
+from ikectx.engine.ledger import Ledger, TargetFacts
+from ikectx.errors import StoreError
+
+from .test_store import SA, SECRET, entry
+
+SEALED = replace(entry(), context=b"a context", final=b"a final state")
+
+
+def a_key(path: Path, octets: bytes = b"k" * 32) -> Path:
+    path.write_bytes(octets)
+    path.chmod(0o600)
+    return path
+
+
+def fill(store: SqliteStore) -> None:
+    store.put("record", "a", SECRET)
+    store.write(SEALED)
+    ledger: Ledger[TargetFacts] = Ledger(store, "target")
+    ledger.note(SA, stage="active")
+
+
+def all_there(store: SqliteStore) -> bool:
+    [found] = store.history()
+    kept = store.find("source", found.transfer_id)
+    assert kept is not None
+    assert (kept.context, kept.final) == (SEALED.context, SEALED.final)
+    ledger: Ledger[TargetFacts] = Ledger(store, "target")
+    assert ledger.of(SA).facts.stage == "active"
+    return store.get("record", "a") == SECRET and not store.aside()
+
+
+def test_another_key_seals_everything_from_now_on(tmp_path: Path) -> None:
+    place = tmp_path / "state"
+    with open_store(place) as store:
+        fill(store)
+        old = (place / "state.key").read_bytes()
+        assert rotate_key(store, place) >= 5
+        assert all_there(store)
+        store.put("record", "b", b"later")
+    new = (place / "state.key").read_bytes()
+    assert new != old
+    assert opens(place / "state.db", new)
+    assert not opens(place / "state.db", old)
+    assert not (place / "state.key.new").exists()
+    with open_store(place) as store:
+        assert all_there(store)
+        assert store.get("record", "b") == b"later"
+
+
+@pytest.mark.parametrize("sealed_already", [False, True])
+def test_a_crash_between_two_keys_leaves_the_one_that_opens(tmp_path: Path, *, sealed_already: bool) -> None:
+    place = tmp_path / "state"
+    with open_store(place) as store:
+        fill(store)
+        new = a_key(place / "state.key.new")
+        if sealed_already:
+            store.rekey(new.read_bytes())
+    with open_store(place) as store:
+        assert all_there(store)
+    assert ((place / "state.key").read_bytes() == b"k" * 32) is sealed_already
+    assert not (place / "state.key.new").exists()
+
+
+def test_the_key_may_be_elsewhere(tmp_path: Path) -> None:
+    place, key = tmp_path / "state", a_key(tmp_path / "key")
+    with open_store(place, key_file=key) as store:
+        fill(store)
+    assert not (place / "state.key").exists()
+    with pytest.raises(StoreError, match="gone") as caught:
+        open_store(place)
+    assert "state_key" in caught.value.hint
+    with open_store(place, key_file=key) as store:
+        assert all_there(store)
+        rotate_key(store, place, a_key(tmp_path / "next", b"n" * 32))
+    with pytest.raises(StoreError, match="does not open"):
+        open_store(place, key_file=key)
+    with open_store(place, key_file=tmp_path / "next") as store:
+        assert all_there(store)
+
+
+def test_from_a_key_of_its_own_to_one_from_elsewhere(tmp_path: Path) -> None:
+    place, key = tmp_path / "state", a_key(tmp_path / "key")
+    with open_store(place) as store:
+        fill(store)
+        rotate_key(store, place, key)
+    assert not (place / "state.key").exists()
+    with open_store(place, key_file=key) as store:
+        assert all_there(store)
+
+
+@pytest.mark.parametrize(("octets", "mode"), [(b"k" * 31, 0o600), (b"k" * 32, 0o644)])
+def test_a_key_that_is_none_changes_nothing(tmp_path: Path, octets: bytes, mode: int) -> None:
+    place, key = tmp_path / "state", a_key(tmp_path / "key", octets)
+    key.chmod(mode)
+    with open_store(place) as store:
+        fill(store)
+        with pytest.raises(StoreError):
+            rotate_key(store, place, key)
+        with pytest.raises(StoreError):
+            rotate_key(store, place, tmp_path / "none")
+        assert all_there(store)
+    with open_store(place) as store:
+        assert all_there(store)
+
+
+def test_a_disk_that_is_full_leaves_the_old_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "state"
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with open_store(place) as store:
+        fill(store)
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"):
+            rotate_key(store, place)
+        monkeypatch.undo()
+        assert all_there(store)
+    with open_store(place) as store:
+        assert all_there(store)
