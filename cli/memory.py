@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -20,7 +21,8 @@ def protect_memory(libc: ctypes.CDLL | None = None) -> None:
     the agent as soon as it needed more, so it must be without limit.
     """
     libc = libc or ctypes.CDLL(None, use_errno=True)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # a unit may forbid to change limits, after it has set this one
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
         log.warning("memory may be dumped: %s", os.strerror(ctypes.get_errno()))
     why = _lock(libc)
