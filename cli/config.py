@@ -197,7 +197,6 @@ class Config:
     path: Path
     name: str
     state_dir: Path
-    state_key: Path | None
     gateway: GatewayConfig
     transfer: TransferConfig
     control: ControlConfig = ControlConfig()
@@ -206,6 +205,7 @@ class Config:
     by_packet: ByPacketConfig | None = None
     connections: Mapping[str, ConnectionConfig] = field(default_factory=dict)
     peers: tuple[PeerSection, ...] = ()
+    state_key: Path | None = None
 
     def peer(self, name: str) -> PeerSection:
         """The peer of that name. Errors: ConfigError, with the names there are."""

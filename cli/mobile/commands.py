@@ -21,7 +21,6 @@ from ..answers import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
     from .config import MobileFile
 
