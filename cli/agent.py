@@ -48,7 +48,7 @@ from .move_log import log_event
 from .movers import MnEnder, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .requests import GATEWAY, plain_address
-from .settings import left_quietly
+from .settings import charon_numbers, left_quietly
 from .views import charon_json, chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
@@ -68,8 +68,11 @@ def run(config: Config) -> int:
 
 
 def host_config(config: Config) -> HostConfig:
-    """The bridge's part of the configuration."""
+    """The bridge's part of the configuration, with what charon's own says."""
+    port, port_nat_t, buflen = charon_numbers(config.charon.vici)
     return HostConfig(
+        ports=(config.charon.port or port, config.charon.port_nat_t or port_nat_t),
+        ha_buflen=config.charon.ha_buflen or buflen,
         addresses=config.gateway.addresses,
         ha_local=config.charon.ha_local,
         ha_remote=config.charon.ha_remote,

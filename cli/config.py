@@ -56,6 +56,7 @@ class ControlConfig:
 class CharonConfig:
     """[charon]: the settings of strongswan.conf. The agent binds `ha_local`, which is charon's `ha.remote`.
 
+    `port`, `port_nat_t`, `ha_buflen` 0: what strongswan.conf says.
     New SPIs for SAs whose own are taken here come from `spi_min` to `spi_max`, as charon's do.
     """
 
@@ -65,6 +66,9 @@ class CharonConfig:
     ha_port: int = 4510
     segments: int = 1
     esp: str = "kernel"
+    port: int = 0
+    port_nat_t: int = 0
+    ha_buflen: int = 0
     spi_min: int = 0xC0000000
     spi_max: int = 0xCFFFFFFF
 
@@ -269,6 +273,9 @@ def charon(table: TomlTable) -> CharonConfig:
         ha_port=table.value("ha_port", an_integer(1, 65535), default.ha_port),
         segments=table.value("segments", an_integer(1, 16), default.segments),
         esp=table.value("esp", one_of("kernel", "libipsec"), default.esp),
+        port=table.value("port", an_integer(0, 65535), default.port),
+        port_nat_t=table.value("port_nat_t", an_integer(0, 65535), default.port_nat_t),
+        ha_buflen=table.value("ha_buflen", an_integer(0, 65507), default.ha_buflen),
         spi_min=table.value("spi_min", an_integer(256, 0xFFFFFFFF), default.spi_min),
         spi_max=table.value("spi_max", an_integer(256, 0xFFFFFFFF), default.spi_max),
     )

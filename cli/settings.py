@@ -95,6 +95,22 @@ def _environment(pid: int | None) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def number(settings: Mapping[str, Setting], key: str, default: int) -> int:
+    """The number that charon has for that key behind `charon.`; `default` also where it is 0."""
+    for daemon in ("charon-systemd", "charon"):
+        with contextlib.suppress(KeyError, ValueError):
+            return int(settings[f"{daemon}.{key}"].value) or default
+    return default
+
+
+def charon_numbers(vici: str) -> tuple[int, int, int]:
+    """charon's port, port_nat_t and ha.buflen, from its strongswan.conf. `vici`: its socket."""
+    settings = of_charon(pid_behind(vici.removeprefix("unix://")), "strongswan.conf") or {}
+    keys = (("port", 500), ("port_nat_t", 4500), ("plugins.ha.buflen", 2048))
+    first, second, third = (number(settings, key, default) for key, default in keys)
+    return first, second, third
+
+
 def give_up(settings: Mapping[str, Setting]) -> float:
     """Seconds after which charon gives up a request that is not answered, at the least (5.9.8: 165)."""
 

@@ -2,8 +2,9 @@
 
 charon starts rekey and reauth timers from the connection's settings whenever an IKE_SA goes from PASSIVE to
 ESTABLISHED (also for every other SA of the segment, at each activation). A deadline here is the earlier one
-from before; when it is due, the agent asks charon to rekey. Times are wall-clock seconds, because they must
-survive a restart of the agent.
+from before; when it is due, the agent asks charon to rekey. Times are seconds since 1970 by
+`ikectx.clock.steady_wall`, which nobody sets while the agent runs. An agent that starts takes the earlier of
+two times: that, and the one by the clock that counts since the machine was started.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
+from ikectx.clock import steady_wall, this_start, uptime
 from ikectx.engine.ports import Store
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
@@ -26,11 +28,16 @@ MARGIN = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """Ask for a rekey at `due` (wall clock, seconds). `child`: inbound SPI in hex, empty: the IKE_SA."""
+    """Ask for a rekey at `due` (steady wall clock, seconds). `child`: inbound SPI in hex, empty: the IKE_SA.
+
+    `up`: the same in seconds since that start of the machine which `start` names.
+    """
 
     spis: str
     child: str
     due: float
+    start: str = ""
+    up: float = 0.0
 
     @property
     def key(self) -> str:
@@ -48,13 +55,14 @@ class Deadlines:
         """SAs whose timers were noted. Later toggles start them anew, so that they tell nothing more."""
         for key, value in store.items(_KIND):
             try:
-                self._entries[key] = Deadline(**json.loads(value))
+                self._entries[key] = _earlier(Deadline(**json.loads(value)))
             except (ValueError, TypeError, OverflowError, RecursionError):
                 store.delete(_KIND, key)
 
     def keep(self, spis: SaName, child: bytes | None, due: float) -> None:
         """Note a deadline; the earlier of two stays."""
-        entry = Deadline(spis.key, child.hex() if child else "", due)
+        up = uptime() + due - steady_wall()
+        entry = Deadline(spis.key, child.hex() if child else "", due, this_start(), up)
         key = entry.key
         known = self._entries.get(key)
         if known is None or entry.due < known.due:
@@ -115,9 +123,16 @@ class Deadlines:
         self._entries[entry.key] = replace(entry, due=wall)
 
     def next_due(self) -> float | None:
-        """Wall-clock time of the earliest deadline."""
+        """The time of the earliest deadline."""
         return min((entry.due for entry in self._entries.values()), default=None)
 
     def _drop(self, key: str) -> None:
         self._entries.pop(key, None)
         self._store.delete(_KIND, key)
+
+
+def _earlier(entry: Deadline) -> Deadline:
+    """The entry of an earlier agent, at the earlier of its two times: the wall clock may have been set."""
+    due = steady_wall() + entry.up - uptime()
+    same = entry.start and entry.start == this_start()
+    return replace(entry, due=due) if same and due < entry.due - 1 else entry

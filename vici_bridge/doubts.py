@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from ikectx.engine.ports import Store
 from ikectx.errors import KernelError, UnknownSaError
@@ -25,8 +25,9 @@ _DOUBT = "doubt"
 class Doubts:
     """`noted`: the kernel's notes of the messages that leave."""
 
-    def __init__(self, store: Store) -> None:
-        self.noted = MessageIds()
+    def __init__(self, store: Store, ports: Sequence[int] = (500, 4500)) -> None:
+        """`ports`: charon's."""
+        self.noted = MessageIds(ports)
         self._store = store
         self._told: set[tuple[SaName, bool]] = set()
         """SAs whose message IDs charon has reported since this agent started; True: those of its own

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 
+from ikectx.clock import steady_wall
 from ikectx.errors import CharonError, IkectxError, StoreError, WireError
 from vici_bridge.vici.views import SaView
 
@@ -37,10 +37,10 @@ class DueRekeys:
         """Ask charon for the rekeys that an original lifetime demands."""
         while True:
             due = self._deadlines.next_due()
-            wait = 0.5 if self._fresh else 3600.0 if due is None else due - time.time()
+            wait = 0.5 if self._fresh else 3600.0 if due is None else due - steady_wall()
             await asyncio.sleep(min(max(wait, 0.2), 1.0))
             due = self._deadlines.next_due()
-            if not self._fresh and (due is None or due > time.time()):
+            if not self._fresh and (due is None or due > steady_wall()):
                 continue
             try:
                 await self._ask_rekeys()
@@ -50,16 +50,16 @@ class DueRekeys:
     async def _ask_rekeys(self) -> None:
         views = await self._views()
         trouble: IkectxError | None = None
-        for entry, view in self._deadlines.settle(views, time.time()):
+        for entry, view in self._deadlines.settle(views, steady_wall()):
             try:
                 await self._ask_rekey(entry, view)
                 self._deadlines.asked(entry)
             except (CharonError, WireError) as error:  # the other rekeys are asked for all the same
                 trouble = error
-                self._deadlines.later(entry, time.time() + REKEY_AGAIN)
+                self._deadlines.later(entry, steady_wall() + REKEY_AGAIN)
             except StoreError as error:
                 trouble = error
-        for what, number in self._fresh.due(views, time.time()):
+        for what, number in self._fresh.due(views, steady_wall()):
             log.info("asking for fresh keys: %s %d", what, number)
             try:
                 if what == "ike":

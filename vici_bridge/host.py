@@ -41,7 +41,7 @@ from vici_bridge.kernel.kernel import Detour, Kernel, Mute
 from vici_bridge.kernel.rewrite import Rewrite
 from vici_bridge.kernel.route_events import RouteEvents
 from vici_bridge.kernel.xfrm import KernelSa
-from vici_bridge.policy.obstacles import check_context, check_kind, check_told
+from vici_bridge.policy.obstacles import check_context, check_kind, check_ports, check_told
 from vici_bridge.vici.charon import Charon
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.list_sas import Listing
@@ -98,7 +98,7 @@ class CharonHost:
         self.rewrite = Rewrite() if config.mobile_node and config.kernel_esp else None
         """The ESP of a mobile node that has moved."""
         self.mute = Mute()
-        self.doubts = Doubts(store)
+        self.doubts = Doubts(store, config.ports)
         self.detour = Detour()
         self.away = Away(store, self.kernel, self.detour, config.forward_via, announced=config.announced)
         self.origins = Origins(store)
@@ -337,7 +337,7 @@ class CharonHost:
 
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
         """Orders to charon, in order, paced. Errors: CharonError."""
-        await self._ha.send([message.serialize() for message in messages])
+        await self._ha.send([message.serialize(self.config.ha_buflen) for message in messages])
 
     def hear(self) -> None:
         """Take what charon has reported by now."""
@@ -390,6 +390,8 @@ class CharonHost:
         try:
             self.ha_version.check()
             check_kind(view)
+            if not self.config.mobile_node:
+                check_ports(view, self.config.ports)
             context = self.record.context(view.spis)
             if not self.config.mobile_node:
                 check_context(context)

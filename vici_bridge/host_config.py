@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ikectx.sa.context import Address
+from vici_bridge.ha.messages import BUFLEN
 from vici_bridge.policy.allowed import Rules
 from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
 
@@ -14,7 +15,9 @@ from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
 class HostConfig:
     """The agent's settings for its own host.
 
-    `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose counters cannot be read.
+    `ports`: charon's UDP ports (charon.port, charon.port_nat_t). `ha_buflen`: octets of the longest HA
+    message that charon reads. `kernel_esp` False: charon uses user-space ESP (kernel-libipsec), whose
+    counters cannot be read.
     `forward_via`: by peer name, inner addresses of that gateway. `updown`: by connection name. `host_access`:
     connections whose children have `hostaccess = yes`, for the updown script. `announced`:
     connections whose updown script leads packets for a mobile node to the gateway that serves it. `agents`:
@@ -28,6 +31,8 @@ class HostConfig:
     """
 
     addresses: tuple[Address, ...]
+    ports: tuple[int, int] = (500, 4500)
+    ha_buflen: int = BUFLEN
     ha_local: str = "127.0.0.2"
     ha_remote: str = "127.0.0.1"
     ha_port: int = 4510

@@ -9,11 +9,11 @@ when it was first seen active (`Deadlines`). Only for an SA that came up here si
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
 from ikectx import trace
+from ikectx.clock import steady_wall
 from ikectx.errors import IkectxError
 from ikectx.sa.name import SaName
 from vici_bridge.ha import messages as ha
@@ -110,7 +110,7 @@ class Segments:
         try:
             await asyncio.sleep(SOON)
             if not side.deadlines.has_seen(side.served()):
-                side.deadlines.before_toggle(await side.views(), time.time())
+                side.deadlines.before_toggle(await side.views(), steady_wall())
             await self._none_half_open()
             version = await side.version()
             self._toggle = None  # later calls wait for the next toggle

@@ -53,7 +53,8 @@ HINTS: Mapping[Status, str] = {
     Status.LIFETIME: "align rekey_time and reauth_time at both gateways, then rekey the SA",
     Status.NUMBERS_SPENT: "rekey it first (`swanctl --rekey`), then try again",
     Status.SPIS: "rekey it, which picks new SPIs, then try again",
-    Status.TOO_MUCH: "let the MN connect anew with fewer CHILD_SAs or traffic selectors",
+    Status.TOO_MUCH: "let the MN connect anew with fewer CHILD_SAs or traffic selectors; where charon's HA "
+    "messages are too long, set a larger charon.plugins.ha.buflen there and restart charon and agent",
     Status.PPK: _RECONNECT,
     Status.NOT_ESP: _RECONNECT,
     Status.LOCAL_VIP: "it stays where it is: an SA in which the gateway is the client of a pool is not moved",

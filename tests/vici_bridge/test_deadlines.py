@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from ikectx.clock import steady_wall
 from ikectx.sa.name import SaName
 from tests.vici_bridge.vici.test_views import VIEW
+from vici_bridge import deadlines as clocks
 from vici_bridge.deadlines import Deadlines
 from vici_bridge.vici.views import sa_view
 
@@ -100,3 +104,16 @@ def test_an_activation_notes_the_timers_of_all_others() -> None:
     deadlines = Deadlines(MemoryStore())
     deadlines.before_toggle([SA, replace(SA, state="PASSIVE", spi_i=bytes(8))], 1000.0)
     assert deadlines.next_due() == 1000.0 + 13012
+
+
+def test_an_agent_that_starts_takes_the_earlier_of_two_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock was set back by an hour: the deadline came an hour late."""
+    store, wall = MemoryStore(), steady_wall()
+    Deadlines(store).keep(SaName(b"i" * 8, b"r" * 8), None, wall + 60)
+    monkeypatch.setattr(clocks, "steady_wall", lambda: wall - 3600)
+    found = Deadlines(store).next_due()
+    assert found is not None and abs(found - (wall - 3600 + 60)) < 5
+    monkeypatch.setattr(clocks, "this_start", lambda: "another")
+    assert Deadlines(store).next_due() == wall + 60
+    monkeypatch.setattr(clocks, "steady_wall", lambda: wall + 3600)
+    assert Deadlines(store).next_due() == wall + 60

@@ -16,6 +16,7 @@ import logging
 import time
 
 from ikectx import trace
+from ikectx.clock import steady_wall
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import CharonError, KernelError, WireError
 from ikectx.sa.context import FinalState, IkeContext
@@ -73,7 +74,7 @@ def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveRe
 async def _toggle(work: Coming) -> None:
     await work.host.segments.activate(work.shape.spis)
     work.listed = view = await _established(work.host, work.shape)
-    work.host.deadlines.before_toggle([view], time.time())  # the next one starts its timers anew
+    work.host.deadlines.before_toggle([view], steady_wall())  # the next one starts its timers anew
     work.looks.came(view)  # its names may have changed since it was taken in
 
 
@@ -117,7 +118,7 @@ def _names(here: IkeContext, plan: Plan | None) -> Facts:
 
 def _note_lifetimes(host: CharonHost, here: IkeContext) -> None:
     """Keep original deadlines that may come before charon's new timers."""
-    wall = time.time()
+    wall = steady_wall()
     left = [seconds for seconds in (here.lifetime.rekey, here.lifetime.reauth) if seconds is not None]
     if left:
         host.deadlines.keep(here.spis, None, wall + min(left))

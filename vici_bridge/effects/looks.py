@@ -29,6 +29,7 @@ from vici_bridge.policy.checks import (
     check_names,
     check_numbers,
     check_selectors,
+    check_sizes,
     check_vips,
 )
 from vici_bridge.vici.codec import Message
@@ -132,6 +133,7 @@ def objections(
     `spis`: the reasons against its SPIs.
     """
     verdicts = [*check_covered(here, seen.version), *check_address(here, context, keep_address)]
+    verdicts += check_sizes(here, seen.version, config.ha_buflen)
     if not seen.listening:
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
     verdicts += check_names(here, seen.connections)

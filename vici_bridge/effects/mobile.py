@@ -26,13 +26,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from ikectx import trace
+from ikectx.clock import steady_wall
 from ikectx.engine.ledger import MobileFacts
 from ikectx.errors import (
     BusyError,
@@ -519,7 +519,7 @@ class CharonMobile:
 
     def _note_lifetimes(self, sa: SaName, move: MobileMove, view: SaView) -> None:
         """Keep the lifetimes of the old pairs, because charon begins those of the new pairs anew."""
-        wall = time.time()
+        wall = steady_wall()
         for listed in view.children:
             child = move.child(listed.spi_in)
             if child is None or listed.unique_id != child.unique_id:

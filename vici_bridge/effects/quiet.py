@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from ikectx.clock import steady_wall
 from ikectx.errors import BusyError
 from vici_bridge.vici.views import SaView
 
@@ -44,7 +45,7 @@ def _idle(work: Moving, view: SaView) -> bool:
 
 
 async def _note(work: Moving) -> Facts:
-    work.host.deadlines.before_toggle([await work.seen()], time.time())
+    work.host.deadlines.before_toggle([await work.seen()], steady_wall())
     return {"quiet": True}
 
 

@@ -109,8 +109,9 @@ class CharonSink(ContextSink):
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context at this gateway, with our outer address instead of the other's."""
-        address = self._host.address_for(context)
-        return relocate(context, local=Endpoint(address, context.local.port))
+        address, ports = self._host.address_for(context), self._host.config.ports
+        port = context.local.port if context.local.port in ports else ports[1]
+        return relocate(context, local=Endpoint(address, port))
 
     def _coming(
         self, context: IkeContext, here: IkeContext | None = None, sa: SaName | None = None, **more: Any

@@ -26,7 +26,7 @@ from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
 from vici_bridge.host import CharonHost, Mover
 from vici_bridge.kernel.xfrm import KernelSa
-from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_told
+from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_ports, check_told
 from vici_bridge.vici.views import (
     ChildView,
     SaView,
@@ -121,6 +121,8 @@ class CharonSource(ContextSource):
         host.ha_version.check()
         if view is not None:
             check_kind(view)
+            if not host.config.mobile_node:
+                check_ports(view, host.config.ports)
         await host.catch_up(sa)
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa}")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ikectx import trace
+from ikectx.clock import steady_wall
 from ikectx.errors import CharonError, KernelError, UnknownSaError
 from ikectx.sa.context import Address, ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.sa.keys import esp_keys
@@ -81,7 +82,7 @@ class MoveSteps:
             host.record.feed(add)
             host.save()
             if view.rekey is not None:
-                host.deadlines.keep(name, None, time.time() + view.rekey)
+                host.deadlines.keep(name, None, steady_wall() + view.rekey)
             await host.send([add, *updates])
         else:
             updates = self._updates(sa, move, version)

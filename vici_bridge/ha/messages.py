@@ -43,6 +43,8 @@ from ikectx.wire.reader import Reader, Writer
 PORT = 4510
 """UDP port of both ends."""
 
+LONGEST = 65507
+"""Octets of the longest datagram."""
 BUFLEN = 2048
 """`charon.plugins.ha.buflen` as delivered: charon drops a longer message unread."""
 

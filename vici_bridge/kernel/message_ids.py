@@ -27,6 +27,7 @@ from contextlib import ExitStack, suppress
 
 from ikectx.errors import KernelError, UsageError
 from ikectx.sa.name import SaName
+from ikectx.wire.ikev2 import IKE_PORT
 
 from .mute import MARK
 from .nftables import NftTable, run_nft
@@ -35,7 +36,8 @@ TABLE = "ikectx_ids"
 _CHAIN = "output"
 _MAPS = ("requests", "responses")
 """Maps of SPI pairs to the ID of the last message of that kind."""
-_RULES = 4
+_MARKER = bytes(4)
+"""The non-ESP marker (RFC 3948, 2.2)."""
 _SIZE = 1 << 20
 _RESPONSE = 0x20
 _TRIALS = ((0, 0x01020304), (_RESPONSE, 0x05060708))
@@ -54,6 +56,9 @@ class MessageIds:
         if len(ports) != 2 or not all(0 < port < 65536 for port in ports):
             raise UsageError(f"IKE ports {ports!r}")
         self._plain, self._marked = ports
+        self._forms = [(self._plain, b""), (self._marked, _MARKER)]
+        if self._plain != IKE_PORT:  # charon leaves the marker out only if one of both ports is 500
+            self._forms.append((self._plain, _MARKER))
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
 
@@ -111,9 +116,9 @@ class MessageIds:
 
     def _right(self) -> bool:
         """Send a request and an answer from each port, with IDs whose octets all differ, and look."""
-        if self._table.rules(_CHAIN) != _RULES:
+        if self._table.rules(_CHAIN) != 2 * len(self._forms):
             return False
-        for port, before in ((self._plain, b""), (self._marked, bytes(4))):
+        for port, before in self._forms:
             spis = SaName(secrets.token_bytes(8), secrets.token_bytes(8))
             _send_to_itself(port, [before + _message(spis, *trial) for trial in _TRIALS])
             try:
@@ -136,7 +141,8 @@ class MessageIds:
         lines.append(
             f"add chain {table} {_CHAIN} {{ type filter hook output priority {_PRIORITY}; policy accept; }}"
         )
-        for port, test, at in ((self._plain, "", 64), (self._marked, "@th,64,32 0 ", 96)):
+        for port, before in self._forms:
+            test, at = ("@th,64,32 0 ", 96) if before else ("", 64)
             key = f"@th,{at},64 . @th,{at + 64},64"
             # IKEv2, IKE_AUTH to INFORMATIONAL: IKE_SA_INIT is left out, because strangers can cause any
             # number

@@ -9,10 +9,9 @@ because an SA that was let go must not send again when a process ends.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ikectx.errors import KernelError, UsageError
+from ikectx.errors import KernelError
 from ikectx.sa.name import SaName
 
 from .nftables import MARKED, PLAIN, NftTable, run_nft
@@ -22,8 +21,8 @@ MARK = 0x494B45
 """Packet mark of IKE messages that the agent itself sends for a muted SA."""
 _RULES = 2
 """Rules in each chain: for IKE messages with and without the four zero octets."""
-_SIDES = {"in": ("muted_in", "input", "dport"), "out": ("muted_out", "output", "sport")}
-"""Direction: its set, its chain and hook, charon's port in the UDP header."""
+_SIDES = {"in": ("muted_in", "input"), "out": ("muted_out", "output")}
+"""Direction: its set, its chain and hook."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +35,13 @@ class Muted:
 
 
 class Mute:
-    """Mutes IKE by SPI pair. `ports`: those of charon (charon.port, charon.port_nat_t).
+    """Mutes IKE by SPI pair, whatever the UDP ports: charon may listen on others than 500 and 4500.
 
     It belongs to the network namespace that it is first used in. Calls are idempotent and take some 100 us,
     but the first to mute (or `prepare`) runs `nft`, some 20 ms. Threads may share it. Errors: KernelError.
     """
 
-    def __init__(self, ports: Sequence[int] = (500, 4500)) -> None:
-        if not ports or not all(0 < port < 65536 for port in ports):
-            raise UsageError(f"IKE ports {ports!r}")
-        self._ports = ", ".join(str(port) for port in ports)
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
         self._muted: dict[str, set[SaName]] = {direction: set() for direction in _SIDES}
@@ -101,7 +97,7 @@ class Mute:
         with self._lock:
             for muted in self._muted.values():
                 muted.discard(spis)
-            self._table.remove([name for name, _, _ in _SIDES.values()], spis.octets)
+            self._table.remove([name for name, _ in _SIDES.values()], spis.octets)
 
     def listing(self) -> list[Muted]:
         """All muted SAs, also those of an agent before this one."""
@@ -109,7 +105,7 @@ class Mute:
             return self._listing()
 
     def _mute(self, direction: str, spis: SaName) -> None:
-        name, _, _ = _SIDES[direction]
+        name, _ = _SIDES[direction]
         key = spis.octets
         with self._lock:
             # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze
@@ -126,7 +122,7 @@ class Mute:
         return [entry for direction in _SIDES for entry in self._elements(direction)]
 
     def _elements(self, direction: str, spis: SaName | None = None) -> list[Muted]:
-        name, _, _ = _SIDES[direction]
+        name, _ = _SIDES[direction]
         found = self._table.elements(name, None if spis is None else spis.octets)
         if any(len(element.key) != 16 for element in found):
             raise KernelError(
@@ -137,14 +133,14 @@ class Mute:
 
     def _stands(self, direction: str) -> bool:
         """Whether the chain of a direction is there with its rules."""
-        _, chain, _ = _SIDES[direction]
+        _, chain = _SIDES[direction]
         return self._table.rules(chain) == _RULES
 
     def _build(self) -> None:
         """Make table, sets, chains and rules, in one transaction; muted SAs stay muted."""
         table = f"inet {TABLE}"
         lines = [f"add table {table}"]
-        for name, chain, port in _SIDES.values():
+        for name, chain in _SIDES.values():
             lines += [
                 f"add set {table} {name} {{ typeof {PLAIN}; counter; }}",
                 f"add chain {table} {chain} {{ type filter hook {chain} priority raw; policy accept; }}",
@@ -152,7 +148,7 @@ class Mute:
             ]
             own = f"meta mark != {MARK:#x} " if chain == "output" else ""
             lines += [
-                f"add rule {table} {chain} {own}udp {port} {{ {self._ports} }} {match} @{name} drop"
+                f"add rule {table} {chain} {own}meta l4proto udp {match} @{name} drop"
                 for match in (PLAIN, MARKED)
             ]
         run_nft("\n".join(lines) + "\n")

@@ -14,6 +14,8 @@ from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import NO_TAGS, Address, FinalState, IkeContext, Mark, Tags
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
+from vici_bridge.ha.chain import import_messages
+from vici_bridge.ha.messages import LONGEST, HaType
 from vici_bridge.ha.record import uncovered
 from vici_bridge.vici.views import (
     EXT_MOBIKE,
@@ -37,6 +39,21 @@ def check_covered(context: IkeContext, version: int) -> Iterator[Verdict]:
     reason = uncovered(context, version)
     if reason is not Status.OK:
         yield Verdict(Fpt.IKEV2_SA, reason, STATUS_TEXT[reason])
+
+
+def check_sizes(context: IkeContext, version: int, buflen: int) -> Iterator[Verdict]:
+    """HA messages for charon here that it would drop unread, because they are longer than its buffer."""
+    if uncovered(context, version):
+        return
+    longest = max(import_messages(context, version), key=lambda one: len(one.serialize(LONGEST)))
+    name, size = longest.type.name, len(longest.serialize(LONGEST))
+    if size > buflen:
+        yield Verdict(
+            Fpt.SPD if longest.type is HaType.CHILD_ADD else Fpt.IKEV2_SA,
+            Status.TOO_MUCH,
+            f"charon's HA message {name} would have {size} octets, and charon here reads {buflen} "
+            "(charon.plugins.ha.buflen)",
+        )
 
 
 def check_address(here: IkeContext, context: IkeContext, keep_address: bool) -> Iterator[Verdict]:

@@ -35,8 +35,9 @@ MAX_OF_ONE_CHILD = 16
 """CHILD_SAs, in all and of one name: a peer may make one several times, and a rekey replaces it."""
 MAX_GENERATIONS = 16
 """IKE_SAs of a chain of rekeys; an ancestor is included only as long as a child has its keys from there."""
-MAX_SELECTORS = 64
-"""Traffic selectors of one side of a CHILD_SA."""
+MAX_SELECTORS = 255
+"""Traffic selectors of one side of a CHILD_SA: as many as a TS payload has (RFC 7296, 3.13). charon's
+`ha.buflen` allows fewer."""
 MID_END = (1 << 32) - (1 << 16)
 """From this message ID on an SA is not taken, because its IDs must not run out here (RFC 7296, 2.2)."""
 RESERVED_ESP_SPIS = 255

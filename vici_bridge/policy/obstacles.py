@@ -11,6 +11,7 @@ CPUs (6.0.2 and later) not at all, and of a PPK only that there is one.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from ikectx.errors import RefusedError, UnknownSaError
 from ikectx.numbers import STATUS_TEXT, Status
@@ -64,6 +65,17 @@ def octets_of(text: str) -> int:
     longer = {"E": 6, "UID": 7, "DC": 7}
     size = sum(11 + longer.get(name, 0) + len(value) for name, value in zip(names, values, strict=True))
     return size + (4 if size > 255 else 3 if size > 127 else 2)
+
+
+def check_ports(view: SaView, ports: Collection[int]) -> None:
+    """Errors: RefusedError for an SA on a port of charon's that the agent does not know."""
+    if view.local.port not in ports:
+        raise RefusedError(
+            f"charon has it on UDP port {view.local.port}, and message IDs are noted only of those from "
+            f"{' and '.join(map(str, ports))}",
+            hint="write charon's ports into ikectx.toml: port and port_nat_t under [charon]",
+            status=Status.NOT_COVERED,
+        )
 
 
 def check_context(context: IkeContext) -> None:

@@ -19,7 +19,7 @@ from ikectx.sa.context import (
     TrafficSelector,
 )
 from ikectx.sa.relocate import relocate
-from tests.vici_bridge.vici.test_views import VIEW, context
+from tests.vici_bridge.vici.test_views import VIEW, context, selector
 from vici_bridge.policy.checks import (
     check_address,
     check_covered,
@@ -29,6 +29,7 @@ from vici_bridge.policy.checks import (
     check_names,
     check_numbers,
     check_selectors,
+    check_sizes,
     check_vips,
     still_here,
 )
@@ -207,3 +208,12 @@ def test_b31_a_selector_that_ends_before_it_begins_is_no_mistake_of_ours() -> No
     odd = replace(here, children=(replace(here.children[0], remote_ts=(upside_down,)),))
     assert charon.prefixes((upside_down,)) == []
     assert statuses(check_selectors(odd, [sa_view("mn", VIEW)])) == []  # `policy` refuses it
+
+
+def test_messages_that_charon_here_would_not_read_are_known_beforehand() -> None:
+    nets = tuple(selector(f"172.20.{number}.1") for number in range(146))
+    wide = replace(context(), children=(replace(context().children[0], local_ts=nets),))
+    assert statuses(check_sizes(context(), 3, 2048)) == []
+    (found,) = check_sizes(wide, 3, 2048)
+    assert found.status is Status.TOO_MUCH and "CHILD_ADD would have 24" in found.detail
+    assert statuses(check_sizes(wide, 3, 4096)) == []

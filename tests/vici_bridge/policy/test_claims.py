@@ -585,7 +585,7 @@ def test_bounds() -> None:
     refused(check_bounds(context(children=children(17, 1))), "named net0")
     refused(check_bounds(context(children=children(65, 65))), "65 CHILD_SAs")
     refused(check_bounds(context(generations=(context().current,) * 17)), "17 IKE_SAs")
-    refused(check_bounds(with_child(remote_ts=(selector("10.4.0.10"),) * 65)), "65 traffic selectors")
+    refused(check_bounds(with_child(remote_ts=(selector("10.4.0.10"),) * 256)), "256 traffic selectors")
 
 
 # What charon tells.
