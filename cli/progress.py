@@ -99,6 +99,8 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
         )
     headers = ("mobile node", "result", "time", "phases in ms", "octets", "transfer")
     render.table(headers, rows, styles=RESULT_STYLES, wraps="phases in ms")
+    if len(reports) == 1:
+        render.show_path(reports[0].get("path") or ())
     for report in reports:
         against = [
             verdict for verdict in report.get("verdicts") or () if verdict.get("status", {}).get("code")

@@ -236,3 +236,13 @@ def tree(value: Mapping[str, Any], indent: int = 0) -> str:
         else:
             lines.append(f"{pad}{key}: {_cell(item)}")
     return "\n".join(line for line in lines if line)
+
+
+def show_path(steps: Sequence[Mapping[str, Any]]) -> None:
+    """Print the steps of a transfer on the clock of the host that reports them; nothing where it has none."""
+    if steps:
+        rows = [
+            (one.get("step"), one.get("host"), f"{one.get('start_ms', 0):.1f}", f"{one.get('end_ms', 0):.1f}")
+            for one in steps
+        ]
+        table(("step", "host", "start, ms", "end, ms"), rows)

@@ -21,7 +21,6 @@ from ..answers import (
 )
 
 if TYPE_CHECKING:
-
     from .config import MobileFile
 
 PATIENCE = 4000.0
@@ -165,7 +164,7 @@ def _progress(item: Mapping[str, Any], *, live: bool) -> None:
 
 def show_report(report: Mapping[str, Any]) -> None:
     """Print what moved, from where to where, at what cost; or what failed, and what to do."""
-    from ..render import say
+    from ..render import say, show_path
 
     result, name = report.get("result"), report.get("connection")
     old, new = report.get("old") or {}, report.get("new") or {}
@@ -189,6 +188,7 @@ def show_report(report: Mapping[str, Any]) -> None:
         + (f", {report['retransmissions']} of them sent again" if report.get("retransmissions") else "")
         + f"; {float(report.get('ms') or 0):.0f} ms"
     )
+    show_path(report.get("path") or ())
     if report.get("exit_code"):
         if result == "moved":
             say(f"  but: {report.get('detail')}")

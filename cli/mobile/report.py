@@ -138,6 +138,18 @@ class MobileReport:
             "retransmissions": self.retransmissions,
             "renamed": self.renamed,
             "phases_ms": {name: round(ms, 1) for name, ms in self.phases.items()},
+            "path": self._path(),
             "ms": round(sum(self.phases.values()), 1),
             "started": round(self.started, 3),
         }
+
+    def _path(self) -> list[dict[str, Any]]:
+        """The phases one after the other, in ms since the handover began here; `host`: who was waited for."""
+        hosts = {"announced": self.from_, "asked": self.to}
+        found: list[dict[str, Any]] = []
+        at = 0.0
+        for name, took in self.phases.items():
+            times = {"start_ms": round(at, 1), "end_ms": round(at + took, 1)}
+            found.append({"step": name, "host": hosts.get(name, "here"), **times})
+            at += took
+        return found

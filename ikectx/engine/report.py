@@ -95,6 +95,13 @@ _TARGET_PHASES: Mapping[TargetState, str] = {
     TargetState.UNDOING: "undo",
 }
 
+_OF_PEER: Mapping[bool, tuple[str, ...]] = {
+    True: ("prepare", "announce", "confirm"),
+    False: ("request", "wait"),
+}
+_OF_MN = ("await", "move")
+"""Phases in which the source (True) or the target waits for the other gateway, and for the mobile node."""
+
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
@@ -127,6 +134,21 @@ class TransferReport:
     dry_run: bool = False
     exit_code: int = 0
 
+    @property
+    def path(self) -> list[dict[str, object]]:
+        """The phases one after the other, in ms on the clock of the gateway that reports, with the host that
+        was waited for."""
+        source = "export" in self.phases_ms
+        ours, peer = (self.from_, self.to) if source else (self.to, self.from_)
+        found: list[dict[str, object]] = []
+        at = 0.0
+        for name, took in self.phases_ms.items():
+            host = self.mn if name in _OF_MN else peer if name in _OF_PEER[source] else ours
+            times = {"start_ms": round(at, 1), "end_ms": round(at + took, 1)}
+            found.append({"step": name, "host": host, **times})
+            at += took
+        return found
+
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
         return {
@@ -144,6 +166,7 @@ class TransferReport:
             "state_there": self.state_there,
             "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
             "phases_ms": dict(self.phases_ms),
+            "path": self.path,
             "cxtp_messages": self.cxtp_messages,
             "cxtp_octets": self.cxtp_octets,
             "attempts": self.attempts,

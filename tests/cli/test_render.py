@@ -126,6 +126,15 @@ def test_a_peers_name_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[st
 FROM_OUTSIDE = "\x1b[2Jgone"
 
 
+def test_the_steps_of_one_transfer_stand_on_one_time_line(capsys: pytest.CaptureFixture[str]) -> None:
+    step = {"step": "freeze", "host": "psg\x1b[2J", "start_ms": 1.0, "end_ms": 2.5}
+    show_reports([{"mn": "carol", "result": "moved", "path": [step]}])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].split() == ["freeze", "psg\\x1b[2J", "1.0", "2.5"]
+    show_reports([{"mn": "carol", "result": "moved", "path": [step]}] * 2)
+    assert "freeze" not in capsys.readouterr().out
+
+
 def test_a_report_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """What the other gateway writes of its verdicts, and what an MN calls itself, are foreign."""
     verdict = {"context": FROM_OUTSIDE, "status": {"code": 1, "text": FROM_OUTSIDE}, "detail": FROM_OUTSIDE}

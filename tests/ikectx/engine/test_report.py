@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from ikectx.engine.hints import advice
 from ikectx.engine.report import (
     SOURCE_STANDS,
@@ -108,3 +110,42 @@ def test_states_of_one_phase_add_up_at_the_target() -> None:
 def test_b31_a_gateway_that_lost_its_store_is_told_how_its_sas_move_again() -> None:
     *_, hint, _ = words(SourceState.REFUSED, RefusedError("stale", status=Status.STALE_EPOCH))
     assert "swanctl --rekey --ike" in hint
+
+
+@pytest.mark.parametrize(
+    ("phases", "steps"),
+    [
+        (
+            {"export": 1.0, "connect": 2.04, "prepare": 3.0, "freeze": 0.5, "confirm": 4.0, "release": 1.0},
+            [
+                ("export", "psg"),
+                ("connect", "psg"),
+                ("prepare", "nsg"),
+                ("freeze", "psg"),
+                ("confirm", "nsg"),
+                ("release", "psg"),
+            ],
+        ),
+        (
+            {"request": 1.0, "check": 2.0, "prepare": 3.0, "wait": 0.5, "take": 4.0, "move": 1.0},
+            [
+                ("request", "psg"),
+                ("check", "nsg"),
+                ("prepare", "nsg"),
+                ("wait", "psg"),
+                ("take", "nsg"),
+                ("move", "carol"),
+            ],
+        ),
+    ],
+)
+def test_each_step_says_who_was_waited_for_and_when(
+    phases: dict[str, float], steps: list[tuple[str, str]]
+) -> None:
+    report = TransferReport(
+        "id", a_context().spis, "carol", "", "psg", "nsg", "moved", Status.OK, phases_ms=phases
+    )
+    path = report.path
+    assert [(one["step"], one["host"]) for one in path] == steps
+    assert path[0]["start_ms"] == 0.0 and path[2]["start_ms"] == path[1]["end_ms"] == 3.0
+    assert report.to_json()["path"] == path
