@@ -58,6 +58,8 @@ CALL_BACK_TRIES = 3
 SETTLE_TRIES = 4
 """Requests at most, for each of two message IDs, to a mobile node that is asked for the next one; it is
 waiting."""
+EVERY = 1_000_000_000
+"""As many entries of the history as there may be."""
 HOOK_PATIENCE = 5.0
 """Seconds that charon waits in its updown script for a handover to let the SA go."""
 
@@ -360,7 +362,7 @@ class Agent:
         yield _reports([await work])
 
     async def history(self, request: Message) -> AsyncIterator[Message]:
-        for entry in self._gateway.history(_number(request, "limit", 100, 1, 1_000_000_000)):
+        for entry in self._gateway.history(_number(request, "limit", 100, 1, EVERY)):
             yield with_json(entry)
 
     async def resync(self, request: Message) -> Message:
@@ -371,12 +373,17 @@ class Agent:
         return service.rotate(self._store, self._config.state_dir, self._config.state_key, request)
 
     async def cancel(self, request: Message) -> Message:
-        if not self._gateway.cancel(request.get("transfer", "")):
-            raise StateError(
-                "that transfer cannot be cancelled any more",
-                hint="`ikectx status` shows what is open; once let go, only the other gateway decides",
+        name = request.get("transfer", "")
+        if self._gateway.cancel(name):
+            return {}
+        if all(entry["transfer_id"] != name for entry in self._gateway.history(EVERY)):
+            raise UsageError(
+                f"there is no transfer {name!r}", hint="`ikectx status` shows those that are open"
             )
-        return {}
+        raise StateError(
+            "that transfer cannot be cancelled any more",
+            hint="`ikectx status` shows what is open; once let go, only the other gateway decides",
+        )
 
     async def reclaim(self, request: Message) -> Message:
         report = await self._gateway.reclaim(request.get("transfer", ""))

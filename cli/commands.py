@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikectx.errors import IkectxError, UsageError
+from ikectx.errors import IkectxError, UnknownSaError, UsageError
 
 from . import __version__
 from .answers import (
@@ -192,7 +192,12 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
     text = sa.lower().removeprefix("0x")
     if len(text) >= 4 and all(char in "0123456789abcdef:" for char in text) and text.count(":") < 2:
         return {"spi": text.partition(":")[0]}
-    return {"peer": sa}
+    if any(str(item.get("remote", "")).rpartition(":")[0].strip("[]") == sa for item in items):
+        return {"peer": sa}
+    raise UnknownSaError(
+        f"no IKE_SA has that number, connection, peer, address or SPI: {sa}",
+        hint="`ikectx list` shows those there are",
+    )
 
 
 @cli.command()
@@ -320,7 +325,26 @@ def selection(
 @click.pass_obj
 def status(setup: Setup[Config], as_json: bool) -> None:
     """The agent, charon, the peers, and transfers that are open."""
-    show_answer(setup.ask("status"), as_json)
+    answer = setup.ask("status")
+    if as_json:
+        show_json(answer)
+        return
+    from . import render
+
+    click.echo(render.tree(_for_people(answer)))
+
+
+def _for_people(status: dict[str, Any]) -> dict[str, Any]:
+    """The agent's status in words: the time it has run, and which peers it has a connection with."""
+    from . import render
+
+    shown = {**status, "uptime": render.duration(status.get("uptime"))}
+    shown.pop("spis", None)  # the size of the range that new SPIs come from, for other commands
+    shown["peers"] = [dict(peer) for peer in status.get("peers", ())]
+    for peer in shown["peers"]:
+        connected = peer.pop("connected", False)
+        peer["connection"] = "open" if connected else "none at present; it is opened when it is needed"
+    return shown
 
 
 @cli.command(short_help="SAs that left this gateway, and where their packets go.")
@@ -384,9 +408,23 @@ def history(setup: Setup[Config], limit: int, as_json: bool) -> None:
 @click.pass_obj
 def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
     """Make charon report all its SAs to the agent again. charon rekeys every CHILD_SA to do so."""
-    if not yes and sys.stdin.isatty():
-        click.confirm("charon will rekey every CHILD_SA; go on?", abort=True)
-    show_answer(setup.ask("resync"), as_json)
+    _confirm(yes, "charon will rekey every CHILD_SA; go on?")
+    answer = setup.ask("resync")
+    if as_json:
+        show_answer(answer, as_json)
+    else:
+        click.echo(
+            "charon reports its SAs, and rekeys every CHILD_SA: `ikectx list` says which are movable by now"
+        )
+
+
+def _confirm(yes: bool, question: str) -> None:
+    """Ask, unless --yes was given. Errors: UsageError where there is nobody to be asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("nobody can be asked here, because this is no terminal", hint="give --yes")
+    click.confirm(question, abort=True)
 
 
 @cli.command("rotate-key", short_help="Seal the agent's store with another key.")
@@ -429,8 +467,7 @@ def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> No
 
     Use it only if the other gateway is down for good, because two gateways that serve one SA break it.
     """
-    if not yes and sys.stdin.isatty():
-        click.confirm("Is it certain that the other gateway does not serve it?", abort=True)
+    _confirm(yes, "Is it certain that the other gateway does not serve it?")
     show_answer(setup.ask("reclaim", {"transfer": transfer}, timeout=120), as_json)
 
 

@@ -79,6 +79,12 @@ def outcome(report: Mapping[str, Any]) -> str:
     return str(report.get("result", "-"))
 
 
+def _who(report: Mapping[str, Any]) -> str:
+    """The mobile node, or else the SA, if nothing was known of it."""
+    sa = report.get("sa") or {}
+    return str(report.get("mn") or f"SA {sa.get('spi_i', '')}:{sa.get('spi_r', '')}")
+
+
 def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
     """Print a table, and for each SA that did not move what happened and what to do."""
     if not reports:
@@ -89,7 +95,7 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
         phases = report.get("phases_ms") or {}
         rows.append(
             (
-                report.get("mn"),
+                _who(report),
                 outcome(report),
                 f"{sum(float(ms) for ms in phases.values()):.0f} ms" if phases else "-",
                 ", ".join(f"{name} {float(ms):.0f}" for name, ms in phases.items()),
@@ -107,7 +113,7 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
         ]
         if not report.get("exit_code") and not against:
             continue
-        render.say(f"{report.get('mn')}: {report.get('text') or report.get('status', {}).get('text', '')}")
+        render.say(f"{_who(report)}: {report.get('text') or report.get('status', {}).get('text', '')}")
         for verdict in against:
             detail = f" ({verdict['detail']})" if verdict.get("detail") else ""
             render.say(f"  {verdict.get('context')}: {verdict['status'].get('text')}{detail}")

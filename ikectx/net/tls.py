@@ -49,7 +49,11 @@ class TlsConfig:
         made.check_hostname = False
         made.verify_mode = ssl.CERT_REQUIRED
         if keylog := os.environ.get("SSLKEYLOGFILE"):
-            made.keylog_filename = keylog  # the operator's wish, as other programs heed it
+            try:
+                made.keylog_filename = keylog  # the operator's wish, as other programs heed it
+            except OSError as error:
+                hint = "the unit lets the agent write in /var/lib/ikectx"
+                raise ConfigError(f"SSLKEYLOGFILE: {keylog}: {error.strerror}", hint=hint) from None
             log.warning(
                 "the secrets of TLS connections are written to %s: contexts can be read with them", keylog
             )

@@ -62,6 +62,7 @@ def test_show_finds_what_a_person_wrote(cli: Cli[Agent], name: str, query: dict[
 
 
 def test_show_of_an_unknown_sa(cli: Cli[Agent]) -> None:
+    assert "no IKE_SA has that number, connection, peer, address or SPI: 12" in cli("show", "12")[2]
     code, out, err = cli("show", "dead")
     assert (code, out) == (6, "")
     assert err == "ikectx: no IKE_SA answers to spi dead\nikectx: `ikectx list` shows those there are\n"
@@ -126,7 +127,8 @@ def test_wrong_arguments(cli: Cli[Agent], args: list[str], complaint: str) -> No
 
 
 def test_the_small_commands(cli: Cli[Agent]) -> None:
-    assert "reachable: yes" in cli("status")[1]
+    shown = cli("status")[1]
+    assert "reachable: yes" in shown and "spis" not in shown
     assert cli.json("status")[1]["name"] == "psg"
     assert "source" in cli("history")[1]
     assert cli.json("history", "--limit", "5")[1][0]["result"] == "moved"
@@ -140,6 +142,10 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
     (left,) = cli.json("detours", "--end", "mn@example.org", "--unblock")[1]
     assert left["at"] == "nsg"
     assert cli.agent.asked[-1] == ("detours", {"end": "mn@example.org", "unblock": "yes"})
+    assert "rekeys every CHILD_SA" in cli("resync", "--yes")[1]
+    for words in (("resync",), ("reclaim", "t1")):  # nobody can be asked
+        code, _, err = cli(*words)
+        assert code == 2 and "give --yes" in err
     cli("transfer", "--to", "nsg", "--no-detour")
     assert cli.agent.asked[-1][1]["no-detour"] == "yes"
 

@@ -83,6 +83,7 @@ def test_one_sa_needs_no_name_and_several_do() -> None:
         chosen([ONE], {"ike": "nowhere"})
     with pytest.raises(UsageError, match="one way only"):
         chosen([ONE], {"ike": "home", "all": "yes"})
+    assert chosen([], {"all": "yes"}) == []  # an empty gateway is drained already
 
 
 def test_the_two_spis_of_an_ike_sa() -> None:
