@@ -137,6 +137,7 @@ class Outside:
         self.nudged: list[Address] = []
         self.told: list[SaView] | None = None
         self.addresses = [OLD.address, NEW.address]
+        self.changes = 0
 
     async def views(self) -> list[SaView]:
         return await self.mobile.views()
@@ -153,6 +154,9 @@ class Outside:
         assert VIP in avoid
         found = self.ways.get(remote)
         return None if found in avoid else found
+
+    def changed(self) -> None:
+        self.changes += 1
 
     def nudge(self, remote: Address) -> None:
         self.nudged.append(remote)

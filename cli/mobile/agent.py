@@ -62,6 +62,9 @@ class _Outside:
     def known(self) -> list[SaView] | None:
         return self._ready.views()
 
+    def changed(self) -> None:
+        self._ready.changed()
+
     def has(self, address: Address) -> bool:
         return self._addresses.is_local(address)
 

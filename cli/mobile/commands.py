@@ -55,7 +55,7 @@ def mobile(ctx: click.Context, config: str | None, socket: str | None) -> None:
     ctx.obj = Setup(_load, "systemctl start ikectx-mobile, or ikectx mobile serve", (config, socket))
 
 
-@mobile.command()
+@mobile.command(short_help="Run the agent of this mobile node.")
 @serve_config_option
 @click.pass_obj
 def serve(setup: Setup[MobileFile], config: str | None) -> int:
@@ -216,7 +216,7 @@ def cancel(setup: Setup[MobileFile], as_json: bool) -> None:
         click.echo("cancelled" if answer.get("cancelled") else "nothing was announced")
 
 
-@mobile.command(short_help="Check this mobile node, and say what to write where.")
+@mobile.command(short_help="Check this mobile node.")
 @json_option
 @click.pass_obj
 def doctor(setup: Setup[MobileFile], as_json: bool) -> int:

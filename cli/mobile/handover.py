@@ -91,6 +91,9 @@ class Outside(Protocol):
     def known(self) -> list[SaView] | None:
         """The same without asking charon; None: it must be asked."""
 
+    def changed(self) -> None:
+        """charon's SAs have been changed from here, of which charon reports nothing."""
+
     def has(self, address: Address) -> bool:
         """Whether this host has the address."""
 
@@ -547,6 +550,7 @@ class Handovers:
                     self._mobile.loud_later(run.sa, self.lock)
             else:
                 await self._mobile.home(run.sa)
+            self._outside.changed()
             if self._farewells is not None and await self._farewells.leave(run):
                 self.notes.answered(run.sa)
                 gone = None  # the report has that

@@ -108,6 +108,18 @@ def test_what_the_old_way_still_carries_is_not_sent_ahead() -> None:
     do(scenario())
 
 
+def test_what_was_known_of_charon_s_sas_is_asked_anew_after_a_handover() -> None:
+    """charon reports nothing of what the agent did to its SAs: it was thought to be with the old gateway."""
+
+    async def scenario() -> None:
+        w = World()
+        w.outside.told = await w.mobile.views()
+        await w.arrive()
+        assert w.outside.changes == 1
+
+    do(scenario())
+
+
 def test_an_address_that_was_given() -> None:
     async def scenario() -> None:
         w = World()
