@@ -249,7 +249,7 @@ def test_secrets_are_logged_only_on_demand(
     assert ca.issue("a").context(server=True).keylog_filename == str(tmp_path / "secrets")
     assert "secrets of TLS connections are written to" in caplog.text
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "none" / "secrets"))
-    with pytest.raises(ConfigError, match="SSLKEYLOGFILE: .*none/secrets: No such file"):
+    with pytest.raises(ConfigError, match=r"SSLKEYLOGFILE: .*none/secrets: No such file"):
         ca.issue("a").context(server=True)
 
 
