@@ -81,11 +81,11 @@ class MobileFile:
 
     path: Path
     state_dir: Path
-    state_key: Path | None
     gateways: tuple[GatewayEntry, ...]
     control: ControlConfig
     charon: CharonConfig
     mobile: MobileNodeConfig
+    state_key: Path | None = None
 
     def gateway(self, name: str) -> GatewayEntry:
         """The gateway of that name. Errors: ConfigError, with the names there are."""
