@@ -88,6 +88,7 @@ def host_config(config: Config) -> HostConfig:
         agents=frozenset(name for name, conn in config.connections.items() if conn.agents),
         oseq_jump=config.transfer.oseq_jump,
         late=config.transfer.late_seconds,
+        early=int(config.transfer.predictive_seconds) + 60,
         collision=config.transfer.collision,
         spi_min=config.charon.spi_min,
         spi_max=config.charon.spi_max,

@@ -38,6 +38,7 @@ MOBILE: Mapping[str, Keys] = {
     "handover": {
         **dict.fromkeys(("to", "what", "ike", "ike-id", "address"), "text"),
         "anew": "flag",
+        "leaving": "flag",
     },
     "cancel": {},
     "resync": {},

@@ -16,6 +16,7 @@ from ikectx.engine.effects import (
     Activate,
     Check,
     Delete,
+    Divert,
     Epochs,
     Export,
     Find,
@@ -318,6 +319,8 @@ class Driver:
                 return tuple(await source.find(mn))
             case Export(sa, away):
                 return await source.export(sa, away=away)
+            case Divert(context, to):
+                await source.divert(context, to)
             case Freeze(context, to, away, sending, renaming, unannounced):
                 if unannounced:
                     source.hands_over(context.spis)
@@ -334,8 +337,8 @@ class Driver:
                 return tuple(await sink.check(context, keep))
             case StillHere(final, mn, who):
                 return await sink.still_here(final, mn, who)
-            case GetReady(context, keep):
-                await sink.ready(context, keep)
+            case GetReady(context, keep, leaving):
+                return await sink.ready(context, keep, leaving=leaving)
             case Prepare(context, keep, answers):
                 sink.tell_later(context, answers)
                 await sink.prepare(context, keep)

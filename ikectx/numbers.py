@@ -206,7 +206,7 @@ class Cxtp(OpenEnum):
 class Fpt(OpenEnum):
     """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
 
-    The last eight are not parts of a context:
+    The last nine are not parts of a context:
 
     - MN_TOKEN: authenticates a CTAR or CTAA.
     - PROOF: IKE datagrams of the mobile node, as evidence in a CT-Req.
@@ -216,6 +216,7 @@ class Fpt(OpenEnum):
     - WHEREABOUTS: tells the gateway that an SA came from where the SA is.
     - REASON: why a context was refused, in words.
     - COOKIE: a gateway under load asks the sender of a CTAR to send it back.
+    - LEAVING: the mobile node leaves at once. In a CTDR, a status: its packets are held until it arrives.
     """
 
     MLD = 0x0001
@@ -231,6 +232,7 @@ class Fpt(OpenEnum):
     WHEREABOUTS = 0xFF0A
     REASON = 0xFF0B
     COOKIE = 0xFF0C
+    LEAVING = 0xFF0D
 
 
 class Status(OpenEnum):

@@ -24,6 +24,7 @@ from ikectx.engine.effects import (
     Activate,
     Check,
     Delete,
+    Divert,
     Epochs,
     Export,
     Find,
@@ -73,7 +74,7 @@ from ikectx.sa.context import Endpoint, FinalChild, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from ikectx.timing import Timing
-from ikectx.wire.cxtp import Ctaa
+from ikectx.wire.cxtp import ContextDataBlock, Ctaa
 from ikectx.wire.tokens import Purpose, make_ctar, open_ctaa, token_key
 from tests.ikectx.wire.test_packet_proof import request
 from tests.peers import a_context
@@ -151,6 +152,8 @@ class Sa:
     """served, frozen, prepared or taken."""
     to: str = ""
     """Where packets for the mobile node go while it is frozen."""
+    diverted: str = ""
+    """Where they go already, because it was leaving."""
 
 
 class Box:
@@ -169,9 +172,10 @@ class Box:
         here = self.sas.get(sa)
         if here is None:
             return
-        if here.state == "frozen":
-            if hops and here.to:
-                self.world.sides[here.to].box.send(sa, count, hops - 1)
+        if here.state == "frozen" or here.diverted:
+            to = here.to if here.state == "frozen" else here.diverted
+            if hops and to:
+                self.world.sides[to].box.send(sa, count, hops - 1)
             return
         self.mobile(sa).gets(here.oseq + 1, here.oseq + count, self.name)
         here.oseq += count
@@ -220,7 +224,10 @@ class Box:
                 return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE if taken else Status.OK)]
             case StillHere(final):
                 return "charon has it" if (final.spi_i, final.spi_r) in self.sas else ""
-            case GetReady():
+            case GetReady(_, _, leaving):
+                return leaving
+            case Divert(context, to):
+                self._at(context.spis, "served").diverted = to
                 return None
             case Prepare(context):
                 if context.spis in self.sas:
@@ -257,6 +264,7 @@ class Box:
     def _thaw(self, sa: SaName, jump: int, untouched: bool) -> None:
         here = self._at(sa, "frozen", "served")
         here.oseq += jump
+        here.diverted = ""
         if here.state == "served":
             return  # it was not frozen; the other gateway had it prepared
         here.state = "served"
@@ -726,6 +734,7 @@ class Node:
         self.context = context
         self.sequence = 7
         self.key = token_key(context.current, self.sequence)
+        self.leaves = world.chance(0.5)
         self.answers: deque[tuple[Purpose, bool, Status]] = deque()
 
     def say(self, purpose: Purpose, to: str, when: float) -> None:
@@ -742,6 +751,7 @@ class Node:
             nsg="b",
             expiry=UNIX + 100,
             care_of=AWAY if arrives else None,
+            blocks=() if arrives or not self.leaves else (ContextDataBlock(Fpt.LEAVING, b""),),
         )
         source = Endpoint((AWAY if arrives else self.context.remote).address, 5091)
         for again in range(8):

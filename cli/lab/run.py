@@ -306,8 +306,8 @@ class ScenarioRunner:
     def _do_handover(self, target: str, mode: str) -> None:
         """mn asks for it. What it announced before it relocates completes at its new address by itself."""
         with self._watching(self._owner, target):
-            if mode == "predictive":
-                self._ask_mobile("announce", target)
+            if mode != "reactive":
+                self._ask_mobile("announce", target, leaving="yes" if mode == "leaving" else None)
             self._do_relocate()
             if mode == "reactive":
                 self._ask_mobile("arrive", target)
@@ -324,9 +324,9 @@ class ScenarioRunner:
         self.report.mobile = {key: told[key] for key in kept}
         return True
 
-    def _ask_mobile(self, what: str, target: str) -> None:
+    def _ask_mobile(self, what: str, target: str, **more: str | None) -> None:
         with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=120.0) as agent:
-            query = {"to": target, "what": what}
+            query = {"to": target, "what": what, **more}
             told = json_of(agent.stream("handover", "handover-progress", query))
         if told["exit_code"]:
             raise StepError(f"{what} at {target}: {told['result']}: {told['detail']}")

@@ -78,7 +78,11 @@ VERBS = {
         "FROM TO [keep]: the same by the agent's control socket; with keep the address moves along",
     ),
     "pull": (2, 2, "TO FROM: what ikectx pull does at TO, by its agent's control socket"),
-    "handover": (2, 2, "GATEWAY predictive | reactive: mn asks for it by its agent, and relocates meanwhile"),
+    "handover": (
+        2,
+        2,
+        "GATEWAY predictive | leaving | reactive: mn asks for it by its agent, and relocates meanwhile",
+    ),
     "follow": (1, 1, "GATEWAY: mn relocates, and GATEWAY must find its SA by itself"),
     "twin": (1, 1, "KIND: mn2 has an SA with nsg that has names of mn's: inbound | outbound | ike | all"),
     "relocate": (0, 0, "mn leaves its access network and is in its other one"),
@@ -105,7 +109,7 @@ PLACES = (*MOBILES, *GATEWAYS, *ALIASES)
 WORDS: dict[str, dict[int, tuple[str, ...]]] = {
     "traffic": {1: ("start", "stop")},
     "connect": {1: GATEWAYS, 2: MOBILES},
-    "handover": {1: GATEWAYS, 2: ("predictive", "reactive")},
+    "handover": {1: GATEWAYS, 2: ("predictive", "leaving", "reactive")},
     "follow": {1: GATEWAYS},
     "twin": {1: tuple(KINDS)},
     "cut": {1: tuple(LINKS), 2: tuple(LINKS)},

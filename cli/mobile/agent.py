@@ -293,7 +293,10 @@ class MobileAgent:
         sa = await self._select(request)
         items: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
         if what == "announce":
-            work = asyncio.create_task(self.handovers.announce(to, sa, tell=items.put_nowait))
+            leaving = request.get("leaving") == "yes"
+            work = asyncio.create_task(
+                self.handovers.announce(to, sa, leaving=leaving, tell=items.put_nowait)
+            )
         else:
             address = _address(request.get("address", ""))
             anew = request.get("anew") == "yes"

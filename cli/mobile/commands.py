@@ -74,6 +74,11 @@ def serve(setup: Setup[MobileFile], config: str | None) -> int:
     help="Announce the move while still at the old place; it completes at a new address, or when "
     "`handover --to` is called again.",
 )
+@click.option(
+    "--leaving",
+    is_flag=True,
+    help="With --predictive: it leaves at once; packets for it wait at the new gateway until it arrives.",
+)
 @click.option("--reactive", is_flag=True, help="Forget an announced move, and move now.")
 @click.option("--now", is_flag=True, help="With --predictive: complete it at once, without a new address.")
 @click.option(
@@ -95,6 +100,7 @@ def handover(
     setup: Setup[MobileFile],
     to: str,
     predictive: bool,
+    leaving: bool,
     reactive: bool,
     now: bool,
     address: str | None,
@@ -114,11 +120,14 @@ def handover(
         raise UsageError("--predictive and --reactive cannot go together")
     if ike is not None and ike_id is not None:
         raise UsageError("--ike and --ike-id cannot go together")
+    if leaving and not predictive:
+        raise UsageError("--leaving goes with --predictive")
     if now and not predictive:
         raise UsageError("--now goes with --predictive")
     if address and predictive and not now:
         raise UsageError("--address is for the move itself; an announcement does not know it yet")
     query: dict[str, Any] = {"to": to, "ike": ike, "ike-id": ike_id, "anew": "yes" if reactive else None}
+    query["leaving"] = "yes" if leaving else None
     steps = ["announce"] * predictive + ["arrive"] * (now or not predictive)
     live = not as_json and sys.stdout.isatty()
 

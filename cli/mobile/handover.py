@@ -137,11 +137,17 @@ class Handovers:
     # What may be asked.
 
     async def announce(
-        self, to: str, sa: SaName | None = None, *, tell: Progress = lambda item: None
+        self,
+        to: str,
+        sa: SaName | None = None,
+        *,
+        leaving: bool = False,
+        tell: Progress = lambda item: None,
     ) -> MobileReport:
         """Have the old gateway send the context ahead, and return when that has succeeded or failed.
 
-        `arrive` or `addresses_changed` complete the move. Errors: those of `arrive`.
+        `leaving`: this node leaves as soon as that has succeeded, and until it arrives its packets are held
+        at the new gateway. `arrive` or `addresses_changed` complete the move. Errors: those of `arrive`.
         """
         self._config.gateway(to)  # checked first, because a wrong name must not end an announced move
         if self._pending is not None:
@@ -153,6 +159,7 @@ class Handovers:
         run = await self._begin(to, sa, HandoverMode.PREDICTIVE, None, tell)
         if isinstance(run, MobileReport):
             return run
+        run.machine.leaves = leaving
         loop = asyncio.get_running_loop()
         run.moved, run.prepared = loop.create_future(), loop.create_future()
         self._pending = run

@@ -338,6 +338,7 @@ class Arrivals:
             yield from proven(context)
             yield from self._used.use(sa, message.sequence, Purpose.ANNOUNCE, arrival.until, run.transfer_id)
             run.token = (algorithm, key[0])
+            run.leaving = token is not None and any(block.fpt == Fpt.LEAVING for block in message.blocks)
 
         yield from self._transfers.grant(run, proven, allowed)
         arrival.feed(ArrivalInput.ANNOUNCE)

@@ -47,6 +47,16 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class Divert:
+    """Send packets for the mobile node, which leaves at once, on to the gateway that holds them. Outcome:
+    None."""
+
+    NAME: ClassVar[str] = "divert"
+    context: IkeContext
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
 class Freeze:
     """Let go of the SA. `unannounced`: the other gateway has nothing of it yet. Outcome: `FinalState`."""
 
@@ -130,11 +140,16 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class GetReady:
-    """Have as much of the SA installed as can be before its mobile node arrives. Outcome: None."""
+    """Have as much of the SA installed as can be before its mobile node arrives. Outcome: `bool`.
+
+    `leaving`: the mobile node leaves at once, so its packets are to be held until it arrives. The outcome is
+    True if they are.
+    """
 
     NAME: ClassVar[str] = "get ready"
     context: IkeContext
     keep: bool
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +348,7 @@ Step = (
     Find
     | Recorded
     | Export
+    | Divert
     | Freeze
     | Thaw
     | Release

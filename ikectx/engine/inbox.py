@@ -14,7 +14,7 @@ from dataclasses import replace as changed
 
 from ikectx.errors import IkectxError, LinkError, RefusedError, StoreError, WireError
 from ikectx.mistakes import log_mistake
-from ikectx.numbers import STATUS_TEXT, Status
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address, FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
@@ -245,6 +245,7 @@ class Inbox:
             if header.intent == "hold":
                 run.token = (message.algorithm, Secret(message.key))
                 run.answers = message.algorithm is TokenAlgorithm.HMAC_SHA256_128
+                run.leaving = any(block.fpt == Fpt.LEAVING for block in message.blocks)
             yield from self._begin(run, line, message, wanted)
 
     def _begin(self, run: Incoming, line: Line, message: Pctd | Ctd, wanted: Request | None) -> Steps[None]:

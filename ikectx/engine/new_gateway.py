@@ -155,6 +155,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         """True if the mobile node waits for an answer, which can tell it new SPIs."""
         self.whole = False
         """True if the context and the final state came in one CTD."""
+        self.leaving = False
+        """True if the mobile node leaves the old gateway at once."""
         self.dropped: Dropped = ""
         """Who or what ended it before anything was taken."""
         self.over = Gate()
@@ -173,6 +175,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         self._report = MoveReport(**entry.moved) if entry.moved else MoveReport()  # type: ignore[arg-type]
         self._verdicts: tuple[Verdict, ...] = ()
         self._prepared = Prepared()
+        self._holds = False
+        """Are packets for the mobile node held until it arrives?"""
         self._tries = 0
         self._do: Mapping[TargetAction, Callable[[IkeContext], Steps[None]]] = {
             TargetAction.CHECK: self._check,
@@ -278,6 +282,8 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
                 (Fpt.GO_ON, self._prepared.cannot_send),
             )
             return tuple(Verdict(fpt, Status.OK) for fpt, holds in told if holds)
+        if self.machine.state is TargetState.HELD and self._holds:
+            return (Verdict(Fpt.LEAVING, Status.OK),)
         if self.machine.state is not TargetState.ABORTED:
             return self._verdicts
         if first_failure(self._verdicts) is not Status.OK:
@@ -346,7 +352,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             why = refusals(verdicts) or STATUS_TEXT.get(status, "refused")
             raise RefusedError(why, status=status, hint=advice(status, refused_here=True))
         if self.machine.state is TargetState.ANNOUNCED:
-            yield from self.step(GetReady(context, self.keep))
+            self._holds = yield from self.step(GetReady(context, self.keep, self.leaving))
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
         self._prepared = yield from self.step(Prepare(context, self.keep, self.answers))

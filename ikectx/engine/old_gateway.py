@@ -20,11 +20,11 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import ContextDataBlock, Ctc, Ctd, Pctd, TokenAlgorithm
 from ikectx.wire.full_ctd import decode_last, encode_whole
 from ikectx.wire.profile import TransferHeader, decode, encode, encode_final
 
-from .effects import Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
+from .effects import Divert, Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
 from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts, Run
@@ -111,6 +111,10 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.told = False
         """True if the peer knows that the transfer ended, and why."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
+        self.leaving = False
+        """True if the mobile node said that it leaves at once."""
+        self._diverted = False
+        """True if packets for it may be sent on to the peer, which holds them."""
         self._begins = occasion.begins
         self._offered = entry is not None
         """Has the peer been told of it, as far as we know?"""
@@ -131,6 +135,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             SourceAction.FREEZE: self._freeze,
             SourceAction.RELEASE: self._release,
             SourceAction.THAW: self._thaw,
+            SourceAction.DIVERT: self._divert,
         }
 
     @classmethod
@@ -207,7 +212,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _new_entry(self, context: IkeContext) -> JournalEntry:
         header = self._header
-        offer = Pctd(context.remote.address, encode(context, transfer=header))
+        leaving = (ContextDataBlock(Fpt.LEAVING, b""),) if self.leaving else ()
+        offer = Pctd(context.remote.address, (*encode(context, transfer=header), *leaving))
         now = self.parts.scheduler.unix
         return JournalEntry(
             transfer_id=self.transfer_id,
@@ -511,6 +517,16 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                     hint="a larger `oseq_jump` at all gateways",
                 )
 
+    def _divert(self) -> Steps[None]:
+        if not (self.leaving and Fpt.LEAVING in self.asked_for):
+            return
+        self._diverted = True
+        try:
+            yield from self.step(Divert(self._of, self.peer.name))
+        except IkectxError as error:
+            ident = self.transfer_id.hex()
+            log.warning("transfer %s: packets for the MN are not sent on while it moves: %s", ident, error)
+
     def _release(self) -> Steps[SourceInput]:
         try:
             yield from self.step(Release(self._of))
@@ -539,7 +555,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     @property
     def _may_have_sent(self) -> bool:
         """Whether the peer, which was to prepare the SA, may have sent packets under its keys."""
-        return self._offered and self.context is not None and not (self.told and self.status in UNTOUCHED)
+        untouched = self.told and self.status in UNTOUCHED and not self._diverted
+        return self._offered and self.context is not None and not untouched
 
     def _pass_by(self) -> Steps[None]:
         """Go past what the peer may have sent from the moment when it had prepared the SA, and serve on.

@@ -114,6 +114,13 @@ class ContextSource(Protocol):
     async def release(self, context: IkeContext) -> None:
         """Delete the SA silently, keep decrypting late packets for a while. Idempotent."""
 
+    async def divert(self, context: IkeContext, to: str) -> None:
+        """The mobile node leaves at once, and the gateway `to` holds its packets: send them on there.
+
+        IKE and inbound ESP are served as before. `freeze` or `thaw` follows.
+        """
+        return None
+
     # A source that sends packets on to the gateway that has an SA now (`ikectx.wire.whereabouts`):
 
     def hands_over(self, sa: SaName) -> None:
@@ -149,13 +156,14 @@ class ContextSink(Protocol):
         `keep_address`: the gateway's address moves along, so the mobile node is not told a new one.
         """
 
-    async def ready(self, context: IkeContext, keep_address: bool) -> None:
+    async def ready(self, context: IkeContext, keep_address: bool, *, leaving: bool = False) -> bool:
         """The mobile node has announced that it will come: install what can be before its address is known.
 
         Nothing is sent under the SA's keys. Called after `check`; `prepare` follows, or `not_coming`. What
-        fails here is left to `prepare`.
+        fails here is left to `prepare`. `leaving`: it leaves at once, so hold packets for it until `prepare`,
+        and return True if that is done: the other gateway then sends them here.
         """
-        return None
+        return False
 
     def not_coming(self, context: IkeContext) -> None:
         """The SA does not come: forget what `ready` and `tell_later` prepared."""

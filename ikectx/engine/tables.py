@@ -92,7 +92,8 @@ class SourceInput(StrEnum):
 
 
 class SourceAction(StrEnum):
-    """The actions to carry out; RECONNECT includes waiting a while first."""
+    """The actions to carry out; RECONNECT includes waiting a while first. DIVERT does nothing unless the
+    mobile node leaves at once and the target holds its packets."""
 
     SEND_PCTD = "send-pctd"
     SEND_CTD = "send-ctd"
@@ -101,6 +102,7 @@ class SourceAction(StrEnum):
     FREEZE = "freeze"
     RELEASE = "release"
     THAW = "thaw"
+    DIVERT = "divert"
 
 
 class TargetState(StrEnum):
@@ -180,7 +182,7 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     (_S.OFFERED, _SI.RESTART): (_S.KEPT, _SA.SEND_CTC),
     # the mobile node will move some time: the target checks and then holds the context; the source serves
     (_S.NEW, _SI.ANNOUNCE): (_S.ANNOUNCED, _SA.SEND_PCTD),
-    (_S.ANNOUNCED, _SI.ACCEPTED): (_S.AWAITING,),
+    (_S.ANNOUNCED, _SI.ACCEPTED): (_S.AWAITING, _SA.DIVERT),
     (_S.ANNOUNCED, _SI.REJECTED): (_S.REFUSED,),
     (_S.ANNOUNCED, _SI.CTC): (_S.REFUSED,),
     (_S.ANNOUNCED, _SI.TIMEOUT): (_S.KEPT, _SA.SEND_CTC),

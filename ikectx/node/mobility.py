@@ -35,7 +35,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from ikectx.errors import UsageError, WireError
-from ikectx.numbers import Status
+from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint, IkeGeneration
 from ikectx.wire.cookies import asked, with_cookie
 from ikectx.wire.cxtp import ContextDataBlock, Ctaa, Ctar, StatusBlock
@@ -296,6 +296,9 @@ class HandoverOutcome:
         return f"{said}: {where}"
 
 
+_LEAVING = (ContextDataBlock(Fpt.LEAVING, b""),)
+
+
 # --- the machine -------------------------------------------------------------------------------------------
 
 
@@ -327,6 +330,11 @@ class Handover:
         self.sequence = sequence
         self.spis = generation.spis
         self.expects = expects
+        self.leaves = False
+        """True if it goes as soon as its announcement is answered; set before the first sending.
+
+        Packets for it may then be held at the new gateway until it arrives.
+        """
         self.state = MobileState.NEW
         self.ignored = 0
         """Datagrams that were no answer to this handover: forged, damaged, late, from elsewhere."""
@@ -482,6 +490,7 @@ class Handover:
             nsg=self.nsg.name,
             expiry=int(self._unix + now) + self._lifetime,
             care_of=care_of,
+            blocks=_LEAVING if self.leaves and purpose is Purpose.ANNOUNCE else (),
             expects=self.expects,
         )
         self._octets = made.serialize()

@@ -24,10 +24,13 @@ that starts removes what one before it has left (`Early.sweep`).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ikectx.errors import KernelError, WireError
 from ikectx.sa.context import IkeContext, ReplayState
@@ -47,6 +50,12 @@ REQIDS = 0x494B0000
 Those that follow, up to `REQIDS` | 0xFFFF, are of early pairs; charon counts from 1."""
 HUSHED = 15
 """Seconds after which the kernel lets packets pass again, if an agent died at that moment."""
+LARVAL_DROP = Path("/proc/sys/net/core/xfrm_larval_drop")
+"""Of the network namespace: 1 drops packets of a policy whose SA is not there yet, 0 keeps up to 100."""
+_DECOY_SPI = bytes.fromhex("000000fe")
+"""Reserved by IANA and never negotiated (RFC 4303, 2.1)."""
+LINGER = 0.5
+"""Seconds for which policies stay whose packets leave by charon's pair."""
 MARGIN = 1024
 """Outbound numbers left out when charon's pair goes on, because a packet may be on its way on another CPU."""
 
@@ -76,6 +85,17 @@ class Early:
         self._host = host
         self._known: dict[SaName, tuple[EarlyChild, ...]] = {}
         self._reqids = itertools.cycle(range(REQIDS + 1, REQIDS + 0x10000))
+
+    def keep_packets(self) -> None:
+        """Have the kernel keep packets of a policy whose SA is not there yet, instead of dropping them."""
+        try:
+            LARVAL_DROP.write_text("0\n")
+        except OSError as error:
+            log.info(
+                "packets for mobile nodes on the move are dropped, not held: %s: %s",
+                LARVAL_DROP,
+                error.strerror,
+            )
 
     def __contains__(self, sa: SaName) -> bool:
         return sa in self._known
@@ -145,9 +165,10 @@ class Early:
             )
         return tuple(found)
 
-    def wait(self, sa: SaName, children: tuple[EarlyChild, ...]) -> None:
+    def wait(self, sa: SaName, children: tuple[EarlyChild, ...], *, held: bool = False) -> None:
         """Decrypt packets of the mobile node. Packets of its addresses that come in the clear, because the
-        old gateway has decrypted them, pass as before. Errors: KernelError."""
+        old gateway has decrypted them, pass as before. `held`: the kernel keeps packets for it, up to 100 for
+        each policy. Errors: KernelError."""
         kernel = self._host.kernel
         if kernel is None or not children:
             return
@@ -156,6 +177,7 @@ class Early:
         requests = [child.inbound.add() for child in children]
         for child in children:
             requests += [_optional(policy).put() for policy in child.inward]
+            requests += [_held(policy).put() for policy in child.outward if held]
         kernel.batch(requests)
 
     def lead(self, here: IkeContext) -> None:
@@ -213,6 +235,22 @@ class Early:
                 requests += [_to(policy, outbound).put() for policy in one.outward]
         if kernel is not None and requests:
             kernel.batch(requests)
+            self._forget_wanted(self._known.get(sa, ()))
+
+    def _forget_wanted(self, children: Iterable[EarlyChild]) -> None:
+        """Remove the kernel's note of an SA that held packets want. It goes when an SA comes that fits."""
+        for child in children if self._host.kernel is not None else ():
+            template = child.outward[0].templates[0]
+            decoy = replace(
+                child.outbound,
+                spi=_DECOY_SPI,
+                source=template.source,
+                destination=template.destination,
+                reqid=REQIDS,
+                replay=replace(child.outbound.replay, oseq=0),
+            )
+            with contextlib.suppress(KernelError):
+                self._host.kernel.batch([decoy.add(), decoy.delete()])  # type: ignore[union-attr]
 
     def end(self, sa: SaName) -> None:
         """Remove what there is of it. Raises nothing: what stays ends by itself."""
@@ -222,8 +260,20 @@ class Early:
                 [one for child in children for one in (child.outbound, child.inbound)],
                 [policy for child in children for policy in (*child.outward, *child.inward)],
             )
+            self._forget_wanted(children)
         except (KernelError, WireError) as error:
             log.warning("early ESP of %s stays for up to %d s: %s", sa, self._host.config.early, error)
+
+    def end_soon(self, sa: SaName) -> None:
+        """Remove it in `LINGER` seconds, because the kernel lets held packets go at its next tick."""
+        children = self._known.pop(sa, ())
+        if children:
+            asyncio.get_running_loop().call_later(LINGER, self._end, sa, children)
+
+    def _end(self, sa: SaName, children: tuple[EarlyChild, ...]) -> None:
+        if sa not in self._known:
+            self._known[sa] = children
+            self.end(sa)
 
     def sweep(self) -> None:
         """Remove what an agent before this one has left. Raises nothing."""
@@ -269,7 +319,9 @@ def _optional(policy: KernelPolicy) -> KernelPolicy:
 
 
 def _held(policy: KernelPolicy) -> KernelPolicy:
-    return replace(policy, templates=tuple(replace(one, reqid=REQIDS) for one in policy.templates))
+    return replace(
+        policy, templates=tuple(replace(one, reqid=REQIDS, spi=bytes(4)) for one in policy.templates)
+    )
 
 
 def _to(policy: KernelPolicy, sa: KernelSa) -> KernelPolicy:

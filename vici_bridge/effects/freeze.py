@@ -211,6 +211,26 @@ async def _same(work: Freezing) -> SaView:
     return view
 
 
+def _stops(work: Freezing) -> bool:
+    return not work.goes_on and not work.facts.diverted
+
+
+async def _diverted(work: Freezing) -> Facts:
+    return {"diverted": True}
+
+
+DIVERT: LedgerStep[Freezing] = LedgerStep(
+    "divert",
+    (
+        StepEffect("policies are noted", _note_policies),
+        StepEffect("ESP stops", _stop),
+        StepEffect("that is noted", _diverted),
+    ),
+    journaled=False,
+)
+"""Divert: packets for a mobile node that leaves at once go to the new gateway, which holds them. The freeze
+then does the rest, or the thaw takes it back."""
+
 FREEZE: LedgerStep[Freezing] = LedgerStep(
     "freeze",
     (
@@ -220,9 +240,9 @@ FREEZE: LedgerStep[Freezing] = LedgerStep(
         StepEffect(
             "policies are noted",
             _note_policies,
-            when=lambda work: not work.goes_on and work.host.kernel is not None,
+            when=lambda work: _stops(work) and work.host.kernel is not None,
         ),
-        StepEffect("ESP stops", _stop, when=lambda work: not work.goes_on),
+        StepEffect("ESP stops", _stop, when=_stops),
         StepEffect("charon says nothing", _say_nothing),
         StepEffect("message IDs", _find_ids),
         # written together with the journal's next state, which says that the SA was let go

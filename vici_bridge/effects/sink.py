@@ -99,6 +99,8 @@ class CharonSink(ContextSink):
 
     def resume(self) -> None:
         """After a start: finish work that an agent before this one left open."""
+        if self._host.kernel is not None:
+            self._early.keep_packets()
         self._early.sweep()
         self._renames.resume()
         self._runner.resume(lambda sa, shape: self._coming(shape, shape, sa=sa))
@@ -223,25 +225,27 @@ class CharonSink(ContextSink):
         names = self._host.coming.of(context.spis).facts.new_names
         return (ContextDataBlock(Fpt.NEW_SPIS, names),) if names else ()
 
-    async def ready(self, context: IkeContext, keep_address: bool) -> None:
+    async def ready(self, context: IkeContext, keep_address: bool, *, leaving: bool = False) -> bool:
         """See `ContextSink.ready`. charon has the SA for a moment. An SA that is PASSIVE for long would be
         activated together with others, and given up because its mobile node does not answer."""
         hushed: list[KernelPolicy] = []
         try:
             hushed = self._early.hush(self._here(context)) if self._host.kernel is not None else []
             if not hushed:
-                return
+                return False
             await self.prepare(context, keep_address)
             work = self._coming(context)
             copies = () if work.plan is not None else self._early.read(work.here)
             await self._runner.run(UNDO, work)
             self._early.speak(hushed)
-            self._early.wait(context.spis, copies)
+            self._early.wait(context.spis, copies, held=leaving)
         except (CharonError, KernelError, RefusedError, WireError) as error:
             self._early.end(context.spis)
             log.warning("%s is installed when its MN arrives, not before: %s", context.connection, error)
             with contextlib.suppress(KernelError):
                 self._early.speak(hushed)
+            return False
+        return leaving and bool(copies)
 
     def not_coming(self, context: IkeContext) -> None:
         """See `ContextSink.not_coming`."""
@@ -394,7 +398,7 @@ class CharonSink(ContextSink):
         work = self._coming(context, final=final, report=report, activates=True)
         await self._runner.run(ACTIVATE, work)
         self._memory.forget(context.spis)
-        self._early.end(context.spis)
+        self._early.end_soon(context.spis)
         self._sweep(int(time.time()))
 
     def _sweep(self, now: int) -> None:

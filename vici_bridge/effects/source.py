@@ -36,7 +36,7 @@ from vici_bridge.vici.views import (
     peer_context,
 )
 
-from .freeze import FREEZE, Freezing, goes_on_still, stop_at_last
+from .freeze import DIVERT, FREEZE, Freezing, goes_on_still, stop_at_last
 from .leaving import LIVING, Ender, Leaving, in_the_way, last_request
 from .release import RELEASE
 from .runner import Runner, context_of
@@ -57,7 +57,7 @@ class CharonSource(ContextSource):
         self._host = host
         self._mover = mover
         self._ender = ender
-        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, FREEZE, THAW, RELEASE)
+        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, DIVERT, FREEZE, THAW, RELEASE)
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._reqids: dict[SaName, frozenset[int]] = {}
@@ -191,6 +191,13 @@ class CharonSource(ContextSource):
                     "cannot be moved; rekey it without, or let the MN connect anew",
                     status=Status.NOT_COVERED,
                 )
+
+    async def divert(self, context: IkeContext, to: str) -> None:
+        """See `ContextSource.divert`. With ESP in user space nothing is done, because outbound packets there
+        have no policy that could be removed."""
+        if self._host.kernel is not None:
+            look = partial(self._view, context.spis)
+            await self._runner.run(DIVERT, Freezing(self._host, context, self._mover, look, to=to))
 
     async def freeze(
         self,

@@ -131,8 +131,8 @@ async def killed(
             again = effect == "script up" and after
             assert there.scripts == ["up"] * (1 + again)
         there.here.sound()
-        assert not [one for one in there.here.sad.dump_policies() if one.selector.user == EARLY]
         assert not [sa for sa in there.here.sad.sas.values() if is_early(sa)]
+        await until(lambda: all(one.selector.user != EARLY for one in there.here.sad.dump_policies()))
         assert host.expected == set()
         assert there.here.relay.now == set()
         return list(assassin.ran)
