@@ -21,7 +21,7 @@ from tests.worlds import until
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import source as source_module
 from vici_bridge.effects import thaw as thaw_module
-from vici_bridge.effects.freeze import FREEZE
+from vici_bridge.effects.freeze import DIVERT, FREEZE
 from vici_bridge.effects.release import RELEASE
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.effects.thaw import THAW
@@ -97,16 +97,22 @@ async def gateway() -> AsyncIterator[Gateway]:
 # --- killed agents ----------------------------------------------------------------------------------------
 
 VARIANTS = {
-    "freeze": ["plain", "sending"],
-    "thaw": ["plain", "renaming", "sending", "ended", "early"],
+    "divert": ["plain"],
+    "freeze": ["plain", "sending", "diverted"],
+    "thaw": ["plain", "renaming", "sending", "ended", "early", "diverted"],
     "release": ["plain", "sending", "ended"],
 }
-STEPS = {"freeze": FREEZE, "thaw": THAW, "release": RELEASE}
+STEPS = {"divert": DIVERT, "freeze": FREEZE, "thaw": THAW, "release": RELEASE}
 
 
 async def walk(there: Gateway, step: str, variant: str) -> None:
     """Up to the step, and the step itself."""
     how = {"sending": variant == "sending", "renaming": variant == "renaming"}
+    if step == "divert" or variant == "diverted":
+        await there.source.divert(there.context, "nsg")
+        assert not sends(there.here, there.context)
+    if step == "divert":
+        return
     if variant == "early":
         there.here.host.leaving.note(there.context.spis, policies=())
     else:
@@ -141,7 +147,7 @@ async def killed(step: str, variant: str, effect: str, after: bool, patch: pytes
             there.source.resume()
             await once_more(there, step)
         ran = list(assassin.ran)
-        if step == "freeze" and not effect:
+        if step in ("divert", "freeze") and not effect:
             await once_more(there, step)
         await until(lambda: not there.here.host.leaving.all())
         assert there.here.mute.muted == set()
@@ -158,7 +164,7 @@ async def killed(step: str, variant: str, effect: str, after: bool, patch: pytes
             if variant == "sending":
                 jumps = {4 * source_module.SENDING_PACKETS} | (jumps if step == "freeze" else set())
             assert there.number - began - 1 in jumps
-            asked = variant != "early" and (step == "thaw" or not effect)
+            asked = variant != "early" and step != "divert" and (step == "thaw" or not effect)
             if asked:
                 assert there.called
                 assert there.scripts[-2:] == ["down", "up"]
