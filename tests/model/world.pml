@@ -108,6 +108,7 @@ inline do_s() {
 			:: doubted -> skip /* told to its operator: an end of the model */
 			:: else -> if :: !up -> up = true :: else -> skip fi; s_in = SI_LINK_UP
 			fi
+		:: s_todo & SA_DIVERT -> s_todo = s_todo - SA_DIVERT /* packets go another way; who may send stays */
 		:: s_todo & SA_FREEZE -> s_todo = s_todo - SA_FREEZE;
 			if
 			:: s_sends = false; s_in = SI_OK
