@@ -546,7 +546,7 @@ class Place:
         async def views() -> list[SaView]:
             return self.charon.views()
 
-        async def view(sa: SaName) -> SaView | None:
+        async def view(sa: SaName, *, search: bool = True) -> SaView | None:
             return next((view for view in self.charon.views() if view.spis == sa), None)
 
         self.host.views = views  # type: ignore[method-assign]

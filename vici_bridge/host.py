@@ -34,7 +34,18 @@ from vici_bridge.away.follow import Follow
 from vici_bridge.away.origins import Origins
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import undo_messages
-from vici_bridge.ha.record import MidChanged, Record, RecordChange
+from vici_bridge.ha.record import (
+    Added,
+    ChildAdded,
+    ChildDeleted,
+    Deleted,
+    MidChanged,
+    Record,
+    RecordChange,
+    Rekeyed,
+    Rekeying,
+    Updated,
+)
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.kernel import Detour, Kernel, Mute
@@ -83,6 +94,16 @@ SAVE_AGAIN = 2.0
 """Seconds until a record that could not be stored is stored again."""
 
 
+def _concerned(change: RecordChange) -> set[SaName]:
+    """The SAs that the change is about."""
+    match change:
+        case Rekeying(old, new) | Rekeyed(old, new):
+            return {old, new}
+        case Added(sa) | Updated(sa) | Deleted(sa) | ChildAdded(sa) | ChildDeleted(sa):
+            return {sa}
+    return set()
+
+
 class CharonHost:
     """Shared by `CharonSource` and `CharonSink`; `open` before use, `close` after."""
 
@@ -121,6 +142,8 @@ class CharonHost:
         self.segments = Segments(self)
         self._spoke: dict[SaName, float] = {}
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
+        self.changed: set[SaName] = set()
+        """SAs with news since `Looks` asked for them: charon told of it over HA, or they were deleted."""
         self.expected: set[SaName] = set()
         """New names of SAs that are being taken in. They may be muted before charon lists them."""
         self.charon_up = False
@@ -222,6 +245,8 @@ class CharonHost:
             case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
                 self.doubts.told(name, initiator)
+            case _:
+                self.changed |= _concerned(change)
         self.follow.heed(change)
         if self.on_change is not None:
             self.on_change(change)
@@ -257,6 +282,7 @@ class CharonHost:
         if self._closing:  # this agent has ended the connection, or goes on without its store
             return
         self.charon_up = up
+        self.listing.forget()
         self._unconfirmed.begin()
         if up:
             self.spawn(self._reconcile())
@@ -401,9 +427,9 @@ class CharonHost:
             return error
         return None
 
-    async def view(self, sa: SaName) -> SaView | None:
-        """One of charon's SAs by its SPIs."""
-        view = await self.listing.view(sa)
+    async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
+        """One of charon's SAs by its SPIs; `search`: also among all, if its unique ID is not known."""
+        view = await self.listing.view(sa, search=search)
         if view is not None:
             self._look_for_marks([view])
         return view
@@ -475,6 +501,7 @@ class CharonHost:
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.05)
         self.record.forget(context.spis)
+        self.changed.add(context.spis)
         self.segments.gone(context.spis)
         self.save_soon()
 

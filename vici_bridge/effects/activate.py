@@ -75,7 +75,9 @@ async def _toggle(work: Coming) -> None:
     await work.host.segments.activate(work.shape.spis)
     work.listed = view = await _established(work.host, work.shape)
     work.host.deadlines.before_toggle([view], steady_wall())  # the next one starts its timers anew
-    work.looks.came(view)  # its names may have changed since it was taken in
+    # its names may have changed since it was taken in
+    before = [shape.spis for shape in work.renames.names(work.here)]
+    work.looks.came(view, before)
 
 
 @trace.spanned("charon activates")

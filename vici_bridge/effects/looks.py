@@ -1,25 +1,24 @@
 """`Looks`: charon's state at the time when SAs come in, asked once for many of them. I/O.
 
 An SA may come in only if no SA here has its names, addresses or networks. With a thousand SAs charon takes a
-tenth of a second to answer, and the answer as long to parse. Names are compared and taken by one SA after the
-other, because two may want the same. So an SA that waits for its turn asks before it, those that ask at the
-same time share the answer (`Listing`), and SAs that came in between that answer and the turn are added to it.
-What the check of an SA has found is not asked again by its `prepare`, which follows in a push at once.
+tenth of a second to answer, and the answer as long to parse. So what was asked within the last second will
+do, with the changes since: SAs that came in themselves (`came`), and those of which charon has told over HA
+that something is new, or that were deleted, each of which is asked for alone. Names are compared and taken by
+one SA after the other, because two may want the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ikectx import trace
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from vici_bridge.host import MOMENT, CharonHost
+from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.policy.admission import admit
 from vici_bridge.policy.checks import (
@@ -32,97 +31,96 @@ from vici_bridge.policy.checks import (
     check_sizes,
     check_vips,
 )
+from vici_bridge.policy.present import Present
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
+
+AGE = 1.0
+"""Seconds for which charon's answers will do."""
+MANY = 32
+"""SAs with news at most that are asked for one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """charon's answers. `version`: its HA wire version. `came`: how many SAs had come in when it was asked.
-
-    `listening`: whether its end of the HA link exists.
-    """
+    """charon's answers. `version`: its HA wire version. `present`: its SAs, up to date as long as this look
+    is the last one. `listening`: whether its end of the HA link exists."""
 
     version: int
-    views: tuple[SaView, ...]
+    present: Present
     connections: Mapping[str, Message]
     pools: Mapping[str, Message]
     algorithms: Mapping[str, Mapping[str, str]]
-    came: int
     listening: bool = True
 
 
 class Looks:
-    """The looks of one gateway, and the SAs that came in during them."""
+    """The looks of one gateway, and the SAs that came in since the last one."""
 
     def __init__(self, host: CharonHost) -> None:
         self._host = host
-        self._came: list[SaView] = []
-        self._open = 0
-        self._checked: dict[SaName, tuple[Seen, asyncio.TimerHandle]] = {}
-        """Looks of SAs that were just checked, each counted as open."""
+        self._last: Seen | None = None
+        self._asked_at = float("-inf")
+        self._turn = asyncio.Lock()
+        self._came: dict[SaName, SaView] = {}
+        """SAs that came in while charon is asked for all."""
 
-    @contextlib.asynccontextmanager
-    async def look(self, prepared: SaName | None = None) -> AsyncIterator[Seen]:
-        """charon's state. Until the end of this context `now` adds the SAs that came in since.
+    async def look(self) -> Seen:
+        """charon's state. Errors: CharonError, WireError."""
+        async with self._turn:
+            changed = self._host.changed
+            last, now = self._last, asyncio.get_running_loop().time()
+            if last is None or now - self._asked_at > AGE or len(changed) > MANY:
+                self._last = last = await self._look()
+                self._asked_at = now
+            while changed:
+                sa = changed.pop()
+                try:
+                    view = await self._host.view(sa)
+                except BaseException:
+                    changed.add(sa)
+                    raise
+                if view is None:
+                    last.present.drop(sa)
+                else:
+                    last.present.put(view)
+            return last
 
-        `prepared`: an SA for which an answer of the last `MOMENT` that was kept for it will do. Errors:
-        CharonError, WireError.
-        """
-        host, came = self._host, len(self._came)
-        self._open += 1
-        try:
-            kept = self._checked.get(prepared) if prepared is not None else None
-            if kept is not None and prepared is not None:
-                seen = kept[0]
-                self._drop(prepared)
-            else:
-                with trace.span("look", "part"):
-                    seen = Seen(
-                        await host.version(),
-                        tuple(await host.views()),
-                        await host.connections(),
-                        await host.vici.pools(),
-                        await host.vici.algorithms(),
-                        came,
-                        host.listening(),
-                    )
-            yield seen
-        finally:
-            self._close()
+    @trace.spanned("look")
+    async def _look(self) -> Seen:
+        host = self._host
+        self._last = None
+        self._came.clear()
+        host.changed.clear()
+        version, views = await host.version(), await host.views()
+        seen = Seen(
+            version,
+            Present(views),
+            await host.connections(),
+            await host.vici.pools(),
+            await host.vici.algorithms(),
+            host.listening(),
+        )
+        for view in self._came.values():
+            seen.present.put(view)
+        return seen
 
-    def keep(self, sa: SaName, seen: Seen) -> None:
-        """Keep this look, which is open, for the `look` by which that SA is prepared."""
-        self._drop(sa)
-        self._open += 1
-        self._checked[sa] = seen, asyncio.get_running_loop().call_later(MOMENT, self._drop, sa)
-
-    def _drop(self, sa: SaName) -> None:
-        kept = self._checked.pop(sa, None)
-        if kept is not None:
-            kept[1].cancel()
-            self._close()
-
-    def _close(self) -> None:
-        self._open -= 1
-        if not self._open:
-            self._came.clear()
-
-    def came(self, view: SaView) -> None:
-        """This SA came in, or has other names than before; earlier looks do not have that."""
-        if self._open:
-            self._came.append(view)
-
-    def now(self, seen: Seen) -> Seen:
-        """charon's present state, as far as this agent has changed it since."""
-        new = self._came[seen.came :]
-        return replace(seen, views=(*seen.views, *new)) if new else seen
+    def came(self, view: SaView, before: Iterable[SaName] = ()) -> None:
+        """This SA came in, or has another name than `before`."""
+        self._host.changed.discard(view.spis)
+        if self._last is None:
+            self._came[view.spis] = view
+            return
+        for name in before:
+            self._last.present.drop(name)
+        self._last.present.put(view)
 
 
 def objections(
     context: IkeContext,
     here: IkeContext,
     seen: Seen,
+    rivals: Sequence[SaView],
     config: HostConfig,
     spis: Sequence[Verdict],
     *,
@@ -130,7 +128,7 @@ def objections(
 ) -> list[Verdict]:
     """All reasons against an SA from charon's state. `here`: the SA as it would be here.
 
-    `spis`: the reasons against its SPIs.
+    `rivals`: SAs that may share something with it. `spis`: the reasons against its SPIs.
     """
     verdicts = [*check_covered(here, seen.version), *check_address(here, context, keep_address)]
     verdicts += check_sizes(here, seen.version, config.ha_buflen)
@@ -140,7 +138,7 @@ def objections(
     verdicts += admit(here, seen.connections, seen.pools, config)
     verdicts += spis
     verdicts += check_numbers(here, config.oseq_jump)
-    verdicts += check_vips(here, seen.views, seen.pools)
-    verdicts += check_selectors(here, seen.views)
+    verdicts += check_vips(here, rivals, seen.pools)
+    verdicts += check_selectors(here, rivals)
     verdicts += check_ike_algorithms(here, seen.algorithms)
     return verdicts

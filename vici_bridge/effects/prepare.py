@@ -34,6 +34,9 @@ from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 
+SEARCH = 0.05
+"""Seconds after which an SA that was sent to charon is searched among all."""
+
 
 async def _plan(work: Coming) -> Facts:
     host, here = work.host, work.here
@@ -66,7 +69,7 @@ async def _import(work: Coming) -> Facts:
         work.renames.ready(work.here, work.plan)
     work.early.give_way(work.sa)
     await host.send(messages)
-    others = work.looks.now(work.look).views
+    others = work.look.present.rivals(work.here)
     try:
         view = await _installed(host, shape)
     except CharonError:
@@ -94,10 +97,12 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
 
     It is PASSIVE, or ESTABLISHED already by the toggle of another SA.
     """
-    end = time.monotonic() + INSTALL_TIMEOUT
+    begun = time.monotonic()
+    end = begun + INSTALL_TIMEOUT
     pause = 0.01
     while True:
-        view = await host.view(here.spis)
+        # it has the next unique ID, unless others came at the same time
+        view = await host.view(here.spis, search=time.monotonic() > begun + SEARCH)
         listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
         wanted = {(child.spi_in, child.spi_out) for child in here.children}
         if view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:

@@ -41,8 +41,8 @@ from vici_bridge.policy.new_names import (
     clash,
     draw_ike_spi,
     draw_spi,
-    taken_by,
 )
+from vici_bridge.policy.present import Present
 from vici_bridge.vici.views import SaView
 
 from .mobile_move import guards_of
@@ -90,23 +90,24 @@ class Renames:
 
     # Detection.
 
-    def taken(self, here: IkeContext, views: Sequence[SaView]) -> Taken:
-        """Names in use: charon's, those of the kernel, and those planned for other transfers."""
-        found = taken_by(views)
+    def taken(self, here: IkeContext, present: Present) -> Taken:
+        """Names in use: charon's, those of the kernel, and those planned for other transfers. Only those of
+        the SA itself, if none of them is."""
+        found = present.taken(here)
         for name, (_, reserved) in self._plans.items():
             if name != here.spis:
                 found |= reserved
         kernel = self._host.kernel
-        if kernel is None:
-            return found
         esp = set()
-        for child in here.children:
+        for child in here.children if kernel is not None else ():
             keys = esp_keys(here.generations[child.generation], child)
             for sa, (encr, _) in zip(self._host.kernel_pair(here, child), keys, strict=True):
                 # SAs that were restored for late packets of this very SA do not count
                 if sa is not None and not (sa.sequence == LATE and sa.encr_key == encr):
                     esp.add((sa.destination, sa.spi))
-        return found | Taken(frozenset(esp))
+        found |= Taken(frozenset(esp))
+        # another name for it must be none of all those in use
+        return found | present.taken() if clash(here, found) else found
 
     # Planning.
 

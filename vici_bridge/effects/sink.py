@@ -126,11 +126,7 @@ class CharonSink(ContextSink):
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
-        async with self._looks.look() as seen:
-            verdicts, _ = self._judge(context, keep_address, seen)
-            if all(verdict.status is Status.OK for verdict in verdicts):
-                self._looks.keep(context.spis, seen)
-            return verdicts
+        return self._judge(context, keep_address, await self._looks.look())[0]
 
     def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
         """All reasons against the SA, and the names that are taken."""
@@ -139,9 +135,10 @@ class CharonSink(ContextSink):
             here = self._here(context)
         except IkectxError as error:
             return [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
-        taken = self._renames.taken(here, seen.views)
-        spis = self._check_spis(context, here, taken, seen.views)
-        verdicts = objections(context, here, seen, host.config, spis, keep_address=keep_address)
+        rivals = seen.present.rivals(here)
+        taken = self._renames.taken(here, seen.present)
+        spis = self._check_spis(context, here, taken, rivals)
+        verdicts = objections(context, here, seen, rivals, host.config, spis, keep_address=keep_address)
         if host.kernel is not None:
             family = AF_INET6 if here.local.address.version == 6 else AF_INET
             for child in here.children:
@@ -265,8 +262,9 @@ class CharonSink(ContextSink):
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
         self._lead(context)
-        async with self._looks.look(context.spis) as seen, self._host.import_lock:
-            verdicts, taken = self._judge(context, keep_address, self._looks.now(seen))
+        async with self._host.import_lock:
+            seen = await self._looks.look()
+            verdicts, taken = self._judge(context, keep_address, seen)
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:
                 raise RefusedError(

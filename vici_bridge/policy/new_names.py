@@ -12,7 +12,7 @@ of the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
@@ -24,7 +24,6 @@ from ikectx.sa.name import SaName
 from ikectx.wire import cbor
 from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.profile import TransferHeader, decode, encode
-from vici_bridge.vici.views import SaView
 
 SPI_MIN, SPI_MAX = 0xC0000000, 0xCFFFFFFF
 """charon's own range of ESP SPIs (charon.spi_min, spi_max)."""
@@ -48,21 +47,6 @@ class Taken:
 
     def __or__(self, other: Taken) -> Taken:
         return Taken(self.esp | other.esp, self.ike | other.ike, self.pairs | other.pairs)
-
-
-def taken_by(views: Iterable[SaView]) -> Taken:
-    """The names of charon's SAs; those of AH are separate from those of ESP."""
-    esp: set[EspName] = set()
-    ike: set[bytes] = set()
-    pairs: set[SaName] = set()
-    for view in views:
-        ike.add(view.spi_i if view.initiator else view.spi_r)
-        pairs.add(view.spis)
-        for child in view.children:
-            if child.protocol != "AH":
-                esp.add((view.local.address, child.spi_in))
-                esp.add((view.remote.address, child.spi_out))
-    return Taken(frozenset(esp), frozenset(ike), frozenset(pairs))
 
 
 def own_spi(generation: IkeGeneration) -> bytes:

@@ -38,6 +38,8 @@ class Listing:
         self._seen: dict[SaName, tuple[float, SaView]] = {}
         """Each SA's last view, and the loop's time when it was asked for. charon never uses a unique ID again
         while it runs (5.9.8, 6.0.6)."""
+        self._highest = 0
+        """The highest unique ID that was seen; 0: none was."""
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
@@ -62,6 +64,7 @@ class Listing:
             views = await self._asked(read)
             self._read = now
         self._seen = {view.spis: (asked_at, view) for view in reversed(views)}
+        self._highest = max((view.unique_id for view in views), default=self._highest)
         return views
 
     def recent(self, sa: SaName, seconds: float) -> SaView | None:
@@ -69,20 +72,35 @@ class Listing:
         asked_at, view = self._seen.get(sa, (float("-inf"), None))
         return view if asyncio.get_running_loop().time() - asked_at <= seconds else None
 
-    async def view(self, sa: SaName) -> SaView | None:
-        """One of charon's SAs by its SPIs. Errors: as `views`."""
+    async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
+        """One of charon's SAs by its SPIs. Errors: as `views`.
+
+        It has one unique ID as long as charon has it. charon numbers its SAs one after the other, so that one
+        that just came in probably has the next number. `search`: else look for it among all.
+        """
         asked_at = asyncio.get_running_loop().time()
         _, known = self._seen.get(sa, (0.0, None))
-        found = [] if known is None else await self._asked(_view, known.unique_id)
-        if not any(view.spis == sa for view in found):
+        found: list[SaView] = []
+        if known is not None:
+            found = await self._asked(_view, known.unique_id)
+            search = bool(found)  # it is not there any more, or charon began anew
+        elif self._highest:
+            found = await self._asked(_view, self._highest + 1)
+        if search and not any(view.spis == sa for view in found):
             wanted = sa[0].hex().encode()
-            found = await self._asked(lambda octets: _view(octets) if wanted in octets else None)
+            found += await self._asked(lambda octets: _view(octets) if wanted in octets else None)
         for view in found:
+            self._highest = max(self._highest, view.unique_id)
             if view.spis == sa:
                 self._seen[sa] = asked_at, view
                 return view
         self._seen.pop(sa, None)
         return None
+
+    def forget(self) -> None:
+        """charon begins anew, and numbers its SAs from one."""
+        self._seen.clear()
+        self._highest = 0
 
     async def _asked(self, read: _ReadSa, ike_id: int | None = None) -> list[SaView]:
         found = await self._ask(read, ike_id=ike_id)

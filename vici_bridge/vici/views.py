@@ -387,9 +387,9 @@ def overlap(a: Iterable[str], b: Iterable[str]) -> bool:
     VICI writes "10.1.0.0/16[tcp/80]" or "10.0.0.1..10.0.0.9". Protocol and port are ignored on purpose,
     because SAs that differ only there are rare, and refusing them is safe.
     """
-    ranges_b = [_range(text) for text in b]
+    ranges_b = [address_range(text) for text in b]
     for text in a:
-        version, low, high = _range(text)
+        version, low, high = address_range(text)
         for other_version, other_low, other_high in ranges_b:
             if version == other_version and low <= other_high and other_low <= high:
                 return True
@@ -397,7 +397,7 @@ def overlap(a: Iterable[str], b: Iterable[str]) -> bool:
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _range(text: str) -> tuple[int, int, int]:
+def address_range(text: str) -> tuple[int, int, int]:
     """IP version, first and last address."""
     plain = text.split("[", 1)[0].strip()
     try:

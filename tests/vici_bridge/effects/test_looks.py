@@ -12,7 +12,6 @@ from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place, rival, run
 from vici_bridge.effects import looks as looks_module
-from vici_bridge.effects.looks import Looks
 from vici_bridge.ha.messages import HaMessage, HaType
 from vici_bridge.vici.views import SaView
 
@@ -42,13 +41,13 @@ def test_those_that_looked_at_once_get_different_names(kinds: tuple[str, ...], k
         second = rival(first, *kinds)
         for one in (first, second):
             here.mobiles.add(one)
-        looks = that_looks_before_others_come(here, gate, 2)
+        looks = that_looks_before_others_come(here, gate, 1)
         work = [asyncio.create_task(move(here, one)) for one in (first, second)]
-        while len(looks) < 2:
+        while not looks:
             await asyncio.sleep(0.001)
         gate.set()
         await asyncio.gather(*work)
-        assert looks[:2] == [0, 0]
+        assert looks == [0], "one look is for both"
         assert len(here.charon.views()) == 2
         assert sum(wish.children != () or wish.ike != b"" for wish in here.mobiles.asked) == 1
         here.sound()
@@ -73,6 +72,7 @@ def test_a_name_given_meanwhile_is_taken() -> None:
         second = replace(second, children=(child,))
         here.mobiles.add(second)
         looks = that_looks_before_others_come(here, gate, 1)
+        here.sink._looks._asked_at = float("-inf")
         coming = asyncio.create_task(here.sink.prepare(second, False))
         while not looks:
             await asyncio.sleep(0.001)
@@ -90,18 +90,25 @@ def test_a_name_given_meanwhile_is_taken() -> None:
     run(scenario())
 
 
-def test_each_sees_what_came_since_its_own_look() -> None:
+def test_news_of_single_sas_are_added_to_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         here = place()
-        here.charon.serve(a_context(1))
-        looks = Looks(here.host)
-        one, two = (here.charon.views()[0] for _ in range(2))
-        async with looks.look() as early:
-            looks.came(one)
-            async with looks.look() as late:
-                looks.came(two)
-                assert looks.now(late).views == (*late.views, two)
-            assert looks.now(early).views == (*early.views, one, two)
+        first, second, third = (a_context(number, mn=f"198.51.100.{number}") for number in (1, 2, 3))
+        here.charon.serve(first)
+        asked = listings(here)
+        seen = await here.sink._looks.look()
+        assert (await here.sink._looks.look()) is seen and asked == ["all"]
+        here.charon.serve(second)
+        here.host.changed.add(second.spis)  # charon told of it over HA
+        here.charon.sas.clear()
+        here.charon.serve(second)
+        here.host.changed.add(first.spis)  # it was deleted
+        assert [view.spis for view in (await here.sink._looks.look()).present.views] == [second.spis]
+        assert asked == ["all", "one", "one"] and here.host.changed == set()
+        monkeypatch.setattr(looks_module, "MANY", 1)
+        here.host.changed |= {second.spis, third.spis}
+        await here.sink._looks.look()
+        assert asked[3:] == ["all"] and here.host.changed == set()
 
     run(scenario())
 
@@ -111,7 +118,7 @@ def listings(here: Place) -> list[str]:
     asked: list[str] = []
     one, every = here.host.view, here.host.views
 
-    async def view(sa: SaName) -> SaView | None:
+    async def view(sa: SaName, *, search: bool = True) -> SaView | None:
         asked.append("one")
         return await one(sa)
 
@@ -182,7 +189,7 @@ def test_an_sa_that_is_active_already_has_nothing_toggled() -> None:
 
 
 def test_what_a_check_found_is_asked_for_again_after_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks_module, "MOMENT", 0.02)
+    monkeypatch.setattr(looks_module, "AGE", 0.02)
 
     async def scenario() -> None:
         here, first = place(), a_context(1)
@@ -190,7 +197,6 @@ def test_what_a_check_found_is_asked_for_again_after_a_moment(monkeypatch: pytes
         asked = listings(here)
         await here.sink.check(first, False)
         await asyncio.sleep(0.05)
-        assert (here.sink._looks._checked, here.sink._looks._open) == ({}, 0)
         await here.sink.prepare(first, False)
         assert asked.count("all") == 2
 
@@ -211,17 +217,5 @@ def test_an_sa_that_came_between_a_check_and_its_prepare_is_seen() -> None:
         plan = here.sink._renames.plan_of(here.sink._here(second))
         assert plan is not None and plan.ike
         assert here.charon.offences == []
-
-    run(scenario())
-
-
-def test_nothing_is_kept_when_nobody_looks() -> None:
-    async def scenario() -> None:
-        here = place()
-        for number in range(3):
-            one = a_context(number + 1, mn=f"198.51.100.{number + 7}")
-            here.mobiles.add(one)
-            await move(here, one)
-        assert here.sink._looks._came == []
 
     run(scenario())

@@ -33,7 +33,8 @@ from vici_bridge.policy.checks import (
     check_vips,
     still_here,
 )
-from vici_bridge.policy.new_names import Taken, taken_by
+from vici_bridge.policy.new_names import Taken
+from vici_bridge.policy.present import Present
 from vici_bridge.vici import views as charon
 from vici_bridge.vici.views import EXT_MOBIKE, SaView, sa_view
 
@@ -51,8 +52,8 @@ def test_nothing_against_a_fitting_context() -> None:
     here = context()
     assert statuses(check_covered(here, 3)) == []
     assert statuses(check_names(here, {"mn": CONN})) == []
-    assert statuses(check_ike_spis(here, taken_by([OTHER]), [OTHER])) == []
-    assert statuses(check_esp_spis(here, taken_by([OTHER]))) == []
+    assert statuses(check_ike_spis(here, Present([OTHER]).taken(), [OTHER])) == []
+    assert statuses(check_esp_spis(here, Present([OTHER]).taken())) == []
     assert statuses(check_vips(here, [OTHER], {})) == []
     assert statuses(check_selectors(here, [OTHER])) == []
 
@@ -83,8 +84,8 @@ def test_ike_spis_as_a_pair_and_alone() -> None:
     here = context()
     pair = replace(OTHER, spi_i=here.spis[0], spi_r=here.spis[1])
     alone = replace(OTHER, spi_r=here.spis[1])
-    assert statuses(check_ike_spis(here, taken_by([pair]), [pair])) == [Status.IKE_SPI_IN_USE]
-    assert statuses(check_ike_spis(here, taken_by([alone]), [alone])) == [Status.IKE_SPI_IN_USE]
+    assert statuses(check_ike_spis(here, Present([pair]).taken(), [pair])) == [Status.IKE_SPI_IN_USE]
+    assert statuses(check_ike_spis(here, Present([alone]).taken(), [alone])) == [Status.IKE_SPI_IN_USE]
     promised = Taken(ike=frozenset({here.spis[1]}))
     (verdict,) = check_ike_spis(here, promised)
     assert "promised" in verdict.detail
@@ -93,13 +94,13 @@ def test_ike_spis_as_a_pair_and_alone() -> None:
 def test_esp_spis_in_both_directions() -> None:
     here = context()
     full = sa_view("other", VIEW)
-    assert statuses(check_esp_spis(here, taken_by([full]))) == [Status.ESP_SPI_IN_USE] * 2
+    assert statuses(check_esp_spis(here, Present([full]).taken())) == [Status.ESP_SPI_IN_USE] * 2
 
 
 def test_the_names_of_ah_are_others_than_those_of_esp() -> None:
     here = context()
     view = {**VIEW, "child-sas": {"net-1": {**VIEW["child-sas"]["net-1"], "protocol": "AH"}}}  # type: ignore[dict-item]
-    assert statuses(check_esp_spis(here, taken_by([sa_view("other", view)]))) == []
+    assert statuses(check_esp_spis(here, Present([sa_view("other", view)]).taken())) == []
 
 
 def test_sequence_numbers_must_be_left_for_the_jump() -> None:

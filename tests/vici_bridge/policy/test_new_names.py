@@ -26,10 +26,10 @@ from vici_bridge.policy.new_names import (
     draw_ike_spi,
     draw_spi,
     own_spi,
-    taken_by,
     with_own_spi,
     without_exchange,
 )
+from vici_bridge.policy.present import Present
 from vici_bridge.vici.views import sa_view
 
 HERE = context()
@@ -41,7 +41,7 @@ PLAN = Plan(HERE.spis, b"our new.", (NAMES,), SEED)
 
 
 def test_names_of_charons_sas() -> None:
-    found = taken_by([sa_view("mn", VIEW)])
+    found = Present([sa_view("mn", VIEW)]).taken()
     assert found.pairs == {(bytes.fromhex(VIEW["initiator-spi"]), bytes.fromhex(VIEW["responder-spi"]))}  # type: ignore[arg-type]
     assert found.ike == {bytes.fromhex(VIEW["responder-spi"])}  # type: ignore[arg-type]
     assert found.esp == {(LOCAL, CHILD.spi_in), (REMOTE, CHILD.spi_out)}
