@@ -364,6 +364,8 @@ class Mute:
     """nftables."""
 
     def __init__(self) -> None:
+        self.said = 0
+        """Messages of charon that were dropped."""
         self.muted: set[SaName] = set()
         self.ever: set[SaName] = set()
 
@@ -377,7 +379,7 @@ class Mute:
         self.muted.discard(spis)
 
     def counters(self, spis: SaName) -> tuple[int, int]:
-        return 0, 0
+        return 0, self.said
 
 
 class Relay:

@@ -90,6 +90,8 @@ END_PATIENCE = 30_000
 """Milliseconds for the mobile node to answer a Delete; charon goes on after that by itself."""
 MOMENT = 0.1
 """Seconds for which charon's answer will do for a caller that looks again before it depends on it."""
+LAZY = 0.1
+"""Seconds until message IDs are stored, which several messages of charon change one after the other."""
 SAVE_AGAIN = 2.0
 """Seconds until a record that could not be stored is stored again."""
 
@@ -240,7 +242,9 @@ class CharonHost:
         self._fed(self.record.feed(message))
 
     def _fed(self, change: RecordChange) -> None:
-        self.save_soon()
+        # the kernel notes message IDs as well, but not for a mobile node
+        known = isinstance(change, MidChanged) and not self.config.mobile_node
+        self.save_soon(LAZY if known else 0.0)
         match change:
             case MidChanged(name, initiator):
                 self._spoke[name] = time.monotonic()
@@ -251,10 +255,17 @@ class CharonHost:
         if self.on_change is not None:
             self.on_change(change)
 
-    def save_soon(self) -> None:
-        """Save when all waiting datagrams have been read, because charon reports everything only once."""
+    def save_soon(self, wait: float = 0.0) -> None:
+        """Save when all waiting datagrams have been read, because charon reports everything only once.
+
+        `wait`: seconds until then, for what can be found out again.
+        """
+        if self._saving is not None and not wait and isinstance(self._saving, asyncio.TimerHandle):
+            self._saving.cancel()
+            self._saving = None
         if self._saving is None:
-            self._saving = asyncio.get_running_loop().call_soon(self.save)
+            loop = asyncio.get_running_loop()
+            self._saving = loop.call_later(wait, self.save) if wait else loop.call_soon(self.save)
 
     def save(self) -> None:
         """Save the changes of the record. If the store fails, that is logged, and it is tried again."""
@@ -492,6 +503,7 @@ class CharonHost:
                 break
             await asyncio.sleep(0.0005)
         end, pause = time.monotonic() + DELETE_PATIENCE, 0.001
+        await asyncio.sleep(pause)  # charon takes at least as long
         while await self.view(context.spis) is not None:
             if time.monotonic() > end:
                 raise CharonError(

@@ -26,6 +26,7 @@ def test_nsg_is_told_of_what_was_ended_here(state: str, dies: bool) -> None:
             await source.freeze(context, "nsg")
             (sa,) = here.charon.sas.values()
             sa.state, sa.view = state, None
+            here.mute.said = state == "DELETING"  # its Delete
             if dies:
                 # the agent is gone when charon has dropped the SA; the next one begins the step anew
                 left, here.host.away.left = here.host.away.left, crash

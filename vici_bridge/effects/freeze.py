@@ -40,9 +40,11 @@ QUIET = 1.0
 
 @dataclass(slots=True)
 class Freezing(Leaving):
-    """known: the SA with the message IDs that were found. final: its ESP SAs as they were left."""
+    """known: the SA with the message IDs that were found. listed: charon's last view. final: its ESP SAs as
+    they were left."""
 
     known: IkeContext | None = None
+    listed: SaView | None = None
     final: tuple[FinalChild, ...] = ()
 
     def result(self) -> FinalState:
@@ -97,7 +99,7 @@ async def _find_ids(work: Freezing) -> None:
     answered. With the SA muted no answer arrives any more, so the mobile node expects that ID or the one
     before it."""
     host = work.host
-    view = await _same(work)
+    work.listed = view = await _same(work)
     await host.catch_up(work.sa)
     known = host.context(work.sa)
     unsure = bool(work.away and view.tasks)
@@ -189,6 +191,7 @@ async def _read_counters(work: Freezing) -> Facts:
     )
     assert work.known is not None
     return {
+        **({} if work.listed is None else work.seen(work.listed)),
         "renaming": work.renaming,
         "request": work.known.mid_initiator,
         "unsure": work.known.unsure,

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 async def _look(work: Leaving) -> Facts | None:
     if work.view is None:
-        return None  # charon lost it before: its own updown plugin has called the script with "down"
+        return {"unique_id": 0}  # charon lost it before: its own updown plugin has called the script "down"
     return {**work.seen(work.view), "ended": work.view.state == "DELETING"}
 
 

@@ -289,7 +289,17 @@ class CharonSource(ContextSource):
     async def release(self, context: IkeContext) -> None:
         """See `ContextSource.release`. Late packets are decrypted for `late` seconds more."""
         self._sending.discard(context.spis)
-        await self._runner.run(RELEASE, self._leaving(context, await self._host.view(context.spis)))
+        await self._runner.run(RELEASE, self._leaving(context, await self._last_view(context)))
+
+    async def _last_view(self, context: IkeContext) -> SaView | None:
+        """charon's view of an SA that has left. The freeze's will do if charon has wanted to say nothing
+        since: it does when somebody ends the SA."""
+        host, facts = self._host, self._host.leaving.of(context.spis).facts
+        if not facts.unique_id or context.spis not in host.record or host.mute.counters(context.spis)[1]:
+            return await host.view(context.spis)
+        view, reqids = departing_view(context), dict(facts.reqids)
+        children = tuple(replace(child, reqid=reqids.get(child.spi_in, 0)) for child in view.children)
+        return replace(view, unique_id=facts.unique_id, children=children)
 
     def hands_over(self, sa: SaName) -> None:
         """See `ContextSource.hands_over`."""

@@ -49,7 +49,8 @@ def _finals(work: Coming) -> IkeContext:
 
 
 async def _look(work: Coming) -> Facts | None:
-    await work.view()
+    """What charon said when it had installed the SA will do, if that was just now."""
+    work.listed = await work.host.recent_view(work.shape.spis) or await work.view()
     work.memory.seen.add(work.sa)
     return will_lead(work) if leads_here(work) else None
 

@@ -440,7 +440,7 @@ class HaMessage:
         for attr, value in self.attributes:
             number, body = numbers[attr]
             parts.append(number.to_bytes())
-            parts.append(body.write(value, attr.name))
+            parts.append(body.write(value, attr._name_))  # `name` is a function of Enum's
         octets = b"".join(parts)
         if len(octets) > limit:
             raise WireError(f"HA message of {len(octets)} octets, charon reads at most {limit}")

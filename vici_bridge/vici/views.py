@@ -109,14 +109,16 @@ class SaView:
 
 def _text(view: View, key: str) -> str:
     value = view.get(key, "")
-    return value if isinstance(value, str) else ""
+    return value if type(value) is str else ""
 
 
 def _list(view: View, key: str) -> tuple[str, ...]:
-    value = view.get(key, ())
+    value = view.get(key)
+    if not value:
+        return ()
     if isinstance(value, str):
-        return (value,) if value else ()
-    return tuple(str(item) for item in value)
+        return (value,)
+    return tuple(map(str, value))
 
 
 def _seconds(view: View, key: str) -> int | None:
@@ -208,17 +210,14 @@ def child_view(view: View) -> ChildView:
     )
 
 
+_ALGORITHMS = ("encr-alg", "encr-keysize", "integ-alg", "prf-alg", "dh-group")
+
+
 def sa_view(name: str, view: View) -> SaView:
     """One IKE_SA of `list-sas`. Errors: WireError."""
     children = sections(view, "child-sas")
-    tasks = tuple(
-        task for kind in ("tasks-active", "tasks-queued", "tasks-passive") for task in _list(view, kind)
-    )
-    algorithms = tuple(
-        _text(view, key)
-        for key in ("encr-alg", "encr-keysize", "integ-alg", "prf-alg", "dh-group")
-        if _text(view, key)
-    )
+    tasks = (*_list(view, "tasks-active"), *_list(view, "tasks-queued"), *_list(view, "tasks-passive"))
+    algorithms = tuple(filter(None, (_text(view, key) for key in _ALGORITHMS)))
     return SaView(
         name=name,
         unique_id=_seconds(view, "uniqueid") or 0,

@@ -152,7 +152,9 @@ def test_how_often_charon_is_asked_for_its_sas_in_one_transfer() -> None:
             # charon still has it; it is active
             assert at_new[2:] == ["one", "one"]
             await source.release(context)
-            assert at_old[2:] == ["one", "one"], "nobody ended it meanwhile; it is deleted"
+            assert at_old[2:] == ["one"], (
+                "it is deleted; charon has wanted to say nothing, so nobody ended it"
+            )
             new.sound()
 
     run(scenario())
