@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import MobileConfig
+from ikectx.engine.ports import Address as Wish
 from ikectx.engine.report import TransferEvent, TransferReport, mn_label
 from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
 from ikectx.gateway import Gateway
@@ -94,8 +95,18 @@ def host_config(config: Config) -> HostConfig:
         spi_max=config.charon.spi_max,
         rekey_after=config.transfer.rekey_after,
         rules={name: conn.rules for name, conn in config.connections.items()},
-        peers=frozenset(_addresses(peer.host for peer in config.peers)),
+        peers={peer.name: frozenset(_addresses([peer.host])) for peer in config.peers},
     )
+
+
+ADDRESSES: Mapping[str, Wish] = {
+    "auto": "auto",
+    "move": "update",
+    "update": "update",
+    "keep": "keep",
+    "relay": "relay",
+}
+"""How a mobile node is to get to the other gateway, by the word of the option; "update" is the older word."""
 
 
 def _addresses(hosts: Iterable[str]) -> Iterator[Address]:
@@ -302,7 +313,8 @@ class Agent:
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
         for view in await self._host.views():
-            yield with_json(view_json(view, self._host.obstacle(view)), name=view.name)
+            found = view_json(view, self._host.obstacle(view), *self._source.way(view))
+            yield with_json(found, name=view.name)
 
     async def show_context(self, request: Message) -> Message:
         names = await self._select(request)
@@ -316,9 +328,9 @@ class Agent:
         to = request.get("to", "")
         if not to:
             raise UsageError("transfer needs the name of the gateway it goes to (`to`)")
-        address = request.get("address", "update")
-        if address not in ("update", "keep"):
-            raise UsageError(f"address is update or keep, not {address!r}")
+        address = request.get("address", "auto")
+        if address not in ADDRESSES:
+            raise UsageError(f"address is {', '.join(ADDRESSES)}, not {address!r}")
         views = await self._host.views()
         names = chosen(views, request, self._plain_peers)
         no_detour = request.get("no-detour") == "yes"
@@ -330,7 +342,7 @@ class Agent:
                 self._gateway.transfer_all(
                     names,
                     to,
-                    address=address,
+                    address=ADDRESSES[address],
                     dry_run=request.get("dry-run") == "yes",
                     parallel=self._config.transfer.concurrency,
                     progress=queue.put_nowait,

@@ -134,7 +134,7 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
             f"{item.get('spi_i', '')}:{item.get('spi_r', '')}",
             [child.get("name") for child in item.get("children", ())],
             render.duration(item.get("established")),
-            item.get("movable"),
+            "by relay" if item.get("way") == "relay" else item.get("movable"),
         )
         for item in items
     ]
@@ -154,6 +154,8 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
     for item in items:
         if item.get("reason"):
             render.say(f"{item.get('name')} #{item.get('ike_id')} cannot be moved: {item['reason']}")
+        elif item.get("why"):
+            render.say(f"{item.get('name')} #{item.get('ike_id')} is moved by {item['way']}: {item['why']}")
 
 
 @cli.command(short_help="The whole context of one SA.")
@@ -219,10 +221,12 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
 @click.option("--dry-run", is_flag=True, help="Run all checks at both ends, move nothing.")
 @click.option(
     "--address",
-    type=click.Choice(["update", "keep"]),
-    default="update",
+    type=click.Choice(["auto", "move", "update", "keep", "relay"]),
+    default="auto",
     show_default=True,
-    help="update: tell the mobile node the other gateway's address; keep: the address moves along by itself.",
+    help="move (or update): tell the mobile node the other gateway's address; keep: the address moves along "
+    "by itself; relay: the mobile node stays at this gateway's address, which passes its packets on; auto: "
+    "move, or relay if it is behind a NAT or does not speak MOBIKE.",
 )
 @click.option(
     "--no-detour",

@@ -111,12 +111,14 @@ def show_reports(reports: Sequence[Mapping[str, Any]]) -> None:
         against = [
             verdict for verdict in report.get("verdicts") or () if verdict.get("status", {}).get("code")
         ]
-        if not report.get("exit_code") and not against:
+        if not report.get("exit_code") and not against and not report.get("why"):
             continue
         render.say(f"{_who(report)}: {report.get('text') or report.get('status', {}).get('text', '')}")
         for verdict in against:
             detail = f" ({verdict['detail']})" if verdict.get("detail") else ""
             render.say(f"  {verdict.get('context')}: {verdict['status'].get('text')}{detail}")
+        if not report.get("exit_code") and not against:
+            continue
         for side, key in (("this gateway", "state_here"), ("the other", "state_there")):
             if report.get(key):
                 render.say(f"  {side} {report[key]}")
@@ -157,7 +159,7 @@ def show_detours(items: Sequence[Mapping[str, Any]]) -> None:
     rows = [
         (
             item.get("mn") or "not known",
-            item.get("stage"),
+            f"{item.get('stage')}, relayed" if item.get("relayed") else item.get("stage"),
             item.get("at") or "not known",
             item.get("prefixes"),
             item.get("via"),

@@ -63,8 +63,13 @@ def _child_spis(view: SaView) -> list[bytes]:
     return [spi for child in view.children for spi in (child.spi_in, child.spi_out)]
 
 
-def view_json(view: SaView, obstacle: IkectxError | None) -> dict[str, object]:
-    """A view as plain data. `obstacle`: why the agent cannot move the SA, whatever its state."""
+def view_json(
+    view: SaView, obstacle: IkectxError | None, way: str = "move", why: str = ""
+) -> dict[str, object]:
+    """A view as plain data. `obstacle`: why the agent cannot move the SA, whatever its state.
+
+    `way`: how its mobile node would get to another gateway, and `why` not by being told its address.
+    """
     reason, hint = ("", "") if obstacle is None else (str(obstacle), obstacle.hint or advice(obstacle.status))
     if not reason and view.state != "ESTABLISHED":
         reason, hint = f"it is {view.state}", "only an ESTABLISHED IKE_SA is moved"
@@ -86,6 +91,8 @@ def view_json(view: SaView, obstacle: IkectxError | None) -> dict[str, object]:
         "established": view.established,
         "tasks": list(view.tasks),
         "movable": not reason,
+        "way": "" if reason else way,
+        "why": "" if reason else why,
         "known": not isinstance(obstacle, UnknownSaError),
         "reason": reason,
         "hint": hint,

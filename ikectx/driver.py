@@ -15,6 +15,7 @@ from ikectx.engine.core import Engine, Moment, Wanted
 from ikectx.engine.effects import (
     Activate,
     Check,
+    Choose,
     Delete,
     Divert,
     Epochs,
@@ -321,17 +322,22 @@ class Driver:
                 return await source.export(sa, away=away)
             case Divert(context, to):
                 await source.divert(context, to)
-            case Freeze(context, to, away, sending, renaming, unannounced):
+            case Choose(context, to, address):
+                return await source.choose(context, to, address)
+            case Freeze(context, to, away, sending, renaming, unannounced, relay):
                 if unannounced:
                     source.hands_over(context.spis)
-                return await source.freeze(context, to, away=away, sending=sending, renaming=renaming)
+                more = {} if relay is None else {"relay": relay}
+                return await source.freeze(context, to, away=away, sending=sending, renaming=renaming, **more)
             case Thaw(context, jump, untouched):
                 if untouched:
                     source.not_taken(context.spis)
                 await source.thaw(context, jump)
             case Release(context):
                 await source.release(context)
-            case Check(context, keep, answers):
+            case Check(context, keep, answers, relayed_by):
+                if relayed_by:
+                    sink.relayed(context, relayed_by)
                 if answers is not None:
                     sink.tell_later(context, answers)
                 return tuple(await sink.check(context, keep))
@@ -339,10 +345,13 @@ class Driver:
                 return await sink.still_here(final, mn, who)
             case GetReady(context, keep, leaving):
                 return await sink.ready(context, keep, leaving=leaving)
-            case Prepare(context, keep, answers):
+            case Prepare(context, keep, answers, relayed_by):
                 sink.tell_later(context, answers)
+                if relayed_by:
+                    sink.relayed(context, relayed_by)
                 await sink.prepare(context, keep)
-                return Prepared(sink.renames(context), sink.cannot_send(context))
+                heard_at = sink.heard_at(context) if relayed_by else None
+                return Prepared(sink.renames(context), sink.cannot_send(context), heard_at)
             case Take(context, final, given_by):
                 sink.came_from(context, given_by)
                 await sink.take(context, final)

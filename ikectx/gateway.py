@@ -20,8 +20,7 @@ from ikectx.disk.store import SqliteStore
 from ikectx.engine.core import Arrive, Engine, Pull, Reclaim, Show, Tell, Transfer
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.journaled import EngineConfig, MobileConfig
-from ikectx.engine.occasion import Address
-from ikectx.engine.ports import ContextSink, ContextSource
+from ikectx.engine.ports import Address, ContextSink, ContextSource
 from ikectx.engine.report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
 from ikectx.engine.tables import OSEQ_JUMP, SourceState
 from ikectx.net.door import Door

@@ -206,7 +206,7 @@ class Cxtp(OpenEnum):
 class Fpt(OpenEnum):
     """Feature Profile Types. 0x0001 is RFC 4065's; ours are from the experimental range 0xFF00-0xFFFF.
 
-    The last nine are not parts of a context:
+    The last ten are not parts of a context:
 
     - MN_TOKEN: authenticates a CTAR or CTAA.
     - PROOF: IKE datagrams of the mobile node, as evidence in a CT-Req.
@@ -217,6 +217,7 @@ class Fpt(OpenEnum):
     - REASON: why a context was refused, in words.
     - COOKIE: a gateway under load asks the sender of a CTAR to send it back.
     - LEAVING: the mobile node leaves at once. In a CTDR, a status: its packets are held until it arrives.
+    - RELAY: in a CTDR, the address to which the old gateway passes on what the mobile node sends.
     """
 
     MLD = 0x0001
@@ -233,6 +234,7 @@ class Fpt(OpenEnum):
     REASON = 0xFF0B
     COOKIE = 0xFF0C
     LEAVING = 0xFF0D
+    RELAY = 0xFF0E
 
 
 class Status(OpenEnum):

@@ -23,6 +23,7 @@ from ikectx.engine.core import Arrive, Engine, EngineConfig, Moment, Pull, Show,
 from ikectx.engine.effects import (
     Activate,
     Check,
+    Choose,
     Delete,
     Divert,
     Epochs,
@@ -65,7 +66,7 @@ from ikectx.engine.outputs import (
     Send,
     Settled,
 )
-from ikectx.engine.ports import MoveReport
+from ikectx.engine.ports import MoveReport, Way
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, LinkError, StoreError, UnknownSaError
 from ikectx.numbers import Fpt, Status
@@ -205,6 +206,8 @@ class Box:
                 return self._at(sa, "served", "frozen").context
             case Export(sa):
                 return self._now(self._at(sa, "served"))
+            case Choose():
+                return Way("update")
             case Freeze(context, to) as freeze:
                 here = self._at(context.spis, "served")
                 # nothing is sent on to a gateway that has nothing of the SA

@@ -31,6 +31,7 @@ from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay
 from vici_bridge.kernel.kernel import LATE
+from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.kernel.xfrm_parts import XfrmRequest
@@ -397,6 +398,21 @@ class Relay:
         self.now.discard(one)
 
 
+class Nat:
+    """nftables' relays of whole mobile nodes."""
+
+    def __init__(self) -> None:
+        self.rules: set[NatRule] = set()
+
+    def change(self, old: Iterable[NatRule], new: Iterable[NatRule]) -> None:
+        self.rules = (self.rules - set(old)) | set(new)
+
+    def set(self, rules: Iterable[NatRule]) -> None:
+        self.rules = set(rules)
+
+    def close(self) -> None: ...
+
+
 class Detour:
     """Policy routes: no gateway has a way to another here."""
 
@@ -526,6 +542,7 @@ class Place:
         self.charon = Charon(self.sad)
         self.mute = Mute()
         self.relay = Relay()
+        self.nat = Nat()
         self._kernel = kernel
         self._config = {"addresses": (OURS.address,), "oseq_jump": 1000, **config}
         self.host: CharonHost
@@ -539,7 +556,9 @@ class Place:
         self.host.detour.close()
         self.host.detour = Detour()  # type: ignore[assignment]
         self.host.kernel = self.sad if self._kernel else None  # type: ignore[assignment]
-        self.host.away = Away(self.store, self.host.kernel, self.host.detour, {})
+        self.host.nat = self.nat  # type: ignore[assignment]
+        self.host.away = Away(self.store, self.host.kernel, self.host.detour, {}, nat=self.host.nat)
+        self.host.away.load()
         self.host.follow = Follow(self.host.away, self.host.origins, self.host.record, self.host.importing)
         self.host.vici = self.charon  # type: ignore[assignment]
         self.host.mute = self.mute  # type: ignore[assignment]

@@ -49,6 +49,7 @@ from vici_bridge.ha.record import (
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.kernel import Detour, Kernel, Mute
+from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.rewrite import Rewrite
 from vici_bridge.kernel.route_events import RouteEvents
 from vici_bridge.kernel.xfrm import KernelSa
@@ -123,7 +124,10 @@ class CharonHost:
         self.mute = Mute()
         self.doubts = Doubts(store, config.ports)
         self.detour = Detour()
-        self.away = Away(store, self.kernel, self.detour, config.forward_via, announced=config.announced)
+        self.nat = NatRelay(config.ports)
+        self.away = Away(
+            store, self.kernel, self.detour, config.forward_via, announced=config.announced, nat=self.nat
+        )
         self.origins = Origins(store)
         self._reloads = Reloads(self.mute, self.doubts, self.spawn)
         self._routes: RouteEvents | None = None
@@ -205,6 +209,7 @@ class CharonHost:
         if self.rewrite is not None:
             self.rewrite.close()
         self.detour.close()
+        self.nat.close()
         self.doubts.close()
         if not self.config.mobile_node:
             await asyncio.to_thread(self.mute.close)

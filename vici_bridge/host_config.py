@@ -27,7 +27,8 @@ class HostConfig:
     muted one by one. `collision`: how an SA whose SPIs are taken is treated: "update" (UPDATE_SPI, else a
     rekey), "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
     `rekey_after`: an SA that came here gets keys that the gateway before does not know. `rules`: by
-    connection name, limits that charon does not report; `peers`: gateways' addresses.
+    connection name, limits that charon does not report; `peers`: by name,
+    addresses of other gateways.
     """
 
     addresses: tuple[Address, ...]
@@ -52,4 +53,4 @@ class HostConfig:
     spi_max: int = SPI_MAX
     rekey_after: bool = False
     rules: Mapping[str, Rules] = field(default_factory=dict)
-    peers: frozenset[Address] = frozenset()
+    peers: Mapping[str, frozenset[Address]] = field(default_factory=dict)

@@ -41,9 +41,9 @@ from .journal import JournalEntry
 from .journaled import EngineConfig, Parts
 from .lines import Line, Lines
 from .notices import Notices
-from .occasion import Address
 from .old_gateway import Outgoing
 from .outputs import Answer, Output, Settled
+from .ports import Address
 from .procedures import Process, Scheduler, Steps, log
 from .report import TransferReport
 from .requests import Request, Requests, Sighting
@@ -62,7 +62,7 @@ class Moment(NamedTuple):
 class Transfer:
     """Move an SA of this gateway to the peer `to`. Outcome: `TransferReport`.
 
-    `address` "keep": the gateway's address moves along. `dry_run`: only ask. Errors: UsageError,
+    `address`: how its mobile node gets there (`ports.Address`). `dry_run`: only ask. Errors: UsageError,
     UnknownSaError, BusyError.
     """
 

@@ -6,8 +6,6 @@ from dataclasses import replace as changed
 
 from ikectx.errors import IkectxError, LinkError, RefusedError, StateError
 from ikectx.numbers import Status
-from ikectx.wire.cxtp import Pctd
-from ikectx.wire.profile import TransferHeader, encode
 
 from .hints import advice
 from .lines import reply_to
@@ -29,8 +27,7 @@ class DryRun(Outgoing):
                 raise self.error or StateError("nothing was exported")
             with self.parts.scheduler.using(self.peer.name):
                 link = yield from self._connect()
-                header = TransferHeader(self.transfer_id, "check", self.address)
-                offer = Pctd(self.context.remote.address, encode(self.context, transfer=header))
+                offer = self.offer("check")
                 began = self.parts.now
                 octets, asked = link.ask(offer)
                 self._count(octets)
@@ -53,7 +50,8 @@ class DryRun(Outgoing):
             phases_ms={**self.phases(), "check": round(spent, 3)},
         )
         if status is Status.OK:
-            return changed(report, text=f"{self.peer.name} would take it")
+            how = f", by {report.address}: {report.why}" if report.why else ""
+            return changed(report, text=f"{self.peer.name} would take it{how}")
         text = f"{self.peer.name} would refuse: {refusal_text(status, self._verdicts)}"
         code = RefusedError.exit_code
         return changed(report, result="refused", text=text, hint=advice(status), exit_code=code)

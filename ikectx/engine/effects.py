@@ -16,7 +16,8 @@ from ikectx.sa.name import SaName
 from ikectx.wire.whereabouts import Whereabouts
 
 from .journal import JournalEntry, Role
-from .ports import MoveReport
+from .ports import Address as Wish
+from .ports import MoveReport, RelayTo
 
 # -- at the gateway that serves the SA (`ports.ContextSource`) --------------------------------------------
 
@@ -57,8 +58,21 @@ class Divert:
 
 
 @dataclass(frozen=True, slots=True)
+class Choose:
+    """How the mobile node gets to the gateway `to`. Outcome: `ports.Way`."""
+
+    NAME: ClassVar[str] = "choose a way"
+    context: IkeContext
+    to: str
+    address: Wish
+
+
+@dataclass(frozen=True, slots=True)
 class Freeze:
-    """Let go of the SA. `unannounced`: the other gateway has nothing of it yet. Outcome: `FinalState`."""
+    """Let go of the SA. `unannounced`: the other gateway has nothing of it yet. Outcome: `FinalState`.
+
+    `relay`: the mobile node stays here, and its packets are passed on.
+    """
 
     NAME: ClassVar[str] = "freeze"
     context: IkeContext
@@ -67,6 +81,7 @@ class Freeze:
     sending: bool = False
     renaming: bool = False
     unannounced: bool = False
+    relay: RelayTo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +121,15 @@ class Check:
     """What speaks against taking the SA. Outcome: a sequence of `Verdict`.
 
     `keep`: the gateway's address moves along. `answers`: the mobile node waits for an answer that can tell
-    it other SPIs; None: it is not asked whether (a dry run).
+    it other SPIs; None: it is not asked whether (a dry run). `relayed_by`: the gateway at whose address the
+    mobile node stays, empty: none.
     """
 
     NAME: ClassVar[str] = "check"
     context: IkeContext
     keep: bool
     answers: bool | None = None
+    relayed_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +153,7 @@ class Prepare:
     context: IkeContext
     keep: bool
     answers: bool
+    relayed_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +175,13 @@ class Prepared:
     """What the other gateway must know of an SA that was installed.
 
     `renames`: its CHILD_SAs have SPIs here that the mobile node does not know. `cannot_send`: nothing can be
-    sent from here before the mobile node knows them.
+    sent from here before the mobile node knows them. `heard_at`: where a relayed mobile node's packets are to
+    be passed on to.
     """
 
     renames: bool = False
     cannot_send: bool = False
+    heard_at: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +369,7 @@ Step = (
     | Recorded
     | Export
     | Divert
+    | Choose
     | Freeze
     | Thaw
     | Release

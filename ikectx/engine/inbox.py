@@ -207,7 +207,7 @@ class Inbox:
     def _offered(self, line: Line, message: Pctd) -> Steps[None]:
         try:
             context, header = decode(message.blocks)
-            if context.remote.address != message.mn:
+            if context.remote.address != message.mn and header.address != "relay":
                 raise WireError(f"the PCTD is for {message.mn}, its context for {context.remote.address}")
         except WireError as error:
             log.warning("%s offered what does not parse: %s", line.label, error)
@@ -303,7 +303,15 @@ class Inbox:
         wanted: Request | None,
     ) -> Steps[None]:
         try:
-            verdicts = tuple((yield Check(context, header.address == "keep")))
+            verdicts = tuple(
+                (
+                    yield Check(
+                        context,
+                        header.address == "keep",
+                        relayed_by=self.peer.name if header.address == "relay" else "",
+                    )
+                )
+            )
         except IkectxError as error:
             log.warning("check for %s: %s", line.label, error)
             verdicts = refusal(error.status, str(error))

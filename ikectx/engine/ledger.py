@@ -94,6 +94,7 @@ class TargetFacts:
     ("begun"), or has ended ("done"). new_names: block of the answer to the mobile node
     (`spis.serialize_new_spis`), empty if it knows all names. named: when that was noted. reqids, tags: reqid,
     marks and if_ids here of each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
+    relayed: the mobile node stays at the other gateway's address, and is not told of this one.
     """
 
     stage: Stage = ""
@@ -107,6 +108,7 @@ class TargetFacts:
     reqids: tuple[tuple[bytes, int], ...] = ()
     tags: tuple[tuple[bytes, Tags], ...] = ()
     unique_id: int = 0
+    relayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +247,7 @@ _KEYS: Mapping[type, Mapping[str, _Fact]] = {
         "reqids": _Fact(9, _pairs, _listed),
         "unique_id": _Fact(10, cbor.u64),
         "tags": _Fact(11, _tags, _tagged),
+        "relayed": _Fact(12, cbor.boolean),
     },
     MobileFacts: {
         "quiet": _Fact(1, cbor.boolean),

@@ -13,7 +13,7 @@ from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext, Secret
 from ikectx.sa.relocate import relocate
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import ContextDataBlock, Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from ikectx.wire.profile import (
     TransferHeader,
     decode,
@@ -83,8 +83,10 @@ def refusal(status: Status, detail: str = "") -> tuple[Verdict, ...]:
     return (Verdict(Fpt.IKEV2_SA, status, detail),)
 
 
-def answer(line: Line, mn: Address, verdicts: Sequence[Verdict]) -> int:
-    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0).
+def answer(
+    line: Line, mn: Address, verdicts: Sequence[Verdict], blocks: tuple[ContextDataBlock, ...] = ()
+) -> int:
+    """Send the CTDR, its octets; a link that has gone is the asker's to mend (0). `blocks`: beside a yes.
 
     IN_DOUBT is sent with S = 1, so that a gateway that does not know this status takes it for no decision.
     """
@@ -92,7 +94,7 @@ def answer(line: Line, mn: Address, verdicts: Sequence[Verdict]) -> int:
     fine = all(each.status is Status.OK for each in statuses)
     complete = fine or any(each.status is Status.IN_DOUBT for each in statuses)
     try:
-        return line.send(Ctdr(mn, statuses, complete, () if fine else encode_reasons(verdicts)))
+        return line.send(Ctdr(mn, statuses, complete, blocks if fine else encode_reasons(verdicts)))
     except LinkError as error:
         log.warning("%s was not answered for %s: %s", line.peer.name, mn, error)
         return 0
@@ -212,6 +214,11 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return self.header is not None and self.header.address == "keep"
 
     @property
+    def relayed_by(self) -> str:
+        """The gateway at whose address the mobile node stays; empty: it is told this gateway's."""
+        return self.stored.peer if self.header is not None and self.header.address == "relay" else ""
+
+    @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The result of its check."""
         return self._verdicts
@@ -247,7 +254,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         if action is TargetAction.ANSWER:
             if self._owed and self.link is not None:
                 self._owed = False
-                self.count(answer(self.link, self.mn, self._said()))
+                self.count(answer(self.link, self.mn, self._said(), self._place()))
             return None
         if action is TargetAction.REQUEST:
             if self.request is not None:
@@ -292,6 +299,13 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             return refusal(Status.UNKNOWN_TRANSFER)
         # Errors here are for this gateway's log. The other gateway may only know why something is refused.
         return refusal(self.status, str(self.error) if isinstance(self.error, RefusedError) else "")
+
+    def _place(self) -> tuple[ContextDataBlock, ...]:
+        """The address here to which the old gateway is to pass on what a relayed mobile node sends."""
+        heard_at = self._prepared.heard_at
+        if self.machine.state is not TargetState.PREPARED or heard_at is None:
+            return ()
+        return (ContextDataBlock(Fpt.RELAY, heard_at.packed),)
 
     def _cancel(self) -> None:
         self.blame(RefusedError("no CTD came in time", status=Status.UNKNOWN_TRANSFER))
@@ -342,7 +356,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return self._final
 
     def _check(self, context: IkeContext) -> Steps[None]:
-        verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers))))
+        verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers, self.relayed_by))))
         status = first_failure(verdicts)
         if status is not Status.OK:
             if self.whole and (found := (yield from doubt(self._last, self.mn, str(context.remote_id)))):
@@ -355,7 +369,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             self._holds = yield from self.step(GetReady(context, self.keep, self.leaving))
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
-        self._prepared = yield from self.step(Prepare(context, self.keep, self.answers))
+        self._prepared = yield from self.step(Prepare(context, self.keep, self.answers, self.relayed_by))
 
     def _take(self, context: IkeContext) -> Steps[None]:
         yield from self.step(Take(context, self._last, self.stored.peer))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ikectx.errors import RefusedError
+from ikectx.errors import BusyError, IkectxError, RefusedError, StateError
 from ikectx.numbers import Status
 from ikectx.sa.context import FinalState, IkeContext
 
 from .lines import Line
+from .ports import Address
 from .tables import SourceInput
-
-Address = Literal["update", "keep", "mn"]
-"""update: the new gateway tells the mobile node its address. keep: the gateway's address moves along. mn: the
-mobile node is there, or will go there, by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +38,33 @@ def check_expected(state: IkeContext | FinalState, expects: int) -> None:
             status=Status.FAILED,
             hint="the MN's agent may have missed messages of its charon: let the MN connect anew",
         )
+
+
+class Overrun(BusyError):
+    """After the freeze the counters are beyond what was offered, so the whole context must be sent again."""
+
+
+def check_sent(context: IkeContext, final: FinalState, jump: int) -> None:
+    """Check that the peer, which goes on at the exported numbers and the jump, goes on above ours. Errors:
+    Overrun."""
+    exported = {child.spi_in: child.outbound.seq for child in context.children}
+    for child in final.children:
+        sent = child.outbound.seq - exported.get(child.spi_in, 0)
+        if sent >= jump:
+            raise Overrun(
+                f"{sent} packets left since the export, the jump is {jump}",
+                hint="a larger `oseq_jump` at all gateways",
+            )
+
+
+def signalled(signal: SourceInput, peer: str) -> IkectxError | None:
+    """Why a transfer does not go on after that signal; None: it does."""
+    if signal is SourceInput.CANCEL:
+        return StateError("it was cancelled here", hint="nothing to do")
+    if signal is SourceInput.CTC:
+        return RefusedError(f"{peer} cancelled it", status=Status.UNKNOWN_TRANSFER)
+    if signal is SourceInput.RECLAIM:
+        return StateError(
+            "it was reclaimed by the operator", hint=f"make sure that {peer} does not serve the SA as well"
+        )
+    return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ipaddress import ip_address
 
-from ikectx.numbers import STATUS_TEXT, Status
+from ikectx.numbers import STATUS_TEXT, Fpt, Status
+from ikectx.sa.context import Address
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import Ctdr
 from ikectx.wire.profile import decode_verdicts
@@ -21,6 +23,16 @@ def offer_status(answer: Ctdr) -> tuple[Status, tuple[Verdict, ...]]:
     if answer.complete == (failed is None):
         return failed or Status.OK, verdicts
     return Status.MALFORMED, verdicts
+
+
+def relay_address(answer: Ctdr) -> Address | None:
+    """The address to which the old gateway is to pass on what the mobile node sends; None: none that can be
+    read."""
+    size = len(answer.mn.packed)  # the mobile node has the same IP version
+    for block in answer.blocks:
+        if block.fpt == Fpt.RELAY and len(block.data) >= size:
+            return ip_address(block.data[:size])
+    return None
 
 
 def refusal_text(status: Status, verdicts: Sequence[Verdict]) -> str:

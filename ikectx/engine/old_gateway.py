@@ -20,18 +20,20 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import ContextDataBlock, Ctc, Ctd, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import ContextDataBlock, Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from ikectx.wire.full_ctd import decode_last, encode_whole
-from ikectx.wire.profile import TransferHeader, decode, encode, encode_final
+from ikectx.wire.profile import Intent, TransferHeader, decode, encode, encode_final
 
-from .effects import Divert, Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
+from .effects import Choose, Divert, Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
 from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line, Question, Reply
-from .occasion import Occasion, check_expected
+from .occasion import Occasion, Overrun, check_expected, check_sent, signalled
 from .offer_answer import offer_status, refusal_text
+from .ports import RelayTo, Way
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
+from .relaying import offer_of, onward, relayed_words
 from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 
@@ -53,10 +55,6 @@ _SERVED = frozenset({SourceState.KEPT, SourceState.REFUSED})
 """Ends in which this gateway serves the SA."""
 _PREPARED_THERE = frozenset({SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING})
 """States in which this gateway serves the SA and the other one may have it prepared."""
-
-
-class _Overrun(BusyError):
-    """After the freeze the counters are beyond what was offered, so the whole context must be sent again."""
 
 
 class Outgoing(Run[SourceState, SourceInput, SourceAction]):
@@ -89,6 +87,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.sa = sa
         self.transfer_id = transfer_id
         self.address = occasion.address
+        self.way = Way("update" if occasion.address == "auto" else occasion.address)
+        """How its mobile node gets to the peer, as it was chosen by `export`."""
         self.context: IkeContext | None = None
         self.mailbox: deque[object] = deque()
         """Signals nobody has looked at: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
@@ -108,6 +108,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.expects: int | None = None
         self.asked_for: frozenset[Fpt] = frozenset()
         """Wishes of the peer beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
+        self._onward: RelayTo | None = None
         self.told = False
         """True if the peer knows that the transfer ended, and why."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
@@ -186,6 +187,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             epochs: Epochs = yield FindEpochs(self.sa)
             self.context = changed(context, epoch=max(context.epoch, epochs.known))
             self.error = None
+            if self._begins is SourceInput.OK:
+                self.way = yield Do(Choose(self.context, self.peer.name, self.address), self.transfer_id)
+                self.address = self.way.address
         except UnknownSaError:
             raise
         except IkectxError as error:
@@ -208,12 +212,11 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     @property
     def _header(self) -> TransferHeader:
         hold = self._begins is SourceInput.ANNOUNCE
-        return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.address)
+        return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.way.address)
 
     def _new_entry(self, context: IkeContext) -> JournalEntry:
-        header = self._header
         leaving = (ContextDataBlock(Fpt.LEAVING, b""),) if self.leaving else ()
-        offer = Pctd(context.remote.address, (*encode(context, transfer=header), *leaving))
+        offer = Pctd(context.remote.address, (*encode(context, transfer=self._header), *leaving))
         now = self.parts.scheduler.unix
         return JournalEntry(
             transfer_id=self.transfer_id,
@@ -303,10 +306,16 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self._sent = now
         return min(0xFFFFFFFF, round((now - self._sent) * 1000))
 
+    def offer(self, intent: Intent = "prepare") -> Pctd:
+        """The PCTD, with the endpoint at which the peer finds the mobile node."""
+        return offer_of(
+            self._of, self.way, self._header if intent == "prepare" else changed(self._header, intent=intent)
+        )
+
     def _send_pctd(self) -> Steps[SourceInput]:
         try:
             link = yield from self._connect()
-            offer = changed(Pctd.parse(self.stored.context or b""), elapsed=self._elapsed())
+            offer = changed(self.offer(), elapsed=self._elapsed())
             if self.token is not None:
                 offer = changed(offer, algorithm=self.token[0], key=self.token[1].reveal())
             self._offered = True
@@ -396,17 +405,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         return None
 
     def _blame_signal(self, signal: SourceInput) -> None:
-        reasons = {
-            SourceInput.CANCEL: StateError("it was cancelled here", hint="nothing to do"),
-            SourceInput.CTC: RefusedError(f"{self.peer.name} cancelled it", status=Status.UNKNOWN_TRANSFER),
-            SourceInput.RECLAIM: StateError(
-                "it was reclaimed by the operator",
-                hint=f"make sure that {self.peer.name} does not serve the SA as well",
-            ),
-        }
-        if signal in reasons:
-            self.error = reasons[signal]
-            self.told = signal is SourceInput.CTC
+        reason = signalled(signal, self.peer.name)
+        if reason is not None:
+            self.error, self.told = reason, signal is SourceInput.CTC
 
     def _answer(self, asked: Question) -> Steps[SourceInput]:
         """What comes first: the CTDR, the end of the link, a signal, the machine's timer."""
@@ -433,7 +434,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         status, self._verdicts = offer_status(reply)
         if status is Status.OK:
             self.asked_for = frozenset(verdict.fpt for verdict in self._verdicts)
-            return SourceInput.ACCEPTED
+            return self._passes_on(reply)
         if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and reply.complete:
             # neither yes nor no: whoever may own it now, it is not for us to guess
             log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
@@ -448,6 +449,16 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.error = RefusedError(text, status=status, hint=advice(status))
         self.told = True
         return SourceInput.REJECTED
+
+    def _passes_on(self, reply: Ctdr) -> SourceInput:
+        """Where the peer wants to be passed what the mobile node sends, if it stays here."""
+        if self.machine.state is SourceState.OFFERED:
+            try:
+                self._onward = onward(self.way, reply, self.asked_for, self.peer.name)
+            except RefusedError as error:
+                self.blame(error)
+                return SourceInput.CANCEL
+        return SourceInput.ACCEPTED
 
     # -- steps -------------------------------------------------------------------------------------------
 
@@ -469,6 +480,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                     sending=Fpt.GO_ON in self.asked_for,
                     renaming=Fpt.NEW_SPIS in self.asked_for,
                     unannounced=self._begins is SourceInput.REQUESTED,
+                    relay=self._onward,
                 )
             )
             final = changed(final, epoch=context.epoch + 1)
@@ -476,9 +488,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                 check_expected(final, self.expects)
                 final = changed(final, mid_initiator=self.expects, unsure=False)
             if self.mid is not None and final.mid_responder != self.mid:
-                raise _Overrun("the MN sent another request meanwhile")
+                raise Overrun("the MN sent another request meanwhile")
             letting_go = self._encode(context, final)
-        except _Overrun as error:
+        except Overrun as error:
             self.blame(error)
             return SourceInput.FAILED  # it is frozen, and must be thawed before the next try
         except BusyError as error:
@@ -497,25 +509,13 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         return SourceInput.OK
 
     def _encode(self, context: IkeContext, final: FinalState) -> bytes:
-        """The CTD, as octets. Errors: `_Overrun`."""
+        """The CTD, as octets. Errors: `Overrun`."""
         if self._begins is SourceInput.REQUESTED:
             blocks = encode_whole(context, final, transfer=self._header)
         else:
-            self._check_numbers(context, final)
+            check_sent(context, final, self.parts.config.oseq_jump)
             blocks = encode_final(final, self.transfer_id)
         return Ctd(context.remote.address, blocks).serialize()
-
-    def _check_numbers(self, context: IkeContext, final: FinalState) -> None:
-        """The peer is prepared to go on at the exported numbers plus the jump: ours must still be below."""
-        jump = self.parts.config.oseq_jump
-        exported = {child.spi_in: child.outbound.seq for child in context.children}
-        for child in final.children:
-            sent = child.outbound.seq - exported.get(child.spi_in, 0)
-            if sent >= jump:
-                raise _Overrun(
-                    f"{sent} packets left since the export, the jump is {jump}",
-                    hint="a larger `oseq_jump` at all gateways",
-                )
 
     def _divert(self) -> Steps[None]:
         if not (self.leaving and Fpt.LEAVING in self.asked_for):
@@ -601,7 +601,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             to=self.peer.name,
             result=result,
             status=Status.OK if result == "moved" else self.status,
-            text=words.text,
+            text=words.text
+            + (relayed_words(self.way, context, self.parts.name) if result == "moved" else ""),
             hint=words.hint,
             state_here=f"{self.parts.name} {here}",
             state_there=f"{self.peer.name} {there}",
@@ -611,5 +612,6 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             cxtp_octets=self._octets,
             epoch=self.entry.epoch if self.entry is not None else 0,
             address=self.address,
+            why=self.way.why,
             exit_code=words.exit_code,
         )

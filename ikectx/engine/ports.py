@@ -9,14 +9,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from ikectx.errors import RefusedError
 from ikectx.numbers import Status
-from ikectx.sa.context import Address, FinalState, IkeContext
+from ikectx.sa.context import Address as IpAddress
+from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import ContextDataBlock
+from ikectx.wire.profile import Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,33 @@ class MoveReport:
         )
 
 
+Address = Told | Literal["auto"]
+"""How the mobile node gets to the new gateway. update: the new gateway tells it its address. keep: the
+gateway's address moves along. mn: the mobile node is there, or will go there, by itself. relay: it stays
+where it is, and the old gateway passes its packets on and back. auto: as the source chooses
+(`ContextSource.choose`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one mobile node gets to one gateway, and why so, in words (empty: there was no choice).
+
+    `seen_at`: with "relay", the endpoint of this gateway that stands for the mobile node.
+    """
+
+    address: Told
+    why: str = ""
+    seen_at: Endpoint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RelayTo:
+    """Packets of a mobile node are passed on `to` the gateway that serves it, from `seen_at` of this one."""
+
+    seen_at: Endpoint
+    to: IpAddress
+
+
 SENDING_SECONDS = 10.0
 """Seconds for which a mobile node receives under old SPIs, at most (UPDATE_SPI)."""
 SENDING_PACKETS = 1 << 23
@@ -58,7 +87,7 @@ class ContextSource(Protocol):
     """
 
     @abstractmethod
-    async def find(self, mn: Address) -> Sequence[SaName]:
+    async def find(self, mn: IpAddress) -> Sequence[SaName]:
         """The IKE_SAs served here whose mobile node has this outer address. Errors: CharonError."""
 
     @abstractmethod
@@ -87,6 +116,7 @@ class ContextSource(Protocol):
         away: bool = False,
         sending: bool = False,
         renaming: bool = False,
+        relay: RelayTo | None = None,
     ) -> FinalState:
         """Let go of the SA: after this call the gateway sends neither IKE nor ESP for it.
 
@@ -94,7 +124,9 @@ class ContextSource(Protocol):
         mobile node that still arrive may be sent on there. `sending`: ESP is still sent, under the old SPIs,
         for `SENDING_SECONDS`, `SENDING_PACKETS` or until `release`, because the other gateway has other SPIs
         and cannot send before the mobile node knows them. `renaming`: the other gateway gives CHILD_SAs other
-        SPIs, which the mobile node may have when the freeze is undone. `away`: as for `export`. Errors:
+        SPIs, which the mobile node may have when the freeze is undone. `away`: as for `export`. `relay`: the
+        mobile node is not told of the other gateway; pass its IKE on from now on, and its ESP from `release`
+        on. It is not passed where the source never chose "relay". Errors:
         BusyError if the SA changed since `context` was exported or has an exchange in flight; nothing is
         frozen then.
         """
@@ -120,6 +152,18 @@ class ContextSource(Protocol):
         IKE and inbound ESP are served as before. `freeze` or `thaw` follows.
         """
         return None
+
+    # A source that can choose how a mobile node gets to the other gateway:
+
+    async def choose(self, context: IkeContext, to: str, address: Address) -> Way:
+        """How the mobile node gets to the gateway `to`. `address`: what the operator wants.
+
+        Changes nothing; called before the SA is offered. With "relay" `freeze` is told the other gateway's
+        address. Errors: RefusedError where that is not possible, or nothing is.
+        """
+        if address == "relay":
+            raise RefusedError("this gateway cannot pass packets on", status=Status.NOT_COVERED)
+        return Way("update" if address == "auto" else address)
 
     # A source that sends packets on to the gateway that has an SA now (`ikectx.wire.whereabouts`):
 
@@ -192,6 +236,18 @@ class ContextSink(Protocol):
     async def undo(self, context: IkeContext) -> None:
         """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
 
+    def relayed(self, context: IkeContext, peer: str) -> None:
+        """Called before `check` and `prepare`: the mobile node stays at `peer`'s address, and is not told.
+
+        Its endpoint in the context is one of `peer`, which passes on what is sent there. Errors: RefusedError
+        where this gateway cannot do without the mobile node's own address, which is the default.
+        """
+        raise RefusedError("this gateway takes no SAs by relay", status=Status.NOT_COVERED)
+
+    def heard_at(self, context: IkeContext) -> IpAddress | None:
+        """The address here to which a relayed mobile node's packets are to be passed on."""
+        return None
+
     def came_from(self, context: IkeContext, peer: str) -> None:
         """Called before and with `take`: `peer` gives the SA, and is to be told later where the SA is."""
         return None
@@ -205,7 +261,7 @@ class ContextSink(Protocol):
             status=Status.NOT_COVERED,
         )
 
-    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
+    async def still_here(self, final: FinalState, mn: IpAddress, who: str) -> str:
         """The parts of an SA that no journal has, but charon or the kernel has, in words; empty: none, or
         this gateway cannot say. Changes nothing.
 

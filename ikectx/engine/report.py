@@ -131,6 +131,7 @@ class TransferReport:
     attempts: int = 1
     epoch: int = 0
     address: str = "update"
+    why: str = ""
     dry_run: bool = False
     exit_code: int = 0
 
@@ -172,6 +173,7 @@ class TransferReport:
             "attempts": self.attempts,
             "epoch": self.epoch,
             "address": self.address,
+            "why": self.why,
             "dry_run": self.dry_run,
             "exit_code": self.exit_code,
         }

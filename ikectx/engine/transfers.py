@@ -16,8 +16,9 @@ from ikectx.wire.cxtp import Ctc
 from .dry_run import DryRun
 from .effects import Recorded
 from .journaled import Parts
-from .occasion import Address, Occasion
+from .occasion import Occasion
 from .old_gateway import Outgoing
+from .ports import Address
 from .procedures import Cancelled, Gate, Opened, Pause, Steps, Turn, log
 from .report import TransferReport
 from .tables import SourceInput, SourceState

@@ -252,7 +252,7 @@ class Ctar:
 
 CTAA_BLOCKS = frozenset({Fpt.MN_TOKEN, Fpt.NEW_SPIS, Fpt.COOKIE})
 """FPTs that carry data in a CTAA. None of them has a status, so the first of them ends the statuses."""
-CTDR_BLOCKS = frozenset({Fpt.REASON})
+CTDR_BLOCKS = frozenset({Fpt.REASON, Fpt.RELAY})
 """The same of a CTDR."""
 
 
@@ -356,7 +356,7 @@ class Pctd:
 class Ctdr:
     """Context Transfer Data Reply, nSG to pSG (RFC 4067, 2.5.5). `complete`: the S bit, all went well.
 
-    `blocks` (ours) follow the statuses of a refusal, as in a CTAA; the first is of `CTDR_BLOCKS`.
+    `blocks` (ours) follow the statuses, as in a CTAA; the first is of `CTDR_BLOCKS`.
     """
 
     TYPE: ClassVar = Cxtp.CTDR

@@ -53,8 +53,10 @@ _DIRECTIONS = {"i": "in", "o": "out", "f": "fwd"}
 _LETTERS = {name: letter for letter, name in _DIRECTIONS.items()}
 
 
+Intent = Literal["prepare", "check", "hold"]
 _INTENTS = {"prepare": 0, "check": 1, "hold": 4}
-_ADDRESSES = {"update": 0, "keep": 2, "mn": 8}
+Told = Literal["update", "keep", "mn", "relay"]
+_ADDRESSES = {"update": 0, "keep": 2, "mn": 8, "relay": 16}
 """Bits of the flags: one of each at most."""
 
 
@@ -65,19 +67,20 @@ class TransferHeader:
     `transfer_id`: 8 octets, drawn by the old gateway, repeated in the CTD. `intent` "check": only ask whether
     the SA would be taken; "hold": install nothing before the mobile node has arrived. `address` "keep": the
     gateway address moves along, so the mobile node is not told one; "mn": the mobile node moves its SAs
-    itself, so the new gateway tells it nothing and serves it at its present address. The owner's epoch is in
-    the context.
+    itself, so the new gateway tells it nothing and serves it at its present address; "relay": the mobile node
+    stays at the old gateway's address, which passes on what it sends, and the context has the old gateway's
+    endpoint for it. The owner's epoch is in the context.
     """
 
     transfer_id: bytes
-    intent: Literal["prepare", "check", "hold"] = "prepare"
-    address: Literal["update", "keep", "mn"] = "update"
+    intent: Intent = "prepare"
+    address: Told = "update"
 
     def __post_init__(self) -> None:
         if len(self.transfer_id) != 8:
             raise ValueError("a transfer id has 8 octets")
         if self.intent not in _INTENTS or self.address not in _ADDRESSES:
-            raise ValueError("intent is prepare, check or hold, address is update, keep or mn")
+            raise ValueError("intent is prepare, check or hold, address is update, keep, mn or relay")
 
 
 def _rest(entry: cbor.MapReader, fpt: Fpt, item: int = 0) -> Unknown:
@@ -179,7 +182,7 @@ def _ike_out(context: IkeContext, transfer: TransferHeader) -> dict[int, Any]:
 def _ike(entry: cbor.MapReader) -> tuple[TransferHeader, dict[str, Any], Unknown]:
     """The transfer header, the arguments of IkeContext that this profile holds, the rest."""
     transfer_id = entry.need(1, cbor.octets(8))
-    flags = entry.take(2, cbor.uint(4), 0)
+    flags = entry.take(2, cbor.uint(5), 0)
     if flags not in _HEADERS:
         raise WireError(f"IKEV2_SA: flags {flags} contradict each other")
     transfer = TransferHeader(transfer_id, *_HEADERS[flags])

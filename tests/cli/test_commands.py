@@ -74,7 +74,7 @@ def test_show_of_an_unknown_sa(cli: Cli[Agent]) -> None:
 def test_transfer(cli: Cli[Agent]) -> None:
     code, out, _ = cli("transfer", "--to", "nsg", "--ike-id", "7")
     assert code == 0 and "moved" in out and "export 2, freeze 20" in out
-    assert cli.agent.asked[0][1] == {"to": "nsg", "ike-id": "7", "address": "update"}
+    assert cli.agent.asked[0][1] == {"to": "nsg", "ike-id": "7", "address": "auto"}
     code, value = cli.json("transfer", "--to", "nsg", "--spi", "0xABCD", "--dry-run", "--address", "keep")
     # how many SPIs will collide is told with it; see test_collisions
     assert value.pop("collisions")["moved"] == 1
@@ -108,7 +108,7 @@ def test_dry_run_verdicts(cli: Cli[Agent]) -> None:
         (["transfer", "--to", "nsg", "--ike", "a", "--all"], "--ike and --all cannot go together"),
         (["transfer", "--to", "nsg", "--spi", "xyz"], "not hexadecimal"),
         (["transfer", "--to", "nsg", "--ike-id", "-1"], "--ike-id"),
-        (["transfer", "--to", "nsg", "--address", "move"], "--address"),
+        (["transfer", "--to", "nsg", "--address", "there"], "--address"),
         (["history", "--limit", "99999999999999999999"], "--limit"),
         (["pull", "--from", "nsg", "--mn", "::%x"], "'::%x' is not an IP address"),
         (["pull", "--from", "nsg", "--mn", "fe80::1%eth0"], "is not an IP address"),

@@ -27,12 +27,15 @@ from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.kernel.detour import Detour
 from vici_bridge.kernel.kernel import Kernel
+from vici_bridge.kernel.nat_relay import NatRelay
+from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.kernel.xfrm_parts import Network
 from vici_bridge.vici.views import SaView, prefixes
 
 from .behind import Behind
 from .departures import OURS, SENT_ON, Departure, News, Stage, allow_of, block_of, detourable, within
+from .passing import Passing
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class Away:
         ways: Mapping[str, Sequence[Address]],
         wall: Callable[[], float] = time.time,
         announced: Collection[str] = (),
+        nat: NatRelay | None = None,
     ) -> None:
         self._store = store
         self._kernel = kernel
@@ -75,6 +79,7 @@ class Away:
         self._found: set[SaName] = set()
         """SAs that are leaving, whose packets the network inside leads to the new gateway by itself."""
         self.behind = Behind(store, kernel)
+        self.passing = Passing(nat)
 
     def load(self) -> None:
         """Read the store; a row that cannot be read is logged and left there."""
@@ -107,13 +112,20 @@ class Away:
     # An SA leaves, or is taken back.
 
     def leave(
-        self, context: IkeContext, to: str, policies: Iterable[KernelPolicy], *, unprepared: bool = False
+        self,
+        context: IkeContext,
+        to: str,
+        policies: Iterable[KernelPolicy],
+        *,
+        unprepared: bool = False,
+        relay: NatRule | None = None,
     ) -> None:
         """The SA goes to the peer `to`: block the packets that `policies` protect, and send them on if
         possible.
 
         The policies may be taken out of the kernel afterwards. `unprepared`: the peer has no part of the SA
-        yet, and may itself send its packets here. Errors: KernelError, StoreError.
+        yet, and may itself send its packets here. `relay`: the mobile node stays here, and its IKE is passed
+        on. Errors: KernelError, StoreError.
         """
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         row = Departure(
@@ -126,6 +138,7 @@ class Away:
             stage=Stage.HANDED if unprepared else Stage.LEAVING,
             prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
             blocks=tuple(block_of(policy) for policy in policies),
+            relay=relay,
         )
         row = self._led(row)
         if context.connection in self._announced:
@@ -134,6 +147,7 @@ class Away:
         self._keep(row)
         self._shut(row)
         self._send_on(row)
+        self.passing.put(row.key, row.passed_on)
 
     def _one_armed(self, row: Departure) -> tuple[str, ...]:
         """Prefixes whose packets would leave by the same device without the detour.
@@ -162,6 +176,7 @@ class Away:
         now = row.told(News.LEFT)
         if row.stage is Stage.LEAVING:
             self._keep(now)  # the kernel has the right routes and policies already
+            self.passing.put(now.key, now.passed_on)
         else:
             self._change(row, now)
         row = self._rows[row.key]
@@ -180,6 +195,11 @@ class Away:
                 row.at,
             )
         return row
+
+    def relays(self, sa: SaName) -> bool:
+        """Whether that SA left, and its mobile node stays at this gateway's address."""
+        row = self._rows.get(sa.key)
+        return row is not None and row.passed_on is not None
 
     def hear(self, peer: str, sa: SaName, epoch: int, news: News, to: str) -> Departure | None:
         """Take in the peer's notice about an SA that was given to it, `to` with MOVED. None: it has no say in
@@ -283,6 +303,10 @@ class Away:
             self._detour.open_up([net for net in self._detour.listing(shut=True) if str(net) not in closed])
         except KernelError as error:
             log.error("what an agent before this one left in the kernel stays there: %s", error)
+        try:
+            self.passing.restore({row.key: rule for row in rows if (rule := row.passed_on) is not None})
+        except KernelError as error:
+            log.error("packets of relayed mobile nodes are not passed on: %s", error)
         ways: Ways = {}
         for row in rows:
             try:
@@ -387,8 +411,10 @@ class Away:
             now = self._led(now) if now.peer else now
             self._keep(now)
             self._shut(now)
+            self.passing.put(now.key, now.passed_on)
         else:
             self._leave_out(row.key)
+            self.passing.put(row.key, None)
         others = self._candidates(row.mn, row.names)
         wanted = {prefix for other in others for prefix in other.sent_on}
         self._detour.remove(sorted(set(row.sent_on) - wanted))

@@ -17,6 +17,7 @@ from ikectx.errors import StoreError, WireError
 from ikectx.numbers import Mode
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
+from vici_bridge.kernel.nat_rule import NatRule, rule_from_json, rule_to_json
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy
 from vici_bridge.kernel.xfrm_parts import NO_LIMITS, NO_USAGE, Network
 from vici_bridge.vici.views import COND_NAT_THERE, prefixes
@@ -124,7 +125,8 @@ class Departure:
     `via` these addresses. `blocks`: policies that drop the packets that the SA protected; `allows`: those
     before them, for packets that are sent on. `closed`: prefixes with an unreachable route, because policies
     have no effect: ESP is in user space, or the way to the other gateway leads through the device by which
-    packets leave anyway.
+    packets leave anyway. `relay`: the mobile node stays at this gateway's address, and its packets are passed
+    on.
     """
 
     sa: SaName
@@ -140,6 +142,7 @@ class Departure:
     blocks: tuple[KernelPolicy, ...] = ()
     allows: tuple[KernelPolicy, ...] = ()
     closed: tuple[str, ...] = ()
+    relay: NatRule | None = None
 
     @property
     def key(self) -> str:
@@ -159,6 +162,14 @@ class Departure:
             return ()
         return self.led if self.peer else self.prefixes
 
+    @property
+    def passed_on(self) -> NatRule | None:
+        """The relay now. ESP is passed on once the other gateway serves the SA, because it is decrypted here
+        until then; IKE from the moment that charon here is mute."""
+        if self.relay is None or self.stage in (Stage.HANDED, Stage.ENDED):
+            return None
+        return replace(self.relay, esp=self.stage is not Stage.LEAVING)
+
     def told(self, news: News) -> Departure:
         """The departure after this event, see `STAGES`."""
         return replace(self, stage=STAGES[self.stage, news])
@@ -173,7 +184,7 @@ class Departure:
         children = list(used)
         theirs = [network for _, remote in children for network in remote]
         same = who == self.mn
-        return replace(
+        left = replace(
             self,
             prefixes=tuple(p for p in self.prefixes if not _used(ip_network(p), theirs, same)),
             led=tuple(p for p in self.led if not _used(ip_network(p), theirs, same)),
@@ -181,11 +192,12 @@ class Departure:
             blocks=tuple(p for p in self.blocks if not _covered(p, children, same)),
             allows=tuple(p for p in self.allows if not _covered(p, children, same)),
         )
+        return replace(left, relay=None) if same and left != self else left
 
     @property
     def empty(self) -> bool:
         """Nothing is sent on or blocked, so there is no reason to keep it."""
-        return not (self.prefixes or self.blocks or self.closed)
+        return not (self.prefixes or self.blocks or self.closed or self.relay)
 
     def dumps(self) -> bytes:
         """The stored form."""
@@ -205,6 +217,7 @@ class Departure:
                 "blocks": [policy.raw.hex() for policy in self.blocks],
                 "allows": [policy.raw.hex() for policy in self.allows],
                 "closed": self.closed,
+                "relay": None if self.relay is None else rule_to_json(self.relay),
             }
         ).encode()
 
@@ -239,6 +252,7 @@ class Departure:
                 blocks=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["blocks"]),
                 allows=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["allows"]),
                 closed=tuple(found["closed"]),
+                relay=rule_from_json(found.get("relay")),
             )
         except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
             raise StoreError(f"the departure {key} cannot be read: {error}") from None
@@ -255,6 +269,7 @@ class Departure:
             "since": self.since,
             "prefixes": list(self.sent_on),
             "via": [str(address) for address in self.via] if self.sent_on else [],
+            "relayed": None if self.passed_on is None else str(self.passed_on.mn),
             "blocked": [f"{p.source} -> {p.destination}" for p in self.blocks] + list(self.closed),
         }
 

@@ -54,7 +54,7 @@ class Origin:
     """One SA that a peer gave. `sa`, `epoch`: as in `Whereabouts`. `now`: its name here.
 
     `mn`: the mobile node's identity. `prefixes`: its addresses. `since`: when it came to its place, seconds
-    since 1970.
+    since 1970. `relay`: the address of the peer at which the mobile node stays; empty: it came itself.
     """
 
     peer: str
@@ -65,6 +65,7 @@ class Origin:
     prefixes: tuple[str, ...]
     since: float
     place: Place = Place.COMING
+    relay: str = ""
 
     @property
     def key(self) -> str:
@@ -84,6 +85,7 @@ class Origin:
                 "prefixes": self.prefixes,
                 "since": self.since,
                 "place": str(self.place),
+                "relay": self.relay,
             }
         ).encode()
 
@@ -103,6 +105,7 @@ class Origin:
                 tuple(found["prefixes"]),
                 found["since"],
                 Place(found["place"]),
+                found.get("relay", ""),
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise StoreError(f"the origin {key} cannot be read: {error}") from None
@@ -131,16 +134,27 @@ class Origins:
             else:
                 self._rows[key] = row
 
-    def came(self, context: IkeContext, peer: str, now: SaName) -> None:
-        """The peer gives the SA of that context; its name here is `now`, which may still change."""
+    def came(self, context: IkeContext, peer: str, now: SaName, *, relayed: bool = False) -> None:
+        """The peer gives the SA of that context; its name here is `now`, which may still change.
+
+        `relayed`: the mobile node stays at the peer's address, which passes its packets on.
+        """
+        relay = str(context.remote.address) if relayed else ""
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         mn, since = str(context.remote_id), self._wall()
-        self._keep(Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since))
+        self._keep(Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since, relay=relay))
 
     def serves(self, context: IkeContext, now: SaName) -> None:
         """The SA is served here from now on."""
         for row in self._of(context.spis, Place.COMING):
             self._keep(replace(row, now=now, place=Place.HERE))
+
+    def relayed_by(self, context: IkeContext) -> str:
+        """The peer at whose address the mobile node of that SA stays; empty: none."""
+        for row in self._now(context.spis, Place.HERE):
+            if row.relay and row.relay == str(context.remote.address):
+                return row.peer
+        return ""
 
     def undone(self, context: IkeContext) -> None:
         """The SA did not come after all."""

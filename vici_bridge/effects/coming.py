@@ -48,12 +48,14 @@ class Memory:
 
     ears: recorders of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that
     it waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
+    relayed: the gateway at whose address the mobile node of an SA stays.
     """
 
     ears: dict[SaName, Ear] = field(default_factory=dict)
     asked: set[SaName] = field(default_factory=set)
     seen: set[SaName] = field(default_factory=set)
     givers: dict[SaName, str] = field(default_factory=dict)
+    relayed: dict[SaName, str] = field(default_factory=dict)
 
     def forget(self, sa: SaName) -> None:
         """The SA has been taken in, or will not come."""
@@ -63,6 +65,7 @@ class Memory:
         self.asked.discard(sa)
         self.seen.discard(sa)
         self.givers.pop(sa, None)
+        self.relayed.pop(sa, None)
 
 
 @dataclass(slots=True)

@@ -163,10 +163,10 @@ def stop(work: Leaving) -> None:
     blocked."""
     host = work.host
     if host.kernel is None:
-        host.away.leave(work.context, work.to, (), unprepared=work.unprepared)
+        host.away.leave(work.context, work.to, (), unprepared=work.unprepared, relay=work.relay)
         return
     every, ours = outbound_of(host, work.context)
-    host.away.leave(work.context, work.to, every, unprepared=work.unprepared)
+    host.away.leave(work.context, work.to, every, unprepared=work.unprepared, relay=work.relay)
     for policy in ours:
         host.kernel.delete_policy(policy)
 

@@ -9,6 +9,7 @@ from ikectx.engine.ledger import SourceFacts
 from ikectx.sa.context import NO_TAGS, Address, IkeContext, Tags
 from ikectx.sa.name import SaName
 from vici_bridge.host import CharonHost, Mover
+from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.vici.views import SaView
 
@@ -30,7 +31,8 @@ class Leaving:
     view: charon's view when the step begins, None: charon does not have it. look: asks charon for its present
     view. to: name of the gateway that it goes to. away: the mobile node has proven that it is elsewhere.
     sending: ESP is still sent. renaming: CHILD_SAs may be given other SPIs. unprepared: the other gateway has
-    no part of it yet. jump: of the outbound sequence numbers when it is taken back.
+    no part of it yet. relay: the mobile node stays at this gateway, its packets are passed on. jump: of the
+    outbound sequence numbers when it is taken back.
     """
 
     host: CharonHost
@@ -46,6 +48,7 @@ class Leaving:
     unprepared: bool = False
     departing: bool = False
     jump: int = 0
+    relay: NatRule | None = None
 
     @property
     def sa(self) -> SaName:

@@ -125,17 +125,21 @@ def objections(
     spis: Sequence[Verdict],
     *,
     keep_address: bool,
+    relayed_by: str = "",
 ) -> list[Verdict]:
     """All reasons against an SA from charon's state. `here`: the SA as it would be here.
 
-    `rivals`: SAs that may share something with it. `spis`: the reasons against its SPIs.
+    `rivals`: SAs that may share something with it. `spis`: the reasons against its SPIs. `relayed_by`: the
+    gateway at whose address the mobile node stays.
     """
-    verdicts = [*check_covered(here, seen.version), *check_address(here, context, keep_address)]
+    verdicts = list(check_covered(here, seen.version))
+    if not relayed_by:
+        verdicts += check_address(here, context, keep_address)
     verdicts += check_sizes(here, seen.version, config.ha_buflen)
     if not seen.listening:
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
     verdicts += check_names(here, seen.connections)
-    verdicts += admit(here, seen.connections, seen.pools, config)
+    verdicts += admit(here, seen.connections, seen.pools, config, relayed_by)
     verdicts += spis
     verdicts += check_numbers(here, config.oseq_jump)
     verdicts += check_vips(here, rivals, seen.pools)

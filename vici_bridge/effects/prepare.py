@@ -51,7 +51,11 @@ async def _plan(work: Coming) -> Facts:
     await work.renames.end_relay(work.sa, 0.0)
     work.renames.forget(here, undone=True)
     work.renames.plan(here, work.taken, told_later=work.sa in work.memory.asked)
-    return {"stage": "installing", "since": 0, "drawn": "", "new_names": b"", "named": 0}
+    relayed = work.sa in work.memory.relayed
+    return {
+        **{"stage": "installing", "since": 0, "drawn": "", "new_names": b"", "named": 0},
+        "relayed": relayed,
+    }
 
 
 async def _mute(work: Coming) -> None:

@@ -31,6 +31,10 @@ async def _stop_sending(work: Leaving) -> None:
     stop_at_last(work)
 
 
+async def _relay(work: Leaving) -> None:
+    work.host.away.left(work.sa)
+
+
 async def _drop(work: Leaving) -> None:
     await work.host.delete(work.context, work.host.late_packets(work.context, work.context.children))
 
@@ -67,6 +71,8 @@ RELEASE: LedgerStep[Leaving] = LedgerStep(
             _stop_sending,
             when=lambda work: work.view is not None and goes_on_still(work),
         ),
+        # charon's own SAs decrypt until here; from now on nothing of the mobile node is for this charon
+        StepEffect("relay", _relay, when=lambda work: work.host.away.relays(work.sa)),
         StepEffect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),
         StepEffect("rules", _forget_rules),
         StepEffect("departure", _tell),

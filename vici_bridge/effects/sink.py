@@ -111,9 +111,29 @@ class CharonSink(ContextSink):
 
     def _here(self, context: IkeContext) -> IkeContext:
         """The context at this gateway, with our outer address instead of the other's."""
-        address, ports = self._host.address_for(context), self._host.config.ports
+        if context.remote.address in self._host.config.addresses:
+            mn = self._host.away.passing.of(context.remote)
+            if mn is not None:  # the mobile node never left: this gateway relayed it
+                return replace(context, local=mn.ours, remote=mn.mn)
+        ports = self._host.config.ports
         port = context.local.port if context.local.port in ports else ports[1]
-        return relocate(context, local=Endpoint(address, port))
+        local = Endpoint(self._host.address_for(context), port)
+        if self._relayed(context.spis):
+            return replace(
+                context, local=local
+            )  # it still knows the other gateway's address, as do selectors
+        return relocate(context, local=local)
+
+    def _relayed(self, sa: SaName) -> bool:
+        return sa in self._memory.relayed or self._host.coming.of(sa).facts.relayed
+
+    def relayed(self, context: IkeContext, peer: str) -> None:
+        """See `ContextSink.relayed`."""
+        self._memory.relayed[context.spis] = peer
+
+    def heard_at(self, context: IkeContext) -> Address | None:
+        """See `ContextSink.heard_at`."""
+        return self._here(context).local.address
 
     def _coming(
         self, context: IkeContext, here: IkeContext | None = None, sa: SaName | None = None, **more: Any
@@ -138,7 +158,10 @@ class CharonSink(ContextSink):
         rivals = seen.present.rivals(here)
         taken = self._renames.taken(here, seen.present)
         spis = self._check_spis(context, here, taken, rivals)
-        verdicts = objections(context, here, seen, rivals, host.config, spis, keep_address=keep_address)
+        relayed_by = self._memory.relayed.get(context.spis, "")
+        verdicts = objections(
+            context, here, seen, rivals, host.config, spis, keep_address=keep_address, relayed_by=relayed_by
+        )
         if host.kernel is not None:
             family = AF_INET6 if here.local.address.version == 6 else AF_INET
             for child in here.children:
@@ -293,7 +316,7 @@ class CharonSink(ContextSink):
         stay."""
         here = self._here(context)
         plan = self._renames.plan_of(here)
-        if plan is None and here.local == context.local:
+        if plan is None and (here.local == context.local or self._relayed(context.spis)):
             return MoveReport()
         self._hear(context, here)
         if plan is not None:
@@ -325,7 +348,7 @@ class CharonSink(ContextSink):
             await self._renames.converge(here)
             plan = await self._finished(here, plan)
         left, ike = plan.left(here), plan.ike_left(here)
-        moves = here.local != context.local and not plan.moved
+        moves = here.local != context.local and not plan.moved and not self._relayed(context.spis)
         if not left and not ike and not moves:
             return plan.report
         if self._renamer is None:

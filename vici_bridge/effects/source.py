@@ -9,6 +9,7 @@ are decrypted until the SA is released.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource
+from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource, RelayTo, Way
+from ikectx.engine.ports import Address as Wish
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, UnknownSaError
 from ikectx.numbers import Status
@@ -24,9 +26,13 @@ from ikectx.sa.context import Address, ChildContext, FinalChild, FinalState, Ike
 from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
+from vici_bridge.away.passing import rule_for
 from vici_bridge.host import CharonHost, Mover
+from vici_bridge.kernel.nat_relay import forwards_packets
+from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_ports, check_told
+from vici_bridge.policy.ways import check_relay, reason, wanted
 from vici_bridge.vici.views import (
     ChildView,
     SaView,
@@ -199,6 +205,31 @@ class CharonSource(ContextSource):
             look = partial(self._view, context.spis)
             await self._runner.run(DIVERT, Freezing(self._host, context, self._mover, look, to=to))
 
+    def way(self, view: SaView) -> tuple[str, str]:
+        """How its mobile node would get to another gateway, and why, by charon's HA messages alone."""
+        host = self._host
+        with contextlib.suppress(IkectxError):
+            context = relocate(host.context(view.spis), local=view.local, remote=view.remote)
+            relayed_by = host.origins.relayed_by(context)
+            if wanted(context, "", "auto", relayed_by, kernel_esp=host.kernel is not None) == "relay":
+                return "relay", reason(context, "", relayed_by)
+        return "move", ""
+
+    async def choose(self, context: IkeContext, to: str, address: Wish) -> Way:
+        """See `ContextSource.choose`."""
+        host = self._host
+        relayed_by = host.origins.relayed_by(context)
+        way = wanted(context, to, address, relayed_by, kernel_esp=host.kernel is not None)
+        if way != "relay":
+            return Way(way)
+        why = reason(context, to, relayed_by)
+        if relayed_by == to:
+            return Way(way, why, context.remote)
+        passing = host.away.passing
+        forwards = forwards_packets(context.remote.address.version)
+        check_relay(context, await host.views(), forwards=forwards, able=passing.able)
+        return Way(way, why, passing.seen_at(context))
+
     async def freeze(
         self,
         context: IkeContext,
@@ -207,6 +238,7 @@ class CharonSource(ContextSource):
         away: bool = False,
         sending: bool = False,
         renaming: bool = False,
+        relay: RelayTo | None = None,
     ) -> FinalState:
         """See `ContextSource.freeze`. `to` names the peer whose inner addresses get packets for the mobile
         node.
@@ -225,6 +257,7 @@ class CharonSource(ContextSource):
             renaming=renaming,
             unprepared=context.spis in self._handed,
             departing=context.spis in self.departing,
+            relay=self._rule(context, relay),
         )
         self._handed.discard(context.spis)
         try:
@@ -237,6 +270,12 @@ class CharonSource(ContextSource):
             self._sending.add(context.spis)
             self._host.spawn(self._go_on(context, work.final))
         return work.result()
+
+    def _rule(self, context: IkeContext, relay: RelayTo | None) -> NatRule | None:
+        """None also for a mobile node that the other gateway relays: it goes back there."""
+        if relay is None or relay.seen_at == context.remote:
+            return None
+        return rule_for(context, relay.seen_at.port, relay.to, in_udp=self._host.kernel is None)
 
     async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
         """Let ESP leave until the other gateway sends it, or until a limit of time or packets is reached."""
@@ -311,6 +350,7 @@ class CharonSource(ContextSource):
 
     def stays(self, sa: SaName) -> None:
         """See `ContextSource.stays`."""
+        self._host.away.passing.given_up(sa)
         self._host.origins.stays(sa)
 
     def resume(self) -> None:

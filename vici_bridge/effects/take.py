@@ -65,7 +65,9 @@ def will_lead(work: Coming) -> Facts:
 async def _origin(work: Coming) -> None:
     peer = work.memory.givers.get(work.sa)
     if peer is not None:
-        work.host.origins.came(work.context, peer, work.shape.spis)
+        # one whose mobile node stays at this gateway's own address comes home
+        relayed = work.facts.relayed and work.here.remote == work.context.remote
+        work.host.origins.came(work.context, peer, work.shape.spis, relayed=relayed)
 
 
 def leads_here(work: Coming) -> bool:

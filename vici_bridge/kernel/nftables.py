@@ -130,6 +130,17 @@ class NftTable:
         request = XfrmRequest(Secret(_batch(b"".join(messages))), f"empty maps of table {self.name}")
         self._transact(request, absent_ok=True)
 
+    def change(self, gone: Sequence[tuple[str, bytes]], come: Sequence[tuple[str, bytes, bytes]]) -> None:
+        """Remove elements of maps (name, key), which must be there, then add others, all at once."""
+        parts = [(_DELSETELEM, 0, name, key, b"") for name, key in gone]
+        parts += [(_NEWSETELEM, _CREATE, *element) for element in come]
+        messages = (
+            self._change(kind, flags | (_ACK if at == len(parts) else 0), name, key, value)
+            for at, (kind, flags, name, key, value) in enumerate(parts, 1)
+        )
+        if parts:
+            self._transact(XfrmRequest(Secret(_batch(b"".join(messages))), f"change maps of {self.name}"))
+
     def drop(self) -> None:
         """Delete the table, if it is there."""
         message = _message(_DELTABLE, _REQUEST | _ACK, _text(1, self.name))

@@ -32,8 +32,8 @@ class AdmissionConfig(Protocol):
         """By the connection's name."""
 
     @property
-    def peers(self) -> frozenset[Address]:
-        """Addresses of other gateways, outer and inner."""
+    def peers(self) -> Mapping[str, frozenset[Address]]:
+        """Addresses of other gateways, by name."""
 
     @property
     def forward_via(self) -> Mapping[str, Sequence[Address]]: ...
@@ -45,9 +45,16 @@ def numbered(name: str, protocol: str) -> int:
 
 
 def admit(
-    here: IkeContext, connections: Mapping[str, View], pools: Mapping[str, View], config: AdmissionConfig
+    here: IkeContext,
+    connections: Mapping[str, View],
+    pools: Mapping[str, View],
+    config: AdmissionConfig,
+    relayed_by: str = "",
 ) -> list[Verdict]:
-    """The refusals by its connection here; none if it has no connection here, see `check_names`."""
+    """The refusals by its connection here; none if it has no connection here, see `check_names`.
+
+    `relayed_by`: a mobile node of that peer may have an address of it.
+    """
     if here.connection not in connections:
         return []
     try:
@@ -57,6 +64,7 @@ def admit(
         why = f"what this gateway allows cannot be told: {error}"
         return [Verdict(Fpt.PAD, Status.NOT_ALLOWED, why)]
     inner = {address for addresses in config.forward_via.values() for address in addresses}
-    place = Surroundings(frozenset(config.addresses), config.peers | inner, inside_of(known.values()))
+    outer = {address for name, theirs in config.peers.items() if name != relayed_by for address in theirs}
+    place = Surroundings(frozenset(config.addresses), frozenset(outer | inner), inside_of(known.values()))
     rules = config.rules.get(here.connection, Rules())
     return check_policy(here, known[here.connection], rules, ranges, place)

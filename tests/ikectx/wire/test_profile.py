@@ -305,7 +305,7 @@ BAD: list[tuple[Fpt, tuple[Any, ...]]] = [
     (Fpt.SAD, (1, 0, 2, 1)),  # no such generation
     (Fpt.SAD, (1, 0, 4, bytes(9))),
     (Fpt.SAD, (1, 0, 6, [])),
-    *((Fpt.IKEV2_SA, (2, flags)) for flags in (5, 10, 7, 15, 16)),  # two intents, two addresses, unknown
+    *((Fpt.IKEV2_SA, (2, flags)) for flags in (5, 10, 18, 7, 15, 32)),  # two intents, two addresses, unknown
     (Fpt.SAD, (1, 0, 7, [])),
     (Fpt.SAD, (1, 0, 7, [bytes(6)])),
     (Fpt.SAD, (1, 0, 7, [bytes([10, 1, 0, 1, 16])])),  # host bits set

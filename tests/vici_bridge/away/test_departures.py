@@ -10,6 +10,7 @@ import pytest
 
 from ikectx.errors import StoreError
 from ikectx.numbers import Mode
+from ikectx.sa.context import Endpoint
 from ikectx.sa.name import SaName
 from tests.vici_bridge.vici.test_views import context, selector
 from vici_bridge.away.departures import (
@@ -24,6 +25,7 @@ from vici_bridge.away.departures import (
     block_of,
     detourable,
 )
+from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import ALLOW, BLOCK, KernelPolicy, Mark, Selector, Template
 
 SERVER, NODE = ip_network("10.3.0.0/24"), ip_network("10.4.0.10/32")
@@ -50,6 +52,9 @@ DEPARTURE = Departure(
     via=(ip_address("10.3.0.3"),),
     blocks=(BLOCKING,),
     allows=(allow_of(BLOCKING, 4),),
+    relay=NatRule(
+        Endpoint.of("198.51.100.7", 4511), Endpoint.of("192.0.2.1", 4500), 20000, ip_address("192.0.2.9")
+    ),
 )
 
 
@@ -119,7 +124,7 @@ USED = [
 def test_a_new_sa_takes_away_what_it_covers(
     who: str, ours: str, theirs: str, led: bool, opened: bool
 ) -> None:
-    left = DEPARTURE.without(who, [([ip_network(ours)], [ip_network(theirs)])])
+    left = replace(DEPARTURE, relay=None).without(who, [([ip_network(ours)], [ip_network(theirs)])])
     assert (left.prefixes == ()) == led
     assert (left.blocks == ()) == opened
     assert left.empty == (led and opened)

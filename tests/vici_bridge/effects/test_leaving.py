@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
-from ikectx.engine.ports import MoveReport
+from ikectx.engine.ports import MoveReport, RelayTo
 from ikectx.errors import BusyError, KernelError, LinkError, UnknownSaError
 from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.relocate import relocate
@@ -98,16 +99,18 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 VARIANTS = {
     "divert": ["plain"],
-    "freeze": ["plain", "sending", "diverted"],
-    "thaw": ["plain", "renaming", "sending", "ended", "early", "diverted"],
-    "release": ["plain", "sending", "ended"],
+    "freeze": ["plain", "sending", "diverted", "relay"],
+    "thaw": ["plain", "renaming", "sending", "ended", "early", "diverted", "relay"],
+    "release": ["plain", "sending", "ended", "relay"],
 }
 STEPS = {"divert": DIVERT, "freeze": FREEZE, "thaw": THAW, "release": RELEASE}
 
 
 async def walk(there: Gateway, step: str, variant: str) -> None:
     """Up to the step, and the step itself."""
-    how = {"sending": variant == "sending", "renaming": variant == "renaming"}
+    how: dict[str, Any] = {"sending": variant == "sending", "renaming": variant == "renaming"}
+    if variant == "relay":
+        how["relay"] = RelayTo(Endpoint(there.context.local.address, 20000), ip_address("192.0.2.9"))
     if step == "divert" or variant == "diverted":
         await there.source.divert(there.context, "nsg")
         assert not sends(there.here, there.context)
@@ -153,12 +156,14 @@ async def killed(step: str, variant: str, effect: str, after: bool, patch: pytes
         assert there.here.mute.muted == set()
         if step == "release" or variant == "ended":
             assert there.here.charon.sas == {}
+            assert [rule.esp for rule in there.here.nat.rules] == [True] * (variant == "relay")
             twice = effect.startswith("script") and after
             assert there.scripts.count("down") == 1 + twice
             assert there.scripts.count("up") == 0
             assert (there.deleted >= 1) is (step == "thaw")
         else:
             assert sends(there.here, there.context)
+            assert there.here.nat.rules == set()
             # numbers were used up once, whatever was done again (the packet just sent is one)
             jumps = {JUMP}
             if variant == "sending":

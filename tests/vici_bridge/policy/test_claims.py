@@ -592,7 +592,7 @@ def test_bounds() -> None:
 
 
 def config(**changes: Any) -> HostConfig:
-    return HostConfig((OWN,), peers=frozenset({PEER}), **changes)
+    return HostConfig((OWN,), peers={"psg": frozenset({PEER})}, **changes)
 
 
 def test_admission_joins_what_charon_tells_with_the_configuration() -> None:

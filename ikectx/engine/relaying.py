@@ -1,0 +1,50 @@
+"""What a relay means for the messages of a transfer, at the old gateway. Pure.
+
+A relayed mobile node stays at the old gateway's address, and the new gateway finds it at an endpoint of the
+old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ikectx.errors import RefusedError
+from ikectx.numbers import Fpt, Status
+from ikectx.sa.context import IkeContext
+from ikectx.wire.cxtp import Ctdr, Pctd
+from ikectx.wire.profile import TransferHeader, encode
+
+from .offer_answer import relay_address
+from .ports import RelayTo, Way
+
+
+def offer_of(context: IkeContext, way: Way, header: TransferHeader) -> Pctd:
+    """The PCTD, with the endpoint at which the new gateway finds the mobile node."""
+    # not `relocate`: the mobile node stays where it is, and its selectors with it
+    offered = context if way.seen_at is None else replace(context, remote=way.seen_at)
+    return Pctd(context.remote.address, encode(offered, transfer=header))
+
+
+def onward(way: Way, answer: Ctdr, asked_for: Collection[Fpt], peer: str) -> RelayTo | None:
+    """What is to be passed on, and where to; None: nothing. `asked_for`: wishes of the peer beside its yes.
+
+    Errors: RefusedError.
+    """
+    if way.seen_at is None:
+        return None
+    to = relay_address(answer)
+    if to is None or Fpt.GO_ON in asked_for:
+        # ESP that goes on from here under other SPIs, and what is passed on, would look alike
+        why = "does not say where packets are to be passed on to" if to is None else "has the MN's SPI in use"
+        status = Status.FAILED if to is None else Status.ESP_SPI_IN_USE
+        raise RefusedError(f"{peer} {why}", status=status)
+    return RelayTo(way.seen_at, to)
+
+
+def relayed_words(way: Way, context: IkeContext | None, here: str) -> str:
+    """What to add to the report of an SA that moved."""
+    if way.seen_at is None or context is None:
+        return ""
+    home = way.seen_at == context.remote
+    return f", and relays it no more: {way.why}" if home else f", relayed by {here}: {way.why}"

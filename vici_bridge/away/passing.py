@@ -1,0 +1,107 @@
+"""`Passing`: the mobile nodes whose packets this gateway passes on to the gateway that serves their SA.
+
+Each is a `NatRule` by the key of its departure (`absences`), which keeps it in the store. Here are the rules
+that are in the kernel, the ports of this gateway that stand for mobile nodes, and what depends on several of
+them: ESP without UDP under an SPI that is not known can be led back only if there is one such mobile node.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from ikectx.errors import BusyError
+from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.sa.name import SaName
+from vici_bridge.kernel.nat_relay import NatRelay
+from vici_bridge.kernel.nat_rule import NatRule
+from vici_bridge.vici.views import COND_NAT_ANY, COND_NAT_FAKE, COND_NAT_HERE, COND_NAT_THERE
+
+_FIRST_PORT, _PORTS = 20480, 8192
+"""UDP ports that stand for mobile nodes: none that the kernel gives to sockets by itself (from 32768 on)."""
+
+
+class Passing:
+    """The relays of one gateway. `nat` None: this host cannot pass packets on."""
+
+    def __init__(self, nat: NatRelay | None = None) -> None:
+        self._nat = nat
+        self._rules: dict[str, NatRule] = {}
+        self._plain: dict[tuple[Address, Address], set[str]] = {}
+        """Keys of the mobile nodes whose ESP is not in UDP, by the other gateway's address and ours."""
+        self._promised: dict[str, int] = {}
+        """Ports of SAs that were offered to another gateway and have not left."""
+
+    @property
+    def able(self) -> bool:
+        """Whether this host can pass packets on at all."""
+        return self._nat is not None
+
+    def seen_at(self, context: IkeContext) -> Endpoint:
+        """The endpoint of this gateway that is to stand for the mobile node. Errors: BusyError."""
+        key = context.spis.key
+        taken = {rule.port for rule in self._rules.values()} | set(self._promised.values())
+        if key not in self._promised:
+            if len(taken) >= _PORTS // 2:
+                raise BusyError(f"{len(taken)} mobile nodes are relayed here, which is all that can be")
+            while (port := _FIRST_PORT + secrets.randbelow(_PORTS)) in taken:
+                pass
+            self._promised[key] = port
+        return Endpoint(context.local.address, self._promised[key])
+
+    def given_up(self, sa: SaName) -> None:
+        """The SA does not leave, or has left by other means."""
+        self._promised.pop(sa.key, None)
+
+    def of(self, seen_at: Endpoint) -> NatRule | None:
+        """The mobile node for which that endpoint of this gateway stands."""
+        for rule in self._rules.values():
+            if (rule.ours.address, rule.port) == (seen_at.address, seen_at.port):
+                return rule
+        return None
+
+    def put(self, key: str, rule: NatRule | None) -> None:
+        """Begin or change a relay, None: end it. Idempotent. Errors: KernelError."""
+        before = self._rules.get(key)
+        if self._nat is None or before == rule:
+            return
+        others = {key} | self._group(before) | self._group(rule)
+        old = self._with_alone(others)
+        if before is not None:
+            self._group(before).discard(key)
+        self._rules.pop(key, None)
+        if rule is not None:
+            self._rules[key] = rule
+            self._enter(key, rule)
+        self._nat.change(old, self._with_alone(others))
+        if rule is not None:
+            self._promised.pop(key, None)
+
+    def restore(self, rules: Mapping[str, NatRule]) -> None:
+        """Have these, and no others. Errors: KernelError."""
+        self._rules = dict(rules)
+        self._plain.clear()
+        for key, rule in rules.items():
+            self._enter(key, rule)
+        if self._nat is not None:
+            self._nat.set(self._with_alone(rules))
+
+    def _enter(self, key: str, rule: NatRule) -> None:
+        if rule.plain:
+            self._plain.setdefault((rule.to, rule.ours.address), set()).add(key)
+
+    def _group(self, rule: NatRule | None) -> set[str]:
+        return set() if rule is None else self._plain.get((rule.to, rule.ours.address), set())
+
+    def _with_alone(self, keys: Collection[str]) -> list[NatRule]:
+        found = [self._rules[key] for key in keys if key in self._rules]
+        return [replace(rule, alone=len(self._group(rule)) == 1) for rule in found]
+
+
+def rule_for(context: IkeContext, port: int, to: Address, *, in_udp: bool = False) -> NatRule:
+    """The relay of an SA that goes to the gateway at `to`. `in_udp`: its ESP is in UDP in any case."""
+    encap = COND_NAT_ANY | COND_NAT_FAKE | COND_NAT_HERE | COND_NAT_THERE
+    plain = not in_udp and not context.conditions & encap
+    spis = tuple(child.spi_out for child in context.children) if plain else ()
+    return NatRule(context.remote, context.local, port, to, spis, plain)

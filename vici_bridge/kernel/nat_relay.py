@@ -1,0 +1,135 @@
+"""`NatRelay`: this gateway stands in for a mobile node's NAT, for an SA that another gateway serves. I/O.
+
+The mobile node goes on sending IKE and ESP to this gateway's address, and the gateway that serves its SA
+takes this gateway for the mobile node's NAT: packets that the mobile node sends here leave for the other
+gateway from an address and port of this one, and those that come back to that port leave for the mobile node
+from the address that it knows. nftables rewrites them without state, and charon here is not involved.
+
+The destination is rewritten in prerouting, before conntrack, and the source in postrouting, because a source
+of this host's own would be refused by the look-up of routes between the two (as a martian).
+
+- IKE and ESP in UDP are known by the mobile node's address and port, so that rekeys of its SAs change
+  nothing, and on the way back by a port of this gateway, one for each mobile node. The exchanges that begin
+  an IKE_SA (RFC 7296, 1.2) are not passed on, because with them the mobile node asks for an SA with this
+  gateway.
+- ESP without UDP is known by the mobile node's address, and on the way back by its SPI, or, if the other
+  gateway serves only one such mobile node of ours, by that gateway's address.
+
+RFC 7296, 3.1 (exchange types); RFC 3948, 2.1 and 2.2 (in UDP); RFC 4303, 2.1.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .nat_rule import HEADS, NatRule, difference, elements, maps
+from .nftables import NftTable, run_nft
+
+TABLE = "ikectx_nat"
+_PRE, _POST = "pre", "post"
+_PRE_RULES, _POST_RULES = 16, 10
+_DONE = "counter notrack accept"
+_LATER = "36, 37, 44"
+"""CREATE_CHILD_SA, INFORMATIONAL, IKE_FOLLOWUP_KE: exchanges of an IKE_SA that is there."""
+
+
+class NatRelay:
+    """The relays in the network namespace in which its calls run; they outlive the agent.
+
+    For any thread. The first call that adds one runs `nft` (some 20 ms). Errors: KernelError.
+    """
+
+    def __init__(self, ports: Sequence[int] = (500, 4500)) -> None:
+        """ports: charon.port and charon.port_nat_t."""
+        self._plain, self._marked = ports
+        self._lock = threading.Lock()
+        self._table = NftTable(TABLE)
+
+    def close(self) -> None:
+        """Stop; the relays go on."""
+        with self._lock:
+            self._table.close()
+
+    def change(self, old: Iterable[NatRule], new: Iterable[NatRule]) -> None:
+        """From the elements of `old`, as far as they are there, to those of `new`, in one transaction."""
+        before, after = elements(old), elements(new)
+        with self._lock:
+            if after and not self._stands():
+                self._build()
+            there = {
+                (name, key): element.data
+                for name, key in {**before, **after}
+                for element in self._table.elements(name, key)
+                if element.key == key
+            }
+            self._table.change(*difference(there, after))
+
+    def set(self, rules: Iterable[NatRule]) -> None:
+        """Have exactly these relays, whatever an agent before this one left; those that stay never stop."""
+        after = elements(rules)
+        with self._lock:
+            if not after:
+                self._table.drop()
+                return
+            if not self._stands():
+                self._build()
+            there = {
+                (name, element.key): element.data for name in maps() for element in self._table.elements(name)
+            }
+            self._table.change(*difference(there, after))
+
+    def _stands(self) -> bool:
+        return self._table.rules(_PRE) == _PRE_RULES and self._table.rules(_POST) == _POST_RULES
+
+    def _build(self) -> None:
+        table = f"inet {TABLE}"
+        lines = [f"add table {table}"]
+        lines += [f"add map {table} {name} {{ typeof {kind}; }}" for name, kind in maps().items()]
+        lines += [
+            # before conntrack, which must not take such a packet for a connection of its own
+            f"add chain {table} {_PRE} {{ type filter hook prerouting priority -310; policy accept; }}",
+            f"add chain {table} {_POST} {{ type filter hook postrouting priority 310; policy accept; }}",
+            f"flush chain {table} {_PRE}",
+            f"flush chain {table} {_POST}",
+        ]
+        ports = f"{{ {self._plain}, {self._marked} }}"
+        for version, head in HEADS.items():
+            pre, post = (f"add rule {table} {chain}" for chain in (_PRE, _POST))
+            both, source = f"{head} saddr . {head} daddr", f"{head} saddr . udp sport . {head} daddr"
+            onward = f"{head} daddr set {source} map"
+            lines += [
+                f"{pre} udp dport {self._plain} @th,208,8 {{ {_LATER} }} {onward} @ike{version} {_DONE}",
+                f"{pre} udp dport {self._marked} @th,64,32 0 @th,240,8 {{ {_LATER} }} "
+                f"{onward} @ike{version} {_DONE}",
+                f"{pre} udp dport {self._marked} @th,64,32 != 0 {onward} @esp{version} {_DONE}",
+                f"{pre} meta l4proto esp {head} daddr set {both} map @plain{version} {_DONE}",
+                f"{pre} meta l4proto esp {head} daddr set {head} saddr . @th,0,32 . {head} daddr "
+                f"map @plainback{version} {_DONE}",
+                f"{pre} meta l4proto esp {head} daddr set {both} map @plainone{version} {_DONE}",
+                f"{post} udp sport {ports} {head} saddr set "
+                f"{head} saddr . {head} daddr . udp dport map @as{version} accept",
+                f"{post} meta l4proto esp {head} saddr set {both} map @plainfrom{version} accept",
+                f"{post} meta l4proto esp {head} saddr set {both} map @plainas{version} accept",
+            ]
+            # ESP in UDP may have no checksum (RFC 3948, 2.1), and the kernel would make a wrong one of none
+            for test, then in (("udp checksum 0 ", "udp checksum set 0 "), ("", "")):
+                lines += [
+                    f"{pre} udp sport {ports} {test}{head} daddr set "
+                    f"{head} saddr . udp dport . {head} daddr map @back{version} "
+                    f"udp dport set {head} saddr . udp dport map @toport{version} {then}{_DONE}",
+                    # the port first, because the second map is asked for what is in the packet by then
+                    f"{post} udp dport {ports} {test}udp sport set {source} map @port{version} "
+                    f"{head} saddr set {source} map @from{version} {then}accept",
+                ]
+        run_nft("\n".join(lines) + "\n")
+
+
+def forwards_packets(version: int) -> bool:
+    """Whether this host forwards packets of that IP version. Reads /proc."""
+    name = "ipv4/ip_forward" if version == 4 else "ipv6/conf/all/forwarding"
+    try:
+        return Path(f"/proc/sys/net/{name}").read_text().strip() != "0"
+    except OSError:
+        return False

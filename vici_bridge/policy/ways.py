@@ -1,0 +1,95 @@
+"""How a mobile node gets to another gateway: told its address, relayed, or not at all. Pure.
+
+A mobile node behind a NAT is reached by nobody to whom it has not sent before, as far as a gateway can know
+(RFC 4787, 5: most NATs filter by address and port). charon tells whether there is a NAT; a mobile node that
+has UDP encapsulation forced upon it looks the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ikectx.engine.ports import Address
+from ikectx.errors import RefusedError
+from ikectx.numbers import Mode, Status
+from ikectx.sa.context import IkeContext
+from ikectx.sa.name import SaName
+from ikectx.sa.relocate import same_host
+from ikectx.wire.profile import Told
+from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
+
+INSTEAD = "`--address keep` if the gateway's address moves along; else let the MN connect anew"
+
+
+def wanted(context: IkeContext, to: str, wish: Address, relayed_by: str, *, kernel_esp: bool) -> Told:
+    """The way to the gateway `to` that the operator wants, or the one that works. Errors: RefusedError.
+
+    `relayed_by`: the gateway at whose address the mobile node stays. `kernel_esp`: charon has not forced UDP
+    encapsulation itself; where it has, a NAT cannot be told from that.
+    """
+    if relayed_by and wish == "update":
+        raise RefusedError(
+            f"the MN is at {relayed_by}'s address, which relays it, so {to} cannot reach it itself",
+            hint=f"`--address relay`, or move it back to {relayed_by}",
+            status=Status.NOT_COVERED,
+        )
+    if wish != "auto":
+        return wish
+    if relayed_by or (kernel_esp and behind_nat(context)) or not context.extensions & EXT_MOBIKE:
+        return "relay"
+    return "update"
+
+
+def reason(context: IkeContext, to: str, relayed_by: str) -> str:
+    """Why the mobile node is relayed, for the operator."""
+    if relayed_by and relayed_by == to:
+        return f"{to} relays it, and goes on by itself"
+    if relayed_by:
+        return f"{relayed_by} relays it"
+    if behind_nat(context):
+        return "it is behind a NAT, which lets in answers only"
+    if not context.extensions & EXT_MOBIKE:
+        return "it does not speak MOBIKE"
+    return "as asked for"
+
+
+def behind_nat(context: IkeContext) -> bool:
+    """Whether charon found a NAT before the mobile node."""
+    return bool(context.conditions & COND_NAT_THERE)
+
+
+def check_relay(context: IkeContext, views: Iterable[SaView], *, forwards: bool, able: bool) -> None:
+    """Check that this gateway can relay the mobile node. Errors: RefusedError.
+
+    `views`: charon's SAs. `forwards`: this host forwards packets of that IP version.
+    """
+    why, hint = _unfit(context, views, forwards=forwards, able=able)
+    if why:
+        raise RefusedError(f"the MN cannot be relayed: {why}", hint=hint, status=Status.NOT_COVERED)
+
+
+def _unfit(context: IkeContext, views: Iterable[SaView], *, forwards: bool, able: bool) -> tuple[str, str]:
+    if not able:
+        return "this gateway cannot pass packets on", INSTEAD
+    if not forwards:
+        version = context.remote.address.version
+        name = "net.ipv4.ip_forward" if version == 4 else "net.ipv6.conf.all.forwarding"
+        return f"this host does not forward IPv{version}", f"sysctl -w {name}=1"
+    for child in context.children:
+        ends = [*child.local_ts, *child.remote_ts]
+        outer = (context.local.address, context.remote.address)
+        if child.mode is not Mode.TUNNEL or any(same_host(ts, end) for ts in ends for end in outer):
+            return f"CHILD_SA {child.name} ends at this gateway's own address", INSTEAD
+    other = _other(context, views)
+    if other is not None:
+        return (
+            f"its other IKE_SA {other.name} #{other.unique_id} comes from the same address and port",
+            "move that one by `--address keep`, or end it",
+        )
+    return "", ""
+
+
+def _other(context: IkeContext, views: Iterable[SaView]) -> SaView | None:
+    """Another SA of the same mobile node, whose packets look like those of this one."""
+    name: SaName = context.spis
+    return next((view for view in views if view.remote == context.remote and view.spis != name), None)
