@@ -46,7 +46,7 @@ from . import __version__, service
 from .config import Config
 from .detours import find, names, need_ways
 from .move_log import log_event
-from .movers import MnEnder, MnMover, MnRenamer, MnSettler
+from .movers import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .requests import GATEWAY, plain_address
 from .settings import charon_numbers, left_quietly
@@ -105,6 +105,7 @@ ADDRESSES: Mapping[str, Wish] = {
     "update": "update",
     "keep": "keep",
     "relay": "relay",
+    "invite": "invite",
 }
 """How a mobile node is to get to the other gateway, by the word of the option; "update" is the older word."""
 
@@ -128,6 +129,7 @@ class Agent:
             self._host,
             MnMover(addresses, CALL_BACK_TRIES, timeout, MARK),
             MnEnder(CALL_BACK_TRIES, timeout, MARK),
+            MnInviter(CALL_BACK_TRIES, timeout, MARK),
         )
         self._sink = CharonSink(
             self._host,

@@ -134,7 +134,7 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
             f"{item.get('spi_i', '')}:{item.get('spi_r', '')}",
             [child.get("name") for child in item.get("children", ())],
             render.duration(item.get("established")),
-            "by relay" if item.get("way") == "relay" else item.get("movable"),
+            f"by {way}" if (way := item.get("way")) in ("relay", "invite") else item.get("movable"),
         )
         for item in items
     ]
@@ -221,12 +221,13 @@ def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
 @click.option("--dry-run", is_flag=True, help="Run all checks at both ends, move nothing.")
 @click.option(
     "--address",
-    type=click.Choice(["auto", "move", "update", "keep", "relay"]),
+    type=click.Choice(["auto", "move", "update", "keep", "relay", "invite"]),
     default="auto",
     show_default=True,
     help="move (or update): tell the mobile node the other gateway's address; keep: the address moves along "
-    "by itself; relay: the mobile node stays at this gateway's address, which passes its packets on; auto: "
-    "move, or relay if it is behind a NAT or does not speak MOBIKE.",
+    "by itself; relay: the mobile node stays at this gateway's address, which passes its packets on; invite: "
+    "its own agent is told to go there; auto: move, but for a mobile node behind a NAT invite if it has an "
+    "agent, else relay, as without MOBIKE.",
 )
 @click.option(
     "--no-detour",

@@ -28,7 +28,7 @@ from mobike_ext.link import (
     run_spi_update,
 )
 from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
-from mobike_ext.notify import UpdateSpi
+from mobike_ext.notify import Invitation, UpdateSpi
 from mobike_ext.probe import MidProbe
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, IkeRekey
 from mobike_ext.requester import SaEnd
@@ -127,6 +127,37 @@ class MnSettler:
         found = await run_mid_probe(machine, mark=self._mark)
         log.info("%s expects request %d next, as its answer shows", here.remote_id, found)
         return found
+
+
+class MnInviter:
+    """Tells the mobile node's agent to ask another gateway for its SA. Arguments as for `MnMover`."""
+
+    def __init__(self, tries: int, timeout: float, mark: int = 0) -> None:
+        self._policy = RetransmitPolicy(timeout, tries=tries)
+        self._mark = mark
+
+    async def __call__(self, here: IkeContext, message_id: int, gateway: str) -> int:
+        """The message ID of our next request. The same octets for the same message ID, also after a crash.
+
+        Errors: LinkError (silent).
+        """
+        now = here.current
+        label = b"ikectx invitation " + _path(here) + gateway.encode()
+        sk_d, size = sk_keys(now).sk_d.reveal(), iv_length(now.encr)
+        first, second = (
+            DrawnIvs.of(prf_plus(now.prf, sk_d, label + (message_id + used).to_bytes(4), size))
+            for used in (0, 1)
+        )
+        machine = MidProbe(
+            now,
+            message_id,
+            here.local,
+            here.remote,
+            ivs=(first, second),
+            policy=self._policy,
+            payloads=(Invitation(gateway).serialize(),),
+        )
+        return await run_mid_probe(machine, mark=self._mark)
 
 
 def _warn_of_nat(report: UpdateReport | SpiReport) -> None:

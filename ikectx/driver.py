@@ -28,6 +28,8 @@ from ikectx.engine.effects import (
     Get,
     GetReady,
     Hear,
+    Invite,
+    Invites,
     Items,
     Move,
     NewNames,
@@ -78,7 +80,7 @@ HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
 
 _AT_ONCE = (
-    *(Recorded, Stay, NewNames, NotComing, Hear),
+    *(Recorded, Invites, Stay, NewNames, NotComing, Hear),
     *(FindTransfer, FindEpochs, FindLatest, OwnedFrom, Put, Get, Delete, Items),
 )
 """Steps that wait for nobody."""
@@ -322,6 +324,8 @@ class Driver:
                 return await source.export(sa, away=away)
             case Divert(context, to):
                 await source.divert(context, to)
+            case Invite(sa, to):
+                await source.invite(sa, to)
             case Choose(context, to, address):
                 return await source.choose(context, to, address)
             case Freeze(context, to, away, sending, renaming, unannounced, relay):
@@ -372,6 +376,8 @@ class Driver:
         match step:
             case Recorded(sa):
                 return self._source.recorded(sa)
+            case Invites(sa, address):
+                return self._source.invites(sa, address)
             case Stay(sa):
                 self._source.stays(sa)
             case NewNames(context):

@@ -189,6 +189,7 @@ class Notify(OpenEnum):
     UPDATE_SPI_SUPPORTED = 41960
     UPDATE_SPI = 41961
     UPDATE_SPI_REFUSED = 41962
+    INVITATION = 41963
 
 
 class Cxtp(OpenEnum):

@@ -1,14 +1,15 @@
-"""The notifies of UPDATE_SPI: octets to values and back.
+"""The notifies of UPDATE_SPI, and that of an invitation: octets to values and back.
 
     notify                 number  protocol                SPI field          data
     UPDATE_SPI_SUPPORTED   41960   0                       none               version u8 = 1
     UPDATE_SPI             41961   3 ESP, 2 AH, 1 IKE      the old SPI        flags u8 . 0 u8 x 3 . new SPI
     UPDATE_SPI_REFUSED     41962   as in the request       as in the request  reason u8
+    INVITATION             41963   0                       none               version u8 = 1 . UTF-8: gateway
 
 An SPI has 4 octets, an IKE SPI 8. ESP and AH SPIs of 0 to 255 are reserved (RFC 4303, 2.1), an IKE SPI of 0
 means "none yet" (RFC 7296, 2.6). The SPI field names the SA by the SPI on which *the sender of the request*
 receives; with flag R (1, `choose`) by the one on which it sends, and then the new SPI is absent from the
-request: the other side, which owns that SPI, puts it into its answer. All three are status notifies of the
+request: the other side, which owns that SPI, puts it into its answer. All are status notifies of the
 private range, inside SK of an established IKE_SA only.
 
 Errors: `WireError` for foreign octets, `UsageError` for wrong values of ours.
@@ -168,3 +169,31 @@ class UpdateSpiRefused:
     def serialize(self) -> NotifyPayload:
         data = Writer().u8(self.reason, "reason").done()
         return NotifyPayload(Notify.UPDATE_SPI_REFUSED, data, self.protocol, self.old)
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """N(INVITATION): the mobile node's agent is to ask that gateway for its SA, by a CTAR."""
+
+    gateway: str
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.gateway.encode()) <= _OCTET:
+            raise UsageError(f"a gateway's name has 1 to {_OCTET} octets")
+
+    @classmethod
+    def parse(cls, notify: NotifyPayload) -> Invitation:
+        reader = _expect(notify, Notify.INVITATION)
+        if notify.protocol is not Protocol.NONE or notify.spi:
+            raise reader.fail("it names an SA")
+        version, name = reader.u8("version"), reader.rest()
+        if version != VERSION or not 0 < len(name) <= _OCTET:
+            raise reader.fail(f"version {version} with {len(name)} octets")
+        try:
+            return cls(name.decode())
+        except UnicodeDecodeError:
+            raise reader.fail("a name that is no UTF-8") from None
+
+    def serialize(self) -> NotifyPayload:
+        data = Writer().u8(VERSION).octets(self.gateway.encode()).done()
+        return NotifyPayload(Notify.INVITATION, data)

@@ -17,6 +17,7 @@ seconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 from ikectx.errors import UsageError
@@ -24,6 +25,7 @@ from ikectx.numbers import Exchange
 from ikectx.sa.context import Endpoint, IkeGeneration
 from ikectx.sa.keys import DrawnIvs
 from ikectx.wire.ikev2 import RetransmitPolicy
+from ikectx.wire.payloads import AnyPayload
 
 from .requester import Asking, RequesterMachine, SaEnd, Silent
 
@@ -71,7 +73,7 @@ class MidProbe(RequesterMachine[ProbeState, ProbeInput, Silent]):
     """Finds the message ID after `message_id` (m) that the mobile node at `remote` expects of us.
 
     ivs: for m and for m + 1, each of `keys.iv_length(generation.encr)` octets. local: the address for
-    answers.
+    answers. payloads: of both requests, if they are to tell the mobile node something as well.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class MidProbe(RequesterMachine[ProbeState, ProbeInput, Silent]):
         *,
         ivs: tuple[bytes | DrawnIvs, bytes | DrawnIvs],
         policy: RetransmitPolicy | None = None,
+        payloads: Sequence[AnyPayload] = (),
     ) -> None:
         policy = policy or RetransmitPolicy()
         self._asks = [Asking(SaEnd(generation, message_id + n, local, remote, policy)) for n in (0, 1)]
@@ -93,7 +96,7 @@ class MidProbe(RequesterMachine[ProbeState, ProbeInput, Silent]):
         if any(len(iv) != self._asks[0].iv_length for iv in ivs) or ivs[0] == ivs[1]:
             raise UsageError(f"two IVs of {self._asks[0].iv_length} octets are needed, not equal")
         pairs = zip(self._asks, ivs, strict=True)
-        self._requests = [ask.seal(Exchange.INFORMATIONAL, (), iv) for ask, iv in pairs]
+        self._requests = [ask.seal(Exchange.INFORMATIONAL, payloads, iv) for ask, iv in pairs]
 
     @property
     def sent(self) -> int:

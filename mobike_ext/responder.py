@@ -21,6 +21,7 @@ Verbs: `receive`, `answer`, `to_send`, `next_timer`, `handle_timer`, `next_event
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -36,7 +37,7 @@ from ikectx.wire.payloads import AnyPayload, NotifyPayload
 
 from .address_update import nat_conditions, nat_detection
 from .naming import Decision, Names, Renaming, asked_for, decide, supported_by
-from .notify import Reason, UpdateSpiSupported
+from .notify import Invitation, Reason, UpdateSpiSupported
 
 KEEP = 60.0
 """Seconds for which the old SPIs of a renamed IKE_SA answer retransmissions of the renaming request."""
@@ -54,7 +55,8 @@ class Asked:
     source: where it came from, and the answer goes. moves: it has UPDATE_SA_ADDRESSES, so the peer is at
     `source` now; then `conditions` are charon's bits of the SA from now on, and `additional` the peer's
     further addresses (None: the request has none). pairs: the SPIs to change, empty if `reasons` refuse it.
-    message_id: of the request.
+    message_id: of the request. invitation: the gateway that the mobile node is to ask for its SA; only a
+    machine that watches reports it.
     """
 
     source: Endpoint
@@ -64,6 +66,7 @@ class Asked:
     conditions: int = 0
     additional: tuple[Address, ...] | None = None
     message_id: int = 0
+    invitation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +340,8 @@ class SpiResponder:
             return False
         if message.notifies(Notify.UPDATE_SA_ADDRESSES):
             return self._addresses
+        if not self.answering and message.notifies(Notify.INVITATION):
+            return True
         return bool(message.notifies(Notify.UPDATE_SPI) or message.notifies(Notify.UPDATE_SPI_SUPPORTED))
 
     def _tell(self, message: IkeMessage, source: Endpoint, now: float) -> None:
@@ -362,6 +367,7 @@ class SpiResponder:
                 self._conditions,
                 _further(message) if moves else None,
                 message.header.message_id,
+                _invitation(message),
             )
         )
         if self.answering:
@@ -383,6 +389,15 @@ class SpiResponder:
     def _count(self, *datagrams: bytes) -> None:
         self.messages += len(datagrams)
         self.octets += sum(map(len, datagrams))
+
+
+def _invitation(message: IkeMessage) -> str:
+    """The gateway that the request names; empty: none that can be read."""
+    for notify in message.payloads:
+        if isinstance(notify, NotifyPayload) and notify.notify == Notify.INVITATION:
+            with contextlib.suppress(WireError):
+                return Invitation.parse(notify).gateway
+    return ""
 
 
 def _further(message: IkeMessage) -> tuple[Address, ...] | None:

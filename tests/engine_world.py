@@ -36,6 +36,7 @@ from ikectx.engine.effects import (
     Get,
     GetReady,
     Hear,
+    Invites,
     Items,
     Move,
     NewNames,
@@ -208,6 +209,8 @@ class Box:
                 return self._now(self._at(sa, "served"))
             case Choose():
                 return Way("update")
+            case Invites():
+                return False
             case Freeze(context, to) as freeze:
                 here = self._at(context.spis, "served")
                 # nothing is sent on to a gateway that has nothing of the SA
@@ -469,7 +472,7 @@ class Side:
         if isinstance(step, FindTransfer | FindEpochs | FindLatest | OwnedFrom | Put | Get | Delete | Items):
             self.done(effect, self.disk.do(step))
             return
-        if isinstance(step, Recorded | Stay | NewNames | NotComing | Hear):
+        if isinstance(step, Recorded | Invites | Stay | NewNames | NotComing | Hear):
             try:
                 self.done(effect, self.box.do(step))
             except IkectxError as error:

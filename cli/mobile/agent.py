@@ -116,6 +116,7 @@ class MobileAgent:
             self._farewells,
             allowed=config.mobile.update_spi,
         )
+        self._spis.invited = self.handovers.arrive
         self.handovers.fill = self._spis.fill
         self.handovers.answering = self._spis.answering if config.mobile.update_spi else None
         self._control = ControlServer(

@@ -58,6 +58,7 @@ from vici_bridge.vici.views import SaView
 from .config import MobileFile
 from .farewell import Farewells
 from .notes import Notes
+from .opening import open_nat
 from .parties import is_idle, router_of, sa_of
 from .place import LocalPlace
 from .report import MobileReport
@@ -251,6 +252,7 @@ class Handovers:
             run.report.announced = announced
             async with self._made_loud(run):
                 assert run.machine.care_of is not None
+                open_nat(run.context, run.machine.care_of, run.nsg.addresses)
                 await self._leave(run, run.machine.care_of)
                 await self._end(run, await self._outcome(run))
             return self._finished(run)

@@ -24,7 +24,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,6 +151,8 @@ class SpiWatch:
         self._work: set[asyncio.Task[None]] = set()
         self.renamed = 0
         """Requests that were granted."""
+        self.invited: Callable[[str, SaName], Awaitable[object]] | None = None
+        """Goes to the gateway of that name, as the serving one wants (`Handovers.arrive`)."""
 
     @property
     def watched(self) -> int:
@@ -245,11 +247,25 @@ class SpiWatch:
     # One request.
 
     def _asked(self, sa: SaName, event: Asked) -> None:
-        if event.pairs:
+        if event.invitation and self.invited is not None:
+            self._spawn(self._follow(sa, event))
+        elif event.pairs:
             self._spawn(self._ask_back(sa, event, time.monotonic()))
         elif event.reasons:
             names = ", ".join(sorted({reason.name for reason in event.reasons}))
             log.info("%s asked for other SPIs, which is not granted: %s", event.source, names)
+
+    async def _follow(self, sa: SaName, event: Asked) -> None:
+        """The gateway wants this node to go to another one, once charon has answered it."""
+        end = time.monotonic() + IN_TIME
+        while not await self._answered(sa, event):
+            if time.monotonic() > end:
+                log.warning("%s invited us elsewhere, but charon did not answer in time", event.source)
+                return
+            await asyncio.sleep(0.005)
+        assert self.invited is not None
+        log.info("%s wants this node to go to %s", event.source, event.invitation)
+        await self.invited(event.invitation, sa)
 
     async def _ask_back(self, sa: SaName, event: Asked, heard: float) -> None:
         """Ask the gateway for the same SPIs; its own request is answered by charon."""

@@ -14,6 +14,9 @@ from .old_gateway import Outgoing
 from .procedures import Steps
 from .report import TransferReport
 
+_WORDS = {"mn": "invitation"}
+"""Words for the ways that have others than in the protocol."""
+
 
 class DryRun(Outgoing):
     """A transfer that is only offered for a check."""
@@ -50,7 +53,7 @@ class DryRun(Outgoing):
             phases_ms={**self.phases(), "check": round(spent, 3)},
         )
         if status is Status.OK:
-            how = f", by {report.address}: {report.why}" if report.why else ""
+            how = f", by {_WORDS.get(report.address, report.address)}: {report.why}" if report.why else ""
             return changed(report, text=f"{self.peer.name} would take it{how}")
         text = f"{self.peer.name} would refuse: {refusal_text(status, self._verdicts)}"
         code = RefusedError.exit_code

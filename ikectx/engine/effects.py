@@ -68,6 +68,25 @@ class Choose:
 
 
 @dataclass(frozen=True, slots=True)
+class Invites:
+    """Whether the mobile node's agent is to be told to go there, rather than the SA offered. Outcome:
+    `bool`."""
+
+    NAME: ClassVar[str] = "look for an agent"
+    sa: SaName
+    address: Wish
+
+
+@dataclass(frozen=True, slots=True)
+class Invite:
+    """Tell the mobile node's agent to ask the gateway `to` for its SA. Outcome: None."""
+
+    NAME: ClassVar[str] = "invite"
+    sa: SaName
+    to: str
+
+
+@dataclass(frozen=True, slots=True)
 class Freeze:
     """Let go of the SA. `unannounced`: the other gateway has nothing of it yet. Outcome: `FinalState`.
 
@@ -370,6 +389,8 @@ Step = (
     | Export
     | Divert
     | Choose
+    | Invites
+    | Invite
     | Freeze
     | Thaw
     | Release

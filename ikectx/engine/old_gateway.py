@@ -31,7 +31,7 @@ from .journaled import Parts, Run
 from .lines import Line, Question, Reply
 from .occasion import Occasion, Overrun, check_expected, check_sent, signalled
 from .offer_answer import offer_status, refusal_text
-from .ports import RelayTo, Way
+from .ports import RelayTo, Way, told
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
 from .relaying import offer_of, onward, relayed_words
 from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
@@ -87,7 +87,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.sa = sa
         self.transfer_id = transfer_id
         self.address = occasion.address
-        self.way = Way("update" if occasion.address == "auto" else occasion.address)
+        self.way = Way(told(occasion.address))
         """How its mobile node gets to the peer, as it was chosen by `export`."""
         self.context: IkeContext | None = None
         self.mailbox: deque[object] = deque()

@@ -46,11 +46,16 @@ class MoveReport:
         )
 
 
-Address = Told | Literal["auto"]
+Address = Told | Literal["invite", "auto"]
 """How the mobile node gets to the new gateway. update: the new gateway tells it its address. keep: the
 gateway's address moves along. mn: the mobile node is there, or will go there, by itself. relay: it stays
-where it is, and the old gateway passes its packets on and back. auto: as the source chooses
-(`ContextSource.choose`)."""
+where it is, and the old gateway passes its packets on and back. invite: its agent is told to go there, and
+then mn. auto: as the source chooses (`ContextSource.invites`, `ContextSource.choose`)."""
+
+
+def told(address: Address) -> Told:
+    """What the other gateway would be told of a way that nobody has chosen for this SA."""
+    return "update" if address == "auto" else "mn" if address == "invite" else address
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +168,21 @@ class ContextSource(Protocol):
         """
         if address == "relay":
             raise RefusedError("this gateway cannot pass packets on", status=Status.NOT_COVERED)
-        return Way("update" if address == "auto" else address)
+        return Way(told(address))
+
+    def invites(self, sa: SaName, address: Address) -> bool:
+        """Whether the mobile node's own agent is to be told to go to the other gateway, instead of an offer.
+
+        Must ask nobody. Errors: UnknownSaError, RefusedError if `address` is "invite" and that is not
+        possible.
+        """
+        if address == "invite":
+            raise RefusedError("this gateway cannot invite mobile nodes", status=Status.NOT_COVERED)
+        return False
+
+    async def invite(self, sa: SaName, to: str) -> None:
+        """Tell the mobile node's agent to ask the gateway `to` for its SA. Errors: as `export`."""
+        raise RefusedError("this gateway cannot invite mobile nodes", status=Status.NOT_COVERED)
 
     # A source that sends packets on to the gateway that has an SA now (`ikectx.wire.whereabouts`):
 

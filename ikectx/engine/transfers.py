@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace as changed
 
-from ikectx.errors import BusyError, IkectxError, StateError, UnknownSaError
+from ikectx.errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
 from ikectx.mistakes import log_mistake
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
@@ -14,12 +14,12 @@ from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctc
 
 from .dry_run import DryRun
-from .effects import Recorded
+from .effects import Invite, Invites, Recorded
 from .journaled import Parts
 from .occasion import Occasion
 from .old_gateway import Outgoing
 from .ports import Address
-from .procedures import Cancelled, Gate, Opened, Pause, Steps, Turn, log
+from .procedures import Cancelled, Do, Gate, Opened, Pause, Steps, Turn, log
 from .report import TransferReport
 from .tables import SourceInput, SourceState
 
@@ -30,6 +30,10 @@ CANCELLABLE = frozenset(
     }
 )
 
+INVITED = 10.0
+"""Seconds for an invited mobile node to come to the other gateway."""
+_LOOK = 0.02
+"""Seconds between two looks whether it has come."""
 Allowed = Callable[[IkeContext], Steps[None]]
 """Raises the reason why the SA of that context may not be moved: RefusedError, WireError, StoreError."""
 
@@ -40,6 +44,8 @@ class Transfers:
     def __init__(self, parts: Parts) -> None:
         self.open: dict[bytes, Outgoing] = {}
         self._parts = parts
+        self._invited: dict[SaName, TransferReport | None] = {}
+        """SAs whose mobile node was invited to go elsewhere, and how it went there."""
         self._asked_for: dict[SaName, Gate] = {}
         """SAs that an operator, or a peer with the right `pull`, moves; the event is set at the end. They
         keep the SA's turn between two attempts, too."""
@@ -138,8 +144,17 @@ class Transfers:
         dry_run: bool = False,
         ticket: int = 0,
     ) -> Steps[TransferReport]:
-        """Move the SA; how it ended. Errors: UnknownSaError, BusyError (it is being moved)."""
+        """Move the SA; how it ended. Errors: UnknownSaError, BusyError (it is being moved), RefusedError (its
+        mobile node cannot be invited)."""
+        # asked before the turn, because nothing may come between it and `_asked_for`
+        invites: bool = not dry_run and (yield Invites(sa, address))
         yield from self._turn(sa)
+        if invites:
+            invited = yield from self._invite(peer, sa, address)
+            if invited is not None:
+                return invited
+            address = "relay"
+            yield from self._turn(sa)
         if dry_run:
             dry = DryRun(
                 self._parts, peer, sa=sa, transfer_id=self._parts.fresh(8), occasion=Occasion(address)
@@ -162,6 +177,36 @@ class Transfers:
         finally:
             del self._asked_for[sa]
             self._parts.scheduler.open(over)
+
+    def _invite(self, peer: PeerConfig, sa: SaName, address: Address) -> Steps[TransferReport | None]:
+        """Invite the mobile node, and wait until it has come to the peer. None: it did not, and need not.
+
+        Errors: RefusedError, those of the export.
+        """
+        why, self._invited[sa] = "its agent did not answer", None
+        over = self._asked_for[sa] = Gate()
+        try:
+            try:
+                yield Do(Invite(sa, peer.name), self._parts.fresh(8))
+            finally:
+                del self._asked_for[sa]
+                self._parts.scheduler.open(over)
+            until = self._parts.now + INVITED
+            while self._parts.now < until:
+                report = self._invited[sa]
+                if report is not None and report.result in ("moved", "in-doubt"):
+                    return changed(report, why="its agent was invited")
+                yield Pause(self._parts.now + _LOOK)
+            why = "its agent was invited, and did not ask there for its SA"
+        except LinkError as error:
+            why = str(error)
+        finally:
+            del self._invited[sa]
+        if address == "invite":
+            hint = "its agent's log says why: is the gateway in its configuration? Else --address relay"
+            raise RefusedError(f"the MN did not go to {peer.name}: {why}", hint=hint)
+        log.warning("%s is relayed to %s: %s", sa, peer.name, why)
+        return None
 
     def _attempt(self, peer: PeerConfig, sa: SaName, address: Address, ticket: int) -> Steps[TransferReport]:
         run = Outgoing(
@@ -264,5 +309,7 @@ class Transfers:
 
     def _close(self, run: Outgoing) -> None:
         self.open.pop(run.transfer_id, None)
+        if run.sa in self._invited:
+            self._invited[run.sa] = run.report()
         self._parts.scheduler.open(run.awaited)
         self._parts.scheduler.open(run.over)

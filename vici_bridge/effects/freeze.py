@@ -28,7 +28,7 @@ from ikectx.errors import BusyError
 from ikectx.sa.context import ChildContext, FinalChild, FinalState, IkeContext, ReplayState
 from vici_bridge.vici.views import SaView
 
-from .leaving import LIVING, Leaving, in_the_way, last_request, outbound_of
+from .leaving import LIVING, Inviter, Leaving, in_the_way, last_request, outbound_of
 from .runner import Facts, LedgerStep, StepEffect, with_context
 
 IDLE_TIMEOUT = 3.0
@@ -41,10 +41,11 @@ QUIET = 1.0
 @dataclass(slots=True)
 class Freezing(Leaving):
     """known: the SA with the message IDs that were found. listed: charon's last view. final: its ESP SAs as
-    they were left."""
+    they were left. inviter: tells the mobile node's agent of another gateway."""
 
     known: IkeContext | None = None
     listed: SaView | None = None
+    inviter: Inviter | None = None
     final: tuple[FinalChild, ...] = ()
 
     def result(self) -> FinalState:
@@ -68,12 +69,12 @@ class Freezing(Leaving):
         return self.sending and self.host.kernel is not None
 
 
-async def _hear_nothing(work: Freezing) -> None:
+async def hear_nothing(work: Freezing) -> None:
     work.host.mute.mute_in(work.sa)
 
 
 @trace.spanned("charon idle")
-async def _wait(work: Freezing) -> None:
+async def wait(work: Freezing) -> None:
     """If `away`, an exchange that waits for the absent mobile node may be open, if a second look finds it,
     too, or if it is older than `QUIET`."""
     if work.host.quiet(work.sa) > QUIET:
@@ -90,11 +91,11 @@ async def _wait(work: Freezing) -> None:
         await asyncio.sleep(0.05)
 
 
-async def _say_nothing(work: Freezing) -> None:
+async def say_nothing(work: Freezing) -> None:
     work.host.mute.mute_out(work.sa)
 
 
-async def _find_ids(work: Freezing) -> None:
+async def find_ids(work: Freezing) -> None:
     """Find the message IDs. charon reports the next one over HA when it sends a request, not when that is
     answered. With the SA muted no answer arrives any more, so the mobile node expects that ID or the one
     before it."""
@@ -237,8 +238,8 @@ then does the rest, or the thaw takes it back."""
 FREEZE: LedgerStep[Freezing] = LedgerStep(
     "freeze",
     (
-        StepEffect("charon hears nothing", _hear_nothing),
-        StepEffect("charon ends its exchange", _wait),
+        StepEffect("charon hears nothing", hear_nothing),
+        StepEffect("charon ends its exchange", wait),
         StepEffect("ESP goes on", _go_on, when=lambda work: work.goes_on),
         StepEffect(
             "policies are noted",
@@ -246,8 +247,8 @@ FREEZE: LedgerStep[Freezing] = LedgerStep(
             when=lambda work: _stops(work) and work.host.kernel is not None,
         ),
         StepEffect("ESP stops", _stop, when=_stops),
-        StepEffect("charon says nothing", _say_nothing),
-        StepEffect("message IDs", _find_ids),
+        StepEffect("charon says nothing", say_nothing),
+        StepEffect("message IDs", find_ids),
         # written together with the journal's next state, which says that the SA was let go
         StepEffect("counters", _read_counters, soon=True),
     ),

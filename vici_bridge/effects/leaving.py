@@ -16,6 +16,9 @@ from vici_bridge.vici.views import SaView
 Ender = Callable[[IkeContext, Sequence[int]], Awaitable[bool]]
 """Deletes the SA of a context at its mobile node, under each of the message IDs; returns whether it
 answered."""
+Inviter = Callable[[IkeContext, int, str], Awaitable[int]]
+"""Tells the agent of the mobile node of a context to ask the gateway of that name, under that message ID;
+returns the next one. Errors: LinkError (silent)."""
 SCRIPT_LIMIT = 25.0
 """Seconds for the calls of the updown script for one SA. Slower ones are repeated later."""
 LIVING = ("INSTALLED",)

@@ -20,7 +20,7 @@ from typing import Any
 from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource, RelayTo, Way
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.tables import OSEQ_JUMP
-from ikectx.errors import BusyError, CharonError, IkectxError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, IkectxError, RefusedError, UnknownSaError
 from ikectx.numbers import Status
 from ikectx.sa.context import Address, ChildContext, FinalChild, FinalState, IkeContext, PeerContext
 from ikectx.sa.keys import esp_keys
@@ -32,7 +32,7 @@ from vici_bridge.kernel.nat_relay import forwards_packets
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_ports, check_told
-from vici_bridge.policy.ways import check_relay, reason, wanted
+from vici_bridge.policy.ways import behind_nat, check_relay, reason, wanted
 from vici_bridge.vici.views import (
     ChildView,
     SaView,
@@ -43,7 +43,8 @@ from vici_bridge.vici.views import (
 )
 
 from .freeze import DIVERT, FREEZE, Freezing, goes_on_still, stop_at_last
-from .leaving import LIVING, Ender, Leaving, in_the_way, last_request
+from .invite import INVITE
+from .leaving import LIVING, Ender, Inviter, Leaving, in_the_way, last_request
 from .release import RELEASE
 from .runner import Runner, context_of
 from .thaw import THAW
@@ -58,12 +59,20 @@ _LEAVING = ("REKEYED", "DELETING", "DELETED")
 class CharonSource(ContextSource):
     """A `ContextSource` on a running charon."""
 
-    def __init__(self, host: CharonHost, mover: Mover, ender: Ender | None = None) -> None:
-        """`mover` and `ender` must reach the mobile node while the SA is muted, by the mark `mute.MARK`."""
+    def __init__(
+        self,
+        host: CharonHost,
+        mover: Mover,
+        ender: Ender | None = None,
+        inviter: Inviter | None = None,
+    ) -> None:
+        """`mover`, `ender` and `inviter` must reach the mobile node while the SA is muted, by the mark
+        `mute.MARK`."""
         self._host = host
         self._mover = mover
         self._ender = ender
-        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, DIVERT, FREEZE, THAW, RELEASE)
+        self._inviter = inviter
+        self._runner: Runner[Any] = Runner(host.leaving, host.spawn, DIVERT, FREEZE, THAW, RELEASE, INVITE)
         self.departing: set[SaName] = set()
         """SAs charon is destroying (their updown script runs): not listed, still in the kernel."""
         self._reqids: dict[SaName, frozenset[int]] = {}
@@ -210,6 +219,8 @@ class CharonSource(ContextSource):
         host = self._host
         with contextlib.suppress(IkectxError):
             context = relocate(host.context(view.spis), local=view.local, remote=view.remote)
+            if self.invites(view.spis, "auto"):
+                return "invite", "it is behind a NAT, and has an agent"
             relayed_by = host.origins.relayed_by(context)
             if wanted(context, "", "auto", relayed_by, kernel_esp=host.kernel is not None) == "relay":
                 return "relay", reason(context, "", relayed_by)
@@ -218,6 +229,8 @@ class CharonSource(ContextSource):
     async def choose(self, context: IkeContext, to: str, address: Wish) -> Way:
         """See `ContextSource.choose`."""
         host = self._host
+        if self.invites(context.spis, address):
+            return Way("mn", "its agent is invited")
         relayed_by = host.origins.relayed_by(context)
         way = wanted(context, to, address, relayed_by, kernel_esp=host.kernel is not None)
         if way != "relay":
@@ -229,6 +242,43 @@ class CharonSource(ContextSource):
         forwards = forwards_packets(context.remote.address.version)
         check_relay(context, await host.views(), forwards=forwards, able=passing.able)
         return Way(way, why, passing.seen_at(context))
+
+    def invites(self, sa: SaName, address: Wish) -> bool:
+        """See `ContextSource.invites`."""
+        if address != "invite" and (address != "auto" or self._inviter is None):
+            return False
+        host, context = self._host, self._host.context(sa)
+        able = self._inviter is not None and host.has_agent(context)
+        if address == "invite" and not able:
+            raise RefusedError(
+                "the MN is not known to have an agent, so nobody there would understand an invitation",
+                hint="--address relay; or agents = true for its connection, if its MNs have one",
+                status=Status.NOT_COVERED,
+            )
+        if address == "invite":
+            return True
+        return able and host.kernel is not None and behind_nat(context)
+
+    async def invite(self, sa: SaName, to: str) -> None:
+        """See `ContextSource.invite`."""
+        host = self._host
+        context = await self.export(sa)
+        work = Freezing(host, context, self._mover, partial(self._view, sa), to=to, inviter=self._inviter)
+        try:
+            await self._runner.run(INVITE, work)
+        except BaseException:
+            await self._take_back(context, 0)
+            raise
+
+    async def _end_invitation(self, sa: SaName) -> None:
+        """An agent before this one was ended while it invited: charon is to speak again."""
+        view = await self._host.view(sa)
+        if view is None:
+            self._host.mute.unmute(sa)
+            self._host.leaving.drop(sa)
+            return
+        context = relocate(self._host.context(sa), local=view.local, remote=view.remote)
+        await self._take_back(context, 0)
 
     async def freeze(
         self,
@@ -363,6 +413,9 @@ class CharonSource(ContextSource):
                 self._end_sending(context_of(row) if row.context else self._host.context(row.sa))
             except IkectxError as error:
                 log.error("SA %s: ESP that goes on is not ended by the agent's start: %s", row.sa, error)
+        for row in self._host.leaving.all():
+            if row.step == INVITE.name:
+                self._host.spawn(self._end_invitation(row.sa))
         self._host.away.restore()
         self._runner.resume(lambda sa, context: self._leaving(context))
 

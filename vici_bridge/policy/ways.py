@@ -34,7 +34,7 @@ def wanted(context: IkeContext, to: str, wish: Address, relayed_by: str, *, kern
             status=Status.NOT_COVERED,
         )
     if wish != "auto":
-        return wish
+        return "mn" if wish == "invite" else wish
     if relayed_by or (kernel_esp and behind_nat(context)) or not context.extensions & EXT_MOBIKE:
         return "relay"
     return "update"

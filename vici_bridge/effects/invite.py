@@ -1,0 +1,62 @@
+"""Invite: the mobile node's agent is told to ask another gateway for its SA, over the SA itself.
+
+1. Mute the mobile node's messages to charon, wait until charon has ended its exchange, and mute charon's own.
+2. Note charon's next message ID, then send the invitation under it. A step that begins anew sends the same
+   octets, and the mobile node answers them as it did before.
+3. Tell charon which message ID is next, and unmute it. It had to wait, because it would use that ID.
+
+ESP is not touched. A mobile node that does not answer is dead for charon, too, which finds that out by
+itself.
+"""
+
+from __future__ import annotations
+
+from vici_bridge.ha import messages as ha
+
+from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
+from .runner import Facts, LedgerStep, StepEffect
+
+INVITE_LIMIT = 15.0
+"""Seconds for the mobile node to answer."""
+
+
+async def _note_id(work: Freezing) -> Facts:
+    await find_ids(work)
+    assert work.known is not None
+    return {"request": work.known.mid_initiator}
+
+
+async def _invite(work: Freezing) -> Facts:
+    request = work.facts.request
+    assert request is not None and work.inviter is not None
+    return {"request": await work.inviter(work.context, request, work.to)}
+
+
+async def _tell_id(work: Freezing) -> None:
+    host = work.host
+    message = ha.ike_mid(
+        await host.version(), ha.IkeId.of(work.context.current), initiator=True, mid=work.facts.request or 0
+    )
+    await host.send([message])
+    host.record.feed(message)
+    host.save()
+
+
+async def _speak(work: Freezing) -> None:
+    work.host.mute.unmute(work.sa)
+
+
+INVITE: LedgerStep[Freezing] = LedgerStep(
+    "invite",
+    (
+        StepEffect("charon hears nothing", hear_nothing),
+        StepEffect("charon ends its exchange", wait),
+        StepEffect("charon says nothing", say_nothing),
+        StepEffect("message ID", _note_id),
+        StepEffect("invitation", _invite, limit=INVITE_LIMIT, needed=False),
+        StepEffect("charon knows the ID", _tell_id),
+        StepEffect("charon speaks", _speak),
+    ),
+    ends=True,
+    journaled=False,
+)
