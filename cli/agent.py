@@ -43,12 +43,13 @@ from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response
 
 from . import __version__, service
-from .config import Config
+from .config import ByPacketConfig, Config
 from .detours import find, names, need_ways
 from .move_log import log_event
 from .movers import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .requests import GATEWAY, plain_address
+from .roaming import passed_on
 from .settings import charon_numbers, left_quietly
 from .views import charon_json, chosen, sa_name, view_json
 
@@ -157,6 +158,7 @@ class Agent:
         self._doors: list[Door] = []
         self._mn_server: MnServer | None = None
         self._watcher: Watcher | None = None
+        self._host.away.passing.began = self._watch
         tls = dial = None
         if config.transfer.transport == "ipsec":
             self._guard = SpdGuard()
@@ -227,16 +229,7 @@ class Agent:
             self._mn_server = MnServer(listen, self._gateway.ctar, mobile.rate, mobile.source_rate)
             await self._mn_server.start()
         if self._config.by_packet is not None:
-            bounds = self._config.by_packet
-            self._watcher = Watcher(
-                self._config.gateway.addresses,
-                self._is_here,
-                self._ask_for,
-                memory=bounds.memory,
-                rate=bounds.rate,
-                mark=MARK,
-            )
-            self._watcher.start()
+            self._watch()
         await self._control.start()
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
@@ -260,9 +253,24 @@ class Agent:
     def _is_here(self, sa: SaName) -> bool:
         return sa in self._host.record
 
+    def _watch(self) -> None:
+        """Hear IKE of SAs that are not here, for [by_packet] or for relayed mobile nodes."""
+        if self._watcher is None:
+            bounds = self._config.by_packet or ByPacketConfig(())
+            self._watcher = Watcher(
+                self._config.gateway.addresses,
+                self._is_here,
+                self._ask_for,
+                memory=bounds.memory,
+                rate=bounds.rate,
+                mark=MARK,
+            )
+            self._watcher.start()
+
     async def _ask_for(self, datagrams: tuple[bytes, ...], local: Endpoint, remote: Endpoint) -> bool:
         """An IKE message of an SA that is not here arrived: get the SA from one of [by_packet] ask."""
-        assert self._config.by_packet is not None
+        if await passed_on(self._host.away, datagrams, local, remote) or self._config.by_packet is None:
+            return False
         report = await self._gateway.packet(datagrams, local, remote, self._config.by_packet.ask)
         return report is not None and report.result == "moved"
 

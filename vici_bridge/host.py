@@ -129,7 +129,7 @@ class CharonHost:
             store, self.kernel, self.detour, config.forward_via, announced=config.announced, nat=self.nat
         )
         self.origins = Origins(store)
-        self._reloads = Reloads(self.mute, self.doubts, self.spawn)
+        self._reloads = Reloads(self.mute, self.doubts, self.away.passing, self.spawn)
         self._routes: RouteEvents | None = None
         self.record = Record()
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)

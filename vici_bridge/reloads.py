@@ -1,7 +1,7 @@
 """`Reloads`: a reloaded firewall (`nft flush ruleset`) removes the tables of the agent: they are made again.
 
-SAs that were muted are muted again. Until then, some hundredths of a second, the kernel notes no message
-IDs; charon reports those to the agent, so no SA is in doubt by that. I/O.
+SAs that were muted are muted again, and mobile nodes are relayed again. Until then, some hundredths of a
+second, the kernel notes no message IDs; charon reports those to the agent, so no SA is in doubt by that. I/O.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ikectx.errors import KernelError
+from vici_bridge.away.passing import Passing
 from vici_bridge.doubts import Doubts
-from vici_bridge.kernel import message_ids, mute
+from vici_bridge.kernel import message_ids, mute, nat_relay
 from vici_bridge.kernel.nft_events import NftEvents
 
 log = logging.getLogger(__name__)
@@ -23,9 +24,14 @@ class Reloads:
     """`spawn` runs a coroutine in the background."""
 
     def __init__(
-        self, muted: mute.Mute, doubts: Doubts, spawn: Callable[[Coroutine[Any, Any, None]], None]
+        self,
+        muted: mute.Mute,
+        doubts: Doubts,
+        passing: Passing,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._mute = muted
+        self._passing = passing
         self._doubts = doubts
         self._spawn = spawn
         self._turn = asyncio.Lock()
@@ -34,7 +40,9 @@ class Reloads:
     def watch(self) -> None:
         """From now on. If the kernel does not let the agent listen, that is logged."""
         try:
-            self._events = NftEvents((mute.TABLE, message_ids.TABLE), self._ports, self._removed)
+            self._events = NftEvents(
+                (mute.TABLE, message_ids.TABLE, nat_relay.TABLE), self._ports, self._removed
+            )
         except KernelError as error:
             log.warning("a reload of the firewall will be noticed only by the next freeze: %s", error)
 
@@ -44,7 +52,7 @@ class Reloads:
             self._events.close()
 
     def _ports(self) -> tuple[int, ...]:
-        return (self._mute.port, self._doubts.noted.port)
+        return (self._mute.port, self._doubts.noted.port, self._passing.port)
 
     def _removed(self) -> None:
         self._spawn(self._make_again())
@@ -54,6 +62,7 @@ class Reloads:
             try:
                 stood = await asyncio.to_thread(self._mute.prepare)
                 stood &= await self._doubts.again()
+                await asyncio.to_thread(self._passing.again)
                 if not stood:
                     log.warning("somebody removed nftables rules of this agent (a reload?): they are back")
             except KernelError as error:

@@ -249,7 +249,7 @@ class Grants:
                     f"{len(found)} IKE_SAs with {message.mn}, and none was named", status=Status.AMBIGUOUS
                 )
             sa = found[0]
-        report = yield from self._transfers.transfer(line.peer, sa, "auto", dry_run=check)
+        report = yield from self._transfers.transfer(line.peer, sa, "auto", dry_run=check, pulled=True)
         if check:
             # the peer knows its own verdicts, if the transfer came as far as its check
             return None if report.status is Status.OK or report.result == "refused" else report.status

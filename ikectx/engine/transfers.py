@@ -143,13 +143,16 @@ class Transfers:
         address: Address = "update",
         dry_run: bool = False,
         ticket: int = 0,
+        pulled: bool = False,
     ) -> Steps[TransferReport]:
-        """Move the SA; how it ended. Errors: UnknownSaError, BusyError (it is being moved), RefusedError (its
-        mobile node cannot be invited)."""
+        """Move the SA; how it ended. `pulled`: the peer asked for it, and waits for an offer. Errors:
+        UnknownSaError, BusyError (it is being moved), RefusedError (its mobile node cannot be invited)."""
         # asked before the turn, because nothing may come between it and `_asked_for`
-        invites: bool = not dry_run and (yield Invites(sa, address))
+        invites: bool = not pulled and (yield Invites(sa, address))
         yield from self._turn(sa)
-        if invites:
+        if dry_run and invites:
+            address = "invite"
+        elif invites:
             invited = yield from self._invite(peer, sa, address)
             if invited is not None:
                 return invited

@@ -6,13 +6,15 @@ The giving gateway sends only one: that somebody ended the SA there while it was
 A CTD whose MN address is 0.0.0.0, since it is about no transfer, with one block WHEREABOUTS and nothing else,
 which holds for each SA
 
-    what u8 (1 here, 2 moved, 3 ended, 4 end it) | octets of the name u8 | SPIi 8 | SPIr 8 | epoch u64 | name
+    what u8 | octets of the name u8 | SPIi 8 | SPIr 8 | epoch u64 | name
+
+    what: 1 here, 2 moved, 3 ended, 4 end it, 5 renamed
 
 A zero octet, or the end, ends the list, because blocks are padded with zeros (RFC 4067, 2.4). The SPIs are
 those that the SA had when it was handed on, and the epoch is the first of the gateway that took it; together
 they identify the hand-over, whatever SPIs the SA has had since. The name is that of the gateway it moved to,
-else it is empty. A CTDR with S = 1 acknowledges the notice; a peer that does not know WHEREABOUTS answers
-with S = 0 and MALFORMED, as to any CTD that does not parse. Pure.
+or its present SPIs (renamed), else it is empty. A CTDR with S = 1 acknowledges the notice; a peer that does
+not know WHEREABOUTS answers with S = 0 and MALFORMED, as to any CTD that does not parse. Pure.
 """
 
 from __future__ import annotations
@@ -44,12 +46,14 @@ class What(OpenEnum):
     END = 4
     """From the gateway that gave the SA: it was ended there while it left, and the gateway that has it must
     end it."""
+    RENAMED = 5
+    """The sender has the SA, under other IKE SPIs: the gateway that gave it relays its mobile node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """The news about one SA. `sa`: its SPIs when it was handed on. `to`: with MOVED, the gateway that has
-    it."""
+    """The news about one SA. `sa`: its SPIs when it was handed on. `to`: with MOVED, the gateway that has it;
+    with RENAMED its present SPIs, 32 hexadecimal digits."""
 
     sa: SaName
     epoch: int
@@ -63,8 +67,10 @@ class Whereabouts:
             raise ValueError(f"epoch {self.epoch} does not fit in 64 bits")
         if not 0 < self.what < 256:
             raise ValueError(f"{int(self.what)} says nothing of an SA")
-        if (self.what == What.MOVED) != bool(self.to):
+        if (self.what in (What.MOVED, What.RENAMED)) != bool(self.to):
             raise ValueError("the gateway an SA is at is named where it has moved, and only there")
+        if self.what == What.RENAMED:
+            SaName.from_key(self.to)
         if len(self.to.encode()) > 255 or not self.to.isprintable():
             raise ValueError("a gateway's name has 255 octets at most, all of them printable")
 
@@ -73,6 +79,9 @@ class Whereabouts:
         name = self.to.encode()
         out = Writer().u8(self.what).u8(len(name)).octets(self.sa[0] + self.sa[1])
         return out.u64(self.epoch).octets(name).done()
+
+
+_KNOWN = (What.HERE, What.MOVED, What.ENDED, What.END, What.RENAMED)
 
 
 def notice(all_news: Iterable[Whereabouts]) -> tuple[Ctd, list[Whereabouts]]:
@@ -108,7 +117,7 @@ def parse_notice(message: Ctd) -> tuple[Whereabouts, ...]:
             size = reader.u8("octets of the name")
             sa = SaName(reader.octets(8, "SPIi"), reader.octets(8, "SPIr"))
             epoch, name = reader.u64("epoch"), reader.octets(size, "name")
-            if what not in (What.HERE, What.MOVED, What.ENDED, What.END):
+            if what not in _KNOWN:
                 continue
             try:
                 found.append(Whereabouts(sa, epoch, what, name.decode()))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ikectx.errors import UsageError, WireError
 from ikectx.numbers import Notify, Protocol
 from ikectx.wire.payloads import NotifyPayload, parse_payloads, serialize_payloads
-from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
+from mobike_ext.notify import Invitation, Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 from tests.vector_text import read_vectors
 
 IN, OUT, NEW = b"\xc1\0\0\1", b"\xc2\0\0\2", b"\xc9\x12\x34\x56"
@@ -207,3 +207,17 @@ def test_damaged_vectors_raise_only_wire_errors(name: str, place: int, change: i
     except WireError:
         return
     assert serialize_payloads([notify])[1][4:] == bytes(octets)
+
+
+def test_an_invitation() -> None:
+    told = Invitation("nsg").serialize()
+    assert (told.notify, told.protocol, told.spi, told.data) == (41963, Protocol.NONE, b"", b"\1nsg")
+    assert Invitation.parse(payload(serialize_payloads([told])[1][4:])) == Invitation("nsg")
+    for data in (b"", b"\1", b"\2nsg", b"\1\xff", b"\1" + bytes(256)):
+        with pytest.raises(WireError):
+            Invitation.parse(NotifyPayload(Notify.INVITATION, data))
+    with pytest.raises(WireError):
+        Invitation.parse(NotifyPayload(Notify.INVITATION, b"\1nsg", ESP, IN))
+    for name in ("", "x" * 256):
+        with pytest.raises(UsageError):
+            Invitation(name)

@@ -26,7 +26,7 @@ from ikectx.wire.ikev2 import strip_marker as strip
 from ikectx.wire.payloads import AnyPayload, DeletePayload, NotifyPayload, RawPayload
 from mobike_ext.address_update import Condition
 from mobike_ext.naming import MOST, Renaming, ask, ask_peer
-from mobike_ext.notify import Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
+from mobike_ext.notify import Invitation, Reason, UpdateSpi, UpdateSpiRefused, UpdateSpiSupported
 from mobike_ext.responder import (
     TABLE,
     Action,
@@ -431,3 +431,13 @@ def test_authentic_nonsense_never_raises(notifies: list[NotifyPayload]) -> None:
         if isinstance(event, Asked):
             machine.answer(IV, 0)
             read(machine, NSG)
+
+
+def test_an_invitation_is_reported_by_who_watches_alone() -> None:
+    told = request(Invitation("nsg").serialize())
+    machine = responder(role=ResponderRole.WATCH)
+    event = asked(machine, told)
+    assert (event.invitation, event.pairs, event.moves) == ("nsg", (), False)
+    machine = responder()
+    machine.receive(told[0], NSG, 0)
+    assert (machine.others, machine.next_event()) == (1, None)

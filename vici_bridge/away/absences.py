@@ -23,7 +23,7 @@ from ipaddress import ip_network
 
 from ikectx.engine.ports import Store
 from ikectx.errors import KernelError, StoreError, UnknownSaError
-from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.kernel.detour import Detour
 from vici_bridge.kernel.kernel import Kernel
@@ -44,6 +44,8 @@ Pair = tuple[Sequence[Network], Sequence[Network]]
 Ways = dict[tuple[str, int], int]
 """Devices by gateway and IP version, 0: there is no way."""
 _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
+GUESTS = 3
+"""Places of a relayed mobile node beside the one that it had when it left."""
 KIND = "detour"
 """Kind of store entry, by the name that the SA had when it left: a `Departure`."""
 
@@ -147,7 +149,7 @@ class Away:
         self._keep(row)
         self._shut(row)
         self._send_on(row)
-        self.passing.put(row.key, row.passed_on)
+        self._pass_on(None, row)
 
     def _one_armed(self, row: Departure) -> tuple[str, ...]:
         """Prefixes whose packets would leave by the same device without the detour.
@@ -200,6 +202,37 @@ class Away:
         """Whether that SA left, and its mobile node stays at this gateway's address."""
         row = self._rows.get(sa.key)
         return row is not None and row.passed_on is not None
+
+    def relayed(self, name: SaName) -> Departure | None:
+        """The SA that left and whose mobile node stays at this gateway's address, by its name at either
+        gateway."""
+        return next(
+            (row for row in self._rows.values() if row.rules and name in (row.sa, row.known_as)), None
+        )
+
+    def roamed(self, row: Departure, mn: Endpoint, ours: Endpoint) -> NatRule | None:
+        """A relayed mobile node sends from `mn` to `ours`: pass its packets on from there, too.
+
+        The other gateway decides whether it is really there. None: they are passed on already. Errors:
+        KernelError, StoreError, BusyError.
+        """
+        if row.relay is None or any((rule.mn, rule.ours) == (mn, ours) for rule in row.rules.values()):
+            return None
+        guest = NatRule(mn, ours, self.passing.free_port(), row.relay.to)
+        log.info("%s sends from %s now: its packets are passed on from there, too", row.mn, mn)
+        self._change(row, replace(row, guests=(*row.guests, guest)[-GUESTS:]))
+        return guest
+
+    def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName) -> None:
+        """The SA has another name at the gateway that it was given to. Errors: KernelError, StoreError."""
+        row = self._rows.get(sa.key)
+        if row is not None and (row.epoch, row.peer) == (epoch, peer):
+            self._change(row, replace(row, known_as=name))
+
+    def _pass_on(self, row: Departure | None, now: Departure | None) -> None:
+        before, after = ({} if one is None else one.rules for one in (row, now))
+        for key in {**before, **after}:
+            self.passing.put(key, after.get(key))
 
     def hear(self, peer: str, sa: SaName, epoch: int, news: News, to: str) -> Departure | None:
         """Take in the peer's notice about an SA that was given to it, `to` with MOVED. None: it has no say in
@@ -304,7 +337,7 @@ class Away:
         except KernelError as error:
             log.error("what an agent before this one left in the kernel stays there: %s", error)
         try:
-            self.passing.restore({row.key: rule for row in rows if (rule := row.passed_on) is not None})
+            self.passing.restore({key: rule for row in rows for key, rule in row.rules.items()})
         except KernelError as error:
             log.error("packets of relayed mobile nodes are not passed on: %s", error)
         ways: Ways = {}
@@ -411,10 +444,9 @@ class Away:
             now = self._led(now) if now.peer else now
             self._keep(now)
             self._shut(now)
-            self.passing.put(now.key, now.passed_on)
         else:
             self._leave_out(row.key)
-            self.passing.put(row.key, None)
+        self._pass_on(row, now)
         others = self._candidates(row.mn, row.names)
         wanted = {prefix for other in others for prefix in other.sent_on}
         self._detour.remove(sorted(set(row.sent_on) - wanted))

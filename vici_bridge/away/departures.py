@@ -126,7 +126,8 @@ class Departure:
     before them, for packets that are sent on. `closed`: prefixes with an unreachable route, because policies
     have no effect: ESP is in user space, or the way to the other gateway leads through the device by which
     packets leave anyway. `relay`: the mobile node stays at this gateway's address, and its packets are passed
-    on.
+    on; `guests`: other places from which it has sent since, and `known_as`: its name at the other gateway, if
+    that is another one.
     """
 
     sa: SaName
@@ -143,6 +144,8 @@ class Departure:
     allows: tuple[KernelPolicy, ...] = ()
     closed: tuple[str, ...] = ()
     relay: NatRule | None = None
+    guests: tuple[NatRule, ...] = ()
+    known_as: SaName | None = None
 
     @property
     def key(self) -> str:
@@ -170,6 +173,14 @@ class Departure:
             return None
         return replace(self.relay, esp=self.stage is not Stage.LEAVING)
 
+    @property
+    def rules(self) -> dict[str, NatRule]:
+        """What is passed on now, by a key for each."""
+        now = self.passed_on
+        if now is None:
+            return {}
+        return {self.key: now} | {f"{self.key} {guest.port}": guest for guest in self.guests}
+
     def told(self, news: News) -> Departure:
         """The departure after this event, see `STAGES`."""
         return replace(self, stage=STAGES[self.stage, news])
@@ -192,7 +203,7 @@ class Departure:
             blocks=tuple(p for p in self.blocks if not _covered(p, children, same)),
             allows=tuple(p for p in self.allows if not _covered(p, children, same)),
         )
-        return replace(left, relay=None) if same and left != self else left
+        return replace(left, relay=None, guests=()) if same and left != self else left
 
     @property
     def empty(self) -> bool:
@@ -218,6 +229,8 @@ class Departure:
                 "allows": [policy.raw.hex() for policy in self.allows],
                 "closed": self.closed,
                 "relay": None if self.relay is None else rule_to_json(self.relay),
+                "guests": [rule_to_json(guest) for guest in self.guests],
+                "known_as": None if self.known_as is None else self.known_as.key,
             }
         ).encode()
 
@@ -252,7 +265,9 @@ class Departure:
                 blocks=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["blocks"]),
                 allows=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found["allows"]),
                 closed=tuple(found["closed"]),
-                relay=rule_from_json(found.get("relay")),
+                relay=rule_from_json(found["relay"]) if found.get("relay") else None,
+                guests=tuple(rule_from_json(one) for one in found.get("guests", ())),
+                known_as=SaName.from_key(found["known_as"]) if found.get("known_as") else None,
             )
         except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
             raise StoreError(f"the departure {key} cannot be read: {error}") from None

@@ -47,6 +47,9 @@ class Follow:
             if name is not None:
                 self._end(name)
             return
+        if news.what == What.RENAMED:
+            self._away.renamed(peer, news.sa, news.epoch, SaName.from_key(news.to))
+            return
         kind = _NEWS[news.what]
         departure = self._away.hear(peer, news.sa, news.epoch, kind, news.to)
         if departure is not None:

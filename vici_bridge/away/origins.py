@@ -165,6 +165,8 @@ class Origins:
         """An IKE_SA was rekeyed here, or got other SPIs in another way."""
         for row in self._now(old, Place.HERE):
             self._keep(replace(row, now=new))
+            if row.relay:
+                self._tell(row, What.RENAMED, new.key)
 
     def left(self, departure: Departure) -> None:
         """The SA moved on from here; a peer that has it back needs no notice about it."""

@@ -8,7 +8,7 @@ them: ESP without UDP under an SPI that is not known can be led back only if the
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from ikectx.errors import BusyError
@@ -32,6 +32,8 @@ class Passing:
         """Keys of the mobile nodes whose ESP is not in UDP, by the other gateway's address and ours."""
         self._promised: dict[str, int] = {}
         """Ports of SAs that were offered to another gateway and have not left."""
+        self.began: Callable[[], None] = lambda: None
+        """Called when there is something to be passed on; set by who has to know that."""
 
     @property
     def able(self) -> bool:
@@ -41,14 +43,18 @@ class Passing:
     def seen_at(self, context: IkeContext) -> Endpoint:
         """The endpoint of this gateway that is to stand for the mobile node. Errors: BusyError."""
         key = context.spis.key
-        taken = {rule.port for rule in self._rules.values()} | set(self._promised.values())
         if key not in self._promised:
-            if len(taken) >= _PORTS // 2:
-                raise BusyError(f"{len(taken)} mobile nodes are relayed here, which is all that can be")
-            while (port := _FIRST_PORT + secrets.randbelow(_PORTS)) in taken:
-                pass
-            self._promised[key] = port
+            self._promised[key] = self.free_port()
         return Endpoint(context.local.address, self._promised[key])
+
+    def free_port(self) -> int:
+        """A port of this gateway that stands for nobody. Errors: BusyError."""
+        taken = {rule.port for rule in self._rules.values()} | set(self._promised.values())
+        if len(taken) >= _PORTS // 2:
+            raise BusyError(f"{len(taken)} mobile nodes are relayed here, which is all that can be")
+        while (port := _FIRST_PORT + secrets.randbelow(_PORTS)) in taken:
+            pass
+        return port
 
     def given_up(self, sa: SaName) -> None:
         """The SA does not leave, or has left by other means."""
@@ -64,7 +70,7 @@ class Passing:
     def put(self, key: str, rule: NatRule | None) -> None:
         """Begin or change a relay, None: end it. Idempotent. Errors: KernelError."""
         before = self._rules.get(key)
-        if self._nat is None or before == rule:
+        if before == rule:
             return
         others = {key} | self._group(before) | self._group(rule)
         old = self._with_alone(others)
@@ -74,9 +80,11 @@ class Passing:
         if rule is not None:
             self._rules[key] = rule
             self._enter(key, rule)
-        self._nat.change(old, self._with_alone(others))
+        if self._nat is not None:
+            self._nat.change(old, self._with_alone(others))
         if rule is not None:
             self._promised.pop(key, None)
+            self.began()
 
     def restore(self, rules: Mapping[str, NatRule]) -> None:
         """Have these, and no others. Errors: KernelError."""
@@ -86,6 +94,20 @@ class Passing:
             self._enter(key, rule)
         if self._nat is not None:
             self._nat.set(self._with_alone(rules))
+        if rules:
+            self.began()
+
+    def again(self) -> None:
+        """Make the relays again, because somebody removed nftables' rules. For any thread. Errors:
+        KernelError."""
+        rules = dict(self._rules)
+        if rules and self._nat is not None:
+            self._nat.set(self._with_alone(rules))
+
+    @property
+    def port(self) -> int:
+        """See `NatRelay.port`; 0: this host cannot pass packets on."""
+        return 0 if self._nat is None else self._nat.port
 
     def _enter(self, key: str, rule: NatRule) -> None:
         if rule.plain:

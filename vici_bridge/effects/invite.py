@@ -16,8 +16,14 @@ from vici_bridge.ha import messages as ha
 from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
 from .runner import Facts, LedgerStep, StepEffect
 
+SPEAKS = "charon speaks"
+"""The effect from whose beginning on charon uses message IDs of its own again."""
 INVITE_LIMIT = 15.0
 """Seconds for the mobile node to answer."""
+
+
+async def _begin(work: Freezing) -> None:
+    """Nothing but the note that it began, because no journal knows of it, and charon is muted next."""
 
 
 async def _note_id(work: Freezing) -> Facts:
@@ -49,13 +55,14 @@ async def _speak(work: Freezing) -> None:
 INVITE: LedgerStep[Freezing] = LedgerStep(
     "invite",
     (
+        StepEffect("invitation begins", _begin, once=True),
         StepEffect("charon hears nothing", hear_nothing),
         StepEffect("charon ends its exchange", wait),
         StepEffect("charon says nothing", say_nothing),
         StepEffect("message ID", _note_id),
         StepEffect("invitation", _invite, limit=INVITE_LIMIT, needed=False),
         StepEffect("charon knows the ID", _tell_id),
-        StepEffect("charon speaks", _speak),
+        StepEffect(SPEAKS, _speak, once=True),
     ),
     ends=True,
     journaled=False,

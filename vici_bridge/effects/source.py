@@ -43,7 +43,7 @@ from vici_bridge.vici.views import (
 )
 
 from .freeze import DIVERT, FREEZE, Freezing, goes_on_still, stop_at_last
-from .invite import INVITE
+from .invite import INVITE, SPEAKS
 from .leaving import LIVING, Ender, Inviter, Leaving, in_the_way, last_request
 from .release import RELEASE
 from .runner import Runner, context_of
@@ -229,7 +229,7 @@ class CharonSource(ContextSource):
     async def choose(self, context: IkeContext, to: str, address: Wish) -> Way:
         """See `ContextSource.choose`."""
         host = self._host
-        if self.invites(context.spis, address):
+        if address == "invite":
             return Way("mn", "its agent is invited")
         relayed_by = host.origins.relayed_by(context)
         way = wanted(context, to, address, relayed_by, kernel_esp=host.kernel is not None)
@@ -245,9 +245,13 @@ class CharonSource(ContextSource):
 
     def invites(self, sa: SaName, address: Wish) -> bool:
         """See `ContextSource.invites`."""
-        if address != "invite" and (address != "auto" or self._inviter is None):
+        if address not in ("invite", "auto"):
             return False
-        host, context = self._host, self._host.context(sa)
+        host = self._host
+        try:
+            context = host.context(sa)
+        except IkectxError:
+            return False  # the export says why it cannot be moved
         able = self._inviter is not None and host.has_agent(context)
         if address == "invite" and not able:
             raise RefusedError(
@@ -270,10 +274,11 @@ class CharonSource(ContextSource):
             await self._take_back(context, 0)
             raise
 
-    async def _end_invitation(self, sa: SaName) -> None:
-        """An agent before this one was ended while it invited: charon is to speak again."""
+    async def _end_invitation(self, sa: SaName, speaks: bool) -> None:
+        """An agent before this one was ended while it invited: charon is to speak again, if it does not
+        yet."""
         view = await self._host.view(sa)
-        if view is None:
+        if view is None or speaks:
             self._host.mute.unmute(sa)
             self._host.leaving.drop(sa)
             return
@@ -415,7 +420,7 @@ class CharonSource(ContextSource):
                 log.error("SA %s: ESP that goes on is not ended by the agent's start: %s", row.sa, error)
         for row in self._host.leaving.all():
             if row.step == INVITE.name:
-                self._host.spawn(self._end_invitation(row.sa))
+                self._host.spawn(self._end_invitation(row.sa, SPEAKS in (row.begun, *row.done)))
         self._host.away.restore()
         self._runner.resume(lambda sa, context: self._leaving(context))
 

@@ -47,6 +47,12 @@ class NatRelay:
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
 
+    @property
+    def port(self) -> int:
+        """The netlink port by which it changes the table: its own changes are no news."""
+        with self._lock:
+            return self._table.port
+
     def close(self) -> None:
         """Stop; the relays go on."""
         with self._lock:

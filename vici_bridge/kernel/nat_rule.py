@@ -48,10 +48,8 @@ def rule_to_json(rule: NatRule) -> dict[str, Any]:
     }
 
 
-def rule_from_json(found: Any) -> NatRule | None:
+def rule_from_json(found: Any) -> NatRule:
     """Read that. Errors: KeyError, TypeError, ValueError."""
-    if found is None:
-        return None
     mn, ours = (Endpoint(ip_address(address), int(port)) for address, port in (found["mn"], found["ours"]))
     spis = tuple(bytes.fromhex(spi) for spi in found["spis"])
     return NatRule(mn, ours, int(found["port"]), ip_address(found["to"]), spis, bool(found["plain"]))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ikectx.errors import WireError
 from ikectx.numbers import Fpt
+from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import ContextDataBlock, Ctd, parse_message
 from ikectx.wire.whereabouts import What, Whereabouts, is_notice, notice, parse_notice
 
@@ -47,6 +48,8 @@ def news(draw: st.DrawFn) -> Whereabouts:
     what = draw(st.sampled_from(What))
     text = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=40)
     name = draw(text) if what is What.MOVED else ""
+    if what is What.RENAMED:
+        name = draw(st.binary(min_size=16, max_size=16)).hex()
     sa = (draw(st.binary(min_size=8, max_size=8)), draw(st.binary(min_size=8, max_size=8)))
     return Whereabouts(sa, draw(st.integers(0, (1 << 64) - 1)), what, name)
 
@@ -116,3 +119,13 @@ def test_a_transfers_ctd_is_no_notice() -> None:
 def test_what_cannot_be_said(wrong: tuple[tuple[bytes, bytes], int, What, str]) -> None:
     with pytest.raises(ValueError):
         Whereabouts(*wrong)
+
+
+def test_other_spis_are_told_of_as_an_sas_name() -> None:
+    name = SaName(b"12345678", b"abcdefgh")
+    news = Whereabouts(SaName(bytes(8), bytes(8)), 1, What.RENAMED, name.key)
+    message, _ = notice([news])
+    assert parse_notice(message) == (news,)
+    for wrong in ("", "nsg", name.key[:-1] + "x"):
+        with pytest.raises(ValueError):
+            Whereabouts(news.sa, 1, What.RENAMED, wrong)

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from ikectx.errors import KernelError, UnknownSaError
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import Endpoint, IkeContext
+from ikectx.sa.name import SaName
 from tests.kernel_tables import KernelTables
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context, selector
-from vici_bridge.away.absences import KIND, Away, pairs_of
+from vici_bridge.away.absences import GUESTS, KIND, Away, pairs_of
 from vici_bridge.away.departures import OURS, News, Stage
+from vici_bridge.away.passing import rule_for
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, Selector, Template
 
 IN, OUT = 3, 2
@@ -431,3 +433,69 @@ def test_looking_again_changes_nothing_where_all_is_well(monkeypatch: pytest.Mon
     left(gateway)
     monkeypatch.setattr(gateway.away, "_change", lambda *_: pytest.fail("changed"))
     gateway.away.look_again()
+
+
+def relay(gateway: Gateway) -> IkeContext:
+    """An SA that has left, whose mobile node stays."""
+    here = context()
+    policies = gateway.protect(here)
+    gateway.away.leave(here, "nsg", policies, relay=rule_for(here, 20000, ip_address("192.0.2.9")))
+    for policy in policies:
+        gateway.kernel.delete_policy(policy)
+    return here
+
+
+def places(gateway: Gateway) -> list[tuple[str, bool]]:
+    """The mobile nodes' places from which packets are passed on, and whether their ESP is."""
+    rows = gateway.away.listing()
+    return [(str(rule.mn), rule.esp) for row in rows for rule in row.rules.values()]
+
+
+def test_a_relay_begins_and_ends_with_the_departure() -> None:
+    gateway = Gateway()
+    here = relay(gateway)
+    mn = str(here.remote)
+    assert places(gateway) == [(mn, False)]
+    gateway.begin()
+    assert places(gateway) == [(mn, False)]
+    gateway.away.left(here.spis)
+    assert places(gateway) == [(mn, True)]
+    gateway.begin()
+    assert places(gateway) == [(mn, True)]
+    gateway.away.hear("nsg", here.spis, here.epoch + 1, News.ENDS, "")
+    assert places(gateway) == []
+    gateway = Gateway()
+    here = relay(gateway)
+    gateway.away.back(here.spis)
+    assert places(gateway) == []
+    here = relay(gateway)
+    gateway.away.left(here.spis)
+    gateway.away.comes(here)  # it is still at the other gateway
+    assert places(gateway) == [(mn, True)]
+    serves(gateway, here)
+    assert places(gateway) == []
+
+
+def test_a_relayed_node_that_roams_is_passed_on_from_there_too() -> None:
+    gateway = Gateway()
+    here = relay(gateway)
+    gateway.away.left(here.spis)
+    there = [Endpoint.of("203.0.113.9", 4500 + n) for n in range(GUESTS + 1)]
+    row = gateway.away.relayed(here.spis)
+    assert row is not None
+    assert gateway.away.roamed(row, here.remote, here.local) is None
+    for place in there:
+        row = gateway.away.relayed(here.spis)
+        assert row is not None
+        guest = gateway.away.roamed(row, place, here.local)
+        assert guest is not None
+        assert gateway.away.passing.of(Endpoint(here.local.address, guest.port)) == guest
+    gateway.begin()
+    # its first place stays, the others are the last ones
+    assert [mn for mn, _ in places(gateway)] == [str(here.remote), *map(str, there[1:])]
+    later = SaName(b"rekeyed1", b"rekeyed2")
+    gateway.away.renamed("nsg", here.spis, here.epoch + 1, later)
+    gateway.away.renamed("other", here.spis, here.epoch + 1, SaName(b"strange1", b"strange2"))
+    gateway.begin()
+    assert gateway.away.relayed(later) == gateway.away.relayed(here.spis) is not None
+    assert gateway.away.relayed(SaName(b"strange1", b"strange2")) is None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.engine.ports import MoveReport, RelayTo
-from ikectx.errors import BusyError, KernelError, LinkError, UnknownSaError
+from ikectx.errors import BusyError, KernelError, LinkError, RefusedError, UnknownSaError
 from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.relocate import relocate
 from tests.across.test_go_on import outbound, run, sends, served
@@ -23,6 +23,7 @@ from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import source as source_module
 from vici_bridge.effects import thaw as thaw_module
 from vici_bridge.effects.freeze import DIVERT, FREEZE
+from vici_bridge.effects.invite import INVITE
 from vici_bridge.effects.release import RELEASE
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.effects.thaw import THAW
@@ -439,3 +440,66 @@ def test_b6_what_cannot_be_ended_keeps_no_agent_from_starting(monkeypatch: pytes
             there.source.resume()
 
     run(scenario())
+
+
+# --- an invitation ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Agent:
+    """A mobile node's agent. `heard`: the message IDs and the gateways that it was told."""
+
+    answers: bool = True
+    heard: list[tuple[int, str]] = field(default_factory=list)
+
+    async def __call__(self, here: IkeContext, message_id: int, to: str) -> int:
+        self.heard.append((message_id, to))
+        if not self.answers:
+            raise LinkError("silent")
+        return message_id + 1
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_invitation_uses_one_message_id(answers: bool) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            host, sa, agent = there.here.host, there.context.spis, Agent(answers)
+            before = host.context(sa).mid_initiator
+            source = CharonSource(host, there._mover, there._ender, agent)
+            assert source.invites(sa, "update") is False
+            with pytest.raises(RefusedError, match="not known to have an agent"):
+                source.invites(sa, "invite")
+            host.note_update_spi(there.context.remote_id)
+            assert source.invites(sa, "invite") is True
+            await source.invite(sa, "nsg")
+            assert agent.heard == [(before, "nsg")]
+            assert host.context(sa).mid_initiator == before + answers
+            assert there.here.mute.muted == set()
+            assert there.here.host.leaving.all() == []
+            assert sends(there.here, there.context)
+
+    run(scenario())
+
+
+def test_an_agent_may_be_killed_while_it_invites(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    async def scenario() -> None:
+        for effect, after in places([one.name for one in INVITE.effects]):
+            async with gateway() as there:
+                host, sa, agent = there.here.host, there.context.spis, Agent()
+                with monkeypatch.context() as patch:
+                    patch.setattr(source_module, "INVITE", Assassin(effect, after).waits_in(INVITE))
+                    patch.setattr(CharonSource, "_take_back", _killed)
+                    source = CharonSource(host, there._mover, there._ender, agent)
+                    with pytest.raises(Killed):
+                        await source.invite(sa, "nsg")
+                there.begin()
+                there.source.resume()
+                await until(lambda there=there: not there.here.host.leaving.all())
+                assert there.here.mute.muted == set(), effect
+                assert sends(there.here, there.context)
+
+    run(scenario())
+
+
+async def _killed(self: CharonSource, context: IkeContext, jump: int) -> bool:
+    raise Killed
