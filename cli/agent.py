@@ -20,7 +20,7 @@ from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import MobileConfig
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.report import TransferEvent, TransferReport, mn_label
-from ikectx.errors import IkectxError, StateError, UnknownSaError, UsageError
+from ikectx.errors import IkectxError, LinkError, StateError, UnknownSaError, UsageError
 from ikectx.gateway import Gateway
 from ikectx.net.door import Door
 from ikectx.net.mn_udp import MnServer
@@ -158,7 +158,7 @@ class Agent:
         self._doors: list[Door] = []
         self._mn_server: MnServer | None = None
         self._watcher: Watcher | None = None
-        self._host.away.passing.began = self._watch
+        self._host.away.passing.began = self._watch_relayed
         tls = dial = None
         if config.transfer.transport == "ipsec":
             self._guard = SpdGuard()
@@ -257,7 +257,7 @@ class Agent:
         """Hear IKE of SAs that are not here, for [by_packet] or for relayed mobile nodes."""
         if self._watcher is None:
             bounds = self._config.by_packet or ByPacketConfig(())
-            self._watcher = Watcher(
+            watcher = Watcher(
                 self._config.gateway.addresses,
                 self._is_here,
                 self._ask_for,
@@ -265,7 +265,14 @@ class Agent:
                 rate=bounds.rate,
                 mark=MARK,
             )
-            self._watcher.start()
+            watcher.start()
+            self._watcher = watcher
+
+    def _watch_relayed(self) -> None:
+        try:
+            self._watch()
+        except LinkError as error:
+            log.warning("relayed mobile nodes that roam will not be followed: %s (%s)", error, error.hint)
 
     async def _ask_for(self, datagrams: tuple[bytes, ...], local: Endpoint, remote: Endpoint) -> bool:
         """An IKE message of an SA that is not here arrived: get the SA from one of [by_packet] ask."""

@@ -33,7 +33,7 @@ def chosen(
         value = given.lower().removeprefix("0x") if key == "spi" else given
         views = [view for view in views if tests[key](view, value)]
     if not wanted:
-        views = [view for view in views if str(view.remote.address) not in gateways]
+        views = [view for view in views if not _of_gateway(view, gateways)]
     if not views and request.get("all") == "yes":
         return []  # an empty gateway is drained
     if not views:
@@ -45,6 +45,11 @@ def chosen(
             hint="use --ike, --ike-id, --spi, --peer or --all",
         )
     return [view.spis for view in views]
+
+
+def _of_gateway(view: SaView, gateways: Collection[str]) -> bool:
+    """Whether a gateway's connection runs through it; at another port a mobile node is, which it relays."""
+    return str(view.remote.address) in gateways and view.remote.port in (500, 4500)
 
 
 def sa_name(text: str) -> SaName | None:

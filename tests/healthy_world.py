@@ -125,6 +125,8 @@ class Fake(World):
         self.way = PacketWay("lan0", direct=True)
         self.there: bool | None = True
         self.trials: dict[str, tuple[bool | None, str]] = {}
+        self.stuck: set[int] = set()
+        self.drops: list[str] | None = []
         self.notes: bool | IkectxError | None = True
         self.time = datetime.datetime.now(datetime.UTC).timestamp()
 
@@ -182,6 +184,12 @@ class Fake(World):
 
     def tool(self, name: str) -> str | None:
         return f"/usr/sbin/{name}" if name in self.tools else None
+
+    def forwards(self, version: int) -> bool:
+        return version not in self.stuck
+
+    def forward_drops(self) -> list[str] | None:
+        return self.drops
 
     def probe(self, *command: str) -> tuple[bool | None, str]:
         return self.trials.get(command[0], (True, ""))

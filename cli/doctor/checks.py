@@ -18,6 +18,7 @@ from .certificates import certificates, expiry
 from .findings import Checks, Outcome
 from .inside import inside, pools
 from .ipsec import protection, reach
+from .relay import relay
 from .world import World
 
 NET_ADMIN, NET_RAW = 12, 13
@@ -450,12 +451,13 @@ CHECKS: Checks = (
     ("protection", protection),
     ("peers", peers),
     ("inside", inside),
+    ("relay", relay),
     ("connections", connections),
     ("pools", pools),
 )
 
 FOR_ROOT = (
     *("charon", "ha plugin", "ha settings", "ha socket", "ha version", "secret files", "certificates"),
-    *("kernel", "message ids", "protection", "peers", "inside", "connections", "pools"),
+    *("kernel", "message ids", "protection", "peers", "inside", "relay", "connections", "pools"),
 )
 """Those that only root can run: they ask charon and the kernel, or read keys."""

@@ -365,5 +365,35 @@ class World:
         said = (done.stderr or done.stdout).strip().splitlines()
         return done.returncode == 0, said[-1] if said else f"exit code {done.returncode}"
 
+    def forwards(self, version: int) -> bool:
+        """Whether this host forwards packets of that IP version."""
+        from vici_bridge.kernel.nat_relay import forwards_packets
+
+        return forwards_packets(version)
+
+    def forward_drops(self) -> list[str] | None:
+        """nftables' chains that drop forwarded packets unless a rule accepts them; None: not known."""
+        try:
+            done = subprocess.run(
+                ["nft", "list", "chains"],
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
+                check=True,
+                env={**os.environ, "PATH": os.environ.get("PATH", "") + ":" + SEARCH, "LC_ALL": "C"},
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        found, table, chain = [], "", ""
+        for line in map(str.strip, done.stdout.splitlines()):
+            words = line.split()
+            if words[:1] == ["table"]:
+                table = " ".join(words[1:3])
+            elif words[:1] == ["chain"]:
+                chain = words[1]
+            elif "hook forward" in line and "policy drop" in line:
+                found.append(f"{table} {chain}")
+        return found
+
     def exists(self, path: str) -> bool:
         return os.path.exists(path)

@@ -135,6 +135,9 @@ def objections(
     verdicts = list(check_covered(here, seen.version))
     if not relayed_by:
         verdicts += check_address(here, context, keep_address)
+    elif here.local.port != context.local.port and here.remote == context.remote:
+        why = f"charon here has other UDP ports than that of {relayed_by}, which would relay it"
+        verdicts.append(Verdict(Fpt.IKEV2_SA, Status.NOT_COVERED, why))
     verdicts += check_sizes(here, seen.version, config.ha_buflen)
     if not seen.listening:
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
