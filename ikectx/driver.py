@@ -340,8 +340,7 @@ class Driver:
             case Release(context):
                 await source.release(context)
             case Check(context, keep, answers, relayed_by):
-                if relayed_by:
-                    sink.relayed(context, relayed_by)
+                sink.relayed(context, relayed_by)
                 if answers is not None:
                     sink.tell_later(context, answers)
                 return tuple(await sink.check(context, keep))
@@ -351,8 +350,7 @@ class Driver:
                 return await sink.ready(context, keep, leaving=leaving)
             case Prepare(context, keep, answers, relayed_by):
                 sink.tell_later(context, answers)
-                if relayed_by:
-                    sink.relayed(context, relayed_by)
+                sink.relayed(context, relayed_by)
                 await sink.prepare(context, keep)
                 heard_at = sink.heard_at(context) if relayed_by else None
                 return Prepared(sink.renames(context), sink.cannot_send(context), heard_at)

@@ -256,12 +256,14 @@ class ContextSink(Protocol):
         """Undo `prepare` and `take`, with nothing left over. Idempotent; works after a crash."""
 
     def relayed(self, context: IkeContext, peer: str) -> None:
-        """Called before `check` and `prepare`: the mobile node stays at `peer`'s address, and is not told.
+        """Called before `check` and `prepare`: the mobile node stays at `peer`'s address, and is not told;
+        empty: it does not.
 
         Its endpoint in the context is one of `peer`, which passes on what is sent there. Errors: RefusedError
         where this gateway cannot do without the mobile node's own address, which is the default.
         """
-        raise RefusedError("this gateway takes no SAs by relay", status=Status.NOT_COVERED)
+        if peer:
+            raise RefusedError("this gateway takes no SAs by relay", status=Status.NOT_COVERED)
 
     def heard_at(self, context: IkeContext) -> IpAddress | None:
         """The address here to which a relayed mobile node's packets are to be passed on."""

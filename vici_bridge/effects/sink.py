@@ -125,11 +125,15 @@ class CharonSink(ContextSink):
         return relocate(context, local=local)
 
     def _relayed(self, sa: SaName) -> bool:
-        return sa in self._memory.relayed or self._host.coming.of(sa).facts.relayed
+        facts = self._host.coming.of(sa).facts  # what is left of an earlier move is "imported"
+        return sa in self._memory.relayed or (facts.relayed and facts.stage in ("installing", "active"))
 
     def relayed(self, context: IkeContext, peer: str) -> None:
         """See `ContextSink.relayed`."""
-        self._memory.relayed[context.spis] = peer
+        if peer:
+            self._memory.relayed[context.spis] = peer
+        else:
+            self._memory.relayed.pop(context.spis, None)
 
     def heard_at(self, context: IkeContext) -> Address | None:
         """See `ContextSink.heard_at`."""
