@@ -20,9 +20,9 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import ContextDataBlock, Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
 from ikectx.wire.full_ctd import decode_last, encode_whole
-from ikectx.wire.profile import Intent, TransferHeader, decode, encode, encode_final
+from ikectx.wire.profile import Intent, TransferHeader, decode, encode_final
 
 from .effects import Choose, Divert, Epochs, Export, FindEpochs, Freeze, Release, Stay, Thaw
 from .hints import advice
@@ -33,7 +33,7 @@ from .occasion import Occasion, Overrun, check_expected, check_sent, signalled
 from .offer_answer import offer_status, refusal_text
 from .ports import RelayTo, Way, told
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
-from .relaying import offer_of, onward, relayed_words
+from .relaying import new_entry, offer_of, onward, relayed_words
 from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 
@@ -215,22 +215,10 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.way.address)
 
     def _new_entry(self, context: IkeContext) -> JournalEntry:
-        leaving = (ContextDataBlock(Fpt.LEAVING, b""),) if self.leaving else ()
-        offer = Pctd(context.remote.address, (*encode(context, transfer=self._header), *leaving))
+        # with the mobile node's own endpoint, which this gateway knows the SA by
+        offer = offer_of(context, Way(self.way.address), self._header, self.leaving)
         now = self.parts.scheduler.unix
-        return JournalEntry(
-            transfer_id=self.transfer_id,
-            role="source",
-            peer=self.peer.name,
-            sa=self.sa,
-            mn=mn_label(context),
-            mn_address=str(context.remote.address),
-            state=str(SourceState.NEW),
-            epoch=context.epoch,
-            started=now,
-            updated=now,
-            context=offer.serialize(),
-        )
+        return new_entry(context, offer, self.transfer_id, self.peer.name, self.sa, now)
 
     def go(self, what: SourceInput | None) -> Steps[None]:
         """Feed `what`, do what the table says, feed what comes of it, until the end."""
@@ -308,9 +296,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def offer(self, intent: Intent = "prepare") -> Pctd:
         """The PCTD, with the endpoint at which the peer finds the mobile node."""
-        return offer_of(
-            self._of, self.way, self._header if intent == "prepare" else changed(self._header, intent=intent)
-        )
+        header = self._header if intent == "prepare" else changed(self._header, intent=intent)
+        return offer_of(self._of, self.way, header, self.leaving)
 
     def _send_pctd(self) -> Steps[SourceInput]:
         try:

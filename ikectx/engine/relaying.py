@@ -12,18 +12,45 @@ from dataclasses import replace
 from ikectx.errors import RefusedError
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import IkeContext
-from ikectx.wire.cxtp import Ctdr, Pctd
+from ikectx.sa.name import SaName
+from ikectx.wire.cxtp import ContextDataBlock, Ctdr, Pctd
 from ikectx.wire.profile import TransferHeader, encode
 
+from .journal import JournalEntry
 from .offer_answer import relay_address
 from .ports import RelayTo, Way
+from .report import mn_label
+from .tables import SourceState
 
 
-def offer_of(context: IkeContext, way: Way, header: TransferHeader) -> Pctd:
-    """The PCTD, with the endpoint at which the new gateway finds the mobile node."""
+def offer_of(context: IkeContext, way: Way, header: TransferHeader, leaving: bool) -> Pctd:
+    """The PCTD, with the endpoint at which the new gateway finds the mobile node.
+
+    `leaving`: the mobile node leaves at once.
+    """
     # not `relocate`: the mobile node stays where it is, and its selectors with it
     offered = context if way.seen_at is None else replace(context, remote=way.seen_at)
-    return Pctd(context.remote.address, encode(offered, transfer=header))
+    more = (ContextDataBlock(Fpt.LEAVING, b""),) if leaving else ()
+    return Pctd(context.remote.address, (*encode(offered, transfer=header), *more))
+
+
+def new_entry(
+    context: IkeContext, offer: Pctd, transfer_id: bytes, peer: str, sa: SaName, now: float
+) -> JournalEntry:
+    """The journal's entry for a transfer that begins; `now`: seconds since 1970."""
+    return JournalEntry(
+        transfer_id=transfer_id,
+        role="source",
+        peer=peer,
+        sa=sa,
+        mn=mn_label(context),
+        mn_address=str(context.remote.address),
+        state=str(SourceState.NEW),
+        epoch=context.epoch,
+        started=now,
+        updated=now,
+        context=offer.serialize(),
+    )
 
 
 def onward(way: Way, answer: Ctdr, asked_for: Collection[Fpt], peer: str) -> RelayTo | None:
