@@ -49,8 +49,6 @@ _INSTEAD: Mapping[SourceState, SourceInput] = {
     SourceState.RELEASED: SourceInput.FAILED,
 }
 """States that are entered only if the journal can be written, because the SA is let go in them."""
-
-
 _SERVED = frozenset({SourceState.KEPT, SourceState.REFUSED})
 """Ends in which this gateway serves the SA."""
 _PREPARED_THERE = frozenset({SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING})
@@ -211,8 +209,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     @property
     def _header(self) -> TransferHeader:
-        hold = self._begins is SourceInput.ANNOUNCE
-        return TransferHeader(self.transfer_id, "hold" if hold else "prepare", self.way.address)
+        intent: Intent = "hold" if self._begins is SourceInput.ANNOUNCE else "prepare"
+        return TransferHeader(self.transfer_id, intent, self.way.address)
 
     def _new_entry(self, context: IkeContext) -> JournalEntry:
         # with the mobile node's own endpoint, which this gateway knows the SA by
@@ -294,15 +292,14 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             self._sent = now
         return min(0xFFFFFFFF, round((now - self._sent) * 1000))
 
-    def offer(self, intent: Intent = "prepare") -> Pctd:
+    def offer(self, intent: Intent) -> Pctd:
         """The PCTD, with the endpoint at which the peer finds the mobile node."""
-        header = self._header if intent == "prepare" else changed(self._header, intent=intent)
-        return offer_of(self._of, self.way, header, self.leaving)
+        return offer_of(self._of, self.way, changed(self._header, intent=intent), self.leaving)
 
     def _send_pctd(self) -> Steps[SourceInput]:
         try:
             link = yield from self._connect()
-            offer = changed(self.offer(), elapsed=self._elapsed())
+            offer = changed(self.offer(self._header.intent), elapsed=self._elapsed())
             if self.token is not None:
                 offer = changed(offer, algorithm=self.token[0], key=self.token[1].reveal())
             self._offered = True
@@ -421,7 +418,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         status, self._verdicts = offer_status(reply)
         if status is Status.OK:
             self.asked_for = frozenset(verdict.fpt for verdict in self._verdicts)
-            return self._passes_on(reply)
+            offered = self.machine.state is SourceState.OFFERED
+            return self._passes_on(reply) if offered else SourceInput.ACCEPTED
         if status is Status.MALFORMED and self.machine.state is SourceState.RELEASED and reply.complete:
             # neither yes nor no: whoever may own it now, it is not for us to guess
             log.error("transfer %s: an answer that contradicts itself", self.transfer_id.hex())
@@ -439,12 +437,11 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _passes_on(self, reply: Ctdr) -> SourceInput:
         """Where the peer wants to be passed what the mobile node sends, if it stays here."""
-        if self.machine.state is SourceState.OFFERED:
-            try:
-                self._onward = onward(self.way, reply, self.asked_for, self.peer.name)
-            except RefusedError as error:
-                self.blame(error)
-                return SourceInput.CANCEL
+        try:
+            self._onward = onward(self.way, reply, self.asked_for, self.peer.name)
+        except RefusedError as error:
+            self.blame(error)
+            return SourceInput.CANCEL
         return SourceInput.ACCEPTED
 
     # -- steps -------------------------------------------------------------------------------------------
@@ -588,8 +585,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             to=self.peer.name,
             result=result,
             status=Status.OK if result == "moved" else self.status,
-            text=words.text
-            + (relayed_words(self.way, context, self.parts.name) if result == "moved" else ""),
+            text=words.text + relayed_words(result, self.way, context, self.parts.name),
             hint=words.hint,
             state_here=f"{self.parts.name} {here}",
             state_there=f"{self.peer.name} {there}",

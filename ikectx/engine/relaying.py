@@ -69,9 +69,9 @@ def onward(way: Way, answer: Ctdr, asked_for: Collection[Fpt], peer: str) -> Rel
     return RelayTo(way.seen_at, to)
 
 
-def relayed_words(way: Way, context: IkeContext | None, here: str) -> str:
-    """What to add to the report of an SA that moved."""
-    if way.seen_at is None or context is None:
+def relayed_words(result: str, way: Way, context: IkeContext | None, here: str) -> str:
+    """What to add to the report of an SA that moved; empty: nothing."""
+    if way.seen_at is None or context is None or result != "moved":
         return ""
     home = way.seen_at == context.remote
     return f", and relays it no more: {way.why}" if home else f", relayed by {here}: {way.why}"
