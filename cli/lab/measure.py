@@ -6,6 +6,7 @@ Directions are those of the mobile node: `up` is MN to server, `down` server to 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -339,6 +340,8 @@ class Reports:
         self._ready, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self.found: list[dict[str, Any]] = []
+        self.states: list[str] = []
+        """Each state that a transfer had there."""
 
     def start(self) -> None:
         self._thread.start()
@@ -349,12 +352,15 @@ class Reports:
         self._thread.join(10)
 
     def _listen(self) -> None:
-        with socket.socket(socket.AF_UNIX) as sock:
+        # an agent that is killed ends it
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
             sock.connect(self._path)
             for kind, message in vici.Session(sock).listen(["transfer-state"], timeout=0.2):
                 self._ready.set()
                 if self._stopping.is_set():
                     return
-                told = json_of(as_text(message)) if kind is not None else None
-                if told and told.get("report"):
+                told = json_of(as_text(message)) if kind is not None else {}
+                if told.get("phase"):
+                    self.states.append(told["phase"])
+                if told.get("report"):
                     self.found.append(told["report"])

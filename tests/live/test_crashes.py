@@ -178,10 +178,11 @@ def test_an_agent_is_killed_in_a_transfer(
     world.up()
     if silent:
         world.block("nsg", "mn")
-    work = world.begin("psg", "transfer", "--to", "nsg", "--json")
-    until(lambda: f": {phase} with" in world.log(victim, "agent.out"), phase, pause=0.001)
-    time.sleep(after)
-    world.restart(victim, kill=True)
+    with world.states(victim) as states:
+        work = world.begin("psg", "transfer", "--to", "nsg", "--json")
+        until(lambda: phase in states, phase, pause=0.001)
+        time.sleep(after)
+        world.restart(victim, kill=True)
     world.unblock()
     until(lambda: world.idle("psg") and decided(world), "nobody is in doubt", 30)
     world.end(work)
@@ -207,8 +208,9 @@ def asked_in_vain(world: World) -> subprocess.Popen[str]:
     """A transfer in which nsg owns the SA already, and asks the MN, which does not hear it."""
     world.up()
     world.block("nsg", "mn")
-    work = world.begin("psg", "transfer", "--to", "nsg", "--json")
-    until(lambda: ": moving with" in world.log("nsg", "agent.out"), "nsg owns it and asks the MN")
+    with world.states("nsg") as states:
+        work = world.begin("psg", "transfer", "--to", "nsg", "--json")
+        until(lambda: "moving" in states, "nsg owns it and asks the MN")
     return work
 
 

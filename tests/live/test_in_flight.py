@@ -104,8 +104,9 @@ def test_by_packet_where_nsg_cannot_ask(packets4: World, had: bool) -> None:
     deaf = f"add rule inet test way ip saddr {ANNOUNCED[4]} ip daddr {AWAY[4]} meta l4proto udp drop\n"
     world.must("core", "nft", deaf)
     world.lab.net.cut("away", "psg")
-    world.lab.net.relocate()
-    until(lambda: "aborted" in world.log("nsg", "agent.out"), "nsg has given it back", 30.0)
+    with world.states("nsg") as states:
+        world.lab.net.relocate()
+        until(lambda: "aborted" in states, "nsg has given it back", 30.0)
     world.lab.net.mend()
     until(lambda: world.one("mn")["local-host"] in AWAY.values(), "the mobile node has told psg", 30.0)
     until(lambda: not world.lab.list_sas("nsg") and world.idle("psg"), "psg has it", 30.0)

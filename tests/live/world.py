@@ -28,6 +28,7 @@ from typing import Any
 from ikectx.errors import CharonError
 from ikectx_cli.lab.config import Tunnel
 from ikectx_cli.lab.hosts import Lab, agent_file
+from ikectx_cli.lab.measure import Reports
 from ikectx_cli.lab.net import CHARONS, GATEWAYS, INNER, OUTER, SECOND, SECOND_NET
 from vici_bridge.vici.client import ControlClient, json_of
 
@@ -189,6 +190,16 @@ class World:
     def transfer(self, source: str, to: str, *argv: str) -> Done:
         """`ikectx transfer`, however it ends."""
         return self.ikectx(source, "transfer", "--to", to, "--json", *argv)
+
+    @contextlib.contextmanager
+    def states(self, host: str) -> Iterator[list[str]]:
+        """The states of transfers that a gateway's agent tells meanwhile."""
+        reports = Reports(self.lab, host)
+        reports.start()
+        try:
+            yield reports.states
+        finally:
+            reports.stop()
 
     def begin(self, host: str, *argv: str) -> subprocess.Popen[str]:
         """`ikectx` in the background."""
