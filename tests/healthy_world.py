@@ -120,6 +120,7 @@ class Fake(World):
         self.owners = {"127.0.0.2": UdpOwner(10, "ikectx"), "127.0.0.1": UdpOwner(20, "charon")}
         self.foreign: set[str] = set()
         self.root = True
+        self.user = 0
         self.peer = PeerAnswer(frozenset({"nsg"}), 0.0, 9e12)
         self.tools = {"ip", "nft"}
         self.way = PacketWay("lan0", direct=True)
@@ -147,6 +148,9 @@ class Fake(World):
 
     def agent_pid(self) -> int | None:
         return self.pids["agent"]
+
+    def agent_user(self) -> int | None:
+        return self.user
 
     def charon_pid(self) -> int | None:
         return self.pids["charon"]

@@ -112,6 +112,14 @@ class World:
     def agent_pid(self) -> int | None:
         return pid_behind(self.control)
 
+    def agent_user(self) -> int | None:
+        """The user that the agent runs as."""
+        pid = self.agent_pid()
+        try:
+            return None if pid is None else os.stat(f"/proc/{pid}").st_uid
+        except OSError:
+            return None
+
     def charon_pid(self) -> int | None:
         return pid_behind(self.config.charon.vici.removeprefix("unix://"))
 

@@ -186,6 +186,11 @@ def test_secret_files(world: Fake) -> None:
     world.config.transfer.key.chmod(0o600)
     world.config.state_dir.chmod(0o755)
     assert "chmod 0700" in only(world, "secret files", "fail", "the store of keys").fix
+    world.config.state_dir.chmod(0o700)
+    os.chown(world.config.state_dir, 65534, -1)
+    only(world, "secret files", "warn", "belongs to user 65534")
+    world.user = 65534
+    assert bad(world) == []
 
 
 @pytest.mark.parametrize(
