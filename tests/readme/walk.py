@@ -31,7 +31,6 @@ ELSEWHERE = {
     ("Library", 0): "a daemon of the reader's own; tests/ikectx has examples/own_daemon.py",
     ("Wireshark", 0): "tests/live has tshark with the dissector",
     ("Tests", 0): "these tests",
-    ("When the mobile node leaves", 0): "not yet",
     ("Roadwarriors without our agent", 0): "the scenario by-packet",
 }
 """Blocks of README that this does not run, and why."""
@@ -40,7 +39,6 @@ MN = """\
 connections {
     home {
         version = 2
-        local_addrs = 203.0.113.7
         remote_addrs = 192.0.2.1
         vips = 0.0.0.0
         local {
@@ -285,6 +283,24 @@ class Walk:
         self.psg.run("/opt/ikectx/.venv/bin/python /root/control.py")
         self.serves(self.nsg)
 
+    def left_silently(self) -> None:
+        """charon at psg gives its mobile node up, which it does not reach; nsg does, and gets the SA."""
+        hook = re.search(r"updown = .*?(?= })", self.page.take("When the mobile node leaves"))
+        home, toml = "/etc/swanctl/conf.d/home.conf", "/etc/ikectx/ikectx.toml"
+        text = re.sub(r"updown = .*", hook[0], self.psg.read(home))  # type: ignore[index]
+        self.psg.write(home, text.replace("mobike = yes", "mobike = yes\n        dpd_delay = 2s"))
+        text = self.psg.read(toml)
+        handing = text.replace("[connections.home]", '[connections.home]\nhandover_to = "nsg"')
+        self.psg.write(toml, handing)
+        # charon gives up after 3.6 s
+        impatient = "retransmit_tries = 2\nretransmit_timeout = 1.0\nretransmit_base = 1.2\n"
+        self.psg.write("/etc/strongswan.d/impatient.conf", f"charon {{\n{impatient}}}\n")
+        self.psg.run("swanctl --reload-settings && swanctl --load-all --noprompt && systemctl restart ikectx")
+        self.connect()
+        for ends in ("ip saddr 192.0.2.1 ip daddr", "ip daddr 192.0.2.1 ip saddr"):
+            shell(f"nft add rule inet spy forward {ends} 203.0.113.0/24 drop", log=self.log)
+        self.serves(self.nsg)
+
     def upgraded(self) -> None:
         """A newer version, on one gateway."""
         shell(
@@ -334,6 +350,7 @@ class Walk:
         hardened,
         under_ipsec,
         by_the_control_socket,
+        left_silently,
         upgraded,
         monitored,
         removed,
