@@ -62,6 +62,12 @@ def _address(host: str) -> Address | None:
         return None
 
 
+def _looks_for_charon(answer: Any) -> bool:
+    """Whether an agent's status says that it has no connection with charon."""
+    charon = answer.get("charon") if isinstance(answer, dict) else None
+    return isinstance(charon, dict) and charon.get("reachable") is False
+
+
 class World:
     """This machine, with the paths and addresses of the configuration."""
 
@@ -107,17 +113,22 @@ class World:
                 items: list[Any] = []
                 client.stream(command, "list-context", None, lambda item: items.append(json_of(item)))
                 return items
-            return json_of(client.request(command))
+            answer = json_of(client.request(command))
+            end = time.monotonic() + CONNECT_SECONDS
+            while _looks_for_charon(answer) and self.charon_pid() is not None and time.monotonic() < end:
+                time.sleep(0.2)  # one of them has just been started
+                answer = json_of(client.request(command))
+            return answer
 
     def agent_pid(self) -> int | None:
         return pid_behind(self.control)
 
     def agent_user(self) -> int | None:
         """The user that the agent runs as."""
-        pid = self.agent_pid()
-        try:
-            return None if pid is None else os.stat(f"/proc/{pid}").st_uid
-        except OSError:
+        try:  # the owner of its folder in /proc is root, because its memory cannot be dumped
+            status = Path(f"/proc/{self.agent_pid()}/status").read_text()
+            return next(int(line.split()[2]) for line in status.splitlines() if line.startswith("Uid:"))
+        except (OSError, ValueError, LookupError, StopIteration):
             return None
 
     def charon_pid(self) -> int | None:

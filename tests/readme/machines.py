@@ -86,7 +86,15 @@ class Machine:
     def boot(self) -> None:
         """Start it and wait until its systemd has started all units. Errors: WrongError."""
         wires = [f"--network-interface={wire}" for wire in self.wires()]
-        words = ["systemd-nspawn", "--quiet", "--boot", "--console=pipe", f"--machine={self.name}", *wires]
+        words = [
+            "systemd-nspawn",
+            "--quiet",
+            "--boot",
+            "--console=pipe",
+            "--capability=CAP_IPC_LOCK",
+            f"--machine={self.name}",
+            *wires,
+        ]
         with Path(f"/shared/journals/{self.name}.console").open("ab") as console:
             self.process = subprocess.Popen(
                 [*words, "--bind-ro=/shared/origin", f"--directory={self.files}"],

@@ -219,9 +219,10 @@ class Walk:
     def own_user(self) -> None:
         """psg's agent without root from now on, its SAs being at nsg."""
         self.psg.run(self.page.take("An agent without root"))
-        user = self.psg.run("stat -c %U /proc/$(systemctl show -p MainPID --value ikectx)").strip()
-        if user != "ikectx":
-            raise WrongError(f"the agent runs as {user}")
+        status = self.psg.run("id -u ikectx; cat /proc/$(systemctl show -p MainPID --value ikectx)/status")
+        user = status.split()[0]
+        if not re.search(rf"^Uid:\s+{user}\s+{user}\s", status, re.MULTILINE):
+            raise WrongError(f"the agent does not run as user {user}: {status}")
         self.exposed(self.psg, "ikectx", 2.0)
 
     def exposed(self, machine: Machine, unit: str, most: float) -> None:
@@ -231,6 +232,8 @@ class Walk:
         print(f"{unit}.service on {machine.name}: exposure {level}", flush=True)
         if level > most:
             raise WrongError(said)
+        if "not locked" in machine.run(f"journalctl --no-pager -o cat -u {unit}"):
+            raise WrongError(f"{unit}.service on {machine.name} does not let the agent lock its memory")
 
     def rebooted(self) -> None:
         """A gateway that has moved its SAs away boots, goes on sending packets on, and takes the SAs back."""

@@ -49,7 +49,8 @@ def test_sockets_and_processes(real: World, tmp_path: Path) -> None:
         listening.bind(str(tmp_path / "control"))
         listening.listen()
         assert real.agent_pid() == os.getpid()
-    assert real.agent_pid() is None
+        assert real.agent_user() == os.geteuid()
+    assert real.agent_pid() is None and real.agent_user() is None
     assert real.is_local("127.0.0.5") and not real.is_local("192.0.2.1")
     started = real.started(os.getpid())
     assert started is not None and started > 0 and real.started(1 << 30) is None
