@@ -290,19 +290,28 @@ class Walk:
         """charon at psg gives its mobile node up, which it does not reach; nsg does, and gets the SA."""
         hook = re.search(r"updown = .*?(?= })", self.page.take("When the mobile node leaves"))
         home, toml = "/etc/swanctl/conf.d/home.conf", "/etc/ikectx/ikectx.toml"
-        text = re.sub(r"updown = .*", hook[0], self.psg.read(home))  # type: ignore[index]
+        before = {path: self.psg.read(path) for path in (home, toml)}
+        text = re.sub(r"updown = .*", hook[0], before[home])  # type: ignore[index]
         self.psg.write(home, text.replace("mobike = yes", "mobike = yes\n        dpd_delay = 2s"))
-        text = self.psg.read(toml)
-        handing = text.replace("[connections.home]", '[connections.home]\nhandover_to = "nsg"')
-        self.psg.write(toml, handing)
+        handing = '[connections.home]\nhandover_to = "nsg"'
+        self.psg.write(toml, before[toml].replace("[connections.home]", handing))
         # charon gives up after 3.6 s
         impatient = "retransmit_tries = 2\nretransmit_timeout = 1.0\nretransmit_base = 1.2\n"
         self.psg.write("/etc/strongswan.d/impatient.conf", f"charon {{\n{impatient}}}\n")
-        self.psg.run("swanctl --reload-settings && swanctl --load-all --noprompt && systemctl restart ikectx")
+        anew = "swanctl --reload-settings && swanctl --load-all --noprompt && systemctl restart ikectx"
+        self.psg.run(anew)
         self.connect()
+        shell("nft add table inet cut", log=self.log)
+        shell("nft add chain inet cut forward '{ type filter hook forward priority 0; }'", log=self.log)
         for ends in ("ip saddr 192.0.2.1 ip daddr", "ip daddr 192.0.2.1 ip saddr"):
-            shell(f"nft add rule inet spy forward {ends} 203.0.113.0/24 drop", log=self.log)
+            shell(f"nft add rule inet cut forward {ends} 203.0.113.0/24 drop", log=self.log)
         self.serves(self.nsg)
+        shell("nft delete table inet cut", log=self.log)
+        for path, content in before.items():
+            self.psg.write(path, content)
+        self.psg.run(f"rm /etc/strongswan.d/impatient.conf; {anew}")
+        self.nsg.run("ikectx transfer --to psg --all")
+        self.serves(self.psg)
 
     def upgraded(self) -> None:
         """A newer version, on one gateway."""
@@ -351,9 +360,9 @@ class Walk:
         rebooted,
         asked_by_the_mobile_node,
         hardened,
+        left_silently,
         under_ipsec,
         by_the_control_socket,
-        left_silently,
         upgraded,
         monitored,
         removed,
