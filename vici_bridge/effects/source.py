@@ -102,7 +102,8 @@ class CharonSource(ContextSource):
         """
         departed = self._host.departed()
         self._reqids = {sa: known for sa, known in self._reqids.items() if sa in departed}
-        for name, (context, quiet) in departed.items():
+        # the last one first: charon gives the reqid again to a mobile node that has connected anew
+        for name, (context, quiet) in reversed(departed.items()):
             if context.connection not in connections:
                 continue
             if name not in self._reqids:

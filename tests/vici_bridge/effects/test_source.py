@@ -64,6 +64,16 @@ class CountedKernel:
         return SimpleNamespace(reqid=self.reqids[spi]) if spi in self.reqids else None
 
 
+def test_a_mobile_node_that_has_just_connected_anew_falls_silent() -> None:
+    before, after = a_context(1), a_context(2)
+    kernel = CountedKernel({context.children[0].spi_in: 7 for context in (before, after)})
+    departed = {before.spis: (before, 0.1), after.spis: (after, 60.0)}
+    config = SimpleNamespace(addresses=(a_context().local.address,))
+    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config, leaving=None, spawn=None)
+    source = CharonSource(host, None)  # type: ignore[arg-type]
+    assert source.departing_by_reqid(7, {"home"}) == (after.spis, after, 60.0)
+
+
 def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_matters() -> None:
     contexts = {(one := a_context(number)).spis: one for number in range(1, 101)}
     spis = [context.children[0].spi_in for context in contexts.values()]
