@@ -54,7 +54,7 @@ PARTS = {
 by charon, which needs no guest."""
 
 
-ALONE = ("drains", "attacks", "handovers")
+ALONE = ("drains", "attacks", "handovers", "moves")
 """What a summary has beside scenarios' rows: lists of what ran by an option of its own."""
 
 
@@ -236,6 +236,8 @@ _DRAIN = {
     **dict.fromkeys(("cpu_ms_per_sa", "gap_ms", "memory_kib"), "numbers by name or null"),
 }
 
+_MOVES = {"moves": "a number", **dict.fromkeys(("cpu_ms", "charon_ms"), "numbers by name or null")}
+
 
 def _is(value: object, kind: str) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -284,6 +286,11 @@ def read(text: str, file: str) -> dict[str, Any]:
         check(summary["machine"], _HERE, "the drain.machine")
         check(summary["host"], _HOST, "the drain.host")
         return alone("drains", summary)
+    if "moves" in summary and "parts" not in summary:
+        check(summary, {**_OF_DRAIN, **_MOVES}, "the moves")
+        check(summary["machine"], _HERE, "the moves.machine")
+        check(summary["host"], _HOST, "the moves.host")
+        return alone("moves", summary)
     if "attack" in summary:
         check(summary, _OF_DRAIN, "the attack")
         check(summary["machine"], _HERE, "the attack.machine")
@@ -313,6 +320,11 @@ def read(text: str, file: str) -> dict[str, Any]:
     for number, one in enumerate(summary["drains"]):
         check(one, _DRAIN, f"drains.{number}")
         check(one.get("machine"), _MACHINE, f"drains.{number}.machine")
+    if not isinstance(moves := summary.get("moves", []), list):
+        raise wrong("moves must be a list")
+    for number, one in enumerate(moves):
+        check(one, _MOVES, f"moves.{number}")
+        check(one.get("machine"), _MACHINE, f"moves.{number}.machine")
     if not isinstance(attacks := summary.get("attacks", []), list):
         raise wrong("attacks must be a list")
     for number, one in enumerate(attacks):

@@ -40,6 +40,12 @@ MOST_OCTETS = 64 << 20
     help="No scenarios: bring up N SAs at psg and move all of them to nsg at once.",
 )
 @click.option(
+    "--moves",
+    type=click.IntRange(1, MOST),
+    metavar="N",
+    help="No scenarios: move one SA N times between both gateways, and measure the CPU time for a move.",
+)
+@click.option(
     "--handovers",
     is_flag=True,
     help="No scenarios by name: every mode of a handover, beside what it must reach.",
@@ -91,6 +97,7 @@ def bench(
     clock: str,
     esp: str,
     drain: int | None,
+    moves: int | None,
     handovers: bool,
     crowd: int,
     attack: str | None,
@@ -112,7 +119,12 @@ def bench(
     _bench_options(
         files=files,
         names=names,
-        alone={"--drain": bool(drain), "--attack": bool(attack), "--handovers": handovers},
+        alone={
+            "--drain": bool(drain),
+            "--moves": bool(moves),
+            "--attack": bool(attack),
+            "--handovers": handovers,
+        },
         clock=clock,
         of_attack=(rate, seconds),
     )
@@ -131,6 +143,10 @@ def bench(
         command = " ".join(["ikectx lab bench", *options, f"--drain {drain}"])
         found |= {"command": command, **_emptied(drain, guest, clock, esp)}
         summary = lab_bench.alone("drains", found)
+    elif moves:
+        command = " ".join(["ikectx lab bench", *options, f"--moves {moves}"])
+        found |= {"command": command, **_moved(moves, guest, clock, esp)}
+        summary = lab_bench.alone("moves", found)
     elif handovers:
         words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
         words += [f"--others {crowd}"] if crowd else []
@@ -217,6 +233,14 @@ def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
 
     with tidy():
         return lab_emptying.run(size, guest, clock, libipsec=esp == "libipsec", say=say)
+
+
+def _moved(moves: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
+    """What a move takes. Raises IkectxError."""
+    from . import to_and_fro as lab_to_and_fro
+
+    with tidy():
+        return lab_to_and_fro.run(moves, guest, clock, libipsec=esp == "libipsec", say=say)
 
 
 def _judged(runs: int, guest: str, clock: str, esp: str, crowd: int) -> dict[str, Any]:

@@ -74,10 +74,12 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
     probe.begin()
     time.sleep(0.5)
     say(f"psg moves all {fleet.size} to nsg")
-    used, began = cpu(lab), time.monotonic()
+    used, charons, began = cpu(lab), cpu(lab, "charon"), time.monotonic()
     fleet.move("psg", "nsg")
     seconds = time.monotonic() - began
-    spent = spent_ms(used, cpu(lab), clock_stands_still=clock_stands_still())
+    still = clock_stands_still()
+    spent = spent_ms(used, cpu(lab), clock_stands_still=still)
+    theirs = spent_ms(charons, cpu(lab, "charon"), clock_stands_still=still)
     held = memory_kib(lab)
     time.sleep(AFTER)
     traffic = probe.stop()
@@ -90,6 +92,9 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
         {host: spent[host] for host in GATEWAYS},
         {host: held[host] - idle[host] for host in GATEWAYS},
         {
+            "charon_ms_per_sa": {
+                host: None if took is None else round(took / fleet.size, 1) for host, took in theirs.items()
+            },
             "lost": traffic.lost,
             "causes": traffic.as_json()["causes"],
             "sent": traffic.up.sent + traffic.down.sent,
@@ -100,7 +105,7 @@ def _drained(lab: Lab, fleet: Fleet, idle: dict[str, int], say: Say) -> dict[str
             "strongswan": lab.strongswan(),
             "guest": os.environ.get(GUEST, "host"),
             "clock": os.environ.get(CLOCK, "real"),
-            "machine": here(clock_stands_still=clock_stands_still()),
+            "machine": here(clock_stands_still=still),
         },
     )
 

@@ -42,6 +42,7 @@ def page(summary: Mapping[str, Any], image: str = "") -> str:
         *_messages(summary),
         *_cpu(summary),
         *_handovers(summary.get("handovers", ()), image),
+        *_to_and_fro(summary.get("moves", ())),
         *_drains(summary["drains"]),
         *_attacks(summary.get("attacks", ())),
         *_collisions(summary),
@@ -404,6 +405,29 @@ def _path(row: Mapping[str, Any]) -> Iterable[Sequence[str]]:
         yield [row["mode"] if not number else "", *line]
 
 
+def _to_and_fro(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """One SA that moves often."""
+    if not found:
+        return
+    yield "## CPU time of one move, ms"
+    hosts = ("psg", "nsg")
+    yield table(
+        ("moves", "guest", "ESP", "agents: both", "psg", "nsg", "charons: psg", "nsg"),
+        (
+            (
+                *(one["moves"], one["machine"]["guest"], one["machine"]["esp"]),
+                sum(used or 0 for used in one["cpu_ms"].values()),
+                *(*_by_host(one["cpu_ms"], hosts), *_by_host(one["charon_ms"], hosts)),
+            )
+            for one in found
+        ),
+    )
+    yield (
+        "User and system time of the processes, all their threads, on average: one SA moves to and fro by "
+        "`ikectx transfer`, so that each gateway is as often the old one as the new one."
+    )
+
+
 def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """A gateway whose SAs all move at once."""
     if not drains:
@@ -412,7 +436,8 @@ def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield table(
         (
             *("SAs", "guest", "clock", "ESP", "seconds", "SAs a second"),
-            *("CPU ms for each SA: psg", "nsg", "memory KiB for each SA, both agents"),
+            *("CPU ms for each SA: psg", "nsg", "their charons, and mn's"),
+            "memory KiB for each SA, both agents",
             *("lost by one of them", "longest gap up / down, ms"),
         ),
         (
@@ -420,6 +445,7 @@ def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
                 *(one["sas"], one["machine"]["guest"], one["machine"]["clock"], one["machine"]["esp"]),
                 *(one["seconds"], one["sas"] / one["seconds"] if one["seconds"] else None),
                 *_by_host(one["cpu_ms_per_sa"], ("psg", "nsg")),
+                " + ".join(map(_cell, _by_host(one.get("charon_ms_per_sa"), ("psg", "nsg", "mn")))),
                 *(one["memory_kib_per_sa"], f"{one['lost']} of {one['sent']}", two(one["gap_ms"])),
             )
             for one in drains

@@ -11,7 +11,7 @@ from .hosts import Lab
 from .net import CHARONS
 
 Used = Mapping[str, tuple[int, int]]
-"""By host: the process of its agent, and the CPU time (ns, user and system) that this has used so far."""
+"""By host: the process of its agent or charon, and the CPU time (ns, user and system) that this has used."""
 
 
 def clock_stands_still(cmdline: Path = Path("/proc/cmdline")) -> bool:
@@ -22,15 +22,15 @@ def clock_stands_still(cmdline: Path = Path("/proc/cmdline")) -> bool:
         return False
 
 
-def cpu(lab: Lab) -> Used:
-    """What the agents have used until now, ended threads included.
+def cpu(lab: Lab, daemon: str = "agent") -> Used:
+    """What the agents have used until now, ended threads included; or the daemons of another name.
 
     The kernel's clock of a process counts ns; User-Mode Linux counts the ticks (10 ms) that find the process
     at work, which is a sample. Hosts without an agent that runs are left out.
     """
     found = {}
     for host in CHARONS:
-        process = lab.started.get((host, "agent"))
+        process = lab.started.get((host, daemon))
         if process is not None and process.poll() is None:
             found[host] = process.pid, time.clock_gettime_ns(_process_clock(process.pid))
     return found

@@ -1,10 +1,10 @@
 """`Looks`: charon's state at the time when SAs come in, asked once for many of them. I/O.
 
 An SA may come in only if no SA here has its names, addresses or networks. With a thousand SAs charon takes a
-tenth of a second to answer, and the answer as long to parse. So what was asked within the last second will
-do, with the changes since: SAs that came in themselves (`came`), and those of which charon has told over HA
-that something is new, or that were deleted, each of which is asked for alone. Names are compared and taken by
-one SA after the other, because two may want the same.
+tenth of a second to answer, and the answer as long to parse. So the list of some seconds ago will do, with
+the changes since: SAs that came in themselves (`came`), and those of which charon has told over HA that
+something is new, or that were deleted, each of which is asked for alone. Names are compared and taken by one
+SA after the other, because two may want the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
 
 AGE = 1.0
-"""Seconds for which charon's answers will do."""
+"""Seconds for which charon's answers about its configuration will do."""
+LISTED = 10.0
+"""Seconds for which the list of its SAs will do, with the changes since."""
 MANY = 32
 """SAs with news at most that are asked for one by one."""
 
@@ -60,7 +62,7 @@ class Looks:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._last: Seen | None = None
-        self._asked_at = float("-inf")
+        self._asked_at = self._listed_at = float("-inf")
         self._turn = asyncio.Lock()
         self._came: dict[SaName, SaView] = {}
         """SAs that came in while charon is asked for all."""
@@ -70,8 +72,11 @@ class Looks:
         async with self._turn:
             changed = self._host.changed
             last, now = self._last, asyncio.get_running_loop().time()
-            if last is None or now - self._asked_at > AGE or len(changed) > MANY:
-                self._last = last = await self._look()
+            if last is None or now - self._listed_at > LISTED or len(changed) > MANY:
+                self._last = last = await self._look(None)
+                self._listed_at = self._asked_at = now
+            elif now - self._asked_at > AGE:
+                self._last = last = await self._look(last.present)
                 self._asked_at = now
             while changed:
                 sa = changed.pop()
@@ -87,22 +92,25 @@ class Looks:
             return last
 
     @trace.spanned("look")
-    async def _look(self) -> Seen:
+    async def _look(self, present: Present | None) -> Seen:
+        """`present`: its SAs, None: all are listed."""
         host = self._host
-        self._last = None
-        self._came.clear()
-        host.changed.clear()
-        version, views = await host.version(), await host.views()
+        if present is None:
+            self._last = None
+            self._came.clear()
+            host.changed.clear()
+            present = Present(await host.views())
         seen = Seen(
-            version,
-            Present(views),
+            await host.version(),
+            present,
             await host.connections(),
             await host.vici.pools(),
             await host.vici.algorithms(),
             host.listening(),
         )
-        for view in self._came.values():
-            seen.present.put(view)
+        if self._last is None:
+            for view in self._came.values():
+                present.put(view)
         return seen
 
     def came(self, view: SaView, before: Iterable[SaName] = ()) -> None:

@@ -226,7 +226,7 @@ def way_to(route: Netlink, source: Address, destination: Address) -> tuple[bool,
 
 
 def _network(prefix: str | Network) -> Network:
-    return ip_network(str(prefix), strict=False)
+    return ip_network(prefix, strict=False) if isinstance(prefix, str) else prefix
 
 
 def _family(prefix: Network) -> int:

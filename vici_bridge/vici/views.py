@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
-    IPv4Network,
     IPv6Address,
-    IPv6Network,
     ip_address,
     ip_network,
     summarize_address_range,
@@ -368,16 +366,17 @@ def prefixes(selectors: Iterable[TrafficSelector]) -> list[str]:
     begins has none, because it has no address (and is refused: see `policy`)."""
     seen: dict[str, None] = {}
     for selector in selectors:
-        seen.update((str(net), None) for net in _summary(selector.start, selector.end))
+        seen.update(dict.fromkeys(_summary(selector.start, selector.end)))
     return list(seen)
 
 
-def _summary(start: Address, end: Address) -> Iterable[IPv4Network | IPv6Network]:
+@lru_cache(maxsize=_REMEMBERED)
+def _summary(start: Address, end: Address) -> tuple[str, ...]:
     if int(end) < int(start):
         return ()
     if isinstance(start, IPv4Address):
-        return summarize_address_range(start, IPv4Address(int(end)))
-    return summarize_address_range(start, IPv6Address(int(end)))
+        return tuple(map(str, summarize_address_range(start, IPv4Address(int(end)))))
+    return tuple(map(str, summarize_address_range(start, IPv6Address(int(end)))))
 
 
 def overlap(a: Iterable[str], b: Iterable[str]) -> bool:

@@ -176,7 +176,7 @@ def test_a_drain_is_told_with_what_one_sa_costs() -> None:
     text = page(
         merge({"a": alone("drains", drain()), "b": alone("drains", drain(sas=1000, seconds=100.0))}, "c")
     )
-    start = "| 200 | uml | real | kernel | 14 | 14 | 48 | 58 | 40 | 3 of 6000 | 20 / 21 |"
+    start = "| 200 | uml | real | kernel | 14 | 14 | 48 | 58 | – + – + – | 40 | 3 of 6000 | 20 / 21 |"
     assert start in text and text.index(start) < text.index("| 1000 | uml | real | kernel | 100 | 10 |")
     assert "Gaps" not in text
 

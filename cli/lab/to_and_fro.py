@@ -1,0 +1,100 @@
+"""One SA moves to and fro between both gateways, and what CPU time that takes their agents and charons.
+
+    python -m ikectx_cli.lab.to_and_fro RESULT MOVES ESP
+
+is one measurement on this machine, which a guest runs for `ikectx lab bench --moves`; RESULT gets its JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ikectx.errors import CharonError, IkectxError
+
+from . import guest as lab_guest
+from .boot import CLOCK, GUEST, tidy
+from .config import Tunnel
+from .emptying import Say
+from .hosts import Lab
+from .machine import here, host
+from .net import GATEWAYS
+from .usage import clock_stands_still, cpu, spent_ms
+
+WARM = 4
+"""Moves before the first that counts: Python compiles, charon loads."""
+PAUSE = 0.1
+"""Seconds between two moves, in which the mobile node's charon may finish what it does behind one."""
+MEMORY_MIB = 1024
+
+
+def run(moves: int, guest: str, clock: str, *, libipsec: bool, say: Say) -> dict[str, Any]:
+    """`to_and_fro` in a guest of `lab_guest.WAYS` (or auto), and on what machine that was. Raises
+    IkectxError."""
+    words = [str(moves), "libipsec" if libipsec else "kernel"]
+    found = lab_guest.result(
+        __spec__.name, words, guest, clock, libipsec=libipsec, memory_mib=MEMORY_MIB, say=say
+    )
+    return {**found, "host": host()}
+
+
+def to_and_fro(moves: int, *, libipsec: bool, say: Say) -> dict[str, Any]:
+    """The CPU time (user and system, all threads) of each agent and charon, for one move on average.
+
+    Raises IkectxError when the lab does not come up, or a move fails twice.
+    """
+    lab = Lab.new(delay_ms=1.0)
+    try:
+        say("network and daemons")
+        lab.up(Tunnel(libipsec=libipsec))
+        lab.connect()
+        say(f"{moves} moves")
+        places = list(GATEWAYS)
+        for number in range(-WARM, moves):
+            if number == 0:
+                agents, charons = cpu(lab), cpu(lab, "charon")
+            _move(lab, *places)
+            places.reverse()
+            time.sleep(PAUSE)
+        still = clock_stands_still()
+        return {
+            "moves": moves,
+            "cpu_ms": _each(spent_ms(agents, cpu(lab), clock_stands_still=still), moves),
+            "charon_ms": _each(spent_ms(charons, cpu(lab, "charon"), clock_stands_still=still), moves),
+            "esp": "libipsec" if libipsec else "kernel",
+            "strongswan": lab.strongswan(),
+            "guest": os.environ.get(GUEST, "host"),
+            "clock": os.environ.get(CLOCK, "real"),
+            "machine": here(clock_stands_still=still),
+        }
+    finally:
+        lab.down()
+
+
+def _each(spent: Mapping[str, float | None], moves: int) -> dict[str, float | None]:
+    return {name: None if (used := spent[name]) is None else round(used / moves, 2) for name in GATEWAYS}
+
+
+def _move(lab: Lab, source: str, to: str) -> None:
+    """Moves the only SA. Once more, if its mobile node was just rekeying it."""
+    for _ in range(2):
+        done = lab.command(source, ["ikectx", "transfer", "--to", to, "--all", "--json"])
+        if done.returncode == 0:
+            return
+        time.sleep(1.0)
+    raise CharonError(f"{source}: transfer --to {to}: {(done.stdout + done.stderr).strip()[-600:]}")
+
+
+if __name__ == "__main__":
+    with tidy():
+        try:
+            found = to_and_fro(int(sys.argv[2]), libipsec=sys.argv[3] == "libipsec", say=print)
+        except (IkectxError, KeyboardInterrupt) as problem:
+            print(f"{problem or 'told to end'}", file=sys.stderr, flush=True)
+            sys.exit(1)
+    Path(sys.argv[1]).write_text(json.dumps(found))
