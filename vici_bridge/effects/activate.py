@@ -82,7 +82,7 @@ async def _toggle(work: Coming) -> None:
 
 @trace.spanned("charon activates")
 async def _established(host: CharonHost, here: IkeContext) -> SaView:
-    end = time.monotonic() + INSTALL_TIMEOUT
+    end, pause = time.monotonic() + INSTALL_TIMEOUT, 0.001
     while True:
         view = await host.view(here.spis)
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
@@ -91,7 +91,8 @@ async def _established(host: CharonHost, here: IkeContext) -> SaView:
             raise CharonError(
                 "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
             )
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
 
 
 async def _note(work: Coming) -> Facts:

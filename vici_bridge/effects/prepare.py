@@ -103,7 +103,7 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
     """
     begun = time.monotonic()
     end = begun + INSTALL_TIMEOUT
-    pause = 0.01
+    pause = 0.001
     while True:
         # it has the next unique ID, unless others came at the same time
         view = await host.view(here.spis, search=time.monotonic() > begun + SEARCH)
