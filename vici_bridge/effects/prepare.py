@@ -99,20 +99,24 @@ def _refuse(verdicts: Iterable[Verdict]) -> None:
 async def _installed(host: CharonHost, here: IkeContext) -> SaView:
     """Wait until charon lists the SA with its children, and the kernel has their ESP SAs.
 
-    It is PASSIVE, or ESTABLISHED already by the toggle of another SA.
+    It is PASSIVE, or ESTABLISHED already by the toggle of another SA. The kernel is asked first, because that
+    costs less, and because charon is not searched for an SA that it does not have yet.
     """
     begun = time.monotonic()
     end = begun + INSTALL_TIMEOUT
     pause = 0.001
     while True:
-        # it has the next unique ID, unless others came at the same time
-        view = await host.view(here.spis, search=time.monotonic() > begun + SEARCH)
+        pairs = [host.kernel_pair(here, child) for child in here.children]
+        there = host.kernel is None or all(a is not None and b is not None for a, b in pairs)
+        late = time.monotonic() > begun + SEARCH
+        view = None
+        if there or late:
+            # it has the next unique ID, unless others came at the same time
+            view = await host.view(here.spis, search=late or host.kernel is not None)
         listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
         wanted = {(child.spi_in, child.spi_out) for child in here.children}
-        if view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:
-            pairs = [host.kernel_pair(here, child) for child in here.children]
-            if host.kernel is None or all(a is not None and b is not None for a, b in pairs):
-                return view
+        if there and view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:
+            return view
         if time.monotonic() > end:
             seen = "nothing" if view is None else f"{view.state} with {len(listed)} CHILD_SAs"
             raise CharonError(

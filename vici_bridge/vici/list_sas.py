@@ -86,6 +86,8 @@ class Listing:
             search = bool(found)  # it is not there any more, or charon began anew
         elif self._highest:
             found = await self._asked(_view, self._highest + 1)
+        else:
+            search = True  # there is no number to go on from
         if search and not any(view.spis == sa for view in found):
             wanted = sa[0].hex().encode()
             found += await self._asked(lambda octets: _view(octets) if wanted in octets else None)
