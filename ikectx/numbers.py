@@ -268,7 +268,6 @@ class Status(OpenEnum):
     AMBIGUOUS = 0x96
     IN_DOUBT = 0x97
     NO_MOBIKE = 0x98
-    MN_STAYED = 0x99
     IDENTITY = 0x9A
     AUTHENTICATION = 0x9B
     MN_ADDRESS = 0x9C
@@ -341,7 +340,6 @@ STATUS_TEXT: dict[Status, str] = {
     Status.AMBIGUOUS: "several SAs answer to that name",
     Status.IN_DOUBT: "the other gateway knows no such transfer, but its charon or kernel has the SA",
     Status.NO_MOBIKE: "the MN does not speak MOBIKE, so it cannot be told another gateway address",
-    Status.MN_STAYED: "the MN was told the other gateway's address, but goes on with the old one",
     Status.IDENTITY: "the connection there is for other identities",
     Status.AUTHENTICATION: "the connection there asks for another authentication of the MN",
     Status.MN_ADDRESS: "the MN's outer address or port is none that an MN can have there",

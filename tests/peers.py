@@ -15,7 +15,8 @@ import pytest
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.machine import Machine
-from ikectx.engine.ports import ContextSink, ContextSource, MoveReport
+from ikectx.engine.ports import Address as Wish
+from ikectx.engine.ports import ContextSink, ContextSource, MoveReport, RelayTo, Way
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
 from ikectx.gateway import Gateway
 from ikectx.net.links import Dial, Stream
@@ -204,6 +205,8 @@ class MemoryGateway(ContextSource, ContextSink):
         """Requests of the MN that were answered between export and freeze."""
         self.unanswered: set[SaName] = set()
         """SAs with a liveness check that the MN has not answered; its ID is the context's `mid_initiator`."""
+        self.passed_on: dict[SaName, RelayTo] = {}
+        """SAs whose MN stays here, and where its packets go."""
         self.settles = 0
         """What `settle` finds to be the next request's message ID."""
         self.served: dict[SaName, IkeContext] = {}
@@ -253,6 +256,16 @@ class MemoryGateway(ContextSource, ContextSink):
 
     # ContextSource
 
+    async def choose(self, context: IkeContext, to: str, address: Wish) -> Way:
+        if address == "relay":
+            return Way("relay", "as asked for", Endpoint.of("192.0.2.77", 40000))
+        return await super().choose(context, to, address)
+
+    def relayed(self, context: IkeContext, peer: str) -> None: ...
+
+    def heard_at(self, context: IkeContext) -> Address | None:
+        return ip_address("192.0.2.88")
+
     async def find(self, mn: Address) -> Sequence[SaName]:
         return [sa for sa, context in self.served.items() if context.remote.address == mn]
 
@@ -285,8 +298,11 @@ class MemoryGateway(ContextSource, ContextSink):
         away: bool = False,
         sending: bool = False,
         renaming: bool = False,
+        relay: RelayTo | None = None,
     ) -> FinalState:
         await self._step("freeze")
+        if relay is not None:
+            self.passed_on[context.spis] = relay
         sa = context.spis
         self._busy(sa, away)
         self.frozen.add(sa)

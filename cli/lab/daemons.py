@@ -139,8 +139,9 @@ class Libreswan:
         return [self._whack(folder, "--name", gateway, "--terminate")]
 
     def rekey(self, folder: Path, gateway: str, what: str) -> Sequence[Sequence[str]]:
-        which = "--rekey-ike" if what == "ike" else "--rekey-ipsec"
-        return [self._whack(folder, "--name", gateway, which, "--asynchronous")]
+        names = ["--rekey-ike"] if what == "ike" else ["--rekey-child", "--rekey-ipsec"]  # of 5.x, of 4.x
+        tries = [shlex.join(self._whack(folder, "--name", gateway, one, "--asynchronous")) for one in names]
+        return [["sh", "-c", " || ".join(tries)]]
 
 
 class OpenIked:

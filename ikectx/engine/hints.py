@@ -27,9 +27,9 @@ HINTS: Mapping[Status, str] = {
     Status.CHARON: "look at charon at {there}: `doctor` there tells more",
     Status.KERNEL: "look at the kernel at {there}: `doctor` there tells more",
     Status.UNREACHABLE: "check address, port, firewall and certificates: `doctor` tells more",
-    Status.PEER_SILENT: "check that the MN can reach {there}'s address (UDP 500 and 4500), or "
-    "relay it (--address relay)",
-    Status.PEER_REFUSED: "check that the MN speaks MOBIKE and accepts {there}'s address",
+    Status.PEER_SILENT: "relay it (--address relay; auto does so): a filter or NAT keeps {there} from it, or "
+    "it does not go where it is told (libreswan 4.10 after a rekey of its IKE_SA)",
+    Status.PEER_REFUSED: "relay it (--address relay; auto does so): it does not accept {there}'s address",
     Status.UNKNOWN_TRANSFER: "try again: {there} was restarted or had waited too long",
     Status.BUSY: "try again when the exchange or the other transfer is over",
     Status.STALE_EPOCH: "a newer owner exists: see `history` at both gateways before anything else. Where "
@@ -42,8 +42,6 @@ HINTS: Mapping[Status, str] = {
     "--list-sas` there: if it serves the MN, leave both as they are, or end the SA there and let the MN "
     "connect anew. If it does not, end the SA there; {back} asks again and then serves the MN",
     Status.NO_MOBIKE: "--address relay, or move the gateway's address along (--address keep)",
-    Status.MN_STAYED: "--address relay, or move the gateway's address along (--address keep): "
-    "libreswan, for one, forgets MOBIKE when its IKE_SA is rekeyed, and ignores it with ESP in UDP",
     Status.IDENTITY: "align the connection's identities (`id`, `eap_id`), or name the SA's gateway identity "
     "in local_ids of [connections.NAME] at {there}",
     Status.AUTHENTICATION: "align `auth` of the connection at both gateways",

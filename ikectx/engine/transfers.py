@@ -32,6 +32,9 @@ CANCELLABLE = frozenset(
 
 INVITED = 10.0
 """Seconds for an invited mobile node to come to the other gateway."""
+_STAYED = (Status.PEER_SILENT, Status.PEER_REFUSED)
+"""A mobile node that was told an address did not go there. Many go on with the old gateway: a filter before
+them, or a daemon that has forgotten MOBIKE (libreswan 4.10 after a rekey of its IKE_SA)."""
 _LOOK = 0.02
 """Seconds between two looks whether it has come."""
 Allowed = Callable[[IkeContext], Steps[None]]
@@ -171,6 +174,8 @@ class Transfers:
                 attempt += 1
                 report = yield from self._attempt(peer, sa, address, ticket)
                 report = changed(report, attempts=attempt)
+                if address == "auto" and report.result == "kept" and report.status in _STAYED:
+                    return (yield from self._relay_instead(peer, sa, report, ticket))
                 busy = report.status is Status.BUSY and report.result in ("kept", "refused")
                 if not busy or attempt >= attempts:
                     return report
@@ -180,6 +185,17 @@ class Transfers:
         finally:
             del self._asked_for[sa]
             self._parts.scheduler.open(over)
+
+    def _relay_instead(
+        self, peer: PeerConfig, sa: SaName, kept: TransferReport, ticket: int
+    ) -> Steps[TransferReport]:
+        """Relay a mobile node that did not go to the peer's address. If that fails, too, the report is the
+        first one, `kept`."""
+        log.warning("%s did not go to %s and is relayed there: %s", kept.mn, peer.name, kept.text)
+        report = yield from self._attempt(peer, sa, "relay", ticket)
+        if report.result in ("kept", "refused"):
+            return kept
+        return changed(report, attempts=kept.attempts + 1, why=f"it did not go to {peer.name}'s address")
 
     def _invite(self, peer: PeerConfig, sa: SaName, address: Address) -> Steps[TransferReport | None]:
         """Invite the mobile node, and wait until it has come to the peer. None: it did not, and need not.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ikectx.engine.ports import Address
 from ikectx.engine.report import TransferEvent
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import (
@@ -279,7 +280,7 @@ def test_where_there_is_an_eap_identity_it_is_that_one_that_counts() -> None:
     sa = replace(a_context(), remote_eap_id=Identity(IdType.RFC822_ADDR, b"carol@example.org"))
     assert peer.may_not_bring(sa) == ""
     rogue = replace(sa, remote_eap_id=Identity(IdType.FQDN, b"root\nevil"))
-    assert peer.may_not_bring(rogue) == "a may not bring SAs of root\\x0aevil here"
+    assert peer.may_not_bring(rogue) == "a may not bring SAs of root?evil here"
 
 
 def test_an_owner_who_was_succeeded_is_refused() -> None:
@@ -517,3 +518,24 @@ def test_a_daemon_that_lacks_methods_is_refused_at_once_and_told_where_they_are(
             Gateway("a", source, sink, store, [])  # type: ignore[arg-type]
         assert caught.value.hint.startswith(f"inherit from ikectx.{name}")
     store.close()
+
+
+# -- mobile nodes that do not go ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["auto", "update"])
+def test_a_mobile_node_that_did_not_go_where_it_was_told_is_relayed(address: Address) -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            w.b.daemon.fail["move"] = [LinkError("silent", status=Status.PEER_SILENT)]
+            sa, report = await one_move(w, address=address)
+            if address == "update":
+                assert (report.result, report.status, report.attempts) == ("kept", Status.PEER_SILENT, 1)
+                assert "--address relay" in report.hint
+                assert w.owner(sa) == "a"
+                return
+            assert (report.result, report.attempts) == ("moved", 2)
+            assert (report.address, report.why) == ("relay", "it did not go to b's address")
+            assert w.owner(sa) == "b"
+
+    run(scenario())

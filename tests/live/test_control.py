@@ -197,7 +197,7 @@ def test_an_undone_transfer_leaves_the_scripts_balanced(world: World) -> None:
     world.up()
     quick = "[transfer]\nmn_tries = 2\nmn_timeout = 0.2\n"
     with world.agent_with("nsg", "[transfer]\n", quick), world.blocked("nsg", "mn"):
-        done = world.transfer("psg", "nsg")
+        done = world.transfer("psg", "nsg", "--address", "move")
         assert done.report["status"]["name"] == "PEER_SILENT"
     assert calls(world, "nsg") == ["up-client", "down-client"]
     assert calls(world, "psg") == ["up-client", "down-client", "up-client"]

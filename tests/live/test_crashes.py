@@ -77,12 +77,12 @@ def test_the_mobile_node_is_silent(world: World) -> None:
     before = world.up()
     with world.blocked("nsg", "mn"):
         began = time.monotonic()
-        done = world.transfer("psg", "nsg")
+        done = world.transfer("psg", "nsg", "--address", "move")
         took = time.monotonic() - began
         assert done.code == 4, done
         report = done.report
         assert report["status"]["name"] == "PEER_SILENT"
-        assert "500 and 4500" in report["hint"]
+        assert "--address relay" in report["hint"]
         assert 5 < took < 20
         assert spis(world.serves("psg")) == spis(before)
         for host in GATEWAYS:
@@ -115,8 +115,8 @@ def test_the_mobile_node_moved_and_is_never_heard(world: World) -> None:
     # believes nsg and has used up a message ID: psg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES), with the same
     # ID (taken for a copy, and answered to nsg), then with the next one, brings it back.
     world.up()
-    with world.blocked("mn", "nsg"):
-        done = world.transfer("psg", "nsg")
+    with world.blocked("mn", "nsg", "--address", "move"):
+        done = world.transfer("psg", "nsg", "--address", "move")
         assert done.code == 4, done
         assert done.report["status"]["name"] == "PEER_SILENT"
         assert world.lab.list_sas("nsg") == []
@@ -209,7 +209,7 @@ def asked_in_vain(world: World) -> subprocess.Popen[str]:
     world.up()
     world.block("nsg", "mn")
     with world.states("nsg") as states:
-        work = world.begin("psg", "transfer", "--to", "nsg", "--json")
+        work = world.begin("psg", "transfer", "--to", "nsg", "--address", "move", "--json")
         until(lambda: "moving" in states, "nsg owns it and asks the MN")
     return work
 
