@@ -20,7 +20,15 @@ from ikectx.disk.store import SqliteStore
 from ikectx.engine.journaled import MobileConfig
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.report import TransferEvent, TransferReport, mn_label
-from ikectx.errors import IkectxError, LinkError, StateError, UnknownSaError, UsageError
+from ikectx.errors import (
+    CharonError,
+    IkectxError,
+    LinkError,
+    StateError,
+    UnknownSaError,
+    UsageError,
+    WireError,
+)
 from ikectx.gateway import Gateway
 from ikectx.net.door import Door
 from ikectx.net.mn_udp import MnServer
@@ -39,6 +47,9 @@ from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.kernel.spd_watch import SpdGuard
+from vici_bridge.policy.admission import numbered
+from vici_bridge.policy.allowed import AllowedConnection
+from vici_bridge.policy.identities import reauthentication
 from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response
 
@@ -329,9 +340,21 @@ class Agent:
         return with_json(answer, name=self._config.name)
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
+        connections = await self._allowed()
         for view in await self._host.views():
+            rules = self._host.config.rules.get(view.name)
+            others = () if rules is None else rules.local_ids
             found = view_json(view, self._host.obstacle(view), *self._source.way(view))
+            found["warning"] = reauthentication(view, connections.get(view.name), others)
             yield with_json(found, name=view.name)
+
+    async def _allowed(self) -> Mapping[str, AllowedConnection]:
+        """charon's connections; none if they cannot be read."""
+        try:
+            told = await self._host.connections()
+            return {name: AllowedConnection.read(name, one, numbered) for name, one in told.items()}
+        except (CharonError, WireError):
+            return {}
 
     async def show_context(self, request: Message) -> Message:
         names = await self._select(request)

@@ -6,7 +6,7 @@ Exit codes: those of `ikectx.errors`, 0 for success, 130 after Ctrl-C; `EXIT_COD
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,9 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
             render.say(f"{item.get('name')} #{item.get('ike_id')} cannot be moved: {item['reason']}")
         elif item.get("why"):
             render.say(f"{item.get('name')} #{item.get('ike_id')} is moved by {item['way']}: {item['why']}")
+    for warning in dict.fromkeys(str(item.get("warning") or "") for item in items):
+        if warning:
+            render.say(f"warning: {warning}")
 
 
 @cli.command(short_help="The whole context of one SA.")
@@ -293,11 +296,14 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
         )
         reports: list[dict[str, Any]] = (json_of(answer) or {}).get("reports", [])
         state = json_of(agent.request("status")) if dry_run and reports else {}
+        warnings = _warnings(agent, reports) if dry_run and reports and command == "transfer" else []
     code = next((int(report.get("exit_code", 1)) for report in reports if report.get("exit_code")), 0)
     # the other gateway's number of SAs is not known, so it is assumed to be that of this one
     sizes = (len(reports), int(state.get("sas", 0)), int(state.get("spis", collisions.RANGE)))
     if as_json:
         told: dict[str, Any] = {"ok": code == 0, "dry_run": dry_run, "reports": reports}
+        if warnings:
+            told["warnings"] = warnings
         if dry_run and sum(sizes[:2]) <= sizes[2]:
             told["collisions"] = collisions.expected(*sizes).to_json()
         show_json(told)
@@ -305,9 +311,22 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
     from .progress import show_reports
 
     show_reports(reports)
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
     if dry_run and reports and sum(sizes[:2]) <= sizes[2]:
         click.echo(collisions.line(*sizes))
     return code
+
+
+def _warnings(agent: ControlClient, reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What may happen to the SAs of these reports after a move, once each."""
+    from vici_bridge.vici.client import json_of
+
+    names = {str(report.get("mn")) for report in reports}
+    listed: list[Any] = []
+    agent.stream("list-contexts", "list-context", None, lambda item: listed.append(json_of(item)))
+    theirs = [sa for sa in listed if names & {str(sa.get("remote_id")), str(sa.get("remote_eap_id"))}]
+    return [one for one in dict.fromkeys(str(sa.get("warning") or "") for sa in theirs) if one]
 
 
 def selection(

@@ -18,6 +18,7 @@ from .certificates import certificates, expiry
 from .findings import Checks, Outcome
 from .inside import inside, pools
 from .ipsec import protection, reach
+from .later import identities, starts
 from .relay import relay
 from .world import World
 
@@ -454,10 +455,13 @@ CHECKS: Checks = (
     ("relay", relay),
     ("connections", connections),
     ("pools", pools),
+    ("identities", identities),
+    ("starts", starts),
 )
 
 FOR_ROOT = (
     *("charon", "ha plugin", "ha settings", "ha socket", "ha version", "secret files", "certificates"),
     *("kernel", "message ids", "protection", "peers", "inside", "relay", "connections", "pools"),
+    *("identities", "starts"),
 )
 """Those that only root can run: they ask charon and the kernel, or read keys."""

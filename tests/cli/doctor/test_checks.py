@@ -104,7 +104,7 @@ def test_ha_socket(world: Fake) -> None:
     only(world, "ha socket", "fail", "nobody listens")
 
 
-AGENTS = ("ha version", "order", "kinds")
+AGENTS = ("ha version", "order", "kinds", "identities")
 """Checks that ask the agent what it knows."""
 
 
@@ -346,3 +346,16 @@ def test_the_sample_for_strongswan_passes(world: Fake, monkeypatch: pytest.Monke
     assert len(settings) == 6
     monkeypatch.setattr(world, "settings", lambda which: settings)
     assert [finding for finding in bad(world) if finding.check == "ha settings"] == []
+
+
+def test_what_may_begin_an_sa_is_named(world: Fake) -> None:
+    key = "connections.home.children.net.start_action"
+    world.swanctl[key] = "trap|start"
+    assert "home/net has start_action = trap|start" in only(world, "starts", "note", "may begin").found
+    world.swanctl[key] = "none"
+    assert bad(world) == []
+
+
+def test_what_reauthentication_does_is_named(world: Fake) -> None:
+    world.answers["list-contexts"] = [{"name": "home", "known": True, "warning": "home: ends its tunnel"}]
+    only(world, "identities", "note", "ends its tunnel")
