@@ -66,6 +66,7 @@ from .host_config import HostConfig
 from .rekey_after_move import FreshKeys
 from .reloads import Reloads
 from .segments import Segments
+from .traps import Traps
 from .updown import Scripts
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class CharonHost:
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
+        self.traps = Traps(store, self.vici, self.away.elsewhere)
         self.scripts = Scripts(config.updown, self.detour, config.host_access)
         self.import_lock = asyncio.Lock()
         """Held from the checks to the end of an import, so that two imports never race for an SPI."""
@@ -188,6 +190,7 @@ class CharonHost:
         if not self.config.mobile_node:
             self._reloads.watch()
         self.vici.watch(self._charon_state)
+        self.spawn(self.traps.watch())
         self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
 
     async def close(self) -> None:

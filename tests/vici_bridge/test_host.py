@@ -54,6 +54,9 @@ class Vici:
     def list_sas(self) -> list[dict[str, Any]]:
         return [self._view(context) for context in self.contexts]
 
+    async def traps(self) -> list[tuple[str, str]]:
+        return []
+
     async def connections(self) -> dict[str, dict[str, Any]]:
         return {}
 

@@ -96,6 +96,10 @@ class Away:
         """All departures, oldest first."""
         return sorted(self._rows.values(), key=lambda row: row.since)
 
+    def elsewhere(self) -> set[SaName]:
+        """The names that SAs had here which another gateway serves now."""
+        return {row.sa for row in self._rows.values() if row.stage not in (Stage.ENDED, Stage.COMING)}
+
     def way(self, prefix: str, to: str) -> int:
         """Index of the device by which packets for `prefix` get to that peer now; 0: there is no way."""
         return self._detour.device_to(prefix, self._ways.get(to, ()))

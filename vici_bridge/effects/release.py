@@ -1,8 +1,8 @@
 """Release: the old gateway clears away an SA that the other gateway serves.
 
 1. Note charon's view of the SA, because after its deletion the updown script could not be given it.
-2. Stop ESP that is still sent. Make charon drop the SA silently, and restore its inbound SAs for some
-   seconds, because late packets are on their way.
+2. Stop ESP that is still sent. Take out traps by which charon would begin the SA anew. Make charon drop the
+   SA silently, and restore its inbound SAs for some seconds, because late packets are on their way.
 3. Remove the rules that mute its messages. Report the departure to the gateways that it came from, and to the
    one that it went to if somebody ended it here meanwhile.
 4. Run the updown script with "down". This comes last, because a script that hangs must delay nothing else. It
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+
+from ikectx.errors import CharonError, WireError
 
 from .freeze import goes_on_still, stop_at_last
 from .leaving import SCRIPT_LIMIT, Leaving
@@ -33,6 +35,13 @@ async def _stop_sending(work: Leaving) -> None:
 
 async def _relay(work: Leaving) -> None:
     work.host.away.left(work.sa)
+
+
+async def _untrap(work: Leaving) -> None:
+    try:
+        await work.host.traps.leave(work.context)
+    except (CharonError, WireError) as error:  # the SA must be let go all the same
+        log.warning("%s: charon may begin it anew, its traps are in: %s", work.context.connection, error)
 
 
 async def _drop(work: Leaving) -> None:
@@ -71,6 +80,7 @@ RELEASE: LedgerStep[Leaving] = LedgerStep(
             _stop_sending,
             when=lambda work: work.view is not None and goes_on_still(work),
         ),
+        StepEffect("traps", _untrap, when=lambda work: work.view is not None),
         # charon's own SAs decrypt until here; from now on nothing of the mobile node is for this charon
         StepEffect("relay", _relay, when=lambda work: work.host.away.relays(work.sa)),
         StepEffect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),

@@ -157,6 +157,24 @@ class Charon:
         """Virtual IP pools by name, with their leases."""
         return await self.request("get-pools", {"leases": "yes"})
 
+    async def traps(self) -> list[tuple[str, str]]:
+        """Connection and child of each trap policy that is installed."""
+
+        def read(octets: bytes) -> Message:
+            return parse_message(octets, foreign=True)
+
+        trees = await self._items("list-policies", "list-policy", {"trap": "yes"}, read)
+        return [
+            (str(section.get("ike", "")), str(section.get("child", "")))
+            for tree in trees
+            for section in tree.values()
+            if isinstance(section, dict)
+        ]
+
+    async def trap(self, connection: str, child: str, *, install: bool) -> None:
+        """Install or uninstall a trap policy. Errors: CharonError if charon does not."""
+        await self.request("install" if install else "uninstall", {"child": child, "ike": connection})
+
     async def rekey(self, *, ike_id: int | None = None, child_id: int | None = None) -> int:
         """Start rekeying one IKE_SA or CHILD_SA by its unique ID. Returns how many matched."""
         return count(await self.request("rekey", {"ike-id": ike_id, "child-id": child_id}), "matches")
