@@ -140,6 +140,8 @@ class CharonSource(ContextSource):
             if not host.config.mobile_node:
                 check_ports(view, host.config.ports)
         await host.catch_up(sa)
+        if view is None and host.was_rekeyed(sa):
+            raise BusyError(f"the IKE_SA {sa} was rekeyed meanwhile", hint="try again: it has other SPIs now")
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa}")
         _refuse_busy(view, away)

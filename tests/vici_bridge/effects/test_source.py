@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ikectx.errors import BusyError
+from ikectx.errors import BusyError, UnknownSaError
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from tests.across.test_go_on import served
@@ -18,6 +18,7 @@ from tests.gateway_world import Place
 from tests.peers import a_context
 from tests.vici_bridge.vici.test_views import VIEW
 from vici_bridge.effects.source import CharonSource
+from vici_bridge.ha.record import Rekeyed
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.vici.views import SaView, sa_view
 
@@ -163,5 +164,24 @@ def test_an_sa_that_nobody_is_prepared_for_goes_however_much_was_sent() -> None:
             source.hands_over(context.spis)
             final = await source.freeze(context, "nsg")
             assert final.children[0].outbound.seq == here.sad.sas[sa.destination, sa.spi].replay.oseq
+
+    asyncio.run(scenario())
+
+
+def test_an_sa_that_was_rekeyed_meanwhile_is_busy_not_unknown() -> None:
+    """The exit code was that for an SA that does not exist, so that scripts did not try again."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+
+            async def nothing(sa: SaName) -> SaView | None:
+                return None
+
+            here.host.view = nothing  # type: ignore[method-assign]
+            with pytest.raises(UnknownSaError):
+                await source.export(context.spis)
+            here.host._fed(Rekeyed(context.spis, SaName(b"new init", b"new resp")))
+            with pytest.raises(BusyError, match="rekeyed meanwhile"):
+                await source.export(context.spis)
 
     asyncio.run(scenario())
