@@ -25,6 +25,9 @@ class KernelTables:
 
     def close(self) -> None: ...
 
+    def sas_to(self, destination: Address) -> list[KernelSa]:
+        return [sa for sa in self.sas.values() if sa.destination == destination]
+
     def get_sa(self, destination: Address, spi: bytes, proto: int = 50, mark: Any = None) -> KernelSa | None:
         return self.sas.get((destination, spi))
 

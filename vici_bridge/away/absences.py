@@ -133,6 +133,7 @@ class Away:
         yet, and may itself send its packets here. `relay`: the mobile node stays here, and its IKE is passed
         on. Errors: KernelError, StoreError.
         """
+        policies = tuple(policies)
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         row = Departure(
             sa=context.spis,
@@ -145,6 +146,7 @@ class Away:
             prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
             blocks=tuple(block_of(policy) for policy in policies),
             relay=relay,
+            policies=policies,
         )
         row = self._led(row)
         if context.connection in self._announced:
@@ -279,6 +281,23 @@ class Away:
         it."""
         for row in self._rows_of(context):
             self._detour.open_up(row.closed)
+            self._put_back(row)
+
+    def _put_back(self, row: Departure) -> None:
+        """Install the operator's own policies again, for an SA whose policies charon does not install
+        (`policies = no`): it is here, and nothing leads to it."""
+        kernel = self._kernel
+        if kernel is None or not row.policies:
+            return
+        reqids = {template.reqid for policy in row.policies for template in policy.templates} - {0}
+        if any(policy.direction == "out" for policy in kernel.policies_about(reqids)):
+            return
+        places = {template.destination for policy in row.policies for template in policy.templates}
+        here = {sa.reqid for place in places for sa in kernel.sas_to(place)}
+        for policy in row.policies:
+            if any(template.reqid in here for template in policy.templates):
+                log.info("%s: an outbound policy of the operator is back (%s)", row.mn, policy)
+                kernel.replace_policy(replace(policy, index=0))
 
     def stays(self, context: IkeContext) -> None:
         """The SA is not taken in after all; the gateway that has it will report that."""
@@ -300,6 +319,7 @@ class Away:
             left = row.without(who, used)
             if left != row:
                 log.info("%s is here again: its packets are not sent on any more", who)
+                self._put_back(row)
                 self._change(row, None if left.empty else left)
                 over += [row] if left.empty else []
         return over

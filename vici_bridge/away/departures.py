@@ -127,7 +127,8 @@ class Departure:
     have no effect: ESP is in user space, or the way to the other gateway leads through the device by which
     packets leave anyway. `relay`: the mobile node stays at this gateway's address, and its packets are passed
     on; `guests`: other places from which it has sent since, and `known_as`: its name at the other gateway, if
-    that is another one.
+    that is another one. `policies`: those that led packets to the SA here, and went with it: the
+    operator's own (`policies = no`) are put back when the SA is here again.
     """
 
     sa: SaName
@@ -146,6 +147,7 @@ class Departure:
     relay: NatRule | None = None
     guests: tuple[NatRule, ...] = ()
     known_as: SaName | None = None
+    policies: tuple[KernelPolicy, ...] = ()
 
     @property
     def key(self) -> str:
@@ -231,6 +233,7 @@ class Departure:
                 "relay": None if self.relay is None else rule_to_json(self.relay),
                 "guests": [rule_to_json(guest) for guest in self.guests],
                 "known_as": None if self.known_as is None else self.known_as.key,
+                "policies": [policy.raw.hex() for policy in self.policies],
             }
         ).encode()
 
@@ -268,6 +271,7 @@ class Departure:
                 relay=rule_from_json(found["relay"]) if found.get("relay") else None,
                 guests=tuple(rule_from_json(one) for one in found.get("guests", ())),
                 known_as=SaName.from_key(found["known_as"]) if found.get("known_as") else None,
+                policies=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found.get("policies", ())),
             )
         except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
             raise StoreError(f"the departure {key} cannot be read: {error}") from None

@@ -117,6 +117,10 @@ class Kernel:
             found = self._any_mark(destination, spi, proto)
         return found
 
+    def sas_to(self, destination: Address) -> list[KernelSa]:
+        """The SAs to that address. Errors: KernelError."""
+        return list(self._readable(self._xfrm.ask(dump_sas_to(destination))))
+
     def _any_mark(self, destination: Address, spi: bytes, proto: int) -> KernelSa | None:
         """One SA whose mark is not known, from all to that address."""
         answers = self._xfrm.ask(dump_sas_to(destination))
