@@ -163,6 +163,9 @@ class Charon:
     async def version(self) -> dict[str, str]:
         return {"version": "5.9.8"}
 
+    async def connection(self, name: str) -> dict[str, Any] | None:
+        return (await self.connections()).get(name)
+
     async def connections(self) -> dict[str, Any]:
         child = {"mode": "TUNNEL", "local-ts": ["10.1.0.0/16"], "remote-ts": ["dynamic"]}
         return {

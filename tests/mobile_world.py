@@ -298,6 +298,9 @@ class Charon:
     async def read_sas(self, read: Callable[[bytes], Any], *, ike_id: int | None = None) -> list[Any]:
         return await read_sas(self.list_sas(), read, ike_id=ike_id)
 
+    async def connection(self, name: str) -> dict[str, Any] | None:
+        return (await self.connections()).get(name)
+
     async def connections(self) -> dict[str, Any]:
         return {}
 

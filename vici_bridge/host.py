@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,9 +87,8 @@ _UPDATE_SPI = "update-spi"
 _UPDATE_SPI_FOR = 86400.0
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
-REKEYED = 60.0
-"""Seconds for which the old name of an IKE_SA that was rekeyed is known: a transfer that was asked for before
-finds it busy, not unknown."""
+REKEYED = 256
+"""Old names of IKE_SAs that are remembered: a transfer that was asked for before finds one busy, not unknown."""
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000
@@ -152,7 +152,7 @@ class CharonHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self.segments = Segments(self)
         self._spoke: dict[SaName, float] = {}
-        self._rekeyed: dict[SaName, float] = {}
+        self.rekeyed: deque[SaName] = deque(maxlen=REKEYED)
         self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.changed: set[SaName] = set()
         """SAs with news since `Looks` asked for them: charon told of it over HA, or they were deleted."""
@@ -264,9 +264,7 @@ class CharonHost:
             case _:
                 self.changed |= _concerned(change)
         if isinstance(change, Rekeyed):
-            now = time.monotonic()
-            self._rekeyed = {sa: at for sa, at in self._rekeyed.items() if now - at < REKEYED}
-            self._rekeyed[change.old] = now
+            self.rekeyed.append(change.old)
         self.follow.heed(change)
         if self.on_change is not None:
             self.on_change(change)
@@ -417,10 +415,6 @@ class CharonHost:
         """The record's context, or that of an SA charon is destroying. Errors: as `Record.context`."""
         kept = self._departed.get(sa)
         return kept[0] if kept is not None and sa not in self.record else self.record.context(sa)
-
-    def was_rekeyed(self, sa: SaName) -> bool:
-        """Whether another IKE_SA has taken the place of this one just now."""
-        return time.monotonic() - self._rekeyed.get(sa, float("-inf")) < REKEYED
 
     def quiet(self, sa: SaName) -> float:
         """Seconds since the last IKE request in either direction that was reported to this agent."""

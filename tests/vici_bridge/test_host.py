@@ -57,6 +57,9 @@ class Vici:
     async def traps(self) -> list[tuple[str, str]]:
         return []
 
+    async def connection(self, name: str) -> dict[str, Any] | None:
+        return (await self.connections()).get(name)
+
     async def connections(self) -> dict[str, dict[str, Any]]:
         return {}
 

@@ -140,7 +140,7 @@ class CharonSource(ContextSource):
             if not host.config.mobile_node:
                 check_ports(view, host.config.ports)
         await host.catch_up(sa)
-        if view is None and host.was_rekeyed(sa):
+        if view is None and sa in host.rekeyed:
             raise BusyError(f"the IKE_SA {sa} was rekeyed meanwhile", hint="try again: it has other SPIs now")
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa}")
@@ -162,7 +162,7 @@ class CharonSource(ContextSource):
             if seen is not None:
                 children.append(self._measured(context, child, seen))
         context = replace(context, children=tuple(children))
-        conn = (await host.connections()).get(context.connection)
+        conn = await host.vici.connection(context.connection)
         peer = None if conn is None else _admitted(context, peer_context(context.connection, conn))
         return replace(context, peer=peer, update_spi=host.has_agent(context))
 

@@ -15,7 +15,7 @@ from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.verdict import Verdict
 
-from .allowed import AllowedConnection, Rules, Surroundings, inside_of, pool_ranges
+from .allowed import AllowedConnection, Range, Rules, Surroundings, inside_of, pool_ranges
 from .claims import check_policy
 
 View = Mapping[str, Any]
@@ -44,6 +44,20 @@ def numbered(name: str, protocol: str) -> int:
     return socket.getservbyname(name, protocol) if protocol else socket.getprotobyname(name)
 
 
+_Known = tuple[Mapping[str, AllowedConnection], tuple[Range, ...]]
+_last: list[tuple[Mapping[str, View], _Known]] = []
+"""charon's connections as they were read last: there may be a thousand, and each SA that comes needs them."""
+
+
+def _read(connections: Mapping[str, View]) -> _Known:
+    """The connections, and the networks that they protect. The same mapping is not read twice, because
+    charon's answer is the same object until it changes. Errors: WireError."""
+    if not _last or _last[0][0] is not connections:
+        known = {name: AllowedConnection.read(name, view, numbered) for name, view in connections.items()}
+        _last[:] = [(connections, (known, inside_of(known.values())))]
+    return _last[0][1]
+
+
 def admit(
     here: IkeContext,
     connections: Mapping[str, View],
@@ -58,13 +72,13 @@ def admit(
     if here.connection not in connections:
         return []
     try:
-        known = {name: AllowedConnection.read(name, view, numbered) for name, view in connections.items()}
+        known, inside = _read(connections)
         ranges = pool_ranges(pools)
     except WireError as error:
         why = f"what this gateway allows cannot be told: {error}"
         return [Verdict(Fpt.PAD, Status.NOT_ALLOWED, why)]
     inner = {address for addresses in config.forward_via.values() for address in addresses}
     outer = {address for name, theirs in config.peers.items() if name != relayed_by for address in theirs}
-    place = Surroundings(frozenset(config.addresses), frozenset(outer | inner), inside_of(known.values()))
+    place = Surroundings(frozenset(config.addresses), frozenset(outer | inner), inside)
     rules = config.rules.get(here.connection, Rules())
     return check_policy(here, known[here.connection], rules, ranges, place)

@@ -153,6 +153,18 @@ class Charon:
         result: Mapping[str, Message] = known[1]
         return result
 
+    async def connection(self, name: str) -> Message | None:
+        """One loaded connection, in the same form; None: there is none of that name."""
+
+        def read(octets: bytes) -> Message:
+            return parse_message(octets, foreign=True)
+
+        for tree in await self._items("list-conns", "list-conn", {"ike": name}, read):
+            section = tree.get(name)
+            if isinstance(section, dict):
+                return {**section, "name": name}
+        return None
+
     async def pools(self) -> Mapping[str, Message]:
         """Virtual IP pools by name, with their leases."""
         return await self.request("get-pools", {"leases": "yes"})
