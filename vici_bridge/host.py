@@ -88,7 +88,7 @@ _UPDATE_SPI_FOR = 86400.0
 DEPARTED = 20.0
 """Seconds for which an SA is remembered that charon is destroying."""
 REKEYED = 256
-"""Old names of IKE_SAs that are remembered: a transfer that was asked for before finds one busy, not unknown."""
+"""Old names of IKE_SAs that are remembered: a transfer that was asked for before is told "busy"."""
 DELETE_PATIENCE = 5.0
 """Seconds for charon to drop an SA after it was ordered to."""
 END_PATIENCE = 30_000

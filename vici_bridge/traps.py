@@ -36,7 +36,7 @@ Trap = tuple[str, str]
 """Connection and child."""
 
 
-class Charon(Protocol):
+class TrapPort(Protocol):
     """The part of charon's VICI socket that is needed here."""
 
     async def traps(self) -> list[Trap]: ...
@@ -47,7 +47,7 @@ class Charon(Protocol):
 class Traps:
     """`elsewhere`: the SAs that are at another gateway now."""
 
-    def __init__(self, store: Store, charon: Charon, elsewhere: Callable[[], Collection[SaName]]) -> None:
+    def __init__(self, store: Store, charon: TrapPort, elsewhere: Callable[[], Collection[SaName]]) -> None:
         self._store = store
         self._charon = charon
         self._elsewhere = elsewhere
