@@ -187,11 +187,12 @@ def network(log: Log) -> None:
         f"ip -n srv addr add {SERVER}/24 dev eth0 && ip -n srv link set eth0 up && ip -n srv link set lo up",
         f"ip -n srv route add 10.9.1.0/24 via {INNER['psg']}",
         f"ip -n srv route add 10.9.2.0/24 via {INNER['nsg']}",
-        # what leaves a gateway or the mobile node in the clear
+        # what leaves a gateway, or the mobile node from its virtual IP, in the clear; without a tunnel the
+        # node's own packets for the server take its default route
         "nft add table inet spy",
         "nft add chain inet spy forward '{ type filter hook prerouting priority -300; }'",
         "nft add rule inet spy forward iifname { psg-r, nsg-r, mn-r } ip saddr 10.0.0.0/8 counter",
-        "nft add rule inet spy forward iifname { psg-r, nsg-r, mn-r } ip daddr 10.0.0.0/8 counter",
+        "nft add rule inet spy forward iifname { psg-r, nsg-r } ip daddr 10.0.0.0/8 counter",
     ]
     shell("\n".join(lines), log=log)
 
