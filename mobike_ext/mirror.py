@@ -1,7 +1,7 @@
 """`Mirror`: a mobile node's own request for the SPIs that its gateway has asked for, as it is noted. No I/O.
 
 An agent that starts sends a noted request again, octet for octet, because the gateway gives the same answer
-only to the same octets (for 60 s). """
+only to the same octets (for 60 s)."""
 
 from __future__ import annotations
 
