@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .trace import TimeLine
+from .trace import Span, TimeLine
 
 UNSEEN = 1.0
 """Milliseconds in which nothing that is traced happens, from which on that is a row of its own."""
@@ -20,6 +20,9 @@ SAME = 0.05
 """Milliseconds that two moments may differ by and be the same."""
 
 FIRST, WAITS = "first packet", "waits"
+POLLS = ("vici list-sas",)
+"""Calls that are repeated until charon has done something: how often depends on its threads. Within one part
+of a step they count once."""
 JOURNAL = "journal"
 """A call that is no question to charon or the kernel."""
 
@@ -108,16 +111,28 @@ def counts(line: TimeLine) -> dict[str, dict[str, int]]:
         if leg.target and leg.step != FIRST:
             found.setdefault(f"{leg.host} > {leg.target} {leg.step}", Counter())["times"] += 1
     spans = [span for span in line.spans if span.kind != "call"]
+    asked: set[tuple[Span, str]] = set()
     for call in (span for span in line.spans if span.kind == "call" and span.step != JOURNAL):
         around = [
-            one for one in spans if one.host == call.host and one.begin <= call.begin and call.end <= one.end
+            one for one in spans if one.host == call.host and one.begin <= call.begin <= call.end <= one.end
         ]
         # of steps that hold it, the innermost that is on the path
-        on_path = [one for one in around if Leg(one.host, one.step, one.begin, one.end) in legs]
-        if on_path:
-            inner = max(on_path, key=lambda one: (one.begin, -one.end))
-            found.setdefault(f"{call.host} {inner.step}", Counter())[call.step.split(" ")[0]] += 1
+        steps = [one for one in around if one.kind == "step"]
+        on_path = [one for one in steps if Leg(one.host, one.step, one.begin, one.end) in legs]
+        if not on_path:
+            continue
+        inner = max(around, key=_depth)
+        if call.step in POLLS and (inner, call.step) in asked:
+            continue
+        asked.add((inner, call.step))
+        step = max(on_path, key=_depth)
+        found.setdefault(f"{call.host} {step.step}", Counter())[call.step.split(" ")[0]] += 1
     return {name: dict(sorted(one.items())) for name, one in sorted(found.items())}
+
+
+def _depth(span: Span) -> tuple[float, float]:
+    """The largest of spans around a moment is the innermost."""
+    return span.begin, -span.end
 
 
 def more(now: Mapping[str, Mapping[str, int]], allowed: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
