@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from ipaddress import ip_address
+from typing import Any
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import StateError, WireError
@@ -407,3 +409,15 @@ def _further(message: IkeMessage) -> tuple[Address, ...] | None:
     if not told and not message.notifies(Notify.NO_ADDITIONAL_ADDRESSES):
         return None
     return tuple(ip_address(p.data) for p in told if len(p.data) == kinds[p.notify])
+
+
+class GatewayResponder(SpiResponder):
+    """Answers only one gateway. `gateway`: its addresses."""
+
+    def __init__(self, gateway: Collection[Address], *parts: Any, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self._gateway = gateway
+
+    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
+        if source.address in self._gateway:
+            super().receive(datagram, source, now)

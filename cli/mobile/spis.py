@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ikectx.engine.ports import Store
@@ -34,92 +33,34 @@ from ikectx.errors import (
     IkectxError,
     KernelError,
     LinkError,
-    StoreError,
-    UsageError,
     WireError,
 )
 from ikectx.mistakes import log_mistake
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Address, Endpoint, IkeContext
-from ikectx.sa.keys import DrawnIvs, iv_length
 from ikectx.sa.name import SaName
-from ikectx.wire.ikev2 import RetransmitPolicy
 from mobike_ext.link import run_spi_update, serve_updates
+from mobike_ext.mirror import Mirror
 from mobike_ext.naming import mirrored
 from mobike_ext.notify import Reason, UpdateSpi
-from mobike_ext.requester import SaEnd
-from mobike_ext.responder import Asked, ResponderRole, SpiResponder
-from mobike_ext.spi_update import FRESH_OCTETS, Renamed, SpiUpdate
+from mobike_ext.responder import Asked, GatewayResponder, ResponderRole, SpiResponder
+from mobike_ext.spi_update import Renamed
 from vici_bridge.effects.mobile import AGAIN, CharonMobile
 from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.mute import MARK
+from vici_bridge.own_names import OwnNames
 from vici_bridge.vici.codec import parse_message
 from vici_bridge.vici.views import SaView
 
 from .farewell import Farewells
-from .names import MobileNames
 
 log = logging.getLogger("ikectx")
 
 IN_TIME = 6.0
 """Seconds within which the request must be sent: less than a gateway waits that knows of this agent."""
-POLICY = RetransmitPolicy(0.25, 1.3, 6)
-"""3.2 s in all: if the new gateway has given up waiting by then, its rekeys must find charon active."""
 SETTLE = 0.2
 """Seconds from a change of the SAs until the sockets that listen are changed, too."""
-_DATAGRAMS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Mirror:
-    """A request of this node's own, with everything that its octets depend on. It has fresh octets: not for
-    logs.
-
-    Without `asks` it is empty, and only uses up its message ID.
-    """
-
-    message_id: int
-    local: Endpoint
-    remote: Endpoint
-    asks: tuple[UpdateSpi, ...]
-    iv: bytes
-    fresh: bytes
-
-    def dumps(self) -> bytes:
-        """The stored form."""
-        value = {
-            "id": self.message_id,
-            "ends": [[str(end.address), end.port] for end in (self.local, self.remote)],
-            "asks": [[int(one.protocol), one.old.hex(), one.new.hex(), one.choose] for one in self.asks],
-            "iv": self.iv.hex(),
-            "fresh": self.fresh.hex(),
-        }
-        return json.dumps(value).encode()
-
-    @classmethod
-    def loads(cls, data: bytes) -> Mirror:
-        """Errors: StoreError."""
-        try:
-            value: Any = json.loads(data)
-            local, remote = (Endpoint.of(address, int(port)) for address, port in value["ends"])
-            asks = tuple(
-                UpdateSpi(Protocol(protocol), bytes.fromhex(old), bytes.fromhex(new), choose=bool(choose))
-                for protocol, old, new, choose in value["asks"]
-            )
-            iv, fresh = bytes.fromhex(value["iv"]), bytes.fromhex(value["fresh"])
-            return cls(int(value["id"]), local, remote, asks, iv, fresh)
-        except (ValueError, TypeError, KeyError, UsageError, OverflowError, RecursionError):
-            raise StoreError("the note of a mobile node's UPDATE_SPI cannot be read") from None
-
-    def machine(self, context: IkeContext) -> SpiUpdate:
-        """The machine for this request, the same each time."""
-        return SpiUpdate(
-            SaEnd(context.current, self.message_id, self.local, self.remote, POLICY),
-            self.asks,
-            iv=DrawnIvs.of(self.iv),
-            fresh=self.fresh,
-        )
 
 
 class SpiWatch:
@@ -228,7 +169,7 @@ class SpiWatch:
                 context.current,
                 context.mid_responder,
                 local,
-                MobileNames(self._host, sa),
+                OwnNames(self._host, sa),
                 role=ResponderRole.WATCH,
             )
 
@@ -328,18 +269,10 @@ class SpiWatch:
             raise CharonError("charon has lost the SA meanwhile")
         # charon reports the ID after the last one used; a request that is in flight has it, unanswered
         used = await self._in_flight(sa)
-        note = self._mirror(context, context.mid_initiator - used, view.local, remote, asks)
+        ends = view.local, remote
+        note = Mirror.fresh_one(context, context.mid_initiator - used, ends, asks, secrets.token_bytes)
         self._host.own.note(sa, mirror=note.dumps())
         return note
-
-    @staticmethod
-    def _mirror(
-        context: IkeContext, message_id: int, local: Endpoint, remote: Endpoint, asks: tuple[UpdateSpi, ...]
-    ) -> Mirror:
-        octets = _DATAGRAMS * iv_length(context.current.encr)
-        return Mirror(
-            message_id, local, remote, asks, secrets.token_bytes(octets), secrets.token_bytes(FRESH_OCTETS)
-        )
 
     async def _in_flight(self, sa: SaName) -> bool:
         trees = await self._host.vici.read_sas(lambda octets: parse_message(octets, foreign=True))
@@ -386,7 +319,7 @@ class SpiWatch:
         For `CharonMobile.renumber`. The SA is passive; the request is empty.
         """
         context = self._mobile.recorded(sa)
-        note = self._mirror(context, message_id, local, remote, ())
+        note = Mirror.fresh_one(context, message_id, (local, remote), (), secrets.token_bytes)
         self._host.own.note(sa, mirror=note.dumps())
         try:
             message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
@@ -408,12 +341,12 @@ class SpiWatch:
         """
         context = self._mobile.recorded(sa)
         moved: asyncio.Future[IkeContext] = asyncio.get_running_loop().create_future()
-        machine = _Answering(
+        machine = GatewayResponder(
             gateway,
             context.current,
             context.mid_responder,
             local,
-            MobileNames(self._host, sa),
+            OwnNames(self._host, sa),
             conditions=context.conditions,
         )
 
@@ -470,18 +403,6 @@ class SpiWatch:
             except (CharonError, WireError) as error:
                 log.debug("SPIs that were being changed wait for charon: %s", error)
                 await asyncio.sleep(AGAIN)
-
-
-class _Answering(SpiResponder):
-    """Answers only one gateway."""
-
-    def __init__(self, gateway: Collection[Address], *parts: Any, **more: Any) -> None:
-        super().__init__(*parts, **more)
-        self._gateway = gateway
-
-    def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        if source.address in self._gateway:
-            super().receive(datagram, source, now)
 
 
 async def _to_its_end(task: asyncio.Task[None]) -> None:

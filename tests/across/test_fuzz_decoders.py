@@ -57,7 +57,7 @@ from ikectx_cli import settings as strongswan_conf
 from ikectx_cli import updown
 from ikectx_cli.lab import bench as lab_bench
 from ikectx_cli.mobile import config as mobile_config
-from ikectx_cli.mobile.spis import Mirror
+from mobike_ext.mirror import Mirror
 from mobike_ext.notify import UpdateSpi
 from tests.fuzz import damaged, damaged_tree
 from tests.profile_samples import RICH, TRANSFER, TYPICAL, TYPICAL_FINAL

@@ -115,7 +115,7 @@ def test_the_mobile_node_moved_and_is_never_heard(world: World) -> None:
     # believes nsg and has used up a message ID: psg -> MN INFORMATIONAL N(UPDATE_SA_ADDRESSES), with the same
     # ID (taken for a copy, and answered to nsg), then with the next one, brings it back.
     world.up()
-    with world.blocked("mn", "nsg", "--address", "move"):
+    with world.blocked("mn", "nsg"):
         done = world.transfer("psg", "nsg", "--address", "move")
         assert done.code == 4, done
         assert done.report["status"]["name"] == "PEER_SILENT"

@@ -410,6 +410,8 @@ class CharonMobile:
             failed = error
         rekeys = moved and (host.kernel is None or failed is not None)
         await self._runner.run(LOUD, self._moving(sa, name=name, rekeys=rekeys))
+        if host.on_change is not None:
+            host.on_change(None)  # of what it was ordered to change charon reports nothing
         if failed is not None:
             raise failed
 

@@ -16,10 +16,10 @@ from ikectx.numbers import Protocol
 from ikectx.sa.context import Endpoint
 from ikectx_cli.mobile import spis as mobile_spis
 from ikectx_cli.mobile.config import parse
-from ikectx_cli.mobile.names import MobileNames
-from ikectx_cli.mobile.spis import Mirror, SpiWatch
+from ikectx_cli.mobile.spis import SpiWatch
 from mobike_ext.address_update import AddressNotice
 from mobike_ext.link import SpiReport
+from mobike_ext.mirror import Mirror
 from mobike_ext.naming import Names, Renaming, ask, ask_peer, mirrored
 from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.requester import SaEnd
@@ -29,6 +29,7 @@ from tests.asking_node import CONFIG
 from tests.mobile_world import NEW, NSG, OLD, PSG, Crash, Node, a_node_context, do, quick
 from vici_bridge.ha.messages import HaType
 from vici_bridge.kernel.mute import MARK
+from vici_bridge.own_names import OwnNames
 
 __all__ = ["quick"]
 
@@ -41,7 +42,7 @@ OWN, PEER = CONTEXT.spis
 
 
 def names(node: Node) -> Names:
-    return MobileNames(node.host, node.sa)
+    return OwnNames(node.host, node.sa)
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -262,6 +262,19 @@ def test_nothing_to_move() -> None:
     do(scenario())
 
 
+def test_who_knows_charons_sas_hears_that_they_have_changed() -> None:
+    """charon reports nothing of what it was ordered to change."""
+
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        told: list[str] = []
+        node.host.on_change = lambda change: told.append(node.charon.state)
+        await a_move(node)
+        assert told[-1] == "ESTABLISHED"
+
+    do(scenario())
+
+
 def test_everything_twice() -> None:
     async def scenario() -> None:
         node = Node(a_node_context())

@@ -8,14 +8,13 @@ from ikectx.errors import IkectxError
 from ikectx.numbers import Protocol
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
-from mobike_ext.notify import Reason
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
 
 _DRAWS = 200
 
 
-class MobileNames:
+class OwnNames:
     """`mobike_ext.naming.Names` of one SA at a mobile node."""
 
     def __init__(self, host: CharonHost, sa: SaName) -> None:
@@ -58,9 +57,8 @@ class MobileNames:
             self._reserved[old] = drawn
         return self._reserved[old]
 
-    def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> Reason | None:
-        """None: a rekey under way is charon's, and begins anew."""
-        return None
+    def objection(self, protocol: Protocol, spi: bytes, inbound: bool) -> None:
+        """None, never: a rekey under way is charon's, and begins anew."""
 
     def _every(self) -> list[IkeContext]:
         found: list[IkeContext] = []
