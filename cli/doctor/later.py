@@ -28,9 +28,15 @@ def identities(world: World) -> Iterator[Outcome]:
 def starts(world: World) -> Iterator[Outcome]:
     """Settings by which charon begins an SA itself, also while that of the mobile node is at another
     gateway."""
-    found = False
-    for key, setting in (world.settings("swanctl.conf") or {}).items():
+    found, settings = False, world.settings("swanctl.conf") or {}
+    gateways = (
+        {peer.host for peer in world.config.peers} if world.config.transfer.transport != "tls" else set()
+    )
+    for key, setting in settings.items():
         parts = key.split(".")
+        remote = settings.get(".".join([*parts[:-3], "remote_addrs"]))
+        if remote is not None and remote.value in gateways:
+            continue  # it protects the connection with that gateway's agent
         if len(parts) < 5 or parts[0] != "connections" or parts[-1] not in _STARTERS:
             continue
         if _WORDS & set(setting.value.replace("|", " ").split()):

@@ -71,3 +71,11 @@ def test_the_sa_between_the_gateways_is_not_to_be_moved(protected: Protected) ->
     assert not bad(protected)
     protected.answers["list-contexts"].append({**gateways, "name": "home", "remote": "203.0.113.7:4500"})
     only(protected, "order", "warn", "1 SAs cannot be moved (home)")
+    protected.answers["list-contexts"].pop()
+    protected.swanctl |= {
+        "connections.gateways.remote_addrs": "198.51.100.1",
+        "connections.gateways.children.cxtp.start_action": "trap",
+    }
+    assert not bad(protected)
+    protected.swanctl["connections.gateways.remote_addrs"] = "%any"
+    only(protected, "starts", "note", "gateways/cxtp has start_action = trap")
