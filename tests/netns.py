@@ -111,6 +111,22 @@ def namespaces(count: int) -> Iterator[list[Namespace]]:
             space.close()
 
 
+JOINED = {4: ("10.9.0.1", "10.9.0.2"), 6: ("fd09::1", "fd09::2")}
+"""Addresses of two joined namespaces, by IP version."""
+
+
+def join(one: Namespace, other: Namespace) -> None:
+    """A link between two namespaces, with the addresses of `JOINED`."""
+    one.ip("link add joined0 type veth peer name joined1")
+    one.give("joined1", other)
+    for space, device, place in ((one, "joined0", 0), (other, "joined1", 1)):
+        space.ip(
+            f"link set {device} up",
+            f"addr add {JOINED[4][place]}/24 dev {device}",
+            f"addr add {JOINED[6][place]}/64 dev {device} nodad",
+        )
+
+
 def of_name(name: str) -> Namespace:
     """The namespace that `ip netns add` made under that name."""
     space = Namespace.__new__(Namespace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -33,7 +34,7 @@ from tests.air import Names
 from tests.air import Node as Agent
 from tests.bpf_machine import passes
 from tests.mobile_ike import COOKIE, SA, Node, asks_for
-from tests.netns import namespaces
+from tests.netns import JOINED, join, namespaces
 from tests.rekey_peer import CHILD, IKE_SA
 from tests.rekey_peer import Peer as RekeyPeer
 from vici_bridge.kernel.mute import MARK, Mute
@@ -132,11 +133,15 @@ def test_a_refusal_and_a_silence() -> None:
 
 
 @root
-@pytest.mark.parametrize("host", ["127.0.0.20", "::1"])
-def test_beneath_a_firewall_that_mutes_charon(host: str) -> None:
-    with namespaces(1) as (space,), space.entered():
-        node_host = "127.0.0.7" if host != "::1" else host
-        with bound(Endpoint.of(host, 4500)) as charon, bound(Endpoint.of(node_host, 0)) as udp:
+@pytest.mark.parametrize("version", [4, 6])
+def test_beneath_a_firewall_that_mutes_charon(version: int) -> None:
+    with namespaces(2) as (space, far), contextlib.ExitStack() as stack:
+        join(space, far)
+        here, there = JOINED[version]
+        with far.entered():
+            udp = stack.enter_context(bound(Endpoint.of(there, 0)))
+        stack.enter_context(space.entered())
+        with bound(Endpoint.of(here, 4500)) as charon:
             gateway, node = endpoint(charon), endpoint(udp)
             mute = Mute()
             mute.mute_in(SPIS)
