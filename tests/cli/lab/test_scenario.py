@@ -78,7 +78,7 @@ def test_a_scenario_stands_on_its_base(tmp_path: Path) -> None:
         ("steps = [1]", "a command is a table"),
         ('base = "one"\nsteps = ["connect"]', "its own base"),
         ('steps = ["cut mn me"]', "me is none of mn, mn2, psg, nsg, away"),
-        ('steps = ["handover nsg soon"]', "soon is none of predictive, reactive"),
+        ('steps = ["handover nsg soon"]', "soon is none of predictive, leaving, reactive"),
         ('steps = ["handover nsg reactive"]', "handover needs mobile = true"),
         ('steps = ["ping mn2"]', "mn2 takes part only with second = true"),
         ('steps = ["connect"]\nnames = "other"', "names: one of kept"),
