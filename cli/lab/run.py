@@ -235,7 +235,9 @@ class ScenarioRunner:
             self._began_ns = time.time_ns()
         self._note(source)
         self._begin()
-        done = self._lab.command(source, ["ikectx", "transfer", "--to", target, "--json", *options])
+        # beside other mobile nodes' SAs mn's has to be named, by the connection that is called so
+        named = ["--ike", "mn"] if self._lab.tunnel.second and not options else []
+        done = self._lab.command(source, ["ikectx", "transfer", "--to", target, "--json", *named, *options])
         try:
             answer = json.loads(done.stdout)
         except ValueError:
