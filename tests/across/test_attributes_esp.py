@@ -122,7 +122,7 @@ def test_a_moved_sa_is_like_one_that_was_negotiated_here(lab: Lab, name: str) ->
     anew(lab, tunnel)
     lab.connect("nsg")
     own = attributes(lab)
-    assert len(moved["state"]) >= 2 and len(moved["policy"]) >= 3
+    assert len(moved["state"]) >= 2 and len(moved["policy"]) >= 2  # one to forward by, too, in tunnel mode
     for what in moved:
         pairs = "\n".join(moved[what]).splitlines(), "\n".join(own[what]).splitlines()
         differs = "\n".join(unified_diff(*pairs, "moved", "negotiated", lineterm="", n=9))

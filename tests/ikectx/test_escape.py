@@ -34,8 +34,8 @@ def written(log: logging.Logger) -> str:
 
 def test_the_words_of_an_identity_are_escaped() -> None:
     shown = str(Identity(IdType.FQDN, FORGED.encode()))
-    assert shown == "a\\x0aERROR ikectx: forged line\\x1b[31m\\x0db"
-    assert str(Identity(IdType.RFC822_ADDR, b"mn\xff\0@example.org")) == "mn\\xff\\x00@example.org"
+    assert shown == "a?ERROR ikectx: forged line?[31m?b"  # as strongSwan prints it
+    assert str(Identity(IdType.RFC822_ADDR, b"mn\xff\0@example.org")) == "mn??@example.org"
 
 
 def test_what_is_printable_stays() -> None:
