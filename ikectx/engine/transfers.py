@@ -174,8 +174,8 @@ class Transfers:
                 attempt += 1
                 report = yield from self._attempt(peer, sa, address, ticket)
                 report = changed(report, attempts=attempt)
-                if address == "auto" and not ticket and report.result == "kept" and report.status in _STAYED:
-                    # not of a pull, whose operator has been told the end of it by now
+                stayed = report.result == "kept" and report.status in _STAYED
+                if stayed and address == "auto" and not pulled:  # who pulled was told that it failed
                     return (yield from self._relay_instead(peer, sa, report, ticket))
                 busy = report.status is Status.BUSY and report.result in ("kept", "refused")
                 if not busy or attempt >= attempts:
