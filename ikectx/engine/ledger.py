@@ -89,11 +89,12 @@ class TargetFacts:
     stage: see `Stage`. since: when it became "imported", seconds since 1970. plan: the names that it gets
     here (`vici_bridge.policy.new_names.Plan`), empty if it keeps its own; has keys once the mobile node has
     agreed.
-    guards: policies that keep outbound packets on the placeholder pair (`KernelPolicy.raw`). relay: packets
-    that are sent on to the other gateway. drawn: whether the updown script is being called with "up"
-    ("begun"), or has ended ("done"). new_names: block of the answer to the mobile node
-    (`spis.serialize_new_spis`), empty if it knows all names. named: when that was noted. reqids, tags: reqid,
-    marks and if_ids here of each CHILD_SA by inbound SPI, for the updown script after the SA has gone.
+    guards: policies that drop outbound packets until charon's SA has its numbers, or keep them on the
+    placeholder pair (`KernelPolicy.raw`). relay: packets that are sent on to the other gateway. drawn:
+    whether the updown script is being called with "up" ("begun"), or has ended ("done"). new_names: block of
+    the answer to the mobile node (`spis.serialize_new_spis`), empty if it knows all names. named: when that
+    was noted. reqids, tags: reqid, marks and if_ids here of each CHILD_SA by inbound SPI, for the updown
+    script after the SA has gone.
     relayed: the mobile node stays at the other gateway's address, and is not told of this one.
     """
 

@@ -35,11 +35,12 @@ from pathlib import Path
 from ikectx.errors import KernelError, WireError
 from ikectx.sa.context import IkeContext, ReplayState
 from ikectx.sa.name import SaName
-from vici_bridge.away.absences import pairs_of
 from vici_bridge.host import CharonHost
 from vici_bridge.kernel.kernel import LATE
-from vici_bridge.kernel.xfrm import BLOCK, KernelPolicy, KernelSa, policies_of
-from vici_bridge.kernel.xfrm_parts import TUNNEL, KernelLimits, Selector, XfrmRequest
+from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
+from vici_bridge.kernel.xfrm_parts import TUNNEL, KernelLimits, XfrmRequest
+
+from .hush import hushing
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,6 @@ EARLY = int.from_bytes(b"IKEE")
 REQIDS = 0x494B0000
 """The reqid that no SA has: packets of a policy that asks for it wait, up to 100 (net.core.xfrm_larval_drop).
 Those that follow, up to `REQIDS` | 0xFFFF, are of early pairs; charon counts from 1."""
-HUSHED = 15
-"""Seconds after which the kernel lets packets pass again, if an agent died at that moment."""
 LARVAL_DROP = Path("/proc/sys/net/core/xfrm_larval_drop")
 """Of the network namespace: 1 drops packets of a policy whose SA is not there yet, 0 keeps up to 100."""
 _DECOY_SPI = bytes.fromhex("000000fe")
@@ -101,27 +100,15 @@ class Early:
         return sa in self._known
 
     def hush(self, here: IkeContext) -> list[KernelPolicy]:
-        """Drop packets for the mobile node for `HUSHED` seconds, or until `speak`. None: it cannot be done
-        for this SA.
+        """Drop packets for the mobile node until `speak`, see `hush`. None: it cannot be done for this SA.
 
         The old gateway serves it, with lower sequence numbers than a packet would have that left here.
         Errors: KernelError.
         """
-        kernel, outer = self._host.kernel, (here.local.address, here.remote.address)
-        found = [
-            KernelPolicy(
-                "out",
-                replace(Selector.between(ours, theirs), user=EARLY),
-                action=BLOCK,
-                limits=KernelLimits(hard_add=HUSHED),
-            )
-            for local, remote in pairs_of(here)
-            for ours in local
-            for theirs in remote
-            if ours.version == theirs.version
-            and theirs.prefixlen
-            and not any(address in theirs for address in outer)
-        ]
+        kernel, found = self._host.kernel, hushing(here, EARLY)
+        outer = (here.local.address, here.remote.address)
+        if any(address in policy.destination for policy in found for address in outer):
+            return []
         if kernel is not None and found:
             kernel.batch([policy.put() for policy in found])
         return found

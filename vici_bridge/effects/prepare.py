@@ -2,10 +2,12 @@
 
 1. Plan and store its names before anything is installed, so that an undo knows which SAs are its own.
 2. Mute charon's messages for it, because the toggle that activates one SA activates all that are PASSIVE.
-3. Release the SPIs that were reserved for charon, and install the SA in charon and the kernel, PASSIVE.
-   If the pair of a mobile node that had announced itself is in the kernel (`early`), it ends at that moment.
-4. Write sequence numbers and windows into the kernel at once, because a packet that leaves must have a number
-   that the other gateway has not used.
+3. Drop packets for the mobile node (`hush`), because one that leaves must have a number that the other
+   gateway has not used, and the first of charon's new SA is 1. Those of a mobile node that had announced
+   itself are held (`early`).
+4. Release the SPIs that were reserved for charon, and install the SA in charon and the kernel, PASSIVE.
+   If the pair of a mobile node that had announced itself is in the kernel, it ends at that moment.
+   Write sequence numbers and windows into the kernel at once, and let packets leave.
 5. Block packets that the other gateway sends on here from leaving in the clear, add the SA to the record, and
    receive packets under the SPIs that the mobile node will be told.
 """
@@ -20,16 +22,18 @@ from dataclasses import replace
 from ikectx import trace
 from ikectx.errors import CharonError, KernelError, RefusedError
 from ikectx.numbers import STATUS_TEXT
-from ikectx.sa.context import IkeContext
+from ikectx.sa.context import NO_TAGS, IkeContext
 from ikectx.sa.verdict import Verdict
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.host import CharonHost
+from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.policy.checks import check_installed, check_selectors
 from vici_bridge.policy.new_names import clash
 from vici_bridge.vici.views import SaView
 
 from .coming import Coming
 from .early import is_early
+from .hush import HUSH, hushing
 from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
@@ -55,7 +59,19 @@ async def _plan(work: Coming) -> Facts:
     return {
         **{"stage": "installing", "since": 0, "drawn": "", "new_names": b"", "named": 0},
         "relayed": relayed,
+        "guards": tuple(policy.raw for policy in _hushing(work)),
     }
+
+
+def _hushing(work: Coming) -> list[KernelPolicy]:
+    if work.host.kernel is None or work.sa in work.early:
+        return []
+    if any(child.tags != NO_TAGS for child in work.here.children):
+        assert work.look is not None
+        others = work.look.present.rivals(work.here)
+        if any(check_selectors(work.here, others, marked=True)):
+            return []  # another SA has the same marks and networks, unless charon here gives this one others
+    return hushing(work.here, HUSH)
 
 
 async def _mute(work: Coming) -> None:
@@ -63,6 +79,12 @@ async def _mute(work: Coming) -> None:
     work.host.expected.add(name)
     await asyncio.to_thread(work.host.mute.mute_in, name)
     await asyncio.to_thread(work.host.mute.mute_out, name)
+
+
+async def _hush(work: Coming) -> None:
+    kernel = work.host.kernel
+    if kernel is not None and work.facts.guards:
+        kernel.batch([KernelPolicy.parse(raw).put() for raw in work.facts.guards])
 
 
 async def _import(work: Coming) -> Facts:
@@ -84,9 +106,12 @@ async def _import(work: Coming) -> Facts:
     write_replay(host, shape, work.here)
     work.early.number(work.sa, shape)
     work.early.go_on(work.sa, shape)
+    if host.kernel is not None:
+        for raw in work.facts.guards:
+            host.kernel.delete_policy(KernelPolicy.parse(raw))
     work.looks.came(view)
     host.segments.came(view.spis)
-    return numbers_of(view)
+    return {**numbers_of(view), "guards": ()}
 
 
 def _refuse(verdicts: Iterable[Verdict]) -> None:
@@ -146,8 +171,7 @@ def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> N
         if child.spi_in == given.spi_in:
             kernel.set_replay(inbound, given.inbound, outbound=False)
         sent = given.outbound
-        ahead, _ = kernel.get_replay(outbound, outbound=True)
-        if sent.seq + jump > ahead.seq:
+        if sent.seq + jump > outbound.replay.oseq:
             kernel.set_replay(outbound, replace(sent, seq=sent.seq + jump), outbound=True)
 
 
@@ -171,6 +195,7 @@ PREPARE: LedgerStep[Coming] = LedgerStep(
     (
         StepEffect("names are planned", _plan),
         StepEffect("charon says nothing", _mute),
+        StepEffect("nothing leaves yet", _hush),
         StepEffect("import", _import, soon=True),
         StepEffect("packets are blocked", _block),
         StepEffect("record", _learn),

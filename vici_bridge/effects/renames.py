@@ -538,10 +538,10 @@ class Renames:
         """Release the rest of the reservations; `undone`: also the agent's own SAs. Idempotent."""
         if self._host.coming.of(here.spis).facts.relay is not None and not undone:
             self._host.spawn(self.end_relay(here.spis, float(self._host.config.late)))
+        self._drop_guards(here)
         plan = self.plan_of(here)
         if plan is None:
             return
-        self._drop_guards(here)
         kernel = self._host.kernel
         if kernel is not None:
             spis = {spi for one in plan.children for spi in (one.new_in, one.hold_in) if spi != one.spi_in}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import RefusedError
-from ikectx.sa.context import Endpoint, IkeContext
+from ikectx.sa.context import NO_TAGS, Endpoint, IkeContext, Tags
 from ikectx.sa.relocate import relocate
 from tests.across.test_go_on import run
 from tests.gateway_world import Place
@@ -23,9 +24,11 @@ from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import sink as sink_module
 from vici_bridge.effects.activate import ACTIVATE
 from vici_bridge.effects.early import EARLY, is_early
+from vici_bridge.effects.hush import HUSH, hushing
 from vici_bridge.effects.prepare import PREPARE
 from vici_bridge.effects.take import TAKE
 from vici_bridge.effects.undo import UNDO
+from vici_bridge.kernel.xfrm import KernelPolicy, Mark
 
 STEPS = {"prepare": PREPARE, "take": TAKE, "activate": ACTIVATE, "undo": UNDO}
 
@@ -133,9 +136,14 @@ async def killed(
         there.here.sound()
         assert not [sa for sa in there.here.sad.sas.values() if is_early(sa)]
         await until(lambda: all(one.selector.user != EARLY for one in there.here.sad.dump_policies()))
+        assert not hushed(there.here)
         assert host.expected == set()
         assert there.here.relay.now == set()
         return list(assassin.ran)
+
+
+def hushed(here: Place) -> list[KernelPolicy]:
+    return [one for one in here.sad.dump_policies() if one.selector.user == HUSH]
 
 
 VARIANTS = [
@@ -293,3 +301,55 @@ def test_b19_the_mn_says_which_id_is_next_after_a_rekey_that_was_cut_off(used: i
             assert sa.mids[0] == asked[0] + used
 
     run(scenario())
+
+
+@pytest.mark.parametrize("variant", ["", "inbound", "outbound"])
+def test_no_packet_leaves_before_its_numbers_are_known(variant: str) -> None:
+    """The network, or the other gateway, leads packets here already: one comes before each step."""
+
+    async def scenario() -> None:
+        async with gateway(variant) as there:
+            here, (child,) = there.here, there.context.children
+            inner, dropped = child.remote_ts[0].start, 0
+
+            def packet() -> None:
+                nonlocal dropped
+                policies = here.sad.policies.values()
+                if any(one.direction == "out" and inner in one.destination for one in policies):
+                    here.sad.step = lambda: None
+                    dropped += here.sad.send(inner) is None
+                    here.sad.step = packet
+
+            views = here.charon.views
+
+            def asked() -> Any:
+                packet()
+                return views()
+
+            here.sad.step = here.charon.step = packet
+            here.charon.views = asked  # type: ignore[method-assign]
+            await there.do("prepare")
+            packet()
+            first = child.outbound.seq + here.host.config.oseq_jump + 1
+            assert min(number for _, number in here.sad.sent) == first
+            assert dropped
+            assert not hushed(here)
+
+    run(scenario())
+
+
+def test_packets_of_others_leave_meanwhile() -> None:
+    """Of SAs that a mark or an interface tells apart, and all packets if its networks have all addresses."""
+    context = a_context(1)
+    (child,) = context.children
+
+    def to(start: str, end: str, tags: Tags = NO_TAGS) -> list[KernelPolicy]:
+        wide = replace(child.remote_ts[0], start=ip_address(start), end=ip_address(end))
+        return hushing(replace(context, children=(replace(child, remote_ts=(wide,), tags=tags),)), HUSH)
+
+    assert [str(one.destination) for one in to("10.3.0.4", "10.3.0.6")] == ["10.3.0.4/30"]
+    assert to("0.0.0.0", "255.255.255.255") == []
+    assert to("198.51.0.0", "198.51.255.255") == [], "the mobile node's outer address"
+    tags = Tags(mark_out=(7, 0xFF), if_id_out=9)
+    (policy,) = to("0.0.0.0", "255.255.255.255", tags)
+    assert (policy.mark, policy.if_id) == (Mark(7, 0xFF), 9)
