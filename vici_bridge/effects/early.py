@@ -40,7 +40,7 @@ from vici_bridge.kernel.kernel import LATE
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.kernel.xfrm_parts import TUNNEL, KernelLimits, XfrmRequest
 
-from .hush import hushing
+from .hush import HUSH, hushing
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ EARLY = int.from_bytes(b"IKEE")
 REQIDS = 0x494B0000
 """The reqid that no SA has: packets of a policy that asks for it wait, up to 100 (net.core.xfrm_larval_drop).
 Those that follow, up to `REQIDS` | 0xFFFF, are of early pairs; charon counts from 1."""
+HUSHED = 15
+"""Seconds after which the kernel lets packets pass again, if an agent died at that moment."""
 LARVAL_DROP = Path("/proc/sys/net/core/xfrm_larval_drop")
 """Of the network namespace: 1 drops packets of a policy whose SA is not there yet, 0 keeps up to 100."""
 _DECOY_SPI = bytes.fromhex("000000fe")
@@ -105,7 +107,7 @@ class Early:
         The old gateway serves it, with lower sequence numbers than a packet would have that left here.
         Errors: KernelError.
         """
-        kernel, found = self._host.kernel, hushing(here, EARLY)
+        kernel, found = self._host.kernel, hushing(here, EARLY, KernelLimits(hard_add=HUSHED))
         outer = (here.local.address, here.remote.address)
         if any(address in policy.destination for policy in found for address in outer):
             return []
@@ -268,7 +270,12 @@ class Early:
         if kernel is None:
             return
         try:
-            old = [policy for policy in kernel.dump_policies() if policy.selector.user == EARLY]
+            present = kernel.dump_policies()
+            old = [policy for policy in present if policy.selector.user == EARLY]
+            # those of an SA that is still to be undone stay until charon has dropped it
+            known = {raw for row in self._host.coming.all() for raw in row.facts.guards}
+            hushed = [policy for policy in present if policy.selector.user == HUSH]
+            old += [policy for policy in hushed if replace(policy, index=0).raw not in known]
             self._remove([sa for sa in kernel.late_sas() if is_early(sa)], old)
         except (KernelError, WireError) as error:
             log.warning("early ESP that an agent before this one left stays: %s", error)

@@ -3,8 +3,8 @@
 charon's new outbound ESP SA begins at sequence number 1, under a key with which another gateway has sent as
 many and more. Packets may reach this gateway already: by the network's routes, or sent on by that gateway.
 So they are dropped until the numbers are written. These policies precede charon's, which neither finds nor
-replaces them because of the `user` of their selectors, and the kernel removes them after `HUSHED` seconds,
-agent or not.
+replaces them because of the `user` of their selectors. They stay if the agent dies before that: the next one
+removes them when charon has dropped the SA.
 
 Without a mark or an if_id there is none for a network that has the mobile node's outer address in it, or
 every address, because it would cut off others.
@@ -17,15 +17,13 @@ from ipaddress import ip_network
 
 from ikectx.sa.context import NO_TAGS, IkeContext, TrafficSelector
 from vici_bridge.kernel.xfrm import BLOCK, KernelPolicy
-from vici_bridge.kernel.xfrm_parts import KernelLimits, Mark, Network, Selector
+from vici_bridge.kernel.xfrm_parts import NO_LIMITS, KernelLimits, Mark, Network, Selector
 
 HUSH = int.from_bytes(b"IKEH")
 """The `user` of the selectors of those that `prepare` installs."""
-HUSHED = 15
-"""Seconds: longer than charon is waited for."""
 
 
-def hushing(here: IkeContext, user: int) -> list[KernelPolicy]:
+def hushing(here: IkeContext, user: int, limits: KernelLimits = NO_LIMITS) -> list[KernelPolicy]:
     """The policies for all children of the SA, as it is here. Marks and if_ids are those of the gateway that
     gives it, because those of this one are not known before charon has installed it."""
     outer = (here.local.address, here.remote.address)
@@ -42,7 +40,7 @@ def hushing(here: IkeContext, user: int) -> list[KernelPolicy]:
                         action=BLOCK,
                         mark=Mark(*mark) if mark != NO_TAGS.mark_out else None,
                         if_id=if_id,
-                        limits=KernelLimits(hard_add=HUSHED),
+                        limits=limits,
                     )
                     found[policy.raw] = policy
     return list(found.values())

@@ -20,6 +20,7 @@ from tests.gateway_world import Place
 from tests.killing import Assassin, Killed, names, places
 from tests.vici_bridge.effects.test_sink import a_context, final_of, place, rival
 from tests.worlds import until
+from vici_bridge.effects import prepare as prepare_module
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import sink as sink_module
 from vici_bridge.effects.activate import ACTIVATE
@@ -333,6 +334,37 @@ def test_no_packet_leaves_before_its_numbers_are_known(variant: str) -> None:
             first = child.outbound.seq + here.host.config.oseq_jump + 1
             assert min(number for _, number in here.sad.sent) == first
             assert dropped
+            assert not hushed(here)
+
+    run(scenario())
+
+
+def test_packets_are_dropped_until_the_next_agent_has_undone_the_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one before was killed when charon had the SA and its numbers were not written."""
+
+    def killed_here(*_: Any) -> None:
+        raise Killed
+
+    async def scenario() -> None:
+        async with gateway("") as there:
+            here, (child,) = there.here, there.context.children
+            inner = child.remote_ts[0].start
+            with monkeypatch.context() as patch:
+                patch.setattr(prepare_module, "write_replay", killed_here)
+                patch.setattr(sink_module.CharonSink, "undo", _dies_once(sink_module.CharonSink.undo))
+                with pytest.raises(Killed):
+                    await there.do("prepare")
+            there.begin()
+            left = replace(
+                hushed(here)[0], priority=1, selector=replace(hushed(here)[0].selector, source_prefix=8)
+            )
+            here.sad.replace_policy(left)
+            here.sink.resume()
+            assert here.sad.send(inner) is None
+            assert left not in hushed(here), "of no SA that is known"
+            await there.do("undo")
             assert not hushed(here)
 
     run(scenario())
