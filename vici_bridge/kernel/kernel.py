@@ -171,10 +171,12 @@ class Kernel:
         return (state.outbound if outbound else state.inbound, usage)
 
     def _counters(self, sa: KernelSa) -> tuple[KernelReplay, KernelUsage]:
-        request = sa.get_replay()
-        answers = self._xfrm.ask(request)
+        return self._replay_in(sa, self._xfrm.ask(sa.get_replay()))
+
+    @staticmethod
+    def _replay_in(sa: KernelSa, answers: Sequence[bytes]) -> tuple[KernelReplay, KernelUsage]:
         if not answers:
-            raise WireError(f"the kernel answered nothing to a request to {request.what}")
+            raise WireError(f"the kernel answered nothing to a request to {sa.get_replay().what}")
         return sa.parse_replay(answers[0])
 
     def set_replay(self, sa: KernelSa, state: ReplayState, *, outbound: bool | None = None) -> None:
@@ -201,9 +203,13 @@ class Kernel:
         else:
             joined = fit_replay(merge_replay(now.inbound, fit_replay(state, now.window)), now.window)
             after = replace(now, seq=joined.seq, bitmap=joined.bitmap)
-        self._xfrm.ask(sa.set_replay(after))
+        requests = [sa.set_replay(after), sa.get_replay()]
+        outcomes = self._xfrm.transact(requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.errno:
+                raise failure(request, outcome)
         # packets that arrived or left since may have raised the numbers further
-        there, _ = self._counters(sa)
+        there, _ = self._replay_in(sa, outcomes[1].answers)
         told = replace(after.inbound, bitmap=known(after.bitmap, after.seq, after.window))
         if there.oseq < after.oseq or merge_replay(there.inbound, told) != there.inbound:
             raise KernelError(

@@ -8,7 +8,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -192,6 +192,9 @@ class Answering:
             case wire.NEWAE if not self.deaf:
                 self.sa = replace(self.sa, replay=self.sa.parse_replay(message)[0])
         return []
+
+    def transact(self, requests: Sequence[XfrmRequest]) -> list[netlink.NetlinkOutcome]:
+        return [netlink.NetlinkOutcome(0, answers=self.ask(request)) for request in requests]
 
 
 ESN_OUT = KernelSa(
