@@ -210,4 +210,7 @@ def addresses(machine: Machine) -> None:
         machine.write(f"/etc/systemd/network/{wire}.network", text)
     machine.write("/etc/hostname", f"{machine.name}\n")
     machine.write("/etc/machine-id", "")
+    # nobody answers questions for names here: each would leave by the outer link
+    machine.write("/etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {machine.name}\n")
+    machine.write("/etc/resolv.conf", "")
     shell(f"systemctl -q --root={machine.files} enable systemd-networkd", log=machine.log)

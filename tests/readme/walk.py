@@ -13,6 +13,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .blocks import Page
@@ -191,14 +192,27 @@ class Walk:
 
     def serves(self, gateway: Machine) -> None:
         """That gateway has the mobile node's SA, and the other has not, or soon."""
-        end = time.monotonic() + 30
-        while True:
-            has = [one for one in self.gateways if "mn@example.org" in one.run("ikectx list --json")]
-            if has == [gateway]:
-                break
-            if time.monotonic() > end:
-                raise WrongError(f"the SA is at {[one.name for one in has]}, not only at {gateway.name}")
+        # the other one is asked last: its charon answers nobody while it waits for the updown hook
+        others = [machine for machine in self.gateways if machine is not gateway]
+        self.until(partial(self.has_sa, gateway), f"{gateway.name} does not have the SA")
+        for other in others:
+            self.until(partial(self.has_none, other), f"{other.name} still has the SA")
         self.answers()
+
+    @staticmethod
+    def has_sa(gateway: Machine) -> bool:
+        return "mn@example.org" in gateway.run("ikectx list --json")
+
+    def has_none(self, gateway: Machine) -> bool:
+        return not self.has_sa(gateway)
+
+    @staticmethod
+    def until(holds: Callable[[], bool], wrong: str) -> None:
+        """Wait until it holds, but not for ever. Errors: WrongError."""
+        end = time.monotonic() + 30
+        while not holds():
+            if time.monotonic() > end:
+                raise WrongError(wrong)
 
     def logged(self) -> None:
         """One line of the journal about each move, and no warnings."""
