@@ -90,9 +90,10 @@ class Early:
     def keep_packets(self) -> None:
         """Have the kernel keep packets of a policy whose SA is not there yet, instead of dropping them."""
         try:
-            LARVAL_DROP.write_text("0\n")
+            if LARVAL_DROP.read_text().strip() != "0":  # a unit may have set it, and forbid the agent to
+                LARVAL_DROP.write_text("0\n")
         except OSError as error:
-            log.info(
+            log.warning(
                 "packets for mobile nodes on the move are dropped, not held: %s: %s",
                 LARVAL_DROP,
                 error.strerror,

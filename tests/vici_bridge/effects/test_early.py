@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
 
 from ikectx.sa.context import Endpoint, IkeContext, ReplayState
 from ikectx.sa.relocate import relocate
@@ -11,7 +14,8 @@ from tests.across.test_go_on import run
 from tests.vici_bridge.effects.test_coming import Gateway, gateway
 from tests.vici_bridge.effects.test_sink import final_of
 from tests.worlds import until
-from vici_bridge.effects.early import EARLY, MARGIN, is_early
+from vici_bridge.effects.early import EARLY, MARGIN, Early, is_early
+from vici_bridge.host import CharonHost
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa
 
 NEW = Endpoint.of("198.51.100.77", 4500)
@@ -130,3 +134,28 @@ def test_numbers_that_were_heard_early_are_not_heard_again() -> None:
             assert not is_early(now) and now.replay.seq == heard
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("before", "writable", "warned"), [("0\n", False, False), ("1\n", True, False), ("1\n", False, True)]
+)
+def test_the_kernel_is_told_to_keep_packets_unless_the_unit_has_done_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: str,
+    writable: bool,
+    warned: bool,
+) -> None:
+    setting = tmp_path / "xfrm_larval_drop"
+    setting.write_text(before)
+    if not writable:
+        monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr("vici_bridge.effects.early.LARVAL_DROP", setting)
+    Early(CharonHost.__new__(CharonHost)).keep_packets()
+    assert ("dropped, not held" in caplog.text) is warned
+    assert warned or setting.read_text() == "0\n"
+
+
+def refuse(path: Path, text: str) -> None:
+    raise OSError(30, "Read-only file system", str(path))
