@@ -6,6 +6,10 @@ an idle machine, and registering and unregistering an event with each listing co
 listing only over the connection that asked for it (`vici_dispatcher`, strongSwan 5.9.8 to 6.0.6). An answer
 with the same octets as the one before is not parsed again: connections, pools and algorithms change rarely.
 
+charon answers the requests of one connection one after the other, and some of them late: a listing waits for
+each IKE_SA that a thread of charon works on, also while that thread waits for an updown script. So such
+requests have connections apart from the others.
+
 Messages are `codec.Message` trees of text in both directions.
 """
 
@@ -15,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 from ikectx import trace
@@ -30,6 +34,12 @@ _T = TypeVar("_T")
 
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between two tries to reach a charon that is not there."""
+MOMENT = 0.05
+"""Seconds that a request waits for one of the connections there are, before it gets another one."""
+MOST = 4
+"""Connections of one kind. Each request that waits keeps one of charon's threads, of which it has 16."""
+WAITING = ("list-sas", "rekey", "terminate")
+"""Requests for which charon waits for all IKE_SAs that are in use (5.9.8, 6.0.6), or for a peer's answer."""
 
 
 class _Connection(asyncio.Protocol):
@@ -99,9 +109,70 @@ class _Connection(asyncio.Protocol):
             self.transport.abort()
 
 
+class _Connections:
+    """Connections for requests of one kind: one, as long as charon answers soon, and `MOST` at most. Those
+    that are idle are kept."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._turns = asyncio.Semaphore(1)
+        self._size = 1
+        self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until a connection may be used."""
+        if not await self._soon():
+            await self._turns.acquire()
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def _soon(self) -> bool:
+        """Whether there is a turn within a moment, if need be by another connection."""
+        if self._turns.locked() and self._size == MOST:
+            return False
+        try:
+            async with asyncio.timeout(MOMENT if self._turns.locked() else None):
+                return await self._turns.acquire()
+        except TimeoutError:
+            if self._size == MOST:
+                return False
+            self._size += 1
+            return True
+
+    async def take(self) -> _Connection:
+        """An idle connection, or a new one. Errors: OSError."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.fit:
+                break
+            connection.close()
+        else:
+            connection = await _connected(self._path)
+        self._busy.add(connection)
+        return connection
+
+    def give_back(self, connection: _Connection, *, keep: bool) -> None:
+        """`keep`: its answer came whole."""
+        self._busy.discard(connection)
+        if keep:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """End all, also those that are waited for."""
+        for connection in (*self._idle, *self._busy):
+            connection.close()
+        self._idle.clear()
+
+
 class Charon:
-    """All requests go over one connection, one at a time; it is made at the first one, and again after charon
-    restarted.
+    """A connection is made at the first request that needs it, and again after charon restarted. A request
+    that charon does not answer yet holds up no other one.
 
     `timeout`: seconds that a request may take. All methods raise CharonError if charon does not run, does not
     answer, or refuses, and WireError if an answer is malformed. What they return may be the object that the
@@ -111,8 +182,8 @@ class Charon:
     def __init__(self, uri: str = "unix:///run/charon.vici", *, timeout: float = 10.0) -> None:
         self._path = path_of(uri)
         self._timeout = timeout
-        self._turn = asyncio.Lock()
-        self._connection: _Connection | None = None
+        self._connections = {kind: _Connections(self._path) for kind in ("", *WAITING)}
+        """By command; "": for those that charon answers at once."""
         self._watching: asyncio.Task[None] | None = None
         self._known: dict[str, tuple[object, Any]] = {}
         """By command: the octets of its last answer, and what they say."""
@@ -216,25 +287,28 @@ class Charon:
         event: str = "",
         item: Callable[[bytes], None] | None = None,
     ) -> tuple[_Connection, Message]:
-        async with self._turn:
+        connections = self._connections[command if command in WAITING else ""]
+        async with connections.turn():
+            connection, whole = None, False
             try:
                 with trace.span(f"vici {command}", "call"):
                     async with asyncio.timeout(self._timeout):
-                        connection = await self._ready()
+                        connection = await connections.take()
                         if event and event not in connection.events:
                             await connection.register(event)
-                        return connection, await self._answer(connection, command, message, item)
+                        answer = await self._answer(connection, command, message, item)
+                        whole = True
+                        return connection, answer
             except CharonError:
-                raise  # its answer came whole
+                whole = True
+                raise
             except OSError as error:
-                self._drop()
                 raise away(self._path, error) from None
             except WireError as error:
-                self._drop()
                 raise WireError(f"charon's answer to {command} does not parse: {error}") from None
-            except BaseException:
-                self._drop()
-                raise
+            finally:
+                if connection is not None:
+                    connections.give_back(connection, keep=whole)
 
     async def _answer(
         self,
@@ -256,16 +330,9 @@ class Charon:
             raise CharonError(f"charon refused {command}: {answer.get('errmsg', 'no reason')}")
         return answer
 
-    async def _ready(self) -> _Connection:
-        if self._connection is None or not self._connection.fit:
-            self._drop()
-            self._connection = await _connected(self._path)
-        return self._connection
-
     def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        for connections in self._connections.values():
+            connections.close()
 
     # -- charon comes and goes
 
@@ -290,18 +357,12 @@ class Charon:
             failures += 1
 
     async def _came(self) -> _Connection:
-        """A connection of its own to a charon that answers: the other one is dropped when a request takes too
-        long."""
-        other = Charon(self._path, timeout=self._timeout)
-        try:
-            connection, _ = await other._ask("version", None)
-        except BaseException:
-            other._drop()
-            raise
+        """A connection of its own to a charon that answers: others end when a request takes too long."""
+        connection, _ = await Charon(self._path, timeout=self._timeout)._ask("version", None)
         return connection
 
     async def close(self) -> None:
-        """End the connection, and the watching."""
+        """End the connections, and the watching."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)

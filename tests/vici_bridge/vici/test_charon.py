@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from ikectx.errors import CharonError, WireError
 from tests.vici_bridge.vici.test_client import StandIn, like_charon, response
-from vici_bridge.vici.charon import Charon
+from vici_bridge.vici.charon import MOMENT, MOST, Charon
 from vici_bridge.vici.codec import Packet, PacketType, parse_message, serialize_message
 
 SAS = [{"mn": {"uniqueid": str(number), "initiator-spi": f"{number:016x}"}} for number in (1, 2, 3)]
@@ -109,10 +110,13 @@ def test_a_refusal_keeps_the_connection(telling: tuple[Telling, StandIn]) -> Non
         charon = Charon(stand_in.path)
         with pytest.raises(CharonError, match="refused terminate: no matching"):
             await charon.terminate(9, 1000)
+        with pytest.raises(CharonError, match="refused terminate: no matching"):
+            await charon.terminate(9, 1000)
+        assert len(stand_in.conns) == 1
         with pytest.raises(CharonError, match="does not know the command nonsense"):
             await charon.request("nonsense")
-        assert await charon.rekey(ike_id=3) == 1
-        assert len(stand_in.conns) == 1
+        assert (await charon.version())["version"] == "5.9.8"
+        assert len(stand_in.conns) == 2
         await charon.close()
 
     asyncio.run(scenario())
@@ -127,6 +131,48 @@ def test_what_the_caller_cannot_read_leaves_nothing_for_the_next_answer(
             await charon.read_sas(lambda octets: parse_message(octets[1:]))
         assert (await charon.version())["daemon"] == "charon-systemd"
         await charon.close()
+
+    asyncio.run(scenario())
+
+
+class Held(Telling):
+    """A charon with an SA that a thread of it works on until `ended`: it tells all SAs after that only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Event()
+
+    def __call__(self, packet: Packet) -> bytes | None:
+        if packet.name == "list-sas" and "ike-id" not in packet.message:
+            self.ended.wait(10)
+        return super().__call__(packet)
+
+
+def test_a_listing_that_waits_for_an_sa_holds_up_no_other_request(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        answers = Held()
+        stand_in = StandIn(tmp_path / "c", answers)
+        charon = Charon(stand_in.path)
+        try:
+            waiting = [asyncio.create_task(charon.read_sas(bytes)) for _ in range(MOST - 1)]
+            await soon(lambda: len(stand_in.conns) == MOST - 1)
+            assert (await charon.pools())["mobile"] == {"size": "9"}
+            assert list(await charon.connections()) == ["home"]
+            assert await charon.rekey(ike_id=3) == 1
+            for _ in range(3):
+                assert len(await charon.read_sas(bytes, ike_id=2)) == 1
+            # one for what charon answers at once, one for rekeying, and those of the listings
+            assert len(stand_in.conns) == MOST + 2 and not any(task.done() for task in waiting)
+            more = [asyncio.create_task(charon.read_sas(bytes)) for _ in range(5)]
+            await asyncio.sleep(3 * MOMENT)
+            assert await charon.half_open() == 2
+            answers.ended.set()
+            assert [len(told) for told in await asyncio.gather(*waiting, *more)] == [3] * (MOST + 4)
+            assert len(stand_in.conns) == MOST + 2
+        finally:
+            answers.ended.set()
+            await charon.close()
+            stand_in.close()
 
     asyncio.run(scenario())
 
