@@ -236,9 +236,13 @@ class Away:
             self._change(row, replace(row, known_as=name))
 
     def _pass_on(self, row: Departure | None, now: Departure | None) -> None:
-        before, after = ({} if one is None else one.rules for one in (row, now))
+        before, after = ({} if one is None else one.places for one in (row, now))
+        rules = {} if now is None else now.rules
         for key in {**before, **after}:
-            self.passing.put(key, after.get(key))
+            if now is not None and now.stage is Stage.ENDED and key in after:
+                self.passing.end_soon(key)
+            else:
+                self.passing.put(key, rules.get(key))
 
     def hear(self, peer: str, sa: SaName, epoch: int, news: News, to: str) -> Departure | None:
         """Take in the peer's notice about an SA that was given to it, `to` with MOVED. None: it has no say in

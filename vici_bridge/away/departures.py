@@ -179,9 +179,14 @@ class Departure:
     def rules(self) -> dict[str, NatRule]:
         """What is passed on now, by a key for each."""
         now = self.passed_on
-        if now is None:
+        return {} if now is None else self.places | {self.key: now}
+
+    @property
+    def places(self) -> dict[str, NatRule]:
+        """From where the mobile node's packets are passed on while they are, by the same keys."""
+        if self.relay is None:
             return {}
-        return {self.key: now} | {f"{self.key} {guest.port}": guest for guest in self.guests}
+        return {self.key: self.relay} | {f"{self.key} {guest.port}": guest for guest in self.guests}
 
     def told(self, news: News) -> Departure:
         """The departure after this event, see `STAGES`."""

@@ -7,17 +7,24 @@ them: ESP without UDP under an SPI that is not known can be led back only if the
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from ikectx.errors import BusyError
+from ikectx.errors import BusyError, KernelError
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.vici.views import COND_NAT_ANY, COND_NAT_FAKE, COND_NAT_HERE, COND_NAT_THERE
 
+log = logging.getLogger(__name__)
+
+LINGER = 3.0
+"""Seconds for which IKE is passed on after the end of an SA: the gateway that served it may tell of the end
+before its charon has sent the answer to the mobile node's Delete."""
 _FIRST_PORT, _PORTS = 20480, 8192
 """UDP ports that stand for mobile nodes: none that the kernel gives to sockets by itself (from 32768 on)."""
 
@@ -32,6 +39,7 @@ class Passing:
         """Keys of the mobile nodes whose ESP is not in UDP, by the other gateway's address and ours."""
         self._promised: dict[str, int] = {}
         """Ports of SAs that were offered to another gateway and have not left."""
+        self._ending: dict[str, asyncio.TimerHandle] = {}
         self.began: Callable[[], None] = lambda: None
         """Called when there is something to be passed on; set by who has to know that."""
 
@@ -69,6 +77,8 @@ class Passing:
 
     def put(self, key: str, rule: NatRule | None) -> None:
         """Begin or change a relay, None: end it. Idempotent. Errors: KernelError."""
+        if (timer := self._ending.pop(key, None)) is not None:
+            timer.cancel()
         before = self._rules.get(key)
         if before == rule:
             return
@@ -86,8 +96,24 @@ class Passing:
             self._promised.pop(key, None)
             self.began()
 
+    def end_soon(self, key: str) -> None:
+        """The SA has ended: pass on IKE only, and nothing after `LINGER` seconds. An agent that is started
+        meanwhile does not go on. Errors: KernelError."""
+        if key in self._rules and key not in self._ending:
+            self.put(key, replace(self._rules[key], esp=False))
+            self._ending[key] = asyncio.get_running_loop().call_later(LINGER, self._end, key)
+
+    def _end(self, key: str) -> None:
+        try:
+            self.put(key, None)
+        except KernelError as error:
+            log.error("packets of a relayed mobile node whose SA has ended are still passed on: %s", error)
+
     def restore(self, rules: Mapping[str, NatRule]) -> None:
         """Have these, and no others. Errors: KernelError."""
+        for timer in self._ending.values():
+            timer.cancel()
+        self._ending.clear()
         self._rules = dict(rules)
         self._plain.clear()
         for key, rule in rules.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ikectx.sa.name import SaName
 from tests.kernel_tables import KernelTables
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.vici_bridge.vici.test_views import context, selector
+from vici_bridge.away import passing as relays
 from vici_bridge.away.absences import GUESTS, KIND, Away, pairs_of
 from vici_bridge.away.departures import OURS, News, Stage
 from vici_bridge.away.passing import rule_for
@@ -462,8 +464,6 @@ def test_a_relay_begins_and_ends_with_the_departure() -> None:
     assert places(gateway) == [(mn, True)]
     gateway.begin()
     assert places(gateway) == [(mn, True)]
-    gateway.away.hear("nsg", here.spis, here.epoch + 1, News.ENDS, "")
-    assert places(gateway) == []
     gateway = Gateway()
     here = relay(gateway)
     gateway.away.back(here.spis)
@@ -474,6 +474,33 @@ def test_a_relay_begins_and_ends_with_the_departure() -> None:
     assert places(gateway) == [(mn, True)]
     serves(gateway, here)
     assert places(gateway) == []
+
+
+def test_a_relay_outlives_the_sa_until_the_answer_to_its_delete_has_passed() -> None:
+    async def scenario(*, anew: bool) -> None:
+        gateway = Gateway()
+        here = relay(gateway)
+        gateway.away.left(here.spis)
+        gateway.away.roamed(gateway.away.listing()[0], Endpoint.of("198.51.100.77", 1234), here.local)
+        passing = gateway.away.passing
+        seen_at = [
+            Endpoint(here.local.address, rule.port) for rule in gateway.away.listing()[0].rules.values()
+        ]
+        assert len(seen_at) == 2
+        gateway.away.hear("nsg", here.spis, here.epoch + 1, News.ENDS, "")
+        assert places(gateway) == []
+        lasting = [passing.of(place) for place in seen_at]
+        assert [rule is not None and rule.esp for rule in lasting] == [False, False]
+        if anew:
+            serves(gateway, here)  # the mobile node is here again, so nothing of it is for the other gateway
+        else:
+            await asyncio.sleep(0.01)
+        assert [passing.of(place) for place in seen_at] == [None, None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        asyncio.run(scenario(anew=True))
+        patch.setattr(relays, "LINGER", 0.0)
+        asyncio.run(scenario(anew=False))
 
 
 def test_a_relayed_node_that_roams_is_passed_on_from_there_too() -> None:

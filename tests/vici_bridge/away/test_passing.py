@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address
 
+import pytest
+
 from ikectx.sa.context import Endpoint
 from ikectx.sa.name import SaName
 from tests.vici_bridge.vici.test_views import context
+from vici_bridge.away import passing as module
 from vici_bridge.away.passing import Passing, rule_for
 from vici_bridge.kernel.nat_rule import NatRule, elements, rule_from_json, rule_to_json
 from vici_bridge.vici.views import COND_NAT_THERE
@@ -80,6 +84,33 @@ def test_a_later_agent_has_the_same() -> None:
     later.put("1", replace(rule, esp=False))
     assert rules(nat, "esp", "plain4") == []
     assert rules(nat, "ike") == ["ike4"]
+
+
+def test_ike_is_passed_on_for_some_seconds_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER", 0.0)
+
+    async def scenario() -> None:
+        nat = Nat()
+        passing = Passing(nat)  # type: ignore[arg-type]
+        rule = replace(rule_for(context(), 20000, TO), plain=False)
+        passing.put("1", rule)
+        passing.end_soon("1")
+        passing.end_soon("1")
+        assert rules(nat, "ike", "back", "esp") == ["back4", "ike4"]
+        assert passing.of(Endpoint(rule.ours.address, rule.port)) is not None  # its port is not free yet
+        await asyncio.sleep(0.01)
+        assert nat.found == {}
+        passing.put("1", rule)
+        passing.end_soon("1")
+        passing.put("1", rule)  # the SA is there after all
+        await asyncio.sleep(0.01)
+        assert rules(nat, "ike", "esp") == ["esp4", "ike4"]
+        passing.end_soon("1")
+        passing.restore({"2": rule})
+        await asyncio.sleep(0.01)
+        assert rules(nat, "ike", "esp") == ["esp4", "ike4"]
+
+    asyncio.run(scenario())
 
 
 def test_behind_a_nat_esp_is_in_udp() -> None:
