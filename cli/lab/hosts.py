@@ -147,15 +147,16 @@ class Lab:
     def reload(self, tunnel: Tunnel, overrides: Mapping[str, str] | None = None) -> None:
         """Gives running charons another configuration. SAs stay where no daemon of the host starts anew.
 
-        Those start anew that read files of their own which are others now.
+        Those start anew that read files of their own which are others now, and daemons of other kinds.
         """
-        hosts = dict.fromkeys((*self.tunnel.charons, *tunnel.charons))
+        hosts = dict.fromkeys((*self.tunnel.hosts, *tunnel.hosts))
+        others = {*self.tunnel.others, *tunnel.others}
         before = {host: self._own_files(host) for host in hosts}
         self._save(tunnel, self.agents)
         self._write(tunnel, overrides or {})
-        anew = [host for host in hosts if self._own_files(host) != before[host]]
+        anew = [host for host in hosts if host in others or self._own_files(host) != before[host]]
         self.stop_daemons(anew)
-        self._start([host for host in tunnel.charons if host in anew])
+        self._start([host for host in tunnel.hosts if host in anew])
         for host in tunnel.charons:
             if host not in anew:
                 self._load(host)
