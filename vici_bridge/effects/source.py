@@ -22,7 +22,7 @@ from ikectx.engine.ports import Address as Wish
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, RefusedError, UnknownSaError
 from ikectx.numbers import Status
-from ikectx.sa.context import Address, ChildContext, FinalChild, FinalState, IkeContext, PeerContext
+from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalChild, FinalState, IkeContext, PeerContext
 from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
@@ -394,8 +394,11 @@ class CharonSource(ContextSource):
         host, facts = self._host, self._host.leaving.of(context.spis).facts
         if not facts.unique_id or context.spis not in host.record or host.mute.counters(context.spis)[1]:
             return await host.view(context.spis)
-        view, reqids = departing_view(context), dict(facts.reqids)
-        children = tuple(replace(child, reqid=reqids.get(child.spi_in, 0)) for child in view.children)
+        view, reqids, tags = departing_view(context), dict(facts.reqids), dict(facts.tags)
+        children = tuple(
+            replace(child, reqid=reqids.get(child.spi_in, 0), tags=tags.get(child.spi_in, NO_TAGS))
+            for child in view.children
+        )
         return replace(view, unique_id=facts.unique_id, children=children)
 
     def hands_over(self, sa: SaName) -> None:
