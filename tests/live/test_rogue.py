@@ -37,7 +37,7 @@ def test_each_attack_is_refused_with_its_reason(world: World) -> None:
     log = world.log("nsg", "agent.out")
     words = "the mobile node's identity is root.evil, connection mn asks for mn.example"
     assert f"from psg: check: {words}" in log
-    assert "a\\x0aERROR ikectx: forged\\x1b[31m" in log and "\x1b" not in log
+    assert "a?ERROR ikectx: forged?[31m" in log and "\x1b" not in log
     assert not [line for line in log.splitlines() if line.startswith("ERROR ikectx: forged")]
     assert world.idle("nsg")
     world.ping()

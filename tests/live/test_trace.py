@@ -20,14 +20,14 @@ from .world import World
 
 STEPS = {
     "handover": {
-        "psg": ["export", "freeze", "release"],
+        "psg": ["export", "choose a way", "freeze", "release"],
         "nsg": ["check", "prepare", "take", "move", "activate"],
         "mn": [],
     },
     "predictive": {
         "psg": ["export", "freeze", "release"],
-        "nsg": ["check", "prepare", "take", "move", "activate"],
-        "mn": ["export", "quiet", "renumber", "readdress", "loud"],
+        "nsg": ["check", "get ready", "prepare", "take", "move", "activate"],
+        "mn": ["quiet", "renumber", "readdress", "loud"],
     },
 }
 MESSAGES = {

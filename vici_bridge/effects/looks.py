@@ -35,8 +35,9 @@ from vici_bridge.policy.present import Present
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
 
-AGE = 1.0
-"""Seconds for which charon's answers about its configuration will do."""
+AGE = 0.1
+"""Seconds for which charon's answers about its configuration will do; who loads another one expects it to
+count."""
 LISTED = 10.0
 """Seconds for which the list of its SAs will do, with the changes since."""
 MANY = 32
