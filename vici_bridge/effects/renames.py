@@ -275,6 +275,7 @@ class Renames:
         await asyncio.to_thread(host.mute.mute_in, after.spis)
         await asyncio.to_thread(host.mute.mute_out, after.spis)
         await host.send(orders)
+        host.segments.came(after.spis)  # a toggle for another SA may have activated what is replaced here
         await self._listed(after, before, present=True)
         if host.kernel is not None:
             self._go_on(host.kernel, here, plan, before, after, counters)
