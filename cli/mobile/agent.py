@@ -49,7 +49,7 @@ def run(config: MobileFile) -> int:
 
 
 class _Outside:
-    """`mobile_handover.Outside` on this host."""
+    """`parties.Outside` on this host."""
 
     def __init__(self, host: CharonHost, addresses: OuterAddresses, ready: Ready) -> None:
         self._host = host

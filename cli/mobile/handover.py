@@ -22,10 +22,10 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from ikectx.engine.ports import Store
 from ikectx.errors import (
@@ -59,7 +59,7 @@ from .config import MobileFile
 from .farewell import Farewells
 from .notes import Notes
 from .opening import open_nat
-from .parties import is_idle, router_of, sa_of
+from .parties import Outside, is_idle, router_of, sa_of
 from .place import LocalPlace
 from .report import MobileReport
 from .run import HandoverRun, Progress
@@ -81,28 +81,6 @@ Fill = Callable[[SaName, Endpoint, Endpoint, int], Awaitable[int]]
 AFTER_IKE = 1.0
 """Seconds to wait for the new gateway's CTAA after it has sent an IKE request that only the serving gateway
 can make."""
-
-
-class Outside(Protocol):
-    """The host's functions that a handover needs: its SAs and its addresses (`CharonHost`,
-    `OuterAddresses`)."""
-
-    async def views(self) -> list[SaView]: ...
-
-    def known(self) -> list[SaView] | None:
-        """The same without asking charon; None: it must be asked."""
-
-    def changed(self) -> None:
-        """charon's SAs have been changed from here, of which charon reports nothing."""
-
-    def has(self, address: Address) -> bool:
-        """Whether this host has the address."""
-
-    def towards(
-        self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
-    ) -> Address | None: ...
-
-    def nudge(self, remote: Address) -> None: ...
 
 
 class Handovers:

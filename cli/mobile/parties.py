@@ -1,4 +1,4 @@
-"""Whom a handover is about: the SA that moves, and where the gateways take CTARs. I/O."""
+"""Whom a handover is about: the SA that moves, this host, and where the gateways take CTARs. I/O."""
 
 from __future__ import annotations
 
@@ -6,14 +6,37 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import Protocol
 
 from ikectx.errors import LinkError, UnknownSaError
 from ikectx.node.mobility import Router
-from ikectx.sa.context import Endpoint
+from ikectx.sa.context import Address, Endpoint
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
 from .config import GatewayEntry, MobileFile
+
+
+class Outside(Protocol):
+    """The host's functions that a handover needs: its SAs and its addresses (`CharonHost`,
+    `OuterAddresses`)."""
+
+    async def views(self) -> list[SaView]: ...
+
+    def known(self) -> list[SaView] | None:
+        """The same without asking charon; None: it must be asked."""
+
+    def changed(self) -> None:
+        """charon's SAs have been changed from here, of which charon reports nothing."""
+
+    def has(self, address: Address) -> bool:
+        """Whether this host has the address."""
+
+    def towards(
+        self, remote: Address, *, avoid: Sequence[Address] = (), among: Sequence[Address] = ()
+    ) -> Address | None: ...
+
+    def nudge(self, remote: Address) -> None: ...
 
 
 async def router_of(gateway: GatewayEntry, version: int) -> Router:
