@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import click
@@ -118,6 +119,24 @@ def a_number(ctx: click.Context, param: click.Parameter, value: float | None) ->
 def json_option(command: F) -> F:
     """--json, for every command that prints."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")(command)
+
+
+def key_option(command: F) -> F:
+    """--key of `rotate-key`."""
+    return click.option(
+        "--key",
+        type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+        help="A file with the key from now on, 32 octets; default: the agent makes one in its state_dir.",
+    )(command)
+
+
+def ask_for_another_key(setup: Setup[Any], key: Path | None, as_json: bool) -> None:
+    """`rotate-key` of a gateway's agent or a mobile node's: ask it, and print what it did."""
+    answer = setup.ask("rotate-key", {"key": None if key is None else str(key)}) or {}
+    if as_json:
+        show_json(answer)
+    else:
+        click.echo(f"{answer.get('sealed')} values are sealed with another key: {answer.get('key')}")
 
 
 def serve_config_option(command: F) -> F:

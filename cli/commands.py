@@ -19,7 +19,9 @@ from .answers import (
     WORDS,
     Setup,
     an_address,
+    ask_for_another_key,
     json_option,
+    key_option,
     serve_config_option,
     show_answer,
     show_json,
@@ -452,11 +454,7 @@ def _confirm(yes: bool, question: str) -> None:
 
 
 @cli.command("rotate-key", short_help="Seal the agent's store with another key.")
-@click.option(
-    "--key",
-    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
-    help="A file with the key from now on, 32 octets; default: the agent makes one in its state_dir.",
-)
+@key_option
 @json_option
 @click.pass_obj
 def rotate_key(setup: Setup[Config], key: Path | None, as_json: bool) -> None:
@@ -465,11 +463,7 @@ def rotate_key(setup: Setup[Config], key: Path | None, as_json: bool) -> None:
     With --key the agent needs that key at its next start: name its file as state_key in the configuration,
     or give it to systemd as the credential ikectx.state-key.
     """
-    answer = setup.ask("rotate-key", {"key": None if key is None else str(key)}) or {}
-    if as_json:
-        show_json(answer)
-    else:
-        click.echo(f"{answer.get('sealed')} values are sealed with another key: {answer.get('key')}")
+    ask_for_another_key(setup, key, as_json)
 
 
 @cli.command(short_help="Stop an open transfer.")

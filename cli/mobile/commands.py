@@ -14,7 +14,9 @@ from ..answers import (
     WORDS,
     Setup,
     an_address,
+    ask_for_another_key,
     json_option,
+    key_option,
     serve_config_option,
     show_answer,
     show_json,
@@ -248,11 +250,7 @@ def diagnose(path: Path, socket: str | None, as_json: bool) -> int:
 
 
 @mobile.command("rotate-key", short_help="Seal the agent's store with another key.")
-@click.option(
-    "--key",
-    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
-    help="A file with the key from now on, 32 octets; default: the agent makes one in its state_dir.",
-)
+@key_option
 @json_option
 @click.pass_obj
 def rotate_key(setup: Setup[MobileFile], key: Path | None, as_json: bool) -> None:
@@ -261,8 +259,4 @@ def rotate_key(setup: Setup[MobileFile], key: Path | None, as_json: bool) -> Non
     With --key the agent needs that key at its next start: name its file as state_key in the configuration,
     or give it to systemd as the credential ikectx.state-key.
     """
-    answer = setup.ask("rotate-key", {"key": None if key is None else str(key)}) or {}
-    if as_json:
-        show_json(answer)
-    else:
-        click.echo(f"{answer.get('sealed')} values are sealed with another key: {answer.get('key')}")
+    ask_for_another_key(setup, key, as_json)
