@@ -15,13 +15,9 @@ import pytest
 
 from ikectx_cli.lab.config import Tunnel
 from ikectx_cli.lab.hosts import Lab
-from ikectx_cli.lab.net import has_kernel_esp
 from vici_bridge.vici.client import ControlClient, json_of
 
-pytestmark = [
-    pytest.mark.kernel_esp,
-    pytest.mark.skipif(not has_kernel_esp(), reason="the kernel has no ESP"),
-]
+pytestmark = pytest.mark.kernel_esp
 
 ITS_OWN = (
     r"spi 0x\w+ ?\(\w+\)",
