@@ -25,7 +25,8 @@ from tests.vici_bridge.test_deadlines import MemoryStore
 from vici_bridge.away.absences import Away
 from vici_bridge.away.follow import Follow
 from vici_bridge.effects.sink import CharonSink
-from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.sa_state import read_child, read_generation
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig

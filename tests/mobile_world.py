@@ -36,6 +36,7 @@ from vici_bridge.effects import steps as steps_module
 from vici_bridge.effects.mobile import CharonMobile
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import import_messages
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.sa_state import read_child, read_generation
 from vici_bridge.host import CharonHost
@@ -319,13 +320,13 @@ class Charon:
             case HaType.SEGMENT_DROP:
                 self._segment(active=True)
             case HaType.IKE_ADD:
-                if message.need(Attr.IKE_REKEY_ID, ha.IkeId).spis == self.context.spis:
+                if message.need(Attr.IKE_REKEY_ID, IkeId).spis == self.context.spis:
                     generations = (*self.context.generations, read_generation(message))
                     self.context = replace(self.context, generations=generations)
                     self.state = "CONNECTING"
             case HaType.IKE_MID_INITIATOR | HaType.IKE_MID_RESPONDER:
                 pass
-            case HaType.IKE_UPDATE if message.need(Attr.IKE_ID, ha.IkeId).spis == self.context.spis:
+            case HaType.IKE_UPDATE if message.need(Attr.IKE_ID, IkeId).spis == self.context.spis:
                 if self.state == "CONNECTING" and message.get(Attr.CONFIG_NAME) is not None:
                     self.state = "PASSIVE"
                 self.local = message.find(Attr.LOCAL_ADDR, Endpoint) or self.local

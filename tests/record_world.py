@@ -19,7 +19,8 @@ from ikectx.sa.context import (
 )
 from ikectx.sa.name import SaName
 from vici_bridge.ha import messages as ha
-from vici_bridge.ha.messages import HaMessage, IkeId
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
 
 VECTORS = Path(__file__).parent / "vectors"

@@ -35,6 +35,7 @@ from vici_bridge.away.follow import Follow
 from vici_bridge.away.origins import Origins
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import undo_messages
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.ha.record import (
     Added,
     ChildAdded,
@@ -364,7 +365,7 @@ class CharonHost:
         if sa not in self.record:
             return
         self.doubts.check(sa)
-        known, ike = self.record.context(sa), ha.IkeId.of(self.record.context(sa).current)
+        known, ike = self.record.context(sa), IkeId.of(self.record.context(sa).current)
         after = self.doubts.after(sa)
         version = await self.version()
         for initiator, mid, noted in zip(
@@ -402,7 +403,7 @@ class CharonHost:
         """charon sends IKE_DELETE, then runs updown scripts, then clears the kernel (5.9.8, 6.0.6)."""
         now = time.monotonic()
         self._departed = {sa: kept for sa, kept in self._departed.items() if now - kept[1] < DEPARTED}
-        ike = message.find(ha.Attr.IKE_ID, ha.IkeId)
+        ike = message.find(ha.Attr.IKE_ID, IkeId)
         if message.type is ha.HaType.IKE_DELETE and ike is not None and ike.spis in self.record:
             with contextlib.suppress(IkectxError):
                 self._departed[ike.spis] = (self.record.context(ike.spis), now, self.quiet(ike.spis))

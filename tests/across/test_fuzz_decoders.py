@@ -71,6 +71,7 @@ from vici_bridge.away.departures import Departure
 from vici_bridge.away.origins import Origin
 from vici_bridge.effects.mobile_move import ChildMove, MobileMove
 from vici_bridge.ha import messages as ha
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
 from vici_bridge.kernel import detour, nftables, route_events, routes
@@ -406,7 +407,7 @@ def test_a_record_of_anything_raises_only_what_it_says(data: st.DataObject) -> N
 def test_a_context_whose_ends_are_of_different_families_is_refused() -> None:
     record = Record()
     record.feed(ha.ike_add(5, CONTEXT.generations[0], CONTEXT.remote))
-    ike = ha.IkeId.of(CONTEXT.generations[0])
+    ike = IkeId.of(CONTEXT.generations[0])
     record.feed(
         ha.ike_update(
             5,
@@ -429,7 +430,7 @@ def test_an_sa_of_two_wire_versions_does_not_keep_the_others_from_the_store() ->
     record.feed(ha.ike_add(3, first, CONTEXT.remote))
     (child,) = [one for one in CONTEXT.children if isinstance(one, ChildContext)][:1]
     more = replace(child, add_secret=Secret(b"s" * 32), add_kes=b"\0\x24")
-    record.feed(ha.child_add(5, ha.IkeId.of(first), more))
+    record.feed(ha.child_add(5, IkeId.of(first), more))
     record.feed(ha.ike_add(5, second, CONTEXT.remote))
     assert len(record.dump()) == 2
 

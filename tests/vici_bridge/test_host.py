@@ -29,7 +29,8 @@ from vici_bridge.effects import freeze as freeze_module
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha import sockets
 from vici_bridge.ha.chain import import_messages
-from vici_bridge.ha.messages import Attr, IkeId
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import Attr
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.vici.views import sa_views

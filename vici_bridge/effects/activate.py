@@ -22,6 +22,7 @@ from ikectx.errors import CharonError, KernelError, WireError
 from ikectx.sa.context import FinalState, IkeContext
 from ikectx.wire.spis import ESP, IKE, NewSpi, serialize_new_spis
 from vici_bridge.ha import messages as ha
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, own_spi
 from vici_bridge.vici.views import SaView
@@ -49,7 +50,7 @@ async def _look(work: Coming) -> Facts:
 
 async def _message_ids(work: Coming) -> None:
     host, shape = work.host, work.shape
-    version, ike = await host.version(), ha.IkeId.of(shape.current)
+    version, ike = await host.version(), IkeId.of(shape.current)
     assert work.final is not None
     mids = [
         ha.ike_mid(version, ike, initiator=initiator, mid=mid)

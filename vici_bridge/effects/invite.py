@@ -12,6 +12,7 @@ itself.
 from __future__ import annotations
 
 from vici_bridge.ha import messages as ha
+from vici_bridge.ha.ike_id import IkeId
 
 from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
 from .runner import Facts, LedgerStep, StepEffect
@@ -41,7 +42,7 @@ async def _invite(work: Freezing) -> Facts:
 async def _tell_id(work: Freezing) -> None:
     host = work.host
     message = ha.ike_mid(
-        await host.version(), ha.IkeId.of(work.context.current), initiator=True, mid=work.facts.request or 0
+        await host.version(), IkeId.of(work.context.current), initiator=True, mid=work.facts.request or 0
     )
     await host.send([message])
     host.record.feed(message)

@@ -26,6 +26,7 @@ from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import reshape
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.host import ESP, CharonHost
 from vici_bridge.kernel.algorithms import KernelReplay
 from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel
@@ -401,8 +402,8 @@ class MoveSteps:
         if old is not None and old.sequence == LATE:
             kernel.delete_sa(old)
 
-    def ike_id(self, sa: SaName) -> ha.IkeId:
-        return ha.IkeId.of(self._host.record.context(sa).current)
+    def ike_id(self, sa: SaName) -> IkeId:
+        return IkeId.of(self._host.record.context(sa).current)
 
     async def seen(self, sa: SaName) -> SaView:
         view = await self._host.view(sa)

@@ -23,6 +23,7 @@ from ikectx.engine.ports import SENDING_PACKETS
 from ikectx.errors import CharonError, LinkError, RefusedError
 from ikectx.sa.context import FinalState
 from vici_bridge.ha import messages as ha
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.kernel.xfrm import KernelPolicy
 
 from .leaving import LIVING, SCRIPT_LIMIT, Leaving
@@ -131,7 +132,7 @@ async def _call_back(work: Leaving) -> None:
             log.warning("%s: %s", context.connection, error)
         except (LinkError, TimeoutError):
             continue
-        ike = ha.IkeId.of(context.current)
+        ike = IkeId.of(context.current)
         message = ha.ike_mid(await host.version(), ike, initiator=True, mid=mid + used)
         await host.send([message])
         host.record.feed(message)

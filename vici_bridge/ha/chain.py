@@ -1,6 +1,6 @@
 """Builds the HA messages that install an IKE_SA and the rekeyed SAs that it came from. Pure.
 
-charon finds an IKE_SA by version, SPIs and role. Ancestors are installed under the IKE version `ha.HIDDEN`,
+charon finds an IKE_SA by version, SPIs and role. Ancestors are installed under the IKE version `HIDDEN`,
 which never appears on the wire, so they cannot collide with another SA: their SPIs may belong to another
 mobile node's SA by now, or the SA itself may have other SPIs here. Their keys are right all the same, because
 they are derived from the SPIs alone. Children made under an ancestor get their right keys, and the next
@@ -18,7 +18,8 @@ from ikectx.errors import CharonError
 from ikectx.numbers import STATUS_TEXT, Status
 from ikectx.sa.context import ChildContext, IkeContext
 
-from .messages import Attr, HaMessage, IkeId, child_add, child_delete, ike_add, ike_delete, ike_update
+from .ike_id import IkeId
+from .messages import Attr, HaMessage, child_add, child_delete, ike_add, ike_delete, ike_update
 from .record import mid_messages, uncovered
 
 

@@ -25,7 +25,8 @@ from ikectx.sa.context import Endpoint, FinalState, Identity, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire import cbor
 
-from .messages import HIDDEN, Attr, HaMessage, HaType, IkeId, ike_mid
+from .ike_id import HIDDEN, IkeId
+from .messages import Attr, HaMessage, HaType, ike_mid
 from .sa_state import (
     SaState,
     adopt,

@@ -22,7 +22,8 @@ from ikectx.sa.context import (
 from ikectx.sa.keys import sk_keys
 from ikectx.sa.name import SaName
 
-from .messages import MARKER, Attr, HaMessage, IkeId, child_add, ike_add, ike_mid, ike_update
+from .ike_id import IkeId
+from .messages import MARKER, Attr, HaMessage, child_add, ike_add, ike_mid, ike_update
 
 
 @dataclass(frozen=True, slots=True)

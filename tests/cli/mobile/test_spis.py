@@ -114,8 +114,9 @@ class Watched:
 
     def _count(self, *, initiator: int, responder: int) -> None:
         from vici_bridge.ha import messages as ha
+        from vici_bridge.ha.ike_id import IkeId
 
-        ike = ha.IkeId.of(CONTEXT.current)
+        ike = IkeId.of(CONTEXT.current)
         for ours, mid in ((True, initiator), (False, responder)):
             self.node.host.record.feed(ha.ike_mid(3, ike, initiator=ours, mid=mid))
         self.node.host.save()

@@ -13,7 +13,8 @@ from ikectx.sa.keys import esp_keys, sk_keys
 from tests.gateway_world import OURS, Charon, Sad
 from tests.vici_bridge.effects.test_sink import a_context, chained
 from vici_bridge.ha.chain import import_messages, leftovers, reshape, settle, undo_messages
-from vici_bridge.ha.messages import HIDDEN, Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha.ike_id import HIDDEN, IkeId
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.record import COND_PPK
 from vici_bridge.policy.new_names import with_own_spi
 

@@ -14,7 +14,8 @@ from ikectx.errors import WireError
 from ikectx.numbers import Encr, IdType, Integ, KeMethod, Mode, Prf
 from ikectx.sa.context import ChildContext, Endpoint, Identity, IkeGeneration, Secret, TrafficSelector
 from vici_bridge.ha import messages as ha
-from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.version import wire_version
 
 VECTORS = Path(__file__).parent.parent.parent / "vectors"

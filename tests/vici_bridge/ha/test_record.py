@@ -31,7 +31,8 @@ from tests.record_world import (
 )
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import import_messages
-from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.record import (
     Added,
     ChildAdded,

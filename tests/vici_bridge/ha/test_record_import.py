@@ -13,7 +13,8 @@ from ikectx.sa.context import FinalState, Secret
 from tests.record_world import CONTEXT, G1, G2, G3, I1, I2, NSG, VIP, child
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.chain import import_messages, undo_messages
-from vici_bridge.ha.messages import Attr, HaMessage, HaType, IkeId
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import Attr, HaMessage, HaType
 from vici_bridge.ha.record import COND_PPK, Ignored, Record, mid_messages, uncovered
 
 

@@ -17,7 +17,8 @@ from tests.netns import Namespace, namespaces
 from tests.peers import a_context
 from tests.vici_bridge.test_host import KEY, Vici, hear, host_of, nobody
 from vici_bridge.effects.source import CharonSource
-from vici_bridge.ha.messages import IkeId, ike_mid
+from vici_bridge.ha.ike_id import IkeId
+from vici_bridge.ha.messages import ike_mid
 from vici_bridge.kernel import message_ids
 from vici_bridge.kernel.message_ids import MessageIds
 from vici_bridge.kernel.mute import MARK, Mute
