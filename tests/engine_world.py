@@ -16,6 +16,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
@@ -102,7 +103,9 @@ CALM = 1000.0
 LIMIT = 4000.0
 EVENTS = 60_000
 """A run that is not over by then has no end."""
-MODES = ("push", "pull", "predictive", "reactive", "packet", "twice", "ring")
+MODES = ("push", "pull", "predictive", "reactive", "packet", "twice", "ring", "torn")
+JUMPS = (-86400.0, -70.0, -1.0, 1.0, 70.0, 86400.0, 1e8)
+"""Seconds by which a clock is set on or back."""
 AWAY = Endpoint.of("203.0.113.5", 4500)
 EVERYTHING = frozenset({"push", "pull", "packet"})
 
@@ -267,6 +270,12 @@ class Box:
                 return ()
         raise CharonError(f"nobody does {step}")
 
+    def takes_back(self, step: Freeze) -> None:
+        """A freeze that fails has the SA served again, and what was diverted comes back."""
+        here = self.sas.get(step.context.spis)
+        if here is not None and here.state == "served":
+            self._thaw(step.context.spis, 0 if step.unannounced else 2 * OSEQ_JUMP, True)
+
     def _thaw(self, sa: SaName, jump: int, untouched: bool) -> None:
         here = self._at(sa, "frozen", "served")
         here.oseq += jump
@@ -357,7 +366,8 @@ class Wire:
 
 @dataclass(frozen=True, slots=True)
 class Weather:
-    """Probabilities of a message, a step, an output; `slow`: of a delay that is longer than time limits."""
+    """Probabilities of a message, a step, an output; `slow`: of a delay that is longer than time limits.
+    `jumps`: how often somebody sets a gateway's clock."""
 
     cut: float
     fail: float
@@ -365,6 +375,7 @@ class Weather:
     loss: float
     crashes: int
     full: float
+    jumps: int
 
 
 class Side:
@@ -381,11 +392,16 @@ class Side:
         self.dies_at: set[int] = set()
         self.open: dict[int, Callable[[object], None]] = {}
         """Tickets that have not ended, and who waits for them."""
+        self.clock: float = UNIX
+        """The time of its clock at the beginning, as it would have been."""
         self._due: float | None = None
 
     @property
     def now(self) -> Moment:
-        return Moment(self.world.now, UNIX + self.world.now)
+        return Moment(self.world.now, self.clock + self.world.now)
+
+    def set_clock(self, by: float) -> None:
+        self.clock += by
 
     def start(self) -> None:
         """A new agent, with what is on the disk."""
@@ -486,6 +502,8 @@ class Side:
         outcome: object
         if world.chance(world.weather.fail):
             outcome = self._failure(step)
+            if isinstance(step, Freeze):
+                self.box.takes_back(step)
         else:
             try:
                 outcome = self.box.do(step)
@@ -516,8 +534,9 @@ class World:
             loss=dice.choice((0.0, 0.2)),
             crashes=dice.choice((0, 1, 1, 2, 3)),
             full=dice.choice((0.0, 0.0, 0.05)),
+            jumps=dice.choice((0, 0, 1, 3)),
         )
-        names = ("a", "b", "c") if self.mode in ("twice", "ring") else ("a", "b")
+        names = ("a", "b", "c") if self.mode in ("twice", "ring", "torn") else ("a", "b")
         self.sides = {name: Side(name, self) for name in names}
         self.mobiles: dict[SaName, Mobile] = {}
         self.settled: list[object] = []
@@ -528,6 +547,9 @@ class World:
         self._calmed = False
         for side in self.sides.values():
             side.start()
+        for _ in range(self.weather.jumps):
+            side = dice.choice(list(self.sides.values()))
+            self.later(dice.uniform(0.0, 20.0), partial(side.set_clock, dice.choice(JUMPS)))
         for _ in range(self.weather.crashes):
             side = dice.choice(list(self.sides.values()))
             side.dies_at.add(dice.randint(2, 60))
@@ -717,6 +739,15 @@ class World:
     def _reactive(self) -> None:
         Node(self, self._serve(1)).say(Purpose.ARRIVE, "b", 0.0)
 
+    def _torn(self) -> None:
+        """A mobile node that asks two gateways for its SA."""
+        context = self._serve(1)
+        for sequence, to in ((7, "b"), (8, "c")):
+            node = Node(self, context, to, sequence)
+            if self.dice.random() < 0.3:
+                node.say(Purpose.ANNOUNCE, "a", 0.0)
+            node.say(Purpose.ARRIVE, to, self.dice.uniform(0.0, 3.0))
+
     def _packet(self) -> None:
         context = self._serve(1)
         datagram = request(context, mid=context.mid_responder)
@@ -735,10 +766,11 @@ def _peer(name: str) -> PeerConfig:
 class Node:
     """A mobile node that asks for its handover itself: each CTAR again and again, until it is answered."""
 
-    def __init__(self, world: World, context: IkeContext) -> None:
+    def __init__(self, world: World, context: IkeContext, nsg: str = "b", sequence: int = 7) -> None:
         self.world = world
         self.context = context
-        self.sequence = 7
+        self.nsg = nsg
+        self.sequence = sequence
         self.key = token_key(context.current, self.sequence)
         self.leaves = world.chance(0.5)
         self.answers: deque[tuple[Purpose, bool, Status]] = deque()
@@ -754,7 +786,7 @@ class Node:
             purpose=purpose,
             spis=self.context.spis,
             psg="a",
-            nsg="b",
+            nsg=self.nsg,
             expiry=UNIX + 100,
             care_of=AWAY if arrives else None,
             blocks=() if arrives or not self.leaves else (ContextDataBlock(Fpt.LEAVING, b""),),

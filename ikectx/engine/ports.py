@@ -133,7 +133,7 @@ class ContextSource(Protocol):
         mobile node is not told of the other gateway; pass its IKE on from now on, and its ESP from `release`
         on. It is not passed where the source never chose "relay". Errors:
         BusyError if the SA changed since `context` was exported or has an exchange in flight; nothing is
-        frozen then.
+        frozen then, and nothing diverted.
         """
 
     @abstractmethod

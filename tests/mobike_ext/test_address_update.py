@@ -8,8 +8,6 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ikectx.errors import UsageError
 from ikectx.numbers import Encr, Exchange, Integ, Notify
@@ -262,14 +260,6 @@ def test_requests_of_the_mobile_node_wait_for_charon() -> None:
     dpd = IkeHeader(SA.spi_i, SA.spi_r, Exchange.INFORMATIONAL, 7, initiator=True, response=False)
     machine.receive(add_marker(seal_message(node.outbound, dpd, [], bytes(8)), MN, NSG), MN, 0)
     assert (machine.peer_requests, machine.ignored, machine.to_send(0), events(machine)) == (1, 0, [], [])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.booleans())
-def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
-    machine, _, _ = started()
-    machine.receive(bytes(4) + octets if marked else octets, MN, 0)
-    assert machine.state is AddressUpdateState.WAITING
 
 
 # --- NAT ---------------------------------------------------------------------------------------------------

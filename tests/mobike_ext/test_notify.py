@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ikectx.errors import UsageError, WireError
@@ -180,33 +179,6 @@ kinds = st.sampled_from([Notify.UPDATE_SPI_SUPPORTED, Notify.UPDATE_SPI, Notify.
 protocols = st.sampled_from([*Protocol]) | st.integers(0, 255).map(Protocol)
 spis = st.binary(max_size=9) | st.sampled_from([IN, OUT, GATEWAY])
 data = st.binary(max_size=14) | st.binary(min_size=4, max_size=4).map(lambda new: bytes(4) + new)
-
-
-@settings(max_examples=300, deadline=None)
-@given(kinds, protocols, spis, data, st.booleans())
-def test_foreign_notifies_raise_only_wire_errors(
-    kind: Notify, protocol: Protocol, spi: bytes, octets: bytes, answer: bool
-) -> None:
-    notify = NotifyPayload(kind, octets, protocol, spi)
-    try:
-        value = UpdateSpi.parse(notify, answer=answer) if kind == Notify.UPDATE_SPI else parse(notify)
-    except WireError:
-        return
-    if not (isinstance(value, UpdateSpiSupported) and value.version > 1):
-        assert value.serialize() == notify
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(sorted(VECTORS)), st.integers(0, 30), st.integers(1, 255))
-def test_damaged_vectors_raise_only_wire_errors(name: str, place: int, change: int) -> None:
-    octets = bytearray(VECTORS[name])
-    octets[place % len(octets)] ^= change
-    try:
-        notify = payload(bytes(octets))
-        parse(notify, name)
-    except WireError:
-        return
-    assert serialize_payloads([notify])[1][4:] == bytes(octets)
 
 
 def test_an_invitation() -> None:

@@ -343,15 +343,6 @@ def test_requests_of_the_peer_wait_for_charon() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.booleans())
-def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
-    machine = child_rekey()
-    machine.to_send(0)
-    machine.receive(bytes(4) + octets if marked else octets, MN, 0)
-    assert (machine.state, machine.ignored) == (RekeyState.ASKING, 1)
-
-
-@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_authentic_nonsense_never_raises(data: st.DataObject) -> None:
     """Some payloads of a good answer, in any order, some of them twice."""

@@ -404,14 +404,6 @@ def test_every_cell_of_the_table(state: ResponderState, what: ResponderInput) ->
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.booleans())
-def test_foreign_datagrams_never_raise(octets: bytes, marked: bool) -> None:
-    machine = responder()
-    machine.receive(bytes(4) + octets if marked else octets, NSG, 0)
-    assert (machine.state, machine.ignored) == (ResponderState.LISTENING, 1)
-
-
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(
         st.builds(

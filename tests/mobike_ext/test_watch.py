@@ -12,8 +12,6 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ikectx.errors import RefusedError
 from ikectx.numbers import Exchange, Payload
@@ -121,12 +119,6 @@ def test_anything_else_is_none(what: str) -> None:
     assert core.receive(WRONG[what](), US, MN, 1.0) is None
     assert core.dropped == {NotAsked.NO_REQUEST: 1}
     assert len(core) == 0
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=100), st.sampled_from([b"", header(), header(first=Payload.SKF)]))
-def test_foreign_octets_never_raise(octets: bytes, start: bytes) -> None:
-    memory().receive(start + octets, US, MN, 1.0)
 
 
 def test_fragments_are_gathered() -> None:
@@ -316,12 +308,6 @@ def test_what_is_no_datagram_of_ipv6() -> None:
     assert watch.parse_packet(bytes(packet)) is not None
     packet[6] = 44  # a fragment header
     assert watch.parse_packet(bytes(packet)) is None
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=90), st.sampled_from([b"", ip_packet(b"")[:28], ip_packet(b"", US6, MN6)[:48]]))
-def test_foreign_packets_never_raise(octets: bytes, start: bytes) -> None:
-    watch.parse_packet(start + octets)
 
 
 def test_the_links_padding_is_cut_off() -> None:

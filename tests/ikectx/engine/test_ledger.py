@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -107,27 +106,6 @@ def rows(role: str) -> st.SearchStrategy[Row[Any]]:
 def test_a_row_comes_back_as_it_was(role: Role, data: st.DataObject) -> None:
     row = data.draw(rows(role))
     assert loads(role, dumps(row)) == row
-
-
-@pytest.mark.parametrize("role", list(FACTS))
-@given(data=st.data())
-def test_a_row_that_was_damaged_is_an_error_of_the_store_and_nothing_else(
-    role: Role, data: st.DataObject
-) -> None:
-    octets = bytearray(dumps(data.draw(rows(role))))
-    for place in data.draw(st.lists(st.integers(0, len(octets) - 1), min_size=1, max_size=4)):
-        octets[place] ^= data.draw(st.integers(1, 255))
-    cut = data.draw(st.integers(0, len(octets)))
-    for some in (bytes(octets), bytes(octets[:cut])):
-        with contextlib.suppress(StoreError):
-            assert isinstance(loads(role, some), Row)
-
-
-@pytest.mark.parametrize("role", list(FACTS))
-@given(octets=st.binary(max_size=60))
-def test_noise_is_an_error_of_the_store(role: Role, octets: bytes) -> None:
-    with pytest.raises(StoreError):
-        loads(role, octets)
 
 
 def test_what_a_later_version_wrote_is_not_half_read() -> None:

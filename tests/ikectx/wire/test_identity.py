@@ -7,8 +7,6 @@ from ipaddress import ip_address
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ikectx.numbers import IdType
 from ikectx.sa.context import Identity
@@ -105,8 +103,3 @@ def test_a_dn_reads_as_strongswan_writes_it() -> None:
     assert dn_text(CAROL.data) == "C=CH, O=Linux, strongSwan, CN=carol"
     assert dn_text(dn((NameOID.EMAIL_ADDRESS, "a@b.c")).data) == "E=a@b.c"
     assert dn_text(b"\x30\x03\x31\x01\x30") is None
-
-
-@given(st.binary(max_size=255), st.sampled_from(list(IdType)), st.text(max_size=40))
-def test_octets_of_a_peer_raise_nothing(data: bytes, kind: IdType, pattern: str) -> None:
-    allows(pattern, Identity(kind, data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -246,21 +245,6 @@ def test_every_damaged_octet_is_noticed() -> None:
         proof.verify(sa, [_flipped(good, 17, 0x01)])
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=200), max_size=4))
-def test_foreign_octets_are_refused(datagrams: list[bytes]) -> None:
-    with pytest.raises(ProofError):
-        proof.verify(context(), datagrams)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=120))
-def test_octets_behind_the_right_spis_are_refused(rest: bytes) -> None:
-    sa = context()
-    with pytest.raises(ProofError):
-        proof.verify(sa, [b"".join(sa.spis) + rest])
-
-
 def test_an_sa_with_unknown_algorithms_is_refused() -> None:
     sa = context()
     strange = replace(sa, generations=(replace(sa.current, encr=Encr(99)),))
@@ -341,14 +325,6 @@ def test_what_is_no_message_is_not_sent(datagrams: list[bytes]) -> None:
 def test_wrong_blocks_are_wire_errors(blocks: list[ContextDataBlock]) -> None:
     with pytest.raises(WireError):
         proof.decode(blocks)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=60), max_size=3))
-def test_foreign_blocks_raise_only_wire_errors(datas: list[bytes]) -> None:
-    blocks = [ContextDataBlock(Fpt.PROOF, data) for data in datas]
-    with contextlib.suppress(WireError):
-        assert all(proof.decode(blocks)) or not blocks
 
 
 def test_spis_of() -> None:

@@ -47,38 +47,6 @@ VALID = (
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(VALID), st.data())
-def test_mutated_profiles_raise_only_wire_error(
-    blocks: tuple[ContextDataBlock, ...], draw: st.DataObject
-) -> None:
-    mutated = list(blocks)
-    for _ in range(draw.draw(st.integers(1, 3))):
-        which = draw.draw(st.integers(0, len(mutated) - 1))
-        data = bytearray(mutated[which].data)
-        place = draw.draw(st.integers(0, len(data) - 1))
-        match draw.draw(st.sampled_from(["set", "cut", "insert"])):
-            case "set":
-                data[place] = draw.draw(st.integers(0, 255))
-            case "cut":
-                del data[place : place + draw.draw(st.integers(1, 4))]
-            case _:
-                data[place:place] = draw.draw(st.binary(min_size=1, max_size=4))
-        mutated[which] = replace(mutated[which], data=bytes(data) or b"\0")
-    try:
-        context, transfer = decode(mutated)
-    except WireError:
-        pass
-    else:
-        assert decode(encode(context, transfer=transfer)) == (context, transfer)
-    try:
-        final, transfer_id = decode_final(mutated)
-    except WireError:
-        pass
-    else:
-        assert decode_final(encode_final(final, transfer_id)) == (final, transfer_id)
-
-
 items = st.recursive(
     st.none()
     | st.booleans()

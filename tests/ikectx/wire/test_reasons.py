@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from ikectx.engine.offer_answer import offer_status, refusal_text
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import ContextDataBlock, Ctdr
+from ikectx.wire.cxtp import Ctdr
 from ikectx.wire.profile import encode_verdicts
 from ikectx.wire.reasons import REASON_OCTETS, REASONS, encode_reasons, refusals, with_reasons
 
@@ -62,9 +59,3 @@ def test_long_words_are_cut_between_characters() -> None:
     (block,) = encode_reasons([replace(TS, detail="ü" * REASON_OCTETS)])
     (verdict,) = with_reasons([TS], [block])
     assert verdict.detail == "ü" * (REASON_OCTETS // 2)
-
-
-@given(st.binary(max_size=64))
-def test_octets_that_are_no_reason_are_passed_over(data: bytes) -> None:
-    (verdict,) = with_reasons([ID], [ContextDataBlock(Fpt.REASON, data), ContextDataBlock(Fpt.SAD, data)])
-    assert verdict.status is Status.NOT_ALLOWED and verdict.detail.isprintable()

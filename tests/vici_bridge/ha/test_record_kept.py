@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -86,17 +85,6 @@ def test_damaged_store() -> None:
         assert len(record) == 0
     with pytest.raises(StoreError, match="another IKE_SA"):
         Record().load([(I2.spis.key, value)])
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_damaged_octets_raise_store_error_only(data: st.DataObject) -> None:
-    ((key, value),) = fed(*first()).dump()
-    assert value is not None
-    raw = bytearray(value)
-    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    with suppress(StoreError):
-        Record().load([(key, bytes(raw))])
 
 
 # --- what charon no longer has ------------------------------------------------------------------

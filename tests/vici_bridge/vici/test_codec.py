@@ -73,29 +73,6 @@ def test_foreign_text_is_read_as_the_package_reads_it(tree: dict[str, Any]) -> N
     assert parse_message(data, foreign=True) == as_text(tree)
 
 
-@given(st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
-def test_any_octets_give_a_tree_or_wire_error(data: bytes) -> None:
-    try:
-        tree = parse_message(data)
-    except WireError:
-        return
-    assert serialize_message(tree) == data
-
-
-@given(st.data())
-@settings(max_examples=300, deadline=None)
-def test_a_damaged_message_gives_a_tree_or_wire_error(data: st.DataObject) -> None:
-    damaged = bytearray(DOCUMENTED)
-    for _ in range(data.draw(st.integers(1, 4))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        tree = parse_message(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
-    except WireError:
-        return
-    assert isinstance(tree, dict)
-
-
 @pytest.mark.parametrize(
     "octets, complaint",
     [
@@ -158,16 +135,6 @@ def test_deframer_whole_bytewise_and_with_a_tail() -> None:
     tail = Deframer()
     assert tail.receive(stream + b"\0\0\0") == PACKETS
     assert tail.waiting == 3
-
-
-@given(st.binary(max_size=60))
-@settings(max_examples=300, deadline=None)
-def test_deframer_survives_any_octets(data: bytes) -> None:
-    try:
-        packets = Deframer().receive(data)
-    except WireError:
-        return
-    assert all(isinstance(packet, Packet) for packet in packets)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Octets and trees that somebody damaged: what fuzz tests feed to decoders."""
+"""Octets and trees that somebody damaged, and all decoders of foreign octets (`targets`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
@@ -10,32 +11,36 @@ from hypothesis import strategies as st
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF)
 
 
-@st.composite
-def damaged(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
+def changed(dice: Random, seeds: Sequence[bytes]) -> bytes:
     """One of the seeds, changed in a few places; sometimes nothing of one."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(st.binary(max_size=300))
-    data = bytearray(draw(st.sampled_from(seeds)))
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(0, len(data) - 1)))
-        match draw(st.sampled_from(("set", "set", "number", "cut", "end", "insert", "again", "other"))):
+    if dice.randrange(10) == 0:
+        return dice.randbytes(dice.randrange(300))
+    data = bytearray(dice.choice(seeds))
+    for _ in range(dice.randint(1, 4)):
+        at = dice.randrange(len(data) or 1)
+        match dice.choice(("set", "set", "number", "cut", "end", "insert", "again", "other")):
             case "set":
-                data[at : at + 1] = bytes([draw(st.integers(0, 255))])
+                data[at : at + 1] = dice.randbytes(1)
             case "number":  # lengths are where they hurt
-                width = draw(st.sampled_from((1, 2, 4)))
-                data[at : at + width] = bytes([draw(st.sampled_from(NUMBERS))]) * width
+                width = dice.choice((1, 2, 4))
+                data[at : at + width] = bytes([dice.choice(NUMBERS)]) * width
             case "cut":
-                del data[at : at + draw(st.integers(1, 16))]
+                del data[at : at + dice.randint(1, 16)]
             case "end":
                 del data[at:]
             case "insert":
-                data[at:at] = draw(st.binary(min_size=1, max_size=8))
+                data[at:at] = dice.randbytes(dice.randint(1, 8))
             case "again":
-                data[at:at] = data[at : at + draw(st.integers(1, 40))]
+                data[at:at] = data[at : at + dice.randint(1, 40)]
             case _:
-                other = draw(st.sampled_from(seeds))
-                data[at:] = other[draw(st.integers(0, max(0, len(other) - 1))) :]
+                other = dice.choice(seeds)
+                data[at:] = other[dice.randrange(len(other) or 1) :]
     return bytes(data)
+
+
+def damaged(seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:
+    """Octets as `changed` makes them."""
+    return st.randoms(use_true_random=False).map(lambda dice: changed(dice, seeds))
 
 
 LEAVES = st.one_of(

@@ -1,0 +1,91 @@
+"""Try decoders with a million damaged inputs each, guided by coverage:
+
+    python -m tests.fuzz [TARGET...] [--inputs 1000000] [--jobs 1] [--json]
+
+It needs atheris (`pip install -e .[fuzz]`). Inputs that led somewhere new stay in build/fuzz, and the next
+run begins with them. The exit code is 1 if anything was found: an exception that is not the target's, an
+error whose text is not printable, a hang, or memory that grows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .targets import TARGETS
+
+FOLDER = Path(__file__).parent.parent.parent / "build" / "fuzz"
+SPARE_BLOCKS = 5000
+"""Objects more than before that are no growth, beside one in a hundred inputs."""
+
+
+def tried(name: str, inputs: int) -> dict[str, Any]:
+    """The result of one target: {target, inputs, coverage, slowest_ms, grown_blocks, found}."""
+    folder = FOLDER / re.sub(r"\W+", "-", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log").open("w") as log:
+        child = subprocess.run(
+            [sys.executable, "-m", "tests.fuzz.guided", name, str(inputs), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            check=False,
+        )
+    told = re.findall(r"cov: (\d+)", (folder / "log").read_text(errors="replace"))
+    result = {"target": name, "coverage": int(told[-1]) if told else 0}
+    try:
+        result |= json.loads(child.stdout)
+    except ValueError:
+        text = f"it ended early with {child.returncode}: see {folder}/log"
+        return {**result, "inputs": 0, "found": {"hang or crash": {"text": text, "times": 1, "octets": ""}}}
+    if result["grown_blocks"] > SPARE_BLOCKS + inputs // 100:
+        text = f"{result['grown_blocks']} objects more after {inputs} inputs"
+        result["found"]["growth"] = {"text": text, "times": 1, "octets": ""}
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        f"{result['target']:34} {result['inputs']:9} inputs, coverage {result['coverage']:5}, "
+        f"slowest {result.get('slowest_ms', 0):7.1f} ms, {result.get('grown_blocks', 0):6} objects more, "
+        f"{len(result['found'])} found",
+        flush=True,
+    )
+    for what, found in result["found"].items():
+        print(f"    {what}, {found['times']} times: {found['text']}\n    {found['octets'][:400]}", flush=True)
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1, metavar="[TARGET...]")
+@click.option("--inputs", default=1_000_000, show_default=True, help="How many for each target.")
+@click.option("--jobs", default=1, show_default=True, help="Targets at once.")
+@click.option("--list", "only_list", is_flag=True, help="Name the targets.")
+@click.option("--json", "as_json", is_flag=True, help="The results as JSON.")
+def main(names: Sequence[str], inputs: int, jobs: int, only_list: bool, as_json: bool) -> None:
+    if only_list:
+        click.echo(json.dumps(list(TARGETS)) if as_json else "\n".join(TARGETS))
+        return
+    if unknown := set(names) - set(TARGETS):
+        raise click.UsageError(f"there is no target {', '.join(sorted(unknown))}; --list names them")
+    if importlib.util.find_spec("atheris") is None:
+        raise click.UsageError("atheris is not installed: pip install -e '.[fuzz]'")
+    results = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for result in pool.map(lambda name: tried(name, inputs), names or TARGETS):
+            results.append(result)
+            if not as_json:
+                show(result)
+    if as_json:
+        click.echo(json.dumps(results))
+    sys.exit(1 if any(result["found"] for result in results) else 0)
+
+
+main()
