@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -33,7 +34,6 @@ from ikectx.gateway import Gateway
 from ikectx.net.door import Door
 from ikectx.net.mn_udp import MnServer
 from ikectx.net.plain import plain_dial, plain_listen
-from ikectx.net.tls import TlsConfig
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
@@ -175,7 +175,7 @@ class Agent:
             self._guard = SpdGuard()
             dial = plain_dial(timing, self._protocol, self._guard, self._listen)
         else:
-            tls = TlsConfig(config.transfer.certificate, config.transfer.key, config.transfer.ca)
+            tls = config.transfer.tls
         self._gateway = Gateway(
             config.name,
             self._source,
@@ -204,6 +204,7 @@ class Agent:
                 "history": self.history,
                 "resync": self.resync,
                 "rotate-key": self.rotate_key,
+                "reload": self.reload,
                 "cancel": self.cancel,
                 "reclaim": self.reclaim,
                 "updown": self.updown,
@@ -242,6 +243,7 @@ class Agent:
         if self._config.by_packet is not None:
             self._watch()
         await self._control.start()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         log.info("agent %s %s serves %s", self._config.name, __version__, self._config.control.socket)
 
     async def stop(self) -> None:
@@ -424,6 +426,19 @@ class Agent:
 
     async def rotate_key(self, request: Message) -> Message:
         return service.rotate(self._store, self._config.state_dir, self._config.state_key, request)
+
+    async def reload(self, request: Message) -> Message:
+        """Certificate, key, CAs and revocation lists, as SIGHUP does."""
+        if self._guard is not None:
+            raise UsageError('there are no certificates with transport = "ipsec"')
+        self._gateway.reload()
+        return {}
+
+    def _hang_up(self) -> None:
+        try:
+            self._gateway.reload()
+        except IkectxError as error:
+            log.error("SIGHUP: %s", error)
 
     async def cancel(self, request: Message) -> Message:
         name = request.get("transfer", "")

@@ -466,6 +466,17 @@ def rotate_key(setup: Setup[Config], key: Path | None, as_json: bool) -> None:
     ask_for_another_key(setup, key, as_json)
 
 
+@cli.command(short_help="Read certificates and revocation lists again.")
+@json_option
+@click.pass_obj
+def reload(setup: Setup[Config], as_json: bool) -> None:
+    """Read this gateway's certificate and key, the CAs and the revocation lists again, at once.
+
+    The agent does so by itself within 10 seconds. Connections whose certificate is revoked now are closed.
+    If a file cannot be used, what was read before stays in use."""
+    show_answer(setup.ask("reload"), as_json)
+
+
 @cli.command(short_help="Stop an open transfer.")
 @click.argument("transfer", type=WORDS)
 @json_option

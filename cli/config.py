@@ -36,6 +36,7 @@ from .toml_table import (
 )
 
 if TYPE_CHECKING:
+    from ikectx.net.credentials import TlsConfig
     from ikectx.sa.context import Address
 
 DEFAULT_PATH = "/etc/ikectx/ikectx.toml"
@@ -91,8 +92,9 @@ class TransferConfig:
 
     `transport` "ipsec": plain `protocol` between gateways, refused if the kernel's SPD does not protect it;
     certificates are then not needed. `predictive_seconds`: how long an announced mobile node is waited for.
-    `collision`: how an SA whose SPI is taken here is treated. `rekey_after`: a rekey with a new key exchange
-    after an SA has come here.
+    `revocation_lists`: PEM files, lists of the CAs in `ca`; `expired_lists`: whether they go on to count
+    when their next update is due ("accept"), or peers are refused then. `collision`: how an SA whose SPI is
+    taken here is treated. `rekey_after`: a rekey with a new key exchange after an SA has come here.
     """
 
     listen: tuple[HostPort, ...]
@@ -110,6 +112,16 @@ class TransferConfig:
     mn_tries: int = 5
     mn_timeout: float = 0.5
     concurrency: int = 16
+    revocation_lists: tuple[Path, ...] = ()
+    expired_lists: str = "refuse"
+
+    @property
+    def tls(self) -> TlsConfig:
+        """The files that TLS takes."""
+        from ikectx.net.credentials import TlsConfig
+
+        accept = self.expired_lists == "accept"
+        return TlsConfig(self.certificate, self.key, self.ca, self.revocation_lists, accept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +326,8 @@ def _transfer(table: TomlTable, file: Callable[[Any], Path]) -> TransferConfig:
         mn_tries=table.value("mn_tries", an_integer(1, 20), default.mn_tries),
         mn_timeout=table.value("mn_timeout", seconds(0.05, 30), default.mn_timeout),
         concurrency=table.value("concurrency", an_integer(1, 1024), default.concurrency),
+        revocation_lists=table.several("revocation_lists", file, ()),
+        expired_lists=table.value("expired_lists", one_of("refuse", "accept"), default.expired_lists),
     )
     if found.protocol == "sctp" and transport != "ipsec":
         raise table.error("protocol", "'sctp' needs transport = \"ipsec\"", "TLS is spoken over TCP")

@@ -25,6 +25,7 @@ GATEWAY: Mapping[str, Keys] = {
     "history": {"limit": "text"},
     "resync": {},
     "rotate-key": {"key": "text"},
+    "reload": {},
     "cancel": {"transfer": "text"},
     "reclaim": {"transfer": "text"},
     # everything that charon passes to its script, in any version

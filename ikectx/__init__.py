@@ -34,8 +34,8 @@ if TYPE_CHECKING:
         WireError,
     )
     from ikectx.gateway import Gateway
+    from ikectx.net.credentials import TlsConfig
     from ikectx.net.links import Stream
-    from ikectx.net.tls import TlsConfig
     from ikectx.numbers import Encr, Fpt, IdType, Integ, KeMethod, Mode, Prf, Protocol, Status
     from ikectx.peer import PeerConfig
     from ikectx.sa.context import (
@@ -170,7 +170,7 @@ _WHERE = {
     "StoreError": (".errors", "StoreError"),
     "Stream": (".net.links", "Stream"),
     "Timing": (".timing", "Timing"),
-    "TlsConfig": (".net.tls", "TlsConfig"),
+    "TlsConfig": (".net.credentials", "TlsConfig"),
     "TrafficSelector": (".sa.context", "TrafficSelector"),
     "TransferEvent": (".engine.report", "TransferEvent"),
     "TransferHeader": (".wire.profile", "TransferHeader"),

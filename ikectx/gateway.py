@@ -23,9 +23,10 @@ from ikectx.engine.journaled import EngineConfig, MobileConfig
 from ikectx.engine.ports import Address, ContextSink, ContextSource
 from ikectx.engine.report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
 from ikectx.engine.tables import OSEQ_JUMP, SourceState
+from ikectx.net.credentials import Credentials, TlsConfig
 from ikectx.net.door import Door
 from ikectx.net.links import Dial, Links, Stream
-from ikectx.net.tls import TlsConfig, tls_dial, tls_listen
+from ikectx.net.tls import tls_dial, tls_listen
 from ikectx.sa.context import Address as IpAddress
 from ikectx.sa.context import Endpoint
 from ikectx.sa.name import SaName
@@ -103,6 +104,9 @@ class Gateway:
         self._store = store
         self._tls = tls
         self._dial = dial
+        self._wall = wall
+        self._credentials: Credentials | None = None
+        self._tending: asyncio.Task[None] | None = None
         self._doors: list[Door] = []
         self._listening: list[tuple[str, int]] = []
         config = EngineConfig(
@@ -137,11 +141,14 @@ class Gateway:
         if self._tls is None and (listen or self._dial is None):
             raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
         driver = self._driver
-        driver.connect(self._dial or tls_dial(_given(self._tls), self._timing, listen))
+        found = self._credentials = None if self._tls is None else Credentials(self._tls, self._wall)
+        driver.connect(self._dial or tls_dial(_given(found), self._timing, listen))
         try:
+            if found is not None:
+                self._tending = asyncio.create_task(found.tend(), name="ikectx tends its certificates")
             if listen:
                 peers = list(self._peers.values())
-                self._doors = await tls_listen(_given(self._tls), self._timing, listen, self.accept, peers)
+                self._doors = await tls_listen(_given(found), self._timing, listen, self.accept, peers)
             for line in await self.recover():
                 log.info("recovered: %s", line)
             driver.engine.start(driver.now())
@@ -163,7 +170,19 @@ class Gateway:
         for door in self._doors:
             door.close()
         self._doors, self._listening = [], []
+        if self._tending is not None:
+            self._tending.cancel()
         await self._driver.stop()
+
+    def reload(self) -> None:
+        """Read certificate, key, CAs and revocation lists again, and close the connections that they forbid
+        now.
+
+        The agent does so by itself soon after the files have changed. Errors: ConfigError, and what was
+        read before stays in use; StateError for a gateway that does not run or has none."""
+        if self._credentials is None:
+            raise StateError("this gateway has no certificates in use")
+        self._credentials.reload()
 
     async def recover(self) -> list[str]:
         """Go on with the transfers that the journal has open, in the background; one line for each. `start`
@@ -383,10 +402,10 @@ class Gateway:
         return [_entry_json(entry) for entry in self._store.history(limit)]
 
 
-def _given(tls: TlsConfig | None) -> TlsConfig:
-    if tls is None:
+def _given(credentials: Credentials | None) -> Credentials:
+    if credentials is None:
         raise ConfigError("no TLS configuration")
-    return tls
+    return credentials
 
 
 def _entry_json(entry: JournalEntry) -> dict[str, object]:

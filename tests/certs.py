@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ikectx.net.tls import TlsConfig
+from ikectx.net.credentials import TlsConfig
 
 
 class Authority:
@@ -59,6 +59,24 @@ class Authority:
             key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
         )
         return TlsConfig(cert_path, key_path, trusts or self.path)
+
+    def revoke(self, *certificates: Path | str, days: float = 7.0) -> Path:
+        """The revocation list of this CA with these certificates, valid for `days` more; always the same
+        file."""
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self._name)
+            .last_update(now - timedelta(days=8))
+            .next_update(now + timedelta(days=days))
+        )
+        for certificate in certificates:
+            number = x509.load_pem_x509_certificate(Path(certificate).read_bytes()).serial_number
+            entry = x509.RevokedCertificateBuilder().serial_number(number).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(entry)
+        path = self.path.with_suffix(".crl")
+        path.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        return path
 
 
 def _name(cn: str) -> x509.Name:

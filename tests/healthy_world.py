@@ -76,6 +76,21 @@ class Pki:
             .add_extension(x509.BasicConstraints(ca=name == issuer, path_length=None), critical=True)
         )
 
+    def revoke(self, folder: Path, *numbers: int, days: float = 7) -> None:
+        """Write the revocation list ca.crl."""
+        now = datetime.datetime.now(datetime.UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.ca.subject)
+            .last_update(now - datetime.timedelta(days=30))
+            .next_update(now + datetime.timedelta(days=days))
+        )
+        for number in numbers:
+            entry = x509.RevokedCertificateBuilder().serial_number(number).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(entry)
+        signed = builder.sign(self.key, hashes.SHA256())
+        (folder / "ca.crl").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+
     def write(self, folder: Path, name: str = "psg", **options: Any) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
         usages = options.pop("usages", (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH))

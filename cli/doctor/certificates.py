@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ikectx.errors import ConfigError
+from ikectx.net.credentials import DAY, EXPIRY_DAYS, issued_by, list_end, revocation_lists, revoked
+
 from .findings import Outcome
 from .world import World
-
-DAY = 86400
-EXPIRY_DAYS = 30
-"""So many days before a certificate expires, `doctor` warns of that."""
 
 
 def certificates(world: World) -> Iterator[Outcome]:
@@ -70,7 +69,8 @@ def certificates(world: World) -> Iterator[Outcome]:
             )
         )[0] != "ok":
             yield found
-    if not any(_issued(own, ca) for ca in cas):
+    yield from _lists(world, own)
+    if not any(issued_by(own, ca) for ca in cas):
         chain = x509.load_pem_x509_certificates(data["certificate"])[1:]
         if not chain:
             yield (
@@ -109,8 +109,43 @@ def expiry(world: World, what: str, ends: float) -> Outcome:
     if left < 0:
         return "fail", f"{what} expired {-left:.0f} days ago", "renew it"
     if left < EXPIRY_DAYS:
-        return "warn", f"{what} expires in {left:.1f} days", "renew it, and restart the agent"
+        return (
+            "warn",
+            f"{what} expires in {left:.1f} days",
+            "renew it: the agent reads the new file by itself",
+        )
     return "ok", f"{what} is valid for {left:.0f} days"
+
+
+def _lists(world: World, own: Any) -> Iterator[Outcome]:
+    """The revocation lists, and whether this gateway's own certificate is in one."""
+    tls = world.config.transfer.tls
+    get = "get the CA's present list; the agent reads it by itself"
+    try:
+        lists = revocation_lists(tls)
+    except OSError as error:
+        yield "fail", f"[transfer] revocation_lists: {error.filename}: {error.strerror}", get
+        return
+    except ConfigError as error:
+        yield "fail", str(error), error.hint or get
+        return
+    for one in lists:
+        name, left = one.issuer.rfc4514_string(), (list_end(one) - world.now()) / DAY
+        if left > 1:
+            yield "ok", f"the revocation list of {name} is valid for {left:.0f} days"
+        elif left > 0:
+            yield "warn", f"the revocation list of {name} is due to be replaced in {24 * left:.0f} hours", get
+        elif tls.expired_count:
+            found = f"the revocation list of {name} is {-left:.1f} days past its next update"
+            yield "warn", f"{found}, and counts (expired_lists)", get
+        else:
+            yield (
+                "fail",
+                f"the revocation list of {name} is {-left:.1f} days past its next update: peers are refused",
+                get,
+            )
+    if reason := revoked(own, lists, world.now(), True):
+        yield "fail", f"of this gateway: {reason}", "issue another certificate, or get the list of its CA"
 
 
 def _usage(own: Any) -> Iterator[Outcome]:
@@ -132,13 +167,3 @@ def _usage(own: Any) -> Iterator[Outcome]:
             f"the own certificate is not for {' and '.join(lacking)}",
             "issue it with both extended key usages: a gateway is client and server",
         )
-
-
-def _issued(certificate: Any, ca: Any) -> bool:
-    from cryptography.exceptions import InvalidSignature
-
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True

@@ -235,14 +235,14 @@ class World:
     def connect(self, peer: PeerSection) -> PeerAnswer:
         """Connect to a peer by TLS with our certificate, as a transfer would; nothing is sent on it."""
         from ikectx.net.neighbours import is_address, own_address
-        from ikectx.net.tls import TlsConfig, certificate_names
+        from ikectx.net.tls import certificate_names
 
         transfer = self.config.transfer
         version = ip_address(peer.host).version if is_address(peer.host) else 4
         own = own_address([(item.host, item.port) for item in transfer.listen], version)
         source = None if own is None else (str(own), 0)  # as a transfer, because the peer checks the source
         try:
-            context = TlsConfig(transfer.certificate, transfer.key, transfer.ca).context(server=False)
+            context = transfer.tls.context(server=False)
             with (
                 socket.create_connection((peer.host, peer.port), CONNECT_SECONDS, source) as raw,
                 context.wrap_socket(raw) as sock,

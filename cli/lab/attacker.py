@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ikectx.errors import IkectxError
-from ikectx.net.tls import TlsConfig
+from ikectx.net.credentials import TlsConfig
 from ikectx.numbers import IdType
 from ikectx.sa.context import Endpoint, Identity, IkeContext, Secret, TrafficSelector
 from ikectx.sa.name import SaName

@@ -10,77 +10,23 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ikectx.errors import ConfigError, LinkError
+from ikectx.errors import LinkError
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address
 from ikectx.timing import Timing
 
+from .credentials import Credentials, tls_reason
 from .door import Door, Handshakes, listen_on
 from .links import READ_SIZE, Accept, Dial, Stream, keep_alive
 from .neighbours import Neighbours, own_address, resolve
 from .readiness import Readiness
 
 log = logging.getLogger("ikectx.net.tls")
-
-
-@dataclass(frozen=True, slots=True)
-class TlsConfig:
-    """PEM files: our certificate (with its chain), its key, and the CAs that have issued peers'
-    certificates."""
-
-    cert: Path | str
-    key: Path | str
-    ca: Path | str
-
-    def context(self, *, server: bool) -> ssl.SSLContext:
-        """A context for TLS 1.3 that demands a certificate of the other side. Errors: ConfigError naming the
-        file."""
-        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        made.minimum_version = ssl.TLSVersion.TLSv1_3
-        # the name is compared with the configuration after the handshake, for both roles alike
-        made.check_hostname = False
-        made.verify_mode = ssl.CERT_REQUIRED
-        if keylog := os.environ.get("SSLKEYLOGFILE"):
-            try:
-                made.keylog_filename = keylog  # the operator's wish, as other programs heed it
-            except OSError as error:
-                hint = "the unit lets the agent write in /var/lib/ikectx"
-                raise ConfigError(f"SSLKEYLOGFILE: {keylog}: {error.strerror}", hint=hint) from None
-            log.warning(
-                "the secrets of TLS connections are written to %s: contexts can be read with them", keylog
-            )
-        if server:
-            made.num_tickets = 0  # connections are long-lived, and resumption would skip no certificate
-        for path in (self.ca, self.cert, self.key):
-            try:
-                Path(path).open("rb").close()
-            except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror}") from None
-        try:
-            made.load_verify_locations(self.ca)
-        except ssl.SSLError as error:
-            raise ConfigError(f"{self.ca}: {_reason(error)}", hint="certificates of CAs in PEM") from None
-        try:
-            made.load_cert_chain(self.cert, self.key, password=_no_password)
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"{self.cert} with {self.key}: {_reason(error)}",
-                hint="PEM without a pass phrase, and the key must belong to the certificate",
-            ) from None
-        return made
-
-
-def _no_password() -> str:
-    """An empty password, so that OpenSSL does not ask for one on the terminal."""
-    return ""
 
 
 def certificate_names(certificate: Mapping[str, Any] | None) -> frozenset[str]:
@@ -100,6 +46,9 @@ class TlsStream:
     def __init__(self, sock: ssl.SSLSocket, where: tuple[object, int], timing: Timing) -> None:
         self.label = f"{where[0]}:{where[1]}"
         self.names: frozenset[str] = frozenset()
+        self.certificate = b""
+        """In DER, once it is verified."""
+        self._error: LinkError | None = None
         self._sock = sock
         self._ready = Readiness(sock)
         self._timeout = 3 * timing.keepalive
@@ -116,6 +65,7 @@ class TlsStream:
                 await self._until(wants)
             else:
                 self.names = certificate_names(self._sock.getpeercert())
+                self.certificate = self._sock.getpeercert(binary_form=True) or b""
                 return
 
     async def _until(self, wants: ssl.SSLError) -> None:
@@ -127,7 +77,7 @@ class TlsStream:
 
     def _check(self) -> None:
         if self._ready.closed:
-            raise LinkError(f"the connection to {self.label} is closed")
+            raise self._error or LinkError(f"the connection to {self.label} is closed")
 
     async def read(self) -> bytes:
         self._check()
@@ -137,7 +87,7 @@ class TlsStream:
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wants:
                 await self._until(wants)
             except OSError as error:
-                raise LinkError(f"{self.label}: {_reason(error)}") from None
+                raise LinkError(f"{self.label}: {tls_reason(error)}") from None
 
     async def write(self, data: bytes) -> None:
         self._check()
@@ -152,10 +102,16 @@ class TlsStream:
         except TimeoutError:
             raise LinkError(f"{self.label} takes no more octets") from None
         except OSError as error:
-            raise LinkError(f"{self.label}: {_reason(error)}") from None
+            raise LinkError(f"{self.label}: {tls_reason(error)}") from None
         finally:
             if left:  # nothing can follow half a message
                 self.close()
+
+    def lost(self, error: LinkError) -> None:
+        """Close, for this reason: who reads or writes gets it."""
+        if not self._ready.closed:
+            self._error = error
+            self.close()
 
     def close(self) -> None:
         if self._ready.closed:
@@ -166,21 +122,10 @@ class TlsStream:
         self._sock.close()
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not accepted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
-
-
-def tls_dial(tls: TlsConfig, timing: Timing, listen: Sequence[tuple[str, int]] = ()) -> Dial:
-    """A `Dial` that checks the peer's name. Connections leave from the first address of `listen` of the
-    peer's family, by which the peer knows us, else from the one that routing chooses. Errors: ConfigError
-    here; LinkError when dialling."""
-    context = tls.context(server=False)
+def tls_dial(credentials: Credentials, timing: Timing, listen: Sequence[tuple[str, int]] = ()) -> Dial:
+    """A `Dial` that checks the peer's certificate and name. Connections leave from the first address of
+    `listen` of the peer's family, by which the peer knows us, else from the one that routing chooses.
+    Errors: LinkError when dialling."""
 
     async def dial(peer: PeerConfig) -> Stream:
         where = f"{peer.name} at {peer.host}:{peer.port}"
@@ -193,7 +138,7 @@ def tls_dial(tls: TlsConfig, timing: Timing, listen: Sequence[tuple[str, int]] =
             hint = ""
             if error.errno == errno.ECONNRESET or isinstance(error, ssl.SSLEOFError):
                 hint = "its log says why, if it turned this gateway's address away or is full"
-            raise LinkError(f"{where}: {_reason(error)}", hint=hint) from None
+            raise LinkError(f"{where}: {tls_reason(error)}", hint=hint) from None
         except LinkError as error:
             raise LinkError(f"{where}: {error}", hint=error.hint) from None
         if peer.certified not in stream.names:
@@ -222,9 +167,10 @@ def tls_dial(tls: TlsConfig, timing: Timing, listen: Sequence[tuple[str, int]] =
             if (own := own_address(listen, address.version)) is not None:
                 sock.bind((str(own), 0))
             await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
-            wrapped = context.wrap_socket(sock, do_handshake_on_connect=False)
+            wrapped = credentials.context(server=False).wrap_socket(sock, do_handshake_on_connect=False)
             stream = TlsStream(wrapped, (address, port), timing)
             await stream.handshake()
+            credentials.admit(stream)
         except BaseException:
             if stream is not None:
                 stream.close()
@@ -236,7 +182,7 @@ def tls_dial(tls: TlsConfig, timing: Timing, listen: Sequence[tuple[str, int]] =
 
 
 async def tls_listen(
-    tls: TlsConfig,
+    credentials: Credentials,
     timing: Timing,
     where: Sequence[tuple[str, int]],
     accept: Accept,
@@ -244,9 +190,8 @@ async def tls_listen(
 ) -> list[Door]:
     """Doors, to be opened, that give proven connections from peers' addresses to `accept`.
 
-    Errors: ConfigError, LinkError.
+    Errors: LinkError.
     """
-    context = tls.context(server=True)
     neighbours = Neighbours(peers)
     await neighbours.look()
     handshakes = Handshakes(neighbours.knows)
@@ -254,12 +199,14 @@ async def tls_listen(
     async def prove(sock: socket.socket) -> Stream | None:
         source, stream = sock.getpeername()[:2], None
         try:
+            context = credentials.context(server=True)
             wrapped = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             stream = TlsStream(wrapped, source, timing)
             async with asyncio.timeout(timing.connect):
                 await stream.handshake()
+            credentials.admit(stream)
         except (OSError, LinkError) as error:  # a TimeoutError is an OSError
-            reason = _reason(error) if str(error) else f"no TLS within {timing.connect:g} s"
+            reason = tls_reason(error) if str(error) else f"no TLS within {timing.connect:g} s"
             log.warning("refused a connection from %s:%s: %s", *source, reason)
         else:
             made, stream = stream, None

@@ -18,7 +18,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from ikectx.engine.offer_answer import offer_status
-from ikectx.net.tls import TlsConfig
+from ikectx.net.credentials import TlsConfig
 from ikectx.numbers import Encr, IdType, Integ, Mode
 from ikectx.sa.context import (
     ChildContext,

@@ -257,6 +257,31 @@ class Walk:
         self.nsg.run("ikectx transfer --to psg --all")
         self.serves(self.psg)
 
+    def shut_out(self) -> None:
+        """psg refuses nsg, whose certificate is revoked, and then takes it for good again, without a
+        restart."""
+        revoke = self.page.take("Certificates")
+        toml = self.psg.read("/etc/ikectx/ikectx.toml")
+        named = toml.replace("[transfer]\n", '[transfer]\nrevocation_lists = ["ca.crl"]\n')
+        self.psg.write("/etc/ikectx/ikectx.toml", named)
+        self.listed(re.sub("--reason.* --cert nsg.pem ", "", revoke))
+        self.psg.run("systemctl restart ikectx")
+        self.healthy()
+        self.listed(revoke)
+        self.psg.run("systemctl reload ikectx")
+        said = self.psg.run("! ikectx transfer --to nsg --all 2>&1")
+        if "certificate revoked" not in said:
+            raise WrongError(f"psg moves an SA to a gateway whose certificate is revoked: {said}")
+        self.listed(re.sub("--reason.* --cert nsg.pem ", "", revoke))
+        self.psg.run("ikectx transfer --to nsg --all")
+        self.nsg.run("ikectx transfer --to psg --all")
+        self.serves(self.psg)
+
+    def listed(self, command: str) -> None:
+        """psg gets the revocation list that the command makes."""
+        shell("cd /tls\n" + command, log=self.log)
+        self.psg.write("/etc/ikectx/ca.crl", Path("/tls/ca.crl").read_text(), 0o644)
+
     def asked_by_the_mobile_node(self) -> None:
         """The mobile node's own agent, and the handovers that it asks for."""
         for machine in self.gateways:
@@ -372,6 +397,7 @@ class Walk:
         logged,
         own_user,
         rebooted,
+        shut_out,
         asked_by_the_mobile_node,
         hardened,
         left_silently,

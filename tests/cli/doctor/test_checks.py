@@ -226,6 +226,28 @@ def test_certificate_files(world: Fake, pki: Pki, tmp_path: Path) -> None:
     only(world, "certificates", "fail", "No such file")
 
 
+def test_revocation_lists(world: Fake, pki: Pki, tmp_path: Path) -> None:
+    def expect(level: str, found: str, days: float, *numbers: int, expired: str = "refuse") -> None:
+        pki.revoke(tmp_path, *numbers, days=days)
+        toml = f'[transfer]\nrevocation_lists = ["ca.crl"]\nexpired_lists = "{expired}"'
+        world.config = parse(TOML.replace("[transfer]", toml), tmp_path / "ikectx.toml")
+        if level != "ok":
+            only(world, "certificates", level, found)
+        else:
+            assert bad(world) == []
+
+    expect("ok", "", 7)
+    expect("warn", "due to be replaced in 1", 0.5)
+    expect("fail", "3.0 days past its next update: peers are refused", -3)
+    expect("warn", "past its next update, and counts", -3, expired="accept")
+    own = x509.load_pem_x509_certificate((tmp_path / "own.pem").read_bytes())
+    expect("fail", "of this gateway: its certificate was revoked on", 7, own.serial_number)
+    (tmp_path / "ca.crl").write_text("no list")
+    only(world, "certificates", "fail", "has no revocation list in PEM")
+    (tmp_path / "ca.crl").unlink()
+    only(world, "certificates", "fail", "ca.crl: No such file")
+
+
 def test_clock(world: Fake) -> None:
     os.utime(world.config.path, (world.time + 3600, world.time + 3600))
     only(world, "clock", "fail", "behind")

@@ -19,10 +19,11 @@ import pytest
 
 from ikectx.errors import LinkError
 from ikectx.net import door, neighbours
+from ikectx.net.credentials import Credentials, TlsConfig
 from ikectx.net.door import HANDSHAKES, HANDSHAKES_OF_ONE, Door, Handshakes
 from ikectx.net.links import Stream
 from ikectx.net.neighbours import Neighbours
-from ikectx.net.tls import TlsConfig, tls_dial, tls_listen
+from ikectx.net.tls import tls_dial, tls_listen
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address
 from ikectx.timing import Timing
@@ -81,7 +82,7 @@ async def tls_door(
     tls: TlsConfig, timing: Timing = TIMING, peers: tuple[PeerConfig, ...] = (PEER,)
 ) -> AsyncIterator[tuple[tuple[str, int], asyncio.Queue[Stream]]]:
     accepted: asyncio.Queue[Stream] = asyncio.Queue()
-    (one,) = await tls_listen(tls, timing, [("127.0.0.1", 0)], accepted.put, peers)
+    (one,) = await tls_listen(Credentials(tls), timing, [("127.0.0.1", 0)], accepted.put, peers)
     await one.start_serving()
     try:
         yield one.address, accepted
@@ -167,12 +168,12 @@ def test_an_address_that_is_no_peer_s_is_closed_before_tls(
         async with tls_door(ca.issue("b")) as (where, accepted):
             assert await turned_away(where, "127.0.0.9")
             tls = ca.issue("stranger")
-            dial = tls_dial(tls, TIMING, [("0.0.0.0", 1), ("127.0.0.9", 1)])
+            dial = tls_dial(Credentials(tls), TIMING, [("0.0.0.0", 1), ("127.0.0.9", 1)])
             with pytest.raises(LinkError, match=r"reset|broken|closed|EOF|failed") as caught:
                 await dial(PeerConfig("b", *where))
             assert "turned this gateway's address away" in caught.value.hint
             assert accepted.empty()
-            (await tls_dial(tls, TIMING, [("127.0.0.1", 1)])(PeerConfig("b", *where))).close()
+            (await tls_dial(Credentials(tls), TIMING, [("127.0.0.1", 1)])(PeerConfig("b", *where))).close()
             (await accepted.get()).close()
 
     with caplog.at_level(logging.WARNING):
@@ -193,10 +194,10 @@ def test_half_open_connections_take_no_more_than_their_share(ca: Authority) -> N
             assert waiting <= HANDSHAKES_OF_ONE
             assert len(os.listdir("/proc/self/fd")) - before == 2 * waiting  # both ends are in this process
             with pytest.raises(LinkError):
-                await tls_dial(ca.issue("a"), timing)(PeerConfig("b", *where))
+                await tls_dial(Credentials(ca.issue("a")), timing)(PeerConfig("b", *where))
             assert all(await asyncio.gather(*half_open))
             await asyncio.sleep(1.5)  # what one source may open in a second comes back, too
-            (await tls_dial(ca.issue("a"), timing)(PeerConfig("b", *where))).close()
+            (await tls_dial(Credentials(ca.issue("a")), timing)(PeerConfig("b", *where))).close()
             (await accepted.get()).close()
             assert len(os.listdir("/proc/self/fd")) == before
 
@@ -284,7 +285,7 @@ def test_connections_leave_descriptors_for_what_is_under_way(
     async def scenario() -> None:
         monkeypatch.setattr(door, "PAUSE", 0.05)
         async with tls_door(ca.issue("b")) as (where, accepted):
-            (await tls_dial(ca.issue("a"), TIMING)(PeerConfig("b", *where))).close()
+            (await tls_dial(Credentials(ca.issue("a")), TIMING)(PeerConfig("b", *where))).close()
             (await accepted.get()).close()
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
             used = len(os.listdir("/proc/self/fd"))
@@ -301,7 +302,7 @@ def test_connections_leave_descriptors_for_what_is_under_way(
                 for number in taken:
                     os.close(number)
             await asyncio.sleep(0.2)
-            (await tls_dial(ca.issue("a"), TIMING)(PeerConfig("b", *where))).close()
+            (await tls_dial(Credentials(ca.issue("a")), TIMING)(PeerConfig("b", *where))).close()
             (await accepted.get()).close()
 
     run(scenario())

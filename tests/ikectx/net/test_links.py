@@ -17,8 +17,9 @@ import pytest
 from ikectx.disk.store import SqliteStore
 from ikectx.errors import ConfigError, LinkError, StateError
 from ikectx.gateway import Gateway
+from ikectx.net.credentials import Credentials, TlsConfig
 from ikectx.net.links import Link, Links, Stream
-from ikectx.net.tls import TlsConfig, TlsStream, certificate_names, tls_dial, tls_listen
+from ikectx.net.tls import TlsStream, certificate_names, tls_dial, tls_listen
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.name import SaName
@@ -55,7 +56,7 @@ def run(scenario: Awaitable[None]) -> None:
 async def listening(tls: TlsConfig) -> AsyncIterator[tuple[int, asyncio.Queue[Stream]]]:
     """A port, and the streams that were accepted on it."""
     accepted: asyncio.Queue[Stream] = asyncio.Queue()
-    servers = await tls_listen(tls, TIMING, [("127.0.0.1", 0)], accepted.put, HERE)
+    servers = await tls_listen(Credentials(tls), TIMING, [("127.0.0.1", 0)], accepted.put, HERE)
     await servers[0].start_serving()
     try:
         yield servers[0].sockets[0].getsockname()[1], accepted
@@ -78,7 +79,7 @@ def test_both_ends_learn_each_other_s_names(ca: Authority) -> None:
 
     async def scenario() -> None:
         async with listening(b) as (port, accepted):
-            near = await tls_dial(a, TIMING)(PeerConfig("B.example", "127.0.0.1", port))
+            near = await tls_dial(Credentials(a), TIMING)(PeerConfig("B.example", "127.0.0.1", port))
             far = await accepted.get()
             assert near.names == {"b.example"}  # no dNSName: the CN counts
             assert far.names == {"a.example", "a2.example"}  # with dNSNames the CN does not
@@ -101,7 +102,7 @@ def test_a_message_waits_for_no_acknowledgement_of_the_one_before(ca: Authority)
     async def scenario() -> None:
         async with listening(b) as (port, accepted):
             ends = [
-                await tls_dial(a, TIMING)(PeerConfig("b.example", "127.0.0.1", port)),
+                await tls_dial(Credentials(a), TIMING)(PeerConfig("b.example", "127.0.0.1", port)),
                 await accepted.get(),
             ]
             for end in ends:
@@ -118,9 +119,9 @@ def test_a_wrong_name_is_told_to_who_dials(ca: Authority) -> None:
     async def scenario() -> None:
         async with listening(b) as (port, _):
             with pytest.raises(LinkError, match=r"certificate of b\.example, c\.example instead of nsg"):
-                await tls_dial(a, TIMING)(PeerConfig("nsg", "127.0.0.1", port))
+                await tls_dial(Credentials(a), TIMING)(PeerConfig("nsg", "127.0.0.1", port))
             peer = PeerConfig("nsg", "127.0.0.1", port, certificate_name="C.example")
-            (await tls_dial(a, TIMING)(peer)).close()
+            (await tls_dial(Credentials(a), TIMING)(peer)).close()
 
     run(scenario())
 
@@ -135,20 +136,24 @@ def test_a_certificate_of_another_ca_is_refused_by_both(
         # who dials does not trust
         async with listening(b) as (port, accepted):
             with pytest.raises(LinkError, match="certificate is not accepted"):
-                await tls_dial(other.issue("a"), TIMING)(PeerConfig("b", "127.0.0.1", port))
+                await tls_dial(Credentials(other.issue("a")), TIMING)(PeerConfig("b", "127.0.0.1", port))
             # who accepts does not trust: in TLS 1.3 that comes after the dialler's handshake
             stranger = other.issue("a", trusts=ca.path)
-            assert await closed(await tls_dial(stranger, TIMING)(PeerConfig("b", "127.0.0.1", port)))
+            assert await closed(
+                await tls_dial(Credentials(stranger), TIMING)(PeerConfig("b", "127.0.0.1", port))
+            )
             assert accepted.empty()
         assert "refused a connection from 127.0.0.1" in caplog.text
         assert "certificate is not accepted" in caplog.text
         expired = ca.issue("late", days=-1)
         async with listening(b) as (port, accepted):
-            assert await closed(await tls_dial(expired, TIMING)(PeerConfig("b", "127.0.0.1", port)))
+            assert await closed(
+                await tls_dial(Credentials(expired), TIMING)(PeerConfig("b", "127.0.0.1", port))
+            )
         assert "expired" in caplog.text
         async with listening(expired) as (port, _):
             with pytest.raises(LinkError, match="expired"):
-                await tls_dial(a, TIMING)(PeerConfig("late", "127.0.0.1", port))
+                await tls_dial(Credentials(a), TIMING)(PeerConfig("late", "127.0.0.1", port))
 
     with caplog.at_level(logging.WARNING):
         run(scenario())
@@ -194,7 +199,7 @@ def test_nobody_there_is_a_link_error(ca: Authority) -> None:
     a = ca.issue("a")
 
     async def scenario() -> None:
-        dial = tls_dial(a, replace(TIMING, connect=0.05))
+        dial = tls_dial(Credentials(a), replace(TIMING, connect=0.05))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -216,7 +221,9 @@ def test_a_port_in_use_is_a_link_error(ca: Authority) -> None:
             taken.listen()
             where = taken.getsockname()
             with pytest.raises(LinkError, match=r"cannot listen on 127\.0\.0\.1:\d+: .*in use"):
-                await tls_listen(ca.issue("b"), TIMING, [("127.0.0.1", 0), where], asyncio.sleep, [])  # type: ignore[arg-type]
+                await tls_listen(
+                    Credentials(ca.issue("b")), TIMING, [("127.0.0.1", 0), where], asyncio.sleep, []
+                )  # type: ignore[arg-type]
 
     run(scenario())
 
