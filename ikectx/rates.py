@@ -17,6 +17,9 @@ MEMORY = 1024
 """Sources remembered. More than that at a time are held by the total limit."""
 LATELY = 10.0
 """Seconds after which a source counts as one that did not ask before, on average."""
+NETWORKS = ((24, 48, 1 / 10), (16, 32, 1 / 4))
+"""IPv4 and IPv6 prefix lengths of networks, and the part of the rate of all that sources of one network get
+when the bucket of all is less than half full: who has hundreds of addresses has them in few networks."""
 
 
 @dataclass(slots=True)
@@ -50,6 +53,16 @@ class Bucket:
         return 0.0 if left < 1 else min(1.0, left / ((self.size - kept) / 2))
 
 
+def _networks(address: IPv4Address | IPv6Address) -> list[tuple[int, float]]:
+    """The keys of the networks that an address is in, each with its part of the rate."""
+    four, bits = address.version == 4, address.max_prefixlen
+    # a leading 1 with the length keeps networks of different length apart
+    return [
+        (int(address) >> (bits - (short if four else long)) | 1 << (bits + (short if four else long)), part)
+        for short, long, part in NETWORKS
+    ]
+
+
 def one_source(address: IPv4Address | IPv6Address) -> int:
     """The key of a source, for both families in one table: an IPv4 address, an IPv6 /64."""
     # a /64 is at least 64 bits long, an IPv4 address 32
@@ -66,11 +79,11 @@ class _Source:
 class RateLimit:
     """Decides over requests by their source: an IPv4 address, or the /64 of an IPv6 one.
 
-    rate, source_rate: requests per second in total and of one source. draw: random numbers in [0, 1). A flood
-    of one source uses up its own bucket before it touches that of all. One half of the latter is for sources
-    of which no request passed in the last `LATELY` seconds or so, because a mobile node asks once, and some
-    dozens of sources that ask all the time would leave nothing to it.
-    """
+    rate, source_rate: requests per second in total and of one source. draw: random numbers in [0, 1). A
+    flood of one source uses up its own bucket before it touches that of all. One half of the latter is for
+    sources of which no request passed in the last `LATELY` seconds or so, because a mobile node asks once,
+    and some dozens of sources that ask all the time would leave nothing to it. Of that half each network
+    gets a part only (`NETWORKS`)."""
 
     def __init__(
         self, rate: float, source_rate: float, draw: Callable[[], float], *, memory: int = MEMORY
@@ -81,6 +94,8 @@ class RateLimit:
         self._total: Bucket | None = None
         self._rate = rate
         self._sources: OrderedDict[int, _Source] = OrderedDict()
+        self._shares: OrderedDict[int, Bucket] = OrderedDict()
+        """Of networks."""
 
     def __len__(self) -> int:
         """Sources remembered."""
@@ -92,7 +107,10 @@ class RateLimit:
         self._total = self._total or Bucket(self._rate, now)
         own.bucket.fill(now)
         self._total.fill(now)
-        kept = self._total.size / 2 - 1 if now < own.rests else 0.0
+        half = self._total.size / 2
+        shares = self._of_networks(source, now) if self._total.level < half else []
+        lately = now < own.rests or any(share.level < 1 for share in shares)
+        kept = half - 1 if lately else 0.0
         for chance in (own.bucket.chance(), self._total.chance(kept)):
             if chance < 1 and self._draw() >= chance:
                 return False
@@ -100,6 +118,9 @@ class RateLimit:
         # by chance, because sources that began together would come back together
         own.rests = now + LATELY * (0.5 + self._draw())
         self._total.level -= 1
+        if not lately:
+            for share in shares:
+                share.level -= 1
         return True
 
     def spent(self, now: float) -> bool:
@@ -108,6 +129,19 @@ class RateLimit:
             return False
         self._total.fill(now)
         return self._total.level < 1
+
+    def _of_networks(self, source: IPv4Address | IPv6Address, now: float) -> list[Bucket]:
+        found = []
+        for key, part in _networks(source):
+            share = self._shares.get(key)
+            if share is None:
+                share = self._shares[key] = Bucket(self._rate * part, now)
+                if len(self._shares) > self._memory:
+                    self._shares.popitem(last=False)
+            self._shares.move_to_end(key)
+            share.fill(now)
+            found.append(share)
+        return found
 
     def _source(self, source: IPv4Address | IPv6Address, now: float) -> _Source:
         key = one_source(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from ipaddress import IPv4Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 
@@ -66,6 +66,7 @@ def test_memory_is_bounded_and_the_total_still_holds() -> None:
     limit = RateLimit(10, 2, dice(), memory=16)
     assert flood(limit, 1000, 10, sources=1000) <= 10 * 10 + 20
     assert len(limit) == 16
+    assert len(limit._shares) <= 16
 
 
 def test_time_that_stands_still_or_goes_back_fills_nothing() -> None:
@@ -88,4 +89,31 @@ def test_who_asks_once_gets_through_beside_sources_that_ask_all_the_time(seed: i
         limit.allows(IPv4Address(0x0A000000 + tick % 32), now)
         if tick % 64 == 63 and now > 3:
             heard += limit.allows(IPv4Address(0x0B000000 + tick), now)
-    assert heard == 27
+    assert heard >= 26  # of 27: the attackers leave the half that is kept, less one
+
+
+def addresses(version: int, count: int) -> list[IPv4Address | IPv6Address]:
+    """So many sources that one attacker has: of an IPv4 /23, or /64s of an IPv6 /36."""
+    if version == 4:
+        return [IPv4Address(0x0A000000 + number) for number in range(count)]
+    return [IPv6Address((0x20010DB8 << 96) + (number << 76)) for number in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("version", [4, 6])
+def test_who_has_hundreds_of_addresses_takes_no_rate_from_others(seed: int, version: int) -> None:
+    limit = RateLimit(10, 2, dice(seed))
+    theirs = addresses(version, 500)
+    heard = asked = 0
+    for tick in range(60 * 100):
+        now = tick / 100
+        limit.allows(theirs[tick % len(theirs)], now)
+        if tick % 100 == 99 and now > 3:
+            asked += 1
+            heard += limit.allows(IPv4Address(0x0B000000 + (tick << 6)), now)
+    assert heard >= 0.9 * asked
+
+
+def test_mobile_nodes_of_one_network_have_all_of_the_rate() -> None:
+    limit = RateLimit(10, 2, lambda: 0.999)
+    assert all(limit.allows(IPv4Address(0x0A000000 + number), number // 10) for number in range(250))
