@@ -1,14 +1,15 @@
 """What a connection of this gateway allows: charon's answers over VICI in a form that can be compared. Pure.
 
 Source: `list-conns` and `get-pools` of strongSwan 5.9.8 and 6.0.6 (vici_query.c, traffic_selector.c,
-mem_pool.c). charon reports neither the pools of a connection nor, before 6.0.7, its proposals; `Rules` has
-the operator's configuration of those from ikectx.toml.
-"""
+mem_pool.c), and for proposals strongSwan's pull request 3067. charon reports neither the pools of a
+connection nor, before 6.0.7, its proposals; `Rules` has the operator's configuration of those from
+ikectx.toml."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
@@ -135,13 +136,15 @@ def _port(text: str, protocol: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AllowedChild:
-    """One child of a connection. `rekey`: seconds, 0: it is not rekeyed."""
+    """One child of a connection. `rekey`: seconds, 0: it is not rekeyed. `esp`: its proposals, where charon
+    reports them."""
 
     name: str
     modes: frozenset[Mode]
     local_ts: tuple[AllowedSelector, ...]
     remote_ts: tuple[AllowedSelector, ...]
     rekey: int = 0
+    esp: tuple[ConfiguredProposal, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +158,8 @@ class AllowedRound:
 
 @dataclass(frozen=True, slots=True)
 class AllowedConnection:
-    """A connection of `list-conns`. `rekey`, `reauth`: seconds, 0: never."""
+    """A connection of `list-conns`. `rekey`, `reauth`: seconds, 0: never. `ike`: its proposals, where charon
+    reports them."""
 
     name: str
     local: tuple[AllowedRound, ...]
@@ -164,6 +168,7 @@ class AllowedConnection:
     rekey: int = 0
     reauth: int = 0
     remote_port: int = 500
+    ike: tuple[ConfiguredProposal, ...] = ()
 
     @classmethod
     def read(cls, name: str, view: View, lookup: Lookup) -> AllowedConnection:
@@ -177,6 +182,7 @@ class AllowedConnection:
             _number(view, "rekey_time"),
             _number(view, "reauth_time"),
             _number(view, "remote_port") or 500,
+            _proposals(view, "proposals"),
         )
 
 
@@ -186,7 +192,7 @@ class Rules:
 
     `local_ids`: identities under which other gateways authenticate to mobile nodes, beside our own.
     `virtual_ips`: virtual IPs that mobile nodes may have; empty: those of charon's pools here. `ike`, `esp`:
-    the proposals; empty: anything above the floor.
+    the proposals; empty: those that charon reports, else anything above the floor.
     """
 
     local_ids: tuple[str, ...] = ()
@@ -244,7 +250,19 @@ def _child(name: str, view: View, lookup: Lookup) -> AllowedChild:
         tuple(_selector(text, lookup) for text in texts(view, key)) for key in ("local-ts", "remote-ts")
     )
     modes = _MODES.get(str(view.get("mode", "")), frozenset())
-    return AllowedChild(name, modes, local, remote, _number(view, "rekey_time"))
+    rekey, esp = _number(view, "rekey_time"), _proposals(view, "esp_proposals")
+    return AllowedChild(name, modes, local, remote, rekey, esp)
+
+
+def _proposals(view: View, key: str) -> tuple[ConfiguredProposal, ...]:
+    """Those that can be read. Without any the floor holds, as with a charon that reports none: another form
+    than the known one must not keep all SAs out."""
+    told = view.get(key, ())
+    found = []
+    for text in (told,) if isinstance(told, str) else told:
+        with suppress(ValueError):
+            found.append(ConfiguredProposal.told(str(text)))
+    return tuple(found)
 
 
 def _rounds(view: View, side: str) -> tuple[AllowedRound, ...]:

@@ -64,7 +64,7 @@ def check_policy(
         *check_virtual_ips(context, rules.virtual_ips or tuple(pools), place),
         *check_traffic(context, allowed, place),
         *check_modes(context, allowed),
-        *check_algorithms(context, rules),
+        *check_algorithms(context, allowed, rules),
         *check_spis(context),
         *check_counters(context),
         *check_lifetimes(context, allowed),
@@ -261,19 +261,23 @@ def check_modes(context: IkeContext, allowed: AllowedConnection) -> Iterator[Ver
             )
 
 
-def check_algorithms(context: IkeContext, rules: Rules) -> Iterator[Verdict]:
-    """The operator's proposals if there are some, else the floor; ancestors of the IKE_SA, too."""
+def check_algorithms(context: IkeContext, allowed: AllowedConnection, rules: Rules) -> Iterator[Verdict]:
+    """The operator's proposals if there are some, else charon's, else the floor; ancestors of the IKE_SA,
+    too."""
     where = f"[connections.{context.connection}]"
+    ike = rules.ike or allowed.ike
     for one in context.generations:
-        why = _unproposed(rules.ike) if rules.ike else below_floor(one.encr, one.integ, one.prf)
-        if why and not any(each.has_ike(one) for each in rules.ike):
+        why = _unproposed(ike) if ike else below_floor(one.encr, one.integ, one.prf)
+        if why and not any(each.has_ike(one) for each in ike):
             has = f"{_cipher(one)}, {one.integ.name}, {one.prf.name}, {one.ke.name}"
             yield Verdict(
                 Fpt.IKEV2_SA, Status.PROPOSAL, f"the IKE_SA has {has}: {why} (ike_proposals of {where})"
             )
     for child in context.children:
-        why = _unproposed(rules.esp) if rules.esp else below_floor(child.encr, child.integ)
-        if why and not any(each.has_esp(child) for each in rules.esp):
+        mine = allowed.children.get(child.name)
+        esp = rules.esp or (() if mine is None else mine.esp)
+        why = _unproposed(esp) if esp else below_floor(child.encr, child.integ)
+        if why and not any(each.has_esp(child) for each in esp):
             has = f"{_cipher(child)}, {child.integ.name}, {child.ke.name}{', ESN' if child.esn else ''}"
             yield Verdict(
                 Fpt.SAD, Status.PROPOSAL, f"{child.name} has {has}: {why} (esp_proposals of {where})"

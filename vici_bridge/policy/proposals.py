@@ -1,9 +1,11 @@
-"""Proposals as swanctl.conf writes them, and whether an SA's algorithms are among them. Pure.
+"""Proposals as swanctl.conf writes them, or charon reports them, and whether an SA's algorithms are among
+them. Pure.
 
-charon before 6.0.7 does not report the proposals of a connection, so an operator who wants to allow more, or
-less, than the floor repeats them in ikectx.toml. Source of the keywords: strongSwan's
-proposal_keywords_static.txt, 6.0.6.
-"""
+charon before 6.0.7 does not report the proposals of a connection, so an operator who wants to allow more,
+or less, than the floor repeats them in ikectx.toml. Source of the keywords: strongSwan's
+proposal_keywords_static.txt, 6.0.6. Source of the reported form: proposal_printf_hook of 6.0.6 (proposal.c)
+and its test_proposal.c; that `list-conns` has it is from strongSwan's pull request 3067, and was tried with
+no charon."""
 
 from __future__ import annotations
 
@@ -107,6 +109,19 @@ _KE = {
 }
 _ESN = {"esn": True, "noesn": False}
 
+_TOLD_ENCR = {one.name: one for one in Encr} | {"3DES_CBC": Encr.DES3, "DES_CBC": _DES}
+_ENCR_BITS = {"CHACHA20_POLY1305": 0}
+"""Where charon's key length is not one of the transform's attributes."""
+_TOLD_INTEG = {one.name: one for one in Integ} | {"HMAC_MD5_128": _MD5_128}
+_TOLD_PRF = {f"PRF_{one.name}": one for one in Prf}
+_TOLD_KE = {one.name: one for one in KeMethod} | {
+    "ECP_224_BP": KeMethod(27),
+    "ECP_256_BP": KeMethod.BRAINPOOL_256,
+    "ECP_384_BP": KeMethod(29),
+    "ECP_512_BP": KeMethod(30),
+}
+_TOLD_ESN = {"EXT_SEQ": True, "NO_EXT_SEQ": False}
+
 _AEAD = frozenset({*_CCM.values(), *_GCM.values(), Encr.NULL_AES_GMAC, Encr.CHACHA20_POLY1305})
 _PLAIN = frozenset({Encr.NULL, Encr.NULL_AES_GMAC})
 _BROKEN_ENCR = frozenset({Encr(1), _DES, Encr.DES3})
@@ -157,6 +172,31 @@ class ConfiguredProposal:
             raise ValueError(f"{text!r} is no proposal, because it names no encryption")
         prf = prf or {_PRF_OF[each] for each in integ}
         return cls(text, frozenset(encr), frozenset(integ), frozenset(prf), frozenset(ke), frozenset(esn))
+
+    @classmethod
+    def told(cls, text: str) -> ConfiguredProposal:
+        """As charon prints one: ESP:AES_CBC_128/HMAC_SHA2_256_128/MODP_3072/NO_EXT_SEQ.
+
+        Algorithms that are not known here are passed over: no SA that comes in can have them. Errors:
+        ValueError, also for one without encryption (AH)."""
+        protocol, _, algorithms = text.partition(":")
+        words = algorithms.split("/")
+        # charon prints a key's length behind the name, and some names end with a number
+        sized = [
+            (name, int(bits)) for name, _, bits in (word.rpartition("_") for word in words) if bits.isdigit()
+        ]
+        encr = {(_TOLD_ENCR[name], _ENCR_BITS.get(name, bits)) for name, bits in sized if name in _TOLD_ENCR}
+        encr |= {(_TOLD_ENCR[word], 0) for word in words if word in _TOLD_ENCR}
+        if protocol not in ("IKE", "ESP") or not encr:
+            raise ValueError(f"{text[:60]!r} is no proposal of IKE or ESP that is known here")
+        return cls(
+            text,
+            frozenset(encr),
+            frozenset(_TOLD_INTEG[word] for word in words if word in _TOLD_INTEG),
+            frozenset(_TOLD_PRF[word] for word in words if word in _TOLD_PRF),
+            frozenset(_TOLD_KE[word] for word in words if word in _TOLD_KE),
+            frozenset(_TOLD_ESN[word] for word in words if word in _TOLD_ESN),
+        )
 
     def __str__(self) -> str:
         return self.text

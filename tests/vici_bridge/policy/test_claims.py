@@ -452,25 +452,28 @@ def test_modes(told: str, mode: Mode, fits: bool) -> None:
 )
 def test_the_floor(encr: Encr, integ: Integ) -> None:
     weak = with_child(encr=encr, encr_bits=0, integ=integ)
-    refused(check_algorithms(weak, Rules()), encr.name)
+    refused(check_algorithms(weak, connection(), Rules()), encr.name)
     ike = replace(context().current, encr=encr, encr_bits=0, integ=integ)
-    refused(check_algorithms(context(generations=(ike,)), Rules()), encr.name)
+    refused(check_algorithms(context(generations=(ike,)), connection(), Rules()), encr.name)
 
 
 def test_the_floor_of_the_prf_and_of_ancestors() -> None:
     now = context().current
     old = replace(now, prf=Prf.HMAC_MD5, spi_i=bytes(range(8)))
-    refused(check_algorithms(context(generations=(old, now)), Rules()), "HMAC_MD5")
+    refused(check_algorithms(context(generations=(old, now)), connection(), Rules()), "HMAC_MD5")
 
 
 def test_the_operators_proposals_are_the_measure_in_both_directions() -> None:
     weak = with_child(encr=Encr.DES3, encr_bits=0, integ=Integ.HMAC_SHA1_96)
-    assert reasons(check_algorithms(weak, Rules(esp=(ConfiguredProposal.parse("3des-sha1"),)))) == []
+    assert (
+        reasons(check_algorithms(weak, connection(), Rules(esp=(ConfiguredProposal.parse("3des-sha1"),))))
+        == []
+    )
     only = Rules(
         ike=(ConfiguredProposal.parse("aes256-sha256-x25519"),),
         esp=(ConfiguredProposal.parse("aes256gcm16"),),
     )
-    found = reasons(check_algorithms(context(), only))
+    found = reasons(check_algorithms(context(), connection(), only))
     assert ["aes256-sha256-x25519" in found[0], "aes256gcm16" in found[1]] == [True, True]
 
 
@@ -511,6 +514,67 @@ def test_proposals_of_the_ike_sa(text: str, fits: bool) -> None:
 
 def test_the_prf_is_that_of_the_integrity_algorithm() -> None:
     assert ConfiguredProposal.parse("aes128-sha384-modp3072").prf == {Prf.HMAC_SHA2_384}
+
+
+# The reported form is constructed after proposal_printf_hook and test_proposal.c of strongSwan 6.0.6,
+# because no charon that reports proposals was at hand.
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "fits"),
+    [
+        ("ESP:AES_GCM_16_128/NO_EXT_SEQ", {}, True),
+        ("ESP:AES_GCM_16_128/CURVE_25519/NO_EXT_SEQ", {"ke": KeMethod.CURVE_25519}, True),
+        ("ESP:AES_GCM_16_128/NO_EXT_SEQ", {"ke": KeMethod.CURVE_25519}, False),
+        ("ESP:AES_GCM_16_256/NO_EXT_SEQ", {}, False),
+        ("ESP:AES_GCM_16_128/EXT_SEQ", {}, False),
+        ("ESP:AES_GCM_16_128/EXT_SEQ/NO_EXT_SEQ", {"esn": True}, True),
+        ("ESP:CHACHA20_POLY1305_256/NO_EXT_SEQ", {"encr": Encr.CHACHA20_POLY1305, "encr_bits": 256}, True),
+        (
+            "ESP:AES_CBC_128/HMAC_SHA2_256_128/NO_EXT_SEQ",
+            {"encr": Encr.AES_CBC, "integ": Integ.HMAC_SHA2_256_128},
+            True,
+        ),
+        (
+            "ESP:3DES_CBC/HMAC_SHA1_96/NO_EXT_SEQ",
+            {"encr": Encr.DES3, "encr_bits": 0, "integ": Integ.HMAC_SHA1_96},
+            True,
+        ),
+        ("ESP:SERPENT_CBC_128/AES_CBC_128/HMAC_SHA2_512_256/NO_EXT_SEQ", {}, False),
+    ],
+)
+def test_proposals_of_children_that_charon_reports(text: str, changes: dict[str, Any], fits: bool) -> None:
+    found = reasons(check_algorithms(with_child(**changes), child_of(esp_proposals=[text]), Rules()))
+    assert [text in one for one in found] == ([] if fits else [True])
+    # an operator's own list is the measure, whatever charon has
+    assert not reasons(
+        check_algorithms(
+            context(), child_of(esp_proposals=[text]), Rules(esp=(ConfiguredProposal.parse("aes128gcm16"),))
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("IKE:AES_GCM_16_128/PRF_HMAC_SHA2_256/CURVE_25519", True),
+        (
+            "IKE:AES_GCM_16_128/AES_GCM_16_256/PRF_HMAC_SHA2_256/PRF_HMAC_SHA2_384/ECP_256/CURVE_25519/KE1_ML_KEM_768",
+            True,
+        ),
+        ("IKE:AES_GCM_16_128/PRF_HMAC_SHA2_384/CURVE_25519", False),
+        ("IKE:AES_GCM_16_128/PRF_HMAC_SHA2_256/ECP_256_BP", False),
+    ],
+)
+def test_proposals_of_the_ike_sa_that_charon_reports(text: str, fits: bool) -> None:
+    assert (not reasons(check_algorithms(context(), connection(proposals=[text]), Rules()))) is fits
+
+
+@pytest.mark.parametrize("told", ["aes128-sha256", [], ["AH:HMAC_SHA2_256_128/NO_EXT_SEQ"], ["ESP:"], [""]])
+def test_the_floor_holds_where_reported_proposals_cannot_be_read(told: Any) -> None:
+    weak = with_child(encr=Encr.DES3, encr_bits=0, integ=Integ.HMAC_SHA1_96)
+    refused(check_algorithms(weak, child_of(esp_proposals=told), Rules()), "too weak")
+    assert not reasons(check_algorithms(context(), child_of(esp_proposals=told), Rules()))
 
 
 @pytest.mark.parametrize("text", ["default", "aes128-sha3", "sha256-x25519", "", "aes128gcm16-ke1_rot13"])
