@@ -29,6 +29,7 @@ from vici_bridge.policy.checks import (
     check_numbers,
     check_selectors,
     check_sizes,
+    check_unique,
     check_vips,
 )
 from vici_bridge.policy.present import Present
@@ -151,6 +152,7 @@ def objections(
     if not seen.listening:
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
     verdicts += check_names(here, seen.connections)
+    verdicts += check_unique(here, seen.connections, seen.present)
     verdicts += admit(here, seen.connections, seen.pools, config, relayed_by)
     verdicts += spis
     verdicts += check_numbers(here, config.oseq_jump)

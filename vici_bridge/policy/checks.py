@@ -28,6 +28,7 @@ from vici_bridge.vici.views import (
 )
 
 from .new_names import Taken, clash, own_spi
+from .present import Present
 
 View = Mapping[str, Any]
 NONE = NO_TAGS.inbound
@@ -97,6 +98,29 @@ def check_names(context: IkeContext, connections: Mapping[str, View]) -> Iterato
                 f"the MN authenticated by {'+'.join(sorted(theirs))}, "
                 f"the connection here asks for {'+'.join(sorted(ours))}",
             )
+
+
+_UNIQUE = {"UNIQUE_REPLACE": "replace", "UNIQUE_KEEP": "keep"}
+
+
+def check_unique(here: IkeContext, connections: Mapping[str, View], present: Present) -> Iterator[Verdict]:
+    """The connection's `unique`, which charon enforces when a mobile node authenticates, but not over HA.
+
+    Which of two SAs is the mobile node's last one cannot be told, so the one that comes is refused with
+    "replace", too. Source: check_uniqueness in ike_sa_manager.c, 6.0.6."""
+    policy = _UNIQUE.get(str(connections.get(here.connection, {}).get("unique", "")))
+    for view in present.same_identity(here) if policy else ():
+        host = view.remote.address
+        if view.state not in ("ESTABLISHED", "REKEYING") or host.version != here.remote.address.version:
+            continue
+        if policy == "keep" and host == here.remote.address:  # charon takes it for a reauthentication
+            continue
+        yield Verdict(
+            Fpt.PAD,
+            Status.NOT_ALLOWED,
+            f"{here.remote_eap_id or here.remote_id} has the IKE_SA {view.name} #{view.unique_id} here, and "
+            f"that connection has unique = {policy}",
+        )
 
 
 def still_here(

@@ -66,6 +66,11 @@ class Present:
             pairs,
         )
 
+    def same_identity(self, here: IkeContext) -> list[SaView]:
+        """The SAs of the same connection between the same two identities, without this one."""
+        names = self._having.get(_who_comes(here), set()) - {here.spis}
+        return [self._views[name] for name in sorted(names)]
+
     def rivals(self, here: IkeContext) -> list[SaView]:
         """The SAs that may share something with this one; not all of them do."""
         children = [text for child in here.children for text in prefixes(child.remote_ts)]
@@ -85,7 +90,12 @@ def _names(here: IkeContext) -> Iterator[_Key]:
         yield "esp", (here.remote.address, child.spi_out)
 
 
+def _who_comes(here: IkeContext) -> _Key:
+    return "who", (here.connection, str(here.local_id), str(here.remote_eap_id or here.remote_id))
+
+
 def _keys(view: SaView) -> Iterator[_Key]:
+    yield "who", (view.name, view.local_id, view.remote_eap_id or view.remote_id)
     yield "ike", view.spi_i if view.initiator else view.spi_r
     for vip in view.remote_vips:
         yield "vip", vip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,7 @@ from vici_bridge.policy.checks import (
     check_numbers,
     check_selectors,
     check_sizes,
+    check_unique,
     check_vips,
     still_here,
 )
@@ -78,6 +80,41 @@ def test_the_peer_must_have_authenticated_as_the_connection_here_asks() -> None:
     assert statuses(check_names(here, {"mn": CONN})) == []
     strict = {**CONN, "remote-1": {"class": "public key"}}
     assert statuses(check_names(here, {"mn": strict})) == [Status.AUTHENTICATION]
+
+
+@pytest.mark.parametrize(
+    ("unique", "changes", "refused"),
+    [
+        ("UNIQUE_NO", {}, False),
+        ("UNIQUE_NEVER", {}, False),
+        ("UNIQUE_REPLACE", {}, True),
+        ("UNIQUE_REPLACE", {"state": "REKEYING"}, True),
+        ("UNIQUE_REPLACE", {"state": "PASSIVE"}, False),
+        ("UNIQUE_REPLACE", {"remote_id": "CN=another"}, False),
+        ("UNIQUE_REPLACE", {"remote_eap_id": "alice"}, False),
+        ("UNIQUE_REPLACE", {"local_id": "other.example"}, False),
+        ("UNIQUE_REPLACE", {"name": "another"}, False),
+        ("UNIQUE_REPLACE", {"remote": Endpoint.of("2001:db8::1", 4500)}, False),
+        ("UNIQUE_KEEP", {}, True),
+        ("UNIQUE_KEEP", {"remote": context().remote}, False),
+    ],
+)
+def test_what_the_connection_s_unique_allows(unique: str, changes: dict[str, Any], refused: bool) -> None:
+    here = context()
+    other = replace(
+        sa_view(here.connection, VIEW),
+        spi_i=bytes(8),
+        spi_r=bytes(range(8)),
+        local_id=str(here.local_id),
+        remote_id=str(here.remote_id),
+        remote_eap_id="",
+        remote=Endpoint.of("198.51.100.77", 4500),
+    )
+    connections = {here.connection: {"unique": unique}}
+    found = list(check_unique(here, connections, Present([replace(other, **changes)])))
+    assert statuses(found) == ([Status.NOT_ALLOWED] if refused else [])
+    own = replace(other, spi_i=here.spis[0], spi_r=here.spis[1])
+    assert not list(check_unique(here, connections, Present([own])))
 
 
 def test_ike_spis_as_a_pair_and_alone() -> None:
