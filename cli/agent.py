@@ -160,6 +160,8 @@ class Agent:
                 sources=peer.connects_from,
                 connections=peer.connections,
                 identities=peer.identities,
+                to_connections=peer.to_connections,
+                to_identities=peer.to_identities,
             )
             for peer in config.peers
         ]

@@ -185,7 +185,8 @@ class PeerSection:
     `identity` is the name that its certificate must have (a DNS name, or the CN), by default `name`.
     `forward_via`: its inner addresses, to which packets for a moved mobile node are sent on. `connects_from`:
     networks from which it connects to us, beside `address`. `connections`, `identities`: the SAs that it may
-    bring, by connection name and by identity in the form of a connection's `id`; empty: all.
+    bring, by connection name and by identity in the form of a connection's `id`; `to_connections`,
+    `to_identities`: those that may go to it; empty: all.
     """
 
     name: str
@@ -196,6 +197,8 @@ class PeerSection:
     connects_from: tuple[IPv4Network | IPv6Network, ...] = ()
     connections: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
+    to_connections: tuple[str, ...] = ()
+    to_identities: tuple[str, ...] = ()
 
     @property
     def host(self) -> str:
@@ -397,6 +400,8 @@ def _peer(table: TomlTable) -> PeerSection:
         connects_from=table.several("connects_from", _a_network, ()),
         connections=table.several("connections", a_text, ()),
         identities=table.several("identities", a_text, ()),
+        to_connections=table.several("to_connections", a_text, ()),
+        to_identities=table.several("to_identities", a_text, ()),
     )
 
 

@@ -183,7 +183,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         try:
             context: IkeContext = yield Do(Export(self.sa, self.away), self.transfer_id)
             epochs: Epochs = yield FindEpochs(self.sa)
-            self.context = changed(context, epoch=max(context.epoch, epochs.known))
+            self.context = changed(self.peer.may_get(context), epoch=max(context.epoch, epochs.known))
             self.error = None
             if self._begins is SourceInput.OK:
                 self.way = yield Do(Choose(self.context, self.peer.name, self.address), self.transfer_id)

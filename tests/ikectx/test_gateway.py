@@ -275,12 +275,45 @@ def test_a_peer_brings_only_what_it_may(brings: dict[str, tuple[str, ...]], take
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("goes", "moves"),
+    [
+        ({"to_connections": ("home", "work")}, True),
+        ({"to_connections": ("work",)}, False),
+        ({"to_identities": ("*.example",)}, True),
+        ({"to_identities": ("*.example.org",)}, False),
+    ],
+)
+@pytest.mark.parametrize("pulled", [False, True])
+def test_only_what_may_go_to_a_peer_goes_there(
+    goes: dict[str, tuple[str, ...]], moves: bool, pulled: bool
+) -> None:
+    async def scenario() -> None:
+        async with world(brings=goes, rights=frozenset({"push", "pull"})) as w:
+            sa = w.a.daemon.serve(a_context())
+            if pulled:
+                report = await w.b.agent.pull("a", a_context().remote.address)
+            else:
+                report = await w.a.agent.transfer(sa, "b")
+            assert report.result == ("moved" if moves else "refused" if pulled else "kept"), report
+            if not moves:
+                assert report.status is Status.NOT_ALLOWED
+                assert w.b.daemon.calls == []
+                assert pulled or "may not go to b" in report.text
+            await w.quiet()
+            assert w.owner(sa) == ("b" if moves else "a")
+
+    run(scenario())
+
+
 def test_where_there_is_an_eap_identity_it_is_that_one_that_counts() -> None:
     peer = PeerConfig("a", "a", identities=("*@example.org",))
     sa = replace(a_context(), remote_eap_id=Identity(IdType.RFC822_ADDR, b"carol@example.org"))
     assert peer.may_not_bring(sa) == ""
     rogue = replace(sa, remote_eap_id=Identity(IdType.FQDN, b"root\nevil"))
     assert peer.may_not_bring(rogue) == "a may not bring SAs of root?evil here"
+    with pytest.raises(RefusedError, match=r"SAs of root\?evil may not go to a"):
+        PeerConfig("a", "a", to_identities=("*@example.org",)).may_get(rogue)
 
 
 def test_an_owner_who_was_succeeded_is_refused() -> None:
