@@ -51,7 +51,7 @@ from vici_bridge.policy.admission import numbered
 from vici_bridge.policy.allowed import AllowedConnection
 from vici_bridge.policy.identities import reauthentication
 from vici_bridge.vici.codec import Message, with_json
-from vici_bridge.vici.control import ControlServer, Response
+from vici_bridge.vici.control import ControlServer, Response, client_user
 
 from . import __version__, service
 from .config import ByPacketConfig, Config
@@ -204,6 +204,7 @@ class Agent:
                 "transfer": self.transfer,
                 "pull": self.pull,
                 "history": self.history,
+                "verify-history": self.verify_history,
                 "resync": self.resync,
                 "rotate-key": self.rotate_key,
                 "reload": self.reload,
@@ -390,6 +391,7 @@ class Agent:
                     dry_run=request.get("dry-run") == "yes",
                     parallel=self._config.transfer.concurrency,
                     progress=queue.put_nowait,
+                    asked_by=_operator(),
                 )
             )
             async for event in service.until_done(work, queue):
@@ -412,6 +414,7 @@ class Agent:
                 sa=sa_name(request.get("sa", "")),
                 dry_run=request.get("dry-run") == "yes",
                 progress=queue.put_nowait,
+                asked_by=_operator(),
             )
         )
         async for event in service.until_done(work, queue):
@@ -419,8 +422,13 @@ class Agent:
         yield _reports([await work])
 
     async def history(self, request: Message) -> AsyncIterator[Message]:
-        for entry in self._gateway.history(_number(request, "limit", 100, 1, EVERY)):
+        limit = _number(request, "limit", 100, 1, EVERY)
+        audit = request.get("audit") == "yes"
+        for entry in self._gateway.audit(limit) if audit else self._gateway.history(limit):
             yield with_json(entry)
+
+    async def verify_history(self, request: Message) -> Message:
+        return with_json(self._gateway.verify(request.get("head", "")).to_json())
 
     async def resync(self, request: Message) -> Message:
         await self._host.resync()
@@ -511,7 +519,7 @@ class Agent:
                 left.set()
 
         try:
-            await self._gateway.transfer(sa, to, progress=seen)
+            await self._gateway.transfer(sa, to, progress=seen, asked_by="handover_to: its mobile node left")
         except IkectxError as error:
             log.warning("%s has gone silent, and its SA is not moved to %s: %s", mn, to, error)
         finally:
@@ -521,6 +529,11 @@ class Agent:
     async def _select(self, request: Message) -> list[SaName]:
         """The SAs that the request names. Errors: UnknownSaError, UsageError."""
         return chosen(await self._host.views(), request, self._plain_peers)
+
+
+def _operator() -> str:
+    """Who sent the request that is being answered, for the audit log."""
+    return f"operator (uid {client_user()})"
 
 
 def _ear(here: IkeContext) -> Held:

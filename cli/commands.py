@@ -403,7 +403,7 @@ def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool)
         )
 
 
-@cli.command()
+@cli.command(short_help="Transfers of the past, and the audit log.")
 @click.option(
     "--limit",
     type=click.IntRange(1, 1_000_000_000),
@@ -411,21 +411,52 @@ def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool)
     show_default=True,
     help="At most so many, newest first.",
 )
+@click.option("--audit", is_flag=True, help="The audit log: who asked for each move, epochs, counters.")
+@click.option(
+    "--verify", is_flag=True, help="Check that nobody changed the audit log; works without agent, too."
+)
+@click.option(
+    "--head",
+    metavar="NUMBER:MAC",
+    type=WORDS,
+    help="With --verify: the head noted at an earlier one.",
+)
+@click.option(
+    "--store", metavar="DIR", type=click.Path(path_type=Path), help="With --verify: a store, say a backup."
+)
+@click.option("--key", metavar="FILE", type=click.Path(path_type=Path), help="With --store: its key.")
 @json_option
 @click.pass_obj
-def history(setup: Setup[Config], limit: int, as_json: bool) -> None:
-    """Transfers of the past, in both directions."""
+def history(
+    setup: Setup[Config],
+    limit: int,
+    audit: bool,
+    verify: bool,
+    head: str | None,
+    store: Path | None,
+    key: Path | None,
+    as_json: bool,
+) -> int:
+    """Transfers of the past, in both directions, or the audit log of moves."""
     from vici_bridge.vici.client import json_of
 
+    from . import history as past
+
+    if not verify and (head or store or key):
+        raise UsageError("--head, --store and --key go with --verify")
+    if verify:
+        return past.verify(setup, store, key, head or "", as_json)
     items: list[dict[str, Any]] = []
+    query = {"limit": limit, "audit": "yes" if audit else None}
     with setup.agent() as agent:
-        agent.stream("history", "history-entry", {"limit": limit}, lambda item: items.append(json_of(item)))
+        agent.stream("history", "history-entry", query, lambda item: items.append(json_of(item)))
     if as_json:
         show_json(items)
-        return
+        return 0
     from .progress import show_history
 
-    show_history(items)
+    (past.show_audit if audit else show_history)(items)
+    return 0
 
 
 @cli.command(short_help="Make charon report all its SAs again.")

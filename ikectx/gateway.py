@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from ikectx.disk.audit import Verified
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.core import Arrive, Engine, Pull, Reclaim, Show, Tell, Transfer
 from ikectx.engine.journal import JournalEntry
@@ -215,19 +216,21 @@ class Gateway:
         address: Address = "update",
         dry_run: bool = False,
         progress: Observer | None = None,
+        asked_by: str = "",
     ) -> TransferReport:
         """Move one IKE_SA to the peer `to`; returns the report.
 
         `address` "keep": the gateway's address moves along, and the mobile node is not told one. `dry_run`:
         all checks at both ends are made, nothing is changed. If the SA is busy, `busy_attempts` tries are
-        made.
+        made. `asked_by`: whose wish it is, for the audit log.
 
         Errors: UsageError (no such peer), UnknownSaError, BusyError (it is being moved), StateError (not
         started); everything else is in the report. A call that is cancelled cancels a transfer that has not
         let go.
         """
         self._running()
-        report: TransferReport = await self._driver.ask(Transfer(SaName(*sa), to, address, dry_run), progress)
+        wanted = Transfer(SaName(*sa), to, address, dry_run, asked_by)
+        report: TransferReport = await self._driver.ask(wanted, progress)
         return report
 
     async def transfer_all(
@@ -239,6 +242,7 @@ class Gateway:
         dry_run: bool = False,
         parallel: int = 8,
         progress: Observer | None = None,
+        asked_by: str = "",
     ) -> list[TransferReport]:
         """Move several SAs, `parallel` at a time; reports in the order of `sas`.
 
@@ -251,7 +255,9 @@ class Gateway:
         async def one(sa: SaName) -> TransferReport:
             async with limit:
                 try:
-                    return await self.transfer(sa, to, address=address, dry_run=dry_run, progress=progress)
+                    return await self.transfer(
+                        sa, to, address=address, dry_run=dry_run, progress=progress, asked_by=asked_by
+                    )
                 except IkectxError as error:
                     return self._never_began(sa, to, error, address, dry_run)
 
@@ -305,6 +311,7 @@ class Gateway:
         sa: SaName | None = None,
         dry_run: bool = False,
         progress: Observer | None = None,
+        asked_by: str = "",
     ) -> TransferReport:
         """Have the SA of the mobile node at that outer address moved here from the peer `from_`; returns the
         report.
@@ -319,7 +326,7 @@ class Gateway:
         self._peer(from_)
         self._running()
         report: TransferReport = await self._driver.ask(
-            Pull(from_, mn, None if sa is None else SaName(*sa), dry_run), progress
+            Pull(from_, mn, None if sa is None else SaName(*sa), dry_run, asked_by), progress
         )
         return report
 
@@ -396,6 +403,14 @@ class Gateway:
             ],
             "transfers": [_entry_json(entry) for entry in self._store.open_transfers()],
         }
+
+    def audit(self, limit: int = 100) -> list[dict[str, object]]:
+        """The audit log, newest first, as plain JSON values. Errors: StoreError."""
+        return self._store.audit_lines(limit)
+
+    def verify(self, head: str = "") -> Verified:
+        """Check the audit log. `head`: that of an earlier verification. Errors: StoreError, UsageError."""
+        return self._store.audit_verify(head)
 
     def history(self, limit: int = 100) -> list[dict[str, object]]:
         """The journal, newest first, as plain JSON values."""

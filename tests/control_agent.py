@@ -104,6 +104,7 @@ class Agent(StandIn):
                 "show-context": self.show,
                 "transfer": self.transfer,
                 "history": self.history,
+                "verify-history": self.verify,
                 "status": self.status,
                 "resync": self.resync,
                 "cancel": self.cancel,
@@ -138,6 +139,11 @@ class Agent(StandIn):
     async def history(self, request: Message) -> AsyncIterator[Message]:
         self.asked.append(("history", request))
         yield with_json({"started": 1700000000, "role": "source", "peer": "nsg", "result": "moved"})
+
+    async def verify(self, request: Message) -> Message:
+        self.asked.append(("verify-history", request))
+        changed = ["row 2 was changed"] if request.get("head") else []
+        return with_json({"ok": not changed, "rows": 3, "pruned": 1, "head": "4:ab", "findings": changed})
 
     async def status(self, request: Message) -> Message:
         return with_json({"name": "psg", "charon": {"reachable": True}, "open": []})

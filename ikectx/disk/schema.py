@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-SCHEMA = 2
-"""Version of the tables; a store of version 1 is taken over when it is opened."""
+SCHEMA = 3
+"""Version of the tables (3: with the audit log, see `audit`); stores of versions 1 and 2 are taken over when
+they are opened."""
 
 TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;

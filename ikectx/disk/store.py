@@ -25,6 +25,7 @@ from ikectx.errors import StoreError
 from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 
+from . import audit
 from .schema import PLACES, SCHEMA, SEALED, SINCE_2, TABLES
 from .seal import Sealer
 
@@ -97,7 +98,7 @@ class SqliteStore:
     def _set_up(self, name: str) -> None:
         run = self._db.execute
         version = run("PRAGMA user_version").fetchone()[0]
-        if version in (0, SCHEMA) and run("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+        if version != 1 and run("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
             run(f"PRAGMA auto_vacuum = {_INCREMENTAL}")
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk: then the file only grows
                 run("VACUUM")  # without it the setting counts for new files only
@@ -111,19 +112,26 @@ class SqliteStore:
             for statement in TABLES.split(";\n"):
                 run(statement)
             run("INSERT INTO meta VALUES ('check', ?)", (self._sealer.seal("meta|check", _CHECK),))
+            audit.make(self._db, self._sealer)
             run(f"PRAGMA user_version = {SCHEMA}")
             run("COMMIT")
-        elif version not in (1, SCHEMA):
+        elif version not in (1, 2, SCHEMA):
             raise StoreError(f"{name} has schema {version}, this version knows {SCHEMA}")
         row = run("SELECT value FROM meta WHERE name = 'check'").fetchone()
         if row is None or self._sealer.open("meta|check", row[0]) != _CHECK:
             raise StoreError(f"{name} is not a store of this program")
         if version == 1:
             self._migrate()
+        elif version == 2:
+            with self._transaction():
+                audit.make(self._db, self._sealer)
+                run(f"PRAGMA user_version = {SCHEMA}")
+        self._audit = audit.opened_or_anew(self._db, self._sealer)
 
     def _migrate(self) -> None:
-        """From schema 1 to 2, all of it or nothing: notes about SAs that move become rows of the ledger."""
+        """From schema 1, all of it or nothing: notes about SAs that move become rows of the ledger."""
         with self._transaction():
+            audit.make(self._db, self._sealer)
             for statement in SINCE_2:
                 self._db.execute(statement)
             notes = [(kind, key, value) for kind in NOTES for key, value in self.items(kind)]
@@ -338,6 +346,7 @@ class SqliteStore:
             if now is not None:
                 other.execute("PRAGMA secure_delete = ON")
                 _prune(other, now - HISTORY)
+                audit.Audit(other, self._sealer).prune(now - audit.KEPT)
                 other.commit()
             other.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
@@ -346,15 +355,18 @@ class SqliteStore:
     def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
         """Put the entry where (transfer_id, role) is; the moment of the first write stays its `started`.
 
-        Rows of the ledger that were to be written soon are written in the same transaction.
+        Rows of the ledger that were to be written soon, and what the audit log is to say, are written in the
+        same transaction.
 
         `durable`: on the disk itself when this returns; else it survives the process, not the power.
         """
         self._sync(durable)
         rows = bool(self._waiting)
-        with self._transaction() if rows else self._errors():
+        with self._transaction() if rows or entry.audit else self._errors():
             self._write_rows()
             self._write_entry(entry)
+            if entry.audit:
+                self._audit.append(entry.audit)
         if rows:
             self._waiting.clear()
         ident = entry.transfer_id, entry.role
@@ -411,6 +423,16 @@ class SqliteStore:
         """The newest transfers, newest first, without `context` and `final`."""
         return self._select("1", (), limit=limit, sealed=False)
 
+    def audit_lines(self, limit: int) -> list[dict[str, Any]]:
+        """The newest rows of the audit log, newest first."""
+        with self._errors():
+            return self._audit.lines(limit)
+
+    def audit_verify(self, head: str = "") -> audit.Verified:
+        """Check the audit log, see `Audit.verify`."""
+        with self._errors():
+            return self._audit.verify(head)
+
     def epochs(self, sa: SaName) -> tuple[int, int]:
         """The highest epoch of this SA that any transfer told us of, 0: none did; and the highest in which we
         took it over from somebody, -1: we never did."""
@@ -446,7 +468,8 @@ class SqliteStore:
 
         And those to here that came to nothing, but for the last `ABORTED` of each peer.
         """
-        with self._errors():
+        with self._transaction():
+            self._audit.prune(before + HISTORY - audit.KEPT)
             return _prune(self._db, before)
 
     def _select(

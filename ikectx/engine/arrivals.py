@@ -326,7 +326,9 @@ class Arrivals:
             peer,
             sa=sa,
             transfer_id=self._parts.fresh(8),
-            occasion=Occasion("mn", SourceInput.ANNOUNCE, sequence=message.sequence),
+            occasion=Occasion(
+                "mn", SourceInput.ANNOUNCE, sequence=message.sequence, asked_by="the mobile node (CTAR)"
+            ),
         )
 
         def proven(context: IkeContext) -> Steps[None]:

@@ -62,14 +62,15 @@ class Moment(NamedTuple):
 class Transfer:
     """Move an SA of this gateway to the peer `to`. Outcome: `TransferReport`.
 
-    `address`: how its mobile node gets there (`ports.Address`). `dry_run`: only ask. Errors: UsageError,
-    UnknownSaError, BusyError.
+    `address`: how its mobile node gets there (`ports.Address`). `dry_run`: only ask. `asked_by`: whose
+    wish it is, for the audit log. Errors: UsageError, UnknownSaError, BusyError.
     """
 
     sa: SaName
     to: str
     address: Address = "update"
     dry_run: bool = False
+    asked_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Pull:
     mn: IpAddress
     sa: SaName | None = None
     dry_run: bool = False
+    asked_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +264,15 @@ class Engine:
         if not self._runs and not isinstance(what, Reclaim | Tell):
             raise StateError("the gateway does not run")
         match what:
-            case Transfer(sa, to, address, dry_run):
-                return (yield from self.transfers.transfer(self.peer(to), sa, address, dry_run, ticket))
-            case Pull(from_, mn, sa, dry_run):
-                return (yield from self.requests.pull(self.peer(from_), mn, sa, dry_run, ticket))
+            case Transfer(sa, to, address, dry_run, asked_by):
+                return (
+                    yield from self.transfers.transfer(
+                        self.peer(to), sa, address, dry_run, ticket, asked_by=asked_by
+                    )
+                )
+            case Pull(from_, mn, sa, dry_run, asked_by):
+                peer = self.peer(from_)
+                return (yield from self.requests.pull(peer, mn, sa, dry_run, ticket, asked_by))
             case Show():
                 return (yield from self._show(what))
             case Arrive(message, source):

@@ -33,7 +33,7 @@ class DryRun(Outgoing):
                 offer = self.offer("check")
                 began = self.parts.now
                 octets, asked = link.ask(offer)
-                self._count(octets)
+                self.count(octets)
                 answer = yield from reply_to(asked, began + timing.offer)
                 spent = (self.parts.now - began) * 1000
             if answer is None:
@@ -43,7 +43,7 @@ class DryRun(Outgoing):
         except IkectxError as error:
             self.blame(error)
             return changed(self.report(), dry_run=True)
-        self._count(len(answer.serialize()))
+        self.count(len(answer.serialize()))
         status, self._verdicts = offer_status(answer)
         report = changed(
             self.report(),

@@ -249,7 +249,9 @@ class Grants:
                     f"{len(found)} IKE_SAs with {message.mn}, and none was named", status=Status.AMBIGUOUS
                 )
             sa = found[0]
-        report = yield from self._transfers.transfer(line.peer, sa, "auto", dry_run=check, pulled=True)
+        report = yield from self._transfers.transfer(
+            line.peer, sa, "auto", dry_run=check, pulled=True, asked_by=f"gateway {line.peer.name} (pull)"
+        )
         if check:
             # the peer knows its own verdicts, if the transfer came as far as its check
             return None if report.status is Status.OK or report.result == "refused" else report.status
@@ -299,7 +301,7 @@ class Grants:
                 raise BusyError("it is being announced")
             yield from allowed(run.context, run)
             if run.held and run.link is line and run.sequence == message.sequence:
-                run.asked(len(message.serialize()))
+                run.count(len(message.serialize()))
                 run.signal(SourceInput.REQUESTED)
                 yield Opened(run.over)
                 return _ended(run.report(), run.told)
@@ -367,9 +369,15 @@ class Grants:
             line.peer,
             sa=sa,
             transfer_id=self._parts.fresh(8),
-            occasion=Occasion("mn", SourceInput.REQUESTED, line, away=away),
+            occasion=Occasion(
+                "mn",
+                SourceInput.REQUESTED,
+                line,
+                away=away,
+                asked_by=f"gateway {line.peer.name}, for the mobile node ({_reason(message)})",
+            ),
         )
-        run.asked(len(message.serialize()))
+        run.count(len(message.serialize()))
         return run
 
 

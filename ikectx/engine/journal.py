@@ -19,7 +19,8 @@ class JournalEntry:
     `context` and `final` are the encoded blocks of PCTD and CTD: in the clear here, sealed on disk, dropped
     when the transfer ends. `epoch`: the highest of this SA that this transfer has made known to us.
     `started`, `updated`: seconds since 1970. `phases`: ms by state; `moved`: what the
-    exchange with the MN took; `status`: why it ended as it did.
+    exchange with the MN took; `status`: why it ended as it did. `audit`: what the audit log is to say of this
+    write, see `audit_line`; it is no part of the row.
     """
 
     transfer_id: bytes
@@ -39,3 +40,4 @@ class JournalEntry:
     status: Status = Status.OK
     phases: Mapping[str, float] = field(default_factory=dict)
     moved: Mapping[str, int] = field(default_factory=dict)
+    audit: Mapping[str, object] | None = None

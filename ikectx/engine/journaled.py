@@ -11,8 +11,10 @@ from typing import Any, Generic, TypeVar
 from ikectx.errors import IkectxError, StateError, StoreError
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
+from ikectx.sa.context import FinalState, IkeContext
 from ikectx.timing import Timing
 
+from .audit_line import audit_line
 from .effects import FindLatest, Step, Write
 from .journal import JournalEntry
 from .lines import Lines
@@ -111,6 +113,12 @@ class Run(Generic[_State, _Input, _Action]):
         self.ticket = ticket
         self.error: IkectxError | None = None
         """Why it does not go on as it should; the first reason stays."""
+        self.context: IkeContext | None = None
+        """The SA as the old gateway exported it, with the mobile node's present address."""
+        self.last_state: FinalState | None = None
+        """Its last message IDs and counters there."""
+        self.asked_by = ""
+        """Whose wish it is, for the audit log; empty: not known any more, after a restart."""
         self.on_disk = machine.state
         """The state that the journal has."""
         self._began = parts.now
@@ -195,9 +203,20 @@ class Run(Generic[_State, _Input, _Action]):
             context=None if over else self.entry.context,
             final=None if over else self.entry.final,
         )
+        if state in self._durable and self.is_move(entry):
+            line = audit_line(entry, self.parts.name, self.asked_by, self.context, self.last_state)
+            entry = changed(entry, audit={**line, **self.decided()})
         yield Write(entry, durable=self.parts.config.durable and state in self._durable)
-        self.entry = entry
+        self.entry = changed(entry, audit=None)
         self.on_disk = state
+
+    def is_move(self, entry: JournalEntry) -> bool:
+        """True if the SA was let go in it, or more than that: the audit log has nothing about mere offers."""
+        return self.stored.final is not None
+
+    def decided(self) -> Mapping[str, object]:
+        """What else the audit log is to have."""
+        return {}
 
     def superseded(self) -> Steps[bool]:
         """After a restart: was the SA in a later transfer, too? Then this one had ended before that began.

@@ -144,6 +144,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             results=_RESULTS,
             instead=_INSTEAD,
         )
+        self.asked_by = f"gateway {entry.peer}" if state is TargetState.NEW else ""
         self.context = context
         self.header = header
         self.mn: Address = ip_address(entry.mn_address)
@@ -173,7 +174,6 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             self.blame(
                 RefusedError(entry.detail or "aborted", status=entry.status or Status.UNKNOWN_TRANSFER)
             )
-        self._final: FinalState | None = None
         self._report = MoveReport(**entry.moved) if entry.moved else MoveReport()  # type: ignore[arg-type]
         self._verdicts: tuple[Verdict, ...] = ()
         self._prepared = Prepared()
@@ -197,7 +197,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         context, header = decode(Pctd.parse(entry.context).blocks)
         run = cls(parts, entry, context, header)
         if entry.final is not None:
-            run._final, _ = decode_final(Ctd.parse(entry.final).blocks)
+            run.last_state, _ = decode_final(Ctd.parse(entry.final).blocks)
         return run
 
     def must(self, state: TargetState) -> bool:
@@ -207,6 +207,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         unheard = self.whole or self.machine.state is TargetState.NEW
         tombstone = unheard and state is TargetState.ABORTED
         return tombstone or (state in ends and self.on_disk in TARGET_OWNS)
+
+    def decided(self) -> Mapping[str, object]:
+        return {"exchange": asdict(self._report)} if self.machine.state is TargetState.ACTIVATING else {}
 
     @property
     def keep(self) -> bool:
@@ -331,7 +334,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
     def take_whole(self, final: FinalState) -> None:
         """Take the final state from a CTD with the whole context. Errors: WireError."""
         self.whole = True
-        self._final = final
+        self.last_state = final
         octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
         self.entry = changed(self.stored, final=octets, epoch=final.epoch)
 
@@ -343,7 +346,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         if fits is not Status.OK:
             self.blame(RefusedError("the CTD does not fit its PCTD", status=fits))
             return TargetInput.MISFIT
-        self._final = final
+        self.last_state = final
         self.entry = changed(self.stored, final=octets, epoch=final.epoch)
         return TargetInput.CTD
 
@@ -351,9 +354,9 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
 
     @property
     def _last(self) -> FinalState:
-        if self._final is None:
+        if self.last_state is None:
             raise StateError("the journal has no final state for it")
-        return self._final
+        return self.last_state
 
     def _check(self, context: IkeContext) -> Steps[None]:
         verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers, self.relayed_by))))
@@ -399,14 +402,14 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
         entry = changed(self.stored, final=octets)
         yield Write(entry, durable=self.parts.config.durable)
-        self._final, self.entry = final, entry
+        self.last_state, self.entry = final, entry
 
     @property
     def next_request(self) -> int | None:
         """Message ID of the MN's request that this gateway expects next, once it serves the SA."""
-        if self.machine.state is not TargetState.OWNED or self._final is None:
+        if self.machine.state is not TargetState.OWNED or self.last_state is None:
             return None
-        return self._final.mid_responder + self._report.answered
+        return self.last_state.mid_responder + self._report.answered
 
     def _activate(self, context: IkeContext) -> Steps[None]:
         yield from self.step(Activate(context, self._last, self._report))

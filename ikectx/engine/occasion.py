@@ -19,7 +19,7 @@ class Occasion:
 
     `begins`: OK to push the SA; ANNOUNCE if the mobile node said that it will go there; REQUESTED if it is at
     the peer, which asked for the SA over `link`. `sequence`: that of the mobile node's CTAR. `away`: the
-    mobile node is at the peer and does not answer here.
+    mobile node is at the peer and does not answer here. `asked_by`: whose wish it is, in words.
     """
 
     address: Address = "update"
@@ -27,6 +27,7 @@ class Occasion:
     link: Line | None = None
     sequence: int = 0
     away: bool = False
+    asked_by: str = ""
 
 
 def check_expected(state: IkeContext | FinalState, expects: int) -> None:

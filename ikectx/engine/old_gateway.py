@@ -81,13 +81,13 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         super().__init__(
             parts, machine, entry, ticket, durable=SOURCE_DURABLE, results=_RESULTS, instead=_INSTEAD
         )
+        self.asked_by = occasion.asked_by
         self.peer = peer
         self.sa = sa
         self.transfer_id = transfer_id
         self.address = occasion.address
         self.way = Way(told(occasion.address))
         """How its mobile node gets to the peer, as it was chosen by `export`."""
-        self.context: IkeContext | None = None
         self.mailbox: deque[object] = deque()
         """Signals nobody has looked at: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
         self.process: Process | None = None
@@ -277,11 +277,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._connect_ms += (self.parts.now - began) * 1000
         return self.link
 
-    def asked(self, octets: int) -> None:
-        """The other gateway asked for it (CT-Req): that is part of what the transfer took."""
-        self._count(octets)
-
-    def _count(self, octets: int) -> None:
+    def count(self, octets: int) -> None:
+        """One more message that belongs to the transfer, such as the CT-Req by which it was asked for."""
         self._messages += 1
         self._octets += octets
 
@@ -307,7 +304,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         except LinkError as error:
             self.blame(error)
             return SourceInput.LINK_LOST
-        self._count(octets)
+        self.count(octets)
         return (yield from self._answer(self._asked))
 
     def _send_ctd(self) -> Steps[SourceInput]:
@@ -324,7 +321,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         except LinkError as error:
             self._lost(error)
             return SourceInput.LINK_LOST
-        self._count(octets)
+        self.count(octets)
         return (yield from self._answer(self._asked))
 
     def _doubt(self) -> None:
@@ -357,7 +354,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             link = self.link
             if link is None:
                 link = yield from self._connect()  # after a restart
-            self._count(link.send(Ctc(self.context.remote.address)))
+            self.count(link.send(Ctc(self.context.remote.address)))
         except LinkError as error:
             log.info("transfer %s: %s was not told: %s", self.transfer_id.hex(), self.peer.name, error)
 
@@ -414,7 +411,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             else:
                 self.blame(reply)
             return SourceInput.LINK_LOST
-        self._count(len(reply.serialize()))
+        self.count(len(reply.serialize()))
         status, self._verdicts = offer_status(reply)
         if status is Status.OK:
             self.asked_for = frozenset(verdict.fpt for verdict in self._verdicts)
@@ -474,6 +471,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             if self.mid is not None and final.mid_responder != self.mid:
                 raise Overrun("the MN sent another request meanwhile")
             letting_go = self._encode(context, final)
+            self.last_state = final
         except Overrun as error:
             self.blame(error)
             return SourceInput.FAILED  # it is frozen, and must be thawed before the next try

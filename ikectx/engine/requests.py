@@ -154,6 +154,8 @@ class Request:
         self.message = message
         self.sa = sa
         self.right = right
+        self.asked_by = f"the mobile node ({'CTAR' if right == 'push' else right})"
+        """Whose wish it is, in words."""
         self.whole = seen is not None
         self.here = None if seen is None else seen.here
         self.answers = seen is not None and seen.answers
@@ -233,7 +235,7 @@ class Request:
     def begun(self, inbox: Inbox, run: Incoming) -> None:
         """This is it."""
         self.inbox, self.run, self.context, self._heard = inbox, run, run.context, True
-        run.request = self
+        run.request, run.asked_by = self, self.asked_by
         self._tell(run)
         if run.ended:
             self.run_ended(run)
@@ -527,11 +529,18 @@ class Requests:
             request.drop("nobody waits for it any more")
 
     def pull(
-        self, peer: PeerConfig, mn: Address, sa: SaName | None, dry_run: bool, ticket: int
+        self,
+        peer: PeerConfig,
+        mn: Address,
+        sa: SaName | None,
+        dry_run: bool,
+        ticket: int,
+        asked_by: str = "",
     ) -> Steps[TransferReport]:
         """A request by the operator; how it ended."""
         sequence = int.from_bytes(self._parts.fresh(4))
         message = CtReq(mn, sequence, 0, name_sa(sa, check=dry_run))
         request = Request(self._parts, peer, message, sa=sa, right="pull", dry_run=dry_run, ticket=ticket)
+        request.asked_by = asked_by
         yield from self.run(request)
         return request.report()

@@ -147,9 +147,11 @@ class Transfers:
         dry_run: bool = False,
         ticket: int = 0,
         pulled: bool = False,
+        asked_by: str = "",
     ) -> Steps[TransferReport]:
-        """Move the SA; how it ended. `pulled`: the peer asked for it, and waits for an offer. Errors:
-        UnknownSaError, BusyError (it is being moved), RefusedError (its mobile node cannot be invited)."""
+        """Move the SA; how it ended. `pulled`: the peer asked for it, and waits for an offer. `asked_by`:
+        whose wish it is. Errors: UnknownSaError, BusyError (it is being moved), RefusedError (its mobile node
+        cannot be invited)."""
         # asked before the turn, because nothing may come between it and `_asked_for`
         invites: bool = not pulled and (yield Invites(sa, address))
         yield from self._turn(sa)
@@ -172,11 +174,11 @@ class Transfers:
             attempt = 0
             while True:
                 attempt += 1
-                report = yield from self._attempt(peer, sa, address, ticket)
+                report = yield from self._attempt(peer, sa, Occasion(address, asked_by=asked_by), ticket)
                 report = changed(report, attempts=attempt)
                 stayed = report.result == "kept" and report.status in _STAYED
                 if stayed and address == "auto" and not pulled:  # who pulled was told that it failed
-                    return (yield from self._relay_instead(peer, sa, report, ticket))
+                    return (yield from self._relay_instead(peer, sa, report, asked_by, ticket))
                 busy = report.status is Status.BUSY and report.result in ("kept", "refused")
                 if not busy or attempt >= attempts:
                     return report
@@ -188,12 +190,12 @@ class Transfers:
             self._parts.scheduler.open(over)
 
     def _relay_instead(
-        self, peer: PeerConfig, sa: SaName, kept: TransferReport, ticket: int
+        self, peer: PeerConfig, sa: SaName, kept: TransferReport, asked_by: str, ticket: int
     ) -> Steps[TransferReport]:
         """Relay a mobile node that did not go to the peer's address. If that fails, too, the report is the
         first one, `kept`."""
         log.warning("%s did not go to %s and is relayed there: %s", kept.mn, peer.name, kept.text)
-        report = yield from self._attempt(peer, sa, "relay", ticket)
+        report = yield from self._attempt(peer, sa, Occasion("relay", asked_by=asked_by), ticket)
         if report.result in ("kept", "refused"):
             return kept
         return changed(report, attempts=kept.attempts + 1, why=f"it did not go to {peer.name}'s address")
@@ -228,13 +230,15 @@ class Transfers:
         log.warning("%s is relayed to %s: %s", sa, peer.name, why)
         return None
 
-    def _attempt(self, peer: PeerConfig, sa: SaName, address: Address, ticket: int) -> Steps[TransferReport]:
+    def _attempt(
+        self, peer: PeerConfig, sa: SaName, occasion: Occasion, ticket: int
+    ) -> Steps[TransferReport]:
         run = Outgoing(
             self._parts,
             peer,
             sa=sa,
             transfer_id=self._parts.fresh(8),
-            occasion=Occasion(address),
+            occasion=occasion,
             ticket=ticket,
         )
         self._start(run, self._move(run))

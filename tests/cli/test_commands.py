@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +15,10 @@ from typing import Any
 import click
 import pytest
 
+from ikectx.disk.place import open_store
+from ikectx.engine.journal import JournalEntry
 from ikectx.errors import IkectxError
+from ikectx.sa.name import SaName
 from ikectx_cli import __version__, commands
 from ikectx_cli import agent as daemon
 from tests.control_agent import REFUSED, REPORT, SA, Agent, Cli
@@ -133,6 +139,8 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
     assert "source" in cli("history")[1]
     assert cli.json("history", "--limit", "5")[1][0]["result"] == "moved"
     assert cli.agent.asked[-1] == ("history", {"limit": "5"})
+    assert "asked by" in cli("history", "--audit")[1]
+    assert cli.agent.asked[-1] == ("history", {"limit": "100", "audit": "yes"})
     assert cli("resync", "--yes")[0] == 0
     assert cli.json("cancel", "t1") == (0, {"ok": True})
     assert cli("reclaim", "t1", "--yes")[1] == "done\n"
@@ -148,6 +156,45 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
         assert code == 2 and "give --yes" in err
     cli("transfer", "--to", "nsg", "--no-detour")
     assert cli.agent.asked[-1][1]["no-detour"] == "yes"
+
+
+def test_the_audit_log_is_verified_by_the_agent(cli: Cli[Agent]) -> None:
+    code, out, _ = cli("history", "--verify")
+    assert code == 0 and "3 rows, 1 older ones were pruned; head 4:ab" in out and "nothing was changed" in out
+    code, out, _ = cli("history", "--verify", "--head", "1:cd")
+    assert code == 9 and "row 2 was changed" in out and "somebody changed the store" in out
+    assert cli.agent.asked[-1] == ("verify-history", {"head": "1:cd"})
+    code, value = cli.json("history", "--verify", "--head", "1:cd")
+    assert code == 9 and value["ok"] is False and value["findings"] == ["row 2 was changed"]
+    assert cli("history", "--head", "1:cd")[0] == 2
+
+
+def test_the_audit_log_is_verified_without_an_agent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "state"
+    with open_store(place) as store:
+        store.write(
+            JournalEntry(
+                b"1" * 8, "source", "b", SaName(b"i" * 8, b"r" * 8), "", "", "done", 1, 1, 1, audit={"at": 1}
+            )
+        )
+    with contextlib.closing(sqlite3.connect(place / "state.db", isolation_level=None)) as db:
+        assert commands.run(["history", "--verify", "--store", str(place), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["ok"], found["rows"]) == (True, 1)
+        db.execute("DELETE FROM audit")
+        assert commands.run(["history", "--verify", "--store", str(place)]) == 9
+        assert "the end of the log was cut off" in capsys.readouterr().out
+    sample = (Path(__file__).parent.parent.parent / "examples" / "config" / "ikectx.toml").read_text()
+    config = tmp_path / "ikectx.toml"
+    config.write_text(f'state_dir = "{tmp_path / "nowhere"}"\n{sample}')
+    down = ["--config", str(config), "--socket", str(tmp_path / "none"), "history", "--verify"]
+    assert commands.run(down) == 9  # no agent, and no store where the configuration has it
+    assert "does not exist" in capsys.readouterr().err
+    (place / "state.key").unlink()
+    assert commands.run(["history", "--verify", "--store", str(place)]) == 9
+    assert "state.key" in capsys.readouterr().err
 
 
 def test_no_agent_and_no_configuration(

@@ -26,6 +26,7 @@ import socket
 import stat
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from ikectx.errors import ConfigError, IkectxError, StateError, WireError
@@ -66,7 +67,8 @@ class _Client:
 
     def __init__(self, writer: asyncio.StreamWriter, now: float) -> None:
         self._writer = writer
-        self.trusted = _user(writer) in (0, os.geteuid())
+        self.user = _user(writer)
+        self.trusted = self.user in (0, os.geteuid())
         self.events: set[str] = set()
         self.busy = False
         self.active = now
@@ -131,6 +133,12 @@ def _user(writer: asyncio.StreamWriter) -> int:
 
 
 _CREDENTIALS = struct.Struct("=iII")
+_ASKS: ContextVar[int] = ContextVar("control-client", default=-1)
+
+
+def client_user() -> int:
+    """The user whose request is being answered; -1: not known. For a command's handler, before it returns."""
+    return _ASKS.get()
 
 
 class ControlServer:
@@ -371,6 +379,7 @@ class ControlServer:
         request = packet.message
         if packet.name in self._takes:
             check(packet.name, request, self._takes[packet.name])
+        _ASKS.set(client.user)
         result = self._commands[packet.name](request)
         if not isinstance(result, AsyncIterator):
             return await result
