@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -164,7 +165,7 @@ class Run(Generic[_State, _Input, _Action]):
 
         If the journal cannot be written: a transition that lets go or takes is replaced by `instead`; a state
         for which `must` is true waits for the journal; any other is entered, because the next start would
-        take the same way.
+        take the same way. An end is journaled as soon as that is possible: a transfer would stay open.
         """
         tries = 0
         while True:
@@ -181,11 +182,23 @@ class Run(Generic[_State, _Input, _Action]):
                     tries += 1
                     continue
                 log.error("transfer goes on without its journal: %s", error)
+                if state in self._results:
+                    self.parts.scheduler.spawn(self._write_at_last(state), "end of a transfer")
             before = self.machine.state
             actions = self.machine.feed(what, self.parts.now)
             if self.machine.state != before and not (self.ended and self.reports):
                 self.tell()
             return actions
+
+    def _write_at_last(self, state: _State) -> Steps[None]:
+        """Journal the end, in which it is already, when the disk allows it."""
+        for tries in itertools.count():
+            try:
+                yield from self._write(state)
+            except StoreError as error:
+                yield from self.again(tries, f"journaling {state}", error)
+            else:
+                return
 
     def _write(self, state: _State) -> Steps[None]:
         if self.entry is None or state == self.on_disk:

@@ -209,6 +209,25 @@ def test_a_target_that_cannot_journal_does_not_take(state: str, fails: str) -> N
     run(scenario())
 
 
+@pytest.mark.parametrize(("gateway", "state"), [("a", "kept"), ("a", "done"), ("b", "aborted")])
+def test_an_end_that_could_not_be_journaled_is_journaled_later(gateway: str, state: str) -> None:
+    # or `status` would list the transfer until the next start, and that would undo it once more
+    async def scenario() -> None:
+        async with world() as w:
+            node = getattr(w, gateway)
+            node.store.broken = state
+            if state != "done":
+                w.b.daemon.fail["move"] = [LinkError("silent")]
+            sa, _report = await one_move(w)
+            await until(lambda: node.store.refused)
+            assert node.agent.status()["transfers"]
+            node.store.broken = ""
+            await until(lambda: not node.agent.status()["transfers"])
+            assert w.owner(sa) == ("b" if state == "done" else "a")
+
+    run(scenario())
+
+
 # -- links that break ------------------------------------------------------------------------------------
 
 
