@@ -24,6 +24,7 @@ from .boot import Job, tidy
 from .config import Tunnel
 from .fleet import MOST
 from .hosts import DEFAULT_NAME, Lab, names, sweep
+from .kills_command import kills
 from .net import HOSTS, has_kernel_esp, load_modules
 from .options import (
     MOST_RUNS,
@@ -414,3 +415,4 @@ def collisions(moved: int, serving: int, spis: int | None, runs: int, seed: int,
 
 
 lab.add_command(bench)
+lab.add_command(kills)

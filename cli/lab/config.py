@@ -37,6 +37,12 @@ PLUGINS = (
 PSK = "only-in-the-lab"
 EAP_USER = "carol"
 CXTP_PORT = 5091
+PRODUCT = "ikectx_cli.main"
+"""The module that `bin/ikectx` of a lab runs."""
+PROGRAM = "IKECTX_LAB_PROGRAM"
+"""The environment variable by which it is another one."""
+STOPS = "IKECTX_LAB_STOPS"
+"""The environment variable with the folder of an agent that stops at points (`stops`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,7 +457,8 @@ def write_tools(work: Path) -> None:
     wrapper = tools / "ikectx"
     path = os.environ.get("PYTHONPATH", "")  # where the packages are not in the environment of this Python
     found = f"export PYTHONPATH={shlex.quote(path)}\n" if path else ""
-    wrapper.write_text(f'#!/bin/sh\n{found}exec {shlex.quote(sys.executable)} -m ikectx_cli.main "$@"\n')
+    program = f'{shlex.quote(sys.executable)} -m "${{{PROGRAM}:-{PRODUCT}}}"'
+    wrapper.write_text(f'#!/bin/sh\n{found}exec {program} "$@"\n')
     wrapper.chmod(0o755)
 
 

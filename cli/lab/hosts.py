@@ -403,16 +403,20 @@ class Lab:
         for pair in pairs:
             self.stop(*pair)
         for host in {pair[0] for pair in pairs}:
-            script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset"
-            for which in ("table 220", DETOUR, f"table {lab_bird.TABLE}"):
-                script += f"; ip route flush {which}; ip -6 route flush {which}"
-            self.command(host, ["sh", "-c", script])
+            self.flush(host)
             for name in ("state", *LOGS, "ikectx.vici", "charon.vici"):
                 path = self.work / host / name
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+
+    def flush(self, host: str) -> None:
+        """Clears what daemons left in the kernel of a host."""
+        script = "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset"
+        for which in ("table 220", DETOUR, f"table {lab_bird.TABLE}"):
+            script += f"; ip route flush {which}; ip -6 route flush {which}"
+        self.command(host, ["sh", "-c", script])
 
     def spawn(
         self,

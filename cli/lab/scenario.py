@@ -221,7 +221,7 @@ RELOCATES = {"relocate", "handover", "follow"}
 FIGURES = {"baseline", "dark", "stays"}
 """Verbs that only figures need (`Scenario.brief`)."""
 
-MOVES = {"roam", "relocate", "handover", "follow", "cut", "dark", "stays"}
+MOVES = {"roam", "relocate", "handover", "follow", "cut", "dark", "stays", "kill"}
 """Words of steps after which addresses are not what they were."""
 
 

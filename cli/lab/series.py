@@ -14,6 +14,8 @@ from .config import Tunnel
 from .daemons import lacks
 from .fleet import crowd as others
 from .hosts import Lab, save_logs
+from .kill_lab import KillLab
+from .kill_run import KillRunner
 from .report import ScenarioReport
 from .run import Say, ScenarioRunner
 from .scenario import Scenario
@@ -30,14 +32,16 @@ def run_here(
     gateway_delay_ms: float | None = None,
     crowd: int = 0,
     traced: bool = False,
+    kills: bool = False,
 ) -> None:
     """Runs scenarios one after the other on one lab of this machine; takes it down whatever happens.
 
     `done` gets the report of each as soon as it is there; the next one is asked for after that. `logs` gives
     the folder for what the daemons of the one under way have said. `delay_ms`, `gateway_delay_ms`: instead of
     the scenario's. `crowd`: so many other SAs at each gateway. `traced`: with a time line of each
-    handover.
+    handover. `kills`: they are cases of `kill_cases`.
     """
+    kind, runner = (KillLab, KillRunner) if kills else (Lab, ScenarioRunner)
     lab: Lab | None = None
     clean = disturbed = False
     try:
@@ -61,7 +65,7 @@ def run_here(
                 lab = None
             tell("daemons" if lab else "network and daemons")
             try:
-                new = partial(Lab.new, delay_ms=wanted[0], gateway_delay_ms=wanted[1], traced=traced)
+                new = partial(kind.new, delay_ms=wanted[0], gateway_delay_ms=wanted[1], traced=traced)
                 lab = _prepared(lab, new, scenario, tunnel, clean=clean, disturbed=disturbed, say=tell)
             except IkectxError as error:
                 done(ScenarioReport.failed(scenario, str(error)))
@@ -72,7 +76,7 @@ def run_here(
             try:
                 tell(f"{crowd} other SAs at each gateway" if crowd else "steps")
                 with others(lab, crowd, scenario.overrides):
-                    report = ScenarioRunner(lab, scenario, tell).run()
+                    report = runner(lab, scenario, tell).run()
             except IkectxError as error:
                 report = ScenarioReport.failed(scenario, f"other SAs: {error}")
             report.crowd = crowd

@@ -36,6 +36,7 @@ from . import (
 )
 from .boot import CHECKOUT, GUEST, PACKAGES, Job, NotStartedError, byte_code, own_folder, sweep, tidy
 from .daemons import UNPACKED, unpacked
+from .kill_run import scenario as kill_scenario
 from .report import ScenarioReport
 from .series import run_here
 from .usage import clock_stands_still
@@ -59,7 +60,7 @@ class RunRequest:
     `crowd`: other SAs at each gateway.
     `guest` is one of `lab_guest.WAYS`, or auto. `clock`, `root` and `cpus` are those of `Job`; `jobs` is how
     many guests run side by side. `brief`: without what only figures need (`Scenario.brief`). `trace`: with a
-    time line of each handover.
+    time line of each handover. `kills`: the names are those of cases (`kill_cases`), not of scenarios.
     """
 
     names: tuple[str, ...]
@@ -75,6 +76,11 @@ class RunRequest:
     logs: str = ""
     brief: bool = False
     trace: bool = False
+    kills: bool = False
+
+    def load(self, number: int) -> lab_scenario.Scenario:
+        """The scenario, or the case. Errors: UsageError, ConfigError."""
+        return (kill_scenario if self.kills else lab_scenario.load)(self.names[number])
 
     def label(self, number: int) -> str:
         """The name of a run, for people and its logs: the scenario's, with a number where it runs often."""
@@ -147,8 +153,8 @@ class Share:
 
 def check(request: RunRequest) -> None:
     """Raises UsageError for what no machine can do, and for scenarios that do not exist."""
-    for name in dict.fromkeys(request.names):
-        lab_scenario.load(name)
+    for number in range(len(request.names)):
+        request.load(number)
     lab_guest.check(_guest_of(request), request.clock, Path(request.root), request.cpus)
     if request.root != "/":
         lab_guest.python(Path(request.root))
@@ -322,7 +328,7 @@ def inside(share: Share, guest: int) -> None:
     def scenarios() -> Iterator[lab_scenario.Scenario]:
         nonlocal current
         for current in share.take(guest):
-            scenario = lab_scenario.load(request.names[current])
+            scenario = request.load(current)
             yield scenario.brief(slow=lab_qemu.emulated()) if request.brief else scenario
 
     def done(report: ScenarioReport) -> None:
@@ -339,6 +345,7 @@ def inside(share: Share, guest: int) -> None:
         gateway_delay_ms=request.gateway_delay_ms,
         crowd=request.crowd,
         traced=request.trace,
+        kills=request.kills,
     )
 
 

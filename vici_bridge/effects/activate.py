@@ -34,9 +34,6 @@ from .take import converge, leads_here, open_way, script_up, will_lead
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 3
-"""Looks for an SA that was made active that follow each other without a pause."""
-
 
 def _inactive(work: Coming) -> bool:
     return work.facts.stage == "installing"
@@ -86,7 +83,7 @@ async def _toggle(work: Coming) -> None:
 
 @trace.spanned("charon activates")
 async def _established(host: CharonHost, here: IkeContext) -> SaView:
-    end, looks = time.monotonic() + INSTALL_TIMEOUT, 0
+    end, pause = time.monotonic() + INSTALL_TIMEOUT, 0.001
     while True:
         view = await host.view(here.spis)
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
@@ -95,16 +92,16 @@ async def _established(host: CharonHost, here: IkeContext) -> SaView:
             raise CharonError(
                 "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
             )
-        # charon needs some 0.1 ms; asyncio has no pause between nothing and 1 ms
-        await asyncio.sleep(0 if looks < AT_ONCE else min(0.001 * 1.5 ** (looks - AT_ONCE), 0.05))
-        looks += 1
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
 
 
 async def _note(work: Coming) -> Facts:
     host, here, shape = work.host, work.here, work.shape
     _note_lifetimes(host, shape)
     _count_on(host, shape, here)
-    host.fresh.want(shape.spis, [child.spi_in for child in shape.children], host.config.rekey_after)
+    if host.config.rekey_after:
+        host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
     host.save()
     host.origins.serves(work.context, shape.spis)
     host.follow.serves(shape.spis, here)

@@ -1,0 +1,300 @@
+"""Runs a case of `kill_cases` on a lab: a fault at a point of a move, and what must be true afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vici_bridge.vici.client import ControlClient, json_of
+
+from . import twice
+from .config import Tunnel
+from .faults import FaultyLab
+from .hosts import Lab
+from .kill_cases import FAULTS, case
+from .kill_lab import KillLab, Stop
+from .leftovers import left
+from .net import GATEWAYS, INNER, LINKS, OUTER
+from .run import Say, ScenarioRunner, StepError
+from .scenario import Command, Scenario, Step
+
+REACHED = 90.0
+"""Seconds in which a point must be reached."""
+OVER = 400.0
+"""Seconds in which a move must have come to an end at both gateways, as soon as nothing is amiss any more."""
+NAMED = re.compile(r"`ikectx ([a-z]+ [0-9a-f:]+)`")
+"""The command that an agent names to the operator."""
+
+QUIET = 200.0
+"""Seconds until charons have ended, or given up, the exchanges that were under way."""
+TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
+
+PROOF = (
+    ("ping",),
+    ("rekey", "mn", "child"),
+    ("rekey", "owner", "child"),
+    ("ping",),
+    ("rekey", "mn", "ike"),
+    ("rekey", "owner", "ike"),
+    ("ping",),
+    ("terminate", "mn"),
+    ("left",),
+)
+"""What an SA must be able to do afterwards, and that nothing of it is left in the end."""
+
+FIRST: Mapping[str, tuple[Step, ...]] = {
+    "invited": (
+        Command(
+            "core",
+            "nft 'add table ip n; add chain ip n post { type nat hook postrouting priority srcnat; };"
+            " add rule ip n post ip saddr 10.1.0.10 snat to 10.9.0.1;"
+            " add table ip f; add chain ip f in { type filter hook input priority 0; };"
+            " add rule ip f in ip daddr 10.9.0.1 drop'; ip addr add 10.9.0.1/32 dev lo",
+            name="a NAT",
+        ),
+    )
+}
+"""Steps by mode before the mobile node connects."""
+
+DEAF = (
+    "nft 'add table inet deaf; add chain inet deaf f { type filter hook forward priority 0; };"
+    " add rule inet deaf f ip saddr 10.2.2.2 ip daddr 10.1.0.10 drop'"
+)
+
+
+def scenario(name: str) -> Scenario:
+    """The scenario of a case. Errors: UsageError."""
+    one = case(name)
+    mode, fault = one.point.mode, FAULTS[one.fault]
+    asks = mode in ("predictive", "leaving", "reactive", "invited")
+    return Scenario(
+        name,
+        f"{mode}: {fault.what} at {one.point.name} of {one.point.host}",
+        (*FIRST.get(mode, ()), ("connect",), ("ping",), ("wait", "1"), ("kill", name), *PROOF),
+        tunnel=Tunnel(mobile=asks, by_packet=mode == "packet"),
+    )
+
+
+class KillRunner(ScenarioRunner):
+    """A `ScenarioRunner` with the verbs `kill CASE` and `left`."""
+
+    def __init__(self, lab: Lab, scenario: Scenario, say: Say) -> None:
+        super().__init__(lab, scenario, say)
+        assert isinstance(lab, KillLab)
+        self._kills = lab
+        self._anew = False
+        """Whether the SA was lost with a charon, and the mobile node has connected anew."""
+        self._fault = FAULTS["agents"]
+
+    # -- the fault --------------------------------------------------------------------------
+
+    def _do_kill(self, name: str) -> None:
+        one = case(name)
+        self._fault = FAULTS[one.fault]
+        for host in self._kills.agent_hosts:
+            (self._lab.work / host / "points.log").unlink(missing_ok=True)
+        fault = FaultyLab(self._kills, one)
+        stop = Stop(self._kills, one.point.host, one.point.name)
+        inner = INNER["mn"][4]
+        stream = self._beside("srv", f"exec ping -n -q -i 0.2 {inner}")
+        self._watch_numbers()
+        self._before(one.point.mode)
+        stop.arm()
+        move = self._move_of(one.point.mode)
+        try:
+            if stop.wait(REACHED):
+                self._say(f"{self._fault.what} for {one.seconds:g} s")
+                fault.strike()
+            stop.go_on()
+            if not stop.reached:
+                raise StepError(f"{one.point.host} never came to {one.point.name}")
+            time.sleep(one.seconds)
+            fault.end()
+            self._say("it is over")
+            self._after(one.point.mode)
+            self._decided()
+            self._find_owner()
+        finally:
+            stop.go_on()
+            fault.abandon()
+            self._after(one.point.mode)
+            if sys.exc_info()[0] is not None:
+                self._lab.stop("core", "twice")
+            for process in (stream, *move):
+                process.terminate()
+                process.communicate()
+
+    def _watch_numbers(self) -> None:
+        """From now to `left`: is a sequence number or a message ID used twice?"""
+        output = self._lab.work / "core" / "twice.json"
+        for path in (output, output.with_suffix(".json.ready")):
+            path.unlink(missing_ok=True)
+        words = [sys.executable, "-I", "-S", twice.__file__, str(output), *LINKS["mn"]]
+        self._lab.spawn("core", "twice", words)
+        self._until(output.with_suffix(".json.ready").exists, "core: nobody looks for numbers used twice")
+
+    def _used_twice(self) -> list[str]:
+        output = self._lab.work / "core" / "twice.json"
+        self._lab.stop("core", "twice")
+        found: list[str] = json.loads(output.read_text())
+        return [f"used twice: {one}" for one in found]
+
+    def _beside(self, host: str, line: str) -> subprocess.Popen[str]:
+        """Runs a line of the shell on a host, beside what else happens."""
+        return subprocess.Popen(
+            [*self._lab.net.enter(host), "sh", "-c", line],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=self._lab.environment(host),
+        )
+
+    def _before(self, mode: str) -> None:
+        """What a mode needs to be true."""
+        if mode == "silent":
+            self._must("core", DEAF)
+        if mode == "packet":
+            self._do_cut("away", "psg")
+
+    def _after(self, mode: str) -> None:
+        """Nothing of the network is in the way any more."""
+        if mode == "silent":
+            self._lab.command("core", ["nft", "delete table inet deaf"])
+        if mode == "packet":
+            self._do_mend()
+
+    def _must(self, host: str, line: str) -> None:
+        done = self._lab.command(host, ["sh", "-c", line])
+        if done.returncode:
+            raise StepError(f"{host}: {line}: {done.stderr.strip()[-300:]}")
+
+    def _move_of(self, mode: str) -> list[subprocess.Popen[str]]:
+        """Begins the move, whatever becomes of it."""
+        commands: Mapping[str, tuple[str, str]] = {
+            "push": ("psg", "ikectx transfer --to nsg --json"),
+            "silent": ("psg", "ikectx transfer --to nsg --address move --json"),
+            "relay": ("psg", "ikectx transfer --to nsg --address relay --json"),
+            "invited": ("psg", "ikectx transfer --to nsg --json"),
+            "pull": ("nsg", f"ikectx pull --from psg --mn {OUTER['mn'][4]} --json"),
+            "predictive": ("mn", "ikectx mobile handover --to nsg --predictive --json"),
+            "leaving": ("mn", "ikectx mobile handover --to nsg --predictive --leaving --json"),
+            "reactive": ("mn", "ikectx mobile handover --to nsg --json"),
+        }
+        moves = []
+        if mode in ("reactive", "packet"):
+            self._do_relocate()
+        if mode in commands:
+            host, line = commands[mode]
+            moves.append(self._beside(host, f"{line} > $LAB/{host}/move.out 2>&1"))
+        if mode in ("predictive", "leaving"):
+            time.sleep(1.0)
+            self._do_relocate()
+        return moves
+
+    # -- the end of it ----------------------------------------------------------------------
+
+    def _open(self) -> list[tuple[str, dict[str, Any]]]:
+        """Transfers that are open, by gateway."""
+        found = []
+        for host in GATEWAYS:
+            with ControlClient(str(self._lab.work / host / "ikectx.vici"), timeout=60.0) as agent:
+                found += [(host, entry) for entry in json_of(agent.request("status"))["transfers"]]
+        return found
+
+    def _decided(self) -> None:
+        """Every transfer has ended, by itself or after the one command that status names."""
+        if not self._within(OVER, lambda: not self._open()):
+            for host, entry in self._open():
+                if named := NAMED.search(json.dumps(entry)):
+                    self._say(f"{host}: ikectx {named[1]}")
+                    self.report.warnings.append(f"{host}: `ikectx {named[1]}` was needed")
+                    self._must(host, f"ikectx {named[1]} --yes")
+            if not self._within(OVER, lambda: not self._open()):
+                states = [
+                    f"{host}: {entry['state']} {entry.get('detail', '')}" for host, entry in self._open()
+                ]
+                raise StepError(f"transfers never end: {'; '.join(states)}")
+
+    def _within(self, seconds: float, true: Callable[[], bool]) -> bool:
+        limit = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > limit:
+                return False
+            time.sleep(1.0)
+        return True
+
+    def _find_owner(self) -> None:
+        """Exactly one gateway serves the mobile node. Raises StepError."""
+        may = self._fault.kind in ("charon", "power")
+        if self._within(QUIET, lambda: len(self._owners()) == 1 and self._agreed()):
+            (owner,) = self._owners()
+            self._serves["mn"] = owner
+            self._say(f"{owner} serves")
+            return
+        owners = self._owners()
+        if not may or (len(owners) > 1 and self._agreed()):
+            raise StepError(f"served by {' and '.join(owners) or 'nobody'}: {self._listed()}")
+        self._say("charon lost the SA with its life: the mobile node connects anew")
+        for host in ("mn", *GATEWAYS):
+            self._forget(host)
+        self._lab.connect("psg")
+        self._serves["mn"] = "psg"
+        self._anew = True
+
+    def _unwatch(self) -> dict[str, list[dict[str, Any]]]:
+        """A gateway that has lost its power with its SAs has nothing any more that holds packets back."""
+        found = super()._unwatch()
+        if self._anew and self._fault.kind == "power":
+            found = {host: kinds for host, kinds in found.items() if host not in self._fault.hosts}
+        return found
+
+    def _owners(self) -> list[str]:
+        """Gateways whose charon has an SA that is up."""
+        return [
+            host
+            for host in GATEWAYS
+            if any(sa["state"] in ("ESTABLISHED", "REKEYING") for sa in self._sas(host, "mn"))
+        ]
+
+    def _agreed(self) -> bool:
+        """The mobile node and the only owner have the same SA, and no exchange is under way."""
+        owners = self._owners()
+        there = {
+            (sa["initiator-spi"], sa["responder-spi"]) for host in owners for sa in self._sas(host, "mn")
+        }
+        mobile = self._sas("mn", "mn")
+        here = {(sa["initiator-spi"], sa["responder-spi"]) for sa in mobile}
+        every = [*mobile, *(sa for host in owners for sa in self._sas(host, "mn"))]
+        return bool(here) and here == there and not any(sa.get(kind) for sa in every for kind in TASKS)
+
+    def _listed(self) -> str:
+        return "; ".join(
+            f"{host}: {sa['state']} {sa['initiator-spi'][:6]}:{sa['responder-spi'][:6]} {sa['remote-host']}"
+            for host in ("mn", *GATEWAYS)
+            for sa in self._sas(host, "mn")
+        )
+
+    # -- what is left -----------------------------------------------------------------------
+
+    def _do_left(self) -> None:
+        """Nothing of the SA is left: SAs, policies, rules, routes, rows of the ledger, notes."""
+        lab = self._kills
+        if self._fault.kind == "charon":  # what it left in the kernel is nobody's any more
+            for host in ("mn", *GATEWAYS) if self._anew else self._fault.hosts:
+                lab.command(host, ["sh", "-c", "ip xfrm state flush; ip xfrm policy flush"])
+        stays = self._used_twice()
+        stays += [uncleared] if (uncleared := lab.clear()) else []
+        self._within(30.0, lambda: not any(left(self._lab.work / host / "state") for host in GATEWAYS))
+        stays += [f"{host}: {row}" for host in GATEWAYS for row in left(lab.work / host / "state")]
+        for host in lab.agent_hosts:
+            log = (lab.work / host / "agent.out").read_text(errors="replace")
+            if "Traceback" in log:
+                stays.append(f"{host}: a Traceback in its log: {log[log.index('Traceback') :][-400:]}")
+        if stays:
+            raise StepError("; ".join(stays))

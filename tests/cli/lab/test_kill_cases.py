@@ -1,0 +1,81 @@
+"""Cases of `ikectx lab kills`: they come from the tables and the steps, and none of these is forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ikectx.engine.tables import SourceAction, TargetAction
+from ikectx.errors import UsageError
+from ikectx_cli.lab import kill_cases
+from ikectx_cli.lab.kill_cases import (
+    BEFORE,
+    FAULTS,
+    MESSAGE_OF,
+    MODES,
+    OTHER_ACTIONS,
+    STEP_OF,
+    case,
+    cases,
+    effect_point,
+    points,
+    sample,
+    steps,
+    walk,
+)
+
+
+def test_each_action_is_a_step_a_message_or_neither_and_some_mode_has_it() -> None:
+    known = {*STEP_OF, *MESSAGE_OF, *OTHER_ACTIONS}
+    assert known == {*SourceAction, *TargetAction}
+    walked = {action for mode in MODES.values() for *_, action in walk(mode) if action is not None}
+    assert {*STEP_OF} <= walked
+
+
+def test_each_step_and_each_of_its_effects_has_a_point_or_a_reason_why_not() -> None:
+    there = {point.name for mode in MODES for point in points(mode)}
+    for step in steps().values():
+        for effect in step.effects:
+            name = effect_point(step.name, effect.name, BEFORE)
+            assert name in there or name.removesuffix(f".{BEFORE}") in kill_cases.SELDOM
+
+
+def test_nothing_is_named_as_seldom_that_there_is_not() -> None:
+    every = {effect_point(step.name, effect.name, "") for step in steps().values() for effect in step.effects}
+    assert {f"{name}." for name in kill_cases.SELDOM} <= every
+
+
+def test_a_new_effect_brings_its_cases_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze = steps()["freeze"]
+    more = replace(freeze, effects=(*freeze.effects, replace(freeze.effects[0], name="something new")))
+    monkeypatch.setattr(kill_cases, "steps", lambda: {**steps(), "freeze": more})
+    names = {one.name for one in cases("push")}
+    assert {
+        "push.psg.freeze.something-new.before.agent-psg",
+        "push.psg.freeze.something-new.after.agent-psg",
+    } <= names
+
+
+def test_names_are_unique_and_lead_back() -> None:
+    every = cases("reactive")
+    assert len({one.name for one in every}) == len(every)
+    assert case(every[17].name) == every[17]
+
+
+@pytest.mark.parametrize("name", ["", "push", "push.psg.nothing.agent-psg", "swim.psg.x.agent-psg"])
+def test_a_name_that_is_none(name: str) -> None:
+    with pytest.raises(UsageError):
+        case(name)
+
+
+def test_every_fault_is_tried_in_some_mode() -> None:
+    assert {one.fault for mode in MODES for one in cases(mode)} == {*FAULTS}
+
+
+def test_a_sample_is_the_same_for_a_seed_and_has_each_mode() -> None:
+    every = [one for mode in ("push", "pull", "reactive") for one in cases(mode)]
+    some = sample(every, 60, 7)
+    assert some == sample(every, 60, 7) != sample(every, 60, 8)
+    assert len({one.name for one in some}) == 60
+    assert {one.point.mode for one in some} == {"push", "pull", "reactive"}
