@@ -11,7 +11,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address
@@ -61,7 +61,7 @@ from .movers import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .requests import GATEWAY, plain_address
 from .roaming import passed_on
-from .settings import charon_numbers, left_quietly
+from .settings import left_quietly, with_numbers
 from .views import charon_json, chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
@@ -84,10 +84,10 @@ def run(config: Config) -> int:
 
 def host_config(config: Config) -> HostConfig:
     """The bridge's part of the configuration, with what charon's own says."""
-    port, port_nat_t, buflen = charon_numbers(config.charon.vici)
+    numbers = with_numbers(config.charon)
     return HostConfig(
-        ports=(config.charon.port or port, config.charon.port_nat_t or port_nat_t),
-        ha_buflen=config.charon.ha_buflen or buflen,
+        ports=(numbers.port, numbers.port_nat_t),
+        ha_buflen=numbers.ha_buflen,
         addresses=config.gateway.addresses,
         ha_local=config.charon.ha_local,
         ha_remote=config.charon.ha_remote,
@@ -277,6 +277,7 @@ class Agent:
                 self._config.gateway.addresses,
                 self._is_here,
                 self._ask_for,
+                ports=self._host.config.ports,
                 memory=bounds.memory,
                 rate=bounds.rate,
                 mark=MARK,
@@ -345,18 +346,19 @@ class Agent:
         return with_json(answer, name=self._config.name)
 
     async def list_contexts(self, request: Message) -> AsyncIterator[Message]:
-        connections = await self._allowed()
-        for view in await self._host.views():
+        views = await self._host.views()
+        connections = await self._allowed({view.name for view in views})
+        for view in views:
             rules = self._host.config.rules.get(view.name)
             others = () if rules is None else rules.local_ids
             found = view_json(view, self._host.obstacle(view), *self._source.way(view))
             found["warning"] = reauthentication(view, connections.get(view.name), others)
             yield with_json(found, name=view.name)
 
-    async def _allowed(self) -> Mapping[str, AllowedConnection]:
-        """charon's connections; none if they cannot be read."""
+    async def _allowed(self, names: Collection[str]) -> Mapping[str, AllowedConnection]:
+        """charon's connections of these names; none if they cannot be read."""
         try:
-            told = await self._host.connections()
+            told = await self._host.connections(names)
             return {name: AllowedConnection.read(name, one, numbered) for name, one in told.items()}
         except (CharonError, WireError):
             return {}

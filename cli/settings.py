@@ -15,8 +15,10 @@ import re
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .config import CharonConfig
 
 _TOKEN = re.compile(
     r"""
@@ -103,12 +105,16 @@ def number(settings: Mapping[str, Setting], key: str, default: int) -> int:
     return default
 
 
-def charon_numbers(vici: str) -> tuple[int, int, int]:
-    """charon's port, port_nat_t and ha.buflen, from its strongswan.conf. `vici`: its socket."""
-    settings = of_charon(pid_behind(vici.removeprefix("unix://")), "strongswan.conf") or {}
-    keys = (("port", 500), ("port_nat_t", 4500), ("plugins.ha.buflen", 2048))
-    first, second, third = (number(settings, key, default) for key, default in keys)
-    return first, second, third
+def with_numbers(config: CharonConfig) -> CharonConfig:
+    """The same with the ports and the length of HA messages that charon really has, from its strongswan.conf
+    where they are not set."""
+    settings = of_charon(pid_behind(config.vici.removeprefix("unix://")), "strongswan.conf") or {}
+    return replace(
+        config,
+        port=config.port or number(settings, "port", 500),
+        port_nat_t=config.port_nat_t or number(settings, "port_nat_t", 4500),
+        ha_buflen=config.ha_buflen or number(settings, "plugins.ha.buflen", 2048),
+    )
 
 
 def give_up(settings: Mapping[str, Setting]) -> float:

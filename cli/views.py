@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from ikectx.engine.hints import advice
 from ikectx.errors import IkectxError, UnknownSaError, UsageError
 from ikectx.sa.name import SaName
+from vici_bridge.away.passing import RELAY_PORTS
 from vici_bridge.host import CharonHost
 from vici_bridge.vici.views import SaView
 
@@ -49,7 +50,7 @@ def chosen(
 
 def _of_gateway(view: SaView, gateways: Collection[str]) -> bool:
     """Whether a gateway's connection runs through it; at another port a mobile node is, which it relays."""
-    return str(view.remote.address) in gateways and view.remote.port in (500, 4500)
+    return str(view.remote.address) in gateways and view.remote.port not in RELAY_PORTS
 
 
 def sa_name(text: str) -> SaName | None:

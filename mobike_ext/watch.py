@@ -58,6 +58,7 @@ BURST = 200
 WINDOW = 0.1
 """At most `BURST` datagrams are read in `WINDOW` seconds."""
 _BUFFER = 1 << 18
+IKE_PORTS = (IKE_PORT, NATT_PORT)
 """Octets of datagrams that may wait in the kernel."""
 
 Known = Callable[[SaName], bool]
@@ -84,14 +85,16 @@ class Watcher:
         rate: float = 10.0,
         grace: float = GRACE,
         mark: int = 0,
+        ports: Sequence[int] = IKE_PORTS,
     ) -> None:
-        """`mark`: see `deliver`."""
+        """`mark`: see `deliver`. `ports`: charon.port and charon.port_nat_t."""
         self.unknown = UnknownSas(random.SystemRandom().random, memory=memory, rate=rate)
         self._addresses = addresses
         self._known = known
         self._ask = ask
         self._grace = grace
         self._mark = mark
+        self._ports = ports
         self._ears: list[socket.socket] = []
         self._asking: dict[SaName, asyncio.Task[None]] = {}
         self._read = 0
@@ -108,7 +111,7 @@ class Watcher:
         for version in (4, 6):
             mine = [address for address in self._addresses if address.version == version]
             if mine:
-                self._ears.append(open_ear(mine))
+                self._ears.append(open_ear(mine, self._ports))
         self._listen()
 
     async def close(self) -> None:
@@ -230,11 +233,11 @@ def _ip_header(source: Address, target: Address, length: int) -> bytes:
 # --- the socket ----------------------------------------------------------------------------------------
 
 
-def open_ear(addresses: Sequence[Address]) -> socket.socket:
-    """A packet socket for IKE requests to `addresses`, all of one family. LinkError if it is not
-    available."""
+def open_ear(addresses: Sequence[Address], ports: Sequence[int] = IKE_PORTS) -> socket.socket:
+    """A packet socket for IKE requests to `addresses`, all of one family, and charon's `ports`. LinkError if
+    it is not available."""
     try:
-        ear = packet_socket(addresses[0].version, request_filter(addresses))
+        ear = packet_socket(addresses[0].version, request_filter(addresses, ports))
     except OSError as error:
         hint = "the agent must run as root or with CAP_NET_RAW" if denied(error) else ""
         raise LinkError(f"no packet socket: {error.strerror}", hint=hint) from error
@@ -248,11 +251,11 @@ _MAX_FILTERED = 16
 here."""
 
 
-def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
+def request_filter(addresses: Sequence[Address], ports: Sequence[int] = IKE_PORTS) -> list[bpf.Instruction]:
     """Passes IP packets (from the IP header on) that `UnknownSas` may need; all others are dropped.
 
-    They are UDP in one IP fragment to one of the addresses and port 500 or 4500, there with a non-ESP marker
-    unless they come from port 500; IKEv2, both SPIs not zero, SK or SKF first, INFORMATIONAL or
+    They are UDP in one IP fragment to one of the addresses and ports, with a non-ESP marker unless they come
+    from or go to port 500; IKEv2, both SPIs not zero, SK or SKF first, INFORMATIONAL or
     CREATE_CHILD_SA, not a response. IPv6 extension headers are not followed.
     """
     four = addresses[0].version == 4
@@ -270,8 +273,9 @@ def request_filter(addresses: Sequence[Address]) -> list[bpf.Instruction]:
         lines += [(bpf.RET, 0), "ours"]
     # X: offset of the UDP header; from "plain" on, 4 octets further if there is a marker
     lines.append((bpf.LDX_MSH, 0) if four else (bpf.LDX, IP6_HEADER))
-    lines += [(bpf.LDH_X, 2), (bpf.JEQ, IKE_PORT, "plain", ""), (bpf.JEQ, NATT_PORT, "", "drop")]
-    lines += [(bpf.LDH_X, 0), (bpf.JEQ, IKE_PORT, "plain", "")]
+    lines += [(bpf.LDH_X, 2)]
+    lines += [(bpf.JEQ, port, "plain" if port == IKE_PORT else "marked", "") for port in ports]
+    lines += [(bpf.RET, 0), "marked", (bpf.LDH_X, 0), (bpf.JEQ, IKE_PORT, "plain", "")]
     lines += [
         (bpf.LD_X, UDP_HEADER),
         (bpf.JEQ, 0, "", "drop"),

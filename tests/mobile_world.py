@@ -302,7 +302,7 @@ class Charon:
     async def connection(self, name: str) -> dict[str, Any] | None:
         return (await self.connections()).get(name)
 
-    async def connections(self) -> dict[str, Any]:
+    async def connections(self, names: object = None) -> dict[str, Any]:
         return {}
 
     async def close(self) -> None: ...

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from ikectx import trace
@@ -465,9 +465,9 @@ class CharonHost:
         the last `MOMENT` will do."""
         return self.listing.recent(sa, MOMENT) or await self.view(sa)
 
-    async def connections(self) -> Mapping[str, Message]:
-        """charon's loaded connections by name."""
-        return await self.vici.connections()
+    async def connections(self, names: Collection[str] | None = None) -> Mapping[str, Message]:
+        """charon's loaded connections by name: these, or all."""
+        return await self.vici.connections(names)
 
     def kernel_pair(
         self, context: IkeContext, child: ChildContext

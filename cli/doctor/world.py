@@ -27,7 +27,7 @@ from ikectx.wire.cxtp import PORT
 
 from .. import reach
 from ..config import Config, PeerSection
-from ..settings import Setting, of_charon, pid_behind
+from ..settings import Setting, of_charon, pid_behind, with_numbers
 
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS = 20
@@ -358,7 +358,8 @@ class World:
         """
         from vici_bridge.kernel.message_ids import MessageIds
 
-        with closing(MessageIds()) as noted:
+        numbers = with_numbers(self.config.charon)
+        with closing(MessageIds((numbers.port, numbers.port_nat_t))) as noted:
             return noted.right()
 
     def tool(self, name: str) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from ikectx.errors import KernelError
 from ikectx.net.bypass import bypass
 from ikectx.sa.context import Address, Endpoint, IkeContext
+from ikectx.wire.ikev2 import IKE_PORT
 from vici_bridge.vici.views import COND_NAT_HERE
 
 _KEEPALIVE = b"\xff"
@@ -30,13 +31,15 @@ def open_nat(context: IkeContext, own: Endpoint, gateway: Iterable[Address]) -> 
     """
     if not context.conditions & COND_NAT_HERE:
         return
+    # that of the gateway before: the gateways of an SA have the same
+    port = ESP_IN_UDP if context.remote.port == IKE_PORT else context.remote.port
     for address in gateway:
         if address.version == own.address.version:
             with contextlib.suppress(OSError, KernelError):
-                _send(own, address)
+                _send(own, address, port)
 
 
-def _send(own: Endpoint, gateway: Address) -> None:
+def _send(own: Endpoint, gateway: Address, port: int) -> None:
     six = gateway.version == 6
     family = socket.AF_INET6 if six else socket.AF_INET
     # from a raw socket, because charon has the port
@@ -46,5 +49,5 @@ def _send(own: Endpoint, gateway: Address) -> None:
         if six:
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _CHECKSUM_AT)
         # RFC 768: source port, destination port, length, no checksum
-        head = struct.pack("!HHHH", own.port, ESP_IN_UDP, 8 + len(_KEEPALIVE), 0)
+        head = struct.pack("!HHHH", own.port, port, 8 + len(_KEEPALIVE), 0)
         sock.sendto(head + _KEEPALIVE, (str(gateway), 0))

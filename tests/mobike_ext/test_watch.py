@@ -276,6 +276,16 @@ def test_the_filter_drops_what_is_not_for_us() -> None:
         assert not passes(FOUR, bytes(packet))
 
 
+def test_the_filter_of_a_charon_with_other_ports() -> None:
+    other = watch.request_filter([US.address], (1500, 14500))
+    for port in (1500, 14500):
+        there = Endpoint(US.address, port)
+        assert passes(other, ip_packet(add_marker(probe(), there, MN), there, MN))
+        assert not passes(other, ip_packet(probe(), there, MN))
+        assert passes(other, ip_packet(probe(), there, PORT_500[1]))
+    assert not passes(other, ip_packet(bytes(4) + probe()))
+
+
 def test_a_filter_of_many_addresses_leaves_them_to_us() -> None:
     for base in ("10.9.0.1", "fd09::1"):
         many = [ip_address(base) + n for n in range(40)]

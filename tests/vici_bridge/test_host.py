@@ -61,7 +61,7 @@ class Vici:
     async def connection(self, name: str) -> dict[str, Any] | None:
         return (await self.connections()).get(name)
 
-    async def connections(self) -> dict[str, dict[str, Any]]:
+    async def connections(self, names: object = None) -> dict[str, dict[str, Any]]:
         return {}
 
     async def close(self) -> None: ...

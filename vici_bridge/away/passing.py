@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LINGER = 3.0
 """Seconds for which IKE is passed on after the end of an SA: the gateway that served it may tell of the end
 before its charon has sent the answer to the mobile node's Delete."""
-_FIRST_PORT, _PORTS = 20480, 8192
+RELAY_PORTS = range(20480, 28672)
 """UDP ports that stand for mobile nodes: none that the kernel gives to sockets by itself (from 32768 on)."""
 
 
@@ -58,9 +58,9 @@ class Passing:
     def free_port(self) -> int:
         """A port of this gateway that stands for nobody. Errors: BusyError."""
         taken = {rule.port for rule in self._rules.values()} | set(self._promised.values())
-        if len(taken) >= _PORTS // 2:
+        if len(taken) >= len(RELAY_PORTS) // 2:
             raise BusyError(f"{len(taken)} mobile nodes are relayed here, which is all that can be")
-        while (port := _FIRST_PORT + secrets.randbelow(_PORTS)) in taken:
+        while (port := secrets.choice(RELAY_PORTS)) in taken:
             pass
         return port
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ikectx import trace
 from ikectx.numbers import Fpt, Status
@@ -20,7 +20,7 @@ from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
-from vici_bridge.policy.admission import admit
+from vici_bridge.policy.admission import admit, depends_on_others
 from vici_bridge.policy.checks import (
     check_address,
     check_covered,
@@ -48,14 +48,15 @@ MANY = 32
 @dataclass(frozen=True, slots=True)
 class Seen:
     """charon's answers. `version`: its HA wire version. `present`: its SAs, up to date as long as this look
-    is the last one. `listening`: whether its end of the HA link exists."""
+    is the last one. `connections`: that of the SA, if there is one, and the others if they matter for it.
+    `listening`: whether its end of the HA link exists."""
 
     version: int
     present: Present
-    connections: Mapping[str, Message]
     pools: Mapping[str, Message]
     algorithms: Mapping[str, Mapping[str, str]]
     listening: bool = True
+    connections: Mapping[str, Message] = field(default_factory=dict)
 
 
 class Looks:
@@ -68,9 +69,11 @@ class Looks:
         self._turn = asyncio.Lock()
         self._came: dict[SaName, SaView] = {}
         """SAs that came in while charon is asked for all."""
+        self._asked: dict[str | None, tuple[float, Mapping[str, Message]]] = {}
+        """When charon was asked for the connection of that name (None: for all), and what it said."""
 
-    async def look(self) -> Seen:
-        """charon's state. Errors: CharonError, WireError."""
+    async def look(self, context: IkeContext) -> Seen:
+        """charon's state, for an SA that comes in. Errors: CharonError, WireError."""
         async with self._turn:
             changed = self._host.changed
             last, now = self._last, asyncio.get_running_loop().time()
@@ -91,7 +94,20 @@ class Looks:
                     last.present.drop(sa)
                 else:
                     last.present.put(view)
-            return last
+            return replace(last, connections=await self._connections(context))
+
+    async def _connections(self, context: IkeContext) -> Mapping[str, Message]:
+        """The SA's own connection, because there may be a thousand; all of them where the others matter."""
+        found = await self._asked_for(context.connection)
+        return await self._asked_for(None) if depends_on_others(context, found) else found
+
+    async def _asked_for(self, name: str | None) -> Mapping[str, Message]:
+        now = asyncio.get_running_loop().time()
+        self._asked = {which: told for which, told in self._asked.items() if now - told[0] <= AGE}
+        if name not in self._asked:
+            found = await self._host.connections(None if name is None else [name])
+            self._asked[name] = now, found
+        return self._asked[name][1]
 
     @trace.spanned("look")
     async def _look(self, present: Present | None) -> Seen:
@@ -105,7 +121,6 @@ class Looks:
         seen = Seen(
             await host.version(),
             present,
-            await host.connections(),
             await host.vici.pools(),
             await host.vici.algorithms(),
             host.listening(),

@@ -60,7 +60,7 @@ class Renames:
     def __init__(self, host: CharonHost) -> None:
         self._host = host
         self._plans: dict[SaName, tuple[Plan, Taken]] = {}
-        self.relay = Relay()
+        self.relay = Relay(host.config.ports[1])
 
     # What is planned.
 

@@ -150,7 +150,7 @@ class CharonSink(ContextSink):
 
     async def check(self, context: IkeContext, keep_address: bool) -> list[Verdict]:
         """See `ContextSink.check`: every reason is listed, not only the first."""
-        return self._judge(context, keep_address, await self._looks.look())[0]
+        return self._judge(context, keep_address, await self._looks.look(context))[0]
 
     def _judge(self, context: IkeContext, keep_address: bool, seen: Seen) -> tuple[list[Verdict], Taken]:
         """All reasons against the SA, and the names that are taken."""
@@ -290,7 +290,7 @@ class CharonSink(ContextSink):
         """See `ContextSink.prepare`. After a failure nothing of the SA is left."""
         self._lead(context)
         async with self._host.import_lock:
-            seen = await self._looks.look()
+            seen = await self._looks.look(context)
             verdicts, taken = self._judge(context, keep_address, seen)
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:

@@ -40,7 +40,7 @@ class Relay:
     They outlive the agent. For any thread. Errors: KernelError.
     """
 
-    def __init__(self, port: int = 4500) -> None:
+    def __init__(self, port: int) -> None:
         """port: charon.port_nat_t."""
         self._port = port
         self._lock = threading.Lock()

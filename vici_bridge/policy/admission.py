@@ -16,7 +16,7 @@ from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.verdict import Verdict
 
 from .allowed import AllowedConnection, Range, Rules, Surroundings, inside_of, pool_ranges
-from .claims import check_policy
+from .claims import check_policy, depends_on_inside
 
 View = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def numbered(name: str, protocol: str) -> int:
 
 _Known = tuple[Mapping[str, AllowedConnection], tuple[Range, ...]]
 _last: list[tuple[Mapping[str, View], _Known]] = []
-"""charon's connections as they were read last: there may be a thousand, and each SA that comes needs them."""
+"""charon's connections as they were read last: many SAs that come have the same one."""
 
 
 def _read(connections: Mapping[str, View]) -> _Known:
@@ -58,6 +58,16 @@ def _read(connections: Mapping[str, View]) -> _Known:
     return _last[0][1]
 
 
+def depends_on_others(context: IkeContext, connections: Mapping[str, View]) -> bool:
+    """Whether it matters for the SA what connections there are beside its own, because they tell which
+    networks are behind this gateway. An answer of charon that cannot be read is for `admit`."""
+    try:
+        known, _ = _read(connections)
+    except WireError:
+        return False
+    return any(depends_on_inside(context, allowed) for allowed in known.values())
+
+
 def admit(
     here: IkeContext,
     connections: Mapping[str, View],
@@ -67,6 +77,7 @@ def admit(
 ) -> list[Verdict]:
     """The refusals by its connection here; none if it has no connection here, see `check_names`.
 
+    `connections`: its own, and all others as well if the SA `depends_on_others`.
     `relayed_by`: a mobile node of that peer may have an address of it.
     """
     if here.connection not in connections:

@@ -201,17 +201,39 @@ def _reaches_inside(
 ) -> str:
     """Why packets of others would go to the mobile node; empty: they would not, or `remote_ts` permits it."""
     whole = Range(selector.start, selector.end)
-    ranges = (each.range for each in mine.remote_ts)
-    literal = [each for each in ranges if each is not None and each.covers(selector)]
-    if any(each == whole or not each.everything for each in literal):
+    if _named(selector, mine):
         return ""
     hit = next((each for each in (*place.own, *place.peers) if each in whole), None)
     if hit is not None:
         return f"has an address of a gateway, {hit}"
-    if any(same_host(selector, vip) for vip in context.remote_vips):
+    if _virtual_ip(selector, context):
         return ""
     near = next((each for each in place.inside if each.overlaps(whole)), None)
     return "" if near is None else f"has addresses of a network behind this gateway, {near}"
+
+
+def depends_on_inside(context: IkeContext, allowed: AllowedConnection) -> bool:
+    """Whether it matters which networks are behind this gateway: the mobile node has a selector that
+    `remote_ts` does not name, and that is none of its virtual IPs."""
+    children = ((child, allowed.children.get(child.name)) for child in context.children)
+    return any(
+        not _named(selector, mine) and not _virtual_ip(selector, context)
+        for child, mine in children
+        if mine is not None
+        for selector in child.remote_ts
+    )
+
+
+def _named(selector: TrafficSelector, mine: AllowedChild) -> bool:
+    """Whether `remote_ts` has these addresses, and not only as a part of all addresses."""
+    whole = Range(selector.start, selector.end)
+    ranges = (each.range for each in mine.remote_ts)
+    literal = (each for each in ranges if each is not None and each.covers(selector))
+    return any(each == whole or not each.everything for each in literal)
+
+
+def _virtual_ip(selector: TrafficSelector, context: IkeContext) -> bool:
+    return any(same_host(selector, vip) for vip in context.remote_vips)
 
 
 def _outside(child: ChildContext, mine: AllowedChild, selector: TrafficSelector, side: str) -> Verdict:

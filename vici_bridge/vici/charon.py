@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from ikectx import trace
@@ -38,6 +38,8 @@ MOMENT = 0.05
 """Seconds that a request waits for one of the connections there are, before it gets another one."""
 MOST = 4
 """Connections of one kind. Each request that waits keeps one of charon's threads, of which it has 16."""
+FEW = 8
+"""Connections that are asked for one by one."""
 WAITING = ("list-sas", "rekey", "terminate")
 """Requests for which charon waits for all IKE_SAs that are in use (5.9.8, 6.0.6), or for a peer's answer."""
 
@@ -208,8 +210,14 @@ class Charon:
         """
         return await self._items("list-sas", "list-sa", {"ike-id": ike_id}, read)
 
-    async def connections(self) -> Mapping[str, Message]:
-        """Loaded connections by name, as charon's `list-conn` gives them, each with its `name`."""
+    async def connections(self, names: Collection[str] | None = None) -> Mapping[str, Message]:
+        """Loaded connections by name, as charon's `list-conn` gives them, each with its `name`.
+
+        `names`: these at least; a few are asked for one by one, because there may be a thousand others.
+        """
+        if names is not None and len(names) <= FEW:
+            asked = {name: await self.connection(name) for name in names}
+            return {name: one for name, one in asked.items() if one is not None}
         octets = tuple(await self._items("list-conns", "list-conn", None, bytes))
         known = self._known.get("connections")
         if known is None or known[0] != octets:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
+from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 from tests.across.test_go_on import served
 from tests.gateway_world import Place
@@ -14,6 +17,7 @@ from tests.vici_bridge.effects.test_sink import a_context, final_of, move, place
 from vici_bridge import host as host_module
 from vici_bridge.effects import looks as looks_module
 from vici_bridge.ha.messages import HaMessage, HaType
+from vici_bridge.vici.codec import Message
 from vici_bridge.vici.views import SaView
 
 
@@ -97,18 +101,18 @@ def test_news_of_single_sas_are_added_to_the_last_look(monkeypatch: pytest.Monke
         first, second, third = (a_context(number, mn=f"198.51.100.{number}") for number in (1, 2, 3))
         here.charon.serve(first)
         asked = listings(here)
-        seen = await here.sink._looks.look()
-        assert (await here.sink._looks.look()) is seen and asked == ["all"]
+        seen = await here.sink._looks.look(first)
+        assert (await here.sink._looks.look(first)).present is seen.present and asked == ["all"]
         here.charon.serve(second)
         here.host.changed.add(second.spis)  # charon told of it over HA
         here.charon.sas.clear()
         here.charon.serve(second)
         here.host.changed.add(first.spis)  # it was deleted
-        assert [view.spis for view in (await here.sink._looks.look()).present.views] == [second.spis]
+        assert [view.spis for view in (await here.sink._looks.look(first)).present.views] == [second.spis]
         assert asked == ["all", "one", "one"] and here.host.changed == set()
         monkeypatch.setattr(looks_module, "MANY", 1)
         here.host.changed |= {second.spis, third.spis}
-        await here.sink._looks.look()
+        await here.sink._looks.look(first)
         assert asked[3:] == ["all"] and here.host.changed == set()
 
     run(scenario())
@@ -227,5 +231,31 @@ def test_an_sa_that_came_between_a_check_and_its_prepare_is_seen() -> None:
         plan = here.sink._renames.plan_of(here.sink._here(second))
         assert plan is not None and plan.ike
         assert here.charon.offences == []
+
+    run(scenario())
+
+
+def test_of_a_thousand_connections_only_that_of_the_sa_is_asked_for() -> None:
+    """All are needed only where the networks behind this gateway matter, which the others tell as well."""
+
+    async def scenario() -> None:
+        here, first = place(), a_context(1)
+        (rw,) = first.children
+        (network,) = rw.remote_ts
+        asked: list[object] = []
+        others = here.host.vici.connections
+
+        async def connections(names: object = None) -> Mapping[str, Message]:
+            asked.append(names)
+            return await others()
+
+        here.host.vici.connections = connections  # type: ignore[method-assign]
+        for _ in range(2):
+            assert await here.sink.check(first, False) == []
+        assert asked == [["home"]], "once within a moment"
+        outside = replace(network, start=ip_address("10.7.0.0"), end=ip_address("10.7.0.255"))
+        second = replace(first, children=(replace(rw, remote_ts=(outside,)),))
+        assert [one.status for one in await here.sink.check(second, False)] == [Status.SELECTORS]
+        assert asked == [["home"], None]
 
     run(scenario())

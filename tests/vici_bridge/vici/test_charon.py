@@ -35,7 +35,8 @@ class Telling:
                     sas = [sa for sa in SAS if wanted in (None, sa["mn"]["uniqueid"])]
                     return _events("list-sa", sas) + response()
                 case "list-conns":
-                    return _events("list-conn", [{"home": {"version": "IKEv2"}}]) + response()
+                    wanted = packet.message.get("ike", "home")
+                    return _events("list-conn", [{"home": {}}] * (wanted == "home")) + response()
                 case "get-pools":
                     return response(**self.pool)
                 case "stats":
@@ -82,11 +83,24 @@ def test_an_answer_with_the_same_octets_is_not_parsed_again(telling: tuple[Telli
         answers, stand_in = telling
         charon = Charon(stand_in.path)
         pools, connections = await charon.pools(), await charon.connections()
-        assert connections == {"home": {"version": "IKEv2", "name": "home"}}
+        assert connections == {"home": {"name": "home"}}
         assert await charon.pools() is pools and await charon.connections() is connections
         answers.pool = {"mobile": {"size": "8"}}
         assert (await charon.pools())["mobile"]["size"] == "8"
         assert await charon.half_open() == 2
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_few_connections_are_asked_for_by_name(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        answers, stand_in = telling
+        charon = Charon(stand_in.path)
+        for names, requests in ((["home", "none"], 2), ([], 0), ([f"c{number}" for number in range(9)], 1)):
+            answers.heard.clear()
+            assert (await charon.connections(names)).keys() == ({"home"} if names else set())
+            assert answers.heard.count((PacketType.CMD_REQUEST, "list-conns")) == requests
         await charon.close()
 
     asyncio.run(scenario())
