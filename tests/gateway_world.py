@@ -167,7 +167,7 @@ class Charon:
     async def connection(self, name: str) -> dict[str, Any] | None:
         return (await self.connections()).get(name)
 
-    async def connections(self) -> dict[str, Any]:
+    async def connections(self, names: object = None) -> dict[str, Any]:
         child = {"mode": "TUNNEL", "local-ts": ["10.1.0.0/16"], "remote-ts": ["dynamic"]}
         return {
             "home": {
@@ -420,7 +420,7 @@ class Nat:
 class Detour:
     """Policy routes: no gateway has a way to another here."""
 
-    def add(self, prefixes: object, via: object) -> list[object]:
+    def add(self, prefixes: object, via: object, inside: object = ()) -> list[object]:
         return []
 
     def remove(self, prefixes: object) -> None: ...

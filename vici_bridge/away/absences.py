@@ -384,10 +384,12 @@ class Away:
         """Devices or addresses changed, or somebody removed our routes: adapt the detours."""
         ways: Ways = {}
         last: dict[str, tuple[Address, ...]] = {}
+        inside: set[Network] = set()
         for row in self.listing():
             if row.peer and row.stage in SENT_ON:
                 now = self._led(row, ways)
                 last.update((prefix, now.via) for prefix in now.sent_on)
+                inside |= now.inside
                 if now != row:
                     log.info("%s: packets for it are sent on by another way, or by none", row.mn)
                     try:
@@ -395,7 +397,7 @@ class Away:
                     except (KernelError, StoreError) as error:
                         log.error("packets for %s are not sent on: %s", row.mn, error)
         for via in set(last.values()):
-            self._add([prefix for prefix, by in last.items() if by == via], via)
+            self._add([prefix for prefix, by in last.items() if by == via], via, inside)
 
     def _led(self, row: Departure, known: Ways | None = None) -> Departure:
         """The departure with the present way to the gateway that has the SA, and the policies for that way.
@@ -505,12 +507,12 @@ class Away:
         if self._kernel is not None:
             for policy in row.allows:
                 self._kernel.replace_policy(policy)
-        self._add(row.sent_on, row.via)
+        self._add(row.sent_on, row.via, row.inside)
 
-    def _add(self, texts: Sequence[str], via: Sequence[Address]) -> None:
+    def _add(self, texts: Sequence[str], via: Sequence[Address], inside: Collection[Network]) -> None:
         if texts and via:
             try:
-                self._detour.add(texts, via)
+                self._detour.add(texts, via, inside)
             except KernelError as error:
                 log.warning("packets for %s are not sent on: %s", ", ".join(texts[:3]), error)
 

@@ -155,6 +155,11 @@ class Departure:
         return self.sa.key
 
     @property
+    def inside(self) -> set[Network]:
+        """The networks from which packets to the mobile node were protected."""
+        return {block.source for block in self.blocks}
+
+    @property
     def names(self) -> frozenset[str]:
         """The names by which it is looked up: its mobile node, and the mobile node's prefixes."""
         blocked = (str(policy.destination) for policy in self.blocks)

@@ -13,7 +13,7 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 
 from ikectx.errors import KernelError
@@ -57,8 +57,16 @@ class Detour:
         """The netlink port by which routes are changed here."""
         return self._route.port
 
-    def add(self, prefixes: Iterable[str | Network], via: Sequence[str | Address]) -> list[Network]:
+    def add(
+        self,
+        prefixes: Iterable[str | Network],
+        via: Sequence[str | Address],
+        inside: Collection[Network] = (),
+    ) -> list[Network]:
         """KernelRoute `prefixes` by way of the first of `via` of the same family; IPv4 also over IPv6.
+
+        Packets of this host itself keep the source that they have at present, if it is in one of the networks
+        `inside`: with another one the SA would not protect them at the other gateway.
 
         Returns those left out, each with a line in the log: a prefix of length 0 (all packets would be sent
         there), one that contains the gateway itself, one without a gateway of a fitting family. Idempotent.
@@ -67,16 +75,32 @@ class Detour:
         gateways = [ip_address(str(address)) for address in via]
         skipped: list[Network] = []
         wanted: list[XfrmRequest] = []
-        for prefix in map(_network, prefixes):
+        nets = list(map(_network, prefixes))
+        for prefix, own in zip(nets, self._sources(nets, inside), strict=True):
             gateway = _gateway(prefix, gateways)
             why = _unfit(prefix, gateway)
             if why or gateway is None:
                 log.warning("packets for %s are not sent on to another gateway: %s", prefix, why)
                 skipped.append(prefix)
                 continue
-            wanted.append(_route_request(routes.NEWROUTE, prefix, gateway))
+            wanted.append(_route_request(routes.NEWROUTE, prefix, gateway, own=own))
         self._make(wanted)
         return skipped
+
+    def _sources(self, prefixes: Sequence[Network], inside: Collection[Network]) -> Sequence[Address | None]:
+        """The source of this host's own packets for each of these prefixes, where it is `inside`."""
+        if not inside:
+            return [None] * len(prefixes)
+        ways = self._ways([prefix.network_address for prefix in prefixes])
+        found = [None if way is None else way.own for way in ways]
+        # Linux keeps routes whose source is no address of this host any more, and refuses new ones
+        fit = {own for own in found if own is not None and any(own in net for net in inside)}
+        here = {own for own, way in zip(fit, self._ways(list(fit)), strict=True) if way and way.kind == LOCAL}
+        return [own if own in here else None for own in found]
+
+    def _ways(self, to: Sequence[Address]) -> list[KernelRoute | None]:
+        outcomes = self._route.transact([_way_request(address) for address in to])
+        return [KernelRoute.parse(one.answers[0]) if one.answers else None for one in outcomes]
 
     def remove(self, prefixes: Iterable[str | Network]) -> None:
         """Undo `add` for these prefixes, whatever their gateway. Idempotent. Errors: KernelError."""
@@ -184,7 +208,7 @@ class Detour:
 
 
 def _route_request(
-    number: int, prefix: Network, gateway: Address | None, *, shut: bool = False
+    number: int, prefix: Network, gateway: Address | None, *, shut: bool = False, own: Address | None = None
 ) -> XfrmRequest:
     new = number == routes.NEWROUTE
     where = "nowhere" if shut else f"via {gateway}"
@@ -199,15 +223,20 @@ def _route_request(
         maker=PROTOCOL,
         scope=0 if new else 255,  # RT_SCOPE_NOWHERE: whatever its scope is
         kind=UNREACHABLE if shut else UNICAST,
+        own=own,
     )
     return route.request(number, routes.CREATE | routes.REPLACE if new else 0, what)
 
 
 def ask_way(route: Netlink, destination: Address, source: Address | None = None) -> KernelRoute | None:
     """The way that packets between these two take at present, None: there is none. Errors: KernelError."""
-    wanted = KernelRoute(family_of(destination), destination, destination.max_prefixlen, source)
-    outcome = route.transact([wanted.request(GETROUTE, 0, f"find the way to {destination}")])[0]
+    outcome = route.transact([_way_request(destination, source)])[0]
     return KernelRoute.parse(outcome.answers[0]) if outcome.answers else None
+
+
+def _way_request(destination: Address, source: Address | None = None) -> XfrmRequest:
+    wanted = KernelRoute(family_of(destination), destination, destination.max_prefixlen, source)
+    return wanted.request(GETROUTE, 0, f"find the way to {destination}")
 
 
 def is_local(route: Netlink, address: Address) -> bool:

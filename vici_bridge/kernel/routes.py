@@ -20,7 +20,7 @@ from .xfrm_parts import XfrmRequest, family_of
 NEWROUTE, DELROUTE, GETROUTE, DELRULE = 24, 25, 26, 33
 REQUEST, ACK, REPLACE, DUMP, CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
 UNICAST, LOCAL, UNREACHABLE = 1, 2, 7
-_DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _TABLE, _VIA = 1, 2, 4, 5, 6, 15, 18
+_DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _TABLE, _VIA = 1, 2, 4, 5, 6, 7, 15, 18
 
 _HEAD = struct.Struct("=IHHII")
 _RTMSG = struct.Struct("=BBBBBBBBI")
@@ -32,7 +32,8 @@ rule's action instead of the type."""
 class KernelRoute:
     """A route, or a question about one. 0 and None: left out.
 
-    kind: its type, such as `UNICAST`. maker: its protocol number. device: index of the device.
+    kind: its type, such as `UNICAST`. maker: its protocol number. device: index of the device. own: the
+    address of this host that its own packets get as their source.
     """
 
     family: int
@@ -46,6 +47,7 @@ class KernelRoute:
     maker: int = 0
     scope: int = 0
     kind: int = 0
+    own: Address | None = None
 
     def request(self, number: int, flags: int, what: str) -> XfrmRequest:
         """The message about it; an acknowledgement is asked for, unless it is a dump."""
@@ -53,7 +55,7 @@ class KernelRoute:
         source = 0 if self.source is None else self.source.max_prefixlen
         places = (self.family, self.length, source, 0, 0, self.maker, self.scope, self.kind, 0)
         body = _RTMSG.pack(*places)
-        for kind, address in ((_DST, self.destination), (_SRC, self.source)):
+        for kind, address in ((_DST, self.destination), (_SRC, self.source), (_PREFSRC, self.own)):
             if address is not None:
                 body += _attribute(kind, address.packed)
         numbers = ((_OIF, self.device), (_PRIORITY, self.metric), (_TABLE, self.table))
@@ -78,6 +80,7 @@ class KernelRoute:
             ]
             gateway = _address(found.get(_GATEWAY)) or _address(found.get(_VIA, b"")[2:])
             destination, source = _address(found.get(_DST)), _address(found.get(_SRC))
+            own = _address(found.get(_PREFSRC))
         except (struct.error, ValueError):
             raise KernelError("the kernel's answer about a route cannot be read") from None
         device, metric, named = numbers
@@ -93,6 +96,7 @@ class KernelRoute:
             maker=maker,
             scope=scope,
             kind=kind,
+            own=own,
         )
 
 

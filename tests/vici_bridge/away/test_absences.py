@@ -62,7 +62,7 @@ class Routes:
     def device_now(self, prefix: str) -> int:
         return self.default
 
-    def add(self, prefixes: Iterable[str], via: Sequence[Any]) -> list[Any]:
+    def add(self, prefixes: Iterable[str], via: Sequence[Any], inside: object = ()) -> list[Any]:
         self.fuse.step()
         if not self.link:
             raise KernelError("unreachable", errno=101)

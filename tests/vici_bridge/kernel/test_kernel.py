@@ -432,6 +432,29 @@ def test_detour(inner: Namespace) -> None:
     assert detour.listing() == []
 
 
+def test_a_detour_leaves_this_hosts_own_packets_their_source(inner: Namespace) -> None:
+    """With another one the SA would not protect them at the other gateway."""
+    inner.ip(
+        "address add 10.3.0.2/24 dev lo",
+        "address add fd03::2/64 dev lo nodad",
+        "route add 10.9.0.5/32 via 10.1.0.9 src 10.3.0.2 table 220",
+        "rule add lookup 220 priority 220",
+        "route add fd00:9::5/128 via fd00:1::9 src fd03::2",
+        "route add default via 10.1.0.9",
+    )
+    detour, addresses = Detour(), ["10.9.0.5/32", "10.9.0.6/32", "fd00:9::5/128"]
+    for _ in range(2):  # the second time the route is there already
+        detour.add(addresses, VIA, [ip_network("10.3.0.0/24"), ip_network("fd03::/64")])
+        assert "via 10.1.0.2 dev inner table local src 10.3.0.2" in inner.run("ip route get 10.9.0.5")
+        assert "via 10.1.0.2 dev inner table local src 10.1.0.1" in inner.run("ip route get 10.9.0.6")
+        assert "src fd03::2" in inner.run("ip route get fd00:9::5")
+    inner.ip("address del 10.3.0.2/24 dev lo")  # the kernel removes the route, too
+    detour.add(addresses, VIA, [ip_network("10.3.0.0/24")])
+    assert "via 10.1.0.2 dev inner table local src 10.1.0.1" in inner.run("ip route get 10.9.0.5")
+    detour.remove(addresses)
+    assert detour.listing() == []
+
+
 def test_detour_touches_no_other_route_of_its_table(inner: Namespace) -> None:
     """Not even where this host has the mobile node's address itself."""
     inner.ip("route add 10.9.0.9/32 via 10.1.0.9 table local")
