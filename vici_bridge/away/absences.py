@@ -34,7 +34,18 @@ from vici_bridge.kernel.xfrm_parts import Network
 from vici_bridge.vici.views import SaView, prefixes
 
 from .behind import Behind
-from .departures import OURS, SENT_ON, Departure, News, Stage, allow_of, block_of, detourable, within
+from .departures import (
+    OURS,
+    SENT_ON,
+    Departure,
+    News,
+    Stage,
+    allow_of,
+    bare_blocks,
+    block_of,
+    detourable,
+    within,
+)
 from .passing import Passing
 
 log = logging.getLogger(__name__)
@@ -134,6 +145,10 @@ class Away:
         on. Errors: KernelError, StoreError.
         """
         policies = tuple(policies)
+        blocks = [block_of(policy) for policy in policies]
+        if any(block.mark is not None or block.if_id for block in blocks):
+            outside = self._detour.device_now(str(context.remote.address))
+            blocks += [bare for block in blocks for bare in bare_blocks(block, context, outside)]
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         row = Departure(
             sa=context.spis,
@@ -144,7 +159,7 @@ class Away:
             since=self._wall(),
             stage=Stage.HANDED if unprepared else Stage.LEAVING,
             prefixes=() if self._direct[context.spis] > 0 else tuple(dict.fromkeys(detourable(context))),
-            blocks=tuple(block_of(policy) for policy in policies),
+            blocks=tuple(blocks),
             relay=relay,
             policies=policies,
         )

@@ -35,7 +35,7 @@ from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.xfrm import KernelPolicy
 from vici_bridge.kernel.xfrm_parts import Network
 
-from .departures import block_of, within
+from .departures import bare_blocks, block_of, within
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +119,9 @@ class Behind:
             for policy in self._kernel.policies_about(reqids):
                 if policy.direction == "out" and not _too_wide(policy, context.remote.address):
                     block = block_of(policy)
-                    selector = replace(block.selector, user=BEHIND, ifindex=device)
-                    self._stand(
-                        Block(context.spis, str(context.remote_id), replace(block, selector=selector))
-                    )
+                    block = replace(block, selector=replace(block.selector, user=BEHIND, ifindex=device))
+                    for one in (block, *bare_blocks(block, context, device)):
+                        self._stand(Block(context.spis, str(context.remote_id), one))
         except (KernelError, StoreError, WireError) as error:
             log.error(
                 "packets for %s may leave in the clear when its SA ends here: %s", context.remote_id, error

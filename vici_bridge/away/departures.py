@@ -321,6 +321,33 @@ def block_of(policy: KernelPolicy) -> KernelPolicy:
     )
 
 
+def bare_blocks(block: KernelPolicy, context: IkeContext, device: int) -> list[KernelPolicy]:
+    """Policies that drop the same packets where they have no mark or if_id, for a block with one.
+
+    The device that gives it to them (VTI, XFRM interface) may go with the SA, by an updown script. Then they
+    would leave by the device towards the mobile node, that of index `device`, in the clear. The mobile node's
+    own addresses only, because the selectors of such an SA may be everything.
+    """
+    if not device or (block.mark is None and not block.if_id):
+        return []
+    own = [ip_network(text) for text in (*detourable(context), *map(str, context.remote_vips))]
+    return [
+        replace(
+            block,
+            selector=replace(
+                block.selector,
+                ifindex=device,
+                destination=network.network_address,
+                destination_prefix=network.prefixlen,
+            ),
+            mark=None,
+            if_id=0,
+        )
+        for network in dict.fromkeys(own)
+        if network.prefixlen and within(network, block.destination)
+    ]
+
+
 def allow_of(block: KernelPolicy, device: int) -> KernelPolicy:
     """The policy that lets packets that `block` drops leave by the device of that index."""
     selector = replace(block.selector, ifindex=device)

@@ -22,6 +22,7 @@ from vici_bridge.away.departures import (
     News,
     Stage,
     allow_of,
+    bare_blocks,
     block_of,
     detourable,
 )
@@ -68,6 +69,21 @@ def test_a_block_matches_what_the_policy_did_and_is_another_for_charon() -> None
     allowing = allow_of(BLOCKING, 4)
     assert (allowing.action, allowing.priority) == (ALLOW, ALLOW_PRIORITY)
     assert allowing.selector == replace(BLOCKING.selector, ifindex=4)
+
+
+@pytest.mark.parametrize(("mark", "if_id"), [(Mark(42, 0xFF), 0), (None, 42)])
+def test_beside_a_device_that_marks_packets_they_are_dropped_as_well(mark: Mark | None, if_id: int) -> None:
+    """The device (VTI, XFRM interface) may go with the SA; then they would leave by another."""
+    everything = ip_network("0.0.0.0/0")
+    policy = KernelPolicy("out", Selector.between(everything, everything), mark=mark, if_id=if_id)
+    block = block_of(policy)
+    vip = ip_network("10.4.0.10")
+    here = replace(context(), remote_vips=(vip.network_address, ip_address("fd04::10")))
+    (bare,) = bare_blocks(block, here, 7)
+    assert (bare.mark, bare.if_id, bare.selector.ifindex, bare.action) == (None, 0, 7, BLOCK)
+    assert (bare.source, bare.destination) == (everything, vip), "the rest is not the mobile node's alone"
+    assert bare_blocks(block, here, 0) == [], "there is no device towards it"
+    assert bare_blocks(block_of(replace(policy, mark=None, if_id=0)), here, 7) == []
 
 
 def test_the_stages_are_complete() -> None:
