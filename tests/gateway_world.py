@@ -228,7 +228,9 @@ class Charon:
                 if message.type is HaType.SEGMENT_DROP and sa.state == "PASSIVE":
                     sa.state, sa.view = "ESTABLISHED", None
             return
-        name = message.need(Attr.IKE_ID, IkeId)
+        name = message.find(Attr.IKE_ID, IkeId)
+        if name is None:
+            return
         if message.type is HaType.IKE_ADD:
             self._ike_add(name, message)
             return
@@ -356,6 +358,8 @@ class Socket:
         for datagram in datagrams:
             self.charon.step()
             self.charon.hear(HaMessage.parse(datagram))
+
+    async def read(self) -> None: ...
 
     def hear(self) -> None: ...
 

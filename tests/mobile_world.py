@@ -399,10 +399,13 @@ class Socket:
             if self.charon.gone:
                 raise CharonError("charon does not listen on its HA address")
             message = HaMessage.parse(datagram)
-            self.heard.append(message.type)
+            if message.attributes:
+                self.heard.append(message.type)
             self.charon.hear(message)
             if self.charon.kernel is not None:
                 self.charon.kernel.send()
+
+    async def read(self) -> None: ...
 
     def hear(self) -> None: ...
 

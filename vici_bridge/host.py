@@ -344,8 +344,7 @@ class CharonHost:
         if unknown:
             log.warning(
                 "%d IKE_SAs, or CHILD_SAs of them, came up while no agent ran: these cannot be moved; "
-                "`ikectx resync` learns them "
-                "(charon then rekeys their CHILD_SAs)",
+                "`ikectx resync` learns them (charon then rekeys their CHILD_SAs)",
                 len(unknown),
             )
 
@@ -390,6 +389,10 @@ class CharonHost:
     async def send(self, messages: Iterable[ha.HaMessage]) -> None:
         """Orders to charon, in order, paced. Errors: CharonError."""
         await self._ha.send([message.serialize(self.config.ha_buflen) for message in messages])
+
+    async def carried_out(self) -> None:
+        """Wait until charon has carried out all orders but the last one. Errors: CharonError."""
+        await self._ha.read()
 
     def hear(self) -> None:
         """Take what charon has reported by now."""

@@ -21,7 +21,6 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import CharonError, KernelError, WireError
 from ikectx.sa.context import FinalState, IkeContext
 from ikectx.wire.spis import ESP, IKE, NewSpi, serialize_new_spis
-from vici_bridge.ha import messages as ha
 from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, own_spi
@@ -30,6 +29,7 @@ from vici_bridge.vici.views import SaView
 from .coming import SCRIPT_LIMIT, Coming, now
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
+from .speaking import tell_ids
 from .take import converge, leads_here, open_way, script_up, will_lead
 
 log = logging.getLogger(__name__)
@@ -49,18 +49,9 @@ async def _look(work: Coming) -> Facts:
 
 
 async def _message_ids(work: Coming) -> None:
-    host, shape = work.host, work.shape
-    version, ike = await host.version(), IkeId.of(shape.current)
     assert work.final is not None
-    mids = [
-        ha.ike_mid(version, ike, initiator=initiator, mid=mid)
-        for initiator, mid in zip(
-            (True, False), _mids(work.here, work.plan, work.final, work.report), strict=True
-        )
-    ]
-    await host.send(mids)
-    for message in mids:
-        host.record.feed(message)
+    ids = _mids(work.here, work.plan, work.final, work.report)
+    await tell_ids(work.host, IkeId.of(work.shape.current), *ids)
 
 
 def _mids(here: IkeContext, plan: Plan | None, final: FinalState, report: MoveReport) -> tuple[int, int]:
@@ -151,11 +142,16 @@ def _count_on(host: CharonHost, shape: IkeContext, here: IkeContext) -> None:
             log.warning("octets and packets of CHILD_SA %s are counted anew: %s", child.name, error)
 
 
-async def speak(work: Coming) -> None:
+async def unmute(work: Coming) -> None:
     """Unmute the SA, whichever of its names charon has it under."""
     for shape in work.renames.names(work.here):
         await asyncio.to_thread(work.host.mute.unmute, shape.spis)
         work.host.expected.discard(shape.spis)
+
+
+async def _speak(work: Coming) -> None:
+    await work.host.carried_out()  # see `speaking`
+    await unmute(work)
 
 
 async def _deliver(work: Coming) -> None:
@@ -181,7 +177,7 @@ ACTIVATE: LedgerStep[Coming] = LedgerStep(
         StepEffect("message IDs", _message_ids, when=_inactive),
         StepEffect("charon is active", _toggle, when=_inactive),
         StepEffect("what follows is noted", _note, when=_inactive),
-        StepEffect("charon speaks", speak),
+        StepEffect("charon speaks", _speak),
         StepEffect("what was kept is heard", _deliver, needed=False),
         # written together with the journal's next state, which says that the SA is owned
         StepEffect("names are over", _forget, needed=False, soon=True),

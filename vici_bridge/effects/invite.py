@@ -11,11 +11,11 @@ itself.
 
 from __future__ import annotations
 
-from vici_bridge.ha import messages as ha
 from vici_bridge.ha.ike_id import IkeId
 
 from .freeze import Freezing, find_ids, hear_nothing, say_nothing, wait
 from .runner import Facts, LedgerStep, StepEffect
+from .speaking import speak, tell_ids
 
 SPEAKS = "charon speaks"
 """The effect from whose beginning on charon uses message IDs of its own again."""
@@ -41,16 +41,12 @@ async def _invite(work: Freezing) -> Facts:
 
 async def _tell_id(work: Freezing) -> None:
     host = work.host
-    message = ha.ike_mid(
-        await host.version(), IkeId.of(work.context.current), initiator=True, mid=work.facts.request or 0
-    )
-    await host.send([message])
-    host.record.feed(message)
+    await tell_ids(host, IkeId.of(work.context.current), work.facts.request)
     host.save()
 
 
 async def _speak(work: Freezing) -> None:
-    work.host.mute.unmute(work.sa)
+    await speak(work.host, work.sa)
 
 
 INVITE: LedgerStep[Freezing] = LedgerStep(

@@ -60,6 +60,7 @@ from .moving import Moving
 from .quiet import QUIET, in_the_way
 from .readdress import READDRESS
 from .runner import Runner
+from .speaking import tell_ids
 from .steps import MoveSteps
 
 log = logging.getLogger(__name__)
@@ -312,14 +313,8 @@ class CharonMobile:
         An exchange of charon's that is in flight begins anew under the first (strongSwan's task_manager
         `reset`, 5.9.8 and 6.0.6). Errors: CharonError.
         """
-        host = self._host
-        version, ike = await host.version(), self.steps.ike_id(sa)
-        numbers = ((True, initiator), (False, responder))
-        messages = [ha.ike_mid(version, ike, initiator=ours, mid=mid) for ours, mid in numbers if mid]
-        await host.send(messages)
-        for message in messages:
-            host.record.feed(message)
-        host.save()
+        await tell_ids(self._host, self.steps.ike_id(sa), initiator, responder)
+        self._host.save()
 
     async def next_request(self, sa: SaName) -> int:
         """Message ID of the gateway's request that charon has not had yet. Errors: UnknownSaError."""

@@ -22,12 +22,12 @@ from ikectx import trace
 from ikectx.engine.ports import SENDING_PACKETS
 from ikectx.errors import CharonError, LinkError, RefusedError
 from ikectx.sa.context import FinalState
-from vici_bridge.ha import messages as ha
 from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.kernel.xfrm import KernelPolicy
 
 from .leaving import LIVING, SCRIPT_LIMIT, Leaving
 from .runner import Facts, LedgerStep, StepEffect
+from .speaking import speak, tell_ids
 
 log = logging.getLogger(__name__)
 
@@ -132,17 +132,14 @@ async def _call_back(work: Leaving) -> None:
             log.warning("%s: %s", context.connection, error)
         except (LinkError, TimeoutError):
             continue
-        ike = IkeId.of(context.current)
-        message = ha.ike_mid(await host.version(), ike, initiator=True, mid=mid + used)
-        await host.send([message])
-        host.record.feed(message)
+        await tell_ids(host, IkeId.of(context.current), mid + used)
         host.save()
         return
     log.warning("%s: the MN at %s is silent here, too", context.connection, context.remote)
 
 
 async def _speak(work: Leaving) -> None:
-    await asyncio.to_thread(work.host.mute.unmute, work.sa)
+    await speak(work.host, work.sa)
 
 
 async def _renew(work: Leaving) -> None:

@@ -12,7 +12,7 @@ complete.
 
 from __future__ import annotations
 
-from .activate import speak
+from .activate import unmute
 from .coming import SCRIPT_LIMIT, Coming
 from .runner import LedgerStep, StepEffect
 
@@ -49,7 +49,7 @@ UNDO: LedgerStep[Coming] = LedgerStep(
     "undo",
     (
         StepEffect("delete in charon", _drop),
-        StepEffect("rules", speak),
+        StepEffect("rules", unmute),
         StepEffect("relay", _end_relay),
         StepEffect("departures", _stay),
         StepEffect(

@@ -557,6 +557,11 @@ def segment_drop(version: int, segment: int) -> HaMessage:
     return HaMessage(version, HaType.SEGMENT_DROP, ((Attr.SEGMENT, segment),))
 
 
+def nothing(version: int) -> HaMessage:
+    """A message without a name: charon carries out nothing. See `sockets.HaSocket.read`."""
+    return HaMessage(version, HaType.IKE_MID_INITIATOR, ())
+
+
 def resync(version: int, segments: Iterable[int]) -> HaMessage:
     """Ask charon to replay the IKE_SAs of segments; it also rekeys every CHILD_SA of them."""
     return HaMessage(version, HaType.RESYNC, tuple((Attr.SEGMENT, segment) for segment in segments))

@@ -169,7 +169,17 @@ class HaSocket(asyncio.DatagramProtocol):
                 self._transport.sendto(message)
             await self._drain()
 
-    async def _drain(self) -> None:
+    async def read(self) -> None:
+        """Wait until charon has read all that it was sent, or is gone. Errors: CharonError.
+
+        One thread of charon's reads and carries out one message after the other (strongSwan 5.9.8 to 6.1), so
+        by then all but the last one are carried out; over VICI charon answers before that.
+        """
+        async with self._lock:
+            if self.listening():
+                await self._drain(1)
+
+    async def _drain(self, limit: int = _QUEUE_LIMIT) -> None:
         for _ in range(500):
             waiting = self._queue()
             if waiting is None:
@@ -178,7 +188,7 @@ class HaSocket(asyncio.DatagramProtocol):
                     hint="is charon running, with plugins.ha { local = "
                     f"{self._remote}  remote = {self._local}  monitor = no }} in strongswan.conf?",
                 )
-            if waiting < _QUEUE_LIMIT:
+            if waiting < limit:
                 return
             await asyncio.sleep(0.002)
         raise CharonError("charon has not read its HA socket for a second", hint="see charon's log")

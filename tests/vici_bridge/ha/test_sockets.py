@@ -93,3 +93,25 @@ def test_charon_is_found_without_a_free_descriptor() -> None:
             agent.close()
 
     asyncio.run(scenario())
+
+
+def test_the_end_of_what_charon_was_sent_is_waited_for() -> None:
+    async def scenario() -> None:
+        charon = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        charon.bind(("127.0.0.1", 0))
+        agent = HaSocket("127.0.0.2", "127.0.0.1", lambda _: None, charon.getsockname()[1])
+        await agent.open()
+        await agent.read()  # nothing was sent
+        await agent.send([b"one", b"two"])
+        waiting = asyncio.create_task(agent.read())
+        for expected in (b"one", b"two"):
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
+            assert charon.recv(100) == expected
+        await waiting
+        await agent.send([b"three"])
+        charon.close()  # what nobody reads is carried out by nobody
+        await agent.read()
+        agent.close()
+
+    asyncio.run(scenario())
