@@ -76,6 +76,10 @@ from .within import within
 log = logging.getLogger("ikectx.transfer")
 
 Observer = Callable[[TransferEvent], None]
+ERASE_AFTER = 5.0
+"""Seconds after the end of a transfer until the store's log is emptied, in which its keys still are, sealed.
+By then charon has told that the SA is gone, so that the record has forgotten it."""
+
 HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
 
@@ -120,6 +124,7 @@ class Driver:
         self._pumping = False
         self._closed = False
         self._ended = False
+        self._erasing: asyncio.TimerHandle | None = None
         self._quiet = asyncio.Event()
 
     @property
@@ -135,6 +140,7 @@ class Driver:
     def connect(self, dial: Dial) -> Links:
         """From now on there are links, dialled by this."""
         self.links = Links(dial, self._timing, self._arrived, self._opened, self._unused)
+        self._erase_later()  # what an agent left that was killed
         return self.links
 
     async def stop(self) -> None:
@@ -159,8 +165,9 @@ class Driver:
     def close(self) -> None:
         """Carry out nothing any more, and end what is under way: as if the process had ended."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._erasing):
+            if timer is not None:
+                timer.cancel()
         for task in self.running:
             task.cancel()
         for ticket in list(self._waiting):
@@ -298,6 +305,19 @@ class Driver:
         """Between transfers, the journal's log goes into its database."""
         if self._store.wants_checkpoint:
             self._spawn(asyncio.to_thread(self._store.checkpoint, self._wall()), "checkpoint")
+        self._erase_later()
+
+    def _erase_later(self) -> None:
+        if self._erasing is None:
+            self._erasing = asyncio.get_running_loop().call_later(ERASE_AFTER, self._erase)
+
+    def _erase(self) -> None:
+        """Leave nothing on the disk of what was deleted. While a transfer is open that would hold it up."""
+        self._erasing = None
+        if self.engine.idle:
+            self._spawn(asyncio.to_thread(self._store.erase), "erase")
+        else:
+            self._erase_later()
 
     async def _effect(self, output: Effect) -> None:
         """One call of a port: its outcome, an IkectxError whatever it raised, or when it takes too long."""

@@ -350,6 +350,15 @@ class SqliteStore:
                 other.commit()
             other.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def erase(self) -> None:
+        """Empty the write-ahead log: sealed values that were deleted or replaced are in no file any more.
+
+        Slow (it syncs), and writers wait: for another thread, between transfers. If somebody writes just then
+        it is left for the next time. Errors: StoreError.
+        """
+        with self._errors(), contextlib.closing(sqlite3.connect(self._path, timeout=1.0)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     # -- the journal -------------------------------------------------------------------------------------
 
     def write(self, entry: JournalEntry, *, durable: bool = True) -> None:

@@ -9,10 +9,9 @@ error whose text is not printable, a hang, or memory that grows.
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import multiprocessing
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +20,37 @@ from typing import Any
 
 import click
 
-from .targets import TARGETS
+try:
+    from . import guided
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing}: pip install -e .[fuzz]")
 
 FOLDER = Path(__file__).parent.parent.parent / "build" / "fuzz"
 SPARE_BLOCKS = 5000
 """Objects more than before that are no growth, beside one in a hundred inputs."""
+FORK = multiprocessing.get_context("fork")
+"""All that is imported, with its instruments, is there in the child at once."""
 
 
 def tried(name: str, inputs: int) -> dict[str, Any]:
     """The result of one target: {target, inputs, coverage, slowest_ms, grown_blocks, found}."""
     folder = FOLDER / re.sub(r"\W+", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log").open("w") as log:
-        child = subprocess.run(
-            [sys.executable, "-m", "tests.fuzz.guided", name, str(inputs), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            check=False,
-        )
-    told = re.findall(r"cov: (\d+)", (folder / "log").read_text(errors="replace"))
-    result = {"target": name, "coverage": int(told[-1]) if told else 0}
+    hear, tell = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=guided.run, args=(name, inputs, folder, tell))
+    child.start()
+    tell.close()
+    result: dict[str, Any] = {"target": name}
     try:
-        result |= json.loads(child.stdout)
-    except ValueError:
-        text = f"it ended early with {child.returncode}: see {folder}/log"
-        return {**result, "inputs": 0, "found": {"hang or crash": {"text": text, "times": 1, "octets": ""}}}
-    if result["grown_blocks"] > SPARE_BLOCKS + inputs // 100:
+        result |= hear.recv()
+    except EOFError:
+        child.join()
+        text = f"it ended early with {child.exitcode}: see {folder}/log"
+        result |= {"inputs": 0, "found": {"hang or crash": {"text": text, "times": 1, "octets": ""}}}
+    child.join()
+    told = re.findall(r"cov: (\d+)", (folder / "log").read_text(errors="replace"))
+    result["coverage"] = int(told[-1]) if told else 0
+    if result.get("grown_blocks", 0) > SPARE_BLOCKS + inputs // 100:
         text = f"{result['grown_blocks']} objects more after {inputs} inputs"
         result["found"]["growth"] = {"text": text, "times": 1, "octets": ""}
     return result
@@ -70,16 +74,15 @@ def show(result: dict[str, Any]) -> None:
 @click.option("--list", "only_list", is_flag=True, help="Name the targets.")
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON.")
 def main(names: Sequence[str], inputs: int, jobs: int, only_list: bool, as_json: bool) -> None:
+    targets = list(guided.TARGETS)
     if only_list:
-        click.echo(json.dumps(list(TARGETS)) if as_json else "\n".join(TARGETS))
+        click.echo(json.dumps(targets) if as_json else "\n".join(targets))
         return
-    if unknown := set(names) - set(TARGETS):
+    if unknown := set(names) - set(targets):
         raise click.UsageError(f"there is no target {', '.join(sorted(unknown))}; --list names them")
-    if importlib.util.find_spec("atheris") is None:
-        raise click.UsageError("atheris is not installed: pip install -e '.[fuzz]'")
     results = []
     with ThreadPoolExecutor(jobs) as pool:
-        for result in pool.map(lambda name: tried(name, inputs), names or TARGETS):
+        for result in pool.map(lambda name: tried(name, inputs), names or targets):
             results.append(result)
             if not as_json:
                 show(result)

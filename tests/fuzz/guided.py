@@ -1,30 +1,38 @@
-"""One target in a process of its own, guided by coverage (atheris): the result is one line of JSON."""
+"""One target in a process of its own, guided by coverage (atheris, which is libFuzzer in Python)."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import json
+import io
 import os
 import sys
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import atheris
 
+OURS = ("ikectx", "vici_bridge", "mobike_ext", "ikectx_cli")
+with (
+    contextlib.redirect_stderr(io.StringIO()),  # a line for each module
+    atheris.instrument_imports(include=list(OURS)),  # before anything else has imported them
+):
+    from .targets import TARGETS
+
 HANG = 20
 """Seconds after which libFuzzer ends the process, with the input in the folder."""
-OURS = ("ikectx", "vici_bridge", "mobike_ext", "ikectx_cli")
 SETTLED = 0.2
 """Part of the inputs after which memory must not grow: caches are full by then."""
 
 
 class Tried:
-    """What came of the inputs so far. `inputs`: after how many it writes the result and ends the process."""
+    """What came of the inputs so far. `inputs`: after how many it tells the result and ends the process."""
 
-    def __init__(self, target: Any, inputs: int, folder: Path) -> None:
-        self._target, self._inputs, self._folder = target, inputs, folder
+    def __init__(self, name: str, inputs: int, folder: Path, tell: Connection) -> None:
+        self._target, self._inputs, self._folder, self._tell = TARGETS[name], inputs, folder, tell
         self._count, self._slowest, self._before = 0, 0.0, 0
         self._found: dict[str, dict[str, Any]] = {}
 
@@ -62,31 +70,28 @@ class Tried:
         return sys.getallocatedblocks()
 
     def _end(self) -> None:
-        result = {
-            "inputs": self._count,
-            "slowest_ms": round(self._slowest * 1000, 1),
-            "grown_blocks": self._blocks() - self._before,
-            "found": self._found,
-        }
-        sys.stdout.write(json.dumps(result) + "\n")
-        sys.stdout.flush()
+        self._tell.send(
+            {
+                "inputs": self._count,
+                "slowest_ms": round(self._slowest * 1000, 1),
+                "grown_blocks": self._blocks() - self._before,
+                "found": self._found,
+            }
+        )
+        self._tell.close()
         os._exit(0)
 
 
-def main(name: str, inputs: int, folder: Path) -> None:
-    with atheris.instrument_imports(include=list(OURS)):
-        from .targets import TARGETS
-
-    target = TARGETS[name]
+def run(name: str, inputs: int, folder: Path, tell: Connection) -> None:
+    """Never returns. What libFuzzer says goes to the folder's log."""
+    with (folder / "log").open("w") as log:
+        os.dup2(log.fileno(), 2)
     corpus = folder / "corpus"
-    corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds):
+    corpus.mkdir(exist_ok=True)
+    seeds = TARGETS[name].seeds
+    for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
-    longest = max(2048, 2 * max(map(len, target.seeds)))
+    longest = max(2048, 2 * max(map(len, seeds)))
     options = (f"-timeout={HANG}", f"-max_len={longest}", f"-artifact_prefix={folder}/", "-rss_limit_mb=4096")
-    atheris.Setup([sys.argv[0], *options, str(corpus)], Tried(target, inputs, folder).one)
+    atheris.Setup([sys.argv[0], *options, str(corpus)], Tried(name, inputs, folder, tell).one)
     atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

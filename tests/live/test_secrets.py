@@ -5,17 +5,23 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import socket
+import sqlite3
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from ikectx.driver import ERASE_AFTER
 from ikectx_cli.lab.config import PSK
 from ikectx_cli.lab.net import GATEWAYS
 
+from .test_mobile import afterwards, asks, mobile, settled, up
 from .world import LOGGED, World, until
+
+__all__ = ["afterwards", "mobile"]
 
 pytestmark = pytest.mark.live
 
@@ -24,6 +30,42 @@ SHARED = ("shared Diffie Hellman secret", "DH secret", "key exchange secret")
 
 SECRET = {*LOGGED.values(), *SHARED}
 """What charon calls key material, of which nothing may be found anywhere."""
+
+
+class Tap:
+    """Stands before an agent's control socket while it is open, and notes what passes there, both ways."""
+
+    def __init__(self, path: Path) -> None:
+        self.seen = bytearray()
+        self._path, self._behind = path, path.with_suffix(".behind")
+        self._listener = socket.socket(socket.AF_UNIX)
+
+    def __enter__(self) -> Tap:
+        self._path.rename(self._behind)
+        self._listener.bind(str(self._path))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._behind.rename(self._path)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                agent = socket.socket(socket.AF_UNIX)
+                agent.connect(str(self._behind))
+                for one, other in ((client, agent), (agent, client)):
+                    threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    def _pass(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while octets := one.recv(65536):
+                self.seen += octets
+                other.sendall(octets)
+            other.shutdown(socket.SHUT_WR)
 
 
 class Watch:
@@ -51,7 +93,12 @@ class Watch:
 
 
 def forms(key: bytes) -> Iterator[bytes]:
-    """A key as it is, and as somebody may print it."""
+    """A key as it is and as somebody may print it, from its beginning and from its end."""
+    yield from _forms(key)
+    yield from _forms(key[::-1])
+
+
+def _forms(key: bytes) -> Iterator[bytes]:
     text = key.hex()
     yield key
     yield from (
@@ -73,36 +120,86 @@ def written(world: World) -> dict[str, bytes]:
     return found
 
 
+def talkative(world: World, host: str) -> None:
+    """Its agent begins anew, with a log of everything."""
+    world.lab.stop(host, "agent")
+    folder = world.lab.work / host
+    words = (
+        ["mobile", "--config", f"{folder}/mobile.toml", "serve"]
+        if host == "mn"
+        else ["serve", "--config", f"{folder}/ikectx.toml"]
+    )
+    world.lab.spawn(host, "agent", ["env", "IKECTX_LOG=DEBUG", "ikectx", *words])
+    world.lab.wait_agent(host)
+
+
+def secrets_of(world: World) -> set[bytes]:
+    """Every key that any charon logged, the PSK, and the keys of the agents' stores."""
+    logged = {
+        bytes.fromhex(octets)
+        for host in ("mn", *GATEWAYS)
+        for name, all_octets in world.logged(host).items()
+        if name in SECRET
+        for octets in all_octets
+    }
+    stores = {path.read_bytes() for path in world.lab.work.rglob("state.key")}
+    assert len(logged) > 10 and len(stores) >= 2
+    return {*logged, *stores, PSK.encode()}
+
+
+def found_nowhere(secrets: Iterable[bytes], places: Mapping[str, bytes]) -> None:
+    assert any("state.db" in name for name in places)
+    assert any(b"DEBUG" in octets for name, octets in places.items() if "agent.out" in name)
+    for key in secrets:
+        for form in forms(key):
+            where = [name for name, octets in places.items() if form in octets]
+            assert not where, f"a secret of {len(key)} octets is in {where}"
+
+
+def sealed_record(world: World, host: str) -> list[bytes]:
+    """What the agent's store has of SAs in the record, as it is on the disk."""
+    with contextlib.closing(sqlite3.connect(world.lab.work / host / "state" / "state.db")) as db:
+        return [value for (value,) in db.execute("SELECT value FROM items WHERE kind = 'record'")]
+
+
 def test_no_secret_is_written_or_shown(world: World) -> None:
     # IKE_SA_INIT, IKE_AUTH, IKE and child rekeys with PFS, psg -> nsg with the agents' most talkative log, a
     # transfer that fails, and one that is cut off by a crash: then everything is searched for every key that
-    # any charon logged, and for the PSK
+    # any charon logged, for the PSK and the stores' keys
     said: dict[str, bytes] = {}
     for host in GATEWAYS:
-        world.lab.stop(host, "agent")
-        config = str(world.lab.work / host / "ikectx.toml")
-        world.lab.spawn(host, "agent", ["env", "IKECTX_LOG=DEBUG", "ikectx", "serve", "--config", config])
-        world.lab.wait_agent(host)
+        talkative(world, host)
     world.broken = True
+    taps = [Tap(world.lab.work / host / "ikectx.vici") for host in GATEWAYS]
     with Watch() as watch:
-        world.up(esp="aes256-sha256-x25519", ike="aes256-sha256-x25519")
-        world.rekey_ike("mn", "psg")
-        world.rekey_child("psg", "psg")
-        for words in (
-            ("list",),
-            ("show", "mn"),
-            ("status",),
-            ("doctor",),
-            ("transfer", "--to", "nsg", "--dry-run"),
-        ):
-            for option in ((), ("--json",)):
-                done = world.ikectx("psg", *words, *option)
-                said[" ".join((*words, *option))] = (done.out + done.err).encode()
-        asked_for = world.ikectx("psg", "show", "mn", "--secrets", "--json").out.encode()
-        report = world.transfer("psg", "nsg")
-        assert report.code == 0, report
-        said["transfer"] = (report.out + report.err).encode()
-        world.settle("nsg")
+        with taps[0], taps[1]:
+            world.up(esp="aes256-sha256-x25519", ike="aes256-sha256-x25519")
+            world.rekey_ike("mn", "psg")
+            world.rekey_child("psg", "psg")
+            for words in (
+                ("list",),
+                ("show", "mn"),
+                ("status",),
+                ("doctor",),
+                ("transfer", "--to", "nsg", "--dry-run"),
+            ):
+                for option in ((), ("--json",)):
+                    done = world.ikectx("psg", *words, *option)
+                    said[" ".join((*words, *option))] = (done.out + done.err).encode()
+            until(lambda: sealed_record(world, "psg"), "the SA is in psg's store")
+            sealed = sealed_record(world, "psg")
+            report = world.transfer("psg", "nsg")
+            assert report.code == 0, report
+            said["transfer"] = (report.out + report.err).encode()
+            world.settle("nsg")
+        # asked for, and not noted
+        asked_for = world.ikectx("nsg", "show", "mn", "--secrets", "--json").out.encode()
+        files = list((world.lab.work / "psg" / "state").iterdir())
+        until(
+            lambda: not any(one in path.read_bytes() for path in files if path.exists() for one in sealed),
+            "what psg had of the SA is in no file any more",
+            within=4 * ERASE_AFTER,
+        )
         world.block("psg", "mn")
         world.lab.stop("psg", "agent", kill=True)
         failed = world.transfer("nsg", "psg")
@@ -117,23 +214,35 @@ def test_no_secret_is_written_or_shown(world: World) -> None:
         world.lab.stop("nsg", "agent", kill=True)
         ended = world.end(work)
         said["transfer cut off"] = (ended.out + ended.err).encode()
-    keys = {
-        bytes.fromhex(octets)
-        for host in ("mn", *GATEWAYS)
-        for name, all_octets in world.logged(host).items()
-        if name in SECRET
-        for octets in all_octets
-    }
+    keys = secrets_of(world)
     assert len(keys) > 30
-    places = {**written(world), **said, "ps": b"\0".join(watch.seen)}
-    assert any("state.db" in name for name in places)
-    assert any(b"DEBUG" in octets for name, octets in places.items() if "agent.out" in name)
+    assert b"transfer-progress" in taps[0].seen
     # the search finds what is there: ten keys or more where they were asked for
     assert sum(any(form in asked_for for form in forms(key)) for key in keys) >= 10
-    for key in {*keys, PSK.encode()}:
-        for form in forms(key):
-            where = [name for name, octets in places.items() if form in octets]
-            assert not where, f"a secret of {len(key)} octets is in {where}"
+    socket_said = {f"control socket {n}": bytes(tap.seen) for n, tap in enumerate(taps)}
+    found_nowhere(keys, {**written(world), **said, **socket_said, "ps": b"\0".join(watch.seen)})
+
+
+def test_no_secret_of_a_handover_is_written_or_shown(mobile: World) -> None:
+    # MN -> psg CTAR, psg -> nsg PCTD, CTDR, psg -> MN CTAA; MN -> nsg CTAR, nsg -> psg CT-Req,
+    # psg -> nsg CTD, nsg -> MN CTAA: the mobile node's agent has a log, a store and a control socket, too
+    said: dict[str, bytes] = {}
+    for host in ("mn", *GATEWAYS):
+        talkative(mobile, host)
+    mobile.broken = True
+    taps = [Tap(mobile.lab.work / host / "ikectx.vici") for host in ("mn", *GATEWAYS)]
+    with Watch() as watch, taps[0], taps[1], taps[2]:
+        up(mobile)
+        for words in (("status",), ("handover", "--to", "nsg", "--predictive", "--now", "--json")):
+            done = asks(mobile, *words)
+            assert done.code == 0, done
+            said[" ".join(words)] = (done.out + done.err).encode()
+        settled(mobile, "nsg")
+    socket_said = {f"control socket {n}": bytes(tap.seen) for n, tap in enumerate(taps)}
+    assert b"handover" in taps[0].seen
+    found_nowhere(
+        secrets_of(mobile), {**written(mobile), **said, **socket_said, "ps": b"\0".join(watch.seen)}
+    )
 
 
 def test_files_are_for_root_only(world: World) -> None:

@@ -395,6 +395,41 @@ def test_a_checkpoint_empties_the_log_while_others_write(place: Path, store: Sql
     assert store.get("record", "a") == b"last"
 
 
+def sealed_values(place: Path) -> list[bytes]:
+    """The context, the final state, a note and a row of the ledger, as they are on the disk."""
+    with closing(sqlite3.connect(place / "state.db")) as db:
+        return [
+            value
+            for select in (
+                "SELECT context FROM journal",
+                "SELECT final FROM journal",
+                "SELECT value FROM items",
+                "SELECT row FROM ledger",
+            )
+            for (value,) in db.execute(select)
+        ]
+
+
+def found_in(place: Path, value: bytes) -> list[str]:
+    return [path.name for path in place.iterdir() if value in path.read_bytes()]
+
+
+def test_what_was_deleted_is_in_no_file_after_the_log_was_emptied(place: Path, store: SqliteStore) -> None:
+    store.keep("source", "sa", b"row with keys" * 20)
+    store.put("record", "sa", b"keys of the SA" * 20)
+    moving = replace(entry(), context=b"context" * 50, final=b"final" * 50, result="")
+    store.write(moving)
+    values = sealed_values(place)
+    store.checkpoint()  # some in the database, and in its log as well
+    store.write(replace(moving, state="done", result="moved", context=None, final=None))
+    store.keep("source", "sa", None)
+    store.delete("record", "sa")
+    assert len(values) == 4 and all(found_in(place, value) for value in values)
+    store.erase()
+    assert [found_in(place, value) for value in values] == [[]] * 4
+    assert store.history()[0].result == "moved"
+
+
 def test_a_log_that_nobody_empties_is_bounded(place: Path, store: SqliteStore) -> None:
     """What the HA socket tells is stored while no transfer ends: 36,000 messages took 325 MB."""
     log = place / "state.db-wal"
