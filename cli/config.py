@@ -16,6 +16,7 @@ from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import ConfigError
 from vici_bridge.policy.allowed import Range, Rules
 from vici_bridge.policy.proposals import ConfiguredProposal
+from vici_bridge.rekey_after_move import RekeyAfter
 
 from .toml_table import (
     ConfigFile,
@@ -94,7 +95,8 @@ class TransferConfig:
     certificates are then not needed. `predictive_seconds`: how long an announced mobile node is waited for.
     `revocation_lists`: PEM files, lists of the CAs in `ca`; `expired_lists`: whether they go on to count
     when their next update is due ("accept"), or peers are refused then. `collision`: how an SA whose SPI is
-    taken here is treated. `rekey_after`: a rekey with a new key exchange after an SA has come here.
+    taken here is treated. `rekey_after`: what is rekeyed with a new key exchange after an SA came
+    here.
     """
 
     listen: tuple[HostPort, ...]
@@ -105,7 +107,7 @@ class TransferConfig:
     protocol: str = "tcp"
     predictive_seconds: float = 60.0
     collision: str = "update"
-    rekey_after: bool = False
+    rekey_after: RekeyAfter = "no"
     oseq_jump: int = 65536
     late_seconds: int = 5
     prepare_timeout: float = 30.0
@@ -322,7 +324,7 @@ def _transfer(table: TomlTable, file: Callable[[Any], Path]) -> TransferConfig:
         protocol=table.value("protocol", one_of("tcp", "sctp"), default.protocol),
         predictive_seconds=table.value("predictive_seconds", seconds(1, 3600), default.predictive_seconds),
         collision=table.value("collision", one_of("update", "rekey", "refuse"), default.collision),
-        rekey_after=table.value("rekey_after", yes_or_no, default.rekey_after),
+        rekey_after=table.value("rekey_after", _rekey_after, default.rekey_after),
         oseq_jump=table.value("oseq_jump", an_integer(1, OSEQ_JUMP), default.oseq_jump),
         late_seconds=table.value("late_seconds", an_integer(0, 60), default.late_seconds),
         prepare_timeout=table.value("prepare_timeout", seconds(1, 600), default.prepare_timeout),
@@ -335,6 +337,15 @@ def _transfer(table: TomlTable, file: Callable[[Any], Path]) -> TransferConfig:
     if found.protocol == "sctp" and transport != "ipsec":
         raise table.error("protocol", "'sctp' needs transport = \"ipsec\"", "TLS is spoken over TCP")
     return found
+
+
+def _rekey_after(value: Any) -> RekeyAfter:
+    """true and false: as earlier versions had it."""
+    words: tuple[RekeyAfter, ...] = ("no", "child", "ike")
+    known: dict[Any, RekeyAfter] = {False: "no", True: "ike", **dict(zip(words, words, strict=True))}
+    if not isinstance(value, bool | str) or value not in known:
+        raise ValueError("must be 'no' or 'child' or 'ike'")
+    return known[value]
 
 
 def _mobile(table: TomlTable) -> MobileSection:

@@ -10,6 +10,8 @@ from vici_bridge.ha.messages import BUFLEN
 from vici_bridge.policy.allowed import Rules
 from vici_bridge.policy.new_names import SPI_MAX, SPI_MIN
 
+from .rekey_after_move import RekeyAfter
+
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:
@@ -26,7 +28,7 @@ class HostConfig:
     mobile node that has announced itself. `mobile_node`: charon is a mobile node's own, so its SAs are never
     muted one by one. `collision`: how an SA whose SPIs are taken is treated: "update" (UPDATE_SPI, else a
     rekey), "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
-    `rekey_after`: an SA that came here gets keys that the gateway before does not know. `rules`: by
+    `rekey_after`: what of an SA that came here gets keys that the gateway before does not know. `rules`: by
     connection name, limits that charon does not report; `peers`: by name,
     addresses of other gateways.
     """
@@ -51,6 +53,6 @@ class HostConfig:
     collision: str = "update"
     spi_min: int = SPI_MIN
     spi_max: int = SPI_MAX
-    rekey_after: bool = False
+    rekey_after: RekeyAfter = "no"
     rules: Mapping[str, Rules] = field(default_factory=dict)
     peers: Mapping[str, frozenset[Address]] = field(default_factory=dict)

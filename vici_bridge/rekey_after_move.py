@@ -1,10 +1,11 @@
-"""Fresh keys for SAs that have come here: an IKE_SA rekey, then one of each CHILD_SA.
+"""Fresh keys for SAs that have come here: an IKE_SA rekey, then one of each CHILD_SA; or the CHILD_SAs alone.
 
 The gateway that served an SA before can derive all its keys. The rekey of an IKE_SA always has a key exchange
 of its own (RFC 7296, 1.3.2), that of a CHILD_SA only if its proposal has one. So the IKE_SA is rekeyed first,
-and its children get keys from an SK_d that the gateway before has never had. charon does the rekeys when the
-agent asks for them. A rekey may collide with another exchange and fail, so it is asked for until it has
-happened.
+and its children get keys from an SK_d that the gateway before has never had. If the children alone are
+wanted, a child whose rekey had no key exchange has the IKE_SA rekeyed as well. charon does the rekeys when
+the agent asks for them, and makes the new SA before it deletes the old one. A rekey may collide with another
+exchange and fail, so it is asked for until it has happened.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ AGAIN = 5.0
 """Seconds until a rekey that has not happened is asked for again."""
 TRIES = 20
 
+RekeyAfter = Literal["no", "child", "ike"]
+"""What is rekeyed after an SA came here: nothing, its CHILD_SAs, or the IKE_SA and then its CHILD_SAs."""
+
 Ask = tuple[Literal["ike", "child"], int]
 """The SA that charon is to rekey, by its unique ID."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """`spis`: of the IKE_SA as it came, in hex; `children`: their inbound SPIs.
+    """`spis`: of the IKE_SA as it came, in hex; `children`: their inbound SPIs. `alone`: the IKE_SA need not
+    be rekeyed.
 
     `step`: what was asked for last, at `asked` (wall clock, seconds).
     """
@@ -42,6 +47,7 @@ class _Wanted:
     step: str = ""
     asked: float = 0.0
     tries: int = 0
+    alone: bool = False
 
     def again(self, step: str) -> float:
         """When that may be asked for: the first time at once."""
@@ -64,9 +70,10 @@ class FreshKeys:
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def want(self, spis: SaName, children: Iterable[bytes]) -> None:
+    def want(self, spis: SaName, children: Iterable[bytes], what: RekeyAfter = "ike") -> None:
         """Ask for keys of its own for this IKE_SA and its CHILD_SAs (inbound SPIs)."""
-        self._keep(_Wanted(spis.key, tuple(spi.hex() for spi in children)))
+        if what != "no":
+            self._keep(_Wanted(spis.key, tuple(spi.hex() for spi in children), alone=what == "child"))
 
     def due(self, views: Iterable[SaView], wall: float) -> list[Ask]:
         """The rekeys to ask charon for now; SAs that are rekeyed or gone are forgotten."""
@@ -78,13 +85,17 @@ class FreshKeys:
             if view is None:
                 self._forget(wanted)
                 continue
-            if view.spis.key == wanted.spis:
-                left: list[Ask] = [("ike", view.unique_id)]
+            left: list[Ask] = [("child", child.unique_id) for child in _left(view, wanted)]
+            if wanted.alone and not left and not _exchanged(view):
+                log.info(
+                    "%s: its CHILD_SAs have no key exchange of their own, so it is rekeyed, too", view.name
+                )
+                wanted = replace(wanted, alone=False)
+            if view.spis.key == wanted.spis and not wanted.alone:
+                left = [("ike", view.unique_id)]
                 # children that were rekeyed before the IKE_SA have keys from the old SK_d
                 wanted = replace(wanted, children=_installed(view) or wanted.children)
                 self._keep(wanted)
-            else:
-                left = [("child", child.unique_id) for child in _left(view, wanted)]
             if not left:
                 log.info("%s has keys that only this gateway and its mobile node know", view.name)
                 self._forget(wanted)
@@ -109,6 +120,11 @@ class FreshKeys:
 
 def _installed(view: SaView) -> tuple[str, ...]:
     return tuple(child.spi_in.hex() for child in view.children if child.state == "INSTALLED")
+
+
+def _exchanged(view: SaView) -> bool:
+    """Whether the keys of each child that is in use had a key exchange."""
+    return all(child.key_exchange for child in view.children if child.state == "INSTALLED")
 
 
 def _left(view: SaView, wanted: _Wanted) -> list[ChildView]:

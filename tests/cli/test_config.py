@@ -180,6 +180,14 @@ def line_of(text: str, part: str) -> int:
 
 
 @pytest.mark.parametrize(
+    "text, meant", [("true", "ike"), ("false", "no"), ("'child'", "child"), ("'ike'", "ike"), ("'no'", "no")]
+)
+def test_what_is_rekeyed_after_a_move(text: str, meant: str) -> None:
+    config = parse(replaced("concurrency = 4", f"rekey_after = {text}"), PATH)
+    assert config.transfer.rekey_after == meant
+
+
+@pytest.mark.parametrize(
     "old, new, key, why",
     [
         ('name = "psg"', "", "name", "is missing"),
@@ -192,6 +200,7 @@ def line_of(text: str, part: str) -> int:
         ('"192.0.2.1:5091"', '"gw.example:5091"', "transfer.listen", "as in"),
         ('key = "psg.key"', "", "transfer.key", "is missing"),
         ('key = "psg.key"', "key = true", "transfer.key", "must be a text"),
+        ("concurrency = 4", "rekey_after = 'esp'", "transfer.rekey_after", "'no' or 'child' or 'ike'"),
         ("oseq_jump = 2048", "oseq_jump = 0", "transfer.oseq_jump", "from 1 to"),
         ("oseq_jump = 2048", "oseq_jump = 1048577", "transfer.oseq_jump", "from 1 to 1048576"),  # B18
         ("oseq_jump = 2048", "oseq_jump = true", "transfer.oseq_jump", "whole number"),

@@ -38,6 +38,36 @@ def test_the_ike_sa_is_first_and_its_children_follow_at_once() -> None:
     assert len(fresh) == 0 and store.items("fresh") == []
 
 
+def exchanged(sa: SaView) -> SaView:
+    return replace(sa, children=tuple(replace(child, key_exchange=True) for child in sa.children))
+
+
+def test_children_alone_if_their_keys_have_an_exchange() -> None:
+    store = MemoryStore()
+    fresh = FreshKeys(store)
+    fresh.want(SA.spis, SPIS_IN, "child")
+    wanted = [("child", child.unique_id) for child in SA.children]
+    assert FreshKeys(store).due([SA], 1000.0) == wanted
+    assert fresh.due([exchanged(rekeyed_children(SA))], 1001.0) == []
+    assert len(fresh) == 0
+
+
+def test_children_whose_keys_have_no_exchange_are_not_enough() -> None:
+    fresh = FreshKeys(MemoryStore())
+    fresh.want(SA.spis, SPIS_IN, "child")
+    assert fresh.due([SA], 1000.0) == [("child", child.unique_id) for child in SA.children]
+    assert fresh.due([rekeyed_children(SA)], 1001.0) == [("ike", SA.unique_id)]
+    after = rekeyed_ike(rekeyed_children(SA))
+    again = [("child", 90 + n) for n in range(len(SA.children))]
+    assert fresh.due([after], 1002.0) == again
+
+
+def test_no_rekey() -> None:
+    fresh = FreshKeys(MemoryStore())
+    fresh.want(SA.spis, SPIS_IN, "no")
+    assert len(fresh) == 0
+
+
 def test_children_that_somebody_else_rekeyed_before_the_ike_sa_are_rekeyed_after_it() -> None:
     fresh = FreshKeys(MemoryStore())
     fresh.want(SA.spis, SPIS_IN)

@@ -91,8 +91,7 @@ async def _note(work: Coming) -> Facts:
     host, here, shape = work.host, work.here, work.shape
     _note_lifetimes(host, shape)
     _count_on(host, shape, here)
-    if host.config.rekey_after:
-        host.fresh.want(shape.spis, [child.spi_in for child in shape.children])
+    host.fresh.want(shape.spis, [child.spi_in for child in shape.children], host.config.rekey_after)
     host.save()
     host.origins.serves(work.context, shape.spis)
     host.follow.serves(shape.spis, here)

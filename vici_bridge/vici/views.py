@@ -72,6 +72,8 @@ class ChildView:
     per_cpu: bool = False
     """Its connection asks for an SA for each CPU (strongSwan 6.0.2)."""
     tags: Tags = NO_TAGS
+    key_exchange: bool = False
+    """Its keys had a key exchange of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def child_view(view: View) -> ChildView:
         protocol=_text(view, "protocol") or "ESP",
         per_cpu=_text(view, "per-cpu-sas") == "yes" or bool(_text(view, "cpu")),
         tags=_tags(view),
+        key_exchange=bool(_text(view, "dh-group")),
     )
 
 
