@@ -14,6 +14,14 @@ lacking() { # the packages of the arguments that are not installed
     done
 }
 
+progress() { # a line of the terminal for how far apt-get is, which tells that here (APT::Status-Fd)
+    local kind percent text
+    while IFS=: read -r kind _ percent text; do
+        [ ! -t 2 ] || [[ $kind != *status ]] || printf '\r%3d %% %-70.70s' "${percent%%.*}" "$text" >&2
+    done
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+}
+
 updated=no
 install() { # install what is lacking of the arguments
     local wanted guard=/usr/sbin/policy-rc.d status=0
@@ -30,8 +38,8 @@ install() { # install what is lacking of the arguments
     fi
     # Services of the packages are not to start on this machine.
     if [ -e $guard ]; then guard=; else printf '#!/bin/sh\nexit 101\n' > $guard && chmod 755 $guard; fi
-    apt-get -q -y -o DPkg::Lock::Timeout=600 --no-install-recommends install "${wanted[@]}" \
-        >> build/apt.log 2>&1 || status=$?
+    apt-get -q -y -o DPkg::Lock::Timeout=600 -o APT::Status-Fd=4 --no-install-recommends install "${wanted[@]}" \
+        4>&1 >> build/apt.log 2>&1 | progress || status=$?
     [ -z "$guard" ] || rm -f $guard
     [ $status = 0 ] || { tail -20 build/apt.log >&2; die "apt-get could not install ${wanted[*]}, see build/apt.log"; }
 }

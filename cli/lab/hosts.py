@@ -31,6 +31,7 @@ from .config import Tunnel, write_all
 from .daemons import as_its_own_machine, charon_of
 from .net import GATEWAYS, HOST_BITS, HOSTS, INNER, MOBILES, POOL, Net, load_modules, run
 from .state import read_state, states, write_state
+from .waiting import began
 
 DEFAULT_NAME = "default"
 ROOT = Path("/tmp")  # noqa: S108  a tmpfs or an overlay on one, short enough for a unix socket's path
@@ -53,7 +54,7 @@ CLEARED = 20.0
 """Seconds in which nothing may be left of SAs that were deleted."""
 
 PATIENCE = 90.0
-"""Seconds to wait for a daemon. An emulated machine needs ten of them, a real one a tenth of one."""
+"""Seconds to wait for a route. An emulated machine needs ten of them, a real one a tenth of one."""
 
 
 @dataclass(slots=True)
@@ -368,16 +369,9 @@ class Lab:
         self._load(host)
 
     def _wait_file(self, host: str, name: str, path: Path) -> None:
-        limit = time.monotonic() + PATIENCE
-        process = self.started[host, name]
-        while not path.exists():
-            if process.poll() is not None or time.monotonic() > limit:
-                log = (self.work / host / f"{name}.out").read_text(errors="replace").strip()[-600:]
-                what = (
-                    "did not start in time" if process.poll() is None else f"ended with {process.returncode}"
-                )
-                raise CharonError(f"{host}: {name} {what}: {log or 'it said nothing'}")
-            time.sleep(0.02)
+        if why := began(self.started[host, name], path):
+            log = (self.work / host / f"{name}.out").read_text(errors="replace").strip()[-600:]
+            raise CharonError(f"{host}: {name} {why}: {log or 'it said nothing'}")
 
     def stop(self, host: str, name: str, *, kill: bool = False) -> None:
         """Ends one daemon and waits for its end. `kill` is the crash: no chance to tidy up."""

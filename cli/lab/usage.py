@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .hosts import Lab
 from .net import CHARONS
+from .waiting import process_clock
 
 Used = Mapping[str, tuple[int, int]]
 """By host: the process of its agent or charon, and the CPU time (ns, user and system) that this has used."""
@@ -32,13 +33,8 @@ def cpu(lab: Lab, daemon: str = "agent") -> Used:
     for host in CHARONS:
         process = lab.started.get((host, daemon))
         if process is not None and process.poll() is None:
-            found[host] = process.pid, time.clock_gettime_ns(_process_clock(process.pid))
+            found[host] = process.pid, time.clock_gettime_ns(process_clock(process.pid))
     return found
-
-
-def _process_clock(pid: int) -> int:
-    """The clock that counts the CPU time of a process: what clock_getcpuclockid(3) returns on Linux."""
-    return (~pid << 3) | 2
 
 
 def spent_ms(before: Used, after: Used, *, clock_stands_still: bool = False) -> dict[str, float | None]:
