@@ -120,6 +120,8 @@ class Segments:
             done.set_result(None)
         except IkectxError as error:
             self._toggle = None
+            self._passive |= self._active  # the next one is for these, too
+            self._active.clear()
             done.set_exception(error)
         except BaseException:
             # callers must not wait for ever

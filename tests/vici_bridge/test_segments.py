@@ -120,3 +120,22 @@ def test_a_toggle_that_fails_is_everybodys_and_the_next_goes_on() -> None:
         assert len(side.sent) == 2
 
     asyncio.run(scenario())
+
+
+def test_a_toggle_that_fails_has_activated_nobody() -> None:
+    async def scenario() -> None:
+        side = Side()
+        segments = Segments(side)
+        other = SaName(bytes(8), bytes(8))
+        for sa in (NEW, other):
+            segments.came(sa)
+        side.error = CharonError("charon has not read its HA socket for a second")
+        with pytest.raises(CharonError):
+            await segments.activate(NEW)
+        side.error = None
+        await segments.activate(NEW)
+        assert len(side.sent) == 2
+        await segments.activate(other)
+        assert len(side.sent) == 2, "the toggle that was sent was for both"
+
+    asyncio.run(scenario())
