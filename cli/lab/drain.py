@@ -8,9 +8,13 @@ In virtual time no time passes while a program runs: nothing would take the only
 callback would never end. The watcher logs every poll into this pipe. When it has logged more than a charon
 with work to do logs at one point in time, the pipe is not read for a while: the watcher blocks, others run,
 and time passes.
+
+SIGTERM is ignored, because charon's updown scripts run while it ends, and it spins then, too. The end of the
+pipe is the end.
 """
 
 import os
+import signal
 import time
 
 PIPE = 4096
@@ -47,6 +51,7 @@ class DrainWatch:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watch = DrainWatch(time.monotonic())
     while octets := os.read(0, PIPE):
         if pause := watch.read(len(octets), time.monotonic()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 
@@ -36,3 +37,16 @@ def test_what_is_logged_is_thrown_away_to_its_end() -> None:
     words = [sys.executable, "-I", "-S", lab_drain.__file__]
     done = subprocess.run(words, input=bytes(3 * SPINNING), capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_it_reads_on_while_charon_ends() -> None:
+    words = [sys.executable, "-I", "-S", lab_drain.__file__]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as reader:
+        assert reader.stdin is not None
+        fcntl.fcntl(reader.stdin, fcntl.F_SETPIPE_SZ, PIPE)
+        reader.stdin.write(bytes(8 * PIPE))  # when this is over, it reads
+        reader.stdin.flush()
+        reader.terminate()
+        reader.stdin.write(bytes(8 * PIPE))
+        reader.stdin.close()
+        assert reader.wait(30) == 0
