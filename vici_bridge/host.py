@@ -51,9 +51,9 @@ from vici_bridge.ha.record import (
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
 from vici_bridge.kernel.kernel import Detour, Kernel, Mute
+from vici_bridge.kernel.kernel_events import KernelEvents, changes_of_ways
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.rewrite import Rewrite
-from vici_bridge.kernel.route_events import RouteEvents
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.policy.obstacles import check_context, check_kind, check_ports, check_told
 from vici_bridge.vici.charon import Charon
@@ -135,7 +135,7 @@ class CharonHost:
         )
         self.origins = Origins(store)
         self._reloads = Reloads(self.mute, self.doubts, self.away.passing, self.spawn)
-        self._routes: RouteEvents | None = None
+        self._routes: KernelEvents | None = None
         self.record = Record()
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
@@ -176,7 +176,7 @@ class CharonHost:
         self.away.load()
         self.origins.load()
         if not self.config.mobile_node:
-            self._routes = RouteEvents(self.detour.port, self.away.look_again)
+            self._routes = changes_of_ways(self.detour.port, self.away.look_again)
         await self._ha.open()
         try:
             if not self.config.mobile_node:

@@ -15,7 +15,7 @@ from ikectx.errors import KernelError
 from vici_bridge.away.passing import Passing
 from vici_bridge.doubts import Doubts
 from vici_bridge.kernel import message_ids, mute, nat_relay
-from vici_bridge.kernel.nft_events import NftEvents
+from vici_bridge.kernel.kernel_events import KernelEvents, table_removals
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ class Reloads:
         self._doubts = doubts
         self._spawn = spawn
         self._turn = asyncio.Lock()
-        self._events: NftEvents | None = None
+        self._events: KernelEvents | None = None
 
     def watch(self) -> None:
         """From now on. If the kernel does not let the agent listen, that is logged."""
         try:
-            self._events = NftEvents(
+            self._events = table_removals(
                 (mute.TABLE, message_ids.TABLE, nat_relay.TABLE), self._ports, self._removed
             )
         except KernelError as error:

@@ -39,7 +39,7 @@ from vici_bridge.away.origins import Origin
 from vici_bridge.effects.mobile_move import ChildMove, MobileMove
 from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
-from vici_bridge.kernel import detour, nftables, route_events, routes, xfrm
+from vici_bridge.kernel import detour, kernel_events, nftables, routes, xfrm
 from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
 from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
 from vici_bridge.policy.new_names import Plan
@@ -169,6 +169,11 @@ def route(kind: int = 24) -> bytes:
     body = struct.pack("=BBBBBBBBI", 2, 24, 0, 0, 254, detour.PROTOCOL, 0, 1, 0)
     body += nftables._attribute(1, bytes((10, 4, 0, 0))) + nftables._attribute(4, (3).to_bytes(4, "little"))
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body
+
+
+def removal() -> bytes:
+    body = bytes((1, 0, 0, 0)) + nftables._attribute(1, b"ikectx\0")
+    return struct.pack("=IHHII", 16 + len(body), 10 << 8 | 2, 0, 1, 0) + body
 
 
 def netlink_error(number: int, code: int, text: bytes) -> bytes:
@@ -310,7 +315,12 @@ TARGETS = {
     "nftables chain": Target(lambda octets: table(octets).rules("c"), (CHAIN,), (KernelError,)),
     "netlink datagram": Target(netlink_datagram, SORTED, (KernelError,)),
     "netlink route": Target(routes.KernelRoute.parse, (route(),), (KernelError,)),
-    "netlink route event": Target(lambda octets: route_events.matters(octets, 7), (route(25), route(16)), ()),
+    "netlink route event": Target(
+        lambda octets: kernel_events.changes_ways(octets, 7), (route(25), route(16)), ()
+    ),
+    "netlink nftables event": Target(
+        lambda octets: kernel_events.removes_table(octets, ("ikectx",), (7,)), (removal(), removal() * 2), ()
+    ),
     "ledger row": Target(row_of, tuple(ledger.dumps(row) for row in ROWS.values()), ()),
     "record of an SA": Target(record_of, (KEPT_SA,), (StoreError,)),
     **{f"note: {name}": Target(read, (good,), (StoreError,)) for name, (good, read) in NOTES.items()},

@@ -24,7 +24,7 @@ from vici_bridge.away.absences import Away, pairs_of
 from vici_bridge.away.departures import OURS
 from vici_bridge.kernel.detour import Detour
 from vici_bridge.kernel.kernel import Kernel
-from vici_bridge.kernel.route_events import RouteEvents
+from vici_bridge.kernel.kernel_events import changes_of_ways
 from vici_bridge.kernel.xfrm import KernelPolicy, Selector, Template
 
 pytestmark = pytest.mark.kernel_esp
@@ -240,7 +240,7 @@ def test_an_agent_mends_the_way(version: int) -> None:
         place.away.leave(here, "nsg", [_policy(here, version)])
 
         async def main() -> None:
-            events = RouteEvents(place.detour.port, place.away.look_again)
+            events = changes_of_ways(place.detour.port, place.away.look_again)
             try:
                 place.space.ip("link set inner down")
                 await asyncio.sleep(0.4)

@@ -1,4 +1,4 @@
-"""Which of the kernel's messages about routes make an agent look after its own."""
+"""Which of the kernel's events make an agent look after its tables of nftables and its routes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,54 @@ import pytest
 
 from tests.netns import namespaces
 from vici_bridge.kernel.detour import PROTOCOL, TABLE, Detour
-from vici_bridge.kernel.route_events import RouteEvents, matters
+from vici_bridge.kernel.kernel_events import changes_of_ways, changes_ways, removes_table, table_removals
+from vici_bridge.kernel.nftables import run_nft
+
+
+def event(kind: int, table: bytes, port: int = 7) -> bytes:
+    name = table + b"\0"
+    body = struct.pack("=HH", 4 + len(name), 1) + name + bytes(-len(name) % 4)
+    return struct.pack("=IHHII", 20 + len(body), 10 << 8 | kind, 0, 0, port) + bytes((1, 0, 0, 1)) + body
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (event(2, b"ikectx"), True),
+        (event(8, b"ikectx_ids"), True),
+        (event(14, b"ikectx"), True),
+        (event(14, b"ikectx", port=9), False),  # our own
+        (event(12, b"ikectx"), False),
+        (event(2, b"ikectx2"), False),
+        (event(2, b"filter") + event(2, b"ikectx"), True),
+        (event(2, b"filter")[:18], True),
+        (event(2, b"")[:16], True),
+        (struct.pack("=IHHII", 16, 3, 0, 0, 0), False),
+    ],
+)
+def test_removals_of_our_tables_are_told_from_others(data: bytes, expected: bool) -> None:
+    assert removes_table(data, ("ikectx", "ikectx_ids"), (9,)) is expected
+
+
+@pytest.mark.kernel_esp
+def test_a_flush_is_noticed() -> None:
+    async def scenario() -> int:
+        seen = asyncio.Event()
+        run_nft("add table inet ikectx_events")
+        events = table_removals(("ikectx_events",), tuple, seen.set)
+        try:
+            run_nft("add table inet ikectx_other")
+            run_nft("delete table inet ikectx_other")
+            await asyncio.sleep(0.05)
+            assert not seen.is_set()
+            run_nft("delete table inet ikectx_events")
+            await asyncio.wait_for(seen.wait(), 5)
+        finally:
+            events.close()
+        return 0
+
+    assert asyncio.run(scenario()) == 0
+
 
 OWN = 77
 
@@ -33,12 +80,12 @@ def message(kind: int, *, port: int = 0, maker: int = PROTOCOL) -> bytes:
         (message(24) + message(25), True),
         (message(24) + message(28), False),
         (b"", False),
-        (bytes(16), False),
-        (message(25)[:18], False),
+        (bytes(16), True),
+        (message(25)[:18], True),
     ],
 )
-def test_what_matters(data: bytes, wanted: bool) -> None:
-    assert matters(data, OWN) is wanted
+def test_what_changes_ways(data: bytes, wanted: bool) -> None:
+    assert changes_ways(data, OWN) is wanted
 
 
 def test_changes_are_told_soon_and_our_own_are_not() -> None:
@@ -61,7 +108,7 @@ def test_changes_are_told_soon_and_our_own_are_not() -> None:
             return count
 
         async def main() -> None:
-            events = RouteEvents(detour.port, lambda: seen.append(1))
+            events = changes_of_ways(detour.port, lambda: seen.append(1))
             try:
                 while await told():
                     pass  # the kernel tells up to a second later that a new link has its carrier

@@ -1,0 +1,160 @@
+"""Events of the kernel after which what the agent put there may be gone. I/O.
+
+A reloaded firewall flushes our tables. A device that goes down removes its routes, and nobody restores ours;
+systemd-networkd removes routes that it does not know when it starts (ManageForeignRoutes).
+
+Source: linux/netlink.h, rtnetlink.h, netfilter/nf_tables.h, nfnetlink.h (uapi).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable, Collection
+
+from ikectx.errors import KernelError
+
+from .detour import PROTOCOL
+from .netlink import NETFILTER, ROUTE
+
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_HEADER = struct.Struct("=IHHII")
+
+_NFTABLES = (7,)
+"""NFNLGRP_NFTABLES."""
+_SUBSYSTEM = 10
+_REMOVALS = (2, 5, 8, 11, 14)
+"""NFT_MSG_DELTABLE, DELCHAIN, DELRULE, DELSET, DELSETELEM."""
+_NAME_AT = 4
+"""Where the first attribute begins, which is the name of the table (NFTA_*_TABLE), behind struct nfgenmsg."""
+_FIREWALL_SOON = 0.02
+
+_WAYS = (1, 5, 7, 9, 11)
+"""RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
+_DEVICE_OR_ADDRESS = (16, 17, 20, 21)
+"""RTM_NEWLINK, DELLINK, NEWADDR, DELADDR."""
+_DELROUTE = 25
+_MAKER = 5
+"""Position of the protocol that made a route in struct rtmsg."""
+_WAYS_SOON = 0.2
+
+
+def _messages(data: bytes) -> list[tuple[int, int, bytes]] | None:
+    """Type, sender's netlink port and body of each message of a datagram; None if it cannot be read."""
+    found = []
+    at = 0
+    while at + _HEADER.size <= len(data):
+        length, kind, _, _, port = _HEADER.unpack_from(data, at)
+        if length < _HEADER.size or at + length > len(data):
+            return None
+        found.append((kind, port, data[at + _HEADER.size : at + length]))
+        at += (length + 3) & ~3
+    return found
+
+
+def removes_table(data: bytes, tables: Collection[str], own: Collection[int]) -> bool:
+    """Whether a datagram of the kernel's reports a removal from one of these tables of nftables. So
+    does one that cannot be read.
+
+    `own`: the netlink ports by which this process changes them itself.
+    """
+    messages = _messages(data)
+    return messages is None or any(
+        kind >> 8 == _SUBSYSTEM and kind & 0xFF in _REMOVALS and port not in own and _names(body, tables)
+        for kind, port, body in messages
+    )
+
+
+def _names(body: bytes, tables: Collection[str]) -> bool:
+    if len(body) < _NAME_AT + 4:
+        return True
+    size, number = struct.unpack_from("=HH", body, _NAME_AT)
+    name = body[_NAME_AT + 4 : _NAME_AT + size].rstrip(b"\0")
+    return number & 0x3FFF != 1 or name in [table.encode() for table in tables]
+
+
+def changes_ways(data: bytes, own: int) -> bool:
+    """Whether a datagram of the kernel's reports a change that may lead our packets elsewhere. So does
+    one that cannot be read.
+
+    `own`: the netlink port by which this process changes routes itself.
+    """
+    messages = _messages(data)
+    return messages is None or any(
+        kind in _DEVICE_OR_ADDRESS
+        or (kind == _DELROUTE and port != own and len(body) > _MAKER and body[_MAKER] == PROTOCOL)
+        for kind, port, body in messages
+    )
+
+
+class KernelEvents:
+    """The events in the network namespace that this object was made in, from now on."""
+
+    def __init__(
+        self,
+        family: int,
+        groups: Collection[int],
+        matters: Callable[[bytes], bool],
+        changed: Callable[[], None],
+        soon: float,
+    ) -> None:
+        """`changed` is called `soon` (seconds) after each datagram that `matters`, for all of that time.
+
+        Errors: KernelError.
+        """
+        self._matters = matters
+        self._changed = changed
+        self._soon = soon
+        self._pending: asyncio.TimerHandle | None = None
+        try:
+            self._events = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, family
+            )
+            self._events.bind((0, 0))
+            for group in groups:
+                self._events.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        except OSError as error:
+            raise KernelError(
+                f"changes of the kernel's tables cannot be watched: {error.strerror}", errno=error.errno or 0
+            ) from None
+        asyncio.get_running_loop().add_reader(self._events, self._readable)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._pending is not None:
+            self._pending.cancel()
+        asyncio.get_running_loop().remove_reader(self._events)
+        self._events.close()
+
+    def _readable(self) -> None:
+        matters = False
+        try:
+            while data := self._events.recv(1 << 16):
+                matters |= self._matters(data)
+        except BlockingIOError:
+            pass
+        except OSError:
+            matters = True  # ENOBUFS: there were too many events to report
+        if matters and self._pending is None:
+            self._pending = asyncio.get_running_loop().call_later(self._soon, self._fire)
+
+    def _fire(self) -> None:
+        self._pending = None
+        with contextlib.suppress(KernelError):  # the next event tries again
+            self._changed()
+
+
+def table_removals(
+    tables: Collection[str], own: Callable[[], Collection[int]], changed: Callable[[], None]
+) -> KernelEvents:
+    """`changed` after each removal from these tables of nftables by another process. Errors: KernelError."""
+    return KernelEvents(
+        NETFILTER, _NFTABLES, lambda data: removes_table(data, tables, own()), changed, _FIREWALL_SOON
+    )
+
+
+def changes_of_ways(own: int, changed: Callable[[], None]) -> KernelEvents:
+    """`changed` after changes of devices, addresses and our routes. Errors: KernelError."""
+    return KernelEvents(ROUTE, _WAYS, lambda data: changes_ways(data, own), changed, _WAYS_SOON)
