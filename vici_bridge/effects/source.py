@@ -47,7 +47,7 @@ from .invite import INVITE, SPEAKS
 from .leaving import LIVING, Ender, Inviter, Leaving, in_the_way, last_request
 from .release import RELEASE
 from .runner import Runner, context_of
-from .thaw import THAW
+from .thaw import CALLS_BACK, THAW
 
 log = logging.getLogger(__name__)
 
@@ -145,11 +145,20 @@ class CharonSource(ContextSource):
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa}")
         _refuse_busy(view, away)
+        row = host.leaving.of(sa)
+        called = CALLS_BACK in row.later
+        if called and not away:
+            raise BusyError(
+                "the MN has not answered since a move that failed: nobody knows which message ID it expects",
+                hint="it is asked again and again; try again when it has answered",
+            )
         context = relocate(host.context(sa), local=view.local, remote=view.remote)
         if not host.config.mobile_node:
             check_context(context)
         check_told(view, context)
-        if away and view.tasks:
+        if called and row.facts.request is not None:
+            context = replace(context, mid_initiator=row.facts.request, unsure=True)
+        elif away and view.tasks:
             context = replace(context, mid_initiator=last_request(context), unsure=True)
         # a resync after an IKE rekey reports no virtual IPs (5.9.8, 6.0.6); the new gateway needs them for
         # selectors

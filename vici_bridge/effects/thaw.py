@@ -6,8 +6,8 @@
    From here on ESP is served.
 3. If somebody ended the SA here while it was leaving, delete it at the mobile node and in charon.
 4. If the other gateway may have begun to serve, run the updown script, to attract the mobile node's packets
-   here again, and call the mobile node back. Neither may delay the SA: a script that hangs is called again
-   later, and a silent mobile node is given up.
+   here again, and call the mobile node back. Neither may delay the SA: a script that hangs, and a silent
+   mobile node, are called again later.
 5. Unmute charon. It had to wait for 4., because it would use message IDs that the mobile node has received.
 6. Rekey CHILD_SAs that the mobile node may have under other SPIs.
 """
@@ -22,6 +22,7 @@ from ikectx import trace
 from ikectx.engine.ports import SENDING_PACKETS
 from ikectx.errors import CharonError, LinkError, RefusedError
 from ikectx.sa.context import FinalState
+from ikectx.sa.relocate import relocate
 from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.kernel.xfrm import KernelPolicy
 
@@ -31,6 +32,8 @@ from .speaking import speak, tell_ids
 
 log = logging.getLogger(__name__)
 
+CALLS_BACK = "call back"
+"""The effect that is left for later as long as nobody knows which message ID the mobile node expects."""
 CALL_BACK = 40.0
 """Seconds in which the mobile node is called back, under all message IDs that can be the next one."""
 
@@ -116,26 +119,38 @@ async def _call_back(work: Leaving) -> None:
 
     That request had the message ID that was given away. A mobile node that has received it takes a request
     with that ID for a copy and answers to the other gateway; then the next ID is the right one, for charon,
-    too.
+    too. If it is silent it is called again in the background, because nobody knows which ID it expects:
+    charon would ask in vain, and give the SA up. charon must not hear the answers.
+
+    Errors: LinkError (silent).
     """
-    host, context, facts = work.host, work.context, work.facts
+    host, facts = work.host, work.facts
+    view = await host.view(work.sa)
+    if view is None:
+        return  # it has ended, or has other SPIs, since the first call
+    context = relocate(work.context, local=view.local, remote=view.remote)
     mid, ids = facts.request or 0, 3 if facts.unsure else 2
     if facts.renaming:
         # CREATE_CHILD_SA and INFORMATIONAL D for each child, and one request to begin with
         ids += 1 + 2 * len(context.children)
-    for used in range(1, ids + 1):
-        final = FinalState(*work.sa, mid + used - 1, context.mid_responder, context.epoch + 1)
-        try:
-            async with asyncio.timeout(CALL_BACK / ids):
-                await work.mover(context, final, lambda: False)
-        except RefusedError as error:
-            log.warning("%s: %s", context.connection, error)
-        except (LinkError, TimeoutError):
-            continue
-        await tell_ids(host, IkeId.of(context.current), mid + used)
-        host.save()
-        return
-    log.warning("%s: the MN at %s is silent here, too", context.connection, context.remote)
+    host.mute.mute_in(work.sa)
+    host.mute.mute_out(work.sa)
+    try:
+        for used in range(1, ids + 1):
+            final = FinalState(*work.sa, mid + used - 1, context.mid_responder, context.epoch + 1)
+            try:
+                async with asyncio.timeout(CALL_BACK / ids):
+                    await work.mover(context, final, lambda: False)
+            except RefusedError as error:
+                log.warning("%s: %s", context.connection, error)
+            except (LinkError, TimeoutError):
+                continue
+            await tell_ids(host, IkeId.of(context.current), mid + used)
+            host.save()
+            return
+    finally:
+        await _speak(work)
+    raise LinkError(f"{context.connection}: the MN at {context.remote} is silent here, too")
 
 
 async def _speak(work: Leaving) -> None:
@@ -189,7 +204,15 @@ THAW: LedgerStep[Leaving] = LedgerStep(
         StepEffect(
             "script anew", _script_anew, when=_served, limit=SCRIPT_LIMIT, needed=False, once=True, later=True
         ),
-        StepEffect("call back", _call_back, when=_served, limit=CALL_BACK + 5.0, needed=False, once=True),
+        StepEffect(
+            CALLS_BACK,
+            _call_back,
+            when=_served,
+            limit=CALL_BACK + 5.0,
+            needed=False,
+            once=True,
+            later=True,
+        ),
         StepEffect("charon speaks", _speak),
         StepEffect(
             "rekey",

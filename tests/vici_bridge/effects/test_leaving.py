@@ -256,6 +256,44 @@ def test_b1_a_silent_mn_does_not_keep_an_sa_mute(monkeypatch: pytest.MonkeyPatch
     run(scenario())
 
 
+def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
+    """It has heard what was asked, and only its answers were lost: charon would ask under numbers that are
+    used."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            final = await there.source.freeze(there.context, "nsg")
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            assert sends(there.here, there.context)
+            assert there.here.mute.muted == set()
+            with pytest.raises(BusyError, match="nobody knows which message ID"):
+                await there.source.export(there.context.spis)
+            away = await there.source.export(there.context.spis, away=True)
+            assert (away.mid_initiator, away.unsure) == (final.mid_initiator, True)
+            there.mn = True
+            await until(lambda: not there.here.host.leaving.all())
+            assert there.here.mute.muted == set()
+            exported = await there.source.export(there.context.spis)
+            assert exported.mid_initiator == there.called[-1] + 1 > final.mid_initiator
+
+    run(scenario())
+
+
+def test_an_sa_that_has_ended_is_not_called_back(quick: None) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg")
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            called = len(there.called)
+            there.here.charon.sas.clear()
+            await until(lambda: not there.here.host.leaving.all())
+            assert len(there.called) == called
+
+    run(scenario())
+
+
 def test_b1_a_thaw_that_is_cut_off_goes_on_where_it_was() -> None:
     async def scenario() -> None:
         async with gateway() as there:
