@@ -30,6 +30,9 @@ OVER = 400.0
 NAMED = re.compile(r"`ikectx ([a-z]+ [0-9a-f:]+)`")
 """The command that an agent names to the operator."""
 
+NAMED_BY_NODE = re.compile(r"`ikectx (mobile handover --to [a-z]+)`")
+HEARD = 30.0
+"""Seconds until a mobile node's agent must have ended what it was at, before its operator looks."""
 QUIET = 200.0
 """Seconds until charons have ended, or given up, the exchanges that were under way."""
 TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
@@ -231,7 +234,12 @@ class KillRunner(ScenarioRunner):
 
     def _find_owner(self) -> None:
         """Exactly one gateway serves the mobile node. Raises StepError."""
-        if self._within(QUIET, lambda: len(self._owners()) == 1 and self._agreed()):
+        found = self._within(HEARD, self._served)
+        if not found and self._lab.tunnel.mobile and (named := self._named_by_node()):
+            self._say(f"mn: ikectx {named}")
+            self.report.warnings.append(f"mn: `ikectx {named}` was needed")
+            self._lab.command("mn", ["sh", "-c", f"ikectx {named}"])
+        if found or self._within(QUIET, self._served):
             (owner,) = self._owners()
             self._serves["mn"] = owner
             self._say(f"{owner} serves")
@@ -254,6 +262,15 @@ class KillRunner(ScenarioRunner):
         if self._anew and self._fault.kind == "power":
             found = {host: kinds for host, kinds in found.items() if host not in self._fault.hosts}
         return found
+
+    def _served(self) -> bool:
+        return len(self._owners()) == 1 and self._agreed()
+
+    def _named_by_node(self) -> str:
+        """The command that the mobile node's agent names since its last handover; empty: none."""
+        with ControlClient(str(self._lab.work / "mn" / "ikectx.vici"), timeout=60.0) as agent:
+            named = NAMED_BY_NODE.search(json.dumps(json_of(agent.request("status"))["last"]))
+        return named[1] if named else ""
 
     def _owners(self) -> list[str]:
         """Gateways whose charon has an SA that is up."""
