@@ -127,6 +127,31 @@ def join(one: Namespace, other: Namespace) -> None:
         )
 
 
+ROW = {4: ("10.0.1.9", "10.0.1.1", "10.0.2.1", "10.0.2.2")}
+ROW[6] = ("fd00:1::9", "fd00:1::1", "fd00:2::1", "fd00:2::2")
+"""Addresses of three namespaces in a row, by IP version: the first, the second twice, the third."""
+
+
+@contextlib.contextmanager
+def row() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
+    """Three; the second forwards by its devices left and right. Neither end has a route to the other."""
+    with namespaces(3) as (first, second, third):
+        second.ip(
+            "link add name left type veth peer name near", "link add name right type veth peer name far"
+        )
+        second.give("near", first)
+        second.give("far", third)
+        places = ((first, "near"), (second, "left"), (second, "right"), (third, "far"))
+        for place, (space, device) in enumerate(places):
+            space.ip(
+                f"link set {device} up",
+                f"address add {ROW[4][place]}/24 dev {device}",
+                f"address add {ROW[6][place]}/64 dev {device} nodad",
+            )
+        second.switch_on("ipv4/ip_forward", "ipv6/conf/all/forwarding")
+        yield first, second, third
+
+
 def of_name(name: str) -> Namespace:
     """The namespace that `ip netns add` made under that name."""
     space = Namespace.__new__(Namespace)

@@ -10,13 +10,11 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx.sa.context import Endpoint
-from tests.netns import Namespace, namespaces
+from tests.netns import ROW, Namespace, row
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.nat_rule import NatRule
 
-PSG = {4: "10.0.1.1", 6: "fd00:1::1"}
-NSG = {4: "10.0.2.2", 6: "fd00:2::2"}
-MN = {4: "10.0.1.9", 6: "fd00:1::9"}
+MN, PSG, _, NSG = ({version: ROW[version][place] for version in ROW} for place in range(4))
 PORT = 20000
 ESP = bytes.fromhex("c1234567") + bytes(range(60))
 SO_NO_CHECK = 11
@@ -30,29 +28,8 @@ def ike(exchange: int) -> bytes:
 @pytest.fixture
 def line() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
     """mn - psg - nsg; neither end knows a way to the other."""
-    with namespaces(3) as (mn, psg, nsg):
-        psg.ip("link add name left type veth peer name near", "link add name right type veth peer name far")
-        psg.give("near", mn)
-        psg.give("far", nsg)
-        psg.ip(
-            "link set left up",
-            "link set right up",
-            f"address add {PSG[4]}/24 dev left",
-            f"address add {PSG[6]}/64 dev left nodad",
-            "address add 10.0.2.1/24 dev right",
-            "address add fd00:2::1/64 dev right nodad",
-        )
-        psg.switch_on("ipv4/ip_forward", "ipv6/conf/all/forwarding")
-        mn.ip(
-            "link set near up", f"address add {MN[4]}/24 dev near", f"address add {MN[6]}/64 dev near nodad"
-        )
-        nsg.ip(
-            "link set far up",
-            f"address add {NSG[4]}/24 dev far",
-            f"address add {NSG[6]}/64 dev far nodad",
-            f"route add {PSG[4]} via 10.0.2.1",
-            f"route add {PSG[6]} via fd00:2::1",
-        )
+    with row() as (mn, psg, nsg):
+        nsg.ip(f"route add {PSG[4]} via {ROW[4][2]}", f"route add {PSG[6]} via {ROW[6][2]}")
         yield mn, psg, nsg
 
 

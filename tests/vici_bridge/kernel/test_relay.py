@@ -10,45 +10,20 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx.sa.context import Endpoint
-from tests.netns import Namespace, namespaces
+from tests.netns import ROW, Namespace, row
 from vici_bridge.kernel.relay import Relay, RelayRule
 
 SPI = bytes.fromhex("c1234567")
 OTHER = bytes.fromhex("c7654321")
-NSG = {4: "10.0.1.1", 6: "fd00:1::1"}
-PSG = {4: "10.0.2.2", 6: "fd00:2::2"}
-MN = {4: "10.0.1.9", 6: "fd00:1::9"}
+MN, NSG, _, PSG = ({version: ROW[version][place] for version in ROW} for place in range(4))
 
 
 @pytest.fixture
 def line() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
     """mn - nsg - psg."""
-    with namespaces(3) as (mn, nsg, psg):
-        nsg.ip("link add name left type veth peer name near", "link add name right type veth peer name far")
-        nsg.give("near", mn)
-        nsg.give("far", psg)
-        nsg.ip(
-            "link set left up",
-            "link set right up",
-            f"address add {NSG[4]}/24 dev left",
-            f"address add {NSG[6]}/64 dev left nodad",
-            "address add 10.0.2.1/24 dev right",
-            "address add fd00:2::1/64 dev right nodad",
-        )
-        nsg.switch_on("ipv4/ip_forward", "ipv6/conf/all/forwarding")
-        mn.ip(
-            "link set near up",
-            f"address add {MN[4]}/24 dev near",
-            f"address add {MN[6]}/64 dev near nodad",
-            "address add 10.0.1.10/24 dev near",
-        )
-        psg.ip(
-            "link set far up",
-            f"address add {PSG[4]}/24 dev far",
-            f"address add {PSG[6]}/64 dev far nodad",
-            "route add default via 10.0.2.1",
-            "route add default via fd00:2::1",
-        )
+    with row() as (mn, nsg, psg):
+        mn.ip("address add 10.0.1.10/24 dev near")
+        psg.ip(f"route add default via {ROW[4][2]}", f"route add default via {ROW[6][2]}")
         yield mn, nsg, psg
 
 
@@ -75,7 +50,7 @@ def test_only_what_it_is_told(line: tuple[Namespace, Namespace, Namespace], vers
     sender = udp(mn, MN[version])
     stranger = udp(mn, MN[version], 4501)
     to = (NSG[version], 4500)
-    relay = Relay()
+    relay = Relay(4500)
     one = RelayRule(Endpoint.of(MN[version], 4500), SPI, ip_address(PSG[version]))
     packet = SPI + bytes(20)
     with nsg.entered():
@@ -111,7 +86,7 @@ def test_without_udp(line: tuple[Namespace, Namespace, Namespace], version: int)
     ear.settimeout(0.5)
     with mn.entered():
         sender = socket.socket(family, socket.SOCK_RAW, 50)
-    relay = Relay()
+    relay = Relay(4500)
     with nsg.entered():
         relay.add(RelayRule(Endpoint.of(MN[version], 4500), SPI, ip_address(PSG[version])))
     for _ in range(8):
