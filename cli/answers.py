@@ -136,7 +136,9 @@ def ask_for_another_key(setup: Setup[Any], key: Path | None, as_json: bool) -> N
     if as_json:
         show_json(answer)
     else:
-        click.echo(f"{answer.get('sealed')} values are sealed with another key: {answer.get('key')}")
+        from .render import say
+
+        say(f"{answer.get('sealed')} values are sealed with another key: {answer.get('key')}")
 
 
 def serve_config_option(command: F) -> F:

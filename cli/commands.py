@@ -310,11 +310,12 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
             told["collisions"] = collisions.expected(*sizes).to_json()
         show_json(told)
         return code
+    from . import render
     from .progress import show_reports
 
     show_reports(reports)
     for warning in warnings:
-        click.echo(f"warning: {warning}")
+        render.say(f"warning: {warning}")
     if dry_run and reports and sum(sizes[:2]) <= sizes[2]:
         click.echo(collisions.line(*sizes))
     return code

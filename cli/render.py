@@ -19,8 +19,14 @@ from ikectx.sa.context import Endpoint, Identity, IkeContext, ReplayState, Secre
 
 
 def dump(value: object, *, indent: int | None = None) -> str:
-    """JSON text. Raises TypeError for a `Secret`, and for anything else that is not plain data."""
-    return json.dumps(value, indent=indent, default=_plain, ensure_ascii=False)
+    r"""JSON text; what is not printable in its strings is written as \uNNNN, as terminals obey some of it.
+
+    Raises TypeError for a `Secret`, and for anything else that is not plain data.
+    """
+    text = json.dumps(value, indent=indent, default=_plain, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
 
 def _plain(value: object) -> object:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +149,59 @@ def test_a_report_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert out.count("\\x1b[2Jgone") > 15
+
+
+def test_json_cannot_steer_the_terminal() -> None:
+    """DEL, CSI in one octet, a mark that turns the direction, a separator of lines, half a pair."""
+    told = {"mn": "a\x7f\x9b2J\u202eb\u2028\ud800\U000e0001\x1b", "ü": ["😀"]}
+    for indent in (None, 2):
+        text = render.dump(told, indent=indent)
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert json.loads(text) == told
+        assert "ü" in text and "😀" in text
+
+
+PRINTED = {"printable", "dump", "tree", "columns", "line", "len", "join"}
+"""Calls that escape what they are given, or give a number."""
+
+
+def is_safe(value: ast.expr | None) -> bool:
+    """Whether nothing in the expression is somebody else's text."""
+    match value:
+        case None | ast.Constant() | ast.Name(id="HELP"):
+            return True
+        case ast.JoinedStr(values=parts):
+            return all(map(is_safe, parts))
+        case ast.FormattedValue(value=inside):
+            return is_safe(inside)
+        case ast.IfExp(body=one, orelse=other):
+            return is_safe(one) and is_safe(other)
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name), args=args):
+            return name in PRINTED or (name == "rstrip" and not args and is_safe(value.func.value))  # type: ignore[attr-defined]
+    return False
+
+
+OWN = {
+    ("updown.py", "ikectx: the agent on"),
+    ("updown.py", "ikectx: the updown script cannot be run"),
+}
+"""To charon's log: a path of the configuration, and the system's words."""
+
+
+def test_whatever_is_printed_goes_through_the_one_escape() -> None:
+    wrong = []
+    for path in Path(render.__file__).parent.rglob("*.py"):
+        if "lab" in path.parts:
+            continue  # a lab's hosts are its own
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) not in ("print", "click.echo"):
+                continue
+            text = ast.unparse(call)
+            if not all(map(is_safe, call.args)) and not any(
+                path.name == name and start in text for name, start in OWN
+            ):
+                wrong.append(f"{path.name}:{call.lineno}: {text}")
+    assert not wrong, wrong
 
 
 def test_an_error_cannot_steer_the_terminal(
