@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 import stat
+import struct
 from pathlib import Path
 
 from ikectx.errors import StoreError
@@ -24,6 +25,8 @@ from .store import HISTORY, SqliteStore, opens
 
 _KEY = "state.key"
 _NEW = "state.key.new"
+_ACL_OWNER, _ACL_USER, _ACL_MASK = 1, 2, 0x10
+"""Kinds of entries of an access control list."""
 
 
 def open_store(
@@ -105,9 +108,26 @@ def read_key(path: Path) -> bytes:
 
 def _private(path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    if mode & 0o077 and not _ours_by_acl(path):
         only = "700" if path.is_dir() else "600"
         raise StoreError(f"{path} has mode {mode:o}: others can get at it", hint=f"chmod {only} {path}")
+
+
+def _ours_by_acl(path: Path) -> bool:
+    """Whether an access control list (acl(5)) lets nobody but its owner and this user get at it.
+
+    systemd gives a service with a user of its own its credentials so. stat(2) has the list's mask then where
+    the group's permissions are, so mode 440 says nothing about the group. Source: linux/posix_acl_xattr.h.
+    """
+    try:
+        octets = os.getxattr(path, "system.posix_acl_access")
+    except OSError:
+        return False
+    entries = list(struct.iter_unpack("<HHI", octets[4:]))
+    return bool(entries) and all(
+        not may or tag in (_ACL_OWNER, _ACL_MASK) or (tag == _ACL_USER and who in (0, os.geteuid()))
+        for tag, may, who in entries
+    )
 
 
 def _lock(path: Path) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ikectx.disk.store import SqliteStore
+from ikectx.disk.place import open_store
+from ikectx.disk.store import SqliteStore, opens
 from ikectx.errors import ConfigError, KernelError, UsageError
 from ikectx_cli import service
 
@@ -91,6 +92,28 @@ def test_what_it_makes_is_its_owners(tmp_path: Path) -> None:
     run(tmp_path / "state", signal.SIGTERM)
     for path in (tmp_path / "state").iterdir():
         assert path.stat().st_mode & 0o077 == 0, path.name
+
+
+def test_the_stores_key_is_systemds_credential_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LoadCredentialEncrypted= gives it: systemd has decrypted it, with a TPM if there is one."""
+    credentials, place = tmp_path / "credentials", tmp_path / "state"
+    credentials.mkdir()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    other = credentials / "something.else"
+    other.write_bytes(b"of another service")
+    assert service.key_file(None) is None
+    key = credentials / "ikectx.state-key"
+    key.write_bytes(bytes(range(32)))
+    key.chmod(0o400)
+    assert service.key_file(None) == key
+    assert service.key_file(tmp_path / "configured") == tmp_path / "configured"
+    run(place, signal.SIGTERM)
+    assert not (place / "state.key").exists() and opens(place / "state.db", bytes(range(32)))
+    with open_store(place, key_file=key) as store, pytest.raises(UsageError, match="comes from") as caught:
+        service.rotate(store, place, None, {})
+    assert "--key" in caught.value.hint
 
 
 @pytest.mark.parametrize("abstract", [False, True])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
+import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +101,35 @@ def test_from_a_key_of_its_own_to_one_from_elsewhere(tmp_path: Path) -> None:
     assert not (place / "state.key").exists()
     with open_store(place, key_file=key) as store:
         assert all_there(store)
+
+
+def acl(path: Path, *entries: tuple[int, int, int]) -> Path:
+    """Give it an access control list: (kind, permissions, user or group)."""
+    octets = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(path, "system.posix_acl_access", octets)
+    return path
+
+
+NOBODY = 0xFFFFFFFF
+OWNER, GROUP, MASK, OTHERS = (1, 4, NOBODY), (4, 0, NOBODY), (0x10, 4, NOBODY), (0x20, 0, NOBODY)
+
+
+def test_a_credential_that_systemd_gives_the_agents_own_user_is_private(tmp_path: Path) -> None:
+    """It is root's, and has an entry for that user; its mode is 440 (systemd 254 and later, with User=)."""
+    key = acl(a_key(tmp_path / "key"), OWNER, (2, 4, os.geteuid()), GROUP, MASK, OTHERS)
+    assert stat.S_IMODE(key.stat().st_mode) == 0o440
+    with open_store(tmp_path / "state", key_file=key) as store:
+        fill(store)
+
+
+@pytest.mark.parametrize(
+    "more", [[(2, 4, 4711)], [(8, 4, 4711)], [(4, 4, NOBODY)]], ids=["another user", "a group", "its group"]
+)
+def test_a_key_that_others_get_by_an_access_control_list(tmp_path: Path, more: list[Any]) -> None:
+    entries = sorted([OWNER, MASK, OTHERS, *more, *([] if more[0][0] == 4 else [GROUP])])
+    key = acl(a_key(tmp_path / "key"), *entries)
+    with pytest.raises(StoreError, match="others can get at it"):
+        open_store(tmp_path / "state", key_file=key)
 
 
 @pytest.mark.parametrize(("octets", "mode"), [(b"k" * 31, 0o600), (b"k" * 32, 0o644)])
