@@ -33,7 +33,7 @@ from .occasion import Occasion, Overrun, check_expected, check_sent, signalled
 from .offer_answer import offer_status, refusal_text
 from .ports import RelayTo, Way, told
 from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
-from .relaying import new_entry, offer_of, onward, relayed_words
+from .relaying import Offers, new_entry, onward, relayed_words
 from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 
@@ -114,7 +114,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         """True if the mobile node said that it leaves at once."""
         self._diverted = False
         """True if packets for it may be sent on to the peer, which holds them."""
-        self._begins = occasion.begins
+        self._begins, self._offers = occasion.begins, Offers()
         self._offered = entry is not None
         """Has the peer been told of it, as far as we know?"""
         self._asked: Question | None = None
@@ -214,7 +214,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def _new_entry(self, context: IkeContext) -> JournalEntry:
         # with the mobile node's own endpoint, which this gateway knows the SA by
-        offer = offer_of(context, Way(self.way.address), self._header, self.leaving)
+        offer = self._offers.make(context, Way(self.way.address), self._header, self.leaving)
         now = self.parts.scheduler.unix
         return new_entry(context, offer, self.transfer_id, self.peer.name, self.sa, now)
 
@@ -291,7 +291,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
 
     def offer(self, intent: Intent) -> Pctd:
         """The PCTD, with the endpoint at which the peer finds the mobile node."""
-        return offer_of(self._of, self.way, changed(self._header, intent=intent), self.leaving)
+        return self._offers.make(self._of, self.way, changed(self._header, intent=intent), self.leaving)
 
     def _send_pctd(self) -> Steps[SourceInput]:
         try:

@@ -38,7 +38,10 @@ def _skip(data: bytes, at: int, depth: int, what: str) -> int:
 
     It works on numbers instead of a `Reader`, because all that is stored or sent is checked.
     """
-    major, value, at = _head(data, at, what)
+    if at < len(data) and (first := data[at]) & 0x1F < 24:  # most heads are one octet, and need no call
+        major, value, at = first >> 5, first & 0x1F, at + 1
+    else:
+        major, value, at = _head(data, at, what)
     if major <= _NEGATIVE:
         return at
     if major <= _TEXT:
@@ -60,7 +63,10 @@ def _skip(data: bytes, at: int, depth: int, what: str) -> int:
         last = -1
         for _ in range(value):
             if major == _MAP:
-                kind, key, at = _head(data, at, what)
+                if at < len(data) and data[at] < 24:
+                    kind, key, at = _UINT, data[at], at + 1
+                else:
+                    kind, key, at = _head(data, at, what)
                 if kind != _UINT or key > MAX_KEY or key <= last:
                     raise _fail(what, f"a CBOR map key that is no ascending number up to {MAX_KEY}", at)
                 last = key

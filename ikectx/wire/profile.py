@@ -435,7 +435,8 @@ def _open(joined: dict[Fpt, bytes], fpt: Fpt) -> cbor.MapReader:
 
 
 def _close(maps: dict[Fpt, dict[int, Any]]) -> tuple[ContextDataBlock, ...]:
-    blocks = [b for fpt, out in maps.items() for b in _split(fpt, cbor.dumps(out, fpt.name))]
+    # not checked here: both callers decode what they have encoded
+    blocks = [b for fpt, out in maps.items() for b in _split(fpt, cbor.dumps(out, fpt.name, own=True))]
     if sum(block.size for block in blocks) > MAX_PROFILE:
         raise WireError("the context does not fit in one CXTP message")
     return tuple(blocks)
