@@ -392,7 +392,7 @@ class Agent:
                     address=ADDRESSES[address],
                     dry_run=request.get("dry-run") == "yes",
                     parallel=self._config.transfer.concurrency,
-                    progress=queue.put_nowait,
+                    progress=queue.put_nowait if self._control.heard("transfer-progress") else None,
                     asked_by=_operator(),
                 )
             )
@@ -415,7 +415,7 @@ class Agent:
                 mn,
                 sa=sa_name(request.get("sa", "")),
                 dry_run=request.get("dry-run") == "yes",
-                progress=queue.put_nowait,
+                progress=queue.put_nowait if self._control.heard("pull-progress") else None,
                 asked_by=_operator(),
             )
         )

@@ -292,10 +292,14 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
     from .lab import collisions
     from .progress import Progress
 
-    with Progress(live=not as_json and sys.stdout.isatty()) as progress, setup.agent(timeout=None) as agent:
-        answer = agent.stream(
-            command, f"{command}-progress", query, lambda item: progress.event(json_of(item))
-        )
+    live = not as_json and sys.stdout.isatty()
+    with Progress(live=live) as progress, setup.agent(timeout=None) as agent:
+        if live:
+            answer = agent.stream(
+                command, f"{command}-progress", query, lambda item: progress.event(json_of(item))
+            )
+        else:  # the agent need not report each step of thousands
+            answer = agent.request(command, query)
         reports: list[dict[str, Any]] = (json_of(answer) or {}).get("reports", [])
         state = json_of(agent.request("status")) if dry_run and reports else {}
         warnings = _warnings(agent, reports) if dry_run and reports and command == "transfer" else []
