@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ikectx.disk.store import SqliteStore
@@ -121,6 +121,10 @@ class Driver:
         self._open: dict[int, Link] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due: float | None = None
+        self._outcomes: list[tuple[int, object]] = []
+        """How effects ended in this round of the event loop."""
+        self._writes: list[Journal] = []
+        """What is to be written as soon as nothing else is to be carried out."""
         self._pumping = False
         self._closed = False
         self._ended = False
@@ -203,8 +207,14 @@ class Driver:
             return
         self._pumping = True
         try:
-            while not self._closed and (output := self.engine.next_output()) is not None:
-                self._carry_out(output)
+            while not self._closed:
+                output = self.engine.next_output()
+                if output is not None:
+                    self._carry_out(output)
+                elif self._writes:
+                    self._write()
+                else:
+                    break
         finally:
             self._pumping = False
         self._arm()
@@ -243,7 +253,7 @@ class Driver:
             case Connect(effect, peer):
                 self._connect(Connect(effect, peer))
             case Journal():
-                self._write(output)
+                self._writes.append(output)
             case Effect(effect, step) if isinstance(step, _AT_ONCE):
                 try:
                     outcome = self._at_once(step)
@@ -287,19 +297,39 @@ class Driver:
     # -- effects -----------------------------------------------------------------------------------------
 
     def _done(self, effect: int, outcome: object) -> None:
+        """Tell the engine soon: what ends in one round of the event loop is gone on with at once, so that SAs
+        that move together stay together."""
+        if not self._outcomes:
+            asyncio.get_running_loop().call_soon(self._go_on)
+        self._outcomes.append((effect, outcome))
+
+    def _go_on(self) -> None:
+        outcomes, self._outcomes = self._outcomes, []
         if not self._closed:
-            self.engine.effect_done(self.now(), effect, outcome)
+            now = self.now()
+            for effect, outcome in outcomes:
+                self.engine.effect_done(now, effect, outcome)
             self.pump()
 
-    def _write(self, output: Journal) -> None:
-        outcome: object = None
+    def _write(self) -> None:
+        """Write what several transfers want in the journal, in one transaction."""
+        writes, self._writes = self._writes, []
+        with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
+            outcomes = self._written(writes)
+        for output, outcome in zip(writes, outcomes, strict=True):
+            self._ended = self._ended or bool(output.entry.result)
+            self.engine.effect_done(self.now(), output.effect, outcome)
+
+    def _written(self, writes: Sequence[Journal]) -> Sequence[object]:
+        """The outcome of each. If all together fail, each is written alone, because only one may be bad."""
+        durable = any(output.durable for output in writes)
         try:
-            with trace.about(output.entry.transfer_id), trace.span("journal", "call"):
-                self._store.write(output.entry, durable=output.durable)
+            self._store.write(*(output.entry for output in writes), durable=durable)
         except Exception as error:
-            outcome = error
-        self._ended = self._ended or bool(output.entry.result)
-        self.engine.effect_done(self.now(), output.effect, outcome)
+            if len(writes) == 1:
+                return [error]
+            return [outcome for output in writes for outcome in self._written([output])]
+        return [None] * len(writes)
 
     def _tidy(self) -> None:
         """Between transfers, the journal's log goes into its database."""

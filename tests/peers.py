@@ -41,7 +41,7 @@ from ikectx.sa.context import (
 )
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Message, parse_message
+from ikectx.wire.cxtp import Message, StreamDecoder, parse_message
 
 
 class HandClock:
@@ -415,17 +415,19 @@ class CountedStore(SqliteStore):
     """The journal refuses to enter this state."""
     refused = 0
 
-    def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
-        if self.broken and entry.state == self.broken:
-            self.refused += 1
+    def write(self, *entries: JournalEntry, durable: bool = True) -> None:
+        if self.broken and self.broken in (entry.state for entry in entries):
+            self.refused += len(entries) == 1
             raise StoreError("the disk is full")
-        self.fuse.tick(f"{entry.role}: before writing {entry.state}")
-        super().write(entry, durable=durable)
-        self.fuse.tick(f"{entry.role}: after writing {entry.state}")
+        for entry in entries:
+            self.fuse.tick(f"{entry.role}: before writing {entry.state}")
+        super().write(*entries, durable=durable)
+        for entry in entries:
+            self.fuse.tick(f"{entry.role}: after writing {entry.state}")
 
 
 class MemoryStream:
-    """One end of a connection in memory; each write is one message."""
+    """One end of a connection in memory; each message goes by itself."""
 
     def __init__(self, names: frozenset[str], label: str, wire: Wire) -> None:
         self.names = names
@@ -440,9 +442,10 @@ class MemoryStream:
         return await self.inbox.get()
 
     async def write(self, data: bytes) -> None:
-        if self._wire.cut:
-            raise LinkError(f"{self.label}: the link is cut")
-        self._wire.carry(self, data)
+        for message in StreamDecoder().feed(data):
+            if self._wire.cut:
+                raise LinkError(f"{self.label}: the link is cut")
+            self._wire.carry(self, message.serialize())
 
     def close(self) -> None:
         self._wire.break_()

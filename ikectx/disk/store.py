@@ -361,28 +361,31 @@ class SqliteStore:
 
     # -- the journal -------------------------------------------------------------------------------------
 
-    def write(self, entry: JournalEntry, *, durable: bool = True) -> None:
-        """Put the entry where (transfer_id, role) is; the moment of the first write stays its `started`.
+    def write(self, *entries: JournalEntry, durable: bool = True) -> None:
+        """Put each entry where (transfer_id, role) is; the moment of the first write stays its `started`.
 
-        Rows of the ledger that were to be written soon, and what the audit log is to say, are written in the
-        same transaction.
+        All of them, the rows of the ledger that were to be written soon, and what the audit log is to say, are
+        written in one transaction.
 
         `durable`: on the disk itself when this returns; else it survives the process, not the power.
         """
         self._sync(durable)
         rows = bool(self._waiting)
-        with self._transaction() if rows or entry.audit else self._errors():
+        more = rows or len(entries) > 1 or any(entry.audit for entry in entries)
+        with self._transaction() if more else self._errors():
             self._write_rows()
-            self._write_entry(entry)
-            if entry.audit:
-                self._audit.append(entry.audit)
+            for entry in entries:
+                self._write_entry(entry)
+                if entry.audit:
+                    self._audit.append(entry.audit)
         if rows:
             self._waiting.clear()
-        ident = entry.transfer_id, entry.role
-        if entry.result:
-            self._sealed.pop(ident, None)
-        else:
-            self._sealed[ident] = entry.context, entry.final
+        for entry in entries:
+            ident = entry.transfer_id, entry.role
+            if entry.result:
+                self._sealed.pop(ident, None)
+            else:
+                self._sealed[ident] = entry.context, entry.final
 
     def _write_entry(self, entry: JournalEntry) -> None:
         """Context and final state are written only where they are others than before: an SA that moves goes

@@ -154,9 +154,11 @@ class Link:
     async def _write(self) -> None:
         try:
             while self._unsent and self.error is None:
-                name, octets = self._unsent.popleft()
-                trace.message("sent", name, self.peer.name, len(octets))
-                await self._stream.write(octets)
+                messages = list(self._unsent)
+                self._unsent.clear()
+                for name, octets in messages:
+                    trace.message("sent", name, self.peer.name, len(octets))
+                await self._stream.write(b"".join(octets for _, octets in messages))
         except LinkError as error:
             self.close(error)
         finally:

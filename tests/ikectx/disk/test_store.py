@@ -315,6 +315,14 @@ def test_an_entry_is_replaced_but_for_its_beginning(store: SqliteStore, durable:
     assert [found.role for found in store.open_transfers()] == ["target"]
 
 
+def test_several_are_written_at_once_or_none(store: SqliteStore) -> None:
+    with pytest.raises(StoreError):
+        store.write(entry(1), entry(2, epoch=1 << 63))
+    assert store.history() == []
+    store.write(entry(1), entry(2))
+    assert {found.transfer_id for found in store.history()} == {entry(1).transfer_id, entry(2).transfer_id}
+
+
 def test_history_is_newest_first_and_without_secrets(place: Path, store: SqliteStore) -> None:
     for number in range(5):
         store.write(entry(number, result="moved"))
