@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Protocol
 
@@ -19,6 +20,7 @@ def steady_wall() -> float:
     return _START + uptime()
 
 
+@functools.cache
 def this_start() -> str:
     """A name of this start of the machine; empty if the kernel tells none."""
     try:

@@ -29,6 +29,8 @@ class Doubts:
         """`ports`: charon's."""
         self.noted = MessageIds(ports)
         self._store = store
+        self._keys = {key for key, _ in store.items(_DOUBT)}
+        """SAs in doubt, by the keys of their entries."""
         self._told: set[tuple[SaName, bool]] = set()
         """SAs whose message IDs charon has reported since this agent started; True: those of its own
         requests."""
@@ -44,6 +46,7 @@ class Doubts:
             )
         for sa in before:
             self._store.put(_DOUBT, sa.key, b"")
+            self._keys.add(sa.key)
 
     async def again(self) -> bool:
         """Make the kernel note message IDs again, if somebody has removed its rules. Returns whether they
@@ -64,14 +67,18 @@ class Doubts:
     def gone(self, sa: SaName) -> None:
         """charon has the SA no longer."""
         self._told -= {(sa, True), (sa, False)}
-        self._store.delete(_DOUBT, sa.key)
+        self._forget(sa.key)
 
     def keep(self, listed: Collection[SaName]) -> None:
         """charon has exactly these SAs."""
         keys = {sa.key for sa in listed}
-        for key, _ in self._store.items(_DOUBT):
-            if key not in keys:
-                self._store.delete(_DOUBT, key)
+        for key in self._keys - keys:
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        if key in self._keys:
+            self._store.delete(_DOUBT, key)
+            self._keys.discard(key)
 
     def after(self, sa: SaName) -> tuple[int, int]:
         """See `MessageIds.after`; if the kernel cannot be asked, nothing counts as noted."""
@@ -83,7 +90,7 @@ class Doubts:
 
     def check(self, sa: SaName) -> None:
         """Errors: UnknownSaError if the SA may have used message IDs that were not noted."""
-        if self._store.get(_DOUBT, sa.key) is None:
+        if sa.key not in self._keys:
             return
         noted = zip((True, False), self.after(sa), strict=True)
         if not all(after or (sa, initiator) in self._told for initiator, after in noted):
@@ -93,4 +100,4 @@ class Doubts:
                 hint="they are known after gateway and MN have each sent the other a request (as DPD does); "
                 "or rekey the IKE_SA, or `ikectx resync`",
             )
-        self._store.delete(_DOUBT, sa.key)
+        self._forget(sa.key)

@@ -79,6 +79,10 @@ class HaSocket(asyncio.DatagramProtocol):
         self._remote = remote
         self._port = port
         self._receive = receive
+        raw = ipaddress.ip_address(remote).packed
+        words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]
+        self._key = f": {''.join(words)}:{port:04X} ".encode()
+        """charon's end in the kernel's table."""
         self._sock: socket.socket | None = None
         self._table: int | None = None
         """Descriptor of the kernel's table of UDP sockets."""
@@ -167,7 +171,6 @@ class HaSocket(asyncio.DatagramProtocol):
                 if count % _BATCH == 0:
                     await self._drain()
                 self._transport.sendto(message)
-            await self._drain()
 
     async def read(self) -> None:
         """Wait until charon has read all that it was sent, or is gone. Errors: CharonError.
@@ -195,28 +198,24 @@ class HaSocket(asyncio.DatagramProtocol):
 
     def _queue(self) -> int | None:
         """Octets in charon's receive queue, None if no socket is bound."""
-        address = ipaddress.ip_address(self._remote)
-        raw = address.packed
-        words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]
-        key = f"{''.join(words)}:{self._port:04X}"
-        for line in self._sockets(address.version).splitlines()[1:]:
-            fields = line.split()
-            if len(fields) > 4 and fields[1] == key:
-                return int(fields[4].split(":")[1], 16)
-        return None
+        table = self._sockets()
+        at = table.find(self._key)
+        if at < 0:
+            return None
+        return int(table[at + len(self._key) :].split(None, 4)[2].partition(b":")[2], 16)
 
-    def _sockets(self, version: int) -> str:
+    def _sockets(self) -> bytes:
         """The kernel's table of UDP sockets.
 
         It stays open, because an SA must be undone, and the status told, without a free descriptor, too.
         """
         if self._table is None:
-            name = "udp6" if version == 6 else "udp"
+            name = "udp6" if ":" in self._remote else "udp"
             self._table = os.open(f"/proc/self/net/{name}", os.O_RDONLY | os.O_CLOEXEC)
         octets = b""
         while more := os.pread(self._table, 1 << 16, len(octets)):
             octets += more
-        return octets.decode()
+        return octets
 
     def listening(self) -> bool:
         """Whether charon's end of the link exists."""
