@@ -382,10 +382,13 @@ class Mute:
         self.muted.add(spis)
         self.ever.add(spis)
 
-    mute_out = mute_in
+    mute_out = mute = mute_in
 
     def unmute(self, spis: SaName) -> None:
         self.muted.discard(spis)
+
+    async def unmute_soon(self, spis: SaName) -> None:
+        self.unmute(spis)
 
     def counters(self, spis: SaName) -> tuple[int, int]:
         return 0, self.said

@@ -296,8 +296,8 @@ class Charon:
         }
         return [view]
 
-    async def read_sas(self, read: Callable[[bytes], Any], *, ike_id: int | None = None) -> list[Any]:
-        return await read_sas(self.list_sas(), read, ike_id=ike_id)
+    async def read_sas(self, read: Callable[[bytes], Any], *, ike_ids: Sequence[int] = ()) -> list[Any]:
+        return await read_sas(self.list_sas(), read, ike_ids=ike_ids)
 
     async def connection(self, name: str) -> dict[str, Any] | None:
         return (await self.connections()).get(name)

@@ -143,7 +143,7 @@ class CharonHost:
         self.traps = Traps(store, self.vici, self.away.elsewhere)
         self.scripts = Scripts(config.updown, self.detour, config.host_access)
         self.import_lock = asyncio.Lock()
-        """Held from the checks to the end of an import, so that two imports never race for an SPI."""
+        """Held while names are compared and taken, so that two imports never race for an SPI."""
         self.on_change: Callable[[RecordChange | None], None] | None = None
         """Called when the record has changed; None: charon has come, and it may have SAs that it had
         before."""
@@ -331,7 +331,7 @@ class CharonHost:
         self.doubts.keep(listed)
         for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
             if muted.spis not in listed and not self.importing(muted.spis):
-                await asyncio.to_thread(self.mute.unmute, muted.spis)
+                await self.mute.unmute_soon(muted.spis)
         for sa in self.record.names():
             with contextlib.suppress(UnknownSaError, RefusedError, CharonError):
                 await self.catch_up(sa)

@@ -364,7 +364,7 @@ class SqliteStore:
     def write(self, *entries: JournalEntry, durable: bool = True) -> None:
         """Put each entry where (transfer_id, role) is; the moment of the first write stays its `started`.
 
-        All of them, the rows of the ledger that were to be written soon, and what the audit log is to say, are
+        All of them, rows of the ledger that were to be written soon, and what the audit log is to say, are
         written in one transaction.
 
         `durable`: on the disk itself when this returns; else it survives the process, not the power.

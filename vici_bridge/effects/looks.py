@@ -34,7 +34,7 @@ from vici_bridge.policy.checks import (
 )
 from vici_bridge.policy.present import Present
 from vici_bridge.vici.codec import Message
-from vici_bridge.vici.views import SaView
+from vici_bridge.vici.views import ARRIVING, SaView, arriving_view
 
 AGE = 0.1
 """Seconds for which charon's answers about its configuration will do; who loads another one expects it to
@@ -71,6 +71,8 @@ class Looks:
         """SAs that came in while charon is asked for all."""
         self._asked: dict[str | None, tuple[float, Mapping[str, Message]]] = {}
         """When charon was asked for the connection of that name (None: for all), and what it said."""
+        self._coming: dict[SaName, tuple[SaView, asyncio.Future[None]]] = {}
+        """SAs that are being installed: what is known of them, and when that is over."""
 
     async def look(self, context: IkeContext) -> Seen:
         """charon's state, for an SA that comes in. Errors: CharonError, WireError."""
@@ -83,8 +85,10 @@ class Looks:
             elif now - self._asked_at > AGE:
                 self._last = last = await self._look(last.present)
                 self._asked_at = now
-            while changed:
-                sa = changed.pop()
+            # whoever installs an SA says what came of it
+            while news := changed - self._coming.keys():
+                sa = news.pop()
+                changed.discard(sa)
                 try:
                     view = await self._host.view(sa)
                 except BaseException:
@@ -126,13 +130,41 @@ class Looks:
             host.listening(),
         )
         if self._last is None:
-            for view in self._came.values():
+            for view in (*self._came.values(), *(view for view, _ in self._coming.values())):
                 present.put(view)
         return seen
+
+    def comes(self, here: IkeContext) -> None:
+        """This SA, which shares nothing with any other, is being installed, until `came_or_not`."""
+        view = arriving_view(here)
+        self._coming[view.spis] = view, asyncio.get_running_loop().create_future()
+        if self._last is not None:
+            self._last.present.put(view)
+
+    def came_or_not(self, here: IkeContext) -> None:
+        """That is over. If it came, `came` was called."""
+        view, over = self._coming.pop(here.spis)
+        over.set_result(None)
+        if view.state == ARRIVING and self._last is not None:
+            self._last.present.drop(view.spis)
+
+    def coming(self, here: IkeContext) -> Sequence[SaName]:
+        """The SAs that are being installed and may share something with this one."""
+        if self._last is None or not self._coming:
+            return ()
+        return [view.spis for view in self._last.present.rivals(here) if view.spis in self._coming]
+
+    async def over(self, sas: Iterable[SaName]) -> None:
+        """Wait until these are installed, or undone."""
+        for sa in sas:
+            if sa in self._coming:
+                await asyncio.shield(self._coming[sa][1])
 
     def came(self, view: SaView, before: Iterable[SaName] = ()) -> None:
         """This SA came in, or has another name than `before`."""
         self._host.changed.discard(view.spis)
+        if view.spis in self._coming:
+            self._coming[view.spis] = view, self._coming[view.spis][1]
         if self._last is None:
             self._came[view.spis] = view
             return

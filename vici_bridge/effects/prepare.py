@@ -38,7 +38,7 @@ from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 
-SEARCH = 0.05
+SEARCH = 0.2
 """Seconds after which an SA that was sent to charon is searched among all."""
 
 
@@ -77,8 +77,7 @@ def _hushing(work: Coming) -> list[KernelPolicy]:
 async def _mute(work: Coming) -> None:
     name = work.shape.spis
     work.host.expected.add(name)
-    await asyncio.to_thread(work.host.mute.mute_in, name)
-    await asyncio.to_thread(work.host.mute.mute_out, name)
+    work.host.mute.mute(name)
 
 
 async def _hush(work: Coming) -> None:

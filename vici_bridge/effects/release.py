@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from ikectx.errors import CharonError, WireError
@@ -53,7 +52,7 @@ async def _gone(work: Leaving) -> bool:
 
 
 async def _forget_rules(work: Leaving) -> None:
-    await asyncio.to_thread(work.host.mute.unmute, work.sa)
+    await work.host.mute.unmute_soon(work.sa)
 
 
 async def _tell(work: Leaving) -> None:

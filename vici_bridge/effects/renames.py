@@ -272,8 +272,7 @@ class Renames:
         self._put_guards(here, before, after)
         counters = self._make_way(here, plan, before, after)
         # perhaps again, because an agent that starts unmutes SAs that charon does not list
-        await asyncio.to_thread(host.mute.mute_in, after.spis)
-        await asyncio.to_thread(host.mute.mute_out, after.spis)
+        host.mute.mute(after.spis)
         await host.send(orders)
         host.segments.came(after.spis)  # a toggle for another SA may have activated what is replaced here
         await self._listed(after, before, present=True)
@@ -285,7 +284,7 @@ class Renames:
             await host.send(extra)
             await self._listed(after, before, present=False, meanwhile=put_back)
         if before.spis != after.spis:
-            await asyncio.to_thread(host.mute.unmute, before.spis)
+            await host.mute.unmute_soon(before.spis)
             host.record.forget(before.spis)
         host.record.learn(after, version)
         host.save()

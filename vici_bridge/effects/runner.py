@@ -32,6 +32,7 @@ from ikectx.errors import IkectxError, StateError, StoreError, WireError
 from ikectx.numbers import Fpt
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
+from ikectx.together import Together
 from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.profile import TransferHeader, decode, encode
 from ikectx.within import within
@@ -127,6 +128,7 @@ class Runner(Generic[W]):
         self._waiting: dict[SaName, object] = {}
         """For an SA with effects left for later: whose turn it is, so that a newer step ends an older
         one's."""
+        self._writing: Together[SaName, None] = Together(self._write)
         self._cut: set[tuple[SaName, str]] = set()
         """Effects that were cut off because the time of the whole step was over."""
 
@@ -168,6 +170,17 @@ class Runner(Generic[W]):
                 continue
             self._go_on_later(work_of(row.sa, context), row.later, ends=True)
 
+    async def _put(self, row: Row[Any]) -> None:
+        self._ledger.hold(row)
+        await self._writing.join(row.sa)
+
+    def _write(self, sas: Sequence[SaName]) -> Sequence[None]:
+        """Put the rows of SAs that are at the same effect into the store, in one transaction."""
+        rows = [row for sa in sas if (row := self._ledger.get(sa)) is not None]
+        for at, row in enumerate(rows, 1):
+            self._ledger.put(row, soon=at < len(rows))
+        return [None] * len(sas)
+
     def _go_on_later(self, work: W, names: Sequence[str], ends: bool) -> None:
         self._waiting[work.sa] = turn = object()
         self._spawn(self._try_again([self._effects[name] for name in names], work, turn, ends))
@@ -176,26 +189,26 @@ class Runner(Generic[W]):
         row = self._ledger.of(work.sa)
         begun = row.begun == effect.name
         if begun and effect.probe is not None and await effect.probe(work):
-            self._done(effect, work, None)
+            await self._done(effect, work, None)
             return
         if (work.sa, effect.name) in self._cut:
             self._cut.discard((work.sa, effect.name))
             if not effect.needed:
-                self._leave(effect, work, StateError("the step's time was over before it ended"))
+                await self._leave(effect, work, StateError("the step's time was over before it ended"))
                 return
         if effect.once:
-            self._ledger.put(replace(row, begun=effect.name))
+            await self._put(replace(row, begun=effect.name))
         try:
             facts = await self._limited(effect, work)
         except IkectxError as error:
             if effect.needed:
                 raise
-            self._leave(effect, work, error)
+            await self._leave(effect, work, error)
         except asyncio.CancelledError:
             self._cut.add((work.sa, effect.name))
             raise
         else:
-            self._done(effect, work, facts)
+            await self._done(effect, work, facts)
 
     async def _limited(self, effect: StepEffect[W], work: W) -> Facts | None:
         try:
@@ -203,17 +216,19 @@ class Runner(Generic[W]):
         except TimeoutError:
             raise StateError(f"{effect.name} did not end within {effect.limit:g} s") from None
 
-    def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> None:
+    async def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> None:
         row = self._ledger.of(work.sa)
         row = replace(row, begun="", done=(*row.done, effect.name))
         if facts:
             row = row.knows(**facts)
-        if facts or effect.once:  # after a crash the note from before it began must not be found
-            self._ledger.put(row, soon=effect.soon)
+        if effect.soon and facts:
+            self._ledger.put(row, soon=True)
+        elif facts or effect.once:  # after a crash the note from before it began must not be found
+            await self._put(row)
         else:
             self._ledger.hold(row)
 
-    def _leave(self, effect: StepEffect[W], work: W, error: IkectxError) -> None:
+    async def _leave(self, effect: StepEffect[W], work: W, error: IkectxError) -> None:
         row = self._ledger.of(work.sa)
         later = (*row.later, effect.name) if effect.later else row.later
         log.warning(
@@ -225,7 +240,7 @@ class Runner(Generic[W]):
                 error,
             ),
         )
-        self._ledger.put(replace(row, begun="", done=(*row.done, effect.name), later=later))
+        await self._put(replace(row, begun="", done=(*row.done, effect.name), later=later))
 
     async def _try_again(self, effects: Sequence[StepEffect[W]], work: W, turn: object, ends: bool) -> None:
         """Try the effects that were left for later again, in the background."""

@@ -291,17 +291,32 @@ class CharonSink(ContextSink):
         self._lead(context)
         async with self._host.import_lock:
             seen = await self._looks.look(context)
+            here = self._here(context)
+            while rivals := self._looks.coming(here):
+                await self._looks.over(rivals)  # which of both it is that comes decides about the other
+                seen = await self._looks.look(context)
             verdicts, taken = self._judge(context, keep_address, seen)
             bad = [v for v in verdicts if v.status is not Status.OK]
             if bad:
                 raise RefusedError(
                     f"{STATUS_TEXT.get(bad[0].status, '')}: {bad[0].detail}", status=bad[0].status
                 )
-            try:
-                await self._runner.run(PREPARE, self._coming(context, look=seen, taken=taken))
-            except BaseException:
-                await self.undo(context)
-                raise
+            work = self._coming(context, here, look=seen, taken=taken)
+            if clash(here, taken):
+                await self._install(work)  # nobody else may choose a name until it has some of its own
+                return
+            self._looks.comes(here)
+        try:
+            await self._install(work)
+        finally:
+            self._looks.came_or_not(here)
+
+    async def _install(self, work: Coming) -> None:
+        try:
+            await self._runner.run(PREPARE, work)
+        except BaseException:
+            await self.undo(work.context)
+            raise
 
     async def take(self, context: IkeContext, final: FinalState) -> None:
         """See `ContextSink.take`."""

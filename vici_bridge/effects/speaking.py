@@ -8,8 +8,6 @@ active before. So an empty message follows them, and charon is unmuted when it h
 
 from __future__ import annotations
 
-import asyncio
-
 from ikectx.sa.name import SaName
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.ike_id import IkeId
@@ -29,4 +27,4 @@ async def tell_ids(host: CharonHost, ike: IkeId, initiator: int | None, responde
 async def speak(host: CharonHost, sa: SaName) -> None:
     """Unmute the SA, once charon has carried out what it was told until now. Errors: CharonError."""
     await host.carried_out()
-    await asyncio.to_thread(host.mute.unmute, sa)
+    await host.mute.unmute_soon(sa)

@@ -102,17 +102,19 @@ class MessageIds:
     def after(self, spis: SaName) -> tuple[int, int]:
         """Message IDs after those of the last request and of the last answer that left; 0: none was noted."""
         with self._lock:
-            return self._after("requests", spis), self._after("responses", spis)
+            return self._after(spis)
 
-    def _after(self, name: str, spis: SaName) -> int:
-        key = spis.octets
-        noted = [each.data for each in self._table.elements(name, key) if each.key == key]
-        if any(len(data) != 4 for data in noted):
-            raise KernelError(
-                f"nftables' map {name} of table inet {TABLE} holds something that is not ours",
-                hint=f"look at `nft list table inet {TABLE}`",
-            )
-        return max((int.from_bytes(data) + 1 for data in noted), default=0)
+    def _after(self, spis: SaName) -> tuple[int, int]:
+        key, after = spis.octets, []
+        for name, elements in zip(_MAPS, self._table.held(_MAPS, key), strict=True):
+            noted = [each.data for each in elements if each.key == key]
+            if any(len(data) != 4 for data in noted):
+                raise KernelError(
+                    f"nftables' map {name} of table inet {TABLE} holds something that is not ours",
+                    hint=f"look at `nft list table inet {TABLE}`",
+                )
+            after.append(max((int.from_bytes(data) + 1 for data in noted), default=0))
+        return after[0], after[1]
 
     def _right(self) -> bool:
         """Send a request and an answer from each port, with IDs whose octets all differ, and look."""
@@ -122,9 +124,9 @@ class MessageIds:
             spis = SaName(secrets.token_bytes(8), secrets.token_bytes(8))
             _send_to_itself(port, [before + _message(spis, *trial) for trial in _TRIALS])
             try:
-                noted = self._after("requests", spis), self._after("responses", spis)
+                noted = self._after(spis)
             finally:
-                self._table.remove(_MAPS, spis.octets)
+                self._table.remove(_MAPS, [spis.octets])
             if noted != tuple(number + 1 for _, number in _TRIALS):
                 return False
         return True

@@ -8,13 +8,16 @@ because an SA that was let go must not send again when a process ends.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ikectx.errors import KernelError
 from ikectx.sa.name import SaName
+from ikectx.together import Together
 
-from .nftables import MARKED, PLAIN, NftTable, run_nft
+from .nftables import MARKED, PLAIN, Element, NftTable, run_nft
 
 TABLE = "ikectx"
 MARK = 0x494B45
@@ -44,6 +47,7 @@ class Mute:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
+        self._unmuting = Together(self._unmute_all)
         self._muted: dict[str, set[SaName]] = {direction: set() for direction in _SIDES}
         """SAs that are muted now, in case somebody empties the table."""
 
@@ -66,7 +70,7 @@ class Mute:
                 held = {one.spis for one in there if one.direction == direction}
                 for spis in muted - held:
                     stood = False
-                    self._table.add(_SIDES[direction][0], spis.octets)
+                    self._table.put([(_SIDES[direction][0], spis.octets, b"")])
                 muted.update(held)
             return stood
 
@@ -81,55 +85,65 @@ class Mute:
 
     def mute_in(self, spis: SaName) -> None:
         """Drop all messages of the SA's peer to charon."""
-        self._mute("in", spis)
+        with self._lock:
+            self._add([("in", spis)])
 
     def mute_out(self, spis: SaName) -> None:
         """Drop all messages of charon to the SA's peer, except those with the mark `MARK`."""
-        self._mute("out", spis)
+        with self._lock:
+            self._add([("out", spis)])
 
     def counters(self, spis: SaName) -> tuple[int, int]:
         """Messages dropped so far, (to charon, from charon)."""
         with self._lock:
-            return (self._count("in", spis), self._count("out", spis))
+            held = self._table.held([name for name, _ in _SIDES.values()], spis.octets)
+            counted = [
+                sum(entry.packets for entry in _muted(direction, elements) if entry.spis == spis)
+                for direction, elements in zip(_SIDES, held, strict=True)
+            ]
+            return counted[0], counted[1]
 
-    def unmute(self, spis: SaName) -> None:
+    def mute(self, spis: SaName) -> None:
+        """Both, in one transaction."""
+        with self._lock:
+            self._add([(direction, spis) for direction in _SIDES])
+
+    def unmute(self, *spis: SaName) -> None:
         """Let both directions pass."""
         with self._lock:
             for muted in self._muted.values():
-                muted.discard(spis)
-            self._table.remove([name for name, _ in _SIDES.values()], spis.octets)
+                muted.difference_update(spis)
+            self._table.remove([name for name, _ in _SIDES.values()], [each.octets for each in spis])
+
+    async def unmute_soon(self, spis: SaName) -> None:
+        """The same in a thread, for all that want it now: a deletion takes some milliseconds in the
+        kernel."""
+        await self._unmuting.join(spis)
+
+    async def _unmute_all(self, spis: Sequence[SaName]) -> Sequence[None]:
+        await asyncio.to_thread(self.unmute, *spis)
+        return [None] * len(spis)
 
     def listing(self) -> list[Muted]:
         """All muted SAs, also those of an agent before this one."""
         with self._lock:
             return self._listing()
 
-    def _mute(self, direction: str, spis: SaName) -> None:
-        name, _ = _SIDES[direction]
-        key = spis.octets
-        with self._lock:
-            # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze
-            # that does not freeze is worse than none.
-            if not self._stands(direction):
-                self._build()
-            self._table.add(name, key)
+    def _add(self, pairs: Sequence[tuple[str, SaName]]) -> None:
+        # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze that
+        # does not freeze is worse than none.
+        if not all(self._stands(direction) for direction in {direction for direction, _ in pairs}):
+            self._build()
+        self._table.put([(_SIDES[direction][0], spis.octets, b"") for direction, spis in pairs])
+        for direction, spis in pairs:
             self._muted[direction].add(spis)
 
-    def _count(self, direction: str, spis: SaName) -> int:
-        return sum(entry.packets for entry in self._elements(direction, spis) if entry.spis == spis)
-
     def _listing(self) -> list[Muted]:
-        return [entry for direction in _SIDES for entry in self._elements(direction)]
-
-    def _elements(self, direction: str, spis: SaName | None = None) -> list[Muted]:
-        name, _ = _SIDES[direction]
-        found = self._table.elements(name, None if spis is None else spis.octets)
-        if any(len(element.key) != 16 for element in found):
-            raise KernelError(
-                f"nftables' set {name} of table inet {TABLE} holds something that is not ours",
-                hint=f"look at `nft list table inet {TABLE}`",
-            )
-        return [Muted(SaName(each.key[:8], each.key[8:]), direction, each.packets) for each in found]
+        return [
+            entry
+            for direction, (name, _) in _SIDES.items()
+            for entry in _muted(direction, self._table.elements(name))
+        ]
 
     def _stands(self, direction: str) -> bool:
         """Whether the chain of a direction is there with its rules."""
@@ -152,3 +166,13 @@ class Mute:
                 for match in (PLAIN, MARKED)
             ]
         run_nft("\n".join(lines) + "\n")
+
+
+def _muted(direction: str, found: Sequence[Element]) -> list[Muted]:
+    """The elements of the direction's set. Errors: KernelError."""
+    if any(len(element.key) != 16 for element in found):
+        raise KernelError(
+            f"nftables' set {_SIDES[direction][0]} of table inet {TABLE} holds something that is not ours",
+            hint=f"look at `nft list table inet {TABLE}`",
+        )
+    return [Muted(SaName(each.key[:8], each.key[8:]), direction, each.packets) for each in found]

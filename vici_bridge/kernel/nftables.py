@@ -70,7 +70,7 @@ class NftTable:
         body = _text(1, self.name) + _text(3, chain)
         request = XfrmRequest(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
         with self._ours():
-            for answer in self._outcome(request).answers:
+            for answer in self._outcomes(request)[0].answers:
                 return int.from_bytes(dict(_attributes(answer[20:])).get(6, b""))
         return 0
 
@@ -82,8 +82,21 @@ class NftTable:
             body += _list_of(key)
         request = XfrmRequest(Secret(_message(_GETSETELEM, _REQUEST | flags, body)), f"look into set {name}")
         with self._ours():
-            answers = self._transact(request, absent_ok=True)
+            (answers,) = self._transact(request, absent_ok=True)
             return [element for answer in answers for element in _read_elements(answer)]
+
+    def held(self, names: Sequence[str], key: bytes) -> list[list[Element]]:
+        """The element of that key in each of these sets or maps, asked for at once."""
+        requests = []
+        for name in names:
+            body = _text(1, self.name) + _text(2, name) + _list_of(key)
+            message = _message(_GETSETELEM, _REQUEST | _ACK, body)
+            requests.append(XfrmRequest(Secret(message), f"look into set {name}"))
+        with self._ours():
+            return [
+                [element for answer in answers for element in _read_elements(answer)]
+                for answers in self._transact(*requests, absent_ok=True)
+            ]
 
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
@@ -96,27 +109,26 @@ class NftTable:
                 hint=f"look at `nft list table inet {self.name}`",
             ) from None
 
-    def add(self, name: str, key: bytes) -> None:
-        """Add the key to the set; it may be there."""
-        message = self._change(_NEWSETELEM, _ACK | _CREATE, name, key)
-        self._transact(XfrmRequest(Secret(_batch(message)), f"put {key.hex()} into set {name}"))
-
-    def remove(self, names: Sequence[str], key: bytes) -> None:
-        """Remove the key from those of these sets that have it."""
-        last = names[-1]
-        both = b"".join(self._change(_DELSETELEM, _ACK if name == last else 0, name, key) for name in names)
-        each = [self._change(_DELSETELEM, _ACK, name, key) for name in names]
-        what = f"take {key.hex()} out of sets {', '.join(names)}"
-        # a deletion takes some milliseconds in the kernel: one for all sets, unless the key is missing in one
-        for messages in (both, *each):
-            done = self._outcome(XfrmRequest(Secret(_batch(messages)), what))
+    def remove(self, names: Sequence[str], keys: Sequence[bytes]) -> None:
+        """Remove the keys from those of these sets that have them."""
+        pairs = [(name, key) for key in keys for name in names]
+        every = b"".join(
+            self._change(_DELSETELEM, _ACK if at == len(pairs) else 0, *pair)
+            for at, pair in enumerate(pairs, 1)
+        )
+        each = [self._change(_DELSETELEM, _ACK, *pair) for pair in pairs]
+        what = f"take {', '.join(key.hex() for key in keys)} out of sets {', '.join(names)}"
+        # a deletion takes some milliseconds in the kernel: one for all, unless a key is missing in a set
+        for messages in (every, *each):
+            (done,) = self._outcomes(XfrmRequest(Secret(_batch(messages)), what))
             if done.errno not in (0, errno.ENOENT):
                 raise failure(XfrmRequest(Secret(), what), done)
-            if messages is both and done.errno == 0:
+            if messages is every and done.errno == 0:
                 break
 
     def put(self, elements: Sequence[tuple[str, bytes, bytes]]) -> None:
-        """Add elements to maps (name, key, value), all at once; the same may be there."""
+        """Add elements to maps (name, key, value), or to sets without a value, all at once; the same may be
+        there."""
         last = len(elements) - 1
         messages = (
             self._change(_NEWSETELEM, _CREATE | (_ACK if number == last else 0), name, key, value)
@@ -151,16 +163,18 @@ class NftTable:
         body = _text(1, self.name) + _text(2, name) + (_list_of(key, value) if key else b"")
         return _message(number, _REQUEST | flags, body)
 
-    def _transact(self, request: XfrmRequest, *, absent_ok: bool = False) -> list[bytes]:
-        outcome = self._outcome(request)
-        if outcome.errno and not (absent_ok and outcome.errno == errno.ENOENT):
-            raise failure(request, outcome)
-        return outcome.answers
+    def _transact(self, *requests: XfrmRequest, absent_ok: bool = False) -> list[list[bytes]]:
+        """The answers to each."""
+        outcomes = self._outcomes(*requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.errno and not (absent_ok and outcome.errno == errno.ENOENT):
+                raise failure(request, outcome)
+        return [outcome.answers for outcome in outcomes]
 
-    def _outcome(self, request: XfrmRequest) -> NetlinkOutcome:
+    def _outcomes(self, *requests: XfrmRequest) -> list[NetlinkOutcome]:
         if self._socket is None:
             self._socket = Netlink(NETFILTER, "nftables")
-        return self._socket.transact([request])[0]
+        return self._socket.transact(requests)
 
 
 @trace.spanned("nft", "call")

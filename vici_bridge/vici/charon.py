@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ikectx import trace
@@ -203,12 +203,14 @@ class Charon:
         """Kinds (`encryption`, `aead`, `prf`, ...) to {algorithm: plugin}."""
         return await self.request("get-algorithms")
 
-    async def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
-        """The results of `read` for the message about each IKE_SA: {connection: {...}} as octets.
+    async def read_sas(self, read: Callable[[bytes], _T], *, ike_ids: Sequence[int] = ()) -> list[_T]:
+        """The results of `read` for the message about each IKE_SA, or about those of these unique IDs:
+        {connection: {...}} as octets.
 
         To look at the octets of one costs a tenth of parsing them. A WireError of `read` is passed on.
         """
-        return await self._items("list-sas", "list-sa", {"ike-id": ike_id}, read)
+        queries: list[Mapping[str, Any] | None] = [{"ike-id": ike_id} for ike_id in ike_ids]
+        return await self._items("list-sas", "list-sa", queries or [None], read)
 
     async def connections(self, names: Collection[str] | None = None) -> Mapping[str, Message]:
         """Loaded connections by name, as charon's `list-conn` gives them, each with its `name`.
@@ -218,7 +220,7 @@ class Charon:
         if names is not None and len(names) <= FEW:
             asked = {name: await self.connection(name) for name in names}
             return {name: one for name, one in asked.items() if one is not None}
-        octets = tuple(await self._items("list-conns", "list-conn", None, bytes))
+        octets = tuple(await self._items("list-conns", "list-conn", [None], bytes))
         known = self._known.get("connections")
         if known is None or known[0] != octets:
             trees = [parse_message(each, foreign=True) for each in octets]
@@ -238,7 +240,7 @@ class Charon:
         def read(octets: bytes) -> Message:
             return parse_message(octets, foreign=True)
 
-        for tree in await self._items("list-conns", "list-conn", {"ike": name}, read):
+        for tree in await self._items("list-conns", "list-conn", [{"ike": name}], read):
             section = tree.get(name)
             if isinstance(section, dict):
                 return {**section, "name": name}
@@ -254,7 +256,7 @@ class Charon:
         def read(octets: bytes) -> Message:
             return parse_message(octets, foreign=True)
 
-        trees = await self._items("list-policies", "list-policy", {"trap": "yes"}, read)
+        trees = await self._items("list-policies", "list-policy", [{"trap": "yes"}], read)
         return [
             (str(section.get("ike", "")), str(section.get("child", "")))
             for tree in trees
@@ -277,21 +279,26 @@ class Charon:
 
     async def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
         """Any command that is answered by one message."""
-        _, answer = await self._ask(command, message)
+        _, answer = await self._ask(command, [message])
         return answer
 
     async def _items(
-        self, command: str, event: str, message: Mapping[str, Any] | None, read: Callable[[bytes], _T]
+        self,
+        command: str,
+        event: str,
+        messages: Sequence[Mapping[str, Any] | None],
+        read: Callable[[bytes], _T],
     ) -> list[_T]:
-        """Any command whose answer is a series of events: what `read` makes of each."""
+        """Any command whose answer is a series of events: what `read` makes of each. Several requests go out
+        at once; charon takes those of a connection in their order (5.9.8, 6.0.6)."""
         items: list[_T] = []
-        await self._ask(command, message, event, lambda octets: items.append(read(octets)))
+        await self._ask(command, messages, event, lambda octets: items.append(read(octets)))
         return items
 
     async def _ask(
         self,
         command: str,
-        message: Mapping[str, Any] | None,
+        messages: Sequence[Mapping[str, Any] | None],
         event: str = "",
         item: Callable[[bytes], None] | None = None,
     ) -> tuple[_Connection, Message]:
@@ -304,7 +311,11 @@ class Charon:
                         connection = await connections.take()
                         if event and event not in connection.events:
                             await connection.register(event)
-                        answer = await self._answer(connection, command, message, item)
+                        for message in messages:
+                            body = serialize_message(message or {})
+                            connection.send(Packet(PacketType.CMD_REQUEST, command, body))
+                        for _ in messages:
+                            answer = await self._answer(connection, command, item)
                         whole = True
                         return connection, answer
             except CharonError:
@@ -322,10 +333,8 @@ class Charon:
         self,
         connection: _Connection,
         command: str,
-        message: Mapping[str, Any] | None,
         item: Callable[[bytes], None] | None,
     ) -> Message:
-        connection.send(Packet(PacketType.CMD_REQUEST, command, serialize_message(message or {})))
         while (packet := await connection.receive()).type is PacketType.EVENT and item is not None:
             item(packet.body)
         if packet.type is not PacketType.CMD_RESPONSE:
@@ -366,7 +375,7 @@ class Charon:
 
     async def _came(self) -> _Connection:
         """A connection of its own to a charon that answers: others end when a request takes too long."""
-        connection, _ = await Charon(self._path, timeout=self._timeout)._ask("version", None)
+        connection, _ = await Charon(self._path, timeout=self._timeout)._ask("version", [None])
         return connection
 
     async def close(self) -> None:

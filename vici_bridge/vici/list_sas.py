@@ -2,17 +2,19 @@
 
 A transfer asks several times for the state of its SA, and charon's `list-sas` reports all of them: to parse a
 thousand takes a tenth of a second. So one SA is asked for by its unique ID once that is known, else it is
-searched in octets that are not parsed. Callers that want all SAs while a listing is under way share the next
-one. An SA that charon reports with the same octets as last time (which contain its age in seconds) is not
-parsed again.
+searched in octets that are not parsed. Those that several callers want in one round of the event loop are
+asked for at once. Callers that want all SAs while a listing is under way share the next one. An SA that
+charon reports with the same octets as last time (which contain its age in seconds) is not parsed again.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
 from ikectx.sa.name import SaName
+from ikectx.together import Together
 
 from .codec import parse_message
 from .views import SaView, sa_views
@@ -25,7 +27,7 @@ class _ReadSa(Protocol):
 class _Ask(Protocol):
     """`Charon.read_sas`."""
 
-    async def __call__(self, read: _ReadSa, *, ike_id: int | None = None) -> list[SaView | None]: ...
+    async def __call__(self, read: _ReadSa, *, ike_ids: Sequence[int] = ()) -> list[SaView | None]: ...
 
 
 class Listing:
@@ -40,6 +42,8 @@ class Listing:
         while it runs (5.9.8, 6.0.6)."""
         self._highest = 0
         """The highest unique ID that was seen; 0: none was."""
+        self._asking = Together(self._ask_for)
+        self._searching = Together(self._search_for)
         self._turn = asyncio.Lock()
         self._next: asyncio.Task[list[SaView]] | None = None
         """The listing that has not begun yet."""
@@ -75,37 +79,55 @@ class Listing:
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs. Errors: as `views`.
 
-        It has one unique ID as long as charon has it. charon numbers its SAs one after the other, so that one
-        that just came in probably has the next number. `search`: else look for it among all.
+        It has one unique ID as long as charon has it. charon numbers its SAs one after the other, so that
+        those that just came in probably have the next numbers. `search`: else look for it among all.
         """
+        known = sa in self._seen
+        if not known and not self._highest:
+            return await self._searching.join(sa)  # there is no number to go on from
+        view, misled = await self._asking.join(sa)
+        # one that had a number is not there any more, unless charon began anew
+        if view is None and (misled if known else search):
+            return await self._searching.join(sa)
+        return view
+
+    async def _ask_for(self, sas: Sequence[SaName]) -> Sequence[tuple[SaView | None, bool]]:
+        """The view of each SA, and whether another one has its number."""
         asked_at = asyncio.get_running_loop().time()
-        _, known = self._seen.get(sa, (0.0, None))
-        found: list[SaView] = []
-        if known is not None:
-            found = await self._asked(_view, known.unique_id)
-            search = bool(found)  # it is not there any more, or charon began anew
-        elif self._highest:
-            found = await self._asked(_view, self._highest + 1)
-        else:
-            search = True  # there is no number to go on from
-        if search and not any(view.spis == sa for view in found):
-            wanted = sa[0].hex().encode()
-            found += await self._asked(lambda octets: _view(octets) if wanted in octets else None)
+        numbers = {sa: self._seen[sa][1].unique_id for sa in sas if sa in self._seen}
+        new = len(set(sas) - numbers.keys()) if self._highest else 0
+        guesses = range(self._highest + 1, self._highest + 1 + new)
+        found = await self._asked(_view, *dict.fromkeys([*numbers.values(), *guesses]))
+        there = {view.unique_id for view in found}
+        views = self._noted(found, asked_at)
+        for sa in sas:
+            if sa not in views:
+                self._seen.pop(sa, None)
+        return [(views.get(sa), numbers.get(sa) in there) for sa in sas]
+
+    async def _search_for(self, sas: Sequence[SaName]) -> Sequence[SaView | None]:
+        """The views of those that are among all."""
+        asked_at = asyncio.get_running_loop().time()
+        wanted = {sa[0].hex().encode() for sa in sas}
+        found = await self._asked(
+            lambda octets: _view(octets) if any(spi in octets for spi in wanted) else None
+        )
+        views = self._noted(found, asked_at)
+        return [views.get(sa) for sa in sas]
+
+    def _noted(self, found: Sequence[SaView], asked_at: float) -> dict[SaName, SaView]:
         for view in found:
             self._highest = max(self._highest, view.unique_id)
-            if view.spis == sa:
-                self._seen[sa] = asked_at, view
-                return view
-        self._seen.pop(sa, None)
-        return None
+            self._seen[view.spis] = asked_at, view
+        return {view.spis: view for view in found}
 
     def forget(self) -> None:
         """charon begins anew, and numbers its SAs from one."""
         self._seen.clear()
         self._highest = 0
 
-    async def _asked(self, read: _ReadSa, ike_id: int | None = None) -> list[SaView]:
-        found = await self._ask(read, ike_id=ike_id)
+    async def _asked(self, read: _ReadSa, *ike_ids: int) -> list[SaView]:
+        found = await self._ask(read, ike_ids=ike_ids)
         return [view for view in found if view is not None]
 
 

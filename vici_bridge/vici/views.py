@@ -7,7 +7,7 @@ charon 5.9.8 and 6.0 send; the environment of updown scripts as charon's updown 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
@@ -274,6 +274,20 @@ def departing_view(context: IkeContext) -> SaView:
         tasks=(),
         children=children,
     )
+
+
+ARRIVING = "ARRIVING"
+"""State of an SA that charon is only given, which is none of charon's."""
+
+
+def arriving_view(context: IkeContext) -> SaView:
+    """The view of an SA that charon does not list yet, made from what it is to have."""
+    view = departing_view(context)
+    children = (
+        replace(known, remote_ts=tuple(prefixes(child.remote_ts)), local_ts=tuple(prefixes(child.local_ts)))
+        for known, child in zip(view.children, context.children, strict=True)
+    )
+    return replace(view, state=ARRIVING, children=tuple(children))
 
 
 _AUTH_CLASS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.worlds import until
 from vici_bridge.effects import prepare as prepare_module
 from vici_bridge.effects import runner as runner_module
 from vici_bridge.effects import sink as sink_module
+from vici_bridge.ha.messages import HaMessage
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.vici.views import EXT_MOBIKE
 
@@ -468,6 +469,31 @@ def test_two_transfers_are_promised_different_names() -> None:
 
 class Crash(BaseException):
     """The agent's process is gone."""
+
+
+def test_sas_come_in_at_once_unless_they_share_a_name() -> None:
+    """charon is given the second while it installs the first; one whose SPI that takes waits for it."""
+
+    async def scenario() -> None:
+        here = place()
+        contexts = [a_context(number, mn=f"198.51.100.{number}") for number in (1, 2)]
+        twin = rival(contexts[0], "inbound")
+        began: list[str] = []
+        send = here.host.send
+
+        async def sent(messages: Iterable[HaMessage]) -> None:
+            began.append("begins")
+            await asyncio.sleep(0.01)
+            await send(messages)
+            began.append("ends")
+
+        here.host.send = sent  # type: ignore[method-assign]
+        await asyncio.gather(*(here.sink.prepare(one, False) for one in (*contexts, twin)))
+        assert began == ["begins", "begins", "ends", "ends", "begins", "ends"]
+        assert len(here.charon.sas) == 3
+        assert here.sink.renames(twin) and not here.sink.renames(contexts[0])
+
+    run(scenario())
 
 
 class DyingStore(MemoryStore):

@@ -71,7 +71,7 @@ def test_a_listing_is_one_round_trip_once_the_event_is_registered(telling: tuple
         assert [kind.name for kind, _ in answers.heard] == ["EVENT_REGISTER", "CMD_REQUEST"]
         answers.heard.clear()
         assert await charon.read_sas(lambda octets: b"0000000000000002" in octets) == [False, True, False]
-        assert len(await charon.read_sas(bytes, ike_id=2)) == 1
+        assert len(await charon.read_sas(bytes, ike_ids=[2])) == 1
         assert answers.heard == [(PacketType.CMD_REQUEST, "list-sas")] * 2
         await charon.close()
 
@@ -109,7 +109,7 @@ def test_a_few_connections_are_asked_for_by_name(telling: tuple[Telling, StandIn
 def test_many_who_ask_at_once_get_their_own_answers(telling: tuple[Telling, StandIn]) -> None:
     async def scenario() -> None:
         charon = Charon(telling[1].path)
-        asked = [charon.read_sas(bytes, ike_id=1 + number % 3) for number in range(30)]
+        asked = [charon.read_sas(bytes, ike_ids=[1 + number % 3]) for number in range(30)]
         told = await asyncio.gather(*asked)
         ids = [parse_message(octets)["mn"]["uniqueid"] for (octets,) in told]
         assert ids == [str(1 + number % 3) for number in range(30)]
@@ -174,7 +174,7 @@ def test_a_listing_that_waits_for_an_sa_holds_up_no_other_request(tmp_path: Path
             assert list(await charon.connections()) == ["home"]
             assert await charon.rekey(ike_id=3) == 1
             for _ in range(3):
-                assert len(await charon.read_sas(bytes, ike_id=2)) == 1
+                assert len(await charon.read_sas(bytes, ike_ids=[2])) == 1
             # one for what charon answers at once, one for rekeying, and those of the listings
             assert len(stand_in.conns) == MOST + 2 and not any(task.done() for task in waiting)
             more = [asyncio.create_task(charon.read_sas(bytes)) for _ in range(5)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pytest
@@ -29,9 +29,11 @@ class Charon:
         self.gate.set()
         self.error: CharonError | None = None
 
-    async def read_sas(self, read: Callable[[bytes], _T], *, ike_id: int | None = None) -> list[_T]:
-        self.asked.append(ike_id)
-        told = [_message(number, *spis) for number, spis in self.sas.items() if ike_id in (None, number)]
+    async def read_sas(self, read: Callable[[bytes], _T], *, ike_ids: Sequence[int] = ()) -> list[_T]:
+        self.asked += ike_ids or [None]
+        told = [
+            _message(number, *spis) for number, spis in self.sas.items() if not ike_ids or number in ike_ids
+        ]
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -122,6 +124,21 @@ def test_an_id_that_is_gone_or_another_sas_is_not_believed() -> None:
         charon.asked.clear()
         assert await listing.view(SPIS[1]) is None
         assert charon.asked == [8, None], "it is no new one either"
+
+    asyncio.run(scenario())
+
+
+def test_those_that_are_wanted_at_once_are_asked_for_at_once() -> None:
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        await listing.views()
+        charon.asked.clear()
+        new = [(bytes([number]) * 8, bytes([number]) * 8) for number in (0x61, 0x62)]
+        charon.sas |= {6: new[1], 7: new[0]}
+        found = await asyncio.gather(*map(listing.view, (SPIS[0], *new, SPIS[3])))
+        assert [view and view.unique_id for view in found] == [1, 7, 6, 4]
+        assert charon.asked == [1, 4, 6, 7]
 
     asyncio.run(scenario())
 

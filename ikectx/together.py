@@ -1,0 +1,69 @@
+"""`Together`: what several want in one round of the event loop is done once, for all of them (asyncio)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class Together(Generic[_T, _R]):
+    """`do` gets all items of one round, and returns a result for each. Its error is everybody's.
+
+    SAs that move together come to the same effect in the same round, and one call of the kernel or the disk
+    for all of them costs little more than one for a single SA.
+    """
+
+    def __init__(self, do: Callable[[Sequence[_T]], Awaitable[Sequence[_R]] | Sequence[_R]]) -> None:
+        self._do = do
+        self._items: list[_T] = []
+        self._waiting: list[asyncio.Future[_R]] = []
+
+    async def join(self, item: _T) -> _R:
+        """The result for the item. Who does not wait any longer stops nothing."""
+        loop = asyncio.get_running_loop()
+        if not self._items:
+            loop.call_soon(self._all)
+        future: asyncio.Future[_R] = loop.create_future()
+        self._items.append(item)
+        self._waiting.append(future)
+        return await future
+
+    def _all(self) -> None:
+        items, self._items = self._items, []
+        waiting, self._waiting = self._waiting, []
+        try:
+            found = self._do(items)
+        except BaseException as error:
+            _fail(waiting, error)
+            return
+        if isinstance(found, Sequence):
+            _end(waiting, found)
+        else:
+            asyncio.ensure_future(found).add_done_callback(partial(_ended, waiting))
+
+
+def _ended(waiting: list[asyncio.Future[_R]], task: asyncio.Future[Sequence[_R]]) -> None:
+    if task.cancelled():
+        for future in waiting:
+            future.cancel()
+    elif (error := task.exception()) is not None:
+        _fail(waiting, error)
+    else:
+        _end(waiting, task.result())
+
+
+def _end(waiting: list[asyncio.Future[_R]], results: Sequence[_R]) -> None:
+    for future, result in zip(waiting, results, strict=True):
+        if not future.done():
+            future.set_result(result)
+
+
+def _fail(waiting: list[asyncio.Future[_R]], error: BaseException) -> None:
+    for future in waiting:
+        if not future.done():
+            future.set_exception(error)

@@ -1,0 +1,52 @@
+"""What several want in one round is done once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from ikectx.together import Together
+
+
+def test_all_items_of_one_round_are_done_at_once() -> None:
+    done: list[list[int]] = []
+
+    def both(items: Sequence[int]) -> Sequence[int]:
+        done.append(list(items))
+        return [item * 2 for item in items]
+
+    async def slowly(items: Sequence[int]) -> Sequence[int]:
+        await asyncio.sleep(0)
+        return both(items)
+
+    async def scenario() -> None:
+        for together in (Together(both), Together(slowly)):
+            done.clear()
+            assert await asyncio.gather(*map(together.join, range(3))) == [0, 2, 4]
+            assert await together.join(5) == 10
+            assert done == [[0, 1, 2], [5]]
+
+    asyncio.run(scenario())
+
+
+def test_an_error_is_everybody_s_and_who_leaves_stops_nothing() -> None:
+    done: list[int] = []
+
+    def fails(items: Sequence[int]) -> Sequence[None]:
+        done.extend(items)
+        raise ValueError(len(items))
+
+    async def scenario() -> None:
+        together = Together(fails)
+        leaves = asyncio.create_task(together.join(1))
+        stay = [asyncio.create_task(together.join(number)) for number in (2, 3)]
+        await asyncio.sleep(0)
+        leaves.cancel()
+        for task in stay:
+            with pytest.raises(ValueError, match="3"):
+                await task
+        assert done == [1, 2, 3]
+
+    asyncio.run(scenario())
