@@ -15,9 +15,12 @@ from ikectx.numbers import Mode, Status
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import same_host
+from ikectx.wire.ikev2 import NATT_PORT
 from ikectx.wire.profile import Told
 from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
 
+SPIS = (bytes.fromhex("c0000000"), bytes.fromhex("cfffffff"))
+"""The SPIs that strongSwan gives to its inbound CHILD_SAs (charon.spi_min, charon.spi_max)."""
 INSTEAD = "`--address keep` if the gateway's address moves along; else let the MN connect anew"
 
 
@@ -35,7 +38,8 @@ def wanted(context: IkeContext, to: str, wish: Address, relayed_by: str, *, kern
         )
     if wish != "auto":
         return "mn" if wish == "invite" else wish
-    if relayed_by or (kernel_esp and behind_nat(context)) or not context.extensions & EXT_MOBIKE:
+    natted = kernel_esp and behind_nat(context)
+    if relayed_by or natted or not context.extensions & EXT_MOBIKE or forgetful(context):
         return "relay"
     return "update"
 
@@ -47,15 +51,30 @@ def reason(context: IkeContext, to: str, relayed_by: str) -> str:
     if relayed_by:
         return f"{relayed_by} relays it"
     if behind_nat(context):
-        return "it is behind a NAT, which lets in answers only"
+        told = "it is behind a NAT, which lets in answers only"
+        maybe = " (if it only forces UDP encapsulation, `--address move` works)"
+        return told + maybe if context.remote.port == NATT_PORT else told
     if not context.extensions & EXT_MOBIKE:
         return "it does not speak MOBIKE"
+    if forgetful(context):
+        return "its IKE_SA was rekeyed, after which libreswan does not go to a new address"
     return "as asked for"
 
 
 def behind_nat(context: IkeContext) -> bool:
     """Whether charon found a NAT before the mobile node."""
     return bool(context.conditions & COND_NAT_THERE)
+
+
+def forgetful(context: IkeContext) -> bool:
+    """Whether the mobile node may have forgotten that it speaks MOBIKE: its IKE_SA was rekeyed, and its SPIs
+    are not from strongSwan's range.
+
+    libreswan (4.10) forgets it, and answers the old gateway's address whatever it is told. charon reports no
+    vendor ID. Another implementation that is taken for it is relayed, which works with any.
+    """
+    rekeyed = context.current.old_skd is not None
+    return rekeyed and not any(SPIS[0] <= child.spi_out <= SPIS[1] for child in context.children)
 
 
 def check_relay(context: IkeContext, views: Iterable[SaView], *, forwards: bool, able: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ikectx.errors import RefusedError
 from ikectx.numbers import Mode
+from ikectx.sa.context import IkeContext, Secret
 from tests.vici_bridge.vici.test_views import context, selector
 from vici_bridge.policy.ways import check_relay, reason, wanted
 from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
@@ -16,6 +17,14 @@ from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
 PLAIN = replace(context(), extensions=EXT_MOBIKE)
 BEHIND = replace(PLAIN, conditions=COND_NAT_THERE)
 OLD = replace(PLAIN, extensions=0)
+REKEYED = replace(
+    PLAIN, generations=(replace(PLAIN.current, old_skd=Secret(bytes(32)), old_prf=PLAIN.current.prf),)
+)
+
+
+def chosen_by(here: IkeContext, spi: str) -> IkeContext:
+    """The SA with that SPI at the mobile node."""
+    return replace(here, children=(replace(here.children[0], spi_out=bytes.fromhex(spi)),))
 
 
 @pytest.mark.parametrize(
@@ -25,6 +34,9 @@ OLD = replace(PLAIN, extensions=0)
         (BEHIND, "", True, "relay", "NAT"),
         (BEHIND, "", False, "update", "NAT"),  # user-space ESP is in UDP always
         (OLD, "", True, "relay", "MOBIKE"),
+        (chosen_by(PLAIN, "12345678"), "", True, "update", "as asked for"),
+        (chosen_by(REKEYED, "c2345678"), "", True, "update", "as asked for"),
+        (chosen_by(REKEYED, "12345678"), "", True, "relay", "was rekeyed"),  # libreswan has forgotten MOBIKE
         (PLAIN, "psg", True, "relay", "psg relays it"),
         (PLAIN, "nsg", True, "relay", "goes on by itself"),
     ],
