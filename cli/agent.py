@@ -51,11 +51,12 @@ from vici_bridge.policy.admission import numbered
 from vici_bridge.policy.allowed import AllowedConnection
 from vici_bridge.policy.identities import reauthentication
 from vici_bridge.vici.codec import Message, with_json
-from vici_bridge.vici.control import ControlServer, Response, client_user
+from vici_bridge.vici.control import ControlServer, Response
 
 from . import __version__, service
 from .config import ByPacketConfig, Config
 from .detours import find, names, need_ways
+from .in_doubt import InDoubt, operator
 from .move_log import log_event
 from .movers import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from .render import context_json
@@ -194,6 +195,7 @@ class Agent:
             hear=self._host.follow.hear,
         )
         self._host.origins.tell = self._gateway.tell
+        self._doubts = InDoubt(self._host, self._gateway)
         self._control = ControlServer(
             str(config.control.socket),
             {
@@ -209,7 +211,7 @@ class Agent:
                 "rotate-key": self.rotate_key,
                 "reload": self.reload,
                 "cancel": self.cancel,
-                "reclaim": self.reclaim,
+                "resolve": self.resolve,
                 "updown": self.updown,
                 "detours": self.detours,
             },
@@ -393,7 +395,7 @@ class Agent:
                     dry_run=request.get("dry-run") == "yes",
                     parallel=self._config.transfer.concurrency,
                     progress=queue.put_nowait if self._control.heard("transfer-progress") else None,
-                    asked_by=_operator(),
+                    asked_by=operator(),
                 )
             )
             async for event in service.until_done(work, queue):
@@ -416,7 +418,7 @@ class Agent:
                 sa=sa_name(request.get("sa", "")),
                 dry_run=request.get("dry-run") == "yes",
                 progress=queue.put_nowait if self._control.heard("pull-progress") else None,
-                asked_by=_operator(),
+                asked_by=operator(),
             )
         )
         async for event in service.until_done(work, queue):
@@ -465,9 +467,10 @@ class Agent:
             hint="`ikectx status` shows what is open; once let go, only the other gateway decides",
         )
 
-    async def reclaim(self, request: Message) -> Message:
-        report = await self._gateway.reclaim(request.get("transfer", ""))
-        return with_json(report.to_json())
+    async def resolve(self, request: Message) -> Message:
+        """What is in doubt here: one transfer or SA, or all; with `decision` (reclaim, give-up) it is ended
+        so."""
+        return with_json(await self._doubts.resolve(request.get("transfer", ""), request.get("decision", "")))
 
     async def detours(self, request: Message) -> Message:
         """The SAs that left this gateway; with `end`, nothing is sent on any more for the SA of that name.
@@ -531,11 +534,6 @@ class Agent:
     async def _select(self, request: Message) -> list[SaName]:
         """The SAs that the request names. Errors: UnknownSaError, UsageError."""
         return chosen(await self._host.views(), request, self._plain_peers)
-
-
-def _operator() -> str:
-    """Who sent the request that is being answered, for the audit log."""
-    return f"operator (uid {client_user()})"
 
 
 def _ear(here: IkeContext) -> Held:

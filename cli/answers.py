@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import click
 
+from ikectx.errors import UsageError
+
 from .requests import plain_address
 
 if TYPE_CHECKING:
@@ -114,6 +116,15 @@ def a_number(ctx: click.Context, param: click.Parameter, value: float | None) ->
     if value is not None and math.isnan(value):
         raise click.BadParameter("nan is not a number", ctx, param)
     return value
+
+
+def confirm(yes: bool, question: str) -> None:
+    """Ask, unless --yes was given. Errors: UsageError where there is nobody to be asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("nobody can be asked here, because this is no terminal", hint="give --yes")
+    click.confirm(question, abort=True)
 
 
 def json_option(command: F) -> F:

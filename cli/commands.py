@@ -14,12 +14,13 @@ import click
 
 from ikectx.errors import IkectxError, UnknownSaError, UsageError
 
-from . import __version__
+from . import __version__, past
 from .answers import (
     WORDS,
     Setup,
     an_address,
     ask_for_another_key,
+    confirm,
     json_option,
     key_option,
     serve_config_option,
@@ -408,69 +409,13 @@ def detours(setup: Setup[Config], end: str | None, unblock: bool, as_json: bool)
         )
 
 
-@cli.command(short_help="Transfers of the past, and the audit log.")
-@click.option(
-    "--limit",
-    type=click.IntRange(1, 1_000_000_000),
-    default=100,
-    show_default=True,
-    help="At most so many, newest first.",
-)
-@click.option("--audit", is_flag=True, help="The audit log: who asked for each move, epochs, counters.")
-@click.option(
-    "--verify", is_flag=True, help="Check that nobody changed the audit log; works without agent, too."
-)
-@click.option(
-    "--head",
-    metavar="NUMBER:MAC",
-    type=WORDS,
-    help="With --verify: the head noted at an earlier one.",
-)
-@click.option(
-    "--store", metavar="DIR", type=click.Path(path_type=Path), help="With --verify: a store, say a backup."
-)
-@click.option("--key", metavar="FILE", type=click.Path(path_type=Path), help="With --store: its key.")
-@json_option
-@click.pass_obj
-def history(
-    setup: Setup[Config],
-    limit: int,
-    audit: bool,
-    verify: bool,
-    head: str | None,
-    store: Path | None,
-    key: Path | None,
-    as_json: bool,
-) -> int:
-    """Transfers of the past, in both directions, or the audit log of moves."""
-    from vici_bridge.vici.client import json_of
-
-    from . import history as past
-
-    if not verify and (head or store or key):
-        raise UsageError("--head, --store and --key go with --verify")
-    if verify:
-        return past.verify(setup, store, key, head or "", as_json)
-    items: list[dict[str, Any]] = []
-    query = {"limit": limit, "audit": "yes" if audit else None}
-    with setup.agent() as agent:
-        agent.stream("history", "history-entry", query, lambda item: items.append(json_of(item)))
-    if as_json:
-        show_json(items)
-        return 0
-    from .progress import show_history
-
-    (past.show_audit if audit else show_history)(items)
-    return 0
-
-
 @cli.command(short_help="Make charon report all its SAs again.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
 def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
     """Make charon report all its SAs to the agent again. charon rekeys every CHILD_SA to do so."""
-    _confirm(yes, "charon will rekey every CHILD_SA; go on?")
+    confirm(yes, "charon will rekey every CHILD_SA; go on?")
     answer = setup.ask("resync")
     if as_json:
         show_answer(answer, as_json)
@@ -478,15 +423,6 @@ def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
         click.echo(
             "charon reports its SAs, and rekeys every CHILD_SA: `ikectx list` says which are movable by now"
         )
-
-
-def _confirm(yes: bool, question: str) -> None:
-    """Ask, unless --yes was given. Errors: UsageError where there is nobody to be asked."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("nobody can be asked here, because this is no terminal", hint="give --yes")
-    click.confirm(question, abort=True)
 
 
 @cli.command("rotate-key", short_help="Seal the agent's store with another key.")
@@ -520,20 +456,6 @@ def reload(setup: Setup[Config], as_json: bool) -> None:
 def cancel(setup: Setup[Config], transfer: str, as_json: bool) -> None:
     """Stop an open TRANSFER (its id; see status), as long as this gateway still serves the SA."""
     show_answer(setup.ask("cancel", {"transfer": transfer}), as_json)
-
-
-@cli.command(short_help="Serve an SA again whose new gateway is gone for good.")
-@click.argument("transfer", type=WORDS)
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@json_option
-@click.pass_obj
-def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> None:
-    """Serve an SA here again that this gateway handed over in TRANSFER and that no gateway is known to serve.
-
-    Use it only if the other gateway is down for good, because two gateways that serve one SA break it.
-    """
-    _confirm(yes, "Is it certain that the other gateway does not serve it?")
-    show_answer(setup.ask("reclaim", {"transfer": transfer}, timeout=120), as_json)
 
 
 @cli.command(short_help="Check this gateway, and say what to write where.")
@@ -574,6 +496,10 @@ def updown(ctx: click.Context, args: tuple[str, ...]) -> None:
     assert ctx.parent is not None
     given = [f"--{name}={value}" for name, value in ctx.parent.params.items() if value]
     hook.main([*given, *args])
+
+
+for _command in (past.history, past.resolve, past.reclaim):
+    cli.add_command(_command)
 
 
 def run(args: Sequence[str]) -> int:

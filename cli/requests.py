@@ -28,7 +28,7 @@ GATEWAY: Mapping[str, Keys] = {
     "rotate-key": {"key": "text"},
     "reload": {},
     "cancel": {"transfer": "text"},
-    "reclaim": {"transfer": "text"},
+    "resolve": {"transfer": "text", "decision": "text"},
     # everything that charon passes to its script, in any version
     "updown": {"verb": "text", "reqid": "text", "child": "text", "connection": "text", "PLUTO_*": "text"},
     "detours": {"end": "text", "unblock": "flag"},

@@ -41,6 +41,7 @@ from ikectx.engine.effects import (
     Recorded,
     Release,
     Settle,
+    Stands,
     Stay,
     Step,
     StillHere,
@@ -387,6 +388,8 @@ class Driver:
                 if untouched:
                     source.not_taken(context.spis)
                 await source.thaw(context, jump)
+            case Stands(sa, let_go):
+                return await source.stands(sa, let_go)
             case Release(context):
                 await source.release(context)
             case Check(context, keep, answers, relayed_by):

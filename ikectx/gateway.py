@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ikectx.disk.audit import Verified
 from ikectx.disk.store import SqliteStore
-from ikectx.engine.core import Arrive, Engine, Pull, Reclaim, Show, Tell, Transfer
+from ikectx.engine.core import Arrive, Engine, Pull, Resolve, Show, Tell, Transfer
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.journaled import EngineConfig, MobileConfig
 from ikectx.engine.ports import Address, ContextSink, ContextSource
 from ikectx.engine.report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
 from ikectx.engine.tables import OSEQ_JUMP, SourceState
+from ikectx.engine.transfers import Decision
 from ikectx.net.credentials import Credentials, TlsConfig
 from ikectx.net.door import Door
 from ikectx.net.links import Dial, Links, Stream
 from ikectx.net.tls import tls_dial, tls_listen
 from ikectx.sa.context import Address as IpAddress
-from ikectx.sa.context import Endpoint
+from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctar
 from ikectx.wire.whereabouts import Whereabouts
@@ -292,14 +293,33 @@ class Gateway:
         self._driver.pump()
         return cancelled
 
-    async def reclaim(self, transfer_id: str) -> TransferReport:
-        """Serve the SA of a transfer in doubt here again, whatever the peer says, because the operator
-        decides so.
+    async def resolve(self, transfer_id: str, decision: Decision, by: str = "operator") -> TransferReport:
+        """Serve the SA of a transfer in doubt here again ("reclaim"), or drop it here ("give-up"), whatever
+        the peer says, because `by` decides so.
 
-        If the peer owns it all the same, both gateways serve it. Errors: StateError unless it is in doubt.
+        If the peer owns a reclaimed SA all the same, both gateways serve it. Errors: StateError unless it
+        is in doubt.
         """
-        report: TransferReport = await self._driver.ask(Reclaim(transfer_id))
+        report: TransferReport = await self._driver.ask(Resolve(transfer_id, decision, by))
         return report
+
+    def in_doubt(self) -> list[TransferReport]:
+        """Transfers of this gateway that have let the SA go and are neither confirmed nor refused."""
+        runs = self._driver.engine.transfers.open.values()
+        return [run.report() for run in runs if run.machine.state is SourceState.RELEASED]
+
+    def context_of(self, transfer_id: str) -> IkeContext | None:
+        """The SA of an open transfer of this gateway."""
+        run = self._driver.engine.transfers.named(transfer_id)
+        return None if run is None else run.context
+
+    def connected(self, peer: str) -> bool:
+        """Whether there is an open connection to that peer."""
+        return self._driver.links is not None and self._driver.links.connected(peer)
+
+    def heard(self, peer: str) -> float | None:
+        """When the last message of that peer came, in seconds since 1970; None: none came since the start."""
+        return self._driver.engine.heard.get(peer)
 
     # -- asking others -----------------------------------------------------------------------------------
 
@@ -397,7 +417,7 @@ class Gateway:
                     "host": peer.host,
                     "port": peer.port,
                     "rights": sorted(peer.rights),
-                    "connected": self._driver.links is not None and self._driver.links.connected(peer.name),
+                    "connected": self.connected(peer.name),
                 }
                 for peer in self._peers.values()
             ],

@@ -89,6 +89,31 @@ LEFT = {
 }
 
 
+DOUBT = {
+    "name": "t1",
+    "transfer": "t1",
+    "sa": "01:02",
+    "mn": "mn@example.org",
+    "here": {
+        "gateway": "psg",
+        "state": "has let go",
+        "epoch": 0,
+        "charon": "home #1",
+        "kernel": "IKE is dropped",
+    },
+    "there": {
+        "gateway": "nsg",
+        "state": "may own it",
+        "epoch": 1,
+        "connected": False,
+        "last_heard": 1700000000.0,
+        "said": "",
+    },
+    "advice": "bring nsg back",
+    "decisions": ["reclaim", "give-up"],
+}
+
+
 class Agent(StandIn):
     """A gateway's agent."""
 
@@ -108,7 +133,7 @@ class Agent(StandIn):
                 "status": self.status,
                 "resync": self.resync,
                 "cancel": self.cancel,
-                "reclaim": self.cancel,
+                "resolve": self.resolve,
                 "updown": self.updown,
                 "detours": self.detours,
             },
@@ -144,6 +169,11 @@ class Agent(StandIn):
         self.asked.append(("verify-history", request))
         changed = ["row 2 was changed"] if request.get("head") else []
         return with_json({"ok": not changed, "rows": 3, "pruned": 1, "head": "4:ab", "findings": changed})
+
+    async def resolve(self, request: Message) -> Message:
+        self.asked.append(("resolve", request))
+        report = {"report": REPORT} if request.get("decision") else {}
+        return with_json({"in_doubt": [DOUBT], **report})
 
     async def status(self, request: Message) -> Message:
         return with_json({"name": "psg", "charon": {"reachable": True}, "open": []})

@@ -48,6 +48,7 @@ from ikectx.engine.effects import (
     Put,
     Recorded,
     Release,
+    Stands,
     Stay,
     Step,
     StillHere,
@@ -68,7 +69,7 @@ from ikectx.engine.outputs import (
     Send,
     Settled,
 )
-from ikectx.engine.ports import MoveReport, Way
+from ikectx.engine.ports import Evidence, MoveReport, Way
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, LinkError, StoreError, UnknownSaError
 from ikectx.numbers import Fpt, Status
@@ -232,7 +233,15 @@ class Box:
                 taken = context.spis in self.sas
                 return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE if taken else Status.OK)]
             case StillHere(final):
-                return "charon has it" if (final.spi_i, final.spi_r) in self.sas else ""
+                here = self.sas.get(SaName(final.spi_i, final.spi_r))
+                return Evidence() if here is None else Evidence("charon has it", here.state == "served")
+            case Stands(sa):
+                here = self.sas.get(sa)
+                return (
+                    "gone"
+                    if here is None
+                    else {"frozen": "frozen", "served": "served"}.get(here.state, "unknown")
+                )
             case GetReady(_, _, leaving):
                 return leaving
             case Divert(context, to):

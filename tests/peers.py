@@ -16,7 +16,7 @@ from ikectx.disk.store import SqliteStore
 from ikectx.engine.journal import JournalEntry
 from ikectx.engine.machine import Machine
 from ikectx.engine.ports import Address as Wish
-from ikectx.engine.ports import ContextSink, ContextSource, MoveReport, RelayTo, Way
+from ikectx.engine.ports import ContextSink, ContextSource, Evidence, MoveReport, RelayTo, Stand, Way
 from ikectx.errors import BusyError, CharonError, LinkError, StateError, StoreError, UnknownSaError
 from ikectx.gateway import Gateway
 from ikectx.net.links import Dial, Stream
@@ -211,6 +211,8 @@ class MemoryGateway(ContextSource, ContextSink):
         """What `settle` finds to be the next request's message ID."""
         self.served: dict[SaName, IkeContext] = {}
         self.frozen: set[SaName] = set()
+        self.certain = True
+        """Can charon say that it serves an SA, and not only that it has it?"""
         self.late: set[SaName] = set()
         """Released, but late packets are still decrypted."""
         self.passive: dict[SaName, IkeContext] = {}
@@ -346,10 +348,16 @@ class MemoryGateway(ContextSource, ContextSink):
             return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE, "it is here")]
         return self.verdicts
 
-    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> Evidence:
         await self._step("look")
         sa = (final.spi_i, final.spi_r)
-        return "charon has it" if sa in self.served or sa in self.passive else ""
+        serves = sa in self.served and self.certain
+        return Evidence("charon has it", serves) if sa in self.served or sa in self.passive else Evidence()
+
+    async def stands(self, sa: SaName, let_go: bool) -> Stand:
+        if sa in self.frozen:
+            return "frozen"
+        return "served" if sa in self.served else "gone"
 
     async def prepare(self, context: IkeContext, keep_address: bool) -> None:
         await self._step("prepare")

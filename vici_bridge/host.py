@@ -65,6 +65,7 @@ from .deadlines import Deadlines
 from .doubts import Doubts
 from .due_rekeys import DueRekeys
 from .host_config import HostConfig
+from .orphans import Orphans
 from .rekey_after_move import FreshKeys
 from .reloads import Reloads
 from .segments import Segments
@@ -127,6 +128,7 @@ class CharonHost:
         self.rewrite = Rewrite() if config.mobile_node and config.kernel_esp else None
         """The ESP of a mobile node that has moved."""
         self.mute = Mute()
+        self.orphans = Orphans(self.mute, self.leaving, self.importing)
         self.doubts = Doubts(store, config.ports)
         self.detour = Detour()
         self.nat = NatRelay(config.ports)
@@ -321,17 +323,14 @@ class CharonHost:
         self._ha.hear()
         mark = self.record.mark()
         views = await self.views()
-        gone = self.record.retain({view.spis for view in views}, mark)
-        for change in gone:
-            self._spoke.pop(change.sa, None)
+        listed = {view.spis for view in views}
+        gone = self.record.retain(listed, mark)
         self.save()
         await asyncio.sleep(0.001)
         self._ha.hear()  # SAs that came up just now have been reported by now
-        listed = {view.spis for view in views}
         self.doubts.keep(listed)
-        for muted in [] if self.config.mobile_node else await asyncio.to_thread(self.mute.listing):
-            if muted.spis not in listed and not self.importing(muted.spis):
-                await self.mute.unmute_soon(muted.spis)
+        if not self.config.mobile_node:
+            await self.orphans.sweep(listed)
         for sa in self.record.names():
             with contextlib.suppress(UnknownSaError, RefusedError, CharonError):
                 await self.catch_up(sa)
@@ -339,8 +338,8 @@ class CharonHost:
         if self.on_change is not None:
             self.on_change(None)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]
-        known = len(self.record.names())
-        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.ha_version.charon, known, len(gone))
+        counts = len(self.record.names()), len(gone)
+        log.info("charon %s: %d IKE_SAs known, %d forgotten", self.ha_version.charon, *counts)
         if unknown:
             log.warning(
                 "%d IKE_SAs, or CHILD_SAs of them, came up while no agent ran: these cannot be moved; "
@@ -444,6 +443,7 @@ class CharonHost:
         """Why that SA cannot be moved, as far as this gateway can tell; None: it can."""
         try:
             self.ha_version.check()
+            self.orphans.check(view.spis)
             check_kind(view)
             if not self.config.mobile_node:
                 check_ports(view, self.config.ports)

@@ -48,7 +48,7 @@ from .procedures import Process, Scheduler, Steps, log
 from .report import TransferReport
 from .requests import Request, Requests, Sighting
 from .tables import TARGET_OWNS, SourceState, TargetState
-from .transfers import Transfers
+from .transfers import Decision, Transfers
 
 
 class Moment(NamedTuple):
@@ -109,10 +109,13 @@ class Arrive:
 
 
 @dataclass(frozen=True, slots=True)
-class Reclaim:
-    """Serve the SA of that transfer here again, whatever the peer says. Outcome: `TransferReport`."""
+class Resolve:
+    """Serve the SA of that transfer here again, or never again, whatever the peer says. Outcome:
+    `TransferReport`. `by`: who decides, in words."""
 
     transfer_id: str
+    decision: Decision
+    by: str = "operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Tell:
     news: Whereabouts
 
 
-Wanted = Transfer | Pull | Show | Arrive | Reclaim | Tell
+Wanted = Transfer | Pull | Show | Arrive | Resolve | Tell
 
 
 class Engine:
@@ -148,6 +151,8 @@ class Engine:
         """The CTARs; None where no mobile node may hand over."""
         if config.mobile is not None:
             self.arrivals = Arrivals(parts, self.transfers, self._inboxes, self.requests, used, config.mobile)
+        self.heard: dict[str, float] = {}
+        """When the last message of a peer came, by its name (seconds since 1970)."""
         self._tickets: dict[int, Process] = {}
         self._last_ticket = 0
         self._runs = False
@@ -261,7 +266,7 @@ class Engine:
         return peer
 
     def _steps(self, what: Wanted, ticket: int) -> Steps[object]:
-        if not self._runs and not isinstance(what, Reclaim | Tell):
+        if not self._runs and not isinstance(what, Resolve | Tell):
             raise StateError("the gateway does not run")
         match what:
             case Transfer(sa, to, address, dry_run, asked_by):
@@ -279,8 +284,8 @@ class Engine:
                 if self.arrivals is None:
                     raise StateError("no MN may hand over here: the gateway has no `mobile`")
                 return (yield from self.arrivals.ctar(message, source))
-            case Reclaim(transfer_id):
-                return (yield from self.transfers.reclaim(transfer_id))
+            case Resolve(transfer_id, decision, by):
+                return (yield from self.transfers.resolve(transfer_id, decision, by))
             case Tell(peer, news):
                 yield from self._notices.tell(peer, news)
         return None
@@ -339,6 +344,7 @@ class Engine:
         self._at(now)
         line = self._lines.find(link)
         if line is not None:
+            self.heard[line.peer.name] = now.unix
             self._receive(line, message)
         self._scheduler.run()
 
@@ -394,7 +400,7 @@ __all__ = [
     "EngineConfig",
     "Moment",
     "Pull",
-    "Reclaim",
+    "Resolve",
     "Show",
     "Tell",
     "Transfer",

@@ -117,6 +117,15 @@ class Thaw:
 
 
 @dataclass(frozen=True, slots=True)
+class Stands:
+    """Ask how an SA stands at charon and the kernel; `let_go`: it was let go. Outcome: `Stand`."""
+
+    NAME: ClassVar[str] = "ask how the SA stands"
+    sa: SaName
+    let_go: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """Take away what is left of an SA that moved. Outcome: None."""
 
@@ -153,7 +162,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class StillHere:
-    """What this gateway has of an SA that its journal does not know, in words. Outcome: `str`.
+    """What this gateway has of an SA that its journal does not know. Outcome: `Evidence`.
 
     `who`: the mobile node's IKE identity; empty: not known.
     """
@@ -394,6 +403,7 @@ Step = (
     | Freeze
     | Thaw
     | Release
+    | Stands
     | Stay
     | Check
     | StillHere

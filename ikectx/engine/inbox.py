@@ -23,12 +23,14 @@ from ikectx.wire.full_ctd import decode_last, final_of
 from ikectx.wire.profile import TransferHeader, decode
 from ikectx.wire.reasons import refusals
 
-from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
+from .audit_line import audit_line
+from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom, Write
 from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts
 from .lines import Line
 from .new_gateway import Dropped, Incoming, answer, doubt, refusal
+from .ports import Evidence
 from .procedures import Event, Process, Steps, log
 from .report import mn_label
 from .requests import Request, Requests
@@ -359,13 +361,17 @@ class Inbox:
         known = yield from self._known(header.transfer_id)
         who = str(context.remote_id)
         if known is not None:
-            if not (yield from self._doubted(line, known, final_of(context), message.mn, who)):
+            if not (
+                yield from self._doubted(line, known, message, final_of(context), header.transfer_id, who)
+            ):
                 yield from self._again(known, TargetInput.WHOLE, line, message)
             return
         epochs: Epochs = yield FindEpochs(context.spis)
         wanted = self._inboxes.requests.wanted(self.peer, message.mn, context, header)
         if wanted is None:
-            if not (yield from self._doubted(line, None, final_of(context), message.mn, who)):
+            if not (
+                yield from self._doubted(line, None, message, final_of(context), header.transfer_id, who)
+            ):
                 self._deny(line, message.mn, header.transfer_id)
             return
         run = Incoming(self._parts, self._entry(message, context, header), context, header)
@@ -387,8 +393,8 @@ class Inbox:
             # a busy SA is in this agent's journal; any other may have been taken before a journal was lost
             if error.status is not Status.BUSY:
                 found = yield from doubt(final_of(context), message.mn, who)
-                if found:
-                    run.error = RefusedError(found, status=Status.IN_DOUBT)
+                if found.words:
+                    run.error = RefusedError(found.words, status=Status.IN_DOUBT)
             wanted.begun(self, run)
             yield from run.go(TargetInput.CTD, line)
             return
@@ -396,7 +402,7 @@ class Inbox:
 
     def _released(self, line: Line, message: Ctd, final: FinalState, transfer_id: bytes) -> Steps[None]:
         run = yield from self._known(transfer_id)
-        if (yield from self._doubted(line, run, final, message.mn)):
+        if (yield from self._doubted(line, run, message, final, transfer_id)):
             return
         if run is None:
             self._deny(line, message.mn, transfer_id)
@@ -414,27 +420,65 @@ class Inbox:
         answer(line, mn, refusal(Status.UNKNOWN_TRANSFER, "nobody offered it"))
 
     def _doubted(
-        self, line: Line, run: Incoming | None, final: FinalState, mn: Address, who: str = ""
+        self,
+        line: Line,
+        run: Incoming | None,
+        message: Ctd,
+        final: FinalState,
+        transfer_id: bytes,
+        who: str = "",
     ) -> Steps[bool]:
-        """Answer IN_DOUBT to a CTD whose transfer is not known, or was in doubt before, if the SA is here.
+        """Answer a CTD whose transfer is not known, or was in doubt before, if the SA is here.
 
-        Nothing is written to the journal, so that the next copy of the CTD is denied as soon as the operator
-        has ended the SA here; the other gateway then serves it again.
+        If charon certainly serves it, the journal was lost, or is an old copy, after the transfer: it is
+        written down again as owned, and the other gateway is told so. Else the answer is IN_DOUBT, and
+        nothing is written to the journal, so that the next copy of the CTD is denied as soon as the
+        operator has ended the SA here; the other gateway then serves it again.
         """
+        mn = message.mn
         if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
             return False
         found = yield from doubt(final, mn, who)
-        if not found:
+        if found.serves:
+            yield from self._adopt(mn, final, transfer_id, found)
+            answer(line, mn, ())
+            return True
+        if not found.words:
             if run is not None:
                 run.error = RefusedError("the SA has been ended here", status=Status.UNKNOWN_TRANSFER)
             return False
         log.error(
             "%s let go of an SA in a transfer that is not in the journal here, but %s. "
-            "It serves the SA again only when that has been ended here, or by `ikectx reclaim` there",
-            *(self.peer.name, found),
+            "It serves the SA again only when that has been ended here, or by `ikectx resolve` there",
+            *(self.peer.name, found.words),
         )
-        answer(line, mn, refusal(Status.IN_DOUBT, found))
+        answer(line, mn, refusal(Status.IN_DOUBT, found.words))
         return True
+
+    def _adopt(self, mn: Address, final: FinalState, transfer_id: bytes, found: Evidence) -> Steps[None]:
+        """Write down that a transfer which the journal does not have has brought an SA here. Errors:
+        StoreError."""
+        now, config = self._parts.scheduler.unix, self._parts.config
+        entry = JournalEntry(
+            transfer_id=transfer_id,
+            role="target",
+            peer=self.peer.name,
+            sa=SaName(final.spi_i, final.spi_r),
+            mn=found.mn,
+            mn_address=str(mn),
+            state=str(TargetState.OWNED),
+            epoch=final.epoch,
+            started=now,
+            updated=now,
+            detail=f"the store did not know the transfer any more, but {found.words}",
+            result="moved",
+        )
+        line = audit_line(entry, config.name, f"gateway {self.peer.name}", None, final)
+        yield Write(changed(entry, audit=line), durable=config.durable)
+        log.warning(
+            "transfer %s of %s: %s. It serves that SA, and %s is told so",
+            *(transfer_id.hex(), found.mn, entry.detail, self.peer.name),
+        )
 
     def _again(self, run: Incoming, what: TargetInput, line: Line, message: Pctd | Ctd) -> Steps[None]:
         """Handle a message for a known transfer. Only its own peer may send one, and for its own mobile

@@ -42,7 +42,7 @@ from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts, Run
 from .lines import Line
-from .ports import MoveReport
+from .ports import Evidence, MoveReport
 from .procedures import Gate, Steps, log
 from .tables import (
     TARGET_DURABLE,
@@ -100,17 +100,18 @@ def answer(
         return 0
 
 
-def doubt(final: FinalState, mn: Address, who: str = "") -> Steps[str]:
-    """Why this gateway may serve an SA of which its journal tells nothing, in words; empty: it does not.
+def doubt(final: FinalState, mn: Address, who: str = "") -> Steps[Evidence]:
+    """What there is of an SA of which the journal here tells nothing. Without words this gateway does not
+    serve it.
 
     A gateway that lost its journal (or restored an old one) must not deny an SA that its charon still serves,
     because the other gateway would then serve the SA as well. If charon or the kernel cannot be asked, the SA
     is not denied either. `who`: the mobile node's identity if it is known; others may have its address (NAT).
     """
     try:
-        found: str = yield StillHere(final, mn, who)
+        found: Evidence = yield StillHere(final, mn, who)
     except IkectxError as error:
-        return f"charon or the kernel could not be asked for the SA: {error}"
+        return Evidence(f"charon or the kernel could not be asked for the SA: {error}")
     return found
 
 
@@ -362,9 +363,11 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers, self.relayed_by))))
         status = first_failure(verdicts)
         if status is not Status.OK:
-            if self.whole and (found := (yield from doubt(self._last, self.mn, str(context.remote_id)))):
+            if self.whole:
                 # what is in use here may be this very SA, taken before the journal was lost
-                raise RefusedError(found, status=Status.IN_DOUBT)
+                found = yield from doubt(self._last, self.mn, str(context.remote_id))
+                if found.words:
+                    raise RefusedError(found.words, status=Status.IN_DOUBT)
             self._verdicts = verdicts
             why = refusals(verdicts) or STATUS_TEXT.get(status, "refused")
             raise RefusedError(why, status=status, hint=advice(status, refused_here=True))

@@ -10,6 +10,7 @@ from ikectx.sa.context import FinalState, IkeContext
 
 from .lines import Line
 from .ports import Address
+from .report import GivenUp
 from .tables import SourceInput
 
 
@@ -58,14 +59,19 @@ def check_sent(context: IkeContext, final: FinalState, jump: int) -> None:
             )
 
 
-def signalled(signal: SourceInput, peer: str) -> IkectxError | None:
-    """Why a transfer does not go on after that signal; None: it does."""
+def signalled(signal: SourceInput, peer: str, by: str) -> IkectxError | None:
+    """Why a transfer does not go on after that signal; None: it does. `by`: who decided, if somebody did."""
     if signal is SourceInput.CANCEL:
         return StateError("it was cancelled here", hint="nothing to do")
     if signal is SourceInput.CTC:
         return RefusedError(f"{peer} cancelled it", status=Status.UNKNOWN_TRANSFER)
     if signal is SourceInput.RECLAIM:
         return StateError(
-            "it was reclaimed by the operator", hint=f"make sure that {peer} does not serve the SA as well"
+            f"it was reclaimed by the {by}", hint=f"make sure that {peer} does not serve the SA as well"
+        )
+    if signal is SourceInput.GIVE_UP:
+        return GivenUp(
+            f"it was given up here by the {by}; whether {peer} serves it is not known",
+            hint=f"see `ikectx list` at {peer}; if nobody serves the mobile node, it connects anew by itself",
         )
     return None

@@ -107,6 +107,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.asked_for: frozenset[Fpt] = frozenset()
         """Wishes of the peer beside yes: NEW_SPIS, CHILD_SAs get other SPIs; GO_ON, it cannot send yet."""
         self._onward: RelayTo | None = None
+        self.decided_by = "operator"
+        """Who reclaimed it, or gave it up."""
         self.told = False
         """True if the peer knows that the transfer ended, and why."""
         self.token: tuple[TokenAlgorithm, Secret] | None = None
@@ -386,7 +388,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         return None
 
     def _blame_signal(self, signal: SourceInput) -> None:
-        reason = signalled(signal, self.peer.name)
+        reason = signalled(signal, self.peer.name, self.decided_by)
         if reason is not None:
             self.error, self.told = reason, signal is SourceInput.CTC
 

@@ -84,6 +84,24 @@ SENDING_PACKETS = 1 << 23
 """Packets of each CHILD_SA. The other gateway starts, under the same keys, at a number twice as far ahead."""
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a gateway has of an SA that its journal does not know, in words; empty: nothing, or it cannot say.
+
+    `serves`: charon here certainly serves it, under the SPIs by which the other gateway knows it. `mn`: the
+    mobile node's identity then.
+    """
+
+    words: str = ""
+    serves: bool = False
+    mn: str = ""
+
+
+Stand = Literal["served", "frozen", "gone", "unknown"]
+"""How an SA stands at charon and the kernel, whatever the journal says. frozen: its IKE is mute, or its ESP
+is stopped, as for an SA that was let go."""
+
+
 @runtime_checkable
 class ContextSource(Protocol):
     """The gateway that serves an IKE_SA now (old gateway).
@@ -102,6 +120,14 @@ class ContextSource(Protocol):
         It must ask neither charon nor the kernel and cost next to nothing, because strangers can cause this
         call. Errors: UnknownSaError, RefusedError for an SA that cannot be moved.
         """
+
+    async def stands(self, sa: SaName, let_go: bool) -> Stand:
+        """How the SA stands here, asked when a journal that may be an old one has a transfer of it open.
+
+        `let_go`: the journal says that it was let go; it is made mute again then if somebody has emptied
+        nftables. Errors: KernelError, CharonError.
+        """
+        return "unknown"
 
     @abstractmethod
     async def export(self, sa: SaName, *, away: bool = False) -> IkeContext:
@@ -282,15 +308,14 @@ class ContextSink(Protocol):
             status=Status.NOT_COVERED,
         )
 
-    async def still_here(self, final: FinalState, mn: IpAddress, who: str) -> str:
-        """The parts of an SA that no journal has, but charon or the kernel has, in words; empty: none, or
-        this gateway cannot say. Changes nothing.
+    async def still_here(self, final: FinalState, mn: IpAddress, who: str) -> Evidence:
+        """The parts of an SA that no journal has, but charon or the kernel has. Changes nothing.
 
         `mn`: the outer address by which the other gateway knows the mobile node; `who`: its identity, empty
         if that is not known. The SA may have other SPIs here. Errors: CharonError, KernelError, WireError if
         one of them cannot be asked.
         """
-        return ""
+        return Evidence()
 
     # A sink that can change SPIs that are already in use. If the mobile node waits for a CTAA, the new SPIs
     # are sent in it, not by `move_peer`.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ikectx.errors import IkectxError, LinkError
+from ikectx.errors import IkectxError, LinkError, StateError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
@@ -218,6 +218,10 @@ def target_phases(spent: Mapping[str, float], request: float | None) -> dict[str
     return found
 
 
+class GivenUp(StateError):
+    """The operator has decided that this gateway does not serve the SA again."""
+
+
 class Words(NamedTuple):
     """What happened, what to do, and the exit code of a command that ends so."""
 
@@ -246,15 +250,17 @@ def source_words(
         text = f"{peer} serves {mn} now"
         if clean_up is not None:
             text += f"; the clean-up here failed, it is tried again: {clean_up}"
+        elif isinstance(error, GivenUp):
+            text, hint = str(error), error.hint
     elif error is not None:
         text, hint, exit_code = str(error), error.hint or advice(error.status), error.exit_code
     if result == "in-doubt":
         exit_code = exit_code or LinkError.exit_code
         if state is SourceState.RELEASED and error is not None and error.status is Status.IN_DOUBT:
-            return Words(text, f"{hint} (`ikectx reclaim {ident}` does so at once)", exit_code)
+            return Words(text, f"{hint} (`ikectx resolve {ident} --reclaim` does so at once)", exit_code)
         hint = (
-            f"bring {peer} back: this gateway goes on asking it. If it has lost the SA for"
-            f" good, `ikectx reclaim {ident}` serves it here again"
+            f"bring {peer} back: this gateway goes on asking it. `ikectx resolve` shows what is known; if"
+            f" {peer} has lost the SA for good, `ikectx resolve {ident} --reclaim` serves it here again"
             if state is SourceState.RELEASED
             else "look at charon and the kernel here: it is tried again until it works"
         )

@@ -8,7 +8,8 @@ is left to do.
 Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
 
 - the source serves until it has journaled RELEASED; it then sends the CTD and never serves again unless a
-  CTDR to that CTD says that the target does not own the SA (or the operator decides so: `RECLAIM`);
+  CTDR to that CTD says that the target does not own the SA (or the operator decides so: `RECLAIM`;
+  `GIVE_UP` ends the waiting the other way);
 - the target owns from the moment it has journaled OWNING, after it received the CTD;
 - a target says "not owned" only after it has undone everything and journaled ABORTED. An aborted transfer
   is remembered as ABORTED, and one that it never heard of as denied (`desk.Denied`, not in the journal), so
@@ -70,7 +71,7 @@ class SourceInput(StrEnum):
 
     ANNOUNCE: the mobile node says that it will go. REQUESTED: the target asks for the SA, and may. DOUBTED: a
     CTDR that decides nothing, because the target's agent does not know the transfer, but its charon has the
-    SA.
+    SA. RECLAIM, GIVE_UP: the operator's word that the source serves the SA again, or never again.
     """
 
     OK = "ok"
@@ -88,6 +89,7 @@ class SourceInput(StrEnum):
     LINK_UP = "link-up"
     CANCEL = "cancel"
     RECLAIM = "reclaim"
+    GIVE_UP = "give-up"
     RESTART = "restart"
 
 
@@ -211,6 +213,7 @@ SOURCE_TABLE: Mapping[tuple[SourceState, SourceInput], tuple[SourceState, *tuple
     # the target's agent knows nothing of it, but its charon or kernel does: neither yes nor no
     (_S.RELEASED, _SI.DOUBTED): (_S.RELEASED, _SA.RECONNECT),
     (_S.RELEASED, _SI.RECLAIM): (_S.THAWING, _SA.SEND_CTC, _SA.THAW),
+    (_S.RELEASED, _SI.GIVE_UP): (_S.CLEANING, _SA.RELEASE),
     (_S.RELEASED, _SI.TIMEOUT): (_S.RELEASED, _SA.SEND_CTD),
     (_S.RELEASED, _SI.LINK_UP): (_S.RELEASED, _SA.SEND_CTD),
     (_S.RELEASED, _SI.LINK_LOST): (_S.RELEASED, _SA.RECONNECT),
@@ -322,7 +325,7 @@ only outlive the process."""
 
 _LATE = (
     *(_SI.ACCEPTED, _SI.REJECTED, _SI.CTC, _SI.TIMEOUT, _SI.LINK_LOST, _SI.LINK_UP),
-    *(_SI.CANCEL, _SI.REQUESTED),
+    *(_SI.CANCEL, _SI.REQUESTED, _SI.RECLAIM, _SI.GIVE_UP),
 )
 SOURCE_IGNORED = frozenset(
     {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace as changed
+from typing import Literal
 
 from ikectx.errors import BusyError, IkectxError, LinkError, RefusedError, StateError, UnknownSaError
 from ikectx.mistakes import log_mistake
@@ -14,11 +15,11 @@ from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctc
 
 from .dry_run import DryRun
-from .effects import Invite, Invites, Recorded
+from .effects import Invite, Invites, Recorded, Stands
 from .journaled import Parts
 from .occasion import Occasion
 from .old_gateway import Outgoing
-from .ports import Address
+from .ports import Address, Stand
 from .procedures import Cancelled, Do, Gate, Opened, Pause, Steps, Turn, log
 from .report import TransferReport
 from .tables import SourceInput, SourceState
@@ -32,6 +33,10 @@ CANCELLABLE = frozenset(
 
 INVITED = 10.0
 """Seconds for an invited mobile node to come to the other gateway."""
+Decision = Literal["reclaim", "give-up"]
+"""What an operator decides of an SA that was let go, if the other gateway does not answer."""
+_BEFORE_FREEZE = (SourceState.NEW, SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING)
+_LET_GO = (SourceState.RELEASED, SourceState.CLEANING)
 _STAYED = (Status.PEER_SILENT, Status.PEER_REFUSED)
 """A mobile node that was told an address did not go there. Many go on with the old gateway: a filter before
 them, or a daemon that has forgotten MOBIKE (libreswan 4.10 after a rekey of its IKE_SA)."""
@@ -75,7 +80,7 @@ class Transfers:
                 raise BusyError(
                     f"that IKE_SA is being moved already: transfer {last.transfer_id.hex()} to "
                     f"{last.peer.name} is in doubt",
-                    hint="see `ikectx status`, and `ikectx reclaim`",
+                    hint="see `ikectx resolve`",
                 )
             if not (yield Opened(over, until)):
                 raise self._too_long(sa, patience)
@@ -112,17 +117,18 @@ class Transfers:
         run.signal(SourceInput.CANCEL)
         return True
 
-    def reclaim(self, transfer_id: str) -> Steps[TransferReport]:
-        """Serve the SA of a transfer in doubt here again: the operator's word. Errors: StateError."""
+    def resolve(self, transfer_id: str, decision: Decision, by: str) -> Steps[TransferReport]:
+        """Reclaim the SA of a transfer in doubt, or give it up: the word of `by`. Errors: StateError."""
         run = self.named(transfer_id)
         if run is None or run.machine.state is not SourceState.RELEASED:
             raise StateError(
                 f"transfer {transfer_id} is not in doubt"
                 if run
                 else f"no transfer {transfer_id} is open here",
-                hint="`ikectx status` shows those that are",
+                hint="`ikectx resolve` shows those that are",
             )
-        run.signal(SourceInput.RECLAIM)
+        run.decided_by = by
+        run.signal(SourceInput(decision))
         yield Opened(run.over, self._parts.now + self._parts.timing.step)
         return run.report()
 
@@ -302,10 +308,34 @@ class Transfers:
         self._start(run, self._in_turn(run, self._resume(run)))
 
     def _resume(self, run: Outgoing) -> Steps[None]:
+        """Go on as the journal says, unless charon and the kernel say that the journal is an old copy."""
+        state = run.machine.state
         if (yield from run.superseded()):
+            yield from run.forget(SourceState.KEPT)
+            return
+        stands = yield from self._stands(run)
+        if stands == "frozen" and state in _BEFORE_FREEZE:
+            run.blame(
+                StateError(
+                    "the SA is frozen here, of which the store knows nothing: the store is an old copy, and "
+                    "another gateway may serve the SA",
+                    hint="`ikectx resolve` shows it",
+                )
+            )
+            yield from run.forget(SourceState.LOST)
+        elif stands == "served" and state in _LET_GO:
+            run.blame(StateError("the SA is served here: the store is an old copy, or could not be written"))
             yield from run.forget(SourceState.KEPT)
         else:
             yield from run.go(SourceInput.RESTART)
+
+    def _stands(self, run: Outgoing) -> Steps[Stand]:
+        try:
+            found: Stand = yield Do(Stands(run.sa, run.machine.state in _LET_GO), run.transfer_id)
+        except IkectxError as error:
+            log.error("transfer %s goes on as the journal has it: %s", run.transfer_id.hex(), error)
+            return "unknown"
+        return found
 
     # -- all of them -------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ def test_a_peer_gone_from_the_configuration_does_not_stop_the_start() -> None:
             w.names = ("a",)
             await w.a.start()
             w.network.kill("b")
-            report = await w.a.agent.reclaim(doubt.transfer_id)
+            report = await w.a.agent.resolve(doubt.transfer_id, "reclaim")
             assert report.result == "kept"
             await w.quiet()
             assert w.owner(sa) == "a"

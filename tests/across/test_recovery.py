@@ -6,7 +6,10 @@ Throughout: never two senders for one SA, no sequence number used twice, and in 
 from __future__ import annotations
 
 import asyncio
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +28,7 @@ from ikectx.numbers import Status
 from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd
 from tests.hand_loop import run
 from tests.peers import Fate, a_context, fate_at, losing
-from tests.worlds import FAST, held_move, one_move, until, world
+from tests.worlds import FAST, World, held_move, one_move, until, world
 
 # -- failures of each step -------------------------------------------------------------------------------
 
@@ -344,7 +347,7 @@ def test_doubt_is_reported_and_resolved_in_the_background() -> None:
             w.network.fate = losing(Ctd)
             sa, report = await one_move(w)
             assert (report.result, report.status, report.exit_code) == ("in-doubt", Status.UNREACHABLE, 5)
-            assert f"ikectx reclaim {report.transfer_id}" in report.hint
+            assert f"ikectx resolve {report.transfer_id} --reclaim" in report.hint
             assert "has let go" in report.state_here
             assert w.ether.senders[sa] == set()
             open_one = w.a.only_open()
@@ -375,13 +378,14 @@ def test_b4_an_unknown_transfer_is_looked_up_in_charon_before_it_is_denied() -> 
             await w.b.kill()
             (w.folder / "b.db").unlink()  # as the hint of a damaged store says
             w.network.fate = lambda message: "deliver"
+            w.b.daemon.certain = False  # it has it, PASSIVE or mute
             await w.b.start()
             report = await moving
             # nobody has said no, so a must not begin to send beside b
             assert (report.result, report.status) == ("in-doubt", Status.IN_DOUBT)
             assert "charon has it" in report.text
             assert "end the SA there" in report.hint
-            assert f"ikectx reclaim {report.transfer_id}" in report.hint
+            assert f"ikectx resolve {report.transfer_id} --reclaim" in report.hint
             assert report.exit_code == LinkError.exit_code
             assert w.ether.senders[sa] == {"b"}
             assert w.b.agent.history() == []  # no tombstone: the next copy is looked up again
@@ -392,6 +396,136 @@ def test_b4_an_unknown_transfer_is_looked_up_in_charon_before_it_is_denied() -> 
             await w.quiet()
             assert w.ether.slips == []
             assert w.owner(sa) == "a"
+
+    run(scenario())
+
+
+def test_b4_an_sa_that_charon_serves_is_written_down_again() -> None:
+    async def scenario() -> None:
+        async with world() as w:
+            gate = w.b.daemon.wait["activate"] = asyncio.Event()
+            sa = w.a.daemon.serve(a_context())
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await w.b.reaches("activate")
+            w.network.fate = losing(Ctdr)
+            gate.set()
+            await until(lambda: sa in w.b.daemon.served)
+            await w.b.kill()
+            (w.folder / "b.db").unlink()
+            w.network.fate = lambda message: "deliver"
+            await w.b.start()
+            report = await moving
+            assert report.result == "moved"
+            await w.quiet()
+            assert w.owner(sa) == "b" and w.ether.slips == []
+            (entry,) = w.b.agent.history()
+            assert (entry["result"], entry["epoch"]) == ("moved", 1)
+            assert "charon has it" in str(entry["detail"])
+            (line,) = w.b.agent.audit()
+            assert (line["outcome"], line["from"]) == ("moved", "a")
+            # and the epoch is known again: it can go back
+            back = await w.b.agent.transfer(sa, "a")
+            await w.quiet()
+            assert (back.result, w.owner(sa)) == ("moved", "a")
+
+    run(scenario())
+
+
+def test_the_operator_may_give_up() -> None:
+    async def scenario() -> None:
+        async with world(timing=replace(FAST, in_doubt=0.02)) as w:
+            gate = w.b.daemon.wait["activate"] = asyncio.Event()
+            sa = w.a.daemon.serve(a_context())
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await w.b.reaches("activate")
+            w.network.fate = losing(Ctdr)
+            gate.set()
+            await until(lambda: sa in w.b.daemon.served)
+            doubt = await moving
+            assert (doubt.result, [one.transfer_id for one in w.a.agent.in_doubt()]) == (
+                "in-doubt",
+                [doubt.transfer_id],
+            )
+            report = await w.a.agent.resolve(doubt.transfer_id, "give-up", "operator (uid 5)")
+            assert "given up here by the operator (uid 5)" in report.text
+            assert w.a.agent.in_doubt() == []
+            assert sa not in w.a.daemon.served and w.owner(sa) == "b"
+            with pytest.raises(StateError, match="no transfer"):
+                await w.a.agent.resolve(doubt.transfer_id, "reclaim")
+
+    run(scenario())
+
+
+def restore(folder: Path, backup: Path) -> None:
+    """The store of a, as the backup has it; without one if that has none."""
+    for name in ("a.db", "a.db-wal", "a.db-shm"):
+        (folder / name).unlink(missing_ok=True)
+        if (backup / name).exists():
+            shutil.copy(backup / name, folder / name)
+
+
+def unconfirmed(w: World) -> Callable[[object], Fate]:
+    """Loses the answers to CTDs of a."""
+    return lambda message: "lose" if isinstance(message, Ctdr) and w.a.daemon.frozen else "deliver"
+
+
+@pytest.mark.parametrize("when", ["before", "prepared"])
+def test_a_store_from_before_the_freeze_makes_no_second_owner(when: str) -> None:
+    async def scenario() -> None:
+        async with world(timing=replace(FAST, in_doubt=0.02)) as w:
+            sa = w.a.daemon.serve(a_context())
+            backup = w.folder / "backup"
+            if when == "before":
+                shutil.copytree(w.folder, backup)
+            gate = w.b.daemon.wait["prepare"] = asyncio.Event()
+            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+            await w.b.reaches("prepare")
+            if when == "prepared":
+                shutil.copytree(w.folder, backup)
+            w.network.fate = losing(Ctdr) if when == "before" else losing(Ctd)
+            w.network.fate = lambda message: (
+                "lose" if isinstance(message, Ctdr) and sa in w.a.daemon.frozen else "deliver"
+            )
+            gate.set()
+            await until(lambda: sa in w.b.daemon.served)
+            assert (await moving).result == "in-doubt"
+            await w.a.kill()
+            restore(w.folder, backup)
+            w.network.fate = lambda message: "deliver"
+            await w.a.start()
+            await w.quiet()
+            assert w.ether.senders[sa] == {"b"} and w.ether.slips == []
+            assert "thaw" not in w.a.daemon.calls and sa in w.a.daemon.frozen
+            if when == "prepared":
+                (entry,) = w.a.agent.history()
+                assert (entry["result"], entry["state"]) == ("lost", "lost")
+                assert "the store is an old copy" in str(entry["detail"])
+
+    run(scenario())
+
+
+def test_a_store_from_a_move_before_does_not_drop_an_sa_that_came_back() -> None:
+    async def scenario() -> None:
+        async with world(timing=replace(FAST, in_doubt=0.02)) as w:
+            w.network.fate = lambda message: (
+                "lose" if isinstance(message, Ctdr) and w.a.daemon.frozen else "deliver"
+            )
+            sa, doubt = await one_move(w)
+            assert doubt.result == "in-doubt"
+            await w.a.kill()
+            backup = w.folder / "backup"
+            shutil.copytree(w.folder, backup)
+            w.network.fate = lambda message: "deliver"
+            await w.a.start()
+            await w.quiet()
+            assert (await w.b.agent.transfer(sa, "a")).result == "moved"
+            await w.quiet()
+            await w.a.kill()
+            restore(w.folder, backup)
+            await w.a.start()
+            await w.quiet()
+            assert w.owner(sa) == "a" and w.ether.slips == []
+            assert w.a.agent.history()[0]["result"] == "kept"
 
     run(scenario())
 
@@ -423,13 +557,14 @@ def test_the_operator_may_reclaim() -> None:
         async with world(timing=replace(FAST, in_doubt=0.02)) as w:
             sa = w.a.daemon.serve(a_context())
             with pytest.raises(StateError, match="no transfer 00 is open"):
-                await w.a.agent.reclaim("00")
+                await w.a.agent.resolve("00", "reclaim")
             w.network.fate = losing(Ctd)
             doubt = await w.a.agent.transfer(sa, "b")
             w.network.kill("b")
-            report = await w.a.agent.reclaim(doubt.transfer_id)
+            report = await w.a.agent.resolve(doubt.transfer_id, "reclaim", "operator (uid 5)")
             assert report.result == "kept"
-            assert "reclaimed by the operator" in report.text
+            assert "reclaimed by the operator (uid 5)" in report.text
+            assert "operator (uid 5)" in str(w.a.agent.audit()[0]["reason"])
             assert report.epoch == 2
             await w.quiet()
             assert w.owner(sa) == "a"

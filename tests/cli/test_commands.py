@@ -143,8 +143,8 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
     assert cli.agent.asked[-1] == ("history", {"limit": "100", "audit": "yes"})
     assert cli("resync", "--yes")[0] == 0
     assert cli.json("cancel", "t1") == (0, {"ok": True})
-    assert cli("reclaim", "t1", "--yes")[1] == "done\n"
-    assert cli.agent.asked[-1] == ("cancel", {"transfer": "t1"})
+    assert cli("reclaim", "t1", "--yes")[0] == 0
+    assert cli.agent.asked[-1] == ("resolve", {"transfer": "t1", "decision": "reclaim"})
     shown = cli("detours")[1]
     assert "10.4.0.10/32" in shown and "for 1 more selectors, of SAs that came here" in shown
     (left,) = cli.json("detours", "--end", "mn@example.org", "--unblock")[1]
@@ -156,6 +156,28 @@ def test_the_small_commands(cli: Cli[Agent]) -> None:
         assert code == 2 and "give --yes" in err
     cli("transfer", "--to", "nsg", "--no-detour")
     assert cli.agent.asked[-1][1]["no-detour"] == "yes"
+
+
+def test_what_is_in_doubt_is_shown_and_decided(cli: Cli[Agent]) -> None:
+    code, out, _ = cli("resolve")
+    assert code == 0
+    for words in (
+        "mn@example.org",
+        "IKE is dropped",
+        "1, if it owns it",
+        "not connected now",
+        "bring nsg back",
+    ):
+        assert words in out
+    assert cli.agent.asked[-1] == ("resolve", {})
+    assert "give --yes to give up" in cli("resolve", "t1", "--give-up")[1]
+    assert cli.agent.asked[-1] == ("resolve", {"transfer": "t1"}), "without --yes it is only shown"
+    assert cli("resolve", "t1", "--give-up", "--yes")[0] == 0
+    assert cli.agent.asked[-1] == ("resolve", {"transfer": "t1", "decision": "give-up"})
+    code, value = cli.json("resolve", "t1", "--reclaim", "--yes")
+    assert value["in_doubt"][0]["here"]["gateway"] == "psg" and "report" in value
+    for wrong in (["--yes"], ["t1", "--yes"], ["t1", "--give-up", "--reclaim"], ["--reclaim"]):
+        assert cli("resolve", *wrong)[0] == 2
 
 
 def test_the_audit_log_is_verified_by_the_agent(cli: Cli[Agent]) -> None:

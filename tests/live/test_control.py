@@ -78,7 +78,9 @@ def test_events_of_a_transfer_reach_those_who_listen(world: World) -> None:
         ("transfer", {}, 2),
         ("show-context", {"ike": "nobody"}, 6),
         ("cancel", {"transfer": "00"}, 8),
-        ("reclaim", {"transfer": "no hexadecimal"}, 2),
+        ("reclaim", {"transfer": "00"}, None),
+        ("resolve", {"transfer": "00"}, 8),
+        ("resolve", {"transfer": "00", "decision": "perhaps"}, 2),
         ("no-such-command", {}, None),
     ],
 )

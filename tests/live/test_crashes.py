@@ -204,9 +204,11 @@ def test_an_agent_is_killed_in_a_transfer(
     world.settle(other)
 
 
-def asked_in_vain(world: World) -> subprocess.Popen[str]:
-    """A transfer in which nsg owns the SA already, and asks the MN, which does not hear it."""
-    world.up()
+def asked_in_vain(world: World, *, up: bool = True) -> subprocess.Popen[str]:
+    """A transfer in which nsg owns the SA already, and asks the MN, which does not hear it. `up`: make the
+    SA."""
+    if up:
+        world.up()
     world.block("nsg", "mn")
     with world.states("nsg") as states:
         work = world.begin("psg", "transfer", "--to", "nsg", "--address", "move", "--json")
@@ -258,7 +260,7 @@ def test_b4_a_gateway_that_lost_its_journal_denies_no_sa_of_its_charon(world: Wo
     assert (done.report["result"], done.report["status"]["name"]) == ("in-doubt", "IN_DOUBT")
     assert "nsg: the other gateway knows no such transfer" in done.report["text"]
     assert "charon has the IKE_SA" in done.report["text"]
-    assert "ikectx reclaim" in done.report["hint"]
+    assert "ikectx resolve" in done.report["hint"]
     assert world.muted("psg")
     assert len(world.lab.list_sas("nsg")) == 1
     world.forget("nsg")

@@ -41,6 +41,7 @@ byte t = T_NEW, t_disk = T_NEW;
 short t_todo; byte t_in = NONE;
 bool t_sends, t_has;
 bool t_forgot;				/* its store was lost */
+bool t_active;				/* its charon serves the SA: not PASSIVE, not mute */
 bool t_denied;				/* ABORTED in memory only: it never heard of the transfer before */
 byte t_asked, t_asked_over;		/* the message that is not answered yet, and the link that it came over */
 
@@ -150,6 +151,7 @@ inline does(what) {
 	if
 	:: what == TA_PREPARE -> t_has = true
 	:: what == TA_TAKE -> t_sends = true
+	:: what == TA_ACTIVATE -> t_active = true
 	:: else -> skip
 	fi
 }
@@ -177,7 +179,7 @@ inline do_t() {
 		:: t_todo & TA_ACTIVATE -> ends(TA_ACTIVATE)
 		:: t_todo & TA_UNDO -> t_todo = t_todo - TA_UNDO;
 			if
-			:: t_sends = false; t_has = false; t_in = TI_OK
+			:: t_sends = false; t_has = false; t_active = false; t_in = TI_OK
 			:: faults > 0 -> faults--; t_sends = false; t_in = TI_FAILED
 			:: faults > 0 -> faults--; t_in = TI_FAILED
 			fi
@@ -195,7 +197,11 @@ inline take_mail() {
 	:: mail == M_CTD ->
 		t_asked = mail; t_asked_over = over;
 		if
-		:: t == T_NEW && t_forgot && t_has -> /* its charon has it: neither yes nor no */
+		:: t == T_NEW && t_forgot && t_has && t_active -> /* its charon serves it: written down again */
+			t = T_OWNED; t_disk = T_OWNED;
+			if :: over == link -> post(to_s, M_YES_CTD) :: else -> skip fi;
+			t_asked = 0
+		:: t == T_NEW && t_forgot && t_has && !t_active -> /* its charon has it: neither yes nor no */
 			if :: over == link -> post(to_s, M_DOUBT) :: else -> skip fi;
 			t_asked = 0
 		:: else ->
@@ -283,11 +289,12 @@ active proctype world() {
 			:: faults > 0 -> faults--; kill_t()
 			:: faults > 0 -> faults--; s = s_disk; s_sends = false; s_has = false; doomed = true; kill_s()
 			:: faults > 0 -> faults--; if :: t_sends || OWNS(t) -> doomed = true :: else -> skip fi;
-				t = t_disk; t_sends = false; t_has = false; kill_t()
+				t = t_disk; t_sends = false; t_has = false; t_active = false; kill_t()
 			:: faults > 0 && !t_forgot -> faults--; t_forgot = true; t = T_NEW; t_disk = T_NEW; t_denied = false; kill_t()
 			:: faults > 0 && IDLE_S -> faults--; feed_s(SI_CANCEL)
 			:: faults > 0 && s == S_FREEZING && s_in == SI_OK -> faults--; s_in = SI_CANCEL
 			:: faults > 0 && IDLE_S && s == S_RELEASED && t == T_ABORTED && !t_denied -> faults--; feed_s(SI_RECLAIM)
+			:: faults > 0 && IDLE_S && s == S_RELEASED && t == T_OWNED -> faults--; feed_s(SI_GIVE_UP)
 			:: faults > 0 && !doubled && len(to_t) == 1 -> faults--; doubled = true;
 				to_t?<mail, over>; to_t!mail, over; mail = 0; over = 0
 			fi;

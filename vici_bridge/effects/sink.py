@@ -14,6 +14,7 @@ together with the address. The methods' `context` has the other gateway's SPIs; 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ikectx.engine.ports import ContextSink, MoveReport
+from ikectx.engine.ports import ContextSink, Evidence, MoveReport
 from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, RefusedError, WireError
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
@@ -179,7 +180,7 @@ class CharonSink(ContextSink):
                     )
         return verdicts, taken
 
-    async def still_here(self, final: FinalState, mn: Address, who: str) -> str:
+    async def still_here(self, final: FinalState, mn: Address, who: str) -> Evidence:
         """See `ContextSink.still_here`."""
         host, kernel = self._host, self._host.kernel
         views = await host.views()
@@ -194,7 +195,18 @@ class CharonSink(ContextSink):
                     kernel.get_sa(address, spi, ESP_PROTOCOL) is not None for address in host.config.addresses
                 )
             ]
-        return still_here(final, mn, views, host.record.names(), esp, who)
+        words = still_here(final, mn, views, host.record.names(), esp, who)
+        muted = {one.spis for one in await asyncio.to_thread(host.mute.listing)}
+        for view in views:
+            # an SA that is being taken, or was let go, is PASSIVE or mute until all of that has ended
+            served = (
+                view.state in ("ESTABLISHED", "REKEYING")
+                and view.spis not in muted
+                and not host.importing(view.spis)
+            )
+            if served and view.spis == (final.spi_i, final.spi_r):
+                return Evidence(words, True, view.remote_eap_id or view.remote_id)
+        return Evidence(words)
 
     def _check_spis(
         self, context: IkeContext, here: IkeContext, taken: Taken, views: Sequence[SaView]

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource, RelayTo, Way
+from ikectx.engine.ports import SENDING_PACKETS, SENDING_SECONDS, ContextSource, RelayTo, Stand, Way
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import BusyError, CharonError, IkectxError, RefusedError, UnknownSaError
@@ -126,6 +126,26 @@ class CharonSource(ContextSource):
         views = await self._host.views()
         return [view.spis for view in views if view.remote.address == mn and view.state == "ESTABLISHED"]
 
+    async def stands(self, sa: SaName, let_go: bool) -> Stand:
+        """See `ContextSource.stands`."""
+        host = self._host
+        if sa in {one.spis for one in await asyncio.to_thread(host.mute.listing)}:
+            return "frozen"
+        view = await host.view(sa)
+        if view is None:
+            return "gone"
+        if host.kernel is None:
+            return "unknown"
+        reqids = {child.reqid for child in view.children}
+        if any(policy.direction == "out" for policy in host.kernel.policies_about(reqids)):
+            return "served"
+        if not (let_go and reqids):
+            return "unknown"
+        log.warning("%s was let go, and is made mute again: somebody has emptied nftables", view.name)
+        host.mute.mute_in(sa)
+        host.mute.mute_out(sa)
+        return "frozen"
+
     def recorded(self, sa: SaName) -> IkeContext:
         """See `ContextSource.recorded`. Uses only the HA messages of charon."""
         return self._host.context(sa)
@@ -135,6 +155,7 @@ class CharonSource(ContextSource):
         host = self._host
         view = await self._recent_view(sa)
         host.ha_version.check()
+        host.orphans.check(sa)
         if view is not None:
             check_kind(view)
             if not host.config.mobile_node:

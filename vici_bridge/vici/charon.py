@@ -272,9 +272,14 @@ class Charon:
         """Start rekeying one IKE_SA or CHILD_SA by its unique ID. Returns how many matched."""
         return count(await self.request("rekey", {"ike-id": ike_id, "child-id": child_id}), "matches")
 
-    async def terminate(self, ike_id: int, timeout_ms: int) -> int:
-        """Delete one IKE_SA and tell its peer, waiting so long for that. Returns how many were deleted."""
+    async def terminate(self, ike_id: int, timeout_ms: int, *, force: bool = False) -> int:
+        """Delete one IKE_SA and tell its peer, waiting so long for that. Returns how many were deleted.
+
+        `force`: charon forgets the SA then, even if the peer has not answered.
+        """
         query = {"ike-id": ike_id, "timeout": timeout_ms, "loglevel": "-1"}
+        if force:
+            query["force"] = "yes"
         return count(await self.request("terminate", query), "terminated")
 
     async def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:

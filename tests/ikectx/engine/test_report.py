@@ -89,7 +89,7 @@ def test_words_of_a_clean_up_that_fails() -> None:
 def test_words_in_doubt_name_the_way_out() -> None:
     text, hint, code = words(SourceState.RELEASED)
     assert (text, code) == ("", LinkError.exit_code)
-    assert "`ikectx reclaim 0a0b`" in hint
+    assert "`ikectx resolve 0a0b --reclaim`" in hint
 
 
 def test_connecting_is_no_part_of_preparing() -> None:

@@ -1,0 +1,51 @@
+"""SAs that are mute though no row of the store says why."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from ikectx.disk.store import SqliteStore
+from ikectx.engine.ledger import Ledger, SourceFacts
+from ikectx.errors import RefusedError
+from ikectx.numbers import Status
+from ikectx.sa.name import SaName
+from vici_bridge.kernel.mute import Muted
+from vici_bridge.orphans import Orphans
+
+ONE, TWO = SaName(b"i" * 8, b"r" * 8), SaName(b"j" * 8, b"s" * 8)
+
+
+@dataclass
+class FakeMute:
+    muted: list[SaName] = field(default_factory=list)
+
+    def listing(self) -> list[Muted]:
+        return [Muted(sa, direction, 0) for sa in self.muted for direction in ("in", "out")]
+
+    async def unmute_soon(self, sa: SaName) -> None:
+        self.muted.remove(sa)
+
+
+def test_what_is_mute_without_a_reason_is_found_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    leaving: Ledger[SourceFacts] = Ledger(SqliteStore(":memory:", bytes(32)), "source")
+    mute = FakeMute([ONE, TWO])
+    importing: set[SaName] = set()
+    orphans = Orphans(mute, leaving, importing.__contains__)  # type: ignore[arg-type]
+    importing.add(TWO)
+    asyncio.run(orphans.sweep({ONE, TWO}))
+    assert orphans.known == {ONE} and str(ONE) in caplog.text
+    with pytest.raises(RefusedError) as caught:
+        orphans.check(ONE)
+    assert caught.value.status is Status.IN_DOUBT and f"ikectx resolve {ONE}" in caught.value.hint
+    orphans.check(TWO)
+    # charon has lost it: it is mute no more
+    asyncio.run(orphans.sweep({TWO}))
+    assert orphans.known == set() and mute.muted == [TWO]
+    # one that this agent froze
+    importing.clear()
+    leaving.note(TWO, request=7)
+    asyncio.run(orphans.sweep({TWO}))
+    assert orphans.known == set() and mute.muted == [TWO]
