@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .critical import counts, more
@@ -169,6 +169,8 @@ class ScenarioReport:
             self.ratio = _ratio(gaps, self.traffic["longest_gap_ms"])
             beyond = [longer(one["beyond_dark_ms"]) for one in self.baseline]
             self.ratio_beyond_dark = _ratio(beyond, longer(self.traffic["beyond_dark_ms"]))
+        if stolen and scenario.exact:
+            scenario = replace(scenario, lost=None)
         complaints = list(self._complaints(scenario, stolen and not scenario.tunnel.mobile))
         if scenario.path is not None and not stolen and self.trace:
             complaints += more(counts(TimeLine.from_json(self.trace[0])), scenario.path)

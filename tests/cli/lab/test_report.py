@@ -190,6 +190,15 @@ def test_what_a_stock_charon_loses_while_it_has_no_cpu_counts_in_virtual_time_al
     assert report.error == "21 packets lost, allowed are 20"
 
 
+def test_a_limit_for_what_is_lost_while_a_gateway_works_holds_in_virtual_time_alone() -> None:
+    for stolen in (True, False):
+        report = moved(lost=0)
+        flying = Traffic(Direction(100, {}, 3, 0, 20.0, True), Direction(100, {}, 0, 0, 5.0, True))
+        report.add_traffic(flying, AIR, 0)
+        report.judge(scenario(lost=2, exact=True), stolen=stolen)
+        assert report.error == ("" if stolen else "3 packets lost, allowed are 2")
+
+
 def test_limits_on_messages() -> None:
     loud, long = moved(), moved()
     loud.judge(scenario(messages=0))
