@@ -379,9 +379,9 @@ class Driver:
                 await source.invite(sa, to)
             case Choose(context, to, address):
                 return await source.choose(context, to, address)
-            case Freeze(context, to, away, sending, renaming, unannounced, relay):
-                if unannounced:
-                    source.hands_over(context.spis)
+            case Freeze(context, to, away, sending, renaming, unannounced, relay, held):
+                if unannounced or held:
+                    source.hands_over(context.spis, held=held)
                 more = {} if relay is None else {"relay": relay}
                 return await source.freeze(context, to, away=away, sending=sending, renaming=renaming, **more)
             case Thaw(context, jump, untouched):

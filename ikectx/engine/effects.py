@@ -90,7 +90,8 @@ class Invite:
 class Freeze:
     """Let go of the SA. `unannounced`: the other gateway has nothing of it yet. Outcome: `FinalState`.
 
-    `relay`: the mobile node stays here, and its packets are passed on.
+    `relay`: the mobile node stays here, and its packets are passed on. `held`: the other gateway has the
+    context ahead of the mobile node, and not the SA.
     """
 
     NAME: ClassVar[str] = "freeze"
@@ -101,6 +102,7 @@ class Freeze:
     renaming: bool = False
     unannounced: bool = False
     relay: RelayTo | None = None
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

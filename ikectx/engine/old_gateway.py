@@ -464,6 +464,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                     renaming=Fpt.NEW_SPIS in self.asked_for,
                     unannounced=self._begins is SourceInput.REQUESTED,
                     relay=self._onward,
+                    held=self._begins is SourceInput.ANNOUNCE,
                 )
             )
             final = changed(final, epoch=context.epoch + 1)

@@ -212,9 +212,9 @@ class ContextSource(Protocol):
 
     # A source that sends packets on to the gateway that has an SA now (`ikectx.wire.whereabouts`):
 
-    def hands_over(self, sa: SaName) -> None:
+    def hands_over(self, sa: SaName, *, held: bool = False) -> None:
         """Called before `freeze`: the SA goes to a gateway that has no part of it yet, and that may send
-        packets for it here."""
+        packets for it here; or, if `held`, that has its context and what `ContextSink.ready` made of it."""
         return None
 
     def not_taken(self, sa: SaName) -> None:

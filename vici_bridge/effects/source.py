@@ -431,9 +431,11 @@ class CharonSource(ContextSource):
         )
         return replace(view, unique_id=facts.unique_id, children=children)
 
-    def hands_over(self, sa: SaName) -> None:
-        """See `ContextSource.hands_over`."""
-        self._handed.add(sa)
+    def hands_over(self, sa: SaName, *, held: bool = False) -> None:
+        """See `ContextSource.hands_over`. Nothing can be made ready of ESP in user space: packets that were
+        sent on would leave the other gateway in the clear."""
+        if not held or self._host.kernel is None:
+            self._handed.add(sa)
 
     def not_taken(self, sa: SaName) -> None:
         """See `ContextSource.not_taken`."""

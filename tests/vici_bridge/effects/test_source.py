@@ -22,6 +22,9 @@ from vici_bridge.ha.record import Rekeyed
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.vici.views import SaView, sa_view
 
+HANDED = [(True, True, False), (True, False, True), (False, True, True)]
+"""Does the other gateway hold the context? Is ESP the kernel's? Does it have no part of the SA then?"""
+
 
 def test_sas_are_found_by_the_address_of_their_mn() -> None:
     active = replace(sa_view("mn", {**VIEW, "tasks-active": []}), state="ESTABLISHED")
@@ -166,6 +169,31 @@ def test_an_sa_that_nobody_is_prepared_for_goes_however_much_was_sent() -> None:
             assert final.children[0].outbound.seq == here.sad.sas[sa.destination, sa.spi].replay.oseq
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("held", "kernel", "unprepared"), HANDED)
+def test_packets_go_at_once_to_a_gateway_that_can_have_the_sa_ready(
+    held: bool, kernel: bool, unprepared: bool
+) -> None:
+    """Of ESP in user space nothing is: what was sent on to it would leave in the clear."""
+    told: list[bool] = []
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            if not kernel:
+                here.host.kernel = None
+            leave = here.host.away.leave
+
+            def noted(*words: Any, **more: Any) -> Any:
+                told.append(more["unprepared"])
+                return leave(*words, **more)
+
+            here.host.away.leave = noted  # type: ignore[method-assign]
+            source.hands_over(context.spis, held=held)
+            await source.freeze(context, "nsg")
+
+    asyncio.run(scenario())
+    assert told == [unprepared]
 
 
 def test_an_sa_that_was_rekeyed_meanwhile_is_busy_not_unknown() -> None:
