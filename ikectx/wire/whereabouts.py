@@ -13,8 +13,8 @@ which holds for each SA
 A zero octet, or the end, ends the list, because blocks are padded with zeros (RFC 4067, 2.4). The SPIs are
 those that the SA had when it was handed on, and the epoch is the first of the gateway that took it; together
 they identify the hand-over, whatever SPIs the SA has had since. The name is that of the gateway it moved to,
-or its present SPIs (renamed), else it is empty. A CTDR with S = 1 acknowledges the notice; a peer that does
-not know WHEREABOUTS answers with S = 0 and MALFORMED, as to any CTD that does not parse. Pure.
+or its present SPIs (renamed, see `spis_in`), else it is empty. A CTDR with S = 1 acknowledges the notice; a
+peer that does not know WHEREABOUTS answers with S = 0 and MALFORMED, as to any CTD that does not parse. Pure.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class What(OpenEnum):
     """From the gateway that gave the SA: it was ended there while it left, and the gateway that has it must
     end it."""
     RENAMED = 5
-    """The sender has the SA, under other IKE SPIs: the gateway that gave it relays its mobile node."""
+    """The sender has the SA, with other SPIs: the gateway that gave it relays its mobile node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
     """The news about one SA. `sa`: its SPIs when it was handed on. `to`: with MOVED, the gateway that has it;
-    with RENAMED its present SPIs, 32 hexadecimal digits."""
+    with RENAMED its present SPIs, see `spis_in`."""
 
     sa: SaName
     epoch: int
@@ -70,7 +70,7 @@ class Whereabouts:
         if (self.what in (What.MOVED, What.RENAMED)) != bool(self.to):
             raise ValueError("the gateway an SA is at is named where it has moved, and only there")
         if self.what == What.RENAMED:
-            SaName.from_key(self.to)
+            spis_in(self.to)
         if len(self.to.encode()) > 255 or not self.to.isprintable():
             raise ValueError("a gateway's name has 255 octets at most, all of them printable")
 
@@ -81,6 +81,23 @@ class Whereabouts:
         return out.u64(self.epoch).octets(name).done()
 
 
+def spis_text(name: SaName, esp: Iterable[bytes]) -> str:
+    """What RENAMED says: the IKE SPIs, and as many as fit of those under which the mobile node receives ESP
+    that is not in UDP."""
+    return (name.key + b"".join(esp).hex())[:_MOST_DIGITS]
+
+
+def spis_in(text: str) -> tuple[SaName, tuple[bytes, ...]]:
+    """Read that. Errors: ValueError."""
+    name, esp = SaName.from_key(text[:_NAME_DIGITS]), bytes.fromhex(text[_NAME_DIGITS:])
+    if len(text) != _NAME_DIGITS + 2 * len(esp) or len(esp) % 4:
+        raise ValueError("SPIs of ESP have 4 octets each")
+    return name, tuple(esp[at : at + 4] for at in range(0, len(esp), 4))
+
+
+_NAME_DIGITS = 32
+_MOST_DIGITS = _NAME_DIGITS + 27 * 8
+"""Digits that fit into a name of 255 octets."""
 _KNOWN = (What.HERE, What.MOVED, What.ENDED, What.END, What.RENAMED)
 
 

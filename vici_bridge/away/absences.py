@@ -244,11 +244,17 @@ class Away:
         self._change(row, replace(row, guests=(*row.guests, guest)[-GUESTS:]))
         return guest
 
-    def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName) -> None:
-        """The SA has another name at the gateway that it was given to. Errors: KernelError, StoreError."""
+    def renamed(self, peer: str, sa: SaName, epoch: int, name: SaName, esp: tuple[bytes, ...] = ()) -> None:
+        """The SA has another name at the gateway that it was given to, or its mobile node receives ESP under
+        other SPIs. Errors: KernelError, StoreError."""
         row = self._rows.get(sa.key)
         if row is not None and (row.epoch, row.peer) == (epoch, peer):
-            self._change(row, replace(row, known_as=name))
+            relay = (
+                replace(row.relay, spis=esp)
+                if row.relay is not None and row.relay.plain and esp
+                else row.relay
+            )
+            self._change(row, replace(row, known_as=name, relay=relay))
 
     def _pass_on(self, row: Departure | None, now: Departure | None) -> None:
         before, after = ({} if one is None else one.places for one in (row, now))

@@ -10,13 +10,14 @@ from ipaddress import ip_network
 from ikectx.errors import KernelError, RefusedError, StoreError, UnknownSaError
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
-from ikectx.wire.whereabouts import What, Whereabouts
+from ikectx.wire.whereabouts import What, Whereabouts, spis_in
 from vici_bridge.ha.record import ChildAdded, Deleted, Record, RecordChange, Rekeyed, Updated
 from vici_bridge.vici.views import SaView
 
 from .absences import Away, pairs_in, pairs_of
 from .departures import News, within
 from .origins import Origin, Origins
+from .passing import plain_spis
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Follow:
                 self._end(name)
             return
         if news.what == What.RENAMED:
-            self._away.renamed(peer, news.sa, news.epoch, SaName.from_key(news.to))
+            self._away.renamed(peer, news.sa, news.epoch, *spis_in(news.to))
             return
         kind = _NEWS[news.what]
         departure = self._away.hear(peer, news.sa, news.epoch, kind, news.to)
@@ -66,10 +67,19 @@ class Follow:
         match change:
             case ChildAdded(name) | Updated(name):
                 self._try(lambda: self._came_up(name))
+                if isinstance(change, ChildAdded):
+                    self._renamed(name, name)
             case Rekeyed(old, new):
-                self._try(lambda: self._origins.renamed(old, new))
+                self._renamed(old, new)
             case Deleted(name):
                 self._try(lambda: self._origins.gone(name, self._heir))
+
+    def _renamed(self, old: SaName, new: SaName) -> None:
+        """The SA has other SPIs, of its own or of its CHILD_SAs."""
+        esp: tuple[bytes, ...] = ()
+        with contextlib.suppress(UnknownSaError, RefusedError):
+            esp = () if self._importing(new) else plain_spis(self._record.context(new))
+        self._try(lambda: self._origins.renamed(old, new, esp))
 
     def look(self, views: Sequence[SaView]) -> None:
         """Take in charon's list after a start of charon or of the agent. Raises nothing.

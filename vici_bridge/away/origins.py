@@ -21,7 +21,7 @@ from ikectx.engine.ports import Store
 from ikectx.errors import StoreError
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
-from ikectx.wire.whereabouts import What, Whereabouts
+from ikectx.wire.whereabouts import What, Whereabouts, spis_text
 from vici_bridge.vici.views import prefixes
 
 from .departures import Departure, News
@@ -161,12 +161,16 @@ class Origins:
         for row in self._of(context.spis, Place.COMING):
             self._forget(row)
 
-    def renamed(self, old: SaName, new: SaName) -> None:
-        """An IKE_SA was rekeyed here, or got other SPIs in another way."""
+    def renamed(self, old: SaName, new: SaName, esp: Iterable[bytes] = ()) -> None:
+        """An IKE_SA was rekeyed here, or got other SPIs in another way, or its CHILD_SAs did.
+
+        `esp`: the SPIs under which the mobile node receives ESP that is not in UDP.
+        """
         for row in self._now(old, Place.HERE):
-            self._keep(replace(row, now=new))
-            if row.relay:
-                self._tell(row, What.RENAMED, new.key)
+            if old != new:
+                self._keep(replace(row, now=new))
+            if row.relay and (old != new or esp):
+                self._tell(row, What.RENAMED, spis_text(new, esp))
 
     def left(self, departure: Departure) -> None:
         """The SA moved on from here; a peer that has it back needs no notice about it."""

@@ -149,7 +149,11 @@ class Passing:
 
 def rule_for(context: IkeContext, port: int, to: Address, *, in_udp: bool = False) -> NatRule:
     """The relay of an SA that goes to the gateway at `to`. `in_udp`: its ESP is in UDP in any case."""
+    spis = () if in_udp else plain_spis(context)
+    return NatRule(context.remote, context.local, port, to, spis, bool(spis))
+
+
+def plain_spis(context: IkeContext) -> tuple[bytes, ...]:
+    """The SPIs under which the mobile node receives ESP that is not in UDP."""
     encap = COND_NAT_ANY | COND_NAT_FAKE | COND_NAT_HERE | COND_NAT_THERE
-    plain = not in_udp and not context.conditions & encap
-    spis = tuple(child.spi_out for child in context.children) if plain else ()
-    return NatRule(context.remote, context.local, port, to, spis, plain)
+    return () if context.conditions & encap else tuple(child.spi_out for child in context.children)

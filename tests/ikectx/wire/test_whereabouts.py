@@ -12,7 +12,7 @@ from ikectx.errors import WireError
 from ikectx.numbers import Fpt
 from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import ContextDataBlock, Ctd, parse_message
-from ikectx.wire.whereabouts import What, Whereabouts, is_notice, notice, parse_notice
+from ikectx.wire.whereabouts import What, Whereabouts, is_notice, notice, parse_notice, spis_in, spis_text
 
 SA = (bytes(range(8)), bytes(range(8, 16)))
 MOVED = Whereabouts(SA, 3, What.MOVED, "nsg")
@@ -119,6 +119,11 @@ def test_other_spis_are_told_of_as_an_sas_name() -> None:
     news = Whereabouts(SaName(bytes(8), bytes(8)), 1, What.RENAMED, name.key)
     message, _ = notice([news])
     assert parse_notice(message) == (news,)
-    for wrong in ("", "nsg", name.key[:-1] + "x"):
+    esp = (bytes.fromhex("c1234567"), bytes.fromhex("c7654321"))
+    assert spis_in(name.key) == (name, ())
+    assert spis_in(spis_text(name, esp)) == (name, esp)
+    assert len(spis_in(spis_text(name, esp * 20))[1]) == 27, "as many as fit into a name"
+    Whereabouts(news.sa, 1, What.RENAMED, spis_text(name, esp * 20))
+    for wrong in ("", "nsg", name.key[:-1] + "x", name.key + "c12345", name.key + "c123456 "):
         with pytest.raises(ValueError):
             Whereabouts(news.sa, 1, What.RENAMED, wrong)

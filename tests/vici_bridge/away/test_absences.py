@@ -526,3 +526,15 @@ def test_a_relayed_node_that_roams_is_passed_on_from_there_too() -> None:
     gateway.begin()
     assert gateway.away.relayed(later) == gateway.away.relayed(here.spis) is not None
     assert gateway.away.relayed(SaName(b"strange1", b"strange2")) is None
+
+
+def test_other_spis_of_a_relayed_nodes_esp_are_led_back_to_it() -> None:
+    gateway = Gateway()
+    here = relay(gateway)
+    gateway.away.left(here.spis)
+    spis = (b"new1", b"new2")
+    gateway.away.renamed("nsg", here.spis, here.epoch + 1, here.spis, spis)
+    gateway.begin()
+    row = gateway.away.relayed(here.spis)
+    assert row is not None and row.relay is not None
+    assert (row.relay.plain, row.relay.spis) == (True, spis)
