@@ -43,6 +43,7 @@ from mobike_ext.packet_hold import Held
 from mobike_ext.watch import Watcher
 from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
+from vici_bridge.exchanges import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.mute import MARK
@@ -50,6 +51,7 @@ from vici_bridge.kernel.spd_watch import SpdGuard
 from vici_bridge.policy.admission import numbered
 from vici_bridge.policy.allowed import AllowedConnection
 from vici_bridge.policy.identities import reauthentication
+from vici_bridge.roaming import passed_on
 from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response
 
@@ -58,10 +60,8 @@ from .config import ByPacketConfig, Config
 from .detours import find, names, need_ways
 from .in_doubt import InDoubt, operator
 from .move_log import log_event
-from .movers import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from .render import context_json
 from .requests import GATEWAY, plain_address
-from .roaming import passed_on
 from .settings import left_quietly, with_numbers
 from .views import charon_json, chosen, sa_name, view_json
 

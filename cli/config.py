@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import ConfigError
+from ikectx.peer import HostPort
 from vici_bridge.policy.allowed import Range, Rules
 from vici_bridge.policy.proposals import ConfiguredProposal
 from vici_bridge.rekey_after_move import RekeyAfter
 
 from .toml_table import (
     ConfigFile,
-    HostPort,
     TomlTable,
     a_file,
     a_name,

@@ -16,29 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ikectx.errors import ConfigError
+from ikectx.peer import HostPort
+from ikectx.wire.cxtp import PORT
 
 if TYPE_CHECKING:
     from ikectx.sa.context import Address
-
-DEFAULT_PORT = 5091
-"""Port of CXTP (RFC 4067, section 7)."""
 
 LONGEST = 1 << 20
 """Octets of a configuration file; one for a thousand connections has some 200 KiB."""
 
 T = TypeVar("T")
 _NEEDED: Any = object()
-
-
-@dataclass(frozen=True, slots=True)
-class HostPort:
-    """An endpoint of CXTP: an IP address, or for a peer a DNS name, and a port."""
-
-    host: str
-    port: int = DEFAULT_PORT
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +292,7 @@ def an_endpoint(*, names: bool = False) -> Callable[[Any], HostPort]:
         text = a_text(value)
         match = re.fullmatch(r"\[([^\]]*)\](?::(\d{1,5}))?|([^:]*):(\d{1,5})", text)
         host, port = (match[1] or match[3], match[2] or match[4]) if match else (text, None)
-        number = int(port) if port else DEFAULT_PORT
+        number = int(port) if port else PORT
         try:
             host = str(ip_address(host))
         except ValueError:

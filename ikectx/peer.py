@@ -14,6 +14,17 @@ from ikectx.wire.identity import allows
 
 
 @dataclass(frozen=True, slots=True)
+class HostPort:
+    """An endpoint of CXTP: an IP address, or for a peer a DNS name, and a port."""
+
+    host: str
+    port: int = PORT
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class PeerConfig:
     """Another gateway.
 

@@ -14,13 +14,14 @@ from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import StatusBlock
-from ikectx_cli.mobile.config import MobileFile, parse
-from ikectx_cli.mobile.handover import Handovers
-from ikectx_cli.mobile.notes import ASKED
-from ikectx_cli.mobile.report import MobileReport
+from ikectx_cli.mobile.config import parse
 from tests.mobile_world import NEW, NSG, OLD, PSG, VIP, a_node_context
 from tests.vici_bridge.test_deadlines import MemoryStore
 from vici_bridge.effects.mobile import Applied, CharonMobile
+from vici_bridge.mobile.handover import Handovers
+from vici_bridge.mobile.node import MobileNode
+from vici_bridge.mobile.notes import ASKED
+from vici_bridge.mobile.report import MobileReport
 from vici_bridge.vici.views import SaView, departing_view
 
 CONFIG = """\
@@ -91,7 +92,7 @@ class Mobile:
     async def next_request(self, sa: SaName) -> int:
         return self.context.mid_responder
 
-    async def renumber(self, sa: SaName, expected: int, fill: Any = None) -> bool:
+    async def renumber(self, sa: SaName, expected: int, local: Endpoint, remote: Endpoint) -> bool:
         assert self.state == "PASSIVE"
         self.renumbered.append(expected)
         return bool(self.busy)
@@ -214,7 +215,7 @@ class Gateways:
 
 class World:
     def __init__(self, text: str = CONFIG) -> None:
-        self.config: MobileFile = parse(text, Path("mobile.toml"))
+        self.config: MobileNode = parse(text, Path("mobile.toml")).node
         self.mobile = Mobile(a_node_context())
         self.outside = Outside(self.mobile)
         self.store = MemoryStore()

@@ -1,7 +1,7 @@
 """`ikectx mobile serve`: the agent of a mobile node, beside a stock charon.
 
 One process owns the HA socket, the VICI connection and the notes of handovers, and offers its functions on
-the control socket, as VICI commands. `mobile_handover` carries out a handover.
+the control socket, as VICI commands. `vici_bridge.mobile.handover` carries out a handover.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from vici_bridge.ha.record import RecordChange
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.addresses import OuterAddresses
+from vici_bridge.mobile.farewell import Farewells, Told
+from vici_bridge.mobile.handover import Handovers
+from vici_bridge.mobile.report import MobileReport
+from vici_bridge.mobile.spis import SpiWatch
 from vici_bridge.ready import Ready
 from vici_bridge.vici.codec import Message, with_json
 from vici_bridge.vici.control import ControlServer, Response
@@ -33,10 +37,6 @@ from .. import __version__, service
 from ..requests import MOBILE, plain_address
 from ..views import charon_json
 from .config import MobileFile
-from .farewell import Farewells, Told
-from .handover import Handovers
-from .report import MobileReport
-from .spis import SpiWatch
 
 log = logging.getLogger("ikectx")
 
@@ -86,13 +86,13 @@ class MobileAgent:
         charon = config.charon
         self._host = CharonHost(
             HostConfig(
-                addresses=config.mobile.addresses,
+                addresses=config.node.settings.addresses,
                 ha_local=charon.ha_local,
                 ha_remote=charon.ha_remote,
                 ha_port=charon.ha_port,
                 vici=charon.vici,
                 kernel_esp=charon.kernel_esp,
-                oseq_jump=config.mobile.oseq_jump,
+                oseq_jump=config.node.settings.oseq_jump,
                 mobile_node=True,
             ),
             store,
@@ -102,7 +102,7 @@ class MobileAgent:
         self._mobile = CharonMobile(self._host)
         self._farewells = Farewells(self._mobile)
         self.handovers = Handovers(
-            config,
+            config.node,
             _Outside(self._host, self._addresses, self._ready),
             self._mobile,
             store,
@@ -114,11 +114,10 @@ class MobileAgent:
             store,
             self.handovers.lock,
             self._farewells,
-            allowed=config.mobile.update_spi,
+            allowed=config.node.settings.update_spi,
         )
         self._spis.invited = self.handovers.arrive
-        self.handovers.fill = self._spis.fill
-        self.handovers.answering = self._spis.answering if config.mobile.update_spi else None
+        self.handovers.answering = self._spis.answering if config.node.settings.update_spi else None
         self._control = ControlServer(
             str(config.control.socket),
             {
@@ -172,8 +171,10 @@ class MobileAgent:
         it."""
         asked = [one for one in self.handovers.notes.in_question() if one["spi_i"] == sa.spi_i.hex()]
         names = [name for one in asked for name in (one["to"], one["from"])]
-        found = self._config.gateway_at(context.remote.address)
-        gateways = [self._config.gateway(name) for name in names] or ([found] if found is not None else [])
+        found = self._config.node.gateway_at(context.remote.address)
+        gateways = [self._config.node.gateway(name) for name in names] or (
+            [found] if found is not None else []
+        )
         # the gateway may or may not have received the last message of charon or of an agent
         ids = tuple(range(max(0, context.mid_initiator - 1), context.mid_initiator + 2))
         under = [(context.current, ids)]
@@ -183,7 +184,7 @@ class MobileAgent:
         for gateway in gateways:
             for address in gateway.addresses:
                 own = self._addresses.towards(
-                    address, avoid=context.local_vips, among=self._config.mobile.addresses
+                    address, avoid=context.local_vips, among=self._config.node.settings.addresses
                 )
                 if own is not None:
                     ends = Endpoint(own, context.local.port), Endpoint(address, context.remote.port)
@@ -246,7 +247,7 @@ class MobileAgent:
             "charon": charon_json(self._host),
             "esp": self._config.charon.esp,
             "sas": [self._view_json(view) for view in views],
-            "gateways": [self._gateway_json(gateway.name) for gateway in self._config.gateways],
+            "gateways": [self._gateway_json(gateway.name) for gateway in self._config.node.gateways],
             "aside": [asdict(one) for one in self._store.aside()],
             "announced": self.handovers.status(),
             "in_question": self.handovers.notes.in_question(),
@@ -257,7 +258,7 @@ class MobileAgent:
         return with_json(answer, sas=len(views))
 
     def _view_json(self, view: SaView) -> dict[str, object]:
-        gateway, obstacle = self._config.gateway_at(view.remote.address), self._host.obstacle(view)
+        gateway, obstacle = self._config.node.gateway_at(view.remote.address), self._host.obstacle(view)
         return {
             "name": view.name,
             "ike_id": view.unique_id,
@@ -275,12 +276,12 @@ class MobileAgent:
         }
 
     def _gateway_json(self, name: str) -> dict[str, object]:
-        gateway = self._config.gateway(name)
+        gateway = self._config.node.gateway(name)
         found: dict[str, object] = {"name": name}
         for address in gateway.addresses:
             own: Address | None = None
             with contextlib.suppress(KernelError):
-                own = self._addresses.towards(address, among=self._config.mobile.addresses)
+                own = self._addresses.towards(address, among=self._config.node.settings.addresses)
             found[str(address)] = f"from {own}" if own is not None else "no way there"
         return found
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ikectx.errors import ConfigError
+from vici_bridge.mobile.node import GatewayEntry, MobileNode, MobileSettings
 
 from ..config import CharonConfig, ControlConfig, charon, control
 from ..toml_table import (
     ConfigFile,
-    HostPort,
     TomlTable,
     a_file,
     a_name,
@@ -25,100 +23,40 @@ from ..toml_table import (
     yes_or_no,
 )
 
-if TYPE_CHECKING:
-    from ikectx.sa.context import Address
-
 DEFAULT_PATH = "/etc/ikectx/mobile.toml"
 VARIABLE = "IKECTX_MOBILE_CONFIG"
 
 
 @dataclass(frozen=True, slots=True)
-class MobileNodeConfig:
-    """[mobile]: how a handover is asked for. Times in seconds.
-
-    `addresses`: outer addresses to use, preferred ones first; none: those of the routing table. `retry`,
-    `retry_max`: until the first repetition of a request, doubling up to the maximum. `give_up`: after which a
-    request is given up. `lifetime`: for which a request is valid (its token's expiry). `predictive`: for
-    which an announced move is waited for. `oseq_jump`: outbound sequence numbers left out at a move.
-    `update_spi`: change SPIs if a gateway to which the SA was moved asks for it (UPDATE_SPI); otherwise the
-    gateway rekeys.
-    """
-
-    addresses: tuple[Address, ...] = ()
-    retry: float = 2.0
-    retry_max: float = 15.0
-    give_up: float = 45.0
-    lifetime: float = 60.0
-    predictive: float = 60.0
-    oseq_jump: int = 65536
-    update_spi: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayEntry:
-    """[[gateway]]: a security gateway. `name` is its name in the gateways' own configuration.
-
-    `addresses`: its outer IKE addresses, at most one of each family. `cxtp`: where it receives requests of
-    mobile nodes (UDP); None: port 5091 of its IKE address.
-    """
-
-    name: str
-    addresses: tuple[Address, ...]
-    cxtp: HostPort | None = None
-
-    def address(self, version: int) -> Address | None:
-        """Its IKE address of that IP version."""
-        return next((one for one in self.addresses if one.version == version), None)
-
-    def ask(self, version: int) -> HostPort:
-        """The endpoint for a CTAR, preferably of that IP version."""
-        return self.cxtp or HostPort(str(self.address(version) or self.addresses[0]))
-
-
-@dataclass(frozen=True, slots=True)
 class MobileFile:
-    """The whole file."""
+    """The whole file. `node`: [mobile] and each [[gateway]]."""
 
-    path: Path
+    node: MobileNode
     state_dir: Path
-    gateways: tuple[GatewayEntry, ...]
     control: ControlConfig
     charon: CharonConfig
-    mobile: MobileNodeConfig
     state_key: Path | None = None
-
-    def gateway(self, name: str) -> GatewayEntry:
-        """The gateway of that name. Errors: ConfigError, with the names there are."""
-        for gateway in self.gateways:
-            if gateway.name == name:
-                return gateway
-        known = ", ".join(gateway.name for gateway in self.gateways)
-        raise ConfigError(f"{self.path} has no [[gateway]] named {name!r}", hint=f"known: {known}")
-
-    def gateway_at(self, address: Address) -> GatewayEntry | None:
-        """The gateway with that IKE address."""
-        return next((gateway for gateway in self.gateways if address in gateway.addresses), None)
 
 
 def _checked(root: TomlTable, path: Path) -> MobileFile:
     root.only("state_dir", "state_key", "control", "charon", "mobile", "gateway")
-    config = MobileFile(
-        path=path,
+    node = MobileNode(
+        path, tuple(_gateway(table) for table in root.tables("gateway")), _mobile(root.table("mobile"))
+    )
+    _agree(root, node)
+    return MobileFile(
+        node=node,
         state_dir=root.value("state_dir", a_file(path), Path("/var/lib/ikectx")),
         state_key=root.value("state_key", a_file(path), None),
-        gateways=tuple(_gateway(table) for table in root.tables("gateway")),
         control=control(root.table("control")),
         charon=charon(root.table("charon")),
-        mobile=_mobile(root.table("mobile")),
     )
-    _agree(root, config)
-    return config
 
 
-def _mobile(table: TomlTable) -> MobileNodeConfig:
-    table.only(*MobileNodeConfig.__slots__)
-    default = MobileNodeConfig()
-    found = MobileNodeConfig(
+def _mobile(table: TomlTable) -> MobileSettings:
+    table.only(*MobileSettings.__slots__)
+    default = MobileSettings()
+    found = MobileSettings(
         addresses=table.several("addresses", an_address, default.addresses),
         retry=table.value("retry", seconds(0.05, 60), default.retry),
         retry_max=table.value("retry_max", seconds(0.05, 600), default.retry_max),
@@ -146,13 +84,13 @@ def _gateway(table: TomlTable) -> GatewayEntry:
     return gateway
 
 
-def _agree(root: TomlTable, config: MobileFile) -> None:
+def _agree(root: TomlTable, node: MobileNode) -> None:
     """Checks that need the whole file."""
-    names = [gateway.name for gateway in config.gateways]
-    every = [address for gateway in config.gateways for address in gateway.addresses]
+    names = [gateway.name for gateway in node.gateways]
+    every = [address for gateway in node.gateways for address in gateway.addresses]
     if not names:
         raise root.error("gateway", "is missing", "a handover needs two gateways, each with [[gateway]]")
-    for gateway, table in zip(config.gateways, root.tables("gateway"), strict=True):
+    for gateway, table in zip(node.gateways, root.tables("gateway"), strict=True):
         if names.count(gateway.name) > 1:
             raise table.error("name", f"{gateway.name!r} is there twice")
         for address in gateway.addresses:

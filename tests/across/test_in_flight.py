@@ -17,7 +17,6 @@ from ikectx.wire.cxtp import Ctaa, Ctd
 from ikectx.wire.full_ctd import decode_last, final_of, merge
 from ikectx.wire.profile import decode_final, encode, encode_final
 from ikectx.wire.tokens import Purpose, expected_by, token_key
-from ikectx_cli import movers
 from mobike_ext.probe import MidProbe
 from tests.gateway_world import OURS, Mobiles, Place
 from tests.hand_loop import run
@@ -27,6 +26,7 @@ from tests.peers import Ether, MemoryGateway, a_context
 from tests.profile_samples import TRANSFER
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.worlds import ALL, World, until, world
+from vici_bridge import exchanges
 
 NEW = Endpoint.of("203.0.113.5", 4500)
 HERE = Endpoint.of("192.0.2.2", 4500)
@@ -292,10 +292,10 @@ def test_the_same_octets_after_a_crash_and_no_iv_twice(monkeypatch: pytest.Monke
         sent.append([request[0] for request in machine._requests])
         return M + 1
 
-    monkeypatch.setattr(movers, "run_mid_probe", no_socket)
+    monkeypatch.setattr(exchanges, "run_mid_probe", no_socket)
 
     async def scenario() -> None:
-        settler = movers.MnSettler(5, 0.5, 5)
+        settler = exchanges.MnSettler(5, 0.5, 5)
         context = a_context()
         moved = replace(context, remote=NEW)
         later = replace(final_of(context), mid_initiator=M + 1)

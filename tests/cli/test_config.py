@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ikectx.errors import ConfigError
+from ikectx.peer import HostPort
 from ikectx_cli.config import (
     ByPacketConfig,
     CharonConfig,
@@ -26,7 +27,6 @@ from ikectx_cli.config import (
     load,
     parse,
 )
-from ikectx_cli.toml_table import HostPort
 from vici_bridge.policy.allowed import Rules
 
 PATH = Path("/etc/ikectx/ikectx.toml")

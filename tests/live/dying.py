@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ikectx_cli.mobile import agent as mobile_agent
-from ikectx_cli.mobile import spis as mobile_spis
 from ikectx_cli.mobile.config import load
 from vici_bridge.effects.mobile import CharonMobile
+from vici_bridge.mobile import spis as mobile_spis
 
 
 def main(config: str, step: str) -> int:

@@ -17,13 +17,13 @@ from ikectx.sa.keys import iv_length, seal_key
 from ikectx.sa.name import SaName
 from ikectx.wire.ikev2 import IkeHeader, Reassembly, add_marker, seal_message, strip_marker
 from ikectx.wire.payloads import DeletePayload
-from ikectx_cli.mobile.farewell import AFTER_END, LOOK, TOLD, Farewells
 from mobike_ext.farewell import TABLE, Farewell, FarewellInput, FarewellState
 from mobike_ext.requester import Silent
 from tests import hand_loop
 from tests.asking_node import World
 from tests.mobile_world import NEW, NSG, PSG, a_node_context
 from vici_bridge.effects.mobile import EndedUnheardError
+from vici_bridge.mobile.farewell import AFTER_END, LOOK, TOLD, Farewells
 
 CONTEXT = a_node_context()
 SIZE = iv_length(CONTEXT.current.encr)

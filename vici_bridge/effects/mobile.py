@@ -26,7 +26,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +39,8 @@ from ikectx.errors import (
     BusyError,
     CharonError,
     IkectxError,
+    KernelError,
+    LinkError,
     StateError,
     StoreError,
     UnknownSaError,
@@ -48,8 +51,11 @@ from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
+from mobike_ext.link import run_spi_update
+from mobike_ext.mirror import Mirror
 from vici_bridge.ha import messages as ha
 from vici_bridge.host import CharonHost
+from vici_bridge.kernel.mute import MARK
 from vici_bridge.policy.obstacles import check_kernel, check_kind, check_told
 from vici_bridge.vici.views import SaView
 
@@ -240,11 +246,10 @@ class CharonMobile:
         agreement: Agreement,
         *,
         passive: bool,
-        fill: Callable[[int], Awaitable[int]] | None = None,
     ) -> Applied:
         """Give the SA, which the new gateway serves now, what was agreed. `passive`: it is so by `quiet`.
 
-        `fill`: see `renumber`. An error is logged: `loud` tries again, and has charon rekey what is left.
+        An error is logged: `loud` tries again, and has charon rekey what is left.
         """
         sa, passive_now, asks = context.spis, passive, False
         local, remote, peers = agreement.local, agreement.remote, agreement.peers
@@ -255,7 +260,7 @@ class CharonMobile:
                 await self.quiet(sa, unanswered=True, anything=named_anew)
                 passive_now = True
             if agreement.expected is not None:
-                asks = await self.renumber(sa, agreement.expected, fill)
+                asks = await self.renumber(sa, agreement.expected, local, remote)
             await self.readdress(context, local, remote, agreement.renames, peers)
         except BusyError as error:
             log.warning("%s; charon goes on with it at %s", error, remote)
@@ -322,16 +327,14 @@ class CharonMobile:
         return self._host.record.context(sa).mid_responder
 
     @trace.spanned("renumber", "step")
-    async def renumber(
-        self, sa: SaName, expected: int, fill: Callable[[int], Awaitable[int]] | None = None
-    ) -> bool:
+    async def renumber(self, sa: SaName, expected: int, local: Endpoint, remote: Endpoint) -> bool:
         """Make charon begin anew, once it is active, the request that the old gateway did not answer.
 
         charon does not repeat a request whose time came while it was passive, and sends no other before it is
         answered. `expected`: the next message ID for the new gateway, which is that of the request if the old
         gateway did not receive it; or one more than charon's, if an answer to this agent's own request was
-        lost. `fill`: uses up a message ID with the gateway, and returns the next one, or the same if it
-        failed. The SA is PASSIVE by `quiet`. True: charon has a request. Errors: UnknownSaError, CharonError.
+        lost: then it is used up with the gateway at `remote`. The SA is PASSIVE by `quiet`. True: charon has
+        a request. Errors: UnknownSaError, CharonError.
 
         charon's own ID is not given to it again. For IVs charon counts up by message IDs, in two ranges: a
         second message with an ID takes from the other one, that of its answers. The first answer with a lower
@@ -346,11 +349,27 @@ class CharonMobile:
             log.warning("%s: the gateway expects request %d, charon is at %d", view.name, expected, after - 1)
             return False
         if expected < after:
-            expected = expected if fill is None else await fill(expected)
+            expected = await self.use_up(sa, expected, local, remote)
             if expected < after:
                 return False  # charon may repeat it by itself
         await self.count(sa, initiator=expected)
         return bool(view.tasks)
+
+    async def use_up(self, sa: SaName, message_id: int, local: Endpoint, remote: Endpoint) -> int:
+        """Send the gateway at `remote` an empty request with that message ID. The SA is PASSIVE by `quiet`.
+
+        Returns the next message ID, the same if there is no answer. Errors: UnknownSaError, CharonError.
+        """
+        context, own = self._host.record.context(sa), self._host.own
+        note = Mirror.fresh_one(context, message_id, (local, remote), (), secrets.token_bytes)
+        own.note(sa, mirror=note.dumps())
+        try:
+            message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
+            await self.count(sa, initiator=message_id)
+        except (LinkError, KernelError) as error:
+            log.warning("%s does not answer: %s", remote, error)
+        own.note(sa, mirror=b"")
+        return message_id
 
     async def rekey(self, sa: SaName) -> None:
         """Have charon rekey the IKE_SA, which begins new message IDs. Raises nothing."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from ikectx.errors import CharonError, LinkError
+from ikectx.peer import HostPort
 from ikectx_cli.config import PeerSection, parse
 from ikectx_cli.doctor.world import PeerAnswer, World
 from ikectx_cli.settings import load
-from ikectx_cli.toml_table import HostPort
 from tests.healthy_world import IPSEC, TOML, Pki
 from tests.netns import namespaces
 from vici_bridge.kernel.message_ids import MessageIds

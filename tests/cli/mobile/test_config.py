@@ -9,16 +9,15 @@ from textwrap import dedent
 import pytest
 
 from ikectx.errors import ConfigError
+from ikectx.peer import HostPort
 from ikectx_cli.config import CharonConfig, ControlConfig
 from ikectx_cli.mobile.config import (
-    GatewayEntry,
     MobileFile,
-    MobileNodeConfig,
     config_path,
     load,
     parse,
 )
-from ikectx_cli.toml_table import HostPort
+from vici_bridge.mobile.node import GatewayEntry, MobileNode, MobileSettings
 
 PATH = Path("/etc/ikectx/mobile.toml")
 EXAMPLE = Path(__file__).parent.parent.parent.parent / "examples" / "config" / "mobile.toml"
@@ -42,7 +41,7 @@ def test_a_minimal_file() -> None:
         "nsg", (ip_address("198.51.100.1"), ip_address("2001:db8:2::1")), HostPort("nsg.example", 5092)
     )
     assert config == MobileFile(
-        PATH, Path("/var/lib/ikectx"), (psg, nsg), ControlConfig(), CharonConfig(), MobileNodeConfig()
+        MobileNode(PATH, (psg, nsg)), Path("/var/lib/ikectx"), ControlConfig(), CharonConfig()
     )
 
 
@@ -72,12 +71,12 @@ def test_every_key() -> None:
     assert config.control == ControlConfig("/run/x.vici", "netdev")
     assert config.charon == CharonConfig(vici="unix:///run/y.vici", esp="libipsec")
     addresses = (ip_address("203.0.113.7"), ip_address("2001:db8::7"))
-    assert config.mobile == MobileNodeConfig(addresses, 0.5, 4.0, 10.0, 30.0, 90.0, 1024)
+    assert config.node.settings == MobileSettings(addresses, 0.5, 4.0, 10.0, 30.0, 90.0, 1024)
 
 
 def test_the_example_shows_the_defaults(tmp_path: Path) -> None:
     shown = load(EXAMPLE)
-    assert [gateway.name for gateway in shown.gateways] == ["psg", "nsg"]
+    assert [gateway.name for gateway in shown.node.gateways] == ["psg", "nsg"]
     uncommented = tmp_path / "mobile.toml"
     lines = EXAMPLE.read_text().splitlines()
     defaults = [line.removeprefix("# ") for line in lines if " = " in line or line.startswith("[")]
@@ -85,16 +84,16 @@ def test_the_example_shows_the_defaults(tmp_path: Path) -> None:
     text = "\n".join(line for line in defaults if line.split(" = ")[0] not in left_out)
     uncommented.write_text(text)
     config = load(uncommented)
-    assert (config.control, config.charon, config.mobile, config.state_dir) == (
+    assert (config.control, config.charon, config.node.settings, config.state_dir) == (
         ControlConfig(),
         CharonConfig(),
-        MobileNodeConfig(),
+        MobileSettings(),
         Path("/var/lib/ikectx"),
     )
 
 
 def test_gateways_by_name_and_address() -> None:
-    config = parse(MINIMAL, PATH)
+    config = parse(MINIMAL, PATH).node
     psg, nsg = config.gateways
     assert config.gateway("nsg") is nsg
     assert config.gateway_at(ip_address("2001:db8:2::1")) is nsg

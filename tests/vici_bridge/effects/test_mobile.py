@@ -407,36 +407,39 @@ def test_one_that_is_replaced_in_the_moment_it_becomes_passive(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("had", [False, True], ids=["psg-had-it-not", "psg-had-it"])
-def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(had: bool) -> None:
+def test_what_nobody_answered_begins_anew_under_the_number_that_is_expected(
+    had: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         node = Node(replace(a_node_context(), mid_initiator=7, mid_responder=3))
         assert await node.mobile.next_request(node.sa) == 3
         node.charon.tasks = ["IKE_DPD"]  # its ID is 6
         await node.mobile.quiet(node.sa, unanswered=True)
         for wrong in (5, 9):
-            assert not await node.mobile.renumber(node.sa, wrong)
+            assert not await node.mobile.renumber(node.sa, wrong, NEW, NSG)
         assert node.host.record.context(node.sa).mid_initiator == 7
         node.socket.heard.clear()
         filled: list[int] = []
 
-        async def fill(message_id: int) -> int:
+        async def use_up(sa: SaName, message_id: int, local: Endpoint, remote: Endpoint) -> int:
+            assert (sa, local, remote) == (node.sa, NEW, NSG)
             filled.append(message_id)
             return message_id + answers
 
+        monkeypatch.setattr(node.mobile, "use_up", use_up)
         answers = 0
         if not had:  # charon must not say 6 twice
-            assert not await node.mobile.renumber(node.sa, 6)
-            assert not await node.mobile.renumber(node.sa, 6, fill)
+            assert not await node.mobile.renumber(node.sa, 6, NEW, NSG)
             assert node.socket.heard == []
         answers = 1
-        assert await node.mobile.renumber(node.sa, 7 if had else 6, fill)
+        assert await node.mobile.renumber(node.sa, 7 if had else 6, NEW, NSG)
         assert node.socket.heard == [ha.HaType.IKE_MID_INITIATOR]
         assert node.host.record.context(node.sa).mid_initiator == 7
         assert filled == ([] if had else [6, 6])
         node.charon.tasks = []
         before = node.host.record.context(node.sa).mid_initiator
         for expected, after in ((before, before), (before - 1, before), (before + 1, before + 1)):
-            assert not await node.mobile.renumber(node.sa, expected)
+            assert not await node.mobile.renumber(node.sa, expected, NEW, NSG)
             assert node.host.record.context(node.sa).mid_initiator == after
 
     do(scenario())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ikectx.sa.name import SaName
-from ikectx_cli.mobile.notes import Notes
 from tests.vici_bridge.test_deadlines import MemoryStore
+from vici_bridge.mobile.notes import Notes
 
 ONE, TWO = SaName(b"initone.", b"respone."), SaName(b"inittwo.", b"resptwo.")
 

@@ -16,8 +16,6 @@ from ikectx.sa.context import Address, IkeContext, Secret
 from ikectx.sa.keys import iv_length
 from ikectx.wire.full_ctd import final_of
 from ikectx.wire.ikev2 import HEADER_LENGTH
-from ikectx_cli import movers
-from ikectx_cli.movers import MnMover, MnRenamer
 from mobike_ext.address_update import AddressUpdate, PeerNatChanged
 from mobike_ext.link import RekeyReport, SpiReport, UpdateReport
 from mobike_ext.naming import Renaming
@@ -32,6 +30,8 @@ from mobike_ext.spi_update import (
     Unsupported,
 )
 from tests.peers import a_context
+from vici_bridge import exchanges
+from vici_bridge.exchanges import MnMover, MnRenamer
 from vici_bridge.policy.new_names import Told, Wish
 
 ONE = MoveReport(messages=2, octets=200, requests=1)
@@ -50,7 +50,7 @@ class Mn:
         self.answered = 0
         """Requests of its own for the same."""
         for name in ("run_spi_update", "run_rekey", "run_address_update"):
-            monkeypatch.setattr(movers, name, getattr(self, name))
+            monkeypatch.setattr(exchanges, name, getattr(self, name))
 
     def _sent(self, machine: Any) -> None:
         self.patience = getattr(machine, "_patience", None)

@@ -16,9 +16,9 @@ from ikectx.numbers import Fpt
 from ikectx.sa.context import IkeContext
 from ikectx.wire.cxtp import ContextDataBlock
 from ikectx.wire.spis import AH, ESP, IKE, NewSpi, serialize_new_spis
-from ikectx_cli.mobile import handover as mobile_handover
 from tests.asking_node import World as HandoverWorld
 from tests.mobile_world import NEW, NSG, a_node_context, do
+from vici_bridge.mobile import handover as mobile_handover
 
 CONTEXT = a_node_context(children=2)
 FIRST, SECOND = CONTEXT.children

@@ -14,7 +14,7 @@ from ikectx.sa.context import Address, Endpoint
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
-from .config import GatewayEntry, MobileFile
+from .node import GatewayEntry, MobileNode
 
 
 class Outside(Protocol):
@@ -58,7 +58,7 @@ async def router_of(gateway: GatewayEntry, version: int) -> Router:
     return Router(gateway.name, address, Endpoint(best, where.port))
 
 
-def sa_of(views: Sequence[SaView], sa: SaName | None, config: MobileFile) -> SaView:
+def sa_of(views: Sequence[SaView], sa: SaName | None, config: MobileNode) -> SaView:
     """The named SA among charon's, or the only one that may move. Errors: UnknownSaError."""
     found = [view for view in views if view.state not in ("CONNECTING", "DELETING")]
     if sa is not None:

@@ -14,9 +14,7 @@ from ikectx.engine.ports import MoveReport
 from ikectx.errors import CharonError, LinkError, StoreError
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Endpoint
-from ikectx_cli.mobile import spis as mobile_spis
 from ikectx_cli.mobile.config import parse
-from ikectx_cli.mobile.spis import SpiWatch
 from mobike_ext.address_update import AddressNotice
 from mobike_ext.link import SpiReport
 from mobike_ext.mirror import Mirror
@@ -27,8 +25,11 @@ from mobike_ext.responder import Asked
 from mobike_ext.spi_update import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate
 from tests.asking_node import CONFIG
 from tests.mobile_world import NEW, NSG, OLD, PSG, Crash, Node, a_node_context, do, quick
+from vici_bridge.effects import mobile as effects_mobile
 from vici_bridge.ha.messages import HaType
 from vici_bridge.kernel.mute import MARK
+from vici_bridge.mobile import spis as mobile_spis
+from vici_bridge.mobile.spis import SpiWatch
 from vici_bridge.own_names import OwnNames
 
 __all__ = ["quick"]
@@ -100,6 +101,7 @@ class Watched:
         self.said: list[tuple[tuple[UpdateSpi, ...], list[Any]]] = []
         self.dies = False
         monkeypatch.setattr(mobile_spis, "run_spi_update", self._run)
+        monkeypatch.setattr(effects_mobile, "run_spi_update", self._run)
         monkeypatch.setattr(mobile_spis, "IN_TIME", 0.05)
         self.begin()
         # charon has gone to nSG's address, and answered its request 4
@@ -377,7 +379,7 @@ def test_a_message_id_is_used_up(monkeypatch: pytest.MonkeyPatch, answers: bool)
         w = Watched(monkeypatch, ())
         w.outcome = Renamed(()) if answers else None
         await w.node.mobile.quiet(w.node.sa)
-        assert await w.watch.fill(w.node.sa, NEW, PSG, 8) == (9 if answers else 8)
+        assert await w.node.mobile.use_up(w.node.sa, 8, NEW, PSG) == (9 if answers else 8)
         ((asks, sent),) = w.said
         assert (asks, sent[0][1]) == ((), PSG)
         assert w.next_id == 9
@@ -556,9 +558,9 @@ def test_names_that_are_asked_for_before_the_address(monkeypatch: pytest.MonkeyP
 
 
 def test_policy() -> None:
-    assert parse(CONFIG, Path("mobile.toml")).mobile.update_spi
+    assert parse(CONFIG, Path("mobile.toml")).node.settings.update_spi
     off = parse(CONFIG.replace("[mobile]\n", "[mobile]\nupdate_spi = false\n"), Path("mobile.toml"))
-    assert not off.mobile.update_spi
+    assert not off.node.settings.update_spi
 
     async def scenario() -> None:
         node = Node(CONTEXT)

@@ -13,7 +13,7 @@ from ikectx.node.mobility import Handover
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 
-from .config import GatewayEntry
+from .node import GatewayEntry
 from .report import MobileReport
 
 Progress = Callable[[Mapping[str, Any]], None]

@@ -10,7 +10,7 @@ from typing import Protocol
 from ikectx.errors import ConfigError, LinkError
 from ikectx.sa.context import Address
 
-from .config import GatewayEntry, MobileFile
+from .node import GatewayEntry, MobileNode
 from .place import OTHER_KIND, LocalPlace
 
 
@@ -25,7 +25,7 @@ class Leads(Protocol):
 class Search:
     """The search for all handovers of a node. Times are those of the running loop, in seconds."""
 
-    def __init__(self, config: MobileFile, leads: Leads) -> None:
+    def __init__(self, config: MobileNode, leads: Leads) -> None:
         self._config = config
         self._leads = leads
         self._changed = asyncio.Event()
@@ -49,7 +49,7 @@ class Search:
     ) -> LocalPlace:
         """The search from which `gateway` is reached, for an SA of that IP version; `left`: the old
         address."""
-        among = self._config.mobile.addresses
+        among = self._config.settings.addresses
 
         def towards(remote: Address, avoid: Collection[Address]) -> Address | None:
             return self._leads(remote, avoid=tuple(avoid), among=among)

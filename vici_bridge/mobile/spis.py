@@ -312,23 +312,6 @@ class SpiWatch:
 
     # A handover.
 
-    async def fill(self, sa: SaName, local: Endpoint, remote: Endpoint, message_id: int) -> int:
-        """Use up a message ID with the gateway at `remote`; returns the next one, the same if it does not
-        answer.
-
-        For `CharonMobile.renumber`. The SA is passive; the request is empty.
-        """
-        context = self._mobile.recorded(sa)
-        note = Mirror.fresh_one(context, message_id, (local, remote), (), secrets.token_bytes)
-        self._host.own.note(sa, mirror=note.dumps())
-        try:
-            message_id += (await run_spi_update(note.machine(context), mark=MARK)).move.requests
-            await self._mobile.count(sa, initiator=message_id)
-        except (LinkError, KernelError) as error:
-            log.warning("%s does not answer: %s", remote, error)
-        self._host.own.note(sa, mirror=b"")
-        return message_id
-
     @contextlib.asynccontextmanager
     async def answering(
         self, sa: SaName, local: Endpoint, gateway: Collection[Address]

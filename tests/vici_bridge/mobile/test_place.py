@@ -14,10 +14,10 @@ from ikectx.node.mobility import HandoverOutcome, MobileState
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, Endpoint
 from ikectx.wire.cxtp import StatusBlock
-from ikectx_cli.mobile.place import OTHER_KIND, LocalPlace
 from tests.asking_node import World
 from tests.hand_loop import run
 from tests.mobile_world import NEW, NSG, OLD, PSG
+from vici_bridge.mobile.place import OTHER_KIND, LocalPlace
 
 FOUR, SIX = ip_address("192.0.2.2"), ip_address("2001:db8:2::1")
 """The gateway's addresses."""

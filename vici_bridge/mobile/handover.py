@@ -24,7 +24,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from typing import Any
 
 from ikectx.engine.ports import Store
@@ -55,8 +54,8 @@ from ikectx.sa.name import SaName
 from vici_bridge.effects.mobile import CharonMobile, EndedUnheardError
 from vici_bridge.vici.views import SaView
 
-from .config import MobileFile
 from .farewell import Farewells
+from .node import MobileNode
 from .notes import Notes
 from .opening import open_nat
 from .parties import Outside, is_idle, router_of, sa_of
@@ -75,9 +74,7 @@ Runner = Callable[..., Awaitable[HandoverOutcome]]
 Answering = Callable[
     [SaName, Endpoint, Collection[Address]], AbstractAsyncContextManager[asyncio.Future[IkeContext]]
 ]
-"""`mobile_spis.SpiWatch.answering`, or a stand-in."""
-Fill = Callable[[SaName, Endpoint, Endpoint, int], Awaitable[int]]
-"""`mobile_spis.SpiWatch.fill`."""
+"""`spis.SpiWatch.answering`, or a stand-in."""
 AFTER_IKE = 1.0
 """Seconds to wait for the new gateway's CTAA after it has sent an IKE request that only the serving gateway
 can make."""
@@ -88,7 +85,7 @@ class Handovers:
 
     def __init__(
         self,
-        config: MobileFile,
+        config: MobileNode,
         outside: Outside,
         mobile: CharonMobile,
         store: Store,
@@ -106,7 +103,6 @@ class Handovers:
         self._run = run
         self.answering = answering
         self._farewells = farewells
-        self.fill: Fill | None = None
         self.lock = asyncio.Lock()
         """Held while an SA is passive, by a handover or for a moment by other tasks."""
         self._moving = False
@@ -277,7 +273,7 @@ class Handovers:
             return report
         context = self._mobile.known(view) if idle else await self._mobile.export(view.spis)
         version = own.version if own is not None else view.local.address.version
-        settings = config.mobile
+        settings = config.settings
         machine = Handover(
             context.current,
             mode,
@@ -440,7 +436,7 @@ class Handovers:
         def told(state: MobileState, event: HandoverEvent | None) -> None:
             if isinstance(event, HandoverPrepared):
                 run.report.result, run.report.announced = "announced", True
-                run.until = asyncio.get_running_loop().time() + self._config.mobile.predictive
+                run.until = asyncio.get_running_loop().time() + self._config.settings.predictive
                 run.phase("announced", f"{run.psg.name} has sent the context to {run.nsg.name}")
                 self._count(run)
                 if run.prepared is not None and not run.prepared.done():
@@ -508,8 +504,7 @@ class Handovers:
             report.unusable(error)
             return
         report.renamed = len(agreement.renames)
-        fill = self.fill and partial(self.fill, run.sa, care_of, remote)
-        applied = await self._mobile.apply(run.context, agreement, passive=run.held, fill=fill)
+        applied = await self._mobile.apply(run.context, agreement, passive=run.held)
         run.asks = applied.asks
         run.held = applied.passive
         run.was_held |= applied.passive
