@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ from vici_bridge.effects.source import CharonSource
 from vici_bridge.exchanges import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
+from vici_bridge.kernel.ha_users import only_from
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.kernel.spd_watch import SpdGuard
 from vici_bridge.policy.admission import numbered
@@ -230,6 +232,10 @@ class Agent:
     async def start(self) -> None:
         """Begin with the HA address, then the control socket, then peers, because charon may start at any
         time."""
+        charon = self._config.charon
+        if charon.ha_users:
+            ends = (charon.ha_local, charon.ha_remote)
+            await asyncio.to_thread(only_from, charon.ha_users, os.geteuid(), ends, charon.ha_port)
         await self._host.open()
         self._source.resume()
         self._sink.resume()

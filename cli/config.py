@@ -58,7 +58,8 @@ class ControlConfig:
 class CharonConfig:
     """[charon]: the settings of strongswan.conf. The agent binds `ha_local`, which is charon's `ha.remote`.
 
-    `port`, `port_nat_t`, `ha_buflen` 0: what strongswan.conf says.
+    `port`, `port_nat_t`, `ha_buflen` 0: what strongswan.conf says. `ha_users`: only these users, and the
+    agent's, may send to the HA addresses (nftables); empty: all.
     New SPIs for SAs whose own are taken here come from `spi_min` to `spi_max`, as charon's do.
     """
 
@@ -73,6 +74,7 @@ class CharonConfig:
     ha_buflen: int = 0
     spi_min: int = 0xC0000000
     spi_max: int = 0xCFFFFFFF
+    ha_users: tuple[str, ...] = ()
 
     @property
     def kernel_esp(self) -> bool:
@@ -295,6 +297,7 @@ def charon(table: TomlTable) -> CharonConfig:
         ha_buflen=table.value("ha_buflen", an_integer(0, 65507), default.ha_buflen),
         spi_min=table.value("spi_min", an_integer(256, 0xFFFFFFFF), default.spi_min),
         spi_max=table.value("spi_max", an_integer(256, 0xFFFFFFFF), default.spi_max),
+        ha_users=table.several("ha_users", a_text, ()),
     )
     if found.spi_min > found.spi_max:
         raise table.error("spi_min", "must not be above spi_max")

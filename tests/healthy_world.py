@@ -134,6 +134,7 @@ class Fake(World):
         self.caps: int | None = 1 << 12 | 1 << 13
         self.owners = {"127.0.0.2": UdpOwner(10, "ikectx"), "127.0.0.1": UdpOwner(20, "charon")}
         self.foreign: set[str] = set()
+        self.stranger: list[str] | None = []
         self.root = True
         self.user = 0
         self.peer = PeerAnswer(frozenset({"nsg"}), 0.0, 9e12)
@@ -185,6 +186,9 @@ class Fake(World):
 
     def udp_owner(self, address: str, port: int) -> UdpOwner | None:
         return self.owners.get(address)
+
+    def as_nobody(self, addresses: object, paths: object) -> list[str] | None:
+        return self.stranger
 
     def is_local(self, address: str) -> bool:
         return address not in self.foreign

@@ -129,11 +129,33 @@ def ha_socket(world: World) -> Iterator[Outcome]:
         yield level, f"nobody listens on {place}: what charon tells about its SAs is lost", "start the agent"
     elif agent is not None and owner.pid in (0, agent):
         yield "ok", f"the agent listens on {place}"
+        yield from _strangers(world)
+    elif owner.pid == 1:
+        yield (
+            "warn",
+            f"systemd keeps {place} for the agent, which does not use it",
+            "systemctl restart ikectx",
+        )
     else:
         yield (
             "fail",
             f"{place} is taken by {owner.name} (pid {owner.pid or '?'}): it gets the keys of all SAs",
             "end that process, or give [charon] ha_local and charon.plugins.ha.remote another address",
+        )
+
+
+def _strangers(world: World) -> Iterator[Outcome]:
+    """What a user without rights can do with the HA addresses and the agent's files, by trying it."""
+    charon = world.config.charon
+    got = world.as_nobody(
+        [(charon.ha_local, charon.ha_port), (charon.ha_remote, charon.ha_port)],
+        [world.config.control.socket, str(world.config.state_dir)],
+    )
+    for what in got or ():
+        yield (
+            "fail",
+            f"a user without rights can {what}",
+            "see docs/security.md, Users of the gateway's own machine",
         )
 
 

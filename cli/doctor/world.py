@@ -13,7 +13,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -28,6 +28,7 @@ from ikectx.wire.cxtp import PORT
 from .. import reach
 from ..config import Config, PeerSection
 from ..settings import Setting, of_charon, pid_behind, with_numbers
+from .strangers import as_nobody
 
 SEARCH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS = 20
@@ -165,13 +166,20 @@ class World:
     # -- network
 
     def udp_owner(self, address: str, port: int) -> UdpOwner | None:
-        """The process that has bound address:port (or the port on every address); None: nobody."""
+        """The process that has bound address:port (or the port on every address); None: nobody.
+
+        systemd (pid 1) is named only if nobody else has the socket, because it keeps those that it gives
+        away."""
         for inode in self._udp_inodes(address, port):
-            for pid in self._pids():
-                if self._has_inode(pid, inode):
-                    return UdpOwner(pid, self._name(pid))
-            return UdpOwner(0, "a process that cannot be seen")
+            pids = [pid for pid in self._pids() if self._has_inode(pid, inode)]
+            if not pids:
+                return UdpOwner(0, "a process that cannot be seen")
+            return UdpOwner(max(pids), self._name(max(pids)))
         return None
+
+    def as_nobody(self, addresses: Sequence[tuple[str, int]], paths: Sequence[str]) -> list[str] | None:
+        """See `strangers.as_nobody`."""
+        return as_nobody(addresses, paths)
 
     @staticmethod
     def _udp_inodes(address: str, port: int) -> Iterator[str]:

@@ -277,6 +277,14 @@ class Walk:
         self.nsg.run("ikectx transfer --to psg --all")
         self.serves(self.psg)
 
+    def kept_address(self) -> None:
+        """What charon tells while psg's agent is away waits at the socket that systemd keeps, and starts the agent."""
+        self.psg.run("systemctl stop ikectx 2> /dev/null && ! systemctl is-active -q ikectx")
+        self.connect()
+        self.serves(self.psg)
+        self.psg.run("ikectx transfer --to nsg --all --dry-run")
+        self.healthy()
+
     def listed(self, command: str) -> None:
         """psg gets the revocation list that the command makes."""
         shell("cd /tls\n" + command, log=self.log)
@@ -398,6 +406,7 @@ class Walk:
         own_user,
         rebooted,
         shut_out,
+        kept_address,
         asked_by_the_mobile_node,
         hardened,
         left_silently,

@@ -69,6 +69,27 @@ class Unconfirmed:
         return False
 
 
+def inherited(local: str, port: int) -> socket.socket | None:
+    """The UDP socket of that address that systemd has bound for this process (sd_listen_fds(3)), or None."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    for number in range(3, 3 + int(os.environ.get("LISTEN_FDS") or 0)):
+        sock = socket.socket(fileno=number)
+        if sock.type == socket.SOCK_DGRAM and sock.getsockname()[:2] == (local, port):
+            sock.setblocking(False)
+            sock.set_inheritable(False)
+            return sock
+        sock.detach()
+    return None
+
+
+def _place(address: str, port: int) -> str:
+    """Address and port as the kernel's table has them."""
+    raw = ipaddress.ip_address(address).packed
+    words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]
+    return f"{''.join(words)}:{port:04X}"
+
+
 class HaSocket(asyncio.DatagramProtocol):
     """The agent's end of the HA link. `receive` is called with each datagram."""
 
@@ -79,9 +100,7 @@ class HaSocket(asyncio.DatagramProtocol):
         self._remote = remote
         self._port = port
         self._receive = receive
-        raw = ipaddress.ip_address(remote).packed
-        words = [raw[i : i + 4][::-1].hex().upper() for i in range(0, len(raw), 4)]
-        self._key = f": {''.join(words)}:{port:04X} ".encode()
+        self._key = f": {_place(remote, port)} ".encode()
         """charon's end in the kernel's table."""
         self._sock: socket.socket | None = None
         self._table: int | None = None
@@ -91,15 +110,21 @@ class HaSocket(asyncio.DatagramProtocol):
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Bind, exclusively. Errors: StateError if another program has the address."""
+        """Bind, exclusively, or take the socket that systemd has bound. Errors: StateError if another
+        program has the address."""
         family = socket.AF_INET6 if ":" in self._local else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        given = inherited(self._local, self._port)
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        sock = given or socket.socket(family, kind)
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         except PermissionError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024 * 1024)
         try:
-            sock.bind((self._local, self._port))
+            if given is None:
+                sock.bind((self._local, self._port))
+            # systemd sets it, and with it any user could bind the address as well
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             sock.connect((self._remote, self._port))
         except OSError as error:
             sock.close()
@@ -109,6 +134,13 @@ class HaSocket(asyncio.DatagramProtocol):
                 if error.errno == errno.EADDRINUSE
                 else "check charon.ha_local in the configuration; both addresses must be local",
             ) from None
+        if given is not None and (users := self._others(sock)):
+            sock.close()
+            raise StateError(
+                f"the HA address {self._local}:{self._port} has been bound by another program, too, "
+                f"of user {', '.join(users)}: it could get the keys of all SAs",
+                hint="find it with `ss -lunp`, end it, and start the agent again",
+            )
         self._sock = sock
         self._queue()  # opens the table
         loop = asyncio.get_running_loop()
@@ -119,7 +151,11 @@ class HaSocket(asyncio.DatagramProtocol):
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str | object, int]) -> None:
-        self._receive(data)
+        # before the socket was connected, which systemd's is not yet, anybody could send to it
+        if addr[:2] == (self._remote, self._port):
+            self._receive(data)
+        else:
+            log.warning("a message for charon's HA plugin came from %s:%s, and is left unheard", *addr[:2])
         self._look_for_losses()
 
     def hear(self) -> None:
@@ -130,10 +166,10 @@ class HaSocket(asyncio.DatagramProtocol):
         """
         while self._sock is not None and self._transport is not None:
             try:
-                data = self._sock.recv(_LONGEST)
+                data, sender = self._sock.recvfrom(_LONGEST)
             except OSError:  # nothing to read any more; ECONNREFUSED: charon is not there (yet)
                 return
-            self.datagram_received(data, ("", 0))
+            self.datagram_received(data, sender)
 
     def _look_for_losses(self) -> None:
         """Log losses. Called only when there is something to read, because losses can only happen then."""
@@ -203,6 +239,17 @@ class HaSocket(asyncio.DatagramProtocol):
         if at < 0:
             return None
         return int(table[at + len(self._key) :].split(None, 4)[2].partition(b":")[2], 16)
+
+    def _others(self, sock: socket.socket) -> list[str]:
+        """The users who have bound the agent's address or all addresses at its port, beside that socket."""
+        own, found = str(os.fstat(sock.fileno()).st_ino), []
+        every = "::" if ":" in self._local else "0.0.0.0"  # noqa: S104 - where somebody else could be
+        keys = {_place(one, self._port) for one in (self._local, every)}
+        for line in self._sockets().decode().splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 9 and fields[1] in keys and fields[9] != own:
+                found.append(fields[7])
+        return found
 
     def _sockets(self) -> bytes:
         """The kernel's table of UDP sockets.

@@ -248,6 +248,15 @@ def test_revocation_lists(world: Fake, pki: Pki, tmp_path: Path) -> None:
     only(world, "certificates", "fail", "ca.crl: No such file")
 
 
+def test_what_strangers_can_do(world: Fake) -> None:
+    world.stranger = ["connect to /run/ikectx.vici"]
+    only(world, "ha socket", "fail", "a user without rights can connect to /run/ikectx.vici")
+    world.stranger = None
+    assert bad(world) == []
+    world.owners["127.0.0.2"] = UdpOwner(1, "systemd")
+    only(world, "ha socket", "warn", "systemd keeps 127.0.0.2:4510 for the agent")
+
+
 def test_clock(world: Fake) -> None:
     os.utime(world.config.path, (world.time + 3600, world.time + 3600))
     only(world, "clock", "fail", "behind")

@@ -8,9 +8,13 @@ import os
 import re
 import resource
 import socket
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
+from ikectx.errors import StateError
 from vici_bridge.ha import sockets
 from vici_bridge.ha.sockets import HaSocket
 
@@ -113,5 +117,62 @@ def test_the_end_of_what_charon_was_sent_is_waited_for() -> None:
         charon.close()  # what nobody reads is carried out by nobody
         await agent.read()
         agent.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_socket_that_systemd_has_bound_is_taken_with_what_came_before() -> None:
+    """In a process of its own, because systemd gives descriptors from 3 on."""
+    program = textwrap.dedent("""
+        import asyncio, os, socket
+        from vici_bridge.ha.sockets import HaSocket, inherited
+
+        systemd, charon, stranger = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3))
+        assert systemd.fileno() == 3
+        charon.bind(("127.0.0.1", 0))
+        port = charon.getsockname()[1]
+        systemd.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as systemd does
+        systemd.bind(("127.0.0.2", port))
+        stranger.sendto(b"forged", ("127.0.0.2", port))
+        charon.sendto(b"early", ("127.0.0.2", port))
+        os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+        heard = []
+
+        async def scenario():
+            agent = HaSocket("127.0.0.2", "127.0.0.1", heard.append, port)
+            await agent.open()
+            assert agent._sock.fileno() == 3, agent._sock
+            assert not agent._sock.get_inheritable()
+            await asyncio.sleep(0.05)
+            thief = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                thief.bind(("127.0.0.2", port))
+            except OSError as error:
+                print(error.strerror)
+            agent.close()
+
+        asyncio.run(scenario())
+        os.environ["LISTEN_PID"] = "1"
+        assert inherited("127.0.0.2", port) is None
+        print(heard)
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "Address already in use\n[b'early']\n", done.stderr
+    assert "left unheard" in done.stderr
+
+
+def test_an_address_that_somebody_else_has_bound_before_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thief:
+            systemd = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            for sock in (systemd, thief):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            systemd.bind(("127.0.0.2", 0))
+            port = systemd.getsockname()[1]
+            thief.bind(("127.0.0.2", port))
+            monkeypatch.setattr(sockets, "inherited", lambda local, port: systemd)
+            with pytest.raises(StateError, match=f"another program, too, of user {os.getuid()}:"):
+                await HaSocket("127.0.0.2", "127.0.0.1", lambda _: None, port).open()
 
     asyncio.run(scenario())

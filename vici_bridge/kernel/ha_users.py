@@ -1,0 +1,47 @@
+"""An nftables rule by which only some users may send to the HA addresses (I/O).
+
+While charon is down its address belongs to nobody, and any local user could send SAs to the agent from there.
+"""
+
+from __future__ import annotations
+
+import pwd
+from collections.abc import Iterable
+from ipaddress import ip_address
+
+from ikectx.errors import KernelError
+
+from .nftables import run_nft
+
+TABLE = "ikectx_ha"
+
+
+def only_from(names: Iterable[str], own: int, addresses: Iterable[str], port: int) -> None:
+    """Install the rule: `names` of users, and the user ID `own`, may send to these addresses and UDP port.
+
+    The table stays when the agent ends; one that was there is replaced. Errors: KernelError.
+    """
+    run_nft(script(sorted({own, *map(_number, names)}), addresses, port))
+
+
+def script(users: Iterable[int], addresses: Iterable[str], port: int) -> str:
+    """What `nft` is told."""
+    allowed = ", ".join(map(str, users))
+    lines = [f"add table inet {TABLE}", f"delete table inet {TABLE}", f"add table inet {TABLE}"]
+    lines.append(f"add chain inet {TABLE} out {{ type filter hook output priority filter; policy accept; }}")
+    for address in addresses:
+        family = "ip" if ip_address(address).version == 4 else "ip6"
+        lines.append(
+            f"add rule inet {TABLE} out {family} daddr {address} udp dport {port}"
+            f" meta skuid != {{ {allowed} }} counter drop"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _number(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise KernelError(
+            f"there is no user {name!r}", hint="correct ha_users under [charon] in the configuration"
+        ) from None
