@@ -8,7 +8,7 @@ than half full drops with a probability that grows to 1 as it runs empty.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -22,12 +22,21 @@ NETWORKS = ((24, 48, 1 / 10), (16, 32, 1 / 4))
 when the bucket of all is less than half full: who has hundreds of addresses has them in few networks."""
 
 
+def _size(rate: float) -> float:
+    """Tokens in a full bucket: two seconds' worth, at least 2, so that a burst of one second passes
+    untouched."""
+    return max(2.0, 2.0 * rate)
+
+
+def _chance(level: float, size: float, kept: float = 0.0) -> float:
+    """The probability with which a request may pass. `kept`: tokens that are not for it."""
+    left = level - kept
+    return 0.0 if left < 1 else min(1.0, left / ((size - kept) / 2))
+
+
 @dataclass(slots=True)
 class Bucket:
-    """Tokens for one kind of request; `level` of them are left at `at` (seconds, monotonic).
-
-    Filled by `rate` a second up to two seconds' worth, at least 2: a burst of one second passes untouched.
-    """
+    """Tokens for one kind of request; `level` of them are left at `at` (seconds, monotonic)."""
 
     rate: float
     at: float
@@ -40,17 +49,43 @@ class Bucket:
     @property
     def size(self) -> float:
         """Tokens in the full bucket."""
-        return max(2.0, 2.0 * self.rate)
+        return _size(self.rate)
 
     def fill(self, now: float) -> None:
         """Time has passed."""
         self.level = min(self.size, self.level + max(0.0, now - self.at) * self.rate)
         self.at = now
 
-    def chance(self, kept: float = 0.0) -> float:
-        """The probability with which a request may pass now. `kept`: tokens that are not for it."""
-        left = self.level - kept
-        return 0.0 if left < 1 else min(1.0, left / ((self.size - kept) / 2))
+
+class _Buckets:
+    """Buckets by key, those of up to `memory` keys that were used last.
+
+    In arrays, because a flood fills them: as objects they took 1 MB, which the process did not give back.
+    """
+
+    def __init__(self, memory: int) -> None:
+        none = bytes(8 * memory)
+        self.level, self.rests = array("d", none), array("d", none)
+        """`rests`: until when it counts as a source of which a request passed just now."""
+        self._at = array("d", none)
+        self._places: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def fill(self, key: int, rate: float, now: float) -> int:
+        """Time has passed for the bucket of that key, which is full if it is new: its place in the arrays."""
+        place = self._places.pop(key, None)
+        if place is None:
+            many = len(self._places)
+            place = many if many < len(self.level) else self._places.pop(next(iter(self._places)))
+            self.level[place], self.rests[place] = _size(rate), -math.inf
+        else:
+            filled = self.level[place] + max(0.0, now - self._at[place]) * rate
+            self.level[place] = min(_size(rate), filled)
+        self._at[place] = now
+        self._places[key] = place  # behind all others
+        return place
 
 
 def _networks(address: IPv4Address | IPv6Address) -> list[tuple[int, float]]:
@@ -69,13 +104,6 @@ def one_source(address: IPv4Address | IPv6Address) -> int:
     return int(address) >> 64 | 1 << 64 if address.version == 6 else int(address)
 
 
-@dataclass(slots=True)
-class _Source:
-    bucket: Bucket
-    rests: float = -math.inf
-    """Until when it counts as a source of which a request passed just now."""
-
-
 class RateLimit:
     """Decides over requests by their source: an IPv4 address, or the /64 of an IPv6 one.
 
@@ -90,11 +118,10 @@ class RateLimit:
     ) -> None:
         self._source_rate = source_rate
         self._draw = draw
-        self._memory = memory
         self._total: Bucket | None = None
         self._rate = rate
-        self._sources: OrderedDict[int, _Source] = OrderedDict()
-        self._shares: OrderedDict[int, Bucket] = OrderedDict()
+        self._sources = _Buckets(memory)
+        self._shares = _Buckets(memory)
         """Of networks."""
 
     def __len__(self) -> int:
@@ -103,24 +130,26 @@ class RateLimit:
 
     def allows(self, source: IPv4Address | IPv6Address, now: float) -> bool:
         """True if a request of `source` may pass. `now` is seconds, monotonic."""
-        own = self._source(source, now)
-        self._total = self._total or Bucket(self._rate, now)
-        own.bucket.fill(now)
-        self._total.fill(now)
-        half = self._total.size / 2
-        shares = self._of_networks(source, now) if self._total.level < half else []
-        lately = now < own.rests or any(share.level < 1 for share in shares)
-        kept = half - 1 if lately else 0.0
-        for chance in (own.bucket.chance(), self._total.chance(kept)):
+        own = self._sources.fill(one_source(source), self._source_rate, now)
+        total = self._total = self._total or Bucket(self._rate, now)
+        total.fill(now)
+        half = total.size / 2
+        shares = []
+        if total.level < half:
+            shares = [self._shares.fill(key, self._rate * part, now) for key, part in _networks(source)]
+        lately = now < self._sources.rests[own] or any(self._shares.level[share] < 1 for share in shares)
+        for chance in (
+            _chance(self._sources.level[own], _size(self._source_rate)),
+            _chance(total.level, total.size, half - 1 if lately else 0.0),
+        ):
             if chance < 1 and self._draw() >= chance:
                 return False
-        own.bucket.level -= 1
+        self._sources.level[own] -= 1
         # by chance, because sources that began together would come back together
-        own.rests = now + LATELY * (0.5 + self._draw())
-        self._total.level -= 1
-        if not lately:
-            for share in shares:
-                share.level -= 1
+        self._sources.rests[own] = now + LATELY * (0.5 + self._draw())
+        total.level -= 1
+        for share in shares if not lately else ():
+            self._shares.level[share] -= 1
         return True
 
     def spent(self, now: float) -> bool:
@@ -129,26 +158,3 @@ class RateLimit:
             return False
         self._total.fill(now)
         return self._total.level < 1
-
-    def _of_networks(self, source: IPv4Address | IPv6Address, now: float) -> list[Bucket]:
-        found = []
-        for key, part in _networks(source):
-            share = self._shares.get(key)
-            if share is None:
-                share = self._shares[key] = Bucket(self._rate * part, now)
-                if len(self._shares) > self._memory:
-                    self._shares.popitem(last=False)
-            self._shares.move_to_end(key)
-            share.fill(now)
-            found.append(share)
-        return found
-
-    def _source(self, source: IPv4Address | IPv6Address, now: float) -> _Source:
-        key = one_source(source)
-        found = self._sources.get(key)
-        if found is None:
-            found = self._sources[key] = _Source(Bucket(self._source_rate, now))
-            if len(self._sources) > self._memory:
-                self._sources.popitem(last=False)
-        self._sources.move_to_end(key)
-        return found
