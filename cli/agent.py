@@ -111,6 +111,7 @@ def host_config(config: Config) -> HostConfig:
         rekey_after=config.transfer.rekey_after,
         rules={name: conn.rules for name, conn in config.connections.items()},
         peers={peer.name: frozenset(_addresses([peer.host])) for peer in config.peers},
+        updown_helper=config.updown_helper or "",
     )
 
 

@@ -108,6 +108,17 @@ def serve(setup: Setup[Config], config: str | None) -> int:
     return run_agent(loaded)
 
 
+@cli.command("updown-helper", short_help="Run updown scripts for an agent that is not root.")
+@serve_config_option
+@click.pass_obj
+def updown_helper(setup: Setup[Config], config: str | None) -> int:
+    """Run the updown scripts of ikectx.toml as this user, for the agent, on the socket that systemd gives."""
+    loaded = setup.config(config)
+    from .helper import run as run_helper
+
+    return run_helper(loaded)
+
+
 @cli.command("list")
 @json_option
 @click.pass_obj

@@ -215,7 +215,10 @@ class PeerSection:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole file. `name`: this gateway's name among the other gateways, as in its certificate."""
+    """The whole file. `name`: this gateway's name among the other gateways, as in its certificate.
+
+    `updown_helper`: the socket of the helper that runs updown scripts (`ikectx updown-helper`); None: the
+    agent runs them."""
 
     path: Path
     name: str
@@ -229,6 +232,7 @@ class Config:
     connections: Mapping[str, ConnectionConfig] = field(default_factory=dict)
     peers: tuple[PeerSection, ...] = ()
     state_key: Path | None = None
+    updown_helper: str | None = None
 
     def peer(self, name: str) -> PeerSection:
         """The peer of that name. Errors: ConfigError, with the names there are."""
@@ -245,6 +249,7 @@ def _checked(root: TomlTable, path: Path) -> Config:
         "name",
         "state_dir",
         "state_key",
+        "updown_helper",
         "control",
         "charon",
         "gateway",
@@ -259,6 +264,7 @@ def _checked(root: TomlTable, path: Path) -> Config:
         name=root.value("name", a_name),
         state_dir=root.value("state_dir", file, Path("/var/lib/ikectx")),
         state_key=root.value("state_key", file, None),
+        updown_helper=root.value("updown_helper", an_absolute_path, None),
         control=control(root.table("control")),
         charon=charon(root.table("charon")),
         gateway=_gateway(root.table("gateway")),

@@ -143,7 +143,7 @@ class CharonHost:
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
         self.traps = Traps(store, self.vici, self.away.elsewhere)
-        self.scripts = Scripts(config.updown, self.detour, config.host_access)
+        self.scripts = Scripts(config.updown, self.detour, config.host_access, config.updown_helper)
         self.import_lock = asyncio.Lock()
         """Held while names are compared and taken, so that two imports never race for an SPI."""
         self.on_change: Callable[[RecordChange | None], None] | None = None

@@ -30,7 +30,7 @@ class HostConfig:
     rekey), "rekey" or "refuse". `spi_min`, `spi_max`: the range of new inbound SPIs, charon's own.
     `rekey_after`: what of an SA that came here gets keys that the gateway before does not know. `rules`: by
     connection name, limits that charon does not report; `peers`: by name,
-    addresses of other gateways.
+    addresses of other gateways. `updown_helper`: as in `updown.Script`.
     """
 
     addresses: tuple[Address, ...]
@@ -56,3 +56,4 @@ class HostConfig:
     rekey_after: RekeyAfter = "no"
     rules: Mapping[str, Rules] = field(default_factory=dict)
     peers: Mapping[str, frozenset[Address]] = field(default_factory=dict)
+    updown_helper: str = ""

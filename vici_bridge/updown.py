@@ -8,26 +8,18 @@ or tries again.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import os
-import signal
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
-from collections.abc import Collection, Coroutine, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from ikectx import trace
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address, IkeContext
+from vici_bridge import updown_helper
 from vici_bridge.vici.environment import ts_pairs, updown_environment
 
 log = logging.getLogger(__name__)
-
-TIMEOUT = 20.0
-"""Seconds that a script may take; charon itself would wait for ever."""
-UMASK = 0o022
-"""charon's own umask, as systemd starts it; the agent's own makes files that nobody else can read."""
 
 
 class Ways(Protocol):
@@ -43,14 +35,34 @@ class NotStarted(KernelError):
     began = False
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A connection's updown script. `helper`: the socket of the helper that runs it; empty: this process
+    does."""
+
+    command: str
+    connection: str = ""
+    helper: str = ""
+
+    async def run(self, env: Mapping[str, str]) -> tuple[int, bytes]:
+        """Its exit code and output. Errors: OSError if it could not be started; TimeoutError; ValueError
+        for a variable that cannot be in an environment."""
+        if self.helper:
+            return await updown_helper.ask(self.helper, self.connection, env)
+        return await updown_helper.execute(self.command, env)
+
+
 class Scripts:
     """The updown scripts of a gateway, by connection name; `ways`: those of its kernel."""
 
-    def __init__(self, scripts: Mapping[str, str], ways: Ways, host_access: Collection[str] = ()) -> None:
-        """`host_access`: connections whose children have `hostaccess = yes`."""
+    def __init__(
+        self, scripts: Mapping[str, str], ways: Ways, host_access: Collection[str] = (), helper: str = ""
+    ) -> None:
+        """`host_access`: connections whose children have `hostaccess = yes`. `helper`: as in `Script`."""
         self._scripts = scripts
         self._ways = ways
         self._host_access = host_access
+        self._helper = helper
 
     async def run(
         self, context: IkeContext, *, up: bool, reqids: Mapping[bytes, int], unique_id: int
@@ -62,7 +74,7 @@ class Scripts:
         script = self._scripts.get(context.connection)
         if script:
             await run_updown(
-                script,
+                Script(script, context.connection, self._helper),
                 context,
                 up=up,
                 interface=self._interface(context),
@@ -80,19 +92,20 @@ class Scripts:
             return ""
 
 
-def _cannot(what: str, error: OSError) -> NotStarted:
-    """The error for a process that could not be started, for lack of descriptors, memory or processes."""
+def _cannot(script: Script, error: OSError) -> NotStarted:
+    """The error for a script that could not be started: for lack of descriptors or memory, or of the
+    helper."""
+    hint = "LimitNOFILE, MemoryMax and TasksMax of the service bound what it may use; `ls /proc/PID/fd`"
+    if script.helper:
+        hint = f"the updown helper ({script.helper}): systemctl status ikectx-updown.socket ikectx-updown"
     reason = error.strerror or str(error)
-    return NotStarted(
-        f"{what} cannot be started: {reason}",
-        errno=error.errno or 0,
-        hint="LimitNOFILE, MemoryMax and TasksMax of the service bound what it may use; `ls /proc/PID/fd`",
-    )
+    text = f"the updown script {script.command} cannot be started: {reason}"
+    return NotStarted(text, errno=error.errno or 0, hint=hint)
 
 
 @trace.spanned("updown")
 async def run_updown(
-    script: str,
+    script: Script,
     context: IkeContext,
     *,
     up: bool,
@@ -126,66 +139,19 @@ async def run_updown(
             began = True
 
 
-async def _call(script: str, env: dict[str, str]) -> None:
-    path = os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+async def _call(script: Script, env: Mapping[str, str]) -> None:
     try:
-        process = await _started(
-            asyncio.create_subprocess_shell(
-                script,
-                env={"PATH": path, **env, "IKECTX_TRANSFER": "1"},
-                stdin=DEVNULL,
-                stdout=PIPE,
-                stderr=STDOUT,
-                start_new_session=True,
-                umask=UMASK,
-            )
-        )
-    except OSError as error:
-        raise _cannot(f"the updown script {script}", error) from None
-    except ValueError as error:  # a value that cannot be in an environment
-        log.warning("updown script %s cannot be run: %s", script, error)
-        return
-    try:
-        out = await _output(process)
+        code, out = await script.run({**env, "IKECTX_TRANSFER": "1"})
     except TimeoutError:
-        log.warning("updown script %s took over %.0f s and was ended", script, TIMEOUT)
+        seconds = updown_helper.TIMEOUT
+        log.warning("updown script %s took over %.0f s and was ended", script.command, seconds)
+        return
+    except OSError as error:
+        raise _cannot(script, error) from None
+    except ValueError as error:  # a value that cannot be in an environment
+        log.warning("updown script %s cannot be run: %s", script.command, error)
         return
     for line in out.decode("utf-8", "replace").splitlines():
         log.info("updown: %s", line)
-    if process.returncode:
-        log.warning("updown script %s exited with %d", script, process.returncode)
-
-
-async def _started(work: Coroutine[Any, Any, Process]) -> Process:
-    """The process. If the step is cancelled while asyncio still connects the pipes, the process runs already,
-    and asyncio would end it without what it has started."""
-    starting = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        await _end(await starting)
-        raise
-
-
-async def _end(process: Process) -> None:
-    """End it with all that it has started: it leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
-
-
-async def _output(process: Process) -> bytes:
-    """The output of a process that has ended. Errors: TimeoutError.
-
-    If the wait ends early (also because the step of the transfer was cancelled) the process is ended with all
-    that it has started, because the step is repeated, and a "down" must not end after the "up" that follows
-    it.
-    """
-    ended = False
-    try:
-        out, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
-        ended = True
-        return out
-    finally:
-        if not ended:
-            await _end(process)
+    if code:
+        log.warning("updown script %s exited with %d", script.command, code)

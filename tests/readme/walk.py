@@ -276,9 +276,13 @@ class Walk:
         self.psg.run("ikectx transfer --to nsg --all")
         self.nsg.run("ikectx transfer --to psg --all")
         self.serves(self.psg)
+        said = self.psg.run("journalctl --no-pager -o cat -u ikectx-updown")
+        if "the script of home was run for the agent: exit code 0" not in said:
+            raise WrongError(f"the helper ran no script: {said}")
 
     def kept_address(self) -> None:
-        """What charon tells while psg's agent is away waits at the socket that systemd keeps, and starts the agent."""
+        """What charon tells while psg's agent is away waits at the socket that systemd keeps, and starts
+        the agent."""
         self.psg.run("systemctl stop ikectx 2> /dev/null && ! systemctl is-active -q ikectx")
         self.connect()
         self.serves(self.psg)

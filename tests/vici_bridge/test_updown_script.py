@@ -16,7 +16,7 @@ from ikectx.errors import KernelError
 from ikectx.numbers import IdType
 from ikectx.sa.context import Address, Identity, IkeContext
 from tests.peers import a_context
-from vici_bridge.updown import Scripts, run_updown
+from vici_bridge.updown import Script, Scripts, run_updown
 
 
 def call(script: str, context: IkeContext | None = None) -> None:
@@ -24,7 +24,9 @@ def call(script: str, context: IkeContext | None = None) -> None:
 
 
 async def _run(script: str, context: IkeContext | None = None) -> None:
-    await run_updown(script, context or a_context(), up=True, interface="eth0", reqids={}, unique_id=1)
+    await run_updown(
+        Script(script), context or a_context(), up=True, interface="eth0", reqids={}, unique_id=1
+    )
 
 
 def test_b5_an_identity_with_a_nul_octet_is_no_error(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_b32_a_script_ends_with_a_step_that_ends_while_it_is_started(
 def test_b32_what_a_script_has_started_ends_with_it_when_it_takes_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("vici_bridge.updown.TIMEOUT", 0.5)
+    monkeypatch.setattr("vici_bridge.updown_helper.TIMEOUT", 0.5)
     call(SCRIPT.format(tmp_path))
     assert "was ended" in caplog.text
     assert all(gone(int((tmp_path / name).read_text())) for name in ("started", "shell"))

@@ -1,0 +1,176 @@
+"""Runs updown scripts for an agent that has not the rights which charon gives them: both ends of its socket
+(I/O).
+
+The helper knows the scripts from the configuration, and the agent names a connection and gives the PLUTO_*
+variables: whoever takes the agent over can call these scripts, with any such variables, and nothing else. One
+connection is one call: a line of JSON there and one back. If the agent goes, the script is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import signal
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 20.0
+"""Seconds that a script may take; charon itself would wait for ever."""
+UMASK = 0o022
+"""charon's own umask, as systemd starts it; the agent's own makes files that nobody else can read."""
+LONGEST = 1 << 18
+"""Octets of a request, and of the output that is passed on."""
+PATIENCE = 5.0
+"""Seconds that a request may take to arrive."""
+_VARIABLE = re.compile(r"PLUTO_[A-Z0-9_]{1,64}|IKECTX_TRANSFER")
+
+
+async def execute(script: str, env: Mapping[str, str]) -> tuple[int, bytes]:
+    """Run a script by a shell, with PATH, these variables and charon's umask: its exit code and output.
+
+    Errors: OSError if it could not be started; TimeoutError; ValueError for a variable that cannot be in an
+    environment.
+    """
+    process = await _started(
+        asyncio.create_subprocess_shell(
+            script,
+            env={"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), **env},
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            start_new_session=True,
+            umask=UMASK,
+        )
+    )
+    out = await _output(process)
+    return process.returncode or 0, out
+
+
+# --- the agent's end ---------------------------------------------------------------------------------------
+
+
+async def ask(path: str, connection: str, env: Mapping[str, str]) -> tuple[int, bytes]:
+    """Have the helper at that socket run the connection's script. Result and errors: those of `execute`."""
+    reader, writer = await asyncio.open_unix_connection(path, limit=2 * LONGEST)
+    try:
+        writer.write(json.dumps({"connection": connection, "env": dict(env)}).encode() + b"\n")
+        async with asyncio.timeout(TIMEOUT + PATIENCE):
+            answer = await reader.readline()
+    finally:
+        writer.close()
+    try:
+        told = json.loads(answer)
+        if told.get("late"):
+            raise TimeoutError
+        if error := told.get("error"):
+            raise OSError(int(told.get("errno") or errno.EPERM), str(error))
+        return int(told["code"]), str(told["output"]).encode()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise OSError(errno.EPROTO, "the updown helper gave no answer that can be read") from None
+
+
+# --- the helper's end --------------------------------------------------------------------------------------
+
+
+async def serve(
+    scripts: Mapping[str, str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """One call by an agent. `scripts`: by connection name. Raises nothing."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            line = await reader.readline()
+        answer = await _answer(scripts, line, reader)
+        if answer is not None:
+            writer.write(json.dumps(answer).encode() + b"\n")
+            async with asyncio.timeout(PATIENCE):
+                await writer.drain()
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError; ValueError: the line is too long
+        log.warning("an agent's call was given up: %s", error or "it took too long")
+    finally:
+        writer.close()
+
+
+async def _answer(
+    scripts: Mapping[str, str], line: bytes, reader: asyncio.StreamReader
+) -> dict[str, object] | None:
+    """None if the agent has gone."""
+    try:
+        connection, env = _read(line)
+        script = scripts[connection]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("an agent's call was refused: %s", error)
+        return {"error": "the updown helper refused the call: its log says why", "errno": 0}
+    work = asyncio.create_task(execute(script, env))
+    gone = asyncio.create_task(reader.read(1))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return None
+        code, out = work.result()
+    except TimeoutError:
+        return {"late": True}
+    except (OSError, ValueError) as error:
+        number = error.errno if isinstance(error, OSError) else 0
+        return {"error": os.strerror(number) if number else str(error), "errno": number or 0}
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+    log.info("the script of %s was run for the agent: exit code %d", connection, code)
+    return {"code": code, "output": out[:LONGEST].decode("utf-8", "replace")}
+
+
+def _read(line: bytes) -> tuple[str, dict[str, str]]:
+    """Errors: ValueError, LookupError, TypeError, AttributeError."""
+    told = json.loads(line)
+    connection, env = told["connection"], told["env"]
+    for name, value in env.items():
+        if not _VARIABLE.fullmatch(name) or not isinstance(value, str):
+            raise ValueError(f"a variable is not one of charon's: {name!r}")
+    return connection, env
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+async def _started(work: Coroutine[Any, Any, Process]) -> Process:
+    """The process. If the step is cancelled while asyncio still connects the pipes, the process runs already,
+    and asyncio would end it without what it has started."""
+    starting = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _end(await starting)
+        raise
+
+
+async def _end(process: Process) -> None:
+    """End it with all that it has started: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+async def _output(process: Process) -> bytes:
+    """The output of a process that has ended. Errors: TimeoutError.
+
+    If the wait ends early (also because the step of the transfer was cancelled) the process is ended with all
+    that it has started, because the step is repeated, and a "down" must not end after the "up" that follows
+    it.
+    """
+    ended = False
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
+        ended = True
+        return out
+    finally:
+        if not ended:
+            await _end(process)
