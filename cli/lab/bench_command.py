@@ -221,10 +221,13 @@ def _attacked(
     with tidy():
         found = lab_attack.run(kind, rate, seconds, guest, libipsec=esp == "libipsec", say=say)
     told = {"command": " ".join(["ikectx lab bench", *words]), **found}
+    missed = lab_damage.missed(told)
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps({**told, "missed": missed}, indent=2))
     else:
         lab_start.print_all(lab_damage.tables(told))
+    if missed:
+        raise click.exceptions.Exit(1)
 
 
 def _emptied(size: int, guest: str, clock: str, esp: str) -> dict[str, Any]:

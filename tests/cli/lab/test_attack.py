@@ -191,6 +191,17 @@ def test_a_report_compares_medians_of_one_run() -> None:
     assert lab_damage.times([], [1.0]) is None
 
 
+def test_what_may_not_be_so() -> None:
+    told = a_report()
+    assert lab_damage.missed(told) == ["1 of the transfers beside the attack failed"]
+    told["agents"]["psg"]["memory"]["after"] += 1 << 20
+    slow = {"none": {"ms": [100.0], "failed": []}, "beside": {"ms": [201.0], "failed": []}, "times": 2.01}
+    assert lab_damage.missed({**told, "attack": "ctar-random", "transfer": slow}) == [
+        "a transfer takes 2.01 times as long beside the attack, not at most 2",
+        "the agent of psg holds 2.0 MiB more afterwards, not at most 1.0",
+    ]
+
+
 def test_tables_tell_what_failed() -> None:
     told = a_report()
     first = lab_damage.row(told)
@@ -201,7 +212,7 @@ def test_tables_tell_what_failed() -> None:
     )
     assert "1000, 3 cut off" in first and "100" in first
     assert [line[2] for line in lab_damage.victims(told)] == ["50.0 / 60.0 / 51.0"] * 2
-    assert lab_damage.tables(told)[-1] == "transfer: after 1.0 s: BUSY"
+    assert "transfer: after 1.0 s: BUSY" in lab_damage.tables(told)
     nothing = {"none": {"ms": [], "failed": []}, "beside": {"ms": [], "failed": ["x"]}, "times": None}
     assert "– / –, 1 of 1 failed" in lab_damage.row(a_report(transfer=nothing))
 
