@@ -15,6 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from ikectx.disk.audit import Verified
 from ikectx.disk.store import SqliteStore
@@ -386,7 +387,10 @@ class Gateway:
         """Tell the peer that gave an SA where the SA is now, until it has confirmed that. Errors:
         StoreError."""
         _, told = self._driver.begin(Tell(peer, news))
-        told.result()
+        if told.done():
+            told.result()
+        else:  # a step that the driver carries out has come to this: it is the next thing that it does
+            told.add_done_callback(partial(_told, peer))
 
     def _peer(self, name: str) -> PeerConfig:
         return self._driver.engine.peer(name)
@@ -435,6 +439,11 @@ class Gateway:
     def history(self, limit: int = 100) -> list[dict[str, object]]:
         """The journal, newest first, as plain JSON values."""
         return [_entry_json(entry) for entry in self._store.history(limit)]
+
+
+def _told(peer: str, told: asyncio.Future[object]) -> None:
+    if not told.cancelled() and (error := told.exception()) is not None:
+        log.error("%s is not told where an SA of it is: %s", peer, error)
 
 
 def _given(credentials: Credentials | None) -> Credentials:

@@ -9,9 +9,12 @@ from contextlib import asynccontextmanager
 import pytest
 
 from ikectx.errors import StoreError
+from ikectx.numbers import Fpt, Status
 from ikectx.sa.name import SaName
+from ikectx.sa.verdict import Verdict
 from ikectx.wire.whereabouts import What, Whereabouts
 from tests.hand_loop import run
+from tests.peers import a_context
 from tests.worlds import World, one_move, until, world
 
 SA = SaName(b"initiato", b"responde")
@@ -52,6 +55,24 @@ def test_it_is_told_at_once_and_once() -> None:
             assert heard == [("b", ENDED)]
 
     run(main())
+
+
+def test_it_is_told_by_a_step_of_a_transfer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """b's SA, which came from a, was to go to a again and stays."""
+
+    async def main() -> None:
+        async with two() as (w, heard):
+            monkeypatch.setattr(w.b.daemon, "stays", lambda sa: w.b.agent.tell("a", ENDED), raising=False)
+            sa = w.b.daemon.serve(a_context())
+            w.a.daemon.verdicts = [Verdict(Fpt.PAD, Status.NO_CONNECTION, "none")]
+            assert (await w.b.agent.transfer(sa, "a")).result == "refused"
+            await until(lambda: not waiting(w))
+            assert heard == [("b", ENDED)]
+
+    run(main())
+    assert "a mistake in the program" not in caplog.text
 
 
 def test_it_waits_for_the_link() -> None:
