@@ -285,6 +285,7 @@ class Walk:
         the agent."""
         self.psg.run("systemctl stop ikectx 2> /dev/null && ! systemctl is-active -q ikectx")
         self.connect()
+        self.psg.run("timeout 30 sh -c 'until ikectx status > /dev/null 2>&1; do sleep 0.2; done'")
         self.serves(self.psg)
         self.psg.run("ikectx transfer --to nsg --all --dry-run")
         self.healthy()
