@@ -283,7 +283,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_command_that_prints_takes_json() -> None:
     """As the README says; these run until they are stopped, print nothing, or print what another prints."""
-    silent = {"serve", "updown", "mobile serve", "lab down", "lab exec", "lab guest"}
+    silent = {"serve", "updown", "updown-helper", "mobile serve", "lab down", "lab exec", "lab guest"}
 
     def walk(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
         context = click.Context(group)
