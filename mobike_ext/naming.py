@@ -164,7 +164,8 @@ def answered(asked: Sequence[UpdateSpi], message: IkeMessage) -> Decision | None
             reasons.append(refused.reason)
         else:
             agreed = UpdateSpi.parse(notify, answer=True)
-            same = replace(one, new=agreed.new) == agreed and one.new in (b"", agreed.new)
+            same = (agreed.protocol, agreed.old, agreed.choose) == (one.protocol, one.old, one.choose)
+            same = same and one.new in (b"", agreed.new)
             pairs.append(Renaming(one.protocol, not one.choose, one.old, agreed.new))
         if not same:
             raise WireError("the answer to another UPDATE_SPI")

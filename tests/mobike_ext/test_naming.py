@@ -168,6 +168,7 @@ def test_answers() -> None:
         [NO, UpdateSpiRefused(ESP, THEIRS, Reason.BUSY).serialize()],
         [NO, UpdateSpiRefused(AH, OURS, Reason.BUSY).serialize()],
         [YES, replace(CHOSEN, data=CHOSEN.data[:-1])],
+        [ask(ESP, OURS, THEIRS).serialize(), CHOSEN],  # it names as new what was asked about
     ],
 )
 def test_answers_that_make_no_sense(notifies: list[NotifyPayload]) -> None:
