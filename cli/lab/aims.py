@@ -51,6 +51,10 @@ def _times(virtual: float, real: float) -> Aim:
     return Aim(virtual, real, least=True)
 
 
+INTERVAL_MS = 5.0
+"""Of the probe, if nobody wants another one."""
+HELD = "predictive-held"
+
 _NONE = Aim(0, 0)
 _STAYS = {"lost": Aim(0, 1), "lost_at_gateways": _NONE, "psk": _times(25, 18), "eap": _times(50, 36)}
 _FAST = {"up": Aim(5, 30), "lost_after_link": _NONE}
@@ -63,7 +67,7 @@ MODES = (
     ),
     AimedMode(
         "predictive, downlink held",
-        "predictive-held",
+        HELD,
         {**_FAST, "lost_down": _NONE, "late": Aim(100, 100)},
     ),
     AimedMode(

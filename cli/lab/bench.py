@@ -236,6 +236,8 @@ _DRAIN = {
     **dict.fromkeys(("cpu_ms_per_sa", "gap_ms", "memory_kib"), "numbers by name or null"),
 }
 
+_CIRCUMSTANCES = dict.fromkeys(("crowd", "interval_ms"), "a number")
+"""Of a judgement; older ones do not have them."""
 _MOVES = {"moves": "a number", **dict.fromkeys(("cpu_ms", "charon_ms"), "numbers by name or null")}
 
 
@@ -302,6 +304,7 @@ def read(text: str, file: str) -> dict[str, Any]:
         check(summary, _OF_DRAIN, "the judgement")
         check(summary["machine"], _HERE, "the judgement.machine")
         check(summary["host"], _HOST, "the judgement.host")
+        check({"crowd": 0, "interval_ms": 0, **summary}, _CIRCUMSTANCES, "the judgement")
         if why := lab_aims.wrong(summary["modes"]):
             raise wrong(why)
         return alone("handovers", summary)
@@ -334,6 +337,7 @@ def read(text: str, file: str) -> dict[str, Any]:
     if not isinstance(handovers := summary.get("handovers", []), list):
         raise wrong("handovers must be a list")
     for number, one in enumerate(handovers):
+        check({"crowd": 0, "interval_ms": 0, **one}, _CIRCUMSTANCES, f"handovers.{number}")
         if why := lab_aims.wrong(one.get("modes"), f"handovers.{number}"):
             raise wrong(why)
         check(one.get("machine"), _MACHINE, f"handovers.{number}.machine")

@@ -58,6 +58,14 @@ MOST_OCTETS = 64 << 20
     help="Of --handovers: with so many other SAs at each gateway.",
 )
 @click.option(
+    "--probe",
+    "interval_ms",
+    type=click.FloatRange(0.1, 5),
+    callback=a_number,
+    metavar="MS",
+    help="Of --handovers: how often the probe sends, which is in each gap.  [default: 5]",
+)
+@click.option(
     "--attack",
     type=click.Choice(tuple(KINDS)),
     help="No scenarios: attack the gateways, and measure what that does to them and to a mobile node.",
@@ -100,6 +108,7 @@ def bench(
     moves: int | None,
     handovers: bool,
     crowd: int,
+    interval_ms: float | None,
     attack: str | None,
     rate: float | None,
     seconds: float | None,
@@ -150,7 +159,8 @@ def bench(
     elif handovers:
         words = ["ikectx lab bench", "--handovers", f"--runs {runs}", *options]
         words += [f"--others {crowd}"] if crowd else []
-        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp, crowd)}
+        words += [f"--probe {interval_ms:g}"] if interval_ms else []
+        found |= {"command": " ".join(words), **_judged(runs, guest, clock, esp, crowd, interval_ms)}
         summary = lab_bench.alone("handovers", found)
         ok = all(row["reached"] for row in found["modes"])
     elif attack:
@@ -246,12 +256,21 @@ def _moved(moves: int, guest: str, clock: str, esp: str) -> dict[str, Any]:
         return lab_to_and_fro.run(moves, guest, clock, libipsec=esp == "libipsec", say=say)
 
 
-def _judged(runs: int, guest: str, clock: str, esp: str, crowd: int) -> dict[str, Any]:
+def _judged(
+    runs: int, guest: str, clock: str, esp: str, crowd: int, interval_ms: float | None
+) -> dict[str, Any]:
     """Every mode beside what it must reach. Raises IkectxError."""
-    wanted = tuple(name for name in lab_aims.SCENARIOS for _ in range(runs))
-    # a trace costs system calls, and so nothing while the clock stands still
+    # a kernel holds 100 packets: fewer ms of a finer probe
+    names = [name for name in lab_aims.SCENARIOS if interval_ms is None or name != lab_aims.HELD]
     request = lab_start.RunRequest(
-        wanted, esp=esp, guest=guest, clock=clock, crowd=crowd, trace=clock == "virtual"
+        tuple(name for name in names for _ in range(runs)),
+        esp=esp,
+        guest=guest,
+        clock=clock,
+        crowd=crowd,
+        interval_ms=interval_ms,
+        # it costs system calls, and so nothing while the clock stands still
+        trace=clock == "virtual" and interval_ms is None,
     )
     with tidy():
         reports = lab_start.run(request, say)
@@ -260,6 +279,7 @@ def _judged(runs: int, guest: str, clock: str, esp: str, crowd: int) -> dict[str
         **{key: first[key] for key in ("strongswan", "guest", "clock", "esp", "machine")},
         "host": lab_machine.host(),
         "crowd": crowd,
+        "interval_ms": interval_ms or lab_aims.INTERVAL_MS,
         "modes": lab_aims.judged(reports),
     }
 

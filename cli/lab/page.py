@@ -361,14 +361,18 @@ def _handovers(found: Sequence[Mapping[str, Any]], image: str) -> Iterable[str]:
     for one in found:
         clock = {"virtual": "Virtual time", "real": "Real time"}[one["machine"]["clock"]]
         runs = max(row["runs"] for row in one["modes"])
-        yield f"{clock}, {'one run' if runs == 1 else f'medians of {runs} runs'}:"
+        crowd = f", {one['crowd']} other SAs at each gateway" if one.get("crowd") else ""
+        probe = f", a probe each {one.get('interval_ms', lab_aims.INTERVAL_MS):g} ms"
+        yield f"{clock}, {'one run' if runs == 1 else f'medians of {runs} runs'}{probe}{crowd}:"
         yield table(
             (*lab_aims.COLUMNS, "reached"),
             ([*lab_aims.cells(row, "<br>"), "yes" if row["reached"] else "no"] for row in one["modes"]),
         )
     yield (
         "*up, down*: the longest gap beyond what the link itself was dark, in ms, with the probe's own "
-        "interval of 5 ms in it, beside what it must be (≤: reached, >: not). *lost*: packets of the probe; "
+        "interval in it, beside what it must be (≤: reached, >: not). Down, 40 ms are the round trip of the "
+        "request and the first packet, so no handover reaches 42 by a probe each 5 ms, whose interval is in "
+        "the gap: the finer one tells. *lost*: packets of the probe; "
         "*at gateways*: those that no counter of the mobile node's own kernel explains; *late*: 10 ms "
         "longer under way than the fastest. *PSK, EAP, certificates*: how many times as long as ours "
         "connecting anew takes, gap beyond dark against gap beyond dark, by the slower direction, in the "

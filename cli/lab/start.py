@@ -57,7 +57,7 @@ MANY, CROWDED_MIB = 200, 3072
 class RunRequest:
     """What to run and how: `names` with one entry for each run; ESP by the kernel, or by charon (libipsec).
 
-    `crowd`: other SAs at each gateway.
+    `crowd`: other SAs at each gateway. `interval_ms`: of the probe, instead of the scenario's.
     `guest` is one of `lab_guest.WAYS`, or auto. `clock`, `root` and `cpus` are those of `Job`; `jobs` is how
     many guests run side by side. `brief`: without what only figures need (`Scenario.brief`). `trace`: with a
     time line of each handover. `kills`: the names are those of cases (`kill_cases`), not of scenarios.
@@ -77,10 +77,14 @@ class RunRequest:
     brief: bool = False
     trace: bool = False
     kills: bool = False
+    interval_ms: float | None = None
 
     def load(self, number: int) -> lab_scenario.Scenario:
         """The scenario, or the case. Errors: UsageError, ConfigError."""
-        return (kill_scenario if self.kills else lab_scenario.load)(self.names[number])
+        found = (kill_scenario if self.kills else lab_scenario.load)(self.names[number])
+        if self.interval_ms is None:
+            return found
+        return replace(found, interval_ms=self.interval_ms, slow_interval_ms=0.0)
 
     def label(self, number: int) -> str:
         """The name of a run, for people and its logs: the scenario's, with a number where it runs often."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ikectx.errors import UsageError
 from ikectx_cli.lab import aims
 from ikectx_cli.lab.bench import alone, merge, read
 from ikectx_cli.lab.page import page
@@ -104,4 +105,9 @@ def test_the_page_shows_each_mode_beside_its_aim() -> None:
     assert read(json.dumps(found), "x.json") == alone("handovers", found)
     shown = page(merge({"x.json": alone("handovers", found)}, "c"))
     assert "| predictive | 4 ≤ 5 | 60 > 42 |" in shown
+    assert "Virtual time, one run, a probe each 5 ms:" in shown
+    finer = alone("handovers", {**found, "interval_ms": 0.5, "crowd": 7})
+    assert "one run, a probe each 0.5 ms, 7 other SAs at each gateway:" in page(merge({"x.json": finer}, "c"))
+    with pytest.raises(UsageError, match="interval_ms must be a number"):
+        read(json.dumps({**found, "interval_ms": "x"}), "x.json")
     assert read(json.dumps(merge({"x.json": alone("handovers", found)}, "c")), "y.json")["handovers"]

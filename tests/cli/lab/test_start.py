@@ -71,6 +71,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 def silent(_line: str) -> None: ...
 
 
+def test_another_probe_is_that_of_every_scenario() -> None:
+    assert RunRequest(NAMES, interval_ms=0.5).load(0).interval_ms == 0.5
+    assert RunRequest(NAMES).load(0).interval_ms == 5.0
+
+
 def test_a_run_in_a_guest(machine: Any, tmp_path: Path) -> None:
     guests = machine(Guests(3))
     found: dict[int, dict[str, Any]] = {}
