@@ -241,7 +241,9 @@ class Agent:
         self._source.resume()
         self._sink.resume()
         await self._gateway.start(self._listen if self._guard is None else ())
-        if self._guard is not None:
+        if self._guard is None:
+            self._gateway.keep_links()
+        else:  # a link would keep an SA of charon's up
             self._doors = await plain_listen(
                 self._timing, self._protocol, self._guard, self._listen, self._peers, self._gateway.accept
             )

@@ -163,6 +163,10 @@ class Gateway:
             await self.stop()
             raise
 
+    def keep_links(self) -> None:
+        """From now on have a link to each peer, so that no handover waits for one. Errors: StateError."""
+        self._running().keep(self._peers.values())
+
     @property
     def addresses(self) -> list[tuple[str, int]]:
         """Addresses that it listens on; with the port that the system chose for port 0."""

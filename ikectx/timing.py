@@ -13,10 +13,10 @@ class Timing:
     request: how long a target repeats a CT-Req; unproven: the same for a stranger's request, until the source
     has answered it. confirm: CTD to CTDR, then the CTD is sent again. hold: how long a target keeps a
     prepared SA. step: one step of a port (freeze, take, ...). in_doubt: CTD to report. idle: an unused
-    connection. keepalive: TCP probes. backoff doubles up to backoff_max; busy_backoff: between attempts when
-    the SA was busy. turn: how long an operator's transfer waits until another one of the same SA has ended.
-    stop: how long `stop` waits. retries: how often a clean-up is tried before the report says that it failed
-    (the tries go on).
+    connection; renew: an unused one to a peer that is kept connected. keepalive: TCP probes. backoff doubles
+    up to backoff_max; busy_backoff: between attempts when the SA was busy. turn: how long an operator's
+    transfer waits until another one of the same SA has ended. stop: how long `stop` waits. retries: how often
+    a clean-up is tried before the report says that it failed (the tries go on).
     """
 
     connect: float = 5.0
@@ -29,6 +29,7 @@ class Timing:
     step: float = 90.0
     in_doubt: float = 120.0
     idle: float = 60.0
+    renew: float = 3600.0
     keepalive: float = 10.0
     backoff: float = 0.2
     backoff_max: float = 30.0

@@ -50,10 +50,11 @@ from .unknown import UnknownMessage, UnknownSas
 
 log = logging.getLogger(__name__)
 
-GRACE = 0.01
+GRACE = 0.001
 """Seconds before a question is asked. A mobile node that probes several gateways at once is answered by the
-one that has the SA; then its request is no longer the next one there, and the SA stays. It is by so much that
-its ways to the gateways may differ, and by so much that each move begins later."""
+one that has the SA; then its request is no longer the next one there, and the SA stays. By so much, and by
+the way between the gateways, its ways to them may differ; if they differ more, the SA moves without need.
+Each move begins so much later."""
 BURST = 200
 WINDOW = 0.1
 """At most `BURST` datagrams are read in `WINDOW` seconds."""

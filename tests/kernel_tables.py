@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,9 @@ class KernelTables:
 
     def dump_policies(self) -> list[KernelPolicy]:
         return list(self.policies.values())
+
+    async def policies_change(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
     def policies_about(self, reqids: Collection[int]) -> list[KernelPolicy]:
         return [one for one in self.dump_policies() if any(t.reqid in reqids for t in one.templates)]

@@ -9,6 +9,7 @@ when it was first seen active (`Deadlines`). Only for an SA that came up here si
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from vici_bridge.vici.views import SaView
 from .deadlines import Deadlines
 
 SOON = 0.005
-"""Seconds for which a toggle waits for others who want one."""
+"""Seconds after a toggle for which the next one waits: calls of that time share it. The first does not wait,
+because the packets of a mobile node may."""
 
 
 class Side(Protocol):
@@ -55,6 +57,8 @@ class Segments:
     def __init__(self, side: Side) -> None:
         self._side = side
         self._toggle: asyncio.Future[None] | None = None
+        self._toggled = -math.inf
+        """When the last toggle was, by the event loop's clock."""
         self._passive: set[SaName] = set()
         """SAs that came in since the last toggle."""
         self._active: set[SaName] = set()
@@ -106,14 +110,14 @@ class Segments:
             await asyncio.sleep(0.1)
 
     async def _toggle_soon(self, done: asyncio.Future[None]) -> None:
-        side = self._side
+        side, loop = self._side, asyncio.get_running_loop()
         try:
-            await asyncio.sleep(SOON)
+            await asyncio.sleep(self._toggled + SOON - loop.time())
             if not side.deadlines.has_seen(side.served()):
                 side.deadlines.before_toggle(await side.views(), steady_wall())
             await self._none_half_open()
             version = await side.version()
-            self._toggle = None  # later calls wait for the next toggle
+            self._toggle, self._toggled = None, loop.time()  # later calls wait for the next toggle
             self._active |= self._passive
             self._passive.clear()
             await side.send([ha.segment_take(version, 0), ha.segment_drop(version, 0)])

@@ -13,7 +13,7 @@ import logging
 import math
 import socket
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from ikectx import trace
@@ -27,6 +27,8 @@ from ikectx.wire.cxtp import Message, StreamDecoder
 log = logging.getLogger("ikectx.links")
 
 READ_SIZE = 1 << 16
+BRIEF = 1.0
+"""Seconds: a link that ends sooner was turned away by the peer, and is not dialled again at once."""
 RATE = 500
 """Messages that are read from one connection in a second, with a burst of twice as many. When a gateway is
 drained, both it and the new one hear two for each SA."""
@@ -99,13 +101,15 @@ class Link:
         """Where the other side is."""
         self.error: LinkError | None = None
         """Why the link is closed; None while it is open."""
+        self.ended = asyncio.Event()
+        """Set when it is closed."""
         self._stream = stream
         self._arrived = arrived
         self._unsent: deque[tuple[str, bytes]] = deque()
         self._writing = False
         self._writer: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._touched = self._loop.time()
+        self._made = self._touched = self._loop.time()
         self._rate = Bucket(RATE, self._loop.time())
         self._slowed = False
         self._unhandled = 0
@@ -118,6 +122,11 @@ class Link:
     def quiet(self) -> float:
         """Seconds since something was sent or received."""
         return self._loop.time() - self._touched
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was made."""
+        return self._loop.time() - self._made
 
     @property
     def label(self) -> str:
@@ -223,6 +232,7 @@ class Link:
         self._unsent.clear()
         self._stream.close()
         self._room.set()
+        self.ended.set()
         if self.gone is not None:
             self.gone(self)
 
@@ -230,8 +240,9 @@ class Link:
 class Links:
     """The open links to each peer, whoever dialled them: each carries transfers in both directions.
 
-    One is dialled when it is needed and none is there. Who dialled closes it when nothing was said on it and
-    nobody needed it for `timing.idle`; `unused` says for how many seconds nobody did, by the peer's name.
+    One is dialled when it is needed and none is there, or ahead (`keep`). Who dialled closes it when nothing
+    was said on it and nobody needed it for `timing.idle`; `unused` says for how many seconds nobody did, by
+    the peer's name.
     `opened` is called with each new link, and whether the peer dialled it, before anything is read.
     """
 
@@ -252,6 +263,42 @@ class Links:
         self._accepted: defaultdict[str, list[Link]] = defaultdict(list)
         self._dialling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._kept: set[str] = set()
+
+    def keep(self, peers: Iterable[PeerConfig]) -> None:
+        """Have a link to each of these peers from now on, because dialling takes three round trips.
+
+        One that nobody uses is made anew after `timing.renew`, so that certificates are proven again.
+        """
+        for peer in peers:
+            if peer.name not in self._kept:
+                self._kept.add(peer.name)
+                self._begin(self._keep(peer), f"ikectx keeps a link to {peer.name}")
+
+    async def _keep(self, peer: PeerConfig) -> None:
+        tries = 0
+        while True:
+            try:
+                link = await self.get(peer)
+                used = self._timing.idle / 2 - (0 if self._dialled.get(peer.name) is link else link.quiet)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(used):
+                        await link.ended.wait()
+                problem = link.error if link.age < BRIEF else None
+            except LinkError as error:
+                problem = error
+            if problem is None:
+                tries = 0
+                continue
+            if tries == 0:
+                log.info("no link to %s is kept up, it is dialled again and again: %s", peer.name, problem)
+            await asyncio.sleep(self._timing.wait(tries))
+            tries += 1
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def connected(self, name: str) -> bool:
         """True if a link to that peer is open."""
@@ -268,9 +315,7 @@ class Links:
             link = Link(stream, peer, self._arrived)
             self._dialled[peer.name] = link
             self._opened(link, False)
-            task = asyncio.create_task(self._run(link), name=f"ikectx link to {peer.name}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._run(link), f"ikectx link to {peer.name}")
             self._wait(link, self._timing.idle)
             return link
 
@@ -311,6 +356,8 @@ class Links:
         if link.error is not None:
             return
         left = self._timing.idle - min(link.quiet, self._unused(link.peer.name))
+        if link.peer.name in self._kept:
+            left = max(left, self._timing.renew - link.age)
         if left > 0.001:
             self._wait(link, left)
         else:

@@ -11,10 +11,11 @@ import pytest
 
 from ikectx.errors import CharonError
 from ikectx.sa.name import SaName
+from tests import hand_loop
 from tests.vici_bridge.test_deadlines import SA, MemoryStore
 from vici_bridge.deadlines import Deadlines
 from vici_bridge.ha.messages import HaMessage, HaType
-from vici_bridge.segments import Segments
+from vici_bridge.segments import SOON, Segments
 from vici_bridge.vici.views import SaView
 
 NEW = SaName(b"new new ", b"sa sa sa")
@@ -105,6 +106,21 @@ def test_one_toggle_is_for_all_that_came_before_it() -> None:
         assert len(side.sent) == 6
 
     asyncio.run(scenario())
+
+
+def test_only_a_toggle_soon_after_another_one_waits() -> None:
+    async def scenario() -> None:
+        loop, segments = asyncio.get_running_loop(), Segments(Side())
+        began = loop.time()
+        await segments.activate()
+        assert loop.time() == began
+        await segments.activate()
+        assert loop.time() == pytest.approx(began + SOON)
+        await asyncio.sleep(1)
+        await segments.activate()
+        assert loop.time() == pytest.approx(began + SOON + 1)
+
+    hand_loop.run(scenario())
 
 
 def test_a_toggle_that_fails_is_everybodys_and_the_next_goes_on() -> None:

@@ -34,6 +34,9 @@ from .take import converge, leads_here, open_way, script_up, will_lead
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 3
+"""Looks for an SA that was made active that follow each other without a pause."""
+
 
 def _inactive(work: Coming) -> bool:
     return work.facts.stage == "installing"
@@ -74,7 +77,7 @@ async def _toggle(work: Coming) -> None:
 
 @trace.spanned("charon activates")
 async def _established(host: CharonHost, here: IkeContext) -> SaView:
-    end, pause = time.monotonic() + INSTALL_TIMEOUT, 0.001
+    end, looks = time.monotonic() + INSTALL_TIMEOUT, 0
     while True:
         view = await host.view(here.spis)
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
@@ -83,8 +86,9 @@ async def _established(host: CharonHost, here: IkeContext) -> SaView:
             raise CharonError(
                 "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
             )
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
+        # charon needs some 0.1 ms; asyncio has no pause between nothing and 1 ms
+        await asyncio.sleep(0 if looks < AT_ONCE else min(0.001 * 1.5 ** (looks - AT_ONCE), 0.05))
+        looks += 1
 
 
 async def _note(work: Coming) -> Facts:

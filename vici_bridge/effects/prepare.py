@@ -38,6 +38,8 @@ from .leaving import numbers_of
 from .renames import INSTALL_TIMEOUT
 from .runner import Facts, LedgerStep, StepEffect
 
+EVENTS = 0.003
+"""Seconds up to which the kernel's events may end a pause before charon is asked again."""
 SEARCH = 0.2
 """Seconds after which an SA that was sent to charon is searched among all."""
 
@@ -147,7 +149,11 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
                 f"charon did not install the SA: wanted PASSIVE with {len(wanted)} CHILD_SAs, saw {seen}",
                 hint="see charon's log (the ha plugin logs why at level 1)",
             )
-        await asyncio.sleep(pause)
+        # policies are the last that charon installs; later events are mostly of other SAs
+        if host.kernel is not None and pause < EVENTS:
+            await host.kernel.policies_change(pause)
+        else:
+            await asyncio.sleep(pause)
         pause = min(pause * 1.5, 0.1)
 
 

@@ -1,11 +1,13 @@
 """Release: the old gateway clears away an SA that the other gateway serves.
 
 1. Note charon's view of the SA, because after its deletion the updown script could not be given it.
-2. Stop ESP that is still sent. Take out traps by which charon would begin the SA anew. Make charon drop the
-   SA silently, and restore its inbound SAs for some seconds, because late packets are on their way.
-3. Remove the rules that mute its messages. Report the departure to the gateways that it came from, and to the
+2. Stop ESP that is still sent. Send packets for the mobile node on, which the freeze has blocked if the other
+   gateway had nothing of the SA: they wait for this, so charon is asked for nothing before.
+3. Take out traps by which charon would begin the SA anew. Make charon drop the SA silently, and restore its
+   inbound SAs for some seconds, because late packets are on their way.
+4. Remove the rules that mute its messages. Report the departure to the gateways that it came from, and to the
    one that it went to if somebody ended it here meanwhile.
-4. Run the updown script with "down". This comes last, because a script that hangs must delay nothing else. It
+5. Run the updown script with "down". This comes last, because a script that hangs must delay nothing else. It
    is called exactly once after any interruption, provided that its end could be noted.
 """
 
@@ -32,7 +34,7 @@ async def _stop_sending(work: Leaving) -> None:
     stop_at_last(work)
 
 
-async def _relay(work: Leaving) -> None:
+async def _send_on(work: Leaving) -> None:
     work.host.away.left(work.sa)
 
 
@@ -79,9 +81,9 @@ RELEASE: LedgerStep[Leaving] = LedgerStep(
             _stop_sending,
             when=lambda work: work.view is not None and goes_on_still(work),
         ),
+        # charon's own SAs decrypt until here; from now on nothing of a relayed mobile node is for this charon
+        StepEffect("packets follow", _send_on),
         StepEffect("traps", _untrap, when=lambda work: work.view is not None),
-        # charon's own SAs decrypt until here; from now on nothing of the mobile node is for this charon
-        StepEffect("relay", _relay, when=lambda work: work.host.away.relays(work.sa)),
         StepEffect("delete in charon", _drop, when=lambda work: work.view is not None, probe=_gone),
         StepEffect("rules", _forget_rules),
         StepEffect("departure", _tell),

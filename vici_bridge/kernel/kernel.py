@@ -157,6 +157,11 @@ class Kernel:
         """
         return self._spd.about(reqids)
 
+    async def policies_change(self, seconds: float) -> None:
+        """Wait until the kernel reports a change of policies, but no longer than that. Errors:
+        KernelError."""
+        await self._spd.change(seconds)
+
     # Counters.
 
     def get_replay(self, sa: KernelSa, *, outbound: bool | None = None) -> tuple[ReplayState, KernelUsage]:

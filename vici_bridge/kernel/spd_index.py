@@ -9,6 +9,7 @@ before the answer to the request that caused them, so no change that was made be
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Collection
 
 from ikectx.errors import KernelError, WireError
+from ikectx.net.readiness import Readiness
 
 from . import xfrm_wire as wire
 from .netlink import XFRM, Netlink
@@ -57,13 +59,26 @@ class SpdIndex:
         self._lock = threading.Lock()
         self._events = _events()
         self._listens = False
+        self._ready: Readiness | None = None
         self._known: dict[int, bytes] | None = None
         """Policies by the index that the kernel gave them; None: they must be dumped."""
         self._indexes: defaultdict[int, set[int]] = defaultdict(set)
         """Indexes by reqid."""
 
     def close(self) -> None:
+        if self._ready is not None:
+            self._ready.close()
         self._events.close()
+
+    async def change(self, seconds: float) -> None:
+        """Wait for the kernel's next event, but no longer than that. Errors: KernelError."""
+        with self._lock:
+            self._catch_up()
+        if self._ready is None:
+            self._ready = Readiness(self._events)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ready.readable()
 
     def about(self, reqids: Collection[int]) -> list[KernelPolicy]:
         """The present policies with a template for one of these reqids. Errors: KernelError, WireError."""

@@ -411,6 +411,67 @@ def test_a_peer_has_two_links_and_a_third_takes_the_place_of_the_quietest() -> N
     hand_loop.run(scenario())
 
 
+def test_a_link_that_is_kept_up_is_dialled_again_but_not_without_end() -> None:
+    async def scenario() -> None:
+        loop, began = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        dialled: list[float] = []
+        far_ends: list[Stream] = []
+
+        async def dial(peer: PeerConfig) -> Stream:
+            dialled.append(round(loop.time() - began, 2))
+            if len(dialled) <= 3:
+                raise LinkError("nobody is there yet")
+            near, far = pair()
+            far_ends.append(far)
+            return near
+
+        links = Links(dial, Timing(idle=10.0, renew=100.0), nothing)
+        links.keep([PeerConfig("far", "far")])
+        await asyncio.sleep(50)
+        assert dialled == [0.0, 0.2, 0.6, 1.4], "it waits longer each time, and an idle link stays"
+        assert links.connected("far")
+        far_ends[-1].close()
+        await asyncio.sleep(1)
+        assert dialled[4:] == [50.0]
+        await asyncio.sleep(105)
+        assert dialled[5:] == [150.0], "certificates are proven again"
+        far_ends[-1].close()  # a peer that turns this gateway away does so after the handshake
+        await asyncio.sleep(0.5)
+        far_ends[-1].close()
+        await asyncio.sleep(1)
+        assert len(dialled) == 8
+        await links.close()
+
+    hand_loop.run(scenario(), seconds=300)
+
+
+def test_who_keeps_a_link_up_uses_the_peers_while_that_is_lively() -> None:
+    async def scenario() -> None:
+        began = asyncio.get_running_loop().time()
+        dialled: list[float] = []
+
+        async def dial(peer: PeerConfig) -> Stream:
+            dialled.append(round(asyncio.get_running_loop().time() - began, 2))
+            near, far = pair()
+            others.append(far)
+            return near
+
+        others: list[Stream] = []
+        far, (theirs, end) = PeerConfig("far", "far"), pair()
+        links = Links(dial, Timing(idle=10.0), nothing)
+        serving = asyncio.create_task(links.serve(theirs, far))
+        await asyncio.sleep(0)
+        links.keep([far])
+        await asyncio.sleep(3)
+        await end.write(Ctdr(MN).serialize())
+        await asyncio.sleep(7)
+        assert dialled == [8.0]
+        await links.close()
+        await serving
+
+    hand_loop.run(scenario())
+
+
 async def never(peer: PeerConfig) -> Stream:
     raise LinkError("nobody dials here")
 

@@ -136,6 +136,11 @@ async def once_more(there: Gateway, step: str) -> None:
         await there.source.thaw(there.context, JUMP)
 
 
+def test_packets_follow_before_charon_is_asked_for_anything() -> None:
+    names = [effect.name for effect in RELEASE.effects]
+    assert names.index("packets follow") < min(names.index("traps"), names.index("delete in charon"))
+
+
 async def killed(step: str, variant: str, effect: str, after: bool, patch: pytest.MonkeyPatch) -> list[str]:
     """One agent is killed there, the next one does the step again. Gives the effects that were done."""
     async with gateway() as there:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import time
@@ -67,6 +68,22 @@ def names(policies: list[KernelPolicy]) -> list[str]:
 def about_by_dump(kernel: Kernel, reqid: int) -> list[KernelPolicy]:
     every = kernel.dump_policies()
     return [one for one in every if any(template.reqid == reqid for template in one.templates)]
+
+
+def test_a_change_ends_the_wait_for_it(kernel: Kernel) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        kernel.batch([a_policy(1).add()])
+        await kernel.policies_change(0.001)  # what was before does not count
+        waiting = [asyncio.create_task(kernel.policies_change(60)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in waiting)
+        began = loop.time()
+        kernel.batch([a_policy(2).add()])
+        await asyncio.gather(*waiting)
+        assert loop.time() - began < 30
+
+    asyncio.run(scenario())
 
 
 def test_an_sa_among_thousands_costs_no_dump(kernel: Kernel, dumps: list[str]) -> None:
