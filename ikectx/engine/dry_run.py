@@ -14,7 +14,7 @@ from .old_gateway import Outgoing
 from .procedures import Steps
 from .report import TransferReport
 
-_WORDS = {"mn": "invitation"}
+_WORDS = {"mn": "invitation", "update": "move"}
 """Words for the ways that have others than in the protocol."""
 
 

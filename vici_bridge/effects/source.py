@@ -32,7 +32,7 @@ from vici_bridge.kernel.nat_relay import forwards_packets
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_ports, check_told
-from vici_bridge.policy.ways import behind_nat, check_relay, reason, wanted
+from vici_bridge.policy.ways import behind_nat, caution, check_relay, reason, wanted
 from vici_bridge.vici.views import (
     ChildView,
     SaView,
@@ -267,7 +267,7 @@ class CharonSource(ContextSource):
         relayed_by = host.origins.relayed_by(context)
         way = wanted(context, to, address, relayed_by, kernel_esp=host.kernel is not None)
         if way != "relay":
-            return Way(way)
+            return Way(way, caution(context, way))
         why = reason(context, to, relayed_by)
         if relayed_by == to:
             return Way(way, why, context.remote)

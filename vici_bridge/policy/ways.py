@@ -21,6 +21,8 @@ from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
 
 SPIS = (bytes.fromhex("c0000000"), bytes.fromhex("cfffffff"))
 """The SPIs that strongSwan gives to its inbound CHILD_SAs (charon.spi_min, charon.spi_max)."""
+LARGEST = 4096
+"""Packets in the largest replay window of Linux (XFRMA_REPLAY_ESN_MAX)."""
 INSTEAD = "`--address keep` if the gateway's address moves along; else let the MN connect anew"
 
 
@@ -59,6 +61,16 @@ def reason(context: IkeContext, to: str, relayed_by: str) -> str:
     if forgetful(context):
         return "its IKE_SA was rekeyed, after which libreswan does not go to a new address"
     return "as asked for"
+
+
+def caution(context: IkeContext, way: Told) -> str:
+    """What may go wrong at the mobile node when it is told another address, for the operator."""
+    if way == "update" and any(child.inbound.window >= LARGEST for child in context.children):
+        return (
+            f"the replay window here has {LARGEST} packets: a mobile node that has so large a one, too, and "
+            "strongSwan up to 5.9.11 does not survive a change of addresses (`--address relay` changes none)"
+        )
+    return ""
 
 
 def behind_nat(context: IkeContext) -> bool:

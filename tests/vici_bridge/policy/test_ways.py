@@ -11,7 +11,7 @@ from ikectx.errors import RefusedError
 from ikectx.numbers import Mode
 from ikectx.sa.context import IkeContext, Secret
 from tests.vici_bridge.vici.test_views import context, selector
-from vici_bridge.policy.ways import check_relay, reason, wanted
+from vici_bridge.policy.ways import caution, check_relay, reason, wanted
 from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
 
 PLAIN = replace(context(), extensions=EXT_MOBIKE)
@@ -51,6 +51,13 @@ def test_what_is_chosen(here: Any, relayed_by: str, kernel: bool, way: str, why:
     else:
         with pytest.raises(RefusedError, match="relays it"):
             wanted(here, "nsg", "update", relayed_by, kernel_esp=kernel)
+
+
+def test_a_window_that_the_mobile_nodes_charon_may_not_carry() -> None:
+    child = PLAIN.children[0]
+    large = replace(PLAIN, children=(replace(child, inbound=replace(child.inbound, window=4096)),))
+    assert "4096 packets" in caution(large, "update")
+    assert [caution(large, "relay"), caution(large, "keep"), caution(PLAIN, "update")] == [""] * 3
 
 
 def listed(here: Any, spi: bytes) -> SaView:
