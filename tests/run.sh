@@ -26,11 +26,11 @@ LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "n
 STEPS=(${LANES[*]} all-13 all-sid)
 # These wait for a time limit, a minute some of them, or have TCP, which a busy machine stretches: they run in
 # virtual time only.
-PATIENT=(inside-agents-killed inside-stays inside-traffic inside-terminated left libreswan-rekeyed lifetime move-life
+PATIENT=(inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime move-life
     predictive-held silent-mn)
 # In virtual time beside these: each way to move, whose limits hold there exactly.
 EXACT=(handover handover-v6 handover-encap predictive predictive-v6 reactive reactive-v6 pull by-packet
-    collision-all collision-agent collision-reactive nat-upgrade)
+    collision-all collision-agent collision-reactive nat-upgrade nat-reactive)
 # On Debian 13: each way to move, each way to give an SA other SPIs, and what depends on the versions of nft,
 # strongSwan and Python.
 CHOICE_13=(handover handover-v6 predictive reactive pull by-packet collision-all collision-agent collision-reactive
