@@ -435,6 +435,20 @@ class Store(MemoryStore):
         super().keep(role, key, row, soon=soon)
 
 
+class Ways:
+    """The routes of a node's host, of which charon looks at those that change. `stirred`: how often it was
+    made to look by nothing else."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def is_here(self, address: object) -> bool:
+        return address in self._node.places
+
+    def stir(self, towards: object) -> None:
+        self._node.stirred += 1
+
+
 class Node:
     """A mobile node whose agent may end at any step and begin anew; charon, kernel and store go on."""
 
@@ -446,6 +460,8 @@ class Node:
         self.store.step = self._step
         self.context = context
         self.sa: SaName = context.spis
+        self.places = {OLD.address, NEW.address}
+        self.stirred = 0
         self.begin()
         for message in import_messages(replace(context, local_vips=()), 3):
             self.host.record.feed(message)
@@ -461,6 +477,7 @@ class Node:
         config = HostConfig((), kernel_esp=False, oseq_jump=JUMP, mobile_node=True)
         self.host = CharonHost(config, self.store)
         self.host.detour.close()
+        self.host.detour = Ways(self)  # type: ignore[assignment]
         self.host.kernel = self.kernel  # type: ignore[assignment]
         if self.kernel is not None:
             self.host.rewrite = Rewrite(self.kernel)  # type: ignore[assignment]

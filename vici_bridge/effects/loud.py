@@ -3,7 +3,10 @@
 1. Rewrite no packets any more (`ahead`): what could be given new addresses has them.
 2. Make charon active, and verify that it is. If the SA has gone, others were made passive with it. Then the
    row says that nothing is open any more.
-3. Have charon rekey the children, if one could not be moved, or because ESP in user space began its sequence
+3. Have charon look for its way to its gateway, if it has the SA at an address that is none of this host any
+   more: it did not hear of the change while the SA was passive, and the SA was given no other one, because
+   no gateway wanted it.
+4. Have charon rekey the children, if one could not be moved, or because ESP in user space began its sequence
    numbers anew, under keys that were used.
 """
 
@@ -32,6 +35,14 @@ async def activate(work: Moving) -> Facts:
     return {"quiet": False, "move": b""}
 
 
+async def look_for_way(work: Moving) -> None:
+    """Errors: CharonError, KernelError."""
+    host = work.host
+    view = await host.view(work.name)
+    if view is not None and not host.detour.is_here(view.local.address):
+        host.detour.stir(view.remote.address)
+
+
 async def rekey_children(work: Moving) -> None:
     """Have charon rekey all CHILD_SAs. Errors: CharonError."""
     view = await work.host.view(work.name)
@@ -45,6 +56,7 @@ LOUD: LedgerStep[Moving] = LedgerStep(
     (
         StepEffect("ESP goes by its SAs", go_home, limit=5.0, needed=False),
         StepEffect("charon is active", activate),
+        StepEffect("charon looks for its way", look_for_way, limit=5.0, needed=False),
         StepEffect("children are rekeyed", rekey_children, when=lambda work: work.rekeys),
     ),
     ends=True,

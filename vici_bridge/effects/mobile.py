@@ -60,7 +60,7 @@ from vici_bridge.policy.obstacles import check_kernel, check_kind, check_told
 from vici_bridge.vici.views import SaView
 
 from .ahead import AHEAD, HOME
-from .loud import LOUD, activate, rekey_children
+from .loud import LOUD, activate, look_for_way, rekey_children
 from .mobile_move import LIVING, MobileMove, plan_move
 from .moving import Moving
 from .quiet import QUIET, in_the_way
@@ -206,6 +206,7 @@ class CharonMobile:
         """Make the SA active again that was to become passive. Errors: CharonError."""
         if work.facts.quiet:
             await activate(work)
+            await look_for_way(work)
         self._host.own.drop(work.sa)
 
     def _moving(

@@ -14,7 +14,7 @@ import logging
 import socket
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address
@@ -33,6 +33,9 @@ PROTOCOL = 91
 
 _OLD_TABLE, _OLD_PRIORITY = 4067, 210
 """The table in which earlier agents kept the routes, and the rule that leads there."""
+_STIRRED, _LINK = 4068, 253
+"""The table of a route that is for charon's eyes only (`Detour.stir`), and its scope, RT_SCOPE_LINK."""
+_NOBODY: dict[int, Address] = {4: IPv4Address("192.0.2.255"), 6: IPv6Address("2001:db8::ffff")}
 _METRIC = 1024
 """Metric of our routes: behind the kernel's own for an address of this host, which has 0."""
 _BEHIND = 1 << 20
@@ -164,6 +167,39 @@ class Detour:
             return socket.if_indextoname(device) if device else ""
         except OSError:  # it went away just now
             return ""
+
+    def is_here(self, address: Address) -> bool:
+        """Whether an address is one of this host. Errors: KernelError."""
+        return is_local(self._route, address)
+
+    def stir(self, towards: Address) -> None:
+        """Have charon look for the best path of each of its IKE_SAs, as it does when a route changes.
+
+        The route that comes and goes is in a table that no rule leads to, for an address of no host (RFC
+        5737, RFC 3849), by the device that leads to `towards`: charon (5.9.8 to 6.0.6, kernel-netlink) heeds
+        routes by devices that it uses, in any table but two. Errors: KernelError.
+        """
+        device, _ = self._way_to(towards)
+        if not device:
+            return  # charon looks when there is a way
+        nobody = _NOBODY[towards.version]
+        for number, flags in ((routes.NEWROUTE, routes.CREATE | routes.REPLACE), (routes.DELROUTE, 0)):
+            new = number == routes.NEWROUTE
+            route = KernelRoute(
+                family_of(nobody),
+                nobody,
+                nobody.max_prefixlen,
+                device=device,
+                metric=_METRIC,
+                table=_STIRRED,
+                maker=PROTOCOL,
+                scope=_LINK if new else 255,
+                kind=UNICAST,
+            )
+            request = route.request(number, flags, "have charon look for its ways")
+            outcome = self._route.transact([request])[0]
+            if outcome.errno not in (0, errno.ESRCH):
+                raise failure(request, outcome)
 
     def _way_to(self, address: Address) -> tuple[int, bool]:
         """The device towards an address, and whether it is on that link itself."""

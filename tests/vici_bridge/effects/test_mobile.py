@@ -275,6 +275,22 @@ def test_who_knows_charons_sas_hears_that_they_have_changed() -> None:
     do(scenario())
 
 
+@pytest.mark.parametrize(("there", "stirred"), [(True, 0), (False, 1)])
+def test_one_that_no_gateway_wants_at_its_new_place_looks_for_its_own(there: bool, stirred: int) -> None:
+    """charon does not hear that an address goes while the SA is passive."""
+
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        await node.mobile.quiet(node.sa)
+        if not there:
+            node.places.discard(OLD.address)
+        await node.mobile.loud(node.sa)
+        assert node.charon.state == "ESTABLISHED"
+        assert node.stirred == stirred
+
+    do(scenario())
+
+
 def test_everything_twice() -> None:
     async def scenario() -> None:
         node = Node(a_node_context())

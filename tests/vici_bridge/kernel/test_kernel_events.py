@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import subprocess
+import time
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -125,4 +128,32 @@ def test_changes_are_told_soon_and_our_own_are_not() -> None:
                 events.close()
 
         asyncio.run(main())
+        detour.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_charon_is_made_to_look_at_its_ways(version: int) -> None:
+    # by a route that comes and goes, by the device that leads there, and that no packet ever meets
+    with namespaces(1) as (space,), space.entered():
+        Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("0")
+        space.ip("link add out type veth peer name far", "link set far up", "link set out up")
+        space.ip("address add 10.1.0.1/24 dev out")
+        space.ip("address add fd01::1/64 dev out nodad")
+        far, near = {4: ("10.1.0.9", "10.1.0.1"), 6: ("fd01::9", "fd01::1")}[version]
+        watching = subprocess.Popen(
+            ["ip", f"-{version}", "monitor", "route"], stdout=subprocess.PIPE, text=True
+        )
+        assert watching.stdout is not None
+        detour = Detour()
+        time.sleep(0.3)
+        detour.stir(ip_address(far))
+        time.sleep(0.3)
+        watching.terminate()
+        seen = [line for line in watching.communicate()[0].splitlines() if "4068" in line]
+        assert len(seen) == 2
+        assert all("dev out" in line for line in seen)
+        assert seen[1].startswith("Deleted")
+        assert detour.is_here(ip_address(near))
+        assert not detour.is_here(ip_address(far))
+        detour.stir(ip_address("198.51.100.1" if version == 4 else "2001:db8:9::1"))  # no way leads there
         detour.close()
