@@ -102,9 +102,9 @@ class Traps:
 
     def _keep(self, trap: Trap, sas: set[str]) -> None:
         key = json.dumps(trap)
-        if sas:
-            self._out[trap] = sas
+        if sas:  # the store first: where the disk is full it is tried again
             self._store.put(_KIND, key, json.dumps(sorted(sas)).encode())
+            self._out[trap] = sas
         else:
-            self._out.pop(trap, None)
             self._store.delete(_KIND, key)
+            self._out.pop(trap, None)

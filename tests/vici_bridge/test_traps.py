@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from ikectx.errors import StoreError
 from ikectx.sa.name import SaName
 from tests.peers import a_context
 from tests.vici_bridge.test_deadlines import MemoryStore
@@ -38,6 +41,33 @@ def test_a_trap_is_out_while_its_sa_is_elsewhere() -> None:
         away.clear()
         await later._look()
         assert charon.there == {("other", "net"), ours} and not store.values
+
+    asyncio.run(scenario())
+
+
+def test_a_trap_comes_back_although_the_disk_was_full() -> None:
+    class Full(MemoryStore):
+        full = False
+
+        def delete(self, kind: str, key: str) -> None:
+            if self.full:
+                raise StoreError("the disk is full")
+            super().delete(kind, key)
+
+    store, context = Full(), a_context()
+    ours = (context.connection, context.children[0].name)
+    charon, away = Charon(ours), {context.spis}
+
+    async def scenario() -> None:
+        traps = Traps(store, charon, lambda: away)
+        await traps.leave(context)
+        away.clear()
+        store.full = True
+        with pytest.raises(StoreError):
+            await traps._look()
+        store.full = False
+        await traps._look()
+        assert charon.there == {ours} and not store.values
 
     asyncio.run(scenario())
 

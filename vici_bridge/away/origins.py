@@ -271,8 +271,8 @@ class Origins:
         self._rows[row.key] = row
 
     def _forget(self, row: Origin) -> None:
+        self._store.delete(_KIND, row.key)  # first: where the disk is full it is tried again
         self._rows.pop(row.key, None)
-        self._store.delete(_KIND, row.key)
 
 
 def _name(pair: Any) -> SaName:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ikectx.errors import StoreError
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.whereabouts import What, Whereabouts
@@ -278,6 +279,25 @@ def test_an_agent_that_was_away_finds_out() -> None:
     world.connect("a")
     assert world.trace("a") == "protected at a"
     assert world.nodes["a"].away.listing() == []
+
+
+def test_an_sa_that_did_not_come_is_forgotten_although_the_disk_was_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.connect("a")
+    origins, sa = world.nodes["b"].origins, world.sa
+    origins.came(sa, "a", sa.spis)
+
+    def full(kind: str, key: str) -> None:
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.nodes["b"].store, "delete", full)
+        with pytest.raises(StoreError):
+            origins.undone(sa)
+    origins.undone(sa)
+    assert not list(world.nodes["b"].store.items("origin"))
 
 
 def test_an_sa_with_an_heir_has_not_ended() -> None:
