@@ -304,7 +304,7 @@ class CharonSource(ContextSource):
         try:
             await self._runner.run(INVITE, work)
         except BaseException:
-            await self._take_back(context, 0)
+            await self._take_back(context, 0, journaled=False)
             raise
 
     async def _end_invitation(self, sa: SaName, speaks: bool) -> None:
@@ -316,7 +316,7 @@ class CharonSource(ContextSource):
             self._host.leaving.drop(sa)
             return
         context = relocate(self._host.context(sa), local=view.local, remote=view.remote)
-        await self._take_back(context, 0)
+        await self._take_back(context, 0, journaled=False)
 
     async def freeze(
         self,
@@ -405,12 +405,13 @@ class CharonSource(ContextSource):
                 hint="nobody serves the MN; it connects anew when it notices",
             )
 
-    async def _take_back(self, context: IkeContext, oseq_jump: int) -> bool:
-        """Thaw; returns whether charon has lost the SA while the other gateway had it."""
+    async def _take_back(self, context: IkeContext, oseq_jump: int, *, journaled: bool = True) -> bool:
+        """Thaw; returns whether charon has lost the SA while the other gateway had it. `journaled`: the
+        journal's next state follows, with which the end of it is written."""
         self._sending.discard(context.spis)
         work = self._leaving(context, await self._host.view(context.spis), jump=oseq_jump)
         facts = work.facts
-        await self._runner.run(THAW, work)
+        await self._runner.run(replace(THAW, journaled=journaled), work)
         return work.view is None and facts.request is not None and not facts.ended
 
     async def release(self, context: IkeContext) -> None:

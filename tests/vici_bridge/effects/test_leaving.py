@@ -538,11 +538,12 @@ def test_an_agent_may_be_killed_while_it_invites(monkeypatch: pytest.MonkeyPatch
                 there.begin()
                 there.source.resume()
                 await until(lambda there=there: not there.here.host.leaving.all())
+                assert not there.here.store.rows("source"), "no journal is written for an invitation"
                 assert there.here.mute.muted == set(), effect
                 assert sends(there.here, there.context)
 
     run(scenario())
 
 
-async def _killed(self: CharonSource, context: IkeContext, jump: int) -> bool:
+async def _killed(self: CharonSource, context: IkeContext, jump: int, *, journaled: bool = True) -> bool:
     raise Killed
