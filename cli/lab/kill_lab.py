@@ -6,21 +6,27 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from .config import PROGRAM, STOPS
+from .config import PROGRAM, STOPS, Tunnel
 from .daemons import as_its_own_machine
 from .hosts import Lab, agent_file
 from .net import HOSTS, MOBILES, run
 
 DISK = "16m"
 """The size of a gateway's disk for its agent's store (tmpfs)."""
+ROAMS = "charon-systemd { plugins { kernel-netlink { roam_events = yes } } }\n"
+"""A mobile node that no new gateway takes goes on with its old one by itself (MOBIKE), as by default."""
 
 
 @dataclass(slots=True)
 class KillLab(Lab):
     """See the module."""
+
+    def _write(self, tunnel: Tunnel, overrides: Mapping[str, str]) -> None:
+        super(KillLab, self)._write(tunnel, overrides)
+        (self.work / "mn" / "more.conf").write_text(ROAMS)
 
     def _prepare(self, host: str) -> None:
         """The files by which the agent of a host stops, and the disk of its store, where they are not yet."""

@@ -25,6 +25,11 @@ from .scenario import Command, Scenario, Step
 
 REACHED = 90.0
 """Seconds in which a point must be reached."""
+SHOWN = (
+    "swanctl --list-sas; ip address; ip route show table all; ip xfrm policy; ip xfrm state list nokeys;"
+    " nft list ruleset"
+)
+"""What is kept of each host, beside the logs, of a case that has failed."""
 OVER = 400.0
 """Seconds in which a move must have come to an end at both gateways, as soon as nothing is amiss any more."""
 NAMED = re.compile(r"`ikectx ([a-z]+ [0-9a-f:]+)`")
@@ -35,6 +40,8 @@ HEARD = 30.0
 """Seconds until a mobile node's agent must have ended what it was at, before its operator looks."""
 QUIET = 200.0
 """Seconds until charons have ended, or given up, the exchanges that were under way."""
+LATER = 450.0
+"""Seconds in which what was left for later has been done, or given up."""
 TASKS = ("tasks-active", "tasks-queued", "tasks-passive")
 
 PROOF = (
@@ -93,6 +100,13 @@ class KillRunner(ScenarioRunner):
         self._anew = False
         """Whether the SA was lost with a charon, and the mobile node has connected anew."""
         self._fault = FAULTS["agents"]
+
+    def _abandon(self) -> None:
+        if self.report.error:
+            for host in ("mn", *GATEWAYS):
+                done = self._lab.command(host, ["sh", "-c", SHOWN])
+                (self._lab.work / host / "state.log").write_text(done.stdout + done.stderr)
+        super()._abandon()
 
     # -- the fault --------------------------------------------------------------------------
 
@@ -229,7 +243,7 @@ class KillRunner(ScenarioRunner):
         while not true():
             if time.monotonic() > limit:
                 return False
-            time.sleep(1.0)
+            time.sleep(min(5.0, 1.0 + (seconds - (limit - time.monotonic())) / 10))
         return True
 
     def _find_owner(self) -> None:
@@ -250,11 +264,12 @@ class KillRunner(ScenarioRunner):
         if not may or (len(owners) > 1 and self._agreed()):
             raise StepError(f"served by {' and '.join(owners) or 'nobody'}: {self._listed()}")
         self._say("charon lost the SA with its life: the mobile node connects anew")
+        self._anew = True
+        self.report.add_clear(self._unwatch())  # the policies go with the SA, as without an agent
         for host in ("mn", *GATEWAYS):
             self._forget(host)
         self._lab.connect("psg")
         self._serves["mn"] = "psg"
-        self._anew = True
 
     def _unwatch(self) -> dict[str, list[dict[str, Any]]]:
         """A gateway that has lost its power with its SAs has nothing any more that holds packets back."""
@@ -309,7 +324,7 @@ class KillRunner(ScenarioRunner):
                 lab.command(host, ["sh", "-c", "ip xfrm state flush; ip xfrm policy flush"])
         stays = self._used_twice()
         stays += [uncleared] if (uncleared := lab.clear()) else []
-        self._within(30.0, lambda: not any(left(self._lab.work / host / "state") for host in GATEWAYS))
+        self._within(LATER, lambda: not any(left(self._lab.work / host / "state") for host in GATEWAYS))
         stays += [f"{host}: {row}" for host in GATEWAYS for row in left(lab.work / host / "state")]
         for host in lab.agent_hosts:
             log = (lab.work / host / "agent.out").read_text(errors="replace")
