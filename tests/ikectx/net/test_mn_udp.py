@@ -305,6 +305,17 @@ def test_an_mn_gets_through_beside_a_flood_from_forged_addresses() -> None:
     asyncio.run(run())
 
 
+def test_many_datagrams_wait_while_the_agent_does_something_else() -> None:
+    async def run() -> None:
+        async with serving(rate=1, source_rate=1) as (server, at):
+            forger = Client(at)
+            for _ in range(500):
+                forger.send(a_ctar())
+            await until(lambda: server.counters.received == 500)
+
+    asyncio.run(run())
+
+
 def test_cookies_of_others_and_of_long_ago_are_worth_nothing() -> None:
     async def run() -> None:
         async with serving(rate=1, source_rate=1) as (server, at):
