@@ -6,7 +6,7 @@ guided by coverage.
 
 from __future__ import annotations
 
-from . import gateways, host, ike
+from . import engine, gateways, host, ike
 from .target import Target
 
-TARGETS: dict[str, Target] = {**gateways.TARGETS, **ike.TARGETS, **host.TARGETS}
+TARGETS: dict[str, Target] = {**gateways.TARGETS, **engine.TARGETS, **ike.TARGETS, **host.TARGETS}
