@@ -124,6 +124,8 @@ class Driver:
         self._due: float | None = None
         self._outcomes: list[tuple[int, object]] = []
         """How effects ended in this round of the event loop."""
+        self._goes_on = False
+        """Whether the engine will be told soon, and what it gives out carried out."""
         self._writes: list[Journal] = []
         """What is to be written as soon as nothing else is to be carried out."""
         self._pumping = False
@@ -298,13 +300,18 @@ class Driver:
     # -- effects -----------------------------------------------------------------------------------------
 
     def _done(self, effect: int, outcome: object) -> None:
-        """Tell the engine soon: what ends in one round of the event loop is gone on with at once, so that SAs
-        that move together stay together."""
-        if not self._outcomes:
-            asyncio.get_running_loop().call_soon(self._go_on)
+        """Tell the engine soon: what ends or arrives in one round of the event loop is gone on with at once,
+        so that SAs that move together stay together."""
         self._outcomes.append((effect, outcome))
+        self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
+        self._goes_on = False
         outcomes, self._outcomes = self._outcomes, []
         if not self._closed:
             now = self.now()
@@ -500,7 +507,7 @@ class Driver:
             await link.room()
         if not self._closed:
             self.engine.receive(self.now(), link.number, message)
-            self.pump()
+            self._go_on_soon()
 
 
 def _notify(observers: list[Observer], event: TransferEvent) -> None:

@@ -422,9 +422,9 @@ class Store(MemoryStore):
         super().__init__()
         self.step: Callable[[], None] = lambda: None
 
-    def put(self, kind: str, key: str, value: bytes) -> None:
+    def put(self, kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
         self.step()
-        super().put(kind, key, value)
+        super().put(kind, key, value, soon=soon)
 
     def delete(self, kind: str, key: str) -> None:
         self.step()

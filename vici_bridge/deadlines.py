@@ -67,7 +67,8 @@ class Deadlines:
         known = self._entries.get(key)
         if known is None or entry.due < known.due:
             self._entries[key] = entry
-            self._store.put(_KIND, key, json.dumps(asdict(entry)).encode())
+            # with what is journaled next: it is noted while an SA is activated
+            self._store.put(_KIND, key, json.dumps(asdict(entry)).encode(), soon=True)
 
     def before_toggle(self, views: Iterable[SaView], wall: float) -> None:
         """Keep every IKE_SA's own timer as a deadline, because the activation is about to start it anew."""

@@ -284,18 +284,19 @@ class CharonHost:
             loop = asyncio.get_running_loop()
             self._saving = loop.call_later(wait, self.save) if wait else loop.call_soon(self.save)
 
-    def save(self) -> None:
-        """Save the changes of the record. If the store fails, that is logged, and it is tried again."""
+    def save(self, *, soon: bool = False) -> None:
+        """Save the changes of the record. If the store fails, that is logged, and it is tried again.
+        `soon`: with what is written next."""
         if self._saving is not None:
             self._saving.cancel()
             self._saving = None
         names = set(self.record.dirty)
         try:
-            for key, value in self.record.dump():
+            for left, (key, value) in enumerate(self.record.dump(), 1 - len(names)):
                 if value is None:
                     self.store.delete(_RECORD, key)
                 else:
-                    self.store.put(_RECORD, key, value)
+                    self.store.put(_RECORD, key, value, soon=soon or left < 0)
             for name in names:
                 if name not in self.record:  # deleted, moved away, or rekeyed: no other event removes them
                     self._spoke.pop(name, None)

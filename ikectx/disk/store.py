@@ -80,7 +80,7 @@ class SqliteStore:
         self._path = str(path)
         self._durable: bool | None = None
         self._written = 0
-        self._waiting: dict[tuple[str, str], bytes | None] = {}
+        self._waiting: dict[tuple[str, str, str], bytes | None] = {}
         """Rows of the ledger that are to be written with whatever is written next."""
         self._sealed: dict[tuple[bytes, Role], tuple[bytes | None, bytes | None]] = {}
         """Context and final state that the journal has of transfers that are open, by ID and role."""
@@ -206,11 +206,9 @@ class SqliteStore:
 
     # -- ports.Store -------------------------------------------------------------------------------------
 
-    def put(self, kind: str, key: str, value: bytes) -> None:
+    def put(self, kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
         """Keep `value`, replacing what was there. Survives the process, not the power: nor does any SA."""
-        with self._errors():
-            self._sync(False)
-            self._put_item(kind, key, value)
+        self._keep(("items", kind, key), value, soon)
 
     def _put_item(self, kind: str, key: str, value: bytes) -> None:
         sealed = self._sealer.seal(f"items|{kind}|{key}", value)
@@ -218,6 +216,8 @@ class SqliteStore:
 
     def get(self, kind: str, key: str) -> bytes | None:
         """The value, None when there is none."""
+        if ("items", kind, key) in self._waiting:
+            return self._waiting["items", kind, key]
         with self._errors():
             found = self._db.execute(
                 "SELECT value FROM items WHERE kind = ? AND key = ?", (kind, key)
@@ -226,15 +226,15 @@ class SqliteStore:
 
     def delete(self, kind: str, key: str) -> None:
         """Forget it; it need not exist."""
+        self._keep(("items", kind, key), None, False)
         with self._errors():
-            self._sync(False)
-            self._db.execute("DELETE FROM items WHERE kind = ? AND key = ?", (kind, key))
             if self._db.execute("PRAGMA freelist_count").fetchone()[0] > SPARE_PAGES:
                 # `execute` ends the statement after its first step, which gives back one page
                 self._db.executescript("PRAGMA incremental_vacuum(16)")
 
     def items(self, kind: str) -> Sequence[tuple[str, bytes]]:
         """All (key, value) of a kind, by key."""
+        self._flush()
         with self._errors():
             rows = self._db.execute(
                 "SELECT key, value FROM items WHERE kind = ? ORDER BY key", (kind,)
@@ -263,9 +263,13 @@ class SqliteStore:
         return self._opened(f"ledger|{role}", rows)
 
     def keep(self, role: str, key: str, row: bytes | None, *, soon: bool = False) -> None:
-        """See `ikectx.engine.ports.Store`. `soon`: with the next row, or with the journal's next entry."""
+        """See `ikectx.engine.ports.Store`."""
+        self._keep(("ledger", role, key), row, soon)
+
+    def _keep(self, place: tuple[str, str, str], value: bytes | None, soon: bool) -> None:
+        """`soon`: with the next row or note that is written, or with the journal's next entry."""
         before = dict(self._waiting)
-        self._waiting[role, key] = row
+        self._waiting[place] = value
         if not soon:
             try:
                 with self._errors():
@@ -286,11 +290,13 @@ class SqliteStore:
         self._waiting.clear()
 
     def _write_rows(self) -> None:
-        for (role, key), row in self._waiting.items():
-            if row is None:
-                self._db.execute("DELETE FROM ledger WHERE role = ? AND key = ?", (role, key))
+        for (table, kind, key), value in self._waiting.items():
+            if value is None:
+                self._db.execute(PLACES[table][1], (kind, key))
+            elif table == "items":
+                self._put_item(kind, key, value)
             else:
-                self._put_row(role, key, row)
+                self._put_row(kind, key, value)
 
     def _put_row(self, role: str, key: str, row: bytes) -> None:
         sealed = self._sealer.seal(f"ledger|{role}|{key}", row)

@@ -353,7 +353,8 @@ it was a protocol apart."""
 class Store(Protocol):
     """A durable store, encrypted at rest. Keys are text, values octets."""
 
-    def put(self, kind: str, key: str, value: bytes) -> None: ...
+    def put(self, kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
+        """Keep a note. `soon`: together with what is written next."""
 
     def get(self, kind: str, key: str) -> bytes | None: ...
 

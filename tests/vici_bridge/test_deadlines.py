@@ -20,16 +20,20 @@ class MemoryStore:
         self.waiting: dict[tuple[str, str], bytes | None] = {}
         self.aside: list[tuple[str, str, str]] = []
 
-    def put(self, kind: str, key: str, value: bytes) -> None:
-        self.values[kind, key] = value
+    def put(self, kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
+        self.waiting[kind, key] = value
+        if not soon:
+            self.flush()
 
     def get(self, kind: str, key: str) -> bytes | None:
-        return self.values.get((kind, key))
+        return self.waiting.get((kind, key), self.values.get((kind, key)))
 
     def delete(self, kind: str, key: str) -> None:
-        self.values.pop((kind, key), None)
+        self.waiting[kind, key] = None
+        self.flush()
 
     def items(self, kind: str) -> list[tuple[str, bytes]]:
+        self.flush()
         return [(key, value) for (k, key), value in self.values.items() if k == kind]
 
     def rows(self, role: str) -> list[tuple[str, bytes]]:
@@ -41,7 +45,7 @@ class MemoryStore:
             self.flush()
 
     def flush(self) -> None:
-        """What was to be written soon is written: by the next row, or with the journal."""
+        """What was to be written soon is written: by the next row or note, or with the journal."""
         for place, row in self.waiting.items():
             if row is None:
                 self.values.pop(place, None)

@@ -140,7 +140,7 @@ def test_a_record_that_cannot_be_stored_is_stored_later(
         put = store.put
         full = True
 
-        def fails(kind: str, key: str, value: bytes) -> None:
+        def fails(kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
             if full:
                 raise StoreError("disk full")
             put(kind, key, value)

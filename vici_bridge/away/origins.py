@@ -142,12 +142,13 @@ class Origins:
         relay = str(context.remote.address) if relayed else ""
         remote = prefixes(ts for child in context.children for ts in child.remote_ts)
         mn, since = str(context.remote_id), self._wall()
-        self._keep(Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since, relay=relay))
+        row = Origin(peer, context.spis, context.epoch + 1, now, mn, tuple(remote), since, relay=relay)
+        self._keep(row, soon=True)
 
     def serves(self, context: IkeContext, now: SaName) -> None:
         """The SA is served here from now on."""
         for row in self._of(context.spis, Place.COMING):
-            self._keep(replace(row, now=now, place=Place.HERE))
+            self._keep(replace(row, now=now, place=Place.HERE), soon=True)
 
     def relayed_by(self, context: IkeContext) -> str:
         """The peer at whose address the mobile node of that SA stays; empty: none."""
@@ -266,8 +267,8 @@ class Origins:
     def _tell(self, row: Origin, what: What, to: str = "") -> None:
         self.tell(row.peer, Whereabouts(row.sa, row.epoch, what, to))
 
-    def _keep(self, row: Origin) -> None:
-        self._store.put(_KIND, row.key, row.dumps())
+    def _keep(self, row: Origin, *, soon: bool = False) -> None:
+        self._store.put(_KIND, row.key, row.dumps(), soon=soon)
         self._rows[row.key] = row
 
     def _forget(self, row: Origin) -> None:

@@ -96,7 +96,7 @@ async def _note(work: Coming) -> Facts:
     _note_lifetimes(host, shape)
     _count_on(host, shape, here)
     host.fresh.want(shape.spis, [child.spi_in for child in shape.children], host.config.rekey_after)
-    host.save()
+    host.save(soon=True)
     host.origins.serves(work.context, shape.spis)
     host.follow.serves(shape.spis, here)
     view = work.listed or await work.view()

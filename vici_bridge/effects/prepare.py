@@ -187,7 +187,7 @@ async def _block(work: Coming) -> None:
 async def _learn(work: Coming) -> None:
     assert work.look is not None
     work.host.record.learn(work.shape, work.look.version)
-    work.host.save()
+    work.host.save(soon=True)
 
 
 async def _hold(work: Coming) -> None:

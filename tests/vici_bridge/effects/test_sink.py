@@ -506,9 +506,9 @@ class DyingStore(MemoryStore):
         if self.left < 0:
             raise Crash
 
-    def put(self, kind: str, key: str, value: bytes) -> None:
+    def put(self, kind: str, key: str, value: bytes, *, soon: bool = False) -> None:
         self.step()
-        super().put(kind, key, value)
+        super().put(kind, key, value, soon=soon)
 
     def delete(self, kind: str, key: str) -> None:
         self.step()
