@@ -332,7 +332,8 @@ def updown_script(host: str, tunnel: Tunnel) -> str:
     """What a gateway runs for a tunnel: a line in its updown.log, and what `Tunnel.inside` asks for.
 
     With a shared outer address it draws that one to this gateway at the core: that is how the operator of
-    such gateways moves it, and no matter of the inside. bash, because it opens UDP without a process.
+    such gateways moves it, and no matter of the inside. bash only where it opens UDP without a process, since
+    it takes longer than a shell to start.
     """
     gateway, inside, draw = INNER[host], "", ""
     if tunnel.inside == "announce":
@@ -343,7 +344,8 @@ def updown_script(host: str, tunnel: Tunnel) -> str:
         words = [f"up {SHARED[v]}/{HOST_BITS[v]} {OUTER[host][v]}" for v in (4, 6)]
         sends = "; ".join(f'echo "{word}" > /dev/udp/{CORE[host][4]}/5353' for word in words)
         draw = f'[ "$verb" = up ] && {{ {sends}; }}'
-    return f"""#!/bin/bash
+    shell = "bash" if "/dev/udp/" in inside + draw else "sh"
+    return f"""#!/bin/{shell}
 case "$PLUTO_VERB" in
   up-client|up-host|up-client-v6|up-host-v6) verb=up ;;
   down-client|down-host|down-client-v6|down-host-v6) verb=down ;;
