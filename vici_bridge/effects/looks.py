@@ -18,6 +18,7 @@ from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
+from ikectx.together import Together
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.policy.admission import admit, depends_on_others
@@ -67,6 +68,7 @@ class Looks:
         self._last: Seen | None = None
         self._asked_at = self._listed_at = float("-inf")
         self._turn = asyncio.Lock()
+        self._looking = Together(self._look_for)
         self._came: dict[SaName, SaView] = {}
         """SAs that came in while charon is asked for all."""
         self._asked: dict[str | None, tuple[float, Mapping[str, Message]]] = {}
@@ -76,6 +78,9 @@ class Looks:
 
     async def look(self, context: IkeContext) -> Seen:
         """charon's state, for an SA that comes in. Errors: CharonError, WireError."""
+        return await self._looking.join(context)
+
+    async def _look_for(self, contexts: Sequence[IkeContext]) -> Sequence[Seen]:
         async with self._turn:
             changed = self._host.changed
             last, now = self._last, asyncio.get_running_loop().time()
@@ -87,18 +92,18 @@ class Looks:
                 self._asked_at = now
             # whoever installs an SA says what came of it
             while news := changed - self._coming.keys():
-                sa = news.pop()
-                changed.discard(sa)
+                changed.difference_update(news)
                 try:
-                    view = await self._host.view(sa)
+                    views = await asyncio.gather(*map(self._host.view, news))
                 except BaseException:
-                    changed.add(sa)
+                    changed.update(news)
                     raise
-                if view is None:
-                    last.present.drop(sa)
-                else:
-                    last.present.put(view)
-            return replace(last, connections=await self._connections(context))
+                for sa, view in zip(news, views, strict=True):
+                    if view is None:
+                        last.present.drop(sa)
+                    else:
+                        last.present.put(view)
+            return [replace(last, connections=await self._connections(context)) for context in contexts]
 
     async def _connections(self, context: IkeContext) -> Mapping[str, Message]:
         """The SA's own connection, because there may be a thousand; all of them where the others matter."""
