@@ -479,11 +479,14 @@ def test_sas_come_in_at_once_unless_they_share_a_name() -> None:
         contexts = [a_context(number, mn=f"198.51.100.{number}") for number in (1, 2)]
         twin = rival(contexts[0], "inbound")
         began: list[str] = []
+        both = asyncio.Event()
         send = here.host.send
 
         async def sent(messages: Iterable[HaMessage]) -> None:
             began.append("begins")
-            await asyncio.sleep(0.01)
+            if len(began) == 2:
+                both.set()
+            await both.wait()
             await send(messages)
             began.append("ends")
 
