@@ -370,9 +370,9 @@ def _handovers(found: Sequence[Mapping[str, Any]], image: str) -> Iterable[str]:
         )
     yield (
         "*up, down*: the longest gap beyond what the link itself was dark, in ms, with the probe's own "
-        "interval in it, beside what it must be (≤: reached, >: not). Down, 40 ms are the round trip of the "
-        "request and the first packet, so no handover reaches 42 by a probe each 5 ms, whose interval is in "
-        "the gap: the finer one tells. *lost*: packets of the probe; "
+        "interval in it, beside what it must be (≤: reached, >: not). Predictive, down, 42 ms are the way "
+        "itself: 20 of the request, 2 between the gateways, 20 of the first packet; what is above that is "
+        "the probe's interval, and 1 ms with the finer one. *lost*: packets of the probe; "
         "*at gateways*: those that no counter of the mobile node's own kernel explains; *late*: 10 ms "
         "longer under way than the fastest. *PSK, EAP, certificates*: how many times as long as ours "
         "connecting anew takes, gap beyond dark against gap beyond dark, by the slower direction, in the "
@@ -428,7 +428,12 @@ def _to_and_fro(found: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     )
     yield (
         "User and system time of the processes, all their threads, on average: one SA moves to and fro by "
-        "`ikectx transfer`, so that each gateway is as often the old one as the new one."
+        "`ikectx transfer`, so that each gateway is as often the old one as the new one. The aim is 15 for "
+        "both agents. A profile by samples (November 2026) shows no part that stands out: the calls of the "
+        "steps are 42 % (prepare 9, activate 9, freeze 5, release 5, telling the mobile node 5, take 4, "
+        "check 4), of which VICI is 5 and netlink 3; the engine 12, SQLite 10, links and TLS 6, the "
+        "operator's socket 3, and the event loop itself about 20: 80 rounds for each gateway and move. 84 % "
+        "are user time."
     )
 
 
