@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -518,15 +518,12 @@ class ScenarioRunner:
         old, new = OUTER["mn"][version], ROAMED[version]
         bits, nodad = (24, "") if version == 4 else (64, " nodad")
         script = f"ip addr add {new}/{bits} dev eth0{nodad} && ip addr del {old}/{bits} dev eth0"
+        owner = self._owner
+        before = seen_at(self._sas(owner, "mn"))
         done = self._lab.command("mn", ["sh", "-c", script])
         if done.returncode != 0:
             raise StepError(f"roam: {done.stderr.strip()}")
-        owner = self._owner
-        self._until(
-            # it may as well have gone on by its other address family, whichever path answers first
-            lambda: any(sa["remote-host"] != old for sa in self._lab.list_sas(owner)),
-            f"{owner} still sees {old}",
-        )
+        self._until(lambda: seen_at(self._sas(owner, "mn")) - before, f"{owner} still sees {before}")
 
     def _do_agent(self, host: str, what: str) -> None:
         host = self._host(host)
@@ -586,9 +583,15 @@ class ScenarioRunner:
             with contextlib.suppress(CharonError):  # it tells of the time that passed without an answer
                 self._lab.vici(host).terminate(ike_id=int(sa["uniqueid"]), force=True, timeout_ms=100)
 
-    def _until(self, true: Callable[[], bool], otherwise: str) -> None:
+    def _until(self, true: Callable[[], object], otherwise: str) -> None:
         limit = time.monotonic() + SETTLE
         while not true():
             if time.monotonic() > limit:
                 raise StepError(f"{otherwise} after {SETTLE:.0f} s")
             time.sleep(0.1)
+
+
+def seen_at(sas: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """Where a gateway sees its mobile node. That changes when the node roams: to another address, perhaps of
+    its other address family, whichever path answers first; behind a relay to another port of the relay."""
+    return {(str(sa["remote-host"]), str(sa["remote-port"])) for sa in sas}

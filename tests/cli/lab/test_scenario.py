@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,3 +155,16 @@ def test_a_coarser_probe_may_lose_less(tmp_path: Path, text: str, interval: floa
     write(tmp_path, "one", f'{text}\nsteps = ["connect"]\n[limits]\nlost = 21')
     one = load("one", tmp_path).brief(slow=True)
     assert (one.interval_ms, one.lost) == (interval, lost)
+
+
+def test_a_relayed_node_that_roams_is_seen_at_another_port_of_its_relay() -> None:
+    """The gateway that serves it never sees its own address: the step that waits for it was over at once."""
+
+    def listed(host: str, port: int) -> list[dict[str, Any]]:
+        return [{"remote-host": host, "remote-port": str(port), "state": "ESTABLISHED"}]
+
+    before = lab_run.seen_at(listed("10.2.1.2", 25629))
+    assert not lab_run.seen_at(listed("10.2.1.2", 25629)) - before
+    assert lab_run.seen_at(listed("10.2.1.2", 22979)) - before
+    assert lab_run.seen_at(listed("fd01::10", 25629)) - before
+    assert not lab_run.seen_at([]) - before
