@@ -32,6 +32,7 @@ from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.algorithms import KernelReplay
 from vici_bridge.kernel.kernel import LATE
+from vici_bridge.kernel.mute import Muted
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
@@ -389,6 +390,9 @@ class Mute:
 
     async def unmute_soon(self, spis: SaName) -> None:
         self.unmute(spis)
+
+    def listing(self) -> list[Muted]:
+        return [Muted(spis, direction, 0) for spis in self.muted for direction in ("in", "out")]
 
     def counters(self, spis: SaName) -> tuple[int, int]:
         return 0, self.said

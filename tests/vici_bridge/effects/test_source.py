@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from ikectx.errors import BusyError, UnknownSaError
-from ikectx.sa.context import Address, IkeContext
+from ikectx.sa.context import Address, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from tests.across.test_go_on import served
 from tests.gateway_world import Place
 from tests.peers import a_context
 from tests.vici_bridge.vici.test_views import VIEW
+from vici_bridge.effects.sink import CharonSink
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.ha.record import Rekeyed
 from vici_bridge.kernel.xfrm import KernelSa
@@ -211,5 +212,48 @@ def test_an_sa_that_was_rekeyed_meanwhile_is_busy_not_unknown() -> None:
             here.host._fed(Rekeyed(context.spis, SaName(b"new init", b"new resp")))
             with pytest.raises(BusyError, match="rekeyed meanwhile"):
                 await source.export(context.spis)
+
+    asyncio.run(scenario())
+
+
+def test_charon_and_the_kernel_say_how_an_sa_stands() -> None:
+    """A journal that is an old copy says something else."""
+
+    async def scenario() -> None:
+        async with served() as (here, source, context):
+            sa, mute = context.spis, here.host.mute
+            assert await source.stands(sa, True) == "served"
+            await source.freeze(context, "nsg")
+            assert await source.stands(sa, False) == "frozen"
+            mute.unmute(sa)  # as after `nft flush ruleset` while no agent ran
+            assert await source.stands(sa, False) == "unknown"
+            assert mute.listing() == []
+            assert await source.stands(sa, True) == "frozen"
+            assert {one.direction for one in mute.listing()} == {"in", "out"}
+            mute.unmute(sa)
+
+            async def gone(sa: SaName) -> None:
+                return None
+
+            here.host.view = gone  # type: ignore[method-assign,assignment]
+            assert await source.stands(sa, True) == "gone"
+
+    asyncio.run(scenario())
+
+
+def test_only_an_sa_that_is_active_and_not_mute_is_served_for_certain() -> None:
+    async def scenario() -> None:
+        async with served() as (here, _, context):
+            sink = CharonSink(here.host, None)  # type: ignore[arg-type]
+            final = FinalState(*context.spis, 0, 0, 1)
+            found = await sink.still_here(final, context.remote.address, "")
+            assert (
+                found.serves and "under the same SPIs" in found.words and found.mn == str(context.remote_id)
+            )
+            here.host.mute.mute_out(context.spis)
+            found = await sink.still_here(final, context.remote.address, "")
+            assert not found.serves and "under the same SPIs" in found.words
+            other = FinalState(bytes(8), bytes(8), 0, 0, 1)
+            assert not (await sink.still_here(other, ip_address("203.0.113.9"), "")).words
 
     asyncio.run(scenario())
