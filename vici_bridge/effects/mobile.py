@@ -435,6 +435,7 @@ class CharonMobile:
         failed: IkectxError | None = None
         name = await self.steps.present_name(sa, move)
         if await self._host.view(name) is None:
+            self.steps.drop_guards(move)  # or they would hold back what comes after this SA
             return name, None
         try:
             if not move.done:

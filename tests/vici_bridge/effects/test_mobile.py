@@ -291,6 +291,30 @@ def test_one_that_no_gateway_wants_at_its_new_place_looks_for_its_own(there: boo
     do(scenario())
 
 
+def test_guards_go_with_an_sa_that_charon_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are more important than the policies of the SA with which the node connects anew."""
+
+    async def scenario() -> None:
+        node = Node(a_node_context())
+        assert node.kernel is not None
+        context = await node.mobile.export(node.sa)
+        await node.mobile.quiet(node.sa)
+        before = set(node.kernel.dump_policies())
+
+        async def dead(*_: object) -> None:
+            raise CharonError("charon is gone")
+
+        monkeypatch.setattr(node.mobile.steps, "add_pairs", dead)
+        with pytest.raises(CharonError):
+            await node.mobile.readdress(context, NEW, NSG)
+        assert set(node.kernel.dump_policies()) - before
+        node.charon.gone = True
+        await node.mobile.loud(node.sa)
+        assert not set(node.kernel.dump_policies()) - before
+
+    do(scenario())
+
+
 def test_everything_twice() -> None:
     async def scenario() -> None:
         node = Node(a_node_context())
