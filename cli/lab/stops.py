@@ -89,12 +89,14 @@ async def _effect(at: At, limited: Any, runner: Any, effect: Any, work: Any) -> 
     return facts
 
 
-def _write(at: At, folder: Path, write: Any, store: Any, entry: Any, *, durable: bool = True) -> None:
-    at(journal_point(entry.state, BEFORE))
-    write(store, entry, durable=durable)
+def _write(at: At, folder: Path, write: Any, store: Any, *entries: Any, durable: bool = True) -> None:
+    for entry in entries:
+        at(journal_point(entry.state, BEFORE))
+    write(store, *entries, durable=durable)
     if durable:  # what was written before is on the disk with it
         (folder / "synced").write_text(" ".join(map(str, valid_end(Path(f"{store._path}-wal")))))
-    at(journal_point(entry.state, AFTER))
+    for entry in entries:
+        at(journal_point(entry.state, AFTER))
 
 
 def _between(at: At, message: Any, way: str, name: str, *_more: Any) -> None:
