@@ -162,7 +162,7 @@ def make_certificates(folder: Path, *names: str) -> dict[str, TlsConfig]:
     def certify(subject: x509.Name, key: ec.EllipticCurvePrivateKey, extension: x509.ExtensionType) -> bytes:
         builder = x509.CertificateBuilder().subject_name(subject).issuer_name(ca_name)
         builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=60))
         signed = builder.add_extension(extension, critical=True).sign(ca_key, hashes.SHA256())
         return signed.public_bytes(serialization.Encoding.PEM)
 

@@ -465,7 +465,8 @@ def write_tools(work: Path) -> None:
 
 
 def write_credentials(work: Path) -> None:
-    """A CA and a certificate a host (ECDSA P-256, valid for two days), once a lab."""
+    """A CA and a certificate a host (ECDSA P-256, valid for 60 days, because an agent warns for 30), once a
+    lab."""
     folder = work / "pki"
     if (folder / "ca.pem").exists():
         return
@@ -486,7 +487,7 @@ def write_credentials(work: Path) -> None:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=12))
-            .not_valid_after(now + datetime.timedelta(days=2))
+            .not_valid_after(now + datetime.timedelta(days=60))
         )
 
     def save(name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
