@@ -30,7 +30,8 @@ PATIENT=(inside-agents-killed inside-stays inside-traffic inside-terminated left
     predictive-held silent-mn)
 # In virtual time beside these: each way to move, whose limits hold there exactly.
 EXACT=(handover handover-v6 handover-encap predictive predictive-v6 reactive reactive-v6 pull by-packet
-    collision-all collision-agent collision-reactive nat-upgrade nat-reactive relay-plain-two)
+    collision-all collision-agent collision-reactive nat-upgrade nat-reactive relay-plain-two
+    route-unique)
 # On Debian 13: each way to move, each way to give an SA other SPIs, and what depends on the versions of nft,
 # strongSwan and Python.
 CHOICE_13=(handover handover-v6 predictive reactive pull by-packet collision-all collision-agent collision-reactive
