@@ -52,7 +52,7 @@ def test_every_file_reads(tmp_path: Path, tunnel: Tunnel) -> None:
         assert swan["secrets.ike-lab.secret"]
     if tunnel.mobile:
         node = mobile_config.load(tmp_path / "mn" / "mobile.toml")
-        assert {gateway.name for gateway in node.gateways} == set(GATEWAYS)
+        assert {gateway.name for gateway in node.node.gateways} == set(GATEWAYS)
     mobile = read(tmp_path / "mn" / "swanctl.conf")
     assert mobile["connections.psg.mobike"] == "no"
     for host in GATEWAYS:
