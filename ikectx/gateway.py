@@ -14,7 +14,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -251,39 +250,24 @@ class Gateway:
         progress: Observer | None = None,
         asked_by: str = "",
     ) -> list[TransferReport]:
-        """Move several SAs, `parallel` at most at a time; reports in the order of `sas`.
+        """Move several SAs, `parallel` at a time; reports in the order of `sas`.
 
-        Half of that number begin together, because SAs that are at the same step share much of its work (see
-        `ikectx.together`). An error about one SA becomes its report. Errors: UsageError, StateError.
+        An error about one SA becomes its report. Errors: UsageError, StateError.
         """
         self._peer(to)
         self._running()
+        limit = asyncio.Semaphore(max(1, parallel))
 
         async def one(sa: SaName) -> TransferReport:
-            try:
-                return await self.transfer(
-                    sa, to, address=address, dry_run=dry_run, progress=progress, asked_by=asked_by
-                )
-            except IkectxError as error:
-                return self._never_began(sa, to, error, address, dry_run)
+            async with limit:
+                try:
+                    return await self.transfer(
+                        sa, to, address=address, dry_run=dry_run, progress=progress, asked_by=asked_by
+                    )
+                except IkectxError as error:
+                    return self._never_began(sa, to, error, address, dry_run)
 
-        waiting, tasks = deque(dict.fromkeys(sas)), list[asyncio.Task[TransferReport]]()
-        moving: set[asyncio.Task[TransferReport]] = set()
-        try:
-            while waiting or moving:
-                free = max(1, parallel) - len(moving)
-                if waiting and free >= min(len(waiting), max(1, parallel // 2)):
-                    begun = [
-                        asyncio.create_task(one(waiting.popleft())) for _ in range(min(free, len(waiting)))
-                    ]
-                    tasks += begun
-                    moving.update(begun)
-                else:
-                    _, moving = await asyncio.wait(moving, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in moving:  # who asked does not wait any longer
-                task.cancel()
-        return [task.result() for task in tasks]
+        return list(await asyncio.gather(*(one(sa) for sa in dict.fromkeys(sas))))
 
     def _never_began(
         self, sa: SaName, to: str, error: IkectxError, address: Address, dry_run: bool
