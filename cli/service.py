@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -143,6 +144,7 @@ async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service], state_
         service = make(store)
         try:
             await service.start()
+            _collect_less()
             _notify_ready()
             await stop.wait()
             log.info("stopping")
@@ -150,6 +152,16 @@ async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service], state_
             await service.stop()
     finally:
         store.close()
+
+
+def _collect_less() -> None:
+    """Look for cycles of objects less often, and not among those of the program itself.
+
+    Contexts and messages have no cycles, so a move of an SA spent some 4 % of its time on looking.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _mistake(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
