@@ -8,6 +8,7 @@
 #   live                                  here, with ESP in user space, and guests of every kind
 #   kernel scenarios                      here where the kernel has ESP, else in a guest
 #   virtual                               scenarios in a guest in virtual time: those that wait long, and the chief ones
+#   kills                                 a choice of the cases of `ikectx lab kills`, in guests in virtual time
 #   new-12 new-13                         README's two commands in a new Debian 12 and 13, from nothing; on 13 live, too
 #   scenarios-13                          a choice of scenarios on Debian 13, in guests
 #   readme                                README's commands on three machines that a systemd has booted, in a guest
@@ -22,7 +23,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 HERE=(format lint types floors unit)
 # Side by side: what needs charons waits for them half of its time. Three lanes fill two processors.
-LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "new-13 readme")
+LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "new-13 readme kills")
 STEPS=(${LANES[*]} all-13 all-sid)
 # These wait for a time limit, a minute some of them, or have TCP, which a busy machine stretches: they run in
 # virtual time only.
@@ -141,6 +142,17 @@ step_scenarios() {
 step_virtual() { # traced, since what is on the critical path of a handover is counted there (path.json)
     mkdir -p "$results/virtual.pictures"
     scenarios virtual "on this Debian" "${PATIENT[@]}" "${EXACT[@]}" --time virtual --trace "$results/virtual.pictures"
+}
+
+step_kills() { # the cases of tests/kills.txt; docs/reliability.md has more
+    local status cases began=$SECONDS
+    mapfile -t cases < tests/kills.txt
+    say kills
+    rm -rf "$results/kills.json" "$results/kills.logs"
+    within 900 .venv/bin/ikectx lab kills "${cases[@]}" --guest uml --time virtual --jobs 2 --json \
+        --logs "$results/kills.logs" > "$results/kills.json"
+    status=$?
+    count kills "in guests; logs in ${results#"$root"/}/kills.logs" "$results/kills.json" $status $((SECONDS - began))
 }
 
 step_scenarios-13() { on_root trixie scenarios scenarios-13 "on Debian 13" "${CHOICE_13[@]}" --jobs 2 --root; }

@@ -1,6 +1,7 @@
 """Adds up a report for run.sh: prints "passed failed skipped", then lines: failures, places, reasons to skip.
 
-summary.py FILE.xml: JUnit, as pytest writes it. FILE.json: what `ikectx lab run --all --json` prints.
+summary.py FILE.xml: JUnit, as pytest writes it. FILE.json: what `ikectx lab run --all --json` or
+`ikectx lab kills --json` prints.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ def junit(path: Path) -> Sum:
 def scenarios(path: Path) -> Sum:
     found = Sum()
     told: dict[str, Any] | list[dict[str, Any]] = json.loads(path.read_text())
+    if isinstance(told, dict) and "cases" in told:
+        failed = [f"{name}: {told['why'][name]}" for name in told["failed"]]
+        where = ", ".join(f"{name} {told.get(name) or '?'}" for name in WHERE)
+        return Sum(told["passed"], failed, ran=Counter({where: told["cases"]}))
     for report in told if isinstance(told, list) else [told]:
         if not report.get("skipped"):
             found.ran[", ".join(f"{name} {report.get(name) or '?'}" for name in WHERE)] += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from ikectx.errors import UsageError
 
-from .kill_cases import FAULTS, MODES, SECONDS, SELDOM, case, cases
+from .kill_cases import FAULTS, MODES, SECONDS, SELDOM, cases
 from .page import table
 
 KEYS = {"command", "cases", "passed", "failed", "why", "ran", "commands", "strongswan", "guest", "clock"}
@@ -42,8 +42,8 @@ def read(text: str, file: str) -> dict[str, Any]:
         found = json.loads(text)
         if not isinstance(found, dict) or not found.keys() >= KEYS:
             raise ValueError
-        for name in found["ran"]:
-            case(name)
+        if not all(isinstance(name, str) for name in found["ran"]):
+            raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise UsageError(f"{file}: not what `ikectx lab kills --json` prints") from None
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,9 @@ from ikectx_cli.lab.kill_cases import (
     steps,
     walk,
 )
+
+KILLS = Path(__file__).parents[2] / "kills.txt"
+"""The cases that tests/run.sh runs."""
 
 
 def test_each_action_is_a_step_a_message_or_neither_and_some_mode_has_it() -> None:
@@ -67,6 +71,12 @@ def test_names_are_unique_and_lead_back() -> None:
 def test_a_name_that_is_none(name: str) -> None:
     with pytest.raises(UsageError):
         case(name)
+
+
+def test_those_that_run_each_time_are_cases_of_each_mode() -> None:
+    names = KILLS.read_text().split()
+    assert len(set(names)) == 40
+    assert {case(name).point.mode for name in names} == {*MODES}
 
 
 def test_every_fault_is_tried_in_some_mode() -> None:
