@@ -466,9 +466,7 @@ def _drains(drains: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         "the time, every 5 ms. With ESP in user space each SA is rekeyed behind its move, and what is lost "
         "is lost towards the mobile node while its own SA moves: it takes nothing from the new gateway "
         "before that rekey. The gateways' charons have their default settings there; the drain in a guest "
-        "ran with `kernel-netlink.roam_events = no`, when detours still stood in a table of their own."
-    )
-    yield (
+        "ran with `kernel-netlink.roam_events = no`, when detours still stood in a table of their own.\n\n"
         "Where the CPU of both agents goes, by samples of a drain of 200 with ESP in user space, in % by "
         "the innermost of the product's own modules: contexts and messages to octets and back 15, store and "
         "journal 15, engine 13, VICI 10, HA messages and their record 8, nftables and routes 8, control "
