@@ -285,8 +285,7 @@ class CharonHost:
             self._saving = loop.call_later(wait, self.save) if wait else loop.call_soon(self.save)
 
     def save(self, *, soon: bool = False) -> None:
-        """Save the changes of the record. If the store fails, that is logged, and it is tried again.
-        `soon`: with what is written next."""
+        """Save the record's changes; `soon`: with the next write. What fails is logged, and tried again."""
         if self._saving is not None:
             self._saving.cancel()
             self._saving = None

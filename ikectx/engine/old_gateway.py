@@ -162,8 +162,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     @property
     def held(self) -> bool:
         """True if the peer holds the context, and waits for the mobile node."""
-        answered = self._asked is not None and self._asked.reply is not None
-        state = self.machine.state
+        answered, state = self._asked is not None and self._asked.reply is not None, self.machine.state
         return state is SourceState.AWAITING or (state is SourceState.ANNOUNCED and answered)
 
     @property
