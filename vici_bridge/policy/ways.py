@@ -30,7 +30,8 @@ def wanted(context: IkeContext, to: str, wish: Address, relayed_by: str, *, kern
     """The way to the gateway `to` that the operator wants, or the one that works. Errors: RefusedError.
 
     `relayed_by`: the gateway at whose address the mobile node stays. `kernel_esp`: charon has not forced UDP
-    encapsulation itself; where it has, a NAT cannot be told from that.
+    encapsulation itself; where it has, a NAT cannot be told from that, and with ESP in user space at both
+    ends (kernel-libipsec, 5.9.8) SPIs are from no range.
     """
     if relayed_by and wish == "update":
         raise RefusedError(
@@ -40,8 +41,8 @@ def wanted(context: IkeContext, to: str, wish: Address, relayed_by: str, *, kern
         )
     if wish != "auto":
         return "mn" if wish == "invite" else wish
-    natted = kernel_esp and behind_nat(context)
-    if relayed_by or natted or not context.extensions & EXT_MOBIKE or forgetful(context):
+    tells = kernel_esp and (behind_nat(context) or forgetful(context))
+    if relayed_by or tells or not context.extensions & EXT_MOBIKE:
         return "relay"
     return "update"
 

@@ -37,6 +37,7 @@ def chosen_by(here: IkeContext, spi: str) -> IkeContext:
         (chosen_by(PLAIN, "12345678"), "", True, "update", "as asked for"),
         (chosen_by(REKEYED, "c2345678"), "", True, "update", "as asked for"),
         (chosen_by(REKEYED, "12345678"), "", True, "relay", "was rekeyed"),  # libreswan has forgotten MOBIKE
+        (chosen_by(REKEYED, "12345678"), "", False, "update", "was rekeyed"),  # libipsec's SPIs are any
         (PLAIN, "psg", True, "relay", "psg relays it"),
         (PLAIN, "nsg", True, "relay", "goes on by itself"),
     ],
