@@ -409,7 +409,10 @@ class CharonSource(ContextSource):
         """Thaw; returns whether charon has lost the SA while the other gateway had it. `journaled`: the
         journal's next state follows, with which the end of it is written."""
         self._sending.discard(context.spis)
-        work = self._leaving(context, await self._host.view(context.spis), jump=oseq_jump)
+        view = await self._host.view(context.spis)
+        if view is not None:
+            context = relocate(context, local=view.local, remote=view.remote)
+        work = self._leaving(context, view, jump=oseq_jump)
         facts = work.facts
         await self._runner.run(replace(THAW, journaled=journaled), work)
         return work.view is None and facts.request is not None and not facts.ended

@@ -76,9 +76,18 @@ async def _raise_numbers(work: Leaving) -> None:
 
 
 async def _put_back_policies(work: Leaving) -> None:
-    if work.host.kernel is not None:
-        for raw in work.facts.policies or ():
-            work.host.kernel.replace_policy(KernelPolicy.parse(raw))
+    """With the SA's present addresses: a mobile node that was about to leave may have changed its own since
+    (MOBIKE)."""
+    if work.host.kernel is None:
+        return
+    local, remote = work.context.local.address, work.context.remote.address
+    for raw in work.facts.policies or ():
+        policy = KernelPolicy.parse(raw)
+        now = tuple(
+            one if one.destination.is_unspecified else replace(one, source=local, destination=remote)
+            for one in policy.templates
+        )
+        work.host.kernel.replace_policy(replace(policy, templates=now))
 
 
 async def _end_detour(work: Leaving) -> None:

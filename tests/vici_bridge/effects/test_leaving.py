@@ -285,6 +285,33 @@ def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
     run(scenario())
 
 
+def test_one_that_was_about_to_leave_and_changed_its_address_is_served_there() -> None:
+    """MOBIKE, after its policies were taken out and before anything was frozen."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.divert(there.context, "nsg")
+            old, new = there.context.remote, Endpoint.of("203.0.113.77", there.context.remote.port)
+            (sa,) = there.here.charon.sas.values()
+            sa.remote, sa.view = new, None
+            kernel = there.here.sad
+            for one in list(kernel.sas.values()):
+                moved = replace(
+                    one,
+                    source=new.address if one.source == old.address else one.source,
+                    destination=new.address if one.destination == old.address else one.destination,
+                )
+                del kernel.sas[one.destination, one.spi]
+                kernel.sas[moved.destination, moved.spi] = moved
+            await there.source.thaw(there.context, JUMP)
+            outward = [one for one in kernel.policies.values() if one.direction == "out" and one.templates]
+            assert {one.destination for policy in outward for one in policy.templates} == {new.address}
+            (outbound,) = [one for one in kernel.sas.values() if one.destination == new.address]
+            assert outbound.replay.oseq >= JUMP
+
+    run(scenario())
+
+
 def test_an_sa_that_has_ended_is_not_called_back(quick: None) -> None:
     async def scenario() -> None:
         async with gateway() as there:
