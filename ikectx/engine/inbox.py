@@ -177,6 +177,11 @@ class Inbox:
 
     def _resume(self, entry: JournalEntry) -> Steps[None]:
         run = Incoming.resumed(self._parts, entry)
+        if run.machine.state is TargetState.ADMITTING and run.last_state is not None:
+            # it was not known whether the SA had been taken before a journal was lost
+            found = yield from doubt(run.last_state, run.mn, entry.mn)
+            if found.words:
+                run.blame(RefusedError(found.words, status=Status.IN_DOUBT))
         if run.machine.state not in TARGET_OWNS:
             run.blame(RefusedError("the agent was restarted", status=Status.UNKNOWN_TRANSFER))
         self.runs[entry.transfer_id] = run

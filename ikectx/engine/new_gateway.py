@@ -360,19 +360,27 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return self.last_state
 
     def _check(self, context: IkeContext) -> Steps[None]:
-        verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers, self.relayed_by))))
+        try:
+            verdicts = tuple((yield from self.step(Check(context, self.keep, self.answers, self.relayed_by))))
+        except IkectxError:
+            yield from self._not_here(context)
+            raise
         status = first_failure(verdicts)
         if status is not Status.OK:
-            if self.whole:
-                # what is in use here may be this very SA, taken before the journal was lost
-                found = yield from doubt(self._last, self.mn, str(context.remote_id))
-                if found.words:
-                    raise RefusedError(found.words, status=Status.IN_DOUBT)
+            yield from self._not_here(context)
             self._verdicts = verdicts
             why = refusals(verdicts) or STATUS_TEXT.get(status, "refused")
             raise RefusedError(why, status=status, hint=advice(status, refused_here=True))
         if self.machine.state is TargetState.ANNOUNCED:
             self._holds = yield from self.step(GetReady(context, self.keep, self.leaving))
+
+    def _not_here(self, context: IkeContext) -> Steps[None]:
+        """Errors: RefusedError with IN_DOUBT if an SA that the source has let go may have been taken here
+        before the journal was lost: what is in use may be this very SA."""
+        if self.whole:
+            found = yield from doubt(self._last, self.mn, str(context.remote_id))
+            if found.words:
+                raise RefusedError(found.words, status=Status.IN_DOUBT)
 
     def _prepare(self, context: IkeContext) -> Steps[None]:
         self._prepared = yield from self.step(Prepare(context, self.keep, self.answers, self.relayed_by))

@@ -12,6 +12,8 @@ import pytest
 from tests.engine_world import Disk, Slip, World
 
 SEEDS = 120
+FOUND = (1756, 3791)
+"""Seeds that have found something: a check that failed was taken for a no of an SA that was taken."""
 
 
 class Forgetful(World):
@@ -53,7 +55,7 @@ class Forgetful(World):
 @pytest.mark.parametrize("part", range(4))
 def test_no_store_makes_two_owners(part: int) -> None:
     forgot = 0
-    for seed in range(part, SEEDS, 4):
+    for seed in (*range(part, SEEDS, 4), *FOUND[part::4]):
         world = Forgetful(seed)
         try:
             world.run()
