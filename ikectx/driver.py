@@ -81,6 +81,11 @@ ERASE_AFTER = 5.0
 """Seconds after the end of a transfer until the store's log is emptied, in which its keys still are, sealed.
 By then charon has told that the SA is gone, so that the record has forgotten it."""
 
+SYNC_AFTER = 0.001
+"""Seconds from a write until the log is synced, for all writes of that time. No move waits for it. SAs do not
+outlive a loss of power, but packets of those that moved arrive afterwards: they are blocked or sent on by
+what the store says."""
+
 HearOf = Callable[[str, Whereabouts], None]
 """Takes in what the peer of that name says. Errors: IkectxError, when it is to be told again."""
 
@@ -132,6 +137,7 @@ class Driver:
         self._closed = False
         self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
+        self._syncing: asyncio.TimerHandle | None = None
         self._quiet = asyncio.Event()
 
     @property
@@ -172,7 +178,7 @@ class Driver:
     def close(self) -> None:
         """Carry out nothing any more, and end what is under way: as if the process had ended."""
         self._closed = True
-        for timer in (self._timer, self._erasing):
+        for timer in (self._timer, self._erasing, self._syncing):
             if timer is not None:
                 timer.cancel()
         for task in self.running:
@@ -324,9 +330,15 @@ class Driver:
         writes, self._writes = self._writes, []
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
+        if self._syncing is None and not self._closed:
+            self._syncing = asyncio.get_running_loop().call_later(SYNC_AFTER, self._sync)
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
             self.engine.effect_done(self.now(), output.effect, outcome)
+
+    def _sync(self) -> None:
+        self._syncing = None
+        self._spawn(asyncio.to_thread(self._store.sync), "sync")
 
     def _written(self, writes: Sequence[Journal]) -> Sequence[object]:
         """The outcome of each. If all together fail, each is written alone, because only one may be bad."""

@@ -61,6 +61,7 @@ def watch(folder: Path) -> None:
     at = partial(reach, folder)
     _wrap(Runner, "_limited", partial(_effect, at))
     _wrap(SqliteStore, "write", partial(_write, at, folder))
+    _wrap(SqliteStore, "sync", partial(_sync, folder))
     _wrap(trace, "message", partial(_between, at))
     _wrap(mn_udp._Run, "_send", partial(_then, at, message_point("sent", "Ctar")))
     _wrap(mn_udp._Run, "_readable", partial(_then, at, message_point("received", "Ctaa")))
@@ -93,10 +94,17 @@ def _write(at: At, folder: Path, write: Any, store: Any, *entries: Any, durable:
     for entry in entries:
         at(journal_point(entry.state, BEFORE))
     write(store, *entries, durable=durable)
-    if durable:  # what was written before is on the disk with it
-        (folder / "synced").write_text(" ".join(map(str, valid_end(Path(f"{store._path}-wal")))))
+    if durable:
+        _sync(folder, lambda _store: None, store)
     for entry in entries:
         at(journal_point(entry.state, AFTER))
+
+
+def _sync(folder: Path, sync: Any, store: Any) -> None:
+    """Note that all that was written so far is on the disk."""
+    end = valid_end(Path(f"{store._path}-wal"))
+    sync(store)
+    (folder / "synced").write_text(" ".join(map(str, end)))
 
 
 def _between(at: At, message: Any, way: str, name: str, *_more: Any) -> None:

@@ -356,6 +356,11 @@ class SqliteStore:
                 other.commit()
             other.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
+    def sync(self) -> None:
+        """Have all that was written so far survive a loss of power. Slow: for another thread."""
+        with contextlib.suppress(OSError), open(f"{self._path}-wal", "rb") as log:
+            os.fsync(log.fileno())
+
     def erase(self) -> None:
         """Empty the write-ahead log: sealed values that were deleted or replaced are in no file any more.
 

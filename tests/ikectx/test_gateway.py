@@ -6,9 +6,11 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ikectx.disk.store import SqliteStore
 from ikectx.engine.ports import Address
 from ikectx.engine.report import TransferEvent
 from ikectx.engine.tables import OSEQ_JUMP
@@ -70,6 +72,34 @@ def test_an_sa_moves() -> None:
                 *("checking", "preparing", "prepared", "owning", "moving", "activating", "owned")
             ]
             assert {event.role for event in w.b.events} == {"target"}
+
+    run(scenario())
+
+
+def test_the_journal_is_synced_although_no_move_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    sync, write = SqliteStore.sync, SqliteStore.write
+    written = 0
+
+    def note_write(store: SqliteStore, *entries: Any, durable: bool = True) -> None:
+        nonlocal written
+        written += 1
+        write(store, *entries, durable=durable)
+
+    def note_sync(store: SqliteStore) -> None:
+        synced.append(written)
+        sync(store)
+
+    monkeypatch.setattr(SqliteStore, "write", note_write)
+    monkeypatch.setattr(SqliteStore, "sync", note_sync)
+
+    async def scenario() -> None:
+        async with world() as w:
+            await one_move(w)
+            await w.quiet()
+            await asyncio.sleep(1.0)
+            assert synced
+            assert synced[-1] == written
 
     run(scenario())
 
