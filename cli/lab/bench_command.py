@@ -13,17 +13,13 @@ import click
 from ikectx.errors import UsageError
 
 from ..answers import a_number
-from ..toml_table import text_of
 from . import aims as lab_aims
 from . import machine as lab_machine
 from . import start as lab_start
 from .boot import tidy
 from .damage import KINDS
 from .fleet import MOST
-from .options import MOST_RUNS, clock_option, esp_option, guest_option, say, write
-
-MOST_OCTETS = 64 << 20
-"""Of a file for --from; those of this project have some 100 KiB."""
+from .options import MOST_RUNS, clock_option, esp_option, guest_option, read, say, write
 
 
 @click.command(short_help="Run scenarios several times; print medians.")
@@ -290,11 +286,6 @@ def _saved(files: Sequence[Path], target: Path | None) -> dict[str, Any]:
 
     found: dict[str, dict[str, Any]] = {}
     for file in files:
-        try:
-            found[str(file)] = lab_bench.read(text_of(file, MOST_OCTETS), str(file))
-        except OSError as error:
-            raise UsageError(f"{file}: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: not UTF-8 at octet {error.start}") from None
+        found[str(file)] = lab_bench.read(read(file), str(file))
     words = [f"--from {file}" for file in found] + ([] if target is None else [f"--page {target}"])
     return lab_bench.merge(found, " ".join(["ikectx lab bench", *words]))

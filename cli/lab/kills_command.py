@@ -11,14 +11,11 @@ import click
 
 from ikectx.errors import KernelError
 
-from ..toml_table import text_of
 from . import start as lab_start
 from .boot import tidy
-from .options import clock_option, guest_option, root_option, say, write
+from .options import clock_option, guest_option, read, root_option, say, write
 
 MOST_CASES = 1_000_000
-MOST_OCTETS = 64 << 20
-"""Of a file for --from."""
 
 
 @click.command(short_help="Kill, cut and hang whatever takes part in a move, at each of its points.")
@@ -91,7 +88,7 @@ def kills(
         _list(chosen, as_json)
         return
     if files:
-        found = kill_page.merge([kill_page.read(text_of(file, MOST_OCTETS), str(file)) for file in files])
+        found = kill_page.merge([kill_page.read(read(file), str(file)) for file in files])
     else:
         request = lab_start.RunRequest(
             tuple(one.name for one in chosen),

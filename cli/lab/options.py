@@ -8,8 +8,11 @@ import click
 
 from ikectx.errors import UsageError
 
+from ..toml_table import text_of
 from . import guest as lab_guest
 
+MOST_OCTETS = 64 << 20
+"""Of a file that is read; those of this project have some 100 KiB."""
 MOST_RUNS = 10_000
 """Runs of one scenario."""
 
@@ -53,6 +56,16 @@ def milliseconds(ctx: click.Context, param: click.Parameter, value: float | None
     if value is not None and not 0 <= value <= 10_000:
         raise click.BadParameter(f"{value:g} is not from 0 to 10000 ms", ctx, param)
     return value
+
+
+def read(path: Path) -> str:
+    """What a command of the lab wrote before. Errors: UsageError."""
+    try:
+        return text_of(path, MOST_OCTETS)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at octet {error.start}") from None
 
 
 def write(path: Path, text: str) -> None:
