@@ -435,16 +435,16 @@ class Inbox:
     ) -> Steps[bool]:
         """Answer a CTD whose transfer is not known, or was in doubt before, if the SA is here.
 
-        If charon certainly serves it, the journal was lost, or is an old copy, after the transfer: it is
-        written down again as owned, and the other gateway is told so. Else the answer is IN_DOUBT, and
-        nothing is written to the journal, so that the next copy of the CTD is denied as soon as the
-        operator has ended the SA here; the other gateway then serves it again.
-        """
+        If charon certainly serves it, the journal was lost, or is an old copy: the transfer is written down
+        again as owned, once for each SA, and the other gateway is told so. Else the answer is IN_DOUBT and
+        nothing is written, so that the next copy of the CTD is denied when the operator has ended the SA
+        here; the other gateway then serves it again."""
         mn = message.mn
         if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
             return False
         found = yield from doubt(final, mn, who)
-        if found.serves:
+        if found.serves and (sa := SaName(final.spi_i, final.spi_r)) not in self._inboxes.adopted:
+            self._inboxes.adopted.add(sa)
             yield from self._adopt(mn, final, transfer_id, found)
             answer(line, mn, ())
             return True
@@ -529,6 +529,7 @@ class Inboxes:
         self._moving = moving
         self._open: dict[tuple[str, Address], Inbox] = {}
         self._denied: dict[str, Denied] = {}
+        self.adopted: set[SaName] = set()
 
     def inbox(self, peer: PeerConfig, mn: Address) -> Inbox:
         """The desk for this peer and mobile node; makes one if there is none."""

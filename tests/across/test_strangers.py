@@ -113,6 +113,7 @@ def test_b4_a_whole_ctd_that_nobody_asked_for_is_in_doubt_where_charon_has_the_s
         async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
             context = replace(a_context(), epoch=1)
             daemon.served[context.spis] = context
+            daemon.certain = False
             header = TransferHeader(b"12345678", address="mn")
             ctd = Ctd(MN, encode_whole(context, final_of(context), transfer=header))
             answer = await a.ask(ctd)
@@ -123,6 +124,25 @@ def test_b4_a_whole_ctd_that_nobody_asked_for_is_in_doubt_where_charon_has_the_s
             assert gateway.history() == []
             del daemon.served[context.spis]
             assert first(await a.ask(ctd)) is Status.UNKNOWN_TRANSFER
+
+    run(scenario())
+
+
+def test_b4_an_sa_that_charon_serves_is_written_down_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a") as (daemon, gateway, (a,)):
+            context = replace(a_context(), epoch=1)
+            daemon.served[context.spis] = context
+
+            def whole(ident: bytes) -> Ctd:
+                header = TransferHeader(ident, address="mn")
+                return Ctd(MN, encode_whole(context, final_of(context), transfer=header))
+
+            for _ in range(2):
+                assert first(await a.ask(whole(b"12345678"))) is Status.OK
+            for ident in (b"87654321", b"abcdefgh"):  # a peer may make up as many as it likes
+                assert first(await a.ask(whole(ident))) is Status.IN_DOUBT
+            assert [entry["transfer"] for entry in gateway.history()] == [b"12345678".hex()]
 
     run(scenario())
 
