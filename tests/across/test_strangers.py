@@ -142,7 +142,7 @@ def test_b4_an_sa_that_charon_serves_is_written_down_once(tmp_path: Path) -> Non
                 assert first(await a.ask(whole(b"12345678"))) is Status.OK
             for ident in (b"87654321", b"abcdefgh"):  # a peer may make up as many as it likes
                 assert first(await a.ask(whole(ident))) is Status.IN_DOUBT
-            assert [entry["transfer"] for entry in gateway.history()] == [b"12345678".hex()]
+            assert [entry["transfer_id"] for entry in gateway.history()] == [b"12345678".hex()]
 
     run(scenario())
 
