@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +92,16 @@ def _offline(store: Path, key: Path | None, head: str) -> Verified:
 
     from .service import key_file
 
-    if not (store / "state.db").exists():
-        raise StoreError(f"{store / 'state.db'} does not exist", hint="--store names a store's directory")
-    db, log = opened(store / "state.db", read_key(key_file(key) or store / "state.key"))
-    with contextlib.closing(db):
+    try:
+        (store / "state.db").open("rb").close()
+    except FileNotFoundError:
+        raise StoreError(
+            f"{store / 'state.db'} does not exist", hint="--store names a store's directory"
+        ) from None
+    except OSError as error:
+        hint = "run it as root" if isinstance(error, PermissionError) else "--store names a store's directory"
+        raise StoreError(f"{store / 'state.db'}: {error.strerror}", hint=hint) from None
+    with opened(store / "state.db", read_key(key_file(key) or store / "state.key")) as log:
         return log.verify(head)
 
 

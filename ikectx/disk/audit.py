@@ -17,7 +17,7 @@ import json
 import logging
 import secrets
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,14 @@ class Audit:
         number, before = last if end is None else max(end, last)
         number += 1 if end == last else 2
         text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
-        mac = self._mac(before, number, text)
+        mac = self._mac(before, number, text.encode("utf-8", "replace"))
         self._db.execute("INSERT INTO audit VALUES (?, ?, ?)", (number, text, mac))
         self._put("head", number, mac)
 
     def lines(self, limit: int) -> list[dict[str, Any]]:
         """The newest rows, newest first, with their `number`. Errors: StoreError."""
-        found = self._db.execute("SELECT number, line FROM audit ORDER BY number DESC LIMIT ?", (limit,))
+        newest = "SELECT number, CAST(line AS BLOB) FROM audit ORDER BY number DESC LIMIT ?"
+        found = self._db.execute(newest, (limit,))
         try:
             return [{"number": number, **json.loads(line)} for number, line in found]
         except (ValueError, TypeError, RecursionError):
@@ -143,16 +144,21 @@ class Audit:
             number, mac = start
         first = number + 1
         rows = 0
-        for found, line, found_mac in self._db.execute("SELECT number, line, mac FROM audit ORDER BY number"):
+        # as octets, because what somebody has put there need not be UTF-8
+        every = (
+            "SELECT number, typeof(line) = 'text' AND typeof(mac) = 'blob', CAST(line AS BLOB),"
+            " CAST(mac AS BLOB) FROM audit ORDER BY number"
+        )
+        for found, typed, line, found_mac in self._db.execute(every):
             if found != number + 1:
                 findings.append(f"{_these(number + 1, found - 1)} gone")
-            elif not (isinstance(found_mac, bytes) and isinstance(line, str)):
+            elif not typed:
                 findings.append(f"row {found} was changed")
             elif not hmac.compare_digest(found_mac, self._mac(mac, found, line)):
                 findings.append(f"row {found} was changed, or is in the place of another one")
             if noted is not None and noted[0] == found and noted[1] != found_mac:
                 findings.append(f"row {found} is not the one of the head that was noted")
-            number, mac = found, found_mac if isinstance(found_mac, bytes) else b""
+            number, mac = found, found_mac
             rows += 1
         end = self._end("head", findings)
         if end is not None and end[0] > number:
@@ -164,10 +170,9 @@ class Audit:
         return Verified(rows, first, first - 1, f"{number}:{mac.hex()}", tuple(findings[:_SHOWN]))
 
     def _last(self) -> tuple[int, bytes]:
-        found = self._db.execute("SELECT number, mac FROM audit ORDER BY number DESC LIMIT 1").fetchone()
-        if found is None:
-            return self._end("start") or (0, _NONE)
-        return found[0], found[1] if isinstance(found[1], bytes) else b""
+        last = "SELECT number, CAST(mac AS BLOB) FROM audit ORDER BY number DESC LIMIT 1"
+        found: tuple[int, bytes] | None = self._db.execute(last).fetchone()
+        return self._end("start") or (0, _NONE) if found is None else found
 
     def _end(self, name: str, findings: list[str] | None = None) -> tuple[int, bytes] | None:
         found = self._db.execute("SELECT number, mac, tag FROM audit_ends WHERE name = ?", (name,)).fetchone()
@@ -185,8 +190,8 @@ class Audit:
         tag = self._tag(name, number, mac)
         self._db.execute("INSERT OR REPLACE INTO audit_ends VALUES (?, ?, ?, ?)", (name, number, mac, tag))
 
-    def _mac(self, before: bytes, number: int, line: str) -> bytes:
-        return hmac.digest(self._key, before + number.to_bytes(8) + line.encode("utf-8", "replace"), "sha256")
+    def _mac(self, before: bytes, number: int, line: bytes) -> bytes:
+        return hmac.digest(self._key, before + number.to_bytes(8, signed=True) + line, "sha256")
 
     def _tag(self, name: str, number: int, mac: bytes) -> bytes:
         return hmac.digest(self._key, f"{name}|{number}|{mac.hex()}".encode(), "sha256")
@@ -218,17 +223,15 @@ def opened_or_anew(db: sqlite3.Connection, sealer: Sealer) -> Audit:
     return Audit(db, sealer)
 
 
-def opened(path: Path, key: bytes) -> tuple[sqlite3.Connection, Audit]:
-    """The log of the database at `path`, whether its agent runs or not. Errors: StoreError."""
-    db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
+@contextlib.contextmanager
+def opened(path: Path, key: bytes) -> Iterator[Audit]:
+    """The log of the database at `path`, whether its agent runs or not. Errors: StoreError, also for what is
+    done with it."""
     try:
-        db.execute("PRAGMA query_only = ON")
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'audit'").fetchall():
-            raise StoreError(f"{path} is the store of a version without audit log")
-        return db, Audit(db, Sealer(key))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=1.0)) as db:
+            db.execute("PRAGMA query_only = ON")
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'audit'").fetchall():
+                raise StoreError(f"{path} is the store of a version without audit log")
+            yield Audit(db, Sealer(key))
     except sqlite3.Error as error:
-        db.close()
-        raise StoreError(f"{path} cannot be read: {error}") from None
-    except BaseException:
-        db.close()
-        raise
+        raise StoreError(f"{path} cannot be read: {error}", hint="is it whole, and a store's?") from None

@@ -214,9 +214,17 @@ def test_the_audit_log_is_verified_without_an_agent(
     down = ["--config", str(config), "--socket", str(tmp_path / "none"), "history", "--verify"]
     assert commands.run(down) == 9  # no agent, and no store where the configuration has it
     assert "does not exist" in capsys.readouterr().err
+    octets = (place / "state.db").read_bytes()
+    (place / "state.db").write_bytes(octets[:4096] + b"x" * (len(octets) - 4096))
+    assert commands.run(["history", "--verify", "--store", str(place)]) == 9
+    assert "state.db cannot be read" in capsys.readouterr().err
     (place / "state.key").unlink()
     assert commands.run(["history", "--verify", "--store", str(place)]) == 9
     assert "state.key" in capsys.readouterr().err
+    (place / "state.db").unlink()
+    (place / "state.db").mkdir()
+    assert commands.run(["history", "--verify", "--store", str(place)]) == 9
+    assert "Is a directory" in capsys.readouterr().err
 
 
 def test_no_agent_and_no_configuration(

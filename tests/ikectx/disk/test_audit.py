@@ -44,8 +44,7 @@ def tampered(place: Path, *statements: str) -> audit.Verified:
 
 
 def offline(place: Path, head: str = "") -> audit.Verified:
-    db, log = audit.opened(place / "state.db", read_key(place / "state.key"))
-    with closing(db):
+    with audit.opened(place / "state.db", read_key(place / "state.key")) as log:
         return log.verify(head)
 
 
@@ -82,6 +81,9 @@ def test_a_write_that_fails_leaves_neither_row(store: SqliteStore) -> None:
         (["UPDATE audit SET line = replace(line, 'mn1', 'mn2') WHERE number = 2"], "row 2 was changed"),
         (["UPDATE audit SET mac = zeroblob(32) WHERE number = 2"], "row 2 was changed"),
         (["UPDATE audit SET mac = 'text' WHERE number = 2"], "row 2 was changed"),
+        (["UPDATE audit SET mac = CAST(x'ff' AS TEXT) WHERE number = 4"], "row 4 was changed"),
+        (["UPDATE audit SET line = CAST(x'ff' AS TEXT) WHERE number = 2"], "row 2 was changed"),
+        (["INSERT INTO audit SELECT number - 9, line, mac FROM audit"], "row -7 was changed"),
         (["DELETE FROM audit WHERE number = 2"], "row 2 is gone"),
         (["DELETE FROM audit WHERE number < 3"], "rows 1 to 2 are gone"),
         (["DELETE FROM audit"], "rows 1 to 4 are gone: the end of the log was cut off"),
@@ -160,8 +162,8 @@ def test_another_key_of_the_store_changes_no_row(store: SqliteStore, place: Path
     assert store.audit_verify(head).findings == ()
     store.close()
     assert offline(place, head).rows == 2
-    with pytest.raises(StoreError, match="does not open"):
-        audit.opened(place / "state.db", before)
+    with pytest.raises(StoreError, match="does not open"), audit.opened(place / "state.db", before):
+        pass
 
 
 def test_pruned_rows_leave_an_anchor(
@@ -219,9 +221,10 @@ def test_an_agent_starts_though_the_key_of_its_log_is_damaged(
 
 def test_a_row_that_makes_no_sense_is_an_error_and_no_more(store: SqliteStore, place: Path) -> None:
     moved(store, 1)
-    tampered(place, "UPDATE audit SET line = '[1]'")
-    with pytest.raises(StoreError, match="makes no sense"):
-        store.audit_lines(5)
+    for line in ("'[1]'", "CAST(x'ff' AS TEXT)"):
+        tampered(place, f"UPDATE audit SET line = {line}")
+        with pytest.raises(StoreError, match="makes no sense"):
+            store.audit_lines(5)
     store.prune(9e9)
 
 
