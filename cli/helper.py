@@ -44,7 +44,8 @@ def run(config: Config) -> int:
 
 def only_root_writes(path: Path) -> None:
     """Errors: ConfigError where another user could change which scripts are run as root."""
-    for one in (path, path.parent):
+    real = path.resolve()
+    for one in (path, path.parent, real, real.parent):
         info = os.stat(one)
         if info.st_uid not in (0, os.geteuid()) or stat.S_IMODE(info.st_mode) & 0o022:
             raise ConfigError(

@@ -28,8 +28,11 @@ UMASK = 0o022
 """charon's own umask, as systemd starts it; the agent's own makes files that nobody else can read."""
 LONGEST = 1 << 18
 """Octets of a request, and of the output that is passed on."""
+_ANSWER = 6 * LONGEST + 256
+"""Octets of an answer: JSON has six for one that is no text."""
 PATIENCE = 5.0
 """Seconds that a request may take to arrive."""
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _VARIABLE = re.compile(r"PLUTO_[A-Z0-9_]{1,64}|IKECTX_TRANSFER")
 
 
@@ -59,7 +62,7 @@ async def execute(script: str, env: Mapping[str, str]) -> tuple[int, bytes]:
 
 async def ask(path: str, connection: str, env: Mapping[str, str]) -> tuple[int, bytes]:
     """Have the helper at that socket run the connection's script. Result and errors: those of `execute`."""
-    reader, writer = await asyncio.open_unix_connection(path, limit=2 * LONGEST)
+    reader, writer = await asyncio.open_unix_connection(path, limit=_ANSWER)
     try:
         writer.write(json.dumps({"connection": connection, "env": dict(env)}).encode() + b"\n")
         async with asyncio.timeout(TIMEOUT + PATIENCE):
@@ -73,7 +76,7 @@ async def ask(path: str, connection: str, env: Mapping[str, str]) -> tuple[int, 
         if error := told.get("error"):
             raise OSError(int(told.get("errno") or errno.EPERM), str(error))
         return int(told["code"]), str(told["output"]).encode()
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except _UNREADABLE:
         raise OSError(errno.EPROTO, "the updown helper gave no answer that can be read") from None
 
 
@@ -104,10 +107,14 @@ async def _answer(
     """None if the agent has gone."""
     try:
         connection, env = _read(line)
-        script = scripts[connection]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        script = scripts.get(connection)
+    except _UNREADABLE as error:
         log.warning("an agent's call was refused: %s", error)
         return {"error": "the updown helper refused the call: its log says why", "errno": 0}
+    if script is None:
+        log.warning("an agent asked for the script of connection %s, which has none here", connection)
+        found = f"the updown helper has no script of {connection}: it read ikectx.toml when it started"
+        return {"error": f"{found} (systemctl restart ikectx-updown)", "errno": errno.ENOENT}
     work = asyncio.create_task(execute(script, env))
     gone = asyncio.create_task(reader.read(1))
     try:
@@ -129,7 +136,7 @@ async def _answer(
 
 
 def _read(line: bytes) -> tuple[str, dict[str, str]]:
-    """Errors: ValueError, LookupError, TypeError, AttributeError."""
+    """Errors: `_UNREADABLE`."""
     told = json.loads(line)
     connection, env = told["connection"], told["env"]
     for name, value in env.items():

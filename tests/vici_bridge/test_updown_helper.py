@@ -72,6 +72,12 @@ def test_an_agent_uses_it(tmp_path: Path) -> None:
                 context, up=True, interface="eth0", reqids={}, unique_id=1,
             )  # fmt: skip
         assert "ikectx-updown.socket" in caught.value.hint
+        async with helping(tmp_path, other="true") as path:  # the configuration was changed meanwhile
+            with pytest.raises(NotStarted, match=r"no script of .* \(systemctl restart ikectx-updown\)"):
+                await run_updown(
+                    Script("x", "home", path),
+                    context, up=True, interface="eth0", reqids={}, unique_id=1,
+                )  # fmt: skip
 
     run(scenario())
 
@@ -90,17 +96,28 @@ def test_an_agent_uses_it(tmp_path: Path) -> None:
         ["home"],
         "",
         "x" * (updown_helper.LONGEST + 1),
+        "[" * 100_000,
     ],
 )
 def test_nothing_else_is_run(told: object, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with helping(tmp_path, home=f"touch {tmp_path}/ran") as path:
             reader, writer = await asyncio.open_unix_connection(path)
-            writer.write((told if isinstance(told, str) and told else json.dumps(told)).encode() + b"\n")
+            line = (told if isinstance(told, str) and told else json.dumps(told)).encode() + b"\n"
+            writer.write(line)
             answer = await reader.read()
-            assert not answer or json.loads(answer)["error"]
+            assert json.loads(answer)["error"] if len(line) <= updown_helper.LONGEST else not answer
             writer.close()
         assert not (tmp_path / "ran").exists()
+
+    run(scenario())
+
+
+def test_output_of_any_octets_comes_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with helping(tmp_path, home="head -c 300000 /dev/zero | tr '\\0' '\\377'; exit 4") as path:
+            code, out = await ask(path, "home", {})
+        assert (code, out.decode()) == (4, "\N{REPLACEMENT CHARACTER}" * updown_helper.LONGEST)
 
     run(scenario())
 
@@ -187,6 +204,15 @@ def test_the_helper_runs_only_with_systemd_s_socket_and_root_s_configuration(tmp
     with pytest.raises(UsageError, match="from systemd"):
         helper.run(parse(path.read_text(), path))
     helper.only_root_writes(path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    link = elsewhere / "ikectx.toml"
+    link.symlink_to(path)
+    helper.only_root_writes(link)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match="can be changed by others than root"):
+        helper.only_root_writes(link)
+    tmp_path.chmod(0o755)
     path.chmod(0o664)
     with pytest.raises(ConfigError, match="can be changed by others than root"):
         helper.only_root_writes(path)
