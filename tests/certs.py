@@ -60,6 +60,17 @@ class Authority:
         )
         return TlsConfig(cert_path, key_path, trusts or self.path)
 
+    def below(self, name: str) -> Authority:
+        """An intermediate CA that this one has issued, in the same folder."""
+        made = Authority(self._folder, name)
+        certificate = (
+            self._builder(made._name, made._key, 365)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        made.path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return made
+
     def revoke(self, *certificates: Path | str, days: float = 7.0) -> Path:
         """The revocation list of this CA with these certificates, valid for `days` more; always the same
         file."""

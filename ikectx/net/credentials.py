@@ -121,7 +121,12 @@ def revocation_lists(config: TlsConfig) -> list[x509.CertificateRevocationList]:
     """The lists in the configured files. Errors: ConfigError, also for one that no CA of `ca` has signed."""
     from cryptography import x509
 
-    cas = x509.load_pem_x509_certificates(Path(config.ca).read_bytes()) if config.revocation_lists else []
+    if not config.revocation_lists:
+        return []
+    try:
+        cas = x509.load_pem_x509_certificates(Path(config.ca).read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{config.ca} has no certificates in PEM: {error}") from None
     found = []
     for path in config.revocation_lists:
         for octets in _LIST.findall(Path(path).read_bytes()) or [b""]:
@@ -162,14 +167,17 @@ def revoked(
     lists: list[x509.CertificateRevocationList],
     now: float,
     expired_count: bool,
+    *,
+    peer: bool = True,
 ) -> str:
     """Why the revocation lists forbid that certificate; empty: they do not. `now`: seconds since 1970.
-    `expired_count`: as in `TlsConfig`."""
+    `expired_count`: as in `TlsConfig`. `peer`: it is no CA's."""
     own = [one for one in lists if one.issuer == certificate.issuer]
     for one in own:
         entry = one.get_revoked_certificate_by_serial_number(certificate.serial_number)
         if entry is not None:
-            return f"its certificate was revoked on {entry.revocation_date_utc:%Y-%m-%d %H:%M} UTC"
+            what = "certificate" if peer else f"issuer {_named(certificate.subject)}"
+            return f"its {what} was revoked on {entry.revocation_date_utc:%Y-%m-%d %H:%M} UTC"
     if lists and not own:
         return f"there is no revocation list of {_named(certificate.issuer)}"
     if own and not expired_count and not any(list_end(one) > now for one in own):
@@ -228,8 +236,8 @@ class Credentials:
         from cryptography import x509
 
         contexts = {server: self.config.context(server=server) for server in (False, True)}
-        lists = revocation_lists(self.config)
         try:
+            lists = revocation_lists(self.config)
             cas, own = (
                 x509.load_pem_x509_certificates(Path(path).read_bytes())
                 for path in (self.config.ca, self.config.cert)
@@ -280,7 +288,18 @@ class Credentials:
         read = x509.load_der_x509_certificate(certificate)
         if (ends := read.not_valid_after_utc).timestamp() < self._wall():
             return f"its certificate has expired on {ends:%Y-%m-%d %H:%M} UTC"
-        return revoked(read, self._lists, self._wall(), self.config.expired_count)
+        return self._revoked(read)
+
+    def _revoked(self, certificate: x509.Certificate, *below: x509.Certificate) -> str:
+        """As `revoked`, for each way up to a CA that has issued itself. OpenSSL looks at a chain only in the
+        handshake, and where `expired_count` is set not at its lists."""
+        now, counts = self._wall(), self.config.expired_count
+        reason = revoked(certificate, self._lists, now, counts, peer=not below)
+        if reason or not self._lists:
+            return reason
+        above = [ca for ca in self._cas if ca not in below and issued_by(certificate, ca)]
+        ways = ["" if ca.subject == ca.issuer else self._revoked(ca, certificate, *below) for ca in above]
+        return min(ways, default="")
 
     def drop(self, *, other_cas: bool = False) -> None:
         """Close the connections that may not go on. `other_cas`: the file of CAs has changed."""

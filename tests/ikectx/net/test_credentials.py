@@ -145,6 +145,33 @@ def test_with_lists_each_issuer_needs_one(ca: Authority, tmp_path: Path, count: 
     run(scenario())
 
 
+@pytest.mark.parametrize("count", [False, True])
+def test_an_intermediate_ca_that_is_revoked_ends_links_and_is_refused(
+    ca: Authority, tmp_path: Path, count: bool
+) -> None:
+    sub = ca.below("sub")
+    both = tmp_path / "both.pem"
+    both.write_bytes(ca.path.read_bytes() + sub.path.read_bytes())
+    lists = (ca.revoke(), sub.revoke())
+    held = Credentials(replace(ca.issue("b", trusts=both), revocation_lists=lists, expired_count=count))
+    a = Credentials(sub.issue("a", trusts=ca.path))
+
+    async def scenario() -> None:
+        async with listening(held) as (peer, accepted):
+            near = await tls_dial(a, TIMING)(peer)
+            reading = asyncio.create_task((await accepted.get()).read())
+            await asyncio.sleep(0)
+            ca.revoke(sub.path)
+            held.look()
+            with pytest.raises(LinkError, match="CN=sub was revoked on 2"):
+                await reading
+            assert await ended(near)
+            assert await ended(await tls_dial(a, TIMING)(peer))
+            assert accepted.empty()
+
+    run(scenario())
+
+
 def test_new_files_are_used_without_a_restart(
     ca: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +257,9 @@ def test_unusable_lists_name_the_file(ca: Authority, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     foreign = Authority(tmp_path / "other").revoke()  # a CA of the same name, with another key
     wrong("has signed the revocation list of CN=ca", replace(b, revocation_lists=(foreign,)))
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_text(ca.path.read_text().replace(" CERTIFICATE", " TRUSTED CERTIFICATE"))
+    wrong("trusted.pem", replace(b, ca=trusted, revocation_lists=(path,)))
     held = Credentials(replace(b, revocation_lists=(path,)))
     os.unlink(path)
     held.look()
