@@ -128,6 +128,8 @@ class Runner(Generic[W]):
         self._waiting: dict[SaName, object] = {}
         """For an SA with effects left for later: whose turn it is, so that a newer step ends an older
         one's."""
+        self._trying: dict[SaName, asyncio.Task[Facts | None]] = {}
+        """Attempts of such effects that are under way."""
         self._writing: Together[SaName, None] = Together(self._write)
         self._cut: set[tuple[SaName, str]] = set()
         """Effects that were cut off because the time of the whole step was over."""
@@ -135,6 +137,11 @@ class Runner(Generic[W]):
     async def run(self, step: LedgerStep[W], work: W) -> None:
         """Carry out the rest of the step. Errors: those of effects that the step needs."""
         self._waiting.pop(work.sa, None)
+        trying = self._trying.get(work.sa)
+        if trying is not None:
+            # it would work against this step: a call of the mobile node unmutes the SA when it ends
+            trying.cancel()
+            await asyncio.wait([trying])
         row = self._ledger.of(work.sa)
         if row.step != step.name or step.anew:
             self._cut = {(sa, name) for sa, name in self._cut if sa != work.sa}
@@ -249,13 +256,17 @@ class Runner(Generic[W]):
                 await asyncio.sleep(wait)
                 if self._waiting.get(work.sa) is not turn:
                     return  # another step of this SA has begun
+                attempt = asyncio.create_task(self._limited(effect, work))
+                self._trying[work.sa] = attempt
                 try:
-                    await self._limited(effect, work)
+                    await attempt
                 except IkectxError as error:
                     log.warning("SA %s: %s failed again: %s", work.sa, effect.name, error)
                 else:
                     log.info("SA %s: %s is done now", work.sa, effect.name)
                     break
+                finally:
+                    self._trying.pop(work.sa, None)
             else:
                 log.error("SA %s: %s is given up", work.sa, effect.name)
         if self._waiting.get(work.sa) is turn:

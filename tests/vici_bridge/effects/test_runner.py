@@ -161,6 +161,38 @@ def test_a_newer_step_ends_what_was_left_for_later(monkeypatch: pytest.MonkeyPat
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_newer_step_waits_for_the_end_of_an_attempt(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """A call of the mobile node that goes on beside a freeze would unmute the SA that was frozen."""
+    monkeypatch.setattr(runner_module, "AGAIN", (0.0, 3600.0))
+
+    async def scenario() -> None:
+        async def call(work: Work) -> None:
+            if not work.did:
+                work.did.append("call")
+                raise KernelError("by hand")
+            work.did.append("again")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                work.did.append("unmute")
+                if fails:
+                    raise KernelError("by hand")
+
+        later = StepEffect("call", call, needed=False, later=True)
+        first, second = LedgerStep("first", (later,), ends=True), LedgerStep("second", (effect("mute"),))
+        bench, work = Bench(first, second), Work()
+        await bench.runner.run(first, work)
+        await until(lambda: "again" in work.did)
+        async with asyncio.timeout(5):
+            await bench.runner.run(second, work)
+        assert work.did == ["call", "again", "unmute", "mute"]
+        assert bench.ledger.of(SA).later == ()
+
+    asyncio.run(scenario())
+
+
 def test_an_effect_that_is_not_known_any_more_is_told(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         idle = effect("idle", error=KernelError("by hand"), needed=False, later=True)
