@@ -312,6 +312,23 @@ def test_one_that_was_about_to_leave_and_changed_its_address_is_served_there() -
     run(scenario())
 
 
+def test_an_sa_that_was_mute_without_a_note_can_be_moved_once_it_is_served() -> None:
+    """An agent is killed at the freeze before it has noted anything; the journal's thaw ends that."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            sa = there.context.spis
+            there.here.mute.mute_in(sa)
+            there.here.host.orphans.known.add(sa)
+            with pytest.raises(RefusedError, match="is frozen here"):
+                await there.source.export(sa)
+            await there.source.thaw(there.context, JUMP)
+            assert there.here.mute.muted == set() and there.here.host.orphans.known == set()
+            await there.source.export(sa)
+
+    run(scenario())
+
+
 def test_an_sa_that_has_ended_is_not_called_back(quick: None) -> None:
     async def scenario() -> None:
         async with gateway() as there:
