@@ -82,17 +82,17 @@ class Listing:
         It has one unique ID as long as charon has it. charon numbers its SAs one after the other, so that
         those that just came in probably have the next numbers. `search`: else look for it among all.
         """
-        known = sa in self._seen
-        if not known and not self._highest:
+        if sa not in self._seen and not self._highest:
             return await self._searching.join(sa)  # there is no number to go on from
         view, misled = await self._asking.join(sa)
         # one that had a number is not there any more, unless charon began anew
-        if view is None and (misled if known else search):
+        if view is None and (search if misled is None else misled):
             return await self._searching.join(sa)
         return view
 
-    async def _ask_for(self, sas: Sequence[SaName]) -> Sequence[tuple[SaView | None, bool]]:
-        """The view of each SA, and whether another one has its number."""
+    async def _ask_for(self, sas: Sequence[SaName]) -> Sequence[tuple[SaView | None, bool | None]]:
+        """The view of each SA, and whether another one has its number; None: it has no number that is known
+        (any more: a listing may have ended since it was asked for)."""
         asked_at = asyncio.get_running_loop().time()
         numbers = {sa: self._seen[sa][1].unique_id for sa in sas if sa in self._seen}
         new = len(set(sas) - numbers.keys()) if self._highest else 0
@@ -103,7 +103,7 @@ class Listing:
         for sa in sas:
             if sa not in views:
                 self._seen.pop(sa, None)
-        return [(views.get(sa), numbers.get(sa) in there) for sa in sas]
+        return [(views.get(sa), numbers[sa] in there if sa in numbers else None) for sa in sas]
 
     async def _search_for(self, sas: Sequence[SaName]) -> Sequence[SaView | None]:
         """The views of those that are among all."""

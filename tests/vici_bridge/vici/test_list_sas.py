@@ -68,6 +68,21 @@ def test_one_sa_is_asked_for_by_its_id_as_soon_as_that_is_known() -> None:
     asyncio.run(scenario())
 
 
+def test_one_whose_id_is_forgotten_just_then_is_searched() -> None:
+    """A listing that had begun before it came ends between the question and its turn."""
+
+    async def scenario() -> None:
+        charon = Charon()
+        listing = Listing(charon.read_sas)
+        assert await listing.view(SPIS[0]) is not None
+        asking = asyncio.create_task(listing.view(SPIS[0]))
+        await asyncio.sleep(0)
+        listing._seen.clear()
+        assert await asking is not None
+
+    asyncio.run(scenario())
+
+
 def test_a_recent_listing_of_all_tells_of_one() -> None:
     async def scenario() -> None:
         charon = Charon()
