@@ -59,8 +59,8 @@ BURST = 200
 WINDOW = 0.1
 """At most `BURST` datagrams are read in `WINDOW` seconds."""
 _BUFFER = 1 << 18
-IKE_PORTS = (IKE_PORT, NATT_PORT)
 """Octets of datagrams that may wait in the kernel."""
+IKE_PORTS = (IKE_PORT, NATT_PORT)
 
 Known = Callable[[SaName], bool]
 """Whether charon here has that IKE_SA, or is being given it."""
