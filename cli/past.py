@@ -178,7 +178,13 @@ def resolve(
     else:
         _show_doubts(answer["in_doubt"])
         _show_decision(decision, yes, answer.get("report"))
-    return int((answer.get("report") or {}).get("exit_code", 0)) if decision == "reclaim" and yes else 0
+    return _reclaimed(answer["report"]) if decision == "reclaim" and yes else 0
+
+
+def _reclaimed(report: Mapping[str, Any]) -> int:
+    """The exit code of a reclaim. The report is that of the transfer, which failed if the SA is served
+    here."""
+    return 0 if report.get("result") == "kept" else int(report.get("exit_code", 0))
 
 
 def _show_decision(decision: str | None, done: bool, report: Mapping[str, Any] | None) -> None:
@@ -226,7 +232,7 @@ def _show_doubts(items: Sequence[Mapping[str, Any]]) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @click.pass_obj
-def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> None:
+def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> int:
     """Serve an SA here again that this gateway handed over in TRANSFER and that no gateway is known to serve.
 
     Use it only if the other gateway is down for good, because two gateways that serve one SA break it.
@@ -235,3 +241,4 @@ def reclaim(setup: Setup[Config], transfer: str, yes: bool, as_json: bool) -> No
     confirm(yes, "Is it certain that the other gateway does not serve it?")
     answer = setup.ask("resolve", {"transfer": transfer, "decision": "reclaim"}, timeout=120)
     show_answer(answer["report"], as_json)
+    return _reclaimed(answer["report"])

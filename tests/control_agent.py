@@ -172,7 +172,7 @@ class Agent(StandIn):
 
     async def resolve(self, request: Message) -> Message:
         self.asked.append(("resolve", request))
-        report = {"report": REPORT} if request.get("decision") else {}
+        report = {"report": self.reports[0]} if request.get("decision") else {}
         return with_json({"in_doubt": [DOUBT], **report})
 
     async def status(self, request: Message) -> Message:

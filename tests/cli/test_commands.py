@@ -176,6 +176,10 @@ def test_what_is_in_doubt_is_shown_and_decided(cli: Cli[Agent]) -> None:
     assert cli.agent.asked[-1] == ("resolve", {"transfer": "t1", "decision": "give-up"})
     code, value = cli.json("resolve", "t1", "--reclaim", "--yes")
     assert value["in_doubt"][0]["here"]["gateway"] == "psg" and "report" in value
+    for result, code in (("kept", 0), ("in-doubt", 8), ("lost", 8)):  # the transfer has failed in each
+        cli.agent.reports = [{"result": result, "exit_code": 8}]
+        assert cli("resolve", "t1", "--reclaim", "--yes")[0] == code
+        assert cli("reclaim", "t1", "--yes")[0] == code
     for wrong in (["--yes"], ["t1", "--yes"], ["t1", "--give-up", "--reclaim"], ["--reclaim"]):
         assert cli("resolve", *wrong)[0] == 2
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from ikectx.engine.ledger import Ledger, SourceFacts
 from ikectx.errors import RefusedError
 from ikectx.numbers import Status
 from ikectx.sa.name import SaName
+from vici_bridge.effects.evidence import drop_orphan
 from vici_bridge.kernel.mute import Muted
 from vici_bridge.orphans import Orphans
 
@@ -49,3 +52,13 @@ def test_what_is_mute_without_a_reason_is_found_and_kept(caplog: pytest.LogCaptu
     leaving.note(TWO, request=7)
     asyncio.run(orphans.sweep({TWO}))
     assert orphans.known == set() and mute.muted == [TWO]
+
+
+def test_one_that_charon_has_lost_meanwhile_can_be_given_up() -> None:
+    async def view(sa: SaName) -> None:
+        return None
+
+    mute = FakeMute([ONE])
+    host: Any = SimpleNamespace(orphans=SimpleNamespace(known={ONE}), view=view, mute=mute)
+    asyncio.run(drop_orphan(host, ONE))
+    assert host.orphans.known == set() and mute.muted == []

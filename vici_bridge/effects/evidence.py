@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from ikectx.errors import CharonError, KernelError, StateError, UnknownSaError, WireError
+from ikectx.errors import CharonError, KernelError, StateError, WireError
 
 if TYPE_CHECKING:
     from ikectx.sa.name import SaName
@@ -47,19 +47,18 @@ async def drop_orphan(host: CharonHost, sa: SaName) -> None:
     """Have charon forget an SA that is mute, and that this agent knows nothing of. Nothing is sent to its
     peer.
 
-    Errors: StateError if it is no such SA, UnknownSaError, CharonError, KernelError.
+    Nor need charon have it any more. Errors: StateError if it is no such SA, CharonError, KernelError.
     """
     if sa not in host.orphans.known:
         raise StateError(
             f"the SA {sa} is not one that the store knows nothing of", hint="see `ikectx resolve`"
         )
     view = await host.view(sa)
-    if view is None:
-        raise UnknownSaError(f"charon has no IKE_SA {sa} any more")
-    # nftables drops its Delete; charon does not wait for an answer
-    await host.vici.terminate(view.unique_id, -1, force=True)
+    if view is not None:
+        # nftables drops its Delete; charon does not wait for an answer
+        await host.vici.terminate(view.unique_id, -1, force=True)
     end = time.monotonic() + DROP_PATIENCE
-    while await host.view(sa) is not None:
+    while view is not None and await host.view(sa) is not None:
         if time.monotonic() > end:
             raise CharonError(f"charon still lists {view.name} #{view.unique_id}", hint="see charon's log")
         await asyncio.sleep(0.01)
