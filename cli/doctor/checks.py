@@ -436,6 +436,16 @@ def connections(world: World) -> Iterator[Outcome]:
                 f"charon has no connection {name!r}",
                 "load it (swanctl --load-conns), or remove it from the file",
             )
+    helper = world.config.updown_helper
+    scripts = any(conn.updown for conn in world.config.connections.values())
+    if helper is not None and scripts and not world.exists(helper):
+        wrong = True
+        yield (
+            "fail",
+            f"nobody runs updown scripts: the socket {helper} (updown_helper) is not there; an SA that "
+            "has one cannot come here",
+            "systemctl enable --now ikectx-updown.socket",
+        )
     settings = world.settings("swanctl.conf") or {}
     for key, setting in settings.items():
         parts = key.split(".")

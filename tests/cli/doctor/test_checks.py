@@ -346,6 +346,15 @@ def test_connections(world: Fake) -> None:
     assert fix == 'write [connections.a.b] updown = "/x"'
 
 
+def test_updown_scripts_that_nobody_runs(world: Fake, tmp_path: Path) -> None:
+    path = tmp_path / "ikectx.toml"
+    world.config = parse(f'updown_helper = "/run/helper"\n{TOML}', path)
+    assert not bad(world)
+    world.foreign = {"/run/helper"}
+    fix = only(world, "connections", "fail", "nobody runs updown scripts: the socket /run/helper").fix
+    assert fix == "systemctl enable --now ikectx-updown.socket"
+
+
 def test_the_command(
     world: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
