@@ -138,6 +138,8 @@ class Driver:
         self._ended = False
         self._erasing: asyncio.TimerHandle | None = None
         self._syncing: asyncio.TimerHandle | None = None
+        self._unsynced = False
+        """Was something written since the last sync began?"""
         self._quiet = asyncio.Event()
 
     @property
@@ -330,15 +332,28 @@ class Driver:
         writes, self._writes = self._writes, []
         with trace.about(writes[0].entry.transfer_id), trace.span("journal", "call"):
             outcomes = self._written(writes)
-        if self._syncing is None and not self._closed:
-            self._syncing = asyncio.get_running_loop().call_later(SYNC_AFTER, self._sync)
+        self._sync_later()
         for output, outcome in zip(writes, outcomes, strict=True):
             self._ended = self._ended or bool(output.entry.result)
             self.engine.effect_done(self.now(), output.effect, outcome)
 
+    def _sync_later(self) -> None:
+        self._unsynced = True
+        if self._syncing is None and not self._closed:
+            self._syncing = asyncio.get_running_loop().call_later(SYNC_AFTER, self._sync)
+
     def _sync(self) -> None:
-        self._syncing = None
-        self._spawn(asyncio.to_thread(self._store.sync), "sync")
+        self._spawn(self._synced(), "sync")
+
+    async def _synced(self) -> None:
+        """One sync at a time, because those of a slow disk would take all threads, which others need, too."""
+        self._unsynced = False
+        try:
+            await asyncio.to_thread(self._store.sync)
+        finally:
+            self._syncing = None
+            if self._unsynced:
+                self._sync_later()
 
     def _written(self, writes: Sequence[Journal]) -> Sequence[object]:
         """The outcome of each. If all together fail, each is written alone, because only one may be bad."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,41 @@ def test_the_journal_is_synced_although_no_move_waits_for_it(monkeypatch: pytest
             await asyncio.sleep(1.0)
             assert synced
             assert synced[-1] == written
+
+    run(scenario())
+
+
+def test_a_slow_disk_takes_one_thread_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = most = 0
+    written = synced = 0
+    write = SqliteStore.write
+
+    def note_write(store: SqliteStore, *entries: Any, durable: bool = True) -> None:
+        nonlocal written
+        written += 1
+        write(store, *entries, durable=durable)
+
+    async def slow_thread(work: Callable[..., None], *_: object) -> None:
+        nonlocal busy, most, synced
+        if work.__name__ != "sync":
+            return
+        busy, began = busy + 1, written
+        most = max(most, busy)
+        await asyncio.sleep(0.5)
+        busy, synced = busy - 1, began
+
+    monkeypatch.setattr(SqliteStore, "write", note_write)
+    monkeypatch.setattr(asyncio, "to_thread", slow_thread)
+
+    async def scenario() -> None:
+        async with world() as w:
+            for number in range(1, 6):
+                sa = w.a.daemon.serve(a_context(number, mn=f"198.51.100.{number}"))
+                assert (await w.a.agent.transfer(sa, "b")).result == "moved"
+                await asyncio.sleep(0.05)
+            assert most == 2, "one of each gateway"
+            await asyncio.sleep(2.0)
+            assert synced == written, "what was written meanwhile is synced afterwards"
 
     run(scenario())
 
