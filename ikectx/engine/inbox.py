@@ -444,8 +444,8 @@ class Inbox:
             return False
         found = yield from doubt(final, mn, who)
         if found.serves and (sa := SaName(final.spi_i, final.spi_r)) not in self._inboxes.adopted:
-            self._inboxes.adopted.add(sa)
             yield from self._adopt(mn, final, transfer_id, found)
+            self._inboxes.adopted.add(sa)
             answer(line, mn, ())
             return True
         if not found.words:

@@ -7,8 +7,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.offer_answer import offer_status
+from ikectx.errors import StoreError
 from ikectx.gateway import Gateway
 from ikectx.net.links import Stream
 from ikectx.numbers import Status
@@ -143,6 +146,25 @@ def test_b4_an_sa_that_charon_serves_is_written_down_once(tmp_path: Path) -> Non
             for ident in (b"87654321", b"abcdefgh"):  # a peer may make up as many as it likes
                 assert first(await a.ask(whole(ident))) is Status.IN_DOUBT
             assert [entry["transfer_id"] for entry in gateway.history()] == [b"12345678".hex()]
+
+    run(scenario())
+
+
+def test_an_sa_is_written_down_as_soon_as_the_disk_allows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full")
+
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", "c") as (daemon, gateway, (a, c)):
+            daemon.served[a_context().spis] = a_context()
+            with monkeypatch.context() as disk:
+                disk.setattr(SqliteStore, "write", full)
+                await a.send(letting_go(b"12345678"))
+                assert await a.closed()
+            assert first(await c.ask(letting_go(b"12345678"))) is Status.OK
+            assert [entry["result"] for entry in gateway.history()] == ["moved"]
 
     run(scenario())
 
