@@ -117,20 +117,24 @@ class Audit:
             ) from None
 
     def prune(self, before: float) -> None:
-        """Forget rows from before that time (seconds since 1970), and what is more than `ROWS`."""
+        """Forget the first rows as far as they are from before that time (seconds since 1970), and what is
+        more than `ROWS`. One row of a clock that was wrong takes none of those before it along."""
         last = self._db.execute("SELECT max(number) FROM audit").fetchone()[0]
         if last is None:
             return
-        row = self._db.execute(
-            "SELECT max(number) FROM audit WHERE number <= ? OR CASE WHEN json_valid(line)"
-            " THEN json_extract(line, '$.at') < ? END",
+        kept = self._db.execute(
+            "SELECT number FROM audit WHERE number > ? AND ifnull(CASE WHEN json_valid(line)"
+            " THEN json_extract(line, '$.at') >= ? END, 1) ORDER BY number LIMIT 1",
             (last - ROWS, before),
         ).fetchone()
-        if row[0] is None:
+        end = last + 1 if kept is None else kept[0]
+        row = self._db.execute(
+            "SELECT number, mac FROM audit WHERE number < ? ORDER BY number DESC LIMIT 1", (end,)
+        ).fetchone()
+        if row is None:
             return
-        mac = self._db.execute("SELECT mac FROM audit WHERE number = ?", row).fetchone()[0]
-        self._put("start", row[0], mac)
-        self._db.execute("DELETE FROM audit WHERE number <= ?", row)
+        self._put("start", row[0], row[1] if isinstance(row[1], bytes) else b"")
+        self._db.execute("DELETE FROM audit WHERE number < ?", (end,))
 
     def verify(self, head: str = "") -> Verified:
         """Check every row. `head`: that of an earlier verification, whose row must still be as it was.

@@ -185,6 +185,21 @@ def test_pruned_rows_leave_an_anchor(
     assert found.findings == ("row 5 is gone",)
 
 
+def test_a_row_of_a_wrong_clock_takes_no_others_along(store: SqliteStore) -> None:
+    for number, at in enumerate((1000.0, 5000.0, 6.0, 5001.0), 1):
+        moved(store, number, at)
+    store.prune(3500.0 + audit.KEPT - HISTORY)
+    assert [one["number"] for one in store.audit_lines(9)] == [4, 3, 2]
+    assert store.audit_verify().findings == ()
+
+
+def test_a_damaged_row_keeps_no_agent_from_starting(store: SqliteStore, place: Path) -> None:
+    moved(store, 1)
+    tampered(place, "UPDATE audit SET mac = 'none'")
+    store.prune(9e9)
+    assert store.audit_lines(5) == []
+
+
 def test_everything_may_be_pruned(store: SqliteStore) -> None:
     moved(store, 1)
     store.prune(9e9)
