@@ -38,15 +38,23 @@ class Orphans:
     async def sweep(self, listed: Collection[SaName]) -> None:
         """Look through all that is mute. `listed`: charon's SAs; what it does not have is unmuted. Errors:
         KernelError."""
-        for sa in {muted.spis for muted in await asyncio.to_thread(self._mute.listing)}:
+        found = set()
+        for sa in await self._muted():
             if self._importing(sa):
                 continue
             if sa not in listed:
                 await self._mute.unmute_soon(sa)
             elif not self._explained(sa) and sa not in self.known:
-                self.known.add(sa)
-                log.error("%s: see `ikectx resolve`", ORPHAN % str(sa))
+                found.add(sa)
+        if found:  # one whose transfer ended meanwhile is not mute any more
+            found = {sa for sa in found & await self._muted() if not self._explained(sa)}
+        for sa in found:
+            self.known.add(sa)
+            log.error("%s: see `ikectx resolve`", ORPHAN % str(sa))
         self.known.intersection_update(listed)
+
+    async def _muted(self) -> set[SaName]:
+        return {muted.spis for muted in await asyncio.to_thread(self._mute.listing)}
 
     def _explained(self, sa: SaName) -> bool:
         row = self._leaving.get(sa)

@@ -62,3 +62,17 @@ def test_one_that_charon_has_lost_meanwhile_can_be_given_up() -> None:
     host: Any = SimpleNamespace(orphans=SimpleNamespace(known={ONE}), view=view, mute=mute)
     asyncio.run(drop_orphan(host, ONE))
     assert host.orphans.known == set() and mute.muted == []
+
+
+def test_an_sa_that_is_thawed_meanwhile_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    class Thawing(FakeMute):
+        def listing(self) -> list[Muted]:
+            found = super().listing()
+            self.muted.clear()
+            return found
+
+    leaving: Ledger[SourceFacts] = Ledger(SqliteStore(":memory:", bytes(32)), "source")
+    orphans = Orphans(Thawing([ONE]), leaving, lambda sa: False)  # type: ignore[arg-type]
+    asyncio.run(orphans.sweep({ONE}))
+    orphans.check(ONE)
+    assert caplog.text == ""
