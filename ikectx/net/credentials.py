@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 from ikectx.errors import ConfigError, LinkError
+from ikectx.mistakes import log_mistake
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -320,10 +321,13 @@ class Credentials:
     async def tend(self) -> None:
         """Look at files, connections and dates until it is cancelled."""
         while True:
-            self.look()
-            self.drop()
-            for text in self.expiring():
-                log.warning("%s", text)
+            try:
+                self.look()
+                self.drop()
+                for text in self.expiring():
+                    log.warning("%s", text)
+            except Exception as error:  # later lists and certificates are to be read all the same
+                log_mistake(log, "a look at certificates", error)
             await asyncio.sleep(LOOK_AGAIN)
 
     def expiring(self) -> Iterator[str]:

@@ -310,8 +310,15 @@ class Links:
             link = self.find(peer.name)
             if link is not None:
                 return link
-            with trace.span("connect", "part"):
-                stream = await self._dial(peer)
+            try:
+                with trace.span("connect", "part"):
+                    stream = await self._dial(peer)
+            except LinkError:
+                raise
+            except Exception as error:
+                # whoever waits for the link must hear of it, and a link that is kept up be dialled again
+                log_mistake(log, f"a connection to {peer.name}", error)
+                raise LinkError(f"{peer.name}: a {type(error).__name__} here, see the log") from None
             link = Link(stream, peer, self._arrived)
             self._dialled[peer.name] = link
             self._opened(link, False)

@@ -20,6 +20,7 @@ from ikectx.net.links import Stream
 from ikectx.net.tls import tls_dial, tls_listen
 from ikectx.peer import PeerConfig
 from ikectx.timing import Timing
+from tests import hand_loop
 from tests.certs import Authority
 
 TIMING = Timing(connect=10.0, keepalive=10.0)
@@ -170,6 +171,29 @@ def test_an_intermediate_ca_that_is_revoked_ends_links_and_is_refused(
             assert accepted.empty()
 
     run(scenario())
+
+
+def test_certificates_are_looked_at_after_a_mistake_too(
+    ca: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = Credentials(ca.issue("b"))
+
+    async def scenario() -> None:
+        looked = 0
+
+        def bad() -> None:
+            nonlocal looked
+            looked += 1
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(held, "look", bad)
+        tending = asyncio.create_task(held.tend())
+        await asyncio.sleep(25.0)
+        assert looked == 3, "it looks on all the same"
+        tending.cancel()
+
+    hand_loop.run(scenario())
+    assert "a look at certificates: ZeroDivisionError" in caplog.text
 
 
 def test_new_files_are_used_without_a_restart(

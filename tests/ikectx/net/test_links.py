@@ -445,6 +445,31 @@ def test_a_link_that_is_kept_up_is_dialled_again_but_not_without_end() -> None:
     hand_loop.run(scenario(), seconds=300)
 
 
+def test_a_mistake_in_dialling_ends_neither_a_wait_nor_a_link_that_is_kept_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        dialled = 0
+
+        async def dial(peer: PeerConfig) -> Stream:
+            nonlocal dialled
+            dialled += 1
+            if dialled <= 2:
+                raise UnicodeError("a " + "secret")
+            return pair()[0]
+
+        links = Links(dial, Timing(idle=10.0), nothing)
+        with pytest.raises(LinkError, match="far: a UnicodeError here"):
+            await links.get(PeerConfig("far", "far"))
+        links.keep([PeerConfig("far", "far")])
+        await asyncio.sleep(1)
+        assert links.connected("far")
+        await links.close()
+
+    hand_loop.run(scenario())
+    assert "a mistake in the program" in caplog.text and "a secret" not in caplog.text
+
+
 def test_who_keeps_a_link_up_uses_the_peers_while_that_is_lively() -> None:
     async def scenario() -> None:
         began = asyncio.get_running_loop().time()
