@@ -34,7 +34,7 @@ from .ports import Evidence
 from .procedures import Event, Process, Steps, log
 from .report import mn_label
 from .requests import Request, Requests
-from .tables import TARGET_OWNS, TargetInput, TargetState, first_failure, offer_fits
+from .tables import MAX_EPOCH, TARGET_OWNS, TargetInput, TargetState, first_failure, offer_fits
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
 """States in which the context came ahead of the mobile node: it is held, or will be after its check."""
@@ -43,8 +43,7 @@ _DROPPABLE = (TargetState.HELD, TargetState.PREPARED)
 OPEN = 256
 """Transfers that one peer may have open here at a time, and"""
 OPEN_OCTETS = 4 * 1024 * 1024
-"""octets that it may have offered in them: some 8,000 for each IKE_SA, which take ten times that in
-memory."""
+"""octets that it may have offered in them: some 8,000 for each IKE_SA, and ten times that in memory."""
 DENIED = 1024
 """Denied transfers of one peer that are remembered. A late copy can only arrive over a link that is still
 open."""
@@ -443,9 +442,10 @@ class Inbox:
         if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
             return False
         found = yield from doubt(final, mn, who)
-        if found.serves and (sa := SaName(final.spi_i, final.spi_r)) not in self._inboxes.adopted:
+        sa, adopted = SaName(final.spi_i, final.spi_r), self._inboxes.adopted
+        if found.serves and final.epoch <= MAX_EPOCH and sa not in adopted:
             yield from self._adopt(mn, final, transfer_id, found)
-            self._inboxes.adopted.add(sa)
+            adopted.add(sa)
             answer(line, mn, ())
             return True
         if not found.words:

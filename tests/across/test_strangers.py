@@ -159,6 +159,7 @@ def test_an_sa_is_written_down_as_soon_as_the_disk_allows_it(
     async def scenario() -> None:
         async with strangers(tmp_path, "a", "c") as (daemon, gateway, (a, c)):
             daemon.served[a_context().spis] = a_context()
+            assert first(await c.ask(letting_go(b"87654321", epoch=1 << 40))) is Status.IN_DOUBT
             with monkeypatch.context() as disk:
                 disk.setattr(SqliteStore, "write", full)
                 await a.send(letting_go(b"12345678"))
