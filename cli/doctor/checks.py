@@ -152,11 +152,10 @@ def _strangers(world: World) -> Iterator[Outcome]:
         [world.config.control.socket, str(world.config.state_dir)],
     )
     for what in got or ():
-        yield (
-            "fail",
-            f"a user without rights can {what}",
-            "see docs/security.md, Users of the gateway's own machine",
-        )
+        fix = "chmod 700 a folder, 600 a socket: only root and the agent's user need them"
+        if what.startswith("bind "):
+            fix = "run strongSwan, and the agent with ikectx.socket; set ha_users under [charon] as well"
+        yield "fail", f"a user without rights can {what}", fix
 
 
 def agent_runs(world: World) -> Iterator[Outcome]:

@@ -251,6 +251,8 @@ def test_revocation_lists(world: Fake, pki: Pki, tmp_path: Path) -> None:
 def test_what_strangers_can_do(world: Fake) -> None:
     world.stranger = ["connect to /run/ikectx.vici"]
     only(world, "ha socket", "fail", "a user without rights can connect to /run/ikectx.vici")
+    world.stranger = ["bind 127.0.0.1:4510, and so on"]
+    assert "ikectx.socket; set ha_users" in only(world, "ha socket", "fail", "can bind 127").fix
     world.stranger = None
     assert bad(world) == []
     world.owners["127.0.0.2"] = UdpOwner(1, "systemd")
