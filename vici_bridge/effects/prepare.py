@@ -161,8 +161,9 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
 def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> None:
     """Write sequence numbers and windows into the kernel before a packet leaves; children in the same order.
 
-    Outbound numbers go on after a jump, never back; inbound windows are joined with those of packets received
-    here.
+    Outbound numbers go on after a jump, but stay where they are above the other gateway's: packets may
+    be leaving under them, so that one read a moment ago may have been used since. Inbound windows are joined
+    with those of packets received here.
     """
     kernel, jump = host.kernel, host.config.oseq_jump
     if kernel is None:
@@ -176,7 +177,7 @@ def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> N
         if child.spi_in == given.spi_in:
             kernel.set_replay(inbound, given.inbound, outbound=False)
         sent = given.outbound
-        if sent.seq + jump > outbound.replay.oseq:
+        if sent.seq >= outbound.replay.oseq:
             kernel.set_replay(outbound, replace(sent, seq=sent.seq + jump), outbound=True)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import RefusedError
-from ikectx.sa.context import NO_TAGS, Endpoint, IkeContext, Tags
+from ikectx.sa.context import NO_TAGS, Endpoint, FinalChild, IkeContext, Tags
 from ikectx.sa.relocate import relocate
 from tests.across.test_go_on import run
 from tests.gateway_world import Place
@@ -335,6 +335,34 @@ def test_no_packet_leaves_before_its_numbers_are_known(variant: str) -> None:
             assert min(number for _, number in here.sad.sent) == first
             assert dropped
             assert not hushed(here)
+
+    run(scenario())
+
+
+def test_numbers_that_packets_leave_under_are_not_written() -> None:
+    """The old gateway has sent some more packets before the freeze, and leads others here since then."""
+
+    async def scenario() -> None:
+        async with gateway("") as there:
+            here, (child,) = there.here, there.context.children
+            inner = child.remote_ts[0].start
+            await there.do("prepare")
+
+            def packets() -> None:
+                here.sad.step = lambda: None
+                for _ in range(4):
+                    assert here.sad.send(inner) is not None
+                here.sad.step = packets
+
+            last = replace(child.outbound, seq=child.outbound.seq + 5)
+            final = replace(
+                final_of(there.context), children=(FinalChild(child.spi_in, child.inbound, last),)
+            )
+            here.sad.step = packets
+            await here.sink.take(there.context, final)
+            numbers = [number for _, number in here.sad.sent]
+            assert len(set(numbers)) == len(numbers)
+            assert min(numbers) > last.seq
 
     run(scenario())
 
