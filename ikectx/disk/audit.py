@@ -142,6 +142,14 @@ class Audit:
         Errors: UsageError when `head` is none.
         """
         noted = _read_head(head) if head else None
+        self._db.execute("BEGIN")  # all as of one moment: an agent may write, or prune, meanwhile
+        try:
+            return self._verify(noted)
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    def _verify(self, noted: tuple[int, bytes] | None) -> Verified:
         findings: list[str] = []
         number, mac = 0, _NONE
         if (start := self._end("start", findings)) is not None:

@@ -200,6 +200,23 @@ def test_a_damaged_row_keeps_no_agent_from_starting(store: SqliteStore, place: P
     assert store.audit_lines(5) == []
 
 
+def test_a_row_that_is_written_during_a_verification_is_no_finding(
+    store: SqliteStore, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved(store, 1)
+    with audit.opened(place / "state.db", read_key(place / "state.key")) as log:
+        end = log._end
+
+        def later(name: str, findings: list[str] | None = None) -> tuple[int, bytes] | None:
+            if name == "head":
+                moved(store, 2)
+            return end(name, findings)
+
+        monkeypatch.setattr(log, "_end", later)
+        assert log.verify().findings == ()
+    assert store.audit_verify().rows == 2
+
+
 def test_everything_may_be_pruned(store: SqliteStore) -> None:
     moved(store, 1)
     store.prune(9e9)
