@@ -150,7 +150,7 @@ step_kills() { # the cases of tests/kills.txt; docs/reliability.md has more
     say kills
     rm -rf "$results/kills.json" "$results/kills.logs"
     within 900 .venv/bin/ikectx lab kills "${cases[@]}" --guest uml --time virtual --jobs 2 --json \
-        --logs "$results/kills.logs" > "$results/kills.json"
+        --quiet --logs "$results/kills.logs" > "$results/kills.json"
     status=$?
     count kills "in guests; logs in ${results#"$root"/}/kills.logs" "$results/kills.json" $status $((SECONDS - began))
 }

@@ -443,7 +443,7 @@ class Inbox:
             return False
         found = yield from doubt(final, mn, who)
         sa, adopted = SaName(final.spi_i, final.spi_r), self._inboxes.adopted
-        if found.serves and final.epoch <= MAX_EPOCH and sa not in adopted:
+        if found.serves and "push" in self.peer.rights and final.epoch <= MAX_EPOCH and sa not in adopted:
             yield from self._adopt(mn, final, transfer_id, found)
             adopted.add(sa)
             answer(line, mn, ())

@@ -49,12 +49,12 @@ class Stranger:
 
 @asynccontextmanager
 async def strangers(
-    folder: Path, *names: str
+    folder: Path, *names: str, rights: frozenset[str] = frozenset({"push"})
 ) -> AsyncIterator[tuple[MemoryGateway, Gateway, list[Stranger]]]:
     network = Network()
     daemon = MemoryGateway("b", Ether())
     store = SqliteStore(folder / "b.db", KEY)
-    peers = [PeerConfig(name, name) for name in names]
+    peers = [PeerConfig(name, name, rights=rights) for name in names]
     gateway = Gateway("b", daemon, daemon, store, peers, timing=TIMING, dial=network.dial_from("b"))
     await gateway.start()
     network.up["b"] = gateway
@@ -166,6 +166,19 @@ def test_an_sa_is_written_down_as_soon_as_the_disk_allows_it(
                 assert await a.closed()
             assert first(await c.ask(letting_go(b"12345678"))) is Status.OK
             assert [entry["result"] for entry in gateway.history()] == ["moved"]
+
+    run(scenario())
+
+
+def test_b4_a_peer_without_the_right_to_push_has_nothing_written_down(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", rights=frozenset()) as (daemon, gateway, (a,)):
+            context = replace(a_context(), epoch=1)
+            daemon.served[context.spis] = context
+            header = TransferHeader(b"12345678", address="mn")
+            ctd = Ctd(MN, encode_whole(context, final_of(context), transfer=header))
+            assert first(await a.ask(ctd)) is Status.IN_DOUBT
+            assert gateway.history() == []
 
     run(scenario())
 
