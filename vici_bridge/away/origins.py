@@ -158,9 +158,10 @@ class Origins:
         return ""
 
     def undone(self, context: IkeContext) -> None:
-        """The SA did not come after all."""
-        for row in self._of(context.spis, Place.COMING):
-            self._forget(row)
+        """The SA did not come after all; it may have been served for a moment, until the disk was full."""
+        for row in self._of(context.spis, Place.COMING, Place.HERE):
+            if row.place is Place.COMING or row.epoch == context.epoch + 1:
+                self._forget(row)
 
     def renamed(self, old: SaName, new: SaName, esp: Iterable[bytes] = ()) -> None:
         """An IKE_SA was rekeyed here, or got other SPIs in another way, or its CHILD_SAs did.

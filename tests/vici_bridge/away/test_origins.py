@@ -300,6 +300,16 @@ def test_an_sa_that_did_not_come_is_forgotten_although_the_disk_was_full(
     assert not list(world.nodes["b"].store.items("origin"))
 
 
+def test_an_sa_that_was_served_for_a_moment_is_forgotten() -> None:
+    world = World()
+    world.connect("a")
+    origins, sa = world.nodes["b"].origins, world.sa
+    origins.came(sa, "a", sa.spis)
+    origins.serves(sa, sa.spis)  # what was to be written with it did not get onto the disk
+    origins.undone(sa)
+    assert not list(world.nodes["b"].store.items("origin"))
+
+
 def test_an_sa_with_an_heir_has_not_ended() -> None:
     """The mobile node authenticates anew, and the new SA is there before the old one goes."""
     world = World()
