@@ -32,6 +32,9 @@ class Record:
     def __init__(self) -> None:
         self.sas: dict[tuple[bytes, bytes], IkeContext] = {}
 
+    def names(self) -> tuple[tuple[bytes, bytes], ...]:
+        return tuple(self.sas)
+
     def context(self, name: tuple[bytes, bytes]) -> IkeContext:
         return self.sas[name]
 
@@ -65,7 +68,7 @@ class Node(Gateway):
     def restart(self) -> None:
         self.begin()
         views = [self.world.view(one) for one in self.record.sas.values()]
-        self.follow.look(views)
+        self.follow.look(views, [])
 
     def tell(self, peer: str, news: Whereabouts) -> None:
         """In the store, until it is heard: the last about each SA."""
@@ -298,6 +301,17 @@ def test_an_sa_that_did_not_come_is_forgotten_although_the_disk_was_full(
             origins.undone(sa)
     origins.undone(sa)
     assert not list(world.nodes["b"].store.items("origin"))
+
+
+def test_an_sa_that_is_let_go_after_charon_listed_it_is_not_here() -> None:
+    """The agent was killed in a transfer: it lists charon's SAs, and ends the transfer meanwhile."""
+    world = World()
+    world.connect("a")
+    listed, had = [world.view(world.sa)], [world.sa.spis]
+    world.move("b")
+    world.nodes["a"].follow.look(listed, had)
+    assert world.trace("a") == "protected at b"
+    assert world.nodes["a"].away.listing()
 
 
 def test_an_sa_that_was_served_for_a_moment_is_forgotten() -> None:
