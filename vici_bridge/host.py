@@ -324,7 +324,7 @@ class CharonHost:
         mark = self.record.mark()
         views = await self.views()
         listed = {view.spis for view in views}
-        gone, had = self.record.retain(listed, mark), self.record.names()
+        gone = self.record.retain(listed, mark)
         self.save()
         await asyncio.sleep(0.001)
         self._ha.hear()  # SAs that came up just now have been reported by now
@@ -334,7 +334,7 @@ class CharonHost:
         for sa in self.record.names():
             with contextlib.suppress(UnknownSaError, RefusedError, CharonError):
                 await self.catch_up(sa)
-        self.follow.look(views, had)
+        self.follow.look(views)
         if self.on_change is not None:
             self.on_change(None)
         unknown = [view for view in views if view.state == "ESTABLISHED" and not self.knows(view)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import ip_network
 
 from ikectx.errors import KernelError, RefusedError, StoreError, UnknownSaError
@@ -15,7 +15,7 @@ from vici_bridge.ha.record import ChildAdded, Deleted, Record, RecordChange, Rek
 from vici_bridge.vici.views import SaView
 
 from .absences import Away, pairs_in, pairs_of
-from .departures import News, within
+from .departures import News, Stage, within
 from .origins import Origin, Origins
 from .passing import plain_spis
 
@@ -81,21 +81,19 @@ class Follow:
             esp = () if self._importing(new) else plain_spis(self._record.context(new))
         self._try(lambda: self._origins.renamed(old, new, esp))
 
-    def look(self, views: Sequence[SaView], had: Iterable[SaName]) -> None:
+    def look(self, views: Sequence[SaView]) -> None:
         """Take in charon's list after a start of charon or of the agent. Raises nothing.
-
-        `had`: the SAs of the record when charon made the list. What the record has lost since was let go
-        meanwhile, in a transfer that an earlier agent had begun: it is not here, although it is in the list.
 
         Addresses may have come into use here, or SAs may have ended, while no agent ran; and strongSwan's
         starter flushes the SPD when it starts charon.
         """
-        gone = set(had).difference(self._record.names())
-        self._try(lambda: self._look(views, gone))
+        self._try(lambda: self._look(views))
 
-    def _look(self, views: Sequence[SaView], gone: Collection[SaName]) -> None:
+    def _look(self, views: Sequence[SaView]) -> None:
+        # an earlier agent was letting these go: charon has them for a moment yet, or had when it was asked
+        away = {departure.sa for departure in self._away.listing() if departure.stage is Stage.AWAY}
         for view in views if self._away.listing() else ():
-            if view.state == "ESTABLISHED" and view.spis not in gone and not self._importing(view.spis):
+            if view.state == "ESTABLISHED" and view.spis not in away and not self._importing(view.spis):
                 for departure in self._away.serves(view.spis, view.remote_id, pairs_in(view)):
                     self._origins.back(departure, view.remote_id, view.spis)
         self._away.restore()

@@ -32,9 +32,6 @@ class Record:
     def __init__(self) -> None:
         self.sas: dict[tuple[bytes, bytes], IkeContext] = {}
 
-    def names(self) -> tuple[tuple[bytes, bytes], ...]:
-        return tuple(self.sas)
-
     def context(self, name: tuple[bytes, bytes]) -> IkeContext:
         return self.sas[name]
 
@@ -68,7 +65,7 @@ class Node(Gateway):
     def restart(self) -> None:
         self.begin()
         views = [self.world.view(one) for one in self.record.sas.values()]
-        self.follow.look(views, [])
+        self.follow.look(views)
 
     def tell(self, peer: str, news: Whereabouts) -> None:
         """In the store, until it is heard: the last about each SA."""
@@ -307,11 +304,23 @@ def test_an_sa_that_is_let_go_after_charon_listed_it_is_not_here() -> None:
     """The agent was killed in a transfer: it lists charon's SAs, and ends the transfer meanwhile."""
     world = World()
     world.connect("a")
-    listed, had = [world.view(world.sa)], [world.sa.spis]
+    listed = [world.view(world.sa)]
     world.move("b")
-    world.nodes["a"].follow.look(listed, had)
+    world.nodes["a"].follow.look(listed)
     assert world.trace("a") == "protected at b"
     assert world.nodes["a"].away.listing()
+
+
+def test_an_sa_that_charon_has_not_let_go_yet_is_not_here() -> None:
+    """The agent was killed in a release, when packets followed the SA already."""
+    world = World()
+    world.connect("a")
+    listed = [world.view(world.sa)]
+    world.move("b")
+    a = world.nodes["a"]
+    a.record.sas[world.sa.spis] = world.sa
+    a.follow.look(listed)
+    assert a.away.listing()
 
 
 def test_an_sa_that_was_served_for_a_moment_is_forgotten() -> None:
