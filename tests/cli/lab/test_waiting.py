@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,3 +65,14 @@ def test_a_program_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
         began_at = time.monotonic()
         assert began(process, tmp_path / "ready", idle=3600) == "ended with 3"
         assert time.monotonic() - began_at < 600
+
+
+def test_a_socket_that_takes_no_connections_yet_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.sock"
+    with socket.socket(socket.AF_UNIX) as daemon, subprocess.Popen(["sleep", "30"]) as process:
+        daemon.bind(str(path))
+        threading.Timer(0.3, daemon.listen).start()
+        assert began(process, path) == ""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        process.kill()
