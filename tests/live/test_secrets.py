@@ -39,15 +39,19 @@ class Tap:
         self.seen = bytearray()
         self._path, self._behind = path, path.with_suffix(".behind")
         self._listener = socket.socket(socket.AF_UNIX)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> Tap:
         self._path.rename(self._behind)
         self._listener.bind(str(self._path))
         self._listener.listen()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        # a thread that still waits there would take the connections of the next socket with that descriptor
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
         self._listener.close()
         self._behind.rename(self._path)
 
