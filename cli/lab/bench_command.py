@@ -19,7 +19,17 @@ from . import start as lab_start
 from .boot import tidy
 from .damage import KINDS
 from .fleet import MOST
-from .options import MOST_RUNS, clock_option, esp_option, guest_option, read, say, write
+from .options import (
+    MOST_RUNS,
+    clock_option,
+    esp_option,
+    from_option,
+    guest_option,
+    page_option,
+    read,
+    say,
+    write,
+)
 
 
 @click.command(short_help="Run scenarios several times; print medians.")
@@ -78,21 +88,8 @@ from .options import MOST_RUNS, clock_option, esp_option, guest_option, read, sa
     callback=a_number,
     help="Of --attack: for how long.  [default: 60]",
 )
-@click.option(
-    "--from",
-    "files",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Run nothing: take what --json printed before; several files are put together.",
-)
-@click.option(
-    "--page",
-    "target",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the page there, in Markdown, and a picture beside it, in SVG.",
-)
+@from_option
+@page_option("Write the page there, in Markdown, and a picture beside it, in SVG.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.argument("names", nargs=-1, metavar="[SCENARIO...]")
 def bench(

@@ -13,7 +13,7 @@ from ikectx.errors import KernelError
 
 from . import start as lab_start
 from .boot import tidy
-from .options import clock_option, guest_option, read, root_option, say, write
+from .options import clock_option, from_option, guest_option, page_option, read, root_option, say, write
 
 MOST_CASES = 1_000_000
 
@@ -42,21 +42,8 @@ MOST_CASES = 1_000_000
 @clock_option
 @root_option
 @click.option("--logs", type=click.Path(file_okay=False), default="", help="Keep logs in this folder.")
-@click.option(
-    "--from",
-    "files",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Run nothing: take what --json printed before; several files are put together.",
-)
-@click.option(
-    "--page",
-    "target",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the page there, in Markdown.",
-)
+@from_option
+@page_option("Write the page there, in Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress on standard error.")
 @click.argument("names", nargs=-1, metavar="[CASE...]")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -10,6 +12,8 @@ from ikectx.errors import UsageError
 
 from ..toml_table import text_of
 from . import guest as lab_guest
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 MOST_OCTETS = 64 << 20
 """Of a file that is read; those of this project have some 100 KiB."""
@@ -42,6 +46,15 @@ cpus_option = click.option(
     "--cpus", type=click.IntRange(1, 8), help="CPUs of the guest.  [default: 1, with KVM up to 4]"
 )
 
+from_option = click.option(
+    "--from",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Run nothing: take what --json printed before; several files are put together.",
+)
+
 esp_option = click.option(
     "--esp",
     type=click.Choice(["kernel", "libipsec"]),
@@ -49,6 +62,12 @@ esp_option = click.option(
     show_default=True,
     help="Where ESP is done: the guest's kernel, or charon (then auto is this machine).",
 )
+
+
+def page_option(what: str) -> Callable[[Command], Command]:
+    """The option for a page that is made from the outcome; `what`: its help."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    return click.option("--page", "target", metavar="FILE", type=path, help=what)
 
 
 def milliseconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
