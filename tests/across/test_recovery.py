@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ikectx.engine.report import TransferReport
 from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import (
     BusyError,
@@ -25,6 +26,7 @@ from ikectx.errors import (
     UnknownSaError,
 )
 from ikectx.numbers import Status
+from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd
 from tests.hand_loop import run
 from tests.peers import Fate, a_context, fate_at, losing
@@ -365,19 +367,25 @@ def test_doubt_is_reported_and_resolved_in_the_background() -> None:
     run(scenario())
 
 
+async def served_without_store(w: World) -> tuple[SaName, asyncio.Task[TransferReport]]:
+    """b serves the SA, a has not heard of it, and b's store is gone, as the hint of a damaged store says."""
+    gate = w.b.daemon.wait["activate"] = asyncio.Event()
+    sa = w.a.daemon.serve(a_context())
+    moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
+    await w.b.reaches("activate")
+    w.network.fate = losing(Ctdr)
+    gate.set()
+    await until(lambda: sa in w.b.daemon.served)
+    await w.b.kill()
+    (w.folder / "b.db").unlink()
+    w.network.fate = lambda message: "deliver"
+    return sa, moving
+
+
 def test_b4_an_unknown_transfer_is_looked_up_in_charon_before_it_is_denied() -> None:
     async def scenario() -> None:
         async with world() as w:
-            gate = w.b.daemon.wait["activate"] = asyncio.Event()
-            sa = w.a.daemon.serve(a_context())
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            await w.b.reaches("activate")
-            w.network.fate = losing(Ctdr)
-            gate.set()
-            await until(lambda: sa in w.b.daemon.served)
-            await w.b.kill()
-            (w.folder / "b.db").unlink()  # as the hint of a damaged store says
-            w.network.fate = lambda message: "deliver"
+            sa, moving = await served_without_store(w)
             w.b.daemon.certain = False  # it has it, PASSIVE or mute
             await w.b.start()
             report = await moving
@@ -403,16 +411,7 @@ def test_b4_an_unknown_transfer_is_looked_up_in_charon_before_it_is_denied() -> 
 def test_b4_an_sa_that_charon_serves_is_written_down_again() -> None:
     async def scenario() -> None:
         async with world() as w:
-            gate = w.b.daemon.wait["activate"] = asyncio.Event()
-            sa = w.a.daemon.serve(a_context())
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            await w.b.reaches("activate")
-            w.network.fate = losing(Ctdr)
-            gate.set()
-            await until(lambda: sa in w.b.daemon.served)
-            await w.b.kill()
-            (w.folder / "b.db").unlink()
-            w.network.fate = lambda message: "deliver"
+            sa, moving = await served_without_store(w)
             await w.b.start()
             report = await moving
             assert report.result == "moved"
