@@ -19,7 +19,8 @@ from ipaddress import ip_address
 from typing import Any, Literal
 
 from ikectx.disk.store import SqliteStore
-from ikectx.engine.journaled import MobileConfig
+from ikectx.driver import GatewayHooks
+from ikectx.engine.journaled import MobileConfig, TransferPolicy
 from ikectx.engine.ports import Address as Wish
 from ikectx.engine.report import TransferEvent, TransferReport, mn_label
 from ikectx.errors import (
@@ -189,13 +190,13 @@ class Agent:
             store,
             self._peers,
             tls,
-            timing=timing,
-            dial=dial,
-            mobile=self._mobile(),
-            oseq_jump=config.transfer.oseq_jump,
-            durable=False,  # after a loss of power charon's and the kernel's SAs are lost as well
-            observer=self._observe,
-            hear=self._host.follow.hear,
+            policy=TransferPolicy(
+                timing,
+                config.transfer.oseq_jump,
+                durable=False,  # after a loss of power charon's and the kernel's SAs are lost as well
+                mobile=self._mobile(),
+            ),
+            hooks=GatewayHooks(self._observe, self._host.follow.hear, dial),
         )
         self._host.origins.tell = self._gateway.tell
         self._doubts = InDoubt(self._host, self._gateway)

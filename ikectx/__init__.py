@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ikectx.clock import Clock
     from ikectx.disk.place import open_store
     from ikectx.disk.store import SqliteStore
-    from ikectx.engine.journaled import MobileConfig
+    from ikectx.driver import GatewayHooks
+    from ikectx.engine.journaled import MobileConfig, TransferPolicy
     from ikectx.engine.ports import ContextSink, ContextSource, MoveReport, Renamer, Store
     from ikectx.engine.report import TransferEvent, TransferReport
     from ikectx.errors import (
@@ -78,6 +79,7 @@ __all__ = [
     "FinalState",
     "Fpt",
     "Gateway",
+    "GatewayHooks",
     "IdType",
     "Identity",
     "IkeContext",
@@ -112,6 +114,7 @@ __all__ = [
     "TrafficSelector",
     "TransferEvent",
     "TransferHeader",
+    "TransferPolicy",
     "TransferReport",
     "UnknownSaError",
     "UsageError",
@@ -140,6 +143,7 @@ _WHERE = {
     "FinalState": (".sa.context", "FinalState"),
     "Fpt": (".numbers", "Fpt"),
     "Gateway": (".gateway", "Gateway"),
+    "GatewayHooks": (".driver", "GatewayHooks"),
     "IdType": (".numbers", "IdType"),
     "Identity": (".sa.context", "Identity"),
     "IkeContext": (".sa.context", "IkeContext"),
@@ -174,6 +178,7 @@ _WHERE = {
     "TrafficSelector": (".sa.context", "TrafficSelector"),
     "TransferEvent": (".engine.report", "TransferEvent"),
     "TransferHeader": (".wire.profile", "TransferHeader"),
+    "TransferPolicy": (".engine.journaled", "TransferPolicy"),
     "TransferReport": (".engine.report", "TransferReport"),
     "UnknownSaError": (".errors", "UnknownSaError"),
     "UsageError": (".errors", "UsageError"),

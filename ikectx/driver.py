@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ikectx.disk.store import SqliteStore
@@ -68,7 +70,7 @@ from ikectx.wire.cxtp import Ctc, Ctd, Message, Pctd
 from ikectx.wire.whereabouts import Whereabouts
 
 from . import trace
-from .clock import Clock
+from .clock import Clock, MonotonicClock
 from .errors import IkectxError, LinkError, StateError
 from .mistakes import log_mistake
 from .timing import Timing
@@ -96,8 +98,27 @@ _AT_ONCE = (
 """Steps that wait for nobody."""
 
 
+@dataclass(frozen=True, slots=True)
+class GatewayHooks:
+    """What a gateway uses of the process that it runs in, and what it calls there.
+
+    `observer` is called at every change of state of every transfer. `hear` is called with the whereabouts of
+    SAs that went to a peer, whenever that peer reports them (see `whereabouts`).
+
+    `dial` replaces TLS (other transports, tests); the other side then gives its streams to `Gateway.accept`.
+
+    `clock`: seconds that only go forward. `wall`: seconds since 1970.
+    """
+
+    observer: Observer | None = None
+    hear: HearOf | None = None
+    dial: Dial | None = None
+    clock: Clock = field(default_factory=MonotonicClock)
+    wall: Callable[[], float] = time.time
+
+
 class Driver:
-    """Drives one engine. `wall`: seconds since 1970. `observer` sees all events."""
+    """Drives one engine."""
 
     def __init__(
         self,
@@ -105,23 +126,20 @@ class Driver:
         source: ContextSource,
         sink: ContextSink,
         store: SqliteStore,
-        clock: Clock,
-        wall: Callable[[], float],
-        observer: Observer | None,
-        hear: HearOf | None,
+        hooks: GatewayHooks,
     ) -> None:
         self.engine = engine
         self.running: set[asyncio.Task[None]] = set()
         """Effects under way."""
         self.links: Links | None = None
         """None: the gateway is not started."""
-        self.hear = hear
+        self.hear = hooks.hear
         self._source = source
         self._sink = sink
         self._store = store
-        self._clock = clock
-        self._wall = wall
-        self._observer = observer
+        self._clock = hooks.clock
+        self._wall = hooks.wall
+        self._observer = hooks.observer
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._progress: dict[int, Observer] = {}
         self._open: dict[int, Link] = {}
@@ -144,7 +162,7 @@ class Driver:
 
     @property
     def _timing(self) -> Timing:
-        return self.engine.config.timing
+        return self.engine.config.policy.timing
 
     def now(self) -> Moment:
         """The time, for the engine."""

@@ -13,22 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from ikectx.disk.audit import Verified
 from ikectx.disk.store import SqliteStore
 from ikectx.engine.core import Arrive, Engine, Pull, Resolve, Show, Tell, Transfer
 from ikectx.engine.journal import JournalEntry
-from ikectx.engine.journaled import EngineConfig, MobileConfig
+from ikectx.engine.journaled import EngineConfig, TransferPolicy
 from ikectx.engine.ports import Address, ContextSink, ContextSource
-from ikectx.engine.report import SOURCE_STANDS, TransferEvent, TransferReport, sa_json, status_json
-from ikectx.engine.tables import OSEQ_JUMP, SourceState
+from ikectx.engine.report import SOURCE_STANDS, TransferReport, sa_json, status_json
+from ikectx.engine.tables import SourceState
 from ikectx.engine.transfers import Decision
 from ikectx.net.credentials import Credentials, TlsConfig
 from ikectx.net.door import Door
-from ikectx.net.links import Dial, Links, Stream
+from ikectx.net.links import Links, Stream
 from ikectx.net.tls import tls_dial, tls_listen
 from ikectx.sa.context import Address as IpAddress
 from ikectx.sa.context import Endpoint, IkeContext
@@ -36,11 +35,9 @@ from ikectx.sa.name import SaName
 from ikectx.wire.cxtp import Ctar
 from ikectx.wire.whereabouts import Whereabouts
 
-from .clock import Clock, MonotonicClock
-from .driver import Driver, HearOf, Observer
+from .driver import Driver, GatewayHooks, Observer
 from .errors import ConfigError, IkectxError, StateError, UnknownSaError, UsageError, WireError
 from .peer import PeerConfig
-from .timing import Timing
 
 log = logging.getLogger("ikectx.gateway")
 
@@ -57,80 +54,32 @@ class Gateway:
         peers: Sequence[PeerConfig],
         tls: TlsConfig | None = None,
         *,
-        timing: Timing | None = None,
-        oseq_jump: int = OSEQ_JUMP,
-        busy_attempts: int = 5,
-        durable: bool = True,
-        clock: Clock | None = None,
-        wall: Callable[[], float] = time.time,
-        observer: Observer | None = None,
-        dial: Dial | None = None,
-        mobile: MobileConfig | None = None,
-        hear: HearOf | None = None,
+        policy: TransferPolicy | None = None,
+        hooks: GatewayHooks | None = None,
     ) -> None:
-        """`oseq_jump`: that of the sinks (packets), at most `transfer.OSEQ_JUMP`.
-
-        `observer` is called at every change of state of every transfer.
-
-        `durable`: the journal is synced to the disk before an SA is let go or taken. That delays the mobile
-        node by one sync on each side, and is needed only if SAs outlive a loss of power; those of charon do
-        not.
-
-        `dial` replaces TLS (other transports, tests); the other side then gives its streams to `accept`.
-
-        `mobile`: mobile nodes may ask for their handover themselves. Without it their CTARs, and CT-Reqs with
-        their tokens, are refused.
-
-        `hear` is called with the whereabouts of SAs that went to a peer, whenever that peer reports them (see
-        `whereabouts`).
-
-        Errors: ConfigError; UsageError for a source or sink that lacks a method of its class.
-        """
+        """Errors: ConfigError; UsageError for a source or sink that lacks a method of its class."""
         for given, port in ((source, ContextSource), (sink, ContextSink)):
             if not isinstance(given, port):
                 raise UsageError(
                     f"{type(given).__name__} lacks methods of {port.__name__}",
                     hint=f"inherit from ikectx.{port.__name__}, which has those that a daemon can do without",
                 )
-        if busy_attempts < 1:
-            raise ConfigError(f"busy_attempts is {busy_attempts}: a transfer is tried at least once")
-        if not 0 < oseq_jump <= OSEQ_JUMP:
-            raise ConfigError(
-                f"oseq_jump is {oseq_jump}: a gateway that takes an SA back counts on 1 to {OSEQ_JUMP}"
-            )
         self.name = name
         self._peers = {peer.name: peer for peer in peers}
         self._certified = {peer.certified: peer for peer in peers}
         if not len(peers) == len(self._peers) == len(self._certified):
             raise ConfigError("two peers have one name", hint="each peer needs names of its own")
-        self._timing = timing or Timing()
+        policy = policy or TransferPolicy()
+        hooks = self._hooks = hooks or GatewayHooks()
+        self._timing = policy.timing
         self._store = store
         self._tls = tls
-        self._dial = dial
-        self._wall = wall
         self._credentials: Credentials | None = None
         self._tending: asyncio.Task[None] | None = None
         self._doors: list[Door] = []
         self._listening: list[tuple[str, int]] = []
-        config = EngineConfig(
-            name,
-            tuple(peers),
-            self._timing,
-            oseq_jump=oseq_jump,
-            busy_attempts=busy_attempts,
-            durable=durable,
-            mobile=mobile,
-        )
-        self._driver = Driver(
-            Engine(config, secrets.token_bytes),
-            source,
-            sink,
-            store,
-            clock or MonotonicClock(),
-            wall,
-            observer,
-            hear,
-        )
+        engine = Engine(EngineConfig(name, tuple(peers), policy), secrets.token_bytes)
+        self._driver = Driver(engine, source, sink, store, hooks)
 
     # -- life --------------------------------------------------------------------------------------------
 
@@ -141,11 +90,11 @@ class Gateway:
         """
         if self._driver.links is not None:
             raise StateError("the gateway runs already")
-        if self._tls is None and (listen or self._dial is None):
+        if self._tls is None and (listen or self._hooks.dial is None):
             raise ConfigError("a gateway without TLS configuration needs `dial` and cannot listen")
         driver = self._driver
-        found = self._credentials = None if self._tls is None else Credentials(self._tls, self._wall)
-        driver.connect(self._dial or tls_dial(_given(found), self._timing, listen))
+        found = self._credentials = None if self._tls is None else Credentials(self._tls, self._hooks.wall)
+        driver.connect(self._hooks.dial or tls_dial(_given(found), self._timing, listen))
         try:
             if found is not None:
                 self._tending = asyncio.create_task(found.tend(), name="ikectx tends its certificates")
@@ -474,6 +423,3 @@ def _entry_json(entry: JournalEntry) -> dict[str, object]:
         "phases_ms": dict(entry.phases),
         "air": dict(entry.moved),
     }
-
-
-__all__ = ["Gateway", "MobileConfig", "MonotonicClock", "TransferEvent"]

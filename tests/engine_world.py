@@ -57,7 +57,7 @@ from ikectx.engine.effects import (
     Undo,
 )
 from ikectx.engine.journal import JournalEntry
-from ikectx.engine.journaled import MobileConfig
+from ikectx.engine.journaled import MobileConfig, TransferPolicy
 from ikectx.engine.outputs import (
     Answer,
     Close,
@@ -417,7 +417,7 @@ class Side:
         world = self.world
         self.life += 1
         peers = tuple(PeerConfig(one, one, rights=EVERYTHING) for one in world.sides if one != self.name)
-        config = EngineConfig(self.name, peers, TIMING, mobile=MobileConfig())
+        config = EngineConfig(self.name, peers, TransferPolicy(TIMING, mobile=MobileConfig()))
         self.engine = Engine(config, world.dice.randbytes)
         self._due = None
         for entry in self.disk.open:

@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ikectx.driver import GatewayHooks
 from ikectx.engine.core import Engine
-from ikectx.engine.journaled import MobileConfig
+from ikectx.engine.journaled import MobileConfig, TransferPolicy
 from ikectx.engine.report import TransferEvent, TransferReport
 from ikectx.gateway import Gateway
 from ikectx.peer import PeerConfig
@@ -77,12 +78,13 @@ class Side:
             self.daemon,
             self.store,
             peers,
-            timing=self.world.timing,
-            dial=self.world.network.dial_from(self.name),
-            observer=self.events.append,
-            mobile=self.world.mobile,
-            clock=LoopClock(),
-            wall=lambda: self.world.wall + wall(),
+            policy=TransferPolicy(self.world.timing, mobile=self.world.mobile),
+            hooks=GatewayHooks(
+                observer=self.events.append,
+                dial=self.world.network.dial_from(self.name),
+                clock=LoopClock(),
+                wall=lambda: self.world.wall + wall(),
+            ),
         )
         await self.agent.start()
         if not self.fuse.blown:

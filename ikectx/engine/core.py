@@ -1,6 +1,6 @@
 """The engine of one gateway as a plain object: aioquic's verbs, no I/O.
 
-    engine = Engine(EngineConfig("psg", peers, Timing()), secrets.token_bytes)
+    engine = Engine(EngineConfig("psg", peers), secrets.token_bytes)
     engine.start(now)
     ticket = engine.request(now, Transfer(sa, "nsg"))
     while (output := engine.next_output()) is not None:
@@ -149,8 +149,10 @@ class Engine:
         self._notices = Notices(parts)
         self.arrivals: Arrivals | None = None
         """The CTARs; None where no mobile node may hand over."""
-        if config.mobile is not None:
-            self.arrivals = Arrivals(parts, self.transfers, self._inboxes, self.requests, used, config.mobile)
+        if config.policy.mobile is not None:
+            self.arrivals = Arrivals(
+                parts, self.transfers, self._inboxes, self.requests, used, config.policy.mobile
+            )
         self.heard: dict[str, float] = {}
         """When the last message of a peer came, by its name (seconds since 1970)."""
         self._tickets: dict[int, Process] = {}

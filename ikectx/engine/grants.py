@@ -260,7 +260,7 @@ class Grants:
     # -- by the MN ---------------------------------------------------------------------------------------
 
     def _by_token(self, line: Line, message: CtReq) -> Steps[Status | None]:
-        mobile = self._parts.config.mobile
+        mobile = self._parts.config.policy.mobile
         if mobile is None:
             raise RefusedError("no MN may ask for anything here", status=Status.NOT_ALLOWED)
         said, sa = yield from self._token(line, message, mobile)

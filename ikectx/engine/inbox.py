@@ -479,7 +479,7 @@ class Inbox:
             result="moved",
         )
         line = audit_line(entry, config.name, f"gateway {self.peer.name}", None, final)
-        yield Write(changed(entry, audit=line), durable=config.durable)
+        yield Write(changed(entry, audit=line), durable=config.policy.durable)
         log.warning(
             "transfer %s of %s: %s. It serves that SA, and %s is told so",
             *(transfer_id.hex(), found.mn, entry.detail, self.peer.name),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from ikectx.errors import IkectxError, StateError, StoreError
+from ikectx.errors import ConfigError, IkectxError, StateError, StoreError
 from ikectx.numbers import Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext
@@ -44,21 +44,42 @@ class MobileConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What an engine is told when it is made.
+class TransferPolicy:
+    """How a gateway moves SAs. Errors: ConfigError.
 
-    `oseq_jump`: outbound sequence numbers between two owners (packets). `busy_attempts`: how often an SA that
-    is busy is tried. `durable`: the journal is on the disk itself before an SA is let go or taken. `mobile`:
-    mobile nodes may ask for handovers; None: they may not.
+    `timing`: how long each part may take. `oseq_jump`: outbound sequence numbers that its sink leaves out
+    when it takes an SA (packets), at most `OSEQ_JUMP`. `busy_attempts`: how often an SA that is busy is
+    tried.
+
+    `durable`: the journal is synced to the disk before an SA is let go or taken. That delays the mobile node
+    by one sync on each side, and is needed only if SAs outlive a loss of power; those of charon do not.
+
+    `mobile`: mobile nodes may ask for their handover themselves. Without it their CTARs, and CT-Reqs with
+    their tokens, are refused.
     """
 
-    name: str
-    peers: tuple[PeerConfig, ...]
-    timing: Timing
+    timing: Timing = field(default_factory=Timing)
     oseq_jump: int = OSEQ_JUMP
     busy_attempts: int = 5
     durable: bool = True
     mobile: MobileConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.busy_attempts < 1:
+            raise ConfigError(f"busy_attempts is {self.busy_attempts}: a transfer is tried at least once")
+        if not 0 < self.oseq_jump <= OSEQ_JUMP:
+            raise ConfigError(
+                f"oseq_jump is {self.oseq_jump}: a gateway that takes an SA back counts on 1 to {OSEQ_JUMP}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The gateway that an engine is for, its peers, and how it moves SAs."""
+
+    name: str
+    peers: tuple[PeerConfig, ...]
+    policy: TransferPolicy = field(default_factory=TransferPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +99,7 @@ class Parts:
     @property
     def timing(self) -> Timing:
         """How long things may take."""
-        return self.config.timing
+        return self.config.policy.timing
 
     @property
     def now(self) -> float:
@@ -219,7 +240,7 @@ class Run(Generic[_State, _Input, _Action]):
         if state in self._durable and self.is_move(entry):
             line = audit_line(entry, self.parts.name, self.asked_by, self.context, self.last_state)
             entry = changed(entry, audit={**line, **self.decided()})
-        yield Write(entry, durable=self.parts.config.durable and state in self._durable)
+        yield Write(entry, durable=self.parts.config.policy.durable and state in self._durable)
         self.entry = changed(entry, audit=None)
         self.on_disk = state
 

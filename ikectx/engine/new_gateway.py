@@ -412,7 +412,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             raise LinkError(str(error), hint=error.hint, status=Status.PEER_SILENT) from None
         octets = Ctd(self.mn, encode_final(final, self.stored.transfer_id)).serialize()
         entry = changed(self.stored, final=octets)
-        yield Write(entry, durable=self.parts.config.durable)
+        yield Write(entry, durable=self.parts.config.policy.durable)
         self.last_state, self.entry = final, entry
 
     @property

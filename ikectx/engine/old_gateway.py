@@ -497,7 +497,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         if self._begins is SourceInput.REQUESTED:
             blocks = encode_whole(context, final, transfer=self._header)
         else:
-            check_sent(context, final, self.parts.config.oseq_jump)
+            check_sent(context, final, self.parts.config.policy.oseq_jump)
             blocks = encode_final(final, self.transfer_id)
         return Ctd(context.remote.address, blocks).serialize()
 

@@ -175,7 +175,7 @@ class Transfers:
             )
             return (yield from dry.ask_only())
         over = self._asked_for[sa] = Gate()
-        attempts = self._parts.config.busy_attempts
+        attempts = self._parts.config.policy.busy_attempts
         try:
             attempt = 0
             while True:

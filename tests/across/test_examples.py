@@ -12,11 +12,12 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 PROMISED = """
 AuthRound BusyError CharonError ChildContext Clock ConfigError ContextDataBlock ContextSink ContextSource
-Encr Endpoint FinalChild FinalState Fpt Gateway IdType Identity IkeContext IkeGeneration IkectxError Integ
-KeMethod KernelError Lifetime LinkError MobileConfig Mode MoveReport PeerConfig PeerContext PolicyContext
-Prf Protocol RefusedError Renamer ReplayState SaName Secret SqliteStore StateError Status Store StoreError
-Stream Timing TlsConfig TrafficSelector TransferEvent TransferHeader TransferReport UnknownSaError UsageError
-Verdict WireError decode_context decode_final encode_context encode_final open_store
+Encr Endpoint FinalChild FinalState Fpt Gateway GatewayHooks IdType Identity IkeContext IkeGeneration
+IkectxError Integ KeMethod KernelError Lifetime LinkError MobileConfig Mode MoveReport PeerConfig
+PeerContext PolicyContext Prf Protocol RefusedError Renamer ReplayState SaName Secret SqliteStore
+StateError Status Store StoreError Stream Timing TlsConfig TrafficSelector TransferEvent TransferHeader
+TransferPolicy TransferReport UnknownSaError UsageError Verdict WireError decode_context decode_final
+encode_context encode_final open_store
 """
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ikectx.disk.store import SqliteStore
+from ikectx.driver import GatewayHooks
+from ikectx.engine.journaled import TransferPolicy
 from ikectx.engine.offer_answer import offer_status
 from ikectx.errors import StoreError
 from ikectx.gateway import Gateway
@@ -55,7 +57,15 @@ async def strangers(
     daemon = MemoryGateway("b", Ether())
     store = SqliteStore(folder / "b.db", KEY)
     peers = [PeerConfig(name, name, rights=rights) for name in names]
-    gateway = Gateway("b", daemon, daemon, store, peers, timing=TIMING, dial=network.dial_from("b"))
+    gateway = Gateway(
+        "b",
+        daemon,
+        daemon,
+        store,
+        peers,
+        policy=TransferPolicy(TIMING),
+        hooks=GatewayHooks(dial=network.dial_from("b")),
+    )
     await gateway.start()
     network.up["b"] = gateway
     yield daemon, gateway, [Stranger(await network.dial_from(name)(PeerConfig("b", "b"))) for name in names]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.disk.store import SqliteStore
+from ikectx.engine.journaled import TransferPolicy
 from ikectx.engine.ports import Address
 from ikectx.engine.report import TransferEvent
 from ikectx.engine.tables import OSEQ_JUMP
@@ -576,11 +577,9 @@ def test_status_and_history_are_plain_json_without_secrets() -> None:
 
 
 @pytest.mark.parametrize("jump", [0, OSEQ_JUMP + 1])
-def test_b18_no_gateway_jumps_further_than_the_other_one_assumes(jump: int, tmp_path: Path) -> None:
-    daemon, store = MemoryGateway("a", Ether()), CountedStore(tmp_path / "a.db", KEY)
+def test_b18_no_gateway_jumps_further_than_the_other_one_assumes(jump: int) -> None:
     with pytest.raises(ConfigError, match=f"oseq_jump is {jump}"):
-        Gateway("a", daemon, daemon, store, [], oseq_jump=jump)
-    store.close()
+        TransferPolicy(oseq_jump=jump)
 
 
 def test_b18_a_source_that_jumped_less_takes_back_above_all_that_the_target_sent() -> None:
@@ -588,7 +587,8 @@ def test_b18_a_source_that_jumped_less_takes_back_above_all_that_the_target_sent
         async with world() as w:
             w.a.daemon.jump, w.b.daemon.jump = 1000, OSEQ_JUMP
             parts = w.a.engine._parts
-            w.a.engine.transfers._parts = replace(parts, config=replace(parts.config, oseq_jump=1000))
+            config = replace(parts.config, policy=TransferPolicy(parts.timing, oseq_jump=1000))
+            w.a.engine.transfers._parts = replace(parts, config=config)
             w.b.daemon.fail["move"] = [LinkError("no answer to 5 requests")]
             sa, report = await one_move(w)
             assert report.result == "kept"
@@ -598,11 +598,9 @@ def test_b18_a_source_that_jumped_less_takes_back_above_all_that_the_target_sent
     run(scenario())
 
 
-def test_b30_a_transfer_is_tried_at_least_once(tmp_path: Path) -> None:
-    daemon, store = MemoryGateway("a", Ether()), CountedStore(tmp_path / "a.db", KEY)
+def test_b30_a_transfer_is_tried_at_least_once() -> None:
     with pytest.raises(ConfigError, match="at least once"):
-        Gateway("a", daemon, daemon, store, [], busy_attempts=0)
-    store.close()
+        TransferPolicy(busy_attempts=0)
 
 
 def test_a_daemon_that_lacks_methods_is_refused_at_once_and_told_where_they_are(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ikectx.disk.store import SqliteStore
+from ikectx.engine.journaled import TransferPolicy
 from ikectx.errors import ConfigError, LinkError, StateError
 from ikectx.gateway import Gateway
 from ikectx.net.credentials import Credentials, TlsConfig
@@ -541,7 +542,13 @@ class Site:
 
     async def start(self, *peers: PeerConfig) -> None:
         self.agent = Gateway(
-            self.name, self.daemon, self.daemon, self.store, peers, self.tls, timing=self.timing
+            self.name,
+            self.daemon,
+            self.daemon,
+            self.store,
+            peers,
+            self.tls,
+            policy=TransferPolicy(self.timing),
         )
         await self.agent.start([("127.0.0.1", 0)])
         self.port = self.agent.addresses[0][1]
@@ -608,7 +615,7 @@ def test_a_gateway_starts_once_and_only_whole(ca: Authority, tmp_path: Path) -> 
         with pytest.raises(StateError, match="runs already"):
             await site.agent.start()
         with pytest.raises(LinkError, match="in use"):
-            other = Gateway("b", site.daemon, site.daemon, site.store, [], site.tls, timing=TIMING)
+            other = Gateway("b", site.daemon, site.daemon, site.store, [], site.tls)
             await other.start([("127.0.0.1", site.port)])
         bare = Gateway("b", site.daemon, site.daemon, site.store, [])
         with pytest.raises(ConfigError, match="without TLS"):

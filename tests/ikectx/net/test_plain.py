@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from ikectx.disk.store import SqliteStore
+from ikectx.driver import GatewayHooks
+from ikectx.engine.journaled import TransferPolicy
 from ikectx.errors import ConfigError, LinkError
 from ikectx.gateway import Gateway
 from ikectx.net import plain
@@ -374,15 +376,30 @@ def test_a_transfer_over_it(tmp_path: Path) -> None:
         a, b = MemoryGateway("a", ether), MemoryGateway("b", ether)
         stores = [SqliteStore(tmp_path / f"{name}.db", bytes(32)) for name in "ab"]
         from_a = PeerConfig("a", "127.0.0.1", 1, certificate_name="a.example")
+        policy = TransferPolicy(TIMING)
         there = Gateway(
-            "b", b, b, stores[1], [from_a], timing=TIMING, dial=plain_dial(TIMING, "tcp", SayGuard())
+            "b",
+            b,
+            b,
+            stores[1],
+            [from_a],
+            policy=policy,
+            hooks=GatewayHooks(dial=plain_dial(TIMING, "tcp", SayGuard())),
         )
         await there.start()
         (server,) = await plain_listen(TIMING, "tcp", SayGuard(), [("127.0.0.1", 0)], [from_a], there.accept)
         await server.start_serving()
         to_b = PeerConfig("b", "127.0.0.1", server.sockets[0].getsockname()[1])
         guard = SayGuard()
-        here = Gateway("a", a, a, stores[0], [to_b], timing=TIMING, dial=plain_dial(TIMING, "tcp", guard))
+        here = Gateway(
+            "a",
+            a,
+            a,
+            stores[0],
+            [to_b],
+            policy=policy,
+            hooks=GatewayHooks(dial=plain_dial(TIMING, "tcp", guard)),
+        )
         await here.start()
         try:
             report = await here.transfer(a.serve(a_context(1)), "b")

@@ -1,0 +1,50 @@
+"""What keeps the product readable: one class of each name, few arguments to make one, short modules."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = [
+    file
+    for package in ("ikectx", "vici_bridge", "mobike_ext", "cli")
+    for file in sorted((ROOT / package).rglob("*.py"))
+]
+ARGUMENTS = 8
+LINES = 600
+
+
+def classes() -> list[tuple[str, ast.ClassDef]]:
+    """Each class of the product, with its module."""
+    return [
+        (str(file.relative_to(ROOT)), node)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+
+
+def test_no_two_classes_of_the_product_have_one_name() -> None:
+    names = Counter(node.name for _, node in classes())
+    assert names["Gateway"] == 1
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_constructor_takes_more_than_eight_arguments() -> None:
+    """Those that are written out: a dataclass is a record, whose fields are given by name."""
+    found: dict[str, int] = {}
+    for module, node in classes():
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                taken = method.args
+                own = len(taken.posonlyargs) + len(taken.args) + len(taken.kwonlyargs) - 1
+                found[f"{module} {node.name}"] = own
+    assert found["ikectx/gateway.py Gateway"] == ARGUMENTS
+    assert {name: count for name, count in found.items() if count > ARGUMENTS} == {}
+
+
+def test_no_module_has_more_than_six_hundred_lines() -> None:
+    found = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: count for name, count in found.items() if count > LINES} == {}
