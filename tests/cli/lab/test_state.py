@@ -88,7 +88,7 @@ def test_each_value_is_what_it_must_be(root: Path, wrong: dict[str, Any]) -> Non
         Lab.find("x")
 
 
-def test_what_is_another_users_or_could_be_changed_is_not_read(
+def test_b29_what_is_another_users_or_could_be_changed_is_not_read(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = a_lab(root)

@@ -70,8 +70,8 @@ def test_events_gates_and_pauses_have_time_limits() -> None:
     assert not scheduler.processes
 
 
-def test_turns_are_taken_in_order_and_given_by_who_has_them() -> None:
-    """B26: one that was cancelled while it waited for its turn again freed another one's."""
+def test_b26_turns_are_taken_in_order_and_given_by_who_has_them() -> None:
+    """One that was cancelled while it waited for its turn again freed another one's."""
     scheduler = Scheduler()
     said: list[str] = []
 

@@ -62,7 +62,9 @@ async def ended(stream: Stream) -> bool:
         stream.close()
 
 
-def test_a_revoked_certificate_is_refused_by_both(ca: Authority, caplog: pytest.LogCaptureFixture) -> None:
+def test_b25_a_revoked_certificate_is_refused_by_both(
+    ca: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = ca.issue("a"), ca.issue("b")
     lists = (ca.revoke(a.cert),)
     a_holds, b_holds = replace(a, revocation_lists=lists), replace(b, revocation_lists=lists)
@@ -196,7 +198,7 @@ def test_certificates_are_looked_at_after_a_mistake_too(
     assert "a look at certificates: ZeroDivisionError" in caplog.text
 
 
-def test_new_files_are_used_without_a_restart(
+def test_b25_new_files_are_used_without_a_restart(
     ca: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "new").mkdir()

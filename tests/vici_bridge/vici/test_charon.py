@@ -162,7 +162,7 @@ class Held(Telling):
         return super().__call__(packet)
 
 
-def test_a_listing_that_waits_for_an_sa_holds_up_no_other_request(tmp_path: Path) -> None:
+def test_b27_a_listing_that_waits_for_an_sa_holds_up_no_other_request(tmp_path: Path) -> None:
     async def scenario() -> None:
         answers = Held()
         stand_in = StandIn(tmp_path / "c", answers)
