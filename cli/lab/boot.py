@@ -122,34 +122,55 @@ async def run(boot: Boot, output: Output) -> int:
     """
     last_word = signal.SIGTERM if boot.gently else signal.SIGKILL
     words = ["setpriv", "--pdeathsig", last_word.name.removeprefix("SIG"), *boot.words]
+    async with _console() as (there, stream):
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *words,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=there,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+                env=None if boot.environment is None else dict(boot.environment),
+            )
+        except OSError as error:
+            raise NotStartedError(f"{boot.what} cannot be started: {words[0]}: {error.strerror}") from None
+        finally:
+            os.close(there)
+        try:
+            lines = _lines(stream)
+            if boot.marks is None:
+                async for line in lines:
+                    output(line)
+                return await process.wait()
+            await _to_job(boot, boot.marks, lines)
+            return await _to_end(boot, boot.marks, lines, output)
+        finally:
+            await _end(process, boot.gently)
+
+
+@contextlib.asynccontextmanager
+async def _console() -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
+    """A pipe: the descriptor for the guest, and what comes out of it.
+
+    It is closed here at the end, although a program of the guest's may outlive it and hold the other end.
+    asyncio leaves a pipe of its own open then, and complains when the loop is closed.
+    """
+    here, there = os.pipe()
+    stream = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(here, "rb", 0)
+    )
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            env=None if boot.environment is None else dict(boot.environment),
-        )
-    except OSError as error:
-        raise NotStartedError(f"{boot.what} cannot be started: {words[0]}: {error.strerror}") from None
-    try:
-        lines = _lines(process)
-        if boot.marks is None:
-            async for line in lines:
-                output(line)
-            return await process.wait()
-        await _to_job(boot, boot.marks, lines)
-        return await _to_end(boot, boot.marks, lines, output)
+        yield there, stream
     finally:
-        await _end(process, boot.gently)
+        transport.close()
+        await asyncio.sleep(0)  # closing takes a turn of the loop
 
 
-async def _lines(process: asyncio.subprocess.Process) -> AsyncIterator[bytes]:
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """Lines of any length, the last one perhaps without its end."""
-    assert process.stdout is not None
     rest = b""
-    while chunk := await process.stdout.read(65536):
+    while chunk := await stream.read(65536):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line + b"\n"

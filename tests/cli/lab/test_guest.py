@@ -259,6 +259,20 @@ def test_a_guest_that_ends_tells_its_last_words() -> None:
         console("", marks=Marks())
 
 
+def test_a_program_that_outlives_its_guest_holds_the_console() -> None:
+    # in a process of its own, because at its end it would say what it must not
+    program = """
+import asyncio
+from ikectx_cli.lab.boot import Boot, Marks, NotStartedError, run
+try:
+    asyncio.run(run(Boot("it", ["sh", "-c", "setsid sleep 2 & exit 0"], Marks(), 0.3), print))
+except NotStartedError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("it did not start within 0 s and said nothing\n", "")
+
+
 def test_a_guest_that_ends_before_its_job() -> None:
     marks = Marks()
     with pytest.raises(KernelError, match="ended before its job did; its last line was: Kernel panic"):
