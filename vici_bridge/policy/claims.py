@@ -139,6 +139,7 @@ def check_outer(context: IkeContext, allowed: AllowedConnection, place: Surround
         (address.is_loopback, "a loopback address"),
         (reserved, "a reserved address"),
         (address.version == 6 and address.is_link_local, "a link-local address"),
+        (address.version == 6 and address.ipv4_mapped is not None, "an IPv4 address written as IPv6"),
         (address in place.own, "an address of this gateway"),
         (address in place.peers, "an address of a peer gateway"),
     )

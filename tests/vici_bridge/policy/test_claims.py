@@ -280,12 +280,13 @@ def test_an_identity_that_no_environment_can_hold(which: str) -> None:
         ("127.0.0.1", "loopback"),
         ("::1", "loopback"),
         ("fe80::1", "link-local"),
+        ("::ffff:10.2.0.2", "an IPv4 address written as IPv6"),
         (str(OWN), "this gateway"),
         (str(PEER), "peer gateway"),
     ],
 )
 def test_outer_addresses_that_no_mobile_node_has(address: str, word: str) -> None:
-    local = Endpoint.of("192.0.2.9" if "." in address else "2001:db8::9", 4500)
+    local = Endpoint.of("2001:db8::9" if ":" in address else "192.0.2.9", 4500)
     refused(check_outer(context(local=local, remote=Endpoint.of(address, 4500)), connection(), PLACE), word)
 
 
