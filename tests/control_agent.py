@@ -121,7 +121,8 @@ class Agent(StandIn):
         self.reports: list[dict[str, Any]] = [REPORT]
         self.sas: list[dict[str, Any]] = [SA]
         self.told = threading.Event()
-        self.answer_after = 0.0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         super().__init__(
             path,
             {
@@ -193,7 +194,8 @@ class Agent(StandIn):
     async def updown(self, request: Message) -> Message:
         self.asked.append(("updown", request))
         self.told.set()
-        await asyncio.sleep(self.answer_after)
+        while not self.may_answer.is_set():
+            await asyncio.sleep(0.005)
         return {}
 
 

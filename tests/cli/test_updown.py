@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,18 +61,23 @@ def test_hook_tells_the_agent_and_runs_the_script(agent: Agent) -> None:
 
 
 def test_hook_waits_for_the_agent_when_an_sa_goes_down_only(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    agent.answer_after = 0.5
-    began = time.monotonic()
-    updown.tell(agent.path, updown.request(PLUTO, "home"), answer=False)
-    assert time.monotonic() - began < 0.3
-    updown.tell(agent.path, updown.request(PLUTO, "home"), answer=True)
-    assert time.monotonic() - began > 0.45
+    agent.may_answer.clear()
+    asked = updown.request(PLUTO, "home")
+    updown.tell(agent.path, asked, answer=False)
+    assert capsys.readouterr().out == ""
+    waiting = threading.Thread(target=updown.tell, args=(agent.path, asked), kwargs={"answer": True})
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    agent.may_answer.set()
+    waiting.join()
+    assert capsys.readouterr().out == ""
+    agent.may_answer.clear()
     monkeypatch.setattr(updown, "DOWN_PATIENCE", 0.1)
-    began = time.monotonic()
-    updown.tell(agent.path, updown.request(PLUTO, "home"), answer=True)
-    assert time.monotonic() - began < 0.4
+    updown.tell(agent.path, asked, answer=True)
+    assert "silent" in capsys.readouterr().out
 
 
 def test_hook_keeps_the_scripts_exit_code_and_survives_a_missing_agent(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_number_counts_as_sent_when_one_path_takes_it(tmp_path: Path, version:
     # the second path's source address is not there, as an old or a new one of a mobile node
     here, nobody = HERE[version], NOBODY[version]
     found = probe(tmp_path, f"{here}>{here},{nobody}>{here}")
-    assert len(found["sent"]) >= 10 and {error for _number, _stamp, error in found["sent"]} == {0}
+    assert found["sent"] and {error for _number, _stamp, error in found["sent"]} == {0}
     assert [number for number, _stamp in found["received"]] == [number for number, _, _ in found["sent"]]
 
 

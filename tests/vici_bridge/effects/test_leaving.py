@@ -355,12 +355,10 @@ def test_b1_a_thaw_that_is_cut_off_goes_on_where_it_was() -> None:
                 await asyncio.sleep(3600)
 
             there.here.host.updown = script  # type: ignore[method-assign]
-            for _ in range(3):
+            while not hanging.is_set():  # a busy machine may not come so far in that time
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.05):  # the engine's limit of a step
                         await there.source.thaw(there.context, JUMP)
-                if hanging.is_set():
-                    break
             async with asyncio.timeout(5):
                 await there.source.thaw(there.context, JUMP)
             assert there.number == began + JUMP

@@ -363,12 +363,12 @@ def test_mute_other_ports(space: Namespace) -> None:
     assert peer.reaches(gateway, STRANGER)
     mute = Mute()
     mute.prepare()
-    began = time.perf_counter()
+    began = time.process_time()
     pairs = [SaName(struct.pack(">Q", n), SPIS.spi_r) for n in range(500)]
     for pair in pairs:
         mute.mute_in(pair)
     assert {entry.spis for entry in mute.listing()} == {*pairs, SPIS}
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     with pytest.raises(UsageError):
         Mute().mute_in(SaName(b"short", SPIS.spi_r))
 

@@ -292,14 +292,14 @@ def test_many_policies_cost_little(kernel: Kernel, guard: SpdGuard) -> None:
     async def scenario() -> None:
         heard = Heard(guard)
         await heard.hold()
-        began = time.perf_counter()
+        began = time.process_time()  # others may have the CPU meanwhile
         for _ in range(1000):
             heard.hand.verify()
-        idle = time.perf_counter() - began
-        began = time.perf_counter()
+        idle = time.process_time() - began
+        began = time.process_time()
         kernel.replace_policy(replace(out, priority=900))
         heard.hand.verify()
-        changed = time.perf_counter() - began
+        changed = time.process_time() - began
         assert idle < 0.1, "some us a question"
         assert changed < 0.5
         print(f"{idle * 1000:.1f} us a question, {changed * 1000:.1f} ms after a change among 3000")
