@@ -5,8 +5,9 @@
 A line on standard input is a run: PORT INTERVAL_MS PATH[,PATH...] OUTPUT, where PATH is LOCAL>REMOTE;
 OUTPUT.ready says it is prepared. From SIGUSR1 on, each interval one datagram goes out from LOCAL:PORT to
 REMOTE:PORT of every path, with the same number on all, because a host that changes its address can be reached
-by one of them only. What arrives is noted. With several paths, each datagram names its source address, which
-the kernel refuses while it is not there, and only datagrams from a path's remote address count.
+by one of them only. OUTPUT.ready is gone when the first has gone out. What arrives is noted. With several
+paths, each datagram names its source address, which the kernel refuses while it is not there, and only
+datagrams from a path's remote address count.
 SIGTERM ends sending; arrivals are awaited for another DRAIN seconds, then OUTPUT is written:
 `sent` = [[number, time in ns, errno (0: the kernel took it, on one path at least)], ...],
 `received` = [[number, time in ns], ...], `ended` = time in ns when it heard nothing more.
@@ -101,6 +102,8 @@ def run(port: int, interval: float, paths: list[tuple[str, ...]], output: str) -
                         errors.append(trouble.errno or -1)
                 error = 0 if 0 in errors else errors[0]
                 sent.append((number, stamp, error))
+                if not number:
+                    os.unlink(output + ".ready")
                 number += 1
             # what arrives is taken also while this end is late, or its socket's buffer would overflow
             wait = max(0.0, start + number * interval - now)

@@ -86,6 +86,8 @@ class Probe:
             _await(self._lab, host, self._name, Path(f"{self._file(host)}.ready"))
         for host in self._paths:
             self._lab.started[host, self._name].send_signal(signal.SIGUSR1)
+        for host in self._paths:
+            _await(self._lab, host, self._name, Path(f"{self._file(host)}.ready"), there=False)
 
     def stop(self) -> Traffic:
         """Ends sending at both ends, lets the last ones arrive, and compares."""
@@ -208,10 +210,14 @@ def _ask(lab: Lab, host: str, name: str, argv: Sequence[str], words: Sequence[st
     process.stdin.flush()
 
 
-def _await(lab: Lab, host: str, name: str, path: Path) -> None:
+def _await(lab: Lab, host: str, name: str, path: Path, *, there: bool = True) -> None:
+    """Waits until a tool has made the file, or taken it away. Raises CharonError."""
     limit = time.monotonic() + 60
-    while not path.exists():
+    while path.exists() is not there:
         if lab.started[host, name].poll() is not None or time.monotonic() > limit:
             log = (lab.work / host / f"{name}.out").read_text(errors="replace").strip()[-300:]
-            raise CharonError(f"{host}: the {name} did not come to {path.name}: {log or 'it said nothing'}")
+            way = "to" if there else "beyond"
+            raise CharonError(
+                f"{host}: the {name} did not come {way} {path.name}: {log or 'it said nothing'}"
+            )
         time.sleep(0.02)

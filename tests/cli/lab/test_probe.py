@@ -30,14 +30,19 @@ def probe(tmp_path: Path, paths: str) -> dict[str, Any]:
         assert process.stdin is not None
         process.stdin.write(f"{port} 5 {paths} {output}\n")
         process.stdin.flush()
-        for number, there in ((signal.SIGUSR1, f"{output}.ready"), (signal.SIGTERM, ""), (0, str(output))):
-            while there and not Path(there).exists():
+        ready = Path(f"{output}.ready")
+
+        def wait(path: Path, *, there: bool) -> None:
+            while path.exists() is not there:
                 assert process.poll() is None
                 time.sleep(0.01)
-            if number == signal.SIGTERM:
-                time.sleep(0.15)
-            if number:
-                process.send_signal(number)
+
+        wait(ready, there=True)
+        process.send_signal(signal.SIGUSR1)
+        wait(ready, there=False)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        wait(output, there=True)
         process.stdin.close()
     found: dict[str, Any] = json.loads(output.read_text())
     return found
