@@ -1,13 +1,13 @@
-"""What comes for one MN after the other: the inboxes in which a gateway takes transfers (new gateway).
+"""New gateway: one inbox for each old gateway and mobile node. Messages of an inbox are handled in order.
 
-One `Inbox` for each peer and MN handles what comes for it one after the other, so that answers leave in the
-order of what they answer, and no two transfers of one MN run at once (RFC 4067). A peer has only so many
-transfers open here; how many of its messages may be unhandled is the driver's to bound (`outputs.Handled`).
+So answers leave in the order of what they answer, and no two transfers of one mobile node run at once (RFC
+4067). A peer has only so many transfers open here; how many of its messages may be unhandled is the driver's
+to bound (`outputs.Handled`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -23,18 +23,17 @@ from ikectx.wire.full_ctd import decode_last, final_of
 from ikectx.wire.profile import TransferHeader, decode
 from ikectx.wire.reasons import refusals
 
-from .audit_line import audit_line
-from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom, Write
+from .effects import Check, Epochs, FindEpochs, FindTransfer, OwnedFrom
 from .hints import advice
 from .journal import JournalEntry
 from .journaled import Parts
 from .lines import Line
 from .new_gateway import Dropped, Incoming, answer, doubt, refusal
-from .ports import Evidence
 from .procedures import Event, Process, Steps, log
 from .report import mn_label
 from .requests import Request, Requests
-from .tables import MAX_EPOCH, TARGET_OWNS, TargetInput, TargetState, first_failure, offer_fits
+from .tables import TARGET_OWNS, TargetInput, TargetState, first_failure, offer_fits
+from .unknown_transfers import UnknownTransfers
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
 """States in which the context came ahead of the mobile node: it is held, or will be after its check."""
@@ -44,9 +43,6 @@ OPEN = 256
 """Transfers that one peer may have open here at a time, and"""
 OPEN_OCTETS = 4 * 1024 * 1024
 """octets that it may have offered in them: some 8,000 for each IKE_SA, and ten times that in memory."""
-DENIED = 1024
-"""Denied transfers of one peer that are remembered. A late copy can only arrive over a link that is still
-open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +64,10 @@ Item = Mail | Drop | Request | JournalEntry
 """What an inbox handles; a `Request`: the MN of the transfer that it has is here now."""
 
 
-class Denied:
-    """Transfers that a peer let go of, and that were denied because nobody here knew them.
-
-    A late copy of a message must not revive one, because the other gateway has taken its SA back. They are
-    kept in memory only: a peer could fill the journal with them, and no copy outlives the links of this
-    process.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-
-    def __contains__(self, transfer_id: bytes) -> bool:
-        return transfer_id in self._known
-
-    def add(self, transfer_id: bytes) -> None:
-        """Remember a transfer. If there are more than `DENIED`, the oldest is forgotten."""
-        self._known[transfer_id] = None
-        if len(self._known) > DENIED:
-            self._known.popitem(last=False)
-
-
 class Inbox:
     """All messages of one peer about one mobile node, handled in order. Ends when nothing is left to do."""
 
-    def __init__(self, inboxes: Inboxes, peer: PeerConfig, mn: Address, denied: Denied) -> None:
+    def __init__(self, inboxes: Inboxes, peer: PeerConfig, mn: Address, unknown: UnknownTransfers) -> None:
         self.peer = peer
         self.runs: dict[bytes, Incoming] = {}
         """Open transfers by their transfer ID."""
@@ -103,7 +78,7 @@ class Inbox:
         self._inboxes = inboxes
         self._parts = inboxes.parts
         self._mn = mn
-        self._denied = denied
+        self._unknown = unknown
         self._admitting: SaName | None = None
         """The SA of an offer that is being admitted, and has no run yet."""
 
@@ -219,8 +194,8 @@ class Inbox:
             log.warning("%s offered what does not parse: %s", line.label, error)
             answer(line, message.mn, refusal(Status.MALFORMED))
             return
-        if header.transfer_id in self._denied and header.intent != "check":
-            self._deny(line, message.mn, header.transfer_id)
+        if header.transfer_id in self._unknown.denied and header.intent != "check":
+            self._unknown.deny(line, message.mn, header.transfer_id)
             return
         known = yield from self._known(header.transfer_id)
         if known is not None and header.intent != "check":
@@ -353,8 +328,8 @@ class Inbox:
             yield from self._unreadable(line, message, error)
             return
         transfer_id = what[1].transfer_id if isinstance(what[1], TransferHeader) else what[1]
-        if transfer_id in self._denied:
-            self._deny(line, message.mn, transfer_id)
+        if transfer_id in self._unknown.denied:
+            self._unknown.deny(line, message.mn, transfer_id)
         elif isinstance(what[0], FinalState):
             yield from self._released(line, message, what[0], transfer_id)
         elif isinstance(what[1], TransferHeader):
@@ -363,20 +338,16 @@ class Inbox:
     def _whole(self, line: Line, message: Ctd, context: IkeContext, header: TransferHeader) -> Steps[None]:
         """Handle a CTD with the whole context. From here on the source serves again only after a refusal."""
         known = yield from self._known(header.transfer_id)
-        who = str(context.remote_id)
+        told = message.mn, final_of(context), header.transfer_id, str(context.remote_id)
         if known is not None:
-            if not (
-                yield from self._doubted(line, known, message, final_of(context), header.transfer_id, who)
-            ):
+            if not (yield from self._unknown.doubted(line, known, *told)):
                 yield from self._again(known, TargetInput.WHOLE, line, message)
             return
         epochs: Epochs = yield FindEpochs(context.spis)
         wanted = self._inboxes.requests.wanted(self.peer, message.mn, context, header)
         if wanted is None:
-            if not (
-                yield from self._doubted(line, None, message, final_of(context), header.transfer_id, who)
-            ):
-                self._deny(line, message.mn, header.transfer_id)
+            if not (yield from self._unknown.doubted(line, None, *told)):
+                self._unknown.deny(line, message.mn, header.transfer_id)
             return
         run = Incoming(self._parts, self._entry(message, context, header), context, header)
         run.whole = True
@@ -396,7 +367,7 @@ class Inbox:
             run.blame(error)
             # a busy SA is in this agent's journal; any other may have been taken before a journal was lost
             if error.status is not Status.BUSY:
-                found = yield from doubt(final_of(context), message.mn, who)
+                found = yield from doubt(final_of(context), message.mn, str(context.remote_id))
                 if found.words:
                     run.error = RefusedError(found.words, status=Status.IN_DOUBT)
             wanted.begun(self, run)
@@ -406,84 +377,16 @@ class Inbox:
 
     def _released(self, line: Line, message: Ctd, final: FinalState, transfer_id: bytes) -> Steps[None]:
         run = yield from self._known(transfer_id)
-        if (yield from self._doubted(line, run, message, final, transfer_id)):
+        if (yield from self._unknown.doubted(line, run, message.mn, final, transfer_id)):
             return
         if run is None:
-            self._deny(line, message.mn, transfer_id)
+            self._unknown.deny(line, message.mn, transfer_id)
             return
         what = TargetInput.CTD
         if transfer_id in self.runs:
             epochs: Epochs = yield FindEpochs(run.stored.sa)
             what = run.let_go(final, message.serialize(), epochs.known)
         yield from self._again(run, what, line, message)
-
-    def _deny(self, line: Line, mn: Address, transfer_id: bytes) -> None:
-        """Answer that nobody here knows that transfer, and keep to it. Nothing is written to the journal."""
-        self._denied.add(transfer_id)
-        log.warning("%s let go of an SA for %s that it had not offered", line.label, mn)
-        answer(line, mn, refusal(Status.UNKNOWN_TRANSFER, "nobody offered it"))
-
-    def _doubted(
-        self,
-        line: Line,
-        run: Incoming | None,
-        message: Ctd,
-        final: FinalState,
-        transfer_id: bytes,
-        who: str = "",
-    ) -> Steps[bool]:
-        """Answer a CTD whose transfer is not known, or was in doubt before, if the SA is here.
-
-        If charon certainly serves it, the journal was lost, or is an old copy: the transfer is written down
-        again as owned, once for each SA, and the other gateway is told so. Else the answer is IN_DOUBT and
-        nothing is written, so that the next copy of the CTD is denied when the operator has ended the SA
-        here; the other gateway then serves it again."""
-        mn = message.mn
-        if run is not None and not (run.ended and run.status is Status.IN_DOUBT):
-            return False
-        found = yield from doubt(final, mn, who)
-        sa, adopted = SaName(final.spi_i, final.spi_r), self._inboxes.adopted
-        if found.serves and "push" in self.peer.rights and final.epoch <= MAX_EPOCH and sa not in adopted:
-            yield from self._adopt(mn, final, transfer_id, found)
-            adopted.add(sa)
-            answer(line, mn, ())
-            return True
-        if not found.words:
-            if run is not None:
-                run.error = RefusedError("the SA has been ended here", status=Status.UNKNOWN_TRANSFER)
-            return False
-        log.error(
-            "%s let go of an SA in a transfer that is not in the journal here, but %s. "
-            "It serves the SA again only when that has been ended here, or by `ikectx resolve` there",
-            *(self.peer.name, found.words),
-        )
-        answer(line, mn, refusal(Status.IN_DOUBT, found.words))
-        return True
-
-    def _adopt(self, mn: Address, final: FinalState, transfer_id: bytes, found: Evidence) -> Steps[None]:
-        """Write down that a transfer which the journal does not have has brought an SA here. Errors:
-        StoreError."""
-        now, config = self._parts.scheduler.unix, self._parts.config
-        entry = JournalEntry(
-            transfer_id=transfer_id,
-            role="target",
-            peer=self.peer.name,
-            sa=SaName(final.spi_i, final.spi_r),
-            mn=found.mn,
-            mn_address=str(mn),
-            state=str(TargetState.OWNED),
-            epoch=final.epoch,
-            started=now,
-            updated=now,
-            detail=f"the store did not know the transfer any more, but {found.words}",
-            result="moved",
-        )
-        line = audit_line(entry, config.name, f"gateway {self.peer.name}", None, final)
-        yield Write(changed(entry, audit=line), durable=config.policy.durable)
-        log.warning(
-            "transfer %s of %s: %s. It serves that SA, and %s is told so",
-            *(transfer_id.hex(), found.mn, entry.detail, self.peer.name),
-        )
 
     def _again(self, run: Incoming, what: TargetInput, line: Line, message: Pctd | Ctd) -> Steps[None]:
         """Handle a message for a known transfer. Only its own peer may send one, and for its own mobile
@@ -528,16 +431,18 @@ class Inboxes:
         self.requests = requests
         self._moving = moving
         self._open: dict[tuple[str, Address], Inbox] = {}
-        self._denied: dict[str, Denied] = {}
-        self.adopted: set[SaName] = set()
+        self._unknown: dict[str, UnknownTransfers] = {}
+        self._adopted: set[SaName] = set()
 
     def inbox(self, peer: PeerConfig, mn: Address) -> Inbox:
-        """The desk for this peer and mobile node; makes one if there is none."""
+        """The inbox for this peer and mobile node; makes one if there is none."""
         key = (peer.name, mn)
         inbox = self._open.get(key)
         if inbox is None:
-            denied = self._denied.setdefault(peer.name, Denied())
-            inbox = self._open[key] = Inbox(self, peer, mn, denied)
+            unknown = self._unknown.get(peer.name)
+            if unknown is None:
+                unknown = self._unknown[peer.name] = UnknownTransfers(self.parts, peer, self._adopted)
+            inbox = self._open[key] = Inbox(self, peer, mn, unknown)
             inbox.process = self.parts.scheduler.spawn(
                 self._staff(key, inbox), f"inbox for {peer.name}, {mn}", mailbox=inbox.items
             )
@@ -595,6 +500,6 @@ class Inboxes:
                     yield inbox, run
 
     def busy(self, asking: Inbox, sa: SaName) -> bool:
-        """True if that SA is in a transfer at another desk, or on its way out."""
+        """True if that SA is in a transfer in another inbox, or on its way out."""
         others = (inbox for inbox in self._open.values() if inbox is not asking)
         return bool(self._moving(sa)) or any(inbox.holds(sa) for inbox in others)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ikectx.engine import inbox
-from ikectx.engine.inbox import DENIED, Denied
 from ikectx.engine.journal import JournalEntry, Role
 from ikectx.engine.offer_answer import offer_status
+from ikectx.engine.unknown_transfers import DENIED, Denied
 from ikectx.errors import StoreError
 from ikectx.net.links import WINDOW
 from ikectx.numbers import Status
