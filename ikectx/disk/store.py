@@ -8,24 +8,22 @@ items, SPIs, identities and states are in the clear: they are what `history` sho
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from ikectx.engine.journal import JournalEntry, Role
 from ikectx.engine.ledger import NOTES, dumps, from_notes
 from ikectx.errors import StoreError
-from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 
-from . import audit
+from . import audit, journal_rows
+from .journal_rows import epoch_of
 from .schema import PLACES, SCHEMA, SEALED, SINCE_2, TABLES
 from .seal import Sealer
 
@@ -35,8 +33,6 @@ HISTORY = 90 * 86400
 """Seconds that an ended transfer is remembered. While it is, no late message can revive it."""
 CHECKPOINT = 500
 """Writes between two checkpoints of the log."""
-ABORTED = 1000
-"""Transfers of one peer to here that came to nothing and are remembered: it offers as many as it likes."""
 LOG_PAGES = 4000
 """Pages of 4 KiB in the write-ahead log at which it is emptied even in the middle of a transfer."""
 LOG_SIZE = 4 * 1024 * 1024
@@ -49,11 +45,6 @@ _INCREMENTAL = 2
 
 _KEPT_ASIDE = 1000
 """Rows of `aside`, at most: the oldest go."""
-
-_COLUMNS = (
-    "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
-    " started, updated, detail, result, status, phases, moved"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +342,7 @@ class SqliteStore:
         with self._errors(), contextlib.closing(sqlite3.connect(self._path, timeout=1.0)) as other:
             if now is not None:
                 other.execute("PRAGMA secure_delete = ON")
-                _prune(other, now - HISTORY)
+                journal_rows.prune(other, now - HISTORY)
                 audit.Audit(other, self._sealer).prune(now - audit.KEPT)
                 other.commit()
             other.execute("PRAGMA wal_checkpoint(PASSIVE)")
@@ -386,7 +377,8 @@ class SqliteStore:
         with self._transaction() if more else self._errors():
             self._write_rows()
             for entry in entries:
-                self._write_entry(entry)
+                kept = self._sealed.get((entry.transfer_id, entry.role))
+                journal_rows.write(self._db, self._sealer, entry, kept == (entry.context, entry.final))
                 if entry.audit:
                     self._audit.append(entry.audit)
         if rows:
@@ -397,42 +389,6 @@ class SqliteStore:
                 self._sealed.pop(ident, None)
             else:
                 self._sealed[ident] = entry.context, entry.final
-
-    def _write_entry(self, entry: JournalEntry) -> None:
-        """Context and final state are written only where they are others than before: an SA that moves goes
-        through a dozen states, and they stay the same in most of them."""
-        ident = entry.transfer_id, entry.role
-        numbers = json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))
-        state = (
-            *(entry.state, entry.epoch, entry.updated, entry.detail, entry.result, int(entry.status)),
-            *numbers,
-        )
-        if self._sealed.get(ident) == (entry.context, entry.final):
-            done = self._db.execute(
-                "UPDATE journal SET state = ?, epoch = ?, updated = ?, detail = ?, result = ?, status = ?,"
-                " phases = ?, moved = ? WHERE transfer_id = ? AND role = ?",
-                (*state, *ident),
-            )
-            if done.rowcount:
-                return
-        place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
-        context, final = (
-            None if value is None else self._sealer.seal(f"{place}|{name}", value)
-            for name, value in (("context", entry.context), ("final", entry.final))
-        )
-        row = (
-            *(*ident, entry.peer, *entry.sa, entry.mn, entry.mn_address, entry.state, entry.epoch),
-            *(context, final, entry.started, entry.updated, entry.detail, entry.result, int(entry.status)),
-            *numbers,
-        )
-        self._db.execute(
-            f"INSERT INTO journal ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})"  # noqa: S608
-            " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
-            " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
-            " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
-            " status = excluded.status, phases = excluded.phases, moved = excluded.moved",
-            row,
-        )
 
     def find(self, role: Role, transfer_id: bytes) -> JournalEntry | None:
         """That transfer, open or ended."""
@@ -465,7 +421,7 @@ class SqliteStore:
                 f"SELECT max(epoch), max({owned}) FROM journal WHERE spi_i = ? AND spi_r = ?",  # noqa: S608
                 sa,
             ).fetchone()
-        return _epoch(found[0] or 0), -1 if found[1] is None else _epoch(found[1])
+        return epoch_of(found[0] or 0), -1 if found[1] is None else epoch_of(found[1])
 
     def latest(self, sa: SaName) -> tuple[str, bytes] | None:
         """Role and ID of the newest transfer of this SA that is open, or has moved it."""
@@ -489,18 +445,18 @@ class SqliteStore:
     def prune(self, before: float) -> int:
         """Forget ended transfers last touched before `before` (seconds since 1970); how many went.
 
-        And those to here that came to nothing, but for the last `ABORTED` of each peer.
+        And those to here that came to nothing, but for the last `journal_rows.ABORTED` of each peer.
         """
         with self._transaction():
             self._audit.prune(before + HISTORY - audit.KEPT)
-            return _prune(self._db, before)
+            return journal_rows.prune(self._db, before)
 
     def _select(
         self, where: str, values: tuple[object, ...], *, limit: int = -1, sealed: bool = True
     ) -> list[JournalEntry]:
         with self._errors():
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM journal WHERE {where} ORDER BY number DESC LIMIT ?",  # noqa: S608
+                f"SELECT {journal_rows.COLUMNS} FROM journal WHERE {where} ORDER BY number DESC LIMIT ?",  # noqa: S608
                 (*values, limit),
             ).fetchall()
         return [entry for row in rows if (entry := self._entry(row, sealed)) is not None]
@@ -508,83 +464,15 @@ class SqliteStore:
     def _entry(self, row: tuple[object, ...], sealed: bool) -> JournalEntry | None:
         """None: it cannot be read, and was set aside."""
         try:
-            return self._parse(row, sealed)
+            return journal_rows.parse(row, self._sealer if sealed else None)
         except (StoreError, ValueError, TypeError, RecursionError) as error:
             why = str(error) if isinstance(error, StoreError) else f"it makes no sense: {error}"
         ident, role = row[0], row[1]
         key = ident.hex() if isinstance(ident, bytes) else repr(ident)
         with self._transaction():
-            self._put_aside(f"journal|{role}", key, json.dumps([_text(value) for value in row]).encode(), why)
+            self._put_aside(f"journal|{role}", key, journal_rows.shown(row), why)
             self._db.execute("DELETE FROM journal WHERE transfer_id IS ? AND role IS ?", (ident, role))
         return None
-
-    def _parse(self, row: tuple[object, ...], sealed: bool) -> JournalEntry:
-        # sqlite gives what was put in; `Any` ends here
-        (ident, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final, *rest) = row
-        started, updated, detail, result, status, phases, moved = rest
-        entry = JournalEntry(
-            transfer_id=_octets(ident),
-            role="source" if role == "source" else "target",
-            peer=str(peer),
-            sa=SaName(_octets(spi_i), _octets(spi_r)),
-            mn=str(mn),
-            mn_address=str(mn_address),
-            state=str(state),
-            epoch=int(str(epoch)),
-            started=float(str(started)),
-            updated=float(str(updated)),
-            detail=str(detail),
-            result=str(result),
-            status=Status(int(str(status))),
-            phases=_numbers(str(phases)),
-            moved=_numbers(str(moved)),
-        )
-        if not (math.isfinite(entry.started) and math.isfinite(entry.updated)):
-            raise ValueError("a time that is none")
-        if not sealed:
-            return entry
-        place = f"journal|{entry.role}|{entry.transfer_id.hex()}"
-        return replace(
-            entry,
-            context=None if context is None else self._sealer.open(f"{place}|context", _octets(context)),
-            final=None if final is None else self._sealer.open(f"{place}|final", _octets(final)),
-        )
-
-
-def _prune(db: sqlite3.Connection, before: float) -> int:
-    old = db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
-    many = db.execute(
-        "DELETE FROM journal WHERE number IN (SELECT number FROM (SELECT number,"
-        " row_number() OVER (PARTITION BY peer ORDER BY number DESC) AS place"
-        " FROM journal WHERE role = 'target' AND result = 'aborted') WHERE place > ?)",
-        (ABORTED,),
-    )
-    return old.rowcount + many.rowcount
-
-
-def _epoch(value: object) -> int:
-    """Errors: StoreError."""
-    if not isinstance(value, int):
-        raise StoreError("the journal holds an epoch that makes no sense")
-    return value
-
-
-def _numbers(text: str) -> dict[str, Any]:
-    """A JSON object of numbers. Errors: ValueError, RecursionError."""
-    found = json.loads(text)
-    if not isinstance(found, dict) or not all(isinstance(one, int | float) for one in found.values()):
-        raise ValueError("an object of numbers is wanted")
-    return found
-
-
-def _text(value: object) -> object:
-    return value.hex() if isinstance(value, bytes) else value
-
-
-def _octets(value: object) -> bytes:
-    if not isinstance(value, bytes):
-        raise TypeError(f"{type(value).__name__} instead of octets")
-    return value
 
 
 def opens(path: Path, key: bytes) -> bool:

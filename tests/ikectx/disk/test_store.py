@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from ikectx.disk.journal_rows import ABORTED
 from ikectx.disk.place import open_store
 from ikectx.disk.store import (
-    ABORTED,
     CHECKPOINT,
     HISTORY,
     LOG_PAGES,

@@ -1,0 +1,139 @@
+"""The journal's table: how a transfer becomes a row of it and back, and which rows are forgotten.
+
+Context and final state are sealed for the row that they stand in; the rest is in the clear.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from dataclasses import replace
+from typing import Any
+
+from ikectx.engine.journal import JournalEntry
+from ikectx.errors import StoreError
+from ikectx.numbers import Status
+from ikectx.sa.name import SaName
+
+from .seal import Sealer
+
+ABORTED = 1000
+"""Transfers of one peer to here that came to nothing and are remembered: it offers as many as it likes."""
+
+COLUMNS = (
+    "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
+    " started, updated, detail, result, status, phases, moved"
+)
+_UPDATE = (
+    "UPDATE journal SET state = ?, epoch = ?, updated = ?, detail = ?, result = ?, status = ?,"
+    " phases = ?, moved = ? WHERE transfer_id = ? AND role = ?"
+)
+_INSERT = (
+    f"INSERT INTO journal ({COLUMNS}) VALUES ({', '.join('?' * len(COLUMNS.split(',')))})"  # noqa: S608
+    " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
+    " epoch = excluded.epoch, context = excluded.context, final = excluded.final,"
+    " updated = excluded.updated, detail = excluded.detail, result = excluded.result,"
+    " status = excluded.status, phases = excluded.phases, moved = excluded.moved"
+)
+
+
+def write(db: sqlite3.Connection, sealer: Sealer, entry: JournalEntry, same: bool) -> None:
+    """Put the entry where (transfer_id, role) is. `same`: its context and final state are those that the row
+    has. They are not written again then, because an SA that moves goes through a dozen states, and they stay
+    the same in most of them."""
+    ident = entry.transfer_id, entry.role
+    numbers = json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))
+    if same:
+        state = entry.state, entry.epoch, entry.updated, entry.detail, entry.result, int(entry.status)
+        if db.execute(_UPDATE, (*state, *numbers, *ident)).rowcount:
+            return
+    context, final = (
+        None if value is None else sealer.seal(_place(entry, name), value)
+        for name, value in (("context", entry.context), ("final", entry.final))
+    )
+    row = (
+        *(*ident, entry.peer, *entry.sa, entry.mn, entry.mn_address, entry.state, entry.epoch),
+        *(context, final, entry.started, entry.updated, entry.detail, entry.result, int(entry.status)),
+        *numbers,
+    )
+    db.execute(_INSERT, row)
+
+
+def parse(row: tuple[object, ...], sealer: Sealer | None) -> JournalEntry:
+    """The entry of a row of `COLUMNS`; without `sealer` it has no context and no final state.
+
+    Errors: StoreError, ValueError, TypeError, RecursionError.
+    """
+    # sqlite gives what was put in; `Any` ends here
+    (ident, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final, *rest) = row
+    started, updated, detail, result, status, phases, moved = rest
+    entry = JournalEntry(
+        transfer_id=_octets(ident),
+        role="source" if role == "source" else "target",
+        peer=str(peer),
+        sa=SaName(_octets(spi_i), _octets(spi_r)),
+        mn=str(mn),
+        mn_address=str(mn_address),
+        state=str(state),
+        epoch=int(str(epoch)),
+        started=float(str(started)),
+        updated=float(str(updated)),
+        detail=str(detail),
+        result=str(result),
+        status=Status(int(str(status))),
+        phases=_numbers(str(phases)),
+        moved=_numbers(str(moved)),
+    )
+    if not (math.isfinite(entry.started) and math.isfinite(entry.updated)):
+        raise ValueError("a time that is none")
+    if sealer is None:
+        return entry
+    return replace(
+        entry,
+        context=None if context is None else sealer.open(_place(entry, "context"), _octets(context)),
+        final=None if final is None else sealer.open(_place(entry, "final"), _octets(final)),
+    )
+
+
+def shown(row: tuple[object, ...]) -> bytes:
+    """A row that cannot be parsed, as text to keep."""
+    return json.dumps([value.hex() if isinstance(value, bytes) else value for value in row]).encode()
+
+
+def prune(db: sqlite3.Connection, before: float) -> int:
+    """Delete ended transfers last touched before that (seconds since 1970), and those to here that came to
+    nothing, but for the last `ABORTED` of each peer; how many."""
+    old = db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
+    many = db.execute(
+        "DELETE FROM journal WHERE number IN (SELECT number FROM (SELECT number,"
+        " row_number() OVER (PARTITION BY peer ORDER BY number DESC) AS place"
+        " FROM journal WHERE role = 'target' AND result = 'aborted') WHERE place > ?)",
+        (ABORTED,),
+    )
+    return old.rowcount + many.rowcount
+
+
+def epoch_of(value: object) -> int:
+    """An epoch that the journal has. Errors: StoreError."""
+    if not isinstance(value, int):
+        raise StoreError("the journal holds an epoch that makes no sense")
+    return value
+
+
+def _place(entry: JournalEntry, what: str) -> str:
+    return f"journal|{entry.role}|{entry.transfer_id.hex()}|{what}"
+
+
+def _numbers(text: str) -> dict[str, Any]:
+    """A JSON object of numbers. Errors: ValueError, RecursionError."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(one, int | float) for one in found.values()):
+        raise ValueError("an object of numbers is wanted")
+    return found
+
+
+def _octets(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} instead of octets")
+    return value
