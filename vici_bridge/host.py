@@ -28,7 +28,7 @@ from ikectx.errors import (
     WireError,
 )
 from ikectx.mistakes import log_mistake
-from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalState, Identity, IkeContext
+from ikectx.sa.context import NO_TAGS, Address, ChildContext, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.away.absences import Away
 from vici_bridge.away.follow import Follow
@@ -65,6 +65,8 @@ from .deadlines import Deadlines
 from .doubts import Doubts
 from .due_rekeys import DueRekeys
 from .host_config import HostConfig
+from .known_agents import KnownAgents
+from .last_heard import LastHeard
 from .orphans import Orphans
 from .rekey_after_move import FreshKeys
 from .reloads import Reloads
@@ -83,12 +85,6 @@ RefusedError."""
 
 ESP = 50
 _RECORD = "record"
-_UPDATE_SPI = "update-spi"
-"""Kind of store entry, by the mobile node's identity: it knows UPDATE_SPI, and when that was seen (s since
-1970)."""
-_UPDATE_SPI_FOR = 86400.0
-DEPARTED = 20.0
-"""Seconds for which an SA is remembered that charon is destroying."""
 REKEYED = 256
 """Old names of IKE_SAs that are remembered: a transfer that was asked for before is told "busy"."""
 DELETE_PATIENCE = 5.0
@@ -139,6 +135,8 @@ class CharonHost:
         self._reloads = Reloads(self.mute, self.doubts, self.away.passing, self.spawn)
         self._routes: KernelEvents | None = None
         self.record = Record()
+        self.heard = LastHeard(self.record)
+        self.agents = KnownAgents(config, store)
         self.follow = Follow(self.away, self.origins, self.record, self.importing, self.end)
         self.deadlines = Deadlines(store)
         self.fresh = FreshKeys(store)
@@ -154,9 +152,7 @@ class CharonHost:
         self._saving: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.segments = Segments(self)
-        self._spoke: dict[SaName, float] = {}
         self.rekeyed: deque[SaName] = deque(maxlen=REKEYED)
-        self._departed: dict[SaName, tuple[IkeContext, float, float]] = {}
         self.changed: set[SaName] = set()
         """SAs with news since `Looks` asked for them: charon told of it over HA, or they were deleted."""
         self.expected: set[SaName] = set()
@@ -253,7 +249,7 @@ class CharonHost:
         except WireError as error:
             log.warning("charon sent an HA message that cannot be parsed: %s", error)
             return
-        self._keep_departed(message)
+        self.heard.keep(message)
         self._fed(self.record.feed(message))
 
     def _fed(self, change: RecordChange) -> None:
@@ -262,7 +258,7 @@ class CharonHost:
         self.save_soon(LAZY if known else 0.0)
         match change:
             case MidChanged(name, initiator):
-                self._spoke[name] = time.monotonic()
+                self.heard.spoke(name)
                 self.doubts.told(name, initiator)
             case _:
                 self.changed |= _concerned(change)
@@ -298,7 +294,7 @@ class CharonHost:
                     self.store.put(_RECORD, key, value, soon=soon or left < 0)
             for name in names:
                 if name not in self.record:  # deleted, moved away, or rekeyed: no other event removes them
-                    self._spoke.pop(name, None)
+                    self.heard.forget(name)
                     self.doubts.gone(name)
                     self.deadlines.gone(name)
         except StoreError as error:
@@ -401,27 +397,9 @@ class CharonHost:
         """Whether charon's end of the HA link exists."""
         return self._ha.listening()
 
-    def _keep_departed(self, message: ha.HaMessage) -> None:
-        """charon sends IKE_DELETE, then runs updown scripts, then clears the kernel (5.9.8, 6.0.6)."""
-        now = time.monotonic()
-        self._departed = {sa: kept for sa, kept in self._departed.items() if now - kept[1] < DEPARTED}
-        ike = message.find(ha.Attr.IKE_ID, IkeId)
-        if message.type is ha.HaType.IKE_DELETE and ike is not None and ike.spis in self.record:
-            with contextlib.suppress(IkectxError):
-                self._departed[ike.spis] = (self.record.context(ike.spis), now, self.quiet(ike.spis))
-
-    def departed(self) -> dict[SaName, tuple[IkeContext, float]]:
-        """SAs that charon is just destroying, with the time since their last IKE request (seconds)."""
-        return {sa: (context, quiet) for sa, (context, _, quiet) in self._departed.items()}
-
     def context(self, sa: SaName) -> IkeContext:
         """The record's context, or that of an SA charon is destroying. Errors: as `Record.context`."""
-        kept = self._departed.get(sa)
-        return kept[0] if kept is not None and sa not in self.record else self.record.context(sa)
-
-    def quiet(self, sa: SaName) -> float:
-        """Seconds since the last IKE request in either direction that was reported to this agent."""
-        return time.monotonic() - self._spoke.get(sa, 0.0)
+        return self.heard.context(sa)
 
     # Views.
 
@@ -482,22 +460,6 @@ class CharonHost:
             self.kernel.get_sa(context.local.address, child.spi_in, ESP),
             self.kernel.get_sa(context.remote.address, child.spi_out, ESP),
         )
-
-    # What an MN's own agent knows.
-
-    def has_agent(self, context: IkeContext) -> bool:
-        """Whether its MN is known to have an agent: by our configuration, the gateway before, or itself."""
-        known = context.update_spi or context.connection in self.config.agents
-        return known or self._knows_update_spi(context.remote_id)
-
-    def _knows_update_spi(self, mn: Identity) -> bool:
-        """Whether that MN has shown in the last day that it knows UPDATE_SPI."""
-        raw = self.store.get(_UPDATE_SPI, str(mn))
-        return raw is not None and time.time() - int.from_bytes(raw[1:]) < _UPDATE_SPI_FOR
-
-    def note_update_spi(self, mn: Identity) -> None:
-        """The mobile node has shown that it knows UPDATE_SPI. Errors: StoreError."""
-        self.store.put(_UPDATE_SPI, str(mn), b"\1" + int(time.time()).to_bytes(8))
 
     # Things both sides do.
 

@@ -199,7 +199,7 @@ def test_what_is_told_while_charon_is_down_is_bounded_and_given_back(
             host._charon_state(True)
             await asyncio.gather(*host._tasks)
             assert len(host.record) == 0 and not store.items("record")
-            assert not host._spoke
+            assert not host.heard._spoke
             hear(host, a_context())
             assert len(host.record) == 1
 
@@ -463,15 +463,15 @@ def test_b10_nothing_is_kept_of_sas_that_have_gone() -> None:
                 if spi is not None:
                     store.put("doubt", spi.spis.key, b"")
                     host.doubts._keys.add(spi.spis.key)
-            assert len(host._spoke) > 1
+            assert len(host.heard._spoke) > 1
             host.save()  # several IKE_SAs have been rekeyed
-            assert set(host._spoke) <= set(host.record.names())
+            assert set(host.heard._spoke) <= set(host.record.names())
             assert {sa for sa, _ in host.doubts._told} <= set(host.record.names())
             assert {key for key, _ in store.items("doubt")} <= {sa.key for sa in host.record.names()}
             for name in host.record.names():
                 host.record.forget(name)  # moved to another gateway
             host.save()
-            assert (host._spoke, host.doubts._told, list(store.items("doubt"))) == ({}, set(), [])
+            assert (host.heard._spoke, host.doubts._told, list(store.items("doubt"))) == ({}, set(), [])
 
     asyncio.run(scenario())
 

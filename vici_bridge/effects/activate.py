@@ -165,7 +165,7 @@ async def _deliver(work: Coming) -> None:
 
 async def _forget(work: Coming) -> Facts:
     if work.sa in work.memory.asked:
-        work.host.note_update_spi(work.here.remote_id)  # the mobile node has an agent, which knows UPDATE_SPI
+        work.host.agents.note(work.here.remote_id)  # the mobile node has an agent, which knows UPDATE_SPI
     work.renames.forget(work.here)
     return {"stage": "imported", "since": now(), "drawn": "", "reqids": (), "tags": (), "unique_id": 0}
 

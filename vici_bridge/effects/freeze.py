@@ -77,7 +77,7 @@ async def hear_nothing(work: Freezing) -> None:
 async def wait(work: Freezing) -> None:
     """If `away`, an exchange that waits for the absent mobile node may be open, if a second look finds it,
     too, or if it is older than `QUIET`."""
-    if work.host.quiet(work.sa) > QUIET:
+    if work.host.heard.quiet(work.sa) > QUIET:
         return  # if an exchange began since, the next look finds that
     end = time.monotonic() + IDLE_TIMEOUT
     before: tuple[str, ...] = ()

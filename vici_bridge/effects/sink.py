@@ -394,7 +394,7 @@ class CharonSink(ContextSink):
             update=host.config.collision == "update" and plan.how != "rekey",
             rekey=True,
             seed=plan.seed,
-            agent=host.has_agent(context),
+            agent=host.agents.has(context),
         )
         base = self._renames.arrived(here)
         if moves:
@@ -413,7 +413,7 @@ class CharonSink(ContextSink):
             made,
         )
         if told.supports:
-            host.note_update_spi(here.remote_id)
+            host.agents.note(here.remote_id)
         return plan.report + told.report
 
     async def _finished(self, here: IkeContext, plan: Plan) -> Plan:

@@ -100,7 +100,7 @@ class CharonSource(ContextSource):
         of `connections` are considered, each once in the kernel, because a charon that stops calls the script
         for thousands, and waits for each answer.
         """
-        departed = self._host.departed()
+        departed = self._host.heard.departed()
         self._reqids = {sa: known for sa, known in self._reqids.items() if sa in departed}
         # the last one first: charon gives the reqid again to a mobile node that has connected anew
         for name, (context, quiet) in reversed(departed.items()):
@@ -194,7 +194,7 @@ class CharonSource(ContextSource):
         context = replace(context, children=tuple(children))
         conn = await host.vici.connection(context.connection)
         peer = None if conn is None else _admitted(context, peer_context(context.connection, conn))
-        return replace(context, peer=peer, update_spi=host.has_agent(context))
+        return replace(context, peer=peer, update_spi=host.agents.has(context))
 
     def _measured(self, context: IkeContext, child: ChildContext, view: ChildView) -> ChildContext:
         """The child with the values that only the kernel has: counters, windows, limits."""
@@ -285,7 +285,7 @@ class CharonSource(ContextSource):
             context = host.context(sa)
         except IkectxError:
             return False  # the export says why it cannot be moved
-        able = self._inviter is not None and host.has_agent(context)
+        able = self._inviter is not None and host.agents.has(context)
         if address == "invite" and not able:
             raise RefusedError(
                 "the MN is not known to have an agent, so nobody there would understand an invitation",

@@ -554,7 +554,7 @@ def test_an_invitation_uses_one_message_id(answers: bool) -> None:
             assert source.invites(sa, "update") is False
             with pytest.raises(RefusedError, match="not known to have an agent"):
                 source.invites(sa, "invite")
-            host.note_update_spi(there.context.remote_id)
+            host.agents.note(there.context.remote_id)
             assert source.invites(sa, "invite") is True
             await source.invite(sa, "nsg")
             assert agent.heard == [(before, "nsg")]

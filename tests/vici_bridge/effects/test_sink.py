@@ -348,7 +348,7 @@ def test_what_an_mn_knows_is_remembered(stock: bool) -> None:
             here.mobiles.stock.add(str(context.remote_id))
         await move(here, context)
         assert [wish.update for wish in here.mobiles.asked] == [True]
-        assert here.host.has_agent(context) is not stock
+        assert here.host.agents.has(context) is not stock
 
     run(scenario())
 
