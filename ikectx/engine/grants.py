@@ -302,11 +302,11 @@ class Grants:
             yield from allowed(run.context, run)
             if run.held and run.link is line and run.sequence == message.sequence:
                 run.count(len(message.serialize()))
-                run.signal(SourceInput.REQUESTED)
+                run.signals.post(SourceInput.REQUESTED)
                 yield Opened(run.over)
                 return _ended(run.report(), run.told)
             # whether the peer has what was announced is not certain: all of it, anew
-            run.signal(SourceInput.CANCEL)
+            run.signals.post(SourceInput.CANCEL)
             yield Opened(run.over)
         run = self._outgoing(line, sa, message, away=said is not None and said.expects is not None)
         return (yield from self._whole(run, proven, lambda context: allowed(context, run)))

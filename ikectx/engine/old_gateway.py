@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace as changed
 
@@ -32,9 +31,10 @@ from .lines import Line, Question, Reply
 from .occasion import Occasion, Overrun, check_expected, check_sent, signalled
 from .offer_answer import offer_status, refusal_text
 from .ports import RelayTo, Way, told
-from .procedures import Do, Event, Gate, Process, Steps, Timer, Turn, log
+from .procedures import Do, Gate, Steps, Timer, Turn, log
 from .relaying import Offers, new_entry, onward, relayed_words
 from .report import SOURCE_STANDS, TransferReport, mn_label, source_phases, source_words
+from .signals import Signals
 from .tables import OSEQ_JUMP, SOURCE_DURABLE, SourceAction, SourceInput, SourceState, new_source
 
 _RESULTS: Mapping[SourceState, str] = {
@@ -88,9 +88,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self.address = occasion.address
         self.way = Way(told(occasion.address))
         """How its mobile node gets to the peer, as it was chosen by `export`."""
-        self.mailbox: deque[object] = deque()
-        """Signals nobody has looked at: CANCEL and RECLAIM (the operator), CTC and REQUESTED (the peer)."""
-        self.process: Process | None = None
+        self.signals = Signals(machine)
         self.settled = Gate()
         """Open when there is an `outcome` to report: at the end, or earlier as "in-doubt"."""
         self.outcome: TransferReport | IkectxError | None = None
@@ -169,13 +167,6 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
     def turn(self) -> tuple[str, str, object]:
         """The turn it needs: one transfer for each MN and peer at a time (RFC 4067 names them by no more)."""
         return ("transfer", self.peer.name, self._of.remote.address)
-
-    def signal(self, what: SourceInput) -> None:
-        """Something from elsewhere: it counts as soon as a step under way has ended."""
-        if self.process is not None:
-            self.process.post(what)
-        else:
-            self.mailbox.append(what)
 
     # -- the walk ----------------------------------------------------------------------------------------
 
@@ -360,31 +351,11 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             log.info("transfer %s: %s was not told: %s", self.transfer_id.hex(), self.peer.name, error)
 
     def _signal(self, until: float | None, asked: Question | None = None) -> Steps[SourceInput | None]:
-        """The next signal that means something in this state; None: none came until then.
-
-        `asked`: its reply is waited for, too, and counts first; None then, and the signal is kept.
-        """
-        while True:
-            if asked is not None and asked.reply is not None:
-                return None
-            event = yield Event(until)
-            if event is None:
-                return None
-            if isinstance(event, SourceInput) and not self.machine.ignores(event):
-                if asked is not None and asked.reply is not None:
-                    self.mailbox.appendleft(event)
-                    return None
-                self._blame_signal(event)
-                return event
-
-    def _pending(self) -> SourceInput | None:
-        """A signal that came while a step was under way."""
-        while self.mailbox:
-            event = self.mailbox.popleft()
-            if isinstance(event, SourceInput) and not self.machine.ignores(event):
-                self._blame_signal(event)
-                return event
-        return None
+        """The next signal, as `Signals.wait`, which is then why the transfer ends."""
+        signal = yield from self.signals.wait(until, asked)
+        if signal is not None:
+            self._blame_signal(signal)
+        return signal
 
     def _blame_signal(self, signal: SourceInput) -> None:
         reason = signalled(signal, self.peer.name, self.decided_by)
@@ -483,8 +454,9 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         except IkectxError as error:
             self.blame(error)
             return SourceInput.FAILED
-        signal = self._pending()
+        signal = self.signals.pending()
         if signal is not None:
+            self._blame_signal(signal)
             return signal
         if self.link is None or self.link.error is not None:
             self.blame((self.link and self.link.error) or LinkError("the connection is gone"))

@@ -114,7 +114,7 @@ class Transfers:
         run = self.named(transfer_id)
         if run is None or run.machine.state not in CANCELLABLE:
             return False
-        run.signal(SourceInput.CANCEL)
+        run.signals.post(SourceInput.CANCEL)
         return True
 
     def resolve(self, transfer_id: str, decision: Decision, by: str) -> Steps[TransferReport]:
@@ -128,7 +128,7 @@ class Transfers:
                 hint="`ikectx resolve` shows those that are",
             )
         run.decided_by = by
-        run.signal(SourceInput(decision))
+        run.signals.post(SourceInput(decision))
         yield Opened(run.over, self._parts.now + self._parts.timing.step)
         return run.report()
 
@@ -136,12 +136,12 @@ class Transfers:
         """Handle the peer's CTC: it applies to transfers of that mobile node that can still be cancelled."""
         for run in self.open.values():
             if run.peer.name == peer.name and run.context and run.context.remote.address == message.mn:
-                run.signal(SourceInput.CTC)
+                run.signals.post(SourceInput.CTC)
 
     def stop(self) -> None:
         """Cancel what has not been let go."""
         for run in self.open.values():
-            run.signal(SourceInput.CANCEL)
+            run.signals.post(SourceInput.CANCEL)
 
     # -- by the operator, or by a peer that may pull -----------------------------------------------------
 
@@ -251,7 +251,7 @@ class Transfers:
         try:
             yield Opened(run.settled)
         except Cancelled:
-            run.signal(SourceInput.CANCEL)
+            run.signals.post(SourceInput.CANCEL)
             raise
         if isinstance(run.outcome, TransferReport):
             return run.outcome
@@ -359,7 +359,9 @@ class Transfers:
             self._close(run)
 
         name = f"transfer {run.transfer_id.hex()}"
-        run.process = self._parts.scheduler.spawn(work, name, mailbox=run.mailbox, ended=ended)
+        run.signals.process = self._parts.scheduler.spawn(
+            work, name, mailbox=run.signals.mailbox, ended=ended
+        )
 
     def _close(self, run: Outgoing) -> None:
         self.open.pop(run.transfer_id, None)
