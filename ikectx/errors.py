@@ -24,6 +24,9 @@ key material.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .numbers import Status
 
 
@@ -134,3 +137,18 @@ class KernelError(IkectxError):
     def __init__(self, message: str, *, errno: int = 0, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.errno = errno
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Around the parsing of something from the store, which another version may have written, or a disk may
+    have damaged: whatever that raises becomes one StoreError. Its text is not repeated, because it may be a
+    value."""
+    try:
+        yield
+    except IkectxError as error:
+        raise (
+            error if isinstance(error, StoreError) else StoreError(f"{what} cannot be read: {error}")
+        ) from None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise StoreError(f"{what} cannot be read ({type(error).__name__})") from None

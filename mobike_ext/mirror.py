@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ikectx.errors import StoreError, UsageError
+from ikectx.errors import reading
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.keys import DrawnIvs, iv_length
@@ -54,7 +54,7 @@ class Mirror:
     @classmethod
     def loads(cls, data: bytes) -> Mirror:
         """Errors: StoreError."""
-        try:
+        with reading("the note of a mobile node's UPDATE_SPI"):
             value: Any = json.loads(data)
             local, remote = (Endpoint.of(address, int(port)) for address, port in value["ends"])
             asks = tuple(
@@ -63,8 +63,6 @@ class Mirror:
             )
             iv, fresh = bytes.fromhex(value["iv"]), bytes.fromhex(value["fresh"])
             return cls(int(value["id"]), local, remote, asks, iv, fresh)
-        except (ValueError, TypeError, KeyError, UsageError, OverflowError, RecursionError):
-            raise StoreError("the note of a mobile node's UPDATE_SPI cannot be read") from None
 
     @classmethod
     def fresh_one(

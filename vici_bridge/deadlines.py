@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ikectx.clock import steady_wall, this_start, uptime
 from ikectx.engine.ports import Store
+from ikectx.errors import StoreError, reading
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import SaView
 
@@ -55,8 +56,9 @@ class Deadlines:
         """SAs whose timers were noted. Later toggles start them anew, so that they tell nothing more."""
         for key, value in store.items(_KIND):
             try:
-                self._entries[key] = _earlier(Deadline(**json.loads(value)))
-            except (ValueError, TypeError, OverflowError, RecursionError):
+                with reading("a deadline"):
+                    self._entries[key] = _earlier(Deadline(**json.loads(value)))
+            except StoreError:
                 store.delete(_KIND, key)
 
     def keep(self, spis: SaName, child: bytes | None, due: float) -> None:

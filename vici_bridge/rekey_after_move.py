@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from ikectx.engine.ports import Store
+from ikectx.errors import StoreError, reading
 from ikectx.sa.name import SaName
 from vici_bridge.vici.views import ChildView, SaView
 
@@ -62,9 +63,10 @@ class FreshKeys:
         self._wanted: dict[str, _Wanted] = {}
         for key, value in store.items(_KIND):
             try:
-                read = json.loads(value)
-                self._wanted[key] = _Wanted(**{**read, "children": tuple(read["children"])})
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                with reading("a rekey that is due"):
+                    read = json.loads(value)
+                    self._wanted[key] = _Wanted(**{**read, "children": tuple(read["children"])})
+            except StoreError:
                 store.delete(_KIND, key)
 
     def __len__(self) -> int:

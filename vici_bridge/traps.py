@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ikectx.engine.ports import Store
-from ikectx.errors import CharonError, IkectxError, WireError
+from ikectx.errors import CharonError, IkectxError, StoreError, WireError, reading
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 
@@ -55,9 +55,10 @@ class Traps:
         self._out: dict[Trap, set[str]] = {}
         for key, raw in store.items(_KIND):
             try:
-                connection, child = json.loads(key)
-                self._out[str(connection), str(child)] = {str(sa) for sa in json.loads(raw)}
-            except (ValueError, TypeError):
+                with reading("a trap that is out"):
+                    connection, child = json.loads(key)
+                    self._out[str(connection), str(child)] = {str(sa) for sa in json.loads(raw)}
+            except StoreError:
                 store.delete(_KIND, key)
 
     async def leave(self, context: IkeContext) -> None:

@@ -219,11 +219,6 @@ class Away:
             )
         return row
 
-    def relays(self, sa: SaName) -> bool:
-        """Whether that SA left, and its mobile node stays at this gateway's address."""
-        row = self._rows.get(sa.key)
-        return row is not None and row.passed_on is not None
-
     def relayed(self, name: SaName) -> Departure | None:
         """The SA that left and whose mobile node stays at this gateway's address, by its name at either
         gateway."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ikectx.engine.ports import Store
-from ikectx.errors import KernelError, StoreError, WireError
+from ikectx.errors import KernelError, StoreError, WireError, reading
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from vici_bridge.kernel.kernel import Kernel
@@ -67,13 +67,11 @@ class Block:
     @classmethod
     def loads(cls, key: str, raw: bytes) -> Block:
         """Read what `dumps` wrote. Errors: StoreError."""
-        try:
+        with reading(f"the block {key}"):
             found: Any = json.loads(raw)
             first, second = found["sa"]
             policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
             return cls(SaName(bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
-        except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
-            raise StoreError(f"the block {key} cannot be read: {error}") from None
 
     def to_json(self) -> dict[str, object]:
         """For operators, as plain JSON values."""

@@ -13,7 +13,7 @@ from enum import StrEnum
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from ikectx.errors import StoreError, WireError
+from ikectx.errors import StoreError, reading
 from ikectx.numbers import Mode
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
@@ -253,7 +253,7 @@ class Departure:
 
         Errors: StoreError.
         """
-        try:
+        with reading(f"the departure {key}"):
             found: Any = json.loads(raw)
             if isinstance(found, list):
                 sa = SaName.from_key(key)
@@ -283,8 +283,6 @@ class Departure:
                 known_as=SaName.from_key(found["known_as"]) if found.get("known_as") else None,
                 policies=tuple(KernelPolicy.parse(bytes.fromhex(text)) for text in found.get("policies", ())),
             )
-        except (KeyError, TypeError, ValueError, WireError, OverflowError, RecursionError) as error:
-            raise StoreError(f"the departure {key} cannot be read: {error}") from None
 
     def to_json(self) -> dict[str, object]:
         """For operators, as plain JSON values."""

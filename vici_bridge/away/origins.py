@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from ikectx.engine.ports import Store
-from ikectx.errors import StoreError
+from ikectx.errors import StoreError, reading
 from ikectx.sa.context import IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire.whereabouts import What, Whereabouts, spis_text
@@ -92,7 +92,7 @@ class Origin:
     @classmethod
     def loads(cls, key: str, raw: bytes) -> Origin:
         """Read what `dumps` wrote. Errors: StoreError."""
-        try:
+        with reading(f"the origin {key}"):
             found: Any = json.loads(raw)
             if found["version"] != _VERSION:
                 raise StoreError(f"the origin {key} is of version {found['version']}, not {_VERSION}")
@@ -107,8 +107,6 @@ class Origin:
                 Place(found["place"]),
                 found.get("relay", ""),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise StoreError(f"the origin {key} cannot be read: {error}") from None
 
 
 class Origins:

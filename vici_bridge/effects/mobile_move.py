@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Any
 
-from ikectx.errors import StoreError, UsageError
+from ikectx.errors import UsageError, reading
 from ikectx.numbers import Status
 from ikectx.sa.context import ChildContext, Endpoint, IkeContext, ReplayState
 from ikectx.sa.name import SaName
@@ -150,7 +150,7 @@ class MobileMove:
     @classmethod
     def loads(cls, data: bytes) -> MobileMove:
         """Errors: StoreError."""
-        try:
+        with reading("the note of a mobile node's move"):
             value: Any = json.loads(data)
             ends, peers = (
                 [Endpoint(ip_address(address), int(port)) for address, port in value[key]]
@@ -182,8 +182,6 @@ class MobileMove:
                 ike,
                 value["done"] is True,
             )
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise StoreError("the note of a mobile node's move cannot be read") from None
 
 
 def _end(end: Endpoint) -> list[object]:

@@ -255,25 +255,30 @@ _CPI = Body(
 
 Table = Mapping[int, tuple[Attr, Body]]
 
+_BOTH: Table = {
+    1: (Attr.IKE_ID, _IKE_ID),
+    2: (Attr.IKE_REKEY_ID, _IKE_ID),
+    3: (Attr.LOCAL_ID, _ID),
+    4: (Attr.REMOTE_ID, _ID),
+    5: (Attr.REMOTE_EAP_ID, _ID),
+    6: (Attr.LOCAL_ADDR, _HOST),
+    7: (Attr.REMOTE_ADDR, _HOST),
+    8: (Attr.CONFIG_NAME, _TEXT),
+    9: (Attr.CONDITIONS, _U32),
+    10: (Attr.EXTENSIONS, _U32),
+    11: (Attr.LOCAL_VIP, _HOST),
+    12: (Attr.REMOTE_VIP, _HOST),
+    13: (Attr.PEER_ADDR, _HOST),
+    14: (Attr.INITIATOR, _U8),
+    15: (Attr.NONCE_I, _CHUNK),
+    16: (Attr.NONCE_R, _CHUNK),
+    17: (Attr.SECRET, _SECRET),
+}
+"""Attributes whose numbers all versions of strongSwan know."""
+
 TABLE_A: Table = MappingProxyType(
     {
-        1: (Attr.IKE_ID, _IKE_ID),
-        2: (Attr.IKE_REKEY_ID, _IKE_ID),
-        3: (Attr.LOCAL_ID, _ID),
-        4: (Attr.REMOTE_ID, _ID),
-        5: (Attr.REMOTE_EAP_ID, _ID),
-        6: (Attr.LOCAL_ADDR, _HOST),
-        7: (Attr.REMOTE_ADDR, _HOST),
-        8: (Attr.CONFIG_NAME, _TEXT),
-        9: (Attr.CONDITIONS, _U32),
-        10: (Attr.EXTENSIONS, _U32),
-        11: (Attr.LOCAL_VIP, _HOST),
-        12: (Attr.REMOTE_VIP, _HOST),
-        13: (Attr.PEER_ADDR, _HOST),
-        14: (Attr.INITIATOR, _U8),
-        15: (Attr.NONCE_I, _CHUNK),
-        16: (Attr.NONCE_R, _CHUNK),
-        17: (Attr.SECRET, _SECRET),
+        **_BOTH,
         18: (Attr.OLD_SKD, _SECRET),
         19: (Attr.ALG_PRF, _U16),
         20: (Attr.ALG_OLD_PRF, _U16),
@@ -303,23 +308,7 @@ TABLE_A: Table = MappingProxyType(
 
 TABLE_B: Table = MappingProxyType(
     {
-        1: (Attr.IKE_ID, _IKE_ID),
-        2: (Attr.IKE_REKEY_ID, _IKE_ID),
-        3: (Attr.LOCAL_ID, _ID),
-        4: (Attr.REMOTE_ID, _ID),
-        5: (Attr.REMOTE_EAP_ID, _ID),
-        6: (Attr.LOCAL_ADDR, _HOST),
-        7: (Attr.REMOTE_ADDR, _HOST),
-        8: (Attr.CONFIG_NAME, _TEXT),
-        9: (Attr.CONDITIONS, _U32),
-        10: (Attr.EXTENSIONS, _U32),
-        11: (Attr.LOCAL_VIP, _HOST),
-        12: (Attr.REMOTE_VIP, _HOST),
-        13: (Attr.PEER_ADDR, _HOST),
-        14: (Attr.INITIATOR, _U8),
-        15: (Attr.NONCE_I, _CHUNK),
-        16: (Attr.NONCE_R, _CHUNK),
-        17: (Attr.SECRET, _SECRET),
+        **_BOTH,
         18: (Attr.ADD_SECRET, _SECRET),
         19: (Attr.OLD_SKD, _SECRET),
         20: (Attr.ALG_PRF, _U16),
