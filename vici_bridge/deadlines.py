@@ -23,6 +23,8 @@ from vici_bridge.vici.views import SaView
 log = logging.getLogger(__name__)
 
 _KIND = "deadline"
+"""Kind of store entry, by IKE_SA and CHILD_SA: a `Deadline`. It is not in the ledger, because it counts
+when the transfer is over."""
 MARGIN = 10.0
 """A deadline is not kept if it is less than so many seconds earlier than charon's own timer."""
 

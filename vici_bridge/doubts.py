@@ -19,7 +19,8 @@ from vici_bridge.kernel.message_ids import MessageIds
 log = logging.getLogger(__name__)
 
 _DOUBT = "doubt"
-"""Kind of store entry: this SA may have used message IDs that neither an agent nor the kernel noted."""
+"""Kind of store entry: this SA may have used message IDs that neither an agent nor the kernel noted. It
+is not in the ledger, because SAs that never move have it, too."""
 
 
 class Doubts:

@@ -85,6 +85,8 @@ RefusedError."""
 
 ESP = 50
 _RECORD = "record"
+"""Kind of store entry, by SA: what charon reported of it. It is not in the ledger, because each SA has one,
+whether or not it ever moves."""
 REKEYED = 256
 """Old names of IKE_SAs that are remembered: a transfer that was asked for before is told "busy"."""
 DELETE_PATIENCE = 5.0

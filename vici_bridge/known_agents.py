@@ -11,7 +11,7 @@ from .host_config import HostConfig
 
 _KIND = "update-spi"
 """Kind of store entry, by the mobile node's identity: it knows UPDATE_SPI, and when that was seen (s since
-1970)."""
+1970). It is not in the ledger, because it is about the node, not about a transfer of an SA."""
 _LASTS = 86400.0
 
 

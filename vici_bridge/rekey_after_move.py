@@ -24,6 +24,8 @@ from vici_bridge.vici.views import ChildView, SaView
 log = logging.getLogger(__name__)
 
 _KIND = "fresh"
+"""Kind of store entry, by IKE_SA: what of it is to be rekeyed. It is not in the ledger, because that
+begins when the transfer is over."""
 AGAIN = 5.0
 """Seconds until a rekey that has not happened is asked for again."""
 TRIES = 20

@@ -26,7 +26,8 @@ from ikectx.sa.name import SaName
 log = logging.getLogger(__name__)
 
 _KIND = "trap"
-"""Kind of store entry, by connection and child: the SAs for which its trap was taken out."""
+"""Kind of store entry, by connection and child: the SAs for which its trap was taken out. It is not in the
+ledger, because a trap stays out through several transfers."""
 _KNOWN_FOR = 10.0
 """Seconds for which charon's traps are known, because each SA that leaves asks for them."""
 _PAUSE = 2.0

@@ -57,6 +57,8 @@ class UsedTokens:
     """
 
     KIND = "token"
+    """Kind of store entry, by SA, sequence and purpose of a token. It is not in the ledger, because it counts
+    until the token expires, whatever becomes of the transfer."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts

@@ -24,7 +24,8 @@ from .offer_answer import offer_status
 from .procedures import Event, Process, Steps, log
 
 _KIND = "notice"
-"""Kind of store entry, by peer and SA: the notice for that peer, as in the block."""
+"""Kind of store entry, by peer and SA: the notice for that peer, as in the block. It is not in the ledger,
+because it stays until the peer acknowledges it, whatever becomes of the SA."""
 
 
 class Notices:

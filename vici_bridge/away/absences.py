@@ -58,7 +58,8 @@ _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
 GUESTS = 3
 """Places of a relayed mobile node beside the one that it had when it left."""
 KIND = "detour"
-"""Kind of store entry, by the name that the SA had when it left: a `Departure`."""
+"""Kind of store entry, by the name that the SA had when it left: a `Departure`. It is not in the ledger,
+because it stays for as long as the SA is elsewhere, through other transfers."""
 
 
 class Away:

@@ -43,7 +43,8 @@ BEHIND = int.from_bytes(b"IKEB")
 """The `user` of these policies' selectors, as `departures.OURS` is that of departures."""
 
 KIND = "behind"
-"""Kind of store entry, by a digest of the policy: a `Block`."""
+"""Kind of store entry, by a digest of the policy: a `Block`. It is not in the ledger, because it stays
+when the SA has ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ from .departures import Departure, News
 log = logging.getLogger(__name__)
 
 _KIND = "origin"
-"""Kind of store entry, by the name that the SA had when it came, and the peer: an `Origin`."""
+"""Kind of store entry, by the name that the SA had when it came, and the peer: an `Origin`. It is not
+in the ledger, because it stays through other transfers."""
 _VERSION = 1
 _REMEMBERED = 86400.0
 """Seconds for which an SA that ended is remembered, because its mobile node may return to this gateway."""

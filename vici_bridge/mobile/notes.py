@@ -11,9 +11,10 @@ from ikectx.engine.ports import Store
 from ikectx.sa.name import SaName
 
 ASKED = "asked"
-"""Kind of store entry: the new gateway was asked for this SA, and its answer is not known."""
+"""Kind of store entry: the new gateway was asked for this SA, and its answer is not known. It is not in the
+ledger, because no change of the SA has begun."""
 LAST = "last-handover"
-"""Kind of store entry: the last report."""
+"""Kind of store entry: the last report. It is not in the ledger, because its SA may be gone."""
 
 
 class Notes:
