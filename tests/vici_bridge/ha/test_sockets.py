@@ -46,7 +46,9 @@ def test_messages_that_found_the_buffer_full_are_counted_once(
     with caplog.at_level(logging.ERROR, logger="vici_bridge.ha.sockets"):
         asyncio.run(scenario())
     told = [int(number) for number in re.findall(r"(\d+) messages of charon's", caplog.text)]
-    assert told == [messages + 1 - len(heard)] * lost
+    # in one part or in several: under load one gets in between
+    assert sum(told) == (messages + 1 - len(heard)) * lost
+    assert bool(told) == lost
     assert heard[-1] == b"one more"
 
 
