@@ -574,7 +574,7 @@ def _event_json(event: TransferEvent) -> Message:
         "detail": event.detail,
     }
     report = event.report.to_json() if event.report is not None else None
-    return with_json({**flat, "sa": [part.hex() for part in event.sa], "report": report}, **flat)
+    return with_json({**flat, "sa": event.sa.pair, "report": report}, **flat)
 
 
 def _number(request: Message, key: str, default: int, low: int, high: int) -> int:

@@ -50,7 +50,7 @@ def need_ways(
 
 def names(departure: Departure, text: str) -> bool:
     """Whether the text names the departure: SPIi:SPIr, or its mobile node's identity."""
-    return text in (departure.mn, ":".join(part.hex() for part in departure.sa))
+    return text in (departure.mn, str(departure.sa))
 
 
 def find(departures: Iterable[Departure], text: str) -> SaName:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ikectx.errors import UsageError
@@ -43,6 +43,17 @@ class SaName(NamedTuple):
         if len(key) != 4 * SPI_OCTETS or len(octets) != 2 * SPI_OCTETS:
             raise ValueError(f"{len(key)} characters are not the name of an IKE_SA")
         return cls(octets[:SPI_OCTETS], octets[SPI_OCTETS:])
+
+    @property
+    def pair(self) -> list[str]:
+        """Both SPIs in hexadecimal, as JSON has them."""
+        return [self.spi_i.hex(), self.spi_r.hex()]
+
+    @classmethod
+    def from_pair(cls, pair: Sequence[str]) -> SaName:
+        """The name from its `pair`. Errors: ValueError, TypeError."""
+        spi_i, spi_r = pair
+        return cls(bytes.fromhex(spi_i), bytes.fromhex(spi_r))
 
     @classmethod
     def from_text(cls, text: str) -> SaName:

@@ -62,7 +62,7 @@ class Block:
 
     def dumps(self) -> bytes:
         """The stored form."""
-        value = {"sa": [part.hex() for part in self.sa], "mn": self.mn, "policy": self.policy.raw.hex()}
+        value = {"sa": self.sa.pair, "mn": self.mn, "policy": self.policy.raw.hex()}
         return json.dumps(value).encode()
 
     @classmethod
@@ -70,14 +70,13 @@ class Block:
         """Read what `dumps` wrote. Errors: StoreError."""
         with reading(f"the block {key}"):
             found: Any = json.loads(raw)
-            first, second = found["sa"]
             policy = KernelPolicy.parse(bytes.fromhex(found["policy"]))
-            return cls(SaName(bytes.fromhex(first), bytes.fromhex(second)), str(found["mn"]), policy)
+            return cls(SaName.from_pair(found["sa"]), str(found["mn"]), policy)
 
     def to_json(self) -> dict[str, object]:
         """For operators, as plain JSON values."""
         blocked = f"{self.policy.source} -> {self.policy.destination}"
-        return {"sa": [part.hex() for part in self.sa], "mn": self.mn, "blocked": blocked}
+        return {"sa": self.sa.pair, "mn": self.mn, "blocked": blocked}
 
 
 class Behind:
@@ -144,11 +143,7 @@ class Behind:
 
         Errors: KernelError, StoreError.
         """
-        found = [
-            block
-            for block in self._blocks.values()
-            if name in (block.mn, ":".join(part.hex() for part in block.sa))
-        ]
+        found = [block for block in self._blocks.values() if name in (block.mn, str(block.sa))]
         for block in found:
             self._remove(block)
         return len(found)

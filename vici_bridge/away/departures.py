@@ -227,7 +227,7 @@ class Departure:
         return json.dumps(
             {
                 "version": _VERSION,
-                "sa": [part.hex() for part in self.sa],
+                "sa": self.sa.pair,
                 "mn": self.mn,
                 "peer": self.peer,
                 "at": self.at,
@@ -263,9 +263,8 @@ class Departure:
                     f"the departure {key} is of version {found['version']}, this agent knows {_VERSION}",
                     hint="it was stored by a newer ikectx; run that one",
                 )
-            first, second = found["sa"]
             return cls(
-                sa=SaName(bytes.fromhex(first), bytes.fromhex(second)),
+                sa=SaName.from_pair(found["sa"]),
                 mn=found["mn"],
                 peer=found["peer"],
                 at=found["at"],
@@ -287,7 +286,7 @@ class Departure:
     def to_json(self) -> dict[str, object]:
         """For operators, as plain JSON values."""
         return {
-            "sa": [part.hex() for part in self.sa],
+            "sa": self.sa.pair,
             "mn": self.mn,
             "stage": str(self.stage),
             "at": self.at,

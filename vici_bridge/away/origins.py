@@ -79,9 +79,9 @@ class Origin:
             {
                 "version": _VERSION,
                 "peer": self.peer,
-                "sa": [part.hex() for part in self.sa],
+                "sa": self.sa.pair,
                 "epoch": self.epoch,
-                "now": [part.hex() for part in self.now],
+                "now": self.now.pair,
                 "mn": self.mn,
                 "prefixes": self.prefixes,
                 "since": self.since,
@@ -99,9 +99,9 @@ class Origin:
                 raise StoreError(f"the origin {key} is of version {found['version']}, not {_VERSION}")
             return cls(
                 found["peer"],
-                _name(found["sa"]),
+                SaName.from_pair(found["sa"]),
                 found["epoch"],
-                _name(found["now"]),
+                SaName.from_pair(found["now"]),
                 found["mn"],
                 tuple(found["prefixes"]),
                 found["since"],
@@ -274,8 +274,3 @@ class Origins:
     def _forget(self, row: Origin) -> None:
         self._store.delete(_KIND, row.key)  # first: where the disk is full it is tried again
         self._rows.pop(row.key, None)
-
-
-def _name(pair: Any) -> SaName:
-    first, second = pair
-    return SaName(bytes.fromhex(first), bytes.fromhex(second))

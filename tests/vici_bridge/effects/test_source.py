@@ -74,7 +74,13 @@ def test_a_mobile_node_that_has_just_connected_anew_falls_silent() -> None:
     kernel = CountedKernel({context.children[0].spi_in: 7 for context in (before, after)})
     departed = {before.spis: (before, 0.1), after.spis: (after, 60.0)}
     config = SimpleNamespace(addresses=(a_context().local.address,))
-    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config, leaving=None, spawn=None)
+    host = SimpleNamespace(
+        kernel=kernel,
+        heard=SimpleNamespace(departed=lambda: departed),
+        config=config,
+        leaving=None,
+        spawn=None,
+    )
     source = CharonSource(host, None)  # type: ignore[arg-type]
     assert source.departing_by_reqid(7, {"home"}) == (after.spis, after, 60.0)
 
@@ -85,7 +91,13 @@ def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_m
     kernel = CountedKernel({spi: number for number, spi in enumerate(spis, 1)})
     departed = {sa: (context, 60.0) for sa, context in contexts.items()}
     config = SimpleNamespace(addresses=(a_context().local.address,))
-    host = SimpleNamespace(kernel=kernel, departed=lambda: departed, config=config, leaving=None, spawn=None)
+    host = SimpleNamespace(
+        kernel=kernel,
+        heard=SimpleNamespace(departed=lambda: departed),
+        config=config,
+        leaving=None,
+        spawn=None,
+    )
     source = CharonSource(host, None)  # type: ignore[arg-type]
     # charon stops, and asks its script for all of them
     for reqid in range(1, 101):
