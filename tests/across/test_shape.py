@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -16,14 +18,23 @@ ARGUMENTS = 8
 LINES = 600
 
 
+@functools.cache
 def classes() -> list[tuple[str, ast.ClassDef]]:
-    """Each class of the product, with its module."""
+    """Each class of the product, with its module. All files are parsed once, because that takes seconds."""
     return [
         (str(file.relative_to(ROOT)), node)
         for file in FILES
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.ClassDef)
+        for node in _classes(ast.parse(file.read_text()).body)
     ]
+
+
+def _classes(body: Iterable[ast.stmt]) -> Iterator[ast.ClassDef]:
+    """Those of a module, and those in its classes and functions."""
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield node
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.If):
+            yield from _classes(node.body)
 
 
 def test_no_two_classes_of_the_product_have_one_name() -> None:
