@@ -114,7 +114,8 @@ class KillRunner(ScenarioRunner):
         one = case(name)
         self._fault = FAULTS[one.fault]
         for host in self._kills.agent_hosts:
-            (self._lab.work / host / "points.log").unlink(missing_ok=True)
+            for file in ("points.log", "move.out"):  # of an earlier case
+                (self._lab.work / host / file).unlink(missing_ok=True)
         fault = FaultyLab(self._kills, one)
         stop = Stop(self._kills, one.point.host, one.point.name)
         inner = INNER["mn"][4]
@@ -129,7 +130,7 @@ class KillRunner(ScenarioRunner):
                 fault.strike()
             stop.go_on()
             if not stop.reached:
-                raise StepError(f"{one.point.host} never came to {one.point.name}")
+                raise StepError(f"{one.point.host} never came to {one.point.name}: {self._move_said()}")
             time.sleep(one.seconds)
             fault.end()
             self._say("it is over")
@@ -213,6 +214,12 @@ class KillRunner(ScenarioRunner):
             time.sleep(1.0)
             self._do_relocate()
         return moves
+
+    def _move_said(self) -> str:
+        """The end of what the command printed that began the move."""
+        files = [self._lab.work / host / "move.out" for host in ("mn", *GATEWAYS)]
+        said = [file.read_text(errors="replace").strip() for file in files if file.exists()]
+        return " ".join(said)[-1500:] or "nothing has begun it, or it goes on"
 
     # -- the end of it ----------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ class Looks:
         self._host = host
         self._last: Seen | None = None
         self._asked_at = self._listed_at = float("-inf")
+        self._life = 0
+        """Which charon was asked (`Listing.life`)."""
         self._turn = asyncio.Lock()
         self._looking = Together(self._look_for)
         self._came: dict[SaName, SaView] = {}
@@ -82,8 +84,10 @@ class Looks:
 
     async def _look_for(self, contexts: Sequence[IkeContext]) -> Sequence[Seen]:
         async with self._turn:
-            changed = self._host.changed
+            changed, life = self._host.changed, self._host.listing.life
             last, now = self._last, asyncio.get_running_loop().time()
+            if life != self._life:  # the SAs of a charon that has ended are in nobody's way
+                last, self._life = None, life
             if last is None or now - self._listed_at > LISTED or len(changed) > MANY:
                 self._last = last = await self._look(None)
                 self._listed_at = self._asked_at = now

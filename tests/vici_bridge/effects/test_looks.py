@@ -118,6 +118,21 @@ def test_news_of_single_sas_are_added_to_the_last_look(monkeypatch: pytest.Monke
     run(scenario())
 
 
+def test_sas_of_a_charon_that_has_ended_are_in_nobodys_way() -> None:
+    """An SA that was taken just before charon died kept its mobile node away for ten seconds."""
+
+    async def scenario() -> None:
+        here = place()
+        sa, looks = a_context(1), here.sink._looks
+        await here.sink.prepare(sa, False)
+        assert [view.spis for view in (await looks.look(sa)).present.views] == [sa.spis]
+        here.charon.sas.clear()
+        here.host._charon_state(up=False)
+        assert not list((await looks.look(sa)).present.views)
+
+    run(scenario())
+
+
 def listings(here: Place) -> list[str]:
     """A word for each time that charon is asked for an SA, or for all. What it says is remembered."""
     asked: list[str] = []
