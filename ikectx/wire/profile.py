@@ -560,21 +560,19 @@ def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]
 # Statuses.
 
 
-def encode_verdicts(
-    verdicts: Iterable[Verdict], profiles: Sequence[Fpt] = PROFILES
-) -> tuple[StatusBlock, ...]:
+def encode_verdicts(verdicts: Iterable[Verdict]) -> tuple[StatusBlock, ...]:
     """The statuses of a CTDR. If nothing was refused its S bit is enough, except for FPTs that a verdict
-    names beside `profiles`.
+    names beside `PROFILES`.
 
-    Else there is one for each of `profiles` and each other FPT that a verdict names. If several verdicts
+    Else there is one for each of `PROFILES` and each other FPT that a verdict names. If several verdicts
     refuse one FPT the first is sent, because checks come in the order of their gravity.
     """
-    worst = dict.fromkeys(profiles, Status.OK)
+    worst = dict.fromkeys(PROFILES, Status.OK)
     for verdict in verdicts:
         if worst.setdefault(verdict.fpt, Status.OK) is Status.OK:
             worst[verdict.fpt] = verdict.status
     if not any(worst.values()):
-        worst = {fpt: status for fpt, status in worst.items() if fpt not in profiles}
+        worst = {fpt: status for fpt, status in worst.items() if fpt not in PROFILES}
     return tuple(StatusBlock(fpt, status) for fpt, status in worst.items())
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
 from ikectx.numbers import Protocol, Status
-from ikectx.sa.context import Endpoint, FinalState, Identity, IkeContext
+from ikectx.sa.context import Endpoint, Identity, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire import cbor
 
@@ -495,17 +495,12 @@ def uncovered(context: IkeContext, version: int) -> Status:
     return Status.OK
 
 
-def mid_messages(context: IkeContext, version: int, final: FinalState | None = None) -> list[HaMessage]:
-    """IKE_MID_* with the message IDs of `final`, or of the context; charon ignores 0, so it is left out."""
+def mid_messages(context: IkeContext, version: int) -> list[HaMessage]:
+    """IKE_MID_* with the message IDs of the context; charon ignores 0, so it is left out."""
     ike = IkeId.of(context.current)
-    initiator, responder = (
-        (context.mid_initiator, context.mid_responder)
-        if final is None
-        else (final.mid_initiator, final.mid_responder)
-    )
     return [
         ike_mid(version, ike, initiator=is_initiator, mid=mid)
-        for is_initiator, mid in ((True, initiator), (False, responder))
+        for is_initiator, mid in ((True, context.mid_initiator), (False, context.mid_responder))
         if mid
     ]
 

@@ -156,46 +156,29 @@ class CharonVici:
         """`uptime`, `plugins` (a list), `ikesas`, queues and workers."""
         return self.request("stats")
 
-    def list_sas(
-        self, ike: str | None = None, ike_id: int | None = None, *, noblock: bool = False
-    ) -> list[Message]:
-        """IKE_SAs as charon's `list-sa` gives them, each with its connection under `name`.
+    def list_sas(self, ike: str | None = None, ike_id: int | None = None) -> list[Message]:
+        """IKE_SAs as charon's `list-sa` gives them, each with its connection under `name`."""
+        return self._named(self.stream("list-sas", "list-sa", {"ike": ike, "ike-id": ike_id}))
 
-        `noblock` leaves out the SAs that charon is working on instead of waiting for them.
-        """
-        query = {"ike": ike, "ike-id": ike_id, "noblock": "yes" if noblock else None}
-        return self._named(self.stream("list-sas", "list-sa", query))
-
-    def list_conns(self, ike: str | None = None) -> list[Message]:
+    def list_conns(self) -> list[Message]:
         """Loaded connections as charon's `list-conn` gives them, each with its `name`."""
-        return self._named(self.stream("list-conns", "list-conn", {"ike": ike}))
+        return self._named(self.stream("list-conns", "list-conn"))
 
     def get_pools(self, leases: bool = False) -> dict[str, Message]:
         """Virtual IP pools by name, with their leases if asked."""
         return self.request("get-pools", {"leases": "yes" if leases else None})
 
-    def rekey(self, *, ike_id: int | None = None, child_id: int | None = None, reauth: bool = False) -> int:
+    def rekey(self, *, ike_id: int | None = None, child_id: int | None = None) -> int:
         """Start rekeying one IKE_SA or CHILD_SA by its unique ID. Returns how many matched."""
-        answer = self.request(
-            "rekey", {"ike-id": ike_id, "child-id": child_id, "reauth": "yes" if reauth else None}
-        )
-        return count(answer, "matches")
+        return count(self.request("rekey", {"ike-id": ike_id, "child-id": child_id}), "matches")
 
-    def terminate(
-        self,
-        *,
-        ike_id: int | None = None,
-        child_id: int | None = None,
-        force: bool = False,
-        timeout_ms: int = 5000,
-    ) -> int:
-        """Delete one IKE_SA or CHILD_SA, telling the peer. Returns how many were deleted.
+    def terminate(self, *, ike_id: int, force: bool = False, timeout_ms: int = 5000) -> int:
+        """Delete one IKE_SA, telling the peer. Returns how many were deleted.
 
         `force` gives up waiting for the peer at `timeout_ms`; -1 does not wait at all.
         """
         query = {
             "ike-id": ike_id,
-            "child-id": child_id,
             "force": "yes" if force else None,
             "timeout": timeout_ms,
             "loglevel": "-1",

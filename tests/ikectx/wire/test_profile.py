@@ -55,7 +55,7 @@ def size_of(context: IkeContext, final: FinalState) -> list[int]:
             Pctd(mn, encode(context, transfer=TRANSFER)),
             Ctdr(mn, everything, complete=True),
             Ctd(mn, encode_final(final, TRANSFER.transfer_id)),
-            Ctdr(mn, encode_verdicts((), (Fpt.IKEV2_SA, Fpt.SAD)), complete=True),
+            Ctdr(mn, everything, complete=True),
         )
     ]
 
@@ -453,6 +453,6 @@ def test_verdicts_become_the_first_refusal_of_each_profile() -> None:
 def test_verdicts_that_are_all_fine_need_no_status() -> None:
     assert encode_verdicts(()) == ()
     assert encode_verdicts([Verdict(fpt, Status.OK) for fpt in PROFILES]) == ()
-    assert encode_verdicts([Verdict(Fpt.SAD, Status.BUSY)], (Fpt.SAD,)) == (
-        StatusBlock(Fpt.SAD, Status.BUSY),
-    )
+    refused = encode_verdicts([Verdict(Fpt.SAD, Status.BUSY)])
+    assert [one.fpt for one in refused] == list(PROFILES)
+    assert [one.fpt for one in refused if one.status is not Status.OK] == [Fpt.SAD]
