@@ -65,7 +65,7 @@ from .in_doubt import InDoubt, operator
 from .move_log import log_event
 from .render import context_json
 from .requests import GATEWAY, plain_address
-from .settings import left_quietly, with_numbers
+from .settings import left_quietly, with_numbers, within_patience
 from .views import charon_json, chosen, sa_name, view_json
 
 log = logging.getLogger("ikectx")
@@ -141,18 +141,22 @@ class Agent:
         self._config = config
         self._store = store
         self._host = CharonHost(host_config(config), store)
-        addresses, timeout = config.gateway.addresses, config.transfer.mn_timeout
+        addresses = config.gateway.addresses
+        tries, timeout = within_patience(
+            config.charon.vici, config.transfer.mn_tries, config.transfer.mn_timeout
+        )
+        call_back = min(tries, CALL_BACK_TRIES)
         self._source = CharonSource(
             self._host,
-            MnMover(addresses, CALL_BACK_TRIES, timeout, MARK),
-            MnEnder(CALL_BACK_TRIES, timeout, MARK),
-            MnInviter(CALL_BACK_TRIES, timeout, MARK),
+            MnMover(addresses, call_back, timeout, MARK),
+            MnEnder(call_back, timeout, MARK),
+            MnInviter(call_back, timeout, MARK),
         )
         self._sink = CharonSink(
             self._host,
-            MnMover(addresses, config.transfer.mn_tries, timeout, MARK),
-            MnRenamer(addresses, config.transfer.mn_tries, timeout, MARK),
-            MnSettler(min(config.transfer.mn_tries, SETTLE_TRIES), timeout, MARK),
+            MnMover(addresses, tries, timeout, MARK),
+            MnRenamer(addresses, tries, timeout, MARK),
+            MnSettler(min(tries, SETTLE_TRIES), timeout, MARK),
             _ear,
         )
         self._peers = [

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ikectx.wire.ikev2 import RetransmitPolicy
+
 from .config import CharonConfig
 
 _TOKEN = re.compile(
@@ -119,6 +121,11 @@ def with_numbers(config: CharonConfig) -> CharonConfig:
 
 def give_up(settings: Mapping[str, Setting]) -> float:
     """Seconds after which charon gives up a request that is not answered, at the least (5.9.8: 165)."""
+    return sum(_waits(settings))
+
+
+def _waits(settings: Mapping[str, Setting]) -> list[float]:
+    """Seconds that charon waits after each sending of a request, at the least."""
 
     def number(key: str, default: float) -> float:
         for daemon in ("charon-systemd", "charon"):
@@ -128,8 +135,8 @@ def give_up(settings: Mapping[str, Setting]) -> float:
 
     timeout, base, tries = number("timeout", 4.0), number("base", 1.8), int(number("tries", 5))
     most = number("limit", 0) or float("inf")
-    whole = sum(min(timeout * base**each, most) for each in range(max(0, min(tries, 100)) + 1))
-    return whole * (1 - min(100.0, max(0.0, number("jitter", 0))) / 100)
+    share = 1 - min(100.0, max(0.0, number("jitter", 0))) / 100
+    return [share * min(timeout * base**each, most) for each in range(max(0, min(tries, 100)) + 1)]
 
 
 def left_quietly(vici: str) -> float:
@@ -137,6 +144,22 @@ def left_quietly(vici: str) -> float:
     allowance, or `LEFT_QUIETLY`. `vici`: charon's socket."""
     settings = of_charon(pid_behind(vici.removeprefix("unix://")), "strongswan.conf")
     return LEFT_QUIETLY if settings is None else min(LEFT_QUIETLY, 0.8 * give_up(settings))
+
+
+def within_patience(vici: str, tries: int, timeout: float) -> tuple[int, float]:
+    """How often a mobile node is asked by us, and for how many seconds at first: as given, or less, so that all
+    of it ends before charon repeats a request for the last time.
+
+    charon of the gateway that lets an SA go is mute meanwhile. If its dead peer detection had no repetition
+    left when the SA stays there, it would drop the SA of a mobile node that lives. `vici`: the socket of charon
+    here, whose settings that one is supposed to have as well.
+    """
+    waits = _waits(of_charon(pid_behind(vici.removeprefix("unix://")), "strongswan.conf") or {})
+    most = 0.8 * (sum(waits[:-1]) or waits[0])
+    timeout, wait = min(timeout, most), RetransmitPolicy(min(timeout, most), tries=tries).wait
+    while tries > 1 and sum(map(wait, range(1, tries + 1))) > most:
+        tries -= 1
+    return tries, timeout
 
 
 class _SettingsReader:

@@ -27,7 +27,7 @@ LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "n
 STEPS=(${LANES[*]} all-13 all-sid)
 # These wait for a time limit, a minute some of them, or have TCP, which a busy machine stretches: they run in
 # virtual time only.
-PATIENT=(fresh-keys inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime move-life
+PATIENT=(begins fresh-keys inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime move-life
     predictive-held silent-mn)
 # In virtual time beside these: each way to move, whose limits hold there exactly.
 EXACT=(handover handover-v6 handover-encap predictive predictive-v6 reactive reactive-v6 pull by-packet
