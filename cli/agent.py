@@ -48,7 +48,7 @@ from vici_bridge.effects.source import CharonSource
 from vici_bridge.exchanges import MnEnder, MnInviter, MnMover, MnRenamer, MnSettler
 from vici_bridge.host import CharonHost
 from vici_bridge.host_config import HostConfig
-from vici_bridge.kernel.ha_users import only_from
+from vici_bridge.kernel.ha_users import HaUsers
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.kernel.spd_watch import SpdGuard
 from vici_bridge.policy.admission import numbered
@@ -241,7 +241,9 @@ class Agent:
         charon = self._config.charon
         if charon.ha_users:
             ends = (charon.ha_local, charon.ha_remote)
-            await asyncio.to_thread(only_from, charon.ha_users, os.geteuid(), ends, charon.ha_port)
+            users = HaUsers(charon.ha_users, os.geteuid(), ends, charon.ha_port)
+            await asyncio.to_thread(users.install)
+            self._host.reloads.users = users
         await self._host.open()
         self._source.resume()
         self._sink.resume()

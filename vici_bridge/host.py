@@ -134,7 +134,7 @@ class CharonHost:
             store, self.kernel, self.detour, config.forward_via, announced=config.announced, nat=self.nat
         )
         self.origins = Origins(store)
-        self._reloads = Reloads(self.mute, self.doubts, self.away.passing, self.spawn)
+        self.reloads = Reloads(self.mute, self.doubts, self.away.passing, self.spawn)
         self._routes: KernelEvents | None = None
         self.record = Record()
         self.heard = LastHeard(self.record)
@@ -193,7 +193,7 @@ class CharonHost:
         # this
         await self.doubts.begin(() if self.config.mobile_node else self.record.names())
         if not self.config.mobile_node:
-            self._reloads.watch()
+            self.reloads.watch()
         self.vici.watch(self._charon_state)
         self.spawn(self.traps.watch())
         self.spawn(DueRekeys(self.deadlines, self.fresh, self.views, self._rekey).watch())
@@ -205,7 +205,7 @@ class CharonHost:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._ha.close()
-        self._reloads.close()
+        self.reloads.close()
         if self._routes is not None:
             self._routes.close()
         self.save()

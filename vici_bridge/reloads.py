@@ -1,6 +1,7 @@
 """`Reloads`: a reloaded firewall (`nft flush ruleset`) removes the tables of the agent: they are made again.
 
-SAs that were muted are muted again, and mobile nodes are relayed again. Until then, some hundredths of a
+SAs that were muted are muted again, mobile nodes are relayed again, and users are kept from the HA addresses
+again. Until then, some hundredths of a
 second, the kernel notes no message IDs; charon reports those to the agent, so no SA is in doubt by that. I/O.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from ikectx.errors import KernelError
 from vici_bridge.away.passing import Passing
 from vici_bridge.doubts import Doubts
-from vici_bridge.kernel import message_ids, mute, nat_relay
+from vici_bridge.kernel import ha_users, message_ids, mute, nat_relay
 from vici_bridge.kernel.kernel_events import KernelEvents, table_removals
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,14 @@ class Reloads:
         self._spawn = spawn
         self._turn = asyncio.Lock()
         self._events: KernelEvents | None = None
+        self.users: ha_users.HaUsers | None = None
+        """Who may send to the HA addresses; None: everybody."""
 
     def watch(self) -> None:
         """From now on. If the kernel does not let the agent listen, that is logged."""
         try:
             self._events = table_removals(
-                (mute.TABLE, message_ids.TABLE, nat_relay.TABLE), self._ports, self._removed
+                (mute.TABLE, message_ids.TABLE, nat_relay.TABLE, ha_users.TABLE), self._ports, self._removed
             )
         except KernelError as error:
             log.warning("a reload of the firewall will be noticed only by the next freeze: %s", error)
@@ -62,6 +65,8 @@ class Reloads:
             try:
                 stood = await asyncio.to_thread(self._mute.prepare)
                 stood &= await self._doubts.again()
+                if self.users is not None:
+                    stood &= await asyncio.to_thread(self.users.again)
                 await asyncio.to_thread(self._passing.again)
                 if not stood:
                     log.warning("somebody removed nftables rules of this agent (a reload?): they are back")

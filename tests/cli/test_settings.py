@@ -34,12 +34,17 @@ def test_less_than_charon_s_patience(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert left_quietly(none) == LEFT_QUIETLY
 
 
-def test_a_mobile_node_is_asked_no_longer_than_charon_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mobile_node_is_asked_no_longer_than_charon_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "strongswan.conf"
     monkeypatch.setenv("STRONGSWAN_CONF", str(file))
     none = f"unix://{tmp_path}/charon.vici"
     assert within_patience(none, 5, 0.5) == (5, 0.5)  # 11.3 s of 165
     file.write_text("charon {\n retransmit_tries = 3\n retransmit_timeout = 1\n retransmit_base = 1.2\n}\n")
-    assert within_patience(none, 5, 0.5) == (2, 0.5)  # 1.4 s, and charon repeats last at 3.6; three would take 3.0
+    assert within_patience(none, 5, 0.5) == (
+        2,
+        0.5,
+    )  # 1.4 s, and charon repeats last at 3.6; three would take 3.0
     file.write_text("charon {\n retransmit_tries = 0\n retransmit_timeout = 0.5\n}\n")
     assert within_patience(none, 5, 0.5) == (1, pytest.approx(0.4))
