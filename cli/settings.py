@@ -147,12 +147,12 @@ def left_quietly(vici: str) -> float:
 
 
 def within_patience(vici: str, tries: int, timeout: float) -> tuple[int, float]:
-    """How often a mobile node is asked by us, and for how many seconds at first: as given, or less, so that all
-    of it ends before charon repeats a request for the last time.
+    """How often a mobile node is asked by us, and for how many seconds at first: as given, or less, so that
+    all of it ends before charon repeats a request for the last time.
 
     charon of the gateway that lets an SA go is mute meanwhile. If its dead peer detection had no repetition
-    left when the SA stays there, it would drop the SA of a mobile node that lives. `vici`: the socket of charon
-    here, whose settings that one is supposed to have as well.
+    left when the SA stays there, it would drop the SA of a mobile node that lives. `vici`: the socket of
+    charon here, whose settings that one is supposed to have as well.
     """
     waits = _waits(of_charon(pid_behind(vici.removeprefix("unix://")), "strongswan.conf") or {})
     most = 0.8 * (sum(waits[:-1]) or waits[0])

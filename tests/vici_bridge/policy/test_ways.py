@@ -12,10 +12,12 @@ from ikectx.numbers import Mode
 from ikectx.sa.context import IkeContext, Secret
 from tests.vici_bridge.vici.test_views import context, selector
 from vici_bridge.policy.ways import caution, check_relay, reason, wanted
-from vici_bridge.vici.views import COND_NAT_THERE, EXT_MOBIKE, SaView
+from vici_bridge.vici.views import COND_NAT_ANY, COND_NAT_FAKE, COND_NAT_THERE, EXT_MOBIKE, SaView
 
 PLAIN = replace(context(), extensions=EXT_MOBIKE)
 BEHIND = replace(PLAIN, conditions=COND_NAT_THERE)
+FORCED = replace(PLAIN, conditions=COND_NAT_ANY | COND_NAT_FAKE)
+"""The gateway alone has `encap = yes`, and there is no NAT (5.9.8: nat-fake, without nat-remote)."""
 OLD = replace(PLAIN, extensions=0)
 REKEYED = replace(
     PLAIN, generations=(replace(PLAIN.current, old_skd=Secret(bytes(32)), old_prf=PLAIN.current.prf),)
@@ -32,6 +34,7 @@ def chosen_by(here: IkeContext, spi: str) -> IkeContext:
     [
         (PLAIN, "", True, "update", "as asked for"),
         (BEHIND, "", True, "relay", "NAT"),
+        (FORCED, "", True, "update", "as asked for"),
         (BEHIND, "", False, "update", "NAT"),  # user-space ESP is in UDP always
         (OLD, "", True, "relay", "MOBIKE"),
         (chosen_by(PLAIN, "12345678"), "", True, "update", "as asked for"),
