@@ -377,6 +377,8 @@ class Mute:
         self.said = 0
         """Messages of charon that were dropped."""
         self.muted: set[SaName] = set()
+        self.answering: set[SaName] = set()
+        """SAs that are muted, but for requests of the mobile node and their answers."""
         self.ever: set[SaName] = set()
 
     def mute_in(self, spis: SaName) -> None:
@@ -385,8 +387,13 @@ class Mute:
 
     mute_out = mute = mute_in
 
+    def only_answer(self, spis: SaName) -> None:
+        self.muted.discard(spis)
+        self.answering.add(spis)
+
     def unmute(self, spis: SaName) -> None:
         self.muted.discard(spis)
+        self.answering.discard(spis)
 
     async def unmute_soon(self, spis: SaName) -> None:
         self.unmute(spis)

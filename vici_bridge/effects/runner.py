@@ -24,6 +24,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Any, Generic, Protocol, TypeVar
 
 from ikectx import trace
@@ -43,6 +44,8 @@ LIMIT = 30.0
 """Seconds that an effect may take unless it says otherwise: charon and the kernel answer within a few."""
 AGAIN = (5.0, 20.0, 60.0, 300.0)
 """Seconds until an effect that was left for later is tried again, each time; then it is given up."""
+ENDLESS = 60.0
+"""The same for one that is never given up, from the third time on."""
 
 _NOBODY = TransferHeader(bytes(8))
 
@@ -76,8 +79,8 @@ class StepEffect(Generic[W]):
     do: carries it out, and returns facts to keep, None: nothing. when: whether it is needed for this SA.
     probe: whether it is done already. limit: seconds. needed: the step fails with it. once: it is noted
     before it begins, because it must not be done twice. later: if it failed and is not needed, it is tried
-    again in the background. soon: its facts may wait for the next write, because nothing before that depends
-    on them.
+    again in the background; endless: until it is done. soon: its facts may wait for the next write, because
+    nothing before that depends on them.
     """
 
     name: str
@@ -88,6 +91,7 @@ class StepEffect(Generic[W]):
     needed: bool = True
     once: bool = False
     later: bool = False
+    endless: bool = False
     soon: bool = False
 
 
@@ -252,7 +256,7 @@ class Runner(Generic[W]):
     async def _try_again(self, effects: Sequence[StepEffect[W]], work: W, turn: object, ends: bool) -> None:
         """Try the effects that were left for later again, in the background."""
         for effect in effects:
-            for wait in AGAIN:
+            for wait in chain(AGAIN[:2], repeat(ENDLESS)) if effect.endless else AGAIN:
                 await asyncio.sleep(wait)
                 if self._waiting.get(work.sa) is not turn:
                     return  # another step of this SA has begun

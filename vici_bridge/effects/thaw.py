@@ -8,7 +8,8 @@
 4. If the other gateway may have begun to serve, run the updown script, to attract the mobile node's packets
    here again, and call the mobile node back. Neither may delay the SA: a script that hangs, and a silent
    mobile node, are called again later.
-5. Unmute charon. It had to wait for 4., because it would use message IDs that the mobile node has received.
+5. Unmute charon. It had to wait for 4., because it would use message IDs that the mobile node has received,
+   and asks nothing as long as the mobile node is silent.
 6. Rekey CHILD_SAs that the mobile node may have under other SPIs.
 """
 
@@ -128,22 +129,24 @@ async def _call_back(work: Leaving) -> None:
 
     That request had the message ID that was given away. A mobile node that has received it takes a request
     with that ID for a copy and answers to the other gateway; then the next ID is the right one, for charon,
-    too. If it is silent it is called again in the background, because nobody knows which ID it expects:
-    charon would ask in vain, and give the SA up. charon must not hear the answers.
+    too. If it is silent it is called again in the background until it answers or charon has given the SA up,
+    because nobody knows which ID it expects. Until then charon answers its requests and does nothing else: it
+    would ask in vain, and delete the SA when a late answer comes that it cannot assign.
 
     Errors: LinkError (silent).
     """
     host, facts = work.host, work.facts
     view = await host.view(work.sa)
-    if view is None:
-        return  # it has ended, or has other SPIs, since the first call
+    if view is None:  # it has ended, or has other SPIs, since the first call
+        await host.mute.unmute_soon(work.sa)
+        return
     context = relocate(work.context, local=view.local, remote=view.remote)
     mid, ids = facts.request or 0, 3 if facts.unsure else 2
     if facts.renaming:
         # CREATE_CHILD_SA and INFORMATIONAL D for each child, and one request to begin with
         ids += 1 + 2 * len(context.children)
-    host.mute.mute_in(work.sa)
-    host.mute.mute_out(work.sa)
+    host.mute.mute(work.sa)
+    answered = False
     try:
         for used in range(1, ids + 1):
             final = FinalState(*work.sa, mid + used - 1, context.mid_responder, context.epoch + 1)
@@ -156,10 +159,15 @@ async def _call_back(work: Leaving) -> None:
                 continue
             await tell_ids(host, IkeId.of(context.current), mid + used)
             host.save()
-            return
+            answered = True
+            break
     finally:
-        await _speak(work)
-    raise LinkError(f"{context.connection}: the MN at {context.remote} is silent here, too")
+        if answered:
+            await _speak(work)
+        else:
+            host.mute.only_answer(work.sa)
+    if not answered:
+        raise LinkError(f"{context.connection}: the MN at {context.remote} is silent here, too")
 
 
 async def _speak(work: Leaving) -> None:
@@ -186,6 +194,10 @@ async def _renew(work: Leaving) -> None:
 def _served(work: Leaving) -> bool:
     """Whether charon has the SA, and the other gateway may have asked for it."""
     return work.view is not None and work.facts.request is not None and not work.facts.ended
+
+
+def _knows_ids(work: Leaving) -> bool:
+    return CALLS_BACK not in work.host.leaving.of(work.sa).later
 
 
 def _ended(work: Leaving) -> bool:
@@ -221,8 +233,9 @@ THAW: LedgerStep[Leaving] = LedgerStep(
             needed=False,
             once=True,
             later=True,
+            endless=True,
         ),
-        StepEffect("charon speaks", _speak),
+        StepEffect("charon speaks", _speak, when=_knows_ids),
         StepEffect(
             "rekey",
             _renew,

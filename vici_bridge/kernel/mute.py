@@ -2,8 +2,9 @@
 
 charon can be made passive only by whole segments (strongSwan 5.9.8 to 6.0.6). One nftables table has two sets
 of IKE SPI pairs, for messages to and from charon; a message whose header has a pair of the set is dropped and
-counted. A look-up costs the same for one muted SA and for thousands. The rules outlive the agent on purpose,
-because an SA that was let go must not send again when a process ends.
+counted. Two more sets are for answers to charon and for its requests alone. A look-up costs the same for one
+muted SA and for thousands. The rules outlive the agent on purpose, because an SA that was let go must not
+send again when a process ends.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from ikectx.errors import KernelError
 from ikectx.sa.name import SaName
 from ikectx.together import Together
 
-from .nftables import MARKED, PLAIN, Element, NftTable, run_nft
+from .nftables import MARKED, PLAIN, NftTable, run_nft
 
 TABLE = "ikectx"
 MARK = 0x494B45
 """Packet mark of IKE messages that the agent itself sends for a muted SA."""
-_RULES = 2
-"""Rules in each chain: for IKE messages with and without the four zero octets."""
+_RULES = 4
+"""Rules in each chain: for each of its two sets, for IKE messages with and without the four zero octets."""
 _SIDES = {"in": ("muted_in", "input"), "out": ("muted_out", "output")}
 """Direction: its set, its chain and hook."""
+_HALVES = {"in": ("answers_in", "input"), "out": ("requests_out", "output")}
+"""The same, for answers to charon, and for charon's requests."""
+_RESPONSE = 0x20
+"""Flag of the IKE header (RFC 7296, 3.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,10 @@ class Mute:
         self._lock = threading.Lock()
         self._table = NftTable(TABLE)
         self._unmuting = Together(self._unmute_all)
-        self._muted: dict[str, set[SaName]] = {direction: set() for direction in _SIDES}
-        """SAs that are muted now, in case somebody empties the table."""
+        self._muted: dict[str, set[SaName]] = {
+            name: set() for name, _ in (*_SIDES.values(), *_HALVES.values())
+        }
+        """SAs that are in each set now, in case somebody empties the table."""
 
     @property
     def port(self) -> int:
@@ -62,15 +69,14 @@ class Mute:
         Called again after somebody may have removed it, or elements of it. Returns whether all was there.
         """
         with self._lock:
-            stood = all(self._stands(direction) for direction in _SIDES)
+            stood = all(self._stands(chain) for _, chain in _SIDES.values())
             if not stood:
                 self._build()
-            there = self._listing()
-            for direction, muted in self._muted.items():
-                held = {one.spis for one in there if one.direction == direction}
+            for name, muted in self._muted.items():
+                held = self._found(name).keys()
                 for spis in muted - held:
                     stood = False
-                    self._table.put([(_SIDES[direction][0], spis.octets, b"")])
+                    self._table.put([(name, spis.octets, b"")])
                 muted.update(held)
             return stood
 
@@ -78,7 +84,7 @@ class Mute:
         """Stop. Muted SAs stay muted; a table without any is deleted."""
         with self._lock:
             try:
-                if not self._listing():
+                if not any(map(self._found, self._muted)):
                     self._table.drop()
             finally:
                 self._table.close()
@@ -86,34 +92,49 @@ class Mute:
     def mute_in(self, spis: SaName) -> None:
         """Drop all messages of the SA's peer to charon."""
         with self._lock:
-            self._add([("in", spis)])
+            self._add([(_SIDES["in"], spis)])
 
     def mute_out(self, spis: SaName) -> None:
         """Drop all messages of charon to the SA's peer, except those with the mark `MARK`."""
         with self._lock:
-            self._add([("out", spis)])
+            self._add([(_SIDES["out"], spis)])
 
     def counters(self, spis: SaName) -> tuple[int, int]:
         """Messages dropped so far, (to charon, from charon)."""
         with self._lock:
             held = self._table.held([name for name, _ in _SIDES.values()], spis.octets)
             counted = [
-                sum(entry.packets for entry in _muted(direction, elements) if entry.spis == spis)
-                for direction, elements in zip(_SIDES, held, strict=True)
+                sum(element.packets for element in elements if element.key == spis.octets)
+                for elements in held
             ]
             return counted[0], counted[1]
 
     def mute(self, spis: SaName) -> None:
         """Both, in one transaction."""
         with self._lock:
-            self._add([(direction, spis) for direction in _SIDES])
+            self._add([(side, spis) for side in _SIDES.values()])
+
+    def only_answer(self, spis: SaName) -> None:
+        """Let the peer's requests pass, and charon's answers, and nothing else, because nobody knows which
+        message ID the peer expects: it would ignore charon's request, and charon deletes an SA whose answer
+        it cannot assign (5.9.8 to 6.0.6)."""
+        with self._lock:
+            self._add([(half, spis) for half in _HALVES.values()])
+            self._remove([name for name, _ in _SIDES.values()], [spis])
 
     def unmute(self, *spis: SaName) -> None:
         """Let both directions pass."""
         with self._lock:
-            for muted in self._muted.values():
-                muted.difference_update(spis)
-            self._table.remove([name for name, _ in _SIDES.values()], [each.octets for each in spis])
+            self._remove([name for name, _ in _SIDES.values()], spis)
+            if halves := [
+                each for each in spis if any(each in self._muted[name] for name, _ in _HALVES.values())
+            ]:
+                self._remove([name for name, _ in _HALVES.values()], halves)
+
+    def _remove(self, names: Sequence[str], spis: Sequence[SaName]) -> None:
+        for name in names:
+            self._muted[name].difference_update(spis)
+        self._table.remove(names, [each.octets for each in spis])
 
     async def unmute_soon(self, spis: SaName) -> None:
         """The same in a thread, for all that want it now: a deletion takes some milliseconds in the
@@ -125,54 +146,54 @@ class Mute:
         return [None] * len(spis)
 
     def listing(self) -> list[Muted]:
-        """All muted SAs, also those of an agent before this one."""
+        """All muted SAs, also those of an agent before this one; without those that only answer."""
         with self._lock:
-            return self._listing()
+            return [
+                Muted(spis, direction, packets)
+                for direction, (name, _) in _SIDES.items()
+                for spis, packets in self._found(name).items()
+            ]
 
-    def _add(self, pairs: Sequence[tuple[str, SaName]]) -> None:
+    def _add(self, pairs: Sequence[tuple[tuple[str, str], SaName]]) -> None:
         # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze that
         # does not freeze is worse than none.
-        if not all(self._stands(direction) for direction in {direction for direction, _ in pairs}):
+        if not all(self._stands(chain) for chain in {chain for (_, chain), _ in pairs}):
             self._build()
-        self._table.put([(_SIDES[direction][0], spis.octets, b"") for direction, spis in pairs])
-        for direction, spis in pairs:
-            self._muted[direction].add(spis)
+        self._table.put([(name, spis.octets, b"") for (name, _), spis in pairs])
+        for (name, _), spis in pairs:
+            self._muted[name].add(spis)
 
-    def _listing(self) -> list[Muted]:
-        return [
-            entry
-            for direction, (name, _) in _SIDES.items()
-            for entry in _muted(direction, self._table.elements(name))
-        ]
+    def _found(self, name: str) -> dict[SaName, int]:
+        """The SAs in a set, with the messages dropped. Errors: KernelError."""
+        found = self._table.elements(name)
+        if any(len(element.key) != 16 for element in found):
+            raise KernelError(
+                f"nftables' set {name} of table inet {TABLE} holds something that is not ours",
+                hint=f"look at `nft list table inet {TABLE}`",
+            )
+        return {SaName(each.key[:8], each.key[8:]): each.packets for each in found}
 
-    def _stands(self, direction: str) -> bool:
-        """Whether the chain of a direction is there with its rules."""
-        _, chain = _SIDES[direction]
+    def _stands(self, chain: str) -> bool:
+        """Whether a chain is there with its rules."""
         return self._table.rules(chain) == _RULES
 
     def _build(self) -> None:
         """Make table, sets, chains and rules, in one transaction; muted SAs stay muted."""
         table = f"inet {TABLE}"
         lines = [f"add table {table}"]
-        for name, chain in _SIDES.values():
+        for direction, (name, chain) in _SIDES.items():
+            half, _ = _HALVES[direction]
+            lines += [f"add set {table} {each} {{ typeof {PLAIN}; counter; }}" for each in (name, half)]
             lines += [
-                f"add set {table} {name} {{ typeof {PLAIN}; counter; }}",
                 f"add chain {table} {chain} {{ type filter hook {chain} priority raw; policy accept; }}",
                 f"flush chain {table} {chain}",
             ]
             own = f"meta mark != {MARK:#x} " if chain == "output" else ""
-            lines += [
-                f"add rule {table} {chain} {own}meta l4proto udp {match} @{name} drop"
-                for match in (PLAIN, MARKED)
-            ]
+            flag = _RESPONSE if direction == "in" else 0
+            for match, flags in ((PLAIN, 216), (MARKED, 248)):
+                that = f"@th,{flags},8 & {_RESPONSE:#x} == {flag:#x} "
+                lines += [
+                    f"add rule {table} {chain} {own}meta l4proto udp {test}{match} @{each} drop"
+                    for each, test in ((name, ""), (half, that))
+                ]
         run_nft("\n".join(lines) + "\n")
-
-
-def _muted(direction: str, found: Sequence[Element]) -> list[Muted]:
-    """The elements of the direction's set. Errors: KernelError."""
-    if any(len(element.key) != 16 for element in found):
-        raise KernelError(
-            f"nftables' set {_SIDES[direction][0]} of table inet {TABLE} holds something that is not ours",
-            hint=f"look at `nft list table inet {TABLE}`",
-        )
-    return [Muted(SaName(each.key[:8], each.key[8:]), direction, each.packets) for each in found]

@@ -272,13 +272,14 @@ def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
             await there.source.thaw(there.context, JUMP)
             assert sends(there.here, there.context)
             assert there.here.mute.muted == set()
+            assert there.here.mute.answering == {there.context.spis}, "charon asks nothing, nor hears answers"
             with pytest.raises(BusyError, match="nobody knows which message ID"):
                 await there.source.export(there.context.spis)
             away = await there.source.export(there.context.spis, away=True)
             assert (away.mid_initiator, away.unsure) == (final.mid_initiator, True)
             there.mn = True
             await until(lambda: not there.here.host.leaving.all())
-            assert there.here.mute.muted == set()
+            assert there.here.mute.muted == there.here.mute.answering == set()
             exported = await there.source.export(there.context.spis)
             assert exported.mid_initiator == there.called[-1] + 1 > final.mid_initiator
 

@@ -145,6 +145,25 @@ def test_what_is_not_needed_stands_in_nobodys_way(monkeypatch: pytest.MonkeyPatc
     asyncio.run(scenario())
 
 
+def test_what_is_endless_is_tried_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "AGAIN", (0.0,))
+    monkeypatch.setattr(runner_module, "ENDLESS", 0.0)
+
+    async def scenario() -> None:
+        async def call(work: Work) -> None:
+            work.did.append("call")
+            if len(work.did) < 9:
+                raise KernelError("by hand")
+
+        idle = StepEffect("call", call, needed=False, later=True, endless=True)
+        bench, work = Bench(step := LedgerStep("step", (idle,), ends=True)), Work()
+        await bench.runner.run(step, work)
+        await until(lambda: not bench.ledger.all())
+        assert work.did == ["call"] * 9
+
+    asyncio.run(scenario())
+
+
 def test_a_newer_step_ends_what_was_left_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "AGAIN", (0.02,))
 

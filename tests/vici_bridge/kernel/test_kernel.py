@@ -338,6 +338,29 @@ def test_mute(space: Namespace, far: Namespace, version: int) -> None:
     assert space.run("nft list tables") == ""
 
 
+def test_one_that_only_answers(space: Namespace, far: Namespace) -> None:
+    """The peer's requests pass, and the answers to them."""
+    request, answer = (IKE[:19] + bytes([flags]) + IKE[20:] for flags in (0x08, 0x28))
+    mute, gateway, natted = Mute(), Udp(JOINED[4][0], 500), Udp(JOINED[4][0], 4500)
+    with far.entered():
+        peer = Udp(JOINED[4][1], 40123)
+    mute.mute(SPIS)
+    mute.only_answer(SPIS)
+    for marker, at in ((b"", gateway), (MARKER, natted)):
+        assert peer.reaches(at, marker + request) and not peer.reaches(at, marker + answer)
+        assert at.reaches(peer, marker + answer) and not at.reaches(peer, marker + request)
+    assert mute.listing() == [] and mute.counters(SPIS) == (0, 0)
+    mute.close()
+    again = Mute()
+    assert again.prepare() and not peer.reaches(gateway, answer), "it outlives the agent"
+    space.run("nft flush set inet ikectx answers_in")
+    assert not again.prepare() and not peer.reaches(gateway, answer), "it is put back"
+    again.unmute(SPIS)
+    assert peer.reaches(gateway, answer) and gateway.reaches(peer, request)
+    again.close()
+    assert space.run("nft list tables") == ""
+
+
 def test_mute_outlives_its_maker_and_a_flush(space: Namespace) -> None:
     Mute().mute_in(SPIS)
     assert [entry.spis for entry in Mute().listing()] == [SPIS]
