@@ -57,6 +57,8 @@ Ways = dict[tuple[str, int], int]
 _LETTING_GO = (Stage.LEAVING, Stage.HANDED)
 GUESTS = 3
 """Places of a relayed mobile node beside the one that it had when it left."""
+FAR = ("192.0.2.1", "2001:db8::1")
+"""Addresses of no host (RFC 5737, RFC 3849): packets for them leave by the default route."""
 KIND = "detour"
 """Kind of store entry, by the name that the SA had when it left: a `Departure`. It is not in the ledger,
 because it stays for as long as the SA is elsewhere, through other transfers."""
@@ -284,18 +286,23 @@ class Away:
         for row in self._rows_of(context):
             self._change(row, row.told(News.COMES))
 
-    def awaits(self, context: IkeContext, reqids: Collection[int]) -> None:
+    def awaits(self, context: IkeContext, reqids: Collection[int], *, relayed: bool = False) -> None:
         """The SA is prepared here, with policies of these reqids, so the gateway that has it may send packets
         here.
 
-        Such packets must never leave in the clear, even if the SA is not taken in the end. Idempotent.
+        Such packets must never leave in the clear, even if the SA is not taken in the end. `relayed`: the way
+        to the outer address is that to another gateway, and its packets would leave by the default route.
+        Idempotent.
         """
         try:
-            outside = self._detour.device_now(str(context.remote.address))
+            devices = [self._detour.device_now(str(context.remote.address))]
+            if relayed:
+                devices += filter(None, map(self._detour.device_now, FAR))
         except KernelError as error:
             log.error("the way to %s is not known: %s", context.remote.address, error)
-            outside = 0
-        self.behind.stand(context, reqids, outside)
+            devices = [0]
+        for outside in devices:
+            self.behind.stand(context, reqids, outside)
 
     def opens(self, context: IkeContext) -> None:
         """charon leads packets to the SA now, also with ESP in user space: remove any block in front of
@@ -491,8 +498,17 @@ class Away:
             now = self._led(now) if now.peer else now
             self._keep(now)
             self._shut(now)
-        else:
-            self._leave_out(row.key)
+            self._lead(row, now)
+            return
+        self._leave_out(row.key)
+        try:
+            self._lead(row, None)
+            self._store.delete(KIND, row.key)
+        except (KernelError, StoreError):
+            self._enter(row)  # whoever tries again must find it
+            raise
+
+    def _lead(self, row: Departure, now: Departure | None) -> None:
         self._pass_on(row, now)
         others = self._candidates(row.mn, row.names)
         wanted = {prefix for other in others for prefix in other.sent_on}
@@ -509,8 +525,6 @@ class Away:
         closed = set(row.closed) - {prefix for other in others for prefix in other.closed}
         if closed:
             self._detour.open_up(sorted(closed))
-        if now is None:
-            self._store.delete(KIND, row.key)
 
     def _shut(self, row: Departure) -> None:
         for policy in row.blocks if self._kernel is not None else ():

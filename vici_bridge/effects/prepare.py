@@ -182,7 +182,8 @@ def write_replay(host: CharonHost, shape: IkeContext, counters: IkeContext) -> N
 
 
 async def _block(work: Coming) -> None:
-    work.host.away.awaits(work.here, {reqid for _, reqid in work.facts.reqids})
+    reqids = {reqid for _, reqid in work.facts.reqids}
+    work.host.away.awaits(work.here, reqids, relayed=work.facts.relayed)
 
 
 async def _learn(work: Coming) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ikectx.errors import KernelError, UnknownSaError
+from ikectx.errors import KernelError, StoreError, UnknownSaError
 from ikectx.sa.context import Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from tests.kernel_tables import KernelTables
@@ -261,6 +261,22 @@ def test_what_is_taken_back_is_as_it_was() -> None:
     assert gateway.packet() == "protected"
     assert list(gateway.kernel.policies.values()) == policies
     assert (gateway.routes.leads, gateway.store.items(KIND)) == ({}, [])
+
+
+def test_what_a_full_disk_kept_is_taken_back_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = Gateway()
+    here = context()
+    gateway.away.leave(here, "nsg", gateway.protect(here))
+
+    def full(*_: object) -> None:
+        raise StoreError("database or disk is full")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(gateway.store, "delete", full)
+        with pytest.raises(StoreError):
+            gateway.away.back(here.spis)
+    gateway.away.back(here.spis)
+    assert gateway.away.listing() == [] and not gateway.store.items(KIND)
 
 
 def test_an_sa_that_comes_back_is_sent_on_to_nobody() -> None:

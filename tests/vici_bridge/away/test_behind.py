@@ -8,7 +8,7 @@ from ipaddress import ip_network
 import pytest
 
 from ikectx.errors import KernelError
-from tests.vici_bridge.away.test_absences import IN, MN, Gateway
+from tests.vici_bridge.away.test_absences import IN, MN, OUT, Gateway
 from tests.vici_bridge.vici.test_views import context
 from vici_bridge.away.absences import pairs_of
 from vici_bridge.away.behind import BEHIND, KIND, Behind
@@ -145,6 +145,20 @@ def test_the_way_to_psg_may_lead_through_nsg() -> None:
     charon_ends(gateway)
     gateway.routes.default = IN
     assert gateway.packet() == "in the clear", "it leaves for pSG, by another device than to the mobile node"
+
+
+def test_what_was_to_be_relayed_does_not_leave_by_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to the mobile node's outer address is that to pSG, which passes its packets on."""
+    here = Gateway()
+    here.protect(HERE)
+    monkeypatch.setattr(
+        here.routes, "device_now", lambda to: {"192.0.2.1": OUT, "2001:db8::1": 0}.get(to, IN)
+    )
+    here.away.awaits(HERE, {1}, relayed=True)
+    charon_ends(here)
+    assert here.packet() == "dropped"
+    here.begin()
+    assert here.packet() == "dropped" and blocks(here) == 2
 
 
 def test_when_it_serves_all_is_dropped_by_one_policy() -> None:
