@@ -255,7 +255,7 @@ class KillRunner(ScenarioRunner):
 
     def _find_owner(self) -> None:
         """Exactly one gateway serves the mobile node. Raises StepError."""
-        found = self._within(HEARD, self._served)
+        found = self._within(HEARD, self._reached)
         if not found and self._lab.tunnel.mobile and (named := self._named_by_node()):
             self._say(f"mn: ikectx {named}")
             self.report.warnings.append(f"mn: `ikectx {named}` was needed")
@@ -264,6 +264,7 @@ class KillRunner(ScenarioRunner):
             (owner,) = self._owners()
             self._serves["mn"] = owner
             self._say(f"{owner} serves")
+            self._within(LATER, lambda: not self._under_way(owner))  # a mobile node is still called back
             return
         owners = self._owners()
         # charon gives an SA up that no gateway answers for after a change of its address (MOBIKE)
@@ -287,6 +288,21 @@ class KillRunner(ScenarioRunner):
 
     def _served(self) -> bool:
         return len(self._owners()) == 1 and self._agreed()
+
+    def _reached(self) -> bool:
+        """The same; and the mobile node sends to where it is served, or its agent names no command."""
+        owners = self._owners()
+        if len(owners) != 1 or not self._agreed():
+            return False
+        (owner,), other = owners, {"psg": "nsg", "nsg": "psg"}
+        sent = {str(sa["remote-host"]) for sa in self._sas("mn", "mn")}
+        relayed = {str(sa["remote-host"]) for sa in self._sas(owner, "mn")} & {*OUTER[other[owner]].values()}
+        there = bool(relayed) or sent <= {*OUTER[owner].values()}
+        return there or not (self._lab.tunnel.mobile and self._named_by_node())
+
+    def _under_way(self, gateway: str) -> bool:
+        """Whether the gateway has something to do yet for an SA that it took back."""
+        return any(row.startswith("source row") for row in left(self._lab.work / gateway / "state"))
 
     def _named_by_node(self) -> str:
         """The command that the mobile node's agent names since its last handover; empty: none."""
