@@ -192,6 +192,7 @@ class Run(Generic[_State, _Input, _Action]):
         while True:
             state = self.machine.peek(what)
             try:
+                yield from self.ready_for(what)
                 yield from self._write(state)
             except StoreError as error:
                 if state in self._instead:
@@ -210,6 +211,10 @@ class Run(Generic[_State, _Input, _Action]):
             if self.machine.state != before and not (self.ended and self.reports):
                 self.tell()
             return actions
+
+    def ready_for(self, what: _Input) -> Steps[None]:
+        """Do what must be done before `what` is journaled and fed, whichever input it stands in for."""
+        yield from ()
 
     def _write_at_last(self, state: _State) -> Steps[None]:
         """Journal the end, in which it is already, when the disk allows it."""

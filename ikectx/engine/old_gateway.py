@@ -215,8 +215,6 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         with self.parts.scheduler.using(self.peer.name):
             while what is not None:
                 before = self.machine.state
-                if self._may_have_sent and before in _PREPARED_THERE and self.machine.peek(what) in _SERVED:
-                    yield from self._pass_by()
                 actions = yield from self.advance(what)
                 if self.machine.state != before:
                     self._tries = 0
@@ -514,11 +512,12 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         untouched = self.told and self.status in UNTOUCHED and not self._diverted
         return self._offered and self.context is not None and not untouched
 
-    def _pass_by(self) -> Steps[None]:
-        """Go past what the peer may have sent from the moment when it had prepared the SA, and serve on.
-
-        A packet for the MN may have found its way there. The numbers that it used are not used again.
-        """
+    def ready_for(self, what: SourceInput) -> Steps[None]:
+        """Before it serves on: go past what the peer may have sent since it had prepared the SA, because a
+        packet for the MN may have found its way there. The numbers that it used are not used again."""
+        after = self.machine.peek(what)
+        if not (self._may_have_sent and self.machine.state in _PREPARED_THERE and after in _SERVED):
+            return
         while True:
             try:
                 yield from self.step(Thaw(self._of, 2 * OSEQ_JUMP))

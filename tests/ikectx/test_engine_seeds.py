@@ -16,12 +16,20 @@ from tests.engine_world import MODES, Slip, World
 
 SEEDS = 2000
 PARTS = 8
+FOUND = (39306,)
+"""Seeds that have found something: a full disk kept an announced SA from being let go, and it was served on
+under numbers that the other gateway had used."""
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_one_owner_no_number_twice_and_every_run_ends(part: int) -> None:
     count = SEEDS // PARTS
     assert some(part * count, count) == {}
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_was_wrong_once_is_right(seed: int) -> None:
+    assert tried(seed) == ""
 
 
 def test_every_mode_moves_sas_in_good_weather_and_bad() -> None:
