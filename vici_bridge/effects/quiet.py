@@ -9,7 +9,6 @@ moves.
 from __future__ import annotations
 
 import asyncio
-import time
 
 from ikectx.clock import steady_wall
 from ikectx.errors import BusyError
@@ -29,10 +28,10 @@ def in_the_way(view: SaView, *, unanswered: bool) -> tuple[str, ...]:
 
 
 async def _wait(work: Moving) -> None:
-    end = time.monotonic() + work.patience
+    end = asyncio.get_running_loop().time() + work.patience
     view = await work.seen()
     while not _idle(work, view) or view.state != "ESTABLISHED":
-        if time.monotonic() > end:
+        if asyncio.get_running_loop().time() > end:
             what = ", ".join(view.tasks) or f"it is {view.state}"
             raise BusyError(f"the IKE_SA {view.name} has an exchange in flight: {what}", hint="try again")
         await asyncio.sleep(0.02)

@@ -14,7 +14,6 @@ ledger, charon and the kernel show where that was, and `moves.Move` has what the
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -333,8 +332,8 @@ class MoveSteps:
         """
         kernel = self._host.kernel
         waits = [child for child in move.children if move.beside(child) and child.old_in != child.new_in]
-        end = time.monotonic() + LINGER
-        while kernel is not None and waits and time.monotonic() < end:
+        end = asyncio.get_running_loop().time() + LINGER
+        while kernel is not None and waits and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)
             for child in list(waits):
                 inbound, _ = self._new(move, child)
@@ -392,8 +391,8 @@ class MoveSteps:
         return put_back
 
     async def _end_late(self, kernel: Kernel, move: MobileMove, child: ChildMove) -> None:
-        end = time.monotonic() + HEARD
-        while time.monotonic() < end:
+        end = asyncio.get_running_loop().time() + HEARD
+        while asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.05)
             inbound, _ = self._new(move, child)
             if inbound is None or kernel.get_replay(inbound, outbound=False)[1].packets:
@@ -413,22 +412,22 @@ class MoveSteps:
 
     async def _appears(self, sa: SaName) -> None:
         """Wait for a new name, which charon does not list at once, as it does not the old one any more."""
-        end = time.monotonic() + PATIENCE
+        end = asyncio.get_running_loop().time() + PATIENCE
         while await self._host.view(sa) is None:
-            if time.monotonic() > end:
+            if asyncio.get_running_loop().time() > end:
                 return
             await asyncio.sleep(0.005)
 
     @trace.spanned("charon follows")
     async def until(self, sa: SaName, what: str, done: Callable[[SaView], bool]) -> SaView:
         """The view as soon as `done` accepts it. Errors: CharonError, UnknownSaError."""
-        end = time.monotonic() + PATIENCE
+        end = asyncio.get_running_loop().time() + PATIENCE
         pause = 0.001
         while True:
             view = await self.seen(sa)
             if done(view):
                 return view
-            if time.monotonic() > end:
+            if asyncio.get_running_loop().time() > end:
                 raise CharonError(
                     f"charon did not {what}: the SA is {view.state} with {len(view.children)} CHILD_SAs",
                     hint="see charon's log (the ha plugin logs why at level 1)",

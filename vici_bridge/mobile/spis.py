@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -191,16 +190,16 @@ class SpiWatch:
         if event.invitation and self.invited is not None:
             self._spawn(self._follow(sa, event))
         elif event.pairs:
-            self._spawn(self._ask_back(sa, event, time.monotonic()))
+            self._spawn(self._ask_back(sa, event, asyncio.get_running_loop().time()))
         elif event.reasons:
             names = ", ".join(sorted({reason.name for reason in event.reasons}))
             log.info("%s asked for other SPIs, which is not granted: %s", event.source, names)
 
     async def _follow(self, sa: SaName, event: Asked) -> None:
         """The gateway wants this node to go to another one, once charon has answered it."""
-        end = time.monotonic() + IN_TIME
+        end = asyncio.get_running_loop().time() + IN_TIME
         while not await self._answered(sa, event):
-            if time.monotonic() > end:
+            if asyncio.get_running_loop().time() > end:
                 log.warning("%s invited us elsewhere, but charon did not answer in time", event.source)
                 return
             await asyncio.sleep(0.005)
@@ -211,7 +210,7 @@ class SpiWatch:
     async def _ask_back(self, sa: SaName, event: Asked, heard: float) -> None:
         """Ask the gateway for the same SPIs; its own request is answered by charon."""
         while not await self._answered(sa, event):
-            if time.monotonic() > heard + IN_TIME:
+            if asyncio.get_running_loop().time() > heard + IN_TIME:
                 log.warning("%s asked for other SPIs, but charon did not answer in time", event.source)
                 return
             await asyncio.sleep(0.005)
@@ -221,7 +220,7 @@ class SpiWatch:
             # an exchange in flight is charon's own, in most cases a rekey because of the new address
             await self._mobile.quiet(sa, anything=True, patience=0.0)
             try:
-                if time.monotonic() > heard + IN_TIME + SETTLE:
+                if asyncio.get_running_loop().time() > heard + IN_TIME + SETTLE:
                     log.warning("%s asked for other SPIs, but charon took too long", event.source)
                     return
                 if await self._mobile.next_request(sa) > event.message_id + 1:

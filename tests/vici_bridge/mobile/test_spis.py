@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +236,7 @@ def test_an_agent_without_a_cpu_asks_back_all_the_same(monkeypatch: pytest.Monke
         w = Watched(monkeypatch)
         monkeypatch.setattr(mobile_spis, "IN_TIME", 6.0)
         event = Asked(NSG, True, PAIRS, message_id=4)
-        await w.watch._ask_back(w.node.sa, event, time.monotonic() - 5.0)
+        await w.watch._ask_back(w.node.sa, event, asyncio.get_running_loop().time() - 5.0)
         assert w.watch.renamed == 1
 
     do(scenario())
@@ -322,7 +321,7 @@ def test_a_crash_at_any_step(monkeypatch: pytest.MonkeyPatch, ike: bool, in_flig
         node.fuse.at = node.fuse.count + step
         event = Asked(NSG, True, pairs, message_id=4)
         try:
-            await w.watch._ask_back(node.sa, event, time.monotonic())
+            await w.watch._ask_back(node.sa, event, asyncio.get_running_loop().time())
             ended = True
         except (Crash, asyncio.CancelledError):
             ended = False
