@@ -157,7 +157,7 @@ class Agent:
             MnMover(addresses, tries, timeout, MARK),
             MnRenamer(addresses, tries, timeout, MARK),
             MnSettler(min(tries, SETTLE_TRIES), timeout, MARK),
-            _ear,
+            _recorder,
         )
         self._peers = [
             PeerConfig(
@@ -552,7 +552,7 @@ class Agent:
         return chosen(await self._host.views(), request, self._plain_peers)
 
 
-def _ear(here: IkeContext) -> Held:
+def _recorder(here: IkeContext) -> Held:
     """Records requests of an SA's mobile node while the SA is mute, except those that charon cannot
     answer."""
     skip = partial(asks_for_names, here.current)

@@ -31,7 +31,7 @@ def this_start() -> str:
 
 
 class MonotonicClock:
-    """`ports.Clock` by `time.monotonic`: seconds since an arbitrary moment."""
+    """`Clock` by `time.monotonic`: seconds since an arbitrary moment."""
 
     def now(self) -> float:
         return time.monotonic()

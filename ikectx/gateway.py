@@ -5,7 +5,8 @@
     await gateway.start([("192.0.2.1", 5091)])
     report = await gateway.transfer(SaName(spi_i, spi_r), "nsg")
 
-`source` and `sink` implement the protocols of `ports`. All decisions are made by the tables in `transfer`.
+`source` and `sink` implement the protocols of `engine.ports`. All decisions are made by the tables in
+`engine.tables`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""I/O: runs the machines of this package on a raw socket (see `raw`), with this host's clock.
+"""I/O: runs the machines of this package on a raw socket (see `packet_io`), with this host's clock.
 
 Errors of all: LinkError with UNREACHABLE if the socket is not available, KernelError if descriptors are
 lacking.

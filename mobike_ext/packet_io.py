@@ -46,14 +46,18 @@ MAX_DATAGRAM = 65535
 
 
 class RawLink:
-    """One raw UDP socket for one IKE_SA; see `open_raw`. `ear`: the packet socket that receives in its
+    """One raw UDP socket for one IKE_SA; see `open_raw`. `receiver`: the packet socket that receives in its
     stead."""
 
     def __init__(
-        self, raw: socket.socket, local: Endpoint, remote: Endpoint | None, ear: socket.socket | None = None
+        self,
+        raw: socket.socket,
+        local: Endpoint,
+        remote: Endpoint | None,
+        receiver: socket.socket | None = None,
     ) -> None:
         self._raw = raw
-        self._ear = ear
+        self._receiver = receiver
         self._local = local
         self._remote = remote
 
@@ -66,9 +70,9 @@ class RawLink:
     def close(self) -> None:
         """Receive no more; idempotent."""
         self._raw.close()
-        if self._ear is not None:
-            _idle.keep(self._local.address.version, self._ear)
-            self._ear = None
+        if self._receiver is not None:
+            _idle.keep(self._local.address.version, self._receiver)
+            self._receiver = None
 
     def send(self, payload: bytes, to: Endpoint | None = None) -> None:
         """Send one UDP datagram, to the peer unless `to` is given. Errors: OSError."""
@@ -83,7 +87,7 @@ class RawLink:
         A datagram is read only when it is taken. asyncio's `sock_recvfrom` under a timeout loses it if both
         have come when the process gets a CPU again: the datagram is read, and then the reading is cancelled.
         """
-        heard = self._ear or self._raw
+        heard = self._receiver or self._raw
         try:
             return self._read(*heard.recvfrom(MAX_DATAGRAM))
         except BlockingIOError:
@@ -100,7 +104,7 @@ class RawLink:
         """The datagrams that have arrived by now, as `receive` returns them."""
         for _ in range(_DRAINED):
             try:
-                found = self._read(*(self._ear or self._raw).recvfrom(MAX_DATAGRAM))
+                found = self._read(*(self._receiver or self._raw).recvfrom(MAX_DATAGRAM))
             except BlockingIOError:
                 return
             except OSError:
@@ -109,7 +113,7 @@ class RawLink:
                 yield found
 
     def _read(self, packet: bytes, sender: Any) -> tuple[bytes, Endpoint] | None:
-        if self._ear is None and self._local.address.version == 6:  # the kernel keeps the IP header
+        if self._receiver is None and self._local.address.version == 6:  # the kernel keeps the IP header
             if len(packet) < UDP_HEADER:
                 return None
             source = Endpoint(ip_address(sender[0].partition("%")[0]), int.from_bytes(packet[:2]))
@@ -152,7 +156,7 @@ def open_raw(
     """
     six = local.address.version == 6
     raw: socket.socket | None = None
-    ear: socket.socket | None = None
+    receiver: socket.socket | None = None
     try:
         raw = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
         raw.setblocking(False)
@@ -163,11 +167,11 @@ def open_raw(
         bypass(raw)
         if mark:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-            ear = _idle.take(local.address.version, bpf_program(local, remote, spis, below=True))
+            receiver = _idle.take(local.address.version, bpf_program(local, remote, spis, below=True))
             bpf.attach(raw, [(bpf.RET, 0, 0, 0)])
         raw.bind((str(local.address), 0))
     except OSError as error:
-        for each in (raw, ear):
+        for each in (raw, receiver):
             if each is not None:
                 each.close()
         text = f"no raw socket at {local.address}: {error.strerror}"
@@ -176,7 +180,7 @@ def open_raw(
             raise KernelError(text, errno=error.errno, hint=hint) from error
         hint = "the agent must run as root or with CAP_NET_RAW and CAP_NET_ADMIN" if denied(error) else ""
         raise LinkError(text, hint=hint) from error
-    return RawLink(raw, local, remote, ear)
+    return RawLink(raw, local, remote, receiver)
 
 
 def udp_in(packet: bytes) -> tuple[bytes, Endpoint, Endpoint] | None:
@@ -270,31 +274,31 @@ class _Idle:
         idle = self._sockets.get(_place(version))
         if not idle:
             return packet_socket(version, program)
-        ear = idle.pop()
-        bpf.attach(ear, program)
-        return ear
+        receiver = idle.pop()
+        bpf.attach(receiver, program)
+        return receiver
 
-    def keep(self, version: int, ear: socket.socket) -> None:
+    def keep(self, version: int, receiver: socket.socket) -> None:
         """Nobody uses it any more."""
         try:
             loop = asyncio.get_running_loop()
-            bpf.attach(ear, [(bpf.RET, 0, 0, 0)])
+            bpf.attach(receiver, [(bpf.RET, 0, 0, 0)])
             for _ in range(_DRAINED):
-                ear.recv(1)
+                receiver.recv(1)
         except BlockingIOError:
             place = _place(version)
-            self._sockets.setdefault(place, []).append(ear)
-            loop.call_later(_IDLE, self._end, place, ear)
+            self._sockets.setdefault(place, []).append(receiver)
+            loop.call_later(_IDLE, self._end, place, receiver)
         except (OSError, RuntimeError):  # it cannot be used again, or there is no loop to keep it for
-            ear.close()
+            receiver.close()
         else:
-            ear.close()
+            receiver.close()
 
-    def _end(self, place: tuple[int, str], ear: socket.socket) -> None:
+    def _end(self, place: tuple[int, str], receiver: socket.socket) -> None:
         idle = self._sockets[place]
-        if ear in idle:
-            idle.remove(ear)
-            asyncio.get_running_loop().run_in_executor(None, ear.close)
+        if receiver in idle:
+            idle.remove(receiver)
+            asyncio.get_running_loop().run_in_executor(None, receiver.close)
 
 
 _idle = _Idle()
@@ -307,14 +311,14 @@ def _place(version: int) -> tuple[int, str]:
 def packet_socket(version: int, program: list[bpf.Instruction]) -> socket.socket:
     """A socket that receives IP packets of one version from the IP header on, below any firewall. Errors:
     OSError."""
-    ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETHERTYPE[version]))
+    receiver = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETHERTYPE[version]))
     try:
-        ear.setblocking(False)
-        bpf.attach(ear, program)  # packets from before are checked like the rest
+        receiver.setblocking(False)
+        bpf.attach(receiver, program)  # packets from before are checked like the rest
     except OSError:
-        ear.close()
+        receiver.close()
         raise
-    return ear
+    return receiver
 
 
 def denied(error: OSError) -> bool:

@@ -96,7 +96,7 @@ class Watcher:
         self._grace = grace
         self._mark = mark
         self._ports = ports
-        self._ears: list[socket.socket] = []
+        self._receivers: list[socket.socket] = []
         self._asking: dict[SaName, asyncio.Task[None]] = {}
         self._read = 0
         self._since = 0.0
@@ -112,7 +112,7 @@ class Watcher:
         for version in (4, 6):
             mine = [address for address in self._addresses if address.version == version]
             if mine:
-                self._ears.append(open_ear(mine, self._ports))
+                self._receivers.append(open_receiver(mine, self._ports))
         self._listen()
 
     async def close(self) -> None:
@@ -120,9 +120,9 @@ class Watcher:
         self._deaf()
         if self._resume is not None:
             self._resume.cancel()
-        for ear in self._ears:
-            ear.close()
-        self._ears.clear()
+        for receiver in self._receivers:
+            receiver.close()
+        self._receivers.clear()
         tasks = list(self._asking.values())
         for task in tasks:
             task.cancel()
@@ -130,21 +130,21 @@ class Watcher:
 
     def _listen(self) -> None:
         loop = asyncio.get_running_loop()
-        for ear in self._ears:
-            loop.add_reader(ear, self._readable, ear)
+        for receiver in self._receivers:
+            loop.add_reader(receiver, self._readable, receiver)
 
     def _deaf(self) -> None:
         loop = asyncio.get_running_loop()
-        for ear in self._ears:
-            loop.remove_reader(ear)
+        for receiver in self._receivers:
+            loop.remove_reader(receiver)
 
-    def _readable(self, ear: socket.socket) -> None:
+    def _readable(self, receiver: socket.socket) -> None:
         now = time.monotonic()
         if now - self._since >= WINDOW:
             self._since, self._read = now, 0
         while self._read < BURST:
             try:
-                packet, sender = ear.recvfrom(MAX_DATAGRAM)
+                packet, sender = receiver.recvfrom(MAX_DATAGRAM)
             except OSError:  # nothing more to read; or a device went down, which does not matter here
                 return
             self._read += 1
@@ -234,17 +234,17 @@ def _ip_header(source: Address, target: Address, length: int) -> bytes:
 # --- the socket ----------------------------------------------------------------------------------------
 
 
-def open_ear(addresses: Sequence[Address], ports: Sequence[int] = IKE_PORTS) -> socket.socket:
+def open_receiver(addresses: Sequence[Address], ports: Sequence[int] = IKE_PORTS) -> socket.socket:
     """A packet socket for IKE requests to `addresses`, all of one family, and charon's `ports`. LinkError if
     it is not available."""
     try:
-        ear = packet_socket(addresses[0].version, request_filter(addresses, ports))
+        receiver = packet_socket(addresses[0].version, request_filter(addresses, ports))
     except OSError as error:
         hint = "the agent must run as root or with CAP_NET_RAW" if denied(error) else ""
         raise LinkError(f"no packet socket: {error.strerror}", hint=hint) from error
     # the kernel silently uses its maximum (net.core.rmem_max) if this is more
-    ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-    return ear
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+    return receiver
 
 
 _MAX_FILTERED = 16

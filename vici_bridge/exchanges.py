@@ -208,7 +208,7 @@ class _Talk:
 
 
 class MnRenamer:
-    """`vici_bridge.policy.new_names.Renamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
+    """`policy.new_names.SpiRenamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
 
     The first exchange with the address also shows whether the mobile node knows UPDATE_SPI. If the IKE_SA
     itself needs other SPIs, the address is told after the SPIs, because a mobile node with ESP in user space

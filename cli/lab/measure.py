@@ -1,6 +1,6 @@
 """What a lab measures: traffic, IKE on the air, SAs and their keys, what gateways' agents tell of transfers.
 
-Of traffic and IKE this is the arithmetic; `lab_traffic` runs the programs whose files it is about.
+Of traffic and IKE this is the arithmetic; `traffic` runs the programs whose files it is about.
 Directions are those of the mobile node: `up` is MN to server, `down` server to MN.
 """
 

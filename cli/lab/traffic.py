@@ -1,6 +1,6 @@
 """Traffic in a lab: datagrams through a mobile node's tunnel and beside it, IKE and CXTP on its links.
 
-`lab_probe`, `lab_capture` and `lab_clear` are the programs that this runs on the hosts; `lab_measure` has the
+`probe`, `capture` and `clear` are the programs that this runs on the hosts; `measure` has the
 arithmetic.
 """
 

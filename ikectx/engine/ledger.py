@@ -117,7 +117,7 @@ class MobileFacts:
     """The facts about a mobile node's own SA.
 
     quiet: this agent made it PASSIVE, so it must become active again. move: its change of addresses
-    (`vici_bridge.effects.mobile_move.Move`), empty if none is open. mirror: the open request of this
+    (`vici_bridge.effects.mobile_move.MobileMove`), empty if none is open. mirror: the open request of this
     node's own (UPDATE_SPI); has fresh octets.
     """
 

@@ -1,9 +1,9 @@
 """The engine of a transfer: source and target machines as literal tables, no I/O.
 
 A machine takes an input and the time, changes its state and returns the actions to carry out. Its caller
-(`aio`) writes the new state to the journal *before* it carries them out, and feeds their outcome back. So the
-journal is never behind the real state, and after a crash the input `RESTART` in the journaled state says what
-is left to do.
+(`journaled.Run`) writes the new state to the journal *before* it carries them out, and feeds their outcome
+back. So the journal is never behind the real state, and after a crash the input `RESTART` in the journaled
+state says what is left to do.
 
 Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
 
@@ -12,7 +12,7 @@ Who owns the SA (`SOURCE_SERVES`, `TARGET_OWNS`; tests walk every interleaving):
   `GIVE_UP` ends the waiting the other way);
 - the target owns from the moment it has journaled OWNING, after it received the CTD;
 - a target says "not owned" only after it has undone everything and journaled ABORTED. An aborted transfer
-  is remembered as ABORTED, and one that it never heard of as denied (`desk.Denied`, not in the journal), so
+  is remembered as ABORTED, and one that it never heard of as denied (`unknown_transfers.Denied`), so
   that a late copy of its PCTD or CTD changes nothing;
 - in between nobody serves, and the journals say who may.
 

@@ -74,13 +74,13 @@ def moves(world: World, host: str) -> list[str]:
 def hear(world: World, host: str, act: Callable[[], object], addresses: list[str]) -> UnknownMessage:
     """The first IKE request that comes to `host` for one of the addresses after `act`."""
     with of_name(world.lab.net.namespace(host)).entered():
-        ear = watch.open_ear([ip_address(address) for address in addresses])
-    with ear:
+        receiver = watch.open_receiver([ip_address(address) for address in addresses])
+    with receiver:
         act()
         limit = time.monotonic() + 10
         while time.monotonic() < limit:
             try:
-                packet, sender = ear.recvfrom(65535)
+                packet, sender = receiver.recvfrom(65535)
             except BlockingIOError:
                 time.sleep(0.01)
                 continue

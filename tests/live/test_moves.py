@@ -110,7 +110,7 @@ def test_the_lease_of_a_moved_sa(world: World) -> None:
 
 def test_what_the_mobile_node_asks_at_once_is_answered_at_once(world: World) -> None:
     # user-space ESP cannot take another address: mn rekeys (CREATE_CHILD_SA) before it even answers nsg,
-    # whose charon is still mute. Without the ear mn would send it again 4 s later (here: 0.4 s).
+    # whose charon is still mute. Without the recorder mn would send it again 4 s later (here: 0.4 s).
     world.up()
     for source, to in (("psg", "nsg"), ("nsg", "psg")):
         world.move(source, to)

@@ -1,4 +1,4 @@
-"""What an MN asks while its SA is mute reaches charon afterwards: the ear, and nSG's side of it."""
+"""What an MN asks while its SA is mute reaches charon afterwards: the recorder, and nSG's side of it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_closed_it_gives_nothing() -> None:
 # --- nSG's side ----------------------------------------------------------------------------------------
 
 
-class Ear:
+class Recorder:
     def __init__(self, calls: list[str], place: Place) -> None:
         self.calls = calls
         self.place = place
@@ -151,7 +151,7 @@ class Ear:
 def listening(calls: list[str]) -> Place:
     here = place()
     here.sink = CharonSink(
-        here.host, here.mobiles.move, here.mobiles.rename, listen=lambda context: Ear(calls, here)
+        here.host, here.mobiles.move, here.mobiles.rename, listen=lambda context: Recorder(calls, here)
     )
     return here
 
@@ -159,7 +159,7 @@ def listening(calls: list[str]) -> Place:
 Work = Callable[[Place, IkeContext, list[str]], Awaitable[None]]
 
 
-def with_ears(work: Work) -> None:
+def with_recorders(work: Work) -> None:
     async def scenario() -> None:
         calls: list[str] = []
         here = listening(calls)
@@ -175,7 +175,7 @@ def test_it_is_delivered_when_charon_serves_the_sa() -> None:
         await move(here, context)
         assert calls == ["hears", "delivers"]
 
-    with_ears(work)
+    with_recorders(work)
 
 
 def test_it_is_forgotten_with_what_is_undone() -> None:
@@ -186,7 +186,7 @@ def test_it_is_forgotten_with_what_is_undone() -> None:
         await here.sink.undo(context)
         assert calls == ["hears", "closes"]
 
-    with_ears(work)
+    with_recorders(work)
 
 
 def test_a_second_try_listens_anew() -> None:
@@ -199,16 +199,16 @@ def test_a_second_try_listens_anew() -> None:
         await here.sink.activate(context, final, report)
         assert calls == ["hears", "closes", "hears", "delivers"]
 
-    with_ears(work)
+    with_recorders(work)
 
 
 def test_without_a_socket_the_mn_asks_again() -> None:
     async def work(here: Place, context: IkeContext, calls: list[str]) -> None:
-        def deaf(context: IkeContext) -> Ear:
+        def deaf(context: IkeContext) -> Recorder:
             raise LinkError("no packet socket")
 
         here.sink = CharonSink(here.host, here.mobiles.move, here.mobiles.rename, listen=deaf)
         await move(here, context)
         here.sound()
 
-    with_ears(work)
+    with_recorders(work)

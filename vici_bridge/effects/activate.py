@@ -158,8 +158,8 @@ async def _speak(work: Coming) -> None:
 
 
 async def _deliver(work: Coming) -> None:
-    ear = work.memory.ears.pop(work.sa, None)
-    if ear is not None and await ear.deliver():
+    recorder = work.memory.recorders.pop(work.sa, None)
+    if recorder is not None and await recorder.deliver():
         log.debug("%s: charon has what the MN asked meanwhile", work.here.remote_id)
 
 

@@ -29,7 +29,7 @@ SCRIPT_LIMIT = 25.0
 """Seconds for the calls of the updown script for one SA."""
 
 
-class Ear(Protocol):
+class Recorder(Protocol):
     """Records the mobile node's messages while charon may not receive them (`mobike_ext.packet_hold`)."""
 
     async def deliver(self) -> int:
@@ -38,7 +38,7 @@ class Ear(Protocol):
     def close(self) -> None: ...
 
 
-Listen = Callable[[IkeContext], Ear]
+Listen = Callable[[IkeContext], Recorder]
 """Begin to record messages of the mobile node of a context, as it is here. Errors: LinkError."""
 
 
@@ -46,12 +46,12 @@ Listen = Callable[[IkeContext], Ear]
 class Memory:
     """Facts about SAs that come which the process keeps in memory; nothing depends on them after a crash.
 
-    ears: recorders of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that
-    it waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
+    recorders: of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that it
+    waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
     relayed: the gateway at whose address the mobile node of an SA stays.
     """
 
-    ears: dict[SaName, Ear] = field(default_factory=dict)
+    recorders: dict[SaName, Recorder] = field(default_factory=dict)
     asked: set[SaName] = field(default_factory=set)
     seen: set[SaName] = field(default_factory=set)
     givers: dict[SaName, str] = field(default_factory=dict)
@@ -59,9 +59,9 @@ class Memory:
 
     def forget(self, sa: SaName) -> None:
         """The SA has been taken in, or will not come."""
-        ear = self.ears.pop(sa, None)
-        if ear is not None:
-            ear.close()
+        recorder = self.recorders.pop(sa, None)
+        if recorder is not None:
+            recorder.close()
         self.asked.discard(sa)
         self.seen.discard(sa)
         self.givers.pop(sa, None)

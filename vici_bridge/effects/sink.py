@@ -358,13 +358,13 @@ class CharonSink(ContextSink):
         return await self._mover(here, final, lambda: self._received(here) > base)
 
     def _hear(self, context: IkeContext, here: IkeContext) -> None:
-        before = self._memory.ears.pop(context.spis, None)
+        before = self._memory.recorders.pop(context.spis, None)
         if before is not None:
             before.close()
         if self._listen is None:
             return
         try:
-            self._memory.ears[context.spis] = self._listen(here)
+            self._memory.recorders[context.spis] = self._listen(here)
         except (LinkError, KernelError) as error:
             log.info("%s: what it asks now waits for its next try: %s", here.remote_id, error)
 

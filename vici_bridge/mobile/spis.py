@@ -85,7 +85,7 @@ class SpiWatch:
         self._lock = lock
         self._farewells = farewells
         self._allowed = allowed
-        self._ears: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
+        self._listeners: dict[SaName, tuple[Endpoint, asyncio.Task[None]]] = {}
         self._soon: asyncio.TimerHandle | None = None
         self._started = False
         self._work: set[asyncio.Task[None]] = set()
@@ -97,7 +97,7 @@ class SpiWatch:
     @property
     def watched(self) -> int:
         """Number of IKE_SAs that are listened to."""
-        return sum(not task.done() for _, task in self._ears.values())
+        return sum(not task.done() for _, task in self._listeners.values())
 
     # What is listened to.
 
@@ -138,11 +138,11 @@ class SpiWatch:
         self._started = False
         if self._soon is not None:
             self._soon.cancel()
-        tasks = [*self._work, *(task for _, task in self._ears.values())]
+        tasks = [*self._work, *(task for _, task in self._listeners.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._ears.clear()
+        self._listeners.clear()
 
     async def _listen_to_all(self) -> None:
         try:
@@ -153,13 +153,13 @@ class SpiWatch:
             return
         known = set(self._host.record.names())
         wanted = {view.spis: view.local for view in views if view.spis in known}
-        for sa, (local, task) in list(self._ears.items()):
+        for sa, (local, task) in list(self._listeners.items()):
             if wanted.get(sa) != local or task.done():
                 task.cancel()
-                del self._ears[sa]
+                del self._listeners[sa]
         for sa, local in wanted.items():
-            if sa not in self._ears:
-                self._ears[sa] = (local, asyncio.create_task(self._listen(sa, local)))
+            if sa not in self._listeners:
+                self._listeners[sa] = (local, asyncio.create_task(self._listen(sa, local)))
 
     async def _listen(self, sa: SaName, local: Endpoint) -> None:
         try:
@@ -241,9 +241,9 @@ class SpiWatch:
         """The SA was ended here while it was passive: delete it at its gateway, too."""
         ike = {one.old: one.new for one in event.pairs if one.protocol is Protocol.IKE}
         new = sa.renamed(ike)
-        if self._farewells is None or sa not in self._ears or not await self._farewells.ended(sa, new):
+        if self._farewells is None or sa not in self._listeners or not await self._farewells.ended(sa, new):
             return
-        context, local = self._mobile.recorded(sa), self._ears[sa][0]
+        context, local = self._mobile.recorded(sa), self._listeners[sa][0]
         # the gateway may or may not have received the last request about SPIs, or of charon before it
         after = context.mid_initiator
         under = [(context.current, tuple(range(max(0, after - 1), after + 2)))]

@@ -4,7 +4,7 @@
 Unicode errors through and waits for ever once a packet has begun; both are corrected here. The server side is
 in `control`, which needs asyncio, so that the command line starts faster without it.
 
-Messages are `vici_codec.Message` trees of text in both directions.
+Messages are `codec.Message` trees of text in both directions.
 """
 
 from __future__ import annotations
