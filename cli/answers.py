@@ -132,17 +132,20 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON value instead.")(command)
 
 
-def key_option(command: F) -> F:
-    """--key of `rotate-key`."""
-    return click.option(
-        "--key",
-        type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
-        help="A file with the key from now on, 32 octets; default: the agent makes one in its state_dir.",
-    )(command)
+@click.command("rotate-key", short_help="Seal the agent's store with another key.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+    help="A file with the key from now on, 32 octets; default: the agent makes one in its state_dir.",
+)
+@json_option
+@click.pass_obj
+def rotate_key(setup: Setup[Any], key: Path | None, as_json: bool) -> None:
+    """Seal everything that the agent keeps on disk with another key, while it runs. It is all or nothing.
 
-
-def ask_for_another_key(setup: Setup[Any], key: Path | None, as_json: bool) -> None:
-    """`rotate-key` of a gateway's agent or a mobile node's: ask it, and print what it did."""
+    With --key the agent needs that key at its next start: name its file as state_key in the configuration,
+    or give it to systemd as the credential ikectx.state-key.
+    """
     answer = setup.ask("rotate-key", {"key": None if key is None else str(key)}) or {}
     if as_json:
         show_json(answer)

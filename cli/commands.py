@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,10 +18,9 @@ from .answers import (
     WORDS,
     Setup,
     an_address,
-    ask_for_another_key,
     confirm,
     json_option,
-    key_option,
+    rotate_key,
     serve_config_option,
     show_answer,
     show_json,
@@ -436,17 +434,7 @@ def resync(setup: Setup[Config], yes: bool, as_json: bool) -> None:
         )
 
 
-@cli.command("rotate-key", short_help="Seal the agent's store with another key.")
-@key_option
-@json_option
-@click.pass_obj
-def rotate_key(setup: Setup[Config], key: Path | None, as_json: bool) -> None:
-    """Seal everything that the agent keeps on disk with another key, while it runs. It is all or nothing.
-
-    With --key the agent needs that key at its next start: name its file as state_key in the configuration,
-    or give it to systemd as the credential ikectx.state-key.
-    """
-    ask_for_another_key(setup, key, as_json)
+cli.add_command(rotate_key)
 
 
 @cli.command(short_help="Read certificates and revocation lists again.")

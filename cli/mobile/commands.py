@@ -14,9 +14,8 @@ from ..answers import (
     WORDS,
     Setup,
     an_address,
-    ask_for_another_key,
     json_option,
-    key_option,
+    rotate_key,
     serve_config_option,
     show_answer,
     show_json,
@@ -249,14 +248,4 @@ def diagnose(path: Path, socket: str | None, as_json: bool) -> int:
     return concluded(on_mobile_node(World(config, socket or file.control.socket)), as_json)
 
 
-@mobile.command("rotate-key", short_help="Seal the agent's store with another key.")
-@key_option
-@json_option
-@click.pass_obj
-def rotate_key(setup: Setup[MobileFile], key: Path | None, as_json: bool) -> None:
-    """Seal everything that the agent keeps on disk with another key, while it runs. It is all or nothing.
-
-    With --key the agent needs that key at its next start: name its file as state_key in the configuration,
-    or give it to systemd as the credential ikectx.state-key.
-    """
-    ask_for_another_key(setup, key, as_json)
+mobile.add_command(rotate_key)
