@@ -1,9 +1,10 @@
-"""What keeps the product readable: one class of each name, few arguments to make one, short modules."""
+"""What keeps the product readable: class names, arguments, short modules, and a map of its folders."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,3 +60,11 @@ def test_no_constructor_takes_more_than_eight_arguments() -> None:
 def test_no_module_has_more_than_six_hundred_lines() -> None:
     found = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
     assert {name: count for name, count in found.items() if count > LINES} == {}
+
+
+def test_a_few_contracts_say_who_may_import_whom_and_a_page_has_all_folders() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert len(settings["tool"]["importlinter"]["contracts"]) <= 6
+    listing = (ROOT / "docs" / "design.md").read_text().partition("    ikectx/\n")[2].partition("\n\n")[0]
+    folders = {str(file.parent.relative_to(ROOT)) for file in FILES if file.parent.parent != ROOT}
+    assert [folder for folder in sorted(folders) if f" {Path(folder).name}/ " not in listing] == []
