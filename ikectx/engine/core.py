@@ -320,7 +320,7 @@ class Engine:
             not_here = (Status.UNKNOWN_SA, Status.UNREACHABLE, Status.NOT_ALLOWED)
             if one.run is not None or report.status not in not_here:
                 return report
-            log.info("%s does not give the SA that %s speaks of: %s", name, remote, report.text)
+            log.info("%s does not give the SA of the request from %s: %s", name, remote, report.text)
         return None
 
     # -- links and messages ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the engine may ask the world to do: steps at the daemon, and questions to the store.
+"""What the engine may ask for: steps at the daemon, and questions to the store.
 
 Each is given out as an `outputs.Effect` (or `Journal`, `Connect`), and the procedure that asked goes on when
 `Engine.effect_done` reports the outcome: what the comment behind each class says, or an error of
