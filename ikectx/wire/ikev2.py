@@ -63,8 +63,17 @@ class IkeHeader:
             raise reader.fail(f"version {version >> 4} is not IKEv2")
         if length != len(datagram):
             raise reader.fail(f"length {length} in a datagram of {len(datagram)} octets")
-        initiator, response = bool(flags & 0x08), bool(flags & 0x20)
-        return cls(spi_i, spi_r, exchange, message_id, initiator, response, next_payload, length, version)
+        return cls(
+            spi_i,
+            spi_r,
+            exchange,
+            message_id,
+            initiator=bool(flags & 0x08),
+            response=bool(flags & 0x20),
+            next_payload=next_payload,
+            length=length,
+            version=version,
+        )
 
     def serialize(self) -> bytes:
         writer = Writer().octets(self.spi_i).octets(self.spi_r)

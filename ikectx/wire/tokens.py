@@ -160,7 +160,7 @@ class TokenBlock:
             raise reader.fail(f"a care-of address of family {family} with port {port}")
         tag = reader.octets(TAG_LENGTH, "tag")
         _padding(reader)
-        return cls(purpose, spi_i, spi_r, expiry, psg, nsg, care_of, tag, _said(expects))
+        return cls(purpose, spi_i, spi_r, expiry, psg, nsg, care_of, tag=tag, expects=_said(expects))
 
     def to_block(self) -> ContextDataBlock:
         """The block as it goes into a message."""

@@ -98,15 +98,15 @@ class Origin:
             if found["version"] != _VERSION:
                 raise StoreError(f"the origin {key} is of version {found['version']}, not {_VERSION}")
             return cls(
-                found["peer"],
-                SaName.from_pair(found["sa"]),
-                found["epoch"],
-                SaName.from_pair(found["now"]),
-                found["mn"],
-                tuple(found["prefixes"]),
-                found["since"],
-                Place(found["place"]),
-                found.get("relay", ""),
+                peer=found["peer"],
+                sa=SaName.from_pair(found["sa"]),
+                epoch=found["epoch"],
+                now=SaName.from_pair(found["now"]),
+                mn=found["mn"],
+                prefixes=tuple(found["prefixes"]),
+                since=found["since"],
+                place=Place(found["place"]),
+                relay=found.get("relay", ""),
             )
 
 

@@ -169,18 +169,18 @@ class MobileMove:
                 for (old_in, old_out, new_in, new_out), number, sent, received in value["children"]
             )
             guards = tuple(bytes.fromhex(raw) for raw in value["guards"])
-            old_local, old_remote, local, remote = ends
             ike = None if value["ike"] is None else SaName.from_key("".join(value["ike"]))
+            old_local, old_remote, local, remote = ends
             return cls(
                 old_local,
                 old_remote,
                 local,
                 remote,
                 children,
-                tuple(peers),
-                guards,
-                ike,
-                value["done"] is True,
+                peers=tuple(peers),
+                guards=guards,
+                ike=ike,
+                done=value["done"] is True,
             )
 
 

@@ -251,7 +251,19 @@ def sa_views(listed: Iterable[View]) -> list[SaView]:
 def departing_view(context: IkeContext) -> SaView:
     """The view of an SA that charon is destroying and so does not list, made from the record."""
     children = tuple(
-        ChildView(child.name, 0, 0, "INSTALLED", child.spi_in, child.spi_out, False, None, None, (), ())
+        ChildView(
+            name=child.name,
+            unique_id=0,
+            reqid=0,
+            state="INSTALLED",
+            spi_in=child.spi_in,
+            spi_out=child.spi_out,
+            encap=False,
+            rekey=None,
+            life=None,
+            remote_ts=(),
+            local_ts=(),
+        )
         for child in context.children
     )
     return SaView(
