@@ -69,19 +69,23 @@ class CountedKernel:
         return SimpleNamespace(reqid=self.reqids[spi]) if spi in self.reqids else None
 
 
+def a_source(kernel: CountedKernel, departed: dict[SaName, tuple[IkeContext, float]]) -> CharonSource:
+    """A source whose charon is destroying these SAs, each with the time since its last request."""
+    host = SimpleNamespace(
+        kernel=kernel,
+        heard=SimpleNamespace(departed=lambda: departed),
+        config=SimpleNamespace(addresses=(a_context().local.address,)),
+        leaving=None,
+        spawn=None,
+    )
+    return CharonSource(host, None)  # type: ignore[arg-type]
+
+
 def test_a_mobile_node_that_has_just_connected_anew_falls_silent() -> None:
     before, after = a_context(1), a_context(2)
     kernel = CountedKernel({context.children[0].spi_in: 7 for context in (before, after)})
     departed = {before.spis: (before, 0.1), after.spis: (after, 60.0)}
-    config = SimpleNamespace(addresses=(a_context().local.address,))
-    host = SimpleNamespace(
-        kernel=kernel,
-        heard=SimpleNamespace(departed=lambda: departed),
-        config=config,
-        leaving=None,
-        spawn=None,
-    )
-    source = CharonSource(host, None)  # type: ignore[arg-type]
+    source = a_source(kernel, departed)
     assert source.departing_by_reqid(7, {"home"}) == (after.spis, after, 60.0)
 
 
@@ -90,15 +94,7 @@ def test_b15_the_hook_looks_into_the_kernel_once_for_each_sa_and_only_where_it_m
     spis = [context.children[0].spi_in for context in contexts.values()]
     kernel = CountedKernel({spi: number for number, spi in enumerate(spis, 1)})
     departed = {sa: (context, 60.0) for sa, context in contexts.items()}
-    config = SimpleNamespace(addresses=(a_context().local.address,))
-    host = SimpleNamespace(
-        kernel=kernel,
-        heard=SimpleNamespace(departed=lambda: departed),
-        config=config,
-        leaving=None,
-        spawn=None,
-    )
-    source = CharonSource(host, None)  # type: ignore[arg-type]
+    source = a_source(kernel, departed)
     # charon stops, and asks its script for all of them
     for reqid in range(1, 101):
         assert source.departing_by_reqid(reqid, ()) is None
