@@ -55,7 +55,7 @@ from vici_bridge.kernel.kernel_events import KernelEvents, changes_of_ways
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.rewrite import Rewrite
 from vici_bridge.kernel.xfrm import KernelSa
-from vici_bridge.policy.obstacles import check_context, check_kind, check_ports, check_told
+from vici_bridge.policy.obstacles import check_alone, check_context, check_kind, check_ports, check_told
 from vici_bridge.vici.charon import Charon
 from vici_bridge.vici.codec import Message
 from vici_bridge.vici.list_sas import Listing
@@ -430,11 +430,20 @@ class CharonHost:
             context = self.record.context(view.spis)
             if not self.config.mobile_node:
                 check_context(context)
+                check_alone(view, self._recent(self.record.alike(view.spis)))
             self.doubts.check(view.spis)
             check_told(view, context)
         except (CharonError, RefusedError, UnknownSaError) as error:
             return error
         return None
+
+    async def alike(self, sa: SaName) -> list[SaView]:
+        """Other IKE_SAs of charon that may have the same mobile node and selectors."""
+        names = self.record.alike(sa) if sa in self.record else []
+        return [view for name in names if (view := await self.recent_view(name)) is not None]
+
+    def _recent(self, names: Iterable[SaName]) -> list[SaView]:
+        return [view for name in names if (view := self.listing.recent(name, MOMENT)) is not None]
 
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs; `search`: also among all, if its unique ID is not known."""

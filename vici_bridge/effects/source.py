@@ -31,7 +31,14 @@ from vici_bridge.host import CharonHost, Mover
 from vici_bridge.kernel.nat_relay import forwards_packets
 from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.xfrm import KernelSa
-from vici_bridge.policy.obstacles import check_context, check_kernel, check_kind, check_ports, check_told
+from vici_bridge.policy.obstacles import (
+    check_alone,
+    check_context,
+    check_kernel,
+    check_kind,
+    check_ports,
+    check_told,
+)
 from vici_bridge.policy.ways import behind_nat, caution, check_relay, reason, wanted
 from vici_bridge.vici.views import (
     ChildView,
@@ -166,6 +173,8 @@ class CharonSource(ContextSource):
         if view is None:
             raise UnknownSaError(f"charon has no IKE_SA {sa}")
         _refuse_busy(view, away)
+        if not (away or host.config.mobile_node):
+            check_alone(view, await host.alike(sa))
         row = host.leaving.of(sa)
         called = CALLS_BACK in row.later
         if called and not away:

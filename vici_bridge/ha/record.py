@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ikectx.errors import RefusedError, StoreError, UnknownSaError, WireError
 from ikectx.numbers import Protocol, Status
@@ -46,6 +47,9 @@ MAX_CHILDREN = 512
 """CHILD_SAs of one IKE_SA that are kept, because each message about it stores all of them anew."""
 _FORMAT = 1
 _NO_LIMIT = 1 << 16
+
+
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,8 @@ class Record:
         self._sas: dict[SaName, SaState] = {}
         self._heirs: dict[SaName, set[SaName]] = {}
         """For an old IKE_SA those that have keys to replace it and are not up."""
+        self._ends: dict[Identity, set[SaName]] = {}
+        """The IKE_SAs by the identity of their other end."""
         self._born: dict[SaName, int] = {}
         self._count = 0
         self._handlers: dict[HaType, Callable[[HaMessage, SaName], RecordChange]] = {
@@ -272,6 +278,8 @@ class Record:
         self._disinherit(name)
         if sa.replaces is not None:
             self._heirs.setdefault(sa.replaces, set()).add(name)
+        if sa.remote_id is not None:
+            self._ends.setdefault(sa.remote_id, set()).add(name)
         self._sas[name] = sa
 
     def _drop(self, name: SaName) -> None:
@@ -281,11 +289,12 @@ class Record:
 
     def _disinherit(self, name: SaName) -> None:
         known = self._sas.get(name)
-        if known is not None and known.replaces is not None:
-            heirs = self._heirs[known.replaces]
-            heirs.discard(name)
-            if not heirs:
-                del self._heirs[known.replaces]
+        if known is None:
+            return
+        if known.replaces is not None:
+            _discard(self._heirs, known.replaces, name)
+        if known.remote_id is not None:
+            _discard(self._ends, known.remote_id, name)
 
     def _successors(self, name: SaName) -> tuple[SaName, ...]:
         return tuple(self._heirs.get(name, ()))
@@ -299,6 +308,18 @@ class Record:
     def of(self, mn: str) -> tuple[SaName, ...]:
         """The IKE_SAs that are up and whose other end has this identity, as it is printed."""
         return tuple(name for name in self.names() if str(self._sas[name].remote_id) == mn)
+
+    def alike(self, name: SaName) -> list[SaName]:
+        """Other IKE_SAs with the same other end and a CHILD_SA of the same selectors."""
+        sa = self._sas[name]
+        mine = {(child.local_ts, child.remote_ts) for child in sa.children}
+        others = self._ends.get(sa.remote_id, set()) if sa.remote_id is not None else set()
+        return [
+            other
+            for other in others
+            if other != name
+            and any((child.local_ts, child.remote_ts) in mine for child in self._sas[other].children)
+        ]
 
     def __contains__(self, name: SaName) -> bool:
         return name in self._sas
@@ -478,6 +499,12 @@ class Record:
 
 
 # --- a context to messages -------------------------------------------------------------------------
+
+
+def _discard(sets: dict[_Key, set[SaName]], key: _Key, name: SaName) -> None:
+    sets[key].discard(name)
+    if not sets[key]:
+        del sets[key]
 
 
 def uncovered(context: IkeContext, version: int) -> Status:

@@ -11,7 +11,7 @@ CPUs (6.0.2 and later) not at all, and of a PPK only that there is one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from ikectx.errors import RefusedError, UnknownSaError
 from ikectx.numbers import STATUS_TEXT, Status
@@ -93,6 +93,23 @@ def check_kernel(child: str, sa: KernelSa) -> None:
         raise _refused(
             Status.OFFLOADED, f"CHILD_SA {child} is left to the network card, packet by packet ({sa})"
         )
+
+
+def check_alone(view: SaView, others: Iterable[SaView]) -> None:
+    """Errors: RefusedError if one of the others has a CHILD_SA of the same selectors: charon gives both the
+    same policies, here and at the mobile node, so that packets follow neither of them alone."""
+    mine = {(child.local_ts, child.remote_ts, child.tags): child.name for child in view.children}
+    for other in others:
+        for child in other.children if other.state == "ESTABLISHED" else ():
+            name = mine.get((child.local_ts, child.remote_ts, child.tags))
+            if name is not None and child.local_ts and child.state == "INSTALLED":
+                raise RefusedError(
+                    f"the MN has another IKE_SA {other.name} #{other.unique_id} here with the traffic "
+                    f"selectors of CHILD_SA {name}",
+                    hint="end the one that it does not use any more (swanctl --terminate --ike-id N); while "
+                    "it authenticates again there are two for some seconds: try again then",
+                    status=Status.NOT_COVERED,
+                )
 
 
 def check_told(view: SaView, context: IkeContext) -> None:

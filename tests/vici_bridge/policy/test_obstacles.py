@@ -112,6 +112,50 @@ def test_a_gateway_that_is_itself_a_pools_client_and_what_charon_told_of_a_ppk()
     asyncio.run(scenario(replace(plain, conditions=COND_PPK), "postquantum"))
 
 
+class Selecting(Vici):
+    """Its IKE_SAs have numbers of their own, and the selectors of one mobile node; one has an if_id."""
+
+    tagged = b""
+
+    def _view(self, context: IkeContext) -> dict[str, Any]:
+        view = super()._view(context) | {"uniqueid": str(context.current.spi_i[-1])}
+        child = next(iter(view["child-sas"].values()))
+        child |= {"local-ts": ["10.3.0.0/24"], "remote-ts": ["10.4.0.10/32"]}
+        if context.current.spi_i == self.tagged:
+            child["if-id-out"] = "0000002a"
+        return view
+
+
+def test_two_sas_of_a_mobile_node_with_one_policy() -> None:
+    # where it has connected anew without INITIAL_CONTACT, or charon has unique = never (5.9.8: one reqid)
+    async def scenario() -> None:
+        first, second = a_context(1), a_context(2)
+        child = replace(
+            second.children[0], local_ts=first.children[0].local_ts, remote_ts=first.children[0].remote_ts
+        )
+        second = replace(second, remote_id=first.remote_id, children=(child,))
+        vici = Selecting(first, second)
+        async with host_of(vici, SqliteStore(":memory:", KEY)) as host:
+            for context in (first, second):
+                host.record.learn(context, 3)
+            for view, other in zip(await host.views(), (2, 1), strict=True):
+                reason = f"another IKE_SA {view.name} #{other} here"
+                assert reason in str(host.obstacle(view)) and host.knows(view)
+                with pytest.raises(RefusedError, match=reason):
+                    await CharonSource(host, nobody).export(view.spis)
+                await CharonSource(host, nobody).export(view.spis, away=True)  # it has left already
+            vici.tagged = second.current.spi_i  # another route
+            assert [host.obstacle(view) for view in await host.views()] == [None, None]
+            del vici.contexts[1]  # charon has not told that it is gone
+            (view,) = await host.views()
+            assert host.obstacle(view) is None
+            await CharonSource(host, nobody).export(view.spis)
+            host.record.forget(second.spis)
+            assert host.record.alike(first.spis) == []
+
+    asyncio.run(scenario())
+
+
 def test_an_sa_that_is_not_known() -> None:
     async def scenario() -> None:
         context = a_context()
