@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ikectx.errors import UnknownSaError, UsageError
+from ikectx.sa.name import SaName
 from ikectx_cli.config import ConnectionConfig
 from ikectx_cli.detours import find, need_ways
 from tests.vici_bridge.vici.test_views import VIEW
@@ -50,10 +51,10 @@ def test_ports_do_not_hide_an_address() -> None:
 
 
 def test_one_that_left_has_two_names() -> None:
-    one = Departure((b"initiato", b"responde"), "mn@example.org", "nsg", "nsg", 1, 0.0)
-    other = replace(one, sa=(b"another.", b"responde"))
+    one = Departure(SaName(b"initiato", b"responde"), "mn@example.org", "nsg", "nsg", 1, 0.0)
+    other = replace(one, sa=SaName(b"another.", b"responde"))
     assert find([one], "mn@example.org") == one.sa
-    assert find([one, other], f"{b'another.'.hex()}:{b'responde'.hex()}") == other.sa
+    assert find([one, other], str(other.sa)) == other.sa
     with pytest.raises(UnknownSaError, match="2 SAs"):
         find([one, other], "mn@example.org")
     with pytest.raises(UnknownSaError, match="no SA"):
