@@ -61,13 +61,11 @@ def attack(world: World, kind: str, rate: float, seconds: float, most: int = 0) 
 
 
 def beside(world: World, during: Callable[[], None], seconds: float) -> Use:
-    """The most of all that nsg's agent used meanwhile; `status` answered each time."""
+    """The most of all that nsg's agent used meanwhile; `status` answered each time, or this raises."""
     most, end = Use(world, "nsg"), time.monotonic() + seconds
     during()
     while time.monotonic() < end:
-        began = time.monotonic()
         world.status("nsg")
-        assert time.monotonic() - began < 2.0
         now = Use(world, "nsg")
         for name in ("memory", "descriptors", "log", "state"):
             setattr(most, name, max(getattr(most, name), getattr(now, name)))
@@ -109,8 +107,10 @@ def test_an_agent_without_descriptors_takes_no_sa_and_tells_why(world: World) ->
     # PCTD, CTDR, CTD; nsg cannot start its updown script: CTDR S=0, KERNEL; psg serves on, and calls the MN
     world.up()
     world.agree("psg")
+    world.status(
+        "nsg"
+    )  # so that whatever it takes is loaded; its descriptor is free when nsg hears of the next
     assert world.transfer("psg", "nsg", "--dry-run").code == 0  # so that the link is there
-    world.status("nsg")
     pid = agent(world, "nsg")
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     drawn = world.lab.work / "nsg" / "updown.log"
@@ -159,9 +159,8 @@ def test_strangers_connections_end_before_tls(world: World) -> None:
         "print(ends)\n"
     )
     assert world.must("mn", "python3", "-c", code).strip() == "300"
-    after = Use(world, "nsg")
-    assert after.descriptors <= before.descriptors + 1
-    assert after.log - before.log < 10_000
+    until(lambda: Use(world, "nsg").descriptors <= before.descriptors + 1, "descriptors are given back")
+    assert Use(world, "nsg").log - before.log < 10_000
     log = world.log("nsg", "agent.out")
     assert f"turned a connection from {OUTER['mn'][4]} away" in log
     world.move("psg", "nsg")

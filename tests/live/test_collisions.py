@@ -83,7 +83,10 @@ def take_in(world: World, folder: Path, *sas: Mapping[str, str]) -> None:
     world.must("nsg", sys.executable, str(script), *told)
     world.lab.start_agent("nsg")
     until(lambda: world.status("nsg")["charon"]["reachable"], "nsg's agent has found charon")
-    until(lambda: len(world.lab.list_sas("nsg")) == len(sas), "nsg has the other SAs")
+    until(
+        lambda: [len(sa["child-sas"]) for sa in world.lab.list_sas("nsg")] == [1] * len(sas),
+        "nsg has the other SAs, each with its child",
+    )
 
 
 def names_of(sa: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def test_the_record_outlives_the_agent(world: World) -> None:
 def test_an_sa_from_before_the_agent_needs_a_resync(world: World) -> None:
     # IKE_SA_INIT, IKE_AUTH while no agent runs; then it is listed, but cannot be moved. After `ikectx resync`
     # psg -> MN CREATE_CHILD_SA N(REKEY_SA), and it can.
+    world.reload(world.tunnel)  # nothing starts the agent while it is away
     with world.without_agent("psg"):
         world.up()
     until(lambda: "cannot be moved" in world.log("psg", "agent.out"), "the agent says so")
@@ -76,14 +77,12 @@ def test_the_mobile_node_is_silent(world: World) -> None:
     # While it is undecided psg is mute: what the MN asks meanwhile it asks again.
     before = world.up()
     with world.blocked("nsg", "mn"):
-        began = time.monotonic()
         done = world.transfer("psg", "nsg", "--address", "move")
-        took = time.monotonic() - began
         assert done.code == 4, done
         report = done.report
         assert report["status"]["name"] == "PEER_SILENT"
         assert "--address relay" in report["hint"]
-        assert 5 < took < 20
+        assert "did not answer 5 requests" in world.log("nsg", "agent.out")
         assert spis(world.serves("psg")) == spis(before)
         for host in GATEWAYS:
             assert not world.muted(host)
@@ -296,6 +295,7 @@ def test_charon_restarts_under_its_agent(world: World) -> None:
     world.lab.start_charon("psg")
     until(lambda: world.status("psg")["charon"]["reachable"], "the agent has found charon")
     world.lab.connect()
+    world.recorded("psg")
     world.move("psg", "nsg")
     world.settle("nsg")
 

@@ -33,7 +33,8 @@ def test_the_new_gateway_lost_its_store_after_the_move(world: World, tmp_path: P
     # CTD, INFORMATIONAL N(UPDATE_SA_ADDRESSES), but no CTDR; then nsg has a new store, or that of before.
     # The CTD comes again, and charon serves the SA: CTDR with yes, and psg drops its part.
     backup = tmp_path / "backup"
-    shutil.copytree(state(world, "nsg"), backup)
+    with world.without_agent("nsg"):
+        shutil.copytree(state(world, "nsg"), backup)
     unconfirmed(world)
     world.lab.stop("nsg", "agent", kill=True)
     shutil.rmtree(state(world, "nsg"))

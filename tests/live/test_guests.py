@@ -120,8 +120,9 @@ def left(process: subprocess.Popen[str], below: set[int]) -> set[str]:
     """Folders of guests and runs that a process made; folders and namespaces of labs of those below it."""
     found = {str(path) for path in FOLDERS.glob(f"ikl-*-{process.pid}-*")}
     for path in FOLDERS.glob("ikl-*/lab.json"):
-        if json.loads(path.read_text())["owner"] in below:
-            found |= {str(path.parent), *map(str, Path("/run/netns").glob(f"{path.parent.name}-*"))}
+        with contextlib.suppress(FileNotFoundError):  # a lab of somebody else's that has gone since
+            if json.loads(path.read_text())["owner"] in below:
+                found |= {str(path.parent), *map(str, Path("/run/netns").glob(f"{path.parent.name}-*"))}
     return found
 
 

@@ -76,6 +76,7 @@ def test_a_child_with_additional_key_exchanges(capable: World, host: str) -> Non
 def test_a_resync_tells_of_additional_key_exchanges(capable: World) -> None:
     # IKE_SA_INIT, IKE_INTERMEDIATE, IKE_AUTH while no agent runs; RESYNC replays both IKE_ADDs of the SA and
     # has its child rekeyed, with IKE_FOLLOWUP_KE
+    capable.reload(capable.tunnel_with(ike=IKE, esp=ESP))  # nothing starts the agent while it is away
     with capable.without_agent("psg"):
         capable.up(ike=IKE, esp=ESP)
     assert capable.ikectx("psg", "resync", "--yes", "--json").code == 0

