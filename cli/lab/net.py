@@ -25,12 +25,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ikectx.errors import KernelError
+
+from . import untrack as lab_untrack
 
 HOSTS = ("mn", "mn2", "psg", "nsg", "core", "srv")
 GATEWAYS = ("psg", "nsg")
@@ -395,6 +398,7 @@ class Net:
         core = self.enter("core")
         run([*core, "nft", "delete table ip nat"], check=False)
         run([*core, "ip", "addr", "del", f"{NAT}/32", "dev", "lo"], check=False)
+        run([*core, sys.executable, "-I", "-S", lab_untrack.__file__], check=False)
         if not on:
             return
         run([*core, "ip", "addr", "add", f"{NAT}/32", "dev", "lo"])
