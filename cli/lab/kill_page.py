@@ -83,12 +83,13 @@ def page(found: Mapping[str, Any]) -> str:
         f"{found['passed']} of {found['cases']} cases passed, of {len(cases())} that there are; strongSwan "
         f"{found['strongswan']}, {found['guest']}, {found['clock']} time:",
         f"```\n{found['command']}\n```",
-        "A case has passed if, after everything runs again, each transfer ends by itself or after the one "
-        "command that `ikectx status` names; exactly one gateway serves the mobile node; traffic flows both "
-        "ways; both ends rekey the child and the IKE_SA; after the end of the SA no SA, policy, rule, route, "
-        "row of the ledger or note is left; no packet left a gateway in the clear; and no ESP sequence "
-        "number or IV of IKE was used twice under a key. Where a charon was killed, the mobile node may have "
-        "to connect anew, because the SA ended with charon.",
+        "A case has passed if, after everything runs again, each transfer ends by itself, or after the one "
+        "command that `ikectx status` names at a gateway or the mobile node; a mobile node that was silent "
+        "has been called back; exactly one gateway serves it; traffic flows both ways; both ends rekey the "
+        "child and the IKE_SA; after the end of the SA no SA, policy, rule, route, row of the ledger or note "
+        "is left; no packet left a gateway in the clear; and no ESP sequence number or IV of IKE was used "
+        "twice under a key. Where a charon was killed, the mobile node may have to connect anew, because the "
+        "SA ended with charon.",
         "## By mode and fault",
         "Passed / ran. A fault lasts " + ", ".join(f"{seconds:g}" for seconds in SECONDS) + " seconds.",
         _matrix(found),

@@ -30,6 +30,8 @@ SHOWN = (
     " nft list ruleset"
 )
 """What is kept of each host, beside the logs, of a case that has failed."""
+FLUSHED = "ip xfrm state flush; ip xfrm policy flush; ip route flush table 220; ip -6 route flush table 220"
+"""Takes away what a charon that was killed has left."""
 OVER = 400.0
 """Seconds in which a move must have come to an end at both gateways, as soon as nothing is amiss any more."""
 NAMED = re.compile(r"`ikectx ([a-z]+ [0-9a-f:]+)`")
@@ -344,7 +346,7 @@ class KillRunner(ScenarioRunner):
         lab = self._kills
         if self._fault.kind == "charon":  # what it left in the kernel is nobody's any more
             for host in ("mn", *GATEWAYS) if self._anew else self._fault.hosts:
-                lab.command(host, ["sh", "-c", "ip xfrm state flush; ip xfrm policy flush"])
+                lab.command(host, ["sh", "-c", FLUSHED])
         stays = self._used_twice()
         stays += [uncleared] if (uncleared := lab.clear()) else []
         self._within(LATER, lambda: not any(left(self._lab.work / host / "state") for host in GATEWAYS))
