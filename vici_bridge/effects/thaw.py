@@ -168,6 +168,20 @@ async def _call_back(work: Leaving) -> None:
             host.mute.only_answer(work.sa)
     if not answered:
         raise LinkError(f"{context.connection}: the MN at {context.remote} is silent here, too")
+    await _go_on_asking(work)
+
+
+async def _go_on_asking(work: Leaving) -> None:
+    """An exchange that charon has begun meanwhile goes back into its queue when it is told message IDs, and
+    begins again when charon is told to begin something: here the rekey of a CHILD_SA (5.9.8)."""
+    view = await work.host.view(work.sa)
+    if view is None or not view.tasks:
+        return
+    for child in view.children[:1]:
+        try:
+            await work.host.vici.rekey(child_id=child.unique_id)
+        except CharonError as error:
+            log.warning("%s: what charon was about to do waits: %s", work.context.connection, error)
 
 
 async def _speak(work: Leaving) -> None:

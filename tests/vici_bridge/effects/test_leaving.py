@@ -14,6 +14,7 @@ import pytest
 from ikectx.engine.ports import MoveReport, RelayTo
 from ikectx.errors import BusyError, KernelError, LinkError, RefusedError, UnknownSaError
 from ikectx.sa.context import Endpoint, FinalState, IkeContext
+from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
 from tests.across.test_go_on import outbound, run, sends, served
 from tests.gateway_world import Place
@@ -27,6 +28,7 @@ from vici_bridge.effects.invite import INVITE
 from vici_bridge.effects.release import RELEASE
 from vici_bridge.effects.source import CharonSource
 from vici_bridge.effects.thaw import THAW
+from vici_bridge.vici.views import SaView
 
 JUMP = 2000
 
@@ -277,8 +279,18 @@ def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
                 await there.source.export(there.context.spis)
             away = await there.source.export(there.context.spis, away=True)
             assert (away.mid_initiator, away.unsure) == (final.mid_initiator, True)
+            view = there.here.host.view
+
+            async def asks(sa: SaName, *, search: bool = True) -> SaView | None:
+                """charon has asked something that nobody heard."""
+                found = await view(sa, search=search)
+                return found and replace(found, tasks=("CHILD_REKEY",))
+
+            there.here.host.view = asks  # type: ignore[method-assign]
             there.mn = True
             await until(lambda: not there.here.host.leaving.all())
+            assert len(there.rekeyed) == 1, "charon takes it out of its queue when it is told something"
+            there.here.host.view = view  # type: ignore[method-assign]
             assert there.here.mute.muted == there.here.mute.answering == set()
             exported = await there.source.export(there.context.spis)
             assert exported.mid_initiator == there.called[-1] + 1 > final.mid_initiator
