@@ -348,6 +348,7 @@ class KillRunner(ScenarioRunner):
             for host in ("mn", *GATEWAYS) if self._anew else self._fault.hosts:
                 lab.command(host, ["sh", "-c", FLUSHED])
         stays = self._used_twice()
+        self._within(LATER, lambda: not any(map(self._under_way, GATEWAYS)))
         stays += [uncleared] if (uncleared := lab.clear()) else []
         self._within(LATER, lambda: not any(left(self._lab.work / host / "state") for host in GATEWAYS))
         stays += [f"{host}: {row}" for host in GATEWAYS for row in left(lab.work / host / "state")]
