@@ -11,6 +11,7 @@
 5. Unmute charon. It had to wait for 4., because it would use message IDs that the mobile node has received,
    and asks nothing as long as the mobile node is silent.
 6. Rekey CHILD_SAs that the mobile node may have under other SPIs.
+7. Forget what was done for this move, in case the row stays because something is left for later.
 """
 
 from __future__ import annotations
@@ -205,6 +206,12 @@ async def _renew(work: Leaving) -> None:
                 )
 
 
+async def _forget(work: Leaving) -> Facts:
+    """A row that stays for what is left for later must not tell the next move that packets are led away
+    already, nor the next thaw its numbers."""
+    return {"policies": None, "diverted": False, "sends_to": "", "counters": (), "numbers": None}
+
+
 def _served(work: Leaving) -> bool:
     """Whether charon has the SA, and the other gateway may have asked for it."""
     return work.view is not None and work.facts.request is not None and not work.facts.ended
@@ -258,6 +265,7 @@ THAW: LedgerStep[Leaving] = LedgerStep(
             once=True,
             later=True,
         ),
+        StepEffect("that move is over", _forget, soon=True),
     ),
     ends=True,
 )

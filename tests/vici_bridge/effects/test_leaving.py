@@ -298,6 +298,26 @@ def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
     run(scenario())
 
 
+def test_one_that_is_called_back_leaves_as_any_other() -> None:
+    """Its row said that its packets were led away already: two gateways sent under the same numbers."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.divert(there.context, "nsg")
+            await there.source.freeze(there.context, "nsg")
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            began = there.number
+            assert sends(there.here, there.context)
+            again = await there.source.export(there.context.spis, away=True)
+            await there.source.freeze(again, "nsg", away=True)
+            assert not sends(there.here, there.context)
+            await there.source.thaw(again, JUMP)
+            assert sends(there.here, there.context) and there.number >= began + JUMP
+
+    run(scenario())
+
+
 def test_one_that_was_about_to_leave_and_changed_its_address_is_served_there() -> None:
     """MOBIKE, after its policies were taken out and before anything was frozen."""
 
