@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mappi
 from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Literal
 
 from ikectx.disk.store import SqliteStore
@@ -51,6 +52,7 @@ from vici_bridge.host_config import HostConfig
 from vici_bridge.kernel.ha_users import HaUsers
 from vici_bridge.kernel.mute import MARK
 from vici_bridge.kernel.spd_watch import SpdGuard
+from vici_bridge.old_store import look_at_store
 from vici_bridge.policy.admission import numbered
 from vici_bridge.policy.allowed import AllowedConnection
 from vici_bridge.policy.identities import reauthentication
@@ -83,7 +85,8 @@ HOOK_PATIENCE = 5.0
 
 def run(config: Config) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
-    return service.run(config.state_dir, lambda store: Agent(config, store), config.state_key)
+    mark = Path(config.control.socket).with_suffix(".mark")
+    return service.run(config.state_dir, lambda store: Agent(config, store), config.state_key, mark)
 
 
 def host_config(config: Config) -> HostConfig:
@@ -245,6 +248,7 @@ class Agent:
             await asyncio.to_thread(users.install)
             self._host.reloads.users = users
         await self._host.open()
+        await look_at_store(self._host, self._store)
         self._source.resume()
         self._sink.resume()
         await self._gateway.start(self._listen if self._guard is None else ())

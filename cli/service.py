@@ -46,10 +46,15 @@ class Service(Protocol):
     async def stop(self) -> None: ...
 
 
-def run(state_dir: Path, make: Callable[[SqliteStore], Service], state_key: Path | None = None) -> int:
+def run(
+    state_dir: Path,
+    make: Callable[[SqliteStore], Service],
+    state_key: Path | None = None,
+    mark: Path | None = None,
+) -> int:
     """Run the service from `make` until SIGTERM or SIGINT. Errors: IkectxError if it cannot start.
 
-    `state_key`: as for `key_file`.
+    `state_key`: as for `key_file`; `mark`: as for `open_store`.
     """
     level = os.environ.get("IKECTX_LOG") or "info"
     if level.upper() not in logging.getLevelNamesMapping():
@@ -73,7 +78,7 @@ def run(state_dir: Path, make: Callable[[SqliteStore], Service], state_key: Path
         if sys.version_info < (3, 12):
             # as later versions do; else each updown script takes a thread that waits for its end
             asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
-        asyncio.run(_serve(state_dir, make, key_file(state_key)))
+        asyncio.run(_serve(state_dir, make, key_file(state_key), mark))
     finally:
         for handler, limit in limits:
             limit.end()
@@ -133,8 +138,13 @@ def rotate(store: SqliteStore, state_dir: Path, state_key: Path | None, request:
     return with_json({"sealed": many, "key": given or str(state_dir / "state.key")})
 
 
-async def _serve(state_dir: Path, make: Callable[[SqliteStore], Service], state_key: Path | None) -> None:
-    store = open_store(state_dir, now=time.time(), key_file=state_key)
+async def _serve(
+    state_dir: Path,
+    make: Callable[[SqliteStore], Service],
+    state_key: Path | None,
+    mark: Path | None,
+) -> None:
+    store = open_store(state_dir, now=time.time(), key_file=state_key, mark=mark)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_mistake)

@@ -79,7 +79,7 @@ class Gateway:
         self._tending: asyncio.Task[None] | None = None
         self._doors: list[Door] = []
         self._listening: list[tuple[str, int]] = []
-        engine = Engine(EngineConfig(name, tuple(peers), policy), secrets.token_bytes)
+        engine = Engine(EngineConfig(name, tuple(peers), policy, store.has), secrets.token_bytes)
         self._driver = Driver(engine, source, sink, store, hooks)
 
     # -- life --------------------------------------------------------------------------------------------

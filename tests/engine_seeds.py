@@ -1,4 +1,7 @@
-"""Try many seeds of `engine_world`:  python -m tests.engine_seeds --seeds 100000 --jobs 2 --json"""
+"""Try many seeds of `engine_world`:  python -m tests.engine_seeds --seeds 100000 --jobs 2 --json
+
+`--world lost-stores`: those of `forgetful_world`.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,34 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from tests.engine_world import MODES, World
+from tests.forgetful_world import Forgetful
 
 _CHUNK = 250
+WORLDS = {"engine": World, "lost-stores": Forgetful}
 
 
-def tried(seed: int) -> str:
+def tried(seed: int, world: str = "engine") -> str:
     """What is wrong with that seed, in words; empty: nothing."""
     try:
-        World(seed).run()
+        WORLDS[world](seed).run()
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
     return ""
 
 
-def some(first: int, count: int) -> dict[int, str]:
+def some(first: int, count: int, world: str = "engine") -> dict[int, str]:
     """Those of these seeds that fail, and why."""
     logging.disable(logging.CRITICAL)
     try:
-        return {seed: why for seed in range(first, first + count) if (why := tried(seed))}
+        return {seed: why for seed in range(first, first + count) if (why := tried(seed, world))}
     finally:
         logging.disable(logging.NOTSET)
 
 
-def all_of(first: int, count: int, jobs: int) -> Iterator[dict[int, str]]:
+def all_of(first: int, count: int, jobs: int, world: str) -> Iterator[dict[int, str]]:
     """The same in parts, in so many processes."""
-    parts = [(at, min(_CHUNK, first + count - at)) for at in range(first, first + count, _CHUNK)]
+    parts = [(at, min(_CHUNK, first + count - at), world) for at in range(first, first + count, _CHUNK)]
     if jobs == 1:
         yield from (some(*part) for part in parts)
         return
@@ -52,10 +57,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first one")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--world", choices=WORLDS, default="engine", help="what may go wrong")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
     given = parser.parse_args()
     began, failed = time.monotonic(), {}
-    for part in all_of(given.first, given.seeds, given.jobs):
+    for part in all_of(given.first, given.seeds, given.jobs, given.world):
         failed.update(part)
         if not given.json:
             for seed, why in part.items():

@@ -56,7 +56,7 @@ from ikectx.engine.effects import (
     Thaw,
     Undo,
 )
-from ikectx.engine.journal import JournalEntry
+from ikectx.engine.journal import JournalEntry, JournalHas
 from ikectx.engine.journaled import MobileConfig, TransferPolicy
 from ikectx.engine.outputs import (
     Answer,
@@ -125,18 +125,18 @@ class Mobile:
         self.context = context
         self.home = ""
         """The gateway to which the network sends packets for it."""
-        self.numbers: list[tuple[int, int, str]] = []
-        """Sent so far: first and last number, and by which gateway."""
+        self.numbers: list[tuple[bytes, int, int, str]] = []
+        """Sent so far: under which SPI, first and last number, and by which gateway."""
         self.expects = context.mid_initiator
         self.asked: dict[int, str] = {}
         """Who had the request of that message ID answered."""
 
-    def gets(self, first: int, last: int, by: str) -> None:
+    def gets(self, spi: bytes, first: int, last: int, by: str) -> None:
         """ESP packets of these numbers. None may come twice under one key: that is an IV used twice."""
-        for begin, end, other in self.numbers:
-            if first <= end and begin <= last:
+        for sent, begin, end, other in self.numbers:
+            if sent == spi and first <= end and begin <= last:
                 raise Slip(f"{by} sends {first} to {last}, {other} sent {begin} to {end}: one IV twice")
-        self.numbers.append((first, last, by))
+        self.numbers.append((spi, first, last, by))
 
     def hears(self, message_id: int, who: str) -> bool:
         """A request: True if it is answered, because it is the next one, or the last one again."""
@@ -169,6 +169,8 @@ class Box:
         self.name = name
         self.world = world
         self.sas: dict[SaName, Sa] = {}
+        self.strange: set[SaName] = set()
+        """SAs whose keys the agent does not know any more: they cannot be moved."""
 
     def mobile(self, sa: SaName) -> Mobile:
         return self.world.mobiles[sa]
@@ -183,7 +185,8 @@ class Box:
             if hops and to:
                 self.world.sides[to].box.send(sa, count, hops - 1)
             return
-        self.mobile(sa).gets(here.oseq + 1, here.oseq + count, self.name)
+        spi = here.context.children[0].spi_out
+        self.mobile(sa).gets(spi, here.oseq + 1, here.oseq + count, self.name)
         here.oseq += count
 
     def owns(self, sa: SaName) -> bool:
@@ -207,6 +210,8 @@ class Box:
             case Find(mn):
                 return [sa for sa, here in self.sas.items() if here.state == "served"
                         and here.context.remote.address == mn]  # fmt: skip
+            case Recorded(sa) | Export(sa) if sa in self.strange:
+                raise UnknownSaError("its keys are not known")
             case Recorded(sa):
                 return self._at(sa, "served", "frozen").context
             case Export(sa):
@@ -250,6 +255,7 @@ class Box:
             case Prepare(context):
                 if context.spis in self.sas:
                     raise CharonError("there is one of that name")
+                self.strange.discard(context.spis)
                 seq = context.children[0].outbound.seq + OSEQ_JUMP
                 self.sas[context.spis] = Sa(context, seq, -1, "prepared")
                 return Prepared()
@@ -320,6 +326,7 @@ class Disk:
     def __init__(self) -> None:
         self.journal: dict[tuple[str, bytes], JournalEntry] = {}
         self.notes: dict[tuple[str, str], bytes] = {}
+        self.has: JournalHas = "whole"
 
     def do(self, step: Step) -> object:
         entries = self.journal.values()
@@ -417,7 +424,8 @@ class Side:
         world = self.world
         self.life += 1
         peers = tuple(PeerConfig(one, one, rights=EVERYTHING) for one in world.sides if one != self.name)
-        config = EngineConfig(self.name, peers, TransferPolicy(TIMING, mobile=MobileConfig()))
+        policy = TransferPolicy(TIMING, mobile=MobileConfig())
+        config = EngineConfig(self.name, peers, policy, self.disk.has)
         self.engine = Engine(config, world.dice.randbytes)
         self._due = None
         for entry in self.disk.open:
@@ -532,6 +540,9 @@ class Side:
 class World:
     """All of it. `run` goes on until nothing happens any more, and then looks what has become of it."""
 
+    vague: frozenset[Status] = frozenset()
+    """What a gateway may tell a mobile node although it has its SA."""
+
     def __init__(self, seed: int) -> None:
         dice = self.dice = random.Random(seed)
         self.mode = MODES[seed % len(MODES)]
@@ -590,7 +601,8 @@ class World:
                 return
 
         def dialled(engine: Engine) -> None:
-            if there.engine is None or self.chance(self.weather.cut / 2):
+            apart = not self.reach(side.name, peer.name)
+            if apart or there.engine is None or self.chance(self.weather.cut / 2):
                 engine.effect_done(side.now, effect, LinkError(f"{peer.name}: connection refused"))
                 return
             number = next(self._numbers)
@@ -601,6 +613,10 @@ class World:
             engine.effect_done(side.now, effect, number)
 
         side.later(self.lasts(), dialled)
+
+    def reach(self, one: str, other: str) -> bool:
+        """Is there a way between these gateways?"""
+        return True
 
     def carry(self, sender: str, number: int, octets: bytes, output: Send) -> None:
         """A message is on its way, unless the connection breaks over it."""
@@ -825,5 +841,5 @@ class Node:
                 self.answers.append((purpose, sure, status))
             if sure and purpose is Purpose.ARRIVE:
                 owned = world.sides[to].box.owns(self.context.spis)
-                if owned is not (status is Status.OK):
+                if owned is not (status is Status.OK) and status not in world.vague:
                     raise Slip(f"the MN is told {status.name} by {to}, which owns it: {owned}")

@@ -76,8 +76,8 @@ class FaultyLab:
         self._kill()
         self._lab.flush(host)
         state, stops = self._lab.work / host / "state", self._lab.work / host / "stops"
-        with contextlib.suppress(FileNotFoundError):
-            (state / "state.db-shm").unlink()  # memory
+        for memory in (state / "state.db-shm", self._lab.work / host / "ikectx.mark"):
+            memory.unlink(missing_ok=True)
         synced = ("", 0)
         with contextlib.suppress(FileNotFoundError, ValueError):
             salt, _, end = (stops / "synced").read_text().partition(" ")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ikectx.errors import StoreError
 
+from .mark import MarkedStore
 from .seal import KEY_SIZE
 from .store import HISTORY, SqliteStore, opens
 
@@ -30,12 +31,17 @@ _ACL_OWNER, _ACL_USER, _ACL_MASK = 1, 2, 0x10
 
 
 def open_store(
-    directory: Path | str, *, now: float | None = None, key_file: Path | None = None
+    directory: Path | str,
+    *,
+    now: float | None = None,
+    key_file: Path | None = None,
+    mark: Path | None = None,
 ) -> SqliteStore:
     """The store in `directory`, made when it is not there.
 
     With `now` (seconds since 1970) what is older than HISTORY is forgotten. `key_file`: where the database's
-    key is, 32 octets; None: in the directory, made with it.
+    key is, 32 octets; None: in the directory, made with it. `mark`: the file by which a lost store, or an
+    older copy, is found, see `MarkedStore`; None: neither is.
 
     Errors: StoreError when another agent uses it, when files are readable by others, when key and
     database do not belong together, or when the disk does not let us.
@@ -57,7 +63,11 @@ def open_store(
         # made here and not by SQLite, which knows no mode; its -wal and -shm copy the mode of the database
         os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
         _private(database)
-        store = SqliteStore(database, key, lock=lock)
+        store = (
+            SqliteStore(database, key, lock=lock)
+            if mark is None
+            else MarkedStore(database, key, mark, lock=lock)
+        )
         if now is not None:
             store.prune(now - HISTORY)
         return store

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ikectx.engine.journal import JournalEntry, Role
+from ikectx.engine.journal import JournalEntry, JournalHas, Role
 from ikectx.engine.ledger import NOTES, dumps, from_notes
 from ikectx.errors import StoreError
 from ikectx.sa.name import SaName
@@ -63,6 +63,12 @@ class SqliteStore:
     Not for use by two agents at once: `open_store` sees to that. Every method raises StoreError when the
     disk or the database will not do it.
     """
+
+    has: JournalHas = "whole"
+    """Whether its journal has all transfers, see `mark.MarkedStore`."""
+
+    def believed(self) -> None:
+        """All that is to be done once for a store that is old is done."""
 
     def __init__(self, path: Path | str, key: bytes, *, lock: int | None = None) -> None:
         """`path` may be ":memory:"; `lock`: a file descriptor to close with the store."""

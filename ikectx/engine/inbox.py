@@ -33,7 +33,7 @@ from .procedures import Event, Process, Steps, log
 from .report import mn_label
 from .requests import Request, Requests
 from .tables import TARGET_OWNS, TargetInput, TargetState, first_failure, offer_fits
-from .unknown_transfers import UnknownTransfers
+from .unknown_transfers import LOST, UnknownTransfers
 
 _AHEAD = (TargetState.NEW, TargetState.ANNOUNCED, TargetState.HELD)
 """States in which the context came ahead of the mobile node: it is held, or will be after its check."""
@@ -151,6 +151,15 @@ class Inbox:
 
     def _resume(self, entry: JournalEntry) -> Steps[None]:
         run = Incoming.resumed(self._parts, entry)
+        if self._parts.config.journal == "old" and run.context is not None:
+            found = yield from doubt(final_of(run.context), run.mn, entry.mn)
+            if found.serves:
+                yield from run.forget(TargetState.OWNED, f"the store is an older copy, but {found.words}")
+                return
+            run.blame(RefusedError(found.words or LOST, status=Status.IN_DOUBT))
+            if not found.words and run.machine.state in TARGET_OWNS:
+                yield from run.forget(TargetState.ABORTED, LOST)
+                return
         if run.machine.state is TargetState.ADMITTING and run.last_state is not None:
             # it was not known whether the SA had been taken before a journal was lost
             found = yield from doubt(run.last_state, run.mn, entry.mn)

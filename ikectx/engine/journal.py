@@ -9,6 +9,9 @@ from typing import Literal
 from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 
+JournalHas = Literal["whole", "gaps", "old"]
+"""gaps: transfers are missing, because the store was lost or an older copy was restored, of late; old: that
+was found at this start, so what the journal has open may be over."""
 Role = Literal["source", "target"]
 
 

@@ -17,7 +17,7 @@ from ikectx.timing import Timing
 
 from .audit_line import audit_line
 from .effects import FindLatest, Step, Write
-from .journal import JournalEntry
+from .journal import JournalEntry, JournalHas
 from .lines import Lines
 from .machine import Machine
 from .outputs import Report
@@ -75,11 +75,13 @@ class TransferPolicy:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The gateway that an engine is for, its peers, and how it moves SAs."""
+    """The gateway that an engine is for, its peers, how it moves SAs, and whether its journal has all of
+    them."""
 
     name: str
     peers: tuple[PeerConfig, ...]
     policy: TransferPolicy = field(default_factory=TransferPolicy)
+    journal: JournalHas = "whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +272,9 @@ class Run(Generic[_State, _Input, _Action]):
             return False
         return latest not in (None, (entry.role, entry.transfer_id))
 
-    def forget(self, state: _State) -> Steps[None]:
+    def forget(self, state: _State, why: str = "a later one of its SA followed") -> Steps[None]:
         """It had ended in this state; nothing is done for that any more."""
-        log.warning("transfer %s had ended: a later one of its SA followed", self.stored.transfer_id.hex())
+        log.warning("transfer %s had ended: %s", self.stored.transfer_id.hex(), why)
         try:
             yield from self._write(state)
         except StoreError as error:

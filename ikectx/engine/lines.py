@@ -58,6 +58,8 @@ class Line:
         self.peer = peer
         self.label = f"{peer.name} at {where}"
         """The peer's name and where it is, for logs."""
+        self.since = scheduler.now
+        """When it came up, in seconds."""
         self.error: LinkError | None = None
         """Why it is closed; None while it is open."""
         self._scheduler = scheduler

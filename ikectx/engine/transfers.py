@@ -36,7 +36,9 @@ INVITED = 10.0
 Decision = Literal["reclaim", "give-up"]
 """What an operator decides of an SA that was let go, if the other gateway does not answer."""
 _BEFORE_FREEZE = (SourceState.NEW, SourceState.OFFERED, SourceState.ANNOUNCED, SourceState.AWAITING)
-_LET_GO = (SourceState.RELEASED, SourceState.CLEANING)
+_MAY_THAW = (SourceState.FREEZING, SourceState.THAWING)
+"""States after which it is served again; if the journal is an old copy, the SA may have been let go since."""
+LET_GO = (SourceState.RELEASED, SourceState.CLEANING)
 _STAYED = (Status.PEER_SILENT, Status.PEER_REFUSED)
 """A mobile node that was told an address did not go there. Many go on with the old gateway: a filter before
 them, or a daemon that has forgotten MOBIKE (libreswan 4.10 after a rekey of its IKE_SA)."""
@@ -314,7 +316,8 @@ class Transfers:
             yield from run.forget(SourceState.KEPT)
             return
         stands = yield from self._stands(run)
-        if stands == "frozen" and state in _BEFORE_FREEZE:
+        old = self._parts.config.journal == "old" and state in _MAY_THAW
+        if stands == "frozen" and (old or state in _BEFORE_FREEZE):
             run.blame(
                 StateError(
                     "the SA is frozen here, of which the store knows nothing: the store is an old copy, and "
@@ -323,7 +326,7 @@ class Transfers:
                 )
             )
             yield from run.forget(SourceState.LOST)
-        elif stands == "served" and state in _LET_GO:
+        elif stands == "served" and state in LET_GO:
             run.blame(StateError("the SA is served here: the store is an old copy, or could not be written"))
             yield from run.forget(SourceState.KEPT)
         else:
@@ -331,7 +334,7 @@ class Transfers:
 
     def _stands(self, run: Outgoing) -> Steps[Stand]:
         try:
-            found: Stand = yield Do(Stands(run.sa, run.machine.state in _LET_GO), run.transfer_id)
+            found: Stand = yield Do(Stands(run.sa, run.machine.state in LET_GO), run.transfer_id)
         except IkectxError as error:
             log.error("transfer %s goes on as the journal has it: %s", run.transfer_id.hex(), error)
             return "unknown"

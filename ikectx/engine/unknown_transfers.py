@@ -3,6 +3,11 @@
 The old gateway has let the SA go. If nobody here has it, the old gateway is told so, and serves it again. If
 charon or the kernel has it, the journal was lost or is an old copy, and denying the SA would give it two
 owners.
+
+So would a denial by a gateway that had the SA before its store was lost, and has given it away since. An old
+gateway that waits for an answer asks again soon after each new connection (`Timing.backoff_max`). So where
+the journal lacks transfers, what is asked for in the first time of a connection may be older than the loss,
+and is left in doubt; what is asked for later for the first time is not.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from ikectx.sa.context import Address, FinalState
 from ikectx.sa.name import SaName
 
 from .audit_line import audit_line
-from .effects import Write
+from .effects import FindLatest, Write
 from .journal import JournalEntry
 from .journaled import Parts
 from .lines import Line
@@ -30,6 +35,8 @@ DENIED = 1024
 """Denied transfers of one peer that are remembered. A late copy can only arrive over a link that is still
 open."""
 
+LOST = "its store was lost, or an older copy was restored, and may lack the transfer that brought the SA"
+
 
 class Denied:
     """Transfers that a peer let go of, and that were denied because nobody here knew them.
@@ -41,6 +48,9 @@ class Denied:
 
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def __contains__(self, transfer_id: bytes) -> bool:
         return transfer_id in self._known
@@ -57,6 +67,10 @@ class UnknownTransfers:
 
     def __init__(self, parts: Parts, peer: PeerConfig, adopted: set[SaName]) -> None:
         self.denied = Denied()
+        self._lost = Denied()
+        """Transfers that the journal may have lost. Each process is asked for them anew."""
+        self._idle = Denied()
+        """Transfers of SAs that were here, and that nobody served."""
         self._parts = parts
         self._peer = peer
         self._adopted = adopted
@@ -93,6 +107,10 @@ class UnknownTransfers:
             self._adopted.add(sa)
             answer(line, mn, ())
             return True
+        if found.words and not found.serves:
+            self._idle.add(transfer_id)
+        if not found.words and (yield from self._may_be_lost(line, sa, transfer_id)):
+            found = Evidence(LOST)
         if not found.words:
             if run is not None:
                 run.error = RefusedError("the SA has been ended here", status=Status.UNKNOWN_TRANSFER)
@@ -104,6 +122,22 @@ class UnknownTransfers:
         )
         answer(line, mn, refusal(Status.IN_DOUBT, found.words))
         return True
+
+    def _may_be_lost(self, line: Line, sa: SaName, transfer_id: bytes) -> Steps[bool]:
+        """Whether the journal may have lost a transfer that brought an SA which has gone on since.
+
+        One that was idle here cannot have gone on: somebody has ended it.
+        """
+        if self._parts.config.journal == "whole":
+            return False
+        if transfer_id in self._idle and (yield FindLatest(sa)) is None:
+            return False
+        timing, connected = self._parts.timing, self._parts.now - line.since
+        known = transfer_id in self._lost or len(self._lost) >= DENIED
+        if known or connected < 2 * timing.backoff_max + timing.connect:
+            self._lost.add(transfer_id)
+            return True
+        return False
 
     def _adopt(self, mn: Address, final: FinalState, transfer_id: bytes, found: Evidence) -> Steps[None]:
         """Write down that a transfer which the journal does not have has brought an SA here. Errors:

@@ -1,65 +1,59 @@
 """Agents that die and come back with no store, or with an old copy of it, by seed: never two owners of an SA.
 
-The SA may be left without an owner: what was let go stays frozen until an operator decides.
+`python -m tests.engine_seeds --world lost-stores --seeds 10000` tries more.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Generator
 
 import pytest
 
-from tests.engine_world import Disk, Slip, World
+from ikectx.engine import transfers
+from ikectx.engine.unknown_transfers import UnknownTransfers
+from tests.engine_seeds import some, tried
+from tests.forgetful_world import Forgetful
 
-SEEDS = 120
-FOUND = (1756, 3791)
-"""Seeds that have found something: a check that failed was taken for a no of an SA that was taken."""
+SEEDS = 240
+PARTS = 4
+DENIED = (511, 1253)
+"""Seeds in which a gateway is asked for an SA that it had before its store was lost."""
 
-
-class Forgetful(World):
-    """Half of the agents that die lose their store, or get an old copy, made while nothing was open."""
-
-    def __init__(self, seed: int) -> None:
-        self.copies: dict[str, dict[object, object]] = {}
-        self.forgot = 0
-        super().__init__(seed)
-
-    def check(self) -> None:
-        super().check()
-        for side in self.sides.values():
-            if not side.disk.open and self.dice.random() < 0.3:
-                self.copies[side.name] = copy.copy(side.disk.journal)  # type: ignore[assignment]
-
-    def killed(self, name: str) -> None:
-        super().killed(name)
-        if self.rough and self.dice.random() < 0.5:
-            self.forgot += 1
-            disk = Disk()
-            if self.dice.random() < 0.5:
-                disk.journal = copy.copy(self.copies.get(name, {}))  # type: ignore[arg-type]
-            self.sides[name].disk = disk
-
-    def check_end(self) -> None:
-        self.check()
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except Slip as slip:
-            # in doubt, one gateway asks the other for ever, and the mobile node may be told so by the owner
-            if not str(slip).startswith(("no end", "the MN is told IN_DOUBT")):
-                raise
-        self.check()
+THAWED = 630
+"""One in which the copy is from the middle of a freeze."""
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_no_store_makes_two_owners(part: int) -> None:
-    forgot = 0
-    for seed in (*range(part, SEEDS, 4), *FOUND[part::4]):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_store_makes_two_owners_and_every_run_ends(part: int) -> None:
+    count = SEEDS // PARTS
+    assert some(part * count, count, "lost-stores") == {}
+
+
+def test_stores_are_lost_and_somebody_has_to_decide() -> None:
+    """The seeds are worth something only if that comes up."""
+    forgot = decided = 0
+    for seed in range(40):
         world = Forgetful(seed)
-        try:
-            world.run()
-        except Slip as slip:
-            pytest.fail(f"seed {seed}, {world.mode}: {slip}")
+        world.run()
         forgot += world.forgot
-    assert forgot > SEEDS / 40
+        decided += world.decided
+    assert forgot > 5
+    assert decided
+
+
+@pytest.mark.parametrize("seed", DENIED)
+def test_what_a_lost_store_may_have_had_is_not_denied(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(seed, "lost-stores") == ""
+
+    def never(*_: object) -> Generator[None, None, bool]:
+        yield from ()
+        return False
+
+    monkeypatch.setattr(UnknownTransfers, "_may_be_lost", never)
+    assert tried(seed, "lost-stores")
+
+
+def test_a_freeze_of_which_an_old_copy_tells_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(THAWED, "lost-stores") == ""
+    monkeypatch.setattr(transfers, "_MAY_THAW", ())
+    assert "own" in tried(THAWED, "lost-stores")

@@ -29,7 +29,7 @@ from vici_bridge.kernel.detour import Detour
 from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.nat_rule import NatRule
-from vici_bridge.kernel.xfrm import KernelPolicy
+from vici_bridge.kernel.xfrm import BLOCK, KernelPolicy
 from vici_bridge.kernel.xfrm_parts import Network
 from vici_bridge.vici.views import SaView, prefixes
 
@@ -92,6 +92,8 @@ class Away:
         thousands."""
         self._direct: Counter[SaName] = Counter()
         self._announced = announced
+        self._keeps = False
+        """Are blocks left in the kernel that the store does not have?"""
         self._found: set[SaName] = set()
         """SAs that are leaving, whose packets the network inside leads to the new gateway by itself."""
         self.behind = Behind(store, kernel)
@@ -371,6 +373,11 @@ class Away:
 
     # The kernel.
 
+    def keep_blocks(self) -> None:
+        """Leave blocks in the kernel that the store does not have, because it lacks SAs that left: their
+        packets would leave in the clear. Other policies go before a block, so it stops nobody else."""
+        self._keeps = self.behind.keeps = True
+
     def restore(self) -> None:
         """Put into the kernel what the store has, and remove the rest. Failures are logged."""
         self.behind.restore()
@@ -379,7 +386,9 @@ class Away:
             if self._kernel is not None:
                 wanted = {policy.raw for row in rows for policy in (*row.blocks, *row.allows)}
                 for policy in self._kernel.dump_policies():
-                    if policy.selector.user == OURS and replace(policy, index=0).raw not in wanted:
+                    kept = self._keeps and policy.action == BLOCK
+                    ours = policy.selector.user == OURS and not kept
+                    if ours and replace(policy, index=0).raw not in wanted:
                         self._kernel.delete_policy(policy)
             self._detour.forget_old_table()
             sent = {prefix for row in rows for prefix in row.sent_on}

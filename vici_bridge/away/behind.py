@@ -88,6 +88,8 @@ class Behind:
     def __init__(self, store: Store, kernel: Kernel | None) -> None:
         self._store = store
         self._kernel = kernel
+        self.keeps = False
+        """Are blocks left in the kernel that the store does not have?"""
         self._blocks: dict[str, Block] = {}
         self._to: defaultdict[Network, set[str]] = defaultdict(set)
         """Keys by the mobile node's network."""
@@ -154,7 +156,7 @@ class Behind:
             return
         try:
             wanted = {block.policy.raw for block in self._blocks.values()}
-            for policy in self._kernel.dump_policies():
+            for policy in () if self.keeps else self._kernel.dump_policies():
                 if policy.selector.user == BEHIND and replace(policy, index=0).raw not in wanted:
                     self._kernel.delete_policy(policy)
             for block in self._blocks.values():

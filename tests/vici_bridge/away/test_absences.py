@@ -115,13 +115,15 @@ class Gateway:
         self.away: Away
         self.begin()
 
-    def begin(self) -> None:
-        """An agent starts."""
+    def begin(self, *, keeps: bool = False) -> None:
+        """An agent starts. `keeps`: its store lacks SAs that left."""
         self.fuse.left = -1
         kernel: Any = None if self.user_space else self.kernel
         routes: Any = self.routes
         self.away = Away(self.store, kernel, routes, WAYS, wall=lambda: next(self.wall))
         self.away.load()
+        if keeps:
+            self.away.keep_blocks()
         self.away.restore()
 
     def protect(self, here: IkeContext, *more: str) -> list[KernelPolicy]:
@@ -188,6 +190,18 @@ def test_packets_go_to_where_the_sa_is_and_nowhere_else() -> None:
     assert gateway.away.listing() == []
     assert gateway.routes.leads == {}
     assert [one for one in gateway.kernel.policies.values() if one.selector.user == OURS] == []
+
+
+def test_a_store_that_was_lost_opens_no_block() -> None:
+    gateway = Gateway()
+    here = left(gateway)
+    gateway.store = Store(gateway.fuse)
+    gateway.begin(keeps=True)
+    assert gateway.packet() == "dropped"
+    gateway.protect(here)  # it connects anew
+    assert gateway.packet() == "protected"
+    gateway.begin(keeps=True)
+    assert gateway.packet() == "protected"
 
 
 def test_without_a_way_packets_are_dropped_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:

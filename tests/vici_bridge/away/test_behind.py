@@ -112,6 +112,16 @@ def test_what_cannot_be_read_is_left_there(gateway: Gateway, caplog: pytest.LogC
     assert "the block x cannot be read" in caplog.text and blocks(gateway) == 1
 
 
+def test_a_store_that_was_lost_opens_no_block(gateway: Gateway) -> None:
+    for key, _ in gateway.store.items(KIND):
+        gateway.store.delete(KIND, key)
+    charon_ends(gateway)
+    gateway.begin(keeps=True)
+    assert gateway.packet() == "dropped"
+    gateway.begin()
+    assert gateway.packet() == "in the clear"
+
+
 def test_with_esp_in_user_space_nothing_stands() -> None:
     gateway = Gateway(kernel=False)
     gateway.away.behind.stand(HERE, {1})
