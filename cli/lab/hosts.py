@@ -398,7 +398,7 @@ class Lab:
             self.stop(*pair)
         for host in {pair[0] for pair in pairs}:
             self.flush(host)
-            for name in ("state", *LOGS, "ikectx.vici", "charon.vici"):
+            for name in ("state", *LOGS, "ikectx.vici", "ikectx.mark", "charon.vici"):
                 path = self.work / host / name
                 if path.is_dir():
                     shutil.rmtree(path)

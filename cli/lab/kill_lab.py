@@ -68,6 +68,7 @@ class KillLab(Lab):
                 "charon.log",
                 "updown.log",
                 "ikectx.vici",
+                "ikectx.mark",
                 "charon.vici",
             ):
                 path = self.work / host / name

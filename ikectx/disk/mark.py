@@ -18,7 +18,8 @@ from ikectx.errors import StoreError
 
 from .store import HISTORY, SqliteStore
 
-_KIND, _KEY = "store", "gaps since"
+_GAPS = "gaps"
+"""The row of `meta` that says since when transfers may be missing (seconds since 1970)."""
 _SIZE = 64
 """Octets of the file; each mark is written over the last one."""
 
@@ -51,7 +52,7 @@ class MarkedStore(SqliteStore):
             raise StoreError(f"{mark}: {error.strerror}") from None
         try:
             if self._is_old(wall()):
-                self.put(_KIND, _KEY, str(wall()).encode())
+                self._note_gaps(wall())
                 self.has, self._believed = "old", False
                 self._open = {(one.transfer_id, one.role) for one in self.open_transfers()}
             elif self._has_gaps(wall()):
@@ -72,13 +73,16 @@ class MarkedStore(SqliteStore):
         # if the agent was killed before it could set the mark, the entry may be newer
         return entry is None or entry.updated < written
 
+    def _note_gaps(self, now: float) -> None:
+        value = self._sealer.seal(f"meta|{_GAPS}", repr(now).encode())
+        with self._errors():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_GAPS, value))
+
     def _has_gaps(self, now: float) -> bool:
         """Transfers are asked about for no longer than the journal has them."""
-        since = self.get(_KIND, _KEY)
-        if since is not None and float(since) < now - HISTORY:
-            self.delete(_KIND, _KEY)
-            return False
-        return since is not None
+        with self._errors():
+            row = self._db.execute("SELECT value FROM meta WHERE name = ?", (_GAPS,)).fetchone()
+        return row is not None and float(self._sealer.open(f"meta|{_GAPS}", row[0])) >= now - HISTORY
 
     def believed(self) -> None:
         """All that was to be done once, because the store is old, is done."""
