@@ -128,6 +128,8 @@ class Mobile:
         self.numbers: list[tuple[bytes, int, int, str]] = []
         """Sent so far: under which SPI, first and last number, and by which gateway."""
         self.expects = context.mid_initiator
+        self.owners: dict[int, str] = {}
+        """Who has served it in each epoch in which it went to somebody."""
         self.asked: dict[int, str] = {}
         """Who had the request of that message ID answered."""
 
@@ -271,6 +273,7 @@ class Box:
             case Activate(context, final, report):
                 here = self._at(context.spis, "taken", "served")
                 if here.state == "taken":
+                    self.world.owns_in(context.spis, final.epoch, self.name)
                     here.state, here.mid = "served", final.mid_initiator + report.requests
                     here.context = replace(context, epoch=final.epoch, mid_responder=final.mid_responder)
                     if here.mid != self.mobile(context.spis).expects:
@@ -663,6 +666,11 @@ class World:
                 self.cut(wire.number)
 
     # -- invariants ----------------------------------------------------------------------------------------
+
+    def owns_in(self, sa: SaName, epoch: int, who: str) -> None:
+        """That gateway serves the SA in this epoch: no other one may have done so."""
+        if self.mobiles[sa].owners.setdefault(epoch, who) != who:
+            raise Slip(f"{self.mobiles[sa].owners[epoch]} and {who} own {sa} in epoch {epoch}")
 
     def check(self) -> None:
         """At most one gateway owns each SA."""

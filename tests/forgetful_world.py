@@ -47,6 +47,9 @@ class Forgetful(World):
             if self.dice.random() < 0.3:
                 self.copies[side.name] = copy.copy(side.disk.journal)
 
+    def owns_in(self, sa: SaName, epoch: int, who: str) -> None:
+        """Epochs are lost with a store, so they say nothing here."""
+
     def reach(self, one: str, other: str) -> bool:
         return self.now >= self.apart.get(frozenset((one, other)), 0.0)
 
