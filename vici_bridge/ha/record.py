@@ -32,7 +32,9 @@ from .sa_state import (
     SaState,
     adopt,
     further_keys,
+    ids_of,
     messages_of,
+    only_ids_differ,
     pruned,
     read_child,
     read_generation,
@@ -45,6 +47,8 @@ COND_PPK = 1 << 13
 
 MAX_CHILDREN = 512
 """CHILD_SAs of one IKE_SA that are kept, because each message about it stores all of them anew."""
+_FRESH = 256
+"""SAs whose octets are kept for a while, because most of what follows changes their message IDs alone."""
 _FORMAT = 1
 _NO_LIMIT = 1 << 16
 
@@ -142,6 +146,8 @@ class Record:
         """The IKE_SAs by the identity of their other end."""
         self._born: dict[SaName, int] = {}
         self._count = 0
+        self._frozen: dict[SaName, tuple[SaState, list[bytes]]] = {}
+        """The last SAs that were dumped, and their messages as octets but for message IDs."""
         self._handlers: dict[HaType, Callable[[HaMessage, SaName], RecordChange]] = {
             HaType.IKE_ADD: self._ike_add,
             HaType.IKE_UPDATE: self._ike_update,
@@ -223,7 +229,8 @@ class Record:
         mid, initiator = message.need(Attr.MID, int), message.type is HaType.IKE_MID_INITIATOR
         if mid == 0:
             return Ignored("a message ID of 0 says nothing")
-        self._put(name, replace(sa, mid_initiator=mid) if initiator else replace(sa, mid_responder=mid))
+        if mid != (sa.mid_initiator if initiator else sa.mid_responder):
+            self._put(name, replace(sa, mid_initiator=mid) if initiator else replace(sa, mid_responder=mid))
         return MidChanged(name, initiator, mid)
 
     def _ike_delete(self, message: HaMessage, name: SaName) -> RecordChange:
@@ -284,6 +291,7 @@ class Record:
 
     def _drop(self, name: SaName) -> None:
         self._disinherit(name)
+        self._frozen.pop(name, None)
         del self._sas[name], self._born[name]
         self.dirty.add(name)
 
@@ -478,10 +486,24 @@ class Record:
         out: list[tuple[str, bytes | None]] = []
         for name in sorted(names):
             sa = self._sas.get(name)
-            out.append((name.key, None if sa is None else _freeze(sa)))
+            out.append((name.key, None if sa is None else self._freeze(name, sa)))
         self.dirty.clear()
         # after a crash in the middle of a rekey the new IKE_SA must be whole, and the old one may be left
         return sorted(out, key=lambda item: item[1] is None)
+
+    def _freeze(self, name: SaName, sa: SaState) -> bytes:
+        known = self._frozen.pop(name, None)
+        if known is not None and only_ids_differ(known[0], sa):
+            datagrams = known[1]
+        else:
+            datagrams = [message.serialize(_NO_LIMIT) for message in messages_of(sa)]
+        self._frozen[name] = sa, datagrams
+        if len(self._frozen) > _FRESH:
+            del self._frozen[next(iter(self._frozen))]
+        ids = [message.serialize() for message in ids_of(sa)]
+        order = [child.spi_in for child in sa.children]
+        made = [_FORMAT, datagrams + ids, list(sa.replaces or ()), sa.leaving, list(sa.alien), order]
+        return cbor.dumps(made, "record", own=True)
 
     def load(self, items: Iterable[tuple[str, bytes]]) -> None:
         """Add the result of `dump`. StoreError names the key that cannot be read; nothing of it is added
@@ -533,13 +555,6 @@ def mid_messages(context: IkeContext, version: int) -> list[HaMessage]:
 
 
 # --- the record at rest -----------------------------------------------------------------------------
-
-
-def _freeze(sa: SaState) -> bytes:
-    datagrams = [message.serialize(_NO_LIMIT) for message in messages_of(sa)]
-    order = [child.spi_in for child in sa.children]
-    made = [_FORMAT, datagrams, list(sa.replaces or ()), sa.leaving, list(sa.alien), order]
-    return cbor.dumps(made, "record", own=True)
 
 
 def _octets(value: object, where: str) -> tuple[bytes, ...]:

@@ -5,7 +5,7 @@ Pure functions below `record`, which keeps many of these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ikectx.errors import IkectxError, WireError
 from ikectx.numbers import Encr, Integ, KeMethod, Mode, Prf
@@ -54,6 +54,9 @@ class SaState:
     @property
     def current(self) -> IkeGeneration:
         return self.generations[-1]
+
+
+_PARTS = tuple(part.name for part in fields(SaState) if part.name not in ("mid_initiator", "mid_responder"))
 
 
 def read_generation(message: HaMessage) -> IkeGeneration:
@@ -192,8 +195,13 @@ def pruned(sa: SaState) -> SaState:
     )
 
 
+def only_ids_differ(one: SaState, other: SaState) -> bool:
+    """Whether both have the same parts, but for message IDs; parts that are equal may count as others."""
+    return all(getattr(one, name) is getattr(other, name) for name in _PARTS)
+
+
 def messages_of(sa: SaState) -> list[HaMessage]:
-    """The messages that would make this state, which is how it is stored."""
+    """The messages that would make this state, which is how it is stored; but for its message IDs."""
     messages: list[HaMessage] = []
     before: IkeId | None = None
     for index, generation in enumerate(sa.generations):
@@ -218,8 +226,10 @@ def messages_of(sa: SaState) -> list[HaMessage]:
         )
         messages += [child_add(sa.version, ike, child) for child in sa.children if child.generation == index]
         before = ike
-    ike = IkeId.of(sa.current)
-    for initiator, mid in ((True, sa.mid_initiator), (False, sa.mid_responder)):
-        if mid:
-            messages.append(ike_mid(sa.version, ike, initiator=initiator, mid=mid))
     return messages
+
+
+def ids_of(sa: SaState) -> list[HaMessage]:
+    """The messages with its message IDs. 0 says nothing."""
+    ike, ids = IkeId.of(sa.current), ((True, sa.mid_initiator), (False, sa.mid_responder))
+    return [ike_mid(sa.version, ike, initiator=ours, mid=mid) for ours, mid in ids if mid]

@@ -222,6 +222,22 @@ def test_life_of_an_sa() -> None:
     assert len(record) == 0
 
 
+def test_what_is_dumped_after_one_message_is_what_a_new_record_would_dump() -> None:
+    record, messages = Record(), [ha.ike_add(5, G1, MN), up(I1), ha.child_add(5, I1, child(1))]
+    messages += [ha.ike_mid(5, I1, initiator=True, mid=mid) for mid in (4, 4, 5)]
+    messages += [ha.child_delete(5, I1, child(1).spi_in), ha.ike_mid(5, I1, initiator=False, mid=6)]
+    messages += [ha.ike_update(5, I1, local=MN, remote=MN), ha.ike_delete(5, I1)]
+    messages += [ha.ike_add(5, G1, MN), up(I1), ha.ike_mid(5, I1, initiator=True, mid=5)]
+    stored: dict[str, bytes | None] = {}
+    for count, message in enumerate(messages, 1):
+        record.feed(message)
+        stored.update(record.dump())
+        anew = Record()
+        for each in messages[:count]:
+            anew.feed(each)
+        assert stored == dict(anew.dump())
+
+
 def test_rekey_keeps_the_ancestor_as_long_as_a_child_needs_it() -> None:
     record = fed(*first())
     assert record.feed(ha.ike_add(5, G2, MN, replaces=I1)) == Rekeying(I1.spis, I2.spis)
