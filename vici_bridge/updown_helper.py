@@ -20,6 +20,8 @@ from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
+from ikectx.within import Limit
+
 log = logging.getLogger(__name__)
 
 TIMEOUT = 20.0
@@ -65,7 +67,7 @@ async def ask(path: str, connection: str, env: Mapping[str, str]) -> tuple[int, 
     reader, writer = await asyncio.open_unix_connection(path, limit=_ANSWER)
     try:
         writer.write(json.dumps({"connection": connection, "env": dict(env)}).encode() + b"\n")
-        async with asyncio.timeout(TIMEOUT + PATIENCE):
+        with Limit(TIMEOUT + PATIENCE):
             answer = await reader.readline()
     finally:
         writer.close()

@@ -19,6 +19,7 @@ from ikectx.errors import LinkError
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address
 from ikectx.timing import Timing
+from ikectx.within import Limit
 
 from .credentials import Credentials, tls_reason
 from .door import Door, Handshakes, listen_on
@@ -93,7 +94,7 @@ class TlsStream:
         self._check()
         left = memoryview(data)
         try:
-            async with asyncio.timeout(self._timeout):
+            with Limit(self._timeout):
                 while left:
                     try:
                         left = left[self._sock.send(left) :]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -67,3 +69,55 @@ def test_who_is_cancelled_cancels_the_work() -> None:
         assert ended.is_set()
 
     asyncio.run(scenario())
+
+
+def test_limits_that_share_a_timer_end_none_too_early() -> None:
+    async def scenario() -> None:
+        begun = asyncio.get_running_loop().time()
+
+        async def ended_after(seconds: float) -> float:
+            with pytest.raises(TimeoutError):
+                await within(seconds, result(1 << 20))
+            return asyncio.get_running_loop().time() - begun
+
+        ended = await asyncio.gather(*(ended_after(seconds) for seconds in (0.3, 0.1, 0.2)))
+        assert all(took >= seconds for took, seconds in zip(ended, (0.3, 0.1, 0.2), strict=True))
+
+    asyncio.run(scenario())
+
+
+def test_work_that_ends_in_time_leaves_the_limits_of_others_alone() -> None:
+    async def scenario() -> None:
+        endless = asyncio.create_task(within(0.05, result(1 << 20)))
+        assert await within(5.0, result(1)) == 1
+        with pytest.raises(TimeoutError):
+            await endless
+
+    asyncio.run(scenario())
+
+
+def test_who_is_cancelled_when_the_time_is_over_is_cancelled() -> None:
+    async def scenario() -> None:
+        async def stubborn() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                task.cancel()  # from elsewhere, just when the limit ends the work
+                await asyncio.sleep(0)
+                raise
+
+        task = asyncio.create_task(within(0.01, stubborn()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+
+
+def test_a_loop_that_has_ended_is_not_kept() -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(within(5.0, result(1)))
+    loop.close()
+    gone = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert gone() is None

@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from dataclasses import replace
 
 from ikectx.sa.context import IkeContext
+from ikectx.within import Limit
 from vici_bridge.updown import NotStarted
 
 from .coming import SCRIPT_LIMIT, Coming
@@ -84,7 +84,7 @@ async def script_up(work: Coming) -> Facts:
     """Have the updown script attract packets for the mobile node. Errors: NotStarted, if it cannot be
     started."""
     try:
-        async with asyncio.timeout(SCRIPT_LIMIT):
+        with Limit(SCRIPT_LIMIT):
             await work.script(up=True)
     except NotStarted as error:
         if not error.began:

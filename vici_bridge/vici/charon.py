@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ikectx import trace
 from ikectx.errors import CharonError, WireError
+from ikectx.within import Limit
 
 from .client import away, count, path_of
 from .codec import Deframer, Message, Packet, PacketType, parse_message, serialize_message
@@ -83,10 +84,10 @@ class _Connection(asyncio.Protocol):
         """Whether a request can be sent: it is open, and nothing came that was not asked for."""
         return not self.ended.done() and not self._packets and self.error is None
 
-    def send(self, packet: Packet) -> None:
+    def send(self, *packets: Packet) -> None:
         """Nothing is sent on a connection that has ended: `receive` tells that."""
         if self.transport is not None:
-            self.transport.write(packet.framed())
+            self.transport.write(b"".join(packet.framed() for packet in packets))
 
     async def register(self, event: str) -> None:
         """Have charon send that event from now on. Errors: as `receive`, CharonError."""
@@ -134,10 +135,12 @@ class _Connections:
 
     async def _soon(self) -> bool:
         """Whether there is a turn within a moment, if need be by another connection."""
-        if self._turns.locked() and self._size == MOST:
+        if not self._turns.locked():
+            return await self._turns.acquire()
+        if self._size == MOST:
             return False
         try:
-            async with asyncio.timeout(MOMENT if self._turns.locked() else None):
+            with Limit(MOMENT):
                 return await self._turns.acquire()
         except TimeoutError:
             if self._size == MOST:
@@ -311,18 +314,16 @@ class Charon:
         async with connections.turn():
             connection, whole = None, False
             try:
-                with trace.span(f"vici {command}", "call"):
-                    async with asyncio.timeout(self._timeout):
-                        connection = await connections.take()
-                        if event and event not in connection.events:
-                            await connection.register(event)
-                        for message in messages:
-                            body = serialize_message(message or {})
-                            connection.send(Packet(PacketType.CMD_REQUEST, command, body))
-                        for _ in messages:
-                            answer = await self._answer(connection, command, item)
-                        whole = True
-                        return connection, answer
+                with trace.span(f"vici {command}", "call"), Limit(self._timeout):
+                    connection = await connections.take()
+                    if event and event not in connection.events:
+                        await connection.register(event)
+                    requests = [serialize_message(message or {}) for message in messages]
+                    connection.send(*(Packet(PacketType.CMD_REQUEST, command, body) for body in requests))
+                    for _ in messages:
+                        answer = await self._answer(connection, command, item)
+                    whole = True
+                    return connection, answer
             except CharonError:
                 whole = True
                 raise
