@@ -83,7 +83,7 @@ ERASE_AFTER = 5.0
 """Seconds after the end of a transfer until the store's log is emptied, in which its keys still are, sealed.
 By then charon has told that the SA is gone, so that the record has forgotten it."""
 
-SYNC_AFTER = 0.001
+SYNC_AFTER = 0.02
 """Seconds from a write until the log is synced, for all writes of that time. No move waits for it. SAs do not
 outlive a loss of power, but packets of those that moved arrive afterwards: they are blocked or sent on by
 what the store says."""

@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, TypeVar, cast
@@ -48,7 +48,7 @@ class _Output:
 
 
 _output = _Output()
-_of: ContextVar[str] = ContextVar("ikectx-trace-of", default="")
+_of: ContextVar[bytes] = ContextVar("ikectx-trace-of", default=b"")
 
 
 def begin(path: str) -> None:
@@ -111,7 +111,7 @@ def ended(step: str, began: int, kind: Kind = "step", failed: str = "") -> None:
     if _output.file is None:
         return
     line: dict[str, object] = {"step": step, "kind": kind, "begin": began, "end": time.time_ns()}
-    line["of"] = _of.get()
+    line["of"] = _of.get().hex()
     if failed:
         line["failed"] = failed
     _write(line)
@@ -140,20 +140,25 @@ def spanned(step: str, kind: Kind = "part") -> Callable[[Callable[_P, _R]], Call
     return wrap
 
 
-@contextlib.contextmanager
-def about(transfer_id: bytes) -> Iterator[None]:
+class about:
     """Spans and messages in the block, and in tasks and threads begun in it, are recorded for this
     transfer."""
-    token = _of.set(transfer_id.hex())
-    try:
-        yield
-    finally:
-        _of.reset(token)
+
+    __slots__ = ("_before", "_transfer_id")
+
+    def __init__(self, transfer_id: bytes) -> None:
+        self._transfer_id = transfer_id
+
+    def __enter__(self) -> None:
+        self._before = _of.set(self._transfer_id)
+
+    def __exit__(self, *_: object) -> None:
+        _of.reset(self._before)
 
 
 def transfer_id() -> bytes:
     """The transfer that what happens now is for, see `about`; empty: none."""
-    return bytes.fromhex(_of.get())
+    return _of.get()
 
 
 def message(way: Literal["sent", "received"], name: str, peer: str, octets: int | None = None) -> None:

@@ -14,8 +14,9 @@ from typing import Protocol
 from ikectx.engine.ledger import Drawn, TargetFacts
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import CharonError
-from ikectx.sa.context import FinalState, IkeContext
+from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
+from ikectx.sa.relocate import relocate
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, Taken
 from vici_bridge.vici.views import SaView
@@ -25,6 +26,9 @@ from .leaving import tagged
 from .looks import Looks, Seen
 from .renames import Renames
 
+_PLACES = 128
+"""Contexts that are kept with this gateway's address, at most, because nobody forgets an SA that is checked
+only."""
 SCRIPT_LIMIT = 25.0
 """Seconds for the calls of the updown script for one SA."""
 
@@ -48,7 +52,8 @@ class Memory:
 
     recorders: of the mobile node's messages. asked: SAs whose mobile node will be told by an answer that it
     waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
-    relayed: the gateway at whose address the mobile node of an SA stays.
+    relayed: the gateway at whose address the mobile node of an SA stays. places: contexts of SAs that are
+    being checked or taken in, each with the same at this gateway's address.
     """
 
     recorders: dict[SaName, Recorder] = field(default_factory=dict)
@@ -56,6 +61,17 @@ class Memory:
     seen: set[SaName] = field(default_factory=set)
     givers: dict[SaName, str] = field(default_factory=dict)
     relayed: dict[SaName, str] = field(default_factory=dict)
+    places: dict[SaName, tuple[IkeContext, IkeContext]] = field(default_factory=dict)
+
+    def relocated(self, context: IkeContext, local: Endpoint) -> IkeContext:
+        """The context at that address. Each step of an SA asks for it, with the same object."""
+        known = self.places.get(context.spis)
+        if known is None or known[0] is not context or known[1].local != local:
+            self.places.pop(context.spis, None)
+            if len(self.places) >= _PLACES:
+                del self.places[next(iter(self.places))]
+            known = self.places[context.spis] = context, relocate(context, local=local)
+        return known[1]
 
     def forget(self, sa: SaName) -> None:
         """The SA has been taken in, or will not come."""
@@ -66,6 +82,7 @@ class Memory:
         self.seen.discard(sa)
         self.givers.pop(sa, None)
         self.relayed.pop(sa, None)
+        self.places.pop(sa, None)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ikectx.engine.ledger import SourceFacts
 from ikectx.sa.context import NO_TAGS, Address, IkeContext, Tags
@@ -53,10 +53,11 @@ class Leaving:
     jump: int = 0
     relay: NatRule | None = None
 
-    @property
-    def sa(self) -> SaName:
-        """See `runner.Work`."""
-        return self.context.spis
+    sa: SaName = field(init=False)
+    """See `runner.Work`."""
+
+    def __post_init__(self) -> None:
+        self.sa = self.context.spis
 
     @property
     def kept(self) -> IkeContext:

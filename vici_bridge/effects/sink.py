@@ -27,7 +27,6 @@ from ikectx.errors import CharonError, IkectxError, KernelError, LinkError, Refu
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import Address, Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
-from ikectx.sa.relocate import relocate
 from ikectx.sa.verdict import Verdict
 from ikectx.wire.cxtp import ContextDataBlock
 from vici_bridge.host import ESP as ESP_PROTOCOL
@@ -123,7 +122,7 @@ class CharonSink(ContextSink):
             return replace(
                 context, local=local
             )  # it still knows the other gateway's address, as do selectors
-        return relocate(context, local=local)
+        return self._memory.relocated(context, local)
 
     def _relayed(self, sa: SaName) -> bool:
         facts = self._host.coming.of(sa).facts  # what is left of an earlier move is "imported"

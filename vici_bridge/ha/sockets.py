@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 from ikectx import trace
@@ -234,25 +234,26 @@ class HaSocket(asyncio.DatagramProtocol):
 
     def _queue(self) -> int | None:
         """Octets in charon's receive queue, None if no socket is bound."""
-        table = self._sockets()
-        at = table.find(self._key)
-        if at < 0:
-            return None
-        return int(table[at + len(self._key) :].split(None, 4)[2].partition(b":")[2], 16)
+        for table in self._sockets():
+            at = table.find(self._key)
+            if at >= 0 and table.find(b"\n", at) > 0:
+                return int(table[at + len(self._key) :].split(None, 4)[2].partition(b":")[2], 16)
+        return None
 
     def _others(self, sock: socket.socket) -> list[str]:
         """The users who have bound the agent's address or all addresses at its port, beside that socket."""
         own, found = str(os.fstat(sock.fileno()).st_ino), []
         every = "::" if ":" in self._local else "0.0.0.0"  # noqa: S104 - where somebody else could be
         keys = {_place(one, self._port) for one in (self._local, every)}
-        for line in self._sockets().decode().splitlines()[1:]:
+        *_, table = b"", *self._sockets()
+        for line in table.decode().splitlines()[1:]:
             fields = line.split()
             if len(fields) > 9 and fields[1] in keys and fields[9] != own:
                 found.append(fields[7])
         return found
 
-    def _sockets(self) -> bytes:
-        """The kernel's table of UDP sockets.
+    def _sockets(self) -> Iterator[bytes]:
+        """The kernel's table of UDP sockets, longer and longer until it is whole: to read a part costs less.
 
         It stays open, because an SA must be undone, and the status told, without a free descriptor, too.
         """
@@ -262,7 +263,7 @@ class HaSocket(asyncio.DatagramProtocol):
         octets = b""
         while more := os.pread(self._table, 1 << 16, len(octets)):
             octets += more
-        return octets
+            yield octets
 
     def listening(self) -> bool:
         """Whether charon's end of the link exists."""

@@ -46,9 +46,11 @@ def check_sizes(context: IkeContext, version: int, buflen: int) -> Iterator[Verd
     """HA messages for charon here that it would drop unread, because they are longer than its buffer."""
     if uncovered(context, version):
         return
-    longest = max(import_messages(context, version), key=lambda one: len(one.serialize(LONGEST)))
-    name, size = longest.type.name, len(longest.serialize(LONGEST))
+    messages = import_messages(context, version)
+    size, place = max((len(one.serialize(LONGEST)), place) for place, one in enumerate(messages))
     if size > buflen:
+        longest = messages[place]
+        name = longest.type.name
         yield Verdict(
             Fpt.SPD if longest.type is HaType.CHILD_ADD else Fpt.IKEV2_SA,
             Status.TOO_MUCH,
