@@ -254,18 +254,19 @@ class Driver:
             self._tidy()
 
     def _arm(self) -> None:
+        """A timer that is too early by now stays, and is set anew when it ends, because most waiting ends
+        before its time."""
         due = self.engine.next_timer()
-        if due == self._due:
+        if due is None or (self._due is not None and self._due <= due):
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer, self._due = None, due
-        if due is not None:
-            left = max(0.0, due - self._clock.now())
-            self._timer = asyncio.get_running_loop().call_later(left, self._time)
+        self._due = due
+        left = max(0.0, due - self._clock.now())
+        self._timer = asyncio.get_running_loop().call_later(left, self._time)
 
     def _time(self) -> None:
-        self._due = None
+        self._timer = self._due = None
         self.engine.handle_timer(self.now())
         self.pump()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ikectx.engine.ledger import Drawn, TargetFacts
 from ikectx.engine.ports import MoveReport
@@ -17,6 +17,7 @@ from ikectx.errors import CharonError
 from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
+from ikectx.sa.verdict import Verdict
 from vici_bridge.host import CharonHost
 from vici_bridge.policy.new_names import Plan, Taken
 from vici_bridge.vici.views import SaView
@@ -26,7 +27,8 @@ from .leaving import tagged
 from .looks import Looks, Seen
 from .renames import Renames
 
-_PLACES = 128
+_T = TypeVar("_T")
+_MOST = 128
 """Contexts that are kept with this gateway's address, at most, because nobody forgets an SA that is checked
 only."""
 SCRIPT_LIMIT = 25.0
@@ -54,6 +56,7 @@ class Memory:
     waits for (CTAA). seen: SAs that charon had when they were taken. givers: the gateway that gives an SA.
     relayed: the gateway at whose address the mobile node of an SA stays. places: contexts of SAs that are
     being checked or taken in, each with the same at this gateway's address.
+    judged: what they were judged by, and the reasons against them.
     """
 
     recorders: dict[SaName, Recorder] = field(default_factory=dict)
@@ -62,15 +65,14 @@ class Memory:
     givers: dict[SaName, str] = field(default_factory=dict)
     relayed: dict[SaName, str] = field(default_factory=dict)
     places: dict[SaName, tuple[IkeContext, IkeContext]] = field(default_factory=dict)
+    judged: dict[SaName, tuple[object, list[Verdict]]] = field(default_factory=dict)
 
     def relocated(self, context: IkeContext, local: Endpoint) -> IkeContext:
         """The context at that address. Each step of an SA asks for it, with the same object."""
         known = self.places.get(context.spis)
         if known is None or known[0] is not context or known[1].local != local:
-            self.places.pop(context.spis, None)
-            if len(self.places) >= _PLACES:
-                del self.places[next(iter(self.places))]
-            known = self.places[context.spis] = context, relocate(context, local=local)
+            known = context, relocate(context, local=local)
+            keep(self.places, context.spis, known)
         return known[1]
 
     def forget(self, sa: SaName) -> None:
@@ -83,6 +85,15 @@ class Memory:
         self.givers.pop(sa, None)
         self.relayed.pop(sa, None)
         self.places.pop(sa, None)
+        self.judged.pop(sa, None)
+
+
+def keep(known: dict[SaName, _T], sa: SaName, what: _T) -> None:
+    """Add it, in place of the oldest one if there are many."""
+    known.pop(sa, None)
+    if len(known) >= _MOST:
+        del known[next(iter(known))]
+    known[sa] = what
 
 
 @dataclass(slots=True)

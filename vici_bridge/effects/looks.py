@@ -186,17 +186,14 @@ def objections(
     context: IkeContext,
     here: IkeContext,
     seen: Seen,
-    rivals: Sequence[SaView],
     config: HostConfig,
-    spis: Sequence[Verdict],
     *,
     keep_address: bool,
     relayed_by: str = "",
 ) -> list[Verdict]:
-    """All reasons against an SA from charon's state. `here`: the SA as it would be here.
+    """All reasons against an SA whatever other SAs are here. `here`: the SA as it would be here.
 
-    `rivals`: SAs that may share something with it. `spis`: the reasons against its SPIs. `relayed_by`: the
-    gateway at whose address the mobile node stays.
+    `relayed_by`: the gateway at whose address the mobile node stays.
     """
     verdicts = list(check_covered(here, seen.version))
     if not relayed_by:
@@ -208,11 +205,16 @@ def objections(
     if not seen.listening:
         verdicts.append(Verdict(Fpt.IKEV2_SA, Status.CHARON, "charon does not listen on its HA address"))
     verdicts += check_names(here, seen.connections)
-    verdicts += check_unique(here, seen.connections, seen.present)
     verdicts += admit(here, seen.connections, seen.pools, config, relayed_by)
-    verdicts += spis
     verdicts += check_numbers(here, config.oseq_jump)
-    verdicts += check_vips(here, rivals, seen.pools)
-    verdicts += check_selectors(here, rivals)
     verdicts += check_ike_algorithms(here, seen.algorithms)
     return verdicts
+
+
+def conflicts(here: IkeContext, seen: Seen, rivals: Sequence[SaView]) -> list[Verdict]:
+    """All reasons against it because of SAs that may share something with it, but for its SPIs."""
+    return [
+        *check_unique(here, seen.connections, seen.present),
+        *check_vips(here, rivals, seen.pools),
+        *check_selectors(here, rivals),
+    ]

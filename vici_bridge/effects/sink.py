@@ -48,9 +48,9 @@ from vici_bridge.policy.new_names import (
 from vici_bridge.vici.views import SaView
 
 from .activate import ACTIVATE
-from .coming import Coming, Listen, Memory
+from .coming import Coming, Listen, Memory, keep
 from .early import Early
-from .looks import Looks, Seen, objections
+from .looks import Looks, Seen, conflicts, objections
 from .prepare import PREPARE
 from .renames import Renames
 from .runner import Runner
@@ -161,11 +161,9 @@ class CharonSink(ContextSink):
             return [Verdict(Fpt.IKEV2_SA, error.status, str(error))], Taken()
         rivals = seen.present.rivals(here)
         taken = self._renames.taken(here, seen.present)
-        spis = self._check_spis(context, here, taken, rivals)
-        relayed_by = self._memory.relayed.get(context.spis, "")
-        verdicts = objections(
-            context, here, seen, rivals, host.config, spis, keep_address=keep_address, relayed_by=relayed_by
-        )
+        verdicts = self._objections(context, here, keep_address, seen)
+        verdicts += self._check_spis(context, here, taken, rivals)
+        verdicts += conflicts(here, seen, rivals)
         if host.kernel is not None:
             family = AF_INET6 if here.local.address.version == 6 else AF_INET
             for child in here.children:
@@ -178,6 +176,22 @@ class CharonSink(ContextSink):
                         )
                     )
         return verdicts, taken
+
+    def _objections(
+        self, context: IkeContext, here: IkeContext, keep_address: bool, seen: Seen
+    ) -> list[Verdict]:
+        """See `objections`. An SA is prepared some milliseconds after its check, and judged alike then if
+        charon has told nothing new."""
+        relayed_by = self._memory.relayed.get(context.spis, "")
+        told = seen.version, seen.listening, seen.connections, seen.pools, seen.algorithms
+        case = context, here, told, keep_address, relayed_by
+        known = self._memory.judged.pop(context.spis, None)
+        if known is None or known[0] != case:
+            config = self._host.config
+            found = objections(context, here, seen, config, keep_address=keep_address, relayed_by=relayed_by)
+            known = case, found
+        keep(self._memory.judged, context.spis, known)
+        return list(known[1])
 
     async def still_here(self, final: FinalState, mn: Address, who: str) -> Evidence:
         """See `ContextSink.still_here`."""

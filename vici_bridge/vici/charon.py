@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ikectx import trace
 from ikectx.errors import CharonError, WireError
+from ikectx.together import Together
 from ikectx.within import Limit
 
 from .client import away, count, path_of
@@ -190,6 +191,7 @@ class Charon:
         self._connections = {kind: _Connections(self._path) for kind in ("", *WAITING)}
         """By command; "": for those that charon answers at once."""
         self._watching: asyncio.Task[None] | None = None
+        self._asking = Together(self._connections_for)
         self._known: dict[str, tuple[object, Any]] = {}
         """By command: the octets of its last answer, and what they say."""
 
@@ -221,8 +223,7 @@ class Charon:
         `names`: these at least; a few are asked for one by one, because there may be a thousand others.
         """
         if names is not None and len(names) <= FEW:
-            asked = {name: await self.connection(name) for name in names}
-            return {name: one for name, one in asked.items() if one is not None}
+            return await self._connections_of(names)
         octets = tuple(await self._items("list-conns", "list-conn", [None], bytes))
         known = self._known.get("connections")
         if known is None or known[0] != octets:
@@ -238,16 +239,28 @@ class Charon:
         return result
 
     async def connection(self, name: str) -> Message | None:
-        """One loaded connection, in the same form; None: there is none of that name."""
+        """One loaded connection, in the same form; None: there is none of that name. It is asked for once for
+        all SAs that are exported in one round of the event loop."""
+        return await self._asking.join(name)
+
+    async def _connections_for(self, names: Sequence[str]) -> Sequence[Message | None]:
+        found = await self._connections_of(set(names))
+        return [found.get(name) for name in names]
+
+    async def _connections_of(self, names: Collection[str]) -> Mapping[str, Message]:
+        """Those of these names that are loaded, each asked for alone."""
 
         def read(octets: bytes) -> Message:
             return parse_message(octets, foreign=True)
 
-        for tree in await self._items("list-conns", "list-conn", [{"ike": name}], read):
-            section = tree.get(name)
-            if isinstance(section, dict):
-                return {**section, "name": name}
-        return None
+        asked = [{"ike": name} for name in names]
+        trees = await self._items("list-conns", "list-conn", asked, read) if asked else []
+        return {
+            name: {**section, "name": name}
+            for tree in trees
+            for name, section in tree.items()
+            if name in names and isinstance(section, dict)
+        }
 
     async def pools(self) -> Mapping[str, Message]:
         """Virtual IP pools by name, with their leases."""
