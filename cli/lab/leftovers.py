@@ -13,7 +13,7 @@ from ikectx.engine.ledger import Role, Row, loads
 from vici_bridge.away.origins import Origin, Place
 
 ROLES: tuple[Role, ...] = ("source", "target")
-MAY_STAY = {"token", "update-spi", "last-handover", "asked", "deadline", "store"}
+MAY_STAY = {"token", "update-spi", "last-handover", "asked", "deadline"}
 """Notes that belong to no SA, or are dropped when they are due."""
 
 
