@@ -330,6 +330,8 @@ class Disk:
         self.journal: dict[tuple[str, bytes], JournalEntry] = {}
         self.notes: dict[tuple[str, str], bytes] = {}
         self.has: JournalHas = "whole"
+        self.doubtful: set[tuple[str, bytes]] = set()
+        """Transfers that an old copy had open: as long as they are, the next start takes it for old, too."""
 
     def do(self, step: Step) -> object:
         entries = self.journal.values()

@@ -72,7 +72,10 @@ class Forgetful(World):
             if dice.random() < 0.5:
                 other = dice.choice([one for one in self.sides if one != name])
                 self.apart[frozenset((name, other))] = self.now + dice.uniform(5.0, 30.0)
-        elif side.disk.has == "old":
+            side.disk.doubtful = {(one.role, one.transfer_id) for one in disk.open}
+        elif side.disk.has == "old" and not any(
+            (one.role, one.transfer_id) in side.disk.doubtful for one in side.disk.open
+        ):
             side.disk.has = "gaps"
 
     def _move_on(self, side: Side) -> None:

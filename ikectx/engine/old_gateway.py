@@ -521,6 +521,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         while True:
             try:
                 yield from self.step(Thaw(self._of, 2 * OSEQ_JUMP))
+            except UnknownSaError:
+                return  # it has ended meanwhile
             except IkectxError as error:
                 yield from self._failed("thaw", error)
             else:

@@ -19,6 +19,8 @@ PARTS = 4
 DENIED = (511, 1253)
 """Seeds in which a gateway is asked for an SA that it had before its store was lost."""
 
+ENDLESS = (6551, 7352)
+"""An SA has gone, of which an old copy says that it was offered: its numbers were raised again and again."""
 THAWED = 630
 """One in which the copy is from the middle of a freeze."""
 
@@ -51,6 +53,11 @@ def test_what_a_lost_store_may_have_had_is_not_denied(seed: int, monkeypatch: py
 
     monkeypatch.setattr(UnknownTransfers, "_may_be_lost", never)
     assert tried(seed, "lost-stores")
+
+
+@pytest.mark.parametrize("seed", ENDLESS)
+def test_an_offered_sa_that_has_gone_is_let_be(seed: int) -> None:
+    assert tried(seed, "lost-stores") == ""
 
 
 def test_a_freeze_of_which_an_old_copy_tells_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
