@@ -168,8 +168,10 @@ class Inbox:
         if run.machine.state not in TARGET_OWNS:
             run.blame(RefusedError("the agent was restarted", status=Status.UNKNOWN_TRANSFER))
         self.runs[entry.transfer_id] = run
-        if run.machine.state not in TARGET_OWNS and (yield from run.superseded()):
-            yield from run.forget(TargetState.ABORTED)
+        if (yield from run.superseded()):
+            # what could be moved on from here was served here, although the journal does not say so yet
+            owned = run.machine.state in TARGET_OWNS
+            yield from run.forget(TargetState.OWNED if owned else TargetState.ABORTED)
         else:
             yield from run.go(TargetInput.RESTART)
 

@@ -317,7 +317,7 @@ class Transfers:
             return
         stands = yield from self._stands(run)
         old = self._parts.config.journal == "old" and state in _MAY_THAW
-        if stands == "frozen" and (old or state in _BEFORE_FREEZE):
+        if (stands == "frozen" and state in _BEFORE_FREEZE) or (old and stands in ("frozen", "unknown")):
             run.blame(
                 StateError(
                     "the SA is frozen here, of which the store knows nothing: the store is an old copy, and "
