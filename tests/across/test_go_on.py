@@ -93,7 +93,7 @@ def test_an_ordinary_freeze_ends_it_at_once() -> None:
 
 
 def test_it_ends_after_a_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(source_module, "SENDING_SECONDS", 0.2)
+    monkeypatch.setattr(source_module, "SENDING_SECONDS", 1.0)
 
     async def scenario() -> None:
         async with served() as (here, source, context):
