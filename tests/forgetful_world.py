@@ -66,7 +66,8 @@ class Forgetful(World):
                 side.box.strange |= set(side.box.sas)
             side.disk = disk
             for here in side.box.sas.values():
-                here.oseq += 2 * OSEQ_JUMP  # as the agent does when it starts
+                if here.state == "served":
+                    here.oseq += 2 * OSEQ_JUMP  # as the agent does when it starts
             if dice.random() < 0.8:
                 self.later(dice.uniform(4.0, 15.0), partial(self._move_on, side))
             if dice.random() < 0.5:

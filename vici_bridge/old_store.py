@@ -37,29 +37,31 @@ async def mistrust(host: CharonHost, let_go: Collection[SaName]) -> None:
     `let_go`: SAs of which the store says that they were let go, and that no gateway has confirmed. Errors:
     KernelError, StoreError.
     """
-    raised = 0 if host.kernel is None else _raise_numbers(host.kernel)
-    log.warning("the store was lost, or is an older copy: %d outbound SAs go on at higher numbers", raised)
     try:
         views = await host.views()
     except (CharonError, WireError):
         views = []  # then no SA is served
     muted = {one.spis for one in host.mute.listing()}
+    served = [view for view in views if view.state == "ESTABLISHED" and view.spis not in muted]
+    ours = {child.spi_out for view in served for child in view.children}
+    raised = 0 if host.kernel is None else _raise_numbers(host.kernel, ours)
+    log.warning("the store was lost, or is an older copy: %d outbound SAs go on at higher numbers", raised)
     for row in host.leaving.all():
         if row.sa not in let_go:
             host.leaving.drop(row.sa)
-    for view in views:
-        if view.state == "ESTABLISHED" and view.spis not in muted:
-            host.coming.drop(view.spis)
+    for view in served:
+        host.coming.drop(view.spis)
     if views:
         await host.orphans.sweep({view.spis for view in views})
 
 
-def _raise_numbers(kernel: Kernel) -> int:
-    """Raise the numbers of all outbound ESP SAs by two jumps, because the agent cannot know which of them
-    moved; how many there are. Errors: KernelError."""
+def _raise_numbers(kernel: Kernel, ours: Collection[bytes]) -> int:
+    """Raise the numbers of these outbound ESP SAs by two jumps, because the agent cannot know which of them
+    moved; how many there are. Not those of SAs that are only prepared here: the gateway that takes one back
+    counts on no more than one jump. Errors: KernelError."""
     raised = 0
     for sa in kernel.dump_sas():
-        if sa.proto != ESP or not kernel.is_outbound(sa):
+        if sa.proto != ESP or sa.spi not in ours or not kernel.is_outbound(sa):
             continue
         top = (1 << (64 if sa.esn else 32)) - 1
         try:

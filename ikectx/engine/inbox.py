@@ -377,7 +377,7 @@ class Inbox:
             log.warning("%s sent %s: %s", line.label, mn_label(context), error)
             run.blame(error)
             # a busy SA is in this agent's journal; any other may have been taken before a journal was lost
-            if error.status is not Status.BUSY:
+            if error.status is not Status.BUSY or self._parts.config.journal != "whole":
                 found = yield from doubt(final_of(context), message.mn, str(context.remote_id))
                 if found.words:
                     run.error = RefusedError(found.words, status=Status.IN_DOUBT)

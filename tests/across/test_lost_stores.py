@@ -16,11 +16,13 @@ from tests.forgetful_world import Forgetful
 
 SEEDS = 240
 PARTS = 4
-DENIED = (511, 1253)
+DENIED = (1253, 1654)
 """Seeds in which a gateway is asked for an SA that it had before its store was lost."""
 
 ENDLESS = (6551, 7352)
 """An SA has gone, of which an old copy says that it was offered: its numbers were raised again and again."""
+BUSY = 22383
+"""One in which a gateway asks for the SA again, and is sent it by a transfer from before the loss."""
 THAWED = 630
 """One in which the copy is from the middle of a freeze."""
 
@@ -53,6 +55,10 @@ def test_what_a_lost_store_may_have_had_is_not_denied(seed: int, monkeypatch: py
 
     monkeypatch.setattr(UnknownTransfers, "_may_be_lost", never)
     assert tried(seed, "lost-stores")
+
+
+def test_an_sa_that_is_on_its_way_out_is_not_denied() -> None:
+    assert tried(BUSY, "lost-stores") == ""
 
 
 @pytest.mark.parametrize("seed", ENDLESS)

@@ -25,6 +25,9 @@ from .test_orphans import FakeMute
 FROZEN, SERVED, LET_GO, HALF = (SaName(bytes([one]) * 8, b"r" * 8) for one in b"fslh")
 MN, HERE = ip_address("198.51.100.1"), ip_address("192.0.2.1")
 
+Charon = dict[SaName, tuple[str, tuple[bytes, ...]]]
+"""State and outbound SPIs of its SAs."""
+
 
 @dataclass
 class FakeKernel:
@@ -50,11 +53,9 @@ class FakeKernel:
 
 
 class Host:
-    """The parts of a `CharonHost` that it needs. `charon`: states by name; None: charon is away."""
+    """The parts of a `CharonHost` that it needs. `charon` None: charon is away."""
 
-    def __init__(
-        self, kernel: FakeKernel | None, charon: dict[SaName, str] | None, muted: set[SaName]
-    ) -> None:
+    def __init__(self, kernel: FakeKernel | None, charon: Charon | None, muted: set[SaName]) -> None:
         store = SqliteStore(":memory:", bytes(32))
         self.kernel = kernel
         self.mute = FakeMute(sorted(muted))
@@ -66,20 +67,26 @@ class Host:
     async def views(self) -> list[Any]:
         if self._charon is None:
             raise CharonError("charon is away")
-        return [SimpleNamespace(spis=sa, state=state) for sa, state in self._charon.items()]
+        return [
+            SimpleNamespace(spis=sa, state=state, children=[SimpleNamespace(spi_out=spi) for spi in spis])
+            for sa, (state, spis) in self._charon.items()
+        ]
 
     def mistrust(self, *let_go: SaName) -> None:
         asyncio.run(mistrust(self, let_go))  # type: ignore[arg-type]
 
 
 def test_outbound_numbers_go_past_what_others_may_have_sent() -> None:
-    kernel = FakeKernel({b"one_": 300, b"two_": (1 << 32) - 5, b"gone": 7}, {b"gone"})
-    Host(kernel, {}, set()).mistrust()
-    assert kernel.numbers == {b"one_": 300 + 2 * OSEQ_JUMP, b"two_": (1 << 32) - 1, b"gone": 7}
+    """But not those of an SA that is only prepared here."""
+    kernel = FakeKernel({b"one_": 300, b"two_": (1 << 32) - 5, b"gone": 7, b"prep": 9}, {b"gone"})
+    charon: Charon = {SERVED: ("ESTABLISHED", (b"one_", b"two_", b"gone")), HALF: ("PASSIVE", (b"prep",))}
+    Host(kernel, charon, set()).mistrust()
+    assert kernel.numbers == {b"one_": 300 + 2 * OSEQ_JUMP, b"two_": (1 << 32) - 1, b"gone": 7, b"prep": 9}
 
 
 def test_steps_that_may_be_over_are_forgotten(caplog: pytest.LogCaptureFixture) -> None:
-    charon = {FROZEN: "ESTABLISHED", SERVED: "ESTABLISHED", LET_GO: "ESTABLISHED", HALF: "PASSIVE"}
+    charon: Charon = {sa: ("ESTABLISHED", ()) for sa in (FROZEN, SERVED, LET_GO)}
+    charon[HALF] = ("PASSIVE", ())
     host = Host(None, charon, {FROZEN, LET_GO})
     for sa in (FROZEN, SERVED, LET_GO):
         host.leaving.note(sa, request=7)
