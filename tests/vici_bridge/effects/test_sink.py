@@ -29,6 +29,9 @@ from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.vici.views import EXT_MOBIKE
 
 LOW, HIGH = 0xC0000000, 0xC0000FFF
+THEIRS = 0xD0000000, 0xD0000FFF
+"""SPIs that mobile nodes choose from. Of the 4,096 above they would now and then choose one that this gateway
+has for the same node as a placeholder."""
 
 
 def a_context(number: int, mn: str = "198.51.100.7") -> IkeContext:
@@ -37,7 +40,7 @@ def a_context(number: int, mn: str = "198.51.100.7") -> IkeContext:
 
 def place(**config: Any) -> Place:
     config = {"spi_min": LOW, "spi_max": HIGH, **config}
-    return Place(MemoryStore(), Mobiles(LOW, HIGH), **config)
+    return Place(MemoryStore(), Mobiles(*THEIRS), **config)
 
 
 def final_of(context: IkeContext) -> FinalState:
@@ -557,7 +560,7 @@ def test_killed_at_any_moment(kinds: tuple[str, ...], stock: bool) -> None:
 
     async def once(at: int) -> bool:
         store = DyingStore()
-        here = Place(store, Mobiles(LOW, HIGH), spi_min=LOW, spi_max=HIGH)
+        here = Place(store, Mobiles(*THEIRS), spi_min=LOW, spi_max=HIGH)
         here.charon.step = here.sad.step = store.step
         context = chained(a_context(1))
         other = rival(context, *kinds, shared="outbound" in kinds)
