@@ -241,7 +241,11 @@ class Box:
                 return [Verdict(Fpt.IKEV2_SA, Status.IKE_SPI_IN_USE if taken else Status.OK)]
             case StillHere(final):
                 here = self.sas.get(SaName(final.spi_i, final.spi_r))
-                return Evidence() if here is None else Evidence("charon has it", here.state == "served")
+                return (
+                    Evidence()
+                    if here is None
+                    else Evidence("charon has it", here.state == "served", idle=here.state != "served")
+                )
             case Stands(sa):
                 here = self.sas.get(sa)
                 return (

@@ -352,7 +352,8 @@ class MemoryGateway(ContextSource, ContextSink):
         await self._step("look")
         sa = (final.spi_i, final.spi_r)
         serves = sa in self.served and self.certain
-        return Evidence("charon has it", serves) if sa in self.served or sa in self.passive else Evidence()
+        here = sa in self.served or sa in self.passive
+        return Evidence("charon has it", serves, idle=not serves) if here else Evidence()
 
     async def stands(self, sa: SaName, let_go: bool) -> Stand:
         if sa in self.frozen:

@@ -107,7 +107,7 @@ def prune(db: sqlite3.Connection, before: float) -> int:
     old = db.execute("DELETE FROM journal WHERE result <> '' AND updated < ?", (before,))
     many = db.execute(
         "DELETE FROM journal WHERE number IN (SELECT number FROM (SELECT number,"
-        " row_number() OVER (PARTITION BY peer ORDER BY number DESC) AS place"
+        " row_number() OVER (PARTITION BY peer ORDER BY updated DESC, number DESC) AS place"
         " FROM journal WHERE role = 'target' AND result = 'aborted') WHERE place > ?)",
         (ABORTED,),
     )

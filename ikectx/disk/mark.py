@@ -48,6 +48,7 @@ class MarkedStore(SqliteStore):
         try:
             self._mark = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            self._lock = None  # the caller's, until there is a store
             super().close()
             raise StoreError(f"{mark}: {error.strerror}") from None
         try:
@@ -58,6 +59,7 @@ class MarkedStore(SqliteStore):
             elif self._has_gaps(wall()):
                 self.has = "gaps"
         except BaseException:
+            self._lock = None
             self.close()
             raise
 
@@ -69,6 +71,8 @@ class MarkedStore(SqliteStore):
             return False  # there is no mark yet
         if written < now - HISTORY:
             return False  # such old entries are pruned
+        if role == _GAPS:
+            return self._gaps() < written
         entry = self.find("source" if role == "source" else "target", transfer_id)
         # if the agent was killed before it could set the mark, the entry may be newer
         return entry is None or entry.updated < written
@@ -80,13 +84,18 @@ class MarkedStore(SqliteStore):
 
     def _has_gaps(self, now: float) -> bool:
         """Transfers are asked about for no longer than the journal has them."""
+        return self._gaps() >= now - HISTORY
+
+    def _gaps(self) -> float:
         with self._errors():
             row = self._db.execute("SELECT value FROM meta WHERE name = ?", (_GAPS,)).fetchone()
-        return row is not None and float(self._sealer.open(f"meta|{_GAPS}", row[0])) >= now - HISTORY
+        return 0.0 if row is None else float(self._sealer.open(f"meta|{_GAPS}", row[0]))
 
     def believed(self) -> None:
         """All that was to be done once, because the store is old, is done."""
         self._believed = True
+        if self.has == "old" and not self._open:
+            self._put_mark(_GAPS, b"\0", self._gaps())
 
     def write(self, *entries: JournalEntry, durable: bool = True) -> None:
         """As `SqliteStore.write`."""
@@ -94,9 +103,12 @@ class MarkedStore(SqliteStore):
         self._open -= {(one.transfer_id, one.role) for one in entries if one.result}
         if entries and self._believed and not self._open:
             last = entries[-1]
-            line = f"{last.role} {last.transfer_id.hex()} {last.updated!r}".ljust(_SIZE - 1) + "\n"
-            with contextlib.suppress(OSError):  # a full /run: the mark is an older one
-                os.pwrite(self._mark, line.encode(), 0)
+            self._put_mark(last.role, last.transfer_id, last.updated)
+
+    def _put_mark(self, role: str, ident: bytes, updated: float) -> None:
+        line = f"{role} {ident.hex()} {updated!r}".ljust(_SIZE - 1) + "\n"
+        with contextlib.suppress(OSError):  # a full /run: the mark is an older one
+            os.pwrite(self._mark, line.encode(), 0)
 
     def close(self) -> None:
         """Give database, lock and mark back; closing twice is harmless."""

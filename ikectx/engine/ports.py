@@ -89,12 +89,13 @@ class Evidence:
     """What a gateway has of an SA that its journal does not know, in words; empty: nothing, or it cannot say.
 
     `serves`: charon here certainly serves it, under the SPIs by which the other gateway knows it. `mn`: the
-    mobile node's identity then.
+    mobile node's identity then. `idle`: charon certainly has it under those SPIs, and does not serve it.
     """
 
     words: str = ""
     serves: bool = False
     mn: str = ""
+    idle: bool = False
 
 
 Stand = Literal["served", "frozen", "gone", "unknown"]

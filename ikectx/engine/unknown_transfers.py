@@ -107,7 +107,7 @@ class UnknownTransfers:
             self._adopted.add(sa)
             answer(line, mn, ())
             return True
-        if found.words and not found.serves:
+        if found.idle:
             self._idle.add(transfer_id)
         if not found.words and (yield from self._may_be_lost(line, sa, transfer_id)):
             found = Evidence(LOST)

@@ -11,9 +11,10 @@ import pytest
 
 from ikectx.disk.store import SqliteStore
 from ikectx.driver import GatewayHooks
+from ikectx.engine.journal import JournalHas
 from ikectx.engine.journaled import TransferPolicy
 from ikectx.engine.offer_answer import offer_status
-from ikectx.errors import StoreError
+from ikectx.errors import CharonError, StoreError
 from ikectx.gateway import Gateway
 from ikectx.net.links import Stream
 from ikectx.numbers import Status
@@ -51,11 +52,12 @@ class Stranger:
 
 @asynccontextmanager
 async def strangers(
-    folder: Path, *names: str, rights: frozenset[str] = frozenset({"push"})
+    folder: Path, *names: str, rights: frozenset[str] = frozenset({"push"}), has: JournalHas = "whole"
 ) -> AsyncIterator[tuple[MemoryGateway, Gateway, list[Stranger]]]:
     network = Network()
     daemon = MemoryGateway("b", Ether())
     store = SqliteStore(folder / "b.db", KEY)
+    store.has = has
     peers = [PeerConfig(name, name, rights=rights) for name in names]
     gateway = Gateway(
         "b",
@@ -117,6 +119,18 @@ def test_a_ctd_nobody_announced_is_refused_for_good(tmp_path: Path) -> None:
             assert first(await c.ask(letting_go(ident))) is Status.UNKNOWN_TRANSFER
             assert daemon.calls == ["look", "look"]  # for each peer once
             assert gateway.history() == []
+
+    run(scenario())
+
+
+def test_an_sa_that_could_not_be_looked_for_is_none_that_was_idle(tmp_path: Path) -> None:
+    """The journal is an older copy, and may lack that the SA came and was moved on."""
+
+    async def scenario() -> None:
+        async with strangers(tmp_path, "a", has="old") as (daemon, _, (a,)):
+            daemon.fail["look"] = [CharonError("no answer")]
+            for _ in range(2):
+                assert first(await a.ask(letting_go(b"12345678"))) is Status.IN_DOUBT
 
     run(scenario())
 

@@ -84,6 +84,10 @@ class Memory:
         self.seen.discard(sa)
         self.givers.pop(sa, None)
         self.relayed.pop(sa, None)
+        self.erase(sa)
+
+    def erase(self, sa: SaName) -> None:
+        """Keep no context of the SA, because it has keys."""
         self.places.pop(sa, None)
         self.judged.pop(sa, None)
 

@@ -217,8 +217,9 @@ class CharonSink(ContextSink):
                 and view.spis not in muted
                 and not host.importing(view.spis)
             )
-            if served and view.spis == (final.spi_i, final.spi_r):
-                return Evidence(words, True, view.remote_eap_id or view.remote_id)
+            if view.spis == (final.spi_i, final.spi_r):
+                node = view.remote_eap_id or view.remote_id if served else ""
+                return Evidence(words, served, node, idle=not served)
         return Evidence(words)
 
     def _check_spis(
@@ -300,6 +301,7 @@ class CharonSink(ContextSink):
         """See `ContextSink.not_coming`."""
         self.tell_later(context, False)
         self._early.end(context.spis)
+        self._memory.erase(context.spis)
 
     def _lead(self, context: IkeContext) -> None:
         """Send what comes for the mobile node to where it is now, before charon is asked for anything."""

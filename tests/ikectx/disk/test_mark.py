@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ikectx.disk.journal_rows import ABORTED
 from ikectx.disk.mark import MarkedStore
 from ikectx.disk.place import open_store
 from ikectx.disk.store import HISTORY
@@ -152,6 +153,34 @@ def test_a_mark_that_cannot_be_written_is_an_error(place: Place) -> None:
     place.mark.mkdir()
     with pytest.raises(StoreError, match=r"ikectx\.mark"):
         place.open()
+
+
+def test_the_lock_is_given_back_once_when_a_store_cannot_be_opened(place: Place) -> None:
+    place.mark.mkdir()
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"ikectx\.mark"):
+            open_store(place.state, mark=place.mark)
+
+
+def test_a_lost_store_is_believed_once(place: Place) -> None:
+    place.write(entry(1, "kept", NOW, "kept"))
+    shutil.rmtree(place.state)
+    with place.open() as store:
+        assert store.has == "old"
+        store.believed()  # and nothing is written before the agent ends
+    assert place.has() == "gaps"
+    place.write(entry(2, "kept", NOW + 1, "kept"))
+    shutil.rmtree(place.state)
+    assert place.has() == "old"
+
+
+def test_what_was_written_last_is_not_pruned(place: Place) -> None:
+    with place.open() as store:
+        for number in range(ABORTED + 2):
+            store.write(replace(entry(number, "aborted", NOW, "aborted"), role="target"))
+        store.write(replace(entry(0, "aborted", NOW + 1, "aborted"), role="target"))
+        store.prune(NOW - HISTORY)
+    assert place.has() == "whole"
 
 
 def test_a_write_that_fails_leaves_the_mark(place: Place) -> None:

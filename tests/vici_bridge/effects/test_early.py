@@ -103,9 +103,12 @@ def test_its_packets_are_led_to_it_before_charon_is_asked_and_no_number_leaves_t
 def test_who_does_not_come_leaves_nothing() -> None:
     async def scenario() -> None:
         async with announced() as (there, _):
+            memory = there.here.sink._memory
+            assert there.context.spis in memory.places
             there.here.sink.not_coming(there.context)
             assert early(there) == ([], [])
             assert there.here.sad.sas == {}
+            assert (memory.places, memory.judged) == ({}, {})  # which have the keys
 
     run(scenario())
 
