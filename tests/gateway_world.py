@@ -401,6 +401,9 @@ class Mute:
     def listing(self) -> list[Muted]:
         return [Muted(spis, direction, 0) for spis in self.muted for direction in ("in", "out")]
 
+    def half_muted(self) -> set[SaName]:
+        return set(self.answering)
+
     def counters(self, spis: SaName) -> tuple[int, int]:
         return 0, self.said
 

@@ -38,6 +38,10 @@ class Orphans:
     async def sweep(self, listed: Collection[SaName]) -> None:
         """Look through all that is mute. `listed`: charon's SAs; what it does not have is unmuted. Errors:
         KernelError."""
+        for sa in await asyncio.to_thread(self._mute.half_muted):
+            # nobody calls its mobile node back any more if the store does not have that
+            if sa not in listed or not self._explained(sa):
+                await self._mute.unmute_soon(sa)
         found = set()
         for sa in await self._muted():
             if self._importing(sa):

@@ -281,6 +281,9 @@ class Mute:
 
     def only_answer(self, spis: SaName) -> None: ...
 
+    def half_muted(self) -> set[SaName]:
+        return set()
+
     async def unmute_soon(self, spis: SaName) -> None: ...
 
     def counters(self, spis: SaName) -> tuple[int, int]:

@@ -24,12 +24,19 @@ ONE, TWO = SaName(b"i" * 8, b"r" * 8), SaName(b"j" * 8, b"s" * 8)
 @dataclass
 class FakeMute:
     muted: list[SaName] = field(default_factory=list)
+    answering: set[SaName] = field(default_factory=set)
+
+    def half_muted(self) -> set[SaName]:
+        return set(self.answering)
 
     def listing(self) -> list[Muted]:
         return [Muted(sa, direction, 0) for sa in self.muted for direction in ("in", "out")]
 
     async def unmute_soon(self, sa: SaName) -> None:
-        self.muted.remove(sa)
+        if sa in self.answering:
+            self.answering.remove(sa)
+        else:
+            self.muted.remove(sa)
 
 
 def test_what_is_mute_without_a_reason_is_found_and_kept(caplog: pytest.LogCaptureFixture) -> None:
@@ -52,6 +59,17 @@ def test_what_is_mute_without_a_reason_is_found_and_kept(caplog: pytest.LogCaptu
     leaving.note(TWO, request=7)
     asyncio.run(orphans.sweep({TWO}))
     assert orphans.known == set() and mute.muted == [TWO]
+
+
+def test_one_whose_mobile_node_nobody_calls_back_speaks_again() -> None:
+    leaving: Ledger[SourceFacts] = Ledger(SqliteStore(":memory:", bytes(32)), "source")
+    mute = FakeMute(answering={ONE, TWO})
+    orphans = Orphans(mute, leaving, lambda _: False)  # type: ignore[arg-type]
+    leaving.note(ONE, request=7)
+    asyncio.run(orphans.sweep({ONE, TWO}))
+    assert mute.answering == {ONE}
+    asyncio.run(orphans.sweep({TWO}))  # charon has given it up
+    assert mute.answering == set()
 
 
 def test_one_that_charon_has_lost_meanwhile_can_be_given_up() -> None:

@@ -103,11 +103,14 @@ async def find_ids(work: Freezing) -> None:
     work.listed = view = await _same(work)
     await host.catch_up(work.sa)
     known = host.context(work.sa)
-    unsure = bool(work.away and view.tasks)
+    # an SA whose mobile node is called back: charon was not told since which ID that expects
+    silent = work.context.unsure and known.mid_initiator == work.context.mid_initiator
+    unsure = bool(work.away and (view.tasks or silent))
     _, dropped = host.mute.counters(work.sa)
     if in_the_way(view, work.away) or (dropped and not unsure):
         raise BusyError("charon began an exchange while it was being frozen")
-    work.known = replace(known, mid_initiator=last_request(known), unsure=True) if unsure else known
+    mid = known.mid_initiator if silent else last_request(known)
+    work.known = replace(known, mid_initiator=mid, unsure=True) if unsure else known
 
 
 async def _go_on(work: Freezing) -> Facts:

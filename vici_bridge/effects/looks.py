@@ -84,6 +84,7 @@ class Looks:
 
     async def _look_for(self, contexts: Sequence[IkeContext]) -> Sequence[Seen]:
         async with self._turn:
+            self._host.hear()  # what charon has told by now counts
             changed, life = self._host.changed, self._host.listing.life
             last, now = self._last, asyncio.get_running_loop().time()
             if life != self._life:  # the SAs of a charon that has ended are in nobody's way

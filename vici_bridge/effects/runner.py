@@ -255,7 +255,7 @@ class Runner(Generic[W]):
 
     async def _try_again(self, effects: Sequence[StepEffect[W]], work: W, turn: object, ends: bool) -> None:
         """Try the effects that were left for later again, in the background."""
-        for effect in effects:
+        for effect in sorted(effects, key=lambda one: not one.endless):
             for wait in chain(AGAIN[:2], repeat(ENDLESS)) if effect.endless else AGAIN:
                 await asyncio.sleep(wait)
                 if self._waiting.get(work.sa) is not turn:

@@ -86,6 +86,8 @@ class CharonSource(ContextSource):
         """reqids of the CHILD_SAs of SAs that charon is destroying."""
         self._handed: set[SaName] = set()
         """SAs that go to a gateway which has no part of them yet."""
+        self._silent: set[SaName] = set()
+        """SAs whose mobile node was being called back when they were exported."""
         self._sending: set[SaName] = set()
         """SAs whose ESP is still sent and counted although they are frozen."""
 
@@ -177,6 +179,7 @@ class CharonSource(ContextSource):
             check_alone(view, await host.alike(sa))
         row = host.leaving.of(sa)
         called = CALLS_BACK in row.later
+        (self._silent.add if called else self._silent.discard)(sa)
         if called and not away:
             raise BusyError(
                 "the MN has not answered since a move that failed: nobody knows which message ID it expects",
@@ -452,7 +455,8 @@ class CharonSource(ContextSource):
 
     def not_taken(self, sa: SaName) -> None:
         """See `ContextSource.not_taken`."""
-        self._host.leaving.note(sa, request=None)
+        if sa not in self._silent:  # that gateway asked nothing, but another one did before
+            self._host.leaving.note(sa, request=None)
 
     def stays(self, sa: SaName) -> None:
         """See `ContextSource.stays`."""

@@ -17,12 +17,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import replace
 
 from ikectx import trace
 from ikectx.engine.ports import SENDING_PACKETS
-from ikectx.errors import CharonError, LinkError, RefusedError
+from ikectx.errors import CharonError, IkectxError, LinkError, RefusedError, WireError
 from ikectx.sa.context import FinalState
 from ikectx.sa.relocate import relocate
 from vici_bridge.ha.ike_id import IkeId
@@ -141,12 +142,25 @@ async def _call_back(work: Leaving) -> None:
     if view is None:  # it has ended, or has other SPIs, since the first call
         await host.mute.unmute_soon(work.sa)
         return
-    context = relocate(work.context, local=view.local, remote=view.remote)
     mid, ids = facts.request or 0, 3 if facts.unsure else 2
+    asks = 0
+    with contextlib.suppress(IkectxError):
+        await host.catch_up(work.sa)
+        asks = host.context(work.sa).mid_initiator
+    if asks > mid + 1:
+        # that was done, and charon has asked since: under these IDs the mobile node would ignore the agent
+        await _speak(work)
+        return
+    context = relocate(work.context, local=view.local, remote=view.remote)
     if facts.renaming:
         # CREATE_CHILD_SA and INFORMATIONAL D for each child, and one request to begin with
         ids += 1 + 2 * len(context.children)
     host.mute.mute(work.sa)
+    if view.state == "DELETING":  # somebody has ended it here since, and its Delete was dropped
+        await _delete_at_mn(work)
+        await _drop(work)
+        await host.mute.unmute_soon(work.sa)
+        return
     answered = False
     try:
         for used in range(1, ids + 1):
@@ -175,14 +189,20 @@ async def _call_back(work: Leaving) -> None:
 async def _go_on_asking(work: Leaving) -> None:
     """An exchange that charon has begun meanwhile goes back into its queue when it is told message IDs, and
     begins again when charon is told to begin something: here the rekey of a CHILD_SA (5.9.8)."""
-    view = await work.host.view(work.sa)
-    if view is None or not view.tasks:
-        return
-    for child in view.children[:1]:
-        try:
+    try:
+        view = await work.host.view(work.sa)
+        if work.facts.renaming:
+            if not _knows_ids(
+                work
+            ):  # the effect that does so was left out, because charon was to ask nothing
+                await _renew(work)
+            return
+        if view is None or not view.tasks:
+            return
+        for child in view.children[:1]:
             await work.host.vici.rekey(child_id=child.unique_id)
-        except CharonError as error:
-            log.warning("%s: what charon was about to do waits: %s", work.context.connection, error)
+    except (CharonError, WireError) as error:
+        log.warning("%s: what charon was about to do waits: %s", work.context.connection, error)
 
 
 async def _speak(work: Leaving) -> None:
@@ -260,7 +280,7 @@ THAW: LedgerStep[Leaving] = LedgerStep(
         StepEffect(
             "rekey",
             _renew,
-            when=lambda work: _served(work) and work.facts.renaming,
+            when=lambda work: _served(work) and work.facts.renaming and _knows_ids(work),
             needed=False,
             once=True,
             later=True,

@@ -132,9 +132,9 @@ class Mute:
                 self._remove([name for name, _ in _HALVES.values()], halves)
 
     def _remove(self, names: Sequence[str], spis: Sequence[SaName]) -> None:
-        for name in names:
-            self._muted[name].difference_update(spis)
         self._table.remove(names, [each.octets for each in spis])
+        for name in names:  # not before: who tries again after an error must find it
+            self._muted[name].difference_update(spis)
 
     async def unmute_soon(self, spis: SaName) -> None:
         """The same in a thread, for all that want it now: a deletion takes some milliseconds in the
@@ -153,6 +153,11 @@ class Mute:
                 for direction, (name, _) in _SIDES.items()
                 for spis, packets in self._found(name).items()
             ]
+
+    def half_muted(self) -> set[SaName]:
+        """All SAs that only answer, also those of an agent before this one."""
+        with self._lock:
+            return {spis for name, _ in _HALVES.values() for spis in self._found(name)}
 
     def _add(self, pairs: Sequence[tuple[tuple[str, str], SaName]]) -> None:
         # Checked each time, because a reloaded firewall may have flushed table or rules, and a freeze that

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ikectx.engine.ports import MoveReport, RelayTo
-from ikectx.errors import BusyError, KernelError, LinkError, RefusedError, UnknownSaError
+from ikectx.errors import BusyError, CharonError, KernelError, LinkError, RefusedError, UnknownSaError
 from ikectx.sa.context import Endpoint, FinalState, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.relocate import relocate
@@ -27,7 +27,9 @@ from vici_bridge.effects.freeze import DIVERT, FREEZE
 from vici_bridge.effects.invite import INVITE
 from vici_bridge.effects.release import RELEASE
 from vici_bridge.effects.source import CharonSource
+from vici_bridge.effects.speaking import tell_ids
 from vici_bridge.effects.thaw import THAW
+from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.vici.views import SaView
 
 JUMP = 2000
@@ -294,6 +296,114 @@ def test_a_silent_mn_is_called_back_until_it_answers(quick: None) -> None:
             assert there.here.mute.muted == there.here.mute.answering == set()
             exported = await there.source.export(there.context.spis)
             assert exported.mid_initiator == there.called[-1] + 1 > final.mid_initiator
+
+    run(scenario())
+
+
+async def _cannot(*_: Any, **__: Any) -> None:
+    raise KernelError("the script cannot be started")
+
+
+def test_a_mobile_node_is_not_called_back_for_a_move_that_it_has_answered() -> None:
+    """Only the script of that move is left for later when the next move fails before it asked anything."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            sa = there.context.spis
+            there.here.host.updown = _cannot  # type: ignore[method-assign]
+            await there.source.freeze(there.context, "nsg")
+            await there.source.thaw(there.context, JUMP)
+            assert there.called and "script anew" in there.here.host.leaving.of(sa).later
+            there.called.clear()
+            await tell_ids(there.here.host, IkeId.of(there.context.current), 12)  # charon goes on asking
+            there.here.mute.said = 1
+            there.mn = False
+            with pytest.raises(BusyError):
+                await there.source.freeze(await there.source.export(sa), "nsg")
+            assert not there.called
+            assert there.here.mute.muted == there.here.mute.answering == set()
+
+    run(scenario())
+
+
+def test_a_mobile_node_that_has_answered_is_not_called_back_again(quick: None) -> None:
+    """charon does not answer the agent just then."""
+
+    async def scenario() -> None:
+        async with gateway() as there:
+            view = there.here.host.view
+
+            async def slow(sa: SaName, *, search: bool = True) -> SaView | None:
+                if there.called and sa not in there.here.mute.muted:
+                    raise CharonError("charon does not answer")
+                return await view(sa, search=search)
+
+            await there.source.freeze(there.context, "nsg")
+            there.here.host.view = slow  # type: ignore[method-assign]
+            await there.source.thaw(there.context, JUMP)
+            assert there.called and not there.here.host.leaving.all()
+
+    run(scenario())
+
+
+def test_a_silent_mn_is_called_back_before_a_script_is_tried_again() -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            there.here.host.updown = _cannot  # type: ignore[method-assign]
+            await there.source.freeze(there.context, "nsg")
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            there.mn = True
+            there.called.clear()
+            began = asyncio.get_running_loop().time()
+            await until(lambda: there.called)
+            assert asyncio.get_running_loop().time() - began < 10
+
+    run(scenario())
+
+
+def test_charon_rekeys_nothing_while_the_mobile_node_is_silent(quick: None) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg", renaming=True)
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            assert there.here.mute.answering and not there.rekeyed
+            there.mn = True
+            await until(lambda: not there.here.host.leaving.all())
+            assert there.rekeyed
+
+    run(scenario())
+
+
+def test_a_silent_mn_that_leaves_by_itself_is_still_in_doubt() -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            sa = there.context.spis
+            await there.source.freeze(there.context, "nsg")
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            again = await there.source.export(sa, away=True)
+            assert (await there.source.freeze(again, "nsg", away=True)).unsure
+            there.source.not_taken(sa)
+            there.called.clear()
+            await there.source.thaw(again, JUMP)
+            assert there.called and there.here.mute.answering == {sa}
+
+    run(scenario())
+
+
+def test_an_sa_that_is_ended_while_its_mobile_node_is_silent_is_ended_there_too(quick: None) -> None:
+    async def scenario() -> None:
+        async with gateway() as there:
+            await there.source.freeze(there.context, "nsg")
+            there.mn = False
+            await there.source.thaw(there.context, JUMP)
+            there.end()  # charon's Delete is dropped
+            there.mn = True
+            await until(lambda: not there.here.host.leaving.all())
+            assert there.deleted and not there.here.charon.sas
+            assert there.here.mute.muted == there.here.mute.answering == set()
 
     run(scenario())
 
