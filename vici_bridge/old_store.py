@@ -18,6 +18,7 @@ from ikectx.sa.name import SaName
 
 from .host import ESP, CharonHost
 from .kernel.kernel import Kernel
+from .vici.views import SaView
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,14 @@ async def mistrust(host: CharonHost, let_go: Collection[SaName]) -> None:
     `let_go`: SAs of which the store says that they were let go, and that no gateway has confirmed. Errors:
     KernelError, StoreError.
     """
+    views: list[SaView] | None
     try:
         views = await host.views()
     except (CharonError, WireError):
-        views = []  # then no SA is served
+        views = None
     muted = {one.spis for one in host.mute.listing()}
-    served = [view for view in views if view.state == "ESTABLISHED" and view.spis not in muted]
-    ours = {child.spi_out for view in served for child in view.children}
+    served = [view for view in views or () if view.state == "ESTABLISHED" and view.spis not in muted]
+    ours = {child.spi_out for view in served for child in view.children} if views is not None else None
     raised = 0 if host.kernel is None else _raise_numbers(host.kernel, ours)
     log.warning("the store was lost, or is an older copy: %d outbound SAs go on at higher numbers", raised)
     for row in host.leaving.all():
@@ -55,13 +57,13 @@ async def mistrust(host: CharonHost, let_go: Collection[SaName]) -> None:
         await host.orphans.sweep({view.spis for view in views})
 
 
-def _raise_numbers(kernel: Kernel, ours: Collection[bytes]) -> int:
+def _raise_numbers(kernel: Kernel, ours: Collection[bytes] | None) -> int:
     """Raise the numbers of these outbound ESP SAs by two jumps, because the agent cannot know which of them
     moved; how many there are. Not those of SAs that are only prepared here: the gateway that takes one back
-    counts on no more than one jump. Errors: KernelError."""
+    counts on no more than one jump. None: all, because charon could not say. Errors: KernelError."""
     raised = 0
     for sa in kernel.dump_sas():
-        if sa.proto != ESP or sa.spi not in ours or not kernel.is_outbound(sa):
+        if sa.proto != ESP or (ours is not None and sa.spi not in ours) or not kernel.is_outbound(sa):
             continue
         top = (1 << (64 if sa.esn else 32)) - 1
         try:

@@ -100,7 +100,9 @@ def test_steps_that_may_be_over_are_forgotten(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_charon_that_is_away_serves_nothing() -> None:
-    host = Host(None, None, {FROZEN})
+    kernel = FakeKernel({b"one_": 300})
+    host = Host(kernel, None, {FROZEN})
     host.coming.note(SERVED, stage="active")
     host.mistrust()
     assert len(host.coming) == 1 and not host.orphans.known
+    assert kernel.numbers == {b"one_": 300 + 2 * OSEQ_JUMP}, "which of them it serves could not be asked"
