@@ -440,7 +440,7 @@ class CharonHost:
     async def alike(self, sa: SaName) -> list[SaView]:
         """Other IKE_SAs of charon that may have the same mobile node and selectors."""
         names = self.record.alike(sa) if sa in self.record else []
-        return [view for name in names if (view := await self.recent_view(name)) is not None]
+        return [view for name in names if (view := await self.view(name)) is not None]
 
     def _recent(self, names: Iterable[SaName]) -> list[SaView]:
         return [view for name in names if (view := self.listing.recent(name, MOMENT)) is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from ikectx.errors import KernelError
@@ -62,13 +62,19 @@ class Reloads:
 
     async def _make_again(self) -> None:
         async with self._turn:
-            try:
-                stood = await asyncio.to_thread(self._mute.prepare)
-                stood &= await self._doubts.again()
-                if self.users is not None:
-                    stood &= await asyncio.to_thread(self.users.again)
-                await asyncio.to_thread(self._passing.again)
-                if not stood:
-                    log.warning("somebody removed nftables rules of this agent (a reload?): they are back")
-            except KernelError as error:
-                log.error("nftables rules of this agent were removed and cannot be made again: %s", error)
+            stood = await self._tried(asyncio.to_thread(self._mute.prepare))
+            stood &= await self._tried(self._doubts.again())
+            if self.users is not None:
+                stood &= await self._tried(asyncio.to_thread(self.users.again))
+            await self._tried(asyncio.to_thread(self._passing.again))
+            if not stood:
+                log.warning("somebody removed nftables rules of this agent (a reload?): they are back")
+
+    @staticmethod
+    async def _tried(again: Awaitable[bool | None]) -> bool:
+        """Whether the table was there. One that cannot be made keeps no other from being made."""
+        try:
+            return await again is not False
+        except KernelError as error:
+            log.error("nftables rules of this agent were removed and cannot be made again: %s", error)
+            return True

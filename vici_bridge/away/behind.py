@@ -187,14 +187,15 @@ class Behind:
         self._to[block.policy.destination].add(block.key)
 
     def _remove(self, block: Block) -> None:
+        if self._kernel is not None:
+            self._kernel.delete_policy(block.policy)
+        self._store.delete(KIND, block.key)
+        # last, because whoever tries again after an error must find it
         del self._blocks[block.key]
         network = block.policy.destination
         self._to[network].discard(block.key)
         if not self._to[network]:
             del self._to[network]
-        if self._kernel is not None:
-            self._kernel.delete_policy(block.policy)
-        self._store.delete(KIND, block.key)
 
 
 def _too_wide(policy: KernelPolicy, outer: Address) -> bool:

@@ -338,7 +338,7 @@ class Charon:
                     whole = True
                     return connection, answer
             except CharonError:
-                whole = True
+                whole = len(messages) == 1  # else the answers to the others are still to come
                 raise
             except OSError as error:
                 raise away(self._path, error) from None

@@ -25,6 +25,8 @@ class Telling:
     def __init__(self) -> None:
         self.heard: list[tuple[PacketType, str]] = []
         self.pool = {"mobile": {"size": "9"}}
+        self.refused: str | None = None
+        """The unique ID of an SA that is not listed."""
 
     def __call__(self, packet: Packet) -> bytes | None:
         self.heard.append((packet.type, packet.name))
@@ -32,6 +34,8 @@ class Telling:
             match packet.name:
                 case "list-sas":
                     wanted = packet.message.get("ike-id")
+                    if wanted is not None and wanted == self.refused:
+                        return response(success="no", errmsg="not now")
                     sas = [sa for sa in SAS if wanted in (None, sa["mn"]["uniqueid"])]
                     return _events("list-sa", sas) + response()
                 case "list-conns":
@@ -131,6 +135,20 @@ def test_a_refusal_keeps_the_connection(telling: tuple[Telling, StandIn]) -> Non
             await charon.request("nonsense")
         assert (await charon.version())["version"] == "5.9.8"
         assert len(stand_in.conns) == 2
+        await charon.close()
+
+    asyncio.run(scenario())
+
+
+def test_answers_behind_a_refusal_are_nobody_else_s(telling: tuple[Telling, StandIn]) -> None:
+    async def scenario() -> None:
+        answers, stand_in = telling
+        charon = Charon(stand_in.path)
+        answers.refused = "1"
+        with pytest.raises(CharonError, match="refused list-sas"):
+            await charon.read_sas(bytes, ike_ids=[1, 2])
+        (told,) = await charon.read_sas(bytes, ike_ids=[3])
+        assert parse_message(told)["mn"]["uniqueid"] == "3"
         await charon.close()
 
     asyncio.run(scenario())
