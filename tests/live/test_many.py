@@ -101,7 +101,7 @@ def test_one_mobile_node_is_slow(world: World, fleet: Fleet) -> None:
     with world.agent_with("nsg", "[transfer]\n", "[transfer]\nmn_tries = 7\n"):
         work = world.begin("psg", "transfer", "--to", "nsg", "--all", "--json")
         until(lambda: len(moved()) == COUNT - 1, "the others have moved")
-        until(rekeyed, "the others are active")
+        until(rekeyed, "the others are active", 8.0)  # the last question comes after 20 s
         world.unblock()
         done = world.end(work)
     assert done.code == 0, done

@@ -265,7 +265,7 @@ def test_a_program_that_outlives_its_guest_holds_the_console() -> None:
 import asyncio
 from ikectx_cli.lab.boot import Boot, Marks, NotStartedError, run
 try:
-    asyncio.run(run(Boot("it", ["sh", "-c", "setsid sleep 2 & exit 0"], Marks(), 0.3), print))
+    asyncio.run(run(Boot("it", ["sh", "-c", "setsid sleep 20 & exit 0"], Marks(), 0.3), print))
 except NotStartedError as error:
     print(error)
 """

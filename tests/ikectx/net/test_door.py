@@ -28,6 +28,7 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address
 from ikectx.timing import Timing
 from tests.certs import Authority
+from tests.worlds import until
 
 TIMING = Timing(connect=5.0, keepalive=1.0)
 PEER = PeerConfig("peer", "127.0.0.1")
@@ -189,7 +190,7 @@ def test_half_open_connections_take_no_more_than_their_share(ca: Authority) -> N
         async with tls_door(ca.issue("b"), timing) as (where, accepted):
             before = len(os.listdir("/proc/self/fd"))
             half_open = [asyncio.create_task(turned_away(where)) for _ in range(40)]
-            await asyncio.sleep(0.2)
+            await until(lambda: sum(not task.done() for task in half_open) <= HANDSHAKES_OF_ONE)
             waiting = sum(not task.done() for task in half_open)
             assert waiting <= HANDSHAKES_OF_ONE
             assert len(os.listdir("/proc/self/fd")) - before == 2 * waiting  # both ends are in this process

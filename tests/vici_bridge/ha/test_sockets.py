@@ -145,7 +145,8 @@ def test_the_socket_that_systemd_has_bound_is_taken_with_what_came_before() -> N
             await agent.open()
             assert agent._sock.fileno() == 3, agent._sock
             assert not agent._sock.get_inheritable()
-            await asyncio.sleep(0.05)
+            while not heard:
+                await asyncio.sleep(0.01)
             thief = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
