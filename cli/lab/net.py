@@ -34,6 +34,7 @@ from pathlib import Path
 from ikectx.errors import KernelError
 
 from . import untrack as lab_untrack
+from .restoring import FLUSH, KEEP_LINKS, MADE
 
 HOSTS = ("mn", "mn2", "psg", "nsg", "core", "srv")
 GATEWAYS = ("psg", "nsg")
@@ -298,11 +299,11 @@ class Net:
             run([*self.enter(host), "nft", "flush", "ruleset"], check=False)
         for host in HOSTS:
             lines = [line for line in self._addresses(host) if not line.startswith("link add")]
-            script = _KEEP_LINKS if host in GATEWAYS else _FLUSH
+            script = KEEP_LINKS if host in GATEWAYS else FLUSH
             kept = " ".join(
                 f"{words[2]}@{words[4]}" for line in lines if (words := line.split())[0] == "addr"
             )
-            text = "\n".join([f"{script}ip -force -batch - <<'E'", *lines, "E"])
+            text = "\n".join([f"{MADE}{script}ip -force -batch - <<'E'", *lines, "E"])
             run([*self.enter(host), "sh", "-c", text, "sh", kept], check=False)
         self._meet()
 
@@ -530,22 +531,6 @@ def _to_other(host: str) -> list[str]:
         way = f"dev lan1 src {INNER[host][version]}"
         lines.append(f"route add {INNER[other][version]}/{HOST_BITS[version]} {way}")
     return lines
-
-
-_FLUSH = """
-for version in 4 6; do ip -$version addr flush scope global; ip -$version route flush table main; done
-"""
-_KEEP_LINKS = """
-ip -o addr show scope global | while read -r _ device _ address _; do
-  case " $1 " in *" $address@$device "*) ;; *) ip addr del "$address" dev "$device" ;; esac
-done
-for version in 4 6; do
-  for device in eth0 lan0 lo; do ip -$version route flush table main proto boot dev $device; done
-  ip -$version route flush table main type unreachable
-done
-"""
-"""Of gateways the addresses and the routes to each other stay, which their connections use: Linux 7.2 cuts
-what is sent next over a route that was removed, even if it is there again, into segments of 36 octets."""
 
 
 def _default(router: str) -> str:
