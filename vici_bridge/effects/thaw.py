@@ -192,9 +192,8 @@ async def _go_on_asking(work: Leaving) -> None:
     try:
         view = await work.host.view(work.sa)
         if work.facts.renaming:
-            if not _knows_ids(
-                work
-            ):  # the effect that does so was left out, because charon was to ask nothing
+            # the effect "rekey" was left out if charon was to ask nothing
+            if not _knows_ids(work):
                 await _renew(work)
             return
         if view is None or not view.tasks:
