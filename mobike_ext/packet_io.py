@@ -114,7 +114,8 @@ class RawLink:
 
     def _read(self, packet: bytes, sender: Any) -> tuple[bytes, Endpoint] | None:
         if self._receiver is None and self._local.address.version == 6:  # the kernel keeps the IP header
-            if len(packet) < UDP_HEADER:
+            # one for another port has come before the filter was there
+            if len(packet) < UDP_HEADER or int.from_bytes(packet[2:4]) != self._local.port:
                 return None
             source = Endpoint(ip_address(sender[0].partition("%")[0]), int.from_bytes(packet[:2]))
             payload = packet[UDP_HEADER : int.from_bytes(packet[4:6])]

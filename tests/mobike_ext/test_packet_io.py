@@ -50,3 +50,14 @@ def test_the_time_ends_without_a_datagram() -> None:
             waiting.cancel()
 
     asyncio.run(scenario())
+
+
+def test_what_came_for_another_port_before_the_filter_was_there_is_not_ours() -> None:
+    """IPv6, whose raw socket hears the datagrams for all ports until then."""
+    here, there = Endpoint.of("2001:db8::1", 4500), Endpoint.of("2001:db8::7", 4500)
+    other = Endpoint.of("2001:db8::1", 5353)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with far, RawLink(near, here, there) as link:
+        sender = (str(there.address), 0, 0, 0)
+        assert link._read(udp_datagram(there, other, b"query"), sender) is None
+        assert link._read(udp_datagram(there, here, b"request"), sender) == (b"request", there)
