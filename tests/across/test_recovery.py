@@ -367,8 +367,8 @@ def test_doubt_is_reported_and_resolved_in_the_background() -> None:
     run(scenario())
 
 
-async def served_without_store(w: World) -> tuple[SaName, asyncio.Task[TransferReport]]:
-    """b serves the SA, a has not heard of it, and b's store is gone, as the hint of a damaged store says."""
+async def served_unheard(w: World) -> tuple[SaName, asyncio.Task[TransferReport]]:
+    """b serves the SA, and a has not heard of it."""
     gate = w.b.daemon.wait["activate"] = asyncio.Event()
     sa = w.a.daemon.serve(a_context())
     moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
@@ -376,6 +376,12 @@ async def served_without_store(w: World) -> tuple[SaName, asyncio.Task[TransferR
     w.network.fate = losing(Ctdr)
     gate.set()
     await until(lambda: sa in w.b.daemon.served)
+    return sa, moving
+
+
+async def served_without_store(w: World) -> tuple[SaName, asyncio.Task[TransferReport]]:
+    """b serves the SA, a has not heard of it, and b's store is gone, as the hint of a damaged store says."""
+    sa, moving = await served_unheard(w)
     await w.b.kill()
     (w.folder / "b.db").unlink()
     w.network.fate = lambda message: "deliver"
@@ -433,13 +439,7 @@ def test_b4_an_sa_that_charon_serves_is_written_down_again() -> None:
 def test_the_operator_may_give_up() -> None:
     async def scenario() -> None:
         async with world(timing=replace(FAST, in_doubt=0.02)) as w:
-            gate = w.b.daemon.wait["activate"] = asyncio.Event()
-            sa = w.a.daemon.serve(a_context())
-            moving = asyncio.create_task(w.a.agent.transfer(sa, "b"))
-            await w.b.reaches("activate")
-            w.network.fate = losing(Ctdr)
-            gate.set()
-            await until(lambda: sa in w.b.daemon.served)
+            sa, moving = await served_unheard(w)
             doubt = await moving
             assert (doubt.result, [one.transfer_id for one in w.a.agent.in_doubt()]) == (
                 "in-doubt",
