@@ -233,7 +233,7 @@ class Box:
                 return self._thaw(context.spis, jump, untouched)
             case Release(context):
                 if self.sas.get(context.spis) is not None:
-                    self._at(context.spis, "frozen")
+                    self._at(context.spis, "frozen", *self.world.leftovers)
                     del self.sas[context.spis]
                 return None
             case Check(context):
@@ -479,11 +479,12 @@ class Side:
             self._carry_out(output)
         if engine is not None and (due := engine.next_timer()) is not None and due != self._due:
             self._due = due
-            self.later(due - self.world.now, self._time)
+            self.later(due - self.world.now, partial(self._time, due))
 
-    def _time(self, engine: Engine) -> None:
-        self._due = None
-        engine.handle_timer(self.now)
+    def _time(self, due: float, engine: Engine) -> None:
+        if due == self._due:  # else there is another timer by now
+            self._due = None
+            engine.handle_timer(self.now)
 
     def _carry_out(self, output: Output) -> None:
         world = self.world
@@ -551,6 +552,8 @@ class World:
 
     vague: frozenset[Status] = frozenset()
     """What a gateway may tell a mobile node although it has its SA."""
+    leftovers: tuple[str, ...] = ()
+    """States of an SA beside frozen in which a gateway may clear it away that has let it go."""
 
     def __init__(self, seed: int) -> None:
         dice = self.dice = random.Random(seed)

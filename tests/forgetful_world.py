@@ -28,6 +28,8 @@ class Forgetful(World):
     """Half of the agents that die lose their store, or get an old copy, in the middle of anything."""
 
     vague = frozenset({Status.IN_DOUBT})
+    # an old copy says that the SA left, and the other gateway confirms it: charon drops what came back since
+    leftovers = ("prepared", "taken")
 
     def __init__(self, seed: int) -> None:
         self.copies: dict[str, dict[tuple[str, bytes], JournalEntry]] = {}

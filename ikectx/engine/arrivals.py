@@ -18,7 +18,15 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from ipaddress import ip_address
 
-from ikectx.errors import BusyError, IkectxError, RefusedError, StateError, UnknownSaError, WireError
+from ikectx.errors import (
+    BusyError,
+    IkectxError,
+    RefusedError,
+    StateError,
+    StoreError,
+    UnknownSaError,
+    WireError,
+)
 from ikectx.numbers import Fpt, Status
 from ikectx.peer import PeerConfig
 from ikectx.rates import one_source
@@ -28,7 +36,7 @@ from ikectx.wire import tokens
 from ikectx.wire.cxtp import Blocks, Ctaa, Ctar, CtReq, StatusBlock, TokenAlgorithm
 from ikectx.wire.tokens import Purpose, TokenBlock, TokenError
 
-from .effects import Epochs, Export, Find, FindEpochs, NewNames, Recorded
+from .effects import Epochs, Export, Find, FindEpochs, FindLatest, NewNames, Recorded
 from .grants import UsedTokens
 from .inbox import Inbox, Inboxes
 from .journaled import MobileConfig, Parts
@@ -165,6 +173,8 @@ class Arrival:
             ARRIVAL_TABLE, ARRIVAL_IGNORED, ArrivalState.NEW, 0.0, timers={}
         )
         self.answer: bytes | None = None
+        self.refused: bytes = b""
+        """The transfer to here that a refusal with a tag was about."""
 
     def feed(self, what: ArrivalInput) -> bytes | None:
         """Take an input; returns the CTAA if it is to be sent now."""
@@ -210,7 +220,10 @@ class Arrivals:
             if known.source != source:
                 log.warning("a CTAR for %s is ignored: it came from elsewhere before", message.mn)
                 return None
-            return known.feed(ArrivalInput.AGAIN)
+            if not (yield from self._came_otherwise(known)):
+                return known.feed(ArrivalInput.AGAIN)
+            if self._known.get(key) is not known:
+                return None  # another copy has begun it anew
         try:
             arrival = self._known[key] = self._new(message, source, now)
         except (TokenError, WireError) as error:
@@ -402,6 +415,20 @@ class Arrivals:
             return None
         return exported
 
+    def _came_otherwise(self, arrival: Arrival) -> Steps[bool]:
+        """True if another transfer has brought the SA of a CTAR that is refused with a tag, or is about to.
+
+        The mobile node would take such a refusal for the old gateway's word that it goes on serving.
+        """
+        if not arrival.refused or arrival.token is None:
+            return False
+        try:
+            latest: tuple[str, bytes] | None = yield FindLatest(arrival.token.spis)
+        except StoreError as error:
+            log.error("whether the SA of %s has come is not known: %s", arrival.message.mn, error)
+            return False
+        return latest is not None and latest[0] == "target" and latest[1] != arrival.refused
+
     def _opens(self, run: Incoming, arrival: Arrival) -> bool:
         """True if the key that came ahead confirms the token. Else the old gateway is asked, because the
         mobile node may have started anew."""
@@ -441,9 +468,11 @@ class Arrivals:
             log.warning("somebody at %s asked for the SA of %s: %s", arrival.source, arrival.message.mn, text)
         key = None
         # A tag makes an answer final, so a refusal has none as long as it may still become a grant.
-        if ask.context is not None and (
-            ask.done or (ask.run is not None and ask.run.machine.state is TargetState.ABORTED)
-        ):
+        if not ask.done and ask.run is not None and ask.run.machine.state is TargetState.ABORTED:
+            arrival.refused = ask.run.stored.transfer_id
+            if (yield from self._came_otherwise(arrival)):
+                raise BusyError(f"another transfer brings it: {text}")
+        if ask.context is not None and (ask.done or arrival.refused):
             key = tokens.token_key(ask.context.current, arrival.message.sequence)
         expects = ask.run.next_request if ask.done and ask.run is not None else None
         context = ask.context if ask.done else None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ikectx.engine.journaled import MobileConfig
-from ikectx.errors import StateError
+from ikectx.errors import CharonError, StateError
 from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint
 from ikectx.wire.cxtp import Ctaa, Ctar, Pctd, TokenAlgorithm, compute_token
@@ -56,6 +56,26 @@ def test_a_retransmission_gets_the_same_answer_and_begins_nothing(announced: boo
             w.wall = 120.0
             assert await w.b.agent.ctar(here, there) is None
             assert await w.a.agent.ctar(told, source) is None
+
+    run(scenario())
+
+
+def test_a_refusal_is_not_repeated_when_another_transfer_has_brought_the_sa() -> None:
+    """The mobile node would believe that the old gateway serves it."""
+
+    async def scenario() -> None:
+        async with world() as w:
+            mn = serve(w, a_context())
+            w.b.daemon.fail["take"] = [CharonError("no")]
+            here, there = mn.arrive()
+            refused = await w.b.agent.ctar(here, there)
+            assert mn.says(refused) is Status.CHARON
+            assert await w.b.agent.ctar(here, there) == refused
+            await w.quiet()
+            assert (await w.a.agent.transfer(mn.sa, "b")).result == "moved"
+            again = await w.b.agent.ctar(here, there)
+            assert again is None or mn.says(again) is not Status.CHARON
+            assert w.owner(mn.sa) == "b"
 
     run(scenario())
 

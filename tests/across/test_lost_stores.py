@@ -10,6 +10,7 @@ from collections.abc import Generator
 import pytest
 
 from ikectx.engine import transfers
+from ikectx.engine.arrivals import Arrivals
 from ikectx.engine.unknown_transfers import UnknownTransfers
 from tests.engine_seeds import some, tried
 from tests.forgetful_world import Forgetful
@@ -21,10 +22,19 @@ DENIED = (1253, 1654)
 
 ENDLESS = (6551, 7352)
 """An SA has gone, of which an old copy says that it was offered: its numbers were raised again and again."""
+TOLD = (2415, 10194)
+"""A mobile node was refused, and a transfer of the operator's brings its SA all the same."""
+TAKEN = (13552, 24448)
+"""An old copy says that an SA left which is coming back: it is cleared away, and taken back where it was."""
 BUSY = 22383
 """One in which a gateway asks for the SA again, and is sent it by a transfer from before the loss."""
 THAWED = 630
 """One in which the copy is from the middle of a freeze."""
+
+
+def never(*_: object) -> Generator[None, None, bool]:
+    yield from ()
+    return False
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -48,11 +58,6 @@ def test_stores_are_lost_and_somebody_has_to_decide() -> None:
 @pytest.mark.parametrize("seed", DENIED)
 def test_what_a_lost_store_may_have_had_is_not_denied(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried(seed, "lost-stores") == ""
-
-    def never(*_: object) -> Generator[None, None, bool]:
-        yield from ()
-        return False
-
     monkeypatch.setattr(UnknownTransfers, "_may_be_lost", never)
     assert tried(seed, "lost-stores")
 
@@ -63,6 +68,18 @@ def test_an_sa_that_is_on_its_way_out_is_not_denied() -> None:
 
 @pytest.mark.parametrize("seed", ENDLESS)
 def test_an_offered_sa_that_has_gone_is_let_be(seed: int) -> None:
+    assert tried(seed, "lost-stores") == ""
+
+
+@pytest.mark.parametrize("seed", TOLD)
+def test_nobody_is_refused_what_another_transfer_brings(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried(seed, "lost-stores") == ""
+    monkeypatch.setattr(Arrivals, "_came_otherwise", never)
+    assert "owns it: True" in tried(seed, "lost-stores")
+
+
+@pytest.mark.parametrize("seed", TAKEN)
+def test_what_an_old_copy_has_let_go_is_cleared_away(seed: int) -> None:
     assert tried(seed, "lost-stores") == ""
 
 
