@@ -6,14 +6,18 @@ Here each is tried for a moment, and so is what is more than one call.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
+import re
 import sqlite3
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -37,7 +41,7 @@ from tests.vici_bridge.vici.test_views import VIEW
 from vici_bridge.ha import messages as ha
 from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.ha.record import Record
-from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
+from vici_bridge.policy.allowed import AllowedConnection, _selector, pool_ranges
 from vici_bridge.vici.views import missing_algorithms, peer_context, sa_views
 
 FUZZ = settings(
@@ -75,6 +79,65 @@ def test_damage_is_one_error(name: str) -> None:
         except target.errors as error:
             assert str(error) and str(error).isprintable()
             assert KEY.reveal().hex() not in str(error)
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("ikectx", "mobike_ext", "vici_bridge", "cli")
+READS = frozenset({"from_bytes", "unpack", "unpack_from", "iter_unpack"})
+NO_TARGET = {
+    "arguments and files of the operator": "reach.request reach._ip settings.pid_behind updown.parse",
+    "said by a child of this process": "strangers.as_nobody",
+    "of the store, which is sealed": "audit.lines ledger._framed ledger._let_go ledger._import"
+    " ledger._old_relay ledger._old_names deadlines.__init__ known_agents._shown notes.in_question notes.last"
+    " rekey_after_move.__init__ traps.__init__",
+    "numbers that the kernel gives in a fixed structure": "place._ours_by_acl plain._one_address_each"
+    " sockets._look_for_losses control._user",
+    "of octets made here": "core._show requests.pull packet_io.udp_datagram packet_io.bpf_program"
+    " watch.request_filter netlink._numbered xfrm.cpu cxtp.compute_token",
+    "fixed fields of what is parsed already": "claims.check_spis message_ids._after packet_io._read",
+    "any octets are a number, whose range `test_dh.py` tries": "dh._modp_shared dh._modp_power",
+    "the answer of the helper, which is root's": "updown_helper.ask",
+}
+"""Functions that read octets without a target, as module.function, by the reason."""
+
+
+def readers() -> dict[tuple[str, int], str]:
+    """Functions of the product that take octets apart, by file and first line: by their name, or because
+    they read numbers or JSON."""
+    found = {}
+    for path in (one for package in PACKAGES for one in (ROOT / package).rglob("*.py")):
+        if (ROOT / "cli" / "lab") in path.parents:
+            continue
+        for each in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            calls = [one.func for one in ast.walk(each) if isinstance(one, ast.Call)]
+            called = [one for one in calls if isinstance(one, ast.Attribute)]
+            reads = any(one.attr in READS or ast.unparse(one) == "json.loads" for one in called)
+            if reads or re.fullmatch(r"(parse|decode)(_\w+)?|loads|read_generation|read_child", each.name):
+                first = min([each.lineno, *(one.lineno for one in each.decorator_list)])
+                found[str(path.resolve()), first] = f"{path.stem}.{each.name}"
+    return found
+
+
+def test_whatever_reads_octets_has_a_target() -> None:
+    called: set[tuple[str, int]] = set()
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call":
+            called.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    _selector.cache_clear()
+    sys.setprofile(note)
+    try:
+        for target in TARGETS.values():
+            for seed in target.seeds:
+                target.decode(seed)
+    finally:
+        sys.setprofile(None)
+    reached = {(str(Path(file).resolve()), line) for file, line in called}
+    left = {name for at, name in readers().items() if at not in reached}
+    assert left == {name for names in NO_TARGET.values() for name in names.split()}
 
 
 @pytest.mark.parametrize("length", [16, 17, 19, 20, 23])

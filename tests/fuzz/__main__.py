@@ -33,7 +33,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 def tried(name: str, inputs: int) -> dict[str, Any]:
-    """The result of one target: {target, inputs, coverage, slowest_ms, grown_blocks, found}."""
+    """The result of one target: {target, inputs, seconds (of processor time), coverage, slowest_ms,
+    grown_blocks, found}."""
     folder = FOLDER / re.sub(r"\W+", "-", name)
     folder.mkdir(parents=True, exist_ok=True)
     hear, tell = FORK.Pipe(duplex=False)
@@ -58,7 +59,8 @@ def tried(name: str, inputs: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     print(
-        f"{result['target']:34} {result['inputs']:9} inputs, coverage {result['coverage']:5}, "
+        f"{result['target']:34} {result['inputs']:9} inputs in {result.get('seconds', 0):6.1f} s, "
+        f"coverage {result['coverage']:5}, "
         f"slowest {result.get('slowest_ms', 0):7.1f} ms, {result.get('grown_blocks', 0):6} objects more, "
         f"{len(result['found'])} found",
         flush=True,

@@ -25,7 +25,9 @@ from .target import Target
 
 FAIR = Weather(cut=0, fail=0, slow=0, loss=0, crashes=0, full=0, jumps=0)
 EVENTS = 300
-"""What follows from messages is looked at for so long."""
+"""What follows from messages is looked at for so long,"""
+SECONDS = 30.0
+"""and for so long by the clock, because what is let go is asked about without end if no answer comes."""
 LOGGERS: tuple[ModuleType, ...] = (core, inbox, procedures, transfers)
 
 
@@ -57,7 +59,7 @@ class Fair(World):
         super().carry(sender, number, octets, output)
 
     def go_on(self, events: int) -> None:
-        while self._events and (events := events - 1):
+        while self._events and self._events[0][0] < SECONDS and (events := events - 1):
             when, _, what = heapq.heappop(self._events)
             self.now = max(self.now, when)
             what()

@@ -11,9 +11,20 @@ from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
 from ikectx.wire import cbor, cookies, packet_proof
 from ikectx.wire.cookies import with_cookie
-from ikectx.wire.cxtp import ContextDataBlock, Ctaa, Ctar, Ctc, Ctd, CtReq, Pctd, StreamDecoder, parse_message
+from ikectx.wire.cxtp import (
+    ContextDataBlock,
+    Ctaa,
+    Ctar,
+    Ctc,
+    Ctd,
+    Ctdr,
+    CtReq,
+    Pctd,
+    StreamDecoder,
+    parse_message,
+)
 from ikectx.wire.identity import allows
-from ikectx.wire.profile import decode, decode_final, encode, encode_final
+from ikectx.wire.profile import decode, decode_final, decode_verdicts, encode, encode_final, encode_verdicts
 from ikectx.wire.reasons import encode_reasons, with_reasons
 from ikectx.wire.spis import NewSpi, parse_new_spis, serialize_new_spis
 from ikectx.wire.tokens import Purpose, find, make_ctar, open_ctaa, seal_ctaa
@@ -51,6 +62,7 @@ MESSAGES = tuple(
         Ctd(MN, encode_final(TYPICAL_FINAL, TRANSFER.transfer_id)),
         CtReq(MN, 7, CTAR.token, CTAR.blocks),
         Ctc(MN),
+        Ctdr(MN, encode_verdicts([REFUSED]), False),
     )
 )
 RECORDED = tuple(read_vectors("cxtp_messages.txt").values())
@@ -70,6 +82,8 @@ def message_of(octets: bytes) -> None:
     """What is read can be written, and is the same when it is read again."""
     message = parse_message(octets)
     assert parse_message(message.serialize()) == message
+    if isinstance(message, Ctdr):
+        assert all(verdict.detail.isprintable() for verdict in decode_verdicts(message.statuses))
 
 
 def stream_of(octets: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import logging
 import os
 import sys
 import time
@@ -26,6 +27,13 @@ HANG = 20
 """Seconds after which libFuzzer ends the process, with the input in the folder."""
 SETTLED = 0.2
 """Part of the inputs after which memory must not grow: caches are full by then."""
+
+
+class Lines(logging.Handler):
+    """Makes each line of the log, and writes none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.getMessage()
 
 
 class Tried:
@@ -73,6 +81,7 @@ class Tried:
         self._tell.send(
             {
                 "inputs": self._count,
+                "seconds": round(time.process_time(), 1),
                 "slowest_ms": round(self._slowest * 1000, 1),
                 "grown_blocks": self._blocks() - self._before,
                 "found": self._found,
@@ -86,6 +95,7 @@ def run(name: str, inputs: int, folder: Path, tell: Connection) -> None:
     """Never returns. What libFuzzer says goes to the folder's log."""
     with (folder / "log").open("w") as log:
         os.dup2(log.fileno(), 2)
+    logging.basicConfig(handlers=[Lines()], force=True)
     corpus = folder / "corpus"
     corpus.mkdir(exist_ok=True)
     seeds = TARGETS[name].seeds

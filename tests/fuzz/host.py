@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ikectx.disk import journal_rows
 from ikectx.engine import ledger
 from ikectx.engine.ledger import MobileFacts, Relayed, Row, SourceFacts, TargetFacts
 from ikectx.errors import (
@@ -33,14 +36,18 @@ from tests.vici_bridge.kernel.test_xfrm import RECORDED as XFRM
 from tests.vici_bridge.policy.test_claims import CONNECTION, POOLS, numbered
 from tests.vici_bridge.policy.test_new_names import PLAN
 from tests.vici_bridge.vici.test_views import VIEW
+from vici_bridge import updown_helper
 from vici_bridge.away.behind import Block
 from vici_bridge.away.departures import Departure
 from vici_bridge.away.origins import Origin
 from vici_bridge.effects.mobile_move import ChildMove, MobileMove
 from vici_bridge.ha.messages import HaMessage
 from vici_bridge.ha.record import Record
-from vici_bridge.kernel import detour, kernel_events, nftables, routes, xfrm
+from vici_bridge.kernel import addresses, detour, kernel_events, nftables, routes, xfrm
+from vici_bridge.kernel import xfrm_wire as wire
 from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
+from vici_bridge.kernel.spd_index import SpdIndex
+from vici_bridge.kernel.spd_lookup import Flow, may_concern
 from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
 from vici_bridge.policy.new_names import Plan
 from vici_bridge.policy.proposals import ConfiguredProposal
@@ -123,6 +130,14 @@ def request_of(octets: bytes) -> None:
                     check(packet.name, message, takes[packet.name])
 
 
+def script_of(octets: bytes) -> None:
+    """A call of the updown helper, as `_answer` reads it."""
+    with contextlib.suppress(*updown_helper._UNREADABLE):
+        connection, env = updown_helper._read(octets)
+        {"mn": "script"}.get(connection)
+        assert all(map(str.isprintable, env))
+
+
 def answer_of(octets: bytes) -> None:
     for packet in Deframer().receive(octets):
         if packet.body:
@@ -171,6 +186,11 @@ def route(kind: int = 24) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body
 
 
+def own_address() -> bytes:
+    body = struct.pack("=BBBBI", 2, 24, 0x80, 0, 2) + nftables._attribute(2, bytes((192, 0, 2, 1)))
+    return struct.pack("=IHHII", 16 + len(body), 20, 2, 1, 0) + body
+
+
 def removal() -> bytes:
     body = bytes((1, 0, 0, 0)) + nftables._attribute(1, b"ikectx\0")
     return struct.pack("=IHHII", 16 + len(body), 10 << 8 | 2, 0, 1, 0) + body
@@ -193,10 +213,30 @@ def table(octets: bytes) -> nftables.NftTable:
     """As if the kernel had answered so."""
 
     class Answered(nftables.NftTable):
-        def _outcome(self, request: Any) -> NetlinkOutcome:
-            return NetlinkOutcome(0, "", [octets])
+        def _outcomes(self, *requests: Any) -> list[NetlinkOutcome]:
+            return [NetlinkOutcome(0, "", [octets])]
 
     return Answered("ikectx")
+
+
+class Heard(SpdIndex):
+    """Has dumped the policies, and hears no events but those it is given."""
+
+    def __init__(self) -> None:
+        self._known, self._indexes = {}, defaultdict(set)
+
+
+def policy_events_of(octets: bytes) -> None:
+    """A datagram of the kernel's about its policies."""
+    index = Heard()
+    for message in wire.messages(octets):
+        may_concern(message, FLOW)
+        with contextlib.suppress(struct.error, KeyError):  # the policies are dumped anew
+            index._hear(message)
+
+
+def policy_event(kind: int, body: bytes) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
 
 
 def netlink_datagram(octets: bytes) -> None:
@@ -206,6 +246,12 @@ def netlink_datagram(octets: bytes) -> None:
 SAS = tuple(bytes.fromhex(each["sa"]) for each in XFRM.values() if "sa" in each)
 COUNTERS = tuple(bytes.fromhex(each["counters"]) for each in XFRM.values() if "counters" in each)
 POLICIES = tuple(bytes.fromhex(each["policy"]) for each in XFRM.values() if "policy" in each)
+FLOW = Flow(*ENDS)
+EVENTS = (
+    *(policy_event(wire.NEWPOLICY, policy[wire.HEADER :]) for policy in POLICIES[:2]),
+    policy_event(wire.DELPOLICY, bytes(64) + nftables._attribute(7, POLICIES[0][wire.HEADER :][:168])),
+    policy_event(0x1B, POLICIES[0][wire.HEADER :][:168] + b"\1" + bytes(7)),
+)
 PLAIN_SA = xfrm.KernelSa.parse(bytes.fromhex(XFRM["gcm"]["sa"]))
 ESN_SA = xfrm.KernelSa.parse(bytes.fromhex(XFRM["esn-in"]["sa"]))
 
@@ -272,6 +318,24 @@ def row_of(octets: bytes) -> None:
             assert ledger.loads(role, ledger.dumps(row)) == row
 
 
+def journal_row_of(octets: bytes) -> None:
+    """The columns of a row of the journal, as JSON; octets in hexadecimal."""
+    try:
+        row = [bytes.fromhex(one[1:]) if str(one)[:1] == "x" else one for one in json.loads(octets)]
+    except (ValueError, TypeError, RecursionError):
+        return
+    with contextlib.suppress(StoreError, ValueError, TypeError, RecursionError):  # as `SqliteStore` does
+        journal_rows.parse(tuple(row), None)
+
+
+JOURNAL_ROW = json.dumps(
+    [
+        *("x" + "07" * 8, "source", "nsg", "x" + "01" * 8, "x" + "02" * 8, "mn", "198.51.100.7", "released"),
+        *(1, None, None, 1.5, 2.5, "", "", 0, '{"freeze": 1.5}', "{}"),
+    ]
+).encode()
+
+
 def record_of(octets: bytes) -> None:
     Record().load([(SA_KEY, octets)])
 
@@ -308,19 +372,23 @@ TARGETS = {
     "VICI get-pools": Target(pools_of, (serialize_message(POOLS),)),
     "control request": Target(request_of, REQUESTS, (WireError, UsageError)),
     "control answer": Target(answer_of, ANSWERS),
+    "updown helper": Target(script_of, (b'{"connection": "mn", "env": {"PLUTO_VERB": "up-client"}}',), ()),
     "XFRM SA": Target(sa_of, SAS),
     "XFRM counters": Target(counters_of, COUNTERS),
     "XFRM policy": Target(policy_of, POLICIES),
     "nftables set": Target(lambda octets: table(octets).elements("s"), (SETS,), (KernelError,)),
     "nftables chain": Target(lambda octets: table(octets).rules("c"), (CHAIN,), (KernelError,)),
+    "XFRM policy events": Target(policy_events_of, EVENTS, ()),
     "netlink datagram": Target(netlink_datagram, SORTED, (KernelError,)),
     "netlink route": Target(routes.KernelRoute.parse, (route(),), (KernelError,)),
+    "netlink address": Target(addresses._address, (own_address(),), ()),
     "netlink route event": Target(
         lambda octets: kernel_events.changes_ways(octets, 7), (route(25), route(16)), ()
     ),
     "netlink nftables event": Target(
         lambda octets: kernel_events.removes_table(octets, ("ikectx",), (7,)), (removal(), removal() * 2), ()
     ),
+    "journal row": Target(journal_row_of, (JOURNAL_ROW,), ()),
     "ledger row": Target(row_of, tuple(ledger.dumps(row) for row in ROWS.values()), ()),
     "record of an SA": Target(record_of, (KEPT_SA,), (StoreError,)),
     **{f"note: {name}": Target(read, (good,), (StoreError,)) for name, (good, read) in NOTES.items()},
