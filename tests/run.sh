@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Sets up and runs everything; root on Debian 12 or 13 is enough. A second run skips what is there.
 #
-#   tests/run.sh                  all steps, in lanes side by side
+#   tests/run.sh                  all steps, three at a time
 #   tests/run.sh lint unit ...    some of them, one after the other:
 #
-#   format lint types floors unit         here
+#   format lint types floors              here
+#   unit                                  here; without a name: in new-12 and new-13 alone, whose versions are these
 #   live                                  here, with ESP in user space, and guests of every kind
 #   kernel scenarios                      here where the kernel has ESP, else in a guest
 #   virtual                               scenarios in a guest in virtual time: those that wait long, and the chief ones
 #   kills                                 a choice of the cases of `ikectx lab kills`, in guests in virtual time
-#   new-12 new-13                         README's two commands in a new Debian 12 and 13, from nothing; on 13 live, too
+#   new-12 new-13                         README's two commands in a new Debian 12 and 13, from nothing; unit, on 13 live, too
 #   scenarios-13                          a choice of scenarios on Debian 13, in guests
 #   readme                                README's commands on three machines that a systemd has booted, in a guest
 #   mixed                                 two versions of strongSwan: another one at nsg than at psg and mn
@@ -22,9 +23,11 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 HERE=(format lint types floors unit)
-# Side by side: what needs charons waits for them half of its time. Three lanes fill two processors.
-LANES=("${HERE[*]} live new-12" "kernel scenarios virtual scenarios-13 mixed" "new-13 readme kills")
-STEPS=(${LANES[*]} all-13 all-sid)
+# The longest first, so that all LANES end at the same time. What needs charons waits for them half of its time: three
+# lanes fill two processors.
+LANES=3
+ALL=(format lint types floors new-13 scenarios live new-12 readme virtual kills kernel scenarios-13 mixed)
+STEPS=("${ALL[@]}" unit all-13 all-sid)
 # These wait for a time limit, a minute some of them, or have TCP, which a busy machine stretches: they run in
 # virtual time only.
 PATIENT=(begins fresh-keys inside-agents-killed inside-stays inside-traffic inside-terminated left lifetime move-life
@@ -37,6 +40,9 @@ EXACT=(handover handover-v6 handover-encap predictive predictive-v6 reactive rea
 # strongSwan and Python.
 CHOICE_13=(handover handover-v6 predictive reactive pull by-packet collision-all collision-agent collision-reactive
     move-esp-esn move-esp-esn-cbc move-life move-rekeyed-ike move-ten-times)
+# In a network namespace that has nothing but a loopback: what else runs on this machine hears nothing of it, and the
+# other way round.
+APART=(unshare --net sh -c 'ip link set lo up && exec "$@"' -)
 HOUSES=(ikectx vici_bridge mobike_ext cli)
 results=$root/build/tests
 tally=$results/tally
@@ -88,7 +94,7 @@ step_unit() {
     local began=$SECONDS
     say unit
     rm -f "$results/unit.xml"
-    within 1200 .venv/bin/python -m pytest -q -m "not kernel_esp and not live" --junit-xml "$results/unit.xml"
+    within 1200 "${APART[@]}" .venv/bin/python -m pytest -q -m "not kernel_esp and not live" --junit-xml "$results/unit.xml"
     count unit "this machine" "$results/unit.xml" $? $((SECONDS - began))
 }
 
@@ -96,7 +102,7 @@ step_live() { # real charons here, with ESP in user space
     local began=$SECONDS
     say live
     rm -f "$results/live.xml"
-    within 1200 .venv/bin/python -m pytest -q -m live --junit-xml "$results/live.xml" tests/live
+    within 1200 "${APART[@]}" .venv/bin/python -m pytest -q -m live --junit-xml "$results/live.xml" tests/live
     count live "this machine" "$results/live.xml" $? $((SECONDS - began))
 }
 
@@ -206,6 +212,22 @@ new() { # new STEP SUITE STEP...: README's commands, as a newcomer runs them; wi
     note 0 0 "$step: $((SECONDS - began)) s in all"
 }
 
+next() { # the next of the steps that nobody has begun; fails where there is none
+    local step
+    exec 8> "$results/lock" && flock 8
+    read -r step < "$results/queue" && sed -i 1d "$results/queue" && echo "$step"
+}
+
+lane() { # begins one step after the other, and prints what each printed when it is over
+    local step
+    while step=$(next); do
+        echo "== $step begins"
+        tally=$results/tally.$step
+        "step_$step" > "$results/$step.out" 2>&1
+        (flock 8 && cat "$results/$step.out") 8> "$results/lock"
+    done
+}
+
 main() {
     local step lane lanes=() guests=--here steps=("$@")
     for step in "${steps[@]}"; do
@@ -221,22 +243,22 @@ main() {
         for step in "${steps[@]}"; do "step_$step"; done
     else
         limit=$((SECONDS + ALL_SECONDS))
+        printf '%s\n' "${ALL[@]}" > "$results/queue"
         set -m # process groups of their own, so that nothing of them stays when this script is stopped
-        for lane in 1 2; do
-            (tally=$results/tally.$lane && for step in ${LANES[lane]}; do "step_$step"; done) > "$results/lane.$lane" 2>&1 &
+        for ((lane = 0; lane < LANES; lane++)); do
+            lane &
             lanes+=($!)
         done
         set +m
         trap 'for lane in "${lanes[@]}"; do kill -TERM -- "-$lane" 2> /dev/null; done' EXIT
-        for step in ${LANES[0]}; do "step_$step"; done
-        for lane in 1 2; do
-            wait "${lanes[lane - 1]}"
-            cat "$results/lane.$lane"
+        wait "${lanes[@]}"
+        for step in "${ALL[@]}"; do
+            cat "$results/tally.$step" >> "$tally" || note 0 1 "$step: FAILED, ended without a word"
         done
     fi
     say "what ran"
-    cat "$results"/tally* | cut -f 3
-    cat "$results"/tally* | awk -F '\t' '{ good += $1; bad += $2 } END { print good " passed, " bad + 0 " failed"; exit bad > 0 }'
+    cut -f 3 "$tally"
+    awk -F '\t' '{ good += $1; bad += $2 } END { print good " passed, " bad + 0 " failed"; exit bad > 0 }' "$tally"
 }
 
 main "$@"
