@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 
@@ -55,6 +55,34 @@ class HandLoop(asyncio.SelectorEventLoop):
 
     def _thread_ended(self, _: object) -> None:
         self.threads -= 1
+
+
+class StandingLoop(asyncio.SelectorEventLoop):
+    """For what has sockets: the clock stands until the test puts it on, so that no limit of time is over
+    because the machine is busy. What waits for time alone waits for `now`, in seconds, not since anything."""
+
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def run_standing(scenario: Callable[[StandingLoop], Awaitable[None]]) -> None:
+    """Only pytest's limit of time bounds it."""
+    with asyncio.Runner(loop_factory=StandingLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, StandingLoop)
+
+        async def whole() -> None:
+            await scenario(loop)
+
+        runner.run(whole())
+
+
+async def comes(there: Callable[[], object]) -> None:
+    """Wait until it is so while the clock stands."""
+    while not there():
+        await asyncio.sleep(0)
 
 
 class LoopClock:

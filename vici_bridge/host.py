@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
@@ -488,15 +487,15 @@ class CharonHost:
         `meanwhile` is called until it returns True, from the moment that charon has the order.
         """
         await self.send(undo_messages(context, await self.version()))
-        end = time.monotonic() + DELETE_PATIENCE
-        while time.monotonic() < end:
+        end = asyncio.get_running_loop().time() + DELETE_PATIENCE
+        while asyncio.get_running_loop().time() < end:
             if meanwhile():
                 break
             await asyncio.sleep(0.0005)
-        end, pause = time.monotonic() + DELETE_PATIENCE, 0.001
+        end, pause = asyncio.get_running_loop().time() + DELETE_PATIENCE, 0.001
         await asyncio.sleep(pause)  # charon takes at least as long
         while await self.view(context.spis) is not None:
-            if time.monotonic() > end:
+            if asyncio.get_running_loop().time() > end:
                 raise CharonError(
                     f"charon still lists the IKE_SA {context.connection} after it was told to drop it",
                     hint="see charon's log; `swanctl --terminate` would tell the MN",

@@ -15,7 +15,6 @@ import random
 import resource
 import socket
 import struct
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
@@ -136,7 +135,7 @@ class Door:
                 )
                 return
             source = plain_address(name)
-            refused = self._handshakes.begin(source, time.monotonic())
+            refused = self._handshakes.begin(source, asyncio.get_running_loop().time())
             if refused:
                 log.warning("turned a connection from %s away: %s", source, refused)
                 _abort(connection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal
@@ -18,7 +18,7 @@ from ikectx.sa.context import FinalState, IkeContext
 from ikectx.wire.cxtp import Ctdr, StatusBlock
 from tests import peers
 from tests.gateway_world import Place
-from tests.hand_loop import run as run_by_hand
+from tests.hand_loop import run
 from tests.vici_bridge.effects.test_sink import a_context, move, place
 from tests.worlds import one_move, until, world
 from vici_bridge.effects import source as source_module
@@ -56,14 +56,6 @@ def outbound(here: Place, context: IkeContext) -> KernelSa:
 def sends(here: Place, context: IkeContext) -> bool:
     """Does a packet for the MN leave under the SPI that it knows?"""
     return here.sad.send(context.remote_vips[0]) == context.children[0].spi_out
-
-
-def run(work: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(bounded())
 
 
 def test_esp_goes_on_until_release() -> None:
@@ -212,7 +204,7 @@ def test_the_other_gateway_says_that_it_cannot_send(wanted: bool, address: Liter
             assert answers == [(StatusBlock(Fpt.GO_ON, Status.OK),) if wanted else (), ()]
             assert report.verdicts == ()
 
-    run_by_hand(scenario())
+    run(scenario())
 
 
 def test_a_pull_goes_on_sending_too() -> None:
@@ -225,7 +217,7 @@ def test_a_pull_goes_on_sending_too() -> None:
             assert w.owner(sa) == "b"
             assert sa in w.a.daemon.sending
 
-    run_by_hand(scenario())
+    run(scenario())
 
 
 @pytest.mark.parametrize("renaming", [False, True])

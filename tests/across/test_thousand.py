@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from ikectx.sa.context import IkeContext, ReplayState
+from tests.hand_loop import run
 from tests.vici_bridge.effects.test_sink import LOW, a_context, move, place
 from vici_bridge.effects import looks as looks_module
 
@@ -49,7 +50,7 @@ def test_a_thousand_sas_from_two_gateways_at_once(monkeypatch: pytest.MonkeyPatc
         halves = [queue[at::2] for queue in queues.values() for at in (0, 1)]
         await asyncio.gather(*(push(half) for half in halves))
 
-    asyncio.run(scenario())
+    run(scenario(), seconds=3600)
     assert len(here.charon.sas) == 1000
     assert len(here.mobiles.asked) > 300
     here.sound()

@@ -136,8 +136,8 @@ def test_reactive(mobile: World, had: bool) -> None:
     before = spis(world.one("mn"))
     unanswered(world, "psg", ("mn", "psg") if had else ("psg", "mn"))
     done = asks(world, "handover", "--to", "nsg", "--json")
+    # and not because charon has given up: the SA would have ended with its request
     assert (done.code, done.json["result"]) == (0, "moved"), done
-    assert done.json["ms"] < 5000
     assert spis(world.one("mn")) == before
     settled(world, "nsg")
     lives(world, "nsg")

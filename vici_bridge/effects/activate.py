@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 
 from ikectx import trace
 from ikectx.clock import steady_wall
@@ -77,12 +76,12 @@ async def _toggle(work: Coming) -> None:
 
 @trace.spanned("charon activates")
 async def _established(host: CharonHost, here: IkeContext) -> SaView:
-    end, looks = time.monotonic() + INSTALL_TIMEOUT, 0
+    end, looks = asyncio.get_running_loop().time() + INSTALL_TIMEOUT, 0
     while True:
         view = await host.view(here.spis)
         if view is not None and view.state in ("ESTABLISHED", "REKEYING"):
             return view
-        if time.monotonic() > end:
+        if asyncio.get_running_loop().time() > end:
             raise CharonError(
                 "charon did not activate the SA", hint="is charon.segments the ha plugin's segment_count?"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
 from ikectx.errors import CharonError, KernelError, StateError, WireError
@@ -57,9 +56,9 @@ async def drop_orphan(host: CharonHost, sa: SaName) -> None:
     if view is not None:
         # nftables drops its Delete; charon does not wait for an answer
         await host.vici.terminate(view.unique_id, -1, force=True)
-    end = time.monotonic() + DROP_PATIENCE
+    end = asyncio.get_running_loop().time() + DROP_PATIENCE
     while view is not None and await host.view(sa) is not None:
-        if time.monotonic() > end:
+        if asyncio.get_running_loop().time() > end:
             raise CharonError(f"charon still lists {view.name} #{view.unique_id}", hint="see charon's log")
         await asyncio.sleep(0.01)
     await host.mute.unmute_soon(sa)

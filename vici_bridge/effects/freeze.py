@@ -20,7 +20,6 @@ unless an exchange may be under way.
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, replace
 
 from ikectx import trace
@@ -79,14 +78,14 @@ async def wait(work: Freezing) -> None:
     too, or if it is older than `QUIET`."""
     if work.host.heard.quiet(work.sa) > QUIET:
         return  # if an exchange began since, the next look finds that
-    end = time.monotonic() + IDLE_TIMEOUT
+    end = asyncio.get_running_loop().time() + IDLE_TIMEOUT
     before: tuple[str, ...] = ()
     while True:
         view = await _same(work)
         if not view.tasks or (view.tasks == before and not in_the_way(view, work.away)):
             return
         before = view.tasks
-        if time.monotonic() > end:
+        if asyncio.get_running_loop().time() > end:
             raise BusyError(f"an exchange is in flight: {', '.join(view.tasks)}")
         await asyncio.sleep(0.05)
 

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -128,13 +127,13 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
     It is PASSIVE, or ESTABLISHED already by the toggle of another SA. The kernel is asked first, because that
     costs less, and because charon is not searched for an SA that it does not have yet.
     """
-    begun = time.monotonic()
+    begun = asyncio.get_running_loop().time()
     end = begun + INSTALL_TIMEOUT
     pause = 0.001
     while True:
         pairs = [host.kernel_pair(here, child) for child in here.children]
         there = host.kernel is None or all(a is not None and b is not None for a, b in pairs)
-        late = time.monotonic() > begun + SEARCH
+        late = asyncio.get_running_loop().time() > begun + SEARCH
         view = None
         if there or late:
             # it has the next unique ID, unless others came at the same time
@@ -143,7 +142,7 @@ async def _installed(host: CharonHost, here: IkeContext) -> SaView:
         wanted = {(child.spi_in, child.spi_out) for child in here.children}
         if there and view is not None and view.state in ("PASSIVE", "ESTABLISHED") and wanted <= listed:
             return view
-        if time.monotonic() > end:
+        if asyncio.get_running_loop().time() > end:
             seen = "nothing" if view is None else f"{view.state} with {len(listed)} CHILD_SAs"
             raise CharonError(
                 f"charon did not install the SA: wanted PASSIVE with {len(wanted)} CHILD_SAs, saw {seen}",

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -355,8 +354,8 @@ class Renames:
         unwanted = {(child.spi_in, child.spi_out): child for child in before.children} if not present else {}
         for pair in wanted:
             unwanted.pop(pair, None)
-        end = time.monotonic() + INSTALL_TIMEOUT
-        while time.monotonic() < end:
+        end = asyncio.get_running_loop().time() + INSTALL_TIMEOUT
+        while asyncio.get_running_loop().time() < end:
             if meanwhile():
                 break
             await asyncio.sleep(0.0005)
@@ -373,7 +372,7 @@ class Renames:
                 listed = set() if view is None else {(child.spi_in, child.spi_out) for child in view.children}
                 if wanted.keys() <= listed and not unwanted.keys() & listed:
                     return
-            if time.monotonic() > end:
+            if asyncio.get_running_loop().time() > end:
                 raise CharonError(
                     "charon did not give the SA its new SPIs",
                     hint="see charon's log (the ha plugin logs why at level 1)",

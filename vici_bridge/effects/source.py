@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -379,10 +378,10 @@ class CharonSource(ContextSource):
 
     async def _go_on(self, context: IkeContext, final: Sequence[FinalChild]) -> None:
         """Let ESP leave until the other gateway sends it, or until a limit of time or packets is reached."""
-        end = time.monotonic() + SENDING_SECONDS
+        end = asyncio.get_running_loop().time() + SENDING_SECONDS
         start = {child.spi_in: child.outbound.seq for child in final}
         while context.spis in self._sending:
-            if time.monotonic() > end or self._sent(context, start) >= SENDING_PACKETS:
+            if asyncio.get_running_loop().time() > end or self._sent(context, start) >= SENDING_PACKETS:
                 log.warning("%s: no more ESP from here, the MN has not been told yet", context.connection)
                 self._end_sending(context)
             await asyncio.sleep(_LOOK)

@@ -28,6 +28,7 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address
 from ikectx.timing import Timing
 from tests.certs import Authority
+from tests.hand_loop import StandingLoop, comes, run_standing
 from tests.worlds import until
 
 TIMING = Timing(connect=5.0, keepalive=1.0)
@@ -74,7 +75,11 @@ async def connect(where: tuple[str, int], source: str = "127.0.0.1") -> socket.s
     sock = socket.socket()
     sock.setblocking(False)
     sock.bind((source, 0))
-    await asyncio.get_running_loop().sock_connect(sock, where)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, where)
+    except ConnectionError:
+        sock.close()
+        raise
     return sock
 
 
@@ -152,8 +157,7 @@ def test_a_peer_is_known_by_its_address_its_networks_and_its_name(
         assert not found.knows(ip_address("192.0.2.8"))
         monkeypatch.setattr(neighbours, "RESOLVE_AGAIN", 0.0)
         assert not found.knows(ip_address("192.0.2.8"))
-        await asyncio.sleep(0.01)
-        assert found.knows(ip_address("192.0.2.8")) and found.knows(ip_address("192.0.2.6"))
+        await until(lambda: found.knows(ip_address("192.0.2.8")) and found.knows(ip_address("192.0.2.6")))
         assert not found.knows(ip_address("192.0.2.7"))
 
     run(scenario())
@@ -186,57 +190,58 @@ def test_half_open_connections_take_no_more_than_their_share(ca: Authority) -> N
     """A peer's own address, no octet sent: the door lets in eight, and others of it when those are over."""
     timing = replace(TIMING, connect=0.5)
 
-    async def scenario() -> None:
+    async def scenario(loop: StandingLoop) -> None:
         async with tls_door(ca.issue("b"), timing) as (where, accepted):
             before = len(os.listdir("/proc/self/fd"))
             half_open = [asyncio.create_task(turned_away(where)) for _ in range(40)]
-            await until(lambda: sum(not task.done() for task in half_open) <= HANDSHAKES_OF_ONE)
-            waiting = sum(not task.done() for task in half_open)
-            assert waiting <= HANDSHAKES_OF_ONE
-            assert len(os.listdir("/proc/self/fd")) - before == 2 * waiting  # both ends are in this process
+            await comes(lambda: sum(not task.done() for task in half_open) == HANDSHAKES_OF_ONE)
+            # both ends are in this process
+            assert len(os.listdir("/proc/self/fd")) - before == 2 * HANDSHAKES_OF_ONE
             with pytest.raises(LinkError):
                 await tls_dial(Credentials(ca.issue("a")), timing)(PeerConfig("b", *where))
+            assert sum(not task.done() for task in half_open) == HANDSHAKES_OF_ONE
+            loop.now += timing.connect
             assert all(await asyncio.gather(*half_open))
-            await asyncio.sleep(1.5)  # what one source may open in a second comes back, too
+            loop.now += 1.5  # what one source may open in a second comes back, too
             (await tls_dial(Credentials(ca.issue("a")), timing)(PeerConfig("b", *where))).close()
             (await accepted.get()).close()
-            assert len(os.listdir("/proc/self/fd")) == before
+            await comes(lambda: len(os.listdir("/proc/self/fd")) == before)
 
-    run(scenario())
+    run_standing(scenario)
 
 
 def test_memory_of_handshakes_is_given_back_at_once(ca: Authority) -> None:
     """No cycle holds what is closed: without the garbage collector nothing grows."""
     timing = replace(TIMING, connect=0.05)
 
-    async def round_(where: tuple[str, int]) -> None:
+    async def round_(loop: StandingLoop, where: tuple[str, int]) -> None:
         half_open = [await connect(where) for _ in range(4)]
         half_open[0].send(b"GET / HTTP/1.1\r\n\r\n")
         for sock in half_open:
             assert await gone(sock)
             sock.close()
-        await asyncio.sleep(0.01)
+            loop.now += timing.connect  # the others were let in together with the first
+        for _ in range(10):
+            await asyncio.sleep(0)
 
-    async def scenario() -> None:
+    async def scenario(loop: StandingLoop) -> None:
         async with tls_door(ca.issue("b"), timing) as (where, _):
-            await round_(where)
+            await round_(loop, where)
             gc.collect()
             before = len(gc.get_objects())
             for _ in range(5):
-                await asyncio.sleep(0.4)
-                await round_(where)
+                loop.now += 0.4
+                await round_(loop, where)
             assert len(gc.get_objects()) - before < 300
 
     gc.disable()
     try:
-        run(scenario())
+        run_standing(scenario)
     finally:
         gc.enable()
 
 
-def test_no_file_descriptors_left_does_not_keep_the_agent_busy(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_file_descriptors_left_does_not_keep_the_agent_busy(caplog: pytest.LogCaptureFixture) -> None:
     class Full(socket.socket):
         """Accepts nothing for some tries, as at the limit of open files."""
 
@@ -248,8 +253,14 @@ def test_no_file_descriptors_left_does_not_keep_the_agent_busy(
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().accept()
 
-    async def scenario() -> None:
-        monkeypatch.setattr(door, "PAUSE", 0.1)
+    async def scenario(loop: StandingLoop) -> None:
+        async def asked_no_more(left: int) -> None:
+            """accept() is called until so many refusals are left, and then not before its pause is over."""
+            await comes(lambda: listening.refusals == left)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert listening.refusals == left
+
         listening = Full()
         listening.setblocking(False)
         listening.bind(("127.0.0.1", 0))
@@ -262,18 +273,20 @@ def test_no_file_descriptors_left_does_not_keep_the_agent_busy(
         one = Door(listening, Handshakes(everybody), prove, nothing)
         await one.start_serving()
         with socket.create_connection(one.address):
-            await asyncio.sleep(0.05)
-            assert listening.refusals == 2  # not asked again at once
-            (await asyncio.wait_for(came.get(), 5)).close()
+            for left in (2, 1, 0):
+                await asked_no_more(left)
+                loop.now += door.PAUSE
+            (await came.get()).close()
         assert caplog.text.count("cannot accept a connection: Too many open files") == 3
         listening.refusals = 1
         with socket.create_connection(one.address):
-            await asyncio.sleep(0.05)
+            await asked_no_more(0)
             one.close()
-            await asyncio.sleep(0.15)  # nothing is left that would look at it again
+            loop.now += door.PAUSE
+            await asked_no_more(0)  # nothing is left that would look at it again
         assert came.empty()
 
-    run(scenario())
+    run_standing(scenario)
 
 
 async def nothing(stream: Stream) -> None:
@@ -317,7 +330,6 @@ def test_a_door_that_closes_drops_what_has_not_proven_who_it_is(ca: Authority) -
             await asyncio.sleep(0.05)
         assert await gone(half_open)
         half_open.close()
-        await asyncio.sleep(0)
-        assert len(asyncio.all_tasks()) <= 2  # this one and what bounds it
+        await until(lambda: len(asyncio.all_tasks()) <= 2)  # this one and what bounds it
 
     run(scenario())

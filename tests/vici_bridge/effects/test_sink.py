@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ikectx.sa.keys import sk_keys
 from ikectx.wire.spis import ESP, IKE, NewSpi, parse_new_spis
 from tests import peers
 from tests.gateway_world import OURS, Mobiles, Place
+from tests.hand_loop import run
 from tests.vici_bridge.test_deadlines import MemoryStore
 from tests.worlds import until
 from vici_bridge.effects import prepare as prepare_module
@@ -58,14 +59,6 @@ async def move(here: Place, context: IkeContext) -> MoveReport:
     report = await here.sink.move_peer(context, final)
     await here.sink.activate(context, final, report)
     return report
-
-
-def run(work: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(bounded())
 
 
 def rival(context: IkeContext, *kinds: str, shared: bool = False) -> IkeContext:
@@ -758,7 +751,7 @@ def test_a_script_that_cannot_be_run_for_an_undo_is_run_later(
         up, down = (tmp_path / "ran").read_text().splitlines()
         assert up.startswith("up-client ") and down == up.replace("up", "down", 1)
 
-    run(scenario())
+    asyncio.run(scenario())  # a script is a process, which takes real time
 
 
 def test_an_agent_that_ended_before_the_script_ran_runs_it(tmp_path: Path) -> None:
@@ -784,7 +777,7 @@ def test_an_agent_that_ended_before_the_script_ran_runs_it(tmp_path: Path) -> No
         await here.sink.activate(context, final, report)
         assert (tmp_path / "ran").read_text() == "up-client\n"
 
-    run(scenario())
+    asyncio.run(scenario())  # a script is a process, which takes real time
 
 
 async def no_descriptors(*_: object, **more: object) -> None:
