@@ -35,14 +35,21 @@ class Notices:
         self._parts = parts
         self._peers = {peer.name: peer for peer in parts.config.peers}
         self._telling: dict[str, Process] = {}
+        self._unkept: dict[str, bytes] = {}
+        """Notices that the store could not take, for as long as the process lives."""
 
     def tell(self, peer: str, news: Whereabouts) -> Steps[None]:
-        """Tell that peer, now and until it has acknowledged it, over restarts too. Errors: StoreError."""
+        """Tell that peer, now and until it has acknowledged it, over restarts too. Errors: StoreError: it is
+        told, but not after a restart."""
         if peer not in self._peers:
             log.info("%s is no peer any more, so it gets no notice about its SA", peer)
             return
-        yield Put(_KIND, _key(peer, news), news.serialize())
+        key, raw = _key(peer, news), news.serialize()
+        self._unkept[key] = raw  # an older one of the SA is obsolete
         self.start(peer)
+        yield Put(_KIND, key, raw)
+        if self._unkept.get(key) == raw:
+            del self._unkept[key]
 
     def start_all(self) -> Steps[None]:
         """Go on telling what the store has."""
@@ -66,7 +73,7 @@ class Notices:
         """What that peer has not acknowledged yet."""
         found = []
         kept: Sequence[tuple[str, bytes]] = yield Items(_KIND)
-        for key, raw in kept:
+        for key, raw in {**dict(kept), **self._unkept}.items():
             if _peer_of(key) == peer:
                 try:
                     found.append(_read(raw))
@@ -120,8 +127,12 @@ class Notices:
     def _forget(self, peer: str, told: list[Whereabouts]) -> Steps[None]:
         for news in told:
             # there may be newer ones of the same SA
-            if (yield Get(_KIND, _key(peer, news))) == news.serialize():
-                yield Delete(_KIND, _key(peer, news))
+            key, raw = _key(peer, news), news.serialize()
+            unkept = self._unkept.get(key) == raw  # then the store has none, or an older one
+            if unkept:
+                del self._unkept[key]
+            if unkept or (yield Get(_KIND, key)) == raw:
+                yield Delete(_KIND, key)
 
     # -- those of others ---------------------------------------------------------------------------------
 

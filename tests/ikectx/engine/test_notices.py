@@ -104,6 +104,26 @@ def test_it_outlives_the_agent() -> None:
     run(main())
 
 
+def test_a_full_disk_keeps_nobody_from_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with two() as (w, heard):
+
+            def full(*_: object, **__: object) -> None:
+                raise StoreError("the disk is full")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(w.b.store, "put", full)
+                with pytest.raises(StoreError):
+                    w.b.agent.tell("a", ENDED)
+                await until(lambda: bool(heard))
+            assert heard == [("b", ENDED)]
+            w.b.agent.tell("a", MOVED)
+            await until(lambda: len(heard) > 1 and not waiting(w))
+            assert heard == [("b", ENDED), ("b", MOVED)]
+
+    run(main())
+
+
 def test_it_is_told_again_where_it_could_not_be_taken_in() -> None:
     async def main() -> None:
         async with two() as (w, heard):
