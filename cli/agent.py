@@ -85,7 +85,8 @@ HOOK_PATIENCE = 5.0
 
 def run(config: Config) -> int:
     """Run the agent until SIGTERM or SIGINT. Errors: IkectxError when it cannot start."""
-    mark = Path(config.control.socket).with_suffix(".mark")
+    socket = Path(config.control.socket)
+    mark = socket.with_name(socket.name.removesuffix(".sock") + ".mark")  # each socket has its own
     return service.run(config.state_dir, lambda store: Agent(config, store), config.state_key, mark)
 
 
@@ -373,7 +374,7 @@ class Agent:
         for view in views:
             rules = self._host.config.rules.get(view.name)
             others = () if rules is None else rules.local_ids
-            found = view_json(view, self._host.obstacle(view), *self._source.way(view))
+            found = view_json(view, self._host.obstacle(view, views), *self._source.way(view))
             found["warning"] = reauthentication(view, connections.get(view.name), others)
             yield with_json(found, name=view.name)
 

@@ -418,8 +418,9 @@ class CharonHost:
         """Whether the record has all keys of the IKE_SA and its CHILD_SAs, and no doubtful message IDs."""
         return not isinstance(self.obstacle(view), UnknownSaError)
 
-    def obstacle(self, view: SaView) -> IkectxError | None:
-        """Why that SA cannot be moved, as far as this gateway can tell; None: it can."""
+    def obstacle(self, view: SaView, listed: Iterable[SaView] = ()) -> IkectxError | None:
+        """Why that SA cannot be moved, as far as this gateway can tell; None: it can. `listed`: all SAs that
+        may have the same mobile node and selectors."""
         try:
             self.ha_version.check()
             self.orphans.check(view.spis)
@@ -429,7 +430,8 @@ class CharonHost:
             context = self.record.context(view.spis)
             if not self.config.mobile_node:
                 check_context(context)
-                check_alone(view, self._recent(self.record.alike(view.spis)))
+                alike = self.record.alike(view.spis)
+                check_alone(view, [one for one in listed if one.spis in alike] if alike else ())
             self.doubts.check(view.spis)
             check_told(view, context)
         except (CharonError, RefusedError, UnknownSaError) as error:
@@ -440,9 +442,6 @@ class CharonHost:
         """Other IKE_SAs of charon that may have the same mobile node and selectors."""
         names = self.record.alike(sa) if sa in self.record else []
         return [view for name in names if (view := await self.view(name)) is not None]
-
-    def _recent(self, names: Iterable[SaName]) -> list[SaView]:
-        return [view for name in names if (view := self.listing.recent(name, MOMENT)) is not None]
 
     async def view(self, sa: SaName, *, search: bool = True) -> SaView | None:
         """One of charon's SAs by its SPIs; `search`: also among all, if its unique ID is not known."""

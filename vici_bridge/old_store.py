@@ -6,6 +6,7 @@ prepared: these may have sent under the SAs' keys. And its ledger may have steps
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection
 from dataclasses import replace
@@ -21,6 +22,9 @@ from .kernel.kernel import Kernel
 from .vici.views import SaView
 
 log = logging.getLogger(__name__)
+
+PAUSES = (0.1, 0.5, 0.0)
+"""Seconds after each time that charon could not be asked, because an error may pass in a moment."""
 
 
 async def look_at_store(host: CharonHost, store: SqliteStore) -> None:
@@ -38,11 +42,14 @@ async def mistrust(host: CharonHost, let_go: Collection[SaName]) -> None:
     `let_go`: SAs of which the store says that they were let go, and that no gateway has confirmed. Errors:
     KernelError, StoreError.
     """
-    views: list[SaView] | None
-    try:
-        views = await host.views()
-    except (CharonError, WireError):
-        views = None
+    views: list[SaView] | None = None
+    for pause in PAUSES:
+        try:
+            views = await host.views()
+            break
+        except (CharonError, WireError) as error:
+            log.warning("charon cannot say which SAs it serves: %s", error)
+            await asyncio.sleep(pause)
     muted = {one.spis for one in host.mute.listing()}
     served = [view for view in views or () if view.state == "ESTABLISHED" and view.spis not in muted]
     ours = {child.spi_out for view in served for child in view.children} if views is not None else None

@@ -10,13 +10,14 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ikectx.disk.place import open_store
 from ikectx.disk.store import SqliteStore, opens
 from ikectx.errors import ConfigError, KernelError, UsageError
-from ikectx_cli import service
+from ikectx_cli import agent, service
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,15 @@ def run(state_dir: Path, *signals: signal.Signals, error: Exception | None = Non
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     (agent,) = run(tmp_path / "state", number)
     assert agent.calls == ["start", "stop"]
+
+
+def test_each_socket_has_a_mark_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = []
+    monkeypatch.setattr(service, "run", lambda *given: marks.append(given[-1]))
+    for socket_path in ("/run/ikectx.sock", "/run/gw.a", "/run/gw.b"):
+        config = SimpleNamespace(control=SimpleNamespace(socket=socket_path), state_dir=None, state_key=None)
+        agent.run(config)  # type: ignore[arg-type]
+    assert list(map(str, marks)) == ["/run/ikectx.mark", "/run/gw.a.mark", "/run/gw.b.mark"]
 
 
 def test_one_that_cannot_start_is_stopped_all_the_same(tmp_path: Path) -> None:

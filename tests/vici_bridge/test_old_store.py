@@ -16,6 +16,7 @@ from ikectx.engine.tables import OSEQ_JUMP
 from ikectx.errors import CharonError, KernelError
 from ikectx.sa.context import ReplayState
 from ikectx.sa.name import SaName
+from vici_bridge import old_store
 from vici_bridge.kernel.xfrm import KernelSa
 from vici_bridge.old_store import mistrust
 from vici_bridge.orphans import Orphans
@@ -63,9 +64,12 @@ class Host:
         self.coming: Ledger[TargetFacts] = Ledger(store, "target")
         self.orphans = Orphans(self.mute, self.leaving, lambda sa: False)  # type: ignore[arg-type]
         self._charon = charon
+        self.refusals = 0
+        """How often charon does not answer first."""
 
     async def views(self) -> list[Any]:
-        if self._charon is None:
+        self.refusals -= 1
+        if self._charon is None or self.refusals >= 0:
             raise CharonError("charon is away")
         return [
             SimpleNamespace(spis=sa, state=state, children=[SimpleNamespace(spi_out=spi) for spi in spis])
@@ -84,6 +88,15 @@ def test_outbound_numbers_go_past_what_others_may_have_sent() -> None:
     assert kernel.numbers == {b"one_": 300 + 2 * OSEQ_JUMP, b"two_": (1 << 32) - 1, b"gone": 7, b"prep": 9}
 
 
+def test_charon_is_asked_again_if_it_could_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(old_store, "PAUSES", (0.0, 0.0, 0.0))
+    kernel = FakeKernel({b"one_": 300, b"prep": 9})
+    host = Host(kernel, {SERVED: ("ESTABLISHED", (b"one_",)), HALF: ("PASSIVE", (b"prep",))}, set())
+    host.refusals = 2
+    host.mistrust()
+    assert kernel.numbers == {b"one_": 300 + 2 * OSEQ_JUMP, b"prep": 9}
+
+
 def test_steps_that_may_be_over_are_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     charon: Charon = {sa: ("ESTABLISHED", ()) for sa in (FROZEN, SERVED, LET_GO)}
     charon[HALF] = ("PASSIVE", ())
@@ -99,7 +112,8 @@ def test_steps_that_may_be_over_are_forgotten(caplog: pytest.LogCaptureFixture) 
     assert host.orphans.known == {FROZEN} and "ikectx resolve" in caplog.text
 
 
-def test_a_charon_that_is_away_serves_nothing() -> None:
+def test_a_charon_that_is_away_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(old_store, "PAUSES", (0.0,))
     kernel = FakeKernel({b"one_": 300})
     host = Host(kernel, None, {FROZEN})
     host.coming.note(SERVED, stage="active")
