@@ -18,6 +18,14 @@ from .options import clock_option, from_option, guest_option, page_option, read,
 MOST_CASES = 1_000_000
 
 
+def _part(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
+    """The first number and the step of "2/3": (1, 3)."""
+    which, _, of = text.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and 1 <= int(which) <= int(of) <= MOST_CASES):
+        raise click.BadParameter(f"{text!r} is not one such as 1/2")
+    return int(which) - 1, int(of)
+
+
 @click.command(short_help="Kill, cut and hang whatever takes part in a move, at each of its points.")
 @click.option(
     "--sample",
@@ -30,6 +38,13 @@ MOST_CASES = 1_000_000
     "--seed", type=click.IntRange(0, (1 << 63) - 1), default=1, show_default=True, help="Of the sample."
 )
 @click.option("--mode", metavar="MODE", default="", help="Only cases of this mode.")
+@click.option(
+    "--part",
+    metavar="K/N",
+    default="1/1",
+    callback=_part,
+    help="Only the Kth of N parts of these: the others run elsewhere, and --from joins their outcomes.",
+)
 @click.option("--list", "only_list", is_flag=True, help="Run nothing: print the cases.")
 @click.option(
     "--jobs",
@@ -51,6 +66,7 @@ def kills(
     count: int | None,
     seed: int,
     mode: str,
+    part: tuple[int, int],
     only_list: bool,
     jobs: int,
     guest: str,
@@ -70,7 +86,7 @@ def kills(
     from . import kill_cases, kill_page
 
     every = [kill_cases.case(name) for name in names] or kill_cases.cases(mode)
-    chosen = every if count is None else kill_cases.sample(every, count, seed)
+    chosen = (every if count is None else kill_cases.sample(every, count, seed))[part[0] :: part[1]]
     if only_list:
         _list(chosen, as_json)
         return
@@ -87,7 +103,7 @@ def kills(
             kills=True,
         )
         found = kill_page.summarise(
-            _run(request, quiet=quiet), _command(guest, clock, mode, count, seed, names)
+            _run(request, quiet=quiet), _command(guest, clock, mode, count, seed, part, names)
         )
     if target is not None:
         write(target, kill_page.page(found))
@@ -113,13 +129,22 @@ def _run(request: lab_start.RunRequest, *, quiet: bool) -> list[dict[str, Any]]:
         return [found[number] for number in sorted(found)]
 
 
-def _command(guest: str, clock: str, mode: str, count: int | None, seed: int, names: Sequence[str]) -> str:
+def _command(
+    guest: str,
+    clock: str,
+    mode: str,
+    count: int | None,
+    seed: int,
+    part: tuple[int, int],
+    names: Sequence[str],
+) -> str:
     """The command line that runs the same cases."""
     words = ["ikectx lab kills"]
     words += [f"--guest {guest}"] if guest != "auto" else []
     words += [f"--time {clock}"] if clock != "real" else []
     words += [f"--mode {mode}"] if mode else []
     words += [f"--sample {count} --seed {seed}"] if count is not None else []
+    words += [f"--part {part[0] + 1}/{part[1]}"] if part[1] > 1 else []
     return " ".join([*words, *names])
 
 

@@ -132,7 +132,7 @@ def written(world: World) -> dict[str, bytes]:
 
 
 def talkative(world: World, host: str) -> None:
-    """Its agent begins anew, with a log of everything."""
+    """Its agent begins anew, with a log of everything and a trace."""
     world.lab.stop(host, "agent")
     folder = world.lab.work / host
     words = (
@@ -140,7 +140,8 @@ def talkative(world: World, host: str) -> None:
         if host == "mn"
         else ["serve", "--config", f"{folder}/ikectx.toml"]
     )
-    world.lab.spawn(host, "agent", ["env", "IKECTX_LOG=DEBUG", "ikectx", *words])
+    said = ("IKECTX_LOG=DEBUG", f"IKECTX_TRACE={folder}/trace.jsonl")
+    world.lab.spawn(host, "agent", ["env", *said, "ikectx", *words])
     world.lab.wait_agent(host)
 
 
@@ -161,6 +162,7 @@ def secrets_of(world: World) -> set[bytes]:
 def found_nowhere(secrets: Iterable[bytes], places: Mapping[str, bytes]) -> None:
     assert any("state.db" in name for name in places)
     assert any(b"DEBUG" in octets for name, octets in places.items() if "agent.out" in name)
+    assert any(octets for name, octets in places.items() if name.endswith("trace.jsonl"))
     for key in secrets:
         for form in forms(key):
             where = [name for name, octets in places.items() if form in octets]
@@ -222,8 +224,9 @@ def test_no_secret_is_written_or_shown(world: World) -> None:
         world.restart("psg")
         work = world.begin("nsg", "transfer", "--to", "psg")
         until(lambda: world.status("nsg")["transfers"], "a transfer is open")
-        done = world.ikectx("psg", "history", "--json")
-        said["history"] = (done.out + done.err).encode()
+        for words in (("history", "--json"), ("history", "--audit", "--json"), ("resolve", "--json")):
+            done = world.ikectx("psg", *words)
+            said[" ".join(words)] = (done.out + done.err).encode()
         world.lab.stop("nsg", "agent", kill=True)
         ended = world.end(work)
         said["transfer cut off"] = (ended.out + ended.err).encode()

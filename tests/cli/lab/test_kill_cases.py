@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from ikectx.engine.tables import SourceAction, TargetAction
 from ikectx.errors import UsageError
@@ -25,6 +26,7 @@ from ikectx_cli.lab.kill_cases import (
     steps,
     walk,
 )
+from ikectx_cli.lab.kills_command import kills
 
 KILLS = Path(__file__).parents[2] / "kills.txt"
 """The cases that tests/run.sh runs."""
@@ -89,3 +91,13 @@ def test_a_sample_is_the_same_for_a_seed_and_has_each_mode() -> None:
     assert some == sample(every, 60, 7) != sample(every, 60, 8)
     assert len({one.name for one in some}) == 60
     assert {one.point.mode for one in some} == {"push", "pull", "reactive"}
+
+
+def test_the_parts_of_a_sample_are_the_whole() -> None:
+    def listed(*words: str) -> list[str]:
+        done = CliRunner().invoke(kills, ["--list", "--sample", "25", *words])
+        return done.output.split()
+
+    parts = [listed("--part", f"{part}/3") for part in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == sorted(listed())
+    assert CliRunner().invoke(kills, ["--list", "--part", "3/2"]).exit_code == 2
