@@ -92,17 +92,19 @@ class Audit:
         """Anchor the end of a log that has no rows yet."""
         self._put("head", 0, _NONE)
 
-    def append(self, line: Mapping[str, object]) -> None:
-        """Add a row, and move the end. In the caller's transaction, because one without the other is no log.
+    def append(self, *lines: Mapping[str, object]) -> None:
+        """Add rows, and move the end. In the caller's transaction, because one without the other is no log.
 
         If the end was tampered with, a number is left out, so that each later verification finds a row gone.
         """
         end, last = self._end("head"), self._last()
-        number, before = last if end is None else max(end, last)
-        number += 1 if end == last else 2
-        text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
-        mac = self._mac(before, number, text.encode("utf-8", "replace"))
-        self._db.execute("INSERT INTO audit VALUES (?, ?, ?)", (number, text, mac))
+        number, mac = last if end is None else max(end, last)
+        number += 0 if end == last else 1
+        for line in lines:
+            number += 1
+            text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+            mac = self._mac(mac, number, text.encode("utf-8", "replace"))
+            self._db.execute("INSERT INTO audit VALUES (?, ?, ?)", (number, text, mac))
         self._put("head", number, mac)
 
     def lines(self, limit: int) -> list[dict[str, Any]]:

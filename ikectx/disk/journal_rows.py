@@ -25,10 +25,8 @@ COLUMNS = (
     "transfer_id, role, peer, spi_i, spi_r, mn, mn_address, state, epoch, context, final,"
     " started, updated, detail, result, status, phases, moved"
 )
-_UPDATE = (
-    "UPDATE journal SET state = ?, epoch = ?, updated = ?, detail = ?, result = ?, status = ?,"
-    " phases = ?, moved = ? WHERE transfer_id = ? AND role = ?"
-)
+_CHANGE = ("state", "epoch", "updated", "detail", "result", "status", "phases", "moved")
+"""Columns that each write has."""
 _INSERT = (
     f"INSERT INTO journal ({COLUMNS}) VALUES ({', '.join('?' * len(COLUMNS.split(',')))})"  # noqa: S608
     " ON CONFLICT (transfer_id, role) DO UPDATE SET state = excluded.state,"
@@ -37,27 +35,38 @@ _INSERT = (
     " status = excluded.status, phases = excluded.phases, moved = excluded.moved"
 )
 
+Secrets = tuple[bytes | None, bytes | None]
+"""Context and final state of a row."""
 
-def write(db: sqlite3.Connection, sealer: Sealer, entry: JournalEntry, same: bool) -> None:
-    """Put the entry where (transfer_id, role) is. `same`: its context and final state are those that the row
-    has. They are not written again then, because an SA that moves goes through a dozen states, and they stay
-    the same in most of them."""
-    ident = entry.transfer_id, entry.role
-    numbers = json.dumps(dict(entry.phases)), json.dumps(dict(entry.moved))
-    if same:
-        state = entry.state, entry.epoch, entry.updated, entry.detail, entry.result, int(entry.status)
-        if db.execute(_UPDATE, (*state, *numbers, *ident)).rowcount:
+
+def write(db: sqlite3.Connection, sealer: Sealer, entry: JournalEntry, kept: Secrets | None) -> None:
+    """Put the entry where (transfer_id, role) is. `kept`: what the row has; None: not known. What stays the
+    same is not written again, because an SA that moves goes through a dozen states."""
+    numbers = [json.dumps(dict(one)) if one else "{}" for one in (entry.phases, entry.moved)]
+    state = entry.state, entry.epoch, entry.updated, entry.detail, entry.result, int(entry.status), *numbers
+    if kept is not None:
+        sealed = {
+            name: _sealed(sealer, entry, name, value)
+            for name, value, before in zip(
+                ("context", "final"), (entry.context, entry.final), kept, strict=True
+            )
+            if value != before
+        }
+        columns = ", ".join(f"{name} = ?" for name in (*_CHANGE, *sealed))
+        update = f"UPDATE journal SET {columns} WHERE transfer_id = ? AND role = ?"  # noqa: S608
+        if db.execute(update, (*state, *sealed.values(), entry.transfer_id, entry.role)).rowcount:
             return
-    context, final = (
-        None if value is None else sealer.seal(_place(entry, name), value)
-        for name, value in (("context", entry.context), ("final", entry.final))
-    )
     row = (
-        *(*ident, entry.peer, *entry.sa, entry.mn, entry.mn_address, entry.state, entry.epoch),
-        *(context, final, entry.started, entry.updated, entry.detail, entry.result, int(entry.status)),
-        *numbers,
+        *(entry.transfer_id, entry.role, entry.peer, *entry.sa, entry.mn, entry.mn_address),
+        *(entry.state, entry.epoch),
+        *(_sealed(sealer, entry, "context", entry.context), _sealed(sealer, entry, "final", entry.final)),
+        *(entry.started, *state[2:]),
     )
     db.execute(_INSERT, row)
+
+
+def _sealed(sealer: Sealer, entry: JournalEntry, name: str, value: bytes | None) -> bytes | None:
+    return None if value is None else sealer.seal(_place(entry, name), value)
 
 
 def parse(row: tuple[object, ...], sealer: Sealer | None) -> JournalEntry:

@@ -79,7 +79,7 @@ class SqliteStore:
         self._written = 0
         self._waiting: dict[tuple[str, str, str], bytes | None] = {}
         """Rows of the ledger that are to be written with whatever is written next."""
-        self._sealed: dict[tuple[bytes, Role], tuple[bytes | None, bytes | None]] = {}
+        self._sealed: dict[tuple[bytes, Role], journal_rows.Secrets] = {}
         """Context and final state that the journal has of transfers that are open, by ID and role."""
         try:
             self._db = sqlite3.connect(str(path), isolation_level=None, timeout=1.0)
@@ -379,14 +379,15 @@ class SqliteStore:
         """
         self._sync(durable)
         rows = bool(self._waiting)
-        more = rows or len(entries) > 1 or any(entry.audit for entry in entries)
+        lines = [entry.audit for entry in entries if entry.audit]
+        more = rows or lines or len(entries) > 1
         with self._transaction() if more else self._errors():
             self._write_rows()
             for entry in entries:
                 kept = self._sealed.get((entry.transfer_id, entry.role))
-                journal_rows.write(self._db, self._sealer, entry, kept == (entry.context, entry.final))
-                if entry.audit:
-                    self._audit.append(entry.audit)
+                journal_rows.write(self._db, self._sealer, entry, kept)
+            if lines:
+                self._audit.append(*lines)
         if rows:
             self._waiting.clear()
         for entry in entries:

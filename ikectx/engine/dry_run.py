@@ -6,6 +6,7 @@ from dataclasses import replace as changed
 
 from ikectx.errors import IkectxError, LinkError, RefusedError, StateError
 from ikectx.numbers import Status
+from ikectx.wire.cxtp import size
 
 from .hints import advice
 from .lines import reply_to
@@ -43,7 +44,7 @@ class DryRun(Outgoing):
         except IkectxError as error:
             self.blame(error)
             return changed(self.report(), dry_run=True)
-        self.count(len(answer.serialize()))
+        self.count(size(answer))
         status, self._verdicts = offer_status(answer)
         report = changed(
             self.report(),

@@ -26,7 +26,7 @@ from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.wire import packet_proof as proof
 from ikectx.wire import tokens
-from ikectx.wire.cxtp import Ctc, CtReq
+from ikectx.wire.cxtp import Ctc, CtReq, size
 from ikectx.wire.tokens import Purpose, TokenBlock, TokenError
 
 from .effects import Delete, Find, FindTransfer, Get, Items, Put, Recorded
@@ -303,7 +303,7 @@ class Grants:
                 raise BusyError("it is being announced")
             yield from allowed(run.context, run)
             if run.held and run.link is line and run.sequence == message.sequence:
-                run.count(len(message.serialize()))
+                run.count(size(message))
                 run.signals.post(SourceInput.REQUESTED)
                 yield Opened(run.over)
                 return _ended(run.report(), run.told)
@@ -379,7 +379,7 @@ class Grants:
                 asked_by=f"gateway {line.peer.name}, for the mobile node ({_reason(message)})",
             ),
         )
-        run.count(len(message.serialize()))
+        run.count(size(message))
         return run
 
 

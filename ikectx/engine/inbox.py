@@ -18,7 +18,7 @@ from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address, FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
-from ikectx.wire.cxtp import Ctc, Ctd, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import Ctc, Ctd, Pctd, TokenAlgorithm, size
 from ikectx.wire.full_ctd import decode_last, final_of
 from ikectx.wire.profile import TransferHeader, decode
 from ikectx.wire.reasons import refusals
@@ -242,7 +242,7 @@ class Inbox:
 
     def _begin(self, run: Incoming, line: Line, message: Pctd | Ctd, wanted: Request | None) -> Steps[None]:
         self.runs[run.stored.transfer_id] = run
-        run.count(len(message.serialize()))
+        run.count(size(message))
         if wanted is not None:
             wanted.begun(self, run)
         if isinstance(message, Ctd):
@@ -407,7 +407,7 @@ class Inbox:
             log.warning("%s names a transfer that is not its own", line.label)
             answer(line, mn, refusal(Status.UNKNOWN_TRANSFER))
             return
-        run.count(len(message.serialize()))
+        run.count(size(message))
         if not run.ended and entry.transfer_id not in self.runs and run.machine.state is not TargetState.NEW:
             # open in the journal and not here: its end could not be written down
             yield from self._resume(entry)

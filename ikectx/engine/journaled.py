@@ -244,11 +244,12 @@ class Run(Generic[_State, _Input, _Action]):
             context=None if over else self.entry.context,
             final=None if over else self.entry.final,
         )
+        written = entry
         if state in self._durable and self.is_move(entry):
             line = audit_line(entry, self.parts.name, self.asked_by, self.context, self.last_state)
-            entry = changed(entry, audit={**line, **self.decided()})
-        yield Write(entry, durable=self.parts.config.policy.durable and state in self._durable)
-        self.entry = changed(entry, audit=None)
+            written = changed(entry, audit={**line, **self.decided()})
+        yield Write(written, durable=self.parts.config.policy.durable and state in self._durable)
+        self.entry = entry
         self.on_disk = state
 
     def is_move(self, entry: JournalEntry) -> bool:

@@ -19,7 +19,7 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import FinalState, IkeContext, Secret
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm
+from ikectx.wire.cxtp import Ctc, Ctd, Ctdr, Pctd, TokenAlgorithm, size
 from ikectx.wire.full_ctd import decode_last, encode_whole
 from ikectx.wire.profile import Intent, TransferHeader, decode, encode_final
 
@@ -118,6 +118,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         self._offered = entry is not None
         """Has the peer been told of it, as far as we know?"""
         self._asked: Question | None = None
+        self._ctd: Ctd | None = None
+        """The CTD that lets go; None: it is in the journal, if at all."""
         self._verdicts: tuple[Verdict, ...] = ()
         self._messages = 0
         self._octets = 0
@@ -304,7 +306,8 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         try:
             if self.link is None or self.link.error is not None:
                 raise self.link.error if self.link and self.link.error else LinkError("not connected")
-            letting_go = changed(Ctd.parse(self.stored.final or b""), elapsed=self._elapsed())
+            ctd = self._ctd or Ctd.parse(self.stored.final or b"")
+            letting_go = changed(ctd, elapsed=self._elapsed())
             # no answer in time: asked once more on the same link
             again = self._asked if self._asked is not None and self._asked.reply is None else None
             octets, self._asked = self.link.ask(letting_go, again)
@@ -381,7 +384,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
             else:
                 self.blame(reply)
             return SourceInput.LINK_LOST
-        self.count(len(reply.serialize()))
+        self.count(size(reply))
         status, self._verdicts = offer_status(reply)
         if status is Status.OK:
             self.asked_for = frozenset(verdict.fpt for verdict in self._verdicts)
@@ -441,7 +444,7 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
                 final = changed(final, mid_initiator=self.expects, unsure=False)
             if self.mid is not None and final.mid_responder != self.mid:
                 raise Overrun("the MN sent another request meanwhile")
-            letting_go = self._encode(context, final)
+            self._ctd = self._encode(context, final)
             self.last_state = final
         except Overrun as error:
             self.blame(error)
@@ -459,17 +462,17 @@ class Outgoing(Run[SourceState, SourceInput, SourceAction]):
         if self.link is None or self.link.error is not None:
             self.blame((self.link and self.link.error) or LinkError("the connection is gone"))
             return SourceInput.LINK_LOST
-        self.entry = changed(entry, final=letting_go, epoch=final.epoch)
+        self.entry = changed(entry, final=self._ctd.serialize(), epoch=final.epoch)
         return SourceInput.OK
 
-    def _encode(self, context: IkeContext, final: FinalState) -> bytes:
-        """The CTD, as octets. Errors: `Overrun`."""
+    def _encode(self, context: IkeContext, final: FinalState) -> Ctd:
+        """The CTD. Errors: `Overrun`."""
         if self._begins is SourceInput.REQUESTED:
             blocks = encode_whole(context, final, transfer=self._header)
         else:
             check_sent(context, final, self.parts.config.policy.oseq_jump)
             blocks = encode_final(final, self.transfer_id)
-        return Ctd(context.remote.address, blocks).serialize()
+        return Ctd(context.remote.address, blocks)
 
     def _divert(self) -> Steps[None]:
         if not (self.leaving and Fpt.LEAVING in self.asked_for):

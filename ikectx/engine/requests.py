@@ -18,7 +18,7 @@ from ikectx.peer import PeerConfig
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
 from ikectx.sa.verdict import Verdict
-from ikectx.wire.cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq, StatusBlock
+from ikectx.wire.cxtp import Blocks, ContextDataBlock, Ctc, Ctdr, CtReq, StatusBlock, size
 from ikectx.wire.profile import TransferHeader
 
 from .hints import advice
@@ -256,7 +256,7 @@ class Request:
 
     def refused(self, message: Ctdr, status: Status) -> None:
         """The peer says no to it."""
-        self._count(len(message.serialize()))
+        self._count(size(message))
         self._tell(_Refused(status))
 
     # -- asking ------------------------------------------------------------------------------------------

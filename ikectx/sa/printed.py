@@ -18,6 +18,8 @@ _KEY_DIGEST = 20
 _SEQUENCE, _SET, _OID = 0x30, 0x31, 0x06
 _SUBNET4, _SUBNET6, _RANGE4, _RANGE6 = 4, 6, 7, 8
 """Identities of IKEv1 (RFC 2407, 4.6.2)."""
+_SHOWN = bytes(octet if 0x20 <= octet < 0x7F else ord("?") for octet in range(256))
+"""What each octet is shown as."""
 _URI = 201
 """strongSwan's own type for a URI."""
 
@@ -70,7 +72,7 @@ def printed(kind: int, data: bytes) -> str:
     elif kind == IdType.DER_ASN1_GN:
         text = "(ASN.1 general name)"
     elif kind == IdType.KEY_ID:
-        plain = len(data) != _KEY_DIGEST and all(map(_is_printable, data))
+        plain = len(data) != _KEY_DIGEST and data.translate(_SHOWN) == data
         text = data.decode("ascii") if plain else data.hex(":")
     else:
         text = f"(unknown ID type: {kind})"
@@ -79,11 +81,7 @@ def printed(kind: int, data: bytes) -> str:
 
 def printable(data: bytes) -> str:
     """The octets as ASCII, those that are not printable as question marks."""
-    return bytes(octet if _is_printable(octet) else ord("?") for octet in data).decode("ascii")
-
-
-def _is_printable(octet: int) -> bool:
-    return 0x20 <= octet < 0x7F
+    return data.translate(_SHOWN).decode("ascii")
 
 
 _ADDRESSES = {

@@ -102,9 +102,12 @@ def _fail(what: str, why: str, at: int) -> WireError:
     return WireError(f"{what}: {why} at octet {at}")
 
 
-def loads(data: bytes, what: str = "CBOR", *, padding: int = 0) -> Any:
-    """The value of the one item in `data`, followed by at most `padding` zero octets. Errors: WireError."""
-    end = scan(data, what)
+def loads(data: bytes, what: str = "CBOR", *, padding: int = 0, own: bool = False) -> Any:
+    """The value of the one item in `data`, followed by at most `padding` zero octets. Errors: WireError.
+
+    `own`: `dumps` has just made it, so that its octets need not be checked.
+    """
+    end = len(data) if own else scan(data, what)
     tail = data[end:]
     if len(tail) > padding or any(tail):
         raise WireError(f"{what}: {len(tail)} octets after the CBOR item that are no padding")

@@ -34,6 +34,8 @@ MAX_BLOCK_DATA = 255 * BLOCK_UNIT - BLOCK_HEADER
 """Data octets of the largest Context Data Block without a presence vector: 2036."""
 
 _V4, _FLAG, _PRESENCE = 0x80, 0x40, 0x80
+_STATUS = 4
+"""Octets of a status."""
 
 
 class TokenAlgorithm(OpenEnum):
@@ -63,26 +65,26 @@ class ContextDataBlock:
     fpt: Fpt
     data: bytes = field(default=b"", repr=False)
     presence: int | None = None
+    size: int = field(init=False, repr=False, compare=False)
+    """Octets on the wire."""
 
     def __post_init__(self) -> None:
         _unsigned("feature profile type", self.fpt, 16)
+        used = BLOCK_HEADER + len(self.data)
         if self.presence is not None:
             _unsigned("presence vector", self.presence, 32)
-        if self.size > 255 * BLOCK_UNIT:
+            used += 4
+        if used > 255 * BLOCK_UNIT:
             raise ValueError(f"{len(self.data)} octets are too many for one context data block")
-
-    @property
-    def size(self) -> int:
-        """Octets on the wire."""
-        used = BLOCK_HEADER + len(self.data) + (0 if self.presence is None else 4)
-        return used if used == BLOCK_HEADER else -(-used // BLOCK_UNIT) * BLOCK_UNIT
+        object.__setattr__(
+            self, "size", used if used == BLOCK_HEADER else -(-used // BLOCK_UNIT) * BLOCK_UNIT
+        )
 
     @classmethod
     def read(cls, reader: Reader) -> ContextDataBlock:
         """The next block of a message."""
-        fpt = Fpt(reader.u16("feature profile type"))
-        units = reader.u8("block length")
-        flags = reader.u8("block flags")
+        head = reader.u32("header of a block")
+        units, flags = head >> 8 & 0xFF, head & 0xFF
         presence = None
         size = max(units * BLOCK_UNIT, BLOCK_HEADER)
         if flags & _PRESENCE:
@@ -90,17 +92,17 @@ class ContextDataBlock:
                 raise reader.fail("a block of length 0 has no room for its presence vector")
             presence = reader.u32("presence vector")
             size -= 4
-        return cls(fpt, reader.octets(size - BLOCK_HEADER, "block data"), presence)
+        return cls(Fpt(head >> 16), reader.octets(size - BLOCK_HEADER, "block data"), presence)
 
     def write(self, writer: Writer) -> None:
         """Append the block to a message."""
-        writer.u16(self.fpt).u8(self.size // BLOCK_UNIT)
-        if self.presence is None:
-            writer.u8(0).octets(self.data)
-        else:
-            writer.u8(_PRESENCE).u32(self.presence).octets(self.data)
-        used = BLOCK_HEADER + len(self.data) + (0 if self.presence is None else 4)
-        writer.octets(bytes(self.size - used))
+        flags = 0 if self.presence is None else _PRESENCE
+        end = len(writer) + self.size
+        writer.u32(self.fpt << 16 | self.size // BLOCK_UNIT << 8 | flags)
+        if self.presence is not None:
+            writer.u32(self.presence)
+        writer.octets(self.data)
+        writer.octets(bytes(end - len(writer)))
 
 
 Blocks = tuple[ContextDataBlock, ...]
@@ -120,14 +122,12 @@ class StatusBlock:
     @classmethod
     def read(cls, reader: Reader) -> StatusBlock:
         """The next status of a message; the reserved octet is ignored."""
-        fpt = Fpt(reader.u16("feature profile type"))
-        status = Status(reader.u8("status"))
-        reader.u8("reserved octet")
-        return cls(fpt, status)
+        whole = reader.u32("status")
+        return cls(Fpt(whole >> 16), Status(whole >> 8 & 0xFF))
 
     def write(self, writer: Writer) -> None:
         """Append the status to a message."""
-        writer.u16(self.fpt).u8(self.status).u8(0)
+        writer.u32(self.fpt << 16 | self.status << 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +139,24 @@ class _Header:
 
     @classmethod
     def read(cls, reader: Reader) -> _Header:
-        first = reader.u8("version and type")
-        if first >> 4 != VERSION:
-            raise reader.fail(f"CXTP version {first >> 4} is not {VERSION},")
-        kind = Cxtp(first & 0x0F)
+        head = reader.u32("header")
+        if head >> 28 != VERSION:
+            raise reader.fail(f"CXTP version {head >> 28} is not {VERSION},")
+        kind, flags, length = Cxtp(head >> 24 & 0x0F), head >> 16 & 0xFF, head & 0xFFFF
         if kind not in MESSAGES:
             raise reader.fail(f"CXTP has no message type {int(kind)},")
-        flags = reader.u8("flags")
-        length = reader.u16("message length")
         if length < HEADER_SIZE:
             raise reader.fail(f"message length {length} is shorter than the header,")
         return cls(kind, bool(flags & _V4), bool(flags & _FLAG), length)
 
 
-def _open(data: bytes, kind: Cxtp) -> tuple[_Header, Reader]:
-    """The header of the message in `data` and a reader of its body."""
+def _open(data: bytes, kind: Cxtp, header: _Header | None) -> tuple[_Header, Reader]:
+    """The header of the message in `data`, unless it was read before, and a reader of its body."""
     reader = Reader(data, kind.name)
-    header = _Header.read(reader)
+    if header is None:
+        header = _Header.read(reader)
+    else:
+        reader.octets(HEADER_SIZE)
     if header.type is not kind:
         raise reader.fail(f"the message is a {header.type.name}")
     if header.length != len(data):
@@ -207,7 +208,7 @@ def _finish(
     for part in parts:
         part.write(body)
     flags = (_V4 if mn.version == 4 else 0) | (_FLAG if flag else 0)
-    out = Writer().u8(VERSION << 4 | kind).u8(flags)
+    out = Writer().u16((VERSION << 4 | kind) << 8 | flags)
     out.u16(HEADER_SIZE + len(body), f"{kind.name}: message length")
     return out.octets(body.done()).done()
 
@@ -236,8 +237,8 @@ class Ctar:
         _unsigned("token", self.token, 32)
 
     @classmethod
-    def parse(cls, data: bytes) -> Ctar:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> Ctar:
+        header, reader = _open(data, cls.TYPE, header)
         mn = _address(reader, header)
         router = _address(reader, header, "other router's address")
         sequence = reader.u32("sequence number")
@@ -275,8 +276,8 @@ class Ctaa:
         _apart(self.statuses, self.blocks, CTAA_BLOCKS, "CTAA")
 
     @classmethod
-    def parse(cls, data: bytes) -> Ctaa:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> Ctaa:
+        header, reader = _open(data, cls.TYPE, header)
         mn = _address(reader, header)
         statuses = _statuses(reader, data, CTAA_BLOCKS)
         return cls(mn, statuses, _blocks(reader))
@@ -304,8 +305,8 @@ class Ctd:
         _unsigned("elapsed time", self.elapsed, 32)
 
     @classmethod
-    def parse(cls, data: bytes) -> Ctd:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> Ctd:
+        header, reader = _open(data, cls.TYPE, header)
         elapsed = reader.u32("elapsed time")
         mn = _address(reader, header)
         return cls(mn, _blocks(reader), elapsed, header.flag)
@@ -338,8 +339,8 @@ class Pctd:
         _unsigned("key length", len(self.key), 16)
 
     @classmethod
-    def parse(cls, data: bytes) -> Pctd:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> Pctd:
+        header, reader = _open(data, cls.TYPE, header)
         elapsed = reader.u32("elapsed time")
         mn = _address(reader, header)
         algorithm = TokenAlgorithm(reader.u16("token algorithm"))
@@ -370,8 +371,8 @@ class Ctdr:
         _apart(self.statuses, self.blocks, CTDR_BLOCKS, "CTDR")
 
     @classmethod
-    def parse(cls, data: bytes) -> Ctdr:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> Ctdr:
+        header, reader = _open(data, cls.TYPE, header)
         mn = _address(reader, header)
         statuses = _statuses(reader, data, CTDR_BLOCKS)
         return cls(mn, statuses, header.flag, _blocks(reader))
@@ -390,8 +391,8 @@ class Ctc:
     mn: Address
 
     @classmethod
-    def parse(cls, data: bytes) -> Ctc:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> Ctc:
+        header, reader = _open(data, cls.TYPE, header)
         mn = _address(reader, header)
         reader.end()
         return cls(mn)
@@ -419,8 +420,8 @@ class CtReq:
         _unsigned("token", self.token, 32)
 
     @classmethod
-    def parse(cls, data: bytes) -> CtReq:
-        header, reader = _open(data, cls.TYPE)
+    def parse(cls, data: bytes, header: _Header | None = None) -> CtReq:
+        header, reader = _open(data, cls.TYPE, header)
         mn = _address(reader, header)
         sequence = reader.u32("sequence number")
         token = reader.u32("token")
@@ -433,7 +434,7 @@ class CtReq:
 
 Message = Ctar | Ctaa | Ctd | Pctd | Ctdr | Ctc | CtReq
 
-MESSAGES: dict[Cxtp, Callable[[bytes], Message]] = {
+MESSAGES: dict[Cxtp, Callable[[bytes, _Header], Message]] = {
     Cxtp.CTAR: Ctar.parse,
     Cxtp.CTAA: Ctaa.parse,
     Cxtp.CTD: Ctd.parse,
@@ -447,7 +448,27 @@ MESSAGES: dict[Cxtp, Callable[[bytes], Message]] = {
 
 def parse_message(data: bytes) -> Message:
     """The one message that `data` holds. Errors: WireError."""
-    return MESSAGES[_Header.read(Reader(data, "CXTP")).type](data)
+    header = _Header.read(Reader(data, "CXTP"))
+    return MESSAGES[header.type](data, header)
+
+
+def size(message: Message) -> int:
+    """Octets of the message on the wire."""
+    mn = len(message.mn.packed)
+    match message:
+        case Ctar():
+            fields = mn + 8
+        case Pctd():
+            fields = 8 + len(message.key)
+        case CtReq():
+            fields = 8
+        case Ctd():
+            fields = 4
+        case _:
+            fields = 0
+    blocks = () if isinstance(message, Ctc) else message.blocks
+    statuses = message.statuses if isinstance(message, Ctaa | Ctdr) else ()
+    return HEADER_SIZE + mn + fields + _STATUS * len(statuses) + sum(block.size for block in blocks)
 
 
 class StreamDecoder:
@@ -483,7 +504,7 @@ class StreamDecoder:
                 header = _Header.read(Reader(bytes(self._buffer[:HEADER_SIZE]), "CXTP stream"))
                 if len(self._buffer) < header.length:
                     break
-                found.append(parse_message(bytes(self._buffer[: header.length])))
+                found.append(MESSAGES[header.type](bytes(self._buffer[: header.length]), header))
                 del self._buffer[: header.length]
         except WireError as error:
             self._error = error

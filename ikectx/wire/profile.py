@@ -423,23 +423,26 @@ def _join(blocks: Iterable[ContextDataBlock]) -> dict[Fpt, bytes]:
     return joined
 
 
-def _open(joined: dict[Fpt, bytes], fpt: Fpt) -> cbor.MapReader:
-    """The profile's map, after its version was checked; an empty one if the profile was not sent."""
+def _open(joined: dict[Fpt, bytes], fpt: Fpt, own: bool) -> cbor.MapReader:
+    """The profile's map, after its version was checked; an empty one if the profile was not sent. `own`: it
+    was made here."""
     if fpt not in joined:
         return cbor.MapReader({}, fpt.name)
-    entry = cbor.MapReader(cbor.loads(joined[fpt], fpt.name, padding=7), fpt.name)
+    entry = cbor.MapReader(cbor.loads(joined[fpt], fpt.name, padding=7, own=own), fpt.name)
     version = entry.need(0, cbor.u64)
     if version != VERSION:
         raise WireError(f"{fpt.name}: version {version} is not known")
     return entry
 
 
-def _close(maps: dict[Fpt, dict[int, Any]]) -> tuple[ContextDataBlock, ...]:
+def _close(maps: dict[Fpt, dict[int, Any]]) -> tuple[dict[Fpt, bytes], tuple[ContextDataBlock, ...]]:
+    """The octets of each profile, and their blocks."""
     # not checked here: both callers decode what they have encoded
-    blocks = [b for fpt, out in maps.items() for b in _split(fpt, cbor.dumps(out, fpt.name, own=True))]
+    joined = {fpt: cbor.dumps(out, fpt.name, own=True) for fpt, out in maps.items()}
+    blocks = [block for fpt, data in joined.items() for block in _split(fpt, data)]
     if sum(block.size for block in blocks) > MAX_PROFILE:
         raise WireError("the context does not fit in one CXTP message")
-    return tuple(blocks)
+    return joined, tuple(blocks)
 
 
 def _keep(maps: dict[Fpt, dict[int, Any]], unknown: Unknown) -> Unknown:
@@ -481,30 +484,34 @@ def encode(context: IkeContext, *, transfer: TransferHeader) -> tuple[ContextDat
         del maps[Fpt.SPD]
     if context.peer is None and Fpt.PAD not in named:
         del maps[Fpt.PAD]
-    blocks = _close(maps)
-    if decode(blocks) != (replace(context, unknown=kept), transfer):
+    joined, blocks = _close(maps)
+    expected = context if kept == context.unknown else replace(context, unknown=kept)
+    if _context(joined, own=True) != (expected, transfer):
         raise WireError("the context holds something that has no place in its profile")
     return blocks
 
 
 def decode(blocks: Iterable[ContextDataBlock]) -> tuple[IkeContext, TransferHeader]:
     """The context in the blocks of a PCTD. Blocks of other FPTs are passed over. Errors: WireError."""
-    joined = _join(blocks)
+    return _context(_join(blocks))
+
+
+def _context(joined: dict[Fpt, bytes], own: bool = False) -> tuple[IkeContext, TransferHeader]:
     if Fpt.IKEV2_SA not in joined:
         raise WireError("no IKEV2_SA profile")
-    transfer, parts, unknown = _ike(_open(joined, Fpt.IKEV2_SA))
+    transfer, parts, unknown = _ike(_open(joined, Fpt.IKEV2_SA, own))
 
-    sad = _open(joined, Fpt.SAD)
+    sad = _open(joined, Fpt.SAD, own)
     items = sad.take(1, _ITEMS, ())
     read = [_child(value, where, n, parts) for n, (value, where) in enumerate(items)]
     parts["children"] = tuple(child for child, _ in read)
     unknown += _rest(sad, Fpt.SAD) + tuple(u for _, rest in read for u in rest)
 
-    spd = _open(joined, Fpt.SPD)
+    spd = _open(joined, Fpt.SPD, own)
     parts["policies"] = spd.take(1, _policies, ())
     unknown += _rest(spd, Fpt.SPD)
 
-    pad = _open(joined, Fpt.PAD)
+    pad = _open(joined, Fpt.PAD, own)
     if Fpt.PAD in joined:
         parts["peer"] = _peer(pad, parts)
     unknown += _rest(pad, Fpt.PAD)
@@ -533,18 +540,21 @@ def encode_final(final: FinalState, transfer_id: bytes) -> tuple[ContextDataBloc
     rows = [[c.spi_in, entries.replay_out(c.inbound), entries.replay_out(c.outbound)] for c in final.children]
     if rows:
         maps[Fpt.SAD] = {0: VERSION, 2: rows}
-    blocks = _close(maps)
-    if decode_final(blocks) != (final, transfer_id):
+    joined, blocks = _close(maps)
+    if _final(joined, own=True) != (final, transfer_id):
         raise WireError("the final state holds something that has no place in its profile")
     return blocks
 
 
 def decode_final(blocks: Iterable[ContextDataBlock]) -> tuple[FinalState, bytes]:
     """(final state, transfer id) of a CTD. Unknown keys and FPTs are passed over. Errors: WireError."""
-    joined = _join(blocks)
+    return _final(_join(blocks))
+
+
+def _final(joined: dict[Fpt, bytes], own: bool = False) -> tuple[FinalState, bytes]:
     if Fpt.IKEV2_SA not in joined:
         raise WireError("no IKEV2_SA profile")
-    ike, sad = _open(joined, Fpt.IKEV2_SA), _open(joined, Fpt.SAD)
+    ike, sad = _open(joined, Fpt.IKEV2_SA, own), _open(joined, Fpt.SAD, own)
     names = ike.need(1, cbor.octets(24))
     mid_initiator, mid_responder = ike.take(18, _MIDS, (0, 0))
     rows = sad.take(2, _FINAL_ROWS, ())
