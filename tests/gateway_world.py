@@ -460,8 +460,6 @@ class Detour:
     def device_now(self, prefix: object) -> int:
         return 0
 
-    def forget_old_table(self) -> None: ...
-
     def close(self) -> None: ...
 
 

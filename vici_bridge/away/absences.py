@@ -390,7 +390,6 @@ class Away:
                     ours = policy.selector.user == OURS and not kept
                     if ours and replace(policy, index=0).raw not in wanted:
                         self._kernel.delete_policy(policy)
-            self._detour.forget_old_table()
             sent = {prefix for row in rows for prefix in row.sent_on}
             self._detour.remove([net for net in self._detour.listing() if str(net) not in sent])
             closed = {prefix for row in rows for prefix in row.closed}

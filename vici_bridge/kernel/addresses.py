@@ -19,11 +19,11 @@ from ipaddress import IPv4Address, IPv6Address
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address, Secret
 
-from .changes import ADDRESSES, ROUTES, Changes
-from .detour import is_local, way_to
+from .detour import is_local, stir, way_to
+from .kernel_events import KernelEvents, changes_of_addresses
 from .netlink import ROUTE, Netlink
-from .routes import CREATE, DELROUTE, DUMP, NEWROUTE, REPLACE, REQUEST, UNICAST, KernelRoute
-from .xfrm_parts import XfrmRequest, family_of
+from .netlink_parts import DUMP, HEADER, REQUEST, attributes
+from .xfrm_parts import XfrmRequest
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,6 @@ _GETADDR = 22
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _UNUSABLE = 0x04 | 0x08 | 0x20 | 0x40
 """IFA_F_OPTIMISTIC, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE (linux/if_addr.h)."""
-_NUDGE_TABLE = 4068
-_NOWHERE = {4: "192.0.2.254", 6: "2001:db8::fffe"}
-"""Documentation addresses (RFC 5737, RFC 3849), to which no packet is sent."""
 
 
 class OuterAddresses:
@@ -41,7 +38,7 @@ class OuterAddresses:
 
     def __init__(self) -> None:
         self._route = Netlink(ROUTE, "routes")
-        self._changes: Changes | None = None
+        self._changes: KernelEvents | None = None
 
     def close(self) -> None:
         """Close the socket, and stop watching."""
@@ -78,42 +75,26 @@ class OuterAddresses:
     def _usable(self, version: int) -> list[Address]:
         """The addresses of this host that packets to other networks may come from."""
         family = socket.AF_INET if version == 4 else socket.AF_INET6
-        header = struct.pack("=IHHII", 24, _GETADDR, REQUEST | DUMP, 0, 0)
+        header = HEADER.pack(24, _GETADDR, REQUEST | DUMP, 0, 0)
         body = struct.pack("=BBBBI", family, 0, 0, 0, 0)
         answers = self._route.ask(XfrmRequest(Secret(header + body), "list this host's addresses"))
         return [address for answer in answers if (address := _address(answer)) is not None]
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` at once whenever addresses or routes have changed. Errors: KernelError."""
-        self._changes = Changes(ADDRESSES | ROUTES, changed)
+        self._changes = changes_of_addresses(changed)
 
     def nudge(self, remote: Address) -> None:
-        """Make charon check whether its paths are still good, by adding and removing a route to nowhere.
+        """Make charon check whether its paths are still good (`detour.stir`).
 
         charon is told of changes by the kernel and ignores them for passive SAs, and it is not told again
         when they become active (strongSwan 5.9.8, 6.0.6). Raises nothing.
         """
         try:
             _, device = way_to(self._route, self.towards(remote) or remote, remote)
-            for number, flags in ((NEWROUTE, CREATE | REPLACE), (DELROUTE, 0)):
-                self._route.ask(_route_message(number, flags, remote.version, device))
+            stir(self._route, device, remote.version)
         except KernelError as error:
             log.debug("charon is not told that addresses have changed: %s", error)
-
-
-def _route_message(number: int, flags: int, version: int, device: int) -> XfrmRequest:
-    nowhere = IPv4Address(_NOWHERE[4]) if version == 4 else IPv6Address(_NOWHERE[6])
-    route = KernelRoute(
-        family_of(nowhere),
-        nowhere,
-        nowhere.max_prefixlen,
-        device=device,
-        table=_NUDGE_TABLE,
-        maker=4,
-        scope=253,
-        kind=UNICAST,
-    )
-    return route.request(number, flags, "have charon look at its ways")
 
 
 def _chosen_source(remote: Address) -> Address | None:
@@ -133,14 +114,10 @@ def _address(answer: bytes) -> Address | None:
     if len(answer) < 24:
         return None
     family, _, flags, scope, _ = struct.unpack_from("=BBBBI", answer, 16)
-    found: dict[int, bytes] = {}
-    at = 24
-    while at + 4 <= len(answer):
-        size, kind = struct.unpack_from("=HH", answer, at)
-        if size < 4:
-            break
-        found[kind] = answer[at + 4 : at + size]
-        at += (size + 3) & ~3
+    try:
+        found = dict(attributes(answer, 24))
+    except ValueError:
+        return None
     if len(more := found.get(_IFA_FLAGS, b"")) == 4:  # the header has room for eight of them
         (flags,) = struct.unpack("=I", more)
     if scope or flags & _UNUSABLE:

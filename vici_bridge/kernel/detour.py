@@ -21,6 +21,7 @@ from ikectx.sa.context import Address
 
 from . import routes
 from .netlink import ROUTE, Netlink, failure
+from .netlink_parts import CREATE, DUMP, REPLACE
 from .routes import GETROUTE, LOCAL, UNICAST, UNREACHABLE, KernelRoute
 from .xfrm_parts import INET, INET6, Network, XfrmRequest, family_of
 
@@ -31,10 +32,8 @@ TABLE = 255
 PROTOCOL = 91
 """Protocol number of our routes; Linux leaves numbers from 5 on to routing daemons."""
 
-_OLD_TABLE, _OLD_PRIORITY = 4067, 210
-"""The table in which earlier agents kept the routes, and the rule that leads there."""
 _STIRRED, _LINK = 4068, 253
-"""The table of a route that is for charon's eyes only (`Detour.stir`), and its scope, RT_SCOPE_LINK."""
+"""The table of a route that is for charon's eyes only (`stir`), and its scope, RT_SCOPE_LINK."""
 _NOBODY: dict[int, Address] = {4: IPv4Address("192.0.2.255"), 6: IPv6Address("2001:db8::ffff")}
 _METRIC = 1024
 """Metric of our routes: behind the kernel's own for an address of this host, which has 0."""
@@ -130,19 +129,6 @@ class Detour:
         with self._lock:
             self._delete(wanted, shut=True)
 
-    def forget_old_table(self) -> None:
-        """Remove the rule for the table that an older agent used, and its routes. Errors: KernelError.
-
-        No other function finds them.
-        """
-        with self._lock:
-            for family in (INET, INET6):
-                what = f"remove the rule that leads to routing table {_OLD_TABLE}"
-                request = routes.rule_request(family, _OLD_PRIORITY, _OLD_TABLE, what)
-                outcome = self._route.transact([request])[0]
-                if outcome.errno not in (0, errno.ENOENT, errno.EAFNOSUPPORT):
-                    raise failure(request, outcome)
-
     def listing(self, *, shut: bool = False) -> list[Network]:
         """All prefixes that are sent on, or those that are shut. Errors: KernelError."""
         with self._lock:
@@ -173,33 +159,8 @@ class Detour:
         return is_local(self._route, address)
 
     def stir(self, towards: Address) -> None:
-        """Have charon look for the best path of each of its IKE_SAs, as it does when a route changes.
-
-        The route that comes and goes is in a table that no rule leads to, for an address of no host (RFC
-        5737, RFC 3849), by the device that leads to `towards`: charon (5.9.8 to 6.0.6, kernel-netlink) heeds
-        routes by devices that it uses, in any table but two. Errors: KernelError.
-        """
-        device, _ = self._way_to(towards)
-        if not device:
-            return  # charon looks when there is a way
-        nobody = _NOBODY[towards.version]
-        for number, flags in ((routes.NEWROUTE, routes.CREATE | routes.REPLACE), (routes.DELROUTE, 0)):
-            new = number == routes.NEWROUTE
-            route = KernelRoute(
-                family_of(nobody),
-                nobody,
-                nobody.max_prefixlen,
-                device=device,
-                metric=_METRIC,
-                table=_STIRRED,
-                maker=PROTOCOL,
-                scope=_LINK if new else 255,
-                kind=UNICAST,
-            )
-            request = route.request(number, flags, "have charon look for its ways")
-            outcome = self._route.transact([request])[0]
-            if outcome.errno not in (0, errno.ESRCH):
-                raise failure(request, outcome)
+        """Have charon look for the best path of each of its IKE_SAs (`stir`). Errors: KernelError."""
+        stir(self._route, self._way_to(towards)[0], towards.version)
 
     def _way_to(self, address: Address) -> tuple[int, bool]:
         """The device towards an address, and whether it is on that link itself."""
@@ -224,7 +185,7 @@ class Detour:
         found: list[Network] = []
         for family in (INET, INET6):
             asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
-            request = asked.request(GETROUTE, routes.DUMP, "list the detours")
+            request = asked.request(GETROUTE, DUMP, "list the detours")
             try:
                 answers = self._route.ask(request)
             except KernelError as error:
@@ -261,7 +222,7 @@ def _route_request(
         kind=UNREACHABLE if shut else UNICAST,
         own=own,
     )
-    return route.request(number, routes.CREATE | routes.REPLACE if new else 0, what)
+    return route.request(number, CREATE | REPLACE if new else 0, what)
 
 
 def ask_way(route: Netlink, destination: Address, source: Address | None = None) -> KernelRoute | None:
@@ -288,6 +249,32 @@ def way_to(route: Netlink, source: Address, destination: Address) -> tuple[bool,
     """
     way = ask_way(route, destination, source)
     return (False, 0) if way is None else (way.kind == LOCAL, way.device)
+
+
+def stir(link: Netlink, device: int, version: int) -> None:
+    """Have charon look for the best path of each of its IKE_SAs, as it does when a route changes.
+
+    The route that comes and goes is in a table that no rule leads to, for an address of no host (RFC 5737,
+    RFC 3849), by a device of which charon has an SA: charon (5.9.8 to 6.0.6, kernel-netlink) heeds routes by
+    devices that it uses, in any table but two. `device`: 0, there is no way; charon looks when there is one.
+    Errors: KernelError.
+    """
+    nobody = _NOBODY[version]
+    for number, flags, scope in ((routes.NEWROUTE, CREATE | REPLACE, _LINK), (routes.DELROUTE, 0, 255)):
+        route = KernelRoute(
+            family_of(nobody),
+            nobody,
+            nobody.max_prefixlen,
+            device=device,
+            metric=_METRIC,
+            table=_STIRRED,
+            maker=PROTOCOL,
+            scope=scope,
+            kind=UNICAST,
+        )
+        request = route.request(number, flags, "have charon look for its ways")
+        if device and (outcome := link.transact([request])[0]).errno not in (0, errno.ESRCH):
+            raise failure(request, outcome)
 
 
 def _network(prefix: str | Network) -> Network:

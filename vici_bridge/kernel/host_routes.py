@@ -10,6 +10,7 @@ from ikectx.sa.context import Address
 from . import routes
 from .detour import PROTOCOL, TABLE, ask_way, is_local
 from .netlink import ROUTE, Netlink, failure
+from .netlink_parts import CREATE, DUMP, REPLACE
 from .routes import GETROUTE, LOCAL, KernelRoute
 from .xfrm_parts import INET, INET6, XfrmRequest, family_of
 
@@ -55,7 +56,7 @@ class HostRoutes:
         """Undo each `add`, also of an agent before this one."""
         for family in (INET, INET6):
             asked = KernelRoute(family, table=TABLE, maker=PROTOCOL)
-            request = asked.request(GETROUTE, routes.DUMP, "list addresses of the agent's")
+            request = asked.request(GETROUTE, DUMP, "list addresses of the agent's")
             try:
                 answers = self._route.ask(request)
             except KernelError as error:
@@ -82,4 +83,4 @@ def _request(number: int, address: Address) -> XfrmRequest:
         kind=LOCAL,
     )
     what = f"{'make' if new else 'end making'} {address} an address of this host"
-    return route.request(number, routes.CREATE | routes.REPLACE if new else 0, what)
+    return route.request(number, CREATE | REPLACE if new else 0, what)

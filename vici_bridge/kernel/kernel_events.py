@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import struct
 from collections.abc import Callable, Collection
 
 from ikectx.errors import KernelError
 
 from .detour import PROTOCOL
-from .netlink import NETFILTER, ROUTE
-
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_HEADER = struct.Struct("=IHHII")
+from .netlink import NETFILTER, ROUTE, event_socket
+from .netlink_parts import HEADER, messages
 
 _NFTABLES = (7,)
 """NFNLGRP_NFTABLES."""
@@ -33,6 +30,8 @@ _FIREWALL_SOON = 0.02
 
 _WAYS = (1, 5, 7, 9, 11)
 """RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
+_ADDRESSES = (5, 7, 9, 11)
+"""The same without devices."""
 _DEVICE_OR_ADDRESS = (16, 17, 20, 21)
 """RTM_NEWLINK, DELLINK, NEWADDR, DELADDR."""
 _DELROUTE = 25
@@ -43,15 +42,11 @@ _WAYS_SOON = 0.2
 
 def _messages(data: bytes) -> list[tuple[int, int, bytes]] | None:
     """Type, sender's netlink port and body of each message of a datagram; None if it cannot be read."""
-    found = []
-    at = 0
-    while at + _HEADER.size <= len(data):
-        length, kind, _, _, port = _HEADER.unpack_from(data, at)
-        if length < _HEADER.size or at + length > len(data):
-            return None
-        found.append((kind, port, data[at + _HEADER.size : at + length]))
-        at += (length + 3) & ~3
-    return found
+    found = messages(data)
+    if b"" in found:
+        return None
+    heads = [HEADER.unpack_from(message) for message in found]
+    return [(head[1], head[4], message[HEADER.size :]) for head, message in zip(heads, found, strict=True)]
 
 
 def removes_table(data: bytes, tables: Collection[str], own: Collection[int]) -> bool:
@@ -60,10 +55,10 @@ def removes_table(data: bytes, tables: Collection[str], own: Collection[int]) ->
 
     `own`: the netlink ports by which this process changes them itself.
     """
-    messages = _messages(data)
-    return messages is None or any(
+    found = _messages(data)
+    return found is None or any(
         kind >> 8 == _SUBSYSTEM and kind & 0xFF in _REMOVALS and port not in own and _names(body, tables)
-        for kind, port, body in messages
+        for kind, port, body in found
     )
 
 
@@ -81,11 +76,11 @@ def changes_ways(data: bytes, own: int) -> bool:
 
     `own`: the netlink port by which this process changes routes itself.
     """
-    messages = _messages(data)
-    return messages is None or any(
+    found = _messages(data)
+    return found is None or any(
         kind in _DEVICE_OR_ADDRESS
         or (kind == _DELROUTE and port != own and len(body) > _MAKER and body[_MAKER] == PROTOCOL)
-        for kind, port, body in messages
+        for kind, port, body in found
     )
 
 
@@ -108,17 +103,7 @@ class KernelEvents:
         self._changed = changed
         self._soon = soon
         self._pending: asyncio.TimerHandle | None = None
-        try:
-            self._events = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, family
-            )
-            self._events.bind((0, 0))
-            for group in groups:
-                self._events.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-        except OSError as error:
-            raise KernelError(
-                f"changes of the kernel's tables cannot be watched: {error.strerror}", errno=error.errno or 0
-            ) from None
+        self._events = event_socket(family, groups, "changes of the kernel's tables")
         asyncio.get_running_loop().add_reader(self._events, self._readable)
 
     def close(self) -> None:
@@ -158,3 +143,9 @@ def table_removals(
 def changes_of_ways(own: int, changed: Callable[[], None]) -> KernelEvents:
     """`changed` after changes of devices, addresses and our routes. Errors: KernelError."""
     return KernelEvents(ROUTE, _WAYS, lambda data: changes_ways(data, own), changed, _WAYS_SOON)
+
+
+def changes_of_addresses(changed: Callable[[], None]) -> KernelEvents:
+    """`changed` after changes of addresses and routes, at once, because a handover waits for it. Errors:
+    KernelError."""
+    return KernelEvents(ROUTE, _ADDRESSES, lambda data: True, changed, 0.0)

@@ -11,19 +11,21 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ikectx import trace
 from ikectx.errors import KernelError
 
+from .netlink_parts import attributes
 from .xfrm_parts import XfrmRequest
 
 ROUTE = 0
 XFRM = 6
 NETFILTER = 12
 
-_SOL_NETLINK = 270
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_RCVBUFFORCE = 33
 _CAP_ACK = 10
 _EXT_ACK = 11
@@ -199,11 +201,41 @@ def _words(message: bytes, flags: int) -> str:
         return ""
     (length,) = struct.unpack_from("=I", message, 20)
     at = 20 + (16 if flags & _F_CAPPED else (length + 3) & ~3)
-    while at + 4 <= len(message):
-        size, kind = struct.unpack_from("=HH", message, at)
-        if size < 4:
-            break
-        if kind & 0x3FFF == 1:
-            return message[at + 4 : at + size].split(b"\0", 1)[0].decode("ascii", "replace")
-        at += (size + 3) & ~3
+    with suppress(ValueError):
+        for number, value in attributes(message, at):
+            if number == 1:
+                return value.split(b"\0", 1)[0].decode("ascii", "replace")
     return ""
+
+
+def event_socket(protocol: int, groups: Collection[int], what: str, buffer: int = 0) -> socket.socket:
+    """A socket for the kernel's events of these groups; it never blocks. `buffer`: octets for those that
+    wait. `what`: the subject of an error's text. Errors: KernelError."""
+    try:
+        events = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol
+        )
+    except OSError as error:
+        raise deaf(what, error) from None
+    if groups:
+        listen(events, groups, what, buffer)
+    return events
+
+
+def listen(events: socket.socket, groups: Collection[int], what: str, buffer: int = 0) -> None:
+    """Have such a socket hear these groups, too; it is closed after an error. Errors: KernelError."""
+    try:
+        events.bind((0, 0))
+        for group in groups:
+            events.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        if buffer:
+            with suppress(OSError):
+                events.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+    except OSError as error:
+        events.close()
+        raise deaf(what, error) from None
+
+
+def deaf(what: str, error: OSError) -> KernelError:
+    """The error for events that cannot be heard."""
+    return KernelError(f"{what} cannot be watched: {error.strerror}", errno=error.errno or 0)

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import shutil
-import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ikectx.errors import KernelError
 from ikectx.sa.context import Secret
 
 from .netlink import NETFILTER, Netlink, NetlinkOutcome, failure
+from .netlink_parts import ACK, CREATE, DUMP, HEADER, NESTED, REQUEST, attribute, attributes
 from .xfrm_parts import XfrmRequest
 
 PLAIN = "@th,64,64 . @th,128,64"
@@ -34,8 +34,6 @@ _TIMEOUT = 30.0
 _SUBSYSTEM = 10
 _DELTABLE, _GETCHAIN, _NEWSETELEM, _GETSETELEM, _DELSETELEM = 2, 4, 12, 13, 14
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
-_NESTED = 0x8000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +66,19 @@ class NftTable:
     def rules(self, chain: str) -> int:
         """Number of the chain's rules; 0 if there is no chain."""
         body = _text(1, self.name) + _text(3, chain)
-        request = XfrmRequest(Secret(_message(_GETCHAIN, _REQUEST | _ACK, body)), f"look for chain {chain}")
+        request = XfrmRequest(Secret(_message(_GETCHAIN, REQUEST | ACK, body)), f"look for chain {chain}")
         with self._ours():
             for answer in self._outcomes(request)[0].answers:
-                return int.from_bytes(dict(_attributes(answer[20:])).get(6, b""))
+                return int.from_bytes(dict(attributes(answer[20:])).get(6, b""))
         return 0
 
     def elements(self, name: str, key: bytes | None = None) -> list[Element]:
         """The element of that key, or all. Empty if there is no such set."""
         body = _text(1, self.name) + _text(2, name)
-        flags = _DUMP if key is None else _ACK
+        flags = DUMP if key is None else ACK
         if key is not None:
             body += _list_of(key)
-        request = XfrmRequest(Secret(_message(_GETSETELEM, _REQUEST | flags, body)), f"look into set {name}")
+        request = XfrmRequest(Secret(_message(_GETSETELEM, REQUEST | flags, body)), f"look into set {name}")
         with self._ours():
             (answers,) = self._transact(request, absent_ok=True)
             return [element for answer in answers for element in _read_elements(answer)]
@@ -90,7 +88,7 @@ class NftTable:
         requests = []
         for name in names:
             body = _text(1, self.name) + _text(2, name) + _list_of(key)
-            message = _message(_GETSETELEM, _REQUEST | _ACK, body)
+            message = _message(_GETSETELEM, REQUEST | ACK, body)
             requests.append(XfrmRequest(Secret(message), f"look into set {name}"))
         with self._ours():
             return [
@@ -103,7 +101,7 @@ class NftTable:
         """While an answer is read: an element that this program does not make becomes a KernelError."""
         try:
             yield
-        except (struct.error, IndexError, KeyError):
+        except (ValueError, KeyError):
             raise KernelError(
                 f"nftables' table inet {self.name} holds something that is not ours",
                 hint=f"look at `nft list table inet {self.name}`",
@@ -113,10 +111,10 @@ class NftTable:
         """Remove the keys from those of these sets that have them."""
         pairs = [(name, key) for key in keys for name in names]
         every = b"".join(
-            self._change(_DELSETELEM, _ACK if at == len(pairs) else 0, *pair)
+            self._change(_DELSETELEM, ACK if at == len(pairs) else 0, *pair)
             for at, pair in enumerate(pairs, 1)
         )
-        each = [self._change(_DELSETELEM, _ACK, *pair) for pair in pairs]
+        each = [self._change(_DELSETELEM, ACK, *pair) for pair in pairs]
         what = f"take {', '.join(key.hex() for key in keys)} out of sets {', '.join(names)}"
         # a deletion takes some milliseconds in the kernel: one for all, unless a key is missing in a set
         for messages in (every, *each):
@@ -131,23 +129,23 @@ class NftTable:
         there."""
         last = len(elements) - 1
         messages = (
-            self._change(_NEWSETELEM, _CREATE | (_ACK if number == last else 0), name, key, value)
+            self._change(_NEWSETELEM, CREATE | (ACK if number == last else 0), name, key, value)
             for number, (name, key, value) in enumerate(elements)
         )
         self._transact(XfrmRequest(Secret(_batch(b"".join(messages))), f"fill maps of table {self.name}"))
 
     def empty(self, names: Sequence[str]) -> None:
         """Remove all elements from these sets or maps, all at once. If they are gone, that is the same."""
-        messages = (self._change(_DELSETELEM, _ACK if name == names[-1] else 0, name, b"") for name in names)
+        messages = (self._change(_DELSETELEM, ACK if name == names[-1] else 0, name, b"") for name in names)
         request = XfrmRequest(Secret(_batch(b"".join(messages))), f"empty maps of table {self.name}")
         self._transact(request, absent_ok=True)
 
     def change(self, gone: Sequence[tuple[str, bytes]], come: Sequence[tuple[str, bytes, bytes]]) -> None:
         """Remove elements of maps (name, key), which must be there, then add others, all at once."""
         parts = [(_DELSETELEM, 0, name, key, b"") for name, key in gone]
-        parts += [(_NEWSETELEM, _CREATE, *element) for element in come]
+        parts += [(_NEWSETELEM, CREATE, *element) for element in come]
         messages = (
-            self._change(kind, flags | (_ACK if at == len(parts) else 0), name, key, value)
+            self._change(kind, flags | (ACK if at == len(parts) else 0), name, key, value)
             for at, (kind, flags, name, key, value) in enumerate(parts, 1)
         )
         if parts:
@@ -155,13 +153,13 @@ class NftTable:
 
     def drop(self) -> None:
         """Delete the table, if it is there."""
-        message = _message(_DELTABLE, _REQUEST | _ACK, _text(1, self.name))
+        message = _message(_DELTABLE, REQUEST | ACK, _text(1, self.name))
         self._transact(XfrmRequest(Secret(_batch(message)), f"delete table {self.name}"), absent_ok=True)
 
     def _change(self, number: int, flags: int, name: str, key: bytes, value: bytes = b"") -> bytes:
         """A part of a transaction; without a key it is about all elements. A refusal is always reported."""
         body = _text(1, self.name) + _text(2, name) + (_list_of(key, value) if key else b"")
-        return _message(number, _REQUEST | flags, body)
+        return _message(number, REQUEST | flags, body)
 
     def _transact(self, *requests: XfrmRequest, absent_ok: bool = False) -> list[list[bytes]]:
         """The answers to each."""
@@ -207,58 +205,43 @@ def run_nft(script: str) -> None:
 # Messages.
 
 
-def _attribute(number: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), number) + value + bytes(-len(value) % 4)
-
-
 def _text(number: int, text: str) -> bytes:
-    return _attribute(number, text.encode() + b"\0")
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + 4 <= len(data):
-        length, number = struct.unpack_from("=HH", data, at)
-        if length < 4 or at + length > len(data):
-            raise IndexError(length)
-        yield number & 0x3FFF, data[at + 4 : at + length]
-        at += (length + 3) & ~3
+    return attribute(number, text.encode() + b"\0")
 
 
 def _message(number: int, flags: int, body: bytes, *, batch_mark: bool = False) -> bytes:
     kind = number if batch_mark else _SUBSYSTEM << 8 | number
     family, resource = (0, _SUBSYSTEM) if batch_mark else (_INET, 0)
-    head = struct.pack("=IHHII", 20 + len(body), kind, flags, 0, 0)
-    return head + bytes((family, 0)) + resource.to_bytes(2) + body
+    return HEADER.pack(20 + len(body), kind, flags, 0, 0) + bytes((family, 0)) + resource.to_bytes(2) + body
 
 
 def _batch(message: bytes) -> bytes:
     """A transaction with one change."""
-    begin = _message(_BATCH_BEGIN, _REQUEST, b"", batch_mark=True)
-    end = _message(_BATCH_END, _REQUEST, b"", batch_mark=True)
+    begin = _message(_BATCH_BEGIN, REQUEST, b"", batch_mark=True)
+    end = _message(_BATCH_END, REQUEST, b"", batch_mark=True)
     return begin + message + end
 
 
 def _list_of(key: bytes, value: bytes = b"") -> bytes:
     """A list of one element."""
-    element = _attribute(1 | _NESTED, _attribute(1, key))
+    element = attribute(1 | NESTED, attribute(1, key))
     if value:
-        element += _attribute(2 | _NESTED, _attribute(1, value))
-    return _attribute(3 | _NESTED, _attribute(1 | _NESTED, element))
+        element += attribute(2 | NESTED, attribute(1, value))
+    return attribute(3 | NESTED, attribute(1 | NESTED, element))
 
 
 def _value(part: bytes) -> bytes:
-    return dict(_attributes(part)).get(1, b"")
+    return dict(attributes(part)).get(1, b"")
 
 
 def _read_elements(answer: bytes) -> Iterator[Element]:
-    """Each element in an answer. Errors: struct.error, IndexError, KeyError (one without a key)."""
-    for number, elements in _attributes(answer[20:]):
+    """Each element in an answer. Errors: ValueError, KeyError (one without a key)."""
+    for number, elements in attributes(answer[20:]):
         if number != 3:
             continue
-        for _, element in _attributes(elements):
-            parts = dict(_attributes(element))
+        for _, element in attributes(elements):
+            parts = dict(attributes(element))
             # one counter: the element's expression, or the only one of a list
             counter = parts.get(7) or _value(parts.get(11, b""))
-            told = dict(_attributes(dict(_attributes(counter)).get(2, b"")))
+            told = dict(attributes(dict(attributes(counter)).get(2, b"")))
             yield Element(_value(parts[1]), _value(parts.get(2, b"")), int.from_bytes(told.get(2, b"")))

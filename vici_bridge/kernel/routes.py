@@ -3,7 +3,7 @@
 Packed here, because a transfer asks for several ways and changes several routes, and a library that builds
 any kind of message field by field takes half a millisecond for each.
 
-Source: linux/rtnetlink.h, linux/fib_rules.h (uapi). Errors: KernelError for an answer that cannot be read.
+Source: linux/rtnetlink.h (uapi). Errors: KernelError for an answer that cannot be read.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from ipaddress import IPv4Address, IPv6Address
 from ikectx.errors import KernelError
 from ikectx.sa.context import Address, Secret
 
+from .netlink_parts import ACK, DUMP, HEADER, REQUEST, attribute, attributes
 from .xfrm_parts import XfrmRequest, family_of
 
-NEWROUTE, DELROUTE, GETROUTE, DELRULE = 24, 25, 26, 33
-REQUEST, ACK, REPLACE, DUMP, CREATE = 0x1, 0x4, 0x100, 0x300, 0x400
+NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 UNICAST, LOCAL, UNREACHABLE = 1, 2, 7
 _DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _TABLE, _VIA = 1, 2, 4, 5, 6, 7, 15, 18
 
-_HEAD = struct.Struct("=IHHII")
 _RTMSG = struct.Struct("=BBBBBBBBI")
-"""family, dst_len, src_len, tos, table, protocol, scope, type, flags. struct fib_rule_hdr is alike, with a
-rule's action instead of the type."""
+"""family, dst_len, src_len, tos, table, protocol, scope, type, flags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +55,23 @@ class KernelRoute:
         body = _RTMSG.pack(*places)
         for kind, address in ((_DST, self.destination), (_SRC, self.source), (_PREFSRC, self.own)):
             if address is not None:
-                body += _attribute(kind, address.packed)
+                body += attribute(kind, address.packed)
         numbers = ((_OIF, self.device), (_PRIORITY, self.metric), (_TABLE, self.table))
-        body += b"".join(_attribute(kind, struct.pack("=I", value)) for kind, value in numbers if value)
+        body += b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in numbers if value)
         if self.gateway is not None:
             family = family_of(self.gateway)
             if family == self.family:
-                body += _attribute(_GATEWAY, self.gateway.packed)
+                body += attribute(_GATEWAY, self.gateway.packed)
             else:
-                body += _attribute(_VIA, struct.pack("=H", family) + self.gateway.packed)
-        return XfrmRequest(Secret(_HEAD.pack(_HEAD.size + len(body), number, flags, 0, 0) + body), what)
+                body += attribute(_VIA, struct.pack("=H", family) + self.gateway.packed)
+        return XfrmRequest(Secret(HEADER.pack(HEADER.size + len(body), number, flags, 0, 0) + body), what)
 
     @classmethod
     def parse(cls, answer: bytes) -> KernelRoute:
         """What the kernel says of a route."""
         try:
-            family, length, _, _, table, maker, scope, kind, _ = _RTMSG.unpack_from(answer, _HEAD.size)
-            found = dict(_attributes(answer, _HEAD.size + _RTMSG.size))
+            family, length, _, _, table, maker, scope, kind, _ = _RTMSG.unpack_from(answer, HEADER.size)
+            found = dict(attributes(answer, HEADER.size + _RTMSG.size))
             numbers = [
                 struct.unpack("=I", found[kind])[0] if kind in found else 0
                 for kind in (_OIF, _PRIORITY, _TABLE)
@@ -98,27 +96,6 @@ class KernelRoute:
             kind=kind,
             own=own,
         )
-
-
-def rule_request(family: int, metric: int, table: int, what: str) -> XfrmRequest:
-    """Removes the rule of that metric that leads to that table."""
-    return KernelRoute(family, metric=metric, table=table, kind=UNICAST).request(DELRULE, 0, what)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _attributes(answer: bytes, at: int) -> list[tuple[int, bytes]]:
-    """Errors: ValueError for one that is cut short."""
-    found = []
-    while at + 4 <= len(answer):
-        size, kind = struct.unpack_from("=HH", answer, at)
-        if size < 4 or at + size > len(answer):
-            raise ValueError(size)
-        found.append((kind & 0x3FFF, answer[at + 4 : at + size]))
-        at += (size + 3) & ~3
-    return found
 
 
 def _address(octets: bytes | None) -> Address | None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
-import socket
 import struct
 import threading
 from collections import defaultdict
@@ -23,20 +21,20 @@ from ikectx.errors import KernelError, WireError
 from ikectx.net.readiness import Readiness
 
 from . import xfrm_wire as wire
-from .netlink import XFRM, Netlink
+from .netlink import XFRM, Netlink, deaf, event_socket, listen
+from .netlink_parts import HEADER, attributes, messages
 from .xfrm import KernelPolicy, dump_policies
 
-_GROUPS = (2, 4, 7)
+POLICY_GROUPS = (2, 4, 7)
 """XFRMNLGRP_EXPIRE, _POLICY, _MIGRATE."""
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_SO_RCVBUFFORCE = 33
-_EVENT_SIZE = 1 << 16
-_EVENT_BUFFER = 1 << 20
+EVENT_SIZE = 1 << 16
+EVENT_BUFFER = 1 << 20
 """Octets of events that wait for the next look. If there are more the SPD is dumped anew."""
+
+_WATCHED = "the kernel's policies"
 
 _TRIES = 4
 """Dumps in a row, if events are lost during each."""
-_POLEXPIRE, _FLUSHPOLICY, _MIGRATE = 0x1B, 0x1D, 0x21
 _TEMPLATES, _POLICY = 5, 7
 """XFRMA_TMPL; XFRMA_POLICY, which holds the policy that was deleted."""
 _INFO, _ID = 168, 64
@@ -57,7 +55,7 @@ class SpdIndex:
         """`xfrm`: the socket for dumps. Errors: KernelError."""
         self._xfrm = xfrm
         self._lock = threading.Lock()
-        self._events = _events()
+        self._events = event_socket(XFRM, (), _WATCHED)
         self._listens = False
         self._ready: Readiness | None = None
         self._known: dict[int, bytes] | None = None
@@ -102,7 +100,7 @@ class SpdIndex:
                 for answer in self._xfrm.ask(dump_policies()):
                     self._enter(answer)
                 self._catch_up()  # of the changes during the dump
-            except struct.error:
+            except (struct.error, ValueError):
                 self._known = None
                 raise WireError("a policy of the kernel is cut short") from None
             except BaseException:
@@ -113,43 +111,43 @@ class SpdIndex:
     def _catch_up(self) -> None:
         """Take in the events that have come. If some are missing the policies must be dumped."""
         if not self._listens:
-            _listen(self._events)
+            listen(self._events, POLICY_GROUPS, _WATCHED, EVENT_BUFFER)
             self._listens = True
         while True:
             try:
-                data, (port, _) = self._events.recvfrom(_EVENT_SIZE)
+                data, (port, _) = self._events.recvfrom(EVENT_SIZE)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 self._known = None
                 if error.errno != errno.ENOBUFS:
-                    raise _deaf(error) from None
+                    raise deaf(_WATCHED, error) from None
                 continue
             if port != 0 or self._known is None:
                 continue  # not from the kernel, or the dump will show what it says
             try:
-                for message in wire.messages(data):
+                for message in messages(data):
                     self._hear(message)
-            except (struct.error, KeyError):
+            except (struct.error, ValueError, KeyError):
                 self._known = None  # an event that cannot be read may concern any policy
 
     def _hear(self, message: bytes) -> None:
-        """Errors: struct.error for a message that is cut short, KeyError for a deletion without a policy."""
+        """Errors: struct.error and ValueError (cut short), KeyError (a deletion without its policy)."""
         (kind,) = struct.unpack_from("=H", message, 4)
         if kind in (wire.NEWPOLICY, wire.UPDPOLICY):
             self._enter(message)
         elif kind == wire.DELPOLICY:
-            deleted = _attributes(message, wire.HEADER + _ID)[_POLICY]
+            deleted = dict(attributes(message, HEADER.size + _ID))[_POLICY]
             self._leave(*struct.unpack_from("=I", deleted, _INDEX_AT))
-        elif kind == _POLEXPIRE:
-            (hard,) = struct.unpack_from("=B", message, wire.HEADER + _INFO)
+        elif kind == wire.POLEXPIRE:
+            (hard,) = struct.unpack_from("=B", message, HEADER.size + _INFO)
             if hard:  # the policy is gone
-                self._leave(*struct.unpack_from("=I", message, wire.HEADER + _INDEX_AT))
-        elif kind in (_FLUSHPOLICY, _MIGRATE):
+                self._leave(*struct.unpack_from("=I", message, HEADER.size + _INDEX_AT))
+        elif kind in (wire.FLUSHPOLICY, wire.MIGRATE):
             self._known = None
 
     def _enter(self, message: bytes) -> None:
-        (index,) = struct.unpack_from("=I", message, wire.HEADER + _INDEX_AT)
+        (index,) = struct.unpack_from("=I", message, HEADER.size + _INDEX_AT)
         self._leave(index)
         if self._known is None or index & 7 >= _SOCKETS:
             return
@@ -167,48 +165,8 @@ class SpdIndex:
                 del self._indexes[reqid]
 
 
-def _events() -> socket.socket:
-    """A socket that hears nothing yet. Errors: KernelError."""
-    try:
-        return socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, XFRM
-        )
-    except OSError as error:
-        raise _deaf(error) from None
-
-
-def _listen(events: socket.socket) -> None:
-    """Subscribe to the events of the SPD. Errors: KernelError."""
-    try:
-        events.bind((0, 0))
-        for group in _GROUPS:
-            events.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-        with contextlib.suppress(OSError):
-            events.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _EVENT_BUFFER)
-    except OSError as error:
-        raise _deaf(error) from None
-
-
-def _deaf(error: OSError) -> KernelError:
-    return KernelError(
-        f"the kernel's policies cannot be watched: {os.strerror(error.errno or 0)}", errno=error.errno or 0
-    )
-
-
 def _reqids(message: bytes) -> set[int]:
-    """The reqids in the templates of a policy. Errors: struct.error."""
-    octets = _attributes(message, wire.HEADER + _INFO).get(_TEMPLATES, b"")
+    """The reqids in the templates of a policy. Errors: struct.error, ValueError."""
+    octets = dict(attributes(message, HEADER.size + _INFO)).get(_TEMPLATES, b"")
     ends = range(_REQID_AT, len(octets) - _TEMPLATE + _REQID_AT + 1, _TEMPLATE)
     return {struct.unpack_from("=I", octets, at)[0] for at in ends}
-
-
-def _attributes(message: bytes, at: int) -> dict[int, bytes]:
-    """The attributes from that place on, by number. Errors: struct.error."""
-    found: dict[int, bytes] = {}
-    while at + 4 <= len(message):
-        length, number = struct.unpack_from("=HH", message, at)
-        if length < 4 or at + length > len(message):
-            raise struct.error("an attribute is longer than its message")
-        found[number] = message[at + 4 : at + length]
-        at += (length + 3) & ~3
-    return found

@@ -20,6 +20,7 @@ from ikectx.net.five_tuple import Flow
 from ikectx.sa.context import Address, Secret
 
 from . import xfrm_wire as wire
+from .netlink_parts import DUMP, HEADER, REQUEST
 from .xfrm import ALLOW, KernelPolicy, KernelSa
 from .xfrm_parts import (
     BEET,
@@ -41,7 +42,7 @@ _SECURITY_CONTEXT = 8
 """XFRMA_SEC_CTX: the policy is for one security label."""
 _ADDRESS_FILTER, _PROTO = 26, 25
 
-NEWPOLICY, DELPOLICY, UPDPOLICY, POLEXPIRE, FLUSHPOLICY, MIGRATE = 0x13, 0x14, 0x19, 0x1B, 0x1D, 0x21
+_EVENTS = (wire.NEWPOLICY, wire.UPDPOLICY, wire.DELPOLICY, wire.POLEXPIRE, wire.MIGRATE)
 _SELECTOR = struct.Struct("=16s16s8xHBB")
 """The front of struct xfrm_selector: destination, source, family, prefix lengths of both."""
 _AUTHENTICATES_ONLY = ("cipher_null", "rfc4543")
@@ -157,16 +158,16 @@ def may_concern(message: bytes, flow: Flow) -> bool:
 
     Only addresses are compared, because a gateway's events for its mobile nodes must cost little here.
     """
-    if len(message) < wire.HEADER:
+    if len(message) < HEADER.size:
         return True
     (kind,) = struct.unpack_from("=H", message, 4)
-    if kind == FLUSHPOLICY:
+    if kind == wire.FLUSHPOLICY:
         return True
-    if kind not in (NEWPOLICY, UPDPOLICY, DELPOLICY, POLEXPIRE, MIGRATE):
+    if kind not in _EVENTS:
         return False
-    if len(message) < wire.HEADER + _SELECTOR.size:
+    if len(message) < HEADER.size + _SELECTOR.size:
         return True
-    destination, source, family, prefix_d, prefix_s = _SELECTOR.unpack_from(message, wire.HEADER)
+    destination, source, family, prefix_d, prefix_s = _SELECTOR.unpack_from(message, HEADER.size)
     if family != family_of(flow.local.address):
         return not family  # deleted by its index: the selector is not in the message
     here, there = packed(flow.local.address), packed(flow.remote.address)
@@ -191,7 +192,7 @@ def socket_policies(flow: Flow, found: Protection) -> list[bytes]:
     values = []
     for direction, templates in (("out", found.outbound), ("in", found.inbound)):
         if templates is not None:
-            head = KernelPolicy(direction, every).raw[wire.HEADER :]
+            head = KernelPolicy(direction, every).raw[HEADER.size :]
             values.append(head + b"".join(template_octets(template) for template in templates))
     return values
 
@@ -205,7 +206,7 @@ def find_sas(flow: Flow, template: Template, direction: str) -> XfrmRequest:
         source, destination = template.source, template.destination
     lengths = [0 if int(address) == 0 else address.max_prefixlen for address in (source, destination)]
     value = packed(source) + packed(destination) + struct.pack("=HBB", family_of(destination), *lengths)
-    flags = wire.F_REQUEST | wire.F_DUMP
+    flags = REQUEST | DUMP
     extra = [(_ADDRESS_FILTER, value), (_PROTO, bytes([ESP]))]
     data = wire.build(wire.usersa_id, wire.GETSA, flags, {}, extra=extra)
     return XfrmRequest(Secret(data), "list the SAs between the gateways")

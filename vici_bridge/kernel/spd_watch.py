@@ -22,24 +22,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ikectx.errors import IkectxError, LinkError
+from ikectx.errors import IkectxError, KernelError, LinkError
 from ikectx.net.five_tuple import Flow
 
-from . import xfrm_wire as wire
 from .detour import way_to
-from .netlink import ROUTE, XFRM, Netlink
+from .netlink import ROUTE, XFRM, Netlink, event_socket
+from .netlink_parts import messages
+from .spd_index import EVENT_BUFFER, EVENT_SIZE, POLICY_GROUPS
 from .spd_lookup import Protection, check_sas, find_sas, may_concern, protection, socket_policies
 from .xfrm import KernelPolicy, KernelSa, dump_policies
 
 log = logging.getLogger(__name__)
 
-_GROUPS = (2, 4, 7)
-"""XFRMNLGRP_EXPIRE, _POLICY, _MIGRATE."""
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _IP_XFRM_POLICY, _IPV6_XFRM_POLICY = 17, 35
-_EVENT_SIZE = 1 << 16
-_EVENT_BUFFER = 1 << 20
-_SO_RCVBUFFORCE = 33
 
 
 @dataclass(slots=True, eq=False)
@@ -170,28 +165,17 @@ class SpdGuard:
         if self._events is not None:
             return
         try:
-            events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, XFRM)
-        except OSError as error:
-            raise LinkError(f"IPsec policies cannot be watched: {error.strerror}") from None
-        try:
-            events.bind((0, 0))
-            for group in _GROUPS:
-                events.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-            with contextlib.suppress(OSError):
-                events.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _EVENT_BUFFER)
-        except OSError as error:
-            events.close()
-            raise LinkError(f"IPsec policies cannot be watched: {error.strerror}") from None
-        events.setblocking(False)
-        self._events = events
-        asyncio.get_running_loop().add_reader(events.fileno(), self.look)
+            self._events = event_socket(XFRM, POLICY_GROUPS, "IPsec policies", EVENT_BUFFER)
+        except KernelError as error:
+            raise LinkError(str(error)) from None
+        asyncio.get_running_loop().add_reader(self._events.fileno(), self.look)
 
     def look(self) -> None:
         """Take in all changes up to now; connections that are not protected any more are told."""
         stale: set[_Held] = set()
         while self._events is not None:
             try:
-                data, (port, _) = self._events.recvfrom(_EVENT_SIZE)
+                data, (port, _) = self._events.recvfrom(EVENT_SIZE)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
@@ -203,8 +187,8 @@ class SpdGuard:
                 )
                 return
             if port == 0:  # from the kernel
-                messages = wire.messages(data)
-                stale |= {held for held in self._held if any(may_concern(one, held.flow) for one in messages)}
+                found = messages(data)
+                stale |= {held for held in self._held if any(may_concern(one, held.flow) for one in found)}
         for held in stale:
             self._again(held)
 

@@ -29,6 +29,7 @@ from .algorithms import (
     integrity_of,
     merge_replay,
 )
+from .netlink_parts import ACK, CREATE, DUMP, EXCL, REPLACE, REQUEST
 from .xfrm_parts import (
     ESP,
     NO_LIMITS,
@@ -289,7 +290,7 @@ class KernelSa:
             "replay_window": self.replay.window if self.replay.words is None else 0,
             "flags": self.flags,
         }
-        flags = wire.F_REQUEST | wire.F_ACK | wire.F_CREATE | wire.F_EXCL
+        flags = REQUEST | ACK | CREATE | EXCL
         data = wire.build(wire.usersa_info, wire.NEWSA, flags, values, attributes, extra=self.extra)
         return XfrmRequest(Secret(data), f"add {self}")
 
@@ -310,26 +311,26 @@ class KernelSa:
             "min": low,
             "max": high,
         }
-        flags = wire.F_REQUEST | wire.F_ACK
+        flags = REQUEST | ACK
         data = wire.build(wire.userspi_info, wire.ALLOCSPI, flags, values, self._lookup())
         return XfrmRequest(Secret(data), f"reserve an SPI of {low:#x}..{high:#x} to {self.destination}")
 
     def delete(self) -> XfrmRequest:
         """XFRM_MSG_DELSA."""
-        flags = wire.F_REQUEST | wire.F_ACK
+        flags = REQUEST | ACK
         data = wire.build(wire.usersa_id, wire.DELSA, flags, self._id(), self._lookup())
         return XfrmRequest(Secret(data), f"delete {self}")
 
     def get(self) -> XfrmRequest:
         """XFRM_MSG_GETSA for this SA (destination, SPI, protocol and mark count)."""
-        flags = wire.F_REQUEST | wire.F_ACK
+        flags = REQUEST | ACK
         data = wire.build(wire.usersa_id, wire.GETSA, flags, self._id(), self._lookup())
         return XfrmRequest(Secret(data), f"look for {self}")
 
     def get_replay(self) -> XfrmRequest:
         """XFRM_MSG_GETAE: replay state and lifetimes."""
         values = {**self._id(), "saddr": packed(self.source), "flags": 2 | 4, "reqid": self.reqid}
-        flags = wire.F_REQUEST | wire.F_ACK
+        flags = REQUEST | ACK
         data = wire.build(wire.aevent_id, wire.GETAE, flags, values, self._lookup())
         return XfrmRequest(Secret(data), f"read the counters of {self}")
 
@@ -347,7 +348,7 @@ class KernelSa:
 
     def _new_ae(self, attribute: tuple[str, Any]) -> XfrmRequest:
         values = {**self._id(), "saddr": packed(self.source), "reqid": self.reqid}
-        flags = wire.F_REQUEST | wire.F_ACK | wire.F_REPLACE
+        flags = REQUEST | ACK | REPLACE
         attributes = [*self._lookup(), attribute]
         data = wire.build(wire.aevent_id, wire.NEWAE, flags, values, attributes)
         return XfrmRequest(Secret(data), f"write the counters of {self}")
@@ -364,7 +365,7 @@ class KernelSa:
 
 def dump_sas() -> XfrmRequest:
     """XFRM_MSG_GETSA for all SAs."""
-    data = wire.build(wire.usersa_id, wire.GETSA, wire.F_REQUEST | wire.F_DUMP, {})
+    data = wire.build(wire.usersa_id, wire.GETSA, REQUEST | DUMP, {})
     return XfrmRequest(Secret(data), "list the SAs")
 
 
@@ -435,7 +436,7 @@ class KernelPolicy:
     @property
     def raw(self) -> bytes:
         """The policy as octets, to be stored and parsed again by `parse`; it has no key."""
-        return self._put(wire.NEWPOLICY, wire.F_CREATE | wire.F_EXCL)
+        return self._put(wire.NEWPOLICY, CREATE | EXCL)
 
     def blocking(self) -> KernelPolicy:
         """The same policy, dropping its packets instead of protecting them."""
@@ -457,7 +458,7 @@ class KernelPolicy:
             "flags": self.flags,
             "share": self.share,
         }
-        flags |= wire.F_REQUEST | wire.F_ACK
+        flags |= REQUEST | ACK
         return wire.build(wire.userpolicy_info, number, flags, values, attributes, extra=self.extra)
 
     def _lookup(self) -> list[tuple[str, Any]]:
@@ -474,19 +475,19 @@ class KernelPolicy:
 
     def put(self) -> XfrmRequest:
         """XFRM_MSG_UPDPOLICY: add or replace the policy of the same selector and direction."""
-        return XfrmRequest(Secret(self._put(wire.UPDPOLICY, wire.F_REPLACE)), f"replace {self}")
+        return XfrmRequest(Secret(self._put(wire.UPDPOLICY, REPLACE)), f"replace {self}")
 
     def delete(self) -> XfrmRequest:
         """XFRM_MSG_DELPOLICY by selector and direction (an index could name another policy by now)."""
         values = {**selector_values(self.selector), "dir": DIRECTIONS.index(self.direction)}
-        flags = wire.F_REQUEST | wire.F_ACK
+        flags = REQUEST | ACK
         data = wire.build(wire.userpolicy_id, wire.DELPOLICY, flags, values, self._lookup())
         return XfrmRequest(Secret(data), f"delete {self}")
 
 
 def dump_policies() -> XfrmRequest:
     """XFRM_MSG_GETPOLICY for all policies."""
-    data = wire.build(wire.userpolicy_id, wire.GETPOLICY, wire.F_REQUEST | wire.F_DUMP, {})
+    data = wire.build(wire.userpolicy_id, wire.GETPOLICY, REQUEST | DUMP, {})
     return XfrmRequest(Secret(data), "list the policies")
 
 

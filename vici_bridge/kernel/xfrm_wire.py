@@ -22,10 +22,9 @@ from pyroute2.netlink.exceptions import NetlinkNLADecodeError
 from ikectx.errors import WireError
 from ikectx.sa.context import Secret
 
-Fields = tuple[tuple[str, str], ...]
+from .netlink_parts import DUMP, HEADER, REQUEST, attribute
 
-HEADER = 16
-"""Octets of a netlink message header."""
+Fields = tuple[tuple[str, str], ...]
 
 NEWSA = 0x10
 DELSA = 0x11
@@ -35,17 +34,13 @@ DELPOLICY = 0x14
 GETPOLICY = 0x15
 ALLOCSPI = 0x16
 UPDPOLICY = 0x19
+POLEXPIRE = 0x1B
+FLUSHPOLICY = 0x1D
 NEWAE = 0x1E
 GETAE = 0x1F
+MIGRATE = 0x21
 
 _ADDRESS_FILTER = 26
-
-F_REQUEST = 0x1
-F_ACK = 0x4
-F_REPLACE = 0x100
-F_EXCL = 0x200
-F_DUMP = 0x300
-F_CREATE = 0x400
 
 
 def _prefixed(prefix: str, fields: Fields) -> Fields:
@@ -255,10 +250,10 @@ class userpolicy_id(_Message):
 
 def parse(kind: type[_Message], data: bytes) -> Any:
     """The message in `data`, which begins with its netlink header. Errors: WireError."""
-    if len(data) < HEADER:
+    if len(data) < HEADER.size:
         raise WireError(f"{kind.__name__}: {len(data)} octets hold no netlink header")
     (length,) = struct.unpack_from("=I", data)
-    if not HEADER <= length <= len(data):
+    if not HEADER.size <= length <= len(data):
         raise WireError(f"{kind.__name__}: a length of {length} in {len(data)} octets")
     message = kind(data)
     try:
@@ -285,7 +280,7 @@ def build(
     message.encode()
     data = bytearray(message.data)
     for kind_number, octets in extra:
-        data += struct.pack("=HH", 4 + len(octets), kind_number) + octets + bytes(-len(octets) % 4)
+        data += attribute(kind_number, octets)
     struct.pack_into("=I", data, 0, len(data))
     return bytes(data)
 
@@ -293,13 +288,13 @@ def build(
 def dump_to(number: int, source: bytes, destination: bytes, family: int, bits: int) -> bytes:
     """A dump of the SAs to one address: a bare header and XFRMA_ADDRESS_FILTER (Linux 3.15)."""
     body = source.ljust(16, b"\0") + destination.ljust(16, b"\0") + struct.pack("=HBB", family, 0, bits)
-    attribute = struct.pack("=HH", 4 + len(body), _ADDRESS_FILTER) + body
-    return struct.pack("=IHHII", HEADER + len(attribute), number, F_REQUEST | F_DUMP, 0, 0) + attribute
+    body = attribute(_ADDRESS_FILTER, body)
+    return HEADER.pack(HEADER.size + len(body), number, REQUEST | DUMP, 0, 0) + body
 
 
 def spi_of(data: bytes) -> bytes:
     """The SPI in a NEWSA message that may be malformed otherwise; fewer octets if it is truncated."""
-    return data[HEADER + _SPI_AT : HEADER + _SPI_AT + 4]
+    return data[HEADER.size + _SPI_AT : HEADER.size + _SPI_AT + 4]
 
 
 def attributes(message: Any) -> dict[str, Any]:
@@ -316,16 +311,3 @@ def other_attributes(message: Any) -> tuple[tuple[int, bytes], ...]:
             length, number = struct.unpack_from("=HH", cell.data, cell.offset)
             found.append((number, bytes(cell.data[cell.offset + 4 : cell.offset + length])))
     return tuple(found)
-
-
-def messages(data: bytes) -> list[bytes]:
-    """The netlink messages of a datagram, with their headers; an empty one in place of what is cut short."""
-    found: list[bytes] = []
-    at = 0
-    while at < len(data):
-        (length,) = struct.unpack_from("=I", data, at) if at + 16 <= len(data) else (0,)
-        if length < 16 or at + length > len(data):
-            return [*found, b""]
-        found.append(data[at : at + length])
-        at += (length + 3) & ~3
-    return found

@@ -82,8 +82,6 @@ class Routes:
     def open_up(self, prefixes: Iterable[Any]) -> None:
         self.shut_up -= set(map(str, prefixes))
 
-    def forget_old_table(self) -> None: ...
-
     def listing(self, *, shut: bool = False) -> list[Any]:
         return [ip_network(prefix) for prefix in (self.shut_up if shut else self.leads)]
 

@@ -513,14 +513,6 @@ def test_detour_changes_no_route_that_charon_heeds(inner: Namespace) -> None:
     assert set(told) == {(24, 255), (25, 255)}
 
 
-def test_the_table_of_an_older_agent_is_asked_no_more(inner: Namespace) -> None:
-    for six in ("", "-6 "):
-        inner.run(f"ip {six}rule add pref 210 lookup 4067")
-    for _ in range(2):
-        Detour().forget_old_table()
-    assert inner.run("ip rule", "ip -6 rule").count("4067") == 0
-
-
 def test_detour_leaves_out(inner: Namespace, caplog: pytest.LogCaptureFixture) -> None:
     detour = Detour()
     skipped = detour.add(["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.9.0.5/32"], VIA)

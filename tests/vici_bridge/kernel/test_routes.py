@@ -7,7 +7,8 @@ from ipaddress import ip_address
 import pytest
 
 from ikectx.errors import KernelError
-from vici_bridge.kernel.routes import CREATE, NEWROUTE, UNICAST, KernelRoute
+from vici_bridge.kernel.netlink_parts import CREATE
+from vici_bridge.kernel.routes import NEWROUTE, UNICAST, KernelRoute
 from vici_bridge.kernel.xfrm_parts import INET, INET6
 
 ROUTES = [

@@ -15,7 +15,7 @@ import pytest
 
 from ikectx.errors import KernelError, WireError
 from tests.netns import Namespace, namespaces
-from vici_bridge.kernel import netlink, spd_index
+from vici_bridge.kernel import netlink, netlink_parts, spd_index
 from vici_bridge.kernel import xfrm_wire as wire
 from vici_bridge.kernel.kernel import Kernel
 from vici_bridge.kernel.spd_index import SpdIndex
@@ -53,7 +53,7 @@ def dumps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def counted(self: netlink.Netlink, requests: list[netlink.XfrmRequest]) -> list[netlink.NetlinkOutcome]:
         for request in requests:
             kind, flags = struct.unpack_from("=HH", request.message.reveal(), 4)
-            if kind == wire.GETPOLICY and flags & wire.F_DUMP:
+            if kind == wire.GETPOLICY and flags & netlink_parts.DUMP:
                 seen.append(request.what)
         return exchange(self, requests)
 
@@ -158,7 +158,7 @@ def test_a_policy_that_expires_is_gone(kernel: Kernel, dumps: list[str]) -> None
 def test_a_flush_and_lost_events_lead_to_a_new_dump(
     kernel: Kernel, dumps: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spd_index, "_EVENT_BUFFER", 4096)
+    monkeypatch.setattr(spd_index, "EVENT_BUFFER", 4096)
     kernel.batch([a_policy(number).add() for number in range(20)])
     assert len(kernel.policies_about({0x10003})) == 1
     policies = [a_policy(number, "in") for number in range(200)]
@@ -166,7 +166,7 @@ def test_a_flush_and_lost_events_lead_to_a_new_dump(
     assert names(kernel.policies_about({0x100C7})) == names([policies[199]])
     assert len(kernel.policies_about({0x10003})) == 2
     assert len(dumps) == 2
-    flush = struct.pack("=IHHII", 16, 0x1D, wire.F_REQUEST | wire.F_ACK, 0, 0)
+    flush = struct.pack("=IHHII", 16, 0x1D, netlink_parts.REQUEST | netlink_parts.ACK, 0, 0)
     kernel.batch([netlink.XfrmRequest(wire.Secret(flush), "flush the policies")])
     assert kernel.policies_about({0x10003}) == []
     assert len(dumps) == 3

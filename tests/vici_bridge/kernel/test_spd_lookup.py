@@ -258,7 +258,7 @@ def test_what_concerns_nobody_changes_nothing(policies: list[KernelPolicy], chan
         except LinkError as error:
             return str(error)
 
-    if not may_concern(event(protect.NEWPOLICY, change), FLOW):
+    if not may_concern(event(wire.NEWPOLICY, change), FLOW):
         assert verdict(policies) == verdict([*policies, change])
 
 
@@ -266,22 +266,22 @@ def test_events() -> None:
     ours, other = policy(), policy(destination="203.0.113.0/24")
     wide = policy(source="192.0.0.0/12", destination="198.51.100.0/25")
     for kind in (
-        protect.NEWPOLICY,
-        protect.UPDPOLICY,
-        protect.DELPOLICY,
-        protect.POLEXPIRE,
-        protect.MIGRATE,
+        wire.NEWPOLICY,
+        wire.UPDPOLICY,
+        wire.DELPOLICY,
+        wire.POLEXPIRE,
+        wire.MIGRATE,
     ):
         for item, concerns in ((ours, True), (IN, True), (wide, True), (other, False)):
             assert may_concern(event(kind, item), FLOW) is concerns
             assert not may_concern(event(kind, item), FLOW6)
-    nobody = struct.pack("=IHHII", 16, protect.FLUSHPOLICY, 0, 0, 0)
+    nobody = struct.pack("=IHHII", 16, wire.FLUSHPOLICY, 0, 0, 0)
     assert may_concern(nobody, FLOW)
     assert not may_concern(event(0x18, ours), FLOW), "an SA that expires"
     by_index = wire.build(wire.userpolicy_id, wire.DELPOLICY, 0, {"index": 9, "dir": 1})
     assert may_concern(by_index, FLOW)
     assert may_concern(by_index, FLOW6)
-    for torn in (b"", b"\0" * 7, event(protect.NEWPOLICY, other)[:30]):
+    for torn in (b"", b"\0" * 7, event(wire.NEWPOLICY, other)[:30]):
         assert may_concern(torn, FLOW)
 
 
