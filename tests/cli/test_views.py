@@ -23,11 +23,6 @@ def view(number: int, name: str = "home", remote: str = "203.0.113.1", state: st
         state="INSTALLED",
         spi_in=bytes([0xC0, 0, 0, number]),
         spi_out=b"\xc1abc",
-        encap=False,
-        rekey=None,
-        life=None,
-        remote_ts=(),
-        local_ts=(),
     )
     return SaView(
         name=name,
@@ -40,13 +35,7 @@ def view(number: int, name: str = "home", remote: str = "203.0.113.1", state: st
         remote=Endpoint(ip_address(remote), 500),
         local_id="psg",
         remote_id=f"mn{number}@example.org",
-        remote_eap_id="",
-        local_vips=(),
-        remote_vips=(),
-        rekey=None,
-        reauth=None,
         established=1,
-        tasks=(),
         children=(child,),
     )
 

@@ -74,7 +74,7 @@ class HaType(OpenEnum):
 
 
 class Attr(IntEnum):
-    """Attributes by name; their numbers depend on the wire version (`TABLES`)."""
+    """Attributes by name, with the numbers of wire versions 4 and 5; those of 3 are in `TABLE_A`."""
 
     IKE_ID = auto()
     IKE_REKEY_ID = auto()
@@ -255,87 +255,55 @@ _CPI = Body(
 
 Table = Mapping[int, tuple[Attr, Body]]
 
-_BOTH: Table = {
-    1: (Attr.IKE_ID, _IKE_ID),
-    2: (Attr.IKE_REKEY_ID, _IKE_ID),
-    3: (Attr.LOCAL_ID, _ID),
-    4: (Attr.REMOTE_ID, _ID),
-    5: (Attr.REMOTE_EAP_ID, _ID),
-    6: (Attr.LOCAL_ADDR, _HOST),
-    7: (Attr.REMOTE_ADDR, _HOST),
-    8: (Attr.CONFIG_NAME, _TEXT),
-    9: (Attr.CONDITIONS, _U32),
-    10: (Attr.EXTENSIONS, _U32),
-    11: (Attr.LOCAL_VIP, _HOST),
-    12: (Attr.REMOTE_VIP, _HOST),
-    13: (Attr.PEER_ADDR, _HOST),
-    14: (Attr.INITIATOR, _U8),
-    15: (Attr.NONCE_I, _CHUNK),
-    16: (Attr.NONCE_R, _CHUNK),
-    17: (Attr.SECRET, _SECRET),
+_BODIES: Mapping[Attr, Body] = {
+    Attr.IKE_ID: _IKE_ID,
+    Attr.IKE_REKEY_ID: _IKE_ID,
+    Attr.LOCAL_ID: _ID,
+    Attr.REMOTE_ID: _ID,
+    Attr.REMOTE_EAP_ID: _ID,
+    Attr.LOCAL_ADDR: _HOST,
+    Attr.REMOTE_ADDR: _HOST,
+    Attr.CONFIG_NAME: _TEXT,
+    Attr.CONDITIONS: _U32,
+    Attr.EXTENSIONS: _U32,
+    Attr.LOCAL_VIP: _HOST,
+    Attr.REMOTE_VIP: _HOST,
+    Attr.PEER_ADDR: _HOST,
+    Attr.INITIATOR: _U8,
+    Attr.NONCE_I: _CHUNK,
+    Attr.NONCE_R: _CHUNK,
+    Attr.SECRET: _SECRET,
+    Attr.ADD_SECRET: _SECRET,
+    Attr.OLD_SKD: _SECRET,
+    Attr.ALG_PRF: _U16,
+    Attr.ALG_OLD_PRF: _U16,
+    Attr.ALG_ENCR: _U16,
+    Attr.ALG_ENCR_LEN: _U16,
+    Attr.ALG_INTEG: _U16,
+    Attr.ALG_KE: _U16,
+    Attr.ALG_ADD_KES: _CHUNK,
+    Attr.IPSEC_MODE: _U8,
+    Attr.IPCOMP: _U8,
+    Attr.INBOUND_SPI: _SPI,
+    Attr.OUTBOUND_SPI: _SPI,
+    Attr.INBOUND_CPI: _CPI,
+    Attr.OUTBOUND_CPI: _CPI,
+    Attr.LOCAL_TS: _TS,
+    Attr.REMOTE_TS: _TS,
+    Attr.MID: _U32,
+    Attr.SEGMENT: _U16,
+    Attr.ESN: _U16,
+    Attr.IKE_VERSION: _U8,
+    Attr.LOCAL_DH: _CHUNK,
+    Attr.REMOTE_DH: _CHUNK,
+    Attr.PSK: _SECRET,
+    Attr.IV: _CHUNK,
+    Attr.AUTH_METHOD: _U16,
 }
-"""Attributes whose numbers all versions of strongSwan know."""
 
+TABLE_B: Table = MappingProxyType({int(attr): (attr, body) for attr, body in _BODIES.items()})
 TABLE_A: Table = MappingProxyType(
-    {
-        **_BOTH,
-        18: (Attr.OLD_SKD, _SECRET),
-        19: (Attr.ALG_PRF, _U16),
-        20: (Attr.ALG_OLD_PRF, _U16),
-        21: (Attr.ALG_ENCR, _U16),
-        22: (Attr.ALG_ENCR_LEN, _U16),
-        23: (Attr.ALG_INTEG, _U16),
-        24: (Attr.ALG_KE, _U16),
-        25: (Attr.IPSEC_MODE, _U8),
-        26: (Attr.IPCOMP, _U8),
-        27: (Attr.INBOUND_SPI, _SPI),
-        28: (Attr.OUTBOUND_SPI, _SPI),
-        29: (Attr.INBOUND_CPI, _CPI),
-        30: (Attr.OUTBOUND_CPI, _CPI),
-        31: (Attr.LOCAL_TS, _TS),
-        32: (Attr.REMOTE_TS, _TS),
-        33: (Attr.MID, _U32),
-        34: (Attr.SEGMENT, _U16),
-        35: (Attr.ESN, _U16),
-        36: (Attr.IKE_VERSION, _U8),
-        37: (Attr.LOCAL_DH, _CHUNK),
-        38: (Attr.REMOTE_DH, _CHUNK),
-        39: (Attr.PSK, _SECRET),
-        40: (Attr.IV, _CHUNK),
-        41: (Attr.AUTH_METHOD, _U16),
-    }
-)
-
-TABLE_B: Table = MappingProxyType(
-    {
-        **_BOTH,
-        18: (Attr.ADD_SECRET, _SECRET),
-        19: (Attr.OLD_SKD, _SECRET),
-        20: (Attr.ALG_PRF, _U16),
-        21: (Attr.ALG_OLD_PRF, _U16),
-        22: (Attr.ALG_ENCR, _U16),
-        23: (Attr.ALG_ENCR_LEN, _U16),
-        24: (Attr.ALG_INTEG, _U16),
-        25: (Attr.ALG_KE, _U16),
-        26: (Attr.ALG_ADD_KES, _CHUNK),
-        27: (Attr.IPSEC_MODE, _U8),
-        28: (Attr.IPCOMP, _U8),
-        29: (Attr.INBOUND_SPI, _SPI),
-        30: (Attr.OUTBOUND_SPI, _SPI),
-        31: (Attr.INBOUND_CPI, _CPI),
-        32: (Attr.OUTBOUND_CPI, _CPI),
-        33: (Attr.LOCAL_TS, _TS),
-        34: (Attr.REMOTE_TS, _TS),
-        35: (Attr.MID, _U32),
-        36: (Attr.SEGMENT, _U16),
-        37: (Attr.ESN, _U16),
-        38: (Attr.IKE_VERSION, _U8),
-        39: (Attr.LOCAL_DH, _CHUNK),
-        40: (Attr.REMOTE_DH, _CHUNK),
-        41: (Attr.PSK, _SECRET),
-        42: (Attr.IV, _CHUNK),
-        43: (Attr.AUTH_METHOD, _U16),
-    }
+    dict(enumerate((row for row in TABLE_B.values() if row[0] not in (Attr.ADD_SECRET, Attr.ALG_ADD_KES)), 1))
 )
 
 TABLES: Mapping[int, Table] = MappingProxyType({3: TABLE_A, 4: TABLE_B, 5: TABLE_B})

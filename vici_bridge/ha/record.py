@@ -364,41 +364,29 @@ class Record:
                 status=Status.NOT_ESP,
             )
         try:
-            return self._context(sa, sa.connection, sa.local_id, sa.remote_id, sa.local, sa.remote)
+            return IkeContext(
+                connection=sa.connection,
+                generations=sa.generations,
+                local_id=sa.local_id,
+                remote_id=sa.remote_id,
+                local=sa.local,
+                remote=sa.remote,
+                children=sa.children,
+                remote_eap_id=sa.remote_eap_id,
+                local_vips=sa.local_vips,
+                remote_vips=sa.remote_vips,
+                peer_addresses=sa.peer_addresses,
+                conditions=sa.conditions[0],
+                extensions=sa.extensions[0],
+                private_conditions=sa.conditions[1],
+                private_extensions=sa.extensions[1],
+                mid_initiator=sa.mid_initiator,
+                mid_responder=sa.mid_responder,
+            )
         except ValueError as error:
             raise RefusedError(
                 f"IKE_SA {name} as charon told of it cannot be: {error}", status=Status.NOT_COVERED
             ) from None
-
-    @staticmethod
-    def _context(
-        sa: SaState,
-        connection: str,
-        local_id: Identity,
-        remote_id: Identity,
-        local: Endpoint,
-        remote: Endpoint,
-    ) -> IkeContext:
-        """Errors: ValueError."""
-        return IkeContext(
-            connection=connection,
-            generations=sa.generations,
-            local_id=local_id,
-            remote_id=remote_id,
-            local=local,
-            remote=remote,
-            children=sa.children,
-            remote_eap_id=sa.remote_eap_id,
-            local_vips=sa.local_vips,
-            remote_vips=sa.remote_vips,
-            peer_addresses=sa.peer_addresses,
-            conditions=sa.conditions[0],
-            extensions=sa.extensions[0],
-            private_conditions=sa.conditions[1],
-            private_extensions=sa.extensions[1],
-            mid_initiator=sa.mid_initiator,
-            mid_responder=sa.mid_responder,
-        )
 
     def moved(self, name: SaName, context: IkeContext) -> None:
         """Take addresses and children from `context`, which charon has by now, without a message of its own.

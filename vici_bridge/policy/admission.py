@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from ikectx.errors import WireError
 from ikectx.numbers import Fpt, Status
 from ikectx.sa.context import Address, IkeContext
 from ikectx.sa.verdict import Verdict
+from vici_bridge.vici.answers import View
 
 from .allowed import AllowedConnection, Range, Rules, Surroundings, inside_of, pool_ranges
 from .claims import check_policy, depends_on_inside
-
-View = Mapping[str, Any]
 
 
 class AdmissionConfig(Protocol):

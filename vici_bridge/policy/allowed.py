@@ -13,16 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
-from typing import Any
 
 from ikectx.errors import WireError
 from ikectx.numbers import Mode
 from ikectx.sa.context import Address, TrafficSelector
-from vici_bridge.vici.answers import sections, texts
+from vici_bridge.vici.answers import View, sections, texts
 
 from .proposals import ConfiguredProposal
 
-View = Mapping[str, Any]
 Lookup = Callable[[str, str], int]
 """The number of a protocol by its name ("" as second), or of a port by name and protocol. Errors: OSError."""
 

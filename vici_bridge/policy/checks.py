@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
-from typing import Any
 
 from ikectx.numbers import STATUS_TEXT, Fpt, Status
 from ikectx.sa.context import NO_TAGS, Address, FinalState, IkeContext, Mark, Tags
@@ -17,6 +16,7 @@ from ikectx.sa.verdict import Verdict
 from vici_bridge.ha.chain import import_messages
 from vici_bridge.ha.messages import LONGEST, HaType
 from vici_bridge.ha.record import uncovered
+from vici_bridge.vici.answers import View
 from vici_bridge.vici.views import (
     EXT_MOBIKE,
     ChildView,
@@ -30,7 +30,6 @@ from vici_bridge.vici.views import (
 from .new_names import Taken, clash, own_spi
 from .present import Present
 
-View = Mapping[str, Any]
 NONE = NO_TAGS.inbound
 """No mark and no if_id."""
 

@@ -16,7 +16,6 @@ from ipaddress import (
     ip_network,
     summarize_address_range,
 )
-from typing import Any
 
 from ikectx.errors import WireError
 from ikectx.sa.context import (
@@ -33,9 +32,7 @@ from ikectx.sa.context import (
 )
 from ikectx.sa.name import SaName
 
-from .answers import sections
-
-View = Mapping[str, Any]
+from .answers import View, sections
 
 _REMEMBERED = 1 << 16
 """Addresses and selectors that are cached, because every listing of charon's has the same thousands."""
@@ -63,11 +60,11 @@ class ChildView:
     state: str
     spi_in: bytes
     spi_out: bytes
-    encap: bool
-    rekey: int | None
-    life: int | None
-    remote_ts: tuple[str, ...]
-    local_ts: tuple[str, ...]
+    encap: bool = False
+    rekey: int | None = None
+    life: int | None = None
+    remote_ts: tuple[str, ...] = ()
+    local_ts: tuple[str, ...] = ()
     protocol: str = "ESP"
     per_cpu: bool = False
     """Its connection asks for an SA for each CPU (strongSwan 6.0.2)."""
@@ -90,14 +87,14 @@ class SaView:
     remote: Endpoint
     local_id: str
     remote_id: str
-    remote_eap_id: str
-    local_vips: tuple[Address, ...]
-    remote_vips: tuple[Address, ...]
-    rekey: int | None
-    reauth: int | None
-    established: int | None
-    tasks: tuple[str, ...]
-    children: tuple[ChildView, ...]
+    remote_eap_id: str = ""
+    local_vips: tuple[Address, ...] = ()
+    remote_vips: tuple[Address, ...] = ()
+    rekey: int | None = None
+    reauth: int | None = None
+    established: int | None = None
+    tasks: tuple[str, ...] = ()
+    children: tuple[ChildView, ...] = ()
     algorithms: tuple[str, ...] = ()
     ppk: bool = False
     """It was set up with a postquantum preshared key (RFC 8784)."""
@@ -251,27 +248,14 @@ def sa_views(listed: Iterable[View]) -> list[SaView]:
 def departing_view(context: IkeContext) -> SaView:
     """The view of an SA that charon is destroying and so does not list, made from the record."""
     children = tuple(
-        ChildView(
-            name=child.name,
-            unique_id=0,
-            reqid=0,
-            state="INSTALLED",
-            spi_in=child.spi_in,
-            spi_out=child.spi_out,
-            encap=False,
-            rekey=None,
-            life=None,
-            remote_ts=(),
-            local_ts=(),
-        )
-        for child in context.children
+        ChildView(child.name, 0, 0, "INSTALLED", child.spi_in, child.spi_out) for child in context.children
     )
     return SaView(
         name=context.connection,
         unique_id=0,
         state="ESTABLISHED",
-        spi_i=context.spis[0],
-        spi_r=context.spis[1],
+        spi_i=context.spis.spi_i,
+        spi_r=context.spis.spi_r,
         initiator=context.current.initiator,
         local=context.local,
         remote=context.remote,
@@ -280,10 +264,6 @@ def departing_view(context: IkeContext) -> SaView:
         remote_eap_id=str(context.remote_eap_id or ""),
         local_vips=context.local_vips,
         remote_vips=context.remote_vips,
-        rekey=None,
-        reauth=None,
-        established=None,
-        tasks=(),
         children=children,
     )
 
