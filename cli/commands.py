@@ -122,11 +122,8 @@ def updown_helper(setup: Setup[Config], config: str | None) -> int:
 @click.pass_obj
 def list_(setup: Setup[Config], as_json: bool) -> None:
     """The IKE_SAs of this gateway, with their CHILD_SAs."""
-    from vici_bridge.vici.client import json_of
-
-    items: list[dict[str, Any]] = []
     with setup.agent() as agent:
-        agent.stream("list-contexts", "list-context", None, lambda item: items.append(json_of(item)))
+        items = agent.listing("list-contexts", "list-context")
     if as_json:
         show_json(items)
         return
@@ -150,7 +147,7 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
         )
         for item in items
     ]
-    headers = (
+    headers = [
         "id",
         "connection",
         "state",
@@ -161,7 +158,7 @@ def list_(setup: Setup[Config], as_json: bool) -> None:
         "children",
         "up",
         "movable",
-    )
+    ]
     render.table(headers, rows, styles={"ESTABLISHED": "green", "no": "yellow"})
     for item in items:
         if item.get("reason"):
@@ -183,9 +180,8 @@ def show(setup: Setup[Config], sa: str, secrets: bool, as_json: bool) -> None:
     from vici_bridge.vici.client import json_of
 
     with setup.agent() as agent:
-        context = json_of(
-            agent.request("show-context", {**name_of(agent, sa), "secrets": "yes" if secrets else "no"})
-        )
+        query = {**name_of(agent, sa), "secrets": "yes" if secrets else "no"}
+        context = json_of(agent.request("show-context", query))
     if as_json:
         show_json(context)
         return
@@ -196,10 +192,7 @@ def show(setup: Setup[Config], sa: str, secrets: bool, as_json: bool) -> None:
 
 def name_of(agent: ControlClient, sa: str) -> dict[str, str]:
     """The agent's key and value for a person's name of an SA: the first way in which it names one SA."""
-    from vici_bridge.vici.client import json_of
-
-    items: list[dict[str, Any]] = []
-    agent.stream("list-contexts", "list-context", None, lambda item: items.append(json_of(item)))
+    items = agent.listing("list-contexts", "list-context")
     if any(str(item.get("ike_id")) == sa for item in items):
         return {"ike-id": sa}
     if any(item.get("name") == sa for item in items):
@@ -337,11 +330,8 @@ def moved(setup: Setup[Config], command: str, query: dict[str, Any], as_json: bo
 
 def _warnings(agent: ControlClient, reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What may happen to the SAs of these reports after a move, once each."""
-    from vici_bridge.vici.client import json_of
-
     names = {str(report.get("mn")) for report in reports}
-    listed: list[Any] = []
-    agent.stream("list-contexts", "list-context", None, lambda item: listed.append(json_of(item)))
+    listed = agent.listing("list-contexts", "list-context")
     theirs = [sa for sa in listed if names & {str(sa.get("remote_id")), str(sa.get("remote_eap_id"))}]
     return [one for one in dict.fromkeys(str(sa.get("warning") or "") for sa in theirs) if one]
 

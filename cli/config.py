@@ -278,9 +278,10 @@ def _checked(root: TomlTable, path: Path) -> Config:
     return config
 
 
-def control(table: TomlTable, default: ControlConfig = ControlConfig()) -> ControlConfig:
+def control(table: TomlTable) -> ControlConfig:
     """[control]."""
     table.only(*ControlConfig.__slots__)
+    default = ControlConfig()
     return ControlConfig(
         socket=table.value("socket", an_absolute_path, default.socket),
         group=table.value("group", a_text, default.group),

@@ -54,16 +54,13 @@ def history(
     as_json: bool,
 ) -> int:
     """Transfers of the past, in both directions, or the audit log of moves."""
-    from vici_bridge.vici.client import json_of
-
     if not verify and (head or store or key):
         raise UsageError("--head, --store and --key go with --verify")
     if verify:
         return _verify(setup, store, key, head or "", as_json)
-    items: list[dict[str, Any]] = []
     query = {"limit": limit, "audit": "yes" if audit else None}
     with setup.agent() as agent:
-        agent.stream("history", "history-entry", query, lambda item: items.append(json_of(item)))
+        items = agent.listing("history", "history-entry", query)
     if as_json:
         show_json(items)
         return 0

@@ -111,9 +111,7 @@ class World:
 
         with ControlClient(self.control, timeout=5) as client:
             if command == "list-contexts":
-                items: list[Any] = []
-                client.stream(command, "list-context", None, lambda item: items.append(json_of(item)))
-                return items
+                return client.listing(command, "list-context")
             answer = json_of(client.request(command))
             end = time.monotonic() + CONNECT_SECONDS
             while _looks_for_charon(answer) and self.charon_pid() is not None and time.monotonic() < end:

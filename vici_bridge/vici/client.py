@@ -304,6 +304,12 @@ class ControlClient:
                 if on_item is not None and packet.name == event:
                     on_item(parse_message(packet.body, foreign=True))
 
+    def listing(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Any]:
+        """One command; returns the JSON of each event that answers it."""
+        items: list[Any] = []
+        self.stream(command, event, message, lambda item: items.append(json_of(item)))
+        return items
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
