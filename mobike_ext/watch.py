@@ -22,7 +22,6 @@ import asyncio
 import logging
 import random
 import socket
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from ikectx import trace
@@ -139,7 +138,7 @@ class Watcher:
             loop.remove_reader(receiver)
 
     def _readable(self, receiver: socket.socket) -> None:
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         if now - self._since >= WINDOW:
             self._since, self._read = now, 0
         while self._read < BURST:

@@ -40,6 +40,10 @@ from tests.rekey_peer import Peer as RekeyPeer
 from vici_bridge.kernel.mute import MARK, Mute
 
 QUICK = RetransmitPolicy(initial=0.05, factor=1.5, tries=3)
+"""Where nobody answers."""
+PATIENT = RetransmitPolicy(initial=60.0)
+ONCE_MORE = RetransmitPolicy(initial=0.05, factor=1000.0)
+"""Where the answer comes to the first or the second request, however busy the machine is."""
 SPIS = SA.spis
 root = pytest.mark.usefixtures("as_root")
 
@@ -59,8 +63,8 @@ def endpoint(udp: socket.socket) -> Endpoint:
     return Endpoint.of(*udp.getsockname()[:2])
 
 
-def machine(gateway: Endpoint, node: Endpoint) -> AddressUpdate:
-    return AddressUpdate(SaEnd(SA, 7, gateway, node, QUICK), AddressNotice(COOKIE), os.urandom(8))
+def machine(gateway: Endpoint, node: Endpoint, policy: RetransmitPolicy = QUICK) -> AddressUpdate:
+    return AddressUpdate(SaEnd(SA, 7, gateway, node, policy), AddressNotice(COOKIE), os.urandom(8))
 
 
 @contextmanager
@@ -105,8 +109,9 @@ def mobile_node(
 def test_beside_the_owner_of_the_port(gateway_host: str, node_host: str, drop: int) -> None:
     with bound(Endpoint.of(gateway_host, 0)) as charon, bound(Endpoint.of(node_host, 0)) as udp:
         gateway, node = endpoint(charon), endpoint(udp)
+        asks = machine(gateway, node, ONCE_MORE if drop else PATIENT)
         with mobile_node(udp, gateway, drop=drop):
-            report = asyncio.run(link.run_address_update(machine(gateway, node)))
+            report = asyncio.run(link.run_address_update(asks))
         assert (report.move.messages, report.move.requests, report.move.retransmissions) == (
             2 + drop,
             1,
@@ -123,7 +128,7 @@ def test_a_refusal_and_a_silence() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         gateway, node = endpoint(charon), endpoint(udp)
         with mobile_node(udp, gateway, refuse=True), pytest.raises(RefusedError) as refused:
-            asyncio.run(link.run_address_update(machine(gateway, node)))
+            asyncio.run(link.run_address_update(machine(gateway, node, PATIENT)))
         assert refused.value.status is Status.PEER_REFUSED
         silent = machine(gateway, node)
         with pytest.raises(LinkError) as caught:
@@ -147,7 +152,8 @@ def test_beneath_a_firewall_that_mutes_charon(version: int) -> None:
             mute.mute_in(SPIS)
             mute.mute_out(SPIS)
             with mobile_node(udp, gateway, drop=1):
-                report = asyncio.run(link.run_address_update(machine(gateway, node), mark=MARK))
+                asks = machine(gateway, node, ONCE_MORE)
+                report = asyncio.run(link.run_address_update(asks, mark=MARK))
             assert (report.move.requests, report.move.retransmissions) == (1, 1)
             # the muted charon heard the noise only: another SA's
             assert [charon.recv(2000)[:1] for _ in range(3)] == [b"\xff", b"\xc0", b"\0"]
@@ -196,9 +202,15 @@ NODE_SA = replace(SA, initiator=True)
 OURS, NEW = b"\xc1\0\0\1", b"\xc9\0\0\1"
 
 
-def spi_update(gateway: Endpoint, node: Endpoint, limit: int | None = None, **options: object) -> SpiUpdate:
+def spi_update(
+    gateway: Endpoint,
+    node: Endpoint,
+    limit: int | None = None,
+    policy: RetransmitPolicy = PATIENT,
+    **options: object,
+) -> SpiUpdate:
     given = {"iv": os.urandom(64), "fresh": os.urandom(FRESH_OCTETS), "address": AddressNotice(COOKIE)}
-    end = SaEnd(SA, 7, gateway, node, QUICK, limit)
+    end = SaEnd(SA, 7, gateway, node, policy, limit)
     return asks_for(end, [ask(Protocol.ESP, OURS, NEW)], **(given | options))  # type: ignore[arg-type]
 
 
@@ -243,7 +255,7 @@ def test_new_names_refused_unknown_or_unanswered() -> None:
         with mobile_node(udp, gateway, refuse=True), pytest.raises(RefusedError):
             asyncio.run(link.run_spi_update(spi_update(gateway, node)))
         with pytest.raises(LinkError) as caught:
-            asyncio.run(link.run_spi_update(spi_update(gateway, node)))
+            asyncio.run(link.run_spi_update(spi_update(gateway, node, policy=QUICK)))
         assert caught.value.status is Status.PEER_SILENT
 
 
@@ -254,14 +266,14 @@ def test_a_child_and_an_ike_sa_are_rekeyed() -> None:
 
         def child() -> ChildRekey:
             fresh = os.urandom(REKEY_OCTETS)
-            return ChildRekey(SaEnd(IKE_SA, 7, gateway, node, QUICK), 0, CHILD, new_spi=NEW, fresh=fresh)
+            return ChildRekey(SaEnd(IKE_SA, 7, gateway, node, PATIENT), 0, CHILD, new_spi=NEW, fresh=fresh)
 
         with served(udp, RekeyPeer()):
             report = asyncio.run(link.run_rekey(child()))
         assert isinstance(report.result, ChildRekeyed)
         assert (report.result.child.spi_in, report.move.requests, report.move.messages) == (NEW, 2, 4)
         ike = IkeRekey(
-            SaEnd(IKE_SA, 7, gateway, node, QUICK), new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS)
+            SaEnd(IKE_SA, 7, gateway, node, PATIENT), new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS)
         )
         seen: list[object] = []
 
@@ -312,7 +324,7 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
             await task
 
         with served(udp, machine):
-            asyncio.run(asyncio.wait_for(serve(), 20))
+            asyncio.run(serve())
         assert [event.source for event in heard] == [gateway]
         assert (machine.state.value, agent.report.answered) == ("renamed", 1)
         assert charon.recv(2000)[:4] == bytes(4)  # it has the request as well
@@ -333,11 +345,14 @@ def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
                     raise CharonError("no such SA")
 
                 task = asyncio.create_task(link.serve_updates(agent, asked))
-                await asyncio.sleep(0.5)
+                answers = agent.answering
+                while not heard or (answers and machine.state.value == "waiting"):  # noqa: B023
+                    await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)
                 task.cancel()
 
             with served(udp, machine):
-                asyncio.run(asyncio.wait_for(serve(), 20))
+                asyncio.run(serve())
             assert len(heard) == 1
             assert machine.state.value == ("paused" if role is ResponderRole.ALL else "waiting")
 
@@ -352,11 +367,16 @@ def test_repetitions_of_an_answered_request() -> None:
         [(request, _)] = theirs.to_send(0)
         machine.receive(request, node, 0)
         machine.to_send(0)  # this answer is lost
-        again = threading.Timer(0.2, udp.sendto, (request, (str(gateway.address), gateway.port)))
+
+        async def answers() -> None:
+            answering = asyncio.create_task(link.keep_answering(machine, 60.0))
+            while theirs.state.value != "renamed":
+                await asyncio.sleep(0.05)
+                udp.sendto(request, (str(gateway.address), gateway.port))
+            answering.cancel()
+
         with served(udp, theirs):
-            again.start()
-            asyncio.run(link.keep_answering(machine, 0.6))
-        assert theirs.state.value == "renamed"
+            asyncio.run(answers())
 
 
 @root
