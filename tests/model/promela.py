@@ -118,7 +118,7 @@ def check(text: str) -> Verdict:
         (where / "model.pml").write_text(text)
         _run(where, "spin", "-a", "model.pml")
         _run(
-            where, "gcc", "-O1", "-DNP", "-DNOREDUCE", "-DMEMLIM=2048", "-DVECTORSZ=256", "-o", "pan", "pan.c"
+            where, "gcc", "-O0", "-DNP", "-DNOREDUCE", "-DMEMLIM=2048", "-DVECTORSZ=256", "-o", "pan", "pan.c"
         )
         told = _run(where, "./pan", "-l", "-m1000000", "-w22")
         errors = int(re.findall(r"errors: (\d+)", told)[0])
