@@ -20,7 +20,7 @@ from ikectx.numbers import Status
 from ikectx.sa.name import SaName
 from tests.engine_world import CALM, Disk, Side, Slip, World
 
-DECIDES = (CALM, CALM + 200.0)
+DECIDES = (CALM, CALM + 200.0, CALM + 400.0)
 """When the operator decides about what is in doubt."""
 
 
@@ -95,11 +95,15 @@ class Forgetful(World):
             self.later(self.dice.uniform(0.0, 4.0), partial(side.ask, Transfer(sa, to), self._note))
 
     def _decide(self) -> None:
+        """One gateway at most takes an SA back; which one has it is known when the others are decided."""
+        reclaimed: set[SaName] = set()
         for side in self.sides.values():
             for run in list(side.engine.transfers.open.values()) if side.engine is not None else ():
-                if run.machine.state is SourceState.RELEASED:
+                if run.machine.state is SourceState.RELEASED and run.sa not in reclaimed:
                     self.decided += 1
                     what: Decision = "give-up" if self._owned(run.sa) else "reclaim"
+                    if what == "reclaim":
+                        reclaimed.add(run.sa)
                     side.ask(Resolve(run.transfer_id.hex(), what), self._note)
 
     def _owned(self, sa: SaName) -> bool:
