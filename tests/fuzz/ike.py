@@ -32,7 +32,7 @@ from tests.mobike_ext.test_watch import MN6, US6, ip_packet, part, probe
 from tests.mobile_ike import MN, NSG, SA, Node
 from tests.vector_text import read_vectors
 
-from .target import Target
+from .target import Copies, Target
 
 IKE_KEY = seal_key(SA, by_initiator=True)
 HEADER = IkeHeader(SA.spi_i, SA.spi_r, Exchange.INFORMATIONAL, 7, initiator=True, response=False)
@@ -138,10 +138,16 @@ def sealed(key: SealKey, header: IkeHeader, octets: bytes) -> bytes:
     return head + seal(key, head, inner, bytes(iv_length(key.encr)))
 
 
+@cache
+def asking(make: Callable[[], Any]) -> Copies:
+    """A machine that has sent its first request, and the request."""
+    machine = make()
+    return Copies((machine, machine.to_send(0)[0][0]))
+
+
 def answer_to(make: Callable[[], Any], octets: bytes) -> None:
     """The peer's answer to the first request of a machine."""
-    machine = make()
-    datagram = machine.to_send(0)[0][0]
+    machine, datagram = asking(make).copy()
     header = IkeHeader.parse(strip_marker(datagram, NSG, MN))
     header = replace(header, initiator=not header.initiator, response=True)
     machine.receive(add_marker(sealed(IKE_KEY, header, octets), MN, NSG), MN, 0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 from ikectx.errors import IkectxError, WireError
 from ikectx.sa.context import Endpoint, Secret
@@ -23,3 +26,31 @@ class Target:
     decode: Callable[[bytes], object]
     seeds: tuple[bytes, ...]
     errors: tuple[type[IkectxError], ...] = (WireError,)
+
+
+class Copies:
+    """Makes copies of an object, which take less time than to make it anew with its keys.
+
+    Secrets, functions and what is not Python's are shared by all copies.
+    """
+
+    def __init__(self, original: object) -> None:
+        self._shared: list[object] = []
+        octets = io.BytesIO()
+        shared = self._shared
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, one: object) -> int | None:
+                foreign = type(one).__module__.partition(".")[0] in ("cryptography", "builtins")
+                if isinstance(one, Secret) or (callable(one) and not isinstance(one, type) and foreign):
+                    shared.append(one)
+                    return len(shared) - 1
+                return None
+
+        Pickler(octets, 5).dump(original)
+        self._octets = octets.getvalue()
+
+    def copy(self) -> Any:
+        unpickler = pickle.Unpickler(io.BytesIO(self._octets))
+        unpickler.persistent_load = self._shared.__getitem__  # type: ignore[method-assign]
+        return unpickler.load()
