@@ -46,6 +46,7 @@ from vici_bridge.ha.record import Record
 from vici_bridge.kernel import addresses, detour, kernel_events, nftables, routes, xfrm
 from vici_bridge.kernel import xfrm_wire as wire
 from vici_bridge.kernel.netlink import Netlink, NetlinkOutcome
+from vici_bridge.kernel.netlink_parts import HEADER, attribute, messages
 from vici_bridge.kernel.spd_index import SpdIndex
 from vici_bridge.kernel.spd_lookup import Flow, may_concern
 from vici_bridge.policy.allowed import AllowedConnection, pool_ranges
@@ -165,40 +166,40 @@ ANSWERS = tuple(
 
 
 def nested(number: int, *parts: bytes) -> bytes:
-    return nftables._attribute(number, b"".join(parts))
+    return attribute(number, b"".join(parts))
 
 
 def element(key: bytes, counter: int) -> bytes:
-    value = nftables._attribute(2, counter.to_bytes(8))
-    count = nested(7, nftables._attribute(1, b"counter\0"), nested(2, value))
-    return nested(1, nested(1, nftables._attribute(1, key)), nested(2, nftables._attribute(1, b"ab")), count)
+    value = attribute(2, counter.to_bytes(8))
+    count = nested(7, attribute(1, b"counter\0"), nested(2, value))
+    return nested(1, nested(1, attribute(1, key)), nested(2, attribute(1, b"ab")), count)
 
 
 SETS = nftables._message(
     12, 0, nftables._text(1, "ikectx") + nested(3, element(b"k" * 16, 7), element(b"l" * 16, 9))
 )
-CHAIN = nftables._message(3, 0, nftables._text(1, "t") + nftables._attribute(6, (3).to_bytes(4)))
+CHAIN = nftables._message(3, 0, nftables._text(1, "t") + attribute(6, (3).to_bytes(4)))
 
 
 def route(kind: int = 24) -> bytes:
     body = struct.pack("=BBBBBBBBI", 2, 24, 0, 0, 254, detour.PROTOCOL, 0, 1, 0)
-    body += nftables._attribute(1, bytes((10, 4, 0, 0))) + nftables._attribute(4, (3).to_bytes(4, "little"))
+    body += attribute(1, bytes((10, 4, 0, 0))) + attribute(4, (3).to_bytes(4, "little"))
     return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body
 
 
 def own_address() -> bytes:
-    body = struct.pack("=BBBBI", 2, 24, 0x80, 0, 2) + nftables._attribute(2, bytes((192, 0, 2, 1)))
+    body = struct.pack("=BBBBI", 2, 24, 0x80, 0, 2) + attribute(2, bytes((192, 0, 2, 1)))
     return struct.pack("=IHHII", 16 + len(body), 20, 2, 1, 0) + body
 
 
 def removal() -> bytes:
-    body = bytes((1, 0, 0, 0)) + nftables._attribute(1, b"ikectx\0")
+    body = bytes((1, 0, 0, 0)) + attribute(1, b"ikectx\0")
     return struct.pack("=IHHII", 16 + len(body), 10 << 8 | 2, 0, 1, 0) + body
 
 
 def netlink_error(number: int, code: int, text: bytes) -> bytes:
     body = struct.pack("=i", code) + struct.pack("=IHHII", 16, 0x10, 0, number, 0)
-    body += nftables._attribute(1, text)
+    body += attribute(1, text)
     return struct.pack("=IHHII", 16 + len(body), 2, 0x100 | 0x200, number, 0) + body
 
 
@@ -229,9 +230,9 @@ class Heard(SpdIndex):
 def policy_events_of(octets: bytes) -> None:
     """A datagram of the kernel's about its policies."""
     index = Heard()
-    for message in wire.messages(octets):
+    for message in messages(octets):
         may_concern(message, FLOW)
-        with contextlib.suppress(struct.error, KeyError):  # the policies are dumped anew
+        with contextlib.suppress(struct.error, ValueError, KeyError):  # the policies are dumped anew
             index._hear(message)
 
 
@@ -248,9 +249,9 @@ COUNTERS = tuple(bytes.fromhex(each["counters"]) for each in XFRM.values() if "c
 POLICIES = tuple(bytes.fromhex(each["policy"]) for each in XFRM.values() if "policy" in each)
 FLOW = Flow(*ENDS)
 EVENTS = (
-    *(policy_event(wire.NEWPOLICY, policy[wire.HEADER :]) for policy in POLICIES[:2]),
-    policy_event(wire.DELPOLICY, bytes(64) + nftables._attribute(7, POLICIES[0][wire.HEADER :][:168])),
-    policy_event(0x1B, POLICIES[0][wire.HEADER :][:168] + b"\1" + bytes(7)),
+    *(policy_event(wire.NEWPOLICY, policy[HEADER.size :]) for policy in POLICIES[:2]),
+    policy_event(wire.DELPOLICY, bytes(64) + attribute(7, POLICIES[0][HEADER.size :][:168])),
+    policy_event(0x1B, POLICIES[0][HEADER.size :][:168] + b"\1" + bytes(7)),
 )
 PLAIN_SA = xfrm.KernelSa.parse(bytes.fromhex(XFRM["gcm"]["sa"]))
 ESN_SA = xfrm.KernelSa.parse(bytes.fromhex(XFRM["esn-in"]["sa"]))
