@@ -83,7 +83,7 @@ ERASE_AFTER = 5.0
 """Seconds after the end of a transfer until the store's log is emptied, in which its keys still are, sealed.
 By then charon has told that the SA is gone, so that the record has forgotten it."""
 
-SYNC_AFTER = 0.02
+SYNC_AFTER = 0.1
 """Seconds from a write until the log is synced, for all writes of that time. No move waits for it. SAs do not
 outlive a loss of power, but packets of those that moved arrive afterwards: they are blocked or sent on by
 what the store says."""
@@ -149,6 +149,8 @@ class Driver:
         """How effects ended in this round of the event loop."""
         self._goes_on = False
         """Whether the engine will be told soon, and what it gives out carried out."""
+        self._events: list[tuple[Observer, TransferEvent]] = []
+        """What observers will be told soon."""
         self._writes: list[Journal] = []
         """What is to be written as soon as nothing else is to be carried out."""
         self._pumping = False
@@ -321,8 +323,17 @@ class Driver:
     def _tell(self, event: TransferEvent, ticket: int) -> None:
         """Soon, since the next message is not to wait for observers."""
         observers = [each for each in (self._observer, self._progress.get(ticket)) if each is not None]
-        if observers:
-            asyncio.get_running_loop().call_soon(_notify, observers, event)
+        if observers and not self._events:
+            asyncio.get_running_loop().call_soon(self._notify)
+        self._events += [(each, event) for each in observers]
+
+    def _notify(self) -> None:
+        events, self._events = self._events, []
+        for observer, event in events:
+            try:
+                observer(event)
+            except Exception as error:
+                log_mistake(log, "an observer of transfers", error)
 
     # -- effects -----------------------------------------------------------------------------------------
 
@@ -554,11 +565,3 @@ class Driver:
         if not self._closed:
             self.engine.receive(self.now(), link.number, message)
             self._go_on_soon()
-
-
-def _notify(observers: list[Observer], event: TransferEvent) -> None:
-    for observer in observers:
-        try:
-            observer(event)
-        except Exception as error:
-            log_mistake(log, "an observer of transfers", error)

@@ -265,16 +265,17 @@ class SqliteStore:
 
     def _keep(self, place: tuple[str, str, str], value: bytes | None, soon: bool) -> None:
         """`soon`: with the next row or note that is written, or with the journal's next entry."""
+        if soon:
+            self._waiting[place] = value
+            return
         before = dict(self._waiting)
         self._waiting[place] = value
-        if not soon:
-            try:
-                with self._errors():
-                    self._sync(False)
-                self._flush()
-            except StoreError:
-                self._waiting = before
-                raise
+        try:
+            self._sync(False)
+            self._flush()
+        except StoreError:
+            self._waiting = before
+            raise
 
     def _flush(self) -> None:
         """Write what waits; where that fails it goes on waiting."""

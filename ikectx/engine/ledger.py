@@ -145,6 +145,11 @@ class Row(Generic[F]):
     later: tuple[str, ...] = ()
     context: tuple[tuple[int, bytes], ...] = field(default=(), repr=False)
 
+    def finished(self, effect: str) -> Row[F]:
+        """The same row, with this effect done. (`replace` takes twice as long, and an SA has dozens.)"""
+        done = (*self.done, effect)
+        return Row(self.sa, self.facts, self.transfer_id, self.step, done, "", self.later, self.context)
+
     def knows(self, **facts: Any) -> Row[F]:
         """The same row with other facts."""
         return replace(self, facts=replace(self.facts, **facts))  # type: ignore[type-var]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from dataclasses import replace as changed
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Literal
@@ -210,7 +209,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
         return tombstone or (state in ends and self.on_disk in TARGET_OWNS)
 
     def decided(self) -> Mapping[str, object]:
-        return {"exchange": asdict(self._report)} if self.machine.state is TargetState.ACTIVATING else {}
+        return {"exchange": self._report.counts()} if self.machine.state is TargetState.ACTIVATING else {}
 
     @property
     def keep(self) -> bool:
@@ -400,7 +399,7 @@ class Incoming(Run[TargetState, TargetInput, TargetAction]):
             raise RefusedError(str(error), hint=error.hint, status=Status.PEER_REFUSED) from None
         if report is not None:
             self._report = report
-            moved = {name: int(value) for name, value in asdict(report).items()}
+            moved = {name: int(value) for name, value in report.counts().items()}
             self.entry = changed(self.stored, moved=moved)
 
     def _settle(self, context: IkeContext) -> Steps[None]:

@@ -34,6 +34,10 @@ class MoveReport:
     """Message IDs of requests of the mobile node that were answered by the agent, not by charon."""
     proven_by_traffic: bool = False
 
+    def counts(self) -> dict[str, int]:
+        """All of it, by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def __add__(self, other: MoveReport) -> MoveReport:
         """The sum of both; proof by traffic counts if one of them has it."""
         return MoveReport(

@@ -383,7 +383,8 @@ class IkeContext:
     @property
     def spis(self) -> SaName:
         """(initiator SPI, responder SPI), 8 octets each."""
-        return self.current.spis
+        current = self.generations[-1]
+        return SaName(current.spi_i, current.spi_r)
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,8 +228,7 @@ class Runner(Generic[W]):
             raise StateError(f"{effect.name} did not end within {effect.limit:g} s") from None
 
     async def _done(self, effect: StepEffect[W], work: W, facts: Facts | None) -> None:
-        row = self._ledger.of(work.sa)
-        row = replace(row, begun="", done=(*row.done, effect.name))
+        row = self._ledger.of(work.sa).finished(effect.name)
         if facts:
             row = row.knows(**facts)
         if effect.soon and facts:
