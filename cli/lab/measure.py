@@ -11,6 +11,7 @@ import errno
 import hashlib
 import itertools
 import math
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ikectx.errors import WireError
-from vici_bridge.vici.client import Connection, json_of
+import vici
+
+from vici_bridge.vici.client import as_text, json_of
 
 from . import capture as lab_capture
 from . import probe as lab_probe
@@ -335,9 +337,8 @@ class Reports:
 
     def __init__(self, lab: Lab, host: str) -> None:
         self._path = str(lab.work / host / "ikectx.vici")
-        self._ready = threading.Event()
+        self._ready, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._connection: Connection | None = None
         self.found: list[dict[str, Any]] = []
         self.states: list[str] = []
         """Each state that a transfer had there."""
@@ -347,18 +348,18 @@ class Reports:
         self._ready.wait(10)
 
     def stop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        self._stopping.set()
         self._thread.join(10)
 
     def _listen(self) -> None:
         # an agent that is killed ends it
-        with contextlib.suppress(OSError, WireError):
-            self._connection = Connection(self._path, None)
-            self._connection.register("transfer-state")
-            self._ready.set()
-            while True:
-                told = json_of(self._connection.receive().message)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(self._path)
+            for kind, message in vici.Session(sock).listen(["transfer-state"], timeout=0.2):
+                self._ready.set()
+                if self._stopping.is_set():
+                    return
+                told = json_of(as_text(message)) if kind is not None else {}
                 if told.get("phase"):
                     self.states.append(told["phase"])
                 if told.get("report"):

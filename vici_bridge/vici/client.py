@@ -1,7 +1,8 @@
 """The VICI protocol as a client: charon's socket, and this project's own control socket.
 
-`CharonVici` and `ControlClient` are for commands: they wait for each answer. The server side is in `control`,
-which needs asyncio, so that the command line starts faster without it.
+`CharonVici` and `ControlClient` use the official `vici` package, whose transport lets socket, struct and
+Unicode errors through and waits for ever once a packet has begun; both are corrected here. The server side is
+in `control`, which needs asyncio, so that the command line starts faster without it.
 
 Messages are `codec.Message` trees of text in both directions.
 """
@@ -9,85 +10,74 @@ Messages are `codec.Message` trees of text in both directions.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
+import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+
+from vici import Session
+from vici.exception import CommandException, DeserializationException, EventUnknownException, SessionException
+from vici.protocol import Message as PackageMessage
+from vici.protocol import Packet as PackagePacket
+from vici.protocol import Transport
 
 from ikectx import trace
 from ikectx.errors import CharonError, ConfigError, IkectxError, LinkError, WireError
 from ikectx.numbers import Status
 
-from .codec import (
-    LONGEST_PATH,
-    MAX_ANSWER,
-    Deframer,
-    Message,
-    Packet,
-    PacketType,
-    json_of,
-    parse_message,
-    serialize_message,
-    with_json,
-)
+from .codec import LONGEST_PATH, Message, json_of, parse_message, with_json
 
-__all__ = ["CharonVici", "Connection", "ControlClient", "Message", "RemoteError", "json_of", "with_json"]
+__all__ = ["CharonVici", "ControlClient", "Message", "RemoteError", "json_of", "with_json"]
+
+log = logging.getLogger(__name__)
+
+_GARBAGE = (DeserializationException, struct.error, UnicodeError, KeyError, IndexError, TypeError, ValueError)
+
+_EVENT = bytes([PackagePacket.EVENT])
+_T = TypeVar("_T")
 
 
-class Connection:
-    """A connection on which each request ends within `seconds` of `arm` (None: no limit).
+class _TimedSocket:
+    """A connected socket on which every read ends by a deadline.
 
-    Errors of all methods: OSError; of those that receive, WireError too.
+    The package's transport clears the socket's timeout once the first octet is there; this class keeps it.
     """
 
-    def __init__(self, path: str, seconds: float | None) -> None:
+    def __init__(self, sock: socket.socket, seconds: float | None) -> None:
+        self._sock = sock
         self._seconds = seconds
         self._deadline: float | None = None
-        self._deframer = Deframer(MAX_ANSWER)
-        self._packets: deque[Packet] = deque()
-        self._events: set[str] = set()
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._sock.settimeout(seconds)
-            self._sock.connect(path)
-        except BaseException:
-            self._sock.close()
-            raise
 
     def arm(self) -> None:
         """Start the clock for one request and its answer."""
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
 
-    def _wait(self) -> None:
-        left = None if self._deadline is None else self._deadline - time.monotonic()
-        if left is not None and left <= 0:
+    def _left(self) -> float | None:
+        if self._deadline is None:
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
             raise TimeoutError("timed out")
-        self._sock.settimeout(left)
+        return left
 
-    def send(self, kind: PacketType, name: str, body: bytes = b"") -> None:
-        self._wait()
-        self._sock.sendall(Packet(kind, name, body).framed())
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(self._left())
+        self._sock.sendall(data)
 
-    def register(self, event: str) -> bool:
-        """Have that event sent over this connection from now on. False: the other side does not know it."""
-        if event not in self._events:
-            self.send(PacketType.EVENT_REGISTER, event)
-            if self.receive().type is not PacketType.EVENT_CONFIRM:
-                return False
-            self._events.add(event)
-        return True
+    def recv(self, count: int) -> bytes:
+        self._sock.settimeout(self._left())
+        return self._sock.recv(min(count, 65536))
 
-    def receive(self) -> Packet:
-        """The next packet."""
-        while not self._packets:
-            self._wait()
-            if not (data := self._sock.recv(65536)):
-                raise ConnectionResetError("Connection closed")
-            self._packets.extend(self._deframer.receive(data))
-        return self._packets.popleft()
+    def settimeout(self, seconds: float | None) -> None:
+        """Does nothing, because the deadline must stay."""
+
+    def gettimeout(self) -> float | None:
+        return None
 
     def stale(self) -> bool:
         """Whether the other side has closed, or sent something that was not asked for."""
@@ -95,16 +85,31 @@ class Connection:
         try:
             self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
-            return bool(self._packets)
+            return False
         except OSError:
             return True
         return True
 
-    def close(self) -> None:
-        """End it, also for a thread that waits in `receive`."""
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(how)
+
+    def close(self) -> None:
+        self.shutdown()
         self._sock.close()
+
+
+def _connect(path: str, seconds: float | None) -> _TimedSocket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    timed = _TimedSocket(sock, seconds)
+    timed.arm()
+    return timed
 
 
 def path_of(uri: str) -> str:
@@ -115,6 +120,17 @@ def path_of(uri: str) -> str:
     if len(os.fsencode(path)) > LONGEST_PATH:
         raise ConfigError(f"the path {path} is too long for a unix socket: {LONGEST_PATH} octets at most")
     return path
+
+
+def as_text(value: Any) -> Any:
+    """The package's result with octets as text; octets that are not UTF-8 as \\xNN."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, dict):
+        return {str(name): as_text(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    return value
 
 
 class CharonVici:
@@ -129,7 +145,8 @@ class CharonVici:
         self._path = path_of(uri)
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._connection: Connection | None = None
+        self._sock: _TimedSocket | None = None
+        self._session: Session | None = None
 
     def version(self) -> Message:
         """`daemon`, `version`, `sysname`, `release`, `machine`."""
@@ -141,11 +158,11 @@ class CharonVici:
 
     def list_sas(self, ike: str | None = None, ike_id: int | None = None) -> list[Message]:
         """IKE_SAs as charon's `list-sa` gives them, each with its connection under `name`."""
-        return self._named("list-sas", "list-sa", {"ike": ike, "ike-id": ike_id})
+        return self._named(self.stream("list-sas", "list-sa", {"ike": ike, "ike-id": ike_id}))
 
     def list_conns(self) -> list[Message]:
         """Loaded connections as charon's `list-conn` gives them, each with its `name`."""
-        return self._named("list-conns", "list-conn")
+        return self._named(self.stream("list-conns", "list-conn"))
 
     def get_pools(self, leases: bool = False) -> dict[str, Message]:
         """Virtual IP pools by name, with their leases if asked."""
@@ -170,65 +187,93 @@ class CharonVici:
 
     def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
         """Any command that is answered by one message. None values are left out."""
-        return self._ask(command, message)[1]
+        with self._lock, self._mapped(command):
+            answer: Message = as_text(self._ready().request(command, _clean(message)))
+            return answer
 
-    def _named(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Message]:
-        """The sections in the events that answer a command, each with its `name`."""
-        return [
-            {**section, "name": name}
-            for item in self._ask(command, message, event)[0]
-            for name, section in item.items()
-            if isinstance(section, dict)
-        ]
+    def stream(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Message]:
+        """Any command whose answer is a series of events."""
+        with self._lock, self._mapped(command):
+            return self._items(command, event, message, partial(parse_message, foreign=True))
 
-    def _ask(
-        self, command: str, message: Mapping[str, Any] | None, event: str = ""
-    ) -> tuple[list[Message], Message]:
-        """The events that a command is answered with, and the answer at their end."""
-        body, items = serialize_message(message or {}), []
-        with self._ready(command) as connection:
-            if event and not connection.register(event):
-                raise CharonError(f"charon refused {command}: it does not know the event")
-            connection.send(PacketType.CMD_REQUEST, command, body)
-            while (packet := connection.receive()).type is PacketType.EVENT:
-                items.append(parse_message(packet.body, foreign=True))
-            if packet.type is not PacketType.CMD_RESPONSE:
-                raise CharonError(f"charon does not know the command {command}")
-            answer = parse_message(packet.body, foreign=True)
-        if answer.get("success", "yes") != "yes":
-            raise CharonError(f"charon refused {command}: {answer.get('errmsg', 'no reason')}")
-        return items, answer
+    def _items(
+        self, command: str, event: str, message: Mapping[str, Any] | None, read: Callable[[bytes], _T]
+    ) -> list[_T]:
+        transport = self._ready().transport
+        self._register(transport, PackagePacket.register_event(event))
+        transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
+        items = []
+        while (octets := transport.receive())[:1] == _EVENT:
+            items.append(read(octets[2 + octets[1] :]))
+        answer = PackagePacket.parse(octets)
+        self._register(transport, PackagePacket.unregister_event(event))
+        if answer.response_type != PackagePacket.CMD_RESPONSE:
+            raise SessionException(f"an answer of type {answer.response_type}")
+        told = as_text(PackageMessage.deserialize(answer.payload))
+        if told.get("success", "yes") != "yes":
+            raise CommandException(told.get("errmsg", "no reason"))
+        return items
+
+    @staticmethod
+    def _register(transport: Any, packet: bytes) -> None:
+        """Begin or end hearing an event."""
+        transport.send(packet)
+        while (octets := transport.receive())[:1] == _EVENT:
+            pass
+        if octets[:1] == bytes([PackagePacket.EVENT_UNKNOWN]):
+            raise EventUnknownException("it does not know the event")
+        if octets[:1] != bytes([PackagePacket.EVENT_CONFIRM]):
+            raise SessionException(f"an answer of type {octets[:1].hex()}")
 
     def close(self) -> None:
         """End the connection."""
         with self._lock:
             self._drop()
 
+    def _ready(self) -> Session:
+        if self._sock is not None and self._sock.stale():
+            self._drop()
+        if self._sock is None or self._session is None:
+            self._sock = _connect(self._path, self._timeout)
+            self._session = Session(self._sock)
+        self._sock.arm()
+        return self._session
+
     def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = self._session = None
 
     @contextlib.contextmanager
-    def _ready(self, command: str) -> Iterator[Connection]:
-        """A connection for one request, which no other one uses after an error."""
-        with self._lock, trace.span(f"vici {command}", "call"):
-            try:
-                if self._connection is not None and self._connection.stale():
-                    self._drop()
-                if self._connection is None:
-                    self._connection = Connection(self._path, self._timeout)
-                self._connection.arm()
-                yield self._connection
-            except OSError as error:
-                self._drop()
-                raise away(self._path, error) from None
-            except WireError as error:
-                self._drop()
-                raise WireError(f"charon's answer to {command} does not parse: {error}") from None
-            except CharonError:
-                self._drop()
-                raise
+    def _mapped(self, command: str) -> Iterator[None]:
+        """Map the package's errors to ours; after all but a plain refusal the connection is dropped."""
+        try:
+            with trace.span(f"vici {command}", "call"):
+                yield
+        except CommandException as error:
+            raise CharonError(
+                f"charon refused {command}: {str(error).removeprefix('Command failed: ')}"
+            ) from None
+        except EventUnknownException as error:
+            raise CharonError(f"charon refused {command}: {error}") from None
+        except SessionException:
+            self._drop()
+            raise CharonError(f"charon does not know the command {command}") from None
+        except OSError as error:
+            self._drop()
+            raise away(self._path, error) from None
+        except (WireError, *_GARBAGE) as error:
+            self._drop()
+            raise WireError(f"charon's answer to {command} does not parse: {error}") from None
+
+    @staticmethod
+    def _named(items: list[Message]) -> list[Message]:
+        return [
+            {**section, "name": name}
+            for item in items
+            for name, section in item.items()
+            if isinstance(section, dict)
+        ]
 
 
 class RemoteError(IkectxError):
@@ -268,7 +313,7 @@ class ControlClient:
         self._path = path_of(path)
         self._timeout = timeout
         self._start = start
-        self._connection: Connection | None = None
+        self._sock: _TimedSocket | None = None
 
     def __enter__(self) -> ControlClient:
         return self
@@ -278,10 +323,10 @@ class ControlClient:
 
     def request(self, command: str, message: Mapping[str, Any] | None = None) -> Message:
         """One command, one answer."""
-        body = serialize_message(message or {})
-        with self._ready(command) as connection:
-            connection.send(PacketType.CMD_REQUEST, command, body)
-            return self._answer(command, connection.receive())
+        with self._mapped(command):
+            transport = self._ready()
+            transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
+            return self._answer(command, PackagePacket.parse(transport.receive()))
 
     def stream(
         self,
@@ -291,18 +336,21 @@ class ControlClient:
         on_item: Callable[[Message], None] | None = None,
     ) -> Message:
         """One command; `on_item` gets each event as it comes. Returns the answer at the end."""
-        body = serialize_message(message or {})
-        with self._ready(command) as connection:
-            if not connection.register(event):
+        with self._mapped(command):
+            transport = self._ready()
+            transport.send(PackagePacket.register_event(event))
+            confirm = PackagePacket.parse(transport.receive())
+            if confirm.response_type != PackagePacket.EVENT_CONFIRM:
                 raise LinkError(f"the agent has no event {event}", hint="is it of the same version?")
-            connection.send(PacketType.CMD_REQUEST, command, body)
+            transport.send(PackagePacket.request(command, PackageMessage.serialize(_clean(message))))
             while True:
-                connection.arm()
-                packet = connection.receive()
-                if packet.type is not PacketType.EVENT:
+                self._ready()
+                packet = PackagePacket.parse(transport.receive())
+                if packet.response_type != PackagePacket.EVENT:
                     return self._answer(command, packet)
-                if on_item is not None and packet.name == event:
-                    on_item(parse_message(packet.body, foreign=True))
+                item = as_text(PackageMessage.deserialize(packet.payload))
+                if on_item is not None and packet.event_type == event.encode():
+                    on_item(item)
 
     def listing(self, command: str, event: str, message: Mapping[str, Any] | None = None) -> list[Any]:
         """One command; returns the JSON of each event that answers it."""
@@ -311,32 +359,41 @@ class ControlClient:
         return items
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
 
-    @staticmethod
-    def _answer(command: str, packet: Packet) -> Message:
-        if packet.type is not PacketType.CMD_RESPONSE:
+    def _ready(self) -> Transport:
+        if self._sock is None:
+            self._sock = _connect(self._path, self._timeout)
+        self._sock.arm()
+        return Transport(self._sock)
+
+    def _answer(self, command: str, packet: Any) -> Message:
+        if packet.response_type != PackagePacket.CMD_RESPONSE:
             raise LinkError(f"the agent has no command {command}", hint="is it of the same version?")
-        answer = parse_message(packet.body, foreign=True)
+        answer: Message = as_text(PackageMessage.deserialize(packet.payload))
         if answer.get("success", "yes") != "yes":
             raise RemoteError.of(answer)
         return answer
 
     @contextlib.contextmanager
-    def _ready(self, command: str) -> Iterator[Connection]:
+    def _mapped(self, command: str) -> Iterator[None]:
         try:
-            if self._connection is None:
-                self._connection = Connection(self._path, self._timeout)
-            self._connection.arm()
-            yield self._connection
+            yield
+        except IkectxError:
+            raise
         except OSError as error:
             self.close()
             raise _no_agent(self._path, command, error, self._start) from None
-        except WireError as error:
+        except _GARBAGE as error:
             self.close()
             raise WireError(f"the agent's answer to {command} does not parse: {error}") from None
+
+
+def _clean(message: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The message without None values, which the package would send as the text "None"."""
+    return {name: value for name, value in (message or {}).items() if value is not None}
 
 
 def count(answer: Mapping[str, Any], key: str) -> int:

@@ -26,9 +26,6 @@ Message = dict[str, Any]
 MAX_PACKET = 512 * 1024
 """Octets of the longest packet charon takes or sends."""
 
-MAX_ANSWER = 4 * 1024 * 1024
-"""Octets of the longest packet that an agent sends: reports of some seven thousand transfers."""
-
 MAX_DEPTH = 32
 """Sections inside sections; charon's own messages stay below 8."""
 
@@ -110,13 +107,12 @@ class Packet:
 
 
 class Deframer:
-    """Cuts a stream of octets into packets of at most `limit` octets; feed it as the octets come."""
+    """Cuts a stream of octets into packets; feed it as the octets come."""
 
-    __slots__ = ("_buffer", "_limit")
+    __slots__ = ("_buffer",)
 
-    def __init__(self, limit: int = MAX_PACKET) -> None:
+    def __init__(self) -> None:
         self._buffer = bytearray()
-        self._limit = limit
 
     def receive(self, data: bytes) -> list[Packet]:
         """The packets that `data` completes. Errors: WireError; the stream is unusable after it."""
@@ -125,8 +121,8 @@ class Deframer:
         at = 0
         while len(self._buffer) - at >= HEADER:
             length = int.from_bytes(self._buffer[at : at + HEADER])
-            if not 1 <= length <= self._limit:
-                raise WireError(f"VICI length: {length} octets are not in 1..{self._limit}")
+            if not 1 <= length <= MAX_PACKET:
+                raise WireError(f"VICI length: {length} octets are not in 1..{MAX_PACKET}")
             if len(self._buffer) - at < HEADER + length:
                 break
             packets.append(Packet.parse(bytes(self._buffer[at + HEADER : at + HEADER + length])))

@@ -32,7 +32,7 @@ from typing import Any
 from ikectx.errors import ConfigError, IkectxError, StateError, WireError
 from ikectx.mistakes import log_mistake
 
-from .codec import LONGEST_PATH, MAX_ANSWER, Deframer, Message, Packet, PacketType, serialize_message
+from .codec import LONGEST_PATH, Deframer, Message, Packet, PacketType, serialize_message
 from .request_keys import Keys, check
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,11 @@ RESERVE = 8
 """Places beyond `MAX_CLIENTS` for root, and for the user that the agent runs as."""
 ASKS_WITHIN = 10.0
 """Seconds in which a client must have sent its first request, and the rest of any request it has begun."""
-MAX_UNREAD = MAX_ANSWER
+MAX_UNREAD = 4 * 1024 * 1024
 """Octets that may wait for one client before its stream waits for it."""
+MAX_ANSWER = MAX_UNREAD
+"""Octets of the longest answer: reports of some seven thousand transfers. charon's own limit is not the
+clients'."""
 PATIENCE = 5.0
 """Seconds that a stream waits for a client that does not read, before it goes on without it."""
 

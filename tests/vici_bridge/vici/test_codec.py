@@ -12,6 +12,7 @@ from vici.protocol import Message as PackageMessage
 
 from ikectx.errors import WireError
 from ikectx.sa.context import Secret
+from vici_bridge.vici.client import as_text
 from vici_bridge.vici.codec import (
     MAX_PACKET,
     MAX_VALUE,
@@ -47,15 +48,6 @@ trees = st.recursive(
     lambda inner: st.dictionaries(keys, inner, max_size=3),
     max_leaves=12,
 )
-
-
-def as_text(value: Any) -> Any:
-    """The package's result with octets as text; octets that are not UTF-8 as \\xNN."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, dict):
-        return {name: as_text(inner) for name, inner in value.items()}
-    return [as_text(item) for item in value]
 
 
 def test_documented_message() -> None:
