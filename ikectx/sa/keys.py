@@ -27,7 +27,6 @@ Such octets are handed over as `DrawnIvs`, and `synthetic_ivs` makes the IVs of 
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -36,6 +35,7 @@ from cryptography.hazmat.primitives import constant_time, hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherAlgorithm, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESCCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.cmac import CMAC
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from ikectx.errors import RefusedError, UsageError, WireError
 from ikectx.numbers import Encr, Integ, OpenEnum, Prf, Protocol, Status
@@ -151,7 +151,9 @@ def prf_plus(alg: Prf, key: bytes, seed: bytes, length: int) -> bytes:
 
 
 def _hmac(kind: type[hashes.HashAlgorithm], key: bytes, data: bytes) -> bytes:
-    return hmac.digest(key, data, kind().name)
+    mac = HMAC(key, kind())
+    mac.update(data)
+    return mac.finalize()
 
 
 def _cmac(key: bytes, data: bytes) -> bytes:
