@@ -49,7 +49,7 @@ from vici_bridge.ha.record import (
 )
 from vici_bridge.ha.sockets import HaSocket, Unconfirmed
 from vici_bridge.ha.version import HaVersion
-from vici_bridge.kernel.kernel import Detour, Kernel, Mute
+from vici_bridge.kernel.kernel import Detour, Kernel, LatePackets, Mute
 from vici_bridge.kernel.kernel_events import KernelEvents, changes_of_ways
 from vici_bridge.kernel.nat_relay import NatRelay
 from vici_bridge.kernel.rewrite import Rewrite
@@ -480,17 +480,11 @@ class CharonHost:
         await self.scripts.run(context, up=up, reqids=reqids, unique_id=unique_id)
 
     @trace.spanned("delete in charon")
-    async def delete(self, context: IkeContext, meanwhile: Callable[[], bool] = lambda: True) -> None:
-        """Make charon drop the IKE_SA silently, and wait until it has gone. Errors: CharonError.
-
-        `meanwhile` is called until it returns True, from the moment that charon has the order.
-        """
+    async def delete(self, context: IkeContext, late: LatePackets | None = None) -> None:
+        """Make charon drop the IKE_SA silently, wait until it has gone, and restore what `late` has. Errors:
+        CharonError."""
         await self.send(undo_messages(context, await self.version()))
-        end = asyncio.get_running_loop().time() + DELETE_PATIENCE
-        while asyncio.get_running_loop().time() < end:
-            if meanwhile():
-                break
-            await asyncio.sleep(0.0005)
+        await self.put_back(late)
         end, pause = asyncio.get_running_loop().time() + DELETE_PATIENCE, 0.001
         await asyncio.sleep(pause)  # charon takes at least as long
         while await self.view(context.spis) is not None:
@@ -521,29 +515,32 @@ class CharonHost:
         except (CharonError, WireError) as error:
             log.error("an SA that was ended at the gateway that gave it is not deleted here: %s", error)
 
-    def late_packets(self, context: IkeContext, children: Sequence[ChildContext]) -> Callable[[], bool]:
-        """A function that restores inbound SAs as soon as charon has removed them, and then returns True.
-
-        They decrypt packets that are still on their way, for `HostConfig.late` seconds. Errors: KernelError,
-        now; a later one is logged.
-        """
-        kernel = self.kernel
-        if kernel is None or not children:
-            return lambda: True
+    def late_packets(self, context: IkeContext, children: Sequence[ChildContext]) -> LatePackets | None:
+        """The inbound SAs that `put_back` is to restore for `HostConfig.late` seconds, as they are now; None:
+        there are none. Errors: KernelError."""
+        if self.kernel is None or not children:
+            return None
         inbound = [self.kernel_pair(context, child)[0] for child in children]
-        snapshot = kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
+        snapshot = self.kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
+        going = [(context.local.address, child.spi_in) for child in children]
+        going += [(context.remote.address, child.spi_out) for child in children]
+        return LatePackets(snapshot, tuple(going), self.config.late)
 
-        def put_back() -> bool:
-            # charon removes a child's policies first and its outbound SA last
-            if any(sa is not None for child in children for sa in self.kernel_pair(context, child)):
-                return False
-            try:
-                kernel.restore_inbound(snapshot, self.config.late)
-            except KernelError as error:
-                log.warning("late packets of %s will not be decrypted: %s", context.connection, error)
-            return True
-
-        return put_back
+    async def put_back(self, late: LatePackets | None) -> None:
+        """After charon was told to remove SAs: restore what `late` has, as soon as they have gone. A failure
+        is only logged."""
+        if late is None or self.kernel is None:
+            return
+        end = asyncio.get_running_loop().time() + DELETE_PATIENCE
+        # charon removes a child's policies first and its outbound SA last
+        while any(self.kernel.get_sa(*name, ESP) is not None for name in late.going):
+            if asyncio.get_running_loop().time() > end:
+                return
+            await asyncio.sleep(0.0005)
+        try:
+            self.kernel.restore_inbound(late.inbound, late.seconds)
+        except KernelError as error:
+            log.warning("packets that come late will not be decrypted: %s", error)
 
     def address_for(self, context: IkeContext) -> Address:
         """Our outer address for this mobile node: the SA's own if this host has it, else the first of its

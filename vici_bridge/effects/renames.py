@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ikectx.engine import ledger
@@ -28,7 +28,7 @@ from ikectx.sa.keys import esp_keys
 from ikectx.sa.name import SaName
 from vici_bridge.ha.chain import leftovers, reshape, settle
 from vici_bridge.host import CharonHost
-from vici_bridge.kernel.kernel import LATE, Kernel
+from vici_bridge.kernel.kernel import LATE, Kernel, LatePackets
 from vici_bridge.kernel.relay import Relay, RelayRule
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.policy.new_names import (
@@ -279,9 +279,10 @@ class Renames:
             self._go_on(host.kernel, here, plan, before, after, counters)
         self._drop_guards(here)
         if extra:
-            put_back = self._late_packets(plan, before, after)
+            late = self._late_packets(plan, before, after)
             await host.send(extra)
-            await self._listed(after, before, present=False, meanwhile=put_back)
+            await host.put_back(late)
+            await self._listed(after, before, present=False)
         if before.spis != after.spis:
             await host.mute.unmute_soon(before.spis)
             host.record.forget(before.spis)
@@ -325,9 +326,8 @@ class Renames:
         children = tuple(child for pair, child in ours.items() if pair in listed)
         return replace(named, children=children, policies=()), stopped, view.state
 
-    def _late_packets(self, plan: Plan, before: IkeContext, after: IkeContext) -> Callable[[], bool]:
-        """Restores the SAs under the names that the mobile node knows, which it uses until it has our next
-        message."""
+    def _late_packets(self, plan: Plan, before: IkeContext, after: IkeContext) -> LatePackets | None:
+        """The SAs under the names that the mobile node knows, which it uses until it has our next message."""
         stay = {(child.spi_in, child.spi_out) for child in after.children}
         known = {one.spi_in for one in plan.children if one.hold_in == one.spi_in}
         going = [
@@ -337,28 +337,14 @@ class Renames:
         ]
         return self._host.late_packets(before, going)
 
-    async def _listed(
-        self,
-        after: IkeContext,
-        before: IkeContext,
-        *,
-        present: bool,
-        meanwhile: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Wait until charon and the kernel have the children of `after`, or lack the others of `before`.
-
-        `meanwhile` is called until it returns True, from the moment that charon has the order.
-        """
+    async def _listed(self, after: IkeContext, before: IkeContext, *, present: bool) -> None:
+        """Wait until charon and the kernel have the children of `after`, or lack the others of `before`."""
         host = self._host
         wanted = {(child.spi_in, child.spi_out): child for child in after.children}
         unwanted = {(child.spi_in, child.spi_out): child for child in before.children} if not present else {}
         for pair in wanted:
             unwanted.pop(pair, None)
         end = asyncio.get_running_loop().time() + INSTALL_TIMEOUT
-        while asyncio.get_running_loop().time() < end:
-            if meanwhile():
-                break
-            await asyncio.sleep(0.0005)
         pause = 0.002
         while True:
             if present and host.kernel is not None:

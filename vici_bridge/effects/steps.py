@@ -28,7 +28,7 @@ from vici_bridge.ha.chain import reshape
 from vici_bridge.ha.ike_id import IkeId
 from vici_bridge.host import ESP, CharonHost
 from vici_bridge.kernel.algorithms import KernelReplay
-from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel
+from vici_bridge.kernel.kernel import LATE, InboundSnapshot, Kernel, LatePackets
 from vici_bridge.kernel.rewrite import EspPair, NewPlace
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.kernel.xfrm_parts import TUNNEL
@@ -351,13 +351,18 @@ class MoveSteps:
         version, ike = await host.version(), self.ike_id(sa)
         old = [child for child in move.children if child.old_in_view(view)]
         if old:
-            put_back = self._late_packets(move, [child for child in old if child in still])
+            renamed = [child for child in old if child in still]
+            late = self._late_packets(move, renamed)
             await host.send(ha.child_delete(version, ike, child.old_in) for child in old)
+            if late is not None and host.kernel is not None:
+                await host.put_back(late)
+                for child in renamed:
+                    host.spawn(self._end_late(host.kernel, move, child))
             view = await self.until(
                 sa,
                 "delete the CHILD_SAs at the old addresses",
                 lambda view: (
-                    (put_back() and not any(child.old_in_view(view) for child in old))
+                    not any(child.old_in_view(view) for child in old)
                     or not all(child.new_in_view(view) for child in move.children)
                 ),
             )
@@ -365,30 +370,18 @@ class MoveSteps:
             raise CharonError("charon deleted a CHILD_SA at the new addresses instead of the old one")
         return view
 
-    def _late_packets(self, move: MobileMove, renamed: Sequence[ChildMove]) -> Callable[[], bool]:
-        """A function that restores inbound SAs under old SPIs when charon has removed them, and then returns
-        True.
+    def _late_packets(self, move: MobileMove, renamed: Sequence[ChildMove]) -> LatePackets | None:
+        """The inbound SAs under old SPIs, which stay when charon has removed them.
 
         The gateway from which the SA comes may use them until it is told that the move is complete. They end
         with the first packet under the new SPIs, or by themselves after `HEARD`.
         """
         kernel = self._host.kernel
         if kernel is None or not renamed:
-            return lambda: True
-        inbound = [self._old(move, child)[0] for child in renamed]
-        snapshot = kernel.snapshot_inbound([sa for sa in inbound if sa is not None])
-        done = False
-
-        def put_back() -> bool:
-            nonlocal done
-            if not done and all(self._old(move, child)[0] is None for child in renamed):
-                kernel.restore_inbound(snapshot, HEARD)
-                for child in renamed:
-                    self._host.spawn(self._end_late(kernel, move, child))
-                done = True
-            return done
-
-        return put_back
+            return None
+        inbound = [sa for child in renamed if (sa := self._old(move, child)[0]) is not None]
+        going = tuple((move.old_local.address, child.old_in) for child in renamed)
+        return LatePackets(kernel.snapshot_inbound(inbound), going, HEARD)
 
     async def _end_late(self, kernel: Kernel, move: MobileMove, child: ChildMove) -> None:
         end = asyncio.get_running_loop().time() + HEARD

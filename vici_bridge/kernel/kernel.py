@@ -56,6 +56,18 @@ class InboundSnapshot:
     policies: tuple[KernelPolicy, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LatePackets:
+    """What is to decrypt packets that are still on their way, when charon has removed the SAs `going`.
+
+    going: (destination, SPI). seconds: for which the SAs of `inbound` are restored then.
+    """
+
+    inbound: InboundSnapshot
+    going: tuple[tuple[Address, bytes], ...]
+    seconds: int
+
+
 class Kernel:
     """XFRM in the network namespace this object was made in. Calls take some 100 us; threads may share it."""
 
