@@ -17,7 +17,7 @@ from ikectx.clock import Clock, MonotonicClock
 from ikectx.engine.ports import MoveReport
 from ikectx.errors import IkectxError, LinkError, RefusedError
 from ikectx.numbers import Status
-from ikectx.sa.context import ChildContext, Endpoint, IkeGeneration
+from ikectx.sa.context import Endpoint
 
 from .address_update import AddressUpdate, PeerNatChanged, Refused
 from .farewell import Farewell
@@ -50,17 +50,18 @@ async def _run(
     machine: RequesterMachine[Any, Any, Any],
     clock: Clock,
     mark: int,
-    heard: Callable[[], Awaitable[bool]] | None = None,
+    heard: Callable[[], bool] | None = None,
     seen: Callable[[], None] = lambda: None,
-    step: Callable[[], Awaitable[None]] | None = None,
+    rest: RekeyState | None = None,
 ) -> list[object]:
-    """Run to the end; returns the events. `seen` is called while `heard` is true, `step` after each datagram.
+    """Run to the end, or until the caller's turn comes in the state `rest`; returns the events. `seen` is
+    called while `heard` is true.
 
     Errors: LinkError with PEER_SILENT, RefusedError with PEER_REFUSED.
     """
     trouble = ""
     with open_raw(machine.local, machine.remote, machine.spis, mark=mark) as raw:
-        while not machine.done:
+        while not machine.done and machine.state is not rest:
             trouble = _send(raw, machine.to_send(clock.now())) or trouble
             due = machine.next_timer()
             wait = max(0.0, due - clock.now()) if due is not None else 0.0
@@ -68,9 +69,7 @@ async def _run(
             if received is not None:
                 machine.receive(*received, clock.now())
             machine.handle_timer(clock.now())
-            if step is not None:
-                await step()
-            if heard is not None and not machine.done and await heard():
+            if heard is not None and not machine.done and heard():
                 seen()
         _send(raw, machine.to_send(clock.now()))  # an answer to the peer may still be unsent
     events: list[object] = []
@@ -123,7 +122,7 @@ async def run_address_update(
     machine: AddressUpdate,
     *,
     clock: Clock | None = None,
-    heard: Callable[[], Awaitable[bool]] | None = None,
+    heard: Callable[[], bool] | None = None,
     mark: int = 0,
 ) -> UpdateReport:
     """Run `machine` to its end from a raw socket at `machine.local`.
@@ -185,58 +184,32 @@ async def run_spi_update(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RekeyReport:
-    """The result of a successful rekey; `move.requests` are message IDs of the old IKE_SA."""
+async def ask_rekey(
+    machine: ChildRekey | IkeRekey, *, clock: Clock | None = None, mark: int = 0
+) -> ChildMade | IkeMade:
+    """Ask for the new SA. The caller installs it, tells `machine` so (`installed`, or `abandon`), and calls
+    `end_rekey`. `machine.report` has the cost.
 
-    move: MoveReport
-    result: ChildRekeyed | IkeRekeyed
-    peer_requests: int = 0
-    ignored: int = 0
-
-
-async def run_rekey(
-    machine: ChildRekey | IkeRekey,
-    *,
-    made: Callable[[ChildContext | IkeGeneration], Awaitable[None]] | None = None,
-    clock: Clock | None = None,
-    mark: int = 0,
-) -> RekeyReport:
-    """As `run_address_update`. RefusedError with PEER_REFUSED if the peer does not rekey.
-
-    made: installs the new SA before the old one is deleted. If that fails for a child, the peer is told to
-    delete the new one again, and the error is raised; for an IKE_SA it is raised at once.
+    Errors: as `run_address_update`; RefusedError with PEER_REFUSED if the peer does not rekey.
     """
-    trouble: list[BaseException] = []
+    (event,) = await _run(machine, clock or MonotonicClock(), mark, rest=RekeyState.MADE)
+    if isinstance(event, RekeyFailed):
+        why = f" ({event.why})" if event.why else ""
+        raise RefusedError(
+            f"the MN did not rekey: {event.notify.name}{why}",
+            hint="its log says why; the SA is as it was",
+            status=Status.PEER_REFUSED,
+        )
+    assert isinstance(event, ChildMade | IkeMade)
+    return event
 
-    async def step() -> None:
-        if machine.state is not RekeyState.MADE:
-            return
-        event = machine.next_event()
-        try:
-            if made is not None and isinstance(event, ChildMade | IkeMade):
-                await made(event.child if isinstance(event, ChildMade) else event.generation)
-        except IkectxError as error:
-            if isinstance(machine, IkeRekey):
-                raise
-            trouble.append(error)
-            machine.abandon(str(error))
-        else:
-            machine.installed()
 
-    events = await _run(machine, clock or MonotonicClock(), mark, step=step)
-    if trouble:
-        raise trouble[0]
-    for event in events:
-        if isinstance(event, RekeyFailed):
-            why = f" ({event.why})" if event.why else ""
-            raise RefusedError(
-                f"the MN did not rekey: {event.notify.name}{why}",
-                hint="its log says why; the SA is as it was",
-                status=Status.PEER_REFUSED,
-            )
-    result = next(event for event in events if isinstance(event, ChildRekeyed | IkeRekeyed))
-    return RekeyReport(machine.report, result, machine.peer_requests, machine.ignored)
+async def end_rekey(
+    machine: ChildRekey | IkeRekey, *, clock: Clock | None = None, mark: int = 0
+) -> ChildRekeyed | IkeRekeyed | None:
+    """Delete the old SA, or the new child if it was abandoned (None). Errors: LinkError with UNREACHABLE."""
+    (event,) = await _run(machine, clock or MonotonicClock(), mark)
+    return event if isinstance(event, ChildRekeyed | IkeRekeyed) else None
 
 
 # --- answers -------------------------------------------------------------------------------------------
@@ -292,13 +265,13 @@ async def keep_answering(
 
 __all__ = [
     "MonotonicClock",
-    "RekeyReport",
     "SpiReport",
     "UpdateReport",
+    "ask_rekey",
+    "end_rekey",
     "keep_answering",
     "run_address_update",
     "run_farewell",
-    "run_rekey",
     "run_spi_update",
     "serve_updates",
 ]

@@ -8,14 +8,14 @@ there. `Sad` is the kernel's: SAs by destination and SPI, reservations, policies
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from random import Random
 from typing import Any
 
 from ikectx.engine.ports import MoveReport
-from ikectx.errors import KernelError, LinkError, RefusedError
+from ikectx.errors import KernelError, LinkError
 from ikectx.numbers import Encr, Integ, Status
 from ikectx.sa.context import Address, ChildContext, Endpoint, IkeContext, IkeGeneration, Secret
 from ikectx.sa.keys import esp_keys, sk_keys
@@ -37,7 +37,7 @@ from vici_bridge.kernel.nat_rule import NatRule
 from vici_bridge.kernel.relay import RelayRule
 from vici_bridge.kernel.xfrm import ALLOW, KernelPolicy, KernelSa, Selector, Template
 from vici_bridge.kernel.xfrm_parts import XfrmRequest
-from vici_bridge.policy.new_names import Made, Told, Wish
+from vici_bridge.policy.new_names import Agreed, Wish
 from vici_bridge.vici.views import SaView, sa_views
 
 OURS = Endpoint.of("203.0.113.9", 4500)
@@ -463,6 +463,20 @@ class Detour:
     def close(self) -> None: ...
 
 
+class Talk:
+    """`new_names.SpiTalk`: what a mobile node agrees to, one after the other."""
+
+    def __init__(self, exchanges: Iterator[Agreed]) -> None:
+        self._exchanges = exchanges
+        self.given_up: list[str] = []
+
+    async def next(self) -> Agreed | None:
+        return next(self._exchanges, None)
+
+    async def give_up(self, why: str) -> None:
+        self.given_up.append(why)
+
+
 class Mobiles:
     """All mobile nodes: what each has, and how it answers. `agent`: knows UPDATE_SPI."""
 
@@ -496,19 +510,20 @@ class Mobiles:
         self.moved.add(who)
         return MoveReport(messages=2, requests=1)
 
-    async def rename(self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made) -> Told:
-        """`names.Renamer`."""
+    def rename(self, here: IkeContext, wish: Wish) -> Talk:
+        """`new_names.SpiRenamer`."""
         self.asked.append(wish)
+        return Talk(self._agree(here, wish))
+
+    def _agree(self, here: IkeContext, wish: Wish) -> Iterator[Agreed]:
         who = str(here.remote_id)
         if who in self.silent:
             raise LinkError("silent", status=Status.PEER_SILENT)
         now = here
         rekeys = who in self.stock or not wish.update
-        if rekeys and not wish.rekey:
-            raise RefusedError("no", status=Status.PEER_REFUSED)
         if rekeys and wish.ike:
             now = self._with_ike(now, self._rekeyed(now.current, wish.ike))
-            await self._made(now, made, "rekey")
+            yield self._agreed(now, "rekey")
         for spi_in, new_in in wish.children:
             children = list(now.children)
             place = next(n for n, child in enumerate(children) if child.spi_in == spi_in)
@@ -521,22 +536,23 @@ class Mobiles:
                 )
             children[place] = changed
             now = replace(now, children=tuple(children), mid_initiator=now.mid_initiator + 1)
-            self.have[who] = now
             if rekeys:
-                await self._made(now, made, "rekey")
+                yield self._agreed(now, "rekey")
         if not rekeys and wish.ike:
             current = now.current
             new = replace(current, **{"spi_i" if current.initiator else "spi_r": wish.ike})  # type: ignore[arg-type]
             now = self._with_ike(now, new)
         self.moved.add(who)
-        await self._made(now, made, "rekey" if rekeys else "update")
-        return Told(MoveReport(messages=2, requests=1), not rekeys if wish.update else None)
-
-    async def _made(self, now: IkeContext, made: Made, how: str) -> None:
-        self.have[str(now.remote_id)] = now
-        await made(
-            now, moved=str(now.remote_id) in self.moved, how=how, report=MoveReport(messages=2, requests=1)
+        yield self._agreed(
+            now,
+            "rekey" if rekeys else "update",
+            report=MoveReport(messages=2, requests=1),
+            supports=not rekeys if wish.update else None,
         )
+
+    def _agreed(self, now: IkeContext, how: str, **more: Any) -> Agreed:
+        self.have[str(now.remote_id)] = now
+        return Agreed(now, str(now.remote_id) in self.moved, how, **more)
 
     def _with_ike(self, now: IkeContext, new: IkeGeneration) -> IkeContext:
         return replace(now, generations=(*now.generations, new), mid_initiator=0, mid_responder=0)

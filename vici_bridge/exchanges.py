@@ -7,12 +7,12 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ikectx.engine.ports import MoveReport
-from ikectx.errors import IkectxError, KernelError, LinkError, RefusedError
-from ikectx.numbers import Prf, Protocol, Status
-from ikectx.sa.context import Address, ChildContext, FinalState, IkeContext, IkeGeneration
+from ikectx.errors import IkectxError, KernelError, LinkError
+from ikectx.numbers import Prf, Protocol
+from ikectx.sa.context import Address, ChildContext, FinalState, IkeContext
 from ikectx.sa.keys import DrawnIvs, iv_length, prf_plus, sk_keys
 from ikectx.wire.ikev2 import RetransmitPolicy
 from mobike_ext.address_update import COOKIE2_LENGTH, AddressNotice, AddressUpdate
@@ -20,17 +20,18 @@ from mobike_ext.farewell import Farewell
 from mobike_ext.link import (
     SpiReport,
     UpdateReport,
+    ask_rekey,
+    end_rekey,
     keep_answering,
     run_address_update,
     run_farewell,
     run_mid_probe,
-    run_rekey,
     run_spi_update,
 )
 from mobike_ext.naming import MOST, ask, ask_peer, renamed_context
 from mobike_ext.notify import Invitation, UpdateSpi
 from mobike_ext.probe import MidProbe
-from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, IkeRekey
+from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, IkeMade, IkeRekey
 from mobike_ext.requester import SaEnd
 from mobike_ext.spi_update import (
     AGENT_WAIT,
@@ -42,7 +43,7 @@ from mobike_ext.spi_update import (
     SpiUpdate,
     Unsupported,
 )
-from vici_bridge.policy.new_names import Made, Told, Wish
+from vici_bridge.policy.new_names import Agreed, Wish, own_spi
 
 log = logging.getLogger("ikectx")
 
@@ -60,9 +61,6 @@ class MnMover:
         self._mark = mark
 
     async def __call__(self, here: IkeContext, final: FinalState, arrived: Callable[[], bool]) -> MoveReport:
-        async def heard() -> bool:
-            return arrived()
-
         policy = RetransmitPolicy(self._timeout, tries=self._tries)
         machine = AddressUpdate(
             SaEnd(here.current, final.mid_initiator, here.local, here.remote, policy),
@@ -74,7 +72,7 @@ class MnMover:
             ),
             DrawnIvs.of(self._derived(here, final, b"iv", iv_length(here.current.encr))),
         )
-        report = await run_address_update(machine, heard=heard, mark=self._mark)
+        report = await run_address_update(machine, heard=arrived, mark=self._mark)
         _warn_of_nat(report)
         return report.move
 
@@ -170,43 +168,6 @@ def _warn_of_nat(report: UpdateReport | SpiReport) -> None:
         )
 
 
-@dataclass(slots=True)
-class _Talk:
-    """One change of SPIs under way. `now`: the SA as the mobile node has it. `report`: the cost so far."""
-
-    now: IkeContext
-    wish: Wish
-    made: Made
-    moved: bool = False
-    report: MoveReport = MoveReport()  # noqa: RUF009  frozen
-
-    def fresh(self, label: bytes, length: int) -> bytes:
-        """Octets for one message: the same after a crash, and unpredictable for others, because they come
-        from the seed.
-
-        `label` must contain the request's content besides the message ID. The IVs made of them also depend on
-        all else in the message (`keys.DrawnIvs`).
-        """
-        # in parts, because prf+ ends after 255 blocks
-        out = b""
-        while len(out) < length:
-            text = label + self.now.mid_initiator.to_bytes(4) + len(out).to_bytes(4)
-            out += prf_plus(Prf.HMAC_SHA2_256, self.wish.seed.reveal(), text, min(length - len(out), 4096))
-        return out
-
-    def cookie(self, label: bytes) -> bytes:
-        """COOKIE2 of one message. It proves one path, so it depends on both ends of that path."""
-        return self.fresh(label + _path(self.now) + b" cookie2", COOKIE2_LENGTH)
-
-    def took(self, report: MoveReport) -> None:
-        """Add the message IDs and figures of an exchange that has ended."""
-        self.report += report
-
-    async def tell(self, how: str, *, unfinished: bool = False) -> None:
-        """Have the changes installed here. `unfinished`: see `Made`."""
-        await self.made(self.now, moved=self.moved, how=how, report=self.report, unfinished=unfinished)
-
-
 class MnRenamer:
     """`policy.new_names.SpiRenamer`: UPDATE_SPI together with the address, else rekeys (RFC 7296).
 
@@ -221,93 +182,20 @@ class MnRenamer:
 
     def __init__(self, addresses: Sequence[Address], tries: int, timeout: float, mark: int = 0) -> None:
         """As for `MnMover`."""
-        self._addresses = addresses
-        self._policy = RetransmitPolicy(timeout, tries=tries)
-        self._mark = mark
+        self.addresses = addresses
+        self.policy = RetransmitPolicy(timeout, tries=tries)
+        self.mark = mark
         self._answering: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made) -> Told:
-        """Errors: LinkError (silent), RefusedError, and what `made` raises."""
-        del arrived  # traffic does not prove the move here: the SPI from the answer is needed
-        talk = _Talk(here, wish, made)
-        supports: bool | None = None
-        if wish.update and (wish.children or wish.ike):
-            supports, done = await self._update(talk)
-            if done:
-                return Told(talk.report, supports)
-            if not wish.rekey:
-                raise RefusedError("the MN does not change its SPIs", status=Status.PEER_REFUSED)
-        await self._rekey(talk)
-        return Told(talk.report, supports)
+    def __call__(self, here: IkeContext, wish: Wish) -> MnTalk:
+        return MnTalk(self, here, wish)
 
-    # -- UPDATE_SPI
+    def go_on_answering(self, machine: SpiUpdate) -> None:
+        """In the background: answer repetitions of the mobile node's own request."""
 
-    async def _update(self, talk: _Talk) -> tuple[bool, bool]:
-        """(the mobile node knows it, it has agreed)."""
-        left = self._asks(talk)
-        names_first = bool(talk.wish.ike)
-        while left or (talk.wish.addresses and not talk.moved):
-            asks, left = (left[-MOST:], left[:-MOST]) if names_first else (left[:MOST], left[MOST:])
-            addresses = talk.wish.addresses and not talk.moved and not names_first
-            label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
-            now = talk.now
-            notice = AddressNotice(talk.cookie(label), now.conditions, self._addresses)
-            patience = AGENT_WAIT if talk.wish.agent else MIRROR_WAIT
-            machine = SpiUpdate(
-                _end(now, self._policy),
-                asks,
-                iv=DrawnIvs.of(talk.fresh(label + b" iv", 8 * iv_length(now.current.encr))),
-                fresh=talk.fresh(label + b" fresh", FRESH_OCTETS),
-                address=notice if addresses else None,
-                meanwhile=PeerRequests(now.mid_responder, patience),
-            )
-            report = await run_spi_update(machine, mark=self._mark)
-            names_first = False
-            talk.took(report.move)
-            _warn_of_nat(report)
-            talk.moved = talk.moved or addresses
-            after = replace(
-                talk.now,
-                mid_initiator=talk.now.mid_initiator + report.move.requests,
-                mid_responder=talk.now.mid_responder + report.move.answered,
-            )
-            match report.outcome:
-                case Renamed(pairs):
-                    talk.now = renamed_context(after, pairs)
-                    if report.move.answered:
-                        talk.moved = True  # its agent has asked us back, at our address
-                        self._go_on_answering(machine)
-                    await talk.tell("update")
-                case Unsupported():
-                    talk.now = after
-                    log.info("%s does not know UPDATE_SPI: its SAs are rekeyed", after.remote_id)
-                    await talk.tell("rekey")
-                    return False, False
-                case RenameRefused(reasons, error):
-                    talk.now = after
-                    why = ", ".join(sorted({reason.name for reason in reasons})) or str(error)
-                    log.info("%s refused new SPIs (%s): its SAs are rekeyed", after.remote_id, why)
-                    await talk.tell("rekey")
-                    return True, False
-        return True, True
-
-    @staticmethod
-    def _asks(talk: _Talk) -> list[UpdateSpi]:
-        """Both directions of each child, so that both pairs can exist at the mobile node; the IKE_SA last."""
-        outbound = {child.spi_in: child.spi_out for child in talk.now.children}
-        asks: list[UpdateSpi] = []
-        for spi_in, new_in in talk.wish.children:
-            asks += [ask(Protocol.ESP, spi_in, new_in), ask_peer(Protocol.ESP, outbound[spi_in])]
-        if talk.wish.ike:
-            current = talk.now.current
-            own = current.spi_i if current.initiator else current.spi_r
-            asks.append(ask(Protocol.IKE, own, talk.wish.ike))
-        return asks
-
-    def _go_on_answering(self, machine: SpiUpdate) -> None:
         async def go_on() -> None:
             try:
-                await keep_answering(machine, KEEP_ANSWERING, mark=self._mark)
+                await keep_answering(machine, KEEP_ANSWERING, mark=self.mark)
             except (LinkError, KernelError) as error:
                 log.warning("repetitions of the MN's UPDATE_SPI are not answered: %s", error)
 
@@ -315,84 +203,192 @@ class MnRenamer:
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
 
-    # -- rekeys
 
-    async def _rekey(self, talk: _Talk) -> None:
-        if talk.wish.ike:
-            await self._rekey_ike(talk)
-        for spi_in, new_in in talk.wish.children:
-            await self._rekey_child(talk, spi_in, new_in)
-        await self._tell_address(talk)
+class MnTalk:
+    """`policy.new_names.SpiTalk`: one change of SPIs under way.
 
-    async def _rekey_child(self, talk: _Talk, spi_in: bytes, new_in: bytes) -> None:
-        start = talk.now
-        child = next(child for child in start.children if child.spi_in == spi_in)
-        machine = ChildRekey(
-            _end(start, self._policy),
-            len(start.generations) - 1,
-            child,
-            new_spi=new_in,
-            fresh=talk.fresh(b"ikectx child rekey " + spi_in + new_in, REKEY_OCTETS),
-        )
-        between = 0
+    Which exchange is next follows from the SA as the mobile node has it, and from a rekey whose Delete is
+    still to be sent.
+    """
 
-        async def made(new: ChildContext | IkeGeneration) -> None:
-            nonlocal between
-            assert isinstance(new, ChildContext)
-            new = replace(new, lifetime=child.lifetime)
-            children = tuple(new if one is child else one for one in start.children)
-            used = machine.report.requests
-            talk.now = replace(start, children=children, mid_initiator=start.mid_initiator + used)
-            await talk.tell("rekey", unfinished=True)
-            before = talk.report.requests
+    def __init__(self, renamer: MnRenamer, here: IkeContext, wish: Wish) -> None:
+        self._renamer = renamer
+        self._now = here
+        self._wish = wish
+        self._moved = False
+        self._supports: bool | None = None
+        self._left = _asks(here, wish) if wish.update else []
+        """What UPDATE_SPI is still to ask for."""
+        self._updates = bool(self._left)
+        self._rekey: ChildRekey | IkeRekey | None = None
+        """The rekey whose new SA the mobile node has, beside the old one."""
+
+    async def next(self) -> Agreed | None:
+        """See `SpiTalk`."""
+        addresses = self._wish.addresses and not self._moved
+        if self._rekey is not None:
+            if addresses and isinstance(self._rekey, ChildRekey):
+                return await self._tell_address()
+            return await self._end_rekey(self._rekey)
+        if self._updates and (self._left or addresses):
+            return await self._update()
+        if self._names_itself:
+            return await self._rekey_ike()
+        for spi_in, new_in in self._wish.children:
+            for child in self._now.children:
+                if child.spi_in == spi_in:
+                    return await self._rekey_child(child, new_in)
+        return await self._tell_address() if addresses else None
+
+    async def give_up(self, why: str) -> None:
+        """See `SpiTalk`. A new CHILD_SA is deleted at the mobile node again; a new IKE_SA has the children
+        already."""
+        machine, self._rekey = self._rekey, None
+        if isinstance(machine, ChildRekey):
+            machine.abandon(why)
             try:
-                await self._tell_address(talk, unfinished=True)
-            finally:  # the Delete follows, of the old child or, if the rekey failed, of the new one
-                between = talk.report.requests - before
-                machine.skip(between)
+                await end_rekey(machine, mark=self._renamer.mark)
+            except IkectxError as error:
+                log.warning("%s may keep a CHILD_SA that is not used: %s", self._now.remote_id, error)
 
-        report = await run_rekey(machine, made=made, mark=self._mark)
-        talk.took(report.move)
-        used = report.move.requests + between
-        talk.now = replace(talk.now, mid_initiator=start.mid_initiator + used)
-        await talk.tell("rekey")
+    @property
+    def _names_itself(self) -> bool:
+        """The IKE_SA is still to get other SPIs."""
+        return bool(self._wish.ike) and own_spi(self._now.current) != self._wish.ike
 
-    async def _tell_address(self, talk: _Talk, *, unfinished: bool = False) -> None:
-        if talk.moved or not talk.wish.addresses:
-            return
-        now = talk.now
-        machine = AddressUpdate(
-            _end(now, self._policy),
-            AddressNotice(talk.cookie(b"ikectx address"), now.conditions, self._addresses),
-            DrawnIvs.of(talk.fresh(b"ikectx address iv", iv_length(now.current.encr))),
+    def _agreed(
+        self, how: str, report: MoveReport, *, used: int = 0, answered: int = 0, unfinished: bool = False
+    ) -> Agreed:
+        """`used`, `answered`: message IDs that the exchange took."""
+        now = self._now
+        self._now = replace(
+            now, mid_initiator=now.mid_initiator + used, mid_responder=now.mid_responder + answered
         )
+        return Agreed(self._now, self._moved, how, report, unfinished, self._supports)
+
+    # what is sent
+
+    def _end(self) -> SaEnd:
+        return _end(self._now, self._renamer.policy)
+
+    def _fresh(self, label: bytes, length: int) -> bytes:
+        """Octets for one message: the same after a crash, and unpredictable for others, because they come
+        from the seed.
+
+        `label` must contain the request's content besides the message ID. The IVs made of them also depend on
+        all else in the message (`keys.DrawnIvs`).
+        """
+        # in parts, because prf+ ends after 255 blocks
+        out = b""
+        while len(out) < length:
+            text = label + self._now.mid_initiator.to_bytes(4) + len(out).to_bytes(4)
+            out += prf_plus(Prf.HMAC_SHA2_256, self._wish.seed.reveal(), text, min(length - len(out), 4096))
+        return out
+
+    def _notice(self, label: bytes) -> AddressNotice:
+        """COOKIE2 proves one path, so it depends on both ends of that path."""
+        cookie = self._fresh(label + _path(self._now) + b" cookie2", COOKIE2_LENGTH)
+        return AddressNotice(cookie, self._now.conditions, self._renamer.addresses)
+
+    # exchanges
+
+    async def _update(self) -> Agreed:
+        names_first = self._names_itself
+        left = self._left
+        asks, rest = (left[-MOST:], left[:-MOST]) if names_first else (left[:MOST], left[MOST:])
+        addresses = self._wish.addresses and not self._moved and not names_first
+        label = b"ikectx update " + bytes([addresses]) + b"".join(_octets(one) for one in asks)
+        now = self._now
+        machine = SpiUpdate(
+            self._end(),
+            asks,
+            iv=DrawnIvs.of(self._fresh(label + b" iv", 8 * iv_length(now.current.encr))),
+            fresh=self._fresh(label + b" fresh", FRESH_OCTETS),
+            address=self._notice(label) if addresses else None,
+            meanwhile=PeerRequests(now.mid_responder, AGENT_WAIT if self._wish.agent else MIRROR_WAIT),
+        )
+        done = await run_spi_update(machine, mark=self._renamer.mark)
+        _warn_of_nat(done)
+        self._moved = self._moved or addresses
+        used, answered = done.move.requests, done.move.answered
+        match done.outcome:
+            case Renamed(pairs):
+                self._left, self._supports = rest, True
+                if answered:
+                    self._moved = True  # its agent has asked us back, at our address
+                    self._renamer.go_on_answering(machine)
+                now = replace(now, mid_initiator=now.mid_initiator + used)
+                self._now = renamed_context(replace(now, mid_responder=now.mid_responder + answered), pairs)
+                return self._agreed("update", done.move)
+            case Unsupported():
+                self._supports = False
+                log.info("%s does not know UPDATE_SPI: its SAs are rekeyed", now.remote_id)
+            case RenameRefused(reasons, error):
+                self._supports = True
+                why = ", ".join(sorted({reason.name for reason in reasons})) or str(error)
+                log.info("%s refused new SPIs (%s): its SAs are rekeyed", now.remote_id, why)
+        self._updates = False
+        return self._agreed("rekey", done.move, used=used, answered=answered)
+
+    async def _rekey_ike(self) -> Agreed:
+        new_spi = self._wish.ike
+        fresh = self._fresh(b"ikectx IKE rekey " + new_spi, REKEY_OCTETS)
+        machine = IkeRekey(self._end(), new_spi=new_spi, fresh=fresh)
+        made = await ask_rekey(machine, mark=self._renamer.mark)
+        assert isinstance(made, IkeMade)
+        self._rekey = machine
+        generations = (*self._now.generations, made.generation)
+        self._now = replace(self._now, generations=generations, mid_initiator=0, mid_responder=0)
+        return self._agreed("rekey", MoveReport())
+
+    async def _rekey_child(self, child: ChildContext, new_in: bytes) -> Agreed:
+        now = self._now
+        fresh = self._fresh(b"ikectx child rekey " + child.spi_in + new_in, REKEY_OCTETS)
+        machine = ChildRekey(self._end(), len(now.generations) - 1, child, new_spi=new_in, fresh=fresh)
+        made = await ask_rekey(machine, mark=self._renamer.mark)
+        assert isinstance(made, ChildMade)
+        self._rekey = machine
+        new = replace(made.child, lifetime=child.lifetime)
+        self._now = replace(now, children=tuple(new if one is child else one for one in now.children))
+        return self._agreed("rekey", MoveReport(), used=machine.report.requests, unfinished=True)
+
+    async def _end_rekey(self, machine: ChildRekey | IkeRekey) -> Agreed:
+        """The Delete; that of an IKE_SA has a message ID of the old one."""
+        before = machine.report.requests
+        machine.installed()
+        await end_rekey(machine, mark=self._renamer.mark)
+        self._rekey = None
+        used = machine.report.requests - before if isinstance(machine, ChildRekey) else 0
+        return self._agreed("rekey", machine.report, used=used)
+
+    async def _tell_address(self) -> Agreed:
+        """Alone, or between a rekey's new SA and its Delete."""
+        iv = self._fresh(b"ikectx address iv", iv_length(self._now.current.encr))
+        machine = AddressUpdate(self._end(), self._notice(b"ikectx address"), DrawnIvs.of(iv))
+        rekey = self._rekey
         try:
-            report = await run_address_update(machine, mark=self._mark)
-        except IkectxError:
-            talk.took(machine.report)
+            done = await run_address_update(machine, mark=self._renamer.mark)
+        except IkectxError as error:
+            if rekey is not None:
+                rekey.skip(machine.report.requests)
+                await self.give_up(str(error))
             raise
-        _warn_of_nat(report)
-        talk.took(report.move)
-        talk.moved = True
-        talk.now = replace(now, mid_initiator=now.mid_initiator + report.move.requests)
-        await talk.tell("rekey", unfinished=unfinished)
+        if rekey is not None:
+            rekey.skip(done.move.requests)
+        _warn_of_nat(done)
+        self._moved = True
+        return self._agreed("rekey", done.move, used=done.move.requests, unfinished=rekey is not None)
 
-    async def _rekey_ike(self, talk: _Talk) -> None:
-        start = talk.now
-        machine = IkeRekey(
-            _end(start, self._policy),
-            new_spi=talk.wish.ike,
-            fresh=talk.fresh(b"ikectx IKE rekey " + talk.wish.ike, REKEY_OCTETS),
-        )
 
-        async def made(new: ChildContext | IkeGeneration) -> None:
-            assert isinstance(new, IkeGeneration)
-            talk.now = replace(start, generations=(*start.generations, new), mid_initiator=0, mid_responder=0)
-            await talk.tell("rekey")
-
-        report = await run_rekey(machine, made=made, mark=self._mark)
-        talk.took(report.move)
-        await talk.tell("rekey")
+def _asks(now: IkeContext, wish: Wish) -> list[UpdateSpi]:
+    """Both directions of each child, so that both pairs can exist at the mobile node; the IKE_SA last."""
+    outbound = {child.spi_in: child.spi_out for child in now.children}
+    asks: list[UpdateSpi] = []
+    for spi_in, new_in in wish.children:
+        asks += [ask(Protocol.ESP, spi_in, new_in), ask_peer(Protocol.ESP, outbound[spi_in])]
+    if wish.ike:
+        asks.append(ask(Protocol.IKE, own_spi(now.current), wish.ike))
+    return asks
 
 
 def _end(here: IkeContext, policy: RetransmitPolicy) -> SaEnd:

@@ -30,7 +30,7 @@ from ikectx.sa.context import (
 )
 from ikectx.sa.keys import child_keys, iv_length, sk_keys
 from mobike_ext.address_update import AddressNotice
-from mobike_ext.link import run_rekey, run_spi_update
+from mobike_ext.link import ask_rekey, end_rekey, run_spi_update
 from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
 from mobike_ext.requester import SaEnd
 from mobike_ext.spi_update import FRESH_OCTETS, SpiUpdate, Unsupported, ask, ask_peer
@@ -72,12 +72,14 @@ class Agent:
             ke=ke,
         )
         try:
-            report = asyncio.run(run_rekey(machine, mark=MARK))
+            asyncio.run(ask_rekey(machine, mark=MARK))
+            machine.installed()
+            result = asyncio.run(end_rekey(machine, mark=MARK))
         finally:
             self._ran(machine.report)
-        assert isinstance(report.result, ChildRekeyed)
-        self.child = report.result.child
-        return report.result
+        assert isinstance(result, ChildRekeyed)
+        self.child = result.child
+        return result
 
     def rekey_ike(self) -> IkeRekeyed:
         machine = IkeRekey(
@@ -85,11 +87,13 @@ class Agent:
             new_spi=secrets.token_bytes(8),
             fresh=secrets.token_bytes(REKEY_OCTETS),
         )
-        report = asyncio.run(run_rekey(machine, mark=MARK))
-        self.moves.append(report.move)
-        assert isinstance(report.result, IkeRekeyed)
-        self.generation, self.message_id = report.result.generation, 0
-        return report.result
+        asyncio.run(ask_rekey(machine, mark=MARK))
+        machine.installed()
+        result = asyncio.run(end_rekey(machine, mark=MARK))
+        self.moves.append(machine.report)
+        assert isinstance(result, IkeRekeyed)
+        self.generation, self.message_id = result.generation, 0
+        return result
 
     def ask(self, *renames: Any, **options: Any) -> Any:
         machine = SpiUpdate(

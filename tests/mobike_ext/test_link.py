@@ -26,7 +26,7 @@ from mobike_ext.address_update import AddressNotice, AddressUpdate
 from mobike_ext.naming import Renaming, ask, ask_peer
 from mobike_ext.notify import Reason, UpdateSpi
 from mobike_ext.packet_io import bpf_program, open_raw, udp_datagram
-from mobike_ext.rekey import REKEY_OCTETS, ChildRekey, ChildRekeyed, IkeRekey, IkeRekeyed
+from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed
 from mobike_ext.requester import SaEnd
 from mobike_ext.responder import Asked, ResponderRole, SpiResponder
 from mobike_ext.spi_update import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
@@ -167,13 +167,10 @@ def test_beneath_a_firewall_that_mutes_charon(version: int) -> None:
 
 @root
 def test_b17_esp_that_arrives_is_no_answer() -> None:
-    async def heard() -> bool:
-        return True
-
     with bound(Endpoint.of("127.0.0.20", 0)) as charon, bound(Endpoint.of("127.0.0.7", 0)) as udp:
         asks = machine(endpoint(charon), endpoint(udp))
         with pytest.raises(LinkError) as caught:
-            asyncio.run(link.run_address_update(asks, heard=heard))
+            asyncio.run(link.run_address_update(asks, heard=lambda: True))
     assert caught.value.status is Status.PEER_SILENT
     assert asks.report.retransmissions == 2 * QUICK.tries - 1
 
@@ -268,34 +265,35 @@ def test_a_child_and_an_ike_sa_are_rekeyed() -> None:
             fresh = os.urandom(REKEY_OCTETS)
             return ChildRekey(SaEnd(IKE_SA, 7, gateway, node, PATIENT), 0, CHILD, new_spi=NEW, fresh=fresh)
 
+        def rekeyed(machine: ChildRekey | IkeRekey, trouble: str = "") -> tuple[object, object]:
+            made = asyncio.run(link.ask_rekey(machine))
+            if trouble and isinstance(machine, ChildRekey):
+                machine.abandon(trouble)
+            else:
+                machine.installed()
+            return made, asyncio.run(link.end_rekey(machine))
+
+        machine = child()
         with served(udp, RekeyPeer()):
-            report = asyncio.run(link.run_rekey(child()))
-        assert isinstance(report.result, ChildRekeyed)
-        assert (report.result.child.spi_in, report.move.requests, report.move.messages) == (NEW, 2, 4)
+            made, result = rekeyed(machine)
+        assert isinstance(result, ChildRekeyed) and made == ChildMade(result.child)
+        assert (result.child.spi_in, machine.report.requests, machine.report.messages) == (NEW, 2, 4)
         ike = IkeRekey(
             SaEnd(IKE_SA, 7, gateway, node, PATIENT), new_spi=b"new-ours", fresh=os.urandom(REKEY_OCTETS)
         )
-        seen: list[object] = []
-
-        async def made(new: object) -> None:
-            seen.append(new)
-            if len(seen) == 2:
-                raise KernelError("no memory")
-
         with served(udp, RekeyPeer()):
-            report = asyncio.run(link.run_rekey(ike, made=made))
-        assert isinstance(report.result, IkeRekeyed)
-        assert seen == [report.result.generation]
+            made, result = rekeyed(ike)
+        assert isinstance(result, IkeRekeyed) and made == IkeMade(result.generation)
         peer = RekeyPeer()
-        with served(udp, peer), pytest.raises(KernelError):
-            asyncio.run(link.run_rekey(child(), made=made))
+        with served(udp, peer):
+            assert rekeyed(child(), "no memory")[1] is None
         assert peer.requests[1].payloads == (DeletePayload(Protocol.ESP, (NEW,)),)
         errors = (NotifyPayload(Notify.NO_ADDITIONAL_SAS),)
         with (
             served(udp, RekeyPeer(errors=errors)),
             pytest.raises(RefusedError, match="NO_ADDITIONAL_SAS") as caught,
         ):
-            asyncio.run(link.run_rekey(child()))
+            rekeyed(child())
         assert caught.value.status is Status.PEER_REFUSED
 
 

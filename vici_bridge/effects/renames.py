@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ikectx.engine import ledger
-from ikectx.engine.ports import SENDING_PACKETS, MoveReport
+from ikectx.engine.ports import SENDING_PACKETS
 from ikectx.errors import CharonError, KernelError, RefusedError, StoreError
 from ikectx.numbers import Status
 from ikectx.sa.context import Address, ChildContext, IkeContext, ReplayState, Secret
@@ -33,6 +33,7 @@ from vici_bridge.kernel.relay import Relay, RelayRule
 from vici_bridge.kernel.xfrm import KernelPolicy, KernelSa, policies_of
 from vici_bridge.policy.new_names import (
     SEED_OCTETS,
+    Agreed,
     ChildPlan,
     EspName,
     Plan,
@@ -228,24 +229,23 @@ class Renames:
 
     # The MN has agreed.
 
-    async def become(
-        self,
-        here: IkeContext,
-        now: IkeContext,
-        *,
-        moved: bool,
-        how: str,
-        report: MoveReport,
-        unfinished: bool = False,
-    ) -> None:
-        """The mobile node's SA is `now`: store that, and install it. Errors: StoreError, CharonError,
-        KernelError."""
+    async def become(self, here: IkeContext, agreed: Agreed) -> Plan:
+        """Store what the mobile node has agreed to, and install it; returns the plan as it is then. Errors:
+        StoreError, CharonError, KernelError."""
         plan = self.plan_of(here)
         if plan is None:
             raise CharonError("an SA was renamed that nobody wanted to rename")
-        plan = replace(plan, told=now, moved=moved, how=how or plan.how, report=report, unfinished=unfinished)
+        plan = replace(
+            plan,
+            told=agreed.now,
+            moved=plan.moved or agreed.moved,
+            how=agreed.how,
+            report=plan.report + agreed.report,
+            unfinished=agreed.unfinished,
+        )
         self.save(here, plan)
         await self.converge(here)
+        return plan
 
     async def converge(self, here: IkeContext) -> IkeContext:
         """Make charon and kernel match the plan, whatever their state. Idempotent; works after a crash.
@@ -458,18 +458,6 @@ class Renames:
                 kernel.set_replay(outbound, replace(sent, seq=ahead), outbound=True)
             if new.spi_in in received:
                 kernel.set_replay(inbound, received[new.spi_in], outbound=False)
-
-    def arrived(self, here: IkeContext) -> int:
-        """Packets under the new inbound SPIs, which only a mobile node that has agreed sends."""
-        kernel, plan = self._host.kernel, self.plan_of(here)
-        if kernel is None or plan is None:
-            return 0
-        total = 0
-        for child in plan.children:
-            sa = kernel.get_sa(here.local.address, child.new_in)
-            if sa is not None and (sa.encr_name or sa.auth_name):
-                total += kernel.get_replay(sa, outbound=False)[1].packets
-        return total
 
     # What the MN still sends under the old SPIs.
 

@@ -40,7 +40,6 @@ from vici_bridge.policy.new_names import (
     Plan,
     SpiRenamer,
     Taken,
-    Told,
     Wish,
     clash,
     without_exchange,
@@ -407,29 +406,21 @@ class CharonSink(ContextSink):
             ike=ike,
             addresses=moves,
             update=host.config.collision == "update" and plan.how != "rekey",
-            rekey=True,
             seed=plan.seed,
             agent=host.agents.has(context),
         )
-        base = self._renames.arrived(here)
         if moves:
             await self._renames.relay_old(here, context.local.address)
-
-        async def made(
-            now: IkeContext, *, moved: bool, how: str, report: MoveReport, unfinished: bool = False
-        ) -> None:
-            moved, report = moved or plan.moved, plan.report + report
-            await self._renames.become(here, now, moved=moved, how=how, report=report, unfinished=unfinished)
-
-        told: Told = await self._renamer(
-            start,
-            wish,
-            lambda: self._renames.arrived(here) > base,
-            made,
-        )
-        if told.supports:
-            host.agents.note(here.remote_id)
-        return plan.report + told.report
+        talk = self._renamer(start, wish)
+        while (agreed := await talk.next()) is not None:
+            try:
+                plan = await self._renames.become(here, agreed)
+            except IkectxError as error:
+                await talk.give_up(str(error))
+                raise
+            if agreed.supports:
+                host.agents.note(here.remote_id)
+        return plan.report
 
     async def _finished(self, here: IkeContext, plan: Plan) -> Plan:
         """The plan with our next message ID made certain: the mobile node is asked, if a rekey was cut off.

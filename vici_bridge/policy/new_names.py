@@ -12,7 +12,7 @@ of the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
@@ -290,49 +290,50 @@ class Wish:
     """The request to the mobile node.
 
     children: (inbound SPI as it knows it, the new one); the mobile node chooses the outbound one. ike: our
-    new IKE SPI or empty. addresses: it is to be told our address, too. update, rekey: the ways that may be
-    tried. seed: see `Plan`. agent: it is known to have an agent, which may ask back.
+    new IKE SPI or empty. addresses: it is to be told our address, too. update: UPDATE_SPI may be tried, not
+    only rekeys. seed: see `Plan`. agent: it is known to have an agent, which may ask back.
     """
 
     children: tuple[tuple[bytes, bytes], ...]
     ike: bytes
     addresses: bool
     update: bool
-    rekey: bool
     seed: Secret
     agent: bool = False
 
 
-class Made(Interface):
-    """Called each time the mobile node's SA has changed, before the next message leaves: installs the changes
-    here.
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the mobile node has agreed to in one exchange.
 
-    `now`: the SA as the mobile node has it, message IDs included. `moved`: it knows our address. `how`:
-    "update" or "rekey". `report`: the cost so far. `unfinished`: another message of the same rekey follows,
-    under the next message ID.
+    now: the SA as the mobile node has it, message IDs included. moved: it knows our address. how: "update" or
+    "rekey". report: the cost of exchanges that have ended. unfinished: another message of the same rekey
+    follows, under the next message ID. supports: whether it knows UPDATE_SPI, None: it was not asked.
     """
 
-    def __call__(
-        self, now: IkeContext, *, moved: bool, how: str, report: MoveReport, unfinished: bool = False
-    ) -> Awaitable[None]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """How the mobile node was told. `supports`: whether it knows UPDATE_SPI, None: it was not asked."""
-
-    report: MoveReport
+    now: IkeContext
+    moved: bool
+    how: str
+    report: MoveReport = _NO_REPORT
+    unfinished: bool = False
     supports: bool | None = None
 
 
-class SpiRenamer(Interface):
-    """The exchanges that change an SA's SPIs at the mobile node, injected by the module that knows
-    `mobike_ext`.
+class SpiTalk(Interface):
+    """The exchanges of one wish, one after the other. What each returns is installed here before the next."""
 
-    `here`: the SA as the mobile node has it, with this gateway's address and the next message IDs. `arrived`:
-    whether the mobile node's ESP arrives here under a new SPI. Errors: LinkError (silent), RefusedError.
+    async def next(self) -> Agreed | None:
+        """What the mobile node agrees to next; None: it has everything. Errors: LinkError (silent),
+        RefusedError."""
+
+    async def give_up(self, why: str) -> None:
+        """What `next` returned could not be installed. Raises nothing."""
+
+
+class SpiRenamer(Interface):
+    """Begins the exchanges that change an SA's SPIs at the mobile node; the first `next` sends something.
+
+    `here`: the SA as the mobile node has it, with this gateway's address and the next message IDs.
     """
 
-    def __call__(
-        self, here: IkeContext, wish: Wish, arrived: Callable[[], bool], made: Made
-    ) -> Awaitable[Told]: ...
+    def __call__(self, here: IkeContext, wish: Wish) -> SpiTalk: ...

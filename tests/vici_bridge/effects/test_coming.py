@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -16,7 +16,7 @@ from ikectx.errors import RefusedError
 from ikectx.sa.context import NO_TAGS, Endpoint, FinalChild, IkeContext, Tags
 from ikectx.sa.relocate import relocate
 from tests.across.test_go_on import run
-from tests.gateway_world import Place
+from tests.gateway_world import Place, Talk
 from tests.killing import Assassin, Killed, names, places
 from tests.vici_bridge.effects.test_sink import a_context, final_of, place, rival
 from tests.worlds import until
@@ -30,6 +30,7 @@ from vici_bridge.effects.prepare import PREPARE
 from vici_bridge.effects.take import TAKE
 from vici_bridge.effects.undo import UNDO
 from vici_bridge.kernel.xfrm import KernelPolicy, Mark
+from vici_bridge.policy.new_names import Agreed, Plan, Wish
 
 STEPS = {"prepare": PREPARE, "take": TAKE, "activate": ACTIVATE, "undo": UNDO}
 
@@ -277,12 +278,12 @@ def test_b19_the_mn_says_which_id_is_next_after_a_rekey_that_was_cut_off(used: i
             mobiles, asked = there.here.mobiles, []
             mobiles.stock.add(str(there.context.remote_id))
 
-            async def cut_off(here: IkeContext, wish: Any, arrived: Any, made: Any) -> Any:
-                async def last(now: IkeContext, **how: Any) -> None:
-                    await made(now, **how, unfinished=True)
+            def cut_off(here: IkeContext, wish: Wish) -> Talk:
+                def first() -> Iterator[Agreed]:
+                    yield replace(next(mobiles._agree(here, wish)), unfinished=True)
                     raise Killed
 
-                return await mobiles.rename(here, wish, arrived, last)
+                return Talk(first())
 
             async def settler(here: IkeContext, final: Any) -> int:
                 asked.append(final.mid_initiator)
@@ -300,6 +301,59 @@ def test_b19_the_mn_says_which_id_is_next_after_a_rekey_that_was_cut_off(used: i
             assert len(asked) == 1
             (sa,) = [one for one in there.here.charon.sas.values() if one.mids[0]]
             assert sa.mids[0] == asked[0] + used
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("variant", ["inbound", "outbound", "ike"])
+def test_an_agent_may_be_killed_between_an_exchange_and_what_follows(variant: str, stock: bool) -> None:
+    """Before and after each exchange with the mobile node, and when what it agreed to has been installed."""
+
+    async def killed(at: int) -> bool:
+        points = iter(range(100))
+
+        def point() -> None:
+            if next(points) == at:
+                raise Killed
+
+        async with gateway(variant) as there:
+            if stock:
+                there.here.mobiles.stock.add(str(there.context.remote_id))
+            await there.do("prepare")
+            await there.do("take")
+            sink = there.here.sink
+            become = sink._renames.become
+
+            class Dying(Talk):
+                async def next(self) -> Agreed | None:
+                    point()
+                    agreed = await super().next()
+                    point()
+                    return agreed
+
+            async def dying(here: IkeContext, agreed: Agreed) -> Plan:
+                plan = await become(here, agreed)
+                point()
+                return plan
+
+            sink._renamer = lambda here, wish: Dying(there.here.mobiles._agree(here, wish))
+            sink._renames.become = dying  # type: ignore[method-assign]
+            try:
+                await there.do("move")
+            except Killed:
+                there.begin()
+                there.here.sink.resume()
+                await there.do("move")
+            await there.do("activate")
+            there.here.sound()
+        return next(points) > at
+
+    async def scenario() -> None:
+        at = 0
+        while await killed(at):
+            at += 1
+        assert at == 3 * (1 + stock) + 2  # the last exchange is none
 
     run(scenario())
 
