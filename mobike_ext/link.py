@@ -6,16 +6,15 @@ lacking.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ikectx.clock import Clock, MonotonicClock
 from ikectx.engine.ports import MoveReport
-from ikectx.errors import IkectxError, LinkError, RefusedError
+from ikectx.errors import LinkError, RefusedError
 from ikectx.numbers import Status
 from ikectx.sa.context import Endpoint
 
@@ -35,10 +34,8 @@ from .rekey import (
     RekeyState,
 )
 from .requester import RequesterMachine, Silent
-from .responder import Asked, PeerSupports, SpiResponder
+from .responder import Asked, SpiResponder
 from .spi_update import Renamed, RenameRefused, SpiUpdate, Unsupported
-
-log = logging.getLogger(__name__)
 
 _PROOF_INTERVAL = 0.25
 """Seconds between two checks whether the mobile node's ESP has arrived, or the caller wants an end."""
@@ -215,38 +212,41 @@ async def end_rekey(
 # --- answers -------------------------------------------------------------------------------------------
 
 
-async def serve_updates(
-    machine: SpiResponder,
-    asked: Callable[[Asked], Awaitable[Reason | None]],
-    *,
-    clock: Clock | None = None,
-    mark: int = 0,
-    until: asyncio.Event | None = None,
-) -> None:
-    """Receive IKE of the SA at `machine.local` from anywhere, and answer the requests that are for `machine`.
+class Serving:
+    """Requests of the peer that come for `machine`. See `serving`."""
 
-    asked: does everything that must be done before the answer leaves. A returned reason refuses the change
-    after all, an IkectxError refuses it as busy. With a machine that only watches it is called, and nothing
-    is sent. Ends with `until`, when the machine is done, or cancelled.
-    """
-    clock = clock or MonotonicClock()
-    with open_raw(machine.local, None, machine.spis, mark=mark) as raw:
-        while not machine.done and not (until is not None and until.is_set()):
-            received = await raw.receive(_PROOF_INTERVAL)
+    def __init__(self, machine: SpiResponder, raw: RawLink, clock: Clock) -> None:
+        self._machine = machine
+        self._raw = raw
+        self._clock = clock
+
+    async def next(self) -> Asked | None:
+        """The next request. What must be done before its answer leaves is done before `answer`; nothing is
+        received until `next` is called again. None: the machine is done."""
+        machine, clock = self._machine, self._clock
+        while not machine.done:
+            while (event := machine.next_event()) is not None:
+                if isinstance(event, Asked):
+                    return event
+            received = await self._raw.receive(_PROOF_INTERVAL)
             if received is not None:
                 machine.receive(*received, clock.now())
             machine.handle_timer(clock.now())
-            while (event := machine.next_event()) is not None:
-                if isinstance(event, PeerSupports):
-                    continue
-                try:
-                    refusal = await asked(event)
-                except IkectxError as error:
-                    log.warning("the SAs of %s are not renamed: %s", event.source, error)
-                    refusal = Reason.BUSY
-                if machine.answering:
-                    machine.answer(secrets.token_bytes(_ANSWER_OCTETS), clock.now(), refusal)
-            _send(raw, machine.to_send(clock.now()))
+            _send(self._raw, machine.to_send(clock.now()))
+        return None
+
+    def answer(self, refusal: Reason | None = None) -> None:
+        """Answer it. A reason refuses the change after all."""
+        now = self._clock.now()
+        self._machine.answer(secrets.token_bytes(_ANSWER_OCTETS), now, refusal)
+        _send(self._raw, self._machine.to_send(now))
+
+
+@contextmanager
+def serving(machine: SpiResponder, *, clock: Clock | None = None, mark: int = 0) -> Iterator[Serving]:
+    """Receive IKE of the SA at `machine.local` from anywhere."""
+    with open_raw(machine.local, None, machine.spis, mark=mark) as raw:
+        yield Serving(machine, raw, clock or MonotonicClock())
 
 
 async def keep_answering(
@@ -265,6 +265,7 @@ async def keep_answering(
 
 __all__ = [
     "MonotonicClock",
+    "Serving",
     "SpiReport",
     "UpdateReport",
     "ask_rekey",
@@ -273,5 +274,5 @@ __all__ = [
     "run_address_update",
     "run_farewell",
     "run_spi_update",
-    "serve_updates",
+    "serving",
 ]

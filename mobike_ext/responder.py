@@ -416,8 +416,8 @@ class GatewayResponder(SpiResponder):
 
     def __init__(self, gateway: Collection[Address], *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
-        self._gateway = gateway
+        self.gateway = gateway
 
     def receive(self, datagram: bytes, source: Endpoint, now: float) -> None:
-        if source.address in self._gateway:
+        if source.address in self.gateway:
             super().receive(datagram, source, now)

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 
-from ikectx.errors import CharonError, KernelError, LinkError, RefusedError
+from ikectx.errors import KernelError, LinkError, RefusedError
 from ikectx.numbers import Notify, Protocol, Status
 from ikectx.sa.context import Endpoint
 from ikectx.wire.ikev2 import RetransmitPolicy
@@ -29,7 +29,14 @@ from mobike_ext.packet_io import bpf_program, open_raw, udp_datagram
 from mobike_ext.rekey import REKEY_OCTETS, ChildMade, ChildRekey, ChildRekeyed, IkeMade, IkeRekey, IkeRekeyed
 from mobike_ext.requester import SaEnd
 from mobike_ext.responder import Asked, ResponderRole, SpiResponder
-from mobike_ext.spi_update import FRESH_OCTETS, Renamed, RenameRefused, SpiUpdate, Unsupported
+from mobike_ext.spi_update import (
+    FRESH_OCTETS,
+    Renamed,
+    RenameRefused,
+    SpiUpdate,
+    SpiUpdateState,
+    Unsupported,
+)
 from tests.air import Names
 from tests.air import Node as Agent
 from tests.bpf_machine import passes
@@ -309,17 +316,13 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
         machine = spi_update(gateway, node)
 
         async def serve() -> None:
-            until = asyncio.Event()
-
-            async def asked(event: Asked) -> Reason | None:
+            with link.serving(agent, mark=mark) as requests:
+                event = await requests.next()
+                assert event is not None
                 heard.append(event)
-                return None
-
-            task = asyncio.create_task(link.serve_updates(agent, asked, until=until, mark=mark))
-            while not machine.done:
-                await asyncio.sleep(0.02)
-            until.set()
-            await task
+                requests.answer()
+                while not machine.done:
+                    await asyncio.sleep(0.02)
 
         with served(udp, machine):
             asyncio.run(serve())
@@ -329,7 +332,7 @@ def test_an_agent_answers_beside_its_charon(gateway_host: str, node_host: str, m
 
 
 @root
-def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
+def test_an_agent_may_be_busy_and_a_watcher_says_nothing() -> None:
     with bound(Endpoint.of("127.0.0.20", 0)) as udp, bound(Endpoint.of("127.0.0.7", 0)) as charon:
         gateway, node = endpoint(udp), endpoint(charon)
         for role in (ResponderRole.ALL, ResponderRole.WATCH):
@@ -338,16 +341,14 @@ def test_an_agent_that_fails_is_busy_and_a_watcher_says_nothing() -> None:
             heard: list[Asked] = []
 
             async def serve(agent: SpiResponder = agent, machine: SpiUpdate = machine) -> None:
-                async def asked(event: Asked) -> Reason | None:
+                with link.serving(agent) as requests:
+                    event = await requests.next()
+                    assert event is not None
                     heard.append(event)  # noqa: B023
-                    raise CharonError("no such SA")
-
-                task = asyncio.create_task(link.serve_updates(agent, asked))
-                answers = agent.answering
-                while not heard or (answers and machine.state.value == "waiting"):  # noqa: B023
-                    await asyncio.sleep(0.02)
-                await asyncio.sleep(0.1)
-                task.cancel()
+                    if agent.answering:
+                        requests.answer(Reason.BUSY)
+                    while machine.state is SpiUpdateState.WAITING and agent.answering:
+                        await asyncio.sleep(0.01)
 
             with served(udp, machine):
                 asyncio.run(serve())

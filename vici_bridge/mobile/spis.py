@@ -38,7 +38,7 @@ from ikectx.mistakes import log_mistake
 from ikectx.numbers import Protocol
 from ikectx.sa.context import Address, Endpoint, IkeContext
 from ikectx.sa.name import SaName
-from mobike_ext.link import run_spi_update, serve_updates
+from mobike_ext.link import run_spi_update, serving
 from mobike_ext.mirror import Mirror
 from mobike_ext.naming import mirrored
 from mobike_ext.notify import Reason, UpdateSpi
@@ -171,16 +171,13 @@ class SpiWatch:
                 OwnNames(self._host, sa),
                 role=ResponderRole.WATCH,
             )
-
-            async def asked(event: Asked) -> Reason | None:
-                if self._lock.locked():
-                    # charon is passive and does not answer, so the request will be repeated
-                    machine.expected_id = event.message_id
-                else:
-                    self._asked(sa, event)
-                return None
-
-            await serve_updates(machine, asked, mark=MARK)
+            with serving(machine, mark=MARK) as requests:
+                while (event := await requests.next()) is not None:
+                    if self._lock.locked():
+                        # charon is passive and does not answer, so the request will be repeated
+                        machine.expected_id = event.message_id
+                    else:
+                        self._asked(sa, event)
         except IkectxError as error:
             log.warning("requests of gateways at %s are not received: %s", local, error)
 
@@ -332,18 +329,20 @@ class SpiWatch:
             conditions=context.conditions,
         )
 
-        async def asked(event: Asked) -> Reason | None:
-            if moved.done():
-                return Reason.BUSY  # in a moment charon answers, and this node asks for the same
-            if event.moves or event.pairs:
-                renames = {one.old: one.new for one in event.pairs}
-                peers = [Endpoint(address, event.source.port) for address in gateway]
-                after = await self._mobile.readdress(context, local, event.source, renames, peers)
-                self.renamed += bool(renames)
-                moved.set_result(after)
-            return None
+        async def answer() -> None:
+            with serving(machine, mark=MARK) as requests:
+                while (event := await requests.next()) is not None:
+                    # a second one: in a moment charon answers, and this node asks for the same
+                    refusal = Reason.BUSY if moved.done() else None
+                    if refusal is None and (event.moves or event.pairs):
+                        try:
+                            moved.set_result(await self._apply(context, machine, event))
+                        except IkectxError as error:
+                            log.warning("the SAs of %s are not renamed: %s", event.source, error)
+                            refusal = Reason.BUSY
+                    requests.answer(refusal)
 
-        task = asyncio.create_task(serve_updates(machine, asked, mark=MARK))
+        task = asyncio.create_task(answer())
         try:
             yield moved
         finally:
@@ -354,6 +353,14 @@ class SpiWatch:
                 await asyncio.gather(task, return_exceptions=True)
                 if machine.answered:
                     await self._mobile.count(sa, responder=machine.expected_id)
+
+    async def _apply(self, context: IkeContext, machine: GatewayResponder, event: Asked) -> IkeContext:
+        """Do what the gateway asks for; returns the SA as it is then. Errors: IkectxError."""
+        renames = {one.old: one.new for one in event.pairs}
+        peers = [Endpoint(address, event.source.port) for address in machine.gateway]
+        after = await self._mobile.readdress(context, machine.local, event.source, renames, peers)
+        self.renamed += bool(renames)
+        return after
 
     # After a start.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -418,26 +420,39 @@ def test_the_new_gateway_asks_by_ike_during_a_handover(monkeypatch: pytest.Monke
         w = Watched(monkeypatch)
         machines: list[Any] = []
 
-        async def serve(machine: Any, asked: Any, **_: Any) -> None:
-            machines.append(machine)
-            update, datagram = gateways_request(asks)
-            machine.receive(datagram, PSG, 0.0)
-            assert machine.next_event() is None  # another gateway's
-            machine.receive(datagram, NSG, 0.0)
-            machine.answer(bytes(256), 0.0, await asked(machine.next_event()))
-            for answer, to in machine.to_send(0.0):
-                assert to == NSG
-                update.receive(answer, NEW, 0.0)
-            events = [update.next_event(), update.next_event()]
-            (renamed,) = (event for event in events if isinstance(event, Renamed))
-            assert len(renamed.pairs) == len(asks)
-            if not ike:
-                _, datagram = gateways_request((ask(Protocol.ESP, OTHERS[1], b"\xc9\0\0\7"),), 6)
-                machine.receive(datagram, NSG, 5.0)
-                assert await asked(machine.next_event()) is Reason.BUSY
-            await asyncio.Event().wait()
+        class Gateway(Requests):
+            """Asks once, and once more."""
 
-        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+            async def next(self) -> Any:
+                machine = self.machine
+                if not machines:
+                    machines.append(machine)
+                    self.update, datagram = gateways_request(asks)
+                    machine.receive(datagram, PSG, 0.0)
+                    assert machine.next_event() is None  # another gateway's
+                    machine.receive(datagram, NSG, 0.0)
+                    return machine.next_event()
+                if not ike and len(machines) == 1:
+                    machines.append(machine)
+                    _, datagram = gateways_request((ask(Protocol.ESP, OTHERS[1], b"\xc9\0\0\7"),), 6)
+                    machine.receive(datagram, NSG, 5.0)
+                    return machine.next_event()
+                return await super().next()
+
+            def answer(self, refusal: Reason | None = None) -> None:
+                if len(machines) == 2:
+                    assert refusal is Reason.BUSY
+                    return
+                machine = self.machine
+                machine.answer(bytes(256), 0.0, refusal)
+                for answer, to in machine.to_send(0.0):
+                    assert to == NSG
+                    self.update.receive(answer, NEW, 0.0)
+                events = [self.update.next_event(), self.update.next_event()]
+                (renamed,) = (event for event in events if isinstance(event, Renamed))
+                assert len(renamed.pairs) == len(asks)
+
+        monkeypatch.setattr(mobile_spis, "serving", served(Gateway))
         await w.node.mobile.quiet(w.node.sa)
         async with w.watch.answering(w.node.sa, NEW, [NSG.address]) as moved:
             after = await moved
@@ -460,22 +475,71 @@ def test_the_new_gateway_asks_by_ike_during_a_handover(monkeypatch: pytest.Monke
 # What is listened to.
 
 
+class Requests:
+    """None come."""
+
+    def __init__(self, machine: Any) -> None:
+        self.machine = machine
+
+    async def next(self) -> Any:
+        await asyncio.Event().wait()
+
+
+def served(requests: type[Requests]) -> Any:
+    """`link.serving` without a network."""
+
+    @contextmanager
+    def serving(machine: Any, *, mark: int) -> Iterator[Requests]:
+        yield requests(machine)
+
+    return serving
+
+
+def test_a_change_that_fails_is_refused_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        w = Watched(monkeypatch)
+        answered: asyncio.Future[Reason | None] = asyncio.get_running_loop().create_future()
+
+        class Gateway(Requests):
+            async def next(self) -> Any:
+                return await super().next() if answered.done() else Asked(NSG, True, PAIRS)
+
+            def answer(self, refusal: Reason | None = None) -> None:
+                answered.set_result(refusal)
+
+        async def readdress(*_: Any) -> None:
+            raise CharonError("no such SA")
+
+        monkeypatch.setattr(mobile_spis, "serving", served(Gateway))
+        monkeypatch.setattr(w.node.mobile, "readdress", readdress)
+        async with w.watch.answering(w.node.sa, NEW, [NSG.address]) as moved:
+            assert await answered is Reason.BUSY
+            assert not moved.done()
+
+    do(scenario())
+
+
 def test_it_listens_to_each_sa_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         w = Watched(monkeypatch)
         heard: list[tuple[Any, Endpoint, int]] = []
         ended: list[Endpoint] = []
 
-        async def serve(machine: Any, asked: Any, **_: Any) -> None:
-            heard.append((machine.spis, machine.local, machine.expected_id))
-            assert not machine.answering
-            assert await asked(Asked(NSG, True, (), (Reason.BUSY,))) is None
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.append(machine.local)
+        class Gateway(Requests):
+            told = False
 
-        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+            async def next(self) -> Any:
+                if self.told:
+                    try:
+                        await super().next()
+                    finally:
+                        ended.append(self.machine.local)
+                self.told = True
+                heard.append((self.machine.spis, self.machine.local, self.machine.expected_id))
+                assert not self.machine.answering
+                return Asked(NSG, True, (), (Reason.BUSY,))
+
+        monkeypatch.setattr(mobile_spis, "serving", served(Gateway))
         monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
         listed = w.node.charon.list_sas
 
@@ -516,13 +580,10 @@ def test_an_sa_that_nobody_moves_is_never_passive(monkeypatch: pytest.MonkeyPatc
     async def scenario() -> None:
         w = Watched(monkeypatch)
 
-        async def serve(*_: Any, **__: Any) -> None:
-            await asyncio.Event().wait()
-
         async def quiet(*_: Any, **__: Any) -> None:
             raise AssertionError("made passive")
 
-        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+        monkeypatch.setattr(mobile_spis, "serving", served(Requests))
         monkeypatch.setattr(mobile_spis, "SETTLE", 0.001)
         monkeypatch.setattr(w.node.mobile, "quiet", quiet)
         w.watch.start()
@@ -578,16 +639,23 @@ def test_what_comes_during_a_handover_is_heard_when_it_comes_again(monkeypatch: 
         w = Watched(monkeypatch)
         event = Asked(NSG, True, PAIRS, message_id=4)
 
-        async def serve(machine: Any, asked: Any, **_: Any) -> None:
-            async with w.lock:
-                machine.expected_id = 5
-                assert await asked(event) is None
-                assert machine.expected_id == 4
-            machine.expected_id = 5
-            assert await asked(event) is None
-            assert machine.expected_id == 5
+        class Gateway(Requests):
+            times = 0
 
-        monkeypatch.setattr(mobile_spis, "serve_updates", serve)
+            async def next(self) -> Any:
+                self.times += 1
+                if self.times == 1:
+                    await w.lock.acquire()
+                elif self.times == 2:
+                    assert self.machine.expected_id == 4
+                    w.lock.release()
+                else:
+                    assert self.machine.expected_id == 5
+                    return None
+                self.machine.expected_id = 5
+                return event
+
+        monkeypatch.setattr(mobile_spis, "serving", served(Gateway))
         await w.watch._listen(w.node.sa, OLD)
         await asyncio.gather(*w.watch._work)
         assert len(w.said) == 1
